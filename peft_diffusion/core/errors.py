@@ -1,0 +1,9 @@
+"""The error that a person at the keyboard reads."""
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what was wrong, where, and what to do; commands print it as one line."""
+
+
+class FoldError(UserError):
+    """An adapter that cannot be expressed as a change of its site's weight and bias."""
