@@ -1,0 +1,146 @@
+"""What a method is, and what it adds at a site."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from .errors import FoldError, UserError
+
+Site = nn.Module  # any Linear, Conv2d, norm or embedding of a base
+
+
+class LowRank(NamedTuple):
+    """A residual ``up(down(x))``: ``down`` (rank, in, ...) is applied as the site is, ``up`` is (out, rank)."""
+
+    down: Tensor
+    up: Tensor
+
+
+class KeepsPrecision(nn.Module):
+    """Follows its component to another device, but never to another dtype: adapters stay float32 on a half base."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor.new_empty(0)).device)
+
+        moved: Self = super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return moved
+
+
+class Adapter(KeepsPrecision):
+    """The change of one site. With ``y = site(x)`` it returns the new ``y``.
+
+    The default is a residual, ``y + strength * residual(x, y)``; a method that is none overrides ``forward``.
+    Parameters are float32; results have the dtype of ``y``.
+    """
+
+    def residual(self, x: Tensor, y: Tensor) -> Tensor:
+        """The change at strength 1, of the shape and dtype of ``y``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor, strength: Tensor) -> Tensor:
+        """The new ``y``; ``strength`` broadcasts against it."""
+        return y + strength * self.residual(x, y)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What it adds, at strength 1, to the site's float32 ``weight`` and ``bias``; None leaves one as it is.
+
+        Raises FoldError where no change of weight and bias says what this adapter does.
+        """
+        raise FoldError(f"{type(self).__name__} is no affine map of its input, so it cannot be merged into the weights")
+
+    def low_rank(self) -> LowRank | None:
+        """The residual as one pair of matrices, where it is one: several such run as one at inference."""
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors under the suffixes that the method's published file layout uses."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, *_: object) -> None:
+        # The base's state dict holds the base alone (see AdapterDict): nothing of an adapter is missing from it.
+        pass
+
+
+class AdapterDict(nn.Module):
+    """The adapters of one site, in the order of attachment. They are left out of the base's state dict."""
+
+    def __getitem__(self, name: str) -> Adapter:
+        adapter = self._modules[name]
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"{name} is no adapter")
+        return adapter
+
+    def __setitem__(self, name: str, adapter: Adapter) -> None:
+        self._modules[name] = adapter  # not add_module, which refuses names such as "type" or "half"
+
+    def __delitem__(self, name: str) -> None:
+        del self._modules[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def items(self) -> list[tuple[str, Adapter]]:
+        """Names and adapters, in the order of attachment."""
+        return [(name, self[name]) for name in self._modules]
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Nothing: an adapter has its own file."""
+        return {} if destination is None else destination
+
+
+METHODS: dict[str, type["Method"]] = {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Frozen hyper-parameters that can build an adapter for a site. A subclass names itself and is found by that name."""
+
+    name: ClassVar[str]
+    suffixes: ClassVar[frozenset[str]]  # the layout's tensor names that this method, and no other, reads
+
+    def __init_subclass__(cls, *, name: str, suffixes: frozenset[str] = frozenset()) -> None:
+        super().__init_subclass__()
+        cls.name = name
+        cls.suffixes = suffixes
+        METHODS[name] = cls
+
+    def serves(self, site: Site) -> bool:
+        """Whether this method has something to add at such a module."""
+        raise NotImplementedError
+
+    def build(self, site: Site) -> Adapter:
+        """A fresh adapter, one that leaves the output as it is."""
+        raise NotImplementedError
+
+    @classmethod
+    def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> Adapter:
+        """The adapter that ``state()`` wrote. Raises UserError, without the site's path, where the tensors do not fit."""
+        raise NotImplementedError
+
+    def spec(self) -> dict[str, Any]:
+        """Name and hyper-parameters as JSON values."""
+        return {"method": self.name, **dataclasses.asdict(self)}
+
+
+def method(name: str, **hyper_parameters: object) -> Method:
+    """The method of that name. Raises UserError for a name or a hyper-parameter that does not exist."""
+    if name not in METHODS:
+        raise UserError(f"there is no method {name!r}; there are: {', '.join(sorted(METHODS))}")
+    known = {field.name for field in dataclasses.fields(METHODS[name])}
+    unknown = sorted(set(hyper_parameters) - known)
+    if unknown:
+        raise UserError(f"method {name} has no {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
+    return METHODS[name](**hyper_parameters)
+
+
+def float32_parameter(tensor: Tensor) -> nn.Parameter:
+    """A trainable float32 copy."""
+    return nn.Parameter(tensor.detach().to(torch.float32).clone())

@@ -1,0 +1,54 @@
+"""One flat buffer for everything an adapter trains: optimizer, clipping and averaging are one operation each."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Arena:
+    """The parameters of adapters as views of one flat float32 tensor, their gradients as views of another.
+
+    ``groups`` maps a name, such as a component's, to its parameters. Each group is one contiguous slice, a Parameter that
+    an optimizer takes as it would take any; its ``grad`` is filled by backward in place.
+    Make it when the model is on its device: moving the parameters afterwards breaks the views.
+    """
+
+    def __init__(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        everything = [p for parameters in groups.values() for p in parameters]
+        if not everything:
+            raise ValueError("an arena needs at least one parameter")
+        total = sum(p.numel() for p in everything)
+        self.flat = torch.empty(total, device=everything[0].device)
+        self.grad = torch.zeros_like(self.flat)
+        self.groups: dict[str, nn.Parameter] = {}
+        start = 0
+        for name, parameters in groups.items():
+            first = start
+            for parameter in parameters:
+                start = self._place(parameter, start)
+            self.groups[name] = nn.Parameter(self.flat[first:start])
+            self.groups[name].grad = self.grad[first:start]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients; they stay where they are in memory."""
+        self.grad.zero_()
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradients so that their norm is at most ``limit``; returns the norm before, without a device sync."""
+        norm = torch.linalg.vector_norm(self.grad)
+        self.grad.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def load(self, values: Tensor) -> None:
+        """Write all parameters from a tensor of the shape of ``flat``."""
+        self.flat.copy_(values)
+
+    def _place(self, parameter: nn.Parameter, start: int) -> int:
+        end = start + parameter.numel()
+        view = self.flat[start:end].view(parameter.shape)
+        view.copy_(parameter.detach())
+        parameter.data = view
+        parameter.grad = self.grad[start:end].view(parameter.shape)
+        return end

@@ -1,0 +1,121 @@
+"""How much of each adapter is applied: one tensor (adapter, block, image) per component, written in place."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .adapter import KeepsPrecision
+from .errors import UserError
+
+Strength: TypeAlias = "float | Sequence[float] | Tensor | Mapping[str, float | Sequence[float]]"
+"""A number; one number per image; or either per block, by the block's name (blocks not named get 0)."""
+
+
+class Strengths(KeepsPrecision):
+    """The strengths of one component's adapters.
+
+    ``values`` is (adapters, blocks, images) in float32, with one column where every image gets the same. Writing keeps
+    the tensor's address while the number of columns stays, so a compiled or captured model sees the new values.
+    """
+
+    values: Tensor
+
+    def __init__(self, blocks: Sequence[str], device: torch.device) -> None:
+        super().__init__()
+        self.blocks = tuple(blocks)
+        self.names: list[str] = []
+        self.active: frozenset[str] = frozenset()  # those with a strength other than 0
+        self.merged = False  # the weights hold the adapters, so sites add nothing
+        self.register_buffer("values", torch.zeros(0, len(self.blocks), 1, device=device), persistent=False)
+
+    def add(self, name: str) -> None:
+        """Make room for an adapter, at strength 1."""
+        ones = torch.ones(1, *self.values.shape[1:], device=self.values.device)
+        self.values = torch.cat([self.values, ones])
+        self.names.append(name)
+        self.active |= {name}
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter."""
+        keep = [i for i, known in enumerate(self.names) if known != name]
+        self.values = self.values[keep]
+        self.names.remove(name)
+        self.active -= {name}
+
+    def write(self, strengths: Mapping[str, Strength]) -> None:
+        """Set the strengths of the adapters named; the others keep theirs.
+
+        Raises UserError for unknown adapters or blocks, for values that are not finite, and where two adapters name
+        different numbers of images.
+        """
+        unknown = [name for name in strengths if name not in self.names]
+        if unknown:
+            raise UserError(f"no adapter {', '.join(unknown)} is attached; there are: {', '.join(self.names) or 'none'}")
+        if self.merged:
+            raise UserError("the adapters are merged into the weights; unmerge them before you change a strength")
+        rows = [self._rows(n, strengths[n]) if n in strengths else self._kept(n) for n in self.names]
+        counts = {row.shape[1] for row in rows} - {1}
+        if len(counts) > 1:
+            raise UserError(f"adapters have strengths for different numbers of images: {sorted(counts)}")
+        images = max(counts, default=1)
+        values = torch.stack([row.expand(-1, images) for row in rows]) if rows else self.values
+        if values.shape == self.values.shape:
+            self.values.copy_(values)
+        else:
+            self.values = values
+        self.active = frozenset(n for n, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
+
+    def index(self, name: str) -> int:
+        """The row of an adapter in ``values``."""
+        return self.names.index(name)
+
+    def at(self, rows: int | Tensor, block: int, y: Tensor) -> Tensor:
+        """Strengths at a block in the dtype of ``y``: (n,) for one row, (n, rows) for several; n is 1 or the batch of ``y``.
+
+        With fewer images than the batch they are tiled over it: classifier-free guidance doubles the batch.
+        """
+        values = self.values[rows, block].to(y.dtype)
+        if values.ndim == 2:
+            values = values.transpose(0, 1)
+        images, batch = values.shape[0], y.shape[0]
+        if images == 1:
+            return values
+        if batch % images:
+            raise UserError(f"there are strengths for {images} images, but the batch holds {batch}")
+        return values.repeat(batch // images, *[1] * (values.ndim - 1))
+
+    def scalar(self, name: str) -> Tensor:
+        """The strengths of an adapter per block, (blocks,). Raises UserError where images differ."""
+        rows = self.values[self.index(name)]
+        if bool((rows != rows[:, :1]).any()):
+            raise UserError(f"adapter {name!r} has another strength for each image; merging needs one for all")
+        return rows[:, 0]
+
+    def _rows(self, name: str, strength: Strength) -> Tensor:
+        """A strength as (blocks, images), images being 1 where it does not say."""
+        if isinstance(strength, Mapping):
+            unknown = [block for block in strength if block not in self.blocks]
+            if unknown:
+                raise UserError(f"there is no block {', '.join(unknown)}; there are: {', '.join(self.blocks)}")
+            per_block = [self._images(name, strength.get(block, 0.0)) for block in self.blocks]
+            images = max(len(row) for row in per_block)
+            rows = torch.stack([row.expand(images) if len(row) in (1, images) else self._ragged(name) for row in per_block])
+        else:
+            rows = self._images(name, strength).expand(len(self.blocks), -1)
+        return rows.to(self.values.device)
+
+    def _images(self, name: str, strength: "float | Sequence[float] | Tensor") -> Tensor:
+        row = torch.as_tensor(strength, dtype=torch.float32).reshape(-1)
+        if not len(row) or not bool(row.isfinite().all()):
+            raise UserError(f"the strength of {name!r} must be finite numbers, not {strength}")
+        return row
+
+    def _ragged(self, name: str) -> Tensor:
+        raise UserError(f"the strengths of {name!r} name different numbers of images in different blocks")
+
+    def _kept(self, name: str) -> Tensor:
+        """The present strength of an adapter, in one column where all images have the same."""
+        rows = self.values[self.index(name)]
+        return rows if bool((rows != rows[:, :1]).any()) else rows[:, :1]
