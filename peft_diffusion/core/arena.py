@@ -36,7 +36,7 @@ class Arena:
 
     def clip(self, limit: float) -> Tensor:
         """Scale the gradients so that their norm is at most ``limit``; returns the norm before, without a device sync."""
-        norm = torch.linalg.vector_norm(self.grad)
+        norm: Tensor = torch.linalg.vector_norm(self.grad)
         self.grad.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 

@@ -5,8 +5,8 @@ The swap renames no key of the base, saves nothing more for backward, and is see
 
 import functools
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def _adapted(cls: Any) -> type[AdaptedSite]:
 
 
 def _remade(cls: type[nn.Module]) -> nn.Module:
-    adapted = _adapted(cls)
+    adapted = _adapted(cast(Hashable, cls))
     module: nn.Module = adapted.__new__(adapted)
     return module
 
@@ -197,7 +197,7 @@ def unpack(component: nn.Module) -> None:
 
 
 def _swap(module: nn.Module, shared: Strengths, block: int) -> AdaptedSite:
-    module.__class__ = _adapted(type(module))
+    module.__class__ = _adapted(cast(Hashable, type(module)))
     if not isinstance(module, AdaptedSite):
         raise TypeError(f"{type(module).__name__} did not take the class")
     module.adapters = AdapterDict()

@@ -61,7 +61,8 @@ def architecture(component: nn.Module) -> str:
 
 def modules(component: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base by its path, without what adapters brought."""
-    return {path: m for path, m in component.named_modules() if not re.search(r"(^|\.)(adapters|strengths|packed)(\.|$)", path)}
+    brought = re.compile(r"(^|\.)(adapters|strengths|packed)(\.|$)")
+    return {path: module for path, module in component.named_modules() if not brought.search(path)}
 
 
 def blocks(component: nn.Module) -> Blocks:

@@ -1,0 +1,51 @@
+"""Telling whether two bases are the same, and whether one has changed."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+_SAMPLES = 1024
+
+
+@torch.no_grad()
+def fingerprint(modules: Mapping[str, nn.Module]) -> str:
+    """A digest of every byte of the modules' parameters and buffers, adapters left out (16 hex digits).
+
+    Computed where the tensors lie, with exact integer arithmetic, so that it costs one pass over the memory.
+    """
+    digest = hashlib.sha256()
+    for component, module in sorted(modules.items()):
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{component}.{name} {tensor.dtype} {tuple(tensor.shape)} {_checksum(tensor)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def identity(modules: Mapping[str, nn.Module]) -> str:
+    """A digest of which weights these are: the same for one base held in float32, float16 or bfloat16 (16 hex digits).
+
+    Reads a sample of every tensor, rounded to bfloat16.
+    """
+    digest = hashlib.sha256()
+    for component, module in sorted(modules.items()):
+        for name, tensor in module.state_dict().items():
+            flat = tensor.reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu")
+            rounded = sample.to(torch.bfloat16).view(torch.int16) if sample.is_floating_point() else sample
+            digest.update(f"{component}.{name} {tuple(tensor.shape)}".encode() + rounded.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _checksum(tensor: Tensor) -> tuple[int, int]:
+    """The sum of the bytes, and their sum weighted by position, both modulo 2 to the 64."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    padded = torch.nn.functional.pad(data, (0, -data.numel() % 4)).view(torch.int32)
+    plain = weighted = 0
+    for chunk in torch.split(padded, 1 << 24):
+        values = chunk.to(torch.int64)
+        position = torch.arange(1, len(values) + 1, device=values.device) % 65521
+        plain = (plain + int(values.sum())) % 2**64
+        weighted = (weighted * 31 + int((values * position).sum())) % 2**64
+    return plain, weighted

@@ -1,0 +1,16 @@
+"""Files that travel with the package: the base `icons` and the sample folders."""
+
+from pathlib import Path
+
+from ..core.errors import UserError
+
+ICONS = "icons"
+
+
+def embedded(relative: str) -> Path:
+    """The path of something under ``samples/``, in a checkout as in a wheel. Raises UserError if it is not there."""
+    package = Path(__file__).resolve().parent.parent
+    for root in (package / "samples", package.parent / "samples"):
+        if (root / relative).exists():
+            return root / relative
+    raise UserError(f"samples/{relative} is neither in the installed package nor beside it; install peft_diffusion again")

@@ -1,0 +1,178 @@
+"""Stable Diffusion pipelines as bases."""
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import nn
+
+from ..core.errors import UserError
+from .digest import identity
+from .embedded import ICONS, embedded
+
+Family: TypeAlias = Literal["sd1", "sd2", "sdxl", "other"]
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What an adapter must know of its base. ``resolution`` and ``step`` (what sides are multiples of) are in pixels."""
+
+    name: str
+    family: Family
+    prediction_type: str
+    resolution: int
+    step: int
+    fingerprint: str
+
+
+def load_base(source: "str | Path | DiffusionPipeline" = ICONS, *, device: str = "auto", dtype: str = "auto") -> Any:
+    """A Stable Diffusion pipeline, frozen, in eval mode, on its device.
+
+    ``source``: ``"icons"`` (embedded), a diffusers folder, a single-file checkpoint, a hub id, or a pipeline, which is only
+    checked. ``device`` auto takes an accelerator if there is one; ``dtype`` is float32, bfloat16, float16, or auto:
+    bfloat16 on CUDA that has it, float16 on other accelerators, float32 on CPU.
+    Raises UserError if there is no such base, it cannot be read, or it is no Stable Diffusion.
+    """
+    if isinstance(source, DiffusionPipeline):
+        return _frozen(source)
+    where = pick_device(device)
+    chosen = pick_dtype(dtype, where)
+    with _quiet():
+        pipe = _frozen(_read(str(source), chosen))
+    return pipe.to(where)
+
+
+def components(pipe: Any) -> dict[str, nn.Module]:
+    """The parts that can carry adapters: of unet, text_encoder and text_encoder_2 those that the pipeline has."""
+    return {name: part for name in COMPONENTS if isinstance(part := getattr(pipe, name, None), nn.Module)}
+
+
+def describe(pipe: Any) -> BaseInfo:
+    """Name, family, resolution and identity of a base."""
+    config = pipe.unet.config
+    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    size = config.sample_size if isinstance(config.sample_size, int) else min(config.sample_size)
+    return BaseInfo(
+        name=_name(pipe),
+        family=_family(config),
+        prediction_type=pipe.scheduler.config.get("prediction_type", "epsilon"),
+        resolution=size * factor,
+        step=factor * 2 ** (len(config.block_out_channels) - 1),
+        fingerprint=identity(components(pipe)),
+    )
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of that name; ``auto`` is an accelerator if there is one. Raises UserError for one that is not there."""
+    if device == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; ``auto`` is the best that the device computes fast."""
+    if dtype in _DTYPES:
+        return _DTYPES[dtype]
+    if dtype != "auto":
+        raise UserError(f"dtype {dtype!r} is none of auto, {', '.join(_DTYPES)}")
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _read(source: str, dtype: torch.dtype) -> Any:
+    path = embedded("base") if source == ICONS else Path(source)
+    try:
+        if path.is_file():
+            return _single_file(path, dtype)
+        if path.is_dir():
+            if not (path / "model_index.json").is_file():
+                raise UserError(f"{path} is no diffusers folder: it holds no model_index.json")
+            return DiffusionPipeline.from_pretrained(str(path), dtype=dtype, local_files_only=True)
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.is_dir():
+            return DiffusionPipeline.from_pretrained(source, dtype=dtype)
+    except UserError:
+        raise
+    except Exception as error:
+        # Whatever a damaged folder makes the libraries raise, the person needs to know which base it was.
+        raise UserError(f"base {source!r} cannot be read: {_first_line(error)}") from error
+    raise UserError(f"there is no base {source!r}: neither {ICONS!r}, nor a folder, a file or a hub id (owner/name)")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the libraries' own bars and notices: a command has its own, and errors come as exceptions."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for library, _ in before:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for library, verbosity in before:
+                library.set_verbosity(verbosity)
+                library.enable_progress_bar()
+
+
+def _single_file(path: Path, dtype: torch.dtype) -> Any:
+    if path.suffix not in (".safetensors", ".ckpt"):
+        raise UserError(f"{path} is no checkpoint: a single file ends in .safetensors or .ckpt")
+    try:
+        return StableDiffusionPipeline.from_single_file(str(path), dtype=dtype)
+    except Exception:
+        return StableDiffusionXLPipeline.from_single_file(str(path), dtype=dtype)
+
+
+def _frozen(pipe: Any) -> Any:
+    needed = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    missing = [name for name in needed if getattr(pipe, name, None) is None]
+    if missing:
+        raise UserError(f"{type(pipe).__name__} is no Stable Diffusion with a UNet: it has no {', '.join(missing)}")
+    for part in (*components(pipe).values(), pipe.vae):
+        part.requires_grad_(False)
+        part.eval()
+    return pipe
+
+
+def _name(pipe: Any) -> str:
+    where = str(pipe.config.get("_name_or_path") or "")
+    try:
+        if where == str(embedded("base")):
+            return ICONS
+    except UserError:
+        pass  # a package without the embedded base still names others
+    path = Path(where)
+    return path.name if path.exists() and where else where or type(pipe).__name__
+
+
+def _family(config: Any) -> Family:
+    if config.addition_embed_type == "text_time":
+        return "sdxl"
+    if tuple(config.block_out_channels) != (320, 640, 1280, 1280):
+        return "other"
+    by_width = {768: "sd1", 1024: "sd2"}
+    return cast(Family, by_width.get(config.cross_attention_dim, "other"))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

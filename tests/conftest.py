@@ -1,0 +1,90 @@
+"""Small random bases of the true architectures, made in seconds."""
+
+import logging
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+WORDS = ["a", "red", "blue", "apple", "cat", "dog", "house", "ink", "flat", "style", "emoji", "of"]
+
+
+def tiny_tokenizer():
+    """A real CLIP tokenizer: all letters, and a few whole words."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(c) for c in range(33, 127)]
+    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    merges = []
+    for token in [*letters, *(f"{letter}</w>" for letter in letters)]:
+        vocab.setdefault(token, len(vocab))
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            merged = parts[0] + parts[1]
+            if merged not in vocab:
+                vocab[merged] = len(vocab)
+                merges.append((parts[0], parts[1]))
+            parts = [merged, *parts[2:]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+
+def make_pipe(seed: int = 0, prediction_type: str = "epsilon", width: int = 32):
+    """A StableDiffusionPipeline of 64 pixels with random weights, every part at its smallest."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(width, 2 * width), layers_per_block=1, cross_attention_dim=32,
+        attention_head_dim=8, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, sample_size=64, norm_num_groups=4,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type=prediction_type,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(config), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    torch.set_rng_state(state)
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        part.requires_grad_(False).eval()
+    return pipe
+
+
+@pytest.fixture
+def tiny_pipe():
+    return make_pipe()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """The tiny pipeline as a diffusers folder."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    make_pipe().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_base(tmp_path_factory) -> Path:
+    """A base of another width, which adapters of ``tiny_base`` do not fit."""
+    folder = tmp_path_factory.mktemp("bases") / "other"
+    make_pipe(seed=1, width=48).save_pretrained(folder)
+    return folder
