@@ -1,0 +1,150 @@
+"""Contact sheets: pictures in rows and columns with readable labels."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+PAPER = (255, 255, 255)
+INK = (32, 33, 36)
+FRAME = (222, 224, 228)
+
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+_ASCII = 0x80  # what Pillow's own font draws for certain
+
+
+def grid(
+    images: Sequence[Sequence[Image.Image | None]],
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Image.Image:
+    """A white sheet of ``images`` (rows of pictures, None for an empty cell), labels wrapped beside and above them.
+
+    Pictures keep their pixels; a smaller one is centred in its cell. Rows may be of different lengths.
+    Raises ValueError where there is no picture, or where labels are not one per row or column.
+    """
+    present = [image for row in images for image in row if image is not None]
+    columns = max((len(row) for row in images), default=0)
+    if not present:
+        raise ValueError("a sheet needs at least one picture")
+    if row_labels is not None and len(row_labels) != len(images):
+        raise ValueError(f"there are {len(row_labels)} row labels for {len(images)} rows")
+    if column_labels is not None and len(column_labels) != columns:
+        raise ValueError(f"there are {len(column_labels)} column labels for {columns} columns")
+    width, height = max(image.width for image in present), max(image.height for image in present)
+    size = min(30, max(13, round(width / 11)))  # of the letters, in pixels
+    gap = max(6, size // 2)
+    heads = [_wrap(label, width, size) for label in column_labels or ()]
+    beside = _side(row_labels or (), width, height, size)
+    sides = [_wrap(label, beside, size) for label in row_labels or ()]
+    left = gap + (beside + gap if sides else 0)
+    total = left + columns * (width + gap)
+    above = _wrap(title, total - 2 * gap, round(size * 1.3)) if title else []
+    title_height = _height(above, round(size * 1.3)) + gap if above else 0
+    head_height = max(_height(lines, size) for lines in heads) + gap // 2 if heads else 0
+    top = gap + title_height + head_height
+    sheet = Image.new("RGB", (total, top + len(images) * (height + gap)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    _write(draw, above, (gap, gap), round(size * 1.3))
+    for column, lines in enumerate(heads):
+        bottom = top - gap // 2 - _height(lines, size)
+        _write(draw, lines, (left + column * (width + gap) + width // 2, bottom), size, centred=True)
+    for row, lines in enumerate(sides):
+        middle = top + row * (height + gap) + (height - _height(lines, size)) // 2
+        _write(draw, lines, (gap, middle), size)
+    for row, pictures in enumerate(images):
+        for column, picture in enumerate(pictures):
+            corner = (left + column * (width + gap), top + row * (height + gap))
+            _place(sheet, draw, picture, corner, (width, height))
+    return sheet
+
+
+def _place(
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    picture: Image.Image | None,
+    corner: tuple[int, int],
+    cell: tuple[int, int],
+) -> None:
+    """Draw a picture in its cell, with a hairline around it so that white pictures have an edge."""
+    if picture is None:
+        return
+    x = corner[0] + (cell[0] - picture.width) // 2
+    y = corner[1] + (cell[1] - picture.height) // 2
+    draw.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline=FRAME)
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        seen = picture.convert("RGBA")
+        sheet.paste(seen, (x, y), seen)
+    else:
+        sheet.paste(picture.convert("RGB"), (x, y))
+
+
+def _side(labels: Sequence[str], width: int, height: int, size: int) -> int:
+    """How wide the labels beside the rows must be, in pixels: narrow, but with each inside the height of its row."""
+    if not labels:
+        return 0
+    widest = 1
+    for label in labels:
+        natural = round(max(_length(line, size) for line in label.split("\n"))) + 1
+        narrow = min(natural, max(round(width * 0.9), 6 * size))
+        while narrow < min(natural, 3 * width) and _height(_wrap(label, narrow, size), size) > height:
+            narrow += size
+        widest = max(widest, narrow)
+    return widest
+
+
+def _wrap(text: str, width: int, size: int) -> list[str]:
+    """Lines of at most ``width`` pixels; a word that is longer is broken."""
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split():
+            joined = f"{line} {word}".strip()
+            if _length(joined, size) <= width:
+                line = joined
+                continue
+            if line:
+                lines.append(line)
+            line = word
+            while _length(line, size) > width and len(line) > 1:
+                fitting = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or _length(line[:n], size) <= width)
+                lines.append(line[:fitting])
+                line = line[fitting:]
+        lines.append(line)
+    return lines
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, lines: Sequence[str], at: tuple[int, int], size: int, *, centred: bool = False
+) -> None:
+    x, y = at
+    for line in lines:
+        start = x - _length(line, size) / 2 if centred else float(x)
+        draw.text((round(start), y), line, fill=INK, font=_font(line, size))
+        y += _leading(size)
+
+
+def _height(lines: Sequence[str], size: int) -> int:
+    return len(lines) * _leading(size)
+
+
+def _leading(size: int) -> int:
+    return round(size * 1.3)
+
+
+def _length(text: str, size: int) -> float:
+    return float(_font(text, size).getlength(text))
+
+
+def _font(text: str, size: int) -> _Font:
+    """Pillow's own font; for other scripts the one that comes with matplotlib, which knows accents, Greek, Cyrillic and more."""
+    if all(ord(letter) < _ASCII for letter in text):
+        return ImageFont.load_default(size)
+    spec = find_spec("matplotlib")
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        file = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if file.is_file():
+            return ImageFont.truetype(str(file), size)
+    return ImageFont.load_default(size)
