@@ -1,0 +1,1 @@
+"""Image folders, their captions, aspect buckets and the cache of latents. Only `latents` imports torch."""

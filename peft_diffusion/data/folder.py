@@ -1,0 +1,278 @@
+"""Read an image folder before anything is spent on it: its pictures, their captions, and all that is wrong with it."""
+
+import math
+import os
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from peft_diffusion.core.errors import UserError
+
+from .caption_files import Captions, Source, is_metadata, is_sidecar, name_captions, read_captions
+from .pictures import MAX_PIXELS, SUFFIXES, Checked, check_picture, open_picture
+from .problems import PictureError, Problem
+
+__all__ = ["ImageFolder", "Missing", "Picture", "Problem", "open_picture", "scan"]
+
+Missing = Literal["stop", "name", "empty", "skip"]
+"""What becomes of pictures without a caption: stop, use the file name, use no words, or leave them out."""
+
+_SOURCE_WORDS: dict[Source, str] = {
+    "sidecar": "text files beside the pictures",
+    "metadata": "metadata files",
+    "name": "file names",
+    "none": "nowhere (empty captions)",
+}
+_COMPANIONS = re.compile(
+    r"(?i)(licen[cs]e|readme|attribution|notice|copying|credits|authors)([\W_].*)?|.*\.(md|safetensors)"
+)
+_LITTER = frozenset(("thumbs.db", "desktop.ini", "__macosx"))
+_CONVERTIBLE = frozenset((".heic", ".heif", ".avif", ".svg", ".psd", ".jxl", ".jp2", ".ico", ".tga", ".raw", ".dng"))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A usable picture: size in pixels after EXIF rotation, SHA-256 of the file's bytes in hex.
+
+    `name` is its POSIX path below the folder that was read, `subfolder` that path's folder ("" at the top).
+    """
+
+    path: Path
+    name: str
+    caption: str
+    source: Source
+    width: int
+    height: int
+    digest: str
+
+    @property
+    def subfolder(self) -> str:
+        return posixpath.dirname(self.name)
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The pictures that can be trained on, in a fixed order, and the problems found on the way."""
+
+    folders: tuple[Path, ...]
+    pictures: tuple[Picture, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def sources(self) -> dict[Source, int]:
+        """How many captions came from where."""
+        return dict(Counter(picture.source for picture in self.pictures))
+
+    def check(self) -> None:
+        """Raise `UserError` if a problem stops training; call it after showing `describe()`."""
+        stopping = [problem for problem in self.problems if problem.stops]
+        if stopping:
+            more = f" (and {len(stopping) - 1} more like it)" if len(stopping) > 1 else ""
+            raise UserError(f"{stopping[0]}{more}")
+
+    def describe(self, shown: int = 5) -> list[str]:
+        """Lines of plain text: what there is, where captions come from, and up to `shown` problems of each kind."""
+        words = ", ".join(str(folder) for folder in self.folders)
+        lines = [f"{words}: {_count(len(self.pictures), 'picture')}{_size_range(self.pictures)}"]
+        lines += [f"{_count(count, 'caption')} from {_SOURCE_WORDS[source]}" for source, count in self.sources.items()]
+        kinds: dict[str, list[Problem]] = {}
+        for problem in self.problems:
+            kinds.setdefault(problem.kind, []).append(problem)
+        for kind, problems in kinds.items():
+            lines.append(f"{kind}: {len(problems)}{' (training stops)' if problems[0].stops else ''}")
+            lines += [f"  {problem}" for problem in problems[:shown]]
+            lines += [f"  and {len(problems) - shown} more"] if len(problems) > shown else []
+        return lines
+
+
+@dataclass(frozen=True)
+class _Limits:
+    resolution: int | None
+    missing: Missing
+    max_pixels: int
+
+
+def scan(
+    folders: Path | str | Sequence[Path | str],
+    *,
+    resolution: int | None = None,
+    missing: Missing = "stop",
+    max_pixels: int = MAX_PIXELS,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ImageFolder:
+    """Read one or more image folders and their subfolders; every file is decoded once.
+
+    Captions come from files beside the pictures, from `metadata.jsonl` or `metadata.csv`, and from the file names of a
+    folder that has neither. `missing` says what becomes of a picture without one. With a `resolution` in pixels,
+    pictures whose smaller side is under half of it are left out. Pictures above `max_pixels` are never decoded.
+    The order is that of the folders given, then of relative paths. Raises `UserError` if there is nothing to train on.
+    """
+    if missing not in get_args(Missing):
+        raise UserError(f'unknown choice "{missing}" for missing captions: {", ".join(get_args(Missing))} are known')
+    given = [folders] if isinstance(folders, (str, Path)) else folders
+    roots = list(dict.fromkeys(Path(folder) for folder in given))
+    if not roots:
+        raise UserError("no image folder was given: name at least one")
+    listings = [(root, list(_files(_folder(root)))) for root in roots]
+    total = sum(_is_picture(name) for _, names in listings for name in names)
+    ticks = iter(range(1, total + 1))
+
+    def tick() -> None:
+        if on_progress is not None:
+            on_progress(next(ticks), total)
+
+    limits = _Limits(resolution, missing, max_pixels)
+    pictures: list[Picture] = []
+    problems: list[Problem] = []
+    for root, names in listings:
+        found, wrong = _scan_root(root, names, limits, tick)
+        pictures += found
+        problems += wrong
+    kept, repeated = _drop_duplicates(pictures)
+    result = ImageFolder(tuple(roots), kept, (*problems, *repeated))
+    _check_not_empty(result, listings)
+    return result
+
+
+def _check_not_empty(folder: ImageFolder, listings: Iterable[tuple[Path, list[str]]]) -> None:
+    """Stop only where nothing could be used whatever the user waives: missing captions have their own message."""
+    if folder.pictures or any(problem.stops for problem in folder.problems):
+        return
+    words = ", ".join(str(path) for path in folder.folders)
+    names = [name for _, files in listings for name in files]
+    if folder.problems:
+        raise UserError(f"no usable picture in {words}; {len(names)} files, the first: {folder.problems[0]}")
+    there = f"only {', '.join(names[:3])}" if names else "it is empty"
+    raise UserError(f"no picture in {words} ({there}): put PNG, JPEG, WebP, GIF, BMP or TIFF files there")
+
+
+def _folder(root: Path) -> Path:
+    if root.is_file():
+        raise UserError(f"{root} is a file: name the folder that holds the pictures")
+    if not root.is_dir():
+        near = next((parent for parent in root.absolute().parents if parent.is_dir()), Path("/"))
+        there = ", ".join(sorted(path.name for path in near.iterdir() if path.is_dir())[:8])
+        raise UserError(f"there is no folder {root}; {near} has the folders: {there or 'none'}")
+    return root
+
+
+def _files(root: Path) -> Iterator[str]:
+    """POSIX paths of all files below `root`, sorted, without hidden ones and system litter; links are followed."""
+    names: list[str] = []
+    seen: set[Path] = set()
+    for place, folders, files in os.walk(root, followlinks=True):
+        real = Path(place).resolve()
+        folders[:] = [] if real in seen else [name for name in folders if not _hidden(name)]
+        if real not in seen:
+            seen.add(real)
+            names += [(Path(place) / name).relative_to(root).as_posix() for name in files if not _hidden(name)]
+    return iter(sorted(names))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _LITTER
+
+
+def _is_picture(name: str) -> bool:
+    return posixpath.splitext(name)[1].lower() in SUFFIXES
+
+
+def _scan_root(
+    root: Path, names: list[str], limits: _Limits, tick: Callable[[], None]
+) -> tuple[list[Picture], list[Problem]]:
+    image_names = [name for name in names if _is_picture(name)]
+    names = _without_companions(names, image_names)
+    captions = read_captions(root, names, image_names)
+    others = [name for name in names if not (_is_picture(name) or is_sidecar(name) or is_metadata(name))]
+    problems = [*(_other_file(root, name) for name in others), *captions.problems]
+    pictures: list[Picture] = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        checks = pool.map(lambda name: _check(root / name, limits), image_names)
+        for name, checked in zip(image_names, checks, strict=True):
+            tick()
+            if isinstance(checked, Problem):
+                problems.append(checked)
+            else:
+                pictures.append(Picture(root / name, name, "", "none", checked.width, checked.height, checked.digest))
+    captioned, missing = _caption(pictures, captions, limits.missing)
+    return captioned, problems + missing
+
+
+def _without_companions(names: list[str], image_names: list[str]) -> list[str]:
+    """The files but for licences and the like; `license_plate.txt` beside `license_plate.png` is a caption."""
+    stems = {posixpath.splitext(name)[0] for name in image_names}
+    return [
+        name for name in names if posixpath.splitext(name)[0] in stems or not _COMPANIONS.fullmatch(posixpath.basename(name))
+    ]
+
+
+def _check(path: Path, limits: _Limits) -> Checked | Problem:
+    try:
+        checked = check_picture(path, limits.max_pixels)
+    except PictureError as error:
+        return error.problem
+    resolution = limits.resolution
+    if resolution is not None and 2 * min(checked.width, checked.height) < resolution:
+        message = f"{checked.width}x{checked.height} is too small for a resolution of {resolution}"
+        return Problem(str(path), "picture too small", message, "Find a larger copy or train at a lower resolution")
+    return checked
+
+
+def _other_file(root: Path, name: str) -> Problem:
+    suffix = posixpath.splitext(name)[1].lower()
+    fix = "Convert it to PNG or JPEG" if suffix in _CONVERTIBLE else "Move it out of the folder"
+    return Problem(str(root / name), "not a picture", f"{suffix or 'a file without an extension'} is not read", fix)
+
+
+def _caption(pictures: list[Picture], captions: Captions, missing: Missing) -> tuple[list[Picture], list[Problem]]:
+    """Pictures with their captions. File names count only where the folder has no caption files, or as the fallback."""
+    names = name_captions({posixpath.splitext(posixpath.basename(picture.name))[0] for picture in pictures})
+    found: list[Picture] = []
+    problems: list[Problem] = []
+    for picture in pictures:
+        caption, source = captions.of(picture.name)
+        if not caption and (not captions.any_files or missing == "name"):
+            caption = names[posixpath.splitext(posixpath.basename(picture.name))[0]]
+            source = "name" if caption else "none"
+        if not caption:
+            problems.append(_missing(picture, captions, missing))
+        if caption or missing in ("name", "empty"):
+            found.append(replace(picture, caption=caption, source=source))
+    return found, problems
+
+
+def _missing(picture: Picture, captions: Captions, missing: Missing) -> Problem:
+    why = "other pictures have captions, this one has none" if captions.any_files else "the file name says nothing"
+    then = {"stop": "", "name": ": used without words", "empty": ": used without words", "skip": ": left out"}[missing]
+    fix = f"Write one into {picture.path.with_suffix('.txt').name} beside it"
+    waive = ', or choose "name", "empty" or "skip" for missing captions' if missing == "stop" else ""
+    return Problem(str(picture.path), "missing caption", why + then, fix + waive, stops=missing == "stop")
+
+
+def _drop_duplicates(pictures: Iterable[Picture]) -> tuple[tuple[Picture, ...], list[Problem]]:
+    first: dict[str, Picture] = {}
+    problems: list[Problem] = []
+    for picture in pictures:
+        kept = first.setdefault(picture.digest, picture)
+        if kept is not picture:
+            other = "" if kept.caption == picture.caption else ", though with another caption"
+            message = f"the same content as {kept.path}{other}; left out"
+            problems.append(Problem(str(picture.path), "duplicate", message, "Delete one of the two"))
+    return tuple(first.values()), problems
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _size_range(pictures: Sequence[Picture]) -> str:
+    sizes = sorted({(picture.width, picture.height) for picture in pictures}, key=lambda size: (math.prod(size), size))
+    if not sizes:
+        return ""
+    (width, height), (wide, high) = sizes[0], sizes[-1]
+    return f", {width}x{height}" if len(sizes) == 1 else f", {width}x{height} to {wide}x{high}"

@@ -1,0 +1,179 @@
+"""Open a picture file of any supported kind as plain RGB, and check one without trusting it."""
+
+import hashlib
+import io
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
+
+from peft_diffusion.core.errors import UserError
+
+from .problems import PictureError, Problem
+
+FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+SUFFIXES: frozenset[str] = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+MAX_PIXELS: int = 89_478_485
+"""Pixels above which a picture is refused unless the caller says otherwise: Pillow's own mark, 256 MiB of RGB."""
+
+_ORIENTATION = 0x0112
+_TURNS: dict[int, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_header_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A picture that decodes: its size in pixels after EXIF rotation, and the SHA-256 of its file's bytes in hex."""
+
+    width: int
+    height: int
+    digest: str
+
+
+def check_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Checked:
+    """Decode a picture once to be sure of it. Raises `PictureError` for a file that is not a whole, sane picture."""
+    try:
+        with path.open("rb") as file:
+            image = _decode(file, str(path), max_pixels)
+            width, height = image.size
+            if _orientation(image) >= 5:
+                width, height = height, width
+            file.seek(0)
+            return Checked(width, height, hashlib.file_digest(file, "sha256").hexdigest())
+    except OSError as error:
+        raise PictureError(_unreadable(path, error)) from error
+
+
+def open_picture(
+    path: Path | str, background: str = "white", max_pixels: int = MAX_PIXELS, digest: str | None = None
+) -> Image.Image:
+    """The picture as it is meant to be seen: upright, 8-bit sRGB, the first frame, transparency laid on `background`.
+
+    `background` is a colour as CSS names it ("white", "#808080"). With `digest` the file must still have that SHA-256.
+    Raises `PictureError` for a file that is not a whole, sane picture and `UserError` for an unknown colour.
+    """
+    path, colour = Path(path), parse_colour(background)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PictureError(_unreadable(path, error)) from error
+    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+        raise PictureError(Problem(str(path), "changed", "the file has changed since the folder was read", "Start again"))
+    image = _decode(io.BytesIO(content), str(path), max_pixels)
+    turn = _TURNS.get(_orientation(image))
+    return _rgb(image if turn is None else image.transpose(turn), colour)
+
+
+def parse_colour(background: str) -> tuple[int, int, int]:
+    """Red, green and blue, 0 to 255 each, of a CSS colour. Raises `UserError` for one that does not exist."""
+    try:
+        red, green, blue = ImageColor.getrgb(background)[:3]
+    except ValueError as error:
+        raise UserError(f'unknown background colour "{background}": write a name such as white, or #rrggbb') from error
+    return red, green, blue
+
+
+def _unreadable(path: Path, error: OSError) -> Problem:
+    reason = error.strerror or str(error)
+    return Problem(str(path), "unreadable file", f"cannot be read ({reason})", "Check the file and its permissions")
+
+
+def _decode(file: BinaryIO, where: str, max_pixels: int) -> Image.Image:
+    """The decoded first frame, not yet rotated; the size is checked from the header, before any pixel is decoded."""
+    if not file.read(1):
+        raise PictureError(Problem(where, "empty file", "the file has 0 bytes", "Copy it again or delete it"))
+    file.seek(0)
+    try:
+        image = _header(file)
+    except UnidentifiedImageError as error:
+        raise PictureError(
+            Problem(where, "not a picture", "the content is no picture", "Delete it or move it out of the folder")
+        ) from error
+    except Exception as error:
+        raise PictureError(_damaged(where, error)) from error
+    width, height = image.size
+    if width * height > max_pixels:
+        message = f"{width}x{height} is {width * height:,} pixels, more than the {max_pixels:,} allowed"
+        raise PictureError(Problem(where, "too many pixels", message, "Scale it down or raise the limit on pixels"))
+    try:
+        image.load()
+    # Decoders meet damage with whatever exception they happen to run into: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        raise PictureError(_damaged(where, error)) from error
+    return image
+
+
+def _header(file: BinaryIO) -> Image.Image:
+    """The picture before decoding, with Pillow's own limit out of the way: the caller's is checked instead."""
+    with _header_lock:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(file, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _damaged(where: str, error: Exception) -> Problem:
+    return Problem(where, "damaged picture", f"cannot be decoded ({error})", "Copy or export it again, or delete it")
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where the EXIF data are absent or broken."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken EXIF in a sound picture must not cost the picture
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    image = _eight_bits(image)
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image = _to_srgb(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    drawn = image.convert("RGBA")
+    canvas = Image.new("RGBA", drawn.size, (*background, 255))
+    canvas.alpha_composite(drawn)
+    return canvas.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Deep greyscale scaled to 8 bits: Pillow's own conversion clips it to white instead."""
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return image
+    import numpy as np
+
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    brightest = float(values.max())
+    # 32-bit files do not say what is white: the least usual range that holds the brightest pixel is taken.
+    ranges = {"I": (255.0, 65535.0), "F": (1.0, 255.0, 65535.0)}.get(image.mode, (65535.0,))
+    white = next((top for top in ranges if brightest <= top), brightest)
+    return Image.fromarray(np.round(np.clip(values / white, 0, 1) * 255).astype(np.uint8))
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Colours of an embedded profile (Display P3, Adobe RGB, a press's CMYK) as sRGB, which models are trained on."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK", "L"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image
+    return image if converted is None else converted
