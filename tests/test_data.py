@@ -1,0 +1,715 @@
+"""Image folders, captions, buckets and caches, on real files made for each test."""
+
+import hashlib
+import json
+import random
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageCms
+
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.data import buckets, captions, latents
+from peft_diffusion.data.caption_files import name_captions
+from peft_diffusion.data.folder import ImageFolder, open_picture, scan
+from peft_diffusion.data.problems import PictureError
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def draw(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, **options) -> Path:
+    """A smooth picture that JPEG keeps well: no two seeds or sizes give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    low = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(low).resize(size, Image.Resampling.BICUBIC).save(path, **options)
+    return path
+
+
+def kinds(folder: ImageFolder) -> list[str]:
+    return sorted(problem.kind for problem in folder.problems)
+
+
+def texts(folder: ImageFolder) -> dict[str, str]:
+    return {picture.name: picture.caption for picture in folder.pictures}
+
+
+def close(image: Image.Image, place: tuple[int, int], colour: tuple[int, int, int], tolerance: int = 6) -> bool:
+    return bool(np.abs(np.array(image, dtype=int)[place[1], place[0]] - colour).max() <= tolerance)
+
+
+# Opening
+
+
+def test_scanning_modules_do_not_import_torch():
+    code = "import sys, peft_diffusion.data.folder, peft_diffusion.data.captions, peft_diffusion.data.buckets; "
+    subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], check=True, cwd=REPOSITORY)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "JPG"])
+def test_formats_open_alike(tmp_path, suffix):
+    want = np.array(Image.open(draw(tmp_path / "truth.png", seed=3)), dtype=float)
+    path = draw(tmp_path / "pictures" / f"a.{suffix}", seed=3)
+    opened = open_picture(path)
+    assert opened.mode == "RGB"
+    assert np.abs(np.array(opened) - want).mean() < 12
+    assert [picture.name for picture in scan(path.parent).pictures] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation, suffix):
+    """The upright picture has red at the top left, green at the top right and blue at the bottom left."""
+    upright = Image.new("RGB", (48, 32), "white")
+    for colour, box in {(255, 0, 0): (0, 0, 16, 16), (0, 255, 0): (32, 0, 48, 16), (0, 0, 255): (0, 16, 16, 32)}.items():
+        upright.paste(colour, box)
+    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90"}
+    undo |= {7: "TRANSVERSE", 8: "ROTATE_270"}
+    stored = upright.transpose(Image.Transpose[undo[orientation]]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"a.{suffix}", exif=exif, **({} if suffix in ("png", "tiff") else {"quality": 95}))
+    opened = open_picture(tmp_path / f"a.{suffix}")
+    assert opened.size == (48, 32)
+    assert close(opened, (4, 4), (255, 0, 0), 40)
+    assert close(opened, (44, 4), (0, 255, 0), 40)
+    assert close(opened, (4, 28), (0, 0, 255), 40)
+    [picture] = scan(tmp_path, missing="empty").pictures
+    assert (picture.width, picture.height) == (48, 32)
+
+
+def test_broken_exif_does_not_cost_the_picture(tmp_path):
+    draw(tmp_path / "a.jpg", exif=b"Exif\0\0not a TIFF header at all")
+    assert len(scan(tmp_path).pictures) == 1
+
+
+def test_alpha_lies_on_the_background(tmp_path):
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
+    half.save(tmp_path / "half.webp", lossless=True)
+    Image.new("LA", (8, 8), (0, 0)).save(tmp_path / "grey.png")
+    assert close(open_picture(tmp_path / "clear.png"), (0, 0), (255, 255, 255), 0)
+    assert close(open_picture(tmp_path / "clear.png", "#102030"), (0, 0), (16, 32, 48), 0)
+    assert close(open_picture(tmp_path / "half.webp"), (0, 0), (127, 127, 127), 2)
+    assert close(open_picture(tmp_path / "grey.png", "red"), (0, 0), (255, 0, 0), 0)
+    with pytest.raises(UserError, match=r"whiteish.*#rrggbb"):
+        open_picture(tmp_path / "clear.png", "whiteish")
+
+
+def test_palettes(tmp_path):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([255, 0, 0, 0, 128, 255])
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "clear.png", transparency=1)
+    image.save(tmp_path / "clear.gif", transparency=1)
+    assert close(open_picture(tmp_path / "plain.png"), (0, 0), (0, 128, 255), 0)
+    assert close(open_picture(tmp_path / "clear.png"), (0, 0), (255, 255, 255), 0)
+    assert close(open_picture(tmp_path / "clear.gif"), (0, 0), (255, 255, 255), 0)
+
+
+def test_sixteen_bits_and_grey(tmp_path):
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16)[None].repeat(8, 0)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    Image.fromarray(ramp).save(tmp_path / "deep.tiff")
+    Image.fromarray(ramp.astype(np.float32) / 65535).save(tmp_path / "float.tiff")
+    Image.fromarray((ramp // 257).astype(np.uint8)).save(tmp_path / "grey.png")
+    Image.new("1", (8, 8), 1).save(tmp_path / "bits.png")
+    for name in ("deep.png", "deep.tiff", "float.tiff", "grey.png"):
+        row = np.array(open_picture(tmp_path / name), dtype=int)[0]
+        assert np.abs(row - np.linspace(0, 255, 64)[:, None]).max() <= 1, name
+    assert close(open_picture(tmp_path / "bits.png"), (0, 0), (255, 255, 255), 0)
+
+
+def test_cmyk_and_profiles(tmp_path):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "press.jpg", quality=95)
+    assert close(open_picture(tmp_path / "press.jpg"), (8, 8), (255, 0, 0), 4)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    draw(tmp_path / "odd.png", icc_profile=profile)
+    draw(tmp_path / "none.png", icc_profile=b"nonsense")
+    plain = open_picture(draw(tmp_path / "plain.png")).tobytes()
+    assert open_picture(tmp_path / "odd.png").tobytes() == plain
+    assert open_picture(tmp_path / "none.png").tobytes() == plain
+
+
+def test_only_the_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    for suffix in ("gif", "webp", "png", "tiff"):
+        frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], duration=50)
+        assert close(open_picture(tmp_path / f"a.{suffix}"), (8, 8), (255, 0, 0), 8)
+    frames[0].save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=frames[1:])
+    assert close(open_picture(tmp_path / "phone.jpg"), (8, 8), (255, 0, 0), 8)
+    assert len(scan(tmp_path, missing="empty").pictures) == 5
+
+
+# Scanning: what is wrong
+
+
+def bomb(path: Path, side: int = 30_000) -> None:
+    """A tiny PNG whose header says that it is huge."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    )
+
+
+def test_every_bad_file_is_listed_with_its_fix(tmp_path, recwarn):
+    draw(tmp_path / "good.png")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "words.png").write_text("I am not a picture")
+    (tmp_path / "notes.docx").write_text("x")
+    (tmp_path / "phone.heic").write_text("x")
+    bomb(tmp_path / "bomb.png")
+    whole = draw(tmp_path / "cut.jpg", (256, 256), 1).read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    whole = draw(tmp_path / "cut.png", (256, 256), 2).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    draw(tmp_path / "tiny.png", (20, 90), 4)
+    (tmp_path / "again.png").write_bytes((tmp_path / "good.png").read_bytes())
+    (tmp_path / "nobody.txt").write_text("a caption of nothing")
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "again.txt").write_text("again")
+    folder = scan(tmp_path, resolution=64)
+    want = {
+        "empty.png": ("empty file", "0 bytes"),
+        "words.png": ("not a picture", "no picture"),
+        "notes.docx": ("not a picture", "Move it out"),
+        "phone.heic": ("not a picture", "Convert it to PNG or JPEG"),
+        "bomb.png": ("too many pixels", "30000x30000"),
+        "cut.jpg": ("damaged picture", "truncated"),
+        "cut.png": ("damaged picture", "Copy or export it again"),
+        "tiny.png": ("picture too small", "resolution of 64"),
+        "good.png": ("duplicate", "again.png, though with another caption"),
+        "nobody.txt": ("caption without a picture", "no picture has this name"),
+    }
+    found = {Path(problem.where).name: problem for problem in folder.problems}
+    assert set(found) == set(want)
+    for name, (kind, words) in want.items():
+        assert found[name].kind == kind
+        assert words in str(found[name]), str(found[name])
+        assert found[name].fix
+    assert texts(folder) == {"again.png": "again"}
+    folder.check()
+    lines = "\n".join(folder.describe())
+    assert "1 picture, 64x64" in lines and "damaged picture: 2" in lines and str(tmp_path / "cut.jpg") in lines
+    assert not recwarn.list
+
+
+def test_limit_on_pixels_is_configurable(tmp_path, monkeypatch):
+    draw(tmp_path / "a.png", (100, 100))
+    with pytest.raises(UserError, match="10,000 pixels"):
+        scan(tmp_path, max_pixels=9_999)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit must not overrule the caller's
+    assert len(scan(tmp_path, max_pixels=10_000).pictures) == 1
+    with pytest.raises(PictureError, match="10,000 pixels"):
+        open_picture(tmp_path / "a.png", max_pixels=9_999)
+    assert open_picture(tmp_path / "a.png", max_pixels=10_000).size == (100, 100)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_companions_and_litter_are_no_problems(tmp_path):
+    draw(tmp_path / "license_plate.png")
+    (tmp_path / "license_plate.txt").write_text("a license plate")
+    names = (
+        "LICENSE",
+        "LICENSE.txt",
+        "README.md",
+        "readme.txt",
+        "ATTRIBUTION.md",
+        ".DS_Store",
+        "Thumbs.db",
+        "a.safetensors",
+    )
+    for name in names:
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".hidden").mkdir()
+    draw(tmp_path / ".hidden" / "b.png", seed=1)
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "._license_plate.png").write_text("x")
+    folder = scan(tmp_path)
+    assert folder.problems == ()
+    assert texts(folder) == {"license_plate.png": "a license plate"}
+
+
+def test_nothing_to_train_on(tmp_path):
+    with pytest.raises(UserError, match=r"no folder .*nowhere.*has the folders: there"):
+        (tmp_path / "there").mkdir()
+        scan(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no picture in .*empty"):
+        scan(tmp_path / "there")
+    with pytest.raises(UserError, match="is a file"):
+        scan(draw(tmp_path / "a.png"))
+    (tmp_path / "there" / "b.png").write_text("x")
+    with pytest.raises(UserError, match=r"no usable picture.*b\.png"):
+        scan(tmp_path / "there")
+    (tmp_path / "there" / "b.png").rename(tmp_path / "there" / "LICENSE")
+    with pytest.raises(UserError, match="only LICENSE"):
+        scan(tmp_path / "there")
+    with pytest.raises(UserError, match="at least one"):
+        scan([])
+
+
+def test_order_digests_subfolders_and_progress(tmp_path):
+    for seed, name in enumerate(("b/2.png", "a/x/1.png", "c.png", "B.png", "ünïcode 猫.png")):
+        draw(tmp_path / name, seed=seed)
+    calls = []
+    folder = scan(tmp_path, missing="empty", on_progress=lambda done, total: calls.append((done, total)))
+    names = [picture.name for picture in folder.pictures]
+    assert names == ["B.png", "a/x/1.png", "b/2.png", "c.png", "ünïcode 猫.png"]
+    assert [picture.subfolder for picture in folder.pictures] == ["", "a/x", "b", "", ""]
+    assert folder.pictures[3].digest == hashlib.sha256((tmp_path / "c.png").read_bytes()).hexdigest()
+    assert folder.pictures[4].caption == "ünïcode 猫"
+    assert calls == [(number, 5) for number in range(1, 6)]
+    assert folder == scan(str(tmp_path), missing="empty")
+
+
+def test_several_folders_and_links(tmp_path):
+    draw(tmp_path / "one" / "cat.png", seed=1)
+    draw(tmp_path / "two" / "dog.png", seed=2)
+    draw(tmp_path / "two" / "cat copy.png", seed=1)
+    (tmp_path / "two" / "loop").symlink_to(tmp_path / "two", target_is_directory=True)
+    folder = scan([tmp_path / "two", tmp_path / "one", tmp_path / "two"])
+    assert [picture.name for picture in folder.pictures] == ["cat copy.png", "dog.png"]
+    assert kinds(folder) == ["duplicate"]
+
+
+# Scanning: captions
+
+
+def test_sidecars(tmp_path):
+    draw(tmp_path / "a.png", seed=1)
+    draw(tmp_path / "b.jpg", seed=2)
+    draw(tmp_path / "c.png", seed=3)
+    (tmp_path / "a.txt").write_text("\ufeff a red\n apple \n", encoding="utf-8")
+    (tmp_path / "b.caption").write_text("ein Bär", encoding="utf-8")
+    (tmp_path / "c.TXT").write_text("first")
+    (tmp_path / "c.caption").write_text("second")
+    folder = scan(tmp_path)
+    assert texts(folder) == {"a.png": "a red apple", "b.jpg": "ein Bär", "c.png": "first"}
+    assert folder.sources == {"sidecar": 3}
+    assert kinds(folder) == ["two captions"]
+    assert "3 captions from text files beside the pictures" in folder.describe()
+
+
+def test_metadata_jsonl_and_its_mistakes(tmp_path):
+    for seed, name in enumerate(("a.png", "sub/b.png", "c.png", "d.png", "sub/e.png")):
+        draw(tmp_path / name, seed=seed)
+    lines = [
+        json.dumps({"file_name": "a.png", "text": "one"}),
+        "{'file_name': 'a.png'}",
+        json.dumps({"file_name": "sub/b.png", "caption": "two"}),
+        "",
+        json.dumps({"file_name": "gone.png", "text": "x"}),
+        json.dumps({"file_name": "c.png", "prompt": "three"}),
+        json.dumps({"text": "no name"}),
+        json.dumps([1]),
+        json.dumps({"file_name": "c.png", "text": "again"}),
+        json.dumps({"file_name": "d.png", "text": 4}),
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    (tmp_path / "sub" / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "nearer"}')
+    folder = scan(tmp_path)
+    assert texts(folder) == {"a.png": "one", "c.png": "three", "sub/b.png": "nearer"}
+    found = {problem.line: problem for problem in folder.problems if problem.line}
+    assert {line: problem.kind for line, problem in found.items()} == {
+        2: "broken metadata",
+        5: "no such picture",
+        7: "broken metadata",
+        8: "broken metadata",
+        9: "two captions",
+        10: "broken metadata",
+    }
+    assert str(found[2]).startswith(f"{tmp_path / 'metadata.jsonl'}, line 2: ")
+    assert [Path(problem.where).name for problem in folder.problems if problem.stops] == ["d.png", "e.png"]
+
+
+def test_metadata_csv(tmp_path):
+    decomposed = "cafe\u0301.png"
+    for seed, name in enumerate(("a.png", decomposed)):
+        draw(tmp_path / name, seed=seed)
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"red, round"\ncaf\u00e9.png,a café\ngone.png,x\n', "utf-8")
+    folder = scan(tmp_path)
+    assert list(texts(folder).values()) == ["red, round", "a café"]
+    assert folder.sources == {"metadata": 2}
+    assert [(problem.kind, problem.line) for problem in folder.problems] == [("no such picture", 4)]
+    (tmp_path / "metadata.csv").write_text("name,words\na.png,x\n")
+    folder = scan(tmp_path)
+    assert not folder.pictures
+    assert "needs the columns file_name and text" in str(folder.problems[0])
+
+
+def test_sidecar_wins_over_metadata_over_name(tmp_path):
+    for seed, name in enumerate(("a.png", "b.png", "c.png")):
+        draw(tmp_path / name, seed=seed)
+    (tmp_path / "a.txt").write_text("from the sidecar")
+    lines = [json.dumps({"file_name": name, "text": "from metadata"}) for name in ("a.png", "b.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    folder = scan(tmp_path, missing="name")
+    assert [picture.source for picture in folder.pictures] == ["sidecar", "metadata", "name"]
+    assert texts(folder) == {"a.png": "from the sidecar", "b.png": "from metadata", "c.png": "c"}
+
+
+def test_missing_captions_stop_unless_told_otherwise(tmp_path):
+    for seed, name in enumerate(("a.png", "red_apple.png", "blank.png", "latin.png")):
+        draw(tmp_path / name, seed=seed)
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    folder = scan(tmp_path)
+    assert texts(folder) == {"a.png": "words"}
+    assert kinds(folder) == ["missing caption"] * 3 + ["unreadable caption"]
+    with pytest.raises(UserError, match=r"blank\.txt beside it.*2 more"):
+        folder.check()
+    assert texts(scan(tmp_path, missing="skip")) == {"a.png": "words"}
+    assert texts(scan(tmp_path, missing="name"))["red_apple.png"] == "red apple"
+    waived = scan(tmp_path, missing="empty")
+    assert texts(waived)["red_apple.png"] == ""
+    assert kinds(waived).count("missing caption") == 3
+    waived.check()
+    with pytest.raises(UserError, match="stop, name, empty, skip"):
+        scan(tmp_path, missing="guess")  # type: ignore[arg-type]
+
+
+def test_names_that_say_nothing_are_missing_captions(tmp_path):
+    draw(tmp_path / "IMG_1234.jpg", seed=1)
+    draw(tmp_path / "DSC-0042.jpg", seed=2)
+    folder = scan(tmp_path)
+    assert kinds(folder) == ["missing caption"] * 2
+    with pytest.raises(UserError, match="file name says nothing"):
+        folder.check()
+
+
+@pytest.mark.parametrize(
+    ("stems", "want"),
+    [
+        (["001_red_apple", "x"], ["red apple", "x"]),
+        (["12-red-apple", "3 a cat"], ["red apple", "a cat"]),
+        (["12-red-apple", "a cat"], ["12 red apple", "a cat"]),
+        (["cat_1", "cat_2", "dog-1"], ["cat", "cat", "dog"]),
+        (["apollo-11", "moon"], ["apollo 11", "moon"]),
+        (["fluent flat emoji of a__cat (2)", "b"], ["fluent flat emoji of a cat", "b"]),
+        (["cat_007", "b"], ["cat", "b"]),
+        (["IMG_20240101_120000", "0001", "Screenshot 2", "picture", "9-11", "pig"], ["", "", "", "", "", "pig"]),
+    ],
+)
+def test_file_names_as_captions(stems, want):
+    assert [name_captions(stems)[stem] for stem in stems] == want
+
+
+@pytest.mark.parametrize(
+    ("caption", "trigger", "want"),
+    [
+        ("a red apple", "ink style", "ink style, a red apple"),
+        ("a red apple in Ink  Style", "ink style", "a red apple in Ink  Style"),
+        ("a drink styled apple", "ink style", "ink style, a drink styled apple"),
+        ("", "ink style", "ink style"),
+        ("an apple", "", "an apple"),
+        ("an apple", "ink style of {}", "ink style of an apple"),
+        ("ink style of an apple", "ink style of {}", "ink style of an apple"),
+        ("an apple", "photo of {} in ink", "photo of an apple in ink"),
+        ("photo of an apple in ink", "photo of {} in ink", "photo of an apple in ink"),
+        ("photo of an apple", "photo of {} in ink", "photo of photo of an apple in ink"),
+        ("a {b} c", "ink of {}", "ink of a {b} c"),
+        ("c++ logo", "c++", "c++ logo"),
+    ],
+)
+def test_trigger(caption, trigger, want):
+    assert captions.with_trigger(caption, trigger) == want
+    assert captions.with_trigger(want, trigger) == want
+
+
+def test_bad_caption_rules():
+    for trigger in ("{} and {}", "{name}", "a } b"):
+        with pytest.raises(UserError, match="braces"):
+            captions.CaptionRules(trigger)
+    with pytest.raises(UserError, match=r"0 to 1, not 1\.5"):
+        captions.CaptionRules(dropout=1.5)
+
+
+def test_dropout_and_shuffle():
+    rng = random.Random(0)
+    dropped = sum(captions.drop_caption("x", 0.1, rng) == "" for _ in range(4000))
+    assert 320 < dropped < 480
+    tags = "a, b,, c , d, e"
+    shuffled = {captions.shuffle_tags(tags, rng, keep=2) for _ in range(60)}
+    assert len(shuffled) == 6
+    assert all(one.startswith("a, b, ") and sorted(one.split(", ")) == list("abcde") for one in shuffled)
+    rules = captions.CaptionRules("ink", dropout=0.3, shuffle=True, keep_tags=1)
+    first, second = ([rules.prompt(tags, rng) for _ in range(20)] for rng in (random.Random(7), random.Random(7)))
+    assert first == second
+    assert len(set(first)) > 3 and "" in first and any(one.startswith("ink, a, ") for one in first)
+
+
+# Buckets
+
+
+@pytest.mark.parametrize(("resolution", "step"), [(512, 64), (1024, 64), (128, 32), (128, 64), (500, 64), (64, 64), (96, 8)])
+@pytest.mark.parametrize("max_aspect", [1.0, 2.0, 4.0])
+def test_bucket_laws(resolution, step, max_aspect):
+    made = buckets.make_buckets(resolution, step, max_aspect)
+    side = resolution // step * step
+    assert any(bucket.aspect == 1 and bucket.width == side for bucket in made)
+    assert len(set(made)) == len(made)
+    for bucket in made:
+        assert bucket.width % step == bucket.height % step == 0
+        assert bucket.width * bucket.height <= resolution**2
+        assert 1 / max_aspect <= bucket.aspect <= max_aspect
+        assert buckets.Bucket(bucket.height, bucket.width) in made
+        if bucket.aspect > 1:  # no longer side fits: the area is preserved as far as the step allows
+            assert (bucket.width + step) * bucket.height > resolution**2
+
+
+def test_known_buckets():
+    made = [(bucket.width, bucket.height) for bucket in buckets.make_buckets(512, 64, 2.5)]
+    assert made == [(320, 768), (384, 640), (448, 576), (512, 512), (576, 448), (640, 384), (768, 320)]
+    with pytest.raises(UserError, match="below the step"):
+        buckets.make_buckets(32, 64)
+    with pytest.raises(UserError, match="aspect"):
+        buckets.make_buckets(512, 64, 0.5)
+
+
+class Size:
+    def __init__(self, width: int, height: int) -> None:
+        self.width, self.height = width, height
+
+
+def test_fits_never_enlarge_and_crop_little():
+    rng = random.Random(1)
+    sizes = [Size(rng.randint(64, 3000), rng.randint(64, 3000)) for _ in range(500)]
+    for size, fit in zip(sizes, buckets.arrange(sizes, 512, 64, 2.5), strict=True):
+        bucket = fit.bucket
+        assert bucket.width % 64 == bucket.height % 64 == 0
+        assert bucket.width * bucket.height <= 512**2
+        assert bucket.aspect <= 2.5 and bucket.aspect >= 0.4
+        assert fit.resized[0] <= size.width and fit.resized[1] <= size.height
+        left, top, right, bottom = fit.crop
+        assert (right - left, bottom - top) == (bucket.width, bucket.height)
+        assert min(left, top) >= 0 and right <= fit.resized[0] and bottom <= fit.resized[1]
+        assert abs((fit.resized[0] - right) - left) <= 1 and abs((fit.resized[1] - bottom) - top) <= 1
+        assert abs(fit.resized[0] / size.width - fit.resized[1] / size.height) < 0.51 / min(size.width, size.height)
+        if min(size.width, size.height) > 800 and 0.5 < size.width / size.height < 2:
+            assert fit.kept > 0.8
+
+
+def test_known_fits():
+    def one(width: int, height: int, no_upscale: bool = True) -> tuple[int, int]:
+        [fit] = buckets.arrange([Size(width, height)], 512, 64, 2.5, no_upscale)
+        return fit.bucket.width, fit.bucket.height
+
+    assert one(1000, 1000) == (512, 512)
+    assert one(1600, 1000) == (640, 384)
+    assert one(300, 300) == (256, 256)
+    assert one(300, 300, no_upscale=False) == (512, 512)
+    assert one(400, 300) == (384, 256)
+    assert one(40, 500) == (64, 128)
+    assert one(10_000, 700) == (768, 320)
+
+
+def test_place_keeps_the_middle(tmp_path):
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste((0, 0, 255), (150, 0, 300, 100))
+    [fit] = buckets.arrange([image], 64, 32, 1.0)
+    assert fit.bucket == buckets.Bucket(64, 64)
+    placed = buckets.place(image, fit)
+    assert placed.size == (64, 64)
+    assert close(placed, (10, 32), (255, 0, 0), 0) and close(placed, (54, 32), (0, 0, 255), 0)
+    flipped = buckets.place(image, fit, flip=True)
+    assert np.array_equal(np.array(flipped), np.array(placed)[:, ::-1])
+    assert fit.kept == pytest.approx(1 / 3, abs=0.01)
+    assert buckets.describe_buckets([fit]) == ["64x64: 1 picture, 33% or more of each kept"]
+
+
+GROUPS = {
+    buckets.Bucket(512, 512): (0, 3, 4, 7, 8, 9, 10),
+    buckets.Bucket(640, 384): (1,),
+    buckets.Bucket(384, 640): (2, 5, 6, 11),
+}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5])
+def test_batches(batch_size):
+    for epoch in range(5):
+        steps = buckets.batches(GROUPS, batch_size, 3, epoch)
+        assert len(steps) == buckets.steps_per_epoch(GROUPS, batch_size)
+        for bucket, members in GROUPS.items():
+            drawn = [index for step in steps if step.bucket == bucket for index in step.indices]
+            counts = [drawn.count(index) for index in members]
+            assert set(drawn) == set(members)
+            assert max(counts) - min(counts) <= 1
+            assert sum(counts) - len(members) < batch_size
+        assert all(len(step.indices) == batch_size for step in steps)
+
+
+def test_batches_are_a_pure_function():
+    turned = dict(reversed([(bucket, tuple(reversed(members))) for bucket, members in GROUPS.items()]))
+    assert buckets.batches(GROUPS, 2, 3, 1) == buckets.batches(turned, 2, 3, 1)
+    assert buckets.batches(GROUPS, 2, 3, 1) != buckets.batches(GROUPS, 2, 3, 2)
+    assert buckets.batches(GROUPS, 2, 3, 1) != buckets.batches(GROUPS, 2, 4, 1)
+    # Written down once: a resumed run must see the order of the version that it was started with.
+    assert [step.indices for step in buckets.batches({buckets.Bucket(64, 64): range(6)}, 2, 0, 0)] == [
+        (1, 3),
+        (0, 4),
+        (2, 5),
+    ]
+    with pytest.raises(UserError, match="batch size"):
+        buckets.batches(GROUPS, 0, 3, 1)
+
+
+def test_stream_resumes_where_it_stopped():
+    whole = [batch for batch, _ in zip(buckets.stream(GROUPS, 2, 5), range(40), strict=False)]
+    for start in (0, 3, 7, 8, 25):
+        assert next(buckets.stream(GROUPS, 2, 5, start)) == whole[start]
+    resumed = [batch for batch, _ in zip(buckets.stream(GROUPS, 2, 5, 13), range(27), strict=False)]
+    assert resumed == whole[13:]
+    with pytest.raises(UserError, match="no picture"):
+        next(buckets.stream({}, 2, 5))
+
+
+# Latents
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    return tiny_vae(0)
+
+
+def tiny_vae(seed: int) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(**blocks, block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, sample_size=32).eval()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for seed, size in enumerate([(64, 64), (80, 80), (64, 64), (128, 64), (130, 70)]):
+        draw(tmp_path / "pictures" / f"{seed}.png", size, seed)
+    return scan(tmp_path / "pictures", missing="empty").pictures
+
+
+def cached(pictures, vae, **options) -> latents.LatentCache:
+    return latents.cache_latents(pictures, buckets.arrange(pictures, 64, 16), vae, batch_size=2, **options)
+
+
+def same(one: latents.LatentCache, two: latents.LatentCache) -> bool:
+    pairs = zip(one.entries, two.entries, strict=True)
+    return all(torch.equal(a.mean, b.mean) and torch.equal(a.std, b.std) for a, b in pairs)
+
+
+def test_latents_are_the_posterior(pictures, vae):
+    calls = []
+    cache = cached(pictures, vae, on_progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(number, 5) for number in range(1, 6)]
+    assert (cache.computed, cache.reused, cache.damaged) == (5, 0, 0)
+    for index, (picture, entry) in enumerate(zip(pictures, cache.entries, strict=True)):
+        placed = buckets.place(open_picture(picture.path), entry.fit)
+        pixels = torch.from_numpy(np.array(placed)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            posterior = vae.encode(pixels).latent_dist
+        torch.testing.assert_close(entry.mean, posterior.mean[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(entry.std, posterior.std[0], rtol=0, atol=1e-5)
+        assert entry.picture == index and not entry.flipped
+    for bucket, members in cache.groups.items():
+        mean, std = cache.stack(members)
+        assert mean.shape == std.shape == (len(members), 4, bucket.height // 2, bucket.width // 2)
+
+
+def test_flips_are_entries_of_their_own(pictures, vae):
+    cache = cached(pictures, vae, flip=True)
+    assert [(entry.picture, entry.flipped) for entry in cache.entries[4:6]] == [(4, False), (0, True)]
+    assert len(cache.entries) == 10
+    mirrored = [cache.entries[index + 5].mean for index in range(5)]
+    assert not any(torch.equal(entry.mean, other) for entry, other in zip(cache.entries, mirrored, strict=False))
+    assert sorted(index for members in cache.groups.values() for index in members) == list(range(10))
+
+
+def test_cache_hit_equals_recompute(pictures, vae, tmp_path):
+    folder = tmp_path / "cache"
+    plain, first, second = cached(pictures, vae), cached(pictures, vae, folder=folder), cached(pictures, vae, folder=folder)
+    assert (first.computed, first.reused) == (5, 0)
+    assert (second.computed, second.reused, second.damaged) == (0, 5, 0)
+    assert same(plain, first) and same(plain, second)
+    assert len(list(folder.iterdir())) == 5
+    half = cached(pictures, vae, folder=folder, dtype=torch.bfloat16)
+    assert half.reused == 5
+    assert torch.equal(half.entries[0].mean, plain.entries[0].mean.bfloat16())
+    flipped = cached(pictures, vae, folder=folder, flip=True)
+    assert (flipped.computed, flipped.reused) == (5, 5)
+
+
+def test_what_changes_a_latent_changes_its_key(pictures, vae, tmp_path):
+    folder = tmp_path / "cache"
+    cached(pictures, vae, folder=folder)
+    assert cached(pictures, tiny_vae(1), folder=folder).reused == 0
+    assert cached(pictures, vae, folder=folder, background="black").reused == 0
+    assert cached(pictures, vae, folder=folder, background="#fff").reused == 5
+    smaller = buckets.arrange(pictures, 48, 16)
+    assert latents.cache_latents(pictures, smaller, vae, folder=folder).reused == 0
+    changed = tiny_vae(0)
+    assert latents.fingerprint(changed) == latents.fingerprint(vae)
+    with torch.no_grad():
+        changed.encoder.conv_in.bias[0] += 1e-3
+    assert latents.fingerprint(changed) != latents.fingerprint(vae)
+
+
+def test_damaged_cache_files_are_computed_again(pictures, vae, tmp_path):
+    folder = tmp_path / "cache"
+    first = cached(pictures, vae, folder=folder)
+    files = sorted(folder.iterdir())
+    files[0].write_bytes(files[0].read_bytes()[:-10])
+    flipped_bit = bytearray(files[1].read_bytes())
+    flipped_bit[-1] ^= 1
+    files[1].write_bytes(flipped_bit)
+    files[2].write_bytes(files[3].read_bytes())
+    files[4].write_bytes(b"")
+    again = cached(pictures, vae, folder=folder)
+    assert (again.damaged, again.computed, again.reused) == (4, 4, 1)
+    assert same(first, again)
+    assert cached(pictures, vae, folder=folder).reused == 5
+    assert sorted(folder.iterdir()) == files
+
+
+def test_changed_pictures_and_bad_folders(pictures, vae, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write the latent cache"):
+        cached(pictures, vae, folder=tmp_path / "file")
+    draw(pictures[0].path, seed=99)
+    with pytest.raises(UserError, match="changed since"):
+        cached(pictures, vae)
+
+
+def test_half_precision_vae_runs_in_float32_on_the_cpu(pictures, vae):
+    half = tiny_vae(0).half()
+    exact = tiny_vae(0).half().float()
+    assert same(cached(pictures, half), cached(pictures, exact))
+    assert next(half.parameters()).dtype == torch.float16
+    with torch.no_grad():
+        exact.quant_conv.weight.fill_(float("inf"))
+    with pytest.raises(UserError, match="overflows in float32"):
+        cached(pictures, exact)
+
+
+def test_text_is_encoded_once():
+    asked: list[str] = []
+
+    def encode(prompts: list[str]) -> torch.Tensor:
+        asked.extend(prompts)
+        return torch.tensor([[float(len(prompt))] * 3 for prompt in prompts], requires_grad=True)
+
+    cache = latents.cache_text(["a", "bb", "a", "", "ccc", "bb"], encode, batch_size=3)
+    assert asked == ["a", "bb", "", "ccc"]
+    assert len(cache) == 4 and list(cache) == asked
+    assert cache.stack(["ccc", "a", "ccc"]).tolist() == [[3.0] * 3, [1.0] * 3, [3.0] * 3]
+    assert not cache["a"].requires_grad
+    with pytest.raises(KeyError):
+        cache["unknown"]
+    with pytest.raises(ValueError, match="1 rows for 2 prompts"):
+        latents.cache_text(["a", "b"], lambda prompts: torch.zeros(1, 3))
