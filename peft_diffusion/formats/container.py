@@ -1,0 +1,198 @@
+"""The safetensors container: reading a header without trusting it, reading and writing tensors."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as the header describes it; ``start`` and ``end`` are bytes from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file and the size of the whole, in bytes."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, Entry]
+    size: int
+
+
+def read_header(path: Path) -> Header:
+    """The header, checked against the file: lengths, types, offsets. Reads nothing else. Raises UserError."""
+    size = existing(path).stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= _MAX_HEADER:
+            raise UserError(f"{path} is no safetensors file")
+        if 8 + length > size:
+            raise UserError(f"{path} is truncated: its header has {length} bytes, the file {size}")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"))
+        metadata = header.pop("__metadata__", {})
+        tensors = {name: _entry(value, 8 + length) for name, value in header.items()}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError("metadata holds other things than strings")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path} is no safetensors file: its header cannot be read") from None
+    _check_offsets(path, tensors, 8 + length, size)
+    return Header(path, metadata, tensors, size)
+
+
+def read_tensors(path: Path) -> dict[str, "Tensor"]:
+    """All tensors of a safetensors file, or of a pickle (.pt, .ckpt, .bin) read with ``weights_only``. Raises UserError."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if existing(path).suffix in (".pt", ".ckpt", ".bin", ".pth"):
+        return _read_pickle(path)
+    read_header(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{path}: tensor {name} holds NaN or infinity; the file is damaged or its training diverged")
+    return tensors
+
+
+def write(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, aside and then renamed. Adds kohya's ``sshs_`` hashes of the data to the metadata."""
+    from safetensors.torch import save
+
+    data = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    hashes = _hashes(save(data))
+    with written_aside(path) as aside:
+        aside.write_bytes(save(data, metadata={"format": "pt", **metadata, **hashes}))
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; renamed onto it when all went well, removed when not.
+
+    Raises UserError where the folder cannot be written to or the disk is full.
+    """
+    aside: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        aside = Path(name)
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.chmod(0o666 & ~_umask())
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, as hex digits."""
+    with existing(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def existing(path: Path) -> Path:
+    """The path, if a file is there. Raises UserError."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not an adapter file")
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    return path
+
+
+def read_scalar(path: Path, entry: Entry) -> float | None:
+    """The value of a tensor of one element, such as an alpha; None for other tensors."""
+    formats = {"F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i"}
+    if math.prod(entry.shape) != 1:
+        return None
+    with path.open("rb") as file:
+        file.seek(entry.start)
+        data = file.read(entry.end - entry.start)
+    if entry.dtype == "BF16":
+        return float(struct.unpack("<f", b"\0\0" + data)[0])
+    return float(struct.unpack(formats[entry.dtype], data)[0]) if entry.dtype in formats else None
+
+
+def _entry(value: Any, offset: int) -> Entry:
+    start, end = value["data_offsets"]
+    shape = tuple(value["shape"])
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
+        raise TypeError("a size that is no number")
+    return Entry(str(value["dtype"]), shape, offset + start, offset + end)
+
+
+def _check_offsets(path: Path, tensors: Mapping[str, Entry], begin: int, size: int) -> None:
+    """Tensors must follow one another without gap or overlap to the end of the file."""
+    position = begin
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.end > size:
+            raise UserError(f"{path} is truncated: tensor {name} ends at byte {entry.end}, the file has {size}")
+        expected = math.prod(entry.shape) * _BYTES.get(entry.dtype, 0)
+        if entry.dtype not in _BYTES or entry.start != position or entry.end - entry.start != expected:
+            raise UserError(f"{path}: tensor {name} does not lie where the header says; the file is damaged")
+        position = entry.end
+    if position != size:
+        raise UserError(f"{path}: {size - position} bytes belong to no tensor; the file is damaged")
+
+
+def _read_pickle(path: Path) -> dict[str, "Tensor"]:
+    import torch
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Anything can come out of a hostile pickle; weights_only refuses to run it.
+        raise UserError(f"{path} cannot be read as plain weights: {str(error).splitlines()[0]}") from None
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    tensors = {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no named tensors")
+    return tensors
+
+
+def _hashes(content: bytes) -> dict[str, str]:
+    """The hashes by which A1111's additional networks and kohya know a file: of its data alone, and of a part of it."""
+    length = struct.unpack("<Q", content[:8])[0]
+    legacy = hashlib.sha256(content[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8]
+    return {"sshs_model_hash": hashlib.sha256(content[8 + length :]).hexdigest(), "sshs_legacy_hash": legacy}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,122 @@
+"""The one way to save an adapter and the one way to load it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import methods  # noqa: F401  (registers the methods that a file may hold)
+from ..bases import BaseInfo, components, describe
+from ..core import site as sites
+from ..core.adapter import METHODS, Adapter, Method
+from ..core.errors import UserError
+from . import container, kohya
+from .layout import component_of
+from .spec import Spec
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a file found its place: tensors that did, sites that they make, and the tensors that did not."""
+
+    found: int
+    sites: int
+    unmatched: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The adapters of a file per component and site path, ready for ``attach_built``; ``warnings`` are for the person."""
+
+    components: dict[str, dict[str, Adapter]]
+    spec: Spec
+    report: Coverage
+    warnings: tuple[str, ...]
+
+
+def save(path: str | Path, components: Mapping[str, nn.Module], name: str, spec: Spec) -> None:
+    """Write the adapter ``name`` that these components carry as one safetensors file, aside and then renamed.
+
+    Raises UserError where none of them carries it or the file cannot be written.
+    """
+    adapters = {key: built for key, part in components.items() if (built := sites.adapters(part, name))}
+    if not adapters:
+        raise UserError(f"no adapter {name!r} is attached, so there is nothing to save")
+    tensors, metadata = kohya.write(adapters, spec)
+    container.write(Path(path), tensors, metadata)
+
+
+def load(path: str | Path, pipe: Any, *, strict: bool = False) -> Loaded:
+    """Read an adapter file for a base. Nothing is attached.
+
+    Raises UserError for a file that is no adapter, is damaged, or was made for another base; and, if ``strict``, where a
+    tensor found no site. Otherwise such tensors are listed in the report.
+    """
+    path, parts = Path(path), components(pipe)
+    tensors = container.read_tensors(path)
+    header = container.read_header(path) if path.suffix == ".safetensors" else None
+    spec = Spec.from_metadata(header.metadata, str(path)) if header else None
+    keys = kohya.site_keys(parts)
+    grouped = kohya.group(tensors)
+    if not any(component_of(site) for site in grouped):
+        shown = ", ".join(list(tensors)[:3])
+        raise UserError(f"{path} is no adapter in the kohya layout: it holds {shown}{', ...' if len(tensors) > 3 else ''}")
+    built: dict[str, dict[str, Adapter]] = {}
+    unmatched: list[str] = []
+    for site, suffixes in grouped.items():
+        if site not in keys:
+            unmatched += [f"{site}.{suffix}" for suffix in suffixes]
+            continue
+        component, where = keys[site]
+        own = {suffix: tensors[f"{site}.{suffix}"] for suffix in suffixes}
+        adapter = _read_site(path, site, parts[component].get_submodule(where), own, spec, pipe)
+        built.setdefault(component, {})[where] = adapter
+    if not built:
+        raise _wrong_base(path, spec, pipe, f"none of its {len(grouped)} sites exists there")
+    if unmatched and strict:
+        raise UserError(f"{path}: {len(unmatched)} tensors have no site in this base: {', '.join(unmatched[:5])}")
+    report = Coverage(len(tensors) - len(unmatched), sum(map(len, built.values())), tuple(unmatched))
+    return Loaded(built, spec or Spec(), report, _warnings(path, spec, report, pipe))
+
+
+def base_dict(info: BaseInfo) -> dict[str, Any]:
+    """A base as a spec holds it."""
+    return asdict(info)
+
+
+def _read_site(path: Path, key: str, site: nn.Module, tensors: dict[str, Tensor], spec: Spec | None, pipe: Any) -> Adapter:
+    chosen = _method_of(tensors)
+    if chosen is None:
+        raise UserError(f"{path}: no method here reads {key} with {', '.join(sorted(tensors))}")
+    try:
+        return chosen.read(site, tensors)
+    except UserError as error:
+        raise _wrong_base(path, spec, pipe, f"{key}: {error}") from None
+
+
+def _method_of(suffixes: Mapping[str, Tensor]) -> type[Method] | None:
+    """The method whose layout these suffixes are."""
+    return next((method for method in METHODS.values() if method.suffixes >= set(suffixes)), None)
+
+
+def _wrong_base(path: Path, spec: Spec | None, pipe: Any, reason: str) -> UserError:
+    here = describe(pipe)
+    made_for = f"base {spec.base.get('name')!r} ({spec.base.get('family')})" if spec and spec.base else "another base"
+    if spec and spec.base.get("name") == here.name and spec.base.get("fingerprint") == here.fingerprint:
+        return UserError(f"{path} does not fit the base {here.name!r} that it names: {reason}; the file is damaged")
+    return UserError(f"{path} was made for {made_for}; this base is {here.name!r} ({here.family}): {reason}")
+
+
+def _warnings(path: Path, spec: Spec | None, report: Coverage, pipe: Any) -> tuple[str, ...]:
+    found = []
+    if report.unmatched:
+        shown = ", ".join(report.unmatched[:5])
+        count = f"{len(report.unmatched)} of {report.found + len(report.unmatched)}"
+        found.append(f"{path}: {count} tensors have no site in this base and were left out: {shown}")
+    made_for = spec.base.get("fingerprint") if spec else None
+    if spec and made_for and made_for != describe(pipe).fingerprint:
+        name = spec.base.get("name")
+        found.append(f"{path} was trained on {name!r}, whose weights differ from this base's; results may differ")
+    return tuple(found)

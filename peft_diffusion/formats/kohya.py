@@ -1,0 +1,141 @@
+"""The kohya / LyCORIS layout, which ComfyUI, A1111, diffusers and the trainers read.
+
+Each site is ``<prefix><path with _ for .>``, its tensors ``<site>.<suffix>``. See ``networks/lora.py`` of kohya's
+sd-scripts and ``lycoris/modules`` of LyCORIS.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core import targets
+from ..core.adapter import Adapter
+from ..core.errors import UserError
+from .layout import PREFIXES
+from .spec import KEY, Spec
+
+# transformers 5 dropped "text_model." from the paths of CLIPTextModel; files keep it.
+_TEXT_MODEL = "text_model."
+
+_ARCHITECTURES = {
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2-768-v",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "other": "stable-diffusion",
+}
+
+# Names of training options (see Spec.training) and the ss_ keys that hold them.
+_SS_KEYS: dict[str, str] = {
+    "ss_output_name": "output_name",
+    "ss_learning_rate": "unet_lr",
+    "ss_unet_lr": "unet_lr",
+    "ss_text_encoder_lr": "text_encoder_lr",
+    "ss_num_train_images": "images",
+    "ss_steps": "steps_done",
+    "ss_max_train_steps": "steps",
+    "ss_num_epochs": "epochs_done",
+    "ss_batch_size_per_device": "batch_size",
+    "ss_total_batch_size": "total_batch_size",
+    "ss_gradient_accumulation_steps": "accumulation",
+    "ss_lr_scheduler": "scheduler",
+    "ss_lr_warmup_steps": "warmup",
+    "ss_network_dropout": "dropout",
+    "ss_mixed_precision": "precision",
+    "ss_resolution": "resolution",
+    "ss_seed": "seed",
+    "ss_noise_offset": "noise_offset",
+    "ss_min_snr_gamma": "min_snr_gamma",
+    "ss_max_grad_norm": "clip",
+    "ss_caption_dropout_rate": "caption_dropout",
+    "ss_training_started_at": "started_at",
+    "ss_training_finished_at": "finished_at",
+    "ss_tag_frequency": "tag_frequency",
+    "ss_dataset_dirs": "dataset_dirs",
+    "ss_bucket_info": "bucket_info",
+}
+
+
+def site_keys(components: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
+    """Every name that a file may use for a module, with the component and path that it means.
+
+    Raises UserError should two modules share a name, which no Stable Diffusion does.
+    """
+    keys: dict[str, tuple[str, str]] = {}
+    for component, module in components.items():
+        for path in targets.modules(module):
+            for name in _aliases(component, path):
+                for prefix in dict.fromkeys(PREFIXES.get(component, ())):
+                    key = prefix + name.replace(".", "_")
+                    if keys.setdefault(key, (component, path)) != (component, path):
+                        raise UserError(f"{component}.{path} and {'.'.join(keys[key])} would share the name {key}")
+    return keys
+
+
+def write(adapters: Mapping[str, Mapping[str, Adapter]], spec: Spec) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file, from the adapters per component and path."""
+    tensors: dict[str, Tensor] = {}
+    for component, built in adapters.items():
+        prefix = PREFIXES[component][spec.base.get("family") == "sdxl"]
+        for path, adapter in built.items():
+            site = prefix + _aliases(component, path)[-1].replace(".", "_")
+            tensors.update({f"{site}.{suffix}": tensor for suffix, tensor in adapter.state().items()})
+    return tensors, metadata(spec)
+
+
+def metadata(spec: Spec) -> dict[str, str]:
+    """The spec, and what other programs look for: ``modelspec.*`` and ``ss_*``."""
+    found = {key: spec.training.get(name) for key, name in _SS_KEYS.items()}
+    ranks = list(_values(spec, "rank"))
+    alphas = [alpha or rank for alpha, rank in zip(_values(spec, "alpha"), ranks, strict=False)]
+    family = spec.base.get("family", "other")
+    found |= {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": ranks[0] if ranks else None,
+        "ss_network_alpha": alphas[0] if alphas else None,
+        "ss_sd_model_name": spec.base.get("name"),
+        "ss_base_model_version": {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}.get(family, "other"),
+        "ss_v2": family == "sd2",
+    }
+    date = spec.training.get("finished_at")
+    modelspec = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{_ARCHITECTURES.get(family, 'stable-diffusion')}/lora",
+        "implementation": "https://github.com/Stability-AI/generative-models"
+        if family == "sdxl"
+        else "https://github.com/huggingface/diffusers",
+        "title": spec.title,
+        "description": spec.description,
+        "date": date,
+        "resolution": f"{spec.base['resolution']}x{spec.base['resolution']}" if "resolution" in spec.base else None,
+        "prediction_type": {"v_prediction": "v"}.get(str(spec.base.get("prediction_type")), "epsilon"),
+        "trigger_phrase": ", ".join(spec.triggers),
+    }
+    found |= {f"modelspec.{key}": value for key, value in modelspec.items()}
+    return {KEY: spec.to_json()} | {key: _text(value) for key, value in found.items() if value not in (None, "")}
+
+
+def group(names: Mapping[str, Any]) -> dict[str, list[str]]:
+    """A file's tensors by site: ``{site: [suffix, ...]}``."""
+    sites: dict[str, list[str]] = {}
+    for name in names:
+        site, _, suffix = name.partition(".")
+        sites.setdefault(site, []).append(suffix)
+    return sites
+
+
+def _aliases(component: str, path: str) -> tuple[str, ...]:
+    """The paths that mean one module; the last is the one that is written."""
+    if component == "unet" or not path:
+        return (path,)
+    bare = path.removeprefix(_TEXT_MODEL)
+    return (bare, _TEXT_MODEL + bare) if bare.startswith(("encoder.", "embeddings.", "final_layer_norm")) else (path,)
+
+
+def _values(spec: Spec, name: str) -> Iterator[Any]:
+    return (method[name] for method in spec.methods.values() if name in method)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,54 @@
+"""What an adapter file says of itself."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from ..core.errors import UserError
+
+KEY = "peft_diffusion"  # the metadata entry that holds it, as JSON
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Method and hyper-parameters per component, the base, the words that call it, and how it was trained.
+
+    ``methods`` maps a component to ``{"method": name, ...hyper-parameters, "target": name or expression}``; ``base`` is a
+    ``BaseInfo`` as a dict; ``training`` holds JSON values under the names of the training options.
+    """
+
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
+    triggers: tuple[str, ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+    title: str = ""
+    description: str = ""
+
+    def to_json(self) -> str:
+        """As the metadata entry holds it."""
+        return json.dumps({"version": VERSION, **asdict(self)}, sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], where: str) -> Self | None:
+        """The spec in a file's metadata; None in other programs' files. Raises UserError if it is damaged or newer."""
+        if KEY not in metadata:
+            return None
+        try:
+            values = json.loads(metadata[KEY])
+            version = values.pop("version")
+            if version > VERSION:
+                raise UserError(f"{where}: written by a newer peft_diffusion (format {version}); update the package")
+            known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+            spec = cls(**{**known, "triggers": tuple(known.get("triggers", ()))})
+            _check(spec)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{where}: its {KEY!r} metadata is damaged") from None
+        return spec
+
+
+def _check(spec: Spec) -> None:
+    maps = (spec.methods, spec.base, spec.training, *spec.methods.values())
+    if not all(isinstance(value, dict) for value in maps) or not all(isinstance(word, str) for word in spec.triggers):
+        raise TypeError("a field of another type")

@@ -1,0 +1,197 @@
+"""The loader: attach adapters from files to a pipeline, set how much of each, merge and remove them."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .. import formats
+from ..bases import components, load_base
+from ..core import merge as merging
+from ..core import site as sites
+from ..core.errors import UserError
+from ..core.strength import Strength
+from ..formats import Coverage, Spec
+from ..formats.container import sha256
+from .schedule import Schedule
+
+Amount: TypeAlias = "Strength | Schedule"
+"""A number; one per image; either per block; or a schedule over the steps."""
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter on a pipeline: the file that it came from and what the file says of it."""
+
+    name: str
+    path: Path
+    sha256: str
+    spec: Spec
+    report: Coverage
+    warnings: tuple[str, ...]
+
+
+class Adapters:
+    """The adapters of a Stable Diffusion pipeline: ``load``, ``set``, ``remove``, ``merge``, ``unmerge``.
+
+    The pipeline itself is used as ever: ``Adapters`` changes what its UNet and text encoders compute, and nothing else of
+    it. Take it back by removing every adapter: the pipeline is then the one it was, to the bit.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = load_base(pipe)
+        self._loaded: dict[str, LoadedAdapter] = {}
+        self._schedules: dict[str, Schedule] = {}
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters in the order of loading."""
+        return tuple(self._loaded)
+
+    def __getitem__(self, name: str) -> LoadedAdapter:
+        """What was loaded under that name. Raises UserError for a name that is not loaded."""
+        if name not in self._loaded:
+            raise UserError(f"no adapter {name!r} is loaded; there are: {', '.join(self._loaded) or 'none'}")
+        return self._loaded[name]
+
+    def load(self, path: str | Path, name: str | None = None, strength: Amount = 1.0, *, strict: bool = False) -> str:
+        """Attach an adapter from a file; returns its name, by default that of the file.
+
+        Raises UserError, and changes nothing, for a file that is no adapter, is damaged or was made for another base, for
+        a name that is taken, and, if ``strict``, where a tensor of the file found no site.
+        """
+        file = Path(path)
+        chosen = name or self._free_name(file.stem)
+        if chosen in self._loaded:
+            raise UserError(f"an adapter {chosen!r} is loaded already; remove it first or choose another name")
+        read = formats.load(file, self.pipe, strict=strict)
+        parts = self._components()
+        attached: list[str] = []
+        try:
+            for component, built in read.components.items():
+                sites.attach_built(parts[component], chosen, built)
+                attached.append(component)
+            self._loaded[chosen] = LoadedAdapter(chosen, file, sha256(file), read.spec, read.report, read.warnings)
+            self.set({chosen: strength})
+        except UserError:
+            for component in attached:
+                sites.detach(parts[component], chosen)
+            self._loaded.pop(chosen, None)
+            raise
+        self._pack()
+        return chosen
+
+    def set(self, amounts: Mapping[str, Amount] | None = None, /, **more: Amount) -> None:
+        """Set strengths by name, as ``set(ink=0.6)`` or ``set({"ink": 0.6})``; adapters not named keep theirs.
+
+        Raises UserError for a name that is not loaded, a strength that is no finite number, and while merged.
+        """
+        wanted: dict[str, Amount] = {**(amounts or {}), **more}
+        for name in wanted:
+            self[name]
+        schedules = {name: amount for name, amount in wanted.items() if isinstance(amount, Schedule)}
+        plain: dict[str, Strength] = {n: a for n, a in wanted.items() if not isinstance(a, Schedule)}
+        for component, part in self._components().items():
+            present = set(sites.names(part))
+            first = {n: s.at(0.0) if component == "unet" else s.mean for n, s in schedules.items()}
+            self._write(part, {n: a for n, a in {**plain, **first}.items() if n in present})
+        kept = {name: schedule for name, schedule in self._schedules.items() if name not in wanted}
+        self._schedules = kept | schedules
+        self._follow_steps()
+
+    def remove(self, name: str) -> None:
+        """Take an adapter away, and everything that it held. Raises UserError for a name that is not loaded."""
+        self[name]
+        for part in self._components().values():
+            if name in sites.names(part):
+                sites.detach(part, name)
+        del self._loaded[name]
+        self._schedules.pop(name, None)
+        self._follow_steps()
+        self._pack()
+
+    def merge(self) -> None:
+        """Fold the adapters into the weights at their present strengths: generation then costs what the base costs.
+
+        Raises UserError where strengths differ by image or over the steps, or a method cannot be folded; nothing is then
+        merged.
+        """
+        if self._schedules:
+            raise UserError(f"{', '.join(self._schedules)}: a strength that changes over the steps cannot be merged")
+        done: list[nn.Module] = []
+        try:
+            for part in self._adapted():
+                merging.merge(part)
+                done.append(part)
+        except UserError:
+            for part in done:
+                merging.unmerge(part)
+            raise
+
+    def unmerge(self) -> None:
+        """Put the weights back as they were, to the bit. Raises UserError where nothing is merged."""
+        for part in self._adapted():
+            merging.unmerge(part)
+
+    def _components(self) -> dict[str, nn.Module]:
+        return components(self.pipe)
+
+    def _adapted(self) -> list[nn.Module]:
+        found = [part for part in self._components().values() if sites.names(part)]
+        if not found:
+            raise UserError("no adapter is loaded")
+        return found
+
+    def _pack(self) -> None:
+        for part in self._components().values():
+            sites.pack(part)
+
+    def _free_name(self, stem: str) -> str:
+        base = re.sub(r"[^\w-]", "_", stem) or "adapter"
+        candidates = (base if count == 1 else f"{base}_{count}" for count in range(1, len(self._loaded) + 2))
+        return next(name for name in candidates if name not in self._loaded)
+
+    def _write(self, part: nn.Module, strengths: Mapping[str, Strength]) -> None:
+        found = sites.strengths(part)
+        if found is not None and strengths:
+            found.write(self._known_blocks(part, strengths))
+
+    def _known_blocks(self, part: nn.Module, strengths: Mapping[str, Strength]) -> dict[str, Strength]:
+        """Strengths per block, with the blocks of other components left out; unknown everywhere is an error."""
+        everywhere = {b for other in self._adapted() for b in self._blocks(other)}
+        own = set(self._blocks(part))
+        chosen: dict[str, Strength] = {}
+        for name, strength in strengths.items():
+            if isinstance(strength, Mapping) and not isinstance(strength, Tensor):
+                unknown = sorted(set(strength) - everywhere)
+                if unknown:
+                    raise UserError(f"there is no block {', '.join(unknown)}; there are: {', '.join(sorted(everywhere))}")
+                strength = {block: value for block, value in strength.items() if block in own}
+            chosen[name] = strength
+        return chosen
+
+    def _blocks(self, part: nn.Module) -> tuple[str, ...]:
+        found = sites.strengths(part)
+        return found.blocks if found else ()
+
+    def _follow_steps(self) -> None:
+        """Watch the UNet's calls while, and only while, a schedule is set."""
+        if self._schedules and self._hook is None:
+            self._hook = self.pipe.unet.register_forward_pre_hook(self._before_step, with_kwargs=True)
+        elif not self._schedules and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _before_step(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        now = float(torch.as_tensor(timestep).flatten()[0])
+        steps = self.pipe.scheduler.timesteps.tolist()
+        nearest = min(range(len(steps)), key=lambda step: abs(steps[step] - now))
+        progress = nearest / max(1, len(steps) - 1)
+        present = set(sites.names(self.pipe.unet))
+        self._write(self.pipe.unet, {n: s.at(progress) for n, s in self._schedules.items() if n in present})
