@@ -1,35 +1,25 @@
 """Render the icon sets on white, one drawing at any size or all of them into one packed file."""
 
 import argparse
-import dataclasses
 import io
 import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import resvg_py
 from PIL import Image
 
 from .fetch import read_icons
+from .packed import Drawing
 from .sources import CACHE, ICON_SETS, IconSet, icon_set
+from .words import emoji_tags, split
 
 PACKED_SIZE = 128
 _TONE = re.compile(r"-skin-tone|(-(medium-light|medium-dark|light|medium|dark))+$")
 _SVG = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{}">{}</svg>'
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One icon of one set: its style, its name in the set and what it shows, in words."""
-
-    style: str
-    name: str
-    subject: str
 
 
 def _is_toned(name: str, names: dict[str, object]) -> bool:
@@ -44,12 +34,20 @@ def _kept(chosen: IconSet, name: str, names: dict[str, object]) -> bool:
     return name.endswith(chosen.suffix) and not _is_toned(name, names)
 
 
+def _subject(chosen: IconSet, name: str, cache: Path) -> str:
+    words = name.removesuffix(chosen.suffix).split("-")
+    return " ".join(split(word, cache) for word in words) if chosen.style == "fxemoji" else " ".join(words)
+
+
 def drawings(style: str, cache: Path = CACHE) -> list[Drawing]:
     """Every icon of a style, without skin tones, ordered by name."""
     chosen = icon_set(style)
     icons = read_icons(chosen, cache)["icons"]
     names = sorted(name for name, icon in icons.items() if not icon.get("hidden") and _kept(chosen, name, icons))
-    return [Drawing(style, name, name.removesuffix(chosen.suffix).replace("-", " ")) for name in names]
+    subjects = [_subject(chosen, name, cache) for name in names]
+    tags = [emoji_tags(cache).get(subject, ()) if chosen.is_emoji else () for subject in subjects]
+    rows = zip(names, subjects, tags, strict=True)
+    return [Drawing(style, name, subject, words, chosen.role, chosen.licence) for name, subject, words in rows]
 
 
 def svg(style: str, name: str, cache: Path = CACHE) -> str:
@@ -66,9 +64,11 @@ def svg(style: str, name: str, cache: Path = CACHE) -> str:
 
 def render(style: str, name: str, size: int = PACKED_SIZE, cache: Path = CACHE) -> Image.Image:
     """One icon on a white square of `size` pixels, in RGB; a drawing that is not square stands in the middle."""
-    png = resvg_py.svg_to_bytes(
-        svg_string=svg(style, name, cache), width=size, height=size, skip_system_fonts=True
-    )
+    try:
+        from resvg_py import svg_to_bytes
+    except ImportError as error:
+        raise RuntimeError("drawing icons needs resvg-py: pip install 'peft_diffusion[base]'") from error
+    png = svg_to_bytes(svg_string=svg(style, name, cache), width=size, height=size, skip_system_fonts=True)
     drawn = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     canvas = Image.new("RGBA", (size, size), "white")
     canvas.alpha_composite(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
@@ -87,28 +87,15 @@ def pack(path: Path, styles: tuple[str, ...], cache: Path = CACHE, limit: int | 
     """Render the styles into one zip of WebP files with a `meta.json`; returns how many drawings it holds."""
     jobs = [drawing for style in styles for drawing in drawings(style, cache)[:limit]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    meta: list[dict[str, str]] = []
+    meta: list[dict[str, Any]] = []
     with ProcessPoolExecutor(os.cpu_count()) as pool, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         files = pool.map(_packed, ((drawing, cache) for drawing in jobs), chunksize=64)
         for number, (drawing, file) in enumerate(zip(jobs, files, strict=True)):
             name = f"{number:05d}.webp"
             archive.writestr(name, file)
-            source = icon_set(drawing.style)
-            meta.append(
-                {"file": name, **dataclasses.asdict(drawing), "role": source.role, "licence": source.licence}
-            )
-        archive.writestr("meta.json", json.dumps(meta))
+            meta.append(drawing.row(name))
+        archive.writestr("meta.json", json.dumps(meta), zipfile.ZIP_DEFLATED)
     return len(meta)
-
-
-def unpack(path: Path) -> Iterator[tuple[Drawing, Image.Image]]:
-    """The drawings of a packed file, one by one."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}: run `python -m scripts.build_base.render` first")
-    with zipfile.ZipFile(path) as archive:
-        for row in json.loads(archive.read("meta.json")):
-            image = Image.open(io.BytesIO(archive.read(row["file"]))).convert("RGB")
-            yield Drawing(row["style"], row["name"], row["subject"]), image
 
 
 def main() -> None:

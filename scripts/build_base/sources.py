@@ -35,6 +35,11 @@ class IconSet:
         """File name of the package in the cache."""
         return f"{self.package.split('/')[-1]}-{self.version}.tgz"
 
+    @property
+    def is_emoji(self) -> bool:
+        """Whether the names of the set are those of emoji."""
+        return "emoji" in self.template
+
 
 def _iconify(style: str, version: str, role: Role, template: str, licence: str, credit: tuple[str, str]) -> IconSet:
     return IconSet(style, f"@iconify-json/{style}", version, role, template, licence, *credit)

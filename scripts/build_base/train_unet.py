@@ -1,0 +1,192 @@
+"""Train the UNet and the text encoder together, from scratch, on the latents of the base sets."""
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .captions import caption, varied_caption
+from .export import assemble
+from .models import make_text_encoder, make_unet, make_vae, signal_powers
+from .packed import Drawing, load_packed
+from .sources import BASE_STYLES, CACHE
+from .tokens import encode
+from .training import Arena, Plan, Progress, affine, balanced_sampler, captured, load_checkpoint, sheet, train
+
+WEIGHTS = {"tabler": 0.4, "ph-fill": 0.5, "ph-duotone": 0.6, "flat-color-icons": 1.5}
+MIN_SNR_GAMMA = 5.0
+SHEET_STYLES = ("noto", "noto-v1", "fluent-emoji", "fxemoji", "tabler", "ph-duotone")
+SHEET_SUBJECTS = (
+    "red apple", "cat face", "automobile", "house", "grinning face", "fire",
+    "pizza", "rocket", "guitar", "fish", "star", "dog face",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Latents in several augmentations, token numbers of several captions, and how often each drawing is drawn."""
+
+    latents: Tensor
+    tokens: Tensor
+    weights: Tensor
+
+    def to(self, device: torch.device) -> "TrainingSet":
+        """The same on a device."""
+        return TrainingSet(self.latents.to(device), self.tokens.to(device), self.weights.to(device))
+
+
+@torch.no_grad()
+def _latents(vae: AutoencoderKL, pixels: Tensor, variants: int) -> Tensor:
+    """Latents of each drawing as it is, and slightly resized and moved."""
+    pieces = []
+    for piece in pixels.split(256):
+        images = piece.float() / 127.5 - 1
+        versions = [images, *(affine(images, (0.94, 1.1), 0.05).clamp(-1, 1) for _ in range(variants - 1))]
+        pieces.append(torch.stack([vae.encode(version).latent_dist.mean.half() for version in versions], 1))
+    return torch.cat(pieces)
+
+
+def prepare(
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, drawings: list[Drawing], pixels: Tensor, variants: int, captions: int
+) -> TrainingSet:
+    """Encode drawings and captions once, before the first step."""
+    rng = random.Random(0)
+    texts = [varied_caption(row, rng) for row in drawings for _ in range(captions)]
+    tokens = torch.cat([encode(tokenizer, texts[at : at + 20000]) for at in range(0, len(texts), 20000)])
+    weights = torch.tensor([WEIGHTS.get(row.style, 1.0) for row in drawings])
+    return TrainingSet(_latents(vae, pixels, variants), tokens.view(len(drawings), captions, -1), weights)
+
+
+def make_step(
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, arena: Arena, data: TrainingSet, batch: int
+) -> Callable[[], Tensor]:
+    """The whole training step: drawing, noise, timesteps, forward, loss weighted by min-SNR, backward, update."""
+    device, dtype = data.latents.device, arena.work.dtype
+    powers = signal_powers(device)
+    snr = powers / (1 - powers)
+    importance = snr.clamp(max=MIN_SNR_GAMMA) / snr
+    draw = balanced_sampler(data.weights, batch)
+
+    def pick(count: int) -> Tensor:
+        return (torch.rand(batch, device=device) * count).long().clamp(max=count - 1)
+
+    def step() -> Tensor:
+        chosen = draw()
+        latents = data.latents[chosen, pick(data.latents.shape[1])].float()
+        tokens = data.tokens[chosen, pick(data.tokens.shape[1])].long()
+        strata = torch.arange(batch, device=device) + torch.rand(batch, device=device)
+        timesteps = (strata * (len(powers) / batch)).long().clamp(max=len(powers) - 1)
+        noise, power = torch.randn_like(latents), powers[timesteps].view(-1, 1, 1, 1)
+        noisy = power.sqrt() * latents + (1 - power).sqrt() * noise
+        predicted = unet(noisy.to(dtype), timesteps, text_encoder(input_ids=tokens)[0], return_dict=False)[0]
+        errors = (predicted.float() - noise).square().mean((1, 2, 3))
+        loss = (errors * importance[timesteps]).mean()
+        arena.update(loss)
+        return loss.detach()
+
+    return step
+
+
+def load_vae(folder: Path, device: torch.device) -> AutoencoderKL:
+    """The autoencoder that `train_vae` saved."""
+    path = folder / "vae.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: run `python -m scripts.build_base.train_vae` first")
+    vae = make_vae()
+    vae.load_state_dict(load_file(path))
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def _save(arena: Arena, progress: Progress, modules: dict[str, torch.nn.Module], folder: Path) -> None:
+    """Write the checkpoint to go on from, and the averaged weights in half precision."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"arena": arena.state(), "step": progress.step, "spent": progress.spent}, folder / "checkpoint.pt")
+    arena.use_average()
+    for name, module in modules.items():
+        halves = {key: tensor.half().contiguous() for key, tensor in module.state_dict().items()}
+        save_file(halves, folder / f"{name}.safetensors")
+    arena.work.copy_(arena.master.detach())
+    (folder / "losses.json").write_text(json.dumps(progress.losses))
+
+
+def draw_sheet(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device, steps: int) -> None:
+    """Twelve subjects in six styles, a style a row."""
+    unet, text_encoder = make_unet(), make_text_encoder()
+    unet.load_state_dict(load_file(folder / "unet.safetensors"))
+    text_encoder.load_state_dict(load_file(folder / "text_encoder.safetensors"))
+    pipe = assemble(vae, text_encoder, tokenizer, unet).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [caption(style, subject) for style in SHEET_STYLES for subject in SHEET_SUBJECTS]
+    generator = torch.Generator("cpu").manual_seed(0)
+    images = pipe(prompts, num_inference_steps=steps, guidance_scale=4.0, generator=generator, output_type="pt").images
+    sheet(images * 2 - 1, len(SHEET_SUBJECTS), folder / "sheet.png")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=CACHE / "drawings.zip", help="the packed drawings")
+    parser.add_argument("--vae", type=Path, default=CACHE / "vae", help="folder of the trained autoencoder")
+    parser.add_argument("--tokenizer", type=Path, default=CACHE / "tokenizer", help="folder of the tokenizer")
+    parser.add_argument("--output", type=Path, default=CACHE / "unet", help="folder to write, or to go on from")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu for a trial")
+    parser.add_argument("--seconds", type=float, default=960, help="time of training now")
+    parser.add_argument("--total-seconds", type=float, help="time of training in all, where it is done in parts")
+    parser.add_argument("--steps", type=int, help="stop after so many steps")
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--rate", type=float, default=8e-4, help="the highest learning rate")
+    parser.add_argument("--each", type=int, help="use so many drawings of each set only")
+    parser.add_argument("--variants", type=int, default=6, help="augmentations of each drawing")
+    parser.add_argument("--captions", type=int, default=32, help="captions of each drawing")
+    parser.add_argument("--channels-last", action="store_true", help="the other memory layout")
+    parser.add_argument("--sheet-steps", type=int, default=25, help="denoising steps of the sheet; 0 draws none")
+    return parser.parse_args()
+
+
+def _training_set(options: argparse.Namespace, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TrainingSet:
+    """The prepared drawings, from the cache beside the checkpoint where it is there already."""
+    path: Path = options.output / "prepared.pt"
+    if path.exists():
+        return TrainingSet(**torch.load(path, weights_only=True))
+    drawings, pixels = load_packed(options.data, BASE_STYLES, options.each)
+    data = prepare(vae, tokenizer, drawings, pixels.to(vae.device), options.variants, options.captions)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"latents": data.latents.cpu(), "tokens": data.tokens.cpu(), "weights": data.weights.cpu()}, path)
+    return data
+
+
+def main() -> None:
+    """Prepare, train, save, and draw a sheet."""
+    options = _options()
+    device = torch.device(options.device)
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(1)
+    tokenizer = CLIPTokenizer.from_pretrained(options.tokenizer)
+    vae = load_vae(options.vae, device)
+    data = _training_set(options, vae, tokenizer).to(device)
+    print(f"latents {tuple(data.latents.shape)}, deviation {data.latents.float().std():.3f}", flush=True)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    unet, text_encoder = make_unet().to(device, dtype), make_text_encoder().to(device, dtype)
+    arena = Arena([unet, text_encoder], dtype, options.channels_last, weight_decay=0.01)
+    progress, checkpoint = Progress(), load_checkpoint(options.output / "checkpoint.pt", device)
+    if checkpoint:
+        arena.load(checkpoint["arena"])
+        progress = Progress(checkpoint["step"], checkpoint["spent"])
+    total = options.total_seconds or progress.spent + options.seconds
+    plan = Plan(options.rate, options.seconds, total, options.steps)
+    step = captured(make_step(unet, text_encoder, arena, data, options.batch), device)
+    train(step, arena, plan, progress, report_every=1000 if device.type == "cuda" else 5)
+    _save(arena, progress, {"unet": unet, "text_encoder": text_encoder}, options.output)
+    if options.sheet_steps:
+        draw_sheet(options.output, vae, tokenizer, device, options.sheet_steps)
+
+
+if __name__ == "__main__":
+    main()
