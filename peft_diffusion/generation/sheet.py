@@ -139,7 +139,7 @@ def _length(text: str, size: int) -> float:
 
 
 def _font(text: str, size: int) -> _Font:
-    """Pillow's own font; for other scripts the one that comes with matplotlib, which knows accents, Greek, Cyrillic and more."""
+    """Pillow's own font; for other scripts the one that comes with matplotlib, which knows accents, Greek and Cyrillic."""
     if all(ord(letter) < _ASCII for letter in text):
         return ImageFont.load_default(size)
     spec = find_spec("matplotlib")

@@ -1,0 +1,7 @@
+"""``python -m peft_diffusion``: the command ``peft-diffusion``."""
+
+import sys
+
+from .cli.app import main
+
+sys.exit(main())

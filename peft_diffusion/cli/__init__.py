@@ -1,0 +1,1 @@
+"""The command ``peft-diffusion``: one file a command, each thin over the package."""

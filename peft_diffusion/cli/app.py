@@ -1,0 +1,105 @@
+"""The command line: finds the command, and turns what goes wrong into one clear line."""
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+
+from .. import __version__
+from ..core.errors import UserError
+from .run_file import RunFile, whole_numbers
+
+# Each command is the function of its name in the module of its name; its module is imported when it is called.
+COMMANDS = {
+    "train": "Learn a style from a folder of images and write it as one adapter file.",
+    "generate": "Make pictures from prompts, with any number of adapters.",
+    "blend": "Draw a labelled sheet from all of one adapter to all of another.",
+    "inspect": "Tell what an adapter file holds, and whether two fit together.",
+    "demo": "Teach two sample styles, generate with each and blend them: the whole thing in minutes.",
+}
+OK, FAILED, USAGE, BUG, INTERRUPTED = 0, 1, 2, 70, 130
+
+app = App(
+    name="peft-diffusion",
+    help="Teach Stable Diffusion a style from a folder of images, generate with it, blend several.",
+    help_format="plaintext",
+    version=__version__,
+    config=whole_numbers,
+    result_action="return_value",
+    exit_on_error=False,
+    print_error=False,
+    suppress_keyboard_interrupt=False,
+)
+for _name, _help in COMMANDS.items():
+    app.command(f"peft_diffusion.cli.{_name}:{_name}", name=_name, help=_help)
+
+
+@app.meta.default
+def _launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[Path | None, Parameter(help="A TOML file of settings; flags override it.")] = None,
+    debug: Annotated[bool, Parameter(help="Show where in the program an error came from.", negative=())] = False,
+) -> None:
+    _report_notes(debug)
+    app.config = (whole_numbers,) if config is None else (RunFile(config), whole_numbers)
+    app(tokens)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code.
+
+    0; 1 for what the user can mend; 2 for a wrong command line; 70 for a bug; 130 for Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app.meta(given)
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in given:
+            traceback.print_exception(error)
+        return _explain(error)
+    return OK
+
+
+def _explain(error: BaseException) -> int:
+    """Say in one line what went wrong; returns the exit code."""
+    if isinstance(error, BrokenPipeError):
+        # Whoever read the output has closed it; keep the interpreter from complaining when it flushes at exit.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    if isinstance(error, KeyboardInterrupt):
+        return _fail("interrupted", INTERRUPTED)
+    if isinstance(error, CycloptsError):
+        return _fail(str(error), USAGE)
+    if isinstance(error, UserError):
+        return _fail(str(error), FAILED)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", FAILED)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return _fail("out of memory; make the pictures smaller or lower --batch", FAILED)
+    return _fail(f"{type(error).__name__}: {error}; this is a bug, and --debug shows where", BUG)
+
+
+def _fail(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _report_notes(debug: bool) -> None:
+    """Show what the package logs, as notes on stderr."""
+    logger = logging.getLogger("peft_diffusion")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("note: %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,156 @@
+"""``peft-diffusion inspect``: tell what an adapter file holds, from its header alone."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from ..formats import Inspection
+from ..formats import inspect as read
+from ..generation.config import InspectConfig
+from ..generation.fit import Fit, base_of, fit
+
+# What of a training is shown, where the file tells it.
+_TRAINING = {
+    "images": "images",
+    "steps_done": "steps",
+    "batch_size": "batch size",
+    "unet_lr": "learning rate",
+    "text_encoder_lr": "text encoder's learning rate",
+    "held_out_loss": "held-out loss",
+    "seconds": "seconds",
+    "created": "created",
+    "finished_at": "finished",
+}
+
+
+def inspect(config: Annotated[InspectConfig, Parameter(name="*")]) -> None:
+    """Tell what an adapter file holds, and whether two fit together.
+
+    Only the headers are read: nothing is loaded, and no base is needed.
+    """
+    found = [read(path) for path in config.files]
+    fits = {pair: fit(*pair_of) for pair, pair_of in _pairs(found).items()}
+    if config.json:
+        plain = {"files": [_plain(one) for one in found], "fits": [_plain_fit(*item) for item in fits.items()]}
+        print(json.dumps(plain, indent=2))
+        return
+    _show(found, fits)
+
+
+def _pairs(found: list[Inspection]) -> dict[tuple[str, str], tuple[Inspection, Inspection]]:
+    return {(str(a.path), str(b.path)): (a, b) for a, b in itertools.combinations(found, 2)}
+
+
+def _show(found: list[Inspection], fits: Mapping[tuple[str, str], Fit]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for one in found:
+        table = Table(title=Text(str(one.path), style="bold"), title_justify="left", show_header=False)
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, value in _rows(one):
+            table.add_row(label, Text(value))
+        console.print(table)
+    words = {"yes": "fit together", "no": "do not fit together", "unknown": "may fit together; the files do not settle it"}
+    styles = {"yes": "green", "no": "red", "unknown": "yellow"}
+    for (first, second), result in fits.items():
+        console.print(Text(f"{first} and {second} {words[result.verdict]}", style=styles[result.verdict]), soft_wrap=True)
+        for reason in result.reasons:
+            console.print(Text(f"  {reason}"), soft_wrap=True)
+
+
+def _rows(found: Inspection) -> list[tuple[str, str]]:
+    """Labels and values of what the file tells; what it does not tell is left out, or said to be missing."""
+    rows = [
+        ("method", ", ".join(found.methods) or "none that is known here"),
+        ("rank", _counts(found.ranks)),
+        ("alpha", _counts(found.alphas)),
+        ("sites", ", ".join(f"{component} {count}" for component, count in found.components.items())),
+        ("target", _targets(found)),
+        ("base", _base(found)),
+        ("triggers", _triggers(found)),
+        ("training", _training(found)),
+        ("size", f"{found.size:,} bytes, {found.parameters:,} parameters in {', '.join(found.dtypes)}"),
+        ("sha256", found.sha256),
+    ]
+    if found.spec is None:
+        rows.append(("written by", "another program: there is no peft_diffusion metadata"))
+    elif found.spec.title:
+        rows.insert(0, ("title", found.spec.title))
+    if found.unknown:
+        shown = ", ".join(found.unknown[:5])
+        rows.append(("unknown", f"{len(found.unknown)} tensors: {shown}{', ...' if len(found.unknown) > 5 else ''}"))
+    return [(label, value) for label, value in rows if value]
+
+
+def _counts(values: Mapping[Any, int]) -> str:
+    """A value that all sites have, or each with the number of its sites."""
+    if len(values) == 1:
+        return f"{next(iter(values)):g}"
+    return ", ".join(f"{value:g} ({count} sites)" for value, count in sorted(values.items()))
+
+
+def _targets(found: Inspection) -> str:
+    if found.spec is None:
+        return ""
+    methods = found.spec.methods.items()
+    return ", ".join(f"{component} {method['target']}" for component, method in methods if "target" in method)
+
+
+def _base(found: Inspection) -> str:
+    base = base_of(found)
+    if not base:
+        return "not told"
+    details = [base[key] for key in ("family", "prediction_type") if key in base]
+    details += [f"{base['resolution']} pixels"] if "resolution" in base else []
+    details += [f"fingerprint {base['fingerprint']}"] if "fingerprint" in base else []
+    return f"{base.get('name', 'unnamed')} ({', '.join(details)})"
+
+
+def _triggers(found: Inspection) -> str:
+    if found.spec is not None:
+        return ", ".join(found.spec.triggers) or "none"
+    return found.metadata.get("modelspec.trigger_phrase", "")
+
+
+def _training(found: Inspection) -> str:
+    if found.spec is not None:
+        told = found.spec.training
+        return ", ".join(f"{label} {_short(told[key])}" for key, label in _TRAINING.items() if told.get(key) is not None)
+    told = found.metadata
+    keys = {"ss_num_train_images": "images", "ss_steps": "steps", "ss_learning_rate": "learning rate"}
+    return ", ".join(f"{label} {told[key]}" for key, label in keys.items() if key in told)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _plain(found: Inspection) -> dict[str, Any]:
+    """An inspection as JSON values."""
+    spec = json.loads(found.spec.to_json()) if found.spec is not None else None
+    return {
+        "path": str(found.path),
+        "size": found.size,
+        "sha256": found.sha256,
+        "methods": list(found.methods),
+        "components": dict(found.components),
+        "ranks": {str(rank): count for rank, count in found.ranks.items()},
+        "alphas": {str(alpha): count for alpha, count in found.alphas.items()},
+        "dtypes": dict(found.dtypes),
+        "parameters": found.parameters,
+        "spec": spec,
+        "metadata": {key: value for key, value in found.metadata.items() if key != "peft_diffusion"},
+        "sites": {site: {suffix: list(shape) for suffix, shape in tensors.items()} for site, tensors in found.sites.items()},
+        "unknown": list(found.unknown),
+    }
+
+
+def _plain_fit(pair: tuple[str, str], result: Fit) -> dict[str, Any]:
+    return {"files": list(pair), "verdict": result.verdict, "reasons": list(result.reasons)}

@@ -1,0 +1,77 @@
+"""The flags of a command from a TOML file (``--config run.toml``), and what cyclopts would let pass."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+from cyclopts import App, ArgumentCollection
+from cyclopts.argument import Argument
+from cyclopts.config import Dict
+
+from ..core.errors import UserError
+
+
+class RunFile:
+    """Fills in, from a file, what the command line left open. A key is a flag without its dashes, with - or _ between words.
+
+    Raises UserError, which names the file and the line or key, where the file is no TOML or has a key of no flag.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        """Called by cyclopts when the command line is read."""
+        values = self._read()
+        known = {name.lstrip("-").replace("-", "_"): a for a in arguments for name in a.names if name.startswith("--")}
+        for key, value in values.items():
+            argument = known.get(key.replace("-", "_"))
+            if argument is None:
+                raise UserError(f"{self.path}: there is no setting {key!r} of this command{_nearest(key, known)}")
+            _check(self.path, key, value, argument)
+        Dict(values, source=str(self.path), use_commands_as_keys=False)(app, commands, arguments)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return tomllib.loads(self.path.read_text("utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"{self.path} is no valid TOML: {error}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{self.path} is no text file in UTF-8") from None
+        except OSError as error:
+            raise UserError(f"the settings file {self.path} cannot be read: {error.strerror}") from None
+
+
+def whole_numbers(_: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse 1.5 where a whole number is meant: cyclopts rounds it."""
+    for argument in arguments:
+        for token in argument.tokens:
+            if int in _kinds(argument.hint) and float not in _kinds(argument.hint) and "." in token.value:
+                raise ValueError(f'Invalid value for {token.keyword or argument.name}: "{token.value}" is no whole number.')
+
+
+def _check(path: Path, key: str, value: Any, argument: Argument) -> None:
+    """The type of a value, where turning it into text and back would lose something."""
+    kinds = _kinds(argument.hint)
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(item, dict) for item in values):
+        raise UserError(f"{path}: {key!r} is a table, but the settings of a command stand at the top of the file")
+    if isinstance(value, list) and tuple not in kinds:
+        raise UserError(f"{path}: {key!r} takes one value, not a list")
+    for item in values:
+        if isinstance(item, bool) != (bool in kinds):
+            wanted = "true or false" if bool in kinds else "a value"
+            raise UserError(f"{path}: {key!r} takes {wanted}, not {item!r}")
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The plain types in an annotation: those of ``tuple[int, ...] | None`` are tuple, int and NoneType."""
+    parts = get_args(hint)
+    own = {getattr(hint, "__origin__", hint)}
+    return own.union(*(_kinds(part) for part in parts)) if parts else own
+
+
+def _nearest(key: str, known: dict[str, Argument]) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_"), known, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(sorted(known))}"

@@ -1,0 +1,208 @@
+"""What the commands that make pictures can be told: flags, TOML keys and Python arguments in one place. Imports no torch."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+from cyclopts import Parameter
+
+from ..core.errors import UserError
+
+SchedulerName: TypeAlias = Literal["ddim", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc"]
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+MAX_SEED = 2**63 - 1
+
+_Several = Parameter(negative=())  # no --empty-... flag
+_Files = Parameter(alias="-a", negative=(), consume_multiple=False)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An adapter file and how much of it: 1 is as trained, 0 nothing."""
+
+    path: Path
+    strength: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The file's name without folder and ending, as labels show it."""
+        return self.path.stem
+
+
+def parse_choice(text: str) -> Choice:
+    """``FILE`` or ``FILE=STRENGTH``. A file that is there by the whole text is meant, also where its name holds a =.
+
+    Raises UserError where the file is missing or the strength is no finite number.
+    """
+    if Path(text).is_file() or "=" not in text:
+        return Choice(_existing(text))
+    name, _, amount = text.rpartition("=")
+    try:
+        strength = float(amount)
+    except ValueError:
+        if not Path(name).is_file() and not name.endswith(".safetensors"):
+            raise UserError(f"there is no adapter file {text}") from None  # the = is part of a path
+        raise UserError(f"the strength of {name} must be a number, as in {name}=0.8, not {amount!r}") from None
+    if not math.isfinite(strength):
+        raise UserError(f"the strength of {name} must be a finite number, not {amount}")
+    return Choice(_existing(name), strength)
+
+
+def _existing(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        raise UserError(f"{text} is a folder, not an adapter file")
+    if not path.is_file():
+        raise UserError(f"there is no adapter file {text}")
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How pictures are made, the same for every command. None means what the base says."""
+
+    adapter: Annotated[tuple[str, ...], _Files] = ()
+    """An adapter FILE, or FILE=STRENGTH (1 is as trained); give it again for more."""
+    negative: str = ""
+    """What the pictures should not show."""
+    steps: int = 25
+    """Denoising steps."""
+    guidance: float = 7.5
+    """How closely to follow the prompt: classifier-free guidance, 1 is none."""
+    scheduler: SchedulerName | None = None
+    """The sampler; by default the base's own."""
+    width: int | None = None
+    """In pixels; by default the base's resolution."""
+    height: int | None = None
+    """In pixels; by default the base's resolution."""
+    batch: int = 4
+    """Pictures computed at once; the pictures do not depend on it."""
+    base: str = "icons"
+    """The embedded base "icons", a diffusers folder, a checkpoint file or a hub id."""
+    device: str = "auto"
+    """Such as cpu, cuda or mps; by default the fastest there is."""
+    dtype: Dtype = "auto"
+    """Precision of the base; by default float32 on a CPU and a half precision elsewhere."""
+
+    def __post_init__(self) -> None:
+        _at_least("steps", self.steps, 1)
+        _at_least("batch", self.batch, 1)
+        if not 0 <= self.guidance < math.inf:
+            raise UserError(f"guidance must be a finite number from 0, not {self.guidance}")
+        for name in ("width", "height"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+
+    def choices(self) -> tuple[Choice, ...]:
+        """The adapters, parsed. Raises UserError for a missing file, a bad strength and a file named twice."""
+        found = tuple(parse_choice(text) for text in self.adapter)
+        for index, choice in enumerate(found):
+            if any(choice.path.samefile(other.path) for other in found[:index]):
+                raise UserError(f"the adapter {choice.path} is named twice; give it once, with the strength you want")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Sampling):
+    """Which pictures ``generate`` makes: every prompt with every seed."""
+
+    prompts: Annotated[tuple[str, ...], _Several] = field(default=(), kw_only=False)
+    """What the pictures show, each prompt in quotes."""
+    output: Annotated[Path, Parameter(alias="-o")] = Path("pictures")
+    """A .png file, which is replaced; several pictures get numbers after its name. Or a folder, whose files are kept."""
+    sheet: Path | None = None
+    """Also draw all pictures as one labelled sheet, into this .png file."""
+    seed: int = 0
+    """The first seed: it decides the noise that a picture starts from."""
+    count: int = 1
+    """Pictures of each prompt, with the seeds that follow."""
+    seeds: Annotated[tuple[int, ...], _Several] = ()
+    """These seeds instead, one picture each."""
+    recipe: Annotated[Path | None, Parameter(alias="--from")] = None
+    """Make the picture in this PNG again, from the recipe that it carries."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("count", self.count, 1)
+        if self.seeds and (self.count != 1 or self.seed != 0):
+            raise UserError("give either seeds, or seed and count")
+        for seed in (*self.seeds, self.seed, self.seed + self.count - 1):
+            _check_seed(seed)
+        if self.recipe is not None and self.prompts:
+            raise UserError("a recipe brings its own prompt; leave the prompt away")
+        if self.recipe is None:
+            _check_prompts(self.prompts)
+
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds of each prompt, in order."""
+        return self.seeds or tuple(range(self.seed, self.seed + self.count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendConfig(Sampling):
+    """The sheet that ``blend`` draws: a row for each prompt, a column for each mix."""
+
+    prompts: Annotated[tuple[str, ...], _Several] = field(kw_only=False)
+    """What the pictures show, each prompt in quotes; one row of the sheet each."""
+    output: Annotated[Path, Parameter(alias="-o")] = Path("blend.png")
+    """The .png file of the sheet, which is replaced."""
+    columns: int = 5
+    """Mixes, from all of the first adapter to all of the second (and on to a third, where there is one)."""
+    plain: Annotated[bool, Parameter(negative=())] = False
+    """Begin with a column without any adapter."""
+    seed: int = 0
+    """The noise that every picture of the sheet starts from."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_prompts(self.prompts)
+        _check_seed(self.seed)
+        if len(self.adapter) < 2:
+            raise UserError("a blend needs two adapters, as in --adapter a.safetensors --adapter b.safetensors")
+        _at_least("columns", self.columns, len(self.adapter))
+
+
+def _check_prompts(prompts: tuple[str, ...]) -> None:
+    if isinstance(prompts, str):
+        raise UserError("prompts is a tuple of texts, not one text")
+    if not prompts:
+        raise UserError('there is no prompt; say what the picture shows, as in "a red apple"')
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"a seed is a whole number from 0 to {MAX_SEED}, not {seed}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{name} must be at least {least}, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """What ``inspect`` tells of files."""
+
+    files: Annotated[tuple[Path, ...], _Several] = field(kw_only=False)
+    """Adapter files; of several, it is also told whether they fit together."""
+    json: Annotated[bool, Parameter(negative=())] = False
+    """As JSON, with every site."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """What ``demo`` shows."""
+
+    output: Annotated[Path, Parameter(alias="-o")] = Path("peft-diffusion-demo")
+    """The folder for adapters and sheets."""
+    steps: int = 150
+    """Training steps of each style."""
+    seed: int = 0
+    """Of training and of the pictures."""
+    device: str = "auto"
+    """Such as cpu, cuda or mps; by default the fastest there is."""
+
+    def __post_init__(self) -> None:
+        _at_least("steps", self.steps, 1)
+        _check_seed(self.seed)

@@ -1,0 +1,76 @@
+"""Whether two adapter files can be used together, told from their headers. Imports no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from ..formats import Inspection
+
+Verdict: TypeAlias = Literal["yes", "no", "unknown"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The verdict on two files, and in words what it rests on."""
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+
+
+def fit(first: Inspection, second: Inspection) -> Fit:
+    """Compare the bases that they name, and the shapes at the sites that both change."""
+    verdict, reason = _bases(first, second)
+    shared = sorted(first.sites.keys() & second.sites.keys())
+    compared = [(site, _shape(first.sites[site]), _shape(second.sites[site])) for site in shared]
+    other = [(site, a, b) for site, a, b in compared if a and b and a != b]
+    reasons = [reason]
+    if other:
+        site, a, b = other[0]
+        verdict = "no"
+        reasons.append(f"{len(other)} of the {len(shared)} sites of both have other shapes, such as {site}: {a} and {b}")
+    elif shared:
+        verdict = "yes" if verdict == "unknown" else verdict
+        reasons.append(f"both change {len(shared)} sites (of {len(first.sites)} and {len(second.sites)}), of equal shapes")
+    else:
+        reasons.append("no site is changed by both")
+    return Fit(verdict, tuple(reasons))
+
+
+def _bases(first: Inspection, second: Inspection) -> tuple[Verdict, str]:
+    """What the bases that the files name say."""
+    a, b = base_of(first), base_of(second)
+    if not a or not b:
+        silent = " and ".join(str(found.path) for found, base in ((first, a), (second, b)) if not base)
+        return "unknown", f"the base is not named in {silent}"
+    if a.get("family") != b.get("family"):
+        return "no", f"the bases are of different families: {_words(a)} and {_words(b)}"
+    if a.get("prediction_type", "") and b.get("prediction_type", "") and a["prediction_type"] != b["prediction_type"]:
+        return "no", f"the bases predict different things: {a['prediction_type']} and {b['prediction_type']}"
+    if a.get("fingerprint") and a.get("fingerprint") == b.get("fingerprint"):
+        return "yes", f"the same base: {_words(a)}"
+    if a.get("fingerprint") and b.get("fingerprint"):
+        return "unknown", f"bases with different weights: {_words(a)} and {_words(b)}"
+    return "unknown", f"bases of the same family: {_words(a)} and {_words(b)}"
+
+
+def base_of(found: Inspection) -> dict[str, str]:
+    """What a file says of its base: from the spec, or from kohya's metadata where another program wrote it."""
+    if found.spec is not None and found.spec.base:
+        return {key: str(value) for key, value in found.spec.base.items()}
+    families = {"sd_v1": "sd1", "sd_v2": "sd2", "sdxl_base_v1-0": "sdxl"}
+    version = found.metadata.get("ss_base_model_version")
+    if version not in families:
+        return {}
+    name = found.metadata.get("ss_sd_model_name", "")
+    return {"family": families[version], **({"name": name} if name else {})}
+
+
+def _words(base: Mapping[str, str]) -> str:
+    details = ", ".join(value for key in ("family", "fingerprint") if (value := base.get(key)))
+    return f"{base.get('name', 'unnamed')} ({details})"
+
+
+def _shape(tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of the weight that a LoRA changes, (out, in, ...); () for other methods, whose files do not tell it."""
+    down, up = tensors.get("lora_down.weight"), tensors.get("lora_up.weight")
+    return (up[0], *down[1:]) if down and up else ()
