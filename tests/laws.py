@@ -1,0 +1,330 @@
+"""The laws that every method keeps on every component; a new method is added to METHODS and nothing else."""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import make_pipe
+from torch import Tensor, nn
+
+from peft_diffusion import formats
+from peft_diffusion.bases import components, describe, fingerprint
+from peft_diffusion.core import merge, site
+from peft_diffusion.core.adapter import Method
+from peft_diffusion.core.errors import FoldError
+from peft_diffusion.formats.file import base_dict
+from peft_diffusion.methods.lora import Lora
+
+METHODS: dict[str, tuple[Method, str]] = {
+    "lora": (Lora(rank=4), "attention+ff"),
+    "lora-scaled": (Lora(rank=3, alpha=1.0), "all-linear"),
+    "locon": (Lora(rank=4), "conv"),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CASES = [
+    (method, component, dtype)
+    for method, (_, target) in METHODS.items()
+    for component in ("unet", "text_encoder")
+    for dtype in DTYPES
+    if not (target == "conv" and component == "text_encoder")  # CLIP has no convolution with text
+]
+
+
+@dataclass
+class Case:
+    """A component with everything that a law needs: its inputs, and the method with its target."""
+
+    component: str
+    model: nn.Module
+    method: Method
+    target: str
+    dtype: torch.dtype
+    pipe: object
+
+    def run(self, model: nn.Module | None = None, batch: slice = slice(None)) -> Tensor:
+        """The output of the model for four fixed inputs, or for some of them."""
+        chosen = self.model if model is None else model
+        generator = torch.Generator().manual_seed(7)
+        if self.component == "unet":
+            x = torch.randn(4, 4, 8, 8, generator=generator).to(self.dtype)[batch]
+            text = torch.randn(4, 7, 32, generator=generator).to(self.dtype)[batch]
+            return chosen(x, torch.tensor(500), encoder_hidden_states=text).sample
+        ids = torch.randint(2, 150, (4, 12), generator=generator)[batch]
+        return chosen(ids).last_hidden_state
+
+    def attach(self, name: str = "a") -> list[str]:
+        """Attach the method, fresh."""
+        return site.attach(self.model, name, self.method, self.target)
+
+    def trained(self, name: str = "a", seed: int = 3) -> None:
+        """Attach the method, with parameters as if it had been trained."""
+        self.attach(name)
+        randomize(self.model, name, seed)
+
+    def strength(self, value: object, name: str = "a") -> None:
+        """Set the strength."""
+        strengths = site.strengths(self.model)
+        assert strengths is not None
+        strengths.write({name: value})
+
+    def close(self, a: Tensor, b: Tensor, float32: float = 1e-5, bfloat16: float = 3e-2) -> bool:
+        """Equal up to rounding in the case's dtype, against the size of the values."""
+        limit = float32 if self.dtype == torch.float32 else bfloat16
+        return bool((a.float() - b.float()).abs().max() <= limit * a.float().abs().max())
+
+
+def loss_of(output: Tensor) -> Tensor:
+    """A loss that a final norm does not make constant."""
+    weights = torch.randn(output.shape[-1], generator=torch.Generator().manual_seed(5)).to(output.device)
+    return (output.float() * weights).square().mean()
+
+
+def randomize(model: nn.Module, name: str, seed: int = 3) -> None:
+    """Give an adapter parameters that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for adapter in site.adapters(model, name).values():
+        for parameter in adapter.parameters():
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.15)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the base's state dict."""
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Same keys in the same order, same bits."""
+    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    method, component, dtype = request.param
+    chosen, target = METHODS[method]
+    torch.manual_seed(0)
+    pipe = make_pipe()
+    model = components(pipe)[component].to(DTYPES[dtype])
+    yield Case(component, model, chosen, target, DTYPES[dtype], pipe)
+
+
+@torch.no_grad()
+def test_law_1_a_fresh_adapter_and_strength_0_change_no_bit(case: Case) -> None:
+    before = case.run()
+    assert case.attach()
+    assert torch.equal(case.run(), before)
+    site.pack(case.model)
+    assert torch.equal(case.run(), before)
+    site.unpack(case.model)
+    randomize(case.model, "a")
+    assert not torch.equal(case.run(), before)
+    for value in (0.0, [0.0] * 4):
+        case.strength(value)
+        assert torch.equal(case.run(), before)
+    case.attach("other")  # an active neighbour: the idle one is multiplied by 0 in the packed pair
+    site.pack(case.model)
+    assert torch.equal(case.run(), before)
+
+
+@torch.no_grad()
+def test_law_2_detach_gives_back_class_keys_and_bits(case: Case) -> None:
+    before, keys, classes = case.run(), list(case.model.state_dict()), [type(m) for m in case.model.modules()]
+    attributes = {path: set(vars(m)) | set(m._modules) for path, m in case.model.named_modules()}
+    case.trained("a")
+    case.trained("b", seed=4)
+    assert list(case.model.state_dict()) == keys
+    case.model.load_state_dict(case.model.state_dict(), strict=True)
+    with_both = case.run()
+    site.detach(case.model, "a")
+    assert not torch.equal(case.run(), with_both)
+    site.detach(case.model, "b")
+    assert torch.equal(case.run(), before)
+    assert list(case.model.state_dict()) == keys
+    assert [type(m) for m in case.model.modules()] == classes
+    assert {path: set(vars(m)) | set(m._modules) for path, m in case.model.named_modules()} == attributes
+
+
+@torch.no_grad()
+def test_law_3_folding_equals_running_and_restores_the_bytes(case: Case) -> None:
+    bytes_before = state(case.model)
+    case.trained("a")
+    case.trained("b", seed=4)
+    case.strength(0.7)
+    case.strength(-0.3, "b")
+    running = case.run()
+    foldable = _folds(case)
+    if not foldable:
+        with pytest.raises(FoldError, match="merged"):
+            merge.merge(case.model)
+        assert same(state(case.model), bytes_before)
+        return
+    merge.merge(case.model)
+    assert case.close(case.run(), running)
+    assert not same(state(case.model), bytes_before)
+    merge.unmerge(case.model)
+    assert same(state(case.model), bytes_before)
+    assert torch.equal(case.run(), running)
+
+
+def _folds(case: Case) -> bool:
+    adapter = next(iter(site.adapters(case.model, "a").values()))
+    try:
+        adapter.fold(torch.zeros_like(next(case.model.parameters())), None)
+    except FoldError:
+        return False
+    except (RuntimeError, ValueError):
+        pass  # a foldable method given a weight of the wrong shape
+    return True
+
+
+def test_law_4_only_the_adapter_learns(case: Case) -> None:
+    before = fingerprint({case.component: case.model})
+    case.trained()
+    loss = loss_of(case.run())
+    loss.backward()
+    own = {p for a in site.adapters(case.model, "a").values() for p in a.parameters()}
+    assert own == {p for p in case.model.parameters() if p.grad is not None}
+    assert all(bool(p.grad.abs().sum() > 0) for p in own)
+    torch.optim.SGD(own, lr=0.1).step()
+    assert fingerprint({case.component: case.model}) == before
+    assert not torch.equal(loss_of(case.run()), loss)
+
+
+@torch.no_grad()
+def test_law_5_save_and_load_keep_every_bit(case: Case, tmp_path) -> None:
+    case.trained()
+    parts = {case.component: case.model}
+    info = describe(case.pipe)
+    formats.save(tmp_path / "a.safetensors", parts, "a", formats.Spec(base=base_dict(info), triggers=("ink",)))
+    running = case.run()
+    written = {path: dict(a.named_parameters()) for path, a in site.adapters(case.model, "a").items()}
+    loaded = formats.load(tmp_path / "a.safetensors", case.pipe, strict=True)
+    assert loaded.spec.triggers == ("ink",) and loaded.report.unmatched == ()
+    site.detach(case.model, "a")
+    site.attach_built(case.model, "back", loaded.components[case.component])
+    read = {path: dict(a.named_parameters()) for path, a in site.adapters(case.model, "back").items()}
+    assert list(read) == list(written)
+    assert all(torch.equal(read[path][key], value) for path in written for key, value in written[path].items())
+    assert torch.equal(case.run(), running)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True])
+def test_law_6_strengths_per_image_equal_separate_runs(case: Case, packed: bool) -> None:
+    case.trained("a")
+    case.trained("b", seed=4)
+    amounts = [(1.0, 0.0), (0.0, 0.5), (0.3, -0.7), (0.0, 0.0)]
+    separate = []
+    for row, (a, b) in enumerate(amounts):
+        case.strength(a)
+        case.strength(b, "b")
+        separate.append(case.run(batch=slice(row, row + 1)))
+    if packed:
+        site.pack(case.model)
+    strengths = site.strengths(case.model)
+    strengths.write({"a": [a for a, _ in amounts], "b": torch.tensor([b for _, b in amounts])})
+    assert case.close(case.run(), torch.cat(separate))
+
+
+def _gradients(case: Case, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    for parameter in case.model.parameters():
+        parameter.grad = None
+    loss_of(run()).backward()
+    return {key: p.grad.clone() for key, p in case.model.named_parameters() if p.grad is not None}
+
+
+def _equal_gradients(case: Case, a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(case.close(a[key], b[key], 1e-4, 8e-2) for key in a)
+
+
+def test_law_7_checkpointing_gives_the_same_gradients(case: Case) -> None:
+    case.trained()
+    case.model.train()
+    expected = _gradients(case, case.run)
+    if hasattr(case.model, "enable_gradient_checkpointing"):
+        case.model.enable_gradient_checkpointing()
+    else:
+        case.model.gradient_checkpointing_enable()
+    assert _equal_gradients(case, expected, _gradients(case, case.run))
+
+
+def test_law_7_compile_sees_new_strengths_without_recompiling(case: Case) -> None:
+    torch._dynamo.reset()
+    case.trained()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(case.model, backend=backend)
+    expected = _gradients(case, case.run)
+    assert _equal_gradients(case, expected, _gradients(case, lambda: case.run(compiled)))
+    count = len(graphs)
+    for value in (0.5, 0.0, -1.0):
+        case.strength(value)
+        assert case.close(case.run(compiled), case.run())
+    randomize(case.model, "a", seed=9)
+    assert case.close(case.run(compiled), case.run())
+    assert len(graphs) == count
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_law_7_a_captured_graph_gives_the_same_gradients(case: Case) -> None:
+    case.model.cuda()
+    case.trained()
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(4, 4, 8, 8, generator=generator).to(case.dtype).cuda()
+    text = torch.randn(4, 7, 32, generator=generator).to(case.dtype).cuda()
+    ids = torch.randint(2, 150, (4, 12), generator=generator).cuda()
+    when = torch.tensor(500).cuda()
+
+    def run() -> Tensor:
+        if case.component == "unet":
+            return case.model(x, when, encoder_hidden_states=text).sample
+        return case.model(ids).last_hidden_state
+
+    expected = _gradients(case, run)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            loss_of(run()).backward()
+    torch.cuda.synchronize()
+    for parameter in case.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss_of(run()).backward()
+    graph.replay()
+    found = {key: p.grad.clone() for key, p in case.model.named_parameters() if p.grad is not None}
+    assert _equal_gradients(case, expected, found)
+    case.strength(0.5)  # the replay must see it
+    other = _gradients_without_reset(case, graph)
+    assert not _equal_gradients(case, expected, other)
+
+
+def _gradients_without_reset(case: Case, graph: "torch.cuda.CUDAGraph") -> dict[str, Tensor]:
+    for parameter in case.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    graph.replay()
+    return {key: p.grad.clone() for key, p in case.model.named_parameters() if p.grad is not None}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_law_8_copies_are_equal_and_independent(case: Case, copied: Callable[[nn.Module], nn.Module]) -> None:
+    case.trained()
+    case.strength(0.6)
+    expected = case.run()
+    twin = copied(case.model)
+    assert torch.equal(case.run(twin), expected)
+    site.strengths(twin).write({"a": 0.1})
+    randomize(twin, "a", seed=8)
+    assert torch.equal(case.run(), expected)
+    site.detach(twin, "a")
+    assert "a" in site.names(case.model) and not site.sites(twin)
+    assert torch.equal(case.run(), expected)

@@ -1,0 +1,165 @@
+"""The loader on a real pipeline: load, set, schedule, merge, remove."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipe
+from test_formats import picture, write_adapter
+
+from peft_diffusion.bases import components, fingerprint
+from peft_diffusion.core import site
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.generation import Adapters, Schedule
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return [
+        write_adapter(folder / "ink.safetensors", make_pipe(), seed=3),
+        write_adapter(folder / "flat-look.safetensors", make_pipe(), target="all-linear", seed=4, parts=("unet",)),
+    ]
+
+
+def test_a_pipeline_is_the_one_it_was_when_everything_is_removed(files, tiny_pipe):
+    before, digest = picture(tiny_pipe), fingerprint(components(tiny_pipe))
+    adapters = Adapters(tiny_pipe)
+    assert [adapters.load(file) for file in files] == ["ink", "flat-look"]
+    assert adapters.names == ("ink", "flat-look") and adapters["ink"].spec.triggers == ("ink style",)
+    both = picture(tiny_pipe)
+    adapters.remove("ink")
+    one = picture(tiny_pipe)
+    adapters.remove("flat-look")
+    assert np.array_equal(picture(tiny_pipe), before) and fingerprint(components(tiny_pipe)) == digest
+    assert not np.array_equal(both, one) and not np.array_equal(one, before)
+    assert not any(site.sites(part) for part in components(tiny_pipe).values())
+
+
+def test_strengths_blend_and_those_not_named_are_kept(files, tiny_pipe):
+    before = picture(tiny_pipe)
+    adapters = Adapters(tiny_pipe)
+    for file in files:
+        adapters.load(file, strength=0.0)
+    assert np.array_equal(picture(tiny_pipe), before)
+    adapters.set(ink=1.0)
+    ink = picture(tiny_pipe)
+    adapters.set({"flat-look": 0.5})
+    both = picture(tiny_pipe)
+    adapters.set({"flat-look": 0.0})
+    assert np.array_equal(picture(tiny_pipe), ink) and not np.array_equal(both, ink)
+
+
+def test_merging_draws_the_same_and_gives_the_bytes_back(files, tiny_pipe):
+    digest = fingerprint(components(tiny_pipe))
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[0], strength=0.8)
+    adapters.load(files[1], strength=-0.4)
+    running = picture(tiny_pipe)
+    for _ in range(3):
+        adapters.merge()
+        assert np.abs(picture(tiny_pipe) - running).max() <= 1
+        for refused in (lambda: adapters.set(ink=0.1), lambda: adapters.remove("ink"), adapters.merge):
+            with pytest.raises(UserError, match="merge"):
+                refused()
+        adapters.unmerge()
+    assert fingerprint(components(tiny_pipe)) == digest
+    assert np.array_equal(picture(tiny_pipe), running)
+
+
+def test_strengths_per_image_and_per_block(files, tiny_pipe):
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[1], name="flat")
+
+    def pictures(count):
+        noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).repeat(count, 1, 1, 1)
+        out = tiny_pipe(["a cat"] * count, num_inference_steps=3, height=64, width=64, latents=noise)
+        return [np.asarray(image).astype(int) for image in out.images]
+
+    adapters.set(flat=[0.0, 0.5, 1.0])
+    together = pictures(3)
+    for amount, expected in zip((0.0, 0.5, 1.0), together, strict=True):
+        adapters.set(flat=amount)
+        assert np.abs(pictures(1)[0] - expected).max() <= 1
+    blocks = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1", "other")
+    adapters.set(flat=dict.fromkeys(blocks, 1.0))
+    assert np.abs(pictures(1)[0] - together[2]).max() <= 1
+    adapters.set(flat={"mid_block": 1.0})
+    assert not np.array_equal(pictures(1)[0], together[2]) and not np.array_equal(pictures(1)[0], together[0])
+    with pytest.raises(UserError, match="no block nowhere"):
+        adapters.set(flat={"nowhere": 1.0})
+
+
+def test_a_schedule_follows_the_steps_and_leaves_no_trace(files, tiny_pipe):
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[1], name="flat")
+    seen: list[float] = []
+    strengths = site.strengths(tiny_pipe.unet)
+    watch = tiny_pipe.unet.register_forward_hook(lambda *_: seen.append(float(strengths.values[0, 0, 0])))
+    adapters.set(flat=Schedule([0.0, 1.0]))
+    faded = picture(tiny_pipe)
+    assert seen == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
+    with pytest.raises(UserError, match="steps cannot be merged"):
+        adapters.merge()
+    adapters.set(flat=Schedule([1.0, 1.0, 1.0]))
+    constant = picture(tiny_pipe)
+    adapters.set(flat=1.0)
+    assert np.array_equal(picture(tiny_pipe), constant) and not np.array_equal(faded, constant)
+    watch.remove()
+    assert not tiny_pipe.unet._forward_pre_hooks
+    assert Schedule([0.0, 1.0, 0.0]).at(0.25) == 0.5 and Schedule([2.0]).at(0.9) == 2.0
+
+
+def test_a_failed_load_changes_nothing(files, tiny_pipe, tmp_path):
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[0])
+    before = picture(tiny_pipe)
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"nothing")
+    with pytest.raises(UserError):
+        adapters.load(bad)
+    with pytest.raises(UserError, match="finite"):
+        adapters.load(files[1], strength=float("nan"))
+    with pytest.raises(UserError, match="loaded already"):
+        adapters.load(files[1], name="ink")
+    with pytest.raises(UserError, match="no adapter 'nobody'"):
+        adapters.set(nobody=1.0)
+    assert adapters.names == ("ink",) and np.array_equal(picture(tiny_pipe), before)
+    assert adapters.load(files[0]) == "ink_2"
+
+
+def test_offloading_hooks_are_refused_with_the_module_named(files, tiny_pipe):
+    module = tiny_pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    module.forward = module.forward
+    with pytest.raises(UserError, match=r"mid_block.*attn1\.to_q: its forward is patched"):
+        Adapters(tiny_pipe).load(files[0])
+    assert not site.sites(tiny_pipe.unet) and not site.sites(tiny_pipe.text_encoder)
+
+
+def test_what_is_removed_is_gone_from_memory(files, tiny_pipe):
+    adapters = Adapters(tiny_pipe)
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    counts = []
+    for _ in range(4):
+        name = adapters.load(files[0])
+        adapters.merge()
+        adapters.unmerge()
+        adapters.remove(name)
+        counts.append(tensors())
+    assert counts[1] == counts[3]
+
+
+def test_adapters_stay_float32_and_follow_the_device_on_a_half_pipeline(files, tiny_pipe):
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[0])
+    tiny_pipe.to(torch.bfloat16)
+    parameters = [p for a in site.adapters(tiny_pipe.unet, "ink").values() for p in a.parameters()]
+    assert {p.dtype for p in parameters} == {torch.float32}
+    assert site.strengths(tiny_pipe.unet).values.dtype == torch.float32
+    assert next(tiny_pipe.unet.parameters()).dtype == torch.bfloat16
+    assert picture(tiny_pipe).shape == (64, 64, 3)

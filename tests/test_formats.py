@@ -1,0 +1,244 @@
+"""The adapter file: other programs read it, and nothing hostile gets through it."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipe
+from laws import randomize
+from safetensors.torch import load_file, save_file
+
+from peft_diffusion import formats
+from peft_diffusion.bases import components, describe
+from peft_diffusion.core import site
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.formats.file import base_dict
+from peft_diffusion.formats.kohya import site_keys
+from peft_diffusion.generation import Adapters
+from peft_diffusion.methods.lora import Lora
+
+PROMPT = "a red apple"
+
+
+def picture(pipe, seed: int = 0) -> np.ndarray:
+    generator = torch.Generator().manual_seed(seed)
+    image = pipe(PROMPT, num_inference_steps=4, height=64, width=64, generator=generator).images[0]
+    return np.asarray(image).astype(int)
+
+
+def write_adapter(path, pipe, target="attention+ff", alpha=None, rank=4, seed=3, parts=("unet", "text_encoder")):
+    """A file with an adapter that changes the picture."""
+    chosen = {name: part for name, part in components(pipe).items() if name in parts}
+    for part in chosen.values():
+        torch.manual_seed(seed)
+        site.attach(part, "made", Lora(rank, alpha), target)
+        randomize(part, "made", seed)
+    spec = formats.Spec(
+        methods={name: {**Lora(rank, alpha).spec(), "target": target} for name in chosen},
+        base=base_dict(describe(pipe)),
+        triggers=("ink style",),
+        training={"steps_done": 10, "unet_lr": 1e-3, "images": 7},
+        title="ink",
+    )
+    formats.save(path, chosen, "made", spec)
+    for part in chosen.values():
+        site.detach(part, "made")
+    return path
+
+
+@pytest.mark.parametrize("target", ["attention+ff", "all-linear", "all"])
+@pytest.mark.parametrize("parts", [("unet",), ("unet", "text_encoder")], ids=["unet", "unet+text"])
+def test_diffusers_draws_the_same_picture(tmp_path, target, parts):
+    if target == "all" and len(parts) == 2:
+        parts = ("unet",)  # CLIP has no convolution, so "all" says nothing new
+    path = write_adapter(tmp_path / "ink.safetensors", make_pipe(), target, parts=parts)
+    ours, theirs = make_pipe(), make_pipe()
+    base = picture(ours)
+    Adapters(ours).load(path)
+    theirs.load_lora_weights(str(path))
+    assert np.abs(picture(ours) - base).max() > 8
+    assert np.abs(picture(ours) - picture(theirs)).max() <= 1
+
+
+def test_alpha_that_is_not_the_rank_means_the_same_to_diffusers_on_the_unet(tmp_path):
+    path = write_adapter(tmp_path / "ink.safetensors", make_pipe(), alpha=2.0, parts=("unet",))
+    ours, theirs = make_pipe(), make_pipe()
+    Adapters(ours).load(path)
+    theirs.load_lora_weights(str(path))
+    assert np.abs(picture(ours) - picture(theirs)).max() <= 1
+
+
+def test_keys_and_metadata_are_those_that_kohya_writes(tmp_path):
+    path = write_adapter(tmp_path / "ink.safetensors", make_pipe())
+    tensors = load_file(path)
+    unet = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    for key in (unet, text):
+        assert {f"{key}.lora_down.weight", f"{key}.lora_up.weight", f"{key}.alpha"} <= set(tensors)
+        assert tensors[f"{key}.alpha"].item() == 4
+    assert all(key.startswith(("lora_unet_", "lora_te_")) for key in tensors)
+    found = formats.inspect(path)
+    assert found.metadata["ss_network_dim"] == "4" and found.metadata["ss_network_module"] == "networks.lora"
+    assert found.metadata["modelspec.sai_model_spec"] == "1.0.1" and found.metadata["ss_steps"] == "10"
+    assert found.metadata["modelspec.trigger_phrase"] == "ink style"
+    assert found.ranks == {4: len(found.sites)} and found.methods == ("lora",) and found.unknown == ()
+    assert found.spec is not None and found.spec.triggers == ("ink style",)
+
+
+def test_sdxl_files_name_both_encoders():
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                            eos_token_id=1, bos_token_id=0, pad_token_id=1)  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), attention_head_dim=4,
+    )  # fmt: skip
+    parts = {
+        "unet": unet, "text_encoder": CLIPTextModel(config), "text_encoder_2": CLIPTextModelWithProjection(config),
+    }  # fmt: skip
+    keys = site_keys(parts)
+    for prefix, component in (("lora_te1_", "text_encoder"), ("lora_te2_", "text_encoder_2")):
+        assert keys[f"{prefix}text_model_encoder_layers_0_mlp_fc1"][0] == component
+        module = parts[component].get_submodule(keys[f"{prefix}text_model_encoder_layers_0_mlp_fc1"][1])
+        assert isinstance(module, torch.nn.Linear)
+
+
+def test_no_two_modules_of_the_true_architectures_share_a_name():
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        sd15 = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        sdxl = UNet2DConditionModel(
+            sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+        clip_l = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
+        big_g = CLIPTextModelWithProjection(
+            CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
+        )
+    assert len(site_keys({"unet": sd15, "text_encoder": clip_l})) > 600
+    assert len(site_keys({"unet": sdxl, "text_encoder": clip_l, "text_encoder_2": big_g})) > 1500
+
+
+def test_half_precision_files_of_other_programs_load(tmp_path, tiny_pipe):
+    path = write_adapter(tmp_path / "ink.safetensors", make_pipe(), parts=("unet",))
+    tensors = {key: value.half() for key, value in load_file(path).items()}
+    save_file({key: value for key, value in tensors.items() if not key.endswith("alpha")}, tmp_path / "other.safetensors")
+    loaded = formats.load(tmp_path / "other.safetensors", tiny_pipe)
+    parameters = [p for a in loaded.components["unet"].values() for p in a.parameters()]
+    assert {p.dtype for p in parameters} == {torch.float32}
+    assert {a.scale for a in loaded.components["unet"].values()} == {1.0}
+
+
+def test_a_tensor_without_a_site_is_reported_and_the_rest_loads(tmp_path, tiny_pipe):
+    path = write_adapter(tmp_path / "ink.safetensors", make_pipe())
+    tensors = load_file(path)
+    tensors["lora_unet_no_such_place.lora_down.weight"] = torch.zeros(4, 8)
+    save_file(tensors, tmp_path / "more.safetensors")
+    loaded = formats.load(tmp_path / "more.safetensors", tiny_pipe)
+    assert loaded.report.unmatched == ("lora_unet_no_such_place.lora_down.weight",)
+    assert loaded.report.found == len(tensors) - 1 and "no_such_place" in loaded.warnings[0]
+    with pytest.raises(UserError, match="no_such_place"):
+        formats.load(tmp_path / "more.safetensors", tiny_pipe, strict=True)
+
+
+def test_a_base_that_the_adapter_was_not_made_for_is_named(tmp_path):
+    path = write_adapter(tmp_path / "ink.safetensors", make_pipe())
+    other = make_pipe(seed=1, width=48)
+    with pytest.raises(UserError, match=r"was made for base 'StableDiffusionPipeline'.*this base is"):
+        formats.load(path, other)
+    retrained = make_pipe(seed=5)
+    assert any("weights differ" in warning for warning in formats.load(path, retrained).warnings)
+
+
+def header_file(path, header: object, data: bytes = b"", length: int | None = None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+TENSOR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+HOSTILE = {
+    "empty": (b"", "no safetensors"),
+    "short": (b"\x01\x02", "no safetensors"),
+    "huge header": (struct.pack("<Q", 2**60) + b"{}", "no safetensors"),
+    "header longer than the file": (struct.pack("<Q", 1000) + b"{}", "truncated"),
+    "png": (b"\x89PNG\r\n\x1a\n" + b"\0" * 64, "no safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_bytes_that_are_no_safetensors_are_refused(tmp_path, tiny_pipe, kind):
+    content, message = HOSTILE[kind]
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    for read in (formats.inspect, lambda p: formats.load(p, tiny_pipe)):
+        with pytest.raises(UserError, match=message):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        (b"not json", b"", "header cannot be read"),
+        (b"[1, 2]", b"", "header cannot be read"),
+        (b"[" * 50000 + b"]" * 50000, b"", "header cannot be read"),
+        ({"a.alpha": {**TENSOR, "data_offsets": [0, 4]}}, b"\0" * 8, "does not lie"),
+        ({"a.alpha": {**TENSOR, "shape": [-2]}}, b"\0" * 8, "header cannot be read"),
+        ({"a.alpha": {**TENSOR, "shape": [2**40, 2**40]}}, b"\0" * 8, "does not lie"),
+        ({"a.alpha": {**TENSOR, "dtype": "X9"}}, b"\0" * 8, "does not lie"),
+        ({"a.alpha": TENSOR, "b.alpha": TENSOR}, b"\0" * 8, "does not lie"),
+        ({"a.alpha": TENSOR}, b"\0" * 4, "truncated"),
+        ({"a.alpha": TENSOR}, b"\0" * 12, "belong to no tensor"),
+        ({"a.alpha": TENSOR, "__metadata__": {"x": 1}}, b"\0" * 8, "header cannot be read"),
+        ({"weight": TENSOR}, b"\0" * 8, "no adapter"),
+        ({"lora_unet_conv_in.alpha": TENSOR, "__metadata__": {"peft_diffusion": "{"}}, b"\0" * 8, "metadata is damaged"),
+        ({"lora_unet_conv_in.alpha": TENSOR, "__metadata__": {"peft_diffusion": '{"version": 9}'}}, b"\0" * 8, "newer"),
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path, tiny_pipe, header, data, message):
+    path = header_file(tmp_path / "bad.safetensors", header, data)
+    with pytest.raises(UserError, match=message):
+        formats.inspect(path)
+    with pytest.raises(UserError):
+        formats.load(path, tiny_pipe)
+
+
+def test_nan_is_refused_by_name(tmp_path, tiny_pipe):
+    tensors = load_file(write_adapter(tmp_path / "ink.safetensors", make_pipe()))
+    key = next(key for key in tensors if key.endswith("lora_up.weight"))
+    tensors[key][0] = float("nan")
+    save_file(tensors, tmp_path / "nan.safetensors")
+    with pytest.raises(UserError, match=key):
+        formats.load(tmp_path / "nan.safetensors", tiny_pipe)
+
+
+def test_a_pickle_is_read_as_weights_only(tmp_path, tiny_pipe):
+    tensors = load_file(write_adapter(tmp_path / "ink.safetensors", make_pipe()))
+    torch.save({"state_dict": tensors}, tmp_path / "ink.pt")
+    assert formats.load(tmp_path / "ink.pt", tiny_pipe).report.found == len(tensors)
+
+    class Bomb:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'boom')!r}, 'w')",))
+
+    torch.save({"x": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(UserError, match="plain weights"):
+        formats.load(tmp_path / "bomb.pt", tiny_pipe)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    pipe = make_pipe()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_adapter(tmp_path / "file" / "ink.safetensors", pipe)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
