@@ -282,6 +282,25 @@ def test_several_folders_and_links(tmp_path):
     assert kinds(folder) == ["duplicate"]
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "source", "start"),
+    [
+        ("styles/openmoji", 48, "sidecar", "openmoji emoji of "),
+        ("styles/twemoji", 48, "metadata", "twemoji emoji of "),
+        ("styles/fluent-flat", 48, "name", "fluent flat emoji of "),
+        ("subjects/mira", 8, "sidecar", "a portrait of mira"),
+    ],
+)
+def test_the_sample_folders_are_sound(name, count, source, start):
+    folder = scan(REPOSITORY / "samples" / name, resolution=128)
+    assert folder.problems == ()
+    assert folder.sources == {source: count}
+    assert all(picture.caption.startswith(start) for picture in folder.pictures)
+    assert len({picture.caption for picture in folder.pictures}) == count
+    companions = {path.name for path in (REPOSITORY / "samples" / name).iterdir()}
+    assert {"LICENSE", "ATTRIBUTION.md"} <= companions
+
+
 # Scanning: captions
 
 
