@@ -147,6 +147,19 @@ def test_only_the_first_frame_of_an_animation(tmp_path):
     assert len(scan(tmp_path, missing="empty").pictures) == 5
 
 
+def test_colours_of_a_profile_become_srgb(tmp_path):
+    """A profile in which red and blue have changed places, under another name than sRGB."""
+    standard = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    head = standard[:400].replace(b"rXYZ", b"tmp!").replace(b"bXYZ", b"rXYZ").replace(b"tmp!", b"bXYZ")
+    swapped = (head + standard[400:]).replace("sRGB".encode("utf-16-be"), "odd!".encode("utf-16-be"))
+    assert swapped.count("odd!".encode("utf-16-be")) == 1
+    for mode, colour in (("RGB", (255, 0, 0)), ("RGBA", (255, 0, 0, 255))):
+        Image.new(mode, (8, 8), colour).save(tmp_path / f"{mode}.png", icc_profile=swapped)
+        assert close(open_picture(tmp_path / f"{mode}.png"), (4, 4), (0, 0, 255), 30)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "standard.png", icc_profile=standard)
+    assert close(open_picture(tmp_path / "standard.png"), (4, 4), (255, 0, 0), 0)
+
+
 # Scanning: what is wrong
 
 
@@ -214,6 +227,13 @@ def test_limit_on_pixels_is_configurable(tmp_path, monkeypatch):
         open_picture(tmp_path / "a.png", max_pixels=9_999)
     assert open_picture(tmp_path / "a.png", max_pixels=10_000).size == (100, 100)
     assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_a_picture_may_have_half_the_resolution_but_no_less(tmp_path):
+    draw(tmp_path / "half.png", (32, 90), 1)
+    draw(tmp_path / "under half.png", (31, 90), 2)
+    assert list(texts(scan(tmp_path, resolution=64))) == ["half.png"]
+    assert len(scan(tmp_path).pictures) == 2
 
 
 def test_companions_and_litter_are_no_problems(tmp_path):
@@ -429,7 +449,8 @@ def test_file_names_as_captions(stems, want):
     [
         ("a red apple", "ink style", "ink style, a red apple"),
         ("a red apple in Ink  Style", "ink style", "a red apple in Ink  Style"),
-        ("a drink styled apple", "ink style", "ink style, a drink styled apple"),
+        ("an ink styled apple", "ink style", "ink style, an ink styled apple"),
+        ("a drink style apple", "ink style", "ink style, a drink style apple"),
         ("", "ink style", "ink style"),
         ("an apple", "", "an apple"),
         ("an apple", "ink style of {}", "ink style of an apple"),
@@ -650,11 +671,14 @@ def test_flips_are_entries_of_their_own(pictures, vae):
     assert sorted(index for members in cache.groups.values() for index in members) == list(range(10))
 
 
-def test_cache_hit_equals_recompute(pictures, vae, tmp_path):
+def test_cache_hit_equals_recompute(pictures, vae, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     plain, first, second = cached(pictures, vae), cached(pictures, vae, folder=folder), cached(pictures, vae, folder=folder)
     assert (first.computed, first.reused) == (5, 0)
     assert (second.computed, second.reused, second.damaged) == (0, 5, 0)
+    monkeypatch.setattr(latents, "_encode", None)  # a full cache must not run the VAE
+    assert cached(pictures, vae, folder=folder).reused == 5
+    monkeypatch.undo()
     assert same(plain, first) and same(plain, second)
     assert len(list(folder.iterdir())) == 5
     half = cached(pictures, vae, folder=folder, dtype=torch.bfloat16)
