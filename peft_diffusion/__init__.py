@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from .generation.blend import Blend, blend
     from .generation.config import BlendConfig, GenerateConfig
     from .generation.generate import Picture, generate
-    from .training import TrainConfig, train
+    from .training import TrainConfig
+    from .training.train import train
 
 __all__ = [
     "Adapters",
@@ -49,7 +50,7 @@ _HOMES = {
     "generate": "generation.generate",
     "inspect": "formats",
     "load_base": "bases",
-    "train": "training",
+    "train": "training.train",
 }
 
 

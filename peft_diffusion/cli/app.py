@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0; 1 for what the user can mend; 2 for a wrong command line; 70 for a bug; 130 for Ctrl-C.
     """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it speaks of torchvision, which is not needed
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app.meta(given)
@@ -84,7 +85,7 @@ def _explain(error: BaseException) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", FAILED)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        return _fail("out of memory; make the pictures smaller or lower --batch", FAILED)
+        return _fail("out of memory; make the pictures smaller or lower --batch-size", FAILED)
     return _fail(f"{type(error).__name__}: {error}; this is a bug, and --debug shows where", BUG)
 
 

@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, get_args
 
-from cyclopts import App, ArgumentCollection
+from cyclopts import App, ArgumentCollection, CycloptsError
 from cyclopts.argument import Argument
 from cyclopts.config import Dict
 
@@ -48,7 +48,7 @@ def whole_numbers(_: App, commands: tuple[str, ...], arguments: ArgumentCollecti
     for argument in arguments:
         for token in argument.tokens:
             if int in _kinds(argument.hint) and float not in _kinds(argument.hint) and "." in token.value:
-                raise ValueError(f'Invalid value for {token.keyword or argument.name}: "{token.value}" is no whole number.')
+                raise CycloptsError(msg=f'Invalid value for {argument.name}: "{token.value}" is no whole number.')
 
 
 def _check(path: Path, key: str, value: Any, argument: Argument) -> None:

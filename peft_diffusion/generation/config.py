@@ -8,13 +8,16 @@ from typing import Annotated, Literal, TypeAlias
 from cyclopts import Parameter
 
 from ..core.errors import UserError
+from ..formats import inspect
+from .recipe import check_folder, check_target
 
 SchedulerName: TypeAlias = Literal["ddim", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc"]
-Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 MAX_SEED = 2**63 - 1
+_PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 
-_Several = Parameter(negative=())  # no --empty-... flag
-_Files = Parameter(alias="-a", negative=(), consume_multiple=False)
+_Several = Parameter(negative=(), show_default=False)  # no --empty-... flag
+_Files = Parameter(alias="-a", negative=(), show_default=False)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ def _existing(text: str) -> Path:
 class Sampling:
     """How pictures are made, the same for every command. None means what the base says."""
 
+    prompts: Annotated[tuple[str, ...], _Several] = field(default=(), kw_only=False)
+    """What the pictures show, each prompt in quotes."""
     adapter: Annotated[tuple[str, ...], _Files] = ()
     """An adapter FILE, or FILE=STRENGTH (1 is as trained); give it again for more."""
     negative: str = ""
@@ -76,30 +81,37 @@ class Sampling:
     """In pixels; by default the base's resolution."""
     height: int | None = None
     """In pixels; by default the base's resolution."""
-    batch: int = 4
+    batch_size: int = 4
     """Pictures computed at once; the pictures do not depend on it."""
     base: str = "icons"
     """The embedded base "icons", a diffusers folder, a checkpoint file or a hub id."""
     device: str = "auto"
     """Such as cpu, cuda or mps; by default the fastest there is."""
-    dtype: Dtype = "auto"
-    """Precision of the base; by default float32 on a CPU and a half precision elsewhere."""
+    precision: Precision = "auto"
+    """Of the base; by default float32 on a CPU and a half precision elsewhere."""
 
     def __post_init__(self) -> None:
         _at_least("steps", self.steps, 1)
-        _at_least("batch", self.batch, 1)
+        _at_least("batch_size", self.batch_size, 1)
         if not 0 <= self.guidance < math.inf:
             raise UserError(f"guidance must be a finite number from 0, not {self.guidance}")
         for name in ("width", "height"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
+        if self.negative and self.guidance <= 1:
+            raise UserError(f"a negative prompt has no effect at guidance {self.guidance:g}; raise it above 1")
 
     def choices(self) -> tuple[Choice, ...]:
-        """The adapters, parsed. Raises UserError for a missing file, a bad strength and a file named twice."""
+        """The adapters, parsed and their headers read.
+
+        Raises UserError for a missing file, one that is no adapter, a bad strength and a file named twice.
+        """
         found = tuple(parse_choice(text) for text in self.adapter)
         for index, choice in enumerate(found):
             if any(choice.path.samefile(other.path) for other in found[:index]):
                 raise UserError(f"the adapter {choice.path} is named twice; give it once, with the strength you want")
+            if choice.path.suffix == ".safetensors":
+                inspect(choice.path)
         return found
 
 
@@ -107,8 +119,6 @@ class Sampling:
 class GenerateConfig(Sampling):
     """Which pictures ``generate`` makes: every prompt with every seed."""
 
-    prompts: Annotated[tuple[str, ...], _Several] = field(default=(), kw_only=False)
-    """What the pictures show, each prompt in quotes."""
     output: Annotated[Path, Parameter(alias="-o")] = Path("pictures")
     """A .png file, which is replaced; several pictures get numbers after its name. Or a folder, whose files are kept."""
     sheet: Path | None = None
@@ -134,6 +144,19 @@ class GenerateConfig(Sampling):
         if self.recipe is None:
             _check_prompts(self.prompts)
 
+    def check(self) -> None:
+        """Find out what can be told without the base. Raises UserError for files that cannot be read or written."""
+        self.choices()
+        for path in (self.output if self.to_file else None, self.sheet):
+            if path is not None:
+                check_target(path)
+        check_folder(self.output.parent if self.to_file else self.output)
+
+    @property
+    def to_file(self) -> bool:
+        """Whether ``output`` is meant as a file, not as a folder."""
+        return self.output.suffix.lower() in _PICTURES and not self.output.is_dir()
+
     def all_seeds(self) -> tuple[int, ...]:
         """The seeds of each prompt, in order."""
         return self.seeds or tuple(range(self.seed, self.seed + self.count))
@@ -143,8 +166,6 @@ class GenerateConfig(Sampling):
 class BlendConfig(Sampling):
     """The sheet that ``blend`` draws: a row for each prompt, a column for each mix."""
 
-    prompts: Annotated[tuple[str, ...], _Several] = field(kw_only=False)
-    """What the pictures show, each prompt in quotes; one row of the sheet each."""
     output: Annotated[Path, Parameter(alias="-o")] = Path("blend.png")
     """The .png file of the sheet, which is replaced."""
     columns: int = 5
@@ -161,6 +182,11 @@ class BlendConfig(Sampling):
         if len(self.adapter) < 2:
             raise UserError("a blend needs two adapters, as in --adapter a.safetensors --adapter b.safetensors")
         _at_least("columns", self.columns, len(self.adapter))
+
+    def check(self) -> None:
+        """Find out what can be told without the base. Raises UserError for files that cannot be read or written."""
+        self.choices()
+        check_target(self.output)
 
 
 def _check_prompts(prompts: tuple[str, ...]) -> None:

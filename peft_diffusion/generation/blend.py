@@ -1,0 +1,79 @@
+"""``blend``: a sheet from all of one adapter to all of another, every picture from the same noise."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ..bases import load_base
+from . import recipe as recipes
+from . import sheet
+from .adapters import Adapters
+from .config import BlendConfig, Choice
+from .generate import cell_recipe
+from .painting import Cell, Progress, load_choices, paint
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Blend:
+    """What was drawn: the sheet, and by row (prompt) and column (mix) the pictures on it and their recipes."""
+
+    sheet: Image.Image
+    pictures: tuple[tuple[Image.Image, ...], ...]
+    recipes: tuple[tuple[Recipe, ...], ...]
+
+
+def blend(config: BlendConfig, progress: Progress | None = None) -> Blend:
+    """Draw the sheet and write it, with the recipes of its pictures.
+
+    At a share of w an adapter has w times its own strength. Raises UserError for adapters, prompts, sizes and files that
+    cannot be used, before anything is computed.
+    """
+    config.check()
+    choices = config.choices()
+    adapters = Adapters(load_base(config.base, device=config.device, dtype=config.precision))
+    names = load_choices(adapters, choices, config.prompts)
+    drawn = draw(adapters, dict(zip(names, choices, strict=True)), config, progress)
+    recipes.write_sheet(config.output, drawn.sheet, drawn.recipes)
+    return drawn
+
+
+def draw(adapters: Adapters, choices: dict[str, Choice], config: BlendConfig, progress: Progress | None = None) -> Blend:
+    """The sheet of adapters that are loaded under the names of ``choices``; nothing is written."""
+    mixes = shares(len(choices), config.columns)
+    if config.plain:
+        mixes = [(0.0,) * len(choices), *mixes]
+    columns = [
+        {name: share * choice.strength for share, (name, choice) in zip(mix, choices.items(), strict=True)} for mix in mixes
+    ]
+    cells = [Cell(prompt, config.seed, strengths) for prompt in config.prompts for strengths in columns]
+    images = list(paint(adapters, cells, config, progress))
+    told = [cell_recipe(adapters, cell, config) for cell in cells]
+    starts = range(0, len(cells), len(columns))
+    pictures = tuple(tuple(images[start : start + len(columns)]) for start in starts)
+    labels = [_label(mix, list(choices.values())) for mix in mixes]
+    return Blend(
+        sheet=sheet.grid(pictures, config.prompts, labels),
+        pictures=pictures,
+        recipes=tuple(tuple(told[start : start + len(columns)]) for start in starts),
+    )
+
+
+def shares(adapters: int, columns: int) -> list[tuple[float, ...]]:
+    """The mixes of each column, from all of the first adapter to all of the last, past all of each between them.
+
+    Every mix sums to 1. ``columns`` is at least ``adapters``, and both are at least 2.
+    """
+    positions = [column * (adapters - 1) / (columns - 1) for column in range(columns)]
+    return [tuple(max(0.0, 1 - abs(position - adapter)) for adapter in range(adapters)) for position in positions]
+
+
+def _label(mix: Sequence[float], choices: Sequence[Choice]) -> str:
+    """A mix in words: names with their share, and the strength where it is not 1."""
+    named = [
+        choice.name + ("" if choice.strength == 1 else f" at {choice.strength:g}") + ("" if share == 1 else f" {share:.0%}")
+        for share, choice in zip(mix, choices, strict=True)
+        if share
+    ]
+    return "\n".join(named) or "no adapter"

@@ -1,0 +1,174 @@
+"""``generate``: pictures from prompts, seeds and adapters, written with their recipes."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import get_args
+
+from PIL import Image
+
+from .. import __version__
+from ..bases import describe, load_base
+from ..core.errors import UserError
+from ..formats.container import sha256
+from . import recipe as recipes
+from . import sheet
+from .adapters import Adapters
+from .config import GenerateConfig, Sampling, SchedulerName
+from .painting import SCHEDULERS, Cell, Progress, load_choices, paint, size
+from .recipe import Recipe, UsedAdapter
+
+# What a recipe leaves to the person who makes its picture again.
+_FREE = frozenset({"recipe", "output", "sheet", "batch_size", "device", "precision", "base", "adapter"})
+_SLUG = 48  # letters of a prompt in a file's name
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that was made: its pixels, what it was made from, and its file."""
+
+    image: Image.Image
+    recipe: Recipe
+    path: Path
+
+
+def generate(config: GenerateConfig, progress: Progress | None = None) -> list[Picture]:
+    """Make every prompt with every seed and write each picture, with its recipe, as soon as its batch is done.
+
+    Raises UserError for adapters, prompts, sizes and files that cannot be used, before anything is computed.
+    """
+    config.check()
+    expected = None
+    if config.recipe is not None:
+        expected = recipes.read(config.recipe)
+        config = _again(config, expected)
+    seeds = config.all_seeds()
+    wanted = [(prompt, seed) for prompt in config.prompts for seed in seeds]
+    paths = _plan(config.output, config.to_file, wanted)
+    choices = config.choices()
+    adapters = Adapters(load_base(config.base, device=config.device, dtype=config.precision))
+    names = load_choices(adapters, choices, config.prompts)
+    strengths = {name: choice.strength for name, choice in zip(names, choices, strict=True)}
+    cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
+    told = [cell_recipe(adapters, cell, config) for cell in cells]
+    if expected is not None and told[0].fingerprint != expected.fingerprint:
+        raise UserError(
+            f"{config.recipe} was made with base {expected.base_name!r} ({expected.fingerprint}), and {config.base!r} has"
+            f" other weights ({told[0].fingerprint}); name the right one with --base"
+        )
+    pictures = []
+    for image, recipe, path in zip(paint(adapters, cells, config, progress), told, paths, strict=True):
+        recipes.write(path, image, recipe)
+        pictures.append(Picture(image, recipe, path))
+    if config.sheet is not None:
+        _write_sheet(config.sheet, pictures, config.prompts, seeds)
+    return pictures
+
+
+def cell_recipe(adapters: Adapters, cell: Cell, sampling: Sampling) -> Recipe:
+    """What a picture is made from, in full; adapters of strength 0 are left out."""
+    pipe = adapters.pipe
+    info = describe(pipe)
+    width, height = size(pipe, sampling)
+    loaded = [adapters[name] for name in cell.strengths if cell.strengths[name] != 0]
+    return Recipe(
+        prompt=cell.prompt,
+        negative=sampling.negative,
+        seed=cell.seed,
+        width=width,
+        height=height,
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        scheduler=sampling.scheduler,
+        sampler=SCHEDULERS[sampling.scheduler][0] if sampling.scheduler else type(pipe.scheduler).__name__,
+        base=sampling.base,
+        base_name=info.name,
+        base_family=info.family,
+        fingerprint=info.fingerprint,
+        device=str(pipe.device),
+        dtype=str(pipe.unet.dtype).removeprefix("torch."),
+        adapters=tuple(UsedAdapter(str(a.path), a.sha256, float(cell.strengths[a.name])) for a in loaded),
+        versions=_versions(),
+    )
+
+
+def _again(config: GenerateConfig, recipe: Recipe) -> GenerateConfig:
+    """The configuration that makes a recipe's picture. Raises UserError for flags that it would override."""
+    changed = [f.name for f in fields(config) if f.name not in _FREE and getattr(config, f.name) != f.default]
+    if changed:
+        raise UserError(f"the recipe of {config.recipe} says {', '.join(changed)}; leave that away, or the recipe")
+    scheduler = next((name for name in get_args(SchedulerName) if name == recipe.scheduler), None)
+    if scheduler != recipe.scheduler:
+        raise UserError(f"{config.recipe}: its recipe names a scheduler that does not exist: {recipe.scheduler!r}")
+    files = [choice.path for choice in config.choices()]
+    return replace(
+        config,
+        recipe=None,
+        prompts=(recipe.prompt,),
+        adapter=tuple(f"{_find(used, files)}={used.strength!r}" for used in recipe.adapters),
+        negative=recipe.negative,
+        seed=recipe.seed,
+        width=recipe.width,
+        height=recipe.height,
+        steps=recipe.steps,
+        guidance=recipe.guidance,
+        scheduler=scheduler,
+        base=config.base if config.base != GenerateConfig.base else recipe.base,
+    )
+
+
+def _find(used: UsedAdapter, files: Sequence[Path]) -> Path:
+    """The file that holds the bytes of an adapter of a recipe, among those given and where it was. Raises UserError."""
+    candidates = [*files, *([Path(used.path)] if Path(used.path).is_file() else [])]
+    found = next((path for path in candidates if sha256(path) == used.sha256), None)
+    if found is None:
+        raise UserError(
+            f"the adapter {used.path} of the recipe (SHA-256 {used.sha256[:12]}...) is not there any more, or is another"
+            " now; say where it is with --adapter"
+        )
+    return found
+
+
+def _plan(output: Path, to_file: bool, wanted: Sequence[tuple[str, int]]) -> list[Path]:
+    """A file for each picture. Only a single picture for a named file replaces one."""
+    if to_file:
+        if len(wanted) == 1:
+            return [output]
+        stems = [f"{output.stem}-{number}" for number in range(1, len(wanted) + 1)]
+        folder = output.parent
+    else:
+        stems = [f"{_slug(prompt)}-{seed}" for prompt, seed in wanted]
+        folder = output
+    paths: list[Path] = []
+    taken = {path.name.casefold() for path in folder.iterdir()} if folder.is_dir() else set()
+    for stem in stems:
+        name, number = f"{stem}.png", 2
+        while name.casefold() in taken:
+            name, number = f"{stem}-{number}.png", number + 1
+        taken.add(name.casefold())
+        paths.append(folder / name)
+    return paths
+
+
+def _slug(prompt: str) -> str:
+    """A prompt as part of a file's name."""
+    return re.sub(r"[\W_]+", "-", prompt.casefold())[:_SLUG].strip("-") or "picture"
+
+
+def _write_sheet(path: Path, pictures: Sequence[Picture], prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Rows of prompts, columns of seeds."""
+    rows = [pictures[start : start + len(seeds)] for start in range(0, len(pictures), len(seeds))]
+    drawn = sheet.grid([[p.image for p in row] for row in rows], prompts, [f"seed {seed}" for seed in seeds])
+    recipes.write_sheet(path, drawn, [[picture.recipe for picture in row] for row in rows])
+
+
+def _versions() -> dict[str, str]:
+    found = {"peft_diffusion": __version__}
+    for package in ("torch", "diffusers", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

@@ -1,0 +1,171 @@
+"""Pictures from prompts, seeds and strengths, in batches; what ``generate``, ``blend`` and ``demo`` share."""
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import diffusers
+import torch
+from PIL import Image
+
+from ..bases import describe
+from ..core.errors import UserError
+from .adapters import Adapters
+from .config import Choice, Sampling
+
+log = logging.getLogger(__name__)
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the steps done and the steps in all, over all batches."""
+
+# Name: the class in diffusers, and what is set besides the base's own configuration.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpm++-karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture to make; ``strengths`` are by the adapters' names."""
+
+    prompt: str
+    seed: int
+    strengths: Mapping[str, float]
+
+
+def size(pipe: Any, sampling: Sampling) -> tuple[int, int]:
+    """Width and height in pixels. Raises UserError for sides that the base cannot make, naming the nearest that it can."""
+    info = describe(pipe)
+    sides = (sampling.width or info.resolution, sampling.height or info.resolution)
+    for name, side in zip(("width", "height"), sides, strict=True):
+        if side % info.step:
+            below, above = side - side % info.step, side - side % info.step + info.step
+            near = f"{below} or {above}" if below else f"{above}"
+            raise UserError(f"{name} {side} is no multiple of {info.step}, which the base {info.name!r} needs; take {near}")
+    return sides
+
+
+def paint(
+    adapters: Adapters, cells: Sequence[Cell], sampling: Sampling, progress: Progress | None = None
+) -> Iterator[Image.Image]:
+    """The pictures of ``cells`` in order, computed ``sampling.batch_size`` at a time, each from the noise of its own seed.
+
+    A picture depends on its own cell alone, up to rounding. The pipeline's scheduler is afterwards what it was; the adapters
+    keep the strengths of the last batch. Raises UserError for sizes and prompts that the base cannot take.
+    """
+    pipe = adapters.pipe
+    width, height = size(pipe, sampling)
+    check_lengths(pipe, [sampling.negative, *(cell.prompt for cell in cells)])
+    batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
+    with _set_up(pipe, sampling):
+        for number, batch in enumerate(batches):
+            _set_strengths(adapters, batch)
+            report = _Report(progress, number * sampling.steps, len(batches) * sampling.steps)
+            yield from _paint_batch(pipe, batch, sampling, (width, height), report)
+
+
+def load_choices(adapters: Adapters, choices: Sequence[Choice], prompts: Sequence[str]) -> list[str]:
+    """Load adapters from their files; returns their names, and logs what the person should know of them."""
+    names = [adapters.load(choice.path, strength=choice.strength) for choice in choices]
+    for name in names:
+        for warning in adapters[name].warnings:
+            log.warning(warning)
+        triggers = adapters[name].spec.triggers
+        for prompt in dict.fromkeys(prompts):
+            if triggers and not any(_contains(prompt, trigger) for trigger in triggers):
+                words = " or ".join(f'"{trigger}"' for trigger in triggers)
+                log.info(f'{adapters[name].path} is called by {words}, which the prompt "{prompt}" does not contain')
+    return names
+
+
+def check_lengths(pipe: Any, texts: Sequence[str]) -> None:
+    """Raise UserError for a text that the base's text encoders would cut, naming the words that would be lost."""
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipe, name, None)
+        if tokenizer is None:
+            continue
+        room = tokenizer.model_max_length - 2  # the start and the end take a token each
+        for text in dict.fromkeys(texts):
+            tokens = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+            if len(tokens) > room:
+                lost = tokenizer.decode(tokens[room:]).strip()
+                raise UserError(
+                    f'the prompt "{text[:40]}..." has {len(tokens)} tokens, of which the base reads {room}; shorten it,'
+                    f' or it would lose "{lost}"'
+                )
+
+
+@dataclass
+class _Report:
+    """A pipeline's callback after each step that passes on how far all batches are."""
+
+    progress: Progress | None
+    before: int
+    total: int
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if self.progress is not None:
+            self.progress(min(self.before + step + 1, self.total), self.total)
+        return {}
+
+
+@contextmanager
+def _set_up(pipe: Any, sampling: Sampling) -> Iterator[None]:
+    """The pipeline with the scheduler that was asked for, and without its own progress bar."""
+    scheduler, bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    if sampling.scheduler is not None:
+        name, changes = SCHEDULERS[sampling.scheduler]
+        pipe.scheduler = getattr(diffusers, name).from_config(scheduler.config, **changes)
+    try:
+        yield
+    finally:
+        pipe.scheduler = scheduler
+        pipe.set_progress_bar_config(**bar)
+
+
+def _paint_batch(
+    pipe: Any, batch: Sequence[Cell], sampling: Sampling, sides: tuple[int, int], report: _Report
+) -> list[Image.Image]:
+    width, height = sides
+    generators = [torch.Generator("cpu").manual_seed(cell.seed) for cell in batch]
+    # Drawn here, on the CPU and in float32, so that a seed means the same noise on every device and in every precision.
+    shape = (1, pipe.unet.config.in_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+    latents = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+    out = pipe(
+        prompt=[cell.prompt for cell in batch],
+        negative_prompt=[sampling.negative] * len(batch),
+        width=width,
+        height=height,
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance,
+        generator=generators,
+        latents=latents.to(pipe.device, pipe.unet.dtype),
+        callback_on_step_end=report,
+    )
+    blanked = sum(map(bool, getattr(out, "nsfw_content_detected", None) or ()))
+    if blanked:
+        log.warning(f"the base's safety checker has blanked {blanked} of {len(batch)} pictures")
+    images: list[Image.Image] = out.images
+    return images
+
+
+def _set_strengths(adapters: Adapters, batch: Sequence[Cell]) -> None:
+    """One strength where the batch agrees, and one per picture where not."""
+    for name in adapters.names:
+        values = [cell.strengths.get(name, 0.0) for cell in batch]
+        adapters.set({name: values if len(set(values)) > 1 else values[0]})
+
+
+def _contains(prompt: str, trigger: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, re.IGNORECASE) is not None

@@ -1,0 +1,169 @@
+"""The recipe of a picture, and PNG files that carry it. Imports no torch."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from ..core.errors import UserError
+from ..formats.container import written_aside
+
+KEY = "peft_diffusion"  # the text chunk that holds it, as JSON
+VERSION = 1
+
+# What A1111 and the programs that read its text call the samplers of diffusers.
+_SAMPLERS = {
+    "DDIMScheduler": "DDIM",
+    "PNDMScheduler": "PLMS",
+    "EulerDiscreteScheduler": "Euler",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "HeunDiscreteScheduler": "Heun",
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "UniPCMultistepScheduler": "UniPC",
+}
+
+
+@dataclass(frozen=True)
+class UsedAdapter:
+    """An adapter of a picture: where its file was, what was in it, how much of it was applied."""
+
+    path: str
+    sha256: str
+    strength: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a picture was made from. ``scheduler`` None is the base's own; sizes are in pixels.
+
+    ``base`` is the source that was named; ``base_name``, ``base_family`` and ``fingerprint`` are what was found there.
+    """
+
+    prompt: str
+    negative: str
+    seed: int
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    scheduler: str | None
+    sampler: str
+    base: str
+    base_name: str
+    base_family: str
+    fingerprint: str
+    device: str
+    dtype: str
+    adapters: tuple[UsedAdapter, ...]
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Any) -> "Recipe":
+        """Checked. Raises ValueError where a field is missing or of another type."""
+        known: dict[str, Any] = {name: values.get(name) for name in _KINDS} if isinstance(values, dict) else {}
+        for name, kind in _KINDS.items():
+            if not isinstance(known.get(name), kind) or isinstance(known.get(name), bool):
+                raise ValueError(f"{name} is missing or of another type")
+        used = [UsedAdapter(**adapter) for adapter in known["adapters"] if isinstance(adapter, dict)]
+        if not all(isinstance(u.path, str) and isinstance(u.sha256, str) and isinstance(u.strength, float) for u in used):
+            raise ValueError("an adapter is of another type")
+        return cls(**{**known, "adapters": tuple(used)})
+
+    def parameters(self) -> str:
+        """The text that A1111 writes into its pictures, which galleries and other programs show."""
+        loras = "".join(f" <lora:{Path(used.path).stem}:{used.strength:g}>" for used in self.adapters)
+        hashes = ", ".join(f"{Path(used.path).stem}: {used.sha256[:12]}" for used in self.adapters)
+        fields = {
+            "Steps": self.steps,
+            "Sampler": _SAMPLERS.get(self.sampler, self.sampler) + (" Karras" if self.scheduler == "dpm++-karras" else ""),
+            "CFG scale": f"{self.guidance:g}",
+            "Seed": self.seed,
+            "Size": f"{self.width}x{self.height}",
+            "Model hash": self.fingerprint,
+            "Model": self.base_name,
+            **({"Lora hashes": json.dumps(hashes)} if hashes else {}),
+            "Version": f"peft_diffusion {self.versions.get('peft_diffusion', '')}",
+        }
+        lines = [self.prompt + loras, *([f"Negative prompt: {self.negative}"] if self.negative else [])]
+        return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in fields.items())])
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "prompt": (str,), "negative": (str,), "seed": (int,), "width": (int,), "height": (int,), "steps": (int,),
+    "guidance": (int, float), "scheduler": (str, type(None)), "sampler": (str,), "base": (str,), "base_name": (str,),
+    "base_family": (str,), "fingerprint": (str,), "device": (str,), "dtype": (str,), "adapters": (list,),
+    "versions": (dict,),
+}  # fmt: skip
+
+
+def write(path: Path, image: Image.Image, recipe: Recipe) -> None:
+    """Save a picture with its recipe, aside and then renamed. Raises UserError where it cannot be written."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", recipe.parameters())
+    info.add_text(KEY, json.dumps({"version": VERSION, "recipe": recipe.to_json()}))
+    _save(path, image, info)
+
+
+def write_sheet(path: Path, sheet: Image.Image, recipes: Sequence[Sequence[Recipe]]) -> None:
+    """Save a sheet with the recipe of each of its pictures, by row. Raises UserError where it cannot be written."""
+    info = PngImagePlugin.PngInfo()
+    rows = [[recipe.to_json() for recipe in row] for row in recipes]
+    info.add_text(KEY, json.dumps({"version": VERSION, "sheet": rows}))
+    _save(path, sheet, info)
+
+
+def read(path: Path) -> Recipe:
+    """The recipe that a picture carries. Raises UserError where it is no PNG, has none, or it is damaged."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()  # text may stand after the pixels
+            text = image.info.get(KEY)
+    except FileNotFoundError:
+        raise UserError(f"there is no picture {path}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise UserError(f"{path} cannot be read as a PNG picture") from None
+    if text is None:
+        raise UserError(f"{path} carries no recipe: it was not made by peft_diffusion, or another program saved it again")
+    try:
+        values = json.loads(text)
+        if "sheet" in values:
+            raise UserError(f"{path} is a sheet of many pictures; a recipe is read from a single one")
+        if values["version"] > VERSION:
+            raise UserError(f"{path}: its recipe was written by a newer peft_diffusion; update the package")
+        return Recipe.from_json(values["recipe"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path}: its recipe is damaged") from None
+
+
+def check_target(path: Path) -> None:
+    """Find out before any work whether a .png file can be written there. Raises UserError."""
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path}: pictures are written as .png, which carries the recipe")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a .png file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file, so it cannot be replaced")
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Find out before any work whether files can be made in a folder, which need not exist yet. Raises UserError."""
+    there = next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path("/"))
+    if not there.is_dir():
+        raise UserError(f"{folder} cannot be a folder: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"nothing can be written to {folder}: {there} is read-only")
+
+
+def _save(path: Path, image: Image.Image, info: PngImagePlugin.PngInfo) -> None:
+    check_target(path)
+    with written_aside(path) as aside:
+        image.save(aside, format="PNG", pnginfo=info)
