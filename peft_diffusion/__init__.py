@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from .generation.blend import Blend, blend
     from .generation.config import BlendConfig, GenerateConfig
     from .generation.generate import Picture, generate
-    from .training import TrainConfig
-    from .training.train import train
+    from .training import TrainConfig, train
 
 __all__ = [
     "Adapters",
@@ -50,7 +49,7 @@ _HOMES = {
     "generate": "generation.generate",
     "inspect": "formats",
     "load_base": "bases",
-    "train": "training.train",
+    "train": "training",
 }
 
 

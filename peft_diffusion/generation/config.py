@@ -226,6 +226,8 @@ class DemoConfig:
     """Training steps of each style."""
     seed: int = 0
     """Of training and of the pictures."""
+    base: str = "icons"
+    """The model to teach."""
     device: str = "auto"
     """Such as cpu, cuda or mps; by default the fastest there is."""
 

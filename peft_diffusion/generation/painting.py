@@ -162,9 +162,9 @@ def _paint_batch(
 
 def _set_strengths(adapters: Adapters, batch: Sequence[Cell]) -> None:
     """One strength where the batch agrees, and one per picture where not."""
-    for name in adapters.names:
-        values = [cell.strengths.get(name, 0.0) for cell in batch]
-        adapters.set({name: values if len(set(values)) > 1 else values[0]})
+    wanted = {name: [cell.strengths.get(name, 0.0) for cell in batch] for name in adapters.names}
+    # All at once: adapters that still had strengths for a batch of another size would not agree with the first.
+    adapters.set({name: values if len(set(values)) > 1 else values[0] for name, values in wanted.items()})
 
 
 def _contains(prompt: str, trigger: str) -> bool:

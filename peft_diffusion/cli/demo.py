@@ -1,0 +1,117 @@
+"""``peft-diffusion demo``: teach two sample styles, generate with each, blend them, and say where the pictures are."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from ..bases import embedded
+from ..generation.config import BlendConfig, Choice, DemoConfig, GenerateConfig
+from ..generation.recipe import check_folder
+from .progress import bar
+
+if TYPE_CHECKING:
+    from ..generation import Adapters
+
+# The sample folders, and how their captions begin; the base's own drawings are called by the first.
+BASE_WORDS = "noto emoji of"
+STYLES = {"openmoji": "openmoji emoji of", "twemoji": "twemoji emoji of"}
+BLEND_WORDS = "emoji of"
+# None of these is among the drawings that are learned from.
+SUBJECTS = ("a red apple", "a cat", "a rocket", "a tulip", "a pizza", "a snowman", "a violin", "a ship")
+BLENDED = ("a red apple", "a cat", "a rocket")
+
+
+def demo(config: Annotated[DemoConfig | None, Parameter(name="*")] = None) -> None:
+    """Teach two sample styles, generate with each and blend them.
+
+    Takes some minutes on two CPU cores. The pictures are worse than a full training's: see train.
+    """
+    config = config or DemoConfig()
+    check_folder(config.output)
+    folders = {style: embedded(f"styles/{style}") for style in STYLES}
+    files = {style: config.output / f"{style}.safetensors" for style in STYLES}
+    print("Loading the base; the first time takes a while ...", flush=True)
+    from ..bases import load_base
+    from ..generation import Adapters
+
+    pipe = load_base(config.base, device=config.device)
+    _train(pipe, config, folders, files)
+    adapters = Adapters(pipe)
+    for style, file in files.items():
+        adapters.load(file, name=style)
+    _draw_styles(adapters, config, config.output / "styles.png")
+    _draw_blend(adapters, config, files, config.output / "blend.png")
+    _tell(config, files)
+
+
+def _train(pipe: Any, config: DemoConfig, folders: dict[str, Path], files: dict[str, Path]) -> None:
+    from rich.console import Console
+
+    from ..training import TrainConfig, train
+
+    for number, (style, folder) in enumerate(folders.items(), 1):
+        print(f"\nStyle {number} of {len(folders)}: {style}, {config.steps} steps", flush=True)
+        run = TrainConfig(
+            folder=(folder,),
+            output=files[style],
+            base=config.base,
+            steps=config.steps,
+            seed=config.seed,
+            run_dir=config.output / "runs" / style,
+            device=config.device,
+            save_every=config.steps,
+            preview_steps=0,
+            overwrite=True,
+        )
+        train(run, pipe=pipe, console=Console())
+
+
+def _draw_styles(adapters: "Adapters", config: DemoConfig, path: Path) -> None:
+    """A row without adapters and one for each style; columns are subjects."""
+    from ..generation import recipe, sheet
+    from ..generation.generate import cell_recipe
+    from ..generation.painting import Cell, paint
+
+    rows = {"without an adapter": (BASE_WORDS, ""), **{style: (words, style) for style, words in STYLES.items()}}
+    sampling = GenerateConfig(prompts=SUBJECTS, base=config.base, seed=config.seed, device=config.device)
+    cells = [
+        Cell(f"{words} {subject}", config.seed, {style: float(style == row) for style in STYLES})
+        for words, row in rows.values()
+        for subject in SUBJECTS
+    ]
+    with bar("drawing the styles") as progress:
+        images = list(paint(adapters, cells, sampling, progress))
+    told = [cell_recipe(adapters, cell, sampling) for cell in cells]
+    starts = range(0, len(cells), len(SUBJECTS))
+    drawn = sheet.grid([images[start : start + len(SUBJECTS)] for start in starts], list(rows), SUBJECTS)
+    recipe.write_sheet(path, drawn, [told[start : start + len(SUBJECTS)] for start in starts])
+
+
+def _draw_blend(adapters: "Adapters", config: DemoConfig, files: dict[str, Path], path: Path) -> None:
+    from ..generation import recipe
+    from ..generation.blend import draw
+
+    prompts = tuple(f"{BLEND_WORDS} {subject}" for subject in BLENDED)
+    told = tuple(str(file) for file in files.values())
+    sampling = BlendConfig(prompts=prompts, adapter=told, base=config.base, seed=config.seed, device=config.device)
+    with bar("drawing the blend") as progress:
+        drawn = draw(adapters, {style: Choice(file) for style, file in files.items()}, sampling, progress)
+    recipe.write_sheet(path, drawn.sheet, drawn.recipes)
+
+
+def _tell(config: DemoConfig, files: dict[str, Path]) -> None:
+    output = config.output
+    first, second = files.values()
+    base = "" if config.base == DemoConfig.base else f" --base {config.base}"
+    style = next(iter(STYLES.values()))
+    print(f"""
+Look at
+  {output / "styles.png"}   the same subjects without an adapter and in each style
+  {output / "blend.png"}    from all of one style to all of the other
+
+Try next
+  peft-diffusion generate "{style} a dragon" --adapter {first} --output dragon.png{base}
+  peft-diffusion blend "{BLEND_WORDS} a dragon" --adapter {first} --adapter {second} --output dragons.png{base}
+  peft-diffusion inspect {first} {second}
+  peft-diffusion train FOLDER_OF_YOUR_PICTURES --output mine.safetensors{base}""")
