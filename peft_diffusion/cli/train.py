@@ -1,0 +1,26 @@
+"""``peft-diffusion train``: learn a style from a folder of images and write it as one adapter file."""
+
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from ..training.config import TrainConfig
+
+
+def train(config: Annotated[TrainConfig, Parameter(name="*")]) -> None:
+    """Learn a style from a folder of images and write it as one adapter file.
+
+    Whatever is left out comes from the preset, the base and the machine; what was chosen is printed and kept in the run
+    folder. Ctrl-C finishes the step and saves a checkpoint; --resume goes on.
+    """
+    # Imports torch, which --help must not.
+    from ..training import Interrupted
+    from ..training import train as run
+
+    console = Console()
+    try:
+        run(config, console=console)
+    except Interrupted as stopped:
+        console.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
+        raise

@@ -1,0 +1,342 @@
+"""What a training run is told: one dataclass for flags, TOML file and Python. Imports no torch."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, get_args
+
+from cyclopts import Group, Parameter
+
+from ..core.errors import UserError
+
+Preset: TypeAlias = Literal["style"]
+Scheduler: TypeAlias = Literal["constant", "cosine", "linear"]
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+MissingCaptions: TypeAlias = Literal["stop", "name", "empty", "skip"]
+
+COMPONENTS = ("unet", "text_encoder")
+HELD_OUT_FROM = 20  # pictures; with fewer, each one is worth more in training than in measuring
+
+_RESULT = Group("What to make", sort_key=1)
+_DATA = Group("Pictures and captions", sort_key=2)
+_ADAPTER = Group("Adapter", sort_key=3)
+_STEPS = Group("Learning", sort_key=4)
+_WATCH = Group("Watching and keeping", sort_key=5)
+_MACHINE = Group("Machine", sort_key=6)
+
+
+class Base(Protocol):
+    """What the defaults depend on; `bases.BaseInfo` has it."""
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def resolution(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a training run is told. A field left at None gets the preset's value for the base.
+
+    Raises UserError for a value that no run can use.
+    """
+
+    folder: Annotated[tuple[Path, ...], Parameter(group=_RESULT, negative=())]
+    """Image folders to learn from, with their subfolders. Several are read as one."""
+    _: KW_ONLY
+    output: Annotated[Path | None, Parameter(group=_RESULT, alias="-o")] = None
+    """The adapter file to write; by default the folder's name with .safetensors, in the present directory."""
+    base: Annotated[str, Parameter(group=_RESULT)] = "icons"
+    """The model to teach: icons (embedded), a diffusers folder, a .safetensors checkpoint or a hub id."""
+    preset: Annotated[Preset, Parameter(group=_RESULT)] = "style"
+    """Where the values that you leave out come from: style learns the look that all pictures share."""
+
+    trigger: Annotated[str, Parameter(group=_DATA)] = ""
+    """Words that call the style, put into every caption: "ink style", or "ink drawing of {}" with {} for the caption."""
+    missing_captions: Annotated[MissingCaptions, Parameter(group=_DATA)] = "stop"
+    """What becomes of pictures without caption: stop, use the file name, use no words (empty), or skip them."""
+    caption_dropout: Annotated[float | None, Parameter(group=_DATA)] = None
+    """Share of captions left empty in training (0 to 1); a little keeps guidance working."""
+    shuffle_tags: Annotated[bool, Parameter(group=_DATA, negative=())] = False
+    """Shuffle comma-separated tags in every step; for tag captions, so that their order means nothing."""
+    keep_tags: Annotated[int, Parameter(group=_DATA)] = 0
+    """So many tags at the front stay in place when tags are shuffled."""
+    flip: Annotated[bool, Parameter(group=_DATA, negative=())] = False
+    """Learn from mirrored pictures too; not for a style with writing or a side that matters."""
+    upscale: Annotated[bool, Parameter(group=_DATA, negative=())] = False
+    """Enlarge pictures below the resolution; otherwise they are trained at their own size."""
+    background: Annotated[str, Parameter(group=_DATA)] = "white"
+    """Colour behind transparent pictures: a name or #rrggbb."""
+    resolution: Annotated[int | None, Parameter(group=_DATA)] = None
+    """Pixels a side of a square picture; by default the base's own."""
+    held_out: Annotated[float | None, Parameter(group=_DATA)] = None
+    """Share of the pictures kept apart to measure on (0 to below 1); by default a tenth where there are 20 or more."""
+    cache: Annotated[Path | None, Parameter(group=_DATA)] = None
+    """Folder to keep encoded pictures in, so that the next run on them starts faster; by default only memory."""
+
+    rank: Annotated[int | None, Parameter(group=_ADAPTER)] = None
+    """Rank of the LoRA: how much it can hold, and how large the file is."""
+    alpha: Annotated[float | None, Parameter(group=_ADAPTER)] = None
+    """The LoRA is scaled by alpha / rank; by default alpha is the rank."""
+    dropout: Annotated[float, Parameter(group=_ADAPTER)] = 0.0
+    """Share of a layer's inputs that the LoRA does not see in a step; against overfitting on a few pictures."""
+    target: Annotated[str, Parameter(group=_ADAPTER)] = "attention+ff"
+    """Layers to adapt: attention, attention+ff, all-linear, conv, all, or a regular expression over module paths."""
+    components: Annotated[tuple[str, ...], Parameter(group=_ADAPTER, negative=())] = ("unet",)
+    """Parts to adapt, with commas: unet, or unet,text_encoder for words that the base does not know."""
+
+    unet_lr: Annotated[float | None, Parameter(group=_STEPS)] = None
+    """Learning rate of the UNet. Lower it when the loss rises, raise it when nothing changes."""
+    text_encoder_lr: Annotated[float | None, Parameter(group=_STEPS)] = None
+    """Learning rate of the text encoder, when it is among the components."""
+    steps: Annotated[int | None, Parameter(group=_STEPS)] = None
+    """Number of steps."""
+    epochs: Annotated[float | None, Parameter(group=_STEPS)] = None
+    """Length as passes over the pictures, instead of steps; wins over them."""
+    batch_size: Annotated[int | None, Parameter(group=_STEPS)] = None
+    """Pictures computed at once; lower it when memory runs out."""
+    accumulation: Annotated[int, Parameter(group=_STEPS)] = 1
+    """Batches that make one step; raise it to keep the effect of a batch that memory does not hold."""
+    scheduler: Annotated[Scheduler | None, Parameter(group=_STEPS)] = None
+    """Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line."""
+    warmup: Annotated[int | None, Parameter(group=_STEPS)] = None
+    """Steps in which the learning rate rises from 0."""
+    min_snr_gamma: Annotated[float | None, Parameter(group=_STEPS)] = None
+    """Holds down the weight of nearly clean timesteps (5 is usual, 0 is off)."""
+    noise_offset: Annotated[float, Parameter(group=_STEPS)] = 0.0
+    """Noise that shifts whole channels, for very dark or very light pictures (0.05 is much)."""
+    weight_decay: Annotated[float, Parameter(group=_STEPS)] = 0.01
+    """AdamW's pull of the adapter's weights towards 0."""
+    clip: Annotated[float, Parameter(group=_STEPS)] = 1.0
+    """Largest norm of a step's gradient; 0 is no limit."""
+    ema: Annotated[float, Parameter(group=_STEPS)] = 0.0
+    """Decay of the average of the weights that is saved in their place (0.99 or more; 0 is off)."""
+    seed: Annotated[int, Parameter(group=_STEPS)] = 0
+    """Number that all chance comes from: same seed, settings and pictures, same adapter."""
+
+    run_dir: Annotated[Path | None, Parameter(group=_WATCH)] = None
+    """Folder for settings, metrics, previews and checkpoints; by default runs/NAME, after the output file."""
+    resume: Annotated[bool, Parameter(group=_WATCH, negative=())] = False
+    """Go on from the newest checkpoint of the run folder."""
+    overwrite: Annotated[bool, Parameter(group=_WATCH, negative=())] = False
+    """Replace an output file and a run folder that are there already."""
+    save_every: Annotated[int | None, Parameter(group=_WATCH)] = None
+    """Steps between checkpoints; each comes with a measurement on the pictures kept apart. By default a sixth of the run."""
+    log_every: Annotated[int, Parameter(group=_WATCH)] = 10
+    """Steps between readings of the loss; rarer is a little faster on a GPU."""
+    preview_prompts: Annotated[tuple[str, ...], Parameter(group=_WATCH, negative=())] = ()
+    """Prompts of the previews; by default captions of pictures kept apart."""
+    preview_every: Annotated[int | None, Parameter(group=_WATCH)] = None
+    """Steps between previews; 0 draws them at start and end only, which is the default on a CPU."""
+    preview_steps: Annotated[int, Parameter(group=_WATCH)] = 20
+    """Denoising steps of a preview; 0 draws none."""
+
+    device: Annotated[str, Parameter(group=_MACHINE)] = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    precision: Annotated[Precision, Parameter(group=_MACHINE)] = "auto"
+    """Precision of the base in training; auto is bfloat16 on a GPU that has it, else float32. Adapters are float32."""
+
+    def __post_init__(self) -> None:
+        parts = tuple(part.strip() for item in self.components for part in item.split(",") if part.strip())
+        object.__setattr__(self, "components", tuple(dict.fromkeys(parts)))
+        unknown = [part for part in self.components if part not in COMPONENTS]
+        if unknown or not self.components:
+            raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(COMPONENTS)}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{_flag(name)} is one of {', '.join(c for c in choices if c)}, not {getattr(self, name)!r}")
+        for name, limits in _RANGES.items():
+            _check_range(name, getattr(self, name), limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(TrainConfig):
+    """A configuration in which the preset, the base and the machine have filled every value a run needs."""
+
+    output: Path
+    run_dir: Path
+    resolution: int
+    held_out: float
+    caption_dropout: float
+    rank: int
+    unet_lr: float
+    text_encoder_lr: float
+    steps: int
+    batch_size: int
+    scheduler: Scheduler
+    warmup: int
+    min_snr_gamma: float
+    save_every: int
+    preview_every: int
+
+
+@dataclass(frozen=True)
+class _Range:
+    low: float
+    high: float = math.inf
+    above: bool = False  # low itself is out
+    below: bool = False  # high itself is out
+
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "preset": get_args(Preset),
+    "missing_captions": get_args(MissingCaptions),
+    "scheduler": (*get_args(Scheduler), None),
+    "precision": get_args(Precision),
+}
+_POSITIVE = _Range(0, above=True)
+_COUNT, _NATURAL = _Range(1), _Range(0)
+_SHARE = _Range(0, 1, below=True)
+_RANGES: dict[str, _Range] = {
+    "caption_dropout": _Range(0, 1),
+    "keep_tags": _NATURAL,
+    "resolution": _COUNT,
+    "held_out": _SHARE,
+    "rank": _COUNT,
+    "alpha": _POSITIVE,
+    "dropout": _SHARE,
+    "unet_lr": _POSITIVE,
+    "text_encoder_lr": _POSITIVE,
+    "steps": _COUNT,
+    "epochs": _POSITIVE,
+    "batch_size": _COUNT,
+    "accumulation": _COUNT,
+    "warmup": _NATURAL,
+    "min_snr_gamma": _NATURAL,
+    "noise_offset": _NATURAL,
+    "weight_decay": _NATURAL,
+    "clip": _NATURAL,
+    "ema": _SHARE,
+    "seed": _NATURAL,
+    "save_every": _COUNT,
+    "log_every": _COUNT,
+    "preview_every": _NATURAL,
+    "preview_steps": _NATURAL,
+}
+
+# Presets as data: values per family of bases; "other" are small bases such as the embedded one.
+_LATENT_DIFFUSION: dict[str, Any] = {
+    "rank": 16,
+    "unet_lr": 1e-4,
+    "text_encoder_lr": 1e-5,
+    "steps": 1500,
+    "batch_size": 4,
+    "scheduler": "cosine",
+    "warmup": 50,
+    "min_snr_gamma": 5.0,
+    "caption_dropout": 0.05,
+}
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "style": {
+        "sd1": _LATENT_DIFFUSION,
+        "sd2": _LATENT_DIFFUSION,
+        "sdxl": {**_LATENT_DIFFUSION, "rank": 32},
+        "other": {
+            **_LATENT_DIFFUSION,
+            "unet_lr": 1e-3,
+            "text_encoder_lr": 1e-4,
+            "steps": 300,
+            "batch_size": 8,
+            "warmup": 10,
+            "min_snr_gamma": 0.0,
+        },
+    },
+}
+
+# Fields that a resumed run may have otherwise: they change where things go and how often one looks, not what is learned.
+# The pictures and captions themselves are compared apart, so folders may have moved.
+_PLACES = ("output", "run_dir", "cache", "device", "folder", "missing_captions", "preset", "resume", "overwrite")
+_LENGTHS = ("steps", "epochs", "save_every", "log_every", "preview_prompts", "preview_every", "preview_steps")
+FREE_ON_RESUME = frozenset((*_PLACES, *_LENGTHS))
+_OF_THE_COMMAND = ("resume", "overwrite")  # said anew with every command, so in no file
+
+
+def resolve(
+    config: TrainConfig, base: Base, pictures: int, device: str, batches_per_epoch: int | None = None
+) -> ResolvedConfig:
+    """Fill what was left out from the preset, the base, the number of usable pictures and the kind of device.
+
+    Epochs become steps when it is known how many batches they make; until then the preset's steps stand.
+    """
+    values = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    if config.epochs is not None and batches_per_epoch is not None:
+        values["steps"] = max(1, math.ceil(config.epochs * batches_per_epoch / config.accumulation))
+        values["epochs"] = None
+    _fill(values, PRESETS[config.preset][base.family])
+    _fill(
+        values,
+        {
+            "output": output_path(config),
+            "run_dir": run_path(config),
+            "resolution": base.resolution,
+            "held_out": 0.1 if pictures >= HELD_OUT_FROM else 0.0,
+            "save_every": math.ceil(values["steps"] / 6),
+            "preview_every": 0 if device == "cpu" else math.ceil(values["steps"] / 5),
+        },
+    )
+    return ResolvedConfig(**values)
+
+
+def output_path(config: TrainConfig) -> Path:
+    """The adapter file of a run. Raises UserError for a name that does not end in .safetensors."""
+    if not config.folder:
+        raise UserError("no image folder was given: name the folder that holds the pictures")
+    output = config.output or Path(f"{config.folder[0].resolve().name or 'adapter'}.safetensors")
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: the adapter is a .safetensors file; name it {output.name}.safetensors")
+    return output
+
+
+def run_path(config: TrainConfig) -> Path:
+    """The run folder of a run."""
+    return config.run_dir or Path("runs") / output_path(config).stem
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    """The fields as JSON values; paths as text."""
+    values = ((field.name, getattr(config, field.name)) for field in fields(TrainConfig))
+    return {name: _plain(value) for name, value in values if name not in _OF_THE_COMMAND}
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The fields as TOML, for `--config`; those at None are left out."""
+    known = to_json(config)
+    # Not ASCII: TOML knows no surrogate pairs, which JSON would write an emoji as.
+    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in known.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def changes(before: Mapping[str, Any], now: TrainConfig) -> list[str]:
+    """How a configuration differs from the one that a run was started with, in what the result depends on."""
+    current = to_json(now)
+    names = [name for name in current if name not in FREE_ON_RESUME and before.get(name) != current[name]]
+    return [f"{_flag(name)} was {before.get(name)}, now {current[name]}" for name in names]
+
+
+def _fill(values: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Give the fields at None a default."""
+    values |= {name: value for name, value in defaults.items() if values[name] is None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_range(name: str, value: float | None, limits: _Range) -> None:
+    if value is None:
+        return
+    low_enough = value < limits.high if limits.below else value <= limits.high
+    high_enough = value > limits.low if limits.above else value >= limits.low
+    if low_enough and high_enough and math.isfinite(value):
+        return
+    low = f"above {limits.low:g}" if limits.above else f"{limits.low:g} or more"
+    high = "" if limits.high == math.inf else f", {'below' if limits.below else 'at most'} {limits.high:g}"
+    raise UserError(f"{_flag(name)} must be {low}{high}, not {value}")

@@ -1,0 +1,209 @@
+"""What is learned from pictures: to take the noise out of their latents, told their captions."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from ..bases import components
+from ..core import site
+from ..data.buckets import Batch, batches, steps_per_epoch
+from ..data.captions import CaptionRules
+from ..data.latents import LatentCache, TextCache, cache_text
+from . import objective
+from .seeds import generator, global_seed, seed_of
+from .text import Conditioning, TextSide, encode_frozen
+
+_DRAWS = 8  # noises and timesteps per held-out picture
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures as latents, and a caption for each picture (by the index that its latents name)."""
+
+    latents: LatentCache
+    captions: Sequence[str]
+
+    def caption(self, entry: int) -> str:
+        """The caption of an entry of the cache."""
+        return self.captions[self.latents.entries[entry].picture]
+
+
+@dataclass(frozen=True)
+class DiffusionSettings:
+    """How the loss is made. ``min_snr_gamma`` 0 weighs every timestep alike."""
+
+    seed: int = 0
+    batch_size: int = 1
+    accumulation: int = 1
+    min_snr_gamma: float = 0.0
+    noise_offset: float = 0.0
+    dropout: float = 0.0
+    rules: CaptionRules = field(default_factory=CaptionRules)
+
+
+class DiffusionTask:
+    """The loss of a pipeline that carries the adapter ``name``, on examples; and on others that are never trained on.
+
+    All chance comes from the seed, the step and the micro-batch. Latents and, with a frozen text encoder and fixed
+    captions, embeddings are computed before; `offload` then takes what is idle off the device.
+    """
+
+    def __init__(
+        self, pipe: Any, name: str, settings: DiffusionSettings, train: Examples, held_out: Examples | None = None
+    ) -> None:
+        self.pipe = pipe
+        self.name = name
+        self.settings = settings
+        self.train = train
+        self.apart = held_out
+        weight = next(pipe.unet.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.text = TextSide(pipe)
+        self.trains_text = bool(site.adapters(pipe.text_encoder, name))
+        self.prediction = objective.prediction_type(pipe.scheduler.config.get("prediction_type", "epsilon"))
+        self.powers = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.to(self.device)
+        self.scaling = float(pipe.vae.config.scaling_factor)
+        self.shift = float(getattr(pipe.vae.config, "shift_factor", None) or 0.0)
+        self.groups = train.latents.groups
+        self._epoch: tuple[int, tuple[Batch, ...]] = (-1, ())
+
+    @cached_property
+    def embeddings(self) -> TextCache | None:
+        """Embeddings of every prompt that can come up; None where they change or are too many to list."""
+        if self.trains_text or self.settings.rules.shuffle:
+            return None
+        apart = self.apart.captions if self.apart else ()
+        prompts = ["", *(self._plain(caption) for caption in (*self.train.captions, *apart))]
+        return cache_text(prompts, lambda batch: encode_frozen(self.text, batch))
+
+    def loss(self, step: int, micro: int) -> Tensor:
+        """The loss of one micro-batch, a float32 scalar with gradients to the adapter."""
+        settings = self.settings
+        batch = self.batch(step, micro)
+        chance = generator(settings.seed, "noise", step, micro)
+        mean, std = self.train.latents.stack(batch.indices)
+        latents = self._scaled(mean.float() + std.float() * torch.randn(mean.shape, generator=chance))
+        drawn = objective.noise(tuple(mean.shape), settings.noise_offset, chance)
+        timesteps = objective.timesteps(len(mean), len(self.powers), chance)
+        prompts = [self._prompt(entry, step, micro, row) for row, entry in enumerate(batch.indices)]
+        with self._dropout(step, micro):
+            answer, wanted = self._answer(latents, drawn, timesteps, self._condition(prompts))
+            power = self.powers[timesteps.to(self.device)]
+            gamma = settings.min_snr_gamma
+            weights = objective.min_snr_weights(self.prediction, power, gamma) if gamma else None
+            return objective.loss(answer, wanted, weights)
+
+    def held_out(self) -> float | None:
+        """The plain loss on the pictures kept apart: fixed noise, timesteps spread evenly, whatever the run's settings."""
+        if self.apart is None:
+            return None
+        with torch.no_grad(), self.evaluating():
+            losses = [loss for chunk in self._chunks(self.apart) for loss in self._fixed_losses(self.apart, chunk)]
+        return sum(losses) / len(losses)
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """The entries of a micro-batch."""
+        size, seed = self.settings.batch_size, self.settings.seed
+        epoch, index = divmod(step * self.settings.accumulation + micro, steps_per_epoch(self.groups, size))
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, batches(self.groups, size, seed_of(seed, "order"), epoch)
+        return self._epoch[1][index]
+
+    def offload(self) -> None:
+        """Compute what stays the same, and take the VAE and a text encoder that is no more needed off the device."""
+        known = self.embeddings is not None
+        if self.device.type != "cpu":
+            self.pipe.vae.to("cpu")
+            if known:
+                self.pipe.text_encoder.to("cpu")
+
+    def restore(self) -> None:
+        """Bring back what `offload` took."""
+        self.pipe.vae.to(self.device)
+        self.pipe.text_encoder.to(self.device)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The adapter without its dropout."""
+        parts = [adapter for part in self._components() for adapter in site.adapters(part, self.name).values()]
+        before = [part.training for part in parts]
+        for part in parts:
+            part.eval()
+        try:
+            yield
+        finally:
+            for part, training in zip(parts, before, strict=True):
+                part.train(training)
+
+    def _components(self) -> list[nn.Module]:
+        return list(components(self.pipe).values())
+
+    def _plain(self, caption: str) -> str:
+        """The caption's prompt, without dropout or shuffling."""
+        return CaptionRules(trigger=self.settings.rules.trigger).prompt(caption, random.Random(0))
+
+    def _prompt(self, entry: int, step: int, micro: int, row: int) -> str:
+        chance = random.Random(seed_of(self.settings.seed, "caption", step, micro, row))
+        return self.settings.rules.prompt(self.train.caption(entry), chance)
+
+    @contextmanager
+    def _dropout(self, step: int, micro: int) -> Iterator[None]:
+        """Dropout draws from torch's global generator: it gets a seed of this place, where there is any."""
+        if not self.settings.dropout:
+            yield
+            return
+        with global_seed(self.device, self.settings.seed, "dropout", step, micro):
+            yield
+
+    def _condition(self, prompts: Sequence[str]) -> Conditioning:
+        if self.embeddings is not None:
+            return Conditioning(self.embeddings.stack(prompts).to(self.device, self.dtype))
+        with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
+            return Conditioning(self.text.encode(prompts).to(self.dtype))
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """Latents as the UNet knows them."""
+        return (latents - self.shift) * self.scaling
+
+    def _answer(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor]:
+        """What the UNet says to noisy latents, and what it should say, both (batch, channels, height, width)."""
+        latents, noise, timesteps = latents.to(self.device), noise.to(self.device), timesteps.to(self.device)
+        power = self.powers[timesteps]
+        seen = objective.noisy(latents, noise, power).to(self.dtype)
+        answer: Tensor = self.pipe.unet(
+            seen,
+            timesteps,
+            encoder_hidden_states=conditioning.hidden,
+            added_cond_kwargs=dict(conditioning.added) or None,
+            return_dict=False,
+        )[0]
+        return answer, objective.target(self.prediction, latents, noise, power)
+
+    def _chunks(self, examples: Examples) -> Iterator[list[tuple[int, int]]]:
+        """(entry, draw) of one bucket each, in batches."""
+        for entries in examples.latents.groups.values():
+            pairs = [(entry, draw) for entry in entries for draw in range(_DRAWS)]
+            for start in range(0, len(pairs), self.settings.batch_size):
+                yield pairs[start : start + self.settings.batch_size]
+
+    def _fixed_losses(self, examples: Examples, pairs: Sequence[tuple[int, int]]) -> list[float]:
+        """The loss of each pair; its noise and timestep are the same in every run."""
+        mean, _ = examples.latents.stack([entry for entry, _ in pairs])
+        chances = [generator("held out", entry, draw) for entry, draw in pairs]
+        drawn = torch.cat([objective.noise((1, *mean.shape[1:]), 0.0, chance) for chance in chances])
+        within = torch.cat([torch.rand(1, generator=chance) for chance in chances])
+        draws = torch.tensor([draw for _, draw in pairs])
+        timesteps = ((draws + within) / _DRAWS * len(self.powers)).long().clamp(max=len(self.powers) - 1)
+        conditioning = self._condition([self._plain(examples.caption(entry)) for entry, _ in pairs])
+        answer, wanted = self._answer(self._scaled(mean.float()), drawn, timesteps, conditioning)
+        losses: list[float] = (answer.float() - wanted.float()).square().flatten(1).mean(1).tolist()
+        return losses

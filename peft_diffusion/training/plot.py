@@ -1,0 +1,46 @@
+"""The plot of a run's losses."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import write_bytes
+
+_SMOOTH = 0.95  # decay of the running mean that is drawn over the single losses
+
+
+def draw(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the training loss, its running mean and the held-out loss over the steps as a PNG."""
+    # Not pyplot, which keeps state of its own and looks for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    trained = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
+    held_out = [(line["step"], line["held_out_loss"]) for line in metrics if "held_out_loss" in line]
+    if trained:
+        steps, losses = zip(*trained, strict=True)
+        axes.plot(steps, losses, color="#c6dbef", linewidth=0.8, label="training, each step")
+        axes.plot(steps, _running(losses), color="#2171b5", label="training, running mean")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="#d94801", marker="o", label="pictures kept apart")
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    if trained or held_out:
+        axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    write_bytes(path, picture.getvalue())
+
+
+def _running(values: Sequence[float]) -> list[float]:
+    means: list[float] = []
+    weight = mean = 0.0
+    for value in values:
+        weight = _SMOOTH * weight + 1 - _SMOOTH
+        mean = _SMOOTH * mean + (1 - _SMOOTH) * value
+        means.append(mean / weight)
+    return means

@@ -1,0 +1,185 @@
+"""From a configuration to what a run works on: checked places, base, pictures, captions, latents."""
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..bases import BaseInfo, describe, load_base
+from ..bases.stable_diffusion import pick_device
+from ..core.errors import UserError
+from ..data.buckets import arrange, describe_buckets, group, steps_per_epoch
+from ..data.captions import CaptionRules
+from ..data.folder import ImageFolder, Picture, scan
+from ..data.latents import cache_latents
+from ..data.pictures import parse_colour
+from .config import HELD_OUT_FROM, Precision, ResolvedConfig, TrainConfig, output_path, resolve, run_path
+from .diffusion import Examples
+from .run import RunFolder
+from .seeds import seed_of
+from .text import TextSide
+
+Say = Callable[[str], None]
+Progress = Callable[[str], Callable[[int, int], None]]
+_SHOWN = 5  # lines of a list
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run works on."""
+
+    config: ResolvedConfig
+    pipe: Any
+    info: BaseInfo
+    pictures: tuple[Picture, ...]
+    train: Examples
+    held_out: Examples | None
+    rules: CaptionRules
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts of the previews: those asked for, or captions of pictures kept apart, or else of any."""
+        if self.config.preview_prompts:
+            return list(self.config.preview_prompts)
+        examples = self.held_out or self.train
+        plain = CaptionRules(trigger=self.rules.trigger)
+        return list(dict.fromkeys(plain.prompt(caption, random.Random(0)) for caption in examples.captions))
+
+
+def check_places(config: TrainConfig) -> RunFolder:
+    """The run folder, after seeing that everything can be written where it shall go. Raises UserError."""
+    output, run = output_path(config), RunFolder(run_path(config))
+    if config.resume and not run.holds_a_run():
+        raise UserError(f"there is no run in {run.path} to go on with; leave out --resume, or name it with --run-dir")
+    if not config.resume and not config.overwrite:
+        if run.holds_a_run():
+            raise UserError(f"{run.path} holds a run already: --resume goes on with it, --overwrite starts anew")
+        if output.exists():
+            raise UserError(f"{output} exists already: --overwrite replaces it, another --output keeps it")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file in it")
+    for folder in (output.parent, run.path):
+        _check_writable(folder)
+    if config.cache is not None:
+        _check_writable(config.cache)
+    return run
+
+
+def prepare(config: TrainConfig, pipe: Any | None, say: Say, progress: Progress) -> Prepared:
+    """Load the base, read and check the folder, and encode the pictures; says what it finds and what it chose.
+
+    Raises UserError for a base, folder or picture that cannot be used.
+    """
+    parse_colour(config.background)
+    rules = CaptionRules(config.trigger, config.caption_dropout or 0.0, config.shuffle_tags, config.keep_tags)
+    device = pick_device(config.device)
+    asked = replace(config, precision=_precision(config.precision, device))
+    pipe = load_base(config.base if pipe is None else pipe, device=config.device, dtype=asked.precision)
+    info, text = describe(pipe), TextSide(pipe)
+    say(f"base {info.name}: {info.family}, {info.prediction_type}, {info.resolution} pixels")
+    folder = _read_folder(config, info, say, progress)
+    resolved = resolve(asked, info, len(folder.pictures), device.type)
+    kept, apart = _split(folder.pictures, resolved)
+    fits = arrange(kept, resolved.resolution, info.step, no_upscale=not config.upscale)
+    batches = steps_per_epoch(group(fits * (2 if config.flip else 1)), resolved.batch_size)
+    resolved = resolve(asked, info, len(folder.pictures), device.type, batches)
+    for line in describe_buckets(fits):
+        say(f"  {line}")
+    say(_apart_line(len(apart), resolved))
+    rules = replace(rules, dropout=resolved.caption_dropout)
+    _report_prompts([*kept, *apart], rules, text, say)
+    encode = _Encoder(resolved, info, pipe, progress)
+    train = encode(kept, config.flip, "encoding pictures")
+    held_out = encode(apart, False, "encoding pictures kept apart") if apart else None
+    return Prepared(resolved, pipe, info, folder.pictures, train, held_out, rules)
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Pictures to examples."""
+
+    config: ResolvedConfig
+    info: BaseInfo
+    pipe: Any
+    progress: Progress
+
+    def __call__(self, pictures: Sequence[Picture], flip: bool, what: str) -> Examples:
+        config = self.config
+        fits = arrange(pictures, config.resolution, self.info.step, no_upscale=not config.upscale)
+        latents = cache_latents(
+            pictures,
+            fits,
+            self.pipe.vae,
+            background=config.background,
+            flip=flip,
+            folder=config.cache,
+            on_progress=self.progress(what),
+        )
+        return Examples(latents, [one.caption for one in pictures])
+
+
+def _read_folder(config: TrainConfig, info: BaseInfo, say: Say, progress: Progress) -> ImageFolder:
+    """The pictures, after telling what is wrong with the others. Raises UserError where captions are missing."""
+    folder = scan(
+        config.folder,
+        resolution=None if config.upscale else config.resolution or info.resolution,
+        missing=config.missing_captions,
+        on_progress=progress("reading pictures"),
+    )
+    for line in folder.describe(_SHOWN):
+        say(line)
+    folder.check()
+    return folder
+
+
+def _split(pictures: Sequence[Picture], config: ResolvedConfig) -> tuple[list[Picture], list[Picture]]:
+    """Pictures to train on and pictures kept apart, each in their order; at least one to train on."""
+    count = min(max(1, round(len(pictures) * config.held_out)), len(pictures) - 1) if config.held_out else 0
+    chance = random.Random(seed_of(config.seed, "held out"))
+    apart = set(chance.sample(range(len(pictures)), count))
+    kept = [one for index, one in enumerate(pictures) if index not in apart]
+    return kept, [one for index, one in enumerate(pictures) if index in apart]
+
+
+def _apart_line(count: int, config: ResolvedConfig) -> str:
+    if count:
+        return f"{count} pictures are kept apart: the loss on them shows when to stop"
+    few = f"fewer than {HELD_OUT_FROM} pictures" if config.held_out == 0 else "there is but one picture"
+    return f"no pictures are kept apart to measure on ({few}; --held-out 0.1 keeps a tenth)"
+
+
+def _report_prompts(pictures: Sequence[Picture], rules: CaptionRules, text: TextSide, say: Say) -> None:
+    """Show the first prompts as they are trained, and every one that is too long for the text encoder."""
+    plain = CaptionRules(trigger=rules.trigger)
+    prompts = [plain.prompt(picture.caption, random.Random(0)) for picture in pictures]
+    say(f"prompts, the first {min(3, len(prompts))} of {len(prompts)}:")
+    for prompt in prompts[:3]:
+        say(f"  {prompt}")
+    lost = [(picture, words) for picture, prompt in zip(pictures, prompts, strict=True) if (words := text.lost(prompt))]
+    if lost:
+        say(f"warning: {len(lost)} prompts are over {text.limit} tokens, and what comes after is not seen; shorten them:")
+        for picture, words in lost[:_SHOWN]:
+            say(f"  {picture.path}: without \u201c{words}\u201d")
+        if len(lost) > _SHOWN:
+            say(f"  and {len(lost) - _SHOWN} more")
+
+
+def _precision(asked: Precision, device: torch.device) -> Precision:
+    if asked != "auto":
+        return asked
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise UserError unless a file can be made in a folder, or in the nearest one above it that is there."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    probe = there / f".peft_diffusion.{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{there} cannot be written to: {error.strerror}; choose another place") from None

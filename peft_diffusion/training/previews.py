@@ -1,0 +1,133 @@
+"""Previews: the same prompts from the same noise, again and again while a run learns."""
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..bases import components
+from ..core import site
+from ..generation import sheet
+from .checkpoint import explained, write_bytes
+from .diffusion import DiffusionTask
+from .seeds import seed_of
+from .trainer import Observer
+
+PROMPTS = 4  # previews by default
+_GUIDANCE = 5.0
+_SEED = 0
+_NAME = re.compile(r"(?:step_(\d+)|base)_(\d+)\.png")
+
+
+class Previews(Observer):
+    """Draws previews into a folder, and a sheet of all: the base's pictures first, then a row for each step drawn at.
+
+    ``every`` 0 draws only when it is told to. ``weights`` puts the weights that the run
+    gives into the model.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        task: DiffusionTask,
+        prompts: Sequence[str],
+        weights: Callable[[], AbstractContextManager[None]],
+        *,
+        steps: int,
+        every: int,
+        size: int,
+    ) -> None:
+        self.folder = folder
+        self.task = task
+        self.prompts = list(prompts)
+        self.steps = steps
+        self.every = every
+        self.size = size  # pixels a side
+        self.weights = weights
+        self.drawn = -1
+
+    def draw_base(self) -> None:
+        """The base's own pictures, at strength 0."""
+        self._strength(0.0)
+        try:
+            self._keep("base", self._draw())
+        finally:
+            self._strength(1.0)
+
+    def on_step(self, step: int) -> None:
+        """Draw, if it is time."""
+        if self.every and step % self.every == 0:
+            self.draw(step)
+
+    def draw(self, step: int) -> None:
+        """Draw with the weights that the run would give now."""
+        if self.drawn == step:
+            return
+        with self.weights():
+            self._keep(f"step_{step:06}", self._draw())
+        self.drawn = step
+
+    def forget_after(self, step: int) -> None:
+        """Delete what a run drew after the step that it goes on from."""
+        with explained(self.folder):
+            for path in self.folder.glob("*.png"):
+                match = _NAME.fullmatch(path.name)
+                if match and match[1] and int(match[1]) > step:
+                    path.unlink()
+
+    def _draw(self) -> list[Image.Image]:
+        """A picture for each prompt."""
+        pipe = self.task.pipe
+        self.task.restore()
+        with self.task.evaluating(), _quiet(pipe):
+            chances = [torch.Generator().manual_seed(seed_of(_SEED, "preview", i)) for i in range(len(self.prompts))]
+            pictures: list[Image.Image] = pipe(
+                prompt=self.prompts,
+                num_inference_steps=self.steps,
+                guidance_scale=_GUIDANCE,
+                width=self.size,
+                height=self.size,
+                generator=chances,
+            ).images
+        self.task.offload()
+        return pictures
+
+    def _keep(self, row: str, pictures: Sequence[Image.Image]) -> None:
+        """Save the pictures of a row, and the sheet of all rows so far."""
+        for number, picture in enumerate(pictures):
+            write_bytes(self.folder / f"{row}_{number}.png", _png(picture))
+        rows: dict[int, dict[int, Image.Image]] = {}
+        for path in self.folder.glob("*.png"):
+            if match := _NAME.fullmatch(path.name):
+                rows.setdefault(int(match[1] or 0), {})[int(match[2])] = Image.open(path)
+        labels = [f"step {step}" if step else "base" for step in sorted(rows)]
+        columns = [rows[step] for step in sorted(rows)]
+        cells = [[row.get(number) for number in range(len(self.prompts))] for row in columns]
+        write_bytes(self.folder / "sheet.png", _png(sheet.grid(cells, labels, self.prompts)))
+
+    def _strength(self, value: float) -> None:
+        for part in components(self.task.pipe).values():
+            if (strengths := site.strengths(part)) is not None and self.task.name in strengths.names:
+                strengths.write({self.task.name: value})
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """The pipeline without its own progress bar."""
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**bar)
+
+
+def _png(picture: Image.Image) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    return data.getvalue()

@@ -1,0 +1,182 @@
+"""The run folder: settings, metrics, previews, a plot and checkpoints of one training."""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UserError
+from . import checkpoint as checkpoints
+from .checkpoint import Checkpoint, Origin, explained, write_bytes
+from .config import ResolvedConfig, changes, to_toml
+from .plot import draw
+from .trainer import Observer, StepLoss, TrainerState
+
+_NAME = re.compile(r"step_(\d+)\.safetensors")
+_KEPT = 2  # newest checkpoints; the best one by held-out loss stays as well
+
+
+class RunFolder(Observer):
+    """Writes down what happens in a run, and finds what an earlier one left.
+
+    ``config.toml`` (for ``--config``), ``data.json`` (the pictures), ``metrics.jsonl``, ``loss.png``, ``previews/`` and
+    ``checkpoints/``. Every method that writes raises UserError where the disk refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.origin = Origin({}, "", "")
+        self.seconds = 0.0  # of earlier stretches of the run
+        self.started = time.monotonic()
+        self.held_out: dict[int, float] = {}
+
+    @property
+    def previews(self) -> Path:
+        """Where previews go."""
+        return self.path / "previews"
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds trained, all stretches together."""
+        return self.seconds + time.monotonic() - self.started
+
+    def holds_a_run(self) -> bool:
+        """Whether a run was started here."""
+        return (self.path / "config.toml").exists()
+
+    def start(self, config: ResolvedConfig, pictures: Sequence[dict[str, str]], origin: Origin) -> None:
+        """Begin a run in a clean folder; what an earlier run left here goes."""
+        with explained(self.path):
+            for old in (self._checkpoints, self.previews):
+                shutil.rmtree(old, ignore_errors=True)
+                old.mkdir(parents=True)
+        write_bytes(self._metrics, b"")
+        write_bytes(self.path / "data.json", _json_lines(pictures))
+        self._begin(config, origin)
+
+    def resume(self, config: ResolvedConfig, pictures: Sequence[dict[str, str]], origin: Origin) -> Checkpoint | None:
+        """The newest good checkpoint, with the metrics cut back to it; None where the run never came to one.
+
+        Raises UserError where settings, pictures or base are others than the run was started with.
+        """
+        found = self.newest()
+        if found is None:
+            self.start(config, pictures, origin)
+            return None
+        self._check(found.origin, config, pictures, origin)
+        if config.steps < found.state.step:
+            raise UserError(f"--steps {config.steps}: the run in {self.path} is at step {found.state.step} already")
+        self._cut(found.state.step)
+        self.seconds = found.seconds
+        self._begin(config, origin)
+        return found
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that can be read."""
+        read = (checkpoints.read(path) for _, path in sorted(self._files().items(), reverse=True))
+        return next((found for found in read if found is not None), None)
+
+    def on_losses(self, losses: Sequence[StepLoss]) -> None:
+        """Into ``metrics.jsonl``."""
+        seconds = round(self.elapsed, 3)
+        self._append({"step": one.step, "loss": one.loss, "lr": dict(one.rates), "seconds": seconds} for one in losses)
+
+    def on_held_out(self, step: int, loss: float) -> None:
+        """Into ``metrics.jsonl``."""
+        self.held_out[step] = loss
+        self._append([{"step": step, "held_out_loss": loss, "seconds": round(self.elapsed, 3)}])
+
+    def on_checkpoint(self, state: TrainerState) -> None:
+        """Keep this state, the one before and the best; draw the plot anew."""
+        held_out = self.held_out.get(state.step)
+        checkpoint = Checkpoint(state, self.origin, held_out, self.elapsed)
+        checkpoints.write(self._checkpoints / f"step_{state.step:06}.safetensors", checkpoint)
+        files = self._files()
+        keep = set(sorted(files)[-_KEPT:])
+        measured = [step for step in self.held_out if step in files]
+        if measured:
+            keep.add(min(measured, key=lambda step: self.held_out[step]))
+        with explained(self.path):
+            for step in files.keys() - keep:
+                files[step].unlink()
+            draw(self.path / "loss.png", self.metrics())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; a last one that was cut short by a crash is left out."""
+        found = []
+        for line in self._metrics.read_text("utf-8").splitlines() if self._metrics.exists() else []:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break
+        return found
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def _files(self) -> dict[int, Path]:
+        """Checkpoints by step."""
+        matches = ((_NAME.fullmatch(path.name), path) for path in self._checkpoints.glob("*.safetensors"))
+        return {int(match[1]): path for match, path in matches if match}
+
+    def _begin(self, config: ResolvedConfig, origin: Origin) -> None:
+        self.origin = origin
+        self.started = time.monotonic()
+        header = f"# peft-diffusion train --config {self.path / 'config.toml'}\n"
+        write_bytes(self.path / "config.toml", (header + to_toml(config)).encode())
+
+    def _append(self, lines: Iterable[dict[str, Any]]) -> None:
+        with explained(self._metrics), self._metrics.open("ab") as file:
+            file.write(_json_lines(lines))
+
+    def _cut(self, step: int) -> None:
+        """Forget what came after a step: it is about to happen again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        write_bytes(self._metrics, _json_lines(kept))
+        self.held_out = {line["step"]: line["held_out_loss"] for line in kept if "held_out_loss" in line}
+        with explained(self.path):
+            for later, path in self._files().items():
+                if later > step:
+                    path.unlink()  # damaged, or it would have been the newest
+
+    def _check(
+        self, before: Origin, config: ResolvedConfig, pictures: Sequence[dict[str, str]], now: Origin
+    ) -> None:
+        """Raise UserError where the result would be that of no single run."""
+        anew = "; start a new run with another --run-dir, or with --overwrite"
+        changed = changes(before.config, config)
+        if changed:
+            raise UserError(f"the run in {self.path} had other settings: {'; '.join(changed)}{anew}")
+        if before.base != now.base:
+            raise UserError(f"the run in {self.path} had another base ({before.base}, this one is {now.base}){anew}")
+        if before.data != now.data:
+            raise UserError(f"the run in {self.path} had other pictures or captions: {self._changed(pictures)}{anew}")
+
+    def _changed(self, pictures: Sequence[dict[str, str]]) -> str:
+        """Which pictures are not what ``data.json`` says."""
+        try:
+            old = [json.loads(line) for line in (self.path / "data.json").read_text("utf-8").splitlines()]
+            before = {one["name"]: one for one in old}
+        except (OSError, ValueError, KeyError):
+            return "which ones cannot be told, data.json is gone"
+        now = {one["name"]: one for one in pictures}
+        lines = [f"{name} is gone" for name in before if name not in now]
+        lines += [f"{name} is new" for name in now if name not in before]
+        both = [name for name in now if name in before]
+        lines += [f"{name} has another content" for name in both if now[name]["digest"] != before[name]["digest"]]
+        lines += [f"{name} has another caption" for name in both if now[name]["caption"] != before[name]["caption"]]
+        return ", ".join(lines[:3] or ["their order changed"]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
+
+
+
+
+def _json_lines(lines: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()

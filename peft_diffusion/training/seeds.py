@@ -1,0 +1,26 @@
+"""Chance as a function of where one is: nothing depends on what was drawn before, so a resumed run draws the same."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def seed_of(*key: int | str) -> int:
+    """A seed (63 bits) for a place, such as (seed, "noise", step, micro-batch)."""
+    digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A generator on the CPU, whatever the device: the same numbers everywhere."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+@contextmanager
+def global_seed(device: torch.device, *key: int | str) -> Iterator[None]:
+    """torch's global generators at the seed of a place, for code that takes none; afterwards as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed_of(*key))
+        yield

@@ -1,0 +1,283 @@
+"""The training loop. It knows a task and an arena, and nothing of images or text."""
+
+import itertools
+import math
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.arena import Arena
+from ..core.errors import UserError
+from .config import Scheduler
+from .schedule import rate
+
+
+class Task(Protocol):
+    """What is learned. ``loss`` depends on the weights and its two arguments alone, so that a run can be resumed."""
+
+    def loss(self, step: int, micro: int) -> Tensor:
+        """The scalar to minimize for micro-batch ``micro`` of a step (both from 0)."""
+        ...
+
+    def held_out(self) -> float | None:
+        """The loss on what is never trained on, always by the same measure; None where nothing is kept apart."""
+        ...
+
+
+class Observer:
+    """What may be watched; every method does nothing unless overridden. ``step`` counts the steps done."""
+
+    def on_step(self, step: int) -> None:
+        """After each step, without waiting for the device."""
+
+    def on_losses(self, losses: Sequence["StepLoss"]) -> None:
+        """The losses since the last call, in order."""
+
+    def on_held_out(self, step: int, loss: float) -> None:
+        """A measurement on what is kept apart."""
+
+    def on_checkpoint(self, state: "TrainerState") -> None:
+        """A good state to go on from; its tensors change with the next step."""
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of one step, and the learning rates that it was made with."""
+
+    step: int
+    loss: float
+    rates: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How to minimize. ``rates`` has a learning rate per group of the arena; ``clip`` and ``ema`` 0 are off."""
+
+    steps: int
+    rates: Mapping[str, float]
+    accumulation: int = 1
+    scheduler: Scheduler = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.0
+    log_every: int = 10
+    save_every: int = 100
+
+
+@dataclass
+class Divergence:
+    """Sees a running loss that leaves its early value behind."""
+
+    early: float = 0.0
+    running: float = 0.0
+    seen: int = 0
+
+    WINDOW = 20  # losses that the early value is a mean of
+    TIMES = 4.0  # how often the early value is too much
+
+    def add(self, loss: float) -> bool:
+        """Take a loss in; whether the run diverges."""
+        self.seen += 1
+        if self.seen <= self.WINDOW:
+            self.early += (loss - self.early) / self.seen
+            self.running = self.early
+            return False
+        self.running += (loss - self.running) / self.WINDOW
+        return self.running > self.TIMES * self.early
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """All that a run goes on from: steps done, flat tensors by name, and what was seen of the loss."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    divergence: Divergence = field(default_factory=Divergence)
+
+
+class Trainer:
+    """AdamW over the groups of an arena (Loshchilov and Hutter 2019), with accumulation, clipping, schedule and average."""
+
+    def __init__(self, task: Task, arena: Arena, settings: TrainerSettings, observers: Sequence[Observer] = ()) -> None:
+        self.task = task
+        self.arena = arena
+        self.settings = settings
+        self.observers = list(observers)
+        self.step = 0
+        self.saved = -1  # the step of the last checkpoint
+        self.divergence = Divergence()
+        self.unread: list[Tensor] = []
+        self.first, self.second = torch.zeros_like(arena.flat), torch.zeros_like(arena.flat)
+        self.average = arena.flat.clone() if settings.ema else None
+        self.optimizer = self._optimizer()
+
+    def run(self, until: int | None = None) -> bool:
+        """Train to the last step, or to ``until``; False where Ctrl-C (SIGINT) or SIGTERM ended it early, after saving.
+
+        Raises UserError where the loss is not finite or runs away.
+        """
+        end = self.settings.steps if until is None else min(until, self.settings.steps)
+        with _stop_on_signal() as stop:
+            if self.step == 0:
+                self._measure()
+            while self.step < end and not stop.is_set():
+                self._step()
+                if self.step % self.settings.log_every == 0:
+                    self._read()
+                if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
+                    self._measure()
+                    self._save()
+            if self.saved != self.step and self.step:
+                self._save()
+        return self.step >= end
+
+    def state(self) -> TrainerState:
+        """Where the run stands; views, not copies."""
+        tensors = {"parameters": self.arena.flat, "first_moment": self.first, "second_moment": self.second}
+        if self.average is not None:
+            tensors["average"] = self.average
+        return TrainerState(self.step, tensors, self.divergence)
+
+    def load(self, state: TrainerState) -> None:
+        """Go on from a state of a run with these settings."""
+        own = self.state().tensors
+        for name, tensor in own.items():
+            tensor.copy_(state.tensors[name])
+        for values in self.optimizer.state.values():
+            values["step"].fill_(state.step)
+        self.step = self.saved = state.step
+        self.divergence = state.divergence
+
+    @contextmanager
+    def final_weights(self) -> Iterator[None]:
+        """The weights that the run gives, in the model: the average where there is one."""
+        if self.average is None:
+            yield
+            return
+        present = self.arena.flat.clone()
+        self.arena.load(self.average)
+        try:
+            yield
+        finally:
+            self.arena.load(present)
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        groups = [
+            {"params": [parameter], "lr": self.settings.rates[name]} for name, parameter in self.arena.groups.items()
+        ]
+        fused = self.arena.flat.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay, fused=fused)
+        start = 0
+        for parameter in self.arena.groups.values():
+            # Moments as views of two flat tensors: a checkpoint is then a copy of each.
+            part = slice(start, start := start + parameter.numel())
+            on = parameter.device if fused else torch.device("cpu")
+            steps = torch.zeros((), dtype=torch.float32, device=on)
+            optimizer.state[parameter] = {"step": steps, "exp_avg": self.first[part], "exp_avg_sq": self.second[part]}
+        return optimizer
+
+    def _step(self) -> None:
+        settings = self.settings
+        self.arena.zero_grad()
+        total = torch.zeros((), device=self.arena.flat.device)
+        for micro in range(settings.accumulation):
+            loss = self.task.loss(self.step, micro) / settings.accumulation
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        if settings.clip:
+            self.arena.clip(settings.clip)
+        for group, learning_rate in zip(self.optimizer.param_groups, self._rates(self.step).values(), strict=True):
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.unread.append(total)
+        self.step += 1
+        if self.average is not None:
+            # The first steps weigh little in a long average: it follows faster while it is young.
+            decay = min(settings.ema, (1 + self.step) / (10 + self.step))
+            self.average.lerp_(self.arena.flat, 1 - decay)
+        for observer in self.observers:
+            observer.on_step(self.step)
+
+    def _rates(self, step: int) -> dict[str, float]:
+        factor = rate(self.settings.scheduler, step, self.settings.steps, self.settings.warmup)
+        return {name: factor * self.settings.rates[name] for name in self.arena.groups}
+
+    def _read(self) -> None:
+        """Fetch the losses from the device, and stop where they are no good."""
+        if not self.unread:
+            return
+        first = self.step - len(self.unread) + 1
+        values = torch.stack(self.unread).tolist()
+        self.unread.clear()
+        losses = [StepLoss(step, loss, self._rates(step - 1)) for step, loss in enumerate(values, first)]
+        good = list(itertools.takewhile(lambda loss: math.isfinite(loss.loss), losses))
+        for observer in self.observers:
+            observer.on_losses(good)
+        for loss in losses:
+            if not math.isfinite(loss.loss):
+                raise self._lost(loss.step, f"the loss is {loss.loss}")
+            if self.divergence.add(loss.loss):
+                seen = f"{self.divergence.running:.3g}, from {self.divergence.early:.3g} at first"
+                raise self._lost(loss.step, f"the loss runs away: {seen}")
+
+    def _read_all(self) -> None:
+        """Read the losses, and look at the weights: a loss tells only of those before its step."""
+        self._read()
+        if not bool(self.arena.flat.isfinite().all()):
+            raise self._lost(self.step, "weights are not finite")
+
+    def _measure(self) -> None:
+        self._read_all()
+        with self.final_weights():
+            loss = self.task.held_out()
+        if loss is not None:
+            for observer in self.observers:
+                observer.on_held_out(self.step, loss)
+
+    def _save(self) -> None:
+        self._read_all()
+        for observer in self.observers:
+            observer.on_checkpoint(self.state())
+        self.saved = self.step
+
+    def _lost(self, step: int, what: str) -> UserError:
+        rates = ", ".join(f"{name} {value:g}" for name, value in self.settings.rates.items())
+        kept = f"the checkpoint of step {self.saved} is kept" if self.saved > 0 else "no checkpoint was made before"
+        return UserError(
+            f"step {step}: {what}; {kept}. Lower the learning rate ({rates}), lengthen the warm-up"
+            f" ({self.settings.warmup} steps), or raise the precision"
+        )
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that was stopped by a signal, after it saved a checkpoint; the message says how to go on."""
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets; a second signal acts as it always does."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

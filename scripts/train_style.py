@@ -1,0 +1,8 @@
+"""Learn a style from a folder of images: ``python scripts/train_style.py FOLDER --output FILE`` (as ``peft-diffusion train``)."""
+
+import sys
+
+from peft_diffusion.cli.app import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
