@@ -87,17 +87,23 @@ class LoraAdapter(Adapter):
         if conv and site.padding_mode != "zeros":
             raise UserError(f"lora serves convolutions padded with zeros, not {site.padding_mode}")
 
-    def residual(self, x: Tensor, y: Tensor) -> Tensor:
-        """``scale * up(down(x))``."""
+    def forward(self, x: Tensor, y: Tensor, strength: Tensor) -> Tensor:
+        """``y + strength * scale * up(down(x))``; strength and scale go to the small tensors, the sum into the product."""
+        hidden = self._hidden(x) * strength
+        up = (self.up * self.scale).to(x.dtype)
+        if self.geometry is not None:
+            return y + F.conv2d(hidden, up[:, :, None, None])
+        return torch.addmm(y.reshape(-1, len(up)), hidden.reshape(-1, up.shape[1]), up.t()).view(y.shape)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """``down(x)``, of the rank's width, in the dtype of ``x``."""
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        # The scale goes to the small matrix: a multiplication of y's size less, forward and backward.
-        down, up = self.down.to(x.dtype), (self.up * self.scale).to(x.dtype)
+        down = self.down.to(x.dtype)
         if self.geometry is None:
-            return F.linear(F.linear(x, down), up)
+            return F.linear(x, down)
         stride, padding, dilation = self.geometry
-        hidden = F.conv2d(x, down, None, stride, padding, dilation)
-        return F.conv2d(hidden, up[:, :, None, None])
+        return F.conv2d(x, down, None, stride, padding, dilation)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """``scale * up @ down``; no bias."""
