@@ -1,4 +1,4 @@
-"""Learn a style from a folder of images: ``python scripts/train_style.py FOLDER --output FILE`` (as ``peft-diffusion train``)."""
+"""Learn a style from a folder of images: ``train_style.py FOLDER --output FILE``; the same as ``peft-diffusion train``."""
 
 import sys
 

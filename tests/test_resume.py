@@ -1,0 +1,234 @@
+"""Interrupted runs: whatever ends them, the resumed run gives the bits of one that was never interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pipe
+from rich.console import Console
+from safetensors.torch import load_file
+from test_training import draw_pictures, lines, small
+
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.training import Interrupted, checkpoint, train
+from peft_diffusion.training.diffusion import DiffusionTask
+from peft_diffusion.training.trainer import Observer, Trainer
+
+torch.set_num_threads(1)
+
+# Everything at once that draws chance or carries state.
+EVERYTHING = {
+    "accumulation": 2, "ema": 0.9, "components": ("unet", "text_encoder"), "min_snr_gamma": 5.0, "shuffle_tags": True,
+    "caption_dropout": 0.3, "noise_offset": 0.05, "dropout": 0.2, "flip": True, "scheduler": "cosine",
+    "warmup": 2, "held_out": 0.2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = draw_pictures(tmp_path / "pictures")
+    for number, path in enumerate(sorted(folder.glob("*.png"))):
+        path.with_suffix(".txt").write_text(f"ink, red {number}, apple, flat", "utf-8")
+    return folder
+
+
+class StopAfter(Observer):
+    """Sends a real SIGINT to this process after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.at = step
+
+    def on_step(self, step):
+        if step == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    run = Trainer.run
+
+    def watched(self, until=None):
+        self.observers.append(StopAfter(step))
+        return run(self, until)
+
+    monkeypatch.setattr(Trainer, "run", watched)
+
+
+def without_time(result) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines(result)]
+
+
+def same_file(one: Path, two: Path) -> bool:
+    first, second = load_file(one), load_file(two)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, pictures, monkeypatch, changes):
+    whole = train(small(pictures, tmp_path / "whole", **changes), pipe=make_pipe())
+    with monkeypatch.context() as patched:
+        stop_after(patched, 4)
+        with pytest.raises(Interrupted, match=r"stopped after step 4 of 6; go on with: .* --config .* --resume"):
+            train(small(pictures, tmp_path / "cut", **changes), pipe=make_pipe())
+    assert not (tmp_path / "cut" / "a.safetensors").exists()
+    torch.manual_seed(99)
+    resumed = train(small(pictures, tmp_path / "cut", resume=True, **changes), pipe=make_pipe())
+    assert same_file(whole.output, resumed.output)
+    assert without_time(whole) == without_time(resumed)
+    assert whole.held_out_after == resumed.held_out_after and whole.held_out_before == resumed.held_out_before
+    ends = [checkpoint.read(r.run_dir / "checkpoints" / "step_000006.safetensors").state for r in (whole, resumed)]
+    assert all(torch.equal(ends[0].tensors[name], ends[1].tensors[name]) for name in ends[0].tensors)
+    assert ends[0].divergence == ends[1].divergence
+
+
+def test_a_handler_of_the_caller_is_there_again_afterwards(tmp_path, pictures):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train(small(pictures, tmp_path, steps=1), pipe=make_pipe())
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_longer_run_goes_on_and_says_what_that_means(tmp_path, pictures):
+    train(small(pictures, tmp_path, scheduler="constant"), pipe=make_pipe())
+    longer = train(small(pictures, tmp_path, scheduler="constant", steps=9, resume=True), pipe=make_pipe())
+    whole = train(small(pictures, tmp_path / "whole", scheduler="constant", steps=9), pipe=make_pipe())
+    assert same_file(longer.output, whole.output)
+    console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
+    train(small(pictures, tmp_path / "falling", scheduler="cosine"), pipe=make_pipe())
+    train(small(pictures, tmp_path / "falling", scheduler="cosine", steps=7, resume=True), pipe=make_pipe(), console=console)
+    assert "the run was planned for 6 steps" in console.export_text()
+    with pytest.raises(UserError, match=r"--steps 3: the run in .* is at step 7 already"):
+        train(small(pictures, tmp_path / "falling", scheduler="cosine", steps=3, resume=True), pipe=make_pipe())
+
+
+def test_resuming_refuses_other_settings_pictures_captions_and_bases_by_name(tmp_path, pictures):
+    first = train(small(pictures, tmp_path), pipe=make_pipe())
+    before = {path: path.read_bytes() for path in first.run_dir.rglob("*") if path.is_file()}
+    again = {"steps": 9, "resume": True}
+    with pytest.raises(UserError, match=r"--rank was 2, now 4; --unet-lr was 0\.001, now 0\.002"):
+        train(small(pictures, tmp_path, rank=4, unet_lr=2e-3, **again), pipe=make_pipe())
+    with pytest.raises(UserError, match="another base"):
+        train(small(pictures, tmp_path, **again), pipe=make_pipe(seed=5))
+    caption = sorted(pictures.glob("*.txt"))[1]
+    old = caption.read_text("utf-8")
+    caption.write_text("something else", "utf-8")
+    with pytest.raises(UserError, match=rf"{caption.stem}\.png has another caption"):
+        train(small(pictures, tmp_path, **again), pipe=make_pipe())
+    caption.write_text(old, "utf-8")
+    draw_pictures(tmp_path / "more", 7)
+    new = sorted((tmp_path / "more").glob("* g.png"))[0].rename(pictures / "new one.png")
+    new.with_suffix(".txt").write_text("a cat", "utf-8")
+    with pytest.raises(UserError, match=r"new one\.png is new"):
+        train(small(pictures, tmp_path, **again), pipe=make_pipe())
+    assert {path: path.read_bytes() for path in first.run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, pictures):
+    whole = train(small(pictures, tmp_path), pipe=make_pipe())
+    newest = whole.run_dir / "checkpoints" / "step_000006.safetensors"
+    bits = load_file(whole.output)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    resumed = train(small(pictures, tmp_path, resume=True), pipe=make_pipe())
+    again = load_file(resumed.output)
+    assert all(torch.equal(bits[key], again[key]) for key in bits)
+    assert [line["step"] for line in lines(resumed) if "loss" in line] == list(range(1, 7))
+    assert checkpoint.read(newest).state.step == 6
+
+
+def test_a_run_without_checkpoint_starts_again_and_one_that_is_not_there_is_an_error(tmp_path, pictures):
+    with pytest.raises(UserError, match="there is no run in"):
+        train(small(pictures, tmp_path, resume=True), pipe=make_pipe())
+    whole = train(small(pictures, tmp_path / "whole"), pipe=make_pipe())
+    begun = small(pictures, tmp_path / "begun", resume=True)
+    begun.run_dir.mkdir(parents=True)
+    (begun.run_dir / "config.toml").write_text("", "utf-8")
+    (begun.run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 5}\n{"st', "utf-8")
+    assert same_file(train(begun, pipe=make_pipe()).output, whole.output)
+    assert [line["step"] for line in lines(whole) if "loss" in line] == list(range(1, 7))
+
+
+def test_the_newest_two_checkpoints_and_the_best_are_kept(tmp_path, pictures, monkeypatch):
+    measured = iter([9.0, 5.0, 1.0, 6.0, 7.0, 8.0, 9.0])
+    monkeypatch.setattr(DiffusionTask, "held_out", lambda _: next(measured))
+    result = train(small(pictures, tmp_path, steps=12, save_every=2), pipe=make_pipe())
+    kept = {checkpoint.read(path).state.step for path in (result.run_dir / "checkpoints").iterdir()}
+    assert kept == {4, 10, 12}
+
+
+# Real processes, as a person runs them.
+
+
+class Command:
+    """``peft-diffusion train`` on the tiny base."""
+
+    def __init__(self, base: Path, pictures: Path, where: Path) -> None:
+        self.run = where / "run"
+        places = {"--base": base, "--output": where / "a.safetensors", "--run-dir": self.run}
+        numbers = {"steps": 40, "batch-size": 2, "rank": 2, "save-every": 5, "log-every": 1, "preview-steps": 0}
+        options = {"--device": "cpu", **places, **{f"--{name}": value for name, value in numbers.items()}}
+        arguments = [str(pictures), *(str(part) for option in options.items() for part in option)]
+        script = Path(__file__).parent.parent / "scripts" / "train_style.py"
+        self.line = [sys.executable, str(script), *arguments]
+        where.mkdir(parents=True, exist_ok=True)
+
+    def start(self) -> subprocess.Popen:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            self.line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        )
+
+    def wait_for_step(self, step: int, process: subprocess.Popen) -> None:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and process.poll() is None:
+            metrics = self.run / "metrics.jsonl"
+            if metrics.exists() and metrics.read_text("utf-8").count('"loss"') >= step:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"step {step} did not come: {process.communicate()}")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_base) -> tuple[Path, Path]:
+    """Pictures, and the file of a run on them that nothing interrupted."""
+    where = tmp_path_factory.mktemp("finished")
+    pictures = draw_pictures(where / "pictures")
+    process = Command(tiny_base, pictures, where).start()
+    out, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert out.count("base fingerprint") == 2
+    return pictures, where / "a.safetensors"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["INT", "TERM", "KILL"])
+def test_a_real_process_that_is_stopped_goes_on_to_the_same_bits(tmp_path, tiny_base, finished, number):
+    pictures, whole = finished
+    command = Command(tiny_base, pictures, tmp_path)
+    process = command.start()
+    command.wait_for_step(12, process)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=120)
+    assert not (tmp_path / "a.safetensors").exists()
+    steps = sorted(int(path.stem[5:]) for path in (command.run / "checkpoints").glob("step_*.safetensors"))
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL and steps[-1] % 5 == 0
+    else:
+        assert process.returncode == 130, error
+        assert f"stopped after step {steps[-1]} of 40; go on with:" in out and "Traceback" not in error
+        told = [json.loads(line) for line in (command.run / "metrics.jsonl").read_text("utf-8").splitlines()]
+        assert [line["step"] for line in told if "loss" in line] == list(range(1, steps[-1] + 1))
+    if number == signal.SIGINT:  # the line that it printed: the settings of the run folder are all that is needed
+        command.line = [*command.line[:2], "--config", str(command.run / "config.toml"), "--resume"]
+    else:
+        command.line += ["--resume"]
+    resumed = command.start()
+    out, error = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, error
+    assert f"going on from step {steps[-1]} of 40" in out
+    assert same_file(tmp_path / "a.safetensors", whole)
+    told = [json.loads(line) for line in (command.run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in told if "loss" in line] == list(range(1, 41))

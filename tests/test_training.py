@@ -1,0 +1,538 @@
+"""Training: the objective against papers and diffusers, the loop, the configuration, and whole runs on a tiny base."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pipe
+from diffusers import DDPMScheduler
+from PIL import Image, ImageDraw
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import nn
+
+from peft_diffusion import formats
+from peft_diffusion.bases import components, fingerprint
+from peft_diffusion.core import site, targets
+from peft_diffusion.core.adapter import method
+from peft_diffusion.core.arena import Arena
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.training import TrainConfig, checkpoint, config, objective, preparation, train
+from peft_diffusion.training.diffusion import DiffusionSettings, DiffusionTask
+from peft_diffusion.training.preparation import prepare
+from peft_diffusion.training.schedule import rate
+from peft_diffusion.training.seeds import generator, seed_of
+from peft_diffusion.training.trainer import Divergence, Observer, Trainer, TrainerSettings
+
+torch.set_num_threads(1)
+POWERS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+THINGS = ["red apple", "blue cat", "red dog", "blue house", "ink apple", "flat cat"]
+
+
+def draw_pictures(folder: Path, count: int = 6, size: int = 64) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        image = Image.new("RGB", (size, size), "white")
+        ImageDraw.Draw(image).ellipse((6, 6, 30 + number, 50), fill=(9 * number, 80, 200 - 7 * number), outline="black")
+        image.save(folder / f"{THINGS[number % len(THINGS)]} {chr(97 + number)}.png")
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return draw_pictures(tmp_path / "pictures")
+
+
+def small(folder: Path, where: Path, **changes) -> TrainConfig:
+    """A run of seconds."""
+    settings = {
+        "folder": (folder,), "output": where / "a.safetensors", "run_dir": where / "run", "steps": 6, "batch_size": 2,
+        "rank": 2, "warmup": 0, "preview_steps": 0, "save_every": 3, "log_every": 2, "device": "cpu",
+    }  # fmt: skip
+    return TrainConfig(**(settings | changes))
+
+
+def lines(result) -> list[dict]:
+    return [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def last_state(result):
+    return checkpoint.read(result.run_dir / "checkpoints" / f"step_{result.steps:06}.safetensors").state
+
+
+def flat(loaded, pipe) -> torch.Tensor:
+    """A loaded adapter's parameters in the order of the UNet's modules."""
+    parts = [loaded.components["unet"][path] for path in targets.modules(pipe.unet) if path in loaded.components["unet"]]
+    return torch.cat([parameter.detach().flatten() for part in parts for parameter in part.parameters()])
+
+
+# The objective.
+
+
+def test_noisy_latents_and_v_target_are_those_of_diffusers():
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    latents, noise = torch.randn(5, 4, 8, 8), torch.randn(5, 4, 8, 8)
+    timesteps = torch.tensor([0, 10, 500, 900, 999])
+    power = scheduler.alphas_cumprod[timesteps]
+    torch.testing.assert_close(objective.noisy(latents, noise, power), scheduler.add_noise(latents, noise, timesteps))
+    velocity = scheduler.get_velocity(latents, noise, timesteps)
+    torch.testing.assert_close(objective.target("v_prediction", latents, noise, power), velocity)
+    assert objective.target("epsilon", latents, noise, power) is noise
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_are_those_of_the_paper(gamma):
+    snr = POWERS / (1 - POWERS)
+    capped = torch.minimum(snr, torch.tensor(gamma))
+    torch.testing.assert_close(objective.min_snr_weights("epsilon", POWERS, gamma), capped / snr)
+    torch.testing.assert_close(objective.min_snr_weights("v_prediction", POWERS, gamma), capped / (snr + 1))
+
+
+def test_min_snr_weights_are_finite_where_no_signal_or_no_noise_is_left():
+    power = torch.tensor([0.0, 1.0])
+    assert objective.min_snr_weights("epsilon", power, 5.0).tolist() == [1.0, 0.0]
+    assert objective.min_snr_weights("v_prediction", power, 5.0).tolist() == [0.0, 0.0]
+
+
+def test_weighted_loss_is_the_mean_of_weighted_images():
+    answer, wanted, weights = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0.0, 1.0, 2.0])
+    per_image = ((answer - wanted) ** 2).mean((1, 2, 3))
+    torch.testing.assert_close(objective.loss(answer, wanted, weights), (per_image[1] + 2 * per_image[2]) / 3)
+    torch.testing.assert_close(objective.loss(answer, wanted), per_image.mean())
+
+
+def test_noise_offset_shifts_whole_channels():
+    plain = objective.noise((2, 4, 64, 64), 0.0, generator("a"))
+    shifted = objective.noise((2, 4, 64, 64), 0.5, generator("a"))
+    difference = shifted - plain
+    torch.testing.assert_close(difference, difference[:, :, :1, :1].expand_as(difference), atol=1e-6, rtol=0)
+    assert difference.std() > 0.1
+
+
+def test_timesteps_cover_the_schedule_evenly():
+    drawn = objective.timesteps(20_000, 1000, generator("t"))
+    assert drawn.min() == 0 and drawn.max() == 999
+    assert abs(drawn.float().mean() - 499.5) < 10
+
+
+def test_a_base_that_predicts_something_else_is_refused():
+    with pytest.raises(UserError, match="'sample'"):
+        objective.prediction_type("sample")
+
+
+def test_seeds_differ_by_place_and_ignore_the_global_generator():
+    places = [(0, "noise", 1, 11), (0, "noise", 11, 1), (1, "noise", 1, 11), (0, "order", 1, 11)]
+    assert len({seed_of(*place) for place in places}) == 4
+    first = torch.randn(3, generator=generator(*places[0]))
+    torch.randn(7)
+    assert torch.equal(first, torch.randn(3, generator=generator(*places[0])))
+
+
+# The schedule.
+
+
+def test_learning_rate_schedules():
+    assert [rate("constant", step, 10, 0) for step in (0, 5, 9)] == [1, 1, 1]
+    assert [rate("linear", step, 10, 0) for step in (0, 5, 9)] == pytest.approx([1, 0.5, 0.1])
+    assert [rate("cosine", step, 10, 0) for step in (0, 5)] == pytest.approx([1, 0.5])
+    assert rate("cosine", 9, 10, 0) == pytest.approx((1 + math.cos(0.9 * math.pi)) / 2)
+    warming = [rate("cosine", step, 100, 4) for step in range(5)]
+    assert warming == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+# The loop, on a task that has nothing to do with images.
+
+
+class Line(nn.Module):
+    """A weight that should become 3."""
+
+    def __init__(self, poison: int | None = None, grow: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+        self.poison, self.grow = poison, grow
+        self.asked: list[tuple[int, int]] = []
+
+    def loss(self, step, micro):
+        self.asked.append((step, micro))
+        loss = (self.weight - 3).square().mean()
+        if self.grow:
+            loss = loss * (1 + step) ** 2
+        return loss * math.nan if step == self.poison else loss
+
+    def held_out(self):
+        return (self.weight - 3).square().mean().item()
+
+
+class Log(Observer):
+    def __init__(self) -> None:
+        self.steps, self.losses, self.held_out, self.states = [], [], [], []
+
+    def on_step(self, step):
+        self.steps.append(step)
+
+    def on_losses(self, losses):
+        self.losses += losses
+
+    def on_held_out(self, step, loss):
+        self.held_out.append((step, loss))
+
+    def on_checkpoint(self, state):
+        copies = {name: tensor.clone() for name, tensor in state.tensors.items()}
+        self.states.append(replace(state, tensors=copies, divergence=replace(state.divergence)))
+
+
+def trainer(task: Line, **changes) -> tuple[Trainer, Log]:
+    settings = {"steps": 12, "rates": {"line": 0.1}, "log_every": 5, "save_every": 4} | changes
+    log = Log()
+    return Trainer(task, Arena({"line": [task.weight]}), TrainerSettings(**settings), [log]), log
+
+
+def test_the_loop_tells_every_step_once_and_lowers_the_loss():
+    task = Line()
+    loop, log = trainer(task)
+    assert loop.run()
+    assert log.steps == list(range(1, 13)) == [one.step for one in log.losses]
+    assert [step for step, _ in log.held_out] == [0, 4, 8, 12] == [0, *(state.step for state in log.states)]
+    assert log.held_out[-1][1] < 0.6 * log.held_out[0][1]
+
+
+def test_flat_adamw_is_torch_adamw_with_clipping_schedule_and_decay():
+    task, other = Line(), Line()
+    loop, _ = trainer(task, clip=0.5, weight_decay=0.1, scheduler="cosine", warmup=2)
+    loop.run()
+    optimizer = torch.optim.AdamW([other.weight], weight_decay=0.1)
+    for step in range(12):
+        optimizer.zero_grad()
+        other.loss(step, 0).backward()
+        torch.nn.utils.clip_grad_norm_([other.weight], 0.5)
+        optimizer.param_groups[0]["lr"] = 0.1 * rate("cosine", step, 12, 2)
+        optimizer.step()
+    torch.testing.assert_close(task.weight, other.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_accumulation_asks_for_each_micro_batch_and_means_them():
+    task, plain = Line(), Line()
+    loop, log = trainer(task, accumulation=3, steps=2)
+    loop.run()
+    assert task.asked == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    single, single_log = trainer(plain, steps=2)
+    single.run()
+    torch.testing.assert_close(task.weight, plain.weight)
+    assert log.losses[0].loss == pytest.approx(single_log.losses[0].loss)
+
+
+def test_each_group_has_its_own_learning_rate():
+    first, second = Line(), Line()
+    second.weight.requires_grad_(True)
+
+    class Both(Line):
+        def loss(self, step, micro):
+            return first.loss(step, micro) + second.loss(step, micro)
+
+    arena = Arena({"unet": [first.weight], "text_encoder": [second.weight]})
+    loop = Trainer(Both(), arena, TrainerSettings(1, {"text_encoder": 0.01, "unet": 0.1}, weight_decay=0.0))
+    loop.run()
+    assert first.weight[0].item() == pytest.approx(0.1, rel=1e-3)
+    assert second.weight[0].item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_average_follows_and_is_what_the_run_gives():
+    task = Line()
+    loop, _ = trainer(task, ema=0.9)
+    loop.run()
+    present = task.weight.detach().clone()
+    with loop.final_weights():
+        assert torch.equal(task.weight, loop.average)
+        assert 0 < task.weight[0] < present[0]
+    assert torch.equal(task.weight, present)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_keeps_the_checkpoint():
+    task = Line(poison=9)
+    loop, log = trainer(task)
+    with pytest.raises(UserError, match=r"step 10: the loss is nan; the checkpoint of step 8 is kept.*line 0\.1"):
+        loop.run()
+    assert [one.step for one in log.losses] == list(range(1, 10))
+    assert [state.step for state in log.states] == [4, 8]
+    assert all(bool(tensor.isfinite().all()) for state in log.states for tensor in state.tensors.values())
+
+
+def test_weights_that_are_not_finite_are_never_a_checkpoint():
+    task = Line()
+    loop, log = trainer(task, rates={"line": math.inf}, steps=1)
+    with pytest.raises(UserError, match="step 1: weights are not finite; no checkpoint was made before"):
+        loop.run()
+    assert not log.states
+
+
+def test_a_loss_that_runs_away_stops():
+    loop, _ = trainer(Line(grow=True), rates={"line": 1e-9}, steps=500, save_every=1000)
+    with pytest.raises(UserError, match=r"step \d+: the loss runs away"):
+        loop.run()
+    noisy = Divergence()
+    assert not any(noisy.add(1.0 + 0.9 * math.sin(step * 7.0)) for step in range(1000))
+
+
+# The configuration.
+
+
+class Icons:
+    family, resolution = "other", 128
+
+
+class StableDiffusion1:
+    family, resolution = "sd1", 512
+
+
+def test_presets_fill_what_was_left_out_and_nothing_else(tmp_path):
+    given = TrainConfig(folder=(tmp_path / "birds",), rank=7)
+    found = config.resolve(given, Icons(), 48, "cpu")
+    assert (found.rank, found.unet_lr, found.steps, found.batch_size, found.scheduler) == (7, 1e-3, 300, 8, "cosine")
+    assert (found.resolution, found.held_out, found.preview_every, found.save_every) == (128, 0.1, 0, 50)
+    assert (found.output, found.run_dir) == (Path("birds.safetensors"), Path("runs/birds"))
+    large = config.resolve(given, StableDiffusion1(), 5, "cuda")
+    assert (large.unet_lr, large.batch_size, large.min_snr_gamma, large.caption_dropout) == (1e-4, 4, 5.0, 0.05)
+    assert (large.held_out, large.preview_every) == (0.0, 300)
+
+
+def test_every_preset_gives_every_family_all_its_values():
+    for families in config.PRESETS.values():
+        for family in ("sd1", "sd2", "sdxl", "other"):
+            base = type("Base", (), {"family": family, "resolution": 64})()
+            found = config.resolve(TrainConfig(folder=(Path("x"),)), base, 48, "cpu")
+            may_be_none = {"cache", "alpha", "epochs"}
+            assert not [f.name for f in fields(found) if getattr(found, f.name) is None and f.name not in may_be_none]
+        assert set(families["other"]) == set(families["sd1"])
+
+
+def test_epochs_become_steps_and_win_over_them():
+    given = TrainConfig(folder=(Path("x"),), epochs=2.5, steps=7, accumulation=2, batch_size=4)
+    found = config.resolve(given, Icons(), 48, "cpu", batches_per_epoch=11)
+    assert (found.steps, found.epochs) == (14, None)
+    assert config.resolve(found, Icons(), 48, "cpu", batches_per_epoch=11).steps == 14
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "--steps must be 1 or more, not 0"),
+        ({"unet_lr": 0.0}, "--unet-lr must be above 0, not 0.0"),
+        ({"unet_lr": math.nan}, "--unet-lr"),
+        ({"held_out": 1.0}, "--held-out must be 0 or more, below 1, not 1.0"),
+        ({"caption_dropout": 1.5}, "--caption-dropout must be 0 or more, at most 1"),
+        ({"scheduler": "cosin"}, "--scheduler is one of constant, cosine, linear, not 'cosin'"),
+        ({"components": ("unet,vae",)}, "--components vae: there are unet, text_encoder"),
+    ],
+)
+def test_values_that_no_run_can_use_are_refused(changes, message):
+    with pytest.raises(UserError) as caught:
+        TrainConfig(folder=(Path("x"),), **changes)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("more", [{}, {"rank": 9, "resume": True}])
+def test_toml_goes_round_through_the_command_line(tmp_path, monkeypatch, more):
+    from peft_diffusion.cli.app import app, main
+
+    given = TrainConfig(
+        folder=(tmp_path / "a", tmp_path / 'b "q" \\ ä 🎨'), trigger="ink, {} 🖋", alpha=3.5, unet_lr=1e-5, flip=True, seed=3,
+        components=("unet", "text_encoder"), preview_prompts=("a cat", "one, two"), shuffle_tags=True, scheduler="linear",
+    )  # fmt: skip
+    resolved = config.resolve(given, Icons(), 48, "cpu")
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml(resolved), "utf-8")
+    seen = []
+    monkeypatch.setattr("peft_diffusion.training.main.train", lambda config, **_: seen.append(config))
+    monkeypatch.setattr(app, "config", app.config)  # main sets it; put back afterwards
+    flags = ["--rank", "9", "--resume"] if more else []
+    assert main(["train", "--config", str(file), *flags]) == 0
+    assert config.resolve(seen[0], Icons(), 48, "cpu") == replace(resolved, **more)
+
+
+def test_the_configuration_imports_no_torch():
+    code = "import sys; import peft_diffusion.training, peft_diffusion.cli.train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Whole runs on a tiny base.
+
+
+def test_a_run_lowers_the_losses_and_leaves_the_base_as_it_was(tmp_path):
+    folder = draw_pictures(tmp_path / "pictures", 20)
+    pipe = make_pipe()
+    before, classes = fingerprint(components(pipe)), [type(m) for m in pipe.unet.modules()]
+    result = train(small(folder, tmp_path, steps=30, unet_lr=5e-3, batch_size=4, log_every=7, save_every=15), pipe=pipe)
+    assert fingerprint(components(pipe)) == before == result.base_fingerprint
+    assert [type(m) for m in pipe.unet.modules()] == classes
+    assert result.images == 18 and result.held_out_after < 0.97 * result.held_out_before
+    losses = [line["loss"] for line in lines(result) if "loss" in line]
+    assert len(losses) == 30 and sum(losses[-8:]) < 0.97 * sum(losses[:8])
+    assert [line["step"] for line in lines(result) if "held_out_loss" in line] == [0, 15, 30]
+    spec = formats.inspect(result.output).spec
+    assert spec.methods["unet"]["rank"] == 2 and spec.training["steps_done"] == 30 and spec.training["images"] == 18
+    assert spec.training["held_out_loss"] == result.held_out_after
+    with Image.open(result.run_dir / "loss.png") as plot:
+        assert plot.size == (880, 550)
+
+
+def test_the_file_gives_the_weights_that_were_trained(tmp_path, pictures):
+    result = train(small(pictures, tmp_path, trigger="ink {}"), pipe=make_pipe())
+    pipe = make_pipe()
+    loaded = formats.load(result.output, pipe)
+    assert not loaded.report.unmatched and loaded.spec.triggers == ("ink",)
+    assert torch.equal(flat(loaded, pipe), last_state(result).tensors["parameters"])
+
+
+def test_the_average_is_what_is_saved(tmp_path, pictures):
+    result = train(small(pictures, tmp_path, ema=0.9), pipe=make_pipe())
+    pipe, state = make_pipe(), last_state(result)
+    assert torch.equal(flat(formats.load(result.output, pipe), pipe), state.tensors["average"])
+    assert not torch.equal(state.tensors["average"], state.tensors["parameters"])
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path, pictures):
+    torch.manual_seed(1)
+    first = train(small(pictures, tmp_path / "1"), pipe=make_pipe())
+    torch.manual_seed(2)
+    again = train(small(pictures, tmp_path / "2"), pipe=make_pipe())
+    other = train(small(pictures, tmp_path / "3", seed=1), pipe=make_pipe())
+    one, two, three = (load_file(result.output) for result in (first, again, other))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert any(not torch.equal(one[key], three[key]) for key in one)
+
+
+def test_v_prediction_is_trained_as_the_base_says(tmp_path, pictures):
+    epsilon = train(small(pictures, tmp_path / "1"), pipe=make_pipe())
+    velocity = train(small(pictures, tmp_path / "2", min_snr_gamma=5), pipe=make_pipe(prediction_type="v_prediction"))
+    assert formats.inspect(velocity.output).spec.base["prediction_type"] == "v_prediction"
+    first = [lines(result)[0]["loss"] for result in (epsilon, velocity)]
+    assert first[0] != first[1]
+
+
+def test_pictures_kept_apart_are_never_trained_on(tmp_path):
+    folder = draw_pictures(tmp_path / "pictures", 10)
+    prepared = prepare(small(folder, tmp_path, held_out=0.3), make_pipe(), lambda _: None, lambda _: lambda *_: None)
+    assert (len(prepared.train.captions), len(prepared.held_out.captions)) == (7, 3)
+    assert not set(prepared.train.captions) & set(prepared.held_out.captions)
+    site.attach(prepared.pipe.unet, "a", method("lora", rank=2))
+    task = DiffusionTask(prepared.pipe, "a", DiffusionSettings(batch_size=2), prepared.train, prepared.held_out)
+    seen = {prepared.train.caption(entry) for step in range(12) for entry in task.batch(step, 0).indices}
+    assert seen == set(prepared.train.captions)
+    assert task.held_out() == task.held_out()
+
+
+def test_held_out_loss_does_not_depend_on_how_the_run_learns(tmp_path):
+    folder = draw_pictures(tmp_path / "pictures", 10)
+    plain = train(small(folder, tmp_path / "1", held_out=0.2, steps=1), pipe=make_pipe())
+    changed = {"min_snr_gamma": 5.0, "noise_offset": 0.1, "caption_dropout": 1.0, "batch_size": 3, "dropout": 0.5}
+    other = train(small(folder, tmp_path / "2", held_out=0.2, steps=1, flip=True, **changed), pipe=make_pipe())
+    assert plain.held_out_before == pytest.approx(other.held_out_before, rel=1e-5)
+
+
+def test_training_the_text_encoder_too_writes_both(tmp_path, pictures):
+    result = train(small(pictures, tmp_path, components=("unet,text_encoder",), text_encoder_lr=1e-3), pipe=make_pipe())
+    spec = formats.inspect(result.output).spec
+    assert set(spec.methods) == {"unet", "text_encoder"}
+    ups = [tensor for key, tensor in load_file(result.output).items() if key.startswith("lora_te") and "lora_up" in key]
+    assert ups and all(bool(tensor.any()) for tensor in ups)
+
+
+def test_previews_have_the_base_in_the_first_row(tmp_path, pictures):
+    drawn = {"preview_steps": 2, "preview_every": 3, "preview_prompts": ("a cat", "a dog")}
+    result = train(small(pictures, tmp_path, **drawn), pipe=make_pipe())
+    names = sorted(path.name for path in (result.run_dir / "previews").iterdir())
+    rows = ("base", "step_000003", "step_000006")
+    assert names == sorted([*(f"{row}_{column}.png" for row in rows for column in range(2)), "sheet.png"])
+
+
+def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path, pictures):
+    console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
+    result = train(small(pictures, tmp_path), pipe=make_pipe(), console=console)
+    assert result.held_out_before is None
+    said = console.export_text()
+    assert "no pictures are kept apart" in said and "next: peft-diffusion generate" in said
+    assert said.count(result.base_fingerprint) == 2
+
+
+def test_captions_over_the_limit_are_named_with_what_is_lost(tmp_path, pictures):
+    console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
+    (pictures / "red apple a.txt").write_text("apple " * 80 + "dog", "utf-8")
+    config = small(pictures, tmp_path, missing_captions="name", steps=1)
+    train(config, pipe=make_pipe(), console=console)
+    said = console.export_text()
+    assert "1 prompts are over 77 tokens" in said and "red apple a.png" in said and "dog" in said
+
+
+def test_missing_captions_stop_before_anything_is_written(tmp_path, pictures):
+    (pictures / "red apple a.txt").write_text("an apple", "utf-8")
+    with pytest.raises(UserError, match="caption"):
+        train(small(pictures, tmp_path), pipe=make_pipe())
+    assert not (tmp_path / "run").exists() and not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_run_and_a_file_that_are_there_are_not_replaced_unasked(tmp_path, pictures):
+    first = train(small(pictures, tmp_path), pipe=make_pipe())
+    held = first.output.read_bytes()
+    with pytest.raises(UserError, match=r"holds a run already: --resume"):
+        train(small(pictures, tmp_path), pipe=make_pipe())
+    with pytest.raises(UserError, match=r"exists already: --overwrite"):
+        train(small(pictures, tmp_path, run_dir=tmp_path / "other"), pipe=make_pipe())
+    assert first.output.read_bytes() == held
+    again = train(small(pictures, tmp_path, overwrite=True, seed=1), pipe=make_pipe())
+    assert again.output.read_bytes() != held and len(lines(again)) == len(lines(first))
+
+
+def test_an_output_that_cannot_be_written_is_found_before_training(tmp_path, pictures, monkeypatch):
+    (tmp_path / "file").write_text("in the way", "utf-8")
+    with pytest.raises(UserError, match="file"):
+        train(small(pictures, tmp_path, output=tmp_path / "file" / "a.safetensors"), pipe=make_pipe())
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        train(small(pictures, tmp_path, overwrite=True), pipe=make_pipe())
+    with pytest.raises(UserError, match=r"name it a\.pt\.safetensors"):
+        train(small(pictures, tmp_path, output=tmp_path / "a.pt"), pipe=make_pipe())
+
+    def refuse(self, *_, **__):
+        raise PermissionError(30, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(UserError, match="Read-only file system"):
+        train(small(pictures, tmp_path, output=tmp_path / "b.safetensors"), pipe=make_pipe())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_there_are(tmp_path, pictures, monkeypatch):
+    sync, calls = os.fsync, []
+
+    def full(number):
+        calls.append(number)
+        if (tmp_path / "run" / "checkpoints" / "step_000003.safetensors").exists():
+            raise OSError(28, "No space left on device")
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device; free space"):
+        train(small(pictures, tmp_path), pipe=make_pipe())
+    left = list((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in left] == ["step_000003.safetensors"] and checkpoint.read(left[0]).state.step == 3
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_picture_that_vanishes_is_named(tmp_path, pictures, monkeypatch):
+    scan = preparation.scan
+
+    def then_vanish(*given, **named):
+        found = scan(*given, **named)
+        next(one for one in found.pictures if "red dog" in one.name).path.unlink()
+        return found
+
+    monkeypatch.setattr(preparation, "scan", then_vanish)
+    with pytest.raises(UserError, match=r"red dog c\.png"):
+        train(small(pictures, tmp_path), pipe=make_pipe())
+    assert not (tmp_path / "run").exists()
