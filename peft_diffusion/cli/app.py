@@ -36,6 +36,7 @@ app = App(
     print_error=False,
     suppress_keyboard_interrupt=False,
 )
+app.meta.suppress_keyboard_interrupt = False
 for _name, _help in COMMANDS.items():
     app.command(f"peft_diffusion.cli.{_name}:{_name}", name=_name, help=_help)
 

@@ -70,7 +70,7 @@ def _train(pipe: Any, config: DemoConfig, folders: dict[str, Path], files: dict[
 def _draw_styles(adapters: "Adapters", config: DemoConfig, path: Path) -> None:
     """A row without adapters and one for each style; columns are subjects."""
     from ..generation import recipe, sheet
-    from ..generation.generate import cell_recipe
+    from ..generation.generate import cell_recipes
     from ..generation.painting import Cell, paint
 
     rows = {"without an adapter": (BASE_WORDS, ""), **{style: (words, style) for style, words in STYLES.items()}}
@@ -82,7 +82,7 @@ def _draw_styles(adapters: "Adapters", config: DemoConfig, path: Path) -> None:
     ]
     with bar("drawing the styles") as progress:
         images = list(paint(adapters, cells, sampling, progress))
-    told = [cell_recipe(adapters, cell, sampling) for cell in cells]
+    told = cell_recipes(adapters, cells, sampling)
     starts = range(0, len(cells), len(SUBJECTS))
     drawn = sheet.grid([images[start : start + len(SUBJECTS)] for start in starts], list(rows), SUBJECTS)
     recipe.write_sheet(path, drawn, [told[start : start + len(SUBJECTS)] for start in starts])

@@ -10,7 +10,7 @@ from . import recipe as recipes
 from . import sheet
 from .adapters import Adapters
 from .config import BlendConfig, Choice
-from .generate import cell_recipe
+from .generate import cell_recipes
 from .painting import Cell, Progress, load_choices, paint
 from .recipe import Recipe
 
@@ -49,7 +49,7 @@ def draw(adapters: Adapters, choices: dict[str, Choice], config: BlendConfig, pr
     ]
     cells = [Cell(prompt, config.seed, strengths) for prompt in config.prompts for strengths in columns]
     images = list(paint(adapters, cells, config, progress))
-    told = [cell_recipe(adapters, cell, config) for cell in cells]
+    told = cell_recipes(adapters, cells, config)
     starts = range(0, len(cells), len(columns))
     pictures = tuple(tuple(images[start : start + len(columns)]) for start in starts)
     labels = [_label(mix, list(choices.values())) for mix in mixes]

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from ..core.errors import UserError
 from ..formats import inspect
-from .recipe import check_folder, check_target
+from .recipe import check_folder, check_target, read
 
 SchedulerName: TypeAlias = Literal["ddim", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
@@ -17,6 +17,7 @@ MAX_SEED = 2**63 - 1
 _PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 
 _Several = Parameter(negative=(), show_default=False)  # no --empty-... flag
+_Numbers = Parameter(negative=(), show_default=False, consume_multiple=True)
 _Files = Parameter(alias="-a", negative=(), show_default=False)
 
 
@@ -127,8 +128,8 @@ class GenerateConfig(Sampling):
     """The first seed: it decides the noise that a picture starts from."""
     count: int = 1
     """Pictures of each prompt, with the seeds that follow."""
-    seeds: Annotated[tuple[int, ...], _Several] = ()
-    """These seeds instead, one picture each."""
+    seeds: Annotated[tuple[int, ...], _Numbers] = ()
+    """These seeds instead, one picture each: --seeds 3 7 9."""
     recipe: Annotated[Path | None, Parameter(alias="--from")] = None
     """Make the picture in this PNG again, from the recipe that it carries."""
 
@@ -147,6 +148,8 @@ class GenerateConfig(Sampling):
     def check(self) -> None:
         """Find out what can be told without the base. Raises UserError for files that cannot be read or written."""
         self.choices()
+        if self.recipe is not None:
+            read(self.recipe)
         for path in (self.output if self.to_file else None, self.sheet):
             if path is not None:
                 check_target(path)

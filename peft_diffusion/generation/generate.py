@@ -1,7 +1,7 @@
 """``generate``: pictures from prompts, seeds and adapters, written with their recipes."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,7 +52,7 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> list[P
     names = load_choices(adapters, choices, config.prompts)
     strengths = {name: choice.strength for name, choice in zip(names, choices, strict=True)}
     cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
-    told = [cell_recipe(adapters, cell, config) for cell in cells]
+    told = cell_recipes(adapters, cells, config)
     if expected is not None and told[0].fingerprint != expected.fingerprint:
         raise UserError(
             f"{config.recipe} was made with base {expected.base_name!r} ({expected.fingerprint}), and {config.base!r} has"
@@ -67,16 +67,15 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> list[P
     return pictures
 
 
-def cell_recipe(adapters: Adapters, cell: Cell, sampling: Sampling) -> Recipe:
-    """What a picture is made from, in full; adapters of strength 0 are left out."""
+def cell_recipes(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) -> list[Recipe]:
+    """What each picture is made from, in full; adapters of strength 0 are left out."""
     pipe = adapters.pipe
     info = describe(pipe)
     width, height = size(pipe, sampling)
-    loaded = [adapters[name] for name in cell.strengths if cell.strengths[name] != 0]
-    return Recipe(
-        prompt=cell.prompt,
+    common = Recipe(
+        prompt="",
         negative=sampling.negative,
-        seed=cell.seed,
+        seed=0,
         width=width,
         height=height,
         steps=sampling.steps,
@@ -89,9 +88,15 @@ def cell_recipe(adapters: Adapters, cell: Cell, sampling: Sampling) -> Recipe:
         fingerprint=info.fingerprint,
         device=str(pipe.device),
         dtype=str(pipe.unet.dtype).removeprefix("torch."),
-        adapters=tuple(UsedAdapter(str(a.path), a.sha256, float(cell.strengths[a.name])) for a in loaded),
+        adapters=(),
         versions=_versions(),
     )
+    return [replace(common, prompt=c.prompt, seed=c.seed, adapters=_used(adapters, c.strengths)) for c in cells]
+
+
+def _used(adapters: Adapters, strengths: Mapping[str, float]) -> tuple[UsedAdapter, ...]:
+    active = [(adapters[name], float(strength)) for name, strength in strengths.items() if strength != 0]
+    return tuple(UsedAdapter(str(loaded.path), loaded.sha256, strength) for loaded, strength in active)
 
 
 def _again(config: GenerateConfig, recipe: Recipe) -> GenerateConfig:

@@ -1,0 +1,45 @@
+"""Adapters with a visible effect, and the real command, for the tests of the command line and of generation."""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from peft_diffusion import bases, formats
+from peft_diffusion.core import site
+from peft_diffusion.methods.lora import Lora
+
+TARGET = "attention+ff"
+
+
+def make_adapter(path: Path, base: Path, seed: int, triggers: tuple[str, ...] = (), size: float = 2.0) -> Path:
+    """A random LoRA of rank 4 on the UNet and the text encoder of a base folder, large enough to change pictures."""
+    pipe = bases.load_base(str(base), device="cpu")
+    parts = {name: part for name, part in bases.components(pipe).items() if name in ("unet", "text_encoder")}
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    for part in parts.values():
+        site.attach(part, "made", Lora(rank=4), TARGET)
+        for adapter in site.adapters(part, "made").values():
+            torch.nn.init.normal_(adapter.up, std=size)
+    torch.set_rng_state(state)
+    methods = {name: {**Lora(rank=4).spec(), "target": TARGET} for name in parts}
+    training = {"images": 48, "steps_done": 300, "held_out_loss": 0.125}
+    formats.save(path, parts, "made", formats.Spec(methods, asdict(bases.describe(pipe)), triggers, training))
+    return path
+
+
+def command(*arguments: object, cwd: Path | None = None, **more) -> subprocess.CompletedProcess:
+    """Run ``peft-diffusion`` as a person would, and take what it prints."""
+    return subprocess.run(
+        [sys.executable, "-m", "peft_diffusion", *map(str, arguments)],
+        cwd=cwd, env=environment(), text=True, capture_output=True, timeout=300, **more,
+    )  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """Offline, one thread: two runs side by side must not slow each other down."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,206 @@
+"""What people get wrong, by the real command: one clear line on stderr, exit code 1 or 2, nothing half-written."""
+
+import json
+import os
+import struct
+
+import pytest
+import torch
+from making import command, make_adapter
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+resource = pytest.importorskip("resource") if os.name != "nt" else None
+FAILED, USAGE = 1, 2
+
+
+@pytest.fixture(scope="module")
+def ink(tiny_base, tmp_path_factory):
+    return make_adapter(tmp_path_factory.mktemp("ink") / "ink.safetensors", tiny_base, 1)
+
+
+def complaint(code, *arguments, folder, **more):
+    """Run a command that must fail with that exit code; returns its one line. It must leave the folder as it was."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = command(*arguments, cwd=folder, **more)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    return done.stderr
+
+
+USAGES = {
+    "generate a --adaptor x": "--adaptor. Did you mean --adapter?",
+    "generate a --steps many": 'Invalid value for --steps: unable to convert "many" into int',
+    "generate a --steps 1.5": '"1.5" is no whole number',
+    "generate a --seeds 1 x": "--seeds",
+    "generate a --scheduler magic": "Choose from:",
+    "generate a --output": "--output requires an argument",
+    "blent a": 'Did you mean "blend"?',
+    "inspect": "--files requires an argument",
+}
+
+
+@pytest.mark.parametrize(("line", "said"), USAGES.items())
+def test_a_wrong_command_line(line, said, tmp_path):
+    assert said in complaint(USAGE, *line.split(), folder=tmp_path)
+
+
+VALUES = {
+    "generate": "there is no prompt",
+    "generate a --steps 0": "steps must be at least 1, not 0",
+    "generate a --guidance nan": "guidance must be a finite number",
+    "generate a --seed -1": "a seed is a whole number from 0",
+    "generate a --output a.jpg": "pictures are written as .png",
+    "generate a --adapter missing.safetensors": "there is no adapter file missing.safetensors",
+    "generate a --adapter missing.safetensors=0.5": "there is no adapter file missing.safetensors",
+    "generate a --adapter k=v/missing": "there is no adapter file k=v/missing",
+    "generate a --base nowhere": "there is no base 'nowhere'",
+    "generate --recipe missing.png": "there is no picture missing.png",
+    "blend a": "a blend needs two adapters",
+    "inspect missing.safetensors": "there is no file missing.safetensors",
+    "generate a --config missing.toml": "missing.toml cannot be read: No such file",
+}
+
+
+@pytest.mark.parametrize(("line", "said"), VALUES.items())
+def test_a_value_that_cannot_be_used(line, said, tmp_path):
+    assert said in complaint(FAILED, *line.split(), folder=tmp_path)
+
+
+@pytest.mark.parametrize("strength", ["abc", "nan", "inf", "-inf", "", "1,5", "0x10"])
+def test_a_strength_that_is_no_number(ink, strength, tmp_path):
+    said = complaint(FAILED, "generate", "a", "--adapter", f"{ink}={strength}", folder=tmp_path)
+    assert f"the strength of {ink} must be a" in said
+    assert repr(strength) in said or said.endswith(f"not {strength}\n")
+
+
+SETTINGS = {
+    "steps = 3\nstepz = 4\n": "run.toml: there is no setting 'stepz' of this command; did you mean 'steps'?",
+    "config = 'other.toml'\n": "no setting 'config'",
+    "steps = 3\nguidance = = 2\n": "run.toml is no valid TOML: Invalid value (at line 2, column 12)",
+    "steps = [3]\n": "'steps' takes one value, not a list",
+    "steps = true\n": "'steps' takes a value, not True",
+    "[generate]\nsteps = 3\n": "no setting 'generate'",
+    "[steps]\nmany = 3\n": "'steps' is a table",
+}
+
+
+@pytest.mark.parametrize(("text", "said"), SETTINGS.items())
+def test_wrong_settings(text, said, tmp_path):
+    (tmp_path / "run.toml").write_text(text)
+    assert said in complaint(FAILED, "generate", "a", "--config", "run.toml", folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("steps = 1.5", '"1.5" is no whole number'), ("steps = 'x'", "Invalid value for [steps] from")]
+)
+def test_settings_of_another_type(text, said, tmp_path):
+    (tmp_path / "run.toml").write_text(text)
+    assert said in complaint(USAGE, "generate", "a", "--config", "run.toml", folder=tmp_path)
+
+
+def hostile(ink):
+    """Files that are not what they say, by name, and what is said of them."""
+    good = ink.read_bytes()
+    length = struct.unpack("<Q", good[:8])[0]
+    header = json.loads(good[8 : 8 + length])
+    tensors = [name for name in header if name != "__metadata__"]
+
+    def changed(**values):
+        text = json.dumps({**header, tensors[0]: {**header[tensors[0]], **values}}).encode()
+        return struct.pack("<Q", len(text)) + text + good[8 + length :]
+
+    return {
+        "empty": (b"", "is no safetensors file"),
+        "cut_header": (good[:100], "is truncated"),
+        "cut_data": (good[:-100], ""),
+        "huge_header": (struct.pack("<Q", 2**62) + good[8:], "is no safetensors file"),
+        "long_header": (struct.pack("<Q", 50_000_000) + good[8:], "is truncated"),
+        "no_json": (good[:8] + b"\xff" * length + good[8 + length :], "its header cannot be read"),
+        "list": (struct.pack("<Q", 2) + b"[]", "its header cannot be read"),
+        "deep": (struct.pack("<Q", 200_000) + b"[" * 200_000, "its header cannot be read"),
+        "offsets_beyond": (changed(data_offsets=[0, 2**40]), ""),
+        "offsets_swapped": (changed(data_offsets=[64, 0]), ""),
+        "negative_shape": (changed(shape=[-4, 32]), ""),
+        "wrong_dtype": (changed(dtype="Q9"), ""),
+    }
+
+
+CASES = (
+    "empty", "cut_header", "cut_data", "huge_header", "long_header", "no_json", "list", "deep", "offsets_beyond",
+    "offsets_swapped", "negative_shape", "wrong_dtype",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_hostile_file(ink, case, tmp_path):
+    content, said = hostile(ink)[case]
+    (tmp_path / "bad.safetensors").write_bytes(content)
+    for arguments in (("inspect",), ("generate", "a", "--adapter")):
+        line = complaint(FAILED, *arguments, "bad.safetensors", folder=tmp_path)
+        assert "bad.safetensors" in line
+        assert said in line
+
+
+def test_a_file_that_is_no_adapter(tmp_path):
+    save_file({"model.layer.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    (tmp_path / "picture.png").rename(tmp_path / "picture.safetensors")
+    for arguments in (("inspect",), ("generate", "a", "--adapter")):
+        said = complaint(FAILED, *arguments, "model.safetensors", folder=tmp_path)
+        assert "is no adapter" in said
+        assert "model.layer.weight" in said
+        assert "picture.safetensors" in complaint(FAILED, *arguments, "picture.safetensors", folder=tmp_path)
+
+
+def test_a_picture_without_a_recipe(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    assert "a.png carries no recipe" in complaint(FAILED, "generate", "--recipe", "a.png", folder=tmp_path)
+    assert "b.png cannot be read as a PNG" in complaint(FAILED, "generate", "--recipe", "b.png", folder=tmp_path)
+
+
+def test_an_adapter_of_another_base(ink, other_base, tmp_path):
+    said = complaint(FAILED, "generate", "a", "--adapter", ink, "--base", other_base, "-o", "a.png", folder=tmp_path)
+    assert "was made for base 'tiny'" in said
+    assert "this base is 'other'" in said
+
+
+def test_an_adapter_with_numbers_that_are_none(ink, tiny_base, tmp_path):
+    tensors = load_file(ink)
+    name = next(iter(tensors))
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    save_file(tensors, tmp_path / "bad.safetensors")
+    said = complaint(FAILED, "generate", "a", "--adapter", "bad.safetensors", "--base", tiny_base, folder=tmp_path)
+    assert f"tensor {name} holds NaN" in said
+
+
+@pytest.mark.parametrize("output", ["plain/a.png", "plain/folder", "/dev/null", "/dev/full/a.png", "there"])
+@pytest.mark.skipif(os.name == "nt", reason="other device names")
+def test_an_output_that_cannot_be(output, ink, tmp_path):
+    (tmp_path / "plain").write_text("a file")
+    (tmp_path / "there").mkdir()
+    made = ["--output", output] if output != "there" else ["--sheet", output + ".png/a.png"]
+    (tmp_path / "there.png").write_text("a file")
+    said = complaint(FAILED, "generate", "a", *made, folder=tmp_path)
+    assert "is a file" in said or "no regular file" in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no limit on a file's size to stand for a full disk")
+def test_a_disk_that_fills_up(tiny_base, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"the old one")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # bytes; a picture of 64 pixels needs more
+
+    arguments = ("generate", "a", "--base", tiny_base, "--steps", 1, "--output", "a.png")
+    assert "a.png cannot be written: File too large" in complaint(FAILED, *arguments, folder=tmp_path, preexec_fn=limit)
+
+
+def test_a_prompt_that_the_base_would_cut(tiny_base, tmp_path):
+    long = " ".join(["apple"] * 75 + ["cat"])
+    said = complaint(FAILED, "generate", long, "--base", tiny_base, "--output", "a.png", folder=tmp_path)
+    assert 'it would lose "cat"' in said

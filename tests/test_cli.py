@@ -1,0 +1,153 @@
+"""The command line as a person meets it: real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from making import command, environment, make_adapter
+from PIL import Image
+
+import peft_diffusion
+from peft_diffusion.cli.app import COMMANDS
+from peft_diffusion.generation import recipe
+
+LIGHT = "import sys; {}; sys.exit(repr({{'torch', 'diffusers', 'transformers', 'matplotlib'}} & set(sys.modules)))"
+
+
+@pytest.fixture(scope="module")
+def files(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return [make_adapter(folder / f"{name}.safetensors", tiny_base, seed) for seed, name in enumerate(("ink", "flat"))]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import peft_diffusion",
+        "from peft_diffusion import GenerateConfig, TrainConfig, UserError, inspect",
+        *(f"from peft_diffusion.cli.app import main; main({[*name, '--help']})" for name in ([], *([c] for c in COMMANDS))),
+    ],
+)
+def test_looking_around_imports_nothing_heavy(code):
+    done = subprocess.run([sys.executable, "-c", LIGHT.format(code)], capture_output=True, text=True, env=environment())
+    assert done.stderr.strip() == "set()"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the time of child processes is not told there")
+@pytest.mark.parametrize("arguments", [["-c", "import peft_diffusion"], ["-m", "peft_diffusion", "--help"]])
+def test_looking_around_is_quick(arguments):
+    def seconds():
+        before = os.times()
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment())
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    assert 0 < min(seconds() for _ in range(5)) < 0.3  # of computing, which other work on the machine does not lengthen
+
+
+def test_every_public_name_is_there():
+    assert {name: getattr(peft_diffusion, name) is not None for name in peft_diffusion.__all__} == dict.fromkeys(
+        peft_diffusion.__all__, True
+    )
+    assert callable(peft_diffusion.train)
+    assert callable(peft_diffusion.blend)
+    assert set(peft_diffusion.__all__) <= set(dir(peft_diffusion))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = peft_diffusion.nothing
+
+
+def test_version_and_help():
+    assert command("--version").stdout.strip() == peft_diffusion.__version__
+    told = command("--help")
+    assert told.returncode == 0
+    assert all(name in told.stdout for name in COMMANDS)
+    assert all(flag in command("generate", "--help").stdout for flag in ("--adapter", "--config", "--debug", "--seeds"))
+
+
+def test_inspect_tells_what_a_file_holds_and_whether_two_fit(files):
+    told = command("inspect", *files)
+    assert told.returncode == 0
+    for words in ("lora", "unet 40", "tiny", "attention+ff", "images 48, steps 300, held-out loss 0.125", "fit together"):
+        assert words in told.stdout, words
+    plain = json.loads(command("inspect", "--json", *files).stdout)
+    assert [one["ranks"] for one in plain["files"]] == [{"4": 52}] * 2
+    assert plain["fits"][0]["verdict"] == "yes"
+    assert plain["files"][0]["spec"]["training"]["images"] == 48
+
+
+def test_settings_from_a_file_and_flags_over_them(files, tmp_path):
+    settings = tmp_path / "run.toml"
+    settings.write_text(f"files = [{json.dumps(str(files[0]))}]\njson = true\n")
+    assert [one["path"] for one in json.loads(command("inspect", "--config", settings).stdout)["files"]] == [str(files[0])]
+    told = json.loads(command("inspect", files[1], f"--config={settings}").stdout)
+    assert [one["path"] for one in told["files"]] == [str(files[1])]
+
+
+def test_generate_writes_pictures_that_carry_their_recipe(files, tiny_base, tmp_path):
+    settings = tmp_path / "run.toml"
+    lines = [f"base = '{tiny_base}'", "steps = 9", "batch-size = 2", f"adapter = ['{files[0]}=0.5']", 'negative = "a dog"']
+    settings.write_text("\n".join(lines))
+    flags = ["--config", settings, "--steps", 2, "--seed", 5, "--sheet", "s.png"]
+    told = command("generate", "a cat", "a house", *flags, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.split() == ["pictures/a-cat-5.png", "pictures/a-house-5.png", "s.png"]
+    assert told.stderr == ""
+    made = recipe.read(tmp_path / "pictures" / "a-house-5.png")
+    assert (made.prompt, made.negative, made.steps, made.seed) == ("a house", "a dog", 2, 5)
+    assert [(used.path, used.strength) for used in made.adapters] == [(str(files[0]), 0.5)]
+
+
+def test_blend_draws_a_sheet(files, tiny_base, tmp_path):
+    settings = ["--adapter", files[0], "-a", f"{files[1]}=0.5", "--base", tiny_base, "--steps", 1, "--columns", 3]
+    told = command("blend", "a cat", "a house", *settings, "-o", "out/sheet.png", cwd=tmp_path)
+    assert (told.returncode, told.stdout.split()) == (0, ["out/sheet.png"]), told.stderr
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert sheet.width > 3 * 64
+        rows = json.loads(sheet.info["peft_diffusion"])["sheet"]
+    strengths = [[[used["strength"] for used in one["adapters"]] for one in row] for row in rows]
+    assert strengths == [[[1.0], [0.5, 0.25], [0.5]]] * 2
+
+
+def test_demo_teaches_two_styles_and_blends_them(tiny_base, tmp_path):
+    told = command("demo", "--base", tiny_base, "--steps", 2, "--output", "shown", cwd=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert {path.name for path in (tmp_path / "shown").iterdir()} == {
+        "openmoji.safetensors", "twemoji.safetensors", "styles.png", "blend.png", "runs",
+    }  # fmt: skip
+    rows = json.loads(Image.open(tmp_path / "shown" / "styles.png").info["peft_diffusion"])["sheet"]
+    assert [{used["path"] for one in row for used in one["adapters"]} for row in rows] == [
+        set(), {"shown/openmoji.safetensors"}, {"shown/twemoji.safetensors"},
+    ]  # fmt: skip
+    assert "shown/styles.png" in told.stdout
+    learned = command("inspect", "shown/openmoji.safetensors", "shown/twemoji.safetensors", cwd=tmp_path)
+    assert "fit together" in learned.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process there")
+def test_ctrl_c_keeps_the_pictures_that_are_done(tiny_base, tmp_path):
+    more = ["--base", tiny_base, "--steps", "20", "--count", "5000", "--batch-size", "1", "--output", "out"]
+    arguments = [sys.executable, "-m", "peft_diffusion", "generate", "a cat", *map(str, more)]
+    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out" / "a-cat-0.png").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "error: interrupted\n")
+    made = list((tmp_path / "out").iterdir())
+    assert made
+    assert all(recipe.read(path).prompt == "a cat" for path in made)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes break in another way there")
+def test_a_reader_that_goes_is_no_error(files):
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = [sys.executable, "-m", "peft_diffusion", "inspect", "--json", *files]
+    done = subprocess.run(arguments, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment())
+    os.close(writing)
+    assert done.stderr == ""

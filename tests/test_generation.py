@@ -1,0 +1,261 @@
+"""Pictures and their recipes, blends, sheets, and what files say of each other. One tiny random base for all of it."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from making import make_adapter
+from PIL import Image
+
+from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, blend, formats, generate, load_base
+from peft_diffusion.generation import painting, recipe, sheet
+from peft_diffusion.generation.blend import shares
+from peft_diffusion.generation.config import Sampling, SchedulerName, parse_choice
+from peft_diffusion.generation.fit import fit
+from peft_diffusion.generation.painting import Cell, paint
+
+STEPS = 3
+ONE_LEVEL = 1  # of 255
+
+
+@pytest.fixture(scope="module")
+def ink(tiny_base, tmp_path_factory):
+    return make_adapter(tmp_path_factory.mktemp("ink") / "ink.safetensors", tiny_base, 1, ("ink style",))
+
+
+@pytest.fixture(scope="module")
+def flat(tiny_base, tmp_path_factory):
+    return make_adapter(tmp_path_factory.mktemp("flat") / "flat.safetensors", tiny_base, 2)
+
+
+@pytest.fixture(scope="module")
+def make(tiny_base, tmp_path_factory):
+    """Generate on the tiny base; returns the pictures."""
+
+    def run(*prompts, **options):
+        options = {"output": tmp_path_factory.mktemp("out"), "steps": STEPS, "base": str(tiny_base), **options}
+        return generate(GenerateConfig(prompts or ("a red apple",), device="cpu", **options))
+
+    return run
+
+
+def difference(a, b):
+    """The largest, in levels of 255."""
+    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
+
+
+@pytest.mark.parametrize("scheduler", [None, "euler-a"])
+def test_a_seed_gives_its_picture_whatever_the_batch_and_the_count(make, ink, scheduler):
+    options = {"adapter": (str(ink),), "scheduler": scheduler}
+    together = make("a cat", "a red apple", seed=4, count=3, batch_size=4, **options)
+    alone = [make(p.recipe.prompt, seed=p.recipe.seed, batch_size=1, **options)[0] for p in together]
+    assert [p.recipe.seed for p in together] == [4, 5, 6, 4, 5, 6]
+    assert max(difference(a.image, b.image) for a, b in zip(together, alone, strict=True)) <= ONE_LEVEL
+    listed = make("a cat", seeds=(6, 4), **options)
+    assert difference(listed[0].image, together[2].image) <= ONE_LEVEL
+    assert difference(listed[1].image, together[0].image) <= ONE_LEVEL
+    assert difference(together[0].image, together[1].image) > 10
+
+
+def test_every_scheduler_draws_and_is_put_back(tiny_pipe):
+    adapters, own = Adapters(tiny_pipe), tiny_pipe.scheduler
+    drawn = {}
+    for name in SchedulerName.__args__:
+        drawn[name] = next(paint(adapters, [Cell("a cat", 1, {})], Sampling(steps=6, scheduler=name)))
+        assert tiny_pipe.scheduler is own
+    for name, picture in drawn.items():
+        assert np.asarray(picture).std() > 5, name
+        assert all(difference(picture, other) > 0 for key, other in drawn.items() if key != name), name
+
+
+def test_progress_comes_to_the_end(tiny_pipe):
+    seen = []
+    cells = [Cell("a cat", seed, {}) for seed in range(3)]
+    list(paint(Adapters(tiny_pipe), cells, Sampling(steps=2, batch_size=2), lambda done, total: seen.append((done, total))))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+def test_the_ends_of_a_blend_are_each_adapter_alone(make, ink, flat, tiny_base, tmp_path, guidance):
+    prompts = ("a cat", "a red apple")
+    config = BlendConfig(
+        prompts, adapter=(f"{ink}=0.8", str(flat)), columns=3, plain=True, seed=3, output=tmp_path / "b.png",
+        steps=STEPS, base=str(tiny_base), guidance=guidance,
+    )  # fmt: skip
+    drawn = blend(config)
+    for columns, adapter in ((0, ()), (1, (f"{ink}=0.8",)), (3, (str(flat),)), (2, (f"{ink}=0.4", f"{flat}=0.5"))):
+        alone = make(*prompts, adapter=adapter, seed=3, guidance=guidance)
+        for row, picture in enumerate(alone):
+            assert difference(drawn.pictures[row][columns], picture.image) <= ONE_LEVEL
+    assert all(difference(a, b) > 10 for row in drawn.pictures for a, b in pairwise(row))
+    told = json.loads(Image.open(config.output).info["peft_diffusion"])["sheet"]
+    assert [[recipe.Recipe.from_json(one) for one in row] for row in told] == [list(row) for row in drawn.recipes]
+
+
+def test_shares_pass_all_of_each_adapter():
+    assert shares(2, 5) == [(1, 0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0, 1)]
+    assert shares(3, 5) == [(1, 0, 0), (0.5, 0.5, 0), (0, 1, 0), (0, 0.5, 0.5), (0, 0, 1)]
+    assert all(sum(mix) == pytest.approx(1) for mix in shares(4, 9))
+
+
+def test_the_picture_is_made_again_from_its_own_recipe(make, ink, tmp_path):
+    options = {"seed": 9, "scheduler": "euler", "negative": "a dog", "width": 128}
+    first = make(adapter=(f"{ink}=0.7",), output=tmp_path / "a.png", **options)[0]
+    assert recipe.read(first.path) == first.recipe
+    again = generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))[0]
+    assert (tmp_path / "b.png").read_bytes() == first.path.read_bytes()
+    assert again.recipe == first.recipe
+    assert first.image.size == (128, 64)
+
+
+def test_a_recipe_finds_its_adapters_by_their_bytes(make, ink, flat, tmp_path):
+    used = tmp_path / "used.safetensors"
+    used.write_bytes(ink.read_bytes())
+    first = make(adapter=(f"{used}=0.7",), output=tmp_path / "a.png")[0]
+    used.write_bytes(flat.read_bytes())
+    config = GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu")
+    with pytest.raises(UserError, match="is another"):
+        generate(config)
+    found = generate(replace(config, adapter=(str(ink),)))[0]
+    assert difference(found.image, first.image) == 0
+
+
+def test_a_recipe_is_not_used_on_another_base_or_overridden(make, other_base, tmp_path):
+    first = make(output=tmp_path / "a.png")[0]
+    with pytest.raises(UserError, match="was made with base 'tiny'"):
+        generate(GenerateConfig(recipe=first.path, base=str(other_base), output=tmp_path / "b.png"))
+    with pytest.raises(UserError, match="says steps"):
+        generate(GenerateConfig(recipe=first.path, steps=7))
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_other_programs_read_the_parameters(make, ink, tmp_path):
+    options = {"seed": 3, "scheduler": "dpm++-karras", "negative": "a dog"}
+    picture = make("a café", adapter=(f"{ink}=0.5",), output=tmp_path / "a.png", **options)[0]
+    lines = Image.open(picture.path).info["parameters"].split("\n")
+    assert lines[:2] == ["a café <lora:ink:0.5>", "Negative prompt: a dog"]
+    fields = dict(part.split(": ", 1) for part in lines[2].split(", "))
+    assert fields["Sampler"] == "DPM++ 2M Karras"
+    assert (fields["Steps"], fields["Seed"], fields["Size"], fields["CFG scale"]) == (str(STEPS), "3", "64x64", "7.5")
+    assert fields["Lora hashes"] == f'"ink: {formats.inspect(ink).sha256[:12]}"'
+
+
+@pytest.mark.parametrize("change", [{"seed": "1"}, {"prompt": None}, {"adapters": [{"path": 1}]}, {"steps": True}])
+def test_a_damaged_recipe_is_an_error(make, tmp_path, change):
+    values = make(output=tmp_path / "a.png")[0].recipe.to_json() | change
+    info = recipe.PngImagePlugin.PngInfo()
+    info.add_text("peft_diffusion", json.dumps({"version": 1, "recipe": values}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(UserError, match="recipe is damaged"):
+        recipe.read(tmp_path / "a.png")
+
+
+def test_only_the_named_file_is_replaced(make, tmp_path):
+    named = tmp_path / "a.png"
+    named.write_bytes(b"old")
+    assert make(output=named)[0].path == named
+    assert Image.open(named).size == (64, 64)
+    (tmp_path / "a-1.png").write_bytes(b"kept")
+    many = make(output=named, count=2)
+    assert [p.path.name for p in many] == ["a-1-2.png", "a-2.png"]
+    folder = [make("A red, red apple!", output=tmp_path / "folder")[0].path.name for _ in range(2)]
+    assert folder == ["a-red-red-apple-0.png", "a-red-red-apple-0-2.png"]
+    assert (tmp_path / "a-1.png").read_bytes() == b"kept"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_strengths_are_parsed_from_the_right(tmp_path):
+    plain, odd = tmp_path / "a.safetensors", tmp_path / "k=v" / "b=2.safetensors"
+    odd.parent.mkdir()
+    for path in (plain, odd):
+        path.touch()
+    for text, strength in ((f"{plain}", 1), (f"{plain}=0.5", 0.5), (f"{plain}=-1e-1", -0.1), (f"{odd}", 1), (f"{odd}=2", 2)):
+        choice = parse_choice(text)
+        assert (choice.path, choice.strength) == (plain if str(plain) in text else odd, strength)
+    for wrong in ("=x", "=", "=nan", "=inf", "=-inf", "=0,5"):
+        with pytest.raises(UserError, match=r"must be a (finite )?number"):
+            parse_choice(f"{plain}{wrong}")
+    with pytest.raises(UserError, match="no adapter file"):
+        parse_choice(str(tmp_path / "k=v" / "missing"))
+
+
+def test_a_prompt_that_would_be_cut_is_an_error_that_names_the_words(tiny_pipe):
+    fits = " ".join(["apple"] * 75)
+    painting.check_lengths(tiny_pipe, [fits])
+    with pytest.raises(UserError, match=r'has 76 tokens, of which the base reads 75; .* lose "cat"'):
+        painting.check_lengths(tiny_pipe, [f"{fits} cat"])
+
+
+def test_sides_must_be_what_the_base_can_make(tiny_pipe):
+    assert painting.size(tiny_pipe, Sampling(height=128)) == (64, 128)
+    with pytest.raises(UserError, match=r"width 72 is no multiple of 16, .*; take 64 or 80"):
+        painting.size(tiny_pipe, Sampling(width=72))
+
+
+def test_a_missing_trigger_is_noted(make, ink, caplog):
+    with caplog.at_level("INFO", "peft_diffusion"):
+        make("an INK STYLE cat", adapter=(str(ink),))
+        assert "ink style" not in caplog.text
+        make("pink stylecat", adapter=(str(ink),))
+    assert 'is called by "ink style", which the prompt "pink stylecat" does not contain' in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0}, {"batch_size": 0}, {"count": 0}, {"seed": -1}, {"seed": 2**63}, {"guidance": float("nan")},
+        {"guidance": 1, "negative": "a dog"}, {"seeds": (1, 2), "count": 2}, {"width": 0}, {"prompts": ()}, {"prompts": "a"},
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_used_is_refused(wrong):
+    with pytest.raises(UserError):
+        GenerateConfig(**{"prompts": ("a",), **wrong})
+
+
+def test_a_sheet_shows_every_picture_as_it_is():
+    colours = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), None]]
+    images = [[c and Image.new("RGB", (40, 30), c) for c in row] for row in colours]
+    drawn = sheet.grid(images, ["a long label that must be wrapped", "é"], ["one", "two words"], "A title")
+    found = {colour: count for count, colour in drawn.getcolors(1 << 20)}
+    assert {found[c] for row in colours for c in row if c} == {40 * 30}
+    assert drawn.getpixel((0, 0)) == sheet.PAPER
+    assert any(sum(colour) < 200 for colour in found if colour not in colours[0] + colours[1])  # the letters
+    bare = sheet.grid(images)
+    assert bare.width < drawn.width
+    assert bare.height < drawn.height
+
+
+def test_a_sheet_refuses_labels_that_do_not_match():
+    picture = Image.new("RGB", (8, 8))
+    for arguments in (([[]],), ([[picture]], ["a", "b"]), ([[picture]], None, ["a", "b"])):
+        with pytest.raises(ValueError, match=r"picture|labels"):
+            sheet.grid(*arguments)
+
+
+def test_whether_files_fit_together(ink, flat, tiny_base, other_base, tmp_path):
+    other = make_adapter(tmp_path / "other.safetensors", other_base, 3)
+    a, b, c = map(formats.inspect, (ink, flat, other))
+    assert fit(a, b).verdict == "yes"
+    assert "the same base: tiny" in fit(a, b).reasons[0]
+    apart = fit(a, c)
+    assert apart.verdict == "no"
+    assert "other shapes" in apart.reasons[-1]
+    unnamed = replace(b, spec=None, metadata={})
+    assert fit(a, unnamed).verdict == "yes"  # same shapes at the same sites
+    assert fit(a, replace(unnamed, sites={})).verdict == "unknown"
+    xl = replace(b, spec=None, metadata={"ss_base_model_version": "sdxl_base_v1-0"}, sites={})
+    assert fit(a, xl).verdict == "no"
+
+
+def test_the_base_is_what_it_was_after_generating(tiny_base, ink):
+    from peft_diffusion.bases import components, fingerprint
+
+    pipe = load_base(str(tiny_base), device="cpu")
+    before = fingerprint(components(pipe))
+    adapters = Adapters(pipe)
+    name = adapters.load(ink)
+    list(paint(adapters, [Cell("a cat", 0, {name: 0.5}), Cell("a cat", 0, {})], Sampling(steps=1)))
+    adapters.remove(name)
+    assert fingerprint(components(pipe)) == before
