@@ -37,8 +37,8 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.meta.suppress_keyboard_interrupt = False
-for _name, _help in COMMANDS.items():
-    app.command(f"peft_diffusion.cli.{_name}:{_name}", name=_name, help=_help)
+for _place, (_name, _help) in enumerate(COMMANDS.items()):
+    app.command(f"peft_diffusion.cli.{_name}:{_name}", name=_name, help=_help, sort_key=_place)
 
 
 @app.meta.default
