@@ -10,6 +10,7 @@ from making import make_adapter
 from PIL import Image
 
 from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, blend, formats, generate, load_base
+from peft_diffusion.bases import describe
 from peft_diffusion.generation import painting, recipe, sheet
 from peft_diffusion.generation.blend import shares
 from peft_diffusion.generation.config import Sampling, SchedulerName, parse_choice
@@ -189,9 +190,9 @@ def test_a_prompt_that_would_be_cut_is_an_error_that_names_the_words(tiny_pipe):
 
 
 def test_sides_must_be_what_the_base_can_make(tiny_pipe):
-    assert painting.size(tiny_pipe, Sampling(height=128)) == (64, 128)
+    assert painting.size(describe(tiny_pipe), Sampling(height=128)) == (64, 128)
     with pytest.raises(UserError, match=r"width 72 is no multiple of 16, .*; take 64 or 80"):
-        painting.size(tiny_pipe, Sampling(width=72))
+        painting.size(describe(tiny_pipe), Sampling(width=72))
 
 
 def test_a_missing_trigger_is_noted(make, ink, caplog):

@@ -102,6 +102,8 @@ def written_aside(path: Path) -> Iterator[Path]:
 
     Raises UserError where the folder cannot be written to or the disk is full.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is there already and is no ordinary file; choose another name")
     aside: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

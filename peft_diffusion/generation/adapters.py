@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import formats
-from ..bases import components, load_base
+from ..bases import components, describe, load_base
 from ..core import merge as merging
 from ..core import site as sites
 from ..core.errors import UserError
@@ -44,6 +44,7 @@ class Adapters:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = load_base(pipe)
+        self.base = describe(self.pipe)  # before anything is merged
         self._loaded: dict[str, LoadedAdapter] = {}
         self._schedules: dict[str, Schedule] = {}
         self._hook: torch.utils.hooks.RemovableHandle | None = None

@@ -10,7 +10,7 @@ from typing import get_args
 from PIL import Image
 
 from .. import __version__
-from ..bases import describe, load_base
+from ..bases import load_base
 from ..core.errors import UserError
 from ..formats.container import sha256
 from . import recipe as recipes
@@ -70,8 +70,8 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> list[P
 def cell_recipes(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) -> list[Recipe]:
     """What each picture is made from, in full; adapters of strength 0 are left out."""
     pipe = adapters.pipe
-    info = describe(pipe)
-    width, height = size(pipe, sampling)
+    info = adapters.base
+    width, height = size(info, sampling)
     common = Recipe(
         prompt="",
         negative=sampling.negative,

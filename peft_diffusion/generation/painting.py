@@ -11,7 +11,7 @@ import diffusers
 import torch
 from PIL import Image
 
-from ..bases import describe
+from ..bases import BaseInfo
 from ..core.errors import UserError
 from .adapters import Adapters
 from .config import Choice, Sampling
@@ -43,9 +43,8 @@ class Cell:
     strengths: Mapping[str, float]
 
 
-def size(pipe: Any, sampling: Sampling) -> tuple[int, int]:
+def size(info: BaseInfo, sampling: Sampling) -> tuple[int, int]:
     """Width and height in pixels. Raises UserError for sides that the base cannot make, naming the nearest that it can."""
-    info = describe(pipe)
     sides = (sampling.width or info.resolution, sampling.height or info.resolution)
     for name, side in zip(("width", "height"), sides, strict=True):
         if side % info.step:
@@ -64,7 +63,7 @@ def paint(
     keep the strengths of the last batch. Raises UserError for sizes and prompts that the base cannot take.
     """
     pipe = adapters.pipe
-    width, height = size(pipe, sampling)
+    width, height = size(adapters.base, sampling)
     check_lengths(pipe, [sampling.negative, *(cell.prompt for cell in cells)])
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
     with _set_up(pipe, sampling):
