@@ -451,6 +451,11 @@ def test_previews_have_the_base_in_the_first_row(tmp_path, pictures):
     assert names == sorted([*(f"{row}_{column}.png" for row in rows for column in range(2)), "sheet.png"])
 
 
+def test_epochs_see_every_picture_so_many_times(tmp_path, pictures):
+    result = train(small(pictures, tmp_path, epochs=2, batch_size=4, steps=50), pipe=make_pipe())
+    assert result.steps == 4 and "steps = 4" in (result.run_dir / "config.toml").read_text("utf-8")
+
+
 def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path, pictures):
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
     result = train(small(pictures, tmp_path), pipe=make_pipe(), console=console)
