@@ -137,7 +137,7 @@ def test_ctrl_c_keeps_the_pictures_that_are_done(tiny_base, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, "error: interrupted\n")
+    assert (process.returncode, said) == (130, "interrupted\n")
     made = list((tmp_path / "out").iterdir())
     assert made
     assert all(recipe.read(path).prompt == "a cat" for path in made)

@@ -218,7 +218,7 @@ def test_a_real_process_that_is_stopped_goes_on_to_the_same_bits(tmp_path, tiny_
         assert process.returncode == -signal.SIGKILL and steps[-1] % 5 == 0
     else:
         assert process.returncode == 130, error
-        assert f"stopped after step {steps[-1]} of 40; go on with:" in out and "Traceback" not in error
+        assert f"stopped after step {steps[-1]} of 40; go on with:" in error and "Traceback" not in error
         told = [json.loads(line) for line in (command.run / "metrics.jsonl").read_text("utf-8").splitlines()]
         assert [line["step"] for line in told if "loss" in line] == list(range(1, steps[-1] + 1))
     if number == signal.SIGINT:  # the line that it printed: the settings of the run folder are all that is needed

@@ -57,8 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0; 1 for what the user can mend; 2 for a wrong command line; 70 for a bug; 130 for Ctrl-C.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it speaks of torchvision, which is not needed
+    # Read when the libraries are loaded, which is later. transformers speaks of torchvision, which is not needed; OpenMP's
+    # threads wait in a busy loop, which makes a step up to ten times as slow on a machine that does something else too.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     given = list(sys.argv[1:] if arguments is None else arguments)
+    app.config = (whole_numbers,)
     try:
         app.meta(given)
         sys.stdout.flush()
@@ -77,7 +81,8 @@ def _explain(error: BaseException) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     if isinstance(error, KeyboardInterrupt):
-        return _fail("interrupted", INTERRUPTED)
+        # A run that saved where it stands says how to go on, which is no error.
+        return _say(str(error) or "interrupted", INTERRUPTED)
     if isinstance(error, CycloptsError):
         return _fail(str(error), USAGE)
     if isinstance(error, UserError):
@@ -91,8 +96,12 @@ def _explain(error: BaseException) -> int:
 
 
 def _fail(message: str, code: int) -> int:
+    return _say(f"error: {message}", code)
+
+
+def _say(message: str, code: int) -> int:
     with contextlib.suppress(OSError):
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(" ".join(message.split()), file=sys.stderr)
     return code
 
 
