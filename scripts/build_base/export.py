@@ -1,6 +1,7 @@
 """Write the trained networks as an ordinary diffusers folder, with its model card and licence."""
 
 import argparse
+import json
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -9,6 +10,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .models import SCHEDULE, make_text_encoder, make_unet, make_vae
 from .sources import CACHE
+from .tokens import save_tokenizer
+
+MOST_BYTES = 48_000_000
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
@@ -43,3 +47,34 @@ def load_trained(vae: Path, unet: Path, tokenizer: Path) -> StableDiffusionPipel
             raise FileNotFoundError(f"there is no {file}: run the trainings first")
         network.load_state_dict(load_file(file))
     return assemble(networks[0], networks[1], CLIPTokenizer.from_pretrained(tokenizer), networks[2])
+
+
+def write_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> int:
+    """Save in half precision, said to compute in single; returns the bytes of all weights."""
+    for component in (pipe.vae, pipe.text_encoder, pipe.unet):
+        component.half()
+    pipe.save_pretrained(folder, safe_serialization=True)
+    save_tokenizer(pipe.tokenizer, folder / "tokenizer")
+    path = folder / "text_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("torch_dtype", None)
+    path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def main() -> None:
+    """Export the trained networks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vae", type=Path, default=CACHE / "vae", help="folder of the trained autoencoder")
+    parser.add_argument("--unet", type=Path, default=CACHE / "unet", help="folder of the trained UNet")
+    parser.add_argument("--tokenizer", type=Path, default=CACHE / "tokenizer", help="folder of the tokenizer")
+    parser.add_argument("--output", type=Path, default=Path("samples/base"), help="folder to write")
+    options = parser.parse_args()
+    size = write_pipeline(load_trained(options.vae, options.unet, options.tokenizer), options.output)
+    if size > MOST_BYTES:
+        raise RuntimeError(f"the weights take {size} bytes, more than the {MOST_BYTES} that the package has room for")
+    print(f"{size} bytes of weights: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

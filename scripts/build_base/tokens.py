@@ -58,10 +58,13 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def encode(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Token numbers, padded to 77 with the end token, exactly as the pipeline makes them."""
-    batch = tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
-    ids: Tensor = batch.input_ids
-    return ids.to(torch.int16)
+    """Token numbers, padded to 77 with the end token, exactly as the pipeline makes them; repeats are encoded once."""
+    unique = {text: number for number, text in enumerate(dict.fromkeys(captions))}
+    rows = tokenizer(list(unique), padding=False, max_length=LENGTH, truncation=True).input_ids
+    table = torch.full((len(rows), LENGTH), tokenizer.eos_token_id, dtype=torch.int16)
+    for number, row in enumerate(rows):
+        table[number, : len(row)] = torch.tensor(row, dtype=torch.int16)
+    return table[[unique[text] for text in captions]]
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
 """Train the UNet and the text encoder together, from scratch, on the latents of the base sets."""
 
 import argparse
+import functools
 import json
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,18 @@ from .models import make_text_encoder, make_unet, make_vae, signal_powers
 from .packed import Drawing, load_packed
 from .sources import BASE_STYLES, CACHE
 from .tokens import encode
-from .training import Arena, Plan, Progress, affine, balanced_sampler, captured, load_checkpoint, sheet, train
+from .training import (
+    Arena,
+    Plan,
+    Progress,
+    affine,
+    balanced_sampler,
+    captured,
+    load_checkpoint,
+    save_checkpoint,
+    sheet,
+    train,
+)
 
 WEIGHTS = {"tabler": 0.4, "ph-fill": 0.5, "ph-duotone": 0.6, "flat-color-icons": 1.5}
 MIN_SNR_GAMMA = 5.0
@@ -46,11 +59,12 @@ class TrainingSet:
 @torch.no_grad()
 def _latents(vae: AutoencoderKL, pixels: Tensor, variants: int) -> Tensor:
     """Latents of each drawing as it is, and slightly resized and moved."""
-    pieces = []
+    pieces: list[Tensor] = []
     for piece in pixels.split(256):
         images = piece.float() / 127.5 - 1
         versions = [images, *(affine(images, (0.94, 1.1), 0.05).clamp(-1, 1) for _ in range(variants - 1))]
-        pieces.append(torch.stack([vae.encode(version).latent_dist.mean.half() for version in versions], 1))
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
+            pieces.append(torch.stack([vae.encode(version).latent_dist.mean.half() for version in versions], 1))
     return torch.cat(pieces)
 
 
@@ -60,16 +74,25 @@ def prepare(
     """Encode drawings and captions once, before the first step."""
     rng = random.Random(0)
     texts = [varied_caption(row, rng) for row in drawings for _ in range(captions)]
-    tokens = torch.cat([encode(tokenizer, texts[at : at + 20000]) for at in range(0, len(texts), 20000)])
+    tokens = encode(tokenizer, texts)
     weights = torch.tensor([WEIGHTS.get(row.style, 1.0) for row in drawings])
     return TrainingSet(_latents(vae, pixels, variants), tokens.view(len(drawings), captions, -1), weights)
 
 
+def shared_subjects(drawings: list[Drawing], count: int) -> set[str]:
+    """The subjects that most of the sets draw, and those of the sheet."""
+    styles: dict[str, set[str]] = {}
+    for row in drawings:
+        styles.setdefault(row.subject, set()).add(row.style)
+    ranked = sorted(styles, key=lambda subject: (subject not in SHEET_SUBJECTS, -len(styles[subject]), subject))
+    return set(ranked[:count])
+
+
 def make_step(
-    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, arena: Arena, data: TrainingSet, batch: int
+    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, arena: Arena, data: TrainingSet, options: argparse.Namespace
 ) -> Callable[[], Tensor]:
     """The whole training step: drawing, noise, timesteps, forward, loss weighted by min-SNR, backward, update."""
-    device, dtype = data.latents.device, arena.work.dtype
+    device, batch = data.latents.device, options.batch
     powers = signal_powers(device)
     snr = powers / (1 - powers)
     importance = snr.clamp(max=MIN_SNR_GAMMA) / snr
@@ -77,6 +100,12 @@ def make_step(
 
     def pick(count: int) -> Tensor:
         return (torch.rand(batch, device=device) * count).long().clamp(max=count - 1)
+
+    def predict(noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.autocast):
+            hidden = text_encoder(input_ids=tokens)[0]
+            predicted: Tensor = unet(noisy, timesteps, hidden, return_dict=False)[0]
+        return predicted.float()
 
     def step() -> Tensor:
         chosen = draw()
@@ -86,8 +115,7 @@ def make_step(
         timesteps = (strata * (len(powers) / batch)).long().clamp(max=len(powers) - 1)
         noise, power = torch.randn_like(latents), powers[timesteps].view(-1, 1, 1, 1)
         noisy = power.sqrt() * latents + (1 - power).sqrt() * noise
-        predicted = unet(noisy.to(dtype), timesteps, text_encoder(input_ids=tokens)[0], return_dict=False)[0]
-        errors = (predicted.float() - noise).square().mean((1, 2, 3))
+        errors = (predict(noisy, timesteps, tokens) - noise).square().mean((1, 2, 3))
         loss = (errors * importance[timesteps]).mean()
         arena.update(loss)
         return loss.detach()
@@ -107,8 +135,7 @@ def load_vae(folder: Path, device: torch.device) -> AutoencoderKL:
 
 def _save(arena: Arena, progress: Progress, modules: dict[str, torch.nn.Module], folder: Path) -> None:
     """Write the checkpoint to go on from, and the averaged weights in half precision."""
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"arena": arena.state(), "step": progress.step, "spent": progress.spent}, folder / "checkpoint.pt")
+    save_checkpoint(folder / "checkpoint.pt", arena, progress)
     arena.use_average()
     for name, module in modules.items():
         halves = {key: tensor.half().contiguous() for key, tensor in module.state_dict().items()}
@@ -140,12 +167,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=960, help="time of training now")
     parser.add_argument("--total-seconds", type=float, help="time of training in all, where it is done in parts")
     parser.add_argument("--steps", type=int, help="stop after so many steps")
-    parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--rate", type=float, default=8e-4, help="the highest learning rate")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=5e-4, help="the highest learning rate")
     parser.add_argument("--each", type=int, help="use so many drawings of each set only")
-    parser.add_argument("--variants", type=int, default=6, help="augmentations of each drawing")
-    parser.add_argument("--captions", type=int, default=32, help="captions of each drawing")
+    parser.add_argument("--variants", type=int, default=4, help="augmentations of each drawing")
+    parser.add_argument("--captions", type=int, default=24, help="captions of each drawing")
     parser.add_argument("--channels-last", action="store_true", help="the other memory layout")
+    parser.add_argument("--autocast", action="store_true", help="multiply in bfloat16; else in fp32, or TF32 on a GPU")
+    parser.add_argument("--subjects", type=int, help="use only the so many subjects that most sets draw")
     parser.add_argument("--sheet-steps", type=int, default=25, help="denoising steps of the sheet; 0 draws none")
     return parser.parse_args()
 
@@ -156,6 +185,10 @@ def _training_set(options: argparse.Namespace, vae: AutoencoderKL, tokenizer: CL
     if path.exists():
         return TrainingSet(**torch.load(path, weights_only=True))
     drawings, pixels = load_packed(options.data, BASE_STYLES, options.each)
+    if options.subjects:
+        kept = shared_subjects(drawings, options.subjects)
+        numbers = [number for number, row in enumerate(drawings) if row.subject in kept]
+        drawings, pixels = [drawings[number] for number in numbers], pixels[numbers]
     data = prepare(vae, tokenizer, drawings, pixels.to(vae.device), options.variants, options.captions)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"latents": data.latents.cpu(), "tokens": data.tokens.cpu(), "weights": data.weights.cpu()}, path)
@@ -164,26 +197,27 @@ def _training_set(options: argparse.Namespace, vae: AutoencoderKL, tokenizer: CL
 
 def main() -> None:
     """Prepare, train, save, and draw a sheet."""
-    options = _options()
+    options, start = _options(), time.perf_counter()
     device = torch.device(options.device)
     torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(1)
     tokenizer = CLIPTokenizer.from_pretrained(options.tokenizer)
     vae = load_vae(options.vae, device)
     data = _training_set(options, vae, tokenizer).to(device)
-    print(f"latents {tuple(data.latents.shape)}, deviation {data.latents.float().std():.3f}", flush=True)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    unet, text_encoder = make_unet().to(device, dtype), make_text_encoder().to(device, dtype)
-    arena = Arena([unet, text_encoder], dtype, options.channels_last, weight_decay=0.01)
+    print(f"{time.perf_counter() - start:.0f} s of preparation: latents {tuple(data.latents.shape)}", flush=True)
+    unet, text_encoder = make_unet().to(device), make_text_encoder().to(device)
+    arena = Arena([unet, text_encoder], torch.float32, options.channels_last, weight_decay=0.01)
     progress, checkpoint = Progress(), load_checkpoint(options.output / "checkpoint.pt", device)
     if checkpoint:
         arena.load(checkpoint["arena"])
         progress = Progress(checkpoint["step"], checkpoint["spent"])
     total = options.total_seconds or progress.spent + options.seconds
-    plan = Plan(options.rate, options.seconds, total, options.steps)
-    step = captured(make_step(unet, text_encoder, arena, data, options.batch), device)
-    train(step, arena, plan, progress, report_every=1000 if device.type == "cuda" else 5)
-    _save(arena, progress, {"unet": unet, "text_encoder": text_encoder}, options.output)
+    plan = Plan(options.rate, options.seconds, total, options.steps, warm_up=1000)
+    step = captured(make_step(unet, text_encoder, arena, data, options), device)
+    modules: dict[str, torch.nn.Module] = {"unet": unet, "text_encoder": text_encoder}
+    save = functools.partial(_save, arena, progress, modules, options.output)
+    train(step, arena, plan, progress, save, report_every=500 if device.type == "cuda" else 50)
     if options.sheet_steps:
         draw_sheet(options.output, vae, tokenizer, device, options.sheet_steps)
 

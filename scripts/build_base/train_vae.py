@@ -1,6 +1,7 @@
 """Train the autoencoder on the base sets and `fluent-emoji-flat`; report how well it draws every set again."""
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,18 @@ from torch import Tensor
 from .models import make_vae, whiten
 from .packed import Drawing, load_packed
 from .sources import CACHE
-from .training import Arena, Plan, Progress, affine, balanced_sampler, captured, load_checkpoint, sheet, train
+from .training import (
+    Arena,
+    Plan,
+    Progress,
+    affine,
+    balanced_sampler,
+    captured,
+    load_checkpoint,
+    save_checkpoint,
+    sheet,
+    train,
+)
 
 WEIGHTS = {"tabler": 0.35, "ph-fill": 0.35, "ph-duotone": 0.5}
 LINE_STYLES = ("tabler", "ph-duotone")
@@ -154,9 +166,8 @@ def main() -> None:
         progress = Progress(checkpoint["step"], checkpoint["spent"])
     plan = Plan(options.rate, options.seconds, progress.spent + options.seconds, options.steps, averaging=0.999)
     step = captured(make_step(vae, arena, Batches.of(drawings, pixels, options.batch)), device)
-    train(step, arena, plan, progress, report_every=1000 if device.type == "cuda" else 5)
-    options.output.mkdir(parents=True, exist_ok=True)
-    torch.save({"arena": arena.state(), "step": progress.step, "spent": progress.spent}, options.output / "checkpoint.pt")
+    save = functools.partial(save_checkpoint, options.output / "checkpoint.pt", arena, progress)
+    train(step, arena, plan, progress, save, report_every=1000 if device.type == "cuda" else 5)
     final = make_vae().to(device)
     for mine, view in zip(final.parameters(), arena._views(arena.average, options.channels_last), strict=True):
         mine.data.copy_(view)

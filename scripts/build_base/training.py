@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-STEPS_BETWEEN_CLOCKS = 25
+STEPS_BETWEEN_CLOCKS = 5
+SECONDS_BETWEEN_SAVES = 60.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Arena:
         self.work.copy_(master)
         self.rate = torch.zeros((), device=device)
         self.averaging = torch.ones((), device=device)
+        self.skipped = torch.zeros((), device=device)
         self.optimizer = torch.optim.AdamW(
             [self.master],
             lr=self.rate,
@@ -86,10 +88,13 @@ class Arena:
         return views
 
     def update(self, loss: Tensor) -> None:
-        """One step of AdamW on the loss, its gradient clipped to norm 1."""
+        """One step of AdamW on the loss, its gradient clipped to norm 1; a gradient that is no number counts as 0."""
         torch._foreach_copy_(self.gradients, torch.autograd.grad(loss, self.parameters))
         with torch.no_grad():
-            self.gradient.mul_((1.0 / (self.gradient.norm() + 1e-6)).clamp(max=1.0))
+            norm = self.gradient.norm()
+            self.skipped += 1 - norm.isfinite().float()
+            self.gradient.mul_((1.0 / (norm + 1e-6)).clamp(max=1.0))
+            self.gradient.copy_(torch.where(norm.isfinite(), self.gradient, torch.zeros_like(self.gradient)))
             self.optimizer.step()
             self.average.lerp_(self.master, self.averaging)
             self.work.copy_(self.master)
@@ -149,34 +154,46 @@ class Progress:
     losses: list[tuple[int, float]] = field(default_factory=list)
 
 
-def train(step: Callable[[], Tensor], arena: Arena, plan: Plan, progress: Progress, report_every: int = 1000) -> None:
-    """Repeat the step until the plan's seconds (or steps) are over."""
+def train(
+    step: Callable[[], Tensor],
+    arena: Arena,
+    plan: Plan,
+    progress: Progress,
+    save: Callable[[], None],
+    report_every: int = 1000,
+) -> None:
+    """Repeat the step until the plan's seconds (or steps) are over; save every minute and at the end."""
     start, before, first = time.perf_counter(), progress.spent, progress.step
+    saved = before
     total = torch.zeros((), device=arena.rate.device)
     while progress.spent - before < plan.seconds and (plan.steps is None or progress.step - first < plan.steps):
         arena.rate.fill_(plan.rate(progress.step, progress.spent))
         arena.averaging.fill_(plan.averaging_weight(progress.step))
-        total += step()
+        total += step().nan_to_num(100.0)
         progress.step += 1
         if progress.step % STEPS_BETWEEN_CLOCKS == 0:
             if arena.rate.is_cuda:
                 torch.cuda.synchronize()
             progress.spent = before + time.perf_counter() - start
+            if progress.spent - saved > SECONDS_BETWEEN_SAVES:
+                save()
+                saved = progress.spent
         if progress.step % report_every == 0:
-            _report(progress, total, report_every, plan, (progress.spent - before) / (progress.step - first))
+            _report(progress, total / report_every, arena, plan, (progress.spent - before) / (progress.step - first))
+            total.zero_()
+    save()
 
 
-def _report(progress: Progress, total: Tensor, count: int, plan: Plan, pace: float) -> None:
-    loss = total.item() / count
-    total.zero_()
+def _report(progress: Progress, mean: Tensor, arena: Arena, plan: Plan, pace: float) -> None:
+    loss, skipped = mean.item(), int(arena.skipped.item())
     progress.losses.append((progress.step, loss))
-    rate = plan.rate(progress.step, progress.spent)
     print(
-        f"step {progress.step}  loss {loss:.4f}  rate {rate:.2e}  {1000 * pace:.1f} ms a step  {progress.spent:.0f} s",
+        f"step {progress.step}  loss {loss:.4f}  rate {plan.rate(progress.step, progress.spent):.2e}  "
+        f"{1000 * pace:.1f} ms a step  {progress.spent:.0f} s  {skipped} skipped",
         flush=True,
     )
-    if not math.isfinite(loss):
-        raise RuntimeError("the loss is no number any more: go back to the last checkpoint with a lower --rate")
+    if loss > 10 and progress.step > 100:
+        raise RuntimeError("the training diverged: start again with a lower --rate")
 
 
 def balanced_sampler(weights: Tensor, batch: int) -> Callable[[], Tensor]:
@@ -188,6 +205,14 @@ def balanced_sampler(weights: Tensor, batch: int) -> Callable[[], Tensor]:
         return torch.searchsorted(bounds, at).clamp(max=len(bounds) - 1)
 
     return draw
+
+
+def save_checkpoint(path: Path, arena: Arena, progress: Progress) -> None:
+    """Write the checkpoint beside the last one, then put it in its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    torch.save({"arena": arena.state(), "step": progress.step, "spent": progress.spent}, fresh)
+    fresh.replace(path)
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any] | None:
