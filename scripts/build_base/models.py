@@ -1,5 +1,7 @@
 """The three networks of the base, and the noise schedule they are trained for."""
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from .tokens import LENGTH, VOCABULARY
 
 WIDTH = 256
-SCHEDULE = {
+SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -66,8 +68,8 @@ def make_unet() -> UNet2DConditionModel:
 
 def signal_powers(device: torch.device) -> Tensor:
     """The cumulative products of the schedule: the share of signal power at each timestep."""
-    first, last = float(SCHEDULE["beta_start"]) ** 0.5, float(SCHEDULE["beta_end"]) ** 0.5
-    betas = torch.linspace(first, last, int(SCHEDULE["num_train_timesteps"]), dtype=torch.float64) ** 2
+    first, last = SCHEDULE["beta_start"] ** 0.5, SCHEDULE["beta_end"] ** 0.5
+    betas = torch.linspace(first, last, SCHEDULE["num_train_timesteps"], dtype=torch.float64) ** 2
     return (1 - betas).cumprod(0).float().to(device)
 
 

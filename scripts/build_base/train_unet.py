@@ -60,7 +60,7 @@ class TrainingSet:
 def _latents(vae: AutoencoderKL, pixels: Tensor, variants: int) -> Tensor:
     """Latents of each drawing as it is, and slightly resized and moved."""
     pieces: list[Tensor] = []
-    for piece in pixels.split(256):
+    for piece in torch.split(pixels, 256):
         images = piece.float() / 127.5 - 1
         versions = [images, *(affine(images, (0.94, 1.1), 0.05).clamp(-1, 1) for _ in range(variants - 1))]
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
@@ -169,6 +169,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="stop after so many steps")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", type=float, default=5e-4, help="the highest learning rate")
+    parser.add_argument("--warm-up", type=int, default=1000, help="steps until the learning rate is at its highest")
     parser.add_argument("--each", type=int, help="use so many drawings of each set only")
     parser.add_argument("--variants", type=int, default=4, help="augmentations of each drawing")
     parser.add_argument("--captions", type=int, default=24, help="captions of each drawing")
@@ -213,7 +214,7 @@ def main() -> None:
         arena.load(checkpoint["arena"])
         progress = Progress(checkpoint["step"], checkpoint["spent"])
     total = options.total_seconds or progress.spent + options.seconds
-    plan = Plan(options.rate, options.seconds, total, options.steps, warm_up=1000)
+    plan = Plan(options.rate, options.seconds, total, options.steps, options.warm_up)
     step = captured(make_step(unet, text_encoder, arena, data, options), device)
     modules: dict[str, torch.nn.Module] = {"unet": unet, "text_encoder": text_encoder}
     save = functools.partial(_save, arena, progress, modules, options.output)

@@ -57,7 +57,7 @@ class Batches:
         """A batch in [-1, 1]."""
         images = affine(self.pixels[self.draw()].float() / 127.5 - 1, (0.8, 1.3), 0.12)
         halves = F.avg_pool2d(self.pixels[self.draw_lines()].float() / 127.5 - 1, 2)
-        quarters = halves.unflatten(0, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5)
+        quarters = halves.view(-1, 2, 2, *halves.shape[1:]).permute(0, 3, 1, 4, 2, 5)
         lines = affine(quarters.reshape(images.shape), (0.6, 1.6), 0.3)
         chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < OVERLAY_SHARE
         return torch.where(chosen, torch.minimum(images, lines), images).clamp(-1, 1)
@@ -69,7 +69,7 @@ def _edges(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def reconstruction_loss(drawn: Tensor, real: Tensor) -> Tensor:
     """L1, squared error, and L1 of values and edges down a pyramid of averages."""
-    loss = (drawn - real).abs().mean() + 2 * (drawn - real).square().mean()
+    loss: Tensor = (drawn - real).abs().mean() + 2 * (drawn - real).square().mean()
     for level in range(4):
         for mine, theirs in zip(_edges(drawn), _edges(real), strict=True):
             loss = loss + 0.5 * (mine - theirs).abs().mean()
@@ -88,11 +88,12 @@ def make_step(vae: AutoencoderKL, arena: Arena, batches: Batches) -> Callable[[]
         mean, logvar = vae._encode(images.to(dtype)).float().chunk(2, 1)
         logvar = logvar.clamp(-30, 20)
         latents = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-        drawn = vae._decode(latents.to(dtype)).sample.float()
+        drawn: Tensor = vae._decode(latents.to(dtype)).sample.float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = reconstruction_loss(drawn, images) + KL_WEIGHT * divergence
         arena.update(loss)
-        return loss.detach()
+        detached: Tensor = loss.detach()
+        return detached
 
     return step
 
@@ -100,14 +101,14 @@ def make_step(vae: AutoencoderKL, arena: Arena, batches: Batches) -> Callable[[]
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Latent means of images in [-1, 1]."""
-    return torch.cat([vae.encode(piece).latent_dist.mean for piece in pixels.split(128)])
+    return torch.cat([vae.encode(piece).latent_dist.mean for piece in torch.split(pixels, 128)])
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: Tensor) -> float:
     """Mean peak signal to noise ratio, in decibels, of images in [-1, 1] drawn again."""
     errors = []
-    for piece in images.split(64):
+    for piece in torch.split(images, 64):
         drawn = vae.decode(vae.encode(piece).latent_dist.mean).sample.clamp(-1, 1)
         errors.append((drawn - piece).square().mean((1, 2, 3)))
     return float((10 * torch.log10(4 / torch.cat(errors))).mean())
