@@ -26,7 +26,7 @@ def make_adapter(path: Path, base: Path, seed: int, triggers: tuple[str, ...] = 
         for adapter in site.adapters(part, "made").values():
             torch.nn.init.normal_(adapter.up, std=size)
     torch.set_rng_state(state)
-    methods = {name: {**Lora(rank=4).spec(), "target": TARGET} for name in parts}
+    methods = {name: ({**Lora(rank=4).spec(), "target": TARGET},) for name in parts}
     training = {"images": 48, "steps_done": 300, "held_out_loss": 0.125}
     formats.save(path, parts, "made", formats.Spec(methods, asdict(bases.describe(pipe)), triggers, training))
     return path

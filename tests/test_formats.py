@@ -36,7 +36,7 @@ def write_adapter(path, pipe, target="attention+ff", alpha=None, rank=4, seed=3,
         site.attach(part, "made", Lora(rank, alpha), target)
         randomize(part, "made", seed)
     spec = formats.Spec(
-        methods={name: {**Lora(rank, alpha).spec(), "target": target} for name in chosen},
+        methods={name: ({**Lora(rank, alpha).spec(), "target": target},) for name in chosen},
         base=base_dict(describe(pipe)),
         triggers=("ink style",),
         training={"steps_done": 10, "unet_lr": 1e-3, "images": 7},

@@ -375,7 +375,7 @@ def test_a_run_lowers_the_losses_and_leaves_the_base_as_it_was(tmp_path):
     assert len(losses) == 30 and sum(losses[-8:]) < 0.97 * sum(losses[:8])
     assert [line["step"] for line in lines(result) if "held_out_loss" in line] == [0, 15, 30]
     spec = formats.inspect(result.output).spec
-    assert spec.methods["unet"]["rank"] == 2 and spec.training["steps_done"] == 30 and spec.training["images"] == 18
+    assert spec.methods["unet"][0]["rank"] == 2 and spec.training["steps_done"] == 30 and spec.training["images"] == 18
     assert spec.training["held_out_loss"] == result.held_out_after
     with Image.open(result.run_dir / "loss.png") as plot:
         assert plot.size == (880, 550)

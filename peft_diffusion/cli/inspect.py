@@ -99,8 +99,8 @@ def _counts(values: Mapping[Any, int]) -> str:
 def _targets(found: Inspection) -> str:
     if found.spec is None:
         return ""
-    methods = found.spec.methods.items()
-    return ", ".join(f"{component} {method['target']}" for component, method in methods if "target" in method)
+    pairs = [(component, method) for component, several in found.spec.methods.items() for method in several]
+    return ", ".join(f"{component} {method['target']}" for component, method in pairs if "target" in method)
 
 
 def _base(found: Inspection) -> str:

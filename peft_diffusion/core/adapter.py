@@ -1,7 +1,7 @@
 """What a method is, and what it adds at a site."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -34,17 +34,33 @@ class KeepsPrecision(nn.Module):
 class Adapter(KeepsPrecision):
     """The change of one site. With ``y = site(x)`` it returns the new ``y``.
 
-    The default is a residual, ``y + strength * residual(x, y)``; a method that is none overrides ``forward``.
+    The default is a residual, ``y + strength * residual(x, y, base)``; a method that is none overrides ``forward``.
     Parameters are float32; results have the dtype of ``y``.
     """
 
-    def residual(self, x: Tensor, y: Tensor) -> Tensor:
-        """The change at strength 1, of the shape and dtype of ``y``."""
+    own_layout: ClassVar[bool] = False  # whether files hold it under keys of our own, as no other program has the method
+
+    _place: tuple[Site, ...] = ()  # in a tuple, so that the site is no child of its own child
+
+    @property
+    def site(self) -> Site:
+        """The module that it is attached to."""
+        return self._place[0]
+
+    def bind(self, site: Site) -> None:
+        """Called by ``attach``: the module whose weight or bias the method may read."""
+        self._place = (site,)
+
+    def residual(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
+        """The change at strength 1, of the shape and dtype of ``y``.
+
+        ``base`` is what the site itself gave, before any adapter; ``y`` is what the adapters before this one made of it.
+        """
         raise NotImplementedError
 
-    def forward(self, x: Tensor, y: Tensor, strength: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, strength: Tensor, base: Tensor) -> Tensor:
         """The new ``y``; ``strength`` broadcasts against it."""
-        return y + strength * self.residual(x, y)
+        return y + strength * self.residual(x, y, base)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What it adds, at strength 1, to the site's float32 ``weight`` and ``bias``; None leaves one as it is.
@@ -58,12 +74,49 @@ class Adapter(KeepsPrecision):
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """Its tensors under the suffixes that the method's published file layout uses."""
+        """Its tensors by suffix: those of the kohya / LyCORIS layout where that has the method, or names without a dot."""
         raise NotImplementedError
 
     def _load_from_state_dict(self, *_: object) -> None:
         # The base's state dict holds the base alone (see AdapterDict): nothing of an adapter is missing from it.
         pass
+
+
+class Chain(Adapter):
+    """Several methods' parts at one site under one name, applied in order."""
+
+    def __init__(self, parts: Sequence[Adapter]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def bind(self, site: Site) -> None:
+        """Bind every part."""
+        super().bind(site)
+        for part in self.each():
+            part.bind(site)
+
+    def each(self) -> list[Adapter]:
+        """The parts."""
+        return [part for part in self.parts if isinstance(part, Adapter)]
+
+    def forward(self, x: Tensor, y: Tensor, strength: Tensor, base: Tensor) -> Tensor:
+        """Each part on what the one before it made."""
+        for part in self.each():
+            y = part(x, y, strength, base)
+        return y
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Only parts that do not see one another fold at any strength; merging therefore folds part by part."""
+        raise FoldError("a chain is folded part by part")
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of all parts."""
+        return {suffix: tensor for part in self.each() for suffix, tensor in part.state().items()}
+
+
+def parts_of(adapter: Adapter) -> list[Adapter]:
+    """The parts of a chain; of any other adapter, itself."""
+    return adapter.each() if isinstance(adapter, Chain) else [adapter]
 
 
 class AdapterDict(nn.Module):
@@ -101,16 +154,24 @@ METHODS: dict[str, type["Method"]] = {}
 
 @dataclass(frozen=True)
 class Method:
-    """Frozen hyper-parameters that can build an adapter for a site. A subclass names itself and is found by that name."""
+    """Frozen hyper-parameters that can build an adapter for a site. A subclass gives its name and is found by it.
+
+    ``suffixes`` are the names of its tensors at a site in a file: see ``Adapter.state``.
+    """
 
     name: ClassVar[str]
-    suffixes: ClassVar[frozenset[str]]  # the layout's tensor names that this method, and no other, reads
+    suffixes: ClassVar[frozenset[str]]
 
     def __init_subclass__(cls, *, name: str, suffixes: frozenset[str] = frozenset()) -> None:
         super().__init_subclass__()
         cls.name = name
         cls.suffixes = suffixes
         METHODS[name] = cls
+
+    @classmethod
+    def recognizes(cls, suffixes: Set[str]) -> bool:
+        """Whether these tensors of one site are this method's, and no other's; others' may stand beside them."""
+        raise NotImplementedError
 
     def serves(self, site: Site) -> bool:
         """Whether this method has something to add at such a module."""

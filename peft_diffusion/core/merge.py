@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from . import site as sites_of
+from .adapter import parts_of
 from .errors import FoldError, UserError
 
 
@@ -67,11 +68,12 @@ def _folded(site: sites_of.AdaptedSite, scalars: dict[str, list[float]]) -> tupl
         strength = scalars[name][site.block]
         if strength == 0:
             continue
-        weight_change, bias_change = adapter.fold(weight, bias)
-        if weight_change is not None:
-            weight = weight + strength * weight_change
-        if bias_change is not None:
-            if bias is None:
-                raise FoldError(f"adapter {name!r} adds a bias, but the site has none to hold it")
-            bias, changed_bias = bias + strength * bias_change, True
+        for part in parts_of(adapter):
+            weight_change, bias_change = part.fold(weight, bias)
+            if weight_change is not None:
+                weight = weight + strength * weight_change
+            if bias_change is not None:
+                if bias is None:
+                    raise FoldError(f"adapter {name!r} adds a bias, but the site has none to hold it")
+                bias, changed_bias = bias + strength * bias_change, True
     return weight, bias if changed_bias else None

@@ -5,7 +5,7 @@ The swap renames no key of the base, saves nothing more for backward, and is see
 
 import functools
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import targets
-from .adapter import Adapter, AdapterDict, Method
+from .adapter import Adapter, AdapterDict, Chain, Method
 from .errors import UserError
 from .strength import Strengths
 
@@ -54,9 +54,10 @@ class AdaptedSite(nn.Module):
         recorded = torch.compiler.is_compiling() or _capturing()
         if self.packed is not None and not torch.is_grad_enabled():
             return self._run_packed(self.packed, input, y) if recorded or strengths.active else y
+        base = y
         for name, adapter in self.adapters.items():
             if recorded or name in strengths.active:
-                y = adapter(input, y, _broadcast(strengths.at(strengths.index(name), self.block, y), y))
+                y = adapter(input, y, _broadcast(strengths.at(strengths.index(name), self.block, y), y), base)
         return y
 
     def _run_packed(self, packed: Packed, x: Tensor, y: Tensor) -> Tensor:
@@ -127,14 +128,26 @@ def attach(component: nn.Module, name: str, method: Method, target: str = target
     Raises UserError, and changes nothing, where the target matches no module that the method can serve, where the name
     is taken or no good, and where a module's forward is patched (offloading hooks), which the class could not reach.
     """
+    return attach_all(component, name, [(method, target)])
+
+
+def attach_all(component: nn.Module, name: str, methods: Sequence[tuple[Method, str]]) -> list[str]:
+    """Add one adapter of several methods, each at its own target; where they meet at a site they run in this order.
+
+    Returns the paths. Raises as ``attach`` does.
+    """
     found = targets.modules(component)
-    matched = targets.resolve(component, target)
-    served = [path for path in matched if method.serves(found[path])]
-    if not served:
-        kinds = sorted({type(found[path]).__name__ for path in matched})
-        raise UserError(f"method {method.name} cannot serve what the target {target!r} names: {', '.join(kinds)}")
-    attach_built(component, name, {path: method.build(found[path]) for path in served})
-    return served
+    built: dict[str, list[Adapter]] = {}
+    for method, target in methods:
+        matched = targets.resolve(component, target)
+        served = [path for path in matched if method.serves(found[path])]
+        if not served:
+            kinds = sorted({type(found[path]).__name__ for path in matched})
+            raise UserError(f"method {method.name} cannot serve what the target {target!r} names: {', '.join(kinds)}")
+        for path in served:
+            built.setdefault(path, []).append(method.build(found[path]))
+    attach_built(component, name, {path: parts[0] if len(parts) == 1 else Chain(parts) for path, parts in built.items()})
+    return list(built)
 
 
 def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) -> None:
@@ -155,6 +168,7 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) 
     for path, module in modules.items():
         site = module if isinstance(module, AdaptedSite) else _swap(module, shared, blocks.of(path))
         site.adapters[name] = built[path].to(_device(module, component)).train(module.training)
+        built[path].bind(site)
         site.packed = None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import methods  # noqa: F401  (registers the methods that a file may hold)
 from ..bases import BaseInfo, components, describe
 from ..core import site as sites
-from ..core.adapter import METHODS, Adapter, Method
+from ..core.adapter import METHODS, Adapter, Chain
 from ..core.errors import UserError
 from . import container, kohya
 from .layout import component_of
@@ -58,23 +58,21 @@ def load(path: str | Path, pipe: Any, *, strict: bool = False) -> Loaded:
     tensors = container.read_tensors(path)
     header = container.read_header(path) if path.suffix == ".safetensors" else None
     spec = Spec.from_metadata(header.metadata, str(path)) if header else None
-    keys = kohya.site_keys(parts)
-    grouped = kohya.group(tensors)
-    if not any(component_of(site) for site in grouped):
+    if not any(component_of(name) for name in tensors):
         shown = ", ".join(list(tensors)[:3])
         raise UserError(f"{path} is no adapter in the kohya layout: it holds {shown}{', ...' if len(tensors) > 3 else ''}")
+    sites, unmatched = _by_site(tensors, kohya.site_keys(parts))
     built: dict[str, dict[str, Adapter]] = {}
-    unmatched: list[str] = []
-    for site, suffixes in grouped.items():
-        if site not in keys:
-            unmatched += [f"{site}.{suffix}" for suffix in suffixes]
-            continue
-        component, where = keys[site]
-        own = {suffix: tensors[f"{site}.{suffix}"] for suffix in suffixes}
-        adapter = _read_site(path, site, parts[component].get_submodule(where), own, spec, pipe)
-        built.setdefault(component, {})[where] = adapter
+    for (component, where), own in sites.items():
+        try:
+            read, unknown = _read_site(parts[component].get_submodule(where), own, spec, component)
+        except UserError as error:
+            raise _wrong_base(path, spec, pipe, f"{component}.{where}: {error}") from None
+        unmatched += [f"{component}.{where}: {suffix}" for suffix in unknown]
+        if read is not None:
+            built.setdefault(component, {})[where] = read
     if not built:
-        raise _wrong_base(path, spec, pipe, f"none of its {len(grouped)} sites exists there")
+        raise _wrong_base(path, spec, pipe, f"none of its {len(tensors)} tensors has a site there")
     if unmatched and strict:
         raise UserError(f"{path}: {len(unmatched)} tensors have no site in this base: {', '.join(unmatched[:5])}")
     report = Coverage(len(tensors) - len(unmatched), sum(map(len, built.values())), tuple(unmatched))
@@ -86,19 +84,32 @@ def base_dict(info: BaseInfo) -> dict[str, Any]:
     return asdict(info)
 
 
-def _read_site(path: Path, key: str, site: nn.Module, tensors: dict[str, Tensor], spec: Spec | None, pipe: Any) -> Adapter:
-    chosen = _method_of(tensors)
-    if chosen is None:
-        raise UserError(f"{path}: no method here reads {key} with {', '.join(sorted(tensors))}")
-    try:
-        return chosen.read(site, tensors)
-    except UserError as error:
-        raise _wrong_base(path, spec, pipe, f"{key}: {error}") from None
+def _by_site(
+    tensors: Mapping[str, Tensor], keys: Mapping[str, tuple[str, str]]
+) -> tuple[dict[tuple[str, str], dict[str, Tensor]], list[str]]:
+    """Tensors by suffix for each component and path, and the names of those without a site."""
+    sites: dict[tuple[str, str], dict[str, Tensor]] = {}
+    unmatched = []
+    for name, tensor in tensors.items():
+        place = kohya.place(name, keys)
+        if place is None:
+            unmatched.append(name)
+        else:
+            sites.setdefault(place[:2], {})[place[2]] = tensor
+    return sites, unmatched
 
 
-def _method_of(suffixes: Mapping[str, Tensor]) -> type[Method] | None:
-    """The method whose layout these suffixes are."""
-    return next((method for method in METHODS.values() if method.suffixes >= set(suffixes)), None)
+def _read_site(
+    site: nn.Module, tensors: Mapping[str, Tensor], spec: Spec | None, component: str
+) -> tuple[Adapter | None, list[str]]:
+    """The adapter of one site, of one method or several, and the suffixes that none of them knows."""
+    order = [str(one.get("method")) for one in spec.methods.get(component, ())] if spec else []
+    chosen = [method for method in METHODS.values() if method.recognizes(tensors.keys())]
+    chosen.sort(key=lambda method: order.index(method.name) if method.name in order else len(order))
+    parts = [m.read(site, {key: value for key, value in tensors.items() if key in m.suffixes}) for m in chosen]
+    known = frozenset[str]().union(*(method.suffixes for method in chosen))
+    adapter = (parts[0] if len(parts) == 1 else Chain(parts)) if parts else None
+    return adapter, [suffix for suffix in tensors if suffix not in known]
 
 
 def _wrong_base(path: Path, spec: Spec | None, pipe: Any, reason: str) -> UserError:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..core.errors import UserError
 from . import container
 from .container import Header
-from .layout import component_of
+from .layout import component_of, split
 from .spec import Spec
 
 # The tensor names by which files of each method are known; what a Method reads is declared in its own file.
@@ -51,7 +51,7 @@ def inspect(path: str | Path) -> Inspection:
     sites: dict[str, dict[str, tuple[int, ...]]] = {}
     unknown = []
     for name, entry in header.tensors.items():
-        site, _, suffix = name.partition(".")
+        site, suffix = split(name)
         if component_of(site) is None:
             unknown.append(name)
         else:

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core import targets
-from ..core.adapter import Adapter
+from ..core.adapter import Adapter, parts_of
 from ..core.errors import UserError
-from .layout import PREFIXES
+from .layout import OWN, PREFIXES
 from .spec import KEY, Spec
 
 # transformers 5 dropped "text_model." from the paths of CLIPTextModel; files keep it.
@@ -80,7 +80,9 @@ def write(adapters: Mapping[str, Mapping[str, Adapter]], spec: Spec) -> tuple[di
         prefix = PREFIXES[component][spec.base.get("family") == "sdxl"]
         for path, adapter in built.items():
             site = prefix + _aliases(component, path)[-1].replace(".", "_")
-            tensors.update({f"{site}.{suffix}": tensor for suffix, tensor in adapter.state().items()})
+            for part in parts_of(adapter):
+                key = f"{OWN}{component}.{path}" if part.own_layout else site
+                tensors.update({f"{key}.{suffix}": tensor for suffix, tensor in part.state().items()})
     return tensors, metadata(spec)
 
 
@@ -116,13 +118,14 @@ def metadata(spec: Spec) -> dict[str, str]:
     return {KEY: spec.to_json()} | {key: _text(value) for key, value in found.items() if value not in (None, "")}
 
 
-def group(names: Mapping[str, Any]) -> dict[str, list[str]]:
-    """A file's tensors by site: ``{site: [suffix, ...]}``."""
-    sites: dict[str, list[str]] = {}
-    for name in names:
-        site, _, suffix = name.partition(".")
-        sites.setdefault(site, []).append(suffix)
-    return sites
+def place(name: str, keys: Mapping[str, tuple[str, str]]) -> tuple[str, str, str] | None:
+    """Component, path and suffix that a tensor's name means, by the names of ``site_keys``; None where it has no site."""
+    if name.startswith(OWN):
+        path, _, suffix = name.removeprefix(OWN).rpartition(".")
+        component, _, path = path.partition(".")
+        return (component, path, suffix) if (component, path) in keys.values() else None
+    site, _, suffix = name.partition(".")
+    return (*keys[site], suffix) if site in keys else None
 
 
 def _aliases(component: str, path: str) -> tuple[str, ...]:
@@ -134,7 +137,7 @@ def _aliases(component: str, path: str) -> tuple[str, ...]:
 
 
 def _values(spec: Spec, name: str) -> Iterator[Any]:
-    return (method[name] for method in spec.methods.values() if name in method)
+    return (method[name] for several in spec.methods.values() for method in several if name in method)
 
 
 def _text(value: Any) -> str:

@@ -7,7 +7,22 @@ PREFIXES: dict[str, tuple[str, str]] = {
     "text_encoder_2": ("lora_te2_", "lora_te2_"),
 }
 
+# What no published layout can say stands beside it: peft_diffusion.<component>.<path>.<suffix>, a suffix having no dot.
+OWN = "peft_diffusion."
+
+
+def split(name: str) -> tuple[str, str]:
+    """A tensor's name as site and suffix."""
+    if name.startswith(OWN):
+        site, _, suffix = name.rpartition(".")
+    else:
+        site, _, suffix = name.partition(".")
+    return site, suffix
+
 
 def component_of(site: str) -> str | None:
     """The component that a site's name in a file belongs to."""
+    if site.startswith(OWN):
+        component = site.removeprefix(OWN).split(".")[0]
+        return component if component in PREFIXES else None
     return next((component for component, prefixes in PREFIXES.items() if site.startswith(prefixes)), None)

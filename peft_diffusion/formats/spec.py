@@ -1,7 +1,7 @@
 """What an adapter file says of itself."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -15,11 +15,11 @@ VERSION = 1
 class Spec:
     """Method and hyper-parameters per component, the base, the words that call it, and how it was trained.
 
-    ``methods`` maps a component to ``{"method": name, ...hyper-parameters, "target": name or expression}``; ``base`` is a
-    ``BaseInfo`` as a dict; ``training`` holds JSON values under the names of the training options.
+    ``methods`` maps a component to its methods in the order in which they run at a site, each as ``{"method": name,
+    ...hyper-parameters, "target": name or expression}``; ``base`` is a ``BaseInfo`` as a dict; ``training`` holds JSON values under the names of the training options.
     """
 
-    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    methods: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
     triggers: tuple[str, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -49,6 +49,6 @@ class Spec:
 
 
 def _check(spec: Spec) -> None:
-    maps = (spec.methods, spec.base, spec.training, *spec.methods.values())
+    maps = (spec.methods, spec.base, spec.training, *(one for several in spec.methods.values() for one in several))
     if not all(isinstance(value, dict) for value in maps) or not all(isinstance(word, str) for word in spec.triggers):
         raise TypeError("a field of another type")

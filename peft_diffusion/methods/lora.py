@@ -1,7 +1,7 @@
 """LoRA: a change of low rank (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,11 @@ class Lora(Method, name="lora", suffixes=frozenset({_DOWN, _UP, _ALPHA})):
             raise UserError(f"alpha must be above 0, not {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be from 0 to below 1, not {self.dropout}")
+
+    @classmethod
+    def recognizes(cls, suffixes: Set[str]) -> bool:
+        """A pair without the magnitude that would make it DoRA."""
+        return _DOWN in suffixes and "dora_scale" not in suffixes
 
     def serves(self, site: Site) -> bool:
         """Linear layers and convolutions without groups."""
@@ -87,7 +92,7 @@ class LoraAdapter(Adapter):
         if conv and site.padding_mode != "zeros":
             raise UserError(f"lora serves convolutions padded with zeros, not {site.padding_mode}")
 
-    def forward(self, x: Tensor, y: Tensor, strength: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, strength: Tensor, base: Tensor) -> Tensor:
         """``y + strength * scale * up(down(x))``; strength and scale go to the small tensors, the sum into the product."""
         hidden = self._hidden(x) * strength
         up = (self.up * self.scale).to(x.dtype)

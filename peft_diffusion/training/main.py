@@ -185,7 +185,7 @@ class _Run:
         for place in ("output", "run_dir", "cache"):
             del training[place]
         return formats.Spec(
-            methods={name: {**self.method.spec(), "target": config.target} for name in self.parts},
+            methods={name: ({**self.method.spec(), "target": config.target},) for name in self.parts},
             base=asdict(self.prepared.info),
             triggers=tuple(words for part in config.trigger.split("{}") if (words := part.strip(" ,;:"))),
             training=training,
