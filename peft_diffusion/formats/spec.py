@@ -16,7 +16,8 @@ class Spec:
     """Method and hyper-parameters per component, the base, the words that call it, and how it was trained.
 
     ``methods`` maps a component to its methods in the order in which they run at a site, each as ``{"method": name,
-    ...hyper-parameters, "target": name or expression}``; ``base`` is a ``BaseInfo`` as a dict; ``training`` holds JSON values under the names of the training options.
+    ...hyper-parameters, "target": name or expression}``; ``base`` is a ``BaseInfo`` as a dict; ``training`` holds JSON
+    values under the names of the training options.
     """
 
     methods: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
