@@ -102,9 +102,9 @@ def make_step(
         return (torch.rand(batch, device=device) * count).long().clamp(max=count - 1)
 
     def predict(noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.compute == "autocast"):
             hidden = text_encoder(input_ids=tokens)[0]
-            predicted: Tensor = unet(noisy, timesteps, hidden, return_dict=False)[0]
+            predicted: Tensor = unet(noisy.to(arena.work.dtype), timesteps, hidden, return_dict=False)[0]
         return predicted.float()
 
     def step() -> Tensor:
@@ -174,7 +174,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--variants", type=int, default=4, help="augmentations of each drawing")
     parser.add_argument("--captions", type=int, default=24, help="captions of each drawing")
     parser.add_argument("--channels-last", action="store_true", help="the other memory layout")
-    parser.add_argument("--autocast", action="store_true", help="multiply in bfloat16; else in fp32, or TF32 on a GPU")
+    parser.add_argument(
+        "--compute",
+        choices=("float32", "autocast", "bfloat16"),
+        default="float32",
+        help="float32 (TF32 on a GPU), autocast to bfloat16, or all in bfloat16 over float32 masters, which is fastest",
+    )
     parser.add_argument("--subjects", type=int, help="use only the so many subjects that most sets draw")
     parser.add_argument("--sheet-steps", type=int, default=25, help="denoising steps of the sheet; 0 draws none")
     return parser.parse_args()
@@ -207,8 +212,9 @@ def main() -> None:
     vae = load_vae(options.vae, device)
     data = _training_set(options, vae, tokenizer).to(device)
     print(f"{time.perf_counter() - start:.0f} s of preparation: latents {tuple(data.latents.shape)}", flush=True)
+    dtype = torch.bfloat16 if options.compute == "bfloat16" else torch.float32
     unet, text_encoder = make_unet().to(device), make_text_encoder().to(device)
-    arena = Arena([unet, text_encoder], torch.float32, options.channels_last, weight_decay=0.01)
+    arena = Arena([unet, text_encoder], dtype, options.channels_last, weight_decay=0.01)
     progress, checkpoint = Progress(), load_checkpoint(options.output / "checkpoint.pt", device)
     if checkpoint:
         arena.load(checkpoint["arena"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 STEPS_BETWEEN_CLOCKS = 5
 SECONDS_BETWEEN_SAVES = 60.0
+ALIGNMENT = 64  # elements
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Plan:
         return 1 - min(self.averaging, (1 + step) / (10 + step))
 
 
+def _aligned(count: int) -> int:
+    """The room for so many elements: kernels that read several at once want every tensor to begin at 128 bytes or more."""
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
 class Arena:
     """All parameters of some modules as one flat buffer, with its average, gradient and optimizer.
 
@@ -50,10 +56,10 @@ class Arena:
     ) -> None:
         self.parameters = [parameter for module in modules for parameter in module.parameters()]
         device = self.parameters[0].device
-        sizes = [parameter.numel() for parameter in self.parameters]
-        self.work = torch.empty(sum(sizes), dtype=dtype, device=device)
-        self.gradient = torch.zeros(sum(sizes), device=device)
-        master = torch.empty(sum(sizes), device=device)
+        size = sum(_aligned(parameter.numel()) for parameter in self.parameters)
+        self.work = torch.zeros(size, dtype=dtype, device=device)
+        self.gradient = torch.zeros(size, device=device)
+        master = torch.zeros(size, device=device)
         self.gradients = self._views(self.gradient, channels_last)
         for old, view in zip(self.parameters, self._views(master, channels_last), strict=True):
             view.copy_(old.detach())
@@ -79,7 +85,7 @@ class Arena:
         views, start = [], 0
         for parameter in self.parameters:
             piece = flat[start : start + parameter.numel()]
-            start += parameter.numel()
+            start += _aligned(parameter.numel())
             if channels_last and parameter.ndim == 4:
                 out, inside, high, wide = parameter.shape
                 views.append(piece.view(out, high, wide, inside).permute(0, 3, 1, 2))
