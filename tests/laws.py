@@ -16,12 +16,28 @@ from peft_diffusion.core import merge, site
 from peft_diffusion.core.adapter import Method
 from peft_diffusion.core.errors import FoldError
 from peft_diffusion.formats.file import base_dict
+from peft_diffusion.methods.dora import Dora
+from peft_diffusion.methods.ia3 import Ia3
+from peft_diffusion.methods.loha import Loha
+from peft_diffusion.methods.lokr import Lokr
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.methods.oft import Oft
 
 METHODS: dict[str, tuple[Method, str]] = {
     "lora": (Lora(rank=4), "attention+ff"),
     "lora-scaled": (Lora(rank=3, alpha=1.0), "all-linear"),
     "locon": (Lora(rank=4), "conv"),
+    "lora-stabilized": (Lora(rank=3, rank_stabilized=True, init="gaussian"), "attention"),
+    "dora": (Dora(rank=4, alpha=2.0), "attention+ff"),
+    "dora-conv": (Dora(rank=4), "conv"),
+    "loha": (Loha(rank=3, alpha=1.0), "attention+ff"),
+    "loha-conv": (Loha(rank=4), "conv"),
+    "lokr": (Lokr(rank=4, factor=4), "attention+ff"),
+    "lokr-conv": (Lokr(rank=2, factor=8, decompose_both=True), "conv"),
+    "oft": (Oft(block_size=4), "attention+ff"),
+    "oft-conv": (Oft(block_size=4, rescale=True, constraint=0.001), "conv"),
+    "ia3": (Ia3(), "attention+ff"),
+    "ia3-conv": (Ia3(on_input=True), "conv"),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = [

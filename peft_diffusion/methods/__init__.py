@@ -1,5 +1,5 @@
 """The methods, one file each. Importing this package registers them by name."""
 
-from . import lora
+from . import dora, ia3, loha, lokr, lora, oft
 
-__all__ = ["lora"]
+__all__ = ["dora", "ia3", "loha", "lokr", "lora", "oft"]

@@ -10,71 +10,104 @@ from torch.nn import functional as F
 
 from ..core.adapter import Adapter, LowRank, Method, Site, float32_parameter
 from ..core.errors import UserError
+from ..core.merge import dense_weight
+from .affine import ALPHA, check_rank, read_alpha, require, serves, single, stored_alpha, weight_shape
 
-_DOWN, _UP, _ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
+DOWN, UP = "lora_down.weight", "lora_up.weight"
+INITS = ("standard", "gaussian", "pissa")
 
 
 @dataclass(frozen=True)
-class Lora(Method, name="lora", suffixes=frozenset({_DOWN, _UP, _ALPHA})):
+class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, ALPHA})):
     """``y + alpha / rank * up(down(x))`` at a Linear or Conv2d; a convolution goes down with its own kernel, up with 1x1.
 
-    ``alpha`` None means alpha = rank, a scale of 1. ``dropout`` drops inputs of ``down`` while training.
+    ``alpha`` None means alpha = rank. ``dropout`` drops inputs of ``down`` while training. ``rank_stabilized`` scales by
+    alpha / sqrt(rank). ``init`` is what training starts from:
+
+    - ``standard``: down uniform as a Linear starts (Kaiming, a = sqrt 5), up zero, as in the paper's code;
+    - ``gaussian``: down normal with deviation 1 / rank, up zero;
+    - ``pissa``: the weight's largest singular values and vectors (Meng et al. 2024, https://arxiv.org/abs/2404.02948),
+      see ``PissaAdapter``. Takes a singular value decomposition of each weight.
     """
 
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
+    rank_stabilized: bool = False
+    init: str = "standard"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"rank must be at least 1, not {self.rank}")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise UserError(f"alpha must be above 0, not {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be from 0 to below 1, not {self.dropout}")
+        check_rank(self.rank, self.alpha)
+        check_dropout(self.dropout)
+        if self.init not in INITS:
+            raise UserError(f"init must be one of {', '.join(INITS)}, not {self.init!r}")
 
     @classmethod
     def recognizes(cls, suffixes: Set[str]) -> bool:
         """A pair without the magnitude that would make it DoRA."""
-        return _DOWN in suffixes and "dora_scale" not in suffixes
+        return DOWN in suffixes and "dora_scale" not in suffixes
 
     def serves(self, site: Site) -> bool:
         """Linear layers and convolutions without groups."""
-        return isinstance(site, nn.Linear) or (isinstance(site, nn.Conv2d) and site.groups == 1)
+        return serves(site)
 
     def build(self, site: Site) -> "LoraAdapter":
-        """Down uniform as a Linear starts (Kaiming, a = sqrt 5), up zero, as in the paper's code."""
-        if isinstance(site, nn.Conv2d):
-            down = torch.empty(self.rank, site.in_channels, *site.kernel_size)
-            up = torch.zeros(site.out_channels, self.rank)
-        elif isinstance(site, nn.Linear):
-            down = torch.empty(self.rank, site.in_features)
-            up = torch.zeros(site.out_features, self.rank)
-        else:
-            raise UserError(f"lora serves Linear and Conv2d, not {type(site).__name__}")
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        return LoraAdapter(site, down, up, self.alpha or self.rank, self.dropout)
+        """A fresh pair. Raises UserError where PiSSA finds fewer singular values than the rank."""
+        alpha = stored_alpha(self.rank, self.alpha, self.rank_stabilized)
+        if self.init == "pissa":
+            down, up = principal_pair(site, self.rank, single(2 * alpha) / (2 * self.rank))
+            return PissaAdapter(site, down, up, alpha, self.dropout)
+        down, up = fresh_pair(site, self.rank, self.init == "gaussian")
+        return LoraAdapter(site, down, up, alpha, self.dropout)
 
     @classmethod
     def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
         """From the kohya layout. No alpha, and alpha 0, mean alpha = rank."""
-        missing = [name for name in (_DOWN, _UP) if name not in tensors]
-        if missing:
-            raise UserError(f"{missing[0]} is missing")
-        down, up = tensors[_DOWN], tensors[_UP].flatten(1)
-        rank = len(down)
-        alpha = float(tensors[_ALPHA]) if _ALPHA in tensors else 0.0
-        shape = _down_shape(site)
-        if down.ndim == 4 and len(shape) == 1 and down.shape[2:] == (1, 1):
-            down = down.flatten(1)  # a 1x1 convolution elsewhere is a Linear here
-        if len(shape) == 3 and down.ndim == 2:
-            down = down[:, :, None, None]
-        if tuple(down.shape[1:]) != shape or tuple(up.shape) != (_outputs(site), rank):
-            raise UserError(
-                f"down {tuple(down.shape)} and up {tuple(up.shape)} do not fit a {type(site).__name__} of"
-                f" {(_outputs(site), *shape)}"
-            )
-        return LoraAdapter(site, down, up, alpha or rank, 0.0)
+        return read_pair(site, tensors)
+
+
+def check_dropout(dropout: float) -> None:
+    """Raises UserError for what is no probability below 1."""
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout must be from 0 to below 1, not {dropout}")
+
+
+def fresh_pair(site: Site, rank: int, gaussian: bool) -> tuple[Tensor, Tensor]:
+    """A random ``down`` and an ``up`` of zeros."""
+    outputs, *inputs = weight_shape(site)
+    down = torch.empty(rank, *inputs)
+    if gaussian:
+        nn.init.normal_(down, std=1 / rank)
+    else:
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+    return down, torch.zeros(outputs, rank)
+
+
+@torch.no_grad()
+def principal_pair(site: Site, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The pair whose scaled product is the part of the weight with its ``rank`` largest singular values."""
+    weight = dense_weight(site)
+    if rank > min(weight.flatten(1).shape):
+        raise UserError(f"pissa takes the rank from the weight, and one of {tuple(weight.shape)} has no rank {rank}")
+    left, values, right = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    root = (values[:rank] / scale).sqrt()
+    return (root[:, None] * right[:rank]).view(rank, *weight.shape[1:]), left[:, :rank] * root
+
+
+def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
+    """The pair of a file. Raises UserError where it does not fit the site."""
+    require(tensors, DOWN, UP)
+    down, up = tensors[DOWN], tensors[UP].flatten(1)
+    outputs, *inputs = weight_shape(site)
+    if down.ndim == 4 and len(inputs) == 1 and down.shape[2:] == (1, 1):
+        down = down.flatten(1)  # a 1x1 convolution elsewhere is a Linear here
+    if len(inputs) == 3 and down.ndim == 2:
+        down = down[:, :, None, None]
+    if list(down.shape[1:]) != inputs or tuple(up.shape) != (outputs, len(down)):
+        raise UserError(
+            f"down {tuple(down.shape)} and up {tuple(up.shape)} do not fit a {type(site).__name__} of {(outputs, *inputs)}"
+        )
+    return LoraAdapter(site, down, up, read_alpha(tensors, len(down)), 0.0)
 
 
 class LoraAdapter(Adapter):
@@ -84,53 +117,82 @@ class LoraAdapter(Adapter):
         super().__init__()
         self.down = float32_parameter(down)
         self.up = float32_parameter(up)
-        self.alpha = alpha
-        self.scale = alpha / len(down)
+        self.alpha = single(alpha)
+        self.scale = self.alpha / len(down)
         self.dropout = dropout
-        conv = isinstance(site, nn.Conv2d)
         self.geometry = (site.stride, site.padding, site.dilation) if isinstance(site, nn.Conv2d) else None
-        if conv and site.padding_mode != "zeros":
+        if isinstance(site, nn.Conv2d) and site.padding_mode != "zeros":
             raise UserError(f"lora serves convolutions padded with zeros, not {site.padding_mode}")
+
+    def pair(self) -> LowRank:
+        """``down`` and ``up`` as a file holds them, without the scale."""
+        return LowRank(self.down, self.up)
+
+    def residual(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
+        """``scale * up(down(x))``."""
+        down, up = self.low_rank()
+        hidden, up = self._hidden(x, down), up.to(x.dtype)
+        return F.linear(hidden, up) if self.geometry is None else F.conv2d(hidden, up[:, :, None, None])
 
     def forward(self, x: Tensor, y: Tensor, strength: Tensor, base: Tensor) -> Tensor:
         """``y + strength * scale * up(down(x))``; strength and scale go to the small tensors, the sum into the product."""
-        hidden = self._hidden(x) * strength
-        up = (self.up * self.scale).to(x.dtype)
+        down, up = self.low_rank()
+        hidden, up = self._hidden(x, down) * strength, up.to(x.dtype)
         if self.geometry is not None:
             return y + F.conv2d(hidden, up[:, :, None, None])
         return torch.addmm(y.reshape(-1, len(up)), hidden.reshape(-1, up.shape[1]), up.t()).view(y.shape)
 
-    def _hidden(self, x: Tensor) -> Tensor:
+    def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
         """``down(x)``, of the rank's width, in the dtype of ``x``."""
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        down = self.down.to(x.dtype)
+        down = down.to(x.dtype)
         if self.geometry is None:
             return F.linear(x, down)
         stride, padding, dilation = self.geometry
         return F.conv2d(x, down, None, stride, padding, dilation)
 
+    def change(self) -> Tensor:
+        """``scale * up @ down``, of the weight's shape."""
+        down, up = self.low_rank()
+        return (up @ down.flatten(1)).view(len(up), *down.shape[1:])
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """``scale * up @ down``; no bias."""
-        return (self.up * self.scale @ self.down.flatten(1)).view_as(weight), None
+        return self.change(), None
 
     def low_rank(self) -> LowRank:
         """The pair, with the scale in ``up``."""
-        return LowRank(self.down, self.up * self.scale)
+        down, up = self.pair()
+        return LowRank(down, up * self.scale)
 
     def state(self) -> dict[str, Tensor]:
         """The kohya layout; a convolution's ``up`` is 1x1."""
-        up = self.up if self.geometry is None else self.up[:, :, None, None]
-        return {_DOWN: self.down, _UP: up, _ALPHA: torch.tensor(float(self.alpha))}
+        down, up = self.pair()
+        up = up if self.geometry is None else up[:, :, None, None]
+        return {DOWN: down, UP: up, ALPHA: torch.tensor(self.alpha)}
 
 
-def _down_shape(site: Site) -> tuple[int, ...]:
-    if isinstance(site, nn.Conv2d):
-        return (site.in_channels, *site.kernel_size)
-    return (site.in_features,) if isinstance(site, nn.Linear) else ()
+class PissaAdapter(LoraAdapter):
+    """A pair that starts as the principal part of the weight, and adds what training makes of it.
 
+    The paper takes the first pair out of the base's weight. Here the base keeps its bits, and a frozen copy is taken off
+    inside the adapter: ``up @ down - first_up @ first_down`` is ``(up - first_up) @ down + first_up @ (down - first_down)``,
+    a pair of twice the rank, exactly 0 at first. That pair is what a file holds, an ordinary LoRA to every program. When it
+    is loaded it is one here too: its own training starts from PiSSA only in the run that made it.
+    """
 
-def _outputs(site: Site) -> int:
-    if isinstance(site, nn.Conv2d):
-        return site.out_channels
-    return site.out_features if isinstance(site, nn.Linear) else 0
+    first_down: Tensor
+    first_up: Tensor
+
+    def __init__(self, site: Site, down: Tensor, up: Tensor, alpha: float, dropout: float) -> None:
+        super().__init__(site, down, up, alpha, dropout)
+        self.register_buffer("first_down", self.down.detach().clone(), persistent=False)
+        self.register_buffer("first_up", self.up.detach().clone(), persistent=False)
+        self.alpha = single(2 * alpha)  # that of twice the rank
+        self.scale = self.alpha / (2 * len(down))
+
+    def pair(self) -> LowRank:
+        """The difference to the first pair."""
+        down = torch.cat([self.down, self.down - self.first_down])
+        return LowRank(down, torch.cat([self.up - self.first_up, self.first_up], 1))

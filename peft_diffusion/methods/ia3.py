@@ -1,0 +1,73 @@
+"""(IA)3: a factor for each channel (Liu et al. 2022, https://arxiv.org/abs/2205.05638). Names are those of LyCORIS."""
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter, Method, Site, float32_parameter
+from ..core.errors import UserError
+from ..core.merge import dense_weight
+from .affine import base_output, channels, require, serves, weight_shape, without_bias
+
+_WEIGHT, _ON_INPUT = "weight", "on_input"
+
+
+@dataclass(frozen=True)
+class Ia3(Method, name="ia3", suffixes=frozenset({_WEIGHT, _ON_INPUT})):
+    """What the weight makes of the input is multiplied by 1 + w, one w an output or, with ``on_input``, one an input.
+
+    The paper has it on keys, values (outputs) and the second layer of the feed-forward (inputs). The bias stays as it is,
+    as in LyCORIS; peft multiplies it too.
+    """
+
+    on_input: bool = False
+
+    @classmethod
+    def recognizes(cls, suffixes: Set[str]) -> bool:
+        """By the mark that LyCORIS sets."""
+        return _ON_INPUT in suffixes
+
+    def serves(self, site: Site) -> bool:
+        """Linear layers and convolutions without groups."""
+        return serves(site)
+
+    def build(self, site: Site) -> "Ia3Adapter":
+        """Factors of 1, kept as their distance from 1."""
+        return Ia3Adapter(site, torch.zeros(weight_shape(site)[self.on_input]), self.on_input)
+
+    @classmethod
+    def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> "Ia3Adapter":
+        """From the LyCORIS layout."""
+        require(tensors, _WEIGHT)
+        weight, on_input = tensors[_WEIGHT], bool(tensors[_ON_INPUT])
+        wanted, side = weight_shape(site)[on_input], "inputs" if on_input else "outputs"
+        if weight.numel() != wanted:
+            raise UserError(f"{_WEIGHT} {tuple(weight.shape)} does not fit the {wanted} {side} of the site")
+        return Ia3Adapter(site, weight, on_input)
+
+
+class Ia3Adapter(Adapter):
+    """``scale``, the factors less 1: (channels) at a Linear, (1, channels, 1, 1) at a Conv2d."""
+
+    def __init__(self, site: Site, scale: Tensor, on_input: bool) -> None:
+        super().__init__()
+        shape = (1, -1, 1, 1) if isinstance(site, nn.Conv2d) else (-1,)
+        self.scale = float32_parameter(scale.reshape(shape))
+        self.on_input = on_input
+
+    def residual(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
+        """The scaled output of the weight, or the weight's output for the scaled input."""
+        if self.on_input:
+            return without_bias(self.site, base_output(self.site, x * channels(self.scale, x, self.site)))
+        return channels(self.scale, base, self.site) * without_bias(self.site, base)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The change of the base's own weight, whatever others added to it; no bias."""
+        own = dense_weight(self.site)
+        return own.transpose(0, 1).mul(self.scale).transpose(0, 1) if not self.on_input else own * self.scale, None
+
+    def state(self) -> dict[str, Tensor]:
+        """The LyCORIS layout."""
+        return {_WEIGHT: self.scale, _ON_INPUT: torch.tensor(int(self.on_input))}
