@@ -1,10 +1,11 @@
-"""Files that travel with the package: the base `icons` and the sample folders."""
+"""Files that travel with the package: the bases `icons` and `tiny-lm`, and the samples."""
 
 from pathlib import Path
 
 from ..core.errors import UserError
 
 ICONS = "icons"
+TINY_LM = "tiny-lm"
 
 
 def embedded(relative: str) -> Path:

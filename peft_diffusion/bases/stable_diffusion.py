@@ -1,24 +1,22 @@
 """Stable Diffusion pipelines as bases."""
 
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from torch import nn
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from ..core.errors import UserError
 from .digest import identity
 from .embedded import ICONS, embedded
+from .kinds import components
+from .reading import first_line, pick_device, pick_dtype, quiet
 
 Family: TypeAlias = Literal["sd1", "sd2", "sdxl", "other"]
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -45,18 +43,13 @@ def load_base(source: "str | Path | DiffusionPipeline" = ICONS, *, device: str =
         return _frozen(source)
     where = pick_device(device)
     chosen = pick_dtype(dtype, where)
-    with _quiet():
+    with quiet(diffusers_logging, transformers_logging):
         pipe = _frozen(_read(str(source), chosen))
     return pipe.to(where)
 
 
-def components(pipe: Any) -> dict[str, nn.Module]:
-    """The parts that can carry adapters: of unet, text_encoder and text_encoder_2 those that the pipeline has."""
-    return {name: part for name in COMPONENTS if isinstance(part := getattr(pipe, name, None), nn.Module)}
-
-
-def describe(pipe: Any) -> BaseInfo:
-    """Name, family, resolution and identity of a base."""
+def describe_pipeline(pipe: Any) -> BaseInfo:
+    """Name, family, resolution and identity of a pipeline."""
     config = pipe.unet.config
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     size = config.sample_size if isinstance(config.sample_size, int) else min(config.sample_size)
@@ -68,30 +61,6 @@ def describe(pipe: Any) -> BaseInfo:
         step=factor * 2 ** (len(config.block_out_channels) - 1),
         fingerprint=identity(components(pipe)),
     )
-
-
-def pick_device(device: str) -> torch.device:
-    """The device of that name; ``auto`` is an accelerator if there is one. Raises UserError for one that is not there."""
-    if device == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return chosen
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; ``auto`` is the best that the device computes fast."""
-    if dtype in _DTYPES:
-        return _DTYPES[dtype]
-    if dtype != "auto":
-        raise UserError(f"dtype {dtype!r} is none of auto, {', '.join(_DTYPES)}")
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
 
 
 def _read(source: str, dtype: torch.dtype) -> Any:
@@ -109,28 +78,8 @@ def _read(source: str, dtype: torch.dtype) -> Any:
         raise
     except Exception as error:
         # Whatever a damaged folder makes the libraries raise, the person needs to know which base it was.
-        raise UserError(f"base {source!r} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"base {source!r} cannot be read: {first_line(error)}") from error
     raise UserError(f"there is no base {source!r}: neither {ICONS!r}, nor a folder, a file or a hub id (owner/name)")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the libraries' own bars and notices: a command has its own, and errors come as exceptions."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        for library, _ in before:
-            library.set_verbosity_error()
-            library.disable_progress_bar()
-        try:
-            yield
-        finally:
-            for library, verbosity in before:
-                library.set_verbosity(verbosity)
-                library.enable_progress_bar()
 
 
 def _single_file(path: Path, dtype: torch.dtype) -> Any:
@@ -171,8 +120,3 @@ def _family(config: Any) -> Family:
         return "other"
     by_width = {768: "sd1", 1024: "sd2"}
     return cast(Family, by_width.get(config.cross_attention_dim, "other"))
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

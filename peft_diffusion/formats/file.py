@@ -3,18 +3,21 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .. import methods  # noqa: F401  (registers the methods that a file may hold)
-from ..bases import BaseInfo, components, describe
+from ..bases import components, describe
 from ..core import site as sites
-from ..core.adapter import METHODS, Adapter, Chain
+from ..core.adapter import METHODS, Adapter, chained
 from ..core.errors import UserError
 from . import container, kohya
 from .layout import component_of
 from .spec import Spec
+
+if TYPE_CHECKING:
+    from ..bases import BaseInfo, LanguageInfo
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def save(path: str | Path, components: Mapping[str, nn.Module], name: str, spec:
 
 
 def load(path: str | Path, pipe: Any, *, strict: bool = False) -> Loaded:
-    """Read an adapter file for a base. Nothing is attached.
+    """Read an adapter file for a base, a pipeline or a ``LanguageModel``. Nothing is attached.
 
     Raises UserError for a file that is no adapter, is damaged, or was made for another base; and, if ``strict``, where a
     tensor found no site. Otherwise such tensors are listed in the report.
@@ -79,7 +82,7 @@ def load(path: str | Path, pipe: Any, *, strict: bool = False) -> Loaded:
     return Loaded(built, spec or Spec(), report, _warnings(path, spec, report, pipe))
 
 
-def base_dict(info: BaseInfo) -> dict[str, Any]:
+def base_dict(info: "BaseInfo | LanguageInfo") -> dict[str, Any]:
     """A base as a spec holds it."""
     return asdict(info)
 
@@ -108,8 +111,7 @@ def _read_site(
     chosen.sort(key=lambda method: order.index(method.name) if method.name in order else len(order))
     parts = [m.read(site, {key: value for key, value in tensors.items() if key in m.suffixes}) for m in chosen]
     known = frozenset[str]().union(*(method.suffixes for method in chosen))
-    adapter = (parts[0] if len(parts) == 1 else Chain(parts)) if parts else None
-    return adapter, [suffix for suffix in tensors if suffix not in known]
+    return chained(parts) if parts else None, [suffix for suffix in tensors if suffix not in known]
 
 
 def _wrong_base(path: Path, spec: Spec | None, pipe: Any, reason: str) -> UserError:

@@ -100,8 +100,24 @@ def metadata(spec: Spec) -> dict[str, str]:
         "ss_base_model_version": {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}.get(family, "other"),
         "ss_v2": family == "sd2",
     }
-    date = spec.training.get("finished_at")
-    modelspec = {
+    modelspec = _language_modelspec(spec) if family == "lm" else _modelspec(spec, family)
+    found |= {f"modelspec.{key}": value for key, value in modelspec.items()}
+    return {KEY: spec.to_json()} | {key: _text(value) for key, value in found.items() if value not in (None, "")}
+
+
+def _language_modelspec(spec: Spec) -> dict[str, Any]:
+    return {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{spec.base.get('architecture', 'causal-lm')}/lora",
+        "implementation": "https://github.com/huggingface/transformers",
+        "title": spec.title,
+        "description": spec.description,
+        "date": spec.training.get("finished_at"),
+    }
+
+
+def _modelspec(spec: Spec, family: str) -> dict[str, Any]:
+    return {
         "sai_model_spec": "1.0.1",
         "architecture": f"{_ARCHITECTURES.get(family, 'stable-diffusion')}/lora",
         "implementation": "https://github.com/Stability-AI/generative-models"
@@ -109,13 +125,11 @@ def metadata(spec: Spec) -> dict[str, str]:
         else "https://github.com/huggingface/diffusers",
         "title": spec.title,
         "description": spec.description,
-        "date": date,
+        "date": spec.training.get("finished_at"),
         "resolution": f"{spec.base['resolution']}x{spec.base['resolution']}" if "resolution" in spec.base else None,
         "prediction_type": {"v_prediction": "v"}.get(str(spec.base.get("prediction_type")), "epsilon"),
         "trigger_phrase": ", ".join(spec.triggers),
     }
-    found |= {f"modelspec.{key}": value for key, value in modelspec.items()}
-    return {KEY: spec.to_json()} | {key: _text(value) for key, value in found.items() if value not in (None, "")}
 
 
 def place(name: str, keys: Mapping[str, tuple[str, str]]) -> tuple[str, str, str] | None:
@@ -130,7 +144,7 @@ def place(name: str, keys: Mapping[str, tuple[str, str]]) -> tuple[str, str, str
 
 def _aliases(component: str, path: str) -> tuple[str, ...]:
     """The paths that mean one module; the last is the one that is written."""
-    if component == "unet" or not path:
+    if not component.startswith("text_encoder") or not path:
         return (path,)
     bare = path.removeprefix(_TEXT_MODEL)
     return (bare, _TEXT_MODEL + bare) if bare.startswith(("encoder.", "embeddings.", "final_layer_norm")) else (path,)

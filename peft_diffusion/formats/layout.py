@@ -5,6 +5,7 @@ PREFIXES: dict[str, tuple[str, str]] = {
     "unet": ("lora_unet_", "lora_unet_"),
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_", "lora_te2_"),
+    "lm": ("lora_lm_", "lora_lm_"),
 }
 
 # What no published layout can say stands beside it: peft_diffusion.<component>.<path>.<suffix>, a suffix having no dot.

@@ -1,0 +1,109 @@
+"""Causal language models as bases."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ..core.errors import UserError
+from .digest import identity
+from .embedded import TINY_LM, embedded
+from .reading import first_line, pick_device, pick_dtype, quiet
+
+
+@dataclass(frozen=True)
+class LanguageInfo:
+    """What an adapter must know of a language model: its class, and its vocabulary and context in tokens."""
+
+    name: str
+    architecture: str
+    vocabulary: int
+    context: int
+    fingerprint: str
+    family: str = "lm"
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its tokenizer; ``lm`` maps ``input_ids`` to ``logits``."""
+
+    lm: Any
+    tokenizer: Any
+    name: str
+
+    @property
+    def context(self) -> int:
+        """The most tokens that it knows places for."""
+        return int(self.lm.config.max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        device: torch.device = self.lm.device
+        return device
+
+    def start(self) -> list[int]:
+        """The tokens that its tokenizer puts before every text."""
+        return list(self.tokenizer("").input_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text and nothing else."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def describe(self) -> LanguageInfo:
+        """Name, architecture and identity."""
+        config = self.lm.config
+        return LanguageInfo(
+            name=self.name,
+            architecture=type(self.lm).__name__,
+            vocabulary=int(config.vocab_size),
+            context=self.context,
+            fingerprint=identity({"lm": self.lm}),
+        )
+
+
+def load_lm(source: str | Path = TINY_LM, *, device: str = "auto", dtype: str = "auto") -> LanguageModel:
+    """A causal language model, frozen, in eval mode, on its device.
+
+    ``source``: ``"tiny-lm"`` (embedded), a folder in the format of transformers, or a hub id; ``device`` and ``dtype`` as
+    for ``load_base``. Raises UserError if there is no such base, or it cannot be read as a causal language model.
+    """
+    where = pick_device(device)
+    chosen = pick_dtype(dtype, where)
+    with quiet(transformers_logging):
+        model, tokenizer, name = _read(str(source), chosen)
+    return frozen(LanguageModel(model.to(where), tokenizer, name))
+
+
+def frozen(base: LanguageModel) -> LanguageModel:
+    """The base itself, without gradients, in eval mode. Raises UserError where it lacks what a language model needs."""
+    if not isinstance(base.lm, nn.Module) or getattr(base.lm.config, "max_position_embeddings", None) is None:
+        raise UserError(f"base {base.name!r} does not say how long a text it takes, so it is no model to be taught text")
+    base.lm.requires_grad_(False)
+    base.lm.eval()
+    return base
+
+
+def _read(source: str, dtype: torch.dtype) -> tuple[Any, Any, str]:
+    path = embedded("text/base") if source == TINY_LM else Path(source)
+    try:
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise UserError(f"{path} is no folder of a language model: it holds no config.json")
+            # By absolute path, or a folder such as "owner/name" would be looked up on the hub.
+            model = AutoModelForCausalLM.from_pretrained(str(path.resolve()), dtype=dtype, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(path.resolve()), local_files_only=True)
+            return model, tokenizer, TINY_LM if source == TINY_LM else path.resolve().name
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.is_dir():
+            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source), source
+    except UserError:
+        raise
+    except Exception as error:
+        # Whatever a damaged folder makes the libraries raise, the person needs to know which base it was.
+        raise UserError(f"base {source!r} cannot be read as a causal language model: {first_line(error)}") from error
+    raise UserError(f"there is no base {source!r}: neither {TINY_LM!r}, nor a folder, nor a hub id (owner/name)")

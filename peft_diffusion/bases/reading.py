@@ -1,0 +1,59 @@
+"""What reading a base takes, of whatever kind: device and dtype by name, and silence."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..core.errors import UserError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of that name; ``auto`` is an accelerator if there is one. Raises UserError for one that is not there."""
+    if device == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; ``auto`` is the best that the device computes fast."""
+    if dtype in _DTYPES:
+        return _DTYPES[dtype]
+    if dtype != "auto":
+        raise UserError(f"dtype {dtype!r} is none of auto, {', '.join(_DTYPES)}")
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+
+
+@contextmanager
+def quiet(*libraries: Any) -> Iterator[None]:
+    """Silence the own bars and notices of libraries, given as their ``utils.logging``: a command has its own."""
+    before = [(library, library.get_verbosity()) for library in libraries]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for library, _ in before:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for library, verbosity in before:
+                library.set_verbosity(verbosity)
+                library.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text that says something; the error's type where none does."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
