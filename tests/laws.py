@@ -16,12 +16,15 @@ from peft_diffusion.core import merge, site
 from peft_diffusion.core.adapter import Method
 from peft_diffusion.core.errors import FoldError
 from peft_diffusion.formats.file import base_dict
+from peft_diffusion.methods.bitfit import BitFit
+from peft_diffusion.methods.bottleneck import Bottleneck
 from peft_diffusion.methods.dora import Dora
 from peft_diffusion.methods.ia3 import Ia3
 from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lokr import Lokr
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.oft import Oft
+from peft_diffusion.methods.prefix import Prefix
 
 METHODS: dict[str, tuple[Method, str]] = {
     "lora": (Lora(rank=4), "attention+ff"),
@@ -38,14 +41,21 @@ METHODS: dict[str, tuple[Method, str]] = {
     "oft-conv": (Oft(block_size=4, rescale=True, constraint=0.001), "conv"),
     "ia3": (Ia3(), "attention+ff"),
     "ia3-conv": (Ia3(on_input=True), "conv"),
+    "bitfit": (BitFit(), "biases"),
+    "bottleneck": (Bottleneck(hidden=4), "outputs"),
+    "bottleneck-parallel": (Bottleneck(hidden=4, activation="relu", form="parallel", scale=2.0), "sublayers"),
+    "bottleneck-conv": (Bottleneck(reduction=8, activation="silu"), "conv-outputs"),
+    "prefix": (Prefix(length=5), "attentions"),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What a component has no sites for: CLIP has no convolution with text, and its attention has a mask.
+LACKING = {"unet": {"tokens"}, "text_encoder": {"conv", "conv-outputs", "attentions"}}
 CASES = [
     (method, component, dtype)
     for method, (_, target) in METHODS.items()
     for component in ("unet", "text_encoder")
     for dtype in DTYPES
-    if not (target == "conv" and component == "text_encoder")  # CLIP has no convolution with text
+    if target not in LACKING[component]
 ]
 
 

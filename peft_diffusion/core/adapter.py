@@ -51,6 +51,10 @@ class Adapter(KeepsPrecision):
         """Called by ``attach``: the module whose weight or bias the method may read."""
         self._place = (site,)
 
+    def prepare(self, x: Tensor) -> Tensor:
+        """What the site itself is given in place of ``x``, of the same shape: an embedding knows no ids of new tokens."""
+        return x
+
     def residual(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
         """The change at strength 1, of the shape and dtype of ``y``.
 
@@ -99,6 +103,12 @@ class Chain(Adapter):
         """The parts."""
         return [part for part in self.parts if isinstance(part, Adapter)]
 
+    def prepare(self, x: Tensor) -> Tensor:
+        """Prepared by every part."""
+        for part in self.each():
+            x = part.prepare(x)
+        return x
+
     def forward(self, x: Tensor, y: Tensor, strength: Tensor, base: Tensor) -> Tensor:
         """Each part on what the one before it made."""
         for part in self.each():
@@ -112,6 +122,11 @@ class Chain(Adapter):
     def state(self) -> dict[str, Tensor]:
         """The tensors of all parts."""
         return {suffix: tensor for part in self.each() for suffix, tensor in part.state().items()}
+
+
+def chained(parts: Sequence[Adapter]) -> Adapter:
+    """One adapter of these parts; a single one needs no chain."""
+    return parts[0] if len(parts) == 1 else Chain(parts)
 
 
 def parts_of(adapter: Adapter) -> list[Adapter]:

@@ -61,8 +61,10 @@ def _write(site: nn.Module, tensors: dict[str, Tensor]) -> None:
 @torch.no_grad()
 def _folded(site: sites_of.AdaptedSite, scalars: dict[str, list[float]]) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a site with its adapters in them, one after the other, in float32."""
-    weight = dense_weight(site)
-    bias = site.bias.detach().to(torch.float32) if isinstance(site.bias, Tensor) else None
+    # A whole sublayer has no weight of its own; what sits there says so itself when it is asked to fold.
+    weight = dense_weight(site) if hasattr(site, "weight") else torch.zeros(0)
+    own_bias = getattr(site, "bias", None)
+    bias = own_bias.detach().to(torch.float32) if isinstance(own_bias, Tensor) else None
     changed_bias = False
     for name, adapter in site.adapters.items():
         strength = scalars[name][site.block]

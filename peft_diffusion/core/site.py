@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import targets
-from .adapter import Adapter, AdapterDict, Chain, Method
+from .adapter import Adapter, AdapterDict, Method, chained
 from .errors import UserError
 from .strength import Strengths
 
@@ -44,9 +44,13 @@ class AdaptedSite(nn.Module):
     block: int
     unmerged: dict[str, Tensor]  # the bytes before a merge, here so that a copy of the model has its own
 
-    def forward(self, input: Tensor) -> Tensor:
-        """The site's own output, changed by each adapter whose strength is not 0."""
-        y: Tensor = super().forward(input)
+    def forward(self, input: Tensor, *more: Any, **named: Any) -> Tensor:
+        """The site's own output, changed by each adapter whose strength is not 0. Attention takes more than one input."""
+        adapters = self.adapters.items()
+        prepared = input
+        for _, adapter in adapters:
+            prepared = adapter.prepare(prepared)
+        y: Tensor = super().forward(prepared, *more, **named)
         strengths = self.strengths
         if strengths.merged:
             return y
@@ -55,7 +59,7 @@ class AdaptedSite(nn.Module):
         if self.packed is not None and not torch.is_grad_enabled():
             return self._run_packed(self.packed, input, y) if recorded or strengths.active else y
         base = y
-        for name, adapter in self.adapters.items():
+        for name, adapter in adapters:
             if recorded or name in strengths.active:
                 y = adapter(input, y, _broadcast(strengths.at(strengths.index(name), self.block, y), y), base)
         return y
@@ -128,26 +132,29 @@ def attach(component: nn.Module, name: str, method: Method, target: str = target
     Raises UserError, and changes nothing, where the target matches no module that the method can serve, where the name
     is taken or no good, and where a module's forward is patched (offloading hooks), which the class could not reach.
     """
-    return attach_all(component, name, [(method, target)])
+    return list(attach_all(component, name, [(method, target)])[0])
 
 
-def attach_all(component: nn.Module, name: str, methods: Sequence[tuple[Method, str]]) -> list[str]:
+def attach_all(component: nn.Module, name: str, methods: Sequence[tuple[Method, str]]) -> list[dict[str, Adapter]]:
     """Add one adapter of several methods, each at its own target; where they meet at a site they run in this order.
 
-    Returns the paths. Raises as ``attach`` does.
+    Returns what each method built, by path. Raises as ``attach`` does.
     """
     found = targets.modules(component)
-    built: dict[str, list[Adapter]] = {}
+    built: list[dict[str, Adapter]] = []
     for method, target in methods:
         matched = targets.resolve(component, target)
         served = [path for path in matched if method.serves(found[path])]
         if not served:
             kinds = sorted({type(found[path]).__name__ for path in matched})
             raise UserError(f"method {method.name} cannot serve what the target {target!r} names: {', '.join(kinds)}")
-        for path in served:
-            built.setdefault(path, []).append(method.build(found[path]))
-    attach_built(component, name, {path: parts[0] if len(parts) == 1 else Chain(parts) for path, parts in built.items()})
-    return list(built)
+        built.append({path: method.build(found[path]) for path in served})
+    together: dict[str, list[Adapter]] = {}
+    for adapters in built:
+        for path, adapter in adapters.items():
+            together.setdefault(path, []).append(adapter)
+    attach_built(component, name, {path: chained(parts) for path, parts in together.items()})
+    return built
 
 
 def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) -> None:

@@ -1,5 +1,5 @@
 """The methods, one file each. Importing this package registers them by name."""
 
-from . import dora, ia3, loha, lokr, lora, oft
+from . import bitfit, bottleneck, dora, ia3, loha, lokr, lora, oft, prefix
 
-__all__ = ["dora", "ia3", "loha", "lokr", "lora", "oft"]
+__all__ = ["bitfit", "bottleneck", "dora", "ia3", "loha", "lokr", "lora", "oft", "prefix"]
