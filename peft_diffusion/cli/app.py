@@ -23,6 +23,10 @@ COMMANDS = {
     "inspect": "Tell what an adapter file holds, and whether two fit together.",
     "demo": "Teach two sample styles, generate with each and blend them: the whole thing in minutes.",
 }
+TEXT_COMMANDS = {
+    "train": "Teach a language model a text and write it as one adapter file.",
+    "generate": "Let a language model go on from prompts, with any number of adapters.",
+}
 OK, FAILED, USAGE, BUG, INTERRUPTED = 0, 1, 2, 70, 130
 
 app = App(
@@ -39,6 +43,10 @@ app = App(
 app.meta.suppress_keyboard_interrupt = False
 for _place, (_name, _help) in enumerate(COMMANDS.items()):
     app.command(f"peft_diffusion.cli.{_name}:{_name}", name=_name, help=_help, sort_key=_place)
+_text = App(name="text", help="The same for language models: teach one a text, and let it write.", sort_key=len(COMMANDS))
+for _place, (_name, _help) in enumerate(TEXT_COMMANDS.items()):
+    _text.command(f"peft_diffusion.cli.text:{_name}", name=_name, help=_help, sort_key=_place)
+app.command(_text)
 
 
 @app.meta.default

@@ -15,9 +15,11 @@ from ..generation.fit import Fit, base_of, fit
 # What of a training is shown, where the file tells it.
 _TRAINING = {
     "images": "images",
+    "tokens": "tokens",
     "steps_done": "steps",
     "batch_size": "batch size",
     "unet_lr": "learning rate",
+    "lr": "learning rate",
     "text_encoder_lr": "text encoder's learning rate",
     "held_out_loss": "held-out loss",
     "seconds": "seconds",
@@ -107,7 +109,7 @@ def _base(found: Inspection) -> str:
     base = base_of(found)
     if not base:
         return "not told"
-    details = [base[key] for key in ("family", "prediction_type") if key in base]
+    details = [base[key] for key in ("family", "architecture", "prediction_type") if key in base]
     details += [f"{base['resolution']} pixels"] if "resolution" in base else []
     details += [f"fingerprint {base['fingerprint']}"] if "fingerprint" in base else []
     return f"{base.get('name', 'unnamed')} ({', '.join(details)})"

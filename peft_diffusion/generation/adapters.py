@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .. import formats
-from ..bases import components, describe, load_base
+from .. import bases, formats
+from ..bases import LanguageModel, components, describe
 from ..core import merge as merging
 from ..core import site as sites
 from ..core.errors import UserError
@@ -36,14 +36,15 @@ class LoadedAdapter:
 
 
 class Adapters:
-    """The adapters of a Stable Diffusion pipeline: ``load``, ``set``, ``remove``, ``merge``, ``unmerge``.
+    """The adapters of a base: ``load``, ``set``, ``remove``, ``merge``, ``unmerge``.
 
-    The pipeline itself is used as ever: ``Adapters`` changes what its UNet and text encoders compute, and nothing else of
-    it. Take it back by removing every adapter: the pipeline is then the one it was, to the bit.
+    The base, a Stable Diffusion pipeline or a ``LanguageModel``, is used as ever: ``Adapters`` changes what its UNet and
+    text encoders, or its language model, compute, and nothing else of it. Take it back by removing every adapter: the base
+    is then the one it was, to the bit.
     """
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe = load_base(pipe)
+        self.pipe = _checked(pipe)
         self.base = describe(self.pipe)  # before anything is merged
         self._loaded: dict[str, LoadedAdapter] = {}
         self._schedules: dict[str, Schedule] = {}
@@ -96,6 +97,8 @@ class Adapters:
         for name in wanted:
             self[name]
         schedules = {name: amount for name, amount in wanted.items() if isinstance(amount, Schedule)}
+        if schedules and isinstance(self.pipe, LanguageModel):
+            raise UserError(f"{', '.join(schedules)}: a schedule runs over denoising steps, which text does not have")
         plain: dict[str, Strength] = {n: a for n, a in wanted.items() if not isinstance(a, Schedule)}
         for component, part in self._components().items():
             present = set(sites.names(part))
@@ -196,3 +199,9 @@ class Adapters:
         progress = nearest / max(1, len(steps) - 1)
         present = set(sites.names(self.pipe.unet))
         self._write(self.pipe.unet, {n: s.at(progress) for n, s in self._schedules.items() if n in present})
+
+
+def _checked(base: Any) -> Any:
+    """A base of a kind that takes adapters. Raises UserError for another."""
+    # Through the package, which imports diffusers only for what needs it.
+    return base if isinstance(base, LanguageModel) else bases.load_base(base)

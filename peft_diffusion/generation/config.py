@@ -1,6 +1,7 @@
 """What the commands that make pictures can be told: flags, TOML keys and Python arguments in one place. Imports no torch."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -53,6 +54,20 @@ def parse_choice(text: str) -> Choice:
     return Choice(_existing(name), strength)
 
 
+def parse_choices(texts: Sequence[str]) -> tuple[Choice, ...]:
+    """Adapters as the command line names them, their headers read.
+
+    Raises UserError for a missing file, one that is no adapter, a bad strength and a file named twice.
+    """
+    found = tuple(parse_choice(text) for text in texts)
+    for index, choice in enumerate(found):
+        if any(choice.path.samefile(other.path) for other in found[:index]):
+            raise UserError(f"the adapter {choice.path} is named twice; give it once, with the strength you want")
+        if choice.path.suffix == ".safetensors":
+            inspect(choice.path)
+    return found
+
+
 def _existing(text: str) -> Path:
     path = Path(text)
     if path.is_dir():
@@ -103,17 +118,8 @@ class Sampling:
             raise UserError(f"a negative prompt has no effect at guidance {self.guidance:g}; raise it above 1")
 
     def choices(self) -> tuple[Choice, ...]:
-        """The adapters, parsed and their headers read.
-
-        Raises UserError for a missing file, one that is no adapter, a bad strength and a file named twice.
-        """
-        found = tuple(parse_choice(text) for text in self.adapter)
-        for index, choice in enumerate(found):
-            if any(choice.path.samefile(other.path) for other in found[:index]):
-                raise UserError(f"the adapter {choice.path} is named twice; give it once, with the strength you want")
-            if choice.path.suffix == ".safetensors":
-                inspect(choice.path)
-        return found
+        """The adapters, parsed and their headers read. Raises UserError as ``parse_choices`` does."""
+        return parse_choices(self.adapter)
 
 
 @dataclass(frozen=True, kw_only=True)
