@@ -248,7 +248,7 @@ def test_the_average_follows_and_is_what_the_run_gives():
     loop.run()
     present = task.weight.detach().clone()
     with loop.final_weights():
-        assert torch.equal(task.weight, loop.average)
+        assert torch.equal(task.weight, loop.average[: len(task.weight)])
         assert 0 < task.weight[0] < present[0]
     assert torch.equal(task.weight, present)
 

@@ -5,6 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+ALIGNMENT = 64
+"""Elements: every parameter begins at a multiple of 256 bytes, as one allocated by itself does. Kernels read several numbers
+at once and take that for granted."""
+
 
 class Arena:
     """The parameters of adapters as views of one flat float32 tensor, their gradients as views of another.
@@ -18,8 +22,8 @@ class Arena:
         everything = [p for parameters in groups.values() for p in parameters]
         if not everything:
             raise ValueError("an arena needs at least one parameter")
-        total = sum(p.numel() for p in everything)
-        self.flat = torch.empty(total, device=everything[0].device)
+        self.count = sum(p.numel() for p in everything)  # without the gaps that alignment leaves, which stay 0
+        self.flat = torch.zeros(sum(_room(p) for p in everything), device=everything[0].device)
         self.grad = torch.zeros_like(self.flat)
         self.groups: dict[str, nn.Parameter] = {}
         start = 0
@@ -51,4 +55,8 @@ class Arena:
         view.copy_(parameter.detach())
         parameter.data = view
         parameter.grad = self.grad[start:end].view(parameter.shape)
-        return end
+        return start + _room(parameter)
+
+
+def _room(parameter: nn.Parameter) -> int:
+    return -(-parameter.numel() // ALIGNMENT) * ALIGNMENT

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, get_args
 
 from cyclopts import Group, Parameter
 
@@ -34,6 +34,42 @@ class Base(Protocol):
     def family(self) -> str: ...
     @property
     def resolution(self) -> int: ...
+
+
+class Settings(Protocol):
+    """A dataclass of settings, such as `TrainConfig`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class RunSettings(Settings, Protocol):
+    """What the course of a run depends on, whatever it learns from; `ResolvedConfig` has it."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def scheduler(self) -> Scheduler: ...
+
+
+class MethodSettings(Protocol):
+    """Which methods are trained where; `TrainConfig` has it."""
+
+    @property
+    def components(self) -> tuple[str, ...]: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def target(self) -> str: ...
+    @property
+    def option(self) -> tuple[str, ...]: ...
+    @property
+    def block(self) -> tuple[str, ...]: ...
+    @property
+    def rank(self) -> int | None: ...
+    @property
+    def alpha(self) -> float | None: ...
+    @property
+    def dropout(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -76,12 +112,18 @@ class TrainConfig:
     cache: Annotated[Path | None, Parameter(group=_DATA)] = None
     """Folder to keep encoded pictures in, so that the next run on them starts faster; by default only memory."""
 
+    method: Annotated[str, Parameter(group=_ADAPTER)] = "lora"
+    """What is trained at each layer: lora, or another method of the package."""
     rank: Annotated[int | None, Parameter(group=_ADAPTER)] = None
-    """Rank of the LoRA: how much it can hold, and how large the file is."""
+    """Rank of a LoRA and its kin: how much it can hold, and how large the file is."""
     alpha: Annotated[float | None, Parameter(group=_ADAPTER)] = None
-    """The LoRA is scaled by alpha / rank; by default alpha is the rank."""
+    """A LoRA is scaled by alpha / rank; by default alpha is the rank."""
     dropout: Annotated[float, Parameter(group=_ADAPTER)] = 0.0
-    """Share of a layer's inputs that the LoRA does not see in a step; against overfitting on a few pictures."""
+    """Share of a layer's inputs that a LoRA does not see in a step; against overfitting on a few pictures."""
+    option: Annotated[tuple[str, ...], Parameter(group=_ADAPTER, negative=(), consume_multiple=False)] = ()
+    """Another hyper-parameter of the method, as NAME=VALUE; give it again for more."""
+    block: Annotated[tuple[str, ...], Parameter(group=_ADAPTER, negative=(), consume_multiple=False)] = ()
+    """In place of method and target: "COMPONENT TARGET METHOD NAME=VALUE ..." (lr=... too); several train together."""
     target: Annotated[str, Parameter(group=_ADAPTER)] = "attention+ff"
     """Layers to adapt: attention, attention+ff, all-linear, conv, all, or a regular expression over module paths."""
     components: Annotated[tuple[str, ...], Parameter(group=_ADAPTER, negative=())] = ("unet",)
@@ -144,11 +186,7 @@ class TrainConfig:
         unknown = [part for part in self.components if part not in COMPONENTS]
         if unknown or not self.components:
             raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(COMPONENTS)}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"{_flag(name)} is one of {', '.join(c for c in choices if c)}, not {getattr(self, name)!r}")
-        for name, limits in _RANGES.items():
-            _check_range(name, getattr(self, name), limits)
+        check_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +198,6 @@ class ResolvedConfig(TrainConfig):
     resolution: int
     held_out: float
     caption_dropout: float
-    rank: int
     unet_lr: float
     text_encoder_lr: float
     steps: int
@@ -197,6 +234,8 @@ _RANGES: dict[str, _Range] = {
     "rank": _COUNT,
     "alpha": _POSITIVE,
     "dropout": _SHARE,
+    "context": _Range(2),
+    "lr": _POSITIVE,
     "unet_lr": _POSITIVE,
     "text_encoder_lr": _POSITIVE,
     "steps": _COUNT,
@@ -247,7 +286,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 # Fields that a resumed run may have otherwise: they change where things go and how often one looks, not what is learned.
 # The pictures and captions themselves are compared apart, so folders may have moved.
-_PLACES = ("output", "run_dir", "cache", "device", "folder", "missing_captions", "preset", "resume", "overwrite")
+_PLACES = ("output", "run_dir", "cache", "device", "folder", "text", "missing_captions", "preset", "resume", "overwrite")
 _LENGTHS = ("steps", "epochs", "save_every", "log_every", "preview_prompts", "preview_every", "preview_steps")
 FREE_ON_RESUME = frozenset((*_PLACES, *_LENGTHS))
 _OF_THE_COMMAND = ("resume", "overwrite")  # said anew with every command, so in no file
@@ -264,8 +303,8 @@ def resolve(
     if config.epochs is not None and batches_per_epoch is not None:
         values["steps"] = max(1, math.ceil(config.epochs * batches_per_epoch / config.accumulation))
         values["epochs"] = None
-    _fill(values, PRESETS[config.preset][base.family])
-    _fill(
+    fill(values, PRESETS[config.preset][base.family])
+    fill(
         values,
         {
             "output": output_path(config),
@@ -283,7 +322,12 @@ def output_path(config: TrainConfig) -> Path:
     """The adapter file of a run. Raises UserError for a name that does not end in .safetensors."""
     if not config.folder:
         raise UserError("no image folder was given: name the folder that holds the pictures")
-    output = config.output or Path(f"{config.folder[0].resolve().name or 'adapter'}.safetensors")
+    return adapter_path(config.output, config.folder[0].resolve().name or "adapter")
+
+
+def adapter_path(output: Path | None, name: str) -> Path:
+    """The adapter file that was named, or one of that name. Raises UserError for one that does not end in .safetensors."""
+    output = output or Path(f"{name}.safetensors")
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: the adapter is a .safetensors file; name it {output.name}.safetensors")
     return output
@@ -294,13 +338,24 @@ def run_path(config: TrainConfig) -> Path:
     return config.run_dir or Path("runs") / output_path(config).stem
 
 
-def to_json(config: TrainConfig) -> dict[str, Any]:
+def check_values(config: Settings) -> None:
+    """Raise UserError for a setting that is not among its choices or out of its range."""
+    names = {field.name for field in fields(config)}
+    for name, choices in _CHOICES.items():
+        if name in names and getattr(config, name) not in choices:
+            raise UserError(f"{_flag(name)} is one of {', '.join(c for c in choices if c)}, not {getattr(config, name)!r}")
+    for name, limits in _RANGES.items():
+        if name in names:
+            _check_range(name, getattr(config, name), limits)
+
+
+def to_json(config: Settings) -> dict[str, Any]:
     """The fields as JSON values; paths as text."""
-    values = ((field.name, getattr(config, field.name)) for field in fields(TrainConfig))
+    values = ((field.name, getattr(config, field.name)) for field in fields(config))
     return {name: _plain(value) for name, value in values if name not in _OF_THE_COMMAND}
 
 
-def to_toml(config: TrainConfig) -> str:
+def to_toml(config: Settings) -> str:
     """The fields as TOML, for `--config`; those at None are left out."""
     known = to_json(config)
     # Not ASCII: TOML knows no surrogate pairs, which JSON would write an emoji as.
@@ -308,14 +363,14 @@ def to_toml(config: TrainConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def changes(before: Mapping[str, Any], now: TrainConfig) -> list[str]:
+def changes(before: Mapping[str, Any], now: Settings) -> list[str]:
     """How a configuration differs from the one that a run was started with, in what the result depends on."""
     current = to_json(now)
     names = [name for name in current if name not in FREE_ON_RESUME and before.get(name) != current[name]]
     return [f"{_flag(name)} was {before.get(name)}, now {current[name]}" for name in names]
 
 
-def _fill(values: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+def fill(values: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     """Give the fields at None a default."""
     values |= {name: value for name, value in defaults.items() if values[name] is None}
 

@@ -4,7 +4,7 @@ import datetime
 import hashlib
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from .. import formats, methods  # noqa: F401  (registers the methods)
+from .. import formats
 from ..bases import components, fingerprint
 from ..core import site
-from ..core.adapter import Method, method
+from ..core.adapter import Method
 from ..core.arena import Arena
+from ..core.errors import UserError
 from ..data.captions import with_trigger
+from .blocks import Block, blocks, check_methods
 from .checkpoint import Origin, explained
 from .config import ResolvedConfig, TrainConfig, to_json
 from .diffusion import DiffusionSettings, DiffusionTask
@@ -57,6 +59,7 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
     began = time.monotonic()
     console = console or Console(quiet=True)
     say = say_to(console)
+    check_methods(config)
     folder = check_places(config)
     with Reading(console) as reading:
         prepared = prepare(config, pipe, say, reading)
@@ -89,13 +92,17 @@ class _Run:
         self.console = console
         self.say = say_to(console)
         self.parts = {name: part for name, part in components(prepared.pipe).items() if name in config.components}
-        self.method: Method = method("lora", rank=config.rank, alpha=config.alpha, dropout=config.dropout)
-        groups = {name: self._attach(name, part) for name, part in self.parts.items()}
-        count = sum(len(group) for group in groups.values())
+        self.blocks = blocks(config)
+        self.rates: dict[str, float] = {}
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, part in self.parts.items():
+            groups |= self._attach(name, part)
         arena = Arena(groups)
-        self.say(f"LoRA: {count // 2} layers, {arena.flat.numel():,} parameters, rank {config.rank}; {_plan(config)}")
-        self.task = _task(prepared)
-        self.trainer = Trainer(self.task, arena, _settings(config))
+        layers = len({(name, path) for name, part in self.parts.items() for path in site.adapters(part, NAME)})
+        told = ", ".join(dict.fromkeys(_named(block.method) for block in self.blocks))
+        self.say(f"{told}: {layers} layers, {arena.count:,} parameters; {_plan(config)}")
+        self.task = _task(prepared, self.blocks)
+        self.trainer = Trainer(self.task, arena, _settings(config, self.rates))
         self.previews = _previews(prepared, folder, self.task, self.trainer)
 
     def train(self, resume: bool) -> None:
@@ -142,14 +149,21 @@ class _Run:
             formats.save(config.output, self.parts, NAME, self._spec(result))
         return result
 
-    def _attach(self, name: str, part: nn.Module) -> list[nn.Parameter]:
-        """Put the adapter on a component; returns its parameters."""
+    def _attach(self, name: str, part: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """Put the adapter on a component; returns its parameters, grouped by learning rate."""
+        own = [block for block in self.blocks if block.component == name]
+        if not own:
+            raise UserError(f"no --block trains {name}; leave it out of --components")
         with global_seed(torch.device("cpu"), self.config.seed, "start", name):
-            site.attach(part, NAME, self.method, self.config.target)
-        adapters = site.adapters(part, NAME).values()
-        for adapter in adapters:
-            adapter.train()  # the base stays in eval mode; dropout belongs to the adapter
-        return [parameter for adapter in adapters for parameter in adapter.parameters()]
+            built = site.attach_all(part, NAME, [(block.method, block.target) for block in own])
+        groups: dict[str, list[nn.Parameter]] = {}
+        for number, (block, adapters) in enumerate(zip(own, built, strict=True)):
+            group = name if block.rate is None else f"{name}.{number}"
+            self.rates[group] = _component_rate(self.config, name) if block.rate is None else block.rate
+            for adapter in adapters.values():
+                adapter.train()  # the base stays in eval mode; dropout belongs to the adapter
+                groups.setdefault(group, []).extend(adapter.parameters())
+        return groups
 
     def _resume(self, origin: Origin) -> None:
         found = self.folder.resume(self.config, self._pictures(), origin)
@@ -185,7 +199,7 @@ class _Run:
         for place in ("output", "run_dir", "cache"):
             del training[place]
         return formats.Spec(
-            methods={name: ({**self.method.spec(), "target": config.target},) for name in self.parts},
+            methods={name: [block.spec() for block in self.blocks if block.component == name] for name in self.parts},
             base=asdict(self.prepared.info),
             triggers=tuple(words for part in config.trigger.split("{}") if (words := part.strip(" ,;:"))),
             training=training,
@@ -193,7 +207,7 @@ class _Run:
         )
 
 
-def _task(prepared: Prepared) -> DiffusionTask:
+def _task(prepared: Prepared, blocks: Sequence[Block]) -> DiffusionTask:
     config = prepared.config
     settings = DiffusionSettings(
         seed=config.seed,
@@ -201,17 +215,26 @@ def _task(prepared: Prepared) -> DiffusionTask:
         accumulation=config.accumulation,
         min_snr_gamma=config.min_snr_gamma,
         noise_offset=config.noise_offset,
-        dropout=config.dropout,
+        dropout=max(getattr(block.method, "dropout", 0.0) for block in blocks),
         rules=prepared.rules,
     )
     return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out)
 
 
-def _settings(config: ResolvedConfig) -> TrainerSettings:
-    rates = {"unet": config.unet_lr, "text_encoder": config.text_encoder_lr}
+def _component_rate(config: ResolvedConfig, name: str) -> float:
+    return {"unet": config.unet_lr, "text_encoder": config.text_encoder_lr}[name]
+
+
+def _named(method: Method) -> str:
+    """A method with the hyper-parameter that says most."""
+    rank = getattr(method, "rank", None)
+    return method.name if rank is None else f"{method.name} of rank {rank}"
+
+
+def _settings(config: ResolvedConfig, rates: Mapping[str, float]) -> TrainerSettings:
     return TrainerSettings(
         steps=config.steps,
-        rates={name: rates[name] for name in config.components},
+        rates=rates,
         accumulation=config.accumulation,
         scheduler=config.scheduler,
         warmup=config.warmup,

@@ -1,29 +1,24 @@
 """From a configuration to what a run works on: checked places, base, pictures, captions, latents."""
 
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..bases import BaseInfo, describe, load_base
-from ..bases.stable_diffusion import pick_device
-from ..core.errors import UserError
+from ..bases.reading import pick_device
 from ..data.buckets import arrange, describe_buckets, group, steps_per_epoch
 from ..data.captions import CaptionRules
 from ..data.folder import ImageFolder, Picture, scan
 from ..data.latents import cache_latents
 from ..data.pictures import parse_colour
-from .config import HELD_OUT_FROM, Precision, ResolvedConfig, TrainConfig, output_path, resolve, run_path
+from .config import HELD_OUT_FROM, ResolvedConfig, TrainConfig, output_path, resolve, run_path
 from .diffusion import Examples
 from .run import RunFolder
 from .seeds import seed_of
+from .session import Say, check_run, check_writable, pick_precision
 from .text import TextSide
 
-Say = Callable[[str], None]
 Progress = Callable[[str], Callable[[int, int], None]]
 _SHOWN = 5  # lines of a list
 
@@ -52,20 +47,10 @@ class Prepared:
 
 def check_places(config: TrainConfig) -> RunFolder:
     """The run folder, after seeing that everything can be written where it shall go. Raises UserError."""
-    output, run = output_path(config), RunFolder(run_path(config))
-    if config.resume and not run.holds_a_run():
-        raise UserError(f"there is no run in {run.path} to go on with; leave out --resume, or name it with --run-dir")
-    if not config.resume and not config.overwrite:
-        if run.holds_a_run():
-            raise UserError(f"{run.path} holds a run already: --resume goes on with it, --overwrite starts anew")
-        if output.exists():
-            raise UserError(f"{output} exists already: --overwrite replaces it, another --output keeps it")
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file in it")
-    for folder in (output.parent, run.path):
-        _check_writable(folder)
+    run = RunFolder(run_path(config))
+    check_run(run, output_path(config), resume=config.resume, overwrite=config.overwrite)
     if config.cache is not None:
-        _check_writable(config.cache)
+        check_writable(config.cache)
     return run
 
 
@@ -77,7 +62,7 @@ def prepare(config: TrainConfig, pipe: Any | None, say: Say, progress: Progress)
     parse_colour(config.background)
     rules = CaptionRules(config.trigger, config.caption_dropout or 0.0, config.shuffle_tags, config.keep_tags)
     device = pick_device(config.device)
-    asked = replace(config, precision=_precision(config.precision, device))
+    asked = replace(config, precision=pick_precision(config.precision, device))
     pipe = load_base(config.base if pipe is None else pipe, device=config.device, dtype=asked.precision)
     info, text = describe(pipe), TextSide(pipe)
     say(f"base {info.name}: {info.family}, {info.prediction_type}, {info.resolution} pixels")
@@ -166,20 +151,3 @@ def _report_prompts(pictures: Sequence[Picture], rules: CaptionRules, text: Text
             say(f"  {picture.path}: without \u201c{words}\u201d")
         if len(lost) > _SHOWN:
             say(f"  and {len(lost) - _SHOWN} more")
-
-
-def _precision(asked: Precision, device: torch.device) -> Precision:
-    if asked != "auto":
-        return asked
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-
-
-def _check_writable(folder: Path) -> None:
-    """Raise UserError unless a file can be made in a folder, or in the nearest one above it that is there."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    probe = there / f".peft_diffusion.{os.getpid()}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{there} cannot be written to: {error.strerror}; choose another place") from None

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from .trainer import Observer, StepLoss
 
+_PICTURES_APART = "loss on pictures kept apart {:.4f}"
 _SMOOTH = 0.9
 _LINE_EVERY = 15.0  # seconds between lines where no bar can be drawn
 
@@ -54,8 +55,11 @@ class Reading:
 class Bar(Observer):
     """The progress of the steps: a bar in a terminal, a line now and then elsewhere."""
 
-    def __init__(self, console: Console, steps: int, done: int) -> None:
+    def __init__(
+        self, console: Console, steps: int, done: int, apart: Callable[[float], str] = _PICTURES_APART.format
+    ) -> None:
         self.console = console
+        self.apart = apart  # a measurement on what is kept apart, in words
         self.steps = steps
         self.done = done
         self.began = self.printed = time.monotonic()
@@ -91,7 +95,7 @@ class Bar(Observer):
 
     def on_held_out(self, step: int, loss: float) -> None:
         """A line for each measurement."""
-        self.say(f"step {step}: loss on pictures kept apart {loss:.4f}")
+        self.say(f"step {step}: {self.apart(loss)}")
 
     def _told(self) -> str:
         rate = (self.done - self.first) / max(1e-9, time.monotonic() - self.began)

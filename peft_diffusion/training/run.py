@@ -11,7 +11,7 @@ from typing import Any
 from ..core.errors import UserError
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, Origin, explained, write_bytes
-from .config import ResolvedConfig, changes, to_toml
+from .config import RunSettings, changes, to_toml
 from .plot import draw
 from .trainer import Observer, StepLoss, TrainerState
 
@@ -22,12 +22,14 @@ _KEPT = 2  # newest checkpoints; the best one by held-out loss stays as well
 class RunFolder(Observer):
     """Writes down what happens in a run, and finds what an earlier one left.
 
-    ``config.toml`` (for ``--config``), ``data.json`` (the pictures), ``metrics.jsonl``, ``loss.png``, ``previews/`` and
-    ``checkpoints/``. Every method that writes raises UserError where the disk refuses.
+    ``config.toml`` (for ``--config``), ``data.json`` (what is learned from), ``metrics.jsonl``, ``loss.png``,
+    ``previews/`` and ``checkpoints/``. Every method that writes raises UserError where the disk refuses.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, command: str = "train", data: str = "pictures or captions") -> None:
         self.path = path
+        self.command = command
+        self.data = data  # what ``data.json`` lists, in words
         self.origin = Origin({}, "", "")
         self.seconds = 0.0  # of earlier stretches of the run
         self.started = time.monotonic()
@@ -47,26 +49,26 @@ class RunFolder(Observer):
         """Whether a run was started here."""
         return (self.path / "config.toml").exists()
 
-    def start(self, config: ResolvedConfig, pictures: Sequence[dict[str, str]], origin: Origin) -> None:
+    def start(self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin) -> None:
         """Begin a run in a clean folder; what an earlier run left here goes."""
         with explained(self.path):
             for old in (self._checkpoints, self.previews):
                 shutil.rmtree(old, ignore_errors=True)
                 old.mkdir(parents=True)
         write_bytes(self._metrics, b"")
-        write_bytes(self.path / "data.json", _json_lines(pictures))
+        write_bytes(self.path / "data.json", _json_lines(items))
         self._begin(config, origin)
 
-    def resume(self, config: ResolvedConfig, pictures: Sequence[dict[str, str]], origin: Origin) -> Checkpoint | None:
+    def resume(self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin) -> Checkpoint | None:
         """The newest good checkpoint, with the metrics cut back to it; None where the run never came to one.
 
-        Raises UserError where settings, pictures or base are others than the run was started with.
+        Raises UserError where settings, data or base are others than the run was started with.
         """
         found = self.newest()
         if found is None:
-            self.start(config, pictures, origin)
+            self.start(config, items, origin)
             return None
-        self._check(found.origin, config, pictures, origin)
+        self._check(found.origin, config, items, origin)
         if config.steps < found.state.step:
             raise UserError(f"--steps {config.steps}: the run in {self.path} is at step {found.state.step} already")
         self._cut(found.state.step)
@@ -127,10 +129,10 @@ class RunFolder(Observer):
         matches = ((_NAME.fullmatch(path.name), path) for path in self._checkpoints.glob("*.safetensors"))
         return {int(match[1]): path for match, path in matches if match}
 
-    def _begin(self, config: ResolvedConfig, origin: Origin) -> None:
+    def _begin(self, config: RunSettings, origin: Origin) -> None:
         self.origin = origin
         self.started = time.monotonic()
-        header = f"# peft-diffusion train --config {self.path / 'config.toml'}\n"
+        header = f"# peft-diffusion {self.command} --config {self.path / 'config.toml'}\n"
         write_bytes(self.path / "config.toml", (header + to_toml(config)).encode())
 
     def _append(self, lines: Iterable[dict[str, Any]]) -> None:
@@ -148,7 +150,7 @@ class RunFolder(Observer):
                     path.unlink()  # damaged, or it would have been the newest
 
     def _check(
-        self, before: Origin, config: ResolvedConfig, pictures: Sequence[dict[str, str]], now: Origin
+        self, before: Origin, config: RunSettings, items: Sequence[dict[str, str]], now: Origin
     ) -> None:
         """Raise UserError where the result would be that of no single run."""
         anew = "; start a new run with another --run-dir, or with --overwrite"
@@ -158,21 +160,21 @@ class RunFolder(Observer):
         if before.base != now.base:
             raise UserError(f"the run in {self.path} had another base ({before.base}, this one is {now.base}){anew}")
         if before.data != now.data:
-            raise UserError(f"the run in {self.path} had other pictures or captions: {self._changed(pictures)}{anew}")
+            raise UserError(f"the run in {self.path} had other {self.data}: {self._changed(items)}{anew}")
 
-    def _changed(self, pictures: Sequence[dict[str, str]]) -> str:
-        """Which pictures are not what ``data.json`` says."""
+    def _changed(self, items: Sequence[dict[str, str]]) -> str:
+        """Which items are not what ``data.json`` says."""
         try:
             old = [json.loads(line) for line in (self.path / "data.json").read_text("utf-8").splitlines()]
             before = {one["name"]: one for one in old}
         except (OSError, ValueError, KeyError):
             return "which ones cannot be told, data.json is gone"
-        now = {one["name"]: one for one in pictures}
+        now = {one["name"]: one for one in items}
         lines = [f"{name} is gone" for name in before if name not in now]
         lines += [f"{name} is new" for name in now if name not in before]
         both = [name for name in now if name in before]
         lines += [f"{name} has another content" for name in both if now[name]["digest"] != before[name]["digest"]]
-        lines += [f"{name} has another caption" for name in both if now[name]["caption"] != before[name]["caption"]]
+        lines += [f"{name} has another caption" for name in both if now[name].get("caption") != before[name].get("caption")]
         return ", ".join(lines[:3] or ["their order changed"]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
 
 

@@ -1,0 +1,182 @@
+"""What every training has in common, of pictures or of text: attach, watch, keep, go on, and leave the base as it was."""
+
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from ..bases import fingerprint
+from ..core import site
+from ..core.adapter import Adapter, Method
+from ..core.errors import UserError
+from .blocks import Block
+from .checkpoint import Origin
+from .config import Precision, RunSettings
+from .progress import Bar, say_to
+from .run import RunFolder
+from .seeds import global_seed
+from .trainer import Interrupted, Observer, Trainer
+
+NAME = "trained"  # of the adapter, while it is
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A fresh adapter's parameters and learning rates, both by the name of their group."""
+
+    groups: dict[str, list[nn.Parameter]]
+    rates: dict[str, float]
+
+
+def attach(parts: Mapping[str, nn.Module], blocks: Sequence[Block], seed: int, rate_of: Callable[[str], float]) -> Attached:
+    """Put the adapter on every component, its chance from the seed; ``rate_of`` gives a component's learning rate.
+
+    Raises UserError where a component has no block, and as ``site.attach_all`` does.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    rates: dict[str, float] = {}
+    for name, part in parts.items():
+        own = [block for block in blocks if block.component == name]
+        if not own:
+            raise UserError(f"no --block trains {name}; leave it out of --components")
+        with global_seed(torch.device("cpu"), seed, "start", name):
+            built = site.attach_all(part, NAME, [(block.method, block.target) for block in own])
+        for number, (block, adapters) in enumerate(zip(own, built, strict=True)):
+            group = name if block.rate is None else f"{name}.{number}"
+            rates[group] = rate_of(name) if block.rate is None else block.rate
+            for adapter in adapters.values():
+                adapter.train()  # the base stays in eval mode; dropout belongs to the adapter
+                groups.setdefault(group, []).extend(adapter.parameters())
+    return Attached(groups, rates)
+
+
+def told(parts: Mapping[str, nn.Module], blocks: Sequence[Block], parameters: int) -> str:
+    """Methods, layers and parameters of the adapter that was attached, in words."""
+    layers = sum(len(site.adapters(part, NAME)) for part in parts.values())
+    names = ", ".join(dict.fromkeys(named(block.method) for block in blocks))
+    return f"{names}: {layers} layers, {parameters:,} parameters"
+
+
+def named(method: Method) -> str:
+    """A method with its rank, if it has one."""
+    rank = getattr(method, "rank", None)
+    return method.name if rank is None else f"{method.name} of rank {rank}"
+
+
+def check_run(run: RunFolder, output: Path, *, resume: bool, overwrite: bool) -> None:
+    """See that the run and its adapter file can be written where they shall go. Raises UserError."""
+    if resume and not run.holds_a_run():
+        raise UserError(f"there is no run in {run.path} to go on with; leave out --resume, or name it with --run-dir")
+    if not resume and not overwrite:
+        if run.holds_a_run():
+            raise UserError(f"{run.path} holds a run already: --resume goes on with it, --overwrite starts anew")
+        if output.exists():
+            raise UserError(f"{output} exists already: --overwrite replaces it, another --output keeps it")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file in it")
+    for folder in (output.parent, run.path):
+        check_writable(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless a file can be made in a folder, or in the nearest one above it that is there."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    probe = there / f".peft_diffusion.{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{there} cannot be written to: {error.strerror}; choose another place") from None
+
+
+def pick_precision(asked: Precision, device: torch.device) -> Precision:
+    """The precision of the base in training; auto is bfloat16 on a GPU that has it, else float32."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+@contextmanager
+def base_kept(parts: Mapping[str, nn.Module], say: Say) -> Iterator[str]:
+    """A training inside; gives the base's fingerprint, and sees that it is the same at the end. Detaches the adapter.
+
+    Raises RuntimeError should a byte of the base have changed, which no setting may bring about.
+    """
+    before = fingerprint(parts)
+    say(f"base fingerprint before training: {before}")
+    try:
+        yield before
+        after = fingerprint(parts)
+        say(f"base fingerprint after training:  {after}")
+        if after != before:
+            raise RuntimeError("training changed the base, which no setting may do")
+    finally:
+        for part in parts.values():
+            if NAME in site.names(part):
+                site.detach(part, NAME)
+
+
+@contextmanager
+def evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """The adapter that is trained, without its dropout."""
+    adapters: list[Adapter] = [adapter for part in parts for adapter in site.adapters(part, NAME).values()]
+    before = [adapter.training for adapter in adapters]
+    for adapter in adapters:
+        adapter.eval()
+    try:
+        yield
+    finally:
+        for adapter, training in zip(adapters, before, strict=True):
+            adapter.train(training)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run of the trainer that is watched, kept in a folder, and gone on with. ``items`` are what is learned from."""
+
+    config: RunSettings
+    folder: RunFolder
+    console: Console
+    trainer: Trainer
+    origin: Origin
+    items: Sequence[dict[str, str]]
+    command: str
+    held_out_line: Callable[[float], str]
+
+    def start(self, resume: bool) -> None:
+        """Begin the run, or go on with it. Raises UserError where settings, data or base are others than it had."""
+        if not resume:
+            self.folder.start(self.config, self.items, self.origin)
+            return
+        say, config = say_to(self.console), self.config
+        found = self.folder.resume(config, self.items, self.origin)
+        if found is None:
+            say("no checkpoint was made yet: the run starts from the beginning")
+            return
+        self.trainer.load(found.state)
+        say(f"going on from step {found.state.step} of {config.steps}")
+        planned = found.origin.config["steps"]
+        if planned != config.steps and config.scheduler != "constant":
+            say(
+                f"the run was planned for {planned} steps: from here its {config.scheduler} learning rate is that of"
+                f" {config.steps}, so the result is not quite that of one run of this length"
+            )
+
+    def learn(self, watching: Sequence[Observer] = ()) -> None:
+        """Train to the end; ``watching`` come after what is written to the disk. Raises Interrupted on a signal."""
+        steps, trainer = self.config.steps, self.trainer
+        with Bar(self.console, steps, trainer.step, self.held_out_line) as bar:
+            trainer.observers = [bar, self.folder, *watching]
+            finished = trainer.run()
+        if not finished:
+            raise Interrupted(
+                f"stopped after step {trainer.step} of {steps}; go on with: peft-diffusion {self.command} --config"
+                f" {shlex.quote(str(self.folder.path / 'config.toml'))} --resume"
+            )

@@ -1,0 +1,73 @@
+"""Methods and blocks of a run: what is trained where, and that one file holds it."""
+
+import pytest
+import torch
+from conftest import make_pipe
+from test_training import draw_pictures, last_state, small
+
+from peft_diffusion import formats
+from peft_diffusion.core.adapter import Chain, parts_of
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.training import train
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return draw_pictures(tmp_path_factory.mktemp("blocks") / "pictures")
+
+
+def test_blocks_train_together_into_one_adapter_and_one_file(pictures, tmp_path):
+    block = (
+        "unet attention lora rank=3 alpha=1.5",
+        r"unet .*\.to_q ia3 lr=0.01",
+        "text_encoder attention lora",
+    )
+    asked = small(pictures, tmp_path, components=("unet", "text_encoder"), block=block)
+    result = train(asked, pipe=make_pipe())
+    spec = formats.inspect(result.output).spec
+    assert [one["method"] for one in spec.methods["unet"]] == ["lora", "ia3"]
+    assert spec.methods["unet"][0]["rank"] == 3 and spec.methods["text_encoder"][0]["rank"] == 2
+    loaded = formats.load(result.output, make_pipe(), strict=True)
+    for path, adapter in loaded.components["unet"].items():
+        assert isinstance(adapter, Chain) == path.endswith("to_q")
+        assert parts_of(adapter)[0].scale == 0.5
+        assert all(bool(p.abs().sum() > 0) for part in parts_of(adapter) for p in part.parameters())
+    trained = [p for part in loaded.components.values() for a in part.values() for p in a.parameters()]
+    assert sum(int(p.count_nonzero()) for p in trained) == int(last_state(result).tensors["parameters"].count_nonzero())
+
+
+def test_a_block_has_its_own_learning_rate(pictures, tmp_path):
+    block = ("unet attention lora", r"unet .*\.ff\.net\.2 lora lr=1e-12")
+    result = train(small(pictures, tmp_path, block=block), pipe=make_pipe())
+    loaded = formats.load(result.output, make_pipe()).components["unet"]
+    sizes = {path: float(adapter.up.detach().abs().max()) for path, adapter in loaded.items()}
+    assert all(size < 1e-9 for path, size in sizes.items() if path.endswith("ff.net.2"))
+    assert all(size > 1e-5 for path, size in sizes.items() if not path.endswith("ff.net.2"))
+
+
+def test_another_method_trains_with_its_own_options(pictures, tmp_path):
+    result = train(small(pictures, tmp_path, method="lokr", option=("factor=4",)), pipe=make_pipe())
+    assert formats.inspect(result.output).spec.methods["unet"][0]["factor"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "lara"}, "there is no method 'lara'; there are: .*lora"),
+        ({"option": ("depth=3",)}, "method lora has no depth; it has: "),
+        ({"option": ("depth",)}, "'depth' is no NAME=VALUE"),
+        ({"option": ("rank=2.5",)}, "rank must be a whole number, not '2.5'"),
+        ({"method": "ia3"}, "--rank says nothing to ia3"),
+        ({"block": ("unet attention",)}, "a block is COMPONENT TARGET METHOD"),
+        ({"block": ("text_encoder attention lora",)}, "text_encoder is not among the --components unet"),
+        ({"block": ("unet nowhere lora",)}, "matches the target 'nowhere'"),
+        ({"block": ("unet attention lora",), "target": "conv"}, "--block names methods and targets itself"),
+        ({"block": ("unet attention lora",), "components": ("unet", "text_encoder")}, "no --block trains text_encoder"),
+    ],
+)
+def test_what_makes_no_sense_is_said(pictures, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(small(pictures, tmp_path, **changes), pipe=make_pipe())
+    assert not (tmp_path / "a.safetensors").exists()
