@@ -71,3 +71,22 @@ def test_what_makes_no_sense_is_said(pictures, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         train(small(pictures, tmp_path, **changes), pipe=make_pipe())
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_file_of_settings_holds_blocks_as_tables(pictures, tmp_path, tiny_base, capsys):
+    from peft_diffusion.cli.app import main
+
+    asked = small(pictures, tmp_path)
+    settings = [
+        f"folder = ['{pictures}']", f"output = '{asked.output}'", f"run_dir = '{asked.run_dir}'", f"base = '{tiny_base}'",
+        "steps = 2", "preview_steps = 0", "batch_size = 2", "device = 'cpu'",
+        "[[block]]", "component = 'unet'", "target = 'attention'", "method = 'lora'", "rank = 3",
+        "[[block]]", "component = 'unet'", "target = 'all-linear'", "method = 'ia3'", "on_input = true", "lr = 0.01",
+    ]  # fmt: skip
+    (tmp_path / "run.toml").write_text("\n".join(settings))
+    assert main(["train", "--config", str(tmp_path / "run.toml")]) == 0, capsys.readouterr()
+    found = formats.inspect(asked.output).spec.methods["unet"]
+    assert [(one["method"], one["target"]) for one in found] == [("lora", "attention"), ("ia3", "all-linear")]
+    (tmp_path / "bad.toml").write_text(f"folder = ['{pictures}']\n[[block]]\ncomponent = 'unet'\n")
+    assert main(["train", "--config", str(tmp_path / "bad.toml")]) == 1
+    assert "lacks target, method" in capsys.readouterr().err

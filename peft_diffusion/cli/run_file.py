@@ -11,6 +11,8 @@ from cyclopts.config import Dict
 
 from ..core.errors import UserError
 
+_BLOCK = ("component", "target", "method")
+
 
 class RunFile:
     """Fills in, from a file, what the command line left open. A key is a flag without its dashes, with - or _ between words.
@@ -29,6 +31,8 @@ class RunFile:
             argument = known.get(key.replace("-", "_"))
             if argument is None:
                 raise UserError(f"{self.path}: there is no setting {key!r} of this command{_nearest(key, known)}")
+            if argument.name == "--block" and isinstance(value, list):
+                values[key] = value = [_block(self.path, item) if isinstance(item, dict) else item for item in value]
             _check(self.path, key, value, argument)
         Dict(values, source=str(self.path), use_commands_as_keys=False)(app, commands, arguments)
 
@@ -49,6 +53,15 @@ def whole_numbers(_: App, commands: tuple[str, ...], arguments: ArgumentCollecti
         for token in argument.tokens:
             if int in _kinds(argument.hint) and float not in _kinds(argument.hint) and "." in token.value:
                 raise CycloptsError(msg=f'Invalid value for {argument.name}: "{token.value}" is no whole number.')
+
+
+def _block(path: Path, table: dict[str, Any]) -> str:
+    """A ``[[block]]`` table as the flag takes it."""
+    missing = [name for name in _BLOCK if not isinstance(table.get(name), str)]
+    if missing:
+        raise UserError(f"{path}: a [[block]] needs {', '.join(_BLOCK)}; this one lacks {', '.join(missing)}: {table}")
+    rest = (f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in table.items())
+    return " ".join([*(table[name] for name in _BLOCK), *(text for text in rest if text.split("=")[0] not in _BLOCK)])
 
 
 def _check(path: Path, key: str, value: Any, argument: Argument) -> None:
