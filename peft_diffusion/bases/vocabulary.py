@@ -1,0 +1,212 @@
+"""Teaching a base's tokenizers the words that its adapters learned."""
+
+import copy
+import functools
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+from ..core import site as sites
+from ..core.adapter import parts_of
+from ..core.errors import UserError
+from ..core.strength import Strengths
+from ..methods.tokens import SoftPrompt, SoftPromptAdapter, Tokens, TokensAdapter
+from .kinds import components
+
+_TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "lm": "tokenizer"}
+_LEGACY_EOS = 2  # what configurations of early CLIP exports say, and what makes the model look for the largest id instead
+_DEFAULT = "*"  # the word that the first programs for textual inversion began with
+
+_Learned = TypeVar("_Learned", Tokens, SoftPrompt)
+
+
+def begun(method: _Learned, tokenizer: Any) -> _Learned:
+    """The method with the ids of the initial words, one a vector. Raises UserError where there are more than vectors."""
+    if method.ids:
+        return method
+    if isinstance(method, SoftPrompt):
+        return replace(method, ids=_initial(tokenizer, method.initial, method.vectors))
+    ids = [
+        one
+        for name, vectors in method.placeholders.items()
+        for one in _initial(tokenizer, method.initial.get(name, ""), vectors)
+    ]
+    return replace(method, ids=ids)
+
+
+def teach(base: Any) -> None:
+    """Bring the tokenizers of a base in line with the token adapters that it carries now; call it when these change.
+
+    A taught tokenizer reads each placeholder as a whole word and gives it as many tokens as it has vectors; it puts soft
+    prompts before every prompt for which their strength is not 0. Where no adapter has words, tokenizers and text encoders
+    are what they were. Raises UserError, and changes nothing, for a placeholder that two adapters teach or that is a word
+    of the base already, and for more soft prompts than a prompt has room.
+    """
+    parts = components(base)
+    pairs = [(parts[name], getattr(base, tokenizer)) for name, tokenizer in _TOKENIZERS.items() if name in parts]
+    lessons = [_lessons(encoder, tokenizer) for encoder, tokenizer in pairs]
+    for (encoder, tokenizer), found in zip(pairs, lessons, strict=True):
+        _forget(tokenizer)
+        if found is not None:
+            _learn(encoder, tokenizer, found)
+
+
+@dataclass(frozen=True)
+class _Word:
+    """What one placeholder of an adapter becomes: the names of its tokens, the first being the placeholder itself."""
+
+    owner: str
+    adapter: TokensAdapter
+    tokens: tuple[str, ...]
+    strengths: Strengths
+    block: int
+
+    @property
+    def precedes(self) -> bool:
+        """Whether it is a soft prompt."""
+        return isinstance(self.adapter, SoftPromptAdapter)
+
+    def wanted(self, index: int, count: int) -> bool:
+        """Whether it has a strength other than 0 for prompt ``index`` of ``count``."""
+        row = self.strengths.values[self.strengths.index(self.owner), self.block].tolist()
+        if count % len(row):
+            return any(row)
+        return bool(row[index % len(row)])
+
+
+@dataclass
+class _Lessons:
+    """What a tokenizer was taught, and what it takes to forget it."""
+
+    words: list[_Word]
+    plain: Any
+    legacy: list[nn.Module] = field(default_factory=list)  # those whose eos_token_id was corrected
+
+    def __post_init__(self) -> None:
+        self.placeholders = {word.tokens[0].casefold(): word for word in self.words if not word.precedes}
+        longest_first = sorted(self.placeholders, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(_whole, longest_first)), re.IGNORECASE) if longest_first else None
+
+    def expand(self, text: str, index: int, count: int) -> str:
+        """A prompt with every placeholder as all of its tokens, and the soft prompts before it."""
+        if self.pattern is not None:
+            text = self.pattern.sub(lambda match: f" {' '.join(self.placeholders[match[0].casefold()].tokens)} ", text)
+        fronts = [" ".join(word.tokens) for word in self.words if word.precedes and word.wanted(index, count)]
+        return " ".join([*fronts, text])
+
+
+class TaughtTokenizer:
+    """Mixed into the class of a tokenizer that knows learned words."""
+
+    lessons: _Lessons
+
+    def __call__(self, text: Any = None, *more: Any, **named: Any) -> Any:
+        """As ever, of the expanded text; the prompts of a list are those of the images in order."""
+        if isinstance(text, str):
+            text = self.lessons.expand(text, 0, 1)
+        elif isinstance(text, (list, tuple)):
+            count = len(text)
+            text = [self.lessons.expand(t, i, count) if isinstance(t, str) else t for i, t in enumerate(text)]
+        return super().__call__(text, *more, **named)  # type: ignore[misc]
+
+
+@functools.cache
+def _taught(cls: Any) -> type[TaughtTokenizer]:
+    return type(cls.__name__, (TaughtTokenizer, cls), {"__module__": cls.__module__})
+
+
+def _initial(tokenizer: Any, words: str, vectors: int) -> list[int]:
+    """The tokens of some words, in turn until each vector has one."""
+    ids: list[int] = tokenizer(words or _DEFAULT, add_special_tokens=False).input_ids
+    if len(ids) > vectors:
+        raise UserError(f"the initial words {words!r} have {len(ids)} tokens, for {vectors} vectors; give as many vectors")
+    return [ids[index % len(ids)] for index in range(vectors)]
+
+
+def _lessons(encoder: nn.Module, tokenizer: Any) -> _Lessons | None:
+    """What the adapters of a text encoder have to teach, checked; None where it is nothing."""
+    words = list(_words(encoder))
+    if not words:
+        return None
+    taught = isinstance(tokenizer, TaughtTokenizer)
+    plain = tokenizer.lessons.plain if taught else getattr(tokenizer, "_tokenizer", None)
+    if plain is None:
+        raise UserError(f"a {type(tokenizer).__name__} cannot be taught words; one of the tokenizers library is needed")
+    owners: dict[str, str] = {}
+    for word in words:
+        for name in word.tokens:
+            _check_word(name, word.owner, owners, plain)
+    room = tokenizer.model_max_length - 2
+    front = sum(len(word.tokens) for word in words if word.precedes)
+    if front >= room:
+        raise UserError(f"soft prompts of {front} tokens leave no room for a prompt: the base reads {room}")
+    return _Lessons(words, plain)
+
+
+def _words(encoder: nn.Module) -> Iterator[_Word]:
+    for path, found in sites.sites(encoder).items():
+        for owner, adapter in found.adapters.items():
+            for part in parts_of(adapter):
+                if isinstance(part, TokensAdapter):
+                    for name, began in part.words.items():
+                        tokens = _names(name or f"<{owner}@{path}>", len(began))
+                        yield _Word(owner, part, tokens, found.strengths, found.block)
+
+
+def _names(placeholder: str, vectors: int) -> tuple[str, ...]:
+    # Not "_1": pipelines of diffusers would take that for theirs, and replace substrings.
+    return (placeholder, *(f"{placeholder}|{number}" for number in range(1, vectors)))
+
+
+def _check_word(name: str, owner: str, owners: dict[str, str], plain: Any) -> None:
+    other = owners.setdefault(name.casefold(), owner)
+    if other != owner:
+        raise UserError(f"the adapters {other!r} and {owner!r} both teach the word {name!r}; only one of them can be loaded")
+    if len(plain.encode(name, add_special_tokens=False).ids) == 1:
+        raise UserError(f"adapter {owner!r} teaches the word {name!r}, which the base knows already; choose another")
+
+
+def _whole(name: str) -> str:
+    """An expression for a placeholder that is no part of a longer word."""
+    before = r"(?<!\w)" if re.match(r"\w", name) else ""
+    after = r"(?!\w)" if re.search(r"\w$", name) else ""
+    return before + re.escape(name) + after
+
+
+def _learn(encoder: nn.Module, tokenizer: Any, lessons: _Lessons) -> None:
+    from tokenizers import AddedToken
+
+    backend = copy.deepcopy(lessons.plain)
+    names = [name for word in lessons.words for name in word.tokens]
+    backend.add_tokens([AddedToken(name, single_word=True, lstrip=True, rstrip=True, normalized=False) for name in names])
+    tokenizer._tokenizer = backend
+    tokenizer.__class__ = _taught(cast(Hashable, type(tokenizer)))
+    tokenizer.lessons = lessons
+    _answer(lessons.words, {name: backend.token_to_id(name) for name in names})
+    for module in encoder.modules():
+        if getattr(module, "eos_token_id", None) == _LEGACY_EOS != tokenizer.eos_token_id:
+            # Its largest id would be a new word. For all others, the first end of text is where the largest id is.
+            module.eos_token_id = tokenizer.eos_token_id
+            lessons.legacy.append(module)
+
+
+def _answer(words: Sequence[_Word], ids: Mapping[str, int]) -> None:
+    by_adapter: dict[TokensAdapter, list[int]] = {}
+    for word in words:
+        by_adapter.setdefault(word.adapter, []).extend(ids[name] for name in word.tokens)
+    for adapter, own in by_adapter.items():
+        adapter.answer(own)
+
+
+def _forget(tokenizer: Any) -> None:
+    if not isinstance(tokenizer, TaughtTokenizer):
+        return
+    found: Any = tokenizer
+    for module in found.lessons.legacy:
+        module.eos_token_id = _LEGACY_EOS
+    found._tokenizer = found.lessons.plain
+    del found.lessons
+    found.__class__ = type(tokenizer).__mro__[2]

@@ -1,0 +1,211 @@
+"""Learned tokens: words of one's own, and words that precede every prompt.
+
+Textual inversion (Gal et al. 2022, https://arxiv.org/abs/2208.01618) learns the embedding of a new word, the placeholder;
+prompt tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691) learns words that stand before every prompt. Both sit at
+the token embedding, target ``tokens``. The base's matrix keeps its size: the tokenizer is taught ids beyond it
+(``bases.vocabulary``), and the adapter answers for those.
+"""
+
+import json
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.adapter import Adapter, Method, Site, float32_parameter
+from ..core.errors import FoldError, UserError
+
+# The vectors, (tokens, width); and, as JSON in bytes, the tokens of the base that they began as, per placeholder.
+_VECTORS, _WORDS = "tokens_vectors", "tokens_words"
+_PROMPT_VECTORS, _PROMPT_WORDS = "prompt_vectors", "prompt_words"
+_PROMPT = ""  # the placeholder of a soft prompt, which nobody writes
+
+
+@dataclass(frozen=True)
+class Tokens(Method, name="tokens", suffixes=frozenset({_VECTORS, _WORDS})):
+    """New words: ``placeholders`` gives each as many tokens, which is as many vectors. Parameters: vectors * width.
+
+    ``initial`` gives, by placeholder, the words whose embeddings its vectors begin as, in turn where there are more
+    vectors; "*" where it says nothing. ``ids`` are the tokens of those words, one a vector, in the order of the
+    placeholders; ``bases.vocabulary.begun`` finds them.
+    """
+
+    placeholders: Mapping[str, int] = field(default_factory=dict)
+    initial: Mapping[str, str] = field(default_factory=dict)
+    ids: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if not self.placeholders:
+            raise UserError('tokens need a placeholder, such as placeholders = {"<cat>" = 4}')
+        for name, vectors in self.placeholders.items():
+            if not name or name != name.strip() or any(letter.isspace() for letter in name):
+                raise UserError(f"a placeholder is one word without spaces, such as <cat>; {name!r} is not")
+            if vectors < 1:
+                raise UserError(f"placeholder {name!r} needs at least 1 vector, not {vectors}")
+        unknown = sorted(set(self.initial) - set(self.placeholders))
+        if unknown:
+            raise UserError(f"initial words are given for {', '.join(unknown)}, which is no placeholder")
+
+    @classmethod
+    def recognizes(cls, suffixes: Set[str]) -> bool:
+        """By its own names."""
+        return _VECTORS in suffixes
+
+    def serves(self, site: Site) -> bool:
+        """Embeddings."""
+        return isinstance(site, nn.Embedding)
+
+    def build(self, site: Site) -> "TokensAdapter":
+        """Vectors that equal those of the initial words: the new words mean what these do."""
+        return _build(site, self.placeholders, self.ids, TokensAdapter)
+
+    @classmethod
+    def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> "TokensAdapter":
+        """From keys of our own."""
+        return _read(site, tensors, TokensAdapter)
+
+
+@dataclass(frozen=True)
+class SoftPrompt(Method, name="prompt", suffixes=frozenset({_PROMPT_VECTORS, _PROMPT_WORDS})):
+    """``vectors`` learned tokens before every prompt; they begin as the words ``initial``. Parameters: vectors * width.
+
+    They take room from the prompt: a text encoder reads 77 tokens in all. ``ids`` as for ``tokens``.
+    """
+
+    vectors: int = 8
+    initial: str = ""
+    ids: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if self.vectors < 1:
+            raise UserError(f"a soft prompt needs at least 1 vector, not {self.vectors}")
+
+    @classmethod
+    def recognizes(cls, suffixes: Set[str]) -> bool:
+        """By its own names."""
+        return _PROMPT_VECTORS in suffixes
+
+    def serves(self, site: Site) -> bool:
+        """Embeddings."""
+        return isinstance(site, nn.Embedding)
+
+    def build(self, site: Site) -> "SoftPromptAdapter":
+        """Vectors that equal those of the initial words."""
+        return _build(site, {_PROMPT: self.vectors}, self.ids, SoftPromptAdapter)
+
+    @classmethod
+    def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> "SoftPromptAdapter":
+        """From keys of our own."""
+        return _read(site, tensors, SoftPromptAdapter)
+
+
+class TokensAdapter(Adapter):
+    """The vectors (tokens, width) of new tokens, and the ids that mean them.
+
+    Until ``answer`` gives it ids that a tokenizer was taught, it answers for the very tokens that its vectors began as.
+    At strength 0 a new token means the one that it began as.
+    """
+
+    own_layout = True
+    names: ClassVar[tuple[str, str]] = (_VECTORS, _WORDS)
+
+    ids: Tensor
+    began: Tensor
+
+    def __init__(self, vectors: Tensor, words: Mapping[str, Sequence[int]]) -> None:
+        super().__init__()
+        self.vectors = float32_parameter(vectors)
+        self.words = {name: tuple(ids) for name, ids in words.items()}
+        began = torch.tensor([one for ids in self.words.values() for one in ids])
+        self.register_buffer("began", began, persistent=False)
+        self.register_buffer("ids", began.clone(), persistent=False)
+
+    def answer(self, ids: Sequence[int] | None) -> None:
+        """Serve these ids, one a vector, in the order of ``words``; None: the ids that the vectors began as."""
+        chosen = self.began if ids is None else torch.tensor(ids, device=self.ids.device)
+        if chosen.shape != self.ids.shape:
+            raise ValueError(f"{len(chosen)} ids for {len(self.ids)} vectors")
+        self.ids = chosen.clone()
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """The ids with new ones replaced by those that they began as, which the base knows."""
+        own, row = self._find(x)
+        return torch.where(own, self.began[row], x)
+
+    def residual(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
+        """From what stands at its ids to its vectors; 0 elsewhere."""
+        own, row = self._find(x)
+        change = F.embedding(row, self.vectors).to(y.dtype) - y
+        return torch.where(own[..., None], change, torch.zeros_like(y))
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Refuses: the matrix has no rows for new tokens, and where it is the output layer too, it must not change."""
+        words = ", ".join(name or "the soft prompt" for name in self.words)
+        raise FoldError(f"new tokens ({words}) have no row in the embedding matrix, so they cannot be merged into it")
+
+    def state(self) -> dict[str, Tensor]:
+        """The vectors, and the words as bytes of JSON."""
+        text = json.dumps(self.words, ensure_ascii=False).encode()
+        return dict(zip(self.names, (self.vectors, torch.tensor(list(text), dtype=torch.uint8)), strict=True))
+
+    def _find(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each id is one of its own, and which vector's."""
+        match = x[..., None] == self.ids
+        return match.any(-1), match.int().argmax(-1)
+
+
+class SoftPromptAdapter(TokensAdapter):
+    """The same, for tokens that the taught tokenizer puts before every prompt."""
+
+    names = (_PROMPT_VECTORS, _PROMPT_WORDS)
+
+
+_Kind = TypeVar("_Kind", bound=TokensAdapter)
+
+
+def _embedding(site: Site) -> nn.Embedding:
+    if not isinstance(site, nn.Embedding):
+        raise UserError(f"learned tokens sit at an embedding (target 'tokens'), not at a {type(site).__name__}")
+    return site
+
+
+def _build(site: Site, placeholders: Mapping[str, int], ids: Sequence[int], cls: type[_Kind]) -> _Kind:
+    embedding, count = _embedding(site), sum(placeholders.values())
+    if len(ids) != count:
+        raise UserError(f"{count} vectors begin as {len(ids)} tokens; bases.vocabulary.begun names one for each vector")
+    _check_ids(embedding, ids)
+    words, start = {}, 0
+    for name, vectors in placeholders.items():
+        words[name] = ids[start : start + vectors]
+        start += vectors
+    weight = embedding.weight
+    return cls(weight[torch.tensor(ids, device=weight.device)], words)
+
+
+def _read(site: Site, tensors: Mapping[str, Tensor], cls: type[_Kind]) -> _Kind:
+    vectors_name, words_name = cls.names
+    embedding, vectors = _embedding(site), tensors[vectors_name]
+    if words_name not in tensors:
+        raise UserError(f"{words_name} is missing")
+    try:
+        words = json.loads(bytes(tensors[words_name].tolist()).decode())
+        flat = [one for ids in words.values() for one in ids]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{words_name} is damaged") from None
+    if not all(type(one) is int for one in flat) or not all(words.values()):
+        raise UserError(f"{words_name} is damaged")
+    if vectors.shape != (len(flat), embedding.embedding_dim) or not flat:
+        raise UserError(
+            f"vectors {tuple(vectors.shape)} do not fit {len(flat)} tokens; this embedding's width is {embedding.embedding_dim}"
+        )
+    _check_ids(embedding, flat)
+    return cls(vectors, words)
+
+
+def _check_ids(embedding: nn.Embedding, ids: Sequence[int]) -> None:
+    unknown = [one for one in ids if not 0 <= one < embedding.num_embeddings]
+    if unknown:
+        raise UserError(f"the embedding has {embedding.num_embeddings} tokens, and none with the number {unknown[0]}")
