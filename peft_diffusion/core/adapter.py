@@ -90,8 +90,18 @@ class Chain(Adapter):
     """Several methods' parts at one site under one name, applied in order."""
 
     def __init__(self, parts: Sequence[Adapter]) -> None:
+        """Raises UserError where two parts would store different tensors under one name, as two scales named alpha."""
         super().__init__()
         self.parts = nn.ModuleList(parts)
+        stored: dict[str, Tensor] = {}
+        for part in parts:
+            for suffix, tensor in part.state().items():
+                if not torch.equal(stored.setdefault(suffix, tensor).cpu(), tensor.cpu()):
+                    kinds = ", ".join(type(one).__name__ for one in parts)
+                    raise UserError(
+                        f"{kinds} cannot share a site under one name: a file has one {suffix!r} for both and they differ;"
+                        " give them different targets, or equal values"
+                    )
 
     def bind(self, site: Site) -> None:
         """Bind every part."""
