@@ -29,11 +29,7 @@ def begun(method: _Learned, tokenizer: Any) -> _Learned:
         return method
     if isinstance(method, SoftPrompt):
         return replace(method, ids=_initial(tokenizer, method.initial, method.vectors))
-    ids = [
-        one
-        for name, vectors in method.placeholders.items()
-        for one in _initial(tokenizer, method.initial.get(name, ""), vectors)
-    ]
+    ids = [one for words in method.begins for one in _initial(tokenizer, words, method.vectors)]
     return replace(method, ids=ids)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import bases, formats
 from ..bases import LanguageModel, components, describe
+from ..bases.vocabulary import teach
 from ..core import merge as merging
 from ..core import site as sites
 from ..core.errors import UserError
@@ -78,11 +79,13 @@ class Adapters:
             for component, built in read.components.items():
                 sites.attach_built(parts[component], chosen, built)
                 attached.append(component)
+            teach(self.pipe)
             self._loaded[chosen] = LoadedAdapter(chosen, file, sha256(file), read.spec, read.report, read.warnings)
             self.set({chosen: strength})
         except UserError:
             for component in attached:
                 sites.detach(parts[component], chosen)
+            teach(self.pipe)
             self._loaded.pop(chosen, None)
             raise
         self._pack()
@@ -114,6 +117,7 @@ class Adapters:
         for part in self._components().values():
             if name in sites.names(part):
                 sites.detach(part, name)
+        teach(self.pipe)
         del self._loaded[name]
         self._schedules.pop(name, None)
         self._follow_steps()

@@ -8,7 +8,7 @@ the token embedding, target ``tokens``. The base's matrix keeps its size: the to
 
 import json
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 import torch
@@ -26,28 +26,42 @@ _PROMPT = ""  # the placeholder of a soft prompt, which nobody writes
 
 @dataclass(frozen=True)
 class Tokens(Method, name="tokens", suffixes=frozenset({_VECTORS, _WORDS})):
-    """New words: ``placeholders`` gives each as many tokens, which is as many vectors. Parameters: vectors * width.
+    """New words, ``placeholders``, with commas between several. Each has ``vectors`` tokens, which is as many vectors.
 
-    ``initial`` gives, by placeholder, the words whose embeddings its vectors begin as, in turn where there are more
-    vectors; "*" where it says nothing. ``ids`` are the tokens of those words, one a vector, in the order of the
-    placeholders; ``bases.vocabulary.begun`` finds them.
+    ``initial`` are the words whose embeddings the vectors begin as, in turn where there are more vectors; with commas, one
+    entry for each placeholder; "*" where it is empty. ``ids`` are the tokens of those words, one a vector, in the order of
+    the placeholders, which ``bases.vocabulary.begun`` finds. Parameters: placeholders * vectors * width.
     """
 
-    placeholders: Mapping[str, int] = field(default_factory=dict)
-    initial: Mapping[str, str] = field(default_factory=dict)
+    placeholders: str = "<new>"
+    vectors: int = 4
+    initial: str = ""
     ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        if not self.placeholders:
-            raise UserError('tokens need a placeholder, such as placeholders = {"<cat>" = 4}')
-        for name, vectors in self.placeholders.items():
-            if not name or name != name.strip() or any(letter.isspace() for letter in name):
+        if self.vectors < 1:
+            raise UserError(f"a placeholder needs at least 1 vector, not {self.vectors}")
+        for name in self.names:
+            if not name or any(letter.isspace() for letter in name):
                 raise UserError(f"a placeholder is one word without spaces, such as <cat>; {name!r} is not")
-            if vectors < 1:
-                raise UserError(f"placeholder {name!r} needs at least 1 vector, not {vectors}")
-        unknown = sorted(set(self.initial) - set(self.placeholders))
-        if unknown:
-            raise UserError(f"initial words are given for {', '.join(unknown)}, which is no placeholder")
+        if len({name.casefold() for name in self.names}) < len(self.names):
+            raise UserError(f"placeholders {self.placeholders!r} name one twice")
+        if len(self.begins) != len(self.names):
+            raise UserError(
+                f"initial words are given for {len(self.begins)} placeholders, but there are {len(self.names)}:"
+                f" {', '.join(self.names)}"
+            )
+        _check_type(self.ids)
+
+    @property
+    def names(self) -> list[str]:
+        """The placeholders."""
+        return [name.strip() for name in self.placeholders.split(",")]
+
+    @property
+    def begins(self) -> list[str]:
+        """The initial words of each placeholder."""
+        return [words.strip() for words in self.initial.split(",")] if self.initial else [""] * len(self.names)
 
     @classmethod
     def recognizes(cls, suffixes: Set[str]) -> bool:
@@ -60,7 +74,7 @@ class Tokens(Method, name="tokens", suffixes=frozenset({_VECTORS, _WORDS})):
 
     def build(self, site: Site) -> "TokensAdapter":
         """Vectors that equal those of the initial words: the new words mean what these do."""
-        return _build(site, self.placeholders, self.ids, TokensAdapter)
+        return _build(site, dict.fromkeys(self.names, self.vectors), self.ids, TokensAdapter)
 
     @classmethod
     def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> "TokensAdapter":
@@ -82,6 +96,7 @@ class SoftPrompt(Method, name="prompt", suffixes=frozenset({_PROMPT_VECTORS, _PR
     def __post_init__(self) -> None:
         if self.vectors < 1:
             raise UserError(f"a soft prompt needs at least 1 vector, not {self.vectors}")
+        _check_type(self.ids)
 
     @classmethod
     def recognizes(cls, suffixes: Set[str]) -> bool:
@@ -166,6 +181,11 @@ class SoftPromptAdapter(TokensAdapter):
 _Kind = TypeVar("_Kind", bound=TokensAdapter)
 
 
+def _check_type(ids: Sequence[int]) -> None:
+    if isinstance(ids, str) or not all(isinstance(one, int) for one in ids):
+        raise UserError(f"ids are numbers of tokens, found from the initial words; give those instead of {ids!r}")
+
+
 def _embedding(site: Site) -> nn.Embedding:
     if not isinstance(site, nn.Embedding):
         raise UserError(f"learned tokens sit at an embedding (target 'tokens'), not at a {type(site).__name__}")
@@ -199,7 +219,7 @@ def _read(site: Site, tensors: Mapping[str, Tensor], cls: type[_Kind]) -> _Kind:
         raise UserError(f"{words_name} is damaged")
     if vectors.shape != (len(flat), embedding.embedding_dim) or not flat:
         raise UserError(
-            f"vectors {tuple(vectors.shape)} do not fit {len(flat)} tokens; this embedding's width is {embedding.embedding_dim}"
+            f"vectors {tuple(vectors.shape)} do not fit {len(flat)} tokens; the width here is {embedding.embedding_dim}"
         )
     _check_ids(embedding, flat)
     return cls(vectors, words)
