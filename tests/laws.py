@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import make_pipe
+from language import make_lm
 from torch import Tensor, nn
 
 from peft_diffusion import formats
@@ -25,6 +26,7 @@ from peft_diffusion.methods.lokr import Lokr
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.oft import Oft
 from peft_diffusion.methods.prefix import Prefix
+from peft_diffusion.methods.tokens import SoftPrompt, Tokens
 
 METHODS: dict[str, tuple[Method, str]] = {
     "lora": (Lora(rank=4), "attention+ff"),
@@ -46,14 +48,18 @@ METHODS: dict[str, tuple[Method, str]] = {
     "bottleneck-parallel": (Bottleneck(hidden=4, activation="relu", form="parallel", scale=2.0), "sublayers"),
     "bottleneck-conv": (Bottleneck(reduction=8, activation="silu"), "conv-outputs"),
     "prefix": (Prefix(length=5), "attentions"),
+    # Not taught to a tokenizer, they answer for the ids that they began as.
+    "tokens": (Tokens("<one>,<two>", 18, ids=range(2, 146, 4)), "tokens"),
+    "prompt": (SoftPrompt(30, ids=range(3, 150, 5)), "tokens"),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_NO_IMAGES = {"conv", "conv-outputs", "attentions", "biases"}  # nor has a Llama any bias
 # What a component has no sites for: CLIP has no convolution with text, and its attention has a mask.
-LACKING = {"unet": {"tokens"}, "text_encoder": {"conv", "conv-outputs", "attentions"}}
+LACKING = {"unet": {"tokens"}, "text_encoder": {"conv", "conv-outputs", "attentions"}, "lm": _NO_IMAGES}
 CASES = [
     (method, component, dtype)
     for method, (_, target) in METHODS.items()
-    for component in ("unet", "text_encoder")
+    for component in ("unet", "text_encoder", "lm")
     for dtype in DTYPES
     if target not in LACKING[component]
 ]
@@ -79,7 +85,7 @@ class Case:
             text = torch.randn(4, 7, 32, generator=generator).to(self.dtype)[batch]
             return chosen(x, torch.tensor(500), encoder_hidden_states=text).sample
         ids = torch.randint(2, 150, (4, 12), generator=generator)[batch]
-        return chosen(ids).last_hidden_state
+        return chosen(ids, use_cache=False).logits if self.component == "lm" else chosen(ids).last_hidden_state
 
     def attach(self, name: str = "a") -> list[str]:
         """Attach the method, fresh."""
@@ -131,7 +137,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     method, component, dtype = request.param
     chosen, target = METHODS[method]
     torch.manual_seed(0)
-    pipe = make_pipe()
+    pipe = make_lm() if component == "lm" else make_pipe()
     model = components(pipe)[component].to(DTYPES[dtype])
     yield Case(component, model, chosen, target, DTYPES[dtype], pipe)
 
@@ -310,7 +316,7 @@ def test_law_7_a_captured_graph_gives_the_same_gradients(case: Case) -> None:
     def run() -> Tensor:
         if case.component == "unet":
             return case.model(x, when, encoder_hidden_states=text).sample
-        return case.model(ids).last_hidden_state
+        return case.model(ids, use_cache=False).logits if case.component == "lm" else case.model(ids).last_hidden_state
 
     expected = _gradients(case, run)
     side = torch.cuda.Stream()

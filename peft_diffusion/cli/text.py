@@ -14,6 +14,7 @@ def train(config: Annotated[TextTrainConfig, Parameter(name="*")]) -> None:
     Whatever is left out suits the base and the machine; what was chosen is printed and kept in the run folder. Ctrl-C
     finishes the step and saves a checkpoint; --resume goes on.
     """
+    config.check()  # before torch is imported, which takes seconds
     from rich.console import Console
 
     from ..training.language_main import train_text

@@ -35,8 +35,8 @@ _LLAMA = {
     "attention+ff": r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
     "outputs": r".*\.(self_attn\.o_proj|mlp\.down_proj)",
     "ff-outputs": r".*\.mlp\.down_proj",
-    "sublayers": r".*\.mlp",
-    "tokens": r".*\.embed_tokens",
+    "sublayers": r".*\.mlp",  # its attention returns more than a tensor
+    "tokens": r"(.*\.)?embed_tokens",
 }
 _GPT2 = {
     "attention": r".*\.attn\.(c_attn|c_proj)",

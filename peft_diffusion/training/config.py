@@ -286,9 +286,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 # Fields that a resumed run may have otherwise: they change where things go and how often one looks, not what is learned.
 # The pictures and captions themselves are compared apart, so folders may have moved.
-_PLACES = ("output", "run_dir", "cache", "device", "folder", "text", "missing_captions", "preset", "resume", "overwrite")
+_SOURCES = ("folder", "texts", "held_out_text", "missing_captions")
+_PLACES = ("output", "run_dir", "cache", "device", "preset", "resume", "overwrite")
 _LENGTHS = ("steps", "epochs", "save_every", "log_every", "preview_prompts", "preview_every", "preview_steps")
-FREE_ON_RESUME = frozenset((*_PLACES, *_LENGTHS))
+FREE_ON_RESUME = frozenset((*_SOURCES, *_PLACES, *_LENGTHS))
 _OF_THE_COMMAND = ("resume", "overwrite")  # said anew with every command, so in no file
 
 

@@ -1,0 +1,102 @@
+"""What is learned from text: to say the next token."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..bases import LanguageModel
+from .seeds import generator, global_seed
+from .session import evaluating
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    """How the loss is made; ``context`` is the length of a window in tokens, with those that the tokenizer puts first."""
+
+    seed: int
+    batch_size: int
+    accumulation: int
+    context: int
+
+
+def tokens(base: LanguageModel, texts: Sequence[str]) -> Tensor:
+    """Texts as one line of tokens (tokens,), each closed by the end token where the tokenizer has one."""
+    end = base.tokenizer.eos_token_id
+    closing = [] if end is None else [end]
+    return torch.tensor([token for text in texts for token in (*base.encode(text), *closing)], dtype=torch.long)
+
+
+class LanguageTask:
+    """The mean loss per token, in nats, of a language model on windows of a line of tokens; and on one kept apart.
+
+    A window is what the tokenizer puts before a text, and a piece of the line. Every pass over the line cuts it at other
+    places and takes the pieces in another order; both come from the seed and the number of the pass alone.
+    """
+
+    def __init__(
+        self, base: LanguageModel, settings: LanguageSettings, train: Tensor, held_out: Tensor | None = None
+    ) -> None:
+        self.lm = base.lm
+        self.device = base.device
+        self.settings = settings
+        self.line = train
+        self.apart = held_out
+        self.start = torch.tensor(base.start(), dtype=torch.long)
+        self.length = min(settings.context - len(self.start), len(train))
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    @property
+    def windows(self) -> int:
+        """The windows of a pass."""
+        # All but a piece of one: the line is cut at a place of its own in each pass.
+        return max(1, (len(self.line) - self.length + 1) // self.length)
+
+    def loss(self, step: int, micro: int) -> Tensor:
+        """The loss of one micro-batch, a float32 scalar with gradients to the adapter."""
+        settings = self.settings
+        first = (step * settings.accumulation + micro) * settings.batch_size
+        rows = torch.stack([self._window(number) for number in range(first, first + settings.batch_size)])
+        with global_seed(self.device, settings.seed, "dropout", step, micro):
+            losses = self._losses(rows)
+        return losses.mean()
+
+    def held_out(self) -> float | None:
+        """The loss on the line kept apart, every token of it but the first once; None where there is none."""
+        if self.apart is None:
+            return None
+        total, count = 0.0, 0
+        with torch.no_grad(), evaluating([self.lm]):
+            for rows in self._pieces(self.apart):
+                losses = self._losses(rows)
+                total, count = total + float(losses.double().sum()), count + losses.numel()
+        return total / count
+
+    def _window(self, number: int) -> Tensor:
+        """The piece that is the ``number``-th of the run, (length,)."""
+        turn, place = divmod(number, self.windows)
+        if self._order[0] != turn:
+            chance = generator(self.settings.seed, "windows", turn)
+            shift = torch.randint(min(self.length, len(self.line) - self.windows * self.length + 1), (), generator=chance)
+            starts = torch.randperm(self.windows, generator=chance) * self.length + shift
+            self._order = turn, starts
+        start = int(self._order[1][place])
+        return self.line[start : start + self.length]
+
+    def _pieces(self, line: Tensor) -> Iterator[Tensor]:
+        """A line in windows one after the other, in batches; a shorter last one by itself."""
+        length = self.settings.context - len(self.start)
+        whole = len(line) // length * length
+        if whole:
+            yield from torch.split(line[:whole].view(-1, length), self.settings.batch_size)
+        if len(line) - whole + len(self.start) > 1:
+            yield line[None, whole:]
+
+    def _losses(self, rows: Tensor) -> Tensor:
+        """The loss of every token of pieces (rows, length) that something comes before, float32 and flat."""
+        ids = torch.cat([self.start.expand(len(rows), -1), rows], 1).to(self.device)
+        first = max(1, len(self.start))  # what the tokenizer puts first is told, not asked
+        logits = self.lm(input_ids=ids, use_cache=False).logits[:, first - 1 : -1]
+        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, first:].flatten(), reduction="none")

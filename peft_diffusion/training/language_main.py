@@ -1,0 +1,248 @@
+"""``text train``: from a text to an adapter file for a causal language model."""
+
+import datetime
+import hashlib
+import math
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from .. import formats
+from ..bases import LanguageInfo, LanguageModel, components, describe, load_lm
+from ..bases.causal_lm import frozen
+from ..bases.reading import pick_device
+from ..core.arena import Arena
+from ..core.errors import UserError
+from ..data.text import Document, read_texts
+from .blocks import Block, blocks, check_methods
+from .checkpoint import Origin, explained
+from .config import to_json
+from .language import LanguageSettings, LanguageTask, tokens
+from .language_config import (
+    HELD_OUT_FROM,
+    ResolvedTextConfig,
+    TextTrainConfig,
+    language_output,
+    language_run,
+    resolve_language,
+)
+from .progress import say_to
+from .run import RunFolder
+from .session import NAME, Say, Session, attach, base_kept, check_run, pick_precision, told
+from .trainer import Trainer, TrainerSettings
+
+
+@dataclass(frozen=True)
+class TextTrainResult:
+    """What a run gave. Losses are nats per token of the text kept apart, None where there was none."""
+
+    output: Path
+    run_dir: Path
+    config: ResolvedTextConfig
+    steps: int
+    tokens: int
+    seconds: float
+    held_out_before: float | None
+    held_out_after: float | None
+    base_fingerprint: str
+
+    @property
+    def perplexities(self) -> tuple[float, float] | None:
+        """On the text kept apart, before and after."""
+        if self.held_out_before is None or self.held_out_after is None:
+            return None
+        return math.exp(self.held_out_before), math.exp(self.held_out_after)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a run works on: the base, the tokens to learn from and those kept apart, and what they were made from."""
+
+    config: ResolvedTextConfig
+    base: LanguageModel
+    info: LanguageInfo
+    line: Tensor
+    apart: Tensor | None
+    items: list[dict[str, str]]
+
+
+def train_text(
+    config: TextTrainConfig, *, base: LanguageModel | None = None, console: Console | None = None
+) -> TextTrainResult:
+    """Learn from the configuration's text and write what was learned as one adapter file.
+
+    ``base`` is one that is loaded already, used in place of ``config.base`` and left as it was. What happens is told to
+    ``console``, if there is one. Raises UserError for what the user can mend, and Interrupted (a KeyboardInterrupt) where
+    a signal stopped the run after it saved a checkpoint.
+    """
+    began = time.monotonic()
+    console = console or Console(quiet=True)
+    say = say_to(console)
+    check_methods(config)
+    folder = RunFolder(language_run(config), "text train", "text")
+    check_run(folder, language_output(config), resume=config.resume, overwrite=config.overwrite)
+    prepared = _prepare(config, base, say)
+    chosen, parts = blocks(prepared.config), components(prepared.base)
+    with base_kept(parts, say) as fingerprint:
+        trainer = _trainer(prepared, chosen, say)
+        session = _session(prepared, folder, console, trainer)
+        session.start(config.resume)
+        session.learn()
+        seconds = folder.seconds + time.monotonic() - began
+        result = _result(prepared, trainer, folder, seconds, fingerprint)
+        with explained(result.output):
+            result.output.parent.mkdir(parents=True, exist_ok=True)
+        with trainer.final_weights():
+            formats.save(result.output, parts, NAME, _spec(prepared, chosen, result))
+    _tell(result, say)
+    return result
+
+
+def _prepare(config: TextTrainConfig, base: LanguageModel | None, say: Say) -> _Prepared:
+    """Read the text, load the base, and make tokens; says what it finds. Raises UserError for what cannot be used."""
+    texts = read_texts(config.texts)
+    for words in texts.describe():
+        say(words)
+    apart = read_texts(config.held_out_text) if config.held_out_text else None
+    precision = pick_precision(config.precision, pick_device(config.device))
+    base = load_lm(config.base, device=config.device, dtype=precision) if base is None else frozen(base)
+    info = describe(base)
+    say(f"base {info.name}: {info.architecture}, {info.vocabulary:,} tokens, context {info.context}")
+    asked = replace(config, precision=precision)
+    first = resolve_language(asked, parameters=base.lm.num_parameters(), context=info.context)
+    encoded = [tokens(base, [document.text]) for document in texts.documents]
+    line, kept = _split(encoded, _share(first, encoded))
+    if apart is not None:
+        kept = tokens(base, [document.text for document in apart.documents])
+    if len(line) < 2:
+        raise UserError("the text is but one token; there is nothing to learn from it")
+    windows = LanguageTask(base, _settings(first), line).windows
+    resolved = resolve_language(asked, parameters=base.lm.num_parameters(), context=info.context, windows=windows)
+    say(f"{len(line):,} tokens to learn from, in {windows} windows of up to {resolved.context}; {_apart_line(kept)}")
+    items = _items(texts.documents, "") + (_items(apart.documents, "kept apart: ") if apart else [])
+    return _Prepared(resolved, base, info, line, kept, items)
+
+
+def _share(config: ResolvedTextConfig, encoded: Sequence[Tensor]) -> float:
+    """How much of each text is kept apart."""
+    if config.held_out is not None or config.held_out_text:
+        return config.held_out or 0.0
+    return 0.1 if sum(map(len, encoded)) >= HELD_OUT_FROM * config.context else 0.0
+
+
+def _split(encoded: Sequence[Tensor], share: float) -> tuple[Tensor, Tensor | None]:
+    """One line of tokens to learn from, and one of the ends of all texts."""
+    cuts = [len(one) - round(len(one) * share) for one in encoded]
+    line = torch.cat([one[:cut] for one, cut in zip(encoded, cuts, strict=True)])
+    apart = torch.cat([one[cut:] for one, cut in zip(encoded, cuts, strict=True)])
+    return line, apart if len(apart) > 1 else None
+
+
+def _apart_line(apart: Tensor | None) -> str:
+    if apart is None:
+        return "none are kept apart to measure on (--held-out 0.1 keeps a tenth)"
+    return f"{len(apart):,} are kept apart: the perplexity on them shows when to stop"
+
+
+def _items(documents: Sequence[Document], prefix: str) -> list[dict[str, str]]:
+    return [{"name": prefix + document.name, "digest": document.digest} for document in documents]
+
+
+def _settings(config: ResolvedTextConfig) -> LanguageSettings:
+    return LanguageSettings(config.seed, config.batch_size, config.accumulation, config.context)
+
+
+def _trainer(prepared: _Prepared, chosen: Sequence[Block], say: Say) -> Trainer:
+    config, parts = prepared.config, components(prepared.base)
+    attached = attach(parts, chosen, config.seed, lambda component: config.lr)
+    arena = Arena(attached.groups)
+    plan = f"{config.steps} steps of {config.batch_size * config.accumulation} windows, learning rate {config.lr:g}"
+    say(f"{told(parts, chosen, arena.flat.numel())}; {plan} ({config.scheduler}), seed {config.seed}, {config.precision}")
+    settings = TrainerSettings(
+        steps=config.steps,
+        rates=attached.rates,
+        accumulation=config.accumulation,
+        scheduler=config.scheduler,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        ema=config.ema,
+        log_every=config.log_every,
+        save_every=config.save_every,
+    )
+    task = LanguageTask(prepared.base, _settings(config), prepared.line, prepared.apart)
+    return Trainer(task, arena, settings)
+
+
+def _session(prepared: _Prepared, folder: RunFolder, console: Console, trainer: Trainer) -> Session:
+    names = "\0".join(f"{item['name']}\0{item['digest']}" for item in prepared.items)
+    data = hashlib.sha256(names.encode()).hexdigest()[:16]
+    return Session(
+        config=prepared.config,
+        folder=folder,
+        console=console,
+        trainer=trainer,
+        origin=Origin(to_json(prepared.config), data, prepared.info.fingerprint),
+        items=prepared.items,
+        command="text train",
+        held_out_line=lambda loss: f"text kept apart: loss {loss:.4f}, perplexity {math.exp(loss):.2f}",
+    )
+
+
+def _result(prepared: _Prepared, trainer: Trainer, folder: RunFolder, seconds: float, fingerprint: str) -> TextTrainResult:
+    config = prepared.config
+    return TextTrainResult(
+        output=config.output,
+        run_dir=config.run_dir,
+        config=config,
+        steps=trainer.step,
+        tokens=len(prepared.line),
+        seconds=seconds,
+        held_out_before=folder.held_out.get(0),
+        held_out_after=folder.held_out.get(trainer.step),
+        base_fingerprint=fingerprint,
+    )
+
+
+def _spec(prepared: _Prepared, chosen: Sequence[Block], result: TextTrainResult) -> formats.Spec:
+    config = prepared.config
+    training = to_json(config) | {
+        # Where texts lie on this disk is nobody's business.
+        "texts": [path.name for path in config.texts],
+        "held_out_text": [path.name for path in config.held_out_text],
+        "tokens": result.tokens,
+        "steps_done": result.steps,
+        "seconds": round(result.seconds, 1),
+        "held_out_loss": result.held_out_after,
+        "held_out_loss_before": result.held_out_before,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    for place in ("output", "run_dir"):
+        del training[place]
+    return formats.Spec(
+        methods={"lm": tuple(block.spec() for block in chosen)},
+        base=asdict(prepared.info),
+        training=training,
+        title=config.output.stem,
+    )
+
+
+def _tell(result: TextTrainResult, say: Say) -> None:
+    """What was made, and what to type next."""
+    config = result.config
+    if result.perplexities is not None:
+        before, after = result.perplexities
+        say(f"perplexity on text kept apart: {before:.2f} before, {after:.2f} after ({after / before - 1:+.0%})")
+    size = result.output.stat().st_size / 2**20
+    say(
+        f"wrote {result.output} ({size:.1f} MiB) after {result.steps} steps on {result.tokens:,} tokens,"
+        f" {result.seconds:.0f} s; settings and metrics are in {result.run_dir}"
+    )
+    base = "" if config.base == "tiny-lm" else f" --base {shlex.quote(config.base)}"
+    say(f"next: peft-diffusion text generate 'The first words' --adapter {shlex.quote(str(result.output))}{base}")
