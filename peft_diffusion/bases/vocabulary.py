@@ -5,12 +5,12 @@ import functools
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from torch import nn
 
 from ..core import site as sites
-from ..core.adapter import parts_of
+from ..core.adapter import Method, parts_of
 from ..core.errors import UserError
 from ..core.strength import Strengths
 from ..methods.tokens import SoftPrompt, SoftPromptAdapter, Tokens, TokensAdapter
@@ -20,17 +20,19 @@ _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "lm
 _LEGACY_EOS = 2  # what configurations of early CLIP exports say, and what makes the model look for the largest id instead
 _DEFAULT = "*"  # the word that the first programs for textual inversion began with
 
-_Learned = TypeVar("_Learned", Tokens, SoftPrompt)
 
+def begun(base: Any, component: str, method: Method) -> Method:
+    """The method as it can be built on a component: token methods with the ids of their initial words, others as they are.
 
-def begun(method: _Learned, tokenizer: Any) -> _Learned:
-    """The method with the ids of the initial words, one a vector. Raises UserError where there are more than vectors."""
-    if method.ids:
+    Raises UserError where initial words have more tokens than there are vectors.
+    """
+    if not isinstance(method, (Tokens, SoftPrompt)) or method.ids:
         return method
-    if isinstance(method, SoftPrompt):
-        return replace(method, ids=_initial(tokenizer, method.initial, method.vectors))
-    ids = [one for words in method.begins for one in _initial(tokenizer, words, method.vectors)]
-    return replace(method, ids=ids)
+    if component not in _TOKENIZERS:
+        raise UserError(f"{method.name} needs a component that reads words, which {component} is not")
+    begins = method.begins if isinstance(method, Tokens) else [method.initial]
+    tokenizer = getattr(base, _TOKENIZERS[component])
+    return replace(method, ids=[one for words in begins for one in _initial(tokenizer, words, method.vectors)])
 
 
 def teach(base: Any) -> None:

@@ -1,0 +1,389 @@
+"""BitFit, bottlenecks, prefixes and learned tokens: against plain formulas, and all of them together with LoRA."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipe
+from laws import randomize
+from test_formats import picture
+from torch import nn
+from torch.nn import functional as F
+
+from peft_diffusion import formats
+from peft_diffusion.bases import components, describe, fingerprint
+from peft_diffusion.bases.vocabulary import begun, teach
+from peft_diffusion.core import merge, site
+from peft_diffusion.core.adapter import Method
+from peft_diffusion.core.errors import FoldError, UserError
+from peft_diffusion.formats import container
+from peft_diffusion.formats.file import base_dict
+from peft_diffusion.generation import Adapters
+from peft_diffusion.methods.bitfit import BitFit
+from peft_diffusion.methods.bottleneck import Bottleneck
+from peft_diffusion.methods.lora import Lora
+from peft_diffusion.methods.prefix import Prefix
+from peft_diffusion.methods.tokens import SoftPrompt, Tokens
+
+ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
+MIXTURE = {
+    "unet": [
+        (Lora(rank=4), "attention"),
+        (Bottleneck(hidden=4), "outputs"),
+        (BitFit(), "norms"),
+        (Prefix(length=3), "attentions"),
+    ],
+    "text_encoder": [(Lora(rank=2), "attention"), (Tokens("<cat>", 3, "cat"), "tokens"), (SoftPrompt(2, "flat"), "tokens")],
+}
+
+
+def alone(module: nn.Module, method: Method) -> nn.Module:
+    """A module by itself that carries a method with parameters that matter."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"part": module}).requires_grad_(False)
+    site.attach(model, "a", method, "part")
+    randomize(model, "a")
+    return module
+
+
+def adapter_of(module: nn.Module):
+    return module.adapters["a"]
+
+
+def parameters(model: nn.Module, name: str = "a") -> int:
+    return sum(p.numel() for a in site.adapters(model, name).values() for p in a.parameters())
+
+
+def attach_words(pipe, method: Method, name: str = "a") -> None:
+    site.attach(pipe.text_encoder, name, begun(pipe, "text_encoder", method), "tokens")
+    teach(pipe)
+
+
+def save_mixture(path, pipe, name: str = "mix", seed: int = 3):
+    """One file with every method, their parameters as if trained."""
+    methods = {}
+    for component, rows in MIXTURE.items():
+        part = components(pipe)[component]
+        chosen = [(begun(pipe, component, method), target) for method, target in rows]
+        site.attach_all(part, name, chosen)
+        randomize(part, name, seed)
+        methods[component] = [{**method.spec(), "target": target} for method, target in chosen]
+    teach(pipe)
+    parts = {component: components(pipe)[component] for component in MIXTURE}
+    formats.save(path, parts, name, formats.Spec(methods, base_dict(describe(pipe))))
+    return path
+
+
+# BitFit
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "module, shape",
+    [
+        (nn.Linear(6, 8), (2, 5, 6)),
+        (nn.Conv2d(6, 8, 3), (2, 6, 5, 5)),
+        (nn.GroupNorm(2, 6), (2, 6, 4)),
+        (nn.LayerNorm(6), (2, 6)),
+    ],
+)
+def test_bitfit_is_another_bias(module, shape):
+    x = torch.randn(shape)
+    weight, bias = module.weight.clone(), module.bias.clone()
+    alone(module, BitFit())
+    changed = bias + adapter_of(module).bias
+    expected = {
+        nn.Linear: lambda: F.linear(x, weight, changed),
+        nn.Conv2d: lambda: F.conv2d(x, weight, changed),
+        nn.GroupNorm: lambda: F.group_norm(x, 2, weight, changed),
+        nn.LayerNorm: lambda: F.layer_norm(x, (6,), weight, changed),
+    }[site.base_class(module)]()
+    assert torch.allclose(module(x), expected, atol=1e-6)
+
+
+@torch.no_grad()
+def test_bitfit_keeps_a_norm_weight_that_another_program_trained():
+    norm = nn.LayerNorm(6)
+    x, tensors = torch.randn(2, 6), {"w_norm": torch.randn(6), "b_norm": torch.randn(6)}
+    assert BitFit.recognizes(tensors.keys()) and not BitFit.recognizes({"diff", "diff_b"})
+    expected = F.layer_norm(x, (6,), norm.weight + tensors["w_norm"], norm.bias + tensors["b_norm"])
+    model = nn.ModuleDict({"norm": norm})
+    site.attach_built(model, "a", {"norm": BitFit.read(norm, tensors)})
+    assert torch.allclose(norm(x), expected, atol=1e-6)
+    assert torch.equal(adapter_of(norm).state()["w_norm"], tensors["w_norm"])
+    merge.merge(model)
+    assert torch.allclose(norm(x), expected, atol=1e-6)
+
+
+def test_bitfit_has_as_many_parameters_as_there_are_biases(tiny_pipe):
+    unet, encoder = tiny_pipe.unet, tiny_pipe.text_encoder
+    biases = sum(p.numel() for name, p in unet.named_parameters() if name.endswith("bias"))
+    site.attach(unet, "a", BitFit(), "biases")
+    assert parameters(unet) == biases
+    biases = sum(p.numel() for name, p in encoder.named_parameters() if name.endswith("bias") and "k_proj" not in name)
+    site.attach(encoder, "a", BitFit(), "biases")
+    assert parameters(encoder) == biases
+
+
+# Bottlenecks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+@pytest.mark.parametrize("form", ["sequential", "parallel"])
+def test_a_bottleneck_is_a_small_network_after_or_beside(form, activation):
+    layer = nn.Linear(6, 8)
+    alone(layer, Bottleneck(hidden=3, activation=activation, form=form, scale=2.0))
+    x = torch.randn(2, 5, 6)
+    y = F.linear(x, layer.weight, layer.bias)
+    part = adapter_of(layer)
+    inner = getattr(F, activation)((y if form == "sequential" else x) @ part.down.T + part.down_bias)
+    assert torch.allclose(layer(x), y + 2.0 * (inner @ part.up.T + part.up_bias), atol=1e-5)
+    inside = 8 if form == "sequential" else 6
+    assert sum(p.numel() for p in part.parameters()) == 3 * (inside + 8 + 1) + 8
+
+
+@torch.no_grad()
+def test_a_bottleneck_at_a_convolution_treats_every_pixel_alike():
+    conv = nn.Conv2d(4, 6, 3, padding=1)
+    alone(conv, Bottleneck(reduction=2))
+    x = torch.randn(2, 4, 5, 5)
+    y = F.conv2d(x, conv.weight, conv.bias, padding=1)
+    part = adapter_of(conv)
+    pixels = y.permute(0, 2, 3, 1)
+    change = F.gelu(pixels @ part.down.T + part.down_bias) @ part.up.T + part.up_bias
+    assert part.down.shape == (3, 6) and torch.allclose(conv(x), y + change.permute(0, 3, 1, 2), atol=1e-5)
+
+
+def test_named_targets_are_where_the_papers_put_bottlenecks(tiny_pipe):
+    unet = tiny_pipe.unet
+    houlsby = site.attach(unet, "houlsby", Bottleneck(), "outputs")
+    pfeiffer = site.attach(unet, "pfeiffer", Bottleneck(), "ff-outputs")
+    he = site.attach(unet, "he", Bottleneck(form="parallel"), "sublayers")
+    blocks = [path.removesuffix(".ff.net.2") for path in pfeiffer]
+    assert len(blocks) == 4 and all(path.endswith("transformer_blocks.0") for path in blocks)
+    assert set(houlsby) == {f"{b}.{end}" for b in blocks for end in ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")}
+    assert set(he) == {f"{b}.{end}" for b in blocks for end in ("attn1", "attn2", "ff")}
+
+
+def test_methods_refuse_sites_and_values_that_they_cannot_serve(tiny_pipe):
+    unet, encoder = tiny_pipe.unet, tiny_pipe.text_encoder
+    for method, part, target, words in [
+        (Bottleneck(), unet, "norms", "bottleneck cannot serve .*GroupNorm"),
+        (Bottleneck(form="parallel"), unet, r".*downsamplers\.0\.conv", "bottleneck cannot serve .*Conv2d"),
+        (Prefix(), unet, "attention", "prefix cannot serve .*Linear"),
+        (Prefix(), encoder, r".*\.self_attn", "prefix cannot serve .*CLIPAttention"),
+        (Tokens(), encoder, "attention", "tokens cannot serve"),
+        (BitFit(), unet, r".*\.to_q", "bitfit cannot serve .*Linear"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            site.attach(part, "a", method, target)
+        assert not site.sites(part)
+    for wrong in (
+        lambda: Bottleneck(hidden=0),
+        lambda: Bottleneck(reduction=0.5),
+        lambda: Bottleneck(activation="tanh"),
+        lambda: Bottleneck(form="across"),
+        lambda: Bottleneck(scale=0.0),
+        lambda: Prefix(length=0),
+        lambda: Tokens("two words"),
+        lambda: Tokens("<a>,<A>"),
+        lambda: Tokens("<a>", 0),
+        lambda: Tokens("<a>,<b>", initial="cat"),
+        lambda: Tokens("<a>", ids="12"),
+        lambda: SoftPrompt(0),
+    ):
+        with pytest.raises(UserError):
+            wrong()
+
+
+# Prefixes
+
+
+@torch.no_grad()
+def test_a_prefix_adds_what_the_queries_find_in_it(tiny_pipe):
+    attention = tiny_pipe.unet.get_submodule(ATTENTION)
+    width = attention.to_q.out_features
+    x = torch.randn(2, 9, width)
+    plain = attention(x)
+    site.attach(tiny_pipe.unet, "a", Prefix(length=5), ATTENTION.replace(".", r"\."))
+    assert torch.equal(attention(x), plain)
+    randomize(tiny_pipe.unet, "a")
+    part, heads = adapter_of(attention), attention.heads
+    found = []
+    for head in range(heads):
+        here = slice(head * width // heads, (head + 1) * width // heads)
+        scores = attention.to_q(x)[..., here] @ part.keys[:, here].T / (width // heads) ** 0.5
+        found.append(scores.softmax(-1) @ part.values[:, here])
+    expected = plain + torch.cat(found, -1) @ attention.to_out[0].weight.T
+    assert torch.allclose(attention(x), expected, atol=1e-5)
+    assert parameters(tiny_pipe.unet) == 2 * 5 * width
+
+
+@torch.no_grad()
+def test_a_prefix_is_the_second_term_of_prefix_tuning():
+    """Li and Liang's attention over [P; K] is a mean of both terms, weighed by their shares of the softmax."""
+    q, k, v, pk, pv = (torch.randn(n, 8, dtype=torch.float64) for n in (6, 7, 7, 3, 3))
+    both = F.scaled_dot_product_attention(q, torch.cat([pk, k]), torch.cat([pv, v]))
+    share = torch.sigmoid((q @ pk.T / 8**0.5).logsumexp(-1) - (q @ k.T / 8**0.5).logsumexp(-1))[:, None]
+    ours = F.scaled_dot_product_attention(q, pk, pv)
+    assert torch.allclose(both, (1 - share) * F.scaled_dot_product_attention(q, k, v) + share * ours)
+
+
+# Tokens
+
+
+def test_placeholders_are_whole_words_of_one_token_a_vector(tiny_pipe):
+    tokenizer = tiny_pipe.tokenizer
+    kind, backend = type(tokenizer), tokenizer._tokenizer
+    plain = {text: tokenizer(text).input_ids for text in ("a <cattle>", "asks", "a cat")}
+    size = len(tokenizer)
+    attach_words(tiny_pipe, Tokens("<cat>,sks", 3, "red,dog"))
+    new = list(range(size, size + 6))
+    assert {text: tokenizer(text).input_ids for text in plain} == plain
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    a = plain["a cat"][1]
+    assert tokenizer("a <cat>").input_ids == [start, a, *new[:3], end]
+    assert tokenizer(["SKS", "<CAT> a"]).input_ids == [[start, *new[3:], end], [start, *new[:3], a, end]]
+    assert tiny_pipe.maybe_convert_prompt("a <cat>", tokenizer) == "a <cat>"
+    site.detach(tiny_pipe.text_encoder, "a")
+    teach(tiny_pipe)
+    assert type(tokenizer) is kind and tokenizer._tokenizer is backend and "lessons" not in vars(tokenizer)
+    assert {text: tokenizer(text).input_ids for text in plain} == plain
+
+
+@torch.no_grad()
+def test_new_words_mean_their_initial_words_until_they_are_trained(tiny_pipe):
+    encoder, tokenizer = tiny_pipe.text_encoder, tiny_pipe.tokenizer
+
+    def told(prompt: str) -> torch.Tensor:
+        return encoder(tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids).last_hidden_state
+
+    wanted, plain, matrix = told("a red red"), told("a dog"), encoder.state_dict()
+    attach_words(tiny_pipe, Tokens("<new>", 2, "red"))
+    assert torch.equal(told("a <new>"), wanted)
+    randomize(encoder, "a")
+    assert not torch.equal(told("a <new>"), wanted) and torch.equal(told("a dog"), plain)
+    vectors = next(iter(site.adapters(encoder, "a").values())).vectors
+    ids = torch.tensor(tokenizer("<new>", add_special_tokens=False).input_ids)
+    assert torch.allclose(encoder.get_input_embeddings()(ids[None])[0], vectors, atol=1e-6)
+    site.strengths(encoder).write({"a": 0.0})
+    assert torch.equal(told("a <new>"), wanted)
+    assert encoder.state_dict().keys() == matrix.keys() and parameters(encoder) == 2 * 32
+    site.strengths(encoder).write({"a": 0.5})
+    with pytest.raises(FoldError, match=r"<new>.*cannot be merged"):
+        merge.merge(encoder)
+
+
+@torch.no_grad()
+def test_a_soft_prompt_precedes_the_prompts_of_images_that_have_it(tiny_pipe):
+    tokenizer = tiny_pipe.tokenizer
+    before = picture(tiny_pipe)
+    start, *words, end = tokenizer("a dog").input_ids
+    new = list(range(len(tokenizer), len(tokenizer) + 3))
+    attach_words(tiny_pipe, SoftPrompt(3, "flat red"))
+    assert tokenizer("a dog").input_ids == [start, *new, *words, end]
+    randomize(tiny_pipe.text_encoder, "a")
+    assert not np.array_equal(picture(tiny_pipe), before)
+    strengths = site.strengths(tiny_pipe.text_encoder)
+    strengths.write({"a": [0.0, 0.5]})
+    assert tokenizer(["a dog"] * 2).input_ids == [[start, *words, end], [start, *new, *words, end]]
+    strengths.write({"a": 0.0})
+    assert np.array_equal(picture(tiny_pipe), before)
+
+
+def test_words_that_clash_or_do_not_fit_are_errors_that_change_nothing(tiny_pipe):
+    attach_words(tiny_pipe, Tokens("<cat>", 2))
+    ids = tiny_pipe.tokenizer("<cat>").input_ids
+    for method, words in [
+        (Tokens("<Cat>"), "'a' and 'b' both teach the word '<Cat>'"),
+        (Tokens("dog"), "'dog', which the base knows already"),
+        (SoftPrompt(75), "leave no room"),
+    ]:
+        site.attach(tiny_pipe.text_encoder, "b", begun(tiny_pipe, "text_encoder", method), "tokens")
+        with pytest.raises(UserError, match=words):
+            teach(tiny_pipe)
+        assert tiny_pipe.tokenizer("<cat>").input_ids == ids
+        site.detach(tiny_pipe.text_encoder, "b")
+    with pytest.raises(UserError, match="have 3 tokens, for 2 vectors"):
+        begun(tiny_pipe, "text_encoder", SoftPrompt(2, "red cat house"))
+    with pytest.raises(UserError, match="unet is not"):
+        begun(tiny_pipe, "unet", Tokens())
+    with pytest.raises(UserError, match="begun"):
+        site.attach(tiny_pipe.text_encoder, "b", Tokens(), "tokens")
+
+
+@torch.no_grad()
+def test_models_that_look_for_the_largest_id_still_find_the_end_of_text(tiny_pipe):
+    encoder, tokenizer = tiny_pipe.text_encoder, tiny_pipe.tokenizer
+    owner = next(module for module in encoder.modules() if "eos_token_id" in vars(module))
+    attach_words(tiny_pipe, Tokens("<cat>", 2, "cat"))
+    ids = tokenizer("a <cat> dog", padding="max_length", return_tensors="pt").input_ids
+    expected = encoder(ids).pooler_output
+    site.detach(encoder, "a")
+    teach(tiny_pipe)
+    owner.eos_token_id = 2  # as the configurations of Stable Diffusion 1 and XL have it
+    attach_words(tiny_pipe, Tokens("<cat>", 2, "cat"))
+    assert torch.equal(encoder(ids).pooler_output, expected)
+    site.detach(encoder, "a")
+    teach(tiny_pipe)
+    assert owner.eos_token_id == 2
+
+
+# All together
+
+
+def test_a_mixture_is_one_file_and_blends_image_by_image(tiny_pipe, tmp_path):
+    file = save_mixture(tmp_path / "mix.safetensors", make_pipe())
+    other = save_mixture(tmp_path / "other.safetensors", make_pipe(), seed=5)
+    digest, before = fingerprint(components(tiny_pipe)), picture(tiny_pipe)
+    adapters = Adapters(tiny_pipe)
+    adapters.load(file, name="mix", strict=True)
+    with pytest.raises(UserError, match="'mix' and 'other' both teach the word '<cat>'"):
+        adapters.load(other)
+    assert adapters.names == ("mix",) and not np.array_equal(picture(tiny_pipe), before)
+    kinds = {type(part).__name__ for part in _parts(tiny_pipe, "mix")}
+    adapters_of = {
+        "LoraAdapter",
+        "BottleneckAdapter",
+        "BitFitAdapter",
+        "PrefixAdapter",
+        "TokensAdapter",
+        "SoftPromptAdapter",
+    }
+    assert kinds == adapters_of
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def pictures(prompts: list[str]) -> list[np.ndarray]:
+        latents = noise.repeat(len(prompts), 1, 1, 1)
+        out = tiny_pipe(prompts, num_inference_steps=3, height=64, width=64, latents=latents)
+        return [np.asarray(image).astype(int) for image in out.images]
+
+    amounts, prompts = [0.0, 0.4, 1.0], ["a cat", "a <cat>", "a <cat>"]
+    adapters.set(mix=amounts)
+    together = pictures(prompts)
+    for amount, prompt, expected in zip(amounts, prompts, together, strict=True):
+        adapters.set(mix=amount)
+        assert np.abs(pictures([prompt])[0] - expected).max() <= 1
+    with pytest.raises(UserError, match="cannot be merged"):
+        adapters.merge()
+    adapters.remove("mix")
+    assert fingerprint(components(tiny_pipe)) == digest and np.array_equal(picture(tiny_pipe), before)
+
+
+def test_a_mixture_saved_again_is_the_same_file(tiny_pipe, tmp_path):
+    file = save_mixture(tmp_path / "mix.safetensors", tiny_pipe)
+    drawn = picture(tiny_pipe)
+    fresh = make_pipe()
+    adapters = Adapters(fresh)
+    adapters.load(file, name="mix")
+    assert np.array_equal(picture(fresh), drawn)
+    parts = {component: components(fresh)[component] for component in MIXTURE}
+    formats.save(tmp_path / "again.safetensors", parts, "mix", adapters["mix"].spec)
+    first, again = (container.read_tensors(path) for path in (file, tmp_path / "again.safetensors"))
+    assert list(first) == list(again) and all(torch.equal(first[key], again[key]) for key in first)
+
+
+def _parts(pipe, name: str):
+    for part in components(pipe).values():
+        for adapter in site.adapters(part, name).values():
+            yield from getattr(adapter, "parts", [adapter])
