@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from ..data.captions import CaptionRules
 from ..data.latents import LatentCache, TextCache, cache_text
 from . import objective
 from .seeds import generator, global_seed, seed_of
+from .session import evaluating
 from .text import Conditioning, TextSide, encode_frozen
 
 _DRAWS = 8  # noises and timesteps per held-out picture
@@ -129,18 +130,9 @@ class DiffusionTask:
         self.pipe.vae.to(self.device)
         self.pipe.text_encoder.to(self.device)
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> AbstractContextManager[None]:
         """The adapter without its dropout."""
-        parts = [adapter for part in self._components() for adapter in site.adapters(part, self.name).values()]
-        before = [part.training for part in parts]
-        for part in parts:
-            part.eval()
-        try:
-            yield
-        finally:
-            for part, training in zip(parts, before, strict=True):
-                part.train(training)
+        return evaluating(self._components(), self.name)
 
     def _components(self) -> list[nn.Module]:
         return list(components(self.pipe).values())

@@ -1,7 +1,6 @@
 """``text train``: from a text to an adapter file for a causal language model."""
 
 import datetime
-import hashlib
 import math
 import shlex
 import time
@@ -21,7 +20,7 @@ from ..core.arena import Arena
 from ..core.errors import UserError
 from ..data.text import Document, read_texts
 from .blocks import Block, blocks, check_methods
-from .checkpoint import Origin, explained
+from .checkpoint import Origin
 from .config import to_json
 from .language import LanguageSettings, LanguageTask, tokens
 from .language_config import (
@@ -34,8 +33,19 @@ from .language_config import (
 )
 from .progress import say_to
 from .run import RunFolder
-from .session import NAME, Say, Session, attach, base_kept, check_run, pick_precision, told
-from .trainer import Trainer, TrainerSettings
+from .session import (
+    Say,
+    Session,
+    attach,
+    base_kept,
+    check_run,
+    digest,
+    pick_precision,
+    save,
+    told,
+    trainer_settings,
+)
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -96,10 +106,7 @@ def train_text(
         session.learn()
         seconds = folder.seconds + time.monotonic() - began
         result = _result(prepared, trainer, folder, seconds, fingerprint)
-        with explained(result.output):
-            result.output.parent.mkdir(parents=True, exist_ok=True)
-        with trainer.final_weights():
-            formats.save(result.output, parts, NAME, _spec(prepared, chosen, result))
+        save(result.output, parts, trainer, _spec(prepared, chosen, result))
     _tell(result, say)
     return result
 
@@ -163,32 +170,18 @@ def _trainer(prepared: _Prepared, chosen: Sequence[Block], say: Say) -> Trainer:
     attached = attach(parts, chosen, config.seed, lambda component: config.lr)
     arena = Arena(attached.groups)
     plan = f"{config.steps} steps of {config.batch_size * config.accumulation} windows, learning rate {config.lr:g}"
-    say(f"{told(parts, chosen, arena.flat.numel())}; {plan} ({config.scheduler}), seed {config.seed}, {config.precision}")
-    settings = TrainerSettings(
-        steps=config.steps,
-        rates=attached.rates,
-        accumulation=config.accumulation,
-        scheduler=config.scheduler,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        clip=config.clip,
-        ema=config.ema,
-        log_every=config.log_every,
-        save_every=config.save_every,
-    )
+    say(f"{told(parts, chosen, arena.count)}; {plan} ({config.scheduler}), seed {config.seed}, {config.precision}")
     task = LanguageTask(prepared.base, _settings(config), prepared.line, prepared.apart)
-    return Trainer(task, arena, settings)
+    return Trainer(task, arena, trainer_settings(config, attached.rates))
 
 
 def _session(prepared: _Prepared, folder: RunFolder, console: Console, trainer: Trainer) -> Session:
-    names = "\0".join(f"{item['name']}\0{item['digest']}" for item in prepared.items)
-    data = hashlib.sha256(names.encode()).hexdigest()[:16]
     return Session(
         config=prepared.config,
         folder=folder,
         console=console,
         trainer=trainer,
-        origin=Origin(to_json(prepared.config), data, prepared.info.fingerprint),
+        origin=Origin(to_json(prepared.config), digest(prepared.items), prepared.info.fingerprint),
         items=prepared.items,
         command="text train",
         held_out_line=lambda loss: f"text kept apart: loss {loss:.4f}, perplexity {math.exp(loss):.2f}",

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from .trainer import Observer, StepLoss
 
-_PICTURES_APART = "loss on pictures kept apart {:.4f}"
+PICTURES_APART = "loss on pictures kept apart {:.4f}"
 _SMOOTH = 0.9
 _LINE_EVERY = 15.0  # seconds between lines where no bar can be drawn
 
@@ -55,9 +55,7 @@ class Reading:
 class Bar(Observer):
     """The progress of the steps: a bar in a terminal, a line now and then elsewhere."""
 
-    def __init__(
-        self, console: Console, steps: int, done: int, apart: Callable[[float], str] = _PICTURES_APART.format
-    ) -> None:
+    def __init__(self, console: Console, steps: int, done: int, apart: Callable[[float], str]) -> None:
         self.console = console
         self.apart = apart  # a measurement on what is kept apart, in words
         self.steps = steps

@@ -149,9 +149,7 @@ class RunFolder(Observer):
                 if later > step:
                     path.unlink()  # damaged, or it would have been the newest
 
-    def _check(
-        self, before: Origin, config: RunSettings, items: Sequence[dict[str, str]], now: Origin
-    ) -> None:
+    def _check(self, before: Origin, config: RunSettings, items: Sequence[dict[str, str]], now: Origin) -> None:
         """Raise UserError where the result would be that of no single run."""
         anew = "; start a new run with another --run-dir, or with --overwrite"
         changed = changes(before.config, config)
@@ -176,8 +174,6 @@ class RunFolder(Observer):
         lines += [f"{name} has another content" for name in both if now[name]["digest"] != before[name]["digest"]]
         lines += [f"{name} has another caption" for name in both if now[name].get("caption") != before[name].get("caption")]
         return ", ".join(lines[:3] or ["their order changed"]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
-
-
 
 
 def _json_lines(lines: Iterable[dict[str, Any]]) -> bytes:

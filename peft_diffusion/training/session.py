@@ -1,5 +1,6 @@
 """What every training has in common, of pictures or of text: attach, watch, keep, go on, and leave the base as it was."""
 
+import hashlib
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,17 +12,18 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from .. import formats
 from ..bases import fingerprint
 from ..core import site
 from ..core.adapter import Adapter, Method
 from ..core.errors import UserError
 from .blocks import Block
-from .checkpoint import Origin
+from .checkpoint import Origin, explained
 from .config import Precision, RunSettings
 from .progress import Bar, say_to
 from .run import RunFolder
 from .seeds import global_seed
-from .trainer import Interrupted, Observer, Trainer
+from .trainer import Interrupted, Observer, Trainer, TrainerSettings
 
 NAME = "trained"  # of the adapter, while it is
 Say = Callable[[str], None]
@@ -103,6 +105,38 @@ def pick_precision(asked: Precision, device: torch.device) -> Precision:
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
+def trainer_settings(config: RunSettings, rates: Mapping[str, float]) -> TrainerSettings:
+    """What of a run's settings the trainer goes by."""
+    return TrainerSettings(
+        steps=config.steps,
+        rates=rates,
+        accumulation=config.accumulation,
+        scheduler=config.scheduler,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        ema=config.ema,
+        log_every=config.log_every,
+        save_every=config.save_every,
+    )
+
+
+def digest(items: Sequence[Mapping[str, str]]) -> str:
+    """A digest of what is learned from (16 hex digits)."""
+    found = hashlib.sha256()
+    for item in items:
+        found.update("\0".join((*item.values(), "")).encode())
+    return found.hexdigest()[:16]
+
+
+def save(output: Path, parts: Mapping[str, nn.Module], trainer: Trainer, spec: formats.Spec) -> None:
+    """Write the adapter file, of the weights that the run gives. Raises UserError where the disk refuses."""
+    with explained(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with trainer.final_weights():
+        formats.save(output, parts, NAME, spec)
+
+
 @contextmanager
 def base_kept(parts: Mapping[str, nn.Module], say: Say) -> Iterator[str]:
     """A training inside; gives the base's fingerprint, and sees that it is the same at the end. Detaches the adapter.
@@ -124,9 +158,9 @@ def base_kept(parts: Mapping[str, nn.Module], say: Say) -> Iterator[str]:
 
 
 @contextmanager
-def evaluating(parts: Sequence[nn.Module]) -> Iterator[None]:
+def evaluating(parts: Sequence[nn.Module], name: str = NAME) -> Iterator[None]:
     """The adapter that is trained, without its dropout."""
-    adapters: list[Adapter] = [adapter for part in parts for adapter in site.adapters(part, NAME).values()]
+    adapters: list[Adapter] = [adapter for part in parts for adapter in site.adapters(part, name).values()]
     before = [adapter.training for adapter in adapters]
     for adapter in adapters:
         adapter.eval()
