@@ -32,7 +32,6 @@ METHODS: dict[str, tuple[Method, str]] = {
     "lora": (Lora(rank=4), "attention+ff"),
     "lora-scaled": (Lora(rank=3, alpha=1.0), "all-linear"),
     "locon": (Lora(rank=4), "conv"),
-    "lora-stabilized": (Lora(rank=3, rank_stabilized=True, init="gaussian"), "attention"),
     "dora": (Dora(rank=4, alpha=2.0), "attention+ff"),
     "dora-conv": (Dora(rank=4), "conv"),
     "loha": (Loha(rank=3, alpha=1.0), "attention+ff"),

@@ -10,17 +10,18 @@ from ..core.adapter import Adapter, Method, Site, float32_parameter
 from ..core.errors import UserError
 from ..core.merge import dense_weight
 from .affine import ALPHA, applied, channels, check_rank, serves, stored_alpha, weight_shape, without_bias
-from .lora import DOWN, UP, LoraAdapter, check_dropout, fresh_pair, read_pair
+from .lora import DOWN, MID, UP, LoraAdapter, check_dropout, fresh_pair, read_pair
 
 _MAGNITUDE = "dora_scale"
 
 
 @dataclass(frozen=True)
-class Dora(Method, name="dora", suffixes=frozenset({DOWN, UP, ALPHA, _MAGNITUDE})):
+class Dora(Method, name="dora", suffixes=frozenset({DOWN, UP, MID, ALPHA, _MAGNITUDE})):
     """The weight becomes ``magnitude * (W + LoRA) / |W + LoRA|``, the norm being that of each output's row.
 
     ``rank``, ``alpha``, ``dropout`` and ``rank_stabilized`` are those of the LoRA. At a strength s the output is the
-    base's plus s times the whole difference, as ComfyUI mixes it too.
+    base's plus s times the whole difference, as ComfyUI mixes it too. Files are those of LyCORIS; diffusers 0.42 leaves
+    ``dora_scale`` out of them, with a warning.
     """
 
     rank: int = 16
@@ -58,9 +59,7 @@ class Dora(Method, name="dora", suffixes=frozenset({DOWN, UP, ALPHA, _MAGNITUDE}
         elif magnitude.numel() == inputs and shape[:2] == [1, inputs]:
             magnitude = magnitude.reshape(1, inputs, *ones)
         else:
-            raise UserError(
-                f"{_MAGNITUDE} {tuple(shape)} fits neither the {outputs} outputs nor the {inputs} inputs"
-            )
+            raise UserError(f"{_MAGNITUDE} {tuple(shape)} fits neither the {outputs} outputs nor the {inputs} inputs")
         return DoraAdapter(read_pair(site, tensors), magnitude)
 
 

@@ -13,12 +13,12 @@ from ..core.errors import UserError
 from ..core.merge import dense_weight
 from .affine import ALPHA, check_rank, read_alpha, require, serves, single, stored_alpha, weight_shape
 
-DOWN, UP = "lora_down.weight", "lora_up.weight"
+DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 INITS = ("standard", "gaussian", "pissa")
 
 
 @dataclass(frozen=True)
-class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, ALPHA})):
+class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA})):
     """``y + alpha / rank * up(down(x))`` at a Linear or Conv2d; a convolution goes down with its own kernel, up with 1x1.
 
     ``alpha`` None means alpha = rank. ``dropout`` drops inputs of ``down`` while training. ``rank_stabilized`` scales by
@@ -62,7 +62,7 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, ALPHA})):
 
     @classmethod
     def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
-        """From the kohya layout. No alpha, and alpha 0, mean alpha = rank."""
+        """From the kohya or LyCORIS layout. No alpha, and alpha 0, mean alpha = rank."""
         return read_pair(site, tensors)
 
 
@@ -95,10 +95,19 @@ def principal_pair(site: Site, rank: int, scale: float) -> tuple[Tensor, Tensor]
 
 
 def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
-    """The pair of a file. Raises UserError where it does not fit the site."""
+    """The pair of a file. Raises UserError where it does not fit the site.
+
+    LyCORIS' Tucker form of a convolution (``lora_mid``, which has the kernel, between two 1x1) becomes a usual pair.
+    """
     require(tensors, DOWN, UP)
     down, up = tensors[DOWN], tensors[UP].flatten(1)
     outputs, *inputs = weight_shape(site)
+    if MID in tensors:
+        if tensors[MID].shape[:2] != (up.shape[1], len(down)):
+            raise UserError(
+                f"{MID} {tuple(tensors[MID].shape)} does not fit down {tuple(down.shape)} and up {tuple(up.shape)}"
+            )
+        down = torch.einsum("ij...,jn->in...", tensors[MID].float(), down.flatten(1).float())
     if down.ndim == 4 and len(inputs) == 1 and down.shape[2:] == (1, 1):
         down = down.flatten(1)  # a 1x1 convolution elsewhere is a Linear here
     if len(inputs) == 3 and down.ndim == 2:
