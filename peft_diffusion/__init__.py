@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .bases import load_base
+    from .bases import LanguageModel, load_base, load_lm
     from .core.errors import UserError
     from .formats import Inspection, Spec, inspect
     from .generation import Adapters, Schedule
     from .generation.blend import Blend, blend
     from .generation.config import BlendConfig, GenerateConfig
     from .generation.generate import Picture, generate
-    from .training import TrainConfig, train
+    from .generation.language import generate_text
+    from .generation.language_config import TextGenerateConfig
+    from .training import TextTrainConfig, TrainConfig, train, train_text
 
 __all__ = [
     "Adapters",
@@ -21,16 +23,22 @@ __all__ = [
     "BlendConfig",
     "GenerateConfig",
     "Inspection",
+    "LanguageModel",
     "Picture",
     "Schedule",
     "Spec",
+    "TextGenerateConfig",
+    "TextTrainConfig",
     "TrainConfig",
     "UserError",
     "blend",
     "generate",
+    "generate_text",
     "inspect",
     "load_base",
+    "load_lm",
     "train",
+    "train_text",
 ]
 
 # Where each name lives. Importing the package must not cost an import of torch, so a name is looked up when it is used.
@@ -40,16 +48,22 @@ _HOMES = {
     "BlendConfig": "generation.config",
     "GenerateConfig": "generation.config",
     "Inspection": "formats",
+    "LanguageModel": "bases",
     "Picture": "generation.generate",
     "Schedule": "generation",
     "Spec": "formats",
+    "TextGenerateConfig": "generation.language_config",
+    "TextTrainConfig": "training",
     "TrainConfig": "training",
     "UserError": "core.errors",
     "blend": "generation.blend",
     "generate": "generation.generate",
+    "generate_text": "generation.language",
     "inspect": "formats",
     "load_base": "bases",
+    "load_lm": "bases",
     "train": "training",
+    "train_text": "training",
 }
 
 
