@@ -1,10 +1,13 @@
 """BitFit, bottlenecks, prefixes and learned tokens: against plain formulas, and all of them together with LoRA."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_pipe
 from laws import randomize
+from safetensors.torch import save_file
 from test_formats import picture
 from torch import nn
 from torch.nn import functional as F
@@ -327,6 +330,104 @@ def test_models_that_look_for_the_largest_id_still_find_the_end_of_text(tiny_pip
     site.detach(encoder, "a")
     teach(tiny_pipe)
     assert owner.eos_token_id == 2
+
+
+# Files of new words
+
+
+def save_word(path, pipe, *methods: Method):
+    """A file of token methods alone."""
+    site.attach_all(pipe.text_encoder, "w", [(begun(pipe, "text_encoder", method), "tokens") for method in methods])
+    randomize(pipe.text_encoder, "w")
+    formats.save(path, {"text_encoder": pipe.text_encoder}, "w", formats.Spec(base=base_dict(describe(pipe))))
+    return next(iter(site.adapters(pipe.text_encoder, "w").values())).vectors.detach()
+
+
+@torch.no_grad()
+def test_one_word_alone_is_a_file_that_diffusers_reads(tiny_pipe, tmp_path):
+    vectors = save_word(tmp_path / "renamed.safetensors", tiny_pipe, Tokens("<cat>", 3, "cat"))
+    assert list(container.read_tensors(tmp_path / "renamed.safetensors")) == ["emb_params"]
+    other = make_pipe()
+    other.load_textual_inversion(tmp_path / "renamed.safetensors", token="<theirs>")
+    theirs = other.tokenizer(other.maybe_convert_prompt("<theirs>", other.tokenizer), add_special_tokens=False).input_ids
+    assert torch.equal(other.text_encoder.get_input_embeddings().weight[theirs], vectors)
+    pipe = make_pipe()
+    Adapters(pipe).load(tmp_path / "renamed.safetensors", name="word")
+    (ours,) = site.adapters(pipe.text_encoder, "word").values()
+    assert torch.equal(ours.vectors, vectors) and ours.words == {"<cat>": (200, 200, 200)}
+    found = formats.inspect(tmp_path / "renamed.safetensors")
+    assert found.methods == ("tokens",) and found.parameters == 96 and found.components == {"text_encoder": 1}
+
+
+@torch.no_grad()
+def test_words_beside_other_methods_are_bundled(tiny_pipe, tmp_path):
+    save_mixture(tmp_path / "mix.safetensors", tiny_pipe)
+    tensors = container.read_tensors(tmp_path / "mix.safetensors")
+    (ours,) = (part for part in _parts(tiny_pipe, "mix") if type(part).__name__ == "TokensAdapter")
+    assert torch.equal(tensors["bundle_emb.<cat>.clip_l"], ours.vectors)
+    found = formats.inspect(tmp_path / "mix.safetensors")
+    assert found.methods == ("bitfit", "bottleneck", "lora", "prefix", "prompt", "tokens") and not found.unknown
+    assert found.parameters == sum(parameters(components(tiny_pipe)[part], "mix") for part in MIXTURE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, content, word",
+    [
+        ("my cat.pt", {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 32)}, "name": "x"}, "my_cat"),
+        ("own.safetensors", {"emb_params": torch.ones(2, 32)}, "own"),
+        ("trainer.safetensors", {"emp_params": torch.ones(2, 32)}, "trainer"),
+        ("scripts.safetensors", {"<toy>": torch.ones(2, 32)}, "<toy>"),
+        ("scripts.bin", {"<toy>": torch.ones(2, 32)}, "<toy>"),
+        ("bundle.safetensors", {"bundle_emb.toy.clip_l": torch.ones(2, 32)}, "toy"),
+    ],
+)
+def test_words_of_other_programs_load(tiny_pipe, tmp_path, name, content, word):
+    file = tmp_path / name
+    save_file(content, file) if file.suffix == ".safetensors" else torch.save(content, file)
+    Adapters(tiny_pipe).load(file, name="theirs", strict=True)
+    ids = tiny_pipe.tokenizer(f"a {word}", add_special_tokens=False, return_tensors="pt").input_ids[:, 1:]
+    assert torch.allclose(tiny_pipe.text_encoder.get_input_embeddings()(ids), torch.ones(1, 2, 32))
+
+
+@torch.no_grad()
+def test_a_word_has_vectors_for_both_text_encoders_of_xl(tmp_path):
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    def base() -> SimpleNamespace:
+        first, second = make_pipe(), make_pipe()
+        config = CLIPTextConfig(**{**second.text_encoder.config.to_dict(), "hidden_size": 48, "intermediate_size": 64})
+        torch.manual_seed(0)
+        return SimpleNamespace(
+            text_encoder=first.text_encoder,
+            tokenizer=first.tokenizer,
+            text_encoder_2=CLIPTextModelWithProjection(config).eval().requires_grad_(False),
+            tokenizer_2=second.tokenizer,
+        )
+
+    made, parts = base(), {}
+    for name in ("text_encoder", "text_encoder_2"):
+        parts[name] = getattr(made, name)
+        site.attach(parts[name], "w", begun(made, name, Tokens("<cat>", 2, "cat")), "tokens")
+        randomize(parts[name], "w")
+    file = tmp_path / "cat.safetensors"
+    formats.save(file, parts, "w", formats.Spec())
+    tensors = container.read_tensors(file)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"clip_l": (2, 32), "clip_g": (2, 48)}
+    fresh = base()
+    for name, built in formats.load(file, fresh, strict=True).components.items():
+        site.attach_built(getattr(fresh, name), "w", built)
+    teach(fresh)
+    ids = fresh.tokenizer_2("<cat>", add_special_tokens=False, return_tensors="pt").input_ids
+    assert torch.allclose(fresh.text_encoder.get_input_embeddings()(ids)[0], tensors["clip_l"])
+    assert torch.allclose(fresh.text_encoder_2.get_input_embeddings()(ids)[0], tensors["clip_g"])
+
+
+def test_a_word_for_another_base_is_an_error(tiny_pipe, tmp_path):
+    save_file({"emb_params": torch.ones(2, 768)}, tmp_path / "sd.safetensors")
+    with pytest.raises(UserError, match=r"made for another base.*\(2, 768\).*width here is 32"):
+        Adapters(tiny_pipe).load(tmp_path / "sd.safetensors")
+    assert not site.sites(tiny_pipe.text_encoder)
 
 
 # All together

@@ -181,6 +181,8 @@ def _read_pickle(path: Path) -> dict[str, "Tensor"]:
         # Anything can come out of a hostile pickle; weights_only refuses to run it.
         raise UserError(f"{path} cannot be read as plain weights: {str(error).splitlines()[0]}") from None
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    if isinstance(loaded.get("string_to_param"), dict):  # a word of A1111, which calls it by the file's name
+        loaded = {"emb_params": next(iter(loaded["string_to_param"].values()), None)}
     tensors = {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no named tensors")

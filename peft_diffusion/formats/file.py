@@ -12,7 +12,7 @@ from ..bases import components, describe
 from ..core import site as sites
 from ..core.adapter import METHODS, Adapter, chained
 from ..core.errors import UserError
-from . import container, kohya
+from . import container, kohya, textual_inversion
 from .layout import component_of
 from .spec import Spec
 
@@ -48,7 +48,8 @@ def save(path: str | Path, components: Mapping[str, nn.Module], name: str, spec:
     if not adapters:
         raise UserError(f"no adapter {name!r} is attached, so there is nothing to save")
     tensors, metadata = kohya.write(adapters, spec)
-    container.write(Path(path), tensors, metadata)
+    tensors, words = textual_inversion.published(tensors)
+    container.write(Path(path), tensors, metadata | words)
 
 
 def load(path: str | Path, pipe: Any, *, strict: bool = False) -> Loaded:
@@ -61,6 +62,7 @@ def load(path: str | Path, pipe: Any, *, strict: bool = False) -> Loaded:
     tensors = container.read_tensors(path)
     header = container.read_header(path) if path.suffix == ".safetensors" else None
     spec = Spec.from_metadata(header.metadata, str(path)) if header else None
+    tensors = textual_inversion.adopted(tensors, header.metadata if header else {}, pipe, parts, path.stem)
     if not any(component_of(name) for name in tensors):
         shown = ", ".join(list(tensors)[:3])
         raise UserError(f"{path} is no adapter in the kohya layout: it holds {shown}{', ...' if len(tensors) > 3 else ''}")

@@ -21,9 +21,18 @@ _MARKS = {
     "oft_blocks": "oft",
     "on_input": "ia3",
     "dora_scale": "dora",
-    "emb_params": "tokens",
-    "clip_l": "tokens",
+    "diff_b": "bitfit",
+    "b_norm": "bitfit",
+    "bottleneck_down": "bottleneck",
+    "prefix_keys": "prefix",
+    "prompt_vectors": "prompt",
+    "tokens_vectors": "tokens",
+    "vectors": "tokens",
 }
+# What stands beside the parameters. Our own norms carry a weight's change of zero, for programs that look for one.
+_NO_PARAMETERS = {"alpha", "bottleneck_kind", "prompt_words", "tokens_words"}
+_NONE_OF_OURS = _NO_PARAMETERS | {"w_norm"}
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -61,6 +70,7 @@ def inspect(path: str | Path) -> Inspection:
         shown = ", ".join(unknown[:3]) or "no tensor"
         raise UserError(f"{where} is no adapter in the kohya layout: it holds {shown}{', ...' if len(unknown) > 3 else ''}")
     marks = {_MARKS[suffix] for suffixes in sites.values() for suffix in suffixes if suffix in _MARKS}
+    beside = _NO_PARAMETERS if spec is None else _NONE_OF_OURS
     return Inspection(
         path=where,
         size=header.size,
@@ -72,7 +82,7 @@ def inspect(path: str | Path) -> Inspection:
         ranks=Counter(shapes["lora_down.weight"][0] for shapes in sites.values() if shapes.get("lora_down.weight")),
         alphas=_alphas(header),
         dtypes=Counter(entry.dtype for entry in header.tensors.values()),
-        parameters=sum(_numel(shape) for s in sites.values() for suffix, shape in s.items() if suffix != "alpha"),
+        parameters=sum(_numel(shape) for s in sites.values() for suffix, shape in s.items() if suffix not in beside),
         sites=sites,
         unknown=tuple(unknown),
     )

@@ -11,9 +11,20 @@ PREFIXES: dict[str, tuple[str, str]] = {
 # What no published layout can say stands beside it: peft_diffusion.<component>.<path>.<suffix>, a suffix having no dot.
 OWN = "peft_diffusion."
 
+# Embeddings of new words have no site in their names: whose token embedding they belong to (see textual_inversion.py).
+EMBEDDINGS: dict[str, str] = {
+    "emb_params": "text_encoder",
+    "emp_params": "text_encoder",  # as OneTrainer spells it
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+}
+BUNDLE = "bundle_emb."
+
 
 def split(name: str) -> tuple[str, str]:
     """A tensor's name as site and suffix."""
+    if name in EMBEDDINGS or name.startswith(BUNDLE):
+        return name, "vectors"
     if name.startswith(OWN):
         site, _, suffix = name.rpartition(".")
     else:
@@ -23,6 +34,8 @@ def split(name: str) -> tuple[str, str]:
 
 def component_of(site: str) -> str | None:
     """The component that a site's name in a file belongs to."""
+    if site in EMBEDDINGS or site.startswith(BUNDLE):
+        return EMBEDDINGS.get(site.rpartition(".")[2])
     if site.startswith(OWN):
         component = site.removeprefix(OWN).split(".")[0]
         return component if component in PREFIXES else None
