@@ -90,3 +90,41 @@ def test_a_file_of_settings_holds_blocks_as_tables(pictures, tmp_path, tiny_base
     (tmp_path / "bad.toml").write_text(f"folder = ['{pictures}']\n[[block]]\ncomponent = 'unet'\n")
     assert main(["train", "--config", str(tmp_path / "bad.toml")]) == 1
     assert "lacks target, method" in capsys.readouterr().err
+
+
+def test_learned_words_train_beside_lora_into_one_file_and_are_read_in_prompts(pictures, tmp_path, tiny_base):
+    from peft_diffusion import Adapters, load_base
+
+    block = (
+        "unet attention lora rank=2",
+        "text_encoder tokens tokens placeholders=<fruit> vectors=2 initial=apple",
+    )
+    asked = small(pictures, tmp_path, components=("unet", "text_encoder"), block=block, trigger="<fruit>", steps=8)
+    pipe = load_base(tiny_base, device="cpu")
+    before = pipe.tokenizer("a <fruit>").input_ids
+    result = train(asked, pipe=pipe)
+    assert pipe.tokenizer("a <fruit>").input_ids == before
+    spec = formats.inspect(result.output).spec
+    assert "<fruit>" in spec.triggers
+    adapters = Adapters(pipe)
+    name = adapters.load(result.output)
+    assert len(pipe.tokenizer("a <fruit>").input_ids) == 5  # begin, a, two vectors, end
+    began, learned = (pipe.encode_prompt("a <fruit>", "cpu", 1, False)[0] for _ in range(2))
+    assert torch.equal(began, learned)
+    adapters.set({name: 0.0})
+    assert not torch.allclose(pipe.encode_prompt("a <fruit>", "cpu", 1, False)[0], learned)
+    adapters.remove(name)
+    assert pipe.tokenizer("a <fruit>").input_ids == before
+
+
+def test_words_are_not_pulled_towards_nothing_and_have_a_rate_of_their_own():
+    from peft_diffusion.methods.lora import Lora
+    from peft_diffusion.methods.tokens import Tokens
+    from peft_diffusion.training.blocks import Block
+    from peft_diffusion.training.session import WORD_RATE, attach, taught
+
+    pipe = make_pipe()
+    asked = [Block("text_encoder", "attention", Lora(2)), Block("text_encoder", "tokens", Tokens(initial="cat"))]
+    found = attach({"text_encoder": pipe.text_encoder}, taught(pipe, asked), 0, lambda _: 1e-4)
+    assert found.rates == {"text_encoder": 1e-4, "text_encoder.1": WORD_RATE}
+    assert found.undecayed == {"text_encoder.1"}

@@ -65,9 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0; 1 for what the user can mend; 2 for a wrong command line; 70 for a bug; 130 for Ctrl-C.
     """
-    # Read when the libraries are loaded, which is later. transformers speaks of torchvision, which is not needed; OpenMP's
-    # threads wait in a busy loop, which makes a step up to ten times as slow on a machine that does something else too.
+    # Read when the libraries are loaded, which is later. They speak of packages that nobody asked for; OpenMP's threads
+    # wait in a busy loop, which makes a step up to ten times as slow on a machine that does something else too.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for library in ("bitsandbytes", "torchao"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     given = list(sys.argv[1:] if arguments is None else arguments)
     app.config = (whole_numbers,)

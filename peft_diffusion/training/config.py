@@ -14,6 +14,7 @@ from ..core.errors import UserError
 Preset: TypeAlias = Literal["style"]
 Scheduler: TypeAlias = Literal["constant", "cosine", "linear"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+Quantize: TypeAlias = Literal["nf4", "int8"]
 MissingCaptions: TypeAlias = Literal["stop", "name", "empty", "skip"]
 
 COMPONENTS = ("unet", "text_encoder")
@@ -193,6 +194,8 @@ class TrainConfig:
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
     precision: Annotated[Precision, Parameter(group=_MACHINE)] = "auto"
     """Precision of the base in training; auto is bfloat16 on a GPU that has it, else float32. Adapters are float32."""
+    quantize: Annotated[Quantize | None, Parameter(group=_MACHINE)] = None
+    """Hold the base's linear layers in fewer bits while training, which saves memory: int8, or nf4 for the least."""
 
     def __post_init__(self) -> None:
         parts = tuple(part.strip() for item in self.components for part in item.split(",") if part.strip())
@@ -236,6 +239,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "missing_captions": get_args(MissingCaptions),
     "scheduler": (*get_args(Scheduler), None),
     "precision": get_args(Precision),
+    "quantize": (*get_args(Quantize), None),
 }
 _POSITIVE = _Range(0, above=True)
 _COUNT, _NATURAL = _Range(1), _Range(0)

@@ -19,6 +19,7 @@ from ..bases.reading import pick_device
 from ..core.arena import Arena
 from ..core.errors import UserError
 from ..data.text import Document, read_texts
+from ..methods.tokens import SoftPrompt, Tokens
 from .blocks import Block, blocks, check_methods
 from .checkpoint import Origin
 from .config import to_json
@@ -99,7 +100,8 @@ def train_text(
     check_run(folder, language_output(config), resume=config.resume, overwrite=config.overwrite)
     prepared = _prepare(config, base, say)
     chosen, parts = blocks(prepared.config), components(prepared.base)
-    with base_kept(parts, say) as fingerprint:
+    _refuse_words(chosen)
+    with base_kept(prepared.base, parts, say) as fingerprint:
         trainer = _trainer(prepared, chosen, say)
         session = _session(prepared, folder, console, trainer)
         session.start(config.resume)
@@ -109,6 +111,13 @@ def train_text(
         save(result.output, parts, trainer, _spec(prepared, chosen, result))
     _tell(result, say)
     return result
+
+
+def _refuse_words(blocks: Sequence[Block]) -> None:
+    """Raise UserError for methods that learn words: a language model predicts tokens, and has no output for new ones."""
+    for block in blocks:
+        if isinstance(block.method, (Tokens, SoftPrompt)):
+            raise UserError(f"method {block.method.name} learns words of a text encoder; text training does not have it")
 
 
 def _prepare(config: TextTrainConfig, base: LanguageModel | None, say: Say) -> _Prepared:
@@ -172,7 +181,7 @@ def _trainer(prepared: _Prepared, chosen: Sequence[Block], say: Say) -> Trainer:
     plan = f"{config.steps} steps of {config.batch_size * config.accumulation} windows, learning rate {config.lr:g}"
     say(f"{told(parts, chosen, arena.count)}; {plan} ({config.scheduler}), seed {config.seed}, {config.precision}")
     task = LanguageTask(prepared.base, _settings(config), prepared.line, prepared.apart)
-    return Trainer(task, arena, trainer_settings(config, attached.rates))
+    return Trainer(task, arena, trainer_settings(config, attached))
 
 
 def _session(prepared: _Prepared, folder: RunFolder, console: Console, trainer: Trainer) -> Session:

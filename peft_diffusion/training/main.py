@@ -12,8 +12,10 @@ from rich.console import Console
 
 from .. import formats
 from ..bases import components
+from ..bases.vocabulary import teach
 from ..core.arena import Arena
 from ..data.captions import with_trigger
+from ..methods.tokens import Tokens
 from .blocks import Block, blocks, check_methods
 from .checkpoint import Origin
 from .config import ResolvedConfig, TrainConfig, to_json
@@ -22,7 +24,7 @@ from .preparation import Prepared, check_places, prepare
 from .previews import PROMPTS, Previews
 from .progress import PICTURES_APART, Reading, say_to
 from .run import RunFolder
-from .session import NAME, Session, attach, base_kept, digest, save, told, trainer_settings
+from .session import NAME, Session, attach, base_kept, digest, save, taught, told, trainer_settings
 from .trainer import Trainer
 
 
@@ -56,7 +58,7 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
     with Reading(console) as reading:
         prepared = prepare(config, pipe, say, reading)
     parts = components(prepared.pipe)
-    with base_kept(parts, say) as before:
+    with base_kept(prepared.pipe, parts, say) as before:
         run = _Run(prepared, folder, console)
         run.train(config.resume)
         result = run.save(before, folder.seconds + time.monotonic() - began)
@@ -73,12 +75,13 @@ class _Run:
         self.folder = folder
         self.console = console
         self.parts = {name: part for name, part in components(prepared.pipe).items() if name in config.components}
-        self.blocks = blocks(config)
+        self.blocks = taught(prepared.pipe, blocks(config))
         attached = attach(self.parts, self.blocks, config.seed, lambda name: _component_rate(config, name))
+        teach(prepared.pipe)
         arena = Arena(attached.groups)
         say_to(console)(f"{told(self.parts, self.blocks, arena.count)}; {_plan(config)}")
         self.task = _task(prepared, self.blocks)
-        self.trainer = Trainer(self.task, arena, trainer_settings(config, attached.rates))
+        self.trainer = Trainer(self.task, arena, trainer_settings(config, attached))
         self.previews = _previews(prepared, folder, self.task, self.trainer)
 
     def train(self, resume: bool) -> None:
@@ -141,10 +144,20 @@ class _Run:
         return formats.Spec(
             methods={name: [block.spec() for block in self.blocks if block.component == name] for name in self.parts},
             base=asdict(self.prepared.info),
-            triggers=tuple(words for part in config.trigger.split("{}") if (words := part.strip(" ,;:"))),
+            triggers=(*_trigger_words(config), *_placeholders(self.blocks)),
             training=training,
             title=config.output.stem,
         )
+
+
+def _trigger_words(config: ResolvedConfig) -> list[str]:
+    return [words for part in config.trigger.split("{}") if (words := part.strip(" ,;:"))]
+
+
+def _placeholders(blocks: Sequence[Block]) -> list[str]:
+    """The words that blocks teach the tokenizers."""
+    names = (name for block in blocks if isinstance(block.method, Tokens) for name in block.method.names)
+    return list(dict.fromkeys(names))
 
 
 def _task(prepared: Prepared, blocks: Sequence[Block]) -> DiffusionTask:

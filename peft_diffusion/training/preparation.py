@@ -63,9 +63,11 @@ def prepare(config: TrainConfig, pipe: Any | None, say: Say, progress: Progress)
     rules = CaptionRules(config.trigger, config.caption_dropout or 0.0, config.shuffle_tags, config.keep_tags)
     device = pick_device(config.device)
     asked = replace(config, precision=pick_precision(config.precision, device))
-    pipe = load_base(config.base if pipe is None else pipe, device=config.device, dtype=asked.precision)
+    source = config.base if pipe is None else pipe
+    pipe = load_base(source, device=config.device, dtype=asked.precision, quantize=config.quantize)
     info, text = describe(pipe), TextSide(pipe)
-    say(f"base {info.name}: {info.family}, {info.prediction_type}, {info.resolution} pixels")
+    held = f", linear layers in {config.quantize}" if config.quantize else ""
+    say(f"base {info.name}: {info.family}, {info.prediction_type}, {info.resolution} pixels{held}")
     folder = _read_folder(config, info, say, progress)
     resolved = resolve(asked, info, len(folder.pictures), device.type)
     kept, apart = _split(folder.pictures, resolved)

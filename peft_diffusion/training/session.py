@@ -5,8 +5,9 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,9 +15,11 @@ from torch import nn
 
 from .. import formats
 from ..bases import fingerprint
+from ..bases.vocabulary import begun, teach
 from ..core import site
 from ..core.adapter import Adapter, Method
 from ..core.errors import UserError
+from ..methods.tokens import SoftPrompt, Tokens
 from .blocks import Block
 from .checkpoint import Origin, explained
 from .config import Precision, RunSettings
@@ -26,15 +29,19 @@ from .seeds import global_seed
 from .trainer import Interrupted, Observer, Trainer, TrainerSettings
 
 NAME = "trained"  # of the adapter, while it is
+WORD_RATE = 2e-3
+"""Learning rate of learned words, unless their block says: embeddings are large numbers, and move in larger steps than
+weights. What diffusers' textual inversion comes to for SD1.5 after its scaling of the rate."""
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Attached:
-    """A fresh adapter's parameters and learning rates, both by the name of their group."""
+    """A fresh adapter's parameters and learning rates by the name of their group; ``undecayed`` are not pulled towards 0."""
 
     groups: dict[str, list[nn.Parameter]]
     rates: dict[str, float]
+    undecayed: frozenset[str]
 
 
 def attach(parts: Mapping[str, nn.Module], blocks: Sequence[Block], seed: int, rate_of: Callable[[str], float]) -> Attached:
@@ -44,6 +51,7 @@ def attach(parts: Mapping[str, nn.Module], blocks: Sequence[Block], seed: int, r
     """
     groups: dict[str, list[nn.Parameter]] = {}
     rates: dict[str, float] = {}
+    undecayed: set[str] = set()
     for name, part in parts.items():
         own = [block for block in blocks if block.component == name]
         if not own:
@@ -51,12 +59,20 @@ def attach(parts: Mapping[str, nn.Module], blocks: Sequence[Block], seed: int, r
         with global_seed(torch.device("cpu"), seed, "start", name):
             built = site.attach_all(part, NAME, [(block.method, block.target) for block in own])
         for number, (block, adapters) in enumerate(zip(own, built, strict=True)):
-            group = name if block.rate is None else f"{name}.{number}"
-            rates[group] = rate_of(name) if block.rate is None else block.rate
+            words = isinstance(block.method, (Tokens, SoftPrompt))
+            group = name if block.rate is None and not words else f"{name}.{number}"
+            rates[group] = block.rate or (WORD_RATE if words else rate_of(name))
+            if words:
+                undecayed.add(group)
             for adapter in adapters.values():
                 adapter.train()  # the base stays in eval mode; dropout belongs to the adapter
                 groups.setdefault(group, []).extend(adapter.parameters())
-    return Attached(groups, rates)
+    return Attached(groups, rates, frozenset(undecayed))
+
+
+def taught(base: Any, blocks: Sequence[Block]) -> list[Block]:
+    """The blocks with the ids of the words that their tokens begin as. Raises UserError as ``vocabulary.begun`` does."""
+    return [replace(block, method=begun(base, block.component, block.method)) for block in blocks]
 
 
 def told(parts: Mapping[str, nn.Module], blocks: Sequence[Block], parameters: int) -> str:
@@ -105,11 +121,12 @@ def pick_precision(asked: Precision, device: torch.device) -> Precision:
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
 
 
-def trainer_settings(config: RunSettings, rates: Mapping[str, float]) -> TrainerSettings:
+def trainer_settings(config: RunSettings, attached: Attached) -> TrainerSettings:
     """What of a run's settings the trainer goes by."""
     return TrainerSettings(
         steps=config.steps,
-        rates=rates,
+        rates=attached.rates,
+        undecayed=attached.undecayed,
         accumulation=config.accumulation,
         scheduler=config.scheduler,
         warmup=config.warmup,
@@ -138,7 +155,7 @@ def save(output: Path, parts: Mapping[str, nn.Module], trainer: Trainer, spec: f
 
 
 @contextmanager
-def base_kept(parts: Mapping[str, nn.Module], say: Say) -> Iterator[str]:
+def base_kept(base: Any, parts: Mapping[str, nn.Module], say: Say) -> Iterator[str]:
     """A training inside; gives the base's fingerprint, and sees that it is the same at the end. Detaches the adapter.
 
     Raises RuntimeError should a byte of the base have changed, which no setting may bring about.
@@ -155,6 +172,7 @@ def base_kept(parts: Mapping[str, nn.Module], say: Say) -> Iterator[str]:
         for part in parts.values():
             if NAME in site.names(part):
                 site.detach(part, NAME)
+        teach(base)
 
 
 @contextmanager

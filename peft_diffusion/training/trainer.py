@@ -58,7 +58,10 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How to minimize. ``rates`` has a learning rate per group of the arena; ``clip`` and ``ema`` 0 are off."""
+    """How to minimize. ``rates`` has a learning rate per group of the arena; ``clip`` and ``ema`` 0 are off.
+
+    Groups among ``undecayed`` have no weight decay: embeddings are no changes, which 0 would undo.
+    """
 
     steps: int
     rates: Mapping[str, float]
@@ -70,6 +73,7 @@ class TrainerSettings:
     ema: float = 0.0
     log_every: int = 10
     save_every: int = 100
+    undecayed: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -170,11 +174,17 @@ class Trainer:
             self.arena.load(present)
 
     def _optimizer(self) -> torch.optim.AdamW:
+        settings = self.settings
         groups = [
-            {"params": [parameter], "lr": self.settings.rates[name]} for name, parameter in self.arena.groups.items()
+            {
+                "params": [parameter],
+                "lr": settings.rates[name],
+                "weight_decay": 0.0 if name in settings.undecayed else settings.weight_decay,
+            }
+            for name, parameter in self.arena.groups.items()
         ]
         fused = self.arena.flat.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(groups, fused=fused)
         start = 0
         for parameter in self.arena.groups.values():
             # Moments as views of two flat tensors: a checkpoint is then a copy of each.
