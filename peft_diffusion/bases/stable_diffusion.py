@@ -10,8 +10,10 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from ..core import quantized
 from ..core.errors import UserError
 from .digest import identity
+from .digest import quantize as quantize_all
 from .embedded import ICONS, embedded
 from .kinds import components
 from .reading import first_line, pick_device, pick_dtype, quiet
@@ -31,20 +33,32 @@ class BaseInfo:
     fingerprint: str
 
 
-def load_base(source: "str | Path | DiffusionPipeline" = ICONS, *, device: str = "auto", dtype: str = "auto") -> Any:
+def load_base(
+    source: "str | Path | DiffusionPipeline" = ICONS,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+) -> Any:
     """A Stable Diffusion pipeline, frozen, in eval mode, on its device.
 
     ``source``: ``"icons"`` (embedded), a diffusers folder, a single-file checkpoint, a hub id, or a pipeline, which is only
     checked. ``device`` auto takes an accelerator if there is one; ``dtype`` is float32, bfloat16, float16, or auto:
-    bfloat16 on CUDA that has it, float16 on other accelerators, float32 on CPU.
-    Raises UserError if there is no such base, it cannot be read, or it is no Stable Diffusion.
+    bfloat16 on CUDA that has it, float16 on other accelerators, float32 on CPU. ``quantize`` holds the Linear layers of
+    UNet and text encoders in fewer bits: nf4 (4.5 a weight, needs bitsandbytes) or int8 (8 a weight); the rest, and what
+    they compute, has the dtype. Raises UserError if there is no such base, it cannot be read or quantized, or it is no
+    Stable Diffusion.
     """
     if isinstance(source, DiffusionPipeline):
-        return _frozen(source)
+        return _frozen(_as_asked(source, quantize))
+    if quantize is not None:
+        quantized.check(quantize)  # before gigabytes are read
     where = pick_device(device)
     chosen = pick_dtype(dtype, where)
     with quiet(diffusers_logging, transformers_logging):
         pipe = _frozen(_read(str(source), chosen))
+    if quantize is not None:
+        quantize_all(components(pipe), quantize, where)
     return pipe.to(where)
 
 
@@ -89,6 +103,12 @@ def _single_file(path: Path, dtype: torch.dtype) -> Any:
         return StableDiffusionPipeline.from_single_file(str(path), dtype=dtype)
     except Exception:
         return StableDiffusionXLPipeline.from_single_file(str(path), dtype=dtype)
+
+
+def _as_asked(pipe: Any, quantize: str | None) -> Any:
+    if quantize is not None and any(quantized.kind_of(part) != quantize for part in components(pipe).values()):
+        raise UserError(f"this pipeline is loaded already, and not as {quantize}; load it with load_base(..., quantize=...)")
+    return pipe
 
 
 def _frozen(pipe: Any) -> Any:

@@ -1,43 +1,69 @@
 """Fold adapters into the weights of their sites, and restore the very bytes."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from . import site as sites_of
 from .adapter import parts_of
 from .errors import FoldError, UserError
+from .quantized import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What merging did to a component. The errors are those of quantizing the changed weights again, 0 where none is.
+
+    ``error`` is the Frobenius norm of the difference over that of the weights, ``error_of_change`` over that of what the
+    adapters changed: where it is near 1 or above, rounding moved the weights as far as the adapters did.
+    """
+
+    sites: int
+    quantized: int
+    error: float
+    error_of_change: float
 
 
 def dense_weight(site: nn.Module) -> Tensor:
-    """The weight of a site in float32. Raises UserError for a site without one."""
+    """The weight of a site in float32, also where it is quantized. Raises UserError where it is so by another program."""
+    if isinstance(site, QuantizedLinear):
+        return site.dense()
     weight = site.weight
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise UserError(f"the weight of a {type(site).__name__} is quantized and cannot be read as numbers")
+        raise UserError(
+            f"the weight of a {type(site).__name__} was quantized by another program and cannot be read here; load the base"
+            " unquantized, with quantize= of load_base"
+        )
     return weight.detach().to(torch.float32)
 
 
-def merge(component: nn.Module) -> None:
+def merge(component: nn.Module) -> Merged:
     """Fold every adapter, at its present strength, into the weights; forward then costs what the base costs.
 
-    The change is added in float32 and rounded once. Raises UserError where images have different strengths, and FoldError,
-    which names site and adapter, where a method is no change of weight and bias; the component is then as it was.
+    The change is added in float32 and rounded once; a quantized weight is dequantized and quantized again, and what error
+    that made is returned. Raises UserError where images have different strengths, and FoldError, which names site and
+    adapter, where a method is no change of weight and bias; the component is then as it was.
     """
     found = sites_of.strengths(component)
     if found is None or found.merged:
         raise UserError("there is nothing to merge: no adapter is attached, or they are merged already")
     scalars = {name: found.scalar(name).tolist() for name in found.names}
     carriers = sites_of.sites(component)
-    folded: dict[str, tuple[Tensor, Tensor | None]] = {}
+    folded: dict[str, dict[str, Tensor]] = {}
     for path, site in carriers.items():
         try:
             folded[path] = _folded(site, scalars)
         except FoldError as error:
             raise FoldError(f"{path}: {error}") from None
-    for path, (weight, bias) in folded.items():
-        changed = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        carriers[path].unmerged = {name: carriers[path].get_parameter(name).detach().clone() for name in changed}
-        _write(carriers[path], changed)
+    errors = _Errors()
+    for path, changed in folded.items():
+        stored = _encoded(carriers[path], changed, errors)
+        carriers[path].unmerged = {name: _held(carriers[path], name).detach().clone() for name in stored}
+        _write(carriers[path], stored)
     found.merged = True
+    return errors.report(len(carriers))
 
 
 def unmerge(component: nn.Module) -> None:
@@ -55,17 +81,55 @@ def unmerge(component: nn.Module) -> None:
 def _write(site: nn.Module, tensors: dict[str, Tensor]) -> None:
     # In place: compiled and captured models, and weights tied elsewhere, see it.
     for name, tensor in tensors.items():
-        site.get_parameter(name).copy_(tensor)
+        _held(site, name).copy_(tensor)
+
+
+def _held(site: nn.Module, name: str) -> Tensor:
+    """A parameter of a site, or the scales of its quantized weight."""
+    tensor = getattr(site, name)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is no tensor")
+    return tensor
+
+
+class _Errors:
+    """Squared norms over the quantized weights of a component."""
+
+    def __init__(self) -> None:
+        self.quantized = 0
+        self.weights = self.changes = self.errors = 0.0
+
+    def add(self, before: Tensor, wanted: Tensor, after: Tensor) -> None:
+        self.quantized += 1
+        self.weights += float(wanted.square().sum())
+        self.changes += float((wanted - before).square().sum())
+        self.errors += float((after - wanted).square().sum())
+
+    def report(self, sites: int) -> Merged:
+        def share(of: float) -> float:
+            return math.sqrt(self.errors / of) if of else 0.0
+
+        return Merged(sites, self.quantized, share(self.weights), share(self.changes))
 
 
 @torch.no_grad()
-def _folded(site: sites_of.AdaptedSite, scalars: dict[str, list[float]]) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a site with its adapters in them, one after the other, in float32."""
+def _encoded(site: nn.Module, changed: dict[str, Tensor], errors: _Errors) -> dict[str, Tensor]:
+    """What the site has to hold, so that it has these float32 tensors."""
+    if not isinstance(site, QuantizedLinear) or "weight" not in changed:
+        return changed
+    codes, scale = site.codes(changed["weight"])
+    errors.add(site.dense(), changed["weight"], site.dense(codes, scale))
+    return {**changed, "weight": codes, "weight_scale": scale}
+
+
+@torch.no_grad()
+def _folded(site: sites_of.AdaptedSite, scalars: dict[str, list[float]]) -> dict[str, Tensor]:
+    """Those of weight and bias of a site that its adapters change, with all changes in them, in float32."""
     # A whole sublayer has no weight of its own; what sits there says so itself when it is asked to fold.
     weight = dense_weight(site) if hasattr(site, "weight") else torch.zeros(0)
     own_bias = getattr(site, "bias", None)
     bias = own_bias.detach().to(torch.float32) if isinstance(own_bias, Tensor) else None
-    changed_bias = False
+    changed: dict[str, Tensor] = {}
     for name, adapter in site.adapters.items():
         strength = scalars[name][site.block]
         if strength == 0:
@@ -73,9 +137,9 @@ def _folded(site: sites_of.AdaptedSite, scalars: dict[str, list[float]]) -> tupl
         for part in parts_of(adapter):
             weight_change, bias_change = part.fold(weight, bias)
             if weight_change is not None:
-                weight = weight + strength * weight_change
+                changed["weight"] = weight = weight + strength * weight_change
             if bias_change is not None:
                 if bias is None:
                     raise FoldError(f"adapter {name!r} adds a bias, but the site has none to hold it")
-                bias, changed_bias = bias + strength * bias_change, True
-    return weight, bias if changed_bias else None
+                changed["bias"] = bias = bias + strength * bias_change
+    return changed

@@ -1,5 +1,6 @@
 """The loader: attach adapters from files to a pipeline, set how much of each, merge and remove them."""
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ from .. import bases, formats
 from ..bases import LanguageModel, components, describe
 from ..bases.vocabulary import teach
 from ..core import merge as merging
+from ..core import quantized
 from ..core import site as sites
 from ..core.errors import UserError
 from ..core.strength import Strength
 from ..formats import Coverage, Spec
 from ..formats.container import sha256
 from .schedule import Schedule
+
+logger = logging.getLogger(__name__)
 
 Amount: TypeAlias = "Strength | Schedule"
 """A number; one per image; either per block; or a schedule over the steps."""
@@ -123,23 +127,33 @@ class Adapters:
         self._follow_steps()
         self._pack()
 
-    def merge(self) -> None:
+    def merge(self) -> dict[str, merging.Merged]:
         """Fold the adapters into the weights at their present strengths: generation then costs what the base costs.
 
-        Raises UserError where strengths differ by image or over the steps, or a method cannot be folded; nothing is then
+        Returns what that did by component, and warns of the error where quantized weights had to be rounded again. Raises
+        UserError where strengths differ by image or over the steps, or a method cannot be folded; nothing is then
         merged.
         """
         if self._schedules:
             raise UserError(f"{', '.join(self._schedules)}: a strength that changes over the steps cannot be merged")
-        done: list[nn.Module] = []
+        adapted = self._adapted()
+        parts = {name: part for name, part in self._components().items() if part in adapted}
+        done: dict[str, merging.Merged] = {}
         try:
-            for part in self._adapted():
-                merging.merge(part)
-                done.append(part)
+            for name, part in parts.items():
+                done[name] = merging.merge(part)
         except UserError:
-            for part in done:
-                merging.unmerge(part)
+            for name in done:
+                merging.unmerge(parts[name])
             raise
+        for name, told in done.items():
+            if told.quantized:
+                kind = quantized.kind_of(parts[name])
+                logger.warning(
+                    f"{name}: {told.quantized} {kind} weights were quantized again with the adapters in them, which moved"
+                    f" them by {told.error:.1%} of their size, {told.error_of_change:.0%} of what the adapters changed"
+                )
+        return done
 
     def unmerge(self) -> None:
         """Put the weights back as they were, to the bit. Raises UserError where nothing is merged."""

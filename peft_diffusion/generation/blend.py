@@ -32,7 +32,7 @@ def blend(config: BlendConfig, progress: Progress | None = None) -> Blend:
     """
     config.check()
     choices = config.choices()
-    adapters = Adapters(load_base(config.base, device=config.device, dtype=config.precision))
+    adapters = Adapters(load_base(config.base, device=config.device, dtype=config.precision, quantize=config.quantize))
     names = load_choices(adapters, choices, config.prompts)
     drawn = draw(adapters, dict(zip(names, choices, strict=True)), config, progress)
     recipes.write_sheet(config.output, drawn.sheet, drawn.recipes)

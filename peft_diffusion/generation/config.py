@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_args
 
 from cyclopts import Parameter
 
@@ -14,6 +14,7 @@ from .recipe import check_folder, check_target, read
 
 SchedulerName: TypeAlias = Literal["ddim", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize: TypeAlias = Literal["nf4", "int8"]
 MAX_SEED = 2**63 - 1
 _PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 
@@ -105,8 +106,12 @@ class Sampling:
     """Such as cpu, cuda or mps; by default the fastest there is."""
     precision: Precision = "auto"
     """Of the base; by default float32 on a CPU and a half precision elsewhere."""
+    quantize: Quantize | None = None
+    """Hold the base's linear layers in fewer bits, which saves memory: int8, or nf4 for the least (slightly off)."""
 
     def __post_init__(self) -> None:
+        if self.quantize not in (None, *get_args(Quantize)):
+            raise UserError(f"quantize must be one of {', '.join(get_args(Quantize))}, not {self.quantize!r}")
         _at_least("steps", self.steps, 1)
         _at_least("batch_size", self.batch_size, 1)
         if not 0 <= self.guidance < math.inf:

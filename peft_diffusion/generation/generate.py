@@ -16,7 +16,7 @@ from ..formats.container import sha256
 from . import recipe as recipes
 from . import sheet
 from .adapters import Adapters
-from .config import GenerateConfig, Sampling, SchedulerName
+from .config import GenerateConfig, Quantize, Sampling, SchedulerName
 from .painting import SCHEDULERS, Cell, Progress, load_choices, paint, size
 from .recipe import Recipe, UsedAdapter
 
@@ -48,7 +48,7 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> list[P
     wanted = [(prompt, seed) for prompt in config.prompts for seed in seeds]
     paths = _plan(config.output, config.to_file, wanted)
     choices = config.choices()
-    adapters = Adapters(load_base(config.base, device=config.device, dtype=config.precision))
+    adapters = Adapters(load_base(config.base, device=config.device, dtype=config.precision, quantize=config.quantize))
     names = load_choices(adapters, choices, config.prompts)
     strengths = {name: choice.strength for name, choice in zip(names, choices, strict=True)}
     cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
@@ -88,6 +88,7 @@ def cell_recipes(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
         fingerprint=info.fingerprint,
         device=str(pipe.device),
         dtype=str(pipe.unet.dtype).removeprefix("torch."),
+        quantize=sampling.quantize,
         adapters=(),
         versions=_versions(),
     )
@@ -107,6 +108,9 @@ def _again(config: GenerateConfig, recipe: Recipe) -> GenerateConfig:
     scheduler = next((name for name in get_args(SchedulerName) if name == recipe.scheduler), None)
     if scheduler != recipe.scheduler:
         raise UserError(f"{config.recipe}: its recipe names a scheduler that does not exist: {recipe.scheduler!r}")
+    quantize = next((name for name in get_args(Quantize) if name == recipe.quantize), None)
+    if quantize != recipe.quantize:
+        raise UserError(f"{config.recipe}: its recipe names a quantization that does not exist: {recipe.quantize!r}")
     files = [choice.path for choice in config.choices()]
     return replace(
         config,
@@ -120,6 +124,7 @@ def _again(config: GenerateConfig, recipe: Recipe) -> GenerateConfig:
         steps=recipe.steps,
         guidance=recipe.guidance,
         scheduler=scheduler,
+        quantize=quantize,
         base=config.base if config.base != GenerateConfig.base else recipe.base,
     )
 

@@ -60,6 +60,7 @@ class Recipe:
     dtype: str
     adapters: tuple[UsedAdapter, ...]
     versions: Mapping[str, str]
+    quantize: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -100,7 +101,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "prompt": (str,), "negative": (str,), "seed": (int,), "width": (int,), "height": (int,), "steps": (int,),
     "guidance": (int, float), "scheduler": (str, type(None)), "sampler": (str,), "base": (str,), "base_name": (str,),
     "base_family": (str,), "fingerprint": (str,), "device": (str,), "dtype": (str,), "adapters": (list,),
-    "versions": (dict,),
+    "versions": (dict,), "quantize": (str, type(None)),
 }  # fmt: skip
 
 

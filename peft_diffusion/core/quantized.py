@@ -1,0 +1,182 @@
+"""Linear layers whose weight is held in 4 or 8 bits, and never changes in training (QLoRA, Dettmers et al. 2023,
+https://arxiv.org/abs/2305.14314).
+
+Not the modules of bitsandbytes: its Linear4bit repacks its weight in place when it first runs on a CPU, and its Linear8bitLt
+rounds the inputs as well. Here the bytes stay, the product is that of the dequantized weight, and everything is an ordinary
+tensor of an ordinary module, which copies, pickles, moves and compiles as any other.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import UserError
+from .site import AdaptedSite
+from .targets import HEADS
+
+NF4, INT8 = "nf4", "int8"
+BLOCK = 64  # weights that share a scale in nf4
+
+
+class QuantizedLinear(nn.Linear):
+    """A Linear whose ``weight`` holds codes, with their ``weight_scale`` in float32; the bias is as it was."""
+
+    kind: ClassVar[str]
+    weight_scale: Tensor
+
+    def dense(self, codes: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """The weight that it computes with, (out, in), in float32; or that of other codes and scales."""
+        codes = self.weight if codes is None else codes
+        scale = self.weight_scale if scale is None else scale
+        return _expand(self.kind, codes.detach(), scale, self.out_features, self.in_features, torch.float32)
+
+    @classmethod
+    def codes(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales that say a float32 weight, (out, in), best."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input @ weight.T + bias``, in the dtype of ``input``."""
+        sizes = self.out_features, self.in_features
+        apply: Callable[..., Tensor] = _Product.apply
+        return apply(input, self.weight, self.weight_scale, self.bias, self.kind, *sizes)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        scale = self.weight_scale
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved.weight_scale = scale.to(moved.weight.device)  # a half base has float32 scales all the same
+        return moved
+
+    def extra_repr(self) -> str:
+        """As of a Linear, with the kind."""
+        return f"{super().extra_repr()}, {self.kind}"
+
+
+class Nf4Linear(QuantizedLinear):
+    """Two weights a byte, each one of 16 quantiles of a normal distribution; each 64 share a scale. 4.5 bits a weight."""
+
+    kind = NF4
+
+    @classmethod
+    def codes(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (out * in / 2, 1) and scales (out * in / 64), with zeros after the weights to fill the last block."""
+        quantize = needed().functional.quantize_4bit
+        blocks = F.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
+        packed, state = quantize(blocks, blocksize=BLOCK, compress_statistics=False, quant_type=NF4)
+        return packed, state.absmax
+
+    def __setstate__(self, state: Any) -> None:
+        needed()  # a copy may be made where the operators are not there yet
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+
+class Int8Linear(QuantizedLinear):
+    """A byte a weight, and a scale for each output. 8 bits a weight."""
+
+    kind = INT8
+
+    @classmethod
+    def codes(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (out, in) and scales (out,)."""
+        scale = weight.abs().amax(1) / 127
+        scale = torch.where(scale > 0, scale, 1.0)
+        return (weight / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+KINDS: dict[str, type[QuantizedLinear]] = {NF4: Nf4Linear, INT8: Int8Linear}
+
+
+def check(kind: str) -> None:
+    """Raises UserError for a kind of quantization that there is not, or whose package is not installed."""
+    if kind not in KINDS:
+        raise UserError(f"a base cannot be quantized as {kind!r}; there are: {', '.join(KINDS)}")
+    if kind == NF4:
+        needed()
+
+
+def kind_of(component: nn.Module) -> str | None:
+    """How ``quantize`` quantized a component; None where it did not."""
+    return next((module.kind for module in component.modules() if isinstance(module, QuantizedLinear)), None)
+
+
+@torch.no_grad()
+def quantize(component: nn.Module, kind: str, device: torch.device | None = None) -> int:
+    """Quantize the weight of every Linear of a component, in place, computing on ``device``; returns how many there were.
+
+    Left as they are: weights that are shared with another module, and output layers over a vocabulary. Raises UserError for
+    a component that carries adapters or is quantized already, and as ``check`` does.
+    """
+    check(kind)
+    if any(isinstance(module, (AdaptedSite, QuantizedLinear)) for module in component.modules()):
+        raise UserError("only a base without adapters that is not quantized yet can be quantized")
+    owners = Counter(id(p) for module in component.modules() for p in module.parameters(recurse=False))
+    chosen = [
+        module
+        for path, module in component.named_modules()
+        if type(module) is nn.Linear and path not in HEADS and owners[id(module.weight)] == 1
+    ]
+    for module in chosen:
+        home = module.weight.device
+        codes, scale = KINDS[kind].codes(module.weight.to(device or home, torch.float32))
+        module.__class__ = KINDS[kind]
+        module.weight = nn.Parameter(codes.to(home), requires_grad=False)
+        module.register_buffer("weight_scale", scale.to(home))
+    return len(chosen)
+
+
+def needed() -> Any:
+    """bitsandbytes. Raises UserError where it is not installed."""
+    try:
+        with _quiet("bitsandbytes"):  # which misses faster kernels for a path that is not taken here
+            import bitsandbytes
+    except ImportError:
+        raise UserError(
+            "nf4 needs the package bitsandbytes, which is not installed; install it with"
+            " pip install 'peft_diffusion[quantize]', or take int8, which needs nothing"
+        ) from None
+    return bitsandbytes
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _expand(kind: str, codes: Tensor, scale: Tensor, outputs: int, inputs: int, dtype: torch.dtype) -> Tensor:
+    """The weight, (out, in)."""
+    if kind == INT8:
+        return (codes * scale[:, None]).to(dtype)
+    # As rows of one block each: for rows that are no multiple of it, the kernel for CPUs (0.50) takes the wrong scales.
+    blocks: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, scale, BLOCK, NF4, [len(scale), BLOCK], dtype)
+    return blocks.flatten()[: outputs * inputs].view(outputs, inputs)
+
+
+class _Product(torch.autograd.Function):
+    """The product keeps the codes for backward, not the weight that they stand for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, kind: str, outputs: int, inputs: int
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        ctx.kind, ctx.sizes = kind, (outputs, inputs)
+        return F.linear(x, _expand(kind, codes, scale, outputs, inputs, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scale = ctx.saved_tensors
+        outputs, inputs = ctx.sizes
+        gradient = gradients[0] @ _expand(ctx.kind, codes, scale, outputs, inputs, gradients[0].dtype)
+        return gradient, None, None, None, None, None, None

@@ -1,0 +1,251 @@
+"""Law 9, and the other laws on quantized bases: every method that has a Linear to sit at, on nf4 and int8."""
+
+import copy
+import logging
+import sys
+from collections.abc import Iterator
+
+import laws
+import pytest
+import torch
+from conftest import make_pipe
+from language import make_lm
+from laws import (  # noqa: F401
+    Case,
+    loss_of,
+    same,
+    state,
+    test_law_1_a_fresh_adapter_and_strength_0_change_no_bit,
+    test_law_2_detach_gives_back_class_keys_and_bits,
+    test_law_4_only_the_adapter_learns,
+    test_law_5_save_and_load_keep_every_bit,
+    test_law_6_strengths_per_image_equal_separate_runs,
+    test_law_7_a_captured_graph_gives_the_same_gradients,
+    test_law_7_checkpointing_gives_the_same_gradients,
+    test_law_8_copies_are_equal_and_independent,
+)
+from torch import nn
+
+from peft_diffusion import bases, formats
+from peft_diffusion.bases import components, describe, digest, fingerprint, load_base
+from peft_diffusion.core import merge, quantized, site
+from peft_diffusion.core.errors import FoldError, UserError
+from peft_diffusion.core.merge import dense_weight
+from peft_diffusion.formats.file import base_dict
+from peft_diffusion.generation import Adapters
+from peft_diffusion.methods.lora import Lora
+
+KINDS = ("nf4", "int8")
+# How far, against their norm, rounding takes weights that are spread evenly, as those of these small bases are.
+ROUNDING = {"nf4": 0.12, "int8": 0.01}
+ON_LINEAR = [name for name, (_, target) in laws.METHODS.items() if "conv" not in target]
+CASES = [
+    *((name, "unet", "nf4", "float32") for name in ON_LINEAR if name not in ("tokens", "prompt")),
+    *((name, "unet", "int8", "float32") for name in ("lora", "dora", "oft", "ia3")),
+    *(("lora", component, kind, "bfloat16") for component in ("text_encoder", "lm") for kind in KINDS),
+    ("tokens", "text_encoder", "nf4", "float32"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _backend() -> None:
+    pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    name, component, kind, dtype = request.param
+    method, target = laws.METHODS[name]
+    torch.manual_seed(0)
+    pipe = make_lm() if component == "lm" else make_pipe()
+    model = components(pipe)[component].to(laws.DTYPES[dtype])
+    quantized.quantize(model, kind)
+    yield Case(component, model, method, target, laws.DTYPES[dtype], pipe)
+
+
+def linears(model: nn.Module) -> dict[str, quantized.QuantizedLinear]:
+    return {path: m for path, m in model.named_modules() if isinstance(m, quantized.QuantizedLinear)}
+
+
+@pytest.mark.parametrize("case", [("lora", "unet", kind, "float32") for kind in KINDS], ids="-".join, indirect=True)
+def test_law_7_compile_sees_new_strengths_without_recompiling(case: Case) -> None:
+    laws.test_law_7_compile_sees_new_strengths_without_recompiling(case)
+
+
+@torch.no_grad()
+def test_law_9_merging_rounds_again_and_unmerging_restores_the_bytes(case: Case) -> None:
+    before = state(case.model)
+    dense = {path: m.dense() for path, m in linears(case.model).items()}
+    case.trained()
+    case.strength(0.7)
+    running = case.run()
+    if not laws._folds(case):
+        with pytest.raises(FoldError):
+            merge.merge(case.model)
+        assert same(state(case.model), before)
+        return
+    wanted = {path: _wanted(s, 0.7) for path, s in site.sites(case.model).items() if path in dense}
+    told = merge.merge(case.model)
+    kind = quantized.kind_of(case.model)
+    changed = {path: w for path, w in wanted.items() if w is not None}
+    assert told.quantized == len(changed)
+    assert not same(state(case.model), before)
+    moved = {path: linears(case.model)[path].dense() for path in changed}
+    expected = _norm(moved[p] - changed[p] for p in changed) / _norm(changed.values()) if changed else 0.0
+    assert told.error == pytest.approx(expected, rel=1e-4) and told.error <= 1.5 * ROUNDING[kind]
+    if changed:
+        change = _norm(changed[p] - dense[p] for p in changed)
+        assert told.error_of_change == pytest.approx(told.error * _norm(changed.values()) / change, rel=1e-4)
+    else:
+        assert case.close(case.run(), running)  # biases are not quantized
+    merge.unmerge(case.model)
+    assert same(state(case.model), before)
+    assert torch.equal(case.run(), running)
+
+
+def _wanted(carrier: site.AdaptedSite, strength: float) -> torch.Tensor | None:
+    change, _ = carrier.adapters["a"].fold(dense_weight(carrier), getattr(carrier, "bias", None))
+    return None if change is None else dense_weight(carrier) + strength * change
+
+
+def _norm(tensors) -> float:
+    return float(torch.stack([t.float().square().sum() for t in tensors]).sum().sqrt())
+
+
+def test_law_9_training_lowers_the_loss_and_no_byte_of_the_base_changes(case: Case) -> None:
+    bytes_before, print_before = state(case.model), fingerprint({case.component: case.model})
+    case.attach()
+    target = case.run().detach() + 0.5 * torch.randn(case.run().shape, generator=torch.Generator().manual_seed(1)).sign()
+    own = [p for a in site.adapters(case.model, "a").values() for p in a.parameters()]
+    optimizer = torch.optim.Adam(own, lr=3e-3)
+    case.model.train()
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = (case.run().float() - target.float()).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.999 * losses[0]
+    case.model.eval()
+    case.run()
+    assert same(state(case.model), bytes_before)
+    assert fingerprint({case.component: case.model}) == print_before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_a_quantized_base_loads_onto_the_plain_one_and_back(kind: str, tmp_path) -> None:
+    plain, packed = make_pipe(), make_pipe()
+    digest.quantize(components(packed), kind)
+    assert describe(packed) == describe(plain)  # the identity is that of the base before
+    for source, other in ((packed, plain), (plain, packed)):
+        site.attach(source.unet, "a", Lora(rank=4), "attention+ff")
+        laws.randomize(source.unet, "a")
+        spec = formats.Spec(base=base_dict(describe(source)))
+        formats.save(tmp_path / "a.safetensors", {"unet": source.unet}, "a", spec)
+        loaded = formats.load(tmp_path / "a.safetensors", other, strict=True)
+        assert loaded.warnings == () and loaded.report.found > 0
+        site.attach_built(other.unet, "a", loaded.components["unet"])
+        close = Case("unet", other.unet, Lora(), "", torch.float32, other).run()
+        there = Case("unet", source.unet, Lora(), "", torch.float32, source).run()
+        assert _norm([close - there]) < 0.25 * _norm([there])
+        site.detach(source.unet, "a")
+        site.detach(other.unet, "a")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_base_quantizes_every_linear_but_no_other_module(kind: str, tiny_base) -> None:
+    pipe, plain = load_base(tiny_base, device="cpu", quantize=kind), load_base(tiny_base, device="cpu")
+    for name, part in components(pipe).items():
+        original = dict(components(plain)[name].named_modules())
+        for path, module in part.named_modules():
+            assert isinstance(module, quantized.KINDS[kind]) == (type(original[path]) is nn.Linear)
+            if isinstance(module, quantized.QuantizedLinear):
+                weight = original[path].weight
+                assert _norm([module.dense() - weight]) <= ROUNDING[kind] * _norm([weight])
+                assert torch.equal(module.bias, original[path].bias) if module.bias is not None else True
+    assert load_base(pipe, quantize=kind) is pipe
+    with pytest.raises(UserError, match="loaded already"):
+        load_base(plain, quantize=kind)
+    with pytest.raises(UserError, match="not quantized yet"):
+        quantized.quantize(pipe.unet, kind)
+
+
+def test_shared_weights_and_heads_stay_as_they_are() -> None:
+    model = make_lm().lm
+    quantized.quantize(model, "int8")
+    assert model.lm_head.weight is model.get_input_embeddings().weight and model.lm_head.weight.dtype == torch.float32
+    assert len(linears(model)) == 14
+
+
+def test_halving_keeps_scales_and_codes() -> None:
+    model = nn.Sequential(nn.Linear(64, 32)).requires_grad_(False)
+    quantized.quantize(model, "int8")
+    before = state(model)
+    half = copy.deepcopy(model).half()
+    assert half[0].bias.dtype == torch.float16
+    assert all(torch.equal(half.state_dict()[key], before[key]) for key in ("0.weight", "0.weight_scale"))
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (40, 32), (3, 50), (5, 7), (1, 200)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_of_any_shape_is_what_its_codes_and_scales_say(kind: str, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(shape[1], shape[0])).requires_grad_(False)
+    model[0].weight.copy_(weight)
+    quantized.quantize(model, kind)
+    layer = model[0]
+    if kind == "int8":
+        expected = layer.weight * layer.weight_scale[:, None]
+    else:
+        import bitsandbytes
+
+        table = bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
+        codes = torch.stack([layer.weight.flatten() >> 4, layer.weight.flatten() & 15], 1).flatten()
+        expected = (table[codes.long()].view(-1, 64) * layer.weight_scale[:, None]).flatten()[: weight.numel()].view(shape)
+    assert torch.allclose(layer.dense(), expected, atol=1e-6)
+    assert _norm([expected - weight]) <= ROUNDING[kind] * _norm([weight])
+    x = torch.randn(2, shape[1], generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(layer(x), x @ expected.T + layer.bias, atol=1e-5)
+
+
+def test_the_codes_are_those_of_bitsandbytes() -> None:
+    import bitsandbytes
+
+    weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
+    codes, scale = quantized.Nf4Linear.codes(weight)
+    theirs = bitsandbytes.nn.Params4bit(weight, compress_statistics=False, quant_type="nf4").to("cpu")
+    assert torch.equal(codes, theirs.data) and torch.equal(scale, theirs.quant_state.absmax)
+    codes, scale = quantized.Int8Linear.codes(weight.half().float())
+    rows, absmax, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
+    assert (codes.int() - rows.int()).abs().max() <= 1 and (codes != rows).float().mean() < 0.01
+    assert torch.allclose(scale * 127, absmax)
+
+
+def test_a_backend_that_is_not_installed_is_named(tiny_base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"pip install 'peft_diffusion\[quantize\]'") as told:
+        load_base(tiny_base, device="cpu", quantize="nf4")
+    assert "\n" not in str(told.value)
+    load_base(tiny_base, device="cpu", quantize="int8")
+    with pytest.raises(UserError, match="there are: nf4, int8"):
+        load_base(tiny_base, device="cpu", quantize="int3")
+
+
+@torch.no_grad()
+def test_merging_tells_its_error(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = make_pipe()
+    digest.quantize(components(pipe), "nf4")
+    site.attach(pipe.unet, "a", Lora(rank=4), "attention+ff")
+    laws.randomize(pipe.unet, "a")
+    formats.save(tmp_path / "a.safetensors", {"unet": pipe.unet}, "a", formats.Spec(base=base_dict(describe(pipe))))
+    site.detach(pipe.unet, "a")
+    before = bases.fingerprint(components(pipe))
+    adapters = Adapters(pipe)
+    adapters.load(tmp_path / "a.safetensors")
+    with caplog.at_level(logging.WARNING, "peft_diffusion"):
+        adapters.merge()
+    assert "unet: 40 nf4 weights were quantized again" in caplog.text
+    adapters.unmerge()
+    assert bases.fingerprint(components(pipe)) == before
