@@ -64,6 +64,10 @@ CASES = [
 ]
 
 
+# Compiling takes seconds, and what it could get wrong does not depend on the dtype.
+once_a_case = pytest.mark.parametrize("case", [one for one in CASES if one[2] == "float32"], ids="-".join, indirect=True)
+
+
 @dataclass
 class Case:
     """A component with everything that a law needs: its inputs, and the method with its target."""
@@ -281,6 +285,7 @@ def test_law_7_checkpointing_gives_the_same_gradients(case: Case) -> None:
     assert _equal_gradients(case, expected, _gradients(case, case.run))
 
 
+@once_a_case
 def test_law_7_compile_sees_new_strengths_without_recompiling(case: Case) -> None:
     torch._dynamo.reset()
     case.trained()
