@@ -1,15 +1,17 @@
 """Law 9, and the other laws on quantized bases: every method that has a Linear to sit at, on nf4 and int8."""
 
 import copy
+import json
 import logging
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import laws
 import pytest
 import torch
 from conftest import make_pipe
-from language import make_lm
+from language import make_lm, save_lm
 from laws import (  # noqa: F401
     Case,
     loss_of,
@@ -24,16 +26,23 @@ from laws import (  # noqa: F401
     test_law_7_checkpointing_gives_the_same_gradients,
     test_law_8_copies_are_equal_and_independent,
 )
+from test_training import draw_pictures, small
 from torch import nn
 
 from peft_diffusion import bases, formats
-from peft_diffusion.bases import components, describe, digest, fingerprint, load_base
+from peft_diffusion.bases import components, describe, digest, fingerprint, load_base, load_lm
 from peft_diffusion.core import merge, quantized, site
 from peft_diffusion.core.errors import FoldError, UserError
 from peft_diffusion.core.merge import dense_weight
 from peft_diffusion.formats.file import base_dict
 from peft_diffusion.generation import Adapters
+from peft_diffusion.generation.config import GenerateConfig
+from peft_diffusion.generation.generate import generate
+from peft_diffusion.generation.language import generate_text
+from peft_diffusion.generation.language_config import TextGenerateConfig
+from peft_diffusion.generation.recipe import Recipe
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.training import TextTrainConfig, train, train_text
 
 KINDS = ("nf4", "int8")
 # How far, against their norm, rounding takes weights that are spread evenly, as those of these small bases are.
@@ -174,7 +183,9 @@ def test_load_base_quantizes_every_linear_but_no_other_module(kind: str, tiny_ba
 
 def test_shared_weights_and_heads_stay_as_they_are() -> None:
     model = make_lm().lm
-    quantized.quantize(model, "int8")
+    parameters = model.num_parameters()
+    quantized.quantize(model, "nf4")
+    assert quantized.count(model) == parameters > model.num_parameters()
     assert model.lm_head.weight is model.get_input_embeddings().weight and model.lm_head.weight.dtype == torch.float32
     assert len(linears(model)) == 14
 
@@ -231,6 +242,70 @@ def test_a_backend_that_is_not_installed_is_named(tiny_base, monkeypatch: pytest
     load_base(tiny_base, device="cpu", quantize="int8")
     with pytest.raises(UserError, match="there are: nf4, int8"):
         load_base(tiny_base, device="cpu", quantize="int3")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_generating_and_repeating_a_picture_on_a_quantized_base(kind: str, tiny_base, tmp_path) -> None:
+    folder = draw_pictures(tmp_path / "pictures")
+    base = str(tiny_base)
+    trained = train(small(folder, tmp_path, base=base, quantize=kind, unet_lr=1e-2, components=("unet", "text_encoder")))
+    spec = formats.inspect(trained.output).spec
+    assert spec.training["quantize"] == kind
+    assert spec.base["fingerprint"] == describe(load_base(base, device="cpu")).fingerprint
+    asked = GenerateConfig(
+        ("a red apple",), adapter=(str(trained.output),), base=base, quantize=kind, steps=2, output=tmp_path / "a.png",
+        device="cpu",
+    )  # fmt: skip
+    first = generate(asked)[0]
+    assert first.recipe.quantize == kind
+    again = generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))[0]
+    assert again.path.read_bytes() == first.path.read_bytes()
+    plain = generate(replace(asked, quantize=None, output=tmp_path / "c.png"))[0]
+    assert plain.image.tobytes() != first.image.tobytes()
+    with pytest.raises(UserError, match=r"the recipe of .* says quantize"):
+        generate(GenerateConfig(recipe=first.path, quantize=kind, output=tmp_path / "b.png", device="cpu"))
+
+
+def test_a_recipe_without_a_word_on_quantization_is_of_a_plain_base(tiny_base, tmp_path) -> None:
+    asked = GenerateConfig(("a cat",), base=str(tiny_base), steps=1, output=tmp_path / "a.png", device="cpu")
+    values = json.loads(json.dumps(generate(asked)[0].recipe.to_json()))
+    del values["quantize"]
+    assert Recipe.from_json(values).quantize is None
+
+
+def test_a_language_model_learns_and_writes_quantized(tmp_path) -> None:
+    save_lm(tmp_path / "lm")
+    words = tmp_path / "words.txt"
+    words.write_text("the red cat and the blue dog sat in the house of ink. " * 40)
+    trained = train_text(
+        TextTrainConfig(
+            (words,), base=str(tmp_path / "lm"), output=tmp_path / "a.safetensors", run_dir=tmp_path / "run", rank=2,
+            steps=4, batch_size=2, context=24, device="cpu", quantize="nf4",
+        )
+    )  # fmt: skip
+    plain, packed = load_lm(tmp_path / "lm", device="cpu"), load_lm(tmp_path / "lm", device="cpu", quantize="nf4")
+    assert describe(plain) == describe(packed)
+    assert formats.load(trained.output, plain, strict=True).warnings == ()
+    written = TextGenerateConfig(
+        ("the",), adapter=(str(trained.output),), base=str(tmp_path / "lm"), max_tokens=4, quantize="nf4", device="cpu"
+    )
+    assert [one.prompt for one in generate_text(written)] == ["the"]
+
+
+def test_the_command_names_a_missing_backend_in_one_line(tiny_base, tmp_path, monkeypatch, capsys) -> None:
+    from peft_diffusion.cli.app import main
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    flags = ["--base", str(tiny_base), "--device", "cpu", "--quantize", "nf4"]
+    draw_pictures(tmp_path / "pictures")
+    output = tmp_path / "a.safetensors"
+    drawn, learned = ["generate", "a cat"], ["train", str(tmp_path / "pictures")]
+    for given in ([*drawn, "-o", str(tmp_path / "a.png")], [*learned, "-o", str(output)]):
+        assert main([*given, *flags]) == 1
+        told = capsys.readouterr().err.strip()
+        assert "pip install 'peft_diffusion[quantize]'" in told.replace("\n", " ") and "Traceback" not in told
+        assert not output.exists()
+    assert main(["generate", "a cat", "--quantize", "int3"]) == 2
 
 
 @torch.no_grad()

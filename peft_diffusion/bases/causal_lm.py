@@ -10,8 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ..core import quantized
 from ..core.errors import UserError
 from .digest import identity
+from .digest import quantize as quantize_all
 from .embedded import TINY_LM, embedded
 from .reading import first_line, pick_device, pick_dtype, quiet
 
@@ -67,16 +69,23 @@ class LanguageModel:
         )
 
 
-def load_lm(source: str | Path = TINY_LM, *, device: str = "auto", dtype: str = "auto") -> LanguageModel:
+def load_lm(
+    source: str | Path = TINY_LM, *, device: str = "auto", dtype: str = "auto", quantize: str | None = None
+) -> LanguageModel:
     """A causal language model, frozen, in eval mode, on its device.
 
-    ``source``: ``"tiny-lm"`` (embedded), a folder in the format of transformers, or a hub id; ``device`` and ``dtype`` as
-    for ``load_base``. Raises UserError if there is no such base, or it cannot be read as a causal language model.
+    ``source``: ``"tiny-lm"`` (embedded), a folder in the format of transformers, or a hub id; ``device``, ``dtype`` and
+    ``quantize`` as for ``load_base``, with the output layer left as it is. Raises UserError if there is no such base, or it
+    cannot be read as a causal language model or quantized.
     """
+    if quantize is not None:
+        quantized.check(quantize)  # before gigabytes are read
     where = pick_device(device)
     chosen = pick_dtype(dtype, where)
     with quiet(transformers_logging):
         model, tokenizer, name = _read(str(source), chosen)
+    if quantize is not None:
+        quantize_all({"lm": model}, quantize, where)
     return frozen(LanguageModel(model.to(where), tokenizer, name))
 
 

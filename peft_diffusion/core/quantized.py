@@ -105,6 +105,13 @@ def kind_of(component: nn.Module) -> str | None:
     return next((module.kind for module in component.modules() if isinstance(module, QuantizedLinear)), None)
 
 
+def count(component: nn.Module) -> int:
+    """Its parameters, each weight for one, however many of them are packed into a byte."""
+    packed = (module for module in component.modules() if isinstance(module, Nf4Linear))
+    hidden = sum(module.out_features * module.in_features - module.weight.numel() for module in packed)
+    return sum(parameter.numel() for parameter in component.parameters()) + hidden
+
+
 @torch.no_grad()
 def quantize(component: nn.Module, kind: str, device: torch.device | None = None) -> int:
     """Quantize the weight of every Linear of a component, in place, computing on ``device``; returns how many there were.

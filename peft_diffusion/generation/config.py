@@ -110,8 +110,7 @@ class Sampling:
     """Hold the base's linear layers in fewer bits, which saves memory: int8, or nf4 for the least (slightly off)."""
 
     def __post_init__(self) -> None:
-        if self.quantize not in (None, *get_args(Quantize)):
-            raise UserError(f"quantize must be one of {', '.join(get_args(Quantize))}, not {self.quantize!r}")
+        check_quantize(self.quantize)
         _at_least("steps", self.steps, 1)
         _at_least("batch_size", self.batch_size, 1)
         if not 0 <= self.guidance < math.inf:
@@ -201,6 +200,12 @@ class BlendConfig(Sampling):
         """Find out what can be told without the base. Raises UserError for files that cannot be read or written."""
         self.choices()
         check_target(self.output)
+
+
+def check_quantize(kind: str | None) -> None:
+    """Raises UserError for a kind of quantization that there is not."""
+    if kind is not None and kind not in get_args(Quantize):
+        raise UserError(f"quantize must be one of {', '.join(get_args(Quantize))}, not {kind!r}")
 
 
 def _check_prompts(prompts: tuple[str, ...]) -> None:

@@ -30,7 +30,7 @@ def generate_text(config: TextGenerateConfig) -> Iterator[Written]:
     Raises UserError, before anything is written, for adapters and prompts that cannot be used.
     """
     choices = config.choices()
-    base = load_lm(config.base, device=config.device, dtype=config.precision)
+    base = load_lm(config.base, device=config.device, dtype=config.precision, quantize=config.quantize)
     adapters = Adapters(base)
     for choice in choices:
         loaded = adapters[adapters.load(choice.path, strength=choice.strength)]

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..core.errors import UserError
-from .config import MAX_SEED, Choice, Precision, parse_choices
+from .config import MAX_SEED, Choice, Precision, Quantize, check_quantize, parse_choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,11 @@ class TextGenerateConfig:
     """Such as cpu, cuda or mps; by default the fastest there is."""
     precision: Precision = "auto"
     """Of the base; by default float32 on a CPU and a half precision elsewhere."""
+    quantize: Quantize | None = None
+    """Hold the base's linear layers in fewer bits, which saves memory: int8, or nf4 for the least (slightly off)."""
 
     def __post_init__(self) -> None:
+        check_quantize(self.quantize)
         if not self.prompts:
             raise UserError('there is no prompt; say how the text begins, as in "In the beginning"')
         for name in ("max_tokens", "count"):

@@ -9,7 +9,7 @@ from cyclopts import Group, Parameter
 
 from ..core.errors import UserError
 from ..data.text import read_texts
-from .config import Precision, Scheduler, adapter_path, check_values, fill
+from .config import Precision, Quantize, Scheduler, adapter_path, check_values, fill
 
 _RESULT = Group("What to make", sort_key=1)
 _DATA = Group("Text", sort_key=2)
@@ -99,6 +99,8 @@ class TextTrainConfig:
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
     precision: Annotated[Precision, Parameter(group=_MACHINE)] = "auto"
     """Precision of the base in training; auto is bfloat16 on a GPU that has it, else float32. Adapters are float32."""
+    quantize: Annotated[Quantize | None, Parameter(group=_MACHINE)] = None
+    """Hold the base's linear layers in fewer bits while training, which saves memory: int8, or nf4 for the least."""
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -16,13 +16,14 @@ from .. import formats
 from ..bases import LanguageInfo, LanguageModel, components, describe, load_lm
 from ..bases.causal_lm import frozen
 from ..bases.reading import pick_device
+from ..core import quantized
 from ..core.arena import Arena
 from ..core.errors import UserError
 from ..data.text import Document, read_texts
 from ..methods.tokens import SoftPrompt, Tokens
 from .blocks import Block, blocks, check_methods
 from .checkpoint import Origin
-from .config import to_json
+from .config import Precision, to_json
 from .language import LanguageSettings, LanguageTask, tokens
 from .language_config import (
     HELD_OUT_FROM,
@@ -113,6 +114,16 @@ def train_text(
     return result
 
 
+def _base(config: TextTrainConfig, precision: Precision) -> LanguageModel:
+    return load_lm(config.base, device=config.device, dtype=precision, quantize=config.quantize)
+
+
+def _as_asked(base: LanguageModel, quantize: str | None) -> LanguageModel:
+    if quantize is not None and quantized.kind_of(base.lm) != quantize:
+        raise UserError(f"this base is loaded already, and not as {quantize}; load it with load_lm(..., quantize=...)")
+    return base
+
+
 def _refuse_words(blocks: Sequence[Block]) -> None:
     """Raise UserError for methods that learn words: a language model predicts tokens, and has no output for new ones."""
     for block in blocks:
@@ -127,11 +138,11 @@ def _prepare(config: TextTrainConfig, base: LanguageModel | None, say: Say) -> _
         say(words)
     apart = read_texts(config.held_out_text) if config.held_out_text else None
     precision = pick_precision(config.precision, pick_device(config.device))
-    base = load_lm(config.base, device=config.device, dtype=precision) if base is None else frozen(base)
+    base = _base(config, precision) if base is None else _as_asked(frozen(base), config.quantize)
     info = describe(base)
     say(f"base {info.name}: {info.architecture}, {info.vocabulary:,} tokens, context {info.context}")
     asked = replace(config, precision=precision)
-    first = resolve_language(asked, parameters=base.lm.num_parameters(), context=info.context)
+    first = resolve_language(asked, parameters=quantized.count(base.lm), context=info.context)
     encoded = [tokens(base, [document.text]) for document in texts.documents]
     line, kept = _split(encoded, _share(first, encoded))
     if apart is not None:
@@ -139,7 +150,7 @@ def _prepare(config: TextTrainConfig, base: LanguageModel | None, say: Say) -> _
     if len(line) < 2:
         raise UserError("the text is but one token; there is nothing to learn from it")
     windows = LanguageTask(base, _settings(first), line).windows
-    resolved = resolve_language(asked, parameters=base.lm.num_parameters(), context=info.context, windows=windows)
+    resolved = resolve_language(asked, parameters=quantized.count(base.lm), context=info.context, windows=windows)
     say(f"{len(line):,} tokens to learn from, in {windows} windows of up to {resolved.context}; {_apart_line(kept)}")
     items = _items(texts.documents, "") + (_items(apart.documents, "kept apart: ") if apart else [])
     return _Prepared(resolved, base, info, line, kept, items)
