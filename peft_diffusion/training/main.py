@@ -144,7 +144,7 @@ class _Run:
         return formats.Spec(
             methods={name: [block.spec() for block in self.blocks if block.component == name] for name in self.parts},
             base=asdict(self.prepared.info),
-            triggers=(*_trigger_words(config), *_placeholders(self.blocks)),
+            triggers=tuple(dict.fromkeys((*_trigger_words(config), *_placeholders(self.blocks)))),
             training=training,
             title=config.output.stem,
         )
@@ -156,8 +156,7 @@ def _trigger_words(config: ResolvedConfig) -> list[str]:
 
 def _placeholders(blocks: Sequence[Block]) -> list[str]:
     """The words that blocks teach the tokenizers."""
-    names = (name for block in blocks if isinstance(block.method, Tokens) for name in block.method.names)
-    return list(dict.fromkeys(names))
+    return [name for block in blocks if isinstance(block.method, Tokens) for name in block.method.names]
 
 
 def _task(prepared: Prepared, blocks: Sequence[Block]) -> DiffusionTask:
