@@ -151,7 +151,8 @@ class Adapters:
                 kind = quantized.kind_of(parts[name])
                 logger.warning(
                     f"{name}: {told.quantized} {kind} weights were quantized again with the adapters in them, which moved"
-                    f" them by {told.error:.1%} of their size, {told.error_of_change:.0%} of what the adapters changed"
+                    f" them by {told.error:.1%} of their size, {told.error_of_change:.0%} of what the adapters changed;"
+                    " unmerged, they act in full"
                 )
         return done
 
