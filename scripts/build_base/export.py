@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusio
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .models import SCHEDULE, make_text_encoder, make_unet, make_vae
+from .models import SCHEDULE, make_text_encoder, make_unet, make_vae, vae_file
 from .sources import CACHE
 from .tokens import save_tokenizer
 
@@ -41,7 +41,7 @@ def assemble(
 def load_trained(vae: Path, unet: Path, tokenizer: Path) -> StableDiffusionPipeline:
     """The pipeline of the folders that the trainings wrote."""
     networks = make_vae(), make_text_encoder(), make_unet()
-    files = vae / "vae.safetensors", unet / "text_encoder.safetensors", unet / "unet.safetensors"
+    files = vae_file(vae), unet / "text_encoder.safetensors", unet / "unet.safetensors"
     for network, file in zip(networks, files, strict=True):
         if not file.exists():
             raise FileNotFoundError(f"there is no {file}: run the trainings first")

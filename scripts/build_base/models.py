@@ -1,5 +1,6 @@
 """The three networks of the base, and the noise schedule they are trained for."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,15 @@ def make_unet() -> UNet2DConditionModel:
         cross_attention_dim=WIDTH,
         attention_head_dim=(4, 5, 6),
     )
+
+
+def vae_file(folder: Path) -> Path:
+    """The trained autoencoder's weights: of ``train_vae``, or of a diffusers folder such as ``samples/base/vae``."""
+    files = (folder / "vae.safetensors", folder / "diffusion_pytorch_model.safetensors")
+    found = next((file for file in files if file.exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"there is no {files[0]}: run `python -m scripts.build_base.train_vae` first")
+    return found
 
 
 def signal_powers(device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .captions import caption, varied_caption
 from .export import assemble
-from .models import make_text_encoder, make_unet, make_vae, signal_powers
+from .models import make_text_encoder, make_unet, make_vae, signal_powers, vae_file
 from .packed import Drawing, load_packed
 from .sources import BASE_STYLES, CACHE
 from .tokens import encode
@@ -125,11 +125,8 @@ def make_step(
 
 def load_vae(folder: Path, device: torch.device) -> AutoencoderKL:
     """The autoencoder that `train_vae` saved."""
-    path = folder / "vae.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}: run `python -m scripts.build_base.train_vae` first")
     vae = make_vae()
-    vae.load_state_dict(load_file(path))
+    vae.load_state_dict(load_file(vae_file(folder)))
     return vae.to(device).eval().requires_grad_(False)
 
 
