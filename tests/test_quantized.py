@@ -134,7 +134,7 @@ def test_law_9_training_lowers_the_loss_and_no_byte_of_the_base_changes(case: Ca
         loss = (case.run().float() - target.float()).square().mean()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.999 * losses[0]
     case.model.eval()
     case.run()
@@ -232,6 +232,24 @@ def test_the_codes_are_those_of_bitsandbytes() -> None:
     rows, absmax, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
     assert (codes.int() - rows.int()).abs().max() <= 1 and (codes != rows).float().mean() < 0.01
     assert torch.allclose(scale * 127, absmax)
+
+
+@torch.no_grad()
+def test_layers_that_bitsandbytes_itself_quantized_take_adapters_but_are_not_merged() -> None:
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32)
+    model = nn.Sequential(layer).to("cpu").eval()
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    before = model(x)
+    site.attach(model, "a", Lora(rank=4), "all-linear")
+    assert torch.equal(model(x), before)
+    laws.randomize(model, "a")
+    assert not torch.equal(model(x), before)
+    with pytest.raises(UserError, match="quantized by another program"):
+        merge.merge(model)
+    site.detach(model, "a")
+    assert torch.equal(model(x), before)
 
 
 def test_a_backend_that_is_not_installed_is_named(tiny_base, monkeypatch: pytest.MonkeyPatch) -> None:
