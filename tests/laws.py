@@ -3,7 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from peft_diffusion.bases import components, describe, fingerprint
 from peft_diffusion.core import merge, site
 from peft_diffusion.core.adapter import Method
 from peft_diffusion.core.errors import FoldError
-from peft_diffusion.formats.file import base_dict
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.bottleneck import Bottleneck
 from peft_diffusion.methods.dora import Dora
@@ -232,7 +231,7 @@ def test_law_5_save_and_load_keep_every_bit(case: Case, tmp_path) -> None:
     case.trained()
     parts = {case.component: case.model}
     info = describe(case.pipe)
-    formats.save(tmp_path / "a.safetensors", parts, "a", formats.Spec(base=base_dict(info), triggers=("ink",)))
+    formats.save(tmp_path / "a.safetensors", parts, "a", formats.Spec(base=asdict(info), triggers=("ink",)))
     running = case.run()
     written = {path: dict(a.named_parameters()) for path, a in site.adapters(case.model, "a").items()}
     loaded = formats.load(tmp_path / "a.safetensors", case.pipe, strict=True)

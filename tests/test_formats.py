@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from peft_diffusion import formats
 from peft_diffusion.bases import components, describe
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.formats.file import base_dict
 from peft_diffusion.formats.kohya import site_keys
 from peft_diffusion.generation import Adapters
 from peft_diffusion.methods.lora import Lora
@@ -37,7 +37,7 @@ def write_adapter(path, pipe, target="attention+ff", alpha=None, rank=4, seed=3,
         randomize(part, "made", seed)
     spec = formats.Spec(
         methods={name: ({**Lora(rank, alpha).spec(), "target": target},) for name in chosen},
-        base=base_dict(describe(pipe)),
+        base=asdict(describe(pipe)),
         triggers=("ink style",),
         training={"steps_done": 10, "unet_lr": 1e-3, "images": 7},
         title="ink",

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from peft_diffusion.bases import components, describe
 from peft_diffusion.core import merge, site
 from peft_diffusion.core.adapter import METHODS, Adapter, Method
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.formats.file import base_dict
 from peft_diffusion.generation import Adapters
 from peft_diffusion.methods.dora import Dora
 from peft_diffusion.methods.ia3 import Ia3
@@ -282,7 +282,7 @@ def write(path, pipe, methods, name="made"):
     randomize(pipe.unet, name)
     spec = formats.Spec(
         methods={"unet": tuple({**method.spec(), "target": target} for method, target in methods)},
-        base=base_dict(describe(pipe)),
+        base=asdict(describe(pipe)),
     )
     formats.save(path, {"unet": pipe.unet}, name, spec)
     return path

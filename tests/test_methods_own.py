@@ -1,5 +1,6 @@
 """BitFit, bottlenecks, prefixes and learned tokens: against plain formulas, and all of them together with LoRA."""
 
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,6 @@ from peft_diffusion.core import merge, site
 from peft_diffusion.core.adapter import Method
 from peft_diffusion.core.errors import FoldError, UserError
 from peft_diffusion.formats import container
-from peft_diffusion.formats.file import base_dict
 from peft_diffusion.generation import Adapters
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.bottleneck import Bottleneck
@@ -72,7 +72,7 @@ def save_mixture(path, pipe, name: str = "mix", seed: int = 3):
         methods[component] = [{**method.spec(), "target": target} for method, target in chosen]
     teach(pipe)
     parts = {component: components(pipe)[component] for component in MIXTURE}
-    formats.save(path, parts, name, formats.Spec(methods, base_dict(describe(pipe))))
+    formats.save(path, parts, name, formats.Spec(methods, asdict(describe(pipe))))
     return path
 
 
@@ -339,7 +339,7 @@ def save_word(path, pipe, *methods: Method):
     """A file of token methods alone."""
     site.attach_all(pipe.text_encoder, "w", [(begun(pipe, "text_encoder", method), "tokens") for method in methods])
     randomize(pipe.text_encoder, "w")
-    formats.save(path, {"text_encoder": pipe.text_encoder}, "w", formats.Spec(base=base_dict(describe(pipe))))
+    formats.save(path, {"text_encoder": pipe.text_encoder}, "w", formats.Spec(base=asdict(describe(pipe))))
     return next(iter(site.adapters(pipe.text_encoder, "w").values())).vectors.detach()
 
 

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import laws
 import pytest
@@ -34,7 +34,6 @@ from peft_diffusion.bases import components, describe, digest, fingerprint, load
 from peft_diffusion.core import merge, quantized, site
 from peft_diffusion.core.errors import FoldError, UserError
 from peft_diffusion.core.merge import dense_weight
-from peft_diffusion.formats.file import base_dict
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.config import GenerateConfig
 from peft_diffusion.generation.generate import generate
@@ -151,7 +150,7 @@ def test_an_adapter_of_a_quantized_base_loads_onto_the_plain_one_and_back(kind: 
     for source, other in ((packed, plain), (plain, packed)):
         site.attach(source.unet, "a", Lora(rank=4), "attention+ff")
         laws.randomize(source.unet, "a")
-        spec = formats.Spec(base=base_dict(describe(source)))
+        spec = formats.Spec(base=asdict(describe(source)))
         formats.save(tmp_path / "a.safetensors", {"unet": source.unet}, "a", spec)
         loaded = formats.load(tmp_path / "a.safetensors", other, strict=True)
         assert loaded.warnings == () and loaded.report.found > 0
@@ -332,7 +331,7 @@ def test_merging_tells_its_error(tmp_path, caplog: pytest.LogCaptureFixture) -> 
     digest.quantize(components(pipe), "nf4")
     site.attach(pipe.unet, "a", Lora(rank=4), "attention+ff")
     laws.randomize(pipe.unet, "a")
-    formats.save(tmp_path / "a.safetensors", {"unet": pipe.unet}, "a", formats.Spec(base=base_dict(describe(pipe))))
+    formats.save(tmp_path / "a.safetensors", {"unet": pipe.unet}, "a", formats.Spec(base=asdict(describe(pipe))))
     site.detach(pipe.unet, "a")
     before = bases.fingerprint(components(pipe))
     adapters = Adapters(pipe)

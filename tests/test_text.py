@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import asdict
 
 import peft
 import pytest
@@ -380,7 +381,7 @@ def test_seeds_and_adapters_decide_the_text(folder, tmp_path):
     site.attach(base.lm, "a", Lora(rank=2), "attention")
     for adapter in site.adapters(base.lm, "a").values():
         torch.nn.init.normal_(adapter.up, generator=torch.Generator().manual_seed(1))
-    formats.save(made, components(base), "a", formats.Spec(base=formats.file.base_dict(describe(base))))
+    formats.save(made, components(base), "a", formats.Spec(base=asdict(describe(base))))
 
     def written(**changes):
         told = TextGenerateConfig(("The ox",), base=str(folder), max_tokens=10, device="cpu", temperature=1.0, **changes)
@@ -406,7 +407,7 @@ def test_a_schedule_is_refused_for_text(folder, tmp_path):
 def test_an_adapter_of_another_base_is_refused(tmp_path, tiny_pipe):
     other = make_lm(width=48)
     site.attach(other.lm, "a", Lora(rank=2))
-    spec = formats.Spec(base=formats.file.base_dict(describe(other)))
+    spec = formats.Spec(base=asdict(describe(other)))
     formats.save(tmp_path / "a.safetensors", components(other), "a", spec)
     with pytest.raises(UserError, match=r"was made for base 'tiny' \(lm\)"):
         formats.load(tmp_path / "a.safetensors", make_lm())

@@ -1,9 +1,9 @@
 """The one way to save an adapter and the one way to load it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,9 +15,6 @@ from ..core.errors import UserError
 from . import container, kohya, textual_inversion
 from .layout import component_of
 from .spec import Spec
-
-if TYPE_CHECKING:
-    from ..bases import BaseInfo, LanguageInfo
 
 
 @dataclass(frozen=True)
@@ -82,11 +79,6 @@ def load(path: str | Path, pipe: Any, *, strict: bool = False) -> Loaded:
         raise UserError(f"{path}: {len(unmatched)} tensors have no site in this base: {', '.join(unmatched[:5])}")
     report = Coverage(len(tensors) - len(unmatched), sum(map(len, built.values())), tuple(unmatched))
     return Loaded(built, spec or Spec(), report, _warnings(path, spec, report, pipe))
-
-
-def base_dict(info: "BaseInfo | LanguageInfo") -> dict[str, Any]:
-    """A base as a spec holds it."""
-    return asdict(info)
 
 
 def _by_site(
