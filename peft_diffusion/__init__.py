@@ -1,7 +1,8 @@
 """Teach Stable Diffusion a style from a folder of images, generate with it, blend several."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .core.lazy import lazy
 
 __version__ = "0.1.0"
 
@@ -41,39 +42,29 @@ __all__ = [
     "train_text",
 ]
 
-# Where each name lives. Importing the package must not cost an import of torch, so a name is looked up when it is used.
-_HOMES = {
-    "Adapters": "generation",
-    "Blend": "generation.blend",
-    "BlendConfig": "generation.config",
-    "GenerateConfig": "generation.config",
-    "Inspection": "formats",
-    "LanguageModel": "bases",
-    "Picture": "generation.generate",
-    "Schedule": "generation",
-    "Spec": "formats",
-    "TextGenerateConfig": "generation.language_config",
-    "TextTrainConfig": "training",
-    "TrainConfig": "training",
-    "UserError": "core.errors",
-    "blend": "generation.blend",
-    "generate": "generation.generate",
-    "generate_text": "generation.language",
-    "inspect": "formats",
-    "load_base": "bases",
-    "load_lm": "bases",
-    "train": "training",
-    "train_text": "training",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "Adapters": "generation",
+        "Blend": "generation.blend",
+        "BlendConfig": "generation.config",
+        "GenerateConfig": "generation.config",
+        "Inspection": "formats",
+        "LanguageModel": "bases",
+        "Picture": "generation.generate",
+        "Schedule": "generation",
+        "Spec": "formats",
+        "TextGenerateConfig": "generation.language_config",
+        "TextTrainConfig": "training",
+        "TrainConfig": "training",
+        "UserError": "core.errors",
+        "blend": "generation.blend",
+        "generate": "generation.generate",
+        "generate_text": "generation.language",
+        "inspect": "formats",
+        "load_base": "bases",
+        "load_lm": "bases",
+        "train": "training",
+        "train_text": "training",
+    },
+)

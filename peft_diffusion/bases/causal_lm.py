@@ -50,7 +50,7 @@ class LanguageModel:
         return device
 
     def start(self) -> list[int]:
-        """The tokens that its tokenizer puts before every text."""
+        """The tokens that its tokenizer puts before every text, those of soft prompts first."""
         return list(self.tokenizer("").input_ids)
 
     def encode(self, text: str) -> list[int]:

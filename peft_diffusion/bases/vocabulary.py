@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from .kinds import components
 
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "lm": "tokenizer"}
 _LEGACY_EOS = 2  # what configurations of early CLIP exports say, and what makes the model look for the largest id instead
+_OF_A_BATCH = ("padding", "pad_to_multiple_of", "padding_side", "return_tensors")  # arguments that concern rows together
 _DEFAULT = "*"  # the word that the first programs for textual inversion began with
 
 
@@ -39,17 +41,24 @@ def teach(base: Any) -> None:
     """Bring the tokenizers of a base in line with the token adapters that it carries now; call it when these change.
 
     A taught tokenizer reads each placeholder as a whole word and gives it as many tokens as it has vectors; it puts soft
-    prompts before every prompt for which their strength is not 0. Where no adapter has words, tokenizers and text encoders
-    are what they were. Raises UserError, and changes nothing, for a placeholder that two adapters teach or that is a word
-    of the base already, and for more soft prompts than a prompt has room.
+    prompts before every prompt for which their strength is not 0. With a text encoder they follow the token that marks the
+    start; with a language model they precede it, as they do in peft, and like it they are left out where a call says
+    ``add_special_tokens=False``. Where no adapter has words, tokenizers and text encoders are what they were. Raises
+    UserError, and changes nothing, for a placeholder that two adapters teach or that is a word of the base already, and for
+    more soft prompts than a prompt has room.
     """
     parts = components(base)
     pairs = [(parts[name], getattr(base, tokenizer)) for name, tokenizer in _TOKENIZERS.items() if name in parts]
-    lessons = [_lessons(encoder, tokenizer) for encoder, tokenizer in pairs]
+    lessons = [_lessons(encoder, tokenizer, of_lm=encoder is parts.get("lm")) for encoder, tokenizer in pairs]
     for (encoder, tokenizer), found in zip(pairs, lessons, strict=True):
         _forget(tokenizer)
         if found is not None:
             _learn(encoder, tokenizer, found)
+
+
+def learned(tokenizer: Any) -> dict[str, int]:
+    """The tokens that a tokenizer was taught, by name, each placeholder's first one being the placeholder itself."""
+    return dict(tokenizer.lessons.ids) if isinstance(tokenizer, TaughtTokenizer) else {}
 
 
 @dataclass(frozen=True)
@@ -81,34 +90,70 @@ class _Lessons:
 
     words: list[_Word]
     plain: Any
+    of_lm: bool  # where soft prompts precede what marks the start, and a new word only the space before it
+    ids: Mapping[str, int] = field(default_factory=dict)  # by the names of the tokens
     legacy: list[nn.Module] = field(default_factory=list)  # those whose eos_token_id was corrected
+    backends: dict[tuple[str, ...], Any] = field(default_factory=dict)  # by the tokens that each puts first
 
     def __post_init__(self) -> None:
         self.placeholders = {word.tokens[0].casefold(): word for word in self.words if not word.precedes}
         longest_first = sorted(self.placeholders, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(_whole, longest_first)), re.IGNORECASE) if longest_first else None
+        flags = re.NOFLAG if self.of_lm else re.IGNORECASE  # CLIP knows no capitals
+        self.pattern = re.compile("|".join(map(_whole, longest_first)), flags) if longest_first else None
 
     def expand(self, text: str, index: int, count: int) -> str:
-        """A prompt with every placeholder as all of its tokens, and the soft prompts before it."""
+        """A prompt with every placeholder as all of its tokens, and before it a text encoder's soft prompts."""
+        edge = "" if self.of_lm else " "
         if self.pattern is not None:
-            text = self.pattern.sub(lambda match: f" {' '.join(self.placeholders[match[0].casefold()].tokens)} ", text)
-        fronts = [" ".join(word.tokens) for word in self.words if word.precedes and word.wanted(index, count)]
-        return " ".join([*fronts, text])
+            words = self.placeholders
+            text = self.pattern.sub(lambda match: edge + " ".join(words[match[0].casefold()].tokens) + edge, text)
+        return text if self.of_lm else " ".join([*self._before(index, count), text])
+
+    def backend(self, index: int, count: int) -> Any:
+        """The tokenizer for a prompt, which puts the soft prompts of a language model before all else."""
+        front = self._before(index, count) if self.of_lm else ()
+        if front not in self.backends:
+            self.backends[front] = _led(self.backends[()], front)
+        return self.backends[front]
+
+    def _before(self, index: int, count: int) -> tuple[str, ...]:
+        """The tokens of the soft prompts of prompt ``index`` of ``count``."""
+        return tuple(t for word in self.words if word.precedes and word.wanted(index, count) for t in word.tokens)
 
 
 class TaughtTokenizer:
     """Mixed into the class of a tokenizer that knows learned words."""
 
     lessons: _Lessons
+    _tokenizer: Any
 
     def __call__(self, text: Any = None, *more: Any, **named: Any) -> Any:
-        """As ever, of the expanded text; the prompts of a list are those of the images in order."""
+        """As ever, of the expanded text; the prompts of a list are those of the images (or rows) in order."""
         if isinstance(text, str):
+            self._tokenizer = self.lessons.backend(0, 1)
             text = self.lessons.expand(text, 0, 1)
         elif isinstance(text, (list, tuple)):
             count = len(text)
             text = [self.lessons.expand(t, i, count) if isinstance(t, str) else t for i, t in enumerate(text)]
+            backends = [self.lessons.backend(index, count) for index in range(count)]
+            if len(set(map(id, backends))) > 1:
+                return self._each(text, backends, *more, **named)
+            self._tokenizer = backends[0] if backends else self._tokenizer
         return super().__call__(text, *more, **named)  # type: ignore[misc]
+
+    def _each(self, texts: Sequence[str], backends: Sequence[Any], *more: Any, **named: Any) -> Any:
+        """Texts with different soft prompts: each by itself, then padded together. Raises UserError for pairs of texts."""
+        if more or named.get("text_pair") is not None:
+            raise UserError("pairs of texts cannot have soft prompts at different strengths; tokenize them one by one")
+        together = {key: named.pop(key) for key in _OF_A_BATCH if key in named}
+        if together.get("padding") == "max_length":
+            together["max_length"] = named.get("max_length")
+        rows = []
+        for text, backend in zip(texts, backends, strict=True):
+            self._tokenizer = backend
+            rows.append(super().__call__(text, **named))  # type: ignore[misc]
+        padded = {key: [row[key] for row in rows] for key in rows[0]}
+        return self.pad(padded, **{"padding": False, **together})  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -124,7 +169,7 @@ def _initial(tokenizer: Any, words: str, vectors: int) -> list[int]:
     return [ids[index % len(ids)] for index in range(vectors)]
 
 
-def _lessons(encoder: nn.Module, tokenizer: Any) -> _Lessons | None:
+def _lessons(encoder: nn.Module, tokenizer: Any, of_lm: bool) -> _Lessons | None:
     """What the adapters of a text encoder have to teach, checked; None where it is nothing."""
     words = list(_words(encoder))
     if not words:
@@ -137,11 +182,14 @@ def _lessons(encoder: nn.Module, tokenizer: Any) -> _Lessons | None:
     for word in words:
         for name in word.tokens:
             _check_word(name, word.owner, owners, plain)
-    room = tokenizer.model_max_length - 2
+    config: Any = encoder.config
+    room = (config.max_position_embeddings if of_lm else tokenizer.model_max_length) - 2
     front = sum(len(word.tokens) for word in words if word.precedes)
     if front >= room:
         raise UserError(f"soft prompts of {front} tokens leave no room for a prompt: the base reads {room}")
-    return _Lessons(words, plain)
+    if of_lm and front:
+        _template(json.loads(plain.to_str()))
+    return _Lessons(words, plain, of_lm)
 
 
 def _words(encoder: nn.Module) -> Iterator[_Word]:
@@ -178,17 +226,50 @@ def _learn(encoder: nn.Module, tokenizer: Any, lessons: _Lessons) -> None:
     from tokenizers import AddedToken
 
     backend = copy.deepcopy(lessons.plain)
-    names = [name for word in lessons.words for name in word.tokens]
-    backend.add_tokens([AddedToken(name, single_word=True, lstrip=True, rstrip=True, normalized=False) for name in names])
-    tokenizer._tokenizer = backend
+    for word in lessons.words:
+        alone = not lessons.of_lm or bool(re.fullmatch(r"\w(.*\w)?", word.tokens[0]))
+        backend.add_tokens(
+            [AddedToken(n, single_word=alone, lstrip=True, rstrip=not lessons.of_lm, normalized=False) for n in word.tokens]
+        )
+    lessons.backends[()] = tokenizer._tokenizer = backend
     tokenizer.__class__ = _taught(cast(Hashable, type(tokenizer)))
     tokenizer.lessons = lessons
-    _answer(lessons.words, {name: backend.token_to_id(name) for name in names})
+    lessons.ids = {name: backend.token_to_id(name) for word in lessons.words for name in word.tokens}
+    _answer(lessons.words, lessons.ids)
     for module in encoder.modules():
         if getattr(module, "eos_token_id", None) == _LEGACY_EOS != tokenizer.eos_token_id:
             # Its largest id would be a new word. For all others, the first end of text is where the largest id is.
             module.eos_token_id = tokenizer.eos_token_id
             lessons.legacy.append(module)
+
+
+def _led(backend: Any, front: Sequence[str]) -> Any:
+    """A copy of a tokenizer that puts these tokens before all that it puts first. Raises UserError where it cannot."""
+    from tokenizers import Tokenizer
+
+    layout = json.loads(backend.to_str())
+    template = _template(layout)
+    pieces = [{"SpecialToken": {"id": token, "type_id": 0}} for token in front]
+    for kind in ("single", "pair"):
+        template[kind] = [*pieces, *template[kind]]
+    known = {token: {"id": token, "ids": [backend.token_to_id(token)], "tokens": [token]} for token in front}
+    template["special_tokens"] = {**template["special_tokens"], **known}
+    return Tokenizer.from_str(json.dumps(layout))
+
+
+def _template(layout: dict[str, Any]) -> dict[str, Any]:
+    """The part of a tokenizer's JSON that says what stands before and after a text; made where there is none."""
+    found = layout["post_processor"]
+    parts = [] if found is None else found["processors"] if found["type"] == "Sequence" else [found]
+    for part in parts:
+        if part["type"] == "TemplateProcessing":
+            return cast(dict[str, Any], part)
+        if part["type"] != "ByteLevel":  # which touches offsets alone
+            raise UserError(f"no soft prompt can precede what a tokenizer with {part['type']} puts first")
+    first, second = ({"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB"))
+    made = {"type": "TemplateProcessing", "single": [first], "pair": [first, second], "special_tokens": {}}
+    layout["post_processor"] = {"type": "Sequence", "processors": [*parts, made]}
+    return made
 
 
 def _answer(words: Sequence[_Word], ids: Mapping[str, int]) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -70,9 +71,7 @@ def _show(found: list[Inspection], fits: Mapping[tuple[str, str], Fit]) -> None:
 def _rows(found: Inspection) -> list[tuple[str, str]]:
     """Labels and values of what the file tells; what it does not tell is left out, or said to be missing."""
     rows = [
-        ("method", ", ".join(found.methods) or "none that is known here"),
-        ("rank", _counts(found.ranks)),
-        ("alpha", _counts(found.alphas)),
+        *_methods(found),
         ("sites", ", ".join(f"{component} {count}" for component, count in found.components.items())),
         ("target", _targets(found)),
         ("base", _base(found)),
@@ -82,7 +81,7 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
         ("sha256", found.sha256),
     ]
     if found.spec is None:
-        rows.append(("written by", "another program: there is no peft_diffusion metadata"))
+        rows.append(("written by", f"another program: there is no peft_diffusion metadata{_network(found)}"))
     elif found.spec.title:
         rows.insert(0, ("title", found.spec.title))
     if found.unknown:
@@ -91,11 +90,43 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
     return [(label, value) for label, value in rows if value]
 
 
-def _counts(values: Mapping[Any, int]) -> str:
+def _methods(found: Inspection) -> list[tuple[str, str]]:
+    """A line for each method, with the hyper-parameters that its tensors tell, and those that only the spec does."""
+    rows = []
+    for method, values in found.hyper_parameters.items():
+        told = [f"{name.replace('_', ' ')} {_counts(counts)}" for name, counts in values.items()]
+        rows.append(("method", f"{method}: {', '.join(told)}" if told else method))
+    for component, several in found.spec.methods.items() if found.spec else ():
+        for one in several:
+            name, values = str(one.get("method")), found.hyper_parameters.get(str(one.get("method")), {})
+            left = [
+                key
+                for key in one
+                if key not in ("method", "target", "ids", *values) and one[key] not in (None, False, 0, "")
+            ]
+            if left:
+                options = ", ".join(f"{key.replace('_', ' ')} {_short(one[key])}" for key in left)
+                rows.append(("options", f"{component} {name}: {options}"))
+    return list(dict.fromkeys(rows)) or [("method", "none that is known here")]
+
+
+def _network(found: Inspection) -> str:
+    """What another program says of the method."""
+    if found.network is None:
+        return ""
+    args = "".join(f", {name}={value}" for name, value in found.network.args.items())
+    return f"; it names {found.network.module}{args}"
+
+
+def _counts(values: Mapping[float, int]) -> str:
     """A value that all sites have, or each with the number of its sites."""
     if len(values) == 1:
-        return f"{next(iter(values)):g}"
-    return ", ".join(f"{value:g} ({count} sites)" for value, count in sorted(values.items()))
+        return _value(next(iter(values)))
+    return ", ".join(f"{_value(value)} ({count} sites)" for value, count in sorted(values.items()))
+
+
+def _value(value: float) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
 
 def _targets(found: Inspection) -> str:
@@ -143,6 +174,11 @@ def _plain(found: Inspection) -> dict[str, Any]:
         "sha256": found.sha256,
         "methods": list(found.methods),
         "components": dict(found.components),
+        "hyper_parameters": {
+            method: {name: {_value(value): count for value, count in counts.items()} for name, counts in values.items()}
+            for method, values in found.hyper_parameters.items()
+        },
+        "network": asdict(found.network) if found.network else None,
         "ranks": {str(rank): count for rank, count in found.ranks.items()},
         "alphas": {str(alpha): count for alpha, count in found.alphas.items()},
         "dtypes": dict(found.dtypes),

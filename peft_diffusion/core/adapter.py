@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from . import targets
 from .errors import FoldError, UserError
 
 Site = nn.Module  # any Linear, Conv2d, norm or embedding of a base
@@ -66,6 +67,11 @@ class Adapter(KeepsPrecision):
         """The new ``y``; ``strength`` broadcasts against it."""
         return y + strength * self.residual(x, y, base)
 
+    def run(self, x: Tensor, y: Tensor, strength: Tensor, base: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """The new ``y``, for a method that has to know what else the site was called with, by name: a mask, a cache."""
+        changed: Tensor = self(x, y, strength, base)
+        return changed
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What it adds, at strength 1, to the site's float32 ``weight`` and ``bias``; None leaves one as it is.
 
@@ -76,6 +82,10 @@ class Adapter(KeepsPrecision):
     def low_rank(self) -> LowRank | None:
         """The residual as one pair of matrices, where it is one: several such run as one at inference."""
         return None
+
+    def by_rate(self) -> dict[float, list[nn.Parameter]]:
+        """Its parameters by how many times their component's learning rate they are trained with."""
+        return {1.0: list(self.parameters())}
 
     def state(self) -> dict[str, Tensor]:
         """Its tensors by suffix: those of the kohya / LyCORIS layout where that has the method, or names without a dot."""
@@ -90,18 +100,32 @@ class Chain(Adapter):
     """Several methods' parts at one site under one name, applied in order."""
 
     def __init__(self, parts: Sequence[Adapter]) -> None:
-        """Raises UserError where two parts would store different tensors under one name, as two scales named alpha."""
+        """Raises UserError where a file could not tell the parts' tensors apart.
+
+        That is where two would store different ones under one name, as two scales named alpha, and where one's would be
+        read as another's, as the magnitudes of one method beside a LoRA.
+        """
         super().__init__()
         self.parts = nn.ModuleList(parts)
         stored: dict[str, Tensor] = {}
         for part in parts:
             for suffix, tensor in part.state().items():
-                if not torch.equal(stored.setdefault(suffix, tensor).cpu(), tensor.cpu()):
+                shared = stored.setdefault(suffix, tensor)
+                learned = tensor.requires_grad and shared is not tensor  # equal now, and not for long
+                if learned or not torch.equal(shared.cpu(), tensor.cpu()):
                     kinds = ", ".join(type(one).__name__ for one in parts)
                     raise UserError(
-                        f"{kinds} cannot share a site under one name: a file has one {suffix!r} for both and they differ;"
-                        " give them different targets, or equal values"
+                        f"{kinds} cannot share a site under one name: a file has one {suffix!r} for both and theirs"
+                        " differ; give them different targets, or equal values"
                     )
+        readers = [reader for reader in METHODS.values() if reader.recognizes(stored.keys())]
+        read = sorted(sorted(stored.keys() & reader.suffixes) for reader in readers)
+        if read != sorted(sorted(part.state()) for part in parts):
+            methods = ", ".join(reader.name for reader in readers)
+            raise UserError(
+                f"{', '.join(type(one).__name__ for one in parts)} cannot share a site under one name: a file of their"
+                f" tensors ({', '.join(stored)}) would be read as {methods or 'no method'}; give them different targets"
+            )
 
     def bind(self, site: Site) -> None:
         """Bind every part."""
@@ -123,6 +147,12 @@ class Chain(Adapter):
         """Each part on what the one before it made."""
         for part in self.each():
             y = part(x, y, strength, base)
+        return y
+
+    def run(self, x: Tensor, y: Tensor, strength: Tensor, base: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """The same, with what the site was called with."""
+        for part in self.each():
+            y = part.run(x, y, strength, base, call)
         return y
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -186,6 +216,7 @@ class Method:
 
     name: ClassVar[str]
     suffixes: ClassVar[frozenset[str]]
+    target: ClassVar[str] = targets.DEFAULT  # where it sits, unless one says
 
     def __init_subclass__(cls, *, name: str, suffixes: frozenset[str] = frozenset()) -> None:
         super().__init_subclass__()

@@ -1,6 +1,7 @@
 """Fold adapters into the weights of their sites, and restore the very bytes."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,8 @@ def merge(component: nn.Module) -> Merged:
 
     The change is added in float32 and rounded once; a quantized weight is dequantized and quantized again, and what error
     that made is returned. Raises UserError where images have different strengths, and FoldError, which names site and
-    adapter, where a method is no change of weight and bias; the component is then as it was.
+    adapter, where a method is no change of weight and bias, and where another module has the weight too; the component is
+    then as it was.
     """
     found = sites_of.strengths(component)
     if found is None or found.merged:
@@ -57,6 +59,7 @@ def merge(component: nn.Module) -> Merged:
             folded[path] = _folded(site, scalars)
         except FoldError as error:
             raise FoldError(f"{path}: {error}") from None
+    _refuse_tied(component, carriers, folded)
     errors = _Errors()
     for path, changed in folded.items():
         stored = _encoded(carriers[path], changed, errors)
@@ -77,9 +80,27 @@ def unmerge(component: nn.Module) -> None:
     found.merged = False
 
 
+def _refuse_tied(
+    component: nn.Module, carriers: Mapping[str, nn.Module], folded: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Raises FoldError for a tensor that another module has too, as an output layer has its embedding's."""
+    owners: dict[int, list[str]] = {}
+    for path, module in component.named_modules():
+        for own in module.parameters(recurse=False):
+            owners.setdefault(id(own), []).append(path)
+    for path, changed in folded.items():
+        for name in changed:
+            others = [other for other in owners.get(id(_held(carriers[path], name)), []) if other != path]
+            if others:
+                raise FoldError(
+                    f"{path}: its {name} is shared with {', '.join(others)}, which a merge would change too; leave the"
+                    " adapters unmerged, or take the one at this site away"
+                )
+
+
 @torch.no_grad()
 def _write(site: nn.Module, tensors: dict[str, Tensor]) -> None:
-    # In place: compiled and captured models, and weights tied elsewhere, see it.
+    # In place: compiled and captured models see it.
     for name, tensor in tensors.items():
         _held(site, name).copy_(tensor)
 

@@ -5,7 +5,7 @@ The swap renames no key of the base, saves nothing more for backward, and is see
 
 import functools
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -44,13 +44,21 @@ class AdaptedSite(nn.Module):
     block: int
     unmerged: dict[str, Tensor]  # the bytes before a merge, here so that a copy of the model has its own
 
-    def forward(self, input: Tensor, *more: Any, **named: Any) -> Tensor:
-        """The site's own output, changed by each adapter whose strength is not 0. Attention takes more than one input."""
-        adapters = self.adapters.items()
-        prepared = input
-        for _, adapter in adapters:
+    def forward(self, input: Tensor | None = None, *more: Any, **named: Any) -> Any:
+        """The site's own output, changed by each adapter whose strength is not 0.
+
+        Attention takes more than one input; that of language models is told all by name, and returns its weights too.
+        """
+        x: Tensor = named.pop("hidden_states") if input is None else input
+        prepared = x
+        for _, adapter in self.adapters.items():
             prepared = adapter.prepare(prepared)
-        y: Tensor = super().forward(prepared, *more, **named)
+        result = super().forward(prepared, *more, **named)
+        if isinstance(result, tuple):
+            return self._changed(x, result[0], named), *result[1:]
+        return self._changed(x, result, named)
+
+    def _changed(self, input: Tensor, y: Tensor, named: Mapping[str, Any]) -> Tensor:
         strengths = self.strengths
         if strengths.merged:
             return y
@@ -59,14 +67,14 @@ class AdaptedSite(nn.Module):
         if self.packed is not None and not torch.is_grad_enabled():
             return self._run_packed(self.packed, input, y) if recorded or strengths.active else y
         base = y
-        for name, adapter in adapters:
+        for name, adapter in self.adapters.items():
             if recorded or name in strengths.active:
-                y = adapter(input, y, _broadcast(strengths.at(strengths.index(name), self.block, y), y), base)
+                y = adapter.run(input, y, _broadcast(strengths.at(strengths.index(name), self.block, y), y), base, named)
         return y
 
     def _run_packed(self, packed: Packed, x: Tensor, y: Tensor) -> Tensor:
         strength = self.strengths.at(packed.rows, self.block, y)
-        down, up = packed.down.to(x.dtype), packed.up.to(x.dtype)
+        down, up = packed.down.to(x.dtype), packed.up.to(x.dtype)  # no copies, but where x is not what pack() expected
         if isinstance(self, nn.Conv2d):
             hidden = self._conv_forward(x, down, None) * strength[:, :, None, None]
             return y + F.conv2d(hidden, up[:, :, None, None])
@@ -203,12 +211,18 @@ def pack(component: nn.Module) -> None:
 
     Copies the parameters: call it again when they change. Attaching and detaching undo it.
     """
+    everywhere = {dtype for module in targets.modules(component).values() for dtype in _precisions(module)}
+    # A quantized weight does not tell what its layer computes in; the rest of the component does, if it is of one mind.
+    usual = everywhere.pop() if len(everywhere) == 1 else torch.float32
     for site in sites(component).values():
         built = dict(site.adapters.items())
         if all(adapter.low_rank() is not None for adapter in built.values()):
-            weight = next(iter(site.parameters(recurse=False)), None)
-            dtype = weight.dtype if weight is not None and weight.is_floating_point() else torch.float32
-            site.packed = Packed(built, site.strengths, dtype)
+            site.packed = Packed(built, site.strengths, next(_precisions(site), usual))
+
+
+def _precisions(module: nn.Module) -> Iterator[torch.dtype]:
+    """Those of its own parameters that are numbers, not codes."""
+    return (own.dtype for own in module.parameters(recurse=False) if own.is_floating_point())
 
 
 def unpack(component: nn.Module) -> None:

@@ -36,6 +36,7 @@ _LLAMA = {
     "outputs": r".*\.(self_attn\.o_proj|mlp\.down_proj)",
     "ff-outputs": r".*\.mlp\.down_proj",
     "sublayers": r".*\.mlp",  # its attention returns more than a tensor
+    "attentions": r".*\.self_attn",  # as a whole, which prefixes extend
     "tokens": r"(.*\.)?embed_tokens",
 }
 _GPT2 = {
@@ -70,7 +71,7 @@ BLOCKS: dict[str, str] = {
 OTHER_BLOCK = "other"
 
 # Output layers over the vocabulary: no kind of modules takes them in. They are large, and often share their weight with the
-# token embedding, which a merge into them would change. An expression may still name them.
+# token embedding, so that nothing can be merged into them. An expression may still name them.
 HEADS: frozenset[str] = frozenset(("lm_head", "embed_out"))
 
 # Targets that are kinds of modules, the same in every architecture.

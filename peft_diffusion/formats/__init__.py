@@ -1,7 +1,8 @@
 """Adapter files: one safetensors file per adapter, in the layout that other programs read."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..core.lazy import lazy
 from .inspection import Inspection, inspect
 from .spec import Spec
 
@@ -10,10 +11,5 @@ if TYPE_CHECKING:
 
 __all__ = ["Coverage", "Inspection", "Loaded", "Spec", "inspect", "load", "save"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from . import file  # imports torch, which looking at a file's header does not need
-
-        return getattr(file, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Looking at the header of a file needs no torch.
+__getattr__, __dir__ = lazy(__name__, {"Coverage": "file", "Loaded": "file", "load": "file", "save": "file"})

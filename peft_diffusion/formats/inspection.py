@@ -6,29 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import UserError
-from . import container
+from . import container, network
 from .container import Header
+from .hyper_parameters import methods_of
 from .layout import component_of, split
+from .network import Network
 from .spec import Spec
 
-# The tensor names by which files of each method are known; what a Method reads is declared in its own file.
-_MARKS = {
-    "lora_down.weight": "lora",
-    "lora_up.weight": "lora",
-    "hada_w1_a": "loha",
-    "lokr_w1": "lokr",
-    "lokr_w1_a": "lokr",
-    "oft_blocks": "oft",
-    "on_input": "ia3",
-    "dora_scale": "dora",
-    "diff_b": "bitfit",
-    "b_norm": "bitfit",
-    "bottleneck_down": "bottleneck",
-    "prefix_keys": "prefix",
-    "prompt_vectors": "prompt",
-    "tokens_vectors": "tokens",
-    "vectors": "tokens",
-}
 # What stands beside the parameters. Our own norms carry a weight's change of zero, for programs that look for one.
 _NO_PARAMETERS = {"alpha", "bottleneck_kind", "prompt_words", "tokens_words"}
 _NONE_OF_OURS = _NO_PARAMETERS | {"w_norm"}
@@ -45,12 +29,25 @@ class Inspection:
     metadata: Mapping[str, str]
     methods: tuple[str, ...]
     components: Mapping[str, int]  # sites per component
-    ranks: Mapping[int, int]  # sites per rank
-    alphas: Mapping[float, int]  # sites per alpha
+    hyper_parameters: Mapping[str, Mapping[str, Mapping[float, int]]]  # by method and name: sites per value
+    network: Network | None  # what kohya's trainer, and LyCORIS in it, say of the method
     dtypes: Mapping[str, int]  # tensors per dtype
     parameters: int
     sites: Mapping[str, Mapping[str, tuple[int, ...]]]
     unknown: tuple[str, ...]  # tensors that belong to no known method
+
+    @property
+    def ranks(self) -> Mapping[int, int]:
+        """Sites per rank, of all methods that have one."""
+        return {int(rank): count for rank, count in self._all("rank").items()}
+
+    @property
+    def alphas(self) -> Mapping[float, int]:
+        """Sites per alpha, of all methods that have one; none in the file means the rank."""
+        return self._all("alpha")
+
+    def _all(self, name: str) -> Mapping[float, int]:
+        return sum((Counter(values.get(name, {})) for values in self.hyper_parameters.values()), Counter[float]())
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -69,7 +66,7 @@ def inspect(path: str | Path) -> Inspection:
     if not sites and spec is None:
         shown = ", ".join(unknown[:3]) or "no tensor"
         raise UserError(f"{where} is no adapter in the kohya layout: it holds {shown}{', ...' if len(unknown) > 3 else ''}")
-    marks = {_MARKS[suffix] for suffixes in sites.values() for suffix in suffixes if suffix in _MARKS}
+    told = _hyper_parameters(header, sites)
     beside = _NO_PARAMETERS if spec is None else _NONE_OF_OURS
     return Inspection(
         path=where,
@@ -77,10 +74,10 @@ def inspect(path: str | Path) -> Inspection:
         sha256=container.sha256(where),
         spec=spec,
         metadata=header.metadata,
-        methods=tuple(sorted(marks)),
+        methods=tuple(sorted(told)),
         components=Counter(component_of(site) or "" for site in sites),
-        ranks=Counter(shapes["lora_down.weight"][0] for shapes in sites.values() if shapes.get("lora_down.weight")),
-        alphas=_alphas(header),
+        hyper_parameters=told,
+        network=network.from_metadata(header.metadata),
         dtypes=Counter(entry.dtype for entry in header.tensors.values()),
         parameters=sum(_numel(shape) for s in sites.values() for suffix, shape in s.items() if suffix not in beside),
         sites=sites,
@@ -88,11 +85,22 @@ def inspect(path: str | Path) -> Inspection:
     )
 
 
-def _alphas(header: Header) -> Counter[float]:
-    """How many sites have which alpha."""
-    entries = (entry for name, entry in header.tensors.items() if name.endswith(".alpha"))
-    values = (container.read_scalar(header.path, entry) for entry in entries)
-    return Counter(value for value in values if value is not None)
+def _hyper_parameters(
+    header: Header, sites: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> dict[str, dict[str, Counter[float]]]:
+    """How many sites have which value of which hyper-parameter of which method."""
+    told: dict[str, dict[str, Counter[float]]] = {}
+    for site, shapes in sites.items():
+        scalars = {
+            suffix: container.read_scalar(header.path, header.tensors[f"{site}.{suffix}"])
+            for suffix in ("alpha", "on_input")
+            if suffix in shapes
+        }
+        for method, values in methods_of(shapes, scalars).items():
+            own = told.setdefault(method, {})
+            for name, value in values.items():
+                own.setdefault(name, Counter())[value] += 1
+    return told
 
 
 def _numel(shape: tuple[int, ...]) -> int:

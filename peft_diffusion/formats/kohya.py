@@ -5,7 +5,7 @@ sd-scripts and ``lycoris/modules`` of LyCORIS.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..core import targets
 from ..core.adapter import Adapter, parts_of
 from ..core.errors import UserError
-from .layout import OWN, PREFIXES
+from . import network
+from .layout import LYCORIS, OWN, PREFIXES
 from .spec import KEY, Spec
 
 # transformers 5 dropped "text_model." from the paths of CLIPTextModel; files keep it.
@@ -64,13 +65,19 @@ def site_keys(components: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]
     """
     keys: dict[str, tuple[str, str]] = {}
     for component, module in components.items():
+        prefixes = dict.fromkeys((*PREFIXES.get(component, ()), *_of_lycoris(component, components)))
         for path in targets.modules(module):
             for name in _aliases(component, path):
-                for prefix in dict.fromkeys(PREFIXES.get(component, ())):
+                for prefix in prefixes if path else PREFIXES.get(component, ()):
                     key = prefix + name.replace(".", "_")
                     if keys.setdefault(key, (component, path)) != (component, path):
                         raise UserError(f"{component}.{path} and {'.'.join(keys[key])} would share the name {key}")
     return keys
+
+
+def _of_lycoris(component: str, components: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """LyCORIS' own prefix; of two text encoders it would not say which one is meant, so it is taken for neither."""
+    return () if component.startswith("text_encoder") and "text_encoder_2" in components else (LYCORIS,)
 
 
 def write(adapters: Mapping[str, Mapping[str, Adapter]], spec: Spec) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -83,23 +90,21 @@ def write(adapters: Mapping[str, Mapping[str, Adapter]], spec: Spec) -> tuple[di
             for part in parts_of(adapter):
                 key = f"{OWN}{component}.{path}" if part.own_layout else site
                 tensors.update({f"{key}.{suffix}": tensor for suffix, tensor in part.state().items()})
-    return tensors, metadata(spec)
+    kernels = any(name.endswith("lora_down.weight") and tensor[0, 0].numel() > 1 for name, tensor in tensors.items())
+    return tensors, metadata(spec, kernels)
 
 
-def metadata(spec: Spec) -> dict[str, str]:
-    """The spec, and what other programs look for: ``modelspec.*`` and ``ss_*``."""
-    found = {key: spec.training.get(name) for key, name in _SS_KEYS.items()}
-    ranks = list(_values(spec, "rank"))
-    alphas = [alpha or rank for alpha, rank in zip(_values(spec, "alpha"), ranks, strict=False)]
+def metadata(spec: Spec, kernels: bool) -> dict[str, str]:
+    """The spec, and what other programs look for: ``modelspec.*`` and ``ss_*``; ``kernels`` as for ``network``."""
+    found: dict[str, Any] = {key: spec.training.get(name) for key, name in _SS_KEYS.items()}
     family = spec.base.get("family", "other")
     found |= {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": ranks[0] if ranks else None,
-        "ss_network_alpha": alphas[0] if alphas else None,
         "ss_sd_model_name": spec.base.get("name"),
         "ss_base_model_version": {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}.get(family, "other"),
         "ss_v2": family == "sd2",
     }
+    chosen = network.network(spec.methods, kernels)
+    found |= network.to_metadata(chosen) if chosen else {}
     modelspec = _language_modelspec(spec) if family == "lm" else _modelspec(spec, family)
     found |= {f"modelspec.{key}": value for key, value in modelspec.items()}
     return {KEY: spec.to_json()} | {key: _text(value) for key, value in found.items() if value not in (None, "")}
@@ -148,10 +153,6 @@ def _aliases(component: str, path: str) -> tuple[str, ...]:
         return (path,)
     bare = path.removeprefix(_TEXT_MODEL)
     return (bare, _TEXT_MODEL + bare) if bare.startswith(("encoder.", "embeddings.", "final_layer_norm")) else (path,)
-
-
-def _values(spec: Spec, name: str) -> Iterator[Any]:
-    return (method[name] for several in spec.methods.values() for method in several if name in method)
 
 
 def _text(value: Any) -> str:

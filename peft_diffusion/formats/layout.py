@@ -8,6 +8,15 @@ PREFIXES: dict[str, tuple[str, str]] = {
     "lm": ("lora_lm_", "lora_lm_"),
 }
 
+# LyCORIS outside of kohya's trainer begins every name so, whatever model it is on. Paths tell which: those of a text encoder
+# and of a language model begin with one of these, and the others are the UNet's.
+LYCORIS = "lycoris_"
+_LYCORIS_PATHS: dict[str, tuple[str, ...]] = {
+    "text_encoder": ("text_model_", "encoder_layers_", "embeddings_", "final_layer_norm"),
+    "lm": ("model_", "transformer_", "gpt_neox_", "lm_head", "embed_out"),
+    "unet": ("",),
+}
+
 # What no published layout can say stands beside it: peft_diffusion.<component>.<path>.<suffix>, a suffix having no dot.
 OWN = "peft_diffusion."
 
@@ -39,4 +48,7 @@ def component_of(site: str) -> str | None:
     if site.startswith(OWN):
         component = site.removeprefix(OWN).split(".")[0]
         return component if component in PREFIXES else None
+    if site.startswith(LYCORIS):
+        path = site.removeprefix(LYCORIS)
+        return next(component for component, paths in _LYCORIS_PATHS.items() if path.startswith(paths))
     return next((component for component, prefixes in PREFIXES.items() if site.startswith(prefixes)), None)

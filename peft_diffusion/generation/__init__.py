@@ -1,7 +1,8 @@
 """Generating with what was taught: the loader, pictures, blends and sheets."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..core.lazy import lazy
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -9,10 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapters", "LoadedAdapter", "Schedule"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from . import adapters  # imports torch
-
-        return getattr(adapters, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy(__name__, {"Adapters": "adapters", "LoadedAdapter": "adapters"})

@@ -90,7 +90,7 @@ class Sampling:
     """What the pictures should not show."""
     steps: int = 25
     """Denoising steps."""
-    guidance: float = 7.5
+    guidance: float = 5.0
     """How closely to follow the prompt: classifier-free guidance, 1 is none."""
     scheduler: SchedulerName | None = None
     """The sampler; by default the base's own."""

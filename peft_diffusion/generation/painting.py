@@ -23,7 +23,8 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 # Name: the class in diffusers, and what is set besides the base's own configuration.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
+    # The class clips what it predicts to [-1, 1] unless told otherwise, which latents do not keep to.
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler-a": ("EulerAncestralDiscreteScheduler", {}),
@@ -60,12 +61,13 @@ def paint(
     """The pictures of ``cells`` in order, computed ``sampling.batch_size`` at a time, each from the noise of its own seed.
 
     A picture depends on its own cell alone, up to rounding. The pipeline's scheduler is afterwards what it was; the adapters
-    keep the strengths of the last batch. Raises UserError for sizes and prompts that the base cannot take.
+    keep the strengths of the last batch. Raises UserError, before anything is computed, for sizes and prompts that the base
+    cannot take.
     """
     pipe = adapters.pipe
     width, height = size(adapters.base, sampling)
-    check_lengths(pipe, [sampling.negative, *(cell.prompt for cell in cells)])
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
+    _check_prompts(adapters, batches, sampling.negative)
     with _set_up(pipe, sampling):
         for number, batch in enumerate(batches):
             _set_strengths(adapters, batch)
@@ -88,14 +90,17 @@ def load_choices(adapters: Adapters, choices: Sequence[Choice], prompts: Sequenc
 
 
 def check_lengths(pipe: Any, texts: Sequence[str]) -> None:
-    """Raise UserError for a text that the base's text encoders would cut, naming the words that would be lost."""
+    """Raise UserError for a text that the base's text encoders would cut, naming the words that would be lost.
+
+    The texts are those of a batch, in order: learned words take room too, and which ones do depends on the strengths.
+    """
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer = getattr(pipe, name, None)
         if tokenizer is None:
             continue
         room = tokenizer.model_max_length - 2  # the start and the end take a token each
-        for text in dict.fromkeys(texts):
-            tokens = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        rows = tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False).input_ids
+        for text, tokens in zip(texts, rows, strict=True):
             if len(tokens) > room:
                 lost = tokenizer.decode(tokens[room:]).strip()
                 raise UserError(
@@ -157,6 +162,15 @@ def _paint_batch(
         log.warning(f"the base's safety checker has blanked {blanked} of {len(batch)} pictures")
     images: list[Image.Image] = out.images
     return images
+
+
+def _check_prompts(adapters: Adapters, batches: Sequence[Sequence[Cell]], negative: str) -> None:
+    """Raise UserError as ``check_lengths`` does, at the strengths that each batch will have."""
+    different = {tuple((cell.prompt, *sorted(cell.strengths.items())) for cell in batch): batch for batch in batches}
+    for batch in different.values():
+        _set_strengths(adapters, batch)
+        check_lengths(adapters.pipe, [cell.prompt for cell in batch])
+        check_lengths(adapters.pipe, [negative] * len(batch))
 
 
 def _set_strengths(adapters: Adapters, batch: Sequence[Cell]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class BitFit(Method, name="bitfit", suffixes=frozenset({_LAYER_BIAS, _NORM_BIAS,
 
     Parameters: as many as the biases have. Has no hyper-parameters.
     """
+
+    target: ClassVar[str] = "biases"
 
     @classmethod
     def recognizes(cls, suffixes: Set[str]) -> bool:

@@ -8,6 +8,7 @@ He et al. 2022 (https://arxiv.org/abs/2110.04366): beside whole sublayers, form 
 import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class Bottleneck(Method, name="bottleneck", suffixes=frozenset({_DOWN, _DOWN_BIA
     feed-forwards and attentions, and convolutions, where down and up are 1x1. Biases are part of it.
     Parameters at a site, for widths in, hidden, out: hidden * (in + out + 1) + out.
     """
+
+    target: ClassVar[str] = "outputs"
 
     hidden: int | None = None
     reduction: float = 8.0

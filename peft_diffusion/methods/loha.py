@@ -23,22 +23,24 @@ from .affine import (
     stored_alpha,
     weight_shape,
 )
+from .decomposed import MAGNITUDE, Decomposed, decomposed, read_decomposed
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
-_MAGNITUDE = "dora_scale"
 
 
 @dataclass(frozen=True)
-class Loha(Method, name="loha", suffixes=frozenset({*_FACTORS, *_CORES, ALPHA, _MAGNITUDE})):
+class Loha(Method, name="loha", suffixes=frozenset({*_FACTORS, *_CORES, ALPHA, MAGNITUDE})):
     """The weight changes by ``alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b)``, of a rank up to rank squared.
 
-    ``alpha`` None means alpha = rank; ``rank_stabilized`` scales by alpha / sqrt(rank).
+    ``alpha`` None means alpha = rank; ``rank_stabilized`` scales by alpha / sqrt(rank). ``weight_decompose`` trains the
+    magnitudes of the outputs apart, as DoRA does: see ``Decomposed``.
     """
 
     rank: int = 8
     alpha: float | None = None
     rank_stabilized: bool = False
+    weight_decompose: bool = False
 
     def __post_init__(self) -> None:
         check_rank(self.rank, self.alpha)
@@ -52,7 +54,7 @@ class Loha(Method, name="loha", suffixes=frozenset({*_FACTORS, *_CORES, ALPHA, _
         """Linear layers and convolutions without groups."""
         return serves(site)
 
-    def build(self, site: Site) -> "LohaAdapter":
+    def build(self, site: Site) -> "LohaAdapter | Decomposed":
         """Factors as LyCORIS starts them: normal with deviations 0.1, 1 and 1, and one of zeros."""
         outputs, *rest = weight_shape(site)
         inputs = torch.Size(rest).numel()
@@ -62,14 +64,13 @@ class Loha(Method, name="loha", suffixes=frozenset({*_FACTORS, *_CORES, ALPHA, _
             torch.zeros(outputs, self.rank),
             nn.init.normal_(torch.empty(self.rank, inputs), std=1.0),
         ]
-        return LohaAdapter(site, factors, [], stored_alpha(self.rank, self.alpha, self.rank_stabilized))
+        adapter = LohaAdapter(site, factors, [], stored_alpha(self.rank, self.alpha, self.rank_stabilized))
+        return decomposed(site, adapter) if self.weight_decompose else adapter
 
     @classmethod
-    def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> "LohaAdapter":
+    def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> "LohaAdapter | Decomposed":
         """From the LyCORIS layout, also in the Tucker form of its convolutions (``hada_t1``, ``hada_t2``)."""
         require(tensors, *_FACTORS)
-        if _MAGNITUDE in tensors:
-            raise UserError(f"a LoHa with {_MAGNITUDE} (weight decomposition) is not supported; DoRA and plain LoHa are")
         factors = [tensors[name] for name in _FACTORS]
         cores = [tensors[name] for name in _CORES if name in tensors]
         rank = len(factors[1])
@@ -82,7 +83,8 @@ class Loha(Method, name="loha", suffixes=frozenset({*_FACTORS, *_CORES, ALPHA, _
         for name, tensor, shape in zip(_FACTORS + _CORES, factors + cores, wanted, strict=False):
             if tuple(tensor.shape) != shape:
                 raise UserError(f"{name} {tuple(tensor.shape)} does not fit the site, which takes {shape}")
-        return LohaAdapter(site, factors, cores, read_alpha(tensors, rank))
+        adapter = LohaAdapter(site, factors, cores, read_alpha(tensors, rank))
+        return read_decomposed(site, adapter, tensors[MAGNITUDE]) if MAGNITUDE in tensors else adapter
 
 
 class LohaAdapter(WeightChange):

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from ..core.adapter import Method, Site, float32_parameter
 from ..core.errors import UserError
 from .affine import ALPHA, WeightChange, applied, check_rank, require, serves, single, stored_alpha, weight_shape
+from .decomposed import MAGNITUDE, Decomposed, decomposed, read_decomposed
 
 _W1, _W1_A, _W1_B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
 _W2, _W2_A, _W2_B, _CORE = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"
 _NAMES = (_W1, _W1_A, _W1_B, _W2, _W2_A, _W2_B, _CORE)
-_MAGNITUDE = "dora_scale"
 
 
 @dataclass(frozen=True)
-class Lokr(Method, name="lokr", suffixes=frozenset({*_NAMES, ALPHA, _MAGNITUDE})):
+class Lokr(Method, name="lokr", suffixes=frozenset({*_NAMES, ALPHA, MAGNITUDE})):
     """The weight changes by ``alpha / rank * kron(w1, w2)``.
 
     Outputs and inputs are each split in two, the first part at most ``factor`` and the second no smaller; ``factor`` -1
@@ -29,7 +29,8 @@ class Lokr(Method, name="lokr", suffixes=frozenset({*_NAMES, ALPHA, _MAGNITUDE})
     second ones. ``w2`` is a product of two matrices of ``rank`` where that is under half of its larger side, or, with
     ``full``, one matrix; ``decompose_both`` makes the same choice for ``w1``, which is one matrix otherwise.
     Where both are one matrix there is no rank, and alpha has no effect. ``alpha`` None means alpha = rank;
-    ``rank_stabilized`` scales by alpha / sqrt(rank).
+    ``rank_stabilized`` scales by alpha / sqrt(rank). ``weight_decompose`` trains the magnitudes of the outputs apart, as
+    DoRA does: see ``Decomposed``.
     """
 
     rank: int = 16
@@ -38,6 +39,7 @@ class Lokr(Method, name="lokr", suffixes=frozenset({*_NAMES, ALPHA, _MAGNITUDE})
     full: bool = False
     decompose_both: bool = False
     rank_stabilized: bool = False
+    weight_decompose: bool = False
 
     def __post_init__(self) -> None:
         check_rank(self.rank, self.alpha)
@@ -55,7 +57,7 @@ class Lokr(Method, name="lokr", suffixes=frozenset({*_NAMES, ALPHA, _MAGNITUDE})
         """Linear layers and convolutions without groups."""
         return serves(site)
 
-    def build(self, site: Site) -> "LokrAdapter":
+    def build(self, site: Site) -> "LokrAdapter | Decomposed":
         """Everything uniform as a Linear starts (Kaiming, a = sqrt 5), but ``w2``, or its second factor, of zeros."""
         outputs, inputs, *kernel = weight_shape(site)
         (out1, out2), (in1, in2) = split(outputs, self.factor), split(inputs, self.factor)
@@ -72,13 +74,12 @@ class Lokr(Method, name="lokr", suffixes=frozenset({*_NAMES, ALPHA, _MAGNITUDE})
         alpha = float(self.rank)  # what LyCORIS writes where there is no rank
         if _W1 not in tensors or _W2 not in tensors:
             alpha = stored_alpha(self.rank, self.alpha, self.rank_stabilized)
-        return LokrAdapter(site, tensors, alpha)
+        adapter = LokrAdapter(site, tensors, alpha)
+        return decomposed(site, adapter) if self.weight_decompose else adapter
 
     @classmethod
-    def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> "LokrAdapter":
+    def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> "LokrAdapter | Decomposed":
         """From the LyCORIS layout, also in the Tucker form of its convolutions (``lokr_t2``)."""
-        if _MAGNITUDE in tensors:
-            raise UserError(f"a LoKr with {_MAGNITUDE} (weight decomposition) is not supported; DoRA and plain LoKr are")
         for whole, a, b in ((_W1, _W1_A, _W1_B), (_W2, _W2_A, _W2_B)):
             if whole not in tensors:
                 require(tensors, a, b)
@@ -89,7 +90,8 @@ class Lokr(Method, name="lokr", suffixes=frozenset({*_NAMES, ALPHA, _MAGNITUDE})
             raise UserError(f"the factors do not fit one another: {_shapes(own)}") from None
         if [out1 * out2, in1 * in2] != list(weight_shape(site)[:2]):
             raise UserError(f"{_shapes(own)} do not fit a {type(site).__name__} of {weight_shape(site)}")
-        return LokrAdapter(site, own, float(tensors[ALPHA]) if ALPHA in tensors else 0.0)
+        adapter = LokrAdapter(site, own, float(tensors[ALPHA]) if ALPHA in tensors else 0.0)
+        return read_decomposed(site, adapter, tensors[MAGNITUDE]) if MAGNITUDE in tensors else adapter
 
 
 class LokrAdapter(WeightChange):

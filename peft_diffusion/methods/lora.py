@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.adapter import Adapter, LowRank, Method, Site, float32_parameter
+from ..core.adapter import LowRank, Method, Site, float32_parameter
 from ..core.errors import UserError
 from ..core.merge import dense_weight
-from .affine import ALPHA, check_rank, read_alpha, require, serves, single, stored_alpha, weight_shape
+from .affine import ALPHA, WeightChange, check_rank, read_alpha, require, serves, single, stored_alpha, weight_shape
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 INITS = ("standard", "gaussian", "pissa")
@@ -28,6 +28,9 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA})):
     - ``gaussian``: down normal with deviation 1 / rank, up zero;
     - ``pissa``: the weight's largest singular values and vectors (Meng et al. 2024, https://arxiv.org/abs/2404.02948),
       see ``PissaAdapter``. Takes a singular value decomposition of each weight.
+
+    ``b_rate_ratio`` times the learning rate is what ``up`` (the paper's B) is trained with: LoRA+ (Hayou et al. 2024,
+    https://arxiv.org/abs/2402.12354), which advises about 16, and a lower learning rate beside it; 1 is plain LoRA.
     """
 
     rank: int = 16
@@ -35,10 +38,13 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA})):
     dropout: float = 0.0
     rank_stabilized: bool = False
     init: str = "standard"
+    b_rate_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         check_rank(self.rank, self.alpha)
         check_dropout(self.dropout)
+        if not 0 < self.b_rate_ratio < math.inf:
+            raise UserError(f"b_rate_ratio must be above 0, not {self.b_rate_ratio}")
         if self.init not in INITS:
             raise UserError(f"init must be one of {', '.join(INITS)}, not {self.init!r}")
 
@@ -56,9 +62,9 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA})):
         alpha = stored_alpha(self.rank, self.alpha, self.rank_stabilized)
         if self.init == "pissa":
             down, up = principal_pair(site, self.rank, single(2 * alpha) / (2 * self.rank))
-            return PissaAdapter(site, down, up, alpha, self.dropout)
+            return PissaAdapter(site, down, up, alpha, self.dropout, self.b_rate_ratio)
         down, up = fresh_pair(site, self.rank, self.init == "gaussian")
-        return LoraAdapter(site, down, up, alpha, self.dropout)
+        return LoraAdapter(site, down, up, alpha, self.dropout, self.b_rate_ratio)
 
     @classmethod
     def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
@@ -119,16 +125,19 @@ def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
     return LoraAdapter(site, down, up, read_alpha(tensors, len(down)), 0.0)
 
 
-class LoraAdapter(Adapter):
+class LoraAdapter(WeightChange):
     """The pair of one site: ``down`` (rank, in, ...), ``up`` (out, rank)."""
 
-    def __init__(self, site: Site, down: Tensor, up: Tensor, alpha: float, dropout: float) -> None:
+    def __init__(
+        self, site: Site, down: Tensor, up: Tensor, alpha: float, dropout: float, b_rate_ratio: float = 1.0
+    ) -> None:
         super().__init__()
         self.down = float32_parameter(down)
         self.up = float32_parameter(up)
         self.alpha = single(alpha)
         self.scale = self.alpha / len(down)
         self.dropout = dropout
+        self.b_rate_ratio = b_rate_ratio
         self.geometry = (site.stride, site.padding, site.dilation) if isinstance(site, nn.Conv2d) else None
         if isinstance(site, nn.Conv2d) and site.padding_mode != "zeros":
             raise UserError(f"lora serves convolutions padded with zeros, not {site.padding_mode}")
@@ -166,14 +175,14 @@ class LoraAdapter(Adapter):
         down, up = self.low_rank()
         return (up @ down.flatten(1)).view(len(up), *down.shape[1:])
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """``scale * up @ down``; no bias."""
-        return self.change(), None
-
     def low_rank(self) -> LowRank:
         """The pair, with the scale in ``up``."""
         down, up = self.pair()
         return LowRank(down, up * self.scale)
+
+    def by_rate(self) -> dict[float, list[nn.Parameter]]:
+        """``up`` apart where LoRA+ trains it faster."""
+        return super().by_rate() if self.b_rate_ratio == 1 else {1.0: [self.down], self.b_rate_ratio: [self.up]}
 
     def state(self) -> dict[str, Tensor]:
         """The kohya layout; a convolution's ``up`` is 1x1."""
@@ -194,8 +203,10 @@ class PissaAdapter(LoraAdapter):
     first_down: Tensor
     first_up: Tensor
 
-    def __init__(self, site: Site, down: Tensor, up: Tensor, alpha: float, dropout: float) -> None:
-        super().__init__(site, down, up, alpha, dropout)
+    def __init__(
+        self, site: Site, down: Tensor, up: Tensor, alpha: float, dropout: float, b_rate_ratio: float = 1.0
+    ) -> None:
+        super().__init__(site, down, up, alpha, dropout, b_rate_ratio)
         self.register_buffer("first_down", self.down.detach().clone(), persistent=False)
         self.register_buffer("first_up", self.up.detach().clone(), persistent=False)
         self.alpha = single(2 * alpha)  # that of twice the rank

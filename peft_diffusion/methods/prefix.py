@@ -13,10 +13,15 @@ https://arxiv.org/abs/2303.16199), whose softmax over the prefix is apart from t
 
 The gate is a factor of P_v, so P_v itself begins at zero: a fresh prefix changes no bit, and strength scales the term
 exactly.
+
+In a causal language model a prefix is what it is in peft: rows that stand in the cache before those of the text, which one
+softmax runs over. A gate of each attention weighs what that changes. It begins at zero, so that a fresh prefix changes no
+bit; at gate 1 and strength 1 the output is peft's.
 """
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +30,21 @@ from torch.nn import functional as F
 from ..core.adapter import Adapter, Method, Site, float32_parameter
 from ..core.errors import UserError
 from ..core.merge import dense_weight
+from . import causal_attention
 
-_KEYS, _VALUES = "prefix_keys", "prefix_values"
+_KEYS, _VALUES, _GATE = "prefix_keys", "prefix_values", "prefix_gate"
+
+_VALUE_SIZE = 0.1  # of the values that a prefix of a language model begins with, while its gate is shut
 
 
 @dataclass(frozen=True)
-class Prefix(Method, name="prefix", suffixes=frozenset({_KEYS, _VALUES})):
-    """``length`` learned rows of keys and values at each attention of a UNet: target ``attentions``, or one kind of them.
+class Prefix(Method, name="prefix", suffixes=frozenset({_KEYS, _VALUES, _GATE})):
+    """``length`` learned rows of keys and values at each attention: target ``attentions``, or in a UNet one kind of them.
 
-    Parameters at a site: 2 * length * width of the heads together. Attention in causal language models, which is masked
-    and keeps a cache of keys and values, is not served.
+    Parameters at a site: 2 * length * width of the heads of keys together, and in a language model 1, the gate.
     """
+
+    target: ClassVar[str] = "attentions"
 
     length: int = 16
 
@@ -49,31 +58,37 @@ class Prefix(Method, name="prefix", suffixes=frozenset({_KEYS, _VALUES})):
         return _KEYS in suffixes
 
     def serves(self, site: Site) -> bool:
-        """Attention as the UNets of diffusers have it, without norms of its own."""
-        return _width(site) is not None
+        """Attention as UNets of diffusers have it, without norms of its own; in language models, with rotary positions."""
+        return _width(site) is not None or causal_attention.known(site)
 
-    def build(self, site: Site) -> "PrefixAdapter":
-        """Keys of the size that normalized queries have, and values zero."""
+    def build(self, site: Site) -> "PrefixAdapter | CausalPrefixAdapter":
+        """Keys of the size that normalized queries have; what makes them change nothing, values or a gate, zero."""
+        if causal_attention.known(site):
+            rows = torch.randn(2, self.length, causal_attention.width(site))
+            return CausalPrefixAdapter(site, rows[0], _VALUE_SIZE * rows[1], torch.zeros(1))
         width = _width(site)
         if width is None:
-            raise UserError(
-                f"prefix serves the attention of UNets as a whole (target 'attentions'), not {type(site).__name__}"
-            )
+            raise UserError(f"prefix serves attention as a whole (target 'attentions'), not {type(site).__name__}")
         return PrefixAdapter(torch.randn(self.length, width), torch.zeros(self.length, width))
 
     @classmethod
-    def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> "PrefixAdapter":
+    def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> "PrefixAdapter | CausalPrefixAdapter":
         """From keys of our own."""
-        missing = [name for name in (_KEYS, _VALUES) if name not in tensors]
+        causal = causal_attention.known(site)
+        width = causal_attention.width(site) if causal else _width(site)
+        missing = [name for name in (_KEYS, _VALUES, *([_GATE] if causal else [])) if name not in tensors]
         if missing:
             raise UserError(f"{missing[0]} is missing")
         keys, values = tensors[_KEYS], tensors[_VALUES]
-        if keys.ndim != 2 or keys.shape != values.shape or not len(keys) or keys.shape[1] != _width(site):
+        if keys.ndim != 2 or keys.shape != values.shape or not len(keys) or keys.shape[1] != width:
             raise UserError(
-                f"prefixes {tuple(keys.shape)} and {tuple(values.shape)} do not fit a {type(site).__name__} of width"
-                f" {_width(site)}"
+                f"prefixes {tuple(keys.shape)} and {tuple(values.shape)} do not fit a {type(site).__name__} of width {width}"
             )
-        return PrefixAdapter(keys, values)
+        if not causal:
+            return PrefixAdapter(keys, values)
+        if tensors[_GATE].numel() != 1:
+            raise UserError(f"{_GATE} is one number, not {tuple(tensors[_GATE].shape)}")
+        return CausalPrefixAdapter(site, keys, values, tensors[_GATE].reshape(1))
 
 
 class PrefixAdapter(Adapter):
@@ -110,6 +125,34 @@ class PrefixAdapter(Adapter):
         """(length, width) as (batch, heads, length, width of a head), in the dtype of the queries."""
         batch, heads, _, size = query.shape
         return rows.to(query.dtype).view(len(rows), heads, size).transpose(0, 1).expand(batch, -1, -1, -1)
+
+
+class CausalPrefixAdapter(Adapter):
+    """The rows of one attention of a language model, which its softmax runs over too, and a ``gate`` (1,) for the change.
+
+    Queries, keys and output pass what adapters do at the projections, as those of the text do.
+    """
+
+    own_layout = True
+
+    turn: Tensor
+
+    def __init__(self, site: Site, keys: Tensor, values: Tensor, gate: Tensor) -> None:
+        super().__init__()
+        self.keys = float32_parameter(keys)
+        self.values = float32_parameter(values)
+        self.gate = float32_parameter(gate)
+        self.register_buffer("turn", causal_attention.turned_back(site, len(keys)), persistent=False)
+
+    def run(self, x: Tensor, y: Tensor, strength: Tensor, base: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """As far from the output without the rows to that with them as gate and strength say."""
+        keys = (self.keys.view(len(self.keys), -1, len(self.turn)) @ self.turn).flatten(1)
+        output: Tensor = self.site.get_submodule("o_proj")(causal_attention.extended(self.site, x, call, keys, self.values))
+        return y + strength * self.gate.to(y.dtype) * (output - base)
+
+    def state(self) -> dict[str, Tensor]:
+        """The rows and the gate."""
+        return {_KEYS: self.keys, _VALUES: self.values, _GATE: self.gate}
 
 
 def _heads(site: Site) -> int:

@@ -33,6 +33,8 @@ class Tokens(Method, name="tokens", suffixes=frozenset({_VECTORS, _WORDS})):
     the placeholders, which ``bases.vocabulary.begun`` finds. Parameters: placeholders * vectors * width.
     """
 
+    target: ClassVar[str] = "tokens"
+
     placeholders: str = "<new>"
     vectors: int = 4
     initial: str = ""
@@ -86,8 +88,11 @@ class Tokens(Method, name="tokens", suffixes=frozenset({_VECTORS, _WORDS})):
 class SoftPrompt(Method, name="prompt", suffixes=frozenset({_PROMPT_VECTORS, _PROMPT_WORDS})):
     """``vectors`` learned tokens before every prompt; they begin as the words ``initial``. Parameters: vectors * width.
 
-    They take room from the prompt: a text encoder reads 77 tokens in all. ``ids`` as for ``tokens``.
+    They take room from the prompt: a text encoder reads 77 tokens in all. In a language model they precede even the token
+    that marks the start, as in peft's prompt tuning. ``ids`` as for ``tokens``.
     """
+
+    target: ClassVar[str] = "tokens"
 
     vectors: int = 8
     initial: str = ""

@@ -30,13 +30,13 @@ def blocks(config: MethodSettings) -> list[Block]:
     if config.block:
         return [_parse_block(text, config) for text in config.block]
     chosen = _method(config.method, _pairs(config.option, "--option"), config)
-    return [Block(component, config.target, chosen) for component in config.components]
+    return [Block(component, config.target or chosen.target, chosen) for component in config.components]
 
 
 def check_methods(config: MethodSettings) -> None:
     """Raise UserError for a method that does not exist and for a hyper-parameter that no method of the run has."""
     names = [config.method] if not config.block else [_words(text)[2] for text in config.block]
-    if config.block and (config.option or config.method != TrainConfig.method or config.target != TrainConfig.target):
+    if config.block and (config.option or config.method != TrainConfig.method or config.target is not None):
         raise UserError("--block names methods and targets itself; leave --method, --target and --option away")
     for name in names:
         if name not in METHODS:

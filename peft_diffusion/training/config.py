@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, get_args
@@ -20,12 +20,13 @@ MissingCaptions: TypeAlias = Literal["stop", "name", "empty", "skip"]
 COMPONENTS = ("unet", "text_encoder")
 HELD_OUT_FROM = 20  # pictures; with fewer, each one is worth more in training than in measuring
 
-_RESULT = Group("What to make", sort_key=1)
+RESULT = Group("What to make", sort_key=1)
 _DATA = Group("Pictures and captions", sort_key=2)
-_ADAPTER = Group("Adapter", sort_key=3)
-_STEPS = Group("Learning", sort_key=4)
-_WATCH = Group("Watching and keeping", sort_key=5)
-_MACHINE = Group("Machine", sort_key=6)
+ADAPTER = Group("Adapter", sort_key=3)
+LEARNING = Group("Learning", sort_key=4)
+_OPTIMIZER = Group("Optimizer", sort_key=5)
+WATCH = Group("Watching and keeping", sort_key=6)
+_MACHINE = Group("Machine", sort_key=7)
 
 
 class Base(Protocol):
@@ -74,7 +75,7 @@ class MethodSettings(Protocol):
     @property
     def method(self) -> str: ...
     @property
-    def target(self) -> str: ...
+    def target(self) -> str | None: ...
     @property
     def option(self) -> tuple[str, ...]: ...
     @property
@@ -87,21 +88,65 @@ class MethodSettings(Protocol):
     def dropout(self) -> float: ...
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything a training run is told. A field left at None gets the preset's value for the base.
+@dataclass(frozen=True, kw_only=True)
+class SharedConfig:
+    """What every training is told, whatever it learns from. Raises UserError for a value that no run can use.
 
-    Raises UserError for a value that no run can use.
+    Python orders the fields of a class by its bases, the last one first. What a kind of training is told before all this,
+    such as its source, is therefore in a class of its own, and stands last among the bases.
     """
 
-    folder: Annotated[tuple[Path, ...], Parameter(group=_RESULT, negative=())]
+    method: Annotated[str, Parameter(group=ADAPTER)] = "lora"
+    """What is trained at each layer: lora, or another method of the package."""
+    rank: Annotated[int | None, Parameter(group=ADAPTER)] = None
+    """Rank of a LoRA and its kin: how much it can hold, and how large the file is."""
+    alpha: Annotated[float | None, Parameter(group=ADAPTER)] = None
+    """A LoRA is scaled by alpha / rank; by default alpha is the rank."""
+    option: Annotated[tuple[str, ...], Parameter(group=ADAPTER, negative=(), consume_multiple=False)] = ()
+    """Another hyper-parameter of the method, as NAME=VALUE; give it again for more."""
+
+    steps: Annotated[int | None, Parameter(group=LEARNING)] = None
+    """Number of steps."""
+
+    accumulation: Annotated[int, Parameter(group=_OPTIMIZER)] = 1
+    """Batches that make one step; raise it to keep the effect of a batch that memory does not hold."""
+    weight_decay: Annotated[float, Parameter(group=_OPTIMIZER)] = 0.01
+    """AdamW's pull of the adapter's weights towards 0."""
+    clip: Annotated[float, Parameter(group=_OPTIMIZER)] = 1.0
+    """Largest norm of a step's gradient; 0 is no limit."""
+    ema: Annotated[float, Parameter(group=_OPTIMIZER)] = 0.0
+    """Decay of the average of the weights that is saved in their place (0.99 or more; 0 is off)."""
+
+    resume: Annotated[bool, Parameter(group=WATCH, negative=())] = False
+    """Go on from the newest checkpoint of the run folder."""
+    overwrite: Annotated[bool, Parameter(group=WATCH, negative=())] = False
+    """Replace an output file and a run folder that are there already."""
+    log_every: Annotated[int, Parameter(group=WATCH)] = 10
+    """Steps between readings of the loss; rarer is a little faster on a GPU."""
+
+    device: Annotated[str, Parameter(group=_MACHINE)] = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    precision: Annotated[Precision, Parameter(group=_MACHINE)] = "auto"
+    """Precision of the base in training; auto is bfloat16 on a GPU that has it, else float32. Adapters are float32."""
+    quantize: Annotated[Quantize | None, Parameter(group=_MACHINE)] = None
+    """Hold the base's linear layers in fewer bits while training, which saves memory: int8, or nf4 for the least."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True)
+class _PictureConfig:
+    """What a run learns from and what it makes."""
+
+    folder: Annotated[tuple[Path, ...], Parameter(group=RESULT, negative=())]
     """Image folders to learn from, with their subfolders. Several are read as one."""
     _: KW_ONLY
-    output: Annotated[Path | None, Parameter(group=_RESULT, alias="-o")] = None
+    output: Annotated[Path | None, Parameter(group=RESULT, alias="-o")] = None
     """The adapter file to write; by default the folder's name with .safetensors, in the present directory."""
-    base: Annotated[str, Parameter(group=_RESULT)] = "icons"
+    base: Annotated[str, Parameter(group=RESULT)] = "icons"
     """The model to teach: icons (embedded), a diffusers folder, a .safetensors checkpoint or a hub id."""
-    preset: Annotated[Preset, Parameter(group=_RESULT)] = "style"
+    preset: Annotated[Preset, Parameter(group=RESULT)] = "style"
     """Where the values that you leave out come from: style learns the look that all pictures share."""
 
     trigger: Annotated[str, Parameter(group=_DATA)] = ""
@@ -127,75 +172,53 @@ class TrainConfig:
     cache: Annotated[Path | None, Parameter(group=_DATA)] = None
     """Folder to keep encoded pictures in, so that the next run on them starts faster; by default only memory."""
 
-    method: Annotated[str, Parameter(group=_ADAPTER)] = "lora"
-    """What is trained at each layer: lora, or another method of the package."""
-    rank: Annotated[int | None, Parameter(group=_ADAPTER)] = None
-    """Rank of a LoRA and its kin: how much it can hold, and how large the file is."""
-    alpha: Annotated[float | None, Parameter(group=_ADAPTER)] = None
-    """A LoRA is scaled by alpha / rank; by default alpha is the rank."""
-    dropout: Annotated[float, Parameter(group=_ADAPTER)] = 0.0
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(SharedConfig, _PictureConfig):
+    """Everything a training run is told. A field left at None gets the preset's value for the base.
+
+    Raises UserError for a value that no run can use.
+    """
+
+    dropout: Annotated[float, Parameter(group=ADAPTER)] = 0.0
     """Share of a layer's inputs that a LoRA does not see in a step; against overfitting on a few pictures."""
-    option: Annotated[tuple[str, ...], Parameter(group=_ADAPTER, negative=(), consume_multiple=False)] = ()
-    """Another hyper-parameter of the method, as NAME=VALUE; give it again for more."""
-    block: Annotated[tuple[str, ...], Parameter(group=_ADAPTER, negative=(), consume_multiple=False)] = ()
+    block: Annotated[tuple[str, ...], Parameter(group=ADAPTER, negative=(), consume_multiple=False)] = ()
     """In place of method and target: "COMPONENT TARGET METHOD NAME=VALUE ..." (lr=... too); several train together."""
-    target: Annotated[str, Parameter(group=_ADAPTER)] = "attention+ff"
-    """Layers to adapt: attention, attention+ff, all-linear, conv, all, or a regular expression over module paths."""
-    components: Annotated[tuple[str, ...], Parameter(group=_ADAPTER, negative=())] = ("unet",)
+    target: Annotated[str | None, Parameter(group=ADAPTER)] = None
+    """Layers to adapt: attention, attention+ff, all-linear, conv, all, ..., or a regular expression over module paths; by
+    default those that the method was made for, attention+ff for a LoRA."""
+    components: Annotated[tuple[str, ...], Parameter(group=ADAPTER, negative=())] = ("unet",)
     """Parts to adapt, with commas: unet, or unet,text_encoder for words that the base does not know."""
 
-    unet_lr: Annotated[float | None, Parameter(group=_STEPS)] = None
-    """Learning rate of the UNet. Lower it when the loss rises, raise it when nothing changes."""
-    text_encoder_lr: Annotated[float | None, Parameter(group=_STEPS)] = None
-    """Learning rate of the text encoder, when it is among the components."""
-    steps: Annotated[int | None, Parameter(group=_STEPS)] = None
-    """Number of steps."""
-    epochs: Annotated[float | None, Parameter(group=_STEPS)] = None
+    epochs: Annotated[float | None, Parameter(group=LEARNING)] = None
     """Length as passes over the pictures, instead of steps; wins over them."""
-    batch_size: Annotated[int | None, Parameter(group=_STEPS)] = None
+    batch_size: Annotated[int | None, Parameter(group=LEARNING)] = None
     """Pictures computed at once; lower it when memory runs out."""
-    accumulation: Annotated[int, Parameter(group=_STEPS)] = 1
-    """Batches that make one step; raise it to keep the effect of a batch that memory does not hold."""
-    scheduler: Annotated[Scheduler | None, Parameter(group=_STEPS)] = None
+    unet_lr: Annotated[float | None, Parameter(group=LEARNING)] = None
+    """Learning rate of the UNet. Lower it when the loss rises, raise it when nothing changes."""
+    text_encoder_lr: Annotated[float | None, Parameter(group=LEARNING)] = None
+    """Learning rate of the text encoder, when it is among the components."""
+    scheduler: Annotated[Scheduler | None, Parameter(group=LEARNING)] = None
     """Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line."""
-    warmup: Annotated[int | None, Parameter(group=_STEPS)] = None
+    warmup: Annotated[int | None, Parameter(group=LEARNING)] = None
     """Steps in which the learning rate rises from 0."""
-    min_snr_gamma: Annotated[float | None, Parameter(group=_STEPS)] = None
+    min_snr_gamma: Annotated[float | None, Parameter(group=LEARNING)] = None
     """Holds down the weight of nearly clean timesteps (5 is usual, 0 is off)."""
-    noise_offset: Annotated[float, Parameter(group=_STEPS)] = 0.0
+    noise_offset: Annotated[float, Parameter(group=LEARNING)] = 0.0
     """Noise that shifts whole channels, for very dark or very light pictures (0.05 is much)."""
-    weight_decay: Annotated[float, Parameter(group=_STEPS)] = 0.01
-    """AdamW's pull of the adapter's weights towards 0."""
-    clip: Annotated[float, Parameter(group=_STEPS)] = 1.0
-    """Largest norm of a step's gradient; 0 is no limit."""
-    ema: Annotated[float, Parameter(group=_STEPS)] = 0.0
-    """Decay of the average of the weights that is saved in their place (0.99 or more; 0 is off)."""
-    seed: Annotated[int, Parameter(group=_STEPS)] = 0
+    seed: Annotated[int, Parameter(group=LEARNING)] = 0
     """Number that all chance comes from: same seed, settings and pictures, same adapter."""
 
-    run_dir: Annotated[Path | None, Parameter(group=_WATCH)] = None
+    run_dir: Annotated[Path | None, Parameter(group=WATCH)] = None
     """Folder for settings, metrics, previews and checkpoints; by default runs/NAME, after the output file."""
-    resume: Annotated[bool, Parameter(group=_WATCH, negative=())] = False
-    """Go on from the newest checkpoint of the run folder."""
-    overwrite: Annotated[bool, Parameter(group=_WATCH, negative=())] = False
-    """Replace an output file and a run folder that are there already."""
-    save_every: Annotated[int | None, Parameter(group=_WATCH)] = None
+    save_every: Annotated[int | None, Parameter(group=WATCH)] = None
     """Steps between checkpoints; each comes with a measurement on the pictures kept apart. By default a sixth of the run."""
-    log_every: Annotated[int, Parameter(group=_WATCH)] = 10
-    """Steps between readings of the loss; rarer is a little faster on a GPU."""
-    preview_prompts: Annotated[tuple[str, ...], Parameter(group=_WATCH, negative=())] = ()
+    preview_prompts: Annotated[tuple[str, ...], Parameter(group=WATCH, negative=())] = ()
     """Prompts of the previews; by default captions of pictures kept apart."""
-    preview_every: Annotated[int | None, Parameter(group=_WATCH)] = None
+    preview_every: Annotated[int | None, Parameter(group=WATCH)] = None
     """Steps between previews; 0 draws them at start and end only, which is the default on a CPU."""
-    preview_steps: Annotated[int, Parameter(group=_WATCH)] = 20
+    preview_steps: Annotated[int, Parameter(group=WATCH)] = 20
     """Denoising steps of a preview; 0 draws none."""
-
-    device: Annotated[str, Parameter(group=_MACHINE)] = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
-    precision: Annotated[Precision, Parameter(group=_MACHINE)] = "auto"
-    """Precision of the base in training; auto is bfloat16 on a GPU that has it, else float32. Adapters are float32."""
-    quantize: Annotated[Quantize | None, Parameter(group=_MACHINE)] = None
-    """Hold the base's linear layers in fewer bits while training, which saves memory: int8, or nf4 for the least."""
 
     def __post_init__(self) -> None:
         parts = tuple(part.strip() for item in self.components for part in item.split(",") if part.strip())
@@ -203,7 +226,7 @@ class TrainConfig:
         unknown = [part for part in self.components if part not in COMPONENTS]
         if unknown or not self.components:
             raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(COMPONENTS)}")
-        check_values(self)
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +325,13 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+# How many times the rate of a LoRA suits a method by default: the fewer numbers it trains, and the further they are from the
+# weights, the faster they must move. Found on the embedded base with scripts/evaluate_styles.py's loss.
+_RATE_FACTORS: dict[str, float] = {"ia3": 10.0, "bitfit": 3.0, "prefix": 3.0, "bottleneck": 1.0, "oft": 1.0}
+# Learned words have rates of their own, whatever the component's: embeddings are large numbers. 2e-3 is what diffusers'
+# textual inversion comes to for SD1.5 after its scaling of the rate.
+_WORD_RATES: dict[str, float] = {"tokens": 2e-3, "prompt": 2e-3}
+
 # Fields that a resumed run may have otherwise: they change where things go and how often one looks, not what is learned.
 # The pictures and captions themselves are compared apart, so folders may have moved.
 _SOURCES = ("folder", "texts", "held_out_text", "missing_captions")
@@ -322,7 +352,16 @@ def resolve(
     if config.epochs is not None and batches_per_epoch is not None:
         values["steps"] = max(1, math.ceil(config.epochs * batches_per_epoch / config.accumulation))
         values["epochs"] = None
-    fill(values, PRESETS[config.preset][base.family])
+    preset = PRESETS[config.preset][base.family]
+
+    given = {"unet": config.unet_lr, "text_encoder": config.text_encoder_lr}
+
+    def rate(component: str, method: str) -> float:
+        return given[component] or _method_rate(method, preset[f"{component}_lr"])
+
+    values["block"] = tuple(with_rate(text, given, rate) for text in config.block)
+    values |= {f"{component}_lr": rate(component, config.method) for component in COMPONENTS}
+    fill(values, preset)
     fill(
         values,
         {
@@ -335,6 +374,22 @@ def resolve(
         },
     )
     return ResolvedConfig(**values)
+
+
+def _method_rate(method: str, of_lora: float) -> float:
+    """The learning rate that suits a method by default, where so much suits a LoRA."""
+    return _WORD_RATES.get(method, of_lora * _RATE_FACTORS.get(method, 1.0))
+
+
+def with_rate(block: str, components: Container[str], rate: Callable[[str, str], float]) -> str:
+    """A block that says its learning rate, so that settings that were written down mean the same when they are read.
+
+    ``rate`` gives that of a component and a method. What is no block of these components stays as it is.
+    """
+    words = block.split()
+    if len(words) < 3 or words[0] not in components or any(word.startswith("lr=") for word in words[3:]):
+        return block
+    return f"{block} lr={rate(words[0], words[2])}"
 
 
 def output_path(config: TrainConfig) -> Path:

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..bases import LanguageModel
+from ..bases.vocabulary import learned
+from ..core.errors import UserError
 from .seeds import generator, global_seed
 from .session import evaluating
 
@@ -32,8 +34,9 @@ def tokens(base: LanguageModel, texts: Sequence[str]) -> Tensor:
 class LanguageTask:
     """The mean loss per token, in nats, of a language model on windows of a line of tokens; and on one kept apart.
 
-    A window is what the tokenizer puts before a text, and a piece of the line. Every pass over the line cuts it at other
-    places and takes the pieces in another order; both come from the seed and the number of the pass alone.
+    A window is what the tokenizer puts before a text, soft prompts first, and a piece of the line. Every pass over the line
+    cuts it at other places and takes the pieces in another order; both come from the seed and the number of the pass alone.
+    Learned words are read and not asked for: the model has no output that says them.
     """
 
     def __init__(
@@ -45,7 +48,13 @@ class LanguageTask:
         self.line = train
         self.apart = held_out
         self.start = torch.tensor(base.start(), dtype=torch.long)
-        self.length = min(settings.context - len(self.start), len(train))
+        room = settings.context - len(self.start)
+        if room < 1 or settings.context < 2:
+            raise UserError(
+                f"--context {settings.context} leaves no room for text: {len(self.start)} tokens stand before every window"
+            )
+        self.length = min(room, len(train))
+        self.unsaid = torch.tensor(list(learned(base.tokenizer).values()), dtype=torch.long, device=self.device)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     @property
@@ -61,7 +70,7 @@ class LanguageTask:
         rows = torch.stack([self._window(number) for number in range(first, first + settings.batch_size)])
         with global_seed(self.device, settings.seed, "dropout", step, micro):
             losses = self._losses(rows)
-        return losses.mean()
+        return losses.sum() / max(1, losses.numel())
 
     def held_out(self) -> float | None:
         """The loss on the line kept apart, every token of it but the first once; None where there is none."""
@@ -72,7 +81,7 @@ class LanguageTask:
             for rows in self._pieces(self.apart):
                 losses = self._losses(rows)
                 total, count = total + float(losses.double().sum()), count + losses.numel()
-        return total / count
+        return total / max(1, count)
 
     def _window(self, number: int) -> Tensor:
         """The piece that is the ``number``-th of the run, (length,)."""
@@ -95,8 +104,12 @@ class LanguageTask:
             yield line[None, whole:]
 
     def _losses(self, rows: Tensor) -> Tensor:
-        """The loss of every token of pieces (rows, length) that something comes before, float32 and flat."""
+        """The loss of each token of pieces (rows, length) that can be said and follows something, float32 and flat."""
         ids = torch.cat([self.start.expand(len(rows), -1), rows], 1).to(self.device)
         first = max(1, len(self.start))  # what the tokenizer puts first is told, not asked
-        logits = self.lm(input_ids=ids, use_cache=False).logits[:, first - 1 : -1]
-        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, first:].flatten(), reduction="none")
+        logits = self.lm(input_ids=ids, use_cache=False).logits[:, first - 1 : -1].flatten(0, 1)
+        asked = ids[:, first:].flatten()
+        if len(self.unsaid):
+            said = ~torch.isin(asked, self.unsaid)
+            logits, asked = logits[said], asked[said]
+        return F.cross_entropy(logits.float(), asked, reduction="none")

@@ -9,34 +9,24 @@ from cyclopts import Group, Parameter
 
 from ..core.errors import UserError
 from ..data.text import read_texts
-from .config import Precision, Quantize, Scheduler, adapter_path, check_values, fill
+from .config import ADAPTER, LEARNING, RESULT, WATCH, Scheduler, SharedConfig, adapter_path, fill, with_rate
 
-_RESULT = Group("What to make", sort_key=1)
 _DATA = Group("Text", sort_key=2)
-_ADAPTER = Group("Adapter", sort_key=3)
-_STEPS = Group("Learning", sort_key=4)
-_WATCH = Group("Watching and keeping", sort_key=5)
-_MACHINE = Group("Machine", sort_key=6)
 
 HELD_OUT_FROM = 20  # windows; with fewer, each one is worth more in training than in measuring
 LONGEST = 1024  # tokens of a window, unless more are asked for
 
 
 @dataclass(frozen=True)
-class TextTrainConfig:
-    """Everything a training on text is told. A field left at None gets a value that suits the base.
+class _TextConfig:
+    """What a run learns from and what it makes."""
 
-    Raises UserError for a value that no run can use.
-    """
-
-    components: ClassVar[tuple[str, ...]] = ("lm",)
-
-    texts: Annotated[tuple[Path, ...], Parameter(group=_RESULT, negative=())]
+    texts: Annotated[tuple[Path, ...], Parameter(group=RESULT, negative=())]
     """Text to learn from: UTF-8 files, or folders with .txt files. Several are read as one."""
     _: KW_ONLY
-    output: Annotated[Path | None, Parameter(group=_RESULT, alias="-o")] = None
+    output: Annotated[Path | None, Parameter(group=RESULT, alias="-o")] = None
     """The adapter file to write; by default the text's name with .safetensors, in the present directory."""
-    base: Annotated[str, Parameter(group=_RESULT)] = "tiny-lm"
+    base: Annotated[str, Parameter(group=RESULT)] = "tiny-lm"
     """The model to teach: tiny-lm (embedded), a folder in the format of transformers, or a hub id."""
 
     held_out_text: Annotated[tuple[Path, ...], Parameter(group=_DATA, negative=())] = ()
@@ -46,64 +36,44 @@ class TextTrainConfig:
     context: Annotated[int | None, Parameter(group=_DATA)] = None
     """Tokens of a window; by default what the base takes, at most 1024."""
 
-    method: Annotated[str, Parameter(group=_ADAPTER)] = "lora"
-    """What is trained at each layer: lora, or another method of the package."""
-    rank: Annotated[int | None, Parameter(group=_ADAPTER)] = None
-    """Rank of a LoRA and its kin: how much it can hold, and how large the file is."""
-    alpha: Annotated[float | None, Parameter(group=_ADAPTER)] = None
-    """A LoRA is scaled by alpha / rank; by default alpha is the rank."""
-    dropout: Annotated[float, Parameter(group=_ADAPTER)] = 0.0
-    """Share of a layer's inputs that a LoRA does not see in a step; against overfitting on a short text."""
-    option: Annotated[tuple[str, ...], Parameter(group=_ADAPTER, negative=(), consume_multiple=False)] = ()
-    """Another hyper-parameter of the method, as NAME=VALUE; give it again for more."""
-    block: Annotated[tuple[str, ...], Parameter(group=_ADAPTER, negative=(), consume_multiple=False)] = ()
-    """In place of method and target: "lm TARGET METHOD NAME=VALUE ..." (lr=... too); several train together."""
-    target: Annotated[str, Parameter(group=_ADAPTER)] = "attention+ff"
-    """Layers to adapt: attention, attention+ff, all-linear, or a regular expression over module paths."""
 
-    lr: Annotated[float | None, Parameter(group=_STEPS)] = None
-    """Learning rate. Lower it when the loss rises, raise it when nothing changes."""
-    steps: Annotated[int | None, Parameter(group=_STEPS)] = None
-    """Number of steps."""
-    epochs: Annotated[float | None, Parameter(group=_STEPS)] = None
+@dataclass(frozen=True, kw_only=True)
+class TextTrainConfig(SharedConfig, _TextConfig):
+    """Everything a training on text is told. A field left at None gets a value that suits the base.
+
+    Raises UserError for a value that no run can use.
+    """
+
+    components: ClassVar[tuple[str, ...]] = ("lm",)
+
+    dropout: Annotated[float, Parameter(group=ADAPTER)] = 0.0
+    """Share of a layer's inputs that a LoRA does not see in a step; against overfitting on a short text."""
+    block: Annotated[tuple[str, ...], Parameter(group=ADAPTER, negative=(), consume_multiple=False)] = ()
+    """In place of method and target: "lm TARGET METHOD NAME=VALUE ..." (lr=... too); several train together."""
+    target: Annotated[str | None, Parameter(group=ADAPTER)] = None
+    """Layers to adapt: attention, attention+ff, all-linear, ..., or a regular expression over module paths; by default those
+    that the method was made for, attention+ff for a LoRA."""
+
+    epochs: Annotated[float | None, Parameter(group=LEARNING)] = None
     """Length as passes over the text, instead of steps; wins over them."""
-    batch_size: Annotated[int | None, Parameter(group=_STEPS)] = None
+    batch_size: Annotated[int | None, Parameter(group=LEARNING)] = None
     """Windows computed at once; lower it when memory runs out."""
-    accumulation: Annotated[int, Parameter(group=_STEPS)] = 1
-    """Batches that make one step; raise it to keep the effect of a batch that memory does not hold."""
-    scheduler: Annotated[Scheduler, Parameter(group=_STEPS)] = "cosine"
+    lr: Annotated[float | None, Parameter(group=LEARNING)] = None
+    """Learning rate, by default one for method and base. Lower it when the loss rises, raise it when nothing changes."""
+    scheduler: Annotated[Scheduler, Parameter(group=LEARNING)] = "cosine"
     """Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line."""
-    warmup: Annotated[int, Parameter(group=_STEPS)] = 10
+    warmup: Annotated[int, Parameter(group=LEARNING)] = 10
     """Steps in which the learning rate rises from 0."""
-    weight_decay: Annotated[float, Parameter(group=_STEPS)] = 0.01
-    """AdamW's pull of the adapter's weights towards 0."""
-    clip: Annotated[float, Parameter(group=_STEPS)] = 1.0
-    """Largest norm of a step's gradient; 0 is no limit."""
-    ema: Annotated[float, Parameter(group=_STEPS)] = 0.0
-    """Decay of the average of the weights that is saved in their place (0.99 or more; 0 is off)."""
-    seed: Annotated[int, Parameter(group=_STEPS)] = 0
+    seed: Annotated[int, Parameter(group=LEARNING)] = 0
     """Number that all chance comes from: same seed, settings and text, same adapter."""
 
-    run_dir: Annotated[Path | None, Parameter(group=_WATCH)] = None
+    run_dir: Annotated[Path | None, Parameter(group=WATCH)] = None
     """Folder for settings, metrics and checkpoints; by default runs/NAME, after the output file."""
-    resume: Annotated[bool, Parameter(group=_WATCH, negative=())] = False
-    """Go on from the newest checkpoint of the run folder."""
-    overwrite: Annotated[bool, Parameter(group=_WATCH, negative=())] = False
-    """Replace an output file and a run folder that are there already."""
-    save_every: Annotated[int | None, Parameter(group=_WATCH)] = None
+    save_every: Annotated[int | None, Parameter(group=WATCH)] = None
     """Steps between checkpoints; each comes with a measurement on the text kept apart. By default a sixth of the run."""
-    log_every: Annotated[int, Parameter(group=_WATCH)] = 10
-    """Steps between readings of the loss; rarer is a little faster on a GPU."""
-
-    device: Annotated[str, Parameter(group=_MACHINE)] = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
-    precision: Annotated[Precision, Parameter(group=_MACHINE)] = "auto"
-    """Precision of the base in training; auto is bfloat16 on a GPU that has it, else float32. Adapters are float32."""
-    quantize: Annotated[Quantize | None, Parameter(group=_MACHINE)] = None
-    """Hold the base's linear layers in fewer bits while training, which saves memory: int8, or nf4 for the least."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        super().__post_init__()
         if self.held_out_text and self.held_out:
             raise UserError("--held-out takes a share of the text and --held-out-text another text; give one of them")
 
@@ -131,8 +101,14 @@ class ResolvedTextConfig(TextTrainConfig):
 # What suits a base by its size: below this many parameters, and from there on.
 SMALL = 50_000_000
 _DEFAULTS: dict[bool, dict[str, Any]] = {
-    True: {"lr": 3e-3, "steps": 300, "batch_size": 8},
-    False: {"lr": 2e-4, "steps": 500, "batch_size": 4},
+    True: {"steps": 300, "batch_size": 8},
+    False: {"steps": 500, "batch_size": 4},
+}
+# Learning rates: the fewer numbers a method trains, and the further they are from the weights, the faster they must move.
+# Those of small bases were found on the embedded one (scripts/compare_text.py); those of large ones are usual in papers.
+_RATES: dict[bool, dict[str, float]] = {
+    True: {"lora": 3e-3, "prompt": 3e-2, "prefix": 3e-2},
+    False: {"lora": 2e-4, "ia3": 3e-3, "prefix": 1e-2, "prompt": 1e-2, "tokens": 2e-3},
 }
 
 
@@ -147,7 +123,14 @@ def resolve_language(
     values = {field.name: getattr(config, field.name) for field in fields(TextTrainConfig)}
     if config.context is not None and config.context > context:
         raise UserError(f"--context {config.context} is more than the base takes, which is {context} tokens")
-    fill(values, _DEFAULTS[parameters < SMALL])
+    small = parameters < SMALL
+    fill(values, _DEFAULTS[small])
+
+    def rate(_: str, method: str) -> float:
+        return config.lr or _rate(method, small)
+
+    values["block"] = tuple(with_rate(text, ("lm",), rate) for text in config.block)
+    fill(values, {"lr": _rate(config.method, small)})
     if config.epochs is not None and windows is not None:
         values["steps"] = max(1, math.ceil(config.epochs * windows / (values["batch_size"] * config.accumulation)))
         values["epochs"] = None
@@ -161,6 +144,10 @@ def resolve_language(
         },
     )
     return ResolvedTextConfig(**values)
+
+
+def _rate(method: str, small: bool) -> float:
+    return _RATES[small].get(method, _RATES[small]["lora"])
 
 
 def language_output(config: TextTrainConfig) -> Path:

@@ -2,7 +2,6 @@
 
 import datetime
 import math
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,11 +15,12 @@ from .. import formats
 from ..bases import LanguageInfo, LanguageModel, components, describe, load_lm
 from ..bases.causal_lm import frozen
 from ..bases.reading import pick_device
+from ..bases.vocabulary import learned, teach
 from ..core import quantized
 from ..core.arena import Arena
 from ..core.errors import UserError
-from ..data.text import Document, read_texts
-from ..methods.tokens import SoftPrompt, Tokens
+from ..data.text import Document, Texts, read_texts
+from ..methods.tokens import Tokens
 from .blocks import Block, blocks, check_methods
 from .checkpoint import Origin
 from .config import Precision, to_json
@@ -36,14 +36,17 @@ from .language_config import (
 from .progress import say_to
 from .run import RunFolder
 from .session import (
+    Attached,
     Say,
     Session,
     attach,
     base_kept,
     check_run,
     digest,
+    next_command,
     pick_precision,
     save,
+    taught,
     told,
     trainer_settings,
 )
@@ -73,6 +76,18 @@ class TextTrainResult:
 
 
 @dataclass(frozen=True)
+class _Opened:
+    """The texts that were read and the base that was loaded; ``config`` has all values but the steps of epochs."""
+
+    asked: TextTrainConfig
+    config: ResolvedTextConfig
+    base: LanguageModel
+    info: LanguageInfo
+    texts: Texts
+    apart: Texts | None
+
+
+@dataclass(frozen=True)
 class _Prepared:
     """What a run works on: the base, the tokens to learn from and those kept apart, and what they were made from."""
 
@@ -99,11 +114,14 @@ def train_text(
     check_methods(config)
     folder = RunFolder(language_run(config), "text train", "text")
     check_run(folder, language_output(config), resume=config.resume, overwrite=config.overwrite)
-    prepared = _prepare(config, base, say)
-    chosen, parts = blocks(prepared.config), components(prepared.base)
-    _refuse_words(chosen)
-    with base_kept(prepared.base, parts, say) as fingerprint:
-        trainer = _trainer(prepared, chosen, say)
+    opened = _open(config, base, say)
+    chosen, parts = taught(opened.base, blocks(opened.config)), components(opened.base)
+    with base_kept(opened.base, parts, say) as fingerprint:
+        rate = opened.config.lr
+        attached = attach(parts, chosen, config.seed, lambda component: rate)
+        teach(opened.base)  # before the texts become tokens
+        prepared = _prepare(opened, say)
+        trainer = _trainer(prepared, attached, chosen, say)
         session = _session(prepared, folder, console, trainer)
         session.start(config.resume)
         session.learn()
@@ -124,15 +142,8 @@ def _as_asked(base: LanguageModel, quantize: str | None) -> LanguageModel:
     return base
 
 
-def _refuse_words(blocks: Sequence[Block]) -> None:
-    """Raise UserError for methods that learn words: a language model predicts tokens, and has no output for new ones."""
-    for block in blocks:
-        if isinstance(block.method, (Tokens, SoftPrompt)):
-            raise UserError(f"method {block.method.name} learns words of a text encoder; text training does not have it")
-
-
-def _prepare(config: TextTrainConfig, base: LanguageModel | None, say: Say) -> _Prepared:
-    """Read the text, load the base, and make tokens; says what it finds. Raises UserError for what cannot be used."""
+def _open(config: TextTrainConfig, base: LanguageModel | None, say: Say) -> _Opened:
+    """Read the text and load the base; says what it finds. Raises UserError for what cannot be used."""
     texts = read_texts(config.texts)
     for words in texts.describe():
         say(words)
@@ -143,17 +154,36 @@ def _prepare(config: TextTrainConfig, base: LanguageModel | None, say: Say) -> _
     say(f"base {info.name}: {info.architecture}, {info.vocabulary:,} tokens, context {info.context}")
     asked = replace(config, precision=precision)
     first = resolve_language(asked, parameters=quantized.count(base.lm), context=info.context)
+    return _Opened(asked, first, base, info, texts, apart)
+
+
+def _prepare(opened: _Opened, say: Say) -> _Prepared:
+    """Make tokens, and steps of epochs; says what it finds. Raises UserError for what cannot be used."""
+    base, info, first, texts, apart = opened.base, opened.info, opened.config, opened.texts, opened.apart
     encoded = [tokens(base, [document.text]) for document in texts.documents]
     line, kept = _split(encoded, _share(first, encoded))
     if apart is not None:
         kept = tokens(base, [document.text for document in apart.documents])
     if len(line) < 2:
         raise UserError("the text is but one token; there is nothing to learn from it")
+    _check_said(base, _placeholders(opened.config), line)
     windows = LanguageTask(base, _settings(first), line).windows
-    resolved = resolve_language(asked, parameters=quantized.count(base.lm), context=info.context, windows=windows)
+    resolved = resolve_language(opened.asked, parameters=quantized.count(base.lm), context=info.context, windows=windows)
     say(f"{len(line):,} tokens to learn from, in {windows} windows of up to {resolved.context}; {_apart_line(kept)}")
     items = _items(texts.documents, "") + (_items(apart.documents, "kept apart: ") if apart else [])
     return _Prepared(resolved, base, info, line, kept, items)
+
+
+def _placeholders(config: TextTrainConfig) -> list[str]:
+    """The new words that a run teaches."""
+    return [name for block in blocks(config) if isinstance(block.method, Tokens) for name in block.method.names]
+
+
+def _check_said(base: LanguageModel, words: Sequence[str], line: Tensor) -> None:
+    """Raise UserError for a new word that the text does not say: nothing could be learned of it."""
+    for word in words:
+        if not bool((line == learned(base.tokenizer)[word]).any()):
+            raise UserError(f"the text never says {word!r}, so its meaning cannot be learned from it; write it there")
 
 
 def _share(config: ResolvedTextConfig, encoded: Sequence[Tensor]) -> float:
@@ -185,9 +215,8 @@ def _settings(config: ResolvedTextConfig) -> LanguageSettings:
     return LanguageSettings(config.seed, config.batch_size, config.accumulation, config.context)
 
 
-def _trainer(prepared: _Prepared, chosen: Sequence[Block], say: Say) -> Trainer:
+def _trainer(prepared: _Prepared, attached: Attached, chosen: Sequence[Block], say: Say) -> Trainer:
     config, parts = prepared.config, components(prepared.base)
-    attached = attach(parts, chosen, config.seed, lambda component: config.lr)
     arena = Arena(attached.groups)
     plan = f"{config.steps} steps of {config.batch_size * config.accumulation} windows, learning rate {config.lr:g}"
     say(f"{told(parts, chosen, arena.count)}; {plan} ({config.scheduler}), seed {config.seed}, {config.precision}")
@@ -241,6 +270,7 @@ def _spec(prepared: _Prepared, chosen: Sequence[Block], result: TextTrainResult)
     return formats.Spec(
         methods={"lm": tuple(block.spec() for block in chosen)},
         base=asdict(prepared.info),
+        triggers=tuple(_placeholders(config)),
         training=training,
         title=config.output.stem,
     )
@@ -257,5 +287,6 @@ def _tell(result: TextTrainResult, say: Say) -> None:
         f"wrote {result.output} ({size:.1f} MiB) after {result.steps} steps on {result.tokens:,} tokens,"
         f" {result.seconds:.0f} s; settings and metrics are in {result.run_dir}"
     )
-    base = "" if config.base == "tiny-lm" else f" --base {shlex.quote(config.base)}"
-    say(f"next: peft-diffusion text generate 'The first words' --adapter {shlex.quote(str(result.output))}{base}")
+    base = None if config.base == TextTrainConfig.base else config.base
+    flags = {"adapter": str(result.output), "base": base, "quantize": config.quantize}
+    say(next_command("text generate", "The first words", flags))

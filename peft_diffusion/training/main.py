@@ -1,7 +1,6 @@
 """``train``: from a folder of pictures to an adapter file."""
 
 import datetime
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from .preparation import Prepared, check_places, prepare
 from .previews import PROMPTS, Previews
 from .progress import PICTURES_APART, Reading, say_to
 from .run import RunFolder
-from .session import NAME, Session, attach, base_kept, digest, save, taught, told, trainer_settings
+from .session import NAME, Session, attach, base_kept, digest, next_command, save, taught, told, trainer_settings
 from .trainer import Trainer
 
 
@@ -209,5 +208,5 @@ def _tell(result: TrainResult, say: Callable[[str], None]) -> None:
         f" {result.seconds:.0f} s; settings, metrics and previews are in {result.run_dir}"
     )
     prompt = with_trigger("a red apple", config.trigger)
-    base = "" if config.base == "icons" else f" --base {shlex.quote(config.base)}"
-    say(f"next: peft-diffusion generate {shlex.quote(prompt)} --adapter {shlex.quote(str(result.output))}{base}")
+    base = None if config.base == TrainConfig.base else config.base
+    say(next_command("generate", prompt, {"adapter": str(result.output), "base": base, "quantize": config.quantize}))

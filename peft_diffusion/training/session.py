@@ -29,9 +29,6 @@ from .seeds import global_seed
 from .trainer import Interrupted, Observer, Trainer, TrainerSettings
 
 NAME = "trained"  # of the adapter, while it is
-WORD_RATE = 2e-3
-"""Learning rate of learned words, unless their block says: embeddings are large numbers, and move in larger steps than
-weights. What diffusers' textual inversion comes to for SD1.5 after its scaling of the rate."""
 Say = Callable[[str], None]
 
 
@@ -44,9 +41,15 @@ class Attached:
     undecayed: frozenset[str]
 
 
-def attach(parts: Mapping[str, nn.Module], blocks: Sequence[Block], seed: int, rate_of: Callable[[str], float]) -> Attached:
-    """Put the adapter on every component, its chance from the seed; ``rate_of`` gives a component's learning rate.
+def attach(
+    parts: Mapping[str, nn.Module],
+    blocks: Sequence[Block],
+    seed: int,
+    rate_of: Callable[[str], float],
+) -> Attached:
+    """Put the adapter on every component, its chance from the seed.
 
+    ``rate_of`` gives a component's learning rate; a block's own goes before it.
     Raises UserError where a component has no block, and as ``site.attach_all`` does.
     """
     groups: dict[str, list[nn.Parameter]] = {}
@@ -61,12 +64,15 @@ def attach(parts: Mapping[str, nn.Module], blocks: Sequence[Block], seed: int, r
         for number, (block, adapters) in enumerate(zip(own, built, strict=True)):
             words = isinstance(block.method, (Tokens, SoftPrompt))
             group = name if block.rate is None and not words else f"{name}.{number}"
-            rates[group] = block.rate or (WORD_RATE if words else rate_of(name))
+            rate = block.rate or rate_of(name)
             if words:
                 undecayed.add(group)
             for adapter in adapters.values():
                 adapter.train()  # the base stays in eval mode; dropout belongs to the adapter
-                groups.setdefault(group, []).extend(adapter.parameters())
+                for times, parameters in adapter.by_rate().items():
+                    own_group = group if times == 1 else f"{group} x{times:.9g}"
+                    rates[own_group] = times * rate
+                    groups.setdefault(own_group, []).extend(parameters)
     return Attached(groups, rates, frozenset(undecayed))
 
 
@@ -86,6 +92,12 @@ def named(method: Method) -> str:
     """A method with its rank, if it has one."""
     rank = getattr(method, "rank", None)
     return method.name if rank is None else f"{method.name} of rank {rank}"
+
+
+def next_command(command: str, prompt: str, flags: Mapping[str, str | None]) -> str:
+    """What to type to see what was learned; flags at None are left away."""
+    given = "".join(f" --{name} {shlex.quote(value)}" for name, value in flags.items() if value is not None)
+    return f"next: peft-diffusion {command} {shlex.quote(prompt)}{given}"
 
 
 def check_run(run: RunFolder, output: Path, *, resume: bool, overwrite: bool) -> None:
