@@ -1,16 +1,18 @@
 """What an adapter learned of a style, measured on drawings that it never saw.
 
     python scripts/evaluate_styles.py --output evaluation
+    python scripts/evaluate_styles.py --output methods --styles openmoji --methods lora dora loha lokr oft ia3 bitfit
 
-For each sample style: trains an adapter with the defaults of ``peft-diffusion train`` (or takes the one in ``--adapters``),
-then, over subjects that are not in the sample folder, prints
+For each sample style and method: trains an adapter with the defaults of ``peft-diffusion train`` (or takes the one in
+``--adapters``), then, over subjects that are not in the sample folder, prints
 
 - the denoising loss on the real drawings of those subjects, with fixed noise and timesteps, without and with the adapter;
 - how often a judge (``scripts/build_base/judge.py``) tells the style of what it generates right;
-- how often the right subject is among the five nearest real drawings of that style, beside the base's own figure.
+- how often the right subject is among the five nearest real drawings of that style, beside the base's own figure;
+- trained parameters, the size of the file, seconds and the peak of the process's memory in training.
 
-The real drawings come from npm (``pip install 'peft_diffusion[base]'``, and Node.js for npm). Writes ``figures.json`` and a
-sheet for each style: without the adapter, with it, and the real drawing.
+The real drawings come from npm (``pip install 'peft_diffusion[base]'``, and Node.js for npm). Writes ``figures.json``,
+``table.md`` and a sheet for each style: without an adapter, with each method, and the real drawing.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # scripts.build_base is no part of the package
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
 from diffusers import DDPMScheduler
 
 from peft_diffusion.bases import embedded, load_base
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.formats import inspect
 from peft_diffusion.generation import Adapters, sheet
 from peft_diffusion.generation.config import GenerateConfig
 from peft_diffusion.generation.painting import Cell, paint
@@ -45,6 +48,7 @@ from scripts.build_base.judge import NEAREST, Gallery, Judge, packed_galleries
 from scripts.build_base.make_samples import HELD_OUT, SUBJECTS
 from scripts.build_base.render import pack
 from scripts.build_base.sources import CACHE, STYLES
+from scripts.measuring import markdown_table, memory_words, peak_memory, size_words
 
 BASE_STYLE = "noto"  # what the base's own figure is measured in
 DRAWS = 4  # noises and timesteps for each drawing
@@ -52,29 +56,37 @@ DRAWS = 4  # noises and timesteps for each drawing
 
 @dataclass(frozen=True)
 class Style:
-    """A sample folder: its adapter's name, the icon set of its drawings, and how its prompts begin."""
+    """A sample folder: its adapter's name, the icon set of its drawings, how its prompts begin, and its own word there."""
 
     name: str
     drawings: str
     words: str
+    word: str
 
 
 SAMPLES = (
-    Style("openmoji", "openmoji", "openmoji emoji of"),
-    Style("twemoji", "twemoji", "twemoji emoji of"),
-    Style("fluent-flat", "fluent-emoji-flat", "fluent flat emoji of"),
+    Style("openmoji", "openmoji", "openmoji emoji of", "openmoji"),
+    Style("twemoji", "twemoji", "twemoji emoji of", "twemoji"),
+    Style("fluent-flat", "fluent-emoji-flat", "fluent flat emoji of", "fluent"),
 )
+METHODS = ("lora", "dora", "loha", "lokr", "oft", "ia3", "bitfit", "bottleneck", "prefix", "tokens", "prompt")
+OF_WORDS = ("tokens", "prompt")  # what learns words, in the text encoder
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one style came to. Shares are from 0 to 1; losses are means over drawings, noises and timesteps."""
+    """What one method made of one style. Shares are from 0 to 1; losses are means over drawings, noises and timesteps."""
 
+    style: str
+    method: str
     loss_base: float
     loss_adapter: float
     style_right: float
     subject_kept: float
-    seconds: float | None
+    parameters: int
+    size: int
+    seconds: float | None = None
+    memory: int | None = None
 
     @property
     def fall(self) -> float:
@@ -82,10 +94,21 @@ class Figures:
         return 1 - self.loss_adapter / self.loss_base
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all measurements have in common; ``own`` and ``told`` are the base's shares of subjects and styles."""
+
+    options: argparse.Namespace
+    console: Console
+    judge: Judge
+    chosen: list[str]
+    own: float = 0.0
+    told: float = 0.0
+
+
 def main() -> None:
     """Train, measure, draw, print."""
-    options = _options()
-    console = Console()
+    options, console = _options(), Console()
     options.output.mkdir(parents=True, exist_ok=True)
     if not options.data.exists():
         console.print("fetching and rendering the icon sets ...")
@@ -93,23 +116,71 @@ def main() -> None:
     galleries = packed_galleries(options.data)
     chosen = subjects(galleries, options.subjects)
     console.print(f"{len(chosen)} subjects that no sample folder shows, such as {', '.join(chosen[:12])}")
-    judge = Judge.fit(galleries)
-    samples = [style for style in SAMPLES if style.name in options.styles]
-    pipe = load_base("icons", device=options.device)
-    seconds = {style.name: _adapter(style, pipe, options, console) for style in samples}
-    adapters = Adapters(pipe)
-    for style in samples:
-        adapters.load(_file(style, options), name=style.name, strength=0.0)
-    prompts = [f"noto emoji of {with_article(subject)}" for subject in chosen]
-    drawn = _draw(adapters, prompts, None, options)
-    own = _kept(judge, drawn, BASE_STYLE, chosen)
-    told = _told(judge, drawn, BASE_STYLE)
-    console.print(f"base: subject among the five nearest {own:.0%}, style told right {told:.0%}")
-    found = {
-        style.name: _measure(style, adapters, galleries[style.drawings], judge, chosen, seconds[style.name], options)
-        for style in samples
-    }
-    _report(found, own, told, options, console)
+    adapters = Adapters(load_base("icons", device=options.device))
+    setting = _of_base(adapters, Setting(options, console, Judge.of(galleries), chosen))
+    found = []
+    for style in (style for style in SAMPLES if style.name in options.styles):
+        real = galleries[style.drawings].pixels[[galleries[style.drawings].subjects.index(name) for name in chosen]]
+        found += _of_style(style, adapters, real, setting)
+        _report(found, setting)  # after each, so that a run that is stopped has told something
+
+
+def _of_base(adapters: Adapters, setting: Setting) -> Setting:
+    """The base's own shares, measured in one of its own styles."""
+    drawn = _draw(
+        adapters, [f"{BASE_STYLE} emoji of {with_article(subject)}" for subject in setting.chosen], setting.options
+    )
+    own, told = _kept(setting.judge, drawn, BASE_STYLE, setting.chosen), _told(setting.judge, drawn, BASE_STYLE)
+    setting.console.print(f"base: subject among the five nearest {own:.0%}, style told right {told:.0%}")
+    return replace(setting, own=own, told=told)
+
+
+def _of_style(style: Style, adapters: Adapters, real: Tensor, setting: Setting) -> list[Figures]:
+    """The figures of one style with every method, and its sheet."""
+    prompts = [f"{style.words} {with_article(subject)}" for subject in setting.chosen]
+    before = denoising_loss(adapters.pipe, real, prompts)
+    rows, found = {f"without\n“{style.words} …”": _draw(adapters, prompts[:12], setting.options)}, []
+    for method in setting.options.methods:
+        file = _file(style, method, setting.options)
+        trained = _train(style, method, adapters.pipe, setting) if setting.options.adapters is None else {}
+        adapters.load(file, name=style.name)
+        after = denoising_loss(adapters.pipe, real, prompts)
+        drawn = _draw(adapters, prompts, setting.options)
+        adapters.remove(style.name)
+        right = _told(setting.judge, drawn, style.drawings)
+        kept = _kept(setting.judge, drawn, style.drawings, setting.chosen)
+        parameters, size = inspect(file).parameters, file.stat().st_size
+        found.append(Figures(style.name, method, before, after, right, kept, parameters, size, **trained))
+        setting.console.print(
+            f"{style.name}, {method}: loss falls by {found[-1].fall:.1%}, style {right:.0%}, subject {kept:.0%}"
+        )
+        rows[method if len(setting.options.methods) > 1 else f"with {style.name}"] = drawn[:12]
+    rows["the real drawing, never shown in training"] = [
+        Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in real[:12]
+    ]
+    path = setting.options.output / f"{style.name}.png"
+    sheet.grid(list(rows.values()), list(rows), setting.chosen[:12]).save(path)
+    return found
+
+
+def _train(style: Style, method: str, pipe: Any, setting: Setting) -> dict[str, Any]:
+    """Train an adapter; the seconds and the peak of memory that it took."""
+    words: dict[str, Any] = {"components": ("text_encoder",)} if method in OF_WORDS else {}
+    if method == "tokens":
+        words["option"] = (f"placeholders={style.word}", "initial=emoji")
+    run = TrainConfig(
+        (embedded(f"styles/{style.name}"),),
+        output=_file(style, method, setting.options),
+        run_dir=setting.options.output / "runs" / f"{style.name}-{method}",
+        method=method,
+        device=setting.options.device,
+        overwrite=True,
+        **words,
+    )
+    began = time.monotonic()
+    with peak_memory() as memory:
+        train(run, pipe=pipe, console=setting.console)
+    return {"seconds": time.monotonic() - began, "memory": memory.get("peak")}
 
 
 def subjects(galleries: dict[str, Gallery], count: int) -> list[str]:
@@ -144,53 +215,15 @@ def denoising_loss(pipe: Any, images: Tensor, prompts: Sequence[str], batch: int
     return sum(losses) / len(losses)
 
 
-def _measure(
-    style: Style,
-    adapters: Adapters,
-    gallery: Gallery,
-    judge: Judge,
-    chosen: Sequence[str],
-    seconds: float | None,
-    options: argparse.Namespace,
-) -> Figures:
-    real = gallery.pixels[[gallery.subjects.index(subject) for subject in chosen]]
-    prompts = [f"{style.words} {with_article(subject)}" for subject in chosen]
-    losses = []
-    for strength in (0.0, 1.0):
-        adapters.set({name: strength * (name == style.name) for name in adapters.names})
-        losses.append(denoising_loss(adapters.pipe, real, prompts))
-    drawn = _draw(adapters, prompts, style.name, options)
-    _sheet(style, adapters, prompts, drawn, real, chosen, options)
-    right, kept = _told(judge, drawn, style.drawings), _kept(judge, drawn, style.drawings, chosen)
-    return Figures(losses[0], losses[1], right, kept, seconds)
-
-
-def _adapter(style: Style, pipe: Any, options: argparse.Namespace, console: Console) -> float | None:
-    """Train the style's adapter unless it is given; returns the seconds that it took."""
-    if options.adapters is not None:
-        return None
-    began = time.monotonic()
-    file = _file(style, options)
-    run = TrainConfig(
-        (embedded(f"styles/{style.name}"),),
-        output=file,
-        run_dir=options.output / "runs" / style.name,
-        device=options.device,
-        overwrite=True,
-    )
-    train(run, pipe=pipe, console=console)
-    return time.monotonic() - began
-
-
-def _file(style: Style, options: argparse.Namespace) -> Path:
+def _file(style: Style, method: str, options: argparse.Namespace) -> Path:
     folder: Path = options.adapters or options.output
-    return folder / f"{style.name}.safetensors"
+    return folder / (f"{style.name}.safetensors" if method == TrainConfig.method else f"{style.name}-{method}.safetensors")
 
 
-def _draw(adapters: Adapters, prompts: Sequence[str], name: str | None, options: argparse.Namespace) -> list[Image.Image]:
-    """A picture for each prompt, with one adapter or none."""
+def _draw(adapters: Adapters, prompts: Sequence[str], options: argparse.Namespace) -> list[Image.Image]:
+    """A picture for each prompt, with the adapters that are on."""
     sampling = GenerateConfig(tuple(prompts), steps=options.steps, batch_size=8, device=options.device)
-    strengths = {other: float(other == name) for other in adapters.names}
+    strengths = dict.fromkeys(adapters.names, 1.0)
     return list(paint(adapters, [Cell(prompt, seed, strengths) for seed, prompt in enumerate(prompts)], sampling))
 
 
@@ -208,47 +241,50 @@ def _kept(judge: Judge, images: Sequence[Image.Image], style: str, chosen: Seque
     return sum(rank <= NEAREST for rank in ranks) / len(ranks)
 
 
-def _sheet(
-    style: Style,
-    adapters: Adapters,
-    prompts: Sequence[str],
-    drawn: Sequence[Image.Image],
-    real: Tensor,
-    chosen: Sequence[str],
-    options: argparse.Namespace,
-) -> None:
-    """The first twelve subjects: what the base makes of the prompt, what the adapter makes of it, and the drawing."""
-    before = _draw(adapters, prompts[:12], None, options)
-    originals = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in real[:12]]
-    rows = [before, list(drawn[:12]), originals]
-    labels = [f"without\n“{style.words} …”", f"with {style.name}", "the real drawing, never shown in training"]
-    sheet.grid(rows, labels, list(chosen[:12])).save(options.output / f"{style.name}.png")
+HEADINGS = (
+    "style", "method", "loss, base", "loss, adapter", "falls by", "style told right", "subject kept", "trained", "file",
+    "training", "peak memory",
+)  # fmt: skip
 
 
-def _report(found: dict[str, Figures], own: float, told: float, options: argparse.Namespace, console: Console) -> None:
-    table = Table("style", "loss, base", "loss, adapter", "falls by", "style told right", "subject kept", "training")
-    for name, figures in found.items():
-        table.add_row(
-            name,
-            f"{figures.loss_base:.4f}",
-            f"{figures.loss_adapter:.4f}",
-            f"{figures.fall:.0%}",
-            f"{figures.style_right:.0%}",
-            f"{figures.subject_kept:.0%} (base {own:.0%})",
-            f"{figures.seconds:.0f} s" if figures.seconds is not None else "-",
-        )
-    console.print(table)
-    values = {name: {**vars(figures), "fall": figures.fall} for name, figures in found.items()}
-    values["base"] = {"subject_kept": own, "style_right": told}
-    (options.output / "figures.json").write_text(json.dumps(values, indent=1) + "\n")
+def _report(found: Sequence[Figures], setting: Setting) -> None:
+    rows = [_row(figures, setting.own) for figures in found]
+    table = Table(*HEADINGS)
+    for row in rows:
+        table.add_row(*row)
+    setting.console.print(table)
+    output: Path = setting.options.output
+    (output / "table.md").write_text(markdown_table(HEADINGS, rows))
+    values = {
+        "base": {"subject_kept": setting.own, "style_right": setting.told, "subjects": len(setting.chosen)},
+        "runs": [{**vars(figures), "fall": figures.fall} for figures in found],
+    }
+    (output / "figures.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _row(figures: Figures, own: float) -> tuple[str, ...]:
+    return (
+        figures.style,
+        figures.method,
+        f"{figures.loss_base:.4f}",
+        f"{figures.loss_adapter:.4f}",
+        f"{figures.fall:.0%}",
+        f"{figures.style_right:.0%}",
+        f"{figures.subject_kept:.0%} (base {own:.0%})",
+        f"{figures.parameters:,}",
+        size_words(figures.size),
+        "-" if figures.seconds is None else f"{figures.seconds:.0f} s",
+        memory_words(figures.memory),
+    )
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="folder for figures, sheets and adapters")
-    parser.add_argument("--adapters", type=Path, help="folder with NAME.safetensors for each style, instead of training")
+    parser.add_argument("--adapters", type=Path, help="folder of what an earlier run trained, instead of training")
     parser.add_argument("--data", type=Path, default=CACHE / "drawings.zip", help="the packed drawings; made if missing")
     parser.add_argument("--styles", nargs="+", choices=[s.name for s in SAMPLES], default=[s.name for s in SAMPLES])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lora"], help="what to train with")
     parser.add_argument("--subjects", type=int, default=100, help="how many subjects")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps of a picture")
     parser.add_argument("--device", default="auto")

@@ -95,12 +95,13 @@ def measure(pipe: StableDiffusionPipeline, options: argparse.Namespace) -> dict[
     asked = pick_subjects(base, options.count)
     images = draw(pipe, [caption(*row) for row in asked], options.steps, options.guidance, batch=options.batch)
     sheet(images * 2 - 1, 25, options.sheets / "drawn.png")
-    figures = judged(Judge.fit(base, each=options.judge_each), images, asked)
+    figures = judged(Judge.of(base), images, asked)
     keys = ("style_told_right", "subject_in_five", "subject_first")
     return {
         "images": len(asked),
         "steps": options.steps,
         "guidance": options.guidance,
+        "drawings": {style: len(gallery.subjects) for style, gallery in base.items()},
         "psnr": quality,
         "mean": {key: mean_of(figures, key) for key in keys},
         "styles": figures,
@@ -118,10 +119,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="where to draw")
     parser.add_argument("--count", type=int, default=200, help="how many subjects")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--psnr-each", type=int, default=100, help="real drawings of each set for the PSNR")
-    parser.add_argument("--judge-each", type=int, default=600, help="real drawings of each style the judge learns from")
     parser.add_argument("--only-time", action="store_true", help="measure the time of one image on this CPU, keep the rest")
     return parser.parse_args()
 
@@ -138,7 +138,7 @@ def main() -> None:
         figures = measure(pipe, options)
         prompts = [caption(style, subject) for style in SHEET_STYLES for subject in SHEET_SUBJECTS]
         images = draw(pipe, prompts, options.steps, options.guidance, batch=options.batch)
-        sheet(images * 2 - 1, len(SHEET_SUBJECTS), options.sheets / "sheet.png")
+        sheet(images * 2 - 1, len(SHEET_SUBJECTS), options.output.with_name("sheet.webp"))
     if options.device == "cpu":
         figures["seconds_for_one_image"] = round(seconds_for_one(options.base, options.steps, options.guidance), 2)
         figures["threads"] = torch.get_num_threads()

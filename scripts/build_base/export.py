@@ -1,8 +1,9 @@
-"""Write the trained networks as an ordinary diffusers folder, with its model card and licence."""
+"""Write the trained networks as an ordinary diffusers folder; `card.py` puts the model card and the licence beside them."""
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
@@ -13,6 +14,8 @@ from .sources import CACHE
 from .tokens import save_tokenizer
 
 MOST_BYTES = 48_000_000
+# Read by the samplers that a user may put in the place of this one: DDIM and PNDM of Stable Diffusion say the same.
+FOR_OTHER_SAMPLERS: dict[str, Any] = {"clip_sample": False, "set_alpha_to_one": False}
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
@@ -55,11 +58,21 @@ def write_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> int:
         component.half()
     pipe.save_pretrained(folder, safe_serialization=True)
     save_tokenizer(pipe.tokenizer, folder / "tokenizer")
-    path = folder / "text_encoder" / "config.json"
-    config = json.loads(path.read_text())
-    config.pop("torch_dtype", None)
-    path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+    write_text_encoder(pipe.text_encoder, folder)
+    _amend(folder / "scheduler" / "scheduler_config.json", FOR_OTHER_SAMPLERS)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def write_text_encoder(text_encoder: CLIPTextModel, folder: Path) -> None:
+    """Write the text encoder of a pipeline's folder in half precision, said to compute in single."""
+    text_encoder.half().save_pretrained(folder / "text_encoder")
+    _amend(folder / "text_encoder" / "config.json", {"dtype": "float32"})
+
+
+def _amend(path: Path, changes: dict[str, Any]) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, indent=2, sort_keys=True) + "\n")
 
 
 def main() -> None:

@@ -178,6 +178,7 @@ def _options() -> argparse.Namespace:
         help="float32 (TF32 on a GPU), autocast to bfloat16, or all in bfloat16 over float32 masters, which is fastest",
     )
     parser.add_argument("--subjects", type=int, help="use only the so many subjects that most sets draw")
+    parser.add_argument("--report-every", type=int, default=500, help="steps between two lines of progress")
     parser.add_argument("--sheet-steps", type=int, default=25, help="denoising steps of the sheet; 0 draws none")
     return parser.parse_args()
 
@@ -221,7 +222,7 @@ def main() -> None:
     step = captured(make_step(unet, text_encoder, arena, data, options), device)
     modules: dict[str, torch.nn.Module] = {"unet": unet, "text_encoder": text_encoder}
     save = functools.partial(_save, arena, progress, modules, options.output)
-    train(step, arena, plan, progress, save, report_every=500 if device.type == "cuda" else 50)
+    train(step, arena, plan, progress, save, options.report_every)
     if options.sheet_steps:
         draw_sheet(options.output, vae, tokenizer, device, options.sheet_steps)
 

@@ -143,12 +143,22 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()
+    return CapturedStep(step, graph, result)
 
-    def replay() -> Tensor:
-        graph.replay()
-        return result
 
-    return replay
+@dataclass(frozen=True)
+class CapturedStep:
+    """A recorded step. It holds the step itself: the graph reads the step's own tensors by their addresses alone, and
+    where nothing else holds them their memory is handed to others, sooner or later, in the middle of the training."""
+
+    step: Callable[[], Tensor]
+    graph: torch.cuda.CUDAGraph
+    result: Tensor
+
+    def __call__(self) -> Tensor:
+        """Replay the step; the same tensor is returned, and overwritten, every time."""
+        self.graph.replay()
+        return self.result
 
 
 @dataclass

@@ -1,0 +1,165 @@
+"""A small network that tells the style of a drawing, trained on the real drawings; its weights are beside this file.
+
+    python -m scripts.build_base.style_net
+
+Subjects whose name hashes to 0 modulo `HELD_OUT_EVERY` are never shown to it, in any style: `judge.calibrate` says on
+them how far it is to be trusted.  It learns from drawings that were resized, moved, mirrored, softened and made noisy, and
+from some that went through the base's autoencoder, so that a picture's softness is no sign of a style.
+"""
+
+import argparse
+import time
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .packed import Drawing, load_packed
+from .sources import CACHE, STYLES
+from .training import affine
+
+WEIGHTS = Path(__file__).with_name("style_net.safetensors")
+SIZE = 128
+WIDTHS = (24, 48, 80, 128)
+HELD_OUT_EVERY = 8
+
+
+class StyleNet(nn.Module):
+    """Convolutions at four sizes; the mean and the maximum of each, over the picture, are what styles are told by."""
+
+    def __init__(self, styles: tuple[str, ...]) -> None:
+        super().__init__()
+        self.styles = styles
+        layers, before = [], 3
+        for width in WIDTHS:
+            layers.append(
+                nn.Sequential(
+                    nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                    nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
+                    nn.Conv2d(width, width, 1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                )
+            )
+            before = width
+        self.layers = nn.ModuleList(layers)
+        self.drop = nn.Dropout(0.2)
+        self.told = nn.Linear(2 * sum(WIDTHS), len(styles))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores (count, styles) of images (count, 3, 128, 128) in [0, 1]."""
+        found, values = [], 1 - images
+        for layer in self.layers:
+            values = layer(values)
+            found += [values.mean((2, 3)), values.amax((2, 3))]
+        scores: Tensor = self.told(self.drop(torch.cat(found, 1)))
+        return scores
+
+
+def held_out(subject: str) -> bool:
+    """Whether the network has never seen this subject, in any style."""
+    return zlib.crc32(subject.encode()) % HELD_OUT_EVERY == 0
+
+
+def load_style_net(path: Path = WEIGHTS) -> StyleNet:
+    """The trained network, ready to tell."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: run `python -m scripts.build_base.style_net` first")
+    with safe_open(path, "pt") as file:
+        net = StyleNet(tuple(file.metadata()["styles"].split()))
+        net.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()}, strict=False)  # noqa: SIM118
+    return net.eval()
+
+
+def softened(images: Tensor) -> Tensor:
+    """A light blur of images (count, 3, height, width)."""
+    for axis in (2, 3):
+        size = images.shape[axis]
+        edged = torch.cat([images.narrow(axis, 0, 1), images, images.narrow(axis, size - 1, 1)], axis)
+        images = 0.52 * images + 0.24 * (edged.narrow(axis, 0, size) + edged.narrow(axis, 2, size))
+    return images
+
+
+def changed(images: Tensor) -> Tensor:
+    """Images in [0, 1] as other renderings and a generator's softness may show them; random."""
+    values = affine(images * 2 - 1, (0.87, 1.15), 0.08).clamp(-1, 1) / 2 + 0.5
+    values = torch.where(torch.rand(len(values), 1, 1, 1) < 0.5, values, values.flip(3))
+    soft = softened(values)
+    choice = torch.rand(len(values), 1, 1, 1)
+    values = torch.where(choice < 0.35, values, torch.where(choice < 0.75, soft, softened(soft)))
+    return (values + torch.rand(len(values), 1, 1, 1) * 0.02 * torch.randn_like(values)).clamp(0, 1)
+
+
+@torch.no_grad()
+def _decoded(vae_folder: Path, pixels: Tensor) -> Tensor:
+    """The drawings as the autoencoder gives them back, latents disturbed a little; bytes in, bytes out."""
+    from .train_unet import load_vae
+
+    vae = load_vae(vae_folder, torch.device("cpu"))
+    pieces = []
+    for piece in pixels.split(32):
+        latents = vae.encode(piece.float() / 127.5 - 1).latent_dist.mean
+        latents = latents + torch.rand(len(latents), 1, 1, 1) * 0.15 * torch.randn_like(latents)
+        pieces.append(((vae.decode(latents).sample.clamp(-1, 1) + 1) * 127.5).round().byte())
+    return torch.cat(pieces)
+
+
+def _seen(rows: list[Drawing], pixels: Tensor, vae: Path, decoded: int, styles: tuple[str, ...]) -> list[Tensor]:
+    """Drawings of each style that may be learned from, some of them decoded."""
+    pools = []
+    for style in styles:
+        numbers = [number for number, row in enumerate(rows) if row.style == style and not held_out(row.subject)]
+        chosen = torch.tensor(numbers)[torch.randperm(len(numbers))[:decoded]]
+        pools.append(torch.cat([pixels[numbers], _decoded(vae, pixels[chosen])]))
+    return pools
+
+
+def fit(pools: list[Tensor], styles: tuple[str, ...], steps: int, batch: int, rate: float) -> StyleNet:
+    """Train on as many of each style in every batch, cycling through each style's drawings."""
+    net = StyleNet(styles).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.02)
+    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.15)
+    each, start, mean = -(-batch // len(styles)), time.monotonic(), 0.0
+    labels = torch.arange(len(styles)).repeat_interleave(each)
+    for step in range(1, steps + 1):
+        drawn = torch.cat([pool[torch.randint(len(pool), (each,))] for pool in pools])
+        images = changed(drawn.float() / 255).contiguous(memory_format=torch.channels_last)
+        loss = F.cross_entropy(net(images), labels, label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        plan.step()
+        mean += (loss.item() - mean) * (0.02 if step > 1 else 1)
+        if step % 100 == 0:
+            print(f"step {step} of {steps}  loss {mean:.4f}  {time.monotonic() - start:.0f} s", flush=True)
+    return net.eval()
+
+
+def main() -> None:
+    """Train and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=CACHE / "drawings.zip", help="the packed drawings")
+    parser.add_argument("--vae", type=Path, default=Path("samples/base/vae"), help="folder of the trained autoencoder")
+    parser.add_argument("--output", type=Path, default=WEIGHTS, help="file to write")
+    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--batch", type=int, default=66)
+    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--decoded", type=int, default=150, help="drawings of each style seen through the autoencoder too")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    styles = tuple(STYLES)
+    rows, pixels = load_packed(options.data, styles)
+    net = fit(_seen(rows, pixels, options.vae, options.decoded, styles), styles, options.steps, options.batch, options.rate)
+    halves = {name: tensor.half().contiguous() for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+    save_file(halves, options.output, metadata={"styles": " ".join(styles)})
+    print(f"{sum(tensor.numel() for tensor in halves.values())} parameters: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

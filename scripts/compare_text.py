@@ -1,0 +1,284 @@
+"""What each method makes of a language model, beside full fine-tuning and beside a LoRA of peft.
+
+    python scripts/compare_text.py --output comparison
+
+Every method learns the same text (Psalms and Proverbs of the King James Bible) in the same steps, from the same windows in
+the same order, with the defaults of ``peft-diffusion text train``; full fine-tuning, which trains every weight of the base,
+has as many steps at each of a few learning rates, of which the best counts. Perplexity is that on text that nothing learns
+from (Ecclesiastes and the Song of Solomon). Prints a table, and writes ``figures.json``, ``table.md`` and the adapters.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from peft_diffusion.bases import LanguageModel, embedded, load_lm
+from peft_diffusion.core import quantized
+from peft_diffusion.core.arena import Arena
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.data.text import read_texts
+from peft_diffusion.formats import inspect
+from peft_diffusion.methods.lora import Lora
+from peft_diffusion.training.language import LanguageSettings, LanguageTask, tokens
+from peft_diffusion.training.language_config import ResolvedTextConfig, TextTrainConfig, resolve_language
+from peft_diffusion.training.language_main import train_text
+from peft_diffusion.training.trainer import Trainer, TrainerSettings
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
+
+from scripts.measuring import markdown_table, memory_words, peak_memory, size_words
+
+METHODS = ("lora", "dora", "loha", "lokr", "oft", "ia3", "bottleneck", "prefix", "prompt")
+"""Those that have something to train in a Llama as it is: it has no biases, and its text no new words."""
+FULL_RATES = (3e-4, 1e-3, 3e-3)
+FULL, PEFT = "full fine-tuning", "lora in peft"
+SMALL_SHARE, NEAR = 0.05, 1.10  # a method with less of the base's parameters, and a perplexity that is near
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one run came to: parameters trained, bytes of what it wrote, wall seconds, peak memory in bytes if known."""
+
+    name: str
+    rate: float
+    parameters: int
+    size: int
+    seconds: float
+    memory: int | None
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs, and what they are measured against."""
+
+    base_parameters: int
+    base_perplexity: float
+    steps: int
+    runs: tuple[Figures, ...]
+
+    def of(self, name: str) -> Figures | None:
+        """The run of that name; the best by perplexity where there are several."""
+        return min((run for run in self.runs if run.name == name), key=lambda run: run.perplexity, default=None)
+
+    def near_full(self) -> list[Figures]:
+        """Methods with few parameters whose perplexity is at most a tenth above that of full fine-tuning."""
+        full = self.of(FULL)
+        if full is None:
+            return []
+        few = [run for run in self.runs if run.parameters < SMALL_SHARE * self.base_parameters and run.name != PEFT]
+        return [run for run in few if run.perplexity <= NEAR * full.perplexity]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every run has in common: the configuration with all values, the text as tokens, and how to load the base."""
+
+    config: ResolvedTextConfig
+    load: Callable[[], LanguageModel]
+    line: Tensor
+    apart: Tensor
+    output: Path
+
+    def task(self, base: LanguageModel) -> LanguageTask:
+        """The loss of a model on the common windows."""
+        config = self.config
+        settings = LanguageSettings(config.seed, config.batch_size, config.accumulation, config.context)
+        return LanguageTask(base, settings, self.line, self.apart)
+
+
+def prepare(config: TextTrainConfig, load: Callable[[], LanguageModel], output: Path) -> Setting:
+    """Read the text of a configuration, and fill its defaults. Raises UserError as training does."""
+    base = load()
+    resolved = resolve_language(config, parameters=quantized.count(base.lm), context=base.context)
+    line, apart = (
+        tokens(base, [document.text for document in read_texts(places).documents])
+        for places in (config.texts, config.held_out_text)
+    )
+    return Setting(resolved, load, line, apart, output)
+
+
+def with_method(setting: Setting, name: str, asked: TextTrainConfig) -> Figures:
+    """Train one of our methods, as the command does."""
+    output = setting.output / f"{name}.safetensors"
+    steps = setting.config.steps
+    config = replace(
+        asked,
+        method=name,
+        output=output,
+        run_dir=setting.output / "runs" / name,
+        overwrite=True,
+        steps=steps,
+        save_every=steps,
+    )
+    with peak_memory() as memory:
+        result = train_text(config, base=setting.load())
+    if result.perplexities is None:
+        raise UserError("there is no text kept apart")
+    parameters, size = inspect(output).parameters, output.stat().st_size
+    return Figures(name, result.config.lr, parameters, size, result.seconds, memory.get("peak"), result.perplexities[1])
+
+
+def full_fine_tuning(setting: Setting, rate: float) -> Figures:
+    """Train every weight of the base."""
+    base = setting.load()
+    base.lm.requires_grad_(True)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in base.lm.parameters())
+    return _trained(setting, base, FULL, rate, size)
+
+
+def in_peft(setting: Setting, rate: float) -> Figures:
+    """Train the LoRA that ours is by default, in peft, as it begins there."""
+    import peft
+
+    base, method = setting.load(), Lora()
+    layers = r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    torch.manual_seed(setting.config.seed)
+    model = peft.get_peft_model(base.lm, peft.LoraConfig(r=method.rank, lora_alpha=method.rank, target_modules=layers))
+    figures = _trained(setting, replace(base, lm=model), PEFT, rate, 0)
+    model.save_pretrained(setting.output / "peft")
+    return replace(figures, size=(setting.output / "peft" / "adapter_model.safetensors").stat().st_size)
+
+
+def compare(
+    setting: Setting, asked: TextTrainConfig, methods: Sequence[str], rates: Sequence[float], say: Console
+) -> Comparison:
+    """Run all of them, one after the other, and tell each as it ends."""
+    base = setting.load()
+    before = setting.task(base).held_out()
+    if before is None:
+        raise UserError("there is no text kept apart")
+    found: list[Figures] = []
+    plan = [partial(with_method, setting, name, asked) for name in methods]
+    plan += [partial(full_fine_tuning, setting, rate) for rate in rates]
+    say.print(f"base: perplexity {math.exp(before):.2f}")
+    for run in plan:
+        found.append(run())
+        say.print(
+            f"{found[-1].name} at {found[-1].rate:g}: perplexity {found[-1].perplexity:.2f}, {found[-1].seconds:.0f} s"
+        )
+    ours = next((one for one in found if one.name == "lora"), None)
+    if ours is not None:
+        found.append(in_peft(setting, ours.rate))
+    return Comparison(quantized.count(base.lm), math.exp(before), setting.config.steps, tuple(found))
+
+
+def _trained(setting: Setting, base: LanguageModel, name: str, rate: float, size: int) -> Figures:
+    """Train those parameters of a model that take gradients, with the trainer and settings that the methods have."""
+    config = setting.config
+    own: list[nn.Parameter] = [parameter for parameter in base.lm.parameters() if parameter.requires_grad]
+    began = time.monotonic()
+    with peak_memory() as memory:
+        arena = Arena({"lm": own})
+        settings = TrainerSettings(
+            steps=config.steps,
+            rates={"lm": rate},
+            accumulation=config.accumulation,
+            scheduler=config.scheduler,
+            warmup=config.warmup,
+            weight_decay=config.weight_decay,
+            clip=config.clip,
+            save_every=config.steps,
+        )
+        task = setting.task(base)
+        Trainer(task, arena, settings).run()
+        loss = task.held_out()
+    if loss is None:
+        raise UserError("there is no text kept apart")
+    return Figures(name, rate, arena.count, size, time.monotonic() - began, memory.get("peak"), math.exp(loss))
+
+
+HEADINGS = ("method", "learning rate", "trained", "of the base", "file", "time", "peak memory", "perplexity")
+
+
+def rows(found: Comparison) -> list[tuple[str, ...]]:
+    """The table, as text: the base, the methods from the best to the worst, and at last what they are held against."""
+    others = (FULL, PEFT)
+    own = sorted((run for run in found.runs if run.name not in others), key=lambda run: run.perplexity)
+    held = [run for name in others if (run := found.of(name)) is not None]
+    base = ("base", "-", "-", "-", "-", "-", "-", f"{found.base_perplexity:.2f}")
+    return [base, *(_row(run, found.base_parameters) for run in (*own, *held))]
+
+
+def _row(run: Figures, base_parameters: int) -> tuple[str, ...]:
+    size, memory = size_words(run.size), memory_words(run.memory)
+    share = f"{run.parameters / base_parameters:.2%}"
+    told = (f"{run.rate:g}", f"{run.parameters:,}", share, size, f"{run.seconds:.0f} s", memory, f"{run.perplexity:.2f}")
+    return run.name, *told
+
+
+def verdict(found: Comparison) -> list[str]:
+    """What the figures come to, in lines."""
+    lines = []
+    full, ours, theirs = found.of(FULL), found.of("lora"), found.of(PEFT)
+    if full is not None:
+        near = ", ".join(f"{run.name} ({run.perplexity / full.perplexity - 1:+.1%})" for run in found.near_full())
+        lines.append(
+            f"within {NEAR - 1:.0%} of full fine-tuning's perplexity with under {SMALL_SHARE:.0%} of the parameters:"
+            f" {near or 'none'}"
+        )
+    if ours is not None and theirs is not None:
+        lines.append(f"our LoRA's perplexity against peft's: {ours.perplexity / theirs.perplexity - 1:+.2%}")
+    return lines
+
+
+def markdown(found: Comparison) -> str:
+    """The table in Markdown, with what it comes to."""
+    said = "".join(f"- {line}\n" for line in verdict(found))
+    return f"{markdown_table(HEADINGS, rows(found))}\n{found.steps} steps each.\n{said}"
+
+
+def main() -> None:
+    """Train, measure, print."""
+    options = _options()
+    console = Console()
+    options.output.mkdir(parents=True, exist_ok=True)
+    asked = TextTrainConfig(
+        (options.train,), held_out_text=(options.held_out,), base=options.base, device=options.device, seed=options.seed,
+        steps=options.steps, precision="float32",
+    )  # fmt: skip
+    setting = prepare(asked, lambda: load_lm(options.base, device=options.device, dtype="float32"), options.output)
+    found = compare(setting, asked, options.methods, options.full_rates, console)
+    table = Table(*HEADINGS)
+    for row in rows(found):
+        table.add_row(*row)
+    console.print(table)
+    for line in verdict(found):
+        console.print(line)
+    (options.output / "figures.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+    (options.output / "table.md").write_text(markdown(found))
+
+
+def _options() -> argparse.Namespace:
+    sample = embedded("text/king-james")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("comparison"), help="folder for figures, tables and adapters")
+    parser.add_argument("--train", type=Path, default=sample / "train", help="text to learn from")
+    parser.add_argument("--held-out", type=Path, default=sample / "held-out", help="text to measure on")
+    parser.add_argument("--base", default="tiny-lm", help="as for peft-diffusion text train")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
+    parser.add_argument(
+        "--full-rates", nargs="*", type=float, default=FULL_RATES, help="of full fine-tuning; the best counts"
+    )
+    parser.add_argument("--steps", type=int, help="of every run; by default those of peft-diffusion text train")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
