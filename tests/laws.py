@@ -37,6 +37,8 @@ METHODS: dict[str, tuple[Method, str]] = {
     "loha-conv": (Loha(rank=4), "conv"),
     "lokr": (Lokr(rank=4, factor=4), "attention+ff"),
     "lokr-conv": (Lokr(rank=2, factor=8, decompose_both=True), "conv"),
+    "loha-decomposed": (Loha(rank=3, weight_decompose=True), "attention"),
+    "lokr-decomposed": (Lokr(rank=2, factor=4, weight_decompose=True), "all-linear"),
     "oft": (Oft(block_size=4), "attention+ff"),
     "oft-conv": (Oft(block_size=4, rescale=True, constraint=0.001), "conv"),
     "ia3": (Ia3(), "attention+ff"),
@@ -51,7 +53,7 @@ METHODS: dict[str, tuple[Method, str]] = {
     "prompt": (SoftPrompt(30, ids=range(3, 150, 5)), "tokens"),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_NO_IMAGES = {"conv", "conv-outputs", "attentions", "biases"}  # nor has a Llama any bias
+_NO_IMAGES = {"conv", "conv-outputs", "biases"}  # nor has a Llama any bias
 # What a component has no sites for: CLIP has no convolution with text, and its attention has a mask.
 LACKING = {"unet": {"tokens"}, "text_encoder": {"conv", "conv-outputs", "attentions"}, "lm": _NO_IMAGES}
 CASES = [

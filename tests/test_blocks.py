@@ -1,5 +1,8 @@
 """Methods and blocks of a run: what is trained where, and that one file holds it."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_pipe
@@ -47,6 +50,44 @@ def test_a_block_has_its_own_learning_rate(pictures, tmp_path):
     assert all(size > 1e-5 for path, size in sizes.items() if not path.endswith("ff.net.2"))
 
 
+def test_targets_of_a_component_have_ranks_and_methods_of_their_own(pictures, tmp_path):
+    block = (
+        r"unet .*\.to_[qk] lora rank=1",
+        r"unet .*\.ff\.net\.2 lora rank=5",
+        "unet conv dora rank=3",
+        "text_encoder attention lora",
+    )
+    result = train(small(pictures, tmp_path, components=("unet", "text_encoder"), block=block), pipe=make_pipe())
+    loaded = formats.load(result.output, make_pipe(), strict=True).components
+    ranks = {path: len(adapter.low_rank().down) for path, adapter in loaded["unet"].items() if adapter.low_rank()}
+    assert {path.rpartition(".")[2]: rank for path, rank in ranks.items()} == {"to_q": 1, "to_k": 1, "2": 5}
+    assert {len(adapter.inner.low_rank().down) for path, adapter in loaded["unet"].items() if path not in ranks} == {3}
+    assert {len(adapter.low_rank().down) for adapter in loaded["text_encoder"].values()} == {2}
+
+
+@pytest.mark.parametrize("ratio", [16.0, 0.25])
+def test_lora_plus_moves_b_so_many_times_as_far_in_its_first_step(pictures, tmp_path, ratio):
+    ups, downs = [], []
+    for name, option in (("plain", ()), ("plus", (f"b_rate_ratio={ratio}",))):
+        asked = small(pictures, tmp_path / name, option=option, steps=1, unet_lr=1e-3, clip=0.0)
+        built = formats.load(train(asked, pipe=make_pipe()).output, make_pipe()).components["unet"]
+        ups.append(torch.cat([adapter.up.detach().flatten() for adapter in built.values()]))
+        downs.append(torch.cat([adapter.down.detach().flatten() for adapter in built.values()]))
+    assert torch.equal(ups[1], ratio * ups[0]) and ups[0].abs().median() > 5e-4
+    assert torch.equal(*downs)
+
+
+def test_lora_plus_has_a_group_of_its_own_and_goes_on_to_the_same_bytes(pictures, tmp_path):
+    changes = {"option": ("b_rate_ratio=4", "init=pissa"), "unet_lr": 1e-4, "scheduler": "constant"}
+    whole = train(small(pictures, tmp_path / "whole", **changes), pipe=make_pipe())
+    logged = json.loads((whole.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert logged["lr"] == {"unet": 1e-4, "unet x4": 4e-4}
+    train(small(pictures, tmp_path / "part", steps=3, **changes), pipe=make_pipe())
+    resumed = train(small(pictures, tmp_path / "part", resume=True, **changes), pipe=make_pipe())
+    ours, theirs = last_state(resumed).tensors, last_state(whole).tensors
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_another_method_trains_with_its_own_options(pictures, tmp_path):
     result = train(small(pictures, tmp_path, method="lokr", option=("factor=4",)), pipe=make_pipe())
     assert formats.inspect(result.output).spec.methods["unet"][0]["factor"] == 4
@@ -58,6 +99,7 @@ def test_another_method_trains_with_its_own_options(pictures, tmp_path):
         ({"method": "lara"}, "there is no method 'lara'; there are: .*lora"),
         ({"option": ("depth=3",)}, "method lora has no depth; it has: "),
         ({"option": ("depth",)}, "'depth' is no NAME=VALUE"),
+        ({"option": ("b_rate_ratio=0",)}, "b_rate_ratio must be above 0"),
         ({"option": ("rank=2.5",)}, "rank must be a whole number, not '2.5'"),
         ({"method": "ia3"}, "--rank says nothing to ia3"),
         ({"block": ("unet attention",)}, "a block is COMPONENT TARGET METHOD"),
@@ -117,14 +159,37 @@ def test_learned_words_train_beside_lora_into_one_file_and_are_read_in_prompts(p
     assert pipe.tokenizer("a <fruit>").input_ids == before
 
 
-def test_words_are_not_pulled_towards_nothing_and_have_a_rate_of_their_own():
+def test_words_are_not_pulled_towards_nothing():
     from peft_diffusion.methods.lora import Lora
     from peft_diffusion.methods.tokens import Tokens
     from peft_diffusion.training.blocks import Block
-    from peft_diffusion.training.session import WORD_RATE, attach, taught
+    from peft_diffusion.training.session import attach, taught
 
     pipe = make_pipe()
-    asked = [Block("text_encoder", "attention", Lora(2)), Block("text_encoder", "tokens", Tokens(initial="cat"))]
+    words = Block("text_encoder", "tokens", Tokens(initial="cat"), rate=2e-3)
+    asked = [Block("text_encoder", "attention", Lora(2)), words]
     found = attach({"text_encoder": pipe.text_encoder}, taught(pipe, asked), 0, lambda _: 1e-4)
-    assert found.rates == {"text_encoder": 1e-4, "text_encoder.1": WORD_RATE}
+    assert found.rates == {"text_encoder": 1e-4, "text_encoder.1": 2e-3}
     assert found.undecayed == {"text_encoder.1"}
+
+
+def test_every_method_has_a_learning_rate_of_its_own():
+    """A rate that is given goes before it, and one in a block before both."""
+    from peft_diffusion.bases import describe
+    from peft_diffusion.training.config import TrainConfig, resolve
+
+    base = describe(make_pipe())
+
+    def resolved(**asked):
+        return resolve(TrainConfig((Path("a"),), **asked), base, 30, "cpu")
+
+    assert resolved().unet_lr == 1e-3
+    assert resolved(method="ia3").unet_lr > 1e-3
+    assert resolved(method="tokens", components=("text_encoder",)).text_encoder_lr == 2e-3
+    assert resolved(method="tokens", components=("text_encoder",), text_encoder_lr=0.01).text_encoder_lr == 0.01
+    several = ("unet attention lora rank=4", "text_encoder tokens tokens lr=0.5", "unet attentions ia3")
+    both = {"components": ("unet", "text_encoder"), "block": several}
+    ia3 = resolved(method="ia3").unet_lr
+    assert resolved(**both).block == (f"{several[0]} lr=0.001", several[1], f"{several[2]} lr={ia3}")
+    assert resolved(**both, unet_lr=0.02).block == (f"{several[0]} lr=0.02", several[1], f"{several[2]} lr=0.02")
+    assert resolve(resolved(**both), base, 30, "cpu") == resolved(**both)

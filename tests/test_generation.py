@@ -6,16 +6,20 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from conftest import make_pipe
 from making import make_adapter
 from PIL import Image
 
 from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, blend, formats, generate, load_base
 from peft_diffusion.bases import describe
+from peft_diffusion.bases.vocabulary import begun
+from peft_diffusion.core import site
 from peft_diffusion.generation import painting, recipe, sheet
 from peft_diffusion.generation.blend import shares
 from peft_diffusion.generation.config import Sampling, SchedulerName, parse_choice
 from peft_diffusion.generation.fit import fit
 from peft_diffusion.generation.painting import Cell, paint
+from peft_diffusion.methods.tokens import SoftPrompt
 
 STEPS = 3
 ONE_LEVEL = 1  # of 255
@@ -133,13 +137,13 @@ def test_a_recipe_is_not_used_on_another_base_or_overridden(make, other_base, tm
 
 
 def test_other_programs_read_the_parameters(make, ink, tmp_path):
-    options = {"seed": 3, "scheduler": "dpm++-karras", "negative": "a dog"}
+    options = {"seed": 3, "scheduler": "dpm++-karras", "negative": "a dog", "guidance": 6.5}
     picture = make("a café", adapter=(f"{ink}=0.5",), output=tmp_path / "a.png", **options)[0]
     lines = Image.open(picture.path).info["parameters"].split("\n")
     assert lines[:2] == ["a café <lora:ink:0.5>", "Negative prompt: a dog"]
     fields = dict(part.split(": ", 1) for part in lines[2].split(", "))
     assert fields["Sampler"] == "DPM++ 2M Karras"
-    assert (fields["Steps"], fields["Seed"], fields["Size"], fields["CFG scale"]) == (str(STEPS), "3", "64x64", "7.5")
+    assert (fields["Steps"], fields["Seed"], fields["Size"], fields["CFG scale"]) == (str(STEPS), "3", "64x64", "6.5")
     assert fields["Lora hashes"] == f'"ink: {formats.inspect(ink).sha256[:12]}"'
 
 
@@ -187,6 +191,26 @@ def test_a_prompt_that_would_be_cut_is_an_error_that_names_the_words(tiny_pipe):
     painting.check_lengths(tiny_pipe, [fits])
     with pytest.raises(UserError, match=r'has 76 tokens, of which the base reads 75; .* lose "cat"'):
         painting.check_lengths(tiny_pipe, [f"{fits} cat"])
+
+
+def test_prompts_are_counted_with_the_learned_words_that_their_strengths_bring(tiny_pipe, tmp_path):
+    learned = make_pipe()
+    method = begun(learned, "text_encoder", SoftPrompt(10, "flat"))
+    site.attach(learned.text_encoder, "w", method, "tokens")
+    formats.save(tmp_path / "w.safetensors", {"text_encoder": learned.text_encoder}, "w", formats.Spec())
+    adapters = Adapters(tiny_pipe)
+    adapters.load(tmp_path / "w.safetensors")
+    long = " ".join(["apple"] * 70)  # and 10 are more than 75
+
+    def painted(*strengths):
+        cells = [Cell(long if strength == 0 else "a cat", 0, {"w": strength}) for strength in strengths]
+        return len(list(paint(adapters, cells, Sampling(steps=1, batch_size=2))))
+
+    assert painted(0.0) == painted(0.0) == 1
+    assert painted(0.0, 1.0, 0.5) == painted(1.0, 0.0, 0.0) == 3
+    adapters.set(w=0.0)  # what they were before does not count
+    with pytest.raises(UserError, match="has 80 tokens, of which the base reads 75"):
+        list(paint(adapters, [Cell("a cat", 0, {"w": 0.0}), Cell(long, 0, {"w": 1.0})], Sampling(steps=1)))
 
 
 def test_sides_must_be_what_the_base_can_make(tiny_pipe):

@@ -78,7 +78,15 @@ LYCORIS = {
     "loha": ("loha.LohaModule", Loha, {"lora_dim": 3, "alpha": 1}),
     "loha of a large rank": ("loha.LohaModule", Loha, {"lora_dim": 8, "alpha": 2}),
     "loha, tucker": ("loha.LohaModule", Loha, {"lora_dim": 3, "alpha": 1, "use_tucker": True}),
+    "loha, decomposed": ("loha.LohaModule", Loha, {"lora_dim": 3, "alpha": 1, "weight_decompose": True}),
+    "loha, decomposed per input": ("loha.LohaModule", Loha, {"lora_dim": 3, "weight_decompose": True, "wd_on_out": False}),
+    "loha, rank-stabilized": ("loha.LohaModule", Loha, {"lora_dim": 3, "alpha": 1, "rs_lora": True}),
     "lokr": ("lokr.LokrModule", Lokr, {"lora_dim": 2, "alpha": 1, "factor": 4}),
+    "lokr, decomposed": ("lokr.LokrModule", Lokr, {"lora_dim": 2, "alpha": 1, "factor": 4, "weight_decompose": True}),
+    "lokr, full, decomposed": ("lokr.LokrModule", Lokr, {"lora_dim": 2, "full_matrix": True, "weight_decompose": True}),
+    "lokr, decomposed per input": ("lokr.LokrModule", Lokr,
+                                   {"lora_dim": 2, "factor": 4, "weight_decompose": True, "wd_on_out": False}),
+    "lokr, unbalanced": ("lokr.LokrModule", Lokr, {"lora_dim": 2, "factor": 2, "unbalanced_factorization": True}),
     "lokr, full": ("lokr.LokrModule", Lokr, {"lora_dim": 2, "alpha": 1, "full_matrix": True}),
     "lokr, both decomposed": ("lokr.LokrModule", Lokr, {"lora_dim": 1, "alpha": 3, "factor": 4, "decompose_both": True}),
     "lokr, tucker": ("lokr.LokrModule", Lokr, {"lora_dim": 2, "alpha": 1, "factor": 4, "use_tucker": True}),
@@ -87,7 +95,7 @@ LYCORIS = {
     "oft, constrained": ("diag_oft.DiagOFTModule", Oft, {"lora_dim": 4, "constraint": 0.03}),
     "ia3": ("ia3.IA3Module", Ia3, {}),
     "ia3 on input": ("ia3.IA3Module", Ia3, {"train_on_input": True}),
-}
+}  # fmt: skip
 
 
 def lycoris_class(where: str) -> type:
@@ -119,6 +127,8 @@ BUILT: dict[str, tuple[Method, str]] = {
     "loha": (Loha(rank=3, alpha=1.0), "loha.LohaModule"),
     "lokr": (Lokr(rank=2, factor=4, alpha=1.0), "lokr.LokrModule"),
     "lokr, full": (Lokr(factor=4, full=True), "lokr.LokrModule"),
+    "loha, decomposed": (Loha(rank=3, weight_decompose=True), "loha.LohaModule"),
+    "lokr, decomposed": (Lokr(rank=2, factor=4, weight_decompose=True), "lokr.LokrModule"),
     "oft": (Oft(block_size=4, constraint=0.02, rescale=True), "diag_oft.DiagOFTModule"),
 }
 
@@ -366,7 +376,9 @@ def test_changes_of_the_weight_do_not_depend_on_the_order():
 
 def test_parts_that_would_overwrite_one_another_in_a_file_are_refused(tiny_pipe):
     keys = list(tiny_pipe.unet.state_dict())
-    for pair in ([Lora(rank=4), Loha(rank=2)], [Lora(rank=4), Lora(rank=4)], [Lora(rank=4), Dora(rank=4)]):
+    wholly = Loha(rank=4, weight_decompose=True)
+    pairs = [Lora(rank=4), Loha(rank=2)], [Lora(rank=4), Lora(rank=4)], [Lora(rank=4), Dora(rank=4)], [Lora(rank=4), wholly]
+    for pair in (*pairs, [Dora(rank=4), Loha(rank=4)], [Dora(rank=4), wholly]):
         with pytest.raises(UserError, match="cannot share a site under one name"):
             site.attach_all(tiny_pipe.unet, "a", [(method, "attention") for method in pair])
     assert not site.sites(tiny_pipe.unet) and list(tiny_pipe.unet.state_dict()) == keys
@@ -460,8 +472,8 @@ def test_files_of_ours_hold_the_names_of_lycoris(tmp_path):
 
 
 BROKEN = {
-    "weight decomposition": {"hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2), "hada_w2_b": (2, 32),
-                             "dora_scale": (32, 1)},
+    r"dora_scale \(31, 1\) fits neither": {"hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2),
+                                           "hada_w2_b": (2, 32), "dora_scale": (31, 1)},
     "hada_w2_b is missing": {"hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2)},
     r"hada_w1_a \(31, 2\) does not fit": {"hada_w1_a": (31, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2),
                                           "hada_w2_b": (2, 32)},

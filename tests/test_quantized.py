@@ -1,6 +1,7 @@
 """Law 9, and the other laws on quantized bases: every method that has a Linear to sit at, on nf4 and int8."""
 
 import copy
+import itertools
 import json
 import logging
 import sys
@@ -26,6 +27,7 @@ from laws import (  # noqa: F401
     test_law_7_checkpointing_gives_the_same_gradients,
     test_law_8_copies_are_equal_and_independent,
 )
+from rich.console import Console
 from test_training import draw_pictures, small
 from torch import nn
 
@@ -198,6 +200,30 @@ def test_halving_keeps_scales_and_codes() -> None:
     assert all(torch.equal(half.state_dict()[key], before[key]) for key in ("0.weight", "0.weight_scale"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_adapters_of_a_half_base_are_cast_once(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 32, bias=False), nn.LayerNorm(32)).requires_grad_(False).to(torch.bfloat16)
+    quantized.quantize(model, kind)
+    site.attach(model, "a", Lora(rank=2), "all-linear")
+    adapter = site.adapters(model, "a")["0"]
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    seen = []
+    for seed in (2, 3):  # as if it was trained between
+        torch.nn.init.normal_(adapter.up, generator=torch.Generator().manual_seed(seed))
+        site.pack(model)
+        assert model[0].packed.down.dtype == model[0].packed.up.dtype == torch.bfloat16
+        for strength in (1.0, 0.5):
+            site.strengths(model).write({"a": strength})
+            with torch.no_grad():
+                packed = model(x)
+            seen.append(packed)
+            assert torch.allclose(packed.float(), model(x).detach().float(), atol=0.1)
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
+    model.append(nn.LayerNorm(32))  # in float32: what the layer computes in cannot be told
+    site.pack(model)
+    assert model[0].packed.down.dtype == torch.float32
+
+
 @pytest.mark.parametrize("shape", [(64, 128), (40, 32), (3, 50), (5, 7), (1, 200)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_of_any_shape_is_what_its_codes_and_scales_say(kind: str, shape: tuple[int, int]) -> None:
@@ -265,7 +291,11 @@ def test_a_backend_that_is_not_installed_is_named(tiny_base, monkeypatch: pytest
 def test_training_generating_and_repeating_a_picture_on_a_quantized_base(kind: str, tiny_base, tmp_path) -> None:
     folder = draw_pictures(tmp_path / "pictures")
     base = str(tiny_base)
-    trained = train(small(folder, tmp_path, base=base, quantize=kind, unet_lr=1e-2, components=("unet", "text_encoder")))
+    said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
+    run = small(folder, tmp_path, base=base, quantize=kind, unet_lr=1e-2, components=("unet", "text_encoder"))
+    trained = train(run, console=said)
+    shown = f"generate 'a red apple' --adapter {trained.output} --base {base} --quantize {kind}\n"
+    assert f"next: peft-diffusion {shown}" in said.export_text()
     spec = formats.inspect(trained.output).spec
     assert spec.training["quantize"] == kind
     assert spec.base["fingerprint"] == describe(load_base(base, device="cpu")).fingerprint
@@ -294,12 +324,16 @@ def test_a_language_model_learns_and_writes_quantized(tmp_path) -> None:
     save_lm(tmp_path / "lm")
     words = tmp_path / "words.txt"
     words.write_text("the red cat and the blue dog sat in the house of ink. " * 40)
+    said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
     trained = train_text(
         TextTrainConfig(
             (words,), base=str(tmp_path / "lm"), output=tmp_path / "a.safetensors", run_dir=tmp_path / "run", rank=2,
             steps=4, batch_size=2, context=24, device="cpu", quantize="nf4",
-        )
+        ),
+        console=said,
     )  # fmt: skip
+    flags = f"--adapter {trained.output} --base {tmp_path / 'lm'} --quantize nf4\n"
+    assert f"next: peft-diffusion text generate 'The first words' {flags}" in said.export_text()
     plain, packed = load_lm(tmp_path / "lm", device="cpu"), load_lm(tmp_path / "lm", device="cpu", quantize="nf4")
     assert describe(plain) == describe(packed)
     assert formats.load(trained.output, plain, strict=True).warnings == ()

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 import peft_diffusion as pd
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe, embedded, fingerprint, load_lm
-from peft_diffusion.core import site, targets
-from peft_diffusion.core.errors import UserError
+from peft_diffusion.core import merge, site, targets
+from peft_diffusion.core.errors import FoldError, UserError
 from peft_diffusion.data.text import read_texts
 from peft_diffusion.generation import Adapters, Schedule
 from peft_diffusion.generation.language import choose, continued, generate_text
@@ -84,6 +84,23 @@ def test_targets_of_a_llama_leave_the_head_alone():
     assert len(targets.resolve(lm, "attention+ff")) == len(targets.resolve(lm, "all-linear")) == 14
     assert targets.resolve(lm, "lm_head") == ["lm_head"]
     assert targets.blocks(lm).names == ("layers.0", "layers.1", "other")
+
+
+def test_a_weight_that_another_module_has_too_is_not_merged_into():
+    lm = make_lm().lm
+    before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
+    site.attach(lm, "a", Lora(rank=2), r"lm_head|.*\.q_proj")
+    for adapter in site.adapters(lm, "a").values():
+        torch.nn.init.normal_(adapter.up)
+    with pytest.raises(FoldError, match=r"lm_head: its weight is shared with model\.embed_tokens, .* leave the adapters"):
+        merge.merge(lm)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
+    with pytest.raises(UserError, match="nothing is merged"):
+        merge.unmerge(lm)
+    lm.lm_head.weight = torch.nn.Parameter(lm.lm_head.weight.clone(), requires_grad=False)
+    embedding = before["model.embed_tokens.weight"]
+    merge.merge(lm)
+    assert not torch.equal(lm.lm_head.weight, embedding) and torch.equal(lm.get_input_embeddings().weight, embedding)
 
 
 def test_layers_that_are_no_linear_are_refused_in_words():

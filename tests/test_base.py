@@ -1,0 +1,102 @@
+"""The embedded base: an ordinary diffusers folder that draws what it is asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPTokenizer
+
+import peft_diffusion as pd
+from peft_diffusion.bases import describe, embedded
+from peft_diffusion.generation.config import GenerateConfig, SchedulerName
+from peft_diffusion.generation.painting import Cell, paint
+from scripts.build_base.card import card
+from scripts.build_base.judge import Gallery, Judge
+from scripts.build_base.packed import Drawing
+from scripts.build_base.style_net import load_style_net
+from scripts.build_base.train_unet import SHEET_STYLES
+from scripts.build_base.unknown_words import Prompts
+
+FOLDER: Path = embedded("base")
+ASKED = {"noto": "noto emoji of a red apple", "tabler": "line icon of a house", "ph-duotone": "duotone icon of a star"}
+
+
+@pytest.fixture(scope="module")
+def icons() -> Any:
+    return pd.load_base("icons", device="cpu")
+
+
+def _drawn(pipe: Any, prompts: list[str], scheduler: SchedulerName | None = None) -> np.ndarray:
+    sampling = GenerateConfig(tuple(prompts), steps=20, scheduler=scheduler)
+    images = paint(pd.Adapters(pipe), [Cell(prompt, 0, {}) for prompt in prompts], sampling)
+    return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
+
+
+def test_plain_diffusers_loads_it_and_draws_the_same(icons: Any) -> None:
+    plain = StableDiffusionPipeline.from_pretrained(FOLDER)
+    plain.set_progress_bar_config(disable=True)
+    latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0))
+    wanted = plain(ASKED["noto"], latents=latents, num_inference_steps=20, guidance_scale=5.0).images[0]
+    assert abs(_drawn(icons, [ASKED["noto"]])[0] - np.asarray(wanted) / 255).max() <= 1 / 255
+
+
+def test_it_draws_subject_and_style(icons: Any) -> None:
+    drawn = _drawn(icons, list(ASKED.values()))
+    apple, house, _ = drawn
+    ink = apple.min(-1) < 0.9
+    assert 0.3 < ink.mean() < 0.9
+    red, green, blue = apple[ink].mean(0)
+    assert red > green + 0.2 and red > blue + 0.2
+    assert (house.max(-1) - house.min(-1)).mean() < 0.05  # a line icon has no colours
+    nothing = Gallery([], torch.empty(0, 3, 128, 128))
+    judge = Judge(dict.fromkeys(load_style_net().styles, nothing), load_style_net())
+    assert judge.style(torch.from_numpy(drawn).permute(0, 3, 1, 2)) == list(ASKED)
+
+
+def test_a_style_of_any_name_keeps_the_subject(icons: Any) -> None:
+    """A name that the text encoder never saw draws what no name draws, before anything is learned of it."""
+    names = ["emoji of", "openmoji emoji of", "qwib watercolor drawing of"]
+    plain, *named = _drawn(icons, [f"{words} a tulip" for words in names])
+    other = _drawn(icons, ["emoji of a ship"])[0]
+    for drawn in named:
+        assert abs(drawn - plain).mean() < 0.25 * abs(other - plain).mean()
+
+
+def test_what_unknown_words_are_taught_is_aligned() -> None:
+    """Every token that counts in full follows the same token of the plain prompt."""
+    rows = [Drawing("noto", "red-apple", "red apple", ("fruit", "healthy")), Drawing("tabler", "home", "home", ())]
+    prompts = Prompts(CLIPTokenizer.from_pretrained(FOLDER / "tokenizer"), rows, seed=0)
+    pairs = [prompts.draw() for _ in range(200)]
+    assert sum(bool((pair.prompt != pair.model).any()) for pair in pairs) > 60
+    for pair in pairs:
+        followed = pair.model[pair.places]
+        assert torch.equal(pair.prompt[pair.weights == 1], followed[pair.weights == 1])
+        assert int((pair.weights < 1).sum()) < len(pair.weights) // 2
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "pndm", "euler", "heun", "dpm++-karras", "unipc"])
+def test_every_sampler_draws_the_apple(icons: Any, scheduler: SchedulerName) -> None:
+    """They take other steps to the same picture: far nearer to it than to another subject's."""
+    wanted, other = _drawn(icons, [ASKED["noto"], "noto emoji of a blue fish"])
+    drawn = _drawn(icons, [ASKED["noto"]], scheduler)[0]
+    assert abs(drawn - wanted).mean() < 0.25 * abs(other - wanted).mean()
+
+
+def test_it_is_small_and_says_what_it_is(icons: Any) -> None:
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*.safetensors")) <= 48_000_000
+    info = describe(icons)
+    assert (info.family, info.prediction_type, info.resolution) == ("other", "epsilon", 128)
+
+
+def test_its_card_is_that_of_its_figures() -> None:
+    figures = json.loads((FOLDER / "figures.json").read_text())
+    text = (FOLDER / "README.md").read_text()
+    training = text.split("from scratch, ")[1].split(". Then, on a CPU")[0]
+    assert card(figures, training, "sheet.webp", SHEET_STYLES) == text
+    with Image.open(FOLDER / "sheet.webp") as sheet:
+        assert sheet.size == (12 * 128, len(SHEET_STYLES) * 128)
