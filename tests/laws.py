@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe, fingerprint
-from peft_diffusion.core import merge, site
+from peft_diffusion.core import merge, quantized, site
 from peft_diffusion.core.adapter import Method
 from peft_diffusion.core.errors import FoldError
 from peft_diffusion.methods.bitfit import BitFit
@@ -128,7 +128,8 @@ def randomize(model: nn.Module, name: str, seed: int = 3) -> None:
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the base's state dict."""
-    return {key: value.clone() for key, value in model.state_dict().items()}
+    kept = {key: quantized.plain_parts(value) for key, value in model.state_dict().items()}
+    return {key + name: part.clone() for key, parts in kept.items() for name, part in parts.items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -20,8 +20,10 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str:
     """
     digest = hashlib.sha256()
     for component, module in sorted(modules.items()):
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{component}.{name} {tensor.dtype} {tuple(tensor.shape)} {_checksum(tensor)}\n".encode())
+        for name, whole in module.state_dict().items():
+            for part, tensor in quantized.plain_parts(whole).items():
+                told = f"{component}.{name}{part} {tensor.dtype} {tuple(tensor.shape)} {_checksum(tensor)}\n"
+                digest.update(told.encode())
     return digest.hexdigest()[:16]
 
 
@@ -38,7 +40,7 @@ def identity(modules: Mapping[str, nn.Module]) -> str:
     digest = hashlib.sha256()
     for component, module in sorted(modules.items()):
         for name, tensor in module.state_dict().items():
-            flat = tensor.reshape(-1)
+            flat = _readable(tensor).reshape(-1)
             sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu")
             rounded = sample.to(torch.bfloat16).view(torch.int16) if sample.is_floating_point() else sample
             digest.update(f"{component}.{name} {tuple(tensor.shape)}".encode() + rounded.contiguous().numpy().tobytes())
@@ -55,6 +57,12 @@ def quantize(modules: Mapping[str, nn.Module], kind: str, device: torch.device |
     for module in modules.values():
         quantized.quantize(module, kind, device)
         setattr(module, _IDENTITY, original)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The numbers that a tensor stands for; torchao's wrap others."""
+    dense: Tensor = tensor.dequantize() if quantized.torchao_kind(tensor) is not None else tensor
+    return dense
 
 
 def _checksum(tensor: Tensor) -> tuple[int, int]:

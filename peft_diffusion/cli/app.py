@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # wait in a busy loop, which makes a step up to ten times as slow on a machine that does something else too.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for library in ("bitsandbytes", "torchao"):
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last on behalf of torchao
         logging.getLogger(library).setLevel(logging.ERROR)
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     given = list(sys.argv[1:] if arguments is None else arguments)

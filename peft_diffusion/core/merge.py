@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import site as sites_of
 from .adapter import parts_of
 from .errors import FoldError, UserError
-from .quantized import QuantizedLinear
+from .quantized import QuantizedLinear, plain_parts, torchao_codes, torchao_kind
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,20 @@ class Merged:
 
 
 def dense_weight(site: nn.Module) -> Tensor:
-    """The weight of a site in float32, also where it is quantized. Raises UserError where it is so by another program."""
+    """The weight of a site in float32, also where it is quantized, by this package or by torchao.
+
+    Raises UserError where another program quantized it.
+    """
     if isinstance(site, QuantizedLinear):
         return site.dense()
     weight = site.weight
+    if torchao_kind(weight) is not None:
+        dense: Tensor = weight.dequantize()  # type: ignore[operator]
+        return dense.detach().to(torch.float32)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise UserError(
             f"the weight of a {type(site).__name__} was quantized by another program and cannot be read here; load the base"
-            " unquantized, with quantize= of load_base"
+            " unquantized, with quantize= of load_base, or with torchao"
         )
     return weight.detach().to(torch.float32)
 
@@ -90,10 +96,11 @@ def _refuse_tied(
             owners.setdefault(id(own), []).append(path)
     for path, changed in folded.items():
         for name in changed:
-            others = [other for other in owners.get(id(_held(carriers[path], name)), []) if other != path]
+            whole = name.partition(".")[0]
+            others = [other for other in owners.get(id(_held(carriers[path], whole)), []) if other != path]
             if others:
                 raise FoldError(
-                    f"{path}: its {name} is shared with {', '.join(others)}, which a merge would change too; leave the"
+                    f"{path}: its {whole} is shared with {', '.join(others)}, which a merge would change too; leave the"
                     " adapters unmerged, or take the one at this site away"
                 )
 
@@ -106,8 +113,10 @@ def _write(site: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _held(site: nn.Module, name: str) -> Tensor:
-    """A parameter of a site, or the scales of its quantized weight."""
-    tensor = getattr(site, name)
+    """A parameter of a site, the scales of its quantized weight, or with a dot a part of what torchao quantized."""
+    whole, _, part = name.partition(".")
+    tensor = getattr(site, whole)
+    tensor = plain_parts(tensor)[part] if part else tensor
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is no tensor")
     return tensor
@@ -136,11 +145,19 @@ class _Errors:
 @torch.no_grad()
 def _encoded(site: nn.Module, changed: dict[str, Tensor], errors: _Errors) -> dict[str, Tensor]:
     """What the site has to hold, so that it has these float32 tensors."""
-    if not isinstance(site, QuantizedLinear) or "weight" not in changed:
+    if "weight" not in changed:
         return changed
-    codes, scale = site.codes(changed["weight"])
-    errors.add(site.dense(), changed["weight"], site.dense(codes, scale))
-    return {**changed, "weight": codes, "weight_scale": scale}
+    wanted = changed["weight"]
+    if isinstance(site, QuantizedLinear):
+        codes, scale = site.codes(wanted)
+        errors.add(site.dense(), wanted, site.dense(codes, scale))
+        return {**changed, "weight": codes, "weight_scale": scale}
+    if isinstance(site.weight, Tensor) and torchao_kind(site.weight) is not None:
+        again = torchao_codes(site.weight, wanted)
+        errors.add(dense_weight(site), wanted, again.dequantize())
+        parts = {f"weight.{name}": part for name, part in plain_parts(again).items()}
+        return {**{name: tensor for name, tensor in changed.items() if name != "weight"}, **parts}
+    return changed
 
 
 @torch.no_grad()

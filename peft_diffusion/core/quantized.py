@@ -7,6 +7,7 @@ tensor of an ordinary module, which copies, pickles, moves and compiles as any o
 """
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import UserError
 from .site import AdaptedSite
@@ -135,6 +137,37 @@ def quantize(component: nn.Module, kind: str, device: torch.device | None = None
         module.weight = nn.Parameter(codes.to(home), requires_grad=False)
         module.register_buffer("weight_scale", scale.to(home))
     return len(chosen)
+
+
+def torchao_kind(weight: object) -> str | None:
+    """The name of torchao's class of quantized tensors that a weight is of; None where torchao did not quantize it."""
+    utils = sys.modules.get("torchao.utils")  # not imported here: who has such a weight has imported it
+    return type(weight).__name__ if utils is not None and isinstance(weight, utils.TorchAOBaseTensor) else None
+
+
+def torchao_codes(weight: Tensor, wanted: Tensor) -> Tensor:
+    """A float32 weight, (out, in), quantized as torchao quantized ``weight``: int8 weight-only, a scale an output.
+
+    Raises UserError for other quantizations of torchao, on which adapters run and train but are not merged.
+    """
+    from torchao.quantization import Int8Tensor, PerRow
+
+    same = isinstance(weight, Int8Tensor) and weight.act_quant_kwargs is None and weight.block_size == [1, weight.shape[1]]
+    if not same:
+        raise UserError(
+            f"a weight that torchao holds as {type(weight).__name__} cannot be merged into, only its int8 weight-only with a"
+            " scale an output; leave the adapters unmerged"
+        )
+    again: Tensor = Int8Tensor.from_hp(wanted, PerRow())
+    return again
+
+
+def plain_parts(tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors that a wrapping tensor, such as torchao's, is made of, by name; of any other, itself under ''."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return {"": tensor}
+    names, _ = tensor.__tensor_flatten__()
+    return {name: part for name in names if isinstance(part := getattr(tensor, name), Tensor)}
 
 
 def needed() -> Any:
