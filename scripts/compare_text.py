@@ -1,10 +1,11 @@
-"""What each method makes of a language model, beside full fine-tuning and beside a LoRA of peft.
+"""What each method makes of a language model, beside full fine-tuning and beside the same method in peft.
 
     python scripts/compare_text.py --output comparison
 
 Every method learns the same text (Psalms and Proverbs of the King James Bible) in the same steps, from the same windows in
 the same order, with the defaults of ``peft-diffusion text train``; full fine-tuning, which trains every weight of the base,
-has as many steps at each of a few learning rates, of which the best counts. Perplexity is that on text that nothing learns
+has as many steps at each of a few learning rates, of which the best counts. peft's methods have the hyper-parameters, layers
+and learning rates of ours, and begin as peft begins them. Perplexity is that on text that nothing learns
 from (Ecclesiastes and the Song of Solomon). Prints a table, and writes ``figures.json``, ``table.md`` and the adapters.
 """
 
@@ -13,10 +14,11 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,7 +31,12 @@ from peft_diffusion.core.arena import Arena
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.data.text import read_texts
 from peft_diffusion.formats import inspect
+from peft_diffusion.methods.loha import Loha
+from peft_diffusion.methods.lokr import Lokr
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.methods.oft import Oft
+from peft_diffusion.methods.prefix import Prefix
+from peft_diffusion.methods.tokens import SoftPrompt
 from peft_diffusion.training.language import LanguageSettings, LanguageTask, tokens
 from peft_diffusion.training.language_config import ResolvedTextConfig, TextTrainConfig, resolve_language
 from peft_diffusion.training.language_main import train_text
@@ -41,8 +48,9 @@ from scripts.measuring import markdown_table, memory_words, peak_memory, size_wo
 
 METHODS = ("lora", "dora", "loha", "lokr", "oft", "ia3", "bottleneck", "prefix", "prompt")
 """Those that have something to train in a Llama as it is: it has no biases, and its text no new words."""
+OURS_ALONE = ("bottleneck",)  # what peft has not
 FULL_RATES = (3e-4, 1e-3, 3e-3)
-FULL, PEFT = "full fine-tuning", "lora in peft"
+FULL, IN_PEFT = "full fine-tuning", " in peft"
 SMALL_SHARE, NEAR = 0.05, 1.10  # a method with less of the base's parameters, and a perplexity that is near
 
 
@@ -77,8 +85,13 @@ class Comparison:
         full = self.of(FULL)
         if full is None:
             return []
-        few = [run for run in self.runs if run.parameters < SMALL_SHARE * self.base_parameters and run.name != PEFT]
+        few = [run for run in self.own() if run.parameters < SMALL_SHARE * self.base_parameters]
         return [run for run in few if run.perplexity <= NEAR * full.perplexity]
+
+    def own(self) -> list[Figures]:
+        """The runs of our methods, from the best to the worst."""
+        others = [run for run in self.runs if run.name != FULL and not run.name.endswith(IN_PEFT)]
+        return sorted(others, key=lambda run: run.perplexity)
 
 
 @dataclass(frozen=True)
@@ -138,17 +151,60 @@ def full_fine_tuning(setting: Setting, rate: float) -> Figures:
     return _trained(setting, base, FULL, rate, size)
 
 
-def in_peft(setting: Setting, rate: float) -> Figures:
-    """Train the LoRA that ours is by default, in peft, as it begins there."""
+def in_peft(setting: Setting, name: str, rate: float) -> Figures:
+    """Train the method of that name, with the defaults that it has here, in peft, as it begins there."""
     import peft
 
-    base, method = setting.load(), Lora()
-    layers = r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    base, config = setting.load(), _peft_config(name)
     torch.manual_seed(setting.config.seed)
-    model = peft.get_peft_model(base.lm, peft.LoraConfig(r=method.rank, lora_alpha=method.rank, target_modules=layers))
-    figures = _trained(setting, replace(base, lm=model), PEFT, rate, 0)
-    model.save_pretrained(setting.output / "peft")
-    return replace(figures, size=(setting.output / "peft" / "adapter_model.safetensors").stat().st_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on what its own defaults do
+        model = peft.get_peft_model(base.lm, config)
+    # What it puts before a text takes room from the window, as ours does.
+    room = setting.config.context - (config.num_virtual_tokens if name == "prompt" else 0)
+    shorter = replace(setting, config=replace(setting.config, context=room))
+    folder = setting.output / "peft" / name
+    figures = _trained(shorter, replace(base, lm=_AfterPrompt(model)), name + IN_PEFT, rate, 0)
+    model.save_pretrained(folder)
+    return replace(figures, size=(folder / "adapter_model.safetensors").stat().st_size)
+
+
+def _peft_config(name: str) -> Any:
+    """The configuration of peft that says what a method is by default."""
+    import peft
+
+    layers, causal = r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)", "CAUSAL_LM"
+    lora, loha, lokr, oft = Lora(), Loha(), Lokr(), Oft()
+    configs = {
+        "lora": lambda: peft.LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=layers),
+        "dora": lambda: peft.LoraConfig(r=lora.rank, lora_alpha=lora.rank, use_dora=True, target_modules=layers),
+        "loha": lambda: peft.LoHaConfig(r=loha.rank, alpha=loha.rank, target_modules=layers),
+        "lokr": lambda: peft.LoKrConfig(r=lokr.rank, alpha=lokr.rank, decompose_factor=lokr.factor, target_modules=layers),
+        "oft": lambda: peft.OFTConfig(oft_block_size=oft.block_size, target_modules=layers),
+        "ia3": lambda: peft.IA3Config(target_modules=layers, feedforward_modules=[]),
+        "prefix": lambda: peft.PrefixTuningConfig(task_type=causal, num_virtual_tokens=Prefix().length),
+        "prompt": lambda: peft.PromptTuningConfig(task_type=causal, num_virtual_tokens=SoftPrompt().vectors),
+    }
+    return configs[name]()
+
+
+class _AfterPrompt(nn.Module):
+    """A model of peft whose answer has the length of its input: what a soft prompt adds in front is cut off."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.model.parameters()).device
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        # Not use_cache: peft's prefix is a cache that is given.
+        answer = self.model(input_ids=input_ids)
+        answer.logits = answer.logits[:, -input_ids.shape[1] :]
+        return answer
 
 
 def compare(
@@ -160,17 +216,18 @@ def compare(
     if before is None:
         raise UserError("there is no text kept apart")
     found: list[Figures] = []
-    plan = [partial(with_method, setting, name, asked) for name in methods]
-    plan += [partial(full_fine_tuning, setting, rate) for rate in rates]
     say.print(f"base: perplexity {math.exp(before):.2f}")
-    for run in plan:
-        found.append(run())
-        say.print(
-            f"{found[-1].name} at {found[-1].rate:g}: perplexity {found[-1].perplexity:.2f}, {found[-1].seconds:.0f} s"
-        )
-    ours = next((one for one in found if one.name == "lora"), None)
-    if ours is not None:
-        found.append(in_peft(setting, ours.rate))
+
+    def add(run: Figures) -> None:
+        found.append(run)
+        say.print(f"{run.name} at {run.rate:g}: perplexity {run.perplexity:.2f}, {run.seconds:.0f} s")
+
+    for name in methods:
+        add(with_method(setting, name, asked))
+        if name not in OURS_ALONE:
+            add(in_peft(setting, name, found[-1].rate))
+    for rate in rates:
+        add(full_fine_tuning(setting, rate))
     return Comparison(quantized.count(base.lm), math.exp(before), setting.config.steps, tuple(found))
 
 
@@ -199,37 +256,39 @@ def _trained(setting: Setting, base: LanguageModel, name: str, rate: float, size
     return Figures(name, rate, arena.count, size, time.monotonic() - began, memory.get("peak"), math.exp(loss))
 
 
-HEADINGS = ("method", "learning rate", "trained", "of the base", "file", "time", "peak memory", "perplexity")
+HEADINGS = (
+    "method", "learning rate", "trained", "of the base", "file", "time", "peak memory", "perplexity", "in peft",
+)  # fmt: skip
 
 
 def rows(found: Comparison) -> list[tuple[str, ...]]:
-    """The table, as text: the base, the methods from the best to the worst, and at last what they are held against."""
-    others = (FULL, PEFT)
-    own = sorted((run for run in found.runs if run.name not in others), key=lambda run: run.perplexity)
-    held = [run for name in others if (run := found.of(name)) is not None]
-    base = ("base", "-", "-", "-", "-", "-", "-", f"{found.base_perplexity:.2f}")
-    return [base, *(_row(run, found.base_parameters) for run in (*own, *held))]
+    """The table, as text: the base, the methods from the best to the worst, and at last full fine-tuning."""
+    full = found.of(FULL)
+    base = ("base", *["-"] * 6, f"{found.base_perplexity:.2f}", "-")
+    return [base, *(_row(run, found) for run in (*found.own(), *([] if full is None else [full])))]
 
 
-def _row(run: Figures, base_parameters: int) -> tuple[str, ...]:
+def _row(run: Figures, found: Comparison) -> tuple[str, ...]:
     size, memory = size_words(run.size), memory_words(run.memory)
-    share = f"{run.parameters / base_parameters:.2%}"
+    share, theirs = f"{run.parameters / found.base_parameters:.2%}", found.of(run.name + IN_PEFT)
     told = (f"{run.rate:g}", f"{run.parameters:,}", share, size, f"{run.seconds:.0f} s", memory, f"{run.perplexity:.2f}")
-    return run.name, *told
+    return run.name, *told, "-" if theirs is None else f"{theirs.perplexity:.2f}"
 
 
 def verdict(found: Comparison) -> list[str]:
     """What the figures come to, in lines."""
     lines = []
-    full, ours, theirs = found.of(FULL), found.of("lora"), found.of(PEFT)
+    full = found.of(FULL)
     if full is not None:
         near = ", ".join(f"{run.name} ({run.perplexity / full.perplexity - 1:+.1%})" for run in found.near_full())
         lines.append(
             f"within {NEAR - 1:.0%} of full fine-tuning's perplexity with under {SMALL_SHARE:.0%} of the parameters:"
             f" {near or 'none'}"
         )
-    if ours is not None and theirs is not None:
-        lines.append(f"our LoRA's perplexity against peft's: {ours.perplexity / theirs.perplexity - 1:+.2%}")
+    pairs = [(run, found.of(run.name + IN_PEFT)) for run in found.own()]
+    against = [f"{run.name} {run.perplexity / other.perplexity - 1:+.1%}" for run, other in pairs if other is not None]
+    if against:
+        lines.append(f"perplexity against the same method in peft: {', '.join(against)}")
     return lines
 
 
