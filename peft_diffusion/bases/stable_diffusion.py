@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from ..core import quantized
 from ..core.errors import UserError
+from . import single_file
 from .digest import identity
 from .digest import quantize as quantize_all
 from .embedded import ICONS, embedded
@@ -81,7 +82,7 @@ def _read(source: str, dtype: torch.dtype) -> Any:
     path = embedded("base") if source == ICONS else Path(source)
     try:
         if path.is_file():
-            return _single_file(path, dtype)
+            return single_file.read(path, dtype)
         if path.is_dir():
             if not (path / "model_index.json").is_file():
                 raise UserError(f"{path} is no diffusers folder: it holds no model_index.json")
@@ -94,15 +95,6 @@ def _read(source: str, dtype: torch.dtype) -> Any:
         # Whatever a damaged folder makes the libraries raise, the person needs to know which base it was.
         raise UserError(f"base {source!r} cannot be read: {first_line(error)}") from error
     raise UserError(f"there is no base {source!r}: neither {ICONS!r}, nor a folder, a file or a hub id (owner/name)")
-
-
-def _single_file(path: Path, dtype: torch.dtype) -> Any:
-    if path.suffix not in (".safetensors", ".ckpt"):
-        raise UserError(f"{path} is no checkpoint: a single file ends in .safetensors or .ckpt")
-    try:
-        return StableDiffusionPipeline.from_single_file(str(path), dtype=dtype)
-    except Exception:
-        return StableDiffusionXLPipeline.from_single_file(str(path), dtype=dtype)
 
 
 def _as_asked(pipe: Any, quantize: str | None) -> Any:

@@ -1,0 +1,99 @@
+"""Checkpoints of one file, in the layout of the original Stable Diffusion, read without a network."""
+
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..core.errors import UserError
+from .architectures import Architecture
+from .reading import first_line
+
+_UNET = "model.diffusion_model."
+_IN = f"{_UNET}input_blocks.0.0.weight"  # (320, channels of its input, 3, 3)
+_CROSS = f"{_UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"  # (320, width of the text); absent in XL
+_XL = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
+_REFINER = "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"
+_NORM = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"  # empty tensors that trainers put into such checkpoints
+_KINDS = "Stable Diffusion 1, 2 and XL, and their inpainting versions"
+
+# Stable Diffusion 2 is trained to predict noise or v, and does not say which. ComfyUI tells them by the spread of this
+# norm's bias (comfy/supported_models.py, SD20): what was trained on to predict v has more.
+_V_SPREAD = 0.09
+
+
+def read(path: Path, dtype: torch.dtype) -> Any:
+    """The pipeline of a ``.safetensors`` or ``.ckpt`` checkpoint, with diffusers' own conversion.
+
+    A ``.ckpt`` is read without running what code it may hold. Raises UserError for a file that is no Stable Diffusion 1, 2
+    or XL, or is damaged.
+    """
+    if path.suffix not in (".safetensors", ".ckpt"):
+        raise UserError(f"{path} is no checkpoint: a single file ends in .safetensors or .ckpt")
+    found = architecture(path)
+    with tempfile.TemporaryDirectory() as folder:
+        found.write(Path(folder))
+        cls = getattr(diffusers, found.pipeline)
+        try:
+            return cls.from_single_file(str(path), config=folder, torch_dtype=dtype, local_files_only=True)
+        except NotImplementedError:  # torch's, of a tensor that got no data
+            raise UserError(f"{path} lacks tensors that a {found.pipeline} has; it is not whole") from None
+
+
+def architecture(path: Path) -> Architecture:
+    """What a checkpoint is of, by the names and shapes of its tensors. Raises UserError as ``read`` does."""
+    return _header(path) if path.suffix == ".safetensors" else _pickled(path)
+
+
+def _header(path: Path) -> Architecture:
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return _told(path, shapes, file.get_tensor(_NORM) if _NORM in shapes else None)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no whole .safetensors file: {first_line(error)}") from None
+
+
+def _pickled(path: Path) -> Architecture:
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read without running code that it may hold ({first_line(error)[:120]}); take the"
+            " .safetensors of this checkpoint"
+        ) from None
+    while isinstance(loaded, Mapping) and "state_dict" in loaded:
+        loaded = loaded["state_dict"]
+    tensors = {name: value for name, value in _items(loaded) if isinstance(value, Tensor)}
+    return _told(path, {name: tuple(value.shape) for name, value in tensors.items()}, tensors.get(_NORM))
+
+
+def _items(loaded: object) -> list[tuple[str, Any]]:
+    return [(str(name), value) for name, value in loaded.items()] if isinstance(loaded, Mapping) else []
+
+
+def _told(path: Path, shapes: Mapping[str, tuple[int, ...]], norm: Tensor | None) -> Architecture:
+    """The architecture that these names and shapes say."""
+    if _REFINER in shapes:
+        raise UserError(f"{path} is the refiner of Stable Diffusion XL, which finishes pictures; take the base of it")
+    first, cross = shapes.get(_IN), shapes.get(_CROSS)
+    width = cross[-1] if cross else None
+    if first is None or len(first) != 4 or (_XL not in shapes and width not in (768, 1024)):
+        raise UserError(f"{path} is no checkpoint of a Stable Diffusion that is known here: {_KINDS}")
+    channels = first[1]
+    if channels not in (4, 9):
+        raise UserError(f"{path}: its UNet takes {channels} channels, so it is none of {_KINDS}")
+    marks = {"v_prediction": _V_PREDICTION in shapes, "zero_snr": _ZERO_SNR in shapes}
+    if _XL in shapes:
+        return Architecture("sdxl", channels == 9, **marks)
+    if width == 768:
+        return Architecture("sd1", channels == 9, **marks)
+    spread = 0.0 if norm is None or channels == 9 else float(norm.float().std(unbiased=False))
+    return Architecture("sd2-v" if spread > _V_SPREAD else "sd2", channels == 9, **marks)

@@ -1,0 +1,191 @@
+"""Single-file checkpoints in the original layout, read without a network."""
+
+import pickle
+import socket
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from original import checkpoint
+from safetensors.torch import save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from peft_diffusion.bases import architectures, components, describe, load_base, single_file
+from peft_diffusion.bases.architectures import Architecture, write_tokenizer
+from peft_diffusion.core.errors import UserError
+
+torch.set_num_threads(1)
+KINDS = {
+    "sd1": Architecture("sd1"),
+    "sd1-inpainting": Architecture("sd1", inpainting=True),
+    "sd2": Architecture("sd2"),
+    "sd2-v": Architecture("sd2-v"),
+    "sd2-inpainting": Architecture("sd2", inpainting=True),
+    "sdxl": Architecture("sdxl"),
+    "sdxl-v": Architecture("sdxl", v_prediction=True, zero_snr=True),
+    "sdxl-inpainting": Architecture("sdxl", inpainting=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection was asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every architecture with its blocks and the text widths that tell it, but narrow and shallow."""
+    for config in architectures._UNETS.values():
+        wide = config["block_out_channels"]
+        layers = config.get("transformer_layers_per_block", 1)
+        monkeypatch.setitem(config, "block_out_channels", [32, 64, 64, 64][: len(wide)])
+        monkeypatch.setitem(config, "attention_head_dim", 4)
+        monkeypatch.setitem(config, "transformer_layers_per_block", layers if layers == 1 else [1, 1, 2])
+    monkeypatch.setitem(architectures._UNETS["sdxl"], "cross_attention_dim", 96)
+    monkeypatch.setitem(architectures._UNETS["sdxl"], "projection_class_embeddings_input_dim", 6 * 256 + 64)
+    for config in architectures._VAES.values():
+        monkeypatch.setitem(config, "block_out_channels", [32] * 4)
+    sizes = {"clip-l": (768, 2), "openclip-h": (1024, 2), "openclip-g": (64, 10)}
+    for name, (width, layers) in sizes.items():
+        of_one = {"hidden_size": width, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": layers}
+        for key, value in of_one.items():
+            monkeypatch.setitem(architectures._ENCODERS[name], key, value)
+    monkeypatch.setitem(architectures._ENCODERS["openclip-g"], "projection_dim", 64)
+
+
+def build(found: Architecture, dtype: torch.dtype = torch.float32):
+    """A pipeline with random weights, from the configurations themselves."""
+    torch.manual_seed(0)
+    configs = found.configs()
+    parts = {"unet": diffusers.UNet2DConditionModel(**_plain(configs["unet"]))}
+    parts["vae"] = diffusers.AutoencoderKL(**_plain(configs["vae"]))
+    for name in ("text_encoder", "text_encoder_2"):
+        if name in configs:
+            cls = {"CLIPTextModel": CLIPTextModel}.get(configs[name]["architectures"][0], CLIPTextModelWithProjection)
+            parts[name] = cls(cls.config_class(**configs[name]))
+    for part in parts.values():
+        part.to(dtype).requires_grad_(False)
+    return type("Pipe", (), parts)
+
+
+def _plain(config: dict) -> dict:
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def state(found: Architecture, pipe) -> dict[str, torch.Tensor]:
+    told = checkpoint(pipe)
+    if found.kind == "sd2-v":
+        told[single_file._NORM] = torch.randn(told[single_file._NORM].shape)
+    marks = {single_file._V_PREDICTION: found.v_prediction, single_file._ZERO_SNR: found.zero_snr}
+    return told | {name: torch.tensor([]) for name, there in marks.items() if there}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_read_whole(kind: str, small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = KINDS[kind]
+    if found.kind == "sdxl":  # whose text is as wide as its two encoders together
+        monkeypatch.setitem(architectures._ENCODERS["clip-l"], "hidden_size", 32)
+    original = build(found)
+    tensors = state(found, original)
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert single_file.architecture(tmp_path / "a.safetensors") == found
+    pipe = load_base(tmp_path / "a.safetensors", device="cpu")
+    assert type(pipe).__name__ == found.pipeline
+    if found.kind == "sd2-v":
+        original.unet.load_state_dict({**original.unet.state_dict(), _V_NORM: tensors[single_file._NORM]})
+    for name in ("unet", "vae", *(name for name in ("text_encoder", "text_encoder_2") if hasattr(original, name))):
+        before, after = getattr(original, name).state_dict(), getattr(pipe, name).state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    info = describe(pipe)
+    v = found.kind == "sd2-v" or found.v_prediction
+    assert info.prediction_type == ("v_prediction" if v else "epsilon")
+    assert info.resolution == {"sd1": 512, "sd2": 512, "sd2-v": 768, "sdxl": 1024}[found.kind]
+    assert bool(pipe.scheduler.config.get("rescale_betas_zero_snr")) == found.zero_snr
+    ids = pipe.tokenizer("a red apple, 2 cats").input_ids
+    assert ids == [49406, 320, 736, 3055, 267, 273, 3989, 49407]
+    assert all(not p.requires_grad for part in components(pipe).values() for p in part.parameters())
+
+
+_V_NORM = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
+
+
+def test_what_a_checkpoint_lacks_is_named(small, tmp_path: Path) -> None:
+    tensors = checkpoint(build(KINDS["sd1"]))
+    name = "model.diffusion_model.out.2.weight"
+    save_file({key: value for key, value in tensors.items() if key != name}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors lacks tensors .* not whole"):
+        load_base(tmp_path / "a.safetensors", device="cpu")
+    alone = {key: value for key, value in tensors.items() if key.startswith("model.diffusion_model.")}
+    save_file(alone, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors.* cannot be read"):
+        load_base(tmp_path / "a.safetensors", device="cpu")
+
+
+def test_a_ckpt_is_read_without_running_code(small, tmp_path: Path) -> None:
+    original = build(KINDS["sd1"])
+    torch.save({"state_dict": checkpoint(original), "global_step": 840000}, tmp_path / "a.ckpt")
+    pipe = load_base(tmp_path / "a.ckpt", device="cpu")
+    assert torch.equal(pipe.unet.conv_in.weight, original.unet.conv_in.weight)
+    ran = tmp_path / "ran"
+
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (ran,)
+
+    torch.save({"state_dict": {"a": Hostile()}}, tmp_path / "bad.ckpt")
+    (tmp_path / "old.ckpt").write_bytes(pickle.dumps(Hostile()))
+    for name in ("bad.ckpt", "old.ckpt"):
+        with pytest.raises(UserError, match=r"without running code .*take the .safetensors"):
+            load_base(tmp_path / name, device="cpu")
+    assert not ran.exists()
+
+
+def test_what_is_no_known_checkpoint_is_said(tmp_path: Path) -> None:
+    def told(tensors: dict[str, torch.Tensor], match: str) -> None:
+        save_file(tensors, tmp_path / "a.safetensors")
+        with pytest.raises(UserError, match=match) as error:
+            load_base(tmp_path / "a.safetensors", device="cpu")
+        assert "\n" not in str(error.value)
+
+    first, cross = torch.zeros(320, 4, 3, 3), torch.zeros(320, 768)
+    told({"a": torch.zeros(1)}, "no checkpoint of a Stable Diffusion that is known here")
+    told({single_file._IN: first, single_file._CROSS: torch.zeros(320, 512)}, "no checkpoint of a Stable Diffusion")
+    told({single_file._IN: torch.zeros(320, 8, 3, 3), single_file._CROSS: cross}, "takes 8 channels")
+    told({single_file._IN: first, single_file._REFINER: torch.zeros(1)}, "refiner")
+    told({single_file._IN: first, single_file._CROSS: cross}, "cannot be read")
+    (tmp_path / "a.safetensors").write_bytes(b"\x09\0\0\0\0\0\0\0{broken")
+    with pytest.raises(UserError, match=r"no whole \.safetensors file"):
+        load_base(tmp_path / "a.safetensors", device="cpu")
+    (tmp_path / "a.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"ends in \.safetensors or \.ckpt"):
+        load_base(tmp_path / "a.bin", device="cpu")
+
+
+def test_the_tokenizer_is_clips(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, pad="!")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == 49408 and tokenizer.model_max_length == 77 and tokenizer.pad_token_id == 0
+    # From the tests of transformers and of open_clip.
+    assert tokenizer("A photo of a CAT").input_ids == tokenizer("a photo  of a cat").input_ids
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokenizer.decode(tokenizer("naïve café, 東京?").input_ids, skip_special_tokens=True) == "naïve café , 東京 ?"
+
+
+@pytest.mark.slow
+def test_stable_diffusion_1_5_in_its_true_size(tmp_path: Path) -> None:
+    found = KINDS["sd1"]
+    original = build(found, torch.float16)
+    assert sum(p.numel() for p in original.unet.parameters()) == 859_520_964
+    assert sum(p.numel() for p in original.text_encoder.parameters()) == 123_060_480
+    assert sum(p.numel() for p in original.vae.parameters()) == 83_653_863
+    save_file(checkpoint(original), tmp_path / "a.safetensors")
+    pipe = load_base(tmp_path / "a.safetensors", device="cpu", dtype="float16")
+    assert describe(pipe).family == "sd1" and pipe.unet.dtype == torch.float16
+    for name in ("unet", "vae", "text_encoder"):
+        before, after = getattr(original, name).state_dict(), getattr(pipe, name).state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
