@@ -35,9 +35,15 @@ def tiny_tokenizer():
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
-def make_pipe(seed: int = 0, prediction_type: str = "epsilon", width: int = 32):
-    """A StableDiffusionPipeline of 64 pixels with random weights, every part at its smallest."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+def make_pipe(seed: int = 0, prediction_type: str = "epsilon", width: int = 32, in_channels: int = 4):
+    """A StableDiffusionPipeline (or the inpainting one, of 9 channels) of 64 pixels with random weights."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionInpaintPipeline,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel
 
     state = torch.get_rng_state()
@@ -48,8 +54,8 @@ def make_pipe(seed: int = 0, prediction_type: str = "epsilon", width: int = 32):
         max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(width, 2 * width), layers_per_block=1, cross_attention_dim=32,
-        attention_head_dim=8, norm_num_groups=8,
+        sample_size=8, in_channels=in_channels, block_out_channels=(width, 2 * width), layers_per_block=1,
+        cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     vae = AutoencoderKL(
@@ -60,13 +66,51 @@ def make_pipe(seed: int = 0, prediction_type: str = "epsilon", width: int = 32):
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1, prediction_type=prediction_type,
     )  # fmt: skip
-    pipe = StableDiffusionPipeline(
+    cls = StableDiffusionPipeline if in_channels == 4 else StableDiffusionInpaintPipeline
+    pipe = cls(
         vae=vae, text_encoder=CLIPTextModel(config), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     torch.set_rng_state(state)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        part.requires_grad_(False).eval()
+    return pipe
+
+
+def make_xl_pipe(seed: int = 0, prediction_type: str = "epsilon", in_channels: int = 4):
+    """A StableDiffusionXLPipeline (or the inpainting one, of 9 channels) of 64 pixels with random weights."""
+    from diffusers import (
+        EulerDiscreteScheduler,
+        StableDiffusionXLInpaintPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    state, small = torch.get_rng_state(), make_pipe(seed)
+    torch.manual_seed(seed + 100)
+    config = small.text_encoder.config.to_dict() | {"projection_dim": 16}
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=in_channels, block_out_channels=(32, 64, 64), layers_per_block=1, cross_attention_dim=64,
+        attention_head_dim=(2, 4, 4), norm_num_groups=8, use_linear_projection=True, transformer_layers_per_block=(1, 1, 2),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, prediction_type=prediction_type,
+        timestep_spacing="leading",
+    )  # fmt: skip
+    cls = StableDiffusionXLPipeline if in_channels == 4 else StableDiffusionXLInpaintPipeline
+    pipe = cls(
+        vae=small.vae, text_encoder=CLIPTextModel(CLIPTextConfig(**config)), tokenizer=tiny_tokenizer(), unet=unet,
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**config)), tokenizer_2=tiny_tokenizer(),
+        scheduler=scheduler, add_watermarker=False,
+    )  # fmt: skip
+    torch.set_rng_state(state)
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
         part.requires_grad_(False).eval()
     return pipe
 

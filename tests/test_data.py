@@ -744,16 +744,18 @@ def test_half_precision_vae_runs_in_float32_on_the_cpu(pictures, vae):
 def test_text_is_encoded_once():
     asked: list[str] = []
 
-    def encode(prompts: list[str]) -> torch.Tensor:
+    def encode(prompts: list[str]) -> tuple[torch.Tensor, ...]:
         asked.extend(prompts)
-        return torch.tensor([[float(len(prompt))] * 3 for prompt in prompts], requires_grad=True)
+        lengths = torch.tensor([float(len(prompt)) for prompt in prompts], requires_grad=True)
+        return lengths[:, None].expand(-1, 3), -lengths
 
     cache = latents.cache_text(["a", "bb", "a", "", "ccc", "bb"], encode, batch_size=3)
     assert asked == ["a", "bb", "", "ccc"]
     assert len(cache) == 4 and list(cache) == asked
-    assert cache.stack(["ccc", "a", "ccc"]).tolist() == [[3.0] * 3, [1.0] * 3, [3.0] * 3]
-    assert not cache["a"].requires_grad
+    wide, summary = cache.stack(["ccc", "a", "ccc"])
+    assert wide.tolist() == [[3.0] * 3, [1.0] * 3, [3.0] * 3] and summary.tolist() == [-3.0, -1.0, -3.0]
+    assert not any(tensor.requires_grad for tensor in cache["a"])
     with pytest.raises(KeyError):
         cache["unknown"]
     with pytest.raises(ValueError, match="1 rows for 2 prompts"):
-        latents.cache_text(["a", "b"], lambda prompts: torch.zeros(1, 3))
+        latents.cache_text(["a", "b"], lambda prompts: (torch.zeros(2, 3), torch.zeros(1, 3)))

@@ -327,7 +327,7 @@ def test_epochs_become_steps_and_win_over_them():
         ({"held_out": 1.0}, "--held-out must be 0 or more, below 1, not 1.0"),
         ({"caption_dropout": 1.5}, "--caption-dropout must be 0 or more, at most 1"),
         ({"scheduler": "cosin"}, "--scheduler is one of constant, cosine, linear, not 'cosin'"),
-        ({"components": ("unet,vae",)}, "--components vae: there are unet, text_encoder"),
+        ({"components": ("unet,vae",)}, "--components vae: there are unet, text_encoder, text_encoder_2"),
     ],
 )
 def test_values_that_no_run_can_use_are_refused(changes, message):

@@ -8,7 +8,7 @@ from .embedded import embedded
 if TYPE_CHECKING:
     from .causal_lm import LanguageInfo, LanguageModel, load_lm
     from .digest import fingerprint, identity
-    from .kinds import components, describe
+    from .kinds import components, describe, inpaints
     from .stable_diffusion import BaseInfo, load_base
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "embedded",
     "fingerprint",
     "identity",
+    "inpaints",
     "load_base",
     "load_lm",
 ]
@@ -35,6 +36,7 @@ __getattr__, __dir__ = lazy(
         "describe": "kinds",
         "fingerprint": "digest",
         "identity": "digest",
+        "inpaints": "kinds",
         "load_base": "stable_diffusion",
         "load_lm": "causal_lm",
     },

@@ -16,6 +16,13 @@ def components(base: Any) -> dict[str, nn.Module]:
     return {name: part for name in COMPONENTS if isinstance(part := getattr(base, name, None), nn.Module)}
 
 
+def inpaints(pipe: Any) -> bool:
+    """Whether a pipeline's UNet is told, beside noisy latents, a mask and the picture without what it hides."""
+    latents = int(pipe.vae.config.latent_channels)
+    found: int = pipe.unet.config.in_channels
+    return found == 2 * latents + 1
+
+
 @overload
 def describe(base: "LanguageModel") -> "LanguageInfo": ...
 @overload

@@ -16,7 +16,7 @@ from . import single_file
 from .digest import identity
 from .digest import quantize as quantize_all
 from .embedded import ICONS, embedded
-from .kinds import components
+from .kinds import components, inpaints
 from .reading import first_line, pick_device, pick_dtype, quiet
 
 Family: TypeAlias = Literal["sd1", "sd2", "sdxl", "other"]
@@ -108,6 +108,12 @@ def _frozen(pipe: Any) -> Any:
     missing = [name for name in needed if getattr(pipe, name, None) is None]
     if missing:
         raise UserError(f"{type(pipe).__name__} is no Stable Diffusion with a UNet: it has no {', '.join(missing)}")
+    channels, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if channels != latents and not inpaints(pipe):
+        raise UserError(
+            f"the UNet takes {channels} channels, for latents of {latents}: a {type(pipe).__name__} is neither a Stable"
+            " Diffusion nor its inpainting version"
+        )
     for part in (*components(pipe).values(), pipe.vae):
         part.requires_grad_(False)
         part.eval()

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +16,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from peft_diffusion.core.errors import UserError
 
+from . import masks as masks_of
 from .buckets import Bucket, Fit, group, place
 from .folder import Picture
 from .pictures import MAX_PIXELS, open_picture, parse_colour
 
 _VERSION = "peft_diffusion latents 1"
+
+Key = tuple[int, bool, int | None]
+"""What is encoded: a picture, whether it is flipped, and the mask that hides a part of it, if any."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Latent:
     """The VAE's posterior for one picture: `mean` and `std`, (channels, height / 8, width / 8), on the CPU.
 
     The values are the VAE's own: its scaling (and shift) factor is not in them and is applied where they are used.
+    For a base that paints parts anew, ``masks`` are (masks, 1, height / 8, width / 8), and ``hidden``, (masks, channels,
+    height / 8, width / 8), the means of the picture without what each of them hides.
     """
 
     picture: int
@@ -38,6 +45,15 @@ class Latent:
     fit: Fit
     mean: Tensor
     std: Tensor
+    masks: Tensor | None = None
+    hidden: Tensor | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """What SDXL is told of a picture: height and width as it was, top and left of the crop, height and width now."""
+        fit = self.fit
+        left = fit.resized[0] - fit.crop[2] if self.flipped else fit.crop[0]
+        return fit.original[1], fit.original[0], fit.crop[1], left, fit.bucket.height, fit.bucket.width
 
 
 @dataclass(frozen=True)
@@ -76,9 +92,10 @@ def fingerprint(vae: nn.Module) -> str:
     return state.hexdigest()
 
 
-def latent_key(digest: str, vae: str, fit: Fit, flipped: bool, background: str) -> str:
+def latent_key(digest: str, vae: str, fit: Fit, flipped: bool, background: str, mask: int | None = None) -> str:
     """The name of a picture's latent: SHA-256, in hex, over all that it depends on; `vae` is a `fingerprint`."""
     parts = [_VERSION, digest, vae, *fit.original, *fit.resized, *fit.crop, flipped, parse_colour(background)]
+    parts += [] if mask is None else [mask]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -89,6 +106,7 @@ def cache_latents(
     *,
     background: str = "white",
     flip: bool = False,
+    masked: bool = False,
     folder: Path | None = None,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 4,
@@ -96,6 +114,8 @@ def cache_latents(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LatentCache:
     """Encode each picture, brought to its bucket by its fit, once; `flip` adds every picture mirrored.
+
+    `masked` adds each one with parts hidden, by the masks of `masks.mask`, for a base that is told such.
 
     The result is held on the CPU in `dtype` and, with a `folder`, kept there as one float32 file per picture that
     is found again by `latent_key`. The VAE runs where it is, on the CPU in float32, in batches whose make-up does not
@@ -106,9 +126,11 @@ def cache_latents(
     if len(pictures) != len(fits):
         raise ValueError(f"{len(pictures)} pictures with {len(fits)} fits")
     job = _Job(pictures, fits, background, max_pixels, folder, fingerprint(vae) if folder is not None else "")
-    entries = [(index, flipped) for flipped in ((False, True) if flip else (False,)) for index in range(len(pictures))]
+    whole = [(index, flipped) for flipped in ((False, True) if flip else (False,)) for index in range(len(pictures))]
+    hiding = (None, *range(masks_of.COUNT)) if masked else (None,)
+    entries: list[Key] = [(*one, mask) for mask in hiding for one in whole]
     encoder = _ready(vae)
-    done: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+    done: dict[Key, tuple[Tensor, Tensor]] = {}
     computed = damaged = 0
     for chunk in _chunks(entries, fits, batch_size):
         cached = {entry: job.read(entry) for entry in chunk}
@@ -125,8 +147,8 @@ def cache_latents(
             done[entry] = pair[0].to(dtype), pair[1].to(dtype)
             if on_progress is not None:
                 on_progress(len(done), len(entries))
-    latents = tuple(Latent(index, flipped, fits[index], *done[index, flipped]) for index, flipped in entries)
-    return LatentCache(latents, computed, len(latents) - computed, damaged)
+    latents = tuple(job.latent(one, done, hiding[1:]) for one in whole)
+    return LatentCache(latents, computed, len(entries) - computed, damaged)
 
 
 class _Damaged:
@@ -142,23 +164,40 @@ class _Job:
     folder: Path | None
     vae: str
 
-    def pixels(self, entries: Sequence[tuple[int, bool]]) -> Tensor:
+    def latent(self, one: tuple[int, bool], done: Mapping[Key, tuple[Tensor, Tensor]], hiding: Sequence[int]) -> Latent:
+        """A picture's latent, with those of what the masks leave of it."""
+        mean, std = done[*one, None]
+        plain = Latent(*one, self.fits[one[0]], mean, std)
+        if not hiding:
+            return plain
+        hidden = torch.stack([done[*one, number][0] for number in hiding])
+        # As diffusers' inpainting pipelines bring a mask to the latents' size.
+        masks = [F.interpolate(self._mask(*one, number)[None], mean.shape[-2:])[0] for number in hiding]
+        return replace(plain, masks=torch.stack(masks), hidden=hidden)
+
+    def _mask(self, index: int, flipped: bool, number: int) -> Tensor:
+        bucket = self.fits[index].bucket
+        found = masks_of.mask(self.pictures[index].digest, number, bucket.width, bucket.height)
+        return found.flip(-1) if flipped else found
+
+    def pixels(self, entries: Sequence[Key]) -> Tensor:
         """The pictures of a batch, (batch, 3, height, width), from -1 to 1."""
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             return torch.stack(list(pool.map(self._one, entries)))
 
-    def _one(self, entry: tuple[int, bool]) -> Tensor:
-        index, flipped = entry
+    def _one(self, entry: Key) -> Tensor:
+        index, flipped, mask = entry
         picture = self.pictures[index]
         image = open_picture(picture.path, self.background, self.max_pixels, picture.digest)
         pixels = torch.from_numpy(np.array(place(image, self.fits[index], flipped)))
-        return pixels.permute(2, 0, 1).float() / 127.5 - 1
+        pixels = pixels.permute(2, 0, 1).float() / 127.5 - 1
+        return pixels if mask is None else pixels * (1 - self._mask(index, flipped, mask))
 
-    def _key(self, entry: tuple[int, bool]) -> str:
-        index, flipped = entry
-        return latent_key(self.pictures[index].digest, self.vae, self.fits[index], flipped, self.background)
+    def _key(self, entry: Key) -> str:
+        index, flipped, mask = entry
+        return latent_key(self.pictures[index].digest, self.vae, self.fits[index], flipped, self.background, mask)
 
-    def read(self, entry: tuple[int, bool]) -> tuple[Tensor, Tensor] | _Damaged | None:
+    def read(self, entry: Key) -> tuple[Tensor, Tensor] | _Damaged | None:
         """Mean and deviation from the cache folder, if a sound file is there."""
         if self.folder is None:
             return None
@@ -175,7 +214,7 @@ class _Job:
         sound = metadata.get("key") == key and metadata.get("sha256") == _checksum(mean, std)
         return (mean, std) if sound else _Damaged()
 
-    def write(self, entry: tuple[int, bool], pair: tuple[Tensor, Tensor]) -> None:
+    def write(self, entry: Key, pair: tuple[Tensor, Tensor]) -> None:
         """Keep a latent: written aside, then renamed, so that a run cut short leaves no half a file."""
         if self.folder is None:
             return
@@ -193,10 +232,10 @@ class _Job:
             ) from error
 
 
-def _chunks(entries: Sequence[tuple[int, bool]], fits: Sequence[Fit], batch_size: int) -> Iterator[list[tuple[int, bool]]]:
+def _chunks(entries: Sequence[Key], fits: Sequence[Fit], batch_size: int) -> Iterator[list[Key]]:
     if batch_size < 1:
         raise UserError(f"the batch size of the VAE must be 1 or more, not {batch_size}")
-    for numbers in group([fits[index] for index, _ in entries]).values():
+    for numbers in group([fits[index] for index, _, _ in entries]).values():
         for start in range(0, len(numbers), batch_size):
             yield [entries[number] for number in numbers[start : start + batch_size]]
 
@@ -237,13 +276,13 @@ def _checksum(*tensors: Tensor) -> str:
     return state.hexdigest()
 
 
-class TextCache(Mapping[str, Tensor]):
-    """Embeddings by prompt, each as the encoder gave it without its batch dimension, on the CPU."""
+class TextCache(Mapping[str, tuple[Tensor, ...]]):
+    """Embeddings by prompt, each tensor as the encoders gave it without its batch dimension, on the CPU."""
 
-    def __init__(self, rows: Mapping[str, Tensor]) -> None:
+    def __init__(self, rows: Mapping[str, tuple[Tensor, ...]]) -> None:
         self._rows = dict(rows)
 
-    def __getitem__(self, prompt: str) -> Tensor:
+    def __getitem__(self, prompt: str) -> tuple[Tensor, ...]:
         return self._rows[prompt]
 
     def __iter__(self) -> Iterator[str]:
@@ -252,20 +291,24 @@ class TextCache(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def stack(self, prompts: Sequence[str]) -> Tensor:
-        """The embeddings of a batch of prompts, (batch, ...). Raises `KeyError` for a prompt that was not encoded."""
-        return torch.stack([self._rows[prompt] for prompt in prompts])
+    def stack(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """The tensors of a batch of prompts, (batch, ...) each. Raises `KeyError` for a prompt that was not encoded."""
+        rows = [self._rows[prompt] for prompt in prompts]
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
 @torch.no_grad()
-def cache_text(prompts: Iterable[str], encode: Callable[[list[str]], Tensor], batch_size: int = 16) -> TextCache:
-    """Encode each distinct prompt once; `encode` gives one row per prompt, (prompts, ...)."""
+def cache_text(
+    prompts: Iterable[str], encode: Callable[[list[str]], tuple[Tensor, ...]], batch_size: int = 16
+) -> TextCache:
+    """Encode each distinct prompt once; `encode` gives tensors with one row per prompt, (prompts, ...) each."""
     distinct = list(dict.fromkeys(prompts))
-    rows: dict[str, Tensor] = {}
+    rows: dict[str, tuple[Tensor, ...]] = {}
     for start in range(0, len(distinct), batch_size):
         batch = distinct[start : start + batch_size]
-        encoded = encode(batch).detach().cpu()
-        if len(encoded) != len(batch):
-            raise ValueError(f"the text encoder gave {len(encoded)} rows for {len(batch)} prompts")
-        rows.update((prompt, row.clone()) for prompt, row in zip(batch, encoded, strict=True))
+        encoded = [tensor.detach().cpu() for tensor in encode(batch)]
+        for tensor in encoded:
+            if len(tensor) != len(batch):
+                raise ValueError(f"the text encoder gave {len(tensor)} rows for {len(batch)} prompts")
+        rows.update((prompt, tuple(tensor[row].clone() for tensor in encoded)) for row, prompt in enumerate(batch))
     return TextCache(rows)

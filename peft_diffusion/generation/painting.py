@@ -11,7 +11,7 @@ import diffusers
 import torch
 from PIL import Image
 
-from ..bases import BaseInfo
+from ..bases import BaseInfo, inpaints
 from ..core.errors import UserError
 from .adapters import Adapters
 from .config import Choice, Sampling
@@ -144,9 +144,10 @@ def _paint_batch(
     width, height = sides
     generators = [torch.Generator("cpu").manual_seed(cell.seed) for cell in batch]
     # Drawn here, on the CPU and in float32, so that a seed means the same noise on every device and in every precision.
-    shape = (1, pipe.unet.config.in_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+    shape = (1, pipe.vae.config.latent_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     latents = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     out = pipe(
+        **whole_picture(pipe, width, height),
         prompt=[cell.prompt for cell in batch],
         negative_prompt=[sampling.negative] * len(batch),
         width=width,
@@ -162,6 +163,14 @@ def _paint_batch(
         log.warning(f"the base's safety checker has blanked {blanked} of {len(batch)} pictures")
     images: list[Image.Image] = out.images
     return images
+
+
+def whole_picture(pipe: Any, width: int, height: int) -> dict[str, Any]:
+    """What makes a pipeline that paints parts of a picture anew paint all of it; nothing for others."""
+    if not inpaints(pipe):
+        return {}
+    empty, everything = Image.new("RGB", (width, height), "gray"), Image.new("L", (width, height), 255)
+    return {"image": empty, "mask_image": everything, "strength": 1.0}
 
 
 def _check_prompts(adapters: Adapters, batches: Sequence[Sequence[Cell]], negative: str) -> None:

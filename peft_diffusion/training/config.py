@@ -17,7 +17,9 @@ Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
 MissingCaptions: TypeAlias = Literal["stop", "name", "empty", "skip"]
 
-COMPONENTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+RATES = {"unet": "unet_lr", "text_encoder": "text_encoder_lr", "text_encoder_2": "text_encoder_lr"}
+"""The setting that holds a component's learning rate."""
 HELD_OUT_FROM = 20  # pictures; with fewer, each one is worth more in training than in measuring
 
 RESULT = Group("What to make", sort_key=1)
@@ -188,7 +190,8 @@ class TrainConfig(SharedConfig, _PictureConfig):
     """Layers to adapt: attention, attention+ff, all-linear, conv, all, ..., or a regular expression over module paths; by
     default those that the method was made for, attention+ff for a LoRA."""
     components: Annotated[tuple[str, ...], Parameter(group=ADAPTER, negative=())] = ("unet",)
-    """Parts to adapt, with commas: unet, or unet,text_encoder for words that the base does not know."""
+    """Parts to adapt, with commas: unet, or unet,text_encoder for words that the base does not know; SDXL has a
+    text_encoder_2 too."""
 
     epochs: Annotated[float | None, Parameter(group=LEARNING)] = None
     """Length as passes over the pictures, instead of steps; wins over them."""
@@ -197,7 +200,7 @@ class TrainConfig(SharedConfig, _PictureConfig):
     unet_lr: Annotated[float | None, Parameter(group=LEARNING)] = None
     """Learning rate of the UNet. Lower it when the loss rises, raise it when nothing changes."""
     text_encoder_lr: Annotated[float | None, Parameter(group=LEARNING)] = None
-    """Learning rate of the text encoder, when it is among the components."""
+    """Learning rate of the text encoders, when they are among the components."""
     scheduler: Annotated[Scheduler | None, Parameter(group=LEARNING)] = None
     """Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line."""
     warmup: Annotated[int | None, Parameter(group=LEARNING)] = None
@@ -354,13 +357,12 @@ def resolve(
         values["epochs"] = None
     preset = PRESETS[config.preset][base.family]
 
-    given = {"unet": config.unet_lr, "text_encoder": config.text_encoder_lr}
-
     def rate(component: str, method: str) -> float:
-        return given[component] or _method_rate(method, preset[f"{component}_lr"])
+        given: float | None = getattr(config, RATES[component])
+        return given or _method_rate(method, preset[RATES[component]])
 
-    values["block"] = tuple(with_rate(text, given, rate) for text in config.block)
-    values |= {f"{component}_lr": rate(component, config.method) for component in COMPONENTS}
+    values["block"] = tuple(with_rate(text, COMPONENTS, rate) for text in config.block)
+    values |= {RATES[component]: rate(component, config.method) for component in COMPONENTS}
     fill(values, preset)
     fill(
         values,

@@ -11,8 +11,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from ..bases import components
+from ..bases import components, inpaints
 from ..core import site
+from ..data import masks
 from ..data.buckets import Batch, batches, steps_per_epoch
 from ..data.captions import CaptionRules
 from ..data.latents import LatentCache, TextCache, cache_text
@@ -67,7 +68,9 @@ class DiffusionTask:
         weight = next(pipe.unet.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.text = TextSide(pipe)
-        self.trains_text = bool(site.adapters(pipe.text_encoder, name))
+        self.trains_text = any(site.adapters(encoder, name) for encoder in self.text.encoders)
+        self.told_masks = inpaints(pipe)
+        self.told_sizes = pipe.unet.config.addition_embed_type == "text_time"
         self.prediction = objective.prediction_type(pipe.scheduler.config.get("prediction_type", "epsilon"))
         self.powers = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.to(self.device)
         self.scaling = float(pipe.vae.config.scaling_factor)
@@ -95,7 +98,10 @@ class DiffusionTask:
         timesteps = objective.timesteps(len(mean), len(self.powers), chance)
         prompts = [self._prompt(entry, step, micro, row) for row, entry in enumerate(batch.indices)]
         with self._dropout(step, micro):
-            answer, wanted = self._answer(latents, drawn, timesteps, self._condition(prompts))
+            told = self._condition(prompts, self.train.latents, batch.indices)
+            hiding = torch.randint(masks.COUNT, (len(mean),), generator=chance).tolist() if self.told_masks else ()
+            shown = self._shown(self.train.latents, batch.indices, hiding)
+            answer, wanted = self._answer(latents, drawn, timesteps, told, shown)
             power = self.powers[timesteps.to(self.device)]
             gamma = settings.min_snr_gamma
             weights = objective.min_snr_weights(self.prediction, power, gamma) if gamma else None
@@ -122,13 +128,14 @@ class DiffusionTask:
         known = self.embeddings is not None
         if self.device.type != "cpu":
             self.pipe.vae.to("cpu")
-            if known:
-                self.pipe.text_encoder.to("cpu")
+            for encoder in self.text.encoders if known else ():
+                encoder.to("cpu")
 
     def restore(self) -> None:
         """Bring back what `offload` took."""
         self.pipe.vae.to(self.device)
-        self.pipe.text_encoder.to(self.device)
+        for encoder in self.text.encoders:
+            encoder.to(self.device)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """The adapter without its dropout."""
@@ -154,23 +161,48 @@ class DiffusionTask:
         with global_seed(self.device, self.settings.seed, "dropout", step, micro):
             yield
 
-    def _condition(self, prompts: Sequence[str]) -> Conditioning:
+    def _condition(self, prompts: Sequence[str], latents: LatentCache, entries: Sequence[int]) -> Conditioning:
+        """What the UNet is told of prompts, and, where it was trained to be, of the sizes of their pictures."""
         if self.embeddings is not None:
-            return Conditioning(self.embeddings.stack(prompts).to(self.device, self.dtype))
-        with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
-            return Conditioning(self.text.encode(prompts).to(self.dtype))
+            encoding = self.embeddings.stack(prompts)
+        else:
+            with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
+                encoding = self.text.encode(prompts)
+        hidden, *summary = (tensor.to(self.device, self.dtype) for tensor in encoding)
+        if not self.told_sizes:
+            return Conditioning(hidden)
+        # In float32: bfloat16 rounds sides of more than 256 pixels.
+        sizes = torch.tensor([latents.entries[entry].sizes for entry in entries], dtype=torch.float32, device=self.device)
+        return Conditioning(hidden, {"text_embeds": summary[0], "time_ids": sizes})
+
+    def _shown(self, latents: LatentCache, entries: Sequence[int], hiding: Sequence[int]) -> Tensor | None:
+        """What a base that paints parts anew is told of the rest: mask and latents, (batch, 1 + channels, height, width).
+
+        ``hiding`` is the number of each entry's mask. None for other bases.
+        """
+        if not self.told_masks:
+            return None
+        rows = []
+        for entry, number in zip(entries, hiding, strict=True):
+            one = latents.entries[entry]
+            if one.masks is None or one.hidden is None:
+                raise ValueError("the latents were cached without masks")
+            rows.append(torch.cat([one.masks[number], self._scaled(one.hidden[number].float())]))
+        return torch.stack(rows)
 
     def _scaled(self, latents: Tensor) -> Tensor:
         """Latents as the UNet knows them."""
         return (latents - self.shift) * self.scaling
 
     def _answer(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning, shown: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """What the UNet says to noisy latents, and what it should say, both (batch, channels, height, width)."""
         latents, noise, timesteps = latents.to(self.device), noise.to(self.device), timesteps.to(self.device)
         power = self.powers[timesteps]
         seen = objective.noisy(latents, noise, power).to(self.dtype)
+        if shown is not None:
+            seen = torch.cat([seen, shown.to(self.device, self.dtype)], 1)
         answer: Tensor = self.pipe.unet(
             seen,
             timesteps,
@@ -195,7 +227,9 @@ class DiffusionTask:
         within = torch.cat([torch.rand(1, generator=chance) for chance in chances])
         draws = torch.tensor([draw for _, draw in pairs])
         timesteps = ((draws + within) / _DRAWS * len(self.powers)).long().clamp(max=len(self.powers) - 1)
-        conditioning = self._condition([self._plain(examples.caption(entry)) for entry, _ in pairs])
-        answer, wanted = self._answer(self._scaled(mean.float()), drawn, timesteps, conditioning)
+        entries = [entry for entry, _ in pairs]
+        conditioning = self._condition([self._plain(examples.caption(one)) for one in entries], examples.latents, entries)
+        shown = self._shown(examples.latents, entries, [draw % masks.COUNT for _, draw in pairs])
+        answer, wanted = self._answer(self._scaled(mean.float()), drawn, timesteps, conditioning, shown)
         losses: list[float] = (answer.float() - wanted.float()).square().flatten(1).mean(1).tolist()
         return losses

@@ -17,13 +17,13 @@ from ..data.captions import with_trigger
 from ..methods.tokens import Tokens
 from .blocks import Block, blocks, check_methods
 from .checkpoint import Origin
-from .config import ResolvedConfig, TrainConfig, to_json
+from .config import RATES, ResolvedConfig, TrainConfig, to_json
 from .diffusion import DiffusionSettings, DiffusionTask
 from .preparation import Prepared, check_places, prepare
 from .previews import PROMPTS, Previews
 from .progress import PICTURES_APART, Reading, say_to
 from .run import RunFolder
-from .session import NAME, Session, attach, base_kept, digest, next_command, save, taught, told, trainer_settings
+from .session import NAME, Session, attach, base_kept, chosen, digest, next_command, save, taught, told, trainer_settings
 from .trainer import Trainer
 
 
@@ -73,7 +73,7 @@ class _Run:
         self.prepared = prepared
         self.folder = folder
         self.console = console
-        self.parts = {name: part for name, part in components(prepared.pipe).items() if name in config.components}
+        self.parts = chosen(prepared.pipe, config.components)
         self.blocks = taught(prepared.pipe, blocks(config))
         attached = attach(self.parts, self.blocks, config.seed, lambda name: _component_rate(config, name))
         teach(prepared.pipe)
@@ -173,7 +173,8 @@ def _task(prepared: Prepared, blocks: Sequence[Block]) -> DiffusionTask:
 
 
 def _component_rate(config: ResolvedConfig, name: str) -> float:
-    return {"unet": config.unet_lr, "text_encoder": config.text_encoder_lr}[name]
+    found: float = getattr(config, RATES[name])
+    return found
 
 
 def _previews(prepared: Prepared, folder: RunFolder, task: DiffusionTask, trainer: Trainer) -> Previews | None:
@@ -188,8 +189,7 @@ def _previews(prepared: Prepared, folder: RunFolder, task: DiffusionTask, traine
 
 def _plan(config: ResolvedConfig) -> str:
     """What was chosen, in a line."""
-    rates = {"unet": config.unet_lr, "text_encoder": config.text_encoder_lr}
-    told = ", ".join(f"{name} {rates[name]:g}" for name in config.components)
+    told = ", ".join(f"{name} {_component_rate(config, name):g}" for name in config.components)
     return (
         f"{config.steps} steps of {config.batch_size * config.accumulation} pictures, learning rate {told}"
         f" ({config.scheduler}), seed {config.seed}, {config.precision}"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..bases import BaseInfo, describe, load_base
+from ..bases import BaseInfo, describe, inpaints, load_base
 from ..bases.reading import pick_device
 from ..data.buckets import arrange, describe_buckets, group, steps_per_epoch
 from ..data.captions import CaptionRules
@@ -16,7 +16,7 @@ from .config import HELD_OUT_FROM, ResolvedConfig, TrainConfig, output_path, res
 from .diffusion import Examples
 from .run import RunFolder
 from .seeds import seed_of
-from .session import Say, check_run, check_writable, pick_precision
+from .session import Say, check_run, check_writable, chosen, pick_precision
 from .text import TextSide
 
 Progress = Callable[[str], Callable[[int, int], None]]
@@ -65,6 +65,7 @@ def prepare(config: TrainConfig, pipe: Any | None, say: Say, progress: Progress)
     asked = replace(config, precision=pick_precision(config.precision, device))
     source = config.base if pipe is None else pipe
     pipe = load_base(source, device=config.device, dtype=asked.precision, quantize=config.quantize)
+    chosen(pipe, config.components)
     info, text = describe(pipe), TextSide(pipe)
     held = f", linear layers in {config.quantize}" if config.quantize else ""
     say(f"base {info.name}: {info.family}, {info.prediction_type}, {info.resolution} pixels{held}")
@@ -103,6 +104,7 @@ class _Encoder:
             self.pipe.vae,
             background=config.background,
             flip=flip,
+            masked=inpaints(self.pipe),
             folder=config.cache,
             on_progress=self.progress(what),
         )

@@ -13,6 +13,7 @@ from PIL import Image
 from ..bases import components
 from ..core import site
 from ..generation import sheet
+from ..generation.painting import whole_picture
 from .checkpoint import explained, write_bytes
 from .diffusion import DiffusionTask
 from .seeds import seed_of
@@ -87,6 +88,7 @@ class Previews(Observer):
         with self.task.evaluating(), _quiet(pipe):
             chances = [torch.Generator().manual_seed(seed_of(_SEED, "preview", i)) for i in range(len(self.prompts))]
             pictures: list[Image.Image] = pipe(
+                **whole_picture(pipe, self.size, self.size),
                 prompt=self.prompts,
                 num_inference_steps=self.steps,
                 guidance_scale=_GUIDANCE,

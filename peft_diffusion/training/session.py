@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from .. import formats
-from ..bases import fingerprint
+from ..bases import components, fingerprint
 from ..bases.vocabulary import begun, teach
 from ..core import site
 from ..core.adapter import Adapter, Method
@@ -74,6 +74,15 @@ def attach(
                     rates[own_group] = times * rate
                     groups.setdefault(own_group, []).extend(parameters)
     return Attached(groups, rates, frozenset(undecayed))
+
+
+def chosen(base: Any, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The components of these names. Raises UserError for one that the base has not."""
+    there = components(base)
+    absent = [name for name in names if name not in there]
+    if absent:
+        raise UserError(f"--components {','.join(absent)}: this base has {', '.join(there)}")
+    return {name: part for name, part in there.items() if name in names}
 
 
 def taught(base: Any, blocks: Sequence[Block]) -> list[Block]:
