@@ -23,6 +23,7 @@ from peft_diffusion.generation.painting import Cell, paint
 from peft_diffusion.training import train
 from peft_diffusion.training.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.preparation import prepare
+from peft_diffusion.training.trainer import loss_at
 
 torch.set_num_threads(1)
 BOTH = ("unet", "text_encoder", "text_encoder_2")
@@ -48,7 +49,7 @@ def test_sdxl_is_told_what_its_pipeline_tells_it(pictures: Path, tmp_path: Path)
     own = task.text.encode(prompts)
     assert torch.equal(own[0], hidden) and torch.equal(own[1], pooled)
     entries = task.batch(0, 0).indices
-    told = task._condition([task._plain(task.train.caption(entry)) for entry in entries], task.train.latents, entries)
+    told = task._condition(task.inputs(0, 0))
     fits = [task.train.latents.entries[entry].fit for entry in entries]
     expected = [
         pipe._get_add_time_ids(
@@ -101,7 +102,7 @@ def test_sdxl_with_a_frozen_text_side_learns_as_with_one_that_is_encoded_anew(pi
     anew = task_of(make_xl_pipe(), pictures, tmp_path)
     anew.embeddings = None
     for step in range(2):
-        torch.testing.assert_close(cached.loss(step, 0), anew.loss(step, 0))
+        torch.testing.assert_close(*(loss_at(task, step, 0, task.device) for task in (cached, anew)))
 
 
 def test_a_component_that_the_base_has_not_is_named_before_it_trains(pictures: Path, tmp_path: Path, tiny_pipe) -> None:

@@ -20,6 +20,7 @@ from peft_diffusion.methods.tokens import SoftPrompt, Tokens
 from peft_diffusion.training.language import LanguageSettings, LanguageTask, tokens
 from peft_diffusion.training.language_config import TextTrainConfig
 from peft_diffusion.training.language_main import train_text
+from peft_diffusion.training.trainer import loss_at
 
 torch.set_num_threads(1)
 LINES = "".join(f"The {beast} of the field is {how}, and so is its house.\n" for beast in ("ox", "ass", "lion", "hen")
@@ -70,7 +71,7 @@ def test_a_soft_prompt_gives_the_logits_the_loss_and_the_gradients_of_peft():
     assert task.start.tolist() == [*learned(base.tokenizer).values(), EDGE] and task.length == 12
     rows = torch.stack([task._window(number) for number in range(2)])
     assert int(rows.max()) < 257  # the virtual positions are before the text, never in it
-    loss = task.loss(0, 0)
+    loss = loss_at(task, 0, 0, task.device)
     loss.backward()
     ids = F.pad(rows, (1, 0), value=EDGE)
     labels = ids.clone()
@@ -226,7 +227,8 @@ def test_new_words_are_read_and_never_asked_for():
     line = tokens(base, ["a <kine> b"])
     assert len(line) == 6  # the word takes the space before it, and the text its end token
     with torch.no_grad():
-        losses = LanguageTask(base, LanguageSettings(0, 1, 1, 7), line)._losses(line[None])
+        losses, said = LanguageTask(base, LanguageSettings(0, 1, 1, 7), line)._losses(line[None])
         logits = base.lm(F.pad(line[None], (1, 0), value=EDGE)).logits[0]
     asked = [0, 3, 4, 5]
-    assert torch.allclose(losses, F.cross_entropy(logits[asked], line[asked], reduction="none"))
+    assert said.nonzero().flatten().tolist() == asked and not losses[~said].any()
+    assert torch.allclose(losses[said], F.cross_entropy(logits[asked], line[asked], reduction="none"))

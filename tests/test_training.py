@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from peft_diffusion.training.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.preparation import prepare
 from peft_diffusion.training.schedule import rate
 from peft_diffusion.training.seeds import generator, seed_of
-from peft_diffusion.training.trainer import Divergence, Observer, Trainer, TrainerSettings
+from peft_diffusion.training.trainer import Divergence, Observer, Trainer, TrainerSettings, loss_at
 
 torch.set_num_threads(1)
 POWERS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
@@ -158,8 +159,15 @@ class Line(nn.Module):
         self.poison, self.grow = poison, grow
         self.asked: list[tuple[int, int]] = []
 
-    def loss(self, step, micro):
+    def inputs(self, step, micro):
         self.asked.append((step, micro))
+        return {"step": torch.tensor(step)}
+
+    def seeded(self, step, micro):
+        return nullcontext()
+
+    def loss(self, inputs):
+        step = int(inputs["step"])
         loss = (self.weight - 3).square().mean()
         if self.grow:
             loss = loss * (1 + step) ** 2
@@ -209,7 +217,7 @@ def test_flat_adamw_is_torch_adamw_with_clipping_schedule_and_decay():
     optimizer = torch.optim.AdamW([other.weight], weight_decay=0.1)
     for step in range(12):
         optimizer.zero_grad()
-        other.loss(step, 0).backward()
+        loss_at(other, step, 0, torch.device("cpu")).backward()
         torch.nn.utils.clip_grad_norm_([other.weight], 0.5)
         optimizer.param_groups[0]["lr"] = 0.1 * rate("cosine", step, 12, 2)
         optimizer.step()
@@ -232,8 +240,8 @@ def test_each_group_has_its_own_learning_rate():
     second.weight.requires_grad_(True)
 
     class Both(Line):
-        def loss(self, step, micro):
-            return first.loss(step, micro) + second.loss(step, micro)
+        def loss(self, inputs):
+            return first.loss(inputs) + second.loss(inputs)
 
     arena = Arena({"unet": [first.weight], "text_encoder": [second.weight]})
     loop = Trainer(Both(), arena, TrainerSettings(1, {"text_encoder": 0.01, "unet": 0.1}, weight_decay=0.0))

@@ -1,8 +1,8 @@
 """What is learned from pictures: to take the noise out of their latents, told their captions."""
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -87,25 +87,37 @@ class DiffusionTask:
         prompts = ["", *(self._plain(caption) for caption in (*self.train.captions, *apart))]
         return cache_text(prompts, lambda batch: encode_frozen(self.text, batch))
 
-    def loss(self, step: int, micro: int) -> Tensor:
-        """The loss of one micro-batch, a float32 scalar with gradients to the adapter."""
-        settings = self.settings
+    def inputs(self, step: int, micro: int) -> dict[str, Tensor]:
+        """What one micro-batch is computed from, all its chance in it."""
+        settings, latents = self.settings, self.train.latents
         batch = self.batch(step, micro)
         chance = generator(settings.seed, "noise", step, micro)
-        mean, std = self.train.latents.stack(batch.indices)
-        latents = self._scaled(mean.float() + std.float() * torch.randn(mean.shape, generator=chance))
-        drawn = objective.noise(tuple(mean.shape), settings.noise_offset, chance)
+        mean, std = latents.stack(batch.indices)
+        clean = mean.float() + std.float() * torch.randn(mean.shape, generator=chance)
+        noise = objective.noise(tuple(mean.shape), settings.noise_offset, chance)
         timesteps = objective.timesteps(len(mean), len(self.powers), chance)
+        hiding = torch.randint(masks.COUNT, (len(mean),), generator=chance).tolist() if self.told_masks else ()
         prompts = [self._prompt(entry, step, micro, row) for row, entry in enumerate(batch.indices)]
-        with self._dropout(step, micro):
-            told = self._condition(prompts, self.train.latents, batch.indices)
-            hiding = torch.randint(masks.COUNT, (len(mean),), generator=chance).tolist() if self.told_masks else ()
-            shown = self._shown(self.train.latents, batch.indices, hiding)
-            answer, wanted = self._answer(latents, drawn, timesteps, told, shown)
-            power = self.powers[timesteps.to(self.device)]
-            gamma = settings.min_snr_gamma
-            weights = objective.min_snr_weights(self.prediction, power, gamma) if gamma else None
-            return objective.loss(answer, wanted, weights)
+        return {
+            "latents": self._scaled(clean),
+            "noise": noise,
+            "timesteps": timesteps,
+            **self._told(latents, batch.indices, prompts, hiding),
+        }
+
+    def seeded(self, step: int, micro: int) -> AbstractContextManager[None]:
+        """torch's generators at the seed of a micro-batch, where anything draws from them."""
+        if not self.settings.dropout:
+            return nullcontext()
+        return global_seed(self.device, self.settings.seed, "dropout", step, micro)
+
+    def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The loss of one micro-batch, a float32 scalar with gradients to the adapter."""
+        answer, wanted = self._answer(inputs)
+        gamma = self.settings.min_snr_gamma
+        power = self.powers[inputs["timesteps"]]
+        weights = objective.min_snr_weights(self.prediction, power, gamma) if gamma else None
+        return objective.loss(answer, wanted, weights)
 
     def held_out(self) -> float | None:
         """The plain loss on the pictures kept apart: fixed noise, timesteps spread evenly, whatever the run's settings."""
@@ -152,36 +164,37 @@ class DiffusionTask:
         chance = random.Random(seed_of(self.settings.seed, "caption", step, micro, row))
         return self.settings.rules.prompt(self.train.caption(entry), chance)
 
-    @contextmanager
-    def _dropout(self, step: int, micro: int) -> Iterator[None]:
-        """Dropout draws from torch's global generator: it gets a seed of this place, where there is any."""
-        if not self.settings.dropout:
-            yield
-            return
-        with global_seed(self.device, self.settings.seed, "dropout", step, micro):
-            yield
-
-    def _condition(self, prompts: Sequence[str], latents: LatentCache, entries: Sequence[int]) -> Conditioning:
-        """What the UNet is told of prompts, and, where it was trained to be, of the sizes of their pictures."""
+    def _told(
+        self, latents: LatentCache, entries: Sequence[int], prompts: Sequence[str], hiding: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """What the UNet is told besides noisy latents: text, and sizes and masks where it was trained to be told them."""
+        told: dict[str, Tensor] = {}
         if self.embeddings is not None:
-            encoding = self.embeddings.stack(prompts)
+            told |= zip(("hidden", "summary"), self.embeddings.stack(prompts), strict=False)
+        else:
+            told |= self.text.tokenized(prompts)
+        if self.told_sizes:
+            # In float32: bfloat16 rounds sides of more than 256 pixels.
+            told["sizes"] = torch.tensor([latents.entries[entry].sizes for entry in entries], dtype=torch.float32)
+        if self.told_masks:
+            told["shown"] = self._shown(latents, entries, hiding)
+        return told
+
+    def _condition(self, inputs: Mapping[str, Tensor]) -> Conditioning:
+        """What the UNet is told of the prompts and of the pictures' sizes, in its dtype."""
+        if self.embeddings is not None:
+            encoding = [inputs[name] for name in ("hidden", "summary") if name in inputs]
         else:
             with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
-                encoding = self.text.encode(prompts)
-        hidden, *summary = (tensor.to(self.device, self.dtype) for tensor in encoding)
-        if not self.told_sizes:
-            return Conditioning(hidden)
-        # In float32: bfloat16 rounds sides of more than 256 pixels.
-        sizes = torch.tensor([latents.entries[entry].sizes for entry in entries], dtype=torch.float32, device=self.device)
-        return Conditioning(hidden, {"text_embeds": summary[0], "time_ids": sizes})
+                encoding = list(self.text.run(inputs))
+        hidden, *summary = (tensor.to(self.dtype) for tensor in encoding)
+        return Conditioning(hidden, {"text_embeds": summary[0], "time_ids": inputs["sizes"]} if self.told_sizes else {})
 
-    def _shown(self, latents: LatentCache, entries: Sequence[int], hiding: Sequence[int]) -> Tensor | None:
+    def _shown(self, latents: LatentCache, entries: Sequence[int], hiding: Sequence[int]) -> Tensor:
         """What a base that paints parts anew is told of the rest: mask and latents, (batch, 1 + channels, height, width).
 
-        ``hiding`` is the number of each entry's mask. None for other bases.
+        ``hiding`` is the number of each entry's mask.
         """
-        if not self.told_masks:
-            return None
         rows = []
         for entry, number in zip(entries, hiding, strict=True):
             one = latents.entries[entry]
@@ -194,20 +207,19 @@ class DiffusionTask:
         """Latents as the UNet knows them."""
         return (latents - self.shift) * self.scaling
 
-    def _answer(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning, shown: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _answer(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What the UNet says to noisy latents, and what it should say, both (batch, channels, height, width)."""
-        latents, noise, timesteps = latents.to(self.device), noise.to(self.device), timesteps.to(self.device)
+        latents, noise, timesteps = inputs["latents"], inputs["noise"], inputs["timesteps"]
+        told = self._condition(inputs)
         power = self.powers[timesteps]
         seen = objective.noisy(latents, noise, power).to(self.dtype)
-        if shown is not None:
-            seen = torch.cat([seen, shown.to(self.device, self.dtype)], 1)
+        if self.told_masks:
+            seen = torch.cat([seen, inputs["shown"].to(self.dtype)], 1)
         answer: Tensor = self.pipe.unet(
             seen,
             timesteps,
-            encoder_hidden_states=conditioning.hidden,
-            added_cond_kwargs=dict(conditioning.added) or None,
+            encoder_hidden_states=told.hidden,
+            added_cond_kwargs=dict(told.added) or None,
             return_dict=False,
         )[0]
         return answer, objective.target(self.prediction, latents, noise, power)
@@ -227,9 +239,10 @@ class DiffusionTask:
         within = torch.cat([torch.rand(1, generator=chance) for chance in chances])
         draws = torch.tensor([draw for _, draw in pairs])
         timesteps = ((draws + within) / _DRAWS * len(self.powers)).long().clamp(max=len(self.powers) - 1)
-        entries = [entry for entry, _ in pairs]
-        conditioning = self._condition([self._plain(examples.caption(one)) for one in entries], examples.latents, entries)
-        shown = self._shown(examples.latents, entries, [draw % masks.COUNT for _, draw in pairs])
-        answer, wanted = self._answer(self._scaled(mean.float()), drawn, timesteps, conditioning, shown)
+        entries, hiding = [entry for entry, _ in pairs], [draw % masks.COUNT for _, draw in pairs]
+        prompts = [self._plain(examples.caption(entry)) for entry in entries]
+        inputs = {"latents": self._scaled(mean.float()), "noise": drawn, "timesteps": timesteps}
+        inputs |= self._told(examples.latents, entries, prompts, hiding)
+        answer, wanted = self._answer({name: tensor.to(self.device) for name, tensor in inputs.items()})
         losses: list[float] = (answer.float() - wanted.float()).square().flatten(1).mean(1).tolist()
         return losses

@@ -1,6 +1,7 @@
 """What is learned from text: to say the next token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class LanguageTask:
         self.settings = settings
         self.line = train
         self.apart = held_out
-        self.start = torch.tensor(base.start(), dtype=torch.long)
+        self.start = torch.tensor(base.start(), dtype=torch.long, device=self.device)
         room = settings.context - len(self.start)
         if room < 1 or settings.context < 2:
             raise UserError(
@@ -63,14 +64,20 @@ class LanguageTask:
         # All but a piece of one: the line is cut at a place of its own in each pass.
         return max(1, (len(self.line) - self.length + 1) // self.length)
 
-    def loss(self, step: int, micro: int) -> Tensor:
-        """The loss of one micro-batch, a float32 scalar with gradients to the adapter."""
+    def inputs(self, step: int, micro: int) -> dict[str, Tensor]:
+        """The windows of one micro-batch, ``rows`` (batch, length)."""
         settings = self.settings
         first = (step * settings.accumulation + micro) * settings.batch_size
-        rows = torch.stack([self._window(number) for number in range(first, first + settings.batch_size)])
-        with global_seed(self.device, settings.seed, "dropout", step, micro):
-            losses = self._losses(rows)
-        return losses.sum() / max(1, losses.numel())
+        return {"rows": torch.stack([self._window(number) for number in range(first, first + settings.batch_size)])}
+
+    def seeded(self, step: int, micro: int) -> AbstractContextManager[None]:
+        """torch's generators at the seed of a micro-batch."""
+        return global_seed(self.device, self.settings.seed, "dropout", step, micro)
+
+    def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The loss of one micro-batch, a float32 scalar with gradients to the adapter."""
+        losses, said = self._losses(inputs["rows"])
+        return losses.sum() / said.sum().clamp(min=1)
 
     def held_out(self) -> float | None:
         """The loss on the line kept apart, every token of it but the first once; None where there is none."""
@@ -79,8 +86,8 @@ class LanguageTask:
         total, count = 0.0, 0
         with torch.no_grad(), evaluating([self.lm]):
             for rows in self._pieces(self.apart):
-                losses = self._losses(rows)
-                total, count = total + float(losses.double().sum()), count + losses.numel()
+                losses, said = self._losses(rows)
+                total, count = total + float(losses.double().sum()), count + int(said.sum())
         return total / max(1, count)
 
     def _window(self, number: int) -> Tensor:
@@ -103,13 +110,17 @@ class LanguageTask:
         if len(line) - whole + len(self.start) > 1:
             yield line[None, whole:]
 
-    def _losses(self, rows: Tensor) -> Tensor:
-        """The loss of each token of pieces (rows, length) that can be said and follows something, float32 and flat."""
-        ids = torch.cat([self.start.expand(len(rows), -1), rows], 1).to(self.device)
+    def _losses(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each token of pieces (rows, length) that follows something, float32 and flat, and which can be said.
+
+        What cannot be said has no loss.
+        """
+        rows = rows.to(self.device)
+        ids = torch.cat([self.start.expand(len(rows), -1), rows], 1)
         first = max(1, len(self.start))  # what the tokenizer puts first is told, not asked
         logits = self.lm(input_ids=ids, use_cache=False).logits[:, first - 1 : -1].flatten(0, 1)
         asked = ids[:, first:].flatten()
-        if len(self.unsaid):
-            said = ~torch.isin(asked, self.unsaid)
-            logits, asked = logits[said], asked[said]
-        return F.cross_entropy(logits.float(), asked, reduction="none")
+        said = ~torch.isin(asked, self.unsaid) if len(self.unsaid) else torch.ones_like(asked, dtype=torch.bool)
+        # The place of a token that cannot be said is filled with one that can: the model has no output for the former.
+        losses = F.cross_entropy(logits.float(), asked.where(said, 0), reduction="none")
+        return losses * said, said

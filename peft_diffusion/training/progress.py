@@ -91,6 +91,10 @@ class Bar(Observer):
             self.loss = one.loss if self.loss is None else _SMOOTH * self.loss + (1 - _SMOOTH) * one.loss
         self.progress.update(self.task, told=self._told())
 
+    def on_unrecorded(self, why: str) -> None:
+        """Say why steps are slower than they could be."""
+        self.say(f"steps run one operation after the other, which is slower: no CUDA graph of them can be made ({why})")
+
     def on_held_out(self, step: int, loss: float) -> None:
         """A line for each measurement."""
         self.say(f"step {step}: {self.apart(loss)}")

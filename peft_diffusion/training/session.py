@@ -156,6 +156,7 @@ def trainer_settings(config: RunSettings, attached: Attached) -> TrainerSettings
         ema=config.ema,
         log_every=config.log_every,
         save_every=config.save_every,
+        record=config.cuda_graph,
     )
 
 

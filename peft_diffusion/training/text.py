@@ -45,13 +45,27 @@ class TextSide:
         """The words at the end of a prompt that do not fit; empty where all do."""
         return next((lost for side in self.sides if (lost := side.lost(prompt))), "")
 
+    def tokenized(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The tokens of prompts for each encoder, cut at the limit: ``ids`` and perhaps ``mask``, (prompts, tokens) each."""
+        pairs = [(number, side.tokenized(prompts)) for number, side in enumerate(self.sides)]
+        return {f"{name}_{number}": tensor for number, found in pairs for name, tensor in found.items()}
+
+    def run(self, tokens: Mapping[str, Tensor]) -> Encoding:
+        """What the UNet is told, from the answer of `tokenized` on the encoders' device."""
+        given = [(tokens[f"ids_{number}"], tokens.get(f"mask_{number}")) for number in range(len(self.sides))]
+        if len(self.sides) == 1:
+            return (self.sides[0].encoder(given[0][0], attention_mask=given[0][1])[0],)
+        # As SDXL was trained: the last layer but one of both, side by side, and the summary that the second one gives.
+        answers = [
+            side.encoder(ids, attention_mask=mask, output_hidden_states=True)
+            for side, (ids, mask) in zip(self.sides, given, strict=True)
+        ]
+        return torch.cat([answer.hidden_states[-2] for answer in answers], -1), answers[-1][0]
+
     def encode(self, prompts: Sequence[str]) -> Encoding:
         """What the UNet is told of prompts, on the encoders' device; cut at the limit."""
-        if len(self.sides) == 1:
-            return (self.sides[0](prompts)[0],)
-        # As SDXL was trained: the last layer but one of both, side by side, and the summary that the second one gives.
-        answers = [side(prompts, output_hidden_states=True) for side in self.sides]
-        return torch.cat([answer.hidden_states[-2] for answer in answers], -1), answers[-1][0]
+        device = next(self.encoders[0].parameters()).device
+        return self.run({name: tensor.to(device) for name, tensor in self.tokenized(prompts).items()})
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ class _Encoder:
     """A text encoder with its tokenizer."""
 
     tokenizer: Any
-    encoder: nn.Module
+    encoder: Any
 
     @property
     def limit(self) -> int:
@@ -73,14 +87,12 @@ class _Encoder:
         ids = self.ids(prompt)
         return str(self.tokenizer.decode(ids[self.limit - 1 : -1])) if len(ids) > self.limit else ""
 
-    def __call__(self, prompts: Sequence[str], output_hidden_states: bool = False) -> Any:
+    def tokenized(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         text = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.limit, truncation=True, return_tensors="pt"
         )
-        device = next(self.encoder.parameters()).device
         uses_mask = bool(getattr(self.encoder.config, "use_attention_mask", False))
-        mask = text.attention_mask.to(device) if uses_mask else None
-        return self.encoder(text.input_ids.to(device), attention_mask=mask, output_hidden_states=output_hidden_states)
+        return {"ids": text.input_ids, **({"mask": text.attention_mask} if uses_mask else {})}
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Protocol
@@ -15,15 +15,27 @@ from torch import Tensor
 
 from ..core.arena import Arena
 from ..core.errors import UserError
+from .capture import Inputs, Recorder, to_device
 from .config import Scheduler
 from .schedule import rate
 
 
 class Task(Protocol):
-    """What is learned. ``loss`` depends on the weights and its two arguments alone, so that a run can be resumed."""
+    """What is learned. All chance depends on the step and the micro-batch alone, so that a run can be resumed.
 
-    def loss(self, step: int, micro: int) -> Tensor:
-        """The scalar to minimize for micro-batch ``micro`` of a step (both from 0)."""
+    What is prepared on the host is apart from what is computed from it on the device, so that the latter can be recorded.
+    """
+
+    def inputs(self, step: int, micro: int) -> Inputs:
+        """What micro-batch ``micro`` of a step (both from 0) is computed from, on the CPU."""
+        ...
+
+    def seeded(self, step: int, micro: int) -> AbstractContextManager[None]:
+        """torch's global generators as they shall be for a micro-batch: dropout draws from them."""
+        ...
+
+    def loss(self, inputs: Inputs) -> Tensor:
+        """The scalar to minimize, from inputs on the device; it reads nothing else that changes but the weights."""
         ...
 
     def held_out(self) -> float | None:
@@ -43,6 +55,9 @@ class Observer:
     def on_held_out(self, step: int, loss: float) -> None:
         """A measurement on what is kept apart."""
 
+    def on_unrecorded(self, why: str) -> None:
+        """Steps cannot be recorded as CUDA graphs, and run one operation after the other."""
+
     def on_checkpoint(self, state: "TrainerState") -> None:
         """A good state to go on from; its tensors change with the next step."""
 
@@ -60,7 +75,8 @@ class StepLoss:
 class TrainerSettings:
     """How to minimize. ``rates`` has a learning rate per group of the arena; ``clip`` and ``ema`` 0 are off.
 
-    Groups among ``undecayed`` have no weight decay: embeddings are no changes, which 0 would undo.
+    ``record`` runs the steps from CUDA graphs, on CUDA. Groups among ``undecayed`` have no weight decay: embeddings are no
+    changes, which 0 would undo.
     """
 
     steps: int
@@ -73,6 +89,7 @@ class TrainerSettings:
     ema: float = 0.0
     log_every: int = 10
     save_every: int = 100
+    record: bool = True
     undecayed: frozenset[str] = frozenset()
 
 
@@ -107,8 +124,19 @@ class TrainerState:
     divergence: Divergence = field(default_factory=Divergence)
 
 
+def loss_at(task: Task, step: int, micro: int, device: torch.device) -> Tensor:
+    """The loss of one micro-batch, computed as a step computes it."""
+    inputs = to_device(task.inputs(step, micro), device)
+    with task.seeded(step, micro):
+        return task.loss(inputs)
+
+
 class Trainer:
-    """AdamW over the groups of an arena (Loshchilov and Hutter 2019), with accumulation, clipping, schedule and average."""
+    """AdamW over the groups of an arena (Loshchilov and Hutter 2019), with accumulation, clipping, schedule and average.
+
+    On CUDA a step is two recordings: forward and backward of a micro-batch, one for each shape of its inputs, and what
+    follows from the gradients. ``unrecorded`` says why not, where that cannot be.
+    """
 
     def __init__(self, task: Task, arena: Arena, settings: TrainerSettings, observers: Sequence[Observer] = ()) -> None:
         self.task = task
@@ -121,7 +149,14 @@ class Trainer:
         self.unread: list[Tensor] = []
         self.first, self.second = torch.zeros_like(arena.flat), torch.zeros_like(arena.flat)
         self.average = arena.flat.clone() if settings.ema else None
+        self.total = torch.zeros((), device=arena.flat.device)  # the loss of the step, over its micro-batches
+        self.follow = torch.zeros((), device=arena.flat.device)  # how far the average moves to the weights
+        self.unrecorded: str | None = None
+        self.records = settings.record and arena.flat.device.type == "cuda"
         self.optimizer = self._optimizer()
+        device = arena.flat.device
+        self.gradients = Recorder(self._add_gradients, lambda: [arena.grad, self.total], device)
+        self.update = Recorder(self._update, self._updated, device)
 
     def run(self, until: int | None = None) -> bool:
         """Train to the last step, or to ``until``; False where Ctrl-C (SIGINT) or SIGTERM ended it early, after saving.
@@ -156,7 +191,7 @@ class Trainer:
         for name, tensor in own.items():
             tensor.copy_(state.tensors[name])
         for values in self.optimizer.state.values():
-            values["step"].fill_(state.step)
+            values["step"].fill_(float(state.step))
         self.step = self.saved = state.step
         self.divergence = state.divergence
 
@@ -175,16 +210,18 @@ class Trainer:
 
     def _optimizer(self) -> torch.optim.AdamW:
         settings = self.settings
+        device = self.arena.flat.device
         groups = [
             {
                 "params": [parameter],
-                "lr": settings.rates[name],
+                # A recording reads its rate where it lies.
+                "lr": torch.tensor(settings.rates[name], device=device) if self.records else settings.rates[name],
                 "weight_decay": 0.0 if name in settings.undecayed else settings.weight_decay,
             }
             for name, parameter in self.arena.groups.items()
         ]
         fused = self.arena.flat.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.AdamW(groups, fused=fused)
+        optimizer = torch.optim.AdamW(groups, fused=fused, capturable=self.records)
         start = 0
         for parameter in self.arena.groups.values():
             # Moments as views of two flat tensors: a checkpoint is then a copy of each.
@@ -197,24 +234,61 @@ class Trainer:
     def _step(self) -> None:
         settings = self.settings
         self.arena.zero_grad()
-        total = torch.zeros((), device=self.arena.flat.device)
+        self.total.zero_()
         for micro in range(settings.accumulation):
-            loss = self.task.loss(self.step, micro) / settings.accumulation
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        if settings.clip:
-            self.arena.clip(settings.clip)
-        for group, learning_rate in zip(self.optimizer.param_groups, self._rates(self.step).values(), strict=True):
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.unread.append(total)
-        self.step += 1
+            inputs = self.task.inputs(self.step, micro)
+            with self.task.seeded(self.step, micro):
+                self._do(self.gradients, inputs)
+        self._set_rates()
         if self.average is not None:
             # The first steps weigh little in a long average: it follows faster while it is young.
-            decay = min(settings.ema, (1 + self.step) / (10 + self.step))
-            self.average.lerp_(self.arena.flat, 1 - decay)
+            self.follow.fill_(1 - min(settings.ema, (2 + self.step) / (11 + self.step)))
+        self._do(self.update, {})
+        self.unread.append(self.total.clone())
+        self.step += 1
         for observer in self.observers:
             observer.on_step(self.step)
+
+    def _do(self, recorder: Recorder, inputs: Inputs) -> None:
+        """Work of a step, from its recording where there can be one."""
+        if self.records:
+            try:
+                recorder(inputs)
+                return
+            except RuntimeError as error:  # of CUDA, and of code that asks the device in between
+                if "out of memory" in str(error).lower():
+                    raise
+                self.records = False
+                self.unrecorded = str(error).strip().splitlines()[0]
+                for observer in self.observers:
+                    observer.on_unrecorded(self.unrecorded)
+        recorder.work(to_device(inputs, self.arena.flat.device))
+
+    def _add_gradients(self, inputs: Inputs) -> None:
+        """Forward and backward of a micro-batch."""
+        loss = self.task.loss(inputs) / self.settings.accumulation
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.total.add_(loss.detach())
+
+    def _update(self, _: Inputs) -> None:
+        """What follows from a step's gradients."""
+        if self.settings.clip:
+            self.arena.clip(self.settings.clip)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.lerp_(self.arena.flat, self.follow)
+
+    def _updated(self) -> list[Tensor]:
+        """All that ``_update`` changes."""
+        state = self.state().tensors
+        return [self.arena.grad, *state.values(), *(values["step"] for values in self.optimizer.state.values())]
+
+    def _set_rates(self) -> None:
+        for group, learning_rate in zip(self.optimizer.param_groups, self._rates(self.step).values(), strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
 
     def _rates(self, step: int) -> dict[str, float]:
         factor = rate(self.settings.scheduler, step, self.settings.steps, self.settings.warmup)

@@ -1,0 +1,75 @@
+"""Work that a GPU repeats, recorded once as a CUDA graph: the host then issues one call where it issued thousands."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Inputs: TypeAlias = Mapping[str, Tensor]
+Shapes: TypeAlias = tuple[tuple[str, torch.Size, torch.dtype], ...]
+
+_WARM_UPS = 3  # runs before recording, in which libraries choose and allocate what a recording must not
+
+
+def shapes(inputs: Inputs) -> Shapes:
+    """What a recording depends on: names, shapes and dtypes."""
+    return tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items()))
+
+
+def to_device(inputs: Inputs, device: torch.device) -> dict[str, Tensor]:
+    """Tensors on a device. Those on their way to a GPU do not keep the host waiting."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return {name: _pinned(tensor).to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+class Recorder:
+    """Runs ``work`` from a recording for each shape of its inputs; all recordings share one pool of memory.
+
+    ``work`` reads its inputs and tensors that stay where they are, and writes to tensors that stay: ``kept`` are those that
+    a trial run must not change.
+    """
+
+    def __init__(self, work: Callable[[Inputs], None], kept: Callable[[], list[Tensor]], device: torch.device) -> None:
+        self.work = work
+        self.kept = kept
+        self.device = device
+        self.graphs: dict[Shapes, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
+        self.pool: Any = None  # torch has no public name for its handle
+
+    def __call__(self, inputs: Inputs) -> None:
+        """Do the work. Raises RuntimeError where it cannot be recorded, with everything as it was before."""
+        key = shapes(inputs)
+        if key not in self.graphs:
+            self.graphs[key] = self._record(inputs)
+        graph, places = self.graphs[key]
+        for name, place in places.items():
+            place.copy_(_pinned(inputs[name]), non_blocking=True)
+        graph.replay()
+
+    def _record(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+        places = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        before = [tensor.clone() for tensor in self.kept()]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            side: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UPS):
+                    self.work(places)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.work(places)
+        finally:
+            torch.cuda.synchronize(self.device)
+            with torch.no_grad():
+                for tensor, value in zip(self.kept(), before, strict=True):
+                    tensor.copy_(value)
+        self.pool = graph.pool()
+        return graph, places
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """A copy in memory that a GPU reads by itself; the allocator keeps it until it has."""
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor

@@ -1,0 +1,96 @@
+"""Steps from CUDA graphs, and what happens where they cannot be recorded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pipe, make_xl_pipe
+from rich.console import Console
+from safetensors.torch import load_file
+from test_training import Line, draw_pictures, small, trainer
+
+from peft_diffusion.training import train
+from peft_diffusion.training.capture import Recorder, shapes
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+CASES = {
+    "plain": {},
+    "accumulation": {"accumulation": 3},
+    "average": {"ema": 0.9, "clip": 0.0},
+    "text": {"components": ("unet", "text_encoder")},
+    "min-snr": {"min_snr_gamma": 5.0, "noise_offset": 0.05},
+    "dropout": {"dropout": 0.3},
+    "bottleneck": {"method": "bottleneck", "rank": None},
+    "dora": {"method": "dora"},
+    "words": {"components": ("unet", "text_encoder"), "rank": None, "block": (
+        "unet attention lora rank=2", "text_encoder tokens tokens placeholders=ink initial=cat"
+    )},
+    "int8": {"quantize": "int8"},
+}  # fmt: skip
+
+
+@CUDA
+@pytest.mark.parametrize("case", CASES)
+def test_a_graph_gives_the_same_adapter(case: str, tmp_path: Path) -> None:
+    folder = draw_pictures(tmp_path / "pictures")
+    found = []
+    for graph in (True, False):
+        base = tmp_path / "base"
+        make_pipe().save_pretrained(base)
+        changes = {"device": "cuda", "precision": "float32", "cuda_graph": graph, "base": str(base), **CASES[case]}
+        said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
+        result = train(small(folder, tmp_path / str(graph), **changes), console=said)
+        assert "no CUDA graph" not in said.export_text()
+        found.append(load_file(result.output))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-5)
+
+
+@CUDA
+def test_pictures_of_several_shapes_have_a_graph_each(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, size in enumerate([(64, 64), (64, 64), (128, 64), (64, 128)] * 2):
+        Image.new("RGB", size, (number * 30, 60, 200 - number * 20)).save(folder / f"red cat {number}.png")
+    found = []
+    for graph in (True, False):
+        run = small(
+            folder, tmp_path / str(graph), missing_captions="name", device="cuda", precision="float32", cuda_graph=graph,
+            resolution=96,
+        )  # fmt: skip
+        found.append(load_file(train(run, pipe=make_xl_pipe().to("cuda")).output))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_what_cannot_be_recorded_runs_all_the_same_and_says_why() -> None:
+    told: list[str] = []
+    plain, _ = trainer(Line())
+    plain.run()
+    task = Line()
+    loop, log = trainer(task)
+    loop.records = True  # as on CUDA: without one, recording fails
+    log.on_unrecorded = told.append
+    loop.run()
+    assert len(told) == 1 and loop.unrecorded == told[0] and not loop.records
+    assert torch.equal(task.weight, plain.task.weight)
+
+
+def test_memory_that_runs_out_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self, inputs):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Recorder, "__call__", full)
+    loop, _ = trainer(Line())
+    loop.records = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.run()
+
+
+def test_a_recording_depends_on_shapes_and_dtypes_alone() -> None:
+    one = {"b": torch.zeros(2, 3), "a": torch.zeros(1)}
+    assert shapes(one) == shapes({"a": torch.ones(1), "b": torch.ones(2, 3)})
+    assert shapes(one) != shapes({**one, "b": torch.zeros(3, 3)})
+    assert shapes(one) != shapes({**one, "a": torch.zeros(1, dtype=torch.long)})
