@@ -185,7 +185,7 @@ def test_every_method_has_a_learning_rate_of_its_own():
 
     assert resolved().unet_lr == 1e-3
     assert resolved(method="ia3").unet_lr > 1e-3
-    assert resolved(method="tokens", components=("text_encoder",)).text_encoder_lr == 2e-3
+    assert resolved(method="tokens", components=("text_encoder",)).text_encoder_lr == 5e-3
     assert resolved(method="tokens", components=("text_encoder",), text_encoder_lr=0.01).text_encoder_lr == 0.01
     several = ("unet attention lora rank=4", "text_encoder tokens tokens lr=0.5", "unet attentions ia3")
     both = {"components": ("unet", "text_encoder"), "block": several}
