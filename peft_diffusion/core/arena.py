@@ -24,7 +24,9 @@ class Arena:
             raise ValueError("an arena needs at least one parameter")
         self.count = sum(p.numel() for p in everything)  # without the gaps that alignment leaves, which stay 0
         self.flat = torch.zeros(sum(_room(p) for p in everything), device=everything[0].device)
-        self.grad = torch.zeros_like(self.flat)
+        # Gradients and a few numbers beside them are one tensor, which several processes add up in one operation.
+        self.shared = torch.zeros(len(self.flat) + ALIGNMENT, device=self.flat.device)
+        self.grad, self.beside = self.shared[: len(self.flat)], self.shared[len(self.flat) :]
         self.groups: dict[str, nn.Parameter] = {}
         start = 0
         for name, parameters in groups.items():

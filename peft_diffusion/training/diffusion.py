@@ -18,6 +18,7 @@ from ..data.buckets import Batch, batches, steps_per_epoch
 from ..data.captions import CaptionRules
 from ..data.latents import LatentCache, TextCache, cache_text
 from . import objective
+from .crew import Crew
 from .seeds import generator, global_seed, seed_of
 from .session import evaluating
 from .text import Conditioning, TextSide, encode_frozen
@@ -39,7 +40,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class DiffusionSettings:
-    """How the loss is made. ``min_snr_gamma`` 0 weighs every timestep alike."""
+    """How the loss is made. ``min_snr_gamma`` 0 weighs every timestep alike; ``batch_size`` is that of each process."""
 
     seed: int = 0
     batch_size: int = 1
@@ -47,6 +48,7 @@ class DiffusionSettings:
     min_snr_gamma: float = 0.0
     noise_offset: float = 0.0
     dropout: float = 0.0
+    crew: Crew = field(default_factory=Crew)
     rules: CaptionRules = field(default_factory=CaptionRules)
 
 
@@ -98,18 +100,20 @@ class DiffusionTask:
         timesteps = objective.timesteps(len(mean), len(self.powers), chance)
         hiding = torch.randint(masks.COUNT, (len(mean),), generator=chance).tolist() if self.told_masks else ()
         prompts = [self._prompt(entry, step, micro, row) for row, entry in enumerate(batch.indices)]
+        # Everything is drawn for the batch of all processes, so that their number changes nothing.
+        own = settings.crew.part(settings.batch_size)
         return {
-            "latents": self._scaled(clean),
-            "noise": noise,
-            "timesteps": timesteps,
-            **self._told(latents, batch.indices, prompts, hiding),
+            "latents": self._scaled(clean)[own],
+            "noise": noise[own],
+            "timesteps": timesteps[own],
+            **self._told(latents, batch.indices[own], prompts[own], hiding[own]),
         }
 
     def seeded(self, step: int, micro: int) -> AbstractContextManager[None]:
         """torch's generators at the seed of a micro-batch, where anything draws from them."""
         if not self.settings.dropout:
             return nullcontext()
-        return global_seed(self.device, self.settings.seed, "dropout", step, micro)
+        return global_seed(self.device, self.settings.seed, "dropout", step, micro, *self.settings.crew.apart())
 
     def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The loss of one micro-batch, a float32 scalar with gradients to the adapter."""
@@ -128,8 +132,8 @@ class DiffusionTask:
         return sum(losses) / len(losses)
 
     def batch(self, step: int, micro: int) -> Batch:
-        """The entries of a micro-batch."""
-        size, seed = self.settings.batch_size, self.settings.seed
+        """The entries of a micro-batch, of all processes."""
+        size, seed = self.settings.batch_size * self.settings.crew.size, self.settings.seed
         epoch, index = divmod(step * self.settings.accumulation + micro, steps_per_epoch(self.groups, size))
         if self._epoch[0] != epoch:
             self._epoch = epoch, batches(self.groups, size, seed_of(seed, "order"), epoch)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..bases import LanguageModel
 from ..bases.vocabulary import learned
 from ..core.errors import UserError
+from .crew import Crew
 from .seeds import generator, global_seed
 from .session import evaluating
 
@@ -23,6 +24,7 @@ class LanguageSettings:
     batch_size: int
     accumulation: int
     context: int
+    crew: Crew = field(default_factory=Crew)
 
 
 def tokens(base: LanguageModel, texts: Sequence[str]) -> Tensor:
@@ -67,12 +69,14 @@ class LanguageTask:
     def inputs(self, step: int, micro: int) -> dict[str, Tensor]:
         """The windows of one micro-batch, ``rows`` (batch, length)."""
         settings = self.settings
-        first = (step * settings.accumulation + micro) * settings.batch_size
-        return {"rows": torch.stack([self._window(number) for number in range(first, first + settings.batch_size)])}
+        size = settings.batch_size * settings.crew.size
+        first = (step * settings.accumulation + micro) * size
+        own = range(first, first + size)[settings.crew.part(settings.batch_size)]
+        return {"rows": torch.stack([self._window(number) for number in own])}
 
     def seeded(self, step: int, micro: int) -> AbstractContextManager[None]:
         """torch's generators at the seed of a micro-batch."""
-        return global_seed(self.device, self.settings.seed, "dropout", step, micro)
+        return global_seed(self.device, self.settings.seed, "dropout", step, micro, *self.settings.crew.apart())
 
     def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The loss of one micro-batch, a float32 scalar with gradients to the adapter."""

@@ -113,7 +113,7 @@ _RATES: dict[bool, dict[str, float]] = {
 
 
 def resolve_language(
-    config: TextTrainConfig, *, parameters: int, context: int, windows: int | None = None
+    config: TextTrainConfig, *, parameters: int, context: int, windows: float | None = None
 ) -> ResolvedTextConfig:
     """Fill what was left out, from the base's parameters and context (tokens).
 

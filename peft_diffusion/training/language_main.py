@@ -24,6 +24,8 @@ from ..methods.tokens import Tokens
 from .blocks import Block, blocks, check_methods
 from .checkpoint import Origin
 from .config import Precision, to_json
+from .crew import Crew
+from .crew import crew as together
 from .language import LanguageSettings, LanguageTask, tokens
 from .language_config import (
     HELD_OUT_FROM,
@@ -109,7 +111,9 @@ def train_text(
     a signal stopped the run after it saved a checkpoint.
     """
     began = time.monotonic()
-    console = console or Console(quiet=True)
+    crew, device = together(config.device)
+    config = replace(config, device=device)
+    console = console if console is not None and crew.leads else Console(quiet=True)
     say = say_to(console)
     check_methods(config)
     folder = RunFolder(language_run(config), "text train", "text")
@@ -120,14 +124,16 @@ def train_text(
         rate = opened.config.lr
         attached = attach(parts, chosen, config.seed, lambda component: rate)
         teach(opened.base)  # before the texts become tokens
-        prepared = _prepare(opened, say)
-        trainer = _trainer(prepared, attached, chosen, say)
+        prepared = _prepare(opened, say, crew)
+        trainer = _trainer(prepared, attached, chosen, say, crew)
         session = _session(prepared, folder, console, trainer)
         session.start(config.resume)
         session.learn()
         seconds = folder.seconds + time.monotonic() - began
         result = _result(prepared, trainer, folder, seconds, fingerprint)
-        save(result.output, parts, trainer, _spec(prepared, chosen, result))
+        if crew.leads:
+            save(result.output, parts, trainer, _spec(prepared, chosen, result))
+        crew.wait()
     _tell(result, say)
     return result
 
@@ -157,7 +163,7 @@ def _open(config: TextTrainConfig, base: LanguageModel | None, say: Say) -> _Ope
     return _Opened(asked, first, base, info, texts, apart)
 
 
-def _prepare(opened: _Opened, say: Say) -> _Prepared:
+def _prepare(opened: _Opened, say: Say, crew: Crew) -> _Prepared:
     """Make tokens, and steps of epochs; says what it finds. Raises UserError for what cannot be used."""
     base, info, first, texts, apart = opened.base, opened.info, opened.config, opened.texts, opened.apart
     encoded = [tokens(base, [document.text]) for document in texts.documents]
@@ -167,8 +173,10 @@ def _prepare(opened: _Opened, say: Say) -> _Prepared:
     if len(line) < 2:
         raise UserError("the text is but one token; there is nothing to learn from it")
     _check_said(base, _placeholders(opened.config), line)
-    windows = LanguageTask(base, _settings(first), line).windows
-    resolved = resolve_language(opened.asked, parameters=quantized.count(base.lm), context=info.context, windows=windows)
+    windows = LanguageTask(base, _settings(first, crew), line).windows
+    resolved = resolve_language(
+        opened.asked, parameters=quantized.count(base.lm), context=info.context, windows=windows / crew.size
+    )
     say(f"{len(line):,} tokens to learn from, in {windows} windows of up to {resolved.context}; {_apart_line(kept)}")
     items = _items(texts.documents, "") + (_items(apart.documents, "kept apart: ") if apart else [])
     return _Prepared(resolved, base, info, line, kept, items)
@@ -211,17 +219,18 @@ def _items(documents: Sequence[Document], prefix: str) -> list[dict[str, str]]:
     return [{"name": prefix + document.name, "digest": document.digest} for document in documents]
 
 
-def _settings(config: ResolvedTextConfig) -> LanguageSettings:
-    return LanguageSettings(config.seed, config.batch_size, config.accumulation, config.context)
+def _settings(config: ResolvedTextConfig, crew: Crew) -> LanguageSettings:
+    return LanguageSettings(config.seed, config.batch_size, config.accumulation, config.context, crew)
 
 
-def _trainer(prepared: _Prepared, attached: Attached, chosen: Sequence[Block], say: Say) -> Trainer:
+def _trainer(prepared: _Prepared, attached: Attached, chosen: Sequence[Block], say: Say, crew: Crew) -> Trainer:
     config, parts = prepared.config, components(prepared.base)
     arena = Arena(attached.groups)
-    plan = f"{config.steps} steps of {config.batch_size * config.accumulation} windows, learning rate {config.lr:g}"
+    size = config.batch_size * config.accumulation * crew.size
+    plan = f"{config.steps} steps of {size} windows, learning rate {config.lr:g}"
     say(f"{told(parts, chosen, arena.count)}; {plan} ({config.scheduler}), seed {config.seed}, {config.precision}")
-    task = LanguageTask(prepared.base, _settings(config), prepared.line, prepared.apart)
-    return Trainer(task, arena, trainer_settings(config, attached))
+    task = LanguageTask(prepared.base, _settings(config, crew), prepared.line, prepared.apart)
+    return Trainer(task, arena, trainer_settings(config, attached), crew=crew)
 
 
 def _session(prepared: _Prepared, folder: RunFolder, console: Console, trainer: Trainer) -> Session:

@@ -3,7 +3,7 @@
 import datetime
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from ..methods.tokens import Tokens
 from .blocks import Block, blocks, check_methods
 from .checkpoint import Origin
 from .config import RATES, ResolvedConfig, TrainConfig, to_json
+from .crew import Crew
+from .crew import crew as together
 from .diffusion import DiffusionSettings, DiffusionTask
 from .preparation import Prepared, check_places, prepare
 from .previews import PROMPTS, Previews
@@ -50,15 +52,17 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
     a signal stopped the run after it saved a checkpoint.
     """
     began = time.monotonic()
-    console = console or Console(quiet=True)
+    crew, device = together(config.device)
+    config = replace(config, device=device)
+    console = console if console is not None and crew.leads else Console(quiet=True)
     say = say_to(console)
     check_methods(config)
     folder = check_places(config)
     with Reading(console) as reading:
-        prepared = prepare(config, pipe, say, reading)
+        prepared = prepare(config, pipe, say, reading, crew)
     parts = components(prepared.pipe)
     with base_kept(prepared.pipe, parts, say) as before:
-        run = _Run(prepared, folder, console)
+        run = _Run(prepared, folder, console, crew)
         run.train(config.resume)
         result = run.save(before, folder.seconds + time.monotonic() - began)
     _tell(result, say)
@@ -68,7 +72,8 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
 class _Run:
     """One training: its task, trainer and observers."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, console: Console) -> None:
+    def __init__(self, prepared: Prepared, folder: RunFolder, console: Console, crew: Crew) -> None:
+        self.crew = crew
         config = self.config = prepared.config
         self.prepared = prepared
         self.folder = folder
@@ -78,10 +83,10 @@ class _Run:
         attached = attach(self.parts, self.blocks, config.seed, lambda name: _component_rate(config, name))
         teach(prepared.pipe)
         arena = Arena(attached.groups)
-        say_to(console)(f"{told(self.parts, self.blocks, arena.count)}; {_plan(config)}")
-        self.task = _task(prepared, self.blocks)
-        self.trainer = Trainer(self.task, arena, trainer_settings(config, attached))
-        self.previews = _previews(prepared, folder, self.task, self.trainer)
+        say_to(console)(f"{told(self.parts, self.blocks, arena.count)}; {_plan(config, crew)}")
+        self.task = _task(prepared, self.blocks, crew)
+        self.trainer = Trainer(self.task, arena, trainer_settings(config, attached), crew=crew)
+        self.previews = _previews(prepared, folder, self.task, self.trainer) if crew.leads else None
 
     def train(self, resume: bool) -> None:
         """Train to the end. Raises Interrupted where a signal ended it early."""
@@ -120,7 +125,9 @@ class _Run:
             held_out_after=held_out.get(self.trainer.step),
             base_fingerprint=base,
         )
-        save(config.output, self.parts, self.trainer, self._spec(result))
+        if self.crew.leads:
+            save(config.output, self.parts, self.trainer, self._spec(result))
+        self.crew.wait()
         return result
 
     def _pictures(self) -> list[dict[str, str]]:
@@ -158,7 +165,7 @@ def _placeholders(blocks: Sequence[Block]) -> list[str]:
     return [name for block in blocks if isinstance(block.method, Tokens) for name in block.method.names]
 
 
-def _task(prepared: Prepared, blocks: Sequence[Block]) -> DiffusionTask:
+def _task(prepared: Prepared, blocks: Sequence[Block], crew: Crew) -> DiffusionTask:
     config = prepared.config
     settings = DiffusionSettings(
         seed=config.seed,
@@ -167,6 +174,7 @@ def _task(prepared: Prepared, blocks: Sequence[Block]) -> DiffusionTask:
         min_snr_gamma=config.min_snr_gamma,
         noise_offset=config.noise_offset,
         dropout=max(getattr(block.method, "dropout", 0.0) for block in blocks),
+        crew=crew,
         rules=prepared.rules,
     )
     return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out)
@@ -187,12 +195,13 @@ def _previews(prepared: Prepared, folder: RunFolder, task: DiffusionTask, traine
     return Previews(folder.previews, task, prompts, trainer.final_weights, steps=steps, every=often, size=size)
 
 
-def _plan(config: ResolvedConfig) -> str:
+def _plan(config: ResolvedConfig, crew: Crew) -> str:
     """What was chosen, in a line."""
+    each = config.batch_size * config.accumulation
+    size = f"{each * crew.size} pictures ({each} in each of {crew.size} processes)" if crew.size > 1 else f"{each} pictures"
     told = ", ".join(f"{name} {_component_rate(config, name):g}" for name in config.components)
     return (
-        f"{config.steps} steps of {config.batch_size * config.accumulation} pictures, learning rate {told}"
-        f" ({config.scheduler}), seed {config.seed}, {config.precision}"
+        f"{config.steps} steps of {size}, learning rate {told} ({config.scheduler}), seed {config.seed}, {config.precision}"
     )
 
 

@@ -13,6 +13,7 @@ from ..data.folder import ImageFolder, Picture, scan
 from ..data.latents import cache_latents
 from ..data.pictures import parse_colour
 from .config import HELD_OUT_FROM, ResolvedConfig, TrainConfig, output_path, resolve, run_path
+from .crew import Crew
 from .diffusion import Examples
 from .run import RunFolder
 from .seeds import seed_of
@@ -54,7 +55,13 @@ def check_places(config: TrainConfig) -> RunFolder:
     return run
 
 
-def prepare(config: TrainConfig, pipe: Any | None, say: Say, progress: Progress) -> Prepared:
+def prepare(
+    config: TrainConfig,
+    pipe: Any | None,
+    say: Say,
+    progress: Progress,
+    crew: Crew = Crew(),  # noqa: B008 -- frozen
+) -> Prepared:
     """Load the base, read and check the folder, and encode the pictures; says what it finds and what it chose.
 
     Raises UserError for a base, folder or picture that cannot be used.
@@ -73,7 +80,7 @@ def prepare(config: TrainConfig, pipe: Any | None, say: Say, progress: Progress)
     resolved = resolve(asked, info, len(folder.pictures), device.type)
     kept, apart = _split(folder.pictures, resolved)
     fits = arrange(kept, resolved.resolution, info.step, no_upscale=not config.upscale)
-    batches = steps_per_epoch(group(fits * (2 if config.flip else 1)), resolved.batch_size)
+    batches = steps_per_epoch(group(fits * (2 if config.flip else 1)), resolved.batch_size * crew.size)
     resolved = resolve(asked, info, len(folder.pictures), device.type, batches)
     for line in describe_buckets(fits):
         say(f"  {line}")

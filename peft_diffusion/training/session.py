@@ -226,11 +226,17 @@ class Session:
 
     def start(self, resume: bool) -> None:
         """Begin the run, or go on with it. Raises UserError where settings, data or base are others than it had."""
+        crew = self.trainer.crew
+        crew.wait()  # all have looked at the folder before one writes to it
         if not resume:
-            self.folder.start(self.config, self.items, self.origin)
+            if crew.leads:
+                self.folder.start(self.config, self.items, self.origin)
             return
         say, config = say_to(self.console), self.config
-        found = self.folder.resume(config, self.items, self.origin)
+        found = self.folder.resume(config, self.items, self.origin) if crew.leads else None
+        crew.wait()  # what cannot be gone on from is gone
+        if not crew.leads:
+            found = self.folder.newest()
         if found is None:
             say("no checkpoint was made yet: the run starts from the beginning")
             return
@@ -247,7 +253,7 @@ class Session:
         """Train to the end; ``watching`` come after what is written to the disk. Raises Interrupted on a signal."""
         steps, trainer = self.config.steps, self.trainer
         with Bar(self.console, steps, trainer.step, self.held_out_line) as bar:
-            trainer.observers = [bar, self.folder, *watching]
+            trainer.observers = [bar, self.folder, *watching] if trainer.crew.leads else []
             finished = trainer.run()
         if not finished:
             raise Interrupted(

@@ -17,6 +17,7 @@ from ..core.arena import Arena
 from ..core.errors import UserError
 from .capture import Inputs, Recorder, to_device
 from .config import Scheduler
+from .crew import Crew
 from .schedule import rate
 
 
@@ -138,8 +139,16 @@ class Trainer:
     follows from the gradients. ``unrecorded`` says why not, where that cannot be.
     """
 
-    def __init__(self, task: Task, arena: Arena, settings: TrainerSettings, observers: Sequence[Observer] = ()) -> None:
+    def __init__(
+        self,
+        task: Task,
+        arena: Arena,
+        settings: TrainerSettings,
+        observers: Sequence[Observer] = (),
+        crew: Crew = Crew(),  # noqa: B008 -- frozen
+    ) -> None:
         self.task = task
+        self.crew = crew
         self.arena = arena
         self.settings = settings
         self.observers = list(observers)
@@ -149,7 +158,7 @@ class Trainer:
         self.unread: list[Tensor] = []
         self.first, self.second = torch.zeros_like(arena.flat), torch.zeros_like(arena.flat)
         self.average = arena.flat.clone() if settings.ema else None
-        self.total = torch.zeros((), device=arena.flat.device)  # the loss of the step, over its micro-batches
+        self.total = arena.beside[0]  # the loss of the step, over its micro-batches
         self.follow = torch.zeros((), device=arena.flat.device)  # how far the average moves to the weights
         self.unrecorded: str | None = None
         self.records = settings.record and arena.flat.device.type == "cuda"
@@ -167,7 +176,7 @@ class Trainer:
         with _stop_on_signal() as stop:
             if self.step == 0:
                 self._measure()
-            while self.step < end and not stop.is_set():
+            while self.step < end and not self._stops(stop):
                 self._step()
                 if self.step % self.settings.log_every == 0:
                     self._read()
@@ -177,6 +186,12 @@ class Trainer:
             if self.saved != self.step and self.step:
                 self._save()
         return self.step >= end
+
+    def _stops(self, stop: threading.Event) -> bool:
+        """Whether to end early. Of several processes, all have to: they agree when losses are read, which takes a while."""
+        if self.crew.size == 1:
+            return stop.is_set()
+        return self.step % self.settings.log_every == 0 and self.crew.any(stop.is_set(), self.arena.flat.device)
 
     def state(self) -> TrainerState:
         """Where the run stands; views, not copies."""
@@ -239,6 +254,7 @@ class Trainer:
             inputs = self.task.inputs(self.step, micro)
             with self.task.seeded(self.step, micro):
                 self._do(self.gradients, inputs)
+        self.crew.mean(self.arena.shared)
         self._set_rates()
         if self.average is not None:
             # The first steps weigh little in a long average: it follows faster while it is young.
@@ -320,6 +336,8 @@ class Trainer:
 
     def _measure(self) -> None:
         self._read_all()
+        if not self.crew.leads:
+            return
         with self.final_weights():
             loss = self.task.held_out()
         if loss is not None:

@@ -1,0 +1,61 @@
+"""The processes that train one adapter together, each on its part of every batch: ``accelerate launch`` starts them."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Crew:
+    """This process among ``size`` of them, from 0; by default the only one.
+
+    All hold the whole base and the whole adapter, and see the same data in the same order. A step's gradients are their
+    mean, so that two processes with batches of 2 learn what one learns with batches of 4.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that speaks, measures and writes."""
+        return self.rank == 0
+
+    def apart(self) -> tuple[int, ...]:
+        """What a seed needs besides, so that each process draws its own; nothing for the first."""
+        return (self.rank,) if self.rank else ()
+
+    def part(self, count: int) -> slice:
+        """Which of ``count`` rows for each process are this one's, among those of all."""
+        return slice(self.rank * count, (self.rank + 1) * count)
+
+    def mean(self, tensor: Tensor) -> None:
+        """Make a tensor the mean over all processes, in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
+            tensor.div_(self.size)
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is so for any process; all are told the same."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor(float(flag), device=device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return bool(found)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+def crew(device: str) -> tuple[Crew, str]:
+    """This process's place among those that a launcher started, and its device in place of ``device``."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Crew(), device
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
+    return Crew(state.process_index, state.num_processes), str(state.device)
