@@ -12,7 +12,7 @@ from ..bases import components, describe
 from ..core import site as sites
 from ..core.adapter import METHODS, Adapter, chained
 from ..core.errors import UserError
-from . import container, kohya, textual_inversion
+from . import container, dotted, kohya, textual_inversion
 from .layout import component_of
 from .spec import Spec
 
@@ -59,10 +59,11 @@ def load(path: str | Path, pipe: Any, *, strict: bool = False) -> Loaded:
     tensors = container.read_tensors(path)
     header = container.read_header(path) if path.suffix == ".safetensors" else None
     spec = Spec.from_metadata(header.metadata, str(path)) if header else None
+    tensors, assumed = dotted.adopted(tensors, header.metadata if header else {}, path)
     tensors = textual_inversion.adopted(tensors, header.metadata if header else {}, pipe, parts, path.stem)
     if not any(component_of(name) for name in tensors):
         shown = ", ".join(list(tensors)[:3])
-        raise UserError(f"{path} is no adapter in the kohya layout: it holds {shown}{', ...' if len(tensors) > 3 else ''}")
+        raise UserError(f"{path} is no adapter of a known layout: it holds {shown}{', ...' if len(tensors) > 3 else ''}")
     sites, unmatched = _by_site(tensors, kohya.site_keys(parts))
     built: dict[str, dict[str, Adapter]] = {}
     for (component, where), own in sites.items():
@@ -78,7 +79,7 @@ def load(path: str | Path, pipe: Any, *, strict: bool = False) -> Loaded:
     if unmatched and strict:
         raise UserError(f"{path}: {len(unmatched)} tensors have no site in this base: {', '.join(unmatched[:5])}")
     report = Coverage(len(tensors) - len(unmatched), sum(map(len, built.values())), tuple(unmatched))
-    return Loaded(built, spec or Spec(), report, _warnings(path, spec, report, pipe))
+    return Loaded(built, spec or Spec(), report, (*assumed, *_warnings(path, spec, report, pipe)))
 
 
 def _by_site(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from . import container, network
-from .container import Header
+from .container import Entry
+from .dotted import kohya_name
 from .hyper_parameters import methods_of
 from .layout import component_of, split
 from .network import Network
@@ -55,8 +56,8 @@ def inspect(path: str | Path) -> Inspection:
     where = Path(path)
     header = container.read_header(where)
     sites: dict[str, dict[str, tuple[int, ...]]] = {}
-    unknown = []
-    for name, entry in header.tensors.items():
+    unknown, entries = [], {kohya_name(name): entry for name, entry in header.tensors.items()}
+    for name, entry in entries.items():
         site, suffix = split(name)
         if component_of(site) is None:
             unknown.append(name)
@@ -65,8 +66,8 @@ def inspect(path: str | Path) -> Inspection:
     spec = Spec.from_metadata(header.metadata, str(where))
     if not sites and spec is None:
         shown = ", ".join(unknown[:3]) or "no tensor"
-        raise UserError(f"{where} is no adapter in the kohya layout: it holds {shown}{', ...' if len(unknown) > 3 else ''}")
-    told = _hyper_parameters(header, sites)
+        raise UserError(f"{where} is no adapter of a known layout: it holds {shown}{', ...' if len(unknown) > 3 else ''}")
+    told = _hyper_parameters(where, entries, sites)
     beside = _NO_PARAMETERS if spec is None else _NONE_OF_OURS
     return Inspection(
         path=where,
@@ -86,13 +87,13 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def _hyper_parameters(
-    header: Header, sites: Mapping[str, Mapping[str, tuple[int, ...]]]
+    path: Path, entries: Mapping[str, Entry], sites: Mapping[str, Mapping[str, tuple[int, ...]]]
 ) -> dict[str, dict[str, Counter[float]]]:
     """How many sites have which value of which hyper-parameter of which method."""
     told: dict[str, dict[str, Counter[float]]] = {}
     for site, shapes in sites.items():
         scalars = {
-            suffix: container.read_scalar(header.path, header.tensors[f"{site}.{suffix}"])
+            suffix: container.read_scalar(path, entries[f"{site}.{suffix}"])
             for suffix in ("alpha", "on_input")
             if suffix in shapes
         }

@@ -15,6 +15,7 @@ from ..core.adapter import Adapter, parts_of
 from ..core.errors import UserError
 from . import network
 from .layout import LYCORIS, OWN, PREFIXES
+from .original import original_names
 from .spec import KEY, Spec
 
 # transformers 5 dropped "text_model." from the paths of CLIPTextModel; files keep it.
@@ -66,8 +67,9 @@ def site_keys(components: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]
     keys: dict[str, tuple[str, str]] = {}
     for component, module in components.items():
         prefixes = dict.fromkeys((*PREFIXES.get(component, ()), *_of_lycoris(component, components)))
+        originals = original_names(module)
         for path in targets.modules(module):
-            for name in _aliases(component, path):
+            for name in (*_aliases(component, path), *([originals[path]] if path in originals else [])):
                 for prefix in prefixes if path else PREFIXES.get(component, ()):
                     key = prefix + name.replace(".", "_")
                     if keys.setdefault(key, (component, path)) != (component, path):

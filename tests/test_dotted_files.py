@@ -1,0 +1,204 @@
+"""Files of diffusers, peft and ComfyUI, and SDXL files of kohya's, mean here what they mean there."""
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from conftest import make_pipe, make_xl_pipe
+from language import make_lm
+from original import _unet
+from safetensors.torch import load_file, save_file
+from test_formats import write_adapter
+
+from peft_diffusion import formats
+from peft_diffusion.core import site
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.formats.dotted import kohya_name
+from peft_diffusion.formats.original import original_names
+from peft_diffusion.generation import Adapters
+
+LAYERS = r".*\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
+torch.set_num_threads(1)
+
+
+def unet_output(pipe) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 32, generator=generator)
+    with torch.no_grad():
+        return pipe.unet(x, torch.tensor(500), encoder_hidden_states=text).sample
+
+
+def text_output(pipe) -> torch.Tensor:
+    with torch.no_grad():
+        return pipe.text_encoder(torch.arange(2, 20)[None]).last_hidden_state
+
+
+def learned(module: torch.nn.Module) -> None:
+    """Give peft's adapter values that matter."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in module.named_parameters():
+        if "lora_" in name or "hada_" in name or "lokr_" in name:
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
+def with_peft(pipe, text: bool = False, **changes) -> None:
+    pipe.unet.add_adapter(peft.LoraConfig(target_modules=LAYERS, **changes))
+    learned(pipe.unet)
+    if text:
+        pipe.text_encoder.add_adapter(peft.LoraConfig(target_modules=["q_proj", "v_proj", "fc1"], **changes))
+        learned(pipe.text_encoder)
+
+
+def saved_by_diffusers(pipe, folder: Path, text: bool = False, metadata: bool = True) -> Path:
+    """As the newer training scripts save."""
+    from peft.utils import get_peft_model_state_dict
+
+    parts = {"unet": pipe.unet, **({"text_encoder": pipe.text_encoder} if text else {})}
+    layers = {f"{name}_lora_layers": get_peft_model_state_dict(part) for name, part in parts.items()}
+    extra = {f"{name}_lora_adapter_metadata": part.peft_config["default"].to_dict() for name, part in parts.items()}
+    pipe.save_lora_weights(folder, **layers, **(extra if metadata else {}))
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+CASES = {
+    "alpha": {"r": 4, "lora_alpha": 8},
+    "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True},
+    "patterns": {"r": 4, "lora_alpha": 4, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_k": 12, "ff.net.2": 1}},
+}
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["unet", "unet+text"])
+@pytest.mark.parametrize("case", CASES)
+def test_files_of_diffusers_mean_the_same(case: str, text: bool, tmp_path: Path) -> None:
+    theirs, ours = make_pipe(), make_pipe()
+    plain = unet_output(ours)
+    with_peft(theirs, text, **CASES[case])
+    path = saved_by_diffusers(theirs, tmp_path, text)
+    loaded = formats.load(path, ours, strict=True)
+    assert loaded.warnings == ()
+    Adapters(ours).load(path)
+    expected = unet_output(theirs)
+    assert (expected - plain).abs().max() > 1e-2
+    torch.testing.assert_close(unet_output(ours), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(text_output(ours), text_output(theirs), atol=1e-5, rtol=1e-4)
+    found = formats.inspect(path)
+    assert found.methods == ("lora",) and found.unknown == () and set(found.components) >= {"unet"}
+
+
+def test_a_file_without_metadata_has_the_rank_as_alpha(tmp_path: Path) -> None:
+    theirs, ours = make_pipe(), make_pipe()
+    with_peft(theirs, r=4, lora_alpha=4)
+    Adapters(ours).load(saved_by_diffusers(theirs, tmp_path, metadata=False))
+    torch.testing.assert_close(unet_output(ours), unet_output(theirs), atol=1e-5, rtol=1e-4)
+
+
+def test_what_save_lora_adapter_writes_has_no_prefix(tmp_path: Path) -> None:
+    theirs, ours = make_pipe(), make_pipe()
+    with_peft(theirs, r=4, lora_alpha=8)
+    theirs.unet.save_lora_adapter(tmp_path)
+    Adapters(ours).load(tmp_path / "pytorch_lora_weights.safetensors")
+    torch.testing.assert_close(unet_output(ours), unet_output(theirs), atol=1e-5, rtol=1e-4)
+
+
+NAMES = {
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.weight":
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
+    "unet.a.attn1.processor.to_out_lora.up.weight": "lora_unet_a_attn1_to_out_0.lora_up.weight",
+    "text_encoder.text_model.encoder.layers.1.mlp.fc1.lora_linear_layer.up.weight":
+        "lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_up.weight",
+    "text_encoder_2.text_model.encoder.layers.1.mlp.fc1.lora_B.weight":
+        "lora_te2_text_model_encoder_layers_1_mlp_fc1.lora_up.weight",
+    "diffusion_model.input_blocks.4.1.proj_in.lora_down.weight": "lora_unet_input_blocks_4_1_proj_in.lora_down.weight",
+    "diffusion_model.input_blocks.4.1.proj_in.alpha": "lora_unet_input_blocks_4_1_proj_in.alpha",
+    "base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight":
+        "lycoris_model_layers_0_mlp_up_proj.lora_down.weight",
+    "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector": "lycoris_model_layers_0_mlp_up_proj.dora_scale",
+    "base_model.model.model.layers.0.mlp.up_proj.hada_w1_a": "lycoris_model_layers_0_mlp_up_proj.hada_w1_a",
+    # What is in the kohya layout, or no adapter's, stays.
+    "lora_unet_mid_block.lora_down.weight": "lora_unet_mid_block.lora_down.weight",
+    "lora_A.weight": "lora_A.weight",
+    "clip_l": "clip_l",
+    "model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
+    "peft_diffusion.unet.mid.bottleneck_down": "peft_diffusion.unet.mid.bottleneck_down",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_brought_to_the_kohya_layout(name: str) -> None:
+    assert kohya_name(name) == NAMES[name]
+
+
+LM_LAYERS = r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+OF_PEFT = {
+    "lora": peft.LoraConfig(r=4, lora_alpha=6, target_modules=LM_LAYERS),
+    "rslora": peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=LM_LAYERS),
+    "dora": peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=LM_LAYERS),
+    "loha": peft.LoHaConfig(r=4, alpha=6, target_modules=LM_LAYERS),
+    "lokr": peft.LoKrConfig(r=2, alpha=6, decompose_factor=4, target_modules=LM_LAYERS),
+}
+
+
+@pytest.mark.parametrize("kind", OF_PEFT)
+def test_files_of_peft_mean_the_same(kind: str, tmp_path: Path) -> None:
+    base, ids = make_lm(), torch.arange(2, 30)[None]
+    theirs = peft.get_peft_model(make_lm().lm, OF_PEFT[kind]).eval()
+    learned(theirs)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    loaded = formats.load(path, base, strict=True)
+    assert loaded.warnings == ()
+    with torch.no_grad():
+        plain = base.lm(ids).logits
+        site.attach_built(base.lm, "a", loaded.components["lm"])
+        ours, expected = base.lm(ids).logits, theirs(input_ids=ids).logits
+    assert (plain - expected).abs().max() > 1e-2
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
+    assert formats.inspect(path).unknown == ()
+
+
+def test_a_file_of_peft_without_its_configuration_says_what_is_assumed(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(make_lm().lm, OF_PEFT["lora"])
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").rename(tmp_path / "kept")
+    path = tmp_path / "adapter_model.safetensors"
+    assert "no adapter_config.json" in formats.load(path, make_lm()).warnings[0]
+    for text in ("{", "[1]"):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(UserError, match=r"adapter_config\.json"):
+            formats.load(path, make_lm())
+
+
+@pytest.mark.parametrize("pipe", [make_pipe(), make_xl_pipe()], ids=["sd", "sdxl"])
+def test_original_names_are_those_that_diffusers_converts(pipe) -> None:
+    found = original_names(pipe.unet)
+    expected = {name.rpartition(".")[0]: _unet(name, pipe.unet).rpartition(".")[0] for name in pipe.unet.state_dict()}
+    assert {path: found[path] for path in expected} == expected
+    assert len(set(found.values())) == len(found)
+    assert original_names(pipe.text_encoder) == {}
+
+
+@pytest.mark.parametrize("dotted", [False, True], ids=["kohya", "comfy"])
+def test_sdxl_files_with_names_of_the_original_load(dotted: bool, tmp_path: Path) -> None:
+    own = write_adapter(tmp_path / "own.safetensors", make_xl_pipe(), target="all-linear", parts=("unet",))
+    names = {path.replace(".", "_"): name for path, name in original_names(make_xl_pipe().unet).items()}
+    renamed = {}
+    for name, tensor in load_file(own).items():
+        where, _, suffix = name.removeprefix("lora_unet_").partition(".")
+        place = f"diffusion_model.{names[where]}" if dotted else f"lora_unet_{names[where].replace('.', '_')}"
+        renamed[f"{place}.{suffix}"] = tensor
+    save_file(renamed, tmp_path / "theirs.safetensors")
+    first, second = (formats.load(path, make_xl_pipe(), strict=True) for path in (own, tmp_path / "theirs.safetensors"))
+    assert first.components["unet"].keys() == second.components["unet"].keys()
+    for path, adapter in first.components["unet"].items():
+        for name, tensor in adapter.state().items():
+            assert torch.equal(tensor, second.components["unet"][path].state()[name])
+    told = formats.inspect(tmp_path / "theirs.safetensors")
+    assert told.components == {"unet": len(first.components["unet"])} and dict(told.ranks) == {4: told.components["unet"]}
+
+
+def test_what_is_no_adapter_is_still_none(tmp_path: Path) -> None:
+    save_file({"model.diffusion_model.out.2.weight": torch.zeros(2)}, tmp_path / "a.safetensors")
+    for look in (formats.inspect, lambda path: formats.load(path, make_pipe())):
+        with pytest.raises(UserError, match="no adapter of a known layout"):
+            look(tmp_path / "a.safetensors")
