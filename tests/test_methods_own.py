@@ -1,5 +1,6 @@
 """BitFit, bottlenecks, prefixes and learned tokens: against plain formulas, and all of them together with LoRA."""
 
+import itertools
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -23,7 +24,12 @@ from peft_diffusion.formats import container
 from peft_diffusion.generation import Adapters
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.bottleneck import Bottleneck
+from peft_diffusion.methods.dora import Dora
+from peft_diffusion.methods.ia3 import Ia3
+from peft_diffusion.methods.loha import Loha
+from peft_diffusion.methods.lokr import Lokr
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.methods.oft import Oft
 from peft_diffusion.methods.prefix import Prefix
 from peft_diffusion.methods.tokens import SoftPrompt, Tokens
 
@@ -488,3 +494,38 @@ def _parts(pipe, name: str):
     for part in components(pipe).values():
         for adapter in site.adapters(part, name).values():
             yield from getattr(adapter, "parts", [adapter])
+
+
+ORDERED = {"bottleneck"}  # the sequential form: it reads what came before
+PAIRS = {
+    "lora": (Lora(rank=4), "attention+ff"),
+    "dora": (Dora(rank=4), "attention+ff"),
+    "loha": (Loha(rank=3), "attention+ff"),
+    "lokr": (Lokr(rank=2, factor=4), "attention+ff"),
+    "oft": (Oft(block_size=4), "attention+ff"),
+    "ia3": (Ia3(), "attention+ff"),
+    "bitfit": (BitFit(), "biases"),
+    "bottleneck": (Bottleneck(hidden=4), "outputs"),
+    "parallel": (Bottleneck(hidden=4, form="parallel"), "outputs"),
+    "prefix": (Prefix(length=3), "attentions"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("one", "other"), itertools.combinations(PAIRS, 2))
+def test_order_matters_to_a_sequential_bottleneck_alone(one, other):
+    outputs = []
+    for names in ((one, other), (other, one)):
+        unet = make_pipe().unet
+        for name in names:
+            method, target = PAIRS[name]
+            torch.manual_seed(list(PAIRS).index(name))  # what a fresh adapter starts as
+            site.attach(unet, name, method, target)
+            randomize(unet, name, seed=list(PAIRS).index(name))
+        generator = torch.Generator().manual_seed(7)
+        x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 32, generator=generator)
+        outputs.append(unet(x, torch.tensor(500), encoder_hidden_states=text).sample)
+    difference = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max())
+    # A prefix sits at the whole attention, of whose output projection the bottleneck is a part: they never meet.
+    ordered = not ORDERED.isdisjoint({one, other}) and "prefix" not in (one, other)
+    assert (difference > 1e-3) if ordered else (difference < 1e-5)
