@@ -132,8 +132,8 @@ class SharedConfig:
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
     precision: Annotated[Precision, Parameter(group=_MACHINE)] = "auto"
     """Precision of the base in training; auto is bfloat16 on a GPU that has it, else float32. Adapters are float32."""
-    cuda_graph: Annotated[bool, Parameter(group=_MACHINE)] = True
-    """On CUDA, record each step once as a CUDA graph, which is several times faster; switch it off to debug."""
+    cuda_graph: Annotated[bool, Parameter(group=_MACHINE)] = False
+    """On CUDA, record each step once as a CUDA graph and run it from there, which spares the host most of its work."""
     quantize: Annotated[Quantize | None, Parameter(group=_MACHINE)] = None
     """Hold the base's linear layers in fewer bits while training, which saves memory: int8, or nf4 for the least."""
 
@@ -340,7 +340,7 @@ _RATE_FACTORS: dict[str, float] = {
 }  # fmt: skip
 # Learned words have rates of their own, whatever the component's: embeddings are large numbers. Found in the same way for
 # the prompt; it is also what A1111's textual inversion starts with.
-_WORD_RATES: dict[str, float] = {"tokens": 5e-3, "prompt": 5e-3}
+_WORD_RATES: dict[str, float] = {"tokens": 1e-3, "prompt": 1e-3}
 
 # Fields that a resumed run may have otherwise: they change where things go and how often one looks, not what is learned.
 # The pictures and captions themselves are compared apart, so folders may have moved.
