@@ -340,7 +340,7 @@ _RATE_FACTORS: dict[str, float] = {
 }  # fmt: skip
 # Learned words have rates of their own, whatever the component's: embeddings are large numbers. Found in the same way for
 # the prompt; it is also what A1111's textual inversion starts with.
-_WORD_RATES: dict[str, float] = {"tokens": 1e-3, "prompt": 1e-3}
+_WORD_RATES: dict[str, float] = {"tokens": 5e-3, "prompt": 5e-3}
 
 # Fields that a resumed run may have otherwise: they change where things go and how often one looks, not what is learned.
 # The pictures and captions themselves are compared apart, so folders may have moved.
