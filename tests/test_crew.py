@@ -18,7 +18,7 @@ from peft_diffusion.training.crew import Crew, crew
 RUN = "import sys; from peft_diffusion.cli.app import main; sys.exit(main(sys.argv[1:]))"
 
 
-def launch(processes: int, *arguments: object) -> list[subprocess.CompletedProcess]:
+def launch(processes: int, *arguments: object, expected: int = 0) -> list[subprocess.CompletedProcess]:
     """The command in so many processes; raises where one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -37,7 +37,7 @@ def launch(processes: int, *arguments: object) -> list[subprocess.CompletedProce
         out, err = process.communicate(timeout=240)
         done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     for one in done:
-        assert one.returncode == 0, one.stderr
+        assert one.returncode == expected, one.stderr
     return done
 
 
@@ -73,6 +73,8 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(tiny_base: Path,
     assert sorted(p.name for p in (tmp_path / "two" / "previews").iterdir()) == sorted(
         p.name for p in (tmp_path / "one" / "previews").iterdir()
     )
+    (alone,) = launch(1, *command("two", 2), "--resume", "--overwrite", expected=1)
+    assert "had 2 processes, and there are 1 now" in alone.stderr
     # Going on, in as many processes, is as if nothing had been.
     for newer in (tmp_path / "two" / "checkpoints").glob("step_000006*"):
         newer.unlink()

@@ -22,7 +22,6 @@ from ..core.errors import UserError
 from ..data.text import Document, Texts, read_texts
 from ..methods.tokens import Tokens
 from .blocks import Block, blocks, check_methods
-from .checkpoint import Origin
 from .config import Precision, to_json
 from .crew import Crew
 from .crew import crew as together
@@ -44,8 +43,8 @@ from .session import (
     attach,
     base_kept,
     check_run,
-    digest,
     next_command,
+    origin,
     pick_precision,
     save,
     taught,
@@ -239,7 +238,7 @@ def _session(prepared: _Prepared, folder: RunFolder, console: Console, trainer: 
         folder=folder,
         console=console,
         trainer=trainer,
-        origin=Origin(to_json(prepared.config), digest(prepared.items), prepared.info.fingerprint),
+        origin=origin(prepared.config, prepared.items, prepared.info.fingerprint, trainer.crew),
         items=prepared.items,
         command="text train",
         held_out_line=lambda loss: f"text kept apart: loss {loss:.4f}, perplexity {math.exp(loss):.2f}",

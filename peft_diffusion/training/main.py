@@ -16,7 +16,6 @@ from ..core.arena import Arena
 from ..data.captions import with_trigger
 from ..methods.tokens import Tokens
 from .blocks import Block, blocks, check_methods
-from .checkpoint import Origin
 from .config import RATES, ResolvedConfig, TrainConfig, to_json
 from .crew import Crew
 from .crew import crew as together
@@ -25,7 +24,7 @@ from .preparation import Prepared, check_places, prepare
 from .previews import PROMPTS, Previews
 from .progress import PICTURES_APART, Reading, say_to
 from .run import RunFolder
-from .session import NAME, Session, attach, base_kept, chosen, digest, next_command, save, taught, told, trainer_settings
+from .session import NAME, Session, attach, base_kept, chosen, next_command, origin, save, taught, told, trainer_settings
 from .trainer import Trainer
 
 
@@ -97,7 +96,7 @@ class _Run:
             folder=self.folder,
             console=self.console,
             trainer=self.trainer,
-            origin=Origin(to_json(self.config), digest(pictures), self.prepared.info.fingerprint),
+            origin=origin(self.config, pictures, self.prepared.info.fingerprint, self.crew),
             items=pictures,
             command="train",
             held_out_line=PICTURES_APART.format,

@@ -22,7 +22,8 @@ from ..core.errors import UserError
 from ..methods.tokens import SoftPrompt, Tokens
 from .blocks import Block
 from .checkpoint import Origin, explained
-from .config import Precision, RunSettings
+from .config import Precision, RunSettings, Settings, to_json
+from .crew import Crew
 from .progress import Bar, say_to
 from .run import RunFolder
 from .seeds import global_seed
@@ -30,6 +31,7 @@ from .trainer import Interrupted, Observer, Trainer, TrainerSettings
 
 NAME = "trained"  # of the adapter, while it is
 Say = Callable[[str], None]
+_PROCESSES = "processes"  # how many learn together, beside the settings of a run
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,11 @@ def evaluating(parts: Sequence[nn.Module], name: str = NAME) -> Iterator[None]:
             adapter.train(training)
 
 
+def origin(config: Settings, items: Sequence[Mapping[str, str]], base: str, crew: Crew) -> Origin:
+    """What a run depends on, as its checkpoints keep it."""
+    return Origin({**to_json(config), _PROCESSES: crew.size}, digest(items), base)
+
+
 @dataclass(frozen=True)
 class Session:
     """A run of the trainer that is watched, kept in a folder, and gone on with. ``items`` are what is learned from."""
@@ -240,6 +247,12 @@ class Session:
         if found is None:
             say("no checkpoint was made yet: the run starts from the beginning")
             return
+        before = found.origin.config.get(_PROCESSES, 1)
+        if before != crew.size:
+            raise UserError(
+                f"the run in {self.folder.path} had {before} processes, and there are {crew.size} now, so its batches would"
+                " be others; start as many, or a new run with another --run-dir"
+            )
         self.trainer.load(found.state)
         say(f"going on from step {found.state.step} of {config.steps}")
         planned = found.origin.config["steps"]
