@@ -1,5 +1,6 @@
 """Files of diffusers, peft and ComfyUI, and SDXL files of kohya's, mean here what they mean there."""
 
+import json
 from pathlib import Path
 
 import peft
@@ -167,6 +168,22 @@ def test_a_file_of_peft_without_its_configuration_says_what_is_assumed(tmp_path:
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(UserError, match=r"adapter_config\.json"):
             formats.load(path, make_lm())
+
+
+def test_what_is_damaged_is_said(tmp_path: Path) -> None:
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    down, up = torch.zeros(2, 64), torch.zeros(64, 2)
+    pair = {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+    save_file({**pair, f"{layer}.lora.down.weight": down.clone()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"lora\.down\.weight and .*lora_A\.weight are one tensor under two names"):
+        formats.load(tmp_path / "a.safetensors", make_pipe())
+    told = {"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_(": 3}}
+    save_file(pair, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+    with pytest.raises(UserError, match="is no regular expression"):
+        formats.load(tmp_path / "a.safetensors", make_pipe())
+    for broken in ("{", "[1]", json.dumps({"unet.lora_alpha": "four", "unet.alpha_pattern": 3})):
+        save_file(pair, tmp_path / "a.safetensors", {"lora_adapter_metadata": broken})
+        assert formats.load(tmp_path / "a.safetensors", make_pipe()).report.found == 2
 
 
 @pytest.mark.parametrize("pipe", [make_pipe(), make_xl_pipe()], ids=["sd", "sdxl"])

@@ -9,6 +9,7 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,11 +71,17 @@ def adopted(
 ) -> tuple[dict[str, "Tensor"], list[str]]:
     """The tensors under the names of the kohya layout, with alphas where they are told beside; and what had to be assumed.
 
-    Raises UserError for a configuration of peft's that cannot be read.
+    Raises UserError for a configuration that cannot be read, and for two names of one tensor.
     """
+    import torch
+
     renamed = {name: kohya_name(name) for name in tensors}
     if all(name == new for name, new in renamed.items()):
         return dict(tensors), []
+    if len(set(renamed.values())) < len(renamed):
+        twice = next(new for new, count in Counter(renamed.values()).items() if count > 1)
+        both = " and ".join(name for name, new in renamed.items() if new == twice)
+        raise UserError(f"{path}: {both} are one tensor under two names; the file is damaged")
     of_peft = any(name.startswith(_PEFT) for name in tensors)
     beside = path.parent / "adapter_config.json"
     told = _json(beside) if of_peft and beside.is_file() else _told(metadata)
@@ -84,7 +91,7 @@ def adopted(
         if suffix in _RANKED and f"{site}.alpha" not in found and new != name:
             alpha = _alpha(name, found[new].shape[_RANKED[suffix]], told)
             if alpha is not None:
-                found[f"{site}.alpha"] = found[new].new_tensor(alpha)
+                found[f"{site}.alpha"] = torch.tensor(alpha)
     unsure = of_peft and not told
     assumed = [f"{path}: no {beside.name} is beside it to tell alpha, so it is taken to be the rank"] if unsure else []
     return found, assumed
@@ -122,10 +129,14 @@ def _alpha(name: str, rank: int, told: Mapping[str, Any]) -> float | None:
     settings = own or told
     alpha = settings.get("lora_alpha", settings.get("alpha"))
     path = name.removeprefix(start)
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})\.", path):
-            alpha = value
-            break
+    patterns = settings.get("alpha_pattern")
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        try:
+            if re.match(rf"(.*\.)?({pattern})\.", path):
+                alpha = value
+                break
+        except re.error as error:
+            raise UserError(f"alpha_pattern {pattern!r} of {name} is no regular expression: {error}") from None
     if not isinstance(alpha, (int, float)):
         return None
     # peft divides by the root of the rank there; the kohya layout always by the rank.
