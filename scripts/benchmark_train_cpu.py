@@ -37,7 +37,7 @@ from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training import TrainConfig, train
 from peft_diffusion.training.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.preparation import prepare
-from scripts.measuring import memory_words, peak_memory
+from scripts.measuring import memory_words, peak_memory, run
 
 LAYERS = r".*\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
 RANK, RATE, BATCH = 16, 1e-3, 8
@@ -245,7 +245,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -31,7 +31,7 @@ from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.config import GenerateConfig
 from peft_diffusion.generation.painting import Cell, paint
 from peft_diffusion.training import TrainConfig, train
-from scripts.measuring import memory_words, peak_memory
+from scripts.measuring import memory_words, peak_memory, run
 
 KINDS = {
     "sd1": Architecture("sd1"),
@@ -137,7 +137,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -45,7 +45,7 @@ from peft_diffusion.training.trainer import Trainer, TrainerSettings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
-from scripts.measuring import markdown_table, memory_words, peak_memory, size_words
+from scripts.measuring import markdown_table, memory_words, peak_memory, run, size_words
 
 HEAD = "+head"
 METHODS = ("lora", "dora", "loha", "lokr", "oft", "ia3", "bottleneck", "prefix", "prompt", f"lora{HEAD}", f"dora{HEAD}")
@@ -348,7 +348,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(main)

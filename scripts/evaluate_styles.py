@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 from diffusers import DDPMScheduler
 
 from peft_diffusion.bases import embedded, load_base
-from peft_diffusion.core.errors import UserError
 from peft_diffusion.formats import inspect
 from peft_diffusion.generation import Adapters, sheet
 from peft_diffusion.generation.config import GenerateConfig
@@ -48,7 +47,7 @@ from scripts.build_base.judge import NEAREST, Gallery, Judge, packed_galleries
 from scripts.build_base.make_samples import HELD_OUT, SUBJECTS
 from scripts.build_base.render import pack
 from scripts.build_base.sources import CACHE, STYLES
-from scripts.measuring import markdown_table, memory_words, peak_memory, size_words
+from scripts.measuring import markdown_table, memory_words, peak_memory, run, size_words
 
 BASE_STYLE = "noto"  # what the base's own figure is measured in
 DRAWS = 4  # noises and timesteps for each drawing
@@ -292,7 +291,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run(main)

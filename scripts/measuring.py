@@ -1,12 +1,23 @@
-"""What the scripts that compare have in common: the peak of memory, and tables as Markdown."""
+"""What the scripts that compare have in common: how they end, the peak of memory, and tables as Markdown."""
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from peft_diffusion.core.errors import UserError
+
 MIB = 2**20
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; what the person can mend ends it with a line and exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 @contextmanager

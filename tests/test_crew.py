@@ -41,7 +41,7 @@ def launch(processes: int, *arguments: object, expected: int = 0) -> list[subpro
     return done
 
 
-def same(one: Path, other: Path) -> None:
+def assert_same(one: Path, other: Path) -> None:
     first, second = load_file(one), load_file(other)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -62,7 +62,7 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(tiny_base: Path,
 
     launch(1, *command("one", 4))
     told = launch(2, *command("two", 2))
-    same(tmp_path / "one.safetensors", tmp_path / "two.safetensors")
+    assert_same(tmp_path / "one.safetensors", tmp_path / "two.safetensors")
     assert "6 steps of 8 pictures (4 in each of 2 processes)" in told[0].stderr + told[0].stdout
     assert "wrote" not in told[1].stderr + told[1].stdout
     lines = {name: _metrics(tmp_path / name) for name in ("one", "two")}
@@ -93,7 +93,7 @@ def test_two_processes_learn_text(tmp_path: Path) -> None:
     for name, processes, batch in (("one", 1, 4), ("two", 2, 2)):
         place = ["--output", tmp_path / f"{name}.safetensors", "--run-dir", tmp_path / name]
         launch(processes, "text", "train", words, *place, "--batch-size", batch, *flags)
-    same(tmp_path / "one.safetensors", tmp_path / "two.safetensors")
+    assert_same(tmp_path / "one.safetensors", tmp_path / "two.safetensors")
 
 
 def test_alone_one_leads_and_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

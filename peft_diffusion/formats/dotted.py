@@ -49,7 +49,7 @@ _SUFFIXES = {
 _KINDS = "|".join(re.escape(suffix) for suffix in sorted(_SUFFIXES, key=len, reverse=True))
 _NAME = re.compile(rf"(.*\..*)\.({_KINDS})(?:\.default)?(?:\.weight)?")
 _PROCESSOR = re.compile(r"(.*)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
-_RANKED = {"lora_down.weight": 0, "hada_w1_b": 0, "lokr_w2_b": 0}  # a tensor of a site whose first size is the rank
+_RANKED = frozenset(("lora_down.weight", "hada_w1_b", "lokr_w2_b"))  # the tensor of a site whose first size is the rank
 
 
 def kohya_name(name: str) -> str:
@@ -61,9 +61,14 @@ def kohya_name(name: str) -> str:
     match = _NAME.fullmatch(name)
     if match is None:
         return name
-    start = next(start for start in _STARTS if match[1].startswith(start))
-    path = match[1].removeprefix(start)
+    start, path = _split(match[1])
     return f"{_STARTS[start]}{path.replace('.', '_')}.{_SUFFIXES[match[2]]}"
+
+
+def _split(name: str) -> tuple[str, str]:
+    """What a name begins with, and the rest of it."""
+    start = next(start for start in _STARTS if name.startswith(start))
+    return start, name.removeprefix(start)
 
 
 def adopted(
@@ -89,7 +94,7 @@ def adopted(
     for name, new in renamed.items():
         site, _, suffix = new.partition(".")
         if suffix in _RANKED and f"{site}.alpha" not in found and new != name:
-            alpha = _alpha(name, found[new].shape[_RANKED[suffix]], told)
+            alpha = _alpha(name, len(found[new]), told)
             if alpha is not None:
                 found[f"{site}.alpha"] = torch.tensor(alpha)
     unsure = of_peft and not told
@@ -123,12 +128,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _alpha(name: str, rank: int, told: Mapping[str, Any]) -> float | None:
     """The alpha that a configuration tells for a tensor's site, as the kohya layout means it; None where it tells none."""
-    start = next(start for start in _STARTS if name.startswith(start))
+    start, path = _split(name)
     # diffusers puts the component before each name, unless there is but one.
     own = {key.removeprefix(start): value for key, value in told.items() if key.startswith(start)} if start != _PEFT else {}
     settings = own or told
     alpha = settings.get("lora_alpha", settings.get("alpha"))
-    path = name.removeprefix(start)
     patterns = settings.get("alpha_pattern")
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         try:
