@@ -9,9 +9,10 @@ For each sample style and method: trains an adapter with the defaults of ``peft-
 - the denoising loss on the real drawings of those subjects, with fixed noise and timesteps, without and with the adapter;
 - how often a judge (``scripts/build_base/judge.py``) tells the style of what it generates right;
 - how often the right subject is among the five nearest real drawings of that style, beside the base's own figure;
-- trained parameters, the size of the file, seconds and the peak of the process's memory in training.
+- trained parameters, the size of the file, processor time and the peak of the process's memory in training.
 
-The real drawings come from npm (``pip install 'peft_diffusion[base]'``, and Node.js for npm). Writes ``figures.json``,
+Training and measuring may be done apart, on two machines: ``--only-train`` first, then ``--adapters`` on what it wrote. The
+real drawings come from npm (``pip install 'peft_diffusion[base]'``, and Node.js for npm). Writes ``figures.json``,
 ``table.md`` and a sheet for each style: without an adapter, with each method, and the real drawing.
 """
 
@@ -109,16 +110,23 @@ def main() -> None:
     """Train, measure, draw, print."""
     options, console = _options(), Console()
     options.output.mkdir(parents=True, exist_ok=True)
+    adapters = Adapters(load_base("icons", device=options.device))
+    styles = [style for style in SAMPLES if style.name in options.styles]
+    if options.adapters is None:
+        for style in styles:
+            for method in options.methods:
+                _train(style, method, adapters.pipe, options, console)
+    if options.only_train:
+        return
     if not options.data.exists():
         console.print("fetching and rendering the icon sets ...")
         pack(options.data, tuple(STYLES))
     galleries = packed_galleries(options.data)
     chosen = subjects(galleries, options.subjects)
     console.print(f"{len(chosen)} subjects that no sample folder shows, such as {', '.join(chosen[:12])}")
-    adapters = Adapters(load_base("icons", device=options.device))
     setting = _of_base(adapters, Setting(options, console, Judge.of(galleries), chosen))
     found = []
-    for style in (style for style in SAMPLES if style.name in options.styles):
+    for style in styles:
         real = galleries[style.drawings].pixels[[galleries[style.drawings].subjects.index(name) for name in chosen]]
         found += _of_style(style, adapters, real, setting)
         _report(found, setting)  # after each, so that a run that is stopped has told something
@@ -141,7 +149,6 @@ def _of_style(style: Style, adapters: Adapters, real: Tensor, setting: Setting) 
     rows, found = {f"without\n“{style.words} …”": _draw(adapters, prompts[:12], setting.options)}, []
     for method in setting.options.methods:
         file = _file(style, method, setting.options)
-        trained = _train(style, method, adapters.pipe, setting) if setting.options.adapters is None else {}
         adapters.load(file, name=style.name)
         after = denoising_loss(adapters.pipe, real, prompts)
         drawn = _draw(adapters, prompts, setting.options)
@@ -149,7 +156,7 @@ def _of_style(style: Style, adapters: Adapters, real: Tensor, setting: Setting) 
         right = _told(setting.judge, drawn, style.drawings)
         kept = _kept(setting.judge, drawn, style.drawings, setting.chosen)
         parameters, size = inspect(file).parameters, file.stat().st_size
-        found.append(Figures(style.name, method, before, after, right, kept, parameters, size, **trained))
+        found.append(Figures(style.name, method, before, after, right, kept, parameters, size, **_cost(file)))
         setting.console.print(
             f"{style.name}, {method}: loss falls by {found[-1].fall:.1%}, style {right:.0%}, subject {kept:.0%}"
         )
@@ -162,24 +169,32 @@ def _of_style(style: Style, adapters: Adapters, real: Tensor, setting: Setting) 
     return found
 
 
-def _train(style: Style, method: str, pipe: Any, setting: Setting) -> dict[str, Any]:
-    """Train an adapter; the seconds and the peak of memory that it took."""
+def _train(style: Style, method: str, pipe: Any, options: argparse.Namespace, console: Console) -> None:
+    """Train an adapter; what it took is written beside it."""
     words: dict[str, Any] = {"components": ("text_encoder",)} if method in OF_WORDS else {}
     if method == "tokens":
         words["option"] = (f"placeholders={style.word}", "initial=emoji")
+    file = _file(style, method, options)
     run = TrainConfig(
         (embedded(f"styles/{style.name}"),),
-        output=_file(style, method, setting.options),
-        run_dir=setting.options.output / "runs" / f"{style.name}-{method}",
+        output=file,
+        run_dir=options.output / "runs" / f"{style.name}-{method}",
         method=method,
-        device=setting.options.device,
+        device=options.device,
         overwrite=True,
         **words,
     )
-    began = time.monotonic()
+    began = time.process_time()
     with peak_memory() as memory:
-        train(run, pipe=pipe, console=setting.console)
-    return {"seconds": time.monotonic() - began, "memory": memory.get("peak")}
+        train(run, pipe=pipe, console=console)
+    cost = {"seconds": time.process_time() - began, "memory": memory.get("peak")}
+    file.with_suffix(".json").write_text(json.dumps(cost))
+
+
+def _cost(file: Path) -> dict[str, Any]:
+    """The processor time and the peak of memory that an adapter's training took, where they are known."""
+    path = file.with_suffix(".json")
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def subjects(galleries: dict[str, Gallery], count: int) -> list[str]:
@@ -242,7 +257,7 @@ def _kept(judge: Judge, images: Sequence[Image.Image], style: str, chosen: Seque
 
 HEADINGS = (
     "style", "method", "loss, base", "loss, adapter", "falls by", "style told right", "subject kept", "trained", "file",
-    "training", "peak memory",
+    "processor time", "peak memory",
 )  # fmt: skip
 
 
@@ -280,6 +295,7 @@ def _row(figures: Figures, own: float) -> tuple[str, ...]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="folder for figures, sheets and adapters")
+    parser.add_argument("--only-train", action="store_true", help="measure nothing: another run does, with --adapters")
     parser.add_argument("--adapters", type=Path, help="folder of what an earlier run trained, instead of training")
     parser.add_argument("--data", type=Path, default=CACHE / "drawings.zip", help="the packed drawings; made if missing")
     parser.add_argument("--styles", nargs="+", choices=[s.name for s in SAMPLES], default=[s.name for s in SAMPLES])

@@ -96,7 +96,7 @@ def test_it_is_small_and_says_what_it_is(icons: Any) -> None:
 def test_its_card_is_that_of_its_figures() -> None:
     figures = json.loads((FOLDER / "figures.json").read_text())
     text = (FOLDER / "README.md").read_text()
-    training = text.split("from scratch, ")[1].split(". Then, on a CPU")[0]
+    training = text.split("from scratch, ")[1].split(". Then\nthe text encoder")[0]
     assert card(figures, training, "sheet.webp", SHEET_STYLES) == text
     with Image.open(FOLDER / "sheet.webp") as sheet:
         assert sheet.size == (12 * 128, len(SHEET_STYLES) * 128)

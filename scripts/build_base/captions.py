@@ -10,6 +10,7 @@ PLAIN_SHARE = 0.08
 ARTICLE_SHARE = 0.35
 TAGS_SHARE = 0.3
 SHORT_SHARE = 0.06
+OTHER_NAME_SHARE = 0.35
 STYLE_LAST_SHARE = 0.1
 
 
@@ -28,12 +29,14 @@ def with_article(subject: str) -> str:
 
 def _subject_phrase(drawing: Drawing, rng: random.Random) -> str:
     words = drawing.subject.split()
-    phrase = drawing.subject
-    if drawing.tags and len(words) > 1 and rng.random() < SHORT_SHARE:
+    phrase, is_emoji = drawing.subject, STYLES[drawing.style].is_emoji
+    if is_emoji and drawing.tags and len(words) > 1 and rng.random() < SHORT_SHARE:
         phrase = " ".join(words[:-1]) if words[-1] in ("face", "button", "symbol", "sign") else words[-1]
+    elif not is_emoji and drawing.tags and rng.random() < OTHER_NAME_SHARE:
+        phrase = rng.choice(drawing.tags)  # an icon's are names that the emoji sets have for it
     if rng.random() < ARTICLE_SHARE:
         phrase = with_article(phrase)
-    if drawing.tags and rng.random() < TAGS_SHARE:
+    if is_emoji and drawing.tags and rng.random() < TAGS_SHARE:
         phrase = ", ".join([phrase, *rng.sample(drawing.tags, min(len(drawing.tags), rng.randint(1, 3)))])
     return phrase
 

@@ -47,7 +47,7 @@ Weights are float16, 48 MB in all. Epsilon prediction, the linear schedule of St
 
 ## Training
 
-On one H200: the autoencoder 400 s; the UNet and the text encoder together, from scratch, {training}. Then, on a CPU,
+The autoencoder trained for 400 s on one H200; the UNet and the text encoder together, from scratch, {training}. Then
 the text encoder learned to read past style words that it does not know, so that a new style may have any name. Made by
 `scripts/build_base/`, where every step is a script.
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import resvg_py
 from PIL import Image
 
 from .render import render
@@ -305,6 +304,8 @@ def make_style(sample: StyleSample, output: Path, packages: Path, cache: Path) -
 
 def make_subject(output: Path, packages: Path) -> Path:
     """Write the folder of the character."""
+    import resvg_py
+
     folder = output / "subjects" / "mira"
     _clear(folder)
     for scene, avatar in zip(SCENES, _avatars(packages), strict=True):

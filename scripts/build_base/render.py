@@ -15,7 +15,7 @@ from PIL import Image
 from .fetch import read_icons
 from .packed import Drawing
 from .sources import CACHE, ICON_SETS, IconSet, icon_set
-from .words import emoji_tags, split
+from .words import OTHER_NAMES, emoji_tags, split
 
 PACKED_SIZE = 128
 _TONE = re.compile(r"-skin-tone|(-(medium-light|medium-dark|light|medium|dark))+$")
@@ -45,7 +45,8 @@ def drawings(style: str, cache: Path = CACHE) -> list[Drawing]:
     icons = read_icons(chosen, cache)["icons"]
     names = sorted(name for name, icon in icons.items() if not icon.get("hidden") and _kept(chosen, name, icons))
     subjects = [_subject(chosen, name, cache) for name in names]
-    tags = [emoji_tags(cache).get(subject, ()) if chosen.is_emoji else () for subject in subjects]
+    near = emoji_tags(cache) if chosen.is_emoji else OTHER_NAMES
+    tags = [near.get(subject, ()) for subject in subjects]
     rows = zip(names, subjects, tags, strict=True)
     return [Drawing(style, name, subject, words, chosen.role, chosen.licence) for name, subject, words in rows]
 

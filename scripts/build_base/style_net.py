@@ -24,8 +24,9 @@ from .training import affine
 
 WEIGHTS = Path(__file__).with_name("style_net.safetensors")
 SIZE = 128
-WIDTHS = (24, 48, 80, 128)
+WIDTHS = (24, 48, 96, 144)
 HELD_OUT_EVERY = 8
+REPORT_EVERY = 100  # steps
 
 
 class StyleNet(nn.Module):
@@ -41,8 +42,7 @@ class StyleNet(nn.Module):
                     nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False),
                     nn.BatchNorm2d(width),
                     nn.ReLU(),
-                    nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
-                    nn.Conv2d(width, width, 1, bias=False),
+                    nn.Conv2d(width, width, 3, padding=1, bias=False),
                     nn.BatchNorm2d(width),
                     nn.ReLU(),
                 )
@@ -89,11 +89,11 @@ def softened(images: Tensor) -> Tensor:
 def changed(images: Tensor) -> Tensor:
     """Images in [0, 1] as other renderings and a generator's softness may show them; random."""
     values = affine(images * 2 - 1, (0.87, 1.15), 0.08).clamp(-1, 1) / 2 + 0.5
-    values = torch.where(torch.rand(len(values), 1, 1, 1) < 0.5, values, values.flip(3))
+    each = torch.rand(3, len(values), 1, 1, 1, device=images.device)
+    values = torch.where(each[0] < 0.5, values, values.flip(3))
     soft = softened(values)
-    choice = torch.rand(len(values), 1, 1, 1)
-    values = torch.where(choice < 0.35, values, torch.where(choice < 0.75, soft, softened(soft)))
-    return (values + torch.rand(len(values), 1, 1, 1) * 0.02 * torch.randn_like(values)).clamp(0, 1)
+    values = torch.where(each[1] < 0.35, values, torch.where(each[1] < 0.75, soft, softened(soft)))
+    return (values + each[2] * 0.02 * torch.randn_like(values)).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -101,11 +101,12 @@ def _decoded(vae_folder: Path, pixels: Tensor) -> Tensor:
     """The drawings as the autoencoder gives them back, latents disturbed a little; bytes in, bytes out."""
     from .train_unet import load_vae
 
-    vae = load_vae(vae_folder, torch.device("cpu"))
+    vae = load_vae(vae_folder, pixels.device)
     pieces = []
     for piece in pixels.split(32):
         latents = vae.encode(piece.float() / 127.5 - 1).latent_dist.mean
-        latents = latents + torch.rand(len(latents), 1, 1, 1) * 0.15 * torch.randn_like(latents)
+        amounts = 0.15 * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+        latents = latents + amounts * torch.randn_like(latents)
         pieces.append(((vae.decode(latents).sample.clamp(-1, 1) + 1) * 127.5).round().byte())
     return torch.cat(pieces)
 
@@ -115,30 +116,30 @@ def _seen(rows: list[Drawing], pixels: Tensor, vae: Path, decoded: int, styles: 
     pools = []
     for style in styles:
         numbers = [number for number, row in enumerate(rows) if row.style == style and not held_out(row.subject)]
-        chosen = torch.tensor(numbers)[torch.randperm(len(numbers))[:decoded]]
+        chosen = torch.tensor(numbers)[torch.randperm(len(numbers))[:decoded]].to(pixels.device)
         pools.append(torch.cat([pixels[numbers], _decoded(vae, pixels[chosen])]))
     return pools
 
 
 def fit(pools: list[Tensor], styles: tuple[str, ...], steps: int, batch: int, rate: float) -> StyleNet:
-    """Train on as many of each style in every batch, cycling through each style's drawings."""
-    net = StyleNet(styles).to(memory_format=torch.channels_last).train()
+    """Train on as many of each style in every batch, on the device that the drawings are on."""
+    device = pools[0].device
+    net = StyleNet(styles).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.02)
     plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.15)
-    each, start, mean = -(-batch // len(styles)), time.monotonic(), 0.0
-    labels = torch.arange(len(styles)).repeat_interleave(each)
+    each, start = -(-batch // len(styles)), time.monotonic()
+    labels = torch.arange(len(styles), device=device).repeat_interleave(each)
     for step in range(1, steps + 1):
-        drawn = torch.cat([pool[torch.randint(len(pool), (each,))] for pool in pools])
+        drawn = torch.cat([pool[torch.randint(len(pool), (each,), device=device)] for pool in pools])
         images = changed(drawn.float() / 255).contiguous(memory_format=torch.channels_last)
         loss = F.cross_entropy(net(images), labels, label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         plan.step()
-        mean += (loss.item() - mean) * (0.02 if step > 1 else 1)
-        if step % 100 == 0:
-            print(f"step {step} of {steps}  loss {mean:.4f}  {time.monotonic() - start:.0f} s", flush=True)
-    return net.eval()
+        if step % REPORT_EVERY == 0:
+            print(f"step {step} of {steps}  loss {loss.item():.4f}  {time.monotonic() - start:.0f} s", flush=True)
+    return net.eval().cpu()
 
 
 def main() -> None:
@@ -147,15 +148,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=CACHE / "drawings.zip", help="the packed drawings")
     parser.add_argument("--vae", type=Path, default=Path("samples/base/vae"), help="folder of the trained autoencoder")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="file to write")
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch", type=int, default=66)
-    parser.add_argument("--rate", type=float, default=4e-3)
-    parser.add_argument("--decoded", type=int, default=150, help="drawings of each style seen through the autoencoder too")
+    parser.add_argument("--device", default="cpu", help="where to train")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=132)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--decoded", type=int, default=1000, help="drawings of each style seen through the autoencoder too")
     options = parser.parse_args()
     torch.manual_seed(0)
     styles = tuple(STYLES)
     rows, pixels = load_packed(options.data, styles)
-    net = fit(_seen(rows, pixels, options.vae, options.decoded, styles), styles, options.steps, options.batch, options.rate)
+    pools = _seen(rows, pixels.to(options.device), options.vae, options.decoded, styles)
+    net = fit(pools, styles, options.steps, options.batch, options.rate)
     halves = {name: tensor.half().contiguous() for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
     save_file(halves, options.output, metadata={"styles": " ".join(styles)})
     print(f"{sum(tensor.numel() for tensor in halves.values())} parameters: {options.output}")

@@ -1,4 +1,10 @@
-"""Train the UNet and the text encoder together, from scratch, on the latents of the base sets."""
+"""Train the UNet and the text encoder together, from scratch, on the latents of the base sets.
+
+    python -m scripts.build_base.train_unet --seconds 900
+    torchrun --nproc-per-node 2 -m scripts.build_base.train_unet --seconds 900 --compute bfloat16 --compile
+
+With several GPUs each one draws its own ``--batch``. The same command goes on with a training that was stopped.
+"""
 
 import argparse
 import functools
@@ -10,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -25,21 +31,22 @@ from .training import (
     Arena,
     Plan,
     Progress,
+    Team,
     affine,
     balanced_sampler,
-    captured,
     load_checkpoint,
     save_checkpoint,
     sheet,
+    stepping,
     train,
 )
 
-WEIGHTS = {"tabler": 0.4, "ph-fill": 0.5, "ph-duotone": 0.6, "flat-color-icons": 1.5}
+WEIGHTS = {"tabler": 0.6, "ph-fill": 0.6, "ph-duotone": 0.7, "flat-color-icons": 2.0}
 MIN_SNR_GAMMA = 5.0
 SHEET_STYLES = ("noto", "noto-v1", "fluent-emoji", "fxemoji", "tabler", "ph-duotone")
 SHEET_SUBJECTS = (
     "red apple", "cat face", "automobile", "house", "grinning face", "fire",
-    "pizza", "rocket", "guitar", "fish", "star", "dog face",
+    "pizza", "rocket", "umbrella", "fish", "star", "dog face",
 )  # fmt: skip
 
 
@@ -88,10 +95,10 @@ def shared_subjects(drawings: list[Drawing], count: int) -> set[str]:
     return set(ranked[:count])
 
 
-def make_step(
-    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, arena: Arena, data: TrainingSet, options: argparse.Namespace
+def make_gradient(
+    unet: torch.nn.Module, text_encoder: CLIPTextModel, arena: Arena, data: TrainingSet, options: argparse.Namespace
 ) -> Callable[[], Tensor]:
-    """The whole training step: drawing, noise, timesteps, forward, loss weighted by min-SNR, backward, update."""
+    """A training step without its update: drawing, noise, timesteps, forward, loss weighted by min-SNR, backward."""
     device, batch = data.latents.device, options.batch
     powers = signal_powers(device)
     snr = powers / (1 - powers)
@@ -107,7 +114,7 @@ def make_step(
             predicted: Tensor = unet(noisy.to(arena.work.dtype), timesteps, hidden, return_dict=False)[0]
         return predicted.float()
 
-    def step() -> Tensor:
+    def gradient() -> Tensor:
         chosen = draw()
         latents = data.latents[chosen, pick(data.latents.shape[1])].float()
         tokens = data.tokens[chosen, pick(data.tokens.shape[1])].long()
@@ -117,10 +124,10 @@ def make_step(
         noisy = power.sqrt() * latents + (1 - power).sqrt() * noise
         errors = (predict(noisy, timesteps, tokens) - noise).square().mean((1, 2, 3))
         loss = (errors * importance[timesteps]).mean()
-        arena.update(loss)
+        arena.take(loss)
         return loss.detach()
 
-    return step
+    return gradient
 
 
 def load_vae(folder: Path, device: torch.device) -> AutoencoderKL:
@@ -141,11 +148,16 @@ def _save(arena: Arena, progress: Progress, modules: dict[str, torch.nn.Module],
     (folder / "losses.json").write_text(json.dumps(progress.losses))
 
 
+def _read(modules: dict[str, torch.nn.Module], folder: Path) -> None:
+    """The averaged weights of a training."""
+    for name, module in modules.items():
+        module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+
+
 def draw_sheet(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device, steps: int) -> None:
     """Twelve subjects in six styles, a style a row."""
     unet, text_encoder = make_unet(), make_text_encoder()
-    unet.load_state_dict(load_file(folder / "unet.safetensors"))
-    text_encoder.load_state_dict(load_file(folder / "text_encoder.safetensors"))
+    _read({"unet": unet, "text_encoder": text_encoder}, folder)
     pipe = assemble(vae, text_encoder, tokenizer, unet).to(device)
     pipe.set_progress_bar_config(disable=True)
     prompts = [caption(style, subject) for style in SHEET_STYLES for subject in SHEET_SUBJECTS]
@@ -160,16 +172,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vae", type=Path, default=CACHE / "vae", help="folder of the trained autoencoder")
     parser.add_argument("--tokenizer", type=Path, default=CACHE / "tokenizer", help="folder of the tokenizer")
     parser.add_argument("--output", type=Path, default=CACHE / "unet", help="folder to write, or to go on from")
+    parser.add_argument("--start", type=Path, help="folder of another training, whose averaged weights to start from")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a trial")
     parser.add_argument("--seconds", type=float, default=960, help="time of training now")
     parser.add_argument("--total-seconds", type=float, help="time of training in all, where it is done in parts")
     parser.add_argument("--steps", type=int, help="stop after so many steps")
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=256, help="drawings of a step, on each GPU")
     parser.add_argument("--rate", type=float, default=5e-4, help="the highest learning rate")
     parser.add_argument("--warm-up", type=int, default=1000, help="steps until the learning rate is at its highest")
     parser.add_argument("--each", type=int, help="use so many drawings of each set only")
-    parser.add_argument("--variants", type=int, default=4, help="augmentations of each drawing")
-    parser.add_argument("--captions", type=int, default=24, help="captions of each drawing")
+    parser.add_argument("--variants", type=int, default=6, help="augmentations of each drawing")
+    parser.add_argument("--captions", type=int, default=48, help="captions of each drawing")
     parser.add_argument("--channels-last", action="store_true", help="the other memory layout")
     parser.add_argument(
         "--compute",
@@ -177,6 +190,7 @@ def _options() -> argparse.Namespace:
         default="float32",
         help="float32 (TF32 on a GPU), autocast to bfloat16, or all in bfloat16 over float32 masters, which is fastest",
     )
+    parser.add_argument("--compile", action="store_true", help="fuse the UNet's operations, which takes a minute or two")
     parser.add_argument("--subjects", type=int, help="use only the so many subjects that most sets draw")
     parser.add_argument("--report-every", type=int, default=500, help="steps between two lines of progress")
     parser.add_argument("--sheet-steps", type=int, default=25, help="denoising steps of the sheet; 0 draws none")
@@ -201,17 +215,25 @@ def _training_set(options: argparse.Namespace, vae: AutoencoderKL, tokenizer: CL
 
 def main() -> None:
     """Prepare, train, save, and draw a sheet."""
-    options, start = _options(), time.perf_counter()
+    options, start, team = _options(), time.perf_counter(), Team.join()
     device = torch.device(options.device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True
-    torch.manual_seed(1)
     tokenizer = CLIPTokenizer.from_pretrained(options.tokenizer)
     vae = load_vae(options.vae, device)
+    if team.rank == 0:
+        _training_set(options, vae, tokenizer)
+    team.agree(0.0)  # the others read what the first one prepared
     data = _training_set(options, vae, tokenizer).to(device)
     print(f"{time.perf_counter() - start:.0f} s of preparation: latents {tuple(data.latents.shape)}", flush=True)
+    torch.manual_seed(1)
     dtype = torch.bfloat16 if options.compute == "bfloat16" else torch.float32
-    unet, text_encoder = make_unet().to(device), make_text_encoder().to(device)
+    unet, text_encoder = make_unet(), make_text_encoder()
+    modules: dict[str, torch.nn.Module] = {"unet": unet, "text_encoder": text_encoder}
+    if options.start:
+        _read(modules, options.start)
+    for module in modules.values():
+        module.to(device)
     arena = Arena([unet, text_encoder], dtype, options.channels_last, weight_decay=0.01)
     progress, checkpoint = Progress(), load_checkpoint(options.output / "checkpoint.pt", device)
     if checkpoint:
@@ -219,11 +241,13 @@ def main() -> None:
         progress = Progress(checkpoint["step"], checkpoint["spent"])
     total = options.total_seconds or progress.spent + options.seconds
     plan = Plan(options.rate, options.seconds, total, options.steps, options.warm_up)
-    step = captured(make_step(unet, text_encoder, arena, data, options), device)
-    modules: dict[str, torch.nn.Module] = {"unet": unet, "text_encoder": text_encoder}
+    torch.manual_seed(2 + team.rank + team.size * progress.step)
+    network: torch.nn.Module = torch.compile(unet, dynamic=False) if options.compile else unet
+    step = stepping(make_gradient(network, text_encoder, arena, data, options), arena, team, device)
+    print(f"{time.perf_counter() - start:.0f} s until the first step", flush=True)
     save = functools.partial(_save, arena, progress, modules, options.output)
-    train(step, arena, plan, progress, save, options.report_every)
-    if options.sheet_steps:
+    train(step, arena, plan, progress, save, options.report_every, team)
+    if options.sheet_steps and team.rank == 0:
         draw_sheet(options.output, vae, tokenizer, device, options.sheet_steps)
 
 

@@ -1,6 +1,7 @@
 """What both trainings share: flat parameters, a captured step, a schedule in time, and checkpoints."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -8,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-STEPS_BETWEEN_CLOCKS = 5
+STEPS_BETWEEN_CLOCKS = 10
 SECONDS_BETWEEN_SAVES = 60.0
 ALIGNMENT = 64  # elements
 
@@ -38,6 +40,41 @@ class Plan:
     def averaging_weight(self, step: int) -> float:
         """How much of the newest weights enters their running average."""
         return 1 - min(self.averaging, (1 + step) / (10 + step))
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that train together, one a GPU, started by ``torchrun``; one alone is a team too."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls) -> "Team":
+        """The team that this process was started in."""
+        if "WORLD_SIZE" not in os.environ:
+            return cls()
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def mean(self, tensor: Tensor) -> None:
+        """Put the mean over the team in the place of each one's own."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.AVG)
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give everyone what the first has."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, 0)
+
+    def agree(self, value: float) -> float:
+        """The first one's number; everyone waits for it."""
+        if self.size == 1:
+            return value
+        told = torch.tensor(value, dtype=torch.float64, device="cuda")
+        dist.broadcast(told, 0)
+        return float(told)
 
 
 def _aligned(count: int) -> int:
@@ -94,8 +131,16 @@ class Arena:
         return views
 
     def update(self, loss: Tensor) -> None:
-        """One step of AdamW on the loss, its gradient clipped to norm 1; a gradient that is no number counts as 0."""
+        """One step of AdamW on the loss."""
+        self.take(loss)
+        self.apply()
+
+    def take(self, loss: Tensor) -> None:
+        """The gradient of the loss."""
         torch._foreach_copy_(self.gradients, torch.autograd.grad(loss, self.parameters))
+
+    def apply(self) -> None:
+        """AdamW on the gradient, which is clipped to norm 1; one that is no number counts as 0."""
         with torch.no_grad():
             norm = self.gradient.norm()
             self.skipped += 1 - norm.isfinite().float()
@@ -104,6 +149,11 @@ class Arena:
             self.optimizer.step()
             self.average.lerp_(self.master, self.averaging)
             self.work.copy_(self.master)
+
+    def lasting(self) -> list[Tensor]:
+        """All that a step changes and the next one reads."""
+        moments = [value for values in self.optimizer.state.values() for value in values.values()]
+        return [self.master.detach(), self.average, self.work, *moments]
 
     def use_average(self) -> None:
         """Let the modules compute with the running average."""
@@ -141,7 +191,9 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A team's threads look after their communication all the while: what they ask must not end the recording.
+    mode = "thread_local" if dist.is_initialized() else "global"
+    with torch.cuda.graph(graph, capture_error_mode=mode):
         result = step()
     return CapturedStep(step, graph, result)
 
@@ -161,6 +213,34 @@ class CapturedStep:
         return self.result
 
 
+def stepping(
+    gradient: Callable[[], Tensor], arena: Arena, team: Team, device: torch.device
+) -> Callable[[], Tensor]:
+    """A whole step, captured: the gradient (which gives the loss), its mean over the team, and the update."""
+
+    def whole() -> Tensor:
+        loss = gradient()
+        arena.apply()
+        return loss
+
+    def update() -> Tensor:
+        arena.apply()
+        return arena.skipped
+
+    if team.size == 1:
+        return captured(whole, device)
+    first, second = captured(gradient, device), captured(update, device)
+    team.share(arena.lasting())  # trial runs before the capture saw each one's own gradient
+
+    def step() -> Tensor:
+        loss = first()
+        team.mean(arena.gradient)
+        second()
+        return loss
+
+    return step
+
+
 @dataclass
 class Progress:
     """Where a training stands."""
@@ -177,8 +257,9 @@ def train(
     progress: Progress,
     save: Callable[[], None],
     report_every: int = 1000,
+    team: Team = Team(),
 ) -> None:
-    """Repeat the step until the plan's seconds (or steps) are over; save every minute and at the end."""
+    """Repeat the step until the plan's seconds (or steps) are over; the first of the team saves, every minute and last."""
     start, before, first = time.perf_counter(), progress.spent, progress.step
     saved = before
     total = torch.zeros((), device=arena.rate.device)
@@ -190,14 +271,15 @@ def train(
         if progress.step % STEPS_BETWEEN_CLOCKS == 0:
             if arena.rate.is_cuda:
                 torch.cuda.synchronize()
-            progress.spent = before + time.perf_counter() - start
-            if progress.spent - saved > SECONDS_BETWEEN_SAVES:
+            progress.spent = team.agree(before + time.perf_counter() - start)
+            if team.rank == 0 and progress.spent - saved > SECONDS_BETWEEN_SAVES:
                 save()
                 saved = progress.spent
-        if progress.step % report_every == 0:
+        if team.rank == 0 and progress.step % report_every == 0:
             _report(progress, total / report_every, arena, plan, (progress.spent - before) / (progress.step - first))
             total.zero_()
-    save()
+    if team.rank == 0:
+        save()
 
 
 def _report(progress: Progress, mean: Tensor, arena: Arena, plan: Plan, pace: float) -> None:

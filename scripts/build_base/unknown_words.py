@@ -4,7 +4,8 @@ People give a new style a name of its own, such as "openmoji emoji of a red appl
 subject. A text encoder that saw eight styles alone loses the subject behind a ninth. So a copy of it learns, from itself, to
 say after words it does not know what it says after none: its answer to "qwib emoji of a red apple" is pulled to the first
 one's answer to "emoji of a red apple", token by token, and its answers to the captions of the training are held where they
-are. Errors are weighed by what the UNet's cross-attention makes of them. The UNet stays. Half an hour on two CPU cores.
+are. Errors are weighed by what the UNet's cross-attention makes of them. The UNet stays. Half an hour on two CPU cores, or
+two minutes on a GPU.
 """
 
 import argparse
@@ -19,13 +20,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .captions import varied_caption, with_article
 from .export import write_text_encoder
-from .packed import Drawing
-from .render import drawings
+from .packed import Drawing, packed_rows
 from .sources import BASE_STYLES, CACHE, STYLES
 from .tokens import LENGTH
 
@@ -38,7 +39,7 @@ CHECKED = (
     "openmoji emoji of ", "twemoji emoji of ", "fluent flat emoji of ", "ink drawing of ", "watercolor painting of ",
     "pixel art of ", "sks ", "zwx style, ",
 )  # fmt: skip
-KNOWN_SHARE = 0.4
+KNOWN_SHARE = 0.5
 SUFFIX_SHARE = 0.1
 PREFIX_WEIGHT = 0.3  # the unknown words themselves may keep some of their own meaning
 WARM_UP, REPORT_EVERY = 50, 50  # steps
@@ -141,12 +142,13 @@ def reading(unet: UNet2DConditionModel) -> Tensor:
 
 def errors(student: CLIPTextModel, teacher: CLIPTextModel, pairs: list[Pair], metric: Tensor) -> Tensor:
     """The mean error of each pair, 1 being that of an answer of nothing but zeros."""
+    device = metric.device
     with torch.no_grad():
-        wanted = teacher(input_ids=torch.stack([pair.model for pair in pairs]))[0]
+        wanted = teacher(input_ids=torch.stack([pair.model for pair in pairs]).to(device))[0]
         wanted = torch.stack([row[pair.places] for row, pair in zip(wanted, pairs, strict=True)])
         scale = ((wanted @ metric) * wanted).sum(-1).mean()
-    difference = student(input_ids=torch.stack([pair.prompt for pair in pairs]))[0] - wanted
-    weights = torch.stack([pair.weights for pair in pairs])
+    difference = student(input_ids=torch.stack([pair.prompt for pair in pairs]).to(device))[0] - wanted
+    weights = torch.stack([pair.weights for pair in pairs]).to(device)
     squares = ((difference @ metric) * difference).sum(-1) * weights
     return squares.sum(1) / weights.sum(1) / scale
 
@@ -156,7 +158,7 @@ def train(
 ) -> None:
     """AdamW with a short warm-up and a cosine to nothing."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
-    start, total = time.perf_counter(), 0.0
+    start = time.perf_counter()
     for step in range(options.steps):
         cosine = 0.5 * (1 + math.cos(math.pi * step / options.steps))
         optimizer.param_groups[0]["lr"] = options.rate * cosine * min(1.0, (step + 1) / WARM_UP)
@@ -165,11 +167,8 @@ def train(
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
-        total += loss.item()
         if (step + 1) % REPORT_EVERY == 0:
-            spent = time.perf_counter() - start
-            print(f"step {step + 1}  error {total / REPORT_EVERY:.4f}  {spent:.0f} s", flush=True)
-            total = 0.0
+            print(f"step {step + 1}  error {loss.item():.4f}  {time.perf_counter() - start:.0f} s", flush=True)
 
 
 @torch.no_grad()
@@ -189,22 +188,28 @@ def main() -> None:
     """Teach, check, and write the text encoder in the place of the old one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path("samples/base"), help="the diffusers folder, changed in place")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder the archives are kept in")
+    parser.add_argument("--data", type=Path, default=CACHE / "drawings.zip", help="the packed drawings")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=32, help="prompts a step")
+    parser.add_argument("--go-on", type=Path, help="weights of a text encoder that has learned some of it already")
+    parser.add_argument("--device", default="cpu", help="where to learn")
     parser.add_argument("--rate", type=float, default=4e-4, help="the highest learning rate")
     options = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(options.base / "tokenizer")
-    teacher = CLIPTextModel.from_pretrained(options.base / "text_encoder", dtype=torch.float32).requires_grad_(False)
+    teacher = CLIPTextModel.from_pretrained(options.base / "text_encoder", dtype=torch.float32)
+    teacher.to(options.device).requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    metric = reading(UNet2DConditionModel.from_pretrained(options.base / "unet", torch_dtype=torch.float32))
-    rows = [row for style in BASE_STYLES for row in drawings(style, options.cache)]
+    if options.go_on:
+        student.load_state_dict(load_file(options.go_on))
+    unet = UNet2DConditionModel.from_pretrained(options.base / "unet", torch_dtype=torch.float32)
+    metric = reading(unet).to(options.device)
+    rows = packed_rows(options.data, BASE_STYLES)
     prompts = Prompts(tokenizer, rows, seed=0)
     train(student, teacher, prompts, metric, options)
     subjects = [row.subject for row in random.Random(1).sample(rows, 64)]
     Console().print(check(student, teacher, prompts, metric, subjects))
-    write_text_encoder(student, options.base)
+    write_text_encoder(student.cpu(), options.base)
 
 
 if __name__ == "__main__":
