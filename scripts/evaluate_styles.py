@@ -7,8 +7,9 @@ For each sample style and method: trains an adapter with the defaults of ``peft-
 ``--adapters``), then, over subjects that are not in the sample folder, prints
 
 - the denoising loss on the real drawings of those subjects, with fixed noise and timesteps, without and with the adapter;
-- how often a judge (``scripts/build_base/judge.py``) tells the style of what it generates right;
-- how often the right subject is among the five nearest real drawings of that style, beside the base's own figure;
+- how often a judge of styles (``scripts/build_base/style_net.py``) tells what it generates to be of that style;
+- how often a judge of subjects (``scripts/build_base/subject_net.py``) has the right one among the five nearest of all,
+  beside what it says of the base's own drawings in a style of its own, and of the real ones;
 - trained parameters, the size of the file, processor time and the peak of the process's memory in training.
 
 Training and measuring may be done apart, on two machines: ``--only-train`` first, then ``--adapters`` on what it wrote. The
@@ -44,10 +45,12 @@ from peft_diffusion.generation.config import GenerateConfig
 from peft_diffusion.generation.painting import Cell, paint
 from peft_diffusion.training import TrainConfig, objective, train
 from scripts.build_base.captions import with_article
-from scripts.build_base.judge import NEAREST, Gallery, Judge, packed_galleries
+from scripts.build_base.judge import NEAREST, Gallery, Judge, galleries_of
 from scripts.build_base.make_samples import HELD_OUT, SUBJECTS
+from scripts.build_base.packed import load_packed
 from scripts.build_base.render import pack
 from scripts.build_base.sources import CACHE, STYLES
+from scripts.build_base.subject_net import SubjectJudge, load_subject_net
 from scripts.measuring import markdown_table, memory_words, peak_memory, run, size_words
 
 BASE_STYLE = "noto"  # what the base's own figure is measured in
@@ -83,6 +86,7 @@ class Figures:
     loss_adapter: float
     style_right: float
     subject_kept: float
+    subject_real: float
     parameters: int
     size: int
     seconds: float | None = None
@@ -101,6 +105,7 @@ class Setting:
     options: argparse.Namespace
     console: Console
     judge: Judge
+    subjects: SubjectJudge
     chosen: list[str]
     own: float = 0.0
     told: float = 0.0
@@ -121,10 +126,12 @@ def main() -> None:
     if not options.data.exists():
         console.print("fetching and rendering the icon sets ...")
         pack(options.data, tuple(STYLES))
-    galleries = packed_galleries(options.data)
+    rows, pixels = load_packed(options.data)
+    galleries = galleries_of(rows, pixels)
     chosen = subjects(galleries, options.subjects)
     console.print(f"{len(chosen)} subjects that no sample folder shows, such as {', '.join(chosen[:12])}")
-    setting = _of_base(adapters, Setting(options, console, Judge.of(galleries), chosen))
+    known = SubjectJudge.of(rows, pixels, load_subject_net())
+    setting = _of_base(adapters, Setting(options, console, Judge.of(galleries), known, chosen))
     found = []
     for style in styles:
         real = galleries[style.drawings].pixels[[galleries[style.drawings].subjects.index(name) for name in chosen]]
@@ -137,8 +144,8 @@ def _of_base(adapters: Adapters, setting: Setting) -> Setting:
     drawn = _draw(
         adapters, [f"{BASE_STYLE} emoji of {with_article(subject)}" for subject in setting.chosen], setting.options
     )
-    own, told = _kept(setting.judge, drawn, BASE_STYLE, setting.chosen), _told(setting.judge, drawn, BASE_STYLE)
-    setting.console.print(f"base: subject among the five nearest {own:.0%}, style told right {told:.0%}")
+    own, told = _kept(setting, _pixels(drawn)), _told(setting.judge, drawn, BASE_STYLE)
+    setting.console.print(f"base: subject told right {own:.0%}, style told right {told:.0%}")
     return replace(setting, own=own, told=told)
 
 
@@ -154,9 +161,9 @@ def _of_style(style: Style, adapters: Adapters, real: Tensor, setting: Setting) 
         drawn = _draw(adapters, prompts, setting.options)
         adapters.remove(style.name)
         right = _told(setting.judge, drawn, style.drawings)
-        kept = _kept(setting.judge, drawn, style.drawings, setting.chosen)
+        kept, of_real = _kept(setting, _pixels(drawn)), _kept(setting, real)
         parameters, size = inspect(file).parameters, file.stat().st_size
-        found.append(Figures(style.name, method, before, after, right, kept, parameters, size, **_cost(file)))
+        found.append(Figures(style.name, method, before, after, right, kept, of_real, parameters, size, **_cost(file)))
         setting.console.print(
             f"{style.name}, {method}: loss falls by {found[-1].fall:.1%}, style {right:.0%}, subject {kept:.0%}"
         )
@@ -181,6 +188,7 @@ def _train(style: Style, method: str, pipe: Any, options: argparse.Namespace, co
         run_dir=options.output / "runs" / f"{style.name}-{method}",
         method=method,
         device=options.device,
+        preview_steps=0,
         overwrite=True,
         **words,
     )
@@ -250,8 +258,8 @@ def _told(judge: Judge, images: Sequence[Image.Image], style: str) -> float:
     return sum(name == style for name in told) / len(told)
 
 
-def _kept(judge: Judge, images: Sequence[Image.Image], style: str, chosen: Sequence[str]) -> float:
-    ranks = judge.subject_rank(_pixels(images), style, list(chosen))
+def _kept(setting: Setting, images: Tensor) -> float:
+    ranks = setting.subjects.ranks(images, setting.chosen)
     return sum(rank <= NEAREST for rank in ranks) / len(ranks)
 
 
@@ -284,7 +292,7 @@ def _row(figures: Figures, own: float) -> tuple[str, ...]:
         f"{figures.loss_adapter:.4f}",
         f"{figures.fall:.0%}",
         f"{figures.style_right:.0%}",
-        f"{figures.subject_kept:.0%} (base {own:.0%})",
+        f"{figures.subject_kept:.0%} (base {own:.0%}, real {figures.subject_real:.0%})",
         f"{figures.parameters:,}",
         size_words(figures.size),
         "-" if figures.seconds is None else f"{figures.seconds:.0f} s",

@@ -65,6 +65,13 @@ def test_pictures_of_several_shapes_have_a_graph_each(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-5)
 
 
+@CUDA
+def test_a_pipeline_of_ones_own_is_left_where_it_was(tmp_path: Path) -> None:
+    pipe = make_pipe().to("cuda")
+    train(small(draw_pictures(tmp_path / "pictures"), tmp_path / "run", device="cuda"), pipe=pipe)
+    assert {part.device.type for part in (pipe.vae, pipe.unet, pipe.text_encoder)} == {"cuda"}
+
+
 def test_what_cannot_be_recorded_runs_all_the_same_and_says_why() -> None:
     told: list[str] = []
     plain, _ = trainer(Line())

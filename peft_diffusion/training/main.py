@@ -62,8 +62,11 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
     parts = components(prepared.pipe)
     with base_kept(prepared.pipe, parts, say) as before:
         run = _Run(prepared, folder, console, crew)
-        run.train(config.resume)
-        result = run.save(before, folder.seconds + time.monotonic() - began)
+        try:
+            run.train(config.resume)
+            result = run.save(before, folder.seconds + time.monotonic() - began)
+        finally:
+            run.task.restore()
     _tell(result, say)
     return result
 

@@ -8,7 +8,7 @@ style, and how often a real drawing that was resized, moved, blurred and made no
 
 import argparse
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packed import load_packed
+from .packed import Drawing, load_packed
 from .render import drawings, render
 from .sources import CACHE, STYLES
 from .style_net import StyleNet, held_out, load_style_net, softened
@@ -43,15 +43,19 @@ class Gallery:
         return Gallery([self.subjects[number] for number in numbers], self.pixels[numbers])
 
 
-def packed_galleries(path: Path = CACHE / "drawings.zip", styles: tuple[str, ...] | None = None) -> dict[str, Gallery]:
-    """The galleries of a packed file of drawings."""
-    rows, pixels = load_packed(path, styles)
+def galleries_of(rows: Sequence[Drawing], pixels: Tensor) -> dict[str, Gallery]:
+    """Drawings and their pixels by style."""
     places: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         places.setdefault(row.style, []).append(number)
     return {
         style: Gallery([rows[number].subject for number in numbers], pixels[numbers]) for style, numbers in places.items()
     }
+
+
+def packed_galleries(path: Path = CACHE / "drawings.zip", styles: tuple[str, ...] | None = None) -> dict[str, Gallery]:
+    """The galleries of a packed file of drawings."""
+    return galleries_of(*load_packed(path, styles))
 
 
 def rendered_gallery(style: str, cache: Path = CACHE, subjects: set[str] | None = None) -> Gallery:
