@@ -19,6 +19,7 @@ from scripts.build_base.card import card
 from scripts.build_base.judge import Gallery, Judge
 from scripts.build_base.packed import Drawing
 from scripts.build_base.style_net import load_style_net
+from scripts.build_base.subject_net import SubjectJudge, load_subject_net, points_of
 from scripts.build_base.train_unet import SHEET_STYLES
 from scripts.build_base.unknown_words import Prompts
 
@@ -31,8 +32,8 @@ def icons() -> Any:
     return pd.load_base("icons", device="cpu")
 
 
-def _drawn(pipe: Any, prompts: list[str], scheduler: SchedulerName | None = None) -> np.ndarray:
-    sampling = GenerateConfig(tuple(prompts), steps=20, scheduler=scheduler)
+def _drawn(pipe: Any, prompts: list[str], scheduler: SchedulerName | None = None, steps: int = 20) -> np.ndarray:
+    sampling = GenerateConfig(tuple(prompts), steps=steps, scheduler=scheduler)
     images = paint(pd.Adapters(pipe), [Cell(prompt, 0, {}) for prompt in prompts], sampling)
     return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
 
@@ -56,6 +57,22 @@ def test_it_draws_subject_and_style(icons: Any) -> None:
     nothing = Gallery([], torch.empty(0, 3, 128, 128))
     judge = Judge(dict.fromkeys(load_style_net().styles, nothing), load_style_net())
     assert judge.style(torch.from_numpy(drawn).permute(0, 3, 1, 2)) == list(ASKED)
+
+
+def _drawings(style: str) -> dict[str, torch.Tensor]:
+    """The drawings of a sample folder, as the judge sees them, by file name."""
+    files = sorted(embedded(f"styles/{style}").glob("*.png"))
+    small = {file.stem: Image.open(file).convert("RGB").resize((128, 128), Image.Resampling.LANCZOS) for file in files}
+    return {name: torch.from_numpy(np.array(image)).permute(2, 0, 1) for name, image in small.items()}
+
+
+def test_the_judge_of_subjects_sees_through_different_hands() -> None:
+    net, known, asked = load_subject_net(), _drawings("twemoji"), _drawings("openmoji")
+    judge = SubjectJudge(net, {name: points_of(net, image[None]) for name, image in known.items()})
+    ranks = judge.ranks(torch.stack(list(asked.values())), list(asked))
+    assert sum(rank <= 5 for rank in ranks) >= 0.9 * len(ranks)
+    blank = torch.full((1, 3, 128, 128), 255, dtype=torch.uint8)
+    assert sum(rank <= 5 for rank in judge.ranks(blank.expand(48, -1, -1, -1), list(known))) <= 5
 
 
 def test_a_style_of_any_name_keeps_the_subject(icons: Any) -> None:
@@ -82,8 +99,9 @@ def test_what_unknown_words_are_taught_is_aligned() -> None:
 @pytest.mark.parametrize("scheduler", ["ddim", "pndm", "euler", "heun", "dpm++-karras", "unipc"])
 def test_every_sampler_draws_the_apple(icons: Any, scheduler: SchedulerName) -> None:
     """They take other steps to the same picture: far nearer to it than to another subject's."""
-    wanted, other = _drawn(icons, [ASKED["noto"], "noto emoji of a blue fish"])
-    drawn = _drawn(icons, [ASKED["noto"]], scheduler)[0]
+    wanted, other = _drawn(icons, [ASKED["noto"], "noto emoji of a fish"])
+    # PNDM extrapolates from four steps before, and overshoots under guidance where they are long.
+    drawn = _drawn(icons, [ASKED["noto"]], scheduler, 40 if scheduler == "pndm" else 20)[0]
     assert abs(drawn - wanted).mean() < 0.25 * abs(other - wanted).mean()
 
 
