@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..data.pictures import parse_colour
 from .config import HELD_OUT_FROM, ResolvedConfig, TrainConfig, output_path, resolve, run_path
 from .crew import Crew
 from .diffusion import Examples
+from .memory import TILED_ABOVE, small_vae
 from .run import RunFolder
 from .seeds import seed_of
 from .session import Say, check_run, check_writable, chosen, pick_precision
@@ -105,16 +107,18 @@ class _Encoder:
     def __call__(self, pictures: Sequence[Picture], flip: bool, what: str) -> Examples:
         config = self.config
         fits = arrange(pictures, config.resolution, self.info.step, no_upscale=not config.upscale)
-        latents = cache_latents(
-            pictures,
-            fits,
-            self.pipe.vae,
-            background=config.background,
-            flip=flip,
-            masked=inpaints(self.pipe),
-            folder=config.cache,
-            on_progress=self.progress(what),
-        )
+        large = config.resolution > TILED_ABOVE
+        with small_vae(self.pipe.vae, config.resolution) if large or config.memory == "low" else nullcontext():
+            latents = cache_latents(
+                pictures,
+                fits,
+                self.pipe.vae,
+                background=config.background,
+                flip=flip,
+                masked=inpaints(self.pipe),
+                folder=config.cache,
+                on_progress=self.progress(what),
+            )
         return Examples(latents, [one.caption for one in pictures])
 
 
