@@ -85,6 +85,8 @@ def fingerprint(vae: nn.Module) -> str:
     """SHA-256, in hex, over the weights of a VAE and the settings that change what it computes."""
     config = getattr(vae, "config", None) or {}
     settings = {str(key): value for key, value in dict(config).items() if not str(key).startswith("_")}
+    if getattr(vae, "use_tiling", False):
+        settings["use_tiling"] = True  # the seams of tiles show in what they cover
     state = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

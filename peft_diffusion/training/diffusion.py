@@ -109,6 +109,14 @@ class DiffusionTask:
             **self._told(latents, batch.indices[own], prompts[own], hiding[own]),
         }
 
+    def largest(self) -> dict[str, Tensor]:
+        """The inputs of the micro-batch with the most pixels, of those of a pass over the pictures."""
+        settings, entries = self.settings, self.train.latents.entries
+        count = steps_per_epoch(self.groups, settings.batch_size * settings.crew.size)
+        places = [divmod(number, settings.accumulation) for number in range(count)]
+        sizes = [sum(entries[one].mean[0].numel() for one in self.batch(*place).indices) for place in places]
+        return self.inputs(*places[sizes.index(max(sizes))])
+
     def seeded(self, step: int, micro: int) -> AbstractContextManager[None]:
         """torch's generators at the seed of a micro-batch, where anything draws from them."""
         if not self.settings.dropout:

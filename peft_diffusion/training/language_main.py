@@ -25,6 +25,7 @@ from .blocks import Block, blocks, check_methods
 from .config import Precision, to_json
 from .crew import Crew
 from .crew import crew as together
+from .footing import Clock, Footing
 from .language import LanguageSettings, LanguageTask, tokens
 from .language_config import (
     HELD_OUT_FROM,
@@ -126,8 +127,9 @@ def train_text(
         prepared = _prepare(opened, say, crew)
         trainer = _trainer(prepared, attached, chosen, say, crew)
         session = _session(prepared, folder, console, trainer)
-        session.start(config.resume)
-        session.learn()
+        with _footing(prepared, trainer, chosen).stand(say):
+            session.start(config.resume)
+            session.learn([Clock(prepared.config.steps, trainer.arena.flat.device, say)])
         seconds = folder.seconds + time.monotonic() - began
         result = _result(prepared, trainer, folder, seconds, fingerprint)
         if crew.leads:
@@ -230,6 +232,21 @@ def _trainer(prepared: _Prepared, attached: Attached, chosen: Sequence[Block], s
     say(f"{told(parts, chosen, arena.count)}; {plan} ({config.scheduler}), seed {config.seed}, {config.precision}")
     task = LanguageTask(prepared.base, _settings(config, crew), prepared.line, prepared.apart)
     return Trainer(task, arena, trainer_settings(config, attached), crew=crew)
+
+
+def _footing(prepared: _Prepared, trainer: Trainer, chosen: Sequence[Block]) -> Footing:
+    config, parts = prepared.config, tuple(components(prepared.base).values())
+    savings = ["--batch-size 1 with --accumulation"] if config.batch_size > 1 else []
+    savings += [] if config.quantize == "nf4" else ["--quantize nf4"]
+    return Footing(
+        memory=config.memory,
+        trainer=trainer,
+        parts=parts,
+        loaded=parts,
+        largest=lambda: trainer.task.inputs(0, 0),
+        chance=any(getattr(block.method, "dropout", 0.0) for block in chosen),
+        savings=[*savings, f"--context below {config.context}"],
+    )
 
 
 def _session(prepared: _Prepared, folder: RunFolder, console: Console, trainer: Trainer) -> Session:

@@ -20,6 +20,7 @@ from .config import RATES, ResolvedConfig, TrainConfig, to_json
 from .crew import Crew
 from .crew import crew as together
 from .diffusion import DiffusionSettings, DiffusionTask
+from .footing import Clock, Footing
 from .preparation import Prepared, check_places, prepare
 from .previews import PROMPTS, Previews
 from .progress import PICTURES_APART, Reading, say_to
@@ -104,14 +105,36 @@ class _Run:
             command="train",
             held_out_line=PICTURES_APART.format,
         )
-        session.start(resume)
-        if self.previews and self.trainer.step:
+        with self._footing().stand(say_to(self.console)):
+            session.start(resume)
+            self._learn(session)
+
+    def _learn(self, session: Session) -> None:
+        clock = Clock(self.config.steps, self.task.device, say_to(self.console))
+        if not self.previews:
+            session.learn([clock])
+            return
+        if self.trainer.step:
             self.previews.forget_after(self.trainer.step)
-        elif self.previews:
+        else:
             self.previews.draw_base()
-        session.learn([self.previews] if self.previews else [])
-        if self.previews:
-            self.previews.draw(self.trainer.step)
+        session.learn([clock, self.previews])
+        self.previews.draw(self.trainer.step)
+
+    def _footing(self) -> Footing:
+        pipe, config = self.prepared.pipe, self.config
+        savings = ["--batch-size 1 with --accumulation"] if config.batch_size > 1 else []
+        savings += [] if config.quantize == "nf4" else ["--quantize nf4"]
+        parts = tuple(components(pipe).values())
+        return Footing(
+            memory=config.memory,
+            trainer=self.trainer,
+            parts=parts,
+            loaded=(*parts, pipe.vae),
+            largest=self.task.largest,
+            chance=self.task.settings.dropout > 0,
+            savings=[*savings, f"--resolution below {config.resolution}"],
+        )
 
     def save(self, base: str, seconds: float) -> TrainResult:
         """Write the adapter file with what is worth knowing of it."""

@@ -2,7 +2,9 @@
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..bases import BaseInfo, describe, inpaints, load_base
@@ -15,6 +17,7 @@ from ..data.pictures import parse_colour
 from .config import HELD_OUT_FROM, ResolvedConfig, TrainConfig, output_path, resolve, run_path
 from .crew import Crew
 from .diffusion import Examples
+from .memory import TILED_ABOVE, small_vae
 from .run import RunFolder
 from .seeds import seed_of
 from .session import Say, check_run, check_writable, chosen, pick_precision
@@ -87,9 +90,12 @@ def prepare(
     say(_apart_line(len(apart), resolved))
     rules = replace(rules, dropout=resolved.caption_dropout)
     _report_prompts([*kept, *apart], rules, text, say)
+    before = _kept(config.cache)
     encode = _Encoder(resolved, info, pipe, progress)
     train = encode(kept, config.flip, "encoding pictures")
     held_out = encode(apart, False, "encoding pictures kept apart") if apart else None
+    for line in _cache_lines(config.cache, before, [train, held_out] if held_out else [train]):
+        say(line)
     return Prepared(resolved, pipe, info, folder.pictures, train, held_out, rules)
 
 
@@ -105,17 +111,39 @@ class _Encoder:
     def __call__(self, pictures: Sequence[Picture], flip: bool, what: str) -> Examples:
         config = self.config
         fits = arrange(pictures, config.resolution, self.info.step, no_upscale=not config.upscale)
-        latents = cache_latents(
-            pictures,
-            fits,
-            self.pipe.vae,
-            background=config.background,
-            flip=flip,
-            masked=inpaints(self.pipe),
-            folder=config.cache,
-            on_progress=self.progress(what),
-        )
+        large = config.resolution > TILED_ABOVE
+        with small_vae(self.pipe.vae, config.resolution) if large or config.memory == "low" else nullcontext():
+            latents = cache_latents(
+                pictures,
+                fits,
+                self.pipe.vae,
+                background=config.background,
+                flip=flip,
+                masked=inpaints(self.pipe),
+                folder=config.cache,
+                on_progress=self.progress(what),
+            )
         return Examples(latents, [one.caption for one in pictures])
+
+
+def _kept(cache: Path | None) -> int:
+    """How many latents a cache folder holds."""
+    return 0 if cache is None else sum(1 for _ in cache.glob("*.safetensors"))
+
+
+def _cache_lines(cache: Path | None, before: int, found: Sequence[Examples]) -> list[str]:
+    """What came of a cache folder that held ``before`` latents."""
+    if cache is None:
+        return []
+    reused, computed, damaged = (
+        sum(getattr(one.latents, name) for one in found) for name in ("reused", "computed", "damaged")
+    )
+    lines = [f"{cache}: {reused} of {reused + computed} latents were there"]
+    if damaged:
+        lines.append(f"warning: {damaged} latents in {cache} were damaged, and are made again; look after that disk")
+    elif before and not reused:
+        lines[0] += f"; the {before} that it held are of other pictures, sizes or settings, or of another VAE, and stay"
+    return lines
 
 
 def _read_folder(config: TrainConfig, info: BaseInfo, say: Say, progress: Progress) -> ImageFolder:

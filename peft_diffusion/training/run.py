@@ -16,6 +16,7 @@ from .plot import draw
 from .trainer import Observer, StepLoss, TrainerState
 
 _NAME = re.compile(r"step_(\d+)\.safetensors")
+_ASIDE = re.compile(r"\..+\.\d+")  # what `write_bytes` names a file until it is whole
 _KEPT = 2  # newest checkpoints; the best one by held-out loss stays as well
 
 
@@ -132,6 +133,10 @@ class RunFolder(Observer):
     def _begin(self, config: RunSettings, origin: Origin) -> None:
         self.origin = origin
         self.started = time.monotonic()
+        with explained(self.path):
+            for left in (path for place in (self.path, self._checkpoints) for path in place.iterdir()):
+                if _ASIDE.fullmatch(left.name):
+                    left.unlink()  # by a run that was killed while it wrote
         header = f"# peft-diffusion {self.command} --config {self.path / 'config.toml'}\n"
         write_bytes(self.path / "config.toml", (header + to_toml(config)).encode())
 

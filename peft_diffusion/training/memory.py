@@ -1,0 +1,55 @@
+"""Less held at once: blocks that are computed again in the backward pass, and a VAE that works in parts."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+TILED_ABOVE = 1024
+"""Pixels a side up to which a VAE encodes a picture in one piece: tiles give other values at their seams."""
+
+
+def blocks_of(part: nn.Module) -> list[nn.Module]:
+    """The blocks of a component that can be computed again: a UNet's by diffusers, a language model's by transformers."""
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    kinds = BasicTransformerBlock, ResnetBlock2D, GradientCheckpointingLayer
+    return [module for module in part.modules() if isinstance(module, kinds)]
+
+
+@contextmanager
+def recomputed(parts: Iterable[nn.Module], chance: bool) -> Iterator[int]:
+    """Blocks keep only their inputs for the backward pass, and run again in it (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
+
+    Gives their number. ``chance`` says that something in them draws random numbers, which are then drawn alike; a CUDA
+    graph cannot record that.
+    """
+    found: list[Any] = [block for part in parts for block in blocks_of(part)]
+    for block in found:
+        # On the instance: the class is what sites swap, and the libraries' own flags work in training mode alone.
+        block.forward = partial(_again, block.forward, chance)
+    try:
+        yield len(found)
+    finally:
+        for block in found:
+            del block.forward
+
+
+def _again(forward: Callable[..., Any], chance: bool, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=chance, **kwargs)
+
+
+@contextmanager
+def small_vae(vae: Any, resolution: int) -> Iterator[None]:
+    """A VAE that encodes pictures one by one and, of a resolution above ``TILED_ABOVE``, in overlapping tiles."""
+    before = vae.use_slicing, vae.use_tiling
+    vae.use_slicing, vae.use_tiling = True, before[1] or resolution > TILED_ABOVE
+    try:
+        yield
+    finally:
+        vae.use_slicing, vae.use_tiling = before

@@ -1,0 +1,126 @@
+"""What a run will take, told before it: its step is traced on tensors that have a shape and no memory."""
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_BLOCK = 512  # bytes: what CUDA's allocator rounds up to
+_SPARE = 1.05  # what a device must have over the prediction, for workspaces and fragments
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a run takes on its device: the base, the adapter with its optimizer, and the most that a step adds."""
+
+    weights: int
+    adapter: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """The predicted peak."""
+        return self.weights + self.adapter + self.step
+
+    def __str__(self) -> str:
+        parts = f"base {mib(self.weights)}, adapter and optimizer {mib(self.adapter)}, a step {mib(self.step)}"
+        return f"{mib(self.total)} at most: {parts}"
+
+
+def mib(size: int) -> str:
+    """Bytes in MiB, or in GiB where these are many."""
+    return f"{size / 2**20:.0f} MiB" if size < 10 * 2**30 else f"{size / 2**30:.1f} GiB"
+
+
+def predict(
+    loss: Callable[[Mapping[str, Tensor]], Tensor],
+    inputs: Mapping[str, Tensor],
+    modules: Iterable[nn.Module],
+    state: Iterable[Tensor],
+    device: torch.device,
+) -> Need:
+    """What a run of ``loss`` forth and back takes on ``device``, computing nothing and changing nothing.
+
+    ``inputs`` are those of the largest batch, on any device. ``modules`` are all that is loaded, of which counts what is on
+    the device; ``state`` is the adapter, its gradients and its optimizer.
+    """
+    own = list(state)
+    counted = {_place(tensor) for tensor in own}
+    held: dict[int, int] = {}
+    for tensor in (t for module in modules for t in (*module.parameters(), *module.buffers())):
+        if tensor.device == device and _place(tensor) not in counted:
+            held[_place(tensor)] = tensor.untyped_storage().nbytes()
+    adapter = {_place(tensor): tensor.untyped_storage().nbytes() for tensor in own}
+    return Need(sum(held.values()), sum(adapter.values()), peak(loss, inputs, device))
+
+
+def peak(loss: Callable[[Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor], device: torch.device) -> int:
+    """The most bytes that are alive at once in a forward and backward pass, over what was there before it."""
+    live = _Live()
+    # In this thread: the backward pass of a CUDA tensor would run in one that the modes do not reach.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.set_multithreading_enabled(False), live:
+        given = {name: torch.empty(one.shape, dtype=one.dtype, device=device) for name, one in inputs.items()}
+        loss(given).backward()  # type: ignore[no-untyped-call]
+    return live.peak
+
+
+def room(device: torch.device) -> int | None:
+    """Bytes that this process can have on a device, what it has there among them; None where that cannot be told."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device))
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def fits(need: Need, there: int | None) -> bool:
+    """Whether a run finds room; where that cannot be told, it is tried."""
+    return there is None or need.total * _SPARE <= there
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the memory of the tensors that operations make, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        # What an operation writes into or looks at is there already.
+        several = made if isinstance(made, (tuple, list)) else (made,)
+        for returned, tensor in zip(func._schema.returns, several, strict=False):
+            if returned.alias_info is None:
+                for one in tree_leaves(tensor):
+                    if isinstance(one, Tensor):
+                        self._add(one)
+        return made
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = -(-storage.nbytes() // _BLOCK) * _BLOCK
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

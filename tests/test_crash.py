@@ -1,0 +1,145 @@
+"""What a crash leaves: processes that are killed at any moment, files half written, disks and caches that fail."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pipe
+from rich.console import Console
+from safetensors.torch import load_file
+from test_training import draw_pictures, small
+
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.training import checkpoint, train
+
+KILLS, SEED = 20, 7
+WORKERS = multiprocessing.get_context("forkserver")
+LIBRARIES = (
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip",
+    "matplotlib.backends.backend_agg",
+)  # fmt: skip
+
+# What carries state from step to step; and checkpoints often enough that moments lie within one.
+RUN = {"steps": 9, "save_every": 3, "log_every": 1, "ema": 0.9, "scheduler": "cosine", "held_out": 0.2, "dropout": 0.2}
+
+
+def learn(pictures: Path, where: Path, resume: bool) -> None:
+    """A process's whole life."""
+    torch.set_num_threads(1)
+    train(small(pictures, where, resume=resume, overwrite=not resume, **RUN), pipe=make_pipe())
+
+
+def live(pictures: Path, where: Path, resume: bool, until: float | None = None) -> bool:
+    """Train in a process of its own and kill it after so many seconds; whether it ended by itself."""
+    process = WORKERS.Process(target=learn, args=(pictures, where, resume))
+    process.start()
+    process.join(until)
+    process.kill()
+    process.join()
+    assert process.exitcode in ((0,) if until is None else (0, -signal.SIGKILL))
+    return process.exitcode == 0
+
+
+def outcome(where: Path) -> tuple[dict, dict, list[dict]]:
+    """All that a run leaves but times: the adapter, the last checkpoint, and the metrics."""
+    lines = [json.loads(line) for line in (where / "run" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["seconds"]
+    last = checkpoint.read(where / "run" / "checkpoints" / "step_000009.safetensors")
+    return load_file(where / "a.safetensors"), last.state.tensors, lines
+
+
+def assert_same(one: Path, other: Path) -> None:
+    for first, second in zip(outcome(one)[:2], outcome(other)[:2], strict=True):
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert outcome(one)[2] == outcome(other)[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="processes of POSIX")
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    WORKERS.set_forkserver_preload([__name__, "peft_diffusion.training.main", *LIBRARIES])  # imported once, not 40 times
+    pictures = draw_pictures(tmp_path / "pictures")
+    live(pictures, tmp_path / "first", resume=False)  # the server imports what it shall
+    began = time.monotonic()
+    live(pictures, tmp_path / "whole", resume=False)
+    whole = time.monotonic() - began
+    chance = random.Random(SEED)
+    moments = [chance.uniform(0.05, 1) * whole for _ in range(KILLS)]
+
+    def killed_and_resumed(number: int) -> tuple[bool, int]:
+        """Whether it was killed in time, and the lines that it had written by then."""
+        where = tmp_path / str(number)
+        cut = not live(pictures, where, resume=False, until=moments[number])
+        begun = (where / "run" / "config.toml").exists()
+        lines = len((where / "run" / "metrics.jsonl").read_text().splitlines()) if begun else 0
+        live(pictures, where, resume=begun)
+        assert_same(tmp_path / "whole", where)
+        assert not [path for path in where.rglob(".*") if path.is_file()], "what was written aside goes"
+        return cut, lines
+
+    with ThreadPoolExecutor(2) as pool:
+        seen = list(pool.map(killed_and_resumed, range(KILLS)))
+    assert sum(cut for cut, _ in seen) > KILLS // 2 and len({lines for _, lines in seen}) > 4, "they were all over the run"
+
+
+def test_what_a_killed_run_was_writing_goes_when_it_goes_on(tmp_path):
+    pictures = draw_pictures(tmp_path / "pictures")
+    train(small(pictures, tmp_path), pipe=make_pipe())
+    half = [tmp_path / "run" / ".config.toml.123", tmp_path / "run" / "checkpoints" / ".step_000006.safetensors.4567"]
+    own = tmp_path / "run" / ".notes"
+    for path in (*half, own):
+        path.write_bytes(b"half")
+    train(small(pictures, tmp_path, steps=7, resume=True), pipe=make_pipe())
+    assert own.exists() and not any(path.exists() for path in half)
+
+
+def test_a_run_that_met_a_full_disk_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    pictures = draw_pictures(tmp_path / "pictures")
+    train(small(pictures, tmp_path / "whole", **RUN), pipe=make_pipe())
+    sync = os.fsync
+
+    def full(number: int) -> None:
+        if (tmp_path / "cut" / "run" / "checkpoints" / "step_000003.safetensors").exists():
+            raise OSError(28, "No space left on device")
+        sync(number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="cannot be written: No space left on device"):
+            train(small(pictures, tmp_path / "cut", **RUN), pipe=make_pipe())
+    train(small(pictures, tmp_path / "cut", resume=True, **RUN), pipe=make_pipe())
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_cache_that_is_damaged_or_of_another_vae_is_named_and_changes_nothing(tmp_path):
+    pictures, cache = draw_pictures(tmp_path / "pictures"), tmp_path / "cache"
+
+    def run(name: str, seed: int = 0) -> tuple[dict, str]:
+        said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
+        result = train(small(pictures, tmp_path / name, cache=cache, steps=2), pipe=make_pipe(seed), console=said)
+        return load_file(result.output), said.export_text()
+
+    first, told = run("first")
+    assert f"{cache}: 0 of 6 latents were there\n" in told
+    again, told = run("again")
+    assert f"{cache}: 6 of 6 latents were there\n" in told
+    for path in sorted(cache.iterdir())[:2]:
+        path.write_bytes(path.read_bytes()[:-8])
+    mended, told = run("mended")
+    assert f"warning: 2 latents in {cache} were damaged, and are made again" in told
+    for other in (again, mended):
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    _, told = run("other", seed=3)
+    assert f"{cache}: 0 of 6 latents were there; the 6 that it held are of other pictures" in told
+    assert len(list(cache.iterdir())) == 12
