@@ -121,3 +121,16 @@ def test_small_things_of_memory():
     with small_vae(pipe.vae, 1024):
         assert pipe.vae.use_slicing and not pipe.vae.use_tiling
     assert not pipe.vae.use_slicing and not pipe.vae.use_tiling
+
+
+def test_a_need_that_cannot_be_told_stops_nothing(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("no meta kernel\nand more")
+
+    monkeypatch.setattr(footing, "_SMALL", 0)
+    monkeypatch.setattr(footing, "predict", fail)
+    said: list[str] = []
+    footing_of = footing.Footing.stand
+    monkeypatch.setattr(footing.Footing, "stand", lambda self, say: footing_of(self, lambda line: said.append(line)))
+    learn(draw_pictures(tmp_path / "pictures"), tmp_path / "run", make_pipe())
+    assert any("cannot be told before it (RuntimeError: no meta kernel)" in line for line in said)

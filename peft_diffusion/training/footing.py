@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..bases.reading import first_line
 from ..core.errors import UserError
 from .capture import Inputs
 from .config import Memory
@@ -59,7 +60,11 @@ class Footing:
         if device.type != "cuda" and (device.type != "cpu" or size < _SMALL):
             return low
         there = room(device)
-        need = self.need(low)
+        try:
+            need = self.need(low)
+        except Exception as error:  # of tracing, for which torch has no public interface: no reason not to train
+            say(f"memory: what the run takes cannot be told before it ({type(error).__name__}: {first_line(error)})")
+            return low
         if not fits(need, there) and self.memory == "auto" and device.type == "cuda":
             plain, need, low = need, self.need(low=True), True
             say(f"memory: {mib(plain.total)} do not fit; as with --memory low, blocks of the base are computed twice")
