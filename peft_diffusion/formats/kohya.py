@@ -166,4 +166,6 @@ def _aliases(component: str, path: str) -> tuple[str, ...]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+    if isinstance(value, (str, bool)):
+        return str(value)  # sd-scripts writes True, and A1111 looks for that
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)

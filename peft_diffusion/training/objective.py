@@ -124,7 +124,7 @@ def errors(answer: Tensor, wanted: Tensor, kind: Loss = "l2", deltas: Tensor | N
     if kind == "l2" or deltas is None:
         return squared
     delta = _over(deltas, squared)
-    smooth = 2 * ((squared + delta.square()).sqrt() - delta)
+    smooth = 2 * squared / ((squared + delta.square()).sqrt() + delta)  # exact for small errors too
     return delta * smooth if kind == "huber" else smooth
 
 
