@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Container, Mapping
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, get_args
 
@@ -19,6 +19,9 @@ HuberSchedule: TypeAlias = Literal["snr", "exponential", "constant"]
 Scheduler: TypeAlias = Literal["constant", "cosine", "linear"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
+OptimizerName: TypeAlias = Literal["adamw", "adamw8bit"]
+OptimizerName: TypeAlias = Literal["adamw", "adamw8bit"]
+Memory: TypeAlias = Literal["auto", "low", "off"]
 MissingCaptions: TypeAlias = Literal["stop", "name", "empty", "skip"]
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -63,6 +66,8 @@ class RunSettings(Settings, Protocol):
     @property
     def warmup(self) -> int: ...
     @property
+    def optimizer(self) -> OptimizerName: ...
+    @property
     def weight_decay(self) -> float: ...
     @property
     def clip(self) -> float: ...
@@ -74,6 +79,8 @@ class RunSettings(Settings, Protocol):
     def save_every(self) -> int: ...
     @property
     def cuda_graph(self) -> bool: ...
+    @property
+    def optimizer(self) -> OptimizerName: ...
 
 
 class MethodSettings(Protocol):
@@ -117,10 +124,12 @@ class SharedConfig:
     steps: Annotated[int | None, Parameter(group=LEARNING)] = None
     """Number of steps."""
 
+    optimizer: Annotated[OptimizerName, Parameter(group=_OPTIMIZER)] = "adamw"
+    """What moves the weights: adamw, or adamw8bit, whose state takes a quarter of the memory (needs bitsandbytes)."""
     accumulation: Annotated[int, Parameter(group=_OPTIMIZER)] = 1
     """Batches that make one step; raise it to keep the effect of a batch that memory does not hold."""
     weight_decay: Annotated[float, Parameter(group=_OPTIMIZER)] = 0.01
-    """AdamW's pull of the adapter's weights towards 0."""
+    """The optimizer's pull of the adapter's weights towards 0."""
     clip: Annotated[float, Parameter(group=_OPTIMIZER)] = 1.0
     """Largest norm of a step's gradient; 0 is no limit."""
     ema: Annotated[float, Parameter(group=_OPTIMIZER)] = 0.0
@@ -139,6 +148,9 @@ class SharedConfig:
     """Precision of the base in training; auto is bfloat16 on a GPU that has it, else float32. Adapters are float32."""
     cuda_graph: Annotated[bool, Parameter(group=_MACHINE)] = False
     """On CUDA, record each step once as a CUDA graph and run it from there, which spares the host most of its work."""
+    memory: Annotated[Memory, Parameter(group=_MACHINE)] = "auto"
+    """low computes the base's blocks twice to hold less of them, and encodes pictures one by one; off does not; auto does
+    where a run would not fit otherwise."""
     quantize: Annotated[Quantize | None, Parameter(group=_MACHINE)] = None
     """Hold the base's linear layers in fewer bits while training, which saves memory: int8, or nf4 for the least."""
 
@@ -321,6 +333,9 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "scheduler": (*get_args(Scheduler), None),
     "precision": get_args(Precision),
     "quantize": (*get_args(Quantize), None),
+    "optimizer": get_args(OptimizerName),
+    "optimizer": get_args(OptimizerName),
+    "memory": get_args(Memory),
 }
 _POSITIVE = _Range(0, above=True)
 _COUNT, _NATURAL = _Range(1), _Range(0)
@@ -411,7 +426,7 @@ _WORD_RATES: dict[str, float] = {"tokens": 5e-3, "prompt": 5e-3}
 # Fields that a resumed run may have otherwise: they change where things go and how often one looks, not what is learned.
 # The pictures and captions themselves are compared apart, so folders may have moved.
 _SOURCES = ("folder", "regularisation", "texts", "held_out_text", "missing_captions")
-_PLACES = ("output", "run_dir", "cache", "device", "cuda_graph", "preset", "resume", "overwrite")
+_PLACES = ("output", "run_dir", "cache", "device", "cuda_graph", "memory", "preset", "resume", "overwrite")
 _LENGTHS = ("steps", "epochs", "save_every", "log_every", "preview_prompts", "preview_every", "preview_steps")
 FREE_ON_RESUME = frozenset((*_SOURCES, *_PLACES, *_LENGTHS))
 _OF_THE_COMMAND = ("resume", "overwrite")  # said anew with every command, so in no file
@@ -518,6 +533,8 @@ def to_toml(config: Settings) -> str:
 def changes(before: Mapping[str, Any], now: Settings) -> list[str]:
     """How a configuration differs from the one that a run was started with, in what the result depends on."""
     current = to_json(now)
+    # A run of an older version was told nothing of what came later, and went by what is the default now.
+    before = {field.name: _plain(field.default) for field in fields(now) if field.default is not MISSING} | dict(before)
     names = [name for name in current if name not in FREE_ON_RESUME and before.get(name) != current[name]]
     return [f"{_flag(name)} was {before.get(name)}, now {current[name]}" for name in names]
 

@@ -159,6 +159,8 @@ def trainer_settings(config: RunSettings, attached: Attached) -> TrainerSettings
         log_every=config.log_every,
         save_every=config.save_every,
         record=config.cuda_graph,
+        optimizer=config.optimizer,
+        optimizer=config.optimizer,
     )
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..core.arena import Arena
 from ..core.errors import UserError
 from .capture import Inputs, Recorder, to_device
-from .config import Scheduler
+from .config import OptimizerName, Scheduler
 from .crew import Crew
+from .optimizers import OPTIMIZERS, FlatOptimizer
 from .schedule import rate
 
 
@@ -92,6 +93,7 @@ class TrainerSettings:
     save_every: int = 100
     record: bool = True
     undecayed: frozenset[str] = frozenset()
+    optimizer: OptimizerName = "adamw"
 
 
 @dataclass
@@ -133,7 +135,7 @@ def loss_at(task: Task, step: int, micro: int, device: torch.device) -> Tensor:
 
 
 class Trainer:
-    """AdamW over the groups of an arena (Loshchilov and Hutter 2019), with accumulation, clipping, schedule and average.
+    """An optimizer over the groups of an arena, with accumulation, clipping, schedule and average.
 
     On CUDA a step is two recordings: forward and backward of a micro-batch, one for each shape of its inputs, and what
     follows from the gradients. ``unrecorded`` says why not, where that cannot be.
@@ -156,13 +158,13 @@ class Trainer:
         self.saved = -1  # the step of the last checkpoint
         self.divergence = Divergence()
         self.unread: list[Tensor] = []
-        self.first, self.second = torch.zeros_like(arena.flat), torch.zeros_like(arena.flat)
         self.average = arena.flat.clone() if settings.ema else None
         self.total = arena.beside[0]  # the loss of the step, over its micro-batches
         self.follow = torch.zeros((), device=arena.flat.device)  # how far the average moves to the weights
         self.unrecorded: str | None = None
         self.records = settings.record and arena.flat.device.type == "cuda"
-        self.optimizer = self._optimizer()
+        rules = Rules(settings.rates, settings.weight_decay, settings.undecayed, self.records)
+        self.optimizer = build(settings.optimizer, arena, rules)
         device = arena.flat.device
         self.gradients = Recorder(self._add_gradients, lambda: [arena.grad, self.total], device)
         self.update = Recorder(self._update, self._updated, device)
@@ -195,7 +197,7 @@ class Trainer:
 
     def state(self) -> TrainerState:
         """Where the run stands; views, not copies."""
-        tensors = {"parameters": self.arena.flat, "first_moment": self.first, "second_moment": self.second}
+        tensors = {"parameters": self.arena.flat, **self.optimizer.tensors()}
         if self.average is not None:
             tensors["average"] = self.average
         return TrainerState(self.step, tensors, self.divergence)
@@ -205,8 +207,7 @@ class Trainer:
         own = self.state().tensors
         for name, tensor in own.items():
             tensor.copy_(state.tensors[name])
-        for values in self.optimizer.state.values():
-            values["step"].fill_(float(state.step))
+        self.optimizer.go_on_from(state.step)
         self.step = self.saved = state.step
         self.divergence = state.divergence
 
@@ -223,29 +224,6 @@ class Trainer:
         finally:
             self.arena.load(present)
 
-    def _optimizer(self) -> torch.optim.AdamW:
-        settings = self.settings
-        device = self.arena.flat.device
-        groups = [
-            {
-                "params": [parameter],
-                # A recording reads its rate where it lies.
-                "lr": torch.tensor(settings.rates[name], device=device) if self.records else settings.rates[name],
-                "weight_decay": 0.0 if name in settings.undecayed else settings.weight_decay,
-            }
-            for name, parameter in self.arena.groups.items()
-        ]
-        fused = self.arena.flat.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.AdamW(groups, fused=fused, capturable=self.records)
-        start = 0
-        for parameter in self.arena.groups.values():
-            # Moments as views of two flat tensors: a checkpoint is then a copy of each.
-            part = slice(start, start := start + parameter.numel())
-            on = parameter.device if fused else torch.device("cpu")
-            steps = torch.zeros((), dtype=torch.float32, device=on)
-            optimizer.state[parameter] = {"step": steps, "exp_avg": self.first[part], "exp_avg_sq": self.second[part]}
-        return optimizer
-
     def _step(self) -> None:
         settings = self.settings
         self.arena.zero_grad()
@@ -255,11 +233,17 @@ class Trainer:
             with self.task.seeded(self.step, micro):
                 self._do(self.gradients, inputs)
         self.crew.mean(self.arena.shared)
-        self._set_rates()
+        self.optimizer.set_rates(self._rates(self.step))
         if self.average is not None:
             # The first steps weigh little in a long average: it follows faster while it is young.
             self.follow.fill_(1 - min(settings.ema, (2 + self.step) / (11 + self.step)))
-        self._do(self.update, {})
+        if self.optimizer.records:
+            if self.optimizer.recordable:
+            self._do(self.update, {})
+        else:
+            self._update({})
+        else:
+            self._update({})
         self.unread.append(self.total.clone())
         self.step += 1
         for observer in self.observers:
@@ -290,21 +274,14 @@ class Trainer:
         """What follows from a step's gradients."""
         if self.settings.clip:
             self.arena.clip(self.settings.clip)
-        self.optimizer.step()
+        self.optimizer.optimizer.step()
         if self.average is not None:
             self.average.lerp_(self.arena.flat, self.follow)
 
     def _updated(self) -> list[Tensor]:
         """All that ``_update`` changes."""
         state = self.state().tensors
-        return [self.arena.grad, *state.values(), *(values["step"] for values in self.optimizer.state.values())]
-
-    def _set_rates(self) -> None:
-        for group, learning_rate in zip(self.optimizer.param_groups, self._rates(self.step).values(), strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(learning_rate)
-            else:
-                group["lr"] = learning_rate
+        return [self.arena.grad, *state.values(), *self.optimizer.counters()]
 
     def _rates(self, step: int) -> dict[str, float]:
         factor = rate(self.settings.scheduler, step, self.settings.steps, self.settings.warmup)
