@@ -20,7 +20,6 @@ Scheduler: TypeAlias = Literal["constant", "cosine", "linear"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
 OptimizerName: TypeAlias = Literal["adamw", "adamw8bit"]
-OptimizerName: TypeAlias = Literal["adamw", "adamw8bit"]
 Memory: TypeAlias = Literal["auto", "low", "off"]
 MissingCaptions: TypeAlias = Literal["stop", "name", "empty", "skip"]
 
@@ -65,8 +64,6 @@ class RunSettings(Settings, Protocol):
     def scheduler(self) -> Scheduler: ...
     @property
     def warmup(self) -> int: ...
-    @property
-    def optimizer(self) -> OptimizerName: ...
     @property
     def weight_decay(self) -> float: ...
     @property
@@ -333,7 +330,6 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "scheduler": (*get_args(Scheduler), None),
     "precision": get_args(Precision),
     "quantize": (*get_args(Quantize), None),
-    "optimizer": get_args(OptimizerName),
     "optimizer": get_args(OptimizerName),
     "memory": get_args(Memory),
 }

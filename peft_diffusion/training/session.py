@@ -160,7 +160,6 @@ def trainer_settings(config: RunSettings, attached: Attached) -> TrainerSettings
         save_every=config.save_every,
         record=config.cuda_graph,
         optimizer=config.optimizer,
-        optimizer=config.optimizer,
     )
 
 

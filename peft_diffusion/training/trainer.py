@@ -163,8 +163,7 @@ class Trainer:
         self.follow = torch.zeros((), device=arena.flat.device)  # how far the average moves to the weights
         self.unrecorded: str | None = None
         self.records = settings.record and arena.flat.device.type == "cuda"
-        rules = Rules(settings.rates, settings.weight_decay, settings.undecayed, self.records)
-        self.optimizer = build(settings.optimizer, arena, rules)
+        self.optimizer = self._optimizer()
         device = arena.flat.device
         self.gradients = Recorder(self._add_gradients, lambda: [arena.grad, self.total], device)
         self.update = Recorder(self._update, self._updated, device)
@@ -224,6 +223,11 @@ class Trainer:
         finally:
             self.arena.load(present)
 
+    def _optimizer(self) -> FlatOptimizer:
+        settings = self.settings
+        decays = {name: 0.0 if name in settings.undecayed else settings.weight_decay for name in self.arena.groups}
+        return OPTIMIZERS[settings.optimizer](self.arena, settings.rates, decays, self.records)
+
     def _step(self) -> None:
         settings = self.settings
         self.arena.zero_grad()
@@ -238,10 +242,7 @@ class Trainer:
             # The first steps weigh little in a long average: it follows faster while it is young.
             self.follow.fill_(1 - min(settings.ema, (2 + self.step) / (11 + self.step)))
         if self.optimizer.records:
-            if self.optimizer.recordable:
             self._do(self.update, {})
-        else:
-            self._update({})
         else:
             self._update({})
         self.unread.append(self.total.clone())
