@@ -157,7 +157,7 @@ def main() -> None:
     shown = ruler(_pixels([Image.open(embedded("subjects/mira") / f"{scene.name}.png").convert("RGB") for scene in SCENES]))
     console.print(f"the pictures that training shows: {_mean(shown):.2f}")
     adapters = Adapters(load_base("icons", device=options.device))
-    prompts, rest = [scene.caption for scene in HELD_BACK], untriggered()
+    prompts, rest = [scene.caption for scene in HELD_BACK], untriggered()[:: 100 // options.prompts]
     drawn = {"base": _draw(adapters, prompts, options)}
     before = _pixels(_draw(adapters, rest, options))
     base = _mean(ruler(_pixels(drawn["base"])))
@@ -247,6 +247,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--adapters", type=Path, help="folder of what an earlier run trained, instead of training")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="what to train")
     parser.add_argument("--train-steps", type=int, help="steps of training; by default the preset's")
+    parser.add_argument("--prompts", type=int, default=100, choices=(10, 20, 50, 100), help="prompts without the trigger")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps of a picture")
     parser.add_argument("--device", default="auto")
     return parser.parse_args()

@@ -19,7 +19,7 @@ HuberSchedule: TypeAlias = Literal["snr", "exponential", "constant"]
 Scheduler: TypeAlias = Literal["constant", "cosine", "linear"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
-OptimizerName: TypeAlias = Literal["adamw", "adamw8bit"]
+OptimizerName: TypeAlias = Literal["adamw", "adamw8bit", "prodigy", "schedule-free"]
 Memory: TypeAlias = Literal["auto", "low", "off"]
 MissingCaptions: TypeAlias = Literal["stop", "name", "empty", "skip"]
 
@@ -122,7 +122,8 @@ class SharedConfig:
     """Number of steps."""
 
     optimizer: Annotated[OptimizerName, Parameter(group=_OPTIMIZER)] = "adamw"
-    """What moves the weights: adamw, or adamw8bit, whose state takes a quarter of the memory (needs bitsandbytes)."""
+    """What moves the weights: adamw; adamw8bit, whose state takes a quarter of the memory (needs bitsandbytes); prodigy,
+    which finds its learning rate (prodigyopt); or schedule-free, for a run that may end at any step (schedulefree)."""
     accumulation: Annotated[int, Parameter(group=_OPTIMIZER)] = 1
     """Batches that make one step; raise it to keep the effect of a batch that memory does not hold."""
     weight_decay: Annotated[float, Parameter(group=_OPTIMIZER)] = 0.01
@@ -153,6 +154,8 @@ class SharedConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.optimizer == "schedule-free" and self.ema:
+            raise UserError("--optimizer schedule-free averages the weights itself; leave --ema away")
 
 
 @dataclass(frozen=True)
@@ -443,12 +446,14 @@ def resolve(
 
     def rate(component: str, method: str) -> float:
         given: float | None = getattr(config, RATES[component])
-        return given or _method_rate(method, preset[RATES[component]])
+        return given or own_rate(config.optimizer, _method_rate(method, preset[RATES[component]]))
 
     values["block"] = tuple(with_rate(text, COMPONENTS, rate) for text in config.block)
     values |= {RATES[component]: rate(component, config.method) for component in COMPONENTS}
     if config.debiased:
         values["min_snr_gamma"] = 0.0
+    if config.optimizer == "schedule-free":
+        fill(values, {"scheduler": "constant"})
     fill(values, preset)
     fill(
         values,
@@ -468,6 +473,11 @@ def resolve(
 def _method_rate(method: str, of_lora: float) -> float:
     """The learning rate that suits a method by default, where so much suits a LoRA."""
     return _WORD_RATES.get(method, of_lora * _RATE_FACTORS.get(method, 1.0))
+
+
+def own_rate(optimizer: OptimizerName, rate: float) -> float:
+    """A default learning rate as an optimizer takes it: for one that finds it, a factor."""
+    return 1.0 if optimizer == "prodigy" else rate
 
 
 def with_rate(block: str, components: Container[str], rate: Callable[[str, str], float]) -> str:
