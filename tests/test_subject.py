@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_resume import stop_after
 from test_training import POWERS, draw_pictures, small
 
+from peft_diffusion import formats
 from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.core.errors import UserError
@@ -362,6 +363,10 @@ def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path, pictu
     result = train(config, pipe=make_pipe(prediction_type="v_prediction"))
     with safe_open(result.output, "pt") as file:
         assert file.metadata()["ss_zero_terminal_snr"] == "True"
+    pipe = make_pipe(prediction_type="v_prediction")
+    assert "zero terminal SNR" in formats.load(result.output, pipe).warnings[0]
+    pipe.scheduler.register_to_config(rescale_betas_zero_snr=True)
+    assert formats.load(result.output, pipe).warnings == ()
 
 
 @pytest.mark.parametrize("kind", ["huber", "smooth-l1"])
