@@ -1,6 +1,7 @@
 """How much of each adapter is applied: one tensor (adapter, block, image) per component, written in place."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -66,6 +67,19 @@ class Strengths(KeepsPrecision):
         else:
             self.values = values
         self.active = frozenset(n for n, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
+
+    @contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """An adapter at strength 0 inside; nothing waits for the device, so a recording can hold it."""
+        row, active = self.values[self.index(name)], self.active
+        before = row.clone()
+        row.zero_()
+        self.active = active - {name}
+        try:
+            yield
+        finally:
+            row.copy_(before)
+            self.active = active
 
     def index(self, name: str) -> int:
         """The row of an adapter in ``values``."""

@@ -107,9 +107,11 @@ def _own_bucket(width: int, height: int, resolution: int, step: int, max_aspect:
     return Bucket(long * step, short * step) if width >= height else Bucket(short * step, long * step)
 
 
-def place(image: Image.Image, chosen: Fit, flip: bool = False) -> Image.Image:
-    """The picture in its bucket, by Lanczos; flipped left to right after the crop if asked."""
-    placed = image.resize(chosen.resized, Image.Resampling.LANCZOS).crop(chosen.crop)
+def place(
+    image: Image.Image, chosen: Fit, flip: bool = False, resampling: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """The picture in its bucket; flipped left to right after the crop if asked."""
+    placed = image.resize(chosen.resized, resampling).crop(chosen.crop)
     return placed.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else placed
 
 
@@ -119,6 +121,11 @@ def group(fits: Sequence[Fit]) -> dict[Bucket, tuple[int, ...]]:
     for index, one in enumerate(fits):
         groups.setdefault(one.bucket, []).append(index)
     return {bucket: tuple(groups[bucket]) for bucket in sorted(groups)}
+
+
+def repeated(groups: Mapping[Bucket, Sequence[int]], times: Sequence[int]) -> dict[Bucket, tuple[int, ...]]:
+    """The same buckets with each index as often as `times` says, which an epoch then draws it."""
+    return {bucket: tuple(one for one in indices for _ in range(times[one])) for bucket, indices in groups.items()}
 
 
 @dataclass(frozen=True)

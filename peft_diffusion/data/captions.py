@@ -49,9 +49,28 @@ def shuffle_tags(caption: str, rng: random.Random, keep: int = 0) -> str:
     return ", ".join(fixed + loose)
 
 
+_WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+
+
+def pick_wildcards(caption: str, rng: random.Random | None) -> str:
+    """The caption with one alternative of each `{a|b}`, as in sd-scripts; `{{` and `}}` are braces themselves.
+
+    Without a generator it is the first of each.
+    """
+
+    def pick(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return match[0][0]
+        alternatives = match[1].split("|")
+        return alternatives[0] if rng is None else rng.choice(alternatives)
+
+    return " ".join(_WILDCARD.sub(pick, caption).split())
+
+
 @dataclass(frozen=True)
 class CaptionRules:
-    """How a caption becomes the prompt of one training step: tags are shuffled, the trigger put in, all of it dropped.
+    """How a caption becomes the prompt of one training step: wildcards are picked, tags shuffled, the trigger put in, all
+    of it dropped.
 
     `dropout` is a probability; `keep_tags` tags at the front of the caption, as it was written, stay in place.
     """
@@ -60,6 +79,16 @@ class CaptionRules:
     dropout: float = 0.0
     shuffle: bool = False
     keep_tags: int = 0
+    wildcards: bool = False
+
+    @property
+    def varies(self) -> bool:
+        """Whether a caption can become more prompts than its own and the empty one."""
+        return self.shuffle or self.wildcards
+
+    def plain(self, caption: str) -> str:
+        """The prompt to measure and to draw with: all of the caption, in its order, the first of each wildcard."""
+        return with_trigger(pick_wildcards(caption, None) if self.wildcards else caption, self.trigger)
 
     def __post_init__(self) -> None:
         check_trigger(self.trigger)
@@ -70,5 +99,6 @@ class CaptionRules:
 
     def prompt(self, caption: str, rng: random.Random) -> str:
         """The prompt for one step; the same caption and state of `rng` give the same prompt."""
-        words = shuffle_tags(caption, rng, self.keep_tags) if self.shuffle else caption
+        words = pick_wildcards(caption, rng) if self.wildcards else caption
+        words = shuffle_tags(words, rng, self.keep_tags) if self.shuffle else words
         return drop_caption(with_trigger(words, self.trigger), self.dropout, rng)

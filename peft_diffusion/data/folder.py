@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from peft_diffusion.core.errors import UserError
 
 from .caption_files import Captions, Source, is_metadata, is_sidecar, name_captions, read_captions
-from .pictures import MAX_PIXELS, SUFFIXES, Checked, check_picture, open_picture
+from .pictures import MAX_PIXELS, SUFFIXES, Checked, check_picture, open_mask, open_picture
 from .problems import PictureError, Problem
 
 __all__ = ["ImageFolder", "Missing", "Picture", "Problem", "open_picture", "scan"]
@@ -31,6 +31,7 @@ _SOURCE_WORDS: dict[Source, str] = {
 _COMPANIONS = re.compile(
     r"(?i)(licen[cs]e|readme|attribution|notice|copying|credits|authors)([\W_].*)?|.*\.(md|safetensors)"
 )
+_MASK = re.compile(r"(?i).*[^/]-mask\.(png|webp|bmp|tiff?)")
 _LITTER = frozenset(("thumbs.db", "desktop.ini", "__macosx"))
 _CONVERTIBLE = frozenset((".heic", ".heif", ".avif", ".svg", ".psd", ".jxl", ".jp2", ".ico", ".tga", ".raw", ".dng"))
 
@@ -39,7 +40,9 @@ _CONVERTIBLE = frozenset((".heic", ".heif", ".avif", ".svg", ".psd", ".jxl", ".j
 class Picture:
     """A usable picture: size in pixels after EXIF rotation, SHA-256 of the file's bytes in hex.
 
-    `name` is its POSIX path below the folder that was read, `subfolder` that path's folder ("" at the top).
+    `name` is its POSIX path below the folder that was read, `subfolder` that path's folder ("" at the top). `mask` is a
+    picture of the same size that is white where this one shall be learned, `repeats` how often an epoch draws it, `weight`
+    what it counts in the loss.
     """
 
     path: Path
@@ -49,6 +52,10 @@ class Picture:
     width: int
     height: int
     digest: str
+    mask: Path | None = None
+    mask_digest: str = ""
+    repeats: int = 1
+    weight: float = 1.0
 
     @property
     def subfolder(self) -> str:
@@ -79,6 +86,8 @@ class ImageFolder:
         """Lines of plain text: what there is, where captions come from, and up to `shown` problems of each kind."""
         words = ", ".join(str(folder) for folder in self.folders)
         lines = [f"{words}: {_count(len(self.pictures), 'picture')}{_size_range(self.pictures)}"]
+        masked = sum(picture.mask is not None for picture in self.pictures)
+        lines += [f"{_count(masked, 'mask')}: only what is white there is learned"] if masked else []
         lines += [f"{_count(count, 'caption')} from {_SOURCE_WORDS[source]}" for source, count in self.sources.items()]
         kinds: dict[str, list[Problem]] = {}
         for problem in self.problems:
@@ -95,6 +104,7 @@ class _Limits:
     resolution: int | None
     missing: Missing
     max_pixels: int
+    masks: bool
 
 
 def scan(
@@ -102,6 +112,7 @@ def scan(
     *,
     resolution: int | None = None,
     missing: Missing = "stop",
+    masks: bool = True,
     max_pixels: int = MAX_PIXELS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ImageFolder:
@@ -110,6 +121,7 @@ def scan(
     Captions come from files beside the pictures, from `metadata.jsonl` or `metadata.csv`, and from the file names of a
     folder that has neither. `missing` says what becomes of a picture without one. With a `resolution` in pixels,
     pictures whose smaller side is under half of it are left out. Pictures above `max_pixels` are never decoded.
+    `NAME-mask.png` beside a picture NAME is no picture but its mask, which `masks` takes or leaves.
     The order is that of the folders given, then of relative paths. Raises `UserError` if there is nothing to train on.
     """
     if missing not in get_args(Missing):
@@ -126,7 +138,7 @@ def scan(
         if on_progress is not None:
             on_progress(next(ticks), total)
 
-    limits = _Limits(resolution, missing, max_pixels)
+    limits = _Limits(resolution, missing, max_pixels, masks)
     pictures: list[Picture] = []
     problems: list[Problem] = []
     for root, names in listings:
@@ -188,8 +200,14 @@ def _scan_root(
     image_names = [name for name in names if _is_picture(name)]
     names = _without_companions(names, image_names)
     captions = read_captions(root, names, image_names)
+    masks, lone = _masks(image_names, captions)
+    aside = {*masks.values(), *lone}
     others = [name for name in names if not (_is_picture(name) or is_sidecar(name) or is_metadata(name))]
     problems = [*(_other_file(root, name) for name in others), *captions.problems]
+    problems += [_lone_mask(root, name) for name in lone]
+    image_names = [name for name in image_names if name not in aside]
+    for _ in aside:
+        tick()
     pictures: list[Picture] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         checks = pool.map(lambda name: _check(root / name, limits), image_names)
@@ -200,7 +218,47 @@ def _scan_root(
             else:
                 pictures.append(Picture(root / name, name, "", "none", checked.width, checked.height, checked.digest))
     captioned, missing = _caption(pictures, captions, limits.missing)
-    return captioned, problems + missing
+    problems += missing
+    if limits.masks:
+        found = [_with_mask(picture, root, masks.get(picture.name), limits) for picture in captioned]
+        problems += [one for one in found if isinstance(one, Problem)]
+        captioned = [one for one in found if isinstance(one, Picture)]
+    return captioned, problems
+
+
+def _masks(image_names: list[str], captions: Captions) -> tuple[dict[str, str], list[str]]:
+    """The mask of each picture that has one, and masks that belong to none.
+
+    A picture of its own caption is no mask, nor is a lone `gas-mask.png` in a folder without masks.
+    """
+    stems = {posixpath.splitext(name)[0]: name for name in image_names}
+    named = [name for name in image_names if _MASK.fullmatch(name) and not captions.of(name)[0]]
+    owners = {name: stems.get(posixpath.splitext(name)[0].removesuffix("-mask")) for name in named}
+    masks = {owner: name for name, owner in owners.items() if owner is not None}
+    return masks, [name for name, owner in owners.items() if owner is None] if masks else []
+
+
+def _lone_mask(root: Path, name: str) -> Problem:
+    return Problem(str(root / name), "mask without a picture", "no picture has this name", "Rename it or delete it")
+
+
+def _with_mask(picture: Picture, root: Path, name: str | None, limits: _Limits) -> Picture | Problem:
+    """The picture with its mask, or what is wrong with that."""
+    if name is None:
+        return picture
+    try:
+        checked = check_picture(root / name, limits.max_pixels)
+        empty = open_mask(root / name, limits.max_pixels, checked.digest).getbbox() is None
+    except PictureError as error:
+        return replace(error.problem, stops=True)
+    size, wanted = f"{checked.width}x{checked.height}", f"{picture.width}x{picture.height}"
+    if size != wanted:
+        message = f"the mask is {size}, its picture {wanted}"
+        return Problem(str(root / name), "mask of another size", message, "Draw it over the picture itself", stops=True)
+    if empty:
+        message = "the mask is all black, so nothing of the picture would be learned"
+        return Problem(str(root / name), "empty mask", message, "Make white what shall be learned", stops=True)
+    return replace(picture, mask=root / name, mask_digest=checked.digest)
 
 
 def _without_companions(names: list[str], image_names: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from peft_diffusion.core.errors import UserError
 from . import masks as masks_of
 from .buckets import Bucket, Fit, group, place
 from .folder import Picture
-from .pictures import MAX_PIXELS, open_picture, parse_colour
+from .pictures import MAX_PIXELS, open_alpha, open_mask, open_picture, parse_colour
 
 _VERSION = "peft_diffusion latents 1"
 
@@ -38,6 +39,7 @@ class Latent:
     The values are the VAE's own: its scaling (and shift) factor is not in them and is applied where they are used.
     For a base that paints parts anew, ``masks`` are (masks, 1, height / 8, width / 8), and ``hidden``, (masks, channels,
     height / 8, width / 8), the means of the picture without what each of them hides.
+    ``where``, (1, height / 8, width / 8) from 0 to 1, is what of the picture is learned; None for all of it.
     """
 
     picture: int
@@ -47,6 +49,7 @@ class Latent:
     std: Tensor
     masks: Tensor | None = None
     hidden: Tensor | None = None
+    where: Tensor | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -109,6 +112,7 @@ def cache_latents(
     background: str = "white",
     flip: bool = False,
     masked: bool = False,
+    alpha: bool = False,
     folder: Path | None = None,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 4,
@@ -117,7 +121,8 @@ def cache_latents(
 ) -> LatentCache:
     """Encode each picture, brought to its bucket by its fit, once; `flip` adds every picture mirrored.
 
-    `masked` adds each one with parts hidden, by the masks of `masks.mask`, for a base that is told such.
+    `masked` adds each one with parts hidden, by the masks of `masks.mask`, for a base that is told such. Pictures with a
+    mask of what is learned get that at the latents' size; with `alpha`, transparent ones without a mask their alpha.
 
     The result is held on the CPU in `dtype` and, with a `folder`, kept there as one float32 file per picture that
     is found again by `latent_key`. The VAE runs where it is, on the CPU in float32, in batches whose make-up does not
@@ -127,7 +132,7 @@ def cache_latents(
     """
     if len(pictures) != len(fits):
         raise ValueError(f"{len(pictures)} pictures with {len(fits)} fits")
-    job = _Job(pictures, fits, background, max_pixels, folder, fingerprint(vae) if folder is not None else "")
+    job = _Job(pictures, fits, background, max_pixels, alpha, folder, fingerprint(vae) if folder is not None else "")
     whole = [(index, flipped) for flipped in ((False, True) if flip else (False,)) for index in range(len(pictures))]
     hiding = (None, *range(masks_of.COUNT)) if masked else (None,)
     entries: list[Key] = [(*one, mask) for mask in hiding for one in whole]
@@ -163,19 +168,34 @@ class _Job:
     fits: Sequence[Fit]
     background: str
     max_pixels: int
+    alpha: bool
     folder: Path | None
     vae: str
 
     def latent(self, one: tuple[int, bool], done: Mapping[Key, tuple[Tensor, Tensor]], hiding: Sequence[int]) -> Latent:
         """A picture's latent, with those of what the masks leave of it."""
         mean, std = done[*one, None]
-        plain = Latent(*one, self.fits[one[0]], mean, std)
+        plain = Latent(*one, self.fits[one[0]], mean, std, where=self._where(one, (mean.shape[-2], mean.shape[-1])))
         if not hiding:
             return plain
         hidden = torch.stack([done[*one, number][0] for number in hiding])
         # As diffusers' inpainting pipelines bring a mask to the latents' size.
         masks = [F.interpolate(self._mask(*one, number)[None], mean.shape[-2:])[0] for number in hiding]
         return replace(plain, masks=torch.stack(masks), hidden=hidden)
+
+    def _where(self, one: tuple[int, bool], size: tuple[int, int]) -> Tensor | None:
+        """What of a picture is learned, (1, height, width) of this size: resized, cropped and flipped as the picture is."""
+        index, flipped = one
+        picture = self.pictures[index]
+        if picture.mask is not None:
+            image: Image.Image | None = open_mask(picture.mask, self.max_pixels, picture.mask_digest)
+        else:
+            image = open_alpha(picture.path, self.max_pixels, picture.digest) if self.alpha else None
+        if image is None:
+            return None
+        # Bilinear: Lanczos overshoots, which would learn a little of what is outside.
+        placed = place(image, self.fits[index], flipped, Image.Resampling.BILINEAR)
+        return F.adaptive_avg_pool2d(torch.from_numpy(np.array(placed))[None].float() / 255, size)
 
     def _mask(self, index: int, flipped: bool, number: int) -> Tensor:
         bucket = self.fits[index].bucket

@@ -62,7 +62,12 @@ def open_picture(
     `background` is a colour as CSS names it ("white", "#808080"). With `digest` the file must still have that SHA-256.
     Raises `PictureError` for a file that is not a whole, sane picture and `UserError` for an unknown colour.
     """
-    path, colour = Path(path), parse_colour(background)
+    colour = parse_colour(background)
+    return _rgb(_open(Path(path), max_pixels, digest), colour)
+
+
+def _open(path: Path, max_pixels: int, digest: str | None) -> Image.Image:
+    """The first frame, upright, of a file that has this digest, where one is given."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -71,7 +76,20 @@ def open_picture(
         raise PictureError(Problem(str(path), "changed", "the file has changed since the folder was read", "Start again"))
     image = _decode(io.BytesIO(content), str(path), max_pixels)
     turn = _TURNS.get(_orientation(image))
-    return _rgb(image if turn is None else image.transpose(turn), colour)
+    return image if turn is None else image.transpose(turn)
+
+
+def open_mask(path: Path | str, max_pixels: int = MAX_PIXELS, digest: str | None = None) -> Image.Image:
+    """A mask, upright, in 8-bit grey: white is what counts. Raises as `open_picture` does."""
+    return open_picture(path, "black", max_pixels, digest).convert("L")
+
+
+def open_alpha(path: Path | str, max_pixels: int = MAX_PIXELS, digest: str | None = None) -> Image.Image | None:
+    """How solid a picture is, upright, in 8-bit grey; None for one without transparency. Raises as `open_picture` does."""
+    image = _open(Path(path), max_pixels, digest)
+    if not image.has_transparency_data:
+        return None
+    return image.convert("RGBA").getchannel("A")
 
 
 def parse_colour(background: str) -> tuple[int, int, int]:

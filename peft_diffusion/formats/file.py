@@ -123,6 +123,11 @@ def _warnings(path: Path, spec: Spec | None, report: Coverage, pipe: Any) -> tup
         shown = ", ".join(report.unmatched[:5])
         count = f"{len(report.unmatched)} of {report.found + len(report.unmatched)}"
         found.append(f"{path}: {count} tensors have no site in this base and were left out: {shown}")
+    if spec and spec.training.get("zero_terminal_snr") and not pipe.scheduler.config.get("rescale_betas_zero_snr"):
+        found.append(
+            f"{path} was trained with zero terminal SNR; draw with a scheduler of rescale_betas_zero_snr=True and"
+            ' timestep_spacing="trailing", or its pictures are as light and dark as before'
+        )
     made_for = spec.base.get("fingerprint") if spec else None
     if spec and made_for and made_for != describe(pipe).fingerprint:
         name = spec.base.get("name")

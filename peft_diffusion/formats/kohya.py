@@ -49,6 +49,14 @@ _SS_KEYS: dict[str, str] = {
     "ss_seed": "seed",
     "ss_noise_offset": "noise_offset",
     "ss_min_snr_gamma": "min_snr_gamma",
+    "ss_multires_noise_discount": "multires_noise",
+    "ss_zero_terminal_snr": "zero_terminal_snr",
+    "ss_debiased_estimation": "debiased",
+    "ss_loss_type": "loss",
+    "ss_huber_c": "huber_c",
+    "ss_huber_schedule": "huber_schedule",
+    "ss_prior_loss_weight": "prior_weight",
+    "ss_num_reg_images": "class_pictures",
     "ss_max_grad_norm": "clip",
     "ss_caption_dropout_rate": "caption_dropout",
     "ss_training_started_at": "started_at",
@@ -158,4 +166,6 @@ def _aliases(component: str, path: str) -> tuple[str, ...]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+    if isinstance(value, (str, bool)):
+        return str(value)  # sd-scripts writes True, and A1111 looks for that
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)

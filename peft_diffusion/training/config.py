@@ -11,11 +11,15 @@ from cyclopts import Group, Parameter
 
 from ..core.errors import UserError
 
-Preset: TypeAlias = Literal["style"]
+Preset: TypeAlias = Literal["style", "subject"]
+Masks: TypeAlias = Literal["files", "alpha", "off"]
+PriorTarget: TypeAlias = Literal["base", "noise"]
+Loss: TypeAlias = Literal["l2", "huber", "smooth-l1"]
+HuberSchedule: TypeAlias = Literal["snr", "exponential", "constant"]
 Scheduler: TypeAlias = Literal["constant", "cosine", "linear"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
-OptimizerName: TypeAlias = Literal["adamw", "adamw8bit"]
+OptimizerName: TypeAlias = Literal["adamw", "adamw8bit", "prodigy", "schedule-free"]
 Memory: TypeAlias = Literal["auto", "low", "off"]
 MissingCaptions: TypeAlias = Literal["stop", "name", "empty", "skip"]
 
@@ -26,6 +30,7 @@ HELD_OUT_FROM = 20  # pictures; with fewer, each one is worth more in training t
 
 RESULT = Group("What to make", sort_key=1)
 _DATA = Group("Pictures and captions", sort_key=2)
+_PRIOR = Group("Keeping the class", sort_key=3)
 ADAPTER = Group("Adapter", sort_key=3)
 LEARNING = Group("Learning", sort_key=4)
 _OPTIMIZER = Group("Optimizer", sort_key=5)
@@ -117,7 +122,8 @@ class SharedConfig:
     """Number of steps."""
 
     optimizer: Annotated[OptimizerName, Parameter(group=_OPTIMIZER)] = "adamw"
-    """What moves the weights: adamw, or adamw8bit, whose state takes a quarter of the memory (needs bitsandbytes)."""
+    """What moves the weights: adamw; adamw8bit, whose state takes a quarter of the memory (needs bitsandbytes); prodigy,
+    which finds its learning rate (prodigyopt); or schedule-free, for a run that may end at any step (schedulefree)."""
     accumulation: Annotated[int, Parameter(group=_OPTIMIZER)] = 1
     """Batches that make one step; raise it to keep the effect of a batch that memory does not hold."""
     weight_decay: Annotated[float, Parameter(group=_OPTIMIZER)] = 0.01
@@ -148,6 +154,8 @@ class SharedConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.optimizer == "schedule-free" and self.ema:
+            raise UserError("--optimizer schedule-free averages the weights itself; leave --ema away")
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,8 @@ class _PictureConfig:
     base: Annotated[str, Parameter(group=RESULT)] = "icons"
     """The model to teach: icons (embedded), a diffusers folder, a .safetensors checkpoint or a hub id."""
     preset: Annotated[Preset, Parameter(group=RESULT)] = "style"
-    """Where the values that you leave out come from: style learns the look that all pictures share."""
+    """Where the values that you leave out come from: style learns the look that all pictures share, subject one character
+    or thing from a few pictures."""
 
     trigger: Annotated[str, Parameter(group=_DATA)] = ""
     """Words that call the style, put into every caption: "ink style", or "ink drawing of {}" with {} for the caption."""
@@ -170,6 +179,8 @@ class _PictureConfig:
     """What becomes of pictures without caption: stop, use the file name, use no words (empty), or skip them."""
     caption_dropout: Annotated[float | None, Parameter(group=_DATA)] = None
     """Share of captions left empty in training (0 to 1); a little keeps guidance working."""
+    wildcards: Annotated[bool, Parameter(group=_DATA, negative=())] = False
+    """Take one of {a|b} in captions, another in every step, for words that should not matter; {{ and }} are braces."""
     shuffle_tags: Annotated[bool, Parameter(group=_DATA, negative=())] = False
     """Shuffle comma-separated tags in every step; for tag captions, so that their order means nothing."""
     keep_tags: Annotated[int, Parameter(group=_DATA)] = 0
@@ -186,6 +197,28 @@ class _PictureConfig:
     """Share of the pictures kept apart to measure on (0 to below 1); by default a tenth where there are 20 or more."""
     cache: Annotated[Path | None, Parameter(group=_DATA)] = None
     """Folder to keep encoded pictures in, so that the next run on them starts faster; by default only memory."""
+    repeats: Annotated[tuple[str, ...], Parameter(group=_DATA, negative=(), consume_multiple=False)] = ()
+    """SUBFOLDER=N: draw its pictures N times in an epoch, for a few that count; a subfolder named 10_name is drawn 10 times
+    without that."""
+    folder_weight: Annotated[tuple[str, ...], Parameter(group=_DATA, negative=(), consume_multiple=False)] = ()
+    """SUBFOLDER=WEIGHT: what its pictures count in the loss, below 1 for doubtful ones."""
+    masks: Annotated[Masks, Parameter(group=_DATA)] = "files"
+    """What of a picture is learned: the white of NAME-mask.png beside it (files), what is not transparent where there is
+    no such file (alpha), or all of it (off)."""
+
+    class_prompt: Annotated[tuple[str, ...], Parameter(group=_PRIOR, negative=(), consume_multiple=False)] = ()
+    """What the subject is one of, as in "a portrait of a woman": the base draws pictures of it, and what they show is kept
+    as it was. For a subject that should leave the rest alone; give it again for more kinds."""
+    class_images: Annotated[int | None, Parameter(group=_PRIOR)] = None
+    """Pictures that the base draws for the class prompts; they are kept for later runs."""
+    regularisation: Annotated[tuple[Path, ...], Parameter(group=_PRIOR, negative=())] = ()
+    """Folders of pictures of the class, in place of those that the base draws or beside them; repeats and captions as usual,
+    without the trigger."""
+    prior_weight: Annotated[float, Parameter(group=_PRIOR)] = 1.0
+    """What the pictures of the class count in the loss; raise it when prompts without the trigger change."""
+    prior_target: Annotated[PriorTarget, Parameter(group=_PRIOR)] = "base"
+    """What is learned from pictures of the class: to answer as the base does (base), which keeps more of it, or the pictures
+    themselves (noise), for a folder of better ones than the base draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,9 +235,9 @@ class TrainConfig(SharedConfig, _PictureConfig):
     target: Annotated[str | None, Parameter(group=ADAPTER)] = None
     """Layers to adapt: attention, attention+ff, all-linear, conv, all, ..., or a regular expression over module paths; by
     default those that the method was made for, attention+ff for a LoRA."""
-    components: Annotated[tuple[str, ...], Parameter(group=ADAPTER, negative=())] = ("unet",)
-    """Parts to adapt, with commas: unet, or unet,text_encoder for words that the base does not know; SDXL has a
-    text_encoder_2 too."""
+    components: Annotated[tuple[str, ...], Parameter(group=ADAPTER, negative=())] = ()
+    """Parts to adapt, with commas: unet (by default), or unet,text_encoder for words that the base does not know (by default
+    for a subject); SDXL has a text_encoder_2 too."""
 
     epochs: Annotated[float | None, Parameter(group=LEARNING)] = None
     """Length as passes over the pictures, instead of steps; wins over them."""
@@ -222,6 +255,19 @@ class TrainConfig(SharedConfig, _PictureConfig):
     """Holds down the weight of nearly clean timesteps (5 is usual, 0 is off)."""
     noise_offset: Annotated[float, Parameter(group=LEARNING)] = 0.0
     """Noise that shifts whole channels, for very dark or very light pictures (0.05 is much)."""
+    multires_noise: Annotated[float, Parameter(group=LEARNING)] = 0.0
+    """Noise of coarser shapes too, each so much as strong as the finer one (0.3 is usual, 0 is off); for large dark or light
+    areas, where an offset is too blunt."""
+    zero_terminal_snr: Annotated[bool, Parameter(group=LEARNING, negative=())] = False
+    """Let the schedule end in pure noise, so that pictures can be all dark or light; for bases with v-prediction only."""
+    loss: Annotated[Loss, Parameter(group=LEARNING)] = "l2"
+    """l2; or huber or smooth-l1, in which outliers count less, for folders with bad pictures among the good ones."""
+    huber_c: Annotated[float, Parameter(group=LEARNING)] = 0.1
+    """The error from which huber and smooth-l1 grow in a line (above 0, at most 1); lower ignores more."""
+    huber_schedule: Annotated[HuberSchedule, Parameter(group=LEARNING)] = "snr"
+    """How huber-c gets lower with the noise: after its share (snr), with the timestep (exponential), or not (constant)."""
+    debiased: Annotated[bool, Parameter(group=LEARNING, negative=())] = False
+    """Weigh timesteps so that none dominates what is learned; in place of min-snr-gamma, for details that stay vague."""
     seed: Annotated[int, Parameter(group=LEARNING)] = 0
     """Number that all chance comes from: same seed, settings and pictures, same adapter."""
 
@@ -238,11 +284,14 @@ class TrainConfig(SharedConfig, _PictureConfig):
 
     def __post_init__(self) -> None:
         parts = tuple(part.strip() for item in self.components for part in item.split(",") if part.strip())
+        parts = parts if self.components else PRESET_COMPONENTS.get(self.preset, ("unet",))
         object.__setattr__(self, "components", tuple(dict.fromkeys(parts)))
         unknown = [part for part in self.components if part not in COMPONENTS]
         if unknown or not self.components:
             raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(COMPONENTS)}")
         super().__post_init__()
+        if self.debiased and self.min_snr_gamma:
+            raise UserError("--debiased and --min-snr-gamma weigh timesteps both; leave one of them away")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +312,7 @@ class ResolvedConfig(TrainConfig):
     min_snr_gamma: float
     save_every: int
     preview_every: int
+    class_images: int
 
 
 @dataclass(frozen=True)
@@ -275,6 +325,10 @@ class _Range:
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "preset": get_args(Preset),
+    "masks": get_args(Masks),
+    "prior_target": get_args(PriorTarget),
+    "loss": get_args(Loss),
+    "huber_schedule": get_args(HuberSchedule),
     "missing_captions": get_args(MissingCaptions),
     "scheduler": (*get_args(Scheduler), None),
     "precision": get_args(Precision),
@@ -304,6 +358,10 @@ _RANGES: dict[str, _Range] = {
     "warmup": _NATURAL,
     "min_snr_gamma": _NATURAL,
     "noise_offset": _NATURAL,
+    "multires_noise": _SHARE,
+    "huber_c": _Range(0, 1, above=True),
+    "class_images": _COUNT,
+    "prior_weight": _NATURAL,
     "weight_decay": _NATURAL,
     "clip": _NATURAL,
     "ema": _SHARE,
@@ -326,22 +384,33 @@ _LATENT_DIFFUSION: dict[str, Any] = {
     "min_snr_gamma": 5.0,
     "caption_dropout": 0.05,
 }
+_SMALL_DIFFUSION: dict[str, Any] = {
+    **_LATENT_DIFFUSION,
+    "unet_lr": 1e-3,
+    "text_encoder_lr": 1e-4,
+    "steps": 300,
+    "batch_size": 8,
+    "warmup": 10,
+    "min_snr_gamma": 0.0,
+}
+# A step of a subject holds as many pictures of the class besides, which the base looks at too.
+_SUBJECT: dict[str, Any] = {**_LATENT_DIFFUSION, "steps": 800, "batch_size": 2, "scheduler": "constant"}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "subject": {
+        "sd1": _SUBJECT,
+        "sd2": _SUBJECT,
+        "sdxl": {**_SUBJECT, "rank": 32},
+        "other": {**_SMALL_DIFFUSION, "batch_size": 4},
+    },
     "style": {
         "sd1": _LATENT_DIFFUSION,
         "sd2": _LATENT_DIFFUSION,
         "sdxl": {**_LATENT_DIFFUSION, "rank": 32},
-        "other": {
-            **_LATENT_DIFFUSION,
-            "unet_lr": 1e-3,
-            "text_encoder_lr": 1e-4,
-            "steps": 300,
-            "batch_size": 8,
-            "warmup": 10,
-            "min_snr_gamma": 0.0,
-        },
+        "other": _SMALL_DIFFUSION,
     },
 }
+PRESET_COMPONENTS: dict[str, tuple[str, ...]] = {"style": ("unet",), "subject": ("unet", "text_encoder")}
+CLASS_IMAGES = 100
 
 # How many times the rate of a LoRA suits a method by default: the fewer numbers it trains, and the further they are from the
 # weights, the faster they must move. Of three rates for each, a factor of about 3 apart, these had the lowest loss on unseen
@@ -355,7 +424,7 @@ _WORD_RATES: dict[str, float] = {"tokens": 5e-3, "prompt": 5e-3}
 
 # Fields that a resumed run may have otherwise: they change where things go and how often one looks, not what is learned.
 # The pictures and captions themselves are compared apart, so folders may have moved.
-_SOURCES = ("folder", "texts", "held_out_text", "missing_captions")
+_SOURCES = ("folder", "regularisation", "texts", "held_out_text", "missing_captions")
 _PLACES = ("output", "run_dir", "cache", "device", "cuda_graph", "memory", "preset", "resume", "overwrite")
 _LENGTHS = ("steps", "epochs", "save_every", "log_every", "preview_prompts", "preview_every", "preview_steps")
 FREE_ON_RESUME = frozenset((*_SOURCES, *_PLACES, *_LENGTHS))
@@ -377,10 +446,14 @@ def resolve(
 
     def rate(component: str, method: str) -> float:
         given: float | None = getattr(config, RATES[component])
-        return given or _method_rate(method, preset[RATES[component]])
+        return given or own_rate(config.optimizer, _method_rate(method, preset[RATES[component]]))
 
     values["block"] = tuple(with_rate(text, COMPONENTS, rate) for text in config.block)
     values |= {RATES[component]: rate(component, config.method) for component in COMPONENTS}
+    if config.debiased:
+        values["min_snr_gamma"] = 0.0
+    if config.optimizer == "schedule-free":
+        fill(values, {"scheduler": "constant"})
     fill(values, preset)
     fill(
         values,
@@ -388,6 +461,7 @@ def resolve(
             "output": output_path(config),
             "run_dir": run_path(config),
             "resolution": base.resolution,
+            "class_images": CLASS_IMAGES,
             "held_out": 0.1 if pictures >= HELD_OUT_FROM else 0.0,
             "save_every": math.ceil(values["steps"] / 6),
             "preview_every": 0 if device == "cpu" else math.ceil(values["steps"] / 5),
@@ -399,6 +473,11 @@ def resolve(
 def _method_rate(method: str, of_lora: float) -> float:
     """The learning rate that suits a method by default, where so much suits a LoRA."""
     return _WORD_RATES.get(method, of_lora * _RATE_FACTORS.get(method, 1.0))
+
+
+def own_rate(optimizer: OptimizerName, rate: float) -> float:
+    """A default learning rate as an optimizer takes it: for one that finds it, a factor."""
+    return 1.0 if optimizer == "prodigy" else rate
 
 
 def with_rate(block: str, components: Container[str], rate: Callable[[str, str], float]) -> str:

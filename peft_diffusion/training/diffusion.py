@@ -2,8 +2,8 @@
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from ..bases import components, inpaints
 from ..core import site
+from ..core.errors import UserError
 from ..data import masks
-from ..data.buckets import Batch, batches, steps_per_epoch
+from ..data.buckets import Batch, Bucket, batches, repeated, steps_per_epoch
 from ..data.captions import CaptionRules
 from ..data.latents import LatentCache, TextCache, cache_text
 from . import objective
+from .config import HuberSchedule, Loss, PriorTarget
 from .crew import Crew
 from .seeds import generator, global_seed, seed_of
 from .session import evaluating
@@ -28,10 +30,33 @@ _DRAWS = 8  # noises and timesteps per held-out picture
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures as latents, and a caption for each picture (by the index that its latents name)."""
+    """Pictures as latents, and for each picture, by the index that its latents name, a caption, how often an epoch draws
+    it, and what it counts in the loss; once and 1 where that is not said."""
 
     latents: LatentCache
     captions: Sequence[str]
+    repeats: Sequence[int] = ()
+    weights: Sequence[float] = ()
+
+    @property
+    def groups(self) -> dict[Bucket, tuple[int, ...]]:
+        """The entries of each bucket, each as often as an epoch draws it."""
+        groups = self.latents.groups
+        return repeated(groups, [self.repeats[one.picture] for one in self.latents.entries]) if self.repeats else groups
+
+    @property
+    def masked(self) -> bool:
+        """Whether only a part of some picture is learned."""
+        return any(one.where is not None for one in self.latents.entries)
+
+    def weight(self, entry: int) -> float:
+        """What an entry counts in the loss."""
+        return self.weights[self.latents.entries[entry].picture] if self.weights else 1.0
+
+    def where(self, entries: Sequence[int]) -> Tensor:
+        """What of each picture is learned, (batch, 1, height, width) from 0 to 1, at the latents' size."""
+        chosen = [self.latents.entries[entry] for entry in entries]
+        return torch.stack([torch.ones_like(one.mean[:1]) if one.where is None else one.where for one in chosen])
 
     def caption(self, entry: int) -> str:
         """The caption of an entry of the cache."""
@@ -40,13 +65,22 @@ class Examples:
 
 @dataclass(frozen=True)
 class DiffusionSettings:
-    """How the loss is made. ``min_snr_gamma`` 0 weighs every timestep alike; ``batch_size`` is that of each process."""
+    """How the loss is made. ``min_snr_gamma`` 0 weighs every timestep alike; ``batch_size`` is that of each process, and
+    there are as many pictures of the class besides, where there are any."""
 
     seed: int = 0
     batch_size: int = 1
     accumulation: int = 1
     min_snr_gamma: float = 0.0
     noise_offset: float = 0.0
+    multires_noise: float = 0.0
+    zero_terminal_snr: bool = False
+    loss: Loss = "l2"
+    huber_c: float = 0.1
+    huber_schedule: HuberSchedule = "snr"
+    debiased: bool = False
+    prior_weight: float = 1.0
+    prior_target: PriorTarget = "base"
     dropout: float = 0.0
     crew: Crew = field(default_factory=Crew)
     rules: CaptionRules = field(default_factory=CaptionRules)
@@ -55,18 +89,30 @@ class DiffusionSettings:
 class DiffusionTask:
     """The loss of a pipeline that carries the adapter ``name``, on examples; and on others that are never trained on.
 
+    ``prior`` are pictures of the class, in every bucket of the examples: each step learns from as many of them to answer as
+    the base does, or to draw them (prior preservation, Ruiz et al. 2022, https://arxiv.org/abs/2208.12242).
     All chance comes from the seed, the step and the micro-batch. Latents and, with a frozen text encoder and fixed
     captions, embeddings are computed before; `offload` then takes what is idle off the device.
     """
 
     def __init__(
-        self, pipe: Any, name: str, settings: DiffusionSettings, train: Examples, held_out: Examples | None = None
+        self,
+        pipe: Any,
+        name: str,
+        settings: DiffusionSettings,
+        train: Examples,
+        held_out: Examples | None = None,
+        prior: Examples | None = None,
     ) -> None:
         self.pipe = pipe
         self.name = name
         self.settings = settings
         self.train = train
         self.apart = held_out
+        self.prior = prior
+        self.prior_rules = replace(settings.rules, trigger="")
+        self.masked = train.masked or (prior is not None and prior.masked)
+        self.weighs = prior is not None or bool(train.weights)
         weight = next(pipe.unet.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.text = TextSide(pipe)
@@ -74,40 +120,70 @@ class DiffusionTask:
         self.told_masks = inpaints(pipe)
         self.told_sizes = pipe.unet.config.addition_embed_type == "text_time"
         self.prediction = objective.prediction_type(pipe.scheduler.config.get("prediction_type", "epsilon"))
-        self.powers = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.to(self.device)
+        self.powers = schedule(pipe, settings.zero_terminal_snr).to(self.device)
         self.scaling = float(pipe.vae.config.scaling_factor)
         self.shift = float(getattr(pipe.vae.config, "shift_factor", None) or 0.0)
-        self.groups = train.latents.groups
+        self.groups = train.groups
         self._epoch: tuple[int, tuple[Batch, ...]] = (-1, ())
 
     @cached_property
     def embeddings(self) -> TextCache | None:
         """Embeddings of every prompt that can come up; None where they change or are too many to list."""
-        if self.trains_text or self.settings.rules.shuffle:
+        if self.trains_text or self.settings.rules.varies:
             return None
         apart = self.apart.captions if self.apart else ()
         prompts = ["", *(self._plain(caption) for caption in (*self.train.captions, *apart))]
+        prompts += [self.prior_rules.plain(caption) for caption in (self.prior.captions if self.prior else ())]
         return cache_text(prompts, lambda batch: encode_frozen(self.text, batch))
 
     def inputs(self, step: int, micro: int) -> dict[str, Tensor]:
         """What one micro-batch is computed from, all its chance in it."""
-        settings, latents = self.settings, self.train.latents
-        batch = self.batch(step, micro)
-        chance = generator(settings.seed, "noise", step, micro)
-        mean, std = latents.stack(batch.indices)
+        seed, batch = self.settings.seed, self.batch(step, micro)
+        chances = [random.Random(seed_of(seed, "caption", step, micro, row)) for row in range(len(batch.indices))]
+        captions = [self.train.caption(entry) for entry in batch.indices]
+        prompts = [self.settings.rules.prompt(*pair) for pair in zip(captions, chances, strict=True)]
+        found = self._drawn(self.train, batch.indices, prompts, generator(seed, "noise", step, micro))
+        if self.prior is None:
+            return found
+        entries = self.prior_entries(batch.bucket, step, micro)
+        chances = [random.Random(seed_of(seed, "prior caption", step, micro, row)) for row in range(len(entries))]
+        captions = [self.prior.caption(entry) for entry in entries]
+        prompts = [self.prior_rules.prompt(*pair) for pair in zip(captions, chances, strict=True)]
+        kept = self._drawn(self.prior, entries, prompts, generator(seed, "prior noise", step, micro))
+        kept["weights"] *= self.settings.prior_weight
+        # Twice each: the loss is the mean over both, and shall be the sum of the means of each.
+        return {name: torch.cat([tensor, kept[name]]) * (2 if name == "weights" else 1) for name, tensor in found.items()}
+
+    def prior_entries(self, bucket: Bucket, step: int, micro: int) -> tuple[int, ...]:
+        """The pictures of the class in a micro-batch of all processes, without one twice where there are enough."""
+        if self.prior is None:
+            return ()
+        there = self.prior.groups[bucket]
+        count = self.settings.batch_size * self.settings.crew.size
+        chance = random.Random(seed_of(self.settings.seed, "prior", step, micro))
+        drawn = chance.sample(there, min(count, len(there)))
+        return tuple(drawn[row % len(drawn)] for row in range(count))
+
+    def _drawn(
+        self, examples: Examples, entries: Sequence[int], prompts: Sequence[str], chance: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Noisy latents to be, and what is told with them, for this process's part of a batch."""
+        settings, latents = self.settings, examples.latents
+        mean, std = latents.stack(entries)
         clean = mean.float() + std.float() * torch.randn(mean.shape, generator=chance)
         noise = objective.noise(tuple(mean.shape), settings.noise_offset, chance)
         timesteps = objective.timesteps(len(mean), len(self.powers), chance)
         hiding = torch.randint(masks.COUNT, (len(mean),), generator=chance).tolist() if self.told_masks else ()
-        prompts = [self._prompt(entry, step, micro, row) for row, entry in enumerate(batch.indices)]
+        if settings.multires_noise:
+            noise = objective.pyramid(noise, settings.multires_noise, chance)
         # Everything is drawn for the batch of all processes, so that their number changes nothing.
         own = settings.crew.part(settings.batch_size)
-        return {
-            "latents": self._scaled(clean)[own],
-            "noise": noise[own],
-            "timesteps": timesteps[own],
-            **self._told(latents, batch.indices[own], prompts[own], hiding[own]),
-        }
+        found = {"latents": self._scaled(clean)[own], "noise": noise[own], "timesteps": timesteps[own]}
+        if self.weighs:
+            found["weights"] = torch.tensor([examples.weight(entry) for entry in entries[own]])
+        if self.masked:
+            found["where"] = examples.where(entries[own])
+        return found | self._told(latents, entries[own], prompts[own], hiding[own])
 
     def largest(self) -> dict[str, Tensor]:
         """The inputs of the micro-batch with the most pixels, of those of a pass over the pictures."""
@@ -125,11 +201,18 @@ class DiffusionTask:
 
     def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The loss of one micro-batch, a float32 scalar with gradients to the adapter."""
+        settings, timesteps = self.settings, inputs["timesteps"]
+        of_base = self._base_answer(inputs)
         answer, wanted = self._answer(inputs)
-        gamma = self.settings.min_snr_gamma
-        power = self.powers[inputs["timesteps"]]
-        weights = objective.min_snr_weights(self.prediction, power, gamma) if gamma else None
-        return objective.loss(answer, wanted, weights)
+        if of_base is not None:
+            wanted = torch.cat([wanted[: settings.batch_size].float(), of_base.float()])
+        power = self.powers[timesteps]
+        deltas = None
+        if settings.loss != "l2":
+            count = len(self.powers)
+            deltas = objective.huber_deltas(settings.huber_schedule, settings.huber_c, timesteps, power, count)
+        errors = objective.errors(answer, wanted, settings.loss, deltas)
+        return objective.weighted(objective.per_image(errors, inputs.get("where")), self._weights(inputs, power))
 
     def held_out(self) -> float | None:
         """The plain loss on the pictures kept apart: fixed noise, timesteps spread evenly, whatever the run's settings."""
@@ -165,16 +248,38 @@ class DiffusionTask:
         """The adapter without its dropout."""
         return evaluating(self._components(), self.name)
 
+    def _weights(self, inputs: Mapping[str, Tensor], power: Tensor) -> Tensor | None:
+        """What each image counts: by its timestep, its folder, and whether it is of the class."""
+        weights, gamma = inputs.get("weights"), self.settings.min_snr_gamma
+        if gamma:
+            of_steps = objective.min_snr_weights(self.prediction, power, gamma)
+        elif self.settings.debiased:
+            of_steps = objective.debiased_weights(self.prediction, power)
+        else:
+            return weights
+        return of_steps if weights is None else of_steps * weights
+
+    def _base_answer(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """What the base says to the pictures of the class; None where the pictures themselves are learned."""
+        if self.prior is None or self.settings.prior_target != "base":
+            return None
+        with torch.no_grad(), self._base():
+            return self._answer({name: tensor[self.settings.batch_size :] for name, tensor in inputs.items()})[0]
+
+    def _base(self) -> ExitStack:
+        """The base without the adapter."""
+        stack = ExitStack()
+        for part in self._components():
+            if (strengths := site.strengths(part)) is not None and self.name in strengths.names:
+                stack.enter_context(strengths.without(self.name))
+        return stack
+
     def _components(self) -> list[nn.Module]:
         return list(components(self.pipe).values())
 
     def _plain(self, caption: str) -> str:
         """The caption's prompt, without dropout or shuffling."""
-        return CaptionRules(trigger=self.settings.rules.trigger).prompt(caption, random.Random(0))
-
-    def _prompt(self, entry: int, step: int, micro: int, row: int) -> str:
-        chance = random.Random(seed_of(self.settings.seed, "caption", step, micro, row))
-        return self.settings.rules.prompt(self.train.caption(entry), chance)
+        return self.settings.rules.plain(caption)
 
     def _told(
         self, latents: LatentCache, entries: Sequence[int], prompts: Sequence[str], hiding: Sequence[int]
@@ -256,5 +361,20 @@ class DiffusionTask:
         inputs = {"latents": self._scaled(mean.float()), "noise": drawn, "timesteps": timesteps}
         inputs |= self._told(examples.latents, entries, prompts, hiding)
         answer, wanted = self._answer({name: tensor.to(self.device) for name, tensor in inputs.items()})
-        losses: list[float] = (answer.float() - wanted.float()).square().flatten(1).mean(1).tolist()
+        where = examples.where(entries).to(self.device) if examples.masked else None
+        losses: list[float] = objective.per_image(objective.errors(answer, wanted), where).tolist()
         return losses
+
+
+def schedule(pipe: Any, zero_terminal: bool) -> Tensor:
+    """Signal powers of a base's schedule, (timesteps,), ending at 0 if asked. Raises UserError for a base that cannot."""
+    powers: Tensor = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
+    if not zero_terminal:
+        return powers
+    kind = pipe.scheduler.config.get("prediction_type", "epsilon")
+    if kind != "v_prediction":
+        raise UserError(
+            f"--zero-terminal-snr needs a base with v-prediction; this one predicts {kind}, and in pure noise there is"
+            " nothing to tell from the noise. Leave it away; --noise-offset or --multires-noise help there"
+        )
+    return objective.zero_terminal(powers)

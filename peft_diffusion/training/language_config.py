@@ -9,7 +9,7 @@ from cyclopts import Group, Parameter
 
 from ..core.errors import UserError
 from ..data.text import read_texts
-from .config import ADAPTER, LEARNING, RESULT, WATCH, Scheduler, SharedConfig, adapter_path, fill, with_rate
+from .config import ADAPTER, LEARNING, RESULT, WATCH, Scheduler, SharedConfig, adapter_path, fill, own_rate, with_rate
 
 _DATA = Group("Text", sort_key=2)
 
@@ -127,10 +127,10 @@ def resolve_language(
     fill(values, _DEFAULTS[small])
 
     def rate(_: str, method: str) -> float:
-        return config.lr or _rate(method, small)
+        return config.lr or own_rate(config.optimizer, _rate(method, small))
 
     values["block"] = tuple(with_rate(text, ("lm",), rate) for text in config.block)
-    fill(values, {"lr": _rate(config.method, small)})
+    fill(values, {"lr": rate("lm", config.method)})
     if config.epochs is not None and windows is not None:
         values["steps"] = max(1, math.ceil(config.epochs * windows / (values["batch_size"] * config.accumulation)))
         values["epochs"] = None

@@ -14,6 +14,7 @@ from ..bases import components
 from ..bases.vocabulary import teach
 from ..core.arena import Arena
 from ..data.captions import with_trigger
+from ..data.folder import Picture
 from ..methods.tokens import Tokens
 from .blocks import Block, blocks, check_methods
 from .config import RATES, ResolvedConfig, TrainConfig, to_json
@@ -156,13 +157,15 @@ class _Run:
         return result
 
     def _pictures(self) -> list[dict[str, str]]:
-        kept = ("name", "digest", "caption")
-        return [{key: getattr(picture, key) for key in kept} for picture in self.prepared.pictures]
+        return [_item(picture) for picture in (*self.prepared.pictures, *self.prepared.class_pictures)]
 
     def _spec(self, result: TrainResult) -> formats.Spec:
         config = self.config
         training = to_json(config) | {
-            "folder": [path.name for path in config.folder],  # where pictures lie on this disk is nobody's business
+            # Where pictures lie on this disk is nobody's business.
+            "folder": [path.name for path in config.folder],
+            "regularisation": [path.name for path in config.regularisation],
+            "class_pictures": len(self.prepared.class_pictures),
             "images": result.images,
             "steps_done": result.steps,
             "seconds": round(result.seconds, 1),
@@ -179,6 +182,14 @@ class _Run:
             training=training,
             title=config.output.stem,
         )
+
+
+def _item(picture: Picture) -> dict[str, str]:
+    """What of a picture a run depends on."""
+    item = {"name": picture.name, "digest": picture.digest, "caption": picture.caption}
+    item |= {"mask": picture.mask_digest} if picture.mask_digest else {}
+    drawn = (picture.repeats, picture.weight)
+    return item | ({"drawn": f"{drawn[0]} times, weight {drawn[1]:g}"} if drawn != (1, 1.0) else {})
 
 
 def _trigger_words(config: ResolvedConfig) -> list[str]:
@@ -198,11 +209,19 @@ def _task(prepared: Prepared, blocks: Sequence[Block], crew: Crew) -> DiffusionT
         accumulation=config.accumulation,
         min_snr_gamma=config.min_snr_gamma,
         noise_offset=config.noise_offset,
+        multires_noise=config.multires_noise,
+        zero_terminal_snr=config.zero_terminal_snr,
+        loss=config.loss,
+        huber_c=config.huber_c,
+        huber_schedule=config.huber_schedule,
+        debiased=config.debiased,
+        prior_weight=config.prior_weight,
+        prior_target=config.prior_target,
         dropout=max(getattr(block.method, "dropout", 0.0) for block in blocks),
         crew=crew,
         rules=prepared.rules,
     )
-    return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out)
+    return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prepared.prior)
 
 
 def _component_rate(config: ResolvedConfig, name: str) -> float:

@@ -39,6 +39,10 @@ class FlatOptimizer:
             else:
                 state["step"] = step
 
+    def final(self) -> Tensor | None:
+        """The weights that it gives, of the arena's shape, where they are others than those that gradients are taken at."""
+        return None
+
     def counters(self) -> list[Tensor]:
         """The counts of steps, where a device holds them."""
         return [state["step"] for state in self.optimizer.state.values() if isinstance(state["step"], Tensor)]
@@ -50,6 +54,58 @@ class FlatOptimizer:
                 group["lr"].fill_(rates[name])
             else:
                 group["lr"] = rates[name]
+
+
+class CountingOptimizer(FlatOptimizer):
+    """An optimizer of another library that counts in its groups: ``numbers`` are the names of what it counts there."""
+
+    def __init__(self, arena: Arena, optimizer: Any, kept: Mapping[str, Tensor], numbers: Sequence[str]) -> None:
+        super().__init__(arena, optimizer, kept)
+        self.numbers = {
+            (place, key): torch.zeros((), dtype=torch.float64)
+            for place in range(len(optimizer.param_groups))
+            for key in numbers
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of its state, and what it counts."""
+        for (place, key), tensor in self.numbers.items():
+            tensor.fill_(self.optimizer.param_groups[place][key])
+        names = list(self.arena.groups)
+        return super().tensors() | {f"{names[place]}.{key}": tensor for (place, key), tensor in self.numbers.items()}
+
+    def go_on_from(self, step: int) -> None:
+        """Take over what it counts, after the tensors were filled."""
+        for (place, key), tensor in self.numbers.items():
+            group = self.optimizer.param_groups[place]
+            group[key] = type(group[key])(tensor.item())
+
+    def counters(self) -> list[Tensor]:
+        """None: its steps are not recorded."""
+        return []
+
+
+class ScheduleFree(CountingOptimizer):
+    """Gradients are taken between where it is (``z``) and the average of where it was, which is what it gives."""
+
+    def final(self) -> Tensor:
+        """The average, from what the weights are and ``z``."""
+        beta = self.optimizer.param_groups[0]["betas"][0]
+        return self.arena.flat.lerp(self.kept["z"], 1 - 1 / beta)
+
+
+class Each:
+    """Several optimizers as one, for those that want the same of all that they change."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+        self.param_groups = [group for part in parts for group in part.param_groups]
+        self.state = {parameter: part.state[parameter] for part in parts for parameter in part.param_groups[0]["params"]}
+
+    def step(self) -> None:
+        """A step of each."""
+        for part in self.parts:
+            part.step()
 
 
 def adamw(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
@@ -92,8 +148,60 @@ def adamw8bit(arena: Arena, rates: Mapping[str, float], decays: Decays, records:
     return FlatOptimizer(arena, optimizer, kept)
 
 
+def prodigy(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
+    """Prodigy (Mishchenko and Defazio 2023, https://arxiv.org/abs/2306.06101), for each group by itself.
+
+    Rates are factors of the one that it finds. Raises UserError where prodigyopt is not installed.
+    """
+    try:
+        from prodigyopt import Prodigy
+    except ImportError:
+        raise _missing("prodigy", "prodigyopt") from None
+    parts: list[torch.optim.Optimizer] = []
+    kept: dict[str, Tensor] = {}
+    for (name, parameter), group in zip(arena.groups.items(), _groups(arena, rates, decays), strict=True):
+        part = Prodigy([parameter], lr=group["lr"], use_bias_correction=True, safeguard_warmup=True)
+        part.param_groups[0]["weight_decay"] = group["weight_decay"]  # given at first, it would print a line
+        zeros = {key: torch.zeros_like(parameter.data) for key in ("exp_avg", "exp_avg_sq", "s")}
+        part.state[parameter] = {"step": 0, "p0": parameter.detach().clone(), **zeros}
+        kept |= _named(name, part.state[parameter], ("p0", *zeros))
+        parts.append(part)
+    return CountingOptimizer(arena, Each(parts), kept, ("k", "d", "d_max", "d_numerator"))
+
+
+def schedule_free(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
+    """Schedule-free AdamW (Defazio et al. 2024, https://arxiv.org/abs/2405.15682).
+
+    Raises UserError where schedulefree is not installed.
+    """
+    try:
+        from schedulefree import AdamWScheduleFree
+    except ImportError:
+        raise _missing("schedule-free", "schedulefree") from None
+    optimizer = AdamWScheduleFree(_groups(arena, rates, decays))
+    optimizer.train()
+    kept = {"z": arena.flat.detach().clone(), "second_moment": torch.zeros_like(arena.flat)}
+    start = 0
+    for parameter in arena.groups.values():
+        part = slice(start, start := start + parameter.numel())
+        optimizer.state[parameter] = {"z": kept["z"][part], "exp_avg_sq": kept["second_moment"][part]}
+    return ScheduleFree(arena, optimizer, kept, ("k", "weight_sum", "lr_max"))
+
+
+def _missing(name: str, package: str) -> UserError:
+    return UserError(
+        f"--optimizer {name} needs the package {package}, which is not installed; install it with"
+        " pip install 'peft_diffusion[optimizers]', or take adamw, which needs nothing"
+    )
+
+
 Build: TypeAlias = Callable[[Arena, Mapping[str, float], Decays, bool], FlatOptimizer]
-OPTIMIZERS: dict[OptimizerName, Build] = {"adamw": adamw, "adamw8bit": adamw8bit}
+OPTIMIZERS: dict[OptimizerName, Build] = {
+    "adamw": adamw,
+    "adamw8bit": adamw8bit,
+    "prodigy": prodigy,
+    "schedule-free": schedule_free,
+}
 """A line for each; the names are those of ``config.OptimizerName``, which the flag is made of."""
 
 

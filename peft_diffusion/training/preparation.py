@@ -1,7 +1,7 @@
 """From a configuration to what a run works on: checked places, base, pictures, captions, latents."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +9,16 @@ from typing import Any
 
 from ..bases import BaseInfo, describe, inpaints, load_base
 from ..bases.reading import pick_device
-from ..data.buckets import arrange, describe_buckets, group, steps_per_epoch
+from ..data import subfolders
+from ..data.buckets import Bucket, Fit, arrange, describe_buckets, fit, group, repeated, steps_per_epoch
 from ..data.captions import CaptionRules
 from ..data.folder import ImageFolder, Picture, scan
 from ..data.latents import cache_latents
 from ..data.pictures import parse_colour
+from . import prior
 from .config import HELD_OUT_FROM, ResolvedConfig, TrainConfig, output_path, resolve, run_path
 from .crew import Crew
-from .diffusion import Examples
+from .diffusion import Examples, schedule
 from .memory import TILED_ABOVE, small_vae
 from .run import RunFolder
 from .seeds import seed_of
@@ -38,6 +40,8 @@ class Prepared:
     train: Examples
     held_out: Examples | None
     rules: CaptionRules
+    prior: Examples | None = None
+    class_pictures: tuple[Picture, ...] = ()
 
     @property
     def prompts(self) -> list[str]:
@@ -45,8 +49,7 @@ class Prepared:
         if self.config.preview_prompts:
             return list(self.config.preview_prompts)
         examples = self.held_out or self.train
-        plain = CaptionRules(trigger=self.rules.trigger)
-        return list(dict.fromkeys(plain.prompt(caption, random.Random(0)) for caption in examples.captions))
+        return list(dict.fromkeys(self.rules.plain(caption) for caption in examples.captions))
 
 
 def check_places(config: TrainConfig) -> RunFolder:
@@ -70,22 +73,27 @@ def prepare(
     Raises UserError for a base, folder or picture that cannot be used.
     """
     parse_colour(config.background)
-    rules = CaptionRules(config.trigger, config.caption_dropout or 0.0, config.shuffle_tags, config.keep_tags)
+    dropout = config.caption_dropout or 0.0
+    rules = CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards)
     device = pick_device(config.device)
     asked = replace(config, precision=pick_precision(config.precision, device))
     source = config.base if pipe is None else pipe
     pipe = load_base(source, device=config.device, dtype=asked.precision, quantize=config.quantize)
     chosen(pipe, config.components)
+    schedule(pipe, config.zero_terminal_snr)
     info, text = describe(pipe), TextSide(pipe)
     held = f", linear layers in {config.quantize}" if config.quantize else ""
     say(f"base {info.name}: {info.family}, {info.prediction_type}, {info.resolution} pixels{held}")
     folder = _read_folder(config, info, say, progress)
-    resolved = resolve(asked, info, len(folder.pictures), device.type)
-    kept, apart = _split(folder.pictures, resolved)
+    pictures = subfolders.apply(folder.pictures, config.repeats, config.folder_weight)
+    resolved = resolve(asked, info, len(pictures), device.type)
+    kept, apart = _split(pictures, resolved)
     fits = arrange(kept, resolved.resolution, info.step, no_upscale=not config.upscale)
-    batches = steps_per_epoch(group(fits * (2 if config.flip else 1)), resolved.batch_size * crew.size)
+    sides = 2 if config.flip else 1
+    drawn = repeated(group(fits * sides), [one.repeats for one in kept] * sides)
+    batches = steps_per_epoch(drawn, resolved.batch_size * crew.size)
     resolved = resolve(asked, info, len(folder.pictures), device.type, batches)
-    for line in describe_buckets(fits):
+    for line in (*describe_buckets(fits), *subfolders.describe(kept)):
         say(f"  {line}")
     say(_apart_line(len(apart), resolved))
     rules = replace(rules, dropout=resolved.caption_dropout)
@@ -94,9 +102,11 @@ def prepare(
     encode = _Encoder(resolved, info, pipe, progress)
     train = encode(kept, config.flip, "encoding pictures")
     held_out = encode(apart, False, "encoding pictures kept apart") if apart else None
-    for line in _cache_lines(config.cache, before, [train, held_out] if held_out else [train]):
+    of_class = prior.pictures(resolved, pipe, say, progress, crew)
+    kept_as_is = encode.in_buckets(of_class, train.groups) if of_class else None
+    for line in _cache_lines(config.cache, before, [one for one in (train, held_out, kept_as_is) if one]):
         say(line)
-    return Prepared(resolved, pipe, info, folder.pictures, train, held_out, rules)
+    return Prepared(resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class))
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,16 @@ class _Encoder:
     def __call__(self, pictures: Sequence[Picture], flip: bool, what: str) -> Examples:
         config = self.config
         fits = arrange(pictures, config.resolution, self.info.step, no_upscale=not config.upscale)
+        return self._encode(pictures, fits, flip, what)
+
+    def in_buckets(self, pictures: Sequence[Picture], buckets: Iterable[Bucket]) -> Examples:
+        """Each picture in each of the buckets, so that any batch can have any of them beside it."""
+        pairs = [(picture, bucket) for bucket in buckets for picture in pictures]
+        fits = [fit(picture.width, picture.height, bucket) for picture, bucket in pairs]
+        return self._encode([picture for picture, _ in pairs], fits, False, "encoding pictures of the class")
+
+    def _encode(self, pictures: Sequence[Picture], fits: Sequence[Fit], flip: bool, what: str) -> Examples:
+        config = self.config
         large = config.resolution > TILED_ABOVE
         with small_vae(self.pipe.vae, config.resolution) if large or config.memory == "low" else nullcontext():
             latents = cache_latents(
@@ -120,10 +140,18 @@ class _Encoder:
                 background=config.background,
                 flip=flip,
                 masked=inpaints(self.pipe),
+                alpha=config.masks == "alpha",
                 folder=config.cache,
                 on_progress=self.progress(what),
             )
-        return Examples(latents, [one.caption for one in pictures])
+        repeats = [one.repeats for one in pictures]
+        weights = [one.weight for one in pictures]
+        return Examples(
+            latents,
+            [one.caption for one in pictures],
+            repeats if set(repeats) != {1} else (),
+            weights if set(weights) != {1.0} else (),
+        )
 
 
 def _kept(cache: Path | None) -> int:
@@ -152,6 +180,7 @@ def _read_folder(config: TrainConfig, info: BaseInfo, say: Say, progress: Progre
         config.folder,
         resolution=None if config.upscale else config.resolution or info.resolution,
         missing=config.missing_captions,
+        masks=config.masks != "off",
         on_progress=progress("reading pictures"),
     )
     for line in folder.describe(_SHOWN):
@@ -178,8 +207,7 @@ def _apart_line(count: int, config: ResolvedConfig) -> str:
 
 def _report_prompts(pictures: Sequence[Picture], rules: CaptionRules, text: TextSide, say: Say) -> None:
     """Show the first prompts as they are trained, and every one that is too long for the text encoder."""
-    plain = CaptionRules(trigger=rules.trigger)
-    prompts = [plain.prompt(picture.caption, random.Random(0)) for picture in pictures]
+    prompts = [rules.plain(picture.caption) for picture in pictures]
     say(f"prompts, the first {min(3, len(prompts))} of {len(prompts)}:")
     for prompt in prompts[:3]:
         say(f"  {prompt}")

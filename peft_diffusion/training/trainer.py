@@ -213,11 +213,12 @@ class Trainer:
     @contextmanager
     def final_weights(self) -> Iterator[None]:
         """The weights that the run gives, in the model: the average where there is one."""
-        if self.average is None:
+        final = self.optimizer.final() if self.average is None else self.average
+        if final is None:
             yield
             return
         present = self.arena.flat.clone()
-        self.arena.load(self.average)
+        self.arena.load(final)
         try:
             yield
         finally:

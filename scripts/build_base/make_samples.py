@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -174,6 +175,37 @@ SCENES: tuple[Scene, ...] = (
     ),
     Scene("snow", "a portrait of mira, shivering, in the snow", "hectic", _plain("#8fb8de") + _dots("#ffffff", 13, _FLAKES)),
 )
+_HILLS = '<circle cx="180" cy="560" r="300" fill="#5fa35a"/><circle cx="560" cy="620" r="320" fill="#3f8f5b"/>'
+_TILES = "".join(
+    f'<rect x="{x}" y="{y}" width="84" height="84" fill="#eef6f8"/>' for x in range(4, 704, 88) for y in range(4, 704, 88)
+)
+HELD_BACK: tuple[Scene, ...] = (
+    Scene("hills", "a portrait of mira, cheeky, in front of green hills", "cheeky", _plain("#cfe8ff") + _HILLS),
+    Scene("orange", "a portrait of mira, worried, orange background", "concerned", _plain("#f28c38")),
+    Scene("bath", "a portrait of mira, surprised, in front of white tiles", "awe", _plain("#b5cdd6") + _TILES),
+    Scene(
+        "sunset",
+        "a portrait of mira, serious, at sunset",
+        "serious",
+        _plain("#f7a58a") + _dots("#ffcf5c", 120, "560,420"),
+    ),
+    Scene("grey", "a portrait of mira with glasses, tired, grey background", "tired", _plain("#9a9fa6"), "glasses"),
+    Scene(
+        "purple",
+        "a portrait of mira, cute, purple background with dots",
+        "cute",
+        _plain("#6b4c9a") + _dots("#8f73bd", 24, _STARS),
+    ),
+    Scene(
+        "green",
+        "a portrait of mira with sunglasses, solemn, green background",
+        "solemn",
+        _plain("#2f9e6e"),
+        "sunglasses2",
+    ),
+    Scene("black", "a portrait of mira, suspicious, black background", "suspicious", _plain("#15151a")),
+)
+"""Faces and settings that the sample folder does not show, to measure on."""
 CHARACTER: dict[str, Any] = {
     "seed": "mira",
     "head": ["bangs"],
@@ -191,7 +223,7 @@ console.log(JSON.stringify(scenes.map((options) => createAvatar(style, options).
 """
 
 
-def _install(cache: Path) -> Path:
+def install(cache: Path) -> Path:
     """The pinned npm packages, in a folder of the cache."""
     folder = cache / "samples"
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,16 +243,29 @@ def _licence(packages: Path, name: str) -> str:
     return text.strip() + "\n"
 
 
-def _avatars(packages: Path) -> list[str]:
-    """The character in each scene, as SVG, without what is behind her."""
+def portraits(packages: Path, scenes: Sequence[Scene], characters: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
+    """A character in each scene, at 256 x 256 pixels."""
+    import resvg_py
+
+    avatars = _avatars(packages, scenes, characters)
+    found = []
+    for scene, avatar in zip(scenes, avatars, strict=True):
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 704 704">{scene.behind}{avatar}</svg>'
+        png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True))
+        found.append(Image.open(io.BytesIO(png)).convert("RGB"))
+    return found
+
+
+def _avatars(packages: Path, scenes: Sequence[Scene], characters: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A character in each scene, as SVG, without what is behind her."""
     options = [
         {
-            **CHARACTER,
+            **character,
             "face": [scene.face],
             "accessories": [scene.accessory] if scene.accessory else [],
             "accessoriesProbability": 100 if scene.accessory else 0,
         }
-        for scene in SCENES
+        for scene, character in zip(scenes, characters, strict=True)
     ]
     script = packages / "avatars.mjs"
     script.write_text(_NODE, encoding="utf-8")
@@ -304,14 +349,10 @@ def make_style(sample: StyleSample, output: Path, packages: Path, cache: Path) -
 
 def make_subject(output: Path, packages: Path) -> Path:
     """Write the folder of the character."""
-    import resvg_py
-
     folder = output / "subjects" / "mira"
     _clear(folder)
-    for scene, avatar in zip(SCENES, _avatars(packages), strict=True):
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 704 704">{scene.behind}{avatar}</svg>'
-        png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True))
-        _save(Image.open(io.BytesIO(png)).convert("RGB"), folder / f"{scene.name}.png")
+    for scene, picture in zip(SCENES, portraits(packages, SCENES, [CHARACTER] * len(SCENES)), strict=True):
+        _save(picture, folder / f"{scene.name}.png")
         (folder / f"{scene.name}.txt").write_text(scene.caption + "\n", encoding="utf-8")
     (folder / "ATTRIBUTION.md").write_text(_SUBJECT_ATTRIBUTION.format(version=DICEBEAR, size=SIZE), encoding="utf-8")
     (folder / "LICENSE").write_text(_licence(packages, "CC0-1.0"), encoding="utf-8")
@@ -326,7 +367,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder the packages are kept in")
     parser.add_argument("--output", type=Path, default=Path("samples"), help="folder of styles/ and subjects/")
     options = parser.parse_args()
-    packages = _install(options.cache)
+    packages = install(options.cache)
     folders = [make_style(sample, options.output, packages, options.cache) for sample in STYLES]
     folders.append(make_subject(options.output, packages))
     for folder in folders:

@@ -1,0 +1,77 @@
+"""How often pictures are drawn and what they count, by the subfolder that they are in."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from peft_diffusion.core.errors import UserError
+
+from .folder import Picture
+
+_REPEATS = re.compile(r"([1-9]\d{0,2})_(?=\D)")
+_Number = TypeVar("_Number", int, float)
+
+
+def apply(pictures: Sequence[Picture], repeats: Sequence[str] = (), weights: Sequence[str] = ()) -> list[Picture]:
+    """The pictures with the repeats and weights of their subfolders, each given as ``SUBFOLDER=NUMBER``.
+
+    A subfolder is named as below the image folder ("a/b"), an image folder by its own name; what is said of a folder holds
+    for those below it that nothing is said of. Without a word, ``10_name`` is drawn 10 times (kohya's convention).
+    Raises UserError for what is no such text, no number of repeats (1 or more) or weight (0 or more), or names no subfolder.
+    """
+    given = _parse(repeats, "--repeats", int, 1)
+    counts = _parse(weights, "--folder-weight", float, 0)
+    places = {place for picture in pictures for place in _places(picture)}
+    for flag, names in (("--repeats", given), ("--folder-weight", counts)):
+        unknown = [name for name in names if name not in places]
+        if unknown:
+            there = ", ".join(sorted(places)[:8])
+            raise UserError(f"{flag} {unknown[0]}: no picture is in a subfolder of this name; there are: {there}")
+    return [
+        replace(
+            picture,
+            repeats=next((_repeats(place, given) for place in _places(picture) if _repeats(place, given)), 1),
+            weight=next((counts[place] for place in _places(picture) if place in counts), 1.0),
+        )
+        for picture in pictures
+    ]
+
+
+def describe(pictures: Sequence[Picture]) -> list[str]:
+    """Lines of plain text: the subfolders whose pictures are drawn more than once an epoch, or count otherwise."""
+    found: dict[str, tuple[int, float, int]] = {}
+    for picture in pictures:
+        if picture.repeats != 1 or picture.weight != 1:
+            place = _places(picture)[0]
+            found[place] = picture.repeats, picture.weight, found.get(place, (0, 0, 0))[2] + 1
+    return [
+        f"{place}: {count} pictures, each drawn {repeats} times an epoch, weight {weight:g}"
+        for place, (repeats, weight, count) in sorted(found.items())
+    ]
+
+
+def _places(picture: Picture) -> list[str]:
+    """The subfolders that a picture is in, the innermost first, and the image folder's name last."""
+    parts = picture.subfolder.split("/") if picture.subfolder else []
+    root = picture.path.parents[len(parts)].resolve().name
+    return [*("/".join(parts[:end]) for end in range(len(parts), 0, -1)), root]
+
+
+def _repeats(place: str, given: dict[str, int]) -> int:
+    """What was said of a place, or what its name says; 0 for nothing."""
+    match = _REPEATS.match(place.rpartition("/")[2])
+    return given.get(place, int(match[1]) if match else 0)
+
+
+def _parse(texts: Sequence[str], flag: str, kind: Callable[[str], _Number], least: int) -> dict[str, _Number]:
+    found = {}
+    for text in texts:
+        name, equals, number = text.rpartition("=")
+        try:
+            found[name.strip("/")] = value = kind(number)
+        except ValueError:
+            value = kind("-1")
+        if not equals or not name or not least <= value < 1e6:
+            raise UserError(f"{flag} {text!r}: write SUBFOLDER=NUMBER, the number {least} or more")
+    return found

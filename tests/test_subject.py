@@ -1,0 +1,434 @@
+"""Subjects and the options of their kind, each by its effect: the class kept, masks, repeats, captions, noise, losses."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pipe
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from PIL import Image, ImageDraw
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_resume import stop_after
+from test_training import POWERS, draw_pictures, small
+
+from peft_diffusion import formats
+from peft_diffusion.core import site
+from peft_diffusion.core.arena import Arena
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.data.buckets import arrange
+from peft_diffusion.data.captions import CaptionRules, pick_wildcards
+from peft_diffusion.data.folder import scan
+from peft_diffusion.data.latents import cache_latents
+from peft_diffusion.training import Interrupted, TrainConfig, objective, prior, train
+from peft_diffusion.training import main as training_main
+from peft_diffusion.training.blocks import blocks
+from peft_diffusion.training.crew import Crew
+from peft_diffusion.training.preparation import prepare
+from peft_diffusion.training.seeds import generator
+from peft_diffusion.training.session import NAME, attach, chosen
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return draw_pictures(tmp_path / "pictures", 4)
+
+
+def draw_mask(picture: Path, box=(0, 0, 31, 63), size=64) -> Path:
+    mask = Image.new("L", (size, size))
+    ImageDraw.Draw(mask).rectangle(box, fill=255)
+    path = picture.with_name(f"{picture.stem}-mask.png")
+    mask.save(path)
+    return path
+
+
+def config_of(config: TrainConfig):
+    return prepare(config, make_pipe(), lambda line: None, lambda what: lambda done, total: None).config
+
+
+def task_of(config: TrainConfig, pipe=None):
+    """The task of a run with a fresh adapter, and its parameters."""
+    pipe = pipe or make_pipe()
+    prepared = prepare(config, pipe, lambda line: None, lambda what: lambda done, total: None)
+    made = blocks(prepared.config)
+    attached = attach(chosen(pipe, prepared.config.components), made, 0, lambda name: 1e-3)
+    return training_main._task(prepared, made, Crew()), Arena(attached.groups)
+
+
+def moved(arena: Arena) -> Arena:
+    """An adapter that changes something."""
+    arena.flat.add_(0.05 * torch.randn(arena.flat.shape, generator=generator("moved")))
+    return arena
+
+
+def gradient(task, arena, inputs) -> torch.Tensor:
+    arena.zero_grad()
+    task.loss(inputs).backward()
+    return arena.grad.clone()
+
+
+# Pictures of the class.
+
+
+CLASS = {"class_prompt": ("a cat", "a dog"), "class_images": 5, "preset": "subject"}
+
+
+def test_the_base_draws_the_class_once_and_later_runs_find_it(tmp_path, pictures, monkeypatch):
+    first = train(small(pictures, tmp_path / "a", **CLASS), pipe=make_pipe())
+    folder = next((tmp_path / "a" / "class_images").iterdir())
+    assert [path.name for path in sorted(folder.iterdir())] == [f"{number:04}.png" for number in range(5)]
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    (folder / "0004.png").unlink()  # as where it was stopped: the other four stay, and this comes out as it was
+    config = small(pictures, tmp_path / "a", **CLASS, overwrite=True)
+    before = load_file(first.output)
+    again = load_file(train(config, pipe=make_pipe()).output)
+    assert all(torch.equal(before[key], again[key]) for key in before)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("000[0-3].png")} == {
+        path: time for path, time in times.items() if path.name != "0004.png"
+    }
+    monkeypatch.setattr(prior, "paint", lambda *_: pytest.fail("drawn again"))
+    train(config, pipe=make_pipe())
+    with safe_open(first.output, "pt") as file:
+        assert file.metadata()["ss_num_reg_images"] == "5" and file.metadata()["ss_prior_loss_weight"] == "1.0"
+
+
+def test_another_prompt_count_or_base_has_other_pictures(tmp_path, pictures):
+    config = config_of(small(pictures, tmp_path, preset="subject"))
+    infos = [prior.describe(make_pipe(seed)) for seed in (0, 1)]
+    found = {prior.class_folder(config, infos[0], 64), prior.class_folder(config, infos[1], 64)}
+    found |= {prior.class_folder(config, infos[0], 128)}
+    found |= {prior.class_folder(replace(config, class_images=7), infos[0], 64)}
+    found |= {prior.class_folder(replace(config, class_prompt=("a cat",)), infos[0], 64)}
+    assert len(found) == 5
+
+
+def test_a_fresh_adapter_learns_nothing_from_the_class_and_a_changed_one_goes_back_to_the_base(tmp_path, pictures):
+    task, arena = task_of(small(pictures, tmp_path, **CLASS))
+    inputs = task.inputs(0, 0)
+    assert len(inputs["latents"]) == 4 and inputs["weights"].tolist() == [2.0] * 4
+    of_class = {**inputs, "weights": torch.tensor([0.0, 0.0, 2.0, 2.0])}
+    assert task.loss(of_class).item() < 1e-10  # other batches, other rounding
+    moved(arena)
+    start = task.loss(of_class).item()
+    assert start > 0
+    strengths = [site.strengths(part) for part in chosen(task.pipe, ("unet", "text_encoder")).values()]
+    assert all(torch.equal(one.values, torch.ones_like(one.values)) and one.active == {NAME} for one in strengths)
+    for _ in range(10):
+        found = gradient(task, arena, of_class)
+        arena.flat.sub_(found, alpha=0.5 * task.loss(of_class).item() / found.square().sum().item())
+    assert task.loss(of_class).item() < 0.5 * start
+
+
+def test_the_pictures_themselves_are_learned_if_asked_and_the_weight_counts(tmp_path, pictures):
+    task, _ = task_of(small(pictures, tmp_path, **CLASS, prior_target="noise", prior_weight=0.5))
+    inputs = task.inputs(0, 0)
+    assert inputs["weights"].tolist() == [2, 2, 1, 1]
+    answer, wanted = task._answer(inputs)
+    own, of_class = ((answer - wanted)[rows].square().mean() for rows in (slice(0, 2), slice(2, 4)))
+    torch.testing.assert_close(task.loss(inputs), own + 0.5 * of_class)
+
+
+def test_the_subject_is_drawn_as_without_the_class_and_the_class_without_the_trigger(tmp_path, pictures):
+    plain, _ = task_of(small(pictures, tmp_path / "a", preset="subject", trigger="ink"))
+    kept, _ = task_of(small(pictures, tmp_path / "b", **CLASS, trigger="ink"))
+    one, other = plain.inputs(3, 0), kept.inputs(3, 0)
+    assert all(torch.equal(one[name], other[name][:2]) for name in one)
+    decoded = kept.pipe.tokenizer.batch_decode(other["ids_0"], skip_special_tokens=True)
+    assert all(text.startswith("ink") or not text for text in decoded[:2])
+    assert all(text.replace(" ", "") in ("acat", "adog", "") for text in decoded[2:])
+    drawn = Counter(entry for step in range(50) for entry in kept.prior_entries(kept.batch(step, 0).bucket, step, 0))
+    assert set(drawn) == set(range(5)) and min(drawn.values()) > 8
+
+
+def test_a_regularisation_folder_takes_any_shape_and_its_own_captions(tmp_path, pictures):
+    folder = tmp_path / "class"
+    draw_pictures(folder, 2)
+    Image.new("RGB", (160, 64), "teal").save(folder / "wide one.png")
+    task, arena = task_of(small(pictures, tmp_path, regularisation=(folder,), masks="off"))
+    assert sorted(task.prior.captions) == ["blue cat b", "red apple a", "wide one"]
+    assert {entry.fit.bucket for entry in task.prior.latents.entries} == set(task.groups)
+    gradient(task, arena, task.inputs(0, 0))
+    with pytest.raises(UserError, match="there is no folder"):
+        task_of(small(pictures, tmp_path, regularisation=(tmp_path / "nowhere",)))
+
+
+def test_a_subject_without_class_says_so_and_trains_text_too(tmp_path, pictures):
+    console = Console(record=True, width=300)
+    result = train(small(pictures, tmp_path, preset="subject"), pipe=make_pipe(), console=console)
+    assert "the class is not kept" in console.export_text()
+    assert result.config.components == ("unet", "text_encoder")
+    assert small(pictures, tmp_path).components == ("unet",)
+
+
+# Masks.
+
+
+def test_the_outside_of_a_mask_gives_no_gradient(tmp_path, pictures):
+    for path in sorted(pictures.glob("*.png")):
+        draw_mask(path)
+    task, arena = task_of(small(pictures, tmp_path))
+    moved(arena)
+    inputs = task.inputs(0, 0)
+    assert torch.equal(inputs["where"], torch.cat([torch.ones(2, 1, 8, 4), torch.zeros(2, 1, 8, 4)], -1))
+    noise = inputs["noise"].clone()
+    answer = task._answer(inputs)[0].detach().requires_grad_()
+    errors = objective.per_image(objective.errors(answer, noise), inputs["where"])
+    errors.sum().backward()
+    assert answer.grad[..., 4:].abs().max() == 0 and answer.grad[..., :4].abs().min() > 0
+    torch.testing.assert_close(errors, (answer - noise).square()[..., :4].flatten(1).mean(1))
+
+    # What is wanted outside changes nothing; what is wanted inside does.
+    def wanting(columns):
+        changed = noise.clone()
+        changed[..., columns] += 1
+        plain = task._answer
+        task._answer = lambda given: (plain(given)[0], changed)
+        found = gradient(task, arena, inputs)
+        task._answer = plain
+        return found
+
+    usual = gradient(task, arena, inputs)
+    assert torch.equal(wanting(slice(4, 8)), usual) and not torch.equal(wanting(slice(0, 4)), usual)
+
+
+def test_masks_are_resized_cropped_and_flipped_as_their_pictures_are(tmp_path):
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    picture = Image.new("RGB", (384, 128), "black")  # brought to 160x64, and its middle cut out
+    ImageDraw.Draw(picture).rectangle((100, 32, 180, 127), fill="white")
+    picture.save(folder / "a.png")
+    picture.convert("L").save(folder / "a-mask.png")
+    found = scan(folder, masks=True).pictures
+    fits = arrange(found, 64, 8)
+    cache = cache_latents(found, fits, make_pipe().vae, flip=True)
+    plain, flipped = cache.entries
+    assert plain.where.shape == (1, *plain.mean.shape[1:]) and torch.equal(plain.where.flip(-1), flipped.where)
+    bucket = fits[0].bucket
+    shown = picture.convert("L").resize(fits[0].resized, Image.Resampling.BILINEAR).crop(fits[0].crop)
+    expected = torch.tensor(list(shown.tobytes())).view(bucket.height, bucket.width) / 255
+    expected = expected.view(bucket.height // 8, 8, bucket.width // 8, 8).mean((1, 3))
+    torch.testing.assert_close(plain.where[0], expected)
+    assert 0 < plain.where.mean() < 1 and (plain.where == 0).any()
+
+
+def test_alpha_is_a_mask_where_asked_and_there_is_no_file(tmp_path):
+    folder = tmp_path / "clear"
+    folder.mkdir()
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    ImageDraw.Draw(clear).rectangle((0, 0, 63, 31), fill=(200, 0, 0, 255))
+    clear.save(folder / "top.png")
+    Image.new("RGB", (64, 64), "red").save(folder / "solid.png")
+    draw_mask(folder / "top.png")
+    found = scan(folder).pictures
+    assert [one.mask is not None for one in found] == [False, True]
+    fits, vae = arrange(found, 64, 8), make_pipe().vae
+    files = cache_latents(found, fits, vae, alpha=True).entries
+    assert files[0].where is None and torch.equal(files[1].where[0], torch.tensor([1.0] * 4 + [0.0] * 4).expand(8, 8))
+    bare = [replace(one, mask=None) for one in found]
+    alpha = cache_latents(bare, fits, vae, alpha=True).entries
+    assert torch.equal(alpha[1].where[0], torch.tensor([1.0] * 4 + [0.0] * 4).expand(8, 8).T)
+    assert all(entry.where is None for entry in cache_latents(bare, fits, vae).entries)
+
+
+def test_masks_that_do_not_fit_are_listed(tmp_path, pictures):
+    first, second, third, fourth = sorted(pictures.glob("*.png"))
+    draw_mask(first, size=32)
+    draw_mask(second, box=(99, 99, 99, 99))
+    draw_mask(third)
+    draw_mask(pictures / "nobody.png")
+    (pictures / f"{fourth.stem}-mask.png").write_bytes(b"no picture")
+    found = scan(pictures)
+    kinds = {problem.kind: problem for problem in found.problems}
+    assert set(kinds) == {"mask of another size", "empty mask", "mask without a picture", "not a picture"}
+    assert "the mask is 32x32, its picture 64x64" in str(kinds["mask of another size"])
+    assert [one.path for one in found.pictures] == [third]
+    with pytest.raises(UserError, match="mask"):
+        found.check()
+    assert len(scan(pictures, masks=False).pictures) == 4 and not any(p.stops for p in scan(pictures, masks=False).problems)
+
+
+def test_a_picture_of_a_mask_is_a_picture(tmp_path, pictures):
+    draw_mask(pictures / "gas.png")
+    assert "gas mask" in [one.caption for one in scan(pictures).pictures]
+    first = sorted(pictures.glob("*.png"))[0]
+    draw_mask(first, box=(0, 0, 3, 3)).with_suffix(".txt").write_text("a mask")
+    assert len(scan(pictures, missing="name").pictures) == 6
+
+
+# Repeats and weights.
+
+
+def test_a_repeated_folder_is_drawn_as_often_as_asked(tmp_path):
+    for name in ("10_mira", "often/deep", "once"):
+        draw_pictures(tmp_path / "all" / name, 2, size=64)
+    for number, path in enumerate(sorted((tmp_path / "all").rglob("*.png"))):
+        Image.new("RGB", (64, 64), (number * 20, 0, 0)).save(path)
+    config = small(tmp_path / "all", tmp_path, repeats=("often=3",), folder_weight=("once=0.5",), batch_size=1, epochs=1)
+    task, _ = task_of(config)
+    names = [one.subfolder for one in scan(tmp_path / "all").pictures]
+    drawn = Counter(names[task.batch(step, 0).indices[0]] for step in range(28))
+    assert drawn == {"10_mira": 20, "often/deep": 6, "once": 2}
+    weights = {names[task.batch(step, 0).indices[0]]: task.inputs(step, 0)["weights"].item() for step in range(28)}
+    assert weights == {"10_mira": 1.0, "often/deep": 1.0, "once": 0.5}
+    result = train(config, pipe=make_pipe())
+    assert result.steps == 28
+    plain, _ = task_of(replace(config, repeats=("10_mira=1", "often=1")))
+    assert len({plain.batch(step, 0).indices for step in range(6)}) == 6
+
+
+def test_a_weight_scales_what_is_learned(tmp_path, pictures):
+    task, arena = task_of(small(pictures, tmp_path, folder_weight=("pictures=0.25",)))
+    moved(arena)
+    plain, other = task_of(small(pictures, tmp_path))
+    moved(other)
+    quarter, whole = gradient(task, arena, task.inputs(0, 0)), gradient(plain, other, plain.inputs(0, 0))
+    torch.testing.assert_close(quarter, whole / 4)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"repeats": ("nowhere=2",)}, r"--repeats nowhere: no picture is in a subfolder .* there are: pictures"),
+        ({"repeats": ("pictures",)}, "SUBFOLDER=NUMBER, the number 1 or more"),
+        ({"repeats": ("pictures=0",)}, "1 or more"),
+        ({"folder_weight": ("pictures=-1",)}, "0 or more"),
+        ({"folder_weight": ("pictures=nan",)}, "0 or more"),
+        ({"zero_terminal_snr": True}, "needs a base with v-prediction; this one predicts epsilon"),
+        ({"debiased": True, "min_snr_gamma": 5.0}, "leave one of them away"),
+        ({"multires_noise": 1.0}, "--multires-noise must be 0 or more, below 1"),
+        ({"huber_c": 0.0}, "--huber-c must be above 0"),
+        ({"loss": "l3"}, "--loss is one of l2, huber, smooth-l1"),
+    ],
+)
+def test_what_no_run_can_use_is_refused(tmp_path, pictures, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(small(pictures, tmp_path, **changes), pipe=make_pipe())
+    assert not (tmp_path / "run").exists()
+
+
+# Captions.
+
+
+def test_wildcards_draw_each_alternative_and_braces_can_be_written():
+    rules = CaptionRules("mira", wildcards=True)
+    drawn = Counter(rules.prompt("a {red|blue|big green} {cat|dog} {{x}}", random.Random(seed)) for seed in range(600))
+    assert len(drawn) == 6 and min(drawn.values()) > 60 and "mira, a big green dog {x}" in drawn
+    assert rules.plain("a {red|blue} cat") == "mira, a red cat"
+    assert pick_wildcards("a {|red} cat", None) == "a cat"
+    assert CaptionRules().prompt("a {red|blue} cat", random.Random(0)) == "a {red|blue} cat"
+
+
+def test_wildcards_reach_the_steps(tmp_path, pictures):
+    for path in pictures.glob("*.png"):
+        path.with_suffix(".txt").write_text("a {cat|dog}")
+    task, _ = task_of(small(pictures, tmp_path, wildcards=True, caption_dropout=0.0))
+    texts = {tuple(row.tolist()) for step in range(10) for row in task.inputs(step, 0)["ids_0"]}
+    assert len(texts) == 2
+
+
+# Noise, schedule and losses.
+
+
+def test_the_pyramid_has_more_power_in_large_shapes():
+    def power(noise, low):
+        spectrum = torch.fft.fft2(noise).abs().square().mean((0, 1))
+        frequency = torch.fft.fftfreq(32).abs()
+        radius = torch.maximum(frequency[:, None], frequency[None, :])
+        return spectrum[(radius < 0.1) if low else (radius > 0.3)].mean()
+
+    plain = objective.noise((64, 4, 32, 32), 0.0, generator("p"))
+    shaped = objective.pyramid(plain, 0.5, generator("q"))
+    assert power(shaped, True) > 2 * power(plain, True) and power(shaped, False) < power(plain, False)
+    torch.testing.assert_close(shaped.flatten(1).std(1), torch.ones(64))
+    weak = objective.pyramid(plain, 0.1, generator("q"))
+    assert power(plain, True) < power(weak, True) < power(shaped, True)
+    assert torch.equal(shaped, objective.pyramid(plain, 0.5, generator("q")))
+
+
+def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path, pictures):
+    found = objective.zero_terminal(POWERS)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    expected = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+    assert found[-1] == 0 and found[0] == POWERS[0] and bool((found.diff() < 0).all())
+    config = small(pictures, tmp_path, zero_terminal_snr=True, min_snr_gamma=5.0)
+    task, _ = task_of(config, make_pipe(prediction_type="v_prediction"))
+    assert task.powers[-1] == 0
+    result = train(config, pipe=make_pipe(prediction_type="v_prediction"))
+    with safe_open(result.output, "pt") as file:
+        assert file.metadata()["ss_zero_terminal_snr"] == "True"
+    pipe = make_pipe(prediction_type="v_prediction")
+    assert "zero terminal SNR" in formats.load(result.output, pipe).warnings[0]
+    pipe.scheduler.register_to_config(rescale_betas_zero_snr=True)
+    assert formats.load(result.output, pipe).warnings == ()
+
+
+@pytest.mark.parametrize("kind", ["huber", "smooth-l1"])
+def test_the_gradient_of_huber_is_bounded_and_near_zero_it_is_a_square(kind):
+    deltas = torch.tensor([0.1, 1.0])
+    answer = torch.tensor([1e4, -1e4]).view(2, 1, 1, 1).requires_grad_()
+    wanted = torch.zeros(2, 1, 1, 1)
+    objective.errors(answer, wanted, kind, deltas).sum().backward()
+    bound = 2 * deltas if kind == "huber" else torch.full((2,), 2.0)
+    torch.testing.assert_close(answer.grad.flatten().abs(), bound)
+    small_error = torch.full((2, 1, 1, 1), 1e-3)
+    near = objective.errors(small_error, wanted, kind, deltas).flatten()
+    torch.testing.assert_close(near, 1e-6 / deltas ** (kind != "huber"), rtol=1e-3, atol=0)
+
+
+def test_huber_deltas_fall_from_one_to_c():
+    timesteps = torch.tensor([0, 500, 999])
+    for schedule, first in (("exponential", 1.0), ("snr", 0.93)):
+        found = objective.huber_deltas(schedule, 0.1, timesteps, POWERS[timesteps], 1000)
+        assert bool((found.diff() < 0).all()) and found[0] >= first and 0.1 <= found[-1] < 0.11
+    assert objective.huber_deltas("constant", 0.1, timesteps, POWERS[timesteps], 1000).tolist() == pytest.approx([0.1] * 3)
+    assert objective.huber_deltas("snr", 0.1, timesteps, torch.zeros(3), 1000).tolist() == pytest.approx([0.1] * 3)
+
+
+def test_debiased_weights_are_those_of_the_paper():
+    snr = POWERS / (1 - POWERS)
+    torch.testing.assert_close(objective.debiased_weights("epsilon", POWERS), snr.clamp(max=1000).rsqrt())
+    torch.testing.assert_close(objective.debiased_weights("v_prediction", POWERS), 1 / (snr + 1))
+    assert objective.debiased_weights("epsilon", torch.tensor([0.0, 1.0])).isfinite().all()
+
+
+@pytest.mark.parametrize("changes", [{"loss": "huber"}, {"loss": "smooth-l1"}, {"debiased": True}, {"multires_noise": 0.3}])
+def test_each_changes_the_loss_and_nothing_that_is_measured(tmp_path, pictures, changes):
+    plain, _ = task_of(small(pictures, tmp_path, held_out=0.3))
+    other, _ = task_of(small(pictures, tmp_path, held_out=0.3, **changes))
+    assert plain.loss(plain.inputs(0, 0)).item() != other.loss(other.inputs(0, 0)).item()
+    assert plain.held_out() == other.held_out()
+
+
+# Going on.
+
+EVERYTHING = {
+    "preset": "subject", "class_prompt": ("a cat",), "class_images": 3, "multires_noise": 0.3, "loss": "huber",
+    "debiased": True, "wildcards": True, "repeats": ("pictures=2",), "folder_weight": ("pictures=0.5",), "ema": 0.9,
+    "zero_terminal_snr": True, "held_out": 0.3, "flip": True, "dropout": 0.2, "trigger": "ink", "accumulation": 2,
+}  # fmt: skip
+
+
+def test_a_run_that_was_stopped_gives_the_bits_of_one_that_was_not(tmp_path, pictures, monkeypatch):
+    for path in sorted(pictures.glob("*.png")):
+        path.with_suffix(".txt").write_text("a {cat|dog}, red")
+        draw_mask(path)
+    config = small(pictures, tmp_path / "whole", **EVERYTHING)
+    whole = load_file(train(config, pipe=make_pipe(prediction_type="v_prediction")).output)
+    part = small(pictures, tmp_path / "part", **EVERYTHING)
+    with monkeypatch.context() as patched:
+        stop_after(patched, 4)
+        with pytest.raises(Interrupted):
+            train(part, pipe=make_pipe(prediction_type="v_prediction"))
+    result = train(replace(part, resume=True), pipe=make_pipe(prediction_type="v_prediction"))
+    resumed = load_file(result.output)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    draw_mask(sorted(pictures.glob("*a.png"))[0], box=(0, 0, 15, 63))
+    with pytest.raises(UserError, match="other pictures or captions"):
+        train(replace(part, resume=True), pipe=make_pipe(prediction_type="v_prediction"))
