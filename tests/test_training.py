@@ -29,7 +29,7 @@ from peft_diffusion.training.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.preparation import prepare
 from peft_diffusion.training.schedule import rate
 from peft_diffusion.training.seeds import generator, seed_of
-from peft_diffusion.training.trainer import Divergence, Observer, Trainer, TrainerSettings, loss_at
+from peft_diffusion.training.trainer import Divergence, Observer, Signals, Trainer, TrainerSettings, loss_at
 
 torch.set_num_threads(1)
 POWERS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
@@ -175,6 +175,9 @@ class Line(nn.Module):
 
     def held_out(self):
         return (self.weight - 3).square().mean().item()
+
+    def signals(self):
+        return Signals()
 
 
 class Log(Observer):

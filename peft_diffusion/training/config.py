@@ -15,6 +15,7 @@ Preset: TypeAlias = Literal["style"]
 Scheduler: TypeAlias = Literal["constant", "cosine", "linear"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
+Keep: TypeAlias = Literal["best", "last"]
 MissingCaptions: TypeAlias = Literal["stop", "name", "empty", "skip"]
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -67,6 +68,10 @@ class RunSettings(Settings, Protocol):
     def log_every(self) -> int: ...
     @property
     def save_every(self) -> int: ...
+    @property
+    def keep(self) -> Keep: ...
+    @property
+    def patience(self) -> int: ...
     @property
     def cuda_graph(self) -> bool: ...
 
@@ -127,6 +132,10 @@ class SharedConfig:
     """Replace an output file and a run folder that are there already."""
     log_every: Annotated[int, Parameter(group=WATCH)] = 10
     """Steps between readings of the loss; rarer is a little faster on a GPU."""
+    keep: Annotated[Keep, Parameter(group=WATCH)] = "best"
+    """Weights to write: the best by the loss on what is kept apart, or the last; with nothing kept apart, the last."""
+    patience: Annotated[int, Parameter(group=WATCH)] = 0
+    """End after so many measurements without a new lowest loss (0 never); saves time where a run may be too long."""
 
     device: Annotated[str, Parameter(group=_MACHINE)] = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
@@ -266,6 +275,7 @@ class _Range:
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "preset": get_args(Preset),
+    "keep": get_args(Keep),
     "missing_captions": get_args(MissingCaptions),
     "scheduler": (*get_args(Scheduler), None),
     "precision": get_args(Precision),
@@ -299,6 +309,7 @@ _RANGES: dict[str, _Range] = {
     "seed": _NATURAL,
     "save_every": _COUNT,
     "log_every": _COUNT,
+    "patience": _NATURAL,
     "preview_every": _NATURAL,
     "preview_steps": _NATURAL,
 }
@@ -347,7 +358,8 @@ _WORD_RATES: dict[str, float] = {"tokens": 5e-3, "prompt": 5e-3}
 _SOURCES = ("folder", "texts", "held_out_text", "missing_captions")
 _PLACES = ("output", "run_dir", "cache", "device", "cuda_graph", "preset", "resume", "overwrite")
 _LENGTHS = ("steps", "epochs", "save_every", "log_every", "preview_prompts", "preview_every", "preview_steps")
-FREE_ON_RESUME = frozenset((*_SOURCES, *_PLACES, *_LENGTHS))
+_ENDS = ("keep", "patience")
+FREE_ON_RESUME = frozenset((*_SOURCES, *_PLACES, *_LENGTHS, *_ENDS))
 _OF_THE_COMMAND = ("resume", "overwrite")  # said anew with every command, so in no file
 
 

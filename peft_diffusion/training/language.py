@@ -13,7 +13,11 @@ from ..bases.vocabulary import learned
 from ..core.errors import UserError
 from .crew import Crew
 from .seeds import generator, global_seed
-from .session import evaluating
+from .session import NAME, evaluating
+from .signals import layer_changes
+from .trainer import Signals
+
+_SEEN = 8  # windows of what is trained on that are measured too
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,17 @@ class LanguageTask:
 
     def held_out(self) -> float | None:
         """The loss on the line kept apart, every token of it but the first once; None where there is none."""
-        if self.apart is None:
-            return None
+        return None if self.apart is None else self._mean_loss(self.apart)
+
+    def signals(self) -> Signals:
+        """The loss on the beginning of the line that is trained on. A text has no prompts that should stay as they were."""
+        seen = self._mean_loss(self.line[: _SEEN * (self.settings.context - len(self.start))])
+        return Signals(seen, None, layer_changes({"lm": self.lm}, NAME))
+
+    def _mean_loss(self, line: Tensor) -> float:
         total, count = 0.0, 0
         with torch.no_grad(), evaluating([self.lm]):
-            for rows in self._pieces(self.apart):
+            for rows in self._pieces(line):
                 losses, said = self._losses(rows)
                 total, count = total + float(losses.double().sum()), count + int(said.sum())
         return total / max(1, count)

@@ -38,6 +38,7 @@ from .progress import say_to
 from .run import RunFolder
 from .session import (
     Attached,
+    Outcome,
     Say,
     Session,
     attach,
@@ -67,6 +68,8 @@ class TextTrainResult:
     held_out_before: float | None
     held_out_after: float | None
     base_fingerprint: str
+    outcome: Outcome | None = None
+    """None in a process that does not lead."""
 
     @property
     def perplexities(self) -> tuple[float, float] | None:
@@ -128,8 +131,11 @@ def train_text(
         session = _session(prepared, folder, console, trainer)
         session.start(config.resume)
         session.learn()
+        outcome = session.outcome(parts) if crew.leads else None
         seconds = folder.seconds + time.monotonic() - began
-        result = _result(prepared, trainer, folder, seconds, fingerprint)
+        result = replace(_result(prepared, trainer, folder, seconds, fingerprint), outcome=outcome)
+        if outcome is not None:
+            result = replace(result, held_out_after=folder.held_out.get(outcome.kept))
         if crew.leads:
             save(result.output, parts, trainer, _spec(prepared, chosen, result))
         crew.wait()
@@ -271,6 +277,7 @@ def _spec(prepared: _Prepared, chosen: Sequence[Block], result: TextTrainResult)
         "seconds": round(result.seconds, 1),
         "held_out_loss": result.held_out_after,
         "held_out_loss_before": result.held_out_before,
+        **(result.outcome.training() if result.outcome else {}),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     for place in ("output", "run_dir"):

@@ -24,7 +24,20 @@ from .preparation import Prepared, check_places, prepare
 from .previews import PROMPTS, Previews
 from .progress import PICTURES_APART, Reading, say_to
 from .run import RunFolder
-from .session import NAME, Session, attach, base_kept, chosen, next_command, origin, save, taught, told, trainer_settings
+from .session import (
+    NAME,
+    Outcome,
+    Session,
+    attach,
+    base_kept,
+    chosen,
+    next_command,
+    origin,
+    save,
+    taught,
+    told,
+    trainer_settings,
+)
 from .trainer import Trainer
 
 
@@ -41,6 +54,8 @@ class TrainResult:
     held_out_before: float | None
     held_out_after: float | None
     base_fingerprint: str
+    outcome: Outcome | None = None
+    """None in a process that does not lead."""
 
 
 def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | None = None) -> TrainResult:
@@ -86,6 +101,7 @@ class _Run:
         self.task = _task(prepared, self.blocks, crew)
         self.trainer = Trainer(self.task, arena, trainer_settings(config, attached), crew=crew)
         self.previews = _previews(prepared, folder, self.task, self.trainer) if crew.leads else None
+        self.outcome: Outcome | None = None
 
     def train(self, resume: bool) -> None:
         """Train to the end. Raises Interrupted where a signal ended it early."""
@@ -109,10 +125,11 @@ class _Run:
         session.learn([self.previews] if self.previews else [])
         if self.previews:
             self.previews.draw(self.trainer.step)
+        self.outcome = session.outcome(self.parts) if self.crew.leads else None
 
     def save(self, base: str, seconds: float) -> TrainResult:
         """Write the adapter file with what is worth knowing of it."""
-        config, held_out = self.config, self.folder.held_out
+        config, held_out, outcome = self.config, self.folder.held_out, self.outcome
         result = TrainResult(
             output=config.output,
             run_dir=config.run_dir,
@@ -121,8 +138,9 @@ class _Run:
             images=len(self.prepared.train.captions),
             seconds=seconds,
             held_out_before=held_out.get(0),
-            held_out_after=held_out.get(self.trainer.step),
+            held_out_after=held_out.get(outcome.kept if outcome else self.trainer.step),
             base_fingerprint=base,
+            outcome=outcome,
         )
         if self.crew.leads:
             save(config.output, self.parts, self.trainer, self._spec(result))
@@ -142,6 +160,7 @@ class _Run:
             "seconds": round(result.seconds, 1),
             "held_out_loss": result.held_out_after,
             "held_out_loss_before": result.held_out_before,
+            **(result.outcome.training() if result.outcome else {}),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         for place in ("output", "run_dir", "cache"):

@@ -8,12 +8,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..core.errors import UserError
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, Origin, explained, write_bytes
 from .config import RunSettings, changes, to_toml
-from .plot import draw
-from .trainer import Observer, StepLoss, TrainerState
+from .plot import draw, draw_signals
+from .signals import best_step
+from .trainer import Observer, Signals, StepLoss, TrainerState
 
 _NAME = re.compile(r"step_(\d+)\.safetensors")
 _KEPT = 2  # newest checkpoints; the best one by held-out loss stays as well
@@ -91,6 +94,13 @@ class RunFolder(Observer):
         self.held_out[step] = loss
         self._append([{"step": step, "held_out_loss": loss, "seconds": round(self.elapsed, 3)}])
 
+    def on_signals(self, step: int, signals: Signals) -> None:
+        """Into ``metrics.jsonl``."""
+        told = {"seen_loss": signals.seen, "leakage": signals.leakage, "changes": dict(signals.changes) if step else None}
+        known = {name: value for name, value in told.items() if value is not None}
+        if known:
+            self._append([{"step": step, **known, "seconds": round(self.elapsed, 3)}])
+
     def on_checkpoint(self, state: TrainerState) -> None:
         """Keep this state, the one before and the best; draw the plot anew."""
         held_out = self.held_out.get(state.step)
@@ -98,13 +108,23 @@ class RunFolder(Observer):
         checkpoints.write(self._checkpoints / f"step_{state.step:06}.safetensors", checkpoint)
         files = self._files()
         keep = set(sorted(files)[-_KEPT:])
-        measured = [step for step in self.held_out if step in files]
-        if measured:
-            keep.add(min(measured, key=lambda step: self.held_out[step]))
+        best = best_step({step: loss for step, loss in self.held_out.items() if step in files})
+        if best is not None:
+            keep.add(best)
         with explained(self.path):
             for step in files.keys() - keep:
                 files[step].unlink()
             draw(self.path / "loss.png", self.metrics())
+            draw_signals(self.path / "signals.png", self.metrics())
+
+    def weights(self, step: int) -> Tensor:
+        """The flat parameters that the run would give at a step whose checkpoint is kept: the average where there is one."""
+        path = self._files().get(step)
+        found = checkpoints.read(path) if path else None
+        if found is None:
+            where = self._checkpoints
+            raise UserError(f"the checkpoint of step {step} in {where} is gone or damaged; --keep last does without it")
+        return found.state.tensors.get("average", found.state.tensors["parameters"])
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; a last one that was cut short by a crash is left out."""
