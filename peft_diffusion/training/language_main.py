@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,6 +26,7 @@ from .blocks import Block, blocks, check_methods
 from .config import Precision, to_json
 from .crew import Crew
 from .crew import crew as together
+from .facts import about, commands, memory, warned
 from .language import LanguageSettings, LanguageTask, tokens
 from .language_config import (
     HELD_OUT_FROM,
@@ -34,7 +36,7 @@ from .language_config import (
     language_run,
     resolve_language,
 )
-from .progress import say_to
+from .progress import noted, say_to
 from .run import RunFolder
 from .session import (
     Attached,
@@ -116,13 +118,14 @@ def train_text(
     crew, device = together(config.device)
     config = replace(config, device=device)
     console = console if console is not None and crew.leads else Console(quiet=True)
-    say = say_to(console)
+    said: list[str] = []
+    say = noted(say_to(console), said)
     check_methods(config)
     folder = RunFolder(language_run(config), "text train", "text")
     check_run(folder, language_output(config), resume=config.resume, overwrite=config.overwrite)
     opened = _open(config, base, say)
     chosen, parts = taught(opened.base, blocks(opened.config)), components(opened.base)
-    with base_kept(opened.base, parts, say) as fingerprint:
+    with base_kept(opened.base, parts, say) as fingerprint, folder.closing():
         rate = opened.config.lr
         attached = attach(parts, chosen, config.seed, lambda component: rate)
         teach(opened.base)  # before the texts become tokens
@@ -130,6 +133,8 @@ def train_text(
         trainer = _trainer(prepared, attached, chosen, say, crew)
         session = _session(prepared, folder, console, trainer)
         session.start(config.resume)
+        if crew.leads:
+            folder.note(**_facts(prepared, trainer, told(parts, chosen, trainer.arena.count), said))
         session.learn()
         outcome = session.outcome(parts) if crew.leads else None
         seconds = folder.seconds + time.monotonic() - began
@@ -138,6 +143,7 @@ def train_text(
             result = replace(result, held_out_after=folder.held_out.get(outcome.kept))
         if crew.leads:
             save(result.output, parts, trainer, _spec(prepared, chosen, result))
+            folder.finish(seconds=seconds, **memory(), **(outcome.training() if outcome else {}))
         crew.wait()
     _tell(result, say)
     return result
@@ -300,8 +306,31 @@ def _tell(result: TextTrainResult, say: Say) -> None:
     size = result.output.stat().st_size / 2**20
     say(
         f"wrote {result.output} ({size:.1f} MiB) after {result.steps} steps on {result.tokens:,} tokens,"
-        f" {result.seconds:.0f} s; settings and metrics are in {result.run_dir}"
+        f" {result.seconds:.0f} s; settings, metrics and report.html are in {result.run_dir}"
     )
+    say(f"next: {_next(config)}")
+
+
+def _next(config: ResolvedTextConfig) -> str:
     base = None if config.base == TextTrainConfig.base else config.base
-    flags = {"adapter": str(result.output), "base": base, "quantize": config.quantize}
-    say(next_command("text generate", "The first words", flags))
+    flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
+    return next_command("text generate", "The first words", flags)
+
+
+def _facts(prepared: _Prepared, trainer: Trainer, what: str, said: list[str]) -> dict[str, Any]:
+    """What the report tells of the run besides its settings and measurements."""
+    config, info = prepared.config, prepared.info
+    plain = TextTrainConfig(
+        config.texts, method=config.method, output=config.output, run_dir=config.run_dir, device=config.device,
+        precision=config.precision,
+    )  # fmt: skip
+    defaults = resolve_language(plain, parameters=quantized.count(prepared.base.lm), context=info.context)
+    apart = 0 if prepared.apart is None else len(prepared.apart)
+    return {
+        "about": about(what, trainer.arena.count, info.name, info.fingerprint),
+        "defaults": to_json(defaults) | {"method": TextTrainConfig.method},
+        "warnings": warned(said),
+        "said": said,
+        "apart": f"{apart:,} tokens are kept apart to measure on" if apart else "",
+        "commands": commands("text train", config.run_dir, _next(config)),
+    }

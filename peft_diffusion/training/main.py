@@ -16,13 +16,14 @@ from ..core.arena import Arena
 from ..data.captions import with_trigger
 from ..methods.tokens import Tokens
 from .blocks import Block, blocks, check_methods
-from .config import RATES, ResolvedConfig, TrainConfig, to_json
+from .config import RATES, ResolvedConfig, TrainConfig, resolve, to_json
 from .crew import Crew
 from .crew import crew as together
 from .diffusion import DiffusionSettings, DiffusionTask
+from .facts import about, commands, memory, thumbnails, warned
 from .preparation import Prepared, check_places, prepare
 from .previews import PROMPTS, Previews
-from .progress import PICTURES_APART, Reading, say_to
+from .progress import PICTURES_APART, Reading, noted, say_to
 from .run import RunFolder
 from .session import (
     NAME,
@@ -69,14 +70,15 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
     crew, device = together(config.device)
     config = replace(config, device=device)
     console = console if console is not None and crew.leads else Console(quiet=True)
-    say = say_to(console)
+    said: list[str] = []
+    say = noted(say_to(console), said)
     check_methods(config)
     folder = check_places(config)
     with Reading(console) as reading:
         prepared = prepare(config, pipe, say, reading, crew)
     parts = components(prepared.pipe)
-    with base_kept(prepared.pipe, parts, say) as before:
-        run = _Run(prepared, folder, console, crew)
+    with base_kept(prepared.pipe, parts, say) as before, folder.closing():
+        run = _Run(prepared, folder, console, crew, said)
         run.train(config.resume)
         result = run.save(before, folder.seconds + time.monotonic() - began)
     _tell(result, say)
@@ -86,8 +88,9 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
 class _Run:
     """One training: its task, trainer and observers."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, console: Console, crew: Crew) -> None:
+    def __init__(self, prepared: Prepared, folder: RunFolder, console: Console, crew: Crew, said: list[str]) -> None:
         self.crew = crew
+        self.said = said  # to the person, so far and later on
         config = self.config = prepared.config
         self.prepared = prepared
         self.folder = folder
@@ -97,7 +100,8 @@ class _Run:
         attached = attach(self.parts, self.blocks, config.seed, lambda name: _component_rate(config, name))
         teach(prepared.pipe)
         arena = Arena(attached.groups)
-        say_to(console)(f"{told(self.parts, self.blocks, arena.count)}; {_plan(config, crew)}")
+        self.about = told(self.parts, self.blocks, arena.count)
+        noted(say_to(console), said)(f"{self.about}; {_plan(config, crew)}")
         self.task = _task(prepared, self.blocks, crew)
         self.trainer = Trainer(self.task, arena, trainer_settings(config, attached), crew=crew)
         self.previews = _previews(prepared, folder, self.task, self.trainer) if crew.leads else None
@@ -118,6 +122,8 @@ class _Run:
             held_out_line=PICTURES_APART.format,
         )
         session.start(resume)
+        if self.crew.leads:
+            self._note()
         if self.previews and self.trainer.step:
             self.previews.forget_after(self.trainer.step)
         elif self.previews:
@@ -144,8 +150,33 @@ class _Run:
         )
         if self.crew.leads:
             save(config.output, self.parts, self.trainer, self._spec(result))
+            self.folder.finish(seconds=seconds, **memory(), **(outcome.training() if outcome else {}))
         self.crew.wait()
         return result
+
+    def _note(self) -> None:
+        """What the report tells of the run besides its settings and measurements."""
+        prepared, config = self.prepared, self.config
+        thumbnails(self.folder.thumbnails, prepared.pictures, config.background)
+        apart = len(prepared.held_out.captions) if prepared.held_out else 0
+        self.folder.note(
+            about=about(self.about, self.trainer.arena.count, prepared.info.name, prepared.info.fingerprint),
+            defaults=to_json(self._defaults()) | {"method": TrainConfig.method},
+            warnings=[*prepared.problems, *warned(self.said)],
+            said=self.said,
+            apart=f"{apart} of them are kept apart to measure on" if apart else "",
+            prompts=self.previews.prompts if self.previews else [],
+            commands=commands("train", config.run_dir, _next(config)),
+        )
+
+    def _defaults(self) -> ResolvedConfig:
+        """What the run would be if nothing had been said but what it learns from, with which preset and method."""
+        config = self.config
+        plain = TrainConfig(
+            folder=config.folder, preset=config.preset, method=config.method, output=config.output, run_dir=config.run_dir,
+            device=config.device, precision=config.precision,
+        )  # fmt: skip
+        return resolve(plain, self.prepared.info, len(self.prepared.pictures), self.task.device.type)
 
     def _pictures(self) -> list[dict[str, str]]:
         kept = ("name", "digest", "caption")
@@ -232,8 +263,12 @@ def _tell(result: TrainResult, say: Callable[[str], None]) -> None:
     size = result.output.stat().st_size / 2**20
     say(
         f"wrote {result.output} ({size:.1f} MiB) after {result.steps} steps on {result.images} pictures,"
-        f" {result.seconds:.0f} s; settings, metrics and previews are in {result.run_dir}"
+        f" {result.seconds:.0f} s; settings, metrics, previews and report.html are in {result.run_dir}"
     )
+    say(f"next: {_next(config)}")
+
+
+def _next(config: ResolvedConfig) -> str:
     prompt = with_trigger("a red apple", config.trigger)
     base = None if config.base == TrainConfig.base else config.base
-    say(next_command("generate", prompt, {"adapter": str(result.output), "base": base, "quantize": config.quantize}))
+    return next_command("generate", prompt, {"adapter": str(config.output), "base": base, "quantize": config.quantize})

@@ -35,6 +35,7 @@ class Prepared:
     train: Examples
     held_out: Examples | None
     rules: CaptionRules
+    problems: tuple[str, ...] = ()  # of the folder, in words
 
     @property
     def prompts(self) -> list[str]:
@@ -90,7 +91,8 @@ def prepare(
     encode = _Encoder(resolved, info, pipe, progress)
     train = encode(kept, config.flip, "encoding pictures")
     held_out = encode(apart, False, "encoding pictures kept apart") if apart else None
-    return Prepared(resolved, pipe, info, folder.pictures, train, held_out, rules)
+    problems = tuple(str(problem) for problem in folder.problems)
+    return Prepared(resolved, pipe, info, folder.pictures, train, held_out, rules, problems)
 
 
 @dataclass(frozen=True)

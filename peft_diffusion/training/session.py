@@ -109,7 +109,7 @@ def named(method: Method) -> str:
 def next_command(command: str, prompt: str, flags: Mapping[str, str | None]) -> str:
     """What to type to see what was learned; flags at None are left away."""
     given = "".join(f" --{name} {shlex.quote(value)}" for name, value in flags.items() if value is not None)
-    return f"next: peft-diffusion {command} {shlex.quote(prompt)}{given}"
+    return f"peft-diffusion {command} {shlex.quote(prompt)}{given}"
 
 
 def check_run(run: RunFolder, output: Path, *, resume: bool, overwrite: bool) -> None:
