@@ -71,6 +71,8 @@ class RunSettings(Settings, Protocol):
     @property
     def keep(self) -> Keep: ...
     @property
+    def keep_checkpoints(self) -> int: ...
+    @property
     def patience(self) -> int: ...
     @property
     def cuda_graph(self) -> bool: ...
@@ -134,6 +136,8 @@ class SharedConfig:
     """Steps between readings of the loss; rarer is a little faster on a GPU."""
     keep: Annotated[Keep, Parameter(group=WATCH)] = "best"
     """Weights to write: the best by the loss on what is kept apart, or the last; with nothing kept apart, the last."""
+    keep_checkpoints: Annotated[int, Parameter(group=WATCH)] = 2
+    """How many of the newest checkpoints stay, beside the best one; more to compare them, at the cost of disk."""
     patience: Annotated[int, Parameter(group=WATCH)] = 0
     """End after so many measurements without a new lowest loss (0 never); saves time where a run may be too long."""
 
@@ -309,6 +313,7 @@ _RANGES: dict[str, _Range] = {
     "seed": _NATURAL,
     "save_every": _COUNT,
     "log_every": _COUNT,
+    "keep_checkpoints": _COUNT,
     "patience": _NATURAL,
     "preview_every": _NATURAL,
     "preview_steps": _NATURAL,
@@ -358,7 +363,7 @@ _WORD_RATES: dict[str, float] = {"tokens": 5e-3, "prompt": 5e-3}
 _SOURCES = ("folder", "texts", "held_out_text", "missing_captions")
 _PLACES = ("output", "run_dir", "cache", "device", "cuda_graph", "preset", "resume", "overwrite")
 _LENGTHS = ("steps", "epochs", "save_every", "log_every", "preview_prompts", "preview_every", "preview_steps")
-_ENDS = ("keep", "patience")
+_ENDS = ("keep", "keep_checkpoints", "patience")
 FREE_ON_RESUME = frozenset((*_SOURCES, *_PLACES, *_LENGTHS, *_ENDS))
 _OF_THE_COMMAND = ("resume", "overwrite")  # said anew with every command, so in no file
 

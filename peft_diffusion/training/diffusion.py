@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from PIL import Image
 from torch import Tensor, nn
 
 from ..bases import components, inpaints
@@ -28,6 +30,7 @@ from .trainer import Signals
 
 _DRAWS = 8  # noises and timesteps per held-out picture
 _SEEN = 8  # pictures of those trained on that are measured too: enough to tell learning by heart, and little time
+_COMPARED = 512  # training pictures that previews are compared with, at most
 # Prompts of many things, without trigger, and where in the schedule they are asked: there, noise alone is what the UNet
 # is used to seeing, whatever the picture.
 _OTHER_PROMPTS = (
@@ -150,6 +153,32 @@ class DiffusionTask:
         parts = {name: part for name, part in components(self.pipe).items() if site.adapters(part, self.name)}
         seen = self._fixed_loss(self.train, self._chunks(self.train, self._watched()))
         return Signals(seen, self._leakage(), layer_changes(parts, self.name))
+
+    @torch.no_grad()
+    def nearness(self, pictures: Sequence[Image.Image]) -> float | None:
+        """The mean distance of pictures to their nearest training picture, over the median of that among the latter.
+
+        Root mean squares in latent space. None where there are not two training pictures of that size to compare with.
+        """
+        latents = self._encoded(pictures)
+        seen = [entry.mean for entry in self.train.latents.entries if entry.mean.shape == latents.shape[1:]][:_COMPARED]
+        if len(seen) < 2:
+            return None
+        rows = torch.stack(seen).float().flatten(1)
+        among = torch.cdist(rows, rows).fill_diagonal_(math.inf).amin(1).median()
+        found = torch.cdist(latents.flatten(1), rows).amin(1).mean()
+        return float(found / among) if among > 0 else None
+
+    def _encoded(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """The means of the VAE's latents, (pictures, channels, height, width), float32 on the CPU."""
+        vae = self.pipe.vae
+        vae.to(self.device)
+        pixels = torch.stack([torch.from_numpy(np.array(picture.convert("RGB"))) for picture in pictures])
+        given = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.device, next(vae.parameters()).dtype)
+        means = [vae.encode(one[None]).latent_dist.mean.float().cpu() for one in given]
+        if self.device.type != "cpu":
+            vae.to("cpu")
+        return torch.cat(means)
 
     def _watched(self) -> frozenset[int]:
         """Entries of the training pictures that are measured on, spread over all of them."""

@@ -241,7 +241,8 @@ def _previews(prepared: Prepared, folder: RunFolder, task: DiffusionTask, traine
     prompts = prepared.prompts if config.preview_prompts else prepared.prompts[:PROMPTS]
     size = config.resolution // prepared.info.step * prepared.info.step
     often, steps = config.preview_every, config.preview_steps
-    return Previews(folder.previews, task, prompts, trainer.final_weights, steps=steps, every=often, size=size)
+    weights, told = trainer.final_weights, folder.on_previews
+    return Previews(folder.previews, task, prompts, weights, told, steps=steps, every=often, size=size)
 
 
 def _plan(config: ResolvedConfig, crew: Crew) -> str:

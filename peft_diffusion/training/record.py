@@ -119,6 +119,11 @@ class Record:
         return [(step, 1 - (seen[step] / seen[0]) / (unseen[step] / unseen[0])) for step in both]
 
     @property
+    def nearest(self) -> Curve:
+        """How near the previews are to training pictures, over how near those are to one another."""
+        return self.curve("preview_nearest")
+
+    @property
     def changes(self) -> dict[str, float]:
         """How far each layer moved at the last measurement, largest first."""
         found: dict[str, float] = next((line["changes"] for line in reversed(self.metrics) if line.get("changes")), {})

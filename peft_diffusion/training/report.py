@@ -80,7 +80,7 @@ def compared(first: Record, second: Record) -> str:
     """Two runs side by side in one page, their curves on the same axes."""
     records = [first, second]
     limits: dict[str, tuple[float, float]] = {}
-    for name in ("loss", "leakage", "memorised"):
+    for name in ("loss", "leakage", "memorised", "nearest"):
         values = [y for record in records for curve in _curves(record)[name] for _, y in curve.points]
         if values:
             limits[name] = charts.bounds(values)
@@ -135,11 +135,15 @@ def curves(
             "Memorisation",
             "how much further the loss fell on what is trained on than on what is not: learned by heart, not understood",
         ),
+        "nearest": (
+            "Nearest picture",
+            "how near the previews are to training pictures, as many times as these are to one another; near 0 is a copy",
+        ),
     }
     kept = record.figures.get("kept_step")
     found = []
     for name, own in _curves(record).items():
-        form: charts.Format = "number" if name == "loss" or (text and name == "leakage") else "percent"
+        form: charts.Format = "number" if name in ("loss", "nearest") or (text and name == "leakage") else "percent"
         drawn = charts.lines(own, told[name][0], form, kept, (limits or {}).get(name), end)
         if drawn:
             found.append((*told[name], [(curve.look, curve.name) for curve in own if curve.points], drawn))
@@ -156,6 +160,7 @@ def _curves(record: Record) -> dict[str, list[charts.Curve]]:
         ],
         "leakage": [_alone("leakage", record.curve("leakage"))],
         "memorised": [_alone("memorisation", record.memorised)],
+        "nearest": [_alone("previews", record.nearest)],
     }
 
 

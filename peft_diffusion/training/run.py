@@ -25,7 +25,6 @@ from .trainer import Observer, Signals, StepLoss, TrainerState
 from .writing import explained, write_bytes
 
 _NAME = re.compile(r"step_(\d+)\.safetensors")
-_KEPT = 2  # newest checkpoints; the best one by held-out loss stays as well
 
 
 class RunFolder(Observer):
@@ -45,6 +44,7 @@ class RunFolder(Observer):
         self.started = time.monotonic()
         self.held_out: dict[int, float] = {}
         self.facts: dict[str, Any] = {}  # of ``run.json``; empty until the run begins
+        self.kept = 1  # newest checkpoints that stay, beside the best one by the loss on what is kept apart
 
     @property
     def previews(self) -> Path:
@@ -120,13 +120,18 @@ class RunFolder(Observer):
         if known:
             self._append([{"step": step, **known, "seconds": round(self.elapsed, 3)}])
 
+    def on_previews(self, step: int, nearest: float) -> None:
+        """How near previews are to pictures that are trained on (see `Previews`), into ``metrics.jsonl``, once a step."""
+        if not any(line["step"] == step and "preview_nearest" in line for line in self.metrics()):
+            self._append([{"step": step, "preview_nearest": nearest, "seconds": round(self.elapsed, 3)}])
+
     def on_checkpoint(self, state: TrainerState) -> None:
-        """Keep this state, the one before and the best; draw the plot anew."""
+        """Keep this state, a few before it and the best; draw the plots anew."""
         held_out = self.held_out.get(state.step)
         checkpoint = Checkpoint(state, self.origin, held_out, self.elapsed)
         checkpoints.write(self._checkpoints / f"step_{state.step:06}.safetensors", checkpoint)
         files = self._files()
-        keep = set(sorted(files)[-_KEPT:])
+        keep = set(sorted(files)[-self.kept :])
         best = best_step({step: loss for step, loss in self.held_out.items() if step in files})
         if best is not None:
             keep.add(best)
@@ -160,6 +165,10 @@ class RunFolder(Observer):
         self.note(state="finished", figures=figures)
         report.write(self.path)
 
+    def steps(self) -> list[int]:
+        """The steps whose checkpoints are kept, in order."""
+        return sorted(self._files())
+
     def weights(self, step: int) -> Tensor:
         """The flat parameters that the run would give at a step whose checkpoint is kept: the average where there is one."""
         path = self._files().get(step)
@@ -188,6 +197,7 @@ class RunFolder(Observer):
 
     def _begin(self, config: RunSettings, origin: Origin) -> None:
         self.origin = origin
+        self.kept = config.keep_checkpoints
         self.started = time.monotonic()
         header = f"# peft-diffusion {self.command} --config {self.path / 'config.toml'}\n"
         write_bytes(self.path / "config.toml", (header + to_toml(config)).encode())

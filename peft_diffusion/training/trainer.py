@@ -53,8 +53,9 @@ class Signals:
     """Beside the loss on what is kept apart. None is what cannot be measured.
 
     ``seen`` is the same loss on a few of those that are trained on. ``leakage`` is how far the base's answers moved that
-    the adapter should leave alone: the rms of the difference over that of the base's answers (0 is none). ``changes`` has
-    how far each layer moved, see `signals.layer_changes`.
+    the adapter should leave alone (0 is not at all): for pictures the rms of the difference over that of the base's, for
+    text the Kullback-Leibler divergence in nats per token. ``changes`` has how far each layer moved, see
+    `signals.layer_changes`.
     """
 
     seen: float | None = None
