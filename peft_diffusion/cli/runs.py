@@ -87,7 +87,10 @@ def _compare(first: Record, second: Record, html: Path | None) -> None:
     console.print(_table("settings that differ", records, {name: [str(v) for v in own] for name, own in settings.items()}))
     labels = ("rank", "steps", "unseen loss before", "unseen loss after", "best step", "seconds")
     columns = [_numbers(record) for record in records]
-    figures = {"state": [record.state for record in records], "base": [_base(record) for record in records]}
+    figures: dict[str, list[str]] = {
+        "state": [record.state for record in records],
+        "base": [_base(record) for record in records],
+    }
     figures |= {label: [column[place] for column in columns] for place, label in enumerate(labels)}
     figures["suggested strength"] = [str(record.figures.get("suggested_strength", "-")) for record in records]
     console.print(_table("figures", records, figures))

@@ -16,6 +16,7 @@ Scheduler: TypeAlias = Literal["constant", "cosine", "linear"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
 Keep: TypeAlias = Literal["best", "last"]
+LogWith: TypeAlias = Literal["tensorboard"]
 MissingCaptions: TypeAlias = Literal["stop", "name", "empty", "skip"]
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -30,6 +31,9 @@ LEARNING = Group("Learning", sort_key=4)
 _OPTIMIZER = Group("Optimizer", sort_key=5)
 WATCH = Group("Watching and keeping", sort_key=6)
 _MACHINE = Group("Machine", sort_key=7)
+
+
+FIND_LR = "Find a learning rate by short trials and stop; for a new base, method or kind of data. No adapter is written."
 
 
 class Base(Protocol):
@@ -140,6 +144,9 @@ class SharedConfig:
     """How many of the newest checkpoints stay, beside the best one; more to compare them, at the cost of disk."""
     patience: Annotated[int, Parameter(group=WATCH)] = 0
     """End after so many measurements without a new lowest loss (0 never); saves time where a run may be too long."""
+
+    log_with: Annotated[LogWith | None, Parameter(group=WATCH)] = None
+    """Log losses, rates, measurements and previews for tensorboard too, under logs/ of the run folder; to watch it live."""
 
     device: Annotated[str, Parameter(group=_MACHINE)] = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
@@ -280,6 +287,7 @@ class _Range:
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "preset": get_args(Preset),
     "keep": get_args(Keep),
+    "log_with": (*get_args(LogWith), None),
     "missing_captions": get_args(MissingCaptions),
     "scheduler": (*get_args(Scheduler), None),
     "precision": get_args(Precision),
@@ -363,7 +371,7 @@ _WORD_RATES: dict[str, float] = {"tokens": 5e-3, "prompt": 5e-3}
 _SOURCES = ("folder", "texts", "held_out_text", "missing_captions")
 _PLACES = ("output", "run_dir", "cache", "device", "cuda_graph", "preset", "resume", "overwrite")
 _LENGTHS = ("steps", "epochs", "save_every", "log_every", "preview_prompts", "preview_every", "preview_steps")
-_ENDS = ("keep", "keep_checkpoints", "patience")
+_ENDS = ("keep", "keep_checkpoints", "patience", "log_with")
 FREE_ON_RESUME = frozenset((*_SOURCES, *_PLACES, *_LENGTHS, *_ENDS))
 _OF_THE_COMMAND = ("resume", "overwrite")  # said anew with every command, so in no file
 

@@ -27,6 +27,7 @@ from .config import Precision, to_json
 from .crew import Crew
 from .crew import crew as together
 from .facts import about, commands, memory, warned
+from .find_lr import FoundRates, find, refuse_crew
 from .language import LanguageSettings, LanguageTask, tokens
 from .language_config import (
     HELD_OUT_FROM,
@@ -46,6 +47,7 @@ from .session import (
     attach,
     base_kept,
     check_run,
+    check_writable,
     next_command,
     origin,
     pick_precision,
@@ -54,6 +56,7 @@ from .session import (
     told,
     trainer_settings,
 )
+from .trackers import Tracker, check_tracker
 from .trainer import Trainer
 
 
@@ -121,6 +124,7 @@ def train_text(
     said: list[str] = []
     say = noted(say_to(console), said)
     check_methods(config)
+    check_tracker(config.log_with)
     folder = RunFolder(language_run(config), "text train", "text")
     check_run(folder, language_output(config), resume=config.resume, overwrite=config.overwrite)
     opened = _open(config, base, say)
@@ -135,7 +139,10 @@ def train_text(
         session.start(config.resume)
         if crew.leads:
             folder.note(**_facts(prepared, trainer, told(parts, chosen, trainer.arena.count), said))
-        session.learn()
+        tracker = Tracker(folder.logs, trainer.step) if config.log_with and crew.leads else None
+        session.learn([tracker] if tracker else [])
+        if tracker:
+            tracker.finish()
         outcome = session.outcome(parts) if crew.leads else None
         seconds = folder.seconds + time.monotonic() - began
         result = replace(_result(prepared, trainer, folder, seconds, fingerprint), outcome=outcome)
@@ -147,6 +154,32 @@ def train_text(
         crew.wait()
     _tell(result, say)
     return result
+
+
+def find_text_rates(
+    config: TextTrainConfig, *, base: LanguageModel | None = None, console: Console | None = None
+) -> FoundRates:
+    """Find a learning rate for a training on text, without doing it: see `find_lr`.
+
+    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Raises as `train_text` does.
+    """
+    crew, device = together(config.device)
+    refuse_crew(crew)
+    console = console or Console(quiet=True)
+    say = say_to(console)
+    config = replace(config, device=device)
+    check_methods(config)
+    check_writable(language_run(config))
+    opened = _open(config, base, say)
+    chosen, parts = taught(opened.base, blocks(opened.config)), components(opened.base)
+    with base_kept(opened.base, parts, say):
+        rate = opened.config.lr
+        attached = attach(parts, chosen, config.seed, lambda component: rate)
+        teach(opened.base)
+        prepared = _prepare(opened, say, crew)
+        trainer = _trainer(prepared, attached, chosen, say, crew)
+        flags = {"lm": "--lr"} if not config.block else {}
+        return find(trainer.task, trainer.arena, trainer.settings, language_run(config), console, flags)
 
 
 def _base(config: TextTrainConfig, precision: Precision) -> LanguageModel:

@@ -16,11 +16,12 @@ from ..core.arena import Arena
 from ..data.captions import with_trigger
 from ..methods.tokens import Tokens
 from .blocks import Block, blocks, check_methods
-from .config import RATES, ResolvedConfig, TrainConfig, resolve, to_json
+from .config import RATES, ResolvedConfig, TrainConfig, resolve, run_path, to_json
 from .crew import Crew
 from .crew import crew as together
 from .diffusion import DiffusionSettings, DiffusionTask
 from .facts import about, commands, memory, thumbnails, warned
+from .find_lr import FoundRates, find, refuse_crew
 from .preparation import Prepared, check_places, prepare
 from .previews import PROMPTS, Previews
 from .progress import PICTURES_APART, Reading, noted, say_to
@@ -31,6 +32,7 @@ from .session import (
     Session,
     attach,
     base_kept,
+    check_writable,
     chosen,
     next_command,
     origin,
@@ -39,6 +41,7 @@ from .session import (
     told,
     trainer_settings,
 )
+from .trackers import Tracker, check_tracker
 from .trainer import Trainer
 
 
@@ -73,6 +76,7 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
     said: list[str] = []
     say = noted(say_to(console), said)
     check_methods(config)
+    check_tracker(config.log_with)
     folder = check_places(config)
     with Reading(console) as reading:
         prepared = prepare(config, pipe, say, reading, crew)
@@ -83,6 +87,28 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
         result = run.save(before, folder.seconds + time.monotonic() - began)
     _tell(result, say)
     return result
+
+
+def find_rates(config: TrainConfig, *, pipe: Any | None = None, console: Console | None = None) -> FoundRates:
+    """Find a learning rate for a training, without doing it: see `find_lr`.
+
+    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Raises as `train` does.
+    """
+    crew, device = together(config.device)
+    refuse_crew(crew)
+    console = console or Console(quiet=True)
+    say = say_to(console)
+    config = replace(config, device=device, preview_steps=0)
+    check_methods(config)
+    folder = RunFolder(run_path(config))
+    check_writable(folder.path)
+    with Reading(console) as reading:
+        prepared = prepare(config, pipe, say, reading, crew)
+    with base_kept(prepared.pipe, components(prepared.pipe), say):
+        run = _Run(prepared, folder, console, crew, [])
+        run.task.offload()
+        flags = {name: f"--{RATES[name].replace('_', '-')}" for name in run.parts} if not config.block else {}
+        return find(run.task, run.trainer.arena, run.trainer.settings, folder.path, console, flags)
 
 
 class _Run:
@@ -124,13 +150,16 @@ class _Run:
         session.start(resume)
         if self.crew.leads:
             self._note()
+        tracker = self._tracker()
         if self.previews and self.trainer.step:
             self.previews.forget_after(self.trainer.step)
         elif self.previews:
             self.previews.draw_base()
-        session.learn([self.previews] if self.previews else [])
+        session.learn([one for one in (self.previews, tracker) if one])
         if self.previews:
             self.previews.draw(self.trainer.step)
+        if tracker:
+            tracker.finish()
         self.outcome = session.outcome(self.parts) if self.crew.leads else None
 
     def save(self, base: str, seconds: float) -> TrainResult:
@@ -153,6 +182,14 @@ class _Run:
             self.folder.finish(seconds=seconds, **memory(), **(outcome.training() if outcome else {}))
         self.crew.wait()
         return result
+
+    def _tracker(self) -> Tracker | None:
+        if self.config.log_with is None or not self.crew.leads:
+            return None
+        tracker = Tracker(self.folder.logs, self.trainer.step)
+        if self.previews:
+            self.previews.watching = tracker
+        return tracker
 
     def _note(self) -> None:
         """What the report tells of the run besides its settings and measurements."""

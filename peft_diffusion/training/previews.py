@@ -54,6 +54,7 @@ class Previews(Observer):
         self.size = size  # pixels a side
         self.weights = weights
         self.tell = tell
+        self.watching: Observer | None = None  # is shown the pictures
         self.drawn = -1
 
     def draw_base(self) -> None:
@@ -88,6 +89,8 @@ class Previews(Observer):
     def _show(self, step: int, row: str) -> None:
         pictures = self._draw()
         self._keep(row, pictures)
+        if self.watching is not None:
+            self.watching.on_pictures(step, self.prompts, pictures)
         nearest = self.task.nearness(pictures)
         if nearest is not None:
             self.tell(step, nearest)

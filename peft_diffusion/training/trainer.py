@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..core.arena import Arena
@@ -77,6 +78,9 @@ class Observer:
 
     def on_signals(self, step: int, signals: Signals) -> None:
         """What was measured beside it, before or after that."""
+
+    def on_pictures(self, step: int, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> None:
+        """Previews were drawn: one for each prompt, with the weights after so many steps."""
 
     def on_unrecorded(self, why: str) -> None:
         """Steps cannot be recorded as CUDA graphs, and run one operation after the other."""
