@@ -75,7 +75,7 @@ def bars(values: Mapping[str, float], title: str, form: Format = "percent") -> M
     parts = [Markup('<svg class="chart bars" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(_WIDTH, height, title)]
     for place, (name, value) in enumerate(values.items()):
         y, width = row * place + 2, room * value / most
-        shown = name if len(name) <= 52 else f"…{name[-51:]}"
+        shown = name if len(name) <= 46 else f"…{name[-45:]}"
         parts.append(Markup('<text class="y" x="{}" y="{}">{}<title>{}</title></text>').format(names, y + 12, shown, name))
         bar = Markup('<rect class="bar" x="{}" y="{}" width="{:.1f}" height="11" rx="2"/>')
         parts.append(bar.format(names + 8, y + 3, width))
