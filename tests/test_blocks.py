@@ -80,8 +80,8 @@ def test_lora_plus_moves_b_so_many_times_as_far_in_its_first_step(pictures, tmp_
 def test_lora_plus_has_a_group_of_its_own_and_goes_on_to_the_same_bytes(pictures, tmp_path):
     changes = {"option": ("b_rate_ratio=4", "init=pissa"), "unet_lr": 1e-4, "scheduler": "constant"}
     whole = train(small(pictures, tmp_path / "whole", **changes), pipe=make_pipe())
-    logged = json.loads((whole.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    assert logged["lr"] == {"unet": 1e-4, "unet x4": 4e-4}
+    logged = [json.loads(line) for line in (whole.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in logged if "lr" in line][-1]["lr"] == {"unet": 1e-4, "unet x4": 4e-4}
     train(small(pictures, tmp_path / "part", steps=3, **changes), pipe=make_pipe())
     resumed = train(small(pictures, tmp_path / "part", resume=True, **changes), pipe=make_pipe())
     ours, theirs = last_state(resumed).tensors, last_state(whole).tensors

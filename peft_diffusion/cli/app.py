@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "Learn a style from a folder of images and write it as one adapter file.",
     "generate": "Make pictures from prompts, with any number of adapters.",
     "blend": "Draw a labelled sheet from all of one adapter to all of another.",
+    "runs": "List runs as a table, or compare two side by side.",
     "inspect": "Tell what an adapter file holds, and whether two fit together.",
     "demo": "Teach two sample styles, generate with each and blend them: the whole thing in minutes.",
 }

@@ -5,10 +5,15 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..generation.language_config import TextGenerateConfig
+from ..training.config import FIND_LR, LEARNING
 from ..training.language_config import TextTrainConfig
 
 
-def train(config: Annotated[TextTrainConfig, Parameter(name="*")]) -> None:
+def train(
+    config: Annotated[TextTrainConfig, Parameter(name="*")],
+    *,
+    find_lr: Annotated[bool, Parameter(group=LEARNING, negative=(), help=FIND_LR)] = False,
+) -> None:
     """Teach a causal language model a text and write what it learned as one adapter file.
 
     Whatever is left out suits the base and the machine; what was chosen is printed and kept in the run folder. Ctrl-C
@@ -17,9 +22,12 @@ def train(config: Annotated[TextTrainConfig, Parameter(name="*")]) -> None:
     config.check()  # before torch is imported, which takes seconds
     from rich.console import Console
 
-    from ..training.language_main import train_text
+    from ..training.language_main import find_text_rates, train_text
 
-    train_text(config, console=Console())
+    if find_lr:
+        find_text_rates(config, console=Console())
+    else:
+        train_text(config, console=Console())
 
 
 def generate(config: Annotated[TextGenerateConfig | None, Parameter(name="*")] = None) -> None:

@@ -5,15 +5,22 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-from ..training.config import TrainConfig
+from ..training.config import FIND_LR, LEARNING, TrainConfig
 
 
-def train(config: Annotated[TrainConfig, Parameter(name="*")]) -> None:
+def train(
+    config: Annotated[TrainConfig, Parameter(name="*")],
+    *,
+    find_lr: Annotated[bool, Parameter(group=LEARNING, negative=(), help=FIND_LR)] = False,
+) -> None:
     """Learn a style from a folder of images and write it as one adapter file.
 
     Whatever is left out comes from the preset, the base and the machine; what was chosen is printed and kept in the run
     folder. Ctrl-C finishes the step and saves a checkpoint; --resume goes on.
     """
-    from ..training import train as run
+    from .. import training
 
-    run(config, console=Console())
+    if find_lr:
+        training.find_rates(config, console=Console())
+    else:
+        training.train(config, console=Console())

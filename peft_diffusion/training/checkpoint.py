@@ -1,9 +1,7 @@
 """Checkpoints: everything that a run goes on from, in one safetensors file, written aside and renamed."""
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..core.errors import UserError
 from .trainer import Divergence, TrainerState
+from .writing import explained as explained
+from .writing import write_bytes as write_bytes
 
 _KEY = "peft_diffusion_checkpoint"
 
@@ -61,28 +60,3 @@ def read(path: Path) -> Checkpoint | None:
         return Checkpoint(state, Origin(**told["origin"]), told["held_out"], told["seconds"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file aside, to the disk, and give it its name. Raises UserError, leaving nothing, where that fails."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with explained(path):
-        try:
-            with aside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """The system's errors in writing as a UserError that names the place."""
-    try:
-        yield
-    except OSError as error:
-        where, why = error.filename or path, error.strerror or error
-        raise UserError(f"{where} cannot be written: {why}; free space or choose another place") from None

@@ -21,6 +21,8 @@ Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
 OptimizerName: TypeAlias = Literal["adamw", "adamw8bit", "prodigy", "schedule-free"]
 Memory: TypeAlias = Literal["auto", "low", "off"]
+Keep: TypeAlias = Literal["best", "last"]
+LogWith: TypeAlias = Literal["tensorboard"]
 MissingCaptions: TypeAlias = Literal["stop", "name", "empty", "skip"]
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -36,6 +38,9 @@ LEARNING = Group("Learning", sort_key=4)
 _OPTIMIZER = Group("Optimizer", sort_key=5)
 WATCH = Group("Watching and keeping", sort_key=6)
 _MACHINE = Group("Machine", sort_key=7)
+
+
+FIND_LR = "Find a learning rate by short trials and stop; for a new base, method or kind of data. No adapter is written."
 
 
 class Base(Protocol):
@@ -74,6 +79,12 @@ class RunSettings(Settings, Protocol):
     def log_every(self) -> int: ...
     @property
     def save_every(self) -> int: ...
+    @property
+    def keep(self) -> Keep: ...
+    @property
+    def keep_checkpoints(self) -> int: ...
+    @property
+    def patience(self) -> int: ...
     @property
     def cuda_graph(self) -> bool: ...
     @property
@@ -139,6 +150,15 @@ class SharedConfig:
     """Replace an output file and a run folder that are there already."""
     log_every: Annotated[int, Parameter(group=WATCH)] = 10
     """Steps between readings of the loss; rarer is a little faster on a GPU."""
+    keep: Annotated[Keep, Parameter(group=WATCH)] = "best"
+    """Weights to write: the best by the loss on what is kept apart, or the last; with nothing kept apart, the last."""
+    keep_checkpoints: Annotated[int, Parameter(group=WATCH)] = 2
+    """How many of the newest checkpoints stay, beside the best one; more to compare them, at the cost of disk."""
+    patience: Annotated[int, Parameter(group=WATCH)] = 0
+    """End after so many measurements without a new lowest loss (0 never); saves time where a run may be too long."""
+
+    log_with: Annotated[LogWith | None, Parameter(group=WATCH)] = None
+    """Log losses, rates, measurements and previews for tensorboard too, under logs/ of the run folder; to watch it live."""
 
     device: Annotated[str, Parameter(group=_MACHINE)] = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
@@ -329,6 +349,8 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "prior_target": get_args(PriorTarget),
     "loss": get_args(Loss),
     "huber_schedule": get_args(HuberSchedule),
+    "keep": get_args(Keep),
+    "log_with": (*get_args(LogWith), None),
     "missing_captions": get_args(MissingCaptions),
     "scheduler": (*get_args(Scheduler), None),
     "precision": get_args(Precision),
@@ -368,6 +390,8 @@ _RANGES: dict[str, _Range] = {
     "seed": _NATURAL,
     "save_every": _COUNT,
     "log_every": _COUNT,
+    "keep_checkpoints": _COUNT,
+    "patience": _NATURAL,
     "preview_every": _NATURAL,
     "preview_steps": _NATURAL,
 }
@@ -427,7 +451,8 @@ _WORD_RATES: dict[str, float] = {"tokens": 5e-3, "prompt": 5e-3}
 _SOURCES = ("folder", "regularisation", "texts", "held_out_text", "missing_captions")
 _PLACES = ("output", "run_dir", "cache", "device", "cuda_graph", "memory", "preset", "resume", "overwrite")
 _LENGTHS = ("steps", "epochs", "save_every", "log_every", "preview_prompts", "preview_every", "preview_steps")
-FREE_ON_RESUME = frozenset((*_SOURCES, *_PLACES, *_LENGTHS))
+_ENDS = ("keep", "keep_checkpoints", "patience", "log_with")
+FREE_ON_RESUME = frozenset((*_SOURCES, *_PLACES, *_LENGTHS, *_ENDS))
 _OF_THE_COMMAND = ("resume", "overwrite")  # said anew with every command, so in no file
 
 

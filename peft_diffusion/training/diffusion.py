@@ -1,14 +1,17 @@
 """What is learned from pictures: to take the noise out of their latents, told their captions."""
 
+import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from PIL import Image
 from torch import Tensor, nn
 
 from ..bases import components, inpaints
@@ -23,9 +26,19 @@ from .config import HuberSchedule, Loss, PriorTarget
 from .crew import Crew
 from .seeds import generator, global_seed, seed_of
 from .session import evaluating
+from .signals import at_strength, layer_changes
 from .text import Conditioning, TextSide, encode_frozen
+from .trainer import Signals
 
 _DRAWS = 8  # noises and timesteps per held-out picture
+_SEEN = 8  # pictures of those trained on that are measured too: enough to tell learning by heart, and little time
+_COMPARED = 512  # training pictures that previews are compared with, at most
+# Prompts of many things, without trigger, and where in the schedule they are asked: there, noise alone is what the UNet
+# is used to seeing, whatever the picture.
+_OTHER_PROMPTS = (
+    "a red apple", "a photo of a dog", "a house by a lake", "a portrait of a woman", "a car", "a tree", "a bird", "a city",
+)  # fmt: skip
+_OTHER_PLACES = (0.65, 0.9)
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,7 @@ class DiffusionTask:
         self.shift = float(getattr(pipe.vae.config, "shift_factor", None) or 0.0)
         self.groups = train.groups
         self._epoch: tuple[int, tuple[Batch, ...]] = (-1, ())
+        self._base_answers: list[Tensor] = []
 
     @cached_property
     def embeddings(self) -> TextCache | None:
@@ -135,6 +149,13 @@ class DiffusionTask:
         prompts = ["", *(self._plain(caption) for caption in (*self.train.captions, *apart))]
         prompts += [self.prior_rules.plain(caption) for caption in (self.prior.captions if self.prior else ())]
         return cache_text(prompts, lambda batch: encode_frozen(self.text, batch))
+
+    @cached_property
+    def other_embeddings(self) -> TextCache | None:
+        """Embeddings of the prompts that leakage is measured on; apart, so that those of the pictures keep their bits."""
+        if self.embeddings is None:
+            return None
+        return cache_text(_OTHER_PROMPTS, lambda batch: encode_frozen(self.text, batch))
 
     def inputs(self, step: int, micro: int) -> dict[str, Tensor]:
         """What one micro-batch is computed from, all its chance in it."""
@@ -216,11 +237,74 @@ class DiffusionTask:
 
     def held_out(self) -> float | None:
         """The plain loss on the pictures kept apart: fixed noise, timesteps spread evenly, whatever the run's settings."""
-        if self.apart is None:
+        return None if self.apart is None else self._fixed_loss(self.apart, self._chunks(self.apart))
+
+    def signals(self) -> Signals:
+        """The plain loss on a few training pictures, and how far the answers to prompts without trigger left the base's."""
+        parts = {name: part for name, part in components(self.pipe).items() if site.adapters(part, self.name)}
+        seen = self._fixed_loss(self.train, self._chunks(self.train, self._watched()))
+        return Signals(seen, self._leakage(), layer_changes(parts, self.name))
+
+    @torch.no_grad()
+    def nearness(self, pictures: Sequence[Image.Image]) -> float | None:
+        """The mean distance of pictures to their nearest training picture, over the median of that among the latter.
+
+        Root mean squares in latent space. None where there are not two training pictures of that size to compare with.
+        """
+        latents = self._encoded(pictures)
+        seen = [entry.mean for entry in self.train.latents.entries if entry.mean.shape == latents.shape[1:]][:_COMPARED]
+        if len(seen) < 2:
             return None
+        rows = torch.stack(seen).float().flatten(1)
+        among = torch.cdist(rows, rows).fill_diagonal_(math.inf).amin(1).median()
+        found = torch.cdist(latents.flatten(1), rows).amin(1).mean()
+        return float(found / among) if among > 0 else None
+
+    def _encoded(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """The means of the VAE's latents, (pictures, channels, height, width), float32 on the CPU."""
+        vae = self.pipe.vae
+        vae.to(self.device)
+        pixels = torch.stack([torch.from_numpy(np.array(picture.convert("RGB"))) for picture in pictures])
+        given = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.device, next(vae.parameters()).dtype)
+        means = [vae.encode(one[None]).latent_dist.mean.float().cpu() for one in given]
+        if self.device.type != "cpu":
+            vae.to("cpu")
+        return torch.cat(means)
+
+    def _watched(self) -> frozenset[int]:
+        """Entries of the training pictures that are measured on, spread over all of them."""
+        count = len(self.train.captions)
+        return frozenset(range(0, count, -(-count // _SEEN)))
+
+    def _fixed_loss(self, examples: Examples, chunks: Iterator[list[tuple[int, int]]]) -> float:
         with torch.no_grad(), self.evaluating():
-            losses = [loss for chunk in self._chunks(self.apart) for loss in self._fixed_losses(self.apart, chunk)]
+            losses = [loss for chunk in chunks for loss in self._fixed_losses(examples, chunk)]
         return sum(losses) / len(losses)
+
+    def _leakage(self) -> float:
+        """The rms of what the adapter changes in answers to other prompts, on fixed noise, over that of the base's."""
+        with torch.no_grad(), self.evaluating():
+            if not self._base_answers:
+                with at_strength(self._components(), self.name, 0.0):
+                    self._base_answers = list(self._other_answers())
+            moved = [now - was for now, was in zip(self._other_answers(), self._base_answers, strict=True)]
+        return math.sqrt(_energy(moved) / max(1e-12, _energy(self._base_answers)))
+
+    def _other_answers(self) -> Iterator[Tensor]:
+        """What the UNet says to noise and prompts without trigger, in batches no larger than those of training."""
+        entry = max(self.groups.values(), key=len)[0]
+        latents = self.train.latents
+        shape = tuple(latents.entries[entry].mean.shape)
+        cases = [(prompt, place) for place in _OTHER_PLACES for prompt in _OTHER_PROMPTS]
+        for start in range(0, len(cases), self.settings.batch_size):
+            chunk = cases[start : start + self.settings.batch_size]
+            chances = [generator("leakage", start + row) for row in range(len(chunk))]
+            prompts = [prompt for prompt, _ in chunk]
+            told = self._told(latents, [entry] * len(chunk), prompts, [0] * len(chunk), self.other_embeddings)
+            drawn = torch.cat([objective.noise((1, *shape), 0.0, chance) for chance in chances])
+            times = torch.tensor([int(place * len(self.powers)) for _, place in chunk])
+            inputs = {"latents": torch.zeros_like(drawn), "noise": drawn, "timesteps": times, **told}
+            yield self._answer({name: tensor.to(self.device) for name, tensor in inputs.items()})[0].float()
 
     def batch(self, step: int, micro: int) -> Batch:
         """The entries of a micro-batch, of all processes."""
@@ -232,7 +316,7 @@ class DiffusionTask:
 
     def offload(self) -> None:
         """Compute what stays the same, and take the VAE and a text encoder that is no more needed off the device."""
-        known = self.embeddings is not None
+        known = self.embeddings is not None and self.other_embeddings is not None
         if self.device.type != "cpu":
             self.pipe.vae.to("cpu")
             for encoder in self.text.encoders if known else ():
@@ -282,12 +366,21 @@ class DiffusionTask:
         return self.settings.rules.plain(caption)
 
     def _told(
-        self, latents: LatentCache, entries: Sequence[int], prompts: Sequence[str], hiding: Sequence[int]
+        self,
+        latents: LatentCache,
+        entries: Sequence[int],
+        prompts: Sequence[str],
+        hiding: Sequence[int],
+        embeddings: TextCache | None = None,
     ) -> dict[str, Tensor]:
-        """What the UNet is told besides noisy latents: text, and sizes and masks where it was trained to be told them."""
+        """What the UNet is told besides noisy latents: text, and sizes and masks where it was trained to be told them.
+
+        ``embeddings`` are those of the prompts, where they are not the examples'.
+        """
         told: dict[str, Tensor] = {}
-        if self.embeddings is not None:
-            told |= zip(("hidden", "summary"), self.embeddings.stack(prompts), strict=False)
+        embeddings = embeddings or self.embeddings
+        if embeddings is not None:
+            told |= zip(("hidden", "summary"), embeddings.stack(prompts), strict=False)
         else:
             told |= self.text.tokenized(prompts)
         if self.told_sizes:
@@ -341,10 +434,11 @@ class DiffusionTask:
         )[0]
         return answer, objective.target(self.prediction, latents, noise, power)
 
-    def _chunks(self, examples: Examples) -> Iterator[list[tuple[int, int]]]:
-        """(entry, draw) of one bucket each, in batches."""
+    def _chunks(self, examples: Examples, only: Container[int] | None = None) -> Iterator[list[tuple[int, int]]]:
+        """(entry, draw) of one bucket each, in batches; of all entries, or of those in ``only``."""
         for entries in examples.latents.groups.values():
-            pairs = [(entry, draw) for entry in entries for draw in range(_DRAWS)]
+            chosen = [entry for entry in entries if only is None or entry in only]
+            pairs = [(entry, draw) for entry in chosen for draw in range(_DRAWS)]
             for start in range(0, len(pairs), self.settings.batch_size):
                 yield pairs[start : start + self.settings.batch_size]
 
@@ -378,3 +472,7 @@ def schedule(pipe: Any, zero_terminal: bool) -> Tensor:
             " nothing to tell from the noise. Leave it away; --noise-offset or --multires-noise help there"
         )
     return objective.zero_terminal(powers)
+
+
+def _energy(tensors: Sequence[Tensor]) -> float:
+    return sum(float(tensor.double().square().sum()) for tensor in tensors)

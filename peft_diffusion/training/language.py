@@ -13,7 +13,17 @@ from ..bases.vocabulary import learned
 from ..core.errors import UserError
 from .crew import Crew
 from .seeds import generator, global_seed
-from .session import evaluating
+from .session import NAME, evaluating
+from .signals import at_strength, layer_changes
+from .trainer import Signals
+
+_SEEN = 8  # windows of what is trained on that are measured too
+# What no text that is learned should change much: plain words of everyday.
+_SENTENCES = (
+    "The train leaves at nine in the morning and arrives in the city before noon.",
+    "She opened the window, looked at the garden and went back to her work.",
+    "Water boils at a lower temperature on a mountain, because the air is thinner there.",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,8 @@ class LanguageTask:
             )
         self.length = min(room, len(train))
         self.unsaid = torch.tensor(list(learned(base.tokenizer).values()), dtype=torch.long, device=self.device)
+        self.others = [tokens(base, [words])[:room].to(self.device) for words in _SENTENCES]
+        self._base_answers: list[Tensor] = []
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
 
     @property
@@ -85,11 +97,32 @@ class LanguageTask:
 
     def held_out(self) -> float | None:
         """The loss on the line kept apart, every token of it but the first once; None where there is none."""
-        if self.apart is None:
-            return None
+        return None if self.apart is None else self._mean_loss(self.apart)
+
+    def signals(self) -> Signals:
+        """The loss on the beginning of what is trained on, and how far what is said of plain sentences left the base's."""
+        seen = self._mean_loss(self.line[: _SEEN * (self.settings.context - len(self.start))])
+        return Signals(seen, self._leakage(), layer_changes({"lm": self.lm}, NAME))
+
+    def _leakage(self) -> float:
+        """The Kullback-Leibler divergence from the base's next tokens, in nats per token."""
+        with torch.no_grad(), evaluating([self.lm]):
+            if not self._base_answers:
+                with at_strength([self.lm], NAME, 0.0):
+                    self._base_answers = self._other_answers()
+            pairs = zip(self._base_answers, self._other_answers(), strict=True)
+            moved = torch.cat([(was.exp() * (was - now)).sum(-1) for was, now in pairs])
+        return max(0.0, float(moved.mean()))
+
+    def _other_answers(self) -> list[Tensor]:
+        """Log-probabilities after each token of plain sentences, (tokens, vocabulary) each."""
+        rows = [torch.cat([self.start, row])[None] for row in self.others]
+        return [self.lm(input_ids=row, use_cache=False).logits[0].double().log_softmax(-1) for row in rows]
+
+    def _mean_loss(self, line: Tensor) -> float:
         total, count = 0.0, 0
         with torch.no_grad(), evaluating([self.lm]):
-            for rows in self._pieces(self.apart):
+            for rows in self._pieces(line):
                 losses, said = self._losses(rows)
                 total, count = total + float(losses.double().sum()), count + int(said.sum())
         return total / max(1, count)

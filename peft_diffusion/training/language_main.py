@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,6 +26,8 @@ from .blocks import Block, blocks, check_methods
 from .config import Precision, to_json
 from .crew import Crew
 from .crew import crew as together
+from .facts import about, commands, memory, warned
+from .find_lr import FoundRates, find, refuse_crew
 from .footing import Clock, Footing
 from .language import LanguageSettings, LanguageTask, tokens
 from .language_config import (
@@ -35,15 +38,17 @@ from .language_config import (
     language_run,
     resolve_language,
 )
-from .progress import say_to
+from .progress import noted, say_to
 from .run import RunFolder
 from .session import (
     Attached,
+    Outcome,
     Say,
     Session,
     attach,
     base_kept,
     check_run,
+    check_writable,
     next_command,
     origin,
     pick_precision,
@@ -52,6 +57,7 @@ from .session import (
     told,
     trainer_settings,
 )
+from .trackers import Tracker, check_tracker
 from .trainer import Trainer
 
 
@@ -68,6 +74,8 @@ class TextTrainResult:
     held_out_before: float | None
     held_out_after: float | None
     base_fingerprint: str
+    outcome: Outcome | None = None
+    """None in a process that does not lead."""
 
     @property
     def perplexities(self) -> tuple[float, float] | None:
@@ -114,13 +122,15 @@ def train_text(
     crew, device = together(config.device)
     config = replace(config, device=device)
     console = console if console is not None and crew.leads else Console(quiet=True)
-    say = say_to(console)
+    said: list[str] = []
+    say = noted(say_to(console), said)
     check_methods(config)
+    check_tracker(config.log_with)
     folder = RunFolder(language_run(config), "text train", "text")
     check_run(folder, language_output(config), resume=config.resume, overwrite=config.overwrite)
     opened = _open(config, base, say)
     chosen, parts = taught(opened.base, blocks(opened.config)), components(opened.base)
-    with base_kept(opened.base, parts, say) as fingerprint:
+    with base_kept(opened.base, parts, say) as fingerprint, folder.closing():
         rate = opened.config.lr
         attached = attach(parts, chosen, config.seed, lambda component: rate)
         teach(opened.base)  # before the texts become tokens
@@ -129,14 +139,50 @@ def train_text(
         session = _session(prepared, folder, console, trainer)
         with _footing(prepared, trainer, chosen).stand(say):
             session.start(config.resume)
-            session.learn([Clock(prepared.config.steps, trainer.arena.flat.device, say)])
+            if crew.leads:
+                folder.note(**_facts(prepared, trainer, told(parts, chosen, trainer.arena.count), said))
+            tracker = Tracker(folder.logs, trainer.step) if config.log_with and crew.leads else None
+            clock = Clock(prepared.config.steps, trainer.arena.flat.device, say)
+            session.learn([clock, tracker] if tracker else [clock])
+            if tracker:
+                tracker.finish()
+            outcome = session.outcome(parts) if crew.leads else None
         seconds = folder.seconds + time.monotonic() - began
-        result = _result(prepared, trainer, folder, seconds, fingerprint)
+        result = replace(_result(prepared, trainer, folder, seconds, fingerprint), outcome=outcome)
+        if outcome is not None:
+            result = replace(result, held_out_after=folder.held_out.get(outcome.kept))
         if crew.leads:
             save(result.output, parts, trainer, _spec(prepared, chosen, result))
+            folder.finish(seconds=seconds, **memory(), **(outcome.training() if outcome else {}))
         crew.wait()
     _tell(result, say)
     return result
+
+
+def find_text_rates(
+    config: TextTrainConfig, *, base: LanguageModel | None = None, console: Console | None = None
+) -> FoundRates:
+    """Find a learning rate for a training on text, without doing it: see `find_lr`.
+
+    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Raises as `train_text` does.
+    """
+    crew, device = together(config.device)
+    refuse_crew(crew)
+    console = console or Console(quiet=True)
+    say = say_to(console)
+    config = replace(config, device=device)
+    check_methods(config)
+    check_writable(language_run(config))
+    opened = _open(config, base, say)
+    chosen, parts = taught(opened.base, blocks(opened.config)), components(opened.base)
+    with base_kept(opened.base, parts, say):
+        rate = opened.config.lr
+        attached = attach(parts, chosen, config.seed, lambda component: rate)
+        teach(opened.base)
+        prepared = _prepare(opened, say, crew)
+        trainer = _trainer(prepared, attached, chosen, say, crew)
+        flags = {"lm": "--lr"} if not config.block else {}
+        return find(trainer.task, trainer.arena, trainer.settings, language_run(config), console, flags)
 
 
 def _base(config: TextTrainConfig, precision: Precision) -> LanguageModel:
@@ -288,6 +334,7 @@ def _spec(prepared: _Prepared, chosen: Sequence[Block], result: TextTrainResult)
         "seconds": round(result.seconds, 1),
         "held_out_loss": result.held_out_after,
         "held_out_loss_before": result.held_out_before,
+        **(result.outcome.training() if result.outcome else {}),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     for place in ("output", "run_dir"):
@@ -310,8 +357,31 @@ def _tell(result: TextTrainResult, say: Say) -> None:
     size = result.output.stat().st_size / 2**20
     say(
         f"wrote {result.output} ({size:.1f} MiB) after {result.steps} steps on {result.tokens:,} tokens,"
-        f" {result.seconds:.0f} s; settings and metrics are in {result.run_dir}"
+        f" {result.seconds:.0f} s; settings, metrics and report.html are in {result.run_dir}"
     )
+    say(f"next: {_next(config)}")
+
+
+def _next(config: ResolvedTextConfig) -> str:
     base = None if config.base == TextTrainConfig.base else config.base
-    flags = {"adapter": str(result.output), "base": base, "quantize": config.quantize}
-    say(next_command("text generate", "The first words", flags))
+    flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
+    return next_command("text generate", "The first words", flags)
+
+
+def _facts(prepared: _Prepared, trainer: Trainer, what: str, said: list[str]) -> dict[str, Any]:
+    """What the report tells of the run besides its settings and measurements."""
+    config, info = prepared.config, prepared.info
+    plain = TextTrainConfig(
+        config.texts, method=config.method, output=config.output, run_dir=config.run_dir, device=config.device,
+        precision=config.precision,
+    )  # fmt: skip
+    defaults = resolve_language(plain, parameters=quantized.count(prepared.base.lm), context=info.context)
+    apart = 0 if prepared.apart is None else len(prepared.apart)
+    return {
+        "about": about(what, trainer.arena.count, info.name, info.fingerprint),
+        "defaults": to_json(defaults) | {"method": TextTrainConfig.method},
+        "warnings": warned(said),
+        "said": said,
+        "apart": f"{apart:,} tokens are kept apart to measure on" if apart else "",
+        "commands": commands("text train", config.run_dir, _next(config)),
+    }

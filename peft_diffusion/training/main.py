@@ -17,16 +17,33 @@ from ..data.captions import with_trigger
 from ..data.folder import Picture
 from ..methods.tokens import Tokens
 from .blocks import Block, blocks, check_methods
-from .config import RATES, ResolvedConfig, TrainConfig, to_json
+from .config import RATES, ResolvedConfig, TrainConfig, resolve, run_path, to_json
 from .crew import Crew
 from .crew import crew as together
 from .diffusion import DiffusionSettings, DiffusionTask
+from .facts import about, commands, memory, thumbnails, warned
+from .find_lr import FoundRates, find, refuse_crew
 from .footing import Clock, Footing
 from .preparation import Prepared, check_places, prepare
 from .previews import PROMPTS, Previews
-from .progress import PICTURES_APART, Reading, say_to
+from .progress import PICTURES_APART, Reading, noted, say_to
 from .run import RunFolder
-from .session import NAME, Session, attach, base_kept, chosen, next_command, origin, save, taught, told, trainer_settings
+from .session import (
+    NAME,
+    Outcome,
+    Session,
+    attach,
+    base_kept,
+    check_writable,
+    chosen,
+    next_command,
+    origin,
+    save,
+    taught,
+    told,
+    trainer_settings,
+)
+from .trackers import Tracker, check_tracker
 from .trainer import Trainer
 
 
@@ -43,6 +60,8 @@ class TrainResult:
     held_out_before: float | None
     held_out_after: float | None
     base_fingerprint: str
+    outcome: Outcome | None = None
+    """None in a process that does not lead."""
 
 
 def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | None = None) -> TrainResult:
@@ -56,14 +75,16 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
     crew, device = together(config.device)
     config = replace(config, device=device)
     console = console if console is not None and crew.leads else Console(quiet=True)
-    say = say_to(console)
+    said: list[str] = []
+    say = noted(say_to(console), said)
     check_methods(config)
+    check_tracker(config.log_with)
     folder = check_places(config)
     with Reading(console) as reading:
         prepared = prepare(config, pipe, say, reading, crew)
     parts = components(prepared.pipe)
-    with base_kept(prepared.pipe, parts, say) as before:
-        run = _Run(prepared, folder, console, crew)
+    with base_kept(prepared.pipe, parts, say) as before, folder.closing():
+        run = _Run(prepared, folder, console, crew, said)
         try:
             run.train(config.resume)
             result = run.save(before, folder.seconds + time.monotonic() - began)
@@ -73,11 +94,34 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
     return result
 
 
+def find_rates(config: TrainConfig, *, pipe: Any | None = None, console: Console | None = None) -> FoundRates:
+    """Find a learning rate for a training, without doing it: see `find_lr`.
+
+    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Raises as `train` does.
+    """
+    crew, device = together(config.device)
+    refuse_crew(crew)
+    console = console or Console(quiet=True)
+    say = say_to(console)
+    config = replace(config, device=device, preview_steps=0)
+    check_methods(config)
+    folder = RunFolder(run_path(config))
+    check_writable(folder.path)
+    with Reading(console) as reading:
+        prepared = prepare(config, pipe, say, reading, crew)
+    with base_kept(prepared.pipe, components(prepared.pipe), say):
+        run = _Run(prepared, folder, console, crew, [])
+        run.task.offload()
+        flags = {name: f"--{RATES[name].replace('_', '-')}" for name in run.parts} if not config.block else {}
+        return find(run.task, run.trainer.arena, run.trainer.settings, folder.path, console, flags)
+
+
 class _Run:
     """One training: its task, trainer and observers."""
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, console: Console, crew: Crew) -> None:
+    def __init__(self, prepared: Prepared, folder: RunFolder, console: Console, crew: Crew, said: list[str]) -> None:
         self.crew = crew
+        self.said = said  # to the person, so far and later on
         config = self.config = prepared.config
         self.prepared = prepared
         self.folder = folder
@@ -87,10 +131,12 @@ class _Run:
         attached = attach(self.parts, self.blocks, config.seed, lambda name: _component_rate(config, name))
         teach(prepared.pipe)
         arena = Arena(attached.groups)
-        say_to(console)(f"{told(self.parts, self.blocks, arena.count)}; {_plan(config, crew)}")
+        self.about = told(self.parts, self.blocks, arena.count)
+        noted(say_to(console), said)(f"{self.about}; {_plan(config, crew)}")
         self.task = _task(prepared, self.blocks, crew)
         self.trainer = Trainer(self.task, arena, trainer_settings(config, attached), crew=crew)
         self.previews = _previews(prepared, folder, self.task, self.trainer) if crew.leads else None
+        self.outcome: Outcome | None = None
 
     def train(self, resume: bool) -> None:
         """Train to the end. Raises Interrupted where a signal ended it early."""
@@ -108,19 +154,22 @@ class _Run:
         )
         with self._footing().stand(say_to(self.console)):
             session.start(resume)
+            if self.crew.leads:
+                self._note()
             self._learn(session)
+            self.outcome = session.outcome(self.parts) if self.crew.leads else None
 
     def _learn(self, session: Session) -> None:
-        clock = Clock(self.config.steps, self.task.device, say_to(self.console))
-        if not self.previews:
-            session.learn([clock])
-            return
-        if self.trainer.step:
+        clock, tracker = Clock(self.config.steps, self.task.device, say_to(self.console)), self._tracker()
+        if self.previews and self.trainer.step:
             self.previews.forget_after(self.trainer.step)
-        else:
+        elif self.previews:
             self.previews.draw_base()
-        session.learn([clock, self.previews])
-        self.previews.draw(self.trainer.step)
+        session.learn([one for one in (clock, self.previews, tracker) if one])
+        if self.previews:
+            self.previews.draw(self.trainer.step)
+        if tracker:
+            tracker.finish()
 
     def _footing(self) -> Footing:
         pipe, config = self.prepared.pipe, self.config
@@ -139,7 +188,7 @@ class _Run:
 
     def save(self, base: str, seconds: float) -> TrainResult:
         """Write the adapter file with what is worth knowing of it."""
-        config, held_out = self.config, self.folder.held_out
+        config, held_out, outcome = self.config, self.folder.held_out, self.outcome
         result = TrainResult(
             output=config.output,
             run_dir=config.run_dir,
@@ -148,13 +197,47 @@ class _Run:
             images=len(self.prepared.train.captions),
             seconds=seconds,
             held_out_before=held_out.get(0),
-            held_out_after=held_out.get(self.trainer.step),
+            held_out_after=held_out.get(outcome.kept if outcome else self.trainer.step),
             base_fingerprint=base,
+            outcome=outcome,
         )
         if self.crew.leads:
             save(config.output, self.parts, self.trainer, self._spec(result))
+            self.folder.finish(seconds=seconds, **memory(), **(outcome.training() if outcome else {}))
         self.crew.wait()
         return result
+
+    def _tracker(self) -> Tracker | None:
+        if self.config.log_with is None or not self.crew.leads:
+            return None
+        tracker = Tracker(self.folder.logs, self.trainer.step)
+        if self.previews:
+            self.previews.watching = tracker
+        return tracker
+
+    def _note(self) -> None:
+        """What the report tells of the run besides its settings and measurements."""
+        prepared, config = self.prepared, self.config
+        thumbnails(self.folder.thumbnails, prepared.pictures, config.background)
+        apart = len(prepared.held_out.captions) if prepared.held_out else 0
+        self.folder.note(
+            about=about(self.about, self.trainer.arena.count, prepared.info.name, prepared.info.fingerprint),
+            defaults=to_json(self._defaults()) | {"method": TrainConfig.method},
+            warnings=[*prepared.problems, *warned(self.said)],
+            said=self.said,
+            apart=f"{apart} of them are kept apart to measure on" if apart else "",
+            prompts=self.previews.prompts if self.previews else [],
+            commands=commands("train", config.run_dir, _next(config)),
+        )
+
+    def _defaults(self) -> ResolvedConfig:
+        """What the run would be if nothing had been said but what it learns from, with which preset and method."""
+        config = self.config
+        plain = TrainConfig(
+            folder=config.folder, preset=config.preset, method=config.method, output=config.output, run_dir=config.run_dir,
+            device=config.device, precision=config.precision,
+        )  # fmt: skip
+        return resolve(plain, self.prepared.info, len(self.prepared.pictures), self.task.device.type)
 
     def _pictures(self) -> list[dict[str, str]]:
         return [_item(picture) for picture in (*self.prepared.pictures, *self.prepared.class_pictures)]
@@ -171,6 +254,7 @@ class _Run:
             "seconds": round(result.seconds, 1),
             "held_out_loss": result.held_out_after,
             "held_out_loss_before": result.held_out_before,
+            **(result.outcome.training() if result.outcome else {}),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         for place in ("output", "run_dir", "cache"):
@@ -236,7 +320,8 @@ def _previews(prepared: Prepared, folder: RunFolder, task: DiffusionTask, traine
     prompts = prepared.prompts if config.preview_prompts else prepared.prompts[:PROMPTS]
     size = config.resolution // prepared.info.step * prepared.info.step
     often, steps = config.preview_every, config.preview_steps
-    return Previews(folder.previews, task, prompts, trainer.final_weights, steps=steps, every=often, size=size)
+    weights, told = trainer.final_weights, folder.on_previews
+    return Previews(folder.previews, task, prompts, weights, told, steps=steps, every=often, size=size)
 
 
 def _plan(config: ResolvedConfig, crew: Crew) -> str:
@@ -258,8 +343,12 @@ def _tell(result: TrainResult, say: Callable[[str], None]) -> None:
     size = result.output.stat().st_size / 2**20
     say(
         f"wrote {result.output} ({size:.1f} MiB) after {result.steps} steps on {result.images} pictures,"
-        f" {result.seconds:.0f} s; settings, metrics and previews are in {result.run_dir}"
+        f" {result.seconds:.0f} s; settings, metrics, previews and report.html are in {result.run_dir}"
     )
+    say(f"next: {_next(config)}")
+
+
+def _next(config: ResolvedConfig) -> str:
     prompt = with_trigger("a red apple", config.trigger)
     base = None if config.base == TrainConfig.base else config.base
-    say(next_command("generate", prompt, {"adapter": str(result.output), "base": base, "quantize": config.quantize}))
+    return next_command("generate", prompt, {"adapter": str(config.output), "base": base, "quantize": config.quantize})

@@ -39,8 +39,8 @@ class FlatOptimizer:
             else:
                 state["step"] = step
 
-    def final(self) -> Tensor | None:
-        """The weights that it gives, of the arena's shape, where they are others than those that gradients are taken at."""
+    def final(self, parameters: Tensor, kept: Mapping[str, Tensor]) -> Tensor | None:
+        """The weights that it gives in a state, where they are others than ``parameters``, at which gradients are taken."""
         return None
 
     def counters(self) -> list[Tensor]:
@@ -88,10 +88,10 @@ class CountingOptimizer(FlatOptimizer):
 class ScheduleFree(CountingOptimizer):
     """Gradients are taken between where it is (``z``) and the average of where it was, which is what it gives."""
 
-    def final(self) -> Tensor:
+    def final(self, parameters: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
         """The average, from what the weights are and ``z``."""
         beta = self.optimizer.param_groups[0]["betas"][0]
-        return self.arena.flat.lerp(self.kept["z"], 1 - 1 / beta)
+        return parameters.lerp(kept["z"], 1 - 1 / beta)
 
 
 class Each:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import write_bytes
+from .signals import best_step, measurements
 
 _SMOOTH = 0.95  # decay of the running mean that is drawn over the single losses
 
@@ -31,6 +32,38 @@ def draw(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     axes.grid(alpha=0.3)
     if trained or held_out:
         axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    write_bytes(path, picture.getvalue())
+
+
+def draw_signals(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """Draw what tells when to stop, one curve under the other over the steps, as a PNG; the best step is marked."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    measured = measurements(metrics)
+    curves = {
+        "unseen loss": [(one.step, one.unseen) for one in measured if one.unseen is not None],
+        "leakage": [(one.step, one.leakage) for one in measured if one.leakage is not None],
+        "memorisation": [(one.step, one.memorisation) for one in measured if one.memorisation is not None],
+    }
+    known = {name: curve for name, curve in curves.items() if curve}
+    if not known:
+        return
+    figure = Figure(figsize=(8, 2.2 * len(known)), layout="constrained")
+    FigureCanvasAgg(figure)
+    best = best_step({step: loss for step, loss in curves["unseen loss"] if loss is not None})
+    panels = figure.subplots(len(known), sharex=True, squeeze=False)[:, 0]
+    for axes, colour, (name, curve) in zip(panels, ("#d94801", "#6a51a3", "#238b45"), known.items(), strict=False):
+        axes.plot(*zip(*curve, strict=True), color=colour, marker="o")
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+        if best is not None:
+            axes.axvline(best, color="#888888", linestyle="--", linewidth=1, label=f"best: step {best}")
+    if best is not None:
+        panels[0].legend()
+    panels[-1].set_xlabel("step")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     write_bytes(path, picture.getvalue())

@@ -42,6 +42,7 @@ class Prepared:
     rules: CaptionRules
     prior: Examples | None = None
     class_pictures: tuple[Picture, ...] = ()
+    problems: tuple[str, ...] = ()  # of the folder, in words
 
     @property
     def prompts(self) -> list[str]:
@@ -102,11 +103,14 @@ def prepare(
     encode = _Encoder(resolved, info, pipe, progress)
     train = encode(kept, config.flip, "encoding pictures")
     held_out = encode(apart, False, "encoding pictures kept apart") if apart else None
+    problems = tuple(str(problem) for problem in folder.problems)
     of_class = prior.pictures(resolved, pipe, say, progress, crew)
     kept_as_is = encode.in_buckets(of_class, train.groups) if of_class else None
     for line in _cache_lines(config.cache, before, [one for one in (train, held_out, kept_as_is) if one]):
         say(line)
-    return Prepared(resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class))
+    return Prepared(
+        resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class), problems
+    )
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,9 @@ class Previews(Observer):
     """Draws previews into a folder, and a sheet of all: the base's pictures first, then a row for each step drawn at.
 
     ``every`` 0 draws only when it is told to. ``weights`` puts the weights that the run
-    gives into the model.
+    gives into the model. ``tell`` is given the step and how near its pictures are to those that are trained on: the mean
+    distance from each to the nearest in latent space, over the median of that distance among training pictures themselves.
+    Well below 1 they repeat what was seen.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Previews(Observer):
         task: DiffusionTask,
         prompts: Sequence[str],
         weights: Callable[[], AbstractContextManager[None]],
+        tell: Callable[[int, float], None],
         *,
         steps: int,
         every: int,
@@ -50,13 +53,15 @@ class Previews(Observer):
         self.every = every
         self.size = size  # pixels a side
         self.weights = weights
+        self.tell = tell
+        self.watching: Observer | None = None  # is shown the pictures
         self.drawn = -1
 
     def draw_base(self) -> None:
         """The base's own pictures, at strength 0."""
         self._strength(0.0)
         try:
-            self._keep("base", self._draw())
+            self._show(0, "base")
         finally:
             self._strength(1.0)
 
@@ -70,7 +75,7 @@ class Previews(Observer):
         if self.drawn == step:
             return
         with self.weights():
-            self._keep(f"step_{step:06}", self._draw())
+            self._show(step, f"step_{step:06}")
         self.drawn = step
 
     def forget_after(self, step: int) -> None:
@@ -80,6 +85,15 @@ class Previews(Observer):
                 match = _NAME.fullmatch(path.name)
                 if match and match[1] and int(match[1]) > step:
                     path.unlink()
+
+    def _show(self, step: int, row: str) -> None:
+        pictures = self._draw()
+        self._keep(row, pictures)
+        if self.watching is not None:
+            self.watching.on_pictures(step, self.prompts, pictures)
+        nearest = self.task.nearness(pictures)
+        if nearest is not None:
+            self.tell(step, nearest)
 
     def _draw(self) -> list[Image.Image]:
         """A picture for each prompt."""

@@ -24,6 +24,16 @@ def say_to(console: Console) -> Callable[[str], None]:
     return say
 
 
+def noted(say: Callable[[str], None], lines: list[str]) -> Callable[[str], None]:
+    """The same, which also keeps the lines."""
+
+    def both(line: str) -> None:
+        lines.append(line)
+        say(line)
+
+    return both
+
+
 class Reading:
     """A spinner with a count, for work before the first step; leaving the context takes it away."""
 

@@ -1,30 +1,39 @@
-"""The run folder: settings, metrics, previews, a plot and checkpoints of one training."""
+"""The run folder: settings, metrics, previews, plots, a report and checkpoints of one training."""
 
 import json
+import os
 import re
 import shutil
+import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from .. import __version__
 from ..core.errors import UserError
 from . import checkpoint as checkpoints
-from .checkpoint import Checkpoint, Origin, explained, write_bytes
+from . import record, report
+from .checkpoint import Checkpoint, Origin
 from .config import RunSettings, changes, to_toml
-from .plot import draw
-from .trainer import Observer, StepLoss, TrainerState
+from .plot import draw, draw_signals
+from .signals import best_step
+from .trainer import Observer, Signals, StepLoss, TrainerState
+from .writing import explained, write_bytes
 
 _NAME = re.compile(r"step_(\d+)\.safetensors")
 _ASIDE = re.compile(r"\..+\.\d+")  # what `write_bytes` names a file until it is whole
-_KEPT = 2  # newest checkpoints; the best one by held-out loss stays as well
 
 
 class RunFolder(Observer):
     """Writes down what happens in a run, and finds what an earlier one left.
 
-    ``config.toml`` (for ``--config``), ``data.json`` (what is learned from), ``metrics.jsonl``, ``loss.png``,
-    ``previews/`` and ``checkpoints/``. Every method that writes raises UserError where the disk refuses.
+    ``config.toml`` (for ``--config``), ``data.json`` (what is learned from), ``run.json`` (how it stands and what is to be
+    known of it), ``metrics.jsonl``, ``loss.png``, ``signals.png``, ``report.html``, ``previews/``, ``thumbnails/`` and
+    ``checkpoints/``. Every method that writes raises UserError where the disk refuses.
     """
 
     def __init__(self, path: Path, command: str = "train", data: str = "pictures or captions") -> None:
@@ -35,11 +44,23 @@ class RunFolder(Observer):
         self.seconds = 0.0  # of earlier stretches of the run
         self.started = time.monotonic()
         self.held_out: dict[int, float] = {}
+        self.facts: dict[str, Any] = {}  # of ``run.json``; empty until the run begins
+        self.kept = 1  # newest checkpoints that stay, beside the best one by the loss on what is kept apart
 
     @property
     def previews(self) -> Path:
         """Where previews go."""
-        return self.path / "previews"
+        return self.path / record.PREVIEWS
+
+    @property
+    def thumbnails(self) -> Path:
+        """Where small copies of the pictures go."""
+        return self.path / record.THUMBNAILS
+
+    @property
+    def logs(self) -> Path:
+        """Where trackers write."""
+        return self.path / "logs"
 
     @property
     def elapsed(self) -> float:
@@ -53,7 +74,8 @@ class RunFolder(Observer):
     def start(self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin) -> None:
         """Begin a run in a clean folder; what an earlier run left here goes."""
         with explained(self.path):
-            for old in (self._checkpoints, self.previews):
+            shutil.rmtree(self.logs, ignore_errors=True)
+            for old in (self._checkpoints, self.previews, self.thumbnails):
                 shutil.rmtree(old, ignore_errors=True)
                 old.mkdir(parents=True)
         write_bytes(self._metrics, b"")
@@ -92,30 +114,74 @@ class RunFolder(Observer):
         self.held_out[step] = loss
         self._append([{"step": step, "held_out_loss": loss, "seconds": round(self.elapsed, 3)}])
 
+    def on_signals(self, step: int, signals: Signals) -> None:
+        """Into ``metrics.jsonl``."""
+        told = {"seen_loss": signals.seen, "leakage": signals.leakage, "changes": dict(signals.changes) if step else None}
+        known = {name: value for name, value in told.items() if value is not None}
+        if known:
+            self._append([{"step": step, **known, "seconds": round(self.elapsed, 3)}])
+
+    def on_previews(self, step: int, nearest: float) -> None:
+        """How near previews are to pictures that are trained on (see `Previews`), into ``metrics.jsonl``, once a step."""
+        if not any(line["step"] == step and "preview_nearest" in line for line in self.metrics()):
+            self._append([{"step": step, "preview_nearest": nearest, "seconds": round(self.elapsed, 3)}])
+
     def on_checkpoint(self, state: TrainerState) -> None:
-        """Keep this state, the one before and the best; draw the plot anew."""
+        """Keep this state, a few before it and the best; draw the plots anew."""
         held_out = self.held_out.get(state.step)
         checkpoint = Checkpoint(state, self.origin, held_out, self.elapsed)
         checkpoints.write(self._checkpoints / f"step_{state.step:06}.safetensors", checkpoint)
         files = self._files()
-        keep = set(sorted(files)[-_KEPT:])
-        measured = [step for step in self.held_out if step in files]
-        if measured:
-            keep.add(min(measured, key=lambda step: self.held_out[step]))
+        keep = set(sorted(files)[-self.kept :])
+        best = best_step({step: loss for step, loss in self.held_out.items() if step in files})
+        if best is not None:
+            keep.add(best)
         with explained(self.path):
             for step in files.keys() - keep:
                 files[step].unlink()
             draw(self.path / "loss.png", self.metrics())
+            draw_signals(self.path / "signals.png", self.metrics())
+        report.write(self.path)
+
+    def note(self, **facts: Any) -> None:
+        """Keep facts of the run in ``run.json``, each in place of one of its name: see `record.Record`."""
+        self.facts |= facts
+        write_bytes(self.path / record.FACTS, (json.dumps(self.facts, ensure_ascii=False, indent=1) + "\n").encode())
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """A run inside: however it ends, ``run.json`` and the report say so."""
+        try:
+            yield
+        except BaseException as error:
+            if self.facts:  # it had begun, here
+                stopped = isinstance(error, KeyboardInterrupt)
+                with suppress(UserError):  # that the disk is full is told already
+                    self.note(**({"state": "stopped"} if stopped else {"state": "failed", "error": str(error)}))
+                    report.write(self.path)
+            raise
+
+    def finish(self, **figures: Any) -> None:
+        """The end of a run that came to it, and what came of it."""
+        self.note(state="finished", figures=figures)
+        report.write(self.path)
+
+    def steps(self) -> list[int]:
+        """The steps whose checkpoints are kept, in order."""
+        return sorted(self._files())
+
+    def tensors(self, step: int) -> dict[str, Tensor]:
+        """The state of the trainer at a step whose checkpoint is kept."""
+        path = self._files().get(step)
+        found = checkpoints.read(path) if path else None
+        if found is None:
+            where = self._checkpoints
+            raise UserError(f"the checkpoint of step {step} in {where} is gone or damaged; --keep last does without it")
+        return found.state.tensors
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; a last one that was cut short by a crash is left out."""
-        found = []
-        for line in self._metrics.read_text("utf-8").splitlines() if self._metrics.exists() else []:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                break
-        return found
+        return list(record.json_lines(self._metrics))
 
     @property
     def _metrics(self) -> Path:
@@ -132,6 +198,7 @@ class RunFolder(Observer):
 
     def _begin(self, config: RunSettings, origin: Origin) -> None:
         self.origin = origin
+        self.kept = config.keep_checkpoints
         self.started = time.monotonic()
         with explained(self.path):
             for left in (path for place in (self.path, self._checkpoints) for path in place.iterdir()):
@@ -139,6 +206,9 @@ class RunFolder(Observer):
                     left.unlink()  # by a run that was killed while it wrote
         header = f"# peft-diffusion {self.command} --config {self.path / 'config.toml'}\n"
         write_bytes(self.path / "config.toml", (header + to_toml(config)).encode())
+        process = {"host": socket.gethostname(), "pid": os.getpid()}
+        self.facts = {}
+        self.note(state="running", command=self.command, version=__version__, process=process)
 
     def _append(self, lines: Iterable[dict[str, Any]]) -> None:
         with explained(self._metrics), self._metrics.open("ab") as file:

@@ -27,6 +27,7 @@ from .crew import Crew
 from .progress import Bar, say_to
 from .run import RunFolder
 from .seeds import global_seed
+from .signals import Suggestion, at_strength, best_step, measurements, suggest, verdict
 from .trainer import Interrupted, Observer, Trainer, TrainerSettings
 
 NAME = "trained"  # of the adapter, while it is
@@ -108,7 +109,7 @@ def named(method: Method) -> str:
 def next_command(command: str, prompt: str, flags: Mapping[str, str | None]) -> str:
     """What to type to see what was learned; flags at None are left away."""
     given = "".join(f" --{name} {shlex.quote(value)}" for name, value in flags.items() if value is not None)
-    return f"next: peft-diffusion {command} {shlex.quote(prompt)}{given}"
+    return f"peft-diffusion {command} {shlex.quote(prompt)}{given}"
 
 
 def check_run(run: RunFolder, output: Path, *, resume: bool, overwrite: bool) -> None:
@@ -158,6 +159,7 @@ def trainer_settings(config: RunSettings, attached: Attached) -> TrainerSettings
         ema=config.ema,
         log_every=config.log_every,
         save_every=config.save_every,
+        patience=config.patience,
         record=config.cuda_graph,
         optimizer=config.optimizer,
     )
@@ -255,6 +257,7 @@ class Session:
                 " be others; start as many, or a new run with another --run-dir"
             )
         self.trainer.load(found.state)
+        self.trainer.measured = dict(self.folder.held_out)
         say(f"going on from step {found.state.step} of {config.steps}")
         planned = found.origin.config["steps"]
         if planned != config.steps and config.scheduler != "constant":
@@ -274,3 +277,59 @@ class Session:
                 f"stopped after step {trainer.step} of {steps}; go on with: peft-diffusion {self.command} --config"
                 f" {shlex.quote(str(self.folder.path / 'config.toml'))} --resume"
             )
+        if trainer.step < steps:
+            say_to(self.console)(
+                f"ended after step {trainer.step} of {steps}: {self.config.patience} measurements without a new lowest one"
+            )
+
+    def outcome(self, parts: Mapping[str, nn.Module]) -> "Outcome":
+        """Choose the weights that the run gives, and measure at which strength they serve best; says both.
+
+        Only the process that leads may ask.
+        """
+        say, trainer, held_out = say_to(self.console), self.trainer, self.folder.held_out
+        warning = verdict(measurements(self.folder.metrics()))
+        if warning:
+            say(f"warning: {warning}")
+        best = best_step(held_out)
+        kept = trainer.step
+        if self.config.keep == "best" and best is not None and best != trainer.step:
+            trainer.chosen = trainer.given(self.folder.tensors(best)).to(trainer.arena.flat.device)
+            kept = best
+            say(
+                f"written are the weights of step {best}, which has the lowest loss on what is kept apart (--keep last: step"
+                f" {trainer.step})"
+            )
+        suggestion = None
+        if 0 in held_out and kept in held_out:
+            suggestion = suggest(lambda strength: self._measured(parts, strength), held_out[0], held_out[kept])
+            tried = ", ".join(f"{loss:.4f} at {strength:g}" for strength, loss in suggestion.losses.items())
+            say(f"suggested strength: {suggestion.strength:g} (loss on what is kept apart: {tried})")
+        return Outcome(kept, best, warning, suggestion)
+
+    def _measured(self, parts: Mapping[str, nn.Module], strength: float) -> float:
+        with self.trainer.final_weights(), at_strength(parts.values(), NAME, strength):
+            loss = self.trainer.task.held_out()
+        if loss is None:
+            raise ValueError("nothing is kept apart")
+        return loss
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. ``kept`` is the step whose weights are written, ``best`` that of the lowest loss."""
+
+    kept: int
+    best: int | None
+    warning: str | None
+    suggestion: Suggestion | None
+
+    def training(self) -> dict[str, Any]:
+        """For the adapter file: the entries of its training summary."""
+        told: dict[str, Any] = {"kept_step": self.kept, "best_step": self.best, "warning": self.warning}
+        if self.suggestion is not None:
+            told |= {
+                "suggested_strength": self.suggestion.strength,
+                "loss_by_strength": {f"{strength:g}": loss for strength, loss in self.suggestion.losses.items()},
+            }
+        return told

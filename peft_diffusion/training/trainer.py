@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..core.arena import Arena
@@ -44,6 +45,25 @@ class Task(Protocol):
         """The loss on what is never trained on, always by the same measure; None where nothing is kept apart."""
         ...
 
+    def signals(self) -> "Signals":
+        """What else tells when to stop, on fixed noise."""
+        ...
+
+
+@dataclass(frozen=True)
+class Signals:
+    """Beside the loss on what is kept apart. None is what cannot be measured.
+
+    ``seen`` is the same loss on a few of those that are trained on. ``leakage`` is how far the base's answers moved that
+    the adapter should leave alone (0 is not at all): for pictures the rms of the difference over that of the base's, for
+    text the Kullback-Leibler divergence in nats per token. ``changes`` has how far each layer moved, see
+    `signals.layer_changes`.
+    """
+
+    seen: float | None = None
+    leakage: float | None = None
+    changes: Mapping[str, float] = field(default_factory=dict)
+
 
 class Observer:
     """What may be watched; every method does nothing unless overridden. ``step`` counts the steps done."""
@@ -56,6 +76,12 @@ class Observer:
 
     def on_held_out(self, step: int, loss: float) -> None:
         """A measurement on what is kept apart."""
+
+    def on_signals(self, step: int, signals: Signals) -> None:
+        """What was measured beside it, before or after that."""
+
+    def on_pictures(self, step: int, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> None:
+        """Previews were drawn: one for each prompt, with the weights after so many steps."""
 
     def on_unrecorded(self, why: str) -> None:
         """Steps cannot be recorded as CUDA graphs, and run one operation after the other."""
@@ -77,6 +103,7 @@ class StepLoss:
 class TrainerSettings:
     """How to minimize. ``rates`` has a learning rate per group of the arena; ``clip`` and ``ema`` 0 are off.
 
+    ``patience`` is how many measurements may pass without a new lowest one before the run ends; 0 is any number.
     ``record`` runs the steps from CUDA graphs, on CUDA. Groups among ``undecayed`` have no weight decay: embeddings are no
     changes, which 0 would undo.
     """
@@ -91,6 +118,7 @@ class TrainerSettings:
     ema: float = 0.0
     log_every: int = 10
     save_every: int = 100
+    patience: int = 0
     record: bool = True
     undecayed: frozenset[str] = frozenset()
     optimizer: OptimizerName = "adamw"
@@ -157,6 +185,8 @@ class Trainer:
         self.step = 0
         self.saved = -1  # the step of the last checkpoint
         self.divergence = Divergence()
+        self.measured: dict[int, float] = {}  # losses on what is kept apart, by step
+        self.chosen: Tensor | None = None  # weights that the run gives in place of its last ones
         self.unread: list[Tensor] = []
         self.average = arena.flat.clone() if settings.ema else None
         self.total = arena.beside[0]  # the loss of the step, over its micro-batches
@@ -171,22 +201,35 @@ class Trainer:
     def run(self, until: int | None = None) -> bool:
         """Train to the last step, or to ``until``; False where Ctrl-C (SIGINT) or SIGTERM ended it early, after saving.
 
+        Where patience ends it, it has come to its end.
+
         Raises UserError where the loss is not finite or runs away.
         """
         end = self.settings.steps if until is None else min(until, self.settings.steps)
         with _stop_on_signal() as stop:
             if self.step == 0:
                 self._measure()
-            while self.step < end and not self._stops(stop):
+            given_up = self._gives_up()
+            while self.step < end and not given_up and not self._stops(stop):
                 self._step()
                 if self.step % self.settings.log_every == 0:
                     self._read()
                 if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
                     self._measure()
                     self._save()
+                    given_up = self._gives_up()
             if self.saved != self.step and self.step:
                 self._save()
-        return self.step >= end
+        return self.step >= end or given_up
+
+    def _gives_up(self) -> bool:
+        """Whether the patience is over; the process that measures decides for all."""
+        patience = self.settings.patience
+        if not patience:
+            return False
+        best = min(self.measured, key=lambda step: self.measured[step], default=0)
+        over = sum(step > best for step in self.measured) >= patience
+        return over if self.crew.size == 1 else self.crew.any(over, self.arena.flat.device)
 
     def _stops(self, stop: threading.Event) -> bool:
         """Whether to end early. Of several processes, all have to: they agree when losses are read, which takes a while."""
@@ -210,15 +253,23 @@ class Trainer:
         self.step = self.saved = state.step
         self.divergence = state.divergence
 
+    def given(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weights that the run gives in a state of these tensors."""
+        if "average" in tensors:
+            return tensors["average"]
+        parameters = tensors["parameters"]
+        own = self.optimizer.final(parameters, tensors)
+        return parameters if own is None else own
+
     @contextmanager
     def final_weights(self) -> Iterator[None]:
-        """The weights that the run gives, in the model: the average where there is one."""
-        final = self.optimizer.final() if self.average is None else self.average
-        if final is None:
+        """The weights that the run gives, in the model: those chosen, else the average, or the optimizer's own."""
+        given = self.given(self.state().tensors) if self.chosen is None else self.chosen
+        if given is self.arena.flat:
             yield
             return
         present = self.arena.flat.clone()
-        self.arena.load(final)
+        self.arena.load(given)
         try:
             yield
         finally:
@@ -319,7 +370,11 @@ class Trainer:
             return
         with self.final_weights():
             loss = self.task.held_out()
+            signals = self.task.signals()
+        for observer in self.observers:
+            observer.on_signals(self.step, signals)
         if loss is not None:
+            self.measured[self.step] = loss
             for observer in self.observers:
                 observer.on_held_out(self.step, loss)
 
@@ -329,13 +384,17 @@ class Trainer:
             observer.on_checkpoint(self.state())
         self.saved = self.step
 
-    def _lost(self, step: int, what: str) -> UserError:
+    def _lost(self, step: int, what: str) -> "Diverged":
         rates = ", ".join(f"{name} {value:g}" for name, value in self.settings.rates.items())
         kept = f"the checkpoint of step {self.saved} is kept" if self.saved > 0 else "no checkpoint was made before"
-        return UserError(
+        return Diverged(
             f"step {step}: {what}; {kept}. Lower the learning rate ({rates}), lengthen the warm-up"
             f" ({self.settings.warmup} steps), or raise the precision"
         )
+
+
+class Diverged(UserError):
+    """A loss or weights that are no good any more."""
 
 
 class Interrupted(KeyboardInterrupt):

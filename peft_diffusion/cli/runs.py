@@ -1,0 +1,119 @@
+"""``peft-diffusion runs``: the runs that there are, or two of them side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..core.errors import UserError
+from ..training.record import Record, differing, find, only
+
+_COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
+
+
+@dataclass(frozen=True)
+class RunsConfig:
+    """Which runs to show."""
+
+    folders: tuple[Path, ...] = (Path("runs"),)
+    """A folder of run folders, to list them; or two run folders, to compare them."""
+    html: Path | None = None
+    """With two run folders: write their curves and previews side by side into this page."""
+
+
+def runs(config: Annotated[RunsConfig | None, Parameter(name="*")] = None) -> None:
+    """List the runs of a folder, or compare two runs.
+
+    Nothing is loaded: the run folders tell all of it. `report.html` in each of them tells more.
+    """
+    config = config or RunsConfig()
+    folders = config.folders
+    if len(folders) > 2:
+        raise UserError(f"{len(folders)} folders were given: name one to list its runs, or two run folders to compare them")
+    if len(folders) == 1 and config.html is not None:
+        raise UserError("--html shows two runs side by side; name two run folders")
+    if len(folders) == 2:
+        _compare(only(folders[0]), only(folders[1]), config.html)
+    else:
+        _list(find(folders[0]), folders[0])
+
+
+def _list(records: Sequence[Record], folder: Path) -> None:
+    table = Table(title=Text(str(folder), style="bold"), title_justify="left")
+    for name in ("run", "state", "base", "method"):
+        table.add_column(name, overflow="fold")
+    for name in ("rank", "steps", "unseen loss", "after", "best step", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for record in records:
+        within = record.path.relative_to(folder)
+        name = record.name if within == Path() else str(within)
+        state = record.state
+        table.add_row(
+            Text(name), Text(state, style=_COLOURS[state]), Text(_base(record)), Text(record.method), *_numbers(record)
+        )
+    Console().print(table)
+
+
+def _base(record: Record) -> str:
+    return str(record.facts.get("about", {}).get("base") or record.config.get("base", "?"))
+
+
+def _numbers(record: Record) -> list[str]:
+    """Rank, steps, losses on what is kept apart, the best step and seconds."""
+    planned = record.config.get("steps")
+    steps = str(record.step) if planned in (None, record.step) else f"{record.step}/{planned}"
+    unseen = {step: loss for step, loss in record.unseen if step}
+    best = min(unseen, key=lambda step: unseen[step], default=None)
+    seconds = record.seconds
+    return [
+        str(record.config.get("rank", "-")),
+        steps,
+        "-" if record.before is None else f"{record.before:.4f}",
+        "-" if record.after is None else f"{record.after:.4f}",
+        "-" if best is None else str(best),
+        "-" if seconds is None else f"{seconds:.0f}",
+    ]
+
+
+def _compare(first: Record, second: Record, html: Path | None) -> None:
+    records = (first, second)
+    console = Console()
+    settings = differing(records)
+    console.print(_table("settings that differ", records, {name: [str(v) for v in own] for name, own in settings.items()}))
+    labels = ("rank", "steps", "unseen loss before", "unseen loss after", "best step", "seconds")
+    columns = [_numbers(record) for record in records]
+    figures: dict[str, list[str]] = {
+        "state": [record.state for record in records],
+        "base": [_base(record) for record in records],
+    }
+    figures |= {label: [column[place] for column in columns] for place, label in enumerate(labels)}
+    figures["suggested strength"] = [str(record.figures.get("suggested_strength", "-")) for record in records]
+    console.print(_table("figures", records, figures))
+    for record in records:
+        if record.figures.get("warning"):
+            console.print(Text(f"{record.name}: {record.figures['warning']}", style="yellow"), soft_wrap=True)
+    if html is not None:
+        from ..training.report import compared
+        from ..training.writing import explained, write_bytes
+
+        with explained(html):
+            html.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(html, compared(first, second).encode())
+        print(html)
+
+
+def _table(title: str, records: Sequence[Record], rows: dict[str, list[str]]) -> Table:
+    table = Table(title=Text(title, style="bold"), title_justify="left")
+    table.add_column("", style="cyan", no_wrap=True)
+    for record in records:
+        table.add_column(Text(record.name), overflow="fold")
+    for name, values in rows.items():
+        table.add_row(name.replace("_", "-") if title != "figures" else name, *(Text(value) for value in values))
+    if not rows:
+        table.add_row("none", *("" for _ in records))
+    return table

@@ -1,0 +1,130 @@
+"""Charts as SVG that stands in a page: it takes colours and fonts from the page's style sheet. Imports no torch."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from markupsafe import Markup
+
+Look: TypeAlias = Literal["faint", "first", "second"]
+Format: TypeAlias = Literal["number", "percent"]
+
+_WIDTH, _HEIGHT = 720, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 30
+_POINTS = 400  # of a curve; more are averaged
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve with its name; with ``dots`` each value is marked and tells itself under the pointer."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    look: Look
+    dots: bool = False
+
+
+def lines(
+    curves: Sequence[Curve],
+    title: str,
+    form: Format = "number",
+    mark: float | None = None,
+    limits: tuple[float, float] | None = None,
+    end: float | None = None,
+) -> Markup:
+    """Curves over the steps as an SVG; ``mark`` is a step to point out, ``limits`` are the axis', ``end`` its last step."""
+    curves = [curve for curve in curves if curve.points]
+    values = [y for curve in curves for _, y in curve.points]
+    if not values:
+        return Markup("")
+    low, high = limits or bounds(values)
+    last = end or max((x for curve in curves for x, _ in curve.points), default=1) or 1
+
+    def x_of(step: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * step / last
+
+    def y_of(value: float) -> float:
+        share = (min(max(value, low), high) - low) / (high - low)
+        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * share
+
+    parts = [Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(_WIDTH, _HEIGHT, title)]
+    for tick in ticks(low, high):
+        y = y_of(tick)
+        parts.append(Markup('<path class="grid" d="M{:.1f} {:.1f}H{}"/>').format(_LEFT, y, _WIDTH - _RIGHT))
+        parts.append(Markup('<text class="y" x="{}" y="{:.1f}">{}</text>').format(_LEFT - 8, y + 4, told(tick, form)))
+    for tick in ticks(0, last, 6):
+        words = f"{tick:g}"
+        parts.append(Markup('<text class="x" x="{:.1f}" y="{}">{}</text>').format(x_of(tick), _HEIGHT - 9, words))
+    if mark is not None:
+        parts.append(Markup('<path class="mark" d="M{:.1f} {}V{}"/>').format(x_of(mark), _TOP, _HEIGHT - _BOTTOM))
+    for curve in curves:
+        path = "L".join(f"{x_of(x):.1f} {y_of(y):.1f}" for x, y in thinned(curve.points))
+        parts.append(Markup('<path class="curve {}" d="M{}"/>').format(curve.look, path))
+        for x, y in curve.points if curve.dots else ():
+            dot = '<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.6"><title>step {:g}: {}</title></circle>'
+            parts.append(Markup(dot).format(curve.look, x_of(x), y_of(y), x, told(y, form)))
+    return Markup("").join([*parts, Markup("</svg>")])
+
+
+def bars(values: Mapping[str, float], title: str, form: Format = "percent") -> Markup:
+    """Values as bars with their names, in the order given."""
+    row, names, room = 17, 330, 300
+    most = max(values.values(), default=0.0) or 1.0
+    height = row * len(values) + 4
+    parts = [Markup('<svg class="chart bars" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(_WIDTH, height, title)]
+    for place, (name, value) in enumerate(values.items()):
+        y, width = row * place + 2, room * value / most
+        shown = name if len(name) <= 46 else f"…{name[-45:]}"
+        parts.append(Markup('<text class="y" x="{}" y="{}">{}<title>{}</title></text>').format(names, y + 12, shown, name))
+        bar = Markup('<rect class="bar" x="{}" y="{}" width="{:.1f}" height="11" rx="2"/>')
+        parts.append(bar.format(names + 8, y + 3, width))
+        where = names + 14 + width
+        parts.append(Markup('<text class="v" x="{:.1f}" y="{}">{}</text>').format(where, y + 12, told(value, form)))
+    return Markup("").join([*parts, Markup("</svg>")])
+
+
+def bounds(values: Sequence[float]) -> tuple[float, float]:
+    """The limits of an axis: all values with a little room, from 0 where they reach near it; single spikes are cut off."""
+    ordered = sorted(value for value in values if math.isfinite(value))
+    low, high = ordered[0], ordered[-1]
+    usual = ordered[int(0.98 * (len(ordered) - 1))]
+    if len(ordered) > 50 and high > 1.5 * usual:
+        high = 1.1 * usual
+    if 0 <= low < 0.4 * high:
+        low = 0.0
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 0.01
+    return (low if low == 0 else low - room), high + room
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """Round numbers within limits, about ``count`` of them."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(step * number, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A curve of not too many points, each the mean of its neighbourhood."""
+    size = -(-len(points) // _POINTS)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def told(value: float, form: Format) -> str:
+    """A value for people."""
+    if form == "percent":
+        return f"{100 * value:.3g}%"
+    return f"{value:.3g}"
+
+
+def running(points: Sequence[tuple[int, float]], decay: float = 0.95) -> list[tuple[int, float]]:
+    """The running mean of a curve, without the pull of its beginning."""
+    means, weight, mean = [], 0.0, 0.0
+    for step, value in points:
+        weight = decay * weight + 1 - decay
+        mean = decay * mean + (1 - decay) * value
+        means.append((step, mean / weight))
+    return means

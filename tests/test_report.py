@@ -1,0 +1,231 @@
+"""The report of a run, lists and comparisons of runs, trackers, and the learning-rate finder."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from conftest import make_pipe
+from language import make_lm
+from making import command
+from rich.console import Console
+from test_resume import stop_after
+from test_training import draw_pictures, small
+
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.training import Interrupted, TextTrainConfig, charts, find_rates, record, report, train, train_text
+from peft_diffusion.training.find_lr import search, trial_steps
+
+torch.set_num_threads(1)
+NASTY = "<script>alert(1)</script> & \"quotes\" 'and' {{ 7 * 7 }}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run with previews, warnings, captions that try to be markup, and pictures kept apart."""
+    where = tmp_path_factory.mktemp("made")
+    folder = draw_pictures(where / "pictures")
+    for number, path in enumerate(sorted(folder.glob("*.png"))):
+        path.with_suffix(".txt").write_text(f"{NASTY} {number}", "utf-8")
+    (folder / "broken.png").write_bytes(b"no picture")
+    changes = {"held_out": 0.4, "preview_steps": 1, "preview_prompts": ("a cat", NASTY), "preview_every": 3}
+    changes |= {"trigger": "<ink>"}
+    return train(small(folder, where, unet_lr=3e-3, **changes), pipe=make_pipe())
+
+
+class Page(HTMLParser):
+    """The tags and the text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def page_of(path) -> Page:
+    return Page((path / "report.html").read_text("utf-8"))
+
+
+def test_the_report_tells_all_of_a_run_and_needs_nothing_else(made):
+    page = page_of(made.run_dir)
+    for words in ("finished", "unet-lr", "0.003", "0.001", "broken.png", "Leakage", "Memorisation", "step 6",
+                  "suggested strength",
+                  "peft-diffusion generate", "--resume", made.base_fingerprint, "2 of them are kept apart"):  # fmt: skip
+        assert words in page.text, words
+    sources = [given[key] for _, given in page.tags for key in ("src", "href") if key in given]
+    pictures = [source for source in sources if source.startswith("data:image/webp;base64,")]
+    assert len(pictures) == 3 * 2 + 6  # previews of the base and of two steps, and thumbnails
+    assert all(source.startswith("data:") for source in sources)
+    assert sum(tag == "svg" for tag, _ in page.tags) >= 4
+    assert (made.run_dir / "report.html").stat().st_size < 1_000_000
+
+
+def test_what_others_wrote_stays_text(made):
+    page = page_of(made.run_dir)
+    assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "object", "ink")]
+    assert NASTY in page.text and "<ink>" in page.text and "49" not in re.findall(r"'and' (\S+)", page.text)
+
+
+def test_only_settings_that_are_not_the_presets_stand_out(made):
+    changed = record.Record(made.run_dir).changed()
+    assert changed["unet_lr"] == (3e-3, 1e-3) and changed["rank"] == (2, 16) and changed["trigger"] == ("<ink>", "")
+    assert not {"seed", "method", "clip", "precision", "output", "run_dir"} & set(changed)
+
+
+def test_a_run_that_was_stopped_or_failed_says_so(tmp_path, monkeypatch):
+    folder = draw_pictures(tmp_path / "pictures")
+    with monkeypatch.context() as patched:
+        stop_after(patched, 4)
+        with pytest.raises(Interrupted):
+            train(small(folder, tmp_path), pipe=make_pipe())
+    assert record.Record(tmp_path / "run").state == "stopped" and "stopped" in page_of(tmp_path / "run").text
+    train(small(folder, tmp_path, resume=True), pipe=make_pipe())
+    assert record.Record(tmp_path / "run").state == "finished"
+    with pytest.raises(UserError, match=r"not finite|runs away|loss is"):
+        train(small(folder, tmp_path, overwrite=True, unet_lr=1e38, clip=0.0), pipe=make_pipe())
+    assert record.Record(tmp_path / "run").state == "failed"
+    assert "Lower the learning rate" in page_of(tmp_path / "run").text
+
+
+def test_a_run_whose_process_is_gone_is_not_running(tmp_path, made):
+    copy = shutil.copytree(made.run_dir, tmp_path / "copy")
+    facts = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(facts | {"state": "running"}))
+    assert record.Record(copy).state == "running"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (copy / "run.json").write_text(json.dumps(facts | {"state": "running", "process": facts["process"] | {"pid": gone.pid}}))
+    assert record.Record(copy).state == "stopped"
+
+
+def test_a_text_run_has_a_report_too(tmp_path):
+    (tmp_path / "words.txt").write_text("the ox is swift & the hen is <b>bold</b>. " * 40, "utf-8")
+    run = TextTrainConfig((tmp_path / "words.txt",), output=tmp_path / "a.safetensors", run_dir=tmp_path / "run", steps=4,
+                          batch_size=2, rank=2, save_every=2, held_out=0.2)  # fmt: skip
+    train_text(run, base=make_lm())
+    page = page_of(tmp_path / "run")
+    assert "nats per token" in page.text and "words.txt" in page.text and "Previews" not in page.text
+    assert "tokens are kept apart" in page.text and "text generate" in page.text
+
+
+@pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("chromium-browser")), reason="needs chromium")
+def test_a_real_browser_shows_it_without_errors(made, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    both = tmp_path / "both.html"
+    one = record.Record(made.run_dir)
+    both.write_text(report.compared(one, one), "utf-8")
+    for number, page in enumerate((made.run_dir / "report.html", both)):
+        shot = tmp_path / f"{number}.png"
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1200,2400"]
+        places = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={shot}", page.as_uri()]
+        done = subprocess.run([browser, *flags, *places], capture_output=True, text=True, timeout=120)
+        said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        assert not said and shot.stat().st_size > 20_000
+        dom = subprocess.run([browser, *flags[:3], places[0], "--dump-dom", page.as_uri()], capture_output=True, text=True,
+                             timeout=120).stdout  # fmt: skip
+        assert "<script" not in dom and dom.count("<svg") >= 4
+
+
+def test_runs_are_listed_and_compared(made, tmp_path, monkeypatch):
+    runs = tmp_path / "runs"
+    shutil.copytree(made.run_dir, runs / "first")
+    shutil.copytree(made.run_dir, runs / "second")
+    settings = runs / "second" / "config.toml"
+    settings.write_text(settings.read_text().replace("seed = 0", "seed = 5"))
+    monkeypatch.setenv("COLUMNS", "160")
+    listed = command("runs", runs)
+    assert listed.returncode == 0, listed.stderr
+    for words in ("first", "second", "finished", "lora", f"{made.held_out_after:.4f}"):
+        assert words in listed.stdout, words
+    told = command("runs", runs / "first", runs / "second", "--html", tmp_path / "both.html")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.index("seed") < told.stdout.index("unseen loss after")
+    page = Page((tmp_path / "both.html").read_text("utf-8"))
+    assert "seed" in page.text and "unet-lr" not in page.text and not [tag for tag, _ in page.tags if tag == "script"]
+    empty = command("runs", tmp_path / "nothing")
+    assert empty.returncode == 1 and "there is no folder" in empty.stderr
+
+
+def test_charts_have_round_ticks_within_their_limits():
+    assert charts.ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1.0]
+    assert charts.ticks(0.11, 0.16) == pytest.approx([0.12, 0.14, 0.16])
+    low, high = charts.bounds([*[0.1] * 99, 50.0])
+    assert low <= 0.1 < high < 1
+    assert charts.lines([charts.Curve("none", [], "first")], "nothing") == ""
+    assert len(charts.thinned([(step, 1.0) for step in range(5000)])) <= 400
+
+
+# Trackers.
+
+
+def test_tensorboard_gets_losses_signals_and_previews(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = draw_pictures(tmp_path / "pictures")
+    changes = {"held_out": 0.4, "preview_steps": 1, "preview_prompts": ("a cat",), "log_with": "tensorboard"}
+    result = train(small(folder, tmp_path, **changes), pipe=make_pipe())
+    found = events.EventAccumulator(str(result.run_dir / "logs"))
+    found.Reload()
+    tags = found.Tags()
+    assert {"loss/training", "loss/unseen", "loss/seen", "leakage", "learning rate/unet"} <= set(tags["scalars"])
+    assert [event.step for event in found.Scalars("loss/training")] == list(range(1, 7))
+    assert found.Scalars("loss/unseen")[-1].value == pytest.approx(result.held_out_after, rel=1e-5)
+    assert [event.step for event in found.Images(tags["images"][0])] == [0, 6]
+
+
+def test_a_tracker_without_its_package_is_told_before_anything_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"pip install 'peft_diffusion\[tensorboard\]'"):
+        train(small(tmp_path / "none", tmp_path, log_with="tensorboard"))
+    assert not (tmp_path / "run").exists()
+
+
+# The learning-rate finder.
+
+
+@pytest.mark.parametrize("best", [1 / 300, 1 / 9, 0.7, 1.0, 2.4, 40.0, 500.0])
+def test_the_search_finds_the_best_within_a_factor_of_two(best):
+    factor, losses = search(lambda factor: math.log(factor / best) ** 2)
+    assert best / 1.5 < factor < best * 1.5
+    assert len(losses) <= 10
+
+
+def test_the_search_passes_over_rates_that_run_away():
+    factor, losses = search(lambda factor: math.inf if factor > 1.5 else 1 - factor)
+    assert factor == 1 and math.isinf(losses[2.0])
+    with pytest.raises(UserError, match="every trial ran away"):
+        search(lambda _: math.inf)
+
+
+def test_trials_are_short():
+    assert [trial_steps(steps) for steps in (5, 60, 300, 1500)] == [5, 20, 60, 300]
+
+
+def test_a_rate_is_found_and_nothing_else_is_left(tmp_path):
+    folder = draw_pictures(tmp_path / "pictures", 8)
+    asked = small(folder, tmp_path, held_out=0.25, batch_size=4, unet_lr=1e-4, steps=5)
+    console = Console(record=True, width=160, file=(tmp_path / "log").open("w"))
+    found = find_rates(asked, pipe=make_pipe(), console=console)
+    again = find_rates(asked, pipe=make_pipe())
+    assert (found.factor, found.trials) == (again.factor, again.trials)
+    best = min(found.trials, key=lambda one: one.loss)
+    assert best.loss < found.before and best.rates["unet"] / 2 <= found.rates["unet"] <= best.rates["unet"] * 2
+    assert found.rates["unet"] > 1e-4
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["find_lr.json", "find_lr.png"]
+    assert not (tmp_path / "a.safetensors").exists()
+    assert json.loads(found.file.read_text())["rates"] == found.rates
+    assert f"suggested: --unet-lr {found.rates['unet']:g}" in console.export_text()
