@@ -142,6 +142,12 @@ class GenerateConfig(Sampling):
     """These seeds instead, one picture each: --seeds 3 7 9."""
     recipe: Annotated[Path | None, Parameter(alias="--from")] = None
     """Make the picture in this PNG again, from the recipe that it carries."""
+    image: Path | None = None
+    """A picture to start from, which is made anew as far as --strength says; its size is the size of what is made."""
+    mask: Path | None = None
+    """A picture of the same size: white is painted anew, and what is black stays. Bases for inpainting need it."""
+    strength: float | None = None
+    """How far to leave the picture of --image behind (above 0 to 1); by default 0.8, and 1 with a mask."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,12 +160,22 @@ class GenerateConfig(Sampling):
             raise UserError("a recipe brings its own prompt; leave the prompt away")
         if self.recipe is None:
             _check_prompts(self.prompts)
+            self._check_source()
+
+    def _check_source(self) -> None:
+        if self.image is None and (self.mask is not None or self.strength is not None):
+            raise UserError("--mask and --strength are for a picture to start from; name it with --image")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise UserError(f"--strength must be above 0 and at most 1, not {self.strength}")
 
     def check(self) -> None:
         """Find out what can be told without the base. Raises UserError for files that cannot be read or written."""
         self.choices()
         if self.recipe is not None:
             read(self.recipe)
+        for path in (self.image, self.mask):
+            if path is not None and not path.is_file():
+                raise UserError(f"there is no picture {path}")
         for path in (self.output if self.to_file else None, self.sheet):
             if path is not None:
                 check_target(path)

@@ -18,10 +18,11 @@ from . import sheet
 from .adapters import Adapters
 from .config import GenerateConfig, Quantize, Sampling, SchedulerName
 from .painting import SCHEDULERS, Cell, Progress, load_choices, paint, size
-from .recipe import Recipe, UsedAdapter
+from .recipe import Recipe, UsedAdapter, UsedPicture
+from .source import Source, check_mask, read_source
 
 # What a recipe leaves to the person who makes its picture again.
-_FREE = frozenset({"recipe", "output", "sheet", "batch_size", "device", "precision", "base", "adapter"})
+_FREE = frozenset({"recipe", "output", "sheet", "batch_size", "device", "precision", "base", "adapter", "image", "mask"})
 _SLUG = 48  # letters of a prompt in a file's name
 
 
@@ -48,18 +49,23 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> list[P
     wanted = [(prompt, seed) for prompt in config.prompts for seed in seeds]
     paths = _plan(config.output, config.to_file, wanted)
     choices = config.choices()
+    source = None
+    if config.image is not None:
+        source = read_source(config.image, config.mask, config.strength, config.steps)
     adapters = Adapters(load_base(config.base, device=config.device, dtype=config.precision, quantize=config.quantize))
+    check_mask(adapters.pipe, source, adapters.base.name)
     names = load_choices(adapters, choices, config.prompts)
     strengths = {name: choice.strength for name, choice in zip(names, choices, strict=True)}
     cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
-    told = cell_recipes(adapters, cells, config)
+    source = None if source is None else source.fitted(adapters.base, config.width, config.height)
+    told = _from(source, config, cell_recipes(adapters, cells, config, source))
     if expected is not None and told[0].fingerprint != expected.fingerprint:
         raise UserError(
             f"{config.recipe} was made with base {expected.base_name!r} ({expected.fingerprint}), and {config.base!r} has"
             f" other weights ({told[0].fingerprint}); name the right one with --base"
         )
     pictures = []
-    for image, recipe, path in zip(paint(adapters, cells, config, progress), told, paths, strict=True):
+    for image, recipe, path in zip(paint(adapters, cells, config, progress, source), told, paths, strict=True):
         recipes.write(path, image, recipe)
         pictures.append(Picture(image, recipe, path))
     if config.sheet is not None:
@@ -67,11 +73,13 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> list[P
     return pictures
 
 
-def cell_recipes(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) -> list[Recipe]:
+def cell_recipes(
+    adapters: Adapters, cells: Sequence[Cell], sampling: Sampling, source: Source | None = None
+) -> list[Recipe]:
     """What each picture is made from, in full; adapters of strength 0 are left out."""
     pipe = adapters.pipe
     info = adapters.base
-    width, height = size(info, sampling)
+    width, height = size(info, sampling, source)
     common = Recipe(
         prompt="",
         negative=sampling.negative,
@@ -93,6 +101,14 @@ def cell_recipes(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
         versions=_versions(),
     )
     return [replace(common, prompt=c.prompt, seed=c.seed, adapters=_used(adapters, c.strengths)) for c in cells]
+
+
+def _from(source: Source | None, config: GenerateConfig, told: Sequence[Recipe]) -> list[Recipe]:
+    """Recipes that say what the pictures start from."""
+    if source is None:
+        return list(told)
+    image, mask = (None if p is None else UsedPicture(str(p), sha256(p)) for p in (config.image, config.mask))
+    return [replace(one, image=image, mask=mask, strength=source.strength) for one in told]
 
 
 def _used(adapters: Adapters, strengths: Mapping[str, float]) -> tuple[UsedAdapter, ...]:
@@ -125,8 +141,27 @@ def _again(config: GenerateConfig, recipe: Recipe) -> GenerateConfig:
         guidance=recipe.guidance,
         scheduler=scheduler,
         quantize=quantize,
+        image=_picture(recipe.image, config.image, config.recipe, "image"),
+        mask=_picture(recipe.mask, config.mask, config.recipe, "mask"),
+        strength=recipe.strength,
         base=config.base if config.base != GenerateConfig.base else recipe.base,
     )
+
+
+def _picture(used: UsedPicture | None, given: Path | None, recipe: Path | None, flag: str) -> Path | None:
+    """The file with the bytes that a recipe's picture was made from: the one given, or where it was. Raises UserError."""
+    if used is None:
+        if given is not None:
+            raise UserError(f"the recipe of {recipe} has no --{flag}; leave that away, or the recipe")
+        return None
+    candidates = [path for path in (given, Path(used.path)) if path is not None and path.is_file()]
+    found = next((path for path in candidates if sha256(path) == used.sha256), None)
+    if found is None:
+        raise UserError(
+            f"the picture {used.path} of the recipe (SHA-256 {used.sha256[:12]}...) is not there any more, or is another"
+            f" now; say where it is with --{flag}"
+        )
+    return found
 
 
 def _find(used: UsedAdapter, files: Sequence[Path]) -> Path:

@@ -15,6 +15,7 @@ from ..bases import BaseInfo, inpaints
 from ..core.errors import UserError
 from .adapters import Adapters
 from .config import Choice, Sampling
+from .source import Source
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,10 @@ class Cell:
     strengths: Mapping[str, float]
 
 
-def size(info: BaseInfo, sampling: Sampling) -> tuple[int, int]:
+def size(info: BaseInfo, sampling: Sampling, source: Source | None = None) -> tuple[int, int]:
     """Width and height in pixels. Raises UserError for sides that the base cannot make, naming the nearest that it can."""
-    sides = (sampling.width or info.resolution, sampling.height or info.resolution)
+    usual = (info.resolution, info.resolution) if source is None else source.image.size
+    sides = (sampling.width or usual[0], sampling.height or usual[1])
     for name, side in zip(("width", "height"), sides, strict=True):
         if side % info.step:
             below, above = side - side % info.step, side - side % info.step + info.step
@@ -56,23 +58,30 @@ def size(info: BaseInfo, sampling: Sampling) -> tuple[int, int]:
 
 
 def paint(
-    adapters: Adapters, cells: Sequence[Cell], sampling: Sampling, progress: Progress | None = None
+    adapters: Adapters,
+    cells: Sequence[Cell],
+    sampling: Sampling,
+    progress: Progress | None = None,
+    source: Source | None = None,
 ) -> Iterator[Image.Image]:
-    """The pictures of ``cells`` in order, computed ``sampling.batch_size`` at a time, each from the noise of its own seed.
+    """The pictures of ``cells`` in order, computed ``sampling.batch_size`` at a time, each from the noise of its own seed,
+    or from ``source`` and that.
 
     A picture depends on its own cell alone, up to rounding. The pipeline's scheduler is afterwards what it was; the adapters
     keep the strengths of the last batch. Raises UserError, before anything is computed, for sizes and prompts that the base
     cannot take.
     """
     pipe = adapters.pipe
-    width, height = size(adapters.base, sampling)
+    width, height = size(adapters.base, sampling, source)
+    each = sampling.steps if source is None else source.steps(sampling.steps)
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
     _check_prompts(adapters, batches, sampling.negative)
     with _set_up(pipe, sampling):
         for number, batch in enumerate(batches):
             _set_strengths(adapters, batch)
-            report = _Report(progress, number * sampling.steps, len(batches) * sampling.steps)
-            yield from _paint_batch(pipe, batch, sampling, (width, height), report)
+            report = _Report(progress, number * each, len(batches) * each)
+            start = _noise(pipe, batch, (width, height)) if source is None else _start(pipe, batch, source)
+            yield from _paint_batch(start, batch, sampling, report, source)
 
 
 def load_choices(adapters: Adapters, choices: Sequence[Choice], prompts: Sequence[str]) -> list[str]:
@@ -138,31 +147,52 @@ def _set_up(pipe: Any, sampling: Sampling) -> Iterator[None]:
         pipe.set_progress_bar_config(**bar)
 
 
-def _paint_batch(
-    pipe: Any, batch: Sequence[Cell], sampling: Sampling, sides: tuple[int, int], report: _Report
-) -> list[Image.Image]:
+@dataclass(frozen=True)
+class _Start:
+    """What pictures begin as: a pipeline, its chance, and what it is told of sizes and of what is there."""
+
+    pipe: Any
+    generators: list[torch.Generator]
+    told: Mapping[str, Any]
+
+
+def _noise(pipe: Any, batch: Sequence[Cell], sides: tuple[int, int]) -> _Start:
+    """Noise alone."""
     width, height = sides
-    generators = [torch.Generator("cpu").manual_seed(cell.seed) for cell in batch]
+    generators = _generators(batch)
     # Drawn here, on the CPU and in float32, so that a seed means the same noise on every device and in every precision.
     shape = (1, pipe.vae.config.latent_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     latents = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    out = pipe(
-        **whole_picture(pipe, width, height),
+    told = {"width": width, "height": height, "latents": latents.to(pipe.device, pipe.unet.dtype)}
+    return _Start(pipe, generators, {**whole_picture(pipe, width, height), **told})
+
+
+def _start(pipe: Any, batch: Sequence[Cell], source: Source) -> _Start:
+    """A picture, to which the pipeline adds noise by the generators, which draw on the CPU."""
+    return _Start(source.pipeline(pipe), _generators(batch), source.told(len(batch)))
+
+
+def _generators(batch: Sequence[Cell]) -> list[torch.Generator]:
+    return [torch.Generator("cpu").manual_seed(cell.seed) for cell in batch]
+
+
+def _paint_batch(
+    start: _Start, batch: Sequence[Cell], sampling: Sampling, report: _Report, source: Source | None
+) -> list[Image.Image]:
+    out = start.pipe(
+        **start.told,
         prompt=[cell.prompt for cell in batch],
         negative_prompt=[sampling.negative] * len(batch),
-        width=width,
-        height=height,
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance,
-        generator=generators,
-        latents=latents.to(pipe.device, pipe.unet.dtype),
+        generator=start.generators,
         callback_on_step_end=report,
     )
     blanked = sum(map(bool, getattr(out, "nsfw_content_detected", None) or ()))
     if blanked:
         log.warning(f"the base's safety checker has blanked {blanked} of {len(batch)} pictures")
     images: list[Image.Image] = out.images
-    return images
+    return images if source is None else [source.kept(image) for image in images]
 
 
 def whole_picture(pipe: Any, width: int, height: int) -> dict[str, Any]:

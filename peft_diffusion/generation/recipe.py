@@ -37,6 +37,14 @@ class UsedAdapter:
 
 
 @dataclass(frozen=True)
+class UsedPicture:
+    """A picture that another was made from, or its mask: where its file was, and the digest of its bytes."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that a picture was made from. ``scheduler`` None is the base's own; sizes are in pixels.
 
@@ -61,6 +69,9 @@ class Recipe:
     adapters: tuple[UsedAdapter, ...]
     versions: Mapping[str, str]
     quantize: str | None = None
+    image: UsedPicture | None = None
+    mask: UsedPicture | None = None
+    strength: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -76,7 +87,10 @@ class Recipe:
         used = [UsedAdapter(**adapter) for adapter in known["adapters"] if isinstance(adapter, dict)]
         if not all(isinstance(u.path, str) and isinstance(u.sha256, str) and isinstance(u.strength, float) for u in used):
             raise ValueError("an adapter is of another type")
-        return cls(**{**known, "adapters": tuple(used)})
+        pictures = {name: UsedPicture(**known[name]) for name in ("image", "mask") if known[name] is not None}
+        if not all(isinstance(one.path, str) and isinstance(one.sha256, str) for one in pictures.values()):
+            raise ValueError("a picture is of another type")
+        return cls(**{**known, **pictures, "adapters": tuple(used)})
 
     def parameters(self) -> str:
         """The text that A1111 writes into its pictures, which galleries and other programs show."""
@@ -90,6 +104,7 @@ class Recipe:
             "Size": f"{self.width}x{self.height}",
             "Model hash": self.fingerprint,
             "Model": self.base_name,
+            **({"Denoising strength": f"{self.strength:g}"} if self.strength is not None else {}),
             **({"Lora hashes": json.dumps(hashes)} if hashes else {}),
             "Version": f"peft_diffusion {self.versions.get('peft_diffusion', '')}",
         }
@@ -101,7 +116,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "prompt": (str,), "negative": (str,), "seed": (int,), "width": (int,), "height": (int,), "steps": (int,),
     "guidance": (int, float), "scheduler": (str, type(None)), "sampler": (str,), "base": (str,), "base_name": (str,),
     "base_family": (str,), "fingerprint": (str,), "device": (str,), "dtype": (str,), "adapters": (list,),
-    "versions": (dict,), "quantize": (str, type(None)),
+    "versions": (dict,), "quantize": (str, type(None)), "image": (dict, type(None)), "mask": (dict, type(None)),
+    "strength": (float, int, type(None)),
 }  # fmt: skip
 
 

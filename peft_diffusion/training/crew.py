@@ -6,6 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.errors import UserError
+
+_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # of torchrun, and of kinds of mpirun
+
 
 @dataclass(frozen=True)
 class Crew:
@@ -52,8 +56,19 @@ class Crew:
 
 
 def crew(device: str) -> tuple[Crew, str]:
-    """This process's place among those that a launcher started, and its device in place of ``device``."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """This process's place among those that a launcher started, and its device in place of ``device``.
+
+    Raises UserError where ``accelerate launch`` was asked for several and started one.
+    """
+    if all(int(os.environ.get(name, "1")) == 1 for name in _SIZES):
+        # On a machine without several GPUs, and with --cpu, it starts the command once, whatever --num_processes says; all
+        # that tells is the address where the others would have met.
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ and "RANK" not in os.environ:
+            raise UserError(
+                "accelerate launch was asked for several processes and started one, as it does without several GPUs; start"
+                " them with accelerate launch --multi_gpu --num_processes N, which needs no GPU, or with torchrun"
+                " --nproc-per-node N"
+            )
         return Crew(), device
     from accelerate import PartialState
 

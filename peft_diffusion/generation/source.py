@@ -1,0 +1,92 @@
+"""The picture that others are made from: all of it anew to a degree, or the part that a mask shows."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+
+from ..bases import BaseInfo, inpaints
+from ..bases.reading import quiet
+from ..core.errors import UserError
+from ..data.pictures import open_picture
+
+DEFAULT_STRENGTH = 0.8  # of a picture without mask, as diffusers has it; what a mask shows is painted wholly anew
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture to start from, RGB, and perhaps a mask of its size (L), white where it is painted anew.
+
+    ``strength`` is how far it is left behind: 1 is wholly. Small ones take fewer denoising steps.
+    """
+
+    path: Path
+    image: Image.Image = field(repr=False)
+    mask: Image.Image | None = field(default=None, repr=False)
+    strength: float = 1.0
+
+    def steps(self, asked: int) -> int:
+        """How many of the denoising steps are taken."""
+        return min(int(asked * self.strength), asked)
+
+    def fitted(self, info: BaseInfo, width: int | None, height: int | None) -> "Source":
+        """At the size that was asked for, by default its own. Raises UserError where the base cannot make its own."""
+        sides = width or self.image.width, height or self.image.height
+        if (width is None or height is None) and any(side % info.step for side in sides):
+            near = "x".join(str(max(info.step, round(side / info.step) * info.step)) for side in sides)
+            raise UserError(
+                f"{self.path} is {self.image.width}x{self.image.height}, and the sides must be multiples of {info.step} for"
+                f" the base {info.name!r}; crop it, or give --width and --height, such as {near}, to have it resized"
+            )
+        if sides == self.image.size:
+            return self
+        mask = None if self.mask is None else self.mask.resize(sides, Image.Resampling.BILINEAR)
+        return replace(self, image=self.image.resize(sides, Image.Resampling.LANCZOS), mask=mask)
+
+    def pipeline(self, pipe: Any) -> Any:
+        """The pipeline of the same parts that starts from a picture."""
+        kinds = diffusers.AutoPipelineForImage2Image, diffusers.AutoPipelineForInpainting
+        with quiet(diffusers_logging):
+            made = kinds[self.mask is not None].from_pipe(pipe)
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    def told(self, count: int) -> dict[str, Any]:
+        """What that pipeline is told besides, for so many pictures."""
+        told: dict[str, Any] = {"image": [self.image] * count, "strength": self.strength}
+        if self.mask is None:
+            return told
+        return told | {"mask_image": [self.mask] * count, "width": self.image.width, "height": self.image.height}
+
+    def kept(self, painted: Image.Image) -> Image.Image:
+        """What was painted, with the very pixels of the picture where the mask hides them: a VAE changes all a little."""
+        return painted if self.mask is None else Image.composite(painted, self.image, self.mask)
+
+
+def read_source(image: Path, mask: Path | None, strength: float | None, steps: int) -> Source:
+    """Read the files. Raises UserError for those that are no pictures, or do not fit, and where no step would be left."""
+    picture = open_picture(image)
+    found = None if mask is None else open_picture(mask, "black").convert("L")
+    if found is not None and found.size != picture.size:
+        raise UserError(
+            f"the mask {mask} is {found.width}x{found.height} and the picture {image} is {picture.width}x{picture.height};"
+            " bring it to the picture's size"
+        )
+    if found is not None and not any(found.histogram()[128:]):
+        raise UserError(f"the mask {mask} is black: nothing would be painted; white is what is painted anew")
+    source = Source(image, picture, found, strength or (DEFAULT_STRENGTH if found is None else 1.0))
+    if source.steps(steps) < 1:
+        raise UserError(f"--strength {source.strength:g} leaves none of {steps} steps; raise it, or --steps")
+    return source
+
+
+def check_mask(pipe: Any, source: Source | None, name: str) -> None:
+    """Raise UserError where a base that paints parts anew is given a picture and no mask."""
+    if source is not None and source.mask is None and inpaints(pipe):
+        raise UserError(
+            f"the base {name!r} paints parts of a picture anew, and is not told which; give --mask, a picture of the same"
+            " size that is white there and black elsewhere, or another --base"
+        )
