@@ -125,6 +125,7 @@ def _finish_tests(tests: "dict[Path, subprocess.Popen[bytes]]", options: argpars
 
 def _child(options: argparse.Namespace) -> None:
     device, dtype = torch.device(options.device), DTYPES[options.precision]
+    torch.backends.cudnn.benchmark = True  # for all sides
     if options.child == "gate":
         sys.exit(0 if _gate(options, device) else 1)
     _Measurement(Cell.parse(options.child), options, device, dtype).take()
@@ -158,6 +159,7 @@ def _told(options: argparse.Namespace, **where: Any) -> Iterator[None]:
 
 def _gate(options: argparse.Namespace, device: torch.device) -> bool:
     """Whether ours and peft learn the same."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 shall be that
     good = True
     for kind in dict.fromkeys(Cell.parse(name).kind for name in options.cells):
         if kind == "sdxl" and options.quick:

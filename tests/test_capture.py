@@ -32,6 +32,12 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in float32 round as such."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @CUDA
 @pytest.mark.parametrize("case", CASES)
 def test_a_graph_gives_the_same_adapter(case: str, tmp_path: Path) -> None:

@@ -125,6 +125,11 @@ def base_class(site: AdaptedSite) -> type[nn.Module]:
     return cls
 
 
+def rebase(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class; one that carries adapters keeps them, over that class."""
+    module.__class__ = _adapted(cast(Hashable, cls)) if isinstance(module, AdaptedSite) else cls  # type: ignore[assignment]
+
+
 def sites(component: nn.Module, name: str | None = None) -> dict[str, AdaptedSite]:
     """The modules of a component that carry adapters, by path; with a name, those that carry that adapter."""
     found = {path: m for path, m in component.named_modules() if isinstance(m, AdaptedSite)}

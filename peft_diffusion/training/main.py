@@ -20,6 +20,7 @@ from .config import RATES, ResolvedConfig, TrainConfig, to_json
 from .crew import Crew
 from .crew import crew as together
 from .diffusion import DiffusionSettings, DiffusionTask
+from .fused import fused
 from .preparation import Prepared, check_places, prepare
 from .previews import PROMPTS, Previews
 from .progress import PICTURES_APART, Reading, say_to
@@ -60,7 +61,7 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
     with Reading(console) as reading:
         prepared = prepare(config, pipe, say, reading, crew)
     parts = components(prepared.pipe)
-    with base_kept(prepared.pipe, parts, say) as before:
+    with fused(prepared.pipe.unet), base_kept(prepared.pipe, parts, say) as before:
         run = _Run(prepared, folder, console, crew)
         run.train(config.resume)
         result = run.save(before, folder.seconds + time.monotonic() - began)
