@@ -127,7 +127,7 @@ def base_class(site: AdaptedSite) -> type[nn.Module]:
 
 def rebase(module: nn.Module, cls: type[nn.Module]) -> None:
     """Give a module another class; one that carries adapters keeps them, over that class."""
-    module.__class__ = _adapted(cast(Hashable, cls)) if isinstance(module, AdaptedSite) else cls  # type: ignore[assignment]
+    module.__class__ = _adapted(cast(Hashable, cls)) if isinstance(module, AdaptedSite) else cls
 
 
 def sites(component: nn.Module, name: str | None = None) -> dict[str, AdaptedSite]:

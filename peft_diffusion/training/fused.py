@@ -113,7 +113,7 @@ class FusedResnet(ResnetBlock2D):  # type: ignore[misc]
     def forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
         """As before, where the block neither samples up nor down."""
         hidden: Tensor = self.conv1(_norm_silu(self.norm1, input_tensor))
-        if self.time_emb_proj is not None:
+        if self.time_emb_proj is not None and temb is not None:
             temb = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))[:, :, None, None]
         if temb is not None:
             hidden = hidden + temb
