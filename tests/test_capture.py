@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_training import Line, draw_pictures, small, trainer
 
 from peft_diffusion.training import train
-from peft_diffusion.training.capture import Recorder, shapes
+from peft_diffusion.training.capture import Recorder, cause, shapes
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CASES = {
@@ -22,11 +22,20 @@ CASES = {
     "dropout": {"dropout": 0.3},
     "bottleneck": {"method": "bottleneck", "rank": None},
     "dora": {"method": "dora"},
+    "oft": {"method": "oft", "rank": None},
+    "prefix": {"method": "prefix", "rank": None, "target": "attentions"},
+    "convolutions": {"target": "conv"},
     "words": {"components": ("unet", "text_encoder"), "rank": None, "block": (
         "unet attention lora rank=2", "text_encoder tokens tokens placeholders=ink initial=cat"
     )},
     "int8": {"quantize": "int8"},
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in float32 round as such."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @CUDA
@@ -94,6 +103,39 @@ def test_memory_that_runs_out_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyPa
     loop.records = True
     with pytest.raises(RuntimeError, match="out of memory"):
         loop.run()
+
+
+@CUDA
+def test_a_recording_that_breaks_off_leaves_chance_as_it_was() -> None:
+    device = torch.device("cuda", 0)
+    total = torch.zeros((), device=device)
+
+    def work(inputs):
+        drawn = torch.rand(4, device=device).sum()
+        if torch.cuda.is_current_stream_capturing():
+            drawn.item()  # which asks the device, and cannot be recorded
+        total.add_(drawn)
+
+    torch.manual_seed(3)
+    expected = torch.rand(4, device=device)
+    torch.manual_seed(3)
+    stream = torch.cuda.current_stream(device)
+    with pytest.raises(RuntimeError) as caught:
+        Recorder(work, lambda: [total], device)({"x": torch.zeros(1)})
+    assert "captur" in cause(caught.value) and total.item() == 0
+    assert torch.cuda.current_stream(device) == stream
+    assert torch.equal(torch.rand(4, device=device), expected)
+
+
+def test_the_cause_is_the_first_of_the_errors_that_followed_one_another() -> None:
+    try:
+        try:
+            raise RuntimeError("operation not permitted\nwith more lines")
+        except RuntimeError:
+            raise RuntimeError("capture was invalidated")  # noqa: B904 -- as torch does
+    except RuntimeError as error:
+        assert cause(error) == "operation not permitted"
+    assert cause(RuntimeError()) == "RuntimeError"
 
 
 def test_a_recording_depends_on_shapes_and_dtypes_alone() -> None:

@@ -72,6 +72,14 @@ class Adapter(KeepsPrecision):
         changed: Tensor = self(x, y, strength, base)
         return changed
 
+    def takes_over(self, x: Tensor) -> bool:
+        """Whether, alone at its site, it computes what the site gives and its change in one, which ``whole`` does."""
+        return False
+
+    def whole(self, x: Tensor, strength: Tensor) -> Tensor:
+        """The output of the site with its change, for one strength, (1,), in float32."""
+        raise NotImplementedError
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What it adds, at strength 1, to the site's float32 ``weight`` and ``bias``; None leaves one as it is.
 

@@ -50,6 +50,8 @@ class AdaptedSite(nn.Module):
         Attention takes more than one input; that of language models is told all by name, and returns its weights too.
         """
         x: Tensor = named.pop("hidden_states") if input is None else input
+        if not more and not named and (whole := self._whole(x)) is not None:
+            return whole
         prepared = x
         for _, adapter in self.adapters.items():
             prepared = adapter.prepare(prepared)
@@ -57,6 +59,17 @@ class AdaptedSite(nn.Module):
         if isinstance(result, tuple):
             return self._changed(x, result[0], named), *result[1:]
         return self._changed(x, result, named)
+
+    def _whole(self, x: Tensor) -> Tensor | None:
+        """What an adapter that is alone here computes in one with the site's own output while it is trained, if it can."""
+        strengths = self.strengths
+        if len(self.adapters) != 1 or strengths.merged or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        ((name, adapter),) = self.adapters.items()
+        if not adapter.takes_over(x) or not (name in strengths.active or _capturing()):
+            return None
+        strength = strengths.values[strengths.index(name), self.block]
+        return adapter.whole(x, strength) if len(strength) == 1 else None
 
     def _changed(self, input: Tensor, y: Tensor, named: Mapping[str, Any]) -> Tensor:
         strengths = self.strengths
@@ -110,6 +123,11 @@ def base_class(site: AdaptedSite) -> type[nn.Module]:
     """The class that a site had before it carried adapters."""
     cls: type[nn.Module] = type(site).__mro__[2]
     return cls
+
+
+def rebase(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class; one that carries adapters keeps them, over that class."""
+    module.__class__ = _adapted(cast(Hashable, cls)) if isinstance(module, AdaptedSite) else cls
 
 
 def sites(component: nn.Module, name: str | None = None) -> dict[str, AdaptedSite]:

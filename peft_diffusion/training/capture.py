@@ -52,22 +52,43 @@ class Recorder:
         places = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         before = [tensor.clone() for tensor in self.kept()]
         graph = torch.cuda.CUDAGraph()
+        chance = torch.cuda.get_rng_state(self.device)  # trial runs draw too, which must not be seen in what follows
+        stream, done = torch.cuda.current_stream(self.device), False
         try:
             side: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream(self.device))
+            side.wait_stream(stream)
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UPS):
                     self.work(places)
-            torch.cuda.current_stream(self.device).wait_stream(side)
+            stream.wait_stream(side)
             with torch.cuda.graph(graph, pool=self.pool):
                 self.work(places)
+            done = True
         finally:
             torch.cuda.synchronize(self.device)
+            if not done:
+                torch.cuda.set_stream(stream)  # a recording that breaks off leaves its own
+                _renew_generator(self.device)
+            torch.cuda.set_rng_state(chance, self.device)
             with torch.no_grad():
                 for tensor, value in zip(self.kept(), before, strict=True):
                     tensor.copy_(value)
         self.pool = graph.pool()
         return graph, places
+
+
+def cause(error: BaseException) -> str:
+    """What stopped a recording, in a line: ending one that broke off raises another error, which says less."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _renew_generator(device: torch.device) -> None:
+    """Give the generator a state of its own again: a recording that broke off leaves it waiting for an end."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(device))
 
 
 def _pinned(tensor: Tensor) -> Tensor:

@@ -165,7 +165,8 @@ class SharedConfig:
     precision: Annotated[Precision, Parameter(group=_MACHINE)] = "auto"
     """Precision of the base in training; auto is bfloat16 on a GPU that has it, else float32. Adapters are float32."""
     cuda_graph: Annotated[bool, Parameter(group=_MACHINE)] = False
-    """On CUDA, record each step once as a CUDA graph and run it from there, which spares the host most of its work."""
+    """On CUDA, record each step once as a CUDA graph and run it from there, which spares the host most of its work, and fuse
+    norms, gates and a LoRA with what they stand beside."""
     memory: Annotated[Memory, Parameter(group=_MACHINE)] = "auto"
     """low computes the base's blocks twice to hold less of them, and encodes pictures one by one; off does not; auto does
     where a run would not fit otherwise."""

@@ -3,6 +3,7 @@
 import datetime
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .diffusion import DiffusionSettings, DiffusionTask
 from .facts import about, commands, memory, thumbnails, warned
 from .find_lr import FoundRates, find, refuse_crew
 from .footing import Clock, Footing
+from .fused import fused
 from .preparation import Prepared, check_places, prepare
 from .previews import PROMPTS, Previews
 from .progress import PICTURES_APART, Reading, noted, say_to
@@ -83,7 +85,8 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
     with Reading(console) as reading:
         prepared = prepare(config, pipe, say, reading, crew)
     parts = components(prepared.pipe)
-    with base_kept(prepared.pipe, parts, say) as before, folder.closing():
+    faster = fused(prepared.pipe.unet) if config.cuda_graph else nullcontext()
+    with faster, base_kept(prepared.pipe, parts, say) as before, folder.closing():
         run = _Run(prepared, folder, console, crew, said)
         try:
             run.train(config.resume)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.arena import Arena
 from ..core.errors import UserError
-from .capture import Inputs, Recorder, to_device
+from .capture import Inputs, Recorder, cause, to_device
 from .config import OptimizerName, Scheduler
 from .crew import Crew
 from .optimizers import OPTIMIZERS, FlatOptimizer
@@ -309,10 +309,11 @@ class Trainer:
                 recorder(inputs)
                 return
             except RuntimeError as error:  # of CUDA, and of code that asks the device in between
-                if "out of memory" in str(error).lower():
+                why = cause(error)
+                if "out of memory" in f"{error} {why}".lower():
                     raise
                 self.records = False
-                self.unrecorded = str(error).strip().splitlines()[0]
+                self.unrecorded = why
                 for observer in self.observers:
                     observer.on_unrecorded(self.unrecorded)
         recorder.work(to_device(inputs, self.arena.flat.device))

@@ -46,7 +46,7 @@ MIN_SNR_GAMMA = 5.0
 SHEET_STYLES = ("noto", "noto-v1", "fluent-emoji", "fxemoji", "tabler", "ph-duotone")
 SHEET_SUBJECTS = (
     "red apple", "cat face", "automobile", "house", "grinning face", "fire",
-    "pizza", "rocket", "umbrella", "fish", "star", "dog face",
+    "pizza", "rocket", "umbrella", "fish", "key", "dog face",
 )  # fmt: skip
 
 
