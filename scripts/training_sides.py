@@ -28,7 +28,7 @@ from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training.capture import Recorder
 from peft_diffusion.training.diffusion import DiffusionSettings, DiffusionTask, Examples
 from peft_diffusion.training.fused import fused
-from peft_diffusion.training.trainer import Trainer, TrainerSettings
+from peft_diffusion.training.trainer import Signals, Trainer, TrainerSettings
 
 RANK, RATE, PICTURES, TOKENS = 16, 1e-4, 16, 77
 NAME = "a"
@@ -127,6 +127,7 @@ def task_of(cell: Cell, unet: Any) -> DiffusionTask:
     examples = Examples(LatentCache(tuple(entries), 0, 0, 0), captions)
     task = DiffusionTask(pipe, NAME, DiffusionSettings(batch_size=cell.batch), examples)
     task.embeddings = embeddings
+    task.signals = Signals  # what a run measures between its steps is no part of them
     return task
 
 

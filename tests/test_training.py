@@ -317,7 +317,7 @@ def test_every_preset_gives_every_family_all_its_values():
         for family in ("sd1", "sd2", "sdxl", "other"):
             base = type("Base", (), {"family": family, "resolution": 64})()
             found = config.resolve(TrainConfig(folder=(Path("x"),)), base, 48, "cpu")
-            may_be_none = {"cache", "alpha", "epochs", "quantize", "target"}
+            may_be_none = {"cache", "alpha", "epochs", "quantize", "target", "log_with"}
             assert not [f.name for f in fields(found) if getattr(found, f.name) is None and f.name not in may_be_none]
         assert set(families["other"]) == set(families["sd1"])
 
