@@ -131,11 +131,13 @@ def task_of(cell: Cell, unet: Any) -> DiffusionTask:
     return task
 
 
-def ours(cell: Cell, device: torch.device, dtype: torch.dtype, *, record: bool = True, fast: bool = True) -> Side:
+def ours(
+    cell: Cell, device: torch.device, dtype: torch.dtype, *, record: bool = True, fast: bool = True, cudnn: bool = True
+) -> Side:
     """The package's trainer and task."""
     unet, close = build(cell, device, dtype), ExitStack()
     if fast:
-        close.enter_context(fused(unet))
+        close.enter_context(fused(unet, cudnn_attention=cudnn))
     torch.manual_seed(2)
     site.attach(unet, NAME, Lora(RANK), "attention")
     arena = Arena({"unet": [p for adapter in site.adapters(unet, NAME).values() for p in adapter.parameters()]})
@@ -275,6 +277,7 @@ SIDES: dict[str, Callable[[Cell, torch.device, torch.dtype], Side]] = {
     "ours": ours,
     "ours-eager": partial(ours, record=False),
     "ours-plain": partial(ours, fast=False),
+    "ours-flash": partial(ours, cudnn=False),
     "floor": floor,
     "floor-eager": partial(floor, record=False),
     "floor-plain": partial(floor, fast=False),

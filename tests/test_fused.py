@@ -10,12 +10,24 @@ from peft_diffusion.bases import fingerprint
 from peft_diffusion.core import site
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.training import fused as module
-from peft_diffusion.training.fused import FrozenConv, FusedGeglu, FusedNorm, FusedResnet, fused, swapped
+from peft_diffusion.training import lean
+from peft_diffusion.training.fused import (
+    FrozenConv,
+    FusedAttention,
+    FusedBlock,
+    FusedGeglu,
+    FusedNorm,
+    FusedResnet,
+    FusedTransformer,
+    channels_last,
+    fused,
+    swapped,
+)
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DTYPES = {"float32": (torch.float32, 0.9999), "bfloat16": (torch.bfloat16, 0.999)}
-METHODS = {"lora": (Lora(rank=2), "attention+ff"), "conv": (Lora(rank=2), "conv"), "biases": (BitFit(), "biases")}
+METHODS = {"lora": (Lora(rank=2), "attention+ff"), "conv": (Lora(rank=2), "conv"), "biases": (BitFit(), "biases"),
+           "all": (Lora(rank=2), "all-linear"), "norms": (BitFit(), "norms")}  # fmt: skip
 
 
 def unet_with(method: str, dtype: torch.dtype, make=make_pipe, device="cpu"):
@@ -59,7 +71,7 @@ def test_the_modules_are_fused_inside_and_afterwards_as_they_were():
     before, digest = [type(one) for one in unet.modules()], fingerprint({"unet": unet})
     with swapped(unet):
         kinds = {type(one) for one in unet.modules()}
-        assert {FrozenConv, FusedNorm, FusedGeglu, FusedResnet} <= kinds
+        assert {FrozenConv, FusedNorm, FusedGeglu, FusedResnet, FusedBlock, FusedTransformer} <= kinds
         assert not {nn.Conv2d, nn.GroupNorm} & kinds
         site.attach(unet, "a", Lora(rank=2), "conv")
         assert site.base_class(unet.conv_in) is FrozenConv
@@ -73,6 +85,43 @@ def test_nothing_changes_on_a_cpu():
     before = [type(one) for one in unet.modules()]
     with fused(unet):
         assert [type(one) for one in unet.modules()] == before
+
+
+def test_order_processors_and_bytes_come_back_after_an_error_too():
+    unet = make_xl_pipe().unet
+    processors = [type(one) for one in unet.attn_processors.values()]
+    before = {name: (tensor.stride(), tensor.clone()) for name, tensor in unet.state_dict().items()}
+    with pytest.raises(ZeroDivisionError), channels_last(unet), swapped(unet):
+        assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        assert {type(one) for one in unet.attn_processors.values()} == {FusedAttention}
+        raise ZeroDivisionError
+    assert [type(one) for one in unet.attn_processors.values()] == processors
+    for name, tensor in unet.state_dict().items():
+        assert tensor.stride() == before[name][0] and torch.equal(tensor, before[name][1])
+
+
+def test_checkpointing_gives_the_same_gradients():
+    unet = unet_with("lora", torch.float32)
+    with channels_last(unet), swapped(unet):
+        expected = gradients(unet)
+        unet.train()
+        unet.enable_gradient_checkpointing()
+        torch.testing.assert_close(gradients(unet), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_unet_keeps_less():
+    unet = unet_with("lora", torch.float32)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+
+    def size() -> int:
+        kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept_by(run)}
+        return sum(nbytes for place, nbytes in kept.items() if place not in weights)
+
+    x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 7, 32)
+    run = lambda: unet(x, torch.tensor(500), encoder_hidden_states=text).sample  # noqa: E731
+    plain = size()
+    with channels_last(unet), swapped(unet):
+        assert size() < 0.75 * plain
 
 
 def kept_by(run) -> list[torch.Tensor]:
@@ -129,7 +178,7 @@ def test_kernels_give_the_gradients_of_the_plain_unet(make, dtype, monkeypatch):
     unet = unet_with("lora", kind, make, "cuda")
     expected, digest = gradients(unet), fingerprint({"unet": unet})
     with fused(unet):
-        assert module._kernels(next(unet.parameters()).device) is not None
+        assert lean.kernels_on(next(unet.parameters()).device) is not None
         found = gradients(unet)
         again = gradients(unet)
     assert torch.cosine_similarity(expected, found, dim=0) >= limit

@@ -1,85 +1,143 @@
 """A frozen UNet made ready for training on a GPU, and afterwards as it was.
 
-Its modules change their class, as sites do: a group norm and the SiLU after it become one operation, as a gated unit does,
-and each keeps its input alone; a convolution, whose weight needs no gradient, keeps nothing. Weights lie in channels-last
-order.
+Its modules change their class, as sites do, for one that computes the same by the functions of ``lean.py``: norms,
+activations, biases and sums are one pass over memory each, and nothing is kept for backward that is not needed there.
+Weights lie in channels-last order, in which pictures are rows for attention without a copy. A module that carries an
+adapter, or is not of the usual kind, is called as before.
 """
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.site import AdaptedSite, base_class, rebase
 from ..methods.product import fusing
+from . import lean
+
+_CUDNN_FIRST = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
 
 
 @contextmanager
-def fused(component: nn.Module) -> Iterator[None]:
-    """On CUDA, a component that trains faster inside; on any other device nothing changes, not a bit of what it computes."""
+def fused(component: nn.Module, *, cudnn_attention: bool = True) -> Iterator[None]:
+    """On CUDA, a component that trains faster inside; on any other device nothing changes, not a bit of what it computes.
+
+    ``cudnn_attention`` False leaves the choice of attention's kernels to torch, which prefers flash attention.
+    """
     parameter = next(component.parameters())
     if not parameter.is_cuda:
         yield
         return
+    lean.kernels_on(parameter.device)  # now, as their first run cannot be recorded
     chosen = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
-    component.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    _kernels(parameter.device)  # now, as their first run cannot be recorded
     try:
-        with swapped(component), fusing():
+        cudnn = cudnn_attention and _cudnn_attends(component, parameter)
+        with channels_last(component), swapped(component, _CUDNN_FIRST if cudnn else ()), fusing():
             yield
     finally:
-        component.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         torch.backends.cudnn.benchmark = chosen
 
 
 @contextmanager
-def swapped(component: nn.Module) -> Iterator[None]:
-    """The modules of a component in their fused classes, with adapters or without; on any device."""
+def channels_last(component: nn.Module) -> Iterator[None]:
+    """The weights of a component's convolutions in channels-last order inside; adapters keep theirs."""
+    turned = []
+    for module in component.modules():
+        if isinstance(module, nn.Conv2d) and not module.weight.is_contiguous(memory_format=torch.channels_last):
+            turned.append(module.weight)
+    try:
+        for weight in turned:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for weight in turned:
+            weight.data = weight.data.contiguous()
+
+
+@contextmanager
+def swapped(component: nn.Module, backends: Sequence[SDPBackend] = ()) -> Iterator[None]:
+    """The modules of a component in their fused classes, with adapters or without; on any device.
+
+    ``backends`` of attention are taken in this order; without any, torch chooses.
+    """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    processors: list[tuple[Any, Any]] = []
     for module in list(component.modules()):
         own = base_class(module) if isinstance(module, AdaptedSite) else type(module)
         fast = _FUSED.get(own)
         if fast is not None and _suits(module):
             rebase(module, fast)
             changed.append((module, own))
+        if isinstance(module, Attention) and _attends_plainly(module):
+            processors.append((module, module.processor))
+            module.processor = FusedAttention(backends)
     try:
         yield
     finally:
+        for attention, processor in processors:
+            attention.processor = processor
         for module, own in changed:
             rebase(module, own)
 
 
-def _suits(module: nn.Module) -> bool:
+def _suits(module: Any) -> bool:
     """Whether a module is of the usual kind: of the many that a class may be, one is fused."""
     if isinstance(module, ResnetBlock2D):
-        plain = module.upsample is None and module.downsample is None and module.time_embedding_norm == "default"
-        return plain and isinstance(module.nonlinearity, nn.SiLU)
+        whole = module.upsample is None and module.downsample is None and not module.dropout.p and not module.skip_time_act
+        plain = module.time_embedding_norm == "default" and module.output_scale_factor == 1
+        return bool(whole and plain and isinstance(module.nonlinearity, nn.SiLU))
+    if isinstance(module, BasicTransformerBlock):
+        own = getattr(module, "fuser", None) is None and module.pos_embed is None and module._chunk_size is None
+        return bool(own and module.norm_type == "layer_norm" and module.attn2 is not None)
+    if isinstance(module, Transformer2DModel):
+        return bool(module.is_input_continuous)
     if isinstance(module, nn.Conv2d):
         return module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return not isinstance(module, nn.GroupNorm) or module.affine
+
+
+def _attends_plainly(attention: Any) -> bool:
+    """Whether an attention has no norms, factors or masks of its own."""
+    parts = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
+    plain = not any(getattr(attention, part, None) for part in parts) and not attention.residual_connection
+    return bool(plain and attention.rescale_output_factor == 1 and type(attention.processor) is AttnProcessor2_0)
 
 
 def _frozen(module: nn.Module) -> bool:
     return not any(own.requires_grad for own in module.parameters(recurse=False))
 
 
+def _lean(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module is of this very class, so carries no adapter, and is frozen."""
+    return type(module) is cls and _frozen(module) and not torch.compiler.is_compiling()
+
+
 class FrozenConv(nn.Conv2d):
-    """A convolution that keeps no input, as its weight has no gradient that would need it."""
+    """A convolution that keeps no input, as its weight has no gradient that would need it; one of 1x1 is a product."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As before."""
-        if not torch.is_grad_enabled() or not _frozen(self) or torch.compiler.is_compiling():
+        if not _frozen(self) or torch.compiler.is_compiling():
             return super().forward(input)
-        apply: Callable[..., Tensor] = _Convolution.apply
-        return apply(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        plain = self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
+        if self.kernel_size == (1, 1) and plain and input.is_contiguous(memory_format=torch.channels_last):
+            return lean.pointwise(input, self)
+        return lean.conv2d(input, self)
 
 
 class FusedNorm(nn.GroupNorm):
@@ -94,8 +152,7 @@ class FusedNorm(nn.GroupNorm):
         if x.ndim != 4 or not _frozen(self) or torch.compiler.is_compiling():
             y = super().forward(x)
             return F.silu(y) if silu else y
-        apply: Callable[..., Tensor] = _Norm.apply
-        return apply(x, self.weight, self.bias, self.num_groups, self.eps, silu)
+        return lean.group_norm(x, self, silu=silu)[0]
 
 
 class FusedGeglu(GEGLU):  # type: ignore[misc]
@@ -103,32 +160,111 @@ class FusedGeglu(GEGLU):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """As before."""
-        projected: Tensor = self.proj(hidden_states)
-        apply: Callable[..., Tensor] = _Geglu.apply
-        return apply(projected)
+        return lean.gated(self.proj(hidden_states))
 
 
 class FusedResnet(ResnetBlock2D):  # type: ignore[misc]
-    """A block whose norms and SiLUs are one."""
+    """A block that keeps two maps: norms take in the bias and timestep before them and the SiLU after them."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
         """As before, where the block neither samples up nor down."""
-        hidden: Tensor = self.conv1(_norm_silu(self.norm1, input_tensor))
-        if self.time_emb_proj is not None and temb is not None:
-            temb = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))[:, :, None, None]
+        if not (_lean(self.norm1, FusedNorm) and _lean(self.norm2, FusedNorm)):
+            result: Tensor = super().forward(input_tensor, temb)
+            return result
+        hidden, passed = lean.group_norm(input_tensor, self.norm1, silu=True)
+        shift = None
+        if _lean(self.conv1, FrozenConv):
+            hidden, shift = lean.conv2d(hidden, self.conv1, biased=False), self.conv1.bias
+            shift = None if shift is None else shift.expand(len(hidden), -1)
+        else:
+            hidden = self.conv1(hidden)
         if temb is not None:
-            hidden = hidden + temb
-        hidden = self.conv2(self.dropout(_norm_silu(self.norm2, hidden)))
+            told = temb if self.time_emb_proj is None else self.time_emb_proj(F.silu(temb))
+            shift = told if shift is None else told + shift
+        hidden, _ = lean.group_norm(hidden, self.norm2, shift, silu=True)
         if self.conv_shortcut is not None:
-            input_tensor = self.conv_shortcut(input_tensor)
-        result: Tensor = (input_tensor + hidden) / self.output_scale_factor
-        return result
+            passed = self.conv_shortcut(passed)
+        if _lean(self.conv2, FrozenConv):
+            return lean.sum_with_bias(passed, lean.conv2d(hidden, self.conv2, biased=False), self.conv2.bias)
+        return passed + self.conv2(hidden)
 
 
-def _norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
-    if type(norm) is FusedNorm:
-        return norm.normed(x, silu=True)
-    return F.silu(norm(x))  # it carries an adapter
+class FusedBlock(BasicTransformerBlock):  # type: ignore[misc]
+    """Attention to itself, to the text, and feed-forward; each norm is one with the sum before it."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """As before."""
+        norms = self.norm1, self.norm2, self.norm3
+        if cross_attention_kwargs or not all(_lean(norm, nn.LayerNorm) and norm.bias is not None for norm in norms):
+            result: Tensor = super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+                cross_attention_kwargs, class_labels, added_cond_kwargs,
+            )  # fmt: skip
+            return result
+        told = encoder_hidden_states
+        normed, total = lean.layer_norm(hidden_states, self.norm1)
+        found = self.attn1(normed, told if self.only_cross_attention else None, attention_mask=attention_mask)
+        normed, total = lean.layer_norm(found, self.norm2, total)
+        found = self.attn2(normed, told, attention_mask=encoder_attention_mask)
+        normed, total = lean.layer_norm(found, self.norm3, total)
+        fed: Tensor = self.ff(normed)
+        return fed + total
+
+
+class FusedTransformer(Transformer2DModel):  # type: ignore[misc]
+    """Takes rows back to maps without a copy."""
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        if self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        hidden_states = hidden_states.reshape(batch_size, height, width, -1).permute(0, 3, 1, 2)
+        if not self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        return hidden_states + residual
+
+
+class FusedAttention:
+    """Attention without what a UNet's does not have: each part of it would be a pass over memory."""
+
+    def __init__(self, backends: Sequence[SDPBackend] = ()) -> None:
+        self.backends = list(backends)
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """(images, positions, channels), attending to ``encoder_hidden_states`` or to themselves."""
+        if attention_mask is not None or hidden_states.ndim != 3:
+            result: Tensor = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return result
+        told = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attn.to_q(hidden_states), attn.to_k(told), attn.to_v(told)
+
+        def heads(x: Tensor) -> Tensor:
+            return x.view(len(x), -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2)
+
+        with sdpa_kernel(self.backends, set_priority=True) if self.backends else nullcontext():
+            found = F.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+        found = found.transpose(1, 2).reshape(*query.shape[:2], -1)
+        for part in attn.to_out:
+            found = part(found)
+        return found
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -136,103 +272,25 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.GroupNorm: FusedNorm,
     GEGLU: FusedGeglu,
     ResnetBlock2D: FusedResnet,
+    BasicTransformerBlock: FusedBlock,
+    Transformer2DModel: FusedTransformer,
 }
 
 
-class _Convolution(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
-    ) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.how = x.shape, (list(stride), list(padding), list(dilation), groups)
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.how
-        if not ctx.needs_input_grad[0]:
-            return (None,) * 7
-        (gradient,) = gradients
-        like = gradient.new_empty(1).expand(ctx.shape)  # the gradient to the input asks for its shape, never for its numbers
-        to_x, *_ = torch.ops.aten.convolution_backward(
-            gradient, like, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
-        )
-        return to_x, None, None, None, None, None, None
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-        ctx.how = groups, silu
-        if _kernels(x.device) is not None and x.is_contiguous(memory_format=torch.channels_last):
-            y, stats = _kernels(x.device).group_norm(x, weight, bias, groups, eps, silu)
-            ctx.save_for_backward(x, weight, bias, stats)
-            return y  # type: ignore[no-any-return]
-        images, channels, *sides = x.shape
-        y, mean, inverse = torch.native_group_norm(x, weight, bias, images, channels, sides[0] * sides[1], groups, eps)
-        ctx.save_for_backward(x, weight, bias, mean, inverse)
-        return F.silu(y) if silu else y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), (groups, silu) = gradients, ctx.how
-        x, weight, bias, *stats = ctx.saved_tensors
-        if len(stats) == 1:
-            gradient = gradient.contiguous(memory_format=torch.channels_last)
-            to_x = _kernels(x.device).group_norm_backward(gradient, x, weight, bias, stats[0], silu)
-            return to_x, None, None, None, None, None
-        mean, inverse = stats
-        images, channels, *sides = x.shape
-        if silu:
-            spread = x.reshape(images, groups, -1)
-            hat = ((spread - mean[..., None]) * inverse[..., None]).view(x.shape)
-            z = (hat * weight[:, None, None] + bias[:, None, None]).to(x.dtype)
-            gradient = torch.ops.aten.silu_backward(gradient, z)
-        sizes = images, channels, sides[0] * sides[1], groups
-        plain = gradient.contiguous(), x.contiguous()
-        to_x, *_ = torch.ops.aten.native_group_norm_backward(*plain, mean, inverse, weight, *sizes, [True, False, False])
-        return to_x, None, None, None, None, None
-
-
-class _Geglu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        if _kernels(x.device) is not None and x.is_contiguous():
-            return _kernels(x.device).geglu(x)  # type: ignore[no-any-return]
-        value, gate = x.chunk(2, -1)
-        return value * F.gelu(gate)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,), (gradient,) = ctx.saved_tensors, gradients
-        if _kernels(x.device) is not None and x.is_contiguous():
-            return _kernels(x.device).geglu_backward(gradient.contiguous(), x)  # type: ignore[no-any-return]
-        value, gate = x.chunk(2, -1)
-        return torch.cat([gradient * F.gelu(gate), torch.ops.aten.gelu_backward(gradient * value, gate)], -1)
-
-
-@functools.cache
-def _kernels(device: torch.device) -> Any:
-    """The kernels of Triton, once they were seen to run on a device; None where they do not."""
-    if device.type != "cuda":
-        return None
-    try:
-        from . import kernels
-
-        x = torch.randn(1, 64, 2, 4, device=device).to(memory_format=torch.channels_last)
-        one = torch.ones(64, device=device)
-        y, stats = kernels.group_norm(x, one, one, 8, 1e-5, True)
-        kernels.group_norm_backward(y, x, one, one, stats, True)
-        kernels.geglu_backward(kernels.geglu(one), one)
-        torch.cuda.synchronize(device)
-    except Exception as error:  # no Triton, no compiler for what it launches from, a card that it does not know
-        import logging
-
-        logging.getLogger(__name__).warning("training without Triton's kernels, which is slower: %s", error)
-        return None
-    return kernels
+def _cudnn_attends(component: nn.Module, like: Tensor) -> bool:
+    """Whether cuDNN computes attention forward and backward at each of the component's widths that it says it serves."""
+    attentions = [module for module in component.modules() if isinstance(module, Attention)]
+    served = False
+    for size in sorted({one.to_q.out_features // one.heads for one in attentions if isinstance(one.to_q, nn.Linear)}):
+        rows = [torch.zeros(1, length, 2, size, dtype=like.dtype, device=like.device) for length in (64, 77)]
+        query, key = (one.transpose(1, 2).requires_grad_(True) for one in rows)
+        call = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, False, False)
+        if not torch.backends.cuda.can_use_cudnn_attention(call):
+            continue
+        try:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch.enable_grad():
+                torch.autograd.grad(F.scaled_dot_product_attention(query, key, key).sum(), (query, key))
+        except RuntimeError:  # no plan of this version fits
+            return False
+        served = True
+    return served

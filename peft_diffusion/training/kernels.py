@@ -1,226 +1,477 @@
-"""Triton kernels for what a frozen UNet spends its time on beside products: group norms with SiLU, and gated units.
+"""Triton kernels of the fused base: norms and gates in one pass over memory each, in float32 inside.
 
-Each reads and writes memory once where torch does it several times, computes in float32, and keeps for backward
-only what it read. Sums are made in a fixed order. Import it only where Triton is installed.
+Pictures are channels-last, (images, places, channels) in memory. Nothing is added up atomically, so results repeat bit for
+bit. Imported where Triton is; ``lean.py`` says the same in torch.
 """
 
 # ruff: noqa: ANN001, ANN202 -- Triton reads the annotations of its functions, and knows those of numbers alone
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS, _CHANNELS = 64, 64  # of a tile
-_ELEMENTS = 1024
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_TILE = 4096  # numbers that a program holds at once
+_WHOLE = 16384  # numbers of a group that one program holds whole, so that it reads them once
 
 
 @triton.jit
-def _tile(x, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Numbers of one tile of (images, rows, channels), their places and which of them are there."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    there = (row < rows)[:, None] & (channel < channels)[None, :]
-    place = (tl.program_id(2).to(tl.int64) * rows + row[:, None]) * channels + channel[None, :]
-    return tl.load(x + place, mask=there, other=0.0).to(tl.float32), place, there, channel
+def _sigmoid(z):
+    return 1 / (1 + tl.exp(-z))
 
 
 @triton.jit
-def _put_sums(sums, first, second, channel, channels):
-    """Two numbers per channel of a tile, in (images, tiles, 2, channels)."""
-    place = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * 2 * channels + channel
-    tl.store(sums + place, first, mask=channel < channels)
-    tl.store(sums + place + channels, second, mask=channel < channels)
+def _gelu_parts(gate):
+    """The normal distribution's share below ``gate``, and its density there."""
+    below = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+    return below, 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
 
 
 @triton.jit
-def _normal(x, channel, channels, weight, bias, stats, WIDTH: tl.constexpr):
-    """Of a tile: the numbers as their group's mean and deviation make them, the weight, and what the norm gives."""
-    there = channel < channels
-    group = tl.program_id(2) * (channels // WIDTH) + channel // WIDTH
-    mean, inverse = tl.load(stats + 2 * group, mask=there, other=0.0), tl.load(stats + 2 * group + 1, mask=there, other=0.0)
-    w = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32)
-    b = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)
-    hat = (x - mean[None, :]) * inverse[None, :]
-    return hat, w, inverse, hat * w[None, :] + b[None, :]
+def _shifted(x, shift, image, channel, here, CHANNELS, SHIFTED: tl.constexpr):
+    if SHIFTED:
+        x += tl.load(shift + image * CHANNELS + channel, mask=here, other=0).to(tl.float32)[None, :]
+    return x
 
 
 @triton.jit
-def _moments(x, sums, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Mean and sum of squared deviations of each channel of a tile."""
-    value, _, there, channel = _tile(x, rows, channels, ROWS, CHANNELS)
-    count = tl.minimum(rows - tl.program_id(0) * ROWS, ROWS).to(tl.float32)
-    mean = tl.sum(value, 0) / count
-    away = tl.where(there, value - mean[None, :], 0.0)
-    _put_sums(sums, mean, tl.sum(away * away, 0), channel, channels)
-
-
-@triton.jit
-def _group_stats(
-    sums, stats, rows, channels, tiles, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    TILES: tl.constexpr, PADDED: tl.constexpr,
+def _group_norm_whole(
+    x, shift, weight, bias, y, mean, rstd, PLACES, CHANNELS, eps,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and inverse deviation of a group, from those of its tiles (Chan et al. 1983)."""
-    group, image = tl.program_id(0), tl.program_id(1)
-    tile, own = tl.arange(0, TILES), tl.arange(0, PADDED)
-    there = (tile < tiles)[:, None] & (own < WIDTH)[None, :]
-    place = (image * tiles + tile[:, None]) * 2 * channels + group * WIDTH + own[None, :]
-    means = tl.load(sums + place, mask=there, other=0.0)
-    squares = tl.load(sums + place + channels, mask=there, other=0.0)
-    counts = tl.where(there, tl.minimum(rows - tile * ROWS, ROWS).to(tl.float32)[:, None], 0.0)
-    total = rows * 1.0 * WIDTH
-    mean = tl.sum(tl.sum(counts * means, 1), 0) / total
-    away = means - mean
-    variance = tl.sum(tl.sum(squares + counts * away * away, 1), 0) / total
-    where = stats + 2 * (image * tl.num_programs(0) + group)
-    tl.store(where, mean)
-    tl.store(where + 1, 1.0 / tl.sqrt(variance + eps))
-
-
-@triton.jit
-def _apply(
-    x, y, weight, bias, stats, rows, channels, WIDTH: tl.constexpr, SILU: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    value, place, there, channel = _tile(x, rows, channels, ROWS, CHANNELS)
-    _, _, _, z = _normal(value, channel, channels, weight, bias, stats, WIDTH)
+    image, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
+    place, within = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    channel, here = group * WIDTH + within, within < WIDTH
+    inside = (place < PLACES)[:, None] & here[None, :]
+    at = image * PLACES * CHANNELS + place[:, None] * CHANNELS + channel[None, :]
+    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, CHANNELS, SHIFTED)
+    count = PLACES * WIDTH
+    middle = tl.sum(tl.sum(tl.where(inside, seen, 0.0), 1), 0) / count
+    away = tl.where(inside, seen - middle, 0.0)
+    scale = 1 / tl.sqrt(tl.sum(tl.sum(away * away, 1), 0) / count + eps)
+    factor = tl.load(weight + channel, mask=here, other=0).to(tl.float32)
+    offset = tl.load(bias + channel, mask=here, other=0).to(tl.float32)
+    z = away * scale * factor[None, :] + offset[None, :]
     if SILU:
-        z = z * tl.sigmoid(z)
-    tl.store(y + place, z.to(y.dtype.element_ty), mask=there)
+        z = z * _sigmoid(z)
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
+    tl.store(mean + tl.program_id(0), middle)
+    tl.store(rstd + tl.program_id(0), scale)
 
 
 @triton.jit
-def _before_silu(g, z, SILU: tl.constexpr):
-    """The gradient to what the norm gave."""
+def _group_norm_whole_back(
+    dy, x, shift, weight, bias, mean, rstd, through, dx, PLACES, CHANNELS,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr, THROUGH: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    image, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
+    place, within = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    channel, here = group * WIDTH + within, within < WIDTH
+    inside = (place < PLACES)[:, None] & here[None, :]
+    at = image * PLACES * CHANNELS + place[:, None] * CHANNELS + channel[None, :]
+    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, CHANNELS, SHIFTED)
+    middle, scale = tl.load(mean + tl.program_id(0)), tl.load(rstd + tl.program_id(0))
+    factor = tl.load(weight + channel, mask=here, other=0).to(tl.float32)
+    offset = tl.load(bias + channel, mask=here, other=0).to(tl.float32)
+    normal = tl.where(inside, (seen - middle) * scale, 0.0)
+    dz = tl.load(dy + at, mask=inside, other=0).to(tl.float32)
     if SILU:
-        s = tl.sigmoid(z)
-        g = g * s * (1.0 + z * (1.0 - s))
-    return g
+        z = normal * factor[None, :] + offset[None, :]
+        s = _sigmoid(z)
+        dz = dz * s * (1 + z * (1 - s))
+    dz = dz * factor[None, :]
+    count = PLACES * WIDTH
+    first = tl.sum(tl.sum(dz, 1), 0) / count
+    second = tl.sum(tl.sum(dz * normal, 1), 0) / count
+    found = scale * (dz - first - normal * second)
+    if THROUGH:
+        found += tl.load(through + at, mask=inside, other=0).to(tl.float32)
+    tl.store(dx + at, found.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _backward_sums(
-    x, g, sums, weight, bias, stats, rows, channels, WIDTH: tl.constexpr,
-    SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+def _channel_moments(x, shift, parts, PLACES, CHANNELS, SHIFTED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Mean and squared distances of each channel over a stretch of places: parts (image, stretch, 2, channel)."""
+    stretch, image = tl.program_id(0), tl.program_id(1)
+    place, channel = stretch * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    here = channel < CHANNELS
+    inside = (place < PLACES)[:, None] & here[None, :]
+    at = image * PLACES * CHANNELS + place[:, None] * CHANNELS + channel[None, :]
+    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, CHANNELS, SHIFTED)
+    count = tl.minimum(PLACES - stretch * BLOCK_P, BLOCK_P)
+    middle = tl.sum(tl.where(inside, seen, 0.0), 0) / count
+    away = tl.where(inside, seen - middle[None, :], 0.0)
+    to = parts + (image * tl.num_programs(0) + stretch) * 2 * CHANNELS + channel
+    tl.store(to, middle, mask=here)
+    tl.store(to + CHANNELS, tl.sum(away * away, 0), mask=here)
+
+
+@triton.jit
+def _group_moments(
+    parts, mean, rstd, PLACES, CHANNELS, STRETCHES, eps,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, LENGTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel of a tile, the sums of weighted gradients, and of those times the normalized numbers."""
-    value, place, there, channel = _tile(x, rows, channels, ROWS, CHANNELS)
-    hat, w, _, z = _normal(value, channel, channels, weight, bias, stats, WIDTH)
-    gradient = _before_silu(tl.load(g + place, mask=there, other=0.0).to(tl.float32), z, SILU) * w[None, :]
-    _put_sums(sums, tl.sum(gradient, 0), tl.sum(tl.where(there, gradient * hat, 0.0), 0), channel, channels)
+    """Mean and 1 / deviation of each group, from those of its channels (Chan et al. 1979)."""
+    image, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
+    within = tl.arange(0, BLOCK_C)
+    here = within < WIDTH
+    count = PLACES * WIDTH
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    start = 0
+    while start < STRETCHES:
+        stretch = start + tl.arange(0, BLOCK_S)
+        inside = (stretch < STRETCHES)[:, None] & here[None, :]
+        at = (image * STRETCHES + stretch[:, None]) * 2 * CHANNELS + group * WIDTH + within[None, :]
+        size = tl.minimum(PLACES - stretch * LENGTH, LENGTH)
+        total += tl.sum(tl.load(parts + at, mask=inside, other=0) * size[:, None], 0)
+        start += BLOCK_S
+    middle = tl.sum(total, 0) / count
+    spread = tl.zeros((BLOCK_C,), tl.float32)
+    start = 0
+    while start < STRETCHES:
+        stretch = start + tl.arange(0, BLOCK_S)
+        inside = (stretch < STRETCHES)[:, None] & here[None, :]
+        at = (image * STRETCHES + stretch[:, None]) * 2 * CHANNELS + group * WIDTH + within[None, :]
+        size = tl.minimum(PLACES - stretch * LENGTH, LENGTH)
+        away = tl.load(parts + at, mask=inside, other=0) - middle
+        own = tl.load(parts + at + CHANNELS, mask=inside, other=0)
+        spread += tl.sum(tl.where(inside, own + away * away * size[:, None], 0.0), 0)
+        start += BLOCK_S
+    tl.store(mean + tl.program_id(0), middle)
+    tl.store(rstd + tl.program_id(0), 1 / tl.sqrt(tl.sum(spread, 0) / count + eps))
 
 
 @triton.jit
-def _group_sums(sums, means, rows, channels, tiles, WIDTH: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr):
-    """The means over a group of what its tiles summed."""
-    group, image = tl.program_id(0), tl.program_id(1)
-    tile, own = tl.arange(0, TILES), tl.arange(0, PADDED)
-    there = (tile < tiles)[:, None] & (own < WIDTH)[None, :]
-    place = (image * tiles + tile[:, None]) * 2 * channels + group * WIDTH + own[None, :]
-    total = rows * 1.0 * WIDTH
-    where = means + 2 * (image * tl.num_programs(0) + group)
-    tl.store(where, tl.sum(tl.sum(tl.load(sums + place, mask=there, other=0.0), 1), 0) / total)
-    tl.store(where + 1, tl.sum(tl.sum(tl.load(sums + place + channels, mask=there, other=0.0), 1), 0) / total)
-
-
-@triton.jit
-def _backward_apply(
-    x, g, to_x, means, weight, bias, stats, rows, channels, WIDTH: tl.constexpr,
-    SILU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+def _group_norm_apply(
+    x, shift, weight, bias, y, mean, rstd, PLACES, CHANNELS,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    value, place, there, channel = _tile(x, rows, channels, ROWS, CHANNELS)
-    hat, w, inverse, z = _normal(value, channel, channels, weight, bias, stats, WIDTH)
-    gradient = _before_silu(tl.load(g + place, mask=there, other=0.0).to(tl.float32), z, SILU) * w[None, :]
-    known = channel < channels
-    group = tl.program_id(2) * (channels // WIDTH) + channel // WIDTH
-    mean = tl.load(means + 2 * group, mask=known, other=0.0)
-    along = tl.load(means + 2 * group + 1, mask=known, other=0.0)
-    result = inverse[None, :] * (gradient - mean[None, :] - hat * along[None, :])
-    tl.store(to_x + place, result.to(to_x.dtype.element_ty), mask=there)
-
-
-def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor]:
-    """The norm of ``x`` (images, channels, height, width), in channels-last order, and each group's mean and 1 / deviation.
-
-    With ``silu``, SiLU of it. The second is (images, groups, 2) in float32.
-    """
-    images, channels, rows, grid = _sizes(x)
-    width, tiles = channels // groups, grid[0]
-    sums = torch.empty(images, tiles, 2, channels, device=x.device)
-    stats = torch.empty(images, groups, 2, device=x.device)
-    y = torch.empty_like(x)
-    padded = {"TILES": triton.next_power_of_2(tiles), "PADDED": triton.next_power_of_2(width)}
-    tile = {"ROWS": _ROWS, "CHANNELS": _CHANNELS}
-    with torch.cuda.device_of(x):
-        _moments[grid](x, sums, rows, channels, **tile)
-        _group_stats[(groups, images)](sums, stats, rows, channels, tiles, eps, ROWS=_ROWS, WIDTH=width, **padded)
-        _apply[grid](x, y, weight, bias, stats, rows, channels, WIDTH=width, SILU=silu, **tile)
-    return y, stats
-
-
-def group_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, stats: Tensor, silu: bool) -> Tensor:
-    """The gradient to ``x``, from that to what ``group_norm`` gave; both in channels-last order."""
-    images, channels, rows, grid = _sizes(x)
-    groups = stats.shape[1]
-    width, tiles = channels // groups, grid[0]
-    sums, means = torch.empty(images, tiles, 2, channels, device=x.device), torch.empty_like(stats)
-    to_x = torch.empty_like(x)
-    padded = {"TILES": triton.next_power_of_2(tiles), "PADDED": triton.next_power_of_2(width)}
-    how = {"WIDTH": width, "SILU": silu, "ROWS": _ROWS, "CHANNELS": _CHANNELS}
-    with torch.cuda.device_of(x):
-        _backward_sums[grid](x, gradient, sums, weight, bias, stats, rows, channels, **how)
-        _group_sums[(groups, images)](sums, means, rows, channels, tiles, WIDTH=width, **padded)
-        _backward_apply[grid](x, gradient, to_x, means, weight, bias, stats, rows, channels, **how)
-    return to_x
-
-
-def _sizes(x: Tensor) -> tuple[int, int, int, tuple[int, int, int]]:
-    """Images, channels, rows, and the grid of tiles."""
-    images, channels, height, width = x.shape
-    rows = height * width
-    return images, channels, rows, (triton.cdiv(rows, _ROWS), triton.cdiv(channels, _CHANNELS), images)
+    stretch, image = tl.program_id(0), tl.program_id(1)
+    place, channel = stretch * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    here = channel < CHANNELS
+    inside = (place < PLACES)[:, None] & here[None, :]
+    at = image * PLACES * CHANNELS + place[:, None] * CHANNELS + channel[None, :]
+    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, CHANNELS, SHIFTED)
+    own = image * GROUPS + channel // WIDTH
+    middle, scale = tl.load(mean + own, mask=here, other=0), tl.load(rstd + own, mask=here, other=0)
+    factor = tl.load(weight + channel, mask=here, other=0).to(tl.float32)
+    offset = tl.load(bias + channel, mask=here, other=0).to(tl.float32)
+    z = (seen - middle[None, :]) * (scale * factor)[None, :] + offset[None, :]
+    if SILU:
+        z = z * _sigmoid(z)
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _half(x, width, count, ELEMENTS: tl.constexpr):
-    """A stretch of both halves of rows (count, 2 * width), value and gate, their place and that in one half."""
-    one = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
-    there = one < count
-    place = one // width * 2 * width + one % width
-    value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
-    gate = tl.load(x + place + width, mask=there, other=0.0).to(tl.float32)
-    return value, gate, place, one, there
+def _group_norm_back_sums(
+    dy, x, shift, weight, bias, mean, rstd, parts, PLACES, CHANNELS,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums of each channel over a stretch of places that the gradient of a group is made of."""
+    stretch, image = tl.program_id(0), tl.program_id(1)
+    place, channel = stretch * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    here = channel < CHANNELS
+    inside = (place < PLACES)[:, None] & here[None, :]
+    at = image * PLACES * CHANNELS + place[:, None] * CHANNELS + channel[None, :]
+    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, CHANNELS, SHIFTED)
+    own = image * GROUPS + channel // WIDTH
+    middle, scale = tl.load(mean + own, mask=here, other=0), tl.load(rstd + own, mask=here, other=0)
+    factor = tl.load(weight + channel, mask=here, other=0).to(tl.float32)
+    offset = tl.load(bias + channel, mask=here, other=0).to(tl.float32)
+    normal = (seen - middle[None, :]) * scale[None, :]
+    dz = tl.load(dy + at, mask=inside, other=0).to(tl.float32)
+    if SILU:
+        z = normal * factor[None, :] + offset[None, :]
+        s = _sigmoid(z)
+        dz = dz * s * (1 + z * (1 - s))
+    to = parts + (image * tl.num_programs(0) + stretch) * 2 * CHANNELS + channel
+    tl.store(to, factor * tl.sum(dz, 0), mask=here)
+    tl.store(to + CHANNELS, factor * tl.sum(dz * normal, 0), mask=here)
 
 
 @triton.jit
-def _gated(x, y, width, count, ELEMENTS: tl.constexpr):
-    value, gate, _, one, there = _half(x, width, count, ELEMENTS)
-    share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-    tl.store(y + one, (value * gate * share).to(y.dtype.element_ty), mask=there)
+def _group_sums(
+    parts, first, second, PLACES, CHANNELS, STRETCHES,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    image, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
+    within = tl.arange(0, BLOCK_C)
+    here = within < WIDTH
+    one, two = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
+    start = 0
+    while start < STRETCHES:
+        stretch = start + tl.arange(0, BLOCK_S)
+        inside = (stretch < STRETCHES)[:, None] & here[None, :]
+        at = (image * STRETCHES + stretch[:, None]) * 2 * CHANNELS + group * WIDTH + within[None, :]
+        one += tl.sum(tl.load(parts + at, mask=inside, other=0), 0)
+        two += tl.sum(tl.load(parts + at + CHANNELS, mask=inside, other=0), 0)
+        start += BLOCK_S
+    count = PLACES * WIDTH
+    tl.store(first + tl.program_id(0), tl.sum(one, 0) / count)
+    tl.store(second + tl.program_id(0), tl.sum(two, 0) / count)
 
 
 @triton.jit
-def _gated_backward(x, g, to_x, width, count, ELEMENTS: tl.constexpr):
-    value, gate, place, one, there = _half(x, width, count, ELEMENTS)
-    gradient = tl.load(g + one, mask=there, other=0.0).to(tl.float32)
-    share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-    slope = share + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
-    tl.store(to_x + place, (gradient * gate * share).to(to_x.dtype.element_ty), mask=there)
-    tl.store(to_x + place + width, (gradient * value * slope).to(to_x.dtype.element_ty), mask=there)
+def _group_norm_back_apply(
+    dy, x, shift, weight, bias, mean, rstd, first, second, through, dx, PLACES, CHANNELS,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr, THROUGH: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    stretch, image = tl.program_id(0), tl.program_id(1)
+    place, channel = stretch * BLOCK_P + tl.arange(0, BLOCK_P), tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    here = channel < CHANNELS
+    inside = (place < PLACES)[:, None] & here[None, :]
+    at = image * PLACES * CHANNELS + place[:, None] * CHANNELS + channel[None, :]
+    seen = _shifted(tl.load(x + at, mask=inside, other=0).to(tl.float32), shift, image, channel, here, CHANNELS, SHIFTED)
+    own = image * GROUPS + channel // WIDTH
+    middle, scale = tl.load(mean + own, mask=here, other=0), tl.load(rstd + own, mask=here, other=0)
+    one, two = tl.load(first + own, mask=here, other=0), tl.load(second + own, mask=here, other=0)
+    factor = tl.load(weight + channel, mask=here, other=0).to(tl.float32)
+    offset = tl.load(bias + channel, mask=here, other=0).to(tl.float32)
+    normal = (seen - middle[None, :]) * scale[None, :]
+    dz = tl.load(dy + at, mask=inside, other=0).to(tl.float32)
+    if SILU:
+        z = normal * factor[None, :] + offset[None, :]
+        s = _sigmoid(z)
+        dz = dz * s * (1 + z * (1 - s))
+    found = scale[None, :] * (dz * factor[None, :] - one[None, :] - normal * two[None, :])
+    if THROUGH:
+        found += tl.load(through + at, mask=inside, other=0).to(tl.float32)
+    tl.store(dx + at, found.to(dx.dtype.element_ty), mask=inside)
 
 
-def geglu(x: Tensor) -> Tensor:
-    """``value * gelu(gate)`` (Shazeer 2020) of a contiguous (..., 2 * width), whose halves they are."""
+@triton.jit
+def _layer_norm(
+    x, added, weight, bias, total, y, mean, rstd, ROWS, WIDTH, eps,
+    ADDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row, column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
+    here = column < WIDTH
+    inside = (row < ROWS)[:, None] & here[None, :]
+    at = row[:, None] * WIDTH + column[None, :]
+    seen = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    if ADDED:
+        seen += tl.load(added + at, mask=inside, other=0).to(tl.float32)
+        rounded = seen.to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=inside)
+        seen = rounded.to(tl.float32)
+    middle = tl.sum(seen, 1) / WIDTH
+    away = tl.where(inside, seen - middle[:, None], 0.0)
+    scale = 1 / tl.sqrt(tl.sum(away * away, 1) / WIDTH + eps)
+    factor = tl.load(weight + column, mask=here, other=0).to(tl.float32)
+    offset = tl.load(bias + column, mask=here, other=0).to(tl.float32)
+    z = away * scale[:, None] * factor[None, :] + offset[None, :]
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
+    tl.store(mean + row, middle, mask=row < ROWS)
+    tl.store(rstd + row, scale, mask=row < ROWS)
+
+
+@triton.jit
+def _layer_norm_back(
+    dy, x, weight, mean, rstd, through, dx, ROWS, WIDTH,
+    THROUGH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    row, column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
+    here = column < WIDTH
+    inside = (row < ROWS)[:, None] & here[None, :]
+    at = row[:, None] * WIDTH + column[None, :]
+    middle, scale = tl.load(mean + row, mask=row < ROWS, other=0), tl.load(rstd + row, mask=row < ROWS, other=0)
+    seen = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    normal = tl.where(inside, (seen - middle[:, None]) * scale[:, None], 0.0)
+    factor = tl.load(weight + column, mask=here, other=0).to(tl.float32)
+    dz = tl.load(dy + at, mask=inside, other=0).to(tl.float32) * factor[None, :]
+    first, second = tl.sum(dz, 1) / WIDTH, tl.sum(dz * normal, 1) / WIDTH
+    found = scale[:, None] * (dz - first[:, None] - normal * second[:, None])
+    if THROUGH:
+        found += tl.load(through + at, mask=inside, other=0).to(tl.float32)
+    tl.store(dx + at, found.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated(x, y, COUNT, WIDTH, BLOCK: tl.constexpr):
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = number < COUNT
+    at = number // WIDTH * 2 * WIDTH + number % WIDTH
+    value = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    gate = tl.load(x + at + WIDTH, mask=inside, other=0).to(tl.float32)
+    below, _ = _gelu_parts(gate)
+    tl.store(y + number, (value * gate * below).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated_back(dy, x, dx, COUNT, WIDTH, BLOCK: tl.constexpr):
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = number < COUNT
+    at = number // WIDTH * 2 * WIDTH + number % WIDTH
+    value = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    gate = tl.load(x + at + WIDTH, mask=inside, other=0).to(tl.float32)
+    given = tl.load(dy + number, mask=inside, other=0).to(tl.float32)
+    below, density = _gelu_parts(gate)
+    tl.store(dx + at, (given * gate * below).to(dx.dtype.element_ty), mask=inside)
+    tl.store(dx + at + WIDTH, (given * value * (below + gate * density)).to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_with_bias(a, b, bias, y, COUNT, CHANNELS, BLOCK: tl.constexpr):
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = number < COUNT
+    total = tl.load(a + number, mask=inside, other=0).to(tl.float32)
+    total += tl.load(b + number, mask=inside, other=0).to(tl.float32)
+    total += tl.load(bias + number % CHANNELS, mask=inside, other=0).to(tl.float32)
+    tl.store(y + number, total.to(y.dtype.element_ty), mask=inside)
+
+
+def _on_its_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Launch where the first tensor is: Triton would take the present device."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        if not isinstance(first, Tensor) or not first.is_cuda:
+            return function(*args, **kwargs)
+        with torch.cuda.device_of(first):
+            return function(*args, **kwargs)
+
+    return run
+
+
+class _Tiles:
+    """How a map (images, channels, height, width) is cut into what programs hold."""
+
+    def __init__(self, x: Tensor, groups: int) -> None:
+        self.images, self.channels = x.shape[:2]
+        self.places = x.shape[2] * x.shape[3]
+        self.groups, self.width = groups, self.channels // groups
+        self.block_width = triton.next_power_of_2(self.width)
+        self.all_places = triton.next_power_of_2(self.places)
+        self.whole = self.all_places * self.block_width <= _WHOLE
+        self.block_channels = min(64, triton.next_power_of_2(self.channels))
+        self.length = min(_TILE // self.block_channels, self.all_places)
+        self.stretches = triton.cdiv(self.places, self.length)
+        self.grid = (self.stretches, self.images, triton.cdiv(self.channels, self.block_channels))
+        self.warps = 8 if self.all_places * self.block_width > 4096 else 4
+
+
+@_on_its_device
+def group_norm(
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of a channels-last map plus ``shift`` (images, channels), and mean and 1 / deviation (images, groups)."""
+    t, y = _Tiles(x, groups), torch.empty_like(x)
+    mean, rstd = x.new_empty(2, t.images, groups, dtype=torch.float32).unbind()
+    moved, flags = x if shift is None else shift, {"SHIFTED": shift is not None, "SILU": silu}
+    if t.whole:
+        _group_norm_whole[(t.images * groups,)](
+            x, moved, weight, bias, y, mean, rstd, t.places, t.channels, eps, GROUPS=groups, WIDTH=t.width, **flags,
+            BLOCK_P=t.all_places, BLOCK_C=t.block_width, num_warps=t.warps,
+        )  # fmt: skip
+        return y, mean, rstd
+    parts = x.new_empty(t.images, t.stretches, 2, t.channels, dtype=torch.float32)
+    tile = {"BLOCK_P": t.length, "BLOCK_C": t.block_channels}
+    _channel_moments[t.grid](x, moved, parts, t.places, t.channels, SHIFTED=shift is not None, **tile)
+    _group_moments[(t.images * groups,)](
+        parts, mean, rstd, t.places, t.channels, t.stretches, eps, GROUPS=groups, WIDTH=t.width, LENGTH=t.length, BLOCK_S=32,
+        BLOCK_C=t.block_width,
+    )  # fmt: skip
+    _group_norm_apply[t.grid](
+        x, moved, weight, bias, y, mean, rstd, t.places, t.channels, GROUPS=groups, WIDTH=t.width, **flags, **tile
+    )
+    return y, mean, rstd
+
+
+@_on_its_device
+def group_norm_back(
+    dy: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, silu: bool,
+    through: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The gradient to ``x``, with ``through`` added, all channels-last."""
+    groups = mean.shape[1]
+    t, dx = _Tiles(x, groups), torch.empty_like(x)
+    moved, passed = x if shift is None else shift, x if through is None else through
+    flags = {"SHIFTED": shift is not None, "SILU": silu}
+    if t.whole:
+        _group_norm_whole_back[(t.images * groups,)](
+            dy, x, moved, weight, bias, mean, rstd, passed, dx, t.places, t.channels, GROUPS=groups, WIDTH=t.width, **flags,
+            THROUGH=through is not None, BLOCK_P=t.all_places, BLOCK_C=t.block_width, num_warps=2 * t.warps,
+        )  # fmt: skip
+        return dx
+    parts = x.new_empty(t.images, t.stretches, 2, t.channels, dtype=torch.float32)
+    first, second = torch.empty_like(mean), torch.empty_like(mean)
+    sizes, tile = {"GROUPS": groups, "WIDTH": t.width}, {"BLOCK_P": t.length, "BLOCK_C": t.block_channels}
+    _group_norm_back_sums[t.grid](
+        dy, x, moved, weight, bias, mean, rstd, parts, t.places, t.channels, **sizes, **flags, **tile
+    )
+    _group_sums[(t.images * groups,)](
+        parts, first, second, t.places, t.channels, t.stretches, **sizes, BLOCK_S=32, BLOCK_C=t.block_width
+    )
+    _group_norm_back_apply[t.grid](
+        dy, x, moved, weight, bias, mean, rstd, first, second, passed, dx, t.places, t.channels, **sizes, **flags,
+        THROUGH=through is not None, **tile,
+    )  # fmt: skip
+    return dx
+
+
+@_on_its_device
+def layer_norm(
+    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``x + added``, its norm over the last axis, and mean and 1 / deviation of each row; all contiguous."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    y, total = torch.empty_like(x), x if added is None else torch.empty_like(x)
+    mean, rstd = x.new_empty(2, rows, dtype=torch.float32).unbind()
+    block = triton.next_power_of_2(width)
+    each = max(1, _TILE // 2 // block)
+    _layer_norm[(triton.cdiv(rows, each),)](
+        x, x if added is None else added, weight, bias, total, y, mean, rstd, rows, width, eps, ADDED=added is not None,
+        BLOCK_R=each, BLOCK_C=block,
+    )  # fmt: skip
+    return total, y, mean, rstd
+
+
+@_on_its_device
+def layer_norm_back(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, through: Tensor | None) -> Tensor:
+    """The gradient to ``x``, with ``through`` added."""
+    width, dx = x.shape[-1], torch.empty_like(x)
+    rows, block = x.numel() // width, triton.next_power_of_2(width)
+    each = max(1, _TILE // 2 // block)
+    _layer_norm_back[(triton.cdiv(rows, each),)](
+        dy, x, weight, mean, rstd, x if through is None else through, dx, rows, width, THROUGH=through is not None,
+        BLOCK_R=each, BLOCK_C=block,
+    )  # fmt: skip
+    return dx
+
+
+@_on_its_device
+def gated(x: Tensor) -> Tensor:
+    """The first half of the last axis times the GELU of the second; contiguous."""
     y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-    with torch.cuda.device_of(x):
-        _gated[(triton.cdiv(y.numel(), _ELEMENTS),)](x, y, y.shape[-1], y.numel(), ELEMENTS=_ELEMENTS)
+    _gated[(triton.cdiv(y.numel(), 1024),)](x, y, y.numel(), y.shape[-1], BLOCK=1024)
     return y
 
 
-def geglu_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient to ``x``, from that to what ``geglu`` gave; both contiguous."""
-    to_x = torch.empty_like(x)
-    count = gradient.numel()
-    with torch.cuda.device_of(x):
-        _gated_backward[(triton.cdiv(count, _ELEMENTS),)](x, gradient, to_x, gradient.shape[-1], count, ELEMENTS=_ELEMENTS)
-    return to_x
+@_on_its_device
+def gated_back(dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient to ``x``."""
+    dx = torch.empty_like(x)
+    _gated_back[(triton.cdiv(dy.numel(), 1024),)](dy, x, dx, dy.numel(), dy.shape[-1], BLOCK=1024)
+    return dx
+
+
+@_on_its_device
+def sum_with_bias(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+    """``a + b`` and a number for each channel, of channels-last maps."""
+    y = torch.empty_like(a)
+    _sum_with_bias[(triton.cdiv(y.numel(), 1024),)](a, b, bias, y, y.numel(), len(bias), BLOCK=1024)
+    return y

@@ -1,0 +1,256 @@
+"""What a frozen base computes, as functions that keep for backward only what they cannot make again.
+
+Their base needs no gradients, which is taken for granted: weights and biases get none. Each function has two ways to be
+computed: kernels that read memory once, where Triton is and the tensors are on a GPU, and torch.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+Pair = tuple[Tensor, Tensor]
+_CHANNELS_LAST = torch.channels_last
+
+
+@functools.cache
+def kernels_on(device: torch.device) -> Any:
+    """The kernels of Triton, once they were seen to run on a device; None where they do not.
+
+    Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU, which is slow but shows that they are right.
+    """
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    try:
+        from . import kernels
+
+        x, one = torch.randn(1, 64, 2, 4, device=device).to(memory_format=_CHANNELS_LAST), torch.ones(64, device=device)
+        y, mean, rstd = kernels.group_norm(x, None, one, one, 8, 1e-5, True)
+        kernels.group_norm_back(y, x, None, one, one, mean, rstd, True, None)
+        kernels.gated_back(kernels.gated(one), one)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:  # no Triton, no compiler for what it launches from, a card that it does not know
+        logging.getLogger(__name__).warning("training without Triton's kernels, which is slower: %s", error)
+        return None
+    return kernels
+
+
+def group_norm(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None = None, silu: bool = False) -> Pair:
+    """The norm of ``x + shift`` (and its SiLU), and ``x`` itself for another use.
+
+    ``x`` (images, channels, height, width), ``shift`` (images, channels) or None. Who uses the second result in place of
+    ``x`` has both gradients added where the norm's is made. Keeps ``x`` and two numbers for each group.
+    """
+    x = x.contiguous(memory_format=_CHANNELS_LAST)
+    apply: Callable[..., Pair] = _GroupNorm.apply
+    return apply(x, shift, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+
+
+def layer_norm(x: Tensor, norm: nn.LayerNorm, added: Tensor | None = None) -> Pair:
+    """The norm of ``x + added`` over the last axis, and that sum, whose gradient is added where the norm's is made."""
+    apply: Callable[..., Pair] = _LayerNorm.apply
+    return apply(x.contiguous(), added if added is None else added.contiguous(), norm.weight, norm.bias, norm.eps)
+
+
+def gated(x: Tensor) -> Tensor:
+    """The first half of the last axis times the GELU of the second (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+    apply: Callable[..., Tensor] = _Gated.apply
+    return apply(x.contiguous())
+
+
+def conv2d(x: Tensor, conv: nn.Conv2d, biased: bool = True) -> Tensor:
+    """A frozen convolution, padded with zeros, which keeps the shape of ``x`` alone."""
+    apply: Callable[..., Tensor] = _Conv2d.apply
+    return apply(x, conv.weight, conv.bias if biased else None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 1x1 convolution of a channels-last map as the product that it is, its bias included."""
+    rows = x.permute(0, 2, 3, 1)
+    return F.linear(rows, conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+
+
+def sum_with_bias(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """``a + b`` and a number for each channel, of maps (images, channels, height, width)."""
+    if bias is None:
+        return a + b
+    apply: Callable[..., Tensor] = _SumWithBias.apply
+    return apply(a.contiguous(memory_format=_CHANNELS_LAST), b.contiguous(memory_format=_CHANNELS_LAST), bias)
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+    ) -> Pair:
+        ctx.set_materialize_grads(False)
+        kernels = kernels_on(x.device)
+        if kernels is not None:
+            shift = None if shift is None else shift.contiguous()
+            y, mean, rstd = kernels.group_norm(x, shift, weight, bias, groups, eps, silu)
+        else:
+            y, mean, rstd = _group_norm_in_torch(x, shift, weight, bias, groups, eps, silu)
+        ctx.save_for_backward(x, shift, weight, bias, mean, rstd)
+        ctx.silu = silu
+        return y, x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, shift, weight, bias, mean, rstd = ctx.saved_tensors
+        dy, through = gradients
+        if dy is None:
+            return through, None, None, None, None, None, None
+        dy = dy.contiguous(memory_format=_CHANNELS_LAST)
+        # A shift gets the gradient of the norm alone, so what passes through is then added apart.
+        apart = ctx.needs_input_grad[1]
+        passed = None if through is None or apart else through.contiguous(memory_format=_CHANNELS_LAST)
+        kernels = kernels_on(x.device)
+        back = kernels.group_norm_back if kernels is not None else _group_norm_back_in_torch
+        dx = back(dy, x, shift, weight, bias, mean, rstd, ctx.silu, passed)
+        moved = dx.float().sum((2, 3)).to(shift.dtype) if apart else None
+        if apart and through is not None:
+            dx = dx + through
+        return dx, moved, None, None, None, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Pair:
+        ctx.set_materialize_grads(False)
+        kernels = kernels_on(x.device)
+        if kernels is not None:
+            total, y, mean, rstd = kernels.layer_norm(x, added, weight, bias, eps)
+        else:
+            total = x if added is None else x + added
+            y, mean, rstd = torch.native_layer_norm(total, [total.shape[-1]], weight, bias, eps)
+        ctx.save_for_backward(total, weight, bias, mean, rstd)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, bias, mean, rstd = ctx.saved_tensors
+        dy, through = gradients
+        kernels = kernels_on(total.device)
+        if dy is None:
+            dx = through
+        elif kernels is not None:
+            passed = None if through is None else through.contiguous()
+            dx = kernels.layer_norm_back(dy.contiguous(), total, weight, mean, rstd, passed)
+        else:
+            mask, shape = [True, False, False], [total.shape[-1]]
+            found = torch.ops.aten.native_layer_norm_backward(dy.contiguous(), total, shape, mean, rstd, weight, bias, mask)
+            dx = found[0] if through is None else found[0] + through
+        return dx, dx if ctx.needs_input_grad[1] else None, None, None, None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        kernels = kernels_on(x.device)
+        if kernels is not None:
+            return kernels.gated(x)  # type: ignore[no-any-return]
+        value, gate = x.chunk(2, -1)
+        return value * F.gelu(gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        dy = gradients[0].contiguous()
+        kernels = kernels_on(x.device)
+        if kernels is not None:
+            return kernels.gated_back(dy, x)  # type: ignore[no-any-return]
+        value, gate = x.chunk(2, -1)
+        return torch.cat([dy * F.gelu(gate), torch.ops.aten.gelu_backward(dy * value, gate)], -1)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...],
+        padding: str | tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.geometry = x.shape, (stride, padding, dilation, groups)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,), dx = ctx.saved_tensors, None
+        stride, padding, dilation, groups = ctx.geometry
+        if ctx.needs_input_grad[0]:
+            # Of the input, the gradient to the input takes the shape alone.
+            shape = gradients[0].new_empty(1).expand(ctx.shape)
+            dx = torch.ops.aten.convolution_backward(
+                gradients[0], shape, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+            )[0]
+        return dx, None, None, None, None, None, None
+
+
+class _SumWithBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        kernels = kernels_on(a.device)
+        if kernels is not None:
+            return kernels.sum_with_bias(a, b, bias)  # type: ignore[no-any-return]
+        return a + (b + bias[:, None, None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], gradients[0], None
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(images, groups, channels of a group, places) in float32."""
+    return x.float().reshape(len(x), groups, x.shape[1] // groups, -1)
+
+
+def _normal(x: Tensor, shift: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    seen = x.float() if shift is None else x.float() + shift.float()[:, :, None, None]
+    return ((_grouped(seen, mean.shape[1]) - mean[:, :, None, None]) * rstd[:, :, None, None]).view(x.shape)
+
+
+def _group_norm_in_torch(
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    seen = x.float() if shift is None else x.float() + shift.float()[:, :, None, None]
+    variance, mean = torch.var_mean(_grouped(seen, groups).flatten(2), 2, correction=0)
+    rstd = (variance + eps).rsqrt()
+    z = _normal(x, shift, mean, rstd) * weight.float()[:, None, None] + bias.float()[:, None, None]
+    z = F.silu(z) if silu else z
+    return z.to(x.dtype).contiguous(memory_format=_CHANNELS_LAST), mean, rstd
+
+
+def _group_norm_back_in_torch(
+    dy: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, silu: bool,
+    through: Tensor | None,
+) -> Tensor:  # fmt: skip
+    normal, dz, groups = _normal(x, shift, mean, rstd), dy.float(), mean.shape[1]
+    if silu:
+        z = normal * weight.float()[:, None, None] + bias.float()[:, None, None]
+        dz = torch.ops.aten.silu_backward(dz, z)
+    dz = _grouped(dz * weight.float()[:, None, None], groups)
+    normal = _grouped(normal, groups)
+    first, second = dz.mean((2, 3), keepdim=True), (dz * normal).mean((2, 3), keepdim=True)
+    dx = ((dz - first - normal * second) * rstd[:, :, None, None]).view(x.shape)
+    if through is not None:
+        dx = dx + through
+    return dx.to(x.dtype).contiguous(memory_format=_CHANNELS_LAST)
