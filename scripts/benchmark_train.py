@@ -9,7 +9,8 @@ First the gate: the gradients of one LoRA, ours and peft's, on the same weights 
 turns, A B B A A B, in blocks of 10 steps between CUDA events. Whatever is known is printed and appended to
 ``results.jsonl`` at once; what fails is told with its traceback and stops nothing else.
 
-Ours are ``ours`` (the package as it is), ``ours-eager`` (no recording) and ``ours-plain`` (recorded, the base not fused).
+Ours are ``ours`` (the package as it is), ``ours-eager`` (no recording), ``ours-plain`` (recorded, the base not fused) and
+``ours-flash`` (recorded and fused, with the attention that torch chooses).
 The frozen base alone, forward and the gradients through its activations, is ``floor`` (recorded as ours is), ``floor-eager``
 and ``floor-plain``. Others: ``script`` (diffusers'), ``peft`` (best effort), ``peft-graph``, ``peft-compiled`` (with
 ``--compile``) and ``lycoris``. Peak memory is that of a step that is no recording, with the weights; ``reserved`` is what
