@@ -111,9 +111,9 @@ def test_checkpointing_gives_the_same_gradients():
 
 def test_a_unet_keeps_less():
     unet = unet_with("lora", torch.float32)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
 
     def size() -> int:
+        weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
         kept = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept_by(run)}
         return sum(nbytes for place, nbytes in kept.items() if place not in weights)
 
