@@ -186,7 +186,8 @@ class FusedResnet(ResnetBlock2D):  # type: ignore[misc]
             passed = self.conv_shortcut(passed)
         if _lean(self.conv2, FrozenConv):
             return lean.sum_with_bias(passed, lean.conv2d(hidden, self.conv2, biased=False), self.conv2.bias)
-        return passed + self.conv2(hidden)
+        total: Tensor = passed + self.conv2(hidden)
+        return total
 
 
 class FusedBlock(BasicTransformerBlock):  # type: ignore[misc]
