@@ -127,11 +127,18 @@ def test_demo_teaches_two_styles_and_blends_them(tiny_base, tmp_path):
     assert "fit together" in learned.stdout
 
 
+def _hear_ctrl_c() -> None:
+    """A shell starts what runs in its background deaf to Ctrl-C, and the tests may run there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process there")
 def test_ctrl_c_keeps_the_pictures_that_are_done(tiny_base, tmp_path):
     more = ["--base", tiny_base, "--steps", "20", "--count", "5000", "--batch-size", "1", "--output", "out"]
     arguments = [sys.executable, "-m", "peft_diffusion", "generate", "a cat", *map(str, more)]
-    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=_hear_ctrl_c
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "a-cat-0.png").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
