@@ -37,7 +37,7 @@ def drawn(*shape):
     return torch.randn(shape, device=DEVICE).requires_grad_(True)
 
 
-def compare(found, expected, inputs) -> None:
+def check_same(found, expected, inputs) -> None:
     """Outputs, and gradients of a random sum of them."""
     weights = [torch.randn_like(one) for one in expected]
 
@@ -63,7 +63,7 @@ def test_group_norm_is_that_of_torch(shape, shifted, silu, way):
     expected = F.silu(z) if silu else z
     found = lean.group_norm(x, norm, shift, silu)
     assert found[0].is_contiguous(memory_format=torch.channels_last)
-    compare(found, (expected, x), [x] if shift is None else [x, shift])
+    check_same(found, (expected, x), [x] if shift is None else [x, shift])
 
 
 @pytest.mark.parametrize("added", [True, False])
@@ -73,20 +73,20 @@ def test_layer_norm_is_that_of_torch(width, added, way):
     norm, x = frozen(nn.LayerNorm(width)), drawn(2, 7, width)
     more = drawn(2, 7, width) if added else None
     total = x if more is None else x + more
-    compare(lean.layer_norm(x, norm, more), (norm(total), total), [x] if more is None else [x, more])
+    check_same(lean.layer_norm(x, norm, more), (norm(total), total), [x] if more is None else [x, more])
 
 
 def test_the_gate_is_that_of_torch(way):
     torch.manual_seed(0)
     x = drawn(2, 7, 80)
     value, gate = x.chunk(2, -1)
-    compare([lean.gated(x)], [value * F.gelu(gate)], [x])
+    check_same([lean.gated(x)], [value * F.gelu(gate)], [x])
 
 
 def test_a_sum_with_a_bias_is_one(way):
     torch.manual_seed(0)
     a, b, bias = drawn(2, 8, 3, 5), drawn(2, 8, 3, 5), torch.randn(8, device=DEVICE)
-    compare([lean.sum_with_bias(a, b, bias)], [a + b + bias[:, None, None]], [a, b])
+    check_same([lean.sum_with_bias(a, b, bias)], [a + b + bias[:, None, None]], [a, b])
 
 
 @pytest.mark.parametrize("geometry", [(3, 1, 1), (3, 2, 1), (1, 1, 0)])
@@ -99,5 +99,5 @@ def test_a_frozen_convolution_keeps_no_input(geometry):
         found += [lean.pointwise(x, conv)] if geometry[0] == 1 else []
         linear = F.linear(x.permute(0, 2, 3, 1), torch.ones(3, 8, device=DEVICE))
     assert kept and all(tensor.numel() < x.numel() or tensor.data_ptr() == conv.weight.data_ptr() for tensor in kept)
-    compare(found, [conv(x)] * len(found), [x])
+    check_same(found, [conv(x)] * len(found), [x])
     assert linear.requires_grad

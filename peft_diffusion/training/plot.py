@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_bytes
+from .charts import running
 from .signals import best_step, measurements
-
-_SMOOTH = 0.95  # decay of the running mean that is drawn over the single losses
+from .writing import write_bytes
 
 
 def draw(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
@@ -25,16 +24,14 @@ def draw(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     if trained:
         steps, losses = zip(*trained, strict=True)
         axes.plot(steps, losses, color="#c6dbef", linewidth=0.8, label="training, each step")
-        axes.plot(steps, _running(losses), color="#2171b5", label="training, running mean")
+        axes.plot(*zip(*running(trained), strict=True), color="#2171b5", label="training, running mean")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="#d94801", marker="o", label="pictures kept apart")
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.grid(alpha=0.3)
     if trained or held_out:
         axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    write_bytes(path, picture.getvalue())
+    _save(figure, path)
 
 
 def draw_signals(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
@@ -64,16 +61,10 @@ def draw_signals(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     if best is not None:
         panels[0].legend()
     panels[-1].set_xlabel("step")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     write_bytes(path, picture.getvalue())
-
-
-def _running(values: Sequence[float]) -> list[float]:
-    means: list[float] = []
-    weight = mean = 0.0
-    for value in values:
-        weight = _SMOOTH * weight + 1 - _SMOOTH
-        mean = _SMOOTH * mean + (1 - _SMOOTH) * value
-        means.append(mean / weight)
-    return means

@@ -116,7 +116,7 @@ class Record:
         if not seen.get(0) or not unseen.get(0):
             return []
         both = (step for step in seen if unseen.get(step))
-        return [(step, 1 - (seen[step] / seen[0]) / (unseen[step] / unseen[0])) for step in both]
+        return [(step, memorisation((seen[0], unseen[0]), (seen[step], unseen[step]))) for step in both]
 
     @property
     def nearest(self) -> Curve:
@@ -145,6 +145,15 @@ class Record:
         """The settings that are not the preset's, each with what the preset says."""
         defaults = self.facts.get("defaults", {})
         return {name: (self.config.get(name), value) for name, value in defaults.items() if self.config.get(name) != value}
+
+
+def memorisation(first: tuple[float, float], now: tuple[float, float]) -> float:
+    """How much further the loss fell on what is trained on than on what is not, as a share of the latter.
+
+    Each pair is the loss on what was seen and on what was not, all above 0. 0 where both fell alike, near 1 where only what
+    was seen is known.
+    """
+    return 1 - (now[0] / first[0]) / (now[1] / first[1])
 
 
 def find(folder: Path) -> list[Record]:

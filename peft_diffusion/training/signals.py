@@ -13,6 +13,7 @@ from ..core import site
 from ..core.adapter import Adapter, parts_of
 from ..core.errors import FoldError, UserError
 from ..core.merge import dense_weight
+from .record import memorisation
 
 TOLERANCE = 0.02
 """How far the loss on what is kept apart may stand above its lowest before a run is called over-trained."""
@@ -58,10 +59,8 @@ def measurements(metrics: Iterable[Mapping[str, Any]]) -> list[Measured]:
 
 
 def _memorisation(now: Mapping[str, float], first: Mapping[str, float]) -> float | None:
-    known = all(one.get(name, 0.0) > 0 for one in (now, first) for name in ("seen_loss", "held_out_loss"))
-    if not known:
-        return None
-    return 1 - (now["seen_loss"] / first["seen_loss"]) / (now["held_out_loss"] / first["held_out_loss"])
+    pairs = [(one.get("seen_loss", 0.0), one.get("held_out_loss", 0.0)) for one in (first, now)]
+    return memorisation(*pairs) if all(loss > 0 for pair in pairs for loss in pair) else None
 
 
 def best_step(unseen: Mapping[int, float]) -> int | None:

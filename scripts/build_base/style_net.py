@@ -10,6 +10,7 @@ from some that went through the base's autoencoder, so that a picture's softness
 import argparse
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -121,24 +122,34 @@ def _seen(rows: list[Drawing], pixels: Tensor, vae: Path, decoded: int, styles: 
     return pools
 
 
+def minimize(net: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float) -> None:
+    """Train a network by AdamW, its rate rising and falling once, on a loss that draws its own batch each time."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.02)
+    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.15)
+    start = time.monotonic()
+    for step in range(1, steps + 1):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        plan.step()
+        if step % REPORT_EVERY == 0:
+            print(f"step {step} of {steps}  loss {value.item():.4f}  {time.monotonic() - start:.0f} s", flush=True)
+
+
 def fit(pools: list[Tensor], styles: tuple[str, ...], steps: int, batch: int, rate: float) -> StyleNet:
     """Train on as many of each style in every batch, on the device that the drawings are on."""
     device = pools[0].device
     net = StyleNet(styles).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.02)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.15)
-    each, start = -(-batch // len(styles)), time.monotonic()
+    each = -(-batch // len(styles))
     labels = torch.arange(len(styles), device=device).repeat_interleave(each)
-    for step in range(1, steps + 1):
+
+    def loss() -> Tensor:
         drawn = torch.cat([pool[torch.randint(len(pool), (each,), device=device)] for pool in pools])
         images = changed(drawn.float() / 255).contiguous(memory_format=torch.channels_last)
-        loss = F.cross_entropy(net(images), labels, label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        plan.step()
-        if step % REPORT_EVERY == 0:
-            print(f"step {step} of {steps}  loss {loss.item():.4f}  {time.monotonic() - start:.0f} s", flush=True)
+        return F.cross_entropy(net(images), labels, label_smoothing=0.05)
+
+    minimize(net, loss, steps, rate)
     return net.eval().cpu()
 
 

@@ -10,7 +10,6 @@ style: `calibrate` says on them how far it is to be trusted, with drawings of a 
 """
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from .packed import Drawing, load_packed
 from .sources import CACHE, ICON_SETS
-from .style_net import REPORT_EVERY, held_out, softened
+from .style_net import held_out, minimize, softened
 from .training import affine
 
 WEIGHTS = Path(__file__).with_name("subject_net.safetensors")
@@ -104,24 +103,19 @@ def fit(pixels: Tensor, shared: Shared, steps: int, batch: int, rate: float) -> 
     known = [torch.tensor(list(places.values())) for places, name in zip(shared.places, shared.subjects, strict=True)
              if not held_out(name)]  # fmt: skip
     net = SubjectNet().to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.02)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.15)
-    labels, start = torch.arange(batch, device=device).repeat_interleave(DRAWN), time.monotonic()
+    labels = torch.arange(batch, device=device).repeat_interleave(DRAWN)
     same = labels[:, None] == labels[None]
     itself = torch.eye(len(labels), dtype=torch.bool, device=device)
-    for step in range(1, steps + 1):
+
+    def loss() -> Tensor:
         chosen = [known[number] for number in torch.randperm(len(known))[:batch]]
         places = torch.cat([row[torch.randperm(len(row))[:DRAWN]] for row in chosen])
         images = _changed(pixels[places.to(device)].float() / 255).contiguous(memory_format=torch.channels_last)
         points = net(images)
         scores = (points @ points.T / TEMPERATURE).masked_fill(itself, -1e9).log_softmax(1)
-        loss = -(scores * (same & ~itself)).sum(1).mean() / (DRAWN - 1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        plan.step()
-        if step % REPORT_EVERY == 0:
-            print(f"step {step} of {steps}  loss {loss.item():.4f}  {time.monotonic() - start:.0f} s", flush=True)
+        return -(scores * (same & ~itself)).sum(1).mean() / (DRAWN - 1)
+
+    minimize(net, loss, steps, rate)
     return net.eval()
 
 

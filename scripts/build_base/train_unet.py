@@ -172,7 +172,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vae", type=Path, default=CACHE / "vae", help="folder of the trained autoencoder")
     parser.add_argument("--tokenizer", type=Path, default=CACHE / "tokenizer", help="folder of the tokenizer")
     parser.add_argument("--output", type=Path, default=CACHE / "unet", help="folder to write, or to go on from")
-    parser.add_argument("--start", type=Path, help="folder of another training, whose averaged weights to start from")
+    parser.add_argument("--weights", type=Path, help="folder of another training, whose averaged weights to start from")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a trial")
     parser.add_argument("--seconds", type=float, default=960, help="time of training now")
     parser.add_argument("--total-seconds", type=float, help="time of training in all, where it is done in parts")
@@ -230,8 +230,8 @@ def main() -> None:
     dtype = torch.bfloat16 if options.compute == "bfloat16" else torch.float32
     unet, text_encoder = make_unet(), make_text_encoder()
     modules: dict[str, torch.nn.Module] = {"unet": unet, "text_encoder": text_encoder}
-    if options.start:
-        _read(modules, options.start)
+    if options.weights:
+        _read(modules, options.weights)
     for module in modules.values():
         module.to(device)
     arena = Arena([unet, text_encoder], dtype, options.channels_last, weight_decay=0.01)
