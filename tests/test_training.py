@@ -117,9 +117,17 @@ def test_noise_offset_shifts_whole_channels():
 
 
 def test_timesteps_cover_the_schedule_evenly():
-    drawn = objective.timesteps(20_000, 1000, generator("t"))
-    assert drawn.min() == 0 and drawn.max() == 999
-    assert abs(drawn.float().mean() - 499.5) < 10
+    drawn = objective.timesteps(20_000, 1000, "none", generator("t"))
+    assert drawn.bincount(minlength=1000).tolist() == [20] * 1000
+    few = torch.stack([objective.timesteps(4, 1000, "none", generator(n)) for n in range(4000)])
+    assert (few.sort(1).values // 250 == torch.arange(4)).all()
+    torch.testing.assert_close(few.float().mean(0), torch.full((4,), 499.5), atol=20, rtol=0)  # wherever in the batch
+
+
+def test_a_bias_draws_later_or_earlier_timesteps_more_often():
+    for bias, fourth in (("later", slice(750, None)), ("earlier", slice(0, 250))):
+        shares = objective.timesteps(20_000, 1000, bias, generator("t")).bincount(minlength=1000)
+        assert shares[fourth].sum() == 10_000 and shares.min() > 0
 
 
 def test_a_base_that_predicts_something_else_is_refused():

@@ -16,6 +16,7 @@ Masks: TypeAlias = Literal["files", "alpha", "off"]
 PriorTarget: TypeAlias = Literal["base", "noise"]
 Loss: TypeAlias = Literal["l2", "huber", "smooth-l1"]
 HuberSchedule: TypeAlias = Literal["snr", "exponential", "constant"]
+TimestepBias: TypeAlias = Literal["none", "later", "earlier"]
 Scheduler: TypeAlias = Literal["constant", "cosine", "linear"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
@@ -150,8 +151,9 @@ class SharedConfig:
     """Replace an output file and a run folder that are there already."""
     log_every: Annotated[int, Parameter(group=WATCH)] = 10
     """Steps between readings of the loss; rarer is a little faster on a GPU."""
-    keep: Annotated[Keep, Parameter(group=WATCH)] = "best"
-    """Weights to write: the best by the loss on what is kept apart, or the last; with nothing kept apart, the last."""
+    keep: Annotated[Keep | None, Parameter(group=WATCH)] = None
+    """Weights to write: the best by the loss on what is kept apart, or the last. By default the last of a style, whose look
+    still gains when that loss no longer falls, and else the best; with nothing kept apart, the last."""
     keep_checkpoints: Annotated[int, Parameter(group=WATCH)] = 2
     """How many of the newest checkpoints stay, beside the best one; more to compare them, at the cost of disk."""
     patience: Annotated[int, Parameter(group=WATCH)] = 0
@@ -274,6 +276,9 @@ class TrainConfig(SharedConfig, _PictureConfig):
     """Steps in which the learning rate rises from 0."""
     min_snr_gamma: Annotated[float | None, Parameter(group=LEARNING)] = None
     """Holds down the weight of nearly clean timesteps (5 is usual, 0 is off)."""
+    timestep_bias: Annotated[TimestepBias | None, Parameter(group=LEARNING)] = None
+    """Timesteps to draw more often: later ones, with more noise, where colours and forms are decided; earlier ones, where
+    surfaces and lines are; or none."""
     noise_offset: Annotated[float, Parameter(group=LEARNING)] = 0.0
     """Noise that shifts whole channels, for very dark or very light pictures (0.05 is much)."""
     multires_noise: Annotated[float, Parameter(group=LEARNING)] = 0.0
@@ -331,6 +336,8 @@ class ResolvedConfig(TrainConfig):
     scheduler: Scheduler
     warmup: int
     min_snr_gamma: float
+    timestep_bias: TimestepBias
+    keep: Keep
     save_every: int
     preview_every: int
     class_images: int
@@ -350,10 +357,11 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "prior_target": get_args(PriorTarget),
     "loss": get_args(Loss),
     "huber_schedule": get_args(HuberSchedule),
-    "keep": get_args(Keep),
+    "keep": (*get_args(Keep), None),
     "log_with": (*get_args(LogWith), None),
     "missing_captions": get_args(MissingCaptions),
     "scheduler": (*get_args(Scheduler), None),
+    "timestep_bias": (*get_args(TimestepBias), None),
     "precision": get_args(Precision),
     "quantize": (*get_args(Quantize), None),
     "optimizer": get_args(OptimizerName),
@@ -407,7 +415,9 @@ _LATENT_DIFFUSION: dict[str, Any] = {
     "scheduler": "cosine",
     "warmup": 50,
     "min_snr_gamma": 5.0,
+    "timestep_bias": "none",
     "caption_dropout": 0.05,
+    "keep": "last",
 }
 _SMALL_DIFFUSION: dict[str, Any] = {
     **_LATENT_DIFFUSION,
@@ -417,15 +427,18 @@ _SMALL_DIFFUSION: dict[str, Any] = {
     "batch_size": 8,
     "warmup": 10,
     "min_snr_gamma": 0.0,
+    "timestep_bias": "later",
 }
 # A step of a subject holds as many pictures of the class besides, which the base looks at too.
-_SUBJECT: dict[str, Any] = {**_LATENT_DIFFUSION, "steps": 800, "batch_size": 2, "scheduler": "constant"}
+_SUBJECT: dict[str, Any] = {
+    **_LATENT_DIFFUSION, "steps": 800, "batch_size": 2, "scheduler": "constant", "keep": "best"
+}  # fmt: skip
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "subject": {
         "sd1": _SUBJECT,
         "sd2": _SUBJECT,
         "sdxl": {**_SUBJECT, "rank": 32},
-        "other": {**_SMALL_DIFFUSION, "batch_size": 4},
+        "other": {**_SMALL_DIFFUSION, "batch_size": 4, "timestep_bias": "none", "keep": "best"},
     },
     "style": {
         "sd1": _LATENT_DIFFUSION,

@@ -22,7 +22,7 @@ from ..data.buckets import Batch, Bucket, batches, repeated, steps_per_epoch
 from ..data.captions import CaptionRules
 from ..data.latents import LatentCache, TextCache, cache_text
 from . import objective
-from .config import HuberSchedule, Loss, PriorTarget
+from .config import HuberSchedule, Loss, PriorTarget, TimestepBias
 from .crew import Crew
 from .seeds import generator, global_seed, seed_of
 from .session import evaluating
@@ -85,6 +85,7 @@ class DiffusionSettings:
     batch_size: int = 1
     accumulation: int = 1
     min_snr_gamma: float = 0.0
+    timestep_bias: TimestepBias = "none"
     noise_offset: float = 0.0
     multires_noise: float = 0.0
     zero_terminal_snr: bool = False
@@ -193,7 +194,7 @@ class DiffusionTask:
         mean, std = latents.stack(entries)
         clean = mean.float() + std.float() * torch.randn(mean.shape, generator=chance)
         noise = objective.noise(tuple(mean.shape), settings.noise_offset, chance)
-        timesteps = objective.timesteps(len(mean), len(self.powers), chance)
+        timesteps = objective.timesteps(len(mean), len(self.powers), settings.timestep_bias, chance)
         hiding = torch.randint(masks.COUNT, (len(mean),), generator=chance).tolist() if self.told_masks else ()
         if settings.multires_noise:
             noise = objective.pyramid(noise, settings.multires_noise, chance)

@@ -9,7 +9,7 @@ from cyclopts import Group, Parameter
 
 from ..core.errors import UserError
 from ..data.text import read_texts
-from .config import ADAPTER, LEARNING, RESULT, WATCH, Scheduler, SharedConfig, adapter_path, fill, own_rate, with_rate
+from .config import ADAPTER, LEARNING, RESULT, WATCH, Keep, Scheduler, SharedConfig, adapter_path, fill, own_rate, with_rate
 
 _DATA = Group("Text", sort_key=2)
 
@@ -96,6 +96,7 @@ class ResolvedTextConfig(TextTrainConfig):
     steps: int
     batch_size: int
     save_every: int
+    keep: Keep
 
 
 # What suits a base by its size: below this many parameters, and from there on.
@@ -141,6 +142,7 @@ def resolve_language(
             "run_dir": language_run(config),
             "context": min(context, LONGEST),
             "save_every": math.ceil(values["steps"] / 6),
+            "keep": "best",
         },
     )
     return ResolvedTextConfig(**values)

@@ -295,6 +295,7 @@ def _task(prepared: Prepared, blocks: Sequence[Block], crew: Crew) -> DiffusionT
         batch_size=config.batch_size,
         accumulation=config.accumulation,
         min_snr_gamma=config.min_snr_gamma,
+        timestep_bias=config.timestep_bias,
         noise_offset=config.noise_offset,
         multires_noise=config.multires_noise,
         zero_terminal_snr=config.zero_terminal_snr,

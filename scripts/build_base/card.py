@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,12 @@ Weights are float16, 48 MB in all. Epsilon prediction, the linear schedule of St
 
 ## Training
 
-The autoencoder trained for 400 s on one H200; the UNet and the text encoder together, from scratch, {training}. Then
-the text encoder learned to read past style words that it does not know, so that a new style may have any name. Made by
+The autoencoder trained for 400 s on one H200. The UNet and the text encoder trained together, from scratch,
+{training}. Then the text encoder learned to read past style words that it does not know,
+so that a new style may have any name. By then the UNet knew its drawings by heart, and took a mirrored one for noise. So it
+went on alone, {further}, on drawings turned, mirrored and moved, and, where little noise is
+added, in other colours and lines. Its weights are {before:.0%} those from before and {after:.0%} those from after, which
+keeps both what it knew and what it learned (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903). Made by
 `scripts/build_base/`, where every step is a script.
 
 ## Figures
@@ -83,7 +88,16 @@ def _style_rows(figures: dict[str, Any]) -> str:
     )
 
 
-def card(figures: dict[str, Any], training: str, sheet: str, sheet_styles: tuple[str, ...]) -> str:
+@dataclass(frozen=True)
+class Story:
+    """How the UNet came about: both trainings in words, and the share of the second one's weights."""
+
+    training: str
+    further: str
+    share: float
+
+
+def card(figures: dict[str, Any], story: Story, sheet: str, sheet_styles: tuple[str, ...]) -> str:
     """The model card as Markdown."""
     mean, judge = figures["mean"], figures["judge_mean"]
     sets = [
@@ -99,7 +113,10 @@ def card(figures: dict[str, Any], training: str, sheet: str, sheet_styles: tuple
         sheet=sheet,
         sheet_styles=", ".join(sheet_styles),
         sets="\n".join(sets),
-        training=training,
+        training=story.training,
+        further=story.further,
+        before=1 - story.share,
+        after=story.share,
         count=len(BASE_STYLES),
         style=mean["style_told_right"],
         judge_style=judge["style_told_right_softened"],
@@ -120,9 +137,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=Path("samples/base"), help="the diffusers folder, with figures.json")
     parser.add_argument("--training", required=True, help="how long the UNet was trained, in words")
+    parser.add_argument("--further", required=True, help="how long it went on alone, in words")
+    parser.add_argument("--share", type=float, required=True, help="of the weights after that, as told to `export`")
     options = parser.parse_args()
     figures = json.loads((options.base / "figures.json").read_text())
-    (options.base / "README.md").write_text(card(figures, options.training, "sheet.webp", SHEET_STYLES))
+    story = Story(options.training, options.further, options.share)
+    (options.base / "README.md").write_text(card(figures, story, "sheet.webp", SHEET_STYLES))
     shutil.copyfile(Path("LICENSE"), options.base / "LICENSE")
 
 

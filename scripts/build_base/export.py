@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .models import SCHEDULE, make_text_encoder, make_unet, make_vae, vae_file
@@ -52,6 +53,14 @@ def load_trained(vae: Path, unet: Path, tokenizer: Path) -> StableDiffusionPipel
     return assemble(networks[0], networks[1], CLIPTokenizer.from_pretrained(tokenizer), networks[2])
 
 
+def mix(unet: UNet2DConditionModel, before: dict[str, Tensor], share: float) -> None:
+    """Give a UNet that went on training the mean of its weights, by so much, and those from before.
+
+    What it knew and what it learned since are both in there (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903).
+    """
+    unet.load_state_dict({name: before[name].float().lerp(now.float(), share) for name, now in unet.state_dict().items()})
+
+
 def write_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> int:
     """Save in half precision, said to compute in single; returns the bytes of all weights."""
     for component in (pipe.vae, pipe.text_encoder, pipe.unet):
@@ -80,10 +89,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, default=CACHE / "vae", help="folder of the trained autoencoder")
     parser.add_argument("--unet", type=Path, default=CACHE / "unet", help="folder of the trained UNet")
+    parser.add_argument("--before", type=Path, help="folder of the training that this one went on from")
+    parser.add_argument("--share", type=float, default=0.75, help="of the UNet's weights now, the rest being those before")
     parser.add_argument("--tokenizer", type=Path, default=CACHE / "tokenizer", help="folder of the tokenizer")
     parser.add_argument("--output", type=Path, default=Path("samples/base"), help="folder to write")
     options = parser.parse_args()
-    size = write_pipeline(load_trained(options.vae, options.unet, options.tokenizer), options.output)
+    pipe = load_trained(options.vae, options.unet, options.tokenizer)
+    if options.before:
+        mix(pipe.unet, load_file(options.before / "unet.safetensors"), options.share)
+    size = write_pipeline(pipe, options.output)
     if size > MOST_BYTES:
         raise RuntimeError(f"the weights take {size} bytes, more than the {MOST_BYTES} that the package has room for")
     print(f"{size} bytes of weights: {options.output}")

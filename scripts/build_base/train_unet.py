@@ -7,6 +7,7 @@ With several GPUs each one draws its own ``--batch``. The same command goes on w
 """
 
 import argparse
+import copy
 import functools
 import json
 import random
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .augment import moved, strange
 from .captions import caption, varied_caption
 from .export import assemble
 from .models import make_text_encoder, make_unet, make_vae, signal_powers, vae_file
@@ -43,6 +45,9 @@ from .training import (
 
 WEIGHTS = {"tabler": 0.6, "ph-fill": 0.6, "ph-duotone": 0.7, "flat-color-icons": 2.0}
 MIN_SNR_GAMMA = 5.0
+LITTLE_NOISE = 400  # timesteps in which strange drawings are shown
+SHARES = {"little noise": (0.35, 0.2, 0.45), "much noise": (0.75, 0.25, 0.0)}  # of drawings as they are, moved, and strange
+OTHER_CAPTION = 0.25  # share of the strange drawings that another one's caption is told of
 SHEET_STYLES = ("noto", "noto-v1", "fluent-emoji", "fxemoji", "tabler", "ph-duotone")
 SHEET_SUBJECTS = (
     "red apple", "cat face", "automobile", "house", "grinning face", "fire",
@@ -52,7 +57,10 @@ SHEET_SUBJECTS = (
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Latents in several augmentations, token numbers of several captions, and how often each drawing is drawn."""
+    """Latents in several augmentations, token numbers of several captions, and how often each drawing is drawn.
+
+    A third of the augmentations are drawings as they are, a third are moved, and a third are strange.
+    """
 
     latents: Tensor
     tokens: Tensor
@@ -63,14 +71,20 @@ class TrainingSet:
         return TrainingSet(self.latents.to(device), self.tokens.to(device), self.weights.to(device))
 
 
+def as_they_are(images: Tensor) -> Tensor:
+    """Drawings slightly resized and moved."""
+    return affine(images, (0.94, 1.1), 0.05).clamp(-1, 1)
+
+
 @torch.no_grad()
 def _latents(vae: AutoencoderKL, pixels: Tensor, variants: int) -> Tensor:
-    """Latents of each drawing as it is, and slightly resized and moved."""
+    """Latents of each drawing in so many variants of each kind: as it is, moved, and strange."""
     pieces: list[Tensor] = []
     for piece in torch.split(pixels, 256):
-        images = piece.float() / 127.5 - 1
-        versions = [images, *(affine(images, (0.94, 1.1), 0.05).clamp(-1, 1) for _ in range(variants - 1))]
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
+        images = piece.to(vae.device).float() / 127.5 - 1
+        versions = [images, *(as_they_are(images) for _ in range(variants - 1))]
+        versions += [change(images) for change in (moved, strange) for _ in range(variants)]
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=vae.device.type == "cuda"):
             pieces.append(torch.stack([vae.encode(version).latent_dist.mean.half() for version in versions], 1))
     return torch.cat(pieces)
 
@@ -105,8 +119,15 @@ def make_gradient(
     importance = snr.clamp(max=MIN_SNR_GAMMA) / snr
     draw = balanced_sampler(data.weights, batch)
 
+    variants = data.latents.shape[1] // 3
+    bounds = torch.tensor([SHARES["little noise"], SHARES["much noise"]], device=device).cumsum(1)[:, :2]
+
     def pick(count: int) -> Tensor:
         return (torch.rand(batch, device=device) * count).long().clamp(max=count - 1)
+
+    def pick_kind(timesteps: Tensor) -> Tensor:
+        much = (timesteps >= LITTLE_NOISE).long()
+        return (torch.rand(batch, 1, device=device) >= bounds[much]).sum(1)
 
     def predict(noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=options.compute == "autocast"):
@@ -116,10 +137,12 @@ def make_gradient(
 
     def gradient() -> Tensor:
         chosen = draw()
-        latents = data.latents[chosen, pick(data.latents.shape[1])].float()
-        tokens = data.tokens[chosen, pick(data.tokens.shape[1])].long()
         strata = torch.arange(batch, device=device) + torch.rand(batch, device=device)
         timesteps = (strata * (len(powers) / batch)).long().clamp(max=len(powers) - 1)
+        kind = pick_kind(timesteps)
+        latents = data.latents[chosen, kind * variants + pick(variants)].float()
+        other = (kind == 2) & (torch.rand(batch, device=device) < OTHER_CAPTION)
+        tokens = data.tokens[torch.where(other, chosen.roll(1), chosen), pick(data.tokens.shape[1])].long()
         noise, power = torch.randn_like(latents), powers[timesteps].view(-1, 1, 1, 1)
         noisy = power.sqrt() * latents + (1 - power).sqrt() * noise
         errors = (predict(noisy, timesteps, tokens) - noise).square().mean((1, 2, 3))
@@ -149,9 +172,11 @@ def _save(arena: Arena, progress: Progress, modules: dict[str, torch.nn.Module],
 
 
 def _read(modules: dict[str, torch.nn.Module], folder: Path) -> None:
-    """The averaged weights of a training."""
+    """The averaged weights of a training, or those of a diffusers folder such as ``samples/base``."""
+    exported = {"unet": "unet/diffusion_pytorch_model.safetensors", "text_encoder": "text_encoder/model.safetensors"}
     for name, module in modules.items():
-        module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        own = folder / f"{name}.safetensors"
+        module.load_state_dict(load_file(own if own.exists() else folder / exported[name]))
 
 
 def draw_sheet(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device, steps: int) -> None:
@@ -172,7 +197,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vae", type=Path, default=CACHE / "vae", help="folder of the trained autoencoder")
     parser.add_argument("--tokenizer", type=Path, default=CACHE / "tokenizer", help="folder of the tokenizer")
     parser.add_argument("--output", type=Path, default=CACHE / "unet", help="folder to write, or to go on from")
-    parser.add_argument("--weights", type=Path, help="folder of another training, whose averaged weights to start from")
+    parser.add_argument(
+        "--weights", type=Path, help="folder of a training, or diffusers' of a base, to start from"
+    )
+    parser.add_argument("--only-unet", action="store_true", help="leave the text encoder as it is")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a trial")
     parser.add_argument("--seconds", type=float, default=960, help="time of training now")
     parser.add_argument("--total-seconds", type=float, help="time of training in all, where it is done in parts")
@@ -181,7 +209,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=5e-4, help="the highest learning rate")
     parser.add_argument("--warm-up", type=int, default=1000, help="steps until the learning rate is at its highest")
     parser.add_argument("--each", type=int, help="use so many drawings of each set only")
-    parser.add_argument("--variants", type=int, default=6, help="augmentations of each drawing")
+    parser.add_argument("--variants", type=int, default=6, help="augmentations of each drawing, of each of three kinds")
     parser.add_argument("--captions", type=int, default=48, help="captions of each drawing")
     parser.add_argument("--channels-last", action="store_true", help="the other memory layout")
     parser.add_argument(
@@ -197,9 +225,9 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _training_set(options: argparse.Namespace, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TrainingSet:
-    """The prepared drawings, from the cache beside the checkpoint where it is there already."""
-    path: Path = options.output / "prepared.pt"
+def _training_set(options: argparse.Namespace, vae: AutoencoderKL, tokenizer: CLIPTokenizer, rank: int) -> TrainingSet:
+    """The drawings as one of the team prepares them, from the cache beside the checkpoint where it is there already."""
+    path: Path = options.output / f"prepared-{rank}.pt"
     if path.exists():
         return TrainingSet(**torch.load(path, weights_only=True))
     drawings, pixels = load_packed(options.data, BASE_STYLES, options.each)
@@ -207,7 +235,7 @@ def _training_set(options: argparse.Namespace, vae: AutoencoderKL, tokenizer: CL
         kept = shared_subjects(drawings, options.subjects)
         numbers = [number for number, row in enumerate(drawings) if row.subject in kept]
         drawings, pixels = [drawings[number] for number in numbers], pixels[numbers]
-    data = prepare(vae, tokenizer, drawings, pixels.to(vae.device), options.variants, options.captions)
+    data = prepare(vae, tokenizer, drawings, pixels, options.variants, options.captions)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"latents": data.latents.cpu(), "tokens": data.tokens.cpu(), "weights": data.weights.cpu()}, path)
     return data
@@ -221,10 +249,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     tokenizer = CLIPTokenizer.from_pretrained(options.tokenizer)
     vae = load_vae(options.vae, device)
-    if team.rank == 0:
-        _training_set(options, vae, tokenizer)
-    team.agree(0.0)  # the others read what the first one prepared
-    data = _training_set(options, vae, tokenizer).to(device)
+    torch.manual_seed(1 + team.rank)
+    data = _training_set(options, vae, tokenizer, team.rank).to(device)
     print(f"{time.perf_counter() - start:.0f} s of preparation: latents {tuple(data.latents.shape)}", flush=True)
     torch.manual_seed(1)
     dtype = torch.bfloat16 if options.compute == "bfloat16" else torch.float32
@@ -234,7 +260,9 @@ def main() -> None:
         _read(modules, options.weights)
     for module in modules.values():
         module.to(device)
-    arena = Arena([unet, text_encoder], dtype, options.channels_last, weight_decay=0.01)
+    learned = [unet] if options.only_unet else [unet, text_encoder]
+    arena = Arena(learned, dtype, options.channels_last, weight_decay=0.01)
+    reader = copy.deepcopy(text_encoder).to(dtype).requires_grad_(False) if options.only_unet else text_encoder
     progress, checkpoint = Progress(), load_checkpoint(options.output / "checkpoint.pt", device)
     if checkpoint:
         arena.load(checkpoint["arena"])
@@ -243,7 +271,7 @@ def main() -> None:
     plan = Plan(options.rate, options.seconds, total, options.steps, options.warm_up)
     torch.manual_seed(2 + team.rank + team.size * progress.step)
     network: torch.nn.Module = torch.compile(unet, dynamic=False) if options.compile else unet
-    step = stepping(make_gradient(network, text_encoder, arena, data, options), arena, team, device)
+    step = stepping(make_gradient(network, reader, arena, data, options), arena, team, device)
     print(f"{time.perf_counter() - start:.0f} s until the first step", flush=True)
     save = functools.partial(_save, arena, progress, modules, options.output)
     train(step, arena, plan, progress, save, options.report_every, team)

@@ -329,6 +329,11 @@ def affine(images: Tensor, scale: tuple[float, float], shift: float) -> Tensor:
     theta[:, 0, 0] = size
     theta[:, 1, 1] = size
     theta[:, :, 2] = torch.empty(count, 2, device=device).uniform_(-shift, shift)
+    return placed(images, theta)
+
+
+def placed(images: Tensor, theta: Tensor) -> Tensor:
+    """Images in [-1, 1] on white, seen through transformations (count, 2, 3) of the places in them."""
     grid = nn.functional.affine_grid(theta, list(images.shape), align_corners=False)
     return nn.functional.grid_sample(images - 1, grid, align_corners=False) + 1
 
