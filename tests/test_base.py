@@ -1,6 +1,8 @@
 """The embedded base: an ordinary diffusers folder that draws what it is asked for."""
 
+import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +11,22 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 import peft_diffusion as pd
 from peft_diffusion.bases import describe, embedded
 from peft_diffusion.generation.config import GenerateConfig, SchedulerName
 from peft_diffusion.generation.painting import Cell, paint
-from scripts.build_base.card import card
+from scripts.build_base.augment import moved, strange
+from scripts.build_base.card import Story, card
+from scripts.build_base.export import mix
 from scripts.build_base.judge import Gallery, Judge
 from scripts.build_base.packed import Drawing
 from scripts.build_base.style_net import load_style_net
 from scripts.build_base.subject_net import SubjectJudge, load_subject_net, points_of
-from scripts.build_base.train_unet import SHEET_STYLES
+from scripts.build_base.train_unet import LITTLE_NOISE, SHEET_STYLES, TrainingSet, make_gradient
+from scripts.build_base.training import Arena
 from scripts.build_base.unknown_words import Prompts
 
 FOLDER: Path = embedded("base")
@@ -114,7 +120,58 @@ def test_it_is_small_and_says_what_it_is(icons: Any) -> None:
 def test_its_card_is_that_of_its_figures() -> None:
     figures = json.loads((FOLDER / "figures.json").read_text())
     text = (FOLDER / "README.md").read_text()
-    training = text.split("from scratch, ")[1].split(". Then\nthe text encoder")[0]
-    assert card(figures, training, "sheet.webp", SHEET_STYLES) == text
+    told = r"from scratch,\n(.+)\. Then the text .+\swent on alone, (.+), on drawings .+ and (\d+)% those"
+    said = re.search(told, text, re.DOTALL)
+    assert said
+    story = Story(said[1], said[2], int(said[3]) / 100)
+    assert card(figures, story, "sheet.webp", SHEET_STYLES) == text
     with Image.open(FOLDER / "sheet.webp") as sheet:
         assert sheet.size == (12 * 128, len(SHEET_STYLES) * 128)
+
+
+def test_drawings_are_changed_on_white_and_within_bounds() -> None:
+    torch.manual_seed(0)
+    images = torch.ones(48, 3, 128, 128)
+    assert (moved(images) == 1).all()
+    images[:, :, 40:70, 30:60] = torch.tensor([0.8, -0.6, -0.2]).view(1, 3, 1, 1)
+    for change in (moved, strange):
+        found = change(images)
+        assert found.shape == images.shape and found.min() >= -1 and found.max() <= 1
+        assert len({tuple(one.flatten().tolist()) for one in found}) == len(images)
+    own = moved(images)
+    ink = (own.amax(1) - own.amin(1) > 1.3).flatten(1).sum(1)
+    assert (ink > 900 / 1.3**2 * 0.7).all() and (ink < 900 / 0.85**2 * 1.2).all(), "only its place and its size are others"
+
+
+def test_strange_drawings_are_shown_where_there_is_little_noise_alone() -> None:
+    torch.manual_seed(0)
+    unet = torch.nn.Conv2d(4, 4, 1)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Net(torch.nn.Module):
+        def forward(self, noisy: Tensor, timesteps: Tensor, hidden: Tensor, return_dict: bool) -> tuple[Tensor]:
+            seen.append((noisy, timesteps))
+            return (unet(noisy),)
+
+    class Reader(torch.nn.Module):
+        def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+            return (input_ids,)
+
+    # What a latent is tells of which kind it is: 0 as it is, far above moved, far below strange.
+    latents = torch.zeros(3, 6, 4, 2, 2)
+    latents[:, 2:4], latents[:, 4:] = 1e4, -1e4
+    data = TrainingSet(latents, torch.zeros(3, 2, 5, dtype=torch.int16), torch.ones(3))
+    options = argparse.Namespace(batch=512, compute="float32")
+    make_gradient(Net(), Reader(), Arena([unet], torch.float32), data, options)()  # type: ignore[arg-type]
+    ((noisy, timesteps),) = seen
+    kind = noisy.mean((1, 2, 3)).div(50).clamp(-1, 1).round()
+    little = timesteps < LITTLE_NOISE
+    assert (kind[little] == -1).any() and not (kind[~little] == -1).any()
+    assert all((kind[where] == which).any() for where in (little, ~little) for which in (0, 1))
+
+
+def test_a_unet_is_the_mean_of_what_it_was_and_what_it_became() -> None:
+    now, before = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    expected = 0.75 * now.weight.detach() + 0.25 * before.weight.detach()
+    mix(now, before.state_dict(), 0.75)  # type: ignore[arg-type]
+    torch.testing.assert_close(now.weight.detach(), expected)

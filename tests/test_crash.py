@@ -52,7 +52,7 @@ def live(pictures: Path, where: Path, resume: bool, until: tuple[int, float] | N
     process = WORKERS.Process(target=learn, args=(pictures, where, resume))
     process.start()
     while until and process.is_alive() and written(where) < until[0]:
-        time.sleep(0.002)
+        time.sleep(0.01)
     process.join(until[1] if until else None)
     process.kill()
     process.join()

@@ -159,7 +159,10 @@ def test_metadata_that_cannot_be_read_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
-def test_names_of_the_wrapper_of_lycoris_are_read(tmp_path, component):
+def test_names_of_the_wrapper_of_lycoris_are_read(tmp_path, component, monkeypatch):
+    # What it replaces belongs to the class, and stays what anyone in this process made it.
+    monkeypatch.setattr(lycoris.LycorisNetwork, "TARGET_REPLACE_MODULE", ["Linear"])
+    monkeypatch.setattr(lycoris.LycorisNetwork, "TARGET_REPLACE_NAME", [])
     theirs, ours = make_pipe(), make_pipe()
     module = getattr(theirs, component)
     wrapped = lycoris.create_lycoris(module, 1.0, linear_dim=3, linear_alpha=1.0, algo="lokr", factor=4, preset="attn-mlp")

@@ -227,7 +227,7 @@ def test_a_run_that_is_planted_to_over_train_is_called_so(tmp_path):
         for file in source.glob(f"{picture.stem}.*"):
             shutil.copy(file, tmp_path / "few")
     changes = {"steps": 48, "save_every": 16, "held_out": 0.5, "unet_lr": 0.005, "rank": 8, "missing_captions": "name"}
-    config = small(tmp_path / "few", tmp_path, base="icons", scheduler="constant", **changes)
+    config = small(tmp_path / "few", tmp_path, base="icons", scheduler="constant", keep="best", **changes)
     result = train(config)
     best, last = measurements(lines(result))[1], measurements(lines(result))[-1]
     assert result.outcome.warning.startswith(f"over-trained since step {result.outcome.best}: the loss on what is kept")
