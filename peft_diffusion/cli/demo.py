@@ -25,7 +25,7 @@ BLENDED = ("a red apple", "a cat", "a rocket")
 def demo(config: Annotated[DemoConfig | None, Parameter(name="*")] = None) -> None:
     """Teach two sample styles, generate with each and blend them.
 
-    Takes some minutes on two CPU cores. The pictures are worse than a full training's: see train.
+    Takes five minutes on two CPU cores.
     """
     config = config or DemoConfig()
     check_folder(config.output)

@@ -257,7 +257,7 @@ class DemoConfig:
 
     output: Annotated[Path, Parameter(alias="-o")] = Path("peft-diffusion-demo")
     """The folder for adapters and sheets."""
-    steps: int = 150
+    steps: int = 300
     """Training steps of each style."""
     seed: int = 0
     """Of training and of the pictures."""

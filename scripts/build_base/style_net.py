@@ -4,25 +4,21 @@
 
 Subjects whose name hashes to 0 modulo `HELD_OUT_EVERY` are never shown to it, in any style: `judge.calibrate` says on
 them how far it is to be trusted.  It learns from drawings that were resized, moved, mirrored, softened and made noisy, and
-from some that went through the base's autoencoder or that the base redrew from the middle of its schedule, so that neither a
-picture's softness nor the base's own brush is a sign of a style.
+from some that went through the base's autoencoder, so that a picture's softness is no sign of a style.
 """
 
 import argparse
-import random
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .captions import with_article
 from .packed import Drawing, load_packed
 from .sources import CACHE, STYLES
 from .training import affine
@@ -32,7 +28,6 @@ SIZE = 128
 WIDTHS = (24, 48, 96, 144)
 HELD_OUT_EVERY = 8
 REPORT_EVERY = 100  # steps
-STEPS, MOST_REDRAWN = 25, 11  # of a drawing, and the most that the base may do anew
 
 
 class StyleNet(nn.Module):
@@ -103,8 +98,11 @@ def changed(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _decoded(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+def _decoded(vae_folder: Path, pixels: Tensor) -> Tensor:
     """The drawings as the autoencoder gives them back, latents disturbed a little; bytes in, bytes out."""
+    from .train_unet import load_vae
+
+    vae = load_vae(vae_folder, pixels.device)
     pieces = []
     for piece in pixels.split(32):
         latents = vae.encode(piece.float() / 127.5 - 1).latent_dist.mean
@@ -114,41 +112,13 @@ def _decoded(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-@torch.no_grad()
-def _redrawn(pipe: StableDiffusionPipeline, pixels: Tensor, subjects: Sequence[str]) -> Tensor:
-    """Drawings that noise was put on and that the base cleared of it, told the subject alone; bytes in, bytes out."""
-    pieces = []
-    for start in range(0, len(pixels), 64):
-        images = pixels[start : start + 64].to(pipe.device).float() / 127.5 - 1
-        latents = pipe.vae.encode(images).latent_dist.mean * pipe.vae.config.scaling_factor
-        prompts = [f"emoji of {with_article(subject)}" for subject in subjects[start : start + 64]]
-        hidden = pipe.encode_prompt(prompts, pipe.device, 1, False)[0]
-        scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-        scheduler.set_timesteps(STEPS)
-        begin = random.randrange(STEPS - MOST_REDRAWN, STEPS - 1)
-        scheduler.set_begin_index(begin)
-        timesteps = scheduler.timesteps[begin:]
-        latents = scheduler.add_noise(latents, torch.randn_like(latents), timesteps[:1].expand(len(latents)))
-        for timestep in timesteps:
-            latents = scheduler.step(pipe.unet(latents, timestep, hidden).sample, timestep, latents).prev_sample
-        drawn = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
-        pieces.append(((drawn.clamp(-1, 1) + 1) * 127.5).round().byte().to(pixels.device))
-    return torch.cat(pieces)
-
-
-def _seen(
-    rows: list[Drawing], pixels: Tensor, pipe: StableDiffusionPipeline, counts: tuple[int, int], styles: tuple[str, ...]
-) -> list[Tensor]:
-    """Drawings of each style that may be learned from, and so many of them decoded and redrawn, each a third of the pool."""
+def _seen(rows: list[Drawing], pixels: Tensor, vae: Path, decoded: int, styles: tuple[str, ...]) -> list[Tensor]:
+    """Drawings of each style that may be learned from, some of them decoded."""
     pools = []
     for style in styles:
         numbers = [number for number, row in enumerate(rows) if row.style == style and not held_out(row.subject)]
-        decoded, redrawn = (torch.tensor(numbers)[torch.randperm(len(numbers))[:count]].tolist() for count in counts)
-        pool = [pixels[numbers], _decoded(pipe.vae, pixels[decoded])]
-        pool += [_redrawn(pipe, pixels[redrawn], [rows[number].subject for number in redrawn])] if redrawn else []
-        most = max(len(part) for part in pool)
-        pools.append(torch.cat([part[torch.arange(most) % len(part)] for part in pool]))
-        print(f"{style}: {', '.join(str(len(part)) for part in pool)} drawings", flush=True)
+        chosen = torch.tensor(numbers)[torch.randperm(len(numbers))[:decoded]].to(pixels.device)
+        pools.append(torch.cat([pixels[numbers], _decoded(vae, pixels[chosen])]))
     return pools
 
 
@@ -167,12 +137,12 @@ def minimize(net: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float
             print(f"step {step} of {steps}  loss {value.item():.4f}  {time.monotonic() - start:.0f} s", flush=True)
 
 
-def fit(net: StyleNet, pools: list[Tensor], steps: int, batch: int, rate: float) -> None:
+def fit(pools: list[Tensor], styles: tuple[str, ...], steps: int, batch: int, rate: float) -> StyleNet:
     """Train on as many of each style in every batch, on the device that the drawings are on."""
     device = pools[0].device
-    net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    each = -(-batch // len(net.styles))
-    labels = torch.arange(len(net.styles), device=device).repeat_interleave(each)
+    net = StyleNet(styles).to(device, memory_format=torch.channels_last).train()
+    each = -(-batch // len(styles))
+    labels = torch.arange(len(styles), device=device).repeat_interleave(each)
 
     def loss() -> Tensor:
         drawn = torch.cat([pool[torch.randint(len(pool), (each,), device=device)] for pool in pools])
@@ -180,30 +150,26 @@ def fit(net: StyleNet, pools: list[Tensor], steps: int, batch: int, rate: float)
         return F.cross_entropy(net(images), labels, label_smoothing=0.05)
 
     minimize(net, loss, steps, rate)
-    net.eval().cpu()
+    return net.eval().cpu()
 
 
 def main() -> None:
     """Train and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=CACHE / "drawings.zip", help="the packed drawings")
-    parser.add_argument("--base", type=Path, default=Path("samples/base"), help="the trained base")
-    parser.add_argument("--weights", type=Path, help="a trained network to start from")
+    parser.add_argument("--vae", type=Path, default=Path("samples/base/vae"), help="folder of the trained autoencoder")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="file to write")
     parser.add_argument("--device", default="cpu", help="where to train")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=132)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--decoded", type=int, default=1000, help="drawings of each style seen through the autoencoder too")
-    parser.add_argument("--redrawn", type=int, default=600, help="drawings of each style that the base redraws")
     options = parser.parse_args()
     torch.manual_seed(0)
     styles = tuple(STYLES)
     rows, pixels = load_packed(options.data, styles)
-    pipe = StableDiffusionPipeline.from_pretrained(options.base).to(options.device)
-    pools = _seen(rows, pixels.to(options.device), pipe, (options.decoded, options.redrawn), styles)
-    net = load_style_net(options.weights) if options.weights else StyleNet(styles)
-    fit(net.to(options.device), pools, options.steps, options.batch, options.rate)
+    pools = _seen(rows, pixels.to(options.device), options.vae, options.decoded, styles)
+    net = fit(pools, styles, options.steps, options.batch, options.rate)
     halves = {name: tensor.half().contiguous() for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
     save_file(halves, options.output, metadata={"styles": " ".join(styles)})
     print(f"{sum(tensor.numel() for tensor in halves.values())} parameters: {options.output}")
