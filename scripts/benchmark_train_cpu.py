@@ -103,8 +103,8 @@ def ours(folder: Path, file: Path, steps: int) -> None:
     train(
         TrainConfig(
             (folder,), output=file, run_dir=file.with_suffix(""), rank=RANK, unet_lr=RATE, batch_size=BATCH, steps=steps,
-            scheduler="constant", warmup=0, min_snr_gamma=0.0, caption_dropout=0.0, preview_steps=0, held_out=0.0,
-            save_every=steps, device="cpu", overwrite=True,
+            scheduler="constant", warmup=0, min_snr_gamma=0.0, timestep_bias="none", caption_dropout=0.0, preview_steps=0,
+            held_out=0.0, save_every=steps, device="cpu", overwrite=True,
         )
     )  # fmt: skip
 

@@ -31,7 +31,7 @@ from .text import Conditioning, TextSide, encode_frozen
 from .trainer import Signals
 
 _DRAWS = 8  # noises and timesteps per held-out picture
-_SEEN = 8  # pictures of those trained on that are measured too: enough to tell learning by heart, and little time
+_SEEN = 4  # pictures of those trained on that are measured too: enough to tell learning by heart, and little time
 _COMPARED = 512  # training pictures that previews are compared with, at most
 # Prompts of many things, without trigger, and where in the schedule they are asked: there, noise alone is what the UNet
 # is used to seeing, whatever the picture.
