@@ -95,11 +95,11 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(tmp_path, monkeypa
         where = tmp_path / str(number)
         cut = not live(pictures, where, resume=False, until=moments[number])
         begun = (where / "run" / "config.toml").exists()
-        lines = written(where)
+        come_to = written(where)
         live(pictures, where, resume=begun)
         assert_same(tmp_path / "whole", where)
         assert not [path for path in where.rglob(".*") if path.is_file()], "what was written aside goes"
-        return cut, lines
+        return cut, come_to
 
     with ThreadPoolExecutor(2) as pool:
         seen = list(pool.map(killed_and_resumed, range(KILLS)))

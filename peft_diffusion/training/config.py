@@ -417,7 +417,6 @@ _LATENT_DIFFUSION: dict[str, Any] = {
     "min_snr_gamma": 5.0,
     "timestep_bias": "none",
     "caption_dropout": 0.05,
-    "keep": "last",
 }
 _SMALL_DIFFUSION: dict[str, Any] = {
     **_LATENT_DIFFUSION,
@@ -430,15 +429,13 @@ _SMALL_DIFFUSION: dict[str, Any] = {
     "timestep_bias": "later",
 }
 # A step of a subject holds as many pictures of the class besides, which the base looks at too.
-_SUBJECT: dict[str, Any] = {
-    **_LATENT_DIFFUSION, "steps": 800, "batch_size": 2, "scheduler": "constant", "keep": "best"
-}  # fmt: skip
+_SUBJECT: dict[str, Any] = {**_LATENT_DIFFUSION, "steps": 800, "batch_size": 2, "scheduler": "constant"}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "subject": {
         "sd1": _SUBJECT,
         "sd2": _SUBJECT,
         "sdxl": {**_SUBJECT, "rank": 32},
-        "other": {**_SMALL_DIFFUSION, "batch_size": 4, "timestep_bias": "none", "keep": "best"},
+        "other": {**_SMALL_DIFFUSION, "batch_size": 4, "timestep_bias": "none"},
     },
     "style": {
         "sd1": _LATENT_DIFFUSION,
@@ -448,6 +445,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 PRESET_COMPONENTS: dict[str, tuple[str, ...]] = {"style": ("unet",), "subject": ("unet", "text_encoder")}
+_KEPT: dict[str, Keep] = {"style": "last", "subject": "best"}
 CLASS_IMAGES = 100
 
 # How many times the rate of a LoRA suits a method by default: the fewer numbers it trains, and the further they are from the
@@ -500,6 +498,7 @@ def resolve(
             "output": output_path(config),
             "run_dir": run_path(config),
             "resolution": base.resolution,
+            "keep": _KEPT[config.preset],
             "class_images": CLASS_IMAGES,
             "held_out": 0.1 if pictures >= HELD_OUT_FROM else 0.0,
             "save_every": math.ceil(values["steps"] / 6),

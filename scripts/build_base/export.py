@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .models import SCHEDULE, make_text_encoder, make_unet, make_vae, vae_file
+from .models import SCHEDULE, make_text_encoder, make_unet, make_vae, trained_file, vae_file
 from .sources import CACHE
 from .tokens import save_tokenizer
 
@@ -89,14 +89,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, default=CACHE / "vae", help="folder of the trained autoencoder")
     parser.add_argument("--unet", type=Path, default=CACHE / "unet", help="folder of the trained UNet")
-    parser.add_argument("--before", type=Path, help="folder of the training that this one went on from")
+    parser.add_argument("--before", type=Path, help="folder that this training went on from, or diffusers' of that base")
     parser.add_argument("--share", type=float, default=0.75, help="of the UNet's weights now, the rest being those before")
     parser.add_argument("--tokenizer", type=Path, default=CACHE / "tokenizer", help="folder of the tokenizer")
     parser.add_argument("--output", type=Path, default=Path("samples/base"), help="folder to write")
     options = parser.parse_args()
     pipe = load_trained(options.vae, options.unet, options.tokenizer)
     if options.before:
-        mix(pipe.unet, load_file(options.before / "unet.safetensors"), options.share)
+        mix(pipe.unet, load_file(trained_file(options.before, "unet")), options.share)
     size = write_pipeline(pipe, options.output)
     if size > MOST_BYTES:
         raise RuntimeError(f"the weights take {size} bytes, more than the {MOST_BYTES} that the package has room for")

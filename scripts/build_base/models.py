@@ -67,6 +67,13 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
+def trained_file(folder: Path, name: str) -> Path:
+    """The weights of the ``unet`` or the ``text_encoder``: a training's, or those in a diffusers folder."""
+    exported = {"unet": "unet/diffusion_pytorch_model.safetensors", "text_encoder": "text_encoder/model.safetensors"}
+    own = folder / f"{name}.safetensors"
+    return own if own.exists() else folder / exported[name]
+
+
 def vae_file(folder: Path) -> Path:
     """The trained autoencoder's weights: of ``train_vae``, or of a diffusers folder such as ``samples/base/vae``."""
     files = (folder / "vae.safetensors", folder / "diffusion_pytorch_model.safetensors")

@@ -1,9 +1,11 @@
 """Train the UNet and the text encoder together, from scratch, on the latents of the base sets.
 
     python -m scripts.build_base.train_unet --seconds 900
+    python -m scripts.build_base.train_unet --weights samples/base --only-unet --rate 4e-4 --seconds 900
     torchrun --nproc-per-node 2 -m scripts.build_base.train_unet --seconds 900 --compute bfloat16 --compile
 
-With several GPUs each one draws its own ``--batch``. The same command goes on with a training that was stopped.
+The second goes on with a trained base's UNet alone. With several GPUs each one draws its own ``--batch``. The same command
+goes on with a training that was stopped.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from .augment import moved, strange
 from .captions import caption, varied_caption
 from .export import assemble
-from .models import make_text_encoder, make_unet, make_vae, signal_powers, vae_file
+from .models import make_text_encoder, make_unet, make_vae, signal_powers, trained_file, vae_file
 from .packed import Drawing, load_packed
 from .sources import BASE_STYLES, CACHE
 from .tokens import encode
@@ -173,10 +175,8 @@ def _save(arena: Arena, progress: Progress, modules: dict[str, torch.nn.Module],
 
 def _read(modules: dict[str, torch.nn.Module], folder: Path) -> None:
     """The averaged weights of a training, or those of a diffusers folder such as ``samples/base``."""
-    exported = {"unet": "unet/diffusion_pytorch_model.safetensors", "text_encoder": "text_encoder/model.safetensors"}
     for name, module in modules.items():
-        own = folder / f"{name}.safetensors"
-        module.load_state_dict(load_file(own if own.exists() else folder / exported[name]))
+        module.load_state_dict(load_file(trained_file(folder, name)))
 
 
 def draw_sheet(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, device: torch.device, steps: int) -> None:
