@@ -18,7 +18,7 @@ from peft_diffusion.generation import painting, recipe, sheet
 from peft_diffusion.generation.blend import shares
 from peft_diffusion.generation.config import Sampling, SchedulerName, parse_choice
 from peft_diffusion.generation.fit import fit
-from peft_diffusion.generation.painting import Cell, paint
+from peft_diffusion.generation.painting import Cell, guidance_stop, paint
 from peft_diffusion.methods.tokens import SoftPrompt
 
 STEPS = 3
@@ -82,6 +82,52 @@ def test_progress_comes_to_the_end(tiny_pipe):
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+@pytest.mark.parametrize("scheduler", ["dpm++", "heun", "pndm"])
+def test_guidance_stops_where_it_is_told(tiny_pipe, ink, scheduler):
+    """Up to there a picture is what guidance makes it, and from there each is computed once and not twice."""
+    adapters, counts = Adapters(tiny_pipe), []
+    adapters.load(ink, name="ink")
+    hook = tiny_pipe.unet.register_forward_pre_hook(lambda net, args: counts.append((len(args[0]), float(args[1]))))
+
+    def drawn(**options):
+        counts.clear()
+        cells = [Cell("a cat", seed, {"ink": 0.5 + seed}) for seed in range(2)]  # of their own strength each
+        return list(paint(adapters, cells, Sampling(steps=10, scheduler=scheduler, **options))), list(counts)
+
+    whole, half, none, off = (
+        drawn(guidance=5.0, guidance_stop=1.0), drawn(guidance=5.0, guidance_stop=0.5), drawn(guidance=5.0, guidance_stop=0),
+        drawn(guidance=1.0),
+    )  # fmt: skip
+    hook.remove()
+    assert {count for count, _ in whole[1]} == {4} and {count for count, _ in none[1]} == {2}
+    assert {count for count, timestep in half[1] if timestep >= 500} == {4}
+    assert {count for count, timestep in half[1] if timestep < 500} == {2}
+    for one, other in zip(none[0], off[0], strict=True):
+        assert difference(one, other) == 0
+    assert all(difference(half[0][n], other[0][n]) > 0 for other in (whole, none) for n in range(2))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_guidance_stops_where_a_picture_is_made_anew(make, tmp_path, masked):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "source.png")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(tmp_path / "mask.png")
+    told = {"image": tmp_path / "source.png", "strength": 0.9, "seed": 3, **({"mask": tmp_path / "mask.png"} if masked else {})}
+    whole, half, none = (make("a cat", guidance_stop=stop, **told)[0].image for stop in (1.0, 0.5, 0.0))
+    assert difference(whole, half) > 0 and difference(half, none) > 0
+    if masked:
+        assert half.getpixel((60, 30)) == (255, 0, 0)
+
+
+def test_small_bases_stop_guidance_early_by_default(make, tiny_pipe):
+    adapters = Adapters(tiny_pipe)
+    assert guidance_stop(adapters.base, Sampling()) == 0.2
+    assert guidance_stop(replace(adapters.base, family="sd1"), Sampling()) == 1.0
+    assert guidance_stop(adapters.base, Sampling(guidance_stop=0.7)) == 0.7
+    assert make("a cat")[0].recipe.guidance_stop == 0.2
+
+
 @pytest.mark.parametrize("guidance", [7.5, 1.0])
 def test_the_ends_of_a_blend_are_each_adapter_alone(make, ink, flat, tiny_base, tmp_path, guidance):
     prompts = ("a cat", "a red apple")
@@ -106,7 +152,7 @@ def test_shares_pass_all_of_each_adapter():
 
 
 def test_the_picture_is_made_again_from_its_own_recipe(make, ink, tmp_path):
-    options = {"seed": 9, "scheduler": "euler", "negative": "a dog", "width": 128}
+    options = {"seed": 9, "scheduler": "euler", "negative": "a dog", "width": 128, "guidance_stop": 0.6}
     first = make(adapter=(f"{ink}=0.7",), output=tmp_path / "a.png", **options)[0]
     assert recipe.read(first.path) == first.recipe
     again = generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))[0]
@@ -231,7 +277,7 @@ def test_a_missing_trigger_is_noted(make, ink, caplog):
     "wrong",
     [
         {"steps": 0}, {"batch_size": 0}, {"count": 0}, {"seed": -1}, {"seed": 2**63}, {"guidance": float("nan")},
-        {"guidance": 1, "negative": "a dog"}, {"seeds": (1, 2), "count": 2}, {"width": 0}, {"prompts": ()}, {"prompts": "a"},
+        {"guidance": 1, "negative": "a dog"}, {"guidance_stop": 0, "negative": "a dog"}, {"guidance_stop": 1.1}, {"seeds": (1, 2), "count": 2}, {"width": 0}, {"prompts": ()}, {"prompts": "a"},
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_used_is_refused(wrong):

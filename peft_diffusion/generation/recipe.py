@@ -46,7 +46,8 @@ class UsedPicture:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a picture was made from. ``scheduler`` None is the base's own; sizes are in pixels.
+    """Everything that a picture was made from. ``scheduler`` None is the base's own; sizes are in pixels; ``guidance_stop``
+    None is that of recipes from before there was one, which is 1.
 
     ``base`` is the source that was named; ``base_name``, ``base_family`` and ``fingerprint`` are what was found there.
     """
@@ -72,6 +73,7 @@ class Recipe:
     image: UsedPicture | None = None
     mask: UsedPicture | None = None
     strength: float | None = None
+    guidance_stop: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -117,7 +119,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "guidance": (int, float), "scheduler": (str, type(None)), "sampler": (str,), "base": (str,), "base_name": (str,),
     "base_family": (str,), "fingerprint": (str,), "device": (str,), "dtype": (str,), "adapters": (list,),
     "versions": (dict,), "quantize": (str, type(None)), "image": (dict, type(None)), "mask": (dict, type(None)),
-    "strength": (float, int, type(None)),
+    "strength": (float, int, type(None)), "guidance_stop": (float, int, type(None)),
 }  # fmt: skip
 
 
