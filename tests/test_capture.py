@@ -1,5 +1,6 @@
 """Steps from CUDA graphs, and what happens where they cannot be recorded."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,16 +27,21 @@ CASES = {
     "prefix": {"method": "prefix", "rank": None, "target": "attentions"},
     "convolutions": {"target": "conv"},
     "words": {"components": ("unet", "text_encoder"), "rank": None, "block": (
-        "unet attention lora rank=2", "text_encoder tokens tokens placeholders=ink initial=cat"
+        "unet attention lora rank=2", "text_encoder tokens tokens placeholders=sks initial=cat"
     )},
     "int8": {"quantize": "int8"},
 }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions in float32 round as such."""
+def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Convolutions in float32 round as such, and sums have one order: else two runs without a graph differ as well."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @CUDA
@@ -81,6 +87,7 @@ def test_a_pipeline_of_ones_own_is_left_where_it_was(tmp_path: Path) -> None:
     assert {part.device.type for part in (pipe.vae, pipe.unet, pipe.text_encoder)} == {"cuda"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what fails here is that there is no CUDA")
 def test_what_cannot_be_recorded_runs_all_the_same_and_says_why() -> None:
     told: list[str] = []
     plain, _ = trainer(Line())
