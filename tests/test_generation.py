@@ -122,10 +122,10 @@ def test_guidance_stops_where_a_picture_is_made_anew(make, tmp_path, masked):
 
 def test_small_bases_stop_guidance_early_by_default(make, tiny_pipe):
     adapters = Adapters(tiny_pipe)
-    assert guidance_stop(adapters.base, Sampling()) == 0.2
+    assert guidance_stop(adapters.base, Sampling()) == 0.4
     assert guidance_stop(replace(adapters.base, family="sd1"), Sampling()) == 1.0
     assert guidance_stop(adapters.base, Sampling(guidance_stop=0.7)) == 0.7
-    assert make("a cat")[0].recipe.guidance_stop == 0.2
+    assert make("a cat")[0].recipe.guidance_stop == 0.4
 
 
 @pytest.mark.parametrize("guidance", [7.5, 1.0])

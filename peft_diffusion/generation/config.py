@@ -94,7 +94,7 @@ class Sampling:
     """How closely to follow the prompt: classifier-free guidance, 1 is none."""
     guidance_stop: float | None = None
     """Share of the noise levels, from the noisiest, at which guidance acts (0 to 1): once it stops, the rest keeps closer to
-    the style that was taught and takes half the time. By default 0.2 with small bases such as icons, else 1."""
+    the style that was taught and takes half the time. By default 0.4 with small bases such as icons, else 1."""
     scheduler: SchedulerName | None = None
     """The sampler; by default the base's own."""
     width: int | None = None

@@ -35,7 +35,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 
-STOPS = {"other": 0.2}  # of guidance, where it is not told, by family of bases; "other" are small ones
+STOPS = {"other": 0.4}  # of guidance, where it is not told, by family of bases; "other" are small ones
 
 
 @dataclass(frozen=True)
