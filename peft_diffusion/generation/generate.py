@@ -17,7 +17,7 @@ from . import recipe as recipes
 from . import sheet
 from .adapters import Adapters
 from .config import GenerateConfig, Quantize, Sampling, SchedulerName
-from .painting import SCHEDULERS, Cell, Progress, guidance_stop, load_choices, paint, size
+from .painting import SCHEDULERS, Cell, Progress, load_choices, paint, size
 from .recipe import Recipe, UsedAdapter, UsedPicture
 from .source import Source, check_mask, read_source
 
@@ -88,7 +88,7 @@ def cell_recipes(
         height=height,
         steps=sampling.steps,
         guidance=sampling.guidance,
-        guidance_stop=guidance_stop(info, sampling),
+        guidance_stop=sampling.guidance_stop,
         scheduler=sampling.scheduler,
         sampler=SCHEDULERS[sampling.scheduler][0] if sampling.scheduler else type(pipe.scheduler).__name__,
         base=sampling.base,

@@ -35,9 +35,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 
-STOPS = {"other": 0.4}  # of guidance, where it is not told, by family of bases; "other" are small ones
-
-
 @dataclass(frozen=True)
 class Cell:
     """One picture to make; ``strengths`` are by the adapters' names."""
@@ -74,7 +71,6 @@ def paint(
     cannot take.
     """
     pipe = adapters.pipe
-    stop = guidance_stop(adapters.base, sampling)
     width, height = size(adapters.base, sampling, source)
     each = sampling.steps if source is None else source.steps(sampling.steps)
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
@@ -82,7 +78,7 @@ def paint(
     with _set_up(pipe, sampling):
         for number, batch in enumerate(batches):
             _set_strengths(adapters, batch)
-            report = _Report(progress, number * each, len(batches) * each, stop)
+            report = _Report(progress, number * each, len(batches) * each, sampling.guidance_stop)
             start = _noise(pipe, batch, (width, height)) if source is None else _start(pipe, batch, source)
             yield from _paint_batch(start, batch, sampling, report, source)
 
@@ -141,7 +137,10 @@ class _Report:
 
 
 def guides(pipe: Any, timestep: float, stop: float) -> bool:
-    """Whether guidance acts at a timestep, when it does in so large a share of them from the noisiest."""
+    """Whether guidance acts at a timestep, when it does in so large a share of them from the noisiest.
+
+    In a limited interval it spoils less of what was learned (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724).
+    """
     steps: int = pipe.scheduler.config.num_train_timesteps
     return stop > 0 and timestep >= (1 - stop) * steps
 
@@ -150,12 +149,6 @@ def guided_tensors(pipe: Any) -> list[str]:
     """What a pipeline holds twice over, without and with the prompt, for as long as guidance acts."""
     names = ("prompt_embeds", "add_text_embeds", "add_time_ids", "mask", "masked_image_latents")
     return [name for name in names if name in pipe._callback_tensor_inputs]
-
-
-def guidance_stop(info: BaseInfo, sampling: Sampling) -> float:
-    """The share of noise levels at which guidance acts. In a limited interval it spoils colours and surfaces less
-    (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724): on small bases it is needed for the subject alone."""
-    return STOPS.get(info.family, 1.0) if sampling.guidance_stop is None else sampling.guidance_stop
 
 
 @contextmanager
