@@ -8,7 +8,7 @@ import torch
 from conftest import make_pipe
 from test_formats import picture, write_adapter
 
-from peft_diffusion.bases import components, fingerprint
+from peft_diffusion.bases import components, digest, fingerprint
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import Adapters, Schedule
@@ -163,3 +163,15 @@ def test_adapters_stay_float32_and_follow_the_device_on_a_half_pipeline(files, t
     assert site.strengths(tiny_pipe.unet).values.dtype == torch.float32
     assert next(tiny_pipe.unet.parameters()).dtype == torch.bfloat16
     assert picture(tiny_pipe).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 64])
+def test_a_fingerprint_does_not_depend_on_how_much_is_read_at_a_time(monkeypatch, at_once):
+    layer = torch.nn.Linear(31, 11)
+    monkeypatch.setattr(digest, "_GROUP", 64)
+    expected = fingerprint({"layer": layer})
+    monkeypatch.setattr(digest, "_AT_ONCE", at_once)
+    assert fingerprint({"layer": layer}) == expected
+    with torch.no_grad():
+        layer.weight[0, 0] += 1e-7
+    assert fingerprint({"layer": layer}) != expected

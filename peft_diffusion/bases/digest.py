@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..core import quantized
 
 _SAMPLES = 1024
+_GROUP, _AT_ONCE = 1 << 24, 1 << 20  # words that are weighed from 1 on, and those that are computed with at a time
 _IDENTITY = "identity_before_quantization"  # an attribute of a quantized component
 
 
@@ -68,11 +69,16 @@ def _readable(tensor: Tensor) -> Tensor:
 def _checksum(tensor: Tensor) -> tuple[int, int]:
     """The sum of the bytes, and their sum weighted by position, both modulo 2 to the 64."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    padded = torch.nn.functional.pad(data, (0, -data.numel() % 4)).view(torch.int32)
+    missing = -data.numel() % 4
+    words = (torch.nn.functional.pad(data, (0, missing)) if missing else data).view(torch.int32)
     plain = weighted = 0
-    for chunk in torch.split(padded, 1 << 24):
-        values = chunk.to(torch.int64)
-        position = torch.arange(1, len(values) + 1, device=values.device) % 65521
-        plain = (plain + int(values.sum())) % 2**64
-        weighted = (weighted * 31 + int((values * position).sum())) % 2**64
+    for group in torch.split(words, _GROUP):
+        of_group, start = 0, 1
+        for chunk in torch.split(group, _AT_ONCE):  # few: on a device that a run fills, this takes memory too
+            values = chunk.to(torch.int64)
+            position = torch.arange(start, start + len(values), device=values.device) % 65521
+            plain = (plain + int(values.sum())) % 2**64
+            of_group += int((values * position).sum())
+            start += len(values)
+        weighted = (weighted * 31 + of_group) % 2**64
     return plain, weighted
