@@ -57,8 +57,7 @@ def test_a_graph_gives_the_same_adapter(case: str, tmp_path: Path) -> None:
         result = train(small(folder, tmp_path / str(graph), **changes), console=said)
         assert "no CUDA graph" not in said.export_text()
         found.append(load_file(result.output))
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
 
 
 @CUDA
@@ -76,8 +75,7 @@ def test_pictures_of_several_shapes_have_a_graph_each(tmp_path: Path) -> None:
             resolution=96,
         )  # fmt: skip
         found.append(load_file(train(run, pipe=make_xl_pipe().to("cuda")).output))
-    for name, tensor in found[0].items():
-        torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
 
 
 @CUDA

@@ -116,6 +116,8 @@ def test_guidance_stops_where_a_picture_is_made_anew(make, tmp_path, masked):
     told = {"image": tmp_path / "source.png", "mask": tmp_path / "mask.png" if masked else None, "strength": 0.9, "seed": 3}
     whole, half, none = (make("a cat", guidance_stop=stop, **told)[0].image for stop in (1.0, 0.5, 0.0))
     assert difference(whole, half) > 0 and difference(half, none) > 0
+    late, without = (make("a cat", **{**told, "strength": 0.4}, guidance_stop=stop)[0].image for stop in (0.5, 0.0))
+    assert difference(late, without) == 0, "it starts where guidance acts no more"
     if masked:
         assert half.getpixel((60, 30)) == (255, 0, 0)
 

@@ -123,9 +123,10 @@ class Sampling:
         for name in ("width", "height"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
-        if self.negative and (self.guidance <= 1 or self.guidance_stop == 0):
-            told = "guidance_stop 0" if self.guidance > 1 else f"guidance {self.guidance:g}"
-            raise UserError(f"a negative prompt has no effect at {told}; raise it{'' if self.guidance > 1 else ' above 1'}")
+        if self.negative and self.guidance <= 1:
+            raise UserError(f"a negative prompt has no effect at guidance {self.guidance:g}; raise it above 1")
+        if self.negative and self.guidance_stop == 0:
+            raise UserError("a negative prompt has no effect at guidance_stop 0; raise it")
 
     def choices(self) -> tuple[Choice, ...]:
         """The adapters, parsed and their headers read. Raises UserError as ``parse_choices`` does."""

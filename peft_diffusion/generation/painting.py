@@ -35,6 +35,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 
+
 @dataclass(frozen=True)
 class Cell:
     """One picture to make; ``strengths`` are by the adapters' names."""
@@ -142,7 +143,7 @@ def guides(pipe: Any, timestep: float, stop: float) -> bool:
     In a limited interval it spoils less of what was learned (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724).
     """
     steps: int = pipe.scheduler.config.num_train_timesteps
-    return stop > 0 and timestep >= (1 - stop) * steps
+    return timestep >= (1 - stop) * steps
 
 
 def guided_tensors(pipe: Any) -> list[str]:
@@ -198,12 +199,15 @@ def _generators(batch: Sequence[Cell]) -> list[torch.Generator]:
 def _paint_batch(
     start: _Start, batch: Sequence[Cell], sampling: Sampling, report: _Report, source: Source | None
 ) -> list[Image.Image]:
+    # What starts from a picture may start where guidance acts no more.
+    begins = 1.0 if source is None else source.steps(sampling.steps) / sampling.steps
+    guided = begins > 1 - sampling.guidance_stop
     out = start.pipe(
         **start.told,
         prompt=[cell.prompt for cell in batch],
         negative_prompt=[sampling.negative] * len(batch),
         num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance if report.stop > 0 else 1.0,
+        guidance_scale=sampling.guidance if guided else 1.0,
         generator=start.generators,
         callback_on_step_end=report,
         callback_on_step_end_tensor_inputs=guided_tensors(start.pipe),
