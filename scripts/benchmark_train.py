@@ -233,9 +233,11 @@ def _both(cell: Cell, device: torch.device, dtype: torch.dtype, side: str) -> tu
 def _gradients(cell: Cell, device: torch.device, dtype: torch.dtype, side: str) -> Tensor:
     """Gradients of one LoRA, flat."""
     task, loss = _both(cell, device, dtype, side)
-    with sides.fused(task.pipe.unet) if side == "ours" else sides.nullcontext():
-        pairs = _start(task.pipe.unet, side)
-        loss(0).backward()  # type: ignore[no-untyped-call]
+    unet = task.pipe.unet
+    with sides.fused(unet) if side == "ours" else sides.nullcontext():
+        pairs = _start(unet, side)
+        with sides.working(unet) if side == "ours" else sides.nullcontext():
+            loss(0).backward()  # type: ignore[no-untyped-call]
     return torch.cat([tensor.grad.float().flatten().cpu() for pair in pairs for tensor in pair if tensor.grad is not None])
 
 

@@ -20,11 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_diffusion.bases.architectures import Architecture
 from peft_diffusion.core import site
-from peft_diffusion.core.arena import Arena
+from peft_diffusion.core.arena import Arena, side_by_side
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.data.buckets import Bucket, fit
 from peft_diffusion.data.latents import Latent, LatentCache, TextCache
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.methods.product import Working
 from peft_diffusion.training.capture import Recorder
 from peft_diffusion.training.diffusion import DiffusionSettings, DiffusionTask, Examples
 from peft_diffusion.training.fused import fused
@@ -140,7 +141,7 @@ def ours(
         close.enter_context(fused(unet, cudnn_attention=cudnn))
     torch.manual_seed(2)
     site.attach(unet, NAME, Lora(RANK), "attention")
-    arena = Arena({"unet": [p for adapter in site.adapters(unet, NAME).values() for p in adapter.parameters()]})
+    arena = arena_of(unet)
     settings = TrainerSettings(steps=10**9, rates={"unet": RATE}, log_every=10, save_every=10**9, record=record)
     trainer = Trainer(task_of(cell, unet), arena, settings)
 
@@ -153,6 +154,18 @@ def ours(
         return f"not recorded: {trainer.unrecorded}" if trainer.unrecorded else ""
 
     return Side(lambda steps: void(trainer.run(trainer.step + steps)), trainer.total.item, alone, unet, close, note)
+
+
+def arena_of(unet: Any) -> Arena:
+    """What the package trains of its adapter on a UNet, as its trainer has it."""
+    built = site.adapters(unet, NAME)
+    return Arena({"unet": side_by_side((path, list(adapter.parameters())) for path, adapter in built.items())})
+
+
+def working(unet: Any) -> AbstractContextManager[None]:
+    """A pass forward and backward as the trainer makes it."""
+    arena = arena_of(unet)
+    return Working(arena.flat, arena.grad).passing()
 
 
 def void(_: object) -> None:

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from conftest import make_pipe
+from conftest import make_pipe, make_xl_pipe
 from torch import nn
 
 from peft_diffusion.core import site
-from peft_diffusion.methods import lora
+from peft_diffusion.core.arena import Arena, side_by_side
+from peft_diffusion.methods import lora, product
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.training.fused import side_by_side as side_by_side_weights
+from peft_diffusion.training.fused import swapped
 
 DTYPES = {"float32": (torch.float32, 1e-5), "bfloat16": (torch.bfloat16, 2e-2)}
 CASES = {
@@ -155,3 +158,65 @@ def test_a_unet_has_the_same_gradients_and_checkpointing_too(pays):
     again = run()
     assert torch.cosine_similarity(expected, found, dim=0) >= 0.99999
     torch.testing.assert_close(again, found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [make_pipe, make_xl_pipe])
+def test_queries_keys_and_values_are_one_layer_in_a_pass_of_the_trainer(make, dtype, pays, monkeypatch):
+    kind, limit = DTYPES[dtype]
+    unet = make().unet.to(kind)
+    site.attach(unet, "a", Lora(rank=4, alpha=2.0), "attention")
+    built = site.adapters(unet, "a")
+    arena = Arena({"unet": side_by_side((path, list(adapter.parameters())) for path, adapter in built.items())})
+    arena.flat.add_(0.1 * torch.randn(arena.flat.shape, generator=torch.Generator().manual_seed(3)))
+    width = unet.config.cross_attention_dim
+    x, text = torch.randn(2, 4, 8, 8).to(kind), torch.randn(2, 7, width).to(kind)
+    added = {"text_embeds": torch.randn(2, 16).to(kind), "time_ids": torch.ones(2, 6, dtype=kind)}
+
+    def run():
+        y = unet(x, torch.tensor(500), encoder_hidden_states=text, added_cond_kwargs=added).sample
+        y.float().square().mean().backward()
+        return torch.cat([y.detach().float().flatten(), 1000 * arena.grad])
+
+    expected = run()
+    arena.zero_grad()
+    pays(True)
+    weights = {name: parameter.detach().clone() for name, parameter in unet.named_parameters() if "adapters" not in name}
+    layers = []
+    call = product.Projections.__call__
+    monkeypatch.setattr(product.Projections, "__call__", lambda own, x: layers.append(len(own.down.value)) or call(own, x))
+    working = product.Working(arena.flat, arena.grad)
+    with swapped(unet), side_by_side_weights(unet):
+        with working.passing():
+            found = run()
+        with working.passing():
+            twice = run()  # gradients are added to those that are there
+    attentions = len(built) // 8
+    assert [layers.count(one) for one in (1, 2, 3)] == [6 * attentions, 2 * attentions, 2 * attentions]
+    assert (found - expected).norm() <= limit * expected.norm()
+    assert (twice[-len(arena.grad) :] - 2 * found[-len(arena.grad) :]).norm() <= limit * expected.norm()
+    for name, parameter in unet.named_parameters():
+        if name in weights:
+            assert torch.equal(parameter, weights[name])
+            assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
+def test_a_pass_of_the_trainer_serves_only_what_lies_in_its_arena(pays, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("not to be called")
+
+    pays(True)
+    monkeypatch.setattr(product.Projections, "__call__", refuse)
+    model, other = Layers(torch.float32), Layers(torch.float32)
+    for one in (model, other):
+        site.attach(one, "a", Lora(rank=2), "all-linear")
+    x = torch.randn(2, 5, 12)
+    arena = Arena({"model": [p for p in model.parameters() if p.requires_grad]})
+    working = product.Working(arena.flat, arena.grad)
+    with working.passing():
+        other(x)
+        with site.strengths(model).without("a"):
+            model(x)
+    model(x)
+    with working.passing(), pytest.raises(AssertionError, match="not to be called"):
+        model(x)

@@ -1,6 +1,7 @@
 """One flat buffer for everything an adapter trains: optimizer, clipping and averaging are one operation each."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,22 @@ class Arena:
         parameter.data = view
         parameter.grad = self.grad[start:end].view(parameter.shape)
         return start + _room(parameter)
+
+
+def side_by_side(sites: Iterable[tuple[str, Sequence[nn.Parameter]]]) -> list[nn.Parameter]:
+    """The parameters of sites, by path, in an order for an arena: sites of one parent with parameters of the same shapes, as
+    an attention's queries, keys and values, have their first ones beside each other, then their second ones. So several are
+    one matrix of more rows."""
+
+    def kind(site: tuple[str, Sequence[nn.Parameter]]) -> tuple[str, list[torch.Size]]:
+        path, parameters = site
+        return path.rpartition(".")[0], [parameter.shape for parameter in parameters]
+
+    found: list[nn.Parameter] = []
+    for _, alike in itertools.groupby(sites, kind):
+        for same in zip(*(parameters for _, parameters in alike), strict=True):
+            found.extend(same)
+    return found
 
 
 def _room(parameter: nn.Parameter) -> int:

@@ -62,14 +62,20 @@ class AdaptedSite(nn.Module):
 
     def _whole(self, x: Tensor) -> Tensor | None:
         """What an adapter that is alone here computes in one with the site's own output while it is trained, if it can."""
+        adapter = self.lone(x)
+        if adapter is None:
+            return None
+        ((name, _),) = self.adapters.items()
+        return adapter.whole(x, self.strengths.values[self.strengths.index(name), self.block])
+
+    def lone(self, x: Tensor) -> Adapter | None:
+        """The adapter that is alone here, on, trained, and computes the whole of the site's output for ``x``; if there is one."""
         strengths = self.strengths
         if len(self.adapters) != 1 or strengths.merged or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         ((name, adapter),) = self.adapters.items()
-        if not adapter.takes_over(x) or not (name in strengths.active or _capturing()):
-            return None
-        strength = strengths.values[strengths.index(name), self.block]
-        return adapter.whole(x, strength) if len(strength) == 1 else None
+        one_for_all = strengths.values.shape[2] == 1
+        return adapter if one_for_all and name in strengths.active and adapter.takes_over(x) else None
 
     def _changed(self, input: Tensor, y: Tensor, named: Mapping[str, Any]) -> Tensor:
         strengths = self.strengths

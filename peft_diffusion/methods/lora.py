@@ -1,7 +1,7 @@
 """LoRA: a change of low rank (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from ..core.errors import UserError
 from ..core.merge import dense_weight
 from ..core.site import AdaptedSite, base_class
 from .affine import ALPHA, WeightChange, check_rank, read_alpha, require, serves, single, stored_alpha, weight_shape
-from .product import low_rank_linear, pays
+from .product import Projections, low_rank_linear, pays, projections, stacked
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 INITS = ("standard", "gaussian", "pissa")
@@ -127,6 +127,17 @@ def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
     return LoraAdapter(site, down, up, read_alpha(tensors, len(down)), 0.0)
 
 
+def as_one(layers: Sequence[nn.Module], x: Tensor) -> Projections | None:
+    """Linear layers without biases whose weights lie one after the other, a LoRA alone at each, as one; None for others."""
+    lone = [layer.lone(x) if isinstance(layer, AdaptedSite) else None for layer in layers]
+    pairs = [(adapter.down, adapter.up) for adapter in lone if type(adapter) is LoraAdapter]
+    scales = {adapter.scale for adapter in lone if type(adapter) is LoraAdapter}
+    if len(pairs) < len(layers) or len(scales) > 1 or any(layer.bias is not None for layer in layers):
+        return None
+    weight = stacked([layer.weight.detach() for layer in layers if isinstance(layer, nn.Linear)])
+    return None if weight is None else projections(weight.flatten(0, 1), None, pairs, scales.pop())
+
+
 class LoraAdapter(WeightChange):
     """The pair of one site: ``down`` (rank, in, ...), ``up`` (out, rank)."""
 
@@ -176,7 +187,8 @@ class LoraAdapter(WeightChange):
         site, (down, up) = self.site, self.pair()
         if not isinstance(site, nn.Linear):
             raise TypeError(f"one function is for Linear, not {type(site).__name__}")
-        return low_rank_linear(x, site.weight, site.bias, down, up, strength, self.scale)
+        together = projections(site.weight, site.bias, [(self.down, self.up)], self.scale)
+        return low_rank_linear(x, site.weight, site.bias, down, up, strength, self.scale) if together is None else together(x)
 
     def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
         """``down(x)``, of the rank's width, in the dtype of ``x``."""

@@ -14,7 +14,7 @@ from .trainer import Divergence, TrainerState
 from .writing import explained as explained
 from .writing import write_bytes as write_bytes
 
-_KEY = "peft_diffusion_checkpoint"
+_KEY = "peft_diffusion_checkpoint_2"  # the number is of the order in which parameters lie in the flat tensors
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.site import AdaptedSite, base_class, rebase
+from ..methods.lora import as_one
 from ..methods.product import fusing
 from . import lean
 
@@ -44,10 +45,11 @@ def fused(component: nn.Module, *, cudnn_attention: bool = True) -> Iterator[Non
         return
     lean.kernels_on(parameter.device)  # now, as their first run cannot be recorded
     chosen = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    # Which is fastest is found with a clock, so not where every run shall round alike.
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     try:
         cudnn = cudnn_attention and _cudnn_attends(component, parameter)
-        with channels_last(component), swapped(component, _CUDNN_FIRST if cudnn else ()), fusing():
+        with channels_last(component), side_by_side(component), swapped(component, _CUDNN_FIRST if cudnn else ()), fusing():
             yield
     finally:
         torch.backends.cudnn.benchmark = chosen
@@ -67,6 +69,26 @@ def channels_last(component: nn.Module) -> Iterator[None]:
     finally:
         for weight in turned:
             weight.data = weight.data.contiguous()
+
+
+@contextmanager
+def side_by_side(component: nn.Module) -> Iterator[None]:
+    """The weights of queries, keys and values that read the same input one after the other in memory inside."""
+    moved: list[nn.Parameter] = []
+    try:
+        for attention in [module for module in component.modules() if isinstance(module, Attention)]:
+            layers = [attention.to_q, attention.to_k, attention.to_v]
+            weights = [layer.weight for layer in layers if _is_plain_linear(layer) and _frozen(layer)]
+            alike = [weight for weight in weights if weight.shape == weights[-1].shape]
+            if len(weights) == len(layers) and len(alike) > 1:
+                together = torch.cat([weight.data for weight in alike])
+                for weight, own in zip(alike, together.chunk(len(alike)), strict=True):
+                    weight.data = own
+                moved += alike
+        yield
+    finally:
+        for weight in moved:
+            weight.data = weight.data.clone()
 
 
 @contextmanager
@@ -120,6 +142,12 @@ def _attends_plainly(attention: Any) -> bool:
 
 def _frozen(module: nn.Module) -> bool:
     return not any(own.requires_grad for own in module.parameters(recurse=False))
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a Linear with a weight of its own, whatever it carries."""
+    own = base_class(module) if isinstance(module, AdaptedSite) else type(module)
+    return own is nn.Linear and type(module.weight) is nn.Parameter
 
 
 def _lean(module: nn.Module, cls: type[nn.Module]) -> bool:
@@ -255,7 +283,10 @@ class FusedAttention:
             result: Tensor = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
             return result
         told = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = attn.to_q(hidden_states), attn.to_k(told), attn.to_v(told)
+        if encoder_hidden_states is None:
+            query, key, value = _projected((attn.to_q, attn.to_k, attn.to_v), hidden_states)
+        else:
+            query, (key, value) = attn.to_q(hidden_states), _projected((attn.to_k, attn.to_v), told)
 
         def heads(x: Tensor) -> Tensor:
             return x.view(len(x), -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2)
@@ -266,6 +297,14 @@ class FusedAttention:
         for part in attn.to_out:
             found = part(found)
         return found
+
+
+def _projected(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """What each of several layers gives for the same input: from one product, where they can be one."""
+    together = as_one(layers, x)
+    if together is None:
+        return [layer(x) for layer in layers]
+    return together(x).chunk(len(layers), -1)
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {

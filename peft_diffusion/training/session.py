@@ -16,6 +16,7 @@ from torch import nn
 from .. import formats
 from ..bases import components, fingerprint
 from ..bases.vocabulary import begun, teach
+from ..core.arena import side_by_side
 from ..core import site
 from ..core.adapter import Adapter, Method
 from ..core.errors import UserError
@@ -55,7 +56,7 @@ def attach(
     ``rate_of`` gives a component's learning rate; a block's own goes before it.
     Raises UserError where a component has no block, and as ``site.attach_all`` does.
     """
-    groups: dict[str, list[nn.Parameter]] = {}
+    groups: dict[str, list[tuple[str, list[nn.Parameter]]]] = {}
     rates: dict[str, float] = {}
     undecayed: set[str] = set()
     for name, part in parts.items():
@@ -70,13 +71,13 @@ def attach(
             rate = block.rate or rate_of(name)
             if words:
                 undecayed.add(group)
-            for adapter in adapters.values():
+            for path, adapter in adapters.items():
                 adapter.train()  # the base stays in eval mode; dropout belongs to the adapter
                 for times, parameters in adapter.by_rate().items():
                     own_group = group if times == 1 else f"{group} x{times:.9g}"
                     rates[own_group] = times * rate
-                    groups.setdefault(own_group, []).extend(parameters)
-    return Attached(groups, rates, frozenset(undecayed))
+                    groups.setdefault(own_group, []).append((path, parameters))
+    return Attached({name: side_by_side(sites) for name, sites in groups.items()}, rates, frozenset(undecayed))
 
 
 def chosen(base: Any, names: Sequence[str]) -> dict[str, nn.Module]:

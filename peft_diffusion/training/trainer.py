@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.arena import Arena
 from ..core.errors import UserError
+from ..methods.product import Working
 from .capture import Inputs, Recorder, cause, to_device
 from .config import OptimizerName, Scheduler
 from .crew import Crew
@@ -194,6 +195,7 @@ class Trainer:
         self.unrecorded: str | None = None
         self.records = settings.record and arena.flat.device.type == "cuda"
         self.optimizer = self._optimizer()
+        self.working = Working(arena.flat, arena.grad)
         device = arena.flat.device
         self.gradients = Recorder(self._add_gradients, lambda: [arena.grad, self.total], device)
         self.update = Recorder(self._update, self._updated, device)
@@ -320,8 +322,9 @@ class Trainer:
 
     def _add_gradients(self, inputs: Inputs) -> None:
         """Forward and backward of a micro-batch."""
-        loss = self.task.loss(inputs) / self.settings.accumulation
-        loss.backward()  # type: ignore[no-untyped-call]
+        with self.working.passing():
+            loss = self.task.loss(inputs) / self.settings.accumulation
+            loss.backward()  # type: ignore[no-untyped-call]
         self.total.add_(loss.detach())
 
     def _update(self, _: Inputs) -> None:
