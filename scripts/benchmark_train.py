@@ -20,6 +20,7 @@ the side holds of the card, recordings too.
 import argparse
 import gc
 import json
+import math
 import os
 import signal
 import statistics
@@ -351,7 +352,9 @@ class _Measurement:
         from torch.utils.flop_counter import FlopCounterMode
 
         for name in [name for name in ("ours", "floor") if name in self.times]:
-            with FlopCounterMode(display=False) as counted:
+            # torch's own counts of these cannot take a product whose result has another dtype.
+            products = {torch.ops.aten.addmm: _operations_of_sum, torch.ops.aten.baddbmm: _operations_of_sum}
+            with FlopCounterMode(display=False, custom_mapping=products) as counted:
                 self.sides[name].alone()
             done = counted.get_total_flops()
             rate = done / statistics.median(self.times[name]) / 1e9
@@ -361,6 +364,11 @@ class _Measurement:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def _operations_of_sum(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
+    """Operations of ``_ + a @ b``, of matrices or stacks of them, from their shapes."""
+    return 2 * math.prod(a) * int(b[-1])
 
 
 def _milliseconds(side: Side, device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """Methods and blocks of a run: what is trained where, and that one file holds it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,13 +180,16 @@ def test_every_method_has_a_learning_rate_of_its_own():
     from peft_diffusion.training.config import TrainConfig, resolve
 
     base = describe(make_pipe())
+    large = replace(base, family="sd1")
 
     def resolved(**asked):
         return resolve(TrainConfig((Path("a"),), **asked), base, 30, "cpu")
 
     assert resolved().unet_lr == 1e-3
     assert resolved(method="ia3").unet_lr > 1e-3
-    assert resolved(method="tokens", components=("text_encoder",)).text_encoder_lr == 5e-3
+    assert resolved(method="prompt", components=("text_encoder",)).text_encoder_lr == 5e-3
+    words = TrainConfig((Path("a"),), method="tokens", components=("text_encoder",))
+    assert resolve(words, base, 30, "cpu").text_encoder_lr == 2 * resolve(words, large, 30, "cpu").text_encoder_lr == 1e-2
     assert resolved(method="tokens", components=("text_encoder",), text_encoder_lr=0.01).text_encoder_lr == 0.01
     several = ("unet attention lora rank=4", "text_encoder tokens tokens lr=0.5", "unet attentions ia3")
     both = {"components": ("unet", "text_encoder"), "block": several}

@@ -9,6 +9,7 @@ from conftest import make_pipe, make_xl_pipe
 from rich.console import Console
 from safetensors.torch import load_file
 from test_training import Line, draw_pictures, small, trainer
+from torch import Tensor
 
 from peft_diffusion.training import train
 from peft_diffusion.training.capture import Recorder, cause, shapes
@@ -44,6 +45,15 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def assert_learned_alike(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Each tensor as a whole: where a gradient is nearly 0, Adam makes a step of what the products' last bits were, and they
+    are other ones in a recording, whose products are given another workspace."""
+    assert a.keys() == b.keys()
+    for name, one in a.items():
+        far, size = (one.float() - b[name].float()).norm(), b[name].float().norm()
+        assert far <= 1e-3 * size, f"{name}: {far / size:.2g} of it differs"
+
+
 @CUDA
 @pytest.mark.parametrize("case", CASES)
 def test_a_graph_gives_the_same_adapter(case: str, tmp_path: Path) -> None:
@@ -57,7 +67,7 @@ def test_a_graph_gives_the_same_adapter(case: str, tmp_path: Path) -> None:
         result = train(small(folder, tmp_path / str(graph), **changes), console=said)
         assert "no CUDA graph" not in said.export_text()
         found.append(load_file(result.output))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
+    assert_learned_alike(*found)
 
 
 @CUDA
@@ -75,7 +85,7 @@ def test_pictures_of_several_shapes_have_a_graph_each(tmp_path: Path) -> None:
             resolution=96,
         )  # fmt: skip
         found.append(load_file(train(run, pipe=make_xl_pipe().to("cuda")).output))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
+    assert_learned_alike(*found)
 
 
 @CUDA

@@ -187,8 +187,8 @@ class LoraAdapter(WeightChange):
         site, (down, up) = self.site, self.pair()
         if not isinstance(site, nn.Linear):
             raise TypeError(f"one function is for Linear, not {type(site).__name__}")
-        together = projections(site.weight, site.bias, [(self.down, self.up)], self.scale)
-        return low_rank_linear(x, site.weight, site.bias, down, up, strength, self.scale) if together is None else together(x)
+        quick = projections(site.weight, site.bias, [(self.down, self.up)], self.scale)
+        return low_rank_linear(x, site.weight, site.bias, down, up, strength, self.scale) if quick is None else quick(x)
 
     def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
         """``down(x)``, of the rank's width, in the dtype of ``x``."""

@@ -103,8 +103,8 @@ class Projections:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., layers * out) of ``x`` (..., in), which has the dtype of the weight."""
-        y: Tensor = _Projections.apply(x, self.first, self)
-        return y
+        apply: Callable[..., Tensor] = _Projections.apply
+        return apply(x, self.first, self)
 
 
 def projections(
@@ -123,7 +123,7 @@ class _Projections(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, first: Tensor, made: Projections) -> Tensor:
-        rows, (layers, rank, _) = x.reshape(-1, x.shape[-1]), made.down.value.shape
+        rows, layers = x.reshape(-1, x.shape[-1]), len(made.down.value)
         hidden = rows @ made.down.value.flatten(0, 1).t()
         y = F.linear(rows, made.weight, made.bias)
         if layers == 1:

@@ -182,7 +182,7 @@ class _Conv2d(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         stride: tuple[int, ...],
-        padding: str | tuple[int, ...],
+        padding: tuple[int, ...],
         dilation: tuple[int, ...],
         groups: int,
     ) -> Tensor:
@@ -196,11 +196,10 @@ class _Conv2d(torch.autograd.Function):
         (weight,), dx = ctx.saved_tensors, None
         stride, padding, dilation, groups = ctx.geometry
         if ctx.needs_input_grad[0]:
-            # Of the input, the gradient to the input takes the shape alone.
-            shape = gradients[0].new_empty(1).expand(ctx.shape)
-            dx = torch.ops.aten.convolution_backward(
-                gradients[0], shape, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
-            )[0]
+            # The general backward pass would copy an input first, of which it needs but the shape.
+            sizes = zip(ctx.shape[2:], gradients[0].shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+            rest = [all_ - (out - 1) * step + 2 * pad - wide * (size - 1) - 1 for all_, out, size, step, pad, wide in sizes]
+            dx = F.conv_transpose2d(gradients[0], weight, None, stride, padding, rest, groups, dilation)
         return dx, None, None, None, None, None, None
 
 

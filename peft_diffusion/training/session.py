@@ -16,9 +16,9 @@ from torch import nn
 from .. import formats
 from ..bases import components, fingerprint
 from ..bases.vocabulary import begun, teach
-from ..core.arena import side_by_side
 from ..core import site
 from ..core.adapter import Adapter, Method
+from ..core.arena import side_by_side
 from ..core.errors import UserError
 from ..methods.tokens import SoftPrompt, Tokens
 from .blocks import Block
