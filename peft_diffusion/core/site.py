@@ -69,7 +69,7 @@ class AdaptedSite(nn.Module):
         return adapter.whole(x, self.strengths.values[self.strengths.index(name), self.block])
 
     def lone(self, x: Tensor) -> Adapter | None:
-        """The adapter that is alone here, on and trained, and computes all that the site gives for ``x``, if there is one."""
+        """The adapter that is alone here, on, trained, and computes all that the site gives for ``x``; if there is one."""
         strengths = self.strengths
         if len(self.adapters) != 1 or strengths.merged or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
