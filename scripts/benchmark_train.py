@@ -13,7 +13,7 @@ Ours are ``ours`` (the package as it is), ``ours-eager`` (no recording), ``ours-
 ``ours-flash`` (recorded and fused, with the attention that torch chooses).
 The frozen base alone, forward and the gradients through its activations, is ``floor`` (recorded as ours is), ``floor-eager``
 and ``floor-plain``. Others: ``script`` (diffusers'), ``peft`` (best effort), ``peft-graph``, ``peft-compiled`` (with
-``--compile``) and ``lycoris``. Peak memory is that of a step that is no recording, with the weights; ``reserved`` is what
+``--compile``), ``lycoris``, and ``kohya`` (where its sd-scripts are on PYTHONPATH). Peak memory is that of a step that is no recording, with the weights; ``reserved`` is what
 the side holds of the card, recordings too.
 """
 
@@ -50,7 +50,7 @@ BLOCK = 10
 PEAK = 798.0  # TFLOP/s of dense bfloat16 that an H100 was measured to do
 GIB = 2**30
 ALL = [f"{kind}-b{batch}{end}" for kind in ("sd1", "sdxl") for batch in (1, 4, 8) for end in ("", "-ck")]
-EVERY = tuple(name for name in SIDES if name != "peft-compiled")
+EVERY = tuple(name for name in SIDES if name not in ("peft-compiled", "kohya"))
 QUICK_CELLS, QUICK_SIDES = ("sd1-b1", "sd1-b4", "sdxl-b1"), ("ours", "floor", "script", "peft", "ours-plain")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -412,7 +412,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="folder for results")
     parser.add_argument("--cells", nargs="+", help=f"of {' '.join(ALL)} and tiny-b1 (default: all, --quick: some)")
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="what to compare (default: all but peft-compiled)")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="what to compare (default: all but peft-compiled and kohya)")
     parser.add_argument("--seconds", type=int, default=36000, help="end after this time, with what is known")
     parser.add_argument("--quick", action="store_true", help="few cells, sides and warm-ups: what says the most in minutes")
     parser.add_argument("--tiny", action="store_true", help="a tiny UNet, to see that the script works")

@@ -257,13 +257,31 @@ def peft(cell: Cell, device: torch.device, dtype: torch.dtype, *, compiled: bool
 
 
 def lycoris(cell: Cell, device: torch.device, dtype: torch.dtype) -> Side:
-    """LyCORIS' LoCon modules at the same layers, in the autocast that kohya's trainer runs them in."""
+    """LyCORIS' LoCon modules at the same layers, as kohya's trainer runs them."""
     from lycoris import LycorisNetwork, create_lycoris
 
     unet = build(cell, device, dtype)
     LycorisNetwork.apply_preset({"enable_conv": False, "target_module": ["Attention"], "target_name": []})
     network = create_lycoris(unet, 1.0, linear_dim=RANK, linear_alpha=RANK, algo="lora")
     network.apply_to()
+    return _in_autocast(cell, unet, network, device, dtype)
+
+
+def kohya(cell: Cell, device: torch.device, dtype: torch.dtype) -> Side:
+    """The LoRA modules of kohya's sd-scripts, whose folder is on PYTHONPATH, at the same layers, as its trainer runs them."""
+    from networks.lora import LoRAModule
+
+    unet, modules = build(cell, device, dtype), nn.ModuleDict()
+    for path in sorted(path for path, module in unet.named_modules() if path.endswith(LAYERS)):
+        name = f"lora_unet_{path.replace('.', '_')}"
+        modules[name] = LoRAModule(name, unet.get_submodule(path), 1.0, RANK, RANK)
+    for module in modules.values():
+        module.apply_to()
+    return _in_autocast(cell, unet, modules, device, dtype)
+
+
+def _in_autocast(cell: Cell, unet: Any, network: nn.Module, device: torch.device, dtype: torch.dtype) -> Side:
+    """A step of kohya's trainer on float32 modules: autocast, clipping, AdamW, the loss read."""
     network.to(device, torch.float32)
     network.requires_grad_(True)
     own = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -299,6 +317,7 @@ SIDES: dict[str, Callable[[Cell, torch.device, torch.dtype], Side]] = {
     "peft-graph": partial(peft, record=True),
     "peft-compiled": partial(peft, compiled=True),
     "lycoris": lycoris,
+    "kohya": kohya,
 }
 
 

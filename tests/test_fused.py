@@ -174,6 +174,7 @@ def test_a_norm_that_is_trained_gets_its_gradients():
 @pytest.mark.parametrize("make", [make_pipe, make_xl_pipe])
 def test_kernels_give_the_gradients_of_the_plain_unet(make, dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # what is compared to the bit are our kernels
     kind, limit = DTYPES[dtype]
     unet = unet_with("lora", kind, make, "cuda")
     expected, digest = gradients(unet), fingerprint({"unet": unet})
