@@ -13,8 +13,8 @@ Ours are ``ours`` (the package as it is), ``ours-eager`` (no recording), ``ours-
 ``ours-flash`` (recorded and fused, with the attention that torch chooses).
 The frozen base alone, forward and the gradients through its activations, is ``floor`` (recorded as ours is), ``floor-eager``
 and ``floor-plain``. Others: ``script`` (diffusers'), ``peft`` (best effort), ``peft-graph``, ``peft-compiled`` (with
-``--compile``), ``lycoris``, and ``kohya`` (where its sd-scripts are on PYTHONPATH). Peak memory is that of a step that is no recording, with the weights; ``reserved`` is what
-the side holds of the card, recordings too.
+``--compile``), ``lycoris``, and ``kohya`` (where its sd-scripts are on PYTHONPATH). Peak memory is that of a step that is no
+recording, with the weights; ``reserved`` is what the side holds of the card, recordings too.
 """
 
 import argparse
@@ -412,7 +412,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="folder for results")
     parser.add_argument("--cells", nargs="+", help=f"of {' '.join(ALL)} and tiny-b1 (default: all, --quick: some)")
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="what to compare (default: all but peft-compiled and kohya)")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="default: all but peft-compiled and kohya")
     parser.add_argument("--seconds", type=int, default=36000, help="end after this time, with what is known")
     parser.add_argument("--quick", action="store_true", help="few cells, sides and warm-ups: what says the most in minutes")
     parser.add_argument("--tiny", action="store_true", help="a tiny UNet, to see that the script works")

@@ -268,7 +268,7 @@ def lycoris(cell: Cell, device: torch.device, dtype: torch.dtype) -> Side:
 
 
 def kohya(cell: Cell, device: torch.device, dtype: torch.dtype) -> Side:
-    """The LoRA modules of kohya's sd-scripts, whose folder is on PYTHONPATH, at the same layers, as its trainer runs them."""
+    """The LoRA modules of kohya's sd-scripts, a folder on PYTHONPATH, at the same layers, as its trainer runs them."""
     from networks.lora import LoRAModule
 
     unet, modules = build(cell, device, dtype), nn.ModuleDict()

@@ -101,3 +101,29 @@ def test_a_frozen_convolution_keeps_no_input(geometry):
     assert kept and all(tensor.numel() < x.numel() or tensor.data_ptr() == conv.weight.data_ptr() for tensor in kept)
     check_same(found, [conv(x)] * len(found), [x])
     assert linear.requires_grad
+
+
+def test_what_has_no_memory_is_given_to_no_kernel(monkeypatch):
+    """As when the memory of a step is predicted: a kernel would read at address 0. Peaks are those of the kernels' results."""
+    from conftest import make_xl_pipe
+
+    from peft_diffusion.training.fused import swapped
+    from peft_diffusion.training.preflight import peak
+
+    unet = make_xl_pipe().unet.requires_grad_(False)
+    inputs = {
+        "latents": torch.randn(2, 4, 16, 16), "text": torch.randn(2, 77, unet.config.cross_attention_dim),
+        "summary": torch.randn(2, 16), "sizes": torch.ones(2, 6),
+    }  # fmt: skip
+
+    def loss(given):
+        added = {"text_embeds": given["summary"], "time_ids": given["sizes"]}
+        latents = given["latents"].requires_grad_(True)
+        return unet(latents, 500, given["text"], added_cond_kwargs=added).sample.square().mean()
+
+    plain = peak(loss, inputs, torch.device("cpu"))
+    with swapped(unet):
+        in_torch = peak(loss, inputs, torch.device("cpu"))
+        monkeypatch.setattr(lean, "kernels_on", lambda device: object())  # which has none of the functions
+        of_kernels = peak(loss, inputs, torch.device("cpu"))
+    assert 0 < of_kernels < in_torch and of_kernels < plain

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -40,6 +41,50 @@ def kernels_on(device: torch.device) -> Any:
         logging.getLogger(__name__).warning("training without Triton's kernels, which is slower: %s", error)
         return None
     return kernels
+
+
+def _kernels(x: Tensor) -> Any:
+    """The kernels for a tensor. One that has a shape and no memory, as when memory is predicted, is given as much by ours."""
+    there = kernels_on(x.device)
+    return _Shapes if there is not None and isinstance(x, FakeTensor) else there
+
+
+class _Shapes:
+    """What the kernels of Triton give, by shape: none of them may be given a tensor without memory."""
+
+    @staticmethod
+    def group_norm(
+        x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, rstd = x.new_empty(2, len(x), groups, dtype=torch.float32).unbind()
+        return torch.empty_like(x), mean, rstd
+
+    @staticmethod
+    def group_norm_back(dy: Tensor, x: Tensor, *_: object) -> Tensor:
+        return torch.empty_like(x)
+
+    @staticmethod
+    def layer_norm(
+        x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, rstd = x.new_empty(2, x.numel() // x.shape[-1], dtype=torch.float32).unbind()
+        return x if added is None else torch.empty_like(x), torch.empty_like(x), mean, rstd
+
+    @staticmethod
+    def layer_norm_back(dy: Tensor, x: Tensor, *_: object) -> Tensor:
+        return torch.empty_like(x)
+
+    @staticmethod
+    def gated(x: Tensor) -> Tensor:
+        return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+    @staticmethod
+    def gated_back(dy: Tensor, x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    @staticmethod
+    def sum_with_bias(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        return torch.empty_like(a)
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None = None, silu: bool = False) -> Pair:
@@ -91,7 +136,7 @@ class _GroupNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
     ) -> Pair:
         ctx.set_materialize_grads(False)
-        kernels = kernels_on(x.device)
+        kernels = _kernels(x)
         if kernels is not None:
             shift = None if shift is None else shift.contiguous()
             y, mean, rstd = kernels.group_norm(x, shift, weight, bias, groups, eps, silu)
@@ -112,7 +157,7 @@ class _GroupNorm(torch.autograd.Function):
         # A shift gets the gradient of the norm alone, so what passes through is then added apart.
         apart = ctx.needs_input_grad[1]
         passed = None if through is None or apart else through.contiguous(memory_format=_CHANNELS_LAST)
-        kernels = kernels_on(x.device)
+        kernels = _kernels(x)
         back = kernels.group_norm_back if kernels is not None else _group_norm_back_in_torch
         dx = back(dy, x, shift, weight, bias, mean, rstd, ctx.silu, passed)
         moved = dx.float().sum((2, 3)).to(shift.dtype) if apart else None
@@ -125,7 +170,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Pair:
         ctx.set_materialize_grads(False)
-        kernels = kernels_on(x.device)
+        kernels = _kernels(x)
         if kernels is not None:
             total, y, mean, rstd = kernels.layer_norm(x, added, weight, bias, eps)
         else:
@@ -139,7 +184,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, bias, mean, rstd = ctx.saved_tensors
         dy, through = gradients
-        kernels = kernels_on(total.device)
+        kernels = _kernels(total)
         if dy is None:
             dx = through
         elif kernels is not None:
@@ -156,7 +201,7 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        kernels = kernels_on(x.device)
+        kernels = _kernels(x)
         if kernels is not None:
             return kernels.gated(x)  # type: ignore[no-any-return]
         value, gate = x.chunk(2, -1)
@@ -167,7 +212,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         dy = gradients[0].contiguous()
-        kernels = kernels_on(x.device)
+        kernels = _kernels(x)
         if kernels is not None:
             return kernels.gated_back(dy, x)  # type: ignore[no-any-return]
         value, gate = x.chunk(2, -1)
@@ -206,7 +251,7 @@ class _Conv2d(torch.autograd.Function):
 class _SumWithBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-        kernels = kernels_on(a.device)
+        kernels = _kernels(a)
         if kernels is not None:
             return kernels.sum_with_bias(a, b, bias)  # type: ignore[no-any-return]
         return a + (b + bias[:, None, None])

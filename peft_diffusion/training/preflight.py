@@ -18,19 +18,25 @@ _SPARE = 1.05  # what a device must have over the prediction, for workspaces and
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a run takes on its device: the base, the adapter with its optimizer, and the most that a step adds."""
+    """Bytes that a run takes on its device: the base, the adapter with its optimizer, and the most that a step adds.
+
+    ``away`` is what lies elsewhere during a step and comes back between steps for previews, and at the end.
+    """
 
     weights: int
     adapter: int
     step: int
+    away: int = 0
 
     @property
     def total(self) -> int:
         """The predicted peak."""
-        return self.weights + self.adapter + self.step
+        return self.weights + self.adapter + max(self.step, self.away)
 
     def __str__(self) -> str:
         parts = f"base {mib(self.weights)}, adapter and optimizer {mib(self.adapter)}, a step {mib(self.step)}"
+        if self.away > self.step:
+            parts += f", but between steps what draws pictures {mib(self.away)}"
         return f"{mib(self.total)} at most: {parts}"
 
 
@@ -48,17 +54,17 @@ def predict(
 ) -> Need:
     """What a run of ``loss`` forth and back takes on ``device``, computing nothing and changing nothing.
 
-    ``inputs`` are those of the largest batch, on any device. ``modules`` are all that is loaded, of which counts what is on
-    the device; ``state`` is the adapter, its gradients and its optimizer.
+    ``inputs`` are those of the largest batch, on any device. ``modules`` are all that may be on the device; ``state`` is the adapter, its gradients and its optimizer.
     """
     own = list(state)
     counted = {_place(tensor) for tensor in own}
     held: dict[int, int] = {}
+    away: dict[int, int] = {}
     for tensor in (t for module in modules for t in (*module.parameters(), *module.buffers())):
-        if tensor.device == device and _place(tensor) not in counted:
-            held[_place(tensor)] = tensor.untyped_storage().nbytes()
+        if _place(tensor) not in counted:
+            (held if tensor.device == device else away)[_place(tensor)] = tensor.untyped_storage().nbytes()
     adapter = {_place(tensor): tensor.untyped_storage().nbytes() for tensor in own}
-    return Need(sum(held.values()), sum(adapter.values()), peak(loss, inputs, device))
+    return Need(sum(held.values()), sum(adapter.values()), peak(loss, inputs, device), sum(away.values()))
 
 
 def peak(loss: Callable[[Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor], device: torch.device) -> int:
