@@ -104,7 +104,7 @@ def test_a_frozen_convolution_keeps_no_input(geometry):
 
 
 def test_what_has_no_memory_is_given_to_no_kernel(monkeypatch):
-    """As when the memory of a step is predicted: a kernel would read at address 0. Peaks are those of the kernels' results."""
+    """As when the memory of a step is predicted: a kernel would read at address 0. Peaks are of the kernels' results."""
     from conftest import make_xl_pipe
 
     from peft_diffusion.training.fused import swapped

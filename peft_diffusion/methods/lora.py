@@ -13,7 +13,7 @@ from ..core.errors import UserError
 from ..core.merge import dense_weight
 from ..core.site import AdaptedSite, base_class
 from .affine import ALPHA, WeightChange, check_rank, read_alpha, require, serves, single, stored_alpha, weight_shape
-from .product import Projections, low_rank_linear, pays, projections, stacked
+from .product import Projections, in_pass, low_rank_linear, pays, projections, stacked
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 INITS = ("standard", "gaussian", "pissa")
@@ -129,6 +129,8 @@ def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
 
 def as_one(layers: Sequence[nn.Module], x: Tensor) -> Projections | None:
     """Linear layers without biases whose weights lie one after the other, a LoRA alone at each, as one; None for others."""
+    if not in_pass():
+        return None
     lone = [layer.lone(x) if isinstance(layer, AdaptedSite) else None for layer in layers]
     pairs = [(adapter.down, adapter.up) for adapter in lone if type(adapter) is LoraAdapter]
     scales = {adapter.scale for adapter in lone if type(adapter) is LoraAdapter}

@@ -107,6 +107,11 @@ class Projections:
         return apply(x, self.first, self)
 
 
+def in_pass() -> bool:
+    """Whether a pass of `Working` is under way."""
+    return _Fusing.working is not None
+
+
 def projections(
     weight: Tensor, bias: Tensor | None, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], scale: float
 ) -> Projections | None:

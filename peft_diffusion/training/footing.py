@@ -51,7 +51,8 @@ class Footing:
         if trainer.records:  # a recording keeps aside what its trial runs must not change
             state.append(torch.empty_like(arena.grad))
         with recomputed(self.parts, self.chance) if low else nullcontext():
-            return predict(trainer.task.loss, self.largest(), self.loaded, state, arena.flat.device)
+            device = arena.flat.device
+            return predict(trainer.task.loss, self.largest(), self.loaded, state, device, trainer.records)
 
     def _weigh(self, say: Callable[[str], None]) -> bool:
         """Whether blocks shall be computed again."""

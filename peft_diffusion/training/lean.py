@@ -44,7 +44,7 @@ def kernels_on(device: torch.device) -> Any:
 
 
 def _kernels(x: Tensor) -> Any:
-    """The kernels for a tensor. One that has a shape and no memory, as when memory is predicted, is given as much by ours."""
+    """The kernels for a tensor; for one that has a shape and no memory, as when memory is predicted, what gives as much."""
     there = kernels_on(x.device)
     return _Shapes if there is not None and isinstance(x, FakeTensor) else there
 

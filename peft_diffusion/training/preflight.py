@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _BLOCK = 512  # bytes: what CUDA's allocator rounds up to
+_BLAS = 4  # handles that hold a workspace each: of cuBLAS and cuBLASLt, in the threads of forward and backward
 _SPARE = 1.05  # what a device must have over the prediction, for workspaces and fragments
 
 
@@ -51,10 +52,13 @@ def predict(
     modules: Iterable[nn.Module],
     state: Iterable[Tensor],
     device: torch.device,
+    records: bool = False,
 ) -> Need:
     """What a run of ``loss`` forth and back takes on ``device``, computing nothing and changing nothing.
 
-    ``inputs`` are those of the largest batch, on any device. ``modules`` are all that may be on the device; ``state`` is the adapter, its gradients and its optimizer.
+    ``inputs`` are those of the largest batch, on any device. ``modules`` are all that may be on the device; ``state`` is the
+    adapter, its gradients and its optimizer. ``records`` says that steps are recorded, on streams whose products have
+    workspaces of their own.
     """
     own = list(state)
     counted = {_place(tensor) for tensor in own}
@@ -64,7 +68,8 @@ def predict(
         if _place(tensor) not in counted:
             (held if tensor.device == device else away)[_place(tensor)] = tensor.untyped_storage().nbytes()
     adapter = {_place(tensor): tensor.untyped_storage().nbytes() for tensor in own}
-    return Need(sum(held.values()), sum(adapter.values()), peak(loss, inputs, device), sum(away.values()))
+    beside = _BLAS * _workspace(device) * (2 if records else 1)
+    return Need(sum(held.values()), sum(adapter.values()), peak(loss, inputs, device) + beside, sum(away.values()) + beside)
 
 
 def peak(loss: Callable[[Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor], device: torch.device) -> int:
@@ -85,6 +90,13 @@ def room(device: torch.device) -> int | None:
     if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def _workspace(device: torch.device) -> int:
+    """Bytes of the workspace that torch gives products of matrices on a device, for each handle and stream."""
+    if device.type != "cuda":
+        return 0
+    return 32 * 2**20 if torch.cuda.get_device_capability(device)[0] == 9 else 8 * 2**20 + 2**16
 
 
 def fits(need: Need, there: int | None) -> bool:
