@@ -244,7 +244,9 @@ class DiffusionTask:
         """The plain loss on a few training pictures, and how far the answers to prompts without trigger left the base's."""
         parts = {name: part for name, part in components(self.pipe).items() if site.adapters(part, self.name)}
         seen = self._fixed_loss(self.train, self._chunks(self.train, self._watched()))
-        return Signals(seen, self._leakage(), layer_changes(parts, self.name))
+        changes = layer_changes(parts, self.name)
+        # Where nothing has changed yet, nothing has moved: the start of a run need not look.
+        return Signals(seen, self._leakage() if any(changes.values()) else 0.0, changes)
 
     @torch.no_grad()
     def nearness(self, pictures: Sequence[Image.Image]) -> float | None:

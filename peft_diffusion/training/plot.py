@@ -16,7 +16,7 @@ def draw(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     trained = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
@@ -48,7 +48,7 @@ def draw_signals(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     known = {name: curve for name, curve in curves.items() if curve}
     if not known:
         return
-    figure = Figure(figsize=(8, 2.2 * len(known)), layout="constrained")
+    figure = Figure(figsize=(8, 2.2 * len(known)))
     FigureCanvasAgg(figure)
     best = best_step({step: loss for step, loss in curves["unseen loss"] if loss is not None})
     panels = figure.subplots(len(known), sharex=True, squeeze=False)[:, 0]
@@ -65,6 +65,9 @@ def draw_signals(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
+    # Margins by hand: a layout that finds them draws everything twice.
+    figure.subplots_adjust(left=0.1, right=0.98, top=0.97, bottom=0.1, hspace=0.12)
+    figure.align_ylabels()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     write_bytes(path, picture.getvalue())
