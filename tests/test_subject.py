@@ -24,6 +24,9 @@ from peft_diffusion.data.buckets import arrange
 from peft_diffusion.data.captions import CaptionRules, pick_wildcards
 from peft_diffusion.data.folder import scan
 from peft_diffusion.data.latents import cache_latents
+from peft_diffusion.generation import Adapters
+from peft_diffusion.generation.config import GenerateConfig
+from peft_diffusion.generation.painting import Cell, paint
 from peft_diffusion.training import Interrupted, TrainConfig, objective, prior, train
 from peft_diffusion.training import main as training_main
 from peft_diffusion.training.blocks import blocks
@@ -367,6 +370,35 @@ def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path, pictu
     assert "zero terminal SNR" in formats.load(result.output, pipe).warnings[0]
     pipe.scheduler.register_to_config(rescale_betas_zero_snr=True)
     assert formats.load(result.output, pipe).warnings == ()
+
+
+@pytest.mark.parametrize("sampler", [None, "pndm", "euler", "dpm++"])
+def test_what_was_trained_to_pure_noise_is_drawn_from_it(tmp_path, pictures, sampler, monkeypatch):
+    """By previews and by `paint`, whatever sampler; one that cannot gives way to DDIM's. Others draw as ever."""
+    made = {"zero_terminal_snr": True, "preview_steps": 2, "steps": 2, "save_every": 2}
+    seen = []
+    call = type(make_pipe()).__call__
+
+    def watched(pipe, *given, **named):
+        config = pipe.scheduler.config
+        seen.append((config.get("rescale_betas_zero_snr"), config.get("timestep_spacing"), type(pipe.scheduler).__name__))
+        return call(pipe, *given, **named)
+
+    monkeypatch.setattr(type(make_pipe()), "__call__", watched)
+    pipe = make_pipe(prediction_type="v_prediction")
+    before = pipe.scheduler
+    result = train(small(pictures, tmp_path, **made), pipe=pipe)
+    assert seen and all(one[:2] == (True, "trailing") for one in seen)
+    sampling = GenerateConfig(("red",), steps=2, device="cpu", scheduler=sampler)
+    adapters = Adapters(pipe)
+    for loaded in (False, True):
+        seen.clear()
+        if loaded:
+            adapters.load(result.output, name="a")
+        list(paint(adapters, [Cell("red", 0, dict.fromkeys(adapters.names, 1.0))], sampling))
+        assert [one[0] is True for one in seen] == [loaded]
+    assert (seen[0][2] == "DDIMScheduler") == (sampler in (None, "pndm"))
+    assert pipe.scheduler is before
 
 
 @pytest.mark.parametrize("kind", ["huber", "smooth-l1"])

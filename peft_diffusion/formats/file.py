@@ -125,8 +125,8 @@ def _warnings(path: Path, spec: Spec | None, report: Coverage, pipe: Any) -> tup
         found.append(f"{path}: {count} tensors have no site in this base and were left out: {shown}")
     if spec and spec.training.get("zero_terminal_snr") and not pipe.scheduler.config.get("rescale_betas_zero_snr"):
         found.append(
-            f"{path} was trained with zero terminal SNR; draw with a scheduler of rescale_betas_zero_snr=True and"
-            ' timestep_spacing="trailing", or its pictures are as light and dark as before'
+            f"{path} was trained with zero terminal SNR: generate and blend draw so; elsewhere take a scheduler of"
+            ' rescale_betas_zero_snr=True and timestep_spacing="trailing", or pictures are as light and dark as before'
         )
     made_for = spec.base.get("fingerprint") if spec else None
     if spec and made_for and made_for != describe(pipe).fingerprint:

@@ -1,5 +1,6 @@
 """Pictures from prompts, seeds and strengths, in batches; what ``generate``, ``blend`` and ``demo`` share."""
 
+import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,7 +77,8 @@ def paint(
     each = sampling.steps if source is None else source.steps(sampling.steps)
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
     _check_prompts(adapters, batches, sampling.negative)
-    with _set_up(pipe, sampling):
+    to_noise = any(adapters[name].spec.training.get("zero_terminal_snr") for name in adapters.names)
+    with _set_up(pipe, sampling, to_noise):
         for number, batch in enumerate(batches):
             _set_strengths(adapters, batch)
             report = _Report(progress, number * each, len(batches) * each, sampling.guidance_stop)
@@ -152,14 +154,26 @@ def guided_tensors(pipe: Any) -> list[str]:
     return [name for name in names if name in pipe._callback_tensor_inputs]
 
 
+def ending_in_noise(scheduler: Any) -> Any:
+    """A scheduler that begins with pure noise (Lin et al. 2023, https://arxiv.org/abs/2305.08891), for what was trained with
+    zero terminal SNR; DDIM's in place of one that cannot."""
+    cls, changes = type(scheduler), {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if "rescale_betas_zero_snr" not in inspect.signature(cls.__init__).parameters:
+        name, more = SCHEDULERS["ddim"]
+        cls, changes = getattr(diffusers, name), {**more, **changes}
+    return cls.from_config(scheduler.config, **changes)
+
+
 @contextmanager
-def _set_up(pipe: Any, sampling: Sampling) -> Iterator[None]:
-    """The pipeline with the scheduler that was asked for, and without its own progress bar."""
+def _set_up(pipe: Any, sampling: Sampling, to_noise: bool) -> Iterator[None]:
+    """The pipeline with the scheduler that was asked for, ``to_noise`` or not, and without its own progress bar."""
     scheduler, bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     if sampling.scheduler is not None:
         name, changes = SCHEDULERS[sampling.scheduler]
         pipe.scheduler = getattr(diffusers, name).from_config(scheduler.config, **changes)
+    if to_noise:
+        pipe.scheduler = ending_in_noise(pipe.scheduler)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from PIL import Image
 from ..bases import components
 from ..core import site
 from ..generation import sheet
-from ..generation.painting import whole_picture
+from ..generation.painting import ending_in_noise, whole_picture
 from .checkpoint import explained, write_bytes
 from .diffusion import DiffusionTask
 from .seeds import seed_of
@@ -99,7 +99,7 @@ class Previews(Observer):
         """A picture for each prompt."""
         pipe = self.task.pipe
         self.task.restore()
-        with self.task.evaluating(), _quiet(pipe):
+        with self.task.evaluating(), _set_up(pipe, self.task.settings.zero_terminal_snr):
             chances = [torch.Generator().manual_seed(seed_of(_SEED, "preview", i)) for i in range(len(self.prompts))]
             pictures: list[Image.Image] = pipe(
                 **whole_picture(pipe, self.size, self.size),
@@ -133,13 +133,16 @@ class Previews(Observer):
 
 
 @contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """The pipeline without its own progress bar."""
-    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+def _set_up(pipe: Any, to_noise: bool) -> Iterator[None]:
+    """The pipeline with a schedule like that of the training, and without its own progress bar."""
+    scheduler, bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
+    if to_noise:
+        pipe.scheduler = ending_in_noise(scheduler)
     try:
         yield
     finally:
+        pipe.scheduler = scheduler
         pipe.set_progress_bar_config(**bar)
 
 
