@@ -106,6 +106,7 @@ def check(style: str, arguments: argparse.Namespace) -> Check:
         held_out=arguments.held_out,
         missing_captions="name",
         save_every=every,
+        keep="best",
         keep_checkpoints=arguments.steps // every + 1,
         preview_steps=0,
         overwrite=True,
