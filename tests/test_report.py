@@ -164,7 +164,10 @@ def test_runs_are_listed_and_compared(made, tmp_path, monkeypatch):
 def test_charts_have_round_ticks_within_their_limits():
     assert charts.ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1.0]
     assert charts.ticks(0.11, 0.16) == pytest.approx([0.12, 0.14, 0.16])
-    low, high = charts.bounds([*[0.1] * 99, 50.0])
+    spiky = [*[0.1] * 99, 50.0]
+    curves = [charts.Curve("each step", list(enumerate(spiky)), "faint"), charts.Curve("kept", [(0, 0.4)], "second", True)]
+    assert 0.4 < charts.room_for(curves)[1] < 0.5
+    low, high = charts.bounds(spiky)
     assert low <= 0.1 < high < 1
     assert charts.lines([charts.Curve("none", [], "first")], "nothing") == ""
     assert len(charts.thinned([(step, 1.0) for step in range(5000)])) <= 400

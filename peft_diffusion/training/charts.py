@@ -11,7 +11,7 @@ Look: TypeAlias = Literal["faint", "first", "second"]
 Format: TypeAlias = Literal["number", "percent"]
 
 _WIDTH, _HEIGHT = 720, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 30
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 28, 12, 30
 _POINTS = 400  # of a curve; more are averaged
 
 
@@ -38,7 +38,7 @@ def lines(
     values = [y for curve in curves for _, y in curve.points]
     if not values:
         return Markup("")
-    low, high = limits or bounds(values)
+    low, high = limits or room_for(curves)
     last = end or max((x for curve in curves for x, _ in curve.points), default=1) or 1
 
     def x_of(step: float) -> float:
@@ -84,13 +84,20 @@ def bars(values: Mapping[str, float], title: str, form: Format = "percent") -> M
     return Markup("").join([*parts, Markup("</svg>")])
 
 
-def bounds(values: Sequence[float]) -> tuple[float, float]:
-    """The limits of an axis: all values with a little room, from 0 where they reach near it; single spikes are cut off."""
+def room_for(curves: Sequence[Curve]) -> tuple[float, float]:
+    """The limits of an axis for curves; single spikes are cut off, but never of those with dots, each of which tells."""
+    values = [y for curve in curves for _, y in curve.points]
+    return bounds(values, [y for curve in curves if curve.dots for _, y in curve.points])
+
+
+def bounds(values: Sequence[float], whole: Sequence[float] = ()) -> tuple[float, float]:
+    """The limits of an axis: all values with a little room, from 0 where they reach near it; single spikes are cut off,
+    but none of ``whole``."""
     ordered = sorted(value for value in values if math.isfinite(value))
     low, high = ordered[0], ordered[-1]
     usual = ordered[int(0.98 * (len(ordered) - 1))]
     if len(ordered) > 50 and high > 1.5 * usual:
-        high = 1.1 * usual
+        high = max([1.1 * usual, *(value for value in whole if math.isfinite(value))])
     if 0 <= low < 0.4 * high:
         low = 0.0
     room = 0.06 * (high - low) or 0.1 * abs(high) or 0.01

@@ -81,9 +81,9 @@ def compared(first: Record, second: Record) -> str:
     records = [first, second]
     limits: dict[str, tuple[float, float]] = {}
     for name in ("loss", "leakage", "memorised", "nearest"):
-        values = [y for record in records for curve in _curves(record)[name] for _, y in curve.points]
-        if values:
-            limits[name] = charts.bounds(values)
+        drawn = [curve for record in records for curve in _curves(record)[name] if curve.points]
+        if drawn:
+            limits[name] = charts.room_for(drawn)
     end = max((record.step for record in records), default=1)
     return _render(
         "compare.html",
