@@ -115,14 +115,17 @@ def build(found: Architecture, dtype: torch.dtype, device: torch.device) -> Any:
     return getattr(diffusers, found.pipeline)(**parts)
 
 
-def draw(folder: Path, size: int) -> None:
-    """Eight pictures of coloured balls, named after them."""
+def draw(folder: Path, size: int, count: int = 8) -> None:
+    """Pictures of coloured balls, at most 64, named after them."""
     folder.mkdir(exist_ok=True)
-    for number, colour in enumerate(("red", "green", "blue", "orange", "purple", "black", "pink", "brown")):
+    colours = ("red", "green", "blue", "orange", "purple", "black", "pink", "brown")
+    for number in range(count):
+        colour, row = colours[number % 8], number // 8
         picture = Image.new("RGB", (size, size), "white")
-        ImageDraw.Draw(picture).ellipse([size * number // 32, size // 4, size * 3 // 4, size], colour)
-        picture.save(folder / f"{colour} ball.png")
-        (folder / f"{colour} ball.txt").write_text(f"{colour} ball")
+        ImageDraw.Draw(picture).ellipse([size * (number % 8) // 32, size * (row + 3) // 12, size * 3 // 4, size], colour)
+        name = f"{colour} ball" if row == 0 else f"{colour} ball {row}"
+        picture.save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"{colour} ball")
 
 
 def _options() -> argparse.Namespace:
