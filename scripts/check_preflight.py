@@ -122,7 +122,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6, help="training steps")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--cuda-graph", action="store_true", help="record the steps, which takes memory too")
+    parser.add_argument(
+        "--cuda-graph", action=argparse.BooleanOptionalAction, default=True, help="record the steps, which takes memory too"
+    )
     return parser.parse_args()
 
 
