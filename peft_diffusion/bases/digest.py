@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import quantized
+from ..core.sharded import whole
 
 _SAMPLES = 1024
 _GROUP, _AT_ONCE = 1 << 24, 1 << 20  # words that are weighed from 1 on, and those that are computed with at a time
@@ -17,12 +18,13 @@ _IDENTITY = "identity_before_quantization"  # an attribute of a quantized compon
 def fingerprint(modules: Mapping[str, nn.Module]) -> str:
     """A digest of every byte of the modules' parameters and buffers, adapters left out (16 hex digits).
 
-    Computed where the tensors lie, with exact integer arithmetic, so that it costs one pass over the memory.
+    Computed where the tensors lie, with exact integer arithmetic, so that it costs one pass over the memory. Sharded ones
+    are gathered one after the other, so all processes have to ask.
     """
     digest = hashlib.sha256()
     for component, module in sorted(modules.items()):
-        for name, whole in module.state_dict().items():
-            for part, tensor in quantized.plain_parts(whole).items():
+        for name, held in module.state_dict().items():
+            for part, tensor in quantized.plain_parts(whole(held)).items():
                 told = f"{component}.{name}{part} {tensor.dtype} {tuple(tensor.shape)} {_checksum(tensor)}\n"
                 digest.update(told.encode())
     return digest.hexdigest()[:16]
@@ -61,8 +63,8 @@ def quantize(modules: Mapping[str, nn.Module], kind: str, device: torch.device |
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """The numbers that a tensor stands for; torchao's wrap others."""
-    dense: Tensor = tensor.dequantize() if quantized.torchao_kind(tensor) is not None else tensor
+    """The numbers that a tensor stands for; torchao's wrap others, and sharded ones lie in several processes."""
+    dense: Tensor = tensor.dequantize() if quantized.torchao_kind(tensor) is not None else whole(tensor)
     return dense
 
 

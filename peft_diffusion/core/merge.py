@@ -11,6 +11,7 @@ from . import site as sites_of
 from .adapter import parts_of
 from .errors import FoldError, UserError
 from .quantized import QuantizedLinear, plain_parts, torchao_codes, torchao_kind
+from .sharded import whole
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Merged:
 
 
 def dense_weight(site: nn.Module) -> Tensor:
-    """The weight of a site in float32, also where it is quantized, by this package or by torchao.
+    """The weight of a site in float32, also where it is sharded, or quantized by this package or by torchao.
 
     Raises UserError where another program quantized it.
     """
@@ -43,7 +44,7 @@ def dense_weight(site: nn.Module) -> Tensor:
             f"the weight of a {type(site).__name__} was quantized by another program and cannot be read here; load the base"
             " unquantized, with quantize= of load_base, or with torchao"
         )
-    return weight.detach().to(torch.float32)
+    return whole(weight).detach().to(torch.float32)
 
 
 def merge(component: nn.Module) -> Merged:

@@ -98,8 +98,8 @@ class Blocks:
 
 
 def architecture(component: nn.Module) -> str:
-    """The name that the tables know a component by: that of its class."""
-    return type(component).__name__
+    """The name that the tables know a component by: that of its class, before it was sharded."""
+    return type(component).__name__.removeprefix("FSDP")  # what torch's fully_shard puts before it
 
 
 def modules(component: nn.Module) -> dict[str, nn.Module]:

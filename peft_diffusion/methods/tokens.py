@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..core.adapter import Adapter, Method, Site, float32_parameter
 from ..core.errors import FoldError, UserError
+from ..core.sharded import whole
 
 # The vectors, (tokens, width); and, as JSON in bytes, the tokens of the base that they began as, per placeholder.
 _VECTORS, _WORDS = "tokens_vectors", "tokens_words"
@@ -206,7 +207,7 @@ def _build(site: Site, placeholders: Mapping[str, int], ids: Sequence[int], cls:
     for name, vectors in placeholders.items():
         words[name] = ids[start : start + vectors]
         start += vectors
-    weight = embedding.weight
+    weight = whole(embedding.weight)
     return cls(weight[torch.tensor(ids, device=weight.device)], words)
 
 

@@ -308,6 +308,9 @@ class TrainConfig(SharedConfig, _PictureConfig):
     preview_steps: Annotated[int, Parameter(group=WATCH)] = 20
     """Denoising steps of a preview; 0 draws none."""
 
+    shard_base: Annotated[bool, Parameter(group=_MACHINE, negative=())] = False
+    """Shard the base over the processes of torchrun or accelerate launch; for one too large for a card, as it is slower."""
+
     def __post_init__(self) -> None:
         parts = tuple(part.strip() for item in self.components for part in item.split(",") if part.strip())
         parts = parts if self.components else PRESET_COMPONENTS.get(self.preset, ("unet",))
@@ -316,6 +319,8 @@ class TrainConfig(SharedConfig, _PictureConfig):
         if unknown or not self.components:
             raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(COMPONENTS)}")
         super().__post_init__()
+        if self.shard_base and self.quantize:
+            raise UserError("--shard-base cannot shard what --quantize packs; leave one of them away")
         if self.debiased and self.min_snr_gamma:
             raise UserError("--debiased and --min-snr-gamma weigh timesteps both; leave one of them away")
 
@@ -463,7 +468,7 @@ _SMALL_WORD_RATES: dict[str, float] = {**_WORD_RATES, "tokens": 1e-2}
 # Fields that a resumed run may have otherwise: they change where things go and how often one looks, not what is learned.
 # The pictures and captions themselves are compared apart, so folders may have moved.
 _SOURCES = ("folder", "regularisation", "texts", "held_out_text", "missing_captions")
-_PLACES = ("output", "run_dir", "cache", "device", "cuda_graph", "memory", "preset", "resume", "overwrite")
+_PLACES = ("output", "run_dir", "cache", "device", "cuda_graph", "memory", "shard_base", "preset", "resume", "overwrite")
 _LENGTHS = ("steps", "epochs", "save_every", "log_every", "preview_prompts", "preview_every", "preview_steps")
 _ENDS = ("keep", "keep_checkpoints", "patience", "log_with")
 FREE_ON_RESUME = frozenset((*_SOURCES, *_PLACES, *_LENGTHS, *_ENDS))

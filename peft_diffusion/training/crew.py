@@ -2,12 +2,14 @@
 
 import os
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..core.errors import UserError
 
+_Value = TypeVar("_Value")
 _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # of torchrun, and of kinds of mpirun
 
 
@@ -15,17 +17,24 @@ _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE
 class Crew:
     """This process among ``size`` of them, from 0; by default the only one.
 
-    All hold the whole base and the whole adapter, and see the same data in the same order. A step's gradients are their
-    mean, so that two processes with batches of 2 learn what one learns with batches of 4.
+    All hold the whole adapter, and see the same data in the same order. A step's gradients are their mean, so that two
+    processes with batches of 2 learn what one learns with batches of 4. Each holds the whole base or, where they share it,
+    a part of every weight, so that whatever the base computes takes all of them.
     """
 
     rank: int = 0
     size: int = 1
+    shares_base: bool = False
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that speaks, measures and writes."""
+        """Whether this is the process that speaks and writes."""
         return self.rank == 0
+
+    @property
+    def measures(self) -> bool:
+        """Whether this process takes part where the base is looked at: in measuring, and in drawing pictures."""
+        return self.leads or self.shares_base
 
     def apart(self) -> tuple[int, ...]:
         """What a seed needs besides, so that each process draws its own; nothing for the first."""
@@ -48,6 +57,14 @@ class Crew:
         found = torch.tensor(float(flag), device=device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         return bool(found)
+
+    def agreed(self, value: _Value) -> _Value:
+        """What the process that leads found, in all that take part in finding it: rounding must not part their ways."""
+        if not self.shares_base:
+            return value
+        found = [value]
+        torch.distributed.broadcast_object_list(found, 0)
+        return found[0]
 
     def wait(self) -> None:
         """Until all processes are here."""

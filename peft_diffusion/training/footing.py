@@ -60,6 +60,10 @@ class Footing:
         size = sum(parameter.nbytes for module in self.loaded for parameter in module.parameters())
         if device.type != "cuda" and (device.type != "cpu" or size < _SMALL):
             return low
+        if self.trainer.crew.shares_base:
+            hint = "" if low else "; should it not fit, --memory low takes less"
+            say(f"memory: what the run takes is not predicted for a base that is sharded{hint}")
+            return low
         there = room(device)
         try:
             need = self.need(low)

@@ -14,6 +14,7 @@ from .. import formats
 from ..bases import components
 from ..bases.vocabulary import teach
 from ..core.arena import Arena
+from ..core.errors import UserError
 from ..data.captions import with_trigger
 from ..data.folder import Picture
 from ..methods.tokens import Tokens
@@ -45,6 +46,7 @@ from .session import (
     told,
     trainer_settings,
 )
+from .sharding import sharing
 from .trackers import Tracker, check_tracker
 from .trainer import Trainer
 
@@ -63,7 +65,7 @@ class TrainResult:
     held_out_after: float | None
     base_fingerprint: str
     outcome: Outcome | None = None
-    """None in a process that does not lead."""
+    """None in a process that does not measure."""
 
 
 def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | None = None) -> TrainResult:
@@ -75,6 +77,7 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
     """
     began = time.monotonic()
     crew, device = together(config.device)
+    crew = sharing(crew, config, pipe)
     config = replace(config, device=device)
     console = console if console is not None and crew.leads else Console(quiet=True)
     said: list[str] = []
@@ -85,7 +88,7 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
     with Reading(console) as reading:
         prepared = prepare(config, pipe, say, reading, crew)
     parts = components(prepared.pipe)
-    faster = fused(prepared.pipe.unet) if config.cuda_graph else nullcontext()
+    faster = fused(prepared.pipe.unet) if config.cuda_graph and not crew.shares_base else nullcontext()
     with faster, base_kept(prepared.pipe, parts, say) as before, folder.closing():
         run = _Run(prepared, folder, console, crew, said)
         try:
@@ -104,6 +107,8 @@ def find_rates(config: TrainConfig, *, pipe: Any | None = None, console: Console
     """
     crew, device = together(config.device)
     refuse_crew(crew)
+    if config.shard_base:
+        raise UserError("--find-lr runs in one process, which cannot shard a base; leave --shard-base away")
     console = console or Console(quiet=True)
     say = say_to(console)
     config = replace(config, device=device, preview_steps=0)
@@ -137,8 +142,10 @@ class _Run:
         self.about = told(self.parts, self.blocks, arena.count)
         noted(say_to(console), said)(f"{self.about}; {_plan(config, crew)}")
         self.task = _task(prepared, self.blocks, crew)
-        self.trainer = Trainer(self.task, arena, trainer_settings(config, attached), crew=crew)
-        self.previews = _previews(prepared, folder, self.task, self.trainer) if crew.leads else None
+        settings = trainer_settings(config, attached)
+        settings = replace(settings, record=settings.record and not crew.shares_base)
+        self.trainer = Trainer(self.task, arena, settings, crew=crew)
+        self.previews = _previews(prepared, folder, self.task, self.trainer) if crew.measures else None
         self.outcome: Outcome | None = None
 
     def train(self, resume: bool) -> None:
@@ -160,7 +167,7 @@ class _Run:
             if self.crew.leads:
                 self._note()
             self._learn(session)
-            self.outcome = session.outcome(self.parts) if self.crew.leads else None
+            self.outcome = session.outcome(self.parts) if self.crew.measures else None
 
     def _learn(self, session: Session) -> None:
         clock, tracker = Clock(self.config.steps, self.task.device, say_to(self.console)), self._tracker()

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..bases import BaseInfo, describe, inpaints, load_base
 from ..bases.reading import pick_device
 from ..data import subfolders
@@ -23,6 +25,7 @@ from .memory import TILED_ABOVE, small_vae
 from .run import RunFolder
 from .seeds import seed_of
 from .session import Say, check_run, check_writable, chosen, pick_precision
+from .sharding import shard
 from .text import TextSide
 
 Progress = Callable[[str], Callable[[int, int], None]]
@@ -78,10 +81,7 @@ def prepare(
     rules = CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards)
     device = pick_device(config.device)
     asked = replace(config, precision=pick_precision(config.precision, device))
-    source = config.base if pipe is None else pipe
-    pipe = load_base(source, device=config.device, dtype=asked.precision, quantize=config.quantize)
-    chosen(pipe, config.components)
-    schedule(pipe, config.zero_terminal_snr)
+    pipe = _loaded(asked, pipe, device, say, crew)
     info, text = describe(pipe), TextSide(pipe)
     held = f", linear layers in {config.quantize}" if config.quantize else ""
     say(f"base {info.name}: {info.family}, {info.prediction_type}, {info.resolution} pixels{held}")
@@ -111,6 +111,18 @@ def prepare(
     return Prepared(
         resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class), problems
     )
+
+
+def _loaded(config: TrainConfig, pipe: Any | None, device: torch.device, say: Say, crew: Crew) -> Any:
+    """The base on its device, or this process's part of it. Raises UserError for one that cannot be used."""
+    source = config.base if pipe is None else pipe
+    first = "cpu" if crew.shares_base else config.device
+    pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize)
+    chosen(pipe, config.components)
+    schedule(pipe, config.zero_terminal_snr)
+    if crew.shares_base:
+        say(shard(pipe, config.components, device))
+    return pipe
 
 
 @dataclass(frozen=True)

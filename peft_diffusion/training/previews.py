@@ -31,7 +31,7 @@ class Previews(Observer):
     ``every`` 0 draws only when it is told to. ``weights`` puts the weights that the run
     gives into the model. ``tell`` is given the step and how near its pictures are to those that are trained on: the mean
     distance from each to the nearest in latent space, over the median of that distance among training pictures themselves.
-    Well below 1 they repeat what was seen.
+    Well below 1 they repeat what was seen. Of several processes, only the one that leads writes and tells.
     """
 
     def __init__(
@@ -80,6 +80,8 @@ class Previews(Observer):
 
     def forget_after(self, step: int) -> None:
         """Delete what a run drew after the step that it goes on from."""
+        if not self.task.settings.crew.leads:
+            return
         with explained(self.folder):
             for path in self.folder.glob("*.png"):
                 match = _NAME.fullmatch(path.name)
@@ -88,6 +90,8 @@ class Previews(Observer):
 
     def _show(self, step: int, row: str) -> None:
         pictures = self._draw()
+        if not self.task.settings.crew.leads:
+            return
         self._keep(row, pictures)
         if self.watching is not None:
             self.watching.on_pictures(step, self.prompts, pictures)

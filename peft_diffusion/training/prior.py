@@ -74,15 +74,18 @@ def _drawn(config: ResolvedConfig, pipe: Any, say: Say, progress: Progress, crew
     prompts = [config.class_prompt[number % len(config.class_prompt)] for number in range(config.class_images)]
     cells = [Cell(prompt, seed_of("class picture", number), {}) for number, prompt in enumerate(prompts)]
     paths = [folder / f"{number:04}.png" for number in range(len(cells))]
-    if crew.leads:
+    starts = range(0, len(cells), _BATCH)
+    # Before any is written: all who draw have to draw the same.
+    missing = crew.agreed([start for start in starts if not all(path.exists() for path in paths[start : start + _BATCH])])
+    if crew.measures:
         say(f"{len(cells)} pictures of the class, drawn by the base, are kept in {folder}")
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
         tick = progress("drawing pictures of the class")
-        for start in range(0, len(cells), _BATCH):
+        for start in starts:
             own = slice(start, start + _BATCH)
-            if not all(path.exists() for path in paths[own]):
-                _draw(pipe, cells[own], paths[own], size)
+            if start in missing:
+                _draw(pipe, cells[own], paths[own], size, crew)
             tick(min(start + _BATCH, len(cells)), len(cells))
     crew.wait()
     checked = [check_picture(path) for path in paths]
@@ -92,14 +95,15 @@ def _drawn(config: ResolvedConfig, pipe: Any, say: Say, progress: Progress, crew
     ]
 
 
-def _draw(pipe: Any, cells: Sequence[Cell], paths: Sequence[Path], size: int) -> None:
+def _draw(pipe: Any, cells: Sequence[Cell], paths: Sequence[Path], size: int, crew: Crew) -> None:
     # The base's own sampler and noise of each picture's own seed: the same pictures wherever they are drawn.
     prompts = tuple(cell.prompt for cell in cells)
     sampling = GenerateConfig(
         prompts, steps=_STEPS, guidance=_GUIDANCE, width=size, height=size, batch_size=_BATCH, device=str(pipe.device)
     )
     for path, picture in zip(paths, paint(Adapters(pipe), cells, sampling), strict=True):
-        write_bytes(path, _png(picture))
+        if crew.leads:
+            write_bytes(path, _png(picture))
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -258,7 +258,7 @@ class Session:
                 " be others; start as many, or a new run with another --run-dir"
             )
         self.trainer.load(found.state)
-        self.trainer.measured = dict(self.folder.held_out)
+        self.trainer.measured = crew.agreed(dict(self.folder.held_out))
         say(f"going on from step {found.state.step} of {config.steps}")
         planned = found.origin.config["steps"]
         if planned != config.steps and config.scheduler != "constant":
@@ -271,7 +271,8 @@ class Session:
         """Train to the end; ``watching`` come after what is written to the disk. Raises Interrupted on a signal."""
         steps, trainer = self.config.steps, self.trainer
         with Bar(self.console, steps, trainer.step, self.held_out_line) as bar:
-            trainer.observers = [bar, self.folder, *watching] if trainer.crew.leads else []
+            own = [bar, self.folder] if trainer.crew.leads else []
+            trainer.observers = [*own, *watching] if trainer.crew.measures else []
             finished = trainer.run()
         if not finished:
             raise Interrupted(
@@ -286,9 +287,10 @@ class Session:
     def outcome(self, parts: Mapping[str, nn.Module]) -> "Outcome":
         """Choose the weights that the run gives, and measure at which strength they serve best; says both.
 
-        Only the process that leads may ask.
+        Only the processes that measure may ask, and all of them have to.
         """
-        say, trainer, held_out = say_to(self.console), self.trainer, self.folder.held_out
+        say, trainer = say_to(self.console), self.trainer
+        held_out = trainer.crew.agreed(self.folder.held_out)
         warning = verdict(measurements(self.folder.metrics()))
         if warning:
             say(f"warning: {warning}")
@@ -313,7 +315,7 @@ class Session:
             loss = self.trainer.task.held_out()
         if loss is None:
             raise ValueError("nothing is kept apart")
-        return loss
+        return self.trainer.crew.agreed(loss)
 
 
 @dataclass(frozen=True)

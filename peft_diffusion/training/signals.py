@@ -13,6 +13,7 @@ from ..core import site
 from ..core.adapter import Adapter, parts_of
 from ..core.errors import FoldError, UserError
 from ..core.merge import dense_weight
+from ..core.sharded import whole
 from .record import memorisation
 
 TOLERANCE = 0.02
@@ -151,7 +152,7 @@ def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     if getattr(module, "weight", None) is None:
         raise FoldError("there is no weight to change")
     bias = getattr(module, "bias", None)
-    return dense_weight(module), bias.detach().float() if isinstance(bias, Tensor) else None
+    return dense_weight(module), whole(bias).detach().float() if isinstance(bias, Tensor) else None
 
 
 def _size(adapter: Adapter) -> float:

@@ -370,10 +370,10 @@ class Trainer:
 
     def _measure(self) -> None:
         self._read_all()
-        if not self.crew.leads:
+        if not self.crew.measures:
             return
         with self.final_weights():
-            loss = self.task.held_out()
+            loss = self.crew.agreed(self.task.held_out())
             signals = self.task.signals()
         for observer in self.observers:
             observer.on_signals(self.step, signals)
