@@ -18,15 +18,17 @@ from peft_diffusion.training.crew import Crew, crew
 RUN = "import sys; from peft_diffusion.cli.app import main; sys.exit(main(sys.argv[1:]))"
 
 
-def launch(processes: int, *arguments: object, expected: int = 0) -> list[subprocess.CompletedProcess]:
-    """The command in so many processes; raises where one fails."""
+def launch(
+    processes: int, *arguments: object, expected: int = 0, code: str = RUN
+) -> list[subprocess.CompletedProcess]:
+    """The command, or other code, in so many processes; raises where one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", RUN, *map(str, arguments)],
+            [sys.executable, "-c", code, *map(str, arguments)],
             env={**os.environ, **(common if processes > 1 else {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )

@@ -11,3 +11,12 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor
     gathered: Tensor = gather()
     return gathered
+
+
+def here(tensor: Tensor) -> Tensor:
+    """What of a sharded tensor this process holds; any other as it is."""
+    local = getattr(tensor, "to_local", None)
+    if local is None:
+        return tensor
+    own: Tensor = local()
+    return own

@@ -289,15 +289,16 @@ class Session:
 
         Only the processes that measure may ask, and all of them have to.
         """
-        say, trainer = say_to(self.console), self.trainer
-        held_out = trainer.crew.agreed(self.folder.held_out)
+        say, trainer, crew = say_to(self.console), self.trainer, self.trainer.crew
+        held_out = crew.agreed(self.folder.held_out)  # which only the process that leads has written down
         warning = verdict(measurements(self.folder.metrics()))
         if warning:
             say(f"warning: {warning}")
         best = best_step(held_out)
         kept = trainer.step
         if self.config.keep == "best" and best is not None and best != trainer.step:
-            trainer.chosen = trainer.given(self.folder.tensors(best)).to(trainer.arena.flat.device)
+            tensors = crew.agreed(self.folder.tensors(best) if crew.leads else {})
+            trainer.chosen = trainer.given(tensors).to(trainer.arena.flat.device)
             kept = best
             say(
                 f"written are the weights of step {best}, which has the lowest loss on what is kept apart (--keep last: step"

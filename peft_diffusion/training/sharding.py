@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ..bases import components
 from ..core.errors import UserError
+from ..core.sharded import here
 from .config import TrainConfig
 from .crew import Crew
 from .memory import blocks_of
@@ -61,5 +62,4 @@ def shard(pipe: Any, trained: Sequence[str], device: torch.device) -> str:
 
 def held(part: nn.Module) -> int:
     """Bytes of a component's weights that this process holds itself, while nothing is computed."""
-    weights = (getattr(weight, "_local_tensor", weight) for weight in part.parameters())
-    return sum(weight.untyped_storage().nbytes() for weight in weights)
+    return sum(here(weight.detach()).untyped_storage().nbytes() for weight in part.parameters())
