@@ -4,6 +4,7 @@ import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from peft_diffusion.core.sharded import here, whole
 from peft_diffusion.training import TrainConfig, find_rates, train
 from peft_diffusion.training.config import FREE_ON_RESUME
 from peft_diffusion.training.crew import Crew
+from peft_diffusion.training.footing import Footing
 from peft_diffusion.training.sharding import sharing
 
 # Several commands, and code in between, one after the other in the same processes, which so read their imports but once.
@@ -142,6 +144,17 @@ def test_a_crew_shares_a_base_only_if_told_to() -> None:
     assert "shard_base" in FREE_ON_RESUME
     tensor = torch.ones(2)
     assert whole(tensor) is tensor and here(tensor) is tensor
+
+
+def test_what_a_sharded_run_takes_is_not_predicted_and_memory_low_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_diffusion.training.footing._SMALL", 0)
+    trainer = SimpleNamespace(arena=SimpleNamespace(flat=torch.zeros(1)), crew=Crew(0, 2, True))
+    said: list[str] = []
+    for memory in ("auto", "low"):
+        footing = Footing(memory, trainer, [], [torch.nn.Linear(1, 1)], dict, False, [])
+        assert footing._weigh(said.append) == (memory == "low")
+    assert "not predicted for a base that is sharded; should it not fit, --memory low takes less" in said[0]
+    assert said[1].endswith("sharded")
 
 
 def _metrics(folder: Path) -> list[dict]:

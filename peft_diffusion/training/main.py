@@ -143,7 +143,8 @@ class _Run:
         noted(say_to(console), said)(f"{self.about}; {_plan(config, crew)}")
         self.task = _task(prepared, self.blocks, crew)
         settings = trainer_settings(config, attached)
-        settings = replace(settings, record=settings.record and not crew.shares_base)
+        if crew.shares_base:  # no CUDA graph holds weights that come and go
+            settings = replace(settings, record=False)
         self.trainer = Trainer(self.task, arena, settings, crew=crew)
         self.previews = _previews(prepared, folder, self.task, self.trainer) if crew.measures else None
         self.outcome: Outcome | None = None

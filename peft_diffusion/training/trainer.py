@@ -225,7 +225,7 @@ class Trainer:
         return self.step >= end or given_up
 
     def _gives_up(self) -> bool:
-        """Whether the patience is over; the process that measures decides for all."""
+        """Whether the patience is over; the processes that measure decide for all."""
         patience = self.settings.patience
         if not patience:
             return False
