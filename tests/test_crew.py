@@ -18,9 +18,7 @@ from peft_diffusion.training.crew import Crew, crew
 RUN = "import sys; from peft_diffusion.cli.app import main; sys.exit(main(sys.argv[1:]))"
 
 
-def launch(
-    processes: int, *arguments: object, expected: int = 0, code: str = RUN
-) -> list[subprocess.CompletedProcess]:
+def launch(processes: int, *arguments: object, expected: int = 0, code: str = RUN) -> list[subprocess.CompletedProcess]:
     """The command, or other code, in so many processes; raises where one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
