@@ -22,7 +22,7 @@ from peft_diffusion import formats
 from peft_diffusion.bases import components, fingerprint
 from peft_diffusion.core import site, targets
 from peft_diffusion.core.adapter import method
-from peft_diffusion.core.arena import Arena
+from peft_diffusion.core.arena import Arena, side_by_side
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.training import TrainConfig, checkpoint, config, objective, preparation, train
 from peft_diffusion.training.diffusion import DiffusionSettings, DiffusionTask
@@ -68,9 +68,10 @@ def last_state(result):
 
 
 def flat(loaded, pipe) -> torch.Tensor:
-    """A loaded adapter's parameters in the order of the UNet's modules."""
-    parts = [loaded.components["unet"][path] for path in targets.modules(pipe.unet) if path in loaded.components["unet"]]
-    return torch.cat([parameter.detach().flatten() for part in parts for parameter in part.parameters()])
+    """A loaded adapter's parameters in the order of the UNet's modules, like sites of one parent side by side."""
+    found = loaded.components["unet"]
+    sites = [(path, list(found[path].parameters())) for path in targets.modules(pipe.unet) if path in found]
+    return torch.cat([parameter.detach().flatten() for parameter in side_by_side(sites)])
 
 
 # The objective.
