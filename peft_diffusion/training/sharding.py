@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from ..bases import components
 from ..core.errors import UserError
@@ -45,6 +43,10 @@ def shard(pipe: Any, trained: Sequence[str], device: torch.device) -> str:
 
     One block after the other goes there, so that the device never has to hold all. Says in words what came of it.
     """
+    # Not above: they take long to import, and few shard.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     parts = {name: part for name, part in components(pipe).items() if name == "unet" or name in trained}
     size = sum(weight.nbytes for part in parts.values() for weight in part.parameters())
