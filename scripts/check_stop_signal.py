@@ -83,7 +83,7 @@ def examine(result: TrainResult, folder: Path) -> dict[int, float]:
     found = {}
     runs = RunFolder(result.run_dir)
     for step in runs.steps():
-        arena.load(runs.weights(step))
+        arena.load(runs.tensors(step)["parameters"])
         loss = task.held_out()
         if loss is not None:
             found[step] = loss
