@@ -6,7 +6,7 @@ The swap renames no key of the base, saves nothing more for backward, and is see
 import functools
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,10 +125,15 @@ def _remade(cls: type[nn.Module]) -> nn.Module:
     return module
 
 
-def base_class(site: AdaptedSite) -> type[nn.Module]:
-    """The class that a site had before it carried adapters."""
-    cls: type[nn.Module] = type(site).__mro__[2]
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or the one that it had before it carried adapters."""
+    cls: type[nn.Module] = type(module).__mro__[2] if isinstance(module, AdaptedSite) else type(module)
     return cls
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a Linear with a weight that is not quantized, whatever it carries."""
+    return base_class(module) is nn.Linear and type(module.weight) is nn.Parameter
 
 
 def rebase(module: nn.Module, cls: type[nn.Module]) -> None:

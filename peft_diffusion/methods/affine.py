@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..core.adapter import Adapter, Site
 from ..core.errors import UserError
-from ..core.site import AdaptedSite, base_class
+from ..core.site import base_class
 
 ALPHA = "alpha"
 
@@ -41,8 +41,7 @@ def applied(site: Site, x: Tensor, weight: Tensor) -> Tensor:
 
 def base_output(site: Site, x: Tensor) -> Tensor:
     """What the base's own forward makes of ``x``, bias and all, also where its weight is quantized."""
-    cls = base_class(site) if isinstance(site, AdaptedSite) else type(site)
-    output: Tensor = cls.forward(site, x)
+    output: Tensor = base_class(site).forward(site, x)
     return output
 
 

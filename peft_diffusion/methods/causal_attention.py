@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.errors import UserError
-from ..core.site import AdaptedSite, base_class
+from ..core.site import base_class
 
 # Attention with rotary positions as transformers has it, by the class; and the class of its rotation, in the same module.
 _ROTATIONS = {
@@ -24,7 +24,7 @@ _STEADY = ("default", "linear", "llama3", "yarn")  # kinds of rotation that depe
 
 def known(site: nn.Module) -> bool:
     """Whether this is such an attention."""
-    return _class(site).__name__ in _ROTATIONS and _rotation_kind(site) in _STEADY
+    return base_class(site).__name__ in _ROTATIONS and _rotation_kind(site) in _STEADY
 
 
 def width(site: Any) -> int:
@@ -39,7 +39,7 @@ def turned_back(site: Any, count: int) -> Tensor:
     Rows in a cache stand as they are, and the text begins at position ``count`` after them. Here it begins at 0, and the
     rows are turned back instead: positions are relative, so both are the same.
     """
-    cls = _class(site)
+    cls = base_class(site)
     rotation = getattr(_module(site), _ROTATIONS[cls.__name__])(site.config)
     places = torch.tensor([[count]])
     unit = torch.eye(int(site.head_dim))[None, None]
@@ -72,12 +72,8 @@ def extended(site: Any, x: Tensor, call: Mapping[str, Any], keys: Tensor, values
     return found.transpose(1, 2).reshape(batch, positions, -1)
 
 
-def _class(site: nn.Module) -> type[nn.Module]:
-    return base_class(site) if isinstance(site, AdaptedSite) else type(site)
-
-
 def _module(site: nn.Module) -> Any:
-    return sys.modules[_class(site).__module__]
+    return sys.modules[base_class(site).__module__]
 
 
 def _rotation_kind(site: Any) -> str:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..core.adapter import LowRank, Method, Site, float32_parameter
 from ..core.errors import UserError
 from ..core.merge import dense_weight
-from ..core.site import AdaptedSite, base_class
+from ..core.site import AdaptedSite, is_plain_linear
 from .affine import ALPHA, WeightChange, check_rank, read_alpha, require, serves, single, stored_alpha, weight_shape
 from .product import Projections, in_pass, low_rank_linear, pays, projections, stacked
 
@@ -132,9 +132,9 @@ def as_one(layers: Sequence[nn.Module], x: Tensor) -> Projections | None:
     if not in_pass():
         return None
     lone = [layer.lone(x) if isinstance(layer, AdaptedSite) else None for layer in layers]
-    pairs = [(adapter.down, adapter.up) for adapter in lone if type(adapter) is LoraAdapter]
-    scales = {adapter.scale for adapter in lone if type(adapter) is LoraAdapter}
-    if len(pairs) < len(layers) or len(scales) > 1 or any(layer.bias is not None for layer in layers):
+    adapters = [adapter for adapter in lone if type(adapter) is LoraAdapter]
+    pairs, scales = [(adapter.down, adapter.up) for adapter in adapters], {adapter.scale for adapter in adapters}
+    if len(adapters) < len(layers) or len(scales) > 1 or any(layer.bias is not None for layer in layers):
         return None
     weight = stacked([layer.weight.detach() for layer in layers if isinstance(layer, nn.Linear)])
     return None if weight is None else projections(weight.flatten(0, 1), None, pairs, scales.pop())
@@ -180,8 +180,7 @@ class LoraAdapter(WeightChange):
         site = self.site
         if self.geometry is not None or not pays(x) or (self.dropout and self.training):
             return False
-        plain = isinstance(site, AdaptedSite) and base_class(site) is nn.Linear and type(site.weight) is nn.Parameter
-        frozen = plain and not any(own.requires_grad for own in site.parameters(recurse=False))
+        frozen = is_plain_linear(site) and not any(own.requires_grad for own in site.parameters(recurse=False))
         return frozen and site.weight.dtype == x.dtype
 
     def whole(self, x: Tensor, strength: Tensor) -> Tensor:

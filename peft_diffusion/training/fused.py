@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..core.site import AdaptedSite, base_class, rebase
+from ..core.site import base_class, is_plain_linear, rebase
 from ..methods.lora import as_one
 from ..methods.product import fusing
 from . import lean
@@ -74,11 +74,11 @@ def channels_last(component: nn.Module) -> Iterator[None]:
 @contextmanager
 def side_by_side(component: nn.Module) -> Iterator[None]:
     """The weights of queries, keys and values that read the same input one after the other in memory inside."""
-    moved: list[nn.Parameter] = []
+    moved: list[Tensor] = []
     try:
         for attention in [module for module in component.modules() if isinstance(module, Attention)]:
             layers = [attention.to_q, attention.to_k, attention.to_v]
-            weights = [layer.weight for layer in layers if _is_plain_linear(layer) and _frozen(layer)]
+            weights = [layer.weight for layer in layers if is_plain_linear(layer) and _frozen(layer)]
             alike = [weight for weight in weights if weight.shape == weights[-1].shape]
             if len(weights) == len(layers) and len(alike) > 1:
                 together = torch.cat([weight.data for weight in alike])
@@ -100,7 +100,7 @@ def swapped(component: nn.Module, backends: Sequence[SDPBackend] = ()) -> Iterat
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     processors: list[tuple[Any, Any]] = []
     for module in list(component.modules()):
-        own = base_class(module) if isinstance(module, AdaptedSite) else type(module)
+        own = base_class(module)
         fast = _FUSED.get(own)
         if fast is not None and _suits(module):
             rebase(module, fast)
@@ -142,12 +142,6 @@ def _attends_plainly(attention: Any) -> bool:
 
 def _frozen(module: nn.Module) -> bool:
     return not any(own.requires_grad for own in module.parameters(recurse=False))
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is a Linear with a weight of its own, whatever it carries."""
-    own = base_class(module) if isinstance(module, AdaptedSite) else type(module)
-    return own is nn.Linear and type(module.weight) is nn.Parameter
 
 
 def _lean(module: nn.Module, cls: type[nn.Module]) -> bool:
