@@ -5,18 +5,17 @@ from torch import Tensor
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor as one, gathered from all processes, which have to ask together; any other as it is."""
-    # Told by what it can do: who has a DTensor has imported its module, and nobody else needs it.
-    gather = getattr(tensor, "full_tensor", None)
-    if gather is None:
-        return tensor
-    gathered: Tensor = gather()
-    return gathered
+    return _given(tensor, "full_tensor")
 
 
 def here(tensor: Tensor) -> Tensor:
     """What of a sharded tensor this process holds; any other as it is."""
-    local = getattr(tensor, "to_local", None)
-    if local is None:
-        return tensor
-    own: Tensor = local()
-    return own
+    return _given(tensor, "to_local")
+
+
+def _given(tensor: Tensor, ability: str) -> Tensor:
+    """What a DTensor gives when it is asked so; any other tensor itself."""
+    # Told by what it can do: who has a DTensor has imported its module, and nobody else needs it.
+    ask = getattr(tensor, ability, None)
+    given: Tensor = tensor if ask is None else ask()
+    return given

@@ -78,7 +78,7 @@ def paint(
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
     _check_prompts(adapters, batches, sampling.negative)
     to_noise = any(adapters[name].spec.training.get("zero_terminal_snr") for name in adapters.names)
-    with _set_up(pipe, sampling, to_noise):
+    with drawing(pipe, _scheduler(pipe, sampling, to_noise)):
         for number, batch in enumerate(batches):
             _set_strengths(adapters, batch)
             report = _Report(progress, number * each, len(batches) * each, sampling.guidance_stop)
@@ -164,20 +164,25 @@ def ending_in_noise(scheduler: Any) -> Any:
     return cls.from_config(scheduler.config, **changes)
 
 
-@contextmanager
-def _set_up(pipe: Any, sampling: Sampling, to_noise: bool) -> Iterator[None]:
-    """The pipeline with the scheduler that was asked for, ``to_noise`` or not, and without its own progress bar."""
-    scheduler, bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(disable=True)
+def _scheduler(pipe: Any, sampling: Sampling, to_noise: bool) -> Any:
+    """The scheduler that was asked for, or the pipeline's own; ``to_noise`` or not."""
+    scheduler = pipe.scheduler
     if sampling.scheduler is not None:
         name, changes = SCHEDULERS[sampling.scheduler]
-        pipe.scheduler = getattr(diffusers, name).from_config(scheduler.config, **changes)
-    if to_noise:
-        pipe.scheduler = ending_in_noise(pipe.scheduler)
+        scheduler = getattr(diffusers, name).from_config(scheduler.config, **changes)
+    return ending_in_noise(scheduler) if to_noise else scheduler
+
+
+@contextmanager
+def drawing(pipe: Any, scheduler: Any) -> Iterator[None]:
+    """The pipeline with a scheduler, and without its own progress bar."""
+    before, bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = scheduler
     try:
         yield
     finally:
-        pipe.scheduler = scheduler
+        pipe.scheduler = before
         pipe.set_progress_bar_config(**bar)
 
 

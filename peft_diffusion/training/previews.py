@@ -2,10 +2,9 @@
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -13,7 +12,7 @@ from PIL import Image
 from ..bases import components
 from ..core import site
 from ..generation import sheet
-from ..generation.painting import ending_in_noise, whole_picture
+from ..generation.painting import drawing, ending_in_noise, whole_picture
 from .checkpoint import explained, write_bytes
 from .diffusion import DiffusionTask
 from .seeds import seed_of
@@ -103,7 +102,8 @@ class Previews(Observer):
         """A picture for each prompt."""
         pipe = self.task.pipe
         self.task.restore()
-        with self.task.evaluating(), _set_up(pipe, self.task.settings.zero_terminal_snr):
+        scheduler = ending_in_noise(pipe.scheduler) if self.task.settings.zero_terminal_snr else pipe.scheduler
+        with self.task.evaluating(), drawing(pipe, scheduler):
             chances = [torch.Generator().manual_seed(seed_of(_SEED, "preview", i)) for i in range(len(self.prompts))]
             pictures: list[Image.Image] = pipe(
                 **whole_picture(pipe, self.size, self.size),
@@ -134,20 +134,6 @@ class Previews(Observer):
         for part in components(self.task.pipe).values():
             if (strengths := site.strengths(part)) is not None and self.task.name in strengths.names:
                 strengths.write({self.task.name: value})
-
-
-@contextmanager
-def _set_up(pipe: Any, to_noise: bool) -> Iterator[None]:
-    """The pipeline with a schedule like that of the training, and without its own progress bar."""
-    scheduler, bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(disable=True)
-    if to_noise:
-        pipe.scheduler = ending_in_noise(scheduler)
-    try:
-        yield
-    finally:
-        pipe.scheduler = scheduler
-        pipe.set_progress_bar_config(**bar)
 
 
 def _png(picture: Image.Image) -> bytes:
