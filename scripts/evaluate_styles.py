@@ -180,7 +180,9 @@ def _train(style: Style, method: str, pipe: Any, options: argparse.Namespace, co
     """Train an adapter; what it took is written beside it."""
     words: dict[str, Any] = {"components": ("text_encoder",)} if method in OF_WORDS else {}
     if method == "tokens":
-        words["option"] = (f"placeholders={style.word}", "initial=emoji")
+        words["option"] = (f"placeholders={style.word}", "initial=emoji", "vectors=8")
+    if method == "prompt":
+        words["steps"] = 600  # half of them leave half of the drawings in other styles
     file = _file(style, method, options)
     run = TrainConfig(
         (embedded(f"styles/{style.name}"),),

@@ -197,3 +197,19 @@ def test_every_method_has_a_learning_rate_of_its_own():
     assert resolved(**both).block == (f"{several[0]} lr=0.001", several[1], f"{several[2]} lr={ia3}")
     assert resolved(**both, unet_lr=0.02).block == (f"{several[0]} lr=0.02", several[1], f"{several[2]} lr=0.02")
     assert resolve(resolved(**both), base, 30, "cpu") == resolved(**both)
+
+
+def test_timesteps_are_weighed_where_a_small_base_learns_words_alone():
+    from peft_diffusion.bases import describe
+    from peft_diffusion.training.config import TrainConfig, resolve
+
+    base = describe(make_pipe())
+
+    def debiased(base=base, **asked):
+        return resolve(TrainConfig((Path("a"),), **asked), base, 30, "cpu").debiased
+
+    words = {"method": "tokens", "components": ("text_encoder",)}
+    assert debiased(**words) is debiased(**words | {"method": "prompt"}) is debiased(debiased=True) is True
+    beside = {"components": ("unet", "text_encoder"), "block": ("unet attention lora", "text_encoder tokens tokens")}
+    assert debiased() is debiased(**beside) is debiased(replace(base, family="sd1"), **words) is False
+    assert debiased(**words, debiased=False) is debiased(**words, min_snr_gamma=5.0) is False

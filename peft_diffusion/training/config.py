@@ -292,8 +292,9 @@ class TrainConfig(SharedConfig, _PictureConfig):
     """The error from which huber and smooth-l1 grow in a line (above 0, at most 1); lower ignores more."""
     huber_schedule: Annotated[HuberSchedule, Parameter(group=LEARNING)] = "snr"
     """How huber-c gets lower with the noise: after its share (snr), with the timestep (exponential), or not (constant)."""
-    debiased: Annotated[bool, Parameter(group=LEARNING, negative=())] = False
-    """Weigh timesteps so that none dominates what is learned; in place of min-snr-gamma, for details that stay vague."""
+    debiased: Annotated[bool | None, Parameter(group=LEARNING)] = None
+    """Weigh timesteps so that none dominates what is learned; in place of min-snr-gamma, for details that stay vague. By
+    default where a small base learns words alone, which else cost it the subjects."""
     seed: Annotated[int, Parameter(group=LEARNING)] = 0
     """Number that all chance comes from: same seed, settings and pictures, same adapter."""
 
@@ -342,6 +343,7 @@ class ResolvedConfig(TrainConfig):
     warmup: int
     min_snr_gamma: float
     timestep_bias: TimestepBias
+    debiased: bool
     keep: Keep
     save_every: int
     preview_every: int
@@ -496,7 +498,8 @@ def resolve(
 
     values["block"] = tuple(with_rate(text, COMPONENTS, rate) for text in config.block)
     values |= {RATES[component]: rate(component, config.method) for component in COMPONENTS}
-    if config.debiased:
+    fill(values, {"debiased": _debiased(config, base)})
+    if values["debiased"]:
         values["min_snr_gamma"] = 0.0
     if config.optimizer == "schedule-free":
         fill(values, {"scheduler": "constant"})
@@ -515,6 +518,15 @@ def resolve(
         },
     )
     return ResolvedConfig(**values)
+
+
+def _debiased(config: TrainConfig, base: Base) -> bool:
+    """Whether timesteps are weighed where nobody said so.
+
+    What is drawn is decided in the noisiest ones, where an unweighed loss of epsilon is small whatever the network answers:
+    8 learned tokens kept 7% of 60 subjects with it, and 42% with this, with more of the style besides.
+    """
+    return base.family == "other" and not config.block and config.method in _WORD_RATES and not config.min_snr_gamma
 
 
 def own_rate(optimizer: OptimizerName, rate: float) -> float:
