@@ -3,7 +3,7 @@
     python scripts/evaluate_subject.py --output evaluation
 
 Trains, with the defaults of ``--preset subject``, a LoRA without pictures of the class and one with them, and learned tokens
-beside a LoRA without and with them (or takes what is in ``--adapters``), and prints for each
+beside a LoRA without and with them, which weigh ten times there (or takes what is in ``--adapters``), and prints for each
 
 - how far what it draws is from pictures of the character that training did not show, in faces and settings of their own,
   beside how far the base's pictures are for the same prompts and noise;
@@ -150,7 +150,7 @@ def main() -> None:
     options, console = _options(), Console()
     options.output.mkdir(parents=True, exist_ok=True)
     packages = install(CACHE)
-    real = portraits(packages, HELD_BACK, [CHARACTER] * len(HELD_BACK))
+    real = [_small(picture) for picture in portraits(packages, HELD_BACK, [CHARACTER] * len(HELD_BACK))]
     ruler = Ruler.of(packages, _pixels(real))
     calibration = ruler.calibrated()
     console.print(
@@ -179,8 +179,7 @@ def main() -> None:
         found.append(row | {"parameters": inspect(file).parameters})
         console.print(f"{name}: distance {distance:.2f}, {distance / base:.0%} of the base's; the rest moved by {moved:.4f}")
         _report(found, {"base": base, **calibration, "shown": _mean(shown)}, options.output)
-        small = [picture.resize((SIZE, SIZE), Image.Resampling.BOX) for picture in real]
-        rows = [*drawn.values(), small]
+        rows = [*drawn.values(), real]
         labels = [*drawn, "the real pictures, never shown in training"]
         sheet.grid(rows, labels, [scene.name for scene in HELD_BACK]).save(options.output / "mira.png")
 
@@ -220,8 +219,12 @@ def _draw(adapters: Adapters, prompts: Sequence[str], options: argparse.Namespac
 
 
 def _pixels(images: Sequence[Image.Image]) -> Tensor:
-    small = (np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX)) for image in images)
-    return torch.from_numpy(np.stack(list(small))).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack([np.asarray(_small(image)) for image in images])).permute(0, 3, 1, 2)
+
+
+def _small(image: Image.Image) -> Image.Image:
+    """A picture at the size that all are measured at."""
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
 def _file_name(variant: str) -> str:
