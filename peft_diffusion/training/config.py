@@ -41,7 +41,10 @@ WATCH = Group("Watching and keeping", sort_key=6)
 _MACHINE = Group("Machine", sort_key=7)
 
 
-FIND_LR = "Find a learning rate by short trials and stop; for a new base, method or kind of data. No adapter is written."
+FIND_LR = (
+    "Find a learning rate by trials and stop; for a new base, method or kind of data. Takes as long as about five runs. "
+    "No adapter is written."
+)
 
 
 class Base(Protocol):
