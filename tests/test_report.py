@@ -244,4 +244,6 @@ def test_a_rate_is_found_and_nothing_else_is_left(tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["find_lr.json", "find_lr.png"]
     assert not (tmp_path / "a.safetensors").exists()
     assert json.loads(found.file.read_text())["rates"] == found.rates
-    assert f"suggested: --unet-lr {found.rates['unet']:g}" in console.export_text()
+    told = console.export_text()
+    assert f"suggested: --unet-lr {found.rates['unet']:g}" in told
+    assert ("look still gains above" in told) == (found.factor < 1)

@@ -121,7 +121,10 @@ def find_rates(config: TrainConfig, *, pipe: Any | None = None, console: Console
         run = _Run(prepared, folder, console, crew, [])
         run.task.offload()
         flags = {name: f"--{RATES[name].replace('_', '-')}" for name in run.parts} if not config.block else {}
-        return find(run.task, run.trainer.arena, run.trainer.settings, folder.path, console, flags)
+        found = find(run.task, run.trainer.arena, run.trainer.settings, folder.path, console, flags)
+    if config.preset == "style" and found.factor < 1:
+        say("a style's look still gains above the rate of the lowest loss: compare with a run at the rate of the settings")
+    return found
 
 
 class _Run:
