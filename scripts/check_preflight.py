@@ -4,7 +4,8 @@
 
 For each case: builds the true architecture with random weights in bfloat16, trains a LoRA on its UNet for a few steps of one
 picture, and prints the prediction beside the peak from then on: of torch's allocator on CUDA, and of the process on a CPU,
-where what was in use before is taken off. Random weights learn nothing; the memory is the same.
+where what was in use before is taken off. Random weights learn nothing; the memory is the same. With ``--preview-steps``
+pictures are drawn too, and what CUDA's allocator reserves is compared: recorded steps keep their part of it meanwhile.
 """
 
 import argparse
@@ -58,10 +59,10 @@ class Watch:
             self.before = _process("VmRSS") - self.need.weights - self.need.adapter
         return self.need
 
-    def measured(self) -> int:
+    def measured(self, reserved: bool) -> int:
         """The peak, in bytes."""
         if self.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.device))
+            return int((torch.cuda.max_memory_reserved if reserved else torch.cuda.max_memory_allocated)(self.device))
         return _process("VmHWM") - self.before
 
 
@@ -90,8 +91,8 @@ def check(name: str, options: argparse.Namespace, console: Console) -> tuple[Nee
         quantize(components(pipe), asked["quantize"], device)
     config = TrainConfig(
         (pictures,), output=options.output / f"{name}.safetensors", run_dir=options.output / "runs" / name, overwrite=True,
-        rank=options.rank, steps=options.steps, batch_size=options.batch_size, resolution=size, preview_steps=0,
-        held_out=0.0, save_every=options.steps, device=options.device, precision="bfloat16",
+        rank=options.rank, steps=options.steps, batch_size=options.batch_size, resolution=size, held_out=0.0,
+        preview_steps=options.preview_steps, save_every=options.steps, device=options.device, precision="bfloat16",
         cuda_graph=options.cuda_graph, **asked,
     )  # fmt: skip
     watch, predict, small = Watch(device), footing.predict, footing._SMALL
@@ -102,7 +103,7 @@ def check(name: str, options: argparse.Namespace, console: Console) -> tuple[Nee
         footing.predict, footing._SMALL = predict, small
     if watch.need is None:
         raise RuntimeError("nothing was predicted")
-    measured = watch.measured()
+    measured = watch.measured(options.preview_steps > 0)
     del pipe
     gc.collect()
     return watch.need, measured
@@ -121,6 +122,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6, help="training steps")
+    parser.add_argument("--preview-steps", type=int, default=0, help="steps of the pictures drawn before and after")
     parser.add_argument("--device", default="cuda")
     parser.add_argument(
         "--cuda-graph", action=argparse.BooleanOptionalAction, default=True, help="record the steps, which takes memory too"

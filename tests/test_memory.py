@@ -18,6 +18,7 @@ from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training import footing
 from peft_diffusion.training.memory import blocks_of, recomputed, small_vae
 from peft_diffusion.training.preflight import Need, fits, peak
+from peft_diffusion.training.previews import Previews
 
 CPU = torch.device("cpu")
 
@@ -58,11 +59,11 @@ def test_text_learns_the_same_too(tmp_path, method):
     assert same(*runs)
 
 
-def measured(loss, inputs):
+def measured(work):
     """The most bytes that torch's own allocator gave out at once."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        loss(inputs).backward()
+        work()
     events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -89,10 +90,27 @@ def test_the_peak_of_a_step_is_predicted_within_a_tenth(make, batch, low):
 
     with recomputed([unet], chance=False) if low else nullcontext():
         before = arena.flat.clone()
-        predicted = peak(loss, inputs, CPU)
+        predicted = peak(lambda given: loss(given).backward(), inputs, CPU)
         assert torch.equal(arena.flat, before) and not arena.grad.any()
         loss(inputs).backward()  # what is allocated once and kept
-        assert predicted == pytest.approx(measured(loss, inputs), rel=0.1)
+        assert predicted == pytest.approx(measured(lambda: loss(inputs).backward()), rel=0.1)
+
+
+@pytest.mark.parametrize(("make", "size"), [(make_pipe, 128), (make_xl_pipe, 128), (make_pipe, 512)])
+def test_the_peak_of_a_preview_is_predicted_within_a_tenth(tmp_path, monkeypatch, make, size):
+    seen = []
+
+    def look(previews):
+        drawn = previews._draw()
+        seen.append((previews.peak(), measured(previews._draw), len(drawn)))
+
+    monkeypatch.setattr(Previews, "draw_base", look)
+    monkeypatch.setattr(Previews, "draw", lambda previews, step: None)
+    pictures = draw_pictures(tmp_path / "pictures", size=size)
+    prompts = ("a cat", "a dog", "a house")
+    learn(pictures, tmp_path, make(), preview_steps=1, preview_prompts=prompts, resolution=size, steps=1)
+    ((predicted, most, count),) = seen
+    assert predicted == pytest.approx(most, rel=0.1) and count == 3
 
 
 def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(tmp_path, monkeypatch):
@@ -110,9 +128,15 @@ def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(tmp_path, m
     with pytest.raises(UserError, match=r"needs \d+ MiB and cpu has 1 MiB; save memory with --memory low, --batch-size 1"):
         learn(pictures, tmp_path / "three", make_pipe())
     assert not (tmp_path / "three" / "run" / "config.toml").exists()
+    monkeypatch.setattr(Previews, "peak", lambda previews: 2**30)
+    with pytest.raises(UserError, match=r"this run needs 10\d\d MiB.* --preview-steps 0, or free the device"):
+        learn(pictures, tmp_path / "four", make_pipe(), preview_steps=1)
 
 
 def test_small_things_of_memory():
+    assert Need(50, 30, 15, away=5, drawing=7).total == 95 and Need(50, 30, 15, away=5, drawing=11).total == 96
+    assert Need(50, 30, 15, away=5, drawing=7, recorded=True).total == 107
+    assert Need(50, 30, 15, away=5, recorded=True).total == 95
     assert fits(Need(50, 30, 15), 100) and not fits(Need(50, 30, 16), 100) and fits(Need(1, 1, 1), None)
     pipe = make_pipe()
     assert len(blocks_of(pipe.unet)) > len(blocks_of(pipe.text_encoder)) == 2
@@ -120,6 +144,9 @@ def test_small_things_of_memory():
         assert pipe.vae.use_slicing and pipe.vae.use_tiling
     with small_vae(pipe.vae, 1024):
         assert pipe.vae.use_slicing and not pipe.vae.use_tiling
+    for low in (False, True):
+        with small_vae(pipe.vae, 256, low):
+            assert pipe.vae.use_slicing == low
     assert not pipe.vae.use_slicing and not pipe.vae.use_tiling
 
 

@@ -24,6 +24,7 @@ from ..data.latents import LatentCache, TextCache, cache_text
 from . import objective
 from .config import HuberSchedule, Loss, PriorTarget, TimestepBias
 from .crew import Crew
+from .preflight import peak
 from .seeds import generator, global_seed, seed_of
 from .session import evaluating
 from .signals import at_strength, layer_changes
@@ -324,6 +325,18 @@ class DiffusionTask:
             self.pipe.vae.to("cpu")
             for encoder in self.text.encoders if known else ():
                 encoder.to("cpu")
+
+    def peak_of_drawing(self, count: int, size: int) -> int:
+        """The most bytes that drawing so many pictures of so many pixels a side, with guidance, is predicted to hold."""
+        vae, side = self.pipe.vae, size // self.pipe.vae_scale_factor
+        told = {name: one[:1].repeat(2 * count, *(1,) * (one.ndim - 1)) for name, one in self.largest().items()}
+        latents = {"latents": torch.empty(count, vae.config.latent_channels, side, side, dtype=vae.dtype)}
+        self.restore()
+        with torch.no_grad():
+            unet = peak(self._answer, told, self.device)
+            decoding = peak(lambda given: vae.decode(given["latents"]), latents, self.device)
+        self.offload()
+        return max(unet, decoding)
 
     def restore(self) -> None:
         """Bring back what `offload` took."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ _WARM_UP = 2
 class Footing:
     """What a run is weighed by. ``largest`` is its largest micro-batch; ``loaded`` is all that may lie on its device.
 
+    ``drawing`` gives the bytes that previews take, where it draws any.
     ``chance`` says that dropout draws in the base's blocks; ``savings`` are flags that lower its need, in words.
     """
 
@@ -35,6 +36,7 @@ class Footing:
     largest: Callable[[], Inputs]
     chance: bool
     savings: Sequence[str]
+    drawing: Callable[[], int] | None = None
 
     @contextmanager
     def stand(self, say: Callable[[str], None]) -> Iterator[None]:
@@ -52,7 +54,8 @@ class Footing:
             state.append(torch.empty_like(arena.grad))
         with recomputed(self.parts, self.chance) if low else nullcontext():
             device = arena.flat.device
-            return predict(trainer.task.loss, self.largest(), self.loaded, state, device, trainer.records)
+            need = predict(trainer.task.loss, self.largest(), self.loaded, state, device, trainer.records)
+        return replace(need, drawing=self.drawing()) if self.drawing else need
 
     def _weigh(self, say: Callable[[str], None]) -> bool:
         """Whether blocks shall be computed again."""
@@ -75,7 +78,8 @@ class Footing:
             say(f"memory: {mib(plain.total)} do not fit; as with --memory low, blocks of the base are computed twice")
         say(f"memory: {need}" + ("" if there is None else f"; {mib(there)} are there"))
         if not fits(need, there):
-            savings = self.savings if low else ["--memory low", *self.savings]
+            savings = [*self.savings] if low else ["--memory low", *self.savings]
+            savings += ["--preview-steps 0"] if need.total > replace(need, drawing=0).total else []
             raise UserError(
                 f"this run needs {mib(need.total)} and {device} has {mib(there or 0)}; save memory with"
                 f" {', '.join(savings)}, or free the device"

@@ -198,6 +198,7 @@ class _Run:
             largest=self.task.largest,
             chance=self.task.settings.dropout > 0,
             savings=[*savings, f"--resolution below {config.resolution}"],
+            drawing=self.previews.peak if self.previews else None,
         )
 
     def save(self, base: str, seconds: float) -> TrainResult:

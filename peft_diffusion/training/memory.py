@@ -9,7 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 TILED_ABOVE = 1024
-"""Pixels a side up to which a VAE encodes a picture in one piece: tiles give other values at their seams."""
+"""Pixels a side up to which a VAE takes a picture in one piece: tiles give other values at their seams."""
+SLICED_FROM = 512
+"""Pixels a side from which a VAE takes pictures one by one: several would hold more than a training step does."""
 
 
 def blocks_of(part: nn.Module) -> list[nn.Module]:
@@ -45,10 +47,11 @@ def _again(forward: Callable[..., Any], chance: bool, *args: Any, **kwargs: Any)
 
 
 @contextmanager
-def small_vae(vae: Any, resolution: int) -> Iterator[None]:
-    """A VAE that encodes pictures one by one and, of a resolution above ``TILED_ABOVE``, in overlapping tiles."""
+def small_vae(vae: Any, resolution: int, low: bool = False) -> Iterator[None]:
+    """A VAE that takes large pictures one by one (or all, if ``low``), and the largest in overlapping tiles."""
     before = vae.use_slicing, vae.use_tiling
-    vae.use_slicing, vae.use_tiling = True, before[1] or resolution > TILED_ABOVE
+    vae.use_slicing = before[0] or low or resolution >= SLICED_FROM
+    vae.use_tiling = before[1] or resolution > TILED_ABOVE
     try:
         yield
     finally:

@@ -21,23 +21,34 @@ _SPARE = 1.05  # what a device must have over the prediction, for workspaces and
 class Need:
     """Bytes that a run takes on its device: the base, the adapter with its optimizer, and the most that a step adds.
 
-    ``away`` is what lies elsewhere during a step and comes back between steps for previews, and at the end.
+    ``away`` is what lies elsewhere during a step and comes back between steps for previews, and at the end. ``drawing`` is
+    the most that previews add to that. What ``recorded`` steps take stays theirs while previews are drawn.
     """
 
     weights: int
     adapter: int
     step: int
     away: int = 0
+    drawing: int = 0
+    recorded: bool = False
 
     @property
     def total(self) -> int:
         """The predicted peak."""
-        return self.weights + self.adapter + max(self.step, self.away)
+        return self.weights + self.adapter + (self.step + self._between if self._beside else max(self.step, self._between))
+
+    @property
+    def _between(self) -> int:
+        return self.away + self.drawing
+
+    @property
+    def _beside(self) -> bool:
+        return self.recorded and self.drawing > 0
 
     def __str__(self) -> str:
         parts = f"base {mib(self.weights)}, adapter and optimizer {mib(self.adapter)}, a step {mib(self.step)}"
-        if self.away > self.step:
-            parts += f", but between steps what draws pictures {mib(self.away)}"
+        if self._beside or self._between > self.step:
+            parts += f", {'and' if self._beside else 'but'} between steps what draws pictures {mib(self._between)}"
         return f"{mib(self.total)} at most: {parts}"
 
 
@@ -69,16 +80,17 @@ def predict(
             (held if tensor.device == device else away)[_place(tensor)] = tensor.untyped_storage().nbytes()
     adapter = {_place(tensor): tensor.untyped_storage().nbytes() for tensor in own}
     beside = _BLAS * _workspace(device) * (2 if records else 1)
-    return Need(sum(held.values()), sum(adapter.values()), peak(loss, inputs, device) + beside, sum(away.values()) + beside)
+    step = peak(lambda given: loss(given).backward(), inputs, device)  # type: ignore[no-untyped-call]
+    return Need(sum(held.values()), sum(adapter.values()), step + beside, sum(away.values()) + beside, recorded=records)
 
 
-def peak(loss: Callable[[Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor], device: torch.device) -> int:
-    """The most bytes that are alive at once in a forward and backward pass, over what was there before it."""
+def peak(work: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor], device: torch.device) -> int:
+    """The most bytes that are alive at once while ``work`` is done, over what was there before it; nothing is computed."""
     live = _Live()
     # In this thread: the backward pass of a CUDA tensor would run in one that the modes do not reach.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.set_multithreading_enabled(False), live:
         given = {name: torch.empty(one.shape, dtype=one.dtype, device=device) for name, one in inputs.items()}
-        loss(given).backward()  # type: ignore[no-untyped-call]
+        work(given)
     return live.peak
 
 

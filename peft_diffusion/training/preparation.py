@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from . import prior
 from .config import HELD_OUT_FROM, ResolvedConfig, TrainConfig, output_path, resolve, run_path
 from .crew import Crew
 from .diffusion import Examples, schedule
-from .memory import TILED_ABOVE, small_vae
+from .memory import small_vae
 from .run import RunFolder
 from .seeds import seed_of
 from .session import Say, check_run, check_writable, chosen, pick_precision
@@ -147,8 +146,7 @@ class _Encoder:
 
     def _encode(self, pictures: Sequence[Picture], fits: Sequence[Fit], flip: bool, what: str) -> Examples:
         config = self.config
-        large = config.resolution > TILED_ABOVE
-        with small_vae(self.pipe.vae, config.resolution) if large or config.memory == "low" else nullcontext():
+        with small_vae(self.pipe.vae, config.resolution, config.memory == "low"):
             latents = cache_latents(
                 pictures,
                 fits,

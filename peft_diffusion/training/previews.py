@@ -15,6 +15,7 @@ from ..generation import sheet
 from ..generation.painting import drawing, ending_in_noise, whole_picture
 from .checkpoint import explained, write_bytes
 from .diffusion import DiffusionTask
+from .memory import small_vae
 from .seeds import seed_of
 from .trainer import Observer
 
@@ -55,6 +56,11 @@ class Previews(Observer):
         self.tell = tell
         self.watching: Observer | None = None  # is shown the pictures
         self.drawn = -1
+
+    def peak(self) -> int:
+        """The most bytes that drawing is predicted to hold at once, beside the pipeline."""
+        with small_vae(self.task.pipe.vae, self.size):
+            return self.task.peak_of_drawing(self._at_once, self.size)
 
     def draw_base(self) -> None:
         """The base's own pictures, at strength 0."""
@@ -103,19 +109,27 @@ class Previews(Observer):
         pipe = self.task.pipe
         self.task.restore()
         scheduler = ending_in_noise(pipe.scheduler) if self.task.settings.zero_terminal_snr else pipe.scheduler
-        with self.task.evaluating(), drawing(pipe, scheduler):
-            chances = [torch.Generator().manual_seed(seed_of(_SEED, "preview", i)) for i in range(len(self.prompts))]
-            pictures: list[Image.Image] = pipe(
-                **whole_picture(pipe, self.size, self.size),
-                prompt=self.prompts,
-                num_inference_steps=self.steps,
-                guidance_scale=_GUIDANCE,
-                width=self.size,
-                height=self.size,
-                generator=chances,
-            ).images
+        pictures: list[Image.Image] = []
+        with self.task.evaluating(), drawing(pipe, scheduler), small_vae(pipe.vae, self.size):
+            for start in range(0, len(self.prompts), self._at_once):
+                prompts = self.prompts[start : start + self._at_once]
+                chances = [torch.Generator().manual_seed(seed_of(_SEED, "preview", start + i)) for i in range(len(prompts))]
+                pictures += pipe(
+                    **whole_picture(pipe, self.size, self.size),
+                    prompt=prompts,
+                    num_inference_steps=self.steps,
+                    guidance_scale=_GUIDANCE,
+                    width=self.size,
+                    height=self.size,
+                    generator=chances,
+                ).images
         self.task.offload()
         return pictures
+
+    @property
+    def _at_once(self) -> int:
+        """Pictures drawn together, no more than are trained on together."""
+        return min(len(self.prompts), self.task.settings.batch_size)
 
     def _keep(self, row: str, pictures: Sequence[Image.Image]) -> None:
         """Save the pictures of a row, and the sheet of all rows so far."""

@@ -20,6 +20,7 @@ from ..generation.painting import Cell, paint
 from .checkpoint import explained, write_bytes
 from .config import ResolvedConfig
 from .crew import Crew
+from .memory import small_vae
 from .seeds import seed_of
 from .session import Say
 
@@ -101,9 +102,10 @@ def _draw(pipe: Any, cells: Sequence[Cell], paths: Sequence[Path], size: int, cr
     sampling = GenerateConfig(
         prompts, steps=_STEPS, guidance=_GUIDANCE, width=size, height=size, batch_size=_BATCH, device=str(pipe.device)
     )
-    for path, picture in zip(paths, paint(Adapters(pipe), cells, sampling), strict=True):
-        if crew.leads:
-            write_bytes(path, _png(picture))
+    with small_vae(pipe.vae, size):
+        for path, picture in zip(paths, paint(Adapters(pipe), cells, sampling), strict=True):
+            if crew.leads:
+                write_bytes(path, _png(picture))
 
 
 def _png(picture: Image.Image) -> bytes:
