@@ -11,6 +11,7 @@ pictures are drawn too, and what CUDA's allocator reserves is compared: recorded
 import argparse
 import gc
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ class Watch:
         self.need: Need | None = None
         self.before = 0  # bytes of the process that are no tensors of the run
 
-    def __call__(self, predict: Any, *given: Any) -> Need:
+    def __call__(self, need: Callable[[footing.Footing, bool], Need], of: footing.Footing, low: bool) -> Need:
         """Predict, and begin to measure."""
-        self.need = predict(*given)
+        self.need = need(of, low)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -95,12 +96,12 @@ def check(name: str, options: argparse.Namespace, console: Console) -> tuple[Nee
         preview_steps=options.preview_steps, save_every=options.steps, device=options.device, precision="bfloat16",
         cuda_graph=options.cuda_graph, **asked,
     )  # fmt: skip
-    watch, predict, small = Watch(device), footing.predict, footing._SMALL
-    footing.predict, footing._SMALL = lambda *given: watch(predict, *given), 0
+    watch, need, small = Watch(device), footing.Footing.need, footing._SMALL
+    footing.Footing.need, footing._SMALL = lambda of, low: watch(need, of, low), 0
     try:
         train(config, pipe=pipe, console=console)
     finally:
-        footing.predict, footing._SMALL = predict, small
+        footing.Footing.need, footing._SMALL = need, small
     if watch.need is None:
         raise RuntimeError("nothing was predicted")
     measured = watch.measured(options.preview_steps > 0)
