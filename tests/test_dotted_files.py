@@ -219,3 +219,66 @@ def test_what_is_no_adapter_is_still_none(tmp_path: Path) -> None:
     for look in (formats.inspect, lambda path: formats.load(path, make_pipe())):
         with pytest.raises(UserError, match="no adapter of a known layout"):
             look(tmp_path / "a.safetensors")
+
+
+# Where peft means something else than the kohya layout.
+
+
+@pytest.mark.parametrize("layers", [r".*\.proj_in", r".*down_blocks\.1\.resnets\.0\.conv[12]", r".*\.to_q"])
+def test_magnitudes_of_peft_are_per_output(layers: str, tmp_path: Path) -> None:
+    theirs, ours = make_pipe(), make_pipe()
+    plain = unet_output(ours)
+    theirs.unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=layers))
+    learned(theirs.unet)
+    path = saved_by_diffusers(theirs, tmp_path)
+    assert formats.load(path, ours, strict=True).warnings == ()
+    Adapters(ours).load(path)
+    expected = unet_output(theirs)
+    assert (expected - plain).abs().max() > 1e-2
+    torch.testing.assert_close(unet_output(ours), expected, atol=1e-5, rtol=1e-4)
+
+
+LM = r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+SCALES = {
+    "whole factors": peft.LoKrConfig(r=32, alpha=8, decompose_factor=4, target_modules=LM),
+    "whole factors of other ranks": peft.LoKrConfig(
+        r=4, alpha=8, decompose_factor=4, target_modules=LM, rank_pattern={"q_proj": 64}, alpha_pattern={"q_proj": 16}
+    ),
+    "first factors": peft.LoKrConfig(r=1, alpha=4, decompose_both=True, target_modules=LM),
+    "a pattern that means no layer": peft.LoraConfig(r=4, lora_alpha=4, alpha_pattern={"mlp": 16}, target_modules=LM),
+    "a pattern that means one": peft.LoraConfig(
+        r=4, lora_alpha=4, alpha_pattern={"layers.0.mlp.up_proj": 16}, target_modules=LM
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys")
+@pytest.mark.parametrize("case", SCALES)
+def test_scales_of_peft_mean_the_same(case: str, tmp_path: Path) -> None:
+    base, ids = make_lm(), torch.arange(2, 30)[None]
+    theirs = peft.get_peft_model(make_lm().lm, SCALES[case]).eval()
+    learned(theirs)
+    theirs.save_pretrained(tmp_path)
+    loaded = formats.load(tmp_path / "adapter_model.safetensors", base, strict=True)
+    with torch.no_grad():
+        plain = base.lm(ids).logits
+        site.attach_built(base.lm, "a", loaded.components["lm"])
+        found, expected = base.lm(ids).logits, theirs(input_ids=ids).logits
+    assert (expected - plain).abs().max() > 1e-2 and loaded.warnings == ()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_beginning_that_changed_the_base_is_told(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights="pissa", target_modules=LM)
+    peft.get_peft_model(make_lm().lm, config).save_pretrained(tmp_path)
+    (warning,) = formats.load(tmp_path / "adapter_model.safetensors", make_lm()).warnings
+    assert "began with pissa, which changed the weights of its base" in warning
+
+
+def test_short_names_with_the_ends_of_peft_load(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "a.safetensors", make_pipe(), parts=("unet",))
+    ends = {"lora_down": "lora_A", "lora_up": "lora_B"}
+    tensors = {".".join(ends.get(part, part) for part in name.split(".")): one for name, one in load_file(path).items()}
+    save_file(tensors, tmp_path / "b.safetensors")
+    one, two = (formats.load(file, make_pipe(), strict=True) for file in (path, tmp_path / "b.safetensors"))
+    assert one.report == two.report and one.components["unet"].keys() == two.components["unet"].keys()

@@ -1,6 +1,7 @@
 """The adapter file: other programs read it, and nothing hostile gets through it."""
 
 import json
+import math
 import struct
 from dataclasses import asdict
 
@@ -13,11 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe
+from peft_diffusion.bases.vocabulary import begun, learned, teach
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.formats.kohya import site_keys
 from peft_diffusion.generation import Adapters
+from peft_diffusion.generation.fit import base_of, fit
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.methods.tokens import SoftPrompt, Tokens
 
 PROMPT = "a red apple"
 
@@ -242,3 +246,135 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         write_adapter(tmp_path / "file" / "ink.safetensors", pipe)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+SITE = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def pair(rank: int = 4) -> dict[str, torch.Tensor]:
+    return {f"{SITE}.lora_down.weight": torch.randn(rank, 32), f"{SITE}.lora_up.weight": torch.randn(32, rank)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_files_of_eight_bits_load_and_are_told(tmp_path, tiny_pipe, dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in pair().items()}
+    path = tmp_path / "eight.safetensors"
+    save_file(tensors | {f"{SITE}.alpha": torch.tensor(3.0).to(dtype)}, path)
+    (adapter,) = formats.load(path, tiny_pipe, strict=True).components["unet"].values()
+    state = adapter.state()
+    assert torch.equal(state["lora_down.weight"], tensors[f"{SITE}.lora_down.weight"].float())
+    assert float(state["alpha"]) == 3 and dict(formats.inspect(path).alphas) == {3.0: 1}
+
+
+def test_every_number_of_eight_bits_is_read(tmp_path):
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        numbers = torch.arange(256, dtype=torch.uint8).view(dtype)
+        save_file({str(place): numbers[place].clone() for place in range(256)}, tmp_path / "all.safetensors")
+        entries = formats.container.read_header(tmp_path / "all.safetensors").tensors
+        for place, want in enumerate(numbers.float().tolist()):
+            if math.isfinite(want):
+                assert formats.container.read_scalar(tmp_path / "all.safetensors", entries[str(place)]) == want
+
+
+def test_nan_in_a_pickle_is_refused_by_name(tmp_path, tiny_pipe):
+    torch.save({name: tensor * math.nan for name, tensor in pair().items()}, tmp_path / "nan.pt")
+    with pytest.raises(UserError, match=f"tensor {SITE}.lora_down.weight holds NaN"):
+        formats.load(tmp_path / "nan.pt", tiny_pipe)
+
+
+A = torch.ones(4, 32)
+DAMAGED = {
+    "no rank": ({f"{SITE}.lora_down.weight": A[:0], f"{SITE}.lora_up.weight": A.T[:, :0]}, "make no adapter"),
+    "many alphas": ({**pair(), f"{SITE}.alpha": torch.ones(4)}, "make no adapter"),
+    "flat": ({**pair(), f"{SITE}.lora_up.weight": torch.ones(4)}, "make no adapter"),
+    "a scalar": ({f"{SITE}.hada_w{n}": torch.ones(()) for n in ("1_a", "1_b", "2_a", "2_b")}, "make no adapter"),
+    "half a pair": ({f"{SITE}.lora_down.weight": A}, "lora_up.weight is missing; the file is damaged"),
+    "other methods": ({f"{SITE}.diff": torch.ones(32, 32)}, "holds tensors of no method that is known here: diff"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_tensors_that_make_no_adapter_are_refused_in_words(tmp_path, tiny_pipe, kind):
+    tensors, message = DAMAGED[kind]
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=message):
+        formats.load(tmp_path / "a.safetensors", tiny_pipe)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80"])
+def test_a_broken_pickle_is_refused_in_words(tmp_path, tiny_pipe, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot be read as plain weights: \w"):
+        formats.load(tmp_path / "a.pt", tiny_pipe)
+    torch.save({"state_dict": [1]}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="holds no named tensors"):
+        formats.load(tmp_path / "a.pt", tiny_pipe)
+
+
+METADATA = {"deep": "[" * 100_000, "type": '{"version": 1, "title": 5}', "half": '{"version": 1, "title": "\\ud800"}'}
+
+
+@pytest.mark.parametrize("kind", METADATA)
+def test_metadata_that_is_damaged_is_said_to_be(tmp_path, tiny_pipe, kind):
+    value = METADATA[kind]
+    save_file(pair(), tmp_path / "a.safetensors", metadata={"peft_diffusion": value})
+    for read in (formats.inspect, lambda path: formats.load(path, tiny_pipe)):
+        with pytest.raises(UserError, match="metadata is damaged"):
+            read(tmp_path / "a.safetensors")
+
+
+def test_the_ending_may_be_written_large(tmp_path):
+    path = write_adapter(tmp_path / "a.safetensors", make_pipe()).rename(tmp_path / "A.SAFETENSORS")
+    assert formats.load(path, make_pipe()).spec.triggers == ("ink style",)
+    torch.save(pair(), tmp_path / "B.PT")
+    assert formats.load(tmp_path / "B.PT", make_pipe()).report.found == 2
+
+
+def test_what_does_not_concern_both_is_not_compared(tmp_path):
+    core = {f"{SITE}.lora_down.weight": torch.ones(4, 32, 1, 1), f"{SITE}.lora_mid.weight": torch.ones(4, 4, 3, 3)}
+    kinds = {
+        "plain": {f"{SITE}.lora_down.weight": torch.ones(2, 32, 3, 3), f"{SITE}.lora_up.weight": torch.ones(64, 2, 1, 1)},
+        "tucker": {**core, f"{SITE}.lora_up.weight": torch.ones(64, 4, 1, 1)},
+        "original": {f"lora_unet_input_blocks_1_1_proj_in.lora_{end}.weight": torch.ones(2, 2) for end in ("up", "down")},
+    }
+    found = {}
+    for name, tensors in kinds.items():
+        version = {"ss_base_model_version": "sd_v2_v" if name == "plain" else "sd_v2"}
+        save_file(tensors, tmp_path / f"{name}.safetensors", metadata=version)
+        found[name] = formats.inspect(tmp_path / f"{name}.safetensors")
+    assert "of equal shapes" in fit(found["plain"], found["tucker"]).reasons[1]
+    assert "not compared" in fit(found["plain"], found["original"]).reasons[1]
+    assert base_of(found["plain"]) == {"family": "sd2", "prediction_type": "v_prediction"}
+
+
+def test_a_whole_change_with_a_bias_is_no_bitfit(tmp_path):
+    save_file({f"{SITE}.diff": torch.ones(32, 32), f"{SITE}.diff_b": torch.ones(32)}, tmp_path / "a.safetensors")
+    assert formats.inspect(tmp_path / "a.safetensors").methods == ()
+
+
+# Embeddings of other programs.
+
+
+def test_an_embedding_loads_beside_a_soft_prompt_and_may_be_flat(tmp_path):
+    pipe = make_pipe()
+    site.attach(pipe.text_encoder, "w", begun(pipe, "text_encoder", SoftPrompt(2, "cat")), "tokens")
+    formats.save(tmp_path / "soft.safetensors", {"text_encoder": pipe.text_encoder}, "w", formats.Spec())
+    save_file({"emb_params": torch.randn(32)}, tmp_path / "easy.safetensors")
+    torch.save({"<cat-toy>": torch.randn(32)}, tmp_path / "learned_embeds.bin")
+    save_file({"<cat-toy>": torch.randn(2, 32)}, tmp_path / "toy.safetensors")
+    assert formats.inspect(tmp_path / "toy.safetensors").methods == ("tokens",)
+    adapters = Adapters(make_pipe())
+    for name in ("soft.safetensors", "easy.safetensors", "learned_embeds.bin"):
+        adapters.load(tmp_path / name)
+    assert adapters.names == ("soft", "easy", "learned_embeds")
+    ids = adapters.pipe.tokenizer("a <cat-toy> easy", add_special_tokens=False).input_ids
+    assert len(set(ids) & set(learned(adapters.pipe.tokenizer).values())) == 4
+
+
+def test_letters_without_a_small_form_of_one_letter_are_found_in_prompts():
+    pipe = make_pipe()
+    method = begun(pipe, "text_encoder", Tokens("<straße>", 4, "cat"))
+    site.attach(pipe.text_encoder, "w", method, "tokens")
+    teach(pipe)
+    own = set(learned(pipe.tokenizer).values())
+    assert sum(one in own for one in pipe.tokenizer("a <STRAßE> cat").input_ids) == 4

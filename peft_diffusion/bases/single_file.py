@@ -42,9 +42,11 @@ def read(path: Path, dtype: torch.dtype) -> Any:
         found.write(Path(folder))
         cls = getattr(diffusers, found.pipeline)
         try:
-            return cls.from_single_file(str(path), config=folder, torch_dtype=dtype, local_files_only=True)
+            pipe = cls.from_single_file(str(path), config=folder, torch_dtype=dtype, local_files_only=True)
         except NotImplementedError:  # torch's, of a tensor that got no data
             raise UserError(f"{path} lacks tensors that a {found.pipeline} has; it is not whole") from None
+    pipe.register_to_config(_name_or_path=str(path))  # by which adapters name their base
+    return pipe
 
 
 def architecture(path: Path) -> Architecture:

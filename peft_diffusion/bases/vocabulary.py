@@ -56,6 +56,13 @@ def teach(base: Any) -> None:
             _learn(encoder, tokenizer, found)
 
 
+def plain_ids(tokenizer: Any, words: str) -> list[int]:
+    """The tokens of some words as the base has them, whatever its tokenizer was taught."""
+    if isinstance(tokenizer, TaughtTokenizer):
+        return list(tokenizer.lessons.plain.encode(words, add_special_tokens=False).ids)
+    return list(tokenizer(words, add_special_tokens=False).input_ids)
+
+
 def learned(tokenizer: Any) -> dict[str, int]:
     """The tokens that a tokenizer was taught, by name, each placeholder's first one being the placeholder itself."""
     return dict(tokenizer.lessons.ids) if isinstance(tokenizer, TaughtTokenizer) else {}
@@ -96,17 +103,19 @@ class _Lessons:
     backends: dict[tuple[str, ...], Any] = field(default_factory=dict)  # by the tokens that each puts first
 
     def __post_init__(self) -> None:
-        self.placeholders = {word.tokens[0].casefold(): word for word in self.words if not word.precedes}
-        longest_first = sorted(self.placeholders, key=len, reverse=True)
+        self.longest_first = sorted(
+            (word for word in self.words if not word.precedes), key=lambda word: len(word.tokens[0]), reverse=True
+        )
         flags = re.NOFLAG if self.of_lm else re.IGNORECASE  # CLIP knows no capitals
-        self.pattern = re.compile("|".join(map(_whole, longest_first)), flags) if longest_first else None
+        either = "|".join(f"({_whole(word.tokens[0])})" for word in self.longest_first)
+        self.pattern = re.compile(either, flags) if either else None
 
     def expand(self, text: str, index: int, count: int) -> str:
         """A prompt with every placeholder as all of its tokens, and before it a text encoder's soft prompts."""
         edge = "" if self.of_lm else " "
         if self.pattern is not None:
-            words = self.placeholders
-            text = self.pattern.sub(lambda match: edge + " ".join(words[match[0].casefold()].tokens) + edge, text)
+            words = self.longest_first
+            text = self.pattern.sub(lambda match: edge + " ".join(words[(match.lastindex or 1) - 1].tokens) + edge, text)
         return text if self.of_lm else " ".join([*self._before(index, count), text])
 
     def backend(self, index: int, count: int) -> Any:
@@ -163,7 +172,7 @@ def _taught(cls: Any) -> type[TaughtTokenizer]:
 
 def _initial(tokenizer: Any, words: str, vectors: int) -> list[int]:
     """The tokens of some words, in turn until each vector has one."""
-    ids: list[int] = tokenizer(words or _DEFAULT, add_special_tokens=False).input_ids
+    ids = plain_ids(tokenizer, words or _DEFAULT)
     if len(ids) > vectors:
         raise UserError(f"the initial words {words!r} have {len(ids)} tokens, for {vectors} vectors; give as many vectors")
     return [ids[index % len(ids)] for index in range(vectors)]

@@ -5,5 +5,9 @@ class UserError(Exception):
     """Something the user can mend. The message says what was wrong, where, and what to do; commands print it as one line."""
 
 
+class DamagedError(UserError):
+    """A tensor that a site of a file must have and has not, whatever the base."""
+
+
 class FoldError(UserError):
     """An adapter that cannot be expressed as a change of its site's weight and bias."""

@@ -61,6 +61,7 @@ def read_header(path: Path) -> Header:
         tensors = {name: _entry(value, 8 + length) for name, value in header.items()}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise TypeError("metadata holds other things than strings")
+        "".join((*metadata.values(), *metadata, *tensors)).encode()  # half a character cannot be shown or written
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is no safetensors file: its header cannot be read") from None
     _check_offsets(path, tensors, 8 + length, size)
@@ -73,17 +74,25 @@ def read_tensors(path: Path) -> dict[str, "Tensor"]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if existing(path).suffix in (".pt", ".ckpt", ".bin", ".pth"):
-        return _read_pickle(path)
-    read_header(path)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    if is_pickle(existing(path)):
+        tensors = _read_pickle(path)
+    else:
+        read_header(path)
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
     for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize == 1:  # torch computes nothing in 8 bits
+            tensors[name] = tensor = tensor.float()
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{path}: tensor {name} holds NaN or infinity; the file is damaged or its training diverged")
     return tensors
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is read as a pickle, by its name; all others are taken for safetensors."""
+    return path.suffix.lower() in (".pt", ".ckpt", ".bin", ".pth")
 
 
 def write(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
@@ -139,7 +148,10 @@ def existing(path: Path) -> Path:
 
 def read_scalar(path: Path, entry: Entry) -> float | None:
     """The value of a tensor of one element, such as an alpha; None for other tensors."""
-    formats = {"F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i"}
+    formats = {
+        "F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
+        "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B", "BOOL": "<?",
+    }  # fmt: skip
     if math.prod(entry.shape) != 1:
         return None
     with path.open("rb") as file:
@@ -147,6 +159,10 @@ def read_scalar(path: Path, entry: Entry) -> float | None:
         data = file.read(entry.end - entry.start)
     if entry.dtype == "BF16":
         return float(struct.unpack("<f", b"\0\0" + data)[0])
+    if entry.dtype == "F8_E5M2":
+        return float(struct.unpack("<e", b"\0" + data)[0])
+    if entry.dtype == "F8_E4M3":  # exponents are 8 less than in a half, and there is no infinity
+        return 256 * float(struct.unpack("<e", struct.pack("<H", (data[0] & 0x80) << 8 | (data[0] & 0x7F) << 7))[0])
     return float(struct.unpack(formats[entry.dtype], data)[0]) if entry.dtype in formats else None
 
 
@@ -179,8 +195,10 @@ def _read_pickle(path: Path) -> dict[str, "Tensor"]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # Anything can come out of a hostile pickle; weights_only refuses to run it.
-        raise UserError(f"{path} cannot be read as plain weights: {str(error).splitlines()[0]}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as plain weights: {reason}") from None
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    loaded = loaded if isinstance(loaded, dict) else {}
     if isinstance(loaded.get("string_to_param"), dict):  # a word of A1111, which calls it by the file's name
         loaded = {"emb_params": next(iter(loaded["string_to_param"].values()), None)}
     tensors = {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}

@@ -49,20 +49,32 @@ _SUFFIXES = {
 _KINDS = "|".join(re.escape(suffix) for suffix in sorted(_SUFFIXES, key=len, reverse=True))
 _NAME = re.compile(rf"(.*\..*)\.({_KINDS})(?:\.default)?(?:\.weight)?")
 _PROCESSOR = re.compile(r"(.*)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
-_RANKED = frozenset(("lora_down.weight", "hada_w1_b", "lokr_w2_b"))  # the tensor of a site whose first size is the rank
+_SHORT = re.compile(rf"((?:lora|lycoris)_[^.]+)\.({_KINDS})(?:\.default)?(?:\.weight)?")  # a site's name is there already
+# The tensor of a site whose first size is the rank.
+_RANKED = frozenset(("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"))
+# Beginnings of peft that change the base's weights, which a file then needs and does not hold.
+_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def kohya_name(name: str) -> str:
     """The name that a tensor has in the kohya layout; its own where it has another meaning, or that already."""
-    if name.startswith((OWN, LYCORIS, "lora_")):
+    if name.startswith(OWN):
         return name
+    if match := _SHORT.fullmatch(name):
+        return f"{match[1]}.{_SUFFIXES[match[2]]}"
+    module, kind = _parts(name)
+    if not kind:
+        return name
+    start, path = _split(module)
+    return f"{_STARTS[start]}{path.replace('.', '_')}.{_SUFFIXES[kind]}"
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """The module that a tensor's name begins with, and what the tensor is there; "" for a name of another layout."""
     if match := _PROCESSOR.fullmatch(name):
-        name = f"{match[1]}.{match[2]}{'.0' if match[2] == 'to_out' else ''}.lora.{match[3]}.weight"
-    match = _NAME.fullmatch(name)
-    if match is None:
-        return name
-    start, path = _split(match[1])
-    return f"{_STARTS[start]}{path.replace('.', '_')}.{_SUFFIXES[match[2]]}"
+        return f"{match[1]}.{match[2]}{'.0' if match[2] == 'to_out' else ''}", f"lora.{match[3]}"
+    match = None if name.startswith((LYCORIS, "lora_")) else _NAME.fullmatch(name)
+    return (match[1], match[2]) if match else (name, "")
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -90,28 +102,51 @@ def adopted(
     of_peft = any(name.startswith(_PEFT) for name in tensors)
     beside = path.parent / "adapter_config.json"
     told = _json(beside) if of_peft and beside.is_file() else _told(metadata)
-    found = {new: _shaped(new, tensors[name]) for name, new in renamed.items()}
+    found = {new: _shaped(name, tensors[name]) for name, new in renamed.items()}
     for name, new in renamed.items():
         site, _, suffix = new.partition(".")
-        if suffix in _RANKED and f"{site}.alpha" not in found and new != name:
+        if suffix in _RANKED and f"{site}.alpha" not in found and new != name and found[new].ndim:
             alpha = _alpha(name, len(found[new]), told)
             if alpha is not None:
                 found[f"{site}.alpha"] = torch.tensor(alpha)
+        elif suffix == "lokr_w1" and f"{site}.lokr_w2" in found and name.startswith(_PEFT):
+            found[new] = found[new] * _whole_scale(name, told)
     unsure = of_peft and not told
     assumed = [f"{path}: no {beside.name} is beside it to tell alpha, so it is taken to be the rank"] if unsure else []
+    began = told.get("init_lora_weights")
+    if isinstance(began, str) and began.startswith(_CHANGED):
+        assumed.append(
+            f"{path} began with {began}, which changed the weights of its base, and holds nothing of that; with peft's"
+            " save_pretrained(..., path_initial_model_for_weight_conversion=...) it is right without"
+        )
     return found, assumed
 
 
-def _shaped(new: str, tensor: "Tensor") -> "Tensor":
-    """A magnitude as the kohya layout has it: peft's is flat for a Linear."""
-    return tensor[:, None] if new.endswith(".dora_scale") and tensor.ndim == 1 else tensor
+def _shaped(name: str, tensor: "Tensor") -> "Tensor":
+    """A magnitude as the kohya layout has it: peft's is flat for a Linear, and (1, out, 1, 1) for a convolution."""
+    _, kind = _parts(name)
+    if _SUFFIXES.get(kind) != "dora_scale":
+        return tensor
+    if tensor.ndim == 1:
+        return tensor[:, None]
+    return tensor.transpose(0, 1) if kind == "lora_magnitude_vector" and tensor.ndim > 2 else tensor
+
+
+def _whole_scale(name: str, told: Mapping[str, Any]) -> float:
+    """What peft multiplies a LoKr of two whole factors with; the kohya layout has no scale there."""
+    path = _split(_parts(name)[0])[1]
+    rank = _by_pattern(told.get("rank_pattern"), path, told.get("r"))
+    alpha = _alpha(name, 1, told)
+    if alpha is None or not isinstance(rank, (int, float)) or rank <= 0:
+        return 1.0
+    return alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
 
 
 def _told(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The configurations that diffusers keeps in the metadata, by ``<component>.<name>``."""
     try:
         found = json.loads(metadata.get(_METADATA, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -119,7 +154,7 @@ def _told(metadata: Mapping[str, str]) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no configuration of peft")
@@ -128,20 +163,23 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _alpha(name: str, rank: int, told: Mapping[str, Any]) -> float | None:
     """The alpha that a configuration tells for a tensor's site, as the kohya layout means it; None where it tells none."""
-    start, path = _split(name)
+    start, path = _split(_parts(name)[0])
     # diffusers puts the component before each name, unless there is but one.
     own = {key.removeprefix(start): value for key, value in told.items() if key.startswith(start)} if start != _PEFT else {}
     settings = own or told
-    alpha = settings.get("lora_alpha", settings.get("alpha"))
-    patterns = settings.get("alpha_pattern")
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        try:
-            if re.match(rf"(.*\.)?({pattern})\.", path):
-                alpha = value
-                break
-        except re.error as error:
-            raise UserError(f"alpha_pattern {pattern!r} of {name} is no regular expression: {error}") from None
+    alpha = _by_pattern(settings.get("alpha_pattern"), path, settings.get("lora_alpha", settings.get("alpha")))
     if not isinstance(alpha, (int, float)):
         return None
     # peft divides by the root of the rank there; the kohya layout always by the rank.
     return float(alpha) * math.sqrt(rank) if settings.get("use_rslora") else float(alpha)
+
+
+def _by_pattern(patterns: Any, path: str, otherwise: Any) -> Any:
+    """The value of the first pattern that means a module, as peft reads them: whole, or after a dot."""
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        try:
+            if re.fullmatch(rf"(.*\.)?({pattern})", path):
+                return value
+        except re.error as error:
+            raise UserError(f"the pattern {pattern!r} of the configuration is no regular expression: {error}") from None
+    return otherwise

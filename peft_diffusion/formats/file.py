@@ -11,7 +11,7 @@ from .. import methods  # noqa: F401  (registers the methods that a file may hol
 from ..bases import components, describe
 from ..core import site as sites
 from ..core.adapter import METHODS, Adapter, chained
-from ..core.errors import UserError
+from ..core.errors import DamagedError, UserError
 from . import container, dotted, kohya, textual_inversion
 from .layout import component_of
 from .spec import Spec
@@ -57,23 +57,31 @@ def load(path: str | Path, pipe: Any, *, strict: bool = False) -> Loaded:
     """
     path, parts = Path(path), components(pipe)
     tensors = container.read_tensors(path)
-    header = container.read_header(path) if path.suffix == ".safetensors" else None
+    header = None if container.is_pickle(path) else container.read_header(path)
     spec = Spec.from_metadata(header.metadata, str(path)) if header else None
     tensors, assumed = dotted.adopted(tensors, header.metadata if header else {}, path)
     tensors = textual_inversion.adopted(tensors, header.metadata if header else {}, pipe, parts, path.stem)
     if not any(component_of(name) for name in tensors):
-        shown = ", ".join(list(tensors)[:3])
+        shown = ", ".join(list(tensors)[:3]) or "no tensor"
         raise UserError(f"{path} is no adapter of a known layout: it holds {shown}{', ...' if len(tensors) > 3 else ''}")
     sites, unmatched = _by_site(tensors, kohya.site_keys(parts))
     built: dict[str, dict[str, Adapter]] = {}
     for (component, where), own in sites.items():
         try:
             read, unknown = _read_site(parts[component].get_submodule(where), own, spec, component)
+        except DamagedError as error:
+            raise UserError(f"{path}: {component}.{where}: {error}; the file is damaged") from None
         except UserError as error:
             raise _wrong_base(path, spec, pipe, f"{component}.{where}: {error}") from None
+        except (ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
+            shown = ", ".join(f"{suffix} {tuple(tensor.shape)}" for suffix, tensor in own.items())
+            raise UserError(f"{path}: {component}.{where}: {shown} make no adapter ({error}); the file is damaged") from None
         unmatched += [f"{component}.{where}: {suffix}" for suffix in unknown]
         if read is not None:
             built.setdefault(component, {})[where] = read
+    if not built and sites:
+        kinds = sorted({suffix for own in sites.values() for suffix in own})
+        raise UserError(f"{path} holds tensors of no method that is known here: {', '.join(kinds[:5])}")
     if not built:
         raise _wrong_base(path, spec, pipe, f"none of its {len(tensors)} tensors has a site there")
     if unmatched and strict:

@@ -13,6 +13,8 @@ def methods_of(shapes: Shapes, scalars: Scalars) -> dict[str, Values]:
     Shapes by suffix, and the values of what is a scalar. What has no sensible shape tells nothing.
     """
     found = {method: read for mark, (method, read) in _MARKS.items() if mark in shapes}
+    if "diff" in shapes:  # of a whole change, which is no method here; "diff_b" is then its bias
+        found.pop("bitfit", None)
     if "lora" in found and "dora_scale" in shapes:
         found["dora"] = found.pop("lora")
     return {method: read(shapes, scalars) for method, read in found.items()}

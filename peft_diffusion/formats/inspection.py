@@ -15,7 +15,7 @@ from .network import Network
 from .spec import Spec
 
 # What stands beside the parameters. Our own norms carry a weight's change of zero, for programs that look for one.
-_NO_PARAMETERS = {"alpha", "bottleneck_kind", "prompt_words", "tokens_words"}
+_NO_PARAMETERS = {"alpha", "on_input", "bottleneck_kind", "prompt_words", "tokens_words"}
 _NONE_OF_OURS = _NO_PARAMETERS | {"w_norm"}
 
 

@@ -21,12 +21,17 @@ from .spec import KEY, Spec
 # transformers 5 dropped "text_model." from the paths of CLIPTextModel; files keep it.
 _TEXT_MODEL = "text_model."
 
+# What modelspec and kohya call the architecture and version of a base, by its family and whether it predicts v.
 _ARCHITECTURES = {
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2-768-v",
-    "sdxl": "stable-diffusion-xl-v1-base",
-    "other": "stable-diffusion",
-}
+    ("sd1", False): "stable-diffusion-v1", ("sd1", True): "stable-diffusion-v1",
+    ("sd2", False): "stable-diffusion-v2-512", ("sd2", True): "stable-diffusion-v2-768-v",
+    ("sdxl", False): "stable-diffusion-xl-v1-base", ("sdxl", True): "stable-diffusion-xl-v1-base",
+}  # fmt: skip
+
+_VERSIONS = {
+    ("sd1", False): "sd_v1", ("sd1", True): "sd_v1_v", ("sd2", False): "sd_v2", ("sd2", True): "sd_v2_v",
+    ("sdxl", False): "sdxl_base_v1-0", ("sdxl", True): "sdxl_base_v1-0",
+}  # fmt: skip
 
 # Names of training options (see Spec.training) and the ss_ keys that hold them.
 _SS_KEYS: dict[str, str] = {
@@ -110,7 +115,7 @@ def metadata(spec: Spec, kernels: bool) -> dict[str, str]:
     family = spec.base.get("family", "other")
     found |= {
         "ss_sd_model_name": spec.base.get("name"),
-        "ss_base_model_version": {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}.get(family, "other"),
+        "ss_base_model_version": _VERSIONS.get((family, _predicts_v(spec)), "other"),
         "ss_v2": family == "sd2",
     }
     chosen = network.network(spec.methods, kernels)
@@ -134,7 +139,7 @@ def _language_modelspec(spec: Spec) -> dict[str, Any]:
 def _modelspec(spec: Spec, family: str) -> dict[str, Any]:
     return {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{_ARCHITECTURES.get(family, 'stable-diffusion')}/lora",
+        "architecture": f"{_ARCHITECTURES.get((family, _predicts_v(spec)), 'stable-diffusion')}/lora",
         "implementation": "https://github.com/Stability-AI/generative-models"
         if family == "sdxl"
         else "https://github.com/huggingface/diffusers",
@@ -142,9 +147,13 @@ def _modelspec(spec: Spec, family: str) -> dict[str, Any]:
         "description": spec.description,
         "date": spec.training.get("finished_at"),
         "resolution": f"{spec.base['resolution']}x{spec.base['resolution']}" if "resolution" in spec.base else None,
-        "prediction_type": {"v_prediction": "v"}.get(str(spec.base.get("prediction_type")), "epsilon"),
+        "prediction_type": "v" if _predicts_v(spec) else "epsilon",
         "trigger_phrase": ", ".join(spec.triggers),
     }
+
+
+def _predicts_v(spec: Spec) -> bool:
+    return spec.base.get("prediction_type") == "v_prediction"
 
 
 def place(name: str, keys: Mapping[str, tuple[str, str]]) -> tuple[str, str, str] | None:

@@ -1,5 +1,7 @@
 """Names of the kohya layout, as data; needs no torch."""
 
+import re
+
 # What a component's sites may begin with in a file. The first is written for SD1 and SD2, and the second for SDXL.
 PREFIXES: dict[str, tuple[str, str]] = {
     "unet": ("lora_unet_", "lora_unet_"),
@@ -28,11 +30,12 @@ EMBEDDINGS: dict[str, str] = {
     "clip_g": "text_encoder_2",
 }
 BUNDLE = "bundle_emb."
+WORD = re.compile(r"<\S+>")  # the one tensor of an embedding as diffusers' scripts write it, for the first text encoder
 
 
 def split(name: str) -> tuple[str, str]:
     """A tensor's name as site and suffix."""
-    if name in EMBEDDINGS or name.startswith(BUNDLE):
+    if name in EMBEDDINGS or name.startswith(BUNDLE) or WORD.fullmatch(name):
         return name, "vectors"
     if name.startswith(OWN):
         site, _, suffix = name.rpartition(".")
@@ -45,6 +48,8 @@ def component_of(site: str) -> str | None:
     """The component that a site's name in a file belongs to."""
     if site in EMBEDDINGS or site.startswith(BUNDLE):
         return EMBEDDINGS.get(site.rpartition(".")[2])
+    if WORD.fullmatch(site):
+        return "text_encoder"
     if site.startswith(OWN):
         component = site.removeprefix(OWN).split(".")[0]
         return component if component in PREFIXES else None

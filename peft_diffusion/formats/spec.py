@@ -44,12 +44,14 @@ class Spec:
             known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
             spec = cls(**{**known, "triggers": tuple(known.get("triggers", ()))})
             _check(spec)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            spec.to_json().encode()  # half a character cannot be shown or written
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{where}: its {KEY!r} metadata is damaged") from None
         return spec
 
 
 def _check(spec: Spec) -> None:
     maps = (spec.methods, spec.base, spec.training, *(one for several in spec.methods.values() for one in several))
-    if not all(isinstance(value, dict) for value in maps) or not all(isinstance(word, str) for word in spec.triggers):
+    words = (*spec.triggers, spec.title, spec.description)
+    if not all(isinstance(value, dict) for value in maps) or not all(isinstance(word, str) for word in words):
         raise TypeError("a field of another type")

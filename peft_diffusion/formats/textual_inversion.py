@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases.vocabulary import plain_ids
 from ..core import targets
 from ..core.errors import UserError
-from .layout import BUNDLE, EMBEDDINGS, OWN
+from .layout import BUNDLE, EMBEDDINGS, OWN, WORD
 
 KEY = "peft_diffusion.words"  # the metadata entry with the words as the method stores them, by component
 
@@ -63,7 +64,7 @@ def adopted(
         known = list(began.get(component, ()))
         if not name.startswith(BUNDLE) and len(known) == 1:
             word = known[0]
-        found.setdefault(component, {})[word] = kept.pop(name)
+        found.setdefault(component, {})[word] = kept.pop(name).reshape(-1, tensors[name].shape[-1])
     for component, vectors in found.items():
         told = began.get(component, {})
         order = sorted(vectors, key=lambda word: list(told).index(word) if word in told else len(told))
@@ -83,13 +84,13 @@ def _embeddings(tensors: Mapping[str, Tensor], parts: Mapping[str, nn.Module], s
     """Name, component and word of every embedding that a file holds."""
     alone = re.sub(r"\s+", "_", stem)
     for name, tensor in tensors.items():
-        if tensor.ndim != 2:
+        if tensor.ndim not in (1, 2):
             continue
         word, which = alone, name
         if name.startswith(BUNDLE):
             word, _, which = name.removeprefix(BUNDLE).rpartition(".")
-        elif len(tensors) == 1 and re.fullmatch(r"<\S+>", name):
-            word, which = name, "emb_params"  # as diffusers' scripts write it
+        elif len(tensors) == 1 and WORD.fullmatch(name):
+            word, which = name, "emb_params"
         component = EMBEDDINGS.get(which)
         if component is not None and component in parts and word:
             yield name, component, word
@@ -107,4 +108,4 @@ def _began(metadata: Mapping[str, str]) -> dict[str, dict[str, list[int]]]:
 def _default(base: Any, component: str, vectors: int) -> list[int]:
     """The token that stands in for a word whose beginning no file tells: the asterisk, which A1111 begins with."""
     tokenizer = getattr(base, "tokenizer" if component == "text_encoder" else "tokenizer_2")
-    return list(tokenizer("*", add_special_tokens=False).input_ids)[:1] * vectors
+    return plain_ids(tokenizer, "*")[:1] * vectors

@@ -1,10 +1,21 @@
 """Whether two adapter files can be used together, told from their headers. Imports no torch."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from ..formats import Inspection
+
+_ORIGINAL = re.compile(r"(?:lora_unet|lycoris)_(?:input_blocks|middle_block|output_blocks)_")
+# What kohya's trainer calls the version of a base.
+_VERSIONS = {
+    "sd_v1": {"family": "sd1"},
+    "sd_v1_v": {"family": "sd1", "prediction_type": "v_prediction"},
+    "sd_v2": {"family": "sd2"},
+    "sd_v2_v": {"family": "sd2", "prediction_type": "v_prediction"},
+    "sdxl_base_v1-0": {"family": "sdxl"},
+}
 
 Verdict: TypeAlias = Literal["yes", "no", "unknown"]
 
@@ -31,6 +42,8 @@ def fit(first: Inspection, second: Inspection) -> Fit:
     elif shared:
         verdict = "yes" if verdict == "unknown" else verdict
         reasons.append(f"both change {len(shared)} sites (of {len(first.sites)} and {len(second.sites)}), of equal shapes")
+    elif {_of_original(first), _of_original(second)} == {True, False}:
+        reasons.append("one names the sites of the UNet as the original does and one as diffusers does: not compared")
     else:
         reasons.append("no site is changed by both")
     return Fit(verdict, tuple(reasons))
@@ -57,12 +70,11 @@ def base_of(found: Inspection) -> dict[str, str]:
     """What a file says of its base: from the spec, or from kohya's metadata where another program wrote it."""
     if found.spec is not None and found.spec.base:
         return {key: str(value) for key, value in found.spec.base.items()}
-    families = {"sd_v1": "sd1", "sd_v2": "sd2", "sdxl_base_v1-0": "sdxl"}
     version = found.metadata.get("ss_base_model_version")
-    if version not in families:
+    if version not in _VERSIONS:
         return {}
     name = found.metadata.get("ss_sd_model_name", "")
-    return {"family": families[version], **({"name": name} if name else {})}
+    return {**_VERSIONS[version], **({"name": name} if name else {})}
 
 
 def _words(base: Mapping[str, str]) -> str:
@@ -73,4 +85,12 @@ def _words(base: Mapping[str, str]) -> str:
 def _shape(tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The shape of the weight that a LoRA changes, (out, in, ...); () for other methods, whose files do not tell it."""
     down, up = tensors.get("lora_down.weight"), tensors.get("lora_up.weight")
-    return (up[0], *down[1:]) if down and up else ()
+    if not down or not up:
+        return ()
+    core = tensors.get("lora_mid.weight")  # of the Tucker form, which has the kernel
+    return (up[0], *down[1:]) if core is None else (up[0], *down[1:2], *core[2:])
+
+
+def _of_original(found: Inspection) -> bool:
+    """Whether a file has the names that the UNet had before diffusers."""
+    return any(_ORIGINAL.match(site) for site in found.sites)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.adapter import Adapter, Site
-from ..core.errors import UserError
+from ..core.errors import DamagedError, UserError
 from ..core.site import base_class
 
 ALPHA = "alpha"
@@ -86,10 +86,10 @@ def read_alpha(tensors: Mapping[str, Tensor], rank: int) -> float:
 
 
 def require(tensors: Mapping[str, Tensor], *names: str) -> None:
-    """Raises UserError that names the first tensor that is missing."""
+    """Raises DamagedError that names the first tensor that is missing."""
     for name in names:
         if name not in tensors:
-            raise UserError(f"{name} is missing")
+            raise DamagedError(f"{name} is missing")
 
 
 class WeightChange(Adapter):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.adapter import Adapter, Method, Site, float32_parameter
-from ..core.errors import UserError
+from ..core.errors import DamagedError, UserError
 
 # The order is that of the numbers in files.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -88,7 +88,7 @@ class Bottleneck(Method, name="bottleneck", suffixes=frozenset({_DOWN, _DOWN_BIA
         """From keys of our own."""
         missing = [name for name in (_DOWN, _DOWN_BIAS, _UP, _UP_BIAS, _KIND) if name not in tensors]
         if missing:
-            raise UserError(f"{missing[0]} is missing")
+            raise DamagedError(f"{missing[0]} is missing")
         form, activation, scale = _read_kind(tensors[_KIND])
         down, up = tensors[_DOWN], tensors[_UP]
         method = cls(hidden=len(down), form=form, activation=activation, scale=scale)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.adapter import Adapter, Method, Site, float32_parameter
-from ..core.errors import FoldError, UserError
+from ..core.errors import DamagedError, FoldError, UserError
 from ..core.sharded import whole
 
 # The vectors, (tokens, width); and, as JSON in bytes, the tokens of the base that they began as, per placeholder.
@@ -215,7 +215,7 @@ def _read(site: Site, tensors: Mapping[str, Tensor], cls: type[_Kind]) -> _Kind:
     vectors_name, words_name = cls.names
     embedding, vectors = _embedding(site), tensors[vectors_name]
     if words_name not in tensors:
-        raise UserError(f"{words_name} is missing")
+        raise DamagedError(f"{words_name} is missing")
     try:
         words = json.loads(bytes(tensors[words_name].tolist()).decode())
         flat = [one for ids in words.values() for one in ids]
