@@ -106,6 +106,11 @@ NAMES = {
     "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.weight":
         "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
     "unet.a.attn1.processor.to_out_lora.up.weight": "lora_unet_a_attn1_to_out_0.lora_up.weight",
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.1.mlp.fc1.lora_up.weight":
+        "lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_up.weight",
+    "text_encoders.clip_g.transformer.text_model.encoder.layers.1.mlp.fc1.lora_A.weight":
+        "lora_te2_text_model_encoder_layers_1_mlp_fc1.lora_down.weight",
+    "diffusion_model.out.2.diff_b": "lora_unet_out_2.diff_b",
     "text_encoder.text_model.encoder.layers.1.mlp.fc1.lora_linear_layer.up.weight":
         "lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_up.weight",
     "text_encoder_2.text_model.encoder.layers.1.mlp.fc1.lora_B.weight":

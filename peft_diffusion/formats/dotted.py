@@ -3,7 +3,8 @@
 - diffusers: ``unet.<path>.lora_A.weight``, of older scripts ``.lora.down.weight`` and ``.lora_linear_layer.down.weight``, or
   ``<attention>.processor.to_q_lora.down.weight``; alpha in the metadata, or else it is the rank;
 - peft: ``base_model.model.<path>.lora_A.weight``, DoRA, LoHa and LoKr; alpha in ``adapter_config.json`` beside the file;
-- ComfyUI and others: ``diffusion_model.<path of the original>.lora_down.weight``, with or without alpha.
+- ComfyUI and others: ``diffusion_model.<path of the original>.lora_down.weight``, with or without alpha, and
+  ``text_encoders.<encoder>.transformer.<path>.lora_up.weight``.
 """
 
 import json
@@ -28,6 +29,9 @@ _STARTS = {
     "text_encoder.": PREFIXES["text_encoder"][1],
     "text_encoder_2.": PREFIXES["text_encoder_2"][1],
     "diffusion_model.": PREFIXES["unet"][1],
+    "text_encoders.clip_l.transformer.": PREFIXES["text_encoder"][1],
+    "text_encoders.clip_h.transformer.": PREFIXES["text_encoder"][1],  # of Stable Diffusion 2
+    "text_encoders.clip_g.transformer.": PREFIXES["text_encoder_2"][1],
     _PEFT: LYCORIS,
     "": LYCORIS,
 }
@@ -43,6 +47,7 @@ _SUFFIXES = {
     "lora_magnitude_vector": "dora_scale",
     "alpha": "alpha",
     "dora_scale": "dora_scale",
+    "diff_b": "diff_b",
     **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
 }
