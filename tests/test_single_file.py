@@ -102,6 +102,7 @@ def test_every_kind_is_read_whole(kind: str, small, monkeypatch: pytest.MonkeyPa
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
     info = describe(pipe)
+    assert info.name == "a.safetensors"
     v = found.kind == "sd2-v" or found.v_prediction
     assert info.prediction_type == ("v_prediction" if v else "epsilon")
     assert info.resolution == {"sd1": 512, "sd2": 512, "sd2-v": 768, "sdxl": 1024}[found.kind]
