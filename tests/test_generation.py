@@ -1,24 +1,33 @@
 """Pictures and their recipes, blends, sheets, and what files say of each other. One tiny random base for all of it."""
 
+import io
 import json
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_pipe
+from diffusers import PNDMScheduler
 from making import make_adapter
 from PIL import Image
 
 from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, blend, formats, generate, load_base
 from peft_diffusion.bases import describe
 from peft_diffusion.bases.vocabulary import begun
+from peft_diffusion.cli import app, demo
 from peft_diffusion.core import site
 from peft_diffusion.generation import painting, recipe, sheet
-from peft_diffusion.generation.blend import shares
-from peft_diffusion.generation.config import Sampling, SchedulerName, parse_choice
+from peft_diffusion.generation.blend import _distinct, shares
+from peft_diffusion.generation.config import DemoConfig, Sampling, SchedulerName, parse_choice, parse_choices
 from peft_diffusion.generation.fit import fit
+from peft_diffusion.generation.generate import cell_recipes
+from peft_diffusion.generation.language import choose, generate_text
+from peft_diffusion.generation.language_config import TextGenerateConfig
 from peft_diffusion.generation.painting import Cell, paint
+from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.tokens import SoftPrompt
 
 STEPS = 3
@@ -325,3 +334,165 @@ def test_the_base_is_what_it_was_after_generating(tiny_base, ink):
     list(paint(adapters, [Cell("a cat", 0, {name: 0.5}), Cell("a cat", 0, {})], Sampling(steps=1)))
     adapters.remove(name)
     assert fingerprint(components(pipe)) == before
+
+
+def test_a_recipe_has_the_adapters_of_strength_0_too(make, ink, flat, tmp_path):
+    first = make(adapter=(str(ink), f"{flat}=0"), output=tmp_path / "a.png")[0]
+    assert [used.strength for used in recipe.read(first.path).adapters] == [1.0, 0.0]
+    again = generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))[0]
+    assert again.recipe == first.recipe and difference(again.image, first.image) == 0
+
+
+def test_a_sheet_does_not_replace_a_picture(make, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"old")
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    for output, where in (("a.png", "a.png"), ("a.png", "link.png"), ("new.png", "../" + tmp_path.name + "/new.png")):
+        with pytest.raises(UserError, match="would replace a picture"):
+            make(output=tmp_path / output, sheet=tmp_path / where)
+    with pytest.raises(UserError, match="would replace a picture"):
+        make("a cat", output=tmp_path / "folder", sheet=tmp_path / "folder" / "a-cat-0.png")
+    assert (tmp_path / "a.png").read_bytes() == b"old" and not (tmp_path / "folder").exists()
+
+
+def test_an_adapter_beside_a_recipe_only_says_where_it_is(make, ink, flat, tmp_path):
+    first = make(adapter=(f"{ink}=0.7",), output=tmp_path / "a.png")[0]
+    config = GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu")
+    with pytest.raises(UserError, match=r"has no adapter .*flat\.safetensors; leave that away"):
+        generate(replace(config, adapter=(str(flat),)))
+    with pytest.raises(UserError, match=r"at strength 0\.7, not 1; leave the strength away"):
+        generate(replace(config, adapter=(f"{ink}=1",)))
+    assert not (tmp_path / "b.png").exists()
+    for given in (str(ink), f"{ink}=0.7"):
+        assert generate(replace(config, adapter=(given,)))[0].recipe == first.recipe
+
+
+@pytest.fixture
+def of_noise(tmp_path):
+    """A base that predicts v, and beside it an adapter that says it was trained with zero terminal SNR."""
+    pipe = make_pipe(prediction_type="v_prediction")
+    pipe.save_pretrained(tmp_path / "base")
+    site.attach(pipe.unet, "n", Lora(rank=2), "attention")
+    spec = formats.Spec({"unet": ({**Lora(rank=2).spec(), "target": "attention"},)}, training={"zero_terminal_snr": True})
+    formats.save(tmp_path / "n.safetensors", {"unet": pipe.unet}, "n", spec)
+    return tmp_path / "n.safetensors"
+
+
+def test_pictures_begin_with_pure_noise_where_an_adapter_that_acts_was_trained_so(make, of_noise, tmp_path, caplog):
+    base = {"base": str(of_noise.parent / "base")}
+    plain, idle = make(**base)[0], make(adapter=(f"{of_noise}=0",), **base)[0]
+    assert difference(plain.image, idle.image) == 0
+    assert difference(plain.image, make(adapter=(str(of_noise),), **base)[0].image) > 0
+    for scheduler in ("heun", "pndm"):
+        caplog.clear()
+        make(adapter=(f"{of_noise}=0",), scheduler=scheduler, **base)
+        assert "cannot begin" not in caplog.text
+        first = make(adapter=(str(of_noise),), scheduler=scheduler, output=tmp_path / "a.png", **base)[0]
+        assert caplog.text.count(f"the scheduler {scheduler} cannot begin with pure noise") == 1
+        assert (first.recipe.scheduler, first.recipe.sampler) == ("ddim", "DDIMScheduler")
+        assert "Sampler: DDIM," in Image.open(first.path).info["parameters"]
+        again = generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))[0]
+        assert difference(again.image, first.image) == 0
+
+
+def test_a_recipe_tells_the_scheduler_that_drew(of_noise):
+    pipe = load_base(str(of_noise.parent / "base"), device="cpu")
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+    adapters = Adapters(pipe)
+    name = adapters.load(of_noise)
+    for strength, sampler in ((1.0, "DDIMScheduler"), (0.0, "PNDMScheduler")):
+        (told,) = cell_recipes(adapters, [Cell("a cat", 0, {name: strength})], Sampling())
+        assert told.sampler == sampler
+
+
+@pytest.mark.parametrize("wrong", [{"guidance": 1e308}, {"strength": 1e30}])
+def test_what_came_out_as_nan_is_an_error_and_not_written(make, ink, tmp_path, wrong):
+    strength = wrong.pop("strength", 1)
+    with pytest.raises(UserError, match=r"came out as NaN; lower the strength or the guidance$"):
+        make(adapter=(f"{ink}={strength!r}",), output=tmp_path / "nan.png", sheet=tmp_path / "sheet.png", **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_steps_than_noise_levels_are_refused(make):
+    for scheduler in ("ddim", None):
+        with pytest.raises(UserError, match="steps must be at most 1000"):
+            make(steps=2000, scheduler=scheduler)
+
+
+def test_a_prompt_of_half_a_character_is_refused():
+    for told in ({"prompts": ("a \udcff b",)}, {"negative": "\ud800"}):
+        with pytest.raises(UserError, match="no whole character"):
+            GenerateConfig(**{"prompts": ("a",), **told})
+    with pytest.raises(UserError, match=r"'a \\udcff b' holds '\\udcff' at letter 3"):
+        TextGenerateConfig(("a \udcff b",))
+
+
+def test_adapters_of_the_same_name_have_labels_that_differ(tmp_path):
+    for paths, expected in (
+        (("s1/style.safetensors", "s2/style.safetensors"), ["s1/style", "s2/style"]),
+        (("s1/a.safetensors", "s2/b.safetensors"), ["a", "b"]),
+        (("p/s/style.safetensors", "q/s/style.safetensors"), ["p/s/style", "q/s/style"]),
+    ):
+        assert _distinct([tmp_path / path for path in paths]) == expected
+    assert len(set(_distinct([tmp_path / "style.safetensors", tmp_path / "style.pt"]))) == 2
+
+
+def test_a_header_is_read_whatever_the_capitals_of_its_ending(ink, tmp_path):
+    for ending, bad in (("SAFETENSORS", True), ("st", True), ("PT", False)):
+        path = tmp_path / f"bad.{ending}"
+        path.write_bytes(b"nothing")
+        if bad:
+            with pytest.raises(UserError, match="no safetensors file"):
+                parse_choices((str(path),))
+        else:
+            parse_choices((str(path),))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1e-40, 0.95), (1e-300, 1.0), (0.8, 1e-50), (0.8, 5e-324)])
+def test_the_likeliest_token_is_always_among_those_chosen_from(temperature, top_p):
+    logits = torch.tensor([-3.0, 50.0, 2.0, float("-inf")])
+    assert choose(logits, temperature, top_p, torch.Generator().manual_seed(0)) == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_are_no_numbers_are_an_error(bad, temperature):
+    with pytest.raises(UserError, match="not finite; lower the strengths"):
+        choose(torch.tensor([0.0, bad, 1.0]), temperature, 0.9, torch.Generator())
+
+
+def test_the_same_prompt_twice_is_two_texts():
+    written = list(generate_text(TextGenerateConfig(("a", "a"), max_tokens=2, device="cpu")))
+    assert [one.prompt for one in written] == ["a", "a"]
+
+
+def test_a_full_memory_is_no_bug_and_a_path_is_printed_in_any_encoding(monkeypatch, capsys):
+    error = RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to")
+    assert app._explain(error) == app.FAILED and "out of memory" in capsys.readouterr().err
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", narrow)
+    monkeypatch.setattr(app, "app", SimpleNamespace(meta=lambda given: print(given[0])))
+    assert app.main(["é.png"]) == app.OK
+    assert narrow.buffer.getvalue() == b"\\xe9.png\n"
+
+
+def test_a_demo_replaces_its_own_files_alone(tmp_path, monkeypatch):
+    def check():
+        for style in demo.STYLES:
+            demo._check_own(tmp_path, style)
+
+    check()
+    (tmp_path / "openmoji.safetensors").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"openmoji\.safetensors is there already, and no demo has made it"):
+        demo.demo(DemoConfig(output=tmp_path))
+    run = tmp_path / "runs" / "openmoji"
+    run.mkdir(parents=True)
+    told = f'steps = 5\nsave_every = %d\npreview_steps = 0\noutput = "{tmp_path}/openmoji.safetensors"\nrun_dir = "{run}"\n'
+    (run / "config.toml").write_text(told % 1)  # somebody's own run
+    with pytest.raises(UserError, match="no demo has made it"):
+        check()
+    (tmp_path / "openmoji.safetensors").unlink()
+    with pytest.raises(UserError, match="runs/openmoji is there already"):
+        check()
+    (run / "config.toml").write_text(told % 5)
+    (tmp_path / "openmoji.safetensors").write_bytes(b"the demo's")
+    check()

@@ -116,3 +116,14 @@ def test_the_command(bases, files, tmp_path):
         [sys.executable, script, "red apple", *map(str, flags)], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.strip() == "a.png", done.stderr
+
+
+@pytest.mark.parametrize("told", ["image", "mask"])
+def test_what_a_picture_is_made_from_is_not_replaced(bases, files, tmp_path, told):
+    before = files[told].read_bytes()
+    link = tmp_path / "link.png"
+    link.symlink_to(files[told])
+    for more in ({"output": files[told]}, {"output": link}, {"sheet": files[told]}):
+        with pytest.raises(UserError, match=f"is the picture of --{told}, and would be replaced"):
+            run(bases["masked"], tmp_path, **files, **more)
+    assert files[told].read_bytes() == before

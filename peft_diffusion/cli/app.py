@@ -1,6 +1,7 @@
 """The command line: finds the command, and turns what goes wrong into one clear line."""
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -73,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last on behalf of torchao
         logging.getLogger(library).setLevel(logging.ERROR)
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for is no reason to stop
     given = list(sys.argv[1:] if arguments is None else arguments)
     app.config = (whole_numbers,)
     try:
@@ -102,7 +105,8 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", FAILED)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+    # The second is torch's, which is not imported here; on a CPU it raises a plain RuntimeError.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
         return _fail("out of memory; make the pictures smaller or lower --batch-size", FAILED)
     return _fail(f"{type(error).__name__}: {error}; this is a bug, and --debug shows where", BUG)
 

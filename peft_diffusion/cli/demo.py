@@ -1,11 +1,13 @@
 """``peft-diffusion demo``: teach two sample styles, generate with each, blend them, and say where the pictures are."""
 
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from ..bases import embedded
+from ..core.errors import UserError
 from ..generation.config import BlendConfig, Choice, DemoConfig, GenerateConfig
 from ..generation.recipe import check_folder
 from .progress import bar
@@ -29,6 +31,8 @@ def demo(config: Annotated[DemoConfig | None, Parameter(name="*")] = None) -> No
     """
     config = config or DemoConfig()
     check_folder(config.output)
+    for style in STYLES:
+        _check_own(config.output, style)
     folders = {style: embedded(f"styles/{style}") for style in STYLES}
     files = {style: config.output / f"{style}.safetensors" for style in STYLES}
     print("Loading the base; the first time takes a while ...", flush=True)
@@ -43,6 +47,21 @@ def demo(config: Annotated[DemoConfig | None, Parameter(name="*")] = None) -> No
     _draw_styles(adapters, config, config.output / "styles.png")
     _draw_blend(adapters, config, files, config.output / "blend.png")
     _tell(config, files)
+
+
+def _check_own(output: Path, style: str) -> None:
+    """Raise UserError where an adapter or a run is there that no demo has made: a demo replaces its own alone."""
+    file, run = output / f"{style}.safetensors", output / "runs" / style
+    try:
+        told = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        told = {}
+    # What _train says and nobody else does.
+    own = told.get("preview_steps") == 0 and told.get("save_every") == told.get("steps")
+    own = own and all(Path(str(told.get(key))).name == path.name for key, path in (("output", file), ("run_dir", run)))
+    there = file if file.exists() else run
+    if not own and (file.exists() or (run / "config.toml").exists()):
+        raise UserError(f"{there} is there already, and no demo has made it; name another folder with --output, or move it")
 
 
 def _train(pipe: Any, config: DemoConfig, folders: dict[str, Path], files: dict[str, Path]) -> None:
@@ -76,7 +95,7 @@ def _draw_styles(adapters: "Adapters", config: DemoConfig, path: Path) -> None:
     rows = {"without an adapter": (BASE_WORDS, ""), **{style: (words, style) for style, words in STYLES.items()}}
     sampling = GenerateConfig(prompts=SUBJECTS, base=config.base, seed=config.seed, device=config.device)
     cells = [
-        Cell(f"{words} {subject}", config.seed, {style: float(style == row) for style in STYLES})
+        Cell(f"{words} {subject}", config.seed, {row: 1.0} if row else {})
         for words, row in rows.values()
         for subject in SUBJECTS
     ]

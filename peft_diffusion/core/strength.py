@@ -68,6 +68,11 @@ class Strengths(KeepsPrecision):
             self.values = values
         self.active = frozenset(n for n, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
 
+    @property
+    def images(self) -> int:
+        """How many images have strengths of their own; 1 where all have the same."""
+        return self.values.shape[2]
+
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
         """An adapter at strength 0 inside; nothing waits for the device, so a recording can hold it."""
@@ -88,7 +93,7 @@ class Strengths(KeepsPrecision):
     def at(self, rows: int | Tensor, block: int, y: Tensor) -> Tensor:
         """Strengths at a block in the dtype of ``y``: (n,) for one row, (n, rows) for several; n is 1 or the batch of ``y``.
 
-        With fewer images than the batch they are tiled over it: classifier-free guidance doubles the batch.
+        Classifier-free guidance doubles the batch, over which they are then repeated. Raises UserError for other batches.
         """
         values = self.values[rows, block].to(y.dtype)
         if values.ndim == 2:
@@ -96,7 +101,7 @@ class Strengths(KeepsPrecision):
         images, batch = values.shape[0], y.shape[0]
         if images == 1:
             return values
-        if batch % images:
+        if batch not in (images, 2 * images):
             raise UserError(f"there are strengths for {images} images, but the batch holds {batch}")
         return values.repeat(batch // images, *[1] * (values.ndim - 1))
 
@@ -112,7 +117,7 @@ class Strengths(KeepsPrecision):
         if isinstance(strength, Mapping):
             unknown = [block for block in strength if block not in self.blocks]
             if unknown:
-                raise UserError(f"there is no block {', '.join(unknown)}; there are: {', '.join(self.blocks)}")
+                raise UserError(f"there is no block {', '.join(map(str, unknown))}; there are: {', '.join(self.blocks)}")
             per_block = [self._images(name, strength.get(block, 0.0)) for block in self.blocks]
             images = max(len(row) for row in per_block)
             rows = torch.stack([row.expand(images) if len(row) in (1, images) else self._ragged(name) for row in per_block])
@@ -121,10 +126,13 @@ class Strengths(KeepsPrecision):
         return rows.to(self.values.device)
 
     def _images(self, name: str, strength: "float | Sequence[float] | Tensor") -> Tensor:
-        row = torch.as_tensor(strength, dtype=torch.float32).reshape(-1)
-        if not len(row) or not bool(row.isfinite().all()):
+        try:
+            row = torch.as_tensor(strength, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):  # as torch refuses what is no number
+            raise UserError(f"the strength of {name!r} must be a number, or one for each image, not {strength!r}") from None
+        if not row.numel() or not bool(row.isfinite().all()):
             raise UserError(f"the strength of {name!r} must be finite numbers, not {strength}")
-        return row
+        return row.reshape(-1)
 
     def _ragged(self, name: str) -> Tensor:
         raise UserError(f"the strengths of {name!r} name different numbers of images in different blocks")

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 Amount: TypeAlias = "Strength | Schedule"
 """A number; one per image; either per block; or a schedule over the steps."""
+
+_NEAR = 0.5  # timesteps are whole numbers, or fractions that are passed on as they are
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Adapters:
         a name that is taken, and, if ``strict``, where a tensor of the file found no site.
         """
         file = Path(path)
+        self._refuse_merged("load another")
         chosen = name or self._free_name(file.stem)
         if chosen in self._loaded:
             raise UserError(f"an adapter {chosen!r} is loaded already; remove it first or choose another name")
@@ -86,11 +90,13 @@ class Adapters:
             teach(self.pipe)
             self._loaded[chosen] = LoadedAdapter(chosen, file, sha256(file), read.spec, read.report, read.warnings)
             self.set({chosen: strength})
-        except UserError:
+        except BaseException:
             for component in attached:
                 sites.detach(parts[component], chosen)
             teach(self.pipe)
             self._loaded.pop(chosen, None)
+            self._schedules.pop(chosen, None)
+            self._follow_steps()
             raise
         self._pack()
         return chosen
@@ -103,6 +109,7 @@ class Adapters:
         wanted: dict[str, Amount] = {**(amounts or {}), **more}
         for name in wanted:
             self[name]
+        self._refuse_merged("change a strength")
         schedules = {name: amount for name, amount in wanted.items() if isinstance(amount, Schedule)}
         if schedules and isinstance(self.pipe, LanguageModel):
             raise UserError(f"{', '.join(schedules)}: a schedule runs over denoising steps, which text does not have")
@@ -118,6 +125,7 @@ class Adapters:
     def remove(self, name: str) -> None:
         """Take an adapter away, and everything that it held. Raises UserError for a name that is not loaded."""
         self[name]
+        self._refuse_merged("remove one")
         for part in self._components().values():
             if name in sites.names(part):
                 sites.detach(part, name)
@@ -128,7 +136,8 @@ class Adapters:
         self._pack()
 
     def merge(self) -> dict[str, merging.Merged]:
-        """Fold the adapters into the weights at their present strengths: generation then costs what the base costs.
+        """Fold the adapters into the weights at their present strengths, where they are not yet: generation then costs what
+        the base costs.
 
         Returns what that did by component, and warns of the error where quantized weights had to be rounded again. Raises
         UserError where strengths differ by image or over the steps, or a method cannot be folded; nothing is then
@@ -136,8 +145,10 @@ class Adapters:
         """
         if self._schedules:
             raise UserError(f"{', '.join(self._schedules)}: a strength that changes over the steps cannot be merged")
-        adapted = self._adapted()
-        parts = {name: part for name, part in self._components().items() if part in adapted}
+        self._adapted()
+        parts = {n: p for n, p in self._components().items() if (found := sites.strengths(p)) and not found.merged}
+        if not parts:
+            raise UserError("there is nothing to merge: the adapters are merged already")
         done: dict[str, merging.Merged] = {}
         try:
             for name, part in parts.items():
@@ -158,11 +169,21 @@ class Adapters:
 
     def unmerge(self) -> None:
         """Put the weights back as they were, to the bit. Raises UserError where nothing is merged."""
-        for part in self._adapted():
+        merged = self._merged()
+        if not merged:
+            raise UserError("nothing is merged")
+        for part in merged:
             merging.unmerge(part)
 
     def _components(self) -> dict[str, nn.Module]:
         return components(self.pipe)
+
+    def _merged(self) -> list[nn.Module]:
+        return [part for part in self._components().values() if (found := sites.strengths(part)) and found.merged]
+
+    def _refuse_merged(self, wish: str) -> None:
+        if self._merged():
+            raise UserError(f"adapters are merged into the weights; unmerge them before you {wish}")
 
     def _adapted(self) -> list[nn.Module]:
         found = [part for part in self._components().values() if sites.names(part)]
@@ -191,7 +212,7 @@ class Adapters:
         chosen: dict[str, Strength] = {}
         for name, strength in strengths.items():
             if isinstance(strength, Mapping) and not isinstance(strength, Tensor):
-                unknown = sorted(set(strength) - everywhere)
+                unknown = sorted(str(block) for block in set(strength) - everywhere)
                 if unknown:
                     raise UserError(f"there is no block {', '.join(unknown)}; there are: {', '.join(sorted(everywhere))}")
                 strength = {block: value for block, value in strength.items() if block in own}
@@ -203,21 +224,63 @@ class Adapters:
         return found.blocks if found else ()
 
     def _follow_steps(self) -> None:
-        """Watch the UNet's calls while, and only while, a schedule is set."""
-        if self._schedules and self._hook is None:
-            self._hook = self.pipe.unet.register_forward_pre_hook(self._before_step, with_kwargs=True)
-        elif not self._schedules and self._hook is not None:
+        """Watch the UNet's calls while, and only while, a schedule is set or images have strengths of their own."""
+        unet = self._components().get("unet")
+        wanted = bool(self._schedules) or self._images() > 1
+        if unet is not None and wanted and self._hook is None:
+            self._hook = unet.register_forward_pre_hook(self._before_step, with_kwargs=True)
+        elif not wanted and self._hook is not None:
             self._hook.remove()
             self._hook = None
 
-    def _before_step(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        now = float(torch.as_tensor(timestep).flatten()[0])
-        steps = self.pipe.scheduler.timesteps.tolist()
-        nearest = min(range(len(steps)), key=lambda step: abs(steps[step] - now))
-        progress = nearest / max(1, len(steps) - 1)
-        present = set(sites.names(self.pipe.unet))
-        self._write(self.pipe.unet, {n: s.at(progress) for n, s in self._schedules.items() if n in present})
+    def _images(self) -> int:
+        """How many images have strengths of their own."""
+        return max((found.images for p in self._components().values() if (found := sites.strengths(p))), default=1)
+
+    def _before_step(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            _check_images(self._images(), kwargs["sample"] if "sample" in kwargs else args[0])
+        if self._schedules:
+            timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+            pipe = _calling() or self.pipe
+            progress = _progress(pipe.scheduler.timesteps, float(torch.as_tensor(timestep).flatten()[0]))
+            present = set(sites.names(unet))
+            self._write(unet, {n: s.at(progress) for n, s in self._schedules.items() if n in present})
+
+
+def _check_images(images: int, sample: Tensor) -> None:
+    """Raise UserError where a pipeline draws another number of images than have strengths of their own."""
+    pipe = _calling() if images > 1 else None
+    if pipe is None:
+        return
+    drawn = len(sample) // (2 if pipe.do_classifier_free_guidance else 1)
+    if drawn != images:
+        verb = "is" if drawn == 1 else "are"
+        raise UserError(f"there are strengths for {images} images, but {drawn} {verb} drawn; set as many, or one for all")
+
+
+def _calling() -> Any | None:
+    """The pipeline whose call this is in: of several with the same UNet, only that one knows if it guides, and its steps."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if hasattr(type(owner), "do_classifier_free_guidance"):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _progress(timesteps: Tensor, now: float) -> float:
+    """How far a timestep is from the first, at 0, to the last, at 1; some samplers take one twice. Raises UserError for
+    one that is not among them."""
+    steps = list(dict.fromkeys(timesteps.tolist()))
+    nearest = min(range(len(steps)), key=lambda step: abs(steps[step] - now))
+    if abs(steps[nearest] - now) > _NEAR:
+        raise UserError(
+            f"the UNet is called at timestep {now:g}, which is none of the scheduler's {len(steps)}: a schedule cannot tell"
+            " how far that is; call it through the pipeline, or set a plain strength"
+        )
+    return nearest / max(1, len(steps) - 1)
 
 
 def _checked(base: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
@@ -45,14 +46,16 @@ def draw(adapters: Adapters, choices: dict[str, Choice], config: BlendConfig, pr
     if config.plain:
         mixes = [(0.0,) * len(choices), *mixes]
     columns = [
-        {name: share * choice.strength for share, (name, choice) in zip(mix, choices.items(), strict=True)} for mix in mixes
+        {name: share * choice.strength for share, (name, choice) in zip(mix, choices.items(), strict=True) if share}
+        for mix in mixes
     ]
     cells = [Cell(prompt, config.seed, strengths) for prompt in config.prompts for strengths in columns]
     images = list(paint(adapters, cells, config, progress))
     told = cell_recipes(adapters, cells, config)
     starts = range(0, len(cells), len(columns))
     pictures = tuple(tuple(images[start : start + len(columns)]) for start in starts)
-    labels = [_label(mix, list(choices.values())) for mix in mixes]
+    names = _distinct([choice.path for choice in choices.values()])
+    labels = [_label(mix, list(choices.values()), names) for mix in mixes]
     return Blend(
         sheet=sheet.grid(pictures, config.prompts, labels),
         pictures=pictures,
@@ -69,11 +72,21 @@ def shares(adapters: int, columns: int) -> list[tuple[float, ...]]:
     return [tuple(max(0.0, 1 - abs(position - adapter)) for adapter in range(adapters)) for position in positions]
 
 
-def _label(mix: Sequence[float], choices: Sequence[Choice]) -> str:
+def _distinct(paths: Sequence[Path]) -> list[str]:
+    """What files are called on a sheet: by their names, with as much of their folders as it takes to tell them apart."""
+    whole = [path.absolute().with_suffix("").parts for path in paths]
+    for depth in range(1, max(map(len, whole))):
+        names = ["/".join(parts[-depth:]) for parts in whole]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _label(mix: Sequence[float], choices: Sequence[Choice], names: Sequence[str]) -> str:
     """A mix in words: names with their share, and the strength where it is not 1."""
     named = [
-        choice.name + ("" if choice.strength == 1 else f" at {choice.strength:g}") + ("" if share == 1 else f" {share:.0%}")
-        for share, choice in zip(mix, choices, strict=True)
+        name + ("" if choice.strength == 1 else f" at {choice.strength:g}") + ("" if share == 1 else f" {share:.0%}")
+        for share, choice, name in zip(mix, choices, names, strict=True)
         if share
     ]
     return "\n".join(named) or "no adapter"

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from ..core.errors import UserError
 from ..formats import inspect
+from ..formats.container import is_pickle
 from .recipe import check_folder, check_target, read
 
 SchedulerName: TypeAlias = Literal["ddim", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc"]
@@ -47,7 +48,7 @@ def parse_choice(text: str) -> Choice:
     try:
         strength = float(amount)
     except ValueError:
-        if not Path(name).is_file() and not name.endswith(".safetensors"):
+        if not Path(name).is_file() and not name.lower().endswith(".safetensors"):
             raise UserError(f"there is no adapter file {text}") from None  # the = is part of a path
         raise UserError(f"the strength of {name} must be a number, as in {name}=0.8, not {amount!r}") from None
     if not math.isfinite(strength):
@@ -64,7 +65,7 @@ def parse_choices(texts: Sequence[str]) -> tuple[Choice, ...]:
     for index, choice in enumerate(found):
         if any(choice.path.samefile(other.path) for other in found[:index]):
             raise UserError(f"the adapter {choice.path} is named twice; give it once, with the strength you want")
-        if choice.path.suffix == ".safetensors":
+        if not is_pickle(choice.path):
             inspect(choice.path)
     return found
 
@@ -167,6 +168,7 @@ class GenerateConfig(Sampling):
             raise UserError("a recipe brings its own prompt; leave the prompt away")
         if self.recipe is None:
             _check_prompts(self.prompts)
+            check_text(self.negative)
             self._check_source()
 
     def _check_source(self) -> None:
@@ -214,6 +216,7 @@ class BlendConfig(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_prompts(self.prompts)
+        check_text(self.negative)
         _check_seed(self.seed)
         if len(self.adapter) < 2:
             raise UserError("a blend needs two adapters, as in --adapter a.safetensors --adapter b.safetensors")
@@ -236,6 +239,19 @@ def _check_prompts(prompts: tuple[str, ...]) -> None:
         raise UserError("prompts is a tuple of texts, not one text")
     if not prompts:
         raise UserError('there is no prompt; say what the picture shows, as in "a red apple"')
+    check_text(*prompts)
+
+
+def check_text(*texts: str) -> None:
+    """Raises UserError for half a character, which a terminal that is not set to UTF-8 can leave in what was typed."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the prompt {text!a} holds {text[error.start]!a} at letter {error.start + 1}, which is no whole"
+                " character; type it again, in UTF-8"
+            ) from None
 
 
 def _check_seed(seed: int) -> None:

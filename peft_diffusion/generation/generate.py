@@ -17,7 +17,7 @@ from . import recipe as recipes
 from . import sheet
 from .adapters import Adapters
 from .config import GenerateConfig, Quantize, Sampling, SchedulerName
-from .painting import SCHEDULERS, Cell, Progress, load_choices, paint, size
+from .painting import Cell, Progress, gives_way, load_choices, paint, scheduler_of, size
 from .recipe import Recipe, UsedAdapter, UsedPicture
 from .source import Source, check_mask, read_source
 
@@ -48,6 +48,7 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> list[P
     seeds = config.all_seeds()
     wanted = [(prompt, seed) for prompt in config.prompts for seed in seeds]
     paths = _plan(config.output, config.to_file, wanted)
+    _check_kept(config, paths)
     choices = config.choices()
     source = None
     if config.image is not None:
@@ -76,10 +77,14 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> list[P
 def cell_recipes(
     adapters: Adapters, cells: Sequence[Cell], sampling: Sampling, source: Source | None = None
 ) -> list[Recipe]:
-    """What each picture is made from, in full; adapters of strength 0 are left out."""
+    """What each picture is made from, in full. Also adapters of strength 0, whose words the prompts are read with.
+
+    Raises UserError as ``scheduler_of`` does.
+    """
     pipe = adapters.pipe
     info = adapters.base
     width, height = size(info, sampling, source)
+    scheduler = scheduler_of(adapters, cells, sampling)
     common = Recipe(
         prompt="",
         negative=sampling.negative,
@@ -89,8 +94,8 @@ def cell_recipes(
         steps=sampling.steps,
         guidance=sampling.guidance,
         guidance_stop=sampling.guidance_stop,
-        scheduler=sampling.scheduler,
-        sampler=SCHEDULERS[sampling.scheduler][0] if sampling.scheduler else type(pipe.scheduler).__name__,
+        scheduler="ddim" if gives_way(scheduler, sampling) else sampling.scheduler,
+        sampler=type(scheduler).__name__,
         base=sampling.base,
         base_name=info.name,
         base_family=info.family,
@@ -113,8 +118,8 @@ def _from(source: Source | None, config: GenerateConfig, told: Sequence[Recipe])
 
 
 def _used(adapters: Adapters, strengths: Mapping[str, float]) -> tuple[UsedAdapter, ...]:
-    active = [(adapters[name], float(strength)) for name, strength in strengths.items() if strength != 0]
-    return tuple(UsedAdapter(str(loaded.path), loaded.sha256, strength) for loaded, strength in active)
+    used = [(adapters[name], float(strength)) for name, strength in strengths.items()]
+    return tuple(UsedAdapter(str(loaded.path), loaded.sha256, strength) for loaded, strength in used)
 
 
 def _again(config: GenerateConfig, recipe: Recipe) -> GenerateConfig:
@@ -128,7 +133,7 @@ def _again(config: GenerateConfig, recipe: Recipe) -> GenerateConfig:
     quantize = next((name for name in get_args(Quantize) if name == recipe.quantize), None)
     if quantize != recipe.quantize:
         raise UserError(f"{config.recipe}: its recipe names a quantization that does not exist: {recipe.quantize!r}")
-    files = [choice.path for choice in config.choices()]
+    files = _given(config, recipe)
     return replace(
         config,
         recipe=None,
@@ -166,6 +171,23 @@ def _picture(used: UsedPicture | None, given: Path | None, recipe: Path | None, 
     return found
 
 
+def _given(config: GenerateConfig, recipe: Recipe) -> list[Path]:
+    """The adapter files that are named beside a recipe, to say where its own are now. Raises UserError for others, and for
+    strengths that are not the recipe's."""
+    choices = config.choices()
+    for text, choice in zip(config.adapter, choices, strict=True):
+        digest = sha256(choice.path)
+        strengths = [used.strength for used in recipe.adapters if used.sha256 == digest]
+        if not strengths:
+            raise UserError(f"the recipe of {config.recipe} has no adapter {choice.path}; leave that away, or the recipe")
+        if Path(text) != choice.path and choice.strength not in strengths:
+            raise UserError(
+                f"the recipe of {config.recipe} has {choice.path} at strength {strengths[0]:g}, not {choice.strength:g};"
+                " leave the strength away, or the recipe"
+            )
+    return [choice.path for choice in choices]
+
+
 def _find(used: UsedAdapter, files: Sequence[Path]) -> Path:
     """The file that holds the bytes of an adapter of a recipe, among those given and where it was. Raises UserError."""
     candidates = [*files, *([Path(used.path)] if Path(used.path).is_file() else [])]
@@ -197,6 +219,21 @@ def _plan(output: Path, to_file: bool, wanted: Sequence[tuple[str, int]]) -> lis
         taken.add(name.casefold())
         paths.append(folder / name)
     return paths
+
+
+def _check_kept(config: GenerateConfig, paths: Sequence[Path]) -> None:
+    """Raise UserError where a file would be written over another of this run, or over what it is made from."""
+    if config.sheet is not None and any(_same(config.sheet, path) for path in paths):
+        raise UserError(f"the sheet {config.sheet} would replace a picture of the same name; give --sheet another name")
+    for flag, source in (("image", config.image), ("mask", config.mask)):
+        for target in (*paths, *([] if config.sheet is None else [config.sheet])):
+            if source is not None and _same(source, target):
+                raise UserError(f"{target} is the picture of --{flag}, and would be replaced; give the output another name")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two names are of one file, which need not exist yet."""
+    return one.samefile(other) if one.exists() and other.exists() else one.resolve() == other.resolve()
 
 
 def _slug(prompt: str) -> str:

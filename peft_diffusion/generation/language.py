@@ -14,6 +14,8 @@ from .language_config import TextGenerateConfig
 
 logger = logging.getLogger(__name__)
 
+_GREEDY = 1e-6  # logits over a smaller temperature would be infinite
+
 
 @dataclass(frozen=True)
 class Written:
@@ -36,8 +38,8 @@ def generate_text(config: TextGenerateConfig) -> Iterator[Written]:
         loaded = adapters[adapters.load(choice.path, strength=choice.strength)]
         for warning in loaded.warnings:
             logger.warning(warning)
-    prompts = {prompt: _encoded(base, prompt, config.max_tokens) for prompt in config.prompts}
-    for prompt, ids in prompts.items():
+    prompts = [(prompt, _encoded(base, prompt, config.max_tokens)) for prompt in config.prompts]
+    for prompt, ids in prompts:
         for seed in range(config.seed, config.seed + config.count):
             new = list(continued(base, ids, config, seed))
             yield Written(prompt, seed, str(base.tokenizer.decode(new, skip_special_tokens=True)))
@@ -58,12 +60,18 @@ def continued(base: LanguageModel, ids: list[int], config: TextGenerateConfig, s
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, chance: torch.Generator) -> int:
-    """A token by its logits (vocabulary,): the likeliest at temperature 0, else by nucleus sampling (Holtzman 2020)."""
-    if temperature == 0:
+    """A token by its logits (vocabulary,): the likeliest at temperature 0, else by nucleus sampling (Holtzman 2020).
+
+    A temperature of nearly 0 counts as 0. Raises UserError where the logits are no numbers.
+    """
+    if not bool(logits.max().isfinite()):  # NaN is the largest
+        raise UserError("the model's answer is not finite; lower the strengths, or take --precision float32")
+    if temperature < _GREEDY:
         return int(logits.argmax())
     probabilities, tokens = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities
     kept = torch.where(before < top_p, probabilities, 0.0)
+    kept[0] = probabilities[0]  # whatever is left of a tiny top_p in float32
     return int(tokens[torch.multinomial(kept, 1, generator=chance)])
 
 

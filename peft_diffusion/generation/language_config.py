@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..core.errors import UserError
-from .config import MAX_SEED, Choice, Precision, Quantize, check_quantize, parse_choices
+from .config import MAX_SEED, Choice, Precision, Quantize, check_quantize, check_text, parse_choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class TextGenerateConfig:
         check_quantize(self.quantize)
         if not self.prompts:
             raise UserError('there is no prompt; say how the text begins, as in "In the beginning"')
+        check_text(*self.prompts)
         for name in ("max_tokens", "count"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")

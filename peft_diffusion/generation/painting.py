@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import diffusers
+import numpy as np
 import torch
 from PIL import Image
 
@@ -76,9 +77,14 @@ def paint(
     width, height = size(adapters.base, sampling, source)
     each = sampling.steps if source is None else source.steps(sampling.steps)
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
+    scheduler = scheduler_of(adapters, cells, sampling)
+    if gives_way(scheduler, sampling):
+        log.warning(
+            f"the scheduler {sampling.scheduler} cannot begin with pure noise, which an adapter was trained for with zero"
+            " terminal SNR; ddim draws in its place"
+        )
     _check_prompts(adapters, batches, sampling.negative)
-    to_noise = any(adapters[name].spec.training.get("zero_terminal_snr") for name in adapters.names)
-    with drawing(pipe, _scheduler(pipe, sampling, to_noise)):
+    with drawing(pipe, scheduler):
         for number, batch in enumerate(batches):
             _set_strengths(adapters, batch)
             report = _Report(progress, number * each, len(batches) * each, sampling.guidance_stop)
@@ -164,13 +170,25 @@ def ending_in_noise(scheduler: Any) -> Any:
     return cls.from_config(scheduler.config, **changes)
 
 
-def _scheduler(pipe: Any, sampling: Sampling, to_noise: bool) -> Any:
-    """The scheduler that was asked for, or the pipeline's own; ``to_noise`` or not."""
-    scheduler = pipe.scheduler
+def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) -> Any:
+    """The scheduler that draws: the one that was asked for, or the pipeline's own; where a cell has an adapter that was
+    trained so, from pure noise, as ``ending_in_noise`` says. Raises UserError for more steps than there are noise levels.
+    """
+    scheduler = adapters.pipe.scheduler
+    levels = scheduler.config.num_train_timesteps
+    if sampling.steps > levels:
+        raise UserError(f"steps must be at most {levels}, the noise levels that the base knows, not {sampling.steps}")
     if sampling.scheduler is not None:
         name, changes = SCHEDULERS[sampling.scheduler]
         scheduler = getattr(diffusers, name).from_config(scheduler.config, **changes)
-    return ending_in_noise(scheduler) if to_noise else scheduler
+    used = {name for cell in cells for name, strength in cell.strengths.items() if strength != 0}
+    of_noise = any(adapters[name].spec.training.get("zero_terminal_snr") for name in used & set(adapters.names))
+    return ending_in_noise(scheduler) if of_noise else scheduler
+
+
+def gives_way(scheduler: Any, sampling: Sampling) -> bool:
+    """Whether what draws is DDIM's in place of the scheduler that was asked for."""
+    return sampling.scheduler is not None and type(scheduler).__name__ != SCHEDULERS[sampling.scheduler][0]
 
 
 @contextmanager
@@ -230,12 +248,21 @@ def _paint_batch(
         generator=start.generators,
         callback_on_step_end=report,
         callback_on_step_end_tensor_inputs=guided_tensors(start.pipe),
+        output_type="np",
     )
+    _check_finite(out.images, start.pipe)
     blanked = sum(map(bool, getattr(out, "nsfw_content_detected", None) or ()))
     if blanked:
         log.warning(f"the base's safety checker has blanked {blanked} of {len(batch)} pictures")
-    images: list[Image.Image] = out.images
+    images: list[Image.Image] = start.pipe.image_processor.numpy_to_pil(out.images)
     return images if source is None else [source.kept(image) for image in images]
+
+
+def _check_finite(pixels: Any, pipe: Any) -> None:
+    """Raise UserError for NaN, which would be written as black."""
+    if not np.isfinite(pixels).all():
+        advice = "" if pipe.unet.dtype == torch.float32 else ", or take --precision float32"
+        raise UserError(f"the picture came out as NaN; lower the strength or the guidance{advice}")
 
 
 def whole_picture(pipe: Any, width: int, height: int) -> dict[str, Any]:

@@ -18,8 +18,13 @@ class Schedule:
     values: Sequence[float]
 
     def __post_init__(self) -> None:
-        if not self.values or not all(math.isfinite(value) for value in self.values):
-            raise UserError(f"a schedule needs at least one finite strength, not {list(self.values)}")
+        try:
+            values = () if isinstance(self.values, str) else tuple(float(value) for value in self.values)
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last for a tensor of more than one dimension
+            values = ()
+        if not values or not all(math.isfinite(value) for value in values):
+            raise UserError(f"a schedule is a list of finite strengths, as Schedule([0, 1]), not {self.values!r}")
+        object.__setattr__(self, "values", values)  # of arrays and tensors too
 
     def at(self, progress: float) -> float:
         """The strength when ``progress``, from 0 to 1, of the steps are done."""

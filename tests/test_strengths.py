@@ -1,0 +1,161 @@
+"""Strengths that do not fit what is drawn, schedules on any sampler, and merges of a part."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pipe
+from diffusers import AutoPipelineForImage2Image, DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
+from PIL import Image
+from test_formats import picture, write_adapter
+
+from peft_diffusion.bases import components
+from peft_diffusion.core import merge, site
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.generation import Adapters, Schedule
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return write_adapter(tmp_path_factory.mktemp("adapters") / "ink.safetensors", make_pipe(), seed=3)
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapters") / "flat.safetensors"
+    return write_adapter(path, make_pipe(), target="all-linear", seed=4, parts=("unet",))
+
+
+@pytest.fixture
+def drawn(tiny_pipe, flat):
+    """The adapter on a pipeline, and how to draw so many pictures from one noise."""
+    adapters = Adapters(tiny_pipe)
+    adapters.load(flat)
+
+    def draw(*prompts, pipe=tiny_pipe, **options):
+        torch.manual_seed(0)
+        told = {"num_inference_steps": 2, "height": 64, "width": 64, **options}
+        return [np.asarray(image).astype(int) for image in pipe(list(prompts), **told).images]
+
+    return adapters, draw
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_strengths_per_image_are_for_as_many_images_as_are_drawn(drawn, guidance):
+    adapters, draw = drawn
+    adapters.set(flat=[0.0, 1.0])
+    for count, more, told in (
+        (1, {}, "2 images, but 1 is drawn"),
+        (3, {}, "2 images, but 3 are drawn"),
+        (4, {}, "2 images, but 4 are drawn"),
+        (2, {"num_images_per_prompt": 2}, "2 images, but 4 are drawn"),
+    ):
+        with pytest.raises(UserError, match=told):
+            draw(*["a cat"] * count, guidance_scale=guidance, **more)
+    adapters.set(flat=[0.0, 0.3, 0.6, 1.0])
+    with pytest.raises(UserError, match="4 images, but 2 are drawn"):
+        draw("a cat", "a dog", guidance_scale=guidance)
+    assert len(draw("a cat", "a dog", guidance_scale=guidance, num_images_per_prompt=2)) == 4
+    adapters.set(flat=1.0)
+    assert len(draw("a cat", "a dog", "a cat", guidance_scale=guidance)) == 3
+    assert not adapters.pipe.unet._forward_pre_hooks
+
+
+def test_strengths_per_image_of_words_alone_are_counted_too(tiny_pipe, tmp_path):
+    adapters = Adapters(tiny_pipe)
+    adapters.load(write_adapter(tmp_path / "words.safetensors", make_pipe(), seed=3, parts=("text_encoder",)))
+    adapters.set(words=[0.0, 1.0])
+    with pytest.raises(UserError, match="2 images, but 4 are drawn"):
+        tiny_pipe(["a cat"] * 4, num_inference_steps=1)
+    assert len(tiny_pipe(["a cat"] * 2, num_inference_steps=1).images) == 2
+
+
+def test_another_pipeline_of_the_same_parts_is_asked_if_it_guides(drawn):
+    adapters, draw = drawn
+    adapters.set(flat=[0.0, 1.0])
+    draw("a cat", "a dog", guidance_scale=1.0)
+    other = AutoPipelineForImage2Image.from_pipe(adapters.pipe)
+    told = {"image": Image.new("RGB", (64, 64), "red"), "strength": 1.0, "num_inference_steps": 2, "guidance_scale": 5.0}
+    assert len(other(["a cat", "a dog"], **told).images) == 2
+    with pytest.raises(UserError, match="2 images, but 1 is drawn"):
+        other(["a cat"], **told)
+    assert len(draw("a cat", "a dog", guidance_scale=1.0)) == 2
+
+
+@pytest.mark.parametrize("wrong", ["0.5", None, {"mid_block": None}, {1: 0.5}, [None, 1.0], [], object()])
+def test_a_strength_that_is_none_is_refused_and_a_load_with_it_changes_nothing(flat, tiny_pipe, wrong):
+    before = picture(tiny_pipe)
+    adapters = Adapters(tiny_pipe)
+    with pytest.raises(UserError, match=r"strength of|no block"):
+        adapters.load(flat, strength=wrong)
+    assert adapters.names == () and not site.sites(tiny_pipe.unet) and np.array_equal(picture(tiny_pipe), before)
+    adapters.load(flat)
+    with pytest.raises(UserError, match=r"strength of|no block"):
+        adapters.set(flat=wrong)
+
+
+def test_a_load_that_is_interrupted_leaves_nothing(flat, tiny_pipe, monkeypatch):
+    adapters = Adapters(tiny_pipe)
+    monkeypatch.setattr(adapters, "set", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        adapters.load(flat)
+    assert adapters.names == () and not site.sites(tiny_pipe.unet)
+
+
+def test_a_schedule_is_made_of_any_numbers_and_of_nothing_else():
+    for values in ([0, 1], (0.0, 1.0), np.array([0, 1.0]), torch.tensor([0, 1])):
+        assert Schedule(values).at(0.25) == 0.25 and Schedule(values).mean == 0.5
+    for wrong in (0.5, "01", None, [], [None], [float("nan")], torch.zeros(2, 2), np.zeros((2, 2))):
+        with pytest.raises(UserError, match="a schedule is a list of finite strengths"):
+            Schedule(wrong)
+
+
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, PNDMScheduler, DDIMScheduler])
+def test_a_schedule_begins_and_ends_on_every_sampler(drawn, scheduler):
+    adapters, draw = drawn
+    adapters.pipe.scheduler = scheduler.from_config(adapters.pipe.scheduler.config, skip_prk_steps=True)
+    seen = []
+    strengths = site.strengths(adapters.pipe.unet)
+    adapters.pipe.unet.register_forward_hook(lambda *_: seen.append(float(strengths.values[0, 0, 0])))
+    adapters.set(flat=Schedule([0.0, 1.0]))
+    draw("a cat", num_inference_steps=4)
+    assert seen[0] == 0.0 and seen[-1] == 1.0 and seen == sorted(seen)
+    assert sorted(set(seen)) == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
+
+
+def test_a_schedule_follows_the_scheduler_of_the_pipeline_that_calls(drawn):
+    adapters, draw = drawn
+    other = type(adapters.pipe)(**{**adapters.pipe.components, "requires_safety_checker": False})
+    other.set_progress_bar_config(disable=True)
+    other.scheduler = HeunDiscreteScheduler.from_config(adapters.pipe.scheduler.config, timestep_spacing="trailing")
+    seen = []
+    strengths = site.strengths(adapters.pipe.unet)
+    adapters.pipe.unet.register_forward_hook(lambda *_: seen.append(float(strengths.values[0, 0, 0])))
+    adapters.set(flat=Schedule([0.0, 1.0]))
+    adapters.pipe.scheduler.set_timesteps(3)
+    draw("a cat", pipe=other, num_inference_steps=5)
+    assert sorted(set(seen)) == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
+    with pytest.raises(UserError, match=r"timestep 123\.4, which is none of the scheduler's 3"):
+        adapters.pipe.unet(torch.zeros(1, 4, 8, 8), 123.4, torch.zeros(1, 77, 32))
+
+
+def test_merges_of_one_part_are_completed_and_undone(file, tiny_pipe):
+    adapters = Adapters(tiny_pipe)
+    adapters.load(file)
+    before = picture(tiny_pipe)
+    parts = components(tiny_pipe)
+    for name in ("unet", "text_encoder"):
+        merge.merge(parts[name])
+        for refused in (lambda: adapters.set(ink=0.1), lambda: adapters.remove("ink"), lambda: adapters.load(file)):
+            with pytest.raises(UserError, match="unmerge them"):
+                refused()
+        assert all(set(part.values.flatten().tolist()) == {1.0} for part in map(site.strengths, parts.values()) if part)
+        adapters.unmerge()
+        assert np.array_equal(picture(tiny_pipe), before)
+        with pytest.raises(UserError, match="nothing is merged"):
+            adapters.unmerge()
+        merge.merge(parts[name])
+        assert len(adapters.merge()) == 1
+        with pytest.raises(UserError, match="nothing to merge"):
+            adapters.merge()
+        adapters.unmerge()
+        assert np.array_equal(picture(tiny_pipe), before)
