@@ -95,6 +95,18 @@ def test_wrong_settings(text, said, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("no_debiased = true", "no setting 'no_debiased' of this command; did you mean debiased = false?"),
+        ("no-cuda-graph = false", "no setting 'no-cuda-graph' of this command; did you mean cuda_graph = true?"),
+    ],
+)
+def test_negative_flags_are_no_settings(text, said, tmp_path):
+    (tmp_path / "run.toml").write_text(f"\ufefffolder = ['x']\n{text}\n", "utf-8")  # as some editors begin a file
+    assert said in complaint(FAILED, "train", "--config", "run.toml", folder=tmp_path)
+
+
+@pytest.mark.parametrize(
     ("text", "said"), [("steps = 1.5", '"1.5" is no whole number'), ("steps = 'x'", "Invalid value for [steps] from")]
 )
 def test_settings_of_another_type(text, said, tmp_path):

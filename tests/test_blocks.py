@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_pipe
+from rich.console import Console
 from test_training import draw_pictures, last_state, small
 
 from peft_diffusion import formats
@@ -49,6 +50,13 @@ def test_a_block_has_its_own_learning_rate(pictures, tmp_path):
     sizes = {path: float(adapter.up.detach().abs().max()) for path, adapter in loaded.items()}
     assert all(size < 1e-9 for path, size in sizes.items() if path.endswith("ff.net.2"))
     assert all(size > 1e-5 for path, size in sizes.items() if not path.endswith("ff.net.2"))
+
+
+def test_the_plan_tells_the_rates_of_blocks(pictures, tmp_path):
+    block = ("unet attention lora", r"unet .*\.ff\.net\.2 lora lr=1e-12 b_rate_ratio=4")
+    console = Console(record=True, width=300, file=(tmp_path / "log").open("w"))
+    train(small(pictures, tmp_path, block=block, steps=1, unet_lr=2e-3), pipe=make_pipe(), console=console)
+    assert "learning rate unet.0 0.002, unet.1 1e-12, unet.1 x4 4e-12 (" in console.export_text()
 
 
 def test_targets_of_a_component_have_ranks_and_methods_of_their_own(pictures, tmp_path):
@@ -105,6 +113,9 @@ def test_another_method_trains_with_its_own_options(pictures, tmp_path):
         ({"method": "ia3"}, "--rank says nothing to ia3"),
         ({"block": ("unet attention",)}, "a block is COMPONENT TARGET METHOD"),
         ({"block": ("text_encoder attention lora",)}, "text_encoder is not among the --components unet"),
+        ({"block": ("unet attention lora lr=0",)}, "lora lr=0': lr must be above 0, not 0; leave it away"),
+        ({"block": ("unet attention lora lr=-1",)}, "lr must be above 0, not -1"),
+        ({"block": ("unet attention lora lr=nan",)}, "lr must be above 0, not nan"),
         ({"block": ("unet nowhere lora",)}, "matches the target 'nowhere'"),
         ({"block": ("unet attention lora",), "target": "conv"}, "--block names methods and targets itself"),
         ({"block": ("unet attention lora",), "components": ("unet", "text_encoder")}, "no --block trains text_encoder"),

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 import random
 import struct
 import subprocess
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -338,6 +340,33 @@ def test_sidecars(tmp_path):
     assert folder.sources == {"sidecar": 3}
     assert kinds(folder) == ["two captions"]
     assert "3 captions from text files beside the pictures" in folder.describe()
+
+
+def test_accents_may_be_decomposed_in_a_name_and_composed_in_the_other(tmp_path):
+    for seed, form in enumerate(("NFC", "NFD")):
+        other = {"NFC": "NFD", "NFD": "NFC"}[form]
+        draw(tmp_path / (unicodedata.normalize(form, f"café {seed}") + ".png"), seed=seed)
+        (tmp_path / (unicodedata.normalize(other, f"café {seed}") + ".txt")).write_text(f"coffee {seed}")
+        Image.new("L", (64, 64), "white").save(tmp_path / (unicodedata.normalize(other, f"café {seed}") + "-mask.png"))
+    folder = scan(tmp_path)
+    assert sorted(texts(folder).values()) == ["coffee 0", "coffee 1"] and not folder.problems
+    assert all(picture.mask is not None for picture in folder.pictures)
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are text there")
+def test_names_that_are_no_text_are_listed(tmp_path):
+    draw(tmp_path / "red apple.png")
+    for name in (b"caf\xe9.png", b"caf\xe9.txt"):
+        Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_bytes((tmp_path / "red apple.png").read_bytes())
+    ticks = []
+    folder = scan(tmp_path, on_progress=lambda done, total: ticks.append((done, total)))
+    assert list(texts(folder)) == ["red apple.png"] and kinds(folder) == ["name that is no text"] * 2
+    assert ticks[-1] == (2, 2)
+    "\n".join(folder.describe()).encode()
+    assert "caf?.png: the name is not UTF-8, so it is left out. Rename it." in str(folder.problems[0])
+    (root := Path(os.fsdecode(bytes(tmp_path) + b"/b\xe4r"))).mkdir()
+    with pytest.raises(UserError, match=r"b\?r is not UTF-8; rename it"):
+        scan(root)
 
 
 def test_metadata_jsonl_and_its_mistakes(tmp_path):

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import subprocess
+from contextlib import nullcontext
 from html.parser import HTMLParser
 
 import pytest
@@ -16,8 +17,21 @@ from rich.console import Console
 from test_resume import stop_after
 from test_training import draw_pictures, small
 
+from peft_diffusion.cli import runs
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.training import Interrupted, TextTrainConfig, charts, find_rates, record, report, train, train_text
+from peft_diffusion.training import (
+    Interrupted,
+    TextTrainConfig,
+    charts,
+    find_rates,
+    find_text_rates,
+    footing,
+    main,
+    record,
+    report,
+    train,
+    train_text,
+)
 from peft_diffusion.training.find_lr import search, trial_steps
 
 torch.set_num_threads(1)
@@ -247,3 +261,61 @@ def test_a_rate_is_found_and_nothing_else_is_left(tmp_path):
     told = console.export_text()
     assert f"suggested: --unet-lr {found.rates['unet']:g}" in told
     assert ("look still gains above" in told) == (found.factor < 1)
+
+
+def test_trials_stand_as_the_run_does_and_the_flag_of_words_is_told(tmp_path, monkeypatch):
+    folder = draw_pictures(tmp_path / "pictures", 4)
+    stood = []
+    recomputed = footing.recomputed
+    monkeypatch.setattr(footing, "recomputed", lambda *parts: stood.append("low") or recomputed(*parts))
+    monkeypatch.setattr(main, "fused", lambda unet: stood.append("fused") or nullcontext())
+    asked = small(folder, tmp_path, rank=None, method="tokens", components=("text_encoder",), trigger="<ink>", steps=1,
+                  option=("placeholders=<ink>",), memory="low")  # fmt: skip
+    console = Console(record=True, width=160, file=(tmp_path / "log").open("w"))
+    found = find_rates(asked, pipe=make_pipe(), console=console)
+    assert stood == ["fused", "low"]
+    assert f"suggested: --text-encoder-lr {found.rates['text_encoder.0']:g}" in console.export_text()
+    words = tmp_path / "words.txt"
+    words.write_text("the ox is swift and the hen is bold. " * 40, "utf-8")
+    text = TextTrainConfig((words,), output=tmp_path / "b.safetensors", run_dir=tmp_path / "text", steps=1, batch_size=2,
+                           rank=2, held_out=0.2, memory="low")  # fmt: skip
+    find_text_rates(text, base=make_lm())
+    assert stood == ["fused", "low", "low"]
+
+
+DAMAGE = {
+    "config": ("config.toml", b"x = = 1"),
+    "bytes": ("config.toml", b"x = '\xff'"),
+    "lines": ("metrics.jsonl", b'[]\n5\n{"loss": 1}\n{"step": [1]}\n{"step": 1, "seconds": "x", "held_out_loss": []}\n'),
+    "metrics": ("metrics.jsonl", b'{"step": 1, "loss": 2}\n\xff\xfe{\n'),
+    "state": ("run.json", b'{"state": "odd"}'),
+    "list": ("run.json", b'{"state": ["finished"]}'),
+    "process": ("run.json", b'{"state": "running", "process": [1]}'),
+    "figures": ("run.json", b'{"state": "finished", "figures": null, "about": 3}'),
+    "block": ("config.toml", b"block = 5"),
+}
+
+
+def test_a_damaged_run_hides_no_other(made, tmp_path, monkeypatch, capsys):
+    for case, (name, content) in {"whole": ("note", b""), **DAMAGE}.items():
+        shutil.copytree(made.run_dir, tmp_path / "runs" / case)
+        (tmp_path / "runs" / case / name).write_bytes(content)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    runs.runs(runs.RunsConfig((tmp_path / "runs",)))
+    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[3:] if line.strip()}
+    assert {"whole", *DAMAGE} <= told.keys()
+    assert [case for case, line in told.items() if "cannot be read" in line] == ["bytes", "config"]
+    assert f"{made.held_out_after:.4f}" in told["whole"] and "finished" in told["whole"]
+
+
+def test_the_list_fits_a_narrow_terminal(made, tmp_path, monkeypatch, capsys):
+    name = "openmoji-with-a-long-name"
+    shutil.copytree(made.run_dir, tmp_path / name)
+    monkeypatch.setenv("COLUMNS", "80")
+    runs.runs(runs.RunsConfig((tmp_path,)))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and any(f"{made.held_out_after:.4f}" in line and "finished" in line for line in lines)
+    assert len([line for line in lines if line.strip() and line[0] != " "]) <= 7  # folded little
+    monkeypatch.delenv("COLUMNS")
+    runs.runs(runs.RunsConfig((tmp_path,)))
+    assert name in capsys.readouterr().out

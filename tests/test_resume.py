@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_pipe
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from test_training import draw_pictures, lines, small
@@ -137,6 +140,55 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, pictures):
     assert all(torch.equal(bits[key], again[key]) for key in bits)
     assert [line["step"] for line in lines(resumed) if "loss" in line] == list(range(1, 7))
     assert checkpoint.read(newest).state.step == 6
+
+
+def test_checkpoints_that_cannot_be_read_are_kept(tmp_path, pictures):
+    run = train(small(pictures, tmp_path), pipe=make_pipe()).run_dir
+    for path in (run / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"2 checkpoints are in .* and none can be read \(damaged, or of another version\)"):
+        train(small(pictures, tmp_path, resume=True), pipe=make_pipe())
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("changes", [{"method": "bitfit"}, {"block": ("unet attention+ff ia3",)}], ids=["method", "block"])
+def test_a_method_without_rank_goes_on_from_its_own_settings(tmp_path, pictures, monkeypatch, changes):
+    whole = train(small(pictures, tmp_path, rank=None, scheduler="constant", **changes), pipe=make_pipe())
+    assert whole.config.rank is None
+    train(replace(whole.config, steps=7, resume=True), pipe=make_pipe())
+    older = replace(whole.config, rank=16, resume=True)  # which earlier versions wrote down
+    for path in (whole.run_dir / "checkpoints").iterdir():
+        found = checkpoint.read(path)
+        origin = replace(found.origin, config={**found.origin.config, "rank": 16})
+        checkpoint.write(path, replace(found, origin=origin))
+    assert train(replace(older, steps=8), pipe=make_pipe()).steps == 8
+
+
+def test_only_a_mask_or_repeats_that_changed_are_named(tmp_path, pictures):
+    config = small(pictures, tmp_path)
+    train(config, pipe=make_pipe())
+    with pytest.raises(UserError, match=r"other repeats or weight, .* and 3 more"):
+        train(replace(config, resume=True, folder=(shutil.copytree(pictures, tmp_path / "2_ink"),)), pipe=make_pipe())
+    Image.new("L", (64, 64), "white").save(pictures / "red apple a-mask.png")
+    with pytest.raises(UserError, match=r"captions: red apple a\.png has another mask;"):
+        train(replace(config, resume=True), pipe=make_pipe())
+
+
+def test_previews_go_on_without_their_folder_and_with_other_prompts(tmp_path, pictures):
+    changes = {"preview_steps": 1, "scheduler": "constant"}
+    first = train(small(pictures, tmp_path, steps=3, preview_prompts=("a cat", "a dog"), **changes), pipe=make_pipe())
+    previews = first.run_dir / "previews"
+    shutil.rmtree(previews)
+    train(small(pictures, tmp_path, steps=4, resume=True, preview_prompts=("a cat", "a dog"), **changes), pipe=make_pipe())
+    names = ["base_0.png", "base_1.png", "prompts.json", "sheet.png", "step_000004_0.png", "step_000004_1.png"]
+    assert sorted(path.name for path in previews.iterdir()) == names
+    train(small(pictures, tmp_path, steps=5, resume=True, preview_prompts=("a house",), **changes), pipe=make_pipe())
+    names = ["base_0.png", "prompts.json", "sheet.png", "step_000005_0.png", "until_step_000004"]
+    assert sorted(path.name for path in previews.iterdir()) == names
+    assert (previews / "until_step_000004" / "step_000004_1.png").exists()
+    train(small(pictures, tmp_path, overwrite=True), pipe=make_pipe())
+    assert not list(previews.iterdir())
 
 
 def test_a_run_without_checkpoint_starts_again_and_one_that_is_not_there_is_an_error(tmp_path, pictures):

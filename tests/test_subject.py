@@ -239,6 +239,24 @@ def test_alpha_is_a_mask_where_asked_and_there_is_no_file(tmp_path):
     assert all(entry.where is None for entry in cache_latents(bare, fits, vae).entries)
 
 
+@pytest.mark.parametrize("masks", ["files", "alpha"])
+def test_a_picture_of_which_nothing_is_left_is_named(tmp_path, masks):
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    edge = (0, 0, 20, 127)  # which is cropped away
+    picture = Image.new("RGBA", (640, 128), (0, 0, 0, 0))
+    ImageDraw.Draw(picture).rectangle(edge, fill=(200, 0, 0, 255))
+    picture.save(folder / "a.png")
+    if masks == "files":
+        mask = Image.new("L", picture.size)
+        ImageDraw.Draw(mask).rectangle(edge, fill=255)
+        mask.save(folder / "a-mask.png")
+    found = scan(folder).pictures
+    why = "its mask .*a-mask.png is black there" if masks == "files" else "it is all transparent there"
+    with pytest.raises(UserError, match=rf"a\.png: nothing of it would be learned: cropped to \d+x\d+, {why}"):
+        cache_latents(found, arrange(found, 64, 8), make_pipe().vae, alpha=True)
+
+
 def test_masks_that_do_not_fit_are_listed(tmp_path, pictures):
     first, second, third, fourth = sorted(pictures.glob("*.png"))
     draw_mask(first, size=32)

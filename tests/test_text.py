@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from dataclasses import asdict
+from pathlib import Path
 
 import peft
 import pytest
@@ -27,7 +28,7 @@ from peft_diffusion.generation.language import choose, continued, generate_text
 from peft_diffusion.generation.language_config import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training.language import LanguageSettings, LanguageTask, tokens
-from peft_diffusion.training.language_config import TextTrainConfig
+from peft_diffusion.training.language_config import TextTrainConfig, resolve_language
 from peft_diffusion.training.language_main import train_text
 from peft_diffusion.training.trainer import Interrupted, Observer, Trainer, loss_at
 
@@ -322,6 +323,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(text, tmp_path, m
     one, two = load_file(whole.output), load_file(resumed.output)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     assert metrics(resumed) == metrics(whole)
+
+
+def test_schedule_free_has_no_schedule_unless_told():
+    def scheduler(**asked) -> str:
+        return resolve_language(TextTrainConfig((Path("a"),), **asked), parameters=9, context=64).scheduler
+
+    assert scheduler() == "cosine" and scheduler(optimizer="schedule-free") == "constant"
+    assert scheduler(optimizer="schedule-free", scheduler="linear") == "linear"
+
+
+def test_patience_without_text_kept_apart_is_warned_of(text, tmp_path):
+    console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
+    train_text(small(text, tmp_path / "run", held_out=0.0, patience=2, steps=1), base=make_lm(), console=console)
+    assert "warning: --patience ends nothing where nothing is kept apart" in console.export_text()
 
 
 def test_a_run_does_not_go_on_with_another_text(text, tmp_path):

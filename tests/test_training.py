@@ -468,7 +468,7 @@ def test_previews_have_the_base_in_the_first_row(tmp_path, pictures):
     result = train(small(pictures, tmp_path, **drawn), pipe=make_pipe())
     names = sorted(path.name for path in (result.run_dir / "previews").iterdir())
     rows = ("base", "step_000003", "step_000006")
-    assert names == sorted([*(f"{row}_{column}.png" for row in rows for column in range(2)), "sheet.png"])
+    assert names == sorted([*(f"{row}_{column}.png" for row in rows for column in range(2)), "sheet.png", "prompts.json"])
 
 
 def test_epochs_see_every_picture_so_many_times(tmp_path, pictures):
@@ -482,7 +482,12 @@ def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path, pictur
     assert result.held_out_before is None
     said = console.export_text()
     assert "no pictures are kept apart" in said and "next: peft-diffusion generate" in said
+    assert "(fewer than 20 pictures; --held-out 0.1" in said and "--patience" not in said
     assert said.count(result.base_fingerprint) == 2
+    many = draw_pictures(tmp_path / "many", 20)
+    train(small(many, tmp_path / "two", held_out=0.0, patience=2, steps=1), pipe=make_pipe(), console=console)
+    said = console.export_text()
+    assert "measure on (--held-out 0.1" in said and "warning: --patience ends nothing" in said
 
 
 def test_captions_over_the_limit_are_named_with_what_is_lost(tmp_path, pictures):
@@ -511,6 +516,48 @@ def test_a_run_and_a_file_that_are_there_are_not_replaced_unasked(tmp_path, pict
     assert first.output.read_bytes() == held
     again = train(small(pictures, tmp_path, overwrite=True, seed=1), pipe=make_pipe())
     assert again.output.read_bytes() != held and len(lines(again)) == len(lines(first))
+
+
+@pytest.mark.parametrize("changes", [{}, {"overwrite": True}])
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, pictures, changes):
+    model = tmp_path / "run" / "checkpoints" / "model.safetensors"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(b"gigabytes")
+    with pytest.raises(UserError, match=r"run is no run folder and holds a folder checkpoints that is not empty"):
+        train(small(pictures, tmp_path, **changes), pipe=make_pipe())
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [model]
+
+
+def test_overwriting_deletes_nothing_but_what_runs_write(tmp_path, pictures):
+    run = train(small(pictures, tmp_path, preview_steps=1, preview_prompts=("a cat",)), pipe=make_pipe()).run_dir
+    (run / "logs").mkdir()
+    (run / "logs" / "events.out.tfevents.1.host.2").write_bytes(b"")
+    own = [run / place / name for place, name in (
+        ("checkpoints", "best.safetensors"), ("previews", "mine.png"), ("thumbnails", "1.webp"), ("logs", "notes.txt"),
+        (".", ".secret.12"), ("checkpoints", ".model.safetensors.7"),
+    )]  # fmt: skip
+    for path in own:
+        path.write_bytes(b"mine")
+    train(small(pictures, tmp_path, overwrite=True, steps=3, held_out=0.4), pipe=make_pipe())
+    assert all(path.read_bytes() == b"mine" for path in own)
+    left = {path.name for path in run.rglob("*.*") if path.is_file() and path.parent != run} - {path.name for path in own}
+    assert left == {"step_000003.safetensors", *(f"{number:06}.webp" for number in range(6))}
+
+
+def test_two_processes_do_not_train_into_one_folder(tmp_path, pictures):
+    run = train(small(pictures, tmp_path), pipe=make_pipe()).run_dir
+    told = json.loads((run / "run.json").read_text())
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    running = told | {"state": "running", "process": {"host": told["process"]["host"], "pid": other.pid}}
+    (run / "run.json").write_text(json.dumps(running))
+    for how in ({"resume": True}, {"overwrite": True}, {}):
+        with pytest.raises(UserError, match=rf"process {other.pid} trains into .*run now"):
+            train(small(pictures, tmp_path, steps=7, **how), pipe=make_pipe())
+    running["process"]["began"] = 1  # another process had this id then
+    (run / "run.json").write_text(json.dumps(running))
+    if Path("/proc/self/stat").exists():
+        train(small(pictures, tmp_path, steps=7, resume=True), pipe=make_pipe())
+    other.communicate(b"\n")
 
 
 def test_an_output_that_cannot_be_written_is_found_before_training(tmp_path, pictures, monkeypatch):

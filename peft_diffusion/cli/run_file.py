@@ -26,9 +26,14 @@ class RunFile:
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         """Called by cyclopts when the command line is read."""
         values = self._read()
-        known = {name.lstrip("-").replace("-", "_"): a for a in arguments for name in a.names if name.startswith("--")}
+        flags = [(_key(name), name, a) for a in arguments for name in a.names if name.startswith("--")]
+        known = {key: a for key, name, a in flags if name not in a.negatives}
+        negative = {key: a for key, name, a in flags if name in a.negatives}
         for key, value in values.items():
-            argument = known.get(key.replace("-", "_"))
+            argument = known.get(_key(key))
+            if argument is None and _key(key) in negative:
+                meant = _positive(negative[_key(key)], value)
+                raise UserError(f"{self.path}: there is no setting {key!r} of this command; did you mean {meant}?")
             if argument is None:
                 raise UserError(f"{self.path}: there is no setting {key!r} of this command{_nearest(key, known)}")
             if argument.name == "--block" and isinstance(value, list):
@@ -38,7 +43,7 @@ class RunFile:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return tomllib.loads(self.path.read_text("utf-8"))
+            return tomllib.loads(self.path.read_text("utf-8-sig"))
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"{self.path} is no valid TOML: {error}") from None
         except UnicodeDecodeError:
@@ -53,6 +58,17 @@ def whole_numbers(_: App, commands: tuple[str, ...], arguments: ArgumentCollecti
         for token in argument.tokens:
             if int in _kinds(argument.hint) and float not in _kinds(argument.hint) and "." in token.value:
                 raise CycloptsError(msg=f'Invalid value for {argument.name}: "{token.value}" is no whole number.')
+
+
+def _key(flag: str) -> str:
+    """A flag, or a key of the file, in one spelling."""
+    return flag.lstrip("-").replace("-", "_")
+
+
+def _positive(argument: Argument, value: Any) -> str:
+    """The line that means what a negative flag of this value does."""
+    meant = "[]" if bool not in _kinds(argument.hint) else "true" if value is False else "false"
+    return f"{_key(argument.name)} = {meant}"
 
 
 def _block(path: Path, table: dict[str, Any]) -> str:
@@ -86,5 +102,5 @@ def _kinds(hint: Any) -> set[Any]:
 
 
 def _nearest(key: str, known: dict[str, Argument]) -> str:
-    near = difflib.get_close_matches(key.replace("-", "_"), known, 1)
+    near = difflib.get_close_matches(_key(key), known, 1)
     return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(sorted(known))}"

@@ -1,11 +1,13 @@
 """``peft-diffusion runs``: the runs that there are, or two of them side by side."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +15,7 @@ from rich.text import Text
 from ..core.errors import UserError
 from ..training.record import Record, differing, find, only
 
+_WIDE = 1000  # letters, more than any table has
 _COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
 
 
@@ -44,19 +47,30 @@ def runs(config: Annotated[RunsConfig | None, Parameter(name="*")] = None) -> No
 
 
 def _list(records: Sequence[Record], folder: Path) -> None:
-    table = Table(title=Text(str(folder), style="bold"), title_justify="left")
+    # Narrow enough for ten columns in 80 letters: names are folded before numbers are.
+    title = Text(str(folder), style="bold")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
     for name in ("run", "state", "base", "method"):
-        table.add_column(name, overflow="fold")
-    for name in ("rank", "steps", "unseen loss", "after", "best step", "seconds"):
+        table.add_column(name, overflow="fold", no_wrap=name == "state")
+    for name in ("rank", "steps", "unseen\nloss", "after", "best\nstep", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     for record in records:
-        within = record.path.relative_to(folder)
-        name = record.name if within == Path() else str(within)
-        state = record.state
-        table.add_row(
-            Text(name), Text(state, style=_COLOURS[state]), Text(_base(record)), Text(record.method), *_numbers(record)
-        )
-    Console().print(table)
+        table.add_row(*_row(record, folder))
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:  # into a file or a program: nothing need be narrow
+        console.width = max(console.width, console.measure(table, options=console.options.update(width=_WIDE)).maximum)
+    console.print(table)
+
+
+def _row(record: Record, folder: Path) -> list[Text]:
+    """The cells of a run; one that cannot be read has but a few."""
+    within = record.path.relative_to(folder)
+    name = Text(record.name if within == Path() else str(within))
+    try:
+        state = Text(record.state, style=_COLOURS[record.state])
+        return [name, state, *map(Text, (_base(record), record.method, *_numbers(record)))]
+    except UserError:
+        return [name, Text("damaged", style="red"), Text("cannot be read")]
 
 
 def _base(record: Record) -> str:

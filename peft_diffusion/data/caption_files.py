@@ -99,12 +99,12 @@ def _text(path: Path) -> str:
 def _read_sidecars(root: Path, files: Iterable[str], pictures: Collection[str]) -> tuple[dict[str, str], list[Problem]]:
     by_stem: dict[str, list[str]] = {}
     for picture in pictures:
-        by_stem.setdefault(posixpath.splitext(picture)[0], []).append(picture)
+        by_stem.setdefault(posixpath.splitext(plain_name(picture))[0], []).append(picture)
     captions: dict[str, str] = {}
     problems: list[Problem] = []
     sidecars = [name for name in files if is_sidecar(name)]
     for name in sorted(sidecars, key=lambda name: (SIDECARS.index(posixpath.splitext(name)[1].lower()), name)):
-        where, owners = str(root / name), by_stem.get(posixpath.splitext(name)[0], [])
+        where, owners = str(root / name), by_stem.get(posixpath.splitext(plain_name(name))[0], [])
         if not owners:
             problems.append(
                 Problem(where, "caption without a picture", "no picture has this name", "Rename it or delete it")

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from peft_diffusion.core.errors import UserError
 
-from .caption_files import Captions, Source, is_metadata, is_sidecar, name_captions, read_captions
+from .caption_files import Captions, Source, is_metadata, is_sidecar, name_captions, plain_name, read_captions
 from .pictures import MAX_PIXELS, SUFFIXES, Checked, check_picture, open_mask, open_picture
 from .problems import PictureError, Problem
 
@@ -159,11 +159,13 @@ def _check_not_empty(folder: ImageFolder, listings: Iterable[tuple[Path, list[st
     names = [name for _, files in listings for name in files]
     if folder.problems:
         raise UserError(f"no usable picture in {words}; {len(names)} files, the first: {folder.problems[0]}")
-    there = f"only {', '.join(names[:3])}" if names else "it is empty"
+    there = f"only {', '.join(map(_shown, names[:3]))}" if names else "it is empty"
     raise UserError(f"no picture in {words} ({there}): put PNG, JPEG, WebP, GIF, BMP or TIFF files there")
 
 
 def _folder(root: Path) -> Path:
+    if not _is_text(str(root)):
+        raise UserError(f"the name of the folder {_shown(str(root))} is not UTF-8; rename it")
     if root.is_file():
         raise UserError(f"{root} is a file: name the folder that holds the pictures")
     if not root.is_dir():
@@ -190,6 +192,24 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LITTER
 
 
+def _is_text(name: str) -> bool:
+    """Whether a name can be written down: the system's bytes need not be UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(name: str) -> str:
+    """A name with question marks for what is no text in it."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def _unreadable_name(root: Path, name: str) -> Problem:
+    return Problem(_shown(str(root / name)), "name that is no text", "the name is not UTF-8, so it is left out", "Rename it")
+
+
 def _is_picture(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in SUFFIXES
 
@@ -197,16 +217,19 @@ def _is_picture(name: str) -> bool:
 def _scan_root(
     root: Path, names: list[str], limits: _Limits, tick: Callable[[], None]
 ) -> tuple[list[Picture], list[Problem]]:
+    unreadable = [name for name in names if not _is_text(name)]
+    names = [name for name in names if _is_text(name)]
     image_names = [name for name in names if _is_picture(name)]
     names = _without_companions(names, image_names)
     captions = read_captions(root, names, image_names)
     masks, lone = _masks(image_names, captions)
     aside = {*masks.values(), *lone}
     others = [name for name in names if not (_is_picture(name) or is_sidecar(name) or is_metadata(name))]
-    problems = [*(_other_file(root, name) for name in others), *captions.problems]
+    problems = [*(_unreadable_name(root, name) for name in unreadable), *(_other_file(root, name) for name in others)]
+    problems += captions.problems
     problems += [_lone_mask(root, name) for name in lone]
     image_names = [name for name in image_names if name not in aside]
-    for _ in aside:
+    for _ in (*aside, *filter(_is_picture, unreadable)):
         tick()
     pictures: list[Picture] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -231,9 +254,9 @@ def _masks(image_names: list[str], captions: Captions) -> tuple[dict[str, str], 
 
     A picture of its own caption is no mask, nor is a lone `gas-mask.png` in a folder without masks.
     """
-    stems = {posixpath.splitext(name)[0]: name for name in image_names}
+    stems = {posixpath.splitext(plain_name(name))[0]: name for name in image_names}
     named = [name for name in image_names if _MASK.fullmatch(name) and not captions.of(name)[0]]
-    owners = {name: stems.get(posixpath.splitext(name)[0].removesuffix("-mask")) for name in named}
+    owners = {name: stems.get(posixpath.splitext(plain_name(name))[0].removesuffix("-mask")) for name in named}
     masks = {owner: name for name, owner in owners.items() if owner is not None}
     return masks, [name for name, owner in owners.items() if owner is None] if masks else []
 
@@ -263,9 +286,11 @@ def _with_mask(picture: Picture, root: Path, name: str | None, limits: _Limits) 
 
 def _without_companions(names: list[str], image_names: list[str]) -> list[str]:
     """The files but for licences and the like; `license_plate.txt` beside `license_plate.png` is a caption."""
-    stems = {posixpath.splitext(name)[0] for name in image_names}
+    stems = {posixpath.splitext(plain_name(name))[0] for name in image_names}
     return [
-        name for name in names if posixpath.splitext(name)[0] in stems or not _COMPANIONS.fullmatch(posixpath.basename(name))
+        name
+        for name in names
+        if posixpath.splitext(plain_name(name))[0] in stems or not _COMPANIONS.fullmatch(posixpath.basename(name))
     ]
 
 

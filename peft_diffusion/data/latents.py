@@ -127,8 +127,8 @@ def cache_latents(
     The result is held on the CPU in `dtype` and, with a `folder`, kept there as one float32 file per picture that
     is found again by `latent_key`. The VAE runs where it is, on the CPU in float32, in batches whose make-up does not
     depend on what the cache holds, so that a half-full cache gives the same bits. `on_progress` is called with the
-    entries done and their total. Raises `UserError` for pictures that changed, a folder that cannot be written, or a
-    VAE that overflows.
+    entries done and their total. Raises `UserError` for pictures that changed, a folder that cannot be written, a
+    VAE that overflows, or a picture of which masks leave nothing.
     """
     if len(pictures) != len(fits):
         raise ValueError(f"{len(pictures)} pictures with {len(fits)} fits")
@@ -184,7 +184,10 @@ class _Job:
         return replace(plain, masks=torch.stack(masks), hidden=hidden)
 
     def _where(self, one: tuple[int, bool], size: tuple[int, int]) -> Tensor | None:
-        """What of a picture is learned, (1, height, width) of this size: resized, cropped and flipped as the picture is."""
+        """What of a picture is learned, (1, height, width) of this size: resized, cropped and flipped as the picture is.
+
+        Raises UserError where nothing is.
+        """
         index, flipped = one
         picture = self.pictures[index]
         if picture.mask is not None:
@@ -195,7 +198,18 @@ class _Job:
             return None
         # Bilinear: Lanczos overshoots, which would learn a little of what is outside.
         placed = place(image, self.fits[index], flipped, Image.Resampling.BILINEAR)
-        return F.adaptive_avg_pool2d(torch.from_numpy(np.array(placed))[None].float() / 255, size)
+        where = F.adaptive_avg_pool2d(torch.from_numpy(np.array(placed))[None].float() / 255, size)
+        if not bool(where.any()):
+            bucket = self.fits[index].bucket
+            what, fix = (
+                (f"its mask {picture.mask} is black there", "make white what shall be learned, nearer to the middle")
+                if picture.mask is not None
+                else ("it is all transparent there", 'take it out of the folder, or choose "files" or "off" for masks')
+            )
+            raise UserError(
+                f"{picture.path}: nothing of it would be learned: cropped to {bucket.width}x{bucket.height}, {what}; {fix}"
+            )
+        return where
 
     def _mask(self, index: int, flipped: bool, number: int) -> Tensor:
         bucket = self.fits[index].bucket

@@ -1,5 +1,6 @@
 """Which methods a run trains where: one for all components, or blocks of several that become one adapter."""
 
+import math
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -35,16 +36,30 @@ def blocks(config: MethodSettings) -> list[Block]:
 
 def check_methods(config: MethodSettings) -> None:
     """Raise UserError for a method that does not exist and for a hyper-parameter that no method of the run has."""
-    names = [config.method] if not config.block else [_words(text)[2] for text in config.block]
+    names = method_names(config)
+    for text in config.block:
+        _rate_of(_pairs(_words(text)[3:], f"--block {text!r}"), text)
     if config.block and (config.option or config.method != TrainConfig.method or config.target is not None):
         raise UserError("--block names methods and targets itself; leave --method, --target and --option away")
     for name in names:
         if name not in METHODS:
             raise UserError(f"there is no method {name!r}; there are: {', '.join(sorted(METHODS))}")
     known = {field.name for name in names for field in fields(METHODS[name])}
-    for given, value in (("rank", config.rank), ("alpha", config.alpha), ("dropout", config.dropout or None)):
+    # Runs of older versions wrote the preset's rank down for every method.
+    rank = None if config.resume else config.rank
+    for given, value in (("rank", rank), ("alpha", config.alpha), ("dropout", config.dropout or None)):
         if value is not None and given not in known:
             raise UserError(f"--{given} says nothing to {', '.join(dict.fromkeys(names))}; leave it away")
+
+
+def method_names(config: MethodSettings) -> list[str]:
+    """The methods that a run trains. Raises UserError for what is no block."""
+    return [_words(text)[2] for text in config.block] if config.block else [config.method]
+
+
+def ranked(config: MethodSettings) -> bool:
+    """Whether any method of a run has a rank."""
+    return any(field.name == "rank" for name in method_names(config) if name in METHODS for field in fields(METHODS[name]))
 
 
 def _parse_block(text: str, config: MethodSettings) -> Block:
@@ -53,8 +68,19 @@ def _parse_block(text: str, config: MethodSettings) -> Block:
     if component not in config.components:
         raise UserError(f"--block {text!r}: {component} is not among the --components {','.join(config.components)}")
     options = _pairs(rest, f"--block {text!r}")
-    rate = options.pop("lr", None)
-    return Block(component, target, _method(name, options, config), None if rate is None else _number(rate, "lr", float))
+    rate = _rate_of(options, text)
+    options.pop("lr", None)
+    return Block(component, target, _method(name, options, config), rate)
+
+
+def _rate_of(options: Mapping[str, str], text: str) -> float | None:
+    """The learning rate among a block's options."""
+    if "lr" not in options:
+        return None
+    rate = _number(options["lr"], f"--block {text!r}: lr", float)
+    if not math.isfinite(rate) or rate <= 0:
+        raise UserError(f"--block {text!r}: lr must be above 0, not {options['lr']}; leave it away for the component's rate")
+    return rate
 
 
 def _words(text: str) -> list[str]:

@@ -62,7 +62,30 @@ class Settings(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
-class RunSettings(Settings, Protocol):
+class MethodSettings(Protocol):
+    """Which methods are trained where; `TrainConfig` has it."""
+
+    @property
+    def components(self) -> tuple[str, ...]: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def target(self) -> str | None: ...
+    @property
+    def option(self) -> tuple[str, ...]: ...
+    @property
+    def block(self) -> tuple[str, ...]: ...
+    @property
+    def rank(self) -> int | None: ...
+    @property
+    def alpha(self) -> float | None: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def resume(self) -> bool: ...
+
+
+class RunSettings(Settings, MethodSettings, Protocol):
     """What the course of a run depends on, whatever it learns from; `ResolvedConfig` has it."""
 
     @property
@@ -93,27 +116,6 @@ class RunSettings(Settings, Protocol):
     def cuda_graph(self) -> bool: ...
     @property
     def optimizer(self) -> OptimizerName: ...
-
-
-class MethodSettings(Protocol):
-    """Which methods are trained where; `TrainConfig` has it."""
-
-    @property
-    def components(self) -> tuple[str, ...]: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def target(self) -> str | None: ...
-    @property
-    def option(self) -> tuple[str, ...]: ...
-    @property
-    def block(self) -> tuple[str, ...]: ...
-    @property
-    def rank(self) -> int | None: ...
-    @property
-    def alpha(self) -> float | None: ...
-    @property
-    def dropout(self) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -485,8 +487,11 @@ def resolve(
 ) -> ResolvedConfig:
     """Fill what was left out from the preset, the base, the number of usable pictures and the kind of device.
 
-    Epochs become steps when it is known how many batches they make; until then the preset's steps stand.
+    Epochs become steps when it is known how many batches they make; until then the preset's steps stand. Methods without a
+    rank have none.
     """
+    from .blocks import ranked  # which needs torch
+
     values = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
     if config.epochs is not None and batches_per_epoch is not None:
         values["steps"] = max(1, math.ceil(config.epochs * batches_per_epoch / config.accumulation))
@@ -507,6 +512,8 @@ def resolve(
     if config.optimizer == "schedule-free":
         fill(values, {"scheduler": "constant"})
     fill(values, preset)
+    if not ranked(config):
+        values["rank"] = None
     fill(
         values,
         {
@@ -593,11 +600,15 @@ def to_toml(config: Settings) -> str:
     return "\n".join(lines) + "\n"
 
 
-def changes(before: Mapping[str, Any], now: Settings) -> list[str]:
+def changes(before: Mapping[str, Any], now: RunSettings) -> list[str]:
     """How a configuration differs from the one that a run was started with, in what the result depends on."""
+    from .blocks import ranked  # which needs torch
+
     current = to_json(now)
     # A run of an older version was told nothing of what came later, and went by what is the default now.
     before = {field.name: _plain(field.default) for field in fields(now) if field.default is not MISSING} | dict(before)
+    if not ranked(now):  # an older version wrote down a rank that said nothing
+        before["rank"] = current["rank"]
     names = [name for name in current if name not in FREE_ON_RESUME and before.get(name) != current[name]]
     return [f"{_flag(name)} was {before.get(name)}, now {current[name]}" for name in names]
 

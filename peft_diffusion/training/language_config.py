@@ -60,8 +60,9 @@ class TextTrainConfig(SharedConfig, _TextConfig):
     """Windows computed at once; lower it when memory runs out."""
     lr: Annotated[float | None, Parameter(group=LEARNING)] = None
     """Learning rate, by default one for method and base. Lower it when the loss rises, raise it when nothing changes."""
-    scheduler: Annotated[Scheduler, Parameter(group=LEARNING)] = "cosine"
-    """Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line."""
+    scheduler: Annotated[Scheduler | None, Parameter(group=LEARNING)] = None
+    """Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line; by default a
+    cosine, and constant for schedule-free."""
     warmup: Annotated[int, Parameter(group=LEARNING)] = 10
     """Steps in which the learning rate rises from 0."""
     seed: Annotated[int, Parameter(group=LEARNING)] = 0
@@ -95,6 +96,7 @@ class ResolvedTextConfig(TextTrainConfig):
     lr: float
     steps: int
     batch_size: int
+    scheduler: Scheduler
     save_every: int
     keep: Keep
 
@@ -141,6 +143,7 @@ def resolve_language(
             "output": language_output(config),
             "run_dir": language_run(config),
             "context": min(context, LONGEST),
+            "scheduler": "constant" if config.optimizer == "schedule-free" else "cosine",
             "save_every": math.ceil(values["steps"] / 6),
             "keep": "best",
         },

@@ -41,6 +41,7 @@ from .language_config import (
 from .progress import noted, say_to
 from .run import RunFolder
 from .session import (
+    IMPATIENT,
     Attached,
     Outcome,
     Say,
@@ -55,6 +56,7 @@ from .session import (
     save,
     taught,
     told,
+    told_rates,
     trainer_settings,
 )
 from .trackers import Tracker, check_tracker
@@ -182,7 +184,8 @@ def find_text_rates(
         prepared = _prepare(opened, say, crew)
         trainer = _trainer(prepared, attached, chosen, say, crew)
         flags = {"lm": "--lr"} if not config.block else {}
-        return find(trainer.task, trainer.arena, trainer.settings, language_run(config), console, flags)
+        with _footing(prepared, trainer, chosen).stand(say):
+            return find(trainer.task, trainer.arena, trainer.settings, language_run(config), console, flags)
 
 
 def _base(config: TextTrainConfig, precision: Precision) -> LanguageModel:
@@ -224,6 +227,8 @@ def _prepare(opened: _Opened, say: Say, crew: Crew) -> _Prepared:
     resolved = resolve_language(
         opened.asked, parameters=quantized.count(base.lm), context=info.context, windows=windows / crew.size
     )
+    if resolved.patience and kept is None:
+        say(IMPATIENT)
     say(f"{len(line):,} tokens to learn from, in {windows} windows of up to {resolved.context}; {_apart_line(kept)}")
     items = _items(texts.documents, "") + (_items(apart.documents, "kept apart: ") if apart else [])
     return _Prepared(resolved, base, info, line, kept, items)
@@ -274,7 +279,8 @@ def _trainer(prepared: _Prepared, attached: Attached, chosen: Sequence[Block], s
     config, parts = prepared.config, components(prepared.base)
     arena = Arena(attached.groups)
     size = config.batch_size * config.accumulation * crew.size
-    plan = f"{config.steps} steps of {size} windows, learning rate {config.lr:g}"
+    rates = told_rates(attached.rates) if len(attached.rates) > 1 else f"{next(iter(attached.rates.values())):g}"
+    plan = f"{config.steps} steps of {size} windows, learning rate {rates}"
     say(f"{told(parts, chosen, arena.count)}; {plan} ({config.scheduler}), seed {config.seed}, {config.precision}")
     task = LanguageTask(prepared.base, _settings(config, crew), prepared.line, prepared.apart)
     return Trainer(task, arena, trainer_settings(config, attached), crew=crew)

@@ -3,7 +3,7 @@
 import datetime
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from .progress import PICTURES_APART, Reading, noted, say_to
 from .run import RunFolder
 from .session import (
     NAME,
+    Attached,
     Outcome,
     Session,
     attach,
@@ -44,6 +45,7 @@ from .session import (
     save,
     taught,
     told,
+    told_rates,
     trainer_settings,
 )
 from .sharding import sharing
@@ -88,8 +90,7 @@ def train(config: TrainConfig, *, pipe: Any | None = None, console: Console | No
     with Reading(console) as reading:
         prepared = prepare(config, pipe, say, reading, crew)
     parts = components(prepared.pipe)
-    faster = fused(prepared.pipe.unet) if config.cuda_graph and not crew.shares_base else nullcontext()
-    with faster, base_kept(prepared.pipe, parts, say) as before, folder.closing():
+    with _faster(prepared, crew), base_kept(prepared.pipe, parts, say) as before, folder.closing():
         run = _Run(prepared, folder, console, crew, said)
         try:
             run.train(config.resume)
@@ -117,14 +118,23 @@ def find_rates(config: TrainConfig, *, pipe: Any | None = None, console: Console
     check_writable(folder.path)
     with Reading(console) as reading:
         prepared = prepare(config, pipe, say, reading, crew)
-    with base_kept(prepared.pipe, components(prepared.pipe), say):
+    with _faster(prepared, crew), base_kept(prepared.pipe, components(prepared.pipe), say):
         run = _Run(prepared, folder, console, crew, [])
-        run.task.offload()
         flags = {name: f"--{RATES[name].replace('_', '-')}" for name in run.parts} if not config.block else {}
-        found = find(run.task, run.trainer.arena, run.trainer.settings, folder.path, console, flags)
+        try:
+            run.task.offload()
+            with run.footing().stand(say):
+                found = find(run.task, run.trainer.arena, run.trainer.settings, folder.path, console, flags)
+        finally:
+            run.task.restore()
     if config.preset == "style" and found.factor < 1:
         say("a style's look still gains above the rate of the lowest loss: compare with a run at the rate of the settings")
     return found
+
+
+def _faster(prepared: Prepared, crew: Crew) -> AbstractContextManager[None]:
+    """What a run trains inside, where it may be fused."""
+    return fused(prepared.pipe.unet) if prepared.config.cuda_graph and not crew.shares_base else nullcontext()
 
 
 class _Run:
@@ -143,7 +153,7 @@ class _Run:
         teach(prepared.pipe)
         arena = Arena(attached.groups)
         self.about = told(self.parts, self.blocks, arena.count)
-        noted(say_to(console), said)(f"{self.about}; {_plan(config, crew)}")
+        noted(say_to(console), said)(f"{self.about}; {_plan(config, attached, crew)}")
         self.task = _task(prepared, self.blocks, crew)
         settings = trainer_settings(config, attached)
         if crew.shares_base:  # no CUDA graph holds weights that come and go
@@ -166,7 +176,7 @@ class _Run:
             command="train",
             held_out_line=PICTURES_APART.format,
         )
-        with self._footing().stand(say_to(self.console)):
+        with self.footing().stand(say_to(self.console)):
             session.start(resume)
             if self.crew.leads:
                 self._note()
@@ -175,9 +185,7 @@ class _Run:
 
     def _learn(self, session: Session) -> None:
         clock, tracker = Clock(self.config.steps, self.task.device, say_to(self.console)), self._tracker()
-        if self.previews and self.trainer.step:
-            self.previews.forget_after(self.trainer.step)
-        elif self.previews:
+        if self.previews and not self.previews.go_on_from(self.trainer.step):
             self.previews.draw_base()
         session.learn([one for one in (clock, self.previews, tracker) if one])
         if self.previews:
@@ -185,7 +193,8 @@ class _Run:
         if tracker:
             tracker.finish()
 
-    def _footing(self) -> Footing:
+    def footing(self) -> Footing:
+        """What the run is weighed by."""
         pipe, config = self.prepared.pipe, self.config
         savings = ["--batch-size 1 with --accumulation"] if config.batch_size > 1 else []
         savings += [] if config.quantize == "nf4" else ["--quantize nf4"]
@@ -340,13 +349,13 @@ def _previews(prepared: Prepared, folder: RunFolder, task: DiffusionTask, traine
     return Previews(folder.previews, task, prompts, weights, told, steps=steps, every=often, size=size)
 
 
-def _plan(config: ResolvedConfig, crew: Crew) -> str:
+def _plan(config: ResolvedConfig, attached: Attached, crew: Crew) -> str:
     """What was chosen, in a line."""
     each = config.batch_size * config.accumulation
     size = f"{each * crew.size} pictures ({each} in each of {crew.size} processes)" if crew.size > 1 else f"{each} pictures"
-    told = ", ".join(f"{name} {_component_rate(config, name):g}" for name in config.components)
+    rates = told_rates(attached.rates)
     return (
-        f"{config.steps} steps of {size}, learning rate {told} ({config.scheduler}), seed {config.seed}, {config.precision}"
+        f"{config.steps} steps of {size}, learning rate {rates} ({config.scheduler}), seed {config.seed}, {config.precision}"
     )
 
 

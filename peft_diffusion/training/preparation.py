@@ -23,7 +23,7 @@ from .diffusion import Examples, schedule
 from .memory import small_vae
 from .run import RunFolder
 from .seeds import seed_of
-from .session import Say, check_run, check_writable, chosen, pick_precision
+from .session import IMPATIENT, Say, check_run, check_writable, chosen, pick_precision
 from .sharding import shard
 from .text import TextSide
 
@@ -95,7 +95,9 @@ def prepare(
     resolved = resolve(asked, info, len(folder.pictures), device.type, batches)
     for line in (*describe_buckets(fits), *subfolders.describe(kept)):
         say(f"  {line}")
-    say(_apart_line(len(apart), resolved))
+    say(_apart_line(len(apart), len(pictures), resolved))
+    if resolved.patience and not apart:
+        say(IMPATIENT)
     rules = replace(rules, dropout=resolved.caption_dropout)
     _report_prompts([*kept, *apart], rules, text, say)
     before = _kept(config.cache)
@@ -212,11 +214,13 @@ def _split(pictures: Sequence[Picture], config: ResolvedConfig) -> tuple[list[Pi
     return kept, [one for index, one in enumerate(pictures) if index in apart]
 
 
-def _apart_line(count: int, config: ResolvedConfig) -> str:
+def _apart_line(count: int, pictures: int, config: ResolvedConfig) -> str:
+    """How many of so many pictures are kept apart, and why none are."""
     if count:
         return f"{count} pictures are kept apart: the loss on them shows when to stop"
-    few = f"fewer than {HELD_OUT_FROM} pictures" if config.held_out == 0 else "there is but one picture"
-    return f"no pictures are kept apart to measure on ({few}; --held-out 0.1 keeps a tenth)"
+    few = "there is but one picture; " if config.held_out else f"fewer than {HELD_OUT_FROM} pictures; "
+    why = few if config.held_out or pictures < HELD_OUT_FROM else ""
+    return f"no pictures are kept apart to measure on ({why}--held-out 0.1 keeps a tenth)"
 
 
 def _report_prompts(pictures: Sequence[Picture], rules: CaptionRules, text: TextSide, say: Say) -> None:

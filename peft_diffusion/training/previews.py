@@ -1,6 +1,7 @@
 """Previews: the same prompts from the same noise, again and again while a run learns."""
 
 import io
+import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -22,6 +23,7 @@ from .trainer import Observer
 PROMPTS = 4  # previews by default
 _GUIDANCE = 5.0
 _SEED = 0
+_PROMPTS = "prompts.json"
 _NAME = re.compile(r"(?:step_(\d+)|base)_(\d+)\.png")
 
 
@@ -83,15 +85,37 @@ class Previews(Observer):
             self._show(step, f"step_{step:06}")
         self.drawn = step
 
-    def forget_after(self, step: int) -> None:
-        """Delete what a run drew after the step that it goes on from."""
-        if not self.task.settings.crew.leads:
-            return
+    def go_on_from(self, step: int) -> bool:
+        """Delete what a run drew after this step, and set aside what it drew for other prompts.
+
+        Whether the base's pictures are there, which 0 is never.
+        """
+        crew = self.task.settings.crew
         with explained(self.folder):
-            for path in self.folder.glob("*.png"):
-                match = _NAME.fullmatch(path.name)
-                if match and match[1] and int(match[1]) > step:
-                    path.unlink()
+            return crew.agreed(self._tidy(step) if crew.leads else False)
+
+    def _tidy(self, step: int) -> bool:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        drawn = [path for path in self.folder.glob("*.png") if _NAME.fullmatch(path.name)]
+        for path in drawn:
+            if _step_of(path) > step:
+                path.unlink()
+        if self._prompts_of_before() not in (None, self.prompts):
+            aside = self.folder / f"until_step_{step:06}"
+            aside.mkdir(exist_ok=True)
+            for path in (*drawn, self.folder / "sheet.png", self.folder / _PROMPTS):
+                if path.exists():
+                    path.replace(aside / path.name)
+        write_bytes(self.folder / _PROMPTS, json.dumps(self.prompts, ensure_ascii=False).encode())
+        return step > 0 and all((self.folder / f"base_{number}.png").exists() for number in range(len(self.prompts)))
+
+    def _prompts_of_before(self) -> list[str] | None:
+        """The prompts of the pictures in the folder, where that was written down."""
+        try:
+            found: list[str] = json.loads((self.folder / _PROMPTS).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found
 
     def _show(self, step: int, row: str) -> None:
         pictures = self._draw()
@@ -133,6 +157,8 @@ class Previews(Observer):
 
     def _keep(self, row: str, pictures: Sequence[Image.Image]) -> None:
         """Save the pictures of a row, and the sheet of all rows so far."""
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         for number, picture in enumerate(pictures):
             write_bytes(self.folder / f"{row}_{number}.png", _png(picture))
         rows: dict[int, dict[int, Image.Image]] = {}
@@ -148,6 +174,12 @@ class Previews(Observer):
         for part in components(self.task.pipe).values():
             if (strengths := site.strengths(part)) is not None and self.task.name in strengths.names:
                 strengths.write({self.task.name: value})
+
+
+def _step_of(path: Path) -> int:
+    """The step of a picture; 0 for the base's."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1] or 0) if match else 0
 
 
 def _png(picture: Image.Image) -> bytes:

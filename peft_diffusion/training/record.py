@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from ..core.errors import UserError
 
@@ -22,6 +22,10 @@ THUMBNAILS = "thumbnails"
 PREVIEWS = "previews"
 
 _SHOWN = 48  # items of a report
+_KINDS: dict[str, type] = {
+    "process": dict, "figures": dict, "about": dict, "defaults": dict, "commands": dict, "warnings": list, "said": list,
+    "prompts": list,
+}  # fmt: skip
 
 Curve: TypeAlias = list[tuple[int, float]]
 """Values by step, in order."""
@@ -40,25 +44,30 @@ class Record:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """``run.json``: what was found and what came of it; empty for a run of an older version."""
+        """``run.json``: what was found and what came of it; empty for a run of an older version.
+
+        What is not of the kind that it should be is left out.
+        """
         try:
-            found = json.loads((self.path / FACTS).read_text("utf-8"))
+            found = json.loads((self.path / FACTS).read_text("utf-8", errors="replace"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            return {}
+        return {name: value for name, value in found.items() if isinstance(value, _KINDS.get(name, object))}
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The settings. Raises UserError where the file is no TOML."""
         try:
-            return tomllib.loads((self.path / CONFIG).read_text("utf-8"))
+            return tomllib.loads((self.path / CONFIG).read_text("utf-8-sig"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / CONFIG} cannot be read ({error}); is this a run folder?") from None
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``."""
-        return list(json_lines(self.path / METRICS))
+        """The lines of ``metrics.jsonl`` that tell of a step."""
+        return measurements(self.path / METRICS)
 
     @cached_property
     def data(self) -> list[dict[str, Any]]:
@@ -68,11 +77,20 @@ class Record:
     @property
     def state(self) -> State:
         """How the run stands. One that says it is running, but whose process is gone, was stopped."""
-        state: State = self.facts.get("state", "stopped")
+        state: State = next((state for state in get_args(State) if state == self.facts.get("state")), "stopped")
         process = self.facts.get("process", {})
-        if state == "running" and process.get("host") == socket.gethostname() and not _alive(process.get("pid")):
+        if state == "running" and process.get("host") == socket.gethostname() and not _alive(process):
             return "stopped"
         return state
+
+    @property
+    def other_process(self) -> int | None:
+        """The id of another process on this machine that trains into this folder now; None where none is known to."""
+        process = self.facts.get("process", {})
+        pid = process.get("pid")
+        here = process.get("host") == socket.gethostname() and os.name != "nt"  # where nothing tells whether it lives
+        running = here and isinstance(pid, int) and pid != os.getpid() and self.state == "running"
+        return pid if running else None
 
     @property
     def command(self) -> str:
@@ -87,11 +105,11 @@ class Record:
     @property
     def seconds(self) -> float | None:
         """Seconds trained."""
-        return max((line["seconds"] for line in self.metrics if "seconds" in line), default=None)
+        return max((line["seconds"] for line in self.metrics if _is_number(line.get("seconds"))), default=None)
 
     def curve(self, name: str) -> Curve:
         """An entry of the metrics by step."""
-        return sorted((line["step"], float(line[name])) for line in self.metrics if line.get(name) is not None)
+        return sorted((line["step"], float(line[name])) for line in self.metrics if _is_number(line.get(name)))
 
     @property
     def unseen(self) -> Curve:
@@ -106,8 +124,8 @@ class Record:
     @property
     def after(self) -> float | None:
         """That loss of the weights that were written, or of the last measurement so far."""
-        unseen = dict(self.unseen)
-        return unseen.get(self.figures.get("kept_step", -1)) or unseen.get(max(unseen, default=-1))
+        unseen, kept = dict(self.unseen), self.figures.get("kept_step")
+        return unseen.get(kept if isinstance(kept, int) else -1) or unseen.get(max(unseen, default=-1))
 
     @property
     def memorised(self) -> Curve:
@@ -138,7 +156,9 @@ class Record:
     @property
     def method(self) -> str:
         """The method, or those of its blocks."""
-        blocks = [text.split()[2] for text in self.config.get("block", ()) if len(text.split()) > 2]
+        texts = self.config.get("block", ())
+        given = [text.split() for text in texts if isinstance(text, str)] if isinstance(texts, (list, tuple)) else []
+        blocks = [words[2] for words in given if len(words) > 2]
         return " + ".join(dict.fromkeys(blocks)) or str(self.config.get("method", "?"))
 
     def changed(self) -> dict[str, tuple[Any, Any]]:
@@ -194,24 +214,51 @@ PLACES = frozenset(("output", "run_dir", "cache"))
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file with one on each line, up to the first that cannot be read; none where there is no file."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8", errors="replace").split("\n")
     except OSError:
         return
     for line in lines:
         try:
-            yield json.loads(line)
+            found = json.loads(line)
         except ValueError:
             return
+        if isinstance(found, dict):
+            yield found
 
 
-def _alive(pid: Any) -> bool:
+def measurements(path: Path) -> list[dict[str, Any]]:
+    """The objects of a ``metrics.jsonl``, each of which tells of a step; others are left out."""
+    return [line for line in json_lines(path) if isinstance(line.get("step"), int)]
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from all others, as ``run.json`` holds it."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _alive(process: Mapping[str, Any]) -> bool:
     """Whether there is such a process here; where that cannot be told, it is taken for alive."""
-    if not isinstance(pid, int) or os.name == "nt":
+    pid = process.get("pid")
+    if not isinstance(pid, int) or pid <= 0 or os.name == "nt":
         return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
-        return True
-    return True
+        pass  # it is another user's
+    began, now = process.get("began"), _began(pid)
+    return now != 0 and (began is None or now is None or began == now)
+
+
+def _began(pid: int) -> int | None:
+    """When a process began, in the system's own unit: ids are given anew. 0 for one that ended; None if nothing tells."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace").rpartition(")")[2].split()
+        return 0 if words[0] in ("Z", "X") else int(words[19])
+    except (OSError, ValueError, IndexError):
+        return None

@@ -1,10 +1,7 @@
 """The run folder: settings, metrics, previews, plots, a report and checkpoints of one training."""
 
 import json
-import os
 import re
-import shutil
-import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,8 +21,23 @@ from .signals import best_step
 from .trainer import Observer, Signals, StepLoss, TrainerState
 from .writing import explained, write_bytes
 
+_HEADER = "# peft-diffusion "  # how a ``config.toml`` of ours begins
+_CHECKPOINTS, _LOGS = "checkpoints", "logs"
 _NAME = re.compile(r"step_(\d+)\.safetensors")
-_ASIDE = re.compile(r"\..+\.\d+")  # what `write_bytes` names a file until it is whole
+# What a run writes, by folder: nothing else is ever deleted.
+_OWN = {
+    _CHECKPOINTS: _NAME,
+    record.PREVIEWS: re.compile(r"(?:step_\d+|base)_\d+\.png|sheet\.png|prompts\.json"),
+    record.THUMBNAILS: re.compile(r"\d{6}\.webp"),
+    _LOGS: re.compile(r"events\.out\.tfevents\..+"),
+    "": re.compile(r"(?:config\.toml|(?:data|run)\.json|metrics\.jsonl|(?:loss|signals)\.png|report\.html)"),
+}
+EARLIER = re.compile(r"until_step_\d{6,}")
+"""The folders in ``previews/`` of pictures for other prompts, which the run had before it went on."""
+_ENTRIES = {
+    "digest": "another content", "caption": "another caption", "mask": "another mask", "drawn": "other repeats or weight",
+}  # fmt: skip
+_ASIDE = re.compile(r"\.(.+)\.\d+")  # what `write_bytes` names a file until it is whole
 
 
 class RunFolder(Observer):
@@ -60,7 +72,7 @@ class RunFolder(Observer):
     @property
     def logs(self) -> Path:
         """Where trackers write."""
-        return self.path / "logs"
+        return self.path / _LOGS
 
     @property
     def elapsed(self) -> float:
@@ -69,26 +81,48 @@ class RunFolder(Observer):
 
     def holds_a_run(self) -> bool:
         """Whether a run was started here."""
-        return (self.path / "config.toml").exists()
+        return (self.path / record.CONFIG).exists()
+
+    def check(self) -> None:
+        """Raise UserError where files of somebody else lie in the way, or another process trains into this folder."""
+        other = record.Record(self.path).other_process
+        if other is not None:
+            raise UserError(
+                f"process {other} trains into {self.path} now; wait for it, stop it, or choose another --run-dir (if that"
+                f" process is something else, delete {self.path / record.FACTS})"
+            )
+        foreign = [] if self._is_ours() else [name for name in _OWN if name and _holds_something(self.path / name)]
+        if foreign:
+            raise UserError(
+                f"{self.path} is no run folder and holds a folder {foreign[0]} that is not empty, which a run would write"
+                " into; choose another --run-dir"
+            )
 
     def start(self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin) -> None:
-        """Begin a run in a clean folder; what an earlier run left here goes."""
+        """Begin a run in a clean folder; what an earlier run wrote here goes."""
         with explained(self.path):
-            shutil.rmtree(self.logs, ignore_errors=True)
-            for old in (self._checkpoints, self.previews, self.thumbnails):
-                shutil.rmtree(old, ignore_errors=True)
-                old.mkdir(parents=True)
+            self._clear()
+            for place in (self._checkpoints, self.previews, self.thumbnails):
+                place.mkdir(parents=True, exist_ok=True)
         write_bytes(self._metrics, b"")
-        write_bytes(self.path / "data.json", _json_lines(items))
+        write_bytes(self.path / record.DATA, _json_lines(items))
         self._begin(config, origin)
 
     def resume(self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin) -> Checkpoint | None:
         """The newest good checkpoint, with the metrics cut back to it; None where the run never came to one.
 
-        Raises UserError where settings, data or base are others than the run was started with.
+        Raises UserError where settings, data or base are others than the run was started with, and where there are
+        checkpoints that cannot be read.
         """
         found = self.newest()
         if found is None:
+            count = len(self._files())
+            if count:
+                are = "checkpoints are" if count > 1 else "checkpoint is"
+                raise UserError(
+                    f"{count} {are} in {self._checkpoints} and none can be read (damaged, or of another version);"
+                    " --overwrite starts anew"
+                )
             self.start(config, items, origin)
             return None
         self._check(found.origin, config, items, origin)
@@ -181,15 +215,15 @@ class RunFolder(Observer):
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``; a last one that was cut short by a crash is left out."""
-        return list(record.json_lines(self._metrics))
+        return record.measurements(self._metrics)
 
     @property
     def _metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / record.METRICS
 
     @property
     def _checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / _CHECKPOINTS
 
     def _files(self) -> dict[int, Path]:
         """Checkpoints by step."""
@@ -201,14 +235,38 @@ class RunFolder(Observer):
         self.kept = config.keep_checkpoints
         self.started = time.monotonic()
         with explained(self.path):
-            for left in (path for place in (self.path, self._checkpoints) for path in place.iterdir()):
-                if _ASIDE.fullmatch(left.name):
-                    left.unlink()  # by a run that was killed while it wrote
-        header = f"# peft-diffusion {self.command} --config {self.path / 'config.toml'}\n"
-        write_bytes(self.path / "config.toml", (header + to_toml(config)).encode())
-        process = {"host": socket.gethostname(), "pid": os.getpid()}
+            for name, own in _OWN.items():
+                for left in _listed(self.path / name):
+                    whole = _ASIDE.fullmatch(left.name)
+                    if whole and own.fullmatch(whole[1]):
+                        left.unlink()  # by a run that was killed while it wrote
+        header = f"{_HEADER}{self.command} --config {self.path / record.CONFIG}\n"
+        write_bytes(self.path / record.CONFIG, (header + to_toml(config)).encode())
         self.facts = {}
-        self.note(state="running", command=self.command, version=__version__, process=process)
+        self.note(state="running", command=self.command, version=__version__, process=record.this_process())
+
+    def _is_ours(self) -> bool:
+        """Whether a run wrote here, as far as its files tell."""
+        config = self.path / record.CONFIG
+        try:
+            with config.open("rb") as file:
+                begins = file.read(len(_HEADER)) == _HEADER.encode()
+        except OSError:
+            begins = False
+        told = {"state", "command", "version"} <= record.Record(self.path).facts.keys()
+        return begins or told or (config.exists() and self._metrics.exists())
+
+    def _clear(self) -> None:
+        """Delete what runs wrote into the folders of this one, and those that are empty then."""
+        for name, own in _OWN.items():
+            place = self.path / name
+            earlier = [path for path in _listed(place) if path.is_dir() and EARLIER.fullmatch(path.name)]
+            for folder in [*earlier, place] if name else []:
+                for path in _listed(folder):
+                    if own.fullmatch(path.name) and not path.is_dir():
+                        path.unlink()
+                with suppress(OSError):  # something of somebody else is left in it
+                    folder.rmdir()
 
     def _append(self, lines: Iterable[dict[str, Any]]) -> None:
         with explained(self._metrics), self._metrics.open("ab") as file:
@@ -238,17 +296,26 @@ class RunFolder(Observer):
     def _changed(self, items: Sequence[dict[str, str]]) -> str:
         """Which items are not what ``data.json`` says."""
         try:
-            old = [json.loads(line) for line in (self.path / "data.json").read_text("utf-8").splitlines()]
+            old = [json.loads(line) for line in (self.path / record.DATA).read_text("utf-8").split("\n") if line]
             before = {one["name"]: one for one in old}
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return "which ones cannot be told, data.json is gone"
         now = {one["name"]: one for one in items}
         lines = [f"{name} is gone" for name in before if name not in now]
         lines += [f"{name} is new" for name in now if name not in before]
         both = [name for name in now if name in before]
-        lines += [f"{name} has another content" for name in both if now[name]["digest"] != before[name]["digest"]]
-        lines += [f"{name} has another caption" for name in both if now[name].get("caption") != before[name].get("caption")]
+        for entry, words in _ENTRIES.items():
+            lines += [f"{name} has {words}" for name in both if now[name].get(entry) != before[name].get(entry)]
         return ", ".join(lines[:3] or ["their order changed"]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder; nothing where there is none."""
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _holds_something(folder: Path) -> bool:
+    return bool(_listed(folder))
 
 
 def _json_lines(lines: Iterable[dict[str, Any]]) -> bytes:

@@ -32,6 +32,7 @@ from .signals import Suggestion, at_strength, best_step, measurements, suggest, 
 from .trainer import Interrupted, Observer, Trainer, TrainerSettings
 
 NAME = "trained"  # of the adapter, while it is
+IMPATIENT = "warning: --patience ends nothing where nothing is kept apart to measure on; --held-out 0.1 keeps a tenth"
 Say = Callable[[str], None]
 _PROCESSES = "processes"  # how many learn together, beside the settings of a run
 
@@ -68,7 +69,7 @@ def attach(
         for number, (block, adapters) in enumerate(zip(own, built, strict=True)):
             words = isinstance(block.method, (Tokens, SoftPrompt))
             group = name if block.rate is None and not words else f"{name}.{number}"
-            rate = block.rate or rate_of(name)
+            rate = rate_of(name) if block.rate is None else block.rate
             if words:
                 undecayed.add(group)
             for path, adapter in adapters.items():
@@ -101,6 +102,11 @@ def told(parts: Mapping[str, nn.Module], blocks: Sequence[Block], parameters: in
     return f"{names}: {layers} layers, {parameters:,} parameters"
 
 
+def told_rates(rates: Mapping[str, float]) -> str:
+    """Learning rates by group, in words."""
+    return ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+
+
 def named(method: Method) -> str:
     """A method with its rank, if it has one."""
     rank = getattr(method, "rank", None)
@@ -115,6 +121,7 @@ def next_command(command: str, prompt: str, flags: Mapping[str, str | None]) -> 
 
 def check_run(run: RunFolder, output: Path, *, resume: bool, overwrite: bool) -> None:
     """See that the run and its adapter file can be written where they shall go. Raises UserError."""
+    run.check()
     if resume and not run.holds_a_run():
         raise UserError(f"there is no run in {run.path} to go on with; leave out --resume, or name it with --run-dir")
     if not resume and not overwrite:
@@ -239,6 +246,8 @@ class Session:
         """Begin the run, or go on with it. Raises UserError where settings, data or base are others than it had."""
         crew = self.trainer.crew
         crew.wait()  # all have looked at the folder before one writes to it
+        if crew.leads:
+            self.folder.check()  # again: another process may have begun meanwhile
         if not resume:
             if crew.leads:
                 self.folder.start(self.config, self.items, self.origin)
