@@ -181,6 +181,8 @@ def main() -> None:
     figures = train(model, stream, apart, options, told.cache / "lm.pt")
     model.half().save_pretrained(told.output)
     tokenizer.save_pretrained(told.output)
+    words = told.output / "tokenizer.json"  # most of which are spaces
+    words.write_text(json.dumps(json.loads(words.read_text("utf-8")), ensure_ascii=False, separators=(",", ":")), "utf-8")
     figures |= {"tokens": len(stream), "tokens_held_out": len(apart), "parameters": model.num_parameters()}
     print(json.dumps(figures | vars(options), indent=2))
 
