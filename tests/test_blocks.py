@@ -224,3 +224,13 @@ def test_timesteps_are_weighed_where_a_small_base_learns_words_alone():
     beside = {"components": ("unet", "text_encoder"), "block": ("unet attention lora", "text_encoder tokens tokens")}
     assert debiased() is debiased(**beside) is debiased(replace(base, family="sd1"), **words) is False
     assert debiased(**words, debiased=False) is debiased(**words, min_snr_gamma=5.0) is False
+
+
+def test_a_short_run_is_not_spent_on_its_warm_up():
+    from peft_diffusion.bases import describe
+    from peft_diffusion.training.config import TrainConfig, resolve
+
+    def warmup(**asked):
+        return resolve(TrainConfig((Path("a"),), **asked), replace(describe(make_pipe()), family="sd1"), 30, "cpu").warmup
+
+    assert (warmup(), warmup(steps=40), warmup(steps=4), warmup(steps=40, warmup=50)) == (50, 8, 0, 50)

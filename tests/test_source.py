@@ -100,6 +100,14 @@ def test_what_does_not_fit_is_said(bases, files, tmp_path):
         run(bases["masked"], tmp_path, image=files["image"], mask=odd)
     with pytest.raises(UserError, match="is black: nothing would be painted"):
         run(bases["masked"], tmp_path, image=files["image"], mask=black)
+    thin = Image.new("L", (128, 64))
+    thin.paste(255, (50, 0, 51, 64))
+    thin.save(black)
+    with pytest.raises(UserError, match=r"the white of the mask is too thin for .* at 32x32"):
+        run(bases["masked"], tmp_path, image=files["image"], mask=black, width=32, height=32)
+    (tmp_path / "notes.png").write_text("words")
+    with pytest.raises(UserError, match=r"notes\.png: the content is no picture; choose another file"):
+        run(bases["plain"], tmp_path, image=tmp_path / "notes.png")
     with pytest.raises(UserError, match=r"odd\.png is 100x70, and the sides must be multiples of 16 .* such as 96x64"):
         run(bases["plain"], tmp_path, image=odd)
     with pytest.raises(UserError, match=r"there is no picture .*gone\.png"):

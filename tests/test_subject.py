@@ -20,6 +20,7 @@ from peft_diffusion import formats
 from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.data import subfolders
 from peft_diffusion.data.buckets import arrange
 from peft_diffusion.data.captions import CaptionRules, pick_wildcards
 from peft_diffusion.data.folder import scan
@@ -301,6 +302,13 @@ def test_a_repeated_folder_is_drawn_as_often_as_asked(tmp_path):
     assert result.steps == 28
     plain, _ = task_of(replace(config, repeats=("10_mira=1", "often=1")))
     assert len({plain.batch(step, 0).indices for step in range(6)}) == 6
+
+
+def test_numbers_before_names_are_repeats_and_dates_are_not(tmp_path):
+    for number, name in enumerate(("10_mira", "3_1girl", "20_12", "24_12_2023", "mira")):
+        draw_pictures(tmp_path / "all" / name, 1, size=64 + 8 * number)
+    found = {one.subfolder: one.repeats for one in subfolders.apply(scan(tmp_path / "all").pictures)}
+    assert found == {"10_mira": 10, "3_1girl": 3, "20_12": 1, "24_12_2023": 1, "mira": 1}
 
 
 def test_a_weight_scales_what_is_learned(tmp_path, pictures):

@@ -523,9 +523,14 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path, pictures, changes):
     model = tmp_path / "run" / "checkpoints" / "model.safetensors"
     model.parent.mkdir(parents=True)
     model.write_bytes(b"gigabytes")
-    with pytest.raises(UserError, match=r"run is no run folder and holds a folder checkpoints that is not empty"):
+    with pytest.raises(UserError, match=r"run is no run folder and holds checkpoints, where a run would write its own"):
         train(small(pictures, tmp_path, **changes), pipe=make_pipe())
     assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [model]
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "data.json").write_text("mine")
+    with pytest.raises(UserError, match=r"project is no run folder and holds data\.json"):
+        train(small(pictures, tmp_path, run_dir=tmp_path / "project", **changes), pipe=make_pipe())
+    assert (tmp_path / "project" / "data.json").read_text() == "mine"
 
 
 def test_overwriting_deletes_nothing_but_what_runs_write(tmp_path, pictures):

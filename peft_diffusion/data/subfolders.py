@@ -9,7 +9,7 @@ from peft_diffusion.core.errors import UserError
 
 from .folder import Picture
 
-_REPEATS = re.compile(r"([1-9]\d{0,2})_(?=\D)")
+_REPEATS = re.compile(r"([1-9]\d{0,2})_(?=\D|\d+[^\d_])")  # of "10_cat" and "10_1girl", not of "10_12" or "10_12_2024"
 _Number = TypeVar("_Number", int, float)
 
 

@@ -12,6 +12,7 @@ from ..bases import BaseInfo, inpaints
 from ..bases.reading import quiet
 from ..core.errors import UserError
 from ..data.pictures import open_picture
+from ..data.problems import PictureError
 
 DEFAULT_STRENGTH = 0.8  # of a picture without mask, as diffusers has it; what a mask shows is painted wholly anew
 
@@ -44,6 +45,11 @@ class Source:
         if sides == self.image.size:
             return self
         mask = None if self.mask is None else self.mask.resize(sides, Image.Resampling.BILINEAR)
+        if mask is not None and not _paints(mask):
+            raise UserError(
+                f"the white of the mask is too thin for {self.path} at {sides[0]}x{sides[1]}: nothing would be painted;"
+                " widen it, or paint at the picture's own size"
+            )
         return replace(self, image=self.image.resize(sides, Image.Resampling.LANCZOS), mask=mask)
 
     def pipeline(self, pipe: Any) -> Any:
@@ -68,19 +74,31 @@ class Source:
 
 def read_source(image: Path, mask: Path | None, strength: float | None, steps: int) -> Source:
     """Read the files. Raises UserError for those that are no pictures, or do not fit, and where no step would be left."""
-    picture = open_picture(image)
-    found = None if mask is None else open_picture(mask, "black").convert("L")
+    picture = _opened(image, "white")
+    found = None if mask is None else _opened(mask, "black").convert("L")
     if found is not None and found.size != picture.size:
         raise UserError(
             f"the mask {mask} is {found.width}x{found.height} and the picture {image} is {picture.width}x{picture.height};"
             " bring it to the picture's size"
         )
-    if found is not None and not any(found.histogram()[128:]):
+    if found is not None and not _paints(found):
         raise UserError(f"the mask {mask} is black: nothing would be painted; white is what is painted anew")
     source = Source(image, picture, found, strength or (DEFAULT_STRENGTH if found is None else 1.0))
     if source.steps(steps) < 1:
         raise UserError(f"--strength {source.strength:g} leaves none of {steps} steps; raise it, or --steps")
     return source
+
+
+def _opened(path: Path, background: str) -> Image.Image:
+    try:
+        return open_picture(path, background)
+    except PictureError as error:
+        raise UserError(f"{path}: {error.problem.message}; choose another file") from None
+
+
+def _paints(mask: Image.Image) -> bool:
+    """Whether anything of a mask is white enough to be painted anew."""
+    return any(mask.histogram()[128:])
 
 
 def check_mask(pipe: Any, source: Source | None, name: str) -> None:

@@ -240,8 +240,8 @@ class _PictureConfig:
     class_images: Annotated[int | None, Parameter(group=_PRIOR)] = None
     """Pictures that the base draws for the class prompts; they are kept for later runs."""
     regularisation: Annotated[tuple[Path, ...], Parameter(group=_PRIOR, negative=())] = ()
-    """Folders of pictures of the class, in place of those that the base draws or beside them; repeats and captions as usual,
-    without the trigger."""
+    """A folder of pictures of the class, in place of those that the base draws or beside them; repeats and captions as
+    usual, without the trigger. Give it again for more folders."""
     prior_weight: Annotated[float, Parameter(group=_PRIOR)] = 1.0
     """What the pictures of the class count in the loss; raise it when prompts without the trigger change."""
     prior_target: Annotated[PriorTarget, Parameter(group=_PRIOR)] = "base"
@@ -278,7 +278,7 @@ class TrainConfig(SharedConfig, _PictureConfig):
     scheduler: Annotated[Scheduler | None, Parameter(group=LEARNING)] = None
     """Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line."""
     warmup: Annotated[int | None, Parameter(group=LEARNING)] = None
-    """Steps in which the learning rate rises from 0."""
+    """Steps in which the learning rate rises from 0; by default at most a fifth of the run."""
     min_snr_gamma: Annotated[float | None, Parameter(group=LEARNING)] = None
     """Holds down the weight of nearly clean timesteps (5 is usual, 0 is off)."""
     timestep_bias: Annotated[TimestepBias | None, Parameter(group=LEARNING)] = None
@@ -514,6 +514,8 @@ def resolve(
     fill(values, preset)
     if not ranked(config):
         values["rank"] = None
+    if config.warmup is None:  # a short run is not spent on it
+        values["warmup"] = min(values["warmup"], values["steps"] // 5)
     fill(
         values,
         {

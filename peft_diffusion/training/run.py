@@ -91,11 +91,14 @@ class RunFolder(Observer):
                 f"process {other} trains into {self.path} now; wait for it, stop it, or choose another --run-dir (if that"
                 f" process is something else, delete {self.path / record.FACTS})"
             )
-        foreign = [] if self._is_ours() else [name for name in _OWN if name and _holds_something(self.path / name)]
+        if self._is_ours():
+            return
+        foreign = [name for name in _OWN if name and _listed(self.path / name)]
+        foreign += [path.name for path in _listed(self.path) if _OWN[""].fullmatch(path.name)]
         if foreign:
             raise UserError(
-                f"{self.path} is no run folder and holds a folder {foreign[0]} that is not empty, which a run would write"
-                " into; choose another --run-dir"
+                f"{self.path} is no run folder and holds {foreign[0]}, where a run would write its own; choose another"
+                " --run-dir"
             )
 
     def start(self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin) -> None:
@@ -312,10 +315,6 @@ class RunFolder(Observer):
 def _listed(folder: Path) -> list[Path]:
     """What is in a folder; nothing where there is none."""
     return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _holds_something(folder: Path) -> bool:
-    return bool(_listed(folder))
 
 
 def _json_lines(lines: Iterable[dict[str, Any]]) -> bytes:
