@@ -1,11 +1,13 @@
 """What a crash leaves: processes that are killed at any moment, files half written, disks and caches that fail."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,8 @@ from peft_diffusion.training import checkpoint, train
 
 KILLS, SEED = 20, 7
 WORKERS = multiprocessing.get_context("forkserver")
+# Starting a process asks after all others; of two threads that ask after one at once, one is told that it failed.
+ASKING = threading.Lock()
 LIBRARIES = (
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip",
     "matplotlib.backends.backend_agg",
@@ -43,6 +47,12 @@ def written(where: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+def alive(process) -> bool:
+    """Whether a process goes on."""
+    with ASKING:
+        return process.is_alive()
+
+
 def live(pictures: Path, where: Path, resume: bool, until: tuple[int, float] | None = None) -> bool:
     """Train in a process of its own; whether it ended by itself.
 
@@ -50,12 +60,16 @@ def live(pictures: Path, where: Path, resume: bool, until: tuple[int, float] | N
     and not by the clock alone, which says nothing of that on a machine that has other work.
     """
     process = WORKERS.Process(target=learn, args=(pictures, where, resume))
-    process.start()
-    while until and process.is_alive() and written(where) < until[0]:
+    with ASKING:
+        process.start()
+    while until and alive(process) and written(where) < until[0]:
         time.sleep(0.01)
-    process.join(until[1] if until else None)
-    process.kill()
-    process.join()
+    end = time.monotonic() + (until[1] if until else math.inf)
+    while alive(process) and time.monotonic() < end:
+        time.sleep(0.01)
+    with ASKING:
+        process.kill()
+        process.join()
     assert process.exitcode in ((0,) if until is None else (0, -signal.SIGKILL))
     return process.exitcode == 0
 
