@@ -171,11 +171,11 @@ def _picture(used: UsedPicture | None, given: Path | None, recipe: Path | None, 
     return found
 
 
-def _given(config: GenerateConfig, recipe: Recipe) -> list[Path]:
-    """The adapter files that are named beside a recipe, to say where its own are now. Raises UserError for others, and for
-    strengths that are not the recipe's."""
-    choices = config.choices()
-    for text, choice in zip(config.adapter, choices, strict=True):
+def _given(config: GenerateConfig, recipe: Recipe) -> dict[str, Path]:
+    """The adapter files that are named beside a recipe, to say where its own are now, by SHA-256. Raises UserError for
+    others, and for strengths that are not the recipe's."""
+    files: dict[str, Path] = {}
+    for text, choice in zip(config.adapter, config.choices(), strict=True):
         digest = sha256(choice.path)
         strengths = [used.strength for used in recipe.adapters if used.sha256 == digest]
         if not strengths:
@@ -185,19 +185,21 @@ def _given(config: GenerateConfig, recipe: Recipe) -> list[Path]:
                 f"the recipe of {config.recipe} has {choice.path} at strength {strengths[0]:g}, not {choice.strength:g};"
                 " leave the strength away, or the recipe"
             )
-    return [choice.path for choice in choices]
+        files.setdefault(digest, choice.path)
+    return files
 
 
-def _find(used: UsedAdapter, files: Sequence[Path]) -> Path:
+def _find(used: UsedAdapter, files: Mapping[str, Path]) -> Path:
     """The file that holds the bytes of an adapter of a recipe, among those given and where it was. Raises UserError."""
-    candidates = [*files, *([Path(used.path)] if Path(used.path).is_file() else [])]
-    found = next((path for path in candidates if sha256(path) == used.sha256), None)
-    if found is None:
+    if used.sha256 in files:
+        return files[used.sha256]
+    path = Path(used.path)
+    if not path.is_file() or sha256(path) != used.sha256:
         raise UserError(
             f"the adapter {used.path} of the recipe (SHA-256 {used.sha256[:12]}...) is not there any more, or is another"
             " now; say where it is with --adapter"
         )
-    return found
+    return path
 
 
 def _plan(output: Path, to_file: bool, wanted: Sequence[tuple[str, int]]) -> list[Path]:
