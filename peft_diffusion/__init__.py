@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from .formats import Inspection, Spec, inspect
     from .generation import Adapters, Schedule
     from .generation.blend import Blend, blend
-    from .generation.config import BlendConfig, GenerateConfig
     from .generation.generate import Picture, generate
-    from .generation.language import generate_text
-    from .generation.language_config import TextGenerateConfig
+    from .generation.settings import BlendConfig, GenerateConfig
+    from .generation.text import generate_text
+    from .generation.text_settings import TextGenerateConfig
     from .training import TextTrainConfig, TrainConfig, train, train_text
 
 __all__ = [
@@ -47,20 +47,20 @@ __getattr__, __dir__ = lazy(
     {
         "Adapters": "generation",
         "Blend": "generation.blend",
-        "BlendConfig": "generation.config",
-        "GenerateConfig": "generation.config",
+        "BlendConfig": "generation.settings",
+        "GenerateConfig": "generation.settings",
         "Inspection": "formats",
         "LanguageModel": "bases",
         "Picture": "generation.generate",
         "Schedule": "generation",
         "Spec": "formats",
-        "TextGenerateConfig": "generation.language_config",
+        "TextGenerateConfig": "generation.text_settings",
         "TextTrainConfig": "training",
         "TrainConfig": "training",
         "UserError": "core.errors",
         "blend": "generation.blend",
         "generate": "generation.generate",
-        "generate_text": "generation.language",
+        "generate_text": "generation.text",
         "inspect": "formats",
         "load_base": "bases",
         "load_lm": "bases",

@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.training.trainer import loss_at
+from peft_diffusion.training.loop.trainer import loss_at
 from scripts import training_sides as sides
 from scripts.measuring import run
 from scripts.training_sides import NAME, SIDES, Cell, Side

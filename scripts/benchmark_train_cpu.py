@@ -41,8 +41,8 @@ from peft_diffusion.core.errors import UserError
 from peft_diffusion.data.folder import scan
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training import TrainConfig, train
-from peft_diffusion.training.diffusion import DiffusionSettings, DiffusionTask
-from peft_diffusion.training.preparation import prepare
+from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
+from peft_diffusion.training.tasks.preparation import prepare
 from scripts.check_families import KINDS, build, draw
 from scripts.measuring import memory_words, peak_memory, run
 

@@ -28,8 +28,8 @@ from peft_diffusion.bases import components, fingerprint
 from peft_diffusion.bases.architectures import Architecture
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import Adapters
-from peft_diffusion.generation.config import GenerateConfig
-from peft_diffusion.generation.painting import Cell, paint
+from peft_diffusion.generation.sampler import Cell, paint
+from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.training import TrainConfig, train
 from scripts.measuring import memory_words, peak_memory, run
 

@@ -20,15 +20,16 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
+from peft_diffusion.training.record.run_record.run_folder import RunFolder
+
 from peft_diffusion.bases import embedded
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.training import TrainConfig, train
-from peft_diffusion.training.blocks import blocks
-from peft_diffusion.training.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.main import TrainResult
-from peft_diffusion.training.preparation import prepare
-from peft_diffusion.training.run import RunFolder
 from peft_diffusion.training.session import NAME, attach, chosen
+from peft_diffusion.training.settings.blocks import blocks
+from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
+from peft_diffusion.training.tasks.preparation import prepare
 from scripts.measuring import markdown_table, run
 
 STYLES = ("openmoji", "twemoji", "fluent-flat")

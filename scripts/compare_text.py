@@ -30,7 +30,7 @@ from peft_diffusion.bases import LanguageModel, embedded, load_lm
 from peft_diffusion.core import quantized
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.data.text import read_texts
+from peft_diffusion.data.text_files import read_texts
 from peft_diffusion.formats import inspect
 from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lokr import Lokr
@@ -38,10 +38,10 @@ from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.oft import Oft
 from peft_diffusion.methods.prefix import Prefix
 from peft_diffusion.methods.tokens import SoftPrompt
-from peft_diffusion.training.language import LanguageSettings, LanguageTask, tokens
-from peft_diffusion.training.language_config import ResolvedTextConfig, TextTrainConfig, resolve_language
 from peft_diffusion.training.language_main import train_text
-from peft_diffusion.training.trainer import Trainer, TrainerSettings
+from peft_diffusion.training.loop.trainer import Trainer, TrainerSettings
+from peft_diffusion.training.settings.text import ResolvedTextConfig, TextTrainConfig, resolve_language
+from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 

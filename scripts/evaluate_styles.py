@@ -41,9 +41,10 @@ from diffusers import DDPMScheduler
 from peft_diffusion.bases import embedded, load_base
 from peft_diffusion.formats import inspect
 from peft_diffusion.generation import Adapters, sheet
-from peft_diffusion.generation.config import GenerateConfig
-from peft_diffusion.generation.painting import Cell, paint
-from peft_diffusion.training import TrainConfig, objective, train
+from peft_diffusion.generation.sampler import Cell, paint
+from peft_diffusion.generation.settings import GenerateConfig
+from peft_diffusion.training import TrainConfig, train
+from peft_diffusion.training.tasks import objective
 from scripts.build_base.captions import with_article
 from scripts.build_base.judge import NEAREST, Gallery, Judge, galleries_of
 from scripts.build_base.make_samples import HELD_OUT, SUBJECTS

@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 from peft_diffusion.bases import embedded, load_base
 from peft_diffusion.formats import inspect
 from peft_diffusion.generation import Adapters, sheet
-from peft_diffusion.generation.config import GenerateConfig
-from peft_diffusion.generation.painting import Cell, paint
+from peft_diffusion.generation.sampler import Cell, paint
+from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.training import TrainConfig, train
 from scripts.build_base.judge import SIZE, distances, subject_maps
 from scripts.build_base.make_samples import CHARACTER, HELD_BACK, SCENES, SUBJECTS, install, portraits

@@ -24,12 +24,12 @@ from peft_diffusion.core.arena import Arena, side_by_side
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.data.buckets import Bucket, fit
 from peft_diffusion.data.latents import Latent, LatentCache, TextCache
+from peft_diffusion.fast.cuda_graph import Recorder
+from peft_diffusion.fast.low_rank import Working
+from peft_diffusion.fast.unet import fused
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.methods.product import Working
-from peft_diffusion.training.capture import Recorder
-from peft_diffusion.training.diffusion import DiffusionSettings, DiffusionTask, Examples
-from peft_diffusion.training.fused import fused
-from peft_diffusion.training.trainer import Signals, Trainer, TrainerSettings
+from peft_diffusion.training.loop.trainer import Signals, Trainer, TrainerSettings
+from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask, Examples
 
 RANK, RATE, PICTURES, TOKENS = 16, 1e-4, 16, 77
 NAME = "a"

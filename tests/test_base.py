@@ -16,8 +16,8 @@ from transformers import CLIPTokenizer
 
 import peft_diffusion as pd
 from peft_diffusion.bases import describe, embedded
-from peft_diffusion.generation.config import GenerateConfig, SchedulerName
-from peft_diffusion.generation.painting import Cell, paint
+from peft_diffusion.generation.sampler import Cell, paint
+from peft_diffusion.generation.settings import GenerateConfig, SchedulerName
 from scripts.build_base.augment import moved, strange
 from scripts.build_base.card import Story, card
 from scripts.build_base.export import mix

@@ -174,8 +174,8 @@ def test_learned_words_train_beside_lora_into_one_file_and_are_read_in_prompts(p
 def test_words_are_not_pulled_towards_nothing():
     from peft_diffusion.methods.lora import Lora
     from peft_diffusion.methods.tokens import Tokens
-    from peft_diffusion.training.blocks import Block
     from peft_diffusion.training.session import attach, taught
+    from peft_diffusion.training.settings.blocks import Block
 
     pipe = make_pipe()
     words = Block("text_encoder", "tokens", Tokens(initial="cat"), rate=2e-3)
@@ -188,7 +188,7 @@ def test_words_are_not_pulled_towards_nothing():
 def test_every_method_has_a_learning_rate_of_its_own():
     """A rate that is given goes before it, and one in a block before both."""
     from peft_diffusion.bases import describe
-    from peft_diffusion.training.config import TrainConfig, resolve
+    from peft_diffusion.training.settings.config import TrainConfig, resolve
 
     base = describe(make_pipe())
     large = replace(base, family="sd1")
@@ -212,7 +212,7 @@ def test_every_method_has_a_learning_rate_of_its_own():
 
 def test_timesteps_are_weighed_where_a_small_base_learns_words_alone():
     from peft_diffusion.bases import describe
-    from peft_diffusion.training.config import TrainConfig, resolve
+    from peft_diffusion.training.settings.config import TrainConfig, resolve
 
     base = describe(make_pipe())
 
@@ -228,7 +228,7 @@ def test_timesteps_are_weighed_where_a_small_base_learns_words_alone():
 
 def test_a_short_run_is_not_spent_on_its_warm_up():
     from peft_diffusion.bases import describe
-    from peft_diffusion.training.config import TrainConfig, resolve
+    from peft_diffusion.training.settings.config import TrainConfig, resolve
 
     def warmup(**asked):
         return resolve(TrainConfig((Path("a"),), **asked), replace(describe(make_pipe()), family="sd1"), 30, "cpu").warmup

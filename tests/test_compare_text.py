@@ -11,7 +11,7 @@ from rich.console import Console
 
 from peft_diffusion.core import site
 from peft_diffusion.core.adapter import METHODS, method
-from peft_diffusion.training.language_config import TextTrainConfig
+from peft_diffusion.training.settings.text import TextTrainConfig
 from scripts import compare_text
 from scripts.compare_text import FULL, IN_PEFT, Comparison, Figures
 

@@ -15,8 +15,8 @@ from test_formats import write_adapter
 from peft_diffusion import formats
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.formats.dotted import kohya_name
-from peft_diffusion.formats.original import original_names
+from peft_diffusion.formats.layouts.dotted import kohya_name
+from peft_diffusion.formats.layouts.original import original_names
 from peft_diffusion.generation import Adapters
 
 LAYERS = r".*\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"

@@ -16,14 +16,14 @@ from peft_diffusion.core.errors import UserError
 from peft_diffusion.data import masks
 from peft_diffusion.data.buckets import place
 from peft_diffusion.data.folder import scan
-from peft_diffusion.data.pictures import MAX_PIXELS, open_picture
+from peft_diffusion.data.images import MAX_PIXELS, open_picture
 from peft_diffusion.generation import Adapters
-from peft_diffusion.generation.config import GenerateConfig
-from peft_diffusion.generation.painting import Cell, paint
+from peft_diffusion.generation.sampler import Cell, paint
+from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.training import train
-from peft_diffusion.training.diffusion import DiffusionSettings, DiffusionTask
-from peft_diffusion.training.preparation import prepare
-from peft_diffusion.training.trainer import loss_at
+from peft_diffusion.training.loop.trainer import loss_at
+from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
+from peft_diffusion.training.tasks.preparation import prepare
 
 torch.set_num_threads(1)
 BOTH = ("unet", "text_encoder", "text_encoder_2")

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe
-from peft_diffusion.bases.vocabulary import begun, learned, teach
+from peft_diffusion.bases.words import begun, learned, teach
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.formats.kohya import site_keys
+from peft_diffusion.formats.layouts.kohya import site_keys
 from peft_diffusion.generation import Adapters
-from peft_diffusion.generation.fit import base_of, fit
+from peft_diffusion.generation.compatibility import base_of, fit
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.tokens import SoftPrompt, Tokens
 

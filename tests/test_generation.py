@@ -16,17 +16,17 @@ from PIL import Image
 
 from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, blend, formats, generate, load_base
 from peft_diffusion.bases import describe
-from peft_diffusion.bases.vocabulary import begun
+from peft_diffusion.bases.words import begun
 from peft_diffusion.cli import app, demo
 from peft_diffusion.core import site
-from peft_diffusion.generation import painting, recipe, sheet
+from peft_diffusion.generation import recipe, sampler, sheet
 from peft_diffusion.generation.blend import _distinct, shares
-from peft_diffusion.generation.config import DemoConfig, Sampling, SchedulerName, parse_choice, parse_choices
-from peft_diffusion.generation.fit import fit
+from peft_diffusion.generation.compatibility import fit
 from peft_diffusion.generation.generate import cell_recipes
-from peft_diffusion.generation.language import choose, generate_text
-from peft_diffusion.generation.language_config import TextGenerateConfig
-from peft_diffusion.generation.painting import Cell, paint
+from peft_diffusion.generation.sampler import Cell, paint
+from peft_diffusion.generation.settings import DemoConfig, Sampling, SchedulerName, parse_choice, parse_choices
+from peft_diffusion.generation.text import choose, generate_text
+from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.tokens import SoftPrompt
 
@@ -237,9 +237,9 @@ def test_strengths_are_parsed_from_the_right(tmp_path):
 
 def test_a_prompt_that_would_be_cut_is_an_error_that_names_the_words(tiny_pipe):
     fits = " ".join(["apple"] * 75)
-    painting.check_lengths(tiny_pipe, [fits])
+    sampler.check_lengths(tiny_pipe, [fits])
     with pytest.raises(UserError, match=r'has 76 tokens, of which the base reads 75; .* lose "cat"'):
-        painting.check_lengths(tiny_pipe, [f"{fits} cat"])
+        sampler.check_lengths(tiny_pipe, [f"{fits} cat"])
 
 
 def test_prompts_are_counted_with_the_learned_words_that_their_strengths_bring(tiny_pipe, tmp_path):
@@ -263,9 +263,9 @@ def test_prompts_are_counted_with_the_learned_words_that_their_strengths_bring(t
 
 
 def test_sides_must_be_what_the_base_can_make(tiny_pipe):
-    assert painting.size(describe(tiny_pipe), Sampling(height=128)) == (64, 128)
+    assert sampler.size(describe(tiny_pipe), Sampling(height=128)) == (64, 128)
     with pytest.raises(UserError, match=r"width 72 is no multiple of 16, .*; take 64 or 80"):
-        painting.size(describe(tiny_pipe), Sampling(width=72))
+        sampler.size(describe(tiny_pipe), Sampling(width=72))
 
 
 def test_a_missing_trigger_is_noted(make, ink, caplog):
@@ -399,9 +399,9 @@ def test_a_recipe_tells_the_scheduler_that_drew(of_noise):
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
     adapters = Adapters(pipe)
     name = adapters.load(of_noise)
-    for strength, sampler in ((1.0, "DDIMScheduler"), (0.0, "PNDMScheduler")):
+    for strength, kind in ((1.0, "DDIMScheduler"), (0.0, "PNDMScheduler")):
         (told,) = cell_recipes(adapters, [Cell("a cat", 0, {name: strength})], Sampling())
-        assert told.sampler == sampler
+        assert told.sampler == kind
 
 
 @pytest.mark.parametrize("wrong", [{"guidance": 1e308}, {"strength": 1e30}])

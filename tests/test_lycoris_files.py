@@ -183,7 +183,7 @@ def test_names_of_the_wrapper_of_lycoris_are_read(tmp_path, component, monkeypat
 
 def test_of_two_text_encoders_the_wrapper_names_neither(tmp_path):
     pipe = make_pipe()
-    from peft_diffusion.formats.kohya import site_keys
+    from peft_diffusion.formats.layouts.kohya import site_keys
 
     parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "text_encoder_2": copy.deepcopy(pipe.text_encoder)}
     named = {component for key, (component, _) in site_keys(parts).items() if key.startswith("lycoris_")}

@@ -15,10 +15,10 @@ from peft_diffusion import TextTrainConfig, TrainConfig, UserError, train, train
 from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.training import footing
-from peft_diffusion.training.memory import blocks_of, recomputed, small_vae
-from peft_diffusion.training.preflight import Need, fits, peak
-from peft_diffusion.training.previews import Previews
+from peft_diffusion.training.machine import memory_plan
+from peft_diffusion.training.machine.low_memory import blocks_of, recomputed, small_vae
+from peft_diffusion.training.machine.preflight import Need, fits, peak
+from peft_diffusion.training.watch.previews import Previews
 
 CPU = torch.device("cpu")
 
@@ -115,16 +115,16 @@ def test_the_peak_of_a_preview_is_predicted_within_a_tenth(tmp_path, monkeypatch
 
 def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(tmp_path, monkeypatch):
     pictures = draw_pictures(tmp_path / "pictures")
-    monkeypatch.setattr(footing, "_SMALL", 0)
+    monkeypatch.setattr(memory_plan, "_SMALL", 0)
     needs = []
-    weigh = footing.Footing.need
-    monkeypatch.setattr(footing.Footing, "need", lambda self, low: needs.append(weigh(self, low)) or needs[-1])
+    weigh = memory_plan.Footing.need
+    monkeypatch.setattr(memory_plan.Footing, "need", lambda self, low: needs.append(weigh(self, low)) or needs[-1])
     learn(pictures, tmp_path / "one", make_pipe(), memory="off")
     learn(pictures, tmp_path / "two", make_pipe(), memory="low")
     plain, low = needs
     assert low.step < 0.8 * plain.step and low.weights == plain.weights > 0
     assert low.adapter == plain.adapter
-    monkeypatch.setattr(footing, "room", lambda _: 2**20)
+    monkeypatch.setattr(memory_plan, "room", lambda _: 2**20)
     with pytest.raises(UserError, match=r"needs \d+ MiB and cpu has 1 MiB; save memory with --memory low, --batch-size 1"):
         learn(pictures, tmp_path / "three", make_pipe())
     assert not (tmp_path / "three" / "run" / "config.toml").exists()
@@ -154,10 +154,10 @@ def test_a_need_that_cannot_be_told_stops_nothing(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise RuntimeError("no meta kernel\nand more")
 
-    monkeypatch.setattr(footing, "_SMALL", 0)
-    monkeypatch.setattr(footing, "predict", fail)
+    monkeypatch.setattr(memory_plan, "_SMALL", 0)
+    monkeypatch.setattr(memory_plan, "predict", fail)
     said: list[str] = []
-    footing_of = footing.Footing.stand
-    monkeypatch.setattr(footing.Footing, "stand", lambda self, say: footing_of(self, lambda line: said.append(line)))
+    footing_of = memory_plan.Footing.stand
+    monkeypatch.setattr(memory_plan.Footing, "stand", lambda self, say: footing_of(self, lambda line: said.append(line)))
     learn(draw_pictures(tmp_path / "pictures"), tmp_path / "run", make_pipe())
     assert any("cannot be told before it (RuntimeError: no meta kernel)" in line for line in said)

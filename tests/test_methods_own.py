@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe, fingerprint
-from peft_diffusion.bases.vocabulary import begun, teach
+from peft_diffusion.bases.words import begun, teach
 from peft_diffusion.core import merge, site
 from peft_diffusion.core.adapter import Method
 from peft_diffusion.core.errors import FoldError, UserError

@@ -36,11 +36,11 @@ from peft_diffusion.bases import components, describe, digest, fingerprint, load
 from peft_diffusion.core import merge, quantized, site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import Adapters
-from peft_diffusion.generation.config import GenerateConfig
 from peft_diffusion.generation.generate import generate
-from peft_diffusion.generation.language import generate_text
-from peft_diffusion.generation.language_config import TextGenerateConfig
 from peft_diffusion.generation.recipe import Recipe
+from peft_diffusion.generation.settings import GenerateConfig
+from peft_diffusion.generation.text import generate_text
+from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training import TextTrainConfig, train, train_text
 

@@ -19,20 +19,10 @@ from test_training import draw_pictures, small
 
 from peft_diffusion.cli import runs
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.training import (
-    Interrupted,
-    TextTrainConfig,
-    charts,
-    find_rates,
-    find_text_rates,
-    footing,
-    main,
-    record,
-    report,
-    train,
-    train_text,
-)
-from peft_diffusion.training.find_lr import search, trial_steps
+from peft_diffusion.training import Interrupted, TextTrainConfig, find_rates, find_text_rates, main, train, train_text
+from peft_diffusion.training.machine import memory_plan
+from peft_diffusion.training.record.run_record import charts, report, run_record
+from peft_diffusion.training.watch.find_lr import search, trial_steps
 
 torch.set_num_threads(1)
 NASTY = "<script>alert(1)</script> & \"quotes\" 'and' {{ 7 * 7 }}"
@@ -96,7 +86,7 @@ def test_what_others_wrote_stays_text(made):
 
 
 def test_only_settings_that_are_not_the_presets_stand_out(made):
-    changed = record.Record(made.run_dir).changed()
+    changed = run_record.Record(made.run_dir).changed()
     assert changed["unet_lr"] == (3e-3, 1e-3) and changed["rank"] == (2, 16) and changed["trigger"] == ("<ink>", "")
     assert not {"seed", "method", "clip", "precision", "output", "run_dir"} & set(changed)
 
@@ -107,12 +97,12 @@ def test_a_run_that_was_stopped_or_failed_says_so(tmp_path, monkeypatch):
         stop_after(patched, 4)
         with pytest.raises(Interrupted):
             train(small(folder, tmp_path), pipe=make_pipe())
-    assert record.Record(tmp_path / "run").state == "stopped" and "stopped" in page_of(tmp_path / "run").text
+    assert run_record.Record(tmp_path / "run").state == "stopped" and "stopped" in page_of(tmp_path / "run").text
     train(small(folder, tmp_path, resume=True), pipe=make_pipe())
-    assert record.Record(tmp_path / "run").state == "finished"
+    assert run_record.Record(tmp_path / "run").state == "finished"
     with pytest.raises(UserError, match=r"not finite|runs away|loss is"):
         train(small(folder, tmp_path, overwrite=True, unet_lr=1e38, clip=0.0), pipe=make_pipe())
-    assert record.Record(tmp_path / "run").state == "failed"
+    assert run_record.Record(tmp_path / "run").state == "failed"
     assert "Lower the learning rate" in page_of(tmp_path / "run").text
 
 
@@ -120,11 +110,11 @@ def test_a_run_whose_process_is_gone_is_not_running(tmp_path, made):
     copy = shutil.copytree(made.run_dir, tmp_path / "copy")
     facts = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps(facts | {"state": "running"}))
-    assert record.Record(copy).state == "running"
+    assert run_record.Record(copy).state == "running"
     gone = subprocess.Popen(["true"])
     gone.wait()
     (copy / "run.json").write_text(json.dumps(facts | {"state": "running", "process": facts["process"] | {"pid": gone.pid}}))
-    assert record.Record(copy).state == "stopped"
+    assert run_record.Record(copy).state == "stopped"
 
 
 def test_a_text_run_has_a_report_too(tmp_path):
@@ -141,7 +131,7 @@ def test_a_text_run_has_a_report_too(tmp_path):
 def test_a_real_browser_shows_it_without_errors(made, tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     both = tmp_path / "both.html"
-    one = record.Record(made.run_dir)
+    one = run_record.Record(made.run_dir)
     both.write_text(report.compared(one, one), "utf-8")
     for number, page in enumerate((made.run_dir / "report.html", both)):
         shot = tmp_path / f"{number}.png"
@@ -266,8 +256,8 @@ def test_a_rate_is_found_and_nothing_else_is_left(tmp_path):
 def test_trials_stand_as_the_run_does_and_the_flag_of_words_is_told(tmp_path, monkeypatch):
     folder = draw_pictures(tmp_path / "pictures", 4)
     stood = []
-    recomputed = footing.recomputed
-    monkeypatch.setattr(footing, "recomputed", lambda *parts: stood.append("low") or recomputed(*parts))
+    recomputed = memory_plan.recomputed
+    monkeypatch.setattr(memory_plan, "recomputed", lambda *parts: stood.append("low") or recomputed(*parts))
     monkeypatch.setattr(main, "fused", lambda unet: stood.append("fused") or nullcontext())
     asked = small(folder, tmp_path, rank=None, method="tokens", components=("text_encoder",), trigger="<ink>", steps=1,
                   option=("placeholders=<ink>",), memory="low")  # fmt: skip

@@ -15,10 +15,10 @@ from test_training import draw_pictures
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.sharded import here, whole
 from peft_diffusion.training import TrainConfig, find_rates, train
-from peft_diffusion.training.config import FREE_ON_RESUME
-from peft_diffusion.training.crew import Crew
-from peft_diffusion.training.footing import Footing
-from peft_diffusion.training.sharding import sharing
+from peft_diffusion.training.machine.memory_plan import Footing
+from peft_diffusion.training.machine.processes import Crew
+from peft_diffusion.training.machine.sharding import sharing
+from peft_diffusion.training.settings.config import FREE_ON_RESUME
 
 # Several commands, and code in between, one after the other in the same processes, which so read their imports but once.
 COMMANDS = """
@@ -36,8 +36,8 @@ for one in map(json.loads, sys.argv[1:]):
 PARTS = """
 from peft_diffusion.bases import fingerprint, load_base
 from peft_diffusion.core.sharded import here
-from peft_diffusion.training.crew import crew
-from peft_diffusion.training.sharding import shard
+from peft_diffusion.training.machine.processes import crew
+from peft_diffusion.training.machine.sharding import shard
 
 crew("cpu")
 pipe = load_base({base!r}, device="cpu")
@@ -147,7 +147,7 @@ def test_a_crew_shares_a_base_only_if_told_to() -> None:
 
 
 def test_what_a_sharded_run_takes_is_not_predicted_and_memory_low_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft_diffusion.training.footing._SMALL", 0)
+    monkeypatch.setattr("peft_diffusion.training.machine.memory_plan._SMALL", 0)
     trainer = SimpleNamespace(arena=SimpleNamespace(flat=torch.zeros(1)), crew=Crew(0, 2, True))
     said: list[str] = []
     for memory in ("auto", "low"):

@@ -19,12 +19,21 @@ from peft_diffusion.bases.embedded import embedded
 from peft_diffusion.core import merge, site
 from peft_diffusion.core.adapter import method
 from peft_diffusion.formats.container import read_header
-from peft_diffusion.training import Interrupted, checkpoint, train
-from peft_diffusion.training.diffusion import DiffusionSettings, DiffusionTask
-from peft_diffusion.training.language_config import TextTrainConfig
+from peft_diffusion.training import Interrupted, train
 from peft_diffusion.training.language_main import train_text
-from peft_diffusion.training.preparation import prepare
-from peft_diffusion.training.signals import Measured, at_strength, best_step, layer_changes, measurements, suggest, verdict
+from peft_diffusion.training.record.run_record import checkpoint
+from peft_diffusion.training.settings.text import TextTrainConfig
+from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
+from peft_diffusion.training.tasks.preparation import prepare
+from peft_diffusion.training.watch.signals import (
+    Measured,
+    at_strength,
+    best_step,
+    layer_changes,
+    measurements,
+    suggest,
+    verdict,
+)
 
 torch.set_num_threads(1)
 

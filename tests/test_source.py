@@ -11,8 +11,8 @@ from PIL import Image
 
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import recipe as recipes
-from peft_diffusion.generation.config import GenerateConfig
 from peft_diffusion.generation.generate import generate
+from peft_diffusion.generation.settings import GenerateConfig
 
 
 @pytest.fixture(scope="module")

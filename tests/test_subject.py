@@ -26,15 +26,16 @@ from peft_diffusion.data.captions import CaptionRules, pick_wildcards
 from peft_diffusion.data.folder import scan
 from peft_diffusion.data.latents import cache_latents
 from peft_diffusion.generation import Adapters
-from peft_diffusion.generation.config import GenerateConfig
-from peft_diffusion.generation.painting import Cell, paint
-from peft_diffusion.training import Interrupted, TrainConfig, objective, prior, train
+from peft_diffusion.generation.sampler import Cell, paint
+from peft_diffusion.generation.settings import GenerateConfig
+from peft_diffusion.training import Interrupted, TrainConfig, train
 from peft_diffusion.training import main as training_main
-from peft_diffusion.training.blocks import blocks
-from peft_diffusion.training.crew import Crew
-from peft_diffusion.training.preparation import prepare
-from peft_diffusion.training.seeds import generator
+from peft_diffusion.training.loop.seeds import generator
+from peft_diffusion.training.machine.processes import Crew
 from peft_diffusion.training.session import NAME, attach, chosen
+from peft_diffusion.training.settings.blocks import blocks
+from peft_diffusion.training.tasks import class_images, objective
+from peft_diffusion.training.tasks.preparation import prepare
 
 torch.set_num_threads(1)
 
@@ -96,7 +97,7 @@ def test_the_base_draws_the_class_once_and_later_runs_find_it(tmp_path, pictures
     assert {path: path.stat().st_mtime_ns for path in folder.glob("000[0-3].png")} == {
         path: time for path, time in times.items() if path.name != "0004.png"
     }
-    monkeypatch.setattr(prior, "paint", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(class_images, "paint", lambda *_: pytest.fail("drawn again"))
     train(config, pipe=make_pipe())
     with safe_open(first.output, "pt") as file:
         assert file.metadata()["ss_num_reg_images"] == "5" and file.metadata()["ss_prior_loss_weight"] == "1.0"
@@ -104,11 +105,11 @@ def test_the_base_draws_the_class_once_and_later_runs_find_it(tmp_path, pictures
 
 def test_another_prompt_count_or_base_has_other_pictures(tmp_path, pictures):
     config = config_of(small(pictures, tmp_path, preset="subject"))
-    infos = [prior.describe(make_pipe(seed)) for seed in (0, 1)]
-    found = {prior.class_folder(config, infos[0], 64), prior.class_folder(config, infos[1], 64)}
-    found |= {prior.class_folder(config, infos[0], 128)}
-    found |= {prior.class_folder(replace(config, class_images=7), infos[0], 64)}
-    found |= {prior.class_folder(replace(config, class_prompt=("a cat",)), infos[0], 64)}
+    infos = [class_images.describe(make_pipe(seed)) for seed in (0, 1)]
+    found = {class_images.class_folder(config, infos[0], 64), class_images.class_folder(config, infos[1], 64)}
+    found |= {class_images.class_folder(config, infos[0], 128)}
+    found |= {class_images.class_folder(replace(config, class_images=7), infos[0], 64)}
+    found |= {class_images.class_folder(replace(config, class_prompt=("a cat",)), infos[0], 64)}
     assert len(found) == 5
 
 

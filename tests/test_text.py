@@ -22,15 +22,15 @@ from peft_diffusion import formats
 from peft_diffusion.bases import components, describe, embedded, fingerprint, load_lm
 from peft_diffusion.core import merge, site, targets
 from peft_diffusion.core.errors import FoldError, UserError
-from peft_diffusion.data.text import read_texts
+from peft_diffusion.data.text_files import read_texts
 from peft_diffusion.generation import Adapters, Schedule
-from peft_diffusion.generation.language import choose, continued, generate_text
-from peft_diffusion.generation.language_config import TextGenerateConfig
+from peft_diffusion.generation.text import choose, continued, generate_text
+from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.training.language import LanguageSettings, LanguageTask, tokens
-from peft_diffusion.training.language_config import TextTrainConfig, resolve_language
 from peft_diffusion.training.language_main import train_text
-from peft_diffusion.training.trainer import Interrupted, Observer, Trainer, loss_at
+from peft_diffusion.training.loop.trainer import Interrupted, Observer, Trainer, loss_at
+from peft_diffusion.training.settings.text import TextTrainConfig, resolve_language
+from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens
 
 torch.set_num_threads(1)
 LINES = "".join(f"The {beast} of the field is {how}, and so is its house.\n" for beast in ("ox", "ass", "lion", "hen")

@@ -14,13 +14,13 @@ from peft_diffusion.bases.causal_lm import frozen
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import Adapters
-from peft_diffusion.generation.language import continued
-from peft_diffusion.generation.language_config import TextGenerateConfig
+from peft_diffusion.generation.text import continued
+from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.prefix import Prefix
-from peft_diffusion.training.language import LanguageSettings, LanguageTask, tokens
-from peft_diffusion.training.language_config import TextTrainConfig
 from peft_diffusion.training.language_main import train_text
+from peft_diffusion.training.settings.text import TextTrainConfig
+from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens
 
 torch.set_num_threads(1)
 LENGTH = 3

@@ -9,18 +9,18 @@ from torch.nn import functional as F
 
 from peft_diffusion import formats
 from peft_diffusion.bases import components, fingerprint
-from peft_diffusion.bases.vocabulary import begun, learned, teach
+from peft_diffusion.bases.words import begun, learned, teach
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import Adapters
-from peft_diffusion.generation.language import continued
-from peft_diffusion.generation.language_config import TextGenerateConfig
+from peft_diffusion.generation.text import continued
+from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.tokens import SoftPrompt, Tokens
-from peft_diffusion.training.language import LanguageSettings, LanguageTask, tokens
-from peft_diffusion.training.language_config import TextTrainConfig
 from peft_diffusion.training.language_main import train_text
-from peft_diffusion.training.trainer import loss_at
+from peft_diffusion.training.loop.trainer import loss_at
+from peft_diffusion.training.settings.text import TextTrainConfig
+from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens
 
 torch.set_num_threads(1)
 LINES = "".join(f"The {beast} of the field is {how}, and so is its house.\n" for beast in ("ox", "ass", "lion", "hen")

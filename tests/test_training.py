@@ -24,12 +24,15 @@ from peft_diffusion.core import site, targets
 from peft_diffusion.core.adapter import method
 from peft_diffusion.core.arena import Arena, side_by_side
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.training import TrainConfig, checkpoint, config, objective, preparation, train
-from peft_diffusion.training.diffusion import DiffusionSettings, DiffusionTask
-from peft_diffusion.training.preparation import prepare
-from peft_diffusion.training.schedule import rate
-from peft_diffusion.training.seeds import generator, seed_of
-from peft_diffusion.training.trainer import Divergence, Observer, Signals, Trainer, TrainerSettings, loss_at
+from peft_diffusion.training import TrainConfig, train
+from peft_diffusion.training.loop.learning_rate import rate
+from peft_diffusion.training.loop.seeds import generator, seed_of
+from peft_diffusion.training.loop.trainer import Divergence, Observer, Signals, Trainer, TrainerSettings, loss_at
+from peft_diffusion.training.record.run_record import checkpoint
+from peft_diffusion.training.settings import config
+from peft_diffusion.training.tasks import objective, preparation
+from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
+from peft_diffusion.training.tasks.preparation import prepare
 
 torch.set_num_threads(1)
 POWERS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod

@@ -15,7 +15,7 @@ from ..core.errors import UserError
 from .digest import identity
 from .digest import quantize as quantize_all
 from .embedded import TINY_LM, embedded
-from .reading import first_line, pick_device, pick_dtype, quiet
+from .loading import first_line, pick_device, pick_dtype, quiet
 
 
 @dataclass(frozen=True)

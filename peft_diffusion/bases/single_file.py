@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from .architectures import Architecture
-from .reading import first_line
+from .loading import first_line
 
 _UNET = "model.diffusion_model."
 _IN = f"{_UNET}input_blocks.0.0.weight"  # (320, channels of its input, 3, 3)

@@ -17,7 +17,7 @@ from .digest import identity
 from .digest import quantize as quantize_all
 from .embedded import ICONS, embedded
 from .kinds import components, inpaints
-from .reading import first_line, pick_device, pick_dtype, quiet
+from .loading import first_line, pick_device, pick_dtype, quiet
 
 Family: TypeAlias = Literal["sd1", "sd2", "sdxl", "other"]
 

@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from .. import __version__
 from ..core.errors import UserError
-from .run_file import RunFile, whole_numbers
+from .config_file import RunFile, whole_numbers
 
 # Each command is the function of its name in the module of its name; its module is imported when it is called.
 COMMANDS = {

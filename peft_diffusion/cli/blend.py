@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ..generation.config import BlendConfig
+from ..generation.settings import BlendConfig
 from .progress import bar
 
 

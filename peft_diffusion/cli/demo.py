@@ -8,8 +8,8 @@ from cyclopts import Parameter
 
 from ..bases import embedded
 from ..core.errors import UserError
-from ..generation.config import BlendConfig, Choice, DemoConfig, GenerateConfig
 from ..generation.recipe import check_folder
+from ..generation.settings import BlendConfig, Choice, DemoConfig, GenerateConfig
 from .progress import bar
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _draw_styles(adapters: "Adapters", config: DemoConfig, path: Path) -> None:
     """A row without adapters and one for each style; columns are subjects."""
     from ..generation import recipe, sheet
     from ..generation.generate import cell_recipes
-    from ..generation.painting import Cell, paint
+    from ..generation.sampler import Cell, paint
 
     rows = {"without an adapter": (BASE_WORDS, ""), **{style: (words, style) for style, words in STYLES.items()}}
     sampling = GenerateConfig(prompts=SUBJECTS, base=config.base, seed=config.seed, device=config.device)

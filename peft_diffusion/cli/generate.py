@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ..generation.config import GenerateConfig
+from ..generation.settings import GenerateConfig
 from .progress import bar
 
 

@@ -10,8 +10,8 @@ from cyclopts import Parameter
 
 from ..formats import Inspection
 from ..formats import inspect as read
-from ..generation.config import InspectConfig
-from ..generation.fit import Fit, base_of, fit
+from ..generation.compatibility import Fit, base_of, fit
+from ..generation.settings import InspectConfig
 
 # What of a training is shown, where the file tells it.
 _TRAINING = {

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.errors import UserError
-from ..training.record import Record, differing, find, only
+from ..training.record.run_record import Record, differing, find, only
 
 _WIDE = 1000  # letters, more than any table has
 _COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
@@ -112,8 +112,8 @@ def _compare(first: Record, second: Record, html: Path | None) -> None:
         if record.figures.get("warning"):
             console.print(Text(f"{record.name}: {record.figures['warning']}", style="yellow"), soft_wrap=True)
     if html is not None:
-        from ..training.report import compared
-        from ..training.writing import explained, write_bytes
+        from ..training.record.atomic import explained, write_bytes
+        from ..training.record.report import compared
 
         with explained(html):
             html.parent.mkdir(parents=True, exist_ok=True)

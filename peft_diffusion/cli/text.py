@@ -4,9 +4,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ..generation.language_config import TextGenerateConfig
-from ..training.config import FIND_LR, LEARNING
-from ..training.language_config import TextTrainConfig
+from ..generation.text_settings import TextGenerateConfig
+from ..training.settings.config import FIND_LR, LEARNING
+from ..training.settings.text import TextTrainConfig
 
 
 def train(
@@ -37,7 +37,7 @@ def generate(config: Annotated[TextGenerateConfig | None, Parameter(name="*")] =
     """
     config = config or TextGenerateConfig()  # without a prompt, which it says
     config.choices()  # before torch is imported, which takes seconds
-    from ..generation.language import generate_text
+    from ..generation.text import generate_text
 
     for number, one in enumerate(generate_text(config)):
         print(("\n" if number else "") + one.prompt + one.continuation, flush=True)

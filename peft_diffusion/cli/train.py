@@ -5,7 +5,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-from ..training.config import FIND_LR, LEARNING, TrainConfig
+from ..training.settings.config import FIND_LR, LEARNING, TrainConfig
 
 
 def train(

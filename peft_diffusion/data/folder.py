@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from peft_diffusion.core.errors import UserError
 
 from .caption_files import Captions, Source, is_metadata, is_sidecar, name_captions, plain_name, read_captions
-from .pictures import MAX_PIXELS, SUFFIXES, Checked, check_picture, open_mask, open_picture
+from .images import MAX_PIXELS, SUFFIXES, Checked, check_picture, open_mask, open_picture
 from .problems import PictureError, Problem
 
 __all__ = ["ImageFolder", "Missing", "Picture", "Problem", "open_picture", "scan"]

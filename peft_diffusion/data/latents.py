@@ -24,7 +24,7 @@ from peft_diffusion.core.errors import UserError
 from . import masks as masks_of
 from .buckets import Bucket, Fit, group, place
 from .folder import Picture
-from .pictures import MAX_PIXELS, open_alpha, open_mask, open_picture, parse_colour
+from .images import MAX_PIXELS, open_alpha, open_mask, open_picture, parse_colour
 
 _VERSION = "peft_diffusion latents 1"
 

@@ -12,8 +12,9 @@ from ..bases import components, describe
 from ..core import site as sites
 from ..core.adapter import METHODS, Adapter, chained
 from ..core.errors import DamagedError, UserError
-from . import container, dotted, kohya, textual_inversion
-from .layout import component_of
+from . import container
+from .layouts import dotted, embedding, kohya
+from .layouts.names import component_of
 from .spec import Spec
 
 
@@ -45,7 +46,7 @@ def save(path: str | Path, components: Mapping[str, nn.Module], name: str, spec:
     if not adapters:
         raise UserError(f"no adapter {name!r} is attached, so there is nothing to save")
     tensors, metadata = kohya.write(adapters, spec)
-    tensors, words = textual_inversion.published(tensors)
+    tensors, words = embedding.published(tensors)
     container.write(Path(path), tensors, metadata | words)
 
 
@@ -60,7 +61,7 @@ def load(path: str | Path, pipe: Any, *, strict: bool = False) -> Loaded:
     header = None if container.is_pickle(path) else container.read_header(path)
     spec = Spec.from_metadata(header.metadata, str(path)) if header else None
     tensors, assumed = dotted.adopted(tensors, header.metadata if header else {}, path)
-    tensors = textual_inversion.adopted(tensors, header.metadata if header else {}, pipe, parts, path.stem)
+    tensors = embedding.adopted(tensors, header.metadata if header else {}, pipe, parts, path.stem)
     if not any(component_of(name) for name in tensors):
         shown = ", ".join(list(tensors)[:3]) or "no tensor"
         raise UserError(f"{path} is no adapter of a known layout: it holds {shown}{', ...' if len(tensors) > 3 else ''}")

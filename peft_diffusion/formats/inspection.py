@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import UserError
-from . import container, network
+from . import container
 from .container import Entry
-from .dotted import kohya_name
 from .hyper_parameters import methods_of
-from .layout import component_of, split
-from .network import Network
+from .layouts import kohya_network
+from .layouts.dotted import kohya_name
+from .layouts.kohya_network import Network
+from .layouts.names import component_of, split
 from .spec import Spec
 
 # What stands beside the parameters. Our own norms carry a weight's change of zero, for programs that look for one.
@@ -78,7 +79,7 @@ def inspect(path: str | Path) -> Inspection:
         methods=tuple(sorted(told)),
         components=Counter(component_of(site) or "" for site in sites),
         hyper_parameters=told,
-        network=network.from_metadata(header.metadata),
+        network=kohya_network.from_metadata(header.metadata),
         dtypes=Counter(entry.dtype for entry in header.tensors.values()),
         parameters=sum(_numel(shape) for s in sites.values() for suffix, shape in s.items() if suffix not in beside),
         sites=sites,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import bases, formats
 from ..bases import LanguageModel, components, describe
-from ..bases.vocabulary import teach
+from ..bases.words import teach
 from ..core import merge as merging
 from ..core import quantized
 from ..core import site as sites
@@ -21,7 +21,7 @@ from ..core.errors import UserError
 from ..core.strength import Strength
 from ..formats import Coverage, Spec
 from ..formats.container import sha256
-from .schedule import Schedule
+from .strength_schedule import Schedule
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from ..bases import load_base
 from . import recipe as recipes
 from . import sheet
 from .adapters import Adapters
-from .config import BlendConfig, Choice
 from .generate import cell_recipes
-from .painting import Cell, Progress, load_choices, paint
 from .recipe import Recipe
+from .sampler import Cell, Progress, load_choices, paint
+from .settings import BlendConfig, Choice
 
 
 @dataclass(frozen=True)

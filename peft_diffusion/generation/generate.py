@@ -16,9 +16,9 @@ from ..formats.container import sha256
 from . import recipe as recipes
 from . import sheet
 from .adapters import Adapters
-from .config import GenerateConfig, Quantize, Sampling, SchedulerName
-from .painting import Cell, Progress, gives_way, load_choices, paint, scheduler_of, size
 from .recipe import Recipe, UsedAdapter, UsedPicture
+from .sampler import Cell, Progress, gives_way, load_choices, paint, scheduler_of, size
+from .settings import GenerateConfig, Quantize, Sampling, SchedulerName
 from .source import Source, check_mask, read_source
 
 # What a recipe leaves to the person who makes its picture again.

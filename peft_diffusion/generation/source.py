@@ -9,9 +9,9 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from ..bases import BaseInfo, inpaints
-from ..bases.reading import quiet
+from ..bases.loading import quiet
 from ..core.errors import UserError
-from ..data.pictures import open_picture
+from ..data.images import open_picture
 from ..data.problems import PictureError
 
 DEFAULT_STRENGTH = 0.8  # of a picture without mask, as diffusers has it; what a mask shows is painted wholly anew

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core.adapter import Method, Site
-from .affine import ALPHA, check_rank, serves, stored_alpha
-from .decomposed import MAGNITUDE, Decomposed, decomposed, read_decomposed
 from .lora import DOWN, MID, UP, LoraAdapter, check_dropout, fresh_pair, read_pair
+from .shared.affine import ALPHA, check_rank, serves, stored_alpha
+from .shared.decomposed import MAGNITUDE, Decomposed, decomposed, read_decomposed
 
 
 @dataclass(frozen=True)

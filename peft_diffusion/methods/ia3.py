@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter, Method, Site, float32_parameter
 from ..core.errors import UserError
 from ..core.merge import dense_weight
-from .affine import base_output, channels, require, serves, weight_shape, without_bias
+from .shared.affine import base_output, channels, require, serves, weight_shape, without_bias
 
 _WEIGHT, _ON_INPUT = "weight", "on_input"
 

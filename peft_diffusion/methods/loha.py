@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import LowRank, Method, Site, float32_parameter
 from ..core.errors import UserError
-from .affine import (
+from .shared.affine import (
     ALPHA,
     WeightChange,
     applied,
@@ -23,7 +23,7 @@ from .affine import (
     stored_alpha,
     weight_shape,
 )
-from .decomposed import MAGNITUDE, Decomposed, decomposed, read_decomposed
+from .shared.decomposed import MAGNITUDE, Decomposed, decomposed, read_decomposed
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")

@@ -12,8 +12,18 @@ from torch import Tensor, nn
 
 from ..core.adapter import Method, Site, float32_parameter
 from ..core.errors import UserError
-from .affine import ALPHA, WeightChange, applied, check_rank, require, serves, single, stored_alpha, weight_shape
-from .decomposed import MAGNITUDE, Decomposed, decomposed, read_decomposed
+from .shared.affine import (
+    ALPHA,
+    WeightChange,
+    applied,
+    check_rank,
+    require,
+    serves,
+    single,
+    stored_alpha,
+    weight_shape,
+)
+from .shared.decomposed import MAGNITUDE, Decomposed, decomposed, read_decomposed
 
 _W1, _W1_A, _W1_B = "lokr_w1", "lokr_w1_a", "lokr_w1_b"
 _W2, _W2_A, _W2_B, _CORE = "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"

@@ -12,8 +12,18 @@ from ..core.adapter import LowRank, Method, Site, float32_parameter
 from ..core.errors import UserError
 from ..core.merge import dense_weight
 from ..core.site import AdaptedSite, is_plain_linear
-from .affine import ALPHA, WeightChange, check_rank, read_alpha, require, serves, single, stored_alpha, weight_shape
-from .product import Projections, in_pass, low_rank_linear, pays, projections, stacked
+from ..fast.low_rank import Projections, in_pass, low_rank_linear, pays, projections, stacked
+from .shared.affine import (
+    ALPHA,
+    WeightChange,
+    check_rank,
+    read_alpha,
+    require,
+    serves,
+    single,
+    stored_alpha,
+    weight_shape,
+)
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 INITS = ("standard", "gaussian", "pissa")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter, Method, Site, float32_parameter
 from ..core.errors import UserError
 from ..core.merge import dense_weight
-from .affine import ALPHA, channels, require, serves, single, weight_shape, without_bias
 from .lokr import split
+from .shared.affine import ALPHA, channels, require, serves, single, weight_shape, without_bias
 
 _BLOCKS, _RESCALE = "oft_blocks", "rescale"
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from ..core.adapter import Adapter, Method, Site, float32_parameter
 from ..core.errors import UserError
 from ..core.merge import dense_weight
-from . import causal_attention
+from .shared import causal_attention
 
 _KEYS, _VALUES, _GATE = "prefix_keys", "prefix_values", "prefix_gate"
 

@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING
 
 from ..core.lazy import lazy
-from .config import TrainConfig
-from .language_config import TextTrainConfig
+from .settings.config import TrainConfig
+from .settings.text import TextTrainConfig
 
 if TYPE_CHECKING:
-    from .find_lr import FoundRates
     from .language_main import TextTrainResult, find_text_rates, train_text
+    from .loop.trainer import Interrupted
     from .main import TrainResult, find_rates, train
-    from .trainer import Interrupted
+    from .watch.find_lr import FoundRates
 
 __all__ = [
     "FoundRates",
@@ -29,8 +29,8 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "FoundRates": "find_lr",
-        "Interrupted": "trainer",
+        "FoundRates": "watch.find_lr",
+        "Interrupted": "loop.trainer",
         "TextTrainResult": "language_main",
         "TrainResult": "main",
         "find_rates": "main",

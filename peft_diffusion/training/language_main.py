@@ -15,31 +15,21 @@ from torch import Tensor
 from .. import formats
 from ..bases import LanguageInfo, LanguageModel, components, describe, load_lm
 from ..bases.causal_lm import frozen
-from ..bases.reading import pick_device
-from ..bases.vocabulary import learned, teach
+from ..bases.loading import pick_device
+from ..bases.words import learned, teach
 from ..core import quantized
 from ..core.arena import Arena
 from ..core.errors import UserError
-from ..data.text import Document, Texts, read_texts
+from ..data.text_files import Document, Texts, read_texts
 from ..methods.tokens import Tokens
-from .blocks import Block, blocks, check_methods
-from .config import Precision, to_json
-from .crew import Crew
-from .crew import crew as together
-from .facts import about, commands, memory, warned
-from .find_lr import FoundRates, find, refuse_crew
-from .footing import Clock, Footing
-from .language import LanguageSettings, LanguageTask, tokens
-from .language_config import (
-    HELD_OUT_FROM,
-    ResolvedTextConfig,
-    TextTrainConfig,
-    language_output,
-    language_run,
-    resolve_language,
-)
+from .loop.trainer import Trainer
+from .machine.memory_plan import Clock, Footing
+from .machine.processes import Crew
+from .machine.processes import crew as together
 from .progress import noted, say_to
-from .run import RunFolder
+from .record.facts import about, commands, memory, warned
+from .record.run_folder import RunFolder
+from .record.trackers import Tracker, check_tracker
 from .session import (
     IMPATIENT,
     Attached,
@@ -59,8 +49,18 @@ from .session import (
     told_rates,
     trainer_settings,
 )
-from .trackers import Tracker, check_tracker
-from .trainer import Trainer
+from .settings.blocks import Block, blocks, check_methods
+from .settings.config import Precision, to_json
+from .settings.text import (
+    HELD_OUT_FROM,
+    ResolvedTextConfig,
+    TextTrainConfig,
+    language_output,
+    language_run,
+    resolve_language,
+)
+from .tasks.language import LanguageSettings, LanguageTask, tokens
+from .watch.find_lr import FoundRates, find, refuse_crew
 
 
 @dataclass(frozen=True)

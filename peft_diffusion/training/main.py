@@ -12,25 +12,22 @@ from rich.console import Console
 
 from .. import formats
 from ..bases import components
-from ..bases.vocabulary import teach
+from ..bases.words import teach
 from ..core.arena import Arena
 from ..core.errors import UserError
 from ..data.captions import with_trigger
 from ..data.folder import Picture
+from ..fast.unet import fused
 from ..methods.tokens import Tokens
-from .blocks import Block, blocks, check_methods
-from .config import RATES, ResolvedConfig, TrainConfig, resolve, run_path, to_json
-from .crew import Crew
-from .crew import crew as together
-from .diffusion import DiffusionSettings, DiffusionTask
-from .facts import about, commands, memory, thumbnails, warned
-from .find_lr import FoundRates, find, refuse_crew
-from .footing import Clock, Footing
-from .fused import fused
-from .preparation import Prepared, check_places, prepare
-from .previews import PROMPTS, Previews
+from .loop.trainer import Trainer
+from .machine.memory_plan import Clock, Footing
+from .machine.processes import Crew
+from .machine.processes import crew as together
+from .machine.sharding import sharing
 from .progress import PICTURES_APART, Reading, noted, say_to
-from .run import RunFolder
+from .record.facts import about, commands, memory, thumbnails, warned
+from .record.run_folder import RunFolder
+from .record.trackers import Tracker, check_tracker
 from .session import (
     NAME,
     Attached,
@@ -48,9 +45,12 @@ from .session import (
     told_rates,
     trainer_settings,
 )
-from .sharding import sharing
-from .trackers import Tracker, check_tracker
-from .trainer import Trainer
+from .settings.blocks import Block, blocks, check_methods
+from .settings.config import RATES, ResolvedConfig, TrainConfig, resolve, run_path, to_json
+from .tasks.diffusion import DiffusionSettings, DiffusionTask
+from .tasks.preparation import Prepared, check_places, prepare
+from .watch.find_lr import FoundRates, find, refuse_crew
+from .watch.previews import PROMPTS, Previews
 
 
 @dataclass(frozen=True)

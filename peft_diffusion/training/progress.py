@@ -8,7 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from .trainer import Observer, StepLoss
+from .loop.trainer import Observer, StepLoss
 
 PICTURES_APART = "loss on pictures kept apart {:.4f}"
 _SMOOTH = 0.9

@@ -15,21 +15,21 @@ from torch import nn
 
 from .. import formats
 from ..bases import components, fingerprint
-from ..bases.vocabulary import begun, teach
+from ..bases.words import begun, teach
 from ..core import site
 from ..core.adapter import Adapter, Method
 from ..core.arena import side_by_side
 from ..core.errors import UserError
 from ..methods.tokens import SoftPrompt, Tokens
-from .blocks import Block
-from .checkpoint import Origin, explained
-from .config import Precision, RunSettings, Settings, to_json
-from .crew import Crew
+from .loop.seeds import global_seed
+from .loop.trainer import Interrupted, Observer, Trainer, TrainerSettings
+from .machine.processes import Crew
 from .progress import Bar, say_to
-from .run import RunFolder
-from .seeds import global_seed
-from .signals import Suggestion, at_strength, best_step, measurements, suggest, verdict
-from .trainer import Interrupted, Observer, Trainer, TrainerSettings
+from .record.checkpoint import Origin, explained
+from .record.run_folder import RunFolder
+from .settings.blocks import Block
+from .settings.config import Precision, RunSettings, Settings, to_json
+from .watch.signals import Suggestion, at_strength, best_step, measurements, suggest, verdict
 
 NAME = "trained"  # of the adapter, while it is
 IMPATIENT = "warning: --patience ends nothing where nothing is kept apart to measure on; --held-out 0.1 keeps a tenth"

@@ -1,0 +1,330 @@
+"""A frozen UNet made ready for training on a GPU, and afterwards as it was.
+
+Its modules change their class, as sites do, for one that computes the same by the functions of ``frozen_ops.py``: norms,
+activations, biases and sums are one pass over memory each, and nothing is kept for backward that is not needed there.
+Weights lie in channels-last order, in which pictures are rows for attention without a copy. A module that carries an
+adapter, or is not of the usual kind, is called as before.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..core.site import base_class, is_plain_linear, rebase
+from ..methods.lora import as_one
+from . import frozen_ops
+from .low_rank import fusing
+
+_CUDNN_FIRST = (
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+
+
+@contextmanager
+def fused(component: nn.Module, *, cudnn_attention: bool = True) -> Iterator[None]:
+    """On CUDA, a component that trains faster inside; on any other device nothing changes, not a bit of what it computes.
+
+    ``cudnn_attention`` False leaves the choice of attention's kernels to torch, which prefers flash attention.
+    """
+    parameter = next(component.parameters())
+    if not parameter.is_cuda:
+        yield
+        return
+    frozen_ops.kernels_on(parameter.device)  # now, as their first run cannot be recorded
+    chosen = torch.backends.cudnn.benchmark
+    # Which is fastest is found with a clock, so not where every run shall round alike.
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+    try:
+        cudnn = cudnn_attention and _cudnn_attends(component, parameter)
+        with channels_last(component), side_by_side(component), swapped(component, _CUDNN_FIRST if cudnn else ()), fusing():
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = chosen
+
+
+@contextmanager
+def channels_last(component: nn.Module) -> Iterator[None]:
+    """The weights of a component's convolutions in channels-last order inside; adapters keep theirs."""
+    turned = []
+    for module in component.modules():
+        if isinstance(module, nn.Conv2d) and not module.weight.is_contiguous(memory_format=torch.channels_last):
+            turned.append(module.weight)
+    try:
+        for weight in turned:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for weight in turned:
+            weight.data = weight.data.contiguous()
+
+
+@contextmanager
+def side_by_side(component: nn.Module) -> Iterator[None]:
+    """The weights of queries, keys and values that read the same input one after the other in memory inside."""
+    moved: list[Tensor] = []
+    try:
+        for attention in [module for module in component.modules() if isinstance(module, Attention)]:
+            layers = [attention.to_q, attention.to_k, attention.to_v]
+            weights = [layer.weight for layer in layers if is_plain_linear(layer) and _frozen(layer)]
+            alike = [weight for weight in weights if weight.shape == weights[-1].shape]
+            if len(weights) == len(layers) and len(alike) > 1:
+                together = torch.cat([weight.data for weight in alike])
+                for weight, own in zip(alike, together.chunk(len(alike)), strict=True):
+                    weight.data = own
+                moved += alike
+        yield
+    finally:
+        for weight in moved:
+            weight.data = weight.data.clone()
+
+
+@contextmanager
+def swapped(component: nn.Module, backends: Sequence[SDPBackend] = ()) -> Iterator[None]:
+    """The modules of a component in their fused classes, with adapters or without; on any device.
+
+    ``backends`` of attention are taken in this order; without any, torch chooses.
+    """
+    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    processors: list[tuple[Any, Any]] = []
+    for module in list(component.modules()):
+        own = base_class(module)
+        fast = _FUSED.get(own)
+        if fast is not None and _suits(module):
+            rebase(module, fast)
+            changed.append((module, own))
+        if isinstance(module, Attention) and _attends_plainly(module):
+            processors.append((module, module.processor))
+            module.processor = FusedAttention(backends)
+    try:
+        yield
+    finally:
+        for attention, processor in processors:
+            attention.processor = processor
+        for module, own in changed:
+            rebase(module, own)
+
+
+def _suits(module: Any) -> bool:
+    """Whether a module is of the usual kind: of the many that a class may be, one is fused."""
+    if isinstance(module, ResnetBlock2D):
+        whole = module.upsample is None and module.downsample is None and not module.dropout.p and not module.skip_time_act
+        plain = module.time_embedding_norm == "default" and module.output_scale_factor == 1
+        return bool(whole and plain and isinstance(module.nonlinearity, nn.SiLU))
+    if isinstance(module, BasicTransformerBlock):
+        own = getattr(module, "fuser", None) is None and module.pos_embed is None and module._chunk_size is None
+        return bool(own and module.norm_type == "layer_norm" and module.attn2 is not None)
+    if isinstance(module, Transformer2DModel):
+        return bool(module.is_input_continuous)
+    if isinstance(module, nn.Conv2d):
+        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return not isinstance(module, nn.GroupNorm) or module.affine
+
+
+def _attends_plainly(attention: Any) -> bool:
+    """Whether an attention has no norms, factors or masks of its own."""
+    parts = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
+    plain = not any(getattr(attention, part, None) for part in parts) and not attention.residual_connection
+    return bool(plain and attention.rescale_output_factor == 1 and type(attention.processor) is AttnProcessor2_0)
+
+
+def _frozen(module: nn.Module) -> bool:
+    return not any(own.requires_grad for own in module.parameters(recurse=False))
+
+
+def _lean(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module is of this very class, so carries no adapter, and is frozen."""
+    return type(module) is cls and _frozen(module) and not torch.compiler.is_compiling()
+
+
+class FrozenConv(nn.Conv2d):
+    """A convolution that keeps no input, as its weight has no gradient that would need it; one of 1x1 is a product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As before."""
+        if not _frozen(self) or torch.compiler.is_compiling():
+            return super().forward(input)
+        plain = self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
+        if self.kernel_size == (1, 1) and plain and input.is_contiguous(memory_format=torch.channels_last):
+            return frozen_ops.pointwise(input, self)
+        return frozen_ops.conv2d(input, self)
+
+
+class FusedNorm(nn.GroupNorm):
+    """A group norm that is one with a SiLU after it, if there is one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As before."""
+        return self.normed(input, silu=False)
+
+    def normed(self, x: Tensor, *, silu: bool) -> Tensor:
+        """The norm, or SiLU of it."""
+        if x.ndim != 4 or not _frozen(self) or torch.compiler.is_compiling():
+            y = super().forward(x)
+            return F.silu(y) if silu else y
+        return frozen_ops.group_norm(x, self, silu=silu)[0]
+
+
+class FusedGeglu(GEGLU):  # type: ignore[misc]
+    """A gated unit that keeps the projection alone."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """As before."""
+        return frozen_ops.gated(self.proj(hidden_states))
+
+
+class FusedResnet(ResnetBlock2D):  # type: ignore[misc]
+    """A block that keeps two maps: norms take in the bias and timestep before them and the SiLU after them."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
+        """As before, where the block neither samples up nor down."""
+        if not (_lean(self.norm1, FusedNorm) and _lean(self.norm2, FusedNorm)):
+            result: Tensor = super().forward(input_tensor, temb)
+            return result
+        hidden, passed = frozen_ops.group_norm(input_tensor, self.norm1, silu=True)
+        shift = None
+        if _lean(self.conv1, FrozenConv):
+            hidden, shift = frozen_ops.conv2d(hidden, self.conv1, biased=False), self.conv1.bias
+            shift = None if shift is None else shift.expand(len(hidden), -1)
+        else:
+            hidden = self.conv1(hidden)
+        if temb is not None:
+            told = temb if self.time_emb_proj is None else self.time_emb_proj(F.silu(temb))
+            shift = told if shift is None else told + shift
+        hidden, _ = frozen_ops.group_norm(hidden, self.norm2, shift, silu=True)
+        if self.conv_shortcut is not None:
+            passed = self.conv_shortcut(passed)
+        if _lean(self.conv2, FrozenConv):
+            return frozen_ops.sum_with_bias(passed, frozen_ops.conv2d(hidden, self.conv2, biased=False), self.conv2.bias)
+        total: Tensor = passed + self.conv2(hidden)
+        return total
+
+
+class FusedBlock(BasicTransformerBlock):  # type: ignore[misc]
+    """Attention to itself, to the text, and feed-forward; each norm is one with the sum before it."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """As before."""
+        norms = self.norm1, self.norm2, self.norm3
+        if cross_attention_kwargs or not all(_lean(norm, nn.LayerNorm) and norm.bias is not None for norm in norms):
+            result: Tensor = super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+                cross_attention_kwargs, class_labels, added_cond_kwargs,
+            )  # fmt: skip
+            return result
+        told = encoder_hidden_states
+        normed, total = frozen_ops.layer_norm(hidden_states, self.norm1)
+        found = self.attn1(normed, told if self.only_cross_attention else None, attention_mask=attention_mask)
+        normed, total = frozen_ops.layer_norm(found, self.norm2, total)
+        found = self.attn2(normed, told, attention_mask=encoder_attention_mask)
+        normed, total = frozen_ops.layer_norm(found, self.norm3, total)
+        fed: Tensor = self.ff(normed)
+        return fed + total
+
+
+class FusedTransformer(Transformer2DModel):  # type: ignore[misc]
+    """Takes rows back to maps without a copy."""
+
+    def _get_output_for_continuous_inputs(
+        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
+    ) -> Tensor:
+        if self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        hidden_states = hidden_states.reshape(batch_size, height, width, -1).permute(0, 3, 1, 2)
+        if not self.use_linear_projection:
+            hidden_states = self.proj_out(hidden_states)
+        return hidden_states + residual
+
+
+class FusedAttention:
+    """Attention without what a UNet's does not have: each part of it would be a pass over memory."""
+
+    def __init__(self, backends: Sequence[SDPBackend] = ()) -> None:
+        self.backends = list(backends)
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """(images, positions, channels), attending to ``encoder_hidden_states`` or to themselves."""
+        if attention_mask is not None or hidden_states.ndim != 3:
+            result: Tensor = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return result
+        told = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is None:
+            query, key, value = _projected((attn.to_q, attn.to_k, attn.to_v), hidden_states)
+        else:
+            query, (key, value) = attn.to_q(hidden_states), _projected((attn.to_k, attn.to_v), told)
+
+        def heads(x: Tensor) -> Tensor:
+            return x.view(len(x), -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2)
+
+        with sdpa_kernel(self.backends, set_priority=True) if self.backends else nullcontext():
+            found = F.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+        found = found.transpose(1, 2).reshape(*query.shape[:2], -1)
+        for part in attn.to_out:
+            found = part(found)
+        return found
+
+
+def _projected(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """What each of several layers gives for the same input: from one product, where they can be one."""
+    together = as_one(layers, x)
+    if together is None:
+        return [layer(x) for layer in layers]
+    return together(x).chunk(len(layers), -1)
+
+
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: FrozenConv,
+    nn.GroupNorm: FusedNorm,
+    GEGLU: FusedGeglu,
+    ResnetBlock2D: FusedResnet,
+    BasicTransformerBlock: FusedBlock,
+    Transformer2DModel: FusedTransformer,
+}
+
+
+def _cudnn_attends(component: nn.Module, like: Tensor) -> bool:
+    """Whether cuDNN computes attention forward and backward at each of the component's widths that it says it serves."""
+    attentions = [module for module in component.modules() if isinstance(module, Attention)]
+    served = False
+    for size in sorted({one.to_q.out_features // one.heads for one in attentions if isinstance(one.to_q, nn.Linear)}):
+        rows = [torch.zeros(1, length, 2, size, dtype=like.dtype, device=like.device) for length in (64, 77)]
+        query, key = (one.transpose(1, 2).requires_grad_(True) for one in rows)
+        call = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, False, False)
+        if not torch.backends.cuda.can_use_cudnn_attention(call):
+            continue
+        try:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch.enable_grad():
+                torch.autograd.grad(F.scaled_dot_product_attention(query, key, key).sum(), (query, key))
+        except RuntimeError:  # no plan of this version fits
+            return False
+        served = True
+    return served

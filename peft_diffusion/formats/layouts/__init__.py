@@ -1,0 +1,1 @@
+"""One file for each layout of tensor names that adapter files use."""

@@ -1,0 +1,88 @@
+"""``text generate``: texts from a causal language model, with any number of adapters."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..bases import LanguageModel, load_lm
+from ..core.errors import UserError
+from .adapters import Adapters
+from .text_settings import TextGenerateConfig
+
+logger = logging.getLogger(__name__)
+
+_GREEDY = 1e-6  # logits over a smaller temperature would be infinite
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text that was written: what it goes on from, with which seed, and how it goes on."""
+
+    prompt: str
+    seed: int
+    continuation: str
+
+
+def generate_text(config: TextGenerateConfig) -> Iterator[Written]:
+    """Write every prompt with every seed, one after the other; the same seed gives the same text.
+
+    Raises UserError, before anything is written, for adapters and prompts that cannot be used.
+    """
+    choices = config.choices()
+    base = load_lm(config.base, device=config.device, dtype=config.precision, quantize=config.quantize)
+    adapters = Adapters(base)
+    for choice in choices:
+        loaded = adapters[adapters.load(choice.path, strength=choice.strength)]
+        for warning in loaded.warnings:
+            logger.warning(warning)
+    prompts = [(prompt, _encoded(base, prompt, config.max_tokens)) for prompt in config.prompts]
+    for prompt, ids in prompts:
+        for seed in range(config.seed, config.seed + config.count):
+            new = list(continued(base, ids, config, seed))
+            yield Written(prompt, seed, str(base.tokenizer.decode(new, skip_special_tokens=True)))
+
+
+@torch.no_grad()
+def continued(base: LanguageModel, ids: list[int], config: TextGenerateConfig, seed: int) -> Iterator[int]:
+    """The tokens after ``ids``, until the model ends the text or there are ``max_tokens``."""
+    chance = torch.Generator().manual_seed(seed)  # on the CPU, whatever the device: the same numbers everywhere
+    rows, cache = torch.tensor([ids], device=base.device), None
+    for _ in range(config.max_tokens):
+        answer = base.lm(input_ids=rows, past_key_values=cache, use_cache=True)
+        token = choose(answer.logits[0, -1].float().cpu(), config.temperature, config.top_p, chance)
+        if token == base.tokenizer.eos_token_id:
+            return
+        yield token
+        rows, cache = torch.tensor([[token]], device=base.device), answer.past_key_values
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, chance: torch.Generator) -> int:
+    """A token by its logits (vocabulary,): the likeliest at temperature 0, else by nucleus sampling (Holtzman 2020).
+
+    A temperature of nearly 0 counts as 0. Raises UserError where the logits are no numbers.
+    """
+    if not bool(logits.max().isfinite()):  # NaN is the largest
+        raise UserError("the model's answer is not finite; lower the strengths, or take --precision float32")
+    if temperature < _GREEDY:
+        return int(logits.argmax())
+    probabilities, tokens = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+    before = probabilities.cumsum(-1) - probabilities
+    kept = torch.where(before < top_p, probabilities, 0.0)
+    kept[0] = probabilities[0]  # whatever is left of a tiny top_p in float32
+    return int(tokens[torch.multinomial(kept, 1, generator=chance)])
+
+
+def _encoded(base: LanguageModel, prompt: str, more: int) -> list[int]:
+    """The tokens of a prompt. Raises UserError where there are none, or too many for the base's context."""
+    ids = [*base.start(), *base.encode(prompt)]
+    if not ids:
+        raise UserError("the prompt is empty, and this base cannot begin a text by itself")
+    if len(ids) + more > base.context:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens and --max-tokens asks for {more}, but the base takes {base.context} in all;"
+            " shorten one of them"
+        )
+    return ids

@@ -1,0 +1,216 @@
+"""The optimizers of a run, by name: each over the flat groups of an arena, and what of it a checkpoint keeps."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ...core.arena import Arena
+from ...core.errors import UserError
+from ..settings.config import OptimizerName
+
+Decays: TypeAlias = Mapping[str, float]
+"""The weight decay of each group."""
+
+
+class FlatOptimizer:
+    """An optimizer of torch's kind, ``optimizer``, with one parameter for each group of an arena.
+
+    ``records`` says whether its steps can be recorded as CUDA graphs: they read their rates where those lie, and ask the
+    device nothing. ``kept`` are the tensors of its state, by name.
+    """
+
+    def __init__(self, arena: Arena, optimizer: Any, kept: Mapping[str, Tensor], records: bool = False) -> None:
+        self.arena = arena
+        self.optimizer = optimizer
+        self.kept = dict(kept)
+        self.records = records
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it goes on from besides the weights, by name; views, not copies."""
+        return dict(self.kept)
+
+    def go_on_from(self, step: int) -> None:
+        """Count steps from there, after the tensors were filled."""
+        for state in self.optimizer.state.values():
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(float(step))
+            else:
+                state["step"] = step
+
+    def final(self, parameters: Tensor, kept: Mapping[str, Tensor]) -> Tensor | None:
+        """The weights that it gives in a state, where they are others than ``parameters``, at which gradients are taken."""
+        return None
+
+    def counters(self) -> list[Tensor]:
+        """The counts of steps, where a device holds them."""
+        return [state["step"] for state in self.optimizer.state.values() if isinstance(state["step"], Tensor)]
+
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """The learning rate of each group from now on."""
+        for name, group in zip(self.arena.groups, self.optimizer.param_groups, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rates[name])
+            else:
+                group["lr"] = rates[name]
+
+
+class CountingOptimizer(FlatOptimizer):
+    """An optimizer of another library that counts in its groups: ``numbers`` are the names of what it counts there."""
+
+    def __init__(self, arena: Arena, optimizer: Any, kept: Mapping[str, Tensor], numbers: Sequence[str]) -> None:
+        super().__init__(arena, optimizer, kept)
+        self.numbers = {
+            (place, key): torch.zeros((), dtype=torch.float64)
+            for place in range(len(optimizer.param_groups))
+            for key in numbers
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of its state, and what it counts."""
+        for (place, key), tensor in self.numbers.items():
+            tensor.fill_(self.optimizer.param_groups[place][key])
+        names = list(self.arena.groups)
+        return super().tensors() | {f"{names[place]}.{key}": tensor for (place, key), tensor in self.numbers.items()}
+
+    def go_on_from(self, step: int) -> None:
+        """Take over what it counts, after the tensors were filled."""
+        for (place, key), tensor in self.numbers.items():
+            group = self.optimizer.param_groups[place]
+            group[key] = type(group[key])(tensor.item())
+
+    def counters(self) -> list[Tensor]:
+        """None: its steps are not recorded."""
+        return []
+
+
+class ScheduleFree(CountingOptimizer):
+    """Gradients are taken between where it is (``z``) and the average of where it was, which is what it gives."""
+
+    def final(self, parameters: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+        """The average, from what the weights are and ``z``."""
+        beta = self.optimizer.param_groups[0]["betas"][0]
+        return parameters.lerp(kept["z"], 1 - 1 / beta)
+
+
+class Each:
+    """Several optimizers as one, for those that want the same of all that they change."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+        self.param_groups = [group for part in parts for group in part.param_groups]
+        self.state = {parameter: part.state[parameter] for part in parts for parameter in part.param_groups[0]["params"]}
+
+    def step(self) -> None:
+        """A step of each."""
+        for part in self.parts:
+            part.step()
+
+
+def adamw(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
+    """AdamW (Loshchilov and Hutter 2019), its moments in two flat tensors, so that a checkpoint is a copy of each."""
+    device = arena.flat.device
+    groups = _groups(arena, rates, decays)
+    if records:
+        for group in groups:
+            group["lr"] = torch.tensor(group["lr"], device=device)
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(groups, fused=fused, capturable=records)
+    first, second = torch.zeros_like(arena.flat), torch.zeros_like(arena.flat)
+    start = 0
+    for parameter in arena.groups.values():
+        part = slice(start, start := start + parameter.numel())
+        on = device if fused else torch.device("cpu")
+        steps = torch.zeros((), dtype=torch.float32, device=on)
+        optimizer.state[parameter] = {"step": steps, "exp_avg": first[part], "exp_avg_sq": second[part]}
+    return FlatOptimizer(arena, optimizer, {"first_moment": first, "second_moment": second}, records)
+
+
+def adamw8bit(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
+    """AdamW with moments of 8 bits in blocks of 256 (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861).
+
+    Groups of fewer than 4096 numbers have them in 32 bits. Raises UserError where bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError(
+            "--optimizer adamw8bit needs the package bitsandbytes, which is not installed; install it with"
+            " pip install 'peft_diffusion[quantize]', or take adamw, which needs nothing"
+        ) from None
+    optimizer = AdamW8bit(_groups(arena, rates, decays))
+    kept: dict[str, Tensor] = {}
+    for number, (name, parameter) in enumerate(arena.groups.items()):
+        # Its own first step would do this; here, so that there is a state to fill before it.
+        optimizer.init_state(optimizer.param_groups[number], parameter, number, 0)
+        kept |= _named(name, optimizer.state[parameter], ("state1", "state2", "absmax1", "absmax2"))
+    return FlatOptimizer(arena, optimizer, kept)
+
+
+def prodigy(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
+    """Prodigy (Mishchenko and Defazio 2023, https://arxiv.org/abs/2306.06101), for each group by itself.
+
+    Rates are factors of the one that it finds. Raises UserError where prodigyopt is not installed.
+    """
+    try:
+        from prodigyopt import Prodigy
+    except ImportError:
+        raise _missing("prodigy", "prodigyopt") from None
+    parts: list[torch.optim.Optimizer] = []
+    kept: dict[str, Tensor] = {}
+    for (name, parameter), group in zip(arena.groups.items(), _groups(arena, rates, decays), strict=True):
+        part = Prodigy([parameter], lr=group["lr"], use_bias_correction=True, safeguard_warmup=True)
+        part.param_groups[0]["weight_decay"] = group["weight_decay"]  # given at first, it would print a line
+        zeros = {key: torch.zeros_like(parameter.data) for key in ("exp_avg", "exp_avg_sq", "s")}
+        part.state[parameter] = {"step": 0, "p0": parameter.detach().clone(), **zeros}
+        kept |= _named(name, part.state[parameter], ("p0", *zeros))
+        parts.append(part)
+    return CountingOptimizer(arena, Each(parts), kept, ("k", "d", "d_max", "d_numerator"))
+
+
+def schedule_free(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
+    """Schedule-free AdamW (Defazio et al. 2024, https://arxiv.org/abs/2405.15682).
+
+    Raises UserError where schedulefree is not installed.
+    """
+    try:
+        from schedulefree import AdamWScheduleFree
+    except ImportError:
+        raise _missing("schedule-free", "schedulefree") from None
+    optimizer = AdamWScheduleFree(_groups(arena, rates, decays))
+    optimizer.train()
+    kept = {"z": arena.flat.detach().clone(), "second_moment": torch.zeros_like(arena.flat)}
+    start = 0
+    for parameter in arena.groups.values():
+        part = slice(start, start := start + parameter.numel())
+        optimizer.state[parameter] = {"z": kept["z"][part], "exp_avg_sq": kept["second_moment"][part]}
+    return ScheduleFree(arena, optimizer, kept, ("k", "weight_sum", "lr_max"))
+
+
+def _missing(name: str, package: str) -> UserError:
+    return UserError(
+        f"--optimizer {name} needs the package {package}, which is not installed; install it with"
+        " pip install 'peft_diffusion[optimizers]', or take adamw, which needs nothing"
+    )
+
+
+Build: TypeAlias = Callable[[Arena, Mapping[str, float], Decays, bool], FlatOptimizer]
+OPTIMIZERS: dict[OptimizerName, Build] = {
+    "adamw": adamw,
+    "adamw8bit": adamw8bit,
+    "prodigy": prodigy,
+    "schedule-free": schedule_free,
+}
+"""A line for each; the names are those of ``config.OptimizerName``, which the flag is made of."""
+
+
+def _groups(arena: Arena, rates: Mapping[str, float], decays: Decays) -> list[dict[str, Any]]:
+    return [
+        {"params": [parameter], "lr": rates[name], "weight_decay": decays[name]} for name, parameter in arena.groups.items()
+    ]
+
+
+def _named(group: str, state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
+    """Those tensors of a state that are there."""
+    return {f"{group}.{name}": state[name] for name in names if name in state}

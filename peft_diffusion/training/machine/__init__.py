@@ -1,0 +1,1 @@
+"""The machine that a run takes place on: processes, memory and sharding."""

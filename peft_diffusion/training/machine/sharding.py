@@ -1,0 +1,67 @@
+"""A frozen base sharded over the processes that train together, for one that a single card does not hold.
+
+Each process keeps its part of every weight, and has a block's weights whole only while it computes with them (FSDP, Zhao et
+al. 2023, https://arxiv.org/abs/2304.11277, as torch's ``fully_shard`` has it). Adapters are attached afterwards, so they are
+none of its business: they stay whole, and their gradients are averaged as ever.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...bases import components
+from ...core.errors import UserError
+from ...core.sharded import here
+from ..settings.config import TrainConfig
+from .low_memory import blocks_of
+from .preflight import mib
+from .processes import Crew
+
+
+def sharing(crew: Crew, config: TrainConfig, pipe: Any | None) -> Crew:
+    """The crew as the configuration has it: sharing a base or not. Raises UserError where it cannot."""
+    if not config.shard_base:
+        return crew
+    if pipe is not None:
+        raise UserError(
+            "--shard-base cannot take a pipeline that is loaded already, which would not be left as it was; name the base"
+            " in its place"
+        )
+    if crew.size == 1:
+        raise UserError(
+            "--shard-base shards the base over several processes, and there is one; start them with torchrun"
+            " --nproc-per-node N or accelerate launch --multi_gpu --num_processes N, or leave it away"
+        )
+    return replace(crew, shares_base=True)
+
+
+def shard(pipe: Any, trained: Sequence[str], device: torch.device) -> str:
+    """Shard the UNet and the components that are trained, and move the rest of a pipeline to the device, in place.
+
+    One block after the other goes there, so that the device never has to hold all. Says in words what came of it.
+    """
+    # Not above: they take long to import, and few shard.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    parts = {name: part for name, part in components(pipe).items() if name == "unet" or name in trained}
+    size = sum(weight.nbytes for part in parts.values() for weight in part.parameters())
+    for part in parts.values():
+        for module in (*reversed(blocks_of(part)), part):
+            fully_shard(module, mesh=mesh)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and part not in parts.values():
+            part.to(device)
+    own = mib(sum(held(part) for part in parts.values()))
+    told = f"{', '.join(parts)} sharded over {mesh.size()} processes: each holds {own} of {mib(size)}"
+    eager = "; steps run one operation after the other, as no CUDA graph holds weights that come and go"
+    return told + (eager if device.type == "cuda" else "")
+
+
+def held(part: nn.Module) -> int:
+    """Bytes of a component's weights that this process holds itself, while nothing is computed."""
+    return sum(here(weight.detach()).untyped_storage().nbytes() for weight in part.parameters())

@@ -1,0 +1,62 @@
+"""Checkpoints: everything that a run goes on from, in one safetensors file, written aside and renamed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..loop.trainer import Divergence, TrainerState
+from .atomic import explained as explained
+from .atomic import write_bytes as write_bytes
+
+_KEY = "peft_diffusion_checkpoint_2"  # the number is of the order in which parameters lie in the flat tensors
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run depends on besides its code: settings, the pictures' digest and the base's."""
+
+    config: Mapping[str, Any]
+    data: str
+    base: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state with its origin, the loss on held-out pictures there, and the seconds trained so far."""
+
+    state: TrainerState
+    origin: Origin
+    held_out: float | None
+    seconds: float
+
+
+def write(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; a file of this name is replaced at the end, or left as it was."""
+    state = checkpoint.state
+    told = {
+        "step": state.step,
+        "divergence": asdict(state.divergence),
+        "origin": asdict(checkpoint.origin),
+        "held_out": checkpoint.held_out,
+        "seconds": checkpoint.seconds,
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+    write_bytes(path, save(tensors, {_KEY: json.dumps(told)}))
+
+
+def read(path: Path) -> Checkpoint | None:
+    """A checkpoint; None where the file is none, or is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            told = json.loads((file.metadata() or {})[_KEY])
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        state = TrainerState(told["step"], tensors, Divergence(**told["divergence"]))
+        return Checkpoint(state, Origin(**told["origin"]), told["held_out"], told["seconds"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,74 @@
+"""What a run's report tells that its settings and measurements do not."""
+
+import io
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...data.folder import Picture, open_picture
+from ...data.images import MAX_PIXELS
+from .atomic import explained, write_bytes
+from .run_record import shown
+
+_SIDE = 128  # pixels of a thumbnail
+
+
+def about(what: str, parameters: int, base: str, fingerprint: str) -> dict[str, Any]:
+    """The adapter and its base."""
+    return {"what": what, "parameters": parameters, "base": base, "fingerprint": fingerprint}
+
+
+def warned(said: Sequence[str]) -> list[str]:
+    """The warnings among what was said, each with the lines that belong to it."""
+    found: list[str] = []
+    within = False
+    for line in said:
+        if line.startswith("warning: "):
+            found.append(line.removeprefix("warning: "))
+        elif within and line.startswith("  "):
+            found[-1] += f" {line.strip()};"
+        within = line.startswith("warning: ") or (within and line.startswith("  "))
+    return found
+
+
+def commands(command: str, run: Path, generate: str) -> dict[str, str]:
+    """What to type to use what was learned, and to go on."""
+    settings = shlex.quote(str(run / "config.toml"))
+    return {
+        "To use it": generate,
+        "To go on, where it was stopped or with a longer --steps": (
+            f"peft-diffusion {command} --config {settings} --resume"
+        ),
+        "To compare it with another run": f"peft-diffusion runs {shlex.quote(str(run))} OTHER --html both.html",
+    }
+
+
+def memory() -> dict[str, Any]:
+    """The most memory in use so far, in bytes, and whose; nothing where the system does not tell."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return {"memory": torch.cuda.max_memory_allocated(), "memory_of": "of the GPU"}
+    if sys.platform == "win32":
+        return {}
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory": peak * (1 if sys.platform == "darwin" else 1024), "memory_of": "of the process"}
+
+
+def thumbnails(folder: Path, pictures: Sequence[Picture], background: str) -> None:
+    """Small copies of the pictures that the report shows, by their place. Raises UserError for one that is gone."""
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for place in shown(len(pictures)):
+        path = folder / f"{place:06}.webp"
+        if path.exists():
+            continue
+        image = open_picture(pictures[place].path, background, MAX_PIXELS, pictures[place].digest)
+        image.thumbnail((_SIDE, _SIDE))
+        data = io.BytesIO()
+        image.save(data, "WEBP", quality=80)
+        write_bytes(path, data.getvalue())

@@ -1,0 +1,321 @@
+"""The run folder: settings, metrics, previews, plots, a report and checkpoints of one training."""
+
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ... import __version__
+from ...core.errors import UserError
+from ..loop.trainer import Observer, Signals, StepLoss, TrainerState
+from ..settings.config import RunSettings, changes, to_toml
+from ..watch.signals import best_step
+from . import checkpoint as checkpoints
+from . import report, run_record
+from .atomic import explained, write_bytes
+from .checkpoint import Checkpoint, Origin
+from .plots import draw, draw_signals
+
+_HEADER = "# peft-diffusion "  # how a ``config.toml`` of ours begins
+_CHECKPOINTS, _LOGS = "checkpoints", "logs"
+_NAME = re.compile(r"step_(\d+)\.safetensors")
+# What a run writes, by folder: nothing else is ever deleted.
+_OWN = {
+    _CHECKPOINTS: _NAME,
+    run_record.PREVIEWS: re.compile(r"(?:step_\d+|base)_\d+\.png|sheet\.png|prompts\.json"),
+    run_record.THUMBNAILS: re.compile(r"\d{6}\.webp"),
+    _LOGS: re.compile(r"events\.out\.tfevents\..+"),
+    "": re.compile(r"(?:config\.toml|(?:data|run)\.json|metrics\.jsonl|(?:loss|signals)\.png|report\.html)"),
+}
+EARLIER = re.compile(r"until_step_\d{6,}")
+"""The folders in ``previews/`` of pictures for other prompts, which the run had before it went on."""
+_ENTRIES = {
+    "digest": "another content", "caption": "another caption", "mask": "another mask", "drawn": "other repeats or weight",
+}  # fmt: skip
+_ASIDE = re.compile(r"\.(.+)\.\d+")  # what `write_bytes` names a file until it is whole
+
+
+class RunFolder(Observer):
+    """Writes down what happens in a run, and finds what an earlier one left.
+
+    ``config.toml`` (for ``--config``), ``data.json`` (what is learned from), ``run.json`` (how it stands and what is to be
+    known of it), ``metrics.jsonl``, ``loss.png``, ``signals.png``, ``report.html``, ``previews/``, ``thumbnails/`` and
+    ``checkpoints/``. Every method that writes raises UserError where the disk refuses.
+    """
+
+    def __init__(self, path: Path, command: str = "train", data: str = "pictures or captions") -> None:
+        self.path = path
+        self.command = command
+        self.data = data  # what ``data.json`` lists, in words
+        self.origin = Origin({}, "", "")
+        self.seconds = 0.0  # of earlier stretches of the run
+        self.started = time.monotonic()
+        self.held_out: dict[int, float] = {}
+        self.facts: dict[str, Any] = {}  # of ``run.json``; empty until the run begins
+        self.kept = 1  # newest checkpoints that stay, beside the best one by the loss on what is kept apart
+
+    @property
+    def previews(self) -> Path:
+        """Where previews go."""
+        return self.path / run_record.PREVIEWS
+
+    @property
+    def thumbnails(self) -> Path:
+        """Where small copies of the pictures go."""
+        return self.path / run_record.THUMBNAILS
+
+    @property
+    def logs(self) -> Path:
+        """Where trackers write."""
+        return self.path / _LOGS
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds trained, all stretches together."""
+        return self.seconds + time.monotonic() - self.started
+
+    def holds_a_run(self) -> bool:
+        """Whether a run was started here."""
+        return (self.path / run_record.CONFIG).exists()
+
+    def check(self) -> None:
+        """Raise UserError where files of somebody else lie in the way, or another process trains into this folder."""
+        other = run_record.Record(self.path).other_process
+        if other is not None:
+            raise UserError(
+                f"process {other} trains into {self.path} now; wait for it, stop it, or choose another --run-dir (if that"
+                f" process is something else, delete {self.path / run_record.FACTS})"
+            )
+        if self._is_ours():
+            return
+        foreign = [name for name in _OWN if name and _listed(self.path / name)]
+        foreign += [path.name for path in _listed(self.path) if _OWN[""].fullmatch(path.name)]
+        if foreign:
+            raise UserError(
+                f"{self.path} is no run folder and holds {foreign[0]}, where a run would write its own; choose another"
+                " --run-dir"
+            )
+
+    def start(self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin) -> None:
+        """Begin a run in a clean folder; what an earlier run wrote here goes."""
+        with explained(self.path):
+            self._clear()
+            for place in (self._checkpoints, self.previews, self.thumbnails):
+                place.mkdir(parents=True, exist_ok=True)
+        write_bytes(self._metrics, b"")
+        write_bytes(self.path / run_record.DATA, _json_lines(items))
+        self._begin(config, origin)
+
+    def resume(self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin) -> Checkpoint | None:
+        """The newest good checkpoint, with the metrics cut back to it; None where the run never came to one.
+
+        Raises UserError where settings, data or base are others than the run was started with, and where there are
+        checkpoints that cannot be read.
+        """
+        found = self.newest()
+        if found is None:
+            count = len(self._files())
+            if count:
+                are = "checkpoints are" if count > 1 else "checkpoint is"
+                raise UserError(
+                    f"{count} {are} in {self._checkpoints} and none can be read (damaged, or of another version);"
+                    " --overwrite starts anew"
+                )
+            self.start(config, items, origin)
+            return None
+        self._check(found.origin, config, items, origin)
+        if config.steps < found.state.step:
+            raise UserError(f"--steps {config.steps}: the run in {self.path} is at step {found.state.step} already")
+        self._cut(found.state.step)
+        self.seconds = found.seconds
+        self._begin(config, origin)
+        return found
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that can be read."""
+        read = (checkpoints.read(path) for _, path in sorted(self._files().items(), reverse=True))
+        return next((found for found in read if found is not None), None)
+
+    def on_losses(self, losses: Sequence[StepLoss]) -> None:
+        """Into ``metrics.jsonl``."""
+        seconds = round(self.elapsed, 3)
+        self._append({"step": one.step, "loss": one.loss, "lr": dict(one.rates), "seconds": seconds} for one in losses)
+
+    def on_held_out(self, step: int, loss: float) -> None:
+        """Into ``metrics.jsonl``."""
+        self.held_out[step] = loss
+        self._append([{"step": step, "held_out_loss": loss, "seconds": round(self.elapsed, 3)}])
+
+    def on_signals(self, step: int, signals: Signals) -> None:
+        """Into ``metrics.jsonl``."""
+        told = {"seen_loss": signals.seen, "leakage": signals.leakage, "changes": dict(signals.changes) if step else None}
+        known = {name: value for name, value in told.items() if value is not None}
+        if known:
+            self._append([{"step": step, **known, "seconds": round(self.elapsed, 3)}])
+
+    def on_previews(self, step: int, nearest: float) -> None:
+        """How near previews are to pictures that are trained on (see `Previews`), into ``metrics.jsonl``, once a step."""
+        if not any(line["step"] == step and "preview_nearest" in line for line in self.metrics()):
+            self._append([{"step": step, "preview_nearest": nearest, "seconds": round(self.elapsed, 3)}])
+
+    def on_checkpoint(self, state: TrainerState) -> None:
+        """Keep this state, a few before it and the best; draw the plots anew."""
+        held_out = self.held_out.get(state.step)
+        checkpoint = Checkpoint(state, self.origin, held_out, self.elapsed)
+        checkpoints.write(self._checkpoints / f"step_{state.step:06}.safetensors", checkpoint)
+        files = self._files()
+        keep = set(sorted(files)[-self.kept :])
+        best = best_step({step: loss for step, loss in self.held_out.items() if step in files})
+        if best is not None:
+            keep.add(best)
+        with explained(self.path):
+            for step in files.keys() - keep:
+                files[step].unlink()
+            draw(self.path / "loss.png", self.metrics())
+            draw_signals(self.path / "signals.png", self.metrics())
+        report.write(self.path)
+
+    def note(self, **facts: Any) -> None:
+        """Keep facts of the run in ``run.json``, each in place of one of its name: see `run_record.Record`."""
+        self.facts |= facts
+        write_bytes(self.path / run_record.FACTS, (json.dumps(self.facts, ensure_ascii=False, indent=1) + "\n").encode())
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """A run inside: however it ends, ``run.json`` and the report say so."""
+        try:
+            yield
+        except BaseException as error:
+            if self.facts:  # it had begun, here
+                stopped = isinstance(error, KeyboardInterrupt)
+                with suppress(UserError):  # that the disk is full is told already
+                    self.note(**({"state": "stopped"} if stopped else {"state": "failed", "error": str(error)}))
+                    report.write(self.path)
+            raise
+
+    def finish(self, **figures: Any) -> None:
+        """The end of a run that came to it, and what came of it."""
+        self.note(state="finished", figures=figures)
+        report.write(self.path)
+
+    def steps(self) -> list[int]:
+        """The steps whose checkpoints are kept, in order."""
+        return sorted(self._files())
+
+    def tensors(self, step: int) -> dict[str, Tensor]:
+        """The state of the trainer at a step whose checkpoint is kept."""
+        path = self._files().get(step)
+        found = checkpoints.read(path) if path else None
+        if found is None:
+            where = self._checkpoints
+            raise UserError(f"the checkpoint of step {step} in {where} is gone or damaged; --keep last does without it")
+        return found.state.tensors
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; a last one that was cut short by a crash is left out."""
+        return run_record.measurements(self._metrics)
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / run_record.METRICS
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / _CHECKPOINTS
+
+    def _files(self) -> dict[int, Path]:
+        """Checkpoints by step."""
+        matches = ((_NAME.fullmatch(path.name), path) for path in self._checkpoints.glob("*.safetensors"))
+        return {int(match[1]): path for match, path in matches if match}
+
+    def _begin(self, config: RunSettings, origin: Origin) -> None:
+        self.origin = origin
+        self.kept = config.keep_checkpoints
+        self.started = time.monotonic()
+        with explained(self.path):
+            for name, own in _OWN.items():
+                for left in _listed(self.path / name):
+                    whole = _ASIDE.fullmatch(left.name)
+                    if whole and own.fullmatch(whole[1]):
+                        left.unlink()  # by a run that was killed while it wrote
+        header = f"{_HEADER}{self.command} --config {self.path / run_record.CONFIG}\n"
+        write_bytes(self.path / run_record.CONFIG, (header + to_toml(config)).encode())
+        self.facts = {}
+        self.note(state="running", command=self.command, version=__version__, process=run_record.this_process())
+
+    def _is_ours(self) -> bool:
+        """Whether a run wrote here, as far as its files tell."""
+        config = self.path / run_record.CONFIG
+        try:
+            with config.open("rb") as file:
+                begins = file.read(len(_HEADER)) == _HEADER.encode()
+        except OSError:
+            begins = False
+        told = {"state", "command", "version"} <= run_record.Record(self.path).facts.keys()
+        return begins or told or (config.exists() and self._metrics.exists())
+
+    def _clear(self) -> None:
+        """Delete what runs wrote into the folders of this one, and those that are empty then."""
+        for name, own in _OWN.items():
+            place = self.path / name
+            earlier = [path for path in _listed(place) if path.is_dir() and EARLIER.fullmatch(path.name)]
+            for folder in [*earlier, place] if name else []:
+                for path in _listed(folder):
+                    if own.fullmatch(path.name) and not path.is_dir():
+                        path.unlink()
+                with suppress(OSError):  # something of somebody else is left in it
+                    folder.rmdir()
+
+    def _append(self, lines: Iterable[dict[str, Any]]) -> None:
+        with explained(self._metrics), self._metrics.open("ab") as file:
+            file.write(_json_lines(lines))
+
+    def _cut(self, step: int) -> None:
+        """Forget what came after a step: it is about to happen again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        write_bytes(self._metrics, _json_lines(kept))
+        self.held_out = {line["step"]: line["held_out_loss"] for line in kept if "held_out_loss" in line}
+        with explained(self.path):
+            for later, path in self._files().items():
+                if later > step:
+                    path.unlink()  # damaged, or it would have been the newest
+
+    def _check(self, before: Origin, config: RunSettings, items: Sequence[dict[str, str]], now: Origin) -> None:
+        """Raise UserError where the result would be that of no single run."""
+        anew = "; start a new run with another --run-dir, or with --overwrite"
+        changed = changes(before.config, config)
+        if changed:
+            raise UserError(f"the run in {self.path} had other settings: {'; '.join(changed)}{anew}")
+        if before.base != now.base:
+            raise UserError(f"the run in {self.path} had another base ({before.base}, this one is {now.base}){anew}")
+        if before.data != now.data:
+            raise UserError(f"the run in {self.path} had other {self.data}: {self._changed(items)}{anew}")
+
+    def _changed(self, items: Sequence[dict[str, str]]) -> str:
+        """Which items are not what ``data.json`` says."""
+        try:
+            old = [json.loads(line) for line in (self.path / run_record.DATA).read_text("utf-8").split("\n") if line]
+            before = {one["name"]: one for one in old}
+        except (OSError, ValueError, KeyError, TypeError):
+            return "which ones cannot be told, data.json is gone"
+        now = {one["name"]: one for one in items}
+        lines = [f"{name} is gone" for name in before if name not in now]
+        lines += [f"{name} is new" for name in now if name not in before]
+        both = [name for name in now if name in before]
+        for entry, words in _ENTRIES.items():
+            lines += [f"{name} has {words}" for name in both if now[name].get(entry) != before[name].get(entry)]
+        return ", ".join(lines[:3] or ["their order changed"]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder; nothing where there is none."""
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _json_lines(lines: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()

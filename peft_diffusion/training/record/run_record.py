@@ -1,0 +1,264 @@
+"""What a run folder tells, read back for the report and for ``runs``. Imports no torch."""
+
+import json
+import os
+import socket
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+from ...core.errors import UserError
+
+State: TypeAlias = Literal["running", "finished", "stopped", "failed"]
+
+FACTS = "run.json"
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+DATA = "data.json"
+THUMBNAILS = "thumbnails"
+PREVIEWS = "previews"
+
+_SHOWN = 48  # items of a report
+_KINDS: dict[str, type] = {
+    "process": dict, "figures": dict, "about": dict, "defaults": dict, "commands": dict, "warnings": list, "said": list,
+    "prompts": list,
+}  # fmt: skip
+
+Curve: TypeAlias = list[tuple[int, float]]
+"""Values by step, in order."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run folder, read once. Whatever is missing or was cut short by a crash is left out."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name, which is its folder's."""
+        return self.path.resolve().name
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """``run.json``: what was found and what came of it; empty for a run of an older version.
+
+        What is not of the kind that it should be is left out.
+        """
+        try:
+            found = json.loads((self.path / FACTS).read_text("utf-8", errors="replace"))
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(found, dict):
+            return {}
+        return {name: value for name, value in found.items() if isinstance(value, _KINDS.get(name, object))}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The settings. Raises UserError where the file is no TOML."""
+        try:
+            return tomllib.loads((self.path / CONFIG).read_text("utf-8-sig"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / CONFIG} cannot be read ({error}); is this a run folder?") from None
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl`` that tell of a step."""
+        return measurements(self.path / METRICS)
+
+    @cached_property
+    def data(self) -> list[dict[str, Any]]:
+        """What was learned from: a name for each item, and for pictures the caption."""
+        return list(json_lines(self.path / DATA))
+
+    @property
+    def state(self) -> State:
+        """How the run stands. One that says it is running, but whose process is gone, was stopped."""
+        state: State = next((state for state in get_args(State) if state == self.facts.get("state")), "stopped")
+        process = self.facts.get("process", {})
+        if state == "running" and process.get("host") == socket.gethostname() and not _alive(process):
+            return "stopped"
+        return state
+
+    @property
+    def other_process(self) -> int | None:
+        """The id of another process on this machine that trains into this folder now; None where none is known to."""
+        process = self.facts.get("process", {})
+        pid = process.get("pid")
+        here = process.get("host") == socket.gethostname() and os.name != "nt"  # where nothing tells whether it lives
+        running = here and isinstance(pid, int) and pid != os.getpid() and self.state == "running"
+        return pid if running else None
+
+    @property
+    def command(self) -> str:
+        """The command that made it."""
+        return str(self.facts.get("command") or ("text train" if "texts" in self.config else "train"))
+
+    @property
+    def step(self) -> int:
+        """The steps done, as far as the losses tell."""
+        return max((line["step"] for line in self.metrics), default=0)
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds trained."""
+        return max((line["seconds"] for line in self.metrics if _is_number(line.get("seconds"))), default=None)
+
+    def curve(self, name: str) -> Curve:
+        """An entry of the metrics by step."""
+        return sorted((line["step"], float(line[name])) for line in self.metrics if _is_number(line.get(name)))
+
+    @property
+    def unseen(self) -> Curve:
+        """The loss on what is kept apart."""
+        return self.curve("held_out_loss")
+
+    @property
+    def before(self) -> float | None:
+        """That loss before the first step."""
+        return dict(self.unseen).get(0)
+
+    @property
+    def after(self) -> float | None:
+        """That loss of the weights that were written, or of the last measurement so far."""
+        unseen, kept = dict(self.unseen), self.figures.get("kept_step")
+        return unseen.get(kept if isinstance(kept, int) else -1) or unseen.get(max(unseen, default=-1))
+
+    @property
+    def memorised(self) -> Curve:
+        """How much further the loss fell on what is trained on than on what is not, as a share of the latter (0 is none)."""
+        seen, unseen = dict(self.curve("seen_loss")), dict(self.unseen)
+        if not seen.get(0) or not unseen.get(0):
+            return []
+        both = (step for step in seen if unseen.get(step))
+        return [(step, memorisation((seen[0], unseen[0]), (seen[step], unseen[step]))) for step in both]
+
+    @property
+    def nearest(self) -> Curve:
+        """How near the previews are to training pictures, over how near those are to one another."""
+        return self.curve("preview_nearest")
+
+    @property
+    def changes(self) -> dict[str, float]:
+        """How far each layer moved at the last measurement, largest first."""
+        found: dict[str, float] = next((line["changes"] for line in reversed(self.metrics) if line.get("changes")), {})
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    @property
+    def figures(self) -> Mapping[str, Any]:
+        """What came of it: see `RunFolder.note`."""
+        found: Mapping[str, Any] = self.facts.get("figures", {})
+        return found
+
+    @property
+    def method(self) -> str:
+        """The method, or those of its blocks."""
+        texts = self.config.get("block", ())
+        given = [text.split() for text in texts if isinstance(text, str)] if isinstance(texts, (list, tuple)) else []
+        blocks = [words[2] for words in given if len(words) > 2]
+        return " + ".join(dict.fromkeys(blocks)) or str(self.config.get("method", "?"))
+
+    def changed(self) -> dict[str, tuple[Any, Any]]:
+        """The settings that are not the preset's, each with what the preset says."""
+        defaults = self.facts.get("defaults", {})
+        return {name: (self.config.get(name), value) for name, value in defaults.items() if self.config.get(name) != value}
+
+
+def memorisation(first: tuple[float, float], now: tuple[float, float]) -> float:
+    """How much further the loss fell on what is trained on than on what is not, as a share of the latter.
+
+    Each pair is the loss on what was seen and on what was not, all above 0. 0 where both fell alike, near 1 where only what
+    was seen is known.
+    """
+    return 1 - (now[0] / first[0]) / (now[1] / first[1])
+
+
+def find(folder: Path) -> list[Record]:
+    """The runs in a folder and below it, by path; the folder itself, if it is one. Raises UserError where there is none."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; name one that holds run folders, which train makes in runs/")
+    if (folder / CONFIG).exists():
+        return [Record(folder)]
+    found = [Record(path.parent) for path in sorted(folder.rglob(CONFIG)) if (path.parent / METRICS).exists()]
+    if not found:
+        raise UserError(f"there is no run in {folder}; train makes them in runs/, or where --run-dir says")
+    return found
+
+
+def only(folder: Path) -> Record:
+    """The run of this folder. Raises UserError where it is none."""
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder} is no run folder: it has no {CONFIG}; `peft-diffusion runs` lists those that there are")
+    return Record(folder)
+
+
+def differing(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """The settings that are not the same in all runs, with the value of each; places are left out."""
+    names = list(dict.fromkeys(name for record in records for name in record.config))
+    values = {name: [record.config.get(name) for record in records] for name in names if name not in PLACES}
+    return {name: own for name, own in values.items() if any(value != own[0] for value in own)}
+
+
+def shown(count: int) -> list[int]:
+    """Which of so many items a report shows: all of a few, else some from all over."""
+    return list(range(count)) if count <= _SHOWN else [round(n * (count - 1) / (_SHOWN - 1)) for n in range(_SHOWN)]
+
+
+PLACES = frozenset(("output", "run_dir", "cache"))
+"""Settings that say where things lie, and nothing of what is learned."""
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one on each line, up to the first that cannot be read; none where there is no file."""
+    try:
+        lines = path.read_text("utf-8", errors="replace").split("\n")
+    except OSError:
+        return
+    for line in lines:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            return
+        if isinstance(found, dict):
+            yield found
+
+
+def measurements(path: Path) -> list[dict[str, Any]]:
+    """The objects of a ``metrics.jsonl``, each of which tells of a step; others are left out."""
+    return [line for line in json_lines(path) if isinstance(line.get("step"), int)]
+
+
+def this_process() -> dict[str, Any]:
+    """What tells this process from all others, as ``run.json`` holds it."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _alive(process: Mapping[str, Any]) -> bool:
+    """Whether there is such a process here; where that cannot be told, it is taken for alive."""
+    pid = process.get("pid")
+    if not isinstance(pid, int) or pid <= 0 or os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # it is another user's
+    began, now = process.get("began"), _began(pid)
+    return now != 0 and (began is None or now is None or began == now)
+
+
+def _began(pid: int) -> int | None:
+    """When a process began, in the system's own unit: ids are given anew. 0 for one that ended; None if nothing tells."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace").rpartition(")")[2].split()
+        return 0 if words[0] in ("Z", "X") else int(words[19])
+    except (OSError, ValueError, IndexError):
+        return None

@@ -1,0 +1,1 @@
+"""What a training run is told: settings, presets and blocks. Imports no torch."""

@@ -1,0 +1,139 @@
+"""Which methods a run trains where: one for all components, or blocks of several that become one adapter."""
+
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from ... import methods  # noqa: F401  (registers the methods)
+from ...core.adapter import METHODS, Method, method
+from ...core.errors import UserError
+from .config import MethodSettings, TrainConfig
+
+
+@dataclass(frozen=True)
+class Block:
+    """A method at a target of a component; ``rate`` is its learning rate, None for the component's."""
+
+    component: str
+    target: str
+    method: Method
+    rate: float | None = None
+
+    def spec(self) -> dict[str, Any]:
+        """As a file's spec holds it."""
+        return {**self.method.spec(), "target": self.target}
+
+
+def blocks(config: MethodSettings) -> list[Block]:
+    """What the configuration asks for. Raises UserError for methods and hyper-parameters that do not exist."""
+    if config.block:
+        return [_parse_block(text, config) for text in config.block]
+    chosen = _method(config.method, _pairs(config.option, "--option"), config)
+    return [Block(component, config.target or chosen.target, chosen) for component in config.components]
+
+
+def check_methods(config: MethodSettings) -> None:
+    """Raise UserError for a method that does not exist and for a hyper-parameter that no method of the run has."""
+    names = method_names(config)
+    for text in config.block:
+        _rate_of(_pairs(_words(text)[3:], f"--block {text!r}"), text)
+    if config.block and (config.option or config.method != TrainConfig.method or config.target is not None):
+        raise UserError("--block names methods and targets itself; leave --method, --target and --option away")
+    for name in names:
+        if name not in METHODS:
+            raise UserError(f"there is no method {name!r}; there are: {', '.join(sorted(METHODS))}")
+    known = {field.name for name in names for field in fields(METHODS[name])}
+    # Runs of older versions wrote the preset's rank down for every method.
+    rank = None if config.resume else config.rank
+    for given, value in (("rank", rank), ("alpha", config.alpha), ("dropout", config.dropout or None)):
+        if value is not None and given not in known:
+            raise UserError(f"--{given} says nothing to {', '.join(dict.fromkeys(names))}; leave it away")
+
+
+def method_names(config: MethodSettings) -> list[str]:
+    """The methods that a run trains. Raises UserError for what is no block."""
+    return [_words(text)[2] for text in config.block] if config.block else [config.method]
+
+
+def ranked(config: MethodSettings) -> bool:
+    """Whether any method of a run has a rank."""
+    return any(field.name == "rank" for name in method_names(config) if name in METHODS for field in fields(METHODS[name]))
+
+
+def _parse_block(text: str, config: MethodSettings) -> Block:
+    """``COMPONENT TARGET METHOD NAME=VALUE ...``."""
+    component, target, name, *rest = _words(text)
+    if component not in config.components:
+        raise UserError(f"--block {text!r}: {component} is not among the --components {','.join(config.components)}")
+    options = _pairs(rest, f"--block {text!r}")
+    rate = _rate_of(options, text)
+    options.pop("lr", None)
+    return Block(component, target, _method(name, options, config), rate)
+
+
+def _rate_of(options: Mapping[str, str], text: str) -> float | None:
+    """The learning rate among a block's options."""
+    if "lr" not in options:
+        return None
+    rate = _number(options["lr"], f"--block {text!r}: lr", float)
+    if not math.isfinite(rate) or rate <= 0:
+        raise UserError(f"--block {text!r}: lr must be above 0, not {options['lr']}; leave it away for the component's rate")
+    return rate
+
+
+def _words(text: str) -> list[str]:
+    words = text.split()
+    if len(words) < 3:
+        shape = "COMPONENT TARGET METHOD NAME=VALUE ..., as in 'unet attention lora rank=8'"
+        raise UserError(f"--block {text!r}: a block is {shape}")
+    return words
+
+
+def _method(name: str, options: Mapping[str, str], config: MethodSettings) -> Method:
+    """The method with its hyper-parameters: those given to it, and rank, alpha and dropout of the run where it has them."""
+    if name not in METHODS:
+        raise UserError(f"there is no method {name!r}; there are: {', '.join(sorted(METHODS))}")
+    hints = get_type_hints(METHODS[name])
+    known = {field.name for field in fields(METHODS[name])}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise UserError(f"method {name} has no {', '.join(unknown)}; it has: {', '.join(sorted(known)) or 'none'}")
+    common = {"rank": config.rank, "alpha": config.alpha, "dropout": config.dropout or None}
+    values: dict[str, Any] = {key: value for key, value in common.items() if key in known and value is not None}
+    values |= {key: _value(text, key, hints[key]) for key, text in options.items()}
+    return method(name, **values)
+
+
+def _pairs(texts: Sequence[str], where: str) -> dict[str, str]:
+    """``NAME=VALUE`` texts as a dict."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UserError(f"{where}: {text!r} is no NAME=VALUE")
+        found[name.replace("-", "_")] = value
+    return found
+
+
+def _value(text: str, name: str, hint: Any) -> Any:
+    """A text as the type of a hyper-parameter."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if text.lower() == "none" and type(None) in kinds:
+        return None
+    if bool in kinds:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{name} is true or false, not {text!r}")
+        return text.lower() == "true"
+    for kind in (int, float):
+        if kind in kinds:
+            return _number(text, name, kind)
+    return text
+
+
+def _number(text: str, name: str, kind: type[int] | type[float]) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(f"{name} must be a {'whole ' if kind is int else ''}number, not {text!r}") from None

@@ -1,0 +1,1 @@
+"""What is learned: denoising of images, or the next token of a text."""

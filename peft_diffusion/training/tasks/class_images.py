@@ -1,0 +1,114 @@
+"""Pictures of the class that a subject belongs to: what the base draws, or a folder; what they show is kept as it was."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ...bases import BaseInfo, describe
+from ...data import subfolders
+from ...data.folder import Picture, scan
+from ...data.images import check_picture
+from ...generation import Adapters
+from ...generation.sampler import Cell, paint
+from ...generation.settings import GenerateConfig
+from ..loop.seeds import seed_of
+from ..machine.low_memory import small_vae
+from ..machine.processes import Crew
+from ..record.checkpoint import explained, write_bytes
+from ..session import Say
+from ..settings.config import ResolvedConfig
+
+Progress = Callable[[str], Callable[[int, int], None]]
+_STEPS, _GUIDANCE = 25, 5.0
+_BATCH = 4  # pictures drawn at once; part of what they are, as rounding depends on it
+
+
+def pictures(
+    config: ResolvedConfig, pipe: Any, say: Say, progress: Progress, crew: Crew = Crew()  # noqa: B008 -- frozen
+) -> list[Picture]:
+    """The pictures of the class: from the regularisation folders, and drawn by the base for the class prompts.
+
+    Captions are those of the folders, without the trigger, and the class prompts. Raises UserError as `scan` does.
+    """
+    found = _of_folders(config, say, progress) if config.regularisation else []
+    if config.class_prompt:
+        found += _drawn(config, pipe, say, progress, crew)
+    elif not found and config.preset == "subject":
+        say('the class is not kept: say what the subject is one of, as in --class-prompt "a portrait of a woman"')
+    return found
+
+
+def class_folder(config: ResolvedConfig, info: BaseInfo, size: int) -> Path:
+    """Where the drawn pictures are kept: beside the runs, under a digest of all that they depend on."""
+    key = [info.fingerprint, list(config.class_prompt), config.class_images, size, _STEPS, _GUIDANCE, _BATCH]
+    key += [config.precision, config.quantize]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return (config.cache or config.run_dir.parent / "class_images") / f"class_{name}"
+
+
+def _of_folders(config: ResolvedConfig, say: Say, progress: Progress) -> list[Picture]:
+    """Pictures of the regularisation folders. Those without caption get the first class prompt, if there is one."""
+    folder = scan(
+        config.regularisation,
+        missing="empty" if config.class_prompt else config.missing_captions,
+        masks=config.masks != "off",
+        on_progress=progress("reading pictures of the class"),
+    )
+    for line in folder.describe():
+        say(f"class: {line}")
+    folder.check()
+    found = subfolders.apply(folder.pictures)
+    return [one if one.caption else replace(one, caption=(*config.class_prompt, "")[0]) for one in found]
+
+
+def _drawn(config: ResolvedConfig, pipe: Any, say: Say, progress: Progress, crew: Crew) -> list[Picture]:
+    """Pictures that the base draws, or drew before. A batch that is not all there is drawn again."""
+    info = describe(pipe)
+    size = config.resolution // info.step * info.step
+    folder = class_folder(config, info, size)
+    prompts = [config.class_prompt[number % len(config.class_prompt)] for number in range(config.class_images)]
+    cells = [Cell(prompt, seed_of("class picture", number), {}) for number, prompt in enumerate(prompts)]
+    paths = [folder / f"{number:04}.png" for number in range(len(cells))]
+    starts = range(0, len(cells), _BATCH)
+    # Before any is written: all who draw have to draw the same.
+    missing = crew.agreed([start for start in starts if not all(path.exists() for path in paths[start : start + _BATCH])])
+    if crew.measures:
+        say(f"{len(cells)} pictures of the class, drawn by the base, are kept in {folder}")
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        tick = progress("drawing pictures of the class")
+        for start in starts:
+            own = slice(start, start + _BATCH)
+            if start in missing:
+                _draw(pipe, cells[own], paths[own], size, crew)
+            tick(min(start + _BATCH, len(cells)), len(cells))
+    crew.wait()
+    checked = [check_picture(path) for path in paths]
+    return [
+        Picture(path, f"class/{path.name}", prompt, "none", one.width, one.height, one.digest)
+        for path, prompt, one in zip(paths, prompts, checked, strict=True)
+    ]
+
+
+def _draw(pipe: Any, cells: Sequence[Cell], paths: Sequence[Path], size: int, crew: Crew) -> None:
+    # The base's own sampler and noise of each picture's own seed: the same pictures wherever they are drawn.
+    prompts = tuple(cell.prompt for cell in cells)
+    sampling = GenerateConfig(
+        prompts, steps=_STEPS, guidance=_GUIDANCE, width=size, height=size, batch_size=_BATCH, device=str(pipe.device)
+    )
+    with small_vae(pipe.vae, size):
+        for path, picture in zip(paths, paint(Adapters(pipe), cells, sampling), strict=True):
+            if crew.leads:
+                write_bytes(path, _png(picture))
+
+
+def _png(picture: Image.Image) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    return data.getvalue()

@@ -1,0 +1,494 @@
+"""What is learned from pictures: to take the noise out of their latents, told their captions."""
+
+import math
+import random
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+from torch import Tensor, nn
+
+from ...bases import components, inpaints
+from ...core import site
+from ...core.errors import UserError
+from ...data import masks
+from ...data.buckets import Batch, Bucket, batches, repeated, steps_per_epoch
+from ...data.captions import CaptionRules
+from ...data.latents import LatentCache, TextCache, cache_text
+from ..loop.seeds import generator, global_seed, seed_of
+from ..loop.trainer import Signals
+from ..machine.preflight import peak
+from ..machine.processes import Crew
+from ..session import evaluating
+from ..settings.config import HuberSchedule, Loss, PriorTarget, TimestepBias
+from ..watch.signals import at_strength, layer_changes
+from . import objective
+from .prompts import Conditioning, TextSide, encode_frozen
+
+_DRAWS = 8  # noises and timesteps per held-out picture
+_SEEN = 4  # pictures of those trained on that are measured too: enough to tell learning by heart, and little time
+_COMPARED = 512  # training pictures that previews are compared with, at most
+# Prompts of many things, without trigger, and where in the schedule they are asked: there, noise alone is what the UNet
+# is used to seeing, whatever the picture.
+_OTHER_PROMPTS = (
+    "a red apple", "a photo of a dog", "a house by a lake", "a portrait of a woman", "a car", "a tree", "a bird", "a city",
+)  # fmt: skip
+_OTHER_PLACES = (0.65, 0.9)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures as latents, and for each picture, by the index that its latents name, a caption, how often an epoch draws
+    it, and what it counts in the loss; once and 1 where that is not said."""
+
+    latents: LatentCache
+    captions: Sequence[str]
+    repeats: Sequence[int] = ()
+    weights: Sequence[float] = ()
+
+    @property
+    def groups(self) -> dict[Bucket, tuple[int, ...]]:
+        """The entries of each bucket, each as often as an epoch draws it."""
+        groups = self.latents.groups
+        return repeated(groups, [self.repeats[one.picture] for one in self.latents.entries]) if self.repeats else groups
+
+    @property
+    def masked(self) -> bool:
+        """Whether only a part of some picture is learned."""
+        return any(one.where is not None for one in self.latents.entries)
+
+    def weight(self, entry: int) -> float:
+        """What an entry counts in the loss."""
+        return self.weights[self.latents.entries[entry].picture] if self.weights else 1.0
+
+    def where(self, entries: Sequence[int]) -> Tensor:
+        """What of each picture is learned, (batch, 1, height, width) from 0 to 1, at the latents' size."""
+        chosen = [self.latents.entries[entry] for entry in entries]
+        return torch.stack([torch.ones_like(one.mean[:1]) if one.where is None else one.where for one in chosen])
+
+    def caption(self, entry: int) -> str:
+        """The caption of an entry of the cache."""
+        return self.captions[self.latents.entries[entry].picture]
+
+
+@dataclass(frozen=True)
+class DiffusionSettings:
+    """How the loss is made. ``min_snr_gamma`` 0 weighs every timestep alike; ``batch_size`` is that of each process, and
+    there are as many pictures of the class besides, where there are any."""
+
+    seed: int = 0
+    batch_size: int = 1
+    accumulation: int = 1
+    min_snr_gamma: float = 0.0
+    timestep_bias: TimestepBias = "none"
+    noise_offset: float = 0.0
+    multires_noise: float = 0.0
+    zero_terminal_snr: bool = False
+    loss: Loss = "l2"
+    huber_c: float = 0.1
+    huber_schedule: HuberSchedule = "snr"
+    debiased: bool = False
+    prior_weight: float = 1.0
+    prior_target: PriorTarget = "base"
+    dropout: float = 0.0
+    crew: Crew = field(default_factory=Crew)
+    rules: CaptionRules = field(default_factory=CaptionRules)
+
+
+class DiffusionTask:
+    """The loss of a pipeline that carries the adapter ``name``, on examples; and on others that are never trained on.
+
+    ``prior`` are pictures of the class, in every bucket of the examples: each step learns from as many of them to answer as
+    the base does, or to draw them (prior preservation, Ruiz et al. 2022, https://arxiv.org/abs/2208.12242).
+    All chance comes from the seed, the step and the micro-batch. Latents and, with a frozen text encoder and fixed
+    captions, embeddings are computed before; `offload` then takes what is idle off the device.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        name: str,
+        settings: DiffusionSettings,
+        train: Examples,
+        held_out: Examples | None = None,
+        prior: Examples | None = None,
+    ) -> None:
+        self.pipe = pipe
+        self.name = name
+        self.settings = settings
+        self.train = train
+        self.apart = held_out
+        self.prior = prior
+        self.prior_rules = replace(settings.rules, trigger="")
+        self.masked = train.masked or (prior is not None and prior.masked)
+        self.weighs = prior is not None or bool(train.weights)
+        weight = next(pipe.unet.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.text = TextSide(pipe)
+        self.trains_text = any(site.adapters(encoder, name) for encoder in self.text.encoders)
+        self.told_masks = inpaints(pipe)
+        self.told_sizes = pipe.unet.config.addition_embed_type == "text_time"
+        self.prediction = objective.prediction_type(pipe.scheduler.config.get("prediction_type", "epsilon"))
+        self.powers = schedule(pipe, settings.zero_terminal_snr).to(self.device)
+        self.scaling = float(pipe.vae.config.scaling_factor)
+        self.shift = float(getattr(pipe.vae.config, "shift_factor", None) or 0.0)
+        self.groups = train.groups
+        self._epoch: tuple[int, tuple[Batch, ...]] = (-1, ())
+        self._base_answers: list[Tensor] = []
+
+    @cached_property
+    def embeddings(self) -> TextCache | None:
+        """Embeddings of every prompt that can come up; None where they change or are too many to list."""
+        if self.trains_text or self.settings.rules.varies:
+            return None
+        apart = self.apart.captions if self.apart else ()
+        prompts = ["", *(self._plain(caption) for caption in (*self.train.captions, *apart))]
+        prompts += [self.prior_rules.plain(caption) for caption in (self.prior.captions if self.prior else ())]
+        return cache_text(prompts, lambda batch: encode_frozen(self.text, batch))
+
+    @cached_property
+    def other_embeddings(self) -> TextCache | None:
+        """Embeddings of the prompts that leakage is measured on; apart, so that those of the pictures keep their bits."""
+        if self.embeddings is None:
+            return None
+        return cache_text(_OTHER_PROMPTS, lambda batch: encode_frozen(self.text, batch))
+
+    def inputs(self, step: int, micro: int) -> dict[str, Tensor]:
+        """What one micro-batch is computed from, all its chance in it."""
+        seed, batch = self.settings.seed, self.batch(step, micro)
+        chances = [random.Random(seed_of(seed, "caption", step, micro, row)) for row in range(len(batch.indices))]
+        captions = [self.train.caption(entry) for entry in batch.indices]
+        prompts = [self.settings.rules.prompt(*pair) for pair in zip(captions, chances, strict=True)]
+        found = self._drawn(self.train, batch.indices, prompts, generator(seed, "noise", step, micro))
+        if self.prior is None:
+            return found
+        entries = self.prior_entries(batch.bucket, step, micro)
+        chances = [random.Random(seed_of(seed, "prior caption", step, micro, row)) for row in range(len(entries))]
+        captions = [self.prior.caption(entry) for entry in entries]
+        prompts = [self.prior_rules.prompt(*pair) for pair in zip(captions, chances, strict=True)]
+        kept = self._drawn(self.prior, entries, prompts, generator(seed, "prior noise", step, micro))
+        kept["weights"] *= self.settings.prior_weight
+        # Twice each: the loss is the mean over both, and shall be the sum of the means of each.
+        return {name: torch.cat([tensor, kept[name]]) * (2 if name == "weights" else 1) for name, tensor in found.items()}
+
+    def prior_entries(self, bucket: Bucket, step: int, micro: int) -> tuple[int, ...]:
+        """The pictures of the class in a micro-batch of all processes, without one twice where there are enough."""
+        if self.prior is None:
+            return ()
+        there = self.prior.groups[bucket]
+        count = self.settings.batch_size * self.settings.crew.size
+        chance = random.Random(seed_of(self.settings.seed, "prior", step, micro))
+        drawn = chance.sample(there, min(count, len(there)))
+        return tuple(drawn[row % len(drawn)] for row in range(count))
+
+    def _drawn(
+        self, examples: Examples, entries: Sequence[int], prompts: Sequence[str], chance: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Noisy latents to be, and what is told with them, for this process's part of a batch."""
+        settings, latents = self.settings, examples.latents
+        mean, std = latents.stack(entries)
+        clean = mean.float() + std.float() * torch.randn(mean.shape, generator=chance)
+        noise = objective.noise(tuple(mean.shape), settings.noise_offset, chance)
+        timesteps = objective.timesteps(len(mean), len(self.powers), settings.timestep_bias, chance)
+        hiding = torch.randint(masks.COUNT, (len(mean),), generator=chance).tolist() if self.told_masks else ()
+        if settings.multires_noise:
+            noise = objective.pyramid(noise, settings.multires_noise, chance)
+        # Everything is drawn for the batch of all processes, so that their number changes nothing.
+        own = settings.crew.part(settings.batch_size)
+        found = {"latents": self._scaled(clean)[own], "noise": noise[own], "timesteps": timesteps[own]}
+        if self.weighs:
+            found["weights"] = torch.tensor([examples.weight(entry) for entry in entries[own]])
+        if self.masked:
+            found["where"] = examples.where(entries[own])
+        return found | self._told(latents, entries[own], prompts[own], hiding[own])
+
+    def largest(self) -> dict[str, Tensor]:
+        """The inputs of the micro-batch with the most pixels, of those of a pass over the pictures."""
+        settings, entries = self.settings, self.train.latents.entries
+        count = steps_per_epoch(self.groups, settings.batch_size * settings.crew.size)
+        places = [divmod(number, settings.accumulation) for number in range(count)]
+        sizes = [sum(entries[one].mean[0].numel() for one in self.batch(*place).indices) for place in places]
+        return self.inputs(*places[sizes.index(max(sizes))])
+
+    def seeded(self, step: int, micro: int) -> AbstractContextManager[None]:
+        """torch's generators at the seed of a micro-batch, where anything draws from them."""
+        if not self.settings.dropout:
+            return nullcontext()
+        return global_seed(self.device, self.settings.seed, "dropout", step, micro, *self.settings.crew.apart())
+
+    def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The loss of one micro-batch, a float32 scalar with gradients to the adapter."""
+        settings, timesteps = self.settings, inputs["timesteps"]
+        of_base = self._base_answer(inputs)
+        answer, wanted = self._answer(inputs)
+        if of_base is not None:
+            wanted = torch.cat([wanted[: settings.batch_size].float(), of_base.float()])
+        power = self.powers[timesteps]
+        deltas = None
+        if settings.loss != "l2":
+            count = len(self.powers)
+            deltas = objective.huber_deltas(settings.huber_schedule, settings.huber_c, timesteps, power, count)
+        errors = objective.errors(answer, wanted, settings.loss, deltas)
+        return objective.weighted(objective.per_image(errors, inputs.get("where")), self._weights(inputs, power))
+
+    def held_out(self) -> float | None:
+        """The plain loss on the pictures kept apart: fixed noise, timesteps spread evenly, whatever the run's settings."""
+        return None if self.apart is None else self._fixed_loss(self.apart, self._chunks(self.apart))
+
+    def signals(self) -> Signals:
+        """The plain loss on a few training pictures, and how far the answers to prompts without trigger left the base's."""
+        parts = {name: part for name, part in components(self.pipe).items() if site.adapters(part, self.name)}
+        seen = self._fixed_loss(self.train, self._chunks(self.train, self._watched()))
+        changes = layer_changes(parts, self.name)
+        # Where nothing has changed yet, nothing has moved: the start of a run need not look.
+        return Signals(seen, self._leakage() if any(changes.values()) else 0.0, changes)
+
+    @torch.no_grad()
+    def nearness(self, pictures: Sequence[Image.Image]) -> float | None:
+        """The mean distance of pictures to their nearest training picture, over the median of that among the latter.
+
+        Root mean squares in latent space. None where there are not two training pictures of that size to compare with.
+        """
+        latents = self._encoded(pictures)
+        seen = [entry.mean for entry in self.train.latents.entries if entry.mean.shape == latents.shape[1:]][:_COMPARED]
+        if len(seen) < 2:
+            return None
+        rows = torch.stack(seen).float().flatten(1)
+        among = torch.cdist(rows, rows).fill_diagonal_(math.inf).amin(1).median()
+        found = torch.cdist(latents.flatten(1), rows).amin(1).mean()
+        return float(found / among) if among > 0 else None
+
+    def _encoded(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """The means of the VAE's latents, (pictures, channels, height, width), float32 on the CPU."""
+        vae = self.pipe.vae
+        vae.to(self.device)
+        pixels = torch.stack([torch.from_numpy(np.array(picture.convert("RGB"))) for picture in pictures])
+        given = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.device, next(vae.parameters()).dtype)
+        means = [vae.encode(one[None]).latent_dist.mean.float().cpu() for one in given]
+        if self.device.type != "cpu":
+            vae.to("cpu")
+        return torch.cat(means)
+
+    def _watched(self) -> frozenset[int]:
+        """Entries of the training pictures that are measured on, spread over all of them."""
+        count = len(self.train.captions)
+        return frozenset(range(0, count, -(-count // _SEEN)))
+
+    def _fixed_loss(self, examples: Examples, chunks: Iterator[list[tuple[int, int]]]) -> float:
+        with torch.no_grad(), self.evaluating():
+            losses = [loss for chunk in chunks for loss in self._fixed_losses(examples, chunk)]
+        return sum(losses) / len(losses)
+
+    def _leakage(self) -> float:
+        """The rms of what the adapter changes in answers to other prompts, on fixed noise, over that of the base's."""
+        with torch.no_grad(), self.evaluating():
+            if not self._base_answers:
+                with at_strength(self._components(), self.name, 0.0):
+                    self._base_answers = list(self._other_answers())
+            moved = [now - was for now, was in zip(self._other_answers(), self._base_answers, strict=True)]
+        return math.sqrt(_energy(moved) / max(1e-12, _energy(self._base_answers)))
+
+    def _other_answers(self) -> Iterator[Tensor]:
+        """What the UNet says to noise and prompts without trigger, in batches no larger than those of training."""
+        entry = max(self.groups.values(), key=len)[0]
+        latents = self.train.latents
+        shape = tuple(latents.entries[entry].mean.shape)
+        cases = [(prompt, place) for place in _OTHER_PLACES for prompt in _OTHER_PROMPTS]
+        for start in range(0, len(cases), self.settings.batch_size):
+            chunk = cases[start : start + self.settings.batch_size]
+            chances = [generator("leakage", start + row) for row in range(len(chunk))]
+            prompts = [prompt for prompt, _ in chunk]
+            told = self._told(latents, [entry] * len(chunk), prompts, [0] * len(chunk), self.other_embeddings)
+            drawn = torch.cat([objective.noise((1, *shape), 0.0, chance) for chance in chances])
+            times = torch.tensor([int(place * len(self.powers)) for _, place in chunk])
+            inputs = {"latents": torch.zeros_like(drawn), "noise": drawn, "timesteps": times, **told}
+            yield self._answer({name: tensor.to(self.device) for name, tensor in inputs.items()})[0].float()
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """The entries of a micro-batch, of all processes."""
+        size, seed = self.settings.batch_size * self.settings.crew.size, self.settings.seed
+        epoch, index = divmod(step * self.settings.accumulation + micro, steps_per_epoch(self.groups, size))
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, batches(self.groups, size, seed_of(seed, "order"), epoch)
+        return self._epoch[1][index]
+
+    def offload(self) -> None:
+        """Compute what stays the same, and take the VAE and a text encoder that is no more needed off the device."""
+        known = self.embeddings is not None and self.other_embeddings is not None
+        if self.device.type != "cpu":
+            self.pipe.vae.to("cpu")
+            for encoder in self.text.encoders if known else ():
+                encoder.to("cpu")
+
+    def peak_of_drawing(self, count: int, size: int) -> int:
+        """The most bytes that drawing so many pictures of so many pixels a side, with guidance, is predicted to hold."""
+        vae, side = self.pipe.vae, size // self.pipe.vae_scale_factor
+        told = {name: one[:1].repeat(2 * count, *(1,) * (one.ndim - 1)) for name, one in self.largest().items()}
+        latents = {"latents": torch.empty(count, vae.config.latent_channels, side, side, dtype=vae.dtype)}
+        self.restore()
+        with torch.no_grad():
+            unet = peak(self._answer, told, self.device)
+            decoding = peak(lambda given: vae.decode(given["latents"]), latents, self.device)
+        self.offload()
+        return max(unet, decoding)
+
+    def restore(self) -> None:
+        """Bring back what `offload` took."""
+        self.pipe.vae.to(self.device)
+        for encoder in self.text.encoders:
+            encoder.to(self.device)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """The adapter without its dropout."""
+        return evaluating(self._components(), self.name)
+
+    def _weights(self, inputs: Mapping[str, Tensor], power: Tensor) -> Tensor | None:
+        """What each image counts: by its timestep, its folder, and whether it is of the class."""
+        weights, gamma = inputs.get("weights"), self.settings.min_snr_gamma
+        if gamma:
+            of_steps = objective.min_snr_weights(self.prediction, power, gamma)
+        elif self.settings.debiased:
+            of_steps = objective.debiased_weights(self.prediction, power)
+        else:
+            return weights
+        return of_steps if weights is None else of_steps * weights
+
+    def _base_answer(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """What the base says to the pictures of the class; None where the pictures themselves are learned."""
+        if self.prior is None or self.settings.prior_target != "base":
+            return None
+        with torch.no_grad(), self._base():
+            return self._answer({name: tensor[self.settings.batch_size :] for name, tensor in inputs.items()})[0]
+
+    def _base(self) -> ExitStack:
+        """The base without the adapter."""
+        stack = ExitStack()
+        for part in self._components():
+            if (strengths := site.strengths(part)) is not None and self.name in strengths.names:
+                stack.enter_context(strengths.without(self.name))
+        return stack
+
+    def _components(self) -> list[nn.Module]:
+        return list(components(self.pipe).values())
+
+    def _plain(self, caption: str) -> str:
+        """The caption's prompt, without dropout or shuffling."""
+        return self.settings.rules.plain(caption)
+
+    def _told(
+        self,
+        latents: LatentCache,
+        entries: Sequence[int],
+        prompts: Sequence[str],
+        hiding: Sequence[int],
+        embeddings: TextCache | None = None,
+    ) -> dict[str, Tensor]:
+        """What the UNet is told besides noisy latents: text, and sizes and masks where it was trained to be told them.
+
+        ``embeddings`` are those of the prompts, where they are not the examples'.
+        """
+        told: dict[str, Tensor] = {}
+        embeddings = embeddings or self.embeddings
+        if embeddings is not None:
+            told |= zip(("hidden", "summary"), embeddings.stack(prompts), strict=False)
+        else:
+            told |= self.text.tokenized(prompts)
+        if self.told_sizes:
+            # In float32: bfloat16 rounds sides of more than 256 pixels.
+            told["sizes"] = torch.tensor([latents.entries[entry].sizes for entry in entries], dtype=torch.float32)
+        if self.told_masks:
+            told["shown"] = self._shown(latents, entries, hiding)
+        return told
+
+    def _condition(self, inputs: Mapping[str, Tensor]) -> Conditioning:
+        """What the UNet is told of the prompts and of the pictures' sizes, in its dtype."""
+        if self.embeddings is not None:
+            encoding = [inputs[name] for name in ("hidden", "summary") if name in inputs]
+        else:
+            with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
+                encoding = list(self.text.run(inputs))
+        hidden, *summary = (tensor.to(self.dtype) for tensor in encoding)
+        return Conditioning(hidden, {"text_embeds": summary[0], "time_ids": inputs["sizes"]} if self.told_sizes else {})
+
+    def _shown(self, latents: LatentCache, entries: Sequence[int], hiding: Sequence[int]) -> Tensor:
+        """What a base that paints parts anew is told of the rest: mask and latents, (batch, 1 + channels, height, width).
+
+        ``hiding`` is the number of each entry's mask.
+        """
+        rows = []
+        for entry, number in zip(entries, hiding, strict=True):
+            one = latents.entries[entry]
+            if one.masks is None or one.hidden is None:
+                raise ValueError("the latents were cached without masks")
+            rows.append(torch.cat([one.masks[number], self._scaled(one.hidden[number].float())]))
+        return torch.stack(rows)
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """Latents as the UNet knows them."""
+        return (latents - self.shift) * self.scaling
+
+    def _answer(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the UNet says to noisy latents, and what it should say, both (batch, channels, height, width)."""
+        latents, noise, timesteps = inputs["latents"], inputs["noise"], inputs["timesteps"]
+        told = self._condition(inputs)
+        power = self.powers[timesteps]
+        seen = objective.noisy(latents, noise, power).to(self.dtype)
+        if self.told_masks:
+            seen = torch.cat([seen, inputs["shown"].to(self.dtype)], 1)
+        answer: Tensor = self.pipe.unet(
+            seen,
+            timesteps,
+            encoder_hidden_states=told.hidden,
+            added_cond_kwargs=dict(told.added) or None,
+            return_dict=False,
+        )[0]
+        return answer, objective.target(self.prediction, latents, noise, power)
+
+    def _chunks(self, examples: Examples, only: Container[int] | None = None) -> Iterator[list[tuple[int, int]]]:
+        """(entry, draw) of one bucket each, in batches; of all entries, or of those in ``only``."""
+        for entries in examples.latents.groups.values():
+            chosen = [entry for entry in entries if only is None or entry in only]
+            pairs = [(entry, draw) for entry in chosen for draw in range(_DRAWS)]
+            for start in range(0, len(pairs), self.settings.batch_size):
+                yield pairs[start : start + self.settings.batch_size]
+
+    def _fixed_losses(self, examples: Examples, pairs: Sequence[tuple[int, int]]) -> list[float]:
+        """The loss of each pair; its noise and timestep are the same in every run."""
+        mean, _ = examples.latents.stack([entry for entry, _ in pairs])
+        chances = [generator("held out", entry, draw) for entry, draw in pairs]
+        drawn = torch.cat([objective.noise((1, *mean.shape[1:]), 0.0, chance) for chance in chances])
+        within = torch.cat([torch.rand(1, generator=chance) for chance in chances])
+        draws = torch.tensor([draw for _, draw in pairs])
+        timesteps = ((draws + within) / _DRAWS * len(self.powers)).long().clamp(max=len(self.powers) - 1)
+        entries, hiding = [entry for entry, _ in pairs], [draw % masks.COUNT for _, draw in pairs]
+        prompts = [self._plain(examples.caption(entry)) for entry in entries]
+        inputs = {"latents": self._scaled(mean.float()), "noise": drawn, "timesteps": timesteps}
+        inputs |= self._told(examples.latents, entries, prompts, hiding)
+        answer, wanted = self._answer({name: tensor.to(self.device) for name, tensor in inputs.items()})
+        where = examples.where(entries).to(self.device) if examples.masked else None
+        losses: list[float] = objective.per_image(objective.errors(answer, wanted), where).tolist()
+        return losses
+
+
+def schedule(pipe: Any, zero_terminal: bool) -> Tensor:
+    """Signal powers of a base's schedule, (timesteps,), ending at 0 if asked. Raises UserError for a base that cannot."""
+    powers: Tensor = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
+    if not zero_terminal:
+        return powers
+    kind = pipe.scheduler.config.get("prediction_type", "epsilon")
+    if kind != "v_prediction":
+        raise UserError(
+            f"--zero-terminal-snr needs a base with v-prediction; this one predicts {kind}, and in pure noise there is"
+            " nothing to tell from the noise. Leave it away; --noise-offset or --multires-noise help there"
+        )
+    return objective.zero_terminal(powers)
+
+
+def _energy(tensors: Sequence[Tensor]) -> float:
+    return sum(float(tensor.double().square().sum()) for tensor in tensors)

@@ -1,0 +1,164 @@
+"""The diffusion loss as pure functions of latents, noise and the schedule's signal powers.
+
+``power`` is alphas_cumprod at the timesteps of a batch: the share of a noisy latent's variance that is signal, (batch,).
+"""
+
+import math
+from typing import Literal, TypeAlias, cast, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...core.errors import UserError
+from ..settings.config import HuberSchedule, Loss, TimestepBias
+
+Prediction: TypeAlias = Literal["epsilon", "v_prediction"]
+
+
+def prediction_type(name: str) -> Prediction:
+    """What the base predicts. Raises UserError for what cannot be trained."""
+    if name not in get_args(Prediction):
+        raise UserError(f"the base predicts {name!r}; training knows {', '.join(get_args(Prediction))}")
+    return cast(Prediction, name)
+
+
+def timesteps(batch: int, count: int, bias: TimestepBias, generator: torch.Generator) -> Tensor:
+    """Timesteps from 0 to ``count - 1``, (batch,): one from each of as many equal shares, in random order.
+
+    Each by itself is as likely as any other, but together they cover the schedule, and their mean loss varies less (Kingma
+    et al. 2021, https://arxiv.org/abs/2107.00630, appendix I.1). A bias bends the shares: half of all timesteps are then in
+    the last fourth of the schedule (later), or in the first (earlier).
+    """
+    places = torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator, dtype=torch.float64)
+    share = places / batch
+    if bias == "later":
+        share = 1 - (1 - share).square()
+    elif bias == "earlier":
+        share = share.square()
+    return (share * count).long().clamp(max=count - 1)
+
+
+def noise(shape: tuple[int, ...], offset: float, generator: torch.Generator) -> Tensor:
+    """Gaussian noise (batch, channels, height, width), plus ``offset`` times noise that is constant over each channel.
+
+    https://www.crosslabs.org/blog/diffusion-with-offset-noise
+    """
+    drawn = torch.randn(shape, generator=generator)
+    return drawn + offset * torch.randn(*shape[:2], 1, 1, generator=generator) if offset else drawn
+
+
+def pyramid(noise: Tensor, discount: float, generator: torch.Generator) -> Tensor:
+    """Noise with more of it in large shapes: coarser noises are added, each ``discount`` times as strong as the one before.
+
+    ``noise`` is (batch, channels, height, width) and so is the result, in which each image has a deviation of 1. Each
+    coarser noise has 2 to 4 times fewer rows than the one before, at random, down to one.
+    https://wandb.ai/johnowhitaker/multires_noise/reports/Multi-Resolution-Noise-for-Diffusion-Model-Training--VmlldzozNjYyOTU2
+    """
+    height, width = size = noise.shape[-2:]
+    share, divisor = 1.0, 1.0
+    while max(height, width) > 1:
+        divisor *= 2 + 2 * float(torch.rand((), generator=generator))
+        share *= discount
+        height, width = (max(1, int(side / divisor)) for side in size)
+        coarse = torch.randn(*noise.shape[:2], height, width, generator=generator)
+        noise = noise + share * F.interpolate(coarse, size, mode="bilinear")
+    return noise / noise.flatten(1).std(1).view(-1, 1, 1, 1)
+
+
+def zero_terminal(powers: Tensor) -> Tensor:
+    """Signal powers of a schedule, (timesteps,), shifted and scaled so that no signal is left at the last timestep.
+
+    Lin et al. 2023, algorithm 1 (https://arxiv.org/abs/2305.08891).
+    """
+    roots = powers.double().sqrt()
+    first, last = roots[0], roots[-1]
+    return ((roots - last) * (first / (first - last))).square().to(powers.dtype)
+
+
+def noisy(latents: Tensor, noise: Tensor, power: Tensor) -> Tensor:
+    """Latents at their timesteps (Ho et al. 2020, equation 4)."""
+    power = _over(power, latents)
+    return power.sqrt() * latents + (1 - power).sqrt() * noise
+
+
+def target(prediction: Prediction, latents: Tensor, noise: Tensor, power: Tensor) -> Tensor:
+    """What the network should answer: the noise, or v = sqrt(p) noise - sqrt(1 - p) latents (Salimans and Ho 2022)."""
+    if prediction == "epsilon":
+        return noise
+    power = _over(power, latents)
+    return power.sqrt() * noise - (1 - power).sqrt() * latents
+
+
+def min_snr_weights(prediction: Prediction, power: Tensor, gamma: float) -> Tensor:
+    """Min-SNR-gamma weights of the loss (Hang et al. 2023), (batch,).
+
+    ``min(SNR, gamma) / SNR`` for epsilon, ``min(SNR, gamma) / (SNR + 1)`` for v; the first is 1 where no signal is left.
+    """
+    if prediction == "epsilon":
+        return (gamma * (1 - power) / power).clamp(max=1.0)
+    snr = power / (1 - power)
+    return snr.clamp(max=gamma) / (snr + 1)
+
+
+def debiased_weights(prediction: Prediction, power: Tensor) -> Tensor:
+    """Weights of the debiased estimation loss (Yu et al. 2024, https://arxiv.org/abs/2310.08442), (batch,).
+
+    ``1 / sqrt(SNR)`` for epsilon, with an SNR of at most 1000 as in sd-scripts; ``1 / (SNR + 1)`` for v. Finite where no
+    signal is left.
+    """
+    if prediction == "v_prediction":
+        return 1 - power
+    snr = (power / (1 - power)).clamp(max=1000.0)
+    return snr.clamp(min=1e-4).rsqrt()
+
+
+def huber_deltas(schedule: HuberSchedule, c: float, timesteps: Tensor, power: Tensor, count: int) -> Tensor:
+    """The error from which a Huber loss is linear, for each image, (batch,): from 1 at a clean one down to ``c``.
+
+    ``exponential`` falls with the timestep of ``count``, ``snr`` with the noise, ``constant`` not; as in sd-scripts.
+    """
+    if schedule == "constant":
+        return torch.full_like(power, c)
+    if schedule == "exponential":
+        return torch.exp(timesteps.to(power.dtype) * (math.log(c) / count))
+    sigma = ((1 - power) / power.clamp(min=1e-12)).sqrt()
+    return (1 - c) / (1 + sigma).square() + c
+
+
+def errors(answer: Tensor, wanted: Tensor, kind: Loss = "l2", deltas: Tensor | None = None) -> Tensor:
+    """The error of every number in float32, of the shape of ``answer``; ``deltas`` are (batch,), for what is not squared.
+
+    The pseudo-Huber losses of sd-scripts: ``2 d (sqrt(e^2 + d^2) - d)``, and for smooth L1 the same without the factor d.
+    """
+    squared = (answer.float() - wanted.float()).square()
+    if kind == "l2" or deltas is None:
+        return squared
+    delta = _over(deltas, squared)
+    smooth = 2 * squared / ((squared + delta.square()).sqrt() + delta)  # exact for small errors too
+    return delta * smooth if kind == "huber" else smooth
+
+
+def per_image(errors: Tensor, where: Tensor | None = None) -> Tensor:
+    """Errors as their mean over each image, (batch,); or over the part of it that ``where`` says.
+
+    ``where`` is (batch, 1, height, width) from 0 to 1; what is at 0 adds nothing.
+    """
+    if where is None:
+        return errors.flatten(1).mean(1)
+    return (errors * where).flatten(1).mean(1) / where.flatten(1).mean(1).clamp(min=1e-6)
+
+
+def loss(answer: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The mean squared error in float32, each image with its weight."""
+    return weighted(per_image(errors(answer, wanted)), weights)
+
+
+def weighted(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean of losses (batch,), each with its weight."""
+    return losses.mean() if weights is None else (losses * weights).mean()
+
+
+def _over(values: Tensor, latents: Tensor) -> Tensor:
+    """Values per image as (batch, 1, 1, 1)."""
+    return values.view(-1, *[1] * (latents.ndim - 1))

@@ -1,0 +1,1 @@
+"""What is measured while a run learns, and when it should end."""

@@ -1,0 +1,188 @@
+"""Previews: the same prompts from the same noise, again and again while a run learns."""
+
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ...bases import components
+from ...core import site
+from ...generation import sheet
+from ...generation.sampler import drawing, ending_in_noise, whole_picture
+from ..loop.seeds import seed_of
+from ..loop.trainer import Observer
+from ..machine.low_memory import small_vae
+from ..record.checkpoint import explained, write_bytes
+from ..tasks.diffusion import DiffusionTask
+
+PROMPTS = 4  # previews by default
+_GUIDANCE = 5.0
+_SEED = 0
+_PROMPTS = "prompts.json"
+_NAME = re.compile(r"(?:step_(\d+)|base)_(\d+)\.png")
+
+
+class Previews(Observer):
+    """Draws previews into a folder, and a sheet of all: the base's pictures first, then a row for each step drawn at.
+
+    ``every`` 0 draws only when it is told to. ``weights`` puts the weights that the run
+    gives into the model. ``tell`` is given the step and how near its pictures are to those that are trained on: the mean
+    distance from each to the nearest in latent space, over the median of that distance among training pictures themselves.
+    Well below 1 they repeat what was seen. Of several processes, only the one that leads writes and tells.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        task: DiffusionTask,
+        prompts: Sequence[str],
+        weights: Callable[[], AbstractContextManager[None]],
+        tell: Callable[[int, float], None],
+        *,
+        steps: int,
+        every: int,
+        size: int,
+    ) -> None:
+        self.folder = folder
+        self.task = task
+        self.prompts = list(prompts)
+        self.steps = steps
+        self.every = every
+        self.size = size  # pixels a side
+        self.weights = weights
+        self.tell = tell
+        self.watching: Observer | None = None  # is shown the pictures
+        self.drawn = -1
+
+    def peak(self) -> int:
+        """The most bytes that drawing is predicted to hold at once, beside the pipeline."""
+        with small_vae(self.task.pipe.vae, self.size):
+            return self.task.peak_of_drawing(self._at_once, self.size)
+
+    def draw_base(self) -> None:
+        """The base's own pictures, at strength 0."""
+        self._strength(0.0)
+        try:
+            self._show(0, "base")
+        finally:
+            self._strength(1.0)
+
+    def on_step(self, step: int) -> None:
+        """Draw, if it is time."""
+        if self.every and step % self.every == 0:
+            self.draw(step)
+
+    def draw(self, step: int) -> None:
+        """Draw with the weights that the run would give now."""
+        if self.drawn == step:
+            return
+        with self.weights():
+            self._show(step, f"step_{step:06}")
+        self.drawn = step
+
+    def go_on_from(self, step: int) -> bool:
+        """Delete what a run drew after this step, and set aside what it drew for other prompts.
+
+        Whether the base's pictures are there, which 0 is never.
+        """
+        crew = self.task.settings.crew
+        with explained(self.folder):
+            return crew.agreed(self._tidy(step) if crew.leads else False)
+
+    def _tidy(self, step: int) -> bool:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        drawn = [path for path in self.folder.glob("*.png") if _NAME.fullmatch(path.name)]
+        for path in drawn:
+            if _step_of(path) > step:
+                path.unlink()
+        if self._prompts_of_before() not in (None, self.prompts):
+            aside = self.folder / f"until_step_{step:06}"
+            aside.mkdir(exist_ok=True)
+            for path in (*drawn, self.folder / "sheet.png", self.folder / _PROMPTS):
+                if path.exists():
+                    path.replace(aside / path.name)
+        write_bytes(self.folder / _PROMPTS, json.dumps(self.prompts, ensure_ascii=False).encode())
+        return step > 0 and all((self.folder / f"base_{number}.png").exists() for number in range(len(self.prompts)))
+
+    def _prompts_of_before(self) -> list[str] | None:
+        """The prompts of the pictures in the folder, where that was written down."""
+        try:
+            found: list[str] = json.loads((self.folder / _PROMPTS).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found
+
+    def _show(self, step: int, row: str) -> None:
+        pictures = self._draw()
+        if not self.task.settings.crew.leads:
+            return
+        self._keep(row, pictures)
+        if self.watching is not None:
+            self.watching.on_pictures(step, self.prompts, pictures)
+        nearest = self.task.nearness(pictures)
+        if nearest is not None:
+            self.tell(step, nearest)
+
+    def _draw(self) -> list[Image.Image]:
+        """A picture for each prompt."""
+        pipe = self.task.pipe
+        self.task.restore()
+        scheduler = ending_in_noise(pipe.scheduler) if self.task.settings.zero_terminal_snr else pipe.scheduler
+        pictures: list[Image.Image] = []
+        with self.task.evaluating(), drawing(pipe, scheduler), small_vae(pipe.vae, self.size):
+            for start in range(0, len(self.prompts), self._at_once):
+                prompts = self.prompts[start : start + self._at_once]
+                chances = [torch.Generator().manual_seed(seed_of(_SEED, "preview", start + i)) for i in range(len(prompts))]
+                pictures += pipe(
+                    **whole_picture(pipe, self.size, self.size),
+                    prompt=prompts,
+                    num_inference_steps=self.steps,
+                    guidance_scale=_GUIDANCE,
+                    width=self.size,
+                    height=self.size,
+                    generator=chances,
+                ).images
+        self.task.offload()
+        return pictures
+
+    @property
+    def _at_once(self) -> int:
+        """Pictures drawn together, no more than are trained on together."""
+        return min(len(self.prompts), self.task.settings.batch_size)
+
+    def _keep(self, row: str, pictures: Sequence[Image.Image]) -> None:
+        """Save the pictures of a row, and the sheet of all rows so far."""
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        for number, picture in enumerate(pictures):
+            write_bytes(self.folder / f"{row}_{number}.png", _png(picture))
+        rows: dict[int, dict[int, Image.Image]] = {}
+        for path in self.folder.glob("*.png"):
+            if match := _NAME.fullmatch(path.name):
+                rows.setdefault(int(match[1] or 0), {})[int(match[2])] = Image.open(path)
+        labels = [f"step {step}" if step else "base" for step in sorted(rows)]
+        columns = [rows[step] for step in sorted(rows)]
+        cells = [[row.get(number) for number in range(len(self.prompts))] for row in columns]
+        write_bytes(self.folder / "sheet.png", _png(sheet.grid(cells, labels, self.prompts)))
+
+    def _strength(self, value: float) -> None:
+        for part in components(self.task.pipe).values():
+            if (strengths := site.strengths(part)) is not None and self.task.name in strengths.names:
+                strengths.write({self.task.name: value})
+
+
+def _step_of(path: Path) -> int:
+    """The step of a picture; 0 for the base's."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1] or 0) if match else 0
+
+
+def _png(picture: Image.Image) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    return data.getvalue()

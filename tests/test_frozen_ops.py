@@ -1,0 +1,129 @@
+"""What a frozen base computes in fewer passes: the same numbers, and less kept.
+
+Kernels run on CUDA, or on a CPU where Triton is installed and TRITON_INTERPRET=1 is set.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from peft_diffusion.fast import frozen_ops
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+RUNS = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+KERNELS = pytest.mark.skipif(not RUNS, reason="needs CUDA, or Triton's interpreter")
+WAYS = ["torch", pytest.param("kernels", marks=KERNELS)]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch) -> None:
+    """Whether torch or the kernels compute."""
+    if request.param == "kernels":
+        assert frozen_ops.kernels_on(DEVICE) is not None
+    else:
+        monkeypatch.setattr(frozen_ops, "kernels_on", lambda device: None)
+
+
+def frozen(norm):
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    return norm.requires_grad_(False).to(DEVICE)
+
+
+def drawn(*shape):
+    return torch.randn(shape, device=DEVICE).requires_grad_(True)
+
+
+def check_same(found, expected, inputs) -> None:
+    """Outputs, and gradients of a random sum of them."""
+    weights = [torch.randn_like(one) for one in expected]
+
+    def gradients(outputs):
+        return torch.autograd.grad(sum((w * y).sum() for w, y in zip(weights, outputs, strict=True)), inputs)
+
+    wanted = gradients(expected)
+    for a, b in zip([*found, *gradients(found)], [*expected, *wanted], strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("shape", [(2, 40, 4, 5, 8), (1, 24, 30, 33, 2)], ids=["whole", "in stretches"])
+def test_group_norm_is_that_of_torch(shape, shifted, silu, way):
+    *size, groups = shape
+    torch.manual_seed(0)
+    norm, x = frozen(nn.GroupNorm(groups, size[1])), drawn(*size)
+    with torch.no_grad():
+        x.mul_(0.1).add_(5)  # a mean that is far from 0
+    shift = drawn(*size[:2]) if shifted else None
+    z = norm(x if shift is None else x + shift[:, :, None, None])
+    expected = F.silu(z) if silu else z
+    found = frozen_ops.group_norm(x, norm, shift, silu)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    check_same(found, (expected, x), [x] if shift is None else [x, shift])
+
+
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("width", [40, 320])
+def test_layer_norm_is_that_of_torch(width, added, way):
+    torch.manual_seed(0)
+    norm, x = frozen(nn.LayerNorm(width)), drawn(2, 7, width)
+    more = drawn(2, 7, width) if added else None
+    total = x if more is None else x + more
+    check_same(frozen_ops.layer_norm(x, norm, more), (norm(total), total), [x] if more is None else [x, more])
+
+
+def test_the_gate_is_that_of_torch(way):
+    torch.manual_seed(0)
+    x = drawn(2, 7, 80)
+    value, gate = x.chunk(2, -1)
+    check_same([frozen_ops.gated(x)], [value * F.gelu(gate)], [x])
+
+
+def test_a_sum_with_a_bias_is_one(way):
+    torch.manual_seed(0)
+    a, b, bias = drawn(2, 8, 3, 5), drawn(2, 8, 3, 5), torch.randn(8, device=DEVICE)
+    check_same([frozen_ops.sum_with_bias(a, b, bias)], [a + b + bias[:, None, None]], [a, b])
+
+
+@pytest.mark.parametrize("geometry", [(3, 1, 1), (3, 2, 1), (1, 1, 0)])
+def test_a_frozen_convolution_keeps_no_input(geometry):
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(8, 12, *geometry).requires_grad_(False).to(DEVICE), drawn(2, 8, 9, 7)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = [frozen_ops.conv2d(x, conv)]
+        found += [frozen_ops.pointwise(x, conv)] if geometry[0] == 1 else []
+        linear = F.linear(x.permute(0, 2, 3, 1), torch.ones(3, 8, device=DEVICE))
+    assert kept and all(tensor.numel() < x.numel() or tensor.data_ptr() == conv.weight.data_ptr() for tensor in kept)
+    check_same(found, [conv(x)] * len(found), [x])
+    assert linear.requires_grad
+
+
+def test_what_has_no_memory_is_given_to_no_kernel(monkeypatch):
+    """As when the memory of a step is predicted: a kernel would read at address 0. Peaks are of the kernels' results."""
+    from conftest import make_xl_pipe
+
+    from peft_diffusion.fast.unet import swapped
+    from peft_diffusion.training.machine.preflight import peak
+
+    unet = make_xl_pipe().unet.requires_grad_(False)
+    inputs = {
+        "latents": torch.randn(2, 4, 16, 16), "text": torch.randn(2, 77, unet.config.cross_attention_dim),
+        "summary": torch.randn(2, 16), "sizes": torch.ones(2, 6),
+    }  # fmt: skip
+
+    def loss(given):
+        added = {"text_embeds": given["summary"], "time_ids": given["sizes"]}
+        latents = given["latents"].requires_grad_(True)
+        return unet(latents, 500, given["text"], added_cond_kwargs=added).sample.square().mean()
+
+    plain = peak(loss, inputs, torch.device("cpu"))
+    with swapped(unet):
+        in_torch = peak(loss, inputs, torch.device("cpu"))
+        monkeypatch.setattr(frozen_ops, "kernels_on", lambda device: object())  # which has none of the functions
+        of_kernels = peak(loss, inputs, torch.device("cpu"))
+    assert 0 < of_kernels < in_torch and of_kernels < plain
