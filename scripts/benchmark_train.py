@@ -98,7 +98,7 @@ def _spawn(what: str, options: argparse.Namespace, began: float) -> int:
 def _tests(options: argparse.Namespace) -> "dict[Path, subprocess.Popen[bytes]]":
     """Tests that need a GPU, all at once, by their log; they run beside the gate, which is not timed either."""
     root = Path(__file__).resolve().parent.parent
-    files = [str(root / "tests" / name) for name in ("test_capture.py", "test_fused.py")]
+    files = [str(root / "tests" / name) for name in ("test_cuda_graph.py", "test_fast_unet.py")]
     found = {}
     for number, chosen in enumerate(options.tests or ()):
         log = options.output / f"tests_{number}.txt"

@@ -21,7 +21,7 @@ from test_training import draw_pictures, small
 
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.training import train
-from peft_diffusion.training.record.run_record import checkpoint
+from peft_diffusion.training.record import checkpoint
 
 KILLS, SEED = 20, 7
 WORKERS = multiprocessing.get_context("forkserver")

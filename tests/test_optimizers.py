@@ -11,7 +11,7 @@ from test_training import draw_pictures
 from peft_diffusion import TrainConfig, UserError, train
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.training.loop.optimizers import OPTIMIZERS
-from peft_diffusion.training.record.run_record import checkpoint
+from peft_diffusion.training.record import checkpoint
 
 
 def config(pictures, where, **more) -> TrainConfig:

@@ -21,7 +21,7 @@ from peft_diffusion.cli import runs
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.training import Interrupted, TextTrainConfig, find_rates, find_text_rates, main, train, train_text
 from peft_diffusion.training.machine import memory_plan
-from peft_diffusion.training.record.run_record import charts, report, run_record
+from peft_diffusion.training.record import charts, report, run_record
 from peft_diffusion.training.watch.find_lr import search, trial_steps
 
 torch.set_num_threads(1)

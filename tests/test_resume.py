@@ -21,7 +21,7 @@ from test_training import draw_pictures, lines, small
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.training import Interrupted, train
 from peft_diffusion.training.loop.trainer import Observer, Trainer
-from peft_diffusion.training.record.run_record import checkpoint
+from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.tasks.diffusion import DiffusionTask
 
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_crew import assert_same, launch
+from test_processes import assert_same, launch
 from test_training import draw_pictures
 
 from peft_diffusion.core.errors import UserError

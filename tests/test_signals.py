@@ -21,7 +21,7 @@ from peft_diffusion.core.adapter import method
 from peft_diffusion.formats.container import read_header
 from peft_diffusion.training import Interrupted, train
 from peft_diffusion.training.language_main import train_text
-from peft_diffusion.training.record.run_record import checkpoint
+from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare

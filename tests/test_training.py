@@ -28,7 +28,7 @@ from peft_diffusion.training import TrainConfig, train
 from peft_diffusion.training.loop.learning_rate import rate
 from peft_diffusion.training.loop.seeds import generator, seed_of
 from peft_diffusion.training.loop.trainer import Divergence, Observer, Signals, Trainer, TrainerSettings, loss_at
-from peft_diffusion.training.record.run_record import checkpoint
+from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.settings import config
 from peft_diffusion.training.tasks import objective, preparation
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
