@@ -142,7 +142,7 @@ def ours(
     torch.manual_seed(2)
     site.attach(unet, NAME, Lora(RANK), "attention")
     arena = arena_of(unet)
-    settings = TrainerSettings(steps=10**9, rates={"unet": RATE}, log_every=10, save_every=10**9, record=record)
+    settings = TrainerSettings(steps=10**9, rates={"unet": RATE}, log_every=10, save_every=10**9, cuda_graph=record)
     trainer = Trainer(task_of(cell, unet), arena, settings)
 
     def alone() -> None:

@@ -20,6 +20,7 @@ from ..bases.words import learned, teach
 from ..core import quantized
 from ..core.arena import Arena
 from ..core.errors import UserError
+from ..core.settings import pick
 from ..data.text_files import Document, Texts, read_texts
 from ..methods.tokens import Tokens
 from .loop.trainer import Trainer
@@ -272,7 +273,7 @@ def _items(documents: Sequence[Document], prefix: str) -> list[dict[str, str]]:
 
 
 def _settings(config: ResolvedTextConfig, crew: Crew) -> LanguageSettings:
-    return LanguageSettings(config.seed, config.batch_size, config.accumulation, config.context, crew)
+    return pick(LanguageSettings, config, {"crew": crew})
 
 
 def _trainer(prepared: _Prepared, attached: Attached, chosen: Sequence[Block], say: Say, crew: Crew) -> Trainer:

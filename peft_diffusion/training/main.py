@@ -15,6 +15,7 @@ from ..bases import components
 from ..bases.words import teach
 from ..core.arena import Arena
 from ..core.errors import UserError
+from ..core.settings import pick
 from ..data.captions import with_trigger
 from ..data.folder import Picture
 from ..fast.unet import fused
@@ -157,7 +158,7 @@ class _Run:
         self.task = _task(prepared, self.blocks, crew)
         settings = trainer_settings(config, attached)
         if crew.shares_base:  # no CUDA graph holds weights that come and go
-            settings = replace(settings, record=False)
+            settings = replace(settings, cuda_graph=False)
         self.trainer = Trainer(self.task, arena, settings, crew=crew)
         self.previews = _previews(prepared, folder, self.task, self.trainer) if crew.measures else None
         self.outcome: Outcome | None = None
@@ -310,26 +311,8 @@ def _placeholders(blocks: Sequence[Block]) -> list[str]:
 
 
 def _task(prepared: Prepared, blocks: Sequence[Block], crew: Crew) -> DiffusionTask:
-    config = prepared.config
-    settings = DiffusionSettings(
-        seed=config.seed,
-        batch_size=config.batch_size,
-        accumulation=config.accumulation,
-        min_snr_gamma=config.min_snr_gamma,
-        timestep_bias=config.timestep_bias,
-        noise_offset=config.noise_offset,
-        multires_noise=config.multires_noise,
-        zero_terminal_snr=config.zero_terminal_snr,
-        loss=config.loss,
-        huber_c=config.huber_c,
-        huber_schedule=config.huber_schedule,
-        debiased=config.debiased,
-        prior_weight=config.prior_weight,
-        prior_target=config.prior_target,
-        dropout=max(getattr(block.method, "dropout", 0.0) for block in blocks),
-        crew=crew,
-        rules=prepared.rules,
-    )
+    dropout = max(getattr(block.method, "dropout", 0.0) for block in blocks)
+    settings = pick(DiffusionSettings, prepared.config, prepared, {"dropout": dropout, "crew": crew})
     return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prepared.prior)
 
 

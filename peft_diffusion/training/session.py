@@ -20,6 +20,7 @@ from ..core import site
 from ..core.adapter import Adapter, Method
 from ..core.arena import side_by_side
 from ..core.errors import UserError
+from ..core.settings import Settings, pick
 from ..methods.tokens import SoftPrompt, Tokens
 from .loop.seeds import global_seed
 from .loop.trainer import Interrupted, Observer, Trainer, TrainerSettings
@@ -28,7 +29,7 @@ from .progress import Bar, say_to
 from .record.checkpoint import Origin, explained
 from .record.run_folder import RunFolder
 from .settings.blocks import Block
-from .settings.config import Precision, RunSettings, Settings, to_json
+from .settings.config import Precision, RunSettings, to_json
 from .watch.signals import Suggestion, at_strength, best_step, measurements, suggest, verdict
 
 NAME = "trained"  # of the adapter, while it is
@@ -155,22 +156,7 @@ def pick_precision(asked: Precision, device: torch.device) -> Precision:
 
 def trainer_settings(config: RunSettings, attached: Attached) -> TrainerSettings:
     """What of a run's settings the trainer goes by."""
-    return TrainerSettings(
-        steps=config.steps,
-        rates=attached.rates,
-        undecayed=attached.undecayed,
-        accumulation=config.accumulation,
-        scheduler=config.scheduler,
-        warmup=config.warmup,
-        weight_decay=config.weight_decay,
-        clip=config.clip,
-        ema=config.ema,
-        log_every=config.log_every,
-        save_every=config.save_every,
-        patience=config.patience,
-        record=config.cuda_graph,
-        optimizer=config.optimizer,
-    )
+    return pick(TrainerSettings, config, attached)
 
 
 def digest(items: Sequence[Mapping[str, str]]) -> str:

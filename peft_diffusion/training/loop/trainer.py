@@ -105,8 +105,8 @@ class TrainerSettings:
     """How to minimize. ``rates`` has a learning rate per group of the arena; ``clip`` and ``ema`` 0 are off.
 
     ``patience`` is how many measurements may pass without a new lowest one before the run ends; 0 is any number.
-    ``record`` runs the steps from CUDA graphs, on CUDA. Groups among ``undecayed`` have no weight decay: embeddings are no
-    changes, which 0 would undo.
+    ``cuda_graph`` runs the steps from CUDA graphs, on CUDA. Groups among ``undecayed`` have no weight decay: embeddings are
+    no changes, which 0 would undo.
     """
 
     steps: int
@@ -120,7 +120,7 @@ class TrainerSettings:
     log_every: int = 10
     save_every: int = 100
     patience: int = 0
-    record: bool = True
+    cuda_graph: bool = True
     undecayed: frozenset[str] = frozenset()
     optimizer: OptimizerName = "adamw"
 
@@ -193,7 +193,7 @@ class Trainer:
         self.total = arena.beside[0]  # the loss of the step, over its micro-batches
         self.follow = torch.zeros((), device=arena.flat.device)  # how far the average moves to the weights
         self.unrecorded: str | None = None
-        self.records = settings.record and arena.flat.device.type == "cuda"
+        self.records = settings.cuda_graph and arena.flat.device.type == "cuda"
         self.optimizer = self._optimizer()
         self.working = Working(arena.flat, arena.grad)
         device = arena.flat.device

@@ -5,11 +5,12 @@ import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeAlias, get_args
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, get_args
 
 from cyclopts import Group, Parameter
 
 from ...core.errors import UserError
+from ...core.settings import Settings
 
 Preset: TypeAlias = Literal["style", "subject"]
 Masks: TypeAlias = Literal["files", "alpha", "off"]
@@ -54,12 +55,6 @@ class Base(Protocol):
     def family(self) -> str: ...
     @property
     def resolution(self) -> int: ...
-
-
-class Settings(Protocol):
-    """A dataclass of settings, such as `TrainConfig`."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 class MethodSettings(Protocol):
