@@ -51,15 +51,11 @@ from .session import (
     trainer_settings,
 )
 from .settings.blocks import Block, blocks, check_methods
-from .settings.config import Precision, to_json
-from .settings.text import (
-    HELD_OUT_FROM,
-    ResolvedTextConfig,
-    TextTrainConfig,
-    language_output,
-    language_run,
-    resolve_language,
-)
+from .settings.choices import Precision
+from .settings.derive import resolve_language
+from .settings.presets import HELD_OUT_FROM
+from .settings.text import ResolvedTextConfig, TextTrainConfig, language_output, language_run
+from .settings.toml import to_json
 from .tasks.language import LanguageSettings, LanguageTask, tokens
 from .watch.find_lr import FoundRates, find, refuse_crew
 

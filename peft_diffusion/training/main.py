@@ -47,7 +47,10 @@ from .session import (
     trainer_settings,
 )
 from .settings.blocks import Block, blocks, check_methods
-from .settings.config import RATES, ResolvedConfig, TrainConfig, resolve, run_path, to_json
+from .settings.derive import resolve
+from .settings.pictures import ResolvedConfig, TrainConfig, run_path
+from .settings.presets import RATES
+from .settings.toml import to_json
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.preparation import Prepared, check_places, prepare
 from .watch.find_lr import FoundRates, find, refuse_crew

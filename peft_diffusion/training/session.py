@@ -29,7 +29,9 @@ from .progress import Bar, say_to
 from .record.checkpoint import Origin, explained
 from .record.run_folder import RunFolder
 from .settings.blocks import Block
-from .settings.config import Precision, RunSettings, to_json
+from .settings.choices import Precision
+from .settings.shared import RunSettings
+from .settings.toml import to_json
 from .watch.signals import Suggestion, at_strength, best_step, measurements, suggest, verdict
 
 NAME = "trained"  # of the adapter, while it is

@@ -22,7 +22,7 @@ from ..machine.low_memory import small_vae
 from ..machine.processes import Crew
 from ..record.checkpoint import explained, write_bytes
 from ..session import Say
-from ..settings.config import ResolvedConfig
+from ..settings.pictures import ResolvedConfig
 
 Progress = Callable[[str], Callable[[int, int], None]]
 _STEPS, _GUIDANCE = 25, 5.0

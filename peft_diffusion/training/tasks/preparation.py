@@ -22,7 +22,9 @@ from ..machine.processes import Crew
 from ..machine.sharding import shard
 from ..record.run_folder import RunFolder
 from ..session import IMPATIENT, Say, check_run, check_writable, chosen, pick_precision
-from ..settings.config import HELD_OUT_FROM, ResolvedConfig, TrainConfig, output_path, resolve, run_path
+from ..settings.derive import resolve
+from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
+from ..settings.presets import HELD_OUT_FROM
 from . import class_images
 from .diffusion import Examples, schedule
 from .prompts import TextSide
