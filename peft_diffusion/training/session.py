@@ -20,13 +20,14 @@ from ..core import site
 from ..core.adapter import Adapter, Method
 from ..core.arena import side_by_side
 from ..core.errors import UserError
+from ..core.files import explained
 from ..core.settings import Settings, pick
 from ..methods.tokens import SoftPrompt, Tokens
 from .loop.seeds import global_seed
 from .loop.trainer import Interrupted, Observer, Trainer, TrainerSettings
 from .machine.processes import Crew
 from .progress import Bar, say_to
-from .record.checkpoint import Origin, explained
+from .record.checkpoint import Origin
 from .record.run_folder import RunFolder
 from .settings.blocks import Block
 from .settings.choices import Precision

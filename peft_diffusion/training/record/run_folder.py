@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import __version__
 from ...core.errors import UserError
+from ...core.files import explained, file_of, write_bytes
 from ..loop.trainer import Observer, Signals, StepLoss, TrainerState
 from ..settings.resumption import changes
 from ..settings.shared import RunSettings
@@ -19,7 +20,6 @@ from ..settings.toml import to_toml
 from ..watch.signals import best_step
 from . import checkpoint as checkpoints
 from . import report, run_record
-from .atomic import explained, write_bytes
 from .checkpoint import Checkpoint, Origin
 from .plots import draw, draw_signals
 
@@ -39,7 +39,6 @@ EARLIER = re.compile(r"until_step_\d{6,}")
 _ENTRIES = {
     "digest": "another content", "caption": "another caption", "mask": "another mask", "drawn": "other repeats or weight",
 }  # fmt: skip
-_ASIDE = re.compile(r"\.(.+)\.\d+")  # what `write_bytes` names a file until it is whole
 
 
 class RunFolder(Observer):
@@ -242,8 +241,8 @@ class RunFolder(Observer):
         with explained(self.path):
             for name, own in _OWN.items():
                 for left in _listed(self.path / name):
-                    whole = _ASIDE.fullmatch(left.name)
-                    if whole and own.fullmatch(whole[1]):
+                    whole = file_of(left.name)
+                    if whole and own.fullmatch(whole):
                         left.unlink()  # by a run that was killed while it wrote
         header = f"{_HEADER}{self.command} --config {self.path / run_record.CONFIG}\n"
         write_bytes(self.path / run_record.CONFIG, (header + to_toml(config)).encode())

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from ...bases import BaseInfo, describe
+from ...core.files import explained, write_bytes
 from ...data import subfolders
 from ...data.folder import Picture, scan
 from ...data.images import check_picture
@@ -20,7 +21,6 @@ from ...generation.settings import GenerateConfig
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
 from ..machine.processes import Crew
-from ..record.checkpoint import explained, write_bytes
 from ..session import Say
 from ..settings.pictures import ResolvedConfig
 

@@ -12,12 +12,12 @@ from PIL import Image
 
 from ...bases import components
 from ...core import site
+from ...core.files import explained, write_bytes
 from ...generation import sheet
 from ...generation.sampler import drawing, ending_in_noise, whole_picture
 from ..loop.seeds import seed_of
 from ..loop.trainer import Observer
 from ..machine.low_memory import small_vae
-from ..record.checkpoint import explained, write_bytes
 from ..tasks.diffusion import DiffusionTask
 
 PROMPTS = 4  # previews by default
