@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from .bases import LanguageModel
     from .training.results import TextTrainResult, TrainResult
-    from .training.settings.config import TrainConfig
+    from .training.settings.pictures import TrainConfig
     from .training.settings.text import TextTrainConfig
     from .training.watch.find_lr import FoundRates
 

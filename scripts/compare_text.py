@@ -40,7 +40,8 @@ from peft_diffusion.methods.oft import Oft
 from peft_diffusion.methods.prefix import Prefix
 from peft_diffusion.methods.tokens import SoftPrompt
 from peft_diffusion.training.loop.trainer import Trainer, TrainerSettings
-from peft_diffusion.training.settings.text import ResolvedTextConfig, TextTrainConfig, resolve_language
+from peft_diffusion.training.settings.derive import resolve_language
+from peft_diffusion.training.settings.text import ResolvedTextConfig, TextTrainConfig
 from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package

@@ -188,7 +188,8 @@ def test_words_are_not_pulled_towards_nothing():
 def test_every_method_has_a_learning_rate_of_its_own():
     """A rate that is given goes before it, and one in a block before both."""
     from peft_diffusion.bases import describe
-    from peft_diffusion.training.settings.config import TrainConfig, resolve
+    from peft_diffusion.training.settings.derive import resolve
+    from peft_diffusion.training.settings.pictures import TrainConfig
 
     base = describe(make_pipe())
     large = replace(base, family="sd1")
@@ -212,7 +213,8 @@ def test_every_method_has_a_learning_rate_of_its_own():
 
 def test_timesteps_are_weighed_where_a_small_base_learns_words_alone():
     from peft_diffusion.bases import describe
-    from peft_diffusion.training.settings.config import TrainConfig, resolve
+    from peft_diffusion.training.settings.derive import resolve
+    from peft_diffusion.training.settings.pictures import TrainConfig
 
     base = describe(make_pipe())
 
@@ -228,7 +230,8 @@ def test_timesteps_are_weighed_where_a_small_base_learns_words_alone():
 
 def test_a_short_run_is_not_spent_on_its_warm_up():
     from peft_diffusion.bases import describe
-    from peft_diffusion.training.settings.config import TrainConfig, resolve
+    from peft_diffusion.training.settings.derive import resolve
+    from peft_diffusion.training.settings.pictures import TrainConfig
 
     def warmup(**asked):
         return resolve(TrainConfig((Path("a"),), **asked), replace(describe(make_pipe()), family="sd1"), 30, "cpu").warmup

@@ -19,7 +19,7 @@ from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.machine.memory_plan import Footing
 from peft_diffusion.training.machine.processes import Crew
 from peft_diffusion.training.machine.sharding import sharing
-from peft_diffusion.training.settings.config import FREE_ON_RESUME
+from peft_diffusion.training.settings.resumption import FREE_ON_RESUME
 
 # Several commands, and code in between, one after the other in the same processes, which so read their imports but once.
 COMMANDS = """

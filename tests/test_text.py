@@ -29,7 +29,8 @@ from peft_diffusion.generation.text import choose, continued, generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training.loop.trainer import Interrupted, Observer, Trainer, loss_at
-from peft_diffusion.training.settings.text import TextTrainConfig, resolve_language
+from peft_diffusion.training.settings.derive import resolve_language
+from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens
 
 torch.set_num_threads(1)

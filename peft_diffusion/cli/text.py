@@ -5,7 +5,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ..generation.text_settings import TextGenerateConfig
-from ..training.settings.config import FIND_LR, LEARNING
+from ..training.settings.shared import FIND_LR, LEARNING
 from ..training.settings.text import TextTrainConfig
 
 

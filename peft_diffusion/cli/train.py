@@ -5,7 +5,8 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-from ..training.settings.config import FIND_LR, LEARNING, TrainConfig
+from ..training.settings.pictures import TrainConfig
+from ..training.settings.shared import FIND_LR, LEARNING
 
 
 def train(

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ..core.lazy import lazy
-from .settings.config import TrainConfig
+from .settings.pictures import TrainConfig
 from .settings.text import TextTrainConfig
 
 if TYPE_CHECKING:

@@ -24,7 +24,9 @@ from .record.run_folder import RunFolder, check_writable
 from .results import RunResult, TrainResult
 from .run import Facts, next_command
 from .settings.blocks import Block, blocks
-from .settings.config import RATES, ResolvedConfig, TrainConfig, resolve, run_path
+from .settings.derive import resolve
+from .settings.pictures import ResolvedConfig, TrainConfig, run_path
+from .settings.presets import RATES
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.preparation import Prepared, check_places, prepare
 from .watch.drawing import Drawing

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .settings.config import ResolvedConfig
+from .settings.pictures import ResolvedConfig
 from .settings.text import ResolvedTextConfig
 
 

@@ -37,7 +37,10 @@ from .record.run_folder import RunFolder
 from .record.trackers import Tracker, check_tracker
 from .results import Outcome, RunResult
 from .settings.blocks import Block, check_methods
-from .settings.config import LogWith, MethodSettings, RunSettings, TrainConfig, to_json
+from .settings.choices import LogWith
+from .settings.pictures import TrainConfig
+from .settings.shared import MethodSettings, RunSettings
+from .settings.toml import to_json
 from .watch.find_lr import FoundRates, find, refuse_crew
 from .watch.previews import Previews
 from .watch.signals import at_strength, best_step, measurements, suggest, verdict

@@ -29,14 +29,9 @@ from .record.run_folder import RunFolder, check_run, check_writable
 from .results import RunResult, TextTrainResult
 from .run import Facts, next_command
 from .settings.blocks import blocks
-from .settings.text import (
-    HELD_OUT_FROM,
-    ResolvedTextConfig,
-    TextTrainConfig,
-    language_output,
-    language_run,
-    resolve_language,
-)
+from .settings.derive import resolve_language
+from .settings.presets import HELD_OUT_FROM
+from .settings.text import ResolvedTextConfig, TextTrainConfig, language_output, language_run
 from .tasks.language import LanguageSettings, LanguageTask, tokens
 from .watch.find_lr import FoundRates
 from .watch.previews import Previews

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..settings.config import Precision
+from ..settings.choices import Precision
 
 
 def pick_precision(asked: Precision, device: torch.device) -> Precision:

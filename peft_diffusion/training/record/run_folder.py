@@ -15,7 +15,9 @@ from ... import __version__
 from ...core.errors import UserError
 from ...core.files import explained, file_of, write_bytes
 from ..loop.trainer import Observer, Signals, StepLoss, TrainerState
-from ..settings.config import RunSettings, changes, to_toml
+from ..settings.resumption import changes
+from ..settings.shared import RunSettings
+from ..settings.toml import to_toml
 from ..watch.signals import best_step
 from . import checkpoint as checkpoints
 from . import report, run_record

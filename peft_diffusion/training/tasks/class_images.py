@@ -19,7 +19,7 @@ from ..attachment import Say
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
 from ..machine.processes import Crew
-from ..settings.config import ResolvedConfig
+from ..settings.pictures import ResolvedConfig
 from ..watch.drawing import Drawing
 
 Progress = Callable[[str], Callable[[int, int], None]]

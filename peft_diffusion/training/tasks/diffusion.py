@@ -26,7 +26,7 @@ from ..loop.seeds import generator, global_seed, seed_of
 from ..loop.trainer import Signals
 from ..machine.preflight import peak
 from ..machine.processes import Crew
-from ..settings.config import HuberSchedule, Loss, PriorTarget, TimestepBias
+from ..settings.choices import HuberSchedule, Loss, PriorTarget, TimestepBias
 from ..watch.signals import at_strength, layer_changes
 from . import objective
 from .prompts import Conditioning, TextSide, encode_frozen

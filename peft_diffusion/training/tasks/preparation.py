@@ -24,7 +24,9 @@ from ..machine.processes import Crew
 from ..machine.sharding import shard
 from ..progress import IMPATIENT
 from ..record.run_folder import RunFolder, check_run, check_writable
-from ..settings.config import HELD_OUT_FROM, ResolvedConfig, TrainConfig, output_path, resolve, run_path
+from ..settings.derive import resolve
+from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
+from ..settings.presets import HELD_OUT_FROM
 from ..watch.drawing import Drawing
 from . import class_images
 from .diffusion import Examples, schedule
