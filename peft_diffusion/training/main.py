@@ -12,6 +12,7 @@ from rich.console import Console
 
 from .. import formats
 from ..bases import components
+from ..bases import family as families
 from ..bases.words import teach
 from ..core.arena import Arena
 from ..core.errors import UserError
@@ -49,7 +50,6 @@ from .session import (
 from .settings.blocks import Block, blocks, check_methods
 from .settings.derive import resolve
 from .settings.pictures import ResolvedConfig, TrainConfig, run_path
-from .settings.presets import RATES
 from .settings.toml import to_json
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.preparation import Prepared, check_places, prepare
@@ -124,7 +124,8 @@ def find_rates(config: TrainConfig, *, pipe: Any | None = None, console: Console
         prepared = prepare(config, pipe, say, reading, crew)
     with _faster(prepared, crew), base_kept(prepared.pipe, components(prepared.pipe), say):
         run = _Run(prepared, folder, console, crew, [])
-        flags = {name: f"--{RATES[name].replace('_', '-')}" for name in run.parts} if not config.block else {}
+        settings = {} if config.block else {name: families.rate_setting(name) for name in run.parts}
+        flags = {name: f"--{setting.replace('_', '-')}" for name, setting in settings.items()}
         try:
             run.task.offload()
             with run.footing().stand(say):
@@ -320,7 +321,7 @@ def _task(prepared: Prepared, blocks: Sequence[Block], crew: Crew) -> DiffusionT
 
 
 def _component_rate(config: ResolvedConfig, name: str) -> float:
-    found: float = getattr(config, RATES[name])
+    found: float = getattr(config, families.rate_setting(name))
     return found
 
 
