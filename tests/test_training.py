@@ -21,6 +21,7 @@ from torch import nn
 from peft_diffusion import formats
 from peft_diffusion.api import train
 from peft_diffusion.bases import components, fingerprint
+from peft_diffusion.bases.family import FAMILIES
 from peft_diffusion.core import site, targets
 from peft_diffusion.core.adapter import method
 from peft_diffusion.core.arena import Arena, side_by_side
@@ -32,7 +33,6 @@ from peft_diffusion.training.loop.seeds import generator, seed_of
 from peft_diffusion.training.loop.trainer import Divergence, Observer, Signals, Trainer, TrainerSettings, loss_at
 from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.settings.derive import resolve
-from peft_diffusion.training.settings.presets import PRESETS
 from peft_diffusion.training.settings.toml import to_toml
 from peft_diffusion.training.tasks import objective, preparation
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
@@ -329,13 +329,13 @@ def test_presets_fill_what_was_left_out_and_nothing_else(tmp_path):
 
 
 def test_every_preset_gives_every_family_all_its_values():
-    for families in PRESETS.values():
+    for preset in ("style", "subject"):
         for family in ("sd1", "sd2", "sdxl", "other"):
             base = type("Base", (), {"family": family, "resolution": 64})()
-            found = resolve(TrainConfig(folder=(Path("x"),)), base, 48, "cpu")
+            found = resolve(TrainConfig(folder=(Path("x"),), preset=preset), base, 48, "cpu")
             may_be_none = {"cache", "alpha", "epochs", "quantize", "target", "log_with"}
             assert not [f.name for f in fields(found) if getattr(found, f.name) is None and f.name not in may_be_none]
-        assert set(families["other"]) == set(families["sd1"])
+        assert set(FAMILIES["other"].presets[preset]) == set(FAMILIES["sd1"].presets[preset])
 
 
 def test_epochs_become_steps_and_win_over_them():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..bases import components
+from ..bases import family as families
 from ..core.errors import UserError
 from ..core.settings import pick
 from ..data.captions import with_trigger
@@ -26,7 +27,6 @@ from .run import Facts, next_command
 from .settings.blocks import Block, blocks
 from .settings.derive import resolve
 from .settings.pictures import ResolvedConfig, TrainConfig, run_path
-from .settings.presets import RATES
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.preparation import Prepared, check_places, prepare
 from .watch.drawing import Drawing
@@ -96,12 +96,13 @@ class PictureMaterial:
 
     def rate(self, component: str) -> float:
         """The learning rate of a component."""
-        found: float = getattr(self.config, RATES[component])
+        found: float = getattr(self.config, families.rate_setting(component))
         return found
 
     def rate_flags(self) -> dict[str, str]:
         """The flag that sets the learning rate of each component."""
-        return {} if self.config.block else {name: f"--{RATES[name].replace('_', '-')}" for name in self.parts}
+        settings = {} if self.config.block else {name: families.rate_setting(name) for name in self.parts}
+        return {name: f"--{setting.replace('_', '-')}" for name, setting in settings.items()}
 
     @cached_property
     def task(self) -> DiffusionTask:

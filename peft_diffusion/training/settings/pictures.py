@@ -6,6 +6,8 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
+from ...bases import family as families
+from ...bases.family import Role
 from ...core.errors import UserError
 from .choices import (
     HuberSchedule,
@@ -20,8 +22,8 @@ from .choices import (
 )
 from .shared import ADAPTER, LEARNING, MACHINE, RESULT, WATCH, SharedConfig, adapter_path
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-PRESET_COMPONENTS: dict[str, tuple[str, ...]] = {"style": ("unet",), "subject": ("unet", "text_encoder")}
+# What a preset adapts, by role: of text encoders the first.
+PRESET_ROLES: dict[str, tuple[Role, ...]] = {"style": ("denoiser",), "subject": ("denoiser", "text encoder")}
 
 _DATA = Group("Pictures and captions", sort_key=2)
 _PRIOR = Group("Keeping the class", sort_key=3)
@@ -160,11 +162,12 @@ class TrainConfig(SharedConfig, _PictureConfig):
 
     def __post_init__(self) -> None:
         parts = tuple(part.strip() for item in self.components for part in item.split(",") if part.strip())
-        parts = parts if self.components else PRESET_COMPONENTS.get(self.preset, ("unet",))
+        parts = parts if self.components else families.SMALL_DIFFUSION.by_roles(PRESET_ROLES.get(self.preset, ("denoiser",)))
         object.__setattr__(self, "components", tuple(dict.fromkeys(parts)))
-        unknown = [part for part in self.components if part not in COMPONENTS]
+        known = [*families.components("denoiser"), *families.components("text encoder")]
+        unknown = [part for part in self.components if part not in known]
         if unknown or not self.components:
-            raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(COMPONENTS)}")
+            raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(known)}")
         super().__post_init__()
         if self.shard_base and self.quantize:
             raise UserError("--shard-base cannot shard what --quantize packs; leave one of them away")
