@@ -33,6 +33,13 @@ def make_adapter(path: Path, base: Path, seed: int, triggers: tuple[str, ...] = 
     return path
 
 
+def spec_of(path: Path) -> formats.Spec:
+    """What an adapter's file says of itself."""
+    spec = formats.inspect(path).spec
+    assert spec is not None
+    return spec
+
+
 def command(*arguments: object, cwd: Path | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
     """Run ``peft-diffusion`` as a person would, and take what it prints."""
     return subprocess.run(
