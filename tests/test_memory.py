@@ -2,10 +2,13 @@
 
 import gc
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
+from diffusers import DiffusionPipeline
 from language import make_lm
 from safetensors.torch import load_file
 from test_training import draw_pictures
@@ -23,7 +26,7 @@ from peft_diffusion.training.watch.previews import Previews
 CPU = torch.device("cpu")
 
 
-def learn(pictures, where, pipe, **more):
+def learn(pictures, where, pipe: DiffusionPipeline, **more: Any):
     values = {"steps": 4, "batch_size": 2, "rank": 2, "warmup": 0, "preview_steps": 0}
     places = {"output": where / "a.safetensors", "run_dir": where / "run", "device": "cpu"}
     return load_file(train(TrainConfig((pictures,), **{**values, **places, **more}), pipe=pipe).output)
@@ -34,7 +37,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("make", [make_pipe, make_xl_pipe])
-def test_blocks_that_are_computed_twice_give_the_same_adapter(tmp_path, make):
+def test_blocks_that_are_computed_twice_give_the_same_adapter(tmp_path: Path, make) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     pipe = make()
     more = {"components": ("unet", "text_encoder"), "dropout": 0.2}
@@ -48,7 +51,7 @@ def test_blocks_that_are_computed_twice_give_the_same_adapter(tmp_path, make):
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])
-def test_text_learns_the_same_too(tmp_path, method):
+def test_text_learns_the_same_too(tmp_path: Path, method: str) -> None:
     words = tmp_path / "words.txt"
     words.write_text("the red cat and the blue dog sat in the house of ink. " * 40)
     runs = []
@@ -74,7 +77,7 @@ def measured(work):
 
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize(("make", "batch"), [(make_pipe, 4), (make_xl_pipe, 2)])
-def test_the_peak_of_a_step_is_predicted_within_a_tenth(make, batch, low):
+def test_the_peak_of_a_step_is_predicted_within_a_tenth(make, batch: int, low: bool) -> None:
     unet = make().unet
     site.attach(unet, "trained", Lora(rank=4), "attention+ff")
     arena = Arena({"unet": [p for a in site.adapters(unet, "trained").values() for p in a.parameters()]})
@@ -97,10 +100,12 @@ def test_the_peak_of_a_step_is_predicted_within_a_tenth(make, batch, low):
 
 
 @pytest.mark.parametrize(("make", "size"), [(make_pipe, 128), (make_xl_pipe, 128), (make_pipe, 512)])
-def test_the_peak_of_a_preview_is_predicted_within_a_tenth(tmp_path, monkeypatch, make, size):
+def test_the_peak_of_a_preview_is_predicted_within_a_tenth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make, size: int
+) -> None:
     seen = []
 
-    def look(previews):
+    def look(previews) -> None:
         drawn = previews.pictures()
         seen.append((previews.peak(), measured(previews.pictures), len(drawn)))
 
@@ -113,7 +118,9 @@ def test_the_peak_of_a_preview_is_predicted_within_a_tenth(tmp_path, monkeypatch
     assert predicted == pytest.approx(most, rel=0.1) and count == 3
 
 
-def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(tmp_path, monkeypatch):
+def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     monkeypatch.setattr(memory_plan, "_SMALL", 0)
     needs = []
@@ -133,7 +140,7 @@ def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(tmp_path, m
         learn(pictures, tmp_path / "four", make_pipe(), preview_steps=1)
 
 
-def test_small_things_of_memory():
+def test_small_things_of_memory() -> None:
     assert Need(50, 30, 15, away=5, drawing=7).total == 95 and Need(50, 30, 15, away=5, drawing=11).total == 96
     assert Need(50, 30, 15, away=5, drawing=7, recorded=True).total == 107
     assert Need(50, 30, 15, away=5, recorded=True).total == 95
@@ -150,7 +157,7 @@ def test_small_things_of_memory():
     assert not pipe.vae.use_slicing and not pipe.vae.use_tiling
 
 
-def test_a_need_that_cannot_be_told_stops_nothing(tmp_path, monkeypatch):
+def test_a_need_that_cannot_be_told_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no meta kernel\nand more")
 

@@ -2,12 +2,15 @@
 
 import itertools
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_pipe
+from diffusers import DiffusionPipeline
 from laws import randomize
 from safetensors.torch import save_file
 from test_formats import picture
@@ -62,12 +65,12 @@ def parameters(model: nn.Module, name: str = "a") -> int:
     return sum(p.numel() for a in site.adapters(model, name).values() for p in a.parameters())
 
 
-def attach_words(pipe, method: Method, name: str = "a") -> None:
+def attach_words(pipe: DiffusionPipeline, method: Method, name: str = "a") -> None:
     site.attach(pipe.text_encoder, name, begun(pipe, "text_encoder", method), "tokens")
     teach(pipe)
 
 
-def save_mixture(path, pipe, name: str = "mix", seed: int = 3):
+def save_mixture(path, pipe: DiffusionPipeline, name: str = "mix", seed: int = 3):
     """One file with every method, their parameters as if trained."""
     methods = {}
     for component, rows in MIXTURE.items():
@@ -95,7 +98,7 @@ def save_mixture(path, pipe, name: str = "mix", seed: int = 3):
         (nn.LayerNorm(6), (2, 6)),
     ],
 )
-def test_bitfit_is_another_bias(module, shape):
+def test_bitfit_is_another_bias(module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     weight, bias = module.weight.clone(), module.bias.clone()
     alone(module, BitFit())
@@ -110,7 +113,7 @@ def test_bitfit_is_another_bias(module, shape):
 
 
 @torch.no_grad()
-def test_bitfit_keeps_a_norm_weight_that_another_program_trained():
+def test_bitfit_keeps_a_norm_weight_that_another_program_trained() -> None:
     norm = nn.LayerNorm(6)
     x, tensors = torch.randn(2, 6), {"w_norm": torch.randn(6), "b_norm": torch.randn(6)}
     assert BitFit.recognizes(tensors.keys()) and not BitFit.recognizes({"diff", "diff_b"})
@@ -123,7 +126,7 @@ def test_bitfit_keeps_a_norm_weight_that_another_program_trained():
     assert torch.allclose(norm(x), expected, atol=1e-6)
 
 
-def test_bitfit_has_as_many_parameters_as_there_are_biases(tiny_pipe):
+def test_bitfit_has_as_many_parameters_as_there_are_biases(tiny_pipe: DiffusionPipeline) -> None:
     unet, encoder = tiny_pipe.unet, tiny_pipe.text_encoder
     biases = sum(p.numel() for name, p in unet.named_parameters() if name.endswith("bias"))
     site.attach(unet, "a", BitFit(), "biases")
@@ -139,7 +142,7 @@ def test_bitfit_has_as_many_parameters_as_there_are_biases(tiny_pipe):
 @torch.no_grad()
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
 @pytest.mark.parametrize("form", ["sequential", "parallel"])
-def test_a_bottleneck_is_a_small_network_after_or_beside(form, activation):
+def test_a_bottleneck_is_a_small_network_after_or_beside(form: str, activation: str) -> None:
     layer = nn.Linear(6, 8)
     alone(layer, Bottleneck(hidden=3, activation=activation, form=form, scale=2.0))
     x = torch.randn(2, 5, 6)
@@ -152,7 +155,7 @@ def test_a_bottleneck_is_a_small_network_after_or_beside(form, activation):
 
 
 @torch.no_grad()
-def test_a_bottleneck_at_a_convolution_treats_every_pixel_alike():
+def test_a_bottleneck_at_a_convolution_treats_every_pixel_alike() -> None:
     conv = nn.Conv2d(4, 6, 3, padding=1)
     alone(conv, Bottleneck(reduction=2))
     x = torch.randn(2, 4, 5, 5)
@@ -163,7 +166,7 @@ def test_a_bottleneck_at_a_convolution_treats_every_pixel_alike():
     assert part.down.shape == (3, 6) and torch.allclose(conv(x), y + change.permute(0, 3, 1, 2), atol=1e-5)
 
 
-def test_named_targets_are_where_the_papers_put_bottlenecks(tiny_pipe):
+def test_named_targets_are_where_the_papers_put_bottlenecks(tiny_pipe: DiffusionPipeline) -> None:
     unet = tiny_pipe.unet
     houlsby = site.attach(unet, "houlsby", Bottleneck(), "outputs")
     pfeiffer = site.attach(unet, "pfeiffer", Bottleneck(), "ff-outputs")
@@ -174,7 +177,7 @@ def test_named_targets_are_where_the_papers_put_bottlenecks(tiny_pipe):
     assert set(he) == {f"{b}.{end}" for b in blocks for end in ("attn1", "attn2", "ff")}
 
 
-def test_methods_refuse_sites_and_values_that_they_cannot_serve(tiny_pipe):
+def test_methods_refuse_sites_and_values_that_they_cannot_serve(tiny_pipe: DiffusionPipeline) -> None:
     unet, encoder = tiny_pipe.unet, tiny_pipe.text_encoder
     for method, part, target, words in [
         (Bottleneck(), unet, "norms", "bottleneck cannot serve .*GroupNorm"),
@@ -209,7 +212,7 @@ def test_methods_refuse_sites_and_values_that_they_cannot_serve(tiny_pipe):
 
 
 @torch.no_grad()
-def test_a_prefix_adds_what_the_queries_find_in_it(tiny_pipe):
+def test_a_prefix_adds_what_the_queries_find_in_it(tiny_pipe: DiffusionPipeline) -> None:
     attention = tiny_pipe.unet.get_submodule(ATTENTION)
     width = attention.to_q.out_features
     x = torch.randn(2, 9, width)
@@ -229,7 +232,7 @@ def test_a_prefix_adds_what_the_queries_find_in_it(tiny_pipe):
 
 
 @torch.no_grad()
-def test_a_prefix_is_the_second_term_of_prefix_tuning():
+def test_a_prefix_is_the_second_term_of_prefix_tuning() -> None:
     """Li and Liang's attention over [P; K] is a mean of both terms, weighed by their shares of the softmax."""
     q, k, v, pk, pv = (torch.randn(n, 8, dtype=torch.float64) for n in (6, 7, 7, 3, 3))
     both = F.scaled_dot_product_attention(q, torch.cat([pk, k]), torch.cat([pv, v]))
@@ -241,7 +244,7 @@ def test_a_prefix_is_the_second_term_of_prefix_tuning():
 # Tokens
 
 
-def test_placeholders_are_whole_words_of_one_token_a_vector(tiny_pipe):
+def test_placeholders_are_whole_words_of_one_token_a_vector(tiny_pipe: DiffusionPipeline) -> None:
     tokenizer = tiny_pipe.tokenizer
     kind, backend = type(tokenizer), tokenizer._tokenizer
     plain = {text: tokenizer(text).input_ids for text in ("a <cattle>", "asks", "a cat")}
@@ -261,7 +264,7 @@ def test_placeholders_are_whole_words_of_one_token_a_vector(tiny_pipe):
 
 
 @torch.no_grad()
-def test_new_words_mean_their_initial_words_until_they_are_trained(tiny_pipe):
+def test_new_words_mean_their_initial_words_until_they_are_trained(tiny_pipe: DiffusionPipeline) -> None:
     encoder, tokenizer = tiny_pipe.text_encoder, tiny_pipe.tokenizer
 
     def told(prompt: str) -> torch.Tensor:
@@ -284,7 +287,7 @@ def test_new_words_mean_their_initial_words_until_they_are_trained(tiny_pipe):
 
 
 @torch.no_grad()
-def test_a_soft_prompt_precedes_the_prompts_of_images_that_have_it(tiny_pipe):
+def test_a_soft_prompt_precedes_the_prompts_of_images_that_have_it(tiny_pipe: DiffusionPipeline) -> None:
     tokenizer = tiny_pipe.tokenizer
     before = picture(tiny_pipe)
     start, *words, end = tokenizer("a dog").input_ids
@@ -300,7 +303,7 @@ def test_a_soft_prompt_precedes_the_prompts_of_images_that_have_it(tiny_pipe):
     assert np.array_equal(picture(tiny_pipe), before)
 
 
-def test_words_that_clash_or_do_not_fit_are_errors_that_change_nothing(tiny_pipe):
+def test_words_that_clash_or_do_not_fit_are_errors_that_change_nothing(tiny_pipe: DiffusionPipeline) -> None:
     attach_words(tiny_pipe, Tokens("<cat>", 2))
     ids = tiny_pipe.tokenizer("<cat>").input_ids
     for method, words in [
@@ -322,7 +325,7 @@ def test_words_that_clash_or_do_not_fit_are_errors_that_change_nothing(tiny_pipe
 
 
 @torch.no_grad()
-def test_models_that_look_for_the_largest_id_still_find_the_end_of_text(tiny_pipe):
+def test_models_that_look_for_the_largest_id_still_find_the_end_of_text(tiny_pipe: DiffusionPipeline) -> None:
     encoder, tokenizer = tiny_pipe.text_encoder, tiny_pipe.tokenizer
     owner = next(module for module in encoder.modules() if "eos_token_id" in vars(module))
     attach_words(tiny_pipe, Tokens("<cat>", 2, "cat"))
@@ -341,7 +344,7 @@ def test_models_that_look_for_the_largest_id_still_find_the_end_of_text(tiny_pip
 # Files of new words
 
 
-def save_word(path, pipe, *methods: Method):
+def save_word(path, pipe: DiffusionPipeline, *methods: Method):
     """A file of token methods alone."""
     site.attach_all(pipe.text_encoder, "w", [(begun(pipe, "text_encoder", method), "tokens") for method in methods])
     randomize(pipe.text_encoder, "w")
@@ -350,7 +353,7 @@ def save_word(path, pipe, *methods: Method):
 
 
 @torch.no_grad()
-def test_one_word_alone_is_a_file_that_diffusers_reads(tiny_pipe, tmp_path):
+def test_one_word_alone_is_a_file_that_diffusers_reads(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     vectors = save_word(tmp_path / "renamed.safetensors", tiny_pipe, Tokens("<cat>", 3, "cat"))
     assert list(container.read_tensors(tmp_path / "renamed.safetensors")) == ["emb_params"]
     other = make_pipe()
@@ -366,7 +369,7 @@ def test_one_word_alone_is_a_file_that_diffusers_reads(tiny_pipe, tmp_path):
 
 
 @torch.no_grad()
-def test_words_beside_other_methods_are_bundled(tiny_pipe, tmp_path):
+def test_words_beside_other_methods_are_bundled(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     save_mixture(tmp_path / "mix.safetensors", tiny_pipe)
     tensors = container.read_tensors(tmp_path / "mix.safetensors")
     (ours,) = (part for part in _parts(tiny_pipe, "mix") if type(part).__name__ == "TokensAdapter")
@@ -388,7 +391,9 @@ def test_words_beside_other_methods_are_bundled(tiny_pipe, tmp_path):
         ("bundle.safetensors", {"bundle_emb.toy.clip_l": torch.ones(2, 32)}, "toy"),
     ],
 )
-def test_words_of_other_programs_load(tiny_pipe, tmp_path, name, content, word):
+def test_words_of_other_programs_load(
+    tiny_pipe: DiffusionPipeline, tmp_path: Path, name: str, content: dict[str, Any], word: str
+) -> None:
     file = tmp_path / name
     save_file(content, file) if file.suffix == ".safetensors" else torch.save(content, file)
     Adapters(tiny_pipe).load(file, name="theirs", strict=True)
@@ -397,7 +402,7 @@ def test_words_of_other_programs_load(tiny_pipe, tmp_path, name, content, word):
 
 
 @torch.no_grad()
-def test_a_word_has_vectors_for_both_text_encoders_of_xl(tmp_path):
+def test_a_word_has_vectors_for_both_text_encoders_of_xl(tmp_path: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     def base() -> SimpleNamespace:
@@ -429,7 +434,7 @@ def test_a_word_has_vectors_for_both_text_encoders_of_xl(tmp_path):
     assert torch.allclose(fresh.text_encoder_2.get_input_embeddings()(ids)[0], tensors["clip_g"])
 
 
-def test_a_word_for_another_base_is_an_error(tiny_pipe, tmp_path):
+def test_a_word_for_another_base_is_an_error(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     save_file({"emb_params": torch.ones(2, 768)}, tmp_path / "sd.safetensors")
     with pytest.raises(UserError, match=r"made for another base.*\(2, 768\).*width here is 32"):
         Adapters(tiny_pipe).load(tmp_path / "sd.safetensors")
@@ -439,7 +444,7 @@ def test_a_word_for_another_base_is_an_error(tiny_pipe, tmp_path):
 # All together
 
 
-def test_a_mixture_is_one_file_and_blends_image_by_image(tiny_pipe, tmp_path):
+def test_a_mixture_is_one_file_and_blends_image_by_image(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     file = save_mixture(tmp_path / "mix.safetensors", make_pipe())
     other = save_mixture(tmp_path / "other.safetensors", make_pipe(), seed=5)
     digest, before = fingerprint(components(tiny_pipe)), picture(tiny_pipe)
@@ -477,7 +482,7 @@ def test_a_mixture_is_one_file_and_blends_image_by_image(tiny_pipe, tmp_path):
     assert fingerprint(components(tiny_pipe)) == digest and np.array_equal(picture(tiny_pipe), before)
 
 
-def test_a_mixture_saved_again_is_the_same_file(tiny_pipe, tmp_path):
+def test_a_mixture_saved_again_is_the_same_file(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     file = save_mixture(tmp_path / "mix.safetensors", tiny_pipe)
     drawn = picture(tiny_pipe)
     fresh = make_pipe()
@@ -490,7 +495,7 @@ def test_a_mixture_saved_again_is_the_same_file(tiny_pipe, tmp_path):
     assert list(first) == list(again) and all(torch.equal(first[key], again[key]) for key in first)
 
 
-def _parts(pipe, name: str):
+def _parts(pipe: DiffusionPipeline, name: str):
     for part in components(pipe).values():
         for adapter in site.adapters(part, name).values():
             yield from getattr(adapter, "parts", [adapter])
@@ -513,7 +518,7 @@ PAIRS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize(("one", "other"), itertools.combinations(PAIRS, 2))
-def test_order_matters_to_a_sequential_bottleneck_alone(one, other):
+def test_order_matters_to_a_sequential_bottleneck_alone(one, other) -> None:
     outputs = []
     for names in ((one, other), (other, one)):
         unet = make_pipe().unet

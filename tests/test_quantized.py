@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import laws
 import pytest
@@ -137,7 +138,7 @@ def test_law_9_training_lowers_the_loss_and_no_byte_of_the_base_changes(case: Ca
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_of_a_quantized_base_loads_onto_the_plain_one_and_back(kind: str, tmp_path) -> None:
+def test_an_adapter_of_a_quantized_base_loads_onto_the_plain_one_and_back(kind: str, tmp_path: Path) -> None:
     plain, packed = make_pipe(), make_pipe()
     digest.quantize(components(packed), kind)
     assert describe(packed) == describe(plain)  # the identity is that of the base before
@@ -157,7 +158,7 @@ def test_an_adapter_of_a_quantized_base_loads_onto_the_plain_one_and_back(kind: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_load_base_quantizes_every_linear_but_no_other_module(kind: str, tiny_base) -> None:
+def test_load_base_quantizes_every_linear_but_no_other_module(kind: str, tiny_base: Path) -> None:
     pipe, plain = load_base(tiny_base, device="cpu", quantize=kind), load_base(tiny_base, device="cpu")
     for name, part in components(pipe).items():
         original = dict(components(plain)[name].named_modules())
@@ -269,7 +270,7 @@ def test_layers_that_bitsandbytes_itself_quantized_take_adapters_but_are_not_mer
     assert torch.equal(model(x), before)
 
 
-def test_a_backend_that_is_not_installed_is_named(tiny_base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_is_not_installed_is_named(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install 'peft_diffusion\[quantize\]'") as told:
         load_base(tiny_base, device="cpu", quantize="nf4")
@@ -280,7 +281,7 @@ def test_a_backend_that_is_not_installed_is_named(tiny_base, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_generating_and_repeating_a_picture_on_a_quantized_base(kind: str, tiny_base, tmp_path) -> None:
+def test_training_generating_and_repeating_a_picture_on_a_quantized_base(kind: str, tiny_base: Path, tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures")
     base = str(tiny_base)
     said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
@@ -305,14 +306,14 @@ def test_training_generating_and_repeating_a_picture_on_a_quantized_base(kind: s
         generate(GenerateConfig(recipe=first.path, quantize=kind, output=tmp_path / "b.png", device="cpu"))
 
 
-def test_a_recipe_without_a_word_on_quantization_is_of_a_plain_base(tiny_base, tmp_path) -> None:
+def test_a_recipe_without_a_word_on_quantization_is_of_a_plain_base(tiny_base: Path, tmp_path: Path) -> None:
     asked = GenerateConfig(("a cat",), base=str(tiny_base), steps=1, output=tmp_path / "a.png", device="cpu")
     values = json.loads(json.dumps(generate(asked)[0].recipe.to_json()))
     del values["quantize"]
     assert Recipe.from_json(values).quantize is None
 
 
-def test_a_language_model_learns_and_writes_quantized(tmp_path) -> None:
+def test_a_language_model_learns_and_writes_quantized(tmp_path: Path) -> None:
     save_lm(tmp_path / "lm")
     words = tmp_path / "words.txt"
     words.write_text("the red cat and the blue dog sat in the house of ink. " * 40)
@@ -335,7 +336,9 @@ def test_a_language_model_learns_and_writes_quantized(tmp_path) -> None:
     assert [one.prompt for one in generate_text(written)] == ["the"]
 
 
-def test_the_command_names_a_missing_backend_in_one_line(tiny_base, tmp_path, monkeypatch, capsys) -> None:
+def test_the_command_names_a_missing_backend_in_one_line(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from peft_diffusion.cli.app import main
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -352,7 +355,7 @@ def test_the_command_names_a_missing_backend_in_one_line(tiny_base, tmp_path, mo
 
 
 @torch.no_grad()
-def test_merging_tells_its_error(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+def test_merging_tells_its_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipe = make_pipe()
     digest.quantize(components(pipe), "nf4")
     site.attach(pipe.unet, "a", Lora(rank=4), "attention+ff")

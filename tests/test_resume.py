@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ EVERYTHING = {
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def pictures(tmp_path: Path) -> Path:
     folder = draw_pictures(tmp_path / "pictures")
     for number, path in enumerate(sorted(folder.glob("*.png"))):
         path.with_suffix(".txt").write_text(f"ink, red {number}, apple, flat", "utf-8")
@@ -49,12 +50,12 @@ class StopAfter(Observer):
     def __init__(self, step: int) -> None:
         self.at = step
 
-    def on_step(self, step):
+    def on_step(self, step) -> None:
         if step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def stop_after(monkeypatch, step: int) -> None:
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     run = Trainer.run
 
     def watched(self, until=None):
@@ -74,7 +75,9 @@ def same_file(one: Path, two: Path) -> bool:
 
 
 @pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, pictures, monkeypatch, changes):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
     whole = train(small(pictures, tmp_path / "whole", **changes), pipe=make_pipe())
     with monkeypatch.context() as patched:
         stop_after(patched, 4)
@@ -91,13 +94,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, picture
     assert ends[0].divergence == ends[1].divergence
 
 
-def test_a_handler_of_the_caller_is_there_again_afterwards(tmp_path, pictures):
+def test_a_handler_of_the_caller_is_there_again_afterwards(tmp_path: Path, pictures: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     train(small(pictures, tmp_path, steps=1), pipe=make_pipe())
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_longer_run_goes_on_and_says_what_that_means(tmp_path, pictures):
+def test_a_longer_run_goes_on_and_says_what_that_means(tmp_path: Path, pictures: Path) -> None:
     train(small(pictures, tmp_path, scheduler="constant"), pipe=make_pipe())
     longer = train(small(pictures, tmp_path, scheduler="constant", steps=9, resume=True), pipe=make_pipe())
     whole = train(small(pictures, tmp_path / "whole", scheduler="constant", steps=9), pipe=make_pipe())
@@ -110,7 +113,7 @@ def test_a_longer_run_goes_on_and_says_what_that_means(tmp_path, pictures):
         train(small(pictures, tmp_path / "falling", scheduler="cosine", steps=3, resume=True), pipe=make_pipe())
 
 
-def test_resuming_refuses_other_settings_pictures_captions_and_bases_by_name(tmp_path, pictures):
+def test_resuming_refuses_other_settings_pictures_captions_and_bases_by_name(tmp_path: Path, pictures: Path) -> None:
     first = train(small(pictures, tmp_path), pipe=make_pipe())
     before = {path: path.read_bytes() for path in first.run_dir.rglob("*") if path.is_file()}
     again = {"steps": 9, "resume": True}
@@ -132,7 +135,7 @@ def test_resuming_refuses_other_settings_pictures_captions_and_bases_by_name(tmp
     assert {path: path.read_bytes() for path in first.run_dir.rglob("*") if path.is_file()} == before
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, pictures):
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, pictures: Path) -> None:
     whole = train(small(pictures, tmp_path), pipe=make_pipe())
     newest = whole.run_dir / "checkpoints" / "step_000006.safetensors"
     bits = load_file(whole.output)
@@ -144,7 +147,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, pictures):
     assert checkpoint.read(newest).state.step == 6
 
 
-def test_checkpoints_that_cannot_be_read_are_kept(tmp_path, pictures):
+def test_checkpoints_that_cannot_be_read_are_kept(tmp_path: Path, pictures: Path) -> None:
     run = train(small(pictures, tmp_path), pipe=make_pipe()).run_dir
     for path in (run / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:-100])
@@ -155,7 +158,9 @@ def test_checkpoints_that_cannot_be_read_are_kept(tmp_path, pictures):
 
 
 @pytest.mark.parametrize("changes", [{"method": "bitfit"}, {"block": ("unet attention+ff ia3",)}], ids=["method", "block"])
-def test_a_method_without_rank_goes_on_from_its_own_settings(tmp_path, pictures, monkeypatch, changes):
+def test_a_method_without_rank_goes_on_from_its_own_settings(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
     whole = train(small(pictures, tmp_path, rank=None, scheduler="constant", **changes), pipe=make_pipe())
     assert whole.config.rank is None
     train(replace(whole.config, steps=7, resume=True), pipe=make_pipe())
@@ -167,7 +172,7 @@ def test_a_method_without_rank_goes_on_from_its_own_settings(tmp_path, pictures,
     assert train(replace(older, steps=8), pipe=make_pipe()).steps == 8
 
 
-def test_only_a_mask_or_repeats_that_changed_are_named(tmp_path, pictures):
+def test_only_a_mask_or_repeats_that_changed_are_named(tmp_path: Path, pictures: Path) -> None:
     config = small(pictures, tmp_path)
     train(config, pipe=make_pipe())
     with pytest.raises(UserError, match=r"other repeats or weight, .* and 3 more"):
@@ -177,7 +182,7 @@ def test_only_a_mask_or_repeats_that_changed_are_named(tmp_path, pictures):
         train(replace(config, resume=True), pipe=make_pipe())
 
 
-def test_previews_go_on_without_their_folder_and_with_other_prompts(tmp_path, pictures):
+def test_previews_go_on_without_their_folder_and_with_other_prompts(tmp_path: Path, pictures: Path) -> None:
     changes = {"preview_steps": 1, "scheduler": "constant"}
     first = train(small(pictures, tmp_path, steps=3, preview_prompts=("a cat", "a dog"), **changes), pipe=make_pipe())
     previews = first.run_dir / "previews"
@@ -193,7 +198,7 @@ def test_previews_go_on_without_their_folder_and_with_other_prompts(tmp_path, pi
     assert not list(previews.iterdir())
 
 
-def test_a_run_without_checkpoint_starts_again_and_one_that_is_not_there_is_an_error(tmp_path, pictures):
+def test_a_run_without_checkpoint_starts_again_and_one_that_is_not_there_is_an_error(tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(UserError, match="there is no run in"):
         train(small(pictures, tmp_path, resume=True), pipe=make_pipe())
     whole = train(small(pictures, tmp_path / "whole"), pipe=make_pipe())
@@ -205,7 +210,9 @@ def test_a_run_without_checkpoint_starts_again_and_one_that_is_not_there_is_an_e
     assert [line["step"] for line in lines(whole) if "loss" in line] == list(range(1, 7))
 
 
-def test_the_newest_two_checkpoints_and_the_best_are_kept(tmp_path, pictures, monkeypatch):
+def test_the_newest_two_checkpoints_and_the_best_are_kept(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured = iter([9.0, 5.0, 1.0, 6.0, 7.0, 8.0, 9.0])
     monkeypatch.setattr(DiffusionTask, "held_out", lambda _: next(measured, 2.0))  # the strengths come after the run
     result = train(small(pictures, tmp_path, steps=12, save_every=2), pipe=make_pipe())
@@ -246,7 +253,7 @@ class Command:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_base) -> tuple[Path, Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, Path]:
     """Pictures, and the file of a run on them that nothing interrupted."""
     where = tmp_path_factory.mktemp("finished")
     pictures = draw_pictures(where / "pictures")
@@ -259,7 +266,9 @@ def finished(tmp_path_factory, tiny_base) -> tuple[Path, Path]:
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["INT", "TERM", "KILL"])
-def test_a_real_process_that_is_stopped_goes_on_to_the_same_bits(tmp_path, tiny_base, finished, number):
+def test_a_real_process_that_is_stopped_goes_on_to_the_same_bits(
+    tmp_path: Path, tiny_base: Path, finished: tuple[Path, Path], number
+) -> None:
     pictures, whole = finished
     command = Command(tiny_base, pictures, tmp_path)
     process = command.start()

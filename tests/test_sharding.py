@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from test_processes import assert_same, launch
 from test_training import draw_pictures
@@ -124,7 +125,7 @@ def test_each_process_holds_its_part_and_methods_that_read_weights_find_them(tin
         assert_same(tmp_path / f"plain_{name}.safetensors", tmp_path / f"sharded_{name}.safetensors")
 
 
-def test_what_cannot_be_sharded_is_refused_in_words(tiny_base: Path, tmp_path: Path, tiny_pipe) -> None:
+def test_what_cannot_be_sharded_is_refused_in_words(tiny_base: Path, tmp_path: Path, tiny_pipe: DiffusionPipeline) -> None:
     config = TrainConfig((tmp_path,), base=str(tiny_base), device="cpu", run_dir=tmp_path / "run", shard_base=True)
     with pytest.raises(UserError, match="there is one; start them with torchrun --nproc-per-node N"):
         train(config)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def pictures(tmp_path: Path) -> Path:
     return draw_pictures(tmp_path / "pictures")
 
 
@@ -52,12 +53,12 @@ def run(*unseen: float, seen: float = 0.1) -> list[Measured]:
     return [Measured(10 * place, value, seen, 0.0, 0.0) for place, value in enumerate(unseen)]
 
 
-def test_the_best_step_is_the_earliest_of_the_lowest_after_the_start():
+def test_the_best_step_is_the_earliest_of_the_lowest_after_the_start() -> None:
     assert best_step({0: 0.1, 10: 0.3, 20: 0.2, 30: 0.2}) == 20
     assert best_step({0: 0.1}) is None and best_step({}) is None
 
 
-def test_a_run_that_got_worse_is_called_over_trained_and_one_that_stayed_is_not():
+def test_a_run_that_got_worse_is_called_over_trained_and_one_that_stayed_is_not() -> None:
     assert verdict(run(1.0, 0.5, 0.4, 0.407)) is None
     assert verdict(run(1.0)) is None and verdict([]) is None
     assert verdict(run(1.0, 0.4, 0.5)).startswith(
@@ -67,7 +68,7 @@ def test_a_run_that_got_worse_is_called_over_trained_and_one_that_stayed_is_not(
     assert verdict(worse).startswith("unstable since step 10")
 
 
-def test_memorisation_is_how_much_further_the_loss_fell_on_what_was_seen():
+def test_memorisation_is_how_much_further_the_loss_fell_on_what_was_seen() -> None:
     told = [
         {"step": 0, "held_out_loss": 1.0},
         {"step": 0, "seen_loss": 2.0},
@@ -79,13 +80,13 @@ def test_memorisation_is_how_much_further_the_loss_fell_on_what_was_seen():
 
 
 @pytest.mark.parametrize("lowest", [0.3, 0.6, 0.85, 1.1, 1.35])
-def test_the_suggested_strength_is_where_the_loss_is_lowest(lowest):
+def test_the_suggested_strength_is_where_the_loss_is_lowest(lowest: float) -> None:
     found = suggest(lambda strength: 1 + (strength - lowest) ** 2, 1 + lowest**2, 1 + (1 - lowest) ** 2)
     assert found.strength == pytest.approx(lowest, abs=0.026)
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "loha", "lokr", "oft", "ia3", "bitfit"])
-def test_a_layers_change_is_that_of_merging(name):
+def test_a_layers_change_is_that_of_merging(name: str) -> None:
     pipe = make_pipe()
     for part in site.attach(pipe.unet, "new", method(name)):
         adapter = site.adapters(pipe.unet, "new")[part]
@@ -100,7 +101,7 @@ def test_a_layers_change_is_that_of_merging(name):
     assert changes[f"unet.{path}"] == pytest.approx(float(moved), rel=1e-3) and moved > 0
 
 
-def test_a_method_that_is_no_change_of_weights_tells_the_size_of_its_parameters():
+def test_a_method_that_is_no_change_of_weights_tells_the_size_of_its_parameters() -> None:
     pipe = make_pipe()
     site.attach(pipe.unet, "new", method("bottleneck"))
     for adapter in site.adapters(pipe.unet, "new").values():
@@ -109,7 +110,7 @@ def test_a_method_that_is_no_change_of_weights_tells_the_size_of_its_parameters(
     assert set(layer_changes({"unet": pipe.unet}, "new").values()) == {0.25}
 
 
-def test_patience_ends_a_run_after_measurements_without_a_lower_loss():
+def test_patience_ends_a_run_after_measurements_without_a_lower_loss() -> None:
     loop, log = trainer(Line(), steps=40, patience=2)
     loop.measured = {1: -2.0}  # lower than anything to come
     assert loop.run()
@@ -117,7 +118,9 @@ def test_patience_ends_a_run_after_measurements_without_a_lower_loss():
     assert loop.run() and loop.step == 8
 
 
-def test_signals_are_measured_with_every_checkpoint_and_leave_the_training_alone(tmp_path, pictures, monkeypatch):
+def test_signals_are_measured_with_every_checkpoint_and_leave_the_training_alone(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     watched = train(small(pictures, tmp_path / "a", held_out=0.4), pipe=make_pipe())
     told = measurements(lines(watched))
     assert [one.step for one in told] == [0, 3, 6]
@@ -135,7 +138,7 @@ def test_signals_are_measured_with_every_checkpoint_and_leave_the_training_alone
     assert all(torch.equal(one, two) for one, two in zip(before, pipe.unet.parameters(), strict=True))
 
 
-def test_previews_tell_how_near_they_are_to_training_pictures(tmp_path, pictures):
+def test_previews_tell_how_near_they_are_to_training_pictures(tmp_path: Path, pictures: Path) -> None:
     told = lines(train(small(pictures, tmp_path, preview_steps=2, preview_every=3), pipe=make_pipe()))
     near = {line["step"]: line["preview_nearest"] for line in told if "preview_nearest" in line}
     assert list(near) == [0, 3, 6] and all(value > 0 for value in near.values())
@@ -143,7 +146,7 @@ def test_previews_tell_how_near_they_are_to_training_pictures(tmp_path, pictures
     assert lines(again) == told
 
 
-def test_training_pictures_are_nearest_to_themselves(pictures):
+def test_training_pictures_are_nearest_to_themselves(pictures: Path) -> None:
     config = small(pictures, pictures, held_out=0.0)
     prepared = prepare(config, make_pipe(), lambda _: None, lambda _: lambda done, total: None, TrainingPictures())
     task = DiffusionTask(prepared.pipe, "none", DiffusionSettings(), prepared.train)
@@ -152,7 +155,7 @@ def test_training_pictures_are_nearest_to_themselves(pictures):
     assert task.nearness([Image.new("RGB", (32, 32))]) is None
 
 
-def test_text_has_the_same_signals(tmp_path):
+def test_text_has_the_same_signals(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("And it came to pass in those days, that there went out a decree. " * 60, "utf-8")
     config = TextTrainConfig(
         texts=(tmp_path / "text.txt",), output=tmp_path / "a.safetensors", run_dir=tmp_path / "run", steps=4, save_every=2,
@@ -165,25 +168,27 @@ def test_text_has_the_same_signals(tmp_path):
     assert spec(result.output)["suggested_strength"] == result.outcome.suggestion.strength
 
 
-def test_so_many_checkpoints_stay_as_are_asked_for(tmp_path, pictures):
+def test_so_many_checkpoints_stay_as_are_asked_for(tmp_path: Path, pictures: Path) -> None:
     result = train(small(pictures, tmp_path, save_every=1, keep_checkpoints=3), pipe=make_pipe())
     kept = sorted(int(path.stem[5:]) for path in (result.run_dir / "checkpoints").iterdir())
     assert kept == [4, 5, 6]
 
 
-def test_without_pictures_apart_the_last_weights_are_written_and_nothing_is_suggested(tmp_path, pictures):
+def test_without_pictures_apart_the_last_weights_are_written_and_nothing_is_suggested(
+    tmp_path: Path, pictures: Path
+) -> None:
     result = train(small(pictures, tmp_path, held_out=0.0), pipe=make_pipe())
     assert result.outcome.kept == 6 and result.outcome.best is None and result.outcome.suggestion is None
     assert "suggested_strength" not in spec(result.output)
 
 
-def measured_as(monkeypatch, *losses: float) -> None:
+def measured_as(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
     """What is kept apart gets these losses, measurement by measurement."""
     rest = iter(losses)
     monkeypatch.setattr(DiffusionTask, "held_out", lambda _: next(rest))
 
 
-def test_the_best_weights_are_written_or_the_last(tmp_path, pictures, monkeypatch):
+def test_the_best_weights_are_written_or_the_last(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     course = (9.0, 5.0, 1.0, 6.0, 7.0, *(2.0,) * 5)
     for keep, step in (("best", 4), ("last", 8)):
         measured_as(monkeypatch, *course)
@@ -197,7 +202,7 @@ def test_the_best_weights_are_written_or_the_last(tmp_path, pictures, monkeypatc
         assert written.double().norm() == pytest.approx(kept.double().norm().item(), rel=1e-6)
 
 
-def test_the_suggested_strength_is_measured_said_and_used_nowhere(tmp_path, pictures):
+def test_the_suggested_strength_is_measured_said_and_used_nowhere(tmp_path: Path, pictures: Path) -> None:
     console = Console(record=True, width=300, file=(tmp_path / "log").open("w"))
     result = train(small(pictures, tmp_path, held_out=0.4, unet_lr=1e-2), pipe=make_pipe(), console=console)
     told = spec(result.output)
@@ -207,7 +212,7 @@ def test_the_suggested_strength_is_measured_said_and_used_nowhere(tmp_path, pict
     assert told["loss_by_strength"] == {f"{strength:g}": loss for strength, loss in losses.items()}
 
 
-def test_a_strength_is_one_again_afterwards():
+def test_a_strength_is_one_again_afterwards() -> None:
     pipe = make_pipe()
     site.attach(pipe.unet, "new", method("lora"))
     with pytest.raises(KeyError), at_strength(components(pipe).values(), "new", 0.5):
@@ -216,7 +221,9 @@ def test_a_strength_is_one_again_afterwards():
     assert site.strengths(pipe.unet).scalar("new").unique().tolist() == [1.0]
 
 
-def test_a_resumed_run_has_the_same_signals_choice_and_patience(tmp_path, pictures, monkeypatch):
+def test_a_resumed_run_has_the_same_signals_choice_and_patience(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = {"steps": 12, "save_every": 2, "held_out": 0.4, "unet_lr": 0.2, "patience": 2, "scheduler": "constant"}
     whole = train(small(pictures, tmp_path / "whole", **changes), pipe=make_pipe())
     with monkeypatch.context() as patched:
@@ -229,7 +236,7 @@ def test_a_resumed_run_has_the_same_signals_choice_and_patience(tmp_path, pictur
 
 
 @pytest.mark.slow
-def test_a_run_that_is_planted_to_over_train_is_called_so(tmp_path):
+def test_a_run_that_is_planted_to_over_train_is_called_so(tmp_path: Path) -> None:
     """Four pictures, many passes at five times the usual rate, four others kept apart: on the embedded base."""
     source = embedded("styles/openmoji")
     (tmp_path / "few").mkdir()

@@ -1,6 +1,7 @@
 """Prefixes on language models: agreement with peft and with its cache, on every architecture that is served."""
 
 import copy
+from pathlib import Path
 
 import peft
 import pytest
@@ -65,7 +66,7 @@ def with_prefix(kind, implementation="sdpa"):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_prefix_gives_the_logits_and_gradients_of_peft(kind, implementation):
+def test_a_prefix_gives_the_logits_and_gradients_of_peft(kind: str, implementation: str) -> None:
     base, theirs = with_prefix(kind, implementation)
     ids = torch.randint(1, 257, (3, 20), generator=torch.Generator().manual_seed(5))
     logits, expected = base.lm(ids, use_cache=False).logits, theirs(input_ids=ids).logits
@@ -81,7 +82,7 @@ def test_a_prefix_gives_the_logits_and_gradients_of_peft(kind, implementation):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_cache_holds_no_prefix_and_gives_what_peft_generates(kind):
+def test_the_cache_holds_no_prefix_and_gives_what_peft_generates(kind: str) -> None:
     base, theirs = with_prefix(kind)
     ids = base.start() + base.encode("The ox")
     config = TextGenerateConfig(("The ox",), max_tokens=10, temperature=0.0, base="unused")
@@ -103,7 +104,7 @@ def test_the_cache_holds_no_prefix_and_gives_what_peft_generates(kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_rows_are_padded_and_have_strengths_of_their_own(implementation):
+def test_rows_are_padded_and_have_strengths_of_their_own(implementation: str) -> None:
     base, theirs = with_prefix("llama", implementation)
     short, long = torch.tensor([[5, 6, 7]]), torch.tensor([[9, 8, 7, 6, 5]])
     separate = []
@@ -121,7 +122,7 @@ def test_rows_are_padded_and_have_strengths_of_their_own(implementation):
 
 
 @torch.no_grad()
-def test_a_lora_at_the_projections_serves_the_prefix_too():
+def test_a_lora_at_the_projections_serves_the_prefix_too() -> None:
     base, _ = with_prefix("llama")
     site.attach(base.lm, "b", Lora(rank=2), "attention")
     for adapter in site.adapters(base.lm, "b").values():
@@ -136,7 +137,7 @@ def test_a_lora_at_the_projections_serves_the_prefix_too():
     assert (theirs(input_ids=ids).logits - expected).abs().max() < 1e-4
 
 
-def test_a_prefix_is_trained_written_and_loaded(tmp_path):
+def test_a_prefix_is_trained_written_and_loaded(tmp_path: Path) -> None:
     text = tmp_path / "beasts.txt"
     text.write_text(
         "The ox of the field is slow, and so is its house.\nThe hen is bold, and so is its house.\n" * 20, "utf-8"
@@ -161,7 +162,7 @@ def test_a_prefix_is_trained_written_and_loaded(tmp_path):
         formats.load(result.output, wide)
 
 
-def test_what_cannot_be_served_is_told():
+def test_what_cannot_be_served_is_told() -> None:
     dynamic = make_base("llama")
     dynamic.lm.config = dynamic.lm.model.layers[0].self_attn.config = copy.deepcopy(dynamic.lm.config)
     dynamic.lm.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}

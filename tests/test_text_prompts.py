@@ -1,5 +1,8 @@
 """Soft prompts and new words on language models: agreement with peft, rows with strengths of their own, training, files."""
 
+from pathlib import Path
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -51,11 +54,11 @@ def in_peft(base):
     return model
 
 
-def strength(base, **values):
+def strength(base, **values: Any) -> None:
     site.strengths(base.lm).write(values)
 
 
-def test_a_soft_prompt_gives_the_logits_the_loss_and_the_gradients_of_peft():
+def test_a_soft_prompt_gives_the_logits_the_loss_and_the_gradients_of_peft() -> None:
     base = with_prompt()
     theirs = in_peft(base)
     plain = make_lm().tokenizer
@@ -83,7 +86,7 @@ def test_a_soft_prompt_gives_the_logits_the_loss_and_the_gradients_of_peft():
 
 
 @torch.no_grad()
-def test_generation_with_the_cache_goes_on_as_in_peft():
+def test_generation_with_the_cache_goes_on_as_in_peft() -> None:
     base = with_prompt()
     theirs = in_peft(base)
     plain = torch.tensor([make_lm().tokenizer("The ox").input_ids])
@@ -100,7 +103,7 @@ def test_generation_with_the_cache_goes_on_as_in_peft():
 
 
 @torch.no_grad()
-def test_rows_have_soft_prompts_and_strengths_of_their_own():
+def test_rows_have_soft_prompts_and_strengths_of_their_own() -> None:
     base = with_prompt()
     texts = ["The ox is", "The hen of the", "The lion", "The ass"]
     amounts = [1.0, 0.0, 0.5, 0.0]
@@ -123,7 +126,7 @@ def test_rows_have_soft_prompts_and_strengths_of_their_own():
         base.tokenizer(texts, text_pair=texts)
 
 
-def test_a_taught_tokenizer_is_plain_again_without_the_prompt():
+def test_a_taught_tokenizer_is_plain_again_without_the_prompt() -> None:
     plain = make_lm().tokenizer
     base = with_prompt()
     site.attach(base.lm, "b", begun(base, "lm", SoftPrompt(2)), "tokens")
@@ -139,7 +142,7 @@ def test_a_taught_tokenizer_is_plain_again_without_the_prompt():
 
 
 @pytest.mark.parametrize("kind", [None, "ByteLevel", "Sequence", "Bert"])
-def test_soft_prompts_lead_whatever_the_tokenizer_puts_first(kind):
+def test_soft_prompts_lead_whatever_the_tokenizer_puts_first(kind: str | None) -> None:
     from tokenizers import processors
 
     base = make_lm()
@@ -160,7 +163,7 @@ def test_soft_prompts_lead_whatever_the_tokenizer_puts_first(kind):
         assert base.start() == [257, 258, *first]
 
 
-def small(text, place, **changes):
+def small(text, place, **changes: Any):
     """A training of seconds."""
     settings = {
         "output": place / "a.safetensors", "run_dir": place / "run", "steps": 6, "batch_size": 2, "lr": 3e-2,
@@ -169,7 +172,7 @@ def small(text, place, **changes):
     return TextTrainConfig((text,), **settings)
 
 
-def test_a_soft_prompt_is_trained_written_and_loaded(tmp_path):
+def test_a_soft_prompt_is_trained_written_and_loaded(tmp_path: Path) -> None:
     text = tmp_path / "beasts.txt"
     text.write_text(LINES, "utf-8")
     base = make_lm()
@@ -194,7 +197,7 @@ def test_a_soft_prompt_is_trained_written_and_loaded(tmp_path):
     assert base.start() == [EDGE] and not site.sites(base.lm)
 
 
-def test_a_new_word_is_learned_beside_a_lora_and_read_where_it_stands(tmp_path):
+def test_a_new_word_is_learned_beside_a_lora_and_read_where_it_stands(tmp_path: Path) -> None:
     text = tmp_path / "beasts.txt"
     text.write_text(LINES.replace("ox", "<kine>"), "utf-8")
     base = make_lm()
@@ -219,7 +222,7 @@ def test_a_new_word_is_learned_beside_a_lora_and_read_where_it_stands(tmp_path):
         train_text(small(text, tmp_path / "x", block=block[:1]), base=base)
 
 
-def test_new_words_are_read_and_never_asked_for():
+def test_new_words_are_read_and_never_asked_for() -> None:
     base = make_lm()
     site.attach(base.lm, "a", begun(base, "lm", Tokens("<kine>", 2, "ox")), "tokens")
     site.attach(base.lm, "b", Lora(rank=2), "attention")
