@@ -20,7 +20,7 @@ from ..bases.words import learned, teach
 from ..core import quantized
 from ..core.arena import Arena
 from ..core.errors import UserError
-from ..core.settings import pick
+from ..core.settings import pick, to_json
 from ..data.text_files import Document, Texts, read_texts
 from ..methods.tokens import Tokens
 from .loop.trainer import Trainer
@@ -55,7 +55,6 @@ from .settings.choices import Precision
 from .settings.derive import resolve_language
 from .settings.presets import HELD_OUT_FROM
 from .settings.text import ResolvedTextConfig, TextTrainConfig, language_output, language_run
-from .settings.toml import to_json
 from .tasks.language import LanguageSettings, LanguageTask, tokens
 from .watch.find_lr import FoundRates, find, refuse_crew
 

@@ -15,7 +15,7 @@ from ..bases import components
 from ..bases.words import teach
 from ..core.arena import Arena
 from ..core.errors import UserError
-from ..core.settings import pick
+from ..core.settings import pick, to_json
 from ..data.captions import with_trigger
 from ..data.folder import Picture
 from ..fast.unet import fused
@@ -50,7 +50,6 @@ from .settings.blocks import Block, blocks, check_methods
 from .settings.derive import resolve
 from .settings.pictures import ResolvedConfig, TrainConfig, run_path
 from .settings.presets import RATES
-from .settings.toml import to_json
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.preparation import Prepared, check_places, prepare
 from .watch.find_lr import FoundRates, find, refuse_crew

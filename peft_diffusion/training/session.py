@@ -21,7 +21,7 @@ from ..core.adapter import Adapter, Method
 from ..core.arena import side_by_side
 from ..core.errors import UserError
 from ..core.files import explained
-from ..core.settings import Settings, pick
+from ..core.settings import Settings, pick, to_json
 from ..methods.tokens import SoftPrompt, Tokens
 from .loop.seeds import global_seed
 from .loop.trainer import Interrupted, Observer, Trainer, TrainerSettings
@@ -32,7 +32,6 @@ from .record.run_folder import RunFolder
 from .settings.blocks import Block
 from .settings.choices import Precision
 from .settings.shared import RunSettings
-from .settings.toml import to_json
 from .watch.signals import Suggestion, at_strength, best_step, measurements, suggest, verdict
 
 NAME = "trained"  # of the adapter, while it is
