@@ -36,7 +36,9 @@ USAGES = {
     "generate a --steps many": 'Invalid value for --steps: unable to convert "many" into int',
     "generate a --steps 1.5": '"1.5" is no whole number',
     "generate a --seeds 1 x": "--seeds",
-    "generate a --scheduler magic": "--scheduler is one of ddim, pndm, euler, euler-a, heun, dpm++, dpm++-karras, unipc, not 'magic'",
+    "generate a --scheduler magic": (
+        "--scheduler is one of ddim, pndm, euler, euler-a, heun, dpm++, dpm++-karras, unipc, not 'magic'"
+    ),
     "generate a --output": "--output requires an argument",
     "blent a": 'Did you mean "blend"?',
     "inspect": "--files requires an argument",

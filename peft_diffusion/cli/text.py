@@ -16,7 +16,7 @@ def train(config: TextTrainConfig, asked: FindLr) -> None:
     config.check()  # before torch is imported, which takes seconds
     from rich.console import Console
 
-    from ..training.language_main import find_text_rates, train_text
+    from ..api import find_text_rates, train_text
 
     if asked.find_lr:
         find_text_rates(config, console=Console())

@@ -323,7 +323,9 @@ def describe(kind: type[Settings]) -> list[dict[str, Any]]:
 def explained(kind: type[T]) -> type[T]:
     """Write the settings of a class into its docstring, for ``help()``. Stands above ``@dataclass``."""
     told: Any = kind
-    wrap = TextWrapper(_WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 12, break_long_words=False).fill
+    wrap = TextWrapper(
+        _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
+    ).fill
     lines = "\n".join(wrap(one.line()) for one in settings_of(told))
     kind.__doc__ = f"{(kind.__doc__ or '').rstrip()}\n\n    Args:\n{lines}\n    "
     return kind
@@ -387,14 +389,19 @@ def _as(kind: type, value: object) -> Any:
         return value if kind is bool and isinstance(value, bool) else None
     if kind is int:
         return int(value) if isinstance(value, numbers.Integral) else None
-    if kind is float and isinstance(value, numbers.Real):
-        try:
-            return float(value)
-        except OverflowError:
-            return math.inf
+    if kind is float:
+        return _float(value) if isinstance(value, numbers.Real) else None
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     return kind(value) if isinstance(value, str) else None
+
+
+def _float(value: numbers.Real) -> float:
+    """A number as a float; infinite where it is too large."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _ends(limits: Range) -> dict[str, Any]:

@@ -5,18 +5,17 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import fields
 from typing import Any, Protocol
 
+from ...bases import family as families
 from ...core.errors import UserError
 from .blocks import ranked
 from .choices import OptimizerName
-from .pictures import COMPONENTS, ResolvedConfig, TrainConfig, output_path, run_path
+from .pictures import ResolvedConfig, TrainConfig, output_path, run_path
 from .presets import (
     CLASS_IMAGES,
     HELD_OUT_FROM,
     KEPT,
     LONGEST,
-    PRESETS,
     RATE_FACTORS,
-    RATES,
     SMALL,
     SMALL_WORD_RATES,
     TEXT_DEFAULTS,
@@ -47,16 +46,18 @@ def resolve(
     if config.epochs is not None and batches_per_epoch is not None:
         values["steps"] = max(1, math.ceil(config.epochs * batches_per_epoch / config.accumulation))
         values["epochs"] = None
-    preset = PRESETS[config.preset][base.family]
+    family = families.find(base.family)
+    preset = family.presets[config.preset]
+    settings = {name: one.rate for name, one in families.components().items() if one.rate in values}
 
     def rate(component: str, method: str) -> float:
-        given: float | None = getattr(config, RATES[component])
-        words = SMALL_WORD_RATES if base.family == "other" else WORD_RATES
-        of_lora: float = preset[RATES[component]]
+        given: float | None = getattr(config, settings[component])
+        words = SMALL_WORD_RATES if family.small else WORD_RATES
+        of_lora: float = preset[settings[component]]
         return given or own_rate(config.optimizer, words.get(method, of_lora * RATE_FACTORS.get(method, 1.0)))
 
-    values["block"] = tuple(with_rate(text, COMPONENTS, rate) for text in config.block)
-    values |= {RATES[component]: rate(component, config.method) for component in COMPONENTS}
+    values["block"] = tuple(with_rate(text, settings, rate) for text in config.block)
+    values |= {setting: rate(component, config.method) for component, setting in settings.items()}
     fill(values, {"debiased": _debiased(config, base)})
     if values["debiased"]:
         values["min_snr_gamma"] = 0.0
@@ -89,7 +90,7 @@ def _debiased(config: TrainConfig, base: Base) -> bool:
     What is drawn is decided in the noisiest ones, where an unweighed loss of epsilon is small whatever the network answers:
     8 learned tokens kept 7% of 60 subjects with it, and 42% with this, with more of the style besides.
     """
-    return base.family == "other" and not config.block and config.method in WORD_RATES and not config.min_snr_gamma
+    return families.find(base.family).small and not config.block and config.method in WORD_RATES and not config.min_snr_gamma
 
 
 def resolve_language(

@@ -3,6 +3,8 @@
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
+from ...bases import family as families
+from ...bases.family import Role
 from ...core.errors import UserError
 from ...core.settings import (
     COUNT,
@@ -31,8 +33,8 @@ from .choices import (
 )
 from .shared import ADAPTER, LEARNING, MACHINE, RESULT, WATCH, SharedConfig, adapter_path
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-PRESET_COMPONENTS: dict[str, tuple[str, ...]] = {"style": ("unet",), "subject": ("unet", "text_encoder")}
+# What a preset adapts, by role: of text encoders the first.
+PRESET_ROLES: dict[str, tuple[Role, ...]] = {"style": ("denoiser",), "subject": ("denoiser", "text encoder")}
 
 _DATA = Group("Pictures and captions", 2)
 _PRIOR = Group("Keeping the class", 3)
@@ -299,11 +301,12 @@ class TrainConfig(SharedConfig, _PictureConfig):
     def __post_init__(self) -> None:
         settle(self)
         parts = tuple(part.strip() for item in self.components for part in item.split(",") if part.strip())
-        parts = parts if self.components else PRESET_COMPONENTS.get(self.preset, ("unet",))
+        parts = parts if self.components else families.SMALL_DIFFUSION.by_roles(PRESET_ROLES.get(self.preset, ("denoiser",)))
         object.__setattr__(self, "components", tuple(dict.fromkeys(parts)))
-        unknown = [part for part in self.components if part not in COMPONENTS]
+        known = [*families.components("denoiser"), *families.components("text encoder")]
+        unknown = [part for part in self.components if part not in known]
         if unknown or not self.components:
-            raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(COMPONENTS)}")
+            raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(known)}")
         super().__post_init__()
         if self.shard_base and self.quantize:
             raise UserError("--shard-base cannot shard what --quantize packs; leave one of them away")

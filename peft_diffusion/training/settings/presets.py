@@ -4,49 +4,8 @@ from typing import Any
 
 from .choices import Keep
 
-RATES = {"unet": "unet_lr", "text_encoder": "text_encoder_lr", "text_encoder_2": "text_encoder_lr"}
-"""The setting that holds a component's learning rate."""
 HELD_OUT_FROM = 20  # pictures, or windows of text; with fewer, each one is worth more in training than in measuring
 
-# Presets as data: values per family of bases; "other" are small bases such as the embedded one.
-_LATENT_DIFFUSION: dict[str, Any] = {
-    "rank": 16,
-    "unet_lr": 1e-4,
-    "text_encoder_lr": 1e-5,
-    "steps": 1500,
-    "batch_size": 4,
-    "scheduler": "cosine",
-    "warmup": 50,
-    "min_snr_gamma": 5.0,
-    "timestep_bias": "none",
-    "caption_dropout": 0.05,
-}
-_SMALL_DIFFUSION: dict[str, Any] = {
-    **_LATENT_DIFFUSION,
-    "unet_lr": 1e-3,
-    "text_encoder_lr": 1e-4,
-    "steps": 300,
-    "batch_size": 8,
-    "warmup": 10,
-    "min_snr_gamma": 0.0,
-    "timestep_bias": "later",
-}
-# A step of a subject holds as many pictures of the class besides, which the base looks at too.
-_SUBJECT: dict[str, Any] = {**_LATENT_DIFFUSION, "steps": 800, "batch_size": 2, "scheduler": "constant"}
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "subject": {
-        "sd1": _SUBJECT,
-        "sd2": _SUBJECT,
-        "sdxl": {**_SUBJECT, "rank": 32},
-        "other": {**_SMALL_DIFFUSION, "batch_size": 4, "timestep_bias": "none"},
-    },
-    "style": {
-        "sd1": _LATENT_DIFFUSION,
-        "sd2": _LATENT_DIFFUSION,
-        "sdxl": {**_LATENT_DIFFUSION, "rank": 32},
-        "other": _SMALL_DIFFUSION,
-    },
-}
 KEPT: dict[str, Keep] = {"style": "last", "subject": "best"}
 CLASS_IMAGES = 100
 
