@@ -19,17 +19,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_diffusion import formats
+from peft_diffusion.api import train
 from peft_diffusion.bases import components, fingerprint
+from peft_diffusion.bases.family import FAMILIES
 from peft_diffusion.core import site, targets
 from peft_diffusion.core.adapter import method
 from peft_diffusion.core.arena import Arena, side_by_side
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.training import TrainConfig, train
+from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.loop.learning_rate import rate
 from peft_diffusion.training.loop.seeds import generator, seed_of
 from peft_diffusion.training.loop.trainer import Divergence, Observer, Signals, Trainer, TrainerSettings, loss_at
 from peft_diffusion.training.record import checkpoint
-from peft_diffusion.training.settings import config
+from peft_diffusion.training.settings.derive import resolve
+from peft_diffusion.training.settings.toml import to_toml
 from peft_diffusion.training.tasks import objective, preparation
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
@@ -315,30 +319,30 @@ class StableDiffusion1:
 
 def test_presets_fill_what_was_left_out_and_nothing_else(tmp_path):
     given = TrainConfig(folder=(tmp_path / "birds",), rank=7)
-    found = config.resolve(given, Icons(), 48, "cpu")
+    found = resolve(given, Icons(), 48, "cpu")
     assert (found.rank, found.unet_lr, found.steps, found.batch_size, found.scheduler) == (7, 1e-3, 300, 8, "cosine")
     assert (found.resolution, found.held_out, found.preview_every, found.save_every) == (128, 0.1, 0, 50)
     assert (found.output, found.run_dir) == (Path("birds.safetensors"), Path("runs/birds"))
-    large = config.resolve(given, StableDiffusion1(), 5, "cuda")
+    large = resolve(given, StableDiffusion1(), 5, "cuda")
     assert (large.unet_lr, large.batch_size, large.min_snr_gamma, large.caption_dropout) == (1e-4, 4, 5.0, 0.05)
     assert (large.held_out, large.preview_every) == (0.0, 300)
 
 
 def test_every_preset_gives_every_family_all_its_values():
-    for families in config.PRESETS.values():
+    for preset in ("style", "subject"):
         for family in ("sd1", "sd2", "sdxl", "other"):
             base = type("Base", (), {"family": family, "resolution": 64})()
-            found = config.resolve(TrainConfig(folder=(Path("x"),)), base, 48, "cpu")
+            found = resolve(TrainConfig(folder=(Path("x"),), preset=preset), base, 48, "cpu")
             may_be_none = {"cache", "alpha", "epochs", "quantize", "target", "log_with"}
             assert not [f.name for f in fields(found) if getattr(found, f.name) is None and f.name not in may_be_none]
-        assert set(families["other"]) == set(families["sd1"])
+        assert set(FAMILIES["other"].presets[preset]) == set(FAMILIES["sd1"].presets[preset])
 
 
 def test_epochs_become_steps_and_win_over_them():
     given = TrainConfig(folder=(Path("x"),), epochs=2.5, steps=7, accumulation=2, batch_size=4)
-    found = config.resolve(given, Icons(), 48, "cpu", batches_per_epoch=11)
+    found = resolve(given, Icons(), 48, "cpu", batches_per_epoch=11)
     assert (found.steps, found.epochs) == (14, None)
-    assert config.resolve(found, Icons(), 48, "cpu", batches_per_epoch=11).steps == 14
+    assert resolve(found, Icons(), 48, "cpu", batches_per_epoch=11).steps == 14
 
 
 @pytest.mark.parametrize(
@@ -367,15 +371,15 @@ def test_toml_goes_round_through_the_command_line(tmp_path, monkeypatch, more):
         folder=(tmp_path / "a", tmp_path / 'b "q" \\ ä 🎨'), trigger="ink, {} 🖋", alpha=3.5, unet_lr=1e-5, flip=True, seed=3,
         components=("unet", "text_encoder"), preview_prompts=("a cat", "one, two"), shuffle_tags=True, scheduler="linear",
     )  # fmt: skip
-    resolved = config.resolve(given, Icons(), 48, "cpu")
+    resolved = resolve(given, Icons(), 48, "cpu")
     file = tmp_path / "config.toml"
-    file.write_text(config.to_toml(resolved), "utf-8")
+    file.write_text(to_toml(resolved), "utf-8")
     seen = []
-    monkeypatch.setattr("peft_diffusion.training.main.train", lambda config, **_: seen.append(config))
+    monkeypatch.setattr("peft_diffusion.api.train", lambda config, **_: seen.append(config))
     monkeypatch.setattr(app, "config", app.config)  # main sets it; put back afterwards
     flags = ["--rank", "9", "--resume"] if more else []
     assert main(["train", "--config", str(file), *flags]) == 0
-    assert config.resolve(seen[0], Icons(), 48, "cpu") == replace(resolved, **more)
+    assert resolve(seen[0], Icons(), 48, "cpu") == replace(resolved, **more)
 
 
 def test_the_configuration_imports_no_torch():
@@ -440,7 +444,8 @@ def test_v_prediction_is_trained_as_the_base_says(tmp_path, pictures):
 
 def test_pictures_kept_apart_are_never_trained_on(tmp_path):
     folder = draw_pictures(tmp_path / "pictures", 10)
-    prepared = prepare(small(folder, tmp_path, held_out=0.3), make_pipe(), lambda _: None, lambda _: lambda *_: None)
+    prepared = prepare(small(folder, tmp_path, held_out=0.3), make_pipe(), lambda _: None, lambda _: lambda *_: None,
+                       TrainingPictures())  # fmt: skip
     assert (len(prepared.train.captions), len(prepared.held_out.captions)) == (7, 3)
     assert not set(prepared.train.captions) & set(prepared.held_out.captions)
     site.attach(prepared.pipe.unet, "a", method("lora", rank=2))

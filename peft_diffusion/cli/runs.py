@@ -112,7 +112,7 @@ def _compare(first: Record, second: Record, html: Path | None) -> None:
         if record.figures.get("warning"):
             console.print(Text(f"{record.name}: {record.figures['warning']}", style="yellow"), soft_wrap=True)
     if html is not None:
-        from ..training.record.atomic import explained, write_bytes
+        from ..core.files import explained, write_bytes
         from ..training.record.report import compared
 
         with explained(html):

@@ -19,7 +19,7 @@ from ...core.errors import UserError
 from ...fast.cuda_graph import Inputs, Recorder, cause, to_device
 from ...fast.low_rank import Working
 from ..machine.processes import Crew
-from ..settings.config import OptimizerName, Scheduler
+from ..settings.choices import OptimizerName, Scheduler
 from .learning_rate import rate
 from .optimizers import OPTIMIZERS, FlatOptimizer
 

@@ -12,7 +12,7 @@ from ...bases.loading import first_line
 from ...core.errors import UserError
 from ...fast.cuda_graph import Inputs
 from ..loop.trainer import Observer, Trainer
-from ..settings.config import Memory
+from ..settings.choices import Memory
 from .low_memory import recomputed
 from .preflight import Need, fits, mib, predict, room
 

@@ -15,7 +15,7 @@ from torch import nn
 from ...bases import components
 from ...core.errors import UserError
 from ...core.sharded import here
-from ..settings.config import TrainConfig
+from ..settings.pictures import TrainConfig
 from .low_memory import blocks_of
 from .preflight import mib
 from .processes import Crew

@@ -10,9 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ...core.files import write_bytes
 from ..loop.trainer import Divergence, TrainerState
-from .atomic import explained as explained
-from .atomic import write_bytes as write_bytes
 
 _KEY = "peft_diffusion_checkpoint_2"  # the number is of the order in which parameters lie in the flat tensors
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ...core.files import explained, write_bytes
 from ...data.folder import Picture, open_picture
 from ...data.images import MAX_PIXELS
-from .atomic import explained, write_bytes
 from .run_record import shown
 
 _SIDE = 128  # pixels of a thumbnail

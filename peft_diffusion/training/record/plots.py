@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...core.files import write_bytes
 from ..watch.signals import best_step, measurements
-from .atomic import write_bytes
 from .charts import running
 
 

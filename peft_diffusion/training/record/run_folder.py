@@ -1,6 +1,7 @@
 """The run folder: settings, metrics, previews, plots, a report and checkpoints of one training."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from ... import __version__
 from ...core.errors import UserError
+from ...core.files import explained, file_of, write_bytes
 from ..loop.trainer import Observer, Signals, StepLoss, TrainerState
-from ..settings.config import RunSettings, changes, to_toml
+from ..settings.resumption import changes
+from ..settings.shared import RunSettings
+from ..settings.toml import to_toml
 from ..watch.signals import best_step
 from . import checkpoint as checkpoints
 from . import report, run_record
-from .atomic import explained, write_bytes
 from .checkpoint import Checkpoint, Origin
 from .plots import draw, draw_signals
 
@@ -37,7 +40,6 @@ EARLIER = re.compile(r"until_step_\d{6,}")
 _ENTRIES = {
     "digest": "another content", "caption": "another caption", "mask": "another mask", "drawn": "other repeats or weight",
 }  # fmt: skip
-_ASIDE = re.compile(r"\.(.+)\.\d+")  # what `write_bytes` names a file until it is whole
 
 
 class RunFolder(Observer):
@@ -240,8 +242,8 @@ class RunFolder(Observer):
         with explained(self.path):
             for name, own in _OWN.items():
                 for left in _listed(self.path / name):
-                    whole = _ASIDE.fullmatch(left.name)
-                    if whole and own.fullmatch(whole[1]):
+                    whole = file_of(left.name)
+                    if whole and own.fullmatch(whole):
                         left.unlink()  # by a run that was killed while it wrote
         header = f"{_HEADER}{self.command} --config {self.path / run_record.CONFIG}\n"
         write_bytes(self.path / run_record.CONFIG, (header + to_toml(config)).encode())
@@ -310,6 +312,33 @@ class RunFolder(Observer):
         for entry, words in _ENTRIES.items():
             lines += [f"{name} has {words}" for name in both if now[name].get(entry) != before[name].get(entry)]
         return ", ".join(lines[:3] or ["their order changed"]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
+
+
+def check_run(run: RunFolder, output: Path, *, resume: bool, overwrite: bool) -> None:
+    """See that the run and its adapter file can be written where they shall go. Raises UserError."""
+    run.check()
+    if resume and not run.holds_a_run():
+        raise UserError(f"there is no run in {run.path} to go on with; leave out --resume, or name it with --run-dir")
+    if not resume and not overwrite:
+        if run.holds_a_run():
+            raise UserError(f"{run.path} holds a run already: --resume goes on with it, --overwrite starts anew")
+        if output.exists():
+            raise UserError(f"{output} exists already: --overwrite replaces it, another --output keeps it")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file in it")
+    for folder in (output.parent, run.path):
+        check_writable(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless a file can be made in a folder, or in the nearest one above it that is there."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    probe = there / f".peft_diffusion.{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{there} cannot be written to: {error.strerror}; choose another place") from None
 
 
 def _listed(folder: Path) -> list[Path]:

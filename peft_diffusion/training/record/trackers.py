@@ -10,7 +10,7 @@ from PIL import Image
 
 from ...core.errors import UserError
 from ..loop.trainer import Observer, Signals, StepLoss
-from ..settings.config import LogWith
+from ..settings.choices import LogWith
 
 
 def check_tracker(log_with: LogWith | None) -> None:

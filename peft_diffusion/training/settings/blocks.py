@@ -9,7 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from ... import methods  # noqa: F401  (registers the methods)
 from ...core.adapter import METHODS, Method, method
 from ...core.errors import UserError
-from .config import MethodSettings, TrainConfig
+from .shared import MethodSettings, SharedConfig
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def check_methods(config: MethodSettings) -> None:
     names = method_names(config)
     for text in config.block:
         _rate_of(_pairs(_words(text)[3:], f"--block {text!r}"), text)
-    if config.block and (config.option or config.method != TrainConfig.method or config.target is not None):
+    if config.block and (config.option or config.method != SharedConfig.method or config.target is not None):
         raise UserError("--block names methods and targets itself; leave --method, --target and --option away")
     for name in names:
         if name not in METHODS:

@@ -1,32 +1,17 @@
 """What a training on text is told: one dataclass for flags, TOML file and Python. Imports no torch."""
 
-import math
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from cyclopts import Group, Parameter
 
 from ...core.errors import UserError
 from ...data.text_files import read_texts
-from .config import (
-    ADAPTER,
-    LEARNING,
-    RESULT,
-    WATCH,
-    Keep,
-    Scheduler,
-    SharedConfig,
-    adapter_path,
-    fill,
-    own_rate,
-    with_rate,
-)
+from .choices import Keep, Scheduler
+from .shared import ADAPTER, LEARNING, RESULT, WATCH, SharedConfig, adapter_path
 
 _DATA = Group("Text", sort_key=2)
-
-HELD_OUT_FROM = 20  # windows; with fewer, each one is worth more in training than in measuring
-LONGEST = 1024  # tokens of a window, unless more are asked for
 
 
 @dataclass(frozen=True)
@@ -111,60 +96,6 @@ class ResolvedTextConfig(TextTrainConfig):
     scheduler: Scheduler
     save_every: int
     keep: Keep
-
-
-# What suits a base by its size: below this many parameters, and from there on.
-SMALL = 50_000_000
-_DEFAULTS: dict[bool, dict[str, Any]] = {
-    True: {"steps": 300, "batch_size": 8},
-    False: {"steps": 500, "batch_size": 4},
-}
-# Learning rates: the fewer numbers a method trains, and the further they are from the weights, the faster they must move.
-# Those of small bases were found on the embedded one (scripts/compare_text.py); those of large ones are usual in papers.
-_RATES: dict[bool, dict[str, float]] = {
-    True: {"lora": 3e-3, "prompt": 3e-2, "prefix": 3e-2},
-    False: {"lora": 2e-4, "ia3": 3e-3, "prefix": 1e-2, "prompt": 1e-2, "tokens": 2e-3},
-}
-
-
-def resolve_language(
-    config: TextTrainConfig, *, parameters: int, context: int, windows: float | None = None
-) -> ResolvedTextConfig:
-    """Fill what was left out, from the base's parameters and context (tokens).
-
-    Epochs become steps when the windows of one are known; until then the default steps stand. Raises UserError for a
-    window longer than the base takes.
-    """
-    values = {field.name: getattr(config, field.name) for field in fields(TextTrainConfig)}
-    if config.context is not None and config.context > context:
-        raise UserError(f"--context {config.context} is more than the base takes, which is {context} tokens")
-    small = parameters < SMALL
-    fill(values, _DEFAULTS[small])
-
-    def rate(_: str, method: str) -> float:
-        return config.lr or own_rate(config.optimizer, _rate(method, small))
-
-    values["block"] = tuple(with_rate(text, ("lm",), rate) for text in config.block)
-    fill(values, {"lr": rate("lm", config.method)})
-    if config.epochs is not None and windows is not None:
-        values["steps"] = max(1, math.ceil(config.epochs * windows / (values["batch_size"] * config.accumulation)))
-        values["epochs"] = None
-    fill(
-        values,
-        {
-            "output": language_output(config),
-            "run_dir": language_run(config),
-            "context": min(context, LONGEST),
-            "scheduler": "constant" if config.optimizer == "schedule-free" else "cosine",
-            "save_every": math.ceil(values["steps"] / 6),
-            "keep": "best",
-        },
-    )
-    return ResolvedTextConfig(**values)
-
-
-def _rate(method: str, small: bool) -> float:
-    return _RATES[small].get(method, _RATES[small]["lora"])
 
 
 def language_output(config: TextTrainConfig) -> Path:

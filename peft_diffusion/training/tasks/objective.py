@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...core.errors import UserError
-from ..settings.config import HuberSchedule, Loss, TimestepBias
+from ..settings.choices import HuberSchedule, Loss, TimestepBias
 
 Prediction: TypeAlias = Literal["epsilon", "v_prediction"]
 

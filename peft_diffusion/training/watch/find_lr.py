@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ...core.arena import Arena
 from ...core.errors import UserError
+from ...core.files import explained, write_bytes
 from ...fast.cuda_graph import Inputs
 from ..loop.trainer import Diverged, Interrupted, Signals, Task, Trainer, TrainerSettings
 from ..machine.processes import Crew
 from ..progress import say_to
-from ..record.atomic import explained, write_bytes
 
 _FIRST = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)  # rates of short trials, times those that the settings have
 _FARTHEST = 4.0**5

@@ -1,0 +1,211 @@
+"""What a training on pictures is told: one dataclass for flags, TOML file and Python. Imports no torch."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Group, Parameter
+
+from ...bases import family as families
+from ...bases.family import Role
+from ...core.errors import UserError
+from .choices import (
+    HuberSchedule,
+    Keep,
+    Loss,
+    Masks,
+    MissingCaptions,
+    Preset,
+    PriorTarget,
+    Scheduler,
+    TimestepBias,
+)
+from .shared import ADAPTER, LEARNING, MACHINE, RESULT, WATCH, SharedConfig, adapter_path
+
+# What a preset adapts, by role: of text encoders the first.
+PRESET_ROLES: dict[str, tuple[Role, ...]] = {"style": ("denoiser",), "subject": ("denoiser", "text encoder")}
+
+_DATA = Group("Pictures and captions", sort_key=2)
+_PRIOR = Group("Keeping the class", sort_key=3)
+
+
+@dataclass(frozen=True)
+class _PictureConfig:
+    """What a run learns from and what it makes."""
+
+    folder: Annotated[tuple[Path, ...], Parameter(group=RESULT, negative=())]
+    """Image folders to learn from, with their subfolders. Several are read as one."""
+    _: KW_ONLY
+    output: Annotated[Path | None, Parameter(group=RESULT, alias="-o")] = None
+    """The adapter file to write; by default the folder's name with .safetensors, in the present directory."""
+    base: Annotated[str, Parameter(group=RESULT)] = "icons"
+    """The model to teach: icons (embedded), a diffusers folder, a .safetensors checkpoint or a hub id."""
+    preset: Annotated[Preset, Parameter(group=RESULT)] = "style"
+    """Where the values that you leave out come from: style learns the look that all pictures share, subject one character
+    or thing from a few pictures."""
+
+    trigger: Annotated[str, Parameter(group=_DATA)] = ""
+    """Words that call the style, put into every caption: "ink style", or "ink drawing of {}" with {} for the caption."""
+    missing_captions: Annotated[MissingCaptions, Parameter(group=_DATA)] = "stop"
+    """What becomes of pictures without caption: stop, use the file name, use no words (empty), or skip them."""
+    caption_dropout: Annotated[float | None, Parameter(group=_DATA)] = None
+    """Share of captions left empty in training (0 to 1); a little keeps guidance working."""
+    wildcards: Annotated[bool, Parameter(group=_DATA, negative=())] = False
+    """Take one of {a|b} in captions, another in every step, for words that should not matter; {{ and }} are braces."""
+    shuffle_tags: Annotated[bool, Parameter(group=_DATA, negative=())] = False
+    """Shuffle comma-separated tags in every step; for tag captions, so that their order means nothing."""
+    keep_tags: Annotated[int, Parameter(group=_DATA)] = 0
+    """So many tags at the front stay in place when tags are shuffled."""
+    flip: Annotated[bool, Parameter(group=_DATA, negative=())] = False
+    """Learn from mirrored pictures too; not for a style with writing or a side that matters."""
+    upscale: Annotated[bool, Parameter(group=_DATA, negative=())] = False
+    """Enlarge pictures below the resolution; otherwise they are trained at their own size."""
+    background: Annotated[str, Parameter(group=_DATA)] = "white"
+    """Colour behind transparent pictures: a name or #rrggbb."""
+    resolution: Annotated[int | None, Parameter(group=_DATA)] = None
+    """Pixels a side of a square picture; by default the base's own."""
+    held_out: Annotated[float | None, Parameter(group=_DATA)] = None
+    """Share of the pictures kept apart to measure on (0 to below 1); by default a tenth where there are 20 or more."""
+    cache: Annotated[Path | None, Parameter(group=_DATA)] = None
+    """Folder to keep encoded pictures in, so that the next run on them starts faster; by default only memory."""
+    repeats: Annotated[tuple[str, ...], Parameter(group=_DATA, negative=(), consume_multiple=False)] = ()
+    """SUBFOLDER=N: draw its pictures N times in an epoch, for a few that count; a subfolder named 10_name is drawn 10 times
+    without that."""
+    folder_weight: Annotated[tuple[str, ...], Parameter(group=_DATA, negative=(), consume_multiple=False)] = ()
+    """SUBFOLDER=WEIGHT: what its pictures count in the loss, below 1 for doubtful ones."""
+    masks: Annotated[Masks, Parameter(group=_DATA)] = "files"
+    """What of a picture is learned: the white of NAME-mask.png beside it (files), what is not transparent where there is
+    no such file (alpha), or all of it (off)."""
+
+    class_prompt: Annotated[tuple[str, ...], Parameter(group=_PRIOR, negative=(), consume_multiple=False)] = ()
+    """What the subject is one of, as in "a portrait of a woman": the base draws pictures of it, and what they show is kept
+    as it was. For a subject that should leave the rest alone; give it again for more kinds."""
+    class_images: Annotated[int | None, Parameter(group=_PRIOR)] = None
+    """Pictures that the base draws for the class prompts; they are kept for later runs."""
+    regularisation: Annotated[tuple[Path, ...], Parameter(group=_PRIOR, negative=())] = ()
+    """A folder of pictures of the class, in place of those that the base draws or beside them; repeats and captions as
+    usual, without the trigger. Give it again for more folders."""
+    prior_weight: Annotated[float, Parameter(group=_PRIOR)] = 1.0
+    """What the pictures of the class count in the loss; raise it when prompts without the trigger change."""
+    prior_target: Annotated[PriorTarget, Parameter(group=_PRIOR)] = "base"
+    """What is learned from pictures of the class: to answer as the base does (base), which keeps more of it, or the pictures
+    themselves (noise), for a folder of better ones than the base draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(SharedConfig, _PictureConfig):
+    """Everything a training run is told. A field left at None gets the preset's value for the base.
+
+    Raises UserError for a value that no run can use.
+    """
+
+    dropout: Annotated[float, Parameter(group=ADAPTER)] = 0.0
+    """Share of a layer's inputs that a LoRA does not see in a step; against overfitting on a few pictures."""
+    block: Annotated[tuple[str, ...], Parameter(group=ADAPTER, negative=(), consume_multiple=False)] = ()
+    """In place of method and target: "COMPONENT TARGET METHOD NAME=VALUE ..." (lr=... too); several train together."""
+    target: Annotated[str | None, Parameter(group=ADAPTER)] = None
+    """Layers to adapt: attention, attention+ff, all-linear, conv, all, ..., or a regular expression over module paths; by
+    default those that the method was made for, attention+ff for a LoRA."""
+    components: Annotated[tuple[str, ...], Parameter(group=ADAPTER, negative=())] = ()
+    """Parts to adapt, with commas: unet (by default), or unet,text_encoder for words that the base does not know (by default
+    for a subject); SDXL has a text_encoder_2 too."""
+
+    epochs: Annotated[float | None, Parameter(group=LEARNING)] = None
+    """Length as passes over the pictures, instead of steps; wins over them."""
+    batch_size: Annotated[int | None, Parameter(group=LEARNING)] = None
+    """Pictures computed at once; lower it when memory runs out."""
+    unet_lr: Annotated[float | None, Parameter(group=LEARNING)] = None
+    """Learning rate of the UNet. Lower it when the loss rises, raise it when nothing changes."""
+    text_encoder_lr: Annotated[float | None, Parameter(group=LEARNING)] = None
+    """Learning rate of the text encoders, when they are among the components."""
+    scheduler: Annotated[Scheduler | None, Parameter(group=LEARNING)] = None
+    """Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line."""
+    warmup: Annotated[int | None, Parameter(group=LEARNING)] = None
+    """Steps in which the learning rate rises from 0; by default at most a fifth of the run."""
+    min_snr_gamma: Annotated[float | None, Parameter(group=LEARNING)] = None
+    """Holds down the weight of nearly clean timesteps (5 is usual, 0 is off)."""
+    timestep_bias: Annotated[TimestepBias | None, Parameter(group=LEARNING)] = None
+    """Timesteps to draw more often: later ones, with more noise, where colours and forms are decided; earlier ones, where
+    surfaces and lines are; or none."""
+    noise_offset: Annotated[float, Parameter(group=LEARNING)] = 0.0
+    """Noise that shifts whole channels, for very dark or very light pictures (0.05 is much)."""
+    multires_noise: Annotated[float, Parameter(group=LEARNING)] = 0.0
+    """Noise of coarser shapes too, each so much as strong as the finer one (0.3 is usual, 0 is off); for large dark or light
+    areas, where an offset is too blunt."""
+    zero_terminal_snr: Annotated[bool, Parameter(group=LEARNING, negative=())] = False
+    """Let the schedule end in pure noise, so that pictures can be all dark or light; for bases with v-prediction only."""
+    loss: Annotated[Loss, Parameter(group=LEARNING)] = "l2"
+    """l2; or huber or smooth-l1, in which outliers count less, for folders with bad pictures among the good ones."""
+    huber_c: Annotated[float, Parameter(group=LEARNING)] = 0.1
+    """The error from which huber and smooth-l1 grow in a line (above 0, at most 1); lower ignores more."""
+    huber_schedule: Annotated[HuberSchedule, Parameter(group=LEARNING)] = "snr"
+    """How huber-c gets lower with the noise: after its share (snr), with the timestep (exponential), or not (constant)."""
+    debiased: Annotated[bool | None, Parameter(group=LEARNING)] = None
+    """Weigh timesteps so that none dominates what is learned; in place of min-snr-gamma, for details that stay vague. By
+    default where a small base learns words alone, which else cost it the subjects."""
+    seed: Annotated[int, Parameter(group=LEARNING)] = 0
+    """Number that all chance comes from: same seed, settings and pictures, same adapter."""
+
+    run_dir: Annotated[Path | None, Parameter(group=WATCH)] = None
+    """Folder for settings, metrics, previews and checkpoints; by default runs/NAME, after the output file."""
+    save_every: Annotated[int | None, Parameter(group=WATCH)] = None
+    """Steps between checkpoints; each comes with a measurement on the pictures kept apart. By default a sixth of the run."""
+    preview_prompts: Annotated[tuple[str, ...], Parameter(group=WATCH, negative=())] = ()
+    """Prompts of the previews; by default captions of pictures kept apart."""
+    preview_every: Annotated[int | None, Parameter(group=WATCH)] = None
+    """Steps between previews; 0 draws them at start and end only, which is the default on a CPU."""
+    preview_steps: Annotated[int, Parameter(group=WATCH)] = 20
+    """Denoising steps of a preview; 0 draws none."""
+
+    shard_base: Annotated[bool, Parameter(group=MACHINE, negative=())] = False
+    """Shard the base over the processes of torchrun or accelerate launch; for one too large for a card, as it is slower."""
+
+    def __post_init__(self) -> None:
+        parts = tuple(part.strip() for item in self.components for part in item.split(",") if part.strip())
+        parts = parts if self.components else families.SMALL_DIFFUSION.by_roles(PRESET_ROLES.get(self.preset, ("denoiser",)))
+        object.__setattr__(self, "components", tuple(dict.fromkeys(parts)))
+        known = [*families.components("denoiser"), *families.components("text encoder")]
+        unknown = [part for part in self.components if part not in known]
+        if unknown or not self.components:
+            raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(known)}")
+        super().__post_init__()
+        if self.shard_base and self.quantize:
+            raise UserError("--shard-base cannot shard what --quantize packs; leave one of them away")
+        if self.debiased and self.min_snr_gamma:
+            raise UserError("--debiased and --min-snr-gamma weigh timesteps both; leave one of them away")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(TrainConfig):
+    """A configuration in which the preset, the base and the machine have filled every value a run needs."""
+
+    output: Path
+    run_dir: Path
+    resolution: int
+    held_out: float
+    caption_dropout: float
+    unet_lr: float
+    text_encoder_lr: float
+    steps: int
+    batch_size: int
+    scheduler: Scheduler
+    warmup: int
+    min_snr_gamma: float
+    timestep_bias: TimestepBias
+    debiased: bool
+    keep: Keep
+    save_every: int
+    preview_every: int
+    class_images: int
+
+
+def output_path(config: TrainConfig) -> Path:
+    """The adapter file of a run. Raises UserError for a name that does not end in .safetensors."""
+    if not config.folder:
+        raise UserError("no image folder was given: name the folder that holds the pictures")
+    return adapter_path(config.output, config.folder[0].resolve().name or "adapter")
+
+
+def run_path(config: TrainConfig) -> Path:
+    """The run folder of a run."""
+    return config.run_dir or Path("runs") / output_path(config).stem

@@ -1,0 +1,160 @@
+"""What every training is told, whatever it learns from. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Protocol
+
+from cyclopts import Group, Parameter
+
+from ...core.errors import UserError
+from ...core.settings import Settings
+from .checks import check_values
+from .choices import Keep, LogWith, Memory, OptimizerName, Precision, Quantize, Scheduler
+
+RESULT = Group("What to make", sort_key=1)
+ADAPTER = Group("Adapter", sort_key=3)
+LEARNING = Group("Learning", sort_key=4)
+OPTIMIZER = Group("Optimizer", sort_key=5)
+WATCH = Group("Watching and keeping", sort_key=6)
+MACHINE = Group("Machine", sort_key=7)
+
+FIND_LR = (
+    "Find a learning rate by trials and stop; for a new base, method or kind of data. Takes as long as about five runs. "
+    "No adapter is written."
+)
+
+
+class MethodSettings(Protocol):
+    """Which methods are trained where; `TrainConfig` has it."""
+
+    @property
+    def components(self) -> tuple[str, ...]: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def target(self) -> str | None: ...
+    @property
+    def option(self) -> tuple[str, ...]: ...
+    @property
+    def block(self) -> tuple[str, ...]: ...
+    @property
+    def rank(self) -> int | None: ...
+    @property
+    def alpha(self) -> float | None: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def resume(self) -> bool: ...
+
+
+class RunSettings(Settings, MethodSettings, Protocol):
+    """What the course of a run depends on, whatever it learns from; `ResolvedConfig` has it."""
+
+    @property
+    def output(self) -> Path: ...
+    @property
+    def run_dir(self) -> Path: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def accumulation(self) -> int: ...
+    @property
+    def scheduler(self) -> Scheduler: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def clip(self) -> float: ...
+    @property
+    def ema(self) -> float: ...
+    @property
+    def log_every(self) -> int: ...
+    @property
+    def save_every(self) -> int: ...
+    @property
+    def keep(self) -> Keep: ...
+    @property
+    def keep_checkpoints(self) -> int: ...
+    @property
+    def patience(self) -> int: ...
+    @property
+    def cuda_graph(self) -> bool: ...
+    @property
+    def optimizer(self) -> OptimizerName: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedConfig:
+    """What every training is told, whatever it learns from. Raises UserError for a value that no run can use.
+
+    Python orders the fields of a class by its bases, the last one first. What a kind of training is told before all this,
+    such as its source, is therefore in a class of its own, and stands last among the bases.
+    """
+
+    method: Annotated[str, Parameter(group=ADAPTER)] = "lora"
+    """What is trained at each layer: lora, or another method of the package."""
+    rank: Annotated[int | None, Parameter(group=ADAPTER)] = None
+    """Rank of a LoRA and its kin: how much it can hold, and how large the file is."""
+    alpha: Annotated[float | None, Parameter(group=ADAPTER)] = None
+    """A LoRA is scaled by alpha / rank; by default alpha is the rank."""
+    option: Annotated[tuple[str, ...], Parameter(group=ADAPTER, negative=(), consume_multiple=False)] = ()
+    """Another hyper-parameter of the method, as NAME=VALUE; give it again for more."""
+
+    steps: Annotated[int | None, Parameter(group=LEARNING)] = None
+    """Number of steps."""
+
+    optimizer: Annotated[OptimizerName, Parameter(group=OPTIMIZER)] = "adamw"
+    """What moves the weights: adamw; adamw8bit, whose state takes a quarter of the memory (needs bitsandbytes); prodigy,
+    which finds its learning rate (prodigyopt); or schedule-free, for a run that may end at any step (schedulefree)."""
+    accumulation: Annotated[int, Parameter(group=OPTIMIZER)] = 1
+    """Batches that make one step; raise it to keep the effect of a batch that memory does not hold."""
+    weight_decay: Annotated[float, Parameter(group=OPTIMIZER)] = 0.01
+    """The optimizer's pull of the adapter's weights towards 0."""
+    clip: Annotated[float, Parameter(group=OPTIMIZER)] = 1.0
+    """Largest norm of a step's gradient; 0 is no limit."""
+    ema: Annotated[float, Parameter(group=OPTIMIZER)] = 0.0
+    """Decay of the average of the weights that is saved in their place (0.99 or more; 0 is off)."""
+
+    resume: Annotated[bool, Parameter(group=WATCH, negative=())] = False
+    """Go on from the newest checkpoint of the run folder."""
+    overwrite: Annotated[bool, Parameter(group=WATCH, negative=())] = False
+    """Replace an output file and a run folder that are there already."""
+    log_every: Annotated[int, Parameter(group=WATCH)] = 10
+    """Steps between readings of the loss; rarer is a little faster on a GPU."""
+    keep: Annotated[Keep | None, Parameter(group=WATCH)] = None
+    """Weights to write: the best by the loss on what is kept apart, or the last. By default the last of a style, whose look
+    still gains when that loss no longer falls, and else the best; with nothing kept apart, the last."""
+    keep_checkpoints: Annotated[int, Parameter(group=WATCH)] = 2
+    """How many of the newest checkpoints stay, beside the best one; more to compare them, at the cost of disk."""
+    patience: Annotated[int, Parameter(group=WATCH)] = 0
+    """End after so many measurements without a new lowest loss (0 never); saves time where a run may be too long."""
+
+    log_with: Annotated[LogWith | None, Parameter(group=WATCH)] = None
+    """Log losses, rates, measurements and previews for tensorboard too, under logs/ of the run folder; to watch it live."""
+
+    device: Annotated[str, Parameter(group=MACHINE)] = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    precision: Annotated[Precision, Parameter(group=MACHINE)] = "auto"
+    """Precision of the base in training; auto is bfloat16 on a GPU that has it, else float32. Adapters are float32."""
+    cuda_graph: Annotated[bool, Parameter(group=MACHINE)] = True
+    """On CUDA, record each step once as a CUDA graph and run it from there, which spares the host most of its work, and fuse
+    norms, gates and a LoRA with what they stand beside. What cannot be recorded runs without, and says why."""
+    memory: Annotated[Memory, Parameter(group=MACHINE)] = "auto"
+    """low computes the base's blocks twice to hold less of them, and encodes pictures one by one; off does not; auto does
+    where a run would not fit otherwise."""
+    quantize: Annotated[Quantize | None, Parameter(group=MACHINE)] = None
+    """Hold the base's linear layers in fewer bits while training, which saves memory: int8, or nf4 for the least."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.optimizer == "schedule-free" and self.ema:
+            raise UserError("--optimizer schedule-free averages the weights itself; leave --ema away")
+
+
+def adapter_path(output: Path | None, name: str) -> Path:
+    """The adapter file that was named, or one of that name. Raises UserError for one that does not end in .safetensors."""
+    output = output or Path(f"{name}.safetensors")
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: the adapter is a .safetensors file; name it {output.name}.safetensors")
+    return output
