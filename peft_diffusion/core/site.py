@@ -6,7 +6,8 @@ The swap renames no key of the base, saves nothing more for backward, and is see
 import functools
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, TypeGuard, cast
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,21 +62,25 @@ class AdaptedSite(nn.Module):
         return self._changed(x, result, named)
 
     def _whole(self, x: Tensor) -> Tensor | None:
-        """What an adapter that is alone here computes in one with the site's own output while it is trained, if it can."""
-        adapter = self.lone(x)
-        if adapter is None:
+        """The site's output with its change, from the fast path in use; None where there is none that serves this."""
+        path = _FastPaths.present
+        if path is None or self.sole_adapter() is None:
             return None
-        ((name, _),) = self.adapters.items()
-        return adapter.whole(x, self.strengths.values[self.strengths.index(name), self.block])
+        return path.output(self, x)
 
-    def lone(self, x: Tensor) -> Adapter | None:
-        """The adapter that is alone here, on, trained, and computes all that the site gives for ``x``; if there is one."""
+    def sole_adapter(self) -> "Sole | None":
+        """The adapter of this site, if it is the only one, on, trained, and has one strength for all images.
+
+        Returns:
+            The adapter with its strength; None where any of that does not hold.
+        """
         strengths = self.strengths
         if len(self.adapters) != 1 or strengths.merged or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         ((name, adapter),) = self.adapters.items()
-        one_for_all = strengths.values.shape[2] == 1
-        return adapter if one_for_all and name in strengths.active and adapter.takes_over(x) else None
+        if strengths.images != 1 or name not in strengths.active:
+            return None
+        return Sole(name, adapter, strengths, strengths.values[strengths.index(name), self.block])
 
     def _changed(self, input: Tensor, y: Tensor, named: Mapping[str, Any]) -> Tensor:
         strengths = self.strengths
@@ -103,6 +108,48 @@ class AdaptedSite(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: pickle and deepcopy make it again from the one that it came from.
         return _remade, (base_class(self),), self.__dict__
+
+
+class Sole(NamedTuple):
+    """The only adapter of a site: its name, and its strength, (1,), among the component's strengths."""
+
+    name: str
+    adapter: Adapter
+    strengths: Strengths
+    strength: Tensor
+
+    @property
+    def full(self) -> bool:
+        """Whether its strength is 1, without asking the device."""
+        return self.name in self.strengths.full
+
+
+class FastPath(Protocol):
+    """Code that computes a site and its only adapter in one; it lies above this package, which knows nothing of it."""
+
+    def output(self, site: AdaptedSite, x: Tensor) -> Tensor | None:
+        """What the site gives for ``x`` with its change; None to have it computed as ever."""
+
+
+class _FastPaths:
+    present: FastPath | None = None
+
+
+@contextmanager
+def using(path: FastPath) -> Iterator[None]:
+    """Take a fast path inside, in every thread: a backward pass that computes again has one of its own.
+
+    Args:
+        path: What every adapted site asks first.
+
+    Yields:
+        Once, while it is in use.
+    """
+    before, _FastPaths.present = _FastPaths.present, path
+    try:
+        yield
+    finally:
+        _FastPaths.present = before
 
 
 def _capturing() -> bool:
