@@ -20,9 +20,10 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
+from peft_diffusion.api import find_rates, train
 from peft_diffusion.bases import embedded
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.training import TrainConfig, find_rates, train
+from peft_diffusion.training import TrainConfig
 from scripts.measuring import markdown_table, run
 
 STYLES = ("openmoji", "twemoji", "fluent-flat")

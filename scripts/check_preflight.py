@@ -21,9 +21,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
+from peft_diffusion.api import train
 from peft_diffusion.bases import components
 from peft_diffusion.bases.digest import quantize
-from peft_diffusion.training import TrainConfig, train
+from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.machine import memory_plan
 from peft_diffusion.training.machine.preflight import Need
 from scripts.check_families import KINDS, build, draw

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from peft_diffusion.api import train_text
 from peft_diffusion.bases import LanguageModel, embedded, load_lm
 from peft_diffusion.core import quantized
 from peft_diffusion.core.arena import Arena
@@ -38,7 +39,6 @@ from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.oft import Oft
 from peft_diffusion.methods.prefix import Prefix
 from peft_diffusion.methods.tokens import SoftPrompt
-from peft_diffusion.training.language_main import train_text
 from peft_diffusion.training.loop.trainer import Trainer, TrainerSettings
 from peft_diffusion.training.settings.derive import resolve_language
 from peft_diffusion.training.settings.text import ResolvedTextConfig, TextTrainConfig

@@ -38,12 +38,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 from diffusers import DDPMScheduler
 
+from peft_diffusion.api import train
 from peft_diffusion.bases import embedded, load_base
 from peft_diffusion.formats import inspect
 from peft_diffusion.generation import Adapters, sheet
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig
-from peft_diffusion.training import TrainConfig, train
+from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.tasks import objective
 from scripts.build_base.captions import with_article
 from scripts.build_base.judge import NEAREST, Gallery, Judge, galleries_of

@@ -11,9 +11,9 @@ from rich.console import Console
 from test_training import draw_pictures, last_state, small
 
 from peft_diffusion import formats
+from peft_diffusion.api import train
 from peft_diffusion.core.adapter import Chain, parts_of
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.training import train
 
 torch.set_num_threads(1)
 
@@ -174,13 +174,13 @@ def test_learned_words_train_beside_lora_into_one_file_and_are_read_in_prompts(p
 def test_words_are_not_pulled_towards_nothing():
     from peft_diffusion.methods.lora import Lora
     from peft_diffusion.methods.tokens import Tokens
-    from peft_diffusion.training.session import attach, taught
+    from peft_diffusion.training.attachment import attach, with_words
     from peft_diffusion.training.settings.blocks import Block
 
     pipe = make_pipe()
     words = Block("text_encoder", "tokens", Tokens(initial="cat"), rate=2e-3)
     asked = [Block("text_encoder", "attention", Lora(2)), words]
-    found = attach({"text_encoder": pipe.text_encoder}, taught(pipe, asked), 0, lambda _: 1e-4)
+    found = attach({"text_encoder": pipe.text_encoder}, with_words(pipe, asked), 0, lambda _: 1e-4)
     assert found.rates == {"text_encoder": 1e-4, "text_encoder.1": 2e-3}
     assert found.undecayed == {"text_encoder.1"}
 

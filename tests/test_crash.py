@@ -19,8 +19,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_training import draw_pictures, small
 
+from peft_diffusion.api import train
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.training import train
 from peft_diffusion.training.record import checkpoint
 
 KILLS, SEED = 20, 7
@@ -95,7 +95,7 @@ def assert_same(one: Path, other: Path) -> None:
 @pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="processes of POSIX")
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    WORKERS.set_forkserver_preload([__name__, "peft_diffusion.training.main", *LIBRARIES])  # imported once, not 40 times
+    WORKERS.set_forkserver_preload([__name__, "peft_diffusion.api", *LIBRARIES])  # imported once, not 40 times
     pictures = draw_pictures(tmp_path / "pictures")
     live(pictures, tmp_path / "first", resume=False)  # the server imports what it shall
     began = time.monotonic()

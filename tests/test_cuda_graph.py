@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from test_training import Line, draw_pictures, small, trainer
 from torch import Tensor
 
+from peft_diffusion.api import train
 from peft_diffusion.fast.cuda_graph import Recorder, cause, shapes
-from peft_diffusion.training import train
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CASES = {

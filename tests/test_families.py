@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from test_training import draw_pictures, small
 
 from peft_diffusion import formats
+from peft_diffusion.api import train
 from peft_diffusion.bases import load_base
 from peft_diffusion.core import site
 from peft_diffusion.core.adapter import method
@@ -20,7 +21,7 @@ from peft_diffusion.data.images import MAX_PIXELS, open_picture
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig
-from peft_diffusion.training import train
+from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training.loop.trainer import loss_at
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
@@ -35,7 +36,8 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def task_of(pipe, folder: Path, tmp_path: Path, **changes) -> DiffusionTask:
-    prepared = prepare(small(folder, tmp_path, **changes), pipe, lambda _: None, lambda _: lambda *_: None)
+    config = small(folder, tmp_path, **changes)
+    prepared = prepare(config, pipe, lambda _: None, lambda _: lambda *_: None, TrainingPictures())
     site.attach(pipe.unet, "a", method("lora", rank=2))
     return DiffusionTask(pipe, "a", DiffusionSettings(batch_size=2), prepared.train, prepared.held_out)
 

@@ -101,8 +101,8 @@ def test_the_peak_of_a_preview_is_predicted_within_a_tenth(tmp_path, monkeypatch
     seen = []
 
     def look(previews):
-        drawn = previews._draw()
-        seen.append((previews.peak(), measured(previews._draw), len(drawn)))
+        drawn = previews.pictures()
+        seen.append((previews.peak(), measured(previews.pictures), len(drawn)))
 
     monkeypatch.setattr(Previews, "draw_base", look)
     monkeypatch.setattr(Previews, "draw", lambda previews, step: None)

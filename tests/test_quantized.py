@@ -32,6 +32,7 @@ from test_training import draw_pictures, small
 from torch import nn
 
 from peft_diffusion import bases, formats
+from peft_diffusion.api import train, train_text
 from peft_diffusion.bases import components, describe, digest, fingerprint, load_base, load_lm
 from peft_diffusion.core import merge, quantized, site
 from peft_diffusion.core.errors import UserError
@@ -42,7 +43,7 @@ from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.generation.text import generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.training import TextTrainConfig, train, train_text
+from peft_diffusion.training import TextTrainConfig
 
 KINDS = ("nf4", "int8")
 # How far, against their norm, rounding takes weights that are spread evenly, as those of these small bases are.

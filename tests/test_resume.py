@@ -18,8 +18,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_training import draw_pictures, lines, small
 
+from peft_diffusion.api import train
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.training import Interrupted, train
+from peft_diffusion.training import Interrupted
 from peft_diffusion.training.loop.trainer import Observer, Trainer
 from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.tasks.diffusion import DiffusionTask

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from test_processes import assert_same, launch
 from test_training import draw_pictures
 
+from peft_diffusion.api import find_rates, train
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.sharded import here, whole
-from peft_diffusion.training import TrainConfig, find_rates, train
+from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.machine.memory_plan import Footing
 from peft_diffusion.training.machine.processes import Crew
 from peft_diffusion.training.machine.sharding import sharing

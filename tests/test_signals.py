@@ -14,13 +14,14 @@ from test_resume import same_file, stop_after, without_time
 from test_training import Line, draw_pictures, lines, small, trainer
 from torch import nn
 
+from peft_diffusion.api import train, train_text
 from peft_diffusion.bases import components
 from peft_diffusion.bases.embedded import embedded
 from peft_diffusion.core import merge, site
 from peft_diffusion.core.adapter import method
 from peft_diffusion.formats.container import read_header
-from peft_diffusion.training import Interrupted, train
-from peft_diffusion.training.language_main import train_text
+from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.training import Interrupted
 from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
@@ -144,7 +145,7 @@ def test_previews_tell_how_near_they_are_to_training_pictures(tmp_path, pictures
 
 def test_training_pictures_are_nearest_to_themselves(pictures):
     config = small(pictures, pictures, held_out=0.0)
-    prepared = prepare(config, make_pipe(), lambda _: None, lambda _: lambda done, total: None)
+    prepared = prepare(config, make_pipe(), lambda _: None, lambda _: lambda done, total: None, TrainingPictures())
     task = DiffusionTask(prepared.pipe, "none", DiffusionSettings(), prepared.train)
     drawn = [Image.open(picture.path) for picture in prepared.pictures]
     assert task.nearness(drawn) < 1e-3 < 0.5 < task.nearness([Image.new("RGB", (64, 64), "black")])

@@ -17,6 +17,7 @@ from test_resume import stop_after
 from test_training import POWERS, draw_pictures, small
 
 from peft_diffusion import formats
+from peft_diffusion.api import train
 from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.core.errors import UserError
@@ -28,11 +29,12 @@ from peft_diffusion.data.latents import cache_latents
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig
-from peft_diffusion.training import Interrupted, TrainConfig, train
-from peft_diffusion.training import main as training_main
+from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.training import Interrupted, TrainConfig
+from peft_diffusion.training.attachment import NAME, attach, chosen
 from peft_diffusion.training.loop.seeds import generator
 from peft_diffusion.training.machine.processes import Crew
-from peft_diffusion.training.session import NAME, attach, chosen
+from peft_diffusion.training.pictures import diffusion_task
 from peft_diffusion.training.settings.blocks import blocks
 from peft_diffusion.training.tasks import class_images, objective
 from peft_diffusion.training.tasks.preparation import prepare
@@ -54,16 +56,16 @@ def draw_mask(picture: Path, box=(0, 0, 31, 63), size=64) -> Path:
 
 
 def config_of(config: TrainConfig):
-    return prepare(config, make_pipe(), lambda line: None, lambda what: lambda done, total: None).config
+    return prepare(config, make_pipe(), lambda line: None, lambda what: lambda done, total: None, TrainingPictures()).config
 
 
 def task_of(config: TrainConfig, pipe=None):
     """The task of a run with a fresh adapter, and its parameters."""
     pipe = pipe or make_pipe()
-    prepared = prepare(config, pipe, lambda line: None, lambda what: lambda done, total: None)
+    prepared = prepare(config, pipe, lambda line: None, lambda what: lambda done, total: None, TrainingPictures())
     made = blocks(prepared.config)
     attached = attach(chosen(pipe, prepared.config.components), made, 0, lambda name: 1e-3)
-    return training_main._task(prepared, made, Crew()), Arena(attached.groups)
+    return diffusion_task(prepared, made, Crew()), Arena(attached.groups)
 
 
 def moved(arena: Arena) -> Arena:
@@ -97,7 +99,7 @@ def test_the_base_draws_the_class_once_and_later_runs_find_it(tmp_path, pictures
     assert {path: path.stat().st_mtime_ns for path in folder.glob("000[0-3].png")} == {
         path: time for path, time in times.items() if path.name != "0004.png"
     }
-    monkeypatch.setattr(class_images, "paint", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(TrainingPictures, "class_pictures", lambda *_, **__: pytest.fail("drawn again"))
     train(config, pipe=make_pipe())
     with safe_open(first.output, "pt") as file:
         assert file.metadata()["ss_num_reg_images"] == "5" and file.metadata()["ss_prior_loss_weight"] == "1.0"

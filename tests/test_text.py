@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import peft_diffusion as pd
 from peft_diffusion import formats
+from peft_diffusion.api import train_text
 from peft_diffusion.bases import components, describe, embedded, fingerprint, load_lm
 from peft_diffusion.core import merge, site, targets
 from peft_diffusion.core.errors import FoldError, UserError
@@ -27,7 +28,6 @@ from peft_diffusion.generation import Adapters, Schedule
 from peft_diffusion.generation.text import choose, continued, generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.training.language_main import train_text
 from peft_diffusion.training.loop.trainer import Interrupted, Observer, Trainer, loss_at
 from peft_diffusion.training.settings.derive import resolve_language
 from peft_diffusion.training.settings.text import TextTrainConfig

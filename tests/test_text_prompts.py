@@ -8,6 +8,7 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from peft_diffusion import formats
+from peft_diffusion.api import train_text
 from peft_diffusion.bases import components, fingerprint
 from peft_diffusion.bases.words import begun, learned, teach
 from peft_diffusion.core import site
@@ -17,7 +18,6 @@ from peft_diffusion.generation.text import continued
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.tokens import SoftPrompt, Tokens
-from peft_diffusion.training.language_main import train_text
 from peft_diffusion.training.loop.trainer import loss_at
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens

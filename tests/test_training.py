@@ -19,13 +19,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_diffusion import formats
+from peft_diffusion.api import train
 from peft_diffusion.bases import components, fingerprint
 from peft_diffusion.bases.family import FAMILIES
 from peft_diffusion.core import site, targets
 from peft_diffusion.core.adapter import method
 from peft_diffusion.core.arena import Arena, side_by_side
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.training import TrainConfig, train
+from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.loop.learning_rate import rate
 from peft_diffusion.training.loop.seeds import generator, seed_of
 from peft_diffusion.training.loop.trainer import Divergence, Observer, Signals, Trainer, TrainerSettings, loss_at
@@ -373,7 +375,7 @@ def test_toml_goes_round_through_the_command_line(tmp_path, monkeypatch, more):
     file = tmp_path / "config.toml"
     file.write_text(to_toml(resolved), "utf-8")
     seen = []
-    monkeypatch.setattr("peft_diffusion.training.main.train", lambda config, **_: seen.append(config))
+    monkeypatch.setattr("peft_diffusion.api.train", lambda config, **_: seen.append(config))
     monkeypatch.setattr(app, "config", app.config)  # main sets it; put back afterwards
     flags = ["--rank", "9", "--resume"] if more else []
     assert main(["train", "--config", str(file), *flags]) == 0
@@ -442,7 +444,8 @@ def test_v_prediction_is_trained_as_the_base_says(tmp_path, pictures):
 
 def test_pictures_kept_apart_are_never_trained_on(tmp_path):
     folder = draw_pictures(tmp_path / "pictures", 10)
-    prepared = prepare(small(folder, tmp_path, held_out=0.3), make_pipe(), lambda _: None, lambda _: lambda *_: None)
+    prepared = prepare(small(folder, tmp_path, held_out=0.3), make_pipe(), lambda _: None, lambda _: lambda *_: None,
+                       TrainingPictures())  # fmt: skip
     assert (len(prepared.train.captions), len(prepared.held_out.captions)) == (7, 3)
     assert not set(prepared.train.captions) & set(prepared.held_out.captions)
     site.attach(prepared.pipe.unet, "a", method("lora", rank=2))

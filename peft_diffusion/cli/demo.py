@@ -67,7 +67,8 @@ def _check_own(output: Path, style: str) -> None:
 def _train(pipe: Any, config: DemoConfig, folders: dict[str, Path], files: dict[str, Path]) -> None:
     from rich.console import Console
 
-    from ..training import TrainConfig, train
+    from ..api import train
+    from ..training import TrainConfig
 
     for number, (style, folder) in enumerate(folders.items(), 1):
         print(f"\nStyle {number} of {len(folders)}: {style}, {config.steps} steps", flush=True)

@@ -22,7 +22,7 @@ def train(
     config.check()  # before torch is imported, which takes seconds
     from rich.console import Console
 
-    from ..training.language_main import find_text_rates, train_text
+    from ..api import find_text_rates, train_text
 
     if find_lr:
         find_text_rates(config, console=Console())

@@ -19,9 +19,9 @@ def train(
     Whatever is left out comes from the preset, the base and the machine; what was chosen is printed and kept in the run
     folder. Ctrl-C finishes the step and saves a checkpoint; --resume goes on.
     """
-    from .. import training
+    from .. import api
 
     if find_lr:
-        training.find_rates(config, console=Console())
+        api.find_rates(config, console=Console())
     else:
-        training.train(config, console=Console())
+        api.train(config, console=Console())

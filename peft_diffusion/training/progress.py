@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from .loop.trainer import Observer, StepLoss
 
-PICTURES_APART = "loss on pictures kept apart {:.4f}"
+IMPATIENT = "warning: --patience ends nothing where nothing is kept apart to measure on; --held-out 0.1 keeps a tenth"
 _SMOOTH = 0.9
 _LINE_EVERY = 15.0  # seconds between lines where no bar can be drawn
 

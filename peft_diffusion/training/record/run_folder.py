@@ -1,6 +1,7 @@
 """The run folder: settings, metrics, previews, plots, a report and checkpoints of one training."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -311,6 +312,33 @@ class RunFolder(Observer):
         for entry, words in _ENTRIES.items():
             lines += [f"{name} has {words}" for name in both if now[name].get(entry) != before[name].get(entry)]
         return ", ".join(lines[:3] or ["their order changed"]) + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
+
+
+def check_run(run: RunFolder, output: Path, *, resume: bool, overwrite: bool) -> None:
+    """See that the run and its adapter file can be written where they shall go. Raises UserError."""
+    run.check()
+    if resume and not run.holds_a_run():
+        raise UserError(f"there is no run in {run.path} to go on with; leave out --resume, or name it with --run-dir")
+    if not resume and not overwrite:
+        if run.holds_a_run():
+            raise UserError(f"{run.path} holds a run already: --resume goes on with it, --overwrite starts anew")
+        if output.exists():
+            raise UserError(f"{output} exists already: --overwrite replaces it, another --output keeps it")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file in it")
+    for folder in (output.parent, run.path):
+        check_writable(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless a file can be made in a folder, or in the nearest one above it that is there."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    probe = there / f".peft_diffusion.{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{there} cannot be written to: {error.strerror}; choose another place") from None
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,12 @@ from ...core.files import explained, write_bytes
 from ...data import subfolders
 from ...data.folder import Picture, scan
 from ...data.images import check_picture
-from ...generation import Adapters
-from ...generation.sampler import Cell, paint
-from ...generation.settings import GenerateConfig
+from ..attachment import Say
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
 from ..machine.processes import Crew
-from ..session import Say
 from ..settings.pictures import ResolvedConfig
+from ..watch.drawing import Drawing
 
 Progress = Callable[[str], Callable[[int, int], None]]
 _STEPS, _GUIDANCE = 25, 5.0
@@ -30,7 +28,7 @@ _BATCH = 4  # pictures drawn at once; part of what they are, as rounding depends
 
 
 def pictures(
-    config: ResolvedConfig, pipe: Any, say: Say, progress: Progress, crew: Crew = Crew()  # noqa: B008 -- frozen
+    config: ResolvedConfig, pipe: Any, say: Say, progress: Progress, drawing: Drawing, crew: Crew
 ) -> list[Picture]:
     """The pictures of the class: from the regularisation folders, and drawn by the base for the class prompts.
 
@@ -38,7 +36,7 @@ def pictures(
     """
     found = _of_folders(config, say, progress) if config.regularisation else []
     if config.class_prompt:
-        found += _drawn(config, pipe, say, progress, crew)
+        found += _drawn(config, pipe, say, progress, drawing, crew)
     elif not found and config.preset == "subject":
         say('the class is not kept: say what the subject is one of, as in --class-prompt "a portrait of a woman"')
     return found
@@ -67,45 +65,42 @@ def _of_folders(config: ResolvedConfig, say: Say, progress: Progress) -> list[Pi
     return [one if one.caption else replace(one, caption=(*config.class_prompt, "")[0]) for one in found]
 
 
-def _drawn(config: ResolvedConfig, pipe: Any, say: Say, progress: Progress, crew: Crew) -> list[Picture]:
+def _drawn(
+    config: ResolvedConfig, pipe: Any, say: Say, progress: Progress, drawing: Drawing, crew: Crew
+) -> list[Picture]:
     """Pictures that the base draws, or drew before. A batch that is not all there is drawn again."""
     info = describe(pipe)
     size = config.resolution // info.step * info.step
     folder = class_folder(config, info, size)
     prompts = [config.class_prompt[number % len(config.class_prompt)] for number in range(config.class_images)]
-    cells = [Cell(prompt, seed_of("class picture", number), {}) for number, prompt in enumerate(prompts)]
-    paths = [folder / f"{number:04}.png" for number in range(len(cells))]
-    starts = range(0, len(cells), _BATCH)
+    seeds = [seed_of("class picture", number) for number in range(len(prompts))]
+    paths = [folder / f"{number:04}.png" for number in range(len(prompts))]
+    starts = range(0, len(prompts), _BATCH)
     # Before any is written: all who draw have to draw the same.
     missing = crew.agreed([start for start in starts if not all(path.exists() for path in paths[start : start + _BATCH])])
     if crew.measures:
-        say(f"{len(cells)} pictures of the class, drawn by the base, are kept in {folder}")
+        say(f"{len(prompts)} pictures of the class, drawn by the base, are kept in {folder}")
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
         tick = progress("drawing pictures of the class")
         for start in starts:
             own = slice(start, start + _BATCH)
             if start in missing:
-                _draw(pipe, cells[own], paths[own], size, crew)
-            tick(min(start + _BATCH, len(cells)), len(cells))
+                with small_vae(pipe.vae, size):
+                    # The base's own sampler and noise of each picture's own seed: the same pictures wherever they are drawn.
+                    found = drawing.class_pictures(
+                        pipe, prompts[own], seeds[own], size=size, steps=_STEPS, guidance=_GUIDANCE
+                    )
+                    for path, picture in zip(paths[own], found, strict=True):
+                        if crew.leads:
+                            write_bytes(path, _png(picture))
+            tick(min(start + _BATCH, len(prompts)), len(prompts))
     crew.wait()
     checked = [check_picture(path) for path in paths]
     return [
         Picture(path, f"class/{path.name}", prompt, "none", one.width, one.height, one.digest)
         for path, prompt, one in zip(paths, prompts, checked, strict=True)
     ]
-
-
-def _draw(pipe: Any, cells: Sequence[Cell], paths: Sequence[Path], size: int, crew: Crew) -> None:
-    # The base's own sampler and noise of each picture's own seed: the same pictures wherever they are drawn.
-    prompts = tuple(cell.prompt for cell in cells)
-    sampling = GenerateConfig(
-        prompts, steps=_STEPS, guidance=_GUIDANCE, width=size, height=size, batch_size=_BATCH, device=str(pipe.device)
-    )
-    with small_vae(pipe.vae, size):
-        for path, picture in zip(paths, paint(Adapters(pipe), cells, sampling), strict=True):
-            if crew.leads:
-                write_bytes(path, _png(picture))
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -16,15 +16,18 @@ from ...data.captions import CaptionRules
 from ...data.folder import ImageFolder, Picture, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
+from ..attachment import Say, chosen
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
+from ..machine.precision import pick_precision
 from ..machine.processes import Crew
 from ..machine.sharding import shard
-from ..record.run_folder import RunFolder
-from ..session import IMPATIENT, Say, check_run, check_writable, chosen, pick_precision
+from ..progress import IMPATIENT
+from ..record.run_folder import RunFolder, check_run, check_writable
 from ..settings.derive import resolve
 from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
 from ..settings.presets import HELD_OUT_FROM
+from ..watch.drawing import Drawing
 from . import class_images
 from .diffusion import Examples, schedule
 from .prompts import TextSide
@@ -71,6 +74,7 @@ def prepare(
     pipe: Any | None,
     say: Say,
     progress: Progress,
+    drawing: Drawing,
     crew: Crew = Crew(),  # noqa: B008 -- frozen
 ) -> Prepared:
     """Load the base, read and check the folder, and encode the pictures; says what it finds and what it chose.
@@ -107,7 +111,7 @@ def prepare(
     train = encode(kept, config.flip, "encoding pictures")
     held_out = encode(apart, False, "encoding pictures kept apart") if apart else None
     problems = tuple(str(problem) for problem in folder.problems)
-    of_class = class_images.pictures(resolved, pipe, say, progress, crew)
+    of_class = class_images.pictures(resolved, pipe, say, progress, drawing, crew)
     kept_as_is = encode.in_buckets(of_class, train.groups) if of_class else None
     for line in _cache_lines(config.cache, before, [one for one in (train, held_out, kept_as_is) if one]):
         say(line)

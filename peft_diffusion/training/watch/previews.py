@@ -7,18 +7,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from ...bases import components
 from ...core import site
 from ...core.files import explained, write_bytes
-from ...generation import sheet
-from ...generation.sampler import drawing, ending_in_noise, whole_picture
 from ..loop.seeds import seed_of
 from ..loop.trainer import Observer
 from ..machine.low_memory import small_vae
 from ..tasks.diffusion import DiffusionTask
+from .drawing import Drawing
 
 PROMPTS = 4  # previews by default
 _GUIDANCE = 5.0
@@ -41,6 +39,7 @@ class Previews(Observer):
         folder: Path,
         task: DiffusionTask,
         prompts: Sequence[str],
+        drawing: Drawing,
         weights: Callable[[], AbstractContextManager[None]],
         tell: Callable[[int, float], None],
         *,
@@ -51,6 +50,7 @@ class Previews(Observer):
         self.folder = folder
         self.task = task
         self.prompts = list(prompts)
+        self.drawing = drawing
         self.steps = steps
         self.every = every
         self.size = size  # pixels a side
@@ -118,7 +118,7 @@ class Previews(Observer):
         return found
 
     def _show(self, step: int, row: str) -> None:
-        pictures = self._draw()
+        pictures = self.pictures()
         if not self.task.settings.crew.leads:
             return
         self._keep(row, pictures)
@@ -128,25 +128,23 @@ class Previews(Observer):
         if nearest is not None:
             self.tell(step, nearest)
 
-    def _draw(self) -> list[Image.Image]:
-        """A picture for each prompt."""
+    def pictures(self) -> list[Image.Image]:
+        """Draw a picture for each prompt, with what the pipeline carries now; nothing is written."""
         pipe = self.task.pipe
         self.task.restore()
-        scheduler = ending_in_noise(pipe.scheduler) if self.task.settings.zero_terminal_snr else pipe.scheduler
         pictures: list[Image.Image] = []
-        with self.task.evaluating(), drawing(pipe, scheduler), small_vae(pipe.vae, self.size):
+        with self.task.evaluating(), small_vae(pipe.vae, self.size):
             for start in range(0, len(self.prompts), self._at_once):
                 prompts = self.prompts[start : start + self._at_once]
-                chances = [torch.Generator().manual_seed(seed_of(_SEED, "preview", start + i)) for i in range(len(prompts))]
-                pictures += pipe(
-                    **whole_picture(pipe, self.size, self.size),
-                    prompt=prompts,
-                    num_inference_steps=self.steps,
-                    guidance_scale=_GUIDANCE,
-                    width=self.size,
-                    height=self.size,
-                    generator=chances,
-                ).images
+                pictures += self.drawing.previews(
+                    pipe,
+                    prompts,
+                    [seed_of(_SEED, "preview", start + row) for row in range(len(prompts))],
+                    size=self.size,
+                    steps=self.steps,
+                    guidance=_GUIDANCE,
+                    from_pure_noise=self.task.settings.zero_terminal_snr,
+                )
         self.task.offload()
         return pictures
 
@@ -168,7 +166,7 @@ class Previews(Observer):
         labels = [f"step {step}" if step else "base" for step in sorted(rows)]
         columns = [rows[step] for step in sorted(rows)]
         cells = [[row.get(number) for number in range(len(self.prompts))] for row in columns]
-        write_bytes(self.folder / "sheet.png", _png(sheet.grid(cells, labels, self.prompts)))
+        write_bytes(self.folder / "sheet.png", _png(self.drawing.sheet(cells, labels, self.prompts)))
 
     def _strength(self, value: float) -> None:
         for part in components(self.task.pipe).values():

@@ -15,6 +15,7 @@ from ...core.errors import FoldError, UserError
 from ...core.merge import dense_weight
 from ...core.sharded import whole
 from ..record.run_record import memorisation
+from ..results import Suggestion
 
 TOLERANCE = 0.02
 """How far the loss on what is kept apart may stand above its lowest before a run is called over-trained."""
@@ -35,14 +36,6 @@ class Measured:
     seen: float | None
     leakage: float | None
     memorisation: float | None
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """The strength with the lowest loss on what is kept apart, and the loss at each strength that was tried."""
-
-    strength: float
-    losses: Mapping[float, float]
 
 
 def measurements(metrics: Iterable[Mapping[str, Any]]) -> list[Measured]:
