@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..core.adapter import Factors
-from ..core.site import AdaptedSite, Sole, is_plain_linear, using
+from ..core.site import is_plain_linear
+from ..core.slot import Slot, Sole, slot_of, using
 from ..core.strength import Strengths
 
 
@@ -43,20 +44,21 @@ def pays(x: Tensor) -> bool:
 
 
 class LowRankPath:
-    """Computes a frozen Linear and the pair of its only adapter in one: see `site.FastPath`."""
+    """Computes a frozen Linear and the pair of its only adapter in one: see `slot.FastPath`."""
 
-    def output(self, site: AdaptedSite, x: Tensor) -> Tensor | None:
+    def output(self, site: nn.Module, slot: Slot, x: Tensor) -> Tensor | None:
         """Compute the site with its change.
 
         Args:
-            site: A site with one adapter.
+            site: A module that carries adapters.
+            slot: Its slot.
             x: (..., in).
 
         Returns:
             (..., out), saving ``x`` once and making no second output; None for sites that are not frozen, not plain
             Linear layers, or whose change is no pair.
         """
-        found = _pair(site, x)
+        found = _pair(site, slot, x)
         if found is None or not isinstance(site, nn.Linear):
             return None
         sole, pair = found
@@ -66,9 +68,9 @@ class LowRankPath:
         return quick(x)
 
 
-def _pair(site: AdaptedSite, x: Tensor) -> tuple[Sole, Factors] | None:
+def _pair(site: nn.Module, slot: Slot | None, x: Tensor) -> tuple[Sole, Factors] | None:
     """The only adapter of a frozen plain Linear with its pair, where one function is the faster."""
-    sole = site.sole_adapter()
+    sole = None if slot is None else slot.sole_adapter()
     if sole is None or not pays(x) or not is_plain_linear(site):
         return None
     if site.weight.dtype != x.dtype or any(own.requires_grad for own in site.parameters(recurse=False)):
@@ -158,7 +160,7 @@ def fused_projections(layers: Sequence[nn.Module], x: Tensor) -> "Projections | 
     """
     if not in_pass():
         return None
-    found = [_pair(layer, x) if isinstance(layer, AdaptedSite) else None for layer in layers]
+    found = [_pair(layer, slot_of(layer), x) for layer in layers]
     pairs = [one for one in found if one is not None]
     if len(pairs) < len(layers) or any(layer.bias is not None for layer in layers):
         return None
