@@ -8,10 +8,12 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from . import targets
 from .errors import FoldError, UserError
 
 Site = nn.Module  # any Linear, Conv2d, norm or embedding of a base
+
+DEFAULT_TARGET = "attention+ff"
+"""The target of a method that has none of its own, by its name in ``core.targets``."""
 
 
 class LowRank(NamedTuple):
@@ -100,7 +102,7 @@ class Adapter(KeepsPrecision):
         raise NotImplementedError
 
     def _load_from_state_dict(self, *_: object) -> None:
-        # The base's state dict holds the base alone (see AdapterDict): nothing of an adapter is missing from it.
+        # The base's state dict holds the base alone (see Slot): nothing of an adapter is missing from it.
         pass
 
 
@@ -183,7 +185,7 @@ def parts_of(adapter: Adapter) -> list[Adapter]:
 
 
 class AdapterDict(nn.Module):
-    """The adapters of one site, in the order of attachment. They are left out of the base's state dict."""
+    """The adapters of one site, in the order of attachment."""
 
     def __getitem__(self, name: str) -> Adapter:
         adapter = self._modules[name]
@@ -207,10 +209,6 @@ class AdapterDict(nn.Module):
         """Names and adapters, in the order of attachment."""
         return [(name, self[name]) for name in self._modules]
 
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Nothing: an adapter has its own file."""
-        return {} if destination is None else destination
-
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -224,7 +222,7 @@ class Method:
 
     name: ClassVar[str]
     suffixes: ClassVar[frozenset[str]]
-    target: ClassVar[str] = targets.DEFAULT  # where it sits, unless one says
+    target: ClassVar[str] = DEFAULT_TARGET  # where it sits, unless one says
 
     def __init_subclass__(cls, *, name: str, suffixes: frozenset[str] = frozenset()) -> None:
         super().__init_subclass__()

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from ..core.adapter import LowRank, Method, Site, float32_parameter
 from ..core.errors import UserError
 from ..core.merge import dense_weight
-from ..core.site import AdaptedSite, is_plain_linear
+from ..core.site import is_plain_linear
+from ..core.slot import slot_of
 from ..fast.low_rank import Projections, in_pass, low_rank_linear, pays, projections, stacked
 from .shared.affine import (
     ALPHA,
@@ -141,8 +142,8 @@ def as_one(layers: Sequence[nn.Module], x: Tensor) -> Projections | None:
     """Linear layers without biases whose weights lie one after the other, a LoRA alone at each, as one; None for others."""
     if not in_pass():
         return None
-    lone = [layer.lone(x) if isinstance(layer, AdaptedSite) else None for layer in layers]
-    adapters = [adapter for adapter in lone if type(adapter) is LoraAdapter]
+    sole = [None if (slot := slot_of(layer)) is None else slot.sole_adapter(x) for layer in layers]
+    adapters = [adapter for adapter in sole if type(adapter) is LoraAdapter]
     pairs, scales = [(adapter.down, adapter.up) for adapter in adapters], {adapter.scale for adapter in adapters}
     if len(adapters) < len(layers) or len(scales) > 1 or any(layer.bias is not None for layer in layers):
         return None
