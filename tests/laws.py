@@ -244,7 +244,8 @@ def give_own(model: nn.Module) -> None:
 @torch.no_grad()
 def test_law_2_attributes_of_a_modules_own_are_no_business_of_adapters(case: Case) -> None:
     give_own(case.model)
-    before, running, held = case.run(), everything(case.model), case.model.state_dict()
+    before, running = case.run(), everything(case.model)
+    held: Any = case.model.state_dict()  # an OrderedDict with metadata, which torch does not declare
     seen = targets.modules(case.model)
     own = {(one, name): getattr(one, name) for one in seen.values() for name in TAKEN if hasattr(one, name)}
     assert any("adapters" in path.split(".") for path in seen)
@@ -252,7 +253,7 @@ def test_law_2_attributes_of_a_modules_own_are_no_business_of_adapters(case: Cas
     def untouched() -> None:
         assert all(getattr(module, name) is value for (module, name), value in own.items())
         assert list(targets.modules(case.model).items()) == list(seen.items())
-        state_now = case.model.state_dict()
+        state_now: Any = case.model.state_dict()
         assert list(state_now) == list(held) and state_now._metadata == held._metadata
         assert all(type(module) is kind or isinstance(module, site.AdaptedSite) for module, kind in kinds.items())
 
@@ -312,7 +313,9 @@ def refused(case: Case, before: dict[str, Tensor]) -> bool:
 
 def wanted_weight(carrier: site.AdaptedSite, strength: float) -> Tensor | None:
     """The weight that a site shall have after a merge at this strength; None where the adapter changes none."""
-    change, _ = slot_of(carrier).adapters["a"].fold(merge.dense_weight(carrier), getattr(carrier, "bias", None))
+    slot = slot_of(carrier)
+    assert slot is not None
+    change, _ = slot.adapters["a"].fold(merge.dense_weight(carrier), getattr(carrier, "bias", None))
     return None if change is None else merge.dense_weight(carrier) + strength * change
 
 

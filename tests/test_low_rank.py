@@ -200,7 +200,7 @@ def test_queries_keys_and_values_are_one_layer_in_a_pass_of_the_trainer(
     layers = []
     call = low_rank.Projections.__call__
 
-    def counted(own: low_rank.Projections, x: Tensor) -> list[Tensor]:
+    def counted(own: low_rank.Projections, x: Tensor) -> Tensor:
         layers.append(len(own.down.value))
         return call(own, x)
 
@@ -244,14 +244,14 @@ def test_a_pass_of_the_trainer_serves_only_what_lies_in_its_arena(pays: Pays, mo
 
 @pytest.mark.parametrize("method", [Lora(rank=2), Lora(rank=2, init="pissa")], ids=["lora", "pissa"])
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_a_pass_of_the_trainer_computes_what_every_other_way_does(pays, method, strength):
+def test_a_pass_of_the_trainer_computes_what_every_other_way_does(pays: Pays, method: Lora, strength: float) -> None:
     model, x = Layers(torch.float32), torch.randn(2, 5, 12)
     site.attach(model, "a", method, "all-linear")
     arena = Arena({"model": [p for p in model.parameters() if p.requires_grad]})
     arena.flat.add_(0.1 * torch.randn(arena.flat.shape, generator=torch.Generator().manual_seed(3)))
     strengths_of(model).write({"a": strength})
 
-    def run():
+    def run() -> Tensor:
         arena.zero_grad()
         y = model(x)
         y.square().mean().backward()
@@ -264,7 +264,7 @@ def test_a_pass_of_the_trainer_computes_what_every_other_way_does(pays, method, 
         torch.testing.assert_close(run(), expected)
 
 
-def test_a_recording_of_a_pass_does_not_outlive_the_strength_that_it_took_for_1(pays):
+def test_a_recording_of_a_pass_does_not_outlive_the_strength_that_it_took_for_1(pays: Pays) -> None:
     pays(True)
     model, x = Layers(torch.float32), torch.randn(2, 5, 12)
     site.attach(model, "a", Lora(rank=2), "all-linear")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def run(layer: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
     component = nn.Sequential(copy.deepcopy(layer))
     site.attach_built(component, "a", {"0": adapter})
     with torch.no_grad():
-        output = component(x)
+        output: Tensor = component(x)
         merge.merge(component)
         assert torch.allclose(component(x), output, atol=1e-5)
     return output
@@ -72,7 +73,7 @@ def perturb(model: nn.Module, scale: float = 0.3) -> None:
 
 # --- LyCORIS ---------------------------------------------------------------------------------------------------------
 
-LYCORIS = {
+LYCORIS: dict[str, tuple[str, type[Method], dict[str, Any]]] = {
     "lora": ("locon.LoConModule", Lora, {"lora_dim": 4, "alpha": 2}),
     "lora, tucker": ("locon.LoConModule", Lora, {"lora_dim": 4, "alpha": 2, "use_tucker": True}),
     "rslora": ("locon.LoConModule", Lora, {"lora_dim": 4, "alpha": 2, "rs_lora": True}),
@@ -101,7 +102,7 @@ LYCORIS = {
 }  # fmt: skip
 
 
-def lycoris_class(where: str) -> type:
+def lycoris_class(where: str) -> Any:
     modules = pytest.importorskip("lycoris.modules", reason="lycoris-lora is not installed")
     file, name = where.split(".")
     return getattr(getattr(modules, file), name)
@@ -160,7 +161,7 @@ def test_sizes_are_split_as_lycoris_splits_them(factor: int) -> None:
 # --- peft ------------------------------------------------------------------------------------------------------------
 
 
-def in_peft(layer: nn.Module, config: object) -> tuple[nn.Module, nn.Module]:
+def in_peft(layer: nn.Module, config: object) -> tuple[nn.Module, Any]:
     """A copy of the layer in peft with random weights: the model, and its layer."""
     from peft import get_peft_model
 
@@ -198,7 +199,7 @@ def test_lora_and_dora_agree_with_peft(form: str, kind: str) -> None:
     }
     if form == "dora":
         magnitude = theirs.lora_magnitude_vector["default"].weight.detach()
-        tensors["dora_scale"] = magnitude.reshape(-1, *[1] * (layer.weight.ndim - 1))
+        tensors["dora_scale"] = magnitude.reshape(-1, *[1] * (layer.get_parameter("weight").ndim - 1))
     if form == "rslora":  # what our own hyper-parameters store is what peft computes from its own
         assert Lora(rank=4, alpha=2.0, rank_stabilized=True).build(layer).scale == theirs.scaling["default"]
     assert agrees(layer, (Dora if form == "dora" else Lora).read(layer, tensors), model, x)
@@ -242,11 +243,12 @@ def test_oft_agrees_with_peft_for_the_transposed_weight() -> None:
     rows, columns = torch.triu_indices(4, 4, 1)
     blocks[:, rows, columns] = packed
     transposed = nn.Linear(32, 24, bias=False).requires_grad_(False)
-    transposed.weight.copy_(layer.weight.t())
+    wanted = layer.get_parameter("weight")
+    transposed.weight.copy_(wanted.t())
     x = inputs("linear")
     with torch.no_grad():
         weight = run(transposed, Oft.read(transposed, {"oft_blocks": blocks}), torch.eye(32))  # its rows: the inputs' images
-        assert not torch.allclose(weight, layer.weight, atol=0.01)
+        assert not torch.allclose(weight, wanted, atol=0.01)
         assert close(F.linear(x, weight), model(x))
 
 
@@ -273,12 +275,13 @@ def test_pissa_agrees_with_peft_and_leaves_the_base_as_it_is(alpha: float) -> No
     model, theirs = in_peft(layer, LoraConfig(r=3, lora_alpha=alpha, target_modules=["0"], init_lora_weights="pissa"))
     adapter = Lora(rank=3, alpha=alpha, init="pissa").build(layer)
     down, up = theirs.lora_A["default"].weight, theirs.lora_B["default"].weight
-    assert close(adapter.up @ adapter.down, up @ down)
+    own_down, own_up = adapter.get_parameter("down"), adapter.get_parameter("up")
+    assert close(own_up @ own_down, up @ down)
     assert torch.equal(run(layer, copy.deepcopy(adapter), x), layer(x))
     generator = torch.Generator().manual_seed(5)
-    for ours, other in ((adapter.down, down), (adapter.up, up)):
+    for ours, other in ((own_down, down), (own_up, up)):
         change = 0.2 * torch.randn(ours.shape, generator=generator)
-        signs = torch.sign((ours * other).sum(1 if ours is adapter.down else 0, keepdim=True))
+        signs = torch.sign((ours * other).sum(1 if ours is own_down else 0, keepdim=True))
         other.data.add_(change)
         ours.data.add_(change * signs)  # singular vectors are known up to their sign
     assert agrees(layer, adapter, model, x)
@@ -288,7 +291,7 @@ def test_pissa_agrees_with_peft_and_leaves_the_base_as_it_is(alpha: float) -> No
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def write(path, pipe: DiffusionPipeline, methods, name="made"):
+def write(path: Path, pipe: DiffusionPipeline, methods: Sequence[tuple[Method, str]], name: str = "made") -> Path:
     """A file with one adapter of the UNet, of several methods with targets, with parameters that matter."""
     torch.manual_seed(3)
     site.attach_all(pipe.unet, name, methods)
@@ -305,12 +308,13 @@ def noise(pipe: DiffusionPipeline) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 32, generator=generator)
     with torch.no_grad():
-        return pipe.unet(x, torch.tensor(500), encoder_hidden_states=text).sample
+        found: Tensor = pipe.unet(x, torch.tensor(500), encoder_hidden_states=text).sample
+    return found
 
 
 def in_names_of_diffusers(tensors: dict[str, Tensor], paths: list[str]) -> dict[str, Tensor]:
     """A DoRA of the UNet as diffusers' own training script names it, with alpha the rank; a Linear's magnitude is flat."""
-    named = {}
+    named: dict[str, Tensor] = {}
     for path in paths:
         key = "lora_unet_" + path.replace(".", "_")
         magnitude = tensors[f"{key}.dora_scale"]
@@ -394,7 +398,8 @@ def rand(*shape: int) -> Tensor:
 def rotation(blocks: Tensor) -> Tensor:
     q = torch.block_diag(*(blocks - blocks.transpose(1, 2)))
     identity = torch.eye(len(q))
-    return (identity + q) @ torch.linalg.inv(identity - q)
+    turned: Tensor = (identity + q) @ torch.linalg.inv(identity - q)
+    return turned
 
 
 def _loha(w: Tensor, t: dict[str, Tensor]) -> Tensor:
@@ -433,7 +438,7 @@ def by_hand(shape: tuple[int, ...], name: str) -> dict[str, Tensor]:
     }[name]  # fmt: skip
 
 
-CHANGED = {
+CHANGED: dict[str, Callable[[Tensor, dict[str, Tensor]], Tensor]] = {
     "dora": _dora,
     "dora per input": _dora,
     "loha": _loha,
@@ -464,19 +469,20 @@ def test_files_of_lycoris_mean_what_its_formulas_say(
 
 def test_files_of_ours_hold_the_names_of_lycoris(tmp_path: Path) -> None:
     key = "lora_unet_" + UNET_LINEAR.replace(".", "_")
-    for method, suffixes in {
+    names: dict[Method, set[str]] = {
         Dora(rank=4): {"lora_up.weight", "lora_down.weight", "alpha", "dora_scale"},
         Loha(rank=4): {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"},
         Lokr(rank=2, factor=2): {"lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"},
         Oft(): {"oft_blocks", "alpha"},
         Ia3(): {"weight", "on_input"},
-    }.items():
+    }
+    for method, suffixes in names.items():
         tensors = load_file(write(tmp_path / "a.safetensors", make_pipe(), [(method, "attention")]))
         assert {name.removeprefix(f"{key}.") for name in tensors if name.startswith(f"{key}.")} == suffixes
     assert tensors[f"{key}.weight"].shape == (32,)
 
 
-BROKEN = {
+BROKEN: dict[str, dict[str, tuple[int, ...]]] = {
     r"dora_scale \(31, 1\) fits neither": {"hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2),
                                            "hada_w2_b": (2, 32), "dora_scale": (31, 1)},
     "hada_w2_b is missing": {"hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2)},
@@ -568,10 +574,11 @@ def test_pissa_is_the_principal_part_and_its_file_an_ordinary_lora(tmp_path: Pat
         assert site.attach(pipe.unet, target, method, target)
     assert torch.equal(noise(pipe), before)
     adapter = site.adapters(pipe.unet, "conv")[UNET_CONV]
+    down, up = adapter.get_parameter("down"), adapter.get_parameter("up")
     weight = clean[f"{UNET_CONV}.weight"].flatten(1)
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     principal = left[:, :3] * values[:3] @ right[:3]
-    assert torch.allclose(5 / 3 * adapter.up @ adapter.down.flatten(1), principal, atol=1e-5)
+    assert torch.allclose(5 / 3 * up @ down.flatten(1), principal, atol=1e-5)
     randomize(pipe.unet, "conv")
     randomize(pipe.unet, "attention")
     site.detach(pipe.unet, "attention")
@@ -596,13 +603,13 @@ def test_alpha_that_float32_cannot_hold_means_the_same_after_loading(tmp_path: P
 
 def test_a_row_of_zeros_stays_finite_in_dora() -> None:
     layer, x = module("linear"), inputs("linear")
-    layer.weight[3] = 0
+    layer.get_parameter("weight")[3] = 0
     adapter = Dora(rank=2).build(layer)
     assert torch.equal(run(layer, copy.deepcopy(adapter), x), layer(x))
     component = nn.Sequential(layer)
     site.attach_built(component, "a", {"0": adapter})
     component(x).square().sum().backward()
-    assert all(bool(p.grad.isfinite().all()) for p in adapter.parameters())
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in adapter.parameters())
 
 
 def test_text_encoders_take_them_too(tiny_pipe: DiffusionPipeline) -> None:

@@ -1,17 +1,18 @@
 """BitFit, bottlenecks, prefixes and learned tokens: against plain formulas, and all of them together with LoRA."""
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_pipe
 from diffusers import DiffusionPipeline
-from laws import randomize
+from laws import randomize, strengths_of
 from safetensors.torch import save_file
 from test_formats import picture
 from torch import nn
@@ -21,20 +22,20 @@ from peft_diffusion import formats
 from peft_diffusion.bases import components, describe, fingerprint
 from peft_diffusion.bases.words import begun, teach
 from peft_diffusion.core import merge, site
-from peft_diffusion.core.adapter import Method
+from peft_diffusion.core.adapter import Adapter, Method
 from peft_diffusion.core.errors import FoldError, UserError
 from peft_diffusion.core.slot import slot_of
 from peft_diffusion.formats import container
 from peft_diffusion.generation import Adapters
-from peft_diffusion.methods.bitfit import BitFit
-from peft_diffusion.methods.bottleneck import Bottleneck
+from peft_diffusion.methods.bitfit import BitFit, BitFitAdapter
+from peft_diffusion.methods.bottleneck import Bottleneck, BottleneckAdapter
 from peft_diffusion.methods.dora import Dora
 from peft_diffusion.methods.ia3 import Ia3
 from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lokr import Lokr
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.oft import Oft
-from peft_diffusion.methods.prefix import Prefix
+from peft_diffusion.methods.prefix import Prefix, PrefixAdapter
 from peft_diffusion.methods.tokens import SoftPrompt, Tokens
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
@@ -58,8 +59,16 @@ def alone(module: nn.Module, method: Method) -> nn.Module:
     return module
 
 
-def adapter_of(module: nn.Module):
-    return slot_of(module).adapters["a"]
+Kind = TypeVar("Kind", bound=Adapter)
+
+
+def adapter_of(module: nn.Module, kind: type[Kind]) -> Kind:
+    """The adapter of a module, which is of that class."""
+    slot = slot_of(module)
+    assert slot is not None
+    adapter = slot.adapters["a"]
+    assert isinstance(adapter, kind)
+    return adapter
 
 
 def parameters(model: nn.Module, name: str = "a") -> int:
@@ -71,7 +80,7 @@ def attach_words(pipe: DiffusionPipeline, method: Method, name: str = "a") -> No
     teach(pipe)
 
 
-def save_mixture(path, pipe: DiffusionPipeline, name: str = "mix", seed: int = 3):
+def save_mixture(path: Path, pipe: DiffusionPipeline, name: str = "mix", seed: int = 3) -> Path:
     """One file with every method, their parameters as if trained."""
     methods = {}
     for component, rows in MIXTURE.items():
@@ -99,11 +108,11 @@ def save_mixture(path, pipe: DiffusionPipeline, name: str = "mix", seed: int = 3
         (nn.LayerNorm(6), (2, 6)),
     ],
 )
-def test_bitfit_is_another_bias(module, shape: tuple[int, ...]) -> None:
+def test_bitfit_is_another_bias(module: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    weight, bias = module.weight.clone(), module.bias.clone()
+    weight, bias = module.get_parameter("weight").clone(), module.get_parameter("bias").clone()
     alone(module, BitFit())
-    changed = bias + adapter_of(module).bias
+    changed = bias + adapter_of(module, BitFitAdapter).bias
     expected = {
         nn.Linear: lambda: F.linear(x, weight, changed),
         nn.Conv2d: lambda: F.conv2d(x, weight, changed),
@@ -122,7 +131,7 @@ def test_bitfit_keeps_a_norm_weight_that_another_program_trained() -> None:
     model = nn.ModuleDict({"norm": norm})
     site.attach_built(model, "a", {"norm": BitFit.read(norm, tensors)})
     assert torch.allclose(norm(x), expected, atol=1e-6)
-    assert torch.equal(adapter_of(norm).state()["w_norm"], tensors["w_norm"])
+    assert torch.equal(adapter_of(norm, BitFitAdapter).state()["w_norm"], tensors["w_norm"])
     merge.merge(model)
     assert torch.allclose(norm(x), expected, atol=1e-6)
 
@@ -148,7 +157,7 @@ def test_a_bottleneck_is_a_small_network_after_or_beside(form: str, activation: 
     alone(layer, Bottleneck(hidden=3, activation=activation, form=form, scale=2.0))
     x = torch.randn(2, 5, 6)
     y = F.linear(x, layer.weight, layer.bias)
-    part = adapter_of(layer)
+    part = adapter_of(layer, BottleneckAdapter)
     inner = getattr(F, activation)((y if form == "sequential" else x) @ part.down.T + part.down_bias)
     assert torch.allclose(layer(x), y + 2.0 * (inner @ part.up.T + part.up_bias), atol=1e-5)
     inside = 8 if form == "sequential" else 6
@@ -161,7 +170,7 @@ def test_a_bottleneck_at_a_convolution_treats_every_pixel_alike() -> None:
     alone(conv, Bottleneck(reduction=2))
     x = torch.randn(2, 4, 5, 5)
     y = F.conv2d(x, conv.weight, conv.bias, padding=1)
-    part = adapter_of(conv)
+    part = adapter_of(conv, BottleneckAdapter)
     pixels = y.permute(0, 2, 3, 1)
     change = F.gelu(pixels @ part.down.T + part.down_bias) @ part.up.T + part.up_bias
     assert part.down.shape == (3, 6) and torch.allclose(conv(x), y + change.permute(0, 3, 1, 2), atol=1e-5)
@@ -202,7 +211,7 @@ def test_methods_refuse_sites_and_values_that_they_cannot_serve(tiny_pipe: Diffu
         lambda: Tokens("<a>,<A>"),
         lambda: Tokens("<a>", 0),
         lambda: Tokens("<a>,<b>", initial="cat"),
-        lambda: Tokens("<a>", ids="12"),
+        lambda: Tokens("<a>", ids="12"),  # type: ignore[arg-type]
         lambda: SoftPrompt(0),
     ):
         with pytest.raises(UserError):
@@ -221,7 +230,7 @@ def test_a_prefix_adds_what_the_queries_find_in_it(tiny_pipe: DiffusionPipeline)
     site.attach(tiny_pipe.unet, "a", Prefix(length=5), ATTENTION.replace(".", r"\."))
     assert torch.equal(attention(x), plain)
     randomize(tiny_pipe.unet, "a")
-    part, heads = adapter_of(attention), attention.heads
+    part, heads = adapter_of(attention, PrefixAdapter), attention.heads
     found = []
     for head in range(heads):
         here = slice(head * width // heads, (head + 1) * width // heads)
@@ -269,20 +278,22 @@ def test_new_words_mean_their_initial_words_until_they_are_trained(tiny_pipe: Di
     encoder, tokenizer = tiny_pipe.text_encoder, tiny_pipe.tokenizer
 
     def told(prompt: str) -> torch.Tensor:
-        return encoder(tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids).last_hidden_state
+        ids = tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+        found: torch.Tensor = encoder(ids).last_hidden_state
+        return found
 
     wanted, plain, matrix = told("a red red"), told("a dog"), encoder.state_dict()
     attach_words(tiny_pipe, Tokens("<new>", 2, "red"))
     assert torch.equal(told("a <new>"), wanted)
     randomize(encoder, "a")
     assert not torch.equal(told("a <new>"), wanted) and torch.equal(told("a dog"), plain)
-    vectors = next(iter(site.adapters(encoder, "a").values())).vectors
+    vectors = next(iter(site.adapters(encoder, "a").values())).get_parameter("vectors")
     ids = torch.tensor(tokenizer("<new>", add_special_tokens=False).input_ids)
     assert torch.allclose(encoder.get_input_embeddings()(ids[None])[0], vectors, atol=1e-6)
-    site.strengths(encoder).write({"a": 0.0})
+    strengths_of(encoder).write({"a": 0.0})
     assert torch.equal(told("a <new>"), wanted)
     assert encoder.state_dict().keys() == matrix.keys() and parameters(encoder) == 2 * 32
-    site.strengths(encoder).write({"a": 0.5})
+    strengths_of(encoder).write({"a": 0.5})
     with pytest.raises(FoldError, match=r"<new>.*cannot be merged"):
         merge.merge(encoder)
 
@@ -297,7 +308,7 @@ def test_a_soft_prompt_precedes_the_prompts_of_images_that_have_it(tiny_pipe: Di
     assert tokenizer("a dog").input_ids == [start, *new, *words, end]
     randomize(tiny_pipe.text_encoder, "a")
     assert not np.array_equal(picture(tiny_pipe), before)
-    strengths = site.strengths(tiny_pipe.text_encoder)
+    strengths = strengths_of(tiny_pipe.text_encoder)
     strengths.write({"a": [0.0, 0.5]})
     assert tokenizer(["a dog"] * 2).input_ids == [[start, *words, end], [start, *new, *words, end]]
     strengths.write({"a": 0.0})
@@ -345,12 +356,12 @@ def test_models_that_look_for_the_largest_id_still_find_the_end_of_text(tiny_pip
 # Files of new words
 
 
-def save_word(path, pipe: DiffusionPipeline, *methods: Method):
+def save_word(path: Path, pipe: DiffusionPipeline, *methods: Method) -> torch.Tensor:
     """A file of token methods alone."""
     site.attach_all(pipe.text_encoder, "w", [(begun(pipe, "text_encoder", method), "tokens") for method in methods])
     randomize(pipe.text_encoder, "w")
     formats.save(path, {"text_encoder": pipe.text_encoder}, "w", formats.Spec(base=asdict(describe(pipe))))
-    return next(iter(site.adapters(pipe.text_encoder, "w").values())).vectors.detach()
+    return next(iter(site.adapters(pipe.text_encoder, "w").values())).get_parameter("vectors").detach()
 
 
 @torch.no_grad()
@@ -364,7 +375,7 @@ def test_one_word_alone_is_a_file_that_diffusers_reads(tiny_pipe: DiffusionPipel
     pipe = make_pipe()
     Adapters(pipe).load(tmp_path / "renamed.safetensors", name="word")
     (ours,) = site.adapters(pipe.text_encoder, "word").values()
-    assert torch.equal(ours.vectors, vectors) and ours.words == {"<cat>": (200, 200, 200)}
+    assert torch.equal(ours.get_parameter("vectors"), vectors) and ours.words == {"<cat>": (200, 200, 200)}
     found = formats.inspect(tmp_path / "renamed.safetensors")
     assert found.methods == ("tokens",) and found.parameters == 96 and found.components == {"text_encoder": 1}
 
@@ -374,7 +385,7 @@ def test_words_beside_other_methods_are_bundled(tiny_pipe: DiffusionPipeline, tm
     save_mixture(tmp_path / "mix.safetensors", tiny_pipe)
     tensors = container.read_tensors(tmp_path / "mix.safetensors")
     (ours,) = (part for part in _parts(tiny_pipe, "mix") if type(part).__name__ == "TokensAdapter")
-    assert torch.equal(tensors["bundle_emb.<cat>.clip_l"], ours.vectors)
+    assert torch.equal(tensors["bundle_emb.<cat>.clip_l"], ours.get_parameter("vectors"))
     found = formats.inspect(tmp_path / "mix.safetensors")
     assert found.methods == ("bitfit", "bottleneck", "lora", "prefix", "prompt", "tokens") and not found.unknown
     assert found.parameters == sum(parameters(components(tiny_pipe)[part], "mix") for part in MIXTURE)
@@ -496,7 +507,7 @@ def test_a_mixture_saved_again_is_the_same_file(tiny_pipe: DiffusionPipeline, tm
     assert list(first) == list(again) and all(torch.equal(first[key], again[key]) for key in first)
 
 
-def _parts(pipe: DiffusionPipeline, name: str):
+def _parts(pipe: DiffusionPipeline, name: str) -> Iterator[Adapter]:
     for part in components(pipe).values():
         for adapter in site.adapters(part, name).values():
             yield from getattr(adapter, "parts", [adapter])
@@ -519,7 +530,7 @@ PAIRS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize(("one", "other"), itertools.combinations(PAIRS, 2))
-def test_order_matters_to_a_sequential_bottleneck_alone(one, other) -> None:
+def test_order_matters_to_a_sequential_bottleneck_alone(one: str, other: str) -> None:
     outputs = []
     for names in ((one, other), (other, one)):
         unet = make_pipe().unet
