@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ NETWORKS: dict[str, tuple[dict[str, str], str, dict[str, set[float]]]] = {
 }
 
 
-def trained_there(unet: nn.Module, args: dict[str, str]) -> nn.Module:
+def trained_there(unet: nn.Module, args: dict[str, str]) -> Any:
     """A network of LyCORIS as kohya's trainer makes it, with parameters that matter."""
     network = kohya.create_network(1.0, 4, 2.0, None, None, unet, preset="attn-mlp", **args)
     assert network.unet_loras
@@ -65,7 +66,7 @@ def trained_there(unet: nn.Module, args: dict[str, str]) -> nn.Module:
     return network
 
 
-def applied(network: nn.Module, unet: nn.Module) -> dict[str, torch.Tensor]:
+def applied(network: Any, unet: nn.Module) -> dict[str, torch.Tensor]:
     """Put a network of LyCORIS to work in a UNet; its tensors as it saves them."""
     network.apply_to(None, unet, False, True)
     return {key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}
@@ -86,6 +87,7 @@ def test_files_of_lycoris_load_and_tell_what_they_are(tmp_path: Path, name: str)
     assert found.methods == (method,) and found.unknown == () and found.spec is None
     told = {key: {round(value, 6) for value in counts} for key, counts in found.hyper_parameters[method].items()}
     assert {key: told.get(key) for key in values} == values
+    assert found.network is not None
     assert (found.network.module, found.network.dim, found.network.alpha) == ("lycoris.kohya", 4, 2.0)
     assert found.network.args == args
 
@@ -123,6 +125,7 @@ def test_files_of_ours_are_read_by_lycoris_and_say_what_makes_such_a_network(tmp
         applied(network, theirs.unet)
         assert close(noise(theirs), noise(ours), 1e-4)
     found = formats.inspect(path).network
+    assert found is not None
     assert (found.module, found.args) == (module, args)
     # What the metadata say, given to LyCORIS, makes modules of the very shapes that the file holds.
     unet = make_pipe().unet
@@ -191,7 +194,7 @@ def test_of_two_text_encoders_the_wrapper_names_neither(tmp_path: Path) -> None:
     assert named == {"unet"}
 
 
-TOLD = {
+TOLD: dict[str, tuple[list[tuple[Method, str]], list[str]]] = {
     "lora": ([(Lora(rank=4, alpha=2.0, b_rate_ratio=16.0), "attention")], ["lora: rank 4, alpha 2", "b rate ratio 16"]),
     "two ranks": (
         [(Lora(rank=2), r".*\.to_q"), (Lora(rank=5), r".*\.to_k")],

@@ -1,9 +1,10 @@
 """Less memory: the same adapter from blocks that are computed twice, and a prediction that is near what is measured."""
 
 import gc
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -17,27 +18,30 @@ from torch.profiler import ProfilerActivity, profile
 from peft_diffusion import TextTrainConfig, TrainConfig, UserError, train, train_text
 from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena
+from peft_diffusion.fast.cuda_graph import Inputs
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training.machine import memory_plan
 from peft_diffusion.training.machine.low_memory import blocks_of, recomputed, small_vae
 from peft_diffusion.training.machine.preflight import Need, fits, peak
+from peft_diffusion.training.settings.choices import Memory
 from peft_diffusion.training.watch.previews import Previews
 
+Make: TypeAlias = Callable[..., DiffusionPipeline]
 CPU = torch.device("cpu")
 
 
-def learn(pictures, where, pipe: DiffusionPipeline, **more: Any):
-    values = {"steps": 4, "batch_size": 2, "rank": 2, "warmup": 0, "preview_steps": 0}
+def learn(pictures: Path, where: Path, pipe: DiffusionPipeline, **more: Any) -> dict[str, torch.Tensor]:
+    values: dict[str, Any] = {"steps": 4, "batch_size": 2, "rank": 2, "warmup": 0, "preview_steps": 0}
     places = {"output": where / "a.safetensors", "run_dir": where / "run", "device": "cpu"}
     return load_file(train(TrainConfig((pictures,), **{**values, **places, **more}), pipe=pipe).output)
 
 
-def same(one, other):
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize("make", [make_pipe, make_xl_pipe])
-def test_blocks_that_are_computed_twice_give_the_same_adapter(tmp_path: Path, make) -> None:
+def test_blocks_that_are_computed_twice_give_the_same_adapter(tmp_path: Path, make: Make) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     pipe = make()
     more = {"components": ("unet", "text_encoder"), "dropout": 0.2}
@@ -55,14 +59,19 @@ def test_text_learns_the_same_too(tmp_path: Path, method: str) -> None:
     words = tmp_path / "words.txt"
     words.write_text("the red cat and the blue dog sat in the house of ink. " * 40)
     runs = []
-    for memory in ("off", "low"):
-        places = {"output": tmp_path / f"{memory}.safetensors", "run_dir": tmp_path / memory, "device": "cpu"}
+    memories: tuple[Memory, ...] = ("off", "low")
+    for memory in memories:
+        places: dict[str, Any] = {
+            "output": tmp_path / f"{memory}.safetensors",
+            "run_dir": tmp_path / memory,
+            "device": "cpu",
+        }
         config = TextTrainConfig((words,), method=method, steps=3, batch_size=2, context=24, memory=memory, **places)
         runs.append(load_file(train_text(config, base=make_lm()).output))
     assert same(*runs)
 
 
-def measured(work):
+def measured(work: Callable[[], object]) -> int:
     """The most bytes that torch's own allocator gave out at once."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
@@ -77,7 +86,7 @@ def measured(work):
 
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize(("make", "batch"), [(make_pipe, 4), (make_xl_pipe, 2)])
-def test_the_peak_of_a_step_is_predicted_within_a_tenth(make, batch: int, low: bool) -> None:
+def test_the_peak_of_a_step_is_predicted_within_a_tenth(make: Make, batch: int, low: bool) -> None:
     unet = make().unet
     site.attach(unet, "trained", Lora(rank=4), "attention+ff")
     arena = Arena({"unet": [p for a in site.adapters(unet, "trained").values() for p in a.parameters()]})
@@ -87,9 +96,10 @@ def test_the_peak_of_a_step_is_predicted_within_a_tenth(make, batch: int, low: b
         "text": torch.randn(batch, 77, width), "summary": torch.randn(batch, 16), "sizes": torch.ones(batch, 6),
     }  # fmt: skip
 
-    def loss(given):
+    def loss(given: Inputs) -> torch.Tensor:
         added = {"text_embeds": given["summary"], "time_ids": given["sizes"]}
-        return unet(given["latents"], given["times"], given["text"], added_cond_kwargs=added).sample.square().mean()
+        found: torch.Tensor = unet(given["latents"], given["times"], given["text"], added_cond_kwargs=added).sample
+        return found.square().mean()
 
     with recomputed([unet], chance=False) if low else nullcontext():
         before = arena.flat.clone()
@@ -101,11 +111,11 @@ def test_the_peak_of_a_step_is_predicted_within_a_tenth(make, batch: int, low: b
 
 @pytest.mark.parametrize(("make", "size"), [(make_pipe, 128), (make_xl_pipe, 128), (make_pipe, 512)])
 def test_the_peak_of_a_preview_is_predicted_within_a_tenth(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make, size: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make, size: int
 ) -> None:
     seen = []
 
-    def look(previews) -> None:
+    def look(previews: Previews) -> None:
         drawn = previews.pictures()
         seen.append((previews.peak(), measured(previews.pictures), len(drawn)))
 
@@ -125,7 +135,12 @@ def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(
     monkeypatch.setattr(memory_plan, "_SMALL", 0)
     needs = []
     weigh = memory_plan.Footing.need
-    monkeypatch.setattr(memory_plan.Footing, "need", lambda self, low: needs.append(weigh(self, low)) or needs[-1])
+
+    def need(footing: memory_plan.Footing, low: bool) -> Need:
+        needs.append(weigh(footing, low))
+        return needs[-1]
+
+    monkeypatch.setattr(memory_plan.Footing, "need", need)
     learn(pictures, tmp_path / "one", make_pipe(), memory="off")
     learn(pictures, tmp_path / "two", make_pipe(), memory="low")
     plain, low = needs

@@ -5,7 +5,8 @@ import math
 import re
 import shutil
 import subprocess
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from making import command
 from rich.console import Console
 from test_resume import stop_after
 from test_training import draw_pictures, small
+from torch import nn
 
 from peft_diffusion.api import find_rates, find_text_rates, train, train_text
 from peft_diffusion.cli import runs
@@ -24,6 +26,7 @@ from peft_diffusion.core.errors import UserError
 from peft_diffusion.training import Interrupted, TextTrainConfig, TrainResult
 from peft_diffusion.training import pictures as picture_runs
 from peft_diffusion.training.machine import memory_plan
+from peft_diffusion.training.machine.low_memory import recomputed
 from peft_diffusion.training.record import charts, report, run_record
 from peft_diffusion.training.watch.find_lr import search, trial_steps
 
@@ -49,14 +52,14 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags: list[tuple[str, dict]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
         self.feed(text)
 
-    def handle_starttag(self, tag, attrs) -> None:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
 
-    def handle_data(self, data) -> None:
+    def handle_data(self, data: str) -> None:
         self.words.append(data)
 
     @property
@@ -64,7 +67,7 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def page_of(path) -> Page:
+def page_of(path: Path) -> Page:
     return Page((path / "report.html").read_text("utf-8"))
 
 
@@ -74,7 +77,7 @@ def test_the_report_tells_all_of_a_run_and_needs_nothing_else(made: TrainResult)
                   "suggested strength",
                   "peft-diffusion generate", "--resume", made.base_fingerprint, "2 of them are kept apart"):  # fmt: skip
         assert words in page.text, words
-    sources = [given[key] for _, given in page.tags for key in ("src", "href") if key in given]
+    sources = [given[key] or "" for _, given in page.tags for key in ("src", "href") if key in given]
     pictures = [source for source in sources if source.startswith("data:image/webp;base64,")]
     assert len(pictures) == 3 * 2 + 6  # previews of the base and of two steps, and thumbnails
     assert all(source.startswith("data:") for source in sources)
@@ -133,6 +136,7 @@ def test_a_text_run_has_a_report_too(tmp_path: Path) -> None:
 @pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("chromium-browser")), reason="needs chromium")
 def test_a_real_browser_shows_it_without_errors(made: TrainResult, tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    assert browser is not None
     both = tmp_path / "both.html"
     one = run_record.Record(made.run_dir)
     both.write_text(report.compared(one, one), "utf-8")
@@ -261,9 +265,17 @@ def test_a_rate_is_found_and_nothing_else_is_left(tmp_path: Path) -> None:
 def test_trials_stand_as_the_run_does_and_the_flag_of_words_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = draw_pictures(tmp_path / "pictures", 4)
     stood = []
-    recomputed = memory_plan.recomputed
-    monkeypatch.setattr(memory_plan, "recomputed", lambda *parts: stood.append("low") or recomputed(*parts))
-    monkeypatch.setattr(picture_runs, "fused", lambda unet: stood.append("fused") or nullcontext())
+
+    def low(parts: Sequence[nn.Module], chance: bool) -> AbstractContextManager[int | None]:
+        stood.append("low")
+        return recomputed(parts, chance)
+
+    def fused(unet: nn.Module) -> AbstractContextManager[int | None]:
+        stood.append("fused")
+        return nullcontext()
+
+    monkeypatch.setattr(memory_plan, "recomputed", low)
+    monkeypatch.setattr(picture_runs, "fused", fused)
     asked = small(folder, tmp_path, rank=None, method="tokens", components=("text_encoder",), trigger="<ink>", steps=1,
                   option=("placeholders=<ink>",), memory="low")  # fmt: skip
     console = Console(record=True, width=160, file=(tmp_path / "log").open("w"))

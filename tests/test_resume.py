@@ -17,13 +17,14 @@ from conftest import make_pipe
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
-from test_training import draw_pictures, lines, small
+from test_training import draw_pictures, lines, small, state_of
 
 from peft_diffusion.api import train
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.training import Interrupted
 from peft_diffusion.training.loop.trainer import Observer, Trainer
 from peft_diffusion.training.record import checkpoint
+from peft_diffusion.training.results import RunResult
 from peft_diffusion.training.tasks.diffusion import DiffusionTask
 
 torch.set_num_threads(1)
@@ -50,7 +51,7 @@ class StopAfter(Observer):
     def __init__(self, step: int) -> None:
         self.at = step
 
-    def on_step(self, step) -> None:
+    def on_step(self, step: int) -> None:
         if step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -58,14 +59,14 @@ class StopAfter(Observer):
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     run = Trainer.run
 
-    def watched(self, until=None):
+    def watched(self: Trainer, until: int | None = None) -> bool:
         self.observers.append(StopAfter(step))
         return run(self, until)
 
     monkeypatch.setattr(Trainer, "run", watched)
 
 
-def without_time(result) -> list[dict]:
+def without_time(result: RunResult) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines(result)]
 
 
@@ -89,7 +90,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert same_file(whole.output, resumed.output)
     assert without_time(whole) == without_time(resumed)
     assert whole.held_out_after == resumed.held_out_after and whole.held_out_before == resumed.held_out_before
-    ends = [checkpoint.read(r.run_dir / "checkpoints" / "step_000006.safetensors").state for r in (whole, resumed)]
+    ends = [state_of(r.run_dir / "checkpoints" / "step_000006.safetensors") for r in (whole, resumed)]
     assert all(torch.equal(ends[0].tensors[name], ends[1].tensors[name]) for name in ends[0].tensors)
     assert ends[0].divergence == ends[1].divergence
 
@@ -144,7 +145,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, pictures: Path) -> 
     again = load_file(resumed.output)
     assert all(torch.equal(bits[key], again[key]) for key in bits)
     assert [line["step"] for line in lines(resumed) if "loss" in line] == list(range(1, 7))
-    assert checkpoint.read(newest).state.step == 6
+    assert state_of(newest).step == 6
 
 
 def test_checkpoints_that_cannot_be_read_are_kept(tmp_path: Path, pictures: Path) -> None:
@@ -167,6 +168,7 @@ def test_a_method_without_rank_goes_on_from_its_own_settings(
     older = replace(whole.config, rank=16, resume=True)  # which earlier versions wrote down
     for path in (whole.run_dir / "checkpoints").iterdir():
         found = checkpoint.read(path)
+        assert found is not None
         origin = replace(found.origin, config={**found.origin.config, "rank": 16})
         checkpoint.write(path, replace(found, origin=origin))
     assert train(replace(older, steps=8), pipe=make_pipe()).steps == 8
@@ -183,7 +185,7 @@ def test_only_a_mask_or_repeats_that_changed_are_named(tmp_path: Path, pictures:
 
 
 def test_previews_go_on_without_their_folder_and_with_other_prompts(tmp_path: Path, pictures: Path) -> None:
-    changes = {"preview_steps": 1, "scheduler": "constant"}
+    changes: dict[str, Any] = {"preview_steps": 1, "scheduler": "constant"}
     first = train(small(pictures, tmp_path, steps=3, preview_prompts=("a cat", "a dog"), **changes), pipe=make_pipe())
     previews = first.run_dir / "previews"
     shutil.rmtree(previews)
@@ -203,9 +205,10 @@ def test_a_run_without_checkpoint_starts_again_and_one_that_is_not_there_is_an_e
         train(small(pictures, tmp_path, resume=True), pipe=make_pipe())
     whole = train(small(pictures, tmp_path / "whole"), pipe=make_pipe())
     begun = small(pictures, tmp_path / "begun", resume=True)
-    begun.run_dir.mkdir(parents=True)
-    (begun.run_dir / "config.toml").write_text("", "utf-8")
-    (begun.run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 5}\n{"st', "utf-8")
+    run = tmp_path / "begun" / "run"
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text("", "utf-8")
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 5}\n{"st', "utf-8")
     assert same_file(train(begun, pipe=make_pipe()).output, whole.output)
     assert [line["step"] for line in lines(whole) if "loss" in line] == list(range(1, 7))
 
@@ -216,7 +219,7 @@ def test_the_newest_two_checkpoints_and_the_best_are_kept(
     measured = iter([9.0, 5.0, 1.0, 6.0, 7.0, 8.0, 9.0])
     monkeypatch.setattr(DiffusionTask, "held_out", lambda _: next(measured, 2.0))  # the strengths come after the run
     result = train(small(pictures, tmp_path, steps=12, save_every=2), pipe=make_pipe())
-    kept = {checkpoint.read(path).state.step for path in (result.run_dir / "checkpoints").iterdir()}
+    kept = {state_of(path).step for path in (result.run_dir / "checkpoints").iterdir()}
     assert kept == {4, 10, 12}
 
 
@@ -236,13 +239,13 @@ class Command:
         self.line = [sys.executable, str(script), *arguments]
         where.mkdir(parents=True, exist_ok=True)
 
-    def start(self) -> subprocess.Popen:
+    def start(self) -> subprocess.Popen[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             self.line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
         )
 
-    def wait_for_step(self, step: int, process: subprocess.Popen) -> None:
+    def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
         until = time.monotonic() + 120
         while time.monotonic() < until and process.poll() is None:
             metrics = self.run / "metrics.jsonl"
@@ -267,7 +270,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["INT", "TERM", "KILL"])
 def test_a_real_process_that_is_stopped_goes_on_to_the_same_bits(
-    tmp_path: Path, tiny_base: Path, finished: tuple[Path, Path], number
+    tmp_path: Path, tiny_base: Path, finished: tuple[Path, Path], number: signal.Signals
 ) -> None:
     pictures, whole = finished
     command = Command(tiny_base, pictures, tmp_path)

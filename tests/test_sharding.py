@@ -5,6 +5,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.machine.memory_plan import Footing
 from peft_diffusion.training.machine.processes import Crew
 from peft_diffusion.training.machine.sharding import sharing
+from peft_diffusion.training.settings.choices import Memory
 from peft_diffusion.training.settings.resumption import free_on_resume
 
 # Several commands, and code in between, one after the other in the same processes, which so read their imports but once.
@@ -58,7 +60,7 @@ torch.distributed.barrier()
 """
 
 
-def run(*commands: str | list[object]) -> list[subprocess.CompletedProcess]:
+def run(*commands: str | list[object]) -> list[subprocess.CompletedProcess[str]]:
     """Commands and code, in two processes."""
     told = [one if isinstance(one, str) else [str(word) for word in one] for one in commands]
     return launch(2, *map(json.dumps, told), code=COMMANDS)
@@ -150,14 +152,15 @@ def test_a_crew_shares_a_base_only_if_told_to() -> None:
 
 def test_what_a_sharded_run_takes_is_not_predicted_and_memory_low_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peft_diffusion.training.machine.memory_plan._SMALL", 0)
-    trainer = SimpleNamespace(arena=SimpleNamespace(flat=torch.zeros(1)), crew=Crew(0, 2, True))
+    trainer: Any = SimpleNamespace(arena=SimpleNamespace(flat=torch.zeros(1)), crew=Crew(0, 2, True))
     said: list[str] = []
-    for memory in ("auto", "low"):
+    memories: tuple[Memory, ...] = ("auto", "low")
+    for memory in memories:
         footing = Footing(memory, trainer, [], [torch.nn.Linear(1, 1)], dict, False, [])
         assert footing._weigh(said.append) == (memory == "low")
     assert "not predicted for a base that is sharded; should it not fit, --memory low takes less" in said[0]
     assert said[1].endswith("sharded")
 
 
-def _metrics(folder: Path) -> list[dict]:
+def _metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
