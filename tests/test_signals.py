@@ -4,15 +4,17 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from conftest import make_pipe
+from laws import strengths_of
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from test_resume import same_file, stop_after, without_time
-from test_training import Line, draw_pictures, lines, small, trainer
+from test_training import Line, draw_pictures, lines, small, state_of, trainer
 from torch import nn
 
 from peft_diffusion.api import train, train_text
@@ -23,7 +25,6 @@ from peft_diffusion.core.adapter import method
 from peft_diffusion.formats.container import read_header
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training import Interrupted
-from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
@@ -45,8 +46,19 @@ def pictures(tmp_path: Path) -> Path:
     return draw_pictures(tmp_path / "pictures")
 
 
-def spec(path) -> dict:
-    return json.loads(read_header(path).metadata["peft_diffusion"])["training"]
+def spec(path: Path) -> dict[str, Any]:
+    """The summary of the training that a file holds."""
+    told: dict[str, Any] = json.loads(read_header(path).metadata["peft_diffusion"])["training"]
+    return told
+
+
+Value = TypeVar("Value")
+
+
+def known(value: Value | None) -> Value:
+    """What must be there."""
+    assert value is not None
+    return value
 
 
 def run(*unseen: float, seen: float = 0.1) -> list[Measured]:
@@ -61,11 +73,11 @@ def test_the_best_step_is_the_earliest_of_the_lowest_after_the_start() -> None:
 def test_a_run_that_got_worse_is_called_over_trained_and_one_that_stayed_is_not() -> None:
     assert verdict(run(1.0, 0.5, 0.4, 0.407)) is None
     assert verdict(run(1.0)) is None and verdict([]) is None
-    assert verdict(run(1.0, 0.4, 0.5)).startswith(
+    assert known(verdict(run(1.0, 0.4, 0.5))).startswith(
         "over-trained since step 10: the loss on what is kept apart rose from 0.4000"
     )
     worse = [*run(1.0, 0.4), Measured(20, 0.5, 0.2, 0.0, 0.0)]
-    assert verdict(worse).startswith("unstable since step 10")
+    assert known(verdict(worse)).startswith("unstable since step 10")
 
 
 def test_memorisation_is_how_much_further_the_loss_fell_on_what_was_seen() -> None:
@@ -124,8 +136,10 @@ def test_signals_are_measured_with_every_checkpoint_and_leave_the_training_alone
     watched = train(small(pictures, tmp_path / "a", held_out=0.4), pipe=make_pipe())
     told = measurements(lines(watched))
     assert [one.step for one in told] == [0, 3, 6]
-    assert told[0].leakage == 0 and told[-1].leakage > 0 and told[0].memorisation == 0
-    assert all(math.isfinite(value) for one in told for value in (one.unseen, one.seen, one.leakage, one.memorisation))
+    assert told[0].leakage == 0 and known(told[-1].leakage) > 0 and told[0].memorisation == 0
+    assert all(
+        math.isfinite(known(value)) for one in told for value in (one.unseen, one.seen, one.leakage, one.memorisation)
+    )
     changes = [line["changes"] for line in lines(watched) if "changes" in line]
     assert len(changes) == 2 and all(value > 0 for value in changes[-1].values())
     assert (watched.run_dir / "signals.png").read_bytes().startswith(b"\x89PNG")
@@ -151,7 +165,7 @@ def test_training_pictures_are_nearest_to_themselves(pictures: Path) -> None:
     prepared = prepare(config, make_pipe(), lambda _: None, lambda _: lambda done, total: None, TrainingPictures())
     task = DiffusionTask(prepared.pipe, "none", DiffusionSettings(), prepared.train)
     drawn = [Image.open(picture.path) for picture in prepared.pictures]
-    assert task.nearness(drawn) < 1e-3 < 0.5 < task.nearness([Image.new("RGB", (64, 64), "black")])
+    assert known(task.nearness(drawn)) < 1e-3 < 0.5 < known(task.nearness([Image.new("RGB", (64, 64), "black")]))
     assert task.nearness([Image.new("RGB", (32, 32))]) is None
 
 
@@ -163,9 +177,10 @@ def test_text_has_the_same_signals(tmp_path: Path) -> None:
     )  # fmt: skip
     result = train_text(config)
     told = measurements(lines(result))
-    assert [one.step for one in told] == [0, 2, 4] and told[0].leakage == 0 < told[-1].leakage
-    assert told[-1].memorisation is not None and result.outcome.kept == result.outcome.best
-    assert spec(result.output)["suggested_strength"] == result.outcome.suggestion.strength
+    assert [one.step for one in told] == [0, 2, 4] and told[0].leakage == 0 < known(told[-1].leakage)
+    outcome = known(result.outcome)
+    assert told[-1].memorisation is not None and outcome.kept == outcome.best
+    assert spec(result.output)["suggested_strength"] == known(outcome.suggestion).strength
 
 
 def test_so_many_checkpoints_stay_as_are_asked_for(tmp_path: Path, pictures: Path) -> None:
@@ -178,7 +193,8 @@ def test_without_pictures_apart_the_last_weights_are_written_and_nothing_is_sugg
     tmp_path: Path, pictures: Path
 ) -> None:
     result = train(small(pictures, tmp_path, held_out=0.0), pipe=make_pipe())
-    assert result.outcome.kept == 6 and result.outcome.best is None and result.outcome.suggestion is None
+    outcome = known(result.outcome)
+    assert outcome.kept == 6 and outcome.best is None and outcome.suggestion is None
     assert "suggested_strength" not in spec(result.output)
 
 
@@ -192,12 +208,13 @@ def test_the_best_weights_are_written_or_the_last(tmp_path: Path, pictures: Path
     course = (9.0, 5.0, 1.0, 6.0, 7.0, *(2.0,) * 5)
     for keep, step in (("best", 4), ("last", 8)):
         measured_as(monkeypatch, *course)
-        changes = {"steps": 8, "save_every": 2, "keep": keep, "scheduler": "constant"}
+        changes: dict[str, Any] = {"steps": 8, "save_every": 2, "keep": keep, "scheduler": "constant"}
         result = train(small(pictures, tmp_path / keep, **changes), pipe=make_pipe())
-        assert result.outcome.kept == step == spec(result.output)["kept_step"] and result.outcome.best == 4
+        outcome = known(result.outcome)
+        assert outcome.kept == step == spec(result.output)["kept_step"] and outcome.best == 4
         assert result.held_out_after == {4: 1.0, 8: 7.0}[step]
         assert spec(result.output)["warning"].startswith("over-trained since step 4")
-        kept = checkpoint.read(result.run_dir / "checkpoints" / f"step_{step:06}.safetensors").state.tensors["parameters"]
+        kept = state_of(result.run_dir / "checkpoints" / f"step_{step:06}.safetensors").tensors["parameters"]
         written = torch.cat([tensor.flatten() for name, tensor in load_file(result.output).items() if "alpha" not in name])
         assert written.double().norm() == pytest.approx(kept.double().norm().item(), rel=1e-6)
 
@@ -206,7 +223,7 @@ def test_the_suggested_strength_is_measured_said_and_used_nowhere(tmp_path: Path
     console = Console(record=True, width=300, file=(tmp_path / "log").open("w"))
     result = train(small(pictures, tmp_path, held_out=0.4, unet_lr=1e-2), pipe=make_pipe(), console=console)
     told = spec(result.output)
-    losses = result.outcome.suggestion.losses
+    losses = known(known(result.outcome).suggestion).losses
     assert losses[0.0] == result.held_out_before and losses[1.0] == result.held_out_after
     assert f"suggested strength: {told['suggested_strength']:g}" in console.export_text()
     assert told["loss_by_strength"] == {f"{strength:g}": loss for strength, loss in losses.items()}
@@ -216,15 +233,22 @@ def test_a_strength_is_one_again_afterwards() -> None:
     pipe = make_pipe()
     site.attach(pipe.unet, "new", method("lora"))
     with pytest.raises(KeyError), at_strength(components(pipe).values(), "new", 0.5):
-        assert site.strengths(pipe.unet).scalar("new").unique().tolist() == [0.5]
+        assert strengths_of(pipe.unet).scalar("new").unique().tolist() == [0.5]
         raise KeyError
-    assert site.strengths(pipe.unet).scalar("new").unique().tolist() == [1.0]
+    assert strengths_of(pipe.unet).scalar("new").unique().tolist() == [1.0]
 
 
 def test_a_resumed_run_has_the_same_signals_choice_and_patience(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"steps": 12, "save_every": 2, "held_out": 0.4, "unet_lr": 0.2, "patience": 2, "scheduler": "constant"}
+    changes: dict[str, Any] = {
+        "steps": 12,
+        "save_every": 2,
+        "held_out": 0.4,
+        "unet_lr": 0.2,
+        "patience": 2,
+        "scheduler": "constant",
+    }
     whole = train(small(pictures, tmp_path / "whole", **changes), pipe=make_pipe())
     with monkeypatch.context() as patched:
         stop_after(patched, 3)
@@ -243,10 +267,18 @@ def test_a_run_that_is_planted_to_over_train_is_called_so(tmp_path: Path) -> Non
     for picture in sorted(source.glob("*.png"))[:8]:
         for file in source.glob(f"{picture.stem}.*"):
             shutil.copy(file, tmp_path / "few")
-    changes = {"steps": 48, "save_every": 16, "held_out": 0.5, "unet_lr": 0.005, "rank": 8, "missing_captions": "name"}
+    changes: dict[str, Any] = {
+        "steps": 48,
+        "save_every": 16,
+        "held_out": 0.5,
+        "unet_lr": 0.005,
+        "rank": 8,
+        "missing_captions": "name",
+    }
     config = small(tmp_path / "few", tmp_path, base="icons", scheduler="constant", keep="best", **changes)
     result = train(config)
     best, last = measurements(lines(result))[1], measurements(lines(result))[-1]
-    assert result.outcome.warning.startswith(f"over-trained since step {result.outcome.best}: the loss on what is kept")
-    assert result.outcome.kept == result.outcome.best < result.steps
-    assert last.seen < best.seen and last.memorisation > best.memorisation > 0
+    outcome = known(result.outcome)
+    assert known(outcome.warning).startswith(f"over-trained since step {outcome.best}: the loss on what is kept")
+    assert outcome.kept == known(outcome.best) < result.steps
+    assert known(last.seen) < known(best.seen) and known(last.memorisation) > known(best.memorisation) > 0

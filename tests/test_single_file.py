@@ -2,7 +2,9 @@
 
 import pickle
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -58,7 +60,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(architectures._ENCODERS["openclip-g"], "projection_dim", 64)
 
 
-def build(found: Architecture, dtype: torch.dtype = torch.float32):
+def build(found: Architecture, dtype: torch.dtype = torch.float32) -> Any:
     """A pipeline with random weights, from the configurations themselves."""
     torch.manual_seed(0)
     configs = found.configs()
@@ -73,7 +75,7 @@ def build(found: Architecture, dtype: torch.dtype = torch.float32):
     return type("Pipe", (), parts)
 
 
-def _plain(config: dict) -> dict:
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
@@ -136,7 +138,7 @@ def test_a_ckpt_is_read_without_running_code(small: None, tmp_path: Path) -> Non
     ran = tmp_path / "ran"
 
     class Hostile:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[Path]]:
             return Path.touch, (ran,)
 
     torch.save({"state_dict": {"a": Hostile()}}, tmp_path / "bad.ckpt")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import recipe as recipes
-from peft_diffusion.generation.generate import generate
+from peft_diffusion.generation.generate import Picture, generate
 from peft_diffusion.generation.settings import GenerateConfig
 
 
@@ -37,12 +37,12 @@ def files(tmp_path: Path) -> dict[str, Path]:
     return {"image": tmp_path / "picture.png", "mask": tmp_path / "mask.png"}
 
 
-def run(base: Path, where: Path, **more: Any):
-    settings = {"base": str(base), "steps": 4, "device": "cpu", "output": where / "a.png"}
+def run(base: Path, where: Path, **more: Any) -> list[Picture]:
+    settings: dict[str, Any] = {"base": str(base), "steps": 4, "device": "cpu", "output": where / "a.png"}
     return generate(GenerateConfig(("red apple",), **(settings | more)))
 
 
-def pixels(picture) -> np.ndarray:
+def pixels(picture: Picture) -> np.ndarray:
     return np.asarray(picture.image, np.int16)
 
 
@@ -62,7 +62,7 @@ def test_what_a_mask_hides_stays_to_the_bit_and_the_rest_is_painted(
 def test_a_picture_is_made_anew_as_far_as_told_whatever_the_batch(
     bases: dict[str, Path], files: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
-    seeds = {"seeds": (3, 5), "output": tmp_path / "several"}
+    seeds: dict[str, Any] = {"seeds": (3, 5), "output": tmp_path / "several"}
     near, other = run(bases[kind], tmp_path, image=files["image"], strength=0.5, **seeds)
     alone, _ = run(bases[kind], tmp_path, image=files["image"], strength=0.5, batch_size=1, **seeds)
     assert np.abs(pixels(near) - pixels(alone)).max() <= 1
@@ -79,6 +79,7 @@ def test_the_recipe_makes_it_again_from_the_same_files_and_no_others(
     (first,) = run(bases["masked"], tmp_path, output=tmp_path / "first.png", **files)
     assert "Denoising strength: 1" in Image.open(first.path).info["parameters"]
     told = recipes.read(first.path)
+    assert told.image is not None and told.mask is not None
     assert told.image.path == str(files["image"]) and told.mask.path == str(files["mask"])
     config = GenerateConfig(recipe=first.path, output=tmp_path / "again.png", device="cpu")
     assert generate(config)[0].image.tobytes() == first.image.tobytes()

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_pipe
-from diffusers import AutoPipelineForImage2Image, DDIMScheduler, DiffusionPipeline, HeunDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DDIMScheduler,
+    DiffusionPipeline,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+)
+from laws import strengths_of
 from PIL import Image
 from test_formats import picture, write_adapter
 
@@ -37,9 +45,9 @@ def drawn(tiny_pipe: DiffusionPipeline, flat: Path) -> tuple[Adapters, Draw]:
     adapters = Adapters(tiny_pipe)
     adapters.load(flat)
 
-    def draw(*prompts, pipe: DiffusionPipeline = tiny_pipe, **options: Any):
+    def draw(*prompts: str, pipe: DiffusionPipeline = tiny_pipe, **options: Any) -> list[np.ndarray]:
         torch.manual_seed(0)
-        told = {"num_inference_steps": 2, "height": 64, "width": 64, **options}
+        told: dict[str, Any] = {"num_inference_steps": 2, "height": 64, "width": 64, **options}
         return [np.asarray(image).astype(int) for image in pipe(list(prompts), **told).images]
 
     return adapters, draw
@@ -89,7 +97,7 @@ def test_another_pipeline_of_the_same_parts_is_asked_if_it_guides(drawn: tuple[A
 
 @pytest.mark.parametrize("wrong", ["0.5", None, {"mid_block": None}, {1: 0.5}, [None, 1.0], [], object()])
 def test_a_strength_that_is_none_is_refused_and_a_load_with_it_changes_nothing(
-    flat: Path, tiny_pipe: DiffusionPipeline, wrong
+    flat: Path, tiny_pipe: DiffusionPipeline, wrong: Any
 ) -> None:
     before = picture(tiny_pipe)
     adapters = Adapters(tiny_pipe)
@@ -112,19 +120,21 @@ def test_a_load_that_is_interrupted_leaves_nothing(
 
 
 def test_a_schedule_is_made_of_any_numbers_and_of_nothing_else() -> None:
-    for values in ([0, 1], (0.0, 1.0), np.array([0, 1.0]), torch.tensor([0, 1])):
+    right: tuple[Any, ...] = ([0, 1], (0.0, 1.0), np.array([0, 1.0]), torch.tensor([0, 1]))
+    for values in right:
         assert Schedule(values).at(0.25) == 0.25 and Schedule(values).mean == 0.5
-    for wrong in (0.5, "01", None, [], [None], [float("nan")], torch.zeros(2, 2), np.zeros((2, 2))):
+    none: tuple[Any, ...] = (0.5, "01", None, [], [None], [float("nan")], torch.zeros(2, 2), np.zeros((2, 2)))
+    for wrong in none:
         with pytest.raises(UserError, match="a schedule is a list of finite strengths"):
             Schedule(wrong)
 
 
 @pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, PNDMScheduler, DDIMScheduler])
-def test_a_schedule_begins_and_ends_on_every_sampler(drawn: tuple[Adapters, Draw], scheduler) -> None:
+def test_a_schedule_begins_and_ends_on_every_sampler(drawn: tuple[Adapters, Draw], scheduler: type[SchedulerMixin]) -> None:
     adapters, draw = drawn
     adapters.pipe.scheduler = scheduler.from_config(adapters.pipe.scheduler.config, skip_prk_steps=True)
     seen = []
-    strengths = site.strengths(adapters.pipe.unet)
+    strengths = strengths_of(adapters.pipe.unet)
     adapters.pipe.unet.register_forward_hook(lambda *_: seen.append(float(strengths.values[0, 0, 0])))
     adapters.set(flat=Schedule([0.0, 1.0]))
     draw("a cat", num_inference_steps=4)
@@ -138,7 +148,7 @@ def test_a_schedule_follows_the_scheduler_of_the_pipeline_that_calls(drawn: tupl
     other.set_progress_bar_config(disable=True)
     other.scheduler = HeunDiscreteScheduler.from_config(adapters.pipe.scheduler.config, timestep_spacing="trailing")
     seen = []
-    strengths = site.strengths(adapters.pipe.unet)
+    strengths = strengths_of(adapters.pipe.unet)
     adapters.pipe.unet.register_forward_hook(lambda *_: seen.append(float(strengths.values[0, 0, 0])))
     adapters.set(flat=Schedule([0.0, 1.0]))
     adapters.pipe.scheduler.set_timesteps(3)

@@ -11,6 +11,7 @@ import torch
 from conftest import make_pipe
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from laws import strengths_of
 from PIL import Image, ImageDraw
 from rich.console import Console
 from safetensors import safe_open
@@ -20,7 +21,7 @@ from test_training import POWERS, draw_pictures, small
 
 from peft_diffusion import formats
 from peft_diffusion.api import train
-from peft_diffusion.core import site
+from peft_diffusion.bases import describe
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.data import subfolders
@@ -28,9 +29,10 @@ from peft_diffusion.data.buckets import arrange
 from peft_diffusion.data.captions import CaptionRules, pick_wildcards
 from peft_diffusion.data.folder import scan
 from peft_diffusion.data.latents import cache_latents
+from peft_diffusion.fast.cuda_graph import Inputs
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.sampler import Cell, paint
-from peft_diffusion.generation.settings import GenerateConfig
+from peft_diffusion.generation.settings import GenerateConfig, SchedulerName
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training import Interrupted, TrainConfig
 from peft_diffusion.training.attachment import NAME, attach, chosen
@@ -38,7 +40,10 @@ from peft_diffusion.training.loop.seeds import generator
 from peft_diffusion.training.machine.processes import Crew
 from peft_diffusion.training.pictures import diffusion_task
 from peft_diffusion.training.settings.blocks import blocks
+from peft_diffusion.training.settings.choices import HuberSchedule, Loss
+from peft_diffusion.training.settings.pictures import ResolvedConfig
 from peft_diffusion.training.tasks import class_images, objective
+from peft_diffusion.training.tasks.diffusion import DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
 
 torch.set_num_threads(1)
@@ -49,7 +54,7 @@ def pictures(tmp_path: Path) -> Path:
     return draw_pictures(tmp_path / "pictures", 4)
 
 
-def draw_mask(picture: Path, box=(0, 0, 31, 63), size=64) -> Path:
+def draw_mask(picture: Path, box: tuple[int, int, int, int] = (0, 0, 31, 63), size: int = 64) -> Path:
     mask = Image.new("L", (size, size))
     ImageDraw.Draw(mask).rectangle(box, fill=255)
     path = picture.with_name(f"{picture.stem}-mask.png")
@@ -57,11 +62,11 @@ def draw_mask(picture: Path, box=(0, 0, 31, 63), size=64) -> Path:
     return path
 
 
-def config_of(config: TrainConfig):
+def config_of(config: TrainConfig) -> ResolvedConfig:
     return prepare(config, make_pipe(), lambda line: None, lambda what: lambda done, total: None, TrainingPictures()).config
 
 
-def task_of(config: TrainConfig, pipe: DiffusionPipeline = None):
+def task_of(config: TrainConfig, pipe: DiffusionPipeline | None = None) -> tuple[DiffusionTask, Arena]:
     """The task of a run with a fresh adapter, and its parameters."""
     pipe = pipe or make_pipe()
     prepared = prepare(config, pipe, lambda line: None, lambda what: lambda done, total: None, TrainingPictures())
@@ -76,7 +81,7 @@ def moved(arena: Arena) -> Arena:
     return arena
 
 
-def gradient(task, arena, inputs) -> torch.Tensor:
+def gradient(task: DiffusionTask, arena: Arena, inputs: Inputs) -> torch.Tensor:
     arena.zero_grad()
     task.loss(inputs).backward()
     return arena.grad.clone()
@@ -85,7 +90,7 @@ def gradient(task, arena, inputs) -> torch.Tensor:
 # Pictures of the class.
 
 
-CLASS = {"class_prompt": ("a cat", "a dog"), "class_images": 5, "preset": "subject"}
+CLASS: dict[str, Any] = {"class_prompt": ("a cat", "a dog"), "class_images": 5, "preset": "subject"}
 
 
 def test_the_base_draws_the_class_once_and_later_runs_find_it(
@@ -111,7 +116,7 @@ def test_the_base_draws_the_class_once_and_later_runs_find_it(
 
 def test_another_prompt_count_or_base_has_other_pictures(tmp_path: Path, pictures: Path) -> None:
     config = config_of(small(pictures, tmp_path, preset="subject"))
-    infos = [class_images.describe(make_pipe(seed)) for seed in (0, 1)]
+    infos = [describe(make_pipe(seed)) for seed in (0, 1)]
     found = {class_images.class_folder(config, infos[0], 64), class_images.class_folder(config, infos[1], 64)}
     found |= {class_images.class_folder(config, infos[0], 128)}
     found |= {class_images.class_folder(replace(config, class_images=7), infos[0], 64)}
@@ -130,7 +135,7 @@ def test_a_fresh_adapter_learns_nothing_from_the_class_and_a_changed_one_goes_ba
     moved(arena)
     start = task.loss(of_class).item()
     assert start > 0
-    strengths = [site.strengths(part) for part in chosen(task.pipe, ("unet", "text_encoder")).values()]
+    strengths = [strengths_of(part) for part in chosen(task.pipe, ("unet", "text_encoder")).values()]
     assert all(torch.equal(one.values, torch.ones_like(one.values)) and one.active == {NAME} for one in strengths)
     for _ in range(10):
         found = gradient(task, arena, of_class)
@@ -164,6 +169,7 @@ def test_a_regularisation_folder_takes_any_shape_and_its_own_captions(tmp_path: 
     draw_pictures(folder, 2)
     Image.new("RGB", (160, 64), "teal").save(folder / "wide one.png")
     task, arena = task_of(small(pictures, tmp_path, regularisation=(folder,), masks="off"))
+    assert task.prior is not None
     assert sorted(task.prior.captions) == ["blue cat b", "red apple a", "wide one"]
     assert {entry.fit.bucket for entry in task.prior.latents.entries} == set(task.groups)
     gradient(task, arena, task.inputs(0, 0))
@@ -182,7 +188,7 @@ def test_a_subject_without_class_says_so_and_trains_text_too(tmp_path: Path, pic
 # Masks.
 
 
-def test_the_outside_of_a_mask_gives_no_gradient(tmp_path: Path, pictures: Path) -> None:
+def test_the_outside_of_a_mask_gives_no_gradient(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in sorted(pictures.glob("*.png")):
         draw_mask(path)
     task, arena = task_of(small(pictures, tmp_path))
@@ -193,18 +199,18 @@ def test_the_outside_of_a_mask_gives_no_gradient(tmp_path: Path, pictures: Path)
     answer = task._answer(inputs)[0].detach().requires_grad_()
     errors = objective.per_image(objective.errors(answer, noise), inputs["where"])
     errors.sum().backward()
+    assert answer.grad is not None
     assert answer.grad[..., 4:].abs().max() == 0 and answer.grad[..., :4].abs().min() > 0
     torch.testing.assert_close(errors, (answer - noise).square()[..., :4].flatten(1).mean(1))
 
     # What is wanted outside changes nothing; what is wanted inside does.
-    def wanting(columns):
+    def wanting(columns: slice) -> torch.Tensor:
         changed = noise.clone()
         changed[..., columns] += 1
         plain = task._answer
-        task._answer = lambda given: (plain(given)[0], changed)
-        found = gradient(task, arena, inputs)
-        task._answer = plain
-        return found
+        with monkeypatch.context() as patched:
+            patched.setattr(task, "_answer", lambda given: (plain(given)[0], changed))
+            return gradient(task, arena, inputs)
 
     usual = gradient(task, arena, inputs)
     assert torch.equal(wanting(slice(4, 8)), usual) and not torch.equal(wanting(slice(0, 4)), usual)
@@ -221,13 +227,14 @@ def test_masks_are_resized_cropped_and_flipped_as_their_pictures_are(tmp_path: P
     fits = arrange(found, 64, 8)
     cache = cache_latents(found, fits, make_pipe().vae, flip=True)
     plain, flipped = cache.entries
+    assert plain.where is not None and flipped.where is not None
     assert plain.where.shape == (1, *plain.mean.shape[1:]) and torch.equal(plain.where.flip(-1), flipped.where)
     bucket = fits[0].bucket
     shown = picture.convert("L").resize(fits[0].resized, Image.Resampling.BILINEAR).crop(fits[0].crop)
     expected = torch.tensor(list(shown.tobytes())).view(bucket.height, bucket.width) / 255
     expected = expected.view(bucket.height // 8, 8, bucket.width // 8, 8).mean((1, 3))
     torch.testing.assert_close(plain.where[0], expected)
-    assert 0 < plain.where.mean() < 1 and (plain.where == 0).any()
+    assert 0 < plain.where.mean() < 1 and plain.where.eq(0).any()
 
 
 def test_alpha_is_a_mask_where_asked_and_there_is_no_file(tmp_path: Path) -> None:
@@ -242,9 +249,11 @@ def test_alpha_is_a_mask_where_asked_and_there_is_no_file(tmp_path: Path) -> Non
     assert [one.mask is not None for one in found] == [False, True]
     fits, vae = arrange(found, 64, 8), make_pipe().vae
     files = cache_latents(found, fits, vae, alpha=True).entries
-    assert files[0].where is None and torch.equal(files[1].where[0], torch.tensor([1.0] * 4 + [0.0] * 4).expand(8, 8))
+    assert files[0].where is None and files[1].where is not None
+    assert torch.equal(files[1].where[0], torch.tensor([1.0] * 4 + [0.0] * 4).expand(8, 8))
     bare = [replace(one, mask=None) for one in found]
     alpha = cache_latents(bare, fits, vae, alpha=True).entries
+    assert alpha[1].where is not None
     assert torch.equal(alpha[1].where[0], torch.tensor([1.0] * 4 + [0.0] * 4).expand(8, 8).T)
     assert all(entry.where is None for entry in cache_latents(bare, fits, vae).entries)
 
@@ -374,11 +383,12 @@ def test_wildcards_reach_the_steps(tmp_path: Path, pictures: Path) -> None:
 
 
 def test_the_pyramid_has_more_power_in_large_shapes() -> None:
-    def power(noise, low):
+    def power(noise: torch.Tensor, low: bool) -> torch.Tensor:
         spectrum = torch.fft.fft2(noise).abs().square().mean((0, 1))
         frequency = torch.fft.fftfreq(32).abs()
         radius = torch.maximum(frequency[:, None], frequency[None, :])
-        return spectrum[(radius < 0.1) if low else (radius > 0.3)].mean()
+        found: torch.Tensor = spectrum[(radius < 0.1) if low else (radius > 0.3)].mean()
+        return found
 
     plain = objective.noise((64, 4, 32, 32), 0.0, generator("p"))
     shaped = objective.pyramid(plain, 0.5, generator("q"))
@@ -409,14 +419,14 @@ def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path: Path,
 
 @pytest.mark.parametrize("sampler", [None, "pndm", "euler", "dpm++"])
 def test_what_was_trained_to_pure_noise_is_drawn_from_it(
-    tmp_path: Path, pictures: Path, sampler: str | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: Path, sampler: SchedulerName | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By previews and by `paint`, whatever sampler; one that cannot gives way to DDIM's. Others draw as ever."""
-    made = {"zero_terminal_snr": True, "preview_steps": 2, "steps": 2, "save_every": 2}
+    made: dict[str, Any] = {"zero_terminal_snr": True, "preview_steps": 2, "steps": 2, "save_every": 2}
     seen = []
     call = type(make_pipe()).__call__
 
-    def watched(pipe: DiffusionPipeline, *given, **named: Any):
+    def watched(pipe: DiffusionPipeline, *given: Any, **named: Any) -> Any:
         config = pipe.scheduler.config
         seen.append((config.get("rescale_betas_zero_snr"), config.get("timestep_spacing"), type(pipe.scheduler).__name__))
         return call(pipe, *given, **named)
@@ -439,12 +449,13 @@ def test_what_was_trained_to_pure_noise_is_drawn_from_it(
 
 
 @pytest.mark.parametrize("kind", ["huber", "smooth-l1"])
-def test_the_gradient_of_huber_is_bounded_and_near_zero_it_is_a_square(kind: str) -> None:
+def test_the_gradient_of_huber_is_bounded_and_near_zero_it_is_a_square(kind: Loss) -> None:
     deltas = torch.tensor([0.1, 1.0])
     answer = torch.tensor([1e4, -1e4]).view(2, 1, 1, 1).requires_grad_()
     wanted = torch.zeros(2, 1, 1, 1)
     objective.errors(answer, wanted, kind, deltas).sum().backward()
     bound = 2 * deltas if kind == "huber" else torch.full((2,), 2.0)
+    assert answer.grad is not None
     torch.testing.assert_close(answer.grad.flatten().abs(), bound)
     small_error = torch.full((2, 1, 1, 1), 1e-3)
     near = objective.errors(small_error, wanted, kind, deltas).flatten()
@@ -453,7 +464,8 @@ def test_the_gradient_of_huber_is_bounded_and_near_zero_it_is_a_square(kind: str
 
 def test_huber_deltas_fall_from_one_to_c() -> None:
     timesteps = torch.tensor([0, 500, 999])
-    for schedule, first in (("exponential", 1.0), ("snr", 0.93)):
+    cases: tuple[tuple[HuberSchedule, float], ...] = (("exponential", 1.0), ("snr", 0.93))
+    for schedule, first in cases:
         found = objective.huber_deltas(schedule, 0.1, timesteps, POWERS[timesteps], 1000)
         assert bool((found.diff() < 0).all()) and found[0] >= first and 0.1 <= found[-1] < 0.11
     assert objective.huber_deltas("constant", 0.1, timesteps, POWERS[timesteps], 1000).tolist() == pytest.approx([0.1] * 3)

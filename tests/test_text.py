@@ -17,12 +17,13 @@ from making import command
 from rich.console import Console
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 from torch.nn import functional as F
 
 import peft_diffusion as pd
 from peft_diffusion import formats
 from peft_diffusion.api import train_text
-from peft_diffusion.bases import components, describe, embedded, fingerprint, load_lm
+from peft_diffusion.bases import LanguageModel, components, describe, embedded, fingerprint, load_lm
 from peft_diffusion.core import merge, site, targets
 from peft_diffusion.core.errors import FoldError, UserError
 from peft_diffusion.data.text_files import read_texts
@@ -30,6 +31,7 @@ from peft_diffusion.generation import Adapters, Schedule
 from peft_diffusion.generation.text import choose, continued, generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.training import TextTrainResult
 from peft_diffusion.training.loop.trainer import Interrupted, Observer, Trainer, loss_at
 from peft_diffusion.training.settings.derive import resolve_language
 from peft_diffusion.training.settings.text import TextTrainConfig
@@ -52,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_lm(tmp_path_factory.mktemp("lm") / "tiny")
 
 
-def small(text, place, **changes: Any):
+def small(text: Path, place: Path, **changes: Any) -> TextTrainConfig:
     """A training of seconds."""
     place.mkdir(exist_ok=True)
     settings = {
@@ -62,7 +64,7 @@ def small(text, place, **changes: Any):
     return TextTrainConfig((text,), **settings)
 
 
-def metrics(result):
+def metrics(result: TextTrainResult) -> list[dict[str, Any]]:
     lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
@@ -95,7 +97,7 @@ def test_a_weight_that_another_module_has_too_is_not_merged_into() -> None:
     before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
     site.attach(lm, "a", Lora(rank=2), r"lm_head|.*\.q_proj")
     for adapter in site.adapters(lm, "a").values():
-        torch.nn.init.normal_(adapter.up)
+        torch.nn.init.normal_(adapter.get_parameter("up"))
     with pytest.raises(FoldError, match=r"lm_head: its weight is shared with model\.embed_tokens, .* leave the adapters"):
         merge.merge(lm)
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
@@ -145,7 +147,7 @@ def test_the_embedded_model_knows_its_text() -> None:
 
 
 @torch.no_grad()
-def perplexity(base, text):
+def perplexity(base: LanguageModel, text: str) -> float:
     """Computed plainly: one window, all of the text."""
     ids = torch.tensor([base.start() + base.encode(text)])
     losses = F.cross_entropy(base.lm(ids).logits[0, :-1], ids[0, 1:])
@@ -184,8 +186,8 @@ def test_the_sample_is_there_with_its_parts() -> None:
 # --- the loss
 
 
-def task_of(base, line, apart=None, **changes: Any):
-    settings = {"seed": 1, "batch_size": 3, "accumulation": 2, "context": 16, **changes}
+def task_of(base: LanguageModel, line: Tensor, apart: Tensor | None = None, **changes: Any) -> LanguageTask:
+    settings: dict[str, Any] = {"seed": 1, "batch_size": 3, "accumulation": 2, "context": 16, **changes}
     return LanguageTask(base, LanguageSettings(**settings), line, apart)
 
 
@@ -209,7 +211,8 @@ def test_short_texts_still_make_windows(length: int) -> None:
     task = task_of(make_lm(), torch.arange(length), torch.arange(length))
     windows = [task._window(number) for number in range(4)]
     assert all(len(window) == min(15, length) for window in windows)
-    assert math.isfinite(float(loss_at(task, 0, 0, task.device))) and math.isfinite(task.held_out())
+    apart = task.held_out()
+    assert apart is not None and math.isfinite(apart) and math.isfinite(float(loss_at(task, 0, 0, task.device)))
 
 
 def test_the_held_out_loss_is_that_of_a_plain_computation() -> None:
@@ -253,11 +256,13 @@ def test_training_lowers_the_loss_and_leaves_the_base(text: Path, tmp_path: Path
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     assert fingerprint(components(base)) == before == result.base_fingerprint
     assert not site.sites(base.lm)
+    assert result.perplexities is not None
     was, now = result.perplexities
     assert now < 0.6 * was
     assert f"perplexity on text kept apart: {was:.2f} before, {now:.2f} after" in console.export_text()
     found = formats.inspect(result.output)
     assert found.methods == ("lora",) and dict(found.components) == {"lm": 14} and dict(found.ranks) == {4: 14}
+    assert found.spec is not None
     assert found.spec.base["architecture"] == "LlamaForCausalLM" and found.spec.methods["lm"][0]["target"] == "attention+ff"
     assert found.spec.training["texts"] == ["beasts.txt"]
     assert found.metadata["modelspec.architecture"] == "LlamaForCausalLM/lora"
@@ -301,10 +306,10 @@ EVERYTHING = {"accumulation": 2, "ema": 0.9, "dropout": 0.2, "scheduler": "linea
 class StopAfter(Observer):
     """Sends a real SIGINT to this process after a step."""
 
-    def __init__(self, step) -> None:
+    def __init__(self, step: int) -> None:
         self.at = step
 
-    def on_step(self, step) -> None:
+    def on_step(self, step: int) -> None:
         if step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -316,7 +321,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     whole = train_text(small(text, tmp_path / "whole", **changes), base=make_lm())
     run = Trainer.run
 
-    def stopped(self, until=None):
+    def stopped(self: Trainer, until: int | None = None) -> bool:
         self.observers.append(StopAfter(4))
         return run(self, until)
 
@@ -371,7 +376,7 @@ def test_a_lora_gives_what_peft_gives(tmp_path: Path) -> None:
     own = site.adapters(base.lm, "a")
     generator = torch.Generator().manual_seed(5)
     for adapter in own.values():
-        adapter.up.data.normal_(0, 0.2, generator=generator)
+        adapter.get_parameter("up").data.normal_(0, 0.2, generator=generator)
     ids = torch.randint(1, 257, (3, 20), generator=generator)
     logits = base.lm(ids).logits
     logits.square().mean().backward()
@@ -379,14 +384,16 @@ def test_a_lora_gives_what_peft_gives(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(make_lm().lm, config)
     layers = {path: theirs.get_submodule(f"base_model.model.{path}") for path in own}
     for path, adapter in own.items():
-        layers[path].lora_A["default"].weight.data.copy_(adapter.down)
-        layers[path].lora_B["default"].weight.data.copy_(adapter.up)
+        layers[path].lora_A["default"].weight.data.copy_(adapter.get_parameter("down"))
+        layers[path].lora_B["default"].weight.data.copy_(adapter.get_parameter("up"))
     expected = theirs(input_ids=ids).logits
     expected.square().mean().backward()
     assert (logits - expected).abs().max() < 1e-5
     for path, adapter in own.items():
-        assert torch.allclose(adapter.down.grad, layers[path].lora_A["default"].weight.grad, rtol=1e-4, atol=1e-6)
-        assert torch.allclose(adapter.up.grad, layers[path].lora_B["default"].weight.grad, rtol=1e-4, atol=1e-6)
+        for name, other in (("down", layers[path].lora_A), ("up", layers[path].lora_B)):
+            own_gradient = adapter.get_parameter(name).grad
+            assert own_gradient is not None
+            assert torch.allclose(own_gradient, other["default"].weight.grad, rtol=1e-4, atol=1e-6)
 
 
 # --- generation
@@ -419,10 +426,10 @@ def test_seeds_and_adapters_decide_the_text(folder: Path, tmp_path: Path) -> Non
     base = make_lm()
     site.attach(base.lm, "a", Lora(rank=2), "attention")
     for adapter in site.adapters(base.lm, "a").values():
-        torch.nn.init.normal_(adapter.up, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.normal_(adapter.get_parameter("up"), generator=torch.Generator().manual_seed(1))
     formats.save(made, components(base), "a", formats.Spec(base=asdict(describe(base))))
 
-    def written(**changes: Any):
+    def written(**changes: Any) -> list[str]:
         told = TextGenerateConfig(("The ox",), base=str(folder), max_tokens=10, device="cpu", temperature=1.0, **changes)
         return [one.continuation for one in generate_text(told)]
 
@@ -469,8 +476,8 @@ def test_the_commands_teach_and_write(folder: Path, text: Path, tmp_path: Path) 
     written = command(*write, cwd=tmp_path)
     assert written.returncode == 0, written.stderr
     assert written.stdout.startswith("The ox")
-    told = command("inspect", "a.safetensors", cwd=tmp_path)
-    assert "lm 14" in told.stdout and "LlamaForCausalLM" in told.stdout
+    listed = command("inspect", "a.safetensors", cwd=tmp_path)
+    assert "lm 14" in listed.stdout and "LlamaForCausalLM" in listed.stdout
 
 
 BAD = {
@@ -493,7 +500,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("line", "code", "said"), [(line, *more) for line, more in BAD.items()], ids=list(BAD))
-def test_bad_input_is_told_in_one_line(line, code, said, tmp_path: Path) -> None:
+def test_bad_input_is_told_in_one_line(line: str, code: int, said: str, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "latin.txt").write_bytes(b"fine\nna\xefve")
     (tmp_path / "good.txt").write_text(LINES)

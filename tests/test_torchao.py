@@ -85,7 +85,7 @@ def test_law_3_merging_rounds_again_and_unmerging_restores_the_bytes(case: Case)
 
 
 def _weight(case: Case, path: str) -> torch.Tensor:
-    return case.model.get_submodule(path).weight
+    return case.model.get_submodule(path).get_parameter("weight")
 
 
 @torch.no_grad()

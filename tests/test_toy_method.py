@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import laws
 import pytest
 import torch
 from conftest import make_pipe
-from torch import nn
+from torch import Tensor, nn
 
 from peft_diffusion.bases import components
 from peft_diffusion.core.adapter import Adapter, Method, float32_parameter
@@ -18,32 +19,32 @@ from peft_diffusion.core.adapter import Adapter, Method, float32_parameter
 @dataclass(frozen=True)
 class Gain(Method, name="gain", suffixes=frozenset({"gain"})):
     @classmethod
-    def recognizes(cls, suffixes):
+    def recognizes(cls, suffixes: Set[str]) -> bool:
         return "gain" in suffixes
 
-    def serves(self, site):
+    def serves(self, site: nn.Module) -> bool:
         return isinstance(site, nn.Linear)
 
-    def build(self, site):
-        return GainAdapter(torch.zeros(site.out_features))
+    def build(self, site: nn.Module) -> Adapter:
+        return GainAdapter(torch.zeros(len(site.get_parameter("weight"))))
 
     @classmethod
-    def read(cls, site, tensors):
+    def read(cls, site: nn.Module, tensors: Mapping[str, Tensor]) -> Adapter:
         return GainAdapter(tensors["gain"])
 
 
 class GainAdapter(Adapter):
-    def __init__(self, gain) -> None:
+    def __init__(self, gain: Tensor) -> None:
         super().__init__()
         self.gain = float32_parameter(gain)
 
-    def residual(self, x, y, base):
+    def residual(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
         return y * self.gain.to(y.dtype)
 
-    def fold(self, weight, bias):
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight * self.gain[:, None], None if bias is None else bias * self.gain
 
-    def state(self):
+    def state(self) -> dict[str, Tensor]:
         return {"gain": self.gain}
 
 
@@ -72,7 +73,7 @@ LAWS = (
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__[5:10])
-def test_it_keeps_the_law(law, case: laws.Case) -> None:
+def test_it_keeps_the_law(law: Callable[[laws.Case], None], case: laws.Case) -> None:
     law(case)
 
 
