@@ -207,10 +207,10 @@ class _Pictures(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 127.5 - 1, self.ids[index]
 
 
-def _add_lora(unet: nn.Module) -> None:
+def _add_lora(unet: Any) -> None:
     import peft
 
-    unet.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=LAYERS))  # type: ignore[operator]
+    unet.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=LAYERS))
 
 
 def gradients(folder: Path) -> float:
@@ -218,9 +218,9 @@ def gradients(folder: Path) -> float:
     task, pipe = _task(folder), load_base("icons", device="cpu", dtype="float32")
     adapters = site.adapters(task.pipe.unet, "a")
     for number, adapter in enumerate(adapters.values()):
-        nn.init.normal_(adapter.up, std=0.02, generator=torch.Generator().manual_seed(number))  # type: ignore[arg-type]
+        nn.init.normal_(adapter.get_parameter("up"), std=0.02, generator=torch.Generator().manual_seed(number))
     inputs = task.inputs(0, 0)
-    task.loss(inputs).backward()  # type: ignore[no-untyped-call]
+    task.loss(inputs).backward()
     _add_lora(pipe.unet)
     for path, adapter in adapters.items():
         layer = pipe.unet.get_submodule(path)
@@ -233,7 +233,9 @@ def gradients(folder: Path) -> float:
     own, other = [], []
     for path, adapter in adapters.items():
         layer = pipe.unet.get_submodule(path)
-        own += [adapter.down.grad.flatten(), adapter.up.grad.flatten()]
+        for parameter in (adapter.get_parameter("down"), adapter.get_parameter("up")):
+            assert parameter.grad is not None
+            own.append(parameter.grad.flatten())
         other += [layer.lora_A["default"].weight.grad.flatten(), layer.lora_B["default"].weight.grad.flatten()]
     return float(F.cosine_similarity(torch.cat(own).double(), torch.cat(other).double(), dim=0))
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -98,12 +99,10 @@ def check(name: str, options: argparse.Namespace, console: Console) -> tuple[Nee
         preview_steps=options.preview_steps, save_every=options.steps, device=options.device, precision="bfloat16",
         cuda_graph=options.cuda_graph, **asked,
     )  # fmt: skip
-    watch, need, small = Watch(device), memory_plan.Footing.need, memory_plan._SMALL
-    memory_plan.Footing.need, memory_plan._SMALL = lambda of, low: watch(need, of, low), 0
-    try:
+    watch, need = Watch(device), memory_plan.Footing.need
+    watched = patch.object(memory_plan.Footing, "need", lambda of, low: watch(need, of, low))
+    with watched, patch.object(memory_plan, "_SMALL", 0):
         train(config, pipe=pipe, console=console)
-    finally:
-        memory_plan.Footing.need, memory_plan._SMALL = need, small
     if watch.need is None:
         raise RuntimeError("nothing was predicted")
     measured = watch.measured(options.preview_steps > 0)

@@ -80,7 +80,7 @@ def predict(
             (held if tensor.device == device else away)[_place(tensor)] = tensor.untyped_storage().nbytes()
     adapter = {_place(tensor): tensor.untyped_storage().nbytes() for tensor in own}
     beside = _BLAS * _workspace(device) * (2 if records else 1)
-    step = peak(lambda given: loss(given).backward(), inputs, device)  # type: ignore[no-untyped-call]
+    step = peak(lambda given: loss(given).backward(), inputs, device)
     return Need(sum(held.values()), sum(adapter.values()), step + beside, sum(away.values()) + beside, recorded=records)
 
 
@@ -116,7 +116,7 @@ def fits(need: Need, there: int | None) -> bool:
     return there is None or need.total * _SPARE <= there
 
 
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Live(TorchDispatchMode):
     """Adds up the memory of the tensors that operations make, for as long as they live."""
 
     def __init__(self) -> None:
