@@ -146,10 +146,10 @@ def test_a_run_of_an_older_version_goes_on_from_a_file_of_all_settings(tmp_path,
         with pytest.raises(Interrupted):
             train(small(pictures, tmp_path / "cut", steps=10, **derives), pipe=make_pipe())
     run = tmp_path / "cut" / "run"
-    (path,) = (run / "checkpoints").iterdir()
-    found = checkpoint.read(path)
-    settings = {name: value for name, value in found.origin.config.items() if name != "derived"}
-    checkpoint.write(path, replace(found, origin=replace(found.origin, config=settings)))
+    for path in (run / "checkpoints").iterdir():
+        found = checkpoint.read(path)
+        settings = {name: value for name, value in found.origin.config.items() if name != "derived"}
+        checkpoint.write(path, replace(found, origin=replace(found.origin, config=settings)))
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if value is not None and key != "processes"]
     (run / "config.toml").write_text("\n".join(lines) + "\n", "utf-8")
     with monkeypatch.context() as patched:

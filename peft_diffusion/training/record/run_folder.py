@@ -261,6 +261,7 @@ class RunFolder(Observer):
             version=__version__,
             process=run_record.this_process(),
             settings=to_json(config),
+            derived=dict(config.derived),
         )
 
     def _is_ours(self) -> bool:

@@ -23,8 +23,8 @@ PREVIEWS = "previews"
 
 _SHOWN = 48  # items of a report
 _KINDS: dict[str, type] = {
-    "process": dict, "figures": dict, "about": dict, "settings": dict, "defaults": dict, "commands": dict, "warnings": list,
-    "said": list, "prompts": list,
+    "process": dict, "figures": dict, "about": dict, "settings": dict, "derived": dict, "defaults": dict, "commands": dict,
+    "warnings": list, "said": list, "prompts": list,
 }  # fmt: skip
 
 Curve: TypeAlias = list[tuple[int, float]]
@@ -63,7 +63,9 @@ class Record:
             chosen = tomllib.loads((self.path / CONFIG).read_text("utf-8-sig"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / CONFIG} cannot be read ({error}); is this a run folder?") from None
-        return {name: value for name, value in self.facts.get("settings", {}).items() if value is not None} | chosen
+        settings, derived = self.facts.get("settings", {}), self.facts.get("derived", {})
+        known = settings | chosen | {name: value for name, value in settings.items() if name in derived}
+        return {name: value for name, value in known.items() if value is not None}
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
