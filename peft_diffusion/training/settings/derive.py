@@ -10,7 +10,7 @@ from ...core.errors import UserError
 from ...core.settings import Settings, pick, settings_of
 from .blocks import ranked
 from .choices import OptimizerName, Precision
-from .pictures import ResolvedConfig, TrainConfig, output_path, preset_components, run_path
+from .pictures import PRESET_ROLES, ResolvedConfig, TrainConfig, output_path, preset_components, run_path
 from .presets import (
     CLASS_IMAGES,
     HELD_OUT_FROM,
@@ -121,7 +121,7 @@ def resolve(
         found.put_steps(config.epochs * batches_per_epoch, config.accumulation, "pictures")
     if config.components == preset_components(config.preset):
         del found.asked["components"]
-        found.put({"components": config.components}, preset)
+        found.put({"components": adapted_components(config, family)}, preset)
     found.put_precision(precision, device)
     _put_rates(found, config, family, for_base)
     found.fill({"debiased": _debiased(config, family)}, f"from method {config.method} for {base.name}")
@@ -185,6 +185,20 @@ def _fill_previews(found: Derivation, device: str) -> None:
         found.fill({"preview_every": 0}, f"from device {device}")
     else:
         found.fill({"preview_every": math.ceil(found.values["steps"] / 5)}, f"from {found.values['steps']} steps")
+
+
+def adapted_components(config: TrainConfig, family: Family) -> tuple[str, ...]:
+    """Name the components that a run adapts.
+
+    Args:
+        config: What was asked for; before a base is known, it names components of the most usual families.
+        family: That of the base.
+
+    Returns:
+        Those that were chosen, or the family's own of the preset's roles.
+    """
+    chosen = config.components != preset_components(config.preset)
+    return config.components if chosen else family.by_roles(PRESET_ROLES[config.preset])
 
 
 def _debiased(config: TrainConfig, family: Family) -> bool:
