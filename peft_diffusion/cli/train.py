@@ -1,19 +1,14 @@
 """``peft-diffusion train``: learn a style from a folder of images and write it as one adapter file."""
 
-from typing import Annotated
-
-from cyclopts import Parameter
 from rich.console import Console
 
 from ..training.settings.pictures import TrainConfig
-from ..training.settings.shared import FIND_LR, LEARNING
+from ..training.settings.shared import FindLr
+from .flags import reads
 
 
-def train(
-    config: Annotated[TrainConfig, Parameter(name="*")],
-    *,
-    find_lr: Annotated[bool, Parameter(group=LEARNING, negative=(), help=FIND_LR)] = False,
-) -> None:
+@reads(TrainConfig, FindLr)
+def train(config: TrainConfig, asked: FindLr) -> None:
     """Learn a style from a folder of images and write it as one adapter file.
 
     Whatever is left out comes from the preset, the base and the machine; what was chosen is printed and kept in the run
@@ -21,7 +16,7 @@ def train(
     """
     from .. import api
 
-    if find_lr:
+    if asked.find_lr:
         api.find_rates(config, console=Console())
     else:
         api.train(config, console=Console())

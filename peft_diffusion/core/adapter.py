@@ -23,6 +23,14 @@ class LowRank(NamedTuple):
     up: Tensor
 
 
+class Factors(NamedTuple):
+    """The trained matrices of a Linear site whose change is ``scale * up(down(x))``: (rank, in) and (out, rank)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
 class KeepsPrecision(nn.Module):
     """Follows its component to another device, but never to another dtype: adapters stay float32 on a half base."""
 
@@ -74,13 +82,15 @@ class Adapter(KeepsPrecision):
         changed: Tensor = self(x, y, strength, base)
         return changed
 
-    def takes_over(self, x: Tensor) -> bool:
-        """Whether, alone at its site, it computes what the site gives and its change in one, which ``whole`` does."""
-        return False
+    def low_rank_factors(self) -> Factors | None:
+        """The matrices that make up all of the change, as it is now, at a Linear site.
 
-    def whole(self, x: Tensor, strength: Tensor) -> Tensor:
-        """The output of the site with its change, for one strength, (1,), in float32."""
-        raise NotImplementedError
+        What computes a site and its change in one (`slot.FastPath`) asks for them.
+
+        Returns:
+            The matrices; None where the change is anything else, as while inputs are dropped.
+        """
+        return None
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What it adds, at strength 1, to the site's float32 ``weight`` and ``bias``; None leaves one as it is.

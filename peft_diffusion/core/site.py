@@ -34,7 +34,7 @@ class AdaptedSite(nn.Module):
         """
         slot = self._peft_diffusion
         x: Tensor = named.pop("hidden_states") if input is None else input
-        if not more and not named and (whole := slot.whole(x)) is not None:
+        if not more and not named and (whole := slot.whole(self, x)) is not None:
             return whole
         result = super().forward(slot.prepare(x), *more, **named)
         if isinstance(result, tuple):

@@ -1,7 +1,8 @@
 """The slot of a module: the one place on it where everything of this package sits, and how the adapters there run."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -67,26 +68,32 @@ class Slot(nn.Module):
             x = adapter.prepare(x)
         return x
 
-    def whole(self, x: Tensor) -> Tensor | None:
-        """The site's output with its change, from an adapter that computes both in one while it is trained.
+    def whole(self, site: nn.Module, x: Tensor) -> Tensor | None:
+        """The site's output with its change, from the fast path in use.
+
+        Args:
+            site: The module whose slot this is.
+            x: What the site was given, (batch, ...).
 
         Returns:
-            None where there is no such adapter; the site then runs by itself, and ``changed`` changes what it gives.
+            None where no fast path serves this; the site then runs by itself, and ``changed`` changes what it gives.
         """
-        adapter = self.sole_adapter(x)
-        if adapter is None:
-            return None
-        ((name, _),) = self.adapters.items()
-        return adapter.whole(x, self.strengths.values[self.strengths.index(name), self.block])
+        path = _FastPaths.present
+        return None if path is None else path.output(site, self, x)
 
-    def sole_adapter(self, x: Tensor) -> Adapter | None:
-        """The adapter that is alone here, on, trained, and computes all that the site gives for ``x``; if there is one."""
+    def sole_adapter(self) -> "Sole | None":
+        """The adapter here, if it is the only one, on, trained, and has one strength for all images.
+
+        Returns:
+            The adapter with its strength; None where any of that does not hold.
+        """
         strengths = self.strengths
         if len(self.adapters) != 1 or strengths.merged or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         ((name, adapter),) = self.adapters.items()
-        one_for_all = strengths.values.shape[2] == 1
-        return adapter if one_for_all and name in strengths.active and adapter.takes_over(x) else None
+        if strengths.images != 1 or name not in strengths.active:
+            return None
+        return Sole(name, adapter, strengths, strengths.values[strengths.index(name), self.block])
 
     def changed(self, site: nn.Module, x: Tensor, y: Tensor, named: Mapping[str, Any]) -> Tensor:
         """The output of a site with the changes of every adapter whose strength is not 0.
@@ -122,6 +129,48 @@ class Slot(nn.Module):
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Nothing."""
         return {} if destination is None else destination
+
+
+class Sole(NamedTuple):
+    """The only adapter of a site: its name, and its strength, (1,), among the component's strengths."""
+
+    name: str
+    adapter: Adapter
+    strengths: Strengths
+    strength: Tensor
+
+    @property
+    def full(self) -> bool:
+        """Whether its strength is 1, without asking the device."""
+        return self.name in self.strengths.full
+
+
+class FastPath(Protocol):
+    """Code that computes a site and its only adapter in one. It lies above this package, which knows nothing of it."""
+
+    def output(self, site: nn.Module, slot: Slot, x: Tensor) -> Tensor | None:
+        """Compute what the site gives for ``x`` with its change; None to have it computed as ever."""
+
+
+class _FastPaths:
+    present: FastPath | None = None
+
+
+@contextmanager
+def using(path: FastPath) -> Iterator[None]:
+    """Take a fast path inside, in every thread: a backward pass that computes again has one of its own.
+
+    Args:
+        path: What every adapted site asks first.
+
+    Yields:
+        Once, while it is in use.
+    """
+    before, _FastPaths.present = _FastPaths.present, path
+    try:
+        yield
+    finally:
+        _FastPaths.present = before
 
 
 def slot_of(module: nn.Module) -> Slot | None:

@@ -24,7 +24,7 @@ from ..core import site
 from ..core.arena import Arena
 from ..core.errors import UserError
 from ..core.files import explained
-from ..core.settings import Settings, pick
+from ..core.settings import Settings, pick, to_json
 from .attachment import NAME, Attached, Say, attach, described
 from .loop.trainer import Interrupted, Observer, Task, Trainer, TrainerSettings
 from .machine.memory_plan import Clock, Footing
@@ -40,7 +40,6 @@ from .settings.blocks import Block, check_methods
 from .settings.choices import LogWith
 from .settings.pictures import TrainConfig
 from .settings.shared import MethodSettings, RunSettings
-from .settings.toml import to_json
 from .watch.find_lr import FoundRates, find, refuse_crew
 from .watch.previews import Previews
 from .watch.signals import at_strength, best_step, measurements, suggest, verdict

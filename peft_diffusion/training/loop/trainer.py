@@ -197,7 +197,7 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.working = Working(arena.flat, arena.grad)
         device = arena.flat.device
-        self.gradients = Recorder(self._add_gradients, lambda: [arena.grad, self.total], device)
+        self.gradients = Recorder(self._add_gradients, lambda: [arena.grad, self.total], device, lambda: self.working.full)
         self.update = Recorder(self._update, self._updated, device)
 
     def run(self, until: int | None = None) -> bool:
