@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from ..core import quantized
+from ..core import quantized, site
 from ..core.errors import UserError
 from . import single_file
 from .digest import identity
@@ -115,8 +115,7 @@ def _frozen(pipe: Any) -> Any:
             " Diffusion nor its inpainting version"
         )
     for part in (*components(pipe).values(), pipe.vae):
-        part.requires_grad_(False)
-        part.eval()
+        site.freeze(part)
     return pipe
 
 

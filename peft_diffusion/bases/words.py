@@ -167,8 +167,7 @@ class _Pupil:
 
     def _forget(self) -> None:
         if self.state is not None:
-            self.state.words = ()
-            self.state.restore_attributes(self.encoder)
+            self.state.forget_words(self.encoder)
         if not self._learns_elsewhere():
             _forget(self.tokenizer)
 

@@ -5,6 +5,7 @@ copy of the component has a copy of it.
 """
 
 import copy
+import time
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -22,11 +23,11 @@ class Entry:
     """An adapter on a component.
 
     Attributes:
-        order: Where it comes among the adapters of a base; of two the one with the smaller number was loaded first.
+        since: When it was attached, in nanoseconds since the epoch: the smaller number came first.
         info: Where it came from, as whoever loaded it says; None where it was attached without a file.
     """
 
-    order: int
+    since: int
     info: object | None = None
 
 
@@ -70,16 +71,18 @@ class ComponentState(nn.Module):
     def add(self, name: str) -> None:
         """Make room for an adapter, at strength 1, behind the others."""
         self.strengths.add(name)
-        self.entries[name] = Entry(1 + max((entry.order for entry in self.entries.values()), default=-1))
+        # By the clock, as components are shared by pipelines that know nothing of each other; which may be set back.
+        last = max((entry.since for entry in self.entries.values()), default=0)
+        self.entries[name] = Entry(max(time.time_ns(), last + 1))
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. Its words stay until ``bases.words.teach`` is called, as the numbers of others follow them."""
+        """Forget an adapter. Its words stay until ``bases.words.teach`` is called, as the numbers of others follow on them."""
         self.strengths.remove(name)
         del self.entries[name]
 
-    def enter(self, name: str, order: int, info: object) -> None:
-        """Say where an adapter came from, and where it comes among those of the base."""
-        self.entries[name] = replace(self.entries[name], order=order, info=info)
+    def enter(self, name: str, info: object) -> None:
+        """Say where an adapter came from."""
+        self.entries[name] = replace(self.entries[name], info=info)
 
     def replace_attribute(self, component: nn.Module, path: str, attribute: str, value: object) -> None:
         """Give a module of the component another value for an attribute, for as long as adapters need it.
@@ -95,8 +98,12 @@ class ComponentState(nn.Module):
         self._replaced[path, attribute] = (own, value)
         setattr(module, attribute, value)
 
-    def restore_attributes(self, component: nn.Module) -> None:
-        """Give modules of the component their own values back; one that somebody has changed since keeps that."""
+    def forget_words(self, component: nn.Module) -> None:
+        """Teach tokenizers nothing more, and give modules of the component their own attributes back.
+
+        One that somebody else has changed since keeps that.
+        """
+        self.words = ()
         for (path, attribute), (own, ours) in self._replaced.items():
             module = component.get_submodule(path)
             if getattr(module, attribute) == ours:

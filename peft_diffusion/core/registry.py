@@ -16,12 +16,12 @@ class Registry:
     It keeps nothing: all is read from the components when it is asked. So every registry of the same components says the
     same, that of a copy says what the copy carries, and where a component was put in another's place, it says what the new
     one carries. An adapter is there as long as one of the components carries it.
+
+    Args:
+        components: The components of the base by name.
     """
 
     def __init__(self, components: Mapping[str, nn.Module]) -> None:
-        """Args:
-            components: The components of the base by name.
-        """
         self._components = components
 
     def states(self, name: str | None = None) -> dict[str, ComponentState]:
@@ -42,11 +42,11 @@ class Registry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters in the order of loading; of those attached without a file, in that of the components."""
+        """The adapters in the order of loading."""
         first: dict[str, int] = {}
         for state in self.states().values():
             for name, entry in state.entries.items():
-                first[name] = min(first.get(name, entry.order), entry.order)
+                first[name] = min(first.get(name, entry.since), entry.since)
         return tuple(sorted(first, key=first.__getitem__))
 
     @property
@@ -95,15 +95,17 @@ class Registry:
         return first
 
     def enter(self, name: str, info: object) -> None:
-        """Say where an adapter came from that was just attached; it is then the last one.
+        """Say where an adapter came from.
+
+        Args:
+            name: Its name.
+            info: What ``info`` is to return.
 
         Raises:
             UserError: There is no such adapter.
         """
-        carriers = self.carriers(name).values()
-        others = [entry.order for state in self.states().values() for one, entry in state.entries.items() if one != name]
-        for state in carriers:
-            state.enter(name, 1 + max(others, default=-1), info)
+        for state in self.carriers(name).values():
+            state.enter(name, info)
 
     def refuse_merged(self, wish: str) -> None:
         """See that no adapter is merged into the weights.

@@ -173,7 +173,15 @@ def detach(component: nn.Module, name: str) -> None:
     unpack(component)  # the rows of the strengths move up
     state.remove(name)
     if not state.entries:
-        state.restore_attributes(component)
+        state.forget_words(component)
+
+
+def freeze(component: nn.Module) -> None:
+    """Take gradients and randomness from the base, and leave the adapters on it as they are: one may be in training."""
+    for module in targets.modules(component).values():
+        module.training = False
+        for own in module.parameters(recurse=False):
+            own.requires_grad_(False)
 
 
 def pack(component: nn.Module) -> None:

@@ -65,22 +65,22 @@ class Adapters:
     Where a component is put in another's place, as in ``pipe.unet = other``, an adapter is there as long as one of the
     pipeline's present components carries it; what the other component brings is there too. The component that was taken
     out keeps what it carries. After such an exchange make ``Adapters(pipe)`` anew, which brings tokenizers in line.
+
+    Args:
+        pipe: The pipeline or language model, with adapters or without.
+
+    Raises:
+        UserError: It is no base that takes adapters, or its adapters teach words that its tokenizer cannot learn.
     """
 
     def __init__(self, pipe: Any) -> None:
-        """Args:
-            pipe: The pipeline or language model, with adapters or without.
-
-        Raises:
-            UserError: It is no base that takes adapters, or its adapters teach words that its tokenizer cannot learn.
-        """
         self.pipe = _checked(pipe)
         self._described: tuple[tuple[weakref.ref[nn.Module], ...], Any] = ((), None)
         teach(self.pipe)
         follow_steps(self.pipe)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Adapters, (self.pipe,)
+        return type(self), (self.pipe,)  # all else stands on the pipeline's components
 
     @property
     def base(self) -> Any:
@@ -272,9 +272,7 @@ class Adapters:
         return next(name for name in candidates if name not in taken)
 
 
-def _known_blocks(
-    amounts: Mapping[str, Amount], own: tuple[str, ...], everywhere: set[str]
-) -> dict[str, Amount]:
+def _known_blocks(amounts: Mapping[str, Amount], own: tuple[str, ...], everywhere: set[str]) -> dict[str, Amount]:
     """Strengths per block, with the blocks of other components left out. Raises UserError for one that is unknown
     everywhere."""
     chosen: dict[str, Amount] = {}
@@ -292,12 +290,12 @@ class StepWatch:
     """A hook that runs before each step of a UNet, while schedules follow the steps or images have strengths of their own.
 
     It serves every pipeline that shares the UNet, and reads what the components of the pipeline that calls carry.
+
+    Args:
+        pipe: The pipeline whose scheduler tells the steps where no pipeline calls the UNet. It is not kept alive.
     """
 
     def __init__(self, pipe: Any | None) -> None:
-        """Args:
-            pipe: The pipeline whose scheduler tells the steps where no pipeline calls the UNet. It is not kept alive.
-        """
         self._pipe = None if pipe is None else weakref.ref(pipe)
 
     @property
@@ -313,11 +311,14 @@ class StepWatch:
 
     def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Bring the strengths to the step that begins. Raises UserError where strengths do not fit what is drawn."""
+        strengths = sites.strengths(unet)
+        scheduled = strengths is not None and bool(strengths.schedules)
+        if torch.compiler.is_compiling() and not scheduled:
+            return
         calling = _calling()
         if calling is not None and not torch.compiler.is_compiling():
             _check_images(calling, kwargs["sample"] if "sample" in kwargs else args[0])
-        strengths = sites.strengths(unet)
-        if strengths is not None and strengths.schedules:
+        if strengths is not None and scheduled:
             timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
             strengths.at_progress(_progress(calling or self.pipe, float(torch.as_tensor(timestep).flatten()[0])))
 
