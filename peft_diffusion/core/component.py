@@ -76,7 +76,7 @@ class ComponentState(nn.Module):
         self.entries[name] = Entry(max(time.time_ns(), last + 1))
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. Its words stay until ``bases.words.teach`` is called, as the numbers of others follow on them."""
+        """Forget an adapter. Its words stay until ``bases.words.teach`` is called: those of others are numbered after."""
         self.strengths.remove(name)
         del self.entries[name]
 
