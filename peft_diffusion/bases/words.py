@@ -18,9 +18,9 @@ from ..core.errors import UserError
 from ..core.slot import SLOT, state_of
 from ..core.strength import Strengths
 from ..methods.tokens import SoftPrompt, SoftPromptAdapter, Tokens, TokensAdapter
-from .kinds import components
+from . import family as families
+from .base import components, text_encoders
 
-_TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "lm": "tokenizer"}
 _LEGACY_EOS = 2  # what configurations of early CLIP exports say, and what makes the model look for the largest id instead
 _OF_A_BATCH = ("padding", "pad_to_multiple_of", "padding_side", "return_tensors")  # arguments that concern rows together
 _DEFAULT = "*"  # the word that the first programs for textual inversion began with
@@ -33,10 +33,11 @@ def begun(base: Any, component: str, method: Method) -> Method:
     """
     if not isinstance(method, (Tokens, SoftPrompt)) or method.ids:
         return method
-    if component not in _TOKENIZERS:
+    tokenizers = text_encoders(base)
+    if component not in tokenizers:
         raise UserError(f"{method.name} needs a component that reads words, which {component} is not")
     begins = method.begins if isinstance(method, Tokens) else [method.initial]
-    tokenizer = getattr(base, _TOKENIZERS[component])
+    tokenizer = getattr(base, tokenizers[component])
     return replace(method, ids=[one for words in begins for one in _initial(tokenizer, words, method.vectors)])
 
 
@@ -61,9 +62,8 @@ def teach(base: Any) -> None:
     """
     parts = components(base)
     pupils = [
-        _Pupil(parts[name], getattr(base, tokenizer), of_lm=name == "lm")
-        for name, tokenizer in _TOKENIZERS.items()
-        if name in parts
+        _Pupil(parts[name], getattr(base, tokenizer), of_lm=families.role_of(name) == "language model")
+        for name, tokenizer in text_encoders(base).items()
     ]
     for pupil in pupils:
         pupil.check()

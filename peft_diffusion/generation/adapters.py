@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import bases, formats
 from ..bases import LanguageModel, components, describe
+from ..bases.base import network_of
 from ..bases.words import teach
 from ..core import merge as merging
 from ..core import quantized
@@ -180,6 +181,7 @@ class Adapters:
         if schedules and isinstance(self.pipe, LanguageModel):
             raise UserError(f"{', '.join(schedules)}: a schedule runs over denoising steps, which text does not have")
         everywhere = {block for state in registry.states().values() for block in state.strengths.blocks}
+        stepping, _ = network_of(self.pipe) or (None, None)  # what runs once a step; the others keep a schedule's mean
         planned = []
         for component, state in registry.states().items():
             own = {name: amount for name, amount in wanted.items() if name in state.entries}
@@ -189,7 +191,7 @@ class Adapters:
         for component, strengths, chosen in planned:
             if chosen:
                 strengths.write(chosen)
-            if component == "unet":
+            if component == stepping:
                 strengths.at_progress(0.0)
         follow_steps(self.pipe)
 
@@ -325,7 +327,7 @@ class StepWatch:
 
 def follow_steps(pipe: Any) -> None:
     """Watch the UNet of a pipeline while, and only while, a schedule is set or images have strengths of their own."""
-    unet = components(pipe).get("unet")
+    _, unet = network_of(pipe) or (None, None)
     if unet is None:
         return
     hooks = unet._forward_pre_hooks
