@@ -24,7 +24,7 @@ from ..core import site
 from ..core.arena import Arena
 from ..core.errors import UserError
 from ..core.files import explained
-from ..core.settings import Settings, pick, to_json
+from ..core.settings import Settings, pick, portable, to_json
 from .attachment import NAME, Attached, Say, attach, described
 from .loop.trainer import Interrupted, Observer, Task, Trainer, TrainerSettings
 from .machine.memory_plan import Clock, Footing
@@ -458,7 +458,7 @@ class _Run(Generic[Result]):
 
     def _spec(self, result: Result) -> formats.Spec:
         material, config = self.material, self.material.config
-        training = to_json(config) | {
+        training = portable(config) | {
             **material.training(result),
             "steps_done": result.steps,
             "seconds": round(result.seconds, 1),
@@ -467,8 +467,6 @@ class _Run(Generic[Result]):
             **(result.outcome.training() if result.outcome else {}),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        for place in ("output", "run_dir", "cache"):  # where things lie on this disk is nobody's business
-            training.pop(place, None)
         blocks = material.blocks
         return formats.Spec(
             methods={name: [block.spec() for block in blocks if block.component == name] for name in material.parts},
