@@ -18,9 +18,9 @@ from peft_diffusion.api import train, train_text
 from peft_diffusion.bases import components
 from peft_diffusion.bases.embedded import embedded
 from peft_diffusion.core import merge, site
-from peft_diffusion.core.adapter import method
 from peft_diffusion.formats.container import read_header
 from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.methods import method
 from peft_diffusion.training import Interrupted
 from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.settings.text import TextTrainConfig

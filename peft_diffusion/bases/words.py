@@ -5,16 +5,16 @@ import functools
 import json
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import nn
 
 from ..core import site as sites
-from ..core.adapter import Method, parts_of
+from ..core.adapter import Adapter, parts_of
 from ..core.errors import UserError
+from ..core.method import Method
 from ..core.strength import Strengths
-from ..methods.tokens import SoftPrompt, SoftPromptAdapter, Tokens, TokensAdapter
 from .kinds import components
 
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "lm": "tokenizer"}
@@ -28,13 +28,13 @@ def begun(base: Any, component: str, method: Method) -> Method:
 
     Raises UserError where initial words have more tokens than there are vectors.
     """
-    if not isinstance(method, (Tokens, SoftPrompt)) or method.ids:
+    begins = method.initial_words()
+    if not begins:
         return method
     if component not in _TOKENIZERS:
         raise UserError(f"{method.name} needs a component that reads words, which {component} is not")
-    begins = method.begins if isinstance(method, Tokens) else [method.initial]
     tokenizer = getattr(base, _TOKENIZERS[component])
-    return replace(method, ids=[one for words in begins for one in _initial(tokenizer, words, method.vectors)])
+    return method.with_ids([one for words, vectors in begins for one in _initial(tokenizer, words, vectors)])
 
 
 def teach(base: Any) -> None:
@@ -73,7 +73,7 @@ class _Word:
     """What one placeholder of an adapter becomes: the names of its tokens, the first being the placeholder itself."""
 
     owner: str
-    adapter: TokensAdapter
+    adapter: Adapter
     tokens: tuple[str, ...]
     strengths: Strengths
     block: int
@@ -81,7 +81,7 @@ class _Word:
     @property
     def precedes(self) -> bool:
         """Whether it is a soft prompt."""
-        return isinstance(self.adapter, SoftPromptAdapter)
+        return self.adapter.precedes
 
     def wanted(self, index: int, count: int) -> bool:
         """Whether it has a strength other than 0 for prompt ``index`` of ``count``."""
@@ -205,10 +205,9 @@ def _words(encoder: nn.Module) -> Iterator[_Word]:
     for path, found in sites.slots(encoder).items():
         for owner, adapter in found.adapters.items():
             for part in parts_of(adapter):
-                if isinstance(part, TokensAdapter):
-                    for name, began in part.words.items():
-                        tokens = _names(name or f"<{owner}@{path}>", len(began))
-                        yield _Word(owner, part, tokens, found.strengths, found.block)
+                for name, began in part.learned_words().items():
+                    tokens = _names(name or f"<{owner}@{path}>", len(began))
+                    yield _Word(owner, part, tokens, found.strengths, found.block)
 
 
 def _names(placeholder: str, vectors: int) -> tuple[str, ...]:
@@ -282,7 +281,7 @@ def _template(layout: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(words: Sequence[_Word], ids: Mapping[str, int]) -> None:
-    by_adapter: dict[TokensAdapter, list[int]] = {}
+    by_adapter: dict[Adapter, list[int]] = {}
     for word in words:
         by_adapter.setdefault(word.adapter, []).extend(ids[name] for name in word.tokens)
     for adapter, own in by_adapter.items():

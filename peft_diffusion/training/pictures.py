@@ -236,7 +236,7 @@ class PictureMaterial:
 
 def diffusion_task(prepared: Prepared, blocks: Sequence[Block], crew: Crew) -> DiffusionTask:
     """What is learned from prepared pictures by the adapter of these blocks, which its pipeline carries."""
-    dropout = max(getattr(block.method, "dropout", 0.0) for block in blocks)
+    dropout = max(block.method.dropped() for block in blocks)
     settings = pick(DiffusionSettings, prepared.config, prepared, {"dropout": dropout, "crew": crew})
     return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prepared.prior)
 

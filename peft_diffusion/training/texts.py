@@ -223,7 +223,7 @@ class TextMaterial:
             parts=parts,
             loaded=parts,
             largest=lambda: self.task.inputs(0, 0),
-            chance=any(getattr(block.method, "dropout", 0.0) for block in self.blocks),
+            chance=any(block.method.dropped() for block in self.blocks),
             savings=[*savings, f"--context below {config.context}"],
         )
 

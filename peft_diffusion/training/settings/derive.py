@@ -5,6 +5,7 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import fields
 from typing import Any, Protocol
 
+from ... import methods
 from ...bases import family as families
 from ...core.errors import UserError
 from .blocks import ranked
@@ -15,12 +16,9 @@ from .presets import (
     HELD_OUT_FROM,
     KEPT,
     LONGEST,
-    RATE_FACTORS,
     SMALL,
-    SMALL_WORD_RATES,
     TEXT_DEFAULTS,
     TEXT_RATES,
-    WORD_RATES,
 )
 from .text import ResolvedTextConfig, TextTrainConfig, language_output, language_run
 
@@ -52,9 +50,8 @@ def resolve(
 
     def rate(component: str, method: str) -> float:
         given: float | None = getattr(config, settings[component])
-        words = SMALL_WORD_RATES if family.small else WORD_RATES
-        of_lora: float = preset[settings[component]]
-        return given or own_rate(config.optimizer, words.get(method, of_lora * RATE_FACTORS.get(method, 1.0)))
+        usual: float = preset[settings[component]]
+        return given or own_rate(config.optimizer, methods.find(method).rates.on_pictures(usual, small=family.small))
 
     values["block"] = tuple(with_rate(text, settings, rate) for text in config.block)
     values |= {setting: rate(component, config.method) for component, setting in settings.items()}
@@ -90,7 +87,8 @@ def _debiased(config: TrainConfig, base: Base) -> bool:
     What is drawn is decided in the noisiest ones, where an unweighed loss of epsilon is small whatever the network answers:
     8 learned tokens kept 7% of 60 subjects with it, and 42% with this, with more of the style besides.
     """
-    return families.find(base.family).small and not config.block and config.method in WORD_RATES and not config.min_snr_gamma
+    alone = not config.block and methods.find(config.method).debiased_when_small
+    return families.find(base.family).small and alone and not config.min_snr_gamma
 
 
 def resolve_language(
@@ -108,7 +106,8 @@ def resolve_language(
     fill(values, TEXT_DEFAULTS[small])
 
     def rate(_: str, method: str) -> float:
-        return config.lr or own_rate(config.optimizer, _rate(method, small))
+        rates = methods.find(method).rates
+        return config.lr or own_rate(config.optimizer, rates.on_text(TEXT_RATES[small], small=small))
 
     values["block"] = tuple(with_rate(text, ("lm",), rate) for text in config.block)
     fill(values, {"lr": rate("lm", config.method)})
@@ -127,10 +126,6 @@ def resolve_language(
         },
     )
     return ResolvedTextConfig(**values)
-
-
-def _rate(method: str, small: bool) -> float:
-    return TEXT_RATES[small].get(method, TEXT_RATES[small]["lora"])
 
 
 def own_rate(optimizer: OptimizerName, rate: float) -> float:
