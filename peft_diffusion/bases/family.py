@@ -238,6 +238,19 @@ def components(role: Role | None = None, families: Iterable[Family] | None = Non
     return found
 
 
+def role_of(component: str) -> Role | None:
+    """Tell what a component does.
+
+    Args:
+        component: Its name.
+
+    Returns:
+        Its role; None for a name that no family has.
+    """
+    known = components()
+    return known[component].role if component in known else None
+
+
 def rate_setting(component: str) -> str:
     """Name the setting that holds a component's learning rate.
 

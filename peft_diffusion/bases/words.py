@@ -15,9 +15,9 @@ from ..core.adapter import Adapter, parts_of
 from ..core.errors import UserError
 from ..core.method import Method
 from ..core.strength import Strengths
-from .kinds import components
+from . import family as families
+from .base import components, text_encoders
 
-_TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "lm": "tokenizer"}
 _LEGACY_EOS = 2  # what configurations of early CLIP exports say, and what makes the model look for the largest id instead
 _OF_A_BATCH = ("padding", "pad_to_multiple_of", "padding_side", "return_tensors")  # arguments that concern rows together
 _DEFAULT = "*"  # the word that the first programs for textual inversion began with
@@ -31,9 +31,10 @@ def begun(base: Any, component: str, method: Method) -> Method:
     begins = method.initial_words()
     if not begins:
         return method
-    if component not in _TOKENIZERS:
+    tokenizers = text_encoders(base)
+    if component not in tokenizers:
         raise UserError(f"{method.name} needs a component that reads words, which {component} is not")
-    tokenizer = getattr(base, _TOKENIZERS[component])
+    tokenizer = getattr(base, tokenizers[component])
     return method.with_ids([one for words, vectors in begins for one in _initial(tokenizer, words, vectors)])
 
 
@@ -48,8 +49,9 @@ def teach(base: Any) -> None:
     more soft prompts than a prompt has room.
     """
     parts = components(base)
-    pairs = [(parts[name], getattr(base, tokenizer)) for name, tokenizer in _TOKENIZERS.items() if name in parts]
-    lessons = [_lessons(encoder, tokenizer, of_lm=encoder is parts.get("lm")) for encoder, tokenizer in pairs]
+    named = {name: (parts[name], getattr(base, tokenizer)) for name, tokenizer in text_encoders(base).items()}
+    pairs = list(named.values())
+    lessons = [_lessons(*pair, of_lm=families.role_of(name) == "language model") for name, pair in named.items()]
     for (encoder, tokenizer), found in zip(pairs, lessons, strict=True):
         _forget(tokenizer)
         if found is not None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from .. import __version__
 from ..bases import load_base
+from ..bases.base import dtype_of
 from ..core.errors import UserError
 from ..formats.container import sha256
 from . import recipe as recipes
@@ -101,7 +102,7 @@ def cell_recipes(
         base_family=info.family,
         fingerprint=info.fingerprint,
         device=str(pipe.device),
-        dtype=str(pipe.unet.dtype).removeprefix("torch."),
+        dtype=str(dtype_of(pipe)).removeprefix("torch."),
         quantize=sampling.quantize,
         adapters=(),
         versions=_versions(),

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..bases.pipelines import drawing
 from . import sheet as sheets
 from .adapters import Adapters
-from .sampler import Cell, drawing, ending_in_noise, paint, whole_picture
+from .sampler import Cell, ending_in_noise, paint, whole_picture
 from .settings import GenerateConfig
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ...bases import BaseInfo, describe, inpaints, load_base
+from ...bases import BaseInfo, denoiser_of, describe, load_base
 from ...bases.loading import pick_device
+from ...bases.prompts import TextSide
 from ...data import subfolders
 from ...data.buckets import Bucket, Fit, arrange, describe_buckets, fit, group, repeated, steps_per_epoch
 from ...data.captions import CaptionRules
@@ -29,8 +30,7 @@ from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_pa
 from ..settings.presets import HELD_OUT_FROM
 from ..watch.drawing import Drawing
 from . import class_images
-from .diffusion import Examples, schedule
-from .prompts import TextSide
+from .diffusion import Examples, noise_schedule
 
 Progress = Callable[[str], Callable[[int, int], None]]
 _SHOWN = 5  # lines of a list
@@ -87,7 +87,7 @@ def prepare(
     device = pick_device(config.device)
     asked = replace(config, precision=pick_precision(config.precision, device))
     pipe = _loaded(asked, pipe, device, say, crew)
-    info, text = describe(pipe), TextSide(pipe)
+    info, text = describe(pipe), denoiser_of(pipe).text
     held = f", linear layers in {config.quantize}" if config.quantize else ""
     say(f"base {info.name}: {info.family}, {info.prediction_type}, {info.resolution} pixels{held}")
     folder = _read_folder(config, info, say, progress)
@@ -126,7 +126,7 @@ def _loaded(config: TrainConfig, pipe: Any | None, device: torch.device, say: Sa
     first = "cpu" if crew.shares_base else config.device
     pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize)
     chosen(pipe, config.components)
-    schedule(pipe, config.zero_terminal_snr)
+    noise_schedule(denoiser_of(pipe), config.zero_terminal_snr)
     if crew.shares_base:
         say(shard(pipe, config.components, device))
     return pipe
@@ -161,7 +161,7 @@ class _Encoder:
                 self.pipe.vae,
                 background=config.background,
                 flip=flip,
-                masked=inpaints(self.pipe),
+                masked=denoiser_of(self.pipe).told_masks,
                 alpha=config.masks == "alpha",
                 folder=config.cache,
                 on_progress=self.progress(what),
