@@ -166,7 +166,7 @@ _TEXT = Component(
     # The third is ComfyUI's of Stable Diffusion 2.
     ("text_encoder.", "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
     _CLIP_PATHS,
-    ("emb_params", "emp_params", "clip_l"),  # the second as OneTrainer spells it
+    ("clip_l", "emb_params", "emp_params"),  # the last as OneTrainer spells it
 )
 _TEXT_XL = Component(
     "text_encoder", "text encoder", "text_encoder_lr", "tokenizer", "lora_te1_", _TEXT.dotted, (), ("clip_l",)

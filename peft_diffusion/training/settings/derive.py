@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 from ... import methods
 from ...bases import family as families
+from ...bases.family import Family
 from ...core.errors import UserError
 from .blocks import ranked
 from .choices import OptimizerName
-from .pictures import ResolvedConfig, TrainConfig, output_path, run_path
+from .pictures import PRESET_ROLES, ResolvedConfig, TrainConfig, output_path, run_path
 from .presets import (
     CLASS_IMAGES,
     HELD_OUT_FROM,
@@ -46,6 +47,7 @@ def resolve(
         values["epochs"] = None
     family = families.find(base.family)
     preset = family.presets[config.preset]
+    values["components"] = adapted_components(config, family)
     settings = {name: one.rate for name, one in families.components().items() if one.rate in values}
 
     def rate(component: str, method: str) -> float:
@@ -79,6 +81,21 @@ def resolve(
         },
     )
     return ResolvedConfig(**values)
+
+
+def adapted_components(config: TrainConfig, family: Family) -> tuple[str, ...]:
+    """Name the components that a run adapts.
+
+    Args:
+        config: What was asked for; before a base is known, it names components of the most usual families.
+        family: That of the base.
+
+    Returns:
+        Those that were chosen, or the family's own of the preset's roles.
+    """
+    roles = PRESET_ROLES[config.preset]
+    chosen = config.components != families.SMALL_DIFFUSION.by_roles(roles)
+    return config.components if chosen else family.by_roles(roles)
 
 
 def _debiased(config: TrainConfig, base: Base) -> bool:

@@ -25,7 +25,7 @@ from ..machine.processes import Crew
 from ..machine.sharding import shard
 from ..progress import IMPATIENT
 from ..record.run_folder import RunFolder, check_run, check_writable
-from ..settings.derive import resolve
+from ..settings.derive import adapted_components, resolve
 from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
 from ..settings.presets import HELD_OUT_FROM
 from ..watch.drawing import Drawing
@@ -125,10 +125,12 @@ def _loaded(config: TrainConfig, pipe: Any | None, device: torch.device, say: Sa
     source = config.base if pipe is None else pipe
     first = "cpu" if crew.shares_base else config.device
     pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize)
-    chosen(pipe, config.components)
-    noise_schedule(denoiser_of(pipe), config.zero_terminal_snr)
+    denoiser = denoiser_of(pipe)
+    components = adapted_components(config, denoiser.family)
+    chosen(pipe, components)
+    noise_schedule(denoiser, config.zero_terminal_snr)
     if crew.shares_base:
-        say(shard(pipe, config.components, device))
+        say(shard(pipe, components, device))
     return pipe
 
 
