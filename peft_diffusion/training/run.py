@@ -493,6 +493,8 @@ def base_kept(base: Any, say: Say) -> Iterator[str]:
         RuntimeError: A byte of the base has changed, which no setting may bring about.
     """
     parts = components(base)
+    for part in parts.values():
+        part.requires_grad_(False)  # of adapters too that it carried before, which this training is none of
     before = fingerprint(parts)
     say(f"base fingerprint before training: {before}")
     try:
