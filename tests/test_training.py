@@ -311,11 +311,11 @@ def test_a_loss_that_runs_away_stops():
 
 
 class Icons:
-    family, resolution = "other", 128
+    name, family, resolution = "icons", "other", 128
 
 
 class StableDiffusion1:
-    family, resolution = "sd1", 512
+    name, family, resolution = "sd1", "sd1", 512
 
 
 def test_presets_fill_what_was_left_out_and_nothing_else(tmp_path):
@@ -332,7 +332,7 @@ def test_presets_fill_what_was_left_out_and_nothing_else(tmp_path):
 def test_every_preset_gives_every_family_all_its_values():
     for preset in ("style", "subject"):
         for family in ("sd1", "sd2", "sdxl", "other"):
-            base = type("Base", (), {"family": family, "resolution": 64})()
+            base = type("Base", (), {"name": family, "family": family, "resolution": 64})()
             found = resolve(TrainConfig(folder=(Path("x"),), preset=preset), base, 48, "cpu")
             may_be_none = {"cache", "alpha", "epochs", "quantize", "target", "log_with"}
             assert not [f.name for f in fields(found) if getattr(found, f.name) is None and f.name not in may_be_none]

@@ -39,6 +39,7 @@ from .results import Outcome, RunResult
 from .settings.blocks import Block, check_methods
 from .settings.choices import LogWith
 from .settings.pictures import TrainConfig
+from .settings.resumption import DERIVED
 from .settings.shared import MethodSettings, RunSettings
 from .watch.find_lr import FoundRates, find, refuse_crew
 from .watch.previews import Previews
@@ -510,9 +511,10 @@ def base_kept(base: Any, say: Say) -> Iterator[str]:
         teach(base)
 
 
-def origin_of(config: Settings, items: Sequence[Mapping[str, str]], base: str, crew: Crew) -> Origin:
+def origin_of(config: RunSettings, items: Sequence[Mapping[str, str]], base: str, crew: Crew) -> Origin:
     """What a run depends on, as its checkpoints keep it."""
-    return Origin({**to_json(config), _PROCESSES: crew.size}, digest(items), base)
+    settings = {**to_json(config), DERIVED: sorted(config.derived), _PROCESSES: crew.size}
+    return Origin(settings, digest(items), base)
 
 
 def digest(items: Sequence[Mapping[str, str]]) -> str:

@@ -85,20 +85,22 @@ def prepare(
     dropout = config.caption_dropout or 0.0
     rules = CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards)
     device = pick_device(config.device)
-    asked = replace(config, precision=pick_precision(config.precision, device))
-    pipe = _loaded(asked, pipe, device, say, crew)
+    precision = pick_precision(config.precision, device)
+    pipe = _loaded(replace(config, precision=precision), pipe, device, say, crew)
     info, text = describe(pipe), denoiser_of(pipe).text
     held = f", linear layers in {config.quantize}" if config.quantize else ""
     say(f"base {info.name}: {info.family}, {info.prediction_type}, {info.resolution} pixels{held}")
     folder = _read_folder(config, info, say, progress)
     pictures = subfolders.apply(folder.pictures, config.repeats, config.folder_weight)
-    resolved = resolve(asked, info, len(pictures), device.type)
+    resolved = resolve(config, info, len(pictures), device.type, precision=precision)
     kept, apart = _split(pictures, resolved)
     fits = arrange(kept, resolved.resolution, info.step, no_upscale=not config.upscale)
     sides = 2 if config.flip else 1
     drawn = repeated(group(fits * sides), [one.repeats for one in kept] * sides)
     batches = steps_per_epoch(drawn, resolved.batch_size * crew.size)
-    resolved = resolve(asked, info, len(folder.pictures), device.type, batches)
+    earlier = RunFolder(run_path(config)).settings() if config.resume else None
+    count = len(folder.pictures)
+    resolved = resolve(config, info, count, device.type, batches, precision=precision, before=earlier)
     for line in (*describe_buckets(fits), *subfolders.describe(kept)):
         say(f"  {line}")
     say(_apart_line(len(apart), len(pictures), resolved))
