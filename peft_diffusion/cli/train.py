@@ -3,7 +3,6 @@
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from ..training.settings.pictures import TrainConfig
 from ..training.settings.shared import FIND_LR, LEARNING
@@ -20,8 +19,10 @@ def train(
     folder. Ctrl-C finishes the step and saves a checkpoint; --resume goes on.
     """
     from .. import api
+    from .console import TrainingConsole
 
-    if find_lr:
-        api.find_rates(config, console=Console())
-    else:
-        api.train(config, console=Console())
+    with TrainingConsole() as console:
+        if find_lr:
+            api.find_rates(config, observers=[console])
+        else:
+            api.train(config, observers=[console])
