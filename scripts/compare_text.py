@@ -262,7 +262,7 @@ def _trained(setting: Setting, base: LanguageModel, name: str, rate: float, size
             save_every=config.steps,
         )
         task = setting.task(base)
-        Trainer(task, arena, settings, around_pass=Working(arena.flat, arena.grad).passing).run()
+        Trainer(task, arena, settings, passes=Working(arena.flat, arena.grad)).run()
         loss = task.held_out()
     if loss is None:
         raise UserError("there is no text kept apart")

@@ -144,8 +144,7 @@ def ours(
     site.attach(unet, NAME, Lora(RANK), "attention")
     arena = arena_of(unet)
     settings = TrainerSettings(steps=10**9, rates={"unet": RATE}, log_every=10, save_every=10**9, cuda_graph=record)
-    around = Working(arena.flat, arena.grad).passing
-    trainer = Trainer(task_of(cell, unet), arena, settings, around_pass=around)
+    trainer = Trainer(task_of(cell, unet), arena, settings, passes=Working(arena.flat, arena.grad))
 
     def alone() -> None:
         trainer.records, before = False, trainer.records

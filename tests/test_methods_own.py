@@ -20,6 +20,7 @@ from peft_diffusion.bases.words import begun, teach
 from peft_diffusion.core import merge, site
 from peft_diffusion.core.adapter import Method
 from peft_diffusion.core.errors import FoldError, UserError
+from peft_diffusion.core.slot import slot_of
 from peft_diffusion.formats import container
 from peft_diffusion.generation import Adapters
 from peft_diffusion.methods.bitfit import BitFit
@@ -55,7 +56,7 @@ def alone(module: nn.Module, method: Method) -> nn.Module:
 
 
 def adapter_of(module: nn.Module):
-    return module.adapters["a"]
+    return slot_of(module).adapters["a"]
 
 
 def parameters(model: nn.Module, name: str = "a") -> int:

@@ -37,6 +37,7 @@ from peft_diffusion.bases import components, describe, digest, fingerprint, load
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import merge, quantized, site
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.slot import slot_of
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.generate import generate
 from peft_diffusion.generation.recipe import Recipe
@@ -204,7 +205,7 @@ def test_packed_adapters_of_a_half_base_are_cast_once(kind: str) -> None:
     for seed in (2, 3):  # as if it was trained between
         torch.nn.init.normal_(adapter.up, generator=torch.Generator().manual_seed(seed))
         site.pack(model)
-        assert model[0].packed.down.dtype == model[0].packed.up.dtype == torch.bfloat16
+        assert slot_of(model[0]).packed.down.dtype == slot_of(model[0]).packed.up.dtype == torch.bfloat16
         for strength in (1.0, 0.5):
             site.strengths(model).write({"a": strength})
             with torch.no_grad():
@@ -214,7 +215,7 @@ def test_packed_adapters_of_a_half_base_are_cast_once(kind: str) -> None:
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
     model.append(nn.LayerNorm(32))  # in float32: what the layer computes in cannot be told
     site.pack(model)
-    assert model[0].packed.down.dtype == torch.float32
+    assert slot_of(model[0]).packed.down.dtype == torch.float32
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (40, 32), (3, 50), (5, 7), (1, 200)])

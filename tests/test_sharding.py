@@ -19,7 +19,7 @@ from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.machine.memory_plan import Load, MemoryPlan
 from peft_diffusion.training.machine.processes import Crew
 from peft_diffusion.training.machine.sharding import sharing
-from peft_diffusion.training.settings.resumption import FREE_ON_RESUME
+from peft_diffusion.training.settings.resumption import free_on_resume
 
 # Several commands, and code in between, one after the other in the same processes, which so read their imports but once.
 COMMANDS = """
@@ -142,7 +142,7 @@ def test_a_crew_shares_a_base_only_if_told_to() -> None:
     shared = sharing(two, replace(config, shard_base=True), None)
     assert shared == Crew(1, 2, True) and shared.measures and not shared.leads
     assert two.agreed(3) == 3
-    assert "shard_base" in FREE_ON_RESUME
+    assert "shard_base" in free_on_resume(TrainConfig)
     tensor = torch.ones(2)
     assert whole(tensor) is tensor and here(tensor) is tensor
 

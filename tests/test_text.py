@@ -485,7 +485,7 @@ BAD = {
     "text train good.txt --lr 0": (1, "--lr must be above 0"),
     "text generate": (1, "there is no prompt"),
     "text generate a --temperature nan": (1, "temperature must be a finite number"),
-    "text generate a --top-p 0": (1, "top_p must be above 0"),
+    "text generate a --top-p 0": (1, "--top-p must be above 0, at most 1, not 0.0"),
     "text generate a --adapter missing.safetensors": (1, "there is no adapter file missing.safetensors"),
     "text write": (2, "write"),
 }  # fmt: skip

@@ -202,7 +202,7 @@ def _lessons(encoder: nn.Module, tokenizer: Any, of_lm: bool) -> _Lessons | None
 
 
 def _words(encoder: nn.Module) -> Iterator[_Word]:
-    for path, found in sites.sites(encoder).items():
+    for path, found in sites.slots(encoder).items():
         for owner, adapter in found.adapters.items():
             for part in parts_of(adapter):
                 if isinstance(part, TokensAdapter):

@@ -2,14 +2,13 @@
 
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from ..bases import embedded
 from ..core.errors import UserError
 from ..generation.recipe import check_folder
 from ..generation.settings import BlendConfig, Choice, DemoConfig, GenerateConfig
+from .flags import reads
 from .progress import bar
 
 if TYPE_CHECKING:
@@ -24,12 +23,12 @@ SUBJECTS = ("a red apple", "a cat", "a rocket", "a tulip", "a pizza", "a snowman
 BLENDED = ("a red apple", "a cat", "a rocket")
 
 
-def demo(config: Annotated[DemoConfig | None, Parameter(name="*")] = None) -> None:
+@reads(DemoConfig)
+def demo(config: DemoConfig) -> None:
     """Teach two sample styles, generate with each and blend them.
 
     Takes five minutes on two CPU cores.
     """
-    config = config or DemoConfig()
     check_folder(config.output)
     for style in STYLES:
         _check_own(config.output, style)

@@ -1,18 +1,13 @@
 """``peft-diffusion train``: learn a style from a folder of images and write it as one adapter file."""
 
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from ..training.settings.pictures import TrainConfig
-from ..training.settings.shared import FIND_LR, LEARNING
+from ..training.settings.shared import FindLr
+from .flags import reads
 
 
-def train(
-    config: Annotated[TrainConfig, Parameter(name="*")],
-    *,
-    find_lr: Annotated[bool, Parameter(group=LEARNING, negative=(), help=FIND_LR)] = False,
-) -> None:
+@reads(TrainConfig, FindLr)
+def train(config: TrainConfig, asked: FindLr) -> None:
     """Learn a style from a folder of images and write it as one adapter file.
 
     Whatever is left out comes from the preset, the base and the machine; what was chosen is printed and kept in the run
@@ -22,7 +17,7 @@ def train(
     from .console import TrainingConsole
 
     with TrainingConsole() as console:
-        if find_lr:
+        if asked.find_lr:
             api.find_rates(config, observers=[console])
         else:
             api.train(config, observers=[console])

@@ -8,10 +8,12 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from . import targets
 from .errors import FoldError, UserError
 
 Site = nn.Module  # any Linear, Conv2d, norm or embedding of a base
+
+DEFAULT_TARGET = "attention+ff"
+"""The target of a method that has none of its own, by its name in ``core.targets``."""
 
 
 class LowRank(NamedTuple):
@@ -19,6 +21,14 @@ class LowRank(NamedTuple):
 
     down: Tensor
     up: Tensor
+
+
+class Factors(NamedTuple):
+    """The trained matrices of a Linear site whose change is ``scale * up(down(x))``: (rank, in) and (out, rank)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
 
 
 class KeepsPrecision(nn.Module):
@@ -72,13 +82,15 @@ class Adapter(KeepsPrecision):
         changed: Tensor = self(x, y, strength, base)
         return changed
 
-    def takes_over(self, x: Tensor) -> bool:
-        """Whether, alone at its site, it computes what the site gives and its change in one, which ``whole`` does."""
-        return False
+    def low_rank_factors(self) -> Factors | None:
+        """The matrices that make up all of the change, as it is now, at a Linear site.
 
-    def whole(self, x: Tensor, strength: Tensor) -> Tensor:
-        """The output of the site with its change, for one strength, (1,), in float32."""
-        raise NotImplementedError
+        What computes a site and its change in one (`slot.FastPath`) asks for them.
+
+        Returns:
+            The matrices; None where the change is anything else, as while inputs are dropped.
+        """
+        return None
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What it adds, at strength 1, to the site's float32 ``weight`` and ``bias``; None leaves one as it is.
@@ -100,7 +112,7 @@ class Adapter(KeepsPrecision):
         raise NotImplementedError
 
     def _load_from_state_dict(self, *_: object) -> None:
-        # The base's state dict holds the base alone (see AdapterDict): nothing of an adapter is missing from it.
+        # The base's state dict holds the base alone (see Slot): nothing of an adapter is missing from it.
         pass
 
 
@@ -183,7 +195,7 @@ def parts_of(adapter: Adapter) -> list[Adapter]:
 
 
 class AdapterDict(nn.Module):
-    """The adapters of one site, in the order of attachment. They are left out of the base's state dict."""
+    """The adapters of one site, in the order of attachment."""
 
     def __getitem__(self, name: str) -> Adapter:
         adapter = self._modules[name]
@@ -207,10 +219,6 @@ class AdapterDict(nn.Module):
         """Names and adapters, in the order of attachment."""
         return [(name, self[name]) for name in self._modules]
 
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Nothing: an adapter has its own file."""
-        return {} if destination is None else destination
-
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -224,7 +232,7 @@ class Method:
 
     name: ClassVar[str]
     suffixes: ClassVar[frozenset[str]]
-    target: ClassVar[str] = targets.DEFAULT  # where it sits, unless one says
+    target: ClassVar[str] = DEFAULT_TARGET  # where it sits, unless one says
 
     def __init_subclass__(cls, *, name: str, suffixes: frozenset[str] = frozenset()) -> None:
         super().__init_subclass__()

@@ -12,6 +12,7 @@ from .adapter import parts_of
 from .errors import FoldError, UserError
 from .quantized import QuantizedLinear, plain_parts, torchao_codes, torchao_kind
 from .sharded import whole
+from .slot import Slot
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,18 @@ def merge(component: nn.Module) -> Merged:
     if found is None or found.merged:
         raise UserError("there is nothing to merge: no adapter is attached, or they are merged already")
     scalars = {name: found.scalar(name).tolist() for name in found.names}
-    carriers = sites_of.sites(component)
+    carriers, slots = sites_of.sites(component), sites_of.slots(component)
     folded: dict[str, dict[str, Tensor]] = {}
     for path, site in carriers.items():
         try:
-            folded[path] = _folded(site, scalars)
+            folded[path] = _folded(site, slots[path], scalars)
         except FoldError as error:
             raise FoldError(f"{path}: {error}") from None
     _refuse_tied(component, carriers, folded)
     errors = _Errors()
     for path, changed in folded.items():
         stored = _encoded(carriers[path], changed, errors)
-        carriers[path].unmerged = {name: _held(carriers[path], name).detach().clone() for name in stored}
+        slots[path].unmerged = {name: _held(carriers[path], name).detach().clone() for name in stored}
         _write(carriers[path], stored)
     found.merged = True
     return errors.report(len(carriers))
@@ -81,9 +82,10 @@ def unmerge(component: nn.Module) -> None:
     found = sites_of.strengths(component)
     if found is None or not found.merged:
         raise UserError("nothing is merged")
-    for site in sites_of.sites(component).values():
-        _write(site, site.unmerged)
-        site.unmerged = {}
+    slots = sites_of.slots(component)
+    for path, site in sites_of.sites(component).items():
+        _write(site, slots[path].unmerged)
+        slots[path].unmerged = {}
     found.merged = False
 
 
@@ -162,15 +164,15 @@ def _encoded(site: nn.Module, changed: dict[str, Tensor], errors: _Errors) -> di
 
 
 @torch.no_grad()
-def _folded(site: sites_of.AdaptedSite, scalars: dict[str, list[float]]) -> dict[str, Tensor]:
+def _folded(site: nn.Module, slot: Slot, scalars: dict[str, list[float]]) -> dict[str, Tensor]:
     """Those of weight and bias of a site that its adapters change, with all changes in them, in float32."""
     # A whole sublayer has no weight of its own; what sits there says so itself when it is asked to fold.
     weight = dense_weight(site) if hasattr(site, "weight") else torch.zeros(0)
     own_bias = getattr(site, "bias", None)
     bias = own_bias.detach().to(torch.float32) if isinstance(own_bias, Tensor) else None
     changed: dict[str, Tensor] = {}
-    for name, adapter in site.adapters.items():
-        strength = scalars[name][site.block]
+    for name, adapter in slot.adapters.items():
+        strength = scalars[name][slot.block]
         if strength == 0:
             continue
         for part in parts_of(adapter):

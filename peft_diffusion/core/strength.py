@@ -28,6 +28,7 @@ class Strengths(KeepsPrecision):
         self.blocks = tuple(blocks)
         self.names: list[str] = []
         self.active: frozenset[str] = frozenset()  # those with a strength other than 0
+        self.full: frozenset[str] = frozenset()  # those with a strength of 1 everywhere, known without asking the device
         self.merged = False  # the weights hold the adapters, so sites add nothing
         self.register_buffer("values", torch.zeros(0, len(self.blocks), 1, device=device), persistent=False)
 
@@ -37,6 +38,7 @@ class Strengths(KeepsPrecision):
         self.values = torch.cat([self.values, ones])
         self.names.append(name)
         self.active |= {name}
+        self.full |= {name}
 
     def remove(self, name: str) -> None:
         """Forget an adapter."""
@@ -44,6 +46,7 @@ class Strengths(KeepsPrecision):
         self.values = self.values[keep]
         self.names.remove(name)
         self.active -= {name}
+        self.full -= {name}
 
     def write(self, strengths: Mapping[str, Strength]) -> None:
         """Set the strengths of the adapters named; the others keep theirs.
@@ -66,7 +69,9 @@ class Strengths(KeepsPrecision):
             self.values.copy_(values)
         else:
             self.values = values
-        self.active = frozenset(n for n, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
+        named = list(zip(self.names, rows, strict=True))
+        self.active = frozenset(name for name, row in named if bool(row.count_nonzero()))
+        self.full = frozenset(name for name, row in named if bool((row == 1).all()))
 
     @property
     def images(self) -> int:
@@ -76,15 +81,15 @@ class Strengths(KeepsPrecision):
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
         """An adapter at strength 0 inside; nothing waits for the device, so a recording can hold it."""
-        row, active = self.values[self.index(name)], self.active
+        row, active, full = self.values[self.index(name)], self.active, self.full
         before = row.clone()
         row.zero_()
-        self.active = active - {name}
+        self.active, self.full = active - {name}, full - {name}
         try:
             yield
         finally:
             row.copy_(before)
-            self.active = active
+            self.active, self.full = active, full
 
     def index(self, name: str) -> int:
         """The row of an adapter in ``values``."""

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .errors import UserError
-
-DEFAULT = "attention+ff"
+from .slot import slot_of
 
 _UNET = {
     "attention": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
@@ -104,8 +103,8 @@ def architecture(component: nn.Module) -> str:
 
 def modules(component: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base by its path, without what adapters brought."""
-    brought = re.compile(r"(^|\.)(adapters|strengths|packed)(\.|$)")
-    return {path: module for path, module in component.named_modules() if not brought.search(path)}
+    ours = {part for module in component.modules() if (slot := slot_of(module)) is not None for part in slot.modules()}
+    return {path: module for path, module in component.named_modules() if module not in ours}
 
 
 def blocks(component: nn.Module) -> Blocks:

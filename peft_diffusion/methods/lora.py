@@ -1,18 +1,16 @@
 """LoRA: a change of low rank (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.adapter import LowRank, Method, Site, float32_parameter
+from ..core.adapter import Factors, LowRank, Method, Site, float32_parameter
 from ..core.errors import UserError
 from ..core.merge import dense_weight
-from ..core.site import AdaptedSite, is_plain_linear
-from ..fast.low_rank import Projections, in_pass, low_rank_linear, pays, projections, stacked
 from .shared.affine import (
     ALPHA,
     WeightChange,
@@ -137,19 +135,6 @@ def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
     return LoraAdapter(site, down, up, read_alpha(tensors, len(down)), 0.0)
 
 
-def as_one(layers: Sequence[nn.Module], x: Tensor) -> Projections | None:
-    """Linear layers without biases whose weights lie one after the other, a LoRA alone at each, as one; None for others."""
-    if not in_pass():
-        return None
-    lone = [layer.lone(x) if isinstance(layer, AdaptedSite) else None for layer in layers]
-    adapters = [adapter for adapter in lone if type(adapter) is LoraAdapter]
-    pairs, scales = [(adapter.down, adapter.up) for adapter in adapters], {adapter.scale for adapter in adapters}
-    if len(adapters) < len(layers) or len(scales) > 1 or any(layer.bias is not None for layer in layers):
-        return None
-    weight = stacked([layer.weight.detach() for layer in layers if isinstance(layer, nn.Linear)])
-    return None if weight is None else projections(weight.flatten(0, 1), None, pairs, scales.pop())
-
-
 class LoraAdapter(WeightChange):
     """The pair of one site: ``down`` (rank, in, ...), ``up`` (out, rank)."""
 
@@ -185,21 +170,11 @@ class LoraAdapter(WeightChange):
             return y + F.conv2d(hidden, up[:, :, None, None])
         return torch.addmm(y.reshape(-1, len(up)), hidden.reshape(-1, up.shape[1]), up.t()).view(y.shape)
 
-    def takes_over(self, x: Tensor) -> bool:
-        """At a frozen Linear that is not quantized, without dropout, where one function is the faster."""
-        site = self.site
-        if self.geometry is not None or not pays(x) or (self.dropout and self.training):
-            return False
-        frozen = is_plain_linear(site) and not any(own.requires_grad for own in site.parameters(recurse=False))
-        return frozen and site.weight.dtype == x.dtype
-
-    def whole(self, x: Tensor, strength: Tensor) -> Tensor:
-        """The same as ``forward`` on the site's own output, saving ``x`` once and making no second output."""
-        site, (down, up) = self.site, self.pair()
-        if not isinstance(site, nn.Linear):
-            raise TypeError(f"one function is for Linear, not {type(site).__name__}")
-        quick = projections(site.weight, site.bias, [(self.down, self.up)], self.scale)
-        return low_rank_linear(x, site.weight, site.bias, down, up, strength, self.scale) if quick is None else quick(x)
+    def low_rank_factors(self) -> Factors | None:
+        """``down`` and ``up`` of a Linear; None for a convolution, and while inputs are dropped."""
+        if self.geometry is not None or (self.dropout and self.training):
+            return None
+        return Factors(*self.pair(), self.scale)
 
     def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
         """``down(x)``, of the rank's width, in the dtype of ``x``."""

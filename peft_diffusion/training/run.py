@@ -24,7 +24,7 @@ from ..core.arena import Arena
 from ..core.errors import Interrupted, UserError
 from ..core.events import Event, Observer, Observers, Stop, Warned, check_stop, stop_on_signal
 from ..core.files import explained
-from ..core.settings import Settings, pick
+from ..core.settings import Settings, pick, to_json
 from ..fast.low_rank import Working
 from .attachment import NAME, Attached, at_strength, attach, described
 from .events import Data, Ended, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
@@ -43,7 +43,6 @@ from .settings.blocks import Block, check_methods
 from .settings.choices import LogWith
 from .settings.pictures import TrainConfig
 from .settings.shared import MethodSettings, RunSettings
-from .settings.toml import to_json
 from .watch.clock import Clock
 from .watch.find_lr import Search, refuse_crew
 from .watch.previews import Previews
@@ -304,7 +303,6 @@ class _Run(Generic[Result]):
         self.adapter = described(material.parts, material.blocks, self.arena.count)
         plan = pick(Plan, config, attached, {"data": material.data, "batch": _batch(config), "processes": crew.size})
         tell(Prepared(self.adapter, self.arena.count, plan))
-        self.working = Working(self.arena.flat, self.arena.grad)
         self.trainer = self.trial(task, self._settings(attached))
         self.trainer.observers = [tell]
         self.previews = material.previews(self.trainer, folder) if crew.measures else None
@@ -317,8 +315,8 @@ class _Run(Generic[Result]):
 
     def trial(self, task: Task, settings: TrainerSettings) -> Trainer:
         """A trainer of the adapter, which nobody watches."""
-        around = self.working.passing
-        return Trainer(task, self.arena, settings, crew=self.crew, data=self.material.data, around_pass=around)
+        passes = Working(self.arena.flat, self.arena.grad)
+        return Trainer(task, self.arena, settings, crew=self.crew, data=self.material.data, passes=passes)
 
     def memory_plan(self) -> MemoryPlan:
         """How the run uses the memory of its device."""

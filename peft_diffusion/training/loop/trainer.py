@@ -73,6 +73,29 @@ class TrainerSettings:
     optimizer: OptimizerName = "adamw"
 
 
+class Passes(Protocol):
+    """What every pass forward and backward runs inside, such as a fast path of a method: `fast.low_rank.Working` is one."""
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Returns: what a pass runs inside."""
+        ...
+
+    @property
+    def full(self) -> bool:
+        """Whether a recording of a pass still holds."""
+        ...
+
+
+class PlainPasses:
+    """Passes with nothing around them."""
+
+    full = True
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Returns: nothing to run inside."""
+        return nullcontext()
+
+
 @dataclass
 class Divergence:
     """Sees a running loss that leaves its early value behind."""
@@ -126,7 +149,7 @@ class Trainer:
         data: What is learned from, for those who read of measurements.
         keep: Is given a state to go on from now and then; its tensors change with the next step.
         after_step: Is done after each step, with the number of those done, such as drawing previews.
-        around_pass: Every pass forward and backward runs inside what this gives, such as a fast path of a method.
+        passes: What every pass forward and backward runs inside.
     """
 
     def __init__(
@@ -140,7 +163,7 @@ class Trainer:
         data: Data = "pictures",
         keep: Callable[["TrainerState"], None] | None = None,
         after_step: Sequence[Callable[[int], None]] = (),
-        around_pass: Callable[[], AbstractContextManager[None]] = nullcontext,
+        passes: Passes = PlainPasses(),  # noqa: B008 -- has no state
     ) -> None:
         self.task = task
         self.crew = crew
@@ -150,7 +173,7 @@ class Trainer:
         self.data = data
         self.keep = keep
         self.after_step = list(after_step)
-        self.around_pass = around_pass
+        self.passes = passes
         self.step = 0
         self.saved = -1  # the step of the last checkpoint
         self.divergence = Divergence()
@@ -164,7 +187,7 @@ class Trainer:
         self.records = settings.cuda_graph and arena.flat.device.type == "cuda"
         self.optimizer = self._optimizer()
         device = arena.flat.device
-        self.gradients = Recorder(self._add_gradients, lambda: [arena.grad, self.total], device)
+        self.gradients = Recorder(self._add_gradients, lambda: [arena.grad, self.total], device, lambda: self.passes.full)
         self.update = Recorder(self._update, self._updated, device)
 
     def run(self, until: int | None = None, stop: Stop = Never()) -> bool:  # noqa: B008 -- has no state
@@ -306,7 +329,7 @@ class Trainer:
 
     def _add_gradients(self, inputs: Inputs) -> None:
         """Forward and backward of a micro-batch."""
-        with self.around_pass():
+        with self.passes.passing():
             loss = self.task.loss(inputs) / self.settings.accumulation
             loss.backward()  # type: ignore[no-untyped-call]
         self.total.add_(loss.detach())

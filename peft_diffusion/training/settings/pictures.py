@@ -1,14 +1,25 @@
 """What a training on pictures is told: one dataclass for flags, TOML file and Python. Imports no torch."""
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Group, Parameter
 
 from ...bases import family as families
 from ...bases.family import Role
 from ...core.errors import UserError
+from ...core.settings import (
+    COUNT,
+    NATURAL,
+    POSITIVE,
+    SHARE,
+    WHOLE_SHARE,
+    Flag,
+    Group,
+    Range,
+    about,
+    explained,
+    setting,
+    settle,
+)
 from .choices import (
     HuberSchedule,
     Keep,
@@ -25,73 +36,132 @@ from .shared import ADAPTER, LEARNING, MACHINE, RESULT, WATCH, SharedConfig, ada
 # What a preset adapts, by role: of text encoders the first.
 PRESET_ROLES: dict[str, tuple[Role, ...]] = {"style": ("denoiser",), "subject": ("denoiser", "text encoder")}
 
-_DATA = Group("Pictures and captions", sort_key=2)
-_PRIOR = Group("Keeping the class", sort_key=3)
+_DATA = Group("Pictures and captions", 2)
+_PRIOR = Group("Keeping the class", 3)
 
 
 @dataclass(frozen=True)
 class _PictureConfig:
     """What a run learns from and what it makes."""
 
-    folder: Annotated[tuple[Path, ...], Parameter(group=RESULT, negative=())]
-    """Image folders to learn from, with their subfolders. Several are read as one."""
+    folder: tuple[Path, ...] = field(
+        metadata=about(
+            "Image folders to learn from, with their subfolders. Several are read as one.", RESULT, free_on_resume=True
+        )
+    )
     _: KW_ONLY
-    output: Annotated[Path | None, Parameter(group=RESULT, alias="-o")] = None
-    """The adapter file to write; by default the folder's name with .safetensors, in the present directory."""
-    base: Annotated[str, Parameter(group=RESULT)] = "icons"
-    """The model to teach: icons (embedded), a diffusers folder, a .safetensors checkpoint or a hub id."""
-    preset: Annotated[Preset, Parameter(group=RESULT)] = "style"
-    """Where the values that you leave out come from: style learns the look that all pictures share, subject one character
-    or thing from a few pictures."""
+    output: Path | None = setting(
+        None,
+        "The adapter file to write; by default the folder's name with .safetensors, in the present directory.",
+        RESULT,
+        flag=Flag(aliases=("-o",)),
+        place=True,
+        free_on_resume=True,
+    )
+    base: str = setting(
+        "icons", "The model to teach: icons (embedded), a diffusers folder, a .safetensors checkpoint or a hub id.", RESULT
+    )
+    preset: Preset = setting(
+        "style",
+        "Where the values that you leave out come from: style learns the look that all pictures share, subject one "
+        "character or thing from a few pictures.",
+        RESULT,
+        free_on_resume=True,
+    )
 
-    trigger: Annotated[str, Parameter(group=_DATA)] = ""
-    """Words that call the style, put into every caption: "ink style", or "ink drawing of {}" with {} for the caption."""
-    missing_captions: Annotated[MissingCaptions, Parameter(group=_DATA)] = "stop"
-    """What becomes of pictures without caption: stop, use the file name, use no words (empty), or skip them."""
-    caption_dropout: Annotated[float | None, Parameter(group=_DATA)] = None
-    """Share of captions left empty in training (0 to 1); a little keeps guidance working."""
-    wildcards: Annotated[bool, Parameter(group=_DATA, negative=())] = False
-    """Take one of {a|b} in captions, another in every step, for words that should not matter; {{ and }} are braces."""
-    shuffle_tags: Annotated[bool, Parameter(group=_DATA, negative=())] = False
-    """Shuffle comma-separated tags in every step; for tag captions, so that their order means nothing."""
-    keep_tags: Annotated[int, Parameter(group=_DATA)] = 0
-    """So many tags at the front stay in place when tags are shuffled."""
-    flip: Annotated[bool, Parameter(group=_DATA, negative=())] = False
-    """Learn from mirrored pictures too; not for a style with writing or a side that matters."""
-    upscale: Annotated[bool, Parameter(group=_DATA, negative=())] = False
-    """Enlarge pictures below the resolution; otherwise they are trained at their own size."""
-    background: Annotated[str, Parameter(group=_DATA)] = "white"
-    """Colour behind transparent pictures: a name or #rrggbb."""
-    resolution: Annotated[int | None, Parameter(group=_DATA)] = None
-    """Pixels a side of a square picture; by default the base's own."""
-    held_out: Annotated[float | None, Parameter(group=_DATA)] = None
-    """Share of the pictures kept apart to measure on (0 to below 1); by default a tenth where there are 20 or more."""
-    cache: Annotated[Path | None, Parameter(group=_DATA)] = None
-    """Folder to keep encoded pictures in, so that the next run on them starts faster; by default only memory."""
-    repeats: Annotated[tuple[str, ...], Parameter(group=_DATA, negative=(), consume_multiple=False)] = ()
-    """SUBFOLDER=N: draw its pictures N times in an epoch, for a few that count; a subfolder named 10_name is drawn 10 times
-    without that."""
-    folder_weight: Annotated[tuple[str, ...], Parameter(group=_DATA, negative=(), consume_multiple=False)] = ()
-    """SUBFOLDER=WEIGHT: what its pictures count in the loss, below 1 for doubtful ones."""
-    masks: Annotated[Masks, Parameter(group=_DATA)] = "files"
-    """What of a picture is learned: the white of NAME-mask.png beside it (files), what is not transparent where there is
-    no such file (alpha), or all of it (off)."""
+    trigger: str = setting(
+        "",
+        'Words that call the style, put into every caption: "ink style", or "ink drawing of {}" with {} for the caption.',
+        _DATA,
+    )
+    missing_captions: MissingCaptions = setting(
+        "stop",
+        "What becomes of pictures without caption: stop, use the file name, use no words (empty), or skip them.",
+        _DATA,
+        free_on_resume=True,
+    )
+    caption_dropout: float | None = setting(
+        None, "Share of captions left empty in training (0 to 1); a little keeps guidance working.", _DATA, WHOLE_SHARE
+    )
+    wildcards: bool = setting(
+        False,
+        "Take one of {a|b} in captions, another in every step, for words that should not matter; {{ and }} are braces.",
+        _DATA,
+    )
+    shuffle_tags: bool = setting(
+        False, "Shuffle comma-separated tags in every step; for tag captions, so that their order means nothing.", _DATA
+    )
+    keep_tags: int = setting(0, "So many tags at the front stay in place when tags are shuffled.", _DATA, NATURAL)
+    flip: bool = setting(
+        False, "Learn from mirrored pictures too; not for a style with writing or a side that matters.", _DATA
+    )
+    upscale: bool = setting(
+        False, "Enlarge pictures below the resolution; otherwise they are trained at their own size.", _DATA
+    )
+    background: str = setting("white", "Colour behind transparent pictures: a name or #rrggbb.", _DATA)
+    resolution: int | None = setting(
+        None, "Pixels a side of a square picture; by default the base's own.", _DATA, COUNT, unit="pixels"
+    )
+    held_out: float | None = setting(
+        None,
+        "Share of the pictures kept apart to measure on (0 to below 1); by default a tenth where there are 20 or more.",
+        _DATA,
+        SHARE,
+    )
+    cache: Path | None = setting(
+        None,
+        "Folder to keep encoded pictures in, so that the next run on them starts faster; by default only memory.",
+        _DATA,
+        place=True,
+        free_on_resume=True,
+    )
+    repeats: tuple[str, ...] = setting(
+        (),
+        "SUBFOLDER=N: draw its pictures N times in an epoch, for a few that count; a subfolder named 10_name is "
+        "drawn 10 times without that.",
+        _DATA,
+    )
+    folder_weight: tuple[str, ...] = setting(
+        (), "SUBFOLDER=WEIGHT: what its pictures count in the loss, below 1 for doubtful ones.", _DATA
+    )
+    masks: Masks = setting(
+        "files",
+        "What of a picture is learned: the white of NAME-mask.png beside it (files), what is not transparent where "
+        "there is no such file (alpha), or all of it (off).",
+        _DATA,
+    )
 
-    class_prompt: Annotated[tuple[str, ...], Parameter(group=_PRIOR, negative=(), consume_multiple=False)] = ()
-    """What the subject is one of, as in "a portrait of a woman": the base draws pictures of it, and what they show is kept
-    as it was. For a subject that should leave the rest alone; give it again for more kinds."""
-    class_images: Annotated[int | None, Parameter(group=_PRIOR)] = None
-    """Pictures that the base draws for the class prompts; they are kept for later runs."""
-    regularisation: Annotated[tuple[Path, ...], Parameter(group=_PRIOR, negative=())] = ()
-    """A folder of pictures of the class, in place of those that the base draws or beside them; repeats and captions as
-    usual, without the trigger. Give it again for more folders."""
-    prior_weight: Annotated[float, Parameter(group=_PRIOR)] = 1.0
-    """What the pictures of the class count in the loss; raise it when prompts without the trigger change."""
-    prior_target: Annotated[PriorTarget, Parameter(group=_PRIOR)] = "base"
-    """What is learned from pictures of the class: to answer as the base does (base), which keeps more of it, or the pictures
-    themselves (noise), for a folder of better ones than the base draws."""
+    class_prompt: tuple[str, ...] = setting(
+        (),
+        'What the subject is one of, as in "a portrait of a woman": the base draws pictures of it, and what they '
+        "show is kept as it was. For a subject that should leave the rest alone; give it again for more kinds.",
+        _PRIOR,
+    )
+    class_images: int | None = setting(
+        None, "Pictures that the base draws for the class prompts; they are kept for later runs.", _PRIOR, COUNT
+    )
+    regularisation: tuple[Path, ...] = setting(
+        (),
+        "A folder of pictures of the class, in place of those that the base draws or beside them; repeats and "
+        "captions as usual, without the trigger. Give it again for more folders.",
+        _PRIOR,
+        free_on_resume=True,
+    )
+    prior_weight: float = setting(
+        1.0,
+        "What the pictures of the class count in the loss; raise it when prompts without the trigger change.",
+        _PRIOR,
+        NATURAL,
+    )
+    prior_target: PriorTarget = setting(
+        "base",
+        "What is learned from pictures of the class: to answer as the base does (base), which keeps more of it, or "
+        "the pictures themselves (noise), for a folder of better ones than the base draws.",
+        _PRIOR,
+    )
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(SharedConfig, _PictureConfig):
     """Everything a training run is told. A field left at None gets the preset's value for the base.
@@ -99,68 +169,137 @@ class TrainConfig(SharedConfig, _PictureConfig):
     Raises UserError for a value that no run can use.
     """
 
-    dropout: Annotated[float, Parameter(group=ADAPTER)] = 0.0
-    """Share of a layer's inputs that a LoRA does not see in a step; against overfitting on a few pictures."""
-    block: Annotated[tuple[str, ...], Parameter(group=ADAPTER, negative=(), consume_multiple=False)] = ()
-    """In place of method and target: "COMPONENT TARGET METHOD NAME=VALUE ..." (lr=... too); several train together."""
-    target: Annotated[str | None, Parameter(group=ADAPTER)] = None
-    """Layers to adapt: attention, attention+ff, all-linear, conv, all, ..., or a regular expression over module paths; by
-    default those that the method was made for, attention+ff for a LoRA."""
-    components: Annotated[tuple[str, ...], Parameter(group=ADAPTER, negative=())] = ()
-    """Parts to adapt, with commas: unet (by default), or unet,text_encoder for words that the base does not know (by default
-    for a subject); SDXL has a text_encoder_2 too."""
+    dropout: float = setting(
+        0.0,
+        "Share of a layer's inputs that a LoRA does not see in a step; against overfitting on a few pictures.",
+        ADAPTER,
+        SHARE,
+    )
+    block: tuple[str, ...] = setting(
+        (),
+        'In place of method and target: "COMPONENT TARGET METHOD NAME=VALUE ..." (lr=... too); several train together.',
+        ADAPTER,
+    )
+    target: str | None = setting(
+        None,
+        "Layers to adapt: attention, attention+ff, all-linear, conv, all, ..., or a regular expression over module "
+        "paths; by default those that the method was made for, attention+ff for a LoRA.",
+        ADAPTER,
+    )
+    components: tuple[str, ...] = setting(
+        (),
+        "Parts to adapt, with commas: unet (by default), or unet,text_encoder for words that the base does not "
+        "know (by default for a subject); SDXL has a text_encoder_2 too.",
+        ADAPTER,
+    )
 
-    epochs: Annotated[float | None, Parameter(group=LEARNING)] = None
-    """Length as passes over the pictures, instead of steps; wins over them."""
-    batch_size: Annotated[int | None, Parameter(group=LEARNING)] = None
-    """Pictures computed at once; lower it when memory runs out."""
-    unet_lr: Annotated[float | None, Parameter(group=LEARNING)] = None
-    """Learning rate of the UNet. Lower it when the loss rises, raise it when nothing changes."""
-    text_encoder_lr: Annotated[float | None, Parameter(group=LEARNING)] = None
-    """Learning rate of the text encoders, when they are among the components."""
-    scheduler: Annotated[Scheduler | None, Parameter(group=LEARNING)] = None
-    """Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line."""
-    warmup: Annotated[int | None, Parameter(group=LEARNING)] = None
-    """Steps in which the learning rate rises from 0; by default at most a fifth of the run."""
-    min_snr_gamma: Annotated[float | None, Parameter(group=LEARNING)] = None
-    """Holds down the weight of nearly clean timesteps (5 is usual, 0 is off)."""
-    timestep_bias: Annotated[TimestepBias | None, Parameter(group=LEARNING)] = None
-    """Timesteps to draw more often: later ones, with more noise, where colours and forms are decided; earlier ones, where
-    surfaces and lines are; or none."""
-    noise_offset: Annotated[float, Parameter(group=LEARNING)] = 0.0
-    """Noise that shifts whole channels, for very dark or very light pictures (0.05 is much)."""
-    multires_noise: Annotated[float, Parameter(group=LEARNING)] = 0.0
-    """Noise of coarser shapes too, each so much as strong as the finer one (0.3 is usual, 0 is off); for large dark or light
-    areas, where an offset is too blunt."""
-    zero_terminal_snr: Annotated[bool, Parameter(group=LEARNING, negative=())] = False
-    """Let the schedule end in pure noise, so that pictures can be all dark or light; for bases with v-prediction only."""
-    loss: Annotated[Loss, Parameter(group=LEARNING)] = "l2"
-    """l2; or huber or smooth-l1, in which outliers count less, for folders with bad pictures among the good ones."""
-    huber_c: Annotated[float, Parameter(group=LEARNING)] = 0.1
-    """The error from which huber and smooth-l1 grow in a line (above 0, at most 1); lower ignores more."""
-    huber_schedule: Annotated[HuberSchedule, Parameter(group=LEARNING)] = "snr"
-    """How huber-c gets lower with the noise: after its share (snr), with the timestep (exponential), or not (constant)."""
-    debiased: Annotated[bool | None, Parameter(group=LEARNING)] = None
-    """Weigh timesteps so that none dominates what is learned; in place of min-snr-gamma, for details that stay vague. By
-    default where a small base learns words alone, which else cost it the subjects."""
-    seed: Annotated[int, Parameter(group=LEARNING)] = 0
-    """Number that all chance comes from: same seed, settings and pictures, same adapter."""
+    epochs: float | None = setting(
+        None,
+        "Length as passes over the pictures, instead of steps; wins over them.",
+        LEARNING,
+        POSITIVE,
+        free_on_resume=True,
+    )
+    batch_size: int | None = setting(None, "Pictures computed at once; lower it when memory runs out.", LEARNING, COUNT)
+    unet_lr: float | None = setting(
+        None, "Learning rate of the UNet. Lower it when the loss rises, raise it when nothing changes.", LEARNING, POSITIVE
+    )
+    text_encoder_lr: float | None = setting(
+        None, "Learning rate of the text encoders, when they are among the components.", LEARNING, POSITIVE
+    )
+    scheduler: Scheduler | None = setting(
+        None, "Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line.", LEARNING
+    )
+    warmup: int | None = setting(
+        None, "Steps in which the learning rate rises from 0; by default at most a fifth of the run.", LEARNING, NATURAL
+    )
+    min_snr_gamma: float | None = setting(
+        None, "Holds down the weight of nearly clean timesteps (5 is usual, 0 is off).", LEARNING, NATURAL
+    )
+    timestep_bias: TimestepBias | None = setting(
+        None,
+        "Timesteps to draw more often: later ones, with more noise, where colours and forms are decided; earlier "
+        "ones, where surfaces and lines are; or none.",
+        LEARNING,
+    )
+    noise_offset: float = setting(
+        0.0, "Noise that shifts whole channels, for very dark or very light pictures (0.05 is much).", LEARNING, NATURAL
+    )
+    multires_noise: float = setting(
+        0.0,
+        "Noise of coarser shapes too, each so much as strong as the finer one (0.3 is usual, 0 is off); for large "
+        "dark or light areas, where an offset is too blunt.",
+        LEARNING,
+        SHARE,
+    )
+    zero_terminal_snr: bool = setting(
+        False,
+        "Let the schedule end in pure noise, so that pictures can be all dark or light; for bases with v-prediction only.",
+        LEARNING,
+    )
+    loss: Loss = setting(
+        "l2",
+        "l2; or huber or smooth-l1, in which outliers count less, for folders with bad pictures among the good ones.",
+        LEARNING,
+    )
+    huber_c: float = setting(
+        0.1,
+        "The error from which huber and smooth-l1 grow in a line (above 0, at most 1); lower ignores more.",
+        LEARNING,
+        Range(0, 1, above=True),
+    )
+    huber_schedule: HuberSchedule = setting(
+        "snr",
+        "How huber-c gets lower with the noise: after its share (snr), with the timestep (exponential), or not (constant).",
+        LEARNING,
+    )
+    debiased: bool | None = setting(
+        None,
+        "Weigh timesteps so that none dominates what is learned; in place of min-snr-gamma, for details that stay "
+        "vague. By default where a small base learns words alone, which else cost it the subjects.",
+        LEARNING,
+        flag=Flag(negative=True),
+    )
+    seed: int = setting(
+        0, "Number that all chance comes from: same seed, settings and pictures, same adapter.", LEARNING, NATURAL
+    )
 
-    run_dir: Annotated[Path | None, Parameter(group=WATCH)] = None
-    """Folder for settings, metrics, previews and checkpoints; by default runs/NAME, after the output file."""
-    save_every: Annotated[int | None, Parameter(group=WATCH)] = None
-    """Steps between checkpoints; each comes with a measurement on the pictures kept apart. By default a sixth of the run."""
-    preview_prompts: Annotated[tuple[str, ...], Parameter(group=WATCH, negative=())] = ()
-    """Prompts of the previews; by default captions of pictures kept apart."""
-    preview_every: Annotated[int | None, Parameter(group=WATCH)] = None
-    """Steps between previews; 0 draws them at start and end only, which is the default on a CPU."""
-    preview_steps: Annotated[int, Parameter(group=WATCH)] = 20
-    """Denoising steps of a preview; 0 draws none."""
+    run_dir: Path | None = setting(
+        None,
+        "Folder for settings, metrics, previews and checkpoints; by default runs/NAME, after the output file.",
+        WATCH,
+        place=True,
+        free_on_resume=True,
+    )
+    save_every: int | None = setting(
+        None,
+        "Steps between checkpoints; each comes with a measurement on the pictures kept apart. By default a sixth "
+        "of the run.",
+        WATCH,
+        COUNT,
+        free_on_resume=True,
+    )
+    preview_prompts: tuple[str, ...] = setting(
+        (), "Prompts of the previews; by default captions of pictures kept apart.", WATCH, free_on_resume=True
+    )
+    preview_every: int | None = setting(
+        None,
+        "Steps between previews; 0 draws them at start and end only, which is the default on a CPU.",
+        WATCH,
+        NATURAL,
+        free_on_resume=True,
+    )
+    preview_steps: int = setting(20, "Denoising steps of a preview; 0 draws none.", WATCH, NATURAL, free_on_resume=True)
 
-    shard_base: Annotated[bool, Parameter(group=MACHINE, negative=())] = False
-    """Shard the base over the processes of torchrun or accelerate launch; for one too large for a card, as it is slower."""
+    shard_base: bool = setting(
+        False,
+        "Shard the base over the processes of torchrun or accelerate launch; for one too large for a card, as it is slower.",
+        MACHINE,
+        free_on_resume=True,
+    )
 
     def __post_init__(self) -> None:
+        settle(self)
         parts = tuple(part.strip() for item in self.components for part in item.split(",") if part.strip())
         parts = parts if self.components else families.SMALL_DIFFUSION.by_roles(PRESET_ROLES.get(self.preset, ("denoiser",)))
         object.__setattr__(self, "components", tuple(dict.fromkeys(parts)))

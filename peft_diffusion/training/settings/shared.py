@@ -2,26 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol
-
-from cyclopts import Group, Parameter
+from typing import Protocol
 
 from ...core.errors import UserError
-from ...core.settings import Settings
-from .checks import check_values
+from ...core.settings import COUNT, NATURAL, POSITIVE, SHARE, Flag, Group, Settings, setting, settle
 from .choices import Keep, LogWith, Memory, OptimizerName, Precision, Quantize, Scheduler
 
-RESULT = Group("What to make", sort_key=1)
-ADAPTER = Group("Adapter", sort_key=3)
-LEARNING = Group("Learning", sort_key=4)
-OPTIMIZER = Group("Optimizer", sort_key=5)
-WATCH = Group("Watching and keeping", sort_key=6)
-MACHINE = Group("Machine", sort_key=7)
-
-FIND_LR = (
-    "Find a learning rate by trials and stop; for a new base, method or kind of data. Takes as long as about five runs. "
-    "No adapter is written."
-)
+RESULT = Group("What to make", 1)
+ADAPTER = Group("Adapter", 3)
+LEARNING = Group("Learning", 4)
+OPTIMIZER = Group("Optimizer", 5)
+WATCH = Group("Watching and keeping", 6)
+MACHINE = Group("Machine", 7)
 
 
 class MethodSettings(Protocol):
@@ -96,64 +88,119 @@ class SharedConfig:
     such as its source, is therefore in a class of its own, and stands last among the bases.
     """
 
-    method: Annotated[str, Parameter(group=ADAPTER)] = "lora"
-    """What is trained at each layer: lora, or another method of the package."""
-    rank: Annotated[int | None, Parameter(group=ADAPTER)] = None
-    """Rank of a LoRA and its kin: how much it can hold, and how large the file is."""
-    alpha: Annotated[float | None, Parameter(group=ADAPTER)] = None
-    """A LoRA is scaled by alpha / rank; by default alpha is the rank."""
-    option: Annotated[tuple[str, ...], Parameter(group=ADAPTER, negative=(), consume_multiple=False)] = ()
-    """Another hyper-parameter of the method, as NAME=VALUE; give it again for more."""
+    method: str = setting("lora", "What is trained at each layer: lora, or another method of the package.", ADAPTER)
+    rank: int | None = setting(
+        None, "Rank of a LoRA and its kin: how much it can hold, and how large the file is.", ADAPTER, COUNT
+    )
+    alpha: float | None = setting(None, "A LoRA is scaled by alpha / rank; by default alpha is the rank.", ADAPTER, POSITIVE)
+    option: tuple[str, ...] = setting(
+        (), "Another hyper-parameter of the method, as NAME=VALUE; give it again for more.", ADAPTER
+    )
 
-    steps: Annotated[int | None, Parameter(group=LEARNING)] = None
-    """Number of steps."""
+    steps: int | None = setting(None, "Number of steps.", LEARNING, COUNT, free_on_resume=True)
 
-    optimizer: Annotated[OptimizerName, Parameter(group=OPTIMIZER)] = "adamw"
-    """What moves the weights: adamw; adamw8bit, whose state takes a quarter of the memory (needs bitsandbytes); prodigy,
-    which finds its learning rate (prodigyopt); or schedule-free, for a run that may end at any step (schedulefree)."""
-    accumulation: Annotated[int, Parameter(group=OPTIMIZER)] = 1
-    """Batches that make one step; raise it to keep the effect of a batch that memory does not hold."""
-    weight_decay: Annotated[float, Parameter(group=OPTIMIZER)] = 0.01
-    """The optimizer's pull of the adapter's weights towards 0."""
-    clip: Annotated[float, Parameter(group=OPTIMIZER)] = 1.0
-    """Largest norm of a step's gradient; 0 is no limit."""
-    ema: Annotated[float, Parameter(group=OPTIMIZER)] = 0.0
-    """Decay of the average of the weights that is saved in their place (0.99 or more; 0 is off)."""
+    optimizer: OptimizerName = setting(
+        "adamw",
+        "What moves the weights: adamw; adamw8bit, whose state takes a quarter of the memory (needs bitsandbytes); "
+        "prodigy, which finds its learning rate (prodigyopt); or schedule-free, for a run that may end at any step "
+        "(schedulefree).",
+        OPTIMIZER,
+    )
+    accumulation: int = setting(
+        1, "Batches that make one step; raise it to keep the effect of a batch that memory does not hold.", OPTIMIZER, COUNT
+    )
+    weight_decay: float = setting(0.01, "The optimizer's pull of the adapter's weights towards 0.", OPTIMIZER, NATURAL)
+    clip: float = setting(1.0, "Largest norm of a step's gradient; 0 is no limit.", OPTIMIZER, NATURAL)
+    ema: float = setting(
+        0.0, "Decay of the average of the weights that is saved in their place (0.99 or more; 0 is off).", OPTIMIZER, SHARE
+    )
 
-    resume: Annotated[bool, Parameter(group=WATCH, negative=())] = False
-    """Go on from the newest checkpoint of the run folder."""
-    overwrite: Annotated[bool, Parameter(group=WATCH, negative=())] = False
-    """Replace an output file and a run folder that are there already."""
-    log_every: Annotated[int, Parameter(group=WATCH)] = 10
-    """Steps between readings of the loss; rarer is a little faster on a GPU."""
-    keep: Annotated[Keep | None, Parameter(group=WATCH)] = None
-    """Weights to write: the best by the loss on what is kept apart, or the last. By default the last of a style, whose look
-    still gains when that loss no longer falls, and else the best; with nothing kept apart, the last."""
-    keep_checkpoints: Annotated[int, Parameter(group=WATCH)] = 2
-    """How many of the newest checkpoints stay, beside the best one; more to compare them, at the cost of disk."""
-    patience: Annotated[int, Parameter(group=WATCH)] = 0
-    """End after so many measurements without a new lowest loss (0 never); saves time where a run may be too long."""
+    resume: bool = setting(
+        False, "Go on from the newest checkpoint of the run folder.", WATCH, free_on_resume=True, kept=False
+    )
+    overwrite: bool = setting(
+        False, "Replace an output file and a run folder that are there already.", WATCH, free_on_resume=True, kept=False
+    )
+    log_every: int = setting(
+        10, "Steps between readings of the loss; rarer is a little faster on a GPU.", WATCH, COUNT, free_on_resume=True
+    )
+    keep: Keep | None = setting(
+        None,
+        "Weights to write: the best by the loss on what is kept apart, or the last. By default the last of a "
+        "style, whose look still gains when that loss no longer falls, and else the best; with nothing kept apart, "
+        "the last.",
+        WATCH,
+        free_on_resume=True,
+    )
+    keep_checkpoints: int = setting(
+        2,
+        "How many of the newest checkpoints stay, beside the best one; more to compare them, at the cost of disk.",
+        WATCH,
+        COUNT,
+        free_on_resume=True,
+    )
+    patience: int = setting(
+        0,
+        "End after so many measurements without a new lowest loss (0 never); saves time where a run may be too long.",
+        WATCH,
+        NATURAL,
+        free_on_resume=True,
+    )
 
-    log_with: Annotated[LogWith | None, Parameter(group=WATCH)] = None
-    """Log losses, rates, measurements and previews for tensorboard too, under logs/ of the run folder; to watch it live."""
+    log_with: LogWith | None = setting(
+        None,
+        "Log losses, rates, measurements and previews for tensorboard too, under logs/ of the run folder; to watch it live.",
+        WATCH,
+        free_on_resume=True,
+    )
 
-    device: Annotated[str, Parameter(group=MACHINE)] = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
-    precision: Annotated[Precision, Parameter(group=MACHINE)] = "auto"
-    """Precision of the base in training; auto is bfloat16 on a GPU that has it, else float32. Adapters are float32."""
-    cuda_graph: Annotated[bool, Parameter(group=MACHINE)] = True
-    """On CUDA, record each step once as a CUDA graph and run it from there, which spares the host most of its work, and fuse
-    norms, gates and a LoRA with what they stand beside. What cannot be recorded runs without, and says why."""
-    memory: Annotated[Memory, Parameter(group=MACHINE)] = "auto"
-    """low computes the base's blocks twice to hold less of them, and encodes pictures one by one; off does not; auto does
-    where a run would not fit otherwise."""
-    quantize: Annotated[Quantize | None, Parameter(group=MACHINE)] = None
-    """Hold the base's linear layers in fewer bits while training, which saves memory: int8, or nf4 for the least."""
+    device: str = setting("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.", MACHINE, free_on_resume=True)
+    precision: Precision = setting(
+        "auto",
+        "Precision of the base in training; auto is bfloat16 on a GPU that has it, else float32. Adapters are float32.",
+        MACHINE,
+    )
+    cuda_graph: bool = setting(
+        True,
+        "On CUDA, record each step once as a CUDA graph and run it from there, which spares the host most of its "
+        "work, and fuse norms, gates and a LoRA with what they stand beside. What cannot be recorded runs without, "
+        "and says why.",
+        MACHINE,
+        flag=Flag(negative=True),
+        free_on_resume=True,
+    )
+    memory: Memory = setting(
+        "auto",
+        "low computes the base's blocks twice to hold less of them, and encodes pictures one by one; off does not; "
+        "auto does where a run would not fit otherwise.",
+        MACHINE,
+        free_on_resume=True,
+    )
+    quantize: Quantize | None = setting(
+        None,
+        "Hold the base's linear layers in fewer bits while training, which saves memory: int8, or nf4 for the least.",
+        MACHINE,
+    )
 
     def __post_init__(self) -> None:
-        check_values(self)
+        settle(self)
         if self.optimizer == "schedule-free" and self.ema:
             raise UserError("--optimizer schedule-free averages the weights itself; leave --ema away")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindLr:
+    """What a command that trains may be asked for in place of a training."""
+
+    find_lr: bool = setting(
+        False,
+        "Find a learning rate by trials and stop; for a new base, method or kind of data. Takes as long as about five "
+        "runs. No adapter is written.",
+        LEARNING,
+    )
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 def adapter_path(output: Path | None, name: str) -> Path:
