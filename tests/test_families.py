@@ -51,7 +51,7 @@ def test_sdxl_is_told_what_its_pipeline_tells_it(pictures: Path, tmp_path: Path)
     own = task.text.encode(prompts)
     assert torch.equal(own[0], hidden) and torch.equal(own[1], pooled)
     entries = task.batch(0, 0).indices
-    told = task._condition(task.inputs(0, 0))
+    told = task.conditioning(task.inputs(0, 0))
     fits = [task.train.latents.entries[entry].fit for entry in entries]
     expected = [
         pipe._get_add_time_ids(
@@ -165,7 +165,7 @@ def test_an_inpainting_base_is_told_what_its_pipeline_tells_it(flip: bool, pictu
             whole[None], hidden, 1, *image.size[::-1], torch.float32, "cpu", torch.Generator().manual_seed(0), False
         )
         mean = pipe.vae.encode(hidden).latent_dist.mean * pipe.vae.config.scaling_factor
-        shown = task._shown(latents, [index], [number])
+        shown = task.shown(latents, [index], [number])
         assert torch.equal(shown[:, :1], small_mask)
         # Where all is hidden, the norms of a random VAE blow up the rounding of what is constant.
         torch.testing.assert_close(shown[:, 1:], mean, atol=0.02 if number == 0 else 1e-4, rtol=1e-3)

@@ -18,6 +18,7 @@ from test_training import POWERS, draw_pictures, small
 
 from peft_diffusion import formats
 from peft_diffusion.api import train
+from peft_diffusion.bases import noise as noise_process
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena
@@ -137,7 +138,7 @@ def test_the_pictures_themselves_are_learned_if_asked_and_the_weight_counts(tmp_
     task, _ = task_of(small(pictures, tmp_path, **CLASS, prior_target="noise", prior_weight=0.5))
     inputs = task.inputs(0, 0)
     assert inputs["weights"].tolist() == [2, 2, 1, 1]
-    answer, wanted = task._answer(inputs)
+    answer, wanted = task.answer(inputs)
     own, of_class = ((answer - wanted)[rows].square().mean() for rows in (slice(0, 2), slice(2, 4)))
     torch.testing.assert_close(task.loss(inputs), own + 0.5 * of_class)
 
@@ -185,7 +186,7 @@ def test_the_outside_of_a_mask_gives_no_gradient(tmp_path, pictures):
     inputs = task.inputs(0, 0)
     assert torch.equal(inputs["where"], torch.cat([torch.ones(2, 1, 8, 4), torch.zeros(2, 1, 8, 4)], -1))
     noise = inputs["noise"].clone()
-    answer = task._answer(inputs)[0].detach().requires_grad_()
+    answer = task.answer(inputs)[0].detach().requires_grad_()
     errors = objective.per_image(objective.errors(answer, noise), inputs["where"])
     errors.sum().backward()
     assert answer.grad[..., 4:].abs().max() == 0 and answer.grad[..., :4].abs().min() > 0
@@ -195,10 +196,10 @@ def test_the_outside_of_a_mask_gives_no_gradient(tmp_path, pictures):
     def wanting(columns):
         changed = noise.clone()
         changed[..., columns] += 1
-        plain = task._answer
-        task._answer = lambda given: (plain(given)[0], changed)
+        plain = task.answer
+        task.answer = lambda given: (plain(given)[0], changed)
         found = gradient(task, arena, inputs)
-        task._answer = plain
+        task.answer = plain
         return found
 
     usual = gradient(task, arena, inputs)
@@ -385,7 +386,7 @@ def test_the_pyramid_has_more_power_in_large_shapes():
 
 
 def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path, pictures):
-    found = objective.zero_terminal(POWERS)
+    found = noise_process.zero_terminal(POWERS)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     expected = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)

@@ -21,6 +21,7 @@ from torch import nn
 from peft_diffusion import formats
 from peft_diffusion.api import train
 from peft_diffusion.bases import components, fingerprint
+from peft_diffusion.bases import noise as noise_process
 from peft_diffusion.bases.family import FAMILIES
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import site, targets
@@ -91,10 +92,10 @@ def test_noisy_latents_and_v_target_are_those_of_diffusers():
     latents, noise = torch.randn(5, 4, 8, 8), torch.randn(5, 4, 8, 8)
     timesteps = torch.tensor([0, 10, 500, 900, 999])
     power = scheduler.alphas_cumprod[timesteps]
-    torch.testing.assert_close(objective.noisy(latents, noise, power), scheduler.add_noise(latents, noise, timesteps))
+    torch.testing.assert_close(noise_process.noisy(latents, noise, power), scheduler.add_noise(latents, noise, timesteps))
     velocity = scheduler.get_velocity(latents, noise, timesteps)
-    torch.testing.assert_close(objective.target("v_prediction", latents, noise, power), velocity)
-    assert objective.target("epsilon", latents, noise, power) is noise
+    torch.testing.assert_close(noise_process.target("v_prediction", latents, noise, power), velocity)
+    assert noise_process.target("epsilon", latents, noise, power) is noise
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
@@ -142,7 +143,7 @@ def test_a_bias_draws_later_or_earlier_timesteps_more_often():
 
 def test_a_base_that_predicts_something_else_is_refused():
     with pytest.raises(UserError, match="'sample'"):
-        objective.prediction_type("sample")
+        noise_process.prediction_type("sample")
 
 
 def test_seeds_differ_by_place_and_ignore_the_global_generator():
@@ -316,11 +317,11 @@ def test_a_loss_that_runs_away_stops():
 
 
 class Icons:
-    family, resolution = "other", 128
+    name, family, resolution = "icons", "other", 128
 
 
 class StableDiffusion1:
-    family, resolution = "sd1", 512
+    name, family, resolution = "sd1", "sd1", 512
 
 
 def test_presets_fill_what_was_left_out_and_nothing_else(tmp_path):
@@ -337,7 +338,7 @@ def test_presets_fill_what_was_left_out_and_nothing_else(tmp_path):
 def test_every_preset_gives_every_family_all_its_values():
     for preset in ("style", "subject"):
         for family in ("sd1", "sd2", "sdxl", "other"):
-            base = type("Base", (), {"family": family, "resolution": 64})()
+            base = type("Base", (), {"name": family, "family": family, "resolution": 64})()
             found = resolve(TrainConfig(folder=(Path("x"),), preset=preset), base, 48, "cpu")
             may_be_none = {"cache", "alpha", "epochs", "quantize", "target", "log_with"}
             assert not [f.name for f in fields(found) if getattr(found, f.name) is None and f.name not in may_be_none]

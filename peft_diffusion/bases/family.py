@@ -166,7 +166,7 @@ _TEXT = Component(
     # The third is ComfyUI's of Stable Diffusion 2.
     ("text_encoder.", "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
     _CLIP_PATHS,
-    ("emb_params", "emp_params", "clip_l"),  # the second as OneTrainer spells it
+    ("clip_l", "emb_params", "emp_params"),  # the last as OneTrainer spells it
 )
 _TEXT_XL = Component(
     "text_encoder", "text encoder", "text_encoder_lr", "tokenizer", "lora_te1_", _TEXT.dotted, (), ("clip_l",)
@@ -236,6 +236,19 @@ def components(role: Role | None = None, families: Iterable[Family] | None = Non
             if role is None or one.role == role:
                 found.setdefault(one.name, one)
     return found
+
+
+def role_of(component: str) -> Role | None:
+    """Tell what a component does.
+
+    Args:
+        component: Its name.
+
+    Returns:
+        Its role; None for a name that no family has.
+    """
+    known = components()
+    return known[component].role if component in known else None
 
 
 def rate_setting(component: str) -> str:

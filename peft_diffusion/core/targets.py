@@ -1,6 +1,7 @@
 """Named sets of sites per architecture, as data."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -81,6 +82,22 @@ KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "norms": (nn.GroupNorm, nn.LayerNorm),
     "biases": (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm),
 }
+
+
+def register(architecture: str, patterns: Mapping[str, str], block: str = r"(?!)") -> None:
+    """Say what targets mean in an architecture of one's own.
+
+    Args:
+        architecture: The name of the component's class.
+        patterns: Regular expressions that the paths of modules match in full, by the name of the target.
+        block: One whose first group is the block that a path lies in; by default there are none.
+
+    Raises:
+        UserError: The architecture is known already, with other patterns.
+    """
+    known = PATTERNS.setdefault(architecture, dict(patterns)), BLOCKS.setdefault(architecture, block)
+    if known != (dict(patterns), block):
+        raise UserError(f"targets of {architecture} are known already")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..bases.pipelines import drawing
 from . import sheet as sheets
 from .adapters import Adapters
-from .sampler import Cell, drawing, ending_in_noise, paint, whole_picture
+from .sampler import Cell, ending_in_noise, paint, whole_picture
 from .settings import GenerateConfig
 
 
@@ -53,7 +54,7 @@ class TrainingPictures:
             batch_size=len(prompts),
             device=str(pipe.device),
         )
-        cells = [Cell(prompt, seed, {}) for prompt, seed in zip(prompts, seeds, strict=True)]
+        cells = [Cell(prompt, seed, None) for prompt, seed in zip(prompts, seeds, strict=True)]
         yield from paint(Adapters(pipe), cells, sampling)
 
     def sheet(

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from ..bases import components
+from ..bases import components, denoiser_of
 from ..bases import family as families
 from ..core.errors import UserError
 from ..core.events import Event, Observer
@@ -113,7 +113,9 @@ class PictureMaterial:
 
     def faster(self) -> AbstractContextManager[None]:
         """The UNet fused, on CUDA, where steps may be recorded."""
-        return fused(self.base.unet) if self.config.cuda_graph and not self.crew.shares_base else nullcontext()
+        if not self.config.cuda_graph or self.crew.shares_base:
+            return nullcontext()
+        return fused(denoiser_of(self.base).network)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

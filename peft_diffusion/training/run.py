@@ -42,6 +42,7 @@ from .results import FoundRates, Outcome, RunResult
 from .settings.blocks import Block, check_methods
 from .settings.choices import LogWith
 from .settings.pictures import TrainConfig
+from .settings.resumption import DERIVED
 from .settings.shared import MethodSettings, RunSettings
 from .watch.clock import Clock
 from .watch.find_lr import Search, refuse_crew
@@ -544,6 +545,8 @@ def base_kept(base: Any, tell: Observer) -> Iterator[str]:
         RuntimeError: A byte of the base has changed, which no setting may bring about.
     """
     parts = components(base)
+    for part in parts.values():
+        part.requires_grad_(False)  # of adapters too that it carried before, which this training is none of
     before = fingerprint(parts)
     tell(Fingerprinted("before", before))
     try:
@@ -559,9 +562,10 @@ def base_kept(base: Any, tell: Observer) -> Iterator[str]:
         teach(base)
 
 
-def origin_of(config: Settings, items: Sequence[Mapping[str, str]], base: str, crew: Crew) -> Origin:
+def origin_of(config: RunSettings, items: Sequence[Mapping[str, str]], base: str, crew: Crew) -> Origin:
     """What a run depends on, as its checkpoints keep it."""
-    return Origin({**to_json(config), _PROCESSES: crew.size}, digest(items), base)
+    settings = {**to_json(config), DERIVED: sorted(config.derived), _PROCESSES: crew.size}
+    return Origin(settings, digest(items), base)
 
 
 def digest(items: Sequence[Mapping[str, str]]) -> str:

@@ -29,6 +29,7 @@ from .record.run_folder import RunFolder, check_run, check_writable
 from .results import FoundRates, RunResult, TextTrainResult
 from .run import Facts, next_command
 from .settings.blocks import blocks
+from .settings.choices import Precision
 from .settings.derive import resolve_language
 from .settings.presets import HELD_OUT_FROM
 from .settings.text import ResolvedTextConfig, TextTrainConfig, language_output, language_run
@@ -75,11 +76,12 @@ class TextSource:
         texts = read_texts(config.texts)
         tell(DataRead("text", tuple(texts.describe())))
         apart = read_texts(config.held_out_text) if config.held_out_text else None
-        asked = replace(config, precision=pick_precision(config.precision, pick_device(config.device)))
-        base = self._loaded(asked)
+        device = pick_device(config.device)
+        precision = pick_precision(config.precision, device)
+        base = self._loaded(replace(config, precision=precision))
         info = describe(base)
         tell(LanguageModelLoaded(info.name, info.architecture, info.vocabulary, info.context))
-        return TextMaterial(asked, base, info, texts, apart, tell, crew)
+        return TextMaterial(config, precision, base, info, texts, apart, tell, crew)
 
     def remark(self, found: FoundRates) -> Event | None:
         """Text has nothing to be told."""
@@ -114,6 +116,7 @@ class TextMaterial:
     def __init__(
         self,
         asked: TextTrainConfig,
+        precision: Precision,
         base: LanguageModel,
         info: LanguageInfo,
         texts: Texts,
@@ -122,6 +125,7 @@ class TextMaterial:
         crew: Crew,
     ) -> None:
         self.asked = asked
+        self.precision = precision
         self.base = base
         self.info = info
         self.texts = texts
@@ -129,7 +133,7 @@ class TextMaterial:
         self.tell = tell
         self.crew = crew
         # Whole but for the steps of epochs, which it takes tokens to count.
-        self.first = resolve_language(asked, parameters=quantized.count(base.lm), context=info.context)
+        self.first = self._resolved(None)
         self.seed = asked.seed
         self.parts = components(base)
         self.blocks = with_words(base, blocks(self.first))
@@ -160,7 +164,7 @@ class TextMaterial:
     @cached_property
     def tokens(self) -> _Tokens:
         """The text as tokens, with the words that the adapter teaches. Raises UserError for text that cannot be used."""
-        base, info, first, apart = self.base, self.info, self.first, self.apart
+        base, first, apart = self.base, self.first, self.apart
         encoded = [tokens(base, [document.text]) for document in self.texts.documents]
         line, kept = _split(encoded, _share(first, encoded))
         if apart is not None:
@@ -169,17 +173,22 @@ class TextMaterial:
             raise UserError("the text is but one token; there is nothing to learn from it")
         _check_said(base, taught_words(self.blocks), line)
         windows = LanguageTask(base, self._settings(first), line).windows
-        resolved = resolve_language(
-            self.asked,
-            parameters=quantized.count(base.lm),
-            context=info.context,
-            windows=windows / self.crew.size,
-        )
+        resolved = self._resolved(windows / self.crew.size)
         if resolved.patience and kept is None:
             self.tell(IMPATIENT)
         self.tell(TokensMade(len(line), windows, resolved.context, None if kept is None else len(kept)))
         items = _items(self.texts.documents, "") + (_items(apart.documents, "kept apart: ") if apart else [])
         return _Tokens(resolved, line, kept, items)
+
+    def _resolved(self, windows: float | None) -> ResolvedTextConfig:
+        return resolve_language(
+            self.asked,
+            parameters=quantized.count(self.base.lm),
+            context=self.info.context,
+            windows=windows,
+            device=self.base.device.type,
+            precision=self.precision,
+        )
 
     def _settings(self, config: ResolvedTextConfig) -> LanguageSettings:
         return pick(LanguageSettings, config, {"crew": self.crew})

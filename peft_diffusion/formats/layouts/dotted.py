@@ -15,26 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...bases import family as families
 from ...core.errors import UserError
-from .names import LYCORIS, OWN, PREFIXES
+from .names import LYCORIS, OWN, prefixes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _METADATA = "lora_adapter_metadata"
 _PEFT = "base_model.model."
-# What names begin with, and what they begin with here; a bare path is any component's.
-_STARTS = {
-    "unet.": PREFIXES["unet"][1],
-    "text_encoder.": PREFIXES["text_encoder"][1],
-    "text_encoder_2.": PREFIXES["text_encoder_2"][1],
-    "diffusion_model.": PREFIXES["unet"][1],
-    "text_encoders.clip_l.transformer.": PREFIXES["text_encoder"][1],
-    "text_encoders.clip_h.transformer.": PREFIXES["text_encoder"][1],  # of Stable Diffusion 2
-    "text_encoders.clip_g.transformer.": PREFIXES["text_encoder_2"][1],
-    _PEFT: LYCORIS,
-    "": LYCORIS,
-}
 _SUFFIXES = {
     "lora_A": "lora_down.weight",
     "lora_B": "lora_up.weight",
@@ -71,7 +60,7 @@ def kohya_name(name: str) -> str:
     if not kind:
         return name
     start, path = _split(module)
-    return f"{_STARTS[start]}{path.replace('.', '_')}.{_SUFFIXES[kind]}"
+    return f"{_starts()[start]}{path.replace('.', '_')}.{_SUFFIXES[kind]}"
 
 
 def _parts(name: str) -> tuple[str, str]:
@@ -82,9 +71,16 @@ def _parts(name: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (name, "")
 
 
+def _starts() -> dict[str, str]:
+    """What names begin with, and what they begin with here; a bare path is any component's."""
+    rows = [one for family in families.FAMILIES.values() for one in family.components]
+    found = {start: prefixes(one.name)[-1] for one in rows for start in one.dotted}
+    return {**found, _PEFT: LYCORIS, "": LYCORIS}
+
+
 def _split(name: str) -> tuple[str, str]:
     """What a name begins with, and the rest of it."""
-    start = next(start for start in _STARTS if name.startswith(start))
+    start = next(start for start in _starts() if name.startswith(start))
     return start, name.removeprefix(start)
 
 

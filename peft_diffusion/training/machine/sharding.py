@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ...bases import components
+from ...bases import family as families
 from ...core.errors import UserError
 from ...core.sharded import here
 from ..events import BaseSharded
@@ -48,7 +49,8 @@ def shard(pipe: Any, trained: Sequence[str], device: torch.device) -> BaseSharde
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    parts = {name: part for name, part in components(pipe).items() if name == "unet" or name in trained}
+    shared = {*families.components("denoiser"), *trained}
+    parts = {name: part for name, part in components(pipe).items() if name in shared}
     size = sum(weight.nbytes for part in parts.values() for weight in part.parameters())
     for part in parts.values():
         for module in (*reversed(blocks_of(part)), part):

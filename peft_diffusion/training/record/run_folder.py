@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import __version__
 from ...core.errors import UserError
 from ...core.files import explained, file_of, write_bytes
+from ...core.settings import to_json
 from ..loop.trainer import TrainerState
 from ..settings.resumption import changes
 from ..settings.shared import RunSettings
@@ -142,6 +143,11 @@ class RunFolder:
         read = (checkpoints.read(path) for _, path in sorted(self._files().items(), reverse=True))
         return next((found for found in read if found is not None), None)
 
+    def settings(self) -> Mapping[str, Any]:
+        """The settings of the run at its newest checkpoint that can be read; none where there is none."""
+        read = (checkpoints.read_origin(path) for _, path in sorted(self._files().items(), reverse=True))
+        return next((found.config for found in read if found is not None), {})
+
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Write measurements into ``metrics.jsonl``, each with the seconds trained so far."""
         seconds = round(self.elapsed, 3)
@@ -212,9 +218,17 @@ class RunFolder:
                     if whole and own.fullmatch(whole):
                         left.unlink()  # by a run that was killed while it wrote
         header = f"{_HEADER}{self.command} --config {self.path / run_record.CONFIG}\n"
+        header += "# What stands in a comment was derived from the rest, and is derived anew when this file is used.\n"
         write_bytes(self.path / run_record.CONFIG, (header + to_toml(config)).encode())
         self.facts = {}
-        self.note(state="running", command=self.command, version=__version__, process=run_record.this_process())
+        self.note(
+            state="running",
+            command=self.command,
+            version=__version__,
+            process=run_record.this_process(),
+            settings=to_json(config),
+            derived=dict(config.derived),
+        )
 
     def _is_ours(self) -> bool:
         """Whether a run wrote here, as far as its files tell."""

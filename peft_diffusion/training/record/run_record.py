@@ -24,8 +24,8 @@ PREVIEWS = "previews"
 
 _SHOWN = 48  # items of a report
 _KINDS: dict[str, type] = {
-    "process": dict, "figures": dict, "about": dict, "defaults": dict, "commands": dict, "warnings": list, "said": list,
-    "prompts": list,
+    "process": dict, "figures": dict, "about": dict, "settings": dict, "derived": dict, "defaults": dict, "commands": dict,
+    "warnings": list, "said": list, "prompts": list,
 }  # fmt: skip
 
 Curve: TypeAlias = list[tuple[int, float]]
@@ -59,11 +59,14 @@ class Record:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The settings. Raises UserError where the file is no TOML."""
+        """The settings: those of ``config.toml``, and with them what was derived. Raises UserError where that is no TOML."""
         try:
-            return tomllib.loads((self.path / CONFIG).read_text("utf-8-sig"))
+            chosen = tomllib.loads((self.path / CONFIG).read_text("utf-8-sig"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / CONFIG} cannot be read ({error}); is this a run folder?") from None
+        settings, derived = self.facts.get("settings", {}), self.facts.get("derived", {})
+        known = settings | chosen | {name: value for name, value in settings.items() if name in derived}
+        return {name: value for name, value in known.items() if value is not None}
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:

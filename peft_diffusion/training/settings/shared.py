@@ -1,8 +1,9 @@
 """What every training is told, whatever it learns from. Imports no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ...core.errors import UserError
 from ...core.settings import COUNT, NATURAL, POSITIVE, SHARE, Flag, Group, Settings, setting, settle
@@ -42,6 +43,10 @@ class MethodSettings(Protocol):
 class RunSettings(Settings, MethodSettings, Protocol):
     """What the course of a run depends on, whatever it learns from; `ResolvedConfig` has it."""
 
+    @property
+    def asked(self) -> Mapping[str, Any]: ...
+    @property
+    def derived(self) -> Mapping[str, str]: ...
     @property
     def output(self) -> Path: ...
     @property
@@ -186,6 +191,19 @@ class SharedConfig:
         settle(self)
         if self.optimizer == "schedule-free" and self.ema:
             raise UserError("--optimizer schedule-free averages the weights itself; leave --ema away")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """What is known of a configuration beside the values that a run goes by.
+
+    Attributes:
+        asked: The values that were chosen, and the defaults that are the same for every run.
+        derived: Where each of the other values came from, in words: "from preset style for icons".
+    """
+
+    asked: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    derived: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ...bases import BaseInfo, describe, inpaints, load_base
+from ...bases import BaseInfo, denoiser_of, describe, load_base
 from ...bases.loading import pick_device
+from ...bases.prompts import TextSide
 from ...core.events import Observer, Warned, progress
 from ...data import subfolders
 from ...data.buckets import Bucket, Fit, arrange, describe_buckets, fit, group, repeated, steps_per_epoch
@@ -26,12 +27,11 @@ from ..machine.precision import pick_precision
 from ..machine.processes import Crew
 from ..machine.sharding import shard
 from ..record.run_folder import RunFolder, check_run, check_writable
-from ..settings.derive import resolve
+from ..settings.derive import adapted_components, resolve
 from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
 from ..settings.presets import HELD_OUT_FROM
 from . import class_images
-from .diffusion import Examples, schedule
-from .prompts import TextSide
+from .diffusion import Examples, noise_schedule
 
 _SHOWN = 5  # lines of a list
 
@@ -83,19 +83,21 @@ def prepare(
     dropout = config.caption_dropout or 0.0
     rules = CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards)
     device = pick_device(config.device)
-    asked = replace(config, precision=pick_precision(config.precision, device))
-    pipe = _loaded(asked, pipe, device, tell, crew)
-    info, text = describe(pipe), TextSide(pipe)
+    precision = pick_precision(config.precision, device)
+    pipe = _loaded(replace(config, precision=precision), pipe, device, tell, crew)
+    info, text = describe(pipe), denoiser_of(pipe).text
     tell(BaseLoaded(info.name, info.family, info.prediction_type, info.resolution, config.quantize))
     folder = _read_folder(config, info, tell)
     pictures = subfolders.apply(folder.pictures, config.repeats, config.folder_weight)
-    resolved = resolve(asked, info, len(pictures), device.type)
+    resolved = resolve(config, info, len(pictures), device.type, precision=precision)
     kept, apart = _split(pictures, resolved)
     fits = arrange(kept, resolved.resolution, info.step, no_upscale=not config.upscale)
     sides = 2 if config.flip else 1
     drawn = repeated(group(fits * sides), [one.repeats for one in kept] * sides)
     batches = steps_per_epoch(drawn, resolved.batch_size * crew.size)
-    resolved = resolve(asked, info, len(folder.pictures), device.type, batches)
+    earlier = RunFolder(run_path(config)).settings() if config.resume else None
+    count = len(folder.pictures)
+    resolved = resolve(config, info, count, device.type, batches, precision=precision, before=earlier)
     tell(Arranged((*describe_buckets(fits), *subfolders.describe(kept))))
     tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), HELD_OUT_FROM))
     if resolved.patience and not apart:
@@ -117,10 +119,12 @@ def _loaded(config: TrainConfig, pipe: Any | None, device: torch.device, tell: O
     source = config.base if pipe is None else pipe
     first = "cpu" if crew.shares_base else config.device
     pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize)
-    chosen(pipe, config.components)
-    schedule(pipe, config.zero_terminal_snr)
+    denoiser = denoiser_of(pipe)
+    components = adapted_components(config, denoiser.family)
+    chosen(pipe, components)
+    noise_schedule(denoiser, config.zero_terminal_snr)
     if crew.shares_base:
-        tell(shard(pipe, config.components, device))
+        tell(shard(pipe, components, device))
     return pipe
 
 
@@ -153,7 +157,7 @@ class _Encoder:
                 self.pipe.vae,
                 background=config.background,
                 flip=flip,
-                masked=inpaints(self.pipe),
+                masked=denoiser_of(self.pipe).told_masks,
                 alpha=config.masks == "alpha",
                 folder=config.cache,
                 on_progress=progress(self.tell, what),

@@ -1,7 +1,7 @@
-"""Prompts as what the UNet is told: tokens, embeddings, and how many tokens do not fit."""
+"""Prompts as what a network that denoises is told: tokens, embeddings, and how many tokens do not fit."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -12,24 +12,15 @@ Encoding: TypeAlias = tuple[Tensor, ...]
 prompt, (prompts, width)."""
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What a UNet is told besides noisy latents and timesteps.
+class TextSide:
+    """The tokenizers and text encoders of a base, used as its pipeline does when it generates.
 
-    ``hidden`` is (batch, tokens, width); ``added`` are further inputs by the names that the UNet's config gives them.
+    Args:
+        pairs: Each tokenizer with its encoder, in the order of their hidden states.
     """
 
-    hidden: Tensor
-    added: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class TextSide:
-    """The tokenizers and text encoders of a base, used as its pipeline does when it generates."""
-
-    def __init__(self, pipe: Any) -> None:
-        first = _Encoder(pipe.tokenizer, pipe.text_encoder)
-        second = getattr(pipe, "text_encoder_2", None)
-        self.sides = (first,) if second is None else (first, _Encoder(pipe.tokenizer_2, second))
+    def __init__(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+        self.sides = tuple(_Encoder(tokenizer, encoder) for tokenizer, encoder in pairs)
         self.limit = min(side.limit for side in self.sides)
 
     @property
