@@ -37,7 +37,7 @@ def pictures(tmp_path: Path) -> Path:
 
 def task_of(pipe, folder: Path, tmp_path: Path, **changes) -> DiffusionTask:
     config = small(folder, tmp_path, **changes)
-    prepared = prepare(config, pipe, lambda _: None, lambda _: lambda *_: None, TrainingPictures())
+    prepared = prepare(config, pipe, lambda event: None, TrainingPictures())
     site.attach(pipe.unet, "a", method("lora", rank=2))
     return DiffusionTask(pipe, "a", DiffusionSettings(batch_size=2), prepared.train, prepared.held_out)
 

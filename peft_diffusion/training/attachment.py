@@ -1,6 +1,6 @@
 """The adapter that a run trains: put on a base's components, named in words, and taken off again."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,6 @@ from .loop.seeds import global_seed
 from .settings.blocks import Block
 
 NAME = "trained"  # of the adapter, while it is
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,6 @@ def described(parts: Mapping[str, nn.Module], blocks: Sequence[Block], parameter
     return f"{names}: {layers} layers, {parameters:,} parameters"
 
 
-def described_rates(rates: Mapping[str, float]) -> str:
-    """Learning rates by group, in words."""
-    return ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
-
-
 def named(method: Method) -> str:
     """A method with its rank, if it has one."""
     rank = getattr(method, "rank", None)
@@ -115,3 +109,16 @@ def evaluating(parts: Sequence[nn.Module], name: str = NAME) -> Iterator[None]:
     finally:
         for adapter, training in zip(adapters, before, strict=True):
             adapter.train(training)
+
+
+@contextmanager
+def at_strength(parts: Iterable[nn.Module], name: str, value: float) -> Iterator[None]:
+    """The adapter at a strength; afterwards at 1, at which it is trained."""
+    owners = [found for part in parts if (found := site.strengths(part)) is not None and name in found.names]
+    try:
+        for strengths in owners:
+            strengths.write({name: value})
+        yield
+    finally:
+        for strengths in owners:
+            strengths.write({name: 1.0})
