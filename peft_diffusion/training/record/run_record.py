@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from ...core.errors import UserError
+from .measurements import memorisation
 
 State: TypeAlias = Literal["running", "finished", "stopped", "failed"]
 
@@ -168,15 +169,6 @@ class Record:
         """The settings that are not the preset's, each with what the preset says."""
         defaults = self.facts.get("defaults", {})
         return {name: (self.config.get(name), value) for name, value in defaults.items() if self.config.get(name) != value}
-
-
-def memorisation(first: tuple[float, float], now: tuple[float, float]) -> float:
-    """How much further the loss fell on what is trained on than on what is not, as a share of the latter.
-
-    Each pair is the loss on what was seen and on what was not, all above 0. 0 where both fell alike, near 1 where only what
-    was seen is known.
-    """
-    return 1 - (now[0] / first[0]) / (now[1] / first[1])
 
 
 def find(folder: Path) -> list[Record]:
