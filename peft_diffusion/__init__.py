@@ -7,6 +7,7 @@ from .core.lazy import lazy
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .api import train, train_text
     from .bases import LanguageModel, load_base, load_lm
     from .core.errors import UserError
     from .formats import Inspection, Spec, inspect
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .generation.settings import BlendConfig, GenerateConfig
     from .generation.text import generate_text
     from .generation.text_settings import TextGenerateConfig
-    from .training import TextTrainConfig, TrainConfig, train, train_text
+    from .training import TextTrainConfig, TrainConfig
 
 __all__ = [
     "Adapters",
@@ -64,7 +65,7 @@ __getattr__, __dir__ = lazy(
         "inspect": "formats",
         "load_base": "bases",
         "load_lm": "bases",
-        "train": "training",
-        "train_text": "training",
+        "train": "api",
+        "train_text": "api",
     },
 )

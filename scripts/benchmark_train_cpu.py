@@ -35,12 +35,14 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
 from peft_diffusion import formats
+from peft_diffusion.api import train
 from peft_diffusion.bases import embedded, load_base
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.data.folder import scan
+from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.training import TrainConfig, train
+from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
 from scripts.check_families import KINDS, build, draw
@@ -252,7 +254,8 @@ def loss_on(folder: Path, file: Path) -> float:
 def _task(folder: Path) -> DiffusionTask:
     """The loss on a folder, of the embedded base with a fresh LoRA."""
     config = TrainConfig((folder,), held_out=0.0, caption_dropout=0.0, batch_size=BATCH, device="cpu")
-    prepared = prepare(config, load_base("icons", device="cpu", dtype="float32"), lambda _: None, lambda _: lambda *_: None)
+    pipe = load_base("icons", device="cpu", dtype="float32")
+    prepared = prepare(config, pipe, lambda event: None, TrainingPictures())
     site.attach(prepared.pipe.unet, "a", Lora(RANK), "attention+ff")
     return DiffusionTask(prepared.pipe, "a", DiffusionSettings(batch_size=BATCH), prepared.train)
 

@@ -16,17 +16,16 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
 from peft_diffusion.training.record.run_record.run_folder import RunFolder
 
+from peft_diffusion.api import train
 from peft_diffusion.bases import embedded
 from peft_diffusion.core.arena import Arena
-from peft_diffusion.training import TrainConfig, train
-from peft_diffusion.training.main import TrainResult
-from peft_diffusion.training.session import NAME, attach, chosen
+from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.training import TrainConfig, TrainResult
+from peft_diffusion.training.attachment import NAME, attach, chosen
 from peft_diffusion.training.settings.blocks import blocks
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
@@ -75,7 +74,7 @@ def split(style: str, where: Path, count: int | None) -> tuple[Path, Path]:
 def examine(result: TrainResult, folder: Path) -> dict[int, float]:
     """The loss on a folder's pictures with each checkpoint of a run."""
     config = TrainConfig(folder=(folder,), base=result.config.base, missing_captions="name", held_out=0.0, device="cpu")
-    prepared = prepare(config, None, lambda _: None, lambda _: lambda done, total: None)
+    prepared = prepare(config, None, lambda event: None, TrainingPictures())
     parts = chosen(prepared.pipe, result.config.components)
     attached = attach(parts, blocks(result.config), result.config.seed, lambda _: 1.0)
     arena = Arena(attached.groups)
@@ -113,7 +112,7 @@ def check(style: str, arguments: argparse.Namespace) -> Check:
         overwrite=True,
         device="cpu",
     )
-    result = train(config, console=Console(quiet=True))
+    result = train(config)
     if result.outcome is None:
         raise RuntimeError("this process does not lead its run")
     metrics = RunFolder(result.run_dir).metrics()

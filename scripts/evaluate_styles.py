@@ -38,13 +38,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 from diffusers import DDPMScheduler
 
+from peft_diffusion.api import train
 from peft_diffusion.bases import embedded, load_base
+from peft_diffusion.bases import noise as noise_process
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.formats import inspect
 from peft_diffusion.generation import Adapters, sheet
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig
-from peft_diffusion.training import TrainConfig, train
-from peft_diffusion.training.tasks import objective
+from peft_diffusion.training import TrainConfig
 from scripts.build_base.captions import with_article
 from scripts.build_base.judge import NEAREST, Gallery, Judge, galleries_of
 from scripts.build_base.make_samples import HELD_OUT, SUBJECTS
@@ -197,7 +199,7 @@ def _train(style: Style, method: str, pipe: Any, options: argparse.Namespace, co
     )
     began = time.process_time()
     with peak_memory() as memory:
-        train(run, pipe=pipe, console=console)
+        train(run, pipe=pipe, observers=[TrainingConsole(console)])
     cost = {"seconds": time.process_time() - began, "memory": memory.get("peak")}
     file.with_suffix(".json").write_text(json.dumps(cost))
 
@@ -222,7 +224,7 @@ def subjects(galleries: dict[str, Gallery], count: int) -> list[str]:
 def denoising_loss(pipe: Any, images: Tensor, prompts: Sequence[str], batch: int = 16) -> float:
     """The mean loss on drawings (count, 3, height, width) in bytes; noise and timesteps depend on their place alone."""
     powers = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.to(pipe.device)
-    kind = objective.prediction_type(pipe.scheduler.config.get("prediction_type", "epsilon"))
+    kind = noise_process.prediction_type(pipe.scheduler.config.get("prediction_type", "epsilon"))
     losses = []
     for start in range(0, len(images), batch):
         pixels = images[start : start + batch].to(pipe.device, pipe.vae.dtype) / 127.5 - 1
@@ -234,8 +236,8 @@ def denoising_loss(pipe: Any, images: Tensor, prompts: Sequence[str], batch: int
             within = torch.rand(len(latents), generator=chance)
             timesteps = ((draw + within) / DRAWS * len(powers)).long().clamp(max=len(powers) - 1).to(pipe.device)
             power = powers[timesteps]
-            answer = pipe.unet(objective.noisy(latents, noise, power).to(latents.dtype), timesteps, hidden).sample
-            wanted = objective.target(kind, latents, noise, power)
+            answer = pipe.unet(noise_process.noisy(latents, noise, power).to(latents.dtype), timesteps, hidden).sample
+            wanted = noise_process.target(kind, latents, noise, power)
             losses += (answer.float() - wanted.float()).square().flatten(1).mean(1).tolist()
     return sum(losses) / len(losses)
 

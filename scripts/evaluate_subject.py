@@ -35,12 +35,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
+from peft_diffusion.api import train
 from peft_diffusion.bases import embedded, load_base
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.formats import inspect
 from peft_diffusion.generation import Adapters, sheet
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig
-from peft_diffusion.training import TrainConfig, train
+from peft_diffusion.training import TrainConfig
 from scripts.build_base.judge import SIZE, distances, subject_maps
 from scripts.build_base.make_samples import CHARACTER, HELD_BACK, SCENES, SUBJECTS, install, portraits
 from scripts.build_base.sources import CACHE
@@ -208,7 +210,7 @@ def _train(name: str, pipe: Any, options: argparse.Namespace, console: Console) 
         **VARIANTS[name],
     )
     began = time.monotonic()
-    train(config, pipe=pipe, console=console)
+    train(config, pipe=pipe, observers=[TrainingConsole(console)])
     return file, time.monotonic() - began
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe, fingerprint
-from peft_diffusion.core import merge, quantized, site
-from peft_diffusion.core.adapter import Method
+from peft_diffusion.core import merge, quantized, site, targets
 from peft_diffusion.core.errors import FoldError
+from peft_diffusion.core.method import Method
+from peft_diffusion.core.slot import slot_of
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.bottleneck import Bottleneck
 from peft_diffusion.methods.dora import Dora
@@ -25,7 +26,8 @@ from peft_diffusion.methods.lokr import Lokr
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.oft import Oft
 from peft_diffusion.methods.prefix import Prefix
-from peft_diffusion.methods.tokens import SoftPrompt, Tokens
+from peft_diffusion.methods.prompt import SoftPrompt
+from peft_diffusion.methods.tokens import Tokens
 
 METHODS: dict[str, tuple[Method, str]] = {
     "lora": (Lora(rank=4), "attention+ff"),
@@ -183,6 +185,85 @@ def test_law_2_detach_gives_back_class_keys_and_bits(case: Case) -> None:
     assert {path: set(vars(m)) | set(m._modules) for path, m in case.model.named_modules()} == attributes
 
 
+def everything(model: nn.Module) -> list[object]:
+    """Every object that a module and those in it hold as an attribute, in order, with its name."""
+    found: list[object] = []
+    for path, module in model.named_modules():
+        found += [path, type(module)]
+        for name, value in vars(module).items():
+            found += [name, value]
+            if isinstance(value, dict):
+                found += [one for item in value.items() for one in item]
+    return found
+
+
+def same_objects(a: list[object], b: list[object]) -> bool:
+    """The same names and the very same objects."""
+    return len(a) == len(b) and all(x is y or (isinstance(x, str) and x == y) for x, y in zip(a, b, strict=True))
+
+
+TAKEN = ("adapters", "strengths", "packed", "block", "unmerged", "slot", "lone", "_changed", "_whole", "_run_packed")
+
+
+def give_own(model: nn.Module) -> None:
+    """Attributes of every module under names that adapters might take: plain ones, buffers, parameters and submodules."""
+    like = next(model.parameters())
+    for number, module in enumerate(list(model.modules())):
+        runs_all = isinstance(module, (nn.Sequential, nn.ModuleList))  # so that a submodule more would be run
+        for place, name in enumerate(TAKEN):
+            kind = 0 if runs_all else (number + place) % 4
+            if kind == 0:
+                setattr(module, name, [name])
+            elif kind == 1:
+                module.register_buffer(name, torch.full((2,), float(place)).to(like), persistent=bool(number % 2))
+            elif kind == 2:
+                setattr(module, name, nn.Parameter(torch.full((2,), float(place)).to(like), requires_grad=False))
+            else:
+                setattr(module, name, nn.Sequential(nn.Linear(3, 3)).to(like).requires_grad_(False))
+
+
+@once_a_case
+@torch.no_grad()
+def test_law_2_attributes_of_a_modules_own_are_no_business_of_adapters(case: Case) -> None:
+    give_own(case.model)
+    before, running, held = case.run(), everything(case.model), case.model.state_dict()
+    seen = targets.modules(case.model)
+    own = {(one, name): getattr(one, name) for one in seen.values() for name in TAKEN if hasattr(one, name)}
+    assert any("adapters" in path.split(".") for path in seen)
+
+    def untouched() -> None:
+        assert all(getattr(module, name) is value for (module, name), value in own.items())
+        assert list(targets.modules(case.model).items()) == list(seen.items())
+        state_now = case.model.state_dict()
+        assert list(state_now) == list(held) and state_now._metadata == held._metadata
+        assert all(type(module) is kind or isinstance(module, site.AdaptedSite) for module, kind in kinds.items())
+
+    kinds = {module: type(module) for module in seen.values()}
+    case.trained("a")
+    untouched()
+    assert not torch.equal(case.run(), before)
+    case.trained("b", seed=4)
+    site.pack(case.model)
+    untouched()
+    if _folds(case):
+        merge.merge(case.model)
+        untouched()
+        merge.unmerge(case.model)
+    twins = [copy.deepcopy(case.model), pickle.loads(pickle.dumps(case.model))]
+    site.detach(case.model, "a")
+    untouched()
+    site.detach(case.model, "b")
+    untouched()
+    assert same_objects(everything(case.model), running)
+    assert torch.equal(case.run(), before)
+    for twin in twins:
+        for name in ("b", "a"):
+            site.detach(twin, name)
+        now, then = everything(twin), everything(case.model)
+        assert [one for one in now if isinstance(one, (str, type))] == [one for one in then if isinstance(one, (str, type))]
+        assert torch.equal(case.run(twin), before)
+
+
 @torch.no_grad()
 def test_law_3_folding_equals_running_and_restores_the_bytes(case: Case) -> None:
     bytes_before = state(case.model)
@@ -213,7 +294,7 @@ def refused(case: Case, before: dict[str, Tensor]) -> bool:
 
 def wanted_weight(carrier: site.AdaptedSite, strength: float) -> Tensor | None:
     """The weight that a site shall have after a merge at this strength; None where the adapter changes none."""
-    change, _ = carrier.adapters["a"].fold(merge.dense_weight(carrier), getattr(carrier, "bias", None))
+    change, _ = slot_of(carrier).adapters["a"].fold(merge.dense_weight(carrier), getattr(carrier, "bias", None))
     return None if change is None else merge.dense_weight(carrier) + strength * change
 
 

@@ -36,7 +36,9 @@ USAGES = {
     "generate a --steps many": 'Invalid value for --steps: unable to convert "many" into int',
     "generate a --steps 1.5": '"1.5" is no whole number',
     "generate a --seeds 1 x": "--seeds",
-    "generate a --scheduler magic": "Choose from:",
+    "generate a --scheduler magic": (
+        "--scheduler is one of ddim, pndm, euler, euler-a, heun, dpm++, dpm++-karras, unipc, not 'magic'"
+    ),
     "generate a --output": "--output requires an argument",
     "blent a": 'Did you mean "blend"?',
     "inspect": "--files requires an argument",
@@ -50,9 +52,9 @@ def test_a_wrong_command_line(line, said, tmp_path):
 
 VALUES = {
     "generate": "there is no prompt",
-    "generate a --steps 0": "steps must be at least 1, not 0",
+    "generate a --steps 0": "--steps must be 1 or more, not 0",
     "generate a --guidance nan": "guidance must be a finite number",
-    "generate a --seed -1": "a seed is a whole number from 0",
+    "generate a --seed -1": "--seed must be 0 or more, at most 9223372036854775807, not -1",
     "generate a --output a.jpg": "pictures are written as .png",
     "generate a --adapter missing.safetensors": "there is no adapter file missing.safetensors",
     "generate a --adapter missing.safetensors=0.5": "there is no adapter file missing.safetensors",

@@ -11,9 +11,10 @@ from rich.console import Console
 from test_training import draw_pictures, last_state, small
 
 from peft_diffusion import formats
+from peft_diffusion.api import train
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.adapter import Chain, parts_of
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.training import train
 
 torch.set_num_threads(1)
 
@@ -55,7 +56,8 @@ def test_a_block_has_its_own_learning_rate(pictures, tmp_path):
 def test_the_plan_tells_the_rates_of_blocks(pictures, tmp_path):
     block = ("unet attention lora", r"unet .*\.ff\.net\.2 lora lr=1e-12 b_rate_ratio=4")
     console = Console(record=True, width=300, file=(tmp_path / "log").open("w"))
-    train(small(pictures, tmp_path, block=block, steps=1, unet_lr=2e-3), pipe=make_pipe(), console=console)
+    config = small(pictures, tmp_path, block=block, steps=1, unet_lr=2e-3)
+    train(config, pipe=make_pipe(), observers=[TrainingConsole(console)])
     assert "learning rate unet.0 0.002, unet.1 1e-12, unet.1 x4 4e-12 (" in console.export_text()
 
 
@@ -174,13 +176,13 @@ def test_learned_words_train_beside_lora_into_one_file_and_are_read_in_prompts(p
 def test_words_are_not_pulled_towards_nothing():
     from peft_diffusion.methods.lora import Lora
     from peft_diffusion.methods.tokens import Tokens
-    from peft_diffusion.training.session import attach, taught
+    from peft_diffusion.training.attachment import attach, with_words
     from peft_diffusion.training.settings.blocks import Block
 
     pipe = make_pipe()
     words = Block("text_encoder", "tokens", Tokens(initial="cat"), rate=2e-3)
     asked = [Block("text_encoder", "attention", Lora(2)), words]
-    found = attach({"text_encoder": pipe.text_encoder}, taught(pipe, asked), 0, lambda _: 1e-4)
+    found = attach({"text_encoder": pipe.text_encoder}, with_words(pipe, asked), 0, lambda _: 1e-4)
     assert found.rates == {"text_encoder": 1e-4, "text_encoder.1": 2e-3}
     assert found.undecayed == {"text_encoder.1"}
 
@@ -188,7 +190,8 @@ def test_words_are_not_pulled_towards_nothing():
 def test_every_method_has_a_learning_rate_of_its_own():
     """A rate that is given goes before it, and one in a block before both."""
     from peft_diffusion.bases import describe
-    from peft_diffusion.training.settings.config import TrainConfig, resolve
+    from peft_diffusion.training.settings.derive import resolve
+    from peft_diffusion.training.settings.pictures import TrainConfig
 
     base = describe(make_pipe())
     large = replace(base, family="sd1")
@@ -212,7 +215,8 @@ def test_every_method_has_a_learning_rate_of_its_own():
 
 def test_timesteps_are_weighed_where_a_small_base_learns_words_alone():
     from peft_diffusion.bases import describe
-    from peft_diffusion.training.settings.config import TrainConfig, resolve
+    from peft_diffusion.training.settings.derive import resolve
+    from peft_diffusion.training.settings.pictures import TrainConfig
 
     base = describe(make_pipe())
 
@@ -228,7 +232,8 @@ def test_timesteps_are_weighed_where_a_small_base_learns_words_alone():
 
 def test_a_short_run_is_not_spent_on_its_warm_up():
     from peft_diffusion.bases import describe
-    from peft_diffusion.training.settings.config import TrainConfig, resolve
+    from peft_diffusion.training.settings.derive import resolve
+    from peft_diffusion.training.settings.pictures import TrainConfig
 
     def warmup(**asked):
         return resolve(TrainConfig((Path("a"),), **asked), replace(describe(make_pipe()), family="sd1"), 30, "cpu").warmup

@@ -19,8 +19,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_training import draw_pictures, small
 
+from peft_diffusion.api import train
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.training import train
 from peft_diffusion.training.record import checkpoint
 
 KILLS, SEED = 20, 7
@@ -95,7 +96,7 @@ def assert_same(one: Path, other: Path) -> None:
 @pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="processes of POSIX")
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    WORKERS.set_forkserver_preload([__name__, "peft_diffusion.training.main", *LIBRARIES])  # imported once, not 40 times
+    WORKERS.set_forkserver_preload([__name__, "peft_diffusion.api", *LIBRARIES])  # imported once, not 40 times
     pictures = draw_pictures(tmp_path / "pictures")
     live(pictures, tmp_path / "first", resume=False)  # the server imports what it shall
     began = time.monotonic()
@@ -155,7 +156,8 @@ def test_a_cache_that_is_damaged_or_of_another_vae_is_named_and_changes_nothing(
 
     def run(name: str, seed: int = 0) -> tuple[dict, str]:
         said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
-        result = train(small(pictures, tmp_path / name, cache=cache, steps=2), pipe=make_pipe(seed), console=said)
+        config = small(pictures, tmp_path / name, cache=cache, steps=2)
+        result = train(config, pipe=make_pipe(seed), observers=[TrainingConsole(said)])
         return load_file(result.output), said.export_text()
 
     first, told = run("first")

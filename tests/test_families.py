@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from test_training import draw_pictures, small
 
 from peft_diffusion import formats
+from peft_diffusion.api import train
 from peft_diffusion.bases import load_base
 from peft_diffusion.core import site
-from peft_diffusion.core.adapter import method
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.data import masks
 from peft_diffusion.data.buckets import place
@@ -20,7 +20,8 @@ from peft_diffusion.data.images import MAX_PIXELS, open_picture
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig
-from peft_diffusion.training import train
+from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.methods import method
 from peft_diffusion.training.loop.trainer import loss_at
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
@@ -35,7 +36,8 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def task_of(pipe, folder: Path, tmp_path: Path, **changes) -> DiffusionTask:
-    prepared = prepare(small(folder, tmp_path, **changes), pipe, lambda _: None, lambda _: lambda *_: None)
+    config = small(folder, tmp_path, **changes)
+    prepared = prepare(config, pipe, lambda event: None, TrainingPictures())
     site.attach(pipe.unet, "a", method("lora", rank=2))
     return DiffusionTask(pipe, "a", DiffusionSettings(batch_size=2), prepared.train, prepared.held_out)
 
@@ -49,7 +51,7 @@ def test_sdxl_is_told_what_its_pipeline_tells_it(pictures: Path, tmp_path: Path)
     own = task.text.encode(prompts)
     assert torch.equal(own[0], hidden) and torch.equal(own[1], pooled)
     entries = task.batch(0, 0).indices
-    told = task._condition(task.inputs(0, 0))
+    told = task.conditioning(task.inputs(0, 0))
     fits = [task.train.latents.entries[entry].fit for entry in entries]
     expected = [
         pipe._get_add_time_ids(
@@ -163,7 +165,7 @@ def test_an_inpainting_base_is_told_what_its_pipeline_tells_it(flip: bool, pictu
             whole[None], hidden, 1, *image.size[::-1], torch.float32, "cpu", torch.Generator().manual_seed(0), False
         )
         mean = pipe.vae.encode(hidden).latent_dist.mean * pipe.vae.config.scaling_factor
-        shown = task._shown(latents, [index], [number])
+        shown = task.shown(latents, [index], [number])
         assert torch.equal(shown[:, :1], small_mask)
         # Where all is hidden, the norms of a random VAE blow up the rounding of what is constant.
         torch.testing.assert_close(shown[:, 1:], mean, atol=0.02 if number == 0 else 1e-4, rtol=1e-3)

@@ -28,7 +28,7 @@ from peft_diffusion.generation.settings import DemoConfig, Sampling, SchedulerNa
 from peft_diffusion.generation.text import choose, generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.methods.tokens import SoftPrompt
+from peft_diffusion.methods.prompt import SoftPrompt
 
 STEPS = 3
 ONE_LEVEL = 1  # of 255
@@ -281,7 +281,7 @@ def test_a_missing_trigger_is_noted(make, ink, caplog):
     [
         {"steps": 0}, {"batch_size": 0}, {"count": 0}, {"seed": -1}, {"seed": 2**63}, {"guidance": float("nan")},
         {"guidance": 1, "negative": "a dog"}, {"guidance_stop": 0, "negative": "a dog"}, {"guidance_stop": 1.1},
-        {"seeds": (1, 2), "count": 2}, {"width": 0}, {"prompts": ()}, {"prompts": "a"},
+        {"seeds": (1, 2), "count": 2}, {"width": 0}, {"prompts": ()}, {"prompts": 3}, {"prompts": ("a", None)},
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_used_is_refused(wrong):

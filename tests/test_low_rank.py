@@ -10,7 +10,6 @@ from peft_diffusion.core.arena import Arena, side_by_side
 from peft_diffusion.fast import low_rank
 from peft_diffusion.fast.unet import side_by_side as side_by_side_weights
 from peft_diffusion.fast.unet import swapped
-from peft_diffusion.methods import lora
 from peft_diffusion.methods.lora import Lora
 
 DTYPES = {"float32": (torch.float32, 1e-5), "bfloat16": (torch.bfloat16, 2e-2)}
@@ -45,7 +44,8 @@ def gradients(model, x):
 @pytest.fixture
 def pays(monkeypatch):
     """Sets whether the function is taken, on a CPU too."""
-    return lambda taken: monkeypatch.setattr(lora, "pays", lambda x: taken)
+    with low_rank.fusing():
+        yield lambda taken: monkeypatch.setattr(low_rank, "pays", lambda x: taken)
 
 
 def randomize(model) -> None:
@@ -82,7 +82,7 @@ def test_the_function_is_right_to_the_last_term():
     strength = torch.tensor([0.7], dtype=torch.float64)
 
     def run(x, down, up):
-        return lora.low_rank_linear(x, weight, bias, down, up, strength, 0.25)
+        return low_rank.low_rank_linear(x, weight, bias, down, up, strength, 0.25)
 
     expected = x @ weight.T + bias + 0.25 * 0.7 * (x @ down.T) @ up.T
     torch.testing.assert_close(run(x, down, up), expected)
@@ -109,7 +109,7 @@ def test_what_it_does_not_serve_goes_the_usual_way(pays, monkeypatch):
         raise AssertionError("not to be called")
 
     pays(True)
-    monkeypatch.setattr(lora, "low_rank_linear", refuse)
+    monkeypatch.setattr(low_rank, "low_rank_linear", refuse)
     x = torch.randn(2, 5, 12)
     for case in ("dropout", "two", "images", "trained base", "no gradients", "strength 0"):
         model = Layers(torch.float32)
@@ -182,7 +182,7 @@ def test_queries_keys_and_values_are_one_layer_in_a_pass_of_the_trainer(make, dt
     expected = run()
     arena.zero_grad()
     pays(True)
-    weights = {name: parameter.detach().clone() for name, parameter in unet.named_parameters() if "adapters" not in name}
+    weights = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     layers = []
     call = low_rank.Projections.__call__
     monkeypatch.setattr(low_rank.Projections, "__call__", lambda own, x: layers.append(len(own.down.value)) or call(own, x))
@@ -221,3 +221,45 @@ def test_a_pass_of_the_trainer_serves_only_what_lies_in_its_arena(pays, monkeypa
     model(x)
     with working.passing(), pytest.raises(AssertionError, match="not to be called"):
         model(x)
+
+
+@pytest.mark.parametrize("method", [Lora(rank=2), Lora(rank=2, init="pissa")], ids=["lora", "pissa"])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_pass_of_the_trainer_computes_what_every_other_way_does(pays, method, strength):
+    model, x = Layers(torch.float32), torch.randn(2, 5, 12)
+    site.attach(model, "a", method, "all-linear")
+    arena = Arena({"model": [p for p in model.parameters() if p.requires_grad]})
+    arena.flat.add_(0.1 * torch.randn(arena.flat.shape, generator=torch.Generator().manual_seed(3)))
+    site.strengths(model).write({"a": strength})
+
+    def run():
+        arena.zero_grad()
+        y = model(x)
+        y.square().mean().backward()
+        return torch.cat([y.detach().flatten(), arena.grad])
+
+    pays(False)
+    expected = run()
+    pays(True)
+    with low_rank.Working(arena.flat, arena.grad).passing():
+        torch.testing.assert_close(run(), expected)
+
+
+def test_a_recording_of_a_pass_does_not_outlive_the_strength_that_it_took_for_1(pays):
+    pays(True)
+    model, x = Layers(torch.float32), torch.randn(2, 5, 12)
+    site.attach(model, "a", Lora(rank=2), "all-linear")
+    arena = Arena({"model": [p for p in model.parameters() if p.requires_grad]})
+    working = low_rank.Working(arena.flat, arena.grad)
+    assert working.full
+    with working.passing():
+        model(x).sum().backward()
+    strengths = site.strengths(model)
+    assert working.full
+    with strengths.without("a"):
+        assert not working.full
+    assert working.full
+    strengths.write({"a": 0.5})
+    assert not working.full
+    strengths.write({"a": 1.0})
+    assert working.full

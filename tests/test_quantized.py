@@ -32,9 +32,12 @@ from test_training import draw_pictures, small
 from torch import nn
 
 from peft_diffusion import bases, formats
+from peft_diffusion.api import train, train_text
 from peft_diffusion.bases import components, describe, digest, fingerprint, load_base, load_lm
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import merge, quantized, site
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.slot import slot_of
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.generate import generate
 from peft_diffusion.generation.recipe import Recipe
@@ -42,7 +45,7 @@ from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.generation.text import generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.training import TextTrainConfig, train, train_text
+from peft_diffusion.training import TextTrainConfig
 
 KINDS = ("nf4", "int8")
 # How far, against their norm, rounding takes weights that are spread evenly, as those of these small bases are.
@@ -202,7 +205,7 @@ def test_packed_adapters_of_a_half_base_are_cast_once(kind: str) -> None:
     for seed in (2, 3):  # as if it was trained between
         torch.nn.init.normal_(adapter.up, generator=torch.Generator().manual_seed(seed))
         site.pack(model)
-        assert model[0].packed.down.dtype == model[0].packed.up.dtype == torch.bfloat16
+        assert slot_of(model[0]).packed.down.dtype == slot_of(model[0]).packed.up.dtype == torch.bfloat16
         for strength in (1.0, 0.5):
             site.strengths(model).write({"a": strength})
             with torch.no_grad():
@@ -212,7 +215,7 @@ def test_packed_adapters_of_a_half_base_are_cast_once(kind: str) -> None:
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
     model.append(nn.LayerNorm(32))  # in float32: what the layer computes in cannot be told
     site.pack(model)
-    assert model[0].packed.down.dtype == torch.float32
+    assert slot_of(model[0]).packed.down.dtype == torch.float32
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (40, 32), (3, 50), (5, 7), (1, 200)])
@@ -284,7 +287,7 @@ def test_training_generating_and_repeating_a_picture_on_a_quantized_base(kind: s
     base = str(tiny_base)
     said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
     run = small(folder, tmp_path, base=base, quantize=kind, unet_lr=1e-2, components=("unet", "text_encoder"))
-    trained = train(run, console=said)
+    trained = train(run, observers=[TrainingConsole(said)])
     shown = f"generate 'a red apple' --adapter {trained.output} --base {base} --quantize {kind}\n"
     assert f"next: peft-diffusion {shown}" in said.export_text()
     spec = formats.inspect(trained.output).spec
@@ -321,7 +324,7 @@ def test_a_language_model_learns_and_writes_quantized(tmp_path) -> None:
             (words,), base=str(tmp_path / "lm"), output=tmp_path / "a.safetensors", run_dir=tmp_path / "run", rank=2,
             steps=4, batch_size=2, context=24, device="cpu", quantize="nf4",
         ),
-        console=said,
+        observers=[TrainingConsole(said)],
     )  # fmt: skip
     flags = f"--adapter {trained.output} --base {tmp_path / 'lm'} --quantize nf4\n"
     assert f"next: peft-diffusion text generate 'The first words' {flags}" in said.export_text()

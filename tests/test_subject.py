@@ -17,6 +17,9 @@ from test_resume import stop_after
 from test_training import POWERS, draw_pictures, small
 
 from peft_diffusion import formats
+from peft_diffusion.api import train
+from peft_diffusion.bases import noise as noise_process
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.core.errors import UserError
@@ -28,11 +31,12 @@ from peft_diffusion.data.latents import cache_latents
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig
-from peft_diffusion.training import Interrupted, TrainConfig, train
-from peft_diffusion.training import main as training_main
+from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.training import Interrupted, TrainConfig
+from peft_diffusion.training.attachment import NAME, attach, chosen
 from peft_diffusion.training.loop.seeds import generator
 from peft_diffusion.training.machine.processes import Crew
-from peft_diffusion.training.session import NAME, attach, chosen
+from peft_diffusion.training.pictures import diffusion_task
 from peft_diffusion.training.settings.blocks import blocks
 from peft_diffusion.training.tasks import class_images, objective
 from peft_diffusion.training.tasks.preparation import prepare
@@ -54,16 +58,16 @@ def draw_mask(picture: Path, box=(0, 0, 31, 63), size=64) -> Path:
 
 
 def config_of(config: TrainConfig):
-    return prepare(config, make_pipe(), lambda line: None, lambda what: lambda done, total: None).config
+    return prepare(config, make_pipe(), lambda event: None, TrainingPictures()).config
 
 
 def task_of(config: TrainConfig, pipe=None):
     """The task of a run with a fresh adapter, and its parameters."""
     pipe = pipe or make_pipe()
-    prepared = prepare(config, pipe, lambda line: None, lambda what: lambda done, total: None)
+    prepared = prepare(config, pipe, lambda event: None, TrainingPictures())
     made = blocks(prepared.config)
     attached = attach(chosen(pipe, prepared.config.components), made, 0, lambda name: 1e-3)
-    return training_main._task(prepared, made, Crew()), Arena(attached.groups)
+    return diffusion_task(prepared, made, Crew()), Arena(attached.groups)
 
 
 def moved(arena: Arena) -> Arena:
@@ -97,7 +101,7 @@ def test_the_base_draws_the_class_once_and_later_runs_find_it(tmp_path, pictures
     assert {path: path.stat().st_mtime_ns for path in folder.glob("000[0-3].png")} == {
         path: time for path, time in times.items() if path.name != "0004.png"
     }
-    monkeypatch.setattr(class_images, "paint", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(TrainingPictures, "class_pictures", lambda *_, **__: pytest.fail("drawn again"))
     train(config, pipe=make_pipe())
     with safe_open(first.output, "pt") as file:
         assert file.metadata()["ss_num_reg_images"] == "5" and file.metadata()["ss_prior_loss_weight"] == "1.0"
@@ -134,7 +138,7 @@ def test_the_pictures_themselves_are_learned_if_asked_and_the_weight_counts(tmp_
     task, _ = task_of(small(pictures, tmp_path, **CLASS, prior_target="noise", prior_weight=0.5))
     inputs = task.inputs(0, 0)
     assert inputs["weights"].tolist() == [2, 2, 1, 1]
-    answer, wanted = task._answer(inputs)
+    answer, wanted = task.answer(inputs)
     own, of_class = ((answer - wanted)[rows].square().mean() for rows in (slice(0, 2), slice(2, 4)))
     torch.testing.assert_close(task.loss(inputs), own + 0.5 * of_class)
 
@@ -165,7 +169,7 @@ def test_a_regularisation_folder_takes_any_shape_and_its_own_captions(tmp_path, 
 
 def test_a_subject_without_class_says_so_and_trains_text_too(tmp_path, pictures):
     console = Console(record=True, width=300)
-    result = train(small(pictures, tmp_path, preset="subject"), pipe=make_pipe(), console=console)
+    result = train(small(pictures, tmp_path, preset="subject"), pipe=make_pipe(), observers=[TrainingConsole(console)])
     assert "the class is not kept" in console.export_text()
     assert result.config.components == ("unet", "text_encoder")
     assert small(pictures, tmp_path).components == ("unet",)
@@ -182,7 +186,7 @@ def test_the_outside_of_a_mask_gives_no_gradient(tmp_path, pictures):
     inputs = task.inputs(0, 0)
     assert torch.equal(inputs["where"], torch.cat([torch.ones(2, 1, 8, 4), torch.zeros(2, 1, 8, 4)], -1))
     noise = inputs["noise"].clone()
-    answer = task._answer(inputs)[0].detach().requires_grad_()
+    answer = task.answer(inputs)[0].detach().requires_grad_()
     errors = objective.per_image(objective.errors(answer, noise), inputs["where"])
     errors.sum().backward()
     assert answer.grad[..., 4:].abs().max() == 0 and answer.grad[..., :4].abs().min() > 0
@@ -192,10 +196,10 @@ def test_the_outside_of_a_mask_gives_no_gradient(tmp_path, pictures):
     def wanting(columns):
         changed = noise.clone()
         changed[..., columns] += 1
-        plain = task._answer
-        task._answer = lambda given: (plain(given)[0], changed)
+        plain = task.answer
+        task.answer = lambda given: (plain(given)[0], changed)
         found = gradient(task, arena, inputs)
-        task._answer = plain
+        task.answer = plain
         return found
 
     usual = gradient(task, arena, inputs)
@@ -382,7 +386,7 @@ def test_the_pyramid_has_more_power_in_large_shapes():
 
 
 def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path, pictures):
-    found = objective.zero_terminal(POWERS)
+    found = noise_process.zero_terminal(POWERS)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     expected = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)

@@ -9,6 +9,7 @@ from language import CONTEXT, make_lm
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from peft_diffusion import formats
+from peft_diffusion.api import train_text
 from peft_diffusion.bases import LanguageModel
 from peft_diffusion.bases.causal_lm import frozen
 from peft_diffusion.core import site
@@ -18,7 +19,6 @@ from peft_diffusion.generation.text import continued
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.prefix import Prefix
-from peft_diffusion.training.language_main import train_text
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens
 

@@ -6,21 +6,21 @@ from ..core.lazy import lazy
 from .embedded import embedded
 
 if TYPE_CHECKING:
+    from .base import BaseInfo, components, denoiser_of, describe
     from .causal_lm import LanguageInfo, LanguageModel, load_lm
     from .digest import fingerprint, identity
-    from .kinds import components, describe, inpaints
-    from .stable_diffusion import BaseInfo, load_base
+    from .stable_diffusion import load_base
 
 __all__ = [
     "BaseInfo",
     "LanguageInfo",
     "LanguageModel",
     "components",
+    "denoiser_of",
     "describe",
     "embedded",
     "fingerprint",
     "identity",
-    "inpaints",
     "load_base",
     "load_lm",
 ]
@@ -29,14 +29,14 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "BaseInfo": "stable_diffusion",
+        "BaseInfo": "base",
         "LanguageInfo": "causal_lm",
         "LanguageModel": "causal_lm",
-        "components": "kinds",
-        "describe": "kinds",
+        "components": "base",
+        "denoiser_of": "base",
+        "describe": "base",
         "fingerprint": "digest",
         "identity": "digest",
-        "inpaints": "kinds",
         "load_base": "stable_diffusion",
         "load_lm": "causal_lm",
     },

@@ -1,37 +1,21 @@
 """Stable Diffusion pipelines as bases."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from ..core import quantized
+from ..core import quantized, site
 from ..core.errors import UserError
 from . import single_file
-from .digest import identity
+from .base import components, denoiser_of
 from .digest import quantize as quantize_all
 from .embedded import ICONS, embedded
-from .kinds import components, inpaints
 from .loading import first_line, pick_device, pick_dtype, quiet
-
-Family: TypeAlias = Literal["sd1", "sd2", "sdxl", "other"]
-
-
-@dataclass(frozen=True)
-class BaseInfo:
-    """What an adapter must know of its base. ``resolution`` and ``step`` (what sides are multiples of) are in pixels."""
-
-    name: str
-    family: Family
-    prediction_type: str
-    resolution: int
-    step: int
-    fingerprint: str
 
 
 def load_base(
@@ -63,21 +47,6 @@ def load_base(
     return pipe.to(where)
 
 
-def describe_pipeline(pipe: Any) -> BaseInfo:
-    """Name, family, resolution and identity of a pipeline."""
-    config = pipe.unet.config
-    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    size = config.sample_size if isinstance(config.sample_size, int) else min(config.sample_size)
-    return BaseInfo(
-        name=_name(pipe),
-        family=_family(config),
-        prediction_type=pipe.scheduler.config.get("prediction_type", "epsilon"),
-        resolution=size * factor,
-        step=factor * 2 ** (len(config.block_out_channels) - 1),
-        fingerprint=identity(components(pipe)),
-    )
-
-
 def _read(source: str, dtype: torch.dtype) -> Any:
     path = embedded("base") if source == ICONS else Path(source)
     try:
@@ -104,37 +73,7 @@ def _as_asked(pipe: Any, quantize: str | None) -> Any:
 
 
 def _frozen(pipe: Any) -> Any:
-    needed = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    missing = [name for name in needed if getattr(pipe, name, None) is None]
-    if missing:
-        raise UserError(f"{type(pipe).__name__} is no Stable Diffusion with a UNet: it has no {', '.join(missing)}")
-    channels, latents = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
-    if channels != latents and not inpaints(pipe):
-        raise UserError(
-            f"the UNet takes {channels} channels, for latents of {latents}: a {type(pipe).__name__} is neither a Stable"
-            " Diffusion nor its inpainting version"
-        )
+    denoiser_of(pipe)
     for part in (*components(pipe).values(), pipe.vae):
-        part.requires_grad_(False)
-        part.eval()
+        site.freeze(part)
     return pipe
-
-
-def _name(pipe: Any) -> str:
-    where = str(pipe.config.get("_name_or_path") or "")
-    try:
-        if where == str(embedded("base")):
-            return ICONS
-    except UserError:
-        pass  # a package without the embedded base still names others
-    path = Path(where)
-    return path.name if path.exists() and where else where or type(pipe).__name__
-
-
-def _family(config: Any) -> Family:
-    if config.addition_embed_type == "text_time":
-        return "sdxl"
-    if tuple(config.block_out_channels) != (320, 640, 1280, 1280):
-        return "other"
-    by_width = {768: "sd1", 1024: "sd2"}
-    return cast(Family, by_width.get(config.cross_attention_dim, "other"))

@@ -15,6 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 from .. import __version__
 from ..core.errors import UserError
 from .config_file import RunFile, whole_numbers
+from .flags import explained
 
 # Each command is the function of its name in the module of its name; its module is imported when it is called.
 COMMANDS = {
@@ -99,7 +100,7 @@ def _explain(error: BaseException) -> int:
         # A run that saved where it stands says how to go on, which is no error.
         return _say(str(error) or "interrupted", INTERRUPTED)
     if isinstance(error, CycloptsError):
-        return _fail(str(error), USAGE)
+        return _fail(explained(error), USAGE)
     if isinstance(error, UserError):
         return _fail(str(error), FAILED)
     if isinstance(error, OSError):

@@ -2,14 +2,13 @@
 
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from ..bases import embedded
 from ..core.errors import UserError
 from ..generation.recipe import check_folder
 from ..generation.settings import BlendConfig, Choice, DemoConfig, GenerateConfig
+from .flags import reads
 from .progress import bar
 
 if TYPE_CHECKING:
@@ -24,12 +23,12 @@ SUBJECTS = ("a red apple", "a cat", "a rocket", "a tulip", "a pizza", "a snowman
 BLENDED = ("a red apple", "a cat", "a rocket")
 
 
-def demo(config: Annotated[DemoConfig | None, Parameter(name="*")] = None) -> None:
+@reads(DemoConfig)
+def demo(config: DemoConfig) -> None:
     """Teach two sample styles, generate with each and blend them.
 
     Takes five minutes on two CPU cores.
     """
-    config = config or DemoConfig()
     check_folder(config.output)
     for style in STYLES:
         _check_own(config.output, style)
@@ -65,9 +64,9 @@ def _check_own(output: Path, style: str) -> None:
 
 
 def _train(pipe: Any, config: DemoConfig, folders: dict[str, Path], files: dict[str, Path]) -> None:
-    from rich.console import Console
-
-    from ..training import TrainConfig, train
+    from ..api import train
+    from ..training import TrainConfig
+    from .console import TrainingConsole
 
     for number, (style, folder) in enumerate(folders.items(), 1):
         print(f"\nStyle {number} of {len(folders)}: {style}, {config.steps} steps", flush=True)
@@ -83,7 +82,8 @@ def _train(pipe: Any, config: DemoConfig, folders: dict[str, Path], files: dict[
             preview_steps=0,
             overwrite=True,
         )
-        train(run, pipe=pipe, console=Console())
+        with TrainingConsole() as console:
+            train(run, pipe=pipe, observers=[console])
 
 
 def _draw_styles(adapters: "Adapters", config: DemoConfig, path: Path) -> None:

@@ -1,20 +1,17 @@
 """``peft-diffusion generate``: pictures from prompts, with any number of adapters."""
 
-from typing import Annotated
-
-from cyclopts import Parameter
-
 from ..generation.settings import GenerateConfig
+from .flags import reads
 from .progress import bar
 
 
-def generate(config: Annotated[GenerateConfig | None, Parameter(name="*")] = None) -> None:
+@reads(GenerateConfig)
+def generate(config: GenerateConfig) -> None:
     """Make pictures from prompts, with any number of adapters.
 
     Every prompt is drawn with every seed, and the same seed gives the same picture whatever else is drawn with it. Each
     file carries its whole recipe, from which --recipe makes the picture again.
     """
-    config = config or GenerateConfig()  # without a prompt, which it says
     config.check()  # before torch is imported, which takes seconds
     from ..generation.generate import generate as run
 

@@ -4,14 +4,13 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from ..formats import Inspection
 from ..formats import inspect as read
 from ..generation.compatibility import Fit, base_of, fit
 from ..generation.settings import InspectConfig
+from .flags import reads
 
 # What of a training is shown, where the file tells it.
 _TRAINING = {
@@ -29,7 +28,8 @@ _TRAINING = {
 }
 
 
-def inspect(config: Annotated[InspectConfig, Parameter(name="*")]) -> None:
+@reads(InspectConfig)
+def inspect(config: InspectConfig) -> None:
     """Tell what an adapter file holds, and whether two fit together.
 
     Only the headers are read: nothing is loaded, and no base is needed.

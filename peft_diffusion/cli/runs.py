@@ -4,37 +4,48 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..core.errors import UserError
+from ..core.settings import PARAMETERS, Flag, explained, setting, settle
 from ..training.record.run_record import Record, differing, find, only
+from .flags import reads
 
 _WIDE = 1000  # letters, more than any table has
 _COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
 
 
+@explained
 @dataclass(frozen=True)
 class RunsConfig:
     """Which runs to show."""
 
-    folders: tuple[Path, ...] = (Path("runs"),)
-    """A folder of run folders, to list them; or two run folders, to compare them."""
-    html: Path | None = None
-    """With two run folders: write their curves and previews side by side into this page."""
+    folders: tuple[Path, ...] = setting(
+        (Path("runs"),),
+        "A folder of run folders, to list them; or two run folders, to compare them.",
+        PARAMETERS,
+        flag=Flag(negative=True),
+    )
+    html: Path | None = setting(
+        None,
+        "With two run folders: write their curves and previews side by side into this page.",
+        PARAMETERS,
+    )
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
-def runs(config: Annotated[RunsConfig | None, Parameter(name="*")] = None) -> None:
+@reads(RunsConfig)
+def runs(config: RunsConfig) -> None:
     """List the runs of a folder, or compare two runs.
 
     Nothing is loaded: the run folders tell all of it. `report.html` in each of them tells more.
     """
-    config = config or RunsConfig()
     folders = config.folders
     if len(folders) > 2:
         raise UserError(f"{len(folders)} folders were given: name one to list its runs, or two run folders to compare them")
@@ -112,7 +123,7 @@ def _compare(first: Record, second: Record, html: Path | None) -> None:
         if record.figures.get("warning"):
             console.print(Text(f"{record.name}: {record.figures['warning']}", style="yellow"), soft_wrap=True)
     if html is not None:
-        from ..training.record.atomic import explained, write_bytes
+        from ..core.files import explained, write_bytes
         from ..training.record.report import compared
 
         with explained(html):

@@ -1,41 +1,35 @@
 """``peft-diffusion text``: teach a language model a text, and let it write."""
 
-from typing import Annotated
-
-from cyclopts import Parameter
-
 from ..generation.text_settings import TextGenerateConfig
-from ..training.settings.config import FIND_LR, LEARNING
+from ..training.settings.shared import FindLr
 from ..training.settings.text import TextTrainConfig
+from .flags import reads
 
 
-def train(
-    config: Annotated[TextTrainConfig, Parameter(name="*")],
-    *,
-    find_lr: Annotated[bool, Parameter(group=LEARNING, negative=(), help=FIND_LR)] = False,
-) -> None:
+@reads(TextTrainConfig, FindLr)
+def train(config: TextTrainConfig, asked: FindLr) -> None:
     """Teach a causal language model a text and write what it learned as one adapter file.
 
     Whatever is left out suits the base and the machine; what was chosen is printed and kept in the run folder. Ctrl-C
     finishes the step and saves a checkpoint; --resume goes on.
     """
     config.check()  # before torch is imported, which takes seconds
-    from rich.console import Console
+    from .. import api
+    from .console import TrainingConsole
 
-    from ..training.language_main import find_text_rates, train_text
+    with TrainingConsole() as console:
+        if asked.find_lr:
+            api.find_text_rates(config, observers=[console])
+        else:
+            api.train_text(config, observers=[console])
 
-    if find_lr:
-        find_text_rates(config, console=Console())
-    else:
-        train_text(config, console=Console())
 
-
-def generate(config: Annotated[TextGenerateConfig | None, Parameter(name="*")] = None) -> None:
+@reads(TextGenerateConfig)
+def generate(config: TextGenerateConfig) -> None:
     """Let a causal language model go on from prompts, with any number of adapters.
 
     The same seed writes the same text. Texts are printed with their prompt, an empty line between them.
     """
-    config = config or TextGenerateConfig()  # without a prompt, which it says
     config.choices()  # before torch is imported, which takes seconds
     from ..generation.text import generate_text
 

@@ -1,26 +1,23 @@
 """``peft-diffusion train``: learn a style from a folder of images and write it as one adapter file."""
 
-from typing import Annotated
 
-from cyclopts import Parameter
-from rich.console import Console
-
-from ..training.settings.config import FIND_LR, LEARNING, TrainConfig
+from ..training.settings.pictures import TrainConfig
+from ..training.settings.shared import FindLr
+from .flags import reads
 
 
-def train(
-    config: Annotated[TrainConfig, Parameter(name="*")],
-    *,
-    find_lr: Annotated[bool, Parameter(group=LEARNING, negative=(), help=FIND_LR)] = False,
-) -> None:
+@reads(TrainConfig, FindLr)
+def train(config: TrainConfig, asked: FindLr) -> None:
     """Learn a style from a folder of images and write it as one adapter file.
 
     Whatever is left out comes from the preset, the base and the machine; what was chosen is printed and kept in the run
     folder. Ctrl-C finishes the step and saves a checkpoint; --resume goes on.
     """
-    from .. import training
+    from .. import api
+    from .console import TrainingConsole
 
-    if find_lr:
-        training.find_rates(config, console=Console())
-    else:
-        training.train(config, console=Console())
+    with TrainingConsole() as console:
+        if asked.find_lr:
+            api.find_rates(config, observers=[console])
+        else:
+            api.train(config, observers=[console])

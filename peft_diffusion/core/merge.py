@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from . import site as sites_of
 from .adapter import parts_of
 from .errors import FoldError, UserError
-from .quantized import QuantizedLinear, plain_parts, torchao_codes, torchao_kind
+from .quantized import QuantizedLinear, plain_parts, rebuilt, torchao_codes, torchao_kind
 from .sharded import whole
+from .slot import Slot
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,28 @@ def merge(component: nn.Module) -> Merged:
     """Fold every adapter, at its present strength, into the weights; forward then costs what the base costs.
 
     The change is added in float32 and rounded once; a quantized weight is dequantized and quantized again, and what error
-    that made is returned. Raises UserError where images have different strengths, and FoldError, which names site and
-    adapter, where a method is no change of weight and bias, and where another module has the weight too; the component is
-    then as it was.
+    that made is returned. Raises UserError where images have different strengths or one changes over the steps, and
+    FoldError, which names site and adapter, where a method is no change of weight and bias, and where another module has
+    the weight too; the component is then as it was.
     """
     found = sites_of.strengths(component)
     if found is None or found.merged:
         raise UserError("there is nothing to merge: no adapter is attached, or they are merged already")
+    if found.schedules:
+        raise UserError(f"{', '.join(found.schedules)}: a strength that changes over the steps cannot be merged")
     scalars = {name: found.scalar(name).tolist() for name in found.names}
-    carriers = sites_of.sites(component)
+    carriers, slots = sites_of.sites(component), sites_of.slots(component)
     folded: dict[str, dict[str, Tensor]] = {}
     for path, site in carriers.items():
         try:
-            folded[path] = _folded(site, scalars)
+            folded[path] = _folded(site, slots[path], scalars)
         except FoldError as error:
             raise FoldError(f"{path}: {error}") from None
     _refuse_tied(component, carriers, folded)
     errors = _Errors()
     for path, changed in folded.items():
         stored = _encoded(carriers[path], changed, errors)
-        carriers[path].unmerged = {name: _held(carriers[path], name).detach().clone() for name in stored}
+        slots[path].unmerged = {name: _held(carriers[path], name).detach().clone() for name in stored}
         _write(carriers[path], stored)
     found.merged = True
     return errors.report(len(carriers))
@@ -81,10 +84,25 @@ def unmerge(component: nn.Module) -> None:
     found = sites_of.strengths(component)
     if found is None or not found.merged:
         raise UserError("nothing is merged")
-    for site in sites_of.sites(component).values():
-        _write(site, site.unmerged)
-        site.unmerged = {}
+    slots = sites_of.slots(component)
+    for path, site in sites_of.sites(component).items():
+        _write(site, slots[path].unmerged)
+        slots[path].unmerged = {}
     found.merged = False
+
+
+@torch.no_grad()
+def unmerged_state(component: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the base, with the weights as they were before a merge where there is one."""
+    state: dict[str, Tensor] = dict(component.state_dict())
+    for path, slot in sites_of.slots(component).items():
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, kept in slot.unmerged.items():
+            whole, _, part = name.partition(".")
+            parts.setdefault(f"{path}.{whole}" if path else whole, {})[part] = kept
+        for key, kept_parts in parts.items():
+            state[key] = rebuilt(state[key], kept_parts)
+    return state
 
 
 def _refuse_tied(
@@ -162,15 +180,15 @@ def _encoded(site: nn.Module, changed: dict[str, Tensor], errors: _Errors) -> di
 
 
 @torch.no_grad()
-def _folded(site: sites_of.AdaptedSite, scalars: dict[str, list[float]]) -> dict[str, Tensor]:
+def _folded(site: nn.Module, slot: Slot, scalars: dict[str, list[float]]) -> dict[str, Tensor]:
     """Those of weight and bias of a site that its adapters change, with all changes in them, in float32."""
     # A whole sublayer has no weight of its own; what sits there says so itself when it is asked to fold.
     weight = dense_weight(site) if hasattr(site, "weight") else torch.zeros(0)
     own_bias = getattr(site, "bias", None)
     bias = own_bias.detach().to(torch.float32) if isinstance(own_bias, Tensor) else None
     changed: dict[str, Tensor] = {}
-    for name, adapter in site.adapters.items():
-        strength = scalars[name][site.block]
+    for name, adapter in slot.adapters.items():
+        strength = scalars[name][slot.block]
         if strength == 0:
             continue
         for part in parts_of(adapter):

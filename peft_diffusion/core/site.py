@@ -10,108 +10,41 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import targets
-from .adapter import Adapter, AdapterDict, Method, chained
+from .adapter import Adapter, chained
+from .component import ComponentState
 from .errors import UserError
+from .method import DEFAULT_TARGET, Method
+from .slot import SLOT, Packed, Slot, slot_of, state_of
 from .strength import Strengths
 
 
-class Packed(nn.Module):
-    """The low-rank adapters of a site as one pair: three operations, however many adapters there are."""
-
-    down: Tensor
-    up: Tensor
-    rows: Tensor
-
-    def __init__(self, adapters: Mapping[str, Adapter], strengths: Strengths, dtype: torch.dtype) -> None:
-        super().__init__()
-        pairs = [(strengths.index(name), adapter.low_rank()) for name, adapter in adapters.items()]
-        present = [(row, pair) for row, pair in pairs if pair is not None]
-        rows = torch.cat([torch.full((len(pair.down),), row) for row, pair in present])
-        self.register_buffer("down", torch.cat([pair.down for _, pair in present]).detach().to(dtype), persistent=False)
-        self.register_buffer("up", torch.cat([pair.up for _, pair in present], 1).detach().to(dtype), persistent=False)
-        self.register_buffer("rows", rows.to(self.down.device), persistent=False)
-
-
 class AdaptedSite(nn.Module):
-    """Mixed into the class of a module that carries adapters. They run in the order of attachment, each on the present y."""
+    """Mixed into the class of a module that carries adapters, which run in the order of attachment, each on the present y.
 
-    adapters: AdapterDict
-    strengths: Strengths
-    packed: Packed | None
-    block: int
-    unmerged: dict[str, Tensor]  # the bytes before a merge, here so that a copy of the model has its own
+    It brings no name but the slot's, so that every attribute of the module and of its class is what it was.
+    """
+
+    _peft_diffusion: Slot
 
     def forward(self, input: Tensor | None = None, *more: Any, **named: Any) -> Any:
         """The site's own output, changed by each adapter whose strength is not 0.
 
         Attention takes more than one input; that of language models is told all by name, and returns its weights too.
         """
+        slot = self._peft_diffusion
         x: Tensor = named.pop("hidden_states") if input is None else input
-        if not more and not named and (whole := self._whole(x)) is not None:
+        if not more and not named and (whole := slot.whole(self, x)) is not None:
             return whole
-        prepared = x
-        for _, adapter in self.adapters.items():
-            prepared = adapter.prepare(prepared)
-        result = super().forward(prepared, *more, **named)
+        result = super().forward(slot.prepare(x), *more, **named)
         if isinstance(result, tuple):
-            return self._changed(x, result[0], named), *result[1:]
-        return self._changed(x, result, named)
-
-    def _whole(self, x: Tensor) -> Tensor | None:
-        """What an adapter that is alone here computes in one with the site's own output while it is trained, if it can."""
-        adapter = self.lone(x)
-        if adapter is None:
-            return None
-        ((name, _),) = self.adapters.items()
-        return adapter.whole(x, self.strengths.values[self.strengths.index(name), self.block])
-
-    def lone(self, x: Tensor) -> Adapter | None:
-        """The adapter that is alone here, on, trained, and computes all that the site gives for ``x``; if there is one."""
-        strengths = self.strengths
-        if len(self.adapters) != 1 or strengths.merged or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        ((name, adapter),) = self.adapters.items()
-        one_for_all = strengths.values.shape[2] == 1
-        return adapter if one_for_all and name in strengths.active and adapter.takes_over(x) else None
-
-    def _changed(self, input: Tensor, y: Tensor, named: Mapping[str, Any]) -> Tensor:
-        strengths = self.strengths
-        if strengths.merged:
-            return y
-        # A graph outlives the strengths that it was made with, so it holds every adapter; eager runs skip the idle ones.
-        recorded = torch.compiler.is_compiling() or _capturing()
-        if self.packed is not None and not torch.is_grad_enabled():
-            return self._run_packed(self.packed, input, y) if recorded or strengths.active else y
-        base = y
-        for name, adapter in self.adapters.items():
-            if recorded or name in strengths.active:
-                y = adapter.run(input, y, _broadcast(strengths.at(strengths.index(name), self.block, y), y), base, named)
-        return y
-
-    def _run_packed(self, packed: Packed, x: Tensor, y: Tensor) -> Tensor:
-        strength = self.strengths.at(packed.rows, self.block, y)
-        down, up = packed.down.to(x.dtype), packed.up.to(x.dtype)  # no copies, but where x is not what pack() expected
-        if isinstance(self, nn.Conv2d):
-            hidden = self._conv_forward(x, down, None) * strength[:, :, None, None]
-            return y + F.conv2d(hidden, up[:, :, None, None])
-        hidden = F.linear(x, down) * strength.view(len(strength), *[1] * (x.ndim - 2), -1)
-        return y + F.linear(hidden, up)
+            return slot.changed(self, x, result[0], named), *result[1:]
+        return slot.changed(self, x, result, named)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: pickle and deepcopy make it again from the one that it came from.
-        return _remade, (base_class(self),), self.__dict__
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _broadcast(strength: Tensor, y: Tensor) -> Tensor:
-    """A strength per image as (images, 1, ...), so that it multiplies ``y``."""
-    return strength.view(-1, *[1] * (y.ndim - 1))
+        return _remade, (base_class(self),), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 @functools.cache
@@ -144,17 +77,23 @@ def rebase(module: nn.Module, cls: type[nn.Module]) -> None:
 def sites(component: nn.Module, name: str | None = None) -> dict[str, AdaptedSite]:
     """The modules of a component that carry adapters, by path; with a name, those that carry that adapter."""
     found = {path: m for path, m in component.named_modules() if isinstance(m, AdaptedSite)}
-    return found if name is None else {path: m for path, m in found.items() if name in m.adapters}
+    return found if name is None else {path: m for path, m in found.items() if name in m._peft_diffusion.adapters}
+
+
+def slots(component: nn.Module, name: str | None = None) -> dict[str, Slot]:
+    """What the sites of a component carry, by their path; with a name, of those that carry that adapter."""
+    return {path: site._peft_diffusion for path, site in sites(component, name).items()}
 
 
 def strengths(component: nn.Module) -> Strengths | None:
     """The strengths of a component's adapters; None where it carries none."""
-    return next((m.strengths for m in component.modules() if isinstance(m, AdaptedSite)), None)
+    state = state_of(component)
+    return None if state is None else state.strengths
 
 
 def adapters(component: nn.Module, name: str) -> dict[str, Adapter]:
     """An adapter's parts by the path of their site."""
-    return {path: site.adapters[name] for path, site in sites(component, name).items()}
+    return {path: slot.adapters[name] for path, slot in slots(component, name).items()}
 
 
 def names(component: nn.Module) -> list[str]:
@@ -163,7 +102,7 @@ def names(component: nn.Module) -> list[str]:
     return list(found.names) if found else []
 
 
-def attach(component: nn.Module, name: str, method: Method, target: str = targets.DEFAULT) -> list[str]:
+def attach(component: nn.Module, name: str, method: Method, target: str = DEFAULT_TARGET) -> list[str]:
     """Add a fresh adapter at every module that ``target`` names, at strength 1; returns their paths.
 
     Raises UserError, and changes nothing, where the target matches no module that the method can serve, where the name
@@ -200,39 +139,50 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) 
         raise UserError(f"an adapter's name consists of letters, digits, _ and -; {name!r} does not")
     if name in names(component):
         raise UserError(f"an adapter {name!r} is attached already; remove it first or choose another name")
-    found = strengths(component)
-    if found and found.merged:
+    state = state_of(component)
+    if state is not None and state.strengths.merged:
         raise UserError("adapters are merged into the weights; unmerge them before you attach another")
     modules = {path: component.get_submodule(path) for path in built}
     for path, module in modules.items():
-        _refuse_patched(path, module)
+        _check_free(path, module)
     blocks = targets.blocks(component)
-    shared = found or Strengths(blocks.names, _device(component))
-    shared.add(name)
+    _check_one_state(component, blocks.names)
+    state = state or ComponentState(blocks.names, _device(component))
+    state.add(name)
     for path, module in modules.items():
-        site = module if isinstance(module, AdaptedSite) else _swap(module, shared, blocks.of(path))
-        site.adapters[name] = built[path].to(_device(module, component)).train(module.training)
-        built[path].bind(site)
-        site.packed = None
+        slot = slot_of(module) or _swap(module, state, blocks.of(path))
+        slot.adapters[name] = built[path].to(_device(module, component)).train(module.training)
+        built[path].bind(module)
+        slot.packed = None
 
 
 def detach(component: nn.Module, name: str) -> None:
     """Take an adapter away; a module without any has its own class, keys and bits again. Raises UserError."""
-    found = strengths(component)
-    if found is None or name not in found.names:
+    state = state_of(component)
+    if state is None or name not in state.entries:
         raise UserError(f"no adapter {name!r} is attached; there are: {', '.join(names(component)) or 'none'}")
-    if found.merged:
+    if state.strengths.merged:
         raise UserError("adapters are merged into the weights; unmerge them before you remove one")
     carriers = sites(component, name)
     for path, site in carriers.items():
-        _refuse_patched(path, site)
+        _check_free(path, site)
     for site in carriers.values():
-        del site.adapters[name]
-        if not len(site.adapters):
+        held = site._peft_diffusion.adapters
+        del held[name]
+        if not len(held):
             _restore(site)
-    for site in sites(component).values():
-        site.packed = None  # the rows of the strengths move up
-    found.remove(name)
+    unpack(component)  # the rows of the strengths move up
+    state.remove(name)
+    if not state.entries:
+        state.forget_words(component)
+
+
+def freeze(component: nn.Module) -> None:
+    """Take gradients and randomness from the base, and leave the adapters on it as they are: one may be in training."""
+    for module in targets.modules(component).values():
+        module.training = False
+        for own in module.parameters(recurse=False):
+            own.requires_grad_(False)
 
 
 def pack(component: nn.Module) -> None:
@@ -244,9 +194,10 @@ def pack(component: nn.Module) -> None:
     # A quantized weight does not tell what its layer computes in; the rest of the component does, if it is of one mind.
     usual = everywhere.pop() if len(everywhere) == 1 else torch.float32
     for site in sites(component).values():
-        built = dict(site.adapters.items())
+        slot = site._peft_diffusion
+        built = dict(slot.adapters.items())
         if all(adapter.low_rank() is not None for adapter in built.values()):
-            site.packed = Packed(built, site.strengths, next(_precisions(site), usual))
+            slot.packed = Packed(built, slot.strengths, next(_precisions(site), usual))
 
 
 def _precisions(module: nn.Module) -> Iterator[torch.dtype]:
@@ -256,33 +207,45 @@ def _precisions(module: nn.Module) -> Iterator[torch.dtype]:
 
 def unpack(component: nn.Module) -> None:
     """Run every adapter by itself again."""
-    for site in sites(component).values():
-        site.packed = None
+    for slot in slots(component).values():
+        slot.packed = None
 
 
-def _swap(module: nn.Module, shared: Strengths, block: int) -> AdaptedSite:
+def _swap(module: nn.Module, state: ComponentState, block: int) -> Slot:
     module.__class__ = _adapted(cast(Hashable, type(module)))
-    if not isinstance(module, AdaptedSite):
-        raise TypeError(f"{type(module).__name__} did not take the class")
-    module.adapters = AdapterDict()
-    module.strengths = shared
-    module.packed = None
-    module.block = block
-    module.unmerged = {}
-    return module
+    slot = Slot(state, block).train(module.training)
+    module._modules[SLOT] = slot  # not add_module, which a class of others may have made its own
+    return slot
 
 
 def _restore(site: AdaptedSite) -> None:
-    cls = base_class(site)
-    del site.adapters, site.strengths, site.packed, site.block, site.unmerged
-    site.__class__ = cls  # type: ignore[assignment]
+    del site._modules[SLOT]
+    site.__class__ = base_class(site)  # type: ignore[assignment]
 
 
-def _refuse_patched(path: str, module: nn.Module) -> None:
+def _check_free(path: str, module: nn.Module) -> None:
+    """Raises UserError where the class of a module cannot be swapped, or swapped back, with any effect."""
     if "forward" in vars(module):
         raise UserError(
             f"{path}: its forward is patched on the instance, as offloading does; attach and remove adapters before"
             " you enable offloading (or call remove_all_hooks() first)"
+        )
+    if isinstance(module, AdaptedSite) and type(module).__mro__[1] is not AdaptedSite:
+        raise UserError(
+            f"{path}: its class was changed to {type(module).__name__} while it carried adapters, as fully_shard does;"
+            " shard or wrap a base first, and attach adapters then"
+        )
+    if not isinstance(module, AdaptedSite) and hasattr(module, SLOT):
+        raise UserError(f"{path}: it has an attribute {SLOT!r} of its own, the name that adapters are kept under; rename it")
+
+
+def _check_one_state(component: nn.Module, blocks: tuple[str, ...]) -> None:
+    """Raises UserError where a part of a component, or a whole that it is a part of, was given adapters by itself."""
+    states = {slot.component for slot in slots(component).values()}
+    if len(states) > 1 or any(state.strengths.blocks != blocks for state in states):
+        raise UserError(
+            f"this {targets.architecture(component)}, or what it is a part of, carries adapters that were attached to"
+            " another module than this; remove them first, or attach to that module"
         )
 
 

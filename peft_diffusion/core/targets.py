@@ -1,13 +1,13 @@
 """Named sets of sites per architecture, as data."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from .errors import UserError
-
-DEFAULT = "attention+ff"
+from .slot import slot_of
 
 _UNET = {
     "attention": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
@@ -84,6 +84,22 @@ KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 }
 
 
+def register(architecture: str, patterns: Mapping[str, str], block: str = r"(?!)") -> None:
+    """Say what targets mean in an architecture of one's own.
+
+    Args:
+        architecture: The name of the component's class.
+        patterns: Regular expressions that the paths of modules match in full, by the name of the target.
+        block: One whose first group is the block that a path lies in; by default there are none.
+
+    Raises:
+        UserError: The architecture is known already, with other patterns.
+    """
+    known = PATTERNS.setdefault(architecture, dict(patterns)), BLOCKS.setdefault(architecture, block)
+    if known != (dict(patterns), block):
+        raise UserError(f"targets of {architecture} are known already")
+
+
 @dataclass(frozen=True)
 class Blocks:
     """The blocks of a component: their names, and which one a path lies in."""
@@ -104,8 +120,8 @@ def architecture(component: nn.Module) -> str:
 
 def modules(component: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base by its path, without what adapters brought."""
-    brought = re.compile(r"(^|\.)(adapters|strengths|packed)(\.|$)")
-    return {path: module for path, module in component.named_modules() if not brought.search(path)}
+    ours = {part for module in component.modules() if (slot := slot_of(module)) is not None for part in slot.modules()}
+    return {path: module for path, module in component.named_modules() if module not in ours}
 
 
 def blocks(component: nn.Module) -> Blocks:

@@ -1,4 +1,4 @@
-"""Aspect buckets: pictures keep their shape, and a batch is made of pictures of one shape."""
+"""Aspect buckets: images keep their shape, and a batch consists of images of one shape."""
 
 import math
 import random
@@ -22,7 +22,7 @@ class Sized(Protocol):
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """A shape that pictures are brought to, in pixels."""
+    """A shape that images are resized and cropped to, in pixels."""
 
     width: int
     height: int
@@ -35,9 +35,13 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Fit:
-    """How one picture becomes its bucket: resized, then cropped in the middle. Sizes are (width, height) in pixels.
+    """How one image becomes its bucket's shape: resized, then cropped in the middle.
 
-    `crop` is (left, top, right, bottom) in the resized picture; SDXL is told `original` and the crop's top left.
+    Attributes:
+        bucket: The shape.
+        original: (width, height) in pixels before.
+        resized: (width, height) in pixels before the crop. SDXL's conditioning takes `original` and the crop's top left.
+        crop: (left, top, right, bottom) in the resized image.
     """
 
     bucket: Bucket
@@ -47,16 +51,25 @@ class Fit:
 
     @property
     def kept(self) -> float:
-        """The share of the picture's area that the crop keeps, above 0 and up to 1."""
+        """The share of the image's area that the crop keeps, above 0 and up to 1."""
         return self.bucket.width * self.bucket.height / (self.resized[0] * self.resized[1])
 
 
 def make_buckets(resolution: int, step: int = 64, max_aspect: float = 2.5) -> tuple[Bucket, ...]:
-    """Shapes of about `resolution` squared pixels, never more, whose sides are multiples of `step`.
+    """List the shapes of at most `resolution` squared pixels whose sides are multiples of `step`.
 
-    For every shorter side the longest other side that the area allows, both ways round, up to `max_aspect` to 1;
-    ordered by aspect. `step` is 64 for Stable Diffusion: 8 times what the UNet downsamples by.
-    Raises `UserError` for sizes that allow no bucket.
+    Each shorter side is paired with the longest other side that the area and the aspect allow, both ways round.
+
+    Args:
+        resolution: The side of a square image, in pixels.
+        step: Pixels; 64 for Stable Diffusion, 8 times what its UNet downsamples by.
+        max_aspect: The largest ratio of the longer side to the shorter, 1 or more.
+
+    Returns:
+        The shapes, by aspect.
+
+    Raises:
+        UserError: The sizes allow no bucket.
     """
     if step < 1 or resolution < step:
         raise UserError(f"a resolution of {resolution} is below the step of {step} pixels that the base works in")
@@ -72,7 +85,16 @@ def make_buckets(resolution: int, step: int = 64, max_aspect: float = 2.5) -> tu
 
 
 def fit(width: int, height: int, bucket: Bucket) -> Fit:
-    """Scale a picture until it just covers the bucket, and cut out the middle."""
+    """Scale an image until it just covers a bucket, and crop the middle.
+
+    Args:
+        width: Pixels.
+        height: Pixels.
+        bucket: The shape to cover.
+
+    Returns:
+        The sizes and the crop.
+    """
     scale = max(bucket.width / width, bucket.height / height)
     resized = max(bucket.width, round(width * scale)), max(bucket.height, round(height * scale))
     left, top = (resized[0] - bucket.width) // 2, (resized[1] - bucket.height) // 2
@@ -82,10 +104,21 @@ def fit(width: int, height: int, bucket: Bucket) -> Fit:
 def arrange(
     pictures: Sequence[Sized], resolution: int, step: int = 64, max_aspect: float = 2.5, no_upscale: bool = True
 ) -> tuple[Fit, ...]:
-    """A fit for each picture: the bucket nearest in aspect ratio.
+    """Choose a bucket for each image: the one nearest in aspect ratio.
 
-    With `no_upscale` a picture that its bucket would enlarge gets a bucket of its own size, rounded down to the step
-    and held to the same area and aspect; only a picture smaller than one step is enlarged, to one step.
+    Args:
+        pictures: The images' sizes.
+        resolution: See `make_buckets`.
+        step: See `make_buckets`.
+        max_aspect: See `make_buckets`.
+        no_upscale: Give an image that its bucket would enlarge a bucket of its own size instead, rounded down to the step
+            and within the same area and aspect. Only an image smaller than one step is enlarged, to one step.
+
+    Returns:
+        One entry an image, in their order.
+
+    Raises:
+        UserError: The sizes allow no bucket.
     """
     buckets = make_buckets(resolution, step, max_aspect)
 
@@ -110,13 +143,30 @@ def _own_bucket(width: int, height: int, resolution: int, step: int, max_aspect:
 def place(
     image: Image.Image, chosen: Fit, flip: bool = False, resampling: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Image.Image:
-    """The picture in its bucket; flipped left to right after the crop if asked."""
+    """Resize and crop an image to its bucket.
+
+    Args:
+        image: The image.
+        chosen: From `arrange`.
+        flip: Mirror it left to right after the crop.
+        resampling: Pillow's filter.
+
+    Returns:
+        An image of the bucket's size.
+    """
     placed = image.resize(chosen.resized, resampling).crop(chosen.crop)
     return placed.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else placed
 
 
 def group(fits: Sequence[Fit]) -> dict[Bucket, tuple[int, ...]]:
-    """The indices of the pictures in each bucket, buckets in order."""
+    """Group images by bucket.
+
+    Args:
+        fits: One entry an image.
+
+    Returns:
+        The indices of the images in each bucket, buckets in order.
+    """
     groups: dict[Bucket, list[int]] = {}
     for index, one in enumerate(fits):
         groups.setdefault(one.bucket, []).append(index)
@@ -124,23 +174,43 @@ def group(fits: Sequence[Fit]) -> dict[Bucket, tuple[int, ...]]:
 
 
 def repeated(groups: Mapping[Bucket, Sequence[int]], times: Sequence[int]) -> dict[Bucket, tuple[int, ...]]:
-    """The same buckets with each index as often as `times` says, which an epoch then draws it."""
+    """Repeat each index as often as an epoch draws it.
+
+    Args:
+        groups: Indices by bucket.
+        times: The repeats of each index.
+
+    Returns:
+        The same buckets with repeated indices.
+    """
     return {bucket: tuple(one for one in indices for _ in range(times[one])) for bucket, indices in groups.items()}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The pictures of one step, by index, all in one bucket."""
+    """The images of one step, by index, all in one bucket."""
 
     bucket: Bucket
     indices: tuple[int, ...]
 
 
 def batches(pictures_by_bucket: Mapping[Bucket, Sequence[int]], batch_size: int, seed: int, epoch: int) -> tuple[Batch, ...]:
-    """The steps of one epoch, full batches only; a pure function of its arguments, whatever the order of the mapping.
+    """List the batches of one epoch, full ones only. A pure function of its arguments, whatever the order of the mapping.
 
-    Every picture is drawn once. A bucket's last batch is filled up with the first pictures of that bucket's order in
-    this epoch, over and over if need be, so that a lone picture still makes a batch; each epoch repeats others.
+    Every image is drawn once. A bucket's last batch is filled with the first images of that bucket's order in this epoch,
+    repeatedly if needed, so that a single image still makes a batch; each epoch repeats others.
+
+    Args:
+        pictures_by_bucket: Indices by bucket.
+        batch_size: Images a batch, 1 or more.
+        seed: The run's seed.
+        epoch: From 0.
+
+    Returns:
+        The batches in the order of the steps.
+
+    Raises:
+        UserError: The batch size is below 1.
     """
     if batch_size < 1:
         raise UserError(f"the batch size must be 1 or more, not {batch_size}")
@@ -157,14 +227,35 @@ def batches(pictures_by_bucket: Mapping[Bucket, Sequence[int]], batch_size: int,
 
 
 def steps_per_epoch(pictures_by_bucket: Mapping[Bucket, Sequence[int]], batch_size: int) -> int:
-    """How many batches `batches` gives."""
+    """Count the batches of an epoch.
+
+    Args:
+        pictures_by_bucket: Indices by bucket.
+        batch_size: Images a batch.
+
+    Returns:
+        The number of batches that `batches` lists.
+    """
     return sum(math.ceil(len(indices) / batch_size) for indices in pictures_by_bucket.values())
 
 
 def stream(
     pictures_by_bucket: Mapping[Bucket, Sequence[int]], batch_size: int, seed: int, start: int = 0
 ) -> Iterator[Batch]:
-    """Batches without end from step `start` on: a resumed run sees those that an uninterrupted one would."""
+    """Give batches without end; a resumed run sees those that an uninterrupted one would.
+
+    Args:
+        pictures_by_bucket: Indices by bucket.
+        batch_size: Images a batch.
+        seed: The run's seed.
+        start: The first step, from 0.
+
+    Yields:
+        Batches, epoch after epoch.
+
+    Raises:
+        UserError: There is no image.
+    """
     if not any(pictures_by_bucket.values()):
         raise UserError("there is no picture to make a batch of")
     epoch, skipped = divmod(start, steps_per_epoch(pictures_by_bucket, batch_size))
@@ -174,7 +265,14 @@ def stream(
 
 
 def describe_buckets(fits: Sequence[Fit]) -> list[str]:
-    """Lines of plain text: how many pictures each bucket has, and the hardest crop in it."""
+    """Describe how many images each bucket has and the hardest crop in it, in lines of plain text.
+
+    Args:
+        fits: One entry an image.
+
+    Returns:
+        One line a bucket.
+    """
     return [
         f"{bucket.width}x{bucket.height}: {len(indices)} picture{'' if len(indices) == 1 else 's'}, "
         f"{min(fits[index].kept for index in indices):.0%} or more of each kept"

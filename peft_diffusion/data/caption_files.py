@@ -28,16 +28,28 @@ _CAMERA = re.compile(
 
 
 def plain_name(name: str) -> str:
-    """A relative path as one spelling: macOS stores accents decomposed, other systems and metadata files do not."""
+    """Normalise a relative path to NFC: macOS stores accents decomposed, other systems and metadata files do not.
+
+    Args:
+        name: The path.
+
+    Returns:
+        Its composed spelling.
+    """
     return unicodedata.normalize("NFC", name)
 
 
 def name_captions(stems: Collection[str]) -> dict[str, str]:
-    """The caption that each file name (without folder and extension) says; empty where it says nothing (IMG_1234).
+    """Read captions from file names.
 
-    Underscores and dashes are spaces. A counter at either end is dropped when it is zero-padded or in brackets, or
-    when all the names have one: `001_red_apple` and a folder of `cat-1`, `dog-2` lose theirs, a lone `apollo-11` does
-    not.
+    Underscores and dashes are spaces. A counter at either end is dropped when it is zero-padded or in brackets, or when all
+    the names have one: `001_red_apple` and a folder of `cat-1`, `dog-2` lose theirs, a single `apollo-11` does not.
+
+    Args:
+        stems: File names without folder and extension.
+
+    Returns:
+        The caption of each stem; "" for names such as IMG_1234.
     """
     counted = len(stems) > 1
     leading = _LEADING if counted and all(_LEADING.match(stem) for stem in stems) else _PADDED_LEADING
@@ -53,7 +65,14 @@ def _name_caption(stem: str) -> str:
 
 @dataclass(frozen=True)
 class Captions:
-    """What the caption files of a folder say, by the picture's relative path; an empty caption is one left blank."""
+    """What the caption files of a folder say, by the image's relative path.
+
+    Attributes:
+        sidecars: Captions from files beside the images; "" for one left blank.
+        metadata: Captions from metadata files.
+        problems: What was wrong with the files.
+        any_files: Whether the folder has caption files at all.
+    """
 
     sidecars: Mapping[str, str]
     metadata: Mapping[str, str]
@@ -61,7 +80,14 @@ class Captions:
     any_files: bool
 
     def of(self, name: str) -> tuple[str, Source]:
-        """Caption and source for a picture: the file beside it wins over metadata."""
+        """Look up an image's caption; the file beside it wins over metadata.
+
+        Args:
+            name: The image's relative path.
+
+        Returns:
+            The caption, "" if there is none, and where it came from.
+        """
         key = plain_name(name)
         if self.sidecars.get(key):
             return self.sidecars[key], "sidecar"
@@ -71,7 +97,16 @@ class Captions:
 
 
 def read_captions(root: Path, files: Iterable[str], pictures: Collection[str]) -> Captions:
-    """Read the caption files among `files`, for `pictures`; both are POSIX paths relative to `root`."""
+    """Read the caption files of a folder.
+
+    Args:
+        root: The folder.
+        files: All its files, as POSIX paths relative to `root`.
+        pictures: Those of them that are images.
+
+    Returns:
+        The captions and the problems.
+    """
     files = list(files)
     sidecars, problems = _read_sidecars(root, files, pictures)
     metadata: dict[str, str] = {}
@@ -83,12 +118,26 @@ def read_captions(root: Path, files: Iterable[str], pictures: Collection[str]) -
 
 
 def is_metadata(name: str) -> bool:
-    """Whether a file is one that lists captions."""
+    """Tell whether a file lists captions.
+
+    Args:
+        name: Its path.
+
+    Returns:
+        True for `metadata.jsonl` and `metadata.csv`.
+    """
     return posixpath.basename(name).lower() in METADATA
 
 
 def is_sidecar(name: str) -> bool:
-    """Whether a file may be a caption beside a picture."""
+    """Tell whether a file may be a caption beside an image.
+
+    Args:
+        name: Its path.
+
+    Returns:
+        True for `.txt` and `.caption`.
+    """
     return posixpath.splitext(name)[1].lower() in SIDECARS
 
 

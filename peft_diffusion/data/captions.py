@@ -1,4 +1,4 @@
-"""Captions as prompts: the trigger put in, words dropped, tags shuffled; pure functions of an explicit generator."""
+"""Turn captions into prompts: add the trigger, drop words, shuffle tags. Pure functions of an explicit generator."""
 
 import random
 import re
@@ -8,16 +8,33 @@ from peft_diffusion.core.errors import UserError
 
 
 def check_trigger(trigger: str) -> None:
-    """Raise `UserError` for a trigger whose `{}` cannot be filled in."""
+    """Check that the `{}` of a trigger can be filled in.
+
+    Args:
+        trigger: Words, with at most one `{}` for the caption.
+
+    Raises:
+        UserError: It holds other braces.
+    """
     if "{" in trigger.replace("{}", "", 1) or "}" in trigger.replace("{}", "", 1):
         raise UserError(f'the trigger "{trigger}" may hold one {{}}, for the caption, and no other braces')
 
 
 def with_trigger(caption: str, trigger: str) -> str:
-    """The caption called by `trigger`: "a red apple" with "ink style" is "ink style, a red apple".
+    """Add the trigger to a caption: "a red apple" with "ink style" is "ink style, a red apple".
 
-    A trigger with `{}` is a template: "ink style of {}" gives "ink style of a red apple". A caption that already has
-    the trigger's words as a whole phrase, in any case of letters, stays as it is; so does any with an empty trigger.
+    A caption that already has the trigger's words as a whole phrase, in any case of letters, stays as it is.
+
+    Args:
+        caption: The caption.
+        trigger: Words put in front, or a template with `{}`: "ink style of {}" gives "ink style of a red apple". An empty
+            trigger changes nothing.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        UserError: The trigger holds braces other than one `{}`.
     """
     check_trigger(trigger)
     caption, trigger = caption.strip(), trigger.strip()
@@ -37,12 +54,30 @@ def _holds(caption: str, trigger: str) -> bool:
 
 
 def drop_caption(caption: str, probability: float, rng: random.Random) -> str:
-    """The empty caption with this probability (0 to 1), which keeps guidance working. Draws exactly one number."""
+    """Replace a caption by the empty one at random, which keeps classifier-free guidance working.
+
+    Args:
+        caption: The caption.
+        probability: From 0 to 1.
+        rng: The generator; exactly one number is drawn.
+
+    Returns:
+        The caption, or "".
+    """
     return "" if rng.random() < probability else caption
 
 
 def shuffle_tags(caption: str, rng: random.Random, keep: int = 0) -> str:
-    """Comma-separated tags in a random order, but for the first `keep`; empty tags fall away."""
+    """Shuffle the comma-separated tags of a caption.
+
+    Args:
+        caption: Tags separated by commas; empty tags are removed.
+        rng: The generator.
+        keep: The number of tags at the front that stay in place.
+
+    Returns:
+        The tags joined by ", ".
+    """
     tags = [tag for tag in (tag.strip() for tag in caption.split(",")) if tag]
     fixed, loose = tags[:keep], tags[keep:]
     rng.shuffle(loose)
@@ -53,9 +88,14 @@ _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
 def pick_wildcards(caption: str, rng: random.Random | None) -> str:
-    """The caption with one alternative of each `{a|b}`, as in sd-scripts; `{{` and `}}` are braces themselves.
+    """Replace each `{a|b}` by one of its alternatives, as sd-scripts does; `{{` and `}}` are literal braces.
 
-    Without a generator it is the first of each.
+    Args:
+        caption: The caption.
+        rng: The generator; None takes the first alternative of each.
+
+    Returns:
+        The caption with single spaces.
     """
 
     def pick(match: re.Match[str]) -> str:
@@ -69,10 +109,17 @@ def pick_wildcards(caption: str, rng: random.Random | None) -> str:
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """How a caption becomes the prompt of one training step: wildcards are picked, tags shuffled, the trigger put in, all
-    of it dropped.
+    """How a caption becomes the prompt of a training step: wildcards, then tags, then the trigger, then dropout.
 
-    `dropout` is a probability; `keep_tags` tags at the front of the caption, as it was written, stay in place.
+    Attributes:
+        trigger: See `with_trigger`.
+        dropout: The probability of the empty prompt, from 0 to 1.
+        shuffle: Whether tags are shuffled.
+        keep_tags: The number of tags at the front of the written caption that stay in place.
+        wildcards: Whether `{a|b}` is replaced.
+
+    Raises:
+        UserError: A value is out of its range.
     """
 
     trigger: str = ""
@@ -83,11 +130,18 @@ class CaptionRules:
 
     @property
     def varies(self) -> bool:
-        """Whether a caption can become more prompts than its own and the empty one."""
+        """Whether a caption can become other prompts than its own and the empty one."""
         return self.shuffle or self.wildcards
 
     def plain(self, caption: str) -> str:
-        """The prompt to measure and to draw with: all of the caption, in its order, the first of each wildcard."""
+        """Give the prompt for measuring and drawing: no dropout, tags in order, the first alternative of each wildcard.
+
+        Args:
+            caption: The caption as written.
+
+        Returns:
+            The prompt.
+        """
         return with_trigger(pick_wildcards(caption, None) if self.wildcards else caption, self.trigger)
 
     def __post_init__(self) -> None:
@@ -98,7 +152,15 @@ class CaptionRules:
             raise UserError(f"the number of tags to keep in place cannot be {self.keep_tags}")
 
     def prompt(self, caption: str, rng: random.Random) -> str:
-        """The prompt for one step; the same caption and state of `rng` give the same prompt."""
+        """Give the prompt of one step.
+
+        Args:
+            caption: The caption as written.
+            rng: The generator; the same state gives the same prompt.
+
+        Returns:
+            The prompt, or "" if the caption was dropped.
+        """
         words = pick_wildcards(caption, rng) if self.wildcards else caption
         words = shuffle_tags(words, rng, self.keep_tags) if self.shuffle else words
         return drop_caption(with_trigger(words, self.trigger), self.dropout, rng)

@@ -1,4 +1,4 @@
-"""Read an image folder before anything is spent on it: its pictures, their captions, and all that is wrong with it."""
+"""Read an image folder before any computation: its images, their captions, and every problem in it."""
 
 import math
 import os
@@ -38,11 +38,20 @@ _CONVERTIBLE = frozenset((".heic", ".heif", ".avif", ".svg", ".psd", ".jxl", ".j
 
 @dataclass(frozen=True)
 class Picture:
-    """A usable picture: size in pixels after EXIF rotation, SHA-256 of the file's bytes in hex.
+    """A usable image of a folder.
 
-    `name` is its POSIX path below the folder that was read, `subfolder` that path's folder ("" at the top). `mask` is a
-    picture of the same size that is white where this one shall be learned, `repeats` how often an epoch draws it, `weight`
-    what it counts in the loss.
+    Attributes:
+        path: The file.
+        name: Its POSIX path below the folder that was read.
+        caption: The caption as written, before the trigger is added.
+        source: Where the caption came from.
+        width: Pixels, after EXIF rotation.
+        height: Pixels, after EXIF rotation.
+        digest: SHA-256 of the file's bytes, in hex.
+        mask: An image of the same size that is white where this one is learned; None to learn all of it.
+        mask_digest: SHA-256 of the mask's bytes; "" without a mask.
+        repeats: How often an epoch draws it, 1 or more.
+        weight: Its factor in the loss, 0 or more.
     """
 
     path: Path
@@ -59,12 +68,19 @@ class Picture:
 
     @property
     def subfolder(self) -> str:
+        """The folder part of `name`; "" at the top."""
         return posixpath.dirname(self.name)
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The pictures that can be trained on, in a fixed order, and the problems found on the way."""
+    """The images that can be trained on, in a fixed order, and the problems found while reading.
+
+    Attributes:
+        folders: The folders as they were given.
+        pictures: The usable images: folders in the order given, then by relative path.
+        problems: Everything that was wrong, with its fix.
+    """
 
     folders: tuple[Path, ...]
     pictures: tuple[Picture, ...]
@@ -72,18 +88,29 @@ class ImageFolder:
 
     @property
     def sources(self) -> dict[Source, int]:
-        """How many captions came from where."""
+        """The number of captions by where they came from."""
         return dict(Counter(picture.source for picture in self.pictures))
 
     def check(self) -> None:
-        """Raise `UserError` if a problem stops training; call it after showing `describe()`."""
+        """Stop if a problem makes training impossible. Call it after showing `describe()`.
+
+        Raises:
+            UserError: The first problem that stops, and how many more there are.
+        """
         stopping = [problem for problem in self.problems if problem.stops]
         if stopping:
             more = f" (and {len(stopping) - 1} more like it)" if len(stopping) > 1 else ""
             raise UserError(f"{stopping[0]}{more}")
 
     def describe(self, shown: int = 5) -> list[str]:
-        """Lines of plain text: what there is, where captions come from, and up to `shown` problems of each kind."""
+        """Describe the folder in lines of plain text.
+
+        Args:
+            shown: The most problems of one kind that are listed.
+
+        Returns:
+            What there is, where captions come from, and the problems by kind.
+        """
         words = ", ".join(str(folder) for folder in self.folders)
         lines = [f"{words}: {_count(len(self.pictures), 'picture')}{_size_range(self.pictures)}"]
         masked = sum(picture.mask is not None for picture in self.pictures)
@@ -116,13 +143,24 @@ def scan(
     max_pixels: int = MAX_PIXELS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ImageFolder:
-    """Read one or more image folders and their subfolders; every file is decoded once.
+    """Read image folders with their subfolders; every file is decoded once.
 
-    Captions come from files beside the pictures, from `metadata.jsonl` or `metadata.csv`, and from the file names of a
-    folder that has neither. `missing` says what becomes of a picture without one. With a `resolution` in pixels,
-    pictures whose smaller side is under half of it are left out. Pictures above `max_pixels` are never decoded.
-    `NAME-mask.png` beside a picture NAME is no picture but its mask, which `masks` takes or leaves.
-    The order is that of the folders given, then of relative paths. Raises `UserError` if there is nothing to train on.
+    Captions come from files beside the images, from `metadata.jsonl` or `metadata.csv`, and from the file names of a folder
+    that has neither. `NAME-mask.png` beside an image NAME is not an image but its mask.
+
+    Args:
+        folders: One folder or several, which are read as one.
+        resolution: Pixels; images whose smaller side is under half of it are left out. None keeps all sizes.
+        missing: What happens to an image without a caption.
+        masks: Whether masks are used.
+        max_pixels: Images above this many pixels are never decoded.
+        on_progress: Called with the number of images read so far and their total.
+
+    Returns:
+        The images in the order of the folders given, then of relative paths, and the problems.
+
+    Raises:
+        UserError: There is nothing to train on, or a folder does not exist.
     """
     if missing not in get_args(Missing):
         raise UserError(f'unknown choice "{missing}" for missing captions: {", ".join(get_args(Missing))} are known')

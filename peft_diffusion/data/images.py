@@ -1,4 +1,4 @@
-"""Open a picture file of any supported kind as plain RGB, and check one without trusting it."""
+"""Open an image file of any supported kind as plain RGB, and check one without trusting it."""
 
 import hashlib
 import io
@@ -33,7 +33,13 @@ _header_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Checked:
-    """A picture that decodes: its size in pixels after EXIF rotation, and the SHA-256 of its file's bytes in hex."""
+    """An image that decodes.
+
+    Attributes:
+        width: Pixels, after EXIF rotation.
+        height: Pixels, after EXIF rotation.
+        digest: SHA-256 of the file's bytes, in hex.
+    """
 
     width: int
     height: int
@@ -41,7 +47,18 @@ class Checked:
 
 
 def check_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Checked:
-    """Decode a picture once to be sure of it. Raises `PictureError` for a file that is not a whole, sane picture."""
+    """Decode an image once to be sure that it can be used.
+
+    Args:
+        path: The file.
+        max_pixels: Larger images are refused from the header, before they are decoded.
+
+    Returns:
+        Its size and digest.
+
+    Raises:
+        PictureError: The file is not a whole, sane image.
+    """
     try:
         with path.open("rb") as file:
             image = _decode(file, str(path), max_pixels)
@@ -57,10 +74,20 @@ def check_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Checked:
 def open_picture(
     path: Path | str, background: str = "white", max_pixels: int = MAX_PIXELS, digest: str | None = None
 ) -> Image.Image:
-    """The picture as it is meant to be seen: upright, 8-bit sRGB, the first frame, transparency laid on `background`.
+    """Open an image as it is meant to be seen: upright, 8-bit sRGB, the first frame, transparency on a background.
 
-    `background` is a colour as CSS names it ("white", "#808080"). With `digest` the file must still have that SHA-256.
-    Raises `PictureError` for a file that is not a whole, sane picture and `UserError` for an unknown colour.
+    Args:
+        path: The file.
+        background: A CSS colour ("white", "#808080") behind what is transparent.
+        max_pixels: Larger images are refused.
+        digest: The SHA-256 that the file must still have; None accepts any content.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        PictureError: The file is not a whole, sane image, or has changed.
+        UserError: The colour does not exist.
     """
     colour = parse_colour(background)
     return _rgb(_open(Path(path), max_pixels, digest), colour)
@@ -80,12 +107,36 @@ def _open(path: Path, max_pixels: int, digest: str | None) -> Image.Image:
 
 
 def open_mask(path: Path | str, max_pixels: int = MAX_PIXELS, digest: str | None = None) -> Image.Image:
-    """A mask, upright, in 8-bit grey: white is what counts. Raises as `open_picture` does."""
+    """Open a mask, upright, in 8-bit grey: white is learned.
+
+    Args:
+        path: The file.
+        max_pixels: Larger images are refused.
+        digest: See `open_picture`.
+
+    Returns:
+        A grey image.
+
+    Raises:
+        PictureError: As `open_picture` does.
+    """
     return open_picture(path, "black", max_pixels, digest).convert("L")
 
 
 def open_alpha(path: Path | str, max_pixels: int = MAX_PIXELS, digest: str | None = None) -> Image.Image | None:
-    """How solid a picture is, upright, in 8-bit grey; None for one without transparency. Raises as `open_picture` does."""
+    """Read how opaque an image is, upright, in 8-bit grey.
+
+    Args:
+        path: The file.
+        max_pixels: Larger images are refused.
+        digest: See `open_picture`.
+
+    Returns:
+        A grey image; None for an image without transparency.
+
+    Raises:
+        PictureError: As `open_picture` does.
+    """
     image = _open(Path(path), max_pixels, digest)
     if not image.has_transparency_data:
         return None
@@ -93,7 +144,17 @@ def open_alpha(path: Path | str, max_pixels: int = MAX_PIXELS, digest: str | Non
 
 
 def parse_colour(background: str) -> tuple[int, int, int]:
-    """Red, green and blue, 0 to 255 each, of a CSS colour. Raises `UserError` for one that does not exist."""
+    """Parse a CSS colour.
+
+    Args:
+        background: A name such as white, or #rrggbb.
+
+    Returns:
+        Red, green and blue, 0 to 255 each.
+
+    Raises:
+        UserError: There is no such colour.
+    """
     try:
         red, green, blue = ImageColor.getrgb(background)[:3]
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Masks for bases that paint parts of a picture anew: what is to be painted is 1, what is given is 0."""
+"""Inpainting masks for training bases that repaint parts of an image: 1 is repainted, 0 is given."""
 
 import math
 import random
@@ -11,9 +11,18 @@ COUNT = 4
 
 
 def mask(digest: str, number: int, width: int, height: int) -> Tensor:
-    """Mask ``number`` of a picture, (1, height, width), of zeros and ones; it depends on the arguments alone.
+    """Make an inpainting mask that depends on the arguments alone.
 
-    The first is full; the others are rectangles and ellipses of an eighth of the picture to all of it, anywhere.
+    Number 0 covers the whole image. The others are rectangles and ellipses of an eighth of the image to all of it.
+
+    Args:
+        digest: The image's SHA-256, from which the shape is drawn.
+        number: From 0 to `COUNT` - 1.
+        width: Pixels.
+        height: Pixels.
+
+    Returns:
+        Zeros and ones, (1, height, width), float32.
     """
     if number == 0:
         return torch.ones(1, height, width)

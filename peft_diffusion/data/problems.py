@@ -1,4 +1,4 @@
-"""What is wrong in an image folder, in words that say how to mend it."""
+"""Problems in an image folder, in words that say how to fix them."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,15 @@ from peft_diffusion.core.errors import UserError
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing found in a folder: `where` is the file as the user named it, `line` counts from 1.
+    """One problem in a folder.
 
-    `kind` groups problems of one sort. A problem that `stops` must be mended, or waived, before training.
+    Attributes:
+        where: The file as the user named it.
+        kind: The heading that groups problems of one sort.
+        message: What is wrong.
+        fix: What to do.
+        line: The line in the file, from 1; None for the whole file.
+        stops: Whether it must be fixed, or waived, before training.
     """
 
     where: str
@@ -25,7 +31,11 @@ class Problem:
 
 
 class PictureError(UserError):
-    """A file that cannot be used as a picture; `problem` says why and what to do."""
+    """A file that cannot be used as an image.
+
+    Attributes:
+        problem: Why, and what to do.
+    """
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem))

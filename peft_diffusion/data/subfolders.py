@@ -1,4 +1,4 @@
-"""How often pictures are drawn and what they count, by the subfolder that they are in."""
+"""Repeats and loss weights of images by the subfolder that they are in."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -14,11 +14,22 @@ _Number = TypeVar("_Number", int, float)
 
 
 def apply(pictures: Sequence[Picture], repeats: Sequence[str] = (), weights: Sequence[str] = ()) -> list[Picture]:
-    """The pictures with the repeats and weights of their subfolders, each given as ``SUBFOLDER=NUMBER``.
+    """Give images the repeats and weights of their subfolders.
 
-    A subfolder is named as below the image folder ("a/b"), an image folder by its own name; what is said of a folder holds
-    for those below it that nothing is said of. Without a word, ``10_name`` is drawn 10 times (kohya's convention).
-    Raises UserError for what is no such text, no number of repeats (1 or more) or weight (0 or more), or names no subfolder.
+    A subfolder is named by its path below the image folder ("a/b"), an image folder by its own name. A value for a folder
+    also holds for the folders below it that have none of their own. Without a value, `10_name` is drawn 10 times (kohya's
+    convention).
+
+    Args:
+        pictures: The images.
+        repeats: `SUBFOLDER=N` texts, N 1 or more.
+        weights: `SUBFOLDER=WEIGHT` texts, the weight 0 or more.
+
+    Returns:
+        The images with `repeats` and `weight` set.
+
+    Raises:
+        UserError: A text is malformed, a number is out of range, or no image is in such a subfolder.
     """
     given = _parse(repeats, "--repeats", int, 1)
     counts = _parse(weights, "--folder-weight", float, 0)
@@ -39,7 +50,14 @@ def apply(pictures: Sequence[Picture], repeats: Sequence[str] = (), weights: Seq
 
 
 def describe(pictures: Sequence[Picture]) -> list[str]:
-    """Lines of plain text: the subfolders whose pictures are drawn more than once an epoch, or count otherwise."""
+    """List the subfolders whose images are drawn more than once an epoch or have a weight other than 1.
+
+    Args:
+        pictures: The images after `apply`.
+
+    Returns:
+        Lines of plain text.
+    """
     found: dict[str, tuple[int, float, int]] = {}
     for picture in pictures:
         if picture.repeats != 1 or picture.weight != 1:

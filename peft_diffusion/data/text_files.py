@@ -1,4 +1,4 @@
-"""Read plain text to learn from: files, and folders of .txt files; everything wrong is told before anything is spent."""
+"""Read plain text to learn from: files, and folders of .txt files. Every problem is listed before any computation."""
 
 import hashlib
 import re
@@ -14,7 +14,13 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Document:
-    """A text: its name below the folder that was read, its content, and the SHA-256 of its bytes in hex."""
+    """A text.
+
+    Attributes:
+        name: Its path below the folder that was read.
+        text: Its content, with newlines as line ends.
+        digest: SHA-256 of the file's bytes, in hex.
+    """
 
     name: str
     text: str
@@ -23,13 +29,18 @@ class Document:
 
 @dataclass(frozen=True)
 class Texts:
-    """What was read, in a fixed order, and in words what was left out and why."""
+    """The texts that were read.
+
+    Attributes:
+        documents: The texts, in a fixed order.
+        left_out: A line for each file that was left out, with the reason.
+    """
 
     documents: tuple[Document, ...]
     left_out: tuple[str, ...]
 
     def describe(self) -> list[str]:
-        """Lines for the person: how much there is, and what is not part of it."""
+        """Describe how much text there is and what was left out, in lines of plain text."""
         size = sum(len(document.text) for document in self.documents)
         lines = [f"{len(self.documents)} {'texts' if len(self.documents) > 1 else 'text'}, {size:,} characters"]
         if self.left_out:
@@ -40,9 +51,16 @@ class Texts:
 
 
 def read_texts(places: Sequence[Path]) -> Texts:
-    """The texts of files, whatever their ending, and of folders with their subfolders, there of .txt files.
+    """Read the texts of files and folders.
 
-    Raises UserError for a place that is not there, for a file that is named and cannot be used, and where nothing is left.
+    Args:
+        places: Files with any ending, and folders, of which the .txt files in all subfolders are read.
+
+    Returns:
+        The texts and what was left out.
+
+    Raises:
+        UserError: A place does not exist, a file that was named cannot be used, or nothing is left.
     """
     documents: list[Document] = []
     left_out: list[str] = []

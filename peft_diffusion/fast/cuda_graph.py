@@ -1,6 +1,6 @@
 """Work that a GPU repeats, recorded once as a CUDA graph: the host then issues one call where it issued thousands."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -28,19 +28,27 @@ class Recorder:
     """Runs ``work`` from a recording for each shape of its inputs; all recordings share one pool of memory.
 
     ``work`` reads its inputs and tensors that stay where they are, and writes to tensors that stay: ``kept`` are those that
-    a trial run must not change.
+    a trial run must not change. ``assumes`` tells what else a recording depends on, known on the host: one that was made
+    while that was otherwise is not run.
     """
 
-    def __init__(self, work: Callable[[Inputs], None], kept: Callable[[], list[Tensor]], device: torch.device) -> None:
+    def __init__(
+        self,
+        work: Callable[[Inputs], None],
+        kept: Callable[[], list[Tensor]],
+        device: torch.device,
+        assumes: Callable[[], Hashable] = lambda: None,
+    ) -> None:
         self.work = work
+        self.assumes = assumes
         self.kept = kept
         self.device = device
-        self.graphs: dict[Shapes, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
+        self.graphs: dict[tuple[Shapes, Hashable], tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
         self.pool: Any = None  # torch has no public name for its handle
 
     def __call__(self, inputs: Inputs) -> None:
         """Do the work. Raises RuntimeError where it cannot be recorded, with everything as it was before."""
-        key = shapes(inputs)
+        key = shapes(inputs), self.assumes()
         if key not in self.graphs:
             self.graphs[key] = self._record(inputs)
         graph, places = self.graphs[key]

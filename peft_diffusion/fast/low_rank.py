@@ -10,42 +10,96 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ..core.adapter import Factors
+from ..core.site import is_plain_linear
+from ..core.slot import Slot, Sole, slot_of, using
+from ..core.strength import Strengths
+
 
 class _Fusing:
-    on = False
     working: "Working | None" = None
 
 
 @contextmanager
 def fusing() -> Iterator[None]:
-    """The function below in use inside; in every thread, as a backward pass that computes again has one of its own."""
-    before, _Fusing.on = _Fusing.on, True
-    try:
+    """Frozen Linear layers and their pairs of low rank as one function inside, where that pays.
+
+    Yields:
+        Once, while the function is in use, in every thread.
+    """
+    with using(LowRankPath()):
         yield
-    finally:
-        _Fusing.on = before
 
 
 def pays(x: Tensor) -> bool:
-    """Whether the function below is to be used: on a GPU. A CPU computes longer than it launches, and keeps its bits."""
-    return _Fusing.on and x.is_cuda
+    """Tell whether the function is to be used: on a GPU. A CPU computes longer than it launches, and keeps its bits.
+
+    Args:
+        x: The input of a site.
+
+    Returns:
+        Whether it lies on a GPU.
+    """
+    return x.is_cuda
+
+
+class LowRankPath:
+    """Computes a frozen Linear and the pair of its only adapter in one: see `slot.FastPath`."""
+
+    def output(self, site: nn.Module, slot: Slot, x: Tensor) -> Tensor | None:
+        """Compute the site with its change.
+
+        Args:
+            site: A module that carries adapters.
+            slot: Its slot.
+            x: (..., in).
+
+        Returns:
+            (..., out), saving ``x`` once and making no second output; None for sites that are not frozen, not plain
+            Linear layers, or whose change is no pair.
+        """
+        found = _pair(site, slot, x)
+        if found is None or not isinstance(site, nn.Linear):
+            return None
+        sole, pair = found
+        quick = _projections(site.weight, site.bias, [found]) if in_pass() else None
+        if quick is None:
+            return low_rank_linear(x, site.weight, site.bias, pair.down, pair.up, sole.strength, pair.scale)
+        return quick(x)
+
+
+def _pair(site: nn.Module, slot: Slot | None, x: Tensor) -> tuple[Sole, Factors] | None:
+    """The only adapter of a frozen plain Linear with its pair, where one function is the faster."""
+    sole = None if slot is None else slot.sole_adapter()
+    if sole is None or not pays(x) or not is_plain_linear(site):
+        return None
+    if site.weight.dtype != x.dtype or any(own.requires_grad for own in site.parameters(recurse=False)):
+        return None
+    pair = sole.adapter.low_rank_factors()
+    return None if pair is None else (sole, pair)
 
 
 class Working:
     """What an arena trains, in the dtype that a base computes in, made anew at once for every pass: else each pair of each
     layer is turned by itself. Gradients are added where the arena has them, inside the product that makes them.
 
-    ``flat`` and ``grad`` are the arena's tensors, which its parameters and their gradients are views of.
+    ``flat`` and ``grad`` are the arena's tensors, which its parameters and their gradients are views of. Its products know
+    no strength: adapters whose strength is not 1 are computed as ever.
     """
 
     def __init__(self, flat: Tensor, grad: Tensor) -> None:
         self.flat = flat
         self.grad = grad
         self._turned = {flat.dtype: flat}
+        self._relied: set[tuple[Strengths, str]] = set()
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """One pass forward and backward inside, in which every adapter that is on is so at strength 1."""
+        """One pass forward and backward inside.
+
+        Yields:
+            Once, while adapters at strength 1 are computed from what was made for this pass.
+        """
         for turned in self._turned.values():
             if turned is not self.flat:
                 turned.copy_(self.flat)
@@ -55,8 +109,34 @@ class Working:
         finally:
             _Fusing.working = before
 
+    @property
+    def full(self) -> bool:
+        """Whether every strength that a pass took for 1 still is: a recording of that pass holds no longer where not."""
+        return all(name in strengths.full for strengths, name in self._relied)
+
+    def rely(self, sole: Sole) -> bool:
+        """Take the strength of an adapter for 1 in this pass and in recordings of it.
+
+        Args:
+            sole: The adapter.
+
+        Returns:
+            Whether it is 1.
+        """
+        if sole.full:
+            self._relied.add((sole.strengths, sole.name))
+        return sole.full
+
     def of(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> "Stack | None":
-        """Parameters of one shape that lie one after the other, as one tensor; None where they do not."""
+        """View parameters of one shape that lie one after the other as one tensor.
+
+        Args:
+            parameters: The parameters.
+            dtype: The dtype to compute in.
+
+        Returns:
+            The tensor and its gradient; None where they do not lie so, or not in this arena.
+        """
         found = stacked([parameter.detach() for parameter in parameters])
         if found is None or found.untyped_storage().data_ptr() != self.flat.untyped_storage().data_ptr():
             return None
@@ -65,6 +145,27 @@ class Working:
         start = found.storage_offset() - self.flat.storage_offset()
         here = slice(start, start + found.numel())
         return Stack(self._turned[dtype][here].view(found.shape), self.grad[here].view(found.shape))
+
+
+def fused_projections(layers: Sequence[nn.Module], x: Tensor) -> "Projections | None":
+    """View several layers of one input as one.
+
+    Args:
+        layers: Linear layers without biases.
+        x: Their input.
+
+    Returns:
+        The one layer; None outside of a pass of `Working`, where their weights do not lie one after the other, or where not
+        each has one pair of low rank and nothing else.
+    """
+    if not in_pass():
+        return None
+    found = [_pair(layer, slot_of(layer), x) for layer in layers]
+    pairs = [one for one in found if one is not None]
+    if len(pairs) < len(layers) or any(layer.bias is not None for layer in layers):
+        return None
+    weight = stacked([layer.weight.detach() for layer in layers if isinstance(layer, nn.Linear)])
+    return None if weight is None else _projections(weight.flatten(0, 1), None, pairs)
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -112,15 +213,20 @@ def in_pass() -> bool:
     return _Fusing.working is not None
 
 
-def projections(
-    weight: Tensor, bias: Tensor | None, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]], scale: float
-) -> Projections | None:
-    """The layers as one, in a pass of `Working` whose arena has their pairs side by side; None elsewhere."""
-    working = _Fusing.working
-    if working is None:
+def _projections(weight: Tensor, bias: Tensor | None, pairs: Sequence[tuple[Sole, Factors]]) -> Projections | None:
+    """The layers as one, in a pass of `Working` whose arena has their pairs side by side at strength 1; None elsewhere."""
+    working, scales = _Fusing.working, {pair.scale for _, pair in pairs}
+    if working is None or len(scales) > 1 or not all(sole.full for sole, _ in pairs):
         return None
-    down, up = (working.of(parameters, weight.dtype) for parameters in zip(*pairs, strict=True))
-    return None if down is None or up is None else Projections(weight, bias, down, up, scale, pairs[0][0])
+    sides = [[side for side in (pair.down, pair.up) if isinstance(side, nn.Parameter)] for _, pair in pairs]
+    if any(len(side) < 2 for side in sides):  # made of other tensors, whose gradients autograd has to find
+        return None
+    down, up = (working.of(parameters, weight.dtype) for parameters in zip(*sides, strict=True))
+    if down is None or up is None:
+        return None
+    for sole, _ in pairs:
+        working.rely(sole)
+    return Projections(weight, bias, down, up, scales.pop(), sides[0][0])
 
 
 class _Projections(torch.autograd.Function):

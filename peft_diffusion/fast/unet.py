@@ -21,9 +21,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.site import base_class, is_plain_linear, rebase
-from ..methods.lora import as_one
 from . import frozen_ops
-from .low_rank import fusing
+from .low_rank import fused_projections, fusing
 
 _CUDNN_FIRST = (
     SDPBackend.CUDNN_ATTENTION,
@@ -295,7 +294,7 @@ class FusedAttention:
 
 def _projected(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     """What each of several layers gives for the same input: from one product, where they can be one."""
-    together = as_one(layers, x)
+    together = fused_projections(layers, x)
     if together is None:
         return [layer(x) for layer in layers]
     return together(x).chunk(len(layers), -1)

@@ -1,18 +1,16 @@
 """The safetensors container: reading a header without trusting it, reading and writing tensors."""
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import struct
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
+from ..core.files import write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,34 +99,7 @@ def write(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, st
 
     data = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     hashes = _hashes(save(data))
-    with written_aside(path) as aside:
-        aside.write_bytes(save(data, metadata={"format": "pt", **metadata, **hashes}))
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; renamed onto it when all went well, removed when not.
-
-    Raises UserError where the folder cannot be written to or the disk is full.
-    """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is there already and is no ordinary file; choose another name")
-    aside: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        aside = Path(name)
-        yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.chmod(0o666 & ~_umask())
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        if aside is not None:
-            aside.unlink(missing_ok=True)
+    write_bytes(path, save(data, metadata={"format": "pt", **metadata, **hashes}))
 
 
 def sha256(path: Path) -> str:
@@ -212,9 +183,3 @@ def _hashes(content: bytes) -> dict[str, str]:
     length = struct.unpack("<Q", content[:8])[0]
     legacy = hashlib.sha256(content[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8]
     return {"sshs_model_hash": hashlib.sha256(content[8 + length :]).hexdigest(), "sshs_legacy_hash": legacy}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from ..core.errors import UserError
-from ..formats.container import written_aside
+from ..core.files import written_aside
 
 KEY = "peft_diffusion"  # the text chunk that holds it, as JSON
 VERSION = 1

@@ -4,7 +4,6 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,7 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..bases import BaseInfo, inpaints
+from ..bases import BaseInfo, denoiser_of
+from ..bases.base import dtype_of, text_encoders
+from ..bases.pipelines import drawing, end_guidance, guided_tensors
 from ..core.errors import UserError
 from .adapters import Adapters
 from .settings import Choice, Sampling
@@ -40,11 +41,18 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture to make; ``strengths`` are by the adapters' names."""
+    """One picture to make.
+
+    Attributes:
+        prompt: What it shows.
+        seed: That of its noise.
+        strengths: Those of the adapters by name, 0 for one that is not named; None leaves all of them as they are, which
+            the cells of a call do all or none.
+    """
 
     prompt: str
     seed: int
-    strengths: Mapping[str, float]
+    strengths: Mapping[str, float] | None
 
 
 def size(info: BaseInfo, sampling: Sampling, source: Source | None = None) -> tuple[int, int]:
@@ -111,10 +119,8 @@ def check_lengths(pipe: Any, texts: Sequence[str]) -> None:
 
     The texts are those of a batch, in order: learned words take room too, and which ones do depends on the strengths.
     """
-    for name in ("tokenizer", "tokenizer_2"):
-        tokenizer = getattr(pipe, name, None)
-        if tokenizer is None:
-            continue
+    for name in text_encoders(pipe).values():
+        tokenizer = getattr(pipe, name)
         room = tokenizer.model_max_length - 2  # the start and the end take a token each
         rows = tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False).input_ids
         for text, tokens in zip(texts, rows, strict=True):
@@ -140,8 +146,7 @@ class _Report:
             self.progress(min(self.before + step + 1, self.total), self.total)
         coming = pipe.scheduler.timesteps[-pipe.num_timesteps :][step + 1 :]  # what starts from a picture skips some
         if pipe.do_classifier_free_guidance and len(coming) and not guides(pipe, float(coming[0]), self.stop):
-            pipe._guidance_scale = 1.0  # as diffusers' manual has it; there is no public way
-            return {name: tensor.chunk(2)[1] for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+            return end_guidance(pipe, tensors)
         return {}
 
 
@@ -152,12 +157,6 @@ def guides(pipe: Any, timestep: float, stop: float) -> bool:
     """
     steps: int = pipe.scheduler.config.num_train_timesteps
     return timestep >= (1 - stop) * steps
-
-
-def guided_tensors(pipe: Any) -> list[str]:
-    """What a pipeline holds twice over, without and with the prompt, for as long as guidance acts."""
-    names = ("prompt_embeds", "add_text_embeds", "add_time_ids", "mask", "masked_image_latents")
-    return [name for name in names if name in pipe._callback_tensor_inputs]
 
 
 def ending_in_noise(scheduler: Any) -> Any:
@@ -181,7 +180,7 @@ def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
     if sampling.scheduler is not None:
         name, changes = SCHEDULERS[sampling.scheduler]
         scheduler = getattr(diffusers, name).from_config(scheduler.config, **changes)
-    used = {name for cell in cells for name, strength in cell.strengths.items() if strength != 0}
+    used = {name for cell in cells for name, strength in (cell.strengths or {}).items() if strength != 0}
     of_noise = any(adapters[name].spec.training.get("zero_terminal_snr") for name in used & set(adapters.names))
     return ending_in_noise(scheduler) if of_noise else scheduler
 
@@ -189,19 +188,6 @@ def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
 def gives_way(scheduler: Any, sampling: Sampling) -> bool:
     """Whether what draws is DDIM's in place of the scheduler that was asked for."""
     return sampling.scheduler is not None and type(scheduler).__name__ != SCHEDULERS[sampling.scheduler][0]
-
-
-@contextmanager
-def drawing(pipe: Any, scheduler: Any) -> Iterator[None]:
-    """The pipeline with a scheduler, and without its own progress bar."""
-    before, bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = scheduler
-    try:
-        yield
-    finally:
-        pipe.scheduler = before
-        pipe.set_progress_bar_config(**bar)
 
 
 @dataclass(frozen=True)
@@ -218,9 +204,9 @@ def _noise(pipe: Any, batch: Sequence[Cell], sides: tuple[int, int]) -> _Start:
     width, height = sides
     generators = _generators(batch)
     # Drawn here, on the CPU and in float32, so that a seed means the same noise on every device and in every precision.
-    shape = (1, pipe.vae.config.latent_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+    shape = (1, denoiser_of(pipe).channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
     latents = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    told = {"width": width, "height": height, "latents": latents.to(pipe.device, pipe.unet.dtype)}
+    told = {"width": width, "height": height, "latents": latents.to(pipe.device, dtype_of(pipe))}
     return _Start(pipe, generators, {**whole_picture(pipe, width, height), **told})
 
 
@@ -261,13 +247,13 @@ def _paint_batch(
 def _check_finite(pixels: Any, pipe: Any) -> None:
     """Raise UserError for NaN, which would be written as black."""
     if not np.isfinite(pixels).all():
-        advice = "" if pipe.unet.dtype == torch.float32 else ", or take --precision float32"
+        advice = "" if dtype_of(pipe) == torch.float32 else ", or take --precision float32"
         raise UserError(f"the picture came out as NaN; lower the strength or the guidance{advice}")
 
 
 def whole_picture(pipe: Any, width: int, height: int) -> dict[str, Any]:
     """What makes a pipeline that paints parts of a picture anew paint all of it; nothing for others."""
-    if not inpaints(pipe):
+    if not denoiser_of(pipe).told_masks:
         return {}
     empty, everything = Image.new("RGB", (width, height), "gray"), Image.new("L", (width, height), 255)
     return {"image": empty, "mask_image": everything, "strength": 1.0}
@@ -275,7 +261,7 @@ def whole_picture(pipe: Any, width: int, height: int) -> dict[str, Any]:
 
 def _check_prompts(adapters: Adapters, batches: Sequence[Sequence[Cell]], negative: str) -> None:
     """Raise UserError as ``check_lengths`` does, at the strengths that each batch will have."""
-    different = {tuple((cell.prompt, *sorted(cell.strengths.items())) for cell in batch): batch for batch in batches}
+    different = {tuple((cell.prompt, *sorted((cell.strengths or {}).items())) for cell in batch): batch for batch in batches}
     for batch in different.values():
         _set_strengths(adapters, batch)
         check_lengths(adapters.pipe, [cell.prompt for cell in batch])
@@ -284,7 +270,10 @@ def _check_prompts(adapters: Adapters, batches: Sequence[Sequence[Cell]], negati
 
 def _set_strengths(adapters: Adapters, batch: Sequence[Cell]) -> None:
     """One strength where the batch agrees, and one per picture where not."""
-    wanted = {name: [cell.strengths.get(name, 0.0) for cell in batch] for name in adapters.names}
+    named = [cell.strengths for cell in batch if cell.strengths is not None]
+    if not named:
+        return
+    wanted = {name: [strengths.get(name, 0.0) for strengths in named] for name in adapters.names}
     # All at once: adapters that still had strengths for a batch of another size would not agree with the first.
     adapters.set({name: values if len(set(values)) > 1 else values[0] for name, values in wanted.items()})
 

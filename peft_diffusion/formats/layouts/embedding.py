@@ -15,20 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...bases import family as families
+from ...bases.base import text_encoders
 from ...bases.words import plain_ids
 from ...core import targets
 from ...core.errors import UserError
-from .names import BUNDLE, EMBEDDINGS, OWN, WORD
+from .names import BUNDLE, OWN, WORD, embeddings
 
 KEY = "peft_diffusion.words"  # the metadata entry with the words as the method stores them, by component
 
 _VECTORS, _WORDS = "tokens_vectors", "tokens_words"
-_FIELDS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
 def published(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file with those of new words under the names of other programs, and metadata to add."""
-    own = {name: component for component in _FIELDS for name in tensors if _is_vectors(name, component)}
+    fields = {component: one.embeddings[0] for component, one in families.components().items() if one.embeddings}
+    own = {name: component for component in fields for name in tensors if _is_vectors(name, component)}
     words: dict[str, dict[str, list[int]]] = {}
     kept = dict(tensors)
     found: list[tuple[str, str, Tensor]] = []
@@ -41,11 +43,11 @@ def published(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     if not found or any("." in word for word, _, _ in found):
         return dict(tensors), {}  # a dot would end the word for those who read it
     if kept or len({word for word, _, _ in found}) > 1:
-        kept |= {f"{BUNDLE}{word}.{_FIELDS[component]}": vectors for word, component, vectors in found}
-    elif [component for _, component, _ in found] == ["text_encoder"]:
+        kept |= {f"{BUNDLE}{word}.{fields[component]}": vectors for word, component, vectors in found}
+    elif [component for _, component, _ in found] == list(fields)[:1]:
         kept["emb_params"] = found[0][2]
     else:
-        kept |= {_FIELDS[component]: vectors for _, component, vectors in found}
+        kept |= {fields[component]: vectors for _, component, vectors in found}
     return kept, {KEY: json.dumps(words, ensure_ascii=False)}
 
 
@@ -91,7 +93,7 @@ def _embeddings(tensors: Mapping[str, Tensor], parts: Mapping[str, nn.Module], s
             word, _, which = name.removeprefix(BUNDLE).rpartition(".")
         elif len(tensors) == 1 and WORD.fullmatch(name):
             word, which = name, "emb_params"
-        component = EMBEDDINGS.get(which)
+        component = embeddings().get(which)
         if component is not None and component in parts and word:
             yield name, component, word
 
@@ -107,5 +109,5 @@ def _began(metadata: Mapping[str, str]) -> dict[str, dict[str, list[int]]]:
 
 def _default(base: Any, component: str, vectors: int) -> list[int]:
     """The token that stands in for a word whose beginning no file tells: the asterisk, which A1111 begins with."""
-    tokenizer = getattr(base, "tokenizer" if component == "text_encoder" else "tokenizer_2")
+    tokenizer = getattr(base, text_encoders(base)[component])
     return plain_ids(tokenizer, "*")[:1] * vectors

@@ -10,28 +10,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ... import methods
+from ...bases import family as families
+from ...bases.family import Family, Version
 from ...core import targets
 from ...core.adapter import Adapter, parts_of
 from ...core.errors import UserError
 from ..spec import KEY, Spec
 from . import kohya_network
-from .names import LYCORIS, OWN, PREFIXES
+from .names import LYCORIS, OWN, written_prefix
+from .names import prefixes as prefixes_of
 from .original import original_names
 
 # transformers 5 dropped "text_model." from the paths of CLIPTextModel; files keep it.
 _TEXT_MODEL = "text_model."
-
-# What modelspec and kohya call the architecture and version of a base, by its family and whether it predicts v.
-_ARCHITECTURES = {
-    ("sd1", False): "stable-diffusion-v1", ("sd1", True): "stable-diffusion-v1",
-    ("sd2", False): "stable-diffusion-v2-512", ("sd2", True): "stable-diffusion-v2-768-v",
-    ("sdxl", False): "stable-diffusion-xl-v1-base", ("sdxl", True): "stable-diffusion-xl-v1-base",
-}  # fmt: skip
-
-_VERSIONS = {
-    ("sd1", False): "sd_v1", ("sd1", True): "sd_v1_v", ("sd2", False): "sd_v2", ("sd2", True): "sd_v2_v",
-    ("sdxl", False): "sdxl_base_v1-0", ("sdxl", True): "sdxl_base_v1-0",
-}  # fmt: skip
 
 # Names of training options (see Spec.training) and the ss_ keys that hold them.
 _SS_KEYS: dict[str, str] = {
@@ -79,11 +71,11 @@ def site_keys(components: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]
     """
     keys: dict[str, tuple[str, str]] = {}
     for component, module in components.items():
-        prefixes = dict.fromkeys((*PREFIXES.get(component, ()), *_of_lycoris(component, components)))
+        prefixes = dict.fromkeys((*prefixes_of(component), *_of_lycoris(component, components)))
         originals = original_names(module)
         for path in targets.modules(module):
             for name in (*_aliases(component, path), *([originals[path]] if path in originals else [])):
-                for prefix in prefixes if path else PREFIXES.get(component, ()):
+                for prefix in prefixes if path else prefixes_of(component):
                     key = prefix + name.replace(".", "_")
                     if keys.setdefault(key, (component, path)) != (component, path):
                         raise UserError(f"{component}.{path} and {'.'.join(keys[key])} would share the name {key}")
@@ -92,35 +84,44 @@ def site_keys(components: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]
 
 def _of_lycoris(component: str, components: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """LyCORIS' own prefix; of two text encoders it would not say which one is meant, so it is taken for neither."""
-    return () if component.startswith("text_encoder") and "text_encoder_2" in components else (LYCORIS,)
+    readers = [name for name in components if families.role_of(name) == "text encoder"]
+    claims = families.components()[component].lycoris if component in families.components() else ()
+    return () if not claims or (component in readers and len(readers) > 1) else (LYCORIS,)
 
 
 def write(adapters: Mapping[str, Mapping[str, Adapter]], spec: Spec) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file, from the adapters per component and path."""
     tensors: dict[str, Tensor] = {}
     for component, built in adapters.items():
-        prefix = PREFIXES[component][spec.base.get("family") == "sdxl"]
+        prefix = written_prefix(component, str(spec.base.get("family", "")))
         for path, adapter in built.items():
             site = prefix + _aliases(component, path)[-1].replace(".", "_")
             for part in parts_of(adapter):
                 key = f"{OWN}{component}.{path}" if part.own_layout else site
                 tensors.update({f"{key}.{suffix}": tensor for suffix, tensor in part.state().items()})
-    kernels = any(name.endswith("lora_down.weight") and tensor[0, 0].numel() > 1 for name, tensor in tensors.items())
-    return tensors, metadata(spec, kernels)
+    return tensors, metadata(spec, any(map(_has_kernel, tensors.items())))
+
+
+def _has_kernel(named: tuple[str, Tensor]) -> bool:
+    """Whether this is the tensor of a rank, on a convolution with a kernel."""
+    (_, _, suffix), tensor = named[0].partition("."), named[1]
+    ranked = any(suffix in method.ranked for method in methods.known().values())
+    return ranked and tensor.ndim > 2 and tensor[0, 0].numel() > 1
 
 
 def metadata(spec: Spec, kernels: bool) -> dict[str, str]:
     """The spec, and what other programs look for: ``modelspec.*`` and ``ss_*``; ``kernels`` as for ``network``."""
     found: dict[str, Any] = {key: spec.training.get(name) for key, name in _SS_KEYS.items()}
-    family = spec.base.get("family", "other")
+    family = families.find(str(spec.base.get("family", "")))
+    version = family.version(str(spec.base.get("prediction_type", "")))
     found |= {
         "ss_sd_model_name": spec.base.get("name"),
-        "ss_base_model_version": _VERSIONS.get((family, _predicts_v(spec)), "other"),
-        "ss_v2": family == "sd2",
+        "ss_base_model_version": version.base_model if version else "other",
+        "ss_v2": family.name == "sd2",
     }
     chosen = kohya_network.network(spec.methods, kernels)
     found |= kohya_network.to_metadata(chosen) if chosen else {}
-    modelspec = _language_modelspec(spec) if family == "lm" else _modelspec(spec, family)
+    modelspec = _modelspec(spec, family, version) if family.denoiser else _language_modelspec(spec)
     found |= {f"modelspec.{key}": value for key, value in modelspec.items()}
     return {KEY: spec.to_json()} | {key: _text(value) for key, value in found.items() if value not in (None, "")}
 
@@ -136,13 +137,11 @@ def _language_modelspec(spec: Spec) -> dict[str, Any]:
     }
 
 
-def _modelspec(spec: Spec, family: str) -> dict[str, Any]:
+def _modelspec(spec: Spec, family: Family, version: Version | None) -> dict[str, Any]:
     return {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{_ARCHITECTURES.get((family, _predicts_v(spec)), 'stable-diffusion')}/lora",
-        "implementation": "https://github.com/Stability-AI/generative-models"
-        if family == "sdxl"
-        else "https://github.com/huggingface/diffusers",
+        "architecture": f"{version.architecture if version else 'stable-diffusion'}/lora",
+        "implementation": family.implementation,
         "title": spec.title,
         "description": spec.description,
         "date": spec.training.get("finished_at"),
@@ -168,7 +167,7 @@ def place(name: str, keys: Mapping[str, tuple[str, str]]) -> tuple[str, str, str
 
 def _aliases(component: str, path: str) -> tuple[str, ...]:
     """The paths that mean one module; the last is the one that is written."""
-    if not component.startswith("text_encoder") or not path:
+    if families.role_of(component) != "text encoder" or not path:
         return (path,)
     bare = path.removeprefix(_TEXT_MODEL)
     return (bare, _TEXT_MODEL + bare) if bare.startswith(("encoder.", "embeddings.", "final_layer_norm")) else (path,)

@@ -2,7 +2,7 @@
 
 import math
 
-from ..settings.config import Scheduler
+from ..settings.choices import Scheduler
 
 
 def rate(scheduler: Scheduler, step: int, steps: int, warmup: int) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...core.arena import Arena
 from ...core.errors import UserError
-from ..settings.config import OptimizerName
+from ..settings.choices import OptimizerName
 
 Decays: TypeAlias = Mapping[str, float]
 """The weight decay of each group."""

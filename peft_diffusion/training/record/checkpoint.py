@@ -10,9 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ...core.files import write_bytes
 from ..loop.trainer import Divergence, TrainerState
-from .atomic import explained as explained
-from .atomic import write_bytes as write_bytes
 
 _KEY = "peft_diffusion_checkpoint_2"  # the number is of the order in which parameters lie in the flat tensors
 
@@ -48,6 +47,15 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     write_bytes(path, save(tensors, {_KEY: json.dumps(told)}))
+
+
+def read_origin(path: Path) -> Origin | None:
+    """What the run of a checkpoint depended on, without its tensors; None where the file is none, or is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return Origin(**json.loads((file.metadata() or {})[_KEY])["origin"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read(path: Path) -> Checkpoint | None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ...core.files import explained, write_bytes
 from ...data.folder import Picture, open_picture
 from ...data.images import MAX_PIXELS
-from .atomic import explained, write_bytes
 from .run_record import shown
 
 _SIDE = 128  # pixels of a thumbnail
@@ -20,19 +20,6 @@ _SIDE = 128  # pixels of a thumbnail
 def about(what: str, parameters: int, base: str, fingerprint: str) -> dict[str, Any]:
     """The adapter and its base."""
     return {"what": what, "parameters": parameters, "base": base, "fingerprint": fingerprint}
-
-
-def warned(said: Sequence[str]) -> list[str]:
-    """The warnings among what was said, each with the lines that belong to it."""
-    found: list[str] = []
-    within = False
-    for line in said:
-        if line.startswith("warning: "):
-            found.append(line.removeprefix("warning: "))
-        elif within and line.startswith("  "):
-            found[-1] += f" {line.strip()};"
-        within = line.startswith("warning: ") or (within and line.startswith("  "))
-    return found
 
 
 def commands(command: str, run: Path, generate: str) -> dict[str, str]:

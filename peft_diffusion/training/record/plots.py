@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..watch.signals import best_step, measurements
-from .atomic import write_bytes
+from ...core.files import write_bytes
 from .charts import running
+from .measurements import best_step, measurements
 
 
 def draw(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:

@@ -12,8 +12,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from ...core.files import write_bytes
 from . import charts
-from .atomic import write_bytes
 from .run_record import PREVIEWS, THUMBNAILS, Curve, Record, differing, shown
 
 NAME = "report.html"

@@ -1,54 +1,57 @@
 """What a training on text is told: one dataclass for flags, TOML file and Python. Imports no torch."""
 
-import math
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
-
-from cyclopts import Group, Parameter
+from typing import ClassVar
 
 from ...core.errors import UserError
+from ...core.settings import COUNT, NATURAL, POSITIVE, SHARE, Flag, Group, Range, about, explained, setting
 from ...data.text_files import read_texts
-from .config import (
-    ADAPTER,
-    LEARNING,
-    RESULT,
-    WATCH,
-    Keep,
-    Scheduler,
-    SharedConfig,
-    adapter_path,
-    fill,
-    own_rate,
-    with_rate,
-)
+from .choices import Keep, Scheduler
+from .shared import ADAPTER, LEARNING, RESULT, WATCH, Resolved, SharedConfig, adapter_path
 
-_DATA = Group("Text", sort_key=2)
-
-HELD_OUT_FROM = 20  # windows; with fewer, each one is worth more in training than in measuring
-LONGEST = 1024  # tokens of a window, unless more are asked for
+_DATA = Group("Text", 2)
 
 
 @dataclass(frozen=True)
 class _TextConfig:
     """What a run learns from and what it makes."""
 
-    texts: Annotated[tuple[Path, ...], Parameter(group=RESULT, negative=())]
-    """Text to learn from: UTF-8 files, or folders with .txt files. Several are read as one."""
+    texts: tuple[Path, ...] = field(
+        metadata=about(
+            "Text to learn from: UTF-8 files, or folders with .txt files. Several are read as one.",
+            RESULT,
+            free_on_resume=True,
+        )
+    )
     _: KW_ONLY
-    output: Annotated[Path | None, Parameter(group=RESULT, alias="-o")] = None
-    """The adapter file to write; by default the text's name with .safetensors, in the present directory."""
-    base: Annotated[str, Parameter(group=RESULT)] = "tiny-lm"
-    """The model to teach: tiny-lm (embedded), a folder in the format of transformers, or a hub id."""
+    output: Path | None = setting(
+        None,
+        "The adapter file to write; by default the text's name with .safetensors, in the present directory.",
+        RESULT,
+        flag=Flag(aliases=("-o",)),
+        place=True,
+        free_on_resume=True,
+    )
+    base: str = setting(
+        "tiny-lm", "The model to teach: tiny-lm (embedded), a folder in the format of transformers, or a hub id.", RESULT
+    )
 
-    held_out_text: Annotated[tuple[Path, ...], Parameter(group=_DATA, negative=())] = ()
-    """Text to measure on instead of a part of what is learned from: files or folders."""
-    held_out: Annotated[float | None, Parameter(group=_DATA)] = None
-    """Share at the end of each text kept apart to measure on (0 to below 1); by default a tenth where there is enough."""
-    context: Annotated[int | None, Parameter(group=_DATA)] = None
-    """Tokens of a window; by default what the base takes, at most 1024."""
+    held_out_text: tuple[Path, ...] = setting(
+        (), "Text to measure on instead of a part of what is learned from: files or folders.", _DATA, free_on_resume=True
+    )
+    held_out: float | None = setting(
+        None,
+        "Share at the end of each text kept apart to measure on (0 to below 1); by default a tenth where there is enough.",
+        _DATA,
+        SHARE,
+    )
+    context: int | None = setting(
+        None, "Tokens of a window; by default what the base takes, at most 1024.", _DATA, Range(2), unit="tokens"
+    )
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class TextTrainConfig(SharedConfig, _TextConfig):
     """Everything a training on text is told. A field left at None gets a value that suits the base.
@@ -58,32 +61,62 @@ class TextTrainConfig(SharedConfig, _TextConfig):
 
     components: ClassVar[tuple[str, ...]] = ("lm",)
 
-    dropout: Annotated[float, Parameter(group=ADAPTER)] = 0.0
-    """Share of a layer's inputs that a LoRA does not see in a step; against overfitting on a short text."""
-    block: Annotated[tuple[str, ...], Parameter(group=ADAPTER, negative=(), consume_multiple=False)] = ()
-    """In place of method and target: "lm TARGET METHOD NAME=VALUE ..." (lr=... too); several train together."""
-    target: Annotated[str | None, Parameter(group=ADAPTER)] = None
-    """Layers to adapt: attention, attention+ff, all-linear, ..., or a regular expression over module paths; by default those
-    that the method was made for, attention+ff for a LoRA."""
+    dropout: float = setting(
+        0.0,
+        "Share of a layer's inputs that a LoRA does not see in a step; against overfitting on a short text.",
+        ADAPTER,
+        SHARE,
+    )
+    block: tuple[str, ...] = setting(
+        (), 'In place of method and target: "lm TARGET METHOD NAME=VALUE ..." (lr=... too); several train together.', ADAPTER
+    )
+    target: str | None = setting(
+        None,
+        "Layers to adapt: attention, attention+ff, all-linear, ..., or a regular expression over module paths; by "
+        "default those that the method was made for, attention+ff for a LoRA.",
+        ADAPTER,
+    )
 
-    epochs: Annotated[float | None, Parameter(group=LEARNING)] = None
-    """Length as passes over the text, instead of steps; wins over them."""
-    batch_size: Annotated[int | None, Parameter(group=LEARNING)] = None
-    """Windows computed at once; lower it when memory runs out."""
-    lr: Annotated[float | None, Parameter(group=LEARNING)] = None
-    """Learning rate, by default one for method and base. Lower it when the loss rises, raise it when nothing changes."""
-    scheduler: Annotated[Scheduler | None, Parameter(group=LEARNING)] = None
-    """Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line; by default a
-    cosine, and constant for schedule-free."""
-    warmup: Annotated[int, Parameter(group=LEARNING)] = 10
-    """Steps in which the learning rate rises from 0."""
-    seed: Annotated[int, Parameter(group=LEARNING)] = 0
-    """Number that all chance comes from: same seed, settings and text, same adapter."""
+    epochs: float | None = setting(
+        None,
+        "Length as passes over the text, instead of steps; wins over them.",
+        LEARNING,
+        POSITIVE,
+        free_on_resume=True,
+        instead_of="steps",
+    )
+    batch_size: int | None = setting(None, "Windows computed at once; lower it when memory runs out.", LEARNING, COUNT)
+    lr: float | None = setting(
+        None,
+        "Learning rate, by default one for method and base. Lower it when the loss rises, raise it when nothing changes.",
+        LEARNING,
+        POSITIVE,
+    )
+    scheduler: Scheduler | None = setting(
+        None,
+        "Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line; by "
+        "default a cosine, and constant for schedule-free.",
+        LEARNING,
+    )
+    warmup: int = setting(10, "Steps in which the learning rate rises from 0.", LEARNING, NATURAL)
+    seed: int = setting(
+        0, "Number that all chance comes from: same seed, settings and text, same adapter.", LEARNING, NATURAL
+    )
 
-    run_dir: Annotated[Path | None, Parameter(group=WATCH)] = None
-    """Folder for settings, metrics and checkpoints; by default runs/NAME, after the output file."""
-    save_every: Annotated[int | None, Parameter(group=WATCH)] = None
-    """Steps between checkpoints; each comes with a measurement on the text kept apart. By default a sixth of the run."""
+    run_dir: Path | None = setting(
+        None,
+        "Folder for settings, metrics and checkpoints; by default runs/NAME, after the output file.",
+        WATCH,
+        place=True,
+        free_on_resume=True,
+    )
+    save_every: int | None = setting(
+        None,
+        "Steps between checkpoints; each comes with a measurement on the text kept apart. By default a sixth of the run.",
+        WATCH,
+        COUNT,
+        free_on_resume=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +132,7 @@ class TextTrainConfig(SharedConfig, _TextConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedTextConfig(TextTrainConfig):
+class ResolvedTextConfig(TextTrainConfig, Resolved):
     """A configuration in which the base and the machine have filled every value a run needs."""
 
     output: Path
@@ -111,60 +144,6 @@ class ResolvedTextConfig(TextTrainConfig):
     scheduler: Scheduler
     save_every: int
     keep: Keep
-
-
-# What suits a base by its size: below this many parameters, and from there on.
-SMALL = 50_000_000
-_DEFAULTS: dict[bool, dict[str, Any]] = {
-    True: {"steps": 300, "batch_size": 8},
-    False: {"steps": 500, "batch_size": 4},
-}
-# Learning rates: the fewer numbers a method trains, and the further they are from the weights, the faster they must move.
-# Those of small bases were found on the embedded one (scripts/compare_text.py); those of large ones are usual in papers.
-_RATES: dict[bool, dict[str, float]] = {
-    True: {"lora": 3e-3, "prompt": 3e-2, "prefix": 3e-2},
-    False: {"lora": 2e-4, "ia3": 3e-3, "prefix": 1e-2, "prompt": 1e-2, "tokens": 2e-3},
-}
-
-
-def resolve_language(
-    config: TextTrainConfig, *, parameters: int, context: int, windows: float | None = None
-) -> ResolvedTextConfig:
-    """Fill what was left out, from the base's parameters and context (tokens).
-
-    Epochs become steps when the windows of one are known; until then the default steps stand. Raises UserError for a
-    window longer than the base takes.
-    """
-    values = {field.name: getattr(config, field.name) for field in fields(TextTrainConfig)}
-    if config.context is not None and config.context > context:
-        raise UserError(f"--context {config.context} is more than the base takes, which is {context} tokens")
-    small = parameters < SMALL
-    fill(values, _DEFAULTS[small])
-
-    def rate(_: str, method: str) -> float:
-        return config.lr or own_rate(config.optimizer, _rate(method, small))
-
-    values["block"] = tuple(with_rate(text, ("lm",), rate) for text in config.block)
-    fill(values, {"lr": rate("lm", config.method)})
-    if config.epochs is not None and windows is not None:
-        values["steps"] = max(1, math.ceil(config.epochs * windows / (values["batch_size"] * config.accumulation)))
-        values["epochs"] = None
-    fill(
-        values,
-        {
-            "output": language_output(config),
-            "run_dir": language_run(config),
-            "context": min(context, LONGEST),
-            "scheduler": "constant" if config.optimizer == "schedule-free" else "cosine",
-            "save_every": math.ceil(values["steps"] / 6),
-            "keep": "best",
-        },
-    )
-    return ResolvedTextConfig(**values)
-
-
-def _rate(method: str, small: bool) -> float:
-    return _RATES[small].get(method, _RATES[small]["lora"])
 
 
 def language_output(config: TextTrainConfig) -> Path:

@@ -10,26 +10,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from ...bases import components, inpaints
+from ...bases import components, denoiser_of
+from ...bases.denoiser import Conditioning, Denoiser
+from ...bases.noise import noisy, prediction_type, zero_terminal
+from ...bases.prompts import encode_frozen
 from ...core import site
 from ...core.errors import UserError
 from ...data import masks
 from ...data.buckets import Batch, Bucket, batches, repeated, steps_per_epoch
 from ...data.captions import CaptionRules
 from ...data.latents import LatentCache, TextCache, cache_text
+from ..attachment import at_strength, evaluating
+from ..events import Signals
 from ..loop.seeds import generator, global_seed, seed_of
-from ..loop.trainer import Signals
 from ..machine.preflight import peak
 from ..machine.processes import Crew
-from ..session import evaluating
-from ..settings.config import HuberSchedule, Loss, PriorTarget, TimestepBias
-from ..watch.signals import at_strength, layer_changes
+from ..settings.choices import HuberSchedule, Loss, PriorTarget, TimestepBias
 from . import objective
-from .prompts import Conditioning, TextSide, encode_frozen
+from .layer_changes import layer_changes
 
 _DRAWS = 8  # noises and timesteps per held-out picture
 _SEEN = 4  # pictures of those trained on that are measured too: enough to tell learning by heart, and little time
@@ -128,16 +129,14 @@ class DiffusionTask:
         self.prior_rules = replace(settings.rules, trigger="")
         self.masked = train.masked or (prior is not None and prior.masked)
         self.weighs = prior is not None or bool(train.weights)
-        weight = next(pipe.unet.parameters())
+        self.denoiser = denoiser_of(pipe)
+        weight = next(self.denoiser.network.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.text = TextSide(pipe)
+        self.text = self.denoiser.text
         self.trains_text = any(site.adapters(encoder, name) for encoder in self.text.encoders)
-        self.told_masks = inpaints(pipe)
-        self.told_sizes = pipe.unet.config.addition_embed_type == "text_time"
-        self.prediction = objective.prediction_type(pipe.scheduler.config.get("prediction_type", "epsilon"))
-        self.powers = schedule(pipe, settings.zero_terminal_snr).to(self.device)
-        self.scaling = float(pipe.vae.config.scaling_factor)
-        self.shift = float(getattr(pipe.vae.config, "shift_factor", None) or 0.0)
+        self.told_masks, self.told_sizes = self.denoiser.told_masks, self.denoiser.told_sizes
+        self.prediction = prediction_type(self.denoiser.prediction)
+        self.powers = noise_schedule(self.denoiser, settings.zero_terminal_snr).to(self.device)
         self.groups = train.groups
         self._epoch: tuple[int, tuple[Batch, ...]] = (-1, ())
         self._base_answers: list[Tensor] = []
@@ -201,7 +200,7 @@ class DiffusionTask:
             noise = objective.pyramid(noise, settings.multires_noise, chance)
         # Everything is drawn for the batch of all processes, so that their number changes nothing.
         own = settings.crew.part(settings.batch_size)
-        found = {"latents": self._scaled(clean)[own], "noise": noise[own], "timesteps": timesteps[own]}
+        found = {"latents": self.denoiser.scaled(clean)[own], "noise": noise[own], "timesteps": timesteps[own]}
         if self.weighs:
             found["weights"] = torch.tensor([examples.weight(entry) for entry in entries[own]])
         if self.masked:
@@ -226,7 +225,7 @@ class DiffusionTask:
         """The loss of one micro-batch, a float32 scalar with gradients to the adapter."""
         settings, timesteps = self.settings, inputs["timesteps"]
         of_base = self._base_answer(inputs)
-        answer, wanted = self._answer(inputs)
+        answer, wanted = self.answer(inputs)
         if of_base is not None:
             wanted = torch.cat([wanted[: settings.batch_size].float(), of_base.float()])
         power = self.powers[timesteps]
@@ -308,7 +307,7 @@ class DiffusionTask:
             drawn = torch.cat([objective.noise((1, *shape), 0.0, chance) for chance in chances])
             times = torch.tensor([int(place * len(self.powers)) for _, place in chunk])
             inputs = {"latents": torch.zeros_like(drawn), "noise": drawn, "timesteps": times, **told}
-            yield self._answer({name: tensor.to(self.device) for name, tensor in inputs.items()})[0].float()
+            yield self.answer({name: tensor.to(self.device) for name, tensor in inputs.items()})[0].float()
 
     def batch(self, step: int, micro: int) -> Batch:
         """The entries of a micro-batch, of all processes."""
@@ -330,13 +329,13 @@ class DiffusionTask:
         """The most bytes that drawing so many pictures of so many pixels a side, with guidance, is predicted to hold."""
         vae, side = self.pipe.vae, size // self.pipe.vae_scale_factor
         told = {name: one[:1].repeat(2 * count, *(1,) * (one.ndim - 1)) for name, one in self.largest().items()}
-        latents = {"latents": torch.empty(count, vae.config.latent_channels, side, side, dtype=vae.dtype)}
+        latents = {"latents": torch.empty(count, self.denoiser.channels, side, side, dtype=vae.dtype)}
         self.restore()
         with torch.no_grad():
-            unet = peak(self._answer, told, self.device)
+            network = peak(self.answer, told, self.device)
             decoding = peak(lambda given: vae.decode(given["latents"]), latents, self.device)
         self.offload()
-        return max(unet, decoding)
+        return max(network, decoding)
 
     def restore(self) -> None:
         """Bring back what `offload` took."""
@@ -364,7 +363,7 @@ class DiffusionTask:
         if self.prior is None or self.settings.prior_target != "base":
             return None
         with torch.no_grad(), self._base():
-            return self._answer({name: tensor[self.settings.batch_size :] for name, tensor in inputs.items()})[0]
+            return self.answer({name: tensor[self.settings.batch_size :] for name, tensor in inputs.items()})[0]
 
     def _base(self) -> ExitStack:
         """The base without the adapter."""
@@ -403,20 +402,19 @@ class DiffusionTask:
             # In float32: bfloat16 rounds sides of more than 256 pixels.
             told["sizes"] = torch.tensor([latents.entries[entry].sizes for entry in entries], dtype=torch.float32)
         if self.told_masks:
-            told["shown"] = self._shown(latents, entries, hiding)
+            told["shown"] = self.shown(latents, entries, hiding)
         return told
 
-    def _condition(self, inputs: Mapping[str, Tensor]) -> Conditioning:
+    def conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
         """What the UNet is told of the prompts and of the pictures' sizes, in its dtype."""
         if self.embeddings is not None:
             encoding = [inputs[name] for name in ("hidden", "summary") if name in inputs]
         else:
             with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
                 encoding = list(self.text.run(inputs))
-        hidden, *summary = (tensor.to(self.dtype) for tensor in encoding)
-        return Conditioning(hidden, {"text_embeds": summary[0], "time_ids": inputs["sizes"]} if self.told_sizes else {})
+        return self.denoiser.conditioning(tuple(encoding), inputs)
 
-    def _shown(self, latents: LatentCache, entries: Sequence[int], hiding: Sequence[int]) -> Tensor:
+    def shown(self, latents: LatentCache, entries: Sequence[int], hiding: Sequence[int]) -> Tensor:
         """What a base that paints parts anew is told of the rest: mask and latents, (batch, 1 + channels, height, width).
 
         ``hiding`` is the number of each entry's mask.
@@ -426,29 +424,24 @@ class DiffusionTask:
             one = latents.entries[entry]
             if one.masks is None or one.hidden is None:
                 raise ValueError("the latents were cached without masks")
-            rows.append(torch.cat([one.masks[number], self._scaled(one.hidden[number].float())]))
+            rows.append(torch.cat([one.masks[number], self.denoiser.scaled(one.hidden[number].float())]))
         return torch.stack(rows)
 
-    def _scaled(self, latents: Tensor) -> Tensor:
-        """Latents as the UNet knows them."""
-        return (latents - self.shift) * self.scaling
+    def answer(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Ask the network about the noisy latents of a batch.
 
-    def _answer(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What the UNet says to noisy latents, and what it should say, both (batch, channels, height, width)."""
+        Args:
+            inputs: ``latents`` and ``noise`` (batch, channels, height, width), ``timesteps`` (batch,), and what is told.
+
+        Returns:
+            Its answer, and what it should have been, both (batch, channels, height, width).
+        """
         latents, noise, timesteps = inputs["latents"], inputs["noise"], inputs["timesteps"]
-        told = self._condition(inputs)
+        told = self.conditioning(inputs)
         power = self.powers[timesteps]
-        seen = objective.noisy(latents, noise, power).to(self.dtype)
-        if self.told_masks:
-            seen = torch.cat([seen, inputs["shown"].to(self.dtype)], 1)
-        answer: Tensor = self.pipe.unet(
-            seen,
-            timesteps,
-            encoder_hidden_states=told.hidden,
-            added_cond_kwargs=dict(told.added) or None,
-            return_dict=False,
-        )[0]
-        return answer, objective.target(self.prediction, latents, noise, power)
+        seen = noisy(latents, noise, power).to(self.dtype)
+        answer = self.denoiser.predict(seen, timesteps, told)
+        return answer, self.denoiser.target(latents, noise, power, self.prediction)
 
     def _chunks(self, examples: Examples, only: Container[int] | None = None) -> Iterator[list[tuple[int, int]]]:
         """(entry, draw) of one bucket each, in batches; of all entries, or of those in ``only``."""
@@ -468,26 +461,35 @@ class DiffusionTask:
         timesteps = ((draws + within) / _DRAWS * len(self.powers)).long().clamp(max=len(self.powers) - 1)
         entries, hiding = [entry for entry, _ in pairs], [draw % masks.COUNT for _, draw in pairs]
         prompts = [self._plain(examples.caption(entry)) for entry in entries]
-        inputs = {"latents": self._scaled(mean.float()), "noise": drawn, "timesteps": timesteps}
+        inputs = {"latents": self.denoiser.scaled(mean.float()), "noise": drawn, "timesteps": timesteps}
         inputs |= self._told(examples.latents, entries, prompts, hiding)
-        answer, wanted = self._answer({name: tensor.to(self.device) for name, tensor in inputs.items()})
+        answer, wanted = self.answer({name: tensor.to(self.device) for name, tensor in inputs.items()})
         where = examples.where(entries).to(self.device) if examples.masked else None
         losses: list[float] = objective.per_image(objective.errors(answer, wanted), where).tolist()
         return losses
 
 
-def schedule(pipe: Any, zero_terminal: bool) -> Tensor:
-    """Signal powers of a base's schedule, (timesteps,), ending at 0 if asked. Raises UserError for a base that cannot."""
-    powers: Tensor = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
-    if not zero_terminal:
-        return powers
-    kind = pipe.scheduler.config.get("prediction_type", "epsilon")
-    if kind != "v_prediction":
+def noise_schedule(denoiser: Denoiser, zero_terminal_snr: bool) -> Tensor:
+    """Choose the signal powers that a run goes by.
+
+    Args:
+        denoiser: The base's.
+        zero_terminal_snr: Whether they end at 0.
+
+    Returns:
+        (timesteps,), from nearly 1 downwards.
+
+    Raises:
+        UserError: They shall end at 0, and the base predicts what pure noise does not tell.
+    """
+    if not zero_terminal_snr:
+        return denoiser.powers()
+    if denoiser.prediction != "v_prediction":
         raise UserError(
-            f"--zero-terminal-snr needs a base with v-prediction; this one predicts {kind}, and in pure noise there is"
-            " nothing to tell from the noise. Leave it away; --noise-offset or --multires-noise help there"
+            f"--zero-terminal-snr needs a base with v-prediction; this one predicts {denoiser.prediction}, and in pure noise"
+            " there is nothing to tell from the noise. Leave it away; --noise-offset or --multires-noise help there"
         )
-    return objective.zero_terminal(powers)
+    return zero_terminal(denoiser.powers())
 
 
 def _energy(tensors: Sequence[Tensor]) -> float:

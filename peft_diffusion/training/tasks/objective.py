@@ -4,23 +4,13 @@
 """
 
 import math
-from typing import Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...core.errors import UserError
-from ..settings.config import HuberSchedule, Loss, TimestepBias
-
-Prediction: TypeAlias = Literal["epsilon", "v_prediction"]
-
-
-def prediction_type(name: str) -> Prediction:
-    """What the base predicts. Raises UserError for what cannot be trained."""
-    if name not in get_args(Prediction):
-        raise UserError(f"the base predicts {name!r}; training knows {', '.join(get_args(Prediction))}")
-    return cast(Prediction, name)
+from ...bases.noise import Prediction, over
+from ..settings.choices import HuberSchedule, Loss, TimestepBias
 
 
 def timesteps(batch: int, count: int, bias: TimestepBias, generator: torch.Generator) -> Tensor:
@@ -64,30 +54,6 @@ def pyramid(noise: Tensor, discount: float, generator: torch.Generator) -> Tenso
         coarse = torch.randn(*noise.shape[:2], height, width, generator=generator)
         noise = noise + share * F.interpolate(coarse, size, mode="bilinear")
     return noise / noise.flatten(1).std(1).view(-1, 1, 1, 1)
-
-
-def zero_terminal(powers: Tensor) -> Tensor:
-    """Signal powers of a schedule, (timesteps,), shifted and scaled so that no signal is left at the last timestep.
-
-    Lin et al. 2023, algorithm 1 (https://arxiv.org/abs/2305.08891).
-    """
-    roots = powers.double().sqrt()
-    first, last = roots[0], roots[-1]
-    return ((roots - last) * (first / (first - last))).square().to(powers.dtype)
-
-
-def noisy(latents: Tensor, noise: Tensor, power: Tensor) -> Tensor:
-    """Latents at their timesteps (Ho et al. 2020, equation 4)."""
-    power = _over(power, latents)
-    return power.sqrt() * latents + (1 - power).sqrt() * noise
-
-
-def target(prediction: Prediction, latents: Tensor, noise: Tensor, power: Tensor) -> Tensor:
-    """What the network should answer: the noise, or v = sqrt(p) noise - sqrt(1 - p) latents (Salimans and Ho 2022)."""
-    if prediction == "epsilon":
-        return noise
-    power = _over(power, latents)
-    return power.sqrt() * noise - (1 - power).sqrt() * latents
 
 
 def min_snr_weights(prediction: Prediction, power: Tensor, gamma: float) -> Tensor:
@@ -134,7 +100,7 @@ def errors(answer: Tensor, wanted: Tensor, kind: Loss = "l2", deltas: Tensor | N
     squared = (answer.float() - wanted.float()).square()
     if kind == "l2" or deltas is None:
         return squared
-    delta = _over(deltas, squared)
+    delta = over(deltas, squared)
     smooth = 2 * squared / ((squared + delta.square()).sqrt() + delta)  # exact for small errors too
     return delta * smooth if kind == "huber" else smooth
 
@@ -157,8 +123,3 @@ def loss(answer: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tenso
 def weighted(losses: Tensor, weights: Tensor | None) -> Tensor:
     """The mean of losses (batch,), each with its weight."""
     return losses.mean() if weights is None else (losses * weights).mean()
-
-
-def _over(values: Tensor, latents: Tensor) -> Tensor:
-    """Values per image as (batch, 1, 1, 1)."""
-    return values.view(-1, *[1] * (latents.ndim - 1))

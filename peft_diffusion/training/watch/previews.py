@@ -7,17 +7,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from ...bases import components
 from ...core import site
-from ...generation import sheet
-from ...generation.sampler import drawing, ending_in_noise, whole_picture
+from ...core.events import Observer
+from ...core.files import explained, write_bytes
+from ..drawing import Drawing
+from ..events import Preview
 from ..loop.seeds import seed_of
-from ..loop.trainer import Observer
 from ..machine.low_memory import small_vae
-from ..record.checkpoint import explained, write_bytes
 from ..tasks.diffusion import DiffusionTask
 
 PROMPTS = 4  # previews by default
@@ -27,13 +26,23 @@ _PROMPTS = "prompts.json"
 _NAME = re.compile(r"(?:step_(\d+)|base)_(\d+)\.png")
 
 
-class Previews(Observer):
+class Previews:
     """Draws previews into a folder, and a sheet of all: the base's pictures first, then a row for each step drawn at.
 
-    ``every`` 0 draws only when it is told to. ``weights`` puts the weights that the run
-    gives into the model. ``tell`` is given the step and how near its pictures are to those that are trained on: the mean
-    distance from each to the nearest in latent space, over the median of that distance among training pictures themselves.
-    Well below 1 they repeat what was seen. Of several processes, only the one that leads writes and tells.
+    Of several processes, all that share the base draw, and only the one that leads writes and tells.
+
+    Args:
+        folder: Where the pictures go.
+        task: What is learned, by the pipeline that draws.
+        prompts: What the pictures show.
+        drawing: Draws them.
+        weights: Puts the weights that the run gives into the model.
+        tell: Is told of each `Preview`, with how near its pictures are to those that are trained on: the mean distance from
+            each to the nearest in latent space, over the median of that distance among training pictures themselves. Well
+            below 1 they repeat what was seen.
+        steps: Denoising steps of a picture.
+        every: Steps of the run between previews; 0 draws only when it is told to.
+        size: Pixels a side.
     """
 
     def __init__(
@@ -41,8 +50,9 @@ class Previews(Observer):
         folder: Path,
         task: DiffusionTask,
         prompts: Sequence[str],
+        drawing: Drawing,
         weights: Callable[[], AbstractContextManager[None]],
-        tell: Callable[[int, float], None],
+        tell: Observer,
         *,
         steps: int,
         every: int,
@@ -51,12 +61,12 @@ class Previews(Observer):
         self.folder = folder
         self.task = task
         self.prompts = list(prompts)
+        self.drawing = drawing
         self.steps = steps
         self.every = every
         self.size = size  # pixels a side
         self.weights = weights
         self.tell = tell
-        self.watching: Observer | None = None  # is shown the pictures
         self.drawn = -1
 
     def peak(self) -> int:
@@ -72,7 +82,7 @@ class Previews(Observer):
         finally:
             self._strength(1.0)
 
-    def on_step(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Draw, if it is time."""
         if self.every and step % self.every == 0:
             self.draw(step)
@@ -118,35 +128,29 @@ class Previews(Observer):
         return found
 
     def _show(self, step: int, row: str) -> None:
-        pictures = self._draw()
+        pictures = self.pictures()
         if not self.task.settings.crew.leads:
             return
-        self._keep(row, pictures)
-        if self.watching is not None:
-            self.watching.on_pictures(step, self.prompts, pictures)
-        nearest = self.task.nearness(pictures)
-        if nearest is not None:
-            self.tell(step, nearest)
+        files = self._keep(row, pictures)
+        self.tell(Preview(step, tuple(self.prompts), pictures, files, self.task.nearness(pictures)))
 
-    def _draw(self) -> list[Image.Image]:
-        """A picture for each prompt."""
+    def pictures(self) -> list[Image.Image]:
+        """Draw a picture for each prompt, with what the pipeline carries now; nothing is written."""
         pipe = self.task.pipe
         self.task.restore()
-        scheduler = ending_in_noise(pipe.scheduler) if self.task.settings.zero_terminal_snr else pipe.scheduler
         pictures: list[Image.Image] = []
-        with self.task.evaluating(), drawing(pipe, scheduler), small_vae(pipe.vae, self.size):
+        with self.task.evaluating(), small_vae(pipe.vae, self.size):
             for start in range(0, len(self.prompts), self._at_once):
                 prompts = self.prompts[start : start + self._at_once]
-                chances = [torch.Generator().manual_seed(seed_of(_SEED, "preview", start + i)) for i in range(len(prompts))]
-                pictures += pipe(
-                    **whole_picture(pipe, self.size, self.size),
-                    prompt=prompts,
-                    num_inference_steps=self.steps,
-                    guidance_scale=_GUIDANCE,
-                    width=self.size,
-                    height=self.size,
-                    generator=chances,
-                ).images
+                pictures += self.drawing.previews(
+                    pipe,
+                    prompts,
+                    [seed_of(_SEED, "preview", start + row) for row in range(len(prompts))],
+                    size=self.size,
+                    steps=self.steps,
+                    guidance=_GUIDANCE,
+                    from_pure_noise=self.task.settings.zero_terminal_snr,
+                )
         self.task.offload()
         return pictures
 
@@ -155,12 +159,13 @@ class Previews(Observer):
         """Pictures drawn together, no more than are trained on together."""
         return min(len(self.prompts), self.task.settings.batch_size)
 
-    def _keep(self, row: str, pictures: Sequence[Image.Image]) -> None:
-        """Save the pictures of a row, and the sheet of all rows so far."""
+    def _keep(self, row: str, pictures: Sequence[Image.Image]) -> tuple[Path, ...]:
+        """Save the pictures of a row, and the sheet of all rows so far; returns the files of the row."""
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        for number, picture in enumerate(pictures):
-            write_bytes(self.folder / f"{row}_{number}.png", _png(picture))
+        files = tuple(self.folder / f"{row}_{number}.png" for number in range(len(pictures)))
+        for file, picture in zip(files, pictures, strict=True):
+            write_bytes(file, _png(picture))
         rows: dict[int, dict[int, Image.Image]] = {}
         for path in self.folder.glob("*.png"):
             if match := _NAME.fullmatch(path.name):
@@ -168,7 +173,8 @@ class Previews(Observer):
         labels = [f"step {step}" if step else "base" for step in sorted(rows)]
         columns = [rows[step] for step in sorted(rows)]
         cells = [[row.get(number) for number in range(len(self.prompts))] for row in columns]
-        write_bytes(self.folder / "sheet.png", _png(sheet.grid(cells, labels, self.prompts)))
+        write_bytes(self.folder / "sheet.png", _png(self.drawing.sheet(cells, labels, self.prompts)))
+        return files
 
     def _strength(self, value: float) -> None:
         for part in components(self.task.pipe).values():

@@ -1,0 +1,100 @@
+"""What the package does, by function: the one place above both training and generation, where each gets what it needs.
+
+The commands call these, and so does Python: ``import peft_diffusion as pd; pd.train(...)``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .generation.while_training import TrainingPictures
+from .training import run
+from .training.pictures import PictureSource, searched
+from .training.texts import TextSource
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .bases import LanguageModel
+    from .core.events import Observer, Stop
+    from .training.results import FoundRates, TextTrainResult, TrainResult
+    from .training.settings.pictures import TrainConfig
+    from .training.settings.text import TextTrainConfig
+
+
+def train(
+    config: "TrainConfig",
+    *,
+    pipe: Any | None = None,
+    observers: "Sequence[Observer]" = (),
+    stop: "Stop | None" = None,
+) -> "TrainResult":
+    """Learn a style or a subject from folders of pictures and write it as one adapter file.
+
+    Args:
+        config: What is learned from, and how.
+        pipe: A base that is loaded already, used in place of ``config.base`` and left as it was.
+        observers: Are told what happens, by the events of `training.events`.
+        stop: Where it is set, such as a ``threading.Event`` by another thread, the run ends after the present step, with a
+            checkpoint. Without one, SIGINT and SIGTERM do the same, where this is the main thread.
+
+    Returns:
+        What the run gave.
+
+    Raises:
+        UserError: For what the user can mend.
+        Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
+    """
+    return run.train(PictureSource(config, pipe, TrainingPictures()), observers, stop)
+
+
+def find_rates(
+    config: "TrainConfig",
+    *,
+    pipe: Any | None = None,
+    observers: "Sequence[Observer]" = (),
+    stop: "Stop | None" = None,
+) -> "FoundRates":
+    """Find a learning rate for a training on pictures, without doing it.
+
+    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Takes and raises what `train` does.
+    """
+    return run.find_rates(PictureSource(searched(config), pipe, TrainingPictures()), observers, stop)
+
+
+def train_text(
+    config: "TextTrainConfig",
+    *,
+    base: "LanguageModel | None" = None,
+    observers: "Sequence[Observer]" = (),
+    stop: "Stop | None" = None,
+) -> "TextTrainResult":
+    """Teach a causal language model a text and write what it learned as one adapter file.
+
+    Args:
+        config: What is learned from, and how.
+        base: A model that is loaded already, used in place of ``config.base`` and left as it was.
+        observers: Are told what happens, by the events of `training.events`.
+        stop: Where it is set, such as a ``threading.Event`` by another thread, the run ends after the present step, with a
+            checkpoint. Without one, SIGINT and SIGTERM do the same, where this is the main thread.
+
+    Returns:
+        What the run gave.
+
+    Raises:
+        UserError: For what the user can mend.
+        Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
+    """
+    return run.train(TextSource(config, base), observers, stop)
+
+
+def find_text_rates(
+    config: "TextTrainConfig",
+    *,
+    base: "LanguageModel | None" = None,
+    observers: "Sequence[Observer]" = (),
+    stop: "Stop | None" = None,
+) -> "FoundRates":
+    """Find a learning rate for a training on text, without doing it.
+
+    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Takes and raises what `train_text` does.
+    """
+    return run.find_rates(TextSource(config, base), observers, stop)

@@ -1,0 +1,151 @@
+"""What can be asked of a base of any kind: a pipeline that denoises, or a causal language model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import nn
+
+from ..core.errors import UserError
+from . import family as families
+from . import unet  # noqa: F401  (registers the kind)
+from .denoiser import KINDS, Denoiser
+from .digest import identity
+from .embedded import ICONS, embedded
+
+if TYPE_CHECKING:
+    from .causal_lm import LanguageInfo, LanguageModel
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What an adapter must know of its base.
+
+    Attributes:
+        name: What it is called.
+        family: The name of its family.
+        prediction_type: What it predicts.
+        resolution: Pixels a side of the square image that it was made for.
+        step: Pixels that sides are multiples of.
+        fingerprint: Which weights these are: see `identity`.
+    """
+
+    name: str
+    family: str
+    prediction_type: str
+    resolution: int
+    step: int
+    fingerprint: str
+
+
+def denoiser_of(pipe: Any) -> Denoiser:
+    """Reach the network of a pipeline that denoises.
+
+    Args:
+        pipe: A pipeline of diffusers.
+
+    Returns:
+        Its denoiser.
+
+    Raises:
+        UserError: No kind that is registered knows it.
+    """
+    for kind in KINDS.values():
+        if kind.recognizes(pipe):
+            return kind(pipe)
+    raise UserError(
+        f"{type(pipe).__name__} is no Stable Diffusion with a UNet: it has no unet, nor another network that denoises and is"
+        f" known here ({', '.join(KINDS)})"
+    )
+
+
+def components(base: Any) -> dict[str, nn.Module]:
+    """List the parts of a base that can carry adapters.
+
+    Args:
+        base: A pipeline, or a `LanguageModel`.
+
+    Returns:
+        The modules by name, of the components of all families those that the base has.
+    """
+    return {name: part for name in families.components() if isinstance(part := getattr(base, name, None), nn.Module)}
+
+
+def network_of(base: Any) -> tuple[str, nn.Module] | None:
+    """Find the network of a base that denoises.
+
+    Args:
+        base: A pipeline, or a `LanguageModel`.
+
+    Returns:
+        Its name among the components and itself; None in a language model.
+    """
+    roles = families.components("denoiser")
+    return next(((name, part) for name, part in components(base).items() if name in roles), None)
+
+
+def text_encoders(base: Any) -> dict[str, str]:
+    """List the components of a base that read words.
+
+    Args:
+        base: A pipeline, or a `LanguageModel`.
+
+    Returns:
+        The attribute that holds the tokenizer, by component.
+    """
+    rows = families.components()
+    return {name: tokenizer for name in components(base) if (tokenizer := rows[name].tokenizer) is not None}
+
+
+def dtype_of(base: Any) -> torch.dtype:
+    """Tell in which dtype a pipeline's network computes.
+
+    Args:
+        base: A pipeline.
+
+    Returns:
+        That of its first parameter.
+    """
+    return next(denoiser_of(base).network.parameters()).dtype
+
+
+@overload
+def describe(base: "LanguageModel") -> "LanguageInfo": ...
+@overload
+def describe(base: Any) -> "BaseInfo": ...
+def describe(base: Any) -> "BaseInfo | LanguageInfo":
+    """Tell what an adapter must know of a base.
+
+    Args:
+        base: A pipeline, or a `LanguageModel`.
+
+    Returns:
+        Its name, family and identity among it.
+    """
+    from .causal_lm import LanguageModel  # which brings transformers
+
+    if isinstance(base, LanguageModel):
+        return base.describe()
+    denoiser = denoiser_of(base)
+    return BaseInfo(
+        name=_name(base),
+        family=denoiser.family.name,
+        prediction_type=denoiser.prediction,
+        resolution=denoiser.resolution,
+        step=denoiser.step,
+        fingerprint=identity(components(base)),
+    )
+
+
+def _name(pipe: Any) -> str:
+    where = str(pipe.config.get("_name_or_path") or "")
+    try:
+        if where == str(embedded("base")):
+            return ICONS
+    except UserError:
+        pass  # a package without the embedded base still names others
+    path = Path(where)
+    return path.name if path.exists() and where else where or type(pipe).__name__
+
+

@@ -1,0 +1,313 @@
+"""Families of bases as rows of data: what their components are, what files call them, and where their defaults lie.
+
+A new family is one row, added with `register`, and, where its network that denoises is of a new kind, one file beside
+`unet.py`. Imports no torch.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+from ..core.errors import UserError
+
+Role: TypeAlias = Literal["denoiser", "text encoder", "language model"]
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a base that can carry adapters.
+
+    Attributes:
+        name: The attribute of the pipeline that holds it, which is also its name in settings, specs and files.
+        role: What it does.
+        rate: The setting that holds its learning rate.
+        tokenizer: The attribute of the pipeline that holds its tokenizer; None where it reads no words.
+        kohya: What its sites begin with in kohya's layout.
+        dotted: What its names begin with in the layouts that keep the dots of paths (diffusers, ComfyUI), the one that is
+            written first.
+        lycoris: What its paths begin with in files of LyCORIS outside of kohya's trainer, which say no component; ("",)
+            takes every path that no other component claims.
+        embeddings: What embeddings of its words are called in files of other programs, the one that is written first.
+    """
+
+    name: str
+    role: Role
+    rate: str
+    tokenizer: str | None = None
+    kohya: str = ""
+    dotted: tuple[str, ...] = ()
+    lycoris: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Version:
+    """What other programs call a base of a family.
+
+    Attributes:
+        architecture: `modelspec.architecture`, without what is behind the slash.
+        base_model: `ss_base_model_version` of kohya's trainer.
+    """
+
+    architecture: str
+    base_model: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of bases: one row.
+
+    Attributes:
+        name: What files and reports call it.
+        components: Its parts that can carry adapters, the one that denoises first.
+        kind: The kind of network that denoises, by the name under which `denoiser.register` knows it; None for language
+            models.
+        versions: What other programs call it, by prediction type; "" stands for all that are not named.
+        implementation: `modelspec.implementation`.
+        presets: Defaults of training by preset and setting.
+        small: Whether its bases are so small that words alone need rates and weights of their own.
+    """
+
+    name: str
+    components: tuple[Component, ...]
+    kind: str | None = None
+    versions: Mapping[str, Version] = field(default_factory=lambda: _NOTHING)
+    implementation: str = "https://github.com/huggingface/diffusers"
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: _NOTHING)
+    small: bool = False
+
+    @property
+    def denoiser(self) -> Component | None:
+        """The component that denoises; None in a language model."""
+        return next((one for one in self.components if one.role == "denoiser"), None)
+
+    @property
+    def text_encoders(self) -> tuple[Component, ...]:
+        """The components that read prompts, in the order of the pipeline."""
+        return tuple(one for one in self.components if one.role == "text encoder")
+
+    def component(self, name: str) -> Component:
+        """Look a component up.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The row of the component.
+
+        Raises:
+            UserError: The family has no such component.
+        """
+        for one in self.components:
+            if one.name == name:
+                return one
+        raise UserError(f"{self.name} has no component {name!r}; it has: {', '.join(one.name for one in self.components)}")
+
+    def by_roles(self, roles: Iterable[Role]) -> tuple[str, ...]:
+        """Name the component of each role, of several the first.
+
+        Args:
+            roles: What they do.
+
+        Returns:
+            Their names; nothing for a role that no component has.
+        """
+        chosen = (next((one.name for one in self.components if one.role == role), None) for role in roles)
+        return tuple(name for name in chosen if name is not None)
+
+    def version(self, prediction_type: str) -> Version | None:
+        """What other programs call a base of this family.
+
+        Args:
+            prediction_type: What it predicts, as the scheduler's configuration says it.
+
+        Returns:
+            The names; None where there are none.
+        """
+        return self.versions.get(prediction_type) or self.versions.get("")
+
+
+# What one step learns from is the base's own size; "other" are small bases such as the embedded one.
+_LATENT_DIFFUSION: dict[str, Any] = {
+    "rank": 16,
+    "unet_lr": 1e-4,
+    "text_encoder_lr": 1e-5,
+    "steps": 1500,
+    "batch_size": 4,
+    "scheduler": "cosine",
+    "warmup": 50,
+    "min_snr_gamma": 5.0,
+    "timestep_bias": "none",
+    "caption_dropout": 0.05,
+}
+_SMALL_DIFFUSION: dict[str, Any] = {
+    **_LATENT_DIFFUSION,
+    "unet_lr": 1e-3,
+    "text_encoder_lr": 1e-4,
+    "steps": 300,
+    "batch_size": 8,
+    "warmup": 10,
+    "min_snr_gamma": 0.0,
+    "timestep_bias": "later",
+}
+# A step of a subject holds as many images of the class besides, which the base answers too.
+_SUBJECT: dict[str, Any] = {**_LATENT_DIFFUSION, "steps": 800, "batch_size": 2, "scheduler": "constant"}
+
+_UNET = Component("unet", "denoiser", "unet_lr", None, "lora_unet_", ("unet.", "diffusion_model."), ("",))
+_CLIP_PATHS = ("text_model_", "encoder_layers_", "embeddings_", "final_layer_norm")
+_TEXT = Component(
+    "text_encoder",
+    "text encoder",
+    "text_encoder_lr",
+    "tokenizer",
+    "lora_te_",
+    # The third is ComfyUI's of Stable Diffusion 2.
+    ("text_encoder.", "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
+    _CLIP_PATHS,
+    ("clip_l", "emb_params", "emp_params"),  # the last as OneTrainer spells it
+)
+_TEXT_XL = Component(
+    "text_encoder", "text encoder", "text_encoder_lr", "tokenizer", "lora_te1_", _TEXT.dotted, (), ("clip_l",)
+)
+_TEXT_XL_2 = Component(
+    "text_encoder_2",
+    "text encoder",
+    "text_encoder_lr",
+    "tokenizer_2",
+    "lora_te2_",
+    ("text_encoder_2.", "text_encoders.clip_g.transformer."),
+    (),
+    ("clip_g",),
+)
+_LM = Component(
+    "lm",
+    "language model",
+    "lr",
+    "tokenizer",
+    "lora_lm_",
+    (),
+    ("model_", "transformer_", "gpt_neox_", "lm_head", "embed_out"),
+)
+
+FAMILIES: dict[str, Family] = {}
+"""The families by name."""
+
+
+def register(family: Family) -> None:
+    """Add a family, so that bases of it can be loaded, trained and drawn with.
+
+    Args:
+        family: The row.
+
+    Raises:
+        UserError: Another family has its name.
+    """
+    if FAMILIES.setdefault(family.name, family) != family:
+        raise UserError(f"there is a family of bases {family.name!r} already; give the new one another name")
+
+
+def find(name: str) -> Family:
+    """Look a family up.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        The row; that of small bases for a name that is not known, as files of newer versions may have.
+    """
+    return FAMILIES.get(name, SMALL_DIFFUSION)
+
+
+def components(role: Role | None = None, families: Iterable[Family] | None = None) -> dict[str, Component]:
+    """List the components that families have.
+
+    Args:
+        role: Only those that do this; None for all.
+        families: The families; None for all that there are.
+
+    Returns:
+        The first row of each by name, in the order of registration.
+    """
+    found: dict[str, Component] = {}
+    for family in FAMILIES.values() if families is None else families:
+        for one in family.components:
+            if role is None or one.role == role:
+                found.setdefault(one.name, one)
+    return found
+
+
+def role_of(component: str) -> Role | None:
+    """Tell what a component does.
+
+    Args:
+        component: Its name.
+
+    Returns:
+        Its role; None for a name that no family has.
+    """
+    known = components()
+    return known[component].role if component in known else None
+
+
+def rate_setting(component: str) -> str:
+    """Name the setting that holds a component's learning rate.
+
+    Args:
+        component: Its name.
+
+    Returns:
+        The name of the setting.
+
+    Raises:
+        UserError: No family has such a component.
+    """
+    known = components()
+    if component not in known:
+        raise UserError(f"no family of bases has a component {component!r}; there are: {', '.join(known)}")
+    return known[component].rate
+
+
+SMALL_DIFFUSION = Family(
+    "other",
+    (_UNET, _TEXT),
+    "unet",
+    presets={
+        "style": _SMALL_DIFFUSION,
+        "subject": {**_SMALL_DIFFUSION, "batch_size": 4, "timestep_bias": "none"},
+    },
+    small=True,
+)
+"""Small bases such as the embedded one, and unknown ones. Settings take its components before a base is loaded."""
+
+for _family in (
+    Family(
+        "sd1",
+        (_UNET, _TEXT),
+        "unet",
+        {"": Version("stable-diffusion-v1", "sd_v1"), "v_prediction": Version("stable-diffusion-v1", "sd_v1_v")},
+        presets={"style": _LATENT_DIFFUSION, "subject": _SUBJECT},
+    ),
+    Family(
+        "sd2",
+        (_UNET, _TEXT),
+        "unet",
+        {
+            "": Version("stable-diffusion-v2-512", "sd_v2"),
+            "v_prediction": Version("stable-diffusion-v2-768-v", "sd_v2_v"),
+        },
+        presets={"style": _LATENT_DIFFUSION, "subject": _SUBJECT},
+    ),
+    Family(
+        "sdxl",
+        (_UNET, _TEXT_XL, _TEXT_XL_2),
+        "unet",
+        {"": Version("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")},
+        implementation="https://github.com/Stability-AI/generative-models",
+        presets={"style": {**_LATENT_DIFFUSION, "rank": 32}, "subject": {**_SUBJECT, "rank": 32}},
+    ),
+    SMALL_DIFFUSION,
+    Family("lm", (_LM,), implementation="https://github.com/huggingface/transformers"),
+):
+    register(_family)

@@ -1,0 +1,206 @@
+"""Pipelines of diffusers: what of them this package uses, and the one place that touches what they keep to themselves.
+
+A pipeline tells nobody that it draws, at which steps, and whether it guides. All of diffusers' pipelines open their progress
+bar around their steps, so `watching` learns from there which one is at work, also where several share a network.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import UserError
+
+_NEAR = 0.5  # timesteps are whole numbers, or fractions that are passed on as they are
+# What pipelines hold twice over, without and with the prompt, for as long as guidance acts.
+_DOUBLED = ("prompt_embeds", "add_text_embeds", "add_time_ids", "mask", "masked_image_latents")
+
+
+class Pipeline(Protocol):
+    """What this package asks of a pipeline; those of diffusers for Stable Diffusion have it."""
+
+    scheduler: Any
+    vae: Any
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def vae_scale_factor(self) -> int: ...
+    @property
+    def image_processor(self) -> Any: ...
+    @property
+    def do_classifier_free_guidance(self) -> bool: ...
+    @property
+    def num_timesteps(self) -> int: ...
+    def set_progress_bar_config(self, *, disable: bool) -> None: ...
+    @property
+    def __call__(self) -> Callable[..., Any]: ...
+
+
+class _Present(threading.local):
+    """The pipelines that draw in a thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.pipelines: list[Any] = []
+
+
+_present = _Present()
+_lock = threading.Lock()
+
+
+class _Bar:
+    """A pipeline's progress bar, between whose opening and closing the pipeline counts as the one that draws."""
+
+    def __init__(self, pipeline: Any, bar: Any) -> None:
+        self._pipeline = pipeline
+        self._bar = bar
+
+    def __enter__(self) -> Any:
+        _present.pipelines.append(self._pipeline)
+        return self._bar.__enter__()
+
+    def __exit__(self, *raised: Any) -> Any:
+        _present.pipelines.remove(self._pipeline)
+        return self._bar.__exit__(*raised)
+
+    def __iter__(self) -> Iterator[Any]:
+        _present.pipelines.append(self._pipeline)
+        try:
+            yield from self._bar
+        finally:
+            _present.pipelines.remove(self._pipeline)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
+
+
+def watch() -> None:
+    """Learn from now on which pipeline draws: wrap the progress bar of all pipelines, once in a process.
+
+    What pipelines do and show stays the same.
+    """
+    from diffusers import DiffusionPipeline
+
+    with _lock:
+        plain = DiffusionPipeline.progress_bar
+        if getattr(plain, "tells_who_draws", False):
+            return
+
+        def progress_bar(self: Any, *given: Any, **named: Any) -> _Bar:
+            return _Bar(self, plain(self, *given, **named))
+
+        setattr(progress_bar, "tells_who_draws", True)  # noqa: B010 -- a function has no such attribute to mypy
+        DiffusionPipeline.progress_bar = progress_bar
+
+
+def drawing_with(network: nn.Module) -> Any | None:
+    """Tell which pipeline draws with a network in this thread.
+
+    Args:
+        network: The network that denoises.
+
+    Returns:
+        The innermost pipeline at work that holds it; None where none does, or before `watch`.
+    """
+    holders = (pipeline for pipeline in reversed(_present.pipelines) if _holds(pipeline, network))
+    return next(holders, None)
+
+
+def _holds(pipeline: Any, network: nn.Module) -> bool:
+    return any(part is network for part in vars(pipeline).values())
+
+
+def images_drawn(pipeline: Any, sample: Tensor) -> int:
+    """Count the images in a call of the network that denoises.
+
+    Args:
+        pipeline: The one that draws.
+        sample: The noisy latents, (batch, channels, height, width), twice over where it guides.
+
+    Returns:
+        How many images are drawn.
+    """
+    return len(sample) // (2 if pipeline.do_classifier_free_guidance else 1)
+
+
+def progress(pipeline: Any | None, now: float) -> float:
+    """Tell how far a timestep is from the first of a pipeline's to the last; some samplers take one twice.
+
+    Args:
+        pipeline: The one that draws.
+        now: The timestep.
+
+    Returns:
+        From 0 at the first to 1 at the last.
+
+    Raises:
+        UserError: It is not among them, or there is no pipeline.
+    """
+    if pipeline is None:
+        raise UserError(
+            "the UNet is called by no pipeline, so a schedule cannot tell how far the steps are; call it through the"
+            " pipeline, or set a plain strength"
+        )
+    steps = list(dict.fromkeys(pipeline.scheduler.timesteps.tolist()))
+    nearest = min(range(len(steps)), key=lambda step: abs(steps[step] - now))
+    if abs(steps[nearest] - now) > _NEAR:
+        raise UserError(
+            f"the UNet is called at timestep {now:g}, which is none of the scheduler's {len(steps)}: a schedule cannot tell"
+            " how far that is; call it through the pipeline, or set a plain strength"
+        )
+    return nearest / max(1, len(steps) - 1)
+
+
+def guided_tensors(pipeline: Any) -> list[str]:
+    """Name the tensors that a pipeline holds twice over while it guides, and lets its callback replace.
+
+    Args:
+        pipeline: A pipeline of diffusers.
+
+    Returns:
+        The names, for `callback_on_step_end_tensor_inputs`.
+    """
+    return [name for name in _DOUBLED if name in pipeline._callback_tensor_inputs]
+
+
+def end_guidance(pipeline: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Have a pipeline guide no more, from within its callback after a step.
+
+    There is no public way: diffusers' own manual writes `_guidance_scale`, from which `do_classifier_free_guidance` follows
+    (https://huggingface.co/docs/diffusers/using-diffusers/callback).
+
+    Args:
+        pipeline: The one that draws.
+        tensors: What the callback was given: `guided_tensors`.
+
+    Returns:
+        The halves with the prompt, for the pipeline to go on with.
+    """
+    pipeline._guidance_scale = 1.0
+    return {name: tensor.chunk(2)[1] for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
+@contextmanager
+def drawing(pipeline: Any, scheduler: Any) -> Iterator[None]:
+    """Give a pipeline a scheduler, and take its progress bar away.
+
+    Args:
+        pipeline: The pipeline.
+        scheduler: The scheduler to draw with.
+
+    Yields:
+        Once; afterwards the pipeline has what it had.
+    """
+    before, bar = pipeline.scheduler, dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = scheduler
+    try:
+        yield
+    finally:
+        pipeline.scheduler = before
+        pipeline.set_progress_bar_config(**bar)

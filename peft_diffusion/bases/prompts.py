@@ -1,0 +1,92 @@
+"""Prompts as what a network that denoises is told: tokens, embeddings, and how many tokens do not fit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Encoding: TypeAlias = tuple[Tensor, ...]
+"""Hidden states of prompts, (prompts, tokens, width), and for a base with two encoders the second one's summary of each
+prompt, (prompts, width)."""
+
+
+class TextSide:
+    """The tokenizers and text encoders of a base, used as its pipeline does when it generates.
+
+    Args:
+        pairs: Each tokenizer with its encoder, in the order of their hidden states.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+        self.sides = tuple(_Encoder(tokenizer, encoder) for tokenizer, encoder in pairs)
+        self.limit = min(side.limit for side in self.sides)
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """The text encoders, in the order of their hidden states."""
+        return [side.encoder for side in self.sides]
+
+    def tokens(self, prompt: str) -> int:
+        """How many tokens a prompt has, with the two that mark start and end."""
+        return max(len(side.ids(prompt)) for side in self.sides)
+
+    def lost(self, prompt: str) -> str:
+        """The words at the end of a prompt that do not fit; empty where all do."""
+        return next((lost for side in self.sides if (lost := side.lost(prompt))), "")
+
+    def tokenized(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The tokens of prompts for each encoder, cut at the limit: ``ids`` and perhaps ``mask``, (prompts, tokens) each."""
+        pairs = [(number, side.tokenized(prompts)) for number, side in enumerate(self.sides)]
+        return {f"{name}_{number}": tensor for number, found in pairs for name, tensor in found.items()}
+
+    def run(self, tokens: Mapping[str, Tensor]) -> Encoding:
+        """What the UNet is told, from the answer of `tokenized` on the encoders' device."""
+        given = [(tokens[f"ids_{number}"], tokens.get(f"mask_{number}")) for number in range(len(self.sides))]
+        if len(self.sides) == 1:
+            return (self.sides[0].encoder(given[0][0], attention_mask=given[0][1])[0],)
+        # As SDXL was trained: the last layer but one of both, side by side, and the summary that the second one gives.
+        answers = [
+            side.encoder(ids, attention_mask=mask, output_hidden_states=True)
+            for side, (ids, mask) in zip(self.sides, given, strict=True)
+        ]
+        return torch.cat([answer.hidden_states[-2] for answer in answers], -1), answers[-1][0]
+
+    def encode(self, prompts: Sequence[str]) -> Encoding:
+        """What the UNet is told of prompts, on the encoders' device; cut at the limit."""
+        device = next(self.encoders[0].parameters()).device
+        return self.run({name: tensor.to(device) for name, tensor in self.tokenized(prompts).items()})
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A text encoder with its tokenizer."""
+
+    tokenizer: Any
+    encoder: Any
+
+    @property
+    def limit(self) -> int:
+        return int(self.tokenizer.model_max_length)
+
+    def ids(self, prompt: str) -> list[int]:
+        found: list[int] = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
+        return found
+
+    def lost(self, prompt: str) -> str:
+        ids = self.ids(prompt)
+        return str(self.tokenizer.decode(ids[self.limit - 1 : -1])) if len(ids) > self.limit else ""
+
+    def tokenized(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        text = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.limit, truncation=True, return_tensors="pt"
+        )
+        uses_mask = bool(getattr(self.encoder.config, "use_attention_mask", False))
+        return {"ids": text.input_ids, **({"mask": text.attention_mask} if uses_mask else {})}
+
+
+@torch.no_grad()
+def encode_frozen(side: TextSide, prompts: list[str]) -> Encoding:
+    """The same without gradients, for encoders that are not trained."""
+    return side.encode(prompts)

@@ -1,0 +1,80 @@
+"""The flags of a command, made from the settings that it goes by. Only this package knows cyclopts."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, field, make_dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from cyclopts import CoercionError, CycloptsError, Group, Parameter
+from cyclopts.argument import Argument
+
+from ..core import settings
+from ..core.settings import PARAMETERS, Described, Settings, not_among, pick, settings_of
+
+
+def reads(*kinds: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function of settings, with the flags of all of them.
+
+    Args:
+        kinds: The dataclasses of settings that the function takes, in the order of its parameters.
+
+    Returns:
+        The decorator. What it gives has the one parameter that cyclopts makes the flags from, and makes the settings
+        themselves when they are read, so that what is wrong with them is told in their own words.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        told = [one for kind in kinds for one in settings_of(kind)]
+        named = {"__module__": function.__module__}  # cyclopts looks not into classes of the standard library
+        flags: Any = make_dataclass(function.__name__, [_field(one) for one in told], namespace=named, frozen=True)
+        # Where nothing must be given, the command can be called without any flag.
+        must = any(one.default is MISSING for one in told)
+        hint: Any = Annotated[flags if must else flags | None, Parameter(name="*")]
+
+        def run(config: Settings | None = None) -> None:
+            given = flags() if config is None else config
+            function(*(pick(kind, given) for kind in kinds))
+
+        run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__
+        run.__annotations__ = {"config": hint, "return": None}
+        default = inspect.Parameter.empty if must else None
+        place = inspect.Parameter("config", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint, default=default)
+        run.__signature__ = inspect.Signature([place])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _field(one: Described) -> tuple[str, Any, Any]:
+    """A setting as ``make_dataclass`` takes it. Nothing is checked in it but what a text cannot be turned into."""
+    flag = one.setting.flag
+    parameter = Parameter(
+        help=one.setting.help,
+        alias=flag.aliases,
+        negative=None if flag.negative else (),
+        consume_multiple=flag.greedy,
+        show_default=None if flag.default_shown else False,
+    )
+    hint: Any = Annotated[one.hint, parameter, one]
+    if one.setting.group != PARAMETERS:  # which is the panel of all that has no group
+        hint = Annotated[hint, Parameter(group=_group(one.setting.group))]
+    return one.name, hint, field(default=one.default, kw_only=not one.positional)
+
+
+def setting_of(argument: Argument) -> Described | None:
+    """The setting that an argument gives; None for one of the program's own."""
+    told = get_args(argument.field_info.annotation)
+    return next((one for one in told if isinstance(one, Described)), None)
+
+
+@cache
+def _group(group: settings.Group) -> Group:
+    return Group(group.title, sort_key=group.place)
+
+
+def explained(error: CycloptsError) -> str:
+    """What is wrong with a command line; a value that is not among the choices in the words that settings have for it."""
+    if isinstance(error, CoercionError) and error.argument and error.token and get_origin(error.target_type) is Literal:
+        return not_among(error.argument.name, get_args(error.target_type), error.token.value)
+    return str(error)

@@ -1,0 +1,97 @@
+"""Files that are written aside and then renamed, so that a file that has its name is whole. Imports no torch."""
+
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import UserError
+
+_ASIDE = re.compile(r"\.(.+)\.\d+")
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to. It is renamed onto ``path`` when all went well, and removed when not.
+
+    Args:
+        path: The file to make or replace. Folders above it are made where they are missing.
+
+    Yields:
+        The path of an empty file in the same folder, named as ``file_of`` recognizes.
+
+    Raises:
+        UserError: Where the path is no ordinary file, the folder cannot be written to, or the disk is full.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is there already and is no ordinary file; choose another name")
+    aside: Path | None = None
+    try:
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = _fresh(path)
+            yield aside
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            aside.replace(path)
+    finally:
+        if aside is not None:
+            aside.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file aside and rename it.
+
+    Args:
+        path: The file to make or replace.
+        data: What it is to hold.
+
+    Raises:
+        UserError: As ``written_aside`` does. What was at ``path`` then stays.
+    """
+    with written_aside(path) as aside:
+        aside.write_bytes(data)
+
+
+def file_of(name: str) -> str | None:
+    """The name of the file that one with this name was written aside for.
+
+    Args:
+        name: The name of a file, without its folder.
+
+    Returns:
+        The final name, or None for a name that ``written_aside`` does not give.
+    """
+    match = _ASIDE.fullmatch(name)
+    return match[1] if match else None
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system in writing into a ``UserError``.
+
+    Args:
+        path: The file or folder that is written; the message names it where the system names no file.
+
+    Raises:
+        UserError: In place of an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        where, why = Path(error.filename) if isinstance(error.filename, str) else path, error.strerror or error
+        where = where.with_name(file_of(where.name) or where.name)
+        raise UserError(f"{where} cannot be written: {why}; free space or choose another place") from None
+
+
+def _fresh(path: Path) -> Path:
+    """An empty file beside ``path``, made with the rights that the umask gives to any new file."""
+    while True:
+        aside = path.with_name(f".{path.name}.{secrets.randbelow(10**8)}")
+        try:
+            aside.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return aside

@@ -1,0 +1,116 @@
+"""Plug-ins: modules of others that add methods, families of bases or layouts of files. Imports no torch.
+
+A plug-in is a module that registers what it adds when it is imported: a subclass of ``Method``, a family, a layout. It comes
+in by an entry point of an installed package, in one of `GROUPS`, or by its name: ``--plugin MODULE`` of the command line,
+``plugin = ["MODULE"]`` in a settings file, ``peft_diffusion.load_plugin("MODULE")`` in Python.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+from .errors import UserError
+
+METHODS_GROUP = "peft_diffusion.methods"
+FAMILIES_GROUP = "peft_diffusion.families"
+LAYOUTS_GROUP = "peft_diffusion.layouts"
+GROUPS = (METHODS_GROUP, FAMILIES_GROUP, LAYOUTS_GROUP)
+
+_loaded: list[str] = []
+_discovered: set[str] = set()
+
+
+def load(module: str) -> None:
+    """Import a plug-in by the name of its module, once; it may lie in the present directory.
+
+    Args:
+        module: The module's name, with dots for one in a package.
+
+    Raises:
+        UserError: There is no such module, or importing it failed.
+    """
+    if module in _loaded:
+        return
+    _look_in_the_present_directory()
+    _import(module, f"--plugin {module}")
+    _loaded.append(module)
+
+
+def loaded() -> tuple[str, ...]:
+    """The modules that were loaded by name, in order."""
+    return tuple(_loaded)
+
+
+def discover(group: str) -> None:
+    """Import the plug-ins of a group that installed packages bring by their entry points, once.
+
+    Args:
+        group: One of `GROUPS`.
+
+    Raises:
+        UserError: Importing one of them failed.
+    """
+    if group in _discovered:
+        return
+    for point in entry_points(group):
+        package = f" of the installed package {point.dist.name!r}" if point.dist else ""
+        _import(point.module, f"the plug-in {point.module!r}{package}")
+    _discovered.add(group)
+
+
+def entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
+    """The entry points of a group that installed packages have, by name; nothing is imported."""
+    return sorted(importlib.metadata.entry_points(group=group), key=lambda point: point.name)
+
+
+def source(module: str) -> Path | None:
+    """The file of a module, found without importing it or the packages that it lies in.
+
+    Args:
+        module: The module's name, with dots for one in a package.
+
+    Returns:
+        The file with its Python source; None where there is none, as for compiled modules.
+    """
+    places: list[str] | None = [*sys.path, str(Path.cwd())]
+    spec: ModuleSpec | None = None
+    for part in _prefixes(module):
+        spec = None if places is None else PathFinder.find_spec(part, places)
+        if spec is None:
+            return None
+        places = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+    path = Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+    return path if path is not None and path.suffix == ".py" else None
+
+
+def _prefixes(module: str) -> Iterator[str]:
+    """``a``, ``a.b``, ``a.b.c`` of ``a.b.c``."""
+    parts = module.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+
+
+def _look_in_the_present_directory() -> None:
+    """Let modules of the present directory be found, after all others: the installed command does not look there."""
+    here = os.getcwd()  # noqa: PTH109  (as sys.path holds it)
+    if not {"", here} & set(sys.path):
+        sys.path.append(here)
+
+
+def _import(module: str, named: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in list(_prefixes(module)):
+            raise UserError(f"{named} cannot be imported: {error}; install what it needs") from error
+        raise UserError(
+            f"{named}: there is no module {error.name!r}; install it, or run where {error.name}.py lies"
+        ) from None
+    except UserError as error:  # such as a name that is taken
+        raise UserError(f"{named} cannot be used: {error}") from error
+    except Exception as error:  # anything may come out of the code of others
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{named} cannot be imported: {type(error).__name__}: {first}; mend it or leave it away") from error

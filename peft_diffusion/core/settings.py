@@ -1,0 +1,427 @@
+"""Settings that explain themselves: what is to be known of one stands once, in its field. Imports no torch.
+
+A dataclass of settings is written so:
+
+    @explained
+    @dataclass(frozen=True, kw_only=True)
+    class Drawing:
+        steps: int = setting(25, "Denoising steps.", SAMPLING, COUNT)
+
+        def __post_init__(self) -> None:
+            settle(self)
+
+From the field are made its check, its flag, its key in a TOML file, its line in ``help(Drawing)`` and its entry in
+``describe(Drawing)``. The choices of a setting are those of its annotation, a ``Literal``.
+"""
+
+import math
+import numbers
+import os
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from textwrap import TextWrapper
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .errors import UserError
+
+_KEY = "peft_diffusion.setting"  # in ``field.metadata``
+_WIDTH = 110  # letters of a line in a docstring
+_KINDS: dict[type, tuple[str, str]] = {
+    bool: ("bool", "true or false"),
+    int: ("int", "a whole number"),
+    float: ("float", "a number"),
+    str: ("str", "a text"),
+    Path: ("path", "a path"),
+}
+"""The kinds of values: as ``describe`` and docstrings call them, and in the words of an error."""
+
+
+class Settings(Protocol):
+    """A dataclass of settings, such as `TrainConfig`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+S = TypeVar("S", bound=Settings)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Settings that are shown together, in the order of ``place``."""
+
+    title: str
+    place: int
+
+
+PARAMETERS = Group("Parameters", 0)
+"""Of commands whose settings are few."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``; ``above`` and ``below`` leave that end itself out."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        low_enough = value < self.high if self.below else value <= self.high
+        high_enough = value > self.low if self.above else value >= self.low
+        return low_enough and high_enough and _finite(value)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
+        return low if self.high == math.inf else f"{low}, {'below' if self.below else 'at most'} {self.high}"
+
+
+POSITIVE, NATURAL, COUNT = Range(0, above=True), Range(0), Range(1)
+SHARE, WHOLE_SHARE = Range(0, 1, below=True), Range(0, 1)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a setting's flag has besides its name.
+
+    Attributes:
+        aliases: Other flags for it, with their dashes.
+        negative: There is a flag that says the contrary: ``--no-NAME``, and ``--empty-NAME`` for several values.
+        greedy: It takes all values that follow; else it is given again for each.
+        default_shown: The help tells the default.
+    """
+
+    aliases: tuple[str, ...] = ()
+    negative: bool = False
+    greedy: bool = False
+    default_shown: bool = True
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a field's metadata hold: see `about`."""
+
+    help: str
+    group: Group
+    range: Range | None
+    unit: str
+    flag: Flag
+    place: bool
+    free_on_resume: bool
+    kept: bool
+    instead_of: str
+
+
+def about(
+    help: str,
+    group: Group,
+    range: Range | None = None,
+    *,
+    unit: str = "",
+    flag: Flag = Flag(),
+    place: bool = False,
+    free_on_resume: bool = False,
+    kept: bool = True,
+    instead_of: str = "",
+) -> Mapping[str, Setting]:
+    """The metadata of a setting without default, for ``dataclasses.field``; `setting` is for all others.
+
+    Args:
+        help: What it does, and when one would want it, in one or two sentences.
+        group: The settings that it is shown with.
+        range: The numbers that it may be; of several values, each.
+        unit: What its number counts.
+        flag: What its flag has besides its name.
+        place: It says where something lies on this machine, which changes nothing of the result and is nobody's business.
+        free_on_resume: A run may go on with another value: what is learned does not depend on it, or is compared otherwise.
+        kept: It is written into files of settings; False for what is said anew with every command.
+        instead_of: Another setting, which it stands in place of where both are given.
+
+    Returns:
+        The metadata.
+    """
+    return {_KEY: Setting(help, group, range, unit, flag, place, free_on_resume, kept, instead_of)}
+
+
+def setting(
+    default: T,
+    help: str,
+    group: Group,
+    range: Range | None = None,
+    *,
+    unit: str = "",
+    flag: Flag = Flag(),
+    place: bool = False,
+    free_on_resume: bool = False,
+    kept: bool = True,
+    instead_of: str = "",
+) -> T:
+    """A field of a dataclass of settings.
+
+    Args:
+        default: Its value where nothing is said; None where that depends on other things.
+        help: See `about`, as for all that follow.
+
+    Returns:
+        The field, which the dataclass replaces by its default.
+    """
+    told = about(
+        help,
+        group,
+        range,
+        unit=unit,
+        flag=flag,
+        place=place,
+        free_on_resume=free_on_resume,
+        kept=kept,
+        instead_of=instead_of,
+    )
+    return field(default=default, metadata=told)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A setting of a class, with all that its field tells.
+
+    Attributes:
+        name: Its name.
+        hint: Its type.
+        default: Its default, ``dataclasses.MISSING`` where it must be given.
+        positional: It needs no name when it is given.
+        setting: The metadata.
+    """
+
+    name: str
+    hint: Any
+    default: Any
+    positional: bool
+    setting: Setting
+
+    @property
+    def flag(self) -> str:
+        """Its flag, which errors call it by, whoever gave the value."""
+        return flag(self.name)
+
+    @property
+    def several(self) -> bool:
+        """Whether it has any number of values."""
+        return get_origin(self._one_of) is tuple
+
+    @property
+    def optional(self) -> bool:
+        """Whether it may be None."""
+        return type(None) in get_args(self.hint)
+
+    @property
+    def single(self) -> Any:
+        """The type of one value: a plain type or a ``Literal``."""
+        return get_args(self._one_of)[0] if self.several else self._one_of
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that one may have, where they are few."""
+        return get_args(self.single) if get_origin(self.single) is Literal else ()
+
+    @property
+    def type_name(self) -> str:
+        """The type of one value, as `describe` calls it."""
+        return "choice" if self.choices else _KINDS[self.single][0]
+
+    @property
+    def _one_of(self) -> Any:
+        """The annotation without None."""
+        if get_origin(self.hint) not in (Union, types.UnionType):
+            return self.hint
+        (found,) = (part for part in get_args(self.hint) if part is not type(None))
+        return found
+
+    def taken(self, value: object) -> Any:
+        """A value as the setting has it: see `settle`.
+
+        Raises:
+            UserError: It is of another type, not among the choices or out of the range.
+        """
+        if value is None and self.optional:
+            return None
+        if not self.several:
+            return self._one(value)
+        return tuple(map(self._one, value if isinstance(value, (list, tuple)) else [value]))
+
+    def _one(self, value: object) -> Any:
+        if self.choices:
+            if value not in self.choices:
+                raise UserError(not_among(self.flag, self.choices, value))
+            return value
+        found = _as(self.single, value)
+        if found is None:
+            wanted = _KINDS[self.single][1] + (", or several" if self.several else "")
+            raise UserError(f"{self.flag} must be {wanted}, not {value!r}")
+        limits = self.setting.range
+        if limits is not None and found not in limits:
+            finite = "" if _finite(found) else "a finite number, "
+            raise UserError(f"{self.flag} must be {finite}{limits}, not {found}")
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as JSON values."""
+        told, limits = self.setting, self.setting.range
+        return {
+            "name": self.name,
+            "flags": [self.flag, *told.flag.aliases],
+            "type": self.type_name,
+            "several": self.several,
+            "required": self.default is MISSING,
+            "default": None if self.default is MISSING else plain(self.default),
+            "choices": list(self.choices) or None,
+            "range": None if limits is None else _ends(limits),
+            "unit": told.unit or None,
+            "group": told.group.title,
+            "help": told.help,
+        }
+
+    def line(self) -> str:
+        """All of it in words, for a docstring."""
+        kind = " | ".join(map(repr, self.choices)) or self.type_name
+        several = f"{kind}, one or several" if self.several else kind
+        default = "required" if self.default is MISSING else f"default {plain(self.default)!r}"
+        limits = "" if self.setting.range is None else f"; {self.setting.range}"
+        return f"{self.name} ({several}; {default}{limits}): {self.setting.help}"
+
+
+def flag(name: str) -> str:
+    """The flag of a setting of this name."""
+    return f"--{name.replace('_', '-')}"
+
+
+def not_among(flag: str, choices: Sequence[str], value: object) -> str:
+    """What to say of a value that is not among the choices of a setting."""
+    return f"{flag} is one of {', '.join(choices)}, not {value!r}"
+
+
+@cache
+def settings_of(kind: type[Settings]) -> tuple[Described, ...]:
+    """The settings of a class in the order of its fields; fields that are no settings are left out.
+
+    A field that a subclass declares anew, to narrow its type, keeps what is told of it.
+    """
+    hints = get_type_hints(kind)
+    declared = [vars(base).get("__dataclass_fields__", {}) for base in kind.__mro__]
+    found = []
+    for one in fields(kind):
+        metadata = [names[one.name].metadata for names in declared if one.name in names]
+        told = next((known[_KEY] for known in metadata if _KEY in known), None)
+        if told is not None:
+            found.append(Described(one.name, hints[one.name], one.default, not one.kw_only, told))
+    return tuple(found)
+
+
+def describe(kind: type[Settings]) -> list[dict[str, Any]]:
+    """The settings of a class as JSON values, for documents and forms.
+
+    Args:
+        kind: The class.
+
+    Returns:
+        For each setting its ``name``, ``flags``, ``type`` (bool, int, float, str, path or choice), ``several`` (whether it
+        has any number of values), ``required``, ``default``, ``choices`` (or None), ``range`` (or None; ``low`` and
+        ``high``, which is None where there is no end, and whether each end ``..._included``), ``unit``, ``group`` and
+        ``help``.
+    """
+    return [one.to_json() for one in settings_of(kind)]
+
+
+def explained(kind: type[T]) -> type[T]:
+    """Write the settings of a class into its docstring, for ``help()``. Stands above ``@dataclass``."""
+    told: Any = kind
+    wrap = TextWrapper(
+        _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
+    ).fill
+    lines = "\n".join(wrap(one.line()) for one in settings_of(told))
+    kind.__doc__ = f"{(kind.__doc__ or '').rstrip()}\n\n    Args:\n{lines}\n    "
+    return kind
+
+
+def settle(config: Settings) -> None:
+    """Bring the values of a new dataclass of settings to their types, and check each; for its ``__post_init__``.
+
+    A whole number is taken where a number is meant, a text or any path-like where a path is, a path where a text is, and one
+    value or a list where a tuple is. Nothing else is turned into another type: the text "8" is no number, and 1 is not true.
+
+    Args:
+        config: The dataclass; it may be frozen.
+
+    Raises:
+        UserError: A value is of another type, not among the choices or out of the range.
+    """
+    for one in settings_of(type(config)):
+        object.__setattr__(config, one.name, one.taken(getattr(config, one.name)))
+
+
+def plain(value: Any) -> Any:
+    """A value of a setting as JSON and TOML have it: paths as text, tuples as lists."""
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def to_json(config: Settings) -> dict[str, Any]:
+    """The settings that files keep, as JSON values."""
+    return {one.name: plain(getattr(config, one.name)) for one in settings_of(type(config)) if one.setting.kept}
+
+
+def pick(kind: type[S], *sources: Settings | Mapping[str, Any]) -> S:
+    """A dataclass filled from the fields of others that have the same names, so that no field is copied by hand.
+
+    Args:
+        kind: The dataclass to make.
+        sources: Dataclasses, and mappings of field names to values; of two with one name, the later one counts.
+
+    Returns:
+        The new dataclass. Every field comes from a source, also where the class has a default for it: a field that was
+        renamed on one side alone would else fall back to its default without a word.
+
+    Raises:
+        TypeError: A field is in no source.
+    """
+    values: dict[str, Any] = {}
+    for source in sources:
+        values |= source if isinstance(source, Mapping) else {f.name: getattr(source, f.name) for f in fields(source)}
+    names = [one.name for one in fields(kind)]
+    absent = [name for name in names if name not in values]
+    if absent:
+        raise TypeError(f"{kind.__name__} needs {', '.join(absent)}, which none of its sources has")
+    return kind(**{name: values[name] for name in names})
+
+
+def _as(kind: type, value: object) -> Any:
+    """A value as a plain type; None where it is of another."""
+    if kind is bool or isinstance(value, bool):
+        return value if kind is bool and isinstance(value, bool) else None
+    if kind is int:
+        return int(value) if isinstance(value, numbers.Integral) else None
+    if kind is float:
+        return _float(value) if isinstance(value, numbers.Real) else None
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    return kind(value) if isinstance(value, str) else None
+
+
+def _float(value: numbers.Real) -> float:
+    """A number as a float; infinite where it is too large."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _ends(limits: Range) -> dict[str, Any]:
+    high = None if limits.high == math.inf else limits.high
+    return {"low": limits.low, "low_included": not limits.above, "high": high, "high_included": not limits.below}
+
+
+def _finite(value: float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)  # a whole number may be too large for a float

@@ -1,0 +1,193 @@
+"""The slot of a module: the one place on it where everything of this package sits, and how the adapters there run."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .adapter import Adapter, AdapterDict
+from .component import ComponentState
+from .strength import Strengths
+
+SLOT = "_peft_diffusion"
+"""The name of the child module that a slot is: the only name that this package takes on a module of a base."""
+
+
+class Packed(nn.Module):
+    """The low-rank adapters of a site as one pair: three operations, however many adapters there are."""
+
+    down: Tensor
+    up: Tensor
+    rows: Tensor
+
+    def __init__(self, adapters: Mapping[str, Adapter], strengths: Strengths, dtype: torch.dtype) -> None:
+        super().__init__()
+        pairs = [(strengths.index(name), adapter.low_rank()) for name, adapter in adapters.items()]
+        present = [(row, pair) for row, pair in pairs if pair is not None]
+        rows = torch.cat([torch.full((len(pair.down),), row) for row, pair in present])
+        self.register_buffer("down", torch.cat([pair.down for _, pair in present]).detach().to(dtype), persistent=False)
+        self.register_buffer("up", torch.cat([pair.up for _, pair in present], 1).detach().to(dtype), persistent=False)
+        self.register_buffer("rows", rows.to(self.down.device), persistent=False)
+
+
+class Slot(nn.Module):
+    """What a site carries. The state dict of the base leaves it out: an adapter has its own file.
+
+    Attributes:
+        adapters: The adapters by name, in the order of attachment, in which they run.
+        component: What the whole component carries; every slot of a component has the same object.
+        packed: The low-rank adapters as one pair, where ``site.pack`` made one.
+        block: The index of the block that the site lies in, of ``Strengths.blocks``.
+        unmerged: The weights before a merge, by the name that ``core.merge`` gives them; empty where nothing is merged.
+            They are here so that a copy of the model has its own.
+    """
+
+    adapters: AdapterDict
+    component: ComponentState
+    packed: Packed | None
+
+    def __init__(self, component: ComponentState, block: int) -> None:
+        super().__init__()
+        self.adapters = AdapterDict()
+        self.component = component
+        self.packed = None
+        self.block = block
+        self.unmerged: dict[str, Tensor] = {}
+
+    @property
+    def strengths(self) -> Strengths:
+        """Those of all adapters of the component."""
+        return self.component.strengths
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """What the site itself is given in place of ``x``, of the same shape: see ``Adapter.prepare``."""
+        for _, adapter in self.adapters.items():
+            x = adapter.prepare(x)
+        return x
+
+    def whole(self, site: nn.Module, x: Tensor) -> Tensor | None:
+        """The site's output with its change, from the fast path in use.
+
+        Args:
+            site: The module whose slot this is.
+            x: What the site was given, (batch, ...).
+
+        Returns:
+            None where no fast path serves this; the site then runs by itself, and ``changed`` changes what it gives.
+        """
+        path = _FastPaths.present
+        return None if path is None else path.output(site, self, x)
+
+    def sole_adapter(self) -> "Sole | None":
+        """The adapter here, if it is the only one, on, trained, and has one strength for all images.
+
+        Returns:
+            The adapter with its strength; None where any of that does not hold.
+        """
+        strengths = self.strengths
+        if len(self.adapters) != 1 or strengths.merged or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        ((name, adapter),) = self.adapters.items()
+        if strengths.images != 1 or name not in strengths.active:
+            return None
+        return Sole(name, adapter, strengths, strengths.values[strengths.index(name), self.block])
+
+    def changed(self, site: nn.Module, x: Tensor, y: Tensor, named: Mapping[str, Any]) -> Tensor:
+        """The output of a site with the changes of every adapter whose strength is not 0.
+
+        Args:
+            site: The module whose slot this is.
+            x: What the site was given, (batch, ...).
+            y: What it made of it, (batch, ...).
+            named: What else it was given by name, such as a mask.
+        """
+        strengths = self.strengths
+        if strengths.merged:
+            return y
+        # A graph outlives the strengths that it was made with, so it holds every adapter; eager runs skip the idle ones.
+        recorded = torch.compiler.is_compiling() or _capturing()
+        if self.packed is not None and not torch.is_grad_enabled():
+            return self._run_packed(self.packed, site, x, y) if recorded or strengths.active else y
+        base = y
+        for name, adapter in self.adapters.items():
+            if recorded or name in strengths.active:
+                y = adapter.run(x, y, _broadcast(strengths.at(strengths.index(name), self.block, y), y), base, named)
+        return y
+
+    def _run_packed(self, packed: Packed, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        strength = self.strengths.at(packed.rows, self.block, y)
+        down, up = packed.down.to(x.dtype), packed.up.to(x.dtype)  # no copies, but where x is not what pack() expected
+        if isinstance(site, nn.Conv2d):
+            hidden = site._conv_forward(x, down, None) * strength[:, :, None, None]
+            return y + F.conv2d(hidden, up[:, :, None, None])
+        hidden = F.linear(x, down) * strength.view(len(strength), *[1] * (x.ndim - 2), -1)
+        return y + F.linear(hidden, up)
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Nothing."""
+        return {} if destination is None else destination
+
+
+class Sole(NamedTuple):
+    """The only adapter of a site: its name, and its strength, (1,), among the component's strengths."""
+
+    name: str
+    adapter: Adapter
+    strengths: Strengths
+    strength: Tensor
+
+    @property
+    def full(self) -> bool:
+        """Whether its strength is 1, without asking the device."""
+        return self.name in self.strengths.full
+
+
+class FastPath(Protocol):
+    """Code that computes a site and its only adapter in one. It lies above this package, which knows nothing of it."""
+
+    def output(self, site: nn.Module, slot: Slot, x: Tensor) -> Tensor | None:
+        """Compute what the site gives for ``x`` with its change; None to have it computed as ever."""
+
+
+class _FastPaths:
+    present: FastPath | None = None
+
+
+@contextmanager
+def using(path: FastPath) -> Iterator[None]:
+    """Take a fast path inside, in every thread: a backward pass that computes again has one of its own.
+
+    Args:
+        path: What every adapted site asks first.
+
+    Yields:
+        Once, while it is in use.
+    """
+    before, _FastPaths.present = _FastPaths.present, path
+    try:
+        yield
+    finally:
+        _FastPaths.present = before
+
+
+def slot_of(module: nn.Module) -> Slot | None:
+    """The slot of a module; None where it carries no adapter."""
+    found = module._modules.get(SLOT)
+    return found if isinstance(found, Slot) else None
+
+
+def state_of(component: nn.Module) -> ComponentState | None:
+    """What a component carries; None where it carries no adapter."""
+    return next((slot.component for module in component.modules() if (slot := slot_of(module)) is not None), None)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _broadcast(strength: Tensor, y: Tensor) -> Tensor:
+    """A strength per image as (images, 1, ...), so that it multiplies ``y``."""
+    return strength.view(-1, *[1] * (y.ndim - 1))

@@ -1,0 +1,167 @@
+"""What a LoRA and a PiSSA compute at a site."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...core.adapter import Factors, LowRank, Site, float32_parameter
+from ...core.errors import UserError
+from ...core.merge import dense_weight
+from ..shared.affine import WeightChange, read_alpha, require, single, weight_shape
+from ..shared.hyper_parameters import ALPHA
+from . import DOWN, MID, UP
+
+
+def fresh_pair(site: Site, rank: int, gaussian: bool) -> tuple[Tensor, Tensor]:
+    """A random ``down`` and an ``up`` of zeros."""
+    outputs, *inputs = weight_shape(site)
+    down = torch.empty(rank, *inputs)
+    if gaussian:
+        nn.init.normal_(down, std=1 / rank)
+    else:
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+    return down, torch.zeros(outputs, rank)
+
+
+def principal(site: Site, rank: int, alpha: float, dropout: float, b_rate_ratio: float) -> "PissaAdapter":
+    """A fresh PiSSA; ``alpha`` is that of the trained half. Raises UserError for a rank that the weight has not."""
+    down, up = principal_pair(site, rank, single(2 * alpha) / (2 * rank))
+    return PissaAdapter(site, down, up, alpha, dropout, b_rate_ratio)
+
+
+@torch.no_grad()
+def principal_pair(site: Site, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The pair whose scaled product is the part of the weight with its ``rank`` largest singular values."""
+    weight = dense_weight(site)
+    if rank > min(weight.flatten(1).shape):
+        raise UserError(f"pissa takes the rank from the weight, and one of {tuple(weight.shape)} has no rank {rank}")
+    left, values, right = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    root = (values[:rank] / scale).sqrt()
+    return (root[:, None] * right[:rank]).view(rank, *weight.shape[1:]), left[:, :rank] * root
+
+
+def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
+    """The pair of a file. Raises UserError where it does not fit the site.
+
+    LyCORIS' Tucker form of a convolution (``lora_mid``, which has the kernel, between two 1x1) becomes a usual pair.
+    """
+    require(tensors, DOWN, UP)
+    down, up = tensors[DOWN], tensors[UP].flatten(1)
+    outputs, *inputs = weight_shape(site)
+    if MID in tensors:
+        if tensors[MID].shape[:2] != (up.shape[1], len(down)):
+            raise UserError(
+                f"{MID} {tuple(tensors[MID].shape)} does not fit down {tuple(down.shape)} and up {tuple(up.shape)}"
+            )
+        down = torch.einsum("ij...,jn->in...", tensors[MID].float(), down.flatten(1).float())
+    if down.ndim == 4 and len(inputs) == 1 and down.shape[2:] == (1, 1):
+        down = down.flatten(1)  # a 1x1 convolution elsewhere is a Linear here
+    if len(inputs) == 3 and down.ndim == 2:
+        down = down[:, :, None, None]
+    if list(down.shape[1:]) != inputs or tuple(up.shape) != (outputs, len(down)):
+        raise UserError(
+            f"down {tuple(down.shape)} and up {tuple(up.shape)} do not fit a {type(site).__name__} of {(outputs, *inputs)}"
+        )
+    return LoraAdapter(site, down, up, read_alpha(tensors, len(down)), 0.0)
+
+
+class LoraAdapter(WeightChange):
+    """The pair of one site: ``down`` (rank, in, ...), ``up`` (out, rank)."""
+
+    def __init__(
+        self, site: Site, down: Tensor, up: Tensor, alpha: float, dropout: float, b_rate_ratio: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.down = float32_parameter(down)
+        self.up = float32_parameter(up)
+        self.alpha = single(alpha)
+        self.scale = self.alpha / len(down)
+        self.dropout = dropout
+        self.b_rate_ratio = b_rate_ratio
+        self.geometry = (site.stride, site.padding, site.dilation) if isinstance(site, nn.Conv2d) else None
+        if isinstance(site, nn.Conv2d) and site.padding_mode != "zeros":
+            raise UserError(f"lora serves convolutions padded with zeros, not {site.padding_mode}")
+
+    def pair(self) -> LowRank:
+        """``down`` and ``up`` as a file holds them, without the scale."""
+        return LowRank(self.down, self.up)
+
+    def residual(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
+        """``scale * up(down(x))``."""
+        down, up = self.low_rank()
+        hidden, up = self._hidden(x, down), up.to(x.dtype)
+        return F.linear(hidden, up) if self.geometry is None else F.conv2d(hidden, up[:, :, None, None])
+
+    def forward(self, x: Tensor, y: Tensor, strength: Tensor, base: Tensor) -> Tensor:
+        """``y + strength * scale * up(down(x))``; strength and scale go to the small tensors, the sum into the product."""
+        down, up = self.low_rank()
+        hidden, up = self._hidden(x, down) * strength, up.to(x.dtype)
+        if self.geometry is not None:
+            return y + F.conv2d(hidden, up[:, :, None, None])
+        return torch.addmm(y.reshape(-1, len(up)), hidden.reshape(-1, up.shape[1]), up.t()).view(y.shape)
+
+    def low_rank_factors(self) -> Factors | None:
+        """``down`` and ``up`` of a Linear; None for a convolution, and while inputs are dropped."""
+        if self.geometry is not None or (self.dropout and self.training):
+            return None
+        return Factors(*self.pair(), self.scale)
+
+    def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
+        """``down(x)``, of the rank's width, in the dtype of ``x``."""
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        down = down.to(x.dtype)
+        if self.geometry is None:
+            return F.linear(x, down)
+        stride, padding, dilation = self.geometry
+        return F.conv2d(x, down, None, stride, padding, dilation)
+
+    def change(self) -> Tensor:
+        """``scale * up @ down``, of the weight's shape."""
+        down, up = self.low_rank()
+        return (up @ down.flatten(1)).view(len(up), *down.shape[1:])
+
+    def low_rank(self) -> LowRank:
+        """The pair, with the scale in ``up``."""
+        down, up = self.pair()
+        return LowRank(down, up * self.scale)
+
+    def by_rate(self) -> dict[float, list[nn.Parameter]]:
+        """``up`` apart where LoRA+ trains it faster."""
+        return super().by_rate() if self.b_rate_ratio == 1 else {1.0: [self.down], self.b_rate_ratio: [self.up]}
+
+    def state(self) -> dict[str, Tensor]:
+        """The kohya layout; a convolution's ``up`` is 1x1."""
+        down, up = self.pair()
+        up = up if self.geometry is None else up[:, :, None, None]
+        return {DOWN: down, UP: up, ALPHA: torch.tensor(self.alpha)}
+
+
+class PissaAdapter(LoraAdapter):
+    """A pair that starts as the principal part of the weight, and adds what training makes of it.
+
+    The paper takes the first pair out of the base's weight. Here the base keeps its bits, and a frozen copy is taken off
+    inside the adapter: ``up @ down - first_up @ first_down`` is ``(up - first_up) @ down + first_up @ (down - first_down)``,
+    a pair of twice the rank, exactly 0 at first. That pair is what a file holds, an ordinary LoRA to every program. When it
+    is loaded it is one here too: its own training starts from PiSSA only in the run that made it.
+    """
+
+    first_down: Tensor
+    first_up: Tensor
+
+    def __init__(
+        self, site: Site, down: Tensor, up: Tensor, alpha: float, dropout: float, b_rate_ratio: float = 1.0
+    ) -> None:
+        super().__init__(site, down, up, alpha, dropout, b_rate_ratio)
+        self.register_buffer("first_down", self.down.detach().clone(), persistent=False)
+        self.register_buffer("first_up", self.up.detach().clone(), persistent=False)
+        self.alpha = single(2 * alpha)  # that of twice the rank
+        self.scale = self.alpha / (2 * len(down))
+
+    def pair(self) -> LowRank:
+        """The difference to the first pair."""
+        down = torch.cat([self.down, self.down - self.first_down])
+        return LowRank(down, torch.cat([self.up - self.first_up, self.first_up], 1))

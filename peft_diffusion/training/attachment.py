@@ -1,0 +1,124 @@
+"""The adapter that a run trains: put on a base's components, named in words, and taken off again."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..bases import components
+from ..bases.words import begun
+from ..core import site
+from ..core.adapter import Adapter
+from ..core.arena import side_by_side
+from ..core.errors import UserError
+from ..core.method import Method
+from .loop.seeds import global_seed
+from .settings.blocks import Block
+
+NAME = "trained"  # of the adapter, while it is
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A fresh adapter's parameters and learning rates by the name of their group; ``undecayed`` are not pulled towards 0."""
+
+    groups: dict[str, list[nn.Parameter]]
+    rates: dict[str, float]
+    undecayed: frozenset[str]
+
+
+def attach(
+    parts: Mapping[str, nn.Module],
+    blocks: Sequence[Block],
+    seed: int,
+    rate_of: Callable[[str], float],
+) -> Attached:
+    """Put the adapter on every component, its chance from the seed.
+
+    ``rate_of`` gives a component's learning rate; a block's own goes before it.
+    Raises UserError where a component has no block, and as ``site.attach_all`` does.
+    """
+    groups: dict[str, list[tuple[str, list[nn.Parameter]]]] = {}
+    rates: dict[str, float] = {}
+    undecayed: set[str] = set()
+    for name, part in parts.items():
+        own = [block for block in blocks if block.component == name]
+        if not own:
+            raise UserError(f"no --block trains {name}; leave it out of --components")
+        with global_seed(torch.device("cpu"), seed, "start", name):
+            built = site.attach_all(part, NAME, [(block.method, block.target) for block in own])
+        for number, (block, adapters) in enumerate(zip(own, built, strict=True)):
+            decayed = block.method.decayed
+            group = name if block.rate is None and decayed else f"{name}.{number}"
+            rate = rate_of(name) if block.rate is None else block.rate
+            if not decayed:
+                undecayed.add(group)
+            for path, adapter in adapters.items():
+                adapter.train()  # the base stays in eval mode; dropout belongs to the adapter
+                for times, parameters in adapter.by_rate().items():
+                    own_group = group if times == 1 else f"{group} x{times:.9g}"
+                    rates[own_group] = times * rate
+                    groups.setdefault(own_group, []).append((path, parameters))
+    return Attached({name: side_by_side(sites) for name, sites in groups.items()}, rates, frozenset(undecayed))
+
+
+def chosen(base: Any, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The components of these names. Raises UserError for one that the base has not."""
+    there = components(base)
+    absent = [name for name in names if name not in there]
+    if absent:
+        raise UserError(f"--components {','.join(absent)}: this base has {', '.join(there)}")
+    return {name: part for name, part in there.items() if name in names}
+
+
+def with_words(base: Any, blocks: Sequence[Block]) -> list[Block]:
+    """The blocks with the ids of the words that their tokens begin as. Raises UserError as ``vocabulary.begun`` does."""
+    return [replace(block, method=begun(base, block.component, block.method)) for block in blocks]
+
+
+def taught_words(blocks: Sequence[Block]) -> list[str]:
+    """The words that blocks teach the tokenizers."""
+    return [word for block in blocks for word in block.method.taught_words()]
+
+
+def described(parts: Mapping[str, nn.Module], blocks: Sequence[Block], parameters: int) -> str:
+    """Methods, layers and parameters of the adapter that was attached, in words."""
+    layers = sum(len(site.adapters(part, NAME)) for part in parts.values())
+    names = ", ".join(dict.fromkeys(named(block.method) for block in blocks))
+    return f"{names}: {layers} layers, {parameters:,} parameters"
+
+
+def named(method: Method) -> str:
+    """A method with its rank, if it has one."""
+    rank = getattr(method, "rank", None)
+    return method.name if rank is None else f"{method.name} of rank {rank}"
+
+
+@contextmanager
+def evaluating(parts: Sequence[nn.Module], name: str = NAME) -> Iterator[None]:
+    """The adapter that is trained, without its dropout."""
+    adapters: list[Adapter] = [adapter for part in parts for adapter in site.adapters(part, name).values()]
+    before = [adapter.training for adapter in adapters]
+    for adapter in adapters:
+        adapter.eval()
+    try:
+        yield
+    finally:
+        for adapter, training in zip(adapters, before, strict=True):
+            adapter.train(training)
+
+
+@contextmanager
+def at_strength(parts: Iterable[nn.Module], name: str, value: float) -> Iterator[None]:
+    """The adapter at a strength; afterwards at 1, at which it is trained."""
+    owners = [found for part in parts if (found := site.strengths(part)) is not None and name in found.names]
+    try:
+        for strengths in owners:
+            strengths.write({name: value})
+        yield
+    finally:
+        for strengths in owners:
+            strengths.write({name: 1.0})

@@ -1,0 +1,70 @@
+"""What draws pictures while a run learns. It is given to a run from above: training knows nothing of generation."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from PIL import Image
+
+
+class Drawing(Protocol):
+    """Draws pictures with a pipeline as it stands; `generation.while_training` does."""
+
+    def previews(
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        size: int,
+        steps: int,
+        guidance: float,
+        from_pure_noise: bool,
+    ) -> list[Image.Image]:
+        """Draw prompts together, with whatever the pipeline carries.
+
+        Args:
+            pipe: The pipeline; its scheduler is afterwards what it was.
+            prompts: What the pictures show.
+            seeds: A seed for each prompt, from which the pipeline draws its noise.
+            size: Pixels a side.
+            steps: Denoising steps.
+            guidance: Of classifier-free guidance.
+            from_pure_noise: Whether the schedule shall begin with pure noise (zero terminal SNR).
+
+        Returns:
+            A picture for each prompt.
+        """
+        ...
+
+    def class_pictures(
+        self, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, size: int, steps: int, guidance: float
+    ) -> Iterable[Image.Image]:
+        """Draw prompts together, each picture from the noise of its own seed alone, whatever else is drawn with it.
+
+        Args:
+            pipe: The pipeline, which carries no adapter.
+            prompts: What the pictures show.
+            seeds: A seed for each prompt.
+            size: Pixels a side.
+            steps: Denoising steps.
+            guidance: Of classifier-free guidance.
+
+        Returns:
+            A picture for each prompt, in order.
+        """
+        ...
+
+    def sheet(
+        self, rows: Sequence[Sequence[Image.Image | None]], row_labels: Sequence[str], column_labels: Sequence[str]
+    ) -> Image.Image:
+        """Lay pictures out in rows.
+
+        Args:
+            rows: The pictures; None leaves a cell empty.
+            row_labels: A label for each row.
+            column_labels: A label for each column.
+
+        Returns:
+            The sheet.
+        """
+        ...

@@ -1,0 +1,12 @@
+"""The precision that a base computes in while it is trained."""
+
+import torch
+
+from ..settings.choices import Precision
+
+
+def pick_precision(asked: Precision, device: torch.device) -> Precision:
+    """The precision of the base in training; auto is bfloat16 on a GPU that has it, else float32."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"

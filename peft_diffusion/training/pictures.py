@@ -1,0 +1,225 @@
+"""Pictures as what a run learns from: a style, or a subject."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from ..bases import components, denoiser_of
+from ..bases import family as families
+from ..core.errors import UserError
+from ..core.events import Event, Observer
+from ..core.settings import pick
+from ..data.captions import with_trigger
+from ..data.folder import Picture
+from ..fast.unet import fused
+from .attachment import NAME, chosen, taught_words, with_words
+from .drawing import Drawing
+from .events import Data, LookGains
+from .loop.trainer import Trainer
+from .machine.memory_plan import Load
+from .machine.processes import Crew
+from .machine.sharding import sharing
+from .record.facts import thumbnails
+from .record.run_folder import RunFolder, check_writable
+from .results import FoundRates, RunResult, TrainResult
+from .run import Facts, next_command
+from .settings.blocks import Block, blocks
+from .settings.derive import resolve
+from .settings.pictures import ResolvedConfig, TrainConfig, run_path
+from .tasks.diffusion import DiffusionSettings, DiffusionTask
+from .tasks.preparation import Prepared, check_places, prepare
+from .watch.previews import PROMPTS, Previews
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """Folders of pictures, and the pipeline that is to learn from them.
+
+    Attributes:
+        asked: The settings as they were given.
+        pipe: A base that is loaded already, used in place of ``asked.base`` and left as it was; or None.
+        drawing: Draws previews and pictures of the class.
+    """
+
+    asked: TrainConfig
+    pipe: Any | None
+    drawing: Drawing
+
+    def on(self, device: str) -> Self:
+        """The same on another device."""
+        return replace(self, asked=replace(self.asked, device=device))
+
+    def processes(self, crew: Crew) -> Crew:
+        """The processes as the settings have them: sharing the base or not."""
+        return sharing(crew, self.asked, self.pipe)
+
+    def folder(self) -> RunFolder:
+        """The run folder, after seeing that everything can be written."""
+        return check_places(self.asked)
+
+    def search_folder(self) -> Path:
+        """Where a search for learning rates writes."""
+        folder = run_path(self.asked)
+        check_writable(folder)
+        return folder
+
+    def open(self, crew: Crew, tell: Observer) -> "PictureMaterial":
+        """Load the base, read the folders and encode the pictures."""
+        return PictureMaterial(prepare(self.asked, self.pipe, tell, self.drawing, crew), self.drawing, crew)
+
+    def remark(self, found: FoundRates) -> Event | None:
+        """A style is judged by its look, which the loss does not tell."""
+        return LookGains() if self.asked.preset == "style" and found.factor < 1 else None
+
+
+class PictureMaterial:
+    """A pipeline that is loaded, and pictures that are encoded; see `run.Material` for what each method is for."""
+
+    data: Data = "pictures"
+
+    def __init__(self, prepared: Prepared, drawing: Drawing, crew: Crew) -> None:
+        self.prepared = prepared
+        self.drawing = drawing
+        self.crew = crew
+        self.base = prepared.pipe
+        self.info = prepared.info
+        self.config = prepared.config
+        self.seed = self.config.seed
+        self.parts = chosen(self.base, self.config.components)
+        self.blocks = with_words(self.base, blocks(self.config))
+
+    def rate(self, component: str) -> float:
+        """The learning rate of a component."""
+        found: float = getattr(self.config, families.rate_setting(component))
+        return found
+
+    def rate_flags(self) -> dict[str, str]:
+        """The flag that sets the learning rate of each component."""
+        settings = {} if self.config.block else {name: families.rate_setting(name) for name in self.parts}
+        return {name: f"--{setting.replace('_', '-')}" for name, setting in settings.items()}
+
+    @cached_property
+    def task(self) -> DiffusionTask:
+        """What is learned."""
+        return diffusion_task(self.prepared, self.blocks, self.crew)
+
+    @property
+    def items(self) -> list[dict[str, str]]:
+        """The pictures, and those of the class."""
+        return [_item(picture) for picture in (*self.prepared.pictures, *self.prepared.class_pictures)]
+
+    def faster(self) -> AbstractContextManager[None]:
+        """The UNet fused, on CUDA, where steps may be recorded."""
+        if not self.config.cuda_graph or self.crew.shares_base:
+            return nullcontext()
+        return fused(denoiser_of(self.base).network)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The VAE and idle text encoders off the device."""
+        self.task.offload()
+        try:
+            yield
+        finally:
+            self.task.restore()
+
+    def previews(self, trainer: Trainer, folder: RunFolder) -> Previews | None:
+        """What draws previews; None where none are drawn."""
+        prepared, config = self.prepared, self.config
+        if not config.preview_steps:
+            return None
+        return Previews(
+            folder.previews,
+            self.task,
+            prepared.prompts if config.preview_prompts else prepared.prompts[:PROMPTS],
+            self.drawing,
+            trainer.final_weights,
+            trainer.tell,
+            steps=config.preview_steps,
+            every=config.preview_every,
+            size=config.resolution // prepared.info.step * prepared.info.step,
+        )
+
+    def load(self, previews: Previews | None) -> Load:
+        """What of the run takes memory."""
+        config = self.config
+        savings = ["--batch-size 1 with --accumulation"] if config.batch_size > 1 else []
+        savings += [] if config.quantize == "nf4" else ["--quantize nf4"]
+        parts = tuple(components(self.base).values())
+        return Load(
+            parts=parts,
+            loaded=(*parts, self.base.vae),
+            largest=self.task.largest,
+            dropout=self.task.settings.dropout > 0,
+            savings=[*savings, f"--resolution below {config.resolution}"],
+            drawing=previews.peak if previews else None,
+        )
+
+    def facts(self, folder: RunFolder, previews: Previews | None) -> Facts:
+        """What the report tells of the run; writes the thumbnails that it shows."""
+        prepared = self.prepared
+        thumbnails(folder.thumbnails, prepared.pictures, self.config.background)
+        apart = len(prepared.held_out.captions) if prepared.held_out else 0
+        return Facts(
+            defaults=self._defaults(),
+            apart=f"{apart} of them are kept apart to measure on" if apart else "",
+            prompts=previews.prompts if previews else [],
+        )
+
+    def _defaults(self) -> ResolvedConfig:
+        config = self.config
+        plain = TrainConfig(
+            folder=config.folder, preset=config.preset, method=config.method, output=config.output, run_dir=config.run_dir,
+            device=config.device, precision=config.precision,
+        )  # fmt: skip
+        return resolve(plain, self.info, len(self.prepared.pictures), self.task.device.type)
+
+    def next_command(self) -> str:
+        """What to type to draw with what was learned."""
+        config = self.config
+        base = None if config.base == TrainConfig.base else config.base
+        flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
+        return next_command("generate", with_trigger("a red apple", config.trigger), flags)
+
+    def result(self, found: RunResult) -> TrainResult:
+        """What the run gave."""
+        return TrainResult(**vars(found), config=self.config, images=len(self.prepared.train.captions))
+
+    def training(self, result: TrainResult) -> dict[str, Any]:
+        """Entries of the adapter file's training summary. Of folders only the names: where they lie is nobody's business."""
+        return {
+            "folder": [path.name for path in self.config.folder],
+            "regularisation": [path.name for path in self.config.regularisation],
+            "class_pictures": len(self.prepared.class_pictures),
+            "images": result.images,
+        }
+
+    def triggers(self) -> list[str]:
+        """The words of the trigger, and those that were taught."""
+        parts = self.config.trigger.split("{}")
+        return list(dict.fromkeys((*(words for part in parts if (words := part.strip(" ,;:"))), *taught_words(self.blocks))))
+
+
+def diffusion_task(prepared: Prepared, blocks: Sequence[Block], crew: Crew) -> DiffusionTask:
+    """What is learned from prepared pictures by the adapter of these blocks, which its pipeline carries."""
+    dropout = max(block.method.dropped() for block in blocks)
+    settings = pick(DiffusionSettings, prepared.config, prepared, {"dropout": dropout, "crew": crew})
+    return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prepared.prior)
+
+
+def searched(config: TrainConfig) -> TrainConfig:
+    """The settings for a search of learning rates. Raises UserError for a base that is to be sharded."""
+    if config.shard_base:
+        raise UserError("--find-lr runs in one process, which cannot shard a base; leave --shard-base away")
+    return replace(config, preview_steps=0)
+
+
+def _item(picture: Picture) -> dict[str, str]:
+    """What of a picture a run depends on."""
+    item = {"name": picture.name, "digest": picture.digest, "caption": picture.caption}
+    item |= {"mask": picture.mask_digest} if picture.mask_digest else {}
+    drawn = (picture.repeats, picture.weight)
+    return item | ({"drawn": f"{drawn[0]} times, weight {drawn[1]:g}"} if drawn != (1, 1.0) else {})

@@ -1,0 +1,590 @@
+"""The course of a run, whatever it learns from: prepare, attach an adapter, train, measure, keep, write, leave the base.
+
+A `Source` knows what is learned from and how that is read; what it opens, a `Material`, is trained on. Everything else is
+the same for pictures and for text, and stands here once.
+"""
+
+import datetime
+import hashlib
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+from torch import nn
+
+from .. import formats
+from ..bases import components, fingerprint
+from ..bases.words import teach
+from ..core import site
+from ..core.arena import Arena
+from ..core.errors import Interrupted, UserError
+from ..core.events import Event, Observer, Observers, Stop, Warned, check_stop, stop_on_signal
+from ..core.files import explained
+from ..core.settings import Settings, pick, to_json
+from ..fast.low_rank import Working
+from .attachment import NAME, Attached, at_strength, attach, described
+from .events import Data, Ended, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
+from .loop.trainer import Task, Trainer, TrainerSettings, TrainerState
+from .machine.memory_plan import Load, MemoryPlan
+from .machine.processes import Crew
+from .machine.processes import crew as this_crew
+from .record.checkpoint import Origin
+from .record.facts import about, commands
+from .record.measurements import best_step, measurements, verdict
+from .record.recorder import Recorder, ReportWriter
+from .record.run_folder import RunFolder
+from .record.trackers import Tracker, check_tracker
+from .results import FoundRates, Outcome, RunResult
+from .settings.blocks import Block, check_methods
+from .settings.choices import LogWith
+from .settings.pictures import TrainConfig
+from .settings.resumption import DERIVED
+from .settings.shared import MethodSettings, RunSettings
+from .watch.clock import Clock
+from .watch.find_lr import Search, refuse_crew
+from .watch.previews import Previews
+from .watch.strength import suggest
+
+_PROCESSES = "processes"  # how many learn together, beside the settings of a run
+_TOO_EARLY = "stopped before the first step: there is nothing to go on from"
+
+Result = TypeVar("Result", bound=RunResult)
+
+
+class AskedSettings(MethodSettings, Protocol):
+    """What a run is told that its course depends on before anything is read."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def log_with(self) -> LogWith | None: ...
+
+
+class BaseInfo(Settings, Protocol):
+    """What is known of a base."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a report tells of a run besides its settings and measurements.
+
+    Attributes:
+        defaults: What the settings would be if nothing had been said but what is learned from, with which method.
+        apart: How much is kept apart to measure on, in words; empty where nothing is.
+        prompts: Those of the previews; None for a run that could have none.
+    """
+
+    defaults: Settings
+    apart: str
+    prompts: Sequence[str] | None = None
+
+
+class Material(Protocol[Result]):
+    """A base that is loaded, and data that was read: what a run works on."""
+
+    @property
+    def data(self) -> Data:
+        """What is learned from."""
+        ...
+
+    @property
+    def base(self) -> Any:
+        """The pipeline or model, as its library knows it."""
+        ...
+
+    @property
+    def info(self) -> BaseInfo:
+        """What is known of the base."""
+        ...
+
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The components that are trained, by name."""
+        ...
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """Which method is trained at which sites."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """What all chance of the run comes from."""
+        ...
+
+    def rate(self, component: str) -> float:
+        """Returns: the learning rate of a component."""
+        ...
+
+    def rate_flags(self) -> Mapping[str, str]:
+        """Returns: the flag that sets the learning rate of a component; empty where blocks have their own."""
+        ...
+
+    @property
+    def task(self) -> Task:
+        """What is learned. Asked for once the adapter is attached and its words are taught: data may become others by it."""
+        ...
+
+    @property
+    def config(self) -> RunSettings:
+        """The settings, with every value that a run needs. Asked for after `task`."""
+        ...
+
+    @property
+    def items(self) -> Sequence[dict[str, str]]:
+        """What is learned from, piece by piece, as ``data.json`` holds it; checkpoints hold its digest."""
+        ...
+
+    def faster(self) -> AbstractContextManager[None]:
+        """Returns: what a run trains inside, where the base may be fused."""
+        ...
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Returns: what training is done inside, with nothing on the device that is idle."""
+        ...
+
+    def previews(self, trainer: Trainer, folder: RunFolder) -> Previews | None:
+        """Returns: what draws previews; None where none are drawn."""
+        ...
+
+    def load(self, previews: Previews | None) -> Load:
+        """Returns: what of the run takes memory."""
+        ...
+
+    def facts(self, folder: RunFolder, previews: Previews | None) -> "Facts":
+        """Returns: what the report tells of this kind of run."""
+        ...
+
+    def next_command(self) -> str:
+        """Returns: what to type to use what was learned."""
+        ...
+
+    def result(self, found: RunResult) -> Result:
+        """Returns: what the run gave, with what only this kind of run has."""
+        ...
+
+    def training(self, result: Result) -> Mapping[str, Any]:
+        """Returns: entries of the adapter file's training summary, in place of settings of their name and beside them."""
+        ...
+
+    def triggers(self) -> Sequence[str]:
+        """Returns: the words that call what was learned."""
+        ...
+
+
+class Source(Protocol[Result]):
+    """What a run learns from, as it was asked for; nothing is loaded yet."""
+
+    @property
+    def asked(self) -> AskedSettings:
+        """The settings as they were given."""
+        ...
+
+    def on(self, device: str) -> Self:
+        """Returns: the same on another device."""
+        ...
+
+    def processes(self, crew: Crew) -> Crew:
+        """Returns: the processes as the settings have them. Raises UserError where they cannot be so."""
+        ...
+
+    def folder(self) -> RunFolder:
+        """Returns: the run folder, after seeing that everything can be written. Raises UserError where it cannot."""
+        ...
+
+    def search_folder(self) -> Path:
+        """Returns: where a search for learning rates writes, after seeing that it can. Raises UserError where it cannot."""
+        ...
+
+    def open(self, crew: Crew, tell: Observer) -> Material[Result]:
+        """Load the base and read the data.
+
+        Args:
+            crew: The processes that train together.
+            tell: Is told what is found.
+
+        Returns:
+            What the run works on.
+
+        Raises:
+            UserError: For a base or data that cannot be used.
+        """
+        ...
+
+    def remark(self, found: FoundRates) -> Event | None:
+        """Returns: what should be known of rates that were found; None where there is nothing."""
+        ...
+
+
+def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop | None = None) -> Result:
+    """Learn from a source and write what was learned as one adapter file.
+
+    Args:
+        source: What is learned from.
+        observers: Are told what happens, in this thread; of several processes, only by the one that leads.
+        stop: Where it is set, the run ends after the present step, with a checkpoint. Without one, SIGINT and SIGTERM do
+            the same from the first step on, where this is the main thread.
+
+    Returns:
+        What the run gave.
+
+    Raises:
+        UserError: For what the user can mend.
+        Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
+    """
+    began = time.monotonic()
+    with _told_to_the_end(Observers(observers)) as tell:
+        crew, device = this_crew(source.asked.device)
+        if not crew.leads:
+            tell.others = [silent]
+        crew, source = source.processes(crew), source.on(device)
+        check_methods(source.asked)
+        check_tracker(source.asked.log_with)
+        folder = source.folder()
+        recorder = Recorder(folder)
+        if crew.leads:
+            tell.own += [recorder, ReportWriter(folder)]
+        material = source.open(crew, _stopping(tell, stop, crew))
+        with material.faster(), base_kept(material.base, tell) as before:
+            run = _Run(material, folder, tell, crew)
+            with material.at_work():
+                run.train(source.asked, recorder, stop)
+                result = run.write(before, folder.seconds + time.monotonic() - began)
+        tell(Ended("finished", result))
+    return result
+
+
+def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop | None = None) -> FoundRates:
+    """Find a learning rate for a training, without doing it: see `find_lr`.
+
+    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Takes and raises what `train` does.
+    """
+    with _told_to_the_end(Observers(observers)) as tell:
+        crew, device = this_crew(source.asked.device)
+        refuse_crew(crew)
+        source = source.on(device)
+        check_methods(source.asked)
+        folder = source.search_folder()
+        material = source.open(crew, _stopping(tell, stop, crew))
+        with material.faster(), base_kept(material.base, tell):
+            run = _Run(material, RunFolder(folder), tell, crew)
+            with material.at_work(), run.memory_plan().applied(tell), _stop_of(stop) as wish:
+                trainer = run.trainer
+                found = Search(
+                    trainer.task, trainer.arena, trainer.settings, run.trial, folder, material.rate_flags(), tell, wish
+                ).run()
+        remark = source.remark(found)
+        if remark:
+            tell(remark)
+        tell(Ended("finished"))
+    return found
+
+
+class _Run(Generic[Result]):
+    """One training: an adapter on a base, its trainer, and what is kept of it."""
+
+    def __init__(self, material: Material[Result], folder: RunFolder, tell: Observers, crew: Crew) -> None:
+        self.material = material
+        self.folder = folder
+        self.tell = tell
+        self.crew = crew
+        attached = attach(material.parts, material.blocks, material.seed, material.rate)
+        teach(material.base)  # before texts become tokens
+        self.arena = Arena(attached.groups)
+        task, config = material.task, material.config
+        self.adapter = described(material.parts, material.blocks, self.arena.count)
+        plan = pick(Plan, config, attached, {"data": material.data, "batch": _batch(config), "processes": crew.size})
+        tell(Prepared(self.adapter, self.arena.count, plan))
+        self.trainer = self.trial(task, self._settings(attached))
+        self.trainer.observers = [tell]
+        self.previews = material.previews(self.trainer, folder) if crew.measures else None
+        self.outcome: Outcome | None = None
+
+    def _settings(self, attached: Attached) -> TrainerSettings:
+        settings = pick(TrainerSettings, self.material.config, attached)
+        # No CUDA graph holds weights that come and go.
+        return replace(settings, cuda_graph=False) if self.crew.shares_base else settings
+
+    def trial(self, task: Task, settings: TrainerSettings) -> Trainer:
+        """A trainer of the adapter, which nobody watches."""
+        passes = Working(self.arena.flat, self.arena.grad)
+        return Trainer(task, self.arena, settings, crew=self.crew, data=self.material.data, passes=passes)
+
+    def memory_plan(self) -> MemoryPlan:
+        """How the run uses the memory of its device."""
+        trainer, config = self.trainer, self.material.config
+        return MemoryPlan(
+            memory=config.memory,
+            load=self.material.load(self.previews),
+            loss=trainer.task.loss,
+            held=trainer.held,
+            device=self.arena.flat.device,
+            records=trainer.records,
+            sharded=self.crew.shares_base,
+        )
+
+    def train(self, asked: AskedSettings, recorder: Recorder, stop: Stop | None) -> None:
+        """Train to the end. Raises Interrupted where it was stopped early."""
+        with self.memory_plan().applied(self.tell):
+            if self.crew.size == 1 and stop is not None:
+                check_stop(stop, _TOO_EARLY)
+            started = self._start(asked.resume)
+            if self.crew.leads:
+                self._note(recorder)
+            self.tell(started)
+            self._learn(asked.log_with, stop)
+            self.outcome = self._outcome() if self.crew.measures else None
+
+    def write(self, base: str, seconds: float) -> Result:
+        """Write the adapter file with what is worth knowing of it."""
+        config, measured, outcome = self.material.config, self.trainer.measured, self.outcome
+        found = RunResult(
+            output=config.output,
+            run_dir=config.run_dir,
+            steps=self.trainer.step,
+            seconds=seconds,
+            held_out_before=measured.get(0),
+            held_out_after=measured.get(outcome.kept if outcome else self.trainer.step),
+            base_fingerprint=base,
+            next_command=self.material.next_command(),
+            outcome=outcome,
+        )
+        result = self.material.result(found)
+        if self.crew.leads:
+            _save(config.output, self.material.parts, self.trainer, self._spec(result))
+            self.tell(Saved("adapter", outcome.kept if outcome else self.trainer.step, config.output))
+        self.crew.wait()
+        return result
+
+    def _start(self, resume: bool) -> Started:
+        """Begin the run, or go on with it. Raises UserError where settings, data or base are others than it had."""
+        crew, config, items = self.crew, self.material.config, self.material.items
+        origin = origin_of(config, items, self.material.info.fingerprint, crew)
+        crew.wait()  # all have looked at the folder before one writes to it
+        if crew.leads:
+            self.folder.check()  # again: another process may have begun meanwhile
+        if not resume:
+            if crew.leads:
+                self.folder.start(config, items, origin)
+            return Started(self.folder.path, 0, config.steps)
+        found = self.folder.resume(config, items, origin) if crew.leads else None
+        crew.wait()  # what cannot be gone on from is gone
+        if not crew.leads:
+            found = self.folder.newest()
+        if found is None:
+            return Started(self.folder.path, 0, config.steps, resumed=True)
+        before = found.origin.config.get(_PROCESSES, 1)
+        if before != crew.size:
+            raise UserError(
+                f"the run in {self.folder.path} had {before} processes, and there are {crew.size} now, so its batches would"
+                " be others; start as many, or a new run with another --run-dir"
+            )
+        self.trainer.load(found.state)
+        self.trainer.measured = crew.agreed(dict(self.folder.held_out))
+        planned = int(found.origin.config["steps"])
+        return Started(self.folder.path, found.state.step, config.steps, True, planned, config.scheduler)
+
+    def _note(self, recorder: Recorder) -> None:
+        """What the report tells of the run besides its settings and measurements."""
+        material, info = self.material, self.material.info
+        own = material.facts(self.folder, self.previews)
+        self.folder.note(
+            about=about(self.adapter, self.arena.count, info.name, info.fingerprint),
+            defaults=to_json(own.defaults) | {"method": TrainConfig.method},
+            warnings=recorder.warnings,
+            said=recorder.said,
+            apart=own.apart,
+            **({} if own.prompts is None else {"prompts": list(own.prompts)}),
+            commands=commands(self.folder.command, material.config.run_dir, material.next_command()),
+        )
+
+    def _learn(self, log_with: LogWith | None, stop: Stop | None) -> None:
+        """Train to the end. Raises Interrupted where it was stopped early."""
+        trainer, config, previews = self.trainer, self.material.config, self.previews
+        if log_with is not None and self.crew.leads:
+            self.tell.own.append(Tracker(self.folder.logs, trainer.step))
+        if self.crew.leads:
+            trainer.keep = self._keep
+        if self.crew.measures:
+            trainer.after_step = [Clock(config.steps, self.arena.flat.device, self.tell).after_step]
+        if previews:
+            if not previews.go_on_from(trainer.step):
+                previews.draw_base()
+            trainer.after_step.append(previews.after_step)
+        with _stop_of(stop) as wish:
+            finished = trainer.run(stop=wish)
+        if not finished:
+            raise Interrupted(
+                f"stopped after step {trainer.step} of {config.steps}; go on with: peft-diffusion {self.folder.command}"
+                f" --config {shlex.quote(str(self.folder.path / 'config.toml'))} --resume"
+            )
+        self.tell(Trained(trainer.step, config.steps, config.patience if trainer.step < config.steps else None))
+        if previews:
+            previews.draw(trainer.step)
+
+    def _keep(self, state: TrainerState) -> None:
+        self.tell(Saved("checkpoint", state.step, self.folder.keep(state)))
+
+    def _outcome(self) -> Outcome:
+        """Choose the weights that the run gives, and measure at which strength they serve best; tells both.
+
+        Only the processes that measure may ask, and all of them have to.
+        """
+        trainer, crew, held_out = self.trainer, self.crew, self.trainer.measured
+        warning = verdict(measurements(self.folder.metrics()))
+        if warning:
+            self.tell(Warned(warning))
+        best = best_step(held_out)
+        kept = trainer.step
+        if self.material.config.keep == "best" and best is not None and best != trainer.step:
+            tensors = crew.agreed(self.folder.tensors(best) if crew.leads else {})
+            trainer.chosen = trainer.given(tensors).to(self.arena.flat.device)
+            kept = best
+            self.tell(WeightsChosen(best, trainer.step))
+        suggestion = None
+        if 0 in held_out and kept in held_out:
+            suggestion = suggest(self._measured, held_out[0], held_out[kept])
+            self.tell(StrengthSuggested(suggestion))
+        return Outcome(kept, best, warning, suggestion)
+
+    def _measured(self, strength: float) -> float:
+        with self.trainer.final_weights(), at_strength(self.material.parts.values(), NAME, strength):
+            loss = self.trainer.task.held_out()
+        if loss is None:
+            raise ValueError("nothing is kept apart")
+        return self.crew.agreed(loss)
+
+    def _spec(self, result: Result) -> formats.Spec:
+        material, config = self.material, self.material.config
+        training = to_json(config) | {
+            **material.training(result),
+            "steps_done": result.steps,
+            "seconds": round(result.seconds, 1),
+            "held_out_loss": result.held_out_after,
+            "held_out_loss_before": result.held_out_before,
+            **(result.outcome.training() if result.outcome else {}),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        for place in ("output", "run_dir", "cache"):  # where things lie on this disk is nobody's business
+            training.pop(place, None)
+        blocks = material.blocks
+        return formats.Spec(
+            methods={name: [block.spec() for block in blocks if block.component == name] for name in material.parts},
+            base=asdict(material.info),
+            triggers=tuple(material.triggers()),
+            training=training,
+            title=config.output.stem,
+        )
+
+
+def _batch(config: RunSettings) -> int:
+    """Pictures or windows of a step, in one process."""
+    return config.batch_size * config.accumulation
+
+
+def silent(event: Event) -> None:
+    """An observer that tells nobody: of several processes, one speaks for all."""
+
+
+@contextmanager
+def _told_to_the_end(tell: Observers) -> Iterator[Observers]:
+    """A run inside: where it does not come to its end, this is told last. The run itself tells of its good end."""
+    try:
+        yield tell
+    except KeyboardInterrupt as error:
+        tell.last(Ended("stopped", error=str(error)))
+        raise
+    except BaseException as error:
+        tell.last(Ended("failed", error=str(error)))
+        raise
+
+
+@contextmanager
+def _stop_of(stop: Stop | None) -> Iterator[Stop]:
+    """The wish to stop that was given, or else one that signals set inside."""
+    if stop is not None:
+        yield stop
+        return
+    with stop_on_signal() as wish:
+        yield wish
+
+
+def _stopping(tell: Observer, stop: Stop | None, crew: Crew) -> Observer:
+    """The same observer, which ends what is told to it where it is wished to stop, as long as nothing is written."""
+    if stop is None or crew.size > 1:  # one of several cannot leave the others
+        return tell
+
+    def told(event: Event) -> None:
+        tell(event)
+        check_stop(stop, _TOO_EARLY)
+
+    return told
+
+
+@contextmanager
+def base_kept(base: Any, tell: Observer) -> Iterator[str]:
+    """A training inside; sees that the base is the same at the end, and takes the adapter off.
+
+    Args:
+        base: A pipeline or a language model.
+        tell: Is told the fingerprints.
+
+    Yields:
+        The base's fingerprint.
+
+    Raises:
+        RuntimeError: A byte of the base has changed, which no setting may bring about.
+    """
+    parts = components(base)
+    for part in parts.values():
+        part.requires_grad_(False)  # of adapters too that it carried before, which this training is none of
+    before = fingerprint(parts)
+    tell(Fingerprinted("before", before))
+    try:
+        yield before
+        after = fingerprint(parts)
+        tell(Fingerprinted("after", after))
+        if after != before:
+            raise RuntimeError("training changed the base, which no setting may do")
+    finally:
+        for part in parts.values():
+            if NAME in site.names(part):
+                site.detach(part, NAME)
+        teach(base)
+
+
+def origin_of(config: RunSettings, items: Sequence[Mapping[str, str]], base: str, crew: Crew) -> Origin:
+    """What a run depends on, as its checkpoints keep it."""
+    settings = {**to_json(config), DERIVED: sorted(config.derived), _PROCESSES: crew.size}
+    return Origin(settings, digest(items), base)
+
+
+def digest(items: Sequence[Mapping[str, str]]) -> str:
+    """A digest of what is learned from (16 hex digits)."""
+    found = hashlib.sha256()
+    for item in items:
+        found.update("\0".join((*item.values(), "")).encode())
+    return found.hexdigest()[:16]
+
+
+def next_command(command: str, prompt: str, flags: Mapping[str, str | None]) -> str:
+    """What to type to see what was learned; flags at None are left away."""
+    given = "".join(f" --{name} {shlex.quote(value)}" for name, value in flags.items() if value is not None)
+    return f"peft-diffusion {command} {shlex.quote(prompt)}{given}"
+
+
+def _save(output: Path, parts: Mapping[str, nn.Module], trainer: Trainer, spec: formats.Spec) -> None:
+    """Write the adapter file, of the weights that the run gives. Raises UserError where the disk refuses."""
+    with explained(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with trainer.final_weights():
+        formats.save(output, parts, NAME, spec)

@@ -1,0 +1,18 @@
+"""The values that a setting may have where they are few. Imports no torch."""
+
+from typing import Literal, TypeAlias
+
+Preset: TypeAlias = Literal["style", "subject"]
+Masks: TypeAlias = Literal["files", "alpha", "off"]
+PriorTarget: TypeAlias = Literal["base", "noise"]
+Loss: TypeAlias = Literal["l2", "huber", "smooth-l1"]
+HuberSchedule: TypeAlias = Literal["snr", "exponential", "constant"]
+TimestepBias: TypeAlias = Literal["none", "later", "earlier"]
+Scheduler: TypeAlias = Literal["constant", "cosine", "linear"]
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+Quantize: TypeAlias = Literal["nf4", "int8"]
+OptimizerName: TypeAlias = Literal["adamw", "adamw8bit", "prodigy", "schedule-free"]
+Memory: TypeAlias = Literal["auto", "low", "off"]
+Keep: TypeAlias = Literal["best", "last"]
+LogWith: TypeAlias = Literal["tensorboard"]
+MissingCaptions: TypeAlias = Literal["stop", "name", "empty", "skip"]

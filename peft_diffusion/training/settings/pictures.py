@@ -1,0 +1,355 @@
+"""What a training on pictures is told: one dataclass for flags, TOML file and Python. Imports no torch."""
+
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+
+from ...bases import family as families
+from ...bases.family import Role
+from ...core.errors import UserError
+from ...core.settings import (
+    COUNT,
+    NATURAL,
+    POSITIVE,
+    SHARE,
+    WHOLE_SHARE,
+    Flag,
+    Group,
+    Range,
+    about,
+    explained,
+    setting,
+)
+from .choices import (
+    HuberSchedule,
+    Keep,
+    Loss,
+    Masks,
+    MissingCaptions,
+    Preset,
+    PriorTarget,
+    Scheduler,
+    TimestepBias,
+)
+from .shared import ADAPTER, LEARNING, MACHINE, RESULT, WATCH, Resolved, SharedConfig, adapter_path
+
+# What a preset adapts, by role: of text encoders the first.
+PRESET_ROLES: dict[str, tuple[Role, ...]] = {"style": ("denoiser",), "subject": ("denoiser", "text encoder")}
+
+
+def preset_components(preset: Preset) -> tuple[str, ...]:
+    """The components that a preset adapts, by their names in Stable Diffusion of all versions."""
+    return families.SMALL_DIFFUSION.by_roles(PRESET_ROLES[preset])
+
+
+_DATA = Group("Pictures and captions", 2)
+_PRIOR = Group("Keeping the class", 3)
+
+
+@dataclass(frozen=True)
+class _PictureConfig:
+    """What a run learns from and what it makes."""
+
+    folder: tuple[Path, ...] = field(
+        metadata=about(
+            "Image folders to learn from, with their subfolders. Several are read as one.", RESULT, free_on_resume=True
+        )
+    )
+    _: KW_ONLY
+    output: Path | None = setting(
+        None,
+        "The adapter file to write; by default the folder's name with .safetensors, in the present directory.",
+        RESULT,
+        flag=Flag(aliases=("-o",)),
+        place=True,
+        free_on_resume=True,
+    )
+    base: str = setting(
+        "icons", "The model to teach: icons (embedded), a diffusers folder, a .safetensors checkpoint or a hub id.", RESULT
+    )
+    preset: Preset = setting(
+        "style",
+        "Where the values that you leave out come from: style learns the look that all pictures share, subject one "
+        "character or thing from a few pictures.",
+        RESULT,
+        free_on_resume=True,
+    )
+
+    trigger: str = setting(
+        "",
+        'Words that call the style, put into every caption: "ink style", or "ink drawing of {}" with {} for the caption.',
+        _DATA,
+    )
+    missing_captions: MissingCaptions = setting(
+        "stop",
+        "What becomes of pictures without caption: stop, use the file name, use no words (empty), or skip them.",
+        _DATA,
+        free_on_resume=True,
+    )
+    caption_dropout: float | None = setting(
+        None, "Share of captions left empty in training (0 to 1); a little keeps guidance working.", _DATA, WHOLE_SHARE
+    )
+    wildcards: bool = setting(
+        False,
+        "Take one of {a|b} in captions, another in every step, for words that should not matter; {{ and }} are braces.",
+        _DATA,
+    )
+    shuffle_tags: bool = setting(
+        False, "Shuffle comma-separated tags in every step; for tag captions, so that their order means nothing.", _DATA
+    )
+    keep_tags: int = setting(0, "So many tags at the front stay in place when tags are shuffled.", _DATA, NATURAL)
+    flip: bool = setting(
+        False, "Learn from mirrored pictures too; not for a style with writing or a side that matters.", _DATA
+    )
+    upscale: bool = setting(
+        False, "Enlarge pictures below the resolution; otherwise they are trained at their own size.", _DATA
+    )
+    background: str = setting("white", "Colour behind transparent pictures: a name or #rrggbb.", _DATA)
+    resolution: int | None = setting(
+        None, "Pixels a side of a square picture; by default the base's own.", _DATA, COUNT, unit="pixels"
+    )
+    held_out: float | None = setting(
+        None,
+        "Share of the pictures kept apart to measure on (0 to below 1); by default a tenth where there are 20 or more.",
+        _DATA,
+        SHARE,
+    )
+    cache: Path | None = setting(
+        None,
+        "Folder to keep encoded pictures in, so that the next run on them starts faster; by default only memory.",
+        _DATA,
+        place=True,
+        free_on_resume=True,
+    )
+    repeats: tuple[str, ...] = setting(
+        (),
+        "SUBFOLDER=N: draw its pictures N times in an epoch, for a few that count; a subfolder named 10_name is "
+        "drawn 10 times without that.",
+        _DATA,
+    )
+    folder_weight: tuple[str, ...] = setting(
+        (), "SUBFOLDER=WEIGHT: what its pictures count in the loss, below 1 for doubtful ones.", _DATA
+    )
+    masks: Masks = setting(
+        "files",
+        "What of a picture is learned: the white of NAME-mask.png beside it (files), what is not transparent where "
+        "there is no such file (alpha), or all of it (off).",
+        _DATA,
+    )
+
+    class_prompt: tuple[str, ...] = setting(
+        (),
+        'What the subject is one of, as in "a portrait of a woman": the base draws pictures of it, and what they '
+        "show is kept as it was. For a subject that should leave the rest alone; give it again for more kinds.",
+        _PRIOR,
+    )
+    class_images: int | None = setting(
+        None, "Pictures that the base draws for the class prompts; they are kept for later runs.", _PRIOR, COUNT
+    )
+    regularisation: tuple[Path, ...] = setting(
+        (),
+        "A folder of pictures of the class, in place of those that the base draws or beside them; repeats and "
+        "captions as usual, without the trigger. Give it again for more folders.",
+        _PRIOR,
+        free_on_resume=True,
+    )
+    prior_weight: float = setting(
+        1.0,
+        "What the pictures of the class count in the loss; raise it when prompts without the trigger change.",
+        _PRIOR,
+        NATURAL,
+    )
+    prior_target: PriorTarget = setting(
+        "base",
+        "What is learned from pictures of the class: to answer as the base does (base), which keeps more of it, or "
+        "the pictures themselves (noise), for a folder of better ones than the base draws.",
+        _PRIOR,
+    )
+
+
+@explained
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(SharedConfig, _PictureConfig):
+    """Everything a training run is told. A field left at None gets the preset's value for the base.
+
+    Raises UserError for a value that no run can use.
+    """
+
+    dropout: float = setting(
+        0.0,
+        "Share of a layer's inputs that a LoRA does not see in a step; against overfitting on a few pictures.",
+        ADAPTER,
+        SHARE,
+    )
+    block: tuple[str, ...] = setting(
+        (),
+        'In place of method and target: "COMPONENT TARGET METHOD NAME=VALUE ..." (lr=... too); several train together.',
+        ADAPTER,
+    )
+    target: str | None = setting(
+        None,
+        "Layers to adapt: attention, attention+ff, all-linear, conv, all, ..., or a regular expression over module "
+        "paths; by default those that the method was made for, attention+ff for a LoRA.",
+        ADAPTER,
+    )
+    components: tuple[str, ...] = setting(
+        (),
+        "Parts to adapt, with commas: unet (by default), or unet,text_encoder for words that the base does not "
+        "know (by default for a subject); SDXL has a text_encoder_2 too.",
+        ADAPTER,
+    )
+
+    epochs: float | None = setting(
+        None,
+        "Length as passes over the pictures, instead of steps; wins over them.",
+        LEARNING,
+        POSITIVE,
+        free_on_resume=True,
+        instead_of="steps",
+    )
+    batch_size: int | None = setting(None, "Pictures computed at once; lower it when memory runs out.", LEARNING, COUNT)
+    unet_lr: float | None = setting(
+        None, "Learning rate of the UNet. Lower it when the loss rises, raise it when nothing changes.", LEARNING, POSITIVE
+    )
+    text_encoder_lr: float | None = setting(
+        None, "Learning rate of the text encoders, when they are among the components.", LEARNING, POSITIVE
+    )
+    scheduler: Scheduler | None = setting(
+        None, "Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line.", LEARNING
+    )
+    warmup: int | None = setting(
+        None, "Steps in which the learning rate rises from 0; by default at most a fifth of the run.", LEARNING, NATURAL
+    )
+    min_snr_gamma: float | None = setting(
+        None, "Holds down the weight of nearly clean timesteps (5 is usual, 0 is off).", LEARNING, NATURAL
+    )
+    timestep_bias: TimestepBias | None = setting(
+        None,
+        "Timesteps to draw more often: later ones, with more noise, where colours and forms are decided; earlier "
+        "ones, where surfaces and lines are; or none.",
+        LEARNING,
+    )
+    noise_offset: float = setting(
+        0.0, "Noise that shifts whole channels, for very dark or very light pictures (0.05 is much).", LEARNING, NATURAL
+    )
+    multires_noise: float = setting(
+        0.0,
+        "Noise of coarser shapes too, each so much as strong as the finer one (0.3 is usual, 0 is off); for large "
+        "dark or light areas, where an offset is too blunt.",
+        LEARNING,
+        SHARE,
+    )
+    zero_terminal_snr: bool = setting(
+        False,
+        "Let the schedule end in pure noise, so that pictures can be all dark or light; for bases with v-prediction only.",
+        LEARNING,
+    )
+    loss: Loss = setting(
+        "l2",
+        "l2; or huber or smooth-l1, in which outliers count less, for folders with bad pictures among the good ones.",
+        LEARNING,
+    )
+    huber_c: float = setting(
+        0.1,
+        "The error from which huber and smooth-l1 grow in a line (above 0, at most 1); lower ignores more.",
+        LEARNING,
+        Range(0, 1, above=True),
+    )
+    huber_schedule: HuberSchedule = setting(
+        "snr",
+        "How huber-c gets lower with the noise: after its share (snr), with the timestep (exponential), or not (constant).",
+        LEARNING,
+    )
+    debiased: bool | None = setting(
+        None,
+        "Weigh timesteps so that none dominates what is learned; in place of min-snr-gamma, for details that stay "
+        "vague. By default where a small base learns words alone, which else cost it the subjects.",
+        LEARNING,
+        flag=Flag(negative=True),
+    )
+    seed: int = setting(
+        0, "Number that all chance comes from: same seed, settings and pictures, same adapter.", LEARNING, NATURAL
+    )
+
+    run_dir: Path | None = setting(
+        None,
+        "Folder for settings, metrics, previews and checkpoints; by default runs/NAME, after the output file.",
+        WATCH,
+        place=True,
+        free_on_resume=True,
+    )
+    save_every: int | None = setting(
+        None,
+        "Steps between checkpoints; each comes with a measurement on the pictures kept apart. By default a sixth "
+        "of the run.",
+        WATCH,
+        COUNT,
+        free_on_resume=True,
+    )
+    preview_prompts: tuple[str, ...] = setting(
+        (), "Prompts of the previews; by default captions of pictures kept apart.", WATCH, free_on_resume=True
+    )
+    preview_every: int | None = setting(
+        None,
+        "Steps between previews; 0 draws them at start and end only, which is the default on a CPU.",
+        WATCH,
+        NATURAL,
+        free_on_resume=True,
+    )
+    preview_steps: int = setting(20, "Denoising steps of a preview; 0 draws none.", WATCH, NATURAL, free_on_resume=True)
+
+    shard_base: bool = setting(
+        False,
+        "Shard the base over the processes of torchrun or accelerate launch; for one too large for a card, as it is slower.",
+        MACHINE,
+        free_on_resume=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = tuple(part.strip() for item in self.components for part in item.split(",") if part.strip())
+        parts = parts if self.components else preset_components(self.preset)
+        object.__setattr__(self, "components", tuple(dict.fromkeys(parts)))
+        known = [*families.components("denoiser"), *families.components("text encoder")]
+        unknown = [part for part in self.components if part not in known]
+        if unknown or not self.components:
+            raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(known)}")
+        if self.shard_base and self.quantize:
+            raise UserError("--shard-base cannot shard what --quantize packs; leave one of them away")
+        if self.debiased and self.min_snr_gamma:
+            raise UserError("--debiased and --min-snr-gamma weigh timesteps both; leave one of them away")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(TrainConfig, Resolved):
+    """A configuration in which the preset, the base and the machine have filled every value a run needs."""
+
+    output: Path
+    run_dir: Path
+    resolution: int
+    held_out: float
+    caption_dropout: float
+    unet_lr: float
+    text_encoder_lr: float
+    steps: int
+    batch_size: int
+    scheduler: Scheduler
+    warmup: int
+    min_snr_gamma: float
+    timestep_bias: TimestepBias
+    debiased: bool
+    keep: Keep
+    save_every: int
+    preview_every: int
+    class_images: int
+
+
+def output_path(config: TrainConfig) -> Path:
+    """The adapter file of a run. Raises UserError for a name that does not end in .safetensors."""
+    if not config.folder:
+        raise UserError("no image folder was given: name the folder that holds the pictures")
+    return adapter_path(config.output, config.folder[0].resolve().name or "adapter")
+
+
+def run_path(config: TrainConfig) -> Path:
+    """The run folder of a run."""
+    return config.run_dir or Path("runs") / output_path(config).stem

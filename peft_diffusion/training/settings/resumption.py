@@ -1,0 +1,38 @@
+"""What of a run's settings may be otherwise when it goes on."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from ...core.settings import Settings, flag, plain, settings_of, to_json
+from .blocks import ranked
+from .shared import RunSettings
+
+DERIVED = "derived"
+"""Where checkpoints hold which settings were derived, beside the settings themselves."""
+
+
+def derived_before(before: Mapping[str, Any] | None, name: str) -> Any:
+    """The value of a setting in the run that goes on, where that run had derived it; else None."""
+    return None if before is None or name not in before.get(DERIVED, ()) else before[name]
+
+
+def free_on_resume(kind: type[Settings]) -> frozenset[str]:
+    """The settings that a run may have otherwise when it goes on.
+
+    They change where things go and how often one looks, not what is learned. The pictures and captions themselves are
+    compared apart, so folders may have moved.
+    """
+    return frozenset(one.name for one in settings_of(kind) if one.setting.free_on_resume)
+
+
+def changes(before: Mapping[str, Any], now: RunSettings) -> list[str]:
+    """How a configuration differs from the one that a run was started with, in what the result depends on."""
+    current = to_json(now)
+    # A run of an older version was told nothing of what came later, and went by what is the default now.
+    before = {field.name: plain(field.default) for field in fields(now) if field.default is not MISSING} | dict(before)
+    if not ranked(now):  # an older version wrote down a rank that said nothing
+        before["rank"] = current["rank"]
+    free = free_on_resume(type(now))
+    names = [name for name in current if name not in free and before.get(name) != current[name]]
+    return [f"{flag(name)} was {before.get(name)}, now {current[name]}" for name in names]

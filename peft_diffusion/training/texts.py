@@ -1,0 +1,281 @@
+"""Text as what a run learns from, and a causal language model that it teaches."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..bases import LanguageInfo, LanguageModel, components, describe, load_lm
+from ..bases.causal_lm import frozen
+from ..bases.loading import pick_device
+from ..bases.words import learned
+from ..core import quantized
+from ..core.errors import UserError
+from ..core.events import Event, Observer
+from ..core.settings import pick
+from ..data.text_files import Document, Texts, read_texts
+from .attachment import taught_words, with_words
+from .events import IMPATIENT, Data, DataRead, LanguageModelLoaded, TokensMade
+from .loop.trainer import Trainer
+from .machine.memory_plan import Load
+from .machine.precision import pick_precision
+from .machine.processes import Crew
+from .record.run_folder import RunFolder, check_run, check_writable
+from .results import FoundRates, RunResult, TextTrainResult
+from .run import Facts, next_command
+from .settings.blocks import blocks
+from .settings.choices import Precision
+from .settings.derive import resolve_language
+from .settings.presets import HELD_OUT_FROM
+from .settings.text import ResolvedTextConfig, TextTrainConfig, language_output, language_run
+from .tasks.language import LanguageSettings, LanguageTask, tokens
+from .watch.previews import Previews
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Text, and the language model that is to learn from it.
+
+    Attributes:
+        asked: The settings as they were given.
+        base: A model that is loaded already, used in place of ``asked.base`` and left as it was; or None.
+    """
+
+    asked: TextTrainConfig
+    base: LanguageModel | None
+
+    def on(self, device: str) -> Self:
+        """The same on another device."""
+        return replace(self, asked=replace(self.asked, device=device))
+
+    def processes(self, crew: Crew) -> Crew:
+        """The processes as they are: a language model is not shared."""
+        return crew
+
+    def folder(self) -> RunFolder:
+        """The run folder, after seeing that everything can be written."""
+        config = self.asked
+        folder = RunFolder(language_run(config), "text train", "text")
+        check_run(folder, language_output(config), resume=config.resume, overwrite=config.overwrite)
+        return folder
+
+    def search_folder(self) -> Path:
+        """Where a search for learning rates writes."""
+        folder = language_run(self.asked)
+        check_writable(folder)
+        return folder
+
+    def open(self, crew: Crew, tell: Observer) -> "TextMaterial":
+        """Read the text and load the base."""
+        config = self.asked
+        texts = read_texts(config.texts)
+        tell(DataRead("text", tuple(texts.describe())))
+        apart = read_texts(config.held_out_text) if config.held_out_text else None
+        device = pick_device(config.device)
+        precision = pick_precision(config.precision, device)
+        base = self._loaded(replace(config, precision=precision))
+        info = describe(base)
+        tell(LanguageModelLoaded(info.name, info.architecture, info.vocabulary, info.context))
+        return TextMaterial(config, precision, base, info, texts, apart, tell, crew)
+
+    def remark(self, found: FoundRates) -> Event | None:
+        """Text has nothing to be told."""
+        return None
+
+    def _loaded(self, config: TextTrainConfig) -> LanguageModel:
+        if self.base is None:
+            return load_lm(config.base, device=config.device, dtype=config.precision, quantize=config.quantize)
+        base = frozen(self.base)
+        if config.quantize is not None and quantized.kind_of(base.lm) != config.quantize:
+            raise UserError(
+                f"this base is loaded already, and not as {config.quantize}; load it with load_lm(..., quantize=...)"
+            )
+        return base
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Text as tokens: a line to learn from, and one that is kept apart; and the settings, steps of epochs among them."""
+
+    config: ResolvedTextConfig
+    line: Tensor
+    apart: Tensor | None
+    items: list[dict[str, str]]
+
+
+class TextMaterial:
+    """A language model that is loaded, and text that was read; see `run.Material` for what each method is for."""
+
+    data: Data = "text"
+
+    def __init__(
+        self,
+        asked: TextTrainConfig,
+        precision: Precision,
+        base: LanguageModel,
+        info: LanguageInfo,
+        texts: Texts,
+        apart: Texts | None,
+        tell: Observer,
+        crew: Crew,
+    ) -> None:
+        self.asked = asked
+        self.precision = precision
+        self.base = base
+        self.info = info
+        self.texts = texts
+        self.apart = apart
+        self.tell = tell
+        self.crew = crew
+        # Whole but for the steps of epochs, which it takes tokens to count.
+        self.first = self._resolved(None)
+        self.seed = asked.seed
+        self.parts = components(base)
+        self.blocks = with_words(base, blocks(self.first))
+
+    def rate(self, component: str) -> float:
+        """The learning rate."""
+        return self.first.lr
+
+    def rate_flags(self) -> dict[str, str]:
+        """The flag that sets the learning rate."""
+        return {} if self.asked.block else {"lm": "--lr"}
+
+    @cached_property
+    def task(self) -> LanguageTask:
+        """What is learned; tells what it finds."""
+        return LanguageTask(self.base, self._settings(self.config), self.tokens.line, self.tokens.apart)
+
+    @property
+    def config(self) -> ResolvedTextConfig:
+        """The settings, with every value that a run needs."""
+        return self.tokens.config
+
+    @property
+    def items(self) -> list[dict[str, str]]:
+        """The texts."""
+        return self.tokens.items
+
+    @cached_property
+    def tokens(self) -> _Tokens:
+        """The text as tokens, with the words that the adapter teaches. Raises UserError for text that cannot be used."""
+        base, first, apart = self.base, self.first, self.apart
+        encoded = [tokens(base, [document.text]) for document in self.texts.documents]
+        line, kept = _split(encoded, _share(first, encoded))
+        if apart is not None:
+            kept = tokens(base, [document.text for document in apart.documents])
+        if len(line) < 2:
+            raise UserError("the text is but one token; there is nothing to learn from it")
+        _check_said(base, taught_words(self.blocks), line)
+        windows = LanguageTask(base, self._settings(first), line).windows
+        resolved = self._resolved(windows / self.crew.size)
+        if resolved.patience and kept is None:
+            self.tell(IMPATIENT)
+        self.tell(TokensMade(len(line), windows, resolved.context, None if kept is None else len(kept)))
+        items = _items(self.texts.documents, "") + (_items(apart.documents, "kept apart: ") if apart else [])
+        return _Tokens(resolved, line, kept, items)
+
+    def _resolved(self, windows: float | None) -> ResolvedTextConfig:
+        return resolve_language(
+            self.asked,
+            parameters=quantized.count(self.base.lm),
+            context=self.info.context,
+            windows=windows,
+            device=self.base.device.type,
+            precision=self.precision,
+        )
+
+    def _settings(self, config: ResolvedTextConfig) -> LanguageSettings:
+        return pick(LanguageSettings, config, {"crew": self.crew})
+
+    def faster(self) -> AbstractContextManager[None]:
+        """Nothing is fused."""
+        return nullcontext()
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """Nothing of a language model is idle."""
+        return nullcontext()
+
+    def previews(self, trainer: Trainer, folder: RunFolder) -> Previews | None:
+        """None are drawn of text."""
+        return None
+
+    def load(self, previews: Previews | None) -> Load:
+        """What of the run takes memory."""
+        config, parts = self.config, tuple(self.parts.values())
+        savings = ["--batch-size 1 with --accumulation"] if config.batch_size > 1 else []
+        savings += [] if config.quantize == "nf4" else ["--quantize nf4"]
+        return Load(
+            parts=parts,
+            loaded=parts,
+            largest=lambda: self.task.inputs(0, 0),
+            dropout=any(block.method.dropped() for block in self.blocks),
+            savings=[*savings, f"--context below {config.context}"],
+        )
+
+    def facts(self, folder: RunFolder, previews: Previews | None) -> Facts:
+        """What the report tells of the run."""
+        config = self.config
+        plain = TextTrainConfig(
+            config.texts, method=config.method, output=config.output, run_dir=config.run_dir, device=config.device,
+            precision=config.precision,
+        )  # fmt: skip
+        apart = 0 if self.tokens.apart is None else len(self.tokens.apart)
+        return Facts(
+            defaults=resolve_language(plain, parameters=quantized.count(self.base.lm), context=self.info.context),
+            apart=f"{apart:,} tokens are kept apart to measure on" if apart else "",
+        )
+
+    def next_command(self) -> str:
+        """What to type to write with what was learned."""
+        config = self.config
+        base = None if config.base == TextTrainConfig.base else config.base
+        flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
+        return next_command("text generate", "The first words", flags)
+
+    def result(self, found: RunResult) -> TextTrainResult:
+        """What the run gave."""
+        return TextTrainResult(**vars(found), config=self.config, tokens=len(self.tokens.line))
+
+    def training(self, result: TextTrainResult) -> dict[str, Any]:
+        """Entries of the adapter file's training summary. Of texts only the names: where they lie is nobody's business."""
+        return {
+            "texts": [path.name for path in self.config.texts],
+            "held_out_text": [path.name for path in self.config.held_out_text],
+            "tokens": result.tokens,
+        }
+
+    def triggers(self) -> list[str]:
+        """The words that were taught."""
+        return taught_words(self.blocks)
+
+
+def _check_said(base: LanguageModel, words: Sequence[str], line: Tensor) -> None:
+    """Raise UserError for a new word that the text does not say: nothing could be learned of it."""
+    for word in words:
+        if not bool((line == learned(base.tokenizer)[word]).any()):
+            raise UserError(f"the text never says {word!r}, so its meaning cannot be learned from it; write it there")
+
+
+def _share(config: ResolvedTextConfig, encoded: Sequence[Tensor]) -> float:
+    """How much of each text is kept apart."""
+    if config.held_out is not None or config.held_out_text:
+        return config.held_out or 0.0
+    return 0.1 if sum(map(len, encoded)) >= HELD_OUT_FROM * config.context else 0.0
+
+
+def _split(encoded: Sequence[Tensor], share: float) -> tuple[Tensor, Tensor | None]:
+    """One line of tokens to learn from, and one of the ends of all texts."""
+    cuts = [len(one) - round(len(one) * share) for one in encoded]
+    line = torch.cat([one[:cut] for one, cut in zip(encoded, cuts, strict=True)])
+    apart = torch.cat([one[cut:] for one, cut in zip(encoded, cuts, strict=True)])
+    return line, apart if len(apart) > 1 else None
+
+
+def _items(documents: Sequence[Document], prefix: str) -> list[dict[str, str]]:
+    return [{"name": prefix + document.name, "digest": document.digest} for document in documents]

@@ -1,0 +1,88 @@
+"""A new family of bases is one row and one file: `toy_family.py`, which nothing in the package knows."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_training import draw_pictures
+from toy_family import ROW, ToyDenoiser, ToyPipeline, make_toy
+
+import peft_diffusion as pd
+from peft_diffusion.bases import denoiser_of, describe, fingerprint
+from peft_diffusion.bases.base import components
+from peft_diffusion.core import site
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    pipe = make_toy()
+    before = fingerprint(components(pipe))
+    config = pd.TrainConfig(
+        folder=(draw_pictures(folder / "pictures", 4),), output=folder / "toy.safetensors", run_dir=folder / "run",
+        steps=6, batch_size=2, rank=2, unet_lr=0.05, resolution=64, preview_steps=2, device="cpu", held_out=0.25,
+    )  # fmt: skip
+    result = pd.train(config, pipe=pipe)
+    assert fingerprint(components(pipe)) == before and not site.sites(pipe.transformer)
+    assert result.config.components == ("transformer",)
+    assert result.held_out_after is not None and result.held_out_before is not None
+    assert result.held_out_after < result.held_out_before
+    return result.output
+
+
+def test_it_is_known_by_its_row() -> None:
+    pipe = make_toy()
+    assert isinstance(denoiser_of(pipe), ToyDenoiser)
+    told = describe(pipe)
+    assert (told.family, told.resolution, told.step) == (ROW.name, 64, 16)
+    assert set(components(pipe)) == {"transformer", "text_encoder"}
+
+
+def test_what_was_trained_is_read_and_drawn_with(trained: Path, tmp_path: Path) -> None:
+    found = pd.inspect(trained)
+    assert found.components == {"transformer": 12} and found.spec is not None and found.spec.base["family"] == ROW.name
+    pipe = make_toy()
+    config = pd.GenerateConfig(prompts=("a red apple",), adapter=(str(trained),), output=tmp_path, steps=2, device="cpu")
+    (with_it,) = pd.generate(config, pipe=pipe)
+    (without,) = pd.generate(pd.GenerateConfig(prompts=("a red apple",), output=tmp_path, steps=2, device="cpu"), pipe=pipe)
+    assert with_it.recipe.base_family == ROW.name
+    assert not np.array_equal(np.asarray(with_it.image), np.asarray(without.image))
+
+
+def draw(pipe: ToyPipeline, count: int = 1, guidance: float = 5.0) -> np.ndarray:
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(count, -1, -1, -1)
+    prompts = ["a cat"] * count
+    drawn: np.ndarray = pipe(prompts, latents=noise, guidance_scale=guidance, output_type="np").images
+    return drawn
+
+
+def test_strengths_by_block_image_and_step_and_merging(trained: Path) -> None:
+    pipe = make_toy()
+    plain = draw(pipe)
+    adapters = pd.Adapters(pipe)
+    adapters.load(trained, name="toy")
+    full = draw(pipe)
+    assert not np.array_equal(full, plain)
+    adapters.set(toy=[0.0, 1.0])
+    both = draw(pipe, 2)
+    assert np.allclose(both[0], plain[0], atol=1e-4) and np.allclose(both[1], full[0], atol=1e-4)
+    with pytest.raises(pd.UserError, match="2 images, but 1 is drawn"):
+        draw(pipe, 1)
+    adapters.set(toy={"blocks.0": 1.0})
+    assert not np.array_equal(draw(pipe), full)
+    adapters.set(toy=pd.Schedule([0, 1]))
+    assert not np.array_equal(draw(pipe), full)
+    adapters.set(toy=1.0)
+    adapters.merge()
+    assert np.allclose(draw(pipe), full, atol=1e-3)
+    adapters.unmerge()
+    adapters.remove("toy")
+    assert np.array_equal(draw(pipe), plain)
+
+
+def test_a_file_of_another_family_is_refused(trained: Path) -> None:
+    from conftest import make_pipe
+
+    with pytest.raises(pd.UserError, match=r"was made for base .* \(toy\)"):
+        pd.Adapters(make_pipe()).load(trained)
