@@ -23,9 +23,9 @@ SETTINGS: Mapping[str, type[Settings]] = {
     "text train": pd.TextTrainConfig,
     "text generate": pd.TextGenerateConfig,
 }
-_EVERYWHERE = """Every command takes `--config FILE.toml`, whose keys are the names of its flags without dashes; flags override
-it. `--debug` shows where in the program an error came from, `--help` lists the flags, and `--plugin MODULE` brings in methods,
-families of bases and layouts of others."""
+_EVERYWHERE = """Every command takes `--config FILE.toml`, whose keys are the names of its flags without dashes; flags
+override it. `--debug` shows where in the program an error came from, `--help` lists the flags, and `--plugin MODULE` brings in
+methods, families of bases and layouts of others."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
