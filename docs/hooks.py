@@ -24,8 +24,8 @@ SETTINGS: Mapping[str, type[Settings]] = {
     "text generate": pd.TextGenerateConfig,
 }
 _EVERYWHERE = """Every command takes `--config FILE.toml`, whose keys are the names of its flags without dashes; flags
-override it. `--debug` shows where in the program an error came from, `--help` lists the flags, and `--plugin MODULE` brings in
-methods, families of bases and layouts of others."""
+override it. `--debug` shows where in the program an error came from, `--help` lists the flags, and `--plugin MODULE` brings
+in methods, families of bases and layouts of others."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -50,8 +50,8 @@ def settings_page() -> str:
         Markdown.
     """
     parts = [
-        "# Settings\n\nThe dataclasses of settings, as Python and TOML take them; each command's flags have the same names. A"
-        " value is checked and brought to its type when the dataclass is made, in the same words as on the command line.\n"
+        "# Settings\n\nThe dataclasses of settings, as Python and TOML take them; each command's flags have the same names."
+        " A value is checked and brought to its type when the dataclass is made, in the same words as on the command line.\n"
     ]
     for command, kind in SETTINGS.items():
         parts.append(f"## {kind.__name__}\n\nWhat `peft-diffusion {command}` is told.\n")
@@ -97,7 +97,8 @@ def _row(name: str, one: Mapping[str, Any]) -> str:
     """One line of a table."""
     default = "required" if one["required"] else "" if one["default"] in (None, [], "") else f"`{one['default']}`"
     kind = f"{one['type']}{', several' if one['several'] else ''}"
-    cells = (name, kind, default, _taken(one), html.escape(one["help"], quote=False).replace("|", "\\|").replace("{", "&#123;"))
+    said = html.escape(one["help"], quote=False).replace("|", "\\|").replace("{", "&#123;")
+    cells = (name, kind, default, _taken(one), said)
     return f"| {' | '.join(cells)} |"
 
 
