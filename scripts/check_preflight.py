@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 from peft_diffusion.api import train
 from peft_diffusion.bases import components
 from peft_diffusion.bases.digest import quantize
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.machine import memory_plan
-from peft_diffusion.training.machine.preflight import Need
+from peft_diffusion.training.need import Need
 from scripts.check_families import KINDS, build, draw
 from scripts.measuring import MIB, run
 
@@ -51,7 +52,7 @@ class Watch:
         self.need: Need | None = None
         self.before = 0  # bytes of the process that are no tensors of the run
 
-    def __call__(self, need: Callable[[memory_plan.Footing, bool], Need], of: memory_plan.Footing, low: bool) -> Need:
+    def __call__(self, need: Callable[[memory_plan.MemoryPlan, bool], Need], of: memory_plan.MemoryPlan, low: bool) -> Need:
         """Predict, and begin to measure."""
         self.need = need(of, low)
         gc.collect()
@@ -99,10 +100,10 @@ def check(name: str, options: argparse.Namespace, console: Console) -> tuple[Nee
         preview_steps=options.preview_steps, save_every=options.steps, device=options.device, precision="bfloat16",
         cuda_graph=options.cuda_graph, **asked,
     )  # fmt: skip
-    watch, need = Watch(device), memory_plan.Footing.need
-    watched = patch.object(memory_plan.Footing, "need", lambda of, low: watch(need, of, low))
+    watch, need = Watch(device), memory_plan.MemoryPlan.need
+    watched = patch.object(memory_plan.MemoryPlan, "need", lambda of, low: watch(need, of, low))
     with watched, patch.object(memory_plan, "_SMALL", 0):
-        train(config, pipe=pipe, console=console)
+        train(config, pipe=pipe, observers=[TrainingConsole(console)])
     if watch.need is None:
         raise RuntimeError("nothing was predicted")
     measured = watch.measured(options.preview_steps > 0)

@@ -16,6 +16,7 @@ from torch import nn
 from peft_diffusion import formats
 from peft_diffusion.api import train
 from peft_diffusion.bases import BaseInfo
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.adapter import Adapter, Chain, parts_of
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.training.settings.pictures import ResolvedConfig
@@ -68,7 +69,8 @@ def test_a_block_has_its_own_learning_rate(pictures: Path, tmp_path: Path) -> No
 def test_the_plan_tells_the_rates_of_blocks(pictures: Path, tmp_path: Path) -> None:
     block = ("unet attention lora", r"unet .*\.ff\.net\.2 lora lr=1e-12 b_rate_ratio=4")
     console = Console(record=True, width=300, file=(tmp_path / "log").open("w"))
-    train(small(pictures, tmp_path, block=block, steps=1, unet_lr=2e-3), pipe=make_pipe(), console=console)
+    config = small(pictures, tmp_path, block=block, steps=1, unet_lr=2e-3)
+    train(config, pipe=make_pipe(), observers=[TrainingConsole(console)])
     assert "learning rate unet.0 0.002, unet.1 1e-12, unet.1 x4 4e-12 (" in console.export_text()
 
 

@@ -31,7 +31,7 @@ from peft_diffusion.generation.settings import DemoConfig, Sampling, SchedulerNa
 from peft_diffusion.generation.text import choose, generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.methods.tokens import SoftPrompt
+from peft_diffusion.methods.prompt import SoftPrompt
 
 Make: TypeAlias = Callable[..., list[Picture]]
 STEPS = 3

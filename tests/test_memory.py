@@ -1,7 +1,7 @@
 """Less memory: the same adapter from blocks that are computed twice, and a prediction that is near what is measured."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,11 +18,14 @@ from torch.profiler import ProfilerActivity, profile
 from peft_diffusion import TextTrainConfig, TrainConfig, UserError, train, train_text
 from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena
+from peft_diffusion.core.events import Event, Observer
 from peft_diffusion.fast.cuda_graph import Inputs
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.training.events import MemoryUnknown
 from peft_diffusion.training.machine import memory_plan
 from peft_diffusion.training.machine.low_memory import blocks_of, recomputed, small_vae
-from peft_diffusion.training.machine.preflight import Need, fits, peak
+from peft_diffusion.training.machine.preflight import peak
+from peft_diffusion.training.need import Need, fits
 from peft_diffusion.training.settings.choices import Memory
 from peft_diffusion.training.watch.previews import Previews
 
@@ -30,10 +33,12 @@ Make: TypeAlias = Callable[..., DiffusionPipeline]
 CPU = torch.device("cpu")
 
 
-def learn(pictures: Path, where: Path, pipe: DiffusionPipeline, **more: Any) -> dict[str, torch.Tensor]:
+def learn(
+    pictures: Path, where: Path, pipe: DiffusionPipeline, observers: Sequence[Observer] = (), **more: Any
+) -> dict[str, torch.Tensor]:
     values: dict[str, Any] = {"steps": 4, "batch_size": 2, "rank": 2, "warmup": 0, "preview_steps": 0}
     places = {"output": where / "a.safetensors", "run_dir": where / "run", "device": "cpu"}
-    return load_file(train(TrainConfig((pictures,), **{**values, **places, **more}), pipe=pipe).output)
+    return load_file(train(TrainConfig((pictures,), **{**values, **places, **more}), pipe=pipe, observers=observers).output)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -44,7 +49,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_blocks_that_are_computed_twice_give_the_same_adapter(tmp_path: Path, make: Make) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     pipe = make()
-    more = {"components": ("unet", "text_encoder"), "dropout": 0.2}
+    more: dict[str, Any] = {"components": ("unet", "text_encoder"), "dropout": 0.2}
     one, two = (learn(pictures, tmp_path / memory, pipe, memory=memory, **more) for memory in ("off", "low"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -134,13 +139,13 @@ def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(
     pictures = draw_pictures(tmp_path / "pictures")
     monkeypatch.setattr(memory_plan, "_SMALL", 0)
     needs = []
-    weigh = memory_plan.Footing.need
+    predict = memory_plan.MemoryPlan.need
 
-    def need(footing: memory_plan.Footing, low: bool) -> Need:
-        needs.append(weigh(footing, low))
+    def need(plan: memory_plan.MemoryPlan, low: bool) -> Need:
+        needs.append(predict(plan, low))
         return needs[-1]
 
-    monkeypatch.setattr(memory_plan.Footing, "need", need)
+    monkeypatch.setattr(memory_plan.MemoryPlan, "need", need)
     learn(pictures, tmp_path / "one", make_pipe(), memory="off")
     learn(pictures, tmp_path / "two", make_pipe(), memory="low")
     plain, low = needs
@@ -178,8 +183,7 @@ def test_a_need_that_cannot_be_told_stops_nothing(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(memory_plan, "_SMALL", 0)
     monkeypatch.setattr(memory_plan, "predict", fail)
-    said: list[str] = []
-    footing_of = memory_plan.Footing.stand
-    monkeypatch.setattr(memory_plan.Footing, "stand", lambda self, say: footing_of(self, lambda line: said.append(line)))
-    learn(draw_pictures(tmp_path / "pictures"), tmp_path / "run", make_pipe())
-    assert any("cannot be told before it (RuntimeError: no meta kernel)" in line for line in said)
+    told: list[Event] = []
+    learn(draw_pictures(tmp_path / "pictures"), tmp_path / "run", make_pipe(), observers=[told.append])
+    (event,) = (event for event in told if isinstance(event, MemoryUnknown))
+    assert "cannot be told before it (RuntimeError: no meta kernel)" in event.lines()[0]

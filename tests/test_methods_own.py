@@ -22,21 +22,26 @@ from peft_diffusion import formats
 from peft_diffusion.bases import components, describe, fingerprint
 from peft_diffusion.bases.words import begun, teach
 from peft_diffusion.core import merge, site
-from peft_diffusion.core.adapter import Adapter, Method
+from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import FoldError, UserError
+from peft_diffusion.core.method import Method
 from peft_diffusion.core.slot import SLOT, slot_of
 from peft_diffusion.formats import container
 from peft_diffusion.generation import Adapters
-from peft_diffusion.methods.bitfit import BitFit, BitFitAdapter
-from peft_diffusion.methods.bottleneck import Bottleneck, BottleneckAdapter
+from peft_diffusion.methods.bitfit import BitFit
+from peft_diffusion.methods.bitfit.adapter import BitFitAdapter
+from peft_diffusion.methods.bottleneck import Bottleneck
+from peft_diffusion.methods.bottleneck.adapter import BottleneckAdapter
 from peft_diffusion.methods.dora import Dora
 from peft_diffusion.methods.ia3 import Ia3
 from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lokr import Lokr
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.oft import Oft
-from peft_diffusion.methods.prefix import Prefix, PrefixAdapter
-from peft_diffusion.methods.tokens import SoftPrompt, Tokens
+from peft_diffusion.methods.prefix import Prefix
+from peft_diffusion.methods.prefix.adapter import PrefixAdapter
+from peft_diffusion.methods.prompt import SoftPrompt
+from peft_diffusion.methods.tokens import Tokens
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
 MIXTURE = {

@@ -21,9 +21,12 @@ from test_settings import asked
 from test_training import draw_pictures, lines, small, state_of
 
 from peft_diffusion.api import train
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.events import Event
 from peft_diffusion.training import Interrupted
-from peft_diffusion.training.loop.trainer import Observer, Trainer
+from peft_diffusion.training.events import Step
+from peft_diffusion.training.loop.trainer import Trainer
 from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.results import RunResult
 from peft_diffusion.training.tasks.diffusion import DiffusionTask
@@ -46,23 +49,23 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-class StopAfter(Observer):
+class StopAfter:
     """Sends a real SIGINT to this process after a step."""
 
     def __init__(self, step: int) -> None:
         self.at = step
 
-    def on_step(self, step: int) -> None:
-        if step == self.at:
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Step) and event.step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     run = Trainer.run
 
-    def watched(self: Trainer, until: int | None = None) -> bool:
+    def watched(self: Trainer, until: int | None = None, **stop: Any) -> bool:
         self.observers.append(StopAfter(step))
-        return run(self, until)
+        return run(self, until, **stop)
 
     monkeypatch.setattr(Trainer, "run", watched)
 
@@ -109,7 +112,8 @@ def test_a_longer_run_goes_on_and_says_what_that_means(tmp_path: Path, pictures:
     assert same_file(longer.output, whole.output)
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
     train(small(pictures, tmp_path / "falling", scheduler="cosine"), pipe=make_pipe())
-    train(small(pictures, tmp_path / "falling", scheduler="cosine", steps=7, resume=True), pipe=make_pipe(), console=console)
+    config = small(pictures, tmp_path / "falling", scheduler="cosine", steps=7, resume=True)
+    train(config, pipe=make_pipe(), observers=[TrainingConsole(console)])
     assert "the run was planned for 6 steps" in console.export_text()
     with pytest.raises(UserError, match=r"--steps 3: the run in .* is at step 7 already"):
         train(small(pictures, tmp_path / "falling", scheduler="cosine", steps=3, resume=True), pipe=make_pipe())

@@ -23,6 +23,7 @@ from peft_diffusion import formats
 from peft_diffusion.api import train
 from peft_diffusion.bases import describe
 from peft_diffusion.bases import noise as noise_process
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.data import subfolders
@@ -64,13 +65,13 @@ def draw_mask(picture: Path, box: tuple[int, int, int, int] = (0, 0, 31, 63), si
 
 
 def config_of(config: TrainConfig) -> ResolvedConfig:
-    return prepare(config, make_pipe(), lambda line: None, lambda what: lambda done, total: None, TrainingPictures()).config
+    return prepare(config, make_pipe(), lambda event: None, TrainingPictures()).config
 
 
 def task_of(config: TrainConfig, pipe: DiffusionPipeline | None = None) -> tuple[DiffusionTask, Arena]:
     """The task of a run with a fresh adapter, and its parameters."""
     pipe = pipe or make_pipe()
-    prepared = prepare(config, pipe, lambda line: None, lambda what: lambda done, total: None, TrainingPictures())
+    prepared = prepare(config, pipe, lambda event: None, TrainingPictures())
     made = blocks(prepared.config)
     attached = attach(chosen(pipe, prepared.config.components), made, 0, lambda name: 1e-3)
     return diffusion_task(prepared, made, Crew()), Arena(attached.groups)
@@ -180,7 +181,7 @@ def test_a_regularisation_folder_takes_any_shape_and_its_own_captions(tmp_path: 
 
 def test_a_subject_without_class_says_so_and_trains_text_too(tmp_path: Path, pictures: Path) -> None:
     console = Console(record=True, width=300)
-    result = train(small(pictures, tmp_path, preset="subject"), pipe=make_pipe(), console=console)
+    result = train(small(pictures, tmp_path, preset="subject"), pipe=make_pipe(), observers=[TrainingConsole(console)])
     assert "the class is not kept" in console.export_text()
     assert result.config.components == ("unet", "text_encoder")
     assert small(pictures, tmp_path).components == ("unet",)

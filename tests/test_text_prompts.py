@@ -9,7 +9,6 @@ import torch
 from language import CONTEXT, make_lm
 from laws import strengths_of
 from making import spec_of
-from rich.console import Console
 from test_training import held_out
 from torch.nn import functional as F
 
@@ -24,7 +23,8 @@ from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.text import continued
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.methods.tokens import SoftPrompt, Tokens
+from peft_diffusion.methods.prompt import SoftPrompt
+from peft_diffusion.methods.tokens import Tokens
 from peft_diffusion.training.loop.trainer import loss_at
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens
@@ -209,7 +209,7 @@ def test_a_new_word_is_learned_beside_a_lora_and_read_where_it_stands(tmp_path: 
     text.write_text(LINES.replace("ox", "<kine>"), "utf-8")
     base = make_lm()
     block = ("lm tokens tokens placeholders=<kine> vectors=2 initial=ox lr=0.05", "lm attention lora rank=2")
-    result = train_text(small(text, tmp_path, block=block, lr=1e-2, steps=10), base=base, console=Console(quiet=True))
+    result = train_text(small(text, tmp_path, block=block, lr=1e-2, steps=10), base=base)
     before, after = held_out(result)
     assert after < before
     assert spec_of(result.output).triggers == ("<kine>",)

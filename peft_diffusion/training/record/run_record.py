@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from ...core.errors import UserError
+from ...core.settings import settings_of
+from ..settings.pictures import TrainConfig
+from ..settings.text import TextTrainConfig
+from .measurements import memorisation
 
 State: TypeAlias = Literal["running", "finished", "stopped", "failed"]
 
@@ -170,15 +174,6 @@ class Record:
         return {name: (self.config.get(name), value) for name, value in defaults.items() if self.config.get(name) != value}
 
 
-def memorisation(first: tuple[float, float], now: tuple[float, float]) -> float:
-    """How much further the loss fell on what is trained on than on what is not, as a share of the latter.
-
-    Each pair is the loss on what was seen and on what was not, all above 0. 0 where both fell alike, near 1 where only what
-    was seen is known.
-    """
-    return 1 - (now[0] / first[0]) / (now[1] / first[1])
-
-
 def find(folder: Path) -> list[Record]:
     """The runs in a folder and below it, by path; the folder itself, if it is one. Raises UserError where there is none."""
     if not folder.is_dir():
@@ -210,8 +205,11 @@ def shown(count: int) -> list[int]:
     return list(range(count)) if count <= _SHOWN else [round(n * (count - 1) / (_SHOWN - 1)) for n in range(_SHOWN)]
 
 
-PLACES = frozenset(("output", "run_dir", "cache"))
+_SETTINGS = {one.name: one for kind in (TrainConfig, TextTrainConfig) for one in settings_of(kind)}
+PLACES = frozenset(name for name, one in _SETTINGS.items() if one.setting.place)
 """Settings that say where things lie, and nothing of what is learned."""
+PATHS = frozenset(name for name, one in _SETTINGS.items() if one.single is Path)
+"""Settings that are paths."""
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ... import methods
 from ...core.errors import UserError
 from ...core.settings import COUNT, NATURAL, POSITIVE, SHARE, Flag, Group, Settings, setting, settle
 from .choices import Keep, LogWith, Memory, OptimizerName, Precision, Quantize, Scheduler
@@ -54,6 +55,10 @@ class RunSettings(Settings, MethodSettings, Protocol):
     @property
     def steps(self) -> int: ...
     @property
+    def batch_size(self) -> int: ...
+    @property
+    def memory(self) -> Memory: ...
+    @property
     def accumulation(self) -> int: ...
     @property
     def scheduler(self) -> Scheduler: ...
@@ -89,7 +94,7 @@ class SharedConfig:
     such as its source, is therefore in a class of its own, and stands last among the bases.
     """
 
-    method: str = setting("lora", "What is trained at each layer: lora, or another method of the package.", ADAPTER)
+    method: str = setting(methods.DEFAULT, "What is trained at each layer: the name of a method.", ADAPTER)
     rank: int | None = setting(
         None, "Rank of a LoRA and its kin: how much it can hold, and how large the file is.", ADAPTER, COUNT
     )
