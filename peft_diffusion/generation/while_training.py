@@ -14,7 +14,7 @@ from .settings import GenerateConfig
 
 
 class TrainingPictures:
-    """Draws for a run; see `training.watch.drawing.Drawing`, which this is."""
+    """Draws for a run; see `training.drawing.Drawing`, which this is."""
 
     def previews(
         self,
