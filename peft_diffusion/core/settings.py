@@ -114,6 +114,7 @@ class Setting:
     free_on_resume: bool
     kept: bool
     instead_of: str
+    table: tuple[str, ...]
 
 
 def about(
@@ -127,6 +128,7 @@ def about(
     free_on_resume: bool = False,
     kept: bool = True,
     instead_of: str = "",
+    table: tuple[str, ...] = (),
 ) -> Mapping[str, Setting]:
     """The metadata of a setting without default, for ``dataclasses.field``; `setting` is for all others.
 
@@ -140,11 +142,12 @@ def about(
         free_on_resume: A run may go on with another value: what is learned does not depend on it, or is compared otherwise.
         kept: It is written into files of settings; False for what is said anew with every command.
         instead_of: Another setting, which it stands in place of where both are given.
+        table: The words that its text begins with. A file may have it as a table instead, with a key for each of them.
 
     Returns:
         The metadata.
     """
-    return {_KEY: Setting(help, group, range, unit, flag, place, free_on_resume, kept, instead_of)}
+    return {_KEY: Setting(help, group, range, unit, flag, place, free_on_resume, kept, instead_of, table)}
 
 
 def setting(
@@ -159,6 +162,7 @@ def setting(
     free_on_resume: bool = False,
     kept: bool = True,
     instead_of: str = "",
+    table: tuple[str, ...] = (),
 ) -> T:
     """A field of a dataclass of settings.
 
@@ -179,6 +183,7 @@ def setting(
         free_on_resume=free_on_resume,
         kept=kept,
         instead_of=instead_of,
+        table=table,
     )
     return field(default=default, metadata=told)
 
@@ -205,6 +210,11 @@ class Described:
     def flag(self) -> str:
         """Its flag, which errors call it by, whoever gave the value."""
         return flag(self.name)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Its flag, and all others for it."""
+        return (self.flag, *self.setting.flag.aliases)
 
     @property
     def several(self) -> bool:
@@ -271,7 +281,7 @@ class Described:
         told, limits = self.setting, self.setting.range
         return {
             "name": self.name,
-            "flags": [self.flag, *told.flag.aliases],
+            "flags": list(self.flags),
             "type": self.type_name,
             "several": self.several,
             "required": self.default is MISSING,
