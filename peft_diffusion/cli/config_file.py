@@ -15,6 +15,10 @@ class RunFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def plugins(self) -> list[str]:
+        """The modules with methods of others that the file names."""
+        return settings_file.plugins(self.path)
+
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         """Called by cyclopts when the command line is read."""
         told = [(one, argument) for argument in arguments if (one := setting_of(argument)) is not None]

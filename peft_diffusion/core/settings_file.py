@@ -13,6 +13,7 @@ from .errors import UserError
 from .settings import Described, Settings, settings_of
 
 S = TypeVar("S", bound=Settings)
+_PLUGIN = "plugin"  # the key of modules with methods of others
 
 
 def load(kind: type[S], path: Path) -> S:
@@ -23,7 +24,8 @@ def load(kind: type[S], path: Path) -> S:
         path: The file; the ``config.toml`` of a run is one.
 
     Returns:
-        The settings. ``dataclasses.replace`` changes what shall be otherwise.
+        The settings. ``dataclasses.replace`` changes what shall be otherwise. Modules with methods of others, which the
+        file may name, are not imported: see `plugins`.
 
     Raises:
         UserError: The file cannot be read, has a key of no setting, or a value that a setting cannot have.
@@ -47,6 +49,8 @@ def read(path: Path, settings: Iterable[Described]) -> dict[str, Any]:
     known = {_key(flag): one for one in settings for flag in one.flags if flag.startswith("--")}
     found: dict[str, Any] = {}
     for key, value in _parsed(path).items():
+        if key == _PLUGIN:
+            continue
         one = known.get(_key(key))
         if one is None:
             raise UserError(f"{path}: there is no setting {key!r} of this command{_meant(key, value, known)}")
@@ -55,6 +59,25 @@ def read(path: Path, settings: Iterable[Described]) -> dict[str, Any]:
         _check(path, key, value, one)
         found[one.name] = value
     return found
+
+
+def plugins(path: Path) -> list[str]:
+    """The modules under the key ``plugin``, which is no setting: they are loaded before any is read.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Their names.
+
+    Raises:
+        UserError: The file cannot be read, or names something else.
+    """
+    found = _parsed(path).get(_PLUGIN, [])
+    modules = found if isinstance(found, list) else [found]
+    if not all(isinstance(module, str) for module in modules):
+        raise UserError(f"{path}: {_PLUGIN!r} takes names of modules, not {found!r}")
+    return modules
 
 
 def _parsed(path: Path) -> dict[str, Any]:
