@@ -63,7 +63,14 @@ def discover(group: str) -> None:
 
 
 def entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
-    """The entry points of a group that installed packages have, by name; nothing is imported."""
+    """List what installed packages offer, by name; nothing is imported.
+
+    Args:
+        group: The group of entry points.
+
+    Returns:
+        The entry points.
+    """
     return sorted(importlib.metadata.entry_points(group=group), key=lambda point: point.name)
 
 
