@@ -9,8 +9,7 @@ from torch import nn
 
 from ..core.errors import UserError
 from . import family as families
-from . import unet  # noqa: F401  (registers the kind)
-from .denoiser import KINDS, Denoiser
+from .denoiser import Denoiser, kinds
 from .digest import identity
 from .embedded import ICONS, embedded
 
@@ -49,14 +48,14 @@ def denoiser_of(pipe: Any) -> Denoiser:
         Its denoiser.
 
     Raises:
-        UserError: No kind that is registered knows it.
+        UserError: No family has a kind of network that knows it.
     """
-    for kind in KINDS.values():
+    for kind in kinds():
         if kind.recognizes(pipe):
             return kind(pipe)
     raise UserError(
-        f"{type(pipe).__name__} is no Stable Diffusion with a UNet: it has no unet, nor another network that denoises and is"
-        f" known here ({', '.join(KINDS)})"
+        f"{type(pipe).__name__} is no Stable Diffusion with a UNet: it has no unet, nor a network that denoises of another"
+        " family of bases that is known here"
     )
 
 

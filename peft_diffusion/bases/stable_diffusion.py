@@ -13,6 +13,7 @@ from ..core import quantized
 from ..core.errors import UserError
 from . import single_file
 from .base import components, denoiser_of
+from .denoiser import kinds
 from .digest import quantize as quantize_all
 from .embedded import ICONS, embedded
 from .loading import first_line, pick_device, pick_dtype, quiet
@@ -55,15 +56,26 @@ def _read(source: str, dtype: torch.dtype) -> Any:
         if path.is_dir():
             if not (path / "model_index.json").is_file():
                 raise UserError(f"{path} is no diffusers folder: it holds no model_index.json")
-            return DiffusionPipeline.from_pretrained(str(path), dtype=dtype, local_files_only=True)
+            return _pipeline_class(str(path), local_files_only=True).from_pretrained(
+                str(path), dtype=dtype, local_files_only=True
+            )
         if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.is_dir():
-            return DiffusionPipeline.from_pretrained(source, dtype=dtype)
+            return _pipeline_class(source).from_pretrained(source, dtype=dtype)
     except UserError:
         raise
     except Exception as error:
         # Whatever a damaged folder makes the libraries raise, the person needs to know which base it was.
         raise UserError(f"base {source!r} cannot be read: {first_line(error)}") from error
     raise UserError(f"there is no base {source!r}: neither {ICONS!r}, nor a folder, a file or a hub id (owner/name)")
+
+
+def _pipeline_class(source: str, **options: Any) -> Any:
+    """The class that reads a pipeline: that of a family that brings its own, else diffusers' choice."""
+    own = {kind.pipeline_class.__name__: kind.pipeline_class for kind in kinds() if kind.pipeline_class is not None}
+    if not own:
+        return DiffusionPipeline
+    name = DiffusionPipeline.load_config(source, **options).get("_class_name")
+    return own.get(name, DiffusionPipeline)
 
 
 def _as_asked(pipe: Any, quantize: str | None) -> Any:

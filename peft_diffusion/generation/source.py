@@ -103,7 +103,7 @@ def _paints(mask: Image.Image) -> bool:
 
 def check_mask(pipe: Any, source: Source | None, name: str) -> None:
     """Raise UserError where a base that paints parts anew is given a picture and no mask."""
-    if source is not None and source.mask is None and denoiser_of(pipe).told_masks:
+    if source is not None and source.mask is None and denoiser_of(pipe).inpaints:
         raise UserError(
             f"the base {name!r} paints parts of a picture anew, and is not told which; give --mask, a picture of the same"
             " size that is white there and black elsewhere, or another --base"

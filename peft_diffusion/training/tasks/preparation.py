@@ -163,7 +163,7 @@ class _Encoder:
                 self.pipe.vae,
                 background=config.background,
                 flip=flip,
-                masked=denoiser_of(self.pipe).told_masks,
+                masked=denoiser_of(self.pipe).inpaints,
                 alpha=config.masks == "alpha",
                 folder=config.cache,
                 on_progress=self.progress(what),
