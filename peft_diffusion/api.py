@@ -11,66 +11,90 @@ from .training.pictures import PictureSource, searched
 from .training.texts import TextSource
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from collections.abc import Sequence
 
     from .bases import LanguageModel
-    from .training.results import TextTrainResult, TrainResult
+    from .core.events import Observer, Stop
+    from .training.results import FoundRates, TextTrainResult, TrainResult
     from .training.settings.pictures import TrainConfig
     from .training.settings.text import TextTrainConfig
-    from .training.watch.find_lr import FoundRates
 
 
-def train(config: "TrainConfig", *, pipe: Any | None = None, console: "Console | None" = None) -> "TrainResult":
+def train(
+    config: "TrainConfig",
+    *,
+    pipe: Any | None = None,
+    observers: "Sequence[Observer]" = (),
+    stop: "Stop | None" = None,
+) -> "TrainResult":
     """Learn a style or a subject from folders of pictures and write it as one adapter file.
 
     Args:
         config: What is learned from, and how.
         pipe: A base that is loaded already, used in place of ``config.base`` and left as it was.
-        console: Is told what happens.
+        observers: Are told what happens, by the events of `training.events`.
+        stop: Where it is set, such as a ``threading.Event`` by another thread, the run ends after the present step, with a
+            checkpoint. Without one, SIGINT and SIGTERM do the same, where this is the main thread.
 
     Returns:
         What the run gave.
 
     Raises:
         UserError: For what the user can mend.
-        Interrupted: A signal stopped the run after it saved a checkpoint. It is a KeyboardInterrupt.
+        Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
-    return run.train(PictureSource(config, pipe, TrainingPictures()), console)
+    return run.train(PictureSource(config, pipe, TrainingPictures()), observers, stop)
 
 
-def find_rates(config: "TrainConfig", *, pipe: Any | None = None, console: "Console | None" = None) -> "FoundRates":
+def find_rates(
+    config: "TrainConfig",
+    *,
+    pipe: Any | None = None,
+    observers: "Sequence[Observer]" = (),
+    stop: "Stop | None" = None,
+) -> "FoundRates":
     """Find a learning rate for a training on pictures, without doing it.
 
     Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Takes and raises what `train` does.
     """
-    return run.find_rates(PictureSource(searched(config), pipe, TrainingPictures()), console)
+    return run.find_rates(PictureSource(searched(config), pipe, TrainingPictures()), observers, stop)
 
 
 def train_text(
-    config: "TextTrainConfig", *, base: "LanguageModel | None" = None, console: "Console | None" = None
+    config: "TextTrainConfig",
+    *,
+    base: "LanguageModel | None" = None,
+    observers: "Sequence[Observer]" = (),
+    stop: "Stop | None" = None,
 ) -> "TextTrainResult":
     """Teach a causal language model a text and write what it learned as one adapter file.
 
     Args:
         config: What is learned from, and how.
         base: A model that is loaded already, used in place of ``config.base`` and left as it was.
-        console: Is told what happens.
+        observers: Are told what happens, by the events of `training.events`.
+        stop: Where it is set, such as a ``threading.Event`` by another thread, the run ends after the present step, with a
+            checkpoint. Without one, SIGINT and SIGTERM do the same, where this is the main thread.
 
     Returns:
         What the run gave.
 
     Raises:
         UserError: For what the user can mend.
-        Interrupted: A signal stopped the run after it saved a checkpoint. It is a KeyboardInterrupt.
+        Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
-    return run.train(TextSource(config, base), console)
+    return run.train(TextSource(config, base), observers, stop)
 
 
 def find_text_rates(
-    config: "TextTrainConfig", *, base: "LanguageModel | None" = None, console: "Console | None" = None
+    config: "TextTrainConfig",
+    *,
+    base: "LanguageModel | None" = None,
+    observers: "Sequence[Observer]" = (),
+    stop: "Stop | None" = None,
 ) -> "FoundRates":
     """Find a learning rate for a training on text, without doing it.
 
     Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Takes and raises what `train_text` does.
     """
-    return run.find_rates(TextSource(config, base), console)
+    return run.find_rates(TextSource(config, base), observers, stop)

@@ -255,7 +255,7 @@ def _task(folder: Path) -> DiffusionTask:
     """The loss on a folder, of the embedded base with a fresh LoRA."""
     config = TrainConfig((folder,), held_out=0.0, caption_dropout=0.0, batch_size=BATCH, device="cpu")
     pipe = load_base("icons", device="cpu", dtype="float32")
-    prepared = prepare(config, pipe, lambda _: None, lambda _: lambda *_: None, TrainingPictures())
+    prepared = prepare(config, pipe, lambda event: None, TrainingPictures())
     site.attach(prepared.pipe.unet, "a", Lora(RANK), "attention+ff")
     return DiffusionTask(prepared.pipe, "a", DiffusionSettings(batch_size=BATCH), prepared.train)
 

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 from peft_diffusion.api import train
 from peft_diffusion.bases import components, fingerprint
 from peft_diffusion.bases.architectures import Architecture
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.sampler import Cell, paint
@@ -70,7 +71,7 @@ def check(kind: str, pictures: Path, options: argparse.Namespace, console: Conso
     )  # fmt: skip
     began = time.monotonic()
     with peak_memory() as memory:
-        result = train(run, pipe=pipe, console=console)
+        result = train(run, pipe=pipe, observers=[TrainingConsole(console)])
     trained = time.monotonic() - began
     if fingerprint(components(pipe)) != before:
         raise UserError(f"{kind}: the base was changed")

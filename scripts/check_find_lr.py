@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 from peft_diffusion.api import find_rates, train
 from peft_diffusion.bases import embedded
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.training import TrainConfig
 from scripts.measuring import markdown_table, run
@@ -74,7 +75,7 @@ def config(style: str, arguments: argparse.Namespace, rate: float | None) -> Tra
 def loss_at(style: str, arguments: argparse.Namespace, rate: float) -> float:
     """The loss on what is kept apart after a whole run."""
     try:
-        after = train(config(style, arguments, rate), console=Console(quiet=True)).held_out_after
+        after = train(config(style, arguments, rate)).held_out_after
     except UserError as error:
         print(f"{style} at {rate:.2g}: {error}", file=sys.stderr)
         return math.inf
@@ -83,7 +84,7 @@ def loss_at(style: str, arguments: argparse.Namespace, rate: float) -> float:
 
 def check(style: str, arguments: argparse.Namespace) -> Check:
     """Find a rate, and try those around it."""
-    suggested = find_rates(config(style, arguments, None), console=Console(stderr=True)).rates["unet"]
+    suggested = find_rates(config(style, arguments, None), observers=[TrainingConsole(Console(stderr=True))]).rates["unet"]
     places = range(-2 * arguments.span, 2 * arguments.span + 1)
     rates = [suggested * math.sqrt(2) ** place for place in places]
     return Check(style, suggested, {rate: loss_at(style, arguments, rate) for rate in rates})

@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 from peft_diffusion.api import train
 from peft_diffusion.bases import components
 from peft_diffusion.bases.digest import quantize
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.machine import memory_plan
-from peft_diffusion.training.machine.preflight import Need
+from peft_diffusion.training.need import Need
 from scripts.check_families import KINDS, build, draw
 from scripts.measuring import MIB, run
 
@@ -50,7 +51,7 @@ class Watch:
         self.need: Need | None = None
         self.before = 0  # bytes of the process that are no tensors of the run
 
-    def __call__(self, need: Callable[[memory_plan.Footing, bool], Need], of: memory_plan.Footing, low: bool) -> Need:
+    def __call__(self, need: Callable[[memory_plan.MemoryPlan, bool], Need], of: memory_plan.MemoryPlan, low: bool) -> Need:
         """Predict, and begin to measure."""
         self.need = need(of, low)
         gc.collect()
@@ -98,12 +99,12 @@ def check(name: str, options: argparse.Namespace, console: Console) -> tuple[Nee
         preview_steps=options.preview_steps, save_every=options.steps, device=options.device, precision="bfloat16",
         cuda_graph=options.cuda_graph, **asked,
     )  # fmt: skip
-    watch, need, small = Watch(device), memory_plan.Footing.need, memory_plan._SMALL
-    memory_plan.Footing.need, memory_plan._SMALL = lambda of, low: watch(need, of, low), 0
+    watch, need, small = Watch(device), memory_plan.MemoryPlan.need, memory_plan._SMALL
+    memory_plan.MemoryPlan.need, memory_plan._SMALL = lambda of, low: watch(need, of, low), 0
     try:
-        train(config, pipe=pipe, console=console)
+        train(config, pipe=pipe, observers=[TrainingConsole(console)])
     finally:
-        memory_plan.Footing.need, memory_plan._SMALL = need, small
+        memory_plan.MemoryPlan.need, memory_plan._SMALL = need, small
     if watch.need is None:
         raise RuntimeError("nothing was predicted")
     measured = watch.measured(options.preview_steps > 0)

@@ -16,8 +16,6 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
 from peft_diffusion.training.record.run_record.run_folder import RunFolder
@@ -76,7 +74,7 @@ def split(style: str, where: Path, count: int | None) -> tuple[Path, Path]:
 def examine(result: TrainResult, folder: Path) -> dict[int, float]:
     """The loss on a folder's pictures with each checkpoint of a run."""
     config = TrainConfig(folder=(folder,), base=result.config.base, missing_captions="name", held_out=0.0, device="cpu")
-    prepared = prepare(config, None, lambda _: None, lambda _: lambda done, total: None, TrainingPictures())
+    prepared = prepare(config, None, lambda event: None, TrainingPictures())
     parts = chosen(prepared.pipe, result.config.components)
     attached = attach(parts, blocks(result.config), result.config.seed, lambda _: 1.0)
     arena = Arena(attached.groups)
@@ -114,7 +112,7 @@ def check(style: str, arguments: argparse.Namespace) -> Check:
         overwrite=True,
         device="cpu",
     )
-    result = train(config, console=Console(quiet=True))
+    result = train(config)
     if result.outcome is None:
         raise RuntimeError("this process does not lead its run")
     metrics = RunFolder(result.run_dir).metrics()

@@ -32,13 +32,14 @@ from peft_diffusion.core import quantized
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.data.text_files import read_texts
+from peft_diffusion.fast.low_rank import Working
 from peft_diffusion.formats import inspect
 from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lokr import Lokr
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.oft import Oft
 from peft_diffusion.methods.prefix import Prefix
-from peft_diffusion.methods.tokens import SoftPrompt
+from peft_diffusion.methods.prompt import SoftPrompt
 from peft_diffusion.training.loop.trainer import Trainer, TrainerSettings
 from peft_diffusion.training.settings.derive import resolve_language
 from peft_diffusion.training.settings.text import ResolvedTextConfig, TextTrainConfig
@@ -261,7 +262,7 @@ def _trained(setting: Setting, base: LanguageModel, name: str, rate: float, size
             save_every=config.steps,
         )
         task = setting.task(base)
-        Trainer(task, arena, settings).run()
+        Trainer(task, arena, settings, passes=Working(arena.flat, arena.grad)).run()
         loss = task.held_out()
     if loss is None:
         raise UserError("there is no text kept apart")

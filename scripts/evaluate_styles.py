@@ -41,6 +41,7 @@ from diffusers import DDPMScheduler
 from peft_diffusion.api import train
 from peft_diffusion.bases import embedded, load_base
 from peft_diffusion.bases import noise as noise_process
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.formats import inspect
 from peft_diffusion.generation import Adapters, sheet
 from peft_diffusion.generation.sampler import Cell, paint
@@ -198,7 +199,7 @@ def _train(style: Style, method: str, pipe: Any, options: argparse.Namespace, co
     )
     began = time.process_time()
     with peak_memory() as memory:
-        train(run, pipe=pipe, console=console)
+        train(run, pipe=pipe, observers=[TrainingConsole(console)])
     cost = {"seconds": time.process_time() - began, "memory": memory.get("peak")}
     file.with_suffix(".json").write_text(json.dumps(cost))
 

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 from peft_diffusion.api import train
 from peft_diffusion.bases import embedded, load_base
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.formats import inspect
 from peft_diffusion.generation import Adapters, sheet
 from peft_diffusion.generation.sampler import Cell, paint
@@ -209,7 +210,7 @@ def _train(name: str, pipe: Any, options: argparse.Namespace, console: Console) 
         **VARIANTS[name],
     )
     began = time.monotonic()
-    train(config, pipe=pipe, console=console)
+    train(config, pipe=pipe, observers=[TrainingConsole(console)])
     return file, time.monotonic() - began
 
 

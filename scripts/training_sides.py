@@ -28,7 +28,8 @@ from peft_diffusion.fast.cuda_graph import Recorder
 from peft_diffusion.fast.low_rank import Working
 from peft_diffusion.fast.unet import fused
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.training.loop.trainer import Signals, Trainer, TrainerSettings
+from peft_diffusion.training.events import Signals
+from peft_diffusion.training.loop.trainer import Trainer, TrainerSettings
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask, Examples
 
 RANK, RATE, PICTURES, TOKENS = 16, 1e-4, 16, 77
@@ -143,7 +144,7 @@ def ours(
     site.attach(unet, NAME, Lora(RANK), "attention")
     arena = arena_of(unet)
     settings = TrainerSettings(steps=10**9, rates={"unet": RATE}, log_every=10, save_every=10**9, cuda_graph=record)
-    trainer = Trainer(task_of(cell, unet), arena, settings)
+    trainer = Trainer(task_of(cell, unet), arena, settings, passes=Working(arena.flat, arena.grad))
 
     def alone() -> None:
         trainer.records, before = False, trainer.records

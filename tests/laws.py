@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe, fingerprint
 from peft_diffusion.core import merge, quantized, site, targets
-from peft_diffusion.core.adapter import Method
 from peft_diffusion.core.errors import FoldError
+from peft_diffusion.core.method import Method
 from peft_diffusion.core.slot import slot_of
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.bottleneck import Bottleneck
@@ -26,7 +26,8 @@ from peft_diffusion.methods.lokr import Lokr
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.oft import Oft
 from peft_diffusion.methods.prefix import Prefix
-from peft_diffusion.methods.tokens import SoftPrompt, Tokens
+from peft_diffusion.methods.prompt import SoftPrompt
+from peft_diffusion.methods.tokens import Tokens
 
 METHODS: dict[str, tuple[Method, str]] = {
     "lora": (Lora(rank=4), "attention+ff"),

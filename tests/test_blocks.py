@@ -12,6 +12,7 @@ from test_training import draw_pictures, last_state, small
 
 from peft_diffusion import formats
 from peft_diffusion.api import train
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.adapter import Chain, parts_of
 from peft_diffusion.core.errors import UserError
 
@@ -55,7 +56,8 @@ def test_a_block_has_its_own_learning_rate(pictures, tmp_path):
 def test_the_plan_tells_the_rates_of_blocks(pictures, tmp_path):
     block = ("unet attention lora", r"unet .*\.ff\.net\.2 lora lr=1e-12 b_rate_ratio=4")
     console = Console(record=True, width=300, file=(tmp_path / "log").open("w"))
-    train(small(pictures, tmp_path, block=block, steps=1, unet_lr=2e-3), pipe=make_pipe(), console=console)
+    config = small(pictures, tmp_path, block=block, steps=1, unet_lr=2e-3)
+    train(config, pipe=make_pipe(), observers=[TrainingConsole(console)])
     assert "learning rate unet.0 0.002, unet.1 1e-12, unet.1 x4 4e-12 (" in console.export_text()
 
 

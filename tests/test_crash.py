@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from test_training import draw_pictures, small
 
 from peft_diffusion.api import train
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.training.record import checkpoint
 
@@ -155,7 +156,8 @@ def test_a_cache_that_is_damaged_or_of_another_vae_is_named_and_changes_nothing(
 
     def run(name: str, seed: int = 0) -> tuple[dict, str]:
         said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
-        result = train(small(pictures, tmp_path / name, cache=cache, steps=2), pipe=make_pipe(seed), console=said)
+        config = small(pictures, tmp_path / name, cache=cache, steps=2)
+        result = train(config, pipe=make_pipe(seed), observers=[TrainingConsole(said)])
         return load_file(result.output), said.export_text()
 
     first, told = run("first")

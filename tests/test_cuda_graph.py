@@ -12,6 +12,7 @@ from test_training import Line, draw_pictures, small, trainer
 from torch import Tensor
 
 from peft_diffusion.api import train
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.fast.cuda_graph import Recorder, cause, shapes
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -64,7 +65,7 @@ def test_a_graph_gives_the_same_adapter(case: str, tmp_path: Path) -> None:
         make_pipe().save_pretrained(base)
         changes = {"device": "cuda", "precision": "float32", "cuda_graph": graph, "base": str(base), **CASES[case]}
         said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
-        result = train(small(folder, tmp_path / str(graph), **changes), console=said)
+        result = train(small(folder, tmp_path / str(graph), **changes), observers=[TrainingConsole(said)])
         assert "no CUDA graph" not in said.export_text()
         found.append(load_file(result.output))
     assert_learned_alike(*found)
@@ -97,15 +98,13 @@ def test_a_pipeline_of_ones_own_is_left_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what fails here is that there is no CUDA")
 def test_what_cannot_be_recorded_runs_all_the_same_and_says_why() -> None:
-    told: list[str] = []
     plain, _ = trainer(Line())
     plain.run()
     task = Line()
     loop, log = trainer(task)
     loop.records = True  # as on CUDA: without one, recording fails
-    log.on_unrecorded = told.append
     loop.run()
-    assert len(told) == 1 and loop.unrecorded == told[0] and not loop.records
+    assert log.unrecorded == [loop.unrecorded] and not loop.records
     assert torch.equal(task.weight, plain.task.weight)
 
 

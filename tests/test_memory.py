@@ -14,19 +14,22 @@ from torch.profiler import ProfilerActivity, profile
 from peft_diffusion import TextTrainConfig, TrainConfig, UserError, train, train_text
 from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena
+from peft_diffusion.core.events import Event
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.training.events import MemoryUnknown
 from peft_diffusion.training.machine import memory_plan
 from peft_diffusion.training.machine.low_memory import blocks_of, recomputed, small_vae
-from peft_diffusion.training.machine.preflight import Need, fits, peak
+from peft_diffusion.training.machine.preflight import peak
+from peft_diffusion.training.need import Need, fits
 from peft_diffusion.training.watch.previews import Previews
 
 CPU = torch.device("cpu")
 
 
-def learn(pictures, where, pipe, **more):
+def learn(pictures, where, pipe, observers=(), **more):
     values = {"steps": 4, "batch_size": 2, "rank": 2, "warmup": 0, "preview_steps": 0}
     places = {"output": where / "a.safetensors", "run_dir": where / "run", "device": "cpu"}
-    return load_file(train(TrainConfig((pictures,), **{**values, **places, **more}), pipe=pipe).output)
+    return load_file(train(TrainConfig((pictures,), **{**values, **places, **more}), pipe=pipe, observers=observers).output)
 
 
 def same(one, other):
@@ -117,8 +120,8 @@ def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(tmp_path, m
     pictures = draw_pictures(tmp_path / "pictures")
     monkeypatch.setattr(memory_plan, "_SMALL", 0)
     needs = []
-    weigh = memory_plan.Footing.need
-    monkeypatch.setattr(memory_plan.Footing, "need", lambda self, low: needs.append(weigh(self, low)) or needs[-1])
+    predict = memory_plan.MemoryPlan.need
+    monkeypatch.setattr(memory_plan.MemoryPlan, "need", lambda self, low: needs.append(predict(self, low)) or needs[-1])
     learn(pictures, tmp_path / "one", make_pipe(), memory="off")
     learn(pictures, tmp_path / "two", make_pipe(), memory="low")
     plain, low = needs
@@ -156,8 +159,7 @@ def test_a_need_that_cannot_be_told_stops_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(memory_plan, "_SMALL", 0)
     monkeypatch.setattr(memory_plan, "predict", fail)
-    said: list[str] = []
-    footing_of = memory_plan.Footing.stand
-    monkeypatch.setattr(memory_plan.Footing, "stand", lambda self, say: footing_of(self, lambda line: said.append(line)))
-    learn(draw_pictures(tmp_path / "pictures"), tmp_path / "run", make_pipe())
-    assert any("cannot be told before it (RuntimeError: no meta kernel)" in line for line in said)
+    told: list[Event] = []
+    learn(draw_pictures(tmp_path / "pictures"), tmp_path / "run", make_pipe(), observers=[told.append])
+    (event,) = (event for event in told if isinstance(event, MemoryUnknown))
+    assert "cannot be told before it (RuntimeError: no meta kernel)" in event.lines()[0]

@@ -34,6 +34,7 @@ from torch import nn
 from peft_diffusion import bases, formats
 from peft_diffusion.api import train, train_text
 from peft_diffusion.bases import components, describe, digest, fingerprint, load_base, load_lm
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import merge, quantized, site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.slot import slot_of
@@ -286,7 +287,7 @@ def test_training_generating_and_repeating_a_picture_on_a_quantized_base(kind: s
     base = str(tiny_base)
     said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
     run = small(folder, tmp_path, base=base, quantize=kind, unet_lr=1e-2, components=("unet", "text_encoder"))
-    trained = train(run, console=said)
+    trained = train(run, observers=[TrainingConsole(said)])
     shown = f"generate 'a red apple' --adapter {trained.output} --base {base} --quantize {kind}\n"
     assert f"next: peft-diffusion {shown}" in said.export_text()
     spec = formats.inspect(trained.output).spec
@@ -323,7 +324,7 @@ def test_a_language_model_learns_and_writes_quantized(tmp_path) -> None:
             (words,), base=str(tmp_path / "lm"), output=tmp_path / "a.safetensors", run_dir=tmp_path / "run", rank=2,
             steps=4, batch_size=2, context=24, device="cpu", quantize="nf4",
         ),
-        console=said,
+        observers=[TrainingConsole(said)],
     )  # fmt: skip
     flags = f"--adapter {trained.output} --base {tmp_path / 'lm'} --quantize nf4\n"
     assert f"next: peft-diffusion text generate 'The first words' {flags}" in said.export_text()

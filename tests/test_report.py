@@ -19,6 +19,7 @@ from test_training import draw_pictures, small
 
 from peft_diffusion.api import find_rates, find_text_rates, train, train_text
 from peft_diffusion.cli import runs
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.training import Interrupted, TextTrainConfig
 from peft_diffusion.training import pictures as picture_runs
@@ -241,7 +242,7 @@ def test_a_rate_is_found_and_nothing_else_is_left(tmp_path):
     folder = draw_pictures(tmp_path / "pictures", 8)
     asked = small(folder, tmp_path, held_out=0.25, batch_size=4, unet_lr=1e-4, steps=5)
     console = Console(record=True, width=160, file=(tmp_path / "log").open("w"))
-    found = find_rates(asked, pipe=make_pipe(), console=console)
+    found = find_rates(asked, pipe=make_pipe(), observers=[TrainingConsole(console)])
     again = find_rates(asked, pipe=make_pipe())
     assert (found.factor, found.trials) == (again.factor, again.trials)
     best = min((one for one in found.trials if one.steps == found.steps), key=lambda one: one.loss)
@@ -264,7 +265,7 @@ def test_trials_stand_as_the_run_does_and_the_flag_of_words_is_told(tmp_path, mo
     asked = small(folder, tmp_path, rank=None, method="tokens", components=("text_encoder",), trigger="<ink>", steps=1,
                   option=("placeholders=<ink>",), memory="low")  # fmt: skip
     console = Console(record=True, width=160, file=(tmp_path / "log").open("w"))
-    found = find_rates(asked, pipe=make_pipe(), console=console)
+    found = find_rates(asked, pipe=make_pipe(), observers=[TrainingConsole(console)])
     assert stood == ["fused", "low"]
     assert f"suggested: --text-encoder-lr {found.rates['text_encoder.0']:g}" in console.export_text()
     words = tmp_path / "words.txt"

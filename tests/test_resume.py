@@ -16,12 +16,16 @@ from conftest import make_pipe
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from test_settings import asked
 from test_training import draw_pictures, lines, small
 
 from peft_diffusion.api import train
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.events import Event
 from peft_diffusion.training import Interrupted
-from peft_diffusion.training.loop.trainer import Observer, Trainer
+from peft_diffusion.training.events import Step
+from peft_diffusion.training.loop.trainer import Trainer
 from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.tasks.diffusion import DiffusionTask
 
@@ -43,23 +47,23 @@ def pictures(tmp_path):
     return folder
 
 
-class StopAfter(Observer):
+class StopAfter:
     """Sends a real SIGINT to this process after a step."""
 
     def __init__(self, step: int) -> None:
         self.at = step
 
-    def on_step(self, step):
-        if step == self.at:
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Step) and event.step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
 
 def stop_after(monkeypatch, step: int) -> None:
     run = Trainer.run
 
-    def watched(self, until=None):
+    def watched(self, until=None, **stop):
         self.observers.append(StopAfter(step))
-        return run(self, until)
+        return run(self, until, **stop)
 
     monkeypatch.setattr(Trainer, "run", watched)
 
@@ -104,10 +108,58 @@ def test_a_longer_run_goes_on_and_says_what_that_means(tmp_path, pictures):
     assert same_file(longer.output, whole.output)
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
     train(small(pictures, tmp_path / "falling", scheduler="cosine"), pipe=make_pipe())
-    train(small(pictures, tmp_path / "falling", scheduler="cosine", steps=7, resume=True), pipe=make_pipe(), console=console)
+    config = small(pictures, tmp_path / "falling", scheduler="cosine", steps=7, resume=True)
+    train(config, pipe=make_pipe(), observers=[TrainingConsole(console)])
     assert "the run was planned for 6 steps" in console.export_text()
     with pytest.raises(UserError, match=r"--steps 3: the run in .* is at step 7 already"):
         train(small(pictures, tmp_path / "falling", scheduler="cosine", steps=3, resume=True), pipe=make_pipe())
+
+
+def test_a_run_goes_on_from_its_file_of_settings_with_what_it_had_derived(tmp_path, pictures, monkeypatch):
+    """Its warm-up follows from its steps, which may be more now; rank, rates and the rest are derived as they were."""
+    derives = {"warmup": None, "rank": None, "save_every": None, "scheduler": "constant"}
+    with monkeypatch.context() as patched:
+        stop_after(patched, 4)
+        with pytest.raises(Interrupted):
+            train(small(pictures, tmp_path / "cut", steps=10, **derives), pipe=make_pipe())
+    file = tmp_path / "cut" / "run" / "config.toml"
+    assert "# warmup = 2  (from 10 steps)" in file.read_text("utf-8")
+    with monkeypatch.context() as patched:
+        again = asked(patched, file, "--steps", "15", "--resume")
+    assert again.warmup is None and again.rank is None and again.unet_lr is None
+    resumed = train(again, pipe=make_pipe())
+    assert (resumed.config.warmup, resumed.config.save_every) == (2, 3)
+    whole = train(small(pictures, tmp_path / "whole", steps=15, **{**derives, "warmup": 2}), pipe=make_pipe())
+    assert same_file(resumed.output, whole.output)
+    with monkeypatch.context() as patched:  # and once more: its own is now that of the run before it
+        again = asked(patched, file, "--steps", "20", "--resume")
+    assert train(again, pipe=make_pipe()).config.warmup == 2
+
+
+def test_a_warm_up_that_was_chosen_is_compared(tmp_path, pictures):
+    train(small(pictures, tmp_path, warmup=3), pipe=make_pipe())
+    with pytest.raises(UserError, match="--warmup was 3, now 1"):
+        train(small(pictures, tmp_path, warmup=None, steps=9, resume=True), pipe=make_pipe())
+
+
+def test_a_run_of_an_older_version_goes_on_from_a_file_of_all_settings(tmp_path, pictures, monkeypatch):
+    derives = {"warmup": None, "rank": None, "save_every": None}
+    whole = train(small(pictures, tmp_path / "whole", steps=10, **derives), pipe=make_pipe())
+    with monkeypatch.context() as patched:
+        stop_after(patched, 4)
+        with pytest.raises(Interrupted):
+            train(small(pictures, tmp_path / "cut", steps=10, **derives), pipe=make_pipe())
+    run = tmp_path / "cut" / "run"
+    for path in (run / "checkpoints").iterdir():
+        found = checkpoint.read(path)
+        settings = {name: value for name, value in found.origin.config.items() if name != "derived"}
+        checkpoint.write(path, replace(found, origin=replace(found.origin, config=settings)))
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if value is not None and key != "processes"]
+    (run / "config.toml").write_text("\n".join(lines) + "\n", "utf-8")
+    with monkeypatch.context() as patched:
+        again = asked(patched, run / "config.toml", "--resume")
+    assert again.warmup == 2 and again.unet_lr == 1e-3
+    assert same_file(train(again, pipe=make_pipe()).output, whole.output)
 
 
 def test_resuming_refuses_other_settings_pictures_captions_and_bases_by_name(tmp_path, pictures):

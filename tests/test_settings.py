@@ -5,7 +5,7 @@ import pydoc
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -14,10 +14,13 @@ import pytest
 from making import command, environment
 
 import peft_diffusion as pd
+from peft_diffusion.cli.app import app, main
 from peft_diffusion.cli.runs import RunsConfig
 from peft_diffusion.core.settings import NATURAL, PARAMETERS, Range, Settings, describe, pick, setting, settings_of, settle
 from peft_diffusion.generation.settings import MAX_SEED, DemoConfig, InspectConfig
+from peft_diffusion.training.settings.derive import resolve, resolve_language
 from peft_diffusion.training.settings.shared import FindLr
+from peft_diffusion.training.settings.toml import to_toml
 
 COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "train": (pd.TrainConfig, FindLr),
@@ -183,6 +186,112 @@ def test_settings_import_neither_torch_nor_the_command_line() -> None:
     code += "sys.exit(repr({'torch', 'cyclopts', 'rich'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert done.stderr.strip() == "set()"
+
+
+# What a run derives, and what its file of settings keeps.
+
+
+@dataclass(frozen=True)
+class Base:
+    name: str
+    family: str
+    resolution: int
+
+
+ICONS, TINY, LARGE = Base("icons", "other", 128), Base("tiny", "other", 64), Base("sd15", "sd1", 512)
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, file: Path, *flags: str) -> pd.TrainConfig:
+    """What ``train`` is asked for with a file of settings and flags."""
+    seen: list[pd.TrainConfig] = []
+    monkeypatch.setattr("peft_diffusion.api.train", lambda config, **_: seen.append(config))
+    monkeypatch.setattr(app, "config", app.config)  # main sets it; put back afterwards
+    assert main(["train", "--config", str(file), *flags]) == 0
+    return seen[0]
+
+
+def kept(folder: Path, base: Base, **values: Any) -> Path:
+    """The file of settings of a run on a base."""
+    file = folder / "config.toml"
+    file.write_text(to_toml(resolve(train_config(**values), base, 30, "cpu", 15)), "utf-8")
+    return file
+
+
+def test_a_file_of_settings_has_what_was_chosen_and_what_was_derived_in_comments(tmp_path: Path) -> None:
+    lines = kept(tmp_path, ICONS, rank=4, steps=12, seed=7, block=("unet attention lora",)).read_text("utf-8").splitlines()
+    for line in (
+        "rank = 4",
+        "steps = 12",
+        "seed = 7",
+        "clip = 1.0",  # the same for every run, and a later version may have another
+        'block = ["unet attention lora"]',
+        '# block = ["unet attention lora lr=0.001"]  (with the rates of this run)',
+        "# unet_lr = 0.001  (from preset style for icons)",
+        '# components = ["unet"]  (from preset style)',
+        "# resolution = 128  (from base icons)",
+        "# held_out = 0.1  (from 30 pictures)",
+        "# save_every = 2  (from 12 steps)",
+        "# warmup = 2  (from 12 steps)",
+        "# preview_every = 0  (from device cpu)",
+    ):
+        assert line in lines, line
+    chosen = {line.split(" = ")[0] for line in lines if not line.startswith("#")}
+    assert not {"unet_lr", "resolution", "save_every", "warmup", "components", "debiased", "resume", "overwrite"} & chosen
+    assert "# rank" not in "\n".join(lines)
+    rates = "\n".join(kept(tmp_path, ICONS, method="ia3", optimizer="prodigy").read_text("utf-8").splitlines())
+    assert "# unet_lr = 1.0  (from optimizer prodigy)" in rates and "rank" not in rates
+    assert "(from method ia3, from preset style for icons)" in kept(tmp_path, ICONS, method="ia3").read_text("utf-8")
+
+
+@pytest.mark.parametrize("other", [TINY, LARGE], ids=["tiny", "large"])
+def test_settings_of_a_run_on_another_base_are_derived_anew(
+    other: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = asked(monkeypatch, kept(tmp_path, other, rank=4), "--base", "icons")
+    found = resolve(again, ICONS, 30, "cpu")
+    assert found == resolve(train_config(rank=4, output="pictures.safetensors", run_dir="runs/pictures"), ICONS, 30, "cpu")
+    assert (found.resolution, found.unet_lr, found.rank) == (128, 1e-3, 4)
+    chosen = asked(monkeypatch, kept(tmp_path, other, resolution=96, unet_lr=3e-4), "--base", "icons")
+    assert (chosen.resolution, chosen.unet_lr) == (96, 3e-4)
+
+
+def test_a_run_of_more_steps_derives_what_follows_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = resolve(train_config(steps=12), ICONS, 30, "cpu")
+    again = resolve(asked(monkeypatch, kept(tmp_path, ICONS, steps=12), "--steps", "24"), ICONS, 30, "cpu")
+    assert (first.save_every, first.warmup) == (2, 2)
+    assert (again.steps, again.save_every, again.warmup) == (24, 4, 4)
+    own = asked(monkeypatch, kept(tmp_path, ICONS, steps=12, save_every=3, warmup=1), "--steps", "24")
+    assert (own.save_every, own.warmup) == (3, 1)
+
+
+def test_another_preset_adapts_its_own_components(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = asked(monkeypatch, kept(tmp_path, ICONS), "--preset", "subject")
+    assert again.components == ("unet", "text_encoder")
+    both = kept(tmp_path, ICONS, components=("unet", "text_encoder"))
+    assert asked(monkeypatch, both, "--seed", "1").components == ("unet", "text_encoder")
+
+
+def test_steps_that_are_given_go_before_the_epochs_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = kept(tmp_path, ICONS, epochs=2.0)
+    assert {"epochs = 2.0", "# steps = 30  (from 2 epochs of the pictures)"} <= set(file.read_text("utf-8").splitlines())
+    assert (asked(monkeypatch, file).epochs, asked(monkeypatch, file).steps) == (2.0, None)
+    again = asked(monkeypatch, file, "--steps", "7")
+    assert (again.epochs, again.steps) == (None, 7)
+    assert asked(monkeypatch, file, "--steps", "7", "--epochs", "3").epochs == 3.0
+    file.write_text(file.read_text("utf-8") + "steps = 5\n", "utf-8")
+    assert asked(monkeypatch, file).epochs == 2.0
+
+
+def test_settings_of_a_text_run_are_derived_anew_too(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"texts": "words.txt", "steps": 12}
+    lines = to_toml(resolve_language(pd.TextTrainConfig(**values), parameters=9, context=64)).splitlines()
+    assert {"steps = 12", "warmup = 10", "# save_every = 2  (from 12 steps)", "# lr = 0.003  (for a base of 9 parameters)",
+            "# context = 64  (from the base, which takes 64)"} <= set(lines)  # fmt: skip
+
+
+def test_a_value_that_was_resolved_is_refused_where_no_run_can_use_it() -> None:
+    with pytest.raises(pd.UserError, match="--resolution must be 1 or more, not 0"):
+        resolve(train_config(), replace(ICONS, resolution=0), 30, "cpu")
 
 
 # Settings from settings.

@@ -4,7 +4,6 @@ import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +13,10 @@ from test_training import draw_pictures
 
 from peft_diffusion.api import find_rates, train
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.events import Event
 from peft_diffusion.core.sharded import here, whole
 from peft_diffusion.training import TrainConfig
-from peft_diffusion.training.machine.memory_plan import Footing
+from peft_diffusion.training.machine.memory_plan import Load, MemoryPlan
 from peft_diffusion.training.machine.processes import Crew
 from peft_diffusion.training.machine.sharding import sharing
 from peft_diffusion.training.settings.resumption import free_on_resume
@@ -149,11 +149,12 @@ def test_a_crew_shares_a_base_only_if_told_to() -> None:
 
 def test_what_a_sharded_run_takes_is_not_predicted_and_memory_low_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peft_diffusion.training.machine.memory_plan._SMALL", 0)
-    trainer = SimpleNamespace(arena=SimpleNamespace(flat=torch.zeros(1)), crew=Crew(0, 2, True))
-    said: list[str] = []
+    load = Load([], [torch.nn.Linear(1, 1)], dict, False, [])
+    told: list[Event] = []
     for memory in ("auto", "low"):
-        footing = Footing(memory, trainer, [], [torch.nn.Linear(1, 1)], dict, False, [])
-        assert footing._weigh(said.append) == (memory == "low")
+        plan = MemoryPlan(memory, load, lambda inputs: torch.zeros(()), list, torch.device("cpu"), False, sharded=True)
+        assert plan.recomputes(told.append) == (memory == "low")
+    said = [line for event in told for line in event.lines()]
     assert "not predicted for a base that is sharded; should it not fit, --memory low takes less" in said[0]
     assert said[1].endswith("sharded")
 

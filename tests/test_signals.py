@@ -17,24 +17,20 @@ from torch import nn
 from peft_diffusion.api import train, train_text
 from peft_diffusion.bases import components
 from peft_diffusion.bases.embedded import embedded
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import merge, site
-from peft_diffusion.core.adapter import method
 from peft_diffusion.formats.container import read_header
 from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.methods import method
 from peft_diffusion.training import Interrupted
+from peft_diffusion.training.attachment import at_strength
 from peft_diffusion.training.record import checkpoint
+from peft_diffusion.training.record.measurements import Measurement, best_step, measurements, verdict
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
+from peft_diffusion.training.tasks.layer_changes import layer_changes
 from peft_diffusion.training.tasks.preparation import prepare
-from peft_diffusion.training.watch.signals import (
-    Measured,
-    at_strength,
-    best_step,
-    layer_changes,
-    measurements,
-    suggest,
-    verdict,
-)
+from peft_diffusion.training.watch.strength import suggest
 
 torch.set_num_threads(1)
 
@@ -48,8 +44,8 @@ def spec(path) -> dict:
     return json.loads(read_header(path).metadata["peft_diffusion"])["training"]
 
 
-def run(*unseen: float, seen: float = 0.1) -> list[Measured]:
-    return [Measured(10 * place, value, seen, 0.0, 0.0) for place, value in enumerate(unseen)]
+def run(*unseen: float, seen: float = 0.1) -> list[Measurement]:
+    return [Measurement(10 * place, value, seen, 0.0, 0.0) for place, value in enumerate(unseen)]
 
 
 def test_the_best_step_is_the_earliest_of_the_lowest_after_the_start():
@@ -63,7 +59,7 @@ def test_a_run_that_got_worse_is_called_over_trained_and_one_that_stayed_is_not(
     assert verdict(run(1.0, 0.4, 0.5)).startswith(
         "over-trained since step 10: the loss on what is kept apart rose from 0.4000"
     )
-    worse = [*run(1.0, 0.4), Measured(20, 0.5, 0.2, 0.0, 0.0)]
+    worse = [*run(1.0, 0.4), Measurement(20, 0.5, 0.2, 0.0, 0.0)]
     assert verdict(worse).startswith("unstable since step 10")
 
 
@@ -145,7 +141,7 @@ def test_previews_tell_how_near_they_are_to_training_pictures(tmp_path, pictures
 
 def test_training_pictures_are_nearest_to_themselves(pictures):
     config = small(pictures, pictures, held_out=0.0)
-    prepared = prepare(config, make_pipe(), lambda _: None, lambda _: lambda done, total: None, TrainingPictures())
+    prepared = prepare(config, make_pipe(), lambda event: None, TrainingPictures())
     task = DiffusionTask(prepared.pipe, "none", DiffusionSettings(), prepared.train)
     drawn = [Image.open(picture.path) for picture in prepared.pictures]
     assert task.nearness(drawn) < 1e-3 < 0.5 < task.nearness([Image.new("RGB", (64, 64), "black")])
@@ -199,7 +195,8 @@ def test_the_best_weights_are_written_or_the_last(tmp_path, pictures, monkeypatc
 
 def test_the_suggested_strength_is_measured_said_and_used_nowhere(tmp_path, pictures):
     console = Console(record=True, width=300, file=(tmp_path / "log").open("w"))
-    result = train(small(pictures, tmp_path, held_out=0.4, unet_lr=1e-2), pipe=make_pipe(), console=console)
+    config = small(pictures, tmp_path, held_out=0.4, unet_lr=1e-2)
+    result = train(config, pipe=make_pipe(), observers=[TrainingConsole(console)])
     told = spec(result.output)
     losses = result.outcome.suggestion.losses
     assert losses[0.0] == result.held_out_before and losses[1.0] == result.held_out_after

@@ -19,6 +19,7 @@ from test_training import POWERS, draw_pictures, small
 from peft_diffusion import formats
 from peft_diffusion.api import train
 from peft_diffusion.bases import noise as noise_process
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.core.errors import UserError
@@ -57,13 +58,13 @@ def draw_mask(picture: Path, box=(0, 0, 31, 63), size=64) -> Path:
 
 
 def config_of(config: TrainConfig):
-    return prepare(config, make_pipe(), lambda line: None, lambda what: lambda done, total: None, TrainingPictures()).config
+    return prepare(config, make_pipe(), lambda event: None, TrainingPictures()).config
 
 
 def task_of(config: TrainConfig, pipe=None):
     """The task of a run with a fresh adapter, and its parameters."""
     pipe = pipe or make_pipe()
-    prepared = prepare(config, pipe, lambda line: None, lambda what: lambda done, total: None, TrainingPictures())
+    prepared = prepare(config, pipe, lambda event: None, TrainingPictures())
     made = blocks(prepared.config)
     attached = attach(chosen(pipe, prepared.config.components), made, 0, lambda name: 1e-3)
     return diffusion_task(prepared, made, Crew()), Arena(attached.groups)
@@ -168,7 +169,7 @@ def test_a_regularisation_folder_takes_any_shape_and_its_own_captions(tmp_path, 
 
 def test_a_subject_without_class_says_so_and_trains_text_too(tmp_path, pictures):
     console = Console(record=True, width=300)
-    result = train(small(pictures, tmp_path, preset="subject"), pipe=make_pipe(), console=console)
+    result = train(small(pictures, tmp_path, preset="subject"), pipe=make_pipe(), observers=[TrainingConsole(console)])
     assert "the class is not kept" in console.export_text()
     assert result.config.components == ("unet", "text_encoder")
     assert small(pictures, tmp_path).components == ("unet",)

@@ -21,14 +21,17 @@ import peft_diffusion as pd
 from peft_diffusion import formats
 from peft_diffusion.api import train_text
 from peft_diffusion.bases import components, describe, embedded, fingerprint, load_lm
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import merge, site, targets
-from peft_diffusion.core.errors import FoldError, UserError
+from peft_diffusion.core.errors import FoldError, Interrupted, UserError
+from peft_diffusion.core.events import Event
 from peft_diffusion.data.text_files import read_texts
 from peft_diffusion.generation import Adapters, Schedule
 from peft_diffusion.generation.text import choose, continued, generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.training.loop.trainer import Interrupted, Observer, Trainer, loss_at
+from peft_diffusion.training.events import Step
+from peft_diffusion.training.loop.trainer import Trainer, loss_at
 from peft_diffusion.training.settings.derive import resolve_language
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens
@@ -242,7 +245,8 @@ def test_training_lowers_the_loss_and_leaves_the_base(text, tmp_path):
     base = make_lm()
     before = fingerprint(components(base))
     console = Console(record=True, width=200)
-    result = train_text(small(text, tmp_path / "x", steps=40, held_out=None, context=24), base=base, console=console)
+    config = small(text, tmp_path / "x", steps=40, held_out=None, context=24)
+    result = train_text(config, base=base, observers=[TrainingConsole(console)])
     lines = metrics(result)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 40
@@ -294,14 +298,14 @@ def test_text_to_measure_on_can_be_given(text, tmp_path):
 EVERYTHING = {"accumulation": 2, "ema": 0.9, "dropout": 0.2, "scheduler": "linear", "warmup": 2, "context": 20}
 
 
-class StopAfter(Observer):
+class StopAfter:
     """Sends a real SIGINT to this process after a step."""
 
-    def __init__(self, step):
+    def __init__(self, step: int) -> None:
         self.at = step
 
-    def on_step(self, step):
-        if step == self.at:
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Step) and event.step == self.at:
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -310,9 +314,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(text, tmp_path, m
     whole = train_text(small(text, tmp_path / "whole", **changes), base=make_lm())
     run = Trainer.run
 
-    def stopped(self, until=None):
+    def stopped(self, until=None, **stop):
         self.observers.append(StopAfter(4))
-        return run(self, until)
+        return run(self, until, **stop)
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "run", stopped)
@@ -336,7 +340,8 @@ def test_schedule_free_has_no_schedule_unless_told():
 
 def test_patience_without_text_kept_apart_is_warned_of(text, tmp_path):
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
-    train_text(small(text, tmp_path / "run", held_out=0.0, patience=2, steps=1), base=make_lm(), console=console)
+    config = small(text, tmp_path / "run", held_out=0.0, patience=2, steps=1)
+    train_text(config, base=make_lm(), observers=[TrainingConsole(console)])
     assert "warning: --patience ends nothing where nothing is kept apart" in console.export_text()
 
 

@@ -4,7 +4,6 @@ import peft
 import pytest
 import torch
 from language import CONTEXT, make_lm
-from rich.console import Console
 from torch.nn import functional as F
 
 from peft_diffusion import formats
@@ -17,7 +16,8 @@ from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.text import continued
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.methods.tokens import SoftPrompt, Tokens
+from peft_diffusion.methods.prompt import SoftPrompt
+from peft_diffusion.methods.tokens import Tokens
 from peft_diffusion.training.loop.trainer import loss_at
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens
@@ -199,7 +199,7 @@ def test_a_new_word_is_learned_beside_a_lora_and_read_where_it_stands(tmp_path):
     text.write_text(LINES.replace("ox", "<kine>"), "utf-8")
     base = make_lm()
     block = ("lm tokens tokens placeholders=<kine> vectors=2 initial=ox lr=0.05", "lm attention lora rank=2")
-    result = train_text(small(text, tmp_path, block=block, lr=1e-2, steps=10), base=base, console=Console(quiet=True))
+    result = train_text(small(text, tmp_path, block=block, lr=1e-2, steps=10), base=base)
     assert result.held_out_after < result.held_out_before
     assert formats.inspect(result.output).spec.triggers == ("<kine>",)
     adapters = Adapters(base)

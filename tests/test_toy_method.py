@@ -11,7 +11,8 @@ from conftest import make_pipe
 from torch import nn
 
 from peft_diffusion.bases import components
-from peft_diffusion.core.adapter import Adapter, Method, float32_parameter
+from peft_diffusion.core.adapter import Adapter, float32_parameter
+from peft_diffusion.core.method import Method
 
 
 @dataclass(frozen=True)

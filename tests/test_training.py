@@ -23,15 +23,17 @@ from peft_diffusion.api import train
 from peft_diffusion.bases import components, fingerprint
 from peft_diffusion.bases import family as families
 from peft_diffusion.bases import noise as noise_process
+from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import site, targets
-from peft_diffusion.core.adapter import method
 from peft_diffusion.core.arena import Arena, side_by_side
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.methods import method
 from peft_diffusion.training import TrainConfig
+from peft_diffusion.training.events import Losses, Measured, Signals, Step, Unrecorded
 from peft_diffusion.training.loop.learning_rate import rate
 from peft_diffusion.training.loop.seeds import generator, seed_of
-from peft_diffusion.training.loop.trainer import Divergence, Observer, Signals, Trainer, TrainerSettings, loss_at
+from peft_diffusion.training.loop.trainer import Divergence, Trainer, TrainerSettings, loss_at
 from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.settings.derive import resolve
 from peft_diffusion.training.settings.toml import to_toml
@@ -197,20 +199,24 @@ class Line(nn.Module):
         return Signals()
 
 
-class Log(Observer):
+class Log:
+    """What a trainer tells, and copies of the states that it gives."""
+
     def __init__(self) -> None:
-        self.steps, self.losses, self.held_out, self.states = [], [], [], []
+        self.steps, self.losses, self.held_out, self.unrecorded, self.states = [], [], [], [], []
 
-    def on_step(self, step):
-        self.steps.append(step)
+    def __call__(self, event):
+        match event:
+            case Step():
+                self.steps.append(event.step)
+            case Losses():
+                self.losses += event.losses
+            case Measured() if event.held_out is not None:
+                self.held_out.append((event.step, event.held_out))
+            case Unrecorded():
+                self.unrecorded.append(event.why)
 
-    def on_losses(self, losses):
-        self.losses += losses
-
-    def on_held_out(self, step, loss):
-        self.held_out.append((step, loss))
-
-    def on_checkpoint(self, state):
+    def keep(self, state):
         copies = {name: tensor.clone() for name, tensor in state.tensors.items()}
         self.states.append(replace(state, tensors=copies, divergence=replace(state.divergence)))
 
@@ -218,7 +224,7 @@ class Log(Observer):
 def trainer(task: Line, **changes) -> tuple[Trainer, Log]:
     settings = {"steps": 12, "rates": {"line": 0.1}, "log_every": 5, "save_every": 4} | changes
     log = Log()
-    return Trainer(task, Arena({"line": [task.weight]}), TrainerSettings(**settings), [log]), log
+    return Trainer(task, Arena({"line": [task.weight]}), TrainerSettings(**settings), [log], keep=log.keep), log
 
 
 def test_the_loop_tells_every_step_once_and_lowers_the_loss():
@@ -311,11 +317,11 @@ def test_a_loss_that_runs_away_stops():
 
 
 class Icons:
-    family, resolution = "other", 128
+    name, family, resolution = "icons", "other", 128
 
 
 class StableDiffusion1:
-    family, resolution = "sd1", 512
+    name, family, resolution = "sd1", "sd1", 512
 
 
 def test_presets_fill_what_was_left_out_and_nothing_else(tmp_path):
@@ -332,7 +338,7 @@ def test_presets_fill_what_was_left_out_and_nothing_else(tmp_path):
 def test_every_preset_gives_every_family_all_its_values():
     for preset in ("style", "subject"):
         for family in ("sd1", "sd2", "sdxl", "other"):
-            base = type("Base", (), {"family": family, "resolution": 64})()
+            base = type("Base", (), {"name": family, "family": family, "resolution": 64})()
             found = resolve(TrainConfig(folder=(Path("x"),), preset=preset), base, 48, "cpu")
             may_be_none = {"cache", "alpha", "epochs", "quantize", "target", "log_with"}
             assert not [f.name for f in fields(found) if getattr(found, f.name) is None and f.name not in may_be_none]
@@ -445,8 +451,7 @@ def test_v_prediction_is_trained_as_the_base_says(tmp_path, pictures):
 
 def test_pictures_kept_apart_are_never_trained_on(tmp_path):
     folder = draw_pictures(tmp_path / "pictures", 10)
-    prepared = prepare(small(folder, tmp_path, held_out=0.3), make_pipe(), lambda _: None, lambda _: lambda *_: None,
-                       TrainingPictures())  # fmt: skip
+    prepared = prepare(small(folder, tmp_path, held_out=0.3), make_pipe(), lambda event: None, TrainingPictures())
     assert (len(prepared.train.captions), len(prepared.held_out.captions)) == (7, 3)
     assert not set(prepared.train.captions) & set(prepared.held_out.captions)
     site.attach(prepared.pipe.unet, "a", method("lora", rank=2))
@@ -487,14 +492,15 @@ def test_epochs_see_every_picture_so_many_times(tmp_path, pictures):
 
 def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path, pictures):
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
-    result = train(small(pictures, tmp_path), pipe=make_pipe(), console=console)
+    result = train(small(pictures, tmp_path), pipe=make_pipe(), observers=[TrainingConsole(console)])
     assert result.held_out_before is None
     said = console.export_text()
     assert "no pictures are kept apart" in said and "next: peft-diffusion generate" in said
     assert "(fewer than 20 pictures; --held-out 0.1" in said and "--patience" not in said
     assert said.count(result.base_fingerprint) == 2
     many = draw_pictures(tmp_path / "many", 20)
-    train(small(many, tmp_path / "two", held_out=0.0, patience=2, steps=1), pipe=make_pipe(), console=console)
+    asked = small(many, tmp_path / "two", held_out=0.0, patience=2, steps=1)
+    train(asked, pipe=make_pipe(), observers=[TrainingConsole(console)])
     said = console.export_text()
     assert "measure on (--held-out 0.1" in said and "warning: --patience ends nothing" in said
 
@@ -503,7 +509,7 @@ def test_captions_over_the_limit_are_named_with_what_is_lost(tmp_path, pictures)
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
     (pictures / "red apple a.txt").write_text("apple " * 80 + "dog", "utf-8")
     config = small(pictures, tmp_path, missing_captions="name", steps=1)
-    train(config, pipe=make_pipe(), console=console)
+    train(config, pipe=make_pipe(), observers=[TrainingConsole(console)])
     said = console.export_text()
     assert "1 prompts are over 77 tokens" in said and "red apple a.png" in said and "dog" in said
 

@@ -16,7 +16,7 @@ from . import family as families
 from . import noise as noise_process
 from .family import Family
 from .noise import Prediction
-from .pipelines import Pipeline
+from .pipelines import Pipeline, images_drawn
 from .prompts import TextSide
 from .schedulers import SCHEDULERS, SchedulerTable
 
@@ -213,7 +213,7 @@ class Denoiser(Protocol):
         Returns:
             Half of it where classifier-free guidance doubles the batch.
         """
-        return rows // (2 if pipeline.do_classifier_free_guidance else 1)
+        return images_drawn(pipeline, rows)
 
 
 def kinds() -> tuple[type[Denoiser], ...]:

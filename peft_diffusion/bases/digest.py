@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import quantized
+from ..core.merge import unmerged_state
 from ..core.sharded import whole
 
 _SAMPLES = 1024
@@ -35,14 +36,14 @@ def identity(modules: Mapping[str, nn.Module]) -> str:
     """A digest of which weights these are: the same for one base held in float32, float16, bfloat16, or quantized by
     ``quantize`` (16 hex digits).
 
-    Reads a sample of every tensor, rounded to bfloat16.
+    Reads a sample of every tensor, rounded to bfloat16; where adapters are merged, the weights as they were before.
     """
     before = {known for module in modules.values() if (known := getattr(module, _IDENTITY, None)) is not None}
     if len(before) == 1:
         return str(before.pop())
     digest = hashlib.sha256()
     for component, module in sorted(modules.items()):
-        for name, tensor in module.state_dict().items():
+        for name, tensor in unmerged_state(module).items():
             flat = _readable(tensor).reshape(-1)
             sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu")
             rounded = sample.to(torch.bfloat16).view(torch.int16) if sample.is_floating_point() else sample

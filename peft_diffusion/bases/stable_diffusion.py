@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from ..core import quantized
+from ..core import quantized, site
 from ..core.errors import UserError
 from . import single_file
 from .base import components, denoiser_of
@@ -87,6 +87,5 @@ def _as_asked(pipe: Any, quantize: str | None) -> Any:
 def _frozen(pipe: Any) -> Any:
     denoiser_of(pipe)
     for part in (*components(pipe).values(), pipe.vae):
-        part.requires_grad_(False)
-        part.eval()
+        site.freeze(part)
     return pipe

@@ -2,19 +2,22 @@
 
 import copy
 import functools
+import gc
 import json
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
 from ..core import site as sites
-from ..core.adapter import Method, parts_of
+from ..core.adapter import Adapter, parts_of
+from ..core.component import ComponentState, Link, Word
 from ..core.errors import UserError
+from ..core.method import Method
+from ..core.slot import SLOT, state_of
 from ..core.strength import Strengths
-from ..methods.tokens import SoftPrompt, SoftPromptAdapter, Tokens, TokensAdapter
 from . import family as families
 from .base import components, text_encoders
 
@@ -28,14 +31,14 @@ def begun(base: Any, component: str, method: Method) -> Method:
 
     Raises UserError where initial words have more tokens than there are vectors.
     """
-    if not isinstance(method, (Tokens, SoftPrompt)) or method.ids:
+    begins = method.initial_words()
+    if not begins:
         return method
     tokenizers = text_encoders(base)
     if component not in tokenizers:
         raise UserError(f"{method.name} needs a component that reads words, which {component} is not")
-    begins = method.begins if isinstance(method, Tokens) else [method.initial]
     tokenizer = getattr(base, tokenizers[component])
-    return replace(method, ids=[one for words in begins for one in _initial(tokenizer, words, method.vectors)])
+    return method.with_ids([one for words, vectors in begins for one in _initial(tokenizer, words, vectors)])
 
 
 def teach(base: Any) -> None:
@@ -44,132 +47,295 @@ def teach(base: Any) -> None:
     A taught tokenizer reads each placeholder as a whole word and gives it as many tokens as it has vectors; it puts soft
     prompts before every prompt for which their strength is not 0. With a text encoder they follow the token that marks the
     start; with a language model they precede it, as they do in peft, and like it they are left out where a call says
-    ``add_special_tokens=False``. Where no adapter has words, tokenizers and text encoders are what they were. Raises
-    UserError, and changes nothing, for a placeholder that two adapters teach or that is a word of the base already, and for
-    more soft prompts than a prompt has room.
+    ``add_special_tokens=False``. Where no adapter has words, tokenizers and text encoders are what they were.
+
+    What is taught stands with the adapters on the text encoder or language model. So every tokenizer that was taught from
+    one follows what is taught there later, by whichever base that has it; one whose teacher is gone reads as if it had
+    learned nothing.
+
+    Args:
+        base: A pipeline or a ``LanguageModel``.
+
+    Raises:
+        UserError: Two adapters teach one placeholder, one is a word of the base already, there are more soft prompts than a
+            prompt has room, or the tokenizer has learned from a text encoder of another pipeline. Nothing is changed then.
     """
     parts = components(base)
-    named = {name: (parts[name], getattr(base, tokenizer)) for name, tokenizer in text_encoders(base).items()}
-    pairs = list(named.values())
-    lessons = [_lessons(*pair, of_lm=families.role_of(name) == "language model") for name, pair in named.items()]
-    for (encoder, tokenizer), found in zip(pairs, lessons, strict=True):
-        _forget(tokenizer)
-        if found is not None:
-            _learn(encoder, tokenizer, found)
+    pupils = [
+        _Pupil(parts[name], getattr(base, tokenizer), of_lm=families.role_of(name) == "language model")
+        for name, tokenizer in text_encoders(base).items()
+    ]
+    for pupil in pupils:
+        pupil.check()
+    _refuse_shared(pupils)
+    for pupil in pupils:
+        pupil.teach()
 
 
 def plain_ids(tokenizer: Any, words: str) -> list[int]:
     """The tokens of some words as the base has them, whatever its tokenizer was taught."""
     if isinstance(tokenizer, TaughtTokenizer):
-        return list(tokenizer.lessons.plain.encode(words, add_special_tokens=False).ids)
+        return list(_held(tokenizer).plain.encode(words, add_special_tokens=False).ids)
     return list(tokenizer(words, add_special_tokens=False).input_ids)
 
 
 def learned(tokenizer: Any) -> dict[str, int]:
     """The tokens that a tokenizer was taught, by name, each placeholder's first one being the placeholder itself."""
-    return dict(tokenizer.lessons.ids) if isinstance(tokenizer, TaughtTokenizer) else {}
+    words = _lessons(tokenizer).words if isinstance(tokenizer, TaughtTokenizer) else ()
+    return {name: number for word in words for name, number in zip(word.tokens, word.ids, strict=True)}
 
 
 @dataclass(frozen=True)
-class _Word:
+class _Found:
     """What one placeholder of an adapter becomes: the names of its tokens, the first being the placeholder itself."""
 
     owner: str
-    adapter: TokensAdapter
+    adapter: Adapter
     tokens: tuple[str, ...]
-    strengths: Strengths
     block: int
 
     @property
     def precedes(self) -> bool:
         """Whether it is a soft prompt."""
-        return isinstance(self.adapter, SoftPromptAdapter)
-
-    def wanted(self, index: int, count: int) -> bool:
-        """Whether it has a strength other than 0 for prompt ``index`` of ``count``."""
-        row = self.strengths.values[self.strengths.index(self.owner), self.block].tolist()
-        if count % len(row):
-            return any(row)
-        return bool(row[index % len(row)])
+        return self.adapter.precedes
 
 
-@dataclass
-class _Lessons:
-    """What a tokenizer was taught, and what it takes to forget it."""
+class _Pupil:
+    """A tokenizer, and the text encoder or language model whose adapters teach it."""
 
-    words: list[_Word]
-    plain: Any
-    of_lm: bool  # where soft prompts precede what marks the start, and a new word only the space before it
-    ids: Mapping[str, int] = field(default_factory=dict)  # by the names of the tokens
-    legacy: list[nn.Module] = field(default_factory=list)  # those whose eos_token_id was corrected
-    backends: dict[tuple[str, ...], Any] = field(default_factory=dict)  # by the tokens that each puts first
+    def __init__(self, encoder: nn.Module, tokenizer: Any, of_lm: bool) -> None:
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.of_lm = of_lm
+        self.state = state_of(encoder)
+        self.found = list(_found(encoder))
 
-    def __post_init__(self) -> None:
-        self.longest_first = sorted(
-            (word for word in self.words if not word.precedes), key=lambda word: len(word.tokens[0]), reverse=True
+    @property
+    def plain(self) -> Any:
+        """The tokenizer of the tokenizers library that the base has. Raises UserError where it has none."""
+        if isinstance(self.tokenizer, TaughtTokenizer):
+            return _held(self.tokenizer).plain
+        plain = getattr(self.tokenizer, "_tokenizer", None)
+        if plain is None:
+            kind = type(self.tokenizer).__name__
+            raise UserError(f"a {kind} cannot be taught words; one of the tokenizers library is needed")
+        return plain
+
+    def check(self) -> None:
+        """Raise UserError where the adapters teach what this tokenizer cannot learn."""
+        if not self.found:
+            return
+        if self._learns_elsewhere():
+            raise UserError(
+                f"the adapters {', '.join(dict.fromkeys(one.owner for one in self.found))} teach words, but this pipeline's"
+                " tokenizer has learned those of another pipeline's text encoder; give it one of its own, as in"
+                " pipe.tokenizer = copy.deepcopy(pipe.tokenizer)"
+            )
+        plain, owners = self.plain, dict[str, str]()
+        for one in self.found:
+            for name in one.tokens:
+                _check_word(name, one.owner, owners, plain)
+        config: Any = self.encoder.config
+        room = (config.max_position_embeddings if self.of_lm else self.tokenizer.model_max_length) - 2
+        front = sum(len(one.tokens) for one in self.found if one.precedes)
+        if front >= room:
+            raise UserError(f"soft prompts of {front} tokens leave no room for a prompt: the base reads {room}")
+        if self.of_lm and front:
+            _template(json.loads(plain.to_str()))
+
+    def teach(self) -> None:
+        """Teach the tokenizer, and every other that was taught from here, what the adapters have to teach now."""
+        if self.state is None or not self.found:
+            self._forget()
+            return
+        plain = self.plain
+        backend = _extended(plain, [one.tokens for one in self.found], self.of_lm)
+        ids = [tuple(backend.token_to_id(name) for name in one.tokens) for one in self.found]
+        self.state.words = tuple(
+            Word(one.owner, one.tokens, own, one.block, one.precedes) for one, own in zip(self.found, ids, strict=True)
         )
-        flags = re.NOFLAG if self.of_lm else re.IGNORECASE  # CLIP knows no capitals
-        either = "|".join(f"({_whole(word.tokens[0])})" for word in self.longest_first)
-        self.pattern = re.compile(either, flags) if either else None
+        _answer(self.found, ids)
+        if not isinstance(self.tokenizer, TaughtTokenizer):
+            self.tokenizer.__class__ = _taught(cast(Hashable, type(self.tokenizer)))
+        lessons = _Lessons(plain, self.of_lm, Link(self.state), self.state.words)
+        vars(self.tokenizer)[SLOT] = lessons
+        self.tokenizer._tokenizer = lessons.extended
+        for path, module in self.encoder.named_modules():
+            if getattr(module, "eos_token_id", None) == _LEGACY_EOS != self.tokenizer.eos_token_id:
+                # Its largest id would be a new word. For all others, the first end of text is where the largest id is.
+                self.state.replace_attribute(self.encoder, path, "eos_token_id", self.tokenizer.eos_token_id)
+
+    def _forget(self) -> None:
+        if self.state is not None:
+            self.state.forget_words(self.encoder)
+        if not self._learns_elsewhere():
+            _forget(self.tokenizer)
+
+    def _learns_elsewhere(self) -> bool:
+        """Whether the tokenizer was taught by another text encoder, which still teaches it."""
+        if _teacher(self.tokenizer) in (None, self.state):
+            return False
+        gc.collect()  # one that nobody has any more lives until then, as its adapters know their sites
+        return _teacher(self.tokenizer) not in (None, self.state)
+
+
+def _refuse_shared(pupils: Sequence[_Pupil]) -> None:
+    """Raises UserError where two text encoders of one base teach the same tokenizer."""
+    taught = [id(pupil.tokenizer) for pupil in pupils if pupil.found]
+    if len(set(taught)) < len(taught):
+        raise UserError(
+            "the adapters of two text encoders teach words to one tokenizer, which both share; give each one of its own, as"
+            " in pipe.tokenizer_2 = copy.deepcopy(pipe.tokenizer)"
+        )
+
+
+class _Lessons:
+    """What a tokenizer was taught, and what it takes to forget it.
+
+    Attributes:
+        plain: The tokenizer of the tokenizers library that the base has.
+        of_lm: Whether it reads for a language model, where soft prompts precede what marks the start, and a new word takes
+            only the space before it.
+        teacher: What the text encoder or language model carries that it was taught from.
+        words: What it was taught.
+        extended: The plain tokenizer with the tokens of these words.
+    """
+
+    def __init__(self, plain: Any, of_lm: bool, teacher: Link[ComponentState], words: tuple[Word, ...]) -> None:
+        self.plain = plain
+        self.of_lm = of_lm
+        self.teacher = teacher
+        self.words = words
+        self.extended = _extended(plain, [word.tokens for word in words], of_lm)
+        self._backends: dict[tuple[str, ...], Any] = {(): self.extended}  # by the tokens that each puts first
+        for word in words:
+            if word.ids != tuple(self.extended.token_to_id(name) for name in word.tokens):
+                raise UserError(
+                    f"adapter {word.owner!r} taught the word {word.tokens[0]!r} to a tokenizer with another vocabulary than"
+                    " this one, so it has other numbers there; share one tokenizer between the pipelines"
+                )
+        self._longest_first = sorted(
+            (word for word in words if not word.precedes), key=lambda word: len(word.tokens[0]), reverse=True
+        )
+        flags = re.NOFLAG if of_lm else re.IGNORECASE  # CLIP knows no capitals
+        either = "|".join(f"({_whole(word.tokens[0])})" for word in self._longest_first)
+        self._pattern = re.compile(either, flags) if either else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Lessons, (self.plain, self.of_lm, self.teacher, self.words)
 
     def expand(self, text: str, index: int, count: int) -> str:
         """A prompt with every placeholder as all of its tokens, and before it a text encoder's soft prompts."""
         edge = "" if self.of_lm else " "
-        if self.pattern is not None:
-            words = self.longest_first
-            text = self.pattern.sub(lambda match: edge + " ".join(words[(match.lastindex or 1) - 1].tokens) + edge, text)
+        if self._pattern is not None:
+            words = self._longest_first
+            text = self._pattern.sub(lambda match: edge + " ".join(words[(match.lastindex or 1) - 1].tokens) + edge, text)
         return text if self.of_lm else " ".join([*self._before(index, count), text])
 
     def backend(self, index: int, count: int) -> Any:
         """The tokenizer for a prompt, which puts the soft prompts of a language model before all else."""
         front = self._before(index, count) if self.of_lm else ()
-        if front not in self.backends:
-            self.backends[front] = _led(self.backends[()], front)
-        return self.backends[front]
+        if front not in self._backends:
+            self._backends[front] = _led(self.extended, front)
+        return self._backends[front]
 
     def _before(self, index: int, count: int) -> tuple[str, ...]:
         """The tokens of the soft prompts of prompt ``index`` of ``count``."""
-        return tuple(t for word in self.words if word.precedes and word.wanted(index, count) for t in word.tokens)
+        state = self.teacher()
+        if state is None:
+            return ()
+        return tuple(
+            token
+            for word in self.words
+            if word.precedes and _wanted(word, state.strengths, index, count)
+            for token in word.tokens
+        )
+
+
+def _wanted(word: Word, strengths: Strengths, index: int, count: int) -> bool:
+    """Whether a soft prompt has a strength other than 0 for prompt ``index`` of ``count``."""
+    if word.owner not in strengths.names:
+        return False
+    row = strengths.values[strengths.index(word.owner), word.block].tolist()
+    if count % len(row):
+        return any(row)
+    return bool(row[index % len(row)])
 
 
 class TaughtTokenizer:
-    """Mixed into the class of a tokenizer that knows learned words."""
+    """Mixed into the class of a tokenizer that knows learned words; what it knows is under the private name of slots."""
 
-    lessons: _Lessons
     _tokenizer: Any
 
     def __call__(self, text: Any = None, *more: Any, **named: Any) -> Any:
         """As ever, of the expanded text; the prompts of a list are those of the images (or rows) in order."""
+        lessons = _lessons(self)
         if isinstance(text, str):
-            self._tokenizer = self.lessons.backend(0, 1)
-            text = self.lessons.expand(text, 0, 1)
+            self._tokenizer = lessons.backend(0, 1)
+            text = lessons.expand(text, 0, 1)
         elif isinstance(text, (list, tuple)):
             count = len(text)
-            text = [self.lessons.expand(t, i, count) if isinstance(t, str) else t for i, t in enumerate(text)]
-            backends = [self.lessons.backend(index, count) for index in range(count)]
+            text = [lessons.expand(t, i, count) if isinstance(t, str) else t for i, t in enumerate(text)]
+            backends = [lessons.backend(index, count) for index in range(count)]
             if len(set(map(id, backends))) > 1:
-                return self._each(text, backends, *more, **named)
+                return _each(self, super().__call__, text, backends, *more, **named)  # type: ignore[misc]
             self._tokenizer = backends[0] if backends else self._tokenizer
         return super().__call__(text, *more, **named)  # type: ignore[misc]
 
-    def _each(self, texts: Sequence[str], backends: Sequence[Any], *more: Any, **named: Any) -> Any:
-        """Texts with different soft prompts: each by itself, then padded together. Raises UserError for pairs of texts."""
-        if more or named.get("text_pair") is not None:
-            raise UserError("pairs of texts cannot have soft prompts at different strengths; tokenize them one by one")
-        together = {key: named.pop(key) for key in _OF_A_BATCH if key in named}
-        if together.get("padding") == "max_length":
-            together["max_length"] = named.get("max_length")
-        rows = []
-        for text, backend in zip(texts, backends, strict=True):
-            self._tokenizer = backend
-            rows.append(super().__call__(text, **named))  # type: ignore[misc]
-        padded = {key: [row[key] for row in rows] for key in rows[0]}
-        return self.pad(padded, **{"padding": False, **together})  # type: ignore[attr-defined]
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time: pickle and deepcopy make it again from the one that it came from.
+        return _remade, (type(self).__mro__[2],), self.__getstate__()
+
+
+def _each(
+    tokenizer: Any, call: Callable[..., Any], texts: Sequence[str], backends: Sequence[Any], *more: Any, **named: Any
+) -> Any:
+    """Texts with different soft prompts: each by itself, then padded together. Raises UserError for pairs of texts."""
+    if more or named.get("text_pair") is not None:
+        raise UserError("pairs of texts cannot have soft prompts at different strengths; tokenize them one by one")
+    together = {key: named.pop(key) for key in _OF_A_BATCH if key in named}
+    if together.get("padding") == "max_length":
+        together["max_length"] = named.get("max_length")
+    rows = []
+    for text, backend in zip(texts, backends, strict=True):
+        tokenizer._tokenizer = backend
+        rows.append(call(text, **named))
+    padded = {key: [row[key] for row in rows] for key in rows[0]}
+    return tokenizer.pad(padded, **{"padding": False, **together})
 
 
 @functools.cache
 def _taught(cls: Any) -> type[TaughtTokenizer]:
     return type(cls.__name__, (TaughtTokenizer, cls), {"__module__": cls.__module__})
+
+
+def _remade(cls: type) -> TaughtTokenizer:
+    taught = _taught(cast(Hashable, cls))
+    return taught.__new__(taught)
+
+
+def _held(tokenizer: TaughtTokenizer) -> _Lessons:
+    """What a tokenizer was taught when it was last asked."""
+    lessons: _Lessons = vars(tokenizer)[SLOT]
+    return lessons
+
+
+def _lessons(tokenizer: TaughtTokenizer) -> _Lessons:
+    """What a tokenizer was taught, brought in line with what its teacher says now. Raises UserError as ``_Lessons`` does."""
+    lessons = _held(tokenizer)
+    state = lessons.teacher()
+    words = () if state is None else state.words
+    if words != lessons.words:
+        lessons = vars(tokenizer)[SLOT] = _Lessons(lessons.plain, lessons.of_lm, lessons.teacher, words)
+    return lessons
+
+
+def _teacher(tokenizer: Any) -> ComponentState | None:
+    """What a tokenizer was taught from, if that lives and still teaches anything."""
+    if not isinstance(tokenizer, TaughtTokenizer):
+        return None
+    state = _held(tokenizer).teacher()
+    return state if state is not None and state.words else None
 
 
 def _initial(tokenizer: Any, words: str, vectors: int) -> list[int]:
@@ -180,37 +346,13 @@ def _initial(tokenizer: Any, words: str, vectors: int) -> list[int]:
     return [ids[index % len(ids)] for index in range(vectors)]
 
 
-def _lessons(encoder: nn.Module, tokenizer: Any, of_lm: bool) -> _Lessons | None:
-    """What the adapters of a text encoder have to teach, checked; None where it is nothing."""
-    words = list(_words(encoder))
-    if not words:
-        return None
-    taught = isinstance(tokenizer, TaughtTokenizer)
-    plain = tokenizer.lessons.plain if taught else getattr(tokenizer, "_tokenizer", None)
-    if plain is None:
-        raise UserError(f"a {type(tokenizer).__name__} cannot be taught words; one of the tokenizers library is needed")
-    owners: dict[str, str] = {}
-    for word in words:
-        for name in word.tokens:
-            _check_word(name, word.owner, owners, plain)
-    config: Any = encoder.config
-    room = (config.max_position_embeddings if of_lm else tokenizer.model_max_length) - 2
-    front = sum(len(word.tokens) for word in words if word.precedes)
-    if front >= room:
-        raise UserError(f"soft prompts of {front} tokens leave no room for a prompt: the base reads {room}")
-    if of_lm and front:
-        _template(json.loads(plain.to_str()))
-    return _Lessons(words, plain, of_lm)
-
-
-def _words(encoder: nn.Module) -> Iterator[_Word]:
-    for path, found in sites.slots(encoder).items():
-        for owner, adapter in found.adapters.items():
+def _found(encoder: nn.Module) -> Iterator[_Found]:
+    """What the adapters of a text encoder or language model have to teach."""
+    for path, slot in sites.slots(encoder).items():
+        for owner, adapter in slot.adapters.items():
             for part in parts_of(adapter):
-                if isinstance(part, TokensAdapter):
-                    for name, began in part.words.items():
-                        tokens = _names(name or f"<{owner}@{path}>", len(began))
-                        yield _Word(owner, part, tokens, found.strengths, found.block)
+                for name, began in part.learned_words().items():
+                    yield _Found(owner, part, _names(name or f"<{owner}@{path}>", len(began)), slot.block)
 
 
 def _names(placeholder: str, vectors: int) -> tuple[str, ...]:
@@ -233,25 +375,17 @@ def _whole(name: str) -> str:
     return before + re.escape(name) + after
 
 
-def _learn(encoder: nn.Module, tokenizer: Any, lessons: _Lessons) -> None:
+def _extended(plain: Any, words: Sequence[Sequence[str]], of_lm: bool) -> Any:
+    """A copy of a tokenizer that knows the tokens of these words besides."""
     from tokenizers import AddedToken
 
-    backend = copy.deepcopy(lessons.plain)
-    for word in lessons.words:
-        alone = not lessons.of_lm or bool(re.fullmatch(r"\w(.*\w)?", word.tokens[0]))
+    backend = copy.deepcopy(plain)
+    for tokens in words:
+        alone = not of_lm or bool(re.fullmatch(r"\w(.*\w)?", tokens[0]))
         backend.add_tokens(
-            [AddedToken(n, single_word=alone, lstrip=True, rstrip=not lessons.of_lm, normalized=False) for n in word.tokens]
+            [AddedToken(n, single_word=alone, lstrip=True, rstrip=not of_lm, normalized=False) for n in tokens]
         )
-    lessons.backends[()] = tokenizer._tokenizer = backend
-    tokenizer.__class__ = _taught(cast(Hashable, type(tokenizer)))
-    tokenizer.lessons = lessons
-    lessons.ids = {name: backend.token_to_id(name) for word in lessons.words for name in word.tokens}
-    _answer(lessons.words, lessons.ids)
-    for module in encoder.modules():
-        if getattr(module, "eos_token_id", None) == _LEGACY_EOS != tokenizer.eos_token_id:
-            # Its largest id would be a new word. For all others, the first end of text is where the largest id is.
-            module.eos_token_id = tokenizer.eos_token_id
-            lessons.legacy.append(module)
+    return backend
 
 
 def _led(backend: Any, front: Sequence[str]) -> Any:
@@ -283,20 +417,17 @@ def _template(layout: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _answer(words: Sequence[_Word], ids: Mapping[str, int]) -> None:
-    by_adapter: dict[TokensAdapter, list[int]] = {}
-    for word in words:
-        by_adapter.setdefault(word.adapter, []).extend(ids[name] for name in word.tokens)
-    for adapter, own in by_adapter.items():
-        adapter.answer(own)
+def _answer(found: Sequence[_Found], ids: Sequence[Sequence[int]]) -> None:
+    by_adapter: dict[Adapter, list[int]] = {}
+    for one, own in zip(found, ids, strict=True):
+        by_adapter.setdefault(one.adapter, []).extend(own)
+    for adapter, numbers in by_adapter.items():
+        adapter.answer(numbers)
 
 
 def _forget(tokenizer: Any) -> None:
     if not isinstance(tokenizer, TaughtTokenizer):
         return
     found: Any = tokenizer
-    for module in found.lessons.legacy:
-        module.eos_token_id = _LEGACY_EOS
-    found._tokenizer = found.lessons.plain
-    del found.lessons
+    found._tokenizer = vars(found).pop(SLOT).plain
     found.__class__ = type(tokenizer).__mro__[2]

@@ -2,6 +2,7 @@
 
 import difflib
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,6 +11,7 @@ from cyclopts.argument import Argument
 from cyclopts.config import Dict
 
 from ..core.errors import UserError
+from .flags import setting_of
 
 _BLOCK = ("component", "target", "method")
 
@@ -39,6 +41,7 @@ class RunFile:
             if argument.name == "--block" and isinstance(value, list):
                 values[key] = value = [_block(self.path, item) if isinstance(item, dict) else item for item in value]
             _check(self.path, key, value, argument)
+        values = {key: value for key, value in values.items() if not _given_otherwise(known[_key(key)], known)}
         Dict(values, source=str(self.path), use_commands_as_keys=False)(app, commands, arguments)
 
     def _read(self) -> dict[str, Any]:
@@ -58,6 +61,12 @@ def whole_numbers(_: App, commands: tuple[str, ...], arguments: ArgumentCollecti
         for token in argument.tokens:
             if int in _kinds(argument.hint) and float not in _kinds(argument.hint) and "." in token.value:
                 raise CycloptsError(msg=f'Invalid value for {argument.name}: "{token.value}" is no whole number.')
+
+
+def _given_otherwise(argument: Argument, known: Mapping[str, Argument]) -> bool:
+    """Whether the command line has another setting that this one, from the file, would stand in place of."""
+    told = setting_of(argument)
+    return told is not None and told.setting.instead_of in known and bool(known[told.setting.instead_of].tokens)
 
 
 def _key(flag: str) -> str:

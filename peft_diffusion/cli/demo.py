@@ -64,10 +64,9 @@ def _check_own(output: Path, style: str) -> None:
 
 
 def _train(pipe: Any, config: DemoConfig, folders: dict[str, Path], files: dict[str, Path]) -> None:
-    from rich.console import Console
-
     from ..api import train
     from ..training import TrainConfig
+    from .console import TrainingConsole
 
     for number, (style, folder) in enumerate(folders.items(), 1):
         print(f"\nStyle {number} of {len(folders)}: {style}, {config.steps} steps", flush=True)
@@ -83,7 +82,8 @@ def _train(pipe: Any, config: DemoConfig, folders: dict[str, Path], files: dict[
             preview_steps=0,
             overwrite=True,
         )
-        train(run, pipe=pipe, console=Console())
+        with TrainingConsole() as console:
+            train(run, pipe=pipe, observers=[console])
 
 
 def _draw_styles(adapters: "Adapters", config: DemoConfig, path: Path) -> None:

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from cyclopts import CoercionError, CycloptsError, Group, Parameter
+from cyclopts.argument import Argument
 
 from ..core import settings
 from ..core.settings import PARAMETERS, Described, Settings, not_among, pick, settings_of
@@ -55,10 +56,16 @@ def _field(one: Described) -> tuple[str, Any, Any]:
         consume_multiple=flag.greedy,
         show_default=None if flag.default_shown else False,
     )
-    hint: Any = Annotated[one.hint, parameter]
+    hint: Any = Annotated[one.hint, parameter, one]
     if one.setting.group != PARAMETERS:  # which is the panel of all that has no group
         hint = Annotated[hint, Parameter(group=_group(one.setting.group))]
     return one.name, hint, field(default=one.default, kw_only=not one.positional)
+
+
+def setting_of(argument: Argument) -> Described | None:
+    """The setting that an argument gives; None for one of the program's own."""
+    told = get_args(argument.field_info.annotation)
+    return next((one for one in told if isinstance(one, Described)), None)
 
 
 @cache

@@ -14,14 +14,14 @@ def train(config: TextTrainConfig, asked: FindLr) -> None:
     finishes the step and saves a checkpoint; --resume goes on.
     """
     config.check()  # before torch is imported, which takes seconds
-    from rich.console import Console
+    from .. import api
+    from .console import TrainingConsole
 
-    from ..api import find_text_rates, train_text
-
-    if asked.find_lr:
-        find_text_rates(config, console=Console())
-    else:
-        train_text(config, console=Console())
+    with TrainingConsole() as console:
+        if asked.find_lr:
+            api.find_text_rates(config, observers=[console])
+        else:
+            api.train_text(config, observers=[console])
 
 
 @reads(TextGenerateConfig)

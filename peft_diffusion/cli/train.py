@@ -1,6 +1,5 @@
 """``peft-diffusion train``: learn a style from a folder of images and write it as one adapter file."""
 
-from rich.console import Console
 
 from ..training.settings.pictures import TrainConfig
 from ..training.settings.shared import FindLr
@@ -15,8 +14,10 @@ def train(config: TrainConfig, asked: FindLr) -> None:
     folder. Ctrl-C finishes the step and saves a checkpoint; --resume goes on.
     """
     from .. import api
+    from .console import TrainingConsole
 
-    if asked.find_lr:
-        api.find_rates(config, console=Console())
-    else:
-        api.train(config, console=Console())
+    with TrainingConsole() as console:
+        if asked.find_lr:
+            api.find_rates(config, observers=[console])
+        else:
+            api.train(config, observers=[console])

@@ -1,4 +1,4 @@
-"""The error that a person at the keyboard reads."""
+"""Errors that a person at the keyboard reads. Imports no torch."""
 
 
 class UserError(Exception):
@@ -11,3 +11,7 @@ class DamagedError(UserError):
 
 class FoldError(UserError):
     """An adapter that cannot be expressed as a change of its site's weight and bias."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """What ran was stopped, by a signal or by whoever asked for it; the message says how far it came, and how to go on."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import site as sites_of
 from .adapter import parts_of
 from .errors import FoldError, UserError
-from .quantized import QuantizedLinear, plain_parts, torchao_codes, torchao_kind
+from .quantized import QuantizedLinear, plain_parts, rebuilt, torchao_codes, torchao_kind
 from .sharded import whole
 from .slot import Slot
 
@@ -52,13 +52,15 @@ def merge(component: nn.Module) -> Merged:
     """Fold every adapter, at its present strength, into the weights; forward then costs what the base costs.
 
     The change is added in float32 and rounded once; a quantized weight is dequantized and quantized again, and what error
-    that made is returned. Raises UserError where images have different strengths, and FoldError, which names site and
-    adapter, where a method is no change of weight and bias, and where another module has the weight too; the component is
-    then as it was.
+    that made is returned. Raises UserError where images have different strengths or one changes over the steps, and
+    FoldError, which names site and adapter, where a method is no change of weight and bias, and where another module has
+    the weight too; the component is then as it was.
     """
     found = sites_of.strengths(component)
     if found is None or found.merged:
         raise UserError("there is nothing to merge: no adapter is attached, or they are merged already")
+    if found.schedules:
+        raise UserError(f"{', '.join(found.schedules)}: a strength that changes over the steps cannot be merged")
     scalars = {name: found.scalar(name).tolist() for name in found.names}
     carriers, slots = sites_of.sites(component), sites_of.slots(component)
     folded: dict[str, dict[str, Tensor]] = {}
@@ -87,6 +89,20 @@ def unmerge(component: nn.Module) -> None:
         _write(site, slots[path].unmerged)
         slots[path].unmerged = {}
     found.merged = False
+
+
+@torch.no_grad()
+def unmerged_state(component: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the base, with the weights as they were before a merge where there is one."""
+    state: dict[str, Tensor] = dict(component.state_dict())
+    for path, slot in sites_of.slots(component).items():
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, kept in slot.unmerged.items():
+            whole, _, part = name.partition(".")
+            parts.setdefault(f"{path}.{whole}" if path else whole, {})[part] = kept
+        for key, kept_parts in parts.items():
+            state[key] = rebuilt(state[key], kept_parts)
+    return state
 
 
 def _refuse_tied(

@@ -9,7 +9,7 @@ tensor of an ordinary module, which copies, pickles, moves and compiles as any o
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -168,6 +168,16 @@ def plain_parts(tensor: Tensor) -> dict[str, Tensor]:
         return {"": tensor}
     names, _ = tensor.__tensor_flatten__()
     return {name: part for name in names if isinstance(part := getattr(tensor, name), Tensor)}
+
+
+def rebuilt(tensor: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """A tensor with some of its parts exchanged, which are named as ``plain_parts`` names them."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return parts[""]
+    names, context = tensor.__tensor_flatten__()
+    inner = {name: parts.get(name, getattr(tensor, name)) for name in names}
+    made: Tensor = type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+    return made
 
 
 def needed() -> Any:

@@ -113,6 +113,7 @@ class Setting:
     place: bool
     free_on_resume: bool
     kept: bool
+    instead_of: str
 
 
 def about(
@@ -125,6 +126,7 @@ def about(
     place: bool = False,
     free_on_resume: bool = False,
     kept: bool = True,
+    instead_of: str = "",
 ) -> Mapping[str, Setting]:
     """The metadata of a setting without default, for ``dataclasses.field``; `setting` is for all others.
 
@@ -137,11 +139,12 @@ def about(
         place: It says where something lies on this machine, which changes nothing of the result and is nobody's business.
         free_on_resume: A run may go on with another value: what is learned does not depend on it, or is compared otherwise.
         kept: It is written into files of settings; False for what is said anew with every command.
+        instead_of: Another setting, which it stands in place of where both are given.
 
     Returns:
         The metadata.
     """
-    return {_KEY: Setting(help, group, range, unit, flag, place, free_on_resume, kept)}
+    return {_KEY: Setting(help, group, range, unit, flag, place, free_on_resume, kept, instead_of)}
 
 
 def setting(
@@ -155,6 +158,7 @@ def setting(
     place: bool = False,
     free_on_resume: bool = False,
     kept: bool = True,
+    instead_of: str = "",
 ) -> T:
     """A field of a dataclass of settings.
 
@@ -165,7 +169,17 @@ def setting(
     Returns:
         The field, which the dataclass replaces by its default.
     """
-    told = about(help, group, range, unit=unit, flag=flag, place=place, free_on_resume=free_on_resume, kept=kept)
+    told = about(
+        help,
+        group,
+        range,
+        unit=unit,
+        flag=flag,
+        place=place,
+        free_on_resume=free_on_resume,
+        kept=kept,
+        instead_of=instead_of,
+    )
     return field(default=default, metadata=told)
 
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from . import targets
-from .adapter import DEFAULT_TARGET, Adapter, Method, chained
+from .adapter import Adapter, chained
+from .component import ComponentState
 from .errors import UserError
-from .slot import SLOT, Packed, Slot, slot_of
+from .method import DEFAULT_TARGET, Method
+from .slot import SLOT, Packed, Slot, slot_of, state_of
 from .strength import Strengths
 
 
@@ -85,7 +87,8 @@ def slots(component: nn.Module, name: str | None = None) -> dict[str, Slot]:
 
 def strengths(component: nn.Module) -> Strengths | None:
     """The strengths of a component's adapters; None where it carries none."""
-    return next((found.strengths for m in component.modules() if (found := slot_of(m)) is not None), None)
+    state = state_of(component)
+    return None if state is None else state.strengths
 
 
 def adapters(component: nn.Module, name: str) -> dict[str, Adapter]:
@@ -136,17 +139,18 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) 
         raise UserError(f"an adapter's name consists of letters, digits, _ and -; {name!r} does not")
     if name in names(component):
         raise UserError(f"an adapter {name!r} is attached already; remove it first or choose another name")
-    found = strengths(component)
-    if found and found.merged:
+    state = state_of(component)
+    if state is not None and state.strengths.merged:
         raise UserError("adapters are merged into the weights; unmerge them before you attach another")
     modules = {path: component.get_submodule(path) for path in built}
     for path, module in modules.items():
         _check_free(path, module)
     blocks = targets.blocks(component)
-    shared = found or Strengths(blocks.names, _device(component))
-    shared.add(name)
+    _check_one_state(component, blocks.names)
+    state = state or ComponentState(blocks.names, _device(component))
+    state.add(name)
     for path, module in modules.items():
-        slot = slot_of(module) or _swap(module, shared, blocks.of(path))
+        slot = slot_of(module) or _swap(module, state, blocks.of(path))
         slot.adapters[name] = built[path].to(_device(module, component)).train(module.training)
         built[path].bind(module)
         slot.packed = None
@@ -154,10 +158,10 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) 
 
 def detach(component: nn.Module, name: str) -> None:
     """Take an adapter away; a module without any has its own class, keys and bits again. Raises UserError."""
-    found = strengths(component)
-    if found is None or name not in found.names:
+    state = state_of(component)
+    if state is None or name not in state.entries:
         raise UserError(f"no adapter {name!r} is attached; there are: {', '.join(names(component)) or 'none'}")
-    if found.merged:
+    if state.strengths.merged:
         raise UserError("adapters are merged into the weights; unmerge them before you remove one")
     carriers = sites(component, name)
     for path, site in carriers.items():
@@ -168,7 +172,17 @@ def detach(component: nn.Module, name: str) -> None:
         if not len(held):
             _restore(site)
     unpack(component)  # the rows of the strengths move up
-    found.remove(name)
+    state.remove(name)
+    if not state.entries:
+        state.forget_words(component)
+
+
+def freeze(component: nn.Module) -> None:
+    """Take gradients and randomness from the base, and leave the adapters on it as they are: one may be in training."""
+    for module in targets.modules(component).values():
+        module.training = False
+        for own in module.parameters(recurse=False):
+            own.requires_grad_(False)
 
 
 def pack(component: nn.Module) -> None:
@@ -197,9 +211,9 @@ def unpack(component: nn.Module) -> None:
         slot.packed = None
 
 
-def _swap(module: nn.Module, shared: Strengths, block: int) -> Slot:
+def _swap(module: nn.Module, state: ComponentState, block: int) -> Slot:
     module.__class__ = _adapted(cast(Hashable, type(module)))
-    slot = Slot(shared, block).train(module.training)
+    slot = Slot(state, block).train(module.training)
     module._modules[SLOT] = slot  # not add_module, which a class of others may have made its own
     return slot
 
@@ -223,6 +237,16 @@ def _check_free(path: str, module: nn.Module) -> None:
         )
     if not isinstance(module, AdaptedSite) and hasattr(module, SLOT):
         raise UserError(f"{path}: it has an attribute {SLOT!r} of its own, the name that adapters are kept under; rename it")
+
+
+def _check_one_state(component: nn.Module, blocks: tuple[str, ...]) -> None:
+    """Raises UserError where a part of a component, or a whole that it is a part of, was given adapters by itself."""
+    states = {slot.component for slot in slots(component).values()}
+    if len(states) > 1 or any(state.strengths.blocks != blocks for state in states):
+        raise UserError(
+            f"this {targets.architecture(component)}, or what it is a part of, carries adapters that were attached to"
+            " another module than this; remove them first, or attach to that module"
+        )
 
 
 def _device(*modules: nn.Module) -> torch.device:

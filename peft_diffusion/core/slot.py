@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .adapter import Adapter, AdapterDict
+from .component import ComponentState
 from .strength import Strengths
 
 SLOT = "_peft_diffusion"
@@ -37,24 +38,29 @@ class Slot(nn.Module):
 
     Attributes:
         adapters: The adapters by name, in the order of attachment, in which they run.
-        strengths: Those of all adapters of the component; every slot of a component has the same object.
+        component: What the whole component carries; every slot of a component has the same object.
         packed: The low-rank adapters as one pair, where ``site.pack`` made one.
-        block: The index of the block that the site lies in, of ``strengths.blocks``.
+        block: The index of the block that the site lies in, of ``Strengths.blocks``.
         unmerged: The weights before a merge, by the name that ``core.merge`` gives them; empty where nothing is merged.
             They are here so that a copy of the model has its own.
     """
 
     adapters: AdapterDict
-    strengths: Strengths
+    component: ComponentState
     packed: Packed | None
 
-    def __init__(self, strengths: Strengths, block: int) -> None:
+    def __init__(self, component: ComponentState, block: int) -> None:
         super().__init__()
         self.adapters = AdapterDict()
-        self.strengths = strengths
+        self.component = component
         self.packed = None
         self.block = block
         self.unmerged: dict[str, Tensor] = {}
+
+    @property
+    def strengths(self) -> Strengths:
+        """Those of all adapters of the component."""
+        return self.component.strengths
 
     def prepare(self, x: Tensor) -> Tensor:
         """What the site itself is given in place of ``x``, of the same shape: see ``Adapter.prepare``."""
@@ -171,6 +177,11 @@ def slot_of(module: nn.Module) -> Slot | None:
     """The slot of a module; None where it carries no adapter."""
     found = module._modules.get(SLOT)
     return found if isinstance(found, Slot) else None
+
+
+def state_of(component: nn.Module) -> ComponentState | None:
+    """What a component carries; None where it carries no adapter."""
+    return next((slot.component for module in component.modules() if (slot := slot_of(module)) is not None), None)
 
 
 def _capturing() -> bool:

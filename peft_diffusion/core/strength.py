@@ -9,9 +9,12 @@ from torch import Tensor
 
 from .adapter import KeepsPrecision
 from .errors import UserError
+from .strength_schedule import Schedule
 
 Strength: TypeAlias = "float | Sequence[float] | Tensor | Mapping[str, float | Sequence[float]]"
 """A number; one number per image; or either per block, by the block's name (blocks not named get 0)."""
+Amount: TypeAlias = "Strength | Schedule"
+"""A strength, or a schedule of strengths over the steps of a generation."""
 
 
 class Strengths(KeepsPrecision):
@@ -27,6 +30,7 @@ class Strengths(KeepsPrecision):
         super().__init__()
         self.blocks = tuple(blocks)
         self.names: list[str] = []
+        self.schedules: dict[str, Schedule] = {}  # of those whose strength changes over the steps
         self.active: frozenset[str] = frozenset()  # those with a strength other than 0
         self.full: frozenset[str] = frozenset()  # those with a strength of 1 everywhere, known without asking the device
         self.merged = False  # the weights hold the adapters, so sites add nothing
@@ -45,25 +49,55 @@ class Strengths(KeepsPrecision):
         keep = [i for i, known in enumerate(self.names) if known != name]
         self.values = self.values[keep]
         self.names.remove(name)
+        self.schedules.pop(name, None)
         self.active -= {name}
         self.full -= {name}
 
-    def write(self, strengths: Mapping[str, Strength]) -> None:
+    def write(self, amounts: Mapping[str, Amount]) -> None:
         """Set the strengths of the adapters named; the others keep theirs.
 
-        Raises UserError for unknown adapters or blocks, for values that are not finite, and where two adapters name
-        different numbers of images.
+        Args:
+            amounts: A strength or a schedule by the name of an adapter. A schedule stands at its mean, which it keeps in a
+                component that does not run once a step, until ``at_progress`` says how far the steps are.
+
+        Raises:
+            UserError: There is no such adapter or block, a value is not finite, two adapters name different numbers of
+                images, or the adapters are merged. Nothing is changed then.
         """
-        unknown = [name for name in strengths if name not in self.names]
+        rows = self._planned(amounts)
+        schedules = {name: amount for name, amount in amounts.items() if isinstance(amount, Schedule)}
+        self.schedules = {name: one for name, one in self.schedules.items() if name not in amounts} | schedules
+        self._put(rows)
+
+    def check(self, amounts: Mapping[str, Amount]) -> None:
+        """Raise as ``write`` does, and change nothing."""
+        self._planned(amounts)
+
+    def at_progress(self, progress: float) -> None:
+        """Bring the adapters that have a schedule to their strength at a step.
+
+        Args:
+            progress: How many of the steps are done, from 0 to 1.
+        """
+        if self.schedules:
+            self._put(self._planned({name: schedule.at(progress) for name, schedule in self.schedules.items()}))
+
+    def _planned(self, amounts: Mapping[str, Amount]) -> list[Tensor]:
+        """The strengths of every adapter, each (blocks, images) or (blocks, 1). Raises as ``write`` does."""
+        unknown = [name for name in amounts if name not in self.names]
         if unknown:
             raise UserError(f"no adapter {', '.join(unknown)} is attached; there are: {', '.join(self.names) or 'none'}")
         if self.merged:
             raise UserError("the adapters are merged into the weights; unmerge them before you change a strength")
-        rows = [self._rows(n, strengths[n]) if n in strengths else self._kept(n) for n in self.names]
+        plain = {name: one.mean if isinstance(one, Schedule) else one for name, one in amounts.items()}
+        rows = [self._rows(name, plain[name]) if name in plain else self._kept(name) for name in self.names]
         counts = {row.shape[1] for row in rows} - {1}
         if len(counts) > 1:
             raise UserError(f"adapters have strengths for different numbers of images: {sorted(counts)}")
-        images = max(counts, default=1)
+        return rows
+
+    def _put(self, rows: Sequence[Tensor]) -> None:
+        images = max((row.shape[1] for row in rows), default=1)
         values = torch.stack([row.expand(-1, images) for row in rows]) if rows else self.values
         if values.shape == self.values.shape:
             self.values.copy_(values)

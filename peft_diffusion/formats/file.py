@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import methods  # noqa: F401  (registers the methods that a file may hold)
+from .. import methods
 from ..bases import components, describe
 from ..core import site as sites
-from ..core.adapter import METHODS, Adapter, chained
+from ..core.adapter import Adapter, chained
 from ..core.errors import DamagedError, UserError
 from . import container
 from .layouts import dotted, embedding, kohya
@@ -111,7 +111,7 @@ def _read_site(
 ) -> tuple[Adapter | None, list[str]]:
     """The adapter of one site, of one method or several, and the suffixes that none of them knows."""
     order = [str(one.get("method")) for one in spec.methods.get(component, ())] if spec else []
-    chosen = [method for method in METHODS.values() if method.recognizes(tensors.keys())]
+    chosen = [method for method in methods.known().values() if method.recognizes(tensors.keys())]
     chosen.sort(key=lambda method: order.index(method.name) if method.name in order else len(order))
     parts = [m.read(site, {key: value for key, value in tensors.items() if key in m.suffixes}) for m in chosen]
     known = frozenset[str]().union(*(method.suffixes for method in chosen))

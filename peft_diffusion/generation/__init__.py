@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ..core.lazy import lazy
-from .strength_schedule import Schedule
+from ..core.strength_schedule import Schedule
 
 if TYPE_CHECKING:
     from .adapters import Adapters, LoadedAdapter

@@ -2,42 +2,49 @@
 
 import logging
 import re
-import sys
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import bases, formats
-from ..bases import LanguageModel, components, describe
+from ..bases import LanguageModel, components, denoiser_of, describe, pipelines
+from ..bases.base import network_of
+from ..bases.pipelines import Pipeline
 from ..bases.words import teach
 from ..core import merge as merging
 from ..core import quantized
 from ..core import site as sites
 from ..core.errors import UserError
-from ..core.strength import Strength
+from ..core.registry import Registry
+from ..core.strength import Amount
+from ..core.strength_schedule import Schedule
 from ..formats import Coverage, Spec
 from ..formats.container import sha256
-from .strength_schedule import Schedule
 
 logger = logging.getLogger(__name__)
-
-Amount: TypeAlias = "Strength | Schedule"
-"""A number; one per image; either per block; or a schedule over the steps."""
-
-_NEAR = 0.5  # timesteps are whole numbers, or fractions that are passed on as they are
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter on a pipeline: the file that it came from and what the file says of it."""
+    """An adapter on a pipeline: the file that it came from and what the file says of it.
+
+    Attributes:
+        name: What it is called on the pipeline.
+        path: The file; None for an adapter that was attached without one, as the one that is being trained.
+        sha256: The digest of the file's bytes; None where there is no file.
+        spec: What the file says of it; empty where there is no file.
+        report: How much of it found its place.
+        warnings: What the person should know of it.
+    """
 
     name: str
-    path: Path
-    sha256: str
+    path: Path | None
+    sha256: str | None
     spec: Spec
     report: Coverage
     warnings: tuple[str, ...]
@@ -49,54 +56,105 @@ class Adapters:
     The base, a Stable Diffusion pipeline or a ``LanguageModel``, is used as ever: ``Adapters`` changes what its UNet and
     text encoders, or its language model, compute, and nothing else of it. Take it back by removing every adapter: the base
     is then the one it was, to the bit.
+
+    Everything that is known of the adapters stands on these components, and nothing here. So every ``Adapters`` of a
+    pipeline, of one made by ``from_pipe``, or of a copy, says and refuses the same; what one does, the others see at once.
+    It lists adapters that were attached without a file too, such as one that is being trained.
+
+    Where a component is put in another's place, as in ``pipe.unet = other``, an adapter is there as long as one of the
+    pipeline's present components carries it; what the other component brings is there too. The component that was taken
+    out keeps what it carries. After such an exchange make ``Adapters(pipe)`` anew, which brings tokenizers in line.
+
+    Args:
+        pipe: The pipeline or language model, with adapters or without.
+
+    Raises:
+        UserError: It is no base that takes adapters, or its adapters teach words that its tokenizer cannot learn.
     """
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = _checked(pipe)
-        self.base = describe(self.pipe)  # before anything is merged
-        self._loaded: dict[str, LoadedAdapter] = {}
-        self._schedules: dict[str, Schedule] = {}
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._described: tuple[tuple[weakref.ref[nn.Module], ...], Any] = ((), None)
+        teach(self.pipe)
+        follow_steps(self.pipe)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.pipe,)  # all else stands on the pipeline's components
+
+    @property
+    def base(self) -> Any:
+        """What an adapter must know of the base: see ``bases.describe``."""
+        parts = list(components(self.pipe).values())
+        known, info = self._described
+        if [one() for one in known] != parts:
+            info = describe(self.pipe)
+            self._described = tuple(weakref.ref(part) for part in parts), info
+        return info
 
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters in the order of loading."""
-        return tuple(self._loaded)
+        return self._registry.names
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The strengths that change over the steps, by the name of the adapter."""
+        return self._registry.schedules
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The components whose adapters are merged into the weights."""
+        return self._registry.merged
 
     def __getitem__(self, name: str) -> LoadedAdapter:
-        """What was loaded under that name. Raises UserError for a name that is not loaded."""
-        if name not in self._loaded:
-            raise UserError(f"no adapter {name!r} is loaded; there are: {', '.join(self._loaded) or 'none'}")
-        return self._loaded[name]
+        """What was loaded under that name.
+
+        Raises:
+            UserError: No adapter has the name, or components of different origin carry different ones under it.
+        """
+        info = self._registry.info(name)
+        if isinstance(info, LoadedAdapter):
+            return info
+        parts = components(self.pipe)
+        built = [adapter for one in self._registry.carriers(name) for adapter in sites.adapters(parts[one], name).values()]
+        report = Coverage(sum(len(adapter.state()) for adapter in built), len(built), ())
+        return LoadedAdapter(name, None, None, Spec(), report, ())
 
     def load(self, path: str | Path, name: str | None = None, strength: Amount = 1.0, *, strict: bool = False) -> str:
-        """Attach an adapter from a file; returns its name, by default that of the file.
+        """Attach an adapter from a file.
 
-        Raises UserError, and changes nothing, for a file that is no adapter, is damaged or was made for another base, for
-        a name that is taken, and, if ``strict``, where a tensor of the file found no site.
+        Args:
+            path: The file.
+            name: What to call it; by default the file's name.
+            strength: As for ``set``.
+            strict: Whether to refuse a file with a tensor that finds no site.
+
+        Returns:
+            Its name.
+
+        Raises:
+            UserError: The file is no adapter, is damaged or was made for another base, the name is taken, or adapters are
+                merged. Nothing is changed then.
         """
-        file = Path(path)
-        self._refuse_merged("load another")
+        file, registry, parts = Path(path), self._registry, components(self.pipe)
+        registry.refuse_merged("load another")
         chosen = name or self._free_name(file.stem)
-        if chosen in self._loaded:
+        if chosen in registry.names:
             raise UserError(f"an adapter {chosen!r} is loaded already; remove it first or choose another name")
         read = formats.load(file, self.pipe, strict=strict)
-        parts = self._components()
         attached: list[str] = []
         try:
             for component, built in read.components.items():
                 sites.attach_built(parts[component], chosen, built)
                 attached.append(component)
+            registry.enter(chosen, LoadedAdapter(chosen, file, sha256(file), read.spec, read.report, read.warnings))
             teach(self.pipe)
-            self._loaded[chosen] = LoadedAdapter(chosen, file, sha256(file), read.spec, read.report, read.warnings)
             self.set({chosen: strength})
         except BaseException:
             for component in attached:
                 sites.detach(parts[component], chosen)
             teach(self.pipe)
-            self._loaded.pop(chosen, None)
-            self._schedules.pop(chosen, None)
-            self._follow_steps()
+            follow_steps(self.pipe)
             raise
         self._pack()
         return chosen
@@ -104,49 +162,70 @@ class Adapters:
     def set(self, amounts: Mapping[str, Amount] | None = None, /, **more: Amount) -> None:
         """Set strengths by name, as ``set(ink=0.6)`` or ``set({"ink": 0.6})``; adapters not named keep theirs.
 
-        Raises UserError for a name that is not loaded, a strength that is no finite number, and while merged.
+        Args:
+            amounts: A number, one for each image, either by block, or a ``Schedule``, by the name of the adapter.
+            more: The same.
+
+        Raises:
+            UserError: No adapter has such a name, a strength is no finite number, or adapters are merged. Nothing is
+                changed then.
         """
         wanted: dict[str, Amount] = {**(amounts or {}), **more}
+        registry = self._registry
         for name in wanted:
-            self[name]
-        self._refuse_merged("change a strength")
-        schedules = {name: amount for name, amount in wanted.items() if isinstance(amount, Schedule)}
+            registry.carriers(name)
+        registry.refuse_merged("change a strength")
+        schedules = [name for name, amount in wanted.items() if isinstance(amount, Schedule)]
         if schedules and isinstance(self.pipe, LanguageModel):
             raise UserError(f"{', '.join(schedules)}: a schedule runs over denoising steps, which text does not have")
-        plain: dict[str, Strength] = {n: a for n, a in wanted.items() if not isinstance(a, Schedule)}
-        for component, part in self._components().items():
-            present = set(sites.names(part))
-            first = {n: s.at(0.0) if component == "unet" else s.mean for n, s in schedules.items()}
-            self._write(part, {n: a for n, a in {**plain, **first}.items() if n in present})
-        kept = {name: schedule for name, schedule in self._schedules.items() if name not in wanted}
-        self._schedules = kept | schedules
-        self._follow_steps()
+        everywhere = {block for state in registry.states().values() for block in state.strengths.blocks}
+        stepping, _ = network_of(self.pipe) or (None, None)  # what runs once a step; the others keep a schedule's mean
+        planned = []
+        for component, state in registry.states().items():
+            own = {name: amount for name, amount in wanted.items() if name in state.entries}
+            chosen = _known_blocks(own, state.strengths.blocks, everywhere)
+            state.strengths.check(chosen)
+            planned.append((component, state.strengths, chosen))
+        for component, strengths, chosen in planned:
+            if chosen:
+                strengths.write(chosen)
+            if component == stepping:
+                strengths.at_progress(0.0)
+        follow_steps(self.pipe)
 
     def remove(self, name: str) -> None:
-        """Take an adapter away, and everything that it held. Raises UserError for a name that is not loaded."""
-        self[name]
-        self._refuse_merged("remove one")
-        for part in self._components().values():
-            if name in sites.names(part):
-                sites.detach(part, name)
+        """Take an adapter away, and everything that it held.
+
+        Raises:
+            UserError: No adapter has the name, or adapters are merged.
+        """
+        registry, parts = self._registry, components(self.pipe)
+        carriers = registry.carriers(name)
+        registry.refuse_merged("remove one")
+        for component in carriers:
+            sites.detach(parts[component], name)
         teach(self.pipe)
-        del self._loaded[name]
-        self._schedules.pop(name, None)
-        self._follow_steps()
+        follow_steps(self.pipe)
         self._pack()
 
     def merge(self) -> dict[str, merging.Merged]:
-        """Fold the adapters into the weights at their present strengths, where they are not yet: generation then costs what
-        the base costs.
+        """Fold the adapters into the weights at their present strengths, where they are not yet.
 
-        Returns what that did by component, and warns of the error where quantized weights had to be rounded again. Raises
-        UserError where strengths differ by image or over the steps, or a method cannot be folded; nothing is then
-        merged.
+        Generation then costs what the base costs. Warns of the error where quantized weights had to be rounded again.
+
+        Returns:
+            What that did, by component.
+
+        Raises:
+            UserError: Strengths differ by image or over the steps, a method cannot be folded, or there is nothing to merge.
+                Nothing is changed then.
         """
-        if self._schedules:
-            raise UserError(f"{', '.join(self._schedules)}: a strength that changes over the steps cannot be merged")
-        self._adapted()
-        parts = {n: p for n, p in self._components().items() if (found := sites.strengths(p)) and not found.merged}
+        registry = self._registry
+        if registry.schedules:
+            raise UserError(f"{', '.join(registry.schedules)}: a strength that changes over the steps cannot be merged")
+        if not registry.names:
+            raise UserError("no adapter is loaded")
+        parts = {n: p for n, p in components(self.pipe).items() if n in registry.states() and n not in registry.merged}
         if not parts:
             raise UserError("there is nothing to merge: the adapters are merged already")
         done: dict[str, merging.Merged] = {}
@@ -168,119 +247,119 @@ class Adapters:
         return done
 
     def unmerge(self) -> None:
-        """Put the weights back as they were, to the bit. Raises UserError where nothing is merged."""
-        merged = self._merged()
+        """Put the weights back as they were, to the bit.
+
+        Raises:
+            UserError: Nothing is merged.
+        """
+        merged = self._registry.merged
         if not merged:
             raise UserError("nothing is merged")
-        for part in merged:
-            merging.unmerge(part)
+        for name in merged:
+            merging.unmerge(components(self.pipe)[name])
 
-    def _components(self) -> dict[str, nn.Module]:
-        return components(self.pipe)
-
-    def _merged(self) -> list[nn.Module]:
-        return [part for part in self._components().values() if (found := sites.strengths(part)) and found.merged]
-
-    def _refuse_merged(self, wish: str) -> None:
-        if self._merged():
-            raise UserError(f"adapters are merged into the weights; unmerge them before you {wish}")
-
-    def _adapted(self) -> list[nn.Module]:
-        found = [part for part in self._components().values() if sites.names(part)]
-        if not found:
-            raise UserError("no adapter is loaded")
-        return found
+    @property
+    def _registry(self) -> Registry:
+        return Registry(components(self.pipe))
 
     def _pack(self) -> None:
-        for part in self._components().values():
+        for part in components(self.pipe).values():
             sites.pack(part)
 
     def _free_name(self, stem: str) -> str:
-        base = re.sub(r"[^\w-]", "_", stem) or "adapter"
-        candidates = (base if count == 1 else f"{base}_{count}" for count in range(1, len(self._loaded) + 2))
-        return next(name for name in candidates if name not in self._loaded)
-
-    def _write(self, part: nn.Module, strengths: Mapping[str, Strength]) -> None:
-        found = sites.strengths(part)
-        if found is not None and strengths:
-            found.write(self._known_blocks(part, strengths))
-
-    def _known_blocks(self, part: nn.Module, strengths: Mapping[str, Strength]) -> dict[str, Strength]:
-        """Strengths per block, with the blocks of other components left out; unknown everywhere is an error."""
-        everywhere = {b for other in self._adapted() for b in self._blocks(other)}
-        own = set(self._blocks(part))
-        chosen: dict[str, Strength] = {}
-        for name, strength in strengths.items():
-            if isinstance(strength, Mapping) and not isinstance(strength, Tensor):
-                unknown = sorted(str(block) for block in set(strength) - everywhere)
-                if unknown:
-                    raise UserError(f"there is no block {', '.join(unknown)}; there are: {', '.join(sorted(everywhere))}")
-                strength = {block: value for block, value in strength.items() if block in own}
-            chosen[name] = strength
-        return chosen
-
-    def _blocks(self, part: nn.Module) -> tuple[str, ...]:
-        found = sites.strengths(part)
-        return found.blocks if found else ()
-
-    def _follow_steps(self) -> None:
-        """Watch the UNet's calls while, and only while, a schedule is set or images have strengths of their own."""
-        unet = self._components().get("unet")
-        wanted = bool(self._schedules) or self._images() > 1
-        if unet is not None and wanted and self._hook is None:
-            self._hook = unet.register_forward_pre_hook(self._before_step, with_kwargs=True)
-        elif not wanted and self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def _images(self) -> int:
-        """How many images have strengths of their own."""
-        return max((found.images for p in self._components().values() if (found := sites.strengths(p))), default=1)
-
-    def _before_step(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
-            _check_images(self._images(), kwargs["sample"] if "sample" in kwargs else args[0])
-        if self._schedules:
-            timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            pipe = _calling() or self.pipe
-            progress = _progress(pipe.scheduler.timesteps, float(torch.as_tensor(timestep).flatten()[0]))
-            present = set(sites.names(unet))
-            self._write(unet, {n: s.at(progress) for n, s in self._schedules.items() if n in present})
+        base, taken = re.sub(r"[^\w-]", "_", stem) or "adapter", self.names
+        candidates = (base if count == 1 else f"{base}_{count}" for count in range(1, len(taken) + 2))
+        return next(name for name in candidates if name not in taken)
 
 
-def _check_images(images: int, sample: Tensor) -> None:
-    """Raise UserError where a pipeline draws another number of images than have strengths of their own."""
-    pipe = _calling() if images > 1 else None
-    if pipe is None:
+def _known_blocks(amounts: Mapping[str, Amount], own: tuple[str, ...], everywhere: set[str]) -> dict[str, Amount]:
+    """Strengths per block, with the blocks of other components left out. Raises UserError for one that is unknown
+    everywhere."""
+    chosen: dict[str, Amount] = {}
+    for name, amount in amounts.items():
+        if isinstance(amount, Mapping) and not isinstance(amount, Tensor):
+            unknown = sorted(str(block) for block in set(amount) - everywhere)
+            if unknown:
+                raise UserError(f"there is no block {', '.join(unknown)}; there are: {', '.join(sorted(everywhere))}")
+            amount = {block: value for block, value in amount.items() if block in own}
+        chosen[name] = amount
+    return chosen
+
+
+class StepWatch:
+    """A hook that runs before each step of a UNet, while schedules follow the steps or images have strengths of their own.
+
+    It serves every pipeline that shares the UNet, and reads what the components of the pipeline that calls carry.
+
+    Args:
+        pipe: The pipeline whose scheduler tells the steps where no pipeline calls the UNet. It is not kept alive.
+    """
+
+    def __init__(self, pipe: Any | None) -> None:
+        self._pipe = None if pipe is None else weakref.ref(pipe)
+        pipelines.watch()
+
+    @property
+    def pipe(self) -> Any | None:
+        """The pipeline that it was made for; None where that is gone."""
+        return None if self._pipe is None else self._pipe()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StepWatch":
+        return StepWatch(memo.get(id(self.pipe)))  # a pipeline that is copied is under way when its UNet is
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StepWatch, (None,)
+
+    def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Bring the strengths to the step that begins. Raises UserError where strengths do not fit what is drawn."""
+        strengths = sites.strengths(unet)
+        scheduled = strengths is not None and bool(strengths.schedules)
+        if torch.compiler.is_compiling() and not scheduled:
+            return
+        drawing = pipelines.drawing_with(unet)
+        pipe = drawing or self.pipe
+        if pipe is None:
+            if scheduled:
+                raise UserError(
+                    "the network is called by no pipeline, so a schedule cannot tell how far the steps are; call it through"
+                    " the pipeline, or set a plain strength"
+                )
+            return
+        denoiser = denoiser_of(pipe)
+        call = denoiser.read_call(args, kwargs)
+        if drawing is not None and not torch.compiler.is_compiling():
+            _check_images(drawing, denoiser.images(drawing, call.rows))
+        if strengths is not None and scheduled:
+            strengths.at_progress(pipelines.progress(pipe, float(torch.as_tensor(call.timestep).flatten()[0])))
+
+
+def follow_steps(pipe: Any) -> None:
+    """Watch the UNet of a pipeline while, and only while, a schedule is set or images have strengths of their own."""
+    _, unet = network_of(pipe) or (None, None)
+    if unet is None:
         return
-    drawn = len(sample) // (2 if pipe.do_classifier_free_guidance else 1)
-    if drawn != images:
+    hooks = unet._forward_pre_hooks
+    watches = {key: hook for key, hook in hooks.items() if isinstance(hook, StepWatch)}
+    wanted = _has_steps(pipe)
+    for key, watch in list(watches.items()):
+        if watch.pipe is None or not (wanted or _has_steps(watch.pipe)):
+            del hooks[key], unet._forward_pre_hooks_with_kwargs[key], watches[key]
+    if wanted and not watches:
+        unet.register_forward_pre_hook(StepWatch(pipe), with_kwargs=True)
+
+
+def _has_steps(pipe: Any) -> bool:
+    """Whether strengths on a pipeline depend on the step, or on how many images are drawn."""
+    registry = Registry(components(pipe))
+    return bool(registry.schedules) or registry.images > 1
+
+
+def _check_images(pipe: Pipeline, drawn: int) -> None:
+    """Raise UserError where a pipeline draws another number of images than have strengths of their own."""
+    images = Registry(components(pipe)).images
+    if images > 1 and drawn != images:
         verb = "is" if drawn == 1 else "are"
         raise UserError(f"there are strengths for {images} images, but {drawn} {verb} drawn; set as many, or one for all")
-
-
-def _calling() -> Any | None:
-    """The pipeline whose call this is in: of several with the same UNet, only that one knows if it guides, and its steps."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if hasattr(type(owner), "do_classifier_free_guidance"):
-            return owner
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-def _progress(timesteps: Tensor, now: float) -> float:
-    """How far a timestep is from the first, at 0, to the last, at 1; some samplers take one twice. Raises UserError for
-    one that is not among them."""
-    steps = list(dict.fromkeys(timesteps.tolist()))
-    nearest = min(range(len(steps)), key=lambda step: abs(steps[step] - now))
-    if abs(steps[nearest] - now) > _NEAR:
-        raise UserError(
-            f"the UNet is called at timestep {now:g}, which is none of the scheduler's {len(steps)}: a schedule cannot tell"
-            " how far that is; call it through the pipeline, or set a plain strength"
-        )
-    return nearest / max(1, len(steps) - 1)
 
 
 def _checked(base: Any) -> Any:

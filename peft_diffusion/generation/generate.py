@@ -107,7 +107,7 @@ def cell_recipes(
         adapters=(),
         versions=_versions(),
     )
-    return [replace(common, prompt=c.prompt, seed=c.seed, adapters=_used(adapters, c.strengths)) for c in cells]
+    return [replace(common, prompt=c.prompt, seed=c.seed, adapters=_used(adapters, c.strengths or {})) for c in cells]
 
 
 def _from(source: Source | None, config: GenerateConfig, told: Sequence[Recipe]) -> list[Recipe]:
@@ -119,8 +119,14 @@ def _from(source: Source | None, config: GenerateConfig, told: Sequence[Recipe])
 
 
 def _used(adapters: Adapters, strengths: Mapping[str, float]) -> tuple[UsedAdapter, ...]:
-    used = [(adapters[name], float(strength)) for name, strength in strengths.items()]
-    return tuple(UsedAdapter(str(loaded.path), loaded.sha256, strength) for loaded, strength in used)
+    """What a recipe says of adapters. Raises UserError for one that no file holds."""
+    used = []
+    for name, strength in strengths.items():
+        loaded = adapters[name]
+        if loaded.path is None or loaded.sha256 is None:
+            raise UserError(f"the adapter {name!r} was attached without a file, so no recipe can name it; save and load it")
+        used.append(UsedAdapter(str(loaded.path), loaded.sha256, float(strength)))
+    return tuple(used)
 
 
 def _again(config: GenerateConfig, recipe: Recipe) -> GenerateConfig:

@@ -29,11 +29,18 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture to make; ``strengths`` are by the adapters' names."""
+    """One picture to make.
+
+    Attributes:
+        prompt: What it shows.
+        seed: That of its noise.
+        strengths: Those of the adapters by name, 0 for one that is not named; None leaves all of them as they are, which
+            the cells of a call do all or none.
+    """
 
     prompt: str
     seed: int
-    strengths: Mapping[str, float]
+    strengths: Mapping[str, float] | None
 
 
 def size(info: BaseInfo, sampling: Sampling, source: Source | None = None) -> tuple[int, int]:
@@ -165,7 +172,7 @@ def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
             raise UserError(f"the base {adapters.base.name!r} has no scheduler {sampling.scheduler}; choose one of: {names}")
         name, changes = known[sampling.scheduler]
         scheduler = getattr(diffusers, name).from_config(scheduler.config, **changes)
-    used = {name for cell in cells for name, strength in cell.strengths.items() if strength != 0}
+    used = {name for cell in cells for name, strength in (cell.strengths or {}).items() if strength != 0}
     of_noise = any(adapters[name].spec.training.get("zero_terminal_snr") for name in used & set(adapters.names))
     return ending_in_noise(scheduler) if of_noise else scheduler
 
@@ -248,7 +255,7 @@ def whole_picture(pipe: Any, width: int, height: int) -> dict[str, Any]:
 
 def _check_prompts(adapters: Adapters, batches: Sequence[Sequence[Cell]], negative: str) -> None:
     """Raise UserError as ``check_lengths`` does, at the strengths that each batch will have."""
-    different = {tuple((cell.prompt, *sorted(cell.strengths.items())) for cell in batch): batch for batch in batches}
+    different = {tuple((cell.prompt, *sorted((cell.strengths or {}).items())) for cell in batch): batch for batch in batches}
     for batch in different.values():
         _set_strengths(adapters, batch)
         check_lengths(adapters.pipe, [cell.prompt for cell in batch])
@@ -257,7 +264,10 @@ def _check_prompts(adapters: Adapters, batches: Sequence[Sequence[Cell]], negati
 
 def _set_strengths(adapters: Adapters, batch: Sequence[Cell]) -> None:
     """One strength where the batch agrees, and one per picture where not."""
-    wanted = {name: [cell.strengths.get(name, 0.0) for cell in batch] for name in adapters.names}
+    named = [cell.strengths for cell in batch if cell.strengths is not None]
+    if not named:
+        return
+    wanted = {name: [strengths.get(name, 0.0) for strengths in named] for name in adapters.names}
     # All at once: adapters that still had strengths for a batch of another size would not agree with the first.
     adapters.set({name: values if len(set(values)) > 1 else values[0] for name, values in wanted.items()})
 

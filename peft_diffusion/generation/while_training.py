@@ -14,7 +14,7 @@ from .settings import GenerateConfig
 
 
 class TrainingPictures:
-    """Draws for a run; see `training.watch.drawing.Drawing`, which this is."""
+    """Draws for a run; see `training.drawing.Drawing`, which this is."""
 
     def previews(
         self,
@@ -54,7 +54,7 @@ class TrainingPictures:
             batch_size=len(prompts),
             device=str(pipe.device),
         )
-        cells = [Cell(prompt, seed, {}) for prompt, seed in zip(prompts, seeds, strict=True)]
+        cells = [Cell(prompt, seed, None) for prompt, seed in zip(prompts, seeds, strict=True)]
         yield from paint(Adapters(pipe), cells, sampling)
 
     def sheet(

@@ -2,14 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from ..core.errors import Interrupted
 from ..core.lazy import lazy
 from .settings.pictures import TrainConfig
 from .settings.text import TextTrainConfig
 
 if TYPE_CHECKING:
-    from .loop.trainer import Interrupted
-    from .results import Outcome, TextTrainResult, TrainResult
-    from .watch.find_lr import FoundRates
+    from .results import FoundRates, Outcome, TextTrainResult, TrainResult
 
 __all__ = [
     "FoundRates",
@@ -25,8 +24,7 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "FoundRates": "watch.find_lr",
-        "Interrupted": "loop.trainer",
+        "FoundRates": "results",
         "Outcome": "results",
         "TextTrainResult": "results",
         "TrainResult": "results",

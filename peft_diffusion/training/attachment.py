@@ -1,6 +1,6 @@
 """The adapter that a run trains: put on a base's components, named in words, and taken off again."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,15 +11,14 @@ from torch import nn
 from ..bases import components
 from ..bases.words import begun
 from ..core import site
-from ..core.adapter import Adapter, Method
+from ..core.adapter import Adapter
 from ..core.arena import side_by_side
 from ..core.errors import UserError
-from ..methods.tokens import SoftPrompt, Tokens
+from ..core.method import Method
 from .loop.seeds import global_seed
 from .settings.blocks import Block
 
 NAME = "trained"  # of the adapter, while it is
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,10 @@ def attach(
         with global_seed(torch.device("cpu"), seed, "start", name):
             built = site.attach_all(part, NAME, [(block.method, block.target) for block in own])
         for number, (block, adapters) in enumerate(zip(own, built, strict=True)):
-            words = isinstance(block.method, (Tokens, SoftPrompt))
-            group = name if block.rate is None and not words else f"{name}.{number}"
+            decayed = block.method.decayed
+            group = name if block.rate is None and decayed else f"{name}.{number}"
             rate = rate_of(name) if block.rate is None else block.rate
-            if words:
+            if not decayed:
                 undecayed.add(group)
             for path, adapter in adapters.items():
                 adapter.train()  # the base stays in eval mode; dropout belongs to the adapter
@@ -82,7 +81,7 @@ def with_words(base: Any, blocks: Sequence[Block]) -> list[Block]:
 
 def taught_words(blocks: Sequence[Block]) -> list[str]:
     """The words that blocks teach the tokenizers."""
-    return [name for block in blocks if isinstance(block.method, Tokens) for name in block.method.names]
+    return [word for block in blocks for word in block.method.taught_words()]
 
 
 def described(parts: Mapping[str, nn.Module], blocks: Sequence[Block], parameters: int) -> str:
@@ -90,11 +89,6 @@ def described(parts: Mapping[str, nn.Module], blocks: Sequence[Block], parameter
     layers = sum(len(site.adapters(part, NAME)) for part in parts.values())
     names = ", ".join(dict.fromkeys(named(block.method) for block in blocks))
     return f"{names}: {layers} layers, {parameters:,} parameters"
-
-
-def described_rates(rates: Mapping[str, float]) -> str:
-    """Learning rates by group, in words."""
-    return ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
 
 
 def named(method: Method) -> str:
@@ -115,3 +109,16 @@ def evaluating(parts: Sequence[nn.Module], name: str = NAME) -> Iterator[None]:
     finally:
         for adapter, training in zip(adapters, before, strict=True):
             adapter.train(training)
+
+
+@contextmanager
+def at_strength(parts: Iterable[nn.Module], name: str, value: float) -> Iterator[None]:
+    """The adapter at a strength; afterwards at 1, at which it is trained."""
+    owners = [found for part in parts if (found := site.strengths(part)) is not None and name in found.names]
+    try:
+        for strengths in owners:
+            strengths.write({name: value})
+        yield
+    finally:
+        for strengths in owners:
+            strengths.write({name: 1.0})

@@ -1,6 +1,6 @@
 """Pictures as what a run learns from: a style, or a subject."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,27 +10,27 @@ from typing import Any, Self
 from ..bases import components, denoiser_of
 from ..bases import family as families
 from ..core.errors import UserError
+from ..core.events import Event, Observer
 from ..core.settings import pick
 from ..data.captions import with_trigger
 from ..data.folder import Picture
 from ..fast.unet import fused
-from .attachment import NAME, Say, chosen, described_rates, taught_words, with_words
+from .attachment import NAME, chosen, taught_words, with_words
+from .drawing import Drawing
+from .events import Data, LookGains
 from .loop.trainer import Trainer
-from .machine.memory_plan import Footing
+from .machine.memory_plan import Load
 from .machine.processes import Crew
 from .machine.sharding import sharing
-from .progress import Reading
 from .record.facts import thumbnails
 from .record.run_folder import RunFolder, check_writable
-from .results import RunResult, TrainResult
+from .results import FoundRates, RunResult, TrainResult
 from .run import Facts, next_command
 from .settings.blocks import Block, blocks
 from .settings.derive import resolve
 from .settings.pictures import ResolvedConfig, TrainConfig, run_path
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.preparation import Prepared, check_places, prepare
-from .watch.drawing import Drawing
-from .watch.find_lr import FoundRates
 from .watch.previews import PROMPTS, Previews
 
 
@@ -66,22 +66,19 @@ class PictureSource:
         check_writable(folder)
         return folder
 
-    def open(self, crew: Crew, say: Say, reading: Reading) -> "PictureMaterial":
+    def open(self, crew: Crew, tell: Observer) -> "PictureMaterial":
         """Load the base, read the folders and encode the pictures."""
-        return PictureMaterial(prepare(self.asked, self.pipe, say, reading, self.drawing, crew), self.drawing, crew)
+        return PictureMaterial(prepare(self.asked, self.pipe, tell, self.drawing, crew), self.drawing, crew)
 
-    def remark(self, found: FoundRates) -> str | None:
+    def remark(self, found: FoundRates) -> Event | None:
         """A style is judged by its look, which the loss does not tell."""
-        if self.asked.preset == "style" and found.factor < 1:
-            return (
-                "a style's look still gains above the rate of the lowest loss: compare with a run at the rate of the"
-                " settings"
-            )
-        return None
+        return LookGains() if self.asked.preset == "style" and found.factor < 1 else None
 
 
 class PictureMaterial:
     """A pipeline that is loaded, and pictures that are encoded; see `run.Material` for what each method is for."""
+
+    data: Data = "pictures"
 
     def __init__(self, prepared: Prepared, drawing: Drawing, crew: Crew) -> None:
         self.prepared = prepared
@@ -129,21 +126,6 @@ class PictureMaterial:
         finally:
             self.task.restore()
 
-    def plan(self, rates: Mapping[str, float]) -> str:
-        """Steps, batch and learning rates in words."""
-        config, crew = self.config, self.crew
-        each = config.batch_size * config.accumulation
-        several = f"{each * crew.size} pictures ({each} in each of {crew.size} processes)"
-        size = several if crew.size > 1 else f"{each} pictures"
-        return (
-            f"{config.steps} steps of {size}, learning rate {described_rates(rates)} ({config.scheduler}), seed"
-            f" {config.seed}, {config.precision}"
-        )
-
-    def held_out_line(self, loss: float) -> str:
-        """A measurement on what is kept apart, in words."""
-        return f"loss on pictures kept apart {loss:.4f}"
-
     def previews(self, trainer: Trainer, folder: RunFolder) -> Previews | None:
         """What draws previews; None where none are drawn."""
         prepared, config = self.prepared, self.config
@@ -155,25 +137,23 @@ class PictureMaterial:
             prepared.prompts if config.preview_prompts else prepared.prompts[:PROMPTS],
             self.drawing,
             trainer.final_weights,
-            folder.on_previews,
+            trainer.tell,
             steps=config.preview_steps,
             every=config.preview_every,
             size=config.resolution // prepared.info.step * prepared.info.step,
         )
 
-    def footing(self, trainer: Trainer, previews: Previews | None) -> Footing:
-        """What the run's memory is predicted from."""
+    def load(self, previews: Previews | None) -> Load:
+        """What of the run takes memory."""
         config = self.config
         savings = ["--batch-size 1 with --accumulation"] if config.batch_size > 1 else []
         savings += [] if config.quantize == "nf4" else ["--quantize nf4"]
         parts = tuple(components(self.base).values())
-        return Footing(
-            memory=config.memory,
-            trainer=trainer,
+        return Load(
             parts=parts,
             loaded=(*parts, self.base.vae),
             largest=self.task.largest,
-            chance=self.task.settings.dropout > 0,
+            dropout=self.task.settings.dropout > 0,
             savings=[*savings, f"--resolution below {config.resolution}"],
             drawing=previews.peak if previews else None,
         )
@@ -186,7 +166,6 @@ class PictureMaterial:
         return Facts(
             defaults=self._defaults(),
             apart=f"{apart} of them are kept apart to measure on" if apart else "",
-            warnings=prepared.problems,
             prompts=previews.prompts if previews else [],
         )
 
@@ -223,22 +202,10 @@ class PictureMaterial:
         parts = self.config.trigger.split("{}")
         return list(dict.fromkeys((*(words for part in parts if (words := part.strip(" ,;:"))), *taught_words(self.blocks))))
 
-    def tell(self, result: TrainResult, say: Say) -> None:
-        """Say what was made, and what to type next."""
-        if result.held_out_before is not None and result.held_out_after is not None:
-            losses = f"{result.held_out_before:.4f} before, {result.held_out_after:.4f} after"
-            say(f"loss on pictures kept apart: {losses} ({result.held_out_after / result.held_out_before - 1:+.0%})")
-        size = result.output.stat().st_size / 2**20
-        say(
-            f"wrote {result.output} ({size:.1f} MiB) after {result.steps} steps on {result.images} pictures,"
-            f" {result.seconds:.0f} s; settings, metrics, previews and report.html are in {result.run_dir}"
-        )
-        say(f"next: {self.next_command()}")
-
 
 def diffusion_task(prepared: Prepared, blocks: Sequence[Block], crew: Crew) -> DiffusionTask:
     """What is learned from prepared pictures by the adapter of these blocks, which its pipeline carries."""
-    dropout = max(getattr(block.method, "dropout", 0.0) for block in blocks)
+    dropout = max(block.method.dropped() for block in blocks)
     settings = pick(DiffusionSettings, prepared.config, prepared, {"dropout": dropout, "crew": crew})
     return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prepared.prior)
 

@@ -59,6 +59,7 @@ class RunResult:
         held_out_before: The loss on what is kept apart before the first step; None where nothing is kept apart.
         held_out_after: That loss of the weights that were written.
         base_fingerprint: Of the base's weights, before and after.
+        next_command: What to type to use what was learned.
         outcome: None in a process that does not measure.
     """
 
@@ -69,7 +70,17 @@ class RunResult:
     held_out_before: float | None
     held_out_after: float | None
     base_fingerprint: str
+    next_command: str
     outcome: Outcome | None = None
+
+    @property
+    def size(self) -> float:
+        """MiB of the adapter file."""
+        return self.output.stat().st_size / 2**20
+
+    def lines(self) -> tuple[str, ...]:
+        """Returns: what was made, and what to type next, in lines."""
+        return (f"wrote {self.output} ({self.size:.1f} MiB)", f"next: {self.next_command}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +89,19 @@ class TrainResult(RunResult):
 
     config: ResolvedConfig
     images: int
+
+    def lines(self) -> tuple[str, ...]:
+        """Returns: what the loss came to, what was made, and what to type next, in lines."""
+        loss = []
+        if self.held_out_before is not None and self.held_out_after is not None:
+            losses = f"{self.held_out_before:.4f} before, {self.held_out_after:.4f} after"
+            loss = [f"loss on pictures kept apart: {losses} ({self.held_out_after / self.held_out_before - 1:+.0%})"]
+        return (
+            *loss,
+            f"wrote {self.output} ({self.size:.1f} MiB) after {self.steps} steps on {self.images} pictures,"
+            f" {self.seconds:.0f} s; settings, metrics, previews and report.html are in {self.run_dir}",
+            f"next: {self.next_command}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +117,56 @@ class TextTrainResult(RunResult):
         if self.held_out_before is None or self.held_out_after is None:
             return None
         return math.exp(self.held_out_before), math.exp(self.held_out_after)
+
+    def lines(self) -> tuple[str, ...]:
+        """Returns: what the perplexity came to, what was made, and what to type next, in lines."""
+        told = []
+        if self.perplexities is not None:
+            before, after = self.perplexities
+            told = [f"perplexity on text kept apart: {before:.2f} before, {after:.2f} after ({after / before - 1:+.0%})"]
+        return (
+            *told,
+            f"wrote {self.output} ({self.size:.1f} MiB) after {self.steps} steps on {self.tokens:,} tokens,"
+            f" {self.seconds:.0f} s; settings, metrics and report.html are in {self.run_dir}",
+            f"next: {self.next_command}",
+        )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A learning rate that was tried.
+
+    Attributes:
+        steps: Steps of the trial.
+        factor: How many times the rates of the settings it had.
+        rates: The rate of each group of parameters.
+        loss: What it came to; infinite where it ran away.
+    """
+
+    steps: int
+    factor: float
+    rates: Mapping[str, float]
+    loss: float
+
+
+@dataclass(frozen=True)
+class FoundRates:
+    """What a search for learning rates found.
+
+    Attributes:
+        factor: How many times those of the settings the best rates are.
+        rates: The best rate of each group of parameters.
+        trials: All that were made.
+        before: The loss without any training.
+        judged: What the loss was measured on, in words.
+        steps: Steps of the trials that decided, as many as the run has.
+        file: Where all of this is written.
+    """
+
+    factor: float
+    rates: Mapping[str, float]
+    trials: tuple[Trial, ...]
+    before: float
+    judged: str
+    steps: int
+    file: Path

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from rich.console import Console
 from torch import nn
 
 from .. import formats
@@ -22,29 +21,36 @@ from ..bases import components, fingerprint
 from ..bases.words import teach
 from ..core import site
 from ..core.arena import Arena
-from ..core.errors import UserError
+from ..core.errors import Interrupted, UserError
+from ..core.events import Event, Observer, Observers, Stop, Warned, check_stop, stop_on_signal
 from ..core.files import explained
 from ..core.settings import Settings, pick, to_json
-from .attachment import NAME, Attached, Say, attach, described
-from .loop.trainer import Interrupted, Observer, Task, Trainer, TrainerSettings
-from .machine.memory_plan import Clock, Footing
+from ..fast.low_rank import Working
+from .attachment import NAME, Attached, at_strength, attach, described
+from .events import Data, Ended, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
+from .loop.trainer import Task, Trainer, TrainerSettings, TrainerState
+from .machine.memory_plan import Load, MemoryPlan
 from .machine.processes import Crew
 from .machine.processes import crew as this_crew
-from .progress import Bar, Reading, noted, say_to
 from .record.checkpoint import Origin
-from .record.facts import about, commands, memory, warned
+from .record.facts import about, commands
+from .record.measurements import best_step, measurements, verdict
+from .record.recorder import Recorder, ReportWriter
 from .record.run_folder import RunFolder
 from .record.trackers import Tracker, check_tracker
-from .results import Outcome, RunResult
+from .results import FoundRates, Outcome, RunResult
 from .settings.blocks import Block, check_methods
 from .settings.choices import LogWith
 from .settings.pictures import TrainConfig
+from .settings.resumption import DERIVED
 from .settings.shared import MethodSettings, RunSettings
-from .watch.find_lr import FoundRates, find, refuse_crew
+from .watch.clock import Clock
+from .watch.find_lr import Search, refuse_crew
 from .watch.previews import Previews
-from .watch.signals import at_strength, best_step, measurements, suggest, verdict
+from .watch.strength import suggest
 
 _PROCESSES = "processes"  # how many learn together, beside the settings of a run
+_TOO_EARLY = "stopped before the first step: there is nothing to go on from"
 
 Result = TypeVar("Result", bound=RunResult)
 
@@ -74,18 +80,21 @@ class Facts:
     Attributes:
         defaults: What the settings would be if nothing had been said but what is learned from, with which method.
         apart: How much is kept apart to measure on, in words; empty where nothing is.
-        warnings: What is wrong with the data, in words.
         prompts: Those of the previews; None for a run that could have none.
     """
 
     defaults: Settings
     apart: str
-    warnings: Sequence[str] = ()
     prompts: Sequence[str] | None = None
 
 
 class Material(Protocol[Result]):
     """A base that is loaded, and data that was read: what a run works on."""
+
+    @property
+    def data(self) -> Data:
+        """What is learned from."""
+        ...
 
     @property
     def base(self) -> Any:
@@ -143,20 +152,12 @@ class Material(Protocol[Result]):
         """Returns: what training is done inside, with nothing on the device that is idle."""
         ...
 
-    def plan(self, rates: Mapping[str, float]) -> str:
-        """Returns: steps, batch and learning rates in words, with rates by group."""
-        ...
-
-    def held_out_line(self, loss: float) -> str:
-        """Returns: a measurement on what is kept apart, in words."""
-        ...
-
     def previews(self, trainer: Trainer, folder: RunFolder) -> Previews | None:
         """Returns: what draws previews; None where none are drawn."""
         ...
 
-    def footing(self, trainer: Trainer, previews: Previews | None) -> Footing:
-        """Returns: what the run's memory is predicted from."""
+    def load(self, previews: Previews | None) -> Load:
+        """Returns: what of the run takes memory."""
         ...
 
     def facts(self, folder: RunFolder, previews: Previews | None) -> "Facts":
@@ -177,10 +178,6 @@ class Material(Protocol[Result]):
 
     def triggers(self) -> Sequence[str]:
         """Returns: the words that call what was learned."""
-        ...
-
-    def tell(self, result: Result, say: Say) -> None:
-        """Say what was made, and what to type next."""
         ...
 
 
@@ -208,8 +205,12 @@ class Source(Protocol[Result]):
         """Returns: where a search for learning rates writes, after seeing that it can. Raises UserError where it cannot."""
         ...
 
-    def open(self, crew: Crew, say: Say, reading: Reading) -> Material[Result]:
+    def open(self, crew: Crew, tell: Observer) -> Material[Result]:
         """Load the base and read the data.
+
+        Args:
+            crew: The processes that train together.
+            tell: Is told what is found.
 
         Returns:
             What the run works on.
@@ -219,88 +220,92 @@ class Source(Protocol[Result]):
         """
         ...
 
-    def remark(self, found: FoundRates) -> str | None:
+    def remark(self, found: FoundRates) -> Event | None:
         """Returns: what should be known of rates that were found; None where there is nothing."""
         ...
 
 
-def train(source: Source[Result], console: Console | None = None) -> Result:
+def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop | None = None) -> Result:
     """Learn from a source and write what was learned as one adapter file.
 
     Args:
         source: What is learned from.
-        console: Is told what happens.
+        observers: Are told what happens, in this thread; of several processes, only by the one that leads.
+        stop: Where it is set, the run ends after the present step, with a checkpoint. Without one, SIGINT and SIGTERM do
+            the same from the first step on, where this is the main thread.
 
     Returns:
         What the run gave.
 
     Raises:
         UserError: For what the user can mend.
-        Interrupted: A signal stopped the run after it saved a checkpoint. It is a KeyboardInterrupt.
+        Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
     began = time.monotonic()
-    crew, device = this_crew(source.asked.device)
-    crew, source = source.processes(crew), source.on(device)
-    console = console if console is not None and crew.leads else Console(quiet=True)
-    said: list[str] = []
-    say = noted(say_to(console), said)
-    check_methods(source.asked)
-    check_tracker(source.asked.log_with)
-    folder = source.folder()
-    with Reading(console) as reading:
-        material = source.open(crew, say, reading)
-    with material.faster(), base_kept(material.base, say) as before, folder.closing():
-        run = _Run(material, folder, console, crew, said)
-        with material.at_work():
-            run.train(source.asked)
-            result = run.write(before, folder.seconds + time.monotonic() - began)
-    material.tell(result, say)
+    with _told_to_the_end(Observers(observers)) as tell:
+        crew, device = this_crew(source.asked.device)
+        if not crew.leads:
+            tell.others = [silent]
+        crew, source = source.processes(crew), source.on(device)
+        check_methods(source.asked)
+        check_tracker(source.asked.log_with)
+        folder = source.folder()
+        recorder = Recorder(folder)
+        if crew.leads:
+            tell.own += [recorder, ReportWriter(folder)]
+        material = source.open(crew, _stopping(tell, stop, crew))
+        with material.faster(), base_kept(material.base, tell) as before:
+            run = _Run(material, folder, tell, crew)
+            with material.at_work():
+                run.train(source.asked, recorder, stop)
+                result = run.write(before, folder.seconds + time.monotonic() - began)
+        tell(Ended("finished", result))
     return result
 
 
-def find_rates(source: Source[Result], console: Console | None = None) -> FoundRates:
+def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop | None = None) -> FoundRates:
     """Find a learning rate for a training, without doing it: see `find_lr`.
 
-    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Raises as `train` does.
+    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Takes and raises what `train` does.
     """
-    crew, device = this_crew(source.asked.device)
-    refuse_crew(crew)
-    console = console or Console(quiet=True)
-    say = say_to(console)
-    source = source.on(device)
-    check_methods(source.asked)
-    folder = source.search_folder()
-    with Reading(console) as reading:
-        material = source.open(crew, say, reading)
-    with material.faster(), base_kept(material.base, say):
-        run = _Run(material, RunFolder(folder), console, crew, [])
-        with material.at_work(), material.footing(run.trainer, None).stand(say):
-            trainer = run.trainer
-            found = find(trainer.task, trainer.arena, trainer.settings, folder, console, material.rate_flags())
-    remark = source.remark(found)
-    if remark:
-        say(remark)
+    with _told_to_the_end(Observers(observers)) as tell:
+        crew, device = this_crew(source.asked.device)
+        refuse_crew(crew)
+        source = source.on(device)
+        check_methods(source.asked)
+        folder = source.search_folder()
+        material = source.open(crew, _stopping(tell, stop, crew))
+        with material.faster(), base_kept(material.base, tell):
+            run = _Run(material, RunFolder(folder), tell, crew)
+            with material.at_work(), run.memory_plan().applied(tell), _stop_of(stop) as wish:
+                trainer = run.trainer
+                found = Search(
+                    trainer.task, trainer.arena, trainer.settings, run.trial, folder, material.rate_flags(), tell, wish
+                ).run()
+        remark = source.remark(found)
+        if remark:
+            tell(remark)
+        tell(Ended("finished"))
     return found
 
 
 class _Run(Generic[Result]):
     """One training: an adapter on a base, its trainer, and what is kept of it."""
 
-    def __init__(
-        self, material: Material[Result], folder: RunFolder, console: Console, crew: Crew, said: list[str]
-    ) -> None:
+    def __init__(self, material: Material[Result], folder: RunFolder, tell: Observers, crew: Crew) -> None:
         self.material = material
         self.folder = folder
-        self.console = console
+        self.tell = tell
         self.crew = crew
-        self.said = said  # to the person, so far and later on
         attached = attach(material.parts, material.blocks, material.seed, material.rate)
         teach(material.base)  # before texts become tokens
-        arena = Arena(attached.groups)
-        task = material.task
-        self.about = described(material.parts, material.blocks, arena.count)
-        noted(say_to(console), said)(f"{self.about}; {material.plan(attached.rates)}")
-        self.trainer = Trainer(task, arena, self._settings(attached), crew=crew)
+        self.arena = Arena(attached.groups)
+        task, config = material.task, material.config
+        self.adapter = described(material.parts, material.blocks, self.arena.count)
+        plan = pick(Plan, config, attached, {"data": material.data, "batch": _batch(config), "processes": crew.size})
+        tell(Prepared(self.adapter, self.arena.count, plan))
+        self.trainer = self.trial(task, self._settings(attached))
+        self.trainer.observers = [tell]
         self.previews = material.previews(self.trainer, folder) if crew.measures else None
         self.outcome: Outcome | None = None
 
@@ -309,37 +314,58 @@ class _Run(Generic[Result]):
         # No CUDA graph holds weights that come and go.
         return replace(settings, cuda_graph=False) if self.crew.shares_base else settings
 
-    def train(self, asked: AskedSettings) -> None:
-        """Train to the end. Raises Interrupted where a signal ended it early."""
-        material = self.material
-        with material.footing(self.trainer, self.previews).stand(say_to(self.console)):
-            self._start(asked.resume)
+    def trial(self, task: Task, settings: TrainerSettings) -> Trainer:
+        """A trainer of the adapter, which nobody watches."""
+        passes = Working(self.arena.flat, self.arena.grad)
+        return Trainer(task, self.arena, settings, crew=self.crew, data=self.material.data, passes=passes)
+
+    def memory_plan(self) -> MemoryPlan:
+        """How the run uses the memory of its device."""
+        trainer, config = self.trainer, self.material.config
+        return MemoryPlan(
+            memory=config.memory,
+            load=self.material.load(self.previews),
+            loss=trainer.task.loss,
+            held=trainer.held,
+            device=self.arena.flat.device,
+            records=trainer.records,
+            sharded=self.crew.shares_base,
+        )
+
+    def train(self, asked: AskedSettings, recorder: Recorder, stop: Stop | None) -> None:
+        """Train to the end. Raises Interrupted where it was stopped early."""
+        with self.memory_plan().applied(self.tell):
+            if self.crew.size == 1 and stop is not None:
+                check_stop(stop, _TOO_EARLY)
+            started = self._start(asked.resume)
             if self.crew.leads:
-                self._note()
-            self._learn(asked.log_with)
+                self._note(recorder)
+            self.tell(started)
+            self._learn(asked.log_with, stop)
             self.outcome = self._outcome() if self.crew.measures else None
 
     def write(self, base: str, seconds: float) -> Result:
         """Write the adapter file with what is worth knowing of it."""
-        config, held_out, outcome = self.material.config, self.folder.held_out, self.outcome
+        config, measured, outcome = self.material.config, self.trainer.measured, self.outcome
         found = RunResult(
             output=config.output,
             run_dir=config.run_dir,
             steps=self.trainer.step,
             seconds=seconds,
-            held_out_before=held_out.get(0),
-            held_out_after=held_out.get(outcome.kept if outcome else self.trainer.step),
+            held_out_before=measured.get(0),
+            held_out_after=measured.get(outcome.kept if outcome else self.trainer.step),
             base_fingerprint=base,
+            next_command=self.material.next_command(),
             outcome=outcome,
         )
         result = self.material.result(found)
         if self.crew.leads:
             _save(config.output, self.material.parts, self.trainer, self._spec(result))
-            self.folder.finish(seconds=seconds, **memory(), **(outcome.training() if outcome else {}))
+            self.tell(Saved("adapter", outcome.kept if outcome else self.trainer.step, config.output))
         self.crew.wait()
         return result
 
-    def _start(self, resume: bool) -> None:
+    def _start(self, resume: bool) -> Started:
         """Begin the run, or go on with it. Raises UserError where settings, data or base are others than it had."""
         crew, config, items = self.crew, self.material.config, self.material.items
         origin = origin_of(config, items, self.material.info.fingerprint, crew)
@@ -349,15 +375,13 @@ class _Run(Generic[Result]):
         if not resume:
             if crew.leads:
                 self.folder.start(config, items, origin)
-            return
-        say = say_to(self.console)
+            return Started(self.folder.path, 0, config.steps)
         found = self.folder.resume(config, items, origin) if crew.leads else None
         crew.wait()  # what cannot be gone on from is gone
         if not crew.leads:
             found = self.folder.newest()
         if found is None:
-            say("no checkpoint was made yet: the run starts from the beginning")
-            return
+            return Started(self.folder.path, 0, config.steps, resumed=True)
         before = found.origin.config.get(_PROCESSES, 1)
         if before != crew.size:
             raise UserError(
@@ -366,86 +390,70 @@ class _Run(Generic[Result]):
             )
         self.trainer.load(found.state)
         self.trainer.measured = crew.agreed(dict(self.folder.held_out))
-        say(f"going on from step {found.state.step} of {config.steps}")
-        planned = found.origin.config["steps"]
-        if planned != config.steps and config.scheduler != "constant":
-            say(
-                f"the run was planned for {planned} steps: from here its {config.scheduler} learning rate is that of"
-                f" {config.steps}, so the result is not quite that of one run of this length"
-            )
+        planned = int(found.origin.config["steps"])
+        return Started(self.folder.path, found.state.step, config.steps, True, planned, config.scheduler)
 
-    def _note(self) -> None:
+    def _note(self, recorder: Recorder) -> None:
         """What the report tells of the run besides its settings and measurements."""
         material, info = self.material, self.material.info
         own = material.facts(self.folder, self.previews)
         self.folder.note(
-            about=about(self.about, self.trainer.arena.count, info.name, info.fingerprint),
+            about=about(self.adapter, self.arena.count, info.name, info.fingerprint),
             defaults=to_json(own.defaults) | {"method": TrainConfig.method},
-            warnings=[*own.warnings, *warned(self.said)],
-            said=self.said,
+            warnings=recorder.warnings,
+            said=recorder.said,
             apart=own.apart,
             **({} if own.prompts is None else {"prompts": list(own.prompts)}),
             commands=commands(self.folder.command, material.config.run_dir, material.next_command()),
         )
 
-    def _learn(self, log_with: LogWith | None) -> None:
-        """Train to the end. Raises Interrupted on a signal."""
+    def _learn(self, log_with: LogWith | None, stop: Stop | None) -> None:
+        """Train to the end. Raises Interrupted where it was stopped early."""
         trainer, config, previews = self.trainer, self.material.config, self.previews
-        clock, tracker = Clock(config.steps, trainer.arena.flat.device, say_to(self.console)), self._tracker(log_with)
-        if previews and not previews.go_on_from(trainer.step):
-            previews.draw_base()
-        watching: list[Observer] = [one for one in (clock, previews, tracker) if one]
-        with Bar(self.console, config.steps, trainer.step, self.material.held_out_line) as bar:
-            own = [bar, self.folder] if self.crew.leads else []
-            trainer.observers = [*own, *watching] if self.crew.measures else []
-            finished = trainer.run()
+        if log_with is not None and self.crew.leads:
+            self.tell.own.append(Tracker(self.folder.logs, trainer.step))
+        if self.crew.leads:
+            trainer.keep = self._keep
+        if self.crew.measures:
+            trainer.after_step = [Clock(config.steps, self.arena.flat.device, self.tell).after_step]
+        if previews:
+            if not previews.go_on_from(trainer.step):
+                previews.draw_base()
+            trainer.after_step.append(previews.after_step)
+        with _stop_of(stop) as wish:
+            finished = trainer.run(stop=wish)
         if not finished:
             raise Interrupted(
                 f"stopped after step {trainer.step} of {config.steps}; go on with: peft-diffusion {self.folder.command}"
                 f" --config {shlex.quote(str(self.folder.path / 'config.toml'))} --resume"
             )
-        if trainer.step < config.steps:
-            say_to(self.console)(
-                f"ended after step {trainer.step} of {config.steps}: {config.patience} measurements without a new lowest one"
-            )
+        self.tell(Trained(trainer.step, config.steps, config.patience if trainer.step < config.steps else None))
         if previews:
             previews.draw(trainer.step)
-        if tracker:
-            tracker.finish()
 
-    def _tracker(self, log_with: LogWith | None) -> Tracker | None:
-        if log_with is None or not self.crew.leads:
-            return None
-        tracker = Tracker(self.folder.logs, self.trainer.step)
-        if self.previews:
-            self.previews.watching = tracker
-        return tracker
+    def _keep(self, state: TrainerState) -> None:
+        self.tell(Saved("checkpoint", state.step, self.folder.keep(state)))
 
     def _outcome(self) -> Outcome:
-        """Choose the weights that the run gives, and measure at which strength they serve best; says both.
+        """Choose the weights that the run gives, and measure at which strength they serve best; tells both.
 
         Only the processes that measure may ask, and all of them have to.
         """
-        say, trainer, crew = say_to(self.console), self.trainer, self.crew
-        held_out = crew.agreed(self.folder.held_out)  # which only the process that leads has written down
+        trainer, crew, held_out = self.trainer, self.crew, self.trainer.measured
         warning = verdict(measurements(self.folder.metrics()))
         if warning:
-            say(f"warning: {warning}")
+            self.tell(Warned(warning))
         best = best_step(held_out)
         kept = trainer.step
         if self.material.config.keep == "best" and best is not None and best != trainer.step:
             tensors = crew.agreed(self.folder.tensors(best) if crew.leads else {})
-            trainer.chosen = trainer.given(tensors).to(trainer.arena.flat.device)
+            trainer.chosen = trainer.given(tensors).to(self.arena.flat.device)
             kept = best
-            say(
-                f"written are the weights of step {best}, which has the lowest loss on what is kept apart (--keep last: step"
-                f" {trainer.step})"
-            )
+            self.tell(WeightsChosen(best, trainer.step))
         suggestion = None
         if 0 in held_out and kept in held_out:
             suggestion = suggest(self._measured, held_out[0], held_out[kept])
-            tried = ", ".join(f"{loss:.4f} at {strength:g}" for strength, loss in suggestion.losses.items())
-            say(f"suggested strength: {suggestion.strength:g} (loss on what is kept apart: {tried})")
+            self.tell(StrengthSuggested(suggestion))
         return Outcome(kept, best, warning, suggestion)
 
     def _measured(self, strength: float) -> float:
@@ -478,13 +486,57 @@ class _Run(Generic[Result]):
         )
 
 
+def _batch(config: RunSettings) -> int:
+    """Pictures or windows of a step, in one process."""
+    return config.batch_size * config.accumulation
+
+
+def silent(event: Event) -> None:
+    """An observer that tells nobody: of several processes, one speaks for all."""
+
+
 @contextmanager
-def base_kept(base: Any, say: Say) -> Iterator[str]:
+def _told_to_the_end(tell: Observers) -> Iterator[Observers]:
+    """A run inside: where it does not come to its end, this is told last. The run itself tells of its good end."""
+    try:
+        yield tell
+    except KeyboardInterrupt as error:
+        tell.last(Ended("stopped", error=str(error)))
+        raise
+    except BaseException as error:
+        tell.last(Ended("failed", error=str(error)))
+        raise
+
+
+@contextmanager
+def _stop_of(stop: Stop | None) -> Iterator[Stop]:
+    """The wish to stop that was given, or else one that signals set inside."""
+    if stop is not None:
+        yield stop
+        return
+    with stop_on_signal() as wish:
+        yield wish
+
+
+def _stopping(tell: Observer, stop: Stop | None, crew: Crew) -> Observer:
+    """The same observer, which ends what is told to it where it is wished to stop, as long as nothing is written."""
+    if stop is None or crew.size > 1:  # one of several cannot leave the others
+        return tell
+
+    def told(event: Event) -> None:
+        tell(event)
+        check_stop(stop, _TOO_EARLY)
+
+    return told
+
+
+@contextmanager
+def base_kept(base: Any, tell: Observer) -> Iterator[str]:
     """A training inside; sees that the base is the same at the end, and takes the adapter off.
 
     Args:
         base: A pipeline or a language model.
-        say: Is told the fingerprints.
+        tell: Is told the fingerprints.
 
     Yields:
         The base's fingerprint.
@@ -493,12 +545,14 @@ def base_kept(base: Any, say: Say) -> Iterator[str]:
         RuntimeError: A byte of the base has changed, which no setting may bring about.
     """
     parts = components(base)
+    for part in parts.values():
+        part.requires_grad_(False)  # of adapters too that it carried before, which this training is none of
     before = fingerprint(parts)
-    say(f"base fingerprint before training: {before}")
+    tell(Fingerprinted("before", before))
     try:
         yield before
         after = fingerprint(parts)
-        say(f"base fingerprint after training:  {after}")
+        tell(Fingerprinted("after", after))
         if after != before:
             raise RuntimeError("training changed the base, which no setting may do")
     finally:
@@ -508,9 +562,10 @@ def base_kept(base: Any, say: Say) -> Iterator[str]:
         teach(base)
 
 
-def origin_of(config: Settings, items: Sequence[Mapping[str, str]], base: str, crew: Crew) -> Origin:
+def origin_of(config: RunSettings, items: Sequence[Mapping[str, str]], base: str, crew: Crew) -> Origin:
     """What a run depends on, as its checkpoints keep it."""
-    return Origin({**to_json(config), _PROCESSES: crew.size}, digest(items), base)
+    settings = {**to_json(config), DERIVED: sorted(config.derived), _PROCESSES: crew.size}
+    return Origin(settings, digest(items), base)
 
 
 def digest(items: Sequence[Mapping[str, str]]) -> str:

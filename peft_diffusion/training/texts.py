@@ -1,7 +1,6 @@
 """Text as what a run learns from, and a causal language model that it teaches."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,23 +16,24 @@ from ..bases.loading import pick_device
 from ..bases.words import learned
 from ..core import quantized
 from ..core.errors import UserError
+from ..core.events import Event, Observer
 from ..core.settings import pick
 from ..data.text_files import Document, Texts, read_texts
-from .attachment import Say, described_rates, taught_words, with_words
+from .attachment import taught_words, with_words
+from .events import IMPATIENT, Data, DataRead, LanguageModelLoaded, TokensMade
 from .loop.trainer import Trainer
-from .machine.memory_plan import Footing
+from .machine.memory_plan import Load
 from .machine.precision import pick_precision
 from .machine.processes import Crew
-from .progress import IMPATIENT, Reading
 from .record.run_folder import RunFolder, check_run, check_writable
-from .results import RunResult, TextTrainResult
+from .results import FoundRates, RunResult, TextTrainResult
 from .run import Facts, next_command
 from .settings.blocks import blocks
+from .settings.choices import Precision
 from .settings.derive import resolve_language
 from .settings.presets import HELD_OUT_FROM
 from .settings.text import ResolvedTextConfig, TextTrainConfig, language_output, language_run
 from .tasks.language import LanguageSettings, LanguageTask, tokens
-from .watch.find_lr import FoundRates
 from .watch.previews import Previews
 
 
@@ -70,20 +70,20 @@ class TextSource:
         check_writable(folder)
         return folder
 
-    def open(self, crew: Crew, say: Say, reading: Reading) -> "TextMaterial":
+    def open(self, crew: Crew, tell: Observer) -> "TextMaterial":
         """Read the text and load the base."""
         config = self.asked
         texts = read_texts(config.texts)
-        for words in texts.describe():
-            say(words)
+        tell(DataRead("text", tuple(texts.describe())))
         apart = read_texts(config.held_out_text) if config.held_out_text else None
-        asked = replace(config, precision=pick_precision(config.precision, pick_device(config.device)))
-        base = self._loaded(asked)
+        device = pick_device(config.device)
+        precision = pick_precision(config.precision, device)
+        base = self._loaded(replace(config, precision=precision))
         info = describe(base)
-        say(f"base {info.name}: {info.architecture}, {info.vocabulary:,} tokens, context {info.context}")
-        return TextMaterial(asked, base, info, texts, apart, say, crew)
+        tell(LanguageModelLoaded(info.name, info.architecture, info.vocabulary, info.context))
+        return TextMaterial(config, precision, base, info, texts, apart, tell, crew)
 
-    def remark(self, found: FoundRates) -> str | None:
+    def remark(self, found: FoundRates) -> Event | None:
         """Text has nothing to be told."""
         return None
 
@@ -111,25 +111,29 @@ class _Tokens:
 class TextMaterial:
     """A language model that is loaded, and text that was read; see `run.Material` for what each method is for."""
 
+    data: Data = "text"
+
     def __init__(
         self,
         asked: TextTrainConfig,
+        precision: Precision,
         base: LanguageModel,
         info: LanguageInfo,
         texts: Texts,
         apart: Texts | None,
-        say: Say,
+        tell: Observer,
         crew: Crew,
     ) -> None:
         self.asked = asked
+        self.precision = precision
         self.base = base
         self.info = info
         self.texts = texts
         self.apart = apart
-        self.say = say
+        self.tell = tell
         self.crew = crew
         # Whole but for the steps of epochs, which it takes tokens to count.
-        self.first = resolve_language(asked, parameters=quantized.count(base.lm), context=info.context)
+        self.first = self._resolved(None)
         self.seed = asked.seed
         self.parts = components(base)
         self.blocks = with_words(base, blocks(self.first))
@@ -144,7 +148,7 @@ class TextMaterial:
 
     @cached_property
     def task(self) -> LanguageTask:
-        """What is learned; says what it finds."""
+        """What is learned; tells what it finds."""
         return LanguageTask(self.base, self._settings(self.config), self.tokens.line, self.tokens.apart)
 
     @property
@@ -160,7 +164,7 @@ class TextMaterial:
     @cached_property
     def tokens(self) -> _Tokens:
         """The text as tokens, with the words that the adapter teaches. Raises UserError for text that cannot be used."""
-        base, info, first, apart = self.base, self.info, self.first, self.apart
+        base, first, apart = self.base, self.first, self.apart
         encoded = [tokens(base, [document.text]) for document in self.texts.documents]
         line, kept = _split(encoded, _share(first, encoded))
         if apart is not None:
@@ -169,19 +173,22 @@ class TextMaterial:
             raise UserError("the text is but one token; there is nothing to learn from it")
         _check_said(base, taught_words(self.blocks), line)
         windows = LanguageTask(base, self._settings(first), line).windows
-        resolved = resolve_language(
-            self.asked,
-            parameters=quantized.count(base.lm),
-            context=info.context,
-            windows=windows / self.crew.size,
-        )
+        resolved = self._resolved(windows / self.crew.size)
         if resolved.patience and kept is None:
-            self.say(IMPATIENT)
-        self.say(
-            f"{len(line):,} tokens to learn from, in {windows} windows of up to {resolved.context}; {_apart_line(kept)}"
-        )
+            self.tell(IMPATIENT)
+        self.tell(TokensMade(len(line), windows, resolved.context, None if kept is None else len(kept)))
         items = _items(self.texts.documents, "") + (_items(apart.documents, "kept apart: ") if apart else [])
         return _Tokens(resolved, line, kept, items)
+
+    def _resolved(self, windows: float | None) -> ResolvedTextConfig:
+        return resolve_language(
+            self.asked,
+            parameters=quantized.count(self.base.lm),
+            context=self.info.context,
+            windows=windows,
+            device=self.base.device.type,
+            precision=self.precision,
+        )
 
     def _settings(self, config: ResolvedTextConfig) -> LanguageSettings:
         return pick(LanguageSettings, config, {"crew": self.crew})
@@ -194,36 +201,20 @@ class TextMaterial:
         """Nothing of a language model is idle."""
         return nullcontext()
 
-    def plan(self, rates: Mapping[str, float]) -> str:
-        """Steps, batch and learning rates in words."""
-        config = self.config
-        size = config.batch_size * config.accumulation * self.crew.size
-        told = described_rates(rates) if len(rates) > 1 else f"{next(iter(rates.values())):g}"
-        return (
-            f"{config.steps} steps of {size} windows, learning rate {told} ({config.scheduler}), seed {config.seed},"
-            f" {config.precision}"
-        )
-
-    def held_out_line(self, loss: float) -> str:
-        """A measurement on what is kept apart, in words."""
-        return f"text kept apart: loss {loss:.4f}, perplexity {math.exp(loss):.2f}"
-
     def previews(self, trainer: Trainer, folder: RunFolder) -> Previews | None:
         """None are drawn of text."""
         return None
 
-    def footing(self, trainer: Trainer, previews: Previews | None) -> Footing:
-        """What the run's memory is predicted from."""
+    def load(self, previews: Previews | None) -> Load:
+        """What of the run takes memory."""
         config, parts = self.config, tuple(self.parts.values())
         savings = ["--batch-size 1 with --accumulation"] if config.batch_size > 1 else []
         savings += [] if config.quantize == "nf4" else ["--quantize nf4"]
-        return Footing(
-            memory=config.memory,
-            trainer=trainer,
+        return Load(
             parts=parts,
             loaded=parts,
             largest=lambda: self.task.inputs(0, 0),
-            chance=any(getattr(block.method, "dropout", 0.0) for block in self.blocks),
+            dropout=any(block.method.dropped() for block in self.blocks),
             savings=[*savings, f"--context below {config.context}"],
         )
 
@@ -263,18 +254,6 @@ class TextMaterial:
         """The words that were taught."""
         return taught_words(self.blocks)
 
-    def tell(self, result: TextTrainResult, say: Say) -> None:
-        """Say what was made, and what to type next."""
-        if result.perplexities is not None:
-            before, after = result.perplexities
-            say(f"perplexity on text kept apart: {before:.2f} before, {after:.2f} after ({after / before - 1:+.0%})")
-        size = result.output.stat().st_size / 2**20
-        say(
-            f"wrote {result.output} ({size:.1f} MiB) after {result.steps} steps on {result.tokens:,} tokens,"
-            f" {result.seconds:.0f} s; settings, metrics and report.html are in {result.run_dir}"
-        )
-        say(f"next: {self.next_command()}")
-
 
 def _check_said(base: LanguageModel, words: Sequence[str], line: Tensor) -> None:
     """Raise UserError for a new word that the text does not say: nothing could be learned of it."""
@@ -296,12 +275,6 @@ def _split(encoded: Sequence[Tensor], share: float) -> tuple[Tensor, Tensor | No
     line = torch.cat([one[:cut] for one, cut in zip(encoded, cuts, strict=True)])
     apart = torch.cat([one[cut:] for one, cut in zip(encoded, cuts, strict=True)])
     return line, apart if len(apart) > 1 else None
-
-
-def _apart_line(apart: Tensor | None) -> str:
-    if apart is None:
-        return "none are kept apart to measure on (--held-out 0.1 keeps a tenth)"
-    return f"{len(apart):,} are kept apart: the perplexity on them shows when to stop"
 
 
 def _items(documents: Sequence[Document], prefix: str) -> list[dict[str, str]]:

@@ -2,22 +2,19 @@
 
 import itertools
 import math
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ...core.arena import Arena
 from ...core.errors import UserError
+from ...core.events import Event, Never, Observer, Stop
 from ...fast.cuda_graph import Inputs, Recorder, cause, to_device
-from ...fast.low_rank import Working
+from ..events import Data, Losses, Measured, Signals, Step, StepLoss, Unrecorded
 from ..machine.processes import Crew
 from ..settings.choices import OptimizerName, Scheduler
 from .learning_rate import rate
@@ -46,58 +43,9 @@ class Task(Protocol):
         """The loss on what is never trained on, always by the same measure; None where nothing is kept apart."""
         ...
 
-    def signals(self) -> "Signals":
+    def signals(self) -> Signals:
         """What else tells when to stop, on fixed noise."""
         ...
-
-
-@dataclass(frozen=True)
-class Signals:
-    """Beside the loss on what is kept apart. None is what cannot be measured.
-
-    ``seen`` is the same loss on a few of those that are trained on. ``leakage`` is how far the base's answers moved that
-    the adapter should leave alone (0 is not at all): for pictures the rms of the difference over that of the base's, for
-    text the Kullback-Leibler divergence in nats per token. ``changes`` has how far each layer moved, see
-    `signals.layer_changes`.
-    """
-
-    seen: float | None = None
-    leakage: float | None = None
-    changes: Mapping[str, float] = field(default_factory=dict)
-
-
-class Observer:
-    """What may be watched; every method does nothing unless overridden. ``step`` counts the steps done."""
-
-    def on_step(self, step: int) -> None:
-        """After each step, without waiting for the device."""
-
-    def on_losses(self, losses: Sequence["StepLoss"]) -> None:
-        """The losses since the last call, in order."""
-
-    def on_held_out(self, step: int, loss: float) -> None:
-        """A measurement on what is kept apart."""
-
-    def on_signals(self, step: int, signals: Signals) -> None:
-        """What was measured beside it, before or after that."""
-
-    def on_pictures(self, step: int, prompts: Sequence[str], pictures: Sequence[Image.Image]) -> None:
-        """Previews were drawn: one for each prompt, with the weights after so many steps."""
-
-    def on_unrecorded(self, why: str) -> None:
-        """Steps cannot be recorded as CUDA graphs, and run one operation after the other."""
-
-    def on_checkpoint(self, state: "TrainerState") -> None:
-        """A good state to go on from; its tensors change with the next step."""
-
-
-@dataclass(frozen=True)
-class StepLoss:
-    """The loss of one step, and the learning rates that it was made with."""
-
-    step: int
-    loss: float
-    rates: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -123,6 +71,29 @@ class TrainerSettings:
     cuda_graph: bool = True
     undecayed: frozenset[str] = frozenset()
     optimizer: OptimizerName = "adamw"
+
+
+class Passes(Protocol):
+    """What every pass forward and backward runs inside, such as a fast path of a method: `fast.low_rank.Working` is one."""
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Returns: what a pass runs inside."""
+        ...
+
+    @property
+    def full(self) -> bool:
+        """Whether a recording of a pass still holds."""
+        ...
+
+
+class PlainPasses:
+    """Passes with nothing around them."""
+
+    full = True
+
+    def passing(self) -> AbstractContextManager[None]:
+        """Returns: nothing to run inside."""
+        return nullcontext()
 
 
 @dataclass
@@ -168,6 +139,17 @@ class Trainer:
 
     On CUDA a step is two recordings: forward and backward of a micro-batch, one for each shape of its inputs, and what
     follows from the gradients. ``unrecorded`` says why not, where that cannot be.
+
+    Args:
+        task: What is learned.
+        arena: The parameters, in groups, with their gradients.
+        settings: How to minimize.
+        observers: Are told of steps, losses and measurements.
+        crew: The processes that train together.
+        data: What is learned from, for those who read of measurements.
+        keep: Is given a state to go on from now and then; its tensors change with the next step.
+        after_step: Is done after each step, with the number of those done, such as drawing previews.
+        passes: What every pass forward and backward runs inside.
     """
 
     def __init__(
@@ -176,13 +158,22 @@ class Trainer:
         arena: Arena,
         settings: TrainerSettings,
         observers: Sequence[Observer] = (),
+        *,
         crew: Crew = Crew(),  # noqa: B008 -- frozen
+        data: Data = "pictures",
+        keep: Callable[["TrainerState"], None] | None = None,
+        after_step: Sequence[Callable[[int], None]] = (),
+        passes: Passes = PlainPasses(),  # noqa: B008 -- has no state
     ) -> None:
         self.task = task
         self.crew = crew
         self.arena = arena
         self.settings = settings
         self.observers = list(observers)
+        self.data = data
+        self.keep = keep
+        self.after_step = list(after_step)
+        self.passes = passes
         self.step = 0
         self.saved = -1  # the step of the last checkpoint
         self.divergence = Divergence()
@@ -195,34 +186,43 @@ class Trainer:
         self.unrecorded: str | None = None
         self.records = settings.cuda_graph and arena.flat.device.type == "cuda"
         self.optimizer = self._optimizer()
-        self.working = Working(arena.flat, arena.grad)
         device = arena.flat.device
-        self.gradients = Recorder(self._add_gradients, lambda: [arena.grad, self.total], device, lambda: self.working.full)
+        self.gradients = Recorder(self._add_gradients, lambda: [arena.grad, self.total], device, lambda: self.passes.full)
         self.update = Recorder(self._update, self._updated, device)
 
-    def run(self, until: int | None = None) -> bool:
-        """Train to the last step, or to ``until``; False where Ctrl-C (SIGINT) or SIGTERM ended it early, after saving.
+    def run(self, until: int | None = None, stop: Stop = Never()) -> bool:  # noqa: B008 -- has no state
+        """Train to the last step.
 
-        Where patience ends it, it has come to its end.
+        Args:
+            until: A step to end at before that.
+            stop: Where it is set, the run ends after the present step, and saves.
 
-        Raises UserError where the loss is not finite or runs away.
+        Returns:
+            Whether it came to its end, by steps or by patience; False where it was stopped.
+
+        Raises:
+            UserError: The loss is not finite or runs away.
         """
         end = self.settings.steps if until is None else min(until, self.settings.steps)
-        with _stop_on_signal() as stop:
-            if self.step == 0:
+        if self.step == 0:
+            self._measure()
+        given_up = self._gives_up()
+        while self.step < end and not given_up and not self._stops(stop):
+            self._step()
+            if self.step % self.settings.log_every == 0:
+                self._read()
+            if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
                 self._measure()
-            given_up = self._gives_up()
-            while self.step < end and not given_up and not self._stops(stop):
-                self._step()
-                if self.step % self.settings.log_every == 0:
-                    self._read()
-                if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
-                    self._measure()
-                    self._save()
-                    given_up = self._gives_up()
-            if self.saved != self.step and self.step:
                 self._save()
+                given_up = self._gives_up()
+        if self.saved != self.step and self.step:
+            self._save()
         return self.step >= end or given_up
+
+    def tell(self, event: Event) -> None:
+        """Tell an event to the observers."""
+        for observer in self.observers:
+            observer(event)
 
     def _gives_up(self) -> bool:
         """Whether the patience is over; the processes that measure decide for all."""
@@ -233,7 +233,7 @@ class Trainer:
         over = sum(step > best for step in self.measured) >= patience
         return over if self.crew.size == 1 else self.crew.any(over, self.arena.flat.device)
 
-    def _stops(self, stop: threading.Event) -> bool:
+    def _stops(self, stop: Stop) -> bool:
         """Whether to end early. Of several processes, all have to: they agree when losses are read, which takes a while."""
         if self.crew.size == 1:
             return stop.is_set()
@@ -245,6 +245,13 @@ class Trainer:
         if self.average is not None:
             tensors["average"] = self.average
         return TrainerState(self.step, tensors, self.divergence)
+
+    def held(self) -> list[Tensor]:
+        """All that is held on the device for training, beside the base; views, not copies."""
+        found = [*self.state().tensors.values(), *self.optimizer.counters(), self.arena.shared]
+        if self.records:  # a recording keeps aside what its trial runs must not change
+            found.append(torch.empty_like(self.arena.grad))
+        return found
 
     def load(self, state: TrainerState) -> None:
         """Go on from a state of a run with these settings."""
@@ -301,8 +308,9 @@ class Trainer:
             self._update({})
         self.unread.append(self.total.clone())
         self.step += 1
-        for observer in self.observers:
-            observer.on_step(self.step)
+        self.tell(Step(self.step, settings.steps))
+        for action in self.after_step:
+            action(self.step)
 
     def _do(self, recorder: Recorder, inputs: Inputs) -> None:
         """Work of a step, from its recording where there can be one."""
@@ -316,13 +324,12 @@ class Trainer:
                     raise
                 self.records = False
                 self.unrecorded = why
-                for observer in self.observers:
-                    observer.on_unrecorded(self.unrecorded)
+                self.tell(Unrecorded(why))
         recorder.work(to_device(inputs, self.arena.flat.device))
 
     def _add_gradients(self, inputs: Inputs) -> None:
         """Forward and backward of a micro-batch."""
-        with self.working.passing():
+        with self.passes.passing():
             loss = self.task.loss(inputs) / self.settings.accumulation
             loss.backward()  # type: ignore[no-untyped-call]
         self.total.add_(loss.detach())
@@ -352,9 +359,7 @@ class Trainer:
         values = torch.stack(self.unread).tolist()
         self.unread.clear()
         losses = [StepLoss(step, loss, self._rates(step - 1)) for step, loss in enumerate(values, first)]
-        good = list(itertools.takewhile(lambda loss: math.isfinite(loss.loss), losses))
-        for observer in self.observers:
-            observer.on_losses(good)
+        self.tell(Losses(tuple(itertools.takewhile(lambda loss: math.isfinite(loss.loss), losses))))
         for loss in losses:
             if not math.isfinite(loss.loss):
                 raise self._lost(loss.step, f"the loss is {loss.loss}")
@@ -375,17 +380,14 @@ class Trainer:
         with self.final_weights():
             loss = self.crew.agreed(self.task.held_out())
             signals = self.task.signals()
-        for observer in self.observers:
-            observer.on_signals(self.step, signals)
         if loss is not None:
             self.measured[self.step] = loss
-            for observer in self.observers:
-                observer.on_held_out(self.step, loss)
+        self.tell(Measured(self.step, loss, signals, self.data))
 
     def _save(self) -> None:
         self._read_all()
-        for observer in self.observers:
-            observer.on_checkpoint(self.state())
+        if self.keep is not None:
+            self.keep(self.state())
         self.saved = self.step
 
     def _lost(self, step: int, what: str) -> "Diverged":
@@ -399,29 +401,3 @@ class Trainer:
 
 class Diverged(UserError):
     """A loss or weights that are no good any more."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run that was stopped by a signal, after it saved a checkpoint; the message says how to go on."""
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets; a second signal acts as it always does."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,7 +3,6 @@
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,49 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..need import Need
+
 _BLOCK = 512  # bytes: what CUDA's allocator rounds up to
 _BLAS = 4  # handles that hold a workspace each: of cuBLAS and cuBLASLt, in the threads of forward and backward
-_SPARE = 1.05  # what a device must have over the prediction, for workspaces and fragments
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes that a run takes on its device: the base, the adapter with its optimizer, and the most that a step adds.
-
-    ``away`` is what lies elsewhere during a step and comes back between steps for previews, and at the end. ``drawing`` is
-    the most that previews add to that. What ``recorded`` steps take stays theirs while previews are drawn.
-    """
-
-    weights: int
-    adapter: int
-    step: int
-    away: int = 0
-    drawing: int = 0
-    recorded: bool = False
-
-    @property
-    def total(self) -> int:
-        """The predicted peak."""
-        return self.weights + self.adapter + (self.step + self._between if self._beside else max(self.step, self._between))
-
-    @property
-    def _between(self) -> int:
-        return self.away + self.drawing
-
-    @property
-    def _beside(self) -> bool:
-        return self.recorded and self.drawing > 0
-
-    def __str__(self) -> str:
-        parts = f"base {mib(self.weights)}, adapter and optimizer {mib(self.adapter)}, a step {mib(self.step)}"
-        if self._beside or self._between > self.step:
-            parts += f", {'and' if self._beside else 'but'} between steps what draws pictures {mib(self._between)}"
-        return f"{mib(self.total)} at most: {parts}"
-
-
-def mib(size: int) -> str:
-    """Bytes in MiB, or in GiB where these are many."""
-    return f"{size / 2**20:.0f} MiB" if size < 10 * 2**30 else f"{size / 2**30:.1f} GiB"
 
 
 def predict(
@@ -109,11 +69,6 @@ def _workspace(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return 32 * 2**20 if torch.cuda.get_device_capability(device)[0] == 9 else 8 * 2**20 + 2**16
-
-
-def fits(need: Need, there: int | None) -> bool:
-    """Whether a run finds room; where that cannot be told, it is tried."""
-    return there is None or need.total * _SPARE <= there
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]

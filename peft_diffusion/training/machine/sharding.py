@@ -16,9 +16,9 @@ from ...bases import components
 from ...bases import family as families
 from ...core.errors import UserError
 from ...core.sharded import here
+from ..events import BaseSharded
 from ..settings.pictures import TrainConfig
 from .low_memory import blocks_of
-from .preflight import mib
 from .processes import Crew
 
 
@@ -39,10 +39,10 @@ def sharing(crew: Crew, config: TrainConfig, pipe: Any | None) -> Crew:
     return replace(crew, shares_base=True)
 
 
-def shard(pipe: Any, trained: Sequence[str], device: torch.device) -> str:
+def shard(pipe: Any, trained: Sequence[str], device: torch.device) -> BaseSharded:
     """Shard the UNet and the components that are trained, and move the rest of a pipeline to the device, in place.
 
-    One block after the other goes there, so that the device never has to hold all. Says in words what came of it.
+    One block after the other goes there, so that the device never has to hold all. Returns what came of it.
     """
     # Not above: they take long to import, and few shard.
     from torch.distributed.device_mesh import init_device_mesh
@@ -58,10 +58,8 @@ def shard(pipe: Any, trained: Sequence[str], device: torch.device) -> str:
     for part in pipe.components.values():
         if isinstance(part, nn.Module) and part not in parts.values():
             part.to(device)
-    own = mib(sum(held(part) for part in parts.values()))
-    told = f"{', '.join(parts)} sharded over {mesh.size()} processes: each holds {own} of {mib(size)}"
-    eager = "; steps run one operation after the other, as no CUDA graph holds weights that come and go"
-    return told + (eager if device.type == "cuda" else "")
+    own = sum(held(part) for part in parts.values())
+    return BaseSharded(tuple(parts), mesh.size(), own, size, device.type == "cuda")
 
 
 def held(part: nn.Module) -> int:

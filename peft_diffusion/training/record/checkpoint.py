@@ -49,6 +49,15 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     write_bytes(path, save(tensors, {_KEY: json.dumps(told)}))
 
 
+def read_origin(path: Path) -> Origin | None:
+    """What the run of a checkpoint depended on, without its tensors; None where the file is none, or is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return Origin(**json.loads((file.metadata() or {})[_KEY])["origin"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def read(path: Path) -> Checkpoint | None:
     """A checkpoint; None where the file is none, or is damaged."""
     try:

@@ -22,19 +22,6 @@ def about(what: str, parameters: int, base: str, fingerprint: str) -> dict[str, 
     return {"what": what, "parameters": parameters, "base": base, "fingerprint": fingerprint}
 
 
-def warned(said: Sequence[str]) -> list[str]:
-    """The warnings among what was said, each with the lines that belong to it."""
-    found: list[str] = []
-    within = False
-    for line in said:
-        if line.startswith("warning: "):
-            found.append(line.removeprefix("warning: "))
-        elif within and line.startswith("  "):
-            found[-1] += f" {line.strip()};"
-        within = line.startswith("warning: ") or (within and line.startswith("  "))
-    return found
-
-
 def commands(command: str, run: Path, generate: str) -> dict[str, str]:
     """What to type to use what was learned, and to go on."""
     settings = shlex.quote(str(run / "config.toml"))

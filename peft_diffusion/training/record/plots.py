@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ...core.files import write_bytes
-from ..watch.signals import best_step, measurements
 from .charts import running
+from .measurements import best_step, measurements
 
 
 def draw(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:

@@ -4,8 +4,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from ... import __version__
 from ...core.errors import UserError
 from ...core.files import explained, file_of, write_bytes
-from ..loop.trainer import Observer, Signals, StepLoss, TrainerState
+from ...core.settings import to_json
+from ..loop.trainer import TrainerState
 from ..settings.resumption import changes
 from ..settings.shared import RunSettings
 from ..settings.toml import to_toml
-from ..watch.signals import best_step
 from . import checkpoint as checkpoints
-from . import report, run_record
+from . import run_record
 from .checkpoint import Checkpoint, Origin
-from .plots import draw, draw_signals
+from .measurements import best_step
 
 _HEADER = "# peft-diffusion "  # how a ``config.toml`` of ours begins
 _CHECKPOINTS, _LOGS = "checkpoints", "logs"
@@ -42,8 +42,8 @@ _ENTRIES = {
 }  # fmt: skip
 
 
-class RunFolder(Observer):
-    """Writes down what happens in a run, and finds what an earlier one left.
+class RunFolder:
+    """Keeps what there is of a run, and finds what an earlier one left.
 
     ``config.toml`` (for ``--config``), ``data.json`` (what is learned from), ``run.json`` (how it stands and what is to be
     known of it), ``metrics.jsonl``, ``loss.png``, ``signals.png``, ``report.html``, ``previews/``, ``thumbnails/`` and
@@ -57,7 +57,7 @@ class RunFolder(Observer):
         self.origin = Origin({}, "", "")
         self.seconds = 0.0  # of earlier stretches of the run
         self.started = time.monotonic()
-        self.held_out: dict[int, float] = {}
+        self.held_out: dict[int, float] = {}  # losses on what is kept apart, by step
         self.facts: dict[str, Any] = {}  # of ``run.json``; empty until the run begins
         self.kept = 1  # newest checkpoints that stay, beside the best one by the loss on what is kept apart
 
@@ -143,33 +143,25 @@ class RunFolder(Observer):
         read = (checkpoints.read(path) for _, path in sorted(self._files().items(), reverse=True))
         return next((found for found in read if found is not None), None)
 
-    def on_losses(self, losses: Sequence[StepLoss]) -> None:
-        """Into ``metrics.jsonl``."""
+    def settings(self) -> Mapping[str, Any]:
+        """The settings of the run at its newest checkpoint that can be read; none where there is none."""
+        read = (checkpoints.read_origin(path) for _, path in sorted(self._files().items(), reverse=True))
+        return next((found.config for found in read if found is not None), {})
+
+    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write measurements into ``metrics.jsonl``, each with the seconds trained so far."""
         seconds = round(self.elapsed, 3)
-        self._append({"step": one.step, "loss": one.loss, "lr": dict(one.rates), "seconds": seconds} for one in losses)
+        with explained(self._metrics), self._metrics.open("ab") as file:
+            file.write(_json_lines({**line, "seconds": seconds} for line in lines))
 
-    def on_held_out(self, step: int, loss: float) -> None:
-        """Into ``metrics.jsonl``."""
-        self.held_out[step] = loss
-        self._append([{"step": step, "held_out_loss": loss, "seconds": round(self.elapsed, 3)}])
+    def keep(self, state: TrainerState) -> Path:
+        """Keep a state to go on from, a few before it and the best; others go.
 
-    def on_signals(self, step: int, signals: Signals) -> None:
-        """Into ``metrics.jsonl``."""
-        told = {"seen_loss": signals.seen, "leakage": signals.leakage, "changes": dict(signals.changes) if step else None}
-        known = {name: value for name, value in told.items() if value is not None}
-        if known:
-            self._append([{"step": step, **known, "seconds": round(self.elapsed, 3)}])
-
-    def on_previews(self, step: int, nearest: float) -> None:
-        """How near previews are to pictures that are trained on (see `Previews`), into ``metrics.jsonl``, once a step."""
-        if not any(line["step"] == step and "preview_nearest" in line for line in self.metrics()):
-            self._append([{"step": step, "preview_nearest": nearest, "seconds": round(self.elapsed, 3)}])
-
-    def on_checkpoint(self, state: TrainerState) -> None:
-        """Keep this state, a few before it and the best; draw the plots anew."""
-        held_out = self.held_out.get(state.step)
-        checkpoint = Checkpoint(state, self.origin, held_out, self.elapsed)
-        checkpoints.write(self._checkpoints / f"step_{state.step:06}.safetensors", checkpoint)
+        Returns:
+            The checkpoint.
+        """
+        path = self._checkpoints / f"step_{state.step:06}.safetensors"
+        checkpoints.write(path, Checkpoint(state, self.origin, self.held_out.get(state.step), self.elapsed))
         files = self._files()
         keep = set(sorted(files)[-self.kept :])
         best = best_step({step: loss for step, loss in self.held_out.items() if step in files})
@@ -178,32 +170,12 @@ class RunFolder(Observer):
         with explained(self.path):
             for step in files.keys() - keep:
                 files[step].unlink()
-            draw(self.path / "loss.png", self.metrics())
-            draw_signals(self.path / "signals.png", self.metrics())
-        report.write(self.path)
+        return path
 
     def note(self, **facts: Any) -> None:
         """Keep facts of the run in ``run.json``, each in place of one of its name: see `run_record.Record`."""
         self.facts |= facts
         write_bytes(self.path / run_record.FACTS, (json.dumps(self.facts, ensure_ascii=False, indent=1) + "\n").encode())
-
-    @contextmanager
-    def closing(self) -> Iterator[None]:
-        """A run inside: however it ends, ``run.json`` and the report say so."""
-        try:
-            yield
-        except BaseException as error:
-            if self.facts:  # it had begun, here
-                stopped = isinstance(error, KeyboardInterrupt)
-                with suppress(UserError):  # that the disk is full is told already
-                    self.note(**({"state": "stopped"} if stopped else {"state": "failed", "error": str(error)}))
-                    report.write(self.path)
-            raise
-
-    def finish(self, **figures: Any) -> None:
-        """The end of a run that came to it, and what came of it."""
-        self.note(state="finished", figures=figures)
-        report.write(self.path)
 
     def steps(self) -> list[int]:
         """The steps whose checkpoints are kept, in order."""
@@ -246,9 +218,17 @@ class RunFolder(Observer):
                     if whole and own.fullmatch(whole):
                         left.unlink()  # by a run that was killed while it wrote
         header = f"{_HEADER}{self.command} --config {self.path / run_record.CONFIG}\n"
+        header += "# What stands in a comment was derived from the rest, and is derived anew when this file is used.\n"
         write_bytes(self.path / run_record.CONFIG, (header + to_toml(config)).encode())
         self.facts = {}
-        self.note(state="running", command=self.command, version=__version__, process=run_record.this_process())
+        self.note(
+            state="running",
+            command=self.command,
+            version=__version__,
+            process=run_record.this_process(),
+            settings=to_json(config),
+            derived=dict(config.derived),
+        )
 
     def _is_ours(self) -> bool:
         """Whether a run wrote here, as far as its files tell."""
@@ -272,10 +252,6 @@ class RunFolder(Observer):
                         path.unlink()
                 with suppress(OSError):  # something of somebody else is left in it
                     folder.rmdir()
-
-    def _append(self, lines: Iterable[dict[str, Any]]) -> None:
-        with explained(self._metrics), self._metrics.open("ab") as file:
-            file.write(_json_lines(lines))
 
     def _cut(self, step: int) -> None:
         """Forget what came after a step: it is about to happen again."""
@@ -346,5 +322,5 @@ def _listed(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def _json_lines(lines: Iterable[dict[str, Any]]) -> bytes:
+def _json_lines(lines: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from ...core.errors import UserError
+from .measurements import memorisation
 
 State: TypeAlias = Literal["running", "finished", "stopped", "failed"]
 
@@ -23,8 +24,8 @@ PREVIEWS = "previews"
 
 _SHOWN = 48  # items of a report
 _KINDS: dict[str, type] = {
-    "process": dict, "figures": dict, "about": dict, "defaults": dict, "commands": dict, "warnings": list, "said": list,
-    "prompts": list,
+    "process": dict, "figures": dict, "about": dict, "settings": dict, "derived": dict, "defaults": dict, "commands": dict,
+    "warnings": list, "said": list, "prompts": list,
 }  # fmt: skip
 
 Curve: TypeAlias = list[tuple[int, float]]
@@ -58,11 +59,14 @@ class Record:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The settings. Raises UserError where the file is no TOML."""
+        """The settings: those of ``config.toml``, and with them what was derived. Raises UserError where that is no TOML."""
         try:
-            return tomllib.loads((self.path / CONFIG).read_text("utf-8-sig"))
+            chosen = tomllib.loads((self.path / CONFIG).read_text("utf-8-sig"))
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / CONFIG} cannot be read ({error}); is this a run folder?") from None
+        settings, derived = self.facts.get("settings", {}), self.facts.get("derived", {})
+        known = settings | chosen | {name: value for name, value in settings.items() if name in derived}
+        return {name: value for name, value in known.items() if value is not None}
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -165,15 +169,6 @@ class Record:
         """The settings that are not the preset's, each with what the preset says."""
         defaults = self.facts.get("defaults", {})
         return {name: (self.config.get(name), value) for name, value in defaults.items() if self.config.get(name) != value}
-
-
-def memorisation(first: tuple[float, float], now: tuple[float, float]) -> float:
-    """How much further the loss fell on what is trained on than on what is not, as a share of the latter.
-
-    Each pair is the loss on what was seen and on what was not, all above 0. 0 where both fell alike, near 1 where only what
-    was seen is known.
-    """
-    return 1 - (now[0] / first[0]) / (now[1] / first[1])
 
 
 def find(folder: Path) -> list[Record]:

@@ -1,89 +1,187 @@
-"""From what was said to all values that a run needs: the rest comes from preset, base, method and the number of steps."""
+"""From what was asked for to all values that a run needs: the rest comes from preset, base, method and number of steps."""
 
 import math
 from collections.abc import Callable, Container, Mapping
-from dataclasses import fields
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from ... import methods
 from ...bases import family as families
 from ...bases.family import Family
 from ...core.errors import UserError
+from ...core.settings import Settings, pick, settings_of
 from .blocks import ranked
-from .choices import OptimizerName
-from .pictures import PRESET_ROLES, ResolvedConfig, TrainConfig, output_path, run_path
+from .choices import OptimizerName, Precision
+from .pictures import PRESET_ROLES, ResolvedConfig, TrainConfig, output_path, preset_components, run_path
 from .presets import (
     CLASS_IMAGES,
     HELD_OUT_FROM,
     KEPT,
     LONGEST,
-    RATE_FACTORS,
     SMALL,
-    SMALL_WORD_RATES,
     TEXT_DEFAULTS,
     TEXT_RATES,
-    WORD_RATES,
 )
+from .resumption import derived_before
+from .shared import SharedConfig
 from .text import ResolvedTextConfig, TextTrainConfig, language_output, language_run
+
+S = TypeVar("S", bound=Settings)
 
 
 class Base(Protocol):
     """What the defaults depend on; `bases.BaseInfo` has it."""
 
     @property
+    def name(self) -> str: ...
+    @property
     def family(self) -> str: ...
     @property
     def resolution(self) -> int: ...
 
 
+class Derivation:
+    """The values of a configuration while what was left out is filled, and in words where each came from."""
+
+    def __init__(self, config: Settings) -> None:
+        self.values = {one.name: getattr(config, one.name) for one in settings_of(type(config))}
+        self.asked = {name: value for name, value in self.values.items() if value is not None}
+        self.derived: dict[str, str] = {}
+
+    def put(self, values: Mapping[str, Any], source: str) -> None:
+        """Set values, whatever was asked for."""
+        self.values |= values
+        self.derived |= {name: source for name, value in values.items() if value != self.asked.get(name)}
+
+    def fill(self, values: Mapping[str, Any], source: str) -> None:
+        """Set those values that are not known yet."""
+        self.put({name: value for name, value in values.items() if self.values[name] is None}, source)
+
+    def leave_out(self, name: str) -> None:
+        """Set a value that says nothing in this run to None, as if nobody had asked for it."""
+        self.values[name] = None
+        self.asked.pop(name, None)
+        self.derived.pop(name, None)
+
+    def put_steps(self, count: float, a_step: int, of: str) -> None:
+        """Steps in place of epochs, which have so many pieces, of which a step takes ``a_step``."""
+        epochs = self.values["epochs"]
+        self.values["epochs"] = None
+        self.put({"steps": max(1, math.ceil(count / a_step))}, f"from {epochs:g} epochs of the {of}")
+
+    def fill_from_steps(self) -> None:
+        """What follows from the number of steps."""
+        self.fill({"save_every": math.ceil(self.values["steps"] / 6)}, f"from {self.values['steps']} steps")
+
+    def put_precision(self, precision: Precision, device: str) -> None:
+        """What an automatic precision comes to."""
+        if self.values["precision"] == "auto":
+            self.put({"precision": precision}, f"from device {device}")
+
+    def put_places(self, output: object, run_dir: object) -> None:
+        """Where the run and its file lie, which is the run's own, whoever chose it: it is found there when it goes on."""
+        places = {"output": output, "run_dir": run_dir}
+        self.values |= places
+        self.asked |= places
+
+    def resolved(self, kind: type[S]) -> S:
+        """The whole configuration. Raises UserError for a value that cannot be."""
+        return pick(kind, {**self.values, "asked": self.asked, "derived": self.derived})
+
+
 def resolve(
-    config: TrainConfig, base: Base, pictures: int, device: str, batches_per_epoch: int | None = None
+    config: TrainConfig,
+    base: Base,
+    pictures: int,
+    device: str,
+    batches_per_epoch: int | None = None,
+    *,
+    precision: Precision = "auto",
+    before: Mapping[str, Any] | None = None,
 ) -> ResolvedConfig:
     """Fill what was left out from the preset, the base, the number of usable pictures and the kind of device.
 
-    Epochs become steps when it is known how many batches they make; until then the preset's steps stand. Methods without a
-    rank have none.
+    Args:
+        config: What was asked for.
+        base: What is known of the base.
+        pictures: How many can be used.
+        device: The kind of device: cpu, cuda, mps.
+        batches_per_epoch: The batches of one pass over the pictures, by which epochs become steps; until they are known,
+            the preset's steps stand.
+        precision: What an automatic precision comes to.
+        before: The settings of the run that goes on, as its checkpoints hold them; None for a new run.
+
+    Returns:
+        The whole configuration. Methods without a rank have none.
     """
-    values = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    found, family = Derivation(config), families.find(base.family)
+    preset, for_base = f"from preset {config.preset}", f"from preset {config.preset} for {base.name}"
     if config.epochs is not None and batches_per_epoch is not None:
-        values["steps"] = max(1, math.ceil(config.epochs * batches_per_epoch / config.accumulation))
-        values["epochs"] = None
-    family = families.find(base.family)
-    preset = family.presets[config.preset]
-    values["components"] = adapted_components(config, family)
-    settings = {name: one.rate for name, one in families.components().items() if one.rate in values}
+        found.put_steps(config.epochs * batches_per_epoch, config.accumulation, "pictures")
+    if config.components == preset_components(config.preset):
+        del found.asked["components"]
+        found.put({"components": adapted_components(config, family)}, preset)
+    found.put_precision(precision, device)
+    _put_rates(found, config, family, for_base)
+    found.fill({"debiased": _debiased(config, family)}, f"from method {config.method} for {base.name}")
+    if found.values["debiased"]:
+        found.put({"min_snr_gamma": 0.0}, "from debiased")
+    if config.optimizer == "schedule-free":
+        found.fill({"scheduler": "constant"}, f"from optimizer {config.optimizer}")
+    found.fill(family.presets[config.preset], for_base)
+    if not ranked(config):
+        found.leave_out("rank")
+    if config.warmup is None:
+        _put_warmup(found, before)
+    found.fill_from_steps()
+    _fill_previews(found, device)
+    found.fill({"resolution": base.resolution}, f"from base {base.name}")
+    found.fill({"held_out": 0.1 if pictures >= HELD_OUT_FROM else 0.0}, f"from {pictures} pictures")
+    found.fill({"keep": KEPT[config.preset]}, preset)
+    found.fill({"class_images": CLASS_IMAGES}, "by default")
+    found.put_places(output_path(config), run_path(config))
+    return found.resolved(ResolvedConfig)
+
+
+def _put_rates(found: Derivation, config: TrainConfig, family: Family, for_base: str) -> None:
+    """The learning rates of the components, and those of blocks that say none."""
+    settings = {name: one.rate for name, one in families.components().items() if one.rate in found.values}
 
     def rate(component: str, method: str) -> float:
         given: float | None = getattr(config, settings[component])
-        words = SMALL_WORD_RATES if family.small else WORD_RATES
-        of_lora: float = preset[settings[component]]
-        return given or own_rate(config.optimizer, words.get(method, of_lora * RATE_FACTORS.get(method, 1.0)))
+        usual: float = family.presets[config.preset][settings[component]]
+        return given or own_rate(config.optimizer, methods.find(method).rates.on_pictures(usual, small=family.small))
 
-    values["block"] = tuple(with_rate(text, settings, rate) for text in config.block)
-    values |= {setting: rate(component, config.method) for component, setting in settings.items()}
-    fill(values, {"debiased": _debiased(config, base)})
-    if values["debiased"]:
-        values["min_snr_gamma"] = 0.0
-    if config.optimizer == "schedule-free":
-        fill(values, {"scheduler": "constant"})
-    fill(values, preset)
-    if not ranked(config):
-        values["rank"] = None
-    if config.warmup is None:  # a short run is not spent on it
-        values["warmup"] = min(values["warmup"], values["steps"] // 5)
-    fill(
-        values,
-        {
-            "output": output_path(config),
-            "run_dir": run_path(config),
-            "resolution": base.resolution,
-            "keep": KEPT[config.preset],
-            "class_images": CLASS_IMAGES,
-            "held_out": 0.1 if pictures >= HELD_OUT_FROM else 0.0,
-            "save_every": math.ceil(values["steps"] / 6),
-            "preview_every": 0 if device == "cpu" else math.ceil(values["steps"] / 5),
-        },
-    )
-    return ResolvedConfig(**values)
+    found.put({"block": tuple(with_rate(text, settings, rate) for text in config.block)}, "with the rates of this run")
+    rates = {setting: rate(component, config.method) for component, setting in settings.items()}
+    found.fill(rates, _rate_source(config, for_base))
+
+
+def _rate_source(config: SharedConfig, for_base: str) -> str:
+    """Where a learning rate that nobody chose comes from, in words."""
+    if config.optimizer == "prodigy":
+        return f"from optimizer {config.optimizer}"
+    return for_base if config.method == SharedConfig.method else f"from method {config.method}, {for_base}"
+
+
+def _put_warmup(found: Derivation, before: Mapping[str, Any] | None) -> None:
+    """The steps of the warm-up: a short run is not spent on it.
+
+    One that goes on keeps its own. It may have other steps now, and is past its warm-up.
+    """
+    own = derived_before(before, "warmup")
+    longest = found.values["steps"] // 5
+    if own is not None:
+        found.put({"warmup": own}, "from the run that goes on")
+    elif found.values["warmup"] > longest:
+        found.put({"warmup": longest}, f"from {found.values['steps']} steps")
+
+
+def _fill_previews(found: Derivation, device: str) -> None:
+    """The steps between previews: on a CPU they would take as long as the run."""
+    if device == "cpu":
+        found.fill({"preview_every": 0}, f"from device {device}")
+    else:
+        found.fill({"preview_every": math.ceil(found.values["steps"] / 5)}, f"from {found.values['steps']} steps")
 
 
 def adapted_components(config: TrainConfig, family: Family) -> tuple[str, ...]:
@@ -96,58 +194,69 @@ def adapted_components(config: TrainConfig, family: Family) -> tuple[str, ...]:
     Returns:
         Those that were chosen, or the family's own of the preset's roles.
     """
-    roles = PRESET_ROLES[config.preset]
-    chosen = config.components != families.SMALL_DIFFUSION.by_roles(roles)
-    return config.components if chosen else family.by_roles(roles)
+    chosen = config.components != preset_components(config.preset)
+    return config.components if chosen else family.by_roles(PRESET_ROLES[config.preset])
 
 
-def _debiased(config: TrainConfig, base: Base) -> bool:
+def _debiased(config: TrainConfig, family: Family) -> bool:
     """Whether timesteps are weighed where nobody said so.
 
     What is drawn is decided in the noisiest ones, where an unweighed loss of epsilon is small whatever the network answers:
     8 learned tokens kept 7% of 60 subjects with it, and 42% with this, with more of the style besides.
     """
-    return families.find(base.family).small and not config.block and config.method in WORD_RATES and not config.min_snr_gamma
+    alone = not config.block and methods.find(config.method).debiased_when_small
+    return family.small and alone and not config.min_snr_gamma
 
 
 def resolve_language(
-    config: TextTrainConfig, *, parameters: int, context: int, windows: float | None = None
+    config: TextTrainConfig,
+    *,
+    parameters: int,
+    context: int,
+    windows: float | None = None,
+    device: str = "cpu",
+    precision: Precision = "auto",
 ) -> ResolvedTextConfig:
-    """Fill what was left out, from the base's parameters and context (tokens).
+    """Fill what was left out from the base and the kind of device.
 
-    Epochs become steps when the windows of one are known; until then the default steps stand. Raises UserError for a
-    window longer than the base takes.
+    Args:
+        config: What was asked for.
+        parameters: Those of the base.
+        context: The most tokens that the base knows places for.
+        windows: The windows of one pass over the text, by which epochs become steps; until they are known, the default
+            steps stand.
+        device: The kind of device: cpu, cuda, mps.
+        precision: What an automatic precision comes to.
+
+    Returns:
+        The whole configuration.
+
+    Raises:
+        UserError: A window is longer than the base takes.
     """
-    values = {field.name: getattr(config, field.name) for field in fields(TextTrainConfig)}
     if config.context is not None and config.context > context:
         raise UserError(f"--context {config.context} is more than the base takes, which is {context} tokens")
-    small = parameters < SMALL
-    fill(values, TEXT_DEFAULTS[small])
+    found, small = Derivation(config), parameters < SMALL
+    for_base = f"for a base of {parameters:,} parameters"
+    found.fill(TEXT_DEFAULTS[small], for_base)
 
     def rate(_: str, method: str) -> float:
-        return config.lr or own_rate(config.optimizer, _rate(method, small))
+        rates = methods.find(method).rates
+        return config.lr or own_rate(config.optimizer, rates.on_text(TEXT_RATES[small], small=small))
 
-    values["block"] = tuple(with_rate(text, ("lm",), rate) for text in config.block)
-    fill(values, {"lr": rate("lm", config.method)})
+    block = tuple(with_rate(text, config.components, rate) for text in config.block)
+    found.put({"block": block}, "with the rates of this run")
+    found.fill({"lr": rate("", config.method)}, _rate_source(config, for_base))
     if config.epochs is not None and windows is not None:
-        values["steps"] = max(1, math.ceil(config.epochs * windows / (values["batch_size"] * config.accumulation)))
-        values["epochs"] = None
-    fill(
-        values,
-        {
-            "output": language_output(config),
-            "run_dir": language_run(config),
-            "context": min(context, LONGEST),
-            "scheduler": "constant" if config.optimizer == "schedule-free" else "cosine",
-            "save_every": math.ceil(values["steps"] / 6),
-            "keep": "best",
-        },
-    )
-    return ResolvedTextConfig(**values)
-
-
-def _rate(method: str, small: bool) -> float:
-    return TEXT_RATES[small].get(method, TEXT_RATES[small]["lora"])
+        found.put_steps(config.epochs * windows, found.values["batch_size"] * config.accumulation, "text")
+    found.put_precision(precision, device)
+    found.fill({"context": min(context, LONGEST)}, f"from the base, which takes {context}")
+    scheduler = "constant" if config.optimizer == "schedule-free" else "cosine"
+    found.fill({"scheduler": scheduler}, f"from optimizer {config.optimizer}")
+    found.fill_from_steps()
+    found.fill({"keep": "best"}, "by default")
+    found.put_places(language_output(config), language_run(config))
+    return found.resolved(ResolvedTextConfig)
 
 
 def own_rate(optimizer: OptimizerName, rate: float) -> float:
@@ -164,8 +273,3 @@ def with_rate(block: str, components: Container[str], rate: Callable[[str, str],
     if len(words) < 3 or words[0] not in components or any(word.startswith("lr=") for word in words[3:]):
         return block
     return f"{block} lr={rate(words[0], words[2])}"
-
-
-def fill(values: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Give the fields at None a default."""
-    values |= {name: value for name, value in defaults.items() if values[name] is None}

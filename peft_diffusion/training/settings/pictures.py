@@ -18,7 +18,6 @@ from ...core.settings import (
     about,
     explained,
     setting,
-    settle,
 )
 from .choices import (
     HuberSchedule,
@@ -31,10 +30,16 @@ from .choices import (
     Scheduler,
     TimestepBias,
 )
-from .shared import ADAPTER, LEARNING, MACHINE, RESULT, WATCH, SharedConfig, adapter_path
+from .shared import ADAPTER, LEARNING, MACHINE, RESULT, WATCH, Resolved, SharedConfig, adapter_path
 
 # What a preset adapts, by role: of text encoders the first.
 PRESET_ROLES: dict[str, tuple[Role, ...]] = {"style": ("denoiser",), "subject": ("denoiser", "text encoder")}
+
+
+def preset_components(preset: Preset) -> tuple[str, ...]:
+    """The components that a preset adapts, by their names in Stable Diffusion of all versions."""
+    return families.SMALL_DIFFUSION.by_roles(PRESET_ROLES[preset])
+
 
 _DATA = Group("Pictures and captions", 2)
 _PRIOR = Group("Keeping the class", 3)
@@ -199,6 +204,7 @@ class TrainConfig(SharedConfig, _PictureConfig):
         LEARNING,
         POSITIVE,
         free_on_resume=True,
+        instead_of="steps",
     )
     batch_size: int | None = setting(None, "Pictures computed at once; lower it when memory runs out.", LEARNING, COUNT)
     unet_lr: float | None = setting(
@@ -299,15 +305,14 @@ class TrainConfig(SharedConfig, _PictureConfig):
     )
 
     def __post_init__(self) -> None:
-        settle(self)
+        super().__post_init__()
         parts = tuple(part.strip() for item in self.components for part in item.split(",") if part.strip())
-        parts = parts if self.components else families.SMALL_DIFFUSION.by_roles(PRESET_ROLES.get(self.preset, ("denoiser",)))
+        parts = parts if self.components else preset_components(self.preset)
         object.__setattr__(self, "components", tuple(dict.fromkeys(parts)))
         known = [*families.components("denoiser"), *families.components("text encoder")]
         unknown = [part for part in self.components if part not in known]
         if unknown or not self.components:
             raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(known)}")
-        super().__post_init__()
         if self.shard_base and self.quantize:
             raise UserError("--shard-base cannot shard what --quantize packs; leave one of them away")
         if self.debiased and self.min_snr_gamma:
@@ -315,7 +320,7 @@ class TrainConfig(SharedConfig, _PictureConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedConfig(TrainConfig):
+class ResolvedConfig(TrainConfig, Resolved):
     """A configuration in which the preset, the base and the machine have filled every value a run needs."""
 
     output: Path

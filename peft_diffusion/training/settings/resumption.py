@@ -8,6 +8,14 @@ from ...core.settings import Settings, flag, plain, settings_of, to_json
 from .blocks import ranked
 from .shared import RunSettings
 
+DERIVED = "derived"
+"""Where checkpoints hold which settings were derived, beside the settings themselves."""
+
+
+def derived_before(before: Mapping[str, Any] | None, name: str) -> Any:
+    """The value of a setting in the run that goes on, where that run had derived it; else None."""
+    return None if before is None or name not in before.get(DERIVED, ()) else before[name]
+
 
 def free_on_resume(kind: type[Settings]) -> frozenset[str]:
     """The settings that a run may have otherwise when it goes on.

@@ -1,9 +1,11 @@
 """What every training is told, whatever it learns from. Imports no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from ... import methods
 from ...core.errors import UserError
 from ...core.settings import COUNT, NATURAL, POSITIVE, SHARE, Flag, Group, Settings, setting, settle
 from .choices import Keep, LogWith, Memory, OptimizerName, Precision, Quantize, Scheduler
@@ -43,11 +45,19 @@ class RunSettings(Settings, MethodSettings, Protocol):
     """What the course of a run depends on, whatever it learns from; `ResolvedConfig` has it."""
 
     @property
+    def asked(self) -> Mapping[str, Any]: ...
+    @property
+    def derived(self) -> Mapping[str, str]: ...
+    @property
     def output(self) -> Path: ...
     @property
     def run_dir(self) -> Path: ...
     @property
     def steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def memory(self) -> Memory: ...
     @property
     def accumulation(self) -> int: ...
     @property
@@ -84,7 +94,7 @@ class SharedConfig:
     such as its source, is therefore in a class of its own, and stands last among the bases.
     """
 
-    method: str = setting("lora", "What is trained at each layer: lora, or another method of the package.", ADAPTER)
+    method: str = setting(methods.DEFAULT, "What is trained at each layer: the name of a method.", ADAPTER)
     rank: int | None = setting(
         None, "Rank of a LoRA and its kin: how much it can hold, and how large the file is.", ADAPTER, COUNT
     )
@@ -182,6 +192,19 @@ class SharedConfig:
         settle(self)
         if self.optimizer == "schedule-free" and self.ema:
             raise UserError("--optimizer schedule-free averages the weights itself; leave --ema away")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """What is known of a configuration beside the values that a run goes by.
+
+    Attributes:
+        asked: The values that were chosen, and the defaults that are the same for every run.
+        derived: Where each of the other values came from, in words: "from preset style for icons".
+    """
+
+    asked: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    derived: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from ...core.errors import UserError
 from ...core.settings import COUNT, NATURAL, POSITIVE, SHARE, Flag, Group, Range, about, explained, setting
 from ...data.text_files import read_texts
 from .choices import Keep, Scheduler
-from .shared import ADAPTER, LEARNING, RESULT, WATCH, SharedConfig, adapter_path
+from .shared import ADAPTER, LEARNING, RESULT, WATCH, Resolved, SharedConfig, adapter_path
 
 _DATA = Group("Text", 2)
 
@@ -78,7 +78,12 @@ class TextTrainConfig(SharedConfig, _TextConfig):
     )
 
     epochs: float | None = setting(
-        None, "Length as passes over the text, instead of steps; wins over them.", LEARNING, POSITIVE, free_on_resume=True
+        None,
+        "Length as passes over the text, instead of steps; wins over them.",
+        LEARNING,
+        POSITIVE,
+        free_on_resume=True,
+        instead_of="steps",
     )
     batch_size: int | None = setting(None, "Windows computed at once; lower it when memory runs out.", LEARNING, COUNT)
     lr: float | None = setting(
@@ -127,7 +132,7 @@ class TextTrainConfig(SharedConfig, _TextConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedTextConfig(TextTrainConfig):
+class ResolvedTextConfig(TextTrainConfig, Resolved):
     """A configuration in which the base and the machine have filled every value a run needs."""
 
     output: Path

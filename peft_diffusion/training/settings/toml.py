@@ -1,13 +1,34 @@
-"""Settings as JSON and TOML. Imports no torch."""
+"""Settings as TOML, for `--config`. Imports no torch."""
 
 import json
+from typing import Any
 
-from ...core.settings import Settings, to_json
+from ...core.settings import Settings, plain, settings_of
+from .shared import Resolved
 
 
 def to_toml(config: Settings) -> str:
-    """The fields as TOML, for `--config`; those at None are left out."""
-    known = to_json(config)
-    # Not ASCII: TOML knows no surrogate pairs, which JSON would write an emoji as.
-    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in known.items() if value is not None]
+    """Write settings as TOML.
+
+    Args:
+        config: Settings as they were asked for, or as a run goes by them.
+
+    Returns:
+        A line for each setting that is not None. Where the settings are those of a run, the lines have what was chosen, and
+        the defaults that are the same for every run; what was derived stands there as comments which say from what, so that
+        it is derived anew when the file is used.
+    """
+    own = {one.name: getattr(config, one.name) for one in settings_of(type(config)) if one.setting.kept}
+    lines = []
+    for name, value in own.items():
+        asked = config.asked.get(name) if isinstance(config, Resolved) else value
+        if asked is not None:
+            lines.append(_line(name, asked))
+        if isinstance(config, Resolved) and name in config.derived and value is not None:
+            lines.append(f"# {_line(name, value)}  ({config.derived[name]})")
     return "\n".join(lines) + "\n"
+
+
+def _line(name: str, value: Any) -> str:
+    # Not ASCII: TOML knows no surrogate pairs, which JSON would write an emoji as.
+    return f"{name} = {json.dumps(plain(value), ensure_ascii=False)}"

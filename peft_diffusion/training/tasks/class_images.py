@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,34 +10,34 @@ from typing import Any
 from PIL import Image
 
 from ...bases import BaseInfo, describe
+from ...core.events import Observer, progress
 from ...core.files import explained, write_bytes
 from ...data import subfolders
 from ...data.folder import Picture, scan
 from ...data.images import check_picture
-from ..attachment import Say
+from ..drawing import Drawing
+from ..events import ClassNotKept, ClassPictures, DataRead
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
 from ..machine.processes import Crew
 from ..settings.pictures import ResolvedConfig
-from ..watch.drawing import Drawing
 
-Progress = Callable[[str], Callable[[int, int], None]]
 _STEPS, _GUIDANCE = 25, 5.0
 _BATCH = 4  # pictures drawn at once; part of what they are, as rounding depends on it
 
 
 def pictures(
-    config: ResolvedConfig, pipe: Any, say: Say, progress: Progress, drawing: Drawing, crew: Crew
+    config: ResolvedConfig, pipe: Any, tell: Observer, drawing: Drawing, crew: Crew
 ) -> list[Picture]:
     """The pictures of the class: from the regularisation folders, and drawn by the base for the class prompts.
 
     Captions are those of the folders, without the trigger, and the class prompts. Raises UserError as `scan` does.
     """
-    found = _of_folders(config, say, progress) if config.regularisation else []
+    found = _of_folders(config, tell) if config.regularisation else []
     if config.class_prompt:
-        found += _drawn(config, pipe, say, progress, drawing, crew)
+        found += _drawn(config, pipe, tell, drawing, crew)
     elif not found and config.preset == "subject":
-        say('the class is not kept: say what the subject is one of, as in --class-prompt "a portrait of a woman"')
+        tell(ClassNotKept())
     return found
 
 
@@ -50,23 +49,22 @@ def class_folder(config: ResolvedConfig, info: BaseInfo, size: int) -> Path:
     return (config.cache or config.run_dir.parent / "class_images") / f"class_{name}"
 
 
-def _of_folders(config: ResolvedConfig, say: Say, progress: Progress) -> list[Picture]:
+def _of_folders(config: ResolvedConfig, tell: Observer) -> list[Picture]:
     """Pictures of the regularisation folders. Those without caption get the first class prompt, if there is one."""
     folder = scan(
         config.regularisation,
         missing="empty" if config.class_prompt else config.missing_captions,
         masks=config.masks != "off",
-        on_progress=progress("reading pictures of the class"),
+        on_progress=progress(tell, "reading pictures of the class"),
     )
-    for line in folder.describe():
-        say(f"class: {line}")
+    tell(DataRead("pictures", tuple(folder.describe()), tuple(map(str, folder.problems)), of_class=True))
     folder.check()
     found = subfolders.apply(folder.pictures)
     return [one if one.caption else replace(one, caption=(*config.class_prompt, "")[0]) for one in found]
 
 
 def _drawn(
-    config: ResolvedConfig, pipe: Any, say: Say, progress: Progress, drawing: Drawing, crew: Crew
+    config: ResolvedConfig, pipe: Any, tell: Observer, drawing: Drawing, crew: Crew
 ) -> list[Picture]:
     """Pictures that the base draws, or drew before. A batch that is not all there is drawn again."""
     info = describe(pipe)
@@ -79,10 +77,10 @@ def _drawn(
     # Before any is written: all who draw have to draw the same.
     missing = crew.agreed([start for start in starts if not all(path.exists() for path in paths[start : start + _BATCH])])
     if crew.measures:
-        say(f"{len(prompts)} pictures of the class, drawn by the base, are kept in {folder}")
+        tell(ClassPictures(len(prompts), folder))
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        tick = progress("drawing pictures of the class")
+        tick = progress(tell, "drawing pictures of the class")
         for start in starts:
             own = slice(start, start + _BATCH)
             if start in missing:

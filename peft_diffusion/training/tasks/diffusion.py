@@ -23,14 +23,14 @@ from ...data import masks
 from ...data.buckets import Batch, Bucket, batches, repeated, steps_per_epoch
 from ...data.captions import CaptionRules
 from ...data.latents import LatentCache, TextCache, cache_text
-from ..attachment import evaluating
+from ..attachment import at_strength, evaluating
+from ..events import Signals
 from ..loop.seeds import generator, global_seed, seed_of
-from ..loop.trainer import Signals
 from ..machine.preflight import peak
 from ..machine.processes import Crew
 from ..settings.choices import HuberSchedule, Loss, PriorTarget, TimestepBias
-from ..watch.signals import at_strength, layer_changes
 from . import objective
+from .layer_changes import layer_changes
 
 _DRAWS = 8  # noises and timesteps per held-out picture
 _SEEN = 4  # pictures of those trained on that are measured too: enough to tell learning by heart, and little time

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from ...bases import LanguageModel
 from ...bases.words import learned
 from ...core.errors import UserError
-from ..attachment import NAME, evaluating
+from ..attachment import NAME, at_strength, evaluating
+from ..events import Signals
 from ..loop.seeds import generator, global_seed
-from ..loop.trainer import Signals
 from ..machine.processes import Crew
-from ..watch.signals import at_strength, layer_changes
+from .layer_changes import layer_changes
 
 _SEEN = 8  # windows of what is trained on that are measured too
 # What no text that is learned should change much: plain words of everyday.

@@ -1,7 +1,7 @@
 """From a configuration to what a run works on: checked places, base, pictures, captions, latents."""
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,28 @@ import torch
 from ...bases import BaseInfo, denoiser_of, describe, load_base
 from ...bases.loading import pick_device
 from ...bases.prompts import TextSide
+from ...core.events import Observer, Warned, progress
 from ...data import subfolders
 from ...data.buckets import Bucket, Fit, arrange, describe_buckets, fit, group, repeated, steps_per_epoch
 from ...data.captions import CaptionRules
 from ...data.folder import ImageFolder, Picture, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
-from ..attachment import Say, chosen
+from ..attachment import chosen
+from ..drawing import Drawing
+from ..events import IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
 from ..machine.precision import pick_precision
 from ..machine.processes import Crew
 from ..machine.sharding import shard
-from ..progress import IMPATIENT
 from ..record.run_folder import RunFolder, check_run, check_writable
 from ..settings.derive import adapted_components, resolve
 from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
 from ..settings.presets import HELD_OUT_FROM
-from ..watch.drawing import Drawing
 from . import class_images
 from .diffusion import Examples, noise_schedule
 
-Progress = Callable[[str], Callable[[int, int], None]]
 _SHOWN = 5  # lines of a list
 
 
@@ -49,7 +49,6 @@ class Prepared:
     rules: CaptionRules
     prior: Examples | None = None
     class_pictures: tuple[Picture, ...] = ()
-    problems: tuple[str, ...] = ()  # of the folder, in words
 
     @property
     def prompts(self) -> list[str]:
@@ -72,8 +71,7 @@ def check_places(config: TrainConfig) -> RunFolder:
 def prepare(
     config: TrainConfig,
     pipe: Any | None,
-    say: Say,
-    progress: Progress,
+    tell: Observer,
     drawing: Drawing,
     crew: Crew = Crew(),  # noqa: B008 -- frozen
 ) -> Prepared:
@@ -85,42 +83,38 @@ def prepare(
     dropout = config.caption_dropout or 0.0
     rules = CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards)
     device = pick_device(config.device)
-    asked = replace(config, precision=pick_precision(config.precision, device))
-    pipe = _loaded(asked, pipe, device, say, crew)
+    precision = pick_precision(config.precision, device)
+    pipe = _loaded(replace(config, precision=precision), pipe, device, tell, crew)
     info, text = describe(pipe), denoiser_of(pipe).text
-    held = f", linear layers in {config.quantize}" if config.quantize else ""
-    say(f"base {info.name}: {info.family}, {info.prediction_type}, {info.resolution} pixels{held}")
-    folder = _read_folder(config, info, say, progress)
+    tell(BaseLoaded(info.name, info.family, info.prediction_type, info.resolution, config.quantize))
+    folder = _read_folder(config, info, tell)
     pictures = subfolders.apply(folder.pictures, config.repeats, config.folder_weight)
-    resolved = resolve(asked, info, len(pictures), device.type)
+    resolved = resolve(config, info, len(pictures), device.type, precision=precision)
     kept, apart = _split(pictures, resolved)
     fits = arrange(kept, resolved.resolution, info.step, no_upscale=not config.upscale)
     sides = 2 if config.flip else 1
     drawn = repeated(group(fits * sides), [one.repeats for one in kept] * sides)
     batches = steps_per_epoch(drawn, resolved.batch_size * crew.size)
-    resolved = resolve(asked, info, len(folder.pictures), device.type, batches)
-    for line in (*describe_buckets(fits), *subfolders.describe(kept)):
-        say(f"  {line}")
-    say(_apart_line(len(apart), len(pictures), resolved))
+    earlier = RunFolder(run_path(config)).settings() if config.resume else None
+    count = len(folder.pictures)
+    resolved = resolve(config, info, count, device.type, batches, precision=precision, before=earlier)
+    tell(Arranged((*describe_buckets(fits), *subfolders.describe(kept))))
+    tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), HELD_OUT_FROM))
     if resolved.patience and not apart:
-        say(IMPATIENT)
+        tell(IMPATIENT)
     rules = replace(rules, dropout=resolved.caption_dropout)
-    _report_prompts([*kept, *apart], rules, text, say)
+    _tell_prompts([*kept, *apart], rules, text, tell)
     before = _kept(config.cache)
-    encode = _Encoder(resolved, info, pipe, progress)
+    encode = _Encoder(resolved, info, pipe, tell)
     train = encode(kept, config.flip, "encoding pictures")
     held_out = encode(apart, False, "encoding pictures kept apart") if apart else None
-    problems = tuple(str(problem) for problem in folder.problems)
-    of_class = class_images.pictures(resolved, pipe, say, progress, drawing, crew)
+    of_class = class_images.pictures(resolved, pipe, tell, drawing, crew)
     kept_as_is = encode.in_buckets(of_class, train.groups) if of_class else None
-    for line in _cache_lines(config.cache, before, [one for one in (train, held_out, kept_as_is) if one]):
-        say(line)
-    return Prepared(
-        resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class), problems
-    )
+    _tell_cache(config.cache, before, [one for one in (train, held_out, kept_as_is) if one], tell)
+    return Prepared(resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class))
 
 
-def _loaded(config: TrainConfig, pipe: Any | None, device: torch.device, say: Say, crew: Crew) -> Any:
+def _loaded(config: TrainConfig, pipe: Any | None, device: torch.device, tell: Observer, crew: Crew) -> Any:
     """The base on its device, or this process's part of it. Raises UserError for one that cannot be used."""
     source = config.base if pipe is None else pipe
     first = "cpu" if crew.shares_base else config.device
@@ -130,7 +124,7 @@ def _loaded(config: TrainConfig, pipe: Any | None, device: torch.device, say: Sa
     chosen(pipe, components)
     noise_schedule(denoiser, config.zero_terminal_snr)
     if crew.shares_base:
-        say(shard(pipe, components, device))
+        tell(shard(pipe, components, device))
     return pipe
 
 
@@ -141,7 +135,7 @@ class _Encoder:
     config: ResolvedConfig
     info: BaseInfo
     pipe: Any
-    progress: Progress
+    tell: Observer
 
     def __call__(self, pictures: Sequence[Picture], flip: bool, what: str) -> Examples:
         config = self.config
@@ -166,7 +160,7 @@ class _Encoder:
                 masked=denoiser_of(self.pipe).inpaints,
                 alpha=config.masks == "alpha",
                 folder=config.cache,
-                on_progress=self.progress(what),
+                on_progress=progress(self.tell, what),
             )
         repeats = [one.repeats for one in pictures]
         weights = [one.weight for one in pictures]
@@ -183,32 +177,28 @@ def _kept(cache: Path | None) -> int:
     return 0 if cache is None else sum(1 for _ in cache.glob("*.safetensors"))
 
 
-def _cache_lines(cache: Path | None, before: int, found: Sequence[Examples]) -> list[str]:
-    """What came of a cache folder that held ``before`` latents."""
+def _tell_cache(cache: Path | None, before: int, found: Sequence[Examples], tell: Observer) -> None:
+    """Tell what came of a cache folder that held ``before`` latents."""
     if cache is None:
-        return []
+        return
     reused, computed, damaged = (
         sum(getattr(one.latents, name) for one in found) for name in ("reused", "computed", "damaged")
     )
-    lines = [f"{cache}: {reused} of {reused + computed} latents were there"]
+    tell(LatentsCached(cache, reused, computed, before if not damaged and not reused else 0))
     if damaged:
-        lines.append(f"warning: {damaged} latents in {cache} were damaged, and are made again; look after that disk")
-    elif before and not reused:
-        lines[0] += f"; the {before} that it held are of other pictures, sizes or settings, or of another VAE, and stay"
-    return lines
+        tell(Warned(f"{damaged} latents in {cache} were damaged, and are made again; look after that disk"))
 
 
-def _read_folder(config: TrainConfig, info: BaseInfo, say: Say, progress: Progress) -> ImageFolder:
+def _read_folder(config: TrainConfig, info: BaseInfo, tell: Observer) -> ImageFolder:
     """The pictures, after telling what is wrong with the others. Raises UserError where captions are missing."""
     folder = scan(
         config.folder,
         resolution=None if config.upscale else config.resolution or info.resolution,
         missing=config.missing_captions,
         masks=config.masks != "off",
-        on_progress=progress("reading pictures"),
+        on_progress=progress(tell, "reading pictures"),
     )
-    for line in folder.describe(_SHOWN):
-        say(line)
+    tell(DataRead("pictures", tuple(folder.describe(_SHOWN)), tuple(map(str, folder.problems))))
     folder.check()
     return folder
 
@@ -222,25 +212,13 @@ def _split(pictures: Sequence[Picture], config: ResolvedConfig) -> tuple[list[Pi
     return kept, [one for index, one in enumerate(pictures) if index in apart]
 
 
-def _apart_line(count: int, pictures: int, config: ResolvedConfig) -> str:
-    """How many of so many pictures are kept apart, and why none are."""
-    if count:
-        return f"{count} pictures are kept apart: the loss on them shows when to stop"
-    few = "there is but one picture; " if config.held_out else f"fewer than {HELD_OUT_FROM} pictures; "
-    why = few if config.held_out or pictures < HELD_OUT_FROM else ""
-    return f"no pictures are kept apart to measure on ({why}--held-out 0.1 keeps a tenth)"
-
-
-def _report_prompts(pictures: Sequence[Picture], rules: CaptionRules, text: TextSide, say: Say) -> None:
-    """Show the first prompts as they are trained, and every one that is too long for the text encoder."""
+def _tell_prompts(pictures: Sequence[Picture], rules: CaptionRules, text: TextSide, tell: Observer) -> None:
+    """Tell the prompts as they are trained, and every one that is too long for the text encoder."""
     prompts = [rules.plain(picture.caption) for picture in pictures]
-    say(f"prompts, the first {min(3, len(prompts))} of {len(prompts)}:")
-    for prompt in prompts[:3]:
-        say(f"  {prompt}")
+    tell(PromptsMade(tuple(prompts)))
     lost = [(picture, words) for picture, prompt in zip(pictures, prompts, strict=True) if (words := text.lost(prompt))]
     if lost:
-        say(f"warning: {len(lost)} prompts are over {text.limit} tokens, and what comes after is not seen; shorten them:")
-        for picture, words in lost[:_SHOWN]:
-            say(f"  {picture.path}: without \u201c{words}\u201d")
-        if len(lost) > _SHOWN:
-            say(f"  and {len(lost) - _SHOWN} more")
+        message = f"{len(lost)} prompts are over {text.limit} tokens, and what comes after is not seen; shorten them:"
+        details = [f"{picture.path}: without \u201c{words}\u201d" for picture, words in lost[:_SHOWN]]
+        more = [f"and {len(lost) - _SHOWN} more"] if len(lost) > _SHOWN else []
+        tell(Warned(message, (*details, *more)))

@@ -15,48 +15,21 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ...core.arena import Arena
-from ...core.errors import UserError
+from ...core.errors import Interrupted, UserError
+from ...core.events import Observer, Stop
 from ...core.files import explained, write_bytes
 from ...fast.cuda_graph import Inputs
-from ..loop.trainer import Diverged, Interrupted, Signals, Task, Trainer, TrainerSettings
+from ..events import RatesFound, SearchStarted, Signals, TrialEnded
+from ..loop.trainer import Diverged, Task, Trainer, TrainerSettings
 from ..machine.processes import Crew
-from ..progress import say_to
+from ..results import FoundRates, Trial
 
 _FIRST = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)  # rates of short trials, times those that the settings have
 _FARTHEST = 4.0**5
 _LEAST, _SHARE = 20, 5  # a short trial has a fifth of the run's steps, at least 20 where there are as many
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A trial at so many times the rates of the settings; the loss is infinite where it ran away."""
-
-    steps: int
-    factor: float
-    rates: Mapping[str, float]
-    loss: float
-
-
-@dataclass(frozen=True)
-class FoundRates:
-    """What was found: rates by group, how many times those of the settings they are, all trials, and the loss without any.
-
-    ``judged`` says what the loss was measured on, ``file`` is where all of this is written. Trials of ``steps``, as many as
-    the run has, decided.
-    """
-
-    factor: float
-    rates: Mapping[str, float]
-    trials: tuple[Trial, ...]
-    before: float
-    judged: str
-    steps: int
-    file: Path
 
 
 class _Unwatched:
@@ -140,49 +113,77 @@ def _lowest(losses: Mapping[float, float]) -> float:
     return best * math.exp(0.5 * math.log(factors[place + 1] / best) * (below - above) / bend)
 
 
-def find(
-    task: Task, arena: Arena, settings: TrainerSettings, folder: Path, console: Console, flags: Mapping[str, str]
-) -> FoundRates:
-    """Search, tell what was found, and write ``find_lr.json`` and ``find_lr.png`` into a folder.
+@dataclass(frozen=True)
+class Search:
+    """A search for learning rates.
 
-    ``flags`` has the flag that sets a component's rate. The parameters are afterwards what they were. Raises UserError where
-    every trial runs away, and Interrupted on a signal.
+    Attributes:
+        task: What is learned.
+        arena: The parameters; afterwards they are what they were.
+        settings: How the run would minimize.
+        trainer: Makes the trainer of a trial, with other settings.
+        folder: Where ``find_lr.json`` and ``find_lr.png`` go.
+        flags: The flag that sets the rate of a component.
+        tell: Is told of each trial, and of what is found.
+        stop: Where it is set, the search ends after the present step.
     """
-    start = arena.flat.clone()
-    say = say_to(console)
-    before, judged = _score(task)
-    short = trial_steps(settings.steps)
-    say(f"trials of {short}, then of {settings.steps} steps, judged by the loss on {judged}: {before:.4f} before")
-    trials: list[Trial] = []
 
-    def measure(steps: int, factor: float) -> float:
-        arena.load(start)
+    task: Task
+    arena: Arena
+    settings: TrainerSettings
+    trainer: Callable[[Task, TrainerSettings], Trainer]
+    folder: Path
+    flags: Mapping[str, str]
+    tell: Observer
+    stop: Stop
+
+    def run(self) -> FoundRates:
+        """Search, and write what was found.
+
+        Returns:
+            What was found.
+
+        Raises:
+            UserError: Every trial runs away, or there is nothing to judge by.
+            Interrupted: The search was stopped.
+        """
+        settings, start = self.settings, self.arena.flat.clone()
+        before, judged = _score(self.task)
+        self.tell(SearchStarted(trial_steps(settings.steps), settings.steps, judged, before))
+        trials: list[Trial] = []
+
+        def measure(steps: int, factor: float) -> float:
+            self.arena.load(start)
+            trials.append(self._trial(steps, factor))
+            self.tell(TrialEnded(trials[-1]))
+            return trials[-1].loss
+
+        try:
+            factor = search(measure, settings.steps)
+        finally:
+            self.arena.load(start)
+        trials.sort(key=lambda one: (one.steps, one.factor))
+        rates = {name: float(f"{factor * value:.2g}") for name, value in settings.rates.items()}
+        file = self.folder / "find_lr.json"
+        found = FoundRates(factor, rates, tuple(trials), before, judged, settings.steps, file)
+        _write(found)
+        self.tell(RatesFound(found, self.flags))
+        return found
+
+    def _trial(self, steps: int, factor: float) -> Trial:
+        settings = self.settings
         rates = {name: factor * value for name, value in settings.rates.items()}
         warmup = settings.warmup if steps == settings.steps else min(settings.warmup, steps // 10)
-        trial = replace(settings, steps=steps, warmup=warmup, save_every=steps, patience=0, rates=rates)
-        trainer = Trainer(_Unwatched(task), arena, trial)
+        own = replace(settings, steps=steps, warmup=warmup, save_every=steps, patience=0, rates=rates)
+        trainer = self.trainer(_Unwatched(self.task), own)
         try:
-            if not trainer.run():
+            if not trainer.run(stop=self.stop):
                 raise Interrupted("stopped before a learning rate was found")
             with trainer.final_weights():
-                loss = _score(task)[0]
+                loss = _score(self.task)[0]
         except Diverged:
             loss = math.inf
-        finite = math.isfinite(loss)
-        say(f"  {steps} steps, {_told(rates)}: " + (f"{loss:.4f}" if finite else "runs away"))
-        trials.append(Trial(steps, factor, rates, loss if finite else math.inf))
-        return trials[-1].loss
-
-    try:
-        factor = search(measure, settings.steps)
-    finally:
-        arena.load(start)
-    trials.sort(key=lambda one: (one.steps, one.factor))
-    rates = {name: float(f"{factor * value:.2g}") for name, value in settings.rates.items()}
-    found = FoundRates(factor, rates, tuple(trials), before, judged, settings.steps, folder / "find_lr.json")
-    _write(found)
-    _show(found, console, flags)
-    return found
+        return Trial(steps, factor, rates, loss if math.isfinite(loss) else math.inf)
 
 
 def _score(task: Task) -> tuple[float, str]:
@@ -230,28 +231,3 @@ def _plot(found: FoundRates) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     return picture.getvalue()
-
-
-def _show(found: FoundRates, console: Console, flags: Mapping[str, str]) -> None:
-    table = Table(title="learning rates", title_justify="left")
-    table.add_column("steps", justify="right")
-    for name in found.rates:
-        table.add_column(name, justify="right")
-    table.add_column("loss after", justify="right")
-    table.add_column("change", justify="right")
-    best = min(one.loss for one in found.trials if one.steps == found.steps)
-    for one in found.trials:
-        finite = math.isfinite(one.loss)
-        change = f"{one.loss / found.before - 1:+.1%}" if finite else "runs away"
-        style = "bold green" if one.loss == best and one.steps == found.steps else None
-        rates = (f"{value:.2g}" for value in one.rates.values())
-        table.add_row(str(one.steps), *rates, f"{one.loss:.4f}" if finite else "-", change, style=style)
-    console.print(table)
-    # A group of words is numbered below its component, whose rate is theirs; one of a LoRA+ moves so many times as fast.
-    parts = {name: name.partition(".")[0] for name in found.rates if " x" not in name}
-    told = [f"{flags[part]} {found.rates[name]:g}" for name, part in parts.items() if part in flags]
-    say_to(console)(f"suggested: {' '.join(dict.fromkeys(told)) or _told(found.rates)} (all of it is in {found.file})")
-
-
-def _told(rates: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.2g}" for name, value in rates.items())

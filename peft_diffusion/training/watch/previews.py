@@ -11,12 +11,13 @@ from PIL import Image
 
 from ...bases import components
 from ...core import site
+from ...core.events import Observer
 from ...core.files import explained, write_bytes
+from ..drawing import Drawing
+from ..events import Preview
 from ..loop.seeds import seed_of
-from ..loop.trainer import Observer
 from ..machine.low_memory import small_vae
 from ..tasks.diffusion import DiffusionTask
-from .drawing import Drawing
 
 PROMPTS = 4  # previews by default
 _GUIDANCE = 5.0
@@ -25,13 +26,23 @@ _PROMPTS = "prompts.json"
 _NAME = re.compile(r"(?:step_(\d+)|base)_(\d+)\.png")
 
 
-class Previews(Observer):
+class Previews:
     """Draws previews into a folder, and a sheet of all: the base's pictures first, then a row for each step drawn at.
 
-    ``every`` 0 draws only when it is told to. ``weights`` puts the weights that the run
-    gives into the model. ``tell`` is given the step and how near its pictures are to those that are trained on: the mean
-    distance from each to the nearest in latent space, over the median of that distance among training pictures themselves.
-    Well below 1 they repeat what was seen. Of several processes, only the one that leads writes and tells.
+    Of several processes, all that share the base draw, and only the one that leads writes and tells.
+
+    Args:
+        folder: Where the pictures go.
+        task: What is learned, by the pipeline that draws.
+        prompts: What the pictures show.
+        drawing: Draws them.
+        weights: Puts the weights that the run gives into the model.
+        tell: Is told of each `Preview`, with how near its pictures are to those that are trained on: the mean distance from
+            each to the nearest in latent space, over the median of that distance among training pictures themselves. Well
+            below 1 they repeat what was seen.
+        steps: Denoising steps of a picture.
+        every: Steps of the run between previews; 0 draws only when it is told to.
+        size: Pixels a side.
     """
 
     def __init__(
@@ -41,7 +52,7 @@ class Previews(Observer):
         prompts: Sequence[str],
         drawing: Drawing,
         weights: Callable[[], AbstractContextManager[None]],
-        tell: Callable[[int, float], None],
+        tell: Observer,
         *,
         steps: int,
         every: int,
@@ -56,7 +67,6 @@ class Previews(Observer):
         self.size = size  # pixels a side
         self.weights = weights
         self.tell = tell
-        self.watching: Observer | None = None  # is shown the pictures
         self.drawn = -1
 
     def peak(self) -> int:
@@ -72,7 +82,7 @@ class Previews(Observer):
         finally:
             self._strength(1.0)
 
-    def on_step(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Draw, if it is time."""
         if self.every and step % self.every == 0:
             self.draw(step)
@@ -121,12 +131,8 @@ class Previews(Observer):
         pictures = self.pictures()
         if not self.task.settings.crew.leads:
             return
-        self._keep(row, pictures)
-        if self.watching is not None:
-            self.watching.on_pictures(step, self.prompts, pictures)
-        nearest = self.task.nearness(pictures)
-        if nearest is not None:
-            self.tell(step, nearest)
+        files = self._keep(row, pictures)
+        self.tell(Preview(step, tuple(self.prompts), pictures, files, self.task.nearness(pictures)))
 
     def pictures(self) -> list[Image.Image]:
         """Draw a picture for each prompt, with what the pipeline carries now; nothing is written."""
@@ -153,12 +159,13 @@ class Previews(Observer):
         """Pictures drawn together, no more than are trained on together."""
         return min(len(self.prompts), self.task.settings.batch_size)
 
-    def _keep(self, row: str, pictures: Sequence[Image.Image]) -> None:
-        """Save the pictures of a row, and the sheet of all rows so far."""
+    def _keep(self, row: str, pictures: Sequence[Image.Image]) -> tuple[Path, ...]:
+        """Save the pictures of a row, and the sheet of all rows so far; returns the files of the row."""
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        for number, picture in enumerate(pictures):
-            write_bytes(self.folder / f"{row}_{number}.png", _png(picture))
+        files = tuple(self.folder / f"{row}_{number}.png" for number in range(len(pictures)))
+        for file, picture in zip(files, pictures, strict=True):
+            write_bytes(file, _png(picture))
         rows: dict[int, dict[int, Image.Image]] = {}
         for path in self.folder.glob("*.png"):
             if match := _NAME.fullmatch(path.name):
@@ -167,6 +174,7 @@ class Previews(Observer):
         columns = [rows[step] for step in sorted(rows)]
         cells = [[row.get(number) for number in range(len(self.prompts))] for row in columns]
         write_bytes(self.folder / "sheet.png", _png(self.drawing.sheet(cells, labels, self.prompts)))
+        return files
 
     def _strength(self, value: float) -> None:
         for part in components(self.task.pipe).values():

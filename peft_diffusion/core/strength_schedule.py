@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..core.errors import UserError
+from .errors import UserError
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,217 @@
+"""What happens while something runs, as data: whoever watches is told of it, and any thread can ask it to stop.
+
+Imports no torch. The events of a training are in `training.events`, those of drawing and writing in `generation.events`.
+"""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Protocol, TypeAlias
+
+from .errors import Interrupted
+
+logger = logging.getLogger("peft_diffusion")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened. Each kind is a dataclass of its own, with what is known of it as fields."""
+
+    def lines(self) -> tuple[str, ...]:
+        """Describe the event to a person.
+
+        Returns:
+            Lines of plain text; none for an event that a person need not read of.
+        """
+        return ()
+
+
+Observer: TypeAlias = Callable[[Event], object]
+"""Is called with each event, in the thread that runs, and should return at once. ``list.append``, ``queue.put`` and
+``print`` are observers.
+
+One that raises an Exception is told no more, and the run goes on: see `Observers`."""
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """How far something is that takes a while.
+
+    Attributes:
+        what: What is done, in words, such as "encoding pictures".
+        done: How many are done.
+        total: How many there are.
+    """
+
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Noted(Event):
+    """Something that the person may not have expected, though nothing is wrong."""
+
+    message: str
+
+    def lines(self) -> tuple[str, ...]:
+        """Returns: the message."""
+        return (self.message,)
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something that is probably not as the person wants it.
+
+    Attributes:
+        message: What is wrong, and what to do.
+        details: Where it is so, one line each.
+    """
+
+    message: str
+    details: tuple[str, ...] = ()
+
+    def lines(self) -> tuple[str, ...]:
+        """Returns: the message, and the details below it."""
+        return (f"warning: {self.message}", *(f"  {detail}" for detail in self.details))
+
+
+@dataclass(frozen=True)
+class ObserverFailed(Event):
+    """An observer raised, and is told no more.
+
+    Attributes:
+        observer: Which one.
+        error: What it raised.
+    """
+
+    observer: str
+    error: str
+
+
+def progress(tell: Observer, what: str) -> Callable[[int, int], None]:
+    """Make what is called with how many are done, and of how many.
+
+    Args:
+        tell: Is told of `Progress`.
+        what: What is done, in words.
+
+    Returns:
+        The function to call.
+    """
+
+    def tick(done: int, total: int) -> None:
+        tell(Progress(what, done, total))
+
+    return tick
+
+
+class Observers:
+    """Tells events to several observers; is itself one.
+
+    ``own`` observers belong to what runs, such as the record of a training: what they raise ends it. ``others`` are those
+    of whoever asked for it. One of these that raises an Exception is told no more, its error is logged, and the rest are
+    told by `ObserverFailed`: a page that lost its connection shall not end a training of hours. What is no Exception, such
+    as KeyboardInterrupt, ends what runs in any case.
+
+    Where there are no ``others``, notes and warnings go to the log of ``peft_diffusion``, so that they are not lost.
+    """
+
+    def __init__(self, others: Sequence[Observer] = (), own: Sequence[Observer] = ()) -> None:
+        self.own = list(own)
+        self.others = list(others)
+
+    def __call__(self, event: Event) -> None:
+        """Tell an event to all: own observers first, so that the others find written what they are told of."""
+        for observer in self.own:
+            observer(event)
+        self._tell_others(event)
+
+    def last(self, event: Event) -> None:
+        """Tell the event that ends what runs after an error: what an own observer raises now must not hide that error."""
+        for observer in self.own:
+            try:
+                observer(event)
+            except Exception as error:
+                _log_failure(observer, error)
+        self._tell_others(event)
+
+    def _tell_others(self, event: Event) -> None:
+        if not self.others:
+            _log(event)
+        for observer in tuple(self.others):
+            try:
+                observer(event)
+            except Exception as error:
+                self.others.remove(observer)
+                self._tell_others(ObserverFailed(_log_failure(observer, error), repr(error)))
+
+
+def _log_failure(observer: Observer, error: Exception) -> str:
+    """Log that an observer failed; returns its name."""
+    name: str = getattr(observer, "__qualname__", type(observer).__qualname__)
+    trace = logger.isEnabledFor(logging.DEBUG)
+    logger.warning(f"the observer {name} failed, and is told no more: {error!r}", exc_info=trace)
+    return name
+
+
+def _log(event: Event) -> None:
+    match event:
+        case Warned():
+            logger.warning("\n".join((event.message, *(f"  {detail}" for detail in event.details))))
+        case Noted():
+            logger.info(event.message)
+
+
+class Stop(Protocol):
+    """A wish to stop, which any thread may set: a ``threading.Event``, or whatever else has ``is_set``."""
+
+    def is_set(self) -> bool:
+        """Returns: whether to stop."""
+        ...
+
+
+class Never:
+    """A wish to stop that nobody has."""
+
+    def is_set(self) -> bool:
+        """Returns: False."""
+        return False
+
+
+def check_stop(stop: Stop, message: str) -> None:
+    """Raise Interrupted with this message where it is wished to stop."""
+    if stop.is_set():
+        raise Interrupted(message)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Stop]:
+    """A wish to stop that SIGINT (Ctrl-C) or SIGTERM sets inside; a second signal acts as it always does.
+
+    In a thread that is not the main one, where Python handles no signals, nothing sets it.
+
+    Yields:
+        The wish.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
