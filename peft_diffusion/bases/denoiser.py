@@ -97,14 +97,19 @@ class Denoiser(Protocol):
         """Pixels that the sides of an image are multiples of."""
 
     @property
+    def vae(self) -> Any:
+        """The autoencoder, a module of diffusers: latents are what its posterior gives, before `scaled`."""
+        return self.pipe.vae
+
+    @property
     def channels(self) -> int:
         """Channels of latents."""
-        return int(self.pipe.vae.config.latent_channels)
+        return int(self.vae.config.latent_channels)
 
     @property
     def factor(self) -> int:
         """Pixels a side of the image for one of its latents."""
-        return int(2 ** (len(self.pipe.vae.config.block_out_channels) - 1))
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
     def prediction(self) -> str:
@@ -131,7 +136,7 @@ class Denoiser(Protocol):
         Returns:
             Of the same shape.
         """
-        config = self.pipe.vae.config
+        config = self.vae.config
         shift = float(getattr(config, "shift_factor", None) or 0.0)
         return (latents - shift) * float(config.scaling_factor)
 

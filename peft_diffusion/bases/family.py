@@ -315,6 +315,9 @@ SMALL_DIFFUSION = Family(
 )
 """Small bases such as the embedded one, and unknown ones. Settings take its components before a base is loaded."""
 
+LANGUAGE = Family("lm", (_LM,), implementation="https://github.com/huggingface/transformers")
+"""Causal language models."""
+
 for _family in (
     Family(
         "sd1",
@@ -342,6 +345,6 @@ for _family in (
         presets={"style": {**_LATENT_DIFFUSION, "rank": 32}, "subject": {**_SUBJECT, "rank": 32}},
     ),
     SMALL_DIFFUSION,
-    Family("lm", (_LM,), implementation="https://github.com/huggingface/transformers"),
+    LANGUAGE,
 ):
     register(_family)

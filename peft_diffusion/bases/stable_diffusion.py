@@ -17,6 +17,7 @@ from .denoiser import kinds
 from .digest import quantize as quantize_all
 from .embedded import ICONS, embedded
 from .loading import first_line, pick_device, pick_dtype, quiet
+from .pipelines import Pipeline
 
 
 def load_base(
@@ -25,7 +26,7 @@ def load_base(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
-) -> Any:
+) -> DiffusionPipeline:
     """A Stable Diffusion pipeline, frozen, in eval mode, on its device.
 
     ``source``: ``"icons"`` (embedded), a diffusers folder, a single-file checkpoint, a hub id, or a pipeline, which is only
@@ -48,7 +49,7 @@ def load_base(
     return pipe.to(where)
 
 
-def _read(source: str, dtype: torch.dtype) -> Any:
+def _read(source: str, dtype: torch.dtype) -> DiffusionPipeline:
     path = embedded("base") if source == ICONS else Path(source)
     try:
         if path.is_file():
@@ -69,23 +70,22 @@ def _read(source: str, dtype: torch.dtype) -> Any:
     raise UserError(f"there is no base {source!r}: neither {ICONS!r}, nor a folder, a file or a hub id (owner/name)")
 
 
-def _pipeline_class(source: str, **options: Any) -> Any:
+def _pipeline_class(source: str, **options: Any) -> type[DiffusionPipeline]:
     """The class that reads a pipeline: that of a family that brings its own, else diffusers' choice."""
-    own = {kind.pipeline_class.__name__: kind.pipeline_class for kind in kinds() if kind.pipeline_class is not None}
-    if not own:
-        return DiffusionPipeline
-    name = DiffusionPipeline.load_config(source, **options).get("_class_name")
-    return own.get(name, DiffusionPipeline)
+    own = [kind.pipeline_class for kind in kinds() if kind.pipeline_class is not None]
+    name = DiffusionPipeline.load_config(source, **options).get("_class_name") if own else None
+    found: type[DiffusionPipeline] = next((one for one in own if one.__name__ == name), DiffusionPipeline)
+    return found
 
 
-def _as_asked(pipe: Any, quantize: str | None) -> Any:
+def _as_asked(pipe: Pipeline, quantize: str | None) -> Pipeline:
     if quantize is not None and any(quantized.kind_of(part) != quantize for part in components(pipe).values()):
         raise UserError(f"this pipeline is loaded already, and not as {quantize}; load it with load_base(..., quantize=...)")
     return pipe
 
 
-def _frozen(pipe: Any) -> Any:
-    denoiser_of(pipe)
-    for part in (*components(pipe).values(), pipe.vae):
+def _frozen(pipe: Pipeline) -> Pipeline:
+    denoiser = denoiser_of(pipe)
+    for part in (*components(pipe).values(), denoiser.vae):
         site.freeze(part)
     return pipe

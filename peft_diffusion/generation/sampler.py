@@ -102,7 +102,7 @@ def load_choices(adapters: Adapters, choices: Sequence[Choice], prompts: Sequenc
     return names
 
 
-def check_lengths(pipe: Any, texts: Sequence[str]) -> None:
+def check_lengths(pipe: Pipeline, texts: Sequence[str]) -> None:
     """Raise UserError for a text that the base's text encoders would cut, naming the words that would be lost.
 
     The texts are those of a batch, in order: learned words take room too, and which ones do depends on the strengths.
@@ -129,7 +129,7 @@ class _Report:
     total: int
     stop: float
 
-    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if self.progress is not None:
             self.progress(min(self.before + step + 1, self.total), self.total)
         coming = pipe.scheduler.timesteps[-pipe.num_timesteps :][step + 1 :]  # what starts from a picture skips some
@@ -138,7 +138,7 @@ class _Report:
         return {}
 
 
-def guides(pipe: Any, timestep: float, stop: float) -> bool:
+def guides(pipe: Pipeline, timestep: float, stop: float) -> bool:
     """Whether guidance acts at a timestep, when it does in so large a share of them from the noisiest.
 
     In a limited interval it spoils less of what was learned (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724).
@@ -187,12 +187,12 @@ def gives_way(pipe: Pipeline, scheduler: Any, sampling: Sampling) -> bool:
 class _Start:
     """What pictures begin as: a pipeline, its chance, and what it is told of sizes and of what is there."""
 
-    pipe: Any
+    pipe: Pipeline
     generators: list[torch.Generator]
     told: Mapping[str, Any]
 
 
-def _noise(pipe: Any, batch: Sequence[Cell], sides: tuple[int, int]) -> _Start:
+def _noise(pipe: Pipeline, batch: Sequence[Cell], sides: tuple[int, int]) -> _Start:
     """Noise alone."""
     width, height = sides
     generators = _generators(batch)
@@ -204,7 +204,7 @@ def _noise(pipe: Any, batch: Sequence[Cell], sides: tuple[int, int]) -> _Start:
     return _Start(pipe, generators, {**whole_picture(pipe, width, height), **told})
 
 
-def _start(pipe: Any, batch: Sequence[Cell], source: Source) -> _Start:
+def _start(pipe: Pipeline, batch: Sequence[Cell], source: Source) -> _Start:
     """A picture, to which the pipeline adds noise by the generators, which draw on the CPU."""
     return _Start(source.pipeline(pipe), _generators(batch), source.told(len(batch)))
 
@@ -238,14 +238,14 @@ def _paint_batch(
     return images if source is None else [source.kept(image) for image in images]
 
 
-def _check_finite(pixels: Any, pipe: Any) -> None:
+def _check_finite(pixels: Any, pipe: Pipeline) -> None:
     """Raise UserError for NaN, which would be written as black."""
     if not np.isfinite(pixels).all():
         advice = "" if dtype_of(pipe) == torch.float32 else ", or take --precision float32"
         raise UserError(f"the picture came out as NaN; lower the strength or the guidance{advice}")
 
 
-def whole_picture(pipe: Any, width: int, height: int) -> dict[str, Any]:
+def whole_picture(pipe: Pipeline, width: int, height: int) -> dict[str, Any]:
     """What makes a pipeline that paints parts of a picture anew paint all of it; nothing for others."""
     if not denoiser_of(pipe).inpaints:
         return {}

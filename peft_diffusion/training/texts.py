@@ -144,7 +144,7 @@ class TextMaterial:
 
     def rate_flags(self) -> dict[str, str]:
         """The flag that sets the learning rate."""
-        return {} if self.asked.block else {"lm": "--lr"}
+        return {} if self.asked.block else dict.fromkeys(self.parts, "--lr")
 
     @cached_property
     def task(self) -> LanguageTask:

@@ -6,7 +6,6 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ...bases import components, denoiser_of
 from ...bases.denoiser import Conditioning, Denoiser
 from ...bases.noise import prediction_type, zero_terminal
+from ...bases.pipelines import Pipeline
 from ...bases.prompts import encode_frozen
 from ...core import site
 from ...core.errors import UserError
@@ -113,7 +113,7 @@ class DiffusionTask:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         name: str,
         settings: DiffusionSettings,
         train: Examples,
@@ -264,7 +264,7 @@ class DiffusionTask:
 
     def _encoded(self, pictures: Sequence[Image.Image]) -> Tensor:
         """The means of the VAE's latents, (pictures, channels, height, width), float32 on the CPU."""
-        vae = self.pipe.vae
+        vae = self.denoiser.vae
         vae.to(self.device)
         pixels = torch.stack([torch.from_numpy(np.array(picture.convert("RGB"))) for picture in pictures])
         given = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.device, next(vae.parameters()).dtype)
@@ -320,13 +320,13 @@ class DiffusionTask:
         """Compute what stays the same, and take the VAE and a text encoder that is no more needed off the device."""
         known = self.embeddings is not None and self.other_embeddings is not None
         if self.device.type != "cpu":
-            self.pipe.vae.to("cpu")
+            self.denoiser.vae.to("cpu")
             for encoder in self.text.encoders if known else ():
                 encoder.to("cpu")
 
     def peak_of_drawing(self, count: int, size: int) -> int:
         """The most bytes that drawing so many pictures of so many pixels a side, with guidance, is predicted to hold."""
-        vae, side = self.pipe.vae, size // self.denoiser.factor
+        vae, side = self.denoiser.vae, size // self.denoiser.factor
         told = {name: one[:1].repeat(2 * count, *(1,) * (one.ndim - 1)) for name, one in self.largest().items()}
         latents = {"latents": torch.empty(count, self.denoiser.channels, side, side, dtype=vae.dtype)}
         self.restore()
@@ -338,7 +338,7 @@ class DiffusionTask:
 
     def restore(self) -> None:
         """Bring back what `offload` took."""
-        self.pipe.vae.to(self.device)
+        self.denoiser.vae.to(self.device)
         for encoder in self.text.encoders:
             encoder.to(self.device)
 
