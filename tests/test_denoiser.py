@@ -51,7 +51,7 @@ def test_no_other_file_names_a_family_or_a_component() -> None:
     found: list[tuple[str, int, str]] = []
     for path in OUTSIDE:
         where, tree = path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text("utf-8"))
-        texts = [(line, text) for line, text in constants(tree) if names_a_base(text) and (where, text) not in OTHER_MEANINGS]
+        texts = [one for one in constants(tree) if names_a_base(one[1]) and (where, one[1]) not in OTHER_MEANINGS]
         attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "unet"]
         found += [(where, line, text) for line, text in (*texts, *((one.lineno, one.attr) for one in attributes))]
     assert len(OUTSIDE) > 50 and not found
