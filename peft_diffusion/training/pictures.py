@@ -190,13 +190,8 @@ class PictureMaterial:
         return TrainResult(**vars(found), config=self.config, images=len(self.prepared.train.captions))
 
     def training(self, result: TrainResult) -> dict[str, Any]:
-        """Entries of the adapter file's training summary. Of folders only the names: where they lie is nobody's business."""
-        return {
-            "folder": [path.name for path in self.config.folder],
-            "regularisation": [path.name for path in self.config.regularisation],
-            "class_pictures": len(self.prepared.class_pictures),
-            "images": result.images,
-        }
+        """Entries of the adapter file's training summary."""
+        return {"class_pictures": len(self.prepared.class_pictures), "images": result.images}
 
     def triggers(self) -> list[str]:
         """The words of the trigger, and those that were taught."""

@@ -25,7 +25,7 @@ from ..core.arena import Arena
 from ..core.errors import Interrupted, UserError
 from ..core.events import Event, Observer, Observers, Stop, Warned, check_stop, stop_on_signal
 from ..core.files import explained
-from ..core.settings import Settings, pick, to_json
+from ..core.settings import Settings, pick, portable, to_json
 from ..fast.low_rank import Working
 from .attachment import NAME, Attached, at_strength, attach, described
 from .events import Data, Ended, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
@@ -466,7 +466,7 @@ class _Run(Generic[Result]):
 
     def _spec(self, result: Result) -> formats.Spec:
         material, config = self.material, self.material.config
-        training = to_json(config) | {
+        training = portable(config) | {
             **material.training(result),
             "steps_done": result.steps,
             "seconds": round(result.seconds, 1),
@@ -475,8 +475,6 @@ class _Run(Generic[Result]):
             **(result.outcome.training() if result.outcome else {}),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        for place in ("output", "run_dir", "cache"):  # where things lie on this disk is nobody's business
-            training.pop(place, None)
         blocks = material.blocks
         return formats.Spec(
             methods={name: [block.spec() for block in blocks if block.component == name] for name in material.parts},
