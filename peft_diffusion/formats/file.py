@@ -15,7 +15,7 @@ from ..core.errors import DamagedError, UserError
 from . import container
 from .layouts import dotted, embedding, kohya
 from .layouts.names import component_of
-from .spec import Spec
+from .spec import Spec, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ def load(path: str | Path, pipe: Base, *, strict: bool = False) -> Loaded:
     tensors = container.read_tensors(path)
     header = None if container.is_pickle(path) else container.read_header(path)
     spec = Spec.from_metadata(header.metadata, str(path)) if header else None
+    if spec is not None:
+        refuse_unknown(spec, str(path))
     tensors, assumed = dotted.adopted(tensors, header.metadata if header else {}, path)
     tensors = embedding.adopted(tensors, header.metadata if header else {}, pipe, parts, path.stem)
     if not any(component_of(name) for name in tensors):

@@ -183,7 +183,7 @@ class PictureMaterial:
         config = self.config
         base = None if config.base == TrainConfig.base else config.base
         flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
-        return next_command("generate", with_trigger("a red apple", config.trigger), flags)
+        return next_command("generate", with_trigger("a red apple", config.trigger), flags, config)
 
     def result(self, found: RunResult) -> TrainResult:
         """What the run gave."""

@@ -237,7 +237,7 @@ class TextMaterial:
         config = self.config
         base = None if config.base == TextTrainConfig.base else config.base
         flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
-        return next_command("text generate", "The first words", flags)
+        return next_command("text generate", "The first words", flags, config)
 
     def result(self, found: RunResult) -> TextTrainResult:
         """What the run gave."""
