@@ -250,7 +250,13 @@ class Described:
         return found
 
     def taken(self, value: object) -> Any:
-        """A value as the setting has it: see `settle`.
+        """Check a value and bring it to the setting's type: see `settle`.
+
+        Args:
+            value: As a person or a file gave it.
+
+        Returns:
+            The value as the setting has it.
 
         Raises:
             UserError: It is of another type, not among the choices or out of the range.
@@ -303,20 +309,42 @@ class Described:
 
 
 def flag(name: str) -> str:
-    """The flag of a setting of this name."""
+    """Name the flag of a setting.
+
+    Args:
+        name: The name of its field.
+
+    Returns:
+        The flag, with its dashes.
+    """
     return f"--{name.replace('_', '-')}"
 
 
 def not_among(flag: str, choices: Sequence[str], value: object) -> str:
-    """What to say of a value that is not among the choices of a setting."""
+    """Say that a value is not among the choices of a setting.
+
+    Args:
+        flag: Its flag.
+        choices: What may stand there.
+        value: What stood there.
+
+    Returns:
+        The message of the error.
+    """
     return f"{flag} is one of {', '.join(choices)}, not {value!r}"
 
 
 @cache
 def settings_of(kind: type[Settings]) -> tuple[Described, ...]:
-    """The settings of a class in the order of its fields; fields that are no settings are left out.
+    """List the settings of a class in the order of its fields; fields that are no settings are left out.
 
     A field that a subclass declares anew, to narrow its type, keeps what is told of it.
+
+    Args:
+        kind: The class.
+
+    Returns:
+        One entry a setting.
     """
     hints = get_type_hints(kind)
     declared = [vars(base).get("__dataclass_fields__", {}) for base in kind.__mro__]
@@ -345,7 +373,14 @@ def describe(kind: type[Settings]) -> list[dict[str, Any]]:
 
 
 def explained(kind: type[T]) -> type[T]:
-    """Write the settings of a class into its docstring, for ``help()``. Stands above ``@dataclass``."""
+    """Write the settings of a class into its docstring, for ``help()``. Stands above ``@dataclass``.
+
+    Args:
+        kind: The class.
+
+    Returns:
+        The same class.
+    """
     told: Any = kind
     wrap = TextWrapper(
         _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
@@ -372,22 +407,42 @@ def settle(config: Settings) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value of a setting as JSON and TOML have it: paths as text, tuples as lists."""
+    """Bring a value of a setting to what JSON and TOML have.
+
+    Args:
+        value: Any.
+
+    Returns:
+        Paths as text, tuples as lists, all else as it is.
+    """
     if isinstance(value, tuple):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
 def to_json(config: Settings) -> dict[str, Any]:
-    """The settings that files keep, as JSON values."""
+    """Give the settings that files keep, as JSON values.
+
+    Args:
+        config: A dataclass of settings.
+
+    Returns:
+        Values by the name of the setting.
+    """
     return {one.name: plain(getattr(config, one.name)) for one in settings_of(type(config)) if one.setting.kept}
 
 
 def portable(config: Settings) -> dict[str, Any]:
-    """The settings that files for others tell, as JSON values.
+    """Give the settings that files for others tell, as JSON values.
 
     What lies where on this machine is nobody's business: settings that only say that are left out, and of other paths the
     names alone are told.
+
+    Args:
+        config: A dataclass of settings.
+
+    Returns:
+        Values by the name of the setting.
     """
     told = [one for one in settings_of(type(config)) if one.setting.kept and not one.setting.place]
     values = {one: getattr(config, one.name) for one in told}
