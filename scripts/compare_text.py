@@ -39,7 +39,7 @@ from peft_diffusion.methods.lokr import Lokr
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.oft import Oft
 from peft_diffusion.methods.prefix import Prefix
-from peft_diffusion.methods.tokens import SoftPrompt
+from peft_diffusion.methods.prompt import SoftPrompt
 from peft_diffusion.training.loop.trainer import Trainer, TrainerSettings
 from peft_diffusion.training.settings.derive import resolve_language
 from peft_diffusion.training.settings.text import ResolvedTextConfig, TextTrainConfig

@@ -11,6 +11,7 @@ from test_formats import picture, write_adapter
 from peft_diffusion.bases import components, digest, fingerprint
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.slot import SLOT
 from peft_diffusion.generation import Adapters, Schedule
 
 
@@ -135,6 +136,34 @@ def test_offloading_hooks_are_refused_with_the_module_named(files, tiny_pipe):
     with pytest.raises(UserError, match=r"mid_block.*attn1\.to_q: its forward is patched"):
         Adapters(tiny_pipe).load(files[0])
     assert not site.sites(tiny_pipe.unet) and not site.sites(tiny_pipe.text_encoder)
+
+
+def test_a_class_that_was_changed_over_adapters_is_refused_with_the_module_named(files, tiny_pipe):
+    class Wrapped:
+        """As fully_shard puts one before the class of a module."""
+
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[0])
+    module = tiny_pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    adapted = type(module)
+    module.__class__ = type("FSDPLinear", (Wrapped, adapted), {})
+    before = picture(tiny_pipe)
+    for refused in (lambda: adapters.remove("ink"), lambda: adapters.load(files[1])):
+        with pytest.raises(UserError, match=r"mid_block.*attn1\.to_q: its class was changed to FSDPLinear"):
+            refused()
+    assert adapters.names == ("ink",) and np.array_equal(picture(tiny_pipe), before)
+    module.__class__ = adapted
+    adapters.remove("ink")
+
+
+def test_a_module_that_has_the_private_name_itself_is_refused(files, tiny_pipe):
+    module = tiny_pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    for own in (3, torch.nn.Linear(2, 2), torch.nn.Parameter(torch.zeros(1))):
+        setattr(module, SLOT, own)
+        with pytest.raises(UserError, match=r"mid_block.*attn1\.to_q: it has an attribute '_peft_diffusion' of its own"):
+            Adapters(tiny_pipe).load(files[0])
+        assert getattr(module, SLOT) is own and not site.sites(tiny_pipe.unet)
+        delattr(module, SLOT)
 
 
 def test_what_is_removed_is_gone_from_memory(files, tiny_pipe):

@@ -10,7 +10,8 @@ from language import make_lm
 from rich.console import Console
 
 from peft_diffusion.core import site
-from peft_diffusion.core.adapter import METHODS, method
+from peft_diffusion.core.method import METHODS
+from peft_diffusion.methods import method
 from peft_diffusion.training.settings.text import TextTrainConfig
 from scripts import compare_text
 from scripts.compare_text import FULL, IN_PEFT, Comparison, Figures

@@ -12,7 +12,6 @@ from peft_diffusion import formats
 from peft_diffusion.api import train
 from peft_diffusion.bases import load_base
 from peft_diffusion.core import site
-from peft_diffusion.core.adapter import method
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.data import masks
 from peft_diffusion.data.buckets import place
@@ -22,6 +21,7 @@ from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.methods import method
 from peft_diffusion.training.loop.trainer import loss_at
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare

@@ -21,7 +21,8 @@ from peft_diffusion.formats.layouts.kohya import site_keys
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.compatibility import base_of, fit
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.methods.tokens import SoftPrompt, Tokens
+from peft_diffusion.methods.prompt import SoftPrompt
+from peft_diffusion.methods.tokens import Tokens
 
 PROMPT = "a red apple"
 

@@ -28,7 +28,7 @@ from peft_diffusion.generation.settings import DemoConfig, Sampling, SchedulerNa
 from peft_diffusion.generation.text import choose, generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.methods.tokens import SoftPrompt
+from peft_diffusion.methods.prompt import SoftPrompt
 
 STEPS = 3
 ONE_LEVEL = 1  # of 255

@@ -13,9 +13,8 @@ from torch import nn
 from peft_diffusion import formats
 from peft_diffusion.cli.app import main
 from peft_diffusion.core import site
-from peft_diffusion.core.adapter import Method
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.formats.layouts import kohya_network
+from peft_diffusion.core.method import Method, Network
 from peft_diffusion.generation import Adapters
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.bottleneck import Bottleneck
@@ -141,7 +140,7 @@ def test_pissa_and_convolutions_with_kernels_are_told_as_the_file_holds_them(tmp
         tmp_path / "a.safetensors", make_pipe(), [(Lora(rank=3, alpha=1.0, init="pissa", b_rate_ratio=4.0), "conv")]
     )
     found = formats.inspect(path)
-    assert found.network == kohya_network.Network(
+    assert found.network == Network(
         "networks.lora", 6, 2.0, {"conv_dim": "6", "conv_alpha": "2.0", "loraplus_lr_ratio": "4.0"}
     )
     assert set(found.ranks) == {6} and set(found.alphas) == {2.0}
@@ -156,7 +155,7 @@ def test_metadata_that_cannot_be_read_are_left_out(tmp_path):
     tensors = load_file(write(tmp_path / "a.safetensors", make_pipe(), [(Lora(rank=3), "attention")]))
     odd = {"ss_network_module": "x", "ss_network_dim": "None", "ss_network_alpha": "nan", "ss_network_args": "[1]"}
     save_file(tensors, tmp_path / "b.safetensors", odd)
-    assert formats.inspect(tmp_path / "b.safetensors").network == kohya_network.Network("x")
+    assert formats.inspect(tmp_path / "b.safetensors").network == Network("x")
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])

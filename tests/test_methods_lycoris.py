@@ -16,15 +16,17 @@ from torch.nn import functional as F
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe
 from peft_diffusion.core import merge, site
-from peft_diffusion.core.adapter import METHODS, Adapter, Method
+from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.method import METHODS, Method
 from peft_diffusion.generation import Adapters
 from peft_diffusion.methods.dora import Dora
 from peft_diffusion.methods.ia3 import Ia3
 from peft_diffusion.methods.loha import Loha
-from peft_diffusion.methods.lokr import Lokr, split
+from peft_diffusion.methods.lokr import Lokr
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.oft import Oft
+from peft_diffusion.methods.shared.divisors import split
 
 KINDS = ("linear", "conv", "pointwise")
 UNET_LINEAR = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

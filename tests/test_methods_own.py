@@ -18,8 +18,8 @@ from peft_diffusion import formats
 from peft_diffusion.bases import components, describe, fingerprint
 from peft_diffusion.bases.words import begun, teach
 from peft_diffusion.core import merge, site
-from peft_diffusion.core.adapter import Method
 from peft_diffusion.core.errors import FoldError, UserError
+from peft_diffusion.core.method import Method
 from peft_diffusion.core.slot import SLOT, slot_of
 from peft_diffusion.formats import container
 from peft_diffusion.generation import Adapters
@@ -32,7 +32,8 @@ from peft_diffusion.methods.lokr import Lokr
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.oft import Oft
 from peft_diffusion.methods.prefix import Prefix
-from peft_diffusion.methods.tokens import SoftPrompt, Tokens
+from peft_diffusion.methods.prompt import SoftPrompt
+from peft_diffusion.methods.tokens import Tokens
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
 MIXTURE = {

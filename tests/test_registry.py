@@ -32,7 +32,8 @@ from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.methods.bottleneck import Bottleneck
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.methods.tokens import SoftPrompt, Tokens
+from peft_diffusion.methods.prompt import SoftPrompt
+from peft_diffusion.methods.tokens import Tokens
 from peft_diffusion.training.attachment import NAME, attach, evaluating
 from peft_diffusion.training.settings.blocks import Block
 

@@ -16,7 +16,19 @@ from making import command, environment
 import peft_diffusion as pd
 from peft_diffusion.cli.app import app, main
 from peft_diffusion.cli.runs import RunsConfig
-from peft_diffusion.core.settings import NATURAL, PARAMETERS, Range, Settings, describe, pick, setting, settings_of, settle
+from peft_diffusion.core.settings import (
+    NATURAL,
+    PARAMETERS,
+    Range,
+    Settings,
+    describe,
+    pick,
+    portable,
+    setting,
+    settings_of,
+    settle,
+    to_json,
+)
 from peft_diffusion.generation.settings import MAX_SEED, DemoConfig, InspectConfig
 from peft_diffusion.training.settings.derive import resolve, resolve_language
 from peft_diffusion.training.settings.shared import FindLr
@@ -317,6 +329,16 @@ class Part:
     seed: int
     steps: int = 1
     rates: Mapping[str, float] = field(default_factory=dict)
+
+
+def test_what_is_told_to_others_says_nothing_of_where_things_lie() -> None:
+    config = train_config(folder=["/home/me/ink", "b/pens"], output="/home/me/a.safetensors", cache="/home/me/cache",
+                          regularisation="/home/me/others", resume=True)  # fmt: skip
+    told = portable(config)
+    assert told == {name: value for name, value in to_json(config).items() if name not in ("output", "run_dir", "cache")} | {
+        "folder": ["ink", "pens"], "regularisation": ["others"],
+    }  # fmt: skip
+    assert "resume" not in told and told["held_out"] is None
 
 
 def test_a_part_is_picked_from_a_whole_by_equal_names() -> None:

@@ -19,9 +19,9 @@ from peft_diffusion.bases import components
 from peft_diffusion.bases.embedded import embedded
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import merge, site
-from peft_diffusion.core.adapter import method
 from peft_diffusion.formats.container import read_header
 from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.methods import method
 from peft_diffusion.training import Interrupted
 from peft_diffusion.training.attachment import at_strength
 from peft_diffusion.training.record import checkpoint

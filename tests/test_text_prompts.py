@@ -16,7 +16,8 @@ from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.text import continued
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.methods.tokens import SoftPrompt, Tokens
+from peft_diffusion.methods.prompt import SoftPrompt
+from peft_diffusion.methods.tokens import Tokens
 from peft_diffusion.training.loop.trainer import loss_at
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks.language import LanguageSettings, LanguageTask, tokens

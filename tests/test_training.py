@@ -25,10 +25,10 @@ from peft_diffusion.bases import noise as noise_process
 from peft_diffusion.bases.family import FAMILIES
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import site, targets
-from peft_diffusion.core.adapter import method
 from peft_diffusion.core.arena import Arena, side_by_side
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.methods import method
 from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.events import Losses, Measured, Signals, Step, Unrecorded
 from peft_diffusion.training.loop.learning_rate import rate

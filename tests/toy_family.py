@@ -187,6 +187,10 @@ class ToyDenoiser:
     def conditioning(self, encoding: tuple[Tensor, ...], inputs: Mapping[str, Tensor]) -> Conditioning:
         return Conditioning(encoding[0].to(next(self.network.parameters()).dtype))
 
+    @staticmethod
+    def call(args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        return args[0], args[1]
+
     def predict(self, noisy: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
         answer: Tensor = self.network(noisy, timesteps, told.hidden)
         return answer

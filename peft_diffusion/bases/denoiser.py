@@ -89,6 +89,10 @@ class Denoiser(Protocol):
     def conditioning(self, encoding: tuple[Tensor, ...], inputs: Mapping[str, Tensor]) -> Conditioning:
         """What the network is told: of the prompts, and of ``sizes`` and ``shown`` among the inputs of a batch."""
 
+    @staticmethod
+    def call(args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """The noisy latents (batch, ...) and the timestep among what a pipeline calls the network with."""
+
     def predict(self, noisy: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
         """The network's answer to noisy latents (batch, channels, height, width) at timesteps (batch,), of their shape."""
 

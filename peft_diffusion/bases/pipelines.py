@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import UserError
 
@@ -51,8 +51,6 @@ class _Present(threading.local):
 
 _present = _Present()
 _lock = threading.Lock()
-_watchers = 0
-_plain: Callable[..., Any] | None = None  # the progress bar of diffusers' pipelines, while another stands in its place
 
 
 class _Bar:
@@ -82,40 +80,39 @@ class _Bar:
 
 
 def watch() -> None:
-    """Learn from now on which pipeline draws. Call `unwatch` as often as this."""
-    global _watchers, _plain
+    """Learn from now on which pipeline draws: wrap the progress bar of all pipelines, once in a process.
+
+    What pipelines do and show stays the same.
+    """
     from diffusers import DiffusionPipeline
 
     with _lock:
-        _watchers += 1
-        if _watchers > 1:
+        plain = DiffusionPipeline.progress_bar
+        if getattr(plain, "tells_who_draws", False):
             return
-        plain = _plain = DiffusionPipeline.progress_bar
 
         def progress_bar(self: Any, *given: Any, **named: Any) -> _Bar:
             return _Bar(self, plain(self, *given, **named))
 
+        setattr(progress_bar, "tells_who_draws", True)  # noqa: B010 -- a function has no such attribute to mypy
         DiffusionPipeline.progress_bar = progress_bar
 
 
-def unwatch() -> None:
-    """Take back one `watch`; after the last, pipelines are as diffusers has them."""
-    global _watchers, _plain
-    from diffusers import DiffusionPipeline
+def drawing_with(network: nn.Module) -> Any | None:
+    """Tell which pipeline draws with a network in this thread.
 
-    with _lock:
-        _watchers -= 1
-        if not _watchers and _plain is not None:
-            DiffusionPipeline.progress_bar, _plain = _plain, None
-
-
-def drawing_now() -> Any | None:
-    """Tell which pipeline draws in this thread.
+    Args:
+        network: The network that denoises.
 
     Returns:
-        The innermost one; None where none does, or nothing watches.
+        The innermost pipeline at work that holds it; None where none does, or before `watch`.
     """
-    return _present.pipelines[-1] if _present.pipelines else None
+    holders = (pipeline for pipeline in reversed(_present.pipelines) if _holds(pipeline, network))
+    return next(holders, None)
+
+
+def _holds(pipeline: Any, network: nn.Module) -> bool:
+    return any(part is network for part in vars(pipeline).values())
 
 
 def images_drawn(pipeline: Any, sample: Tensor) -> int:
@@ -131,22 +128,27 @@ def images_drawn(pipeline: Any, sample: Tensor) -> int:
     return len(sample) // (2 if pipeline.do_classifier_free_guidance else 1)
 
 
-def progress(timesteps: Tensor, now: float) -> float:
-    """Tell how far a timestep is from the first to the last; some samplers take one twice.
+def progress(pipeline: Any | None, now: float) -> float:
+    """Tell how far a timestep is from the first of a pipeline's to the last; some samplers take one twice.
 
     Args:
-        timesteps: Those of the scheduler.
+        pipeline: The one that draws.
         now: The timestep.
 
     Returns:
         From 0 at the first to 1 at the last.
 
     Raises:
-        UserError: It is not among them.
+        UserError: It is not among them, or there is no pipeline.
     """
-    steps = list(dict.fromkeys(timesteps.tolist()))
-    nearest = min(range(len(steps)), key=lambda step: abs(steps[step] - now), default=0)
-    if not steps or abs(steps[nearest] - now) > _NEAR:
+    if pipeline is None:
+        raise UserError(
+            "the UNet is called by no pipeline, so a schedule cannot tell how far the steps are; call it through the"
+            " pipeline, or set a plain strength"
+        )
+    steps = list(dict.fromkeys(pipeline.scheduler.timesteps.tolist()))
+    nearest = min(range(len(steps)), key=lambda step: abs(steps[step] - now))
+    if abs(steps[nearest] - now) > _NEAR:
         raise UserError(
             f"the UNet is called at timestep {now:g}, which is none of the scheduler's {len(steps)}: a schedule cannot tell"
             " how far that is; call it through the pipeline, or set a plain strength"

@@ -145,6 +145,20 @@ class UNetDenoiser:
         added = {"text_embeds": summary[0], "time_ids": inputs["sizes"]} if self.told_sizes else {}
         return Conditioning(hidden, added, inputs["shown"].to(dtype) if self.told_masks else None)
 
+    @staticmethod
+    def call(args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """Find the sample and the timestep in a call of the UNet.
+
+        Args:
+            args: What it is given by place.
+            named: What it is given by name.
+
+        Returns:
+            The noisy latents, (batch, channels, height, width), and the timestep, a number or a tensor.
+        """
+        sample = named["sample"] if "sample" in named else args[0]
+        return sample, named["timestep"] if "timestep" in named else args[1]
+
     def predict(self, noisy: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
         """Ask the UNet.
 

@@ -6,18 +6,18 @@ import gc
 import json
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
 from ..core import site as sites
-from ..core.adapter import Method, parts_of
+from ..core.adapter import Adapter, parts_of
 from ..core.component import ComponentState, Link, Word
 from ..core.errors import UserError
+from ..core.method import Method
 from ..core.slot import SLOT, state_of
 from ..core.strength import Strengths
-from ..methods.tokens import SoftPrompt, SoftPromptAdapter, Tokens, TokensAdapter
 from . import family as families
 from .base import components, text_encoders
 
@@ -31,14 +31,14 @@ def begun(base: Any, component: str, method: Method) -> Method:
 
     Raises UserError where initial words have more tokens than there are vectors.
     """
-    if not isinstance(method, (Tokens, SoftPrompt)) or method.ids:
+    begins = method.initial_words()
+    if not begins:
         return method
     tokenizers = text_encoders(base)
     if component not in tokenizers:
         raise UserError(f"{method.name} needs a component that reads words, which {component} is not")
-    begins = method.begins if isinstance(method, Tokens) else [method.initial]
     tokenizer = getattr(base, tokenizers[component])
-    return replace(method, ids=[one for words in begins for one in _initial(tokenizer, words, method.vectors)])
+    return method.with_ids([one for words, vectors in begins for one in _initial(tokenizer, words, vectors)])
 
 
 def teach(base: Any) -> None:
@@ -90,14 +90,14 @@ class _Found:
     """What one placeholder of an adapter becomes: the names of its tokens, the first being the placeholder itself."""
 
     owner: str
-    adapter: TokensAdapter
+    adapter: Adapter
     tokens: tuple[str, ...]
     block: int
 
     @property
     def precedes(self) -> bool:
         """Whether it is a soft prompt."""
-        return isinstance(self.adapter, SoftPromptAdapter)
+        return self.adapter.precedes
 
 
 class _Pupil:
@@ -351,9 +351,8 @@ def _found(encoder: nn.Module) -> Iterator[_Found]:
     for path, slot in sites.slots(encoder).items():
         for owner, adapter in slot.adapters.items():
             for part in parts_of(adapter):
-                if isinstance(part, TokensAdapter):
-                    for name, began in part.words.items():
-                        yield _Found(owner, part, _names(name or f"<{owner}@{path}>", len(began)), slot.block)
+                for name, began in part.learned_words().items():
+                    yield _Found(owner, part, _names(name or f"<{owner}@{path}>", len(began)), slot.block)
 
 
 def _names(placeholder: str, vectors: int) -> tuple[str, ...]:
@@ -419,7 +418,7 @@ def _template(layout: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(found: Sequence[_Found], ids: Sequence[Sequence[int]]) -> None:
-    by_adapter: dict[TokensAdapter, list[int]] = {}
+    by_adapter: dict[Adapter, list[int]] = {}
     for one, own in zip(found, ids, strict=True):
         by_adapter.setdefault(one.adapter, []).extend(own)
     for adapter, numbers in by_adapter.items():

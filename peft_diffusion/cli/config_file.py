@@ -14,6 +14,7 @@ from ..core.errors import UserError
 from .flags import setting_of
 
 _BLOCK = ("component", "target", "method")
+_PLUGIN = "plugin"
 
 
 class RunFile:
@@ -25,9 +26,17 @@ class RunFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def plugins(self) -> list[str]:
+        """The modules under the key ``plugin``, which no command knows: they are loaded before it is read."""
+        found = self._read().get(_PLUGIN, [])
+        modules = found if isinstance(found, list) else [found]
+        if not all(isinstance(module, str) for module in modules):
+            raise UserError(f"{self.path}: {_PLUGIN!r} takes names of modules, not {found!r}")
+        return modules
+
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         """Called by cyclopts when the command line is read."""
-        values = self._read()
+        values = {key: value for key, value in self._read().items() if key != _PLUGIN}
         flags = [(_key(name), name, a) for a in arguments for name in a.names if name.startswith("--")]
         known = {key: a for key, name, a in flags if name not in a.negatives}
         negative = {key: a for key, name, a in flags if name in a.negatives}

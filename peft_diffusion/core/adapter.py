@@ -1,19 +1,15 @@
-"""What a method is, and what it adds at a site."""
+"""What a method adds at a site."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from .errors import FoldError, UserError
+from .method import METHODS
 
 Site = nn.Module  # any Linear, Conv2d, norm or embedding of a base
-
-DEFAULT_TARGET = "attention+ff"
-"""The target of a method that has none of its own, by its name in ``core.targets``."""
 
 
 class LowRank(NamedTuple):
@@ -50,6 +46,7 @@ class Adapter(KeepsPrecision):
     """
 
     own_layout: ClassVar[bool] = False  # whether files hold it under keys of our own, as no other program has the method
+    precedes: ClassVar[bool] = False  # whether its learned words stand before every prompt, and not where they are written
 
     _place: tuple[Site, ...] = ()  # in a tuple, so that the site is no child of its own child
 
@@ -91,6 +88,21 @@ class Adapter(KeepsPrecision):
             The matrices; None where the change is anything else, as while inputs are dropped.
         """
         return None
+
+    def learned_words(self) -> Mapping[str, Sequence[int]]:
+        """The words that a tokenizer has to be taught for it, at a token embedding.
+
+        Returns:
+            By word, the tokens of the base that its vectors began as, one a vector; "" is a word that nobody writes.
+        """
+        return {}
+
+    def answer(self, ids: Sequence[int] | None) -> None:
+        """Serve the ids that a tokenizer was taught for its words.
+
+        Args:
+            ids: One a vector, in the order of ``learned_words``; None: those that the vectors began as.
+        """
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What it adds, at strength 1, to the site's float32 ``weight`` and ``bias``; None leaves one as it is.
@@ -218,60 +230,6 @@ class AdapterDict(nn.Module):
     def items(self) -> list[tuple[str, Adapter]]:
         """Names and adapters, in the order of attachment."""
         return [(name, self[name]) for name in self._modules]
-
-
-METHODS: dict[str, type["Method"]] = {}
-
-
-@dataclass(frozen=True)
-class Method:
-    """Frozen hyper-parameters that can build an adapter for a site. A subclass gives its name and is found by it.
-
-    ``suffixes`` are the names of its tensors at a site in a file: see ``Adapter.state``.
-    """
-
-    name: ClassVar[str]
-    suffixes: ClassVar[frozenset[str]]
-    target: ClassVar[str] = DEFAULT_TARGET  # where it sits, unless one says
-
-    def __init_subclass__(cls, *, name: str, suffixes: frozenset[str] = frozenset()) -> None:
-        super().__init_subclass__()
-        cls.name = name
-        cls.suffixes = suffixes
-        METHODS[name] = cls
-
-    @classmethod
-    def recognizes(cls, suffixes: Set[str]) -> bool:
-        """Whether these tensors of one site are this method's, and no other's; others' may stand beside them."""
-        raise NotImplementedError
-
-    def serves(self, site: Site) -> bool:
-        """Whether this method has something to add at such a module."""
-        raise NotImplementedError
-
-    def build(self, site: Site) -> Adapter:
-        """A fresh adapter, one that leaves the output as it is."""
-        raise NotImplementedError
-
-    @classmethod
-    def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> Adapter:
-        """The adapter that ``state()`` wrote. Raises UserError, without the site's path, where the tensors do not fit."""
-        raise NotImplementedError
-
-    def spec(self) -> dict[str, Any]:
-        """Name and hyper-parameters as JSON values."""
-        return {"method": self.name, **dataclasses.asdict(self)}
-
-
-def method(name: str, **hyper_parameters: object) -> Method:
-    """The method of that name. Raises UserError for a name or a hyper-parameter that does not exist."""
-    if name not in METHODS:
-        raise UserError(f"there is no method {name!r}; there are: {', '.join(sorted(METHODS))}")
-    known = {field.name for field in dataclasses.fields(METHODS[name])}
-    unknown = sorted(set(hyper_parameters) - known)
-    if unknown:
-        raise UserError(f"method {name} has no {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
-    return METHODS[name](**hyper_parameters)
 
 
 def float32_parameter(tensor: Tensor) -> nn.Parameter:

@@ -373,6 +373,22 @@ def to_json(config: Settings) -> dict[str, Any]:
     return {one.name: plain(getattr(config, one.name)) for one in settings_of(type(config)) if one.setting.kept}
 
 
+def portable(config: Settings) -> dict[str, Any]:
+    """The settings that files for others tell, as JSON values.
+
+    What lies where on this machine is nobody's business: settings that only say that are left out, and of other paths the
+    names alone are told.
+    """
+    told = [one for one in settings_of(type(config)) if one.setting.kept and not one.setting.place]
+    values = {one: getattr(config, one.name) for one in told}
+    return {one.name: plain(_names(value) if one.single is Path else value) for one, value in values.items()}
+
+
+def _names(value: Any) -> Any:
+    """The names of a path, or of several."""
+    return tuple(map(_names, value)) if isinstance(value, tuple) else value and value.name
+
+
 def pick(kind: type[S], *sources: Settings | Mapping[str, Any]) -> S:
     """A dataclass filled from the fields of others that have the same names, so that no field is copied by hand.
 

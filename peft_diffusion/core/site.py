@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import targets
-from .adapter import DEFAULT_TARGET, Adapter, Method, chained
+from .adapter import Adapter, chained
 from .component import ComponentState
 from .errors import UserError
+from .method import DEFAULT_TARGET, Method
 from .slot import SLOT, Packed, Slot, slot_of, state_of
 from .strength import Strengths
 

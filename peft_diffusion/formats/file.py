@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import methods  # noqa: F401  (registers the methods that a file may hold)
+from .. import methods
 from ..bases import components, describe
 from ..core import site as sites
-from ..core.adapter import METHODS, Adapter, chained
+from ..core.adapter import Adapter, chained
 from ..core.errors import DamagedError, UserError
 from . import container
 from .layouts import dotted, embedding, kohya
 from .layouts.names import component_of
-from .spec import Spec
+from .spec import Spec, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ def load(path: str | Path, pipe: Any, *, strict: bool = False) -> Loaded:
     tensors = container.read_tensors(path)
     header = None if container.is_pickle(path) else container.read_header(path)
     spec = Spec.from_metadata(header.metadata, str(path)) if header else None
+    if spec is not None:
+        refuse_unknown(spec, str(path))
     tensors, assumed = dotted.adopted(tensors, header.metadata if header else {}, path)
     tensors = embedding.adopted(tensors, header.metadata if header else {}, pipe, parts, path.stem)
     if not any(component_of(name) for name in tensors):
@@ -111,7 +113,7 @@ def _read_site(
 ) -> tuple[Adapter | None, list[str]]:
     """The adapter of one site, of one method or several, and the suffixes that none of them knows."""
     order = [str(one.get("method")) for one in spec.methods.get(component, ())] if spec else []
-    chosen = [method for method in METHODS.values() if method.recognizes(tensors.keys())]
+    chosen = [method for method in methods.known().values() if method.recognizes(tensors.keys())]
     chosen.sort(key=lambda method: order.index(method.name) if method.name in order else len(order))
     parts = [m.read(site, {key: value for key, value in tensors.items() if key in m.suffixes}) for m in chosen]
     known = frozenset[str]().union(*(method.suffixes for method in chosen))

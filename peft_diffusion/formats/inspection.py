@@ -5,19 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import methods
 from ..core.errors import UserError
+from ..core.method import Network
 from . import container
 from .container import Entry
-from .hyper_parameters import methods_of
 from .layouts import kohya_network
 from .layouts.dotted import kohya_name
-from .layouts.kohya_network import Network
 from .layouts.names import component_of, split
 from .spec import Spec
-
-# What stands beside the parameters. Our own norms carry a weight's change of zero, for programs that look for one.
-_NO_PARAMETERS = {"alpha", "on_input", "bottleneck_kind", "prompt_words", "tokens_words"}
-_NONE_OF_OURS = _NO_PARAMETERS | {"w_norm"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,8 @@ def inspect(path: str | Path) -> Inspection:
         shown = ", ".join(unknown[:3]) or "no tensor"
         raise UserError(f"{where} is no adapter of a known layout: it holds {shown}{', ...' if len(unknown) > 3 else ''}")
     told = _hyper_parameters(where, entries, sites)
-    beside = _NO_PARAMETERS if spec is None else _NONE_OF_OURS
+    known = methods.known().values()
+    beside = frozenset[str]().union(*(one.constants if spec is None else one.constants | one.fillers for one in known))
     return Inspection(
         path=where,
         size=header.size,
@@ -91,18 +88,20 @@ def _hyper_parameters(
     path: Path, entries: Mapping[str, Entry], sites: Mapping[str, Mapping[str, tuple[int, ...]]]
 ) -> dict[str, dict[str, Counter[float]]]:
     """How many sites have which value of which hyper-parameter of which method."""
-    told: dict[str, dict[str, Counter[float]]] = {}
+    known = methods.known()
+    constants = frozenset[str]().union(*(method.constants for method in known.values()))
+    found: dict[str, dict[str, Counter[float]]] = {}
     for site, shapes in sites.items():
         scalars = {
-            suffix: container.read_scalar(path, entries[f"{site}.{suffix}"])
-            for suffix in ("alpha", "on_input")
-            if suffix in shapes
+            suffix: container.read_scalar(path, entries[f"{site}.{suffix}"]) for suffix in shapes if suffix in constants
         }
-        for method, values in methods_of(shapes, scalars).items():
-            own = told.setdefault(method, {})
-            for name, value in values.items():
-                own.setdefault(name, Counter())[value] += 1
-    return told
+        for method, kind in known.items():
+            values = kind.told(shapes, scalars)
+            if values is not None:
+                own = found.setdefault(method, {})
+                for name, value in values.items():
+                    own.setdefault(name, Counter())[value] += 1
+    return found
 
 
 def _numel(shape: tuple[int, ...]) -> int:

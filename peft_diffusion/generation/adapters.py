@@ -2,7 +2,6 @@
 
 import logging
 import re
-import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import bases, formats
-from ..bases import LanguageModel, components, describe
+from ..bases import LanguageModel, components, denoiser_of, describe, pipelines
 from ..bases.base import network_of
+from ..bases.unet import UNetDenoiser
 from ..bases.words import teach
 from ..core import merge as merging
 from ..core import quantized
@@ -27,8 +27,6 @@ from ..formats import Coverage, Spec
 from ..formats.container import sha256
 
 logger = logging.getLogger(__name__)
-
-_NEAR = 0.5  # timesteps are whole numbers, or fractions that are passed on as they are
 
 
 @dataclass(frozen=True)
@@ -299,6 +297,7 @@ class StepWatch:
 
     def __init__(self, pipe: Any | None) -> None:
         self._pipe = None if pipe is None else weakref.ref(pipe)
+        pipelines.watch()
 
     @property
     def pipe(self) -> Any | None:
@@ -317,12 +316,14 @@ class StepWatch:
         scheduled = strengths is not None and bool(strengths.schedules)
         if torch.compiler.is_compiling() and not scheduled:
             return
-        calling = _calling()
-        if calling is not None and not torch.compiler.is_compiling():
-            _check_images(calling, kwargs["sample"] if "sample" in kwargs else args[0])
+        drawing = pipelines.drawing_with(unet)
+        pipe = drawing or self.pipe
+        kind = UNetDenoiser if pipe is None else denoiser_of(pipe)
+        sample, timestep = kind.call(args, kwargs)
+        if drawing is not None and not torch.compiler.is_compiling():
+            _check_images(drawing, sample)
         if strengths is not None and scheduled:
-            timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            strengths.at_progress(_progress(calling or self.pipe, float(torch.as_tensor(timestep).flatten()[0])))
+            strengths.at_progress(pipelines.progress(pipe, float(torch.as_tensor(timestep).flatten()[0])))
 
 
 def follow_steps(pipe: Any) -> None:
@@ -349,41 +350,10 @@ def _has_steps(pipe: Any) -> bool:
 def _check_images(pipe: Any, sample: Tensor) -> None:
     """Raise UserError where a pipeline draws another number of images than have strengths of their own."""
     images = Registry(components(pipe)).images
-    drawn = len(sample) // (2 if pipe.do_classifier_free_guidance else 1)
+    drawn = pipelines.images_drawn(pipe, sample)
     if images > 1 and drawn != images:
         verb = "is" if drawn == 1 else "are"
         raise UserError(f"there are strengths for {images} images, but {drawn} {verb} drawn; set as many, or one for all")
-
-
-def _calling() -> Any | None:
-    """The pipeline whose call this is in: of several with the same UNet, only that one knows if it guides, and its steps."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if hasattr(type(owner), "do_classifier_free_guidance"):
-            return owner
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-def _progress(pipe: Any | None, now: float) -> float:
-    """How far a timestep is from the first of a pipeline's, at 0, to the last, at 1; some samplers take one twice.
-
-    Raises UserError for one that is not among them, and where there is no pipeline.
-    """
-    if pipe is None:
-        raise UserError(
-            "the UNet is called by no pipeline, so a schedule cannot tell how far the steps are; call it through the"
-            " pipeline, or set a plain strength"
-        )
-    steps = list(dict.fromkeys(pipe.scheduler.timesteps.tolist()))
-    nearest = min(range(len(steps)), key=lambda step: abs(steps[step] - now))
-    if abs(steps[nearest] - now) > _NEAR:
-        raise UserError(
-            f"the UNet is called at timestep {now:g}, which is none of the scheduler's {len(steps)}: a schedule cannot tell"
-            " how far that is; call it through the pipeline, or set a plain strength"
-        )
-    return nearest / max(1, len(steps) - 1)
 
 
 def _checked(base: Any) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from .. import methods
 from ..formats import Inspection
 
 _ORIGINAL = re.compile(r"(?:lora_unet|lycoris)_(?:input_blocks|middle_block|output_blocks)_")
@@ -83,12 +84,8 @@ def _words(base: Mapping[str, str]) -> str:
 
 
 def _shape(tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of the weight that a LoRA changes, (out, in, ...); () for other methods, whose files do not tell it."""
-    down, up = tensors.get("lora_down.weight"), tensors.get("lora_up.weight")
-    if not down or not up:
-        return ()
-    core = tensors.get("lora_mid.weight")  # of the Tucker form, which has the kernel
-    return (up[0], *down[1:]) if core is None else (up[0], *down[1:2], *core[2:])
+    """The shape of the weight that is changed, (out, in, ...); () for methods whose files do not tell it."""
+    return next((shape for method in methods.known().values() if (shape := method.weight_shape(tensors))), ())
 
 
 def _of_original(found: Inspection) -> bool:

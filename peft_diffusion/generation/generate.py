@@ -12,6 +12,7 @@ from PIL import Image
 from .. import __version__
 from ..bases import load_base
 from ..bases.base import dtype_of
+from ..core import plugins
 from ..core.errors import UserError
 from ..core.events import Ended, Never, Observer, Stop, told_to_the_end
 from ..formats.container import sha256
@@ -64,6 +65,7 @@ def generate(
         expected = None
         if config.recipe is not None:
             expected = recipes.read(config.recipe)
+            _refuse_missing(expected, config.recipe)
             config = _again(config, expected)
         wanted = [(prompt, seed) for prompt in config.prompts for seed in config.all_seeds()]
         paths = _plan(config.output, config.to_file, wanted)
@@ -143,7 +145,16 @@ def cell_recipes(
         adapters=(),
         versions=_versions(),
     )
-    return [replace(common, prompt=c.prompt, seed=c.seed, adapters=_used(adapters, c.strengths or {})) for c in cells]
+    return [
+        replace(
+            common,
+            prompt=cell.prompt,
+            seed=cell.seed,
+            adapters=_used(adapters, cell.strengths or {}),
+            plugins=_plugins(adapters, cell.strengths or {}),
+        )
+        for cell in cells
+    ]
 
 
 def _from(source: Source | None, config: GenerateConfig, told: Sequence[Recipe]) -> list[Recipe]:
@@ -163,6 +174,20 @@ def _used(adapters: Adapters, strengths: Mapping[str, float]) -> tuple[UsedAdapt
             raise UserError(f"the adapter {name!r} was attached without a file, so no recipe can name it; save and load it")
         used.append(UsedAdapter(str(loaded.path), loaded.sha256, float(strength)))
     return tuple(used)
+
+
+def _plugins(adapters: Adapters, names: Iterable[str]) -> tuple[str, ...]:
+    """The modules that the methods of adapters come from."""
+    told = [one.get("plugin") for name in names for several in adapters[name].spec.methods.values() for one in several]
+    return tuple(dict.fromkeys(str(module) for module in told if module))
+
+
+def _refuse_missing(recipe: Recipe, path: Path) -> None:
+    """Raise UserError where the plug-ins that a picture was made with were not loaded."""
+    missing = [module for module in recipe.plugins if not plugins.imported(module)]
+    if missing:
+        flags = " ".join(f"--plugin {module}" for module in missing)
+        raise UserError(f"{path} was made with {flags}: give that too")
 
 
 def _again(config: GenerateConfig, recipe: Recipe) -> GenerateConfig:

@@ -1,14 +1,31 @@
-"""DoRA: direction and magnitude of the weight apart (Liu et al. 2024, https://arxiv.org/abs/2402.09353)."""
+"""DoRA: a LoRA with direction and magnitude of the weight apart.
+
+Liu et al. 2024, https://arxiv.org/abs/2402.09353.
+"""
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from ..core.method import LYCORIS, Method, Network, Scalars, Shapes, Values
+from .lora import DOWN, MID, PAIR_ALIASES, UP, pair_weight_shape, told_pair
+from .shared.hyper_parameters import (
+    ALPHA,
+    MAGNITUDE,
+    check_dropout,
+    check_rank,
+    network_flags,
+    rank_and_alpha,
+    stored_alpha,
+)
 
-from ..core.adapter import Method, Site
-from .lora import DOWN, MID, UP, LoraAdapter, check_dropout, fresh_pair, read_pair
-from .shared.affine import ALPHA, check_rank, serves, stored_alpha
-from .shared.decomposed import MAGNITUDE, Decomposed, decomposed, read_decomposed
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.adapter import Site
+    from .shared.decomposed import Decomposed
+
+_PEFT_MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -18,6 +35,10 @@ class Dora(Method, name="dora", suffixes=frozenset({DOWN, UP, MID, ALPHA, MAGNIT
     See ``Decomposed``. ``rank``, ``alpha``, ``dropout`` and ``rank_stabilized`` are those of the LoRA. Files are those of
     LyCORIS; diffusers 0.42 leaves ``dora_scale`` out of them, with a warning.
     """
+
+    constants: ClassVar[frozenset[str]] = frozenset({ALPHA})
+    ranked: ClassVar[frozenset[str]] = frozenset({DOWN})
+    aliases: ClassVar[Mapping[str, str]] = {**PAIR_ALIASES, _PEFT_MAGNITUDE: MAGNITUDE, MAGNITUDE: MAGNITUDE}
 
     rank: int = 16
     alpha: float | None = None
@@ -33,17 +54,54 @@ class Dora(Method, name="dora", suffixes=frozenset({DOWN, UP, MID, ALPHA, MAGNIT
         """A pair with a magnitude."""
         return DOWN in suffixes and MAGNITUDE in suffixes
 
-    def serves(self, site: Site) -> bool:
+    def serves(self, site: "Site") -> bool:
         """Linear layers and convolutions without groups."""
+        from .shared.affine import serves
+
         return serves(site)
 
-    def build(self, site: Site) -> Decomposed:
+    def build(self, site: "Site") -> "Decomposed":
         """A fresh LoRA, and the norms that the rows of the weight have."""
+        from .lora.adapter import LoraAdapter, fresh_pair
+        from .shared.decomposed import decomposed
+
         down, up = fresh_pair(site, self.rank, gaussian=False)
         alpha = stored_alpha(self.rank, self.alpha, self.rank_stabilized)
         return decomposed(site, LoraAdapter(site, down, up, alpha, self.dropout))
 
     @classmethod
-    def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> Decomposed:
+    def read(cls, site: "Site", tensors: Mapping[str, "Tensor"]) -> "Decomposed":
         """From the LyCORIS layout; a magnitude per input instead of per output is known by its shape."""
+        from .lora.adapter import read_pair
+        from .shared.decomposed import read_decomposed
+
         return read_decomposed(site, read_pair(site, tensors), tensors[MAGNITUDE])
+
+    @classmethod
+    def told(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
+        """Rank and alpha; of half a pair, nothing but that it is one."""
+        return told_pair(shapes, scalars) if MAGNITUDE in shapes else None
+
+    @classmethod
+    def weight_shape(cls, shapes: Shapes) -> tuple[int, ...]:
+        """By both sides of the pair."""
+        return pair_weight_shape(shapes) if MAGNITUDE in shapes else ()
+
+    @classmethod
+    def network(cls, values: Mapping[str, Any]) -> Network:
+        """A LoRA of LyCORIS, decomposed."""
+        args = {"algo": "lora", "dora_wd": "True", **network_flags(values, {"rank_stabilized": "rs_lora"})}
+        return Network(LYCORIS, *rank_and_alpha(values), args)
+
+    @classmethod
+    def from_alias(cls, alias: str, tensor: "Tensor") -> "Tensor":
+        """A magnitude as (out, 1, ...): peft's is flat for a Linear, and (1, out, 1, 1) for a convolution."""
+        if cls.aliases[alias] != MAGNITUDE:
+            return tensor
+        if tensor.ndim == 1:
+            return tensor[:, None]
+        return tensor.transpose(0, 1) if alias == _PEFT_MAGNITUDE and tensor.ndim > 2 else tensor
+
+    def dropped(self) -> float:
+        """The dropout."""
+        return self.dropout

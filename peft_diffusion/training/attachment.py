@@ -11,10 +11,10 @@ from torch import nn
 from ..bases import components
 from ..bases.words import begun
 from ..core import site
-from ..core.adapter import Adapter, Method
+from ..core.adapter import Adapter
 from ..core.arena import side_by_side
 from ..core.errors import UserError
-from ..methods.tokens import SoftPrompt, Tokens
+from ..core.method import Method
 from .loop.seeds import global_seed
 from .settings.blocks import Block
 
@@ -51,10 +51,10 @@ def attach(
         with global_seed(torch.device("cpu"), seed, "start", name):
             built = site.attach_all(part, NAME, [(block.method, block.target) for block in own])
         for number, (block, adapters) in enumerate(zip(own, built, strict=True)):
-            words = isinstance(block.method, (Tokens, SoftPrompt))
-            group = name if block.rate is None and not words else f"{name}.{number}"
+            decayed = block.method.decayed
+            group = name if block.rate is None and decayed else f"{name}.{number}"
             rate = rate_of(name) if block.rate is None else block.rate
-            if words:
+            if not decayed:
                 undecayed.add(group)
             for path, adapter in adapters.items():
                 adapter.train()  # the base stays in eval mode; dropout belongs to the adapter
@@ -81,7 +81,7 @@ def with_words(base: Any, blocks: Sequence[Block]) -> list[Block]:
 
 def taught_words(blocks: Sequence[Block]) -> list[str]:
     """The words that blocks teach the tokenizers."""
-    return [name for block in blocks if isinstance(block.method, Tokens) for name in block.method.names]
+    return [word for block in blocks for word in block.method.taught_words()]
 
 
 def described(parts: Mapping[str, nn.Module], blocks: Sequence[Block], parameters: int) -> str:

@@ -182,20 +182,15 @@ class PictureMaterial:
         config = self.config
         base = None if config.base == TrainConfig.base else config.base
         flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
-        return next_command("generate", with_trigger("a red apple", config.trigger), flags)
+        return next_command("generate", with_trigger("a red apple", config.trigger), flags, config)
 
     def result(self, found: RunResult) -> TrainResult:
         """What the run gave."""
         return TrainResult(**vars(found), config=self.config, images=len(self.prepared.train.captions))
 
     def training(self, result: TrainResult) -> dict[str, Any]:
-        """Entries of the adapter file's training summary. Of folders only the names: where they lie is nobody's business."""
-        return {
-            "folder": [path.name for path in self.config.folder],
-            "regularisation": [path.name for path in self.config.regularisation],
-            "class_pictures": len(self.prepared.class_pictures),
-            "images": result.images,
-        }
+        """Entries of the adapter file's training summary."""
+        return {"class_pictures": len(self.prepared.class_pictures), "images": result.images}
 
     def triggers(self) -> list[str]:
         """The words of the trigger, and those that were taught."""
@@ -205,7 +200,7 @@ class PictureMaterial:
 
 def diffusion_task(prepared: Prepared, blocks: Sequence[Block], crew: Crew) -> DiffusionTask:
     """What is learned from prepared pictures by the adapter of these blocks, which its pipeline carries."""
-    dropout = max(getattr(block.method, "dropout", 0.0) for block in blocks)
+    dropout = max(block.method.dropped() for block in blocks)
     settings = pick(DiffusionSettings, prepared.config, prepared, {"dropout": dropout, "crew": crew})
     return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prepared.prior)
 

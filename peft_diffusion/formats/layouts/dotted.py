@@ -12,11 +12,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ... import methods
 from ...bases import family as families
 from ...core.errors import UserError
+from ...core.method import Method
 from .names import LYCORIS, OWN, prefixes
 
 if TYPE_CHECKING:
@@ -24,50 +28,57 @@ if TYPE_CHECKING:
 
 _METADATA = "lora_adapter_metadata"
 _PEFT = "base_model.model."
-_SUFFIXES = {
-    "lora_A": "lora_down.weight",
-    "lora_B": "lora_up.weight",
-    "lora.down": "lora_down.weight",
-    "lora.up": "lora_up.weight",
-    "lora_down": "lora_down.weight",
-    "lora_up": "lora_up.weight",
-    "lora_linear_layer.down": "lora_down.weight",
-    "lora_linear_layer.up": "lora_up.weight",
-    "lora_magnitude_vector": "dora_scale",
-    "alpha": "alpha",
-    "dora_scale": "dora_scale",
-    "diff_b": "diff_b",
-    **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
-    **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
-}
-_KINDS = "|".join(re.escape(suffix) for suffix in sorted(_SUFFIXES, key=len, reverse=True))
-_NAME = re.compile(rf"(.*\..*)\.({_KINDS})(?:\.default)?(?:\.weight)?")
 _PROCESSOR = re.compile(r"(.*)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
-_SHORT = re.compile(rf"((?:lora|lycoris)_[^.]+)\.({_KINDS})(?:\.default)?(?:\.weight)?")  # a site's name is there already
-# The tensor of a site whose first size is the rank.
-_RANKED = frozenset(("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"))
 # Beginnings of peft that change the base's weights, which a file then needs and does not hold.
 _CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class _Aliases:
+    """What other programs call the tensors of methods, and the expressions that find them in names."""
+
+    suffixes: Mapping[str, str]  # by alias
+    methods: Mapping[str, type[Method]]  # the first that has an alias
+    ranked: frozenset[str]
+    dotted: re.Pattern[str]
+    short: re.Pattern[str]  # of names in which a site's name is there already
+
+
+def _aliases() -> _Aliases:
+    """Those of all methods that are known now."""
+    return _aliases_of(tuple(methods.known().values()))
+
+
+@cache
+def _aliases_of(known: tuple[type[Method], ...]) -> _Aliases:
+    suffixes = {alias: suffix for one in known for alias, suffix in one.aliases.items()}
+    owners = {alias: one for one in reversed(known) for alias in one.aliases}
+    kinds = "|".join(re.escape(alias) for alias in sorted(suffixes, key=len, reverse=True))
+    end = rf"({kinds})(?:\.default)?(?:\.weight)?"
+    ranked = frozenset[str]().union(*(one.ranked for one in known))
+    dotted, short = (re.compile(rf"{start}\.{end}") for start in (r"(.*\..*)", r"((?:lora|lycoris)_[^.]+)"))
+    return _Aliases(suffixes, owners, ranked, dotted, short)
 
 
 def kohya_name(name: str) -> str:
     """The name that a tensor has in the kohya layout; its own where it has another meaning, or that already."""
     if name.startswith(OWN):
         return name
-    if match := _SHORT.fullmatch(name):
-        return f"{match[1]}.{_SUFFIXES[match[2]]}"
+    aliases = _aliases()
+    if match := aliases.short.fullmatch(name):
+        return f"{match[1]}.{aliases.suffixes[match[2]]}"
     module, kind = _parts(name)
     if not kind:
         return name
     start, path = _split(module)
-    return f"{_starts()[start]}{path.replace('.', '_')}.{_SUFFIXES[kind]}"
+    return f"{_starts()[start]}{path.replace('.', '_')}.{aliases.suffixes[kind]}"
 
 
 def _parts(name: str) -> tuple[str, str]:
     """The module that a tensor's name begins with, and what the tensor is there; "" for a name of another layout."""
     if match := _PROCESSOR.fullmatch(name):
         return f"{match[1]}.{match[2]}{'.0' if match[2] == 'to_out' else ''}", f"lora.{match[3]}"
-    match = None if name.startswith((LYCORIS, "lora_")) else _NAME.fullmatch(name)
+    match = None if name.startswith((LYCORIS, "lora_")) else _aliases().dotted.fullmatch(name)
     return (match[1], match[2]) if match else (name, "")
 
 
@@ -104,14 +115,15 @@ def adopted(
     beside = path.parent / "adapter_config.json"
     told = _json(beside) if of_peft and beside.is_file() else _told(metadata)
     found = {new: _shaped(name, tensors[name]) for name, new in renamed.items()}
+    ranked = _aliases().ranked
     for name, new in renamed.items():
         site, _, suffix = new.partition(".")
-        if suffix in _RANKED and f"{site}.alpha" not in found and new != name and found[new].ndim:
+        if suffix in ranked and f"{site}.alpha" not in found and new != name and found[new].ndim:
             alpha = _alpha(name, len(found[new]), told)
             if alpha is not None:
                 found[f"{site}.alpha"] = torch.tensor(alpha)
-        elif suffix == "lokr_w1" and f"{site}.lokr_w2" in found and name.startswith(_PEFT):
-            found[new] = found[new] * _whole_scale(name, told)
+    if of_peft:
+        _scale_whole(found, {new: name for name, new in renamed.items() if name.startswith(_PEFT)}, told)
     unsure = of_peft and not told
     assumed = [f"{path}: no {beside.name} is beside it to tell alpha, so it is taken to be the rank"] if unsure else []
     began = told.get("init_lora_weights")
@@ -124,17 +136,28 @@ def adopted(
 
 
 def _shaped(name: str, tensor: "Tensor") -> "Tensor":
-    """A magnitude as the kohya layout has it: peft's is flat for a Linear, and (1, out, 1, 1) for a convolution."""
+    """A tensor as its method's files have it."""
     _, kind = _parts(name)
-    if _SUFFIXES.get(kind) != "dora_scale":
-        return tensor
-    if tensor.ndim == 1:
-        return tensor[:, None]
-    return tensor.transpose(0, 1) if kind == "lora_magnitude_vector" and tensor.ndim > 2 else tensor
+    owner = _aliases().methods.get(kind)
+    return tensor if owner is None else owner.from_alias(kind, tensor)
+
+
+def _scale_whole(found: dict[str, "Tensor"], names: Mapping[str, str], told: Mapping[str, Any]) -> None:
+    """Scale what peft does where a file of ours knows no scale, in place; ``names`` are those of the file, by ours."""
+    sites: dict[str, set[str]] = {}
+    for new in names:
+        site, _, suffix = new.partition(".")
+        sites.setdefault(site, set()).add(suffix)
+    for site, suffixes in sites.items():
+        for method in methods.known().values():
+            scaled = method.scaled_tensor(suffixes)
+            if scaled is not None:
+                new = f"{site}.{scaled}"
+                found[new] = found[new] * _whole_scale(names[new], told)
 
 
 def _whole_scale(name: str, told: Mapping[str, Any]) -> float:
-    """What peft multiplies a LoKr of two whole factors with; the kohya layout has no scale there."""
+    """What peft multiplies a site's change with where no tensor has the rank."""
     path = _split(_parts(name)[0])[1]
     rank = _by_pattern(told.get("rank_pattern"), path, told.get("r"))
     alpha = _alpha(name, 1, told)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ... import methods
 from ...bases import family as families
 from ...bases.family import Family, Version
 from ...core import targets
@@ -98,8 +99,14 @@ def write(adapters: Mapping[str, Mapping[str, Adapter]], spec: Spec) -> tuple[di
             for part in parts_of(adapter):
                 key = f"{OWN}{component}.{path}" if part.own_layout else site
                 tensors.update({f"{key}.{suffix}": tensor for suffix, tensor in part.state().items()})
-    kernels = any(name.endswith("lora_down.weight") and tensor[0, 0].numel() > 1 for name, tensor in tensors.items())
-    return tensors, metadata(spec, kernels)
+    return tensors, metadata(spec, any(map(_has_kernel, tensors.items())))
+
+
+def _has_kernel(named: tuple[str, Tensor]) -> bool:
+    """Whether this is the tensor of a rank, on a convolution with a kernel."""
+    (_, _, suffix), tensor = named[0].partition("."), named[1]
+    ranked = any(suffix in method.ranked for method in methods.known().values())
+    return ranked and tensor.ndim > 2 and tensor[0, 0].numel() > 1
 
 
 def metadata(spec: Spec, kernels: bool) -> dict[str, str]:

@@ -1,39 +1,28 @@
 """The ``ss_network_*`` entries: how kohya's trainer, alone or with LyCORIS in it, says what it trained.
 
 ``ss_network_args`` holds what a person types there as ``--network_args NAME=VALUE``, as a JSON object of texts. See
-``train_network.py`` of sd-scripts and ``create_network`` in ``lycoris/kohya.py``.
+``train_network.py`` of sd-scripts and ``create_network`` in ``lycoris/kohya.py``. What a method is called there it declares
+itself: see ``Method.network``.
 """
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-KOHYA, LYCORIS = "networks.lora", "lycoris.kohya"
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network module of kohya's trainer, its rank and alpha where the file tells them, and its arguments."""
-
-    module: str
-    dim: int | None = None
-    alpha: float | None = None
-    args: Mapping[str, str] = field(default_factory=dict)
+from ... import methods as known_methods
+from ...core.method import KOHYA, Network
 
 
 def network(methods: Mapping[str, Sequence[Mapping[str, Any]]], kernels: bool) -> Network | None:
     """The first of a spec's methods that those programs have; None where they have none. They know of one in a file.
 
-    ``kernels`` tells that there is a LoRA on a convolution with a kernel, which kohya's own module calls ``conv_dim``.
+    ``kernels`` tells that a pair sits on a convolution with a kernel, which kohya's own module calls ``conv_dim``.
     """
-    known = (one for several in methods.values() for one in several if one.get("method") in _NETWORKS)
-    first = next(known, None)
-    if first is None:
-        return None
-    found = _NETWORKS[first["method"]](first)
-    if found.module == KOHYA and kernels:
+    known = known_methods.known()
+    present = (one for several in methods.values() for one in several if one.get("method") in known)
+    found = next((told for one in present if (told := known[one["method"]].network(one)) is not None), None)
+    if found is not None and found.module == KOHYA and kernels:
         return Network(
             KOHYA, found.dim, found.alpha, {"conv_dim": f"{found.dim}", "conv_alpha": f"{found.alpha}", **found.args}
         )
@@ -66,65 +55,3 @@ def _number(text: str | None) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def _flags(method: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
-    """The arguments for those of a method's hyper-parameters that are on."""
-    return {argument: "True" for name, argument in names.items() if method.get(name)}
-
-
-def _low_rank(method: Mapping[str, Any]) -> tuple[int, float]:
-    rank = int(method["rank"])
-    return rank, float(method.get("alpha") or rank)
-
-
-def _lora(method: Mapping[str, Any]) -> Network:
-    rank, alpha = _low_rank(method)
-    if method.get("init") == "pissa":
-        rank, alpha = 2 * rank, 2 * alpha  # the first pair is taken off beside the trained one
-    ratio = method.get("b_rate_ratio", 1.0)
-    faster = {} if ratio == 1 else {"loraplus_lr_ratio": str(ratio)}
-    if not method.get("rank_stabilized"):
-        return Network(KOHYA, rank, alpha, faster)
-    return Network(LYCORIS, rank, alpha, {"algo": "lora", "rs_lora": "True", **faster})
-
-
-def _dora(method: Mapping[str, Any]) -> Network:
-    args = {"algo": "lora", "dora_wd": "True", **_flags(method, {"rank_stabilized": "rs_lora"})}
-    return Network(LYCORIS, *_low_rank(method), args)
-
-
-def _loha(method: Mapping[str, Any]) -> Network:
-    flags = _flags(method, {"weight_decompose": "dora_wd", "rank_stabilized": "rs_lora"})
-    return Network(LYCORIS, *_low_rank(method), {"algo": "loha", **flags})
-
-
-def _lokr(method: Mapping[str, Any]) -> Network:
-    names = {
-        "weight_decompose": "dora_wd",
-        "rank_stabilized": "rs_lora",
-        "full": "full_matrix",
-        "decompose_both": "decompose_both",
-    }
-    return Network(LYCORIS, *_low_rank(method), {"algo": "lokr", "factor": str(method["factor"]), **_flags(method, names)})
-
-
-def _oft(method: Mapping[str, Any]) -> Network:
-    """LyCORIS takes the size of the blocks from the rank."""
-    constraint = {"constraint": str(method["constraint"])} if method.get("constraint") else {}
-    args = {"algo": "diag-oft", **constraint, **_flags(method, {"rescale": "rescaled"})}
-    return Network(LYCORIS, int(method["block_size"]), None, args)
-
-
-def _ia3(method: Mapping[str, Any]) -> Network:
-    return Network(LYCORIS, None, None, {"algo": "ia3"})
-
-
-_NETWORKS: dict[str, Callable[[Mapping[str, Any]], Network]] = {
-    "lora": _lora,
-    "dora": _dora,
-    "loha": _loha,
-    "lokr": _lokr,
-    "oft": _oft,
-    "ia3": _ia3,
-}

@@ -3,7 +3,6 @@
 Each of them is a change of the base's own weight, whatever other adapters the site carries: several add up, in any order.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -13,8 +12,7 @@ from torch.nn import functional as F
 from ...core.adapter import Adapter, Site
 from ...core.errors import DamagedError, UserError
 from ...core.site import base_class
-
-ALPHA = "alpha"
+from .hyper_parameters import ALPHA
 
 
 def serves(site: Site) -> bool:
@@ -55,24 +53,6 @@ def without_bias(site: Site, base: Tensor) -> Tensor:
     """What the weight of the site alone gave."""
     bias = site.bias
     return base - channels(bias.detach(), base, site) if isinstance(bias, Tensor) else base
-
-
-def check_rank(rank: int, alpha: float | None) -> None:
-    """Raises UserError for what no scale alpha / rank can be made of."""
-    if rank < 1:
-        raise UserError(f"rank must be at least 1, not {rank}")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise UserError(f"alpha must be above 0, not {alpha}")
-
-
-def stored_alpha(rank: int, alpha: float | None, rank_stabilized: bool) -> float:
-    """The alpha that a file holds, where the scale is always alpha / rank.
-
-    None means the rank. Rank-stabilized (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732) means a scale of
-    alpha / sqrt(rank); files have no word for it, so it goes into alpha, as LyCORIS does it.
-    """
-    chosen = rank if alpha is None else alpha
-    return chosen * math.sqrt(rank) if rank_stabilized else float(chosen)
 
 
 def single(value: float) -> float:

@@ -10,8 +10,7 @@ from ...core.adapter import Adapter, Site, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
 from .affine import WeightChange, applied, channels, weight_shape, without_bias
-
-MAGNITUDE = "dora_scale"
+from .hyper_parameters import MAGNITUDE
 
 
 def decomposed(site: Site, inner: WeightChange) -> "Decomposed":

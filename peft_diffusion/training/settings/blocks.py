@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from ... import methods  # noqa: F401  (registers the methods)
-from ...core.adapter import METHODS, Method, method
+from ... import methods
+from ...core import plugins
 from ...core.errors import UserError
+from ...core.method import Method
 from .shared import MethodSettings, SharedConfig
 
 
@@ -41,10 +42,7 @@ def check_methods(config: MethodSettings) -> None:
         _rate_of(_pairs(_words(text)[3:], f"--block {text!r}"), text)
     if config.block and (config.option or config.method != SharedConfig.method or config.target is not None):
         raise UserError("--block names methods and targets itself; leave --method, --target and --option away")
-    for name in names:
-        if name not in METHODS:
-            raise UserError(f"there is no method {name!r}; there are: {', '.join(sorted(METHODS))}")
-    known = {field.name for name in names for field in fields(METHODS[name])}
+    known = {field.name for name in names for field in fields(methods.find(name))}
     # Runs of older versions wrote the preset's rank down for every method.
     rank = None if config.resume else config.rank
     for given, value in (("rank", rank), ("alpha", config.alpha), ("dropout", config.dropout or None)):
@@ -57,9 +55,16 @@ def method_names(config: MethodSettings) -> list[str]:
     return [_words(text)[2] for text in config.block] if config.block else [config.method]
 
 
+def plugins_of(config: MethodSettings) -> list[str]:
+    """The modules of plug-ins that were loaded, and those that the methods of a run come from."""
+    of_methods = [methods.find(name).plugin() for name in method_names(config)]
+    return list(dict.fromkeys([*plugins.loaded(), *(module for module in of_methods if module)]))
+
+
 def ranked(config: MethodSettings) -> bool:
     """Whether any method of a run has a rank."""
-    return any(field.name == "rank" for name in method_names(config) if name in METHODS for field in fields(METHODS[name]))
+    kinds = [methods.known()[name] for name in method_names(config) if name in methods.known()]
+    return any(field.name == "rank" for kind in kinds for field in fields(kind))
 
 
 def _parse_block(text: str, config: MethodSettings) -> Block:
@@ -86,24 +91,23 @@ def _rate_of(options: Mapping[str, str], text: str) -> float | None:
 def _words(text: str) -> list[str]:
     words = text.split()
     if len(words) < 3:
-        shape = "COMPONENT TARGET METHOD NAME=VALUE ..., as in 'unet attention lora rank=8'"
+        shape = f"COMPONENT TARGET METHOD NAME=VALUE ..., as in 'unet attention {methods.DEFAULT} rank=8'"
         raise UserError(f"--block {text!r}: a block is {shape}")
     return words
 
 
 def _method(name: str, options: Mapping[str, str], config: MethodSettings) -> Method:
     """The method with its hyper-parameters: those given to it, and rank, alpha and dropout of the run where it has them."""
-    if name not in METHODS:
-        raise UserError(f"there is no method {name!r}; there are: {', '.join(sorted(METHODS))}")
-    hints = get_type_hints(METHODS[name])
-    known = {field.name for field in fields(METHODS[name])}
+    kind = methods.find(name)
+    hints = get_type_hints(kind)
+    known = {field.name for field in fields(kind)}
     unknown = sorted(set(options) - known)
     if unknown:
         raise UserError(f"method {name} has no {', '.join(unknown)}; it has: {', '.join(sorted(known)) or 'none'}")
     common = {"rank": config.rank, "alpha": config.alpha, "dropout": config.dropout or None}
     values: dict[str, Any] = {key: value for key, value in common.items() if key in known and value is not None}
     values |= {key: _value(text, key, hints[key]) for key, text in options.items()}
-    return method(name, **values)
+    return kind(**values)
 
 
 def _pairs(texts: Sequence[str], where: str) -> dict[str, str]:

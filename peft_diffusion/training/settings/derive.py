@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Container, Mapping
 from typing import Any, Protocol, TypeVar
 
+from ... import methods
 from ...bases import family as families
 from ...bases.family import Family
 from ...core.errors import UserError
@@ -16,12 +17,9 @@ from .presets import (
     HELD_OUT_FROM,
     KEPT,
     LONGEST,
-    RATE_FACTORS,
     SMALL,
-    SMALL_WORD_RATES,
     TEXT_DEFAULTS,
     TEXT_RATES,
-    WORD_RATES,
 )
 from .resumption import derived_before
 from .shared import SharedConfig
@@ -147,12 +145,11 @@ def resolve(
 def _put_rates(found: Derivation, config: TrainConfig, family: Family, for_base: str) -> None:
     """The learning rates of the components, and those of blocks that say none."""
     settings = {name: one.rate for name, one in families.components().items() if one.rate in found.values}
-    words = SMALL_WORD_RATES if family.small else WORD_RATES
 
     def rate(component: str, method: str) -> float:
         given: float | None = getattr(config, settings[component])
-        of_lora: float = family.presets[config.preset][settings[component]]
-        return given or own_rate(config.optimizer, words.get(method, of_lora * RATE_FACTORS.get(method, 1.0)))
+        usual: float = family.presets[config.preset][settings[component]]
+        return given or own_rate(config.optimizer, methods.find(method).rates.on_pictures(usual, small=family.small))
 
     found.put({"block": tuple(with_rate(text, settings, rate) for text in config.block)}, "with the rates of this run")
     rates = {setting: rate(component, config.method) for component, setting in settings.items()}
@@ -207,7 +204,8 @@ def _debiased(config: TrainConfig, family: Family) -> bool:
     What is drawn is decided in the noisiest ones, where an unweighed loss of epsilon is small whatever the network answers:
     8 learned tokens kept 7% of 60 subjects with it, and 42% with this, with more of the style besides.
     """
-    return family.small and not config.block and config.method in WORD_RATES and not config.min_snr_gamma
+    alone = not config.block and methods.find(config.method).debiased_when_small
+    return family.small and alone and not config.min_snr_gamma
 
 
 def resolve_language(
@@ -243,7 +241,8 @@ def resolve_language(
     found.fill(TEXT_DEFAULTS[small], for_base)
 
     def rate(_: str, method: str) -> float:
-        return config.lr or own_rate(config.optimizer, TEXT_RATES[small].get(method, TEXT_RATES[small]["lora"]))
+        rates = methods.find(method).rates
+        return config.lr or own_rate(config.optimizer, rates.on_text(TEXT_RATES[small], small=small))
 
     block = tuple(with_rate(text, config.components, rate) for text in config.block)
     found.put({"block": block}, "with the rates of this run")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ... import methods
 from ...core.errors import UserError
 from ...core.settings import COUNT, NATURAL, POSITIVE, SHARE, Flag, Group, Settings, setting, settle
 from .choices import Keep, LogWith, Memory, OptimizerName, Precision, Quantize, Scheduler
@@ -93,7 +94,7 @@ class SharedConfig:
     such as its source, is therefore in a class of its own, and stands last among the bases.
     """
 
-    method: str = setting("lora", "What is trained at each layer: lora, or another method of the package.", ADAPTER)
+    method: str = setting(methods.DEFAULT, "What is trained at each layer: the name of a method.", ADAPTER)
     rank: int | None = setting(
         None, "Rank of a LoRA and its kin: how much it can hold, and how large the file is.", ADAPTER, COUNT
     )

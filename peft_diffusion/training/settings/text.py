@@ -4,6 +4,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from ...bases import family as families
 from ...core.errors import UserError
 from ...core.settings import COUNT, NATURAL, POSITIVE, SHARE, Flag, Group, Range, about, explained, setting
 from ...data.text_files import read_texts
@@ -59,7 +60,7 @@ class TextTrainConfig(SharedConfig, _TextConfig):
     Raises UserError for a value that no run can use.
     """
 
-    components: ClassVar[tuple[str, ...]] = ("lm",)
+    components: ClassVar[tuple[str, ...]] = tuple(families.components("language model"))
 
     dropout: float = setting(
         0.0,

@@ -1,91 +1,18 @@
-"""LoRA: a change of low rank (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+"""What a LoRA and a PiSSA compute at a site."""
 
 import math
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.adapter import Factors, LowRank, Method, Site, float32_parameter
-from ..core.errors import UserError
-from ..core.merge import dense_weight
-from .shared.affine import (
-    ALPHA,
-    WeightChange,
-    check_rank,
-    read_alpha,
-    require,
-    serves,
-    single,
-    stored_alpha,
-    weight_shape,
-)
-
-DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
-INITS = ("standard", "gaussian", "pissa")
-
-
-@dataclass(frozen=True)
-class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA})):
-    """``y + alpha / rank * up(down(x))`` at a Linear or Conv2d; a convolution goes down with its own kernel, up with 1x1.
-
-    ``alpha`` None means alpha = rank. ``dropout`` drops inputs of ``down`` while training. ``rank_stabilized`` scales by
-    alpha / sqrt(rank). ``init`` is what training starts from:
-
-    - ``standard``: down uniform as a Linear starts (Kaiming, a = sqrt 5), up zero, as in the paper's code;
-    - ``gaussian``: down normal with deviation 1 / rank, up zero;
-    - ``pissa``: the weight's largest singular values and vectors (Meng et al. 2024, https://arxiv.org/abs/2404.02948),
-      see ``PissaAdapter``. Takes a singular value decomposition of each weight.
-
-    ``b_rate_ratio`` times the learning rate is what ``up`` (the paper's B) is trained with: LoRA+ (Hayou et al. 2024,
-    https://arxiv.org/abs/2402.12354), which advises about 16, and a lower learning rate beside it; 1 is plain LoRA.
-    """
-
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    rank_stabilized: bool = False
-    init: str = "standard"
-    b_rate_ratio: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank, self.alpha)
-        check_dropout(self.dropout)
-        if not 0 < self.b_rate_ratio < math.inf:
-            raise UserError(f"b_rate_ratio must be above 0, not {self.b_rate_ratio}")
-        if self.init not in INITS:
-            raise UserError(f"init must be one of {', '.join(INITS)}, not {self.init!r}")
-
-    @classmethod
-    def recognizes(cls, suffixes: Set[str]) -> bool:
-        """A pair without the magnitude that would make it DoRA."""
-        return DOWN in suffixes and "dora_scale" not in suffixes
-
-    def serves(self, site: Site) -> bool:
-        """Linear layers and convolutions without groups."""
-        return serves(site)
-
-    def build(self, site: Site) -> "LoraAdapter":
-        """A fresh pair. Raises UserError where PiSSA finds fewer singular values than the rank."""
-        alpha = stored_alpha(self.rank, self.alpha, self.rank_stabilized)
-        if self.init == "pissa":
-            down, up = principal_pair(site, self.rank, single(2 * alpha) / (2 * self.rank))
-            return PissaAdapter(site, down, up, alpha, self.dropout, self.b_rate_ratio)
-        down, up = fresh_pair(site, self.rank, self.init == "gaussian")
-        return LoraAdapter(site, down, up, alpha, self.dropout, self.b_rate_ratio)
-
-    @classmethod
-    def read(cls, site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
-        """From the kohya or LyCORIS layout. No alpha, and alpha 0, mean alpha = rank."""
-        return read_pair(site, tensors)
-
-
-def check_dropout(dropout: float) -> None:
-    """Raises UserError for what is no probability below 1."""
-    if not 0 <= dropout < 1:
-        raise UserError(f"dropout must be from 0 to below 1, not {dropout}")
+from ...core.adapter import Factors, LowRank, Site, float32_parameter
+from ...core.errors import UserError
+from ...core.merge import dense_weight
+from ..shared.affine import WeightChange, read_alpha, require, single, weight_shape
+from ..shared.hyper_parameters import ALPHA
+from . import DOWN, MID, UP
 
 
 def fresh_pair(site: Site, rank: int, gaussian: bool) -> tuple[Tensor, Tensor]:
@@ -97,6 +24,12 @@ def fresh_pair(site: Site, rank: int, gaussian: bool) -> tuple[Tensor, Tensor]:
     else:
         nn.init.kaiming_uniform_(down, a=math.sqrt(5))
     return down, torch.zeros(outputs, rank)
+
+
+def principal(site: Site, rank: int, alpha: float, dropout: float, b_rate_ratio: float) -> "PissaAdapter":
+    """A fresh PiSSA; ``alpha`` is that of the trained half. Raises UserError for a rank that the weight has not."""
+    down, up = principal_pair(site, rank, single(2 * alpha) / (2 * rank))
+    return PissaAdapter(site, down, up, alpha, dropout, b_rate_ratio)
 
 
 @torch.no_grad()
