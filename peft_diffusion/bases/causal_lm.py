@@ -15,6 +15,7 @@ from ..core.errors import UserError
 from .digest import identity
 from .digest import quantize as quantize_all
 from .embedded import TINY_LM, embedded
+from .family import LANGUAGE
 from .loading import first_line, pick_device, pick_dtype, quiet
 
 
@@ -27,7 +28,7 @@ class LanguageInfo:
     vocabulary: int
     context: int
     fingerprint: str
-    family: str = "lm"
+    family: str = LANGUAGE.name
 
 
 @dataclass(frozen=True)

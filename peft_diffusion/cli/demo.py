@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..bases import embedded
 from ..core.errors import UserError
@@ -12,6 +12,7 @@ from .flags import reads
 from .progress import GenerationConsole
 
 if TYPE_CHECKING:
+    from ..bases.pipelines import Pipeline
     from ..generation import Adapters
 
 # The sample folders, and how their captions begin; the base's own drawings are called by the first.
@@ -63,7 +64,7 @@ def _check_own(output: Path, style: str) -> None:
         raise UserError(f"{there} is there already, and no demo has made it; name another folder with --output, or move it")
 
 
-def _train(pipe: Any, config: DemoConfig, folders: dict[str, Path], files: dict[str, Path]) -> None:
+def _train(pipe: "Pipeline", config: DemoConfig, folders: dict[str, Path], files: dict[str, Path]) -> None:
     from ..api import train
     from ..training import TrainConfig
     from .console import TrainingConsole

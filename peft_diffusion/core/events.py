@@ -163,7 +163,11 @@ class Observers:
         self._tell_others(event)
 
     def last(self, event: Event) -> None:
-        """Tell the event that ends what runs after an error: what an own observer raises now must not hide that error."""
+        """Tell the event that ends what runs after an error: what an own observer raises now must not hide that error.
+
+        Args:
+            event: The last event.
+        """
         for observer in self.own:
             try:
                 observer(event)
@@ -238,7 +242,15 @@ class Never:
 
 
 def check_stop(stop: Stop, message: str) -> None:
-    """Raise Interrupted with this message where it is wished to stop."""
+    """End what runs where someone asked for it.
+
+    Args:
+        stop: Is set to end it; None where nothing can.
+        message: What to say then.
+
+    Raises:
+        Interrupted: It is set.
+    """
     if stop.is_set():
         raise Interrupted(message)
 

@@ -133,7 +133,7 @@ def cell_recipes(
         steps=sampling.steps,
         guidance=sampling.guidance,
         guidance_stop=sampling.guidance_stop,
-        scheduler="ddim" if gives_way(scheduler, sampling) else sampling.scheduler,
+        scheduler="ddim" if gives_way(adapters.pipe, scheduler, sampling) else sampling.scheduler,
         sampler=type(scheduler).__name__,
         base=sampling.base,
         base_name=info.name,

@@ -18,6 +18,7 @@ from torch import nn
 
 from .. import formats
 from ..bases import components, fingerprint
+from ..bases.base import Base
 from ..bases.words import teach
 from ..core import plugins, site
 from ..core.arena import Arena
@@ -97,7 +98,7 @@ class Material(Protocol[Result]):
         ...
 
     @property
-    def base(self) -> Any:
+    def base(self) -> Base:
         """The pipeline or model, as its library knows it."""
         ...
 
@@ -536,7 +537,7 @@ def _stopping(tell: Observer, stop: Stop | None, crew: Crew) -> Observer:
 
 
 @contextmanager
-def base_kept(base: Any, tell: Observer) -> Iterator[str]:
+def base_kept(base: Base, tell: Observer) -> Iterator[str]:
     """A training inside; sees that the base is the same at the end, and takes the adapter off.
 
     Args:
