@@ -225,7 +225,7 @@ def test_a_subject_without_its_class_a_search_and_its_trials_are_told(tmp_path: 
 
 
 def test_memory_is_told_of_where_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_plan, "_SMALL", 0)
+    monkeypatch.setattr(memory_plan, "SMALL", 0)
     told: list[Event] = []
     train(small(draw_pictures(tmp_path / "pictures", 4), tmp_path, steps=1), pipe=make_pipe(), observers=[told.append])
     predicted = only(MemoryPredicted, told)
