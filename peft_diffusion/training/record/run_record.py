@@ -105,6 +105,12 @@ class Record:
         return str(self.facts.get("command") or ("text train" if "texts" in self.config else "train"))
 
     @property
+    def plugins(self) -> list[str]:
+        """The modules of plug-ins that it was trained with."""
+        found = self.facts.get("plugins", [])
+        return list(map(str, found)) if isinstance(found, list) else []
+
+    @property
     def step(self) -> int:
         """The steps done, as far as the losses tell."""
         return max((line["step"] for line in self.metrics), default=0)

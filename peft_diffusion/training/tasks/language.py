@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...bases import LanguageModel
+from ...bases import LanguageModel, components
 from ...bases.words import learned
 from ...core.errors import UserError
 from ..attachment import NAME, at_strength, evaluating
@@ -55,6 +55,7 @@ class LanguageTask:
     def __init__(
         self, base: LanguageModel, settings: LanguageSettings, train: Tensor, held_out: Tensor | None = None
     ) -> None:
+        self.base = base
         self.lm = base.lm
         self.device = base.device
         self.settings = settings
@@ -102,7 +103,7 @@ class LanguageTask:
     def signals(self) -> Signals:
         """The loss on the beginning of what is trained on, and how far what is said of plain sentences left the base's."""
         seen = self._mean_loss(self.line[: _SEEN * (self.settings.context - len(self.start))])
-        return Signals(seen, self._leakage(), layer_changes({"lm": self.lm}, NAME))
+        return Signals(seen, self._leakage(), layer_changes(components(self.base), NAME))
 
     def _leakage(self) -> float:
         """The Kullback-Leibler divergence from the base's next tokens, in nats per token."""
