@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from .errors import Interrupted
 
@@ -78,6 +78,37 @@ class Warned(Event):
     def lines(self) -> tuple[str, ...]:
         """Returns: the message, and the details below it."""
         return (f"warning: {self.message}", *(f"  {detail}" for detail in self.details))
+
+
+State: TypeAlias = Literal["finished", "stopped", "failed"]
+"""How something ended: it came to its end, it was stopped as somebody wished, or an error ended it."""
+
+
+class Summary(Protocol):
+    """What something gave, which can say so in lines."""
+
+    def lines(self) -> tuple[str, ...]:
+        """Returns: what was made, and what to do next, in lines of plain text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ended(Event):
+    """It is over: always the last event, and a base that was passed in is as it was.
+
+    Attributes:
+        state: How it ended.
+        result: What a training gave, where it came to its end; None for what gives its results by other events.
+        error: What ended it otherwise, in words.
+    """
+
+    state: State
+    result: Summary | None = None
+    error: str | None = None
+
+    def lines(self) -> tuple[str, ...]:
+        """Returns: what was made, and what to do next."""
+        return self.result.lines() if self.result else ()
 
 
 @dataclass(frozen=True)
@@ -169,6 +200,29 @@ def _log(event: Event) -> None:
             logger.warning("\n".join((event.message, *(f"  {detail}" for detail in event.details))))
         case Noted():
             logger.info(event.message)
+
+
+@contextmanager
+def told_to_the_end(observers: Sequence[Observer]) -> Iterator[Observers]:
+    """Something inside that observers are told of, to its end: where it is left by an error, this tells of it last.
+
+    What is inside tells of its good end itself.
+
+    Args:
+        observers: Those of whoever asked for it.
+
+    Yields:
+        What tells them.
+    """
+    tell = Observers(observers)
+    try:
+        yield tell
+    except (KeyboardInterrupt, GeneratorExit) as error:  # the latter where nobody wants the rest
+        tell.last(Ended("stopped", error=str(error)))
+        raise
+    except BaseException as error:
+        tell.last(Ended("failed", error=str(error)))
+        raise
 
 
 class Stop(Protocol):

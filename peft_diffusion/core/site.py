@@ -218,7 +218,7 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) 
         built: One for each site, by path.
 
     Raises:
-        UserError: As `attach`.
+        UserError: As `attach`. Nothing is left of it, nor where it is interrupted, or a device has no room.
     """
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"an adapter's name consists of letters, digits, _ and -; {name!r} does not")
@@ -234,34 +234,58 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) 
     _check_one_state(component, blocks.names)
     state = state or ComponentState(blocks.names, _device(component))
     state.add(name)
-    for path, module in modules.items():
-        slot = slot_of(module) or _swap(module, state, blocks.of(path))
-        slot.adapters[name] = built[path].to(_device(module, component)).train(module.training)
-        built[path].bind(module)
-        slot.packed = None
+    try:
+        for path, module in modules.items():
+            slot = slot_of(module) or _swap(module, state, blocks.of(path))
+            slot.adapters[name] = built[path].to(_device(module, component)).train(module.training)
+            built[path].bind(module)
+            slot.packed = None
+    except BaseException:
+        _take_off(component, state, name)
+        raise
 
 
 def detach(component: nn.Module, name: str) -> None:
     """Take an adapter away; a module without any has its own class, keys, attributes and bits again.
 
     Args:
-        component: The module that carries it.
+        component: The module that it was attached to.
         name: What it is called.
 
     Raises:
-        UserError: There is no such adapter, it is merged, or a site's forward was patched since.
+        UserError: As `check_detach`. Nothing is changed then.
+    """
+    _take_off(component, check_detach(component, name), name)
+
+
+def check_detach(component: nn.Module, name: str) -> ComponentState:
+    """See that an adapter can be taken away.
+
+    Args:
+        component: The module that it was attached to.
+        name: What it is called.
+
+    Returns:
+        What the component carries.
+
+    Raises:
+        UserError: There is no such adapter, it is merged, or a site's forward or class was changed since.
     """
     state = state_of(component)
     if state is None or name not in state.entries:
         raise UserError(f"no adapter {name!r} is attached; there are: {', '.join(names(component)) or 'none'}")
     if state.strengths.merged:
         raise UserError("adapters are merged into the weights; unmerge them before you remove one")
-    carriers = sites(component, name)
-    for path, site in carriers.items():
+    for path, site in sites(component, name).items():
         _check_free(path, site)
-    for site in carriers.values():
+    return state
+
+
+def _take_off(component: nn.Module, state: ComponentState, name: str) -> None:
+    for site in sites(component).values():
         held = site._peft_diffusion.adapters
-        del held[name]
+        if name in held:
+            del held[name]
         if not len(held):
             _restore(site)
     unpack(component)  # the rows of the strengths move up

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from PIL import Image
 
@@ -14,12 +14,15 @@ from ..bases import load_base
 from ..bases.base import dtype_of
 from ..core import plugins
 from ..core.errors import UserError
+from ..core.events import Ended, Never, Observer, Stop, told_to_the_end
 from ..formats.container import sha256
 from . import recipe as recipes
 from . import sheet
+from .adapted import adapted
 from .adapters import Adapters
+from .events import PictureMade, SheetMade
 from .recipe import Recipe, UsedAdapter, UsedPicture
-from .sampler import Cell, Progress, gives_way, load_choices, paint, scheduler_of, size
+from .sampler import Cell, gives_way, paint, scheduler_of, size
 from .settings import GenerateConfig, Quantize, Sampling, SchedulerName
 from .source import Source, check_mask, read_source
 
@@ -37,43 +40,76 @@ class Picture:
     path: Path
 
 
-def generate(config: GenerateConfig, progress: Progress | None = None) -> list[Picture]:
+def generate(
+    config: GenerateConfig, *, pipe: Any | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
+) -> list[Picture]:
     """Make every prompt with every seed and write each picture, with its recipe, as soon as its batch is done.
 
-    Raises UserError for adapters, prompts, sizes and files that cannot be used, before anything is computed.
+    Args:
+        config: What is drawn, and how.
+        pipe: A base that is loaded already, used in place of ``config.base``, which names it in recipes. It is left as it
+            was, with the adapters of the configuration taken off again.
+        observers: Are told what happens, by the events of `generation.events`.
+        stop: Where it is set, such as a ``threading.Event`` by another thread, nothing is drawn after the present batch;
+            the pictures before it are written.
+
+    Returns:
+        The pictures, prompt by prompt.
+
+    Raises:
+        UserError: Before anything is computed, for adapters, prompts, sizes and files that cannot be used.
+        Interrupted: It was stopped. It is a KeyboardInterrupt.
     """
-    config.check()
-    expected = None
-    if config.recipe is not None:
-        expected = recipes.read(config.recipe)
-        _refuse_missing(expected, config.recipe)
-        config = _again(config, expected)
-    seeds = config.all_seeds()
-    wanted = [(prompt, seed) for prompt in config.prompts for seed in seeds]
-    paths = _plan(config.output, config.to_file, wanted)
-    _check_kept(config, paths)
-    choices = config.choices()
-    source = None
-    if config.image is not None:
-        source = read_source(config.image, config.mask, config.strength, config.steps)
-    adapters = Adapters(load_base(config.base, device=config.device, dtype=config.precision, quantize=config.quantize))
-    check_mask(adapters.pipe, source, adapters.base.name)
-    names = load_choices(adapters, choices, config.prompts)
-    strengths = {name: choice.strength for name, choice in zip(names, choices, strict=True)}
-    cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
-    source = None if source is None else source.fitted(adapters.base, config.width, config.height)
-    told = _from(source, config, cell_recipes(adapters, cells, config, source))
-    if expected is not None and told[0].fingerprint != expected.fingerprint:
+    with told_to_the_end(observers) as tell:
+        config.check()
+        expected = None
+        if config.recipe is not None:
+            expected = recipes.read(config.recipe)
+            _refuse_missing(expected, config.recipe)
+            config = _again(config, expected)
+        wanted = [(prompt, seed) for prompt in config.prompts for seed in config.all_seeds()]
+        paths = _plan(config.output, config.to_file, wanted)
+        _check_kept(config, paths)
+        choices = config.choices()
+        source = None
+        if config.image is not None:
+            source = read_source(config.image, config.mask, config.strength, config.steps)
+        base = load_base(
+            config.base if pipe is None else pipe, device=config.device, dtype=config.precision, quantize=config.quantize
+        )
+        with adapted(base, choices, config.prompts, tell, lent=pipe is not None) as (adapters, names):
+            check_mask(adapters.pipe, source, adapters.base.name)
+            strengths = {name: choice.strength for name, choice in zip(names, choices, strict=True)}
+            cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
+            source = None if source is None else source.fitted(adapters.base, config.width, config.height)
+            told = _from(source, config, cell_recipes(adapters, cells, config, source))
+            _check_base(config, expected, told[0])
+            pictures = _written(paint(adapters, cells, config, source, tell=tell, stop=stop or Never()), told, paths, tell)
+        if config.sheet is not None:
+            _write_sheet(config.sheet, pictures, config.prompts, config.all_seeds())
+            tell(SheetMade(config.sheet))
+        tell(Ended("finished"))
+    return pictures
+
+
+def _check_base(config: GenerateConfig, expected: Recipe | None, recipe: Recipe) -> None:
+    """Raise UserError where a recipe that was given is of another base than what would be drawn."""
+    if expected is not None and recipe.fingerprint != expected.fingerprint:
         raise UserError(
             f"{config.recipe} was made with base {expected.base_name!r} ({expected.fingerprint}), and {config.base!r} has"
-            f" other weights ({told[0].fingerprint}); name the right one with --base"
+            f" other weights ({recipe.fingerprint}); name the right one with --base"
         )
+
+
+def _written(
+    images: Iterable[Image.Image], told: Sequence[Recipe], paths: Sequence[Path], tell: Observer
+) -> list[Picture]:
+    """Write pictures as they come, with their recipes."""
     pictures = []
-    for image, recipe, path in zip(paint(adapters, cells, config, progress, source), told, paths, strict=True):
+    for image, recipe, path in zip(images, told, paths, strict=True):
         recipes.write(path, image, recipe)
         pictures.append(Picture(image, recipe, path))
-    if config.sheet is not None:
-        _write_sheet(config.sheet, pictures, config.prompts, seeds)
+        tell(PictureMade(pictures[-1]))
     return pictures
 
 
