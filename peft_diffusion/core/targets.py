@@ -33,39 +33,82 @@ class Blocks:
     pattern: str
 
     def of(self, path: str) -> int:
-        """The index of the block that holds the module at ``path``."""
+        """Find the block that a module lies in.
+
+        Args:
+            path: The path of the module.
+
+        Returns:
+            The index of the block among ``names``.
+        """
         match = re.fullmatch(self.pattern, path)
         return self.names.index(match[1] if match else OTHER_BLOCK)
 
 
 def architecture(component: nn.Module) -> str:
-    """The name that the tables know a component by: that of its class, before it was sharded."""
+    """Name what the tables know a component by: its class, before it was sharded.
+
+    Args:
+        component: The module.
+
+    Returns:
+        The name of the class.
+    """
     return type(component).__name__.removeprefix("FSDP")  # what torch's fully_shard puts before it
 
 
 def table(component: nn.Module) -> TargetTable:
-    """What targets mean in a component."""
+    """Say what targets mean in a component.
+
+    Args:
+        component: The module.
+
+    Returns:
+        Its table; one without names for an architecture that is not known.
+    """
     return TABLES.get(architecture(component), UNKNOWN)
 
 
 def modules(component: nn.Module) -> dict[str, nn.Module]:
-    """Every module of the base by its path, without what adapters brought."""
+    """List every module of the base, without what adapters brought.
+
+    Args:
+        component: The module to look in.
+
+    Returns:
+        The modules by path; "" is the component itself.
+    """
     ours = {part for module in component.modules() if (slot := slot_of(module)) is not None for part in slot.modules()}
     return {path: module for path, module in component.named_modules() if module not in ours}
 
 
 def blocks(component: nn.Module) -> Blocks:
-    """The blocks of a component, in the order of its modules; whatever lies in none is in ``other``."""
+    """List the blocks of a component, in the order of its modules; whatever lies in none is in ``other``.
+
+    Args:
+        component: The module to look in.
+
+    Returns:
+        The blocks.
+    """
     pattern = table(component).block
     found = (re.fullmatch(pattern, path) for path in modules(component))
     return Blocks((*dict.fromkeys(match[1] for match in found if match), OTHER_BLOCK), pattern)
 
 
 def resolve(component: nn.Module, target: str) -> list[str]:
-    """The paths of the modules that a target names, in the order of the component.
+    """Find the modules that a target names.
 
-    A target is a name that the architecture or ``KINDS`` knows (the former first), or a regular expression that a path
-    matches in full. Raises UserError where it matches nothing or is no valid expression.
+    Args:
+        component: The module to look in.
+        target: A name that the architecture or ``KINDS`` knows (the former first), or a regular expression that a path
+            matches in full.
+
+    Returns:
+        Their paths, in the order of the component.
+
+    Raises:
+        UserError: It matches nothing, or is no valid expression.
     """
     paths = modules(component)
     own = table(component).targets

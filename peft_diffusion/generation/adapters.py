@@ -142,19 +142,18 @@ class Adapters:
         if chosen in registry.names:
             raise UserError(f"an adapter {chosen!r} is loaded already; remove it first or choose another name")
         read = formats.load(file, self.pipe, strict=strict)
-        attached: list[str] = []
         try:
             for component, built in read.components.items():
                 sites.attach_built(parts[component], chosen, built)
-                attached.append(component)
             registry.enter(chosen, LoadedAdapter(chosen, file, sha256(file), read.spec, read.report, read.warnings))
             teach(self.pipe)
             self.set({chosen: strength})
         except BaseException:
-            for component in attached:
+            for component in registry.states(chosen):
                 sites.detach(parts[component], chosen)
             teach(self.pipe)
             follow_steps(self.pipe)
+            self._pack()
             raise
         self._pack()
         return chosen
@@ -197,11 +196,14 @@ class Adapters:
         """Take an adapter away, and everything that it held.
 
         Raises:
-            UserError: No adapter has the name, or adapters are merged.
+            UserError: No adapter has the name, adapters are merged, or a site was patched meanwhile, as offloading does.
+                Nothing is changed then.
         """
         registry, parts = self._registry, components(self.pipe)
         carriers = registry.carriers(name)
         registry.refuse_merged("remove one")
+        for component in carriers:
+            sites.check_detach(parts[component], name)
         for component in carriers:
             sites.detach(parts[component], name)
         teach(self.pipe)

@@ -1,11 +1,9 @@
 """Pictures from prompts, seeds and strengths, in batches; what ``generate``, ``blend`` and ``demo`` share."""
 
 import inspect
-import logging
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -17,14 +15,12 @@ from ..bases.base import dtype_of, text_encoders
 from ..bases.pipelines import Pipeline, drawing, end_guidance, guided_tensors
 from ..bases.schedulers import SCHEDULERS
 from ..core.errors import UserError
+from ..core.events import Never, Observer, Observers, Progress, Stop, Warned, check_stop
 from .adapters import Adapters
-from .settings import Choice, Sampling
+from .settings import Sampling
 from .source import Source
 
-log = logging.getLogger(__name__)
-
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the steps done and the steps in all, over all batches."""
+_WHAT = "drawing"  # what progress is told of
 
 
 @dataclass(frozen=True)
@@ -59,15 +55,30 @@ def paint(
     adapters: Adapters,
     cells: Sequence[Cell],
     sampling: Sampling,
-    progress: Progress | None = None,
     source: Source | None = None,
+    *,
+    tell: Observer = Observers(),  # noqa: B008 -- has no state
+    stop: Stop = Never(),  # noqa: B008 -- has no state
 ) -> Iterator[Image.Image]:
-    """The pictures of ``cells`` in order, computed ``sampling.batch_size`` at a time, each from the noise of its own seed,
-    or from ``source`` and that.
+    """Draw pictures, ``sampling.batch_size`` at a time, each from the noise of its own seed, or from ``source`` and that.
 
     A picture depends on its own cell alone, up to rounding. The pipeline's scheduler is afterwards what it was; the adapters
-    keep the strengths of the last batch. Raises UserError, before anything is computed, for sizes and prompts that the base
-    cannot take.
+    keep the strengths of the last batch.
+
+    Args:
+        adapters: The adapters of the pipeline that draws.
+        cells: What is drawn.
+        sampling: How it is.
+        source: A picture to start from.
+        tell: Is told how far all batches are, and what the person should know.
+        stop: Where it is set, nothing is drawn after the present batch.
+
+    Yields:
+        A picture for each cell, in order.
+
+    Raises:
+        UserError: Before anything is computed, for sizes and prompts that the base cannot take.
+        Interrupted: It was stopped.
     """
     pipe = adapters.pipe
     width, height = size(adapters.base, sampling, source)
@@ -75,31 +86,20 @@ def paint(
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
     scheduler = scheduler_of(adapters, cells, sampling)
     if gives_way(pipe, scheduler, sampling):
-        log.warning(
-            f"the scheduler {sampling.scheduler} cannot begin with pure noise, which an adapter was trained for with zero"
-            " terminal SNR; ddim draws in its place"
+        tell(
+            Warned(
+                f"the scheduler {sampling.scheduler} cannot begin with pure noise, which an adapter was trained for with"
+                " zero terminal SNR; ddim draws in its place"
+            )
         )
     _check_prompts(adapters, batches, sampling.negative)
     with drawing(pipe, scheduler):
         for number, batch in enumerate(batches):
+            check_stop(stop, f"stopped after {number * sampling.batch_size} of {len(cells)} pictures")
             _set_strengths(adapters, batch)
-            report = _Report(progress, number * each, len(batches) * each, sampling.guidance_stop)
+            report = _Report(tell, number * each, len(batches) * each, sampling.guidance_stop)
             start = _noise(pipe, batch, (width, height)) if source is None else _start(pipe, batch, source)
             yield from _paint_batch(start, batch, sampling, report, source)
-
-
-def load_choices(adapters: Adapters, choices: Sequence[Choice], prompts: Sequence[str]) -> list[str]:
-    """Load adapters from their files; returns their names, and logs what the person should know of them."""
-    names = [adapters.load(choice.path, strength=choice.strength) for choice in choices]
-    for name in names:
-        for warning in adapters[name].warnings:
-            log.warning(warning)
-        triggers = adapters[name].spec.triggers
-        for prompt in dict.fromkeys(prompts):
-            if triggers and not any(_contains(prompt, trigger) for trigger in triggers):
-                words = " or ".join(f'"{trigger}"' for trigger in triggers)
-                log.info(f'{adapters[name].path} is called by {words}, which the prompt "{prompt}" does not contain')
-    return names
 
 
 def check_lengths(pipe: Pipeline, texts: Sequence[str]) -> None:
@@ -124,14 +124,13 @@ def check_lengths(pipe: Pipeline, texts: Sequence[str]) -> None:
 class _Report:
     """A pipeline's callback after each step: it passes on how far all batches are, and ends guidance where it stops."""
 
-    progress: Progress | None
+    tell: Observer
     before: int
     total: int
     stop: float
 
     def __call__(self, pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if self.progress is not None:
-            self.progress(min(self.before + step + 1, self.total), self.total)
+        self.tell(Progress(_WHAT, min(self.before + step + 1, self.total), self.total))
         coming = pipe.scheduler.timesteps[-pipe.num_timesteps :][step + 1 :]  # what starts from a picture skips some
         if pipe.do_classifier_free_guidance and len(coming) and not guides(pipe, float(coming[0]), self.stop):
             return end_guidance(pipe, tensors)
@@ -233,7 +232,7 @@ def _paint_batch(
     _check_finite(out.images, start.pipe)
     blanked = sum(map(bool, getattr(out, "nsfw_content_detected", None) or ()))
     if blanked:
-        log.warning(f"the base's safety checker has blanked {blanked} of {len(batch)} pictures")
+        report.tell(Warned(f"the base's safety checker has blanked {blanked} of {len(batch)} pictures"))
     images: list[Image.Image] = start.pipe.image_processor.numpy_to_pil(out.images)
     return images if source is None else [source.kept(image) for image in images]
 
@@ -270,7 +269,3 @@ def _set_strengths(adapters: Adapters, batch: Sequence[Cell]) -> None:
     wanted = {name: [strengths.get(name, 0.0) for strengths in named] for name in adapters.names}
     # All at once: adapters that still had strengths for a batch of another size would not agree with the first.
     adapters.set({name: values if len(set(values)) > 1 else values[0] for name, values in wanted.items()})
-
-
-def _contains(prompt: str, trigger: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, re.IGNORECASE) is not None

@@ -69,7 +69,10 @@ class TextTrainConfig(SharedConfig, _TextConfig):
         SHARE,
     )
     block: tuple[str, ...] = setting(
-        (), 'In place of method and target: "lm TARGET METHOD NAME=VALUE ..." (lr=... too); several train together.', ADAPTER
+        (),
+        'In place of method and target: "lm TARGET METHOD NAME=VALUE ..." (lr=... too); several train together.',
+        ADAPTER,
+        table=("component", "target", "method"),
     )
     target: str | None = setting(
         None,

@@ -242,10 +242,10 @@ class DiffusionTask:
     def signals(self) -> Signals:
         """The plain loss on a few training pictures, and how far the answers to prompts without trigger left the base's."""
         parts = {name: part for name, part in components(self.pipe).items() if site.adapters(part, self.name)}
-        seen = self._fixed_loss(self.train, self._chunks(self.train, self._watched()))
+        seen = self._fixed_loss(self.train, self._chunks(self.train, self.watched()))
         changes = layer_changes(parts, self.name)
         # Where nothing has changed yet, nothing has moved: the start of a run need not look.
-        return Signals(seen, self._leakage() if any(changes.values()) else 0.0, changes)
+        return Signals(seen, self.leakage() if any(changes.values()) else 0.0, changes)
 
     @torch.no_grad()
     def nearness(self, pictures: Sequence[Image.Image]) -> float | None:
@@ -273,7 +273,7 @@ class DiffusionTask:
             vae.to("cpu")
         return torch.cat(means)
 
-    def _watched(self) -> frozenset[int]:
+    def watched(self) -> frozenset[int]:
         """Entries of the training pictures that are measured on, spread over all of them."""
         count = len(self.train.captions)
         return frozenset(range(0, count, -(-count // _SEEN)))
@@ -283,7 +283,7 @@ class DiffusionTask:
             losses = [loss for chunk in chunks for loss in self._fixed_losses(examples, chunk)]
         return sum(losses) / len(losses)
 
-    def _leakage(self) -> float:
+    def leakage(self) -> float:
         """The rms of what the adapter changes in answers to other prompts, on fixed noise, over that of the base's."""
         with torch.no_grad(), self.evaluating():
             if not self._base_answers:
