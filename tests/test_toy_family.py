@@ -55,6 +55,8 @@ def test_what_was_trained_is_read_and_drawn_with(trained: Path, tmp_path: Path) 
         (with_it,) = pd.generate(config)
         assert with_it.recipe.base_family == ROW.name
         assert not np.array_equal(np.asarray(with_it.image), np.asarray(without.image))
+    (again,) = pd.generate(pd.GenerateConfig(prompts=("a red apple",), **common), pipe=make_toy())
+    assert np.array_equal(np.asarray(again.image), np.asarray(without.image)), "a pipeline that is loaded already"
     with pytest.raises(pd.UserError, match="has no scheduler ddim; choose one of: euler, heun"):
         pd.generate(pd.GenerateConfig(prompts=("a red apple",), scheduler="ddim", **common))
 

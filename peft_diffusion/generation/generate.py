@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from .. import __version__
 from ..bases import load_base
 from ..bases.base import dtype_of
+from ..bases.pipelines import Pipeline
 from ..core import plugins
 from ..core.errors import UserError
 from ..core.events import Ended, Never, Observer, Stop, told_to_the_end
@@ -42,7 +42,7 @@ class Picture:
 
 
 def generate(
-    config: GenerateConfig, *, pipe: Any | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
+    config: GenerateConfig, *, pipe: Pipeline | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
 ) -> list[Picture]:
     """Make every prompt with every seed and write each picture, with its recipe, as soon as its batch is done.
 
