@@ -102,7 +102,7 @@ def check(name: str, options: argparse.Namespace, console: Console) -> tuple[Nee
     )  # fmt: skip
     watch, need = Watch(device), memory_plan.MemoryPlan.need
     watched = patch.object(memory_plan.MemoryPlan, "need", lambda of, low: watch(need, of, low))
-    with watched, patch.object(memory_plan, "_SMALL", 0):
+    with watched, patch.object(memory_plan, "SMALL", 0):
         train(config, pipe=pipe, observers=[TrainingConsole(console)])
     if watch.need is None:
         raise RuntimeError("nothing was predicted")

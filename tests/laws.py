@@ -14,7 +14,8 @@ from language import make_lm
 from torch import Tensor, nn
 
 from peft_diffusion import formats
-from peft_diffusion.bases import components, describe, fingerprint
+from peft_diffusion.bases import LanguageModel, components, describe, fingerprint
+from peft_diffusion.bases.pipelines import Pipeline
 from peft_diffusion.core import merge, quantized, site, targets
 from peft_diffusion.core.errors import FoldError, UserError
 from peft_diffusion.core.method import Method
@@ -85,7 +86,7 @@ class Case:
     method: Method
     target: str
     dtype: torch.dtype
-    pipe: object
+    pipe: Pipeline | LanguageModel
 
     def run(self, model: Callable[..., Any] | None = None, batch: slice = slice(None)) -> Tensor:
         """The output of the model for four fixed inputs, or for some of them."""

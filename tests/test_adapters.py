@@ -13,6 +13,7 @@ from test_formats import picture, write_adapter
 
 from peft_diffusion.bases import components, digest, fingerprint
 from peft_diffusion.core import site
+from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.slot import SLOT
 from peft_diffusion.generation import Adapters, Schedule
@@ -139,6 +140,48 @@ def test_offloading_hooks_are_refused_with_the_module_named(files: list[Path], t
     with pytest.raises(UserError, match=r"mid_block.*attn1\.to_q: its forward is patched"):
         Adapters(tiny_pipe).load(files[0])
     assert not site.sites(tiny_pipe.unet) and not site.sites(tiny_pipe.text_encoder)
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, torch.OutOfMemoryError, TypeError])
+def test_an_attachment_that_breaks_off_leaves_nothing(
+    files: list[Path], tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch, stopped: type[BaseException]
+) -> None:
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[1])
+    before, classes = picture(tiny_pipe), [type(one) for one in tiny_pipe.text_encoder.modules()]
+    bound, carriers = [], {path: list(one.adapters.items()) for path, one in site.slots(tiny_pipe.unet).items()}
+
+    def bind(adapter: Adapter, module: torch.nn.Module) -> None:
+        bound.append(module)
+        if len(bound) == broken_off:
+            raise stopped
+
+    for broken_off in (1, 2, 30, 40):  # the first, some of the UNet, and some of the text encoder
+        bound.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(Adapter, "bind", bind)
+            with pytest.raises(stopped):
+                adapters.load(files[0])
+        assert len(bound) == broken_off and adapters.names == ("flat-look",)
+        assert {path: list(one.adapters.items()) for path, one in site.slots(tiny_pipe.unet).items()} == carriers
+        assert [type(one) for one in tiny_pipe.text_encoder.modules()] == classes
+        assert np.array_equal(picture(tiny_pipe), before)
+    assert adapters.load(files[0]) == "ink"
+
+
+def test_a_removal_that_one_component_refuses_is_none(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[0])
+    running = picture(tiny_pipe)
+    module = tiny_pipe.text_encoder.get_submodule(list(site.sites(tiny_pipe.text_encoder))[-1])
+    module.forward = module.forward
+    with pytest.raises(UserError, match="its forward is patched"):
+        adapters.remove("ink")
+    assert site.names(tiny_pipe.unet) == site.names(tiny_pipe.text_encoder) == ["ink"]
+    assert np.array_equal(picture(tiny_pipe), running)
+    del module.forward
+    adapters.remove("ink")
+    assert adapters.names == ()
 
 
 def test_a_class_that_was_changed_over_adapters_is_refused_with_the_module_named(

@@ -22,6 +22,7 @@ from peft_diffusion.bases import describe
 from peft_diffusion.bases.words import begun
 from peft_diffusion.cli import app, demo
 from peft_diffusion.core import site
+from peft_diffusion.core.events import Event, Progress
 from peft_diffusion.generation import recipe, sampler, sheet
 from peft_diffusion.generation.blend import _distinct, shares
 from peft_diffusion.generation.compatibility import fit
@@ -89,10 +90,11 @@ def test_every_scheduler_draws_and_is_put_back(tiny_pipe: DiffusionPipeline) -> 
 
 
 def test_progress_comes_to_the_end(tiny_pipe: DiffusionPipeline) -> None:
-    seen = []
+    seen: list[Event] = []
     cells = [Cell("a cat", seed, {}) for seed in range(3)]
-    list(paint(Adapters(tiny_pipe), cells, Sampling(steps=2, batch_size=2), lambda done, total: seen.append((done, total))))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    list(paint(Adapters(tiny_pipe), cells, Sampling(steps=2, batch_size=2), tell=seen.append))
+    assert all(isinstance(event, Progress) for event in seen)
+    assert [(event.done, event.total) for event in seen if isinstance(event, Progress)] == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "heun", "pndm"])
@@ -211,6 +213,23 @@ def test_a_damaged_recipe_is_an_error(make: Make, tmp_path: Path, change: dict[s
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
     with pytest.raises(UserError, match="recipe is damaged"):
         recipe.read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scheduler": "magic"}, "--scheduler is one of ddim, pndm, .*, not 'magic'"),
+        ({"quantize": "int3"}, "--quantize is one of nf4, int8, not 'int3'"),
+        ({"steps": 0}, "--steps must be 1 or more, not 0"),
+    ],
+)
+def test_a_recipe_of_settings_that_there_are_not_is_an_error(
+    make: Make, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    first = make(output=tmp_path / "a.png")[0]
+    recipe.write(first.path, first.image, replace(first.recipe, **change))
+    with pytest.raises(UserError, match=rf"a\.png has a recipe that cannot be drawn here: {said}"):
+        generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))
 
 
 def test_only_the_named_file_is_replaced(make: Make, tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ def test_the_pipeline_that_draws_is_known_while_it_does(cls: type[Any]) -> None:
 
     def look(network: Any, args: tuple[Any, ...]) -> None:
         drawing = pipelines.drawing_with(network)
-        seen.append((drawing, pipelines.images_drawn(drawing, args[0]), pipelines.progress(drawing, float(args[1]))))
+        assert drawing is not None
+        seen.append((drawing, pipelines.images_drawn(drawing, len(args[0])), pipelines.progress(drawing, float(args[1]))))
 
     pipe.unet.register_forward_pre_hook(look)
     assert pipelines.drawing_with(pipe.unet) is None

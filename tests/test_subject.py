@@ -159,7 +159,7 @@ def test_the_subject_is_drawn_as_without_the_class_and_the_class_without_the_tri
     kept, _ = task_of(small(pictures, tmp_path / "b", **CLASS, trigger="ink"))
     one, other = plain.inputs(3, 0), kept.inputs(3, 0)
     assert all(torch.equal(one[name], other[name][:2]) for name in one)
-    decoded = kept.pipe.tokenizer.batch_decode(other["ids_0"], skip_special_tokens=True)
+    decoded = kept.pipe.components["tokenizer"].batch_decode(other["ids_0"], skip_special_tokens=True)
     assert all(text.startswith("ink") or not text for text in decoded[:2])
     assert all(text.replace(" ", "") in ("acat", "adog", "") for text in decoded[2:])
     drawn = Counter(entry for step in range(50) for entry in kept.prior_entries(kept.batch(step, 0).bucket, step, 0))

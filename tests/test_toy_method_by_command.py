@@ -1,6 +1,7 @@
 """The toy method as a plug-in of the commands: trained, resumed, listed, inspected, drawn and blended with."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 from making import command, environment
 from safetensors.torch import load_file
+from test_plugins import install
 from test_training import draw_pictures
 
 import peft_diffusion as pd
 from peft_diffusion.core.method import METHODS
+from peft_diffusion.core.plugins import METHODS_GROUP
 
 PLUGIN = "toy_method"
 LOADED = ["--plugin", PLUGIN]
@@ -69,6 +72,26 @@ def test_inspect_tells_it(place: Path) -> None:
     assert plain["files"][0]["methods"] == ["gain"]
     without = command("inspect", "gain.safetensors", cwd=place)
     assert without.returncode == 0 and f"gain: not known here; it comes with --plugin {PLUGIN}" in without.stdout
+
+
+def test_an_installed_package_brings_it_by_an_entry_point(place: Path, tmp_path: Path) -> None:
+    shutil.copy(place / f"{PLUGIN}.py", tmp_path)
+    install(tmp_path, "toy-package", METHODS_GROUP, f"gain = {PLUGIN}")
+    path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), environment().get("PYTHONPATH", "")])}
+
+    def told(*arguments: str) -> str:
+        code = (
+            f"import sys; from peft_diffusion.cli.app import main; main({list(arguments)!r});"
+            f"print('imported', sorted({{'torch', {PLUGIN!r}}} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment() | path)
+        assert not done.stderr
+        return done.stdout
+
+    listed = told("train", "--help")
+    assert "Gain: a factor for each output of a layer." in listed and "imported []" in listed
+    inspected = told("inspect", str(place / "gain.safetensors"))
+    assert re.search(r"method\s+│ gain\s", inspected) and f"imported ['torch', '{PLUGIN}']" in inspected
 
 
 def test_pictures_are_drawn_with_it_and_again_by_their_recipe(place: Path, tiny_base: Path) -> None:

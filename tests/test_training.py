@@ -23,8 +23,8 @@ from torch import nn
 from peft_diffusion import formats
 from peft_diffusion.api import train
 from peft_diffusion.bases import components, fingerprint
+from peft_diffusion.bases import family as families
 from peft_diffusion.bases import noise as noise_process
-from peft_diffusion.bases.family import FAMILIES
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import site, targets
 from peft_diffusion.core.arena import Arena, side_by_side
@@ -374,7 +374,7 @@ def test_every_preset_gives_every_family_all_its_values() -> None:
             found = resolve(TrainConfig(folder=(Path("x"),), preset=preset), base, 48, "cpu")
             may_be_none = {"cache", "alpha", "epochs", "quantize", "target", "log_with"}
             assert not [f.name for f in fields(found) if getattr(found, f.name) is None and f.name not in may_be_none]
-        assert set(FAMILIES["other"].presets[preset]) == set(FAMILIES["sd1"].presets[preset])
+        assert set(families.find("other").presets[preset]) == set(families.find("sd1").presets[preset])
 
 
 def test_epochs_become_steps_and_win_over_them() -> None:
@@ -490,7 +490,7 @@ def test_pictures_kept_apart_are_never_trained_on(tmp_path: Path) -> None:
     assert prepared.held_out is not None
     assert (len(prepared.train.captions), len(prepared.held_out.captions)) == (7, 3)
     assert not set(prepared.train.captions) & set(prepared.held_out.captions)
-    site.attach(prepared.pipe.unet, "a", method("lora", rank=2))
+    site.attach(components(prepared.pipe)["unet"], "a", method("lora", rank=2))
     task = DiffusionTask(prepared.pipe, "a", DiffusionSettings(batch_size=2), prepared.train, prepared.held_out)
     seen = {prepared.train.caption(entry) for step in range(12) for entry in task.batch(step, 0).indices}
     assert seen == set(prepared.train.captions)

@@ -7,7 +7,7 @@ bar around their steps, so `watching` learns from there which one is at work, al
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Pipeline(Protocol):
     @property
     def config(self) -> Mapping[str, Any]: ...
     @property
-    def vae_scale_factor(self) -> int: ...
+    def components(self) -> Mapping[str, Any]: ...
     @property
     def image_processor(self) -> Any: ...
     @property
@@ -38,6 +38,7 @@ class Pipeline(Protocol):
     @property
     def num_timesteps(self) -> int: ...
     def set_progress_bar_config(self, *, disable: bool) -> None: ...
+    def to(self, device: torch.device) -> Self: ...
     @property
     def __call__(self) -> Callable[..., Any]: ...
 
@@ -46,7 +47,7 @@ class _Present(threading.local):
     """The pipelines that draw in a thread, the innermost last."""
 
     def __init__(self) -> None:
-        self.pipelines: list[Any] = []
+        self.pipelines: list[Pipeline] = []
 
 
 _present = _Present()
@@ -56,7 +57,7 @@ _lock = threading.Lock()
 class _Bar:
     """A pipeline's progress bar, between whose opening and closing the pipeline counts as the one that draws."""
 
-    def __init__(self, pipeline: Any, bar: Any) -> None:
+    def __init__(self, pipeline: Pipeline, bar: Any) -> None:
         self._pipeline = pipeline
         self._bar = bar
 
@@ -69,11 +70,12 @@ class _Bar:
         return self._bar.__exit__(*raised)
 
     def __iter__(self) -> Iterator[Any]:
-        _present.pipelines.append(self._pipeline)
+        present = _present.pipelines  # an iteration that is given up may end in another thread
+        present.append(self._pipeline)
         try:
             yield from self._bar
         finally:
-            _present.pipelines.remove(self._pipeline)
+            present.remove(self._pipeline)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._bar, name)
@@ -98,7 +100,7 @@ def watch() -> None:
         DiffusionPipeline.progress_bar = progress_bar
 
 
-def drawing_with(network: nn.Module) -> Any | None:
+def drawing_with(network: nn.Module) -> Pipeline | None:
     """Tell which pipeline draws with a network in this thread.
 
     Args:
@@ -111,24 +113,25 @@ def drawing_with(network: nn.Module) -> Any | None:
     return next(holders, None)
 
 
-def _holds(pipeline: Any, network: nn.Module) -> bool:
-    return any(part is network for part in vars(pipeline).values())
+def _holds(pipeline: Pipeline, network: nn.Module) -> bool:
+    # What torch.compile returns keeps the module that it was made of there.
+    return any(part is network or getattr(part, "_orig_mod", None) is network for part in vars(pipeline).values())
 
 
-def images_drawn(pipeline: Any, sample: Tensor) -> int:
+def images_drawn(pipeline: Pipeline, rows: int) -> int:
     """Count the images in a call of the network that denoises.
 
     Args:
         pipeline: The one that draws.
-        sample: The noisy latents, (batch, channels, height, width), twice over where it guides.
+        rows: Noisy latents in the batch, each twice where the pipeline guides.
 
     Returns:
         How many images are drawn.
     """
-    return len(sample) // (2 if pipeline.do_classifier_free_guidance else 1)
+    return rows // (2 if pipeline.do_classifier_free_guidance else 1)
 
 
-def progress(pipeline: Any | None, now: float) -> float:
+def progress(pipeline: Pipeline, now: float) -> float:
     """Tell how far a timestep is from the first of a pipeline's to the last; some samplers take one twice.
 
     Args:
@@ -139,24 +142,19 @@ def progress(pipeline: Any | None, now: float) -> float:
         From 0 at the first to 1 at the last.
 
     Raises:
-        UserError: It is not among them, or there is no pipeline.
+        UserError: It is not among them.
     """
-    if pipeline is None:
-        raise UserError(
-            "the UNet is called by no pipeline, so a schedule cannot tell how far the steps are; call it through the"
-            " pipeline, or set a plain strength"
-        )
     steps = list(dict.fromkeys(pipeline.scheduler.timesteps.tolist()))
     nearest = min(range(len(steps)), key=lambda step: abs(steps[step] - now))
     if abs(steps[nearest] - now) > _NEAR:
         raise UserError(
-            f"the UNet is called at timestep {now:g}, which is none of the scheduler's {len(steps)}: a schedule cannot tell"
-            " how far that is; call it through the pipeline, or set a plain strength"
+            f"the network is called at timestep {now:g}, which is none of the scheduler's {len(steps)}: a schedule cannot"
+            " tell how far that is; call it through the pipeline, or set a plain strength"
         )
     return nearest / max(1, len(steps) - 1)
 
 
-def guided_tensors(pipeline: Any) -> list[str]:
+def guided_tensors(pipeline: Pipeline) -> list[str]:
     """Name the tensors that a pipeline holds twice over while it guides, and lets its callback replace.
 
     Args:
@@ -165,10 +163,11 @@ def guided_tensors(pipeline: Any) -> list[str]:
     Returns:
         The names, for `callback_on_step_end_tensor_inputs`.
     """
-    return [name for name in _DOUBLED if name in pipeline._callback_tensor_inputs]
+    private: Any = pipeline
+    return [name for name in _DOUBLED if name in private._callback_tensor_inputs]
 
 
-def end_guidance(pipeline: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def end_guidance(pipeline: Pipeline, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Have a pipeline guide no more, from within its callback after a step.
 
     There is no public way: diffusers' own manual writes `_guidance_scale`, from which `do_classifier_free_guidance` follows
@@ -181,12 +180,13 @@ def end_guidance(pipeline: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The halves with the prompt, for the pipeline to go on with.
     """
-    pipeline._guidance_scale = 1.0
+    private: Any = pipeline
+    private._guidance_scale = 1.0
     return {name: tensor.chunk(2)[1] for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
 @contextmanager
-def drawing(pipeline: Any, scheduler: Any) -> Iterator[None]:
+def drawing(pipeline: Pipeline, scheduler: Any) -> Iterator[None]:
     """Give a pipeline a scheduler, and take its progress bar away.
 
     Args:

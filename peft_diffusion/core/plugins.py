@@ -80,7 +80,14 @@ def discover(group: str) -> None:
 
 
 def entry_points(group: str) -> "list[EntryPoint]":
-    """The entry points of a group that installed packages have, by name; nothing is imported."""
+    """List what installed packages offer, by name; nothing is imported.
+
+    Args:
+        group: The group of entry points.
+
+    Returns:
+        The entry points.
+    """
     from importlib import metadata  # which takes as long as half of this package
 
     return sorted(metadata.entry_points(group=group), key=lambda point: point.name)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from .. import methods
 from ..bases import components, describe
+from ..bases.base import Base
 from ..core import site as sites
 from ..core.adapter import Adapter, chained
 from ..core.errors import DamagedError, UserError
@@ -50,7 +50,7 @@ def save(path: str | Path, components: Mapping[str, nn.Module], name: str, spec:
     container.write(Path(path), tensors, metadata | words)
 
 
-def load(path: str | Path, pipe: Any, *, strict: bool = False) -> Loaded:
+def load(path: str | Path, pipe: Base, *, strict: bool = False) -> Loaded:
     """Read an adapter file for a base, a pipeline or a ``LanguageModel``. Nothing is attached.
 
     Raises UserError for a file that is no adapter, is damaged, or was made for another base; and, if ``strict``, where a
@@ -120,7 +120,7 @@ def _read_site(
     return chained(parts) if parts else None, [suffix for suffix in tensors if suffix not in known]
 
 
-def _wrong_base(path: Path, spec: Spec | None, pipe: Any, reason: str) -> UserError:
+def _wrong_base(path: Path, spec: Spec | None, pipe: Base, reason: str) -> UserError:
     here = describe(pipe)
     made_for = f"base {spec.base.get('name')!r} ({spec.base.get('family')})" if spec and spec.base else "another base"
     if spec and spec.base.get("name") == here.name and spec.base.get("fingerprint") == here.fingerprint:
@@ -128,13 +128,15 @@ def _wrong_base(path: Path, spec: Spec | None, pipe: Any, reason: str) -> UserEr
     return UserError(f"{path} was made for {made_for}; this base is {here.name!r} ({here.family}): {reason}")
 
 
-def _warnings(path: Path, spec: Spec | None, report: Coverage, pipe: Any) -> tuple[str, ...]:
+def _warnings(path: Path, spec: Spec | None, report: Coverage, pipe: Base) -> tuple[str, ...]:
     found = []
     if report.unmatched:
         shown = ", ".join(report.unmatched[:5])
         count = f"{len(report.unmatched)} of {report.found + len(report.unmatched)}"
         found.append(f"{path}: {count} tensors have no site in this base and were left out: {shown}")
-    if spec and spec.training.get("zero_terminal_snr") and not pipe.scheduler.config.get("rescale_betas_zero_snr"):
+    scheduler = getattr(pipe, "scheduler", None)
+    ends_in_noise = scheduler is None or scheduler.config.get("rescale_betas_zero_snr")
+    if spec and spec.training.get("zero_terminal_snr") and not ends_in_noise:
         found.append(
             f"{path} was trained with zero terminal SNR: generate and blend draw so; elsewhere take a scheduler of"
             ' rescale_betas_zero_snr=True and timestep_spacing="trailing", or pictures are as light and dark as before'

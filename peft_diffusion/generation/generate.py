@@ -5,22 +5,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import get_args
 
 from PIL import Image
 
 from .. import __version__
 from ..bases import load_base
 from ..bases.base import dtype_of
+from ..bases.pipelines import Pipeline
 from ..core import plugins
 from ..core.errors import UserError
+from ..core.events import Ended, Never, Observer, Stop, told_to_the_end
+from ..core.settings import pick, settings_of
 from ..formats.container import sha256
 from . import recipe as recipes
 from . import sheet
+from .adapted import adapted
 from .adapters import Adapters
+from .events import PictureMade, SheetMade
 from .recipe import Recipe, UsedAdapter, UsedPicture
-from .sampler import Cell, Progress, gives_way, load_choices, paint, scheduler_of, size
-from .settings import GenerateConfig, Quantize, Sampling, SchedulerName
+from .sampler import Cell, gives_way, paint, scheduler_of, size
+from .settings import GenerateConfig, Sampling
 from .source import Source, check_mask, read_source
 
 # What a recipe leaves to the person who makes its picture again.
@@ -37,43 +41,76 @@ class Picture:
     path: Path
 
 
-def generate(config: GenerateConfig, progress: Progress | None = None) -> list[Picture]:
+def generate(
+    config: GenerateConfig, *, pipe: Pipeline | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
+) -> list[Picture]:
     """Make every prompt with every seed and write each picture, with its recipe, as soon as its batch is done.
 
-    Raises UserError for adapters, prompts, sizes and files that cannot be used, before anything is computed.
+    Args:
+        config: What is drawn, and how.
+        pipe: A base that is loaded already, used in place of ``config.base``, which names it in recipes. It is left as it
+            was, with the adapters of the configuration taken off again.
+        observers: Are told what happens, by the events of `generation.events`.
+        stop: Where it is set, such as a ``threading.Event`` by another thread, nothing is drawn after the present batch;
+            the pictures before it are written.
+
+    Returns:
+        The pictures, prompt by prompt.
+
+    Raises:
+        UserError: Before anything is computed, for adapters, prompts, sizes and files that cannot be used.
+        Interrupted: It was stopped. It is a KeyboardInterrupt.
     """
-    config.check()
-    expected = None
-    if config.recipe is not None:
-        expected = recipes.read(config.recipe)
-        _refuse_missing(expected, config.recipe)
-        config = _again(config, expected)
-    seeds = config.all_seeds()
-    wanted = [(prompt, seed) for prompt in config.prompts for seed in seeds]
-    paths = _plan(config.output, config.to_file, wanted)
-    _check_kept(config, paths)
-    choices = config.choices()
-    source = None
-    if config.image is not None:
-        source = read_source(config.image, config.mask, config.strength, config.steps)
-    adapters = Adapters(load_base(config.base, device=config.device, dtype=config.precision, quantize=config.quantize))
-    check_mask(adapters.pipe, source, adapters.base.name)
-    names = load_choices(adapters, choices, config.prompts)
-    strengths = {name: choice.strength for name, choice in zip(names, choices, strict=True)}
-    cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
-    source = None if source is None else source.fitted(adapters.base, config.width, config.height)
-    told = _from(source, config, cell_recipes(adapters, cells, config, source))
-    if expected is not None and told[0].fingerprint != expected.fingerprint:
+    with told_to_the_end(observers) as tell:
+        config.check()
+        expected = None
+        if config.recipe is not None:
+            expected = recipes.read(config.recipe)
+            _refuse_missing(expected, config.recipe)
+            config = _again(config, expected)
+        wanted = [(prompt, seed) for prompt in config.prompts for seed in config.all_seeds()]
+        paths = _plan(config.output, config.to_file, wanted)
+        _check_kept(config, paths)
+        choices = config.choices()
+        source = None
+        if config.image is not None:
+            source = read_source(config.image, config.mask, config.strength, config.steps)
+        base = load_base(
+            config.base if pipe is None else pipe, device=config.device, dtype=config.precision, quantize=config.quantize
+        )
+        with adapted(base, choices, config.prompts, tell, lent=pipe is not None) as (adapters, names):
+            check_mask(adapters.pipe, source, adapters.base.name)
+            strengths = {name: choice.strength for name, choice in zip(names, choices, strict=True)}
+            cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
+            source = None if source is None else source.fitted(adapters.base, config.width, config.height)
+            told = _from(source, config, cell_recipes(adapters, cells, config, source))
+            _check_base(config, expected, told[0])
+            pictures = _written(paint(adapters, cells, config, source, tell=tell, stop=stop or Never()), told, paths, tell)
+        if config.sheet is not None:
+            _write_sheet(config.sheet, pictures, config.prompts, config.all_seeds())
+            tell(SheetMade(config.sheet))
+        tell(Ended("finished"))
+    return pictures
+
+
+def _check_base(config: GenerateConfig, expected: Recipe | None, recipe: Recipe) -> None:
+    """Raise UserError where a recipe that was given is of another base than what would be drawn."""
+    if expected is not None and recipe.fingerprint != expected.fingerprint:
         raise UserError(
             f"{config.recipe} was made with base {expected.base_name!r} ({expected.fingerprint}), and {config.base!r} has"
-            f" other weights ({told[0].fingerprint}); name the right one with --base"
+            f" other weights ({recipe.fingerprint}); name the right one with --base"
         )
+
+
+def _written(
+    images: Iterable[Image.Image], told: Sequence[Recipe], paths: Sequence[Path], tell: Observer
+) -> list[Picture]:
+    """Write pictures as they come, with their recipes."""
     pictures = []
-    for image, recipe, path in zip(paint(adapters, cells, config, progress, source), told, paths, strict=True):
+    for image, recipe, path in zip(images, told, paths, strict=True):
         recipes.write(path, image, recipe)
         pictures.append(Picture(image, recipe, path))
-    if config.sheet is not None:
-        _write_sheet(config.sheet, pictures, config.prompts, seeds)
+        tell(PictureMade(pictures[-1]))
     return pictures
 
 
@@ -88,27 +125,22 @@ def cell_recipes(
     info = adapters.base
     width, height = size(info, sampling, source)
     scheduler = scheduler_of(adapters, cells, sampling)
-    common = Recipe(
-        prompt="",
-        negative=sampling.negative,
-        seed=0,
-        width=width,
-        height=height,
-        steps=sampling.steps,
-        guidance=sampling.guidance,
-        guidance_stop=sampling.guidance_stop,
-        scheduler="ddim" if gives_way(scheduler, sampling) else sampling.scheduler,
-        sampler=type(scheduler).__name__,
-        base=sampling.base,
-        base_name=info.name,
-        base_family=info.family,
-        fingerprint=info.fingerprint,
-        device=str(pipe.device),
-        dtype=str(dtype_of(pipe)).removeprefix("torch."),
-        quantize=sampling.quantize,
-        adapters=(),
-        versions=_versions(),
-    )
+    found = {
+        "prompt": "",
+        "seed": 0,
+        "width": width,
+        "height": height,
+        "scheduler": "ddim" if gives_way(adapters.pipe, scheduler, sampling) else sampling.scheduler,
+        "sampler": type(scheduler).__name__,
+        "base_name": info.name,
+        "base_family": info.family,
+        "fingerprint": info.fingerprint,
+        "device": str(pipe.device),
+        "dtype": str(dtype_of(pipe)).removeprefix("torch."),
+        "versions": _versions(),
+    }
+    of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None}
+    common = pick(Recipe, sampling, found, of_a_picture)
     return [
         replace(
             common,
@@ -159,32 +191,19 @@ def _again(config: GenerateConfig, recipe: Recipe) -> GenerateConfig:
     changed = [f.name for f in fields(config) if f.name not in _FREE and getattr(config, f.name) != f.default]
     if changed:
         raise UserError(f"the recipe of {config.recipe} says {', '.join(changed)}; leave that away, or the recipe")
-    scheduler = next((name for name in get_args(SchedulerName) if name == recipe.scheduler), None)
-    if scheduler != recipe.scheduler:
-        raise UserError(f"{config.recipe}: its recipe names a scheduler that does not exist: {recipe.scheduler!r}")
-    quantize = next((name for name in get_args(Quantize) if name == recipe.quantize), None)
-    if quantize != recipe.quantize:
-        raise UserError(f"{config.recipe}: its recipe names a quantization that does not exist: {recipe.quantize!r}")
     files = _given(config, recipe)
-    return replace(
-        config,
-        recipe=None,
-        prompts=(recipe.prompt,),
-        adapter=tuple(f"{_find(used, files)}={used.strength!r}" for used in recipe.adapters),
-        negative=recipe.negative,
-        seed=recipe.seed,
-        width=recipe.width,
-        height=recipe.height,
-        steps=recipe.steps,
-        guidance=recipe.guidance,
-        guidance_stop=1.0 if recipe.guidance_stop is None else recipe.guidance_stop,
-        scheduler=scheduler,
-        quantize=quantize,
-        image=_picture(recipe.image, config.image, config.recipe, "image"),
-        mask=_picture(recipe.mask, config.mask, config.recipe, "mask"),
-        strength=recipe.strength,
-        base=config.base if config.base != GenerateConfig.base else recipe.base,
-    )
+    told = {one.name for one in settings_of(GenerateConfig)} - _FREE
+    # A recipe of an older version does not know all settings.
+    same = {one.name: getattr(recipe, one.name) for one in fields(recipe) if one.name in told}
+    same = {name: value for name, value in same.items() if value is not None}
+    same["adapter"] = tuple(f"{_find(used, files)}={used.strength!r}" for used in recipe.adapters)
+    for name, used in (("image", recipe.image), ("mask", recipe.mask)):
+        same[name] = _picture(used, getattr(config, name), config.recipe, name)
+    base = config.base if config.base != GenerateConfig.base else recipe.base
+    try:
+        return replace(config, recipe=None, prompts=(recipe.prompt,), base=base, **same)
+    except UserError as error:
+        raise UserError(f"{config.recipe} has a recipe that cannot be drawn here: {error}") from None
 
 
 def _picture(used: UsedPicture | None, given: Path | None, recipe: Path | None, flag: str) -> Path | None:

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from ..bases import components, denoiser_of
 from ..bases import family as families
+from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
 from ..core.events import Event, Observer
 from ..core.settings import pick
@@ -45,7 +46,7 @@ class PictureSource:
     """
 
     asked: TrainConfig
-    pipe: Any | None
+    pipe: Pipeline | None
     drawing: Drawing
 
     def on(self, device: str) -> Self:
@@ -151,7 +152,7 @@ class PictureMaterial:
         parts = tuple(components(self.base).values())
         return Load(
             parts=parts,
-            loaded=(*parts, self.base.vae),
+            loaded=(*parts, self.task.denoiser.vae),
             largest=self.task.largest,
             dropout=self.task.settings.dropout > 0,
             savings=[*savings, f"--resolution below {config.resolution}"],

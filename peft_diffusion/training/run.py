@@ -18,16 +18,17 @@ from torch import nn
 
 from .. import formats
 from ..bases import components, fingerprint
+from ..bases.base import Base
 from ..bases.words import teach
 from ..core import plugins, site
 from ..core.arena import Arena
 from ..core.errors import Interrupted, UnknownMethodError, UserError
-from ..core.events import Event, Observer, Observers, Stop, Warned, check_stop, stop_on_signal
+from ..core.events import Ended, Event, Observer, Observers, Stop, Warned, check_stop, stop_on_signal, told_to_the_end
 from ..core.files import explained
 from ..core.settings import Settings, pick, portable, to_json
 from ..fast.low_rank import Working
 from .attachment import NAME, Attached, at_strength, attach, described
-from .events import Data, Ended, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
+from .events import Data, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
 from .loop.trainer import Task, Trainer, TrainerSettings, TrainerState
 from .machine.memory_plan import Load, MemoryPlan
 from .machine.processes import Crew
@@ -97,7 +98,7 @@ class Material(Protocol[Result]):
         ...
 
     @property
-    def base(self) -> Any:
+    def base(self) -> Base:
         """The pipeline or model, as its library knows it."""
         ...
 
@@ -242,7 +243,7 @@ def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop
         Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
     began = time.monotonic()
-    with _told_to_the_end(Observers(observers)) as tell:
+    with told_to_the_end(observers) as tell:
         crew, device = this_crew(source.asked.device)
         if not crew.leads:
             tell.others = [silent]
@@ -268,7 +269,7 @@ def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop:
 
     Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Takes and raises what `train` does.
     """
-    with _told_to_the_end(Observers(observers)) as tell:
+    with told_to_the_end(observers) as tell:
         crew, device = this_crew(source.asked.device)
         refuse_crew(crew)
         source = source.on(device)
@@ -514,19 +515,6 @@ def silent(event: Event) -> None:
 
 
 @contextmanager
-def _told_to_the_end(tell: Observers) -> Iterator[Observers]:
-    """A run inside: where it does not come to its end, this is told last. The run itself tells of its good end."""
-    try:
-        yield tell
-    except KeyboardInterrupt as error:
-        tell.last(Ended("stopped", error=str(error)))
-        raise
-    except BaseException as error:
-        tell.last(Ended("failed", error=str(error)))
-        raise
-
-
-@contextmanager
 def _stop_of(stop: Stop | None) -> Iterator[Stop]:
     """The wish to stop that was given, or else one that signals set inside."""
     if stop is not None:
@@ -549,7 +537,7 @@ def _stopping(tell: Observer, stop: Stop | None, crew: Crew) -> Observer:
 
 
 @contextmanager
-def base_kept(base: Any, tell: Observer) -> Iterator[str]:
+def base_kept(base: Base, tell: Observer) -> Iterator[str]:
     """A training inside; sees that the base is the same at the end, and takes the adapter off.
 
     Args:

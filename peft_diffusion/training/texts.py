@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..bases import LanguageInfo, LanguageModel, components, describe, load_lm
 from ..bases import family as families
-from ..bases.causal_lm import frozen
 from ..bases.loading import pick_device
 from ..bases.words import learned
 from ..core import quantized
@@ -79,7 +78,7 @@ class TextSource:
         apart = read_texts(config.held_out_text) if config.held_out_text else None
         device = pick_device(config.device)
         precision = pick_precision(config.precision, device)
-        base = self._loaded(replace(config, precision=precision))
+        base = load_lm(self.base or config.base, device=config.device, dtype=precision, quantize=config.quantize)
         info = describe(base)
         tell(LanguageModelLoaded(info.name, info.architecture, info.vocabulary, info.context))
         return TextMaterial(config, precision, base, info, texts, apart, tell, crew)
@@ -87,16 +86,6 @@ class TextSource:
     def remark(self, found: FoundRates) -> Event | None:
         """Text has nothing to be told."""
         return None
-
-    def _loaded(self, config: TextTrainConfig) -> LanguageModel:
-        if self.base is None:
-            return load_lm(config.base, device=config.device, dtype=config.precision, quantize=config.quantize)
-        base = frozen(self.base)
-        if config.quantize is not None and quantized.kind_of(base.lm) != config.quantize:
-            raise UserError(
-                f"this base is loaded already, and not as {config.quantize}; load it with load_lm(..., quantize=...)"
-            )
-        return base
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def _parts(name: str) -> tuple[str, str]:
 
 def _starts() -> dict[str, str]:
     """What names begin with, and what they begin with here; a bare path is any component's."""
-    rows = [one for family in families.FAMILIES.values() for one in family.components]
+    rows = [one for family in families.every() for one in family.components]
     found = {start: prefixes(one.name)[-1] for one in rows for start in one.dotted}
     return {**found, _PEFT: LYCORIS, "": LYCORIS}
 

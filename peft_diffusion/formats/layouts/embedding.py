@@ -10,13 +10,12 @@ keys under which the ``tokens`` method knows its tensors; what it began as is in
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...bases import family as families
-from ...bases.base import text_encoders
+from ...bases.base import Base, text_encoders
 from ...bases.words import plain_ids
 from ...core import targets
 from ...core.errors import UserError
@@ -52,7 +51,7 @@ def published(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def adopted(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: Any, parts: Mapping[str, nn.Module], stem: str
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: Base, parts: Mapping[str, nn.Module], stem: str
 ) -> dict[str, Tensor]:
     """The tensors of a file with those of new words under the names of the ``tokens`` method; others as they are.
 
@@ -107,7 +106,7 @@ def _began(metadata: Mapping[str, str]) -> dict[str, dict[str, list[int]]]:
         raise UserError(f"its {KEY!r} metadata is damaged") from None
 
 
-def _default(base: Any, component: str, vectors: int) -> list[int]:
+def _default(base: Base, component: str, vectors: int) -> list[int]:
     """The token that stands in for a word whose beginning no file tells: the asterisk, which A1111 begins with."""
     tokenizer = getattr(base, text_encoders(base)[component])
     return plain_ids(tokenizer, "*")[:1] * vectors

@@ -11,7 +11,7 @@ LYCORIS = "lycoris_"
 OWN = "peft_diffusion."
 
 BUNDLE = "bundle_emb."
-_FIRST_READER = next(iter(families.components("text encoder")))
+_ORIGINAL = re.compile(r"(?:lora_unet|lycoris)_(?:input_blocks|middle_block|output_blocks)_")
 WORD = re.compile(r"<\S+>")  # the one tensor of an embedding as diffusers' scripts write it, for the first text encoder
 
 
@@ -24,7 +24,7 @@ def prefixes(component: str) -> tuple[str, ...]:
     Returns:
         The prefixes; none for a component that no family has.
     """
-    rows = [one for family in families.FAMILIES.values() for one in family.components if one.name == component]
+    rows = [one for family in families.every() for one in family.components if one.name == component]
     return tuple(dict.fromkeys(one.kohya for one in rows))
 
 
@@ -51,6 +51,18 @@ def embeddings() -> dict[str, str]:
     return {name: component for component, one in families.components().items() for name in one.embeddings}
 
 
+def is_original(site: str) -> bool:
+    """Tell whether a site has the name that a UNet's had before diffusers.
+
+    Args:
+        site: Its name in a file.
+
+    Returns:
+        Whether it has.
+    """
+    return _ORIGINAL.match(site) is not None
+
+
 def split(name: str) -> tuple[str, str]:
     """A tensor's name as site and suffix."""
     if name in embeddings() or name.startswith(BUNDLE) or WORD.fullmatch(name):
@@ -67,7 +79,7 @@ def component_of(site: str) -> str | None:
     if site in embeddings() or site.startswith(BUNDLE):
         return embeddings().get(site.rpartition(".")[2])
     if WORD.fullmatch(site):
-        return _FIRST_READER
+        return next(iter(families.components("text encoder")))
     if site.startswith(OWN):
         component = site.removeprefix(OWN).split(".")[0]
         return component if component in families.components() else None
