@@ -49,10 +49,12 @@ class Version:
     Attributes:
         architecture: `modelspec.architecture`, without what is behind the slash.
         base_model: `ss_base_model_version` of kohya's trainer.
+        v2: `ss_v2` of kohya's trainer.
     """
 
     architecture: str
     base_model: str
+    v2: bool = False
 
 
 @dataclass(frozen=True)
@@ -294,8 +296,8 @@ for _family in (
         (_UNET, _TEXT),
         "unet",
         {
-            "": Version("stable-diffusion-v2-512", "sd_v2"),
-            "v_prediction": Version("stable-diffusion-v2-768-v", "sd_v2_v"),
+            "": Version("stable-diffusion-v2-512", "sd_v2", v2=True),
+            "v_prediction": Version("stable-diffusion-v2-768-v", "sd_v2_v", v2=True),
         },
         presets={"style": _LATENT_DIFFUSION, "subject": _SUBJECT},
     ),

@@ -1,22 +1,11 @@
 """Whether two adapter files can be used together, told from their headers. Imports no torch."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from .. import methods
-from ..formats import Inspection
-
-_ORIGINAL = re.compile(r"(?:lora_unet|lycoris)_(?:input_blocks|middle_block|output_blocks)_")
-# What kohya's trainer calls the version of a base.
-_VERSIONS = {
-    "sd_v1": {"family": "sd1"},
-    "sd_v1_v": {"family": "sd1", "prediction_type": "v_prediction"},
-    "sd_v2": {"family": "sd2"},
-    "sd_v2_v": {"family": "sd2", "prediction_type": "v_prediction"},
-    "sdxl_base_v1-0": {"family": "sdxl"},
-}
+from ..formats import Inspection, metadata
 
 Verdict: TypeAlias = Literal["yes", "no", "unknown"]
 
@@ -71,11 +60,9 @@ def base_of(found: Inspection) -> dict[str, str]:
     """What a file says of its base: from the spec, or from kohya's metadata where another program wrote it."""
     if found.spec is not None and found.spec.base:
         return {key: str(value) for key, value in found.spec.base.items()}
-    version = found.metadata.get("ss_base_model_version")
-    if version not in _VERSIONS:
-        return {}
+    told = metadata.base_of(found.metadata.get("ss_base_model_version", ""))
     name = found.metadata.get("ss_sd_model_name", "")
-    return {**_VERSIONS[version], **({"name": name} if name else {})}
+    return {**told, **({"name": name} if told and name else {})}
 
 
 def _words(base: Mapping[str, str]) -> str:
@@ -90,4 +77,4 @@ def _shape(tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
 
 def _of_original(found: Inspection) -> bool:
     """Whether a file has the names that the UNet had before diffusers."""
-    return any(_ORIGINAL.match(site) for site in found.sites)
+    return "original" in found.layouts

@@ -13,13 +13,14 @@ from .. import __version__
 from ..bases import load_base
 from ..bases.base import dtype_of
 from ..core.errors import UserError
+from ..formats import Plan, plan
 from ..formats.container import sha256
 from . import recipe as recipes
 from . import sheet
 from .adapters import Adapters
 from .recipe import Recipe, UsedAdapter, UsedPicture
 from .sampler import Cell, Progress, gives_way, load_choices, paint, scheduler_of, size
-from .settings import GenerateConfig, Quantize, Sampling, SchedulerName
+from .settings import Choice, GenerateConfig, Quantize, Sampling, SchedulerName
 from .source import Source, check_mask, read_source
 
 # What a recipe leaves to the person who makes its picture again.
@@ -42,15 +43,14 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> list[P
     Raises UserError for adapters, prompts, sizes and files that cannot be used, before anything is computed.
     """
     config.check()
-    expected = None
-    if config.recipe is not None:
-        expected = recipes.read(config.recipe)
-        config = _again(config, expected)
+    choices, again, expected = config.choices(), config.recipe, None
+    if again is not None:
+        expected = recipes.read(again)
+        config, choices = _again(config, expected)
     seeds = config.all_seeds()
     wanted = [(prompt, seed) for prompt in config.prompts for seed in seeds]
     paths = _plan(config.output, config.to_file, wanted)
     _check_kept(config, paths)
-    choices = config.choices()
     source = None
     if config.image is not None:
         source = read_source(config.image, config.mask, config.strength, config.steps)
@@ -63,7 +63,7 @@ def generate(config: GenerateConfig, progress: Progress | None = None) -> list[P
     told = _from(source, config, cell_recipes(adapters, cells, config, source))
     if expected is not None and told[0].fingerprint != expected.fingerprint:
         raise UserError(
-            f"{config.recipe} was made with base {expected.base_name!r} ({expected.fingerprint}), and {config.base!r} has"
+            f"{again} was made with base {expected.base_name!r} ({expected.fingerprint}), and {config.base!r} has"
             f" other weights ({told[0].fingerprint}); name the right one with --base"
         )
     pictures = []
@@ -129,8 +129,8 @@ def _used(adapters: Adapters, strengths: Mapping[str, float]) -> tuple[UsedAdapt
     return tuple(used)
 
 
-def _again(config: GenerateConfig, recipe: Recipe) -> GenerateConfig:
-    """The configuration that makes a recipe's picture. Raises UserError for flags that it would override."""
+def _again(config: GenerateConfig, recipe: Recipe) -> tuple[GenerateConfig, tuple[Choice, ...]]:
+    """The configuration that makes a recipe's picture, and its adapters. Raises UserError for flags that it overrides."""
     changed = [f.name for f in fields(config) if f.name not in _FREE and getattr(config, f.name) != f.default]
     if changed:
         raise UserError(f"the recipe of {config.recipe} says {', '.join(changed)}; leave that away, or the recipe")
@@ -140,12 +140,13 @@ def _again(config: GenerateConfig, recipe: Recipe) -> GenerateConfig:
     quantize = next((name for name in get_args(Quantize) if name == recipe.quantize), None)
     if quantize != recipe.quantize:
         raise UserError(f"{config.recipe}: its recipe names a quantization that does not exist: {recipe.quantize!r}")
-    files = _given(config, recipe)
-    return replace(
+    given = _given(config, recipe)
+    choices = tuple(_find(used, given) for used in recipe.adapters)
+    made = replace(
         config,
         recipe=None,
         prompts=(recipe.prompt,),
-        adapter=tuple(f"{_find(used, files)}={used.strength!r}" for used in recipe.adapters),
+        adapter=tuple(f"{choice.path}={choice.strength!r}" for choice in choices),
         negative=recipe.negative,
         seed=recipe.seed,
         width=recipe.width,
@@ -160,6 +161,7 @@ def _again(config: GenerateConfig, recipe: Recipe) -> GenerateConfig:
         strength=recipe.strength,
         base=config.base if config.base != GenerateConfig.base else recipe.base,
     )
+    return made, choices
 
 
 def _picture(used: UsedPicture | None, given: Path | None, recipe: Path | None, flag: str) -> Path | None:
@@ -178,13 +180,13 @@ def _picture(used: UsedPicture | None, given: Path | None, recipe: Path | None, 
     return found
 
 
-def _given(config: GenerateConfig, recipe: Recipe) -> dict[str, Path]:
+def _given(config: GenerateConfig, recipe: Recipe) -> dict[str, Plan]:
     """The adapter files that are named beside a recipe, to say where its own are now, by SHA-256. Raises UserError for
     others, and for strengths that are not the recipe's."""
-    files: dict[str, Path] = {}
+    files: dict[str, Plan] = {}
     for text, choice in zip(config.adapter, config.choices(), strict=True):
-        digest = sha256(choice.path)
-        strengths = [used.strength for used in recipe.adapters if used.sha256 == digest]
+        found = choice.parsed()
+        strengths = [used.strength for used in recipe.adapters if used.sha256 == found.sha256]
         if not strengths:
             raise UserError(f"the recipe of {config.recipe} has no adapter {choice.path}; leave that away, or the recipe")
         if Path(text) != choice.path and choice.strength not in strengths:
@@ -192,21 +194,27 @@ def _given(config: GenerateConfig, recipe: Recipe) -> dict[str, Path]:
                 f"the recipe of {config.recipe} has {choice.path} at strength {strengths[0]:g}, not {choice.strength:g};"
                 " leave the strength away, or the recipe"
             )
-        files.setdefault(digest, choice.path)
+        files.setdefault(found.sha256, found)
     return files
 
 
-def _find(used: UsedAdapter, files: Mapping[str, Path]) -> Path:
+def _find(used: UsedAdapter, files: Mapping[str, Plan]) -> Choice:
     """The file that holds the bytes of an adapter of a recipe, among those given and where it was. Raises UserError."""
-    if used.sha256 in files:
-        return files[used.sha256]
-    path = Path(used.path)
-    if not path.is_file() or sha256(path) != used.sha256:
+    found = files.get(used.sha256) or _there(Path(used.path))
+    if found is None or found.sha256 != used.sha256:
         raise UserError(
             f"the adapter {used.path} of the recipe (SHA-256 {used.sha256[:12]}...) is not there any more, or is another"
             " now; say where it is with --adapter"
         )
-    return path
+    return Choice(found.path, used.strength, found)
+
+
+def _there(path: Path) -> Plan | None:
+    """What the file at a path holds; None where there is no adapter any more."""
+    try:
+        return plan(path)
+    except UserError:
+        return None
 
 
 def _plan(output: Path, to_file: bool, wanted: Sequence[tuple[str, int]]) -> list[Path]:

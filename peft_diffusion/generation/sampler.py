@@ -102,7 +102,7 @@ def paint(
 
 def load_choices(adapters: Adapters, choices: Sequence[Choice], prompts: Sequence[str]) -> list[str]:
     """Load adapters from their files; returns their names, and logs what the person should know of them."""
-    names = [adapters.load(choice.path, strength=choice.strength) for choice in choices]
+    names = [adapters.load(choice.parsed(), strength=choice.strength) for choice in choices]
     for name in names:
         for warning in adapters[name].warnings:
             log.warning(warning)

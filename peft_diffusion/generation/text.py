@@ -35,7 +35,7 @@ def generate_text(config: TextGenerateConfig) -> Iterator[Written]:
     base = load_lm(config.base, device=config.device, dtype=config.precision, quantize=config.quantize)
     adapters = Adapters(base)
     for choice in choices:
-        loaded = adapters[adapters.load(choice.path, strength=choice.strength)]
+        loaded = adapters[adapters.load(choice.parsed(), strength=choice.strength)]
         for warning in loaded.warnings:
             logger.warning(warning)
     prompts = [(prompt, _encoded(base, prompt, config.max_tokens)) for prompt in config.prompts]
