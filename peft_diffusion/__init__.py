@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .api import train, train_text
     from .bases import LanguageModel, load_base, load_lm
     from .core.errors import UserError
+    from .core.plugins import load_plugin
     from .formats import Inspection, Spec, inspect
     from .generation import Adapters, Schedule
     from .generation.blend import Blend, blend
@@ -39,6 +40,7 @@ __all__ = [
     "inspect",
     "load_base",
     "load_lm",
+    "load_plugin",
     "train",
     "train_text",
 ]
@@ -65,6 +67,7 @@ __getattr__, __dir__ = lazy(
         "inspect": "formats",
         "load_base": "bases",
         "load_lm": "bases",
+        "load_plugin": "core.plugins",
         "train": "api",
         "train_text": "api",
     },

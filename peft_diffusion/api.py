@@ -3,7 +3,7 @@
 The commands call these, and so does Python: ``import peft_diffusion as pd; pd.train(...)``.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .generation.while_training import TrainingPictures
 from .training import run
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .bases import LanguageModel
+    from .bases.pipelines import Pipeline
     from .core.events import Observer, Stop
     from .training.results import FoundRates, TextTrainResult, TrainResult
     from .training.settings.pictures import TrainConfig
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def train(
     config: "TrainConfig",
     *,
-    pipe: Any | None = None,
+    pipe: "Pipeline | None" = None,
     observers: "Sequence[Observer]" = (),
     stop: "Stop | None" = None,
 ) -> "TrainResult":
@@ -49,7 +50,7 @@ def train(
 def find_rates(
     config: "TrainConfig",
     *,
-    pipe: Any | None = None,
+    pipe: "Pipeline | None" = None,
     observers: "Sequence[Observer]" = (),
     stop: "Stop | None" = None,
 ) -> "FoundRates":

@@ -20,6 +20,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
+from peft_diffusion import methods
 from peft_diffusion.api import find_rates, train
 from peft_diffusion.bases import embedded
 from peft_diffusion.cli.console import TrainingConsole
@@ -95,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--styles", nargs="+", default=STYLES, choices=STYLES)
-    parser.add_argument("--method", default="lora")
+    parser.add_argument("--method", default=methods.DEFAULT)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--span", type=int, default=3, help="doublings to either side of the suggested rate")

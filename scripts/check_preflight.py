@@ -99,12 +99,12 @@ def check(name: str, options: argparse.Namespace, console: Console) -> tuple[Nee
         preview_steps=options.preview_steps, save_every=options.steps, device=options.device, precision="bfloat16",
         cuda_graph=options.cuda_graph, **asked,
     )  # fmt: skip
-    watch, need, small = Watch(device), memory_plan.MemoryPlan.need, memory_plan._SMALL
-    memory_plan.MemoryPlan.need, memory_plan._SMALL = lambda of, low: watch(need, of, low), 0
+    watch, need, small = Watch(device), memory_plan.MemoryPlan.need, memory_plan.SMALL
+    memory_plan.MemoryPlan.need, memory_plan.SMALL = lambda of, low: watch(need, of, low), 0
     try:
         train(config, pipe=pipe, observers=[TrainingConsole(console)])
     finally:
-        memory_plan.MemoryPlan.need, memory_plan._SMALL = need, small
+        memory_plan.MemoryPlan.need, memory_plan.SMALL = need, small
     if watch.need is None:
         raise RuntimeError("nothing was predicted")
     measured = watch.measured(options.preview_steps > 0)

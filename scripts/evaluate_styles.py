@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 from diffusers import DDPMScheduler
 
+from peft_diffusion import methods
 from peft_diffusion.api import train
 from peft_diffusion.bases import embedded, load_base
 from peft_diffusion.bases import noise as noise_process
@@ -75,8 +76,6 @@ SAMPLES = (
     Style("twemoji", "twemoji", "twemoji emoji of", "twemoji"),
     Style("fluent-flat", "fluent-emoji-flat", "fluent flat emoji of", "fluent"),
 )
-METHODS = ("lora", "dora", "loha", "lokr", "oft", "ia3", "bitfit", "bottleneck", "prefix", "tokens", "prompt")
-OF_WORDS = ("tokens", "prompt")  # what learns words, in the text encoder
 
 
 @dataclass(frozen=True)
@@ -181,11 +180,12 @@ def _of_style(style: Style, adapters: Adapters, real: Tensor, setting: Setting) 
 
 def _train(style: Style, method: str, pipe: Any, options: argparse.Namespace, console: Console) -> None:
     """Train an adapter; what it took is written beside it."""
-    words: dict[str, Any] = {"components": ("text_encoder",)} if method in OF_WORDS else {}
-    if method == "tokens":
+    learned = methods.method(method)
+    words: dict[str, Any] = {"components": ("text_encoder",)} if learned.initial_words() else {}
+    if learned.taught_words():
         words["option"] = (f"placeholders={style.word}", "initial=emoji", "vectors=8")
-    if method == "prompt":
-        words["steps"] = 600  # half of them leave half of the drawings in other styles
+    elif words:
+        words["steps"] = 600  # of a soft prompt: half of them leave half of the drawings in other styles
     file = _file(style, method, options)
     run = TrainConfig(
         (embedded(f"styles/{style.name}"),),
@@ -312,7 +312,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--adapters", type=Path, help="folder of what an earlier run trained, instead of training")
     parser.add_argument("--data", type=Path, default=CACHE / "drawings.zip", help="the packed drawings; made if missing")
     parser.add_argument("--styles", nargs="+", choices=[s.name for s in SAMPLES], default=[s.name for s in SAMPLES])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lora"], help="what to train with")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(methods.known()), default=[methods.DEFAULT], help="what to train with"
+    )
     parser.add_argument("--subjects", type=int, default=100, help="how many subjects")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps of a picture")
     parser.add_argument("--device", default="auto")

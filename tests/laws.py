@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe, fingerprint
 from peft_diffusion.core import merge, quantized, site, targets
-from peft_diffusion.core.errors import FoldError
+from peft_diffusion.core.errors import FoldError, UserError
 from peft_diffusion.core.method import Method
+from peft_diffusion.core.registry import Registry
 from peft_diffusion.core.slot import slot_of
+from peft_diffusion.core.strength_schedule import Schedule
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.bottleneck import Bottleneck
 from peft_diffusion.methods.dora import Dora
@@ -356,6 +358,38 @@ def test_law_6_strengths_per_image_equal_separate_runs(case: Case, packed: bool)
     strengths = site.strengths(case.model)
     strengths.write({"a": [a for a, _ in amounts], "b": torch.tensor([b for _, b in amounts])})
     assert case.close(case.run(), torch.cat(separate))
+
+
+@once_a_case
+@torch.no_grad()
+def test_law_9_every_registry_says_what_a_component_carries(case: Case) -> None:
+    first, second = (Registry({case.component: case.model}) for _ in range(2))
+    assert first.names == ()
+    case.trained("b")
+    case.trained("a", seed=4)
+    first.enter("a", "a file")
+    case.strength(Schedule([0.0, 0.5]))
+    twin = Registry({case.component: copy.deepcopy(case.model)})
+    for registry in (first, second, twin):
+        assert registry.names == ("b", "a") and registry.schedules == {"a": Schedule([0.0, 0.5])}
+        assert registry.info("a") == "a file" and registry.info("b") is None and registry.merged == ()
+    with pytest.raises(UserError, match="a: a strength that changes over the steps cannot be merged"):
+        merge.merge(case.model)
+    case.strength(0.5)
+    running = case.run()
+    if _folds(case):
+        merge.merge(case.model)
+        for registry in (first, second):
+            assert registry.merged == (case.component,)
+            with pytest.raises(UserError, match="unmerge them before you load another"):
+                registry.refuse_merged("load another")
+        twin.refuse_merged("load another")
+        merge.unmerge(case.model)
+    site.detach(case.model, "b")
+    assert first.names == second.names == ("a",) and twin.names == ("b", "a")
+    assert not torch.equal(case.run(), running) or case.method.name in ("tokens", "prompt")  # which answer for the same ids
+    with pytest.raises(UserError, match="no adapter 'b' is loaded; there are: a"):
+        second.carriers("b")
 
 
 def _gradients(case: Case, run: Callable[[], Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,9 @@ from test_formats import picture, write_adapter
 
 from peft_diffusion.bases import components, digest, fingerprint
 from peft_diffusion.core import site
+from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.slot import SLOT
 from peft_diffusion.generation import Adapters, Schedule
 
 
@@ -135,6 +137,74 @@ def test_offloading_hooks_are_refused_with_the_module_named(files, tiny_pipe):
     with pytest.raises(UserError, match=r"mid_block.*attn1\.to_q: its forward is patched"):
         Adapters(tiny_pipe).load(files[0])
     assert not site.sites(tiny_pipe.unet) and not site.sites(tiny_pipe.text_encoder)
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, torch.OutOfMemoryError, TypeError])
+def test_an_attachment_that_breaks_off_leaves_nothing(files, tiny_pipe, monkeypatch, stopped):
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[1])
+    before, classes = picture(tiny_pipe), [type(one) for one in tiny_pipe.text_encoder.modules()]
+    bound, carriers = [], {path: list(one.adapters.items()) for path, one in site.slots(tiny_pipe.unet).items()}
+
+    def bind(adapter, module):
+        bound.append(module)
+        if len(bound) == broken_off:
+            raise stopped
+
+    for broken_off in (1, 2, 30, 40):  # the first, some of the UNet, and some of the text encoder
+        bound.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(Adapter, "bind", bind)
+            with pytest.raises(stopped):
+                adapters.load(files[0])
+        assert len(bound) == broken_off and adapters.names == ("flat-look",)
+        assert {path: list(one.adapters.items()) for path, one in site.slots(tiny_pipe.unet).items()} == carriers
+        assert [type(one) for one in tiny_pipe.text_encoder.modules()] == classes
+        assert np.array_equal(picture(tiny_pipe), before)
+    assert adapters.load(files[0]) == "ink"
+
+
+def test_a_removal_that_one_component_refuses_is_none(files, tiny_pipe):
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[0])
+    running = picture(tiny_pipe)
+    module = tiny_pipe.text_encoder.get_submodule(list(site.sites(tiny_pipe.text_encoder))[-1])
+    module.forward = module.forward
+    with pytest.raises(UserError, match="its forward is patched"):
+        adapters.remove("ink")
+    assert site.names(tiny_pipe.unet) == site.names(tiny_pipe.text_encoder) == ["ink"]
+    assert np.array_equal(picture(tiny_pipe), running)
+    del module.forward
+    adapters.remove("ink")
+    assert adapters.names == ()
+
+
+def test_a_class_that_was_changed_over_adapters_is_refused_with_the_module_named(files, tiny_pipe):
+    class Wrapped:
+        """As fully_shard puts one before the class of a module."""
+
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[0])
+    module = tiny_pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    adapted = type(module)
+    module.__class__ = type("FSDPLinear", (Wrapped, adapted), {})
+    before = picture(tiny_pipe)
+    for refused in (lambda: adapters.remove("ink"), lambda: adapters.load(files[1])):
+        with pytest.raises(UserError, match=r"mid_block.*attn1\.to_q: its class was changed to FSDPLinear"):
+            refused()
+    assert adapters.names == ("ink",) and np.array_equal(picture(tiny_pipe), before)
+    module.__class__ = adapted
+    adapters.remove("ink")
+
+
+def test_a_module_that_has_the_private_name_itself_is_refused(files, tiny_pipe):
+    module = tiny_pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    for own in (3, torch.nn.Linear(2, 2), torch.nn.Parameter(torch.zeros(1))):
+        setattr(module, SLOT, own)
+        with pytest.raises(UserError, match=r"mid_block.*attn1\.to_q: it has an attribute '_peft_diffusion' of its own"):
+            Adapters(tiny_pipe).load(files[0])
+        assert getattr(module, SLOT) is own and not site.sites(tiny_pipe.unet)
+        delattr(module, SLOT)
 
 
 def test_what_is_removed_is_gone_from_memory(files, tiny_pipe):

@@ -165,7 +165,7 @@ def test_an_inpainting_base_is_told_what_its_pipeline_tells_it(flip: bool, pictu
             whole[None], hidden, 1, *image.size[::-1], torch.float32, "cpu", torch.Generator().manual_seed(0), False
         )
         mean = pipe.vae.encode(hidden).latent_dist.mean * pipe.vae.config.scaling_factor
-        shown = task.shown(latents, [index], [number])
+        shown = task.inpainting_inputs(latents, [index], [number])
         assert torch.equal(shown[:, :1], small_mask)
         # Where all is hidden, the norms of a random VAE blow up the rounding of what is constant.
         torch.testing.assert_close(shown[:, 1:], mean, atol=0.02 if number == 0 else 1e-4, rtol=1e-3)

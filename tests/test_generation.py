@@ -87,8 +87,8 @@ def test_every_scheduler_draws_and_is_put_back(tiny_pipe):
 def test_progress_comes_to_the_end(tiny_pipe):
     seen = []
     cells = [Cell("a cat", seed, {}) for seed in range(3)]
-    list(paint(Adapters(tiny_pipe), cells, Sampling(steps=2, batch_size=2), lambda done, total: seen.append((done, total))))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    list(paint(Adapters(tiny_pipe), cells, Sampling(steps=2, batch_size=2), tell=seen.append))
+    assert [(event.done, event.total) for event in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "heun", "pndm"])

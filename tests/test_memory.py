@@ -118,7 +118,7 @@ def test_the_peak_of_a_preview_is_predicted_within_a_tenth(tmp_path, monkeypatch
 
 def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(tmp_path, monkeypatch):
     pictures = draw_pictures(tmp_path / "pictures")
-    monkeypatch.setattr(memory_plan, "_SMALL", 0)
+    monkeypatch.setattr(memory_plan, "SMALL", 0)
     needs = []
     predict = memory_plan.MemoryPlan.need
     monkeypatch.setattr(memory_plan.MemoryPlan, "need", lambda self, low: needs.append(predict(self, low)) or needs[-1])
@@ -157,7 +157,7 @@ def test_a_need_that_cannot_be_told_stops_nothing(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise RuntimeError("no meta kernel\nand more")
 
-    monkeypatch.setattr(memory_plan, "_SMALL", 0)
+    monkeypatch.setattr(memory_plan, "SMALL", 0)
     monkeypatch.setattr(memory_plan, "predict", fail)
     told: list[Event] = []
     learn(draw_pictures(tmp_path / "pictures"), tmp_path / "run", make_pipe(), observers=[told.append])

@@ -33,7 +33,7 @@ def install(place: Path, name: str, group: str, points: str) -> None:
 def test_a_module_of_the_present_directory_is_imported_once(place: Path) -> None:
     (place / "counted_plugin.py").write_text("import pathlib\nwith open('count', 'a') as file:\n    file.write('x')\n")
     for _ in range(2):
-        plugins.load("counted_plugin")
+        plugins.load_plugin("counted_plugin")
     assert plugins.loaded() == ("counted_plugin",)
     assert (place / "count").read_text() == "x"
 
@@ -42,7 +42,7 @@ def test_a_package_is_loaded_by_its_dotted_name(place: Path) -> None:
     (place / "outer_plugin").mkdir()
     (place / "outer_plugin" / "__init__.py").write_text("")
     (place / "outer_plugin" / "inner.py").write_text("value = 3")
-    plugins.load("outer_plugin.inner")
+    plugins.load_plugin("outer_plugin.inner")
     assert sys.modules["outer_plugin.inner"].value == 3
     assert plugins.source("outer_plugin.inner") == place / "outer_plugin" / "inner.py"
 
@@ -59,7 +59,7 @@ def test_a_package_is_loaded_by_its_dotted_name(place: Path) -> None:
 def test_a_plug_in_that_fails_is_named(place: Path, text: str, words: str) -> None:
     (place / "broken_plugin.py").write_text(text)
     with pytest.raises(UserError) as told:
-        plugins.load("broken_plugin")
+        plugins.load_plugin("broken_plugin")
     assert "broken_plugin" in str(told.value)
     assert words in str(told.value)
     assert plugins.loaded() == ()
@@ -68,7 +68,7 @@ def test_a_plug_in_that_fails_is_named(place: Path, text: str, words: str) -> No
 @pytest.mark.parametrize("name", ["no_such_plugin", "no_such_plugin.inner", "json.no_such_plugin"])
 def test_a_plug_in_that_is_not_there_is_named(place: Path, name: str) -> None:
     with pytest.raises(UserError, match=rf"--plugin {name}: there is no module '\S*no_such_plugin'"):
-        plugins.load(name)
+        plugins.load_plugin(name)
     assert plugins.source(name) is None
 
 

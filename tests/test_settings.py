@@ -16,7 +16,20 @@ from making import command, environment
 import peft_diffusion as pd
 from peft_diffusion.cli.app import app, main
 from peft_diffusion.cli.runs import RunsConfig
-from peft_diffusion.core.settings import NATURAL, PARAMETERS, Range, Settings, describe, pick, setting, settings_of, settle
+from peft_diffusion.core.settings import (
+    NATURAL,
+    PARAMETERS,
+    Range,
+    Settings,
+    describe,
+    pick,
+    portable,
+    setting,
+    settings_of,
+    settle,
+    to_json,
+)
+from peft_diffusion.core.settings_file import load
 from peft_diffusion.generation.settings import MAX_SEED, DemoConfig, InspectConfig
 from peft_diffusion.training.settings.derive import resolve, resolve_language
 from peft_diffusion.training.settings.shared import FindLr
@@ -210,9 +223,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, file: Path, *flags: str) -> pd.TrainC
     return seen[0]
 
 
-def kept(folder: Path, base: Base, **values: Any) -> Path:
+def kept(where: Path, base: Base, **values: Any) -> Path:
     """The file of settings of a run on a base."""
-    file = folder / "config.toml"
+    file = where / "config.toml"
     file.write_text(to_toml(resolve(train_config(**values), base, 30, "cpu", 15)), "utf-8")
     return file
 
@@ -282,6 +295,23 @@ def test_steps_that_are_given_go_before_the_epochs_of_a_file(tmp_path: Path, mon
     assert asked(monkeypatch, file).epochs == 2.0
 
 
+def test_python_reads_a_file_of_settings_as_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ("one, two", "a 🎨")
+    file = kept(tmp_path, ICONS, folder=["a", "b"], alpha=3, flip=True, preview_prompts=prompts, scheduler="linear")
+    assert load(pd.TrainConfig, file) == asked(monkeypatch, file)
+    table = '[[block]]\ncomponent = "unet"\ntarget = "attention"\nmethod = "lora"\nrank = 4\nuse_bias = true\n'
+    (tmp_path / "run.toml").write_text(f"folder = 'a'\nunet-lr = 1\n{table}", "utf-8")
+    found = load(pd.TrainConfig, tmp_path / "run.toml")
+    assert (found.folder, found.unet_lr, found.block) == ((Path("a"),), 1.0, ("unet attention lora rank=4 use_bias=true",))
+    assert found == asked(monkeypatch, tmp_path / "run.toml")
+    (tmp_path / "run.toml").write_text("prompts = 'a cat'\nfrom = 'old.png'\n", "utf-8")
+    with pytest.raises(pd.UserError, match="a recipe brings its own prompt"):
+        load(pd.GenerateConfig, tmp_path / "run.toml")
+    (tmp_path / "run.toml").write_text("folder = 'a'\nstepz = 3\n", "utf-8")
+    with pytest.raises(pd.UserError, match=r"run.toml: there is no setting 'stepz' of this command; did you mean 'steps'\?"):
+        load(pd.TrainConfig, tmp_path / "run.toml")
+
+
 def test_settings_of_a_text_run_are_derived_anew_too(tmp_path: Path) -> None:
     values: dict[str, Any] = {"texts": "words.txt", "steps": 12}
     lines = to_toml(resolve_language(pd.TextTrainConfig(**values), parameters=9, context=64)).splitlines()
@@ -317,6 +347,16 @@ class Part:
     seed: int
     steps: int = 1
     rates: Mapping[str, float] = field(default_factory=dict)
+
+
+def test_what_is_told_to_others_says_nothing_of_where_things_lie() -> None:
+    config = train_config(folder=["/home/me/ink", "b/pens"], output="/home/me/a.safetensors", cache="/home/me/cache",
+                          regularisation="/home/me/others", resume=True)  # fmt: skip
+    told = portable(config)
+    assert told == {name: value for name, value in to_json(config).items() if name not in ("output", "run_dir", "cache")} | {
+        "folder": ["ink", "pens"], "regularisation": ["others"],
+    }  # fmt: skip
+    assert "resume" not in told and told["held_out"] is None
 
 
 def test_a_part_is_picked_from_a_whole_by_equal_names() -> None:

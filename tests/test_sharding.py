@@ -148,7 +148,7 @@ def test_a_crew_shares_a_base_only_if_told_to() -> None:
 
 
 def test_what_a_sharded_run_takes_is_not_predicted_and_memory_low_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft_diffusion.training.machine.memory_plan._SMALL", 0)
+    monkeypatch.setattr("peft_diffusion.training.machine.memory_plan.SMALL", 0)
     load = Load([], [torch.nn.Linear(1, 1)], dict, False, [])
     told: list[Event] = []
     for memory in ("auto", "low"):

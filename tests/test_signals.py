@@ -124,8 +124,8 @@ def test_signals_are_measured_with_every_checkpoint_and_leave_the_training_alone
     assert (watched.run_dir / "signals.png").read_bytes().startswith(b"\x89PNG")
     pipe = make_pipe()
     before = [part.clone() for part in pipe.unet.parameters()]
-    monkeypatch.setattr(DiffusionTask, "_leakage", lambda _: 0.0)
-    monkeypatch.setattr(DiffusionTask, "_watched", lambda _: frozenset([0]))
+    monkeypatch.setattr(DiffusionTask, "leakage", lambda _: 0.0)
+    monkeypatch.setattr(DiffusionTask, "watched", lambda _: frozenset([0]))
     blind = train(small(pictures, tmp_path / "b", held_out=0.4), pipe=pipe)
     assert same_file(watched.output, blind.output)
     assert all(torch.equal(one, two) for one, two in zip(before, pipe.unet.parameters(), strict=True))

@@ -192,21 +192,21 @@ def test_every_pass_takes_each_window_once_and_cuts_elsewhere():
     line = torch.arange(1, 201)  # windows of 15 tokens after the one that begins every text
     task = task_of(make_lm(), line)
     assert task.windows == 12
-    passes = [[tuple(task._window(number).tolist()) for number in range(12 * turn, 12 * turn + 12)] for turn in range(2)]
+    passes = [[tuple(task.window(number).tolist()) for number in range(12 * turn, 12 * turn + 12)] for turn in range(2)]
     for windows in passes:
         seen = sorted(token for window in windows for token in window)
         assert seen == list(range(seen[0], seen[0] + 180))
         assert windows != sorted(windows)
     assert passes[0] != passes[1]
     again = task_of(make_lm(), line)
-    assert tuple(again._window(17).tolist()) == passes[1][5]  # whatever was asked before
-    assert tuple(task_of(make_lm(), line, seed=2)._window(17).tolist()) != passes[1][5]
+    assert tuple(again.window(17).tolist()) == passes[1][5]  # whatever was asked before
+    assert tuple(task_of(make_lm(), line, seed=2).window(17).tolist()) != passes[1][5]
 
 
 @pytest.mark.parametrize("length", [2, 14, 15, 16, 29, 30, 31])
 def test_short_texts_still_make_windows(length):
     task = task_of(make_lm(), torch.arange(length), torch.arange(length))
-    windows = [task._window(number) for number in range(4)]
+    windows = [task.window(number) for number in range(4)]
     assert all(len(window) == min(15, length) for window in windows)
     assert math.isfinite(float(loss_at(task, 0, 0, task.device))) and math.isfinite(task.held_out())
 

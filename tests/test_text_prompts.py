@@ -69,7 +69,7 @@ def test_a_soft_prompt_gives_the_logits_the_loss_and_the_gradients_of_peft():
     line = tokens(base, texts)
     task = LanguageTask(base, LanguageSettings(0, 2, 1, VECTORS + 1 + 12), line)
     assert task.start.tolist() == [*learned(base.tokenizer).values(), EDGE] and task.length == 12
-    rows = torch.stack([task._window(number) for number in range(2)])
+    rows = torch.stack([task.window(number) for number in range(2)])
     assert int(rows.max()) < 257  # the virtual positions are before the text, never in it
     loss = loss_at(task, 0, 0, task.device)
     loss.backward()

@@ -42,12 +42,16 @@ def test_it_is_known_by_its_row() -> None:
 def test_what_was_trained_is_read_and_drawn_with(trained: Path, tmp_path: Path) -> None:
     found = pd.inspect(trained)
     assert found.components == {"transformer": 12} and found.spec is not None and found.spec.base["family"] == ROW.name
-    pipe = make_toy()
-    config = pd.GenerateConfig(prompts=("a red apple",), adapter=(str(trained),), output=tmp_path, steps=2, device="cpu")
-    (with_it,) = pd.generate(config, pipe=pipe)
-    (without,) = pd.generate(pd.GenerateConfig(prompts=("a red apple",), output=tmp_path, steps=2, device="cpu"), pipe=pipe)
-    assert with_it.recipe.base_family == ROW.name
-    assert not np.array_equal(np.asarray(with_it.image), np.asarray(without.image))
+    make_toy().save_pretrained(tmp_path / "base")
+    common = {"base": str(tmp_path / "base"), "steps": 2, "device": "cpu", "output": tmp_path / "drawn"}
+    (without,) = pd.generate(pd.GenerateConfig(prompts=("a red apple",), **common))
+    for scheduler in (None, "euler", "heun"):
+        config = pd.GenerateConfig(prompts=("a red apple",), adapter=(str(trained),), scheduler=scheduler, **common)
+        (with_it,) = pd.generate(config)
+        assert with_it.recipe.base_family == ROW.name
+        assert not np.array_equal(np.asarray(with_it.image), np.asarray(without.image))
+    with pytest.raises(pd.UserError, match="has no scheduler ddim; choose one of: euler, heun"):
+        pd.generate(pd.GenerateConfig(prompts=("a red apple",), scheduler="ddim", **common))
 
 
 def draw(pipe: ToyPipeline, count: int = 1, guidance: float = 5.0) -> np.ndarray:

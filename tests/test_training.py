@@ -21,8 +21,8 @@ from torch import nn
 from peft_diffusion import formats
 from peft_diffusion.api import train
 from peft_diffusion.bases import components, fingerprint
+from peft_diffusion.bases import family as families
 from peft_diffusion.bases import noise as noise_process
-from peft_diffusion.bases.family import FAMILIES
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import site, targets
 from peft_diffusion.core.arena import Arena, side_by_side
@@ -342,7 +342,7 @@ def test_every_preset_gives_every_family_all_its_values():
             found = resolve(TrainConfig(folder=(Path("x"),), preset=preset), base, 48, "cpu")
             may_be_none = {"cache", "alpha", "epochs", "quantize", "target", "log_with"}
             assert not [f.name for f in fields(found) if getattr(found, f.name) is None and f.name not in may_be_none]
-        assert set(FAMILIES["other"].presets[preset]) == set(FAMILIES["sd1"].presets[preset])
+        assert set(families.find("other").presets[preset]) == set(families.find("sd1").presets[preset])
 
 
 def test_epochs_become_steps_and_win_over_them():

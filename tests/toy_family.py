@@ -1,6 +1,7 @@
 """A family of bases from outside of the package: one row, and a network that denoises of a kind of its own.
 
 The network is a small transformer over patches of latents (as in Peebles and Xie 2022, https://arxiv.org/abs/2212.09748).
+It predicts the flow from latents to noise (Lipman et al. 2023, https://arxiv.org/abs/2210.02747).
 """
 
 from collections.abc import Callable, Mapping
@@ -9,17 +10,20 @@ from typing import Any, ClassVar
 
 import torch
 from conftest import make_pipe
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_diffusion.bases import denoiser, family
-from peft_diffusion.bases.denoiser import Conditioning
-from peft_diffusion.bases.noise import Prediction, target
+from peft_diffusion.bases import family
+from peft_diffusion.bases.denoiser import Conditioning, Denoiser, NetworkCall
+from peft_diffusion.bases.noise import flow_powers
+from peft_diffusion.bases.pipelines import Pipeline
 from peft_diffusion.bases.prompts import TextSide
-from peft_diffusion.core import targets
+from peft_diffusion.bases.schedulers import FLOW_SCHEDULERS, SchedulerTable
+from peft_diffusion.core.architectures import Architecture
 
 ROW = family.Family(
     "toy",
@@ -27,14 +31,21 @@ ROW = family.Family(
         family.Component("transformer", "denoiser", "unet_lr", None, "lora_transformer_", ("transformer.",)),
         family.Component("text_encoder", "text encoder", "text_encoder_lr", "tokenizer", "lora_te_", ("text_encoder.",)),
     ),
-    kind="toy transformer",
+    kind="toy_family:ToyDenoiser",
     versions={"": family.Version("toy-v1", "toy_v1")},
     presets=family.SMALL_DIFFUSION.presets,
+    architectures={
+        "ToyTransformer": Architecture(
+            {
+                "attention": r".*\.attn\.(to_q|to_k|to_v|to_out)",
+                "attention+ff": r".*\.(attn\.(to_q|to_k|to_v|to_out)|ff\.[02])",
+            },
+            r"(blocks\.\d+)\b.*",
+        )
+    },
 )
-PATTERNS = {
-    "attention": r".*\.attn\.(to_q|to_k|to_v|to_out)",
-    "attention+ff": r".*\.(attn\.(to_q|to_k|to_v|to_out)|ff\.[02])",
-}
+family.register(ROW)
+_TIMESTEPS = 1000
 
 
 class ToyAttention(nn.Module):
@@ -63,37 +74,37 @@ class ToyBlock(nn.Module):
         return x + self.ff(x)
 
 
-class ToyTransformer(nn.Module):
+class ToyTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Noisy latents (batch, 4, height, width) as patches of 2x2."""
 
-    def __init__(self, width: int = 32, text: int = 32) -> None:
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(self, width: int = 32, text_width: int = 32, sample_size: int = 8) -> None:
         super().__init__()
-        self.config = SimpleNamespace(sample_size=8)
         self.inward, self.outward = nn.Conv2d(4, width, 2, 2), nn.ConvTranspose2d(width, 4, 2, 2)
-        self.time, self.text = nn.Linear(1, width), nn.Linear(text, width)
+        self.time, self.text = nn.Linear(1, width), nn.Linear(text_width, width)
         self.blocks = nn.ModuleList(ToyBlock(width) for _ in range(2))
 
-    def forward(self, sample: Tensor, timestep: Tensor, hidden: Tensor) -> Tensor:
-        patches = self.inward(sample)
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        """The flow; ``timestep`` is (batch,), from 0 at latents to 1 at noise."""
+        patches = self.inward(hidden_states)
         x = patches.flatten(2).transpose(1, 2)
-        x = x + self.time(timestep.to(x.dtype).view(-1, 1, 1) / 1000)
-        text = self.text(hidden)
+        x = x + self.time(timestep.to(x.dtype).view(-1, 1, 1))
+        text = self.text(encoder_hidden_states)
         for block in self.blocks:
             x = block(x, text)
-        answer: Tensor = self.outward(x.transpose(1, 2).reshape(patches.shape))
-        return answer
+        flow: Tensor = self.outward(x.transpose(1, 2).reshape(patches.shape))
+        return flow
 
 
 class ToyPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Draws with a `ToyTransformer`, as pipelines of diffusers do."""
+    """Generates with a `ToyTransformer`, as pipelines of diffusers do."""
 
     _callback_tensor_inputs = ("latents", "prompt_embeds")
 
-    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, transformer: nn.Module, scheduler: Any) -> None:
+    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, transformer: ToyTransformer, scheduler: Any) -> None:
         super().__init__()
         parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "transformer": transformer}
         self.register_modules(scheduler=scheduler, **parts)
-        self.vae_scale_factor = 8
         self.image_processor = VaeImageProcessor(vae_scale_factor=8)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
@@ -127,17 +138,21 @@ class ToyPipeline(DiffusionPipeline):  # type: ignore[misc]
             latents = randn_tensor((len(prompt), 4, height // 8, width // 8), generator=generator)
         self._guidance_scale = guidance_scale
         texts = [*(negative_prompt or [""] * len(prompt)), *prompt] if self.do_classifier_free_guidance else prompt
-        prompt_embeds = denoiser_text(self).encode(texts)[0]
+        prompt_embeds = text_side(self).encode(texts)[0]
         self.scheduler.set_timesteps(num_inference_steps)
         self._num_timesteps = len(self.scheduler.timesteps)
         with self.progress_bar(total=num_inference_steps) as bar:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 sample = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
-                answer = self.transformer(sample, timestep.expand(len(sample)), prompt_embeds)
+                flow = self.transformer(
+                    hidden_states=sample,
+                    encoder_hidden_states=prompt_embeds,
+                    timestep=timestep.expand(len(sample)) / _TIMESTEPS,
+                )
                 if self.do_classifier_free_guidance:
-                    plain, prompted = answer.chunk(2)
-                    answer = plain + self._guidance_scale * (prompted - plain)
-                latents = self.scheduler.step(answer, timestep, latents).prev_sample
+                    plain, prompted = flow.chunk(2)
+                    flow = plain + self._guidance_scale * (prompted - plain)
+                latents = self.scheduler.step(flow, timestep, latents).prev_sample
                 if callback_on_step_end is not None:
                     known = {"prompt_embeds": prompt_embeds}
                     given = {name: known[name] for name in callback_on_step_end_tensor_inputs or []}
@@ -147,64 +162,49 @@ class ToyPipeline(DiffusionPipeline):  # type: ignore[misc]
         return SimpleNamespace(images=self.image_processor.postprocess(pixels, output_type=output_type))
 
 
-def denoiser_text(pipe: Any) -> TextSide:
+def text_side(pipe: Any) -> TextSide:
     """The text side of a pipeline."""
     return TextSide([(pipe.tokenizer, pipe.text_encoder)])
 
 
-class ToyDenoiser:
+class ToyDenoiser(Denoiser):
     """The transformer of a `ToyPipeline`."""
 
-    kind: ClassVar[str] = "toy transformer"
-    told_sizes = told_masks = False
-    channels, resolution, step = 4, 64, 16
-    family = ROW
+    schedulers: ClassVar[SchedulerTable] = FLOW_SCHEDULERS
+    pipeline_class: ClassVar[type | None] = ToyPipeline
+    family, resolution, step, prediction = ROW, 64, 16, "flow_prediction"
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         self.pipe = pipe
-        self.text = denoiser_text(pipe)
+        self.text = text_side(pipe)
 
     @classmethod
-    def recognizes(cls, pipe: Any) -> bool:
-        return isinstance(getattr(pipe, "transformer", None), ToyTransformer)
+    def recognizes(cls, pipe: object) -> bool:
+        return isinstance(pipe, ToyPipeline)
 
     @property
     def network(self) -> nn.Module:
-        network: nn.Module = self.pipe.transformer
-        return network
-
-    @property
-    def prediction(self) -> str:
-        return str(self.pipe.scheduler.config.prediction_type)
+        transformer: nn.Module = self.pipe.components["transformer"]
+        return transformer
 
     def powers(self) -> Tensor:
-        powers: Tensor = DDPMScheduler.from_config(self.pipe.scheduler.config).alphas_cumprod
-        return powers
+        return flow_powers(_TIMESTEPS)
 
-    def scaled(self, latents: Tensor) -> Tensor:
-        return latents * float(self.pipe.vae.config.scaling_factor)
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        flow: Tensor = self.network(noisy, conditioning.hidden, (timesteps + 1) / _TIMESTEPS)
+        return flow
 
-    def conditioning(self, encoding: tuple[Tensor, ...], inputs: Mapping[str, Tensor]) -> Conditioning:
-        return Conditioning(encoding[0].to(next(self.network.parameters()).dtype))
-
-    def predict(self, noisy: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
-        answer: Tensor = self.network(noisy, timesteps, told.hidden)
-        return answer
-
-    def target(self, latents: Tensor, noise: Tensor, power: Tensor, prediction: Prediction) -> Tensor:
-        return target(prediction, latents, noise, power)
-
-
-family.register(ROW)
-denoiser.register(ToyDenoiser)
-targets.register("ToyTransformer", PATTERNS, r"(blocks\.\d+)\b.*")
+    @classmethod
+    def read_call(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> NetworkCall:
+        return NetworkCall(len(kwargs["hidden_states"]), kwargs["timestep"] * _TIMESTEPS)
 
 
 def make_toy(seed: int = 0) -> ToyPipeline:
     """A pipeline of 64 pixels with random weights."""
     small = make_pipe(seed)
     torch.manual_seed(seed)
-    pipe = ToyPipeline(small.vae, small.text_encoder, small.tokenizer, ToyTransformer(), small.scheduler)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=_TIMESTEPS)
+    pipe = ToyPipeline(small.vae, small.text_encoder, small.tokenizer, ToyTransformer(), scheduler)
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.requires_grad_(False).eval()
     return pipe

@@ -2,20 +2,23 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, TypeAlias, overload
 
 import torch
 from torch import nn
 
 from ..core.errors import UserError
 from . import family as families
-from . import unet  # noqa: F401  (registers the kind)
-from .denoiser import KINDS, Denoiser
+from .denoiser import Denoiser, kinds
 from .digest import identity
 from .embedded import ICONS, embedded
+from .pipelines import Pipeline
 
 if TYPE_CHECKING:
     from .causal_lm import LanguageInfo, LanguageModel
+
+Base: TypeAlias = "Pipeline | LanguageModel"
+"""What adapters can be attached to."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class BaseInfo:
     fingerprint: str
 
 
-def denoiser_of(pipe: Any) -> Denoiser:
+def denoiser_of(pipe: Pipeline) -> Denoiser:
     """Reach the network of a pipeline that denoises.
 
     Args:
@@ -49,18 +52,18 @@ def denoiser_of(pipe: Any) -> Denoiser:
         Its denoiser.
 
     Raises:
-        UserError: No kind that is registered knows it.
+        UserError: No family has a kind of network that knows it.
     """
-    for kind in KINDS.values():
+    for kind in kinds():
         if kind.recognizes(pipe):
             return kind(pipe)
     raise UserError(
-        f"{type(pipe).__name__} is no Stable Diffusion with a UNet: it has no unet, nor another network that denoises and is"
-        f" known here ({', '.join(KINDS)})"
+        f"{type(pipe).__name__} is no Stable Diffusion with a UNet: it has no unet, nor a network that denoises of another"
+        " family of bases that is known here"
     )
 
 
-def components(base: Any) -> dict[str, nn.Module]:
+def components(base: object) -> dict[str, nn.Module]:
     """List the parts of a base that can carry adapters.
 
     Args:
@@ -72,7 +75,7 @@ def components(base: Any) -> dict[str, nn.Module]:
     return {name: part for name in families.components() if isinstance(part := getattr(base, name, None), nn.Module)}
 
 
-def network_of(base: Any) -> tuple[str, nn.Module] | None:
+def network_of(base: object) -> tuple[str, nn.Module] | None:
     """Find the network of a base that denoises.
 
     Args:
@@ -85,7 +88,7 @@ def network_of(base: Any) -> tuple[str, nn.Module] | None:
     return next(((name, part) for name, part in components(base).items() if name in roles), None)
 
 
-def text_encoders(base: Any) -> dict[str, str]:
+def text_encoders(base: object) -> dict[str, str]:
     """List the components of a base that read words.
 
     Args:
@@ -98,7 +101,7 @@ def text_encoders(base: Any) -> dict[str, str]:
     return {name: tokenizer for name in components(base) if (tokenizer := rows[name].tokenizer) is not None}
 
 
-def dtype_of(base: Any) -> torch.dtype:
+def dtype_of(base: Pipeline) -> torch.dtype:
     """Tell in which dtype a pipeline's network computes.
 
     Args:
@@ -113,8 +116,8 @@ def dtype_of(base: Any) -> torch.dtype:
 @overload
 def describe(base: "LanguageModel") -> "LanguageInfo": ...
 @overload
-def describe(base: Any) -> "BaseInfo": ...
-def describe(base: Any) -> "BaseInfo | LanguageInfo":
+def describe(base: Pipeline) -> "BaseInfo": ...
+def describe(base: "Base") -> "BaseInfo | LanguageInfo":
     """Tell what an adapter must know of a base.
 
     Args:
@@ -138,7 +141,7 @@ def describe(base: Any) -> "BaseInfo | LanguageInfo":
     )
 
 
-def _name(pipe: Any) -> str:
+def _name(pipe: Pipeline) -> str:
     where = str(pipe.config.get("_name_or_path") or "")
     try:
         if where == str(embedded("base")):

@@ -15,6 +15,7 @@ from ..core.errors import UserError
 from .digest import identity
 from .digest import quantize as quantize_all
 from .embedded import TINY_LM, embedded
+from .family import LANGUAGE
 from .loading import first_line, pick_device, pick_dtype, quiet
 
 
@@ -27,7 +28,7 @@ class LanguageInfo:
     vocabulary: int
     context: int
     fingerprint: str
-    family: str = "lm"
+    family: str = LANGUAGE.name
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,23 @@ class LanguageModel:
 
 
 def load_lm(
-    source: str | Path = TINY_LM, *, device: str = "auto", dtype: str = "auto", quantize: str | None = None
+    source: str | Path | LanguageModel = TINY_LM,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
 ) -> LanguageModel:
     """A causal language model, frozen, in eval mode, on its device.
 
-    ``source``: ``"tiny-lm"`` (embedded), a folder in the format of transformers, or a hub id; ``device``, ``dtype`` and
+    ``source``: ``"tiny-lm"`` (embedded), a folder in the format of transformers, a hub id, or a model that is loaded
+    already, which is only checked; ``device``, ``dtype`` and
     ``quantize`` as for ``load_base``, with the output layer left as it is. Raises UserError if there is no such base, or it
     cannot be read as a causal language model or quantized.
     """
+    if isinstance(source, LanguageModel):
+        if quantize is not None and quantized.kind_of(source.lm) != quantize:
+            raise UserError(f"this base is loaded already, and not as {quantize}; load it with load_lm(..., quantize=...)")
+        return frozen(source)
     if quantize is not None:
         quantized.check(quantize)  # before gigabytes are read
     where = pick_device(device)

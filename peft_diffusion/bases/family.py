@@ -1,7 +1,7 @@
 """Families of bases as rows of data: what their components are, what files call them, and where their defaults lie.
 
-A new family is one row, added with `register`, and, where its network that denoises is of a new kind, one file beside
-`unet.py`. Imports no torch.
+A new family is one row, added with `register`, and, where its network that denoises is of a new kind, one file with a
+`denoiser.Denoiser` such as `unet.py`. Those of others come in as plug-ins: see `core.plugins`. Imports no torch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
+from ..core import architectures as known_architectures
+from ..core import plugins
+from ..core.architectures import Architecture
 from ..core.errors import UserError
 
 Role: TypeAlias = Literal["denoiser", "text encoder", "language model"]
@@ -64,12 +67,14 @@ class Family:
     Attributes:
         name: What files and reports call it.
         components: Its parts that can carry adapters, the one that denoises first.
-        kind: The kind of network that denoises, by the name under which `denoiser.register` knows it; None for language
+        kind: The class that reaches its network that denoises, a `denoiser.Denoiser`, as ``module:Class``; None for language
             models.
         versions: What other programs call it, by prediction type; "" stands for all that are not named.
         implementation: `modelspec.implementation`.
         presets: Defaults of training by preset and setting.
         small: Whether its bases are so small that words alone need rates and weights of their own.
+        architectures: What targets and blocks are called in its components, by the name of their class, where
+            `core.architectures` does not know it.
     """
 
     name: str
@@ -79,6 +84,7 @@ class Family:
     implementation: str = "https://github.com/huggingface/diffusers"
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: _NOTHING)
     small: bool = False
+    architectures: Mapping[str, Architecture] = field(default_factory=lambda: _NOTHING)
 
     @property
     def denoiser(self) -> Component | None:
@@ -157,6 +163,9 @@ _SMALL_DIFFUSION: dict[str, Any] = {
 # A step of a subject holds as many images of the class besides, which the base answers too.
 _SUBJECT: dict[str, Any] = {**_LATENT_DIFFUSION, "steps": 800, "batch_size": 2, "scheduler": "constant"}
 
+UNET_KIND = "peft_diffusion.bases.unet:UNetDenoiser"
+"""The kind of network of Stable Diffusion 1, 2 and XL."""
+
 _UNET = Component("unet", "denoiser", "unet_lr", None, "lora_unet_", ("unet.", "diffusion_model."), ("",))
 _CLIP_PATHS = ("text_model_", "encoder_layers_", "embeddings_", "final_layer_norm")
 _TEXT = Component(
@@ -193,8 +202,7 @@ _LM = Component(
     ("model_", "transformer_", "gpt_neox_", "lm_head", "embed_out"),
 )
 
-FAMILIES: dict[str, Family] = {}
-"""The families by name."""
+_FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
@@ -206,8 +214,23 @@ def register(family: Family) -> None:
     Raises:
         UserError: Another family has its name.
     """
-    if FAMILIES.setdefault(family.name, family) != family:
+    if _FAMILIES.setdefault(family.name, family) != family:
         raise UserError(f"there is a family of bases {family.name!r} already; give the new one another name")
+    for name, architecture in family.architectures.items():
+        known_architectures.register(name, architecture)
+
+
+def every() -> tuple[Family, ...]:
+    """List the families, with those that installed packages bring, in the order of registration.
+
+    Returns:
+        Their rows.
+
+    Raises:
+        UserError: A plug-in cannot be imported.
+    """
+    plugins.discover(plugins.FAMILIES_GROUP)
+    return tuple(_FAMILIES.values())
 
 
 def find(name: str) -> Family:
@@ -219,7 +242,7 @@ def find(name: str) -> Family:
     Returns:
         The row; that of small bases for a name that is not known, as files of newer versions may have.
     """
-    return FAMILIES.get(name, SMALL_DIFFUSION)
+    return next((family for family in every() if family.name == name), SMALL_DIFFUSION)
 
 
 def components(role: Role | None = None, families: Iterable[Family] | None = None) -> dict[str, Component]:
@@ -233,11 +256,24 @@ def components(role: Role | None = None, families: Iterable[Family] | None = Non
         The first row of each by name, in the order of registration.
     """
     found: dict[str, Component] = {}
-    for family in FAMILIES.values() if families is None else families:
+    for family in every() if families is None else families:
         for one in family.components:
             if role is None or one.role == role:
                 found.setdefault(one.name, one)
     return found
+
+
+def of_version(base_model: str) -> tuple[Family, str] | None:
+    """Tell which bases kohya's trainer calls by a name.
+
+    Args:
+        base_model: `ss_base_model_version` of a file.
+
+    Returns:
+        Their family and prediction type, which is "" where the name does not tell it; None for an unknown name.
+    """
+    rows = ((family, prediction, version) for family in every() for prediction, version in family.versions.items())
+    return next(((family, prediction) for family, prediction, version in rows if version.base_model == base_model), None)
 
 
 def role_of(component: str) -> Role | None:
@@ -274,7 +310,7 @@ def rate_setting(component: str) -> str:
 SMALL_DIFFUSION = Family(
     "other",
     (_UNET, _TEXT),
-    "unet",
+    UNET_KIND,
     presets={
         "style": _SMALL_DIFFUSION,
         "subject": {**_SMALL_DIFFUSION, "batch_size": 4, "timestep_bias": "none"},
@@ -283,18 +319,21 @@ SMALL_DIFFUSION = Family(
 )
 """Small bases such as the embedded one, and unknown ones. Settings take its components before a base is loaded."""
 
+LANGUAGE = Family("lm", (_LM,), implementation="https://github.com/huggingface/transformers")
+"""Causal language models."""
+
 for _family in (
     Family(
         "sd1",
         (_UNET, _TEXT),
-        "unet",
+        UNET_KIND,
         {"": Version("stable-diffusion-v1", "sd_v1"), "v_prediction": Version("stable-diffusion-v1", "sd_v1_v")},
         presets={"style": _LATENT_DIFFUSION, "subject": _SUBJECT},
     ),
     Family(
         "sd2",
         (_UNET, _TEXT),
-        "unet",
+        UNET_KIND,
         {
             "": Version("stable-diffusion-v2-512", "sd_v2", v2=True),
             "v_prediction": Version("stable-diffusion-v2-768-v", "sd_v2_v", v2=True),
@@ -304,12 +343,12 @@ for _family in (
     Family(
         "sdxl",
         (_UNET, _TEXT_XL, _TEXT_XL_2),
-        "unet",
+        UNET_KIND,
         {"": Version("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")},
         implementation="https://github.com/Stability-AI/generative-models",
         presets={"style": {**_LATENT_DIFFUSION, "rank": 32}, "subject": {**_SUBJECT, "rank": 32}},
     ),
     SMALL_DIFFUSION,
-    Family("lm", (_LM,), implementation="https://github.com/huggingface/transformers"),
+    LANGUAGE,
 ):
     register(_family)

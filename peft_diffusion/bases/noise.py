@@ -5,11 +5,13 @@
 
 from typing import Literal, TypeAlias, cast, get_args
 
+import torch
 from torch import Tensor
 
 from ..core.errors import UserError
 
-Prediction: TypeAlias = Literal["epsilon", "v_prediction"]
+Prediction: TypeAlias = Literal["epsilon", "v_prediction", "flow_prediction"]
+"""What a network predicts: the noise; ``sqrt(power) * noise - sqrt(1 - power) * latents``; or ``noise - latents``."""
 
 
 def prediction_type(name: str) -> Prediction:
@@ -29,19 +31,24 @@ def prediction_type(name: str) -> Prediction:
     return cast(Prediction, name)
 
 
-def noisy(latents: Tensor, noise: Tensor, power: Tensor) -> Tensor:
-    """Add noise to latents (Ho et al. 2020, https://arxiv.org/abs/2006.11239, equation 4).
+def noisy(latents: Tensor, noise: Tensor, power: Tensor, prediction: Prediction = "epsilon") -> Tensor:
+    """Add noise to latents.
 
     Args:
         latents: Clean, (batch, channels, height, width).
         noise: Standard normal, of the same shape.
         power: (batch,), from 0 to 1.
+        prediction: What the network predicts, which tells the process that it was trained on.
 
     Returns:
-        ``sqrt(power) * latents + sqrt(1 - power) * noise``.
+        ``sqrt(power) * latents + sqrt(1 - power) * noise`` (Ho et al. 2020, https://arxiv.org/abs/2006.11239, equation 4).
+        For a flow the same divided by the sum of both factors, which is a straight line from latents to noise (Lipman et al.
+        2023, https://arxiv.org/abs/2210.02747).
     """
     power = over(power, latents)
-    return power.sqrt() * latents + (1 - power).sqrt() * noise
+    signal, spread = power.sqrt(), (1 - power).sqrt()
+    mixed = signal * latents + spread * noise
+    return mixed / (signal + spread) if prediction == "flow_prediction" else mixed
 
 
 def target(prediction: Prediction, latents: Tensor, noise: Tensor, power: Tensor) -> Tensor:
@@ -55,12 +62,28 @@ def target(prediction: Prediction, latents: Tensor, noise: Tensor, power: Tensor
 
     Returns:
         The noise for epsilon; for v, ``sqrt(power) * noise - sqrt(1 - power) * latents`` (Salimans and Ho 2022,
-        https://arxiv.org/abs/2202.00512).
+        https://arxiv.org/abs/2202.00512); for a flow, ``noise - latents``.
     """
     if prediction == "epsilon":
         return noise
+    if prediction == "flow_prediction":
+        return noise - latents
     power = over(power, latents)
     return power.sqrt() * noise - (1 - power).sqrt() * latents
+
+
+def flow_powers(count: int) -> Tensor:
+    """The signal power at each timestep of a flow.
+
+    Args:
+        count: Timesteps in all.
+
+    Returns:
+        (count,), float32: ``(1 - t)^2 / ((1 - t)^2 + t^2)`` for t from ``1 / count`` to 1.
+    """
+    times = torch.arange(1, count + 1, dtype=torch.float64) / count
+    signal = (1 - times).square()
+    return (signal / (signal + times.square())).float()
 
 
 def zero_terminal(powers: Tensor) -> Tensor:

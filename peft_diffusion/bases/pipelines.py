@@ -7,10 +7,10 @@ bar around their steps, so `watching` learns from there which one is at work, al
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import UserError
 
@@ -30,7 +30,7 @@ class Pipeline(Protocol):
     @property
     def config(self) -> Mapping[str, Any]: ...
     @property
-    def vae_scale_factor(self) -> int: ...
+    def components(self) -> Mapping[str, Any]: ...
     @property
     def image_processor(self) -> Any: ...
     @property
@@ -38,6 +38,7 @@ class Pipeline(Protocol):
     @property
     def num_timesteps(self) -> int: ...
     def set_progress_bar_config(self, *, disable: bool) -> None: ...
+    def to(self, device: torch.device) -> Self: ...
     @property
     def __call__(self) -> Callable[..., Any]: ...
 
@@ -46,19 +47,17 @@ class _Present(threading.local):
     """The pipelines that draw in a thread, the innermost last."""
 
     def __init__(self) -> None:
-        self.pipelines: list[Any] = []
+        self.pipelines: list[Pipeline] = []
 
 
 _present = _Present()
 _lock = threading.Lock()
-_watchers = 0
-_plain: Callable[..., Any] | None = None  # the progress bar of diffusers' pipelines, while another stands in its place
 
 
 class _Bar:
     """A pipeline's progress bar, between whose opening and closing the pipeline counts as the one that draws."""
 
-    def __init__(self, pipeline: Any, bar: Any) -> None:
+    def __init__(self, pipeline: Pipeline, bar: Any) -> None:
         self._pipeline = pipeline
         self._bar = bar
 
@@ -71,71 +70,72 @@ class _Bar:
         return self._bar.__exit__(*raised)
 
     def __iter__(self) -> Iterator[Any]:
-        _present.pipelines.append(self._pipeline)
+        present = _present.pipelines  # an iteration that is given up may end in another thread
+        present.append(self._pipeline)
         try:
             yield from self._bar
         finally:
-            _present.pipelines.remove(self._pipeline)
+            present.remove(self._pipeline)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._bar, name)
 
 
 def watch() -> None:
-    """Learn from now on which pipeline draws. Call `unwatch` as often as this."""
-    global _watchers, _plain
+    """Learn from now on which pipeline draws: wrap the progress bar of all pipelines, once in a process.
+
+    What pipelines do and show stays the same.
+    """
     from diffusers import DiffusionPipeline
 
     with _lock:
-        _watchers += 1
-        if _watchers > 1:
+        plain = DiffusionPipeline.progress_bar
+        if getattr(plain, "tells_who_draws", False):
             return
-        plain = _plain = DiffusionPipeline.progress_bar
 
         def progress_bar(self: Any, *given: Any, **named: Any) -> _Bar:
             return _Bar(self, plain(self, *given, **named))
 
+        setattr(progress_bar, "tells_who_draws", True)  # noqa: B010 -- a function has no such attribute to mypy
         DiffusionPipeline.progress_bar = progress_bar
 
 
-def unwatch() -> None:
-    """Take back one `watch`; after the last, pipelines are as diffusers has them."""
-    global _watchers, _plain
-    from diffusers import DiffusionPipeline
+def drawing_with(network: nn.Module) -> Pipeline | None:
+    """Tell which pipeline draws with a network in this thread.
 
-    with _lock:
-        _watchers -= 1
-        if not _watchers and _plain is not None:
-            DiffusionPipeline.progress_bar, _plain = _plain, None
-
-
-def drawing_now() -> Any | None:
-    """Tell which pipeline draws in this thread.
+    Args:
+        network: The network that denoises.
 
     Returns:
-        The innermost one; None where none does, or nothing watches.
+        The innermost pipeline at work that holds it; None where none does, or before `watch`.
     """
-    return _present.pipelines[-1] if _present.pipelines else None
+    holders = (pipeline for pipeline in reversed(_present.pipelines) if _holds(pipeline, network))
+    return next(holders, None)
 
 
-def images_drawn(pipeline: Any, sample: Tensor) -> int:
+def _holds(pipeline: Pipeline, network: nn.Module) -> bool:
+    # What torch.compile returns keeps the module that it was made of there.
+    return any(part is network or getattr(part, "_orig_mod", None) is network for part in vars(pipeline).values())
+
+
+def images_drawn(pipeline: Pipeline, rows: int) -> int:
     """Count the images in a call of the network that denoises.
 
     Args:
         pipeline: The one that draws.
-        sample: The noisy latents, (batch, channels, height, width), twice over where it guides.
+        rows: Noisy latents in the batch, each twice where the pipeline guides.
 
     Returns:
         How many images are drawn.
     """
-    return len(sample) // (2 if pipeline.do_classifier_free_guidance else 1)
+    return rows // (2 if pipeline.do_classifier_free_guidance else 1)
 
 
-def progress(timesteps: Tensor, now: float) -> float:
-    """Tell how far a timestep is from the first to the last; some samplers take one twice.
+def progress(pipeline: Pipeline, now: float) -> float:
+    """Tell how far a timestep is from the first of a pipeline's to the last; some samplers take one twice.
 
     Args:
-        timesteps: Those of the scheduler.
+        pipeline: The one that draws.
         now: The timestep.
 
     Returns:
@@ -144,17 +144,17 @@ def progress(timesteps: Tensor, now: float) -> float:
     Raises:
         UserError: It is not among them.
     """
-    steps = list(dict.fromkeys(timesteps.tolist()))
-    nearest = min(range(len(steps)), key=lambda step: abs(steps[step] - now), default=0)
-    if not steps or abs(steps[nearest] - now) > _NEAR:
+    steps = list(dict.fromkeys(pipeline.scheduler.timesteps.tolist()))
+    nearest = min(range(len(steps)), key=lambda step: abs(steps[step] - now))
+    if abs(steps[nearest] - now) > _NEAR:
         raise UserError(
-            f"the UNet is called at timestep {now:g}, which is none of the scheduler's {len(steps)}: a schedule cannot tell"
-            " how far that is; call it through the pipeline, or set a plain strength"
+            f"the network is called at timestep {now:g}, which is none of the scheduler's {len(steps)}: a schedule cannot"
+            " tell how far that is; call it through the pipeline, or set a plain strength"
         )
     return nearest / max(1, len(steps) - 1)
 
 
-def guided_tensors(pipeline: Any) -> list[str]:
+def guided_tensors(pipeline: Pipeline) -> list[str]:
     """Name the tensors that a pipeline holds twice over while it guides, and lets its callback replace.
 
     Args:
@@ -163,10 +163,11 @@ def guided_tensors(pipeline: Any) -> list[str]:
     Returns:
         The names, for `callback_on_step_end_tensor_inputs`.
     """
-    return [name for name in _DOUBLED if name in pipeline._callback_tensor_inputs]
+    private: Any = pipeline
+    return [name for name in _DOUBLED if name in private._callback_tensor_inputs]
 
 
-def end_guidance(pipeline: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def end_guidance(pipeline: Pipeline, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Have a pipeline guide no more, from within its callback after a step.
 
     There is no public way: diffusers' own manual writes `_guidance_scale`, from which `do_classifier_free_guidance` follows
@@ -179,12 +180,13 @@ def end_guidance(pipeline: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The halves with the prompt, for the pipeline to go on with.
     """
-    pipeline._guidance_scale = 1.0
+    private: Any = pipeline
+    private._guidance_scale = 1.0
     return {name: tensor.chunk(2)[1] for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
 @contextmanager
-def drawing(pipeline: Any, scheduler: Any) -> Iterator[None]:
+def drawing(pipeline: Pipeline, scheduler: Any) -> Iterator[None]:
     """Give a pipeline a scheduler, and take its progress bar away.
 
     Args:

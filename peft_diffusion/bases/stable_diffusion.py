@@ -13,9 +13,11 @@ from ..core import quantized, site
 from ..core.errors import UserError
 from . import single_file
 from .base import components, denoiser_of
+from .denoiser import kinds
 from .digest import quantize as quantize_all
 from .embedded import ICONS, embedded
 from .loading import first_line, pick_device, pick_dtype, quiet
+from .pipelines import Pipeline
 
 
 def load_base(
@@ -24,7 +26,7 @@ def load_base(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
-) -> Any:
+) -> DiffusionPipeline:
     """A Stable Diffusion pipeline, frozen, in eval mode, on its device.
 
     ``source``: ``"icons"`` (embedded), a diffusers folder, a single-file checkpoint, a hub id, or a pipeline, which is only
@@ -47,7 +49,7 @@ def load_base(
     return pipe.to(where)
 
 
-def _read(source: str, dtype: torch.dtype) -> Any:
+def _read(source: str, dtype: torch.dtype) -> DiffusionPipeline:
     path = embedded("base") if source == ICONS else Path(source)
     try:
         if path.is_file():
@@ -55,9 +57,11 @@ def _read(source: str, dtype: torch.dtype) -> Any:
         if path.is_dir():
             if not (path / "model_index.json").is_file():
                 raise UserError(f"{path} is no diffusers folder: it holds no model_index.json")
-            return DiffusionPipeline.from_pretrained(str(path), dtype=dtype, local_files_only=True)
+            return _pipeline_class(str(path), local_files_only=True).from_pretrained(
+                str(path), dtype=dtype, local_files_only=True
+            )
         if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.is_dir():
-            return DiffusionPipeline.from_pretrained(source, dtype=dtype)
+            return _pipeline_class(source).from_pretrained(source, dtype=dtype)
     except UserError:
         raise
     except Exception as error:
@@ -66,14 +70,22 @@ def _read(source: str, dtype: torch.dtype) -> Any:
     raise UserError(f"there is no base {source!r}: neither {ICONS!r}, nor a folder, a file or a hub id (owner/name)")
 
 
-def _as_asked(pipe: Any, quantize: str | None) -> Any:
+def _pipeline_class(source: str, **options: Any) -> type[DiffusionPipeline]:
+    """The class that reads a pipeline: that of a family that brings its own, else diffusers' choice."""
+    own = [kind.pipeline_class for kind in kinds() if kind.pipeline_class is not None]
+    name = DiffusionPipeline.load_config(source, **options).get("_class_name") if own else None
+    found: type[DiffusionPipeline] = next((one for one in own if one.__name__ == name), DiffusionPipeline)
+    return found
+
+
+def _as_asked(pipe: Pipeline, quantize: str | None) -> Pipeline:
     if quantize is not None and any(quantized.kind_of(part) != quantize for part in components(pipe).values()):
         raise UserError(f"this pipeline is loaded already, and not as {quantize}; load it with load_base(..., quantize=...)")
     return pipe
 
 
-def _frozen(pipe: Any) -> Any:
-    denoiser_of(pipe)
-    for part in (*components(pipe).values(), pipe.vae):
+def _frozen(pipe: Pipeline) -> Pipeline:
+    denoiser = denoiser_of(pipe)
+    for part in (*components(pipe).values(), denoiser.vae):
         site.freeze(part)
     return pipe

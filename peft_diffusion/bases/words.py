@@ -26,7 +26,7 @@ _OF_A_BATCH = ("padding", "pad_to_multiple_of", "padding_side", "return_tensors"
 _DEFAULT = "*"  # the word that the first programs for textual inversion began with
 
 
-def begun(base: Any, component: str, method: Method) -> Method:
+def begun(base: object, component: str, method: Method) -> Method:
     """The method as it can be built on a component: token methods with the ids of their initial words, others as they are.
 
     Raises UserError where initial words have more tokens than there are vectors.
@@ -41,7 +41,7 @@ def begun(base: Any, component: str, method: Method) -> Method:
     return method.with_ids([one for words, vectors in begins for one in _initial(tokenizer, words, vectors)])
 
 
-def teach(base: Any) -> None:
+def teach(base: object) -> None:
     """Bring the tokenizers of a base in line with the token adapters that it carries now; call it when these change.
 
     A taught tokenizer reads each placeholder as a whole word and gives it as many tokens as it has vectors; it puts soft

@@ -13,6 +13,7 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Parameter
 
 from .. import __version__
+from ..core import plugins
 from ..core.errors import UserError
 from .config_file import RunFile, whole_numbers
 from .flags import explained
@@ -31,6 +32,13 @@ TEXT_COMMANDS = {
     "generate": "Let a language model go on from prompts, with any number of adapters.",
 }
 OK, FAILED, USAGE, BUG, INTERRUPTED = 0, 1, 2, 70, 130
+_PLUGIN = Parameter(
+    help="A module that adds methods, families of bases or layouts of files; give it again for more.",
+    negative=(),
+    consume_multiple=False,
+    show_default=False,
+)
+_TRAINING = (["train"], ["text", "train"])  # the commands whose help lists the methods
 
 app = App(
     name="peft-diffusion",
@@ -56,10 +64,14 @@ app.command(_text)
 def _launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     config: Annotated[Path | None, Parameter(help="A TOML file of settings; flags override it.")] = None,
+    plugin: Annotated[tuple[str, ...], _PLUGIN] = (),
     debug: Annotated[bool, Parameter(help="Show where in the program an error came from.", negative=())] = False,
 ) -> None:
     _report_notes(debug)
-    app.config = (whole_numbers,) if config is None else (RunFile(config), whole_numbers)
+    file = None if config is None else RunFile(config)
+    app.config = (whole_numbers,) if file is None else (file, whole_numbers)
+    for module in (*plugin, *(file.plugins() if file else ())):
+        plugins.load_plugin(module)
     app(tokens)
 
 
@@ -80,6 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     app.config = (whole_numbers,)
     try:
+        if _asks_for_help(given):
+            trains = any(given[: len(command)] == command for command in _TRAINING)
+            app.help_epilogue = _methods(given) if trains else None
         app.meta(given)
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
@@ -87,6 +102,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exception(error)
         return _explain(error)
     return OK
+
+
+def _asks_for_help(given: Sequence[str]) -> bool:
+    return any(flag in given for flag in app.help_flags)
+
+
+def _methods(given: Sequence[str]) -> str:
+    """A line for each method, those of plug-ins that the command line names included; none of these is imported for it."""
+    from .. import methods
+
+    pairs = zip(given, [*given[1:], ""], strict=True)
+    named = [word.removeprefix("--plugin=") for word in given if word.startswith("--plugin=")]
+    told = methods.lines([*named, *(value for word, value in pairs if word == "--plugin")])
+    width = max(map(len, told))
+    return "\n".join(["Methods, for --method and --block:", *(f"  {n:{width}}  {line}" for n, line in sorted(told.items()))])
 
 
 def _explain(error: BaseException) -> int:

@@ -2,7 +2,7 @@
 
 from ..generation.settings import BlendConfig
 from .flags import reads
-from .progress import bar
+from .progress import GenerationConsole
 
 
 @reads(BlendConfig)
@@ -14,6 +14,6 @@ def blend(config: BlendConfig) -> None:
     config.check()  # before torch is imported, which takes seconds
     from ..generation.blend import blend as run
 
-    with bar("blending") as progress:
-        run(config, progress)
+    with GenerationConsole("blending") as console:
+        run(config, observers=[console])
     print(config.output)

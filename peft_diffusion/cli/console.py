@@ -10,9 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.status import Status
 from rich.table import Table
 
-from ..core.events import Event
+from ..core.events import Ended, Event
 from ..core.events import Progress as Reading
-from ..training.events import Ended, Losses, Preview, RatesFound, Started, Step, Trained
+from ..training.events import Losses, Preview, RatesFound, Started, Step, Trained
 from ..training.results import FoundRates
 
 _SMOOTH = 0.9

@@ -2,16 +2,17 @@
 
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..bases import embedded
 from ..core.errors import UserError
 from ..generation.recipe import check_folder
 from ..generation.settings import BlendConfig, Choice, DemoConfig, GenerateConfig
 from .flags import reads
-from .progress import bar
+from .progress import GenerationConsole
 
 if TYPE_CHECKING:
+    from ..bases.pipelines import Pipeline
     from ..generation import Adapters
 
 # The sample folders, and how their captions begin; the base's own drawings are called by the first.
@@ -63,7 +64,7 @@ def _check_own(output: Path, style: str) -> None:
         raise UserError(f"{there} is there already, and no demo has made it; name another folder with --output, or move it")
 
 
-def _train(pipe: Any, config: DemoConfig, folders: dict[str, Path], files: dict[str, Path]) -> None:
+def _train(pipe: "Pipeline", config: DemoConfig, folders: dict[str, Path], files: dict[str, Path]) -> None:
     from ..api import train
     from ..training import TrainConfig
     from .console import TrainingConsole
@@ -99,8 +100,8 @@ def _draw_styles(adapters: "Adapters", config: DemoConfig, path: Path) -> None:
         for words, row in rows.values()
         for subject in SUBJECTS
     ]
-    with bar("drawing the styles") as progress:
-        images = list(paint(adapters, cells, sampling, progress))
+    with GenerationConsole("drawing the styles") as console:
+        images = list(paint(adapters, cells, sampling, tell=console))
     told = cell_recipes(adapters, cells, sampling)
     starts = range(0, len(cells), len(SUBJECTS))
     drawn = sheet.grid([images[start : start + len(SUBJECTS)] for start in starts], list(rows), SUBJECTS)
@@ -114,8 +115,8 @@ def _draw_blend(adapters: "Adapters", config: DemoConfig, files: dict[str, Path]
     prompts = tuple(f"{BLEND_WORDS} {subject}" for subject in BLENDED)
     told = tuple(str(file) for file in files.values())
     sampling = BlendConfig(prompts=prompts, adapter=told, base=config.base, seed=config.seed, device=config.device)
-    with bar("drawing the blend") as progress:
-        drawn = draw(adapters, {style: Choice(file) for style, file in files.items()}, sampling, progress)
+    with GenerationConsole("drawing the blend") as console:
+        drawn = draw(adapters, {style: Choice(file) for style, file in files.items()}, sampling, tell=console)
     recipe.write_sheet(path, drawn.sheet, drawn.recipes)
 
 

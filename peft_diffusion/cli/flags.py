@@ -56,10 +56,9 @@ def _field(one: Described) -> tuple[str, Any, Any]:
         consume_multiple=flag.greedy,
         show_default=None if flag.default_shown else False,
     )
-    hint: Any = Annotated[one.hint, parameter, one]
     if one.setting.group != PARAMETERS:  # which is the panel of all that has no group
-        hint = Annotated[hint, Parameter(group=_group(one.setting.group))]
-    return one.name, hint, field(default=one.default, kw_only=not one.positional)
+        parameter = Parameter.combine(parameter, Parameter(group=_group(one.setting.group)))
+    return one.name, Annotated[one.hint, parameter, one], field(default=one.default, kw_only=not one.positional)
 
 
 def setting_of(argument: Argument) -> Described | None:

@@ -2,7 +2,7 @@
 
 from ..generation.settings import GenerateConfig
 from .flags import reads
-from .progress import bar
+from .progress import GenerationConsole
 
 
 @reads(GenerateConfig)
@@ -15,8 +15,8 @@ def generate(config: GenerateConfig) -> None:
     config.check()  # before torch is imported, which takes seconds
     from ..generation.generate import generate as run
 
-    with bar("generating") as progress:
-        pictures = run(config, progress)
+    with GenerationConsole("generating") as console:
+        pictures = run(config, observers=[console])
     for picture in pictures:
         print(picture.path)
     if config.sheet is not None:

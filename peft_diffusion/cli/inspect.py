@@ -8,6 +8,7 @@ from typing import Any
 
 from ..formats import Inspection
 from ..formats import inspect as read
+from ..formats.spec import missing_plugins
 from ..generation.compatibility import Fit, base_of, fit
 from ..generation.settings import InspectConfig
 from .flags import reads
@@ -106,6 +107,8 @@ def _methods(found: Inspection) -> list[tuple[str, str]]:
                 for key in one
                 if key not in ("method", "target", "ids", *values) and one[key] not in (None, False, 0, "")
             ]
+            if found.spec and name in missing_plugins(found.spec):
+                rows.append(("method", f"{name}: not known here; it comes with --plugin {one['plugin']}"))
             if left:
                 options = ", ".join(f"{key.replace('_', ' ')} {_short(one[key])}" for key in left)
                 rows.append(("options", f"{component} {name}: {options}"))

@@ -1,21 +1,50 @@
-"""A progress bar on stderr, where a person watches; nothing in a log or a pipe."""
+"""What drawing and writing tell the person in front of it: a bar on stderr where a person watches, and notes."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from types import TracebackType
+from typing import Self
+
+from ..core.events import Event, Noted, Progress, Warned
 
 
-@contextmanager
-def bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to call with the steps done and the steps in all; the bar goes when the block ends."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def show_notes(event: Event) -> None:
+    """Show what the person should know on stderr; an observer."""
+    match event:
+        case Warned() | Noted():
+            print(f"note: {event.message}", file=sys.stderr)
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
 
-        def report(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+class GenerationConsole:
+    """Shows what is drawn or written on stderr; an observer, and a context whose end takes the bar away.
 
-        yield report
+    In a terminal there is a bar; elsewhere, as in a log or a pipe, there are notes alone.
+
+    Args:
+        title: What stands before the bar.
+    """
+
+    def __init__(self, title: str) -> None:
+        # Not above: what needs no bar need not wait for it.
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task(title, total=None)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case Progress():
+                self._bar.update(self._task, completed=event.done, total=event.total)
+            case _:
+                show_notes(event)

@@ -32,6 +32,7 @@ def generate(config: TextGenerateConfig) -> None:
     """
     config.choices()  # before torch is imported, which takes seconds
     from ..generation.text import generate_text
+    from .progress import show_notes
 
-    for number, one in enumerate(generate_text(config)):
+    for number, one in enumerate(generate_text(config, observers=[show_notes])):
         print(("\n" if number else "") + one.prompt + one.continuation, flush=True)

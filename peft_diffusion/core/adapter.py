@@ -56,26 +56,67 @@ class Adapter(KeepsPrecision):
         return self._place[0]
 
     def bind(self, site: Site) -> None:
-        """Called by ``attach``: the module whose weight or bias the method may read."""
+        """Remember the module that it sits on, whose weight or bias the method may read. `attach` calls this.
+
+        Args:
+            site: The module.
+        """
         self._place = (site,)
 
     def prepare(self, x: Tensor) -> Tensor:
-        """What the site itself is given in place of ``x``, of the same shape: an embedding knows no ids of new tokens."""
+        """Change what the site itself is given: an embedding knows no ids of new tokens.
+
+        Args:
+            x: What the site was called with.
+
+        Returns:
+            What it is given in place of that, of the same shape.
+        """
         return x
 
     def residual(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
-        """The change at strength 1, of the shape and dtype of ``y``.
+        """Compute the change at strength 1.
 
-        ``base`` is what the site itself gave, before any adapter; ``y`` is what the adapters before this one made of it.
+        Args:
+            x: The input of the site.
+            y: Its output, with what the adapters before this one made of it.
+            base: Its output before any adapter.
+
+        Returns:
+            The change, of the shape and dtype of ``y``.
+
+        Raises:
+            NotImplementedError: The method is no residual, and overrides ``forward``.
         """
         raise NotImplementedError
 
     def forward(self, x: Tensor, y: Tensor, strength: Tensor, base: Tensor) -> Tensor:
-        """The new ``y``; ``strength`` broadcasts against it."""
+        """Compute the new output.
+
+        Args:
+            x: The input of the site.
+            y: Its output, with what the adapters before this one made of it.
+            strength: How much of the change is applied; broadcasts against ``y``.
+            base: Its output before any adapter.
+
+        Returns:
+            The new ``y``.
+        """
         return y + strength * self.residual(x, y, base)
 
     def run(self, x: Tensor, y: Tensor, strength: Tensor, base: Tensor, call: Mapping[str, Any]) -> Tensor:
-        """The new ``y``, for a method that has to know what else the site was called with, by name: a mask, a cache."""
+        """Compute the new output, for a method that needs what else the site was called with: a mask, a cache.
+
+        Args:
+            x: The input of the site.
+            y: Its output, with what the adapters before this one made of it.
+            strength: How much of the change is applied; broadcasts against ``y``.
+            base: Its output before any adapter.
+            call: The further arguments of the site, by name.
+
+        Returns:
+            The new ``y``.
+        """
         changed: Tensor = self(x, y, strength, base)
         return changed
 
@@ -105,9 +146,17 @@ class Adapter(KeepsPrecision):
         """
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """What it adds, at strength 1, to the site's float32 ``weight`` and ``bias``; None leaves one as it is.
+        """Compute what the adapter adds to the site's weight and bias at strength 1.
 
-        Raises FoldError where no change of weight and bias says what this adapter does.
+        Args:
+            weight: The site's, in float32.
+            bias: The site's, in float32; None where it has none.
+
+        Returns:
+            The changes of both; None leaves one as it is.
+
+        Raises:
+            FoldError: No change of weight and bias says what this adapter does.
         """
         raise FoldError(f"{type(self).__name__} is no affine map of its input, so it cannot be merged into the weights")
 
@@ -120,7 +169,14 @@ class Adapter(KeepsPrecision):
         return {1.0: list(self.parameters())}
 
     def state(self) -> dict[str, Tensor]:
-        """Its tensors by suffix: those of the kohya / LyCORIS layout where that has the method, or names without a dot."""
+        """Give the tensors that a file holds.
+
+        Returns:
+            Tensors by suffix: those of the kohya / LyCORIS layout where that has the method, or names without a dot.
+
+        Raises:
+            NotImplementedError: The method does not say.
+        """
         raise NotImplementedError
 
     def _load_from_state_dict(self, *_: object) -> None:
@@ -197,12 +253,26 @@ class Chain(Adapter):
 
 
 def chained(parts: Sequence[Adapter]) -> Adapter:
-    """One adapter of these parts; a single one needs no chain."""
+    """Make one adapter of several parts.
+
+    Args:
+        parts: At least one, in the order in which they run.
+
+    Returns:
+        A single part itself; a `Chain` of several.
+    """
     return parts[0] if len(parts) == 1 else Chain(parts)
 
 
 def parts_of(adapter: Adapter) -> list[Adapter]:
-    """The parts of a chain; of any other adapter, itself."""
+    """List the parts of an adapter.
+
+    Args:
+        adapter: Any.
+
+    Returns:
+        The parts of a `Chain`; of any other adapter, itself.
+    """
     return adapter.each() if isinstance(adapter, Chain) else [adapter]
 
 
@@ -233,5 +303,12 @@ class AdapterDict(nn.Module):
 
 
 def float32_parameter(tensor: Tensor) -> nn.Parameter:
-    """A trainable float32 copy."""
+    """Make a trainable copy.
+
+    Args:
+        tensor: Of any dtype.
+
+    Returns:
+        A float32 parameter with its values.
+    """
     return nn.Parameter(tensor.detach().to(torch.float32).clone())

@@ -42,14 +42,25 @@ class Arena:
         self.grad.zero_()
 
     def clip(self, limit: float) -> Tensor:
-        """Scale the gradients so that their norm is at most ``limit``; returns the norm before, without a device sync."""
+        """Scale the gradients so that their norm has a limit.
+
+        Args:
+            limit: The largest norm.
+
+        Returns:
+            The norm before, a scalar on the device; nothing waits for it.
+        """
         norm: Tensor = torch.linalg.vector_norm(self.grad)
         self.grad.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     @torch.no_grad()
     def load(self, values: Tensor) -> None:
-        """Write all parameters from a tensor of the shape of ``flat``."""
+        """Write all parameters.
+
+        Args:
+            values: Of the shape of ``flat``.
+        """
         self.flat.copy_(values)
 
     def _place(self, parameter: nn.Parameter, start: int) -> int:
@@ -62,9 +73,17 @@ class Arena:
 
 
 def side_by_side(sites: Iterable[tuple[str, Sequence[nn.Parameter]]]) -> list[nn.Parameter]:
-    """The parameters of sites, by path, in an order for an arena: sites of one parent with parameters of the same shapes, as
-    an attention's queries, keys and values, have their first ones beside each other, then their second ones. So several are
-    one matrix of more rows."""
+    """Order the parameters of sites for an arena.
+
+    Sites of one parent with parameters of the same shapes, as an attention's queries, keys and values, have their first ones
+    beside each other, then their second ones. So several are one matrix of more rows.
+
+    Args:
+        sites: The parameters of each site, by its path.
+
+    Returns:
+        All of them, ordered.
+    """
 
     def kind(site: tuple[str, Sequence[nn.Parameter]]) -> tuple[str, list[torch.Size]]:
         path, parameters = site

@@ -69,19 +69,33 @@ class ComponentState(nn.Module):
         self._replaced: dict[tuple[str, str], tuple[Any, Any]] = {}  # by path and attribute: its own value, and ours
 
     def add(self, name: str) -> None:
-        """Make room for an adapter, at strength 1, behind the others."""
+        """Make room for an adapter, at strength 1, behind the others.
+
+        Args:
+            name: What it is called.
+        """
         self.strengths.add(name)
         # By the clock, as components are shared by pipelines that know nothing of each other; which may be set back.
         last = max((entry.since for entry in self.entries.values()), default=0)
         self.entries[name] = Entry(max(time.time_ns(), last + 1))
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. Its words stay until ``bases.words.teach`` is called: those of others are numbered after."""
+        """Forget an adapter. Its words stay until ``bases.words.teach`` is called: those of others are numbered after them.
+
+        Args:
+            name: What it is called.
+        """
         self.strengths.remove(name)
         del self.entries[name]
 
     def enter(self, name: str, info: object) -> None:
-        """Say where an adapter came from."""
+        """Say where an adapter came from.
+
+        Args:
+            name: What it is called.
+            order: Its place among the adapters of the base.
+            info: What whoever loaded it knows of it.
+        """
         self.entries[name] = replace(self.entries[name], info=info)
 
     def replace_attribute(self, component: nn.Module, path: str, attribute: str, value: object) -> None:
@@ -101,7 +115,10 @@ class ComponentState(nn.Module):
     def forget_words(self, component: nn.Module) -> None:
         """Teach tokenizers nothing more, and give modules of the component their own attributes back.
 
-        One that somebody else has changed since keeps that.
+        An attribute that somebody else has changed since keeps that change.
+
+        Args:
+            component: The component whose state this is.
         """
         self.words = ()
         for (path, attribute), (own, ours) in self._replaced.items():

@@ -5,6 +5,18 @@ class UserError(Exception):
     """Something the user can mend. The message says what was wrong, where, and what to do; commands print it as one line."""
 
 
+class UnknownMethodError(UserError):
+    """A method of a name that none has.
+
+    Attributes:
+        name: The name.
+    """
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 class DamagedError(UserError):
     """A tensor that a site of a file must have and has not, whatever the base."""
 

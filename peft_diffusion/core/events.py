@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from .errors import Interrupted
 
@@ -80,6 +80,37 @@ class Warned(Event):
         return (f"warning: {self.message}", *(f"  {detail}" for detail in self.details))
 
 
+State: TypeAlias = Literal["finished", "stopped", "failed"]
+"""How something ended: it came to its end, it was stopped as somebody wished, or an error ended it."""
+
+
+class Summary(Protocol):
+    """What something gave, which can say so in lines."""
+
+    def lines(self) -> tuple[str, ...]:
+        """Returns: what was made, and what to do next, in lines of plain text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ended(Event):
+    """It is over: always the last event, and a base that was passed in is as it was.
+
+    Attributes:
+        state: How it ended.
+        result: What a training gave, where it came to its end; None for what gives its results by other events.
+        error: What ended it otherwise, in words.
+    """
+
+    state: State
+    result: Summary | None = None
+    error: str | None = None
+
+    def lines(self) -> tuple[str, ...]:
+        """Returns: what was made, and what to do next."""
+        return self.result.lines() if self.result else ()
+
+
 @dataclass(frozen=True)
 class ObserverFailed(Event):
     """An observer raised, and is told no more.
@@ -132,7 +163,11 @@ class Observers:
         self._tell_others(event)
 
     def last(self, event: Event) -> None:
-        """Tell the event that ends what runs after an error: what an own observer raises now must not hide that error."""
+        """Tell the event that ends what runs after an error: what an own observer raises now must not hide that error.
+
+        Args:
+            event: The last event.
+        """
         for observer in self.own:
             try:
                 observer(event)
@@ -167,6 +202,29 @@ def _log(event: Event) -> None:
             logger.info(event.message)
 
 
+@contextmanager
+def told_to_the_end(observers: Sequence[Observer]) -> Iterator[Observers]:
+    """Something inside that observers are told of, to its end: where it is left by an error, this tells of it last.
+
+    What is inside tells of its good end itself.
+
+    Args:
+        observers: Those of whoever asked for it.
+
+    Yields:
+        What tells them.
+    """
+    tell = Observers(observers)
+    try:
+        yield tell
+    except (KeyboardInterrupt, GeneratorExit) as error:  # the latter where nobody wants the rest
+        tell.last(Ended("stopped", error=str(error)))
+        raise
+    except BaseException as error:
+        tell.last(Ended("failed", error=str(error)))
+        raise
+
+
 class Stop(Protocol):
     """A wish to stop, which any thread may set: a ``threading.Event``, or whatever else has ``is_set``."""
 
@@ -184,7 +242,15 @@ class Never:
 
 
 def check_stop(stop: Stop, message: str) -> None:
-    """Raise Interrupted with this message where it is wished to stop."""
+    """End what runs where someone asked for it.
+
+    Args:
+        stop: Is set to end it; None where nothing can.
+        message: What to say then.
+
+    Raises:
+        Interrupted: It is set.
+    """
     if stop.is_set():
         raise Interrupted(message)
 

@@ -7,7 +7,18 @@ from typing import Any
 
 
 def lazy(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The ``__getattr__`` and ``__dir__`` of a package (PEP 562), from the module, relative to it, of each name."""
+    """Make names of a package that are imported when they are used (PEP 562).
+
+    Args:
+        package: Its name.
+        homes: The module that each name lives in, relative to the package.
+
+    Returns:
+        The ``__getattr__`` and ``__dir__`` of the package.
+
+    Raises:
+        AttributeError: Not here, but by ``__getattr__``, for a name that the package does not have.
+    """
 
     def find(name: str) -> Any:
         if name not in homes:

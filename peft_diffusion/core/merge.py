@@ -30,9 +30,16 @@ class Merged:
 
 
 def dense_weight(site: nn.Module) -> Tensor:
-    """The weight of a site in float32, also where it is sharded, or quantized by this package or by torchao.
+    """Read the weight of a site, also where it is sharded, or quantized by this package or by torchao.
 
-    Raises UserError where another program quantized it.
+    Args:
+        site: A Linear or convolution.
+
+    Returns:
+        The weight in float32, (out, in, ...).
+
+    Raises:
+        UserError: Another program quantized it.
     """
     if isinstance(site, QuantizedLinear):
         return site.dense()
@@ -49,12 +56,20 @@ def dense_weight(site: nn.Module) -> Tensor:
 
 
 def merge(component: nn.Module) -> Merged:
-    """Fold every adapter, at its present strength, into the weights; forward then costs what the base costs.
+    """Fold every adapter, at its present strength, into the weights: forward then costs what the base costs.
 
-    The change is added in float32 and rounded once; a quantized weight is dequantized and quantized again, and what error
-    that made is returned. Raises UserError where images have different strengths or one changes over the steps, and
-    FoldError, which names site and adapter, where a method is no change of weight and bias, and where another module has
-    the weight too; the component is then as it was.
+    The change is added in float32 and rounded once. A quantized weight is dequantized and quantized again.
+
+    Args:
+        component: The module whose adapters are folded.
+
+    Returns:
+        How many weights were changed, and the error that quantizing again made.
+
+    Raises:
+        UserError: Images have different strengths, or one changes over the steps; nothing was changed.
+        FoldError: A method is no change of weight and bias, or another module has the weight too; names site and adapter.
+            The component is then as it was.
     """
     found = sites_of.strengths(component)
     if found is None or found.merged:
@@ -80,7 +95,14 @@ def merge(component: nn.Module) -> Merged:
 
 
 def unmerge(component: nn.Module) -> None:
-    """Write back the bytes that the weights had before ``merge``. Raises UserError where nothing is merged."""
+    """Write back the bytes that the weights had before `merge`.
+
+    Args:
+        component: A merged module.
+
+    Raises:
+        UserError: Nothing is merged.
+    """
     found = sites_of.strengths(component)
     if found is None or not found.merged:
         raise UserError("nothing is merged")
@@ -93,7 +115,14 @@ def unmerge(component: nn.Module) -> None:
 
 @torch.no_grad()
 def unmerged_state(component: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the base, with the weights as they were before a merge where there is one."""
+    """Give the state dict of the base, with the weights as they were before a merge where there is one.
+
+    Args:
+        component: The module.
+
+    Returns:
+        Tensors by name.
+    """
     state: dict[str, Tensor] = dict(component.state_dict())
     for path, slot in sites_of.slots(component).items():
         parts: dict[str, dict[str, Tensor]] = {}

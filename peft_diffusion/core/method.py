@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
+from . import plugins
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -187,20 +188,62 @@ class Method:
 
     @classmethod
     def recognizes(cls, suffixes: Set[str]) -> bool:
-        """Whether these tensors of one site are this method's, and no other's; others' may stand beside them."""
+        """Tell whether tensors of one site are this method's, and no other's; others' may stand beside them.
+
+        Args:
+            suffixes: The names of the tensors.
+
+        Returns:
+            Whether ``read`` can make an adapter of them.
+
+        Raises:
+            NotImplementedError: The method does not say.
+        """
         raise NotImplementedError
 
     def serves(self, site: "Site") -> bool:
-        """Whether this method has something to add at such a module."""
+        """Tell whether this method has something to add at a module.
+
+        Args:
+            site: A module of a base.
+
+        Returns:
+            Whether ``build`` can make an adapter for it.
+
+        Raises:
+            NotImplementedError: The method does not say.
+        """
         raise NotImplementedError
 
     def build(self, site: "Site") -> "Adapter":
-        """A fresh adapter, one that leaves the output as it is."""
+        """Make a fresh adapter, one that leaves the output as it is.
+
+        Args:
+            site: The module that it will sit on.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            NotImplementedError: The method does not say.
+        """
         raise NotImplementedError
 
     @classmethod
     def read(cls, site: "Site", tensors: Mapping[str, "Tensor"]) -> "Adapter":
-        """The adapter that ``state()`` wrote. Raises UserError, without the site's path, where the tensors do not fit."""
+        """Make the adapter that ``state()`` of an adapter gave.
+
+        Args:
+            site: The module that it will sit on.
+            tensors: Those of the site, by suffix.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            UserError: The tensors do not fit the site; its path is not in the message.
+            NotImplementedError: The method does not say.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -293,13 +336,20 @@ class Method:
         return ()
 
     def with_ids(self, ids: Sequence[int]) -> Self:
-        """The method whose vectors begin as these tokens, one a vector: see ``initial_words``."""
+        """Say which tokens the vectors begin as: see ``initial_words``.
+
+        Args:
+            ids: One a vector.
+
+        Returns:
+            The method with them.
+        """
         return self
 
     @classmethod
     def plugin(cls) -> str | None:
         """The module that it comes from, for ``--plugin``; None for a method of this package."""
-        return None if cls.__module__.startswith(f"{__name__.partition('.')[0]}.") else cls.__module__
+        return None if cls.__module__.startswith(f"{__name__.partition('.')[0]}.") else plugins.importable(cls.__module__)
 
     def spec(self) -> dict[str, Any]:
         """Name and hyper-parameters as JSON values, and the plug-in that it comes from, if it does."""

@@ -6,14 +6,17 @@ in by an entry point of an installed package, in one of `GROUPS`, or by its name
 """
 
 import importlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 METHODS_GROUP = "peft_diffusion.methods"
 FAMILIES_GROUP = "peft_diffusion.families"
@@ -24,7 +27,7 @@ _loaded: list[str] = []
 _discovered: set[str] = set()
 
 
-def load(module: str) -> None:
+def load_plugin(module: str) -> None:
     """Import a plug-in by the name of its module, once; it may lie in the present directory.
 
     Args:
@@ -45,6 +48,20 @@ def loaded() -> tuple[str, ...]:
     return tuple(_loaded)
 
 
+def imported(module: str) -> bool:
+    """Whether a module was imported, as a plug-in or otherwise."""
+    return module in sys.modules or module == importable("__main__")
+
+
+def importable(module: str) -> str:
+    """The name to load a module by, which of a script that is run is not ``__main__``."""
+    if module != "__main__":
+        return module
+    main = sys.modules[module]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    return spec.name if spec is not None else module if file is None else Path(file).stem
+
+
 def discover(group: str) -> None:
     """Import the plug-ins of a group that installed packages bring by their entry points, once.
 
@@ -62,9 +79,18 @@ def discover(group: str) -> None:
     _discovered.add(group)
 
 
-def entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
-    """The entry points of a group that installed packages have, by name; nothing is imported."""
-    return sorted(importlib.metadata.entry_points(group=group), key=lambda point: point.name)
+def entry_points(group: str) -> "list[EntryPoint]":
+    """List what installed packages offer, by name; nothing is imported.
+
+    Args:
+        group: The group of entry points.
+
+    Returns:
+        The entry points.
+    """
+    from importlib import metadata  # which takes as long as half of this package
+
+    return sorted(metadata.entry_points(group=group), key=lambda point: point.name)
 
 
 def source(module: str) -> Path | None:

@@ -33,14 +33,32 @@ class QuantizedLinear(nn.Linear):
     weight_scale: Tensor
 
     def dense(self, codes: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        """The weight that it computes with, (out, in), in float32; or that of other codes and scales."""
+        """Compute the weight that the layer computes with.
+
+        Args:
+            codes: Other codes than its own.
+            scale: Other scales than its own.
+
+        Returns:
+            (out, in), float32.
+        """
         codes = self.weight if codes is None else codes
         scale = self.weight_scale if scale is None else scale
         return _expand(self.kind, codes.detach(), scale, self.out_features, self.in_features, torch.float32)
 
     @classmethod
     def codes(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales that say a float32 weight, (out, in), best."""
+        """Quantize a weight.
+
+        Args:
+            weight: (out, in), float32.
+
+        Returns:
+            The codes and scales that say it best.
+
+        Raises:
+            NotImplementedError: The kind does not say.
+        """
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
@@ -67,7 +85,14 @@ class Nf4Linear(QuantizedLinear):
 
     @classmethod
     def codes(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (out * in / 2, 1) and scales (out * in / 64), with zeros after the weights to fill the last block."""
+        """Quantize a weight to 4 bits, in groups of 64 (QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
+
+        Args:
+            weight: (out, in), float32.
+
+        Returns:
+            Codes (out * in / 2, 1) and scales (out * in / 64), with zeros after the weights to fill the last group.
+        """
         quantize = needed().functional.quantize_4bit
         blocks = F.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
         packed, state = quantize(blocks, blocksize=BLOCK, compress_statistics=False, quant_type=NF4)
@@ -85,7 +110,14 @@ class Int8Linear(QuantizedLinear):
 
     @classmethod
     def codes(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (out, in) and scales (out,)."""
+        """Quantize a weight to 8 bits, with a scale an output.
+
+        Args:
+            weight: (out, in), float32.
+
+        Returns:
+            Codes (out, in) and scales (out,).
+        """
         scale = weight.abs().amax(1) / 127
         scale = torch.where(scale > 0, scale, 1.0)
         return (weight / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
@@ -95,7 +127,14 @@ KINDS: dict[str, type[QuantizedLinear]] = {NF4: Nf4Linear, INT8: Int8Linear}
 
 
 def check(kind: str) -> None:
-    """Raises UserError for a kind of quantization that there is not, or whose package is not installed."""
+    """Check that a kind of quantization can be used.
+
+    Args:
+        kind: ``nf4`` or ``int8``.
+
+    Raises:
+        UserError: There is no such kind, or its package is not installed.
+    """
     if kind not in KINDS:
         raise UserError(f"a base cannot be quantized as {kind!r}; there are: {', '.join(KINDS)}")
     if kind == NF4:
@@ -103,12 +142,26 @@ def check(kind: str) -> None:
 
 
 def kind_of(component: nn.Module) -> str | None:
-    """How ``quantize`` quantized a component; None where it did not."""
+    """Tell how `quantize` quantized a component.
+
+    Args:
+        component: The module.
+
+    Returns:
+        The kind; None where it did not.
+    """
     return next((module.kind for module in component.modules() if isinstance(module, QuantizedLinear)), None)
 
 
 def count(component: nn.Module) -> int:
-    """Its parameters, each weight for one, however many of them are packed into a byte."""
+    """Count the parameters of a component.
+
+    Args:
+        component: The module.
+
+    Returns:
+        Each weight for one, however many of them are packed into a byte.
+    """
     packed = (module for module in component.modules() if isinstance(module, Nf4Linear))
     hidden = sum(module.out_features * module.in_features - module.weight.numel() for module in packed)
     return sum(parameter.numel() for parameter in component.parameters()) + hidden
@@ -116,10 +169,20 @@ def count(component: nn.Module) -> int:
 
 @torch.no_grad()
 def quantize(component: nn.Module, kind: str, device: torch.device | None = None) -> int:
-    """Quantize the weight of every Linear of a component, in place, computing on ``device``; returns how many there were.
+    """Quantize the weight of every Linear of a component, in place.
 
-    Left as they are: weights that are shared with another module, and output layers over a vocabulary. Raises UserError for
-    a component that carries adapters or is quantized already, and as ``check`` does.
+    Weights that are shared with another module, and output layers over a vocabulary, stay as they are.
+
+    Args:
+        component: The module.
+        kind: ``nf4`` or ``int8``.
+        device: Where to compute; None for where the weights are.
+
+    Returns:
+        How many layers were quantized.
+
+    Raises:
+        UserError: The component carries adapters or is quantized already, or the kind cannot be used.
     """
     check(kind)
     if any(isinstance(module, (AdaptedSite, QuantizedLinear)) for module in component.modules()):
@@ -140,15 +203,30 @@ def quantize(component: nn.Module, kind: str, device: torch.device | None = None
 
 
 def torchao_kind(weight: object) -> str | None:
-    """The name of torchao's class of quantized tensors that a weight is of; None where torchao did not quantize it."""
+    """Tell how torchao quantized a weight.
+
+    Args:
+        weight: Anything.
+
+    Returns:
+        The name of torchao's class of tensors; None where torchao did not quantize it.
+    """
     utils = sys.modules.get("torchao.utils")  # not imported here: who has such a weight has imported it
     return type(weight).__name__ if utils is not None and isinstance(weight, utils.TorchAOBaseTensor) else None
 
 
 def torchao_codes(weight: Tensor, wanted: Tensor) -> Tensor:
-    """A float32 weight, (out, in), quantized as torchao quantized ``weight``: int8 weight-only, a scale an output.
+    """Quantize a weight as torchao quantized another: int8 weight-only, a scale an output.
 
-    Raises UserError for other quantizations of torchao, on which adapters run and train but are not merged.
+    Args:
+        weight: The one that torchao quantized.
+        wanted: (out, in), float32.
+
+    Returns:
+        The quantized tensor.
+
+    Raises:
+        UserError: torchao quantized it in another way, on which adapters run and train but are not merged.
     """
     from torchao.quantization import Int8Tensor, PerRow
 
@@ -163,7 +241,14 @@ def torchao_codes(weight: Tensor, wanted: Tensor) -> Tensor:
 
 
 def plain_parts(tensor: Tensor) -> dict[str, Tensor]:
-    """The tensors that a wrapping tensor, such as torchao's, is made of, by name; of any other, itself under ''."""
+    """List the tensors that a wrapping tensor, such as torchao's, is made of.
+
+    Args:
+        tensor: Any.
+
+    Returns:
+        Tensors by name; of one that wraps nothing, itself under ''.
+    """
     if not is_traceable_wrapper_subclass(tensor):
         return {"": tensor}
     names, _ = tensor.__tensor_flatten__()
@@ -171,7 +256,15 @@ def plain_parts(tensor: Tensor) -> dict[str, Tensor]:
 
 
 def rebuilt(tensor: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    """A tensor with some of its parts exchanged, which are named as ``plain_parts`` names them."""
+    """Exchange some of the tensors that a wrapping tensor is made of.
+
+    Args:
+        tensor: The wrapping tensor.
+        parts: The new ones, named as by `plain_parts`.
+
+    Returns:
+        A tensor with them.
+    """
     if not is_traceable_wrapper_subclass(tensor):
         return parts[""]
     names, context = tensor.__tensor_flatten__()
@@ -181,7 +274,14 @@ def rebuilt(tensor: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def needed() -> Any:
-    """bitsandbytes. Raises UserError where it is not installed."""
+    """Import bitsandbytes.
+
+    Returns:
+        The package.
+
+    Raises:
+        UserError: It is not installed.
+    """
     try:
         with _quiet("bitsandbytes"):  # which misses faster kernels for a path that is not taken here
             import bitsandbytes

@@ -68,7 +68,13 @@ class Registry:
         return max((state.strengths.images for state in self.states().values()), default=1)
 
     def carriers(self, name: str) -> dict[str, ComponentState]:
-        """The components that carry an adapter, by name.
+        """Find the components that carry an adapter.
+
+        Args:
+            name: What it is called.
+
+        Returns:
+            Their states, by name.
 
         Raises:
             UserError: None does.
@@ -79,7 +85,13 @@ class Registry:
         return found
 
     def info(self, name: str) -> object | None:
-        """Where an adapter came from, as whoever loaded it said; None where it was attached without a file.
+        """Tell where an adapter came from, as whoever loaded it said.
+
+        Args:
+            name: What it is called.
+
+        Returns:
+            What was said; None where it was attached without a file.
 
         Raises:
             UserError: There is no such adapter, or components that came from different bases carry different ones under the

@@ -114,6 +114,7 @@ class Setting:
     free_on_resume: bool
     kept: bool
     instead_of: str
+    table: tuple[str, ...]
 
 
 def about(
@@ -127,6 +128,7 @@ def about(
     free_on_resume: bool = False,
     kept: bool = True,
     instead_of: str = "",
+    table: tuple[str, ...] = (),
 ) -> Mapping[str, Setting]:
     """The metadata of a setting without default, for ``dataclasses.field``; `setting` is for all others.
 
@@ -140,11 +142,12 @@ def about(
         free_on_resume: A run may go on with another value: what is learned does not depend on it, or is compared otherwise.
         kept: It is written into files of settings; False for what is said anew with every command.
         instead_of: Another setting, which it stands in place of where both are given.
+        table: The words that its text begins with. A file may have it as a table instead, with a key for each of them.
 
     Returns:
         The metadata.
     """
-    return {_KEY: Setting(help, group, range, unit, flag, place, free_on_resume, kept, instead_of)}
+    return {_KEY: Setting(help, group, range, unit, flag, place, free_on_resume, kept, instead_of, table)}
 
 
 def setting(
@@ -159,6 +162,7 @@ def setting(
     free_on_resume: bool = False,
     kept: bool = True,
     instead_of: str = "",
+    table: tuple[str, ...] = (),
 ) -> T:
     """A field of a dataclass of settings.
 
@@ -179,6 +183,7 @@ def setting(
         free_on_resume=free_on_resume,
         kept=kept,
         instead_of=instead_of,
+        table=table,
     )
     return field(default=default, metadata=told)
 
@@ -205,6 +210,11 @@ class Described:
     def flag(self) -> str:
         """Its flag, which errors call it by, whoever gave the value."""
         return flag(self.name)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Its flag, and all others for it."""
+        return (self.flag, *self.setting.flag.aliases)
 
     @property
     def several(self) -> bool:
@@ -240,7 +250,13 @@ class Described:
         return found
 
     def taken(self, value: object) -> Any:
-        """A value as the setting has it: see `settle`.
+        """Check a value and bring it to the setting's type: see `settle`.
+
+        Args:
+            value: As a person or a file gave it.
+
+        Returns:
+            The value as the setting has it.
 
         Raises:
             UserError: It is of another type, not among the choices or out of the range.
@@ -271,7 +287,7 @@ class Described:
         told, limits = self.setting, self.setting.range
         return {
             "name": self.name,
-            "flags": [self.flag, *told.flag.aliases],
+            "flags": list(self.flags),
             "type": self.type_name,
             "several": self.several,
             "required": self.default is MISSING,
@@ -293,20 +309,42 @@ class Described:
 
 
 def flag(name: str) -> str:
-    """The flag of a setting of this name."""
+    """Name the flag of a setting.
+
+    Args:
+        name: The name of its field.
+
+    Returns:
+        The flag, with its dashes.
+    """
     return f"--{name.replace('_', '-')}"
 
 
 def not_among(flag: str, choices: Sequence[str], value: object) -> str:
-    """What to say of a value that is not among the choices of a setting."""
+    """Say that a value is not among the choices of a setting.
+
+    Args:
+        flag: Its flag.
+        choices: What may stand there.
+        value: What stood there.
+
+    Returns:
+        The message of the error.
+    """
     return f"{flag} is one of {', '.join(choices)}, not {value!r}"
 
 
 @cache
 def settings_of(kind: type[Settings]) -> tuple[Described, ...]:
-    """The settings of a class in the order of its fields; fields that are no settings are left out.
+    """List the settings of a class in the order of its fields; fields that are no settings are left out.
 
     A field that a subclass declares anew, to narrow its type, keeps what is told of it.
+
+    Args:
+        kind: The class.
+
+    Returns:
+        One entry a setting.
     """
     hints = get_type_hints(kind)
     declared = [vars(base).get("__dataclass_fields__", {}) for base in kind.__mro__]
@@ -335,7 +373,14 @@ def describe(kind: type[Settings]) -> list[dict[str, Any]]:
 
 
 def explained(kind: type[T]) -> type[T]:
-    """Write the settings of a class into its docstring, for ``help()``. Stands above ``@dataclass``."""
+    """Write the settings of a class into its docstring, for ``help()``. Stands above ``@dataclass``.
+
+    Args:
+        kind: The class.
+
+    Returns:
+        The same class.
+    """
     told: Any = kind
     wrap = TextWrapper(
         _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
@@ -362,15 +407,51 @@ def settle(config: Settings) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value of a setting as JSON and TOML have it: paths as text, tuples as lists."""
+    """Bring a value of a setting to what JSON and TOML have.
+
+    Args:
+        value: Any.
+
+    Returns:
+        Paths as text, tuples as lists, all else as it is.
+    """
     if isinstance(value, tuple):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
 def to_json(config: Settings) -> dict[str, Any]:
-    """The settings that files keep, as JSON values."""
+    """Give the settings that files keep, as JSON values.
+
+    Args:
+        config: A dataclass of settings.
+
+    Returns:
+        Values by the name of the setting.
+    """
     return {one.name: plain(getattr(config, one.name)) for one in settings_of(type(config)) if one.setting.kept}
+
+
+def portable(config: Settings) -> dict[str, Any]:
+    """Give the settings that files for others tell, as JSON values.
+
+    What lies where on this machine is nobody's business: settings that only say that are left out, and of other paths the
+    names alone are told.
+
+    Args:
+        config: A dataclass of settings.
+
+    Returns:
+        Values by the name of the setting.
+    """
+    told = [one for one in settings_of(type(config)) if one.setting.kept and not one.setting.place]
+    values = {one: getattr(config, one.name) for one in told}
+    return {one.name: plain(_names(value) if one.single is Path else value) for one, value in values.items()}
+
+
+def _names(value: Any) -> Any:
+    """The names of a path, or of several."""
+    return tuple(map(_names, value)) if isinstance(value, tuple) else value and value.name
 
 
 def pick(kind: type[S], *sources: Settings | Mapping[str, Any]) -> S:

@@ -4,12 +4,26 @@ from torch import Tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor as one, gathered from all processes, which have to ask together; any other as it is."""
+    """Gather a sharded tensor from all processes, which have to ask together.
+
+    Args:
+        tensor: Sharded or not.
+
+    Returns:
+        The whole tensor; one that is not sharded as it is.
+    """
     return _given(tensor, "full_tensor")
 
 
 def here(tensor: Tensor) -> Tensor:
-    """What of a sharded tensor this process holds; any other as it is."""
+    """Give the part of a sharded tensor that this process holds.
+
+    Args:
+        tensor: Sharded or not.
+
+    Returns:
+        The part; one that is not sharded as it is.
+    """
     return _given(tensor, "to_local")
 
 

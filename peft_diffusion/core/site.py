@@ -59,54 +59,121 @@ def _remade(cls: type[nn.Module]) -> nn.Module:
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, or the one that it had before it carried adapters."""
+    """Tell the class that a module has, or had before it carried adapters.
+
+    Args:
+        module: Any module of a base.
+
+    Returns:
+        The class.
+    """
     cls: type[nn.Module] = type(module).__mro__[2] if isinstance(module, AdaptedSite) else type(module)
     return cls
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is a Linear with a weight that is not quantized, whatever it carries."""
+    """Tell whether a module is a Linear with a weight that is not quantized, whatever it carries.
+
+    Args:
+        module: Any module of a base.
+
+    Returns:
+        Whether it is.
+    """
     return base_class(module) is nn.Linear and type(module.weight) is nn.Parameter
 
 
 def rebase(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Give a module another class; one that carries adapters keeps them, over that class."""
+    """Give a module another class; one that carries adapters keeps them, over that class.
+
+    Args:
+        module: Any module of a base.
+        cls: The class.
+    """
     module.__class__ = _adapted(cast(Hashable, cls)) if isinstance(module, AdaptedSite) else cls
 
 
 def sites(component: nn.Module, name: str | None = None) -> dict[str, AdaptedSite]:
-    """The modules of a component that carry adapters, by path; with a name, those that carry that adapter."""
+    """Find the modules of a component that carry adapters.
+
+    Args:
+        component: The module to look in.
+        name: Only those that carry this adapter.
+
+    Returns:
+        The modules by path.
+    """
     found = {path: m for path, m in component.named_modules() if isinstance(m, AdaptedSite)}
     return found if name is None else {path: m for path, m in found.items() if name in m._peft_diffusion.adapters}
 
 
 def slots(component: nn.Module, name: str | None = None) -> dict[str, Slot]:
-    """What the sites of a component carry, by their path; with a name, of those that carry that adapter."""
+    """Find what the sites of a component carry.
+
+    Args:
+        component: The module to look in.
+        name: Only sites that carry this adapter.
+
+    Returns:
+        The slots by path.
+    """
     return {path: site._peft_diffusion for path, site in sites(component, name).items()}
 
 
 def strengths(component: nn.Module) -> Strengths | None:
-    """The strengths of a component's adapters; None where it carries none."""
+    """Find the strengths of a component's adapters.
+
+    Args:
+        component: The module to look in.
+
+    Returns:
+        The strengths, which all sites share; None where there is no adapter.
+    """
     state = state_of(component)
     return None if state is None else state.strengths
 
 
 def adapters(component: nn.Module, name: str) -> dict[str, Adapter]:
-    """An adapter's parts by the path of their site."""
+    """Find what an adapter has at each site.
+
+    Args:
+        component: The module to look in.
+        name: What the adapter is called.
+
+    Returns:
+        Its parts by the path of their site; empty where the component does not carry it.
+    """
     return {path: slot.adapters[name] for path, slot in slots(component, name).items()}
 
 
 def names(component: nn.Module) -> list[str]:
-    """The adapters of a component in the order of attachment."""
+    """List the adapters of a component.
+
+    Args:
+        component: The module to look in.
+
+    Returns:
+        Their names in the order of attachment.
+    """
     found = strengths(component)
     return list(found.names) if found else []
 
 
 def attach(component: nn.Module, name: str, method: Method, target: str = DEFAULT_TARGET) -> list[str]:
-    """Add a fresh adapter at every module that ``target`` names, at strength 1; returns their paths.
+    """Add a fresh adapter at every module that a target names, at strength 1.
 
-    Raises UserError, and changes nothing, where the target matches no module that the method can serve, where the name
-    is taken or no good, and where a module's forward is patched (offloading hooks), which the class could not reach.
+    Args:
+        component: The module that gets the adapter.
+        name: What the adapter is called: letters, digits, _ and -.
+        method: What it does at a site.
+        target: A name of ``core.targets``, or a regular expression that paths match in full.
+
+    Returns:
+        The paths of the sites.
+
+    Raises:
+        UserError: The target matches no module that the method can serve, the name is taken or no good, or a module's
+            forward is patched (offloading hooks), which the class could not reach. Nothing was changed then.
     """
     return list(attach_all(component, name, [(method, target)])[0])
 
@@ -114,7 +181,16 @@ def attach(component: nn.Module, name: str, method: Method, target: str = DEFAUL
 def attach_all(component: nn.Module, name: str, methods: Sequence[tuple[Method, str]]) -> list[dict[str, Adapter]]:
     """Add one adapter of several methods, each at its own target; where they meet at a site they run in this order.
 
-    Returns what each method built, by path. Raises as ``attach`` does.
+    Args:
+        component: The module that gets the adapter.
+        name: What the adapter is called.
+        methods: Each method with its target.
+
+    Returns:
+        What each method built, by path.
+
+    Raises:
+        UserError: As `attach`.
     """
     found = targets.modules(component)
     built: list[dict[str, Adapter]] = []
@@ -134,7 +210,16 @@ def attach_all(component: nn.Module, name: str, methods: Sequence[tuple[Method, 
 
 
 def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) -> None:
-    """Add adapters made elsewhere, such as loaded ones, at the sites of these paths. Raises as ``attach`` does."""
+    """Add adapters that were made elsewhere, such as loaded ones.
+
+    Args:
+        component: The module that gets them.
+        name: What they are called together.
+        built: One for each site, by path.
+
+    Raises:
+        UserError: As `attach`. Nothing is left of it, nor where it is interrupted, or a device has no room.
+    """
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"an adapter's name consists of letters, digits, _ and -; {name!r} does not")
     if name in names(component):
@@ -149,26 +234,58 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) 
     _check_one_state(component, blocks.names)
     state = state or ComponentState(blocks.names, _device(component))
     state.add(name)
-    for path, module in modules.items():
-        slot = slot_of(module) or _swap(module, state, blocks.of(path))
-        slot.adapters[name] = built[path].to(_device(module, component)).train(module.training)
-        built[path].bind(module)
-        slot.packed = None
+    try:
+        for path, module in modules.items():
+            slot = slot_of(module) or _swap(module, state, blocks.of(path))
+            slot.adapters[name] = built[path].to(_device(module, component)).train(module.training)
+            built[path].bind(module)
+            slot.packed = None
+    except BaseException:
+        _take_off(component, state, name)
+        raise
 
 
 def detach(component: nn.Module, name: str) -> None:
-    """Take an adapter away; a module without any has its own class, keys and bits again. Raises UserError."""
+    """Take an adapter away; a module without any has its own class, keys, attributes and bits again.
+
+    Args:
+        component: The module that it was attached to.
+        name: What it is called.
+
+    Raises:
+        UserError: As `check_detach`. Nothing is changed then.
+    """
+    _take_off(component, check_detach(component, name), name)
+
+
+def check_detach(component: nn.Module, name: str) -> ComponentState:
+    """See that an adapter can be taken away.
+
+    Args:
+        component: The module that it was attached to.
+        name: What it is called.
+
+    Returns:
+        What the component carries.
+
+    Raises:
+        UserError: There is no such adapter, it is merged, or a site's forward or class was changed since.
+    """
     state = state_of(component)
     if state is None or name not in state.entries:
         raise UserError(f"no adapter {name!r} is attached; there are: {', '.join(names(component)) or 'none'}")
     if state.strengths.merged:
         raise UserError("adapters are merged into the weights; unmerge them before you remove one")
-    carriers = sites(component, name)
-    for path, site in carriers.items():
+    for path, site in sites(component, name).items():
         _check_free(path, site)
-    for site in carriers.values():
+    return state
+
+
+def _take_off(component: nn.Module, state: ComponentState, name: str) -> None:
+    for site in sites(component).values():
         held = site._peft_diffusion.adapters
-        del held[name]
+        if name in held:
+            del held[name]
         if not len(held):
             _restore(site)
     unpack(component)  # the rows of the strengths move up
@@ -178,7 +295,11 @@ def detach(component: nn.Module, name: str) -> None:
 
 
 def freeze(component: nn.Module) -> None:
-    """Take gradients and randomness from the base, and leave the adapters on it as they are: one may be in training."""
+    """Take gradients and randomness from the base, and leave the adapters on it as they are: one may be in training.
+
+    Args:
+        component: The module.
+    """
     for module in targets.modules(component).values():
         module.training = False
         for own in module.parameters(recurse=False):
@@ -189,6 +310,9 @@ def pack(component: nn.Module) -> None:
     """Run the low-rank adapters of each site as one pair where no gradients are wanted.
 
     Copies the parameters: call it again when they change. Attaching and detaching undo it.
+
+    Args:
+        component: The module that carries them.
     """
     everywhere = {dtype for module in targets.modules(component).values() for dtype in _precisions(module)}
     # A quantized weight does not tell what its layer computes in; the rest of the component does, if it is of one mind.
@@ -206,7 +330,11 @@ def _precisions(module: nn.Module) -> Iterator[torch.dtype]:
 
 
 def unpack(component: nn.Module) -> None:
-    """Run every adapter by itself again."""
+    """Run every adapter by itself again.
+
+    Args:
+        component: The module that carries them.
+    """
     for slot in slots(component).values():
         slot.packed = None
 

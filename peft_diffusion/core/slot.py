@@ -96,13 +96,16 @@ class Slot(nn.Module):
         return Sole(name, adapter, strengths, strengths.values[strengths.index(name), self.block])
 
     def changed(self, site: nn.Module, x: Tensor, y: Tensor, named: Mapping[str, Any]) -> Tensor:
-        """The output of a site with the changes of every adapter whose strength is not 0.
+        """Change the output of a site by every adapter whose strength is not 0.
 
         Args:
             site: The module whose slot this is.
             x: What the site was given, (batch, ...).
             y: What it made of it, (batch, ...).
             named: What else it was given by name, such as a mask.
+
+        Returns:
+            The new output, of the shape of ``y``.
         """
         strengths = self.strengths
         if strengths.merged:
@@ -174,13 +177,27 @@ def using(path: FastPath) -> Iterator[None]:
 
 
 def slot_of(module: nn.Module) -> Slot | None:
-    """The slot of a module; None where it carries no adapter."""
+    """Find the slot of a module.
+
+    Args:
+        module: Any module of a base.
+
+    Returns:
+        The slot; None where it carries no adapter.
+    """
     found = module._modules.get(SLOT)
     return found if isinstance(found, Slot) else None
 
 
 def state_of(component: nn.Module) -> ComponentState | None:
-    """What a component carries; None where it carries no adapter."""
+    """Find what a component carries.
+
+    Args:
+        component: The module.
+
+    Returns:
+        Its state; None where it carries no adapter.
+    """
     return next((slot.component for module in component.modules() if (slot := slot_of(module)) is not None), None)
 
 

@@ -37,7 +37,11 @@ class Strengths(KeepsPrecision):
         self.register_buffer("values", torch.zeros(0, len(self.blocks), 1, device=device), persistent=False)
 
     def add(self, name: str) -> None:
-        """Make room for an adapter, at strength 1."""
+        """Make room for an adapter, at strength 1.
+
+        Args:
+            name: What it is called.
+        """
         ones = torch.ones(1, *self.values.shape[1:], device=self.values.device)
         self.values = torch.cat([self.values, ones])
         self.names.append(name)
@@ -45,7 +49,11 @@ class Strengths(KeepsPrecision):
         self.full |= {name}
 
     def remove(self, name: str) -> None:
-        """Forget an adapter."""
+        """Forget an adapter.
+
+        Args:
+            name: What it is called.
+        """
         keep = [i for i, known in enumerate(self.names) if known != name]
         self.values = self.values[keep]
         self.names.remove(name)
@@ -70,7 +78,11 @@ class Strengths(KeepsPrecision):
         self._put(rows)
 
     def check(self, amounts: Mapping[str, Amount]) -> None:
-        """Raise as ``write`` does, and change nothing."""
+        """Raise as `write` does, and change nothing.
+
+        Args:
+            amounts: By the name of the adapter.
+        """
         self._planned(amounts)
 
     def at_progress(self, progress: float) -> None:
@@ -114,7 +126,14 @@ class Strengths(KeepsPrecision):
 
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
-        """An adapter at strength 0 inside; nothing waits for the device, so a recording can hold it."""
+        """Put an adapter at strength 0 inside; nothing waits for the device, so a recording can hold it.
+
+        Args:
+            name: What it is called.
+
+        Yields:
+            Once; afterwards the strength is what it was.
+        """
         row, active, full = self.values[self.index(name)], self.active, self.full
         before = row.clone()
         row.zero_()
@@ -126,13 +145,29 @@ class Strengths(KeepsPrecision):
             self.active, self.full = active, full
 
     def index(self, name: str) -> int:
-        """The row of an adapter in ``values``."""
+        """Find the row of an adapter in ``values``.
+
+        Args:
+            name: What it is called.
+
+        Returns:
+            The row.
+        """
         return self.names.index(name)
 
     def at(self, rows: int | Tensor, block: int, y: Tensor) -> Tensor:
-        """Strengths at a block in the dtype of ``y``: (n,) for one row, (n, rows) for several; n is 1 or the batch of ``y``.
+        """Give the strengths at a block. Classifier-free guidance doubles the batch, over which they are then repeated.
 
-        Classifier-free guidance doubles the batch, over which they are then repeated. Raises UserError for other batches.
+        Args:
+            rows: One row of ``values``, or several.
+            block: The index of the block.
+            y: The output that they will multiply, (batch, ...).
+
+        Returns:
+            (n,) for one row, (n, rows) for several, in the dtype of ``y``; n is 1 or the batch.
+
+        Raises:
+            UserError: The batch is neither the number of images nor twice that.
         """
         values = self.values[rows, block].to(y.dtype)
         if values.ndim == 2:
@@ -145,7 +180,17 @@ class Strengths(KeepsPrecision):
         return values.repeat(batch // images, *[1] * (values.ndim - 1))
 
     def scalar(self, name: str) -> Tensor:
-        """The strengths of an adapter per block, (blocks,). Raises UserError where images differ."""
+        """Give the strengths of an adapter that hold for all images.
+
+        Args:
+            name: What it is called.
+
+        Returns:
+            (blocks,).
+
+        Raises:
+            UserError: Images differ, or the strength changes over the steps.
+        """
         rows = self.values[self.index(name)]
         if bool((rows != rows[:, :1]).any()):
             raise UserError(f"adapter {name!r} has another strength for each image; merging needs one for all")

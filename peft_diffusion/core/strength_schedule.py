@@ -27,7 +27,14 @@ class Schedule:
         object.__setattr__(self, "values", values)  # of arrays and tensors too
 
     def at(self, progress: float) -> float:
-        """The strength when ``progress``, from 0 to 1, of the steps are done."""
+        """Give the strength at a point of the steps.
+
+        Args:
+            progress: From 0 at the first step to 1 at the last.
+
+        Returns:
+            The strength.
+        """
         position = progress * (len(self.values) - 1)
         left = min(int(position), len(self.values) - 1)
         right = min(left + 1, len(self.values) - 1)

@@ -79,13 +79,27 @@ class LatentCache:
         return group(self.fits)
 
     def stack(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Means and standard deviations of entries of one bucket, (batch, channels, height, width) each."""
+        """Stack entries of one bucket.
+
+        Args:
+            indices: The entries.
+
+        Returns:
+            Means and standard deviations, (batch, channels, height, width) each.
+        """
         chosen = [self.entries[index] for index in indices]
         return torch.stack([entry.mean for entry in chosen]), torch.stack([entry.std for entry in chosen])
 
 
 def fingerprint(vae: nn.Module) -> str:
-    """SHA-256, in hex, over the weights of a VAE and the settings that change what it computes."""
+    """Digest the weights of a VAE and the settings that change what it computes.
+
+    Args:
+        vae: The module.
+
+    Returns:
+        SHA-256, in hex.
+    """
     config = getattr(vae, "config", None) or {}
     settings = {str(key): value for key, value in dict(config).items() if not str(key).startswith("_")}
     if getattr(vae, "use_tiling", False):
@@ -98,7 +112,19 @@ def fingerprint(vae: nn.Module) -> str:
 
 
 def latent_key(digest: str, vae: str, fit: Fit, flipped: bool, background: str, mask: int | None = None) -> str:
-    """The name of a picture's latent: SHA-256, in hex, over all that it depends on; `vae` is a `fingerprint`."""
+    """Name an image's latent by all that it depends on.
+
+    Args:
+        digest: The image's SHA-256.
+        vae: The `fingerprint` of the VAE.
+        fit: How it is resized and cropped.
+        flipped: Whether it is mirrored.
+        background: The colour behind transparency.
+        mask: The number of the inpainting mask that hides a part of it.
+
+    Returns:
+        SHA-256, in hex.
+    """
     parts = [_VERSION, digest, vae, *fit.original, *fit.resized, *fit.crop, flipped, parse_colour(background)]
     parts += [] if mask is None else [mask]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -119,16 +145,32 @@ def cache_latents(
     max_pixels: int = MAX_PIXELS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LatentCache:
-    """Encode each picture, brought to its bucket by its fit, once; `flip` adds every picture mirrored.
+    """Encode each image, brought to its bucket, once.
 
-    `masked` adds each one with parts hidden, by the masks of `masks.mask`, for a base that is told such. Pictures with a
-    mask of what is learned get that at the latents' size; with `alpha`, transparent ones without a mask their alpha.
+    The result is held on the CPU and, with a folder, kept there as one float32 file an image, found again by `latent_key`.
+    The VAE runs where it is, on the CPU in float32, in batches whose make-up does not depend on what the cache holds, so
+    that a half-full cache gives the same bits.
 
-    The result is held on the CPU in `dtype` and, with a `folder`, kept there as one float32 file per picture that
-    is found again by `latent_key`. The VAE runs where it is, on the CPU in float32, in batches whose make-up does not
-    depend on what the cache holds, so that a half-full cache gives the same bits. `on_progress` is called with the
-    entries done and their total. Raises `UserError` for pictures that changed, a folder that cannot be written, a
-    VAE that overflows, or a picture of which masks leave nothing.
+    Args:
+        pictures: The images.
+        fits: How each becomes its bucket.
+        vae: The VAE.
+        background: The colour behind transparency.
+        flip: Add every image mirrored.
+        masked: Add each one with parts hidden, by `masks.mask`, for a base that is told such.
+        alpha: Take the transparency of images without a mask for what is learned of them.
+        folder: Where latents are kept.
+        dtype: That of the result.
+        batch_size: Images encoded at once.
+        max_pixels: Larger images are refused.
+        on_progress: Called with the entries done and their total.
+
+    Returns:
+        One entry an image, then one per mirrored image; those with a mask have it at the latents' size.
+
+    Raises:
+        UserError: An image changed, the folder cannot be written, the VAE overflows, or a mask leaves nothing of an image.
+        ValueError: There are not as many fits as images.
     """
     if len(pictures) != len(fits):
         raise ValueError(f"{len(pictures)} pictures with {len(fits)} fits")
@@ -328,7 +370,17 @@ class TextCache(Mapping[str, tuple[Tensor, ...]]):
         return len(self._rows)
 
     def stack(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """The tensors of a batch of prompts, (batch, ...) each. Raises `KeyError` for a prompt that was not encoded."""
+        """Stack the tensors of prompts.
+
+        Args:
+            prompts: Prompts that were encoded.
+
+        Returns:
+            (batch, ...) each.
+
+        Raises:
+            KeyError: A prompt was not encoded.
+        """
         rows = [self._rows[prompt] for prompt in prompts]
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
@@ -337,7 +389,19 @@ class TextCache(Mapping[str, tuple[Tensor, ...]]):
 def cache_text(
     prompts: Iterable[str], encode: Callable[[list[str]], tuple[Tensor, ...]], batch_size: int = 16
 ) -> TextCache:
-    """Encode each distinct prompt once; `encode` gives tensors with one row per prompt, (prompts, ...) each."""
+    """Encode each distinct prompt once.
+
+    Args:
+        prompts: In any order, repeated or not.
+        encode: Gives tensors with one row a prompt, (prompts, ...) each.
+        batch_size: Prompts encoded at once.
+
+    Returns:
+        The rows by prompt.
+
+    Raises:
+        ValueError: The encoder gave another number of rows.
+    """
     distinct = list(dict.fromkeys(prompts))
     rows: dict[str, tuple[Tensor, ...]] = {}
     for start in range(0, len(distinct), batch_size):

@@ -13,12 +13,27 @@ _WARM_UPS = 3  # runs before recording, in which libraries choose and allocate w
 
 
 def shapes(inputs: Inputs) -> Shapes:
-    """What a recording depends on: names, shapes and dtypes."""
+    """Tell what a recording depends on.
+
+    Args:
+        inputs: Tensors by name.
+
+    Returns:
+        Names, shapes and dtypes.
+    """
     return tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(inputs.items()))
 
 
 def to_device(inputs: Inputs, device: torch.device) -> dict[str, Tensor]:
-    """Tensors on a device. Those on their way to a GPU do not keep the host waiting."""
+    """Move tensors to a device. Those on their way to a GPU do not keep the host waiting.
+
+    Args:
+        inputs: Tensors by name.
+        device: Where to.
+
+    Returns:
+        The tensors there.
+    """
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in inputs.items()}
     return {name: _pinned(tensor).to(device, non_blocking=True) for name, tensor in inputs.items()}
@@ -86,7 +101,14 @@ class Recorder:
 
 
 def cause(error: BaseException) -> str:
-    """What stopped a recording, in a line: ending one that broke off raises another error, which says less."""
+    """Tell what stopped a recording: ending one that broke off raises another error, which says less.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        One line.
+    """
     while isinstance(error.__context__, RuntimeError):
         error = error.__context__
     lines = str(error).strip().splitlines()

@@ -22,9 +22,15 @@ _CHANNELS_LAST = torch.channels_last
 
 @functools.cache
 def kernels_on(device: torch.device) -> Any:
-    """The kernels of Triton, once they were seen to run on a device; None where they do not.
+    """Find the kernels of Triton that run on a device.
 
     Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU, which is slow but shows that they are right.
+
+    Args:
+        device: Where they shall run.
+
+    Returns:
+        The module of kernels, once they were seen to run; None where they do not.
     """
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None
@@ -88,10 +94,17 @@ class _Shapes:
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None = None, silu: bool = False) -> Pair:
-    """The norm of ``x + shift`` (and its SiLU), and ``x`` itself for another use.
+    """Compute a frozen group norm, keeping for backward ``x`` and two numbers for each group.
 
-    ``x`` (images, channels, height, width), ``shift`` (images, channels) or None. Who uses the second result in place of
-    ``x`` has both gradients added where the norm's is made. Keeps ``x`` and two numbers for each group.
+    Args:
+        x: (images, channels, height, width).
+        norm: The frozen module.
+        shift: Added to ``x`` first, (images, channels).
+        silu: Whether SiLU follows.
+
+    Returns:
+        The norm of ``x + shift`` (and its SiLU), and ``x`` itself: who uses this in place of ``x`` has both gradients added
+        where the norm's is made.
     """
     x = x.contiguous(memory_format=_CHANNELS_LAST)
     apply: Callable[..., Pair] = _GroupNorm.apply
@@ -99,31 +112,73 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None = None, silu:
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm, added: Tensor | None = None) -> Pair:
-    """The norm of ``x + added`` over the last axis, and that sum, whose gradient is added where the norm's is made."""
+    """Compute a frozen layer norm over the last axis.
+
+    Args:
+        x: (..., width).
+        norm: The frozen module.
+        added: Added to ``x`` first, of its shape.
+
+    Returns:
+        The norm of ``x + added``, and that sum, whose gradient is added where the norm's is made.
+    """
     apply: Callable[..., Pair] = _LayerNorm.apply
     return apply(x.contiguous(), added if added is None else added.contiguous(), norm.weight, norm.bias, norm.eps)
 
 
 def gated(x: Tensor) -> Tensor:
-    """The first half of the last axis times the GELU of the second (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+    """Compute GEGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202).
+
+    Args:
+        x: (..., 2 * width).
+
+    Returns:
+        The first half of the last axis times the GELU of the second, (..., width).
+    """
     apply: Callable[..., Tensor] = _Gated.apply
     return apply(x.contiguous())
 
 
 def conv2d(x: Tensor, conv: nn.Conv2d, biased: bool = True) -> Tensor:
-    """A frozen convolution, padded with zeros, which keeps the shape of ``x`` alone."""
+    """Compute a frozen convolution, padded with zeros, which keeps for backward the shape of ``x`` alone.
+
+    Args:
+        x: (images, channels, height, width).
+        conv: The frozen module.
+        biased: Whether its bias is added.
+
+    Returns:
+        What the module gives.
+    """
     apply: Callable[..., Tensor] = _Conv2d.apply
     return apply(x, conv.weight, conv.bias if biased else None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def pointwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A 1x1 convolution of a channels-last map as the product that it is, its bias included."""
+    """Compute a 1x1 convolution of a channels-last map as the product that it is, its bias included.
+
+    Args:
+        x: (images, channels, height, width), channels-last.
+        conv: The frozen module.
+
+    Returns:
+        What the module gives.
+    """
     rows = x.permute(0, 2, 3, 1)
     return F.linear(rows, conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
 def sum_with_bias(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """``a + b`` and a number for each channel, of maps (images, channels, height, width)."""
+    """Add two maps and a number for each channel.
+
+    Args:
+        a: (images, channels, height, width).
+        b: Of the same shape.
+        bias: (channels,).
+
+    Returns:
+        The sum.
+    """
     if bias is None:
         return a + b
     apply: Callable[..., Tensor] = _SumWithBias.apply

@@ -367,7 +367,20 @@ class _Tiles:
 def group_norm(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm of a channels-last map plus ``shift`` (images, channels), and mean and 1 / deviation (images, groups)."""
+    """Compute the norm of a channels-last map plus a shift.
+
+    Args:
+        x: (images, channels, height, width), channels-last.
+        shift: (images, channels).
+        weight: (channels,).
+        bias: (channels,).
+        groups: How many groups of channels there are.
+        eps: Added to the variance.
+        silu: Whether SiLU follows.
+
+    Returns:
+        The norm, and mean and 1 / deviation, (images, groups) each.
+    """
     t, y = _Tiles(x, groups), torch.empty_like(x)
     mean, rstd = x.new_empty(2, t.images, groups, dtype=torch.float32).unbind()
     moved, flags = x if shift is None else shift, {"SHIFTED": shift is not None, "SILU": silu}
@@ -395,7 +408,22 @@ def group_norm_back(
     dy: Tensor, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, silu: bool,
     through: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The gradient to ``x``, with ``through`` added, all channels-last."""
+    """Compute the gradient of `group_norm` to ``x``.
+
+    Args:
+        dy: The gradient of its output.
+        x: As it was given, like all that follow.
+        shift: (images, channels).
+        weight: (channels,).
+        bias: (channels,).
+        mean: (images, groups).
+        rstd: 1 / deviation, (images, groups).
+        silu: Whether SiLU followed.
+        through: Added to the result: the gradient of another use of ``x``.
+
+    Returns:
+        The gradient, channels-last.
+    """
     groups = mean.shape[1]
     t, dx = _Tiles(x, groups), torch.empty_like(x)
     moved, passed = x if shift is None else shift, x if through is None else through
@@ -426,7 +454,18 @@ def group_norm_back(
 def layer_norm(
     x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``x + added``, its norm over the last axis, and mean and 1 / deviation of each row; all contiguous."""
+    """Compute a sum and its norm over the last axis.
+
+    Args:
+        x: (..., width).
+        added: Added to ``x``, of its shape.
+        weight: (width,).
+        bias: (width,).
+        eps: Added to the variance.
+
+    Returns:
+        ``x + added``, its norm, and mean and 1 / deviation of each row; all contiguous.
+    """
     width = x.shape[-1]
     rows = x.numel() // width
     y, total = torch.empty_like(x), x if added is None else torch.empty_like(x)
@@ -442,7 +481,19 @@ def layer_norm(
 
 @_on_its_device
 def layer_norm_back(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, through: Tensor | None) -> Tensor:
-    """The gradient to ``x``, with ``through`` added."""
+    """Compute the gradient of `layer_norm` to ``x``.
+
+    Args:
+        dy: The gradient of its norm.
+        x: The sum.
+        weight: (width,).
+        mean: Of each row.
+        rstd: 1 / deviation of each row.
+        through: Added to the result: the gradient of the sum.
+
+    Returns:
+        The gradient.
+    """
     width, dx = x.shape[-1], torch.empty_like(x)
     rows, block = x.numel() // width, triton.next_power_of_2(width)
     each = max(1, _TILE // 2 // block)
@@ -455,7 +506,14 @@ def layer_norm_back(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: T
 
 @_on_its_device
 def gated(x: Tensor) -> Tensor:
-    """The first half of the last axis times the GELU of the second; contiguous."""
+    """Compute GEGLU.
+
+    Args:
+        x: (..., 2 * width).
+
+    Returns:
+        The first half of the last axis times the GELU of the second, contiguous.
+    """
     y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     _gated[(triton.cdiv(y.numel(), 1024),)](x, y, y.numel(), y.shape[-1], BLOCK=1024)
     return y
@@ -463,7 +521,15 @@ def gated(x: Tensor) -> Tensor:
 
 @_on_its_device
 def gated_back(dy: Tensor, x: Tensor) -> Tensor:
-    """The gradient to ``x``."""
+    """Compute the gradient of `gated` to ``x``.
+
+    Args:
+        dy: The gradient of its output.
+        x: As it was given.
+
+    Returns:
+        The gradient.
+    """
     dx = torch.empty_like(x)
     _gated_back[(triton.cdiv(dy.numel(), 1024),)](dy, x, dx, dy.numel(), dy.shape[-1], BLOCK=1024)
     return dx
@@ -471,7 +537,16 @@ def gated_back(dy: Tensor, x: Tensor) -> Tensor:
 
 @_on_its_device
 def sum_with_bias(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-    """``a + b`` and a number for each channel, of channels-last maps."""
+    """Add two channels-last maps and a number for each channel.
+
+    Args:
+        a: (images, channels, height, width).
+        b: Of the same shape.
+        bias: (channels,).
+
+    Returns:
+        The sum.
+    """
     y = torch.empty_like(a)
     _sum_with_bias[(triton.cdiv(y.numel(), 1024),)](a, b, bias, y, y.numel(), len(bias), BLOCK=1024)
     return y

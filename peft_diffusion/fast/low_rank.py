@@ -169,7 +169,14 @@ def fused_projections(layers: Sequence[nn.Module], x: Tensor) -> "Projections | 
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Tensors of one shape that lie one after the other in memory, as one of (count, ...); None where they do not."""
+    """View tensors of one shape that lie one after the other in memory as one.
+
+    Args:
+        tensors: At least one.
+
+    Returns:
+        (count, ...); None where they do not lie so.
+    """
     first = tensors[0]
     storage, start, size = first.untyped_storage().data_ptr(), first.storage_offset(), first.numel()
     for place, one in enumerate(tensors):
@@ -286,10 +293,21 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, strength: Tensor, scale: float
 ) -> Tensor:
-    """``x @ weight.T + bias + scale * strength * (x @ down.T) @ up.T``, (..., out), in the dtype of ``x``.
+    """Compute ``x @ weight.T + bias + scale * strength * (x @ down.T) @ up.T``.
 
-    ``weight`` (out, in) and ``bias`` are frozen and of that dtype; ``down`` (rank, in), ``up`` (out, rank) and ``strength``
-    (1,), which gets no gradient, are float32. Keeps ``x`` once, and its product with ``down``.
+    Keeps ``x`` for backward once, and its product with ``down``.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), frozen, of the dtype of ``x``.
+        bias: (out,), likewise.
+        down: (rank, in), float32.
+        up: (out, rank), float32.
+        strength: (1,), float32; gets no gradient.
+        scale: alpha / rank.
+
+    Returns:
+        (..., out), in the dtype of ``x``.
     """
     apply: Callable[..., Tensor] = _LowRankLinear.apply
     return apply(x, weight, bias, down, up, strength, scale)

@@ -34,9 +34,14 @@ _CUDNN_FIRST = (
 
 @contextmanager
 def fused(component: nn.Module, *, cudnn_attention: bool = True) -> Iterator[None]:
-    """On CUDA, a component that trains faster inside; on any other device nothing changes, not a bit of what it computes.
+    """Make a component train faster inside, on CUDA; on any other device nothing changes, not a bit of what it computes.
 
-    ``cudnn_attention`` False leaves the choice of attention's kernels to torch, which prefers flash attention.
+    Args:
+        component: The network that denoises.
+        cudnn_attention: False leaves the choice of attention's kernels to torch, which prefers flash attention.
+
+    Yields:
+        Once; afterwards the component is what it was.
     """
     parameter = next(component.parameters())
     if not parameter.is_cuda:
@@ -56,7 +61,14 @@ def fused(component: nn.Module, *, cudnn_attention: bool = True) -> Iterator[Non
 
 @contextmanager
 def channels_last(component: nn.Module) -> Iterator[None]:
-    """The weights of a component's convolutions in channels-last order inside; adapters keep theirs."""
+    """Bring the weights of a component's convolutions to channels-last order inside; adapters keep theirs.
+
+    Args:
+        component: The module.
+
+    Yields:
+        Once; afterwards they are contiguous.
+    """
     turned = []
     for module in component.modules():
         if isinstance(module, nn.Conv2d) and not module.weight.is_contiguous(memory_format=torch.channels_last):
@@ -72,7 +84,14 @@ def channels_last(component: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def side_by_side(component: nn.Module) -> Iterator[None]:
-    """The weights of queries, keys and values that read the same input one after the other in memory inside."""
+    """Lay the weights of queries, keys and values that read the same input one after the other in memory inside.
+
+    Args:
+        component: The module.
+
+    Yields:
+        Once; afterwards each weight is a tensor of its own.
+    """
     moved: list[Tensor] = []
     try:
         for attention in [module for module in component.modules() if isinstance(module, Attention)]:
@@ -92,9 +111,14 @@ def side_by_side(component: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def swapped(component: nn.Module, backends: Sequence[SDPBackend] = ()) -> Iterator[None]:
-    """The modules of a component in their fused classes, with adapters or without; on any device.
+    """Give the modules of a component their fused classes inside, with adapters or without, on any device.
 
-    ``backends`` of attention are taken in this order; without any, torch chooses.
+    Args:
+        component: The module.
+        backends: Those of attention, in the order to try; without any, torch chooses.
+
+    Yields:
+        Once; afterwards they have their own classes.
     """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     processors: list[tuple[Any, Any]] = []
@@ -169,7 +193,15 @@ class FusedNorm(nn.GroupNorm):
         return self.normed(input, silu=False)
 
     def normed(self, x: Tensor, *, silu: bool) -> Tensor:
-        """The norm, or SiLU of it."""
+        """Compute the norm.
+
+        Args:
+            x: (images, channels, height, width).
+            silu: Whether SiLU follows.
+
+        Returns:
+            Of the same shape.
+        """
         if x.ndim != 4 or not _frozen(self) or torch.compiler.is_compiling():
             y = super().forward(x)
             return F.silu(y) if silu else y

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..bases import components, describe
 from ..bases import family as families
+from ..bases.base import Base
 from ..core import site as sites
 from ..core import targets
 from ..core.adapter import Adapter, chained
@@ -20,7 +21,7 @@ from . import layout as layouts
 from .layout import Content, Layout
 from .names import site_name
 from .planning import NO_METHOD, NO_SITE, TWICE, Plan, SitePlan, Source, known_suffixes, plan, recognized
-from .spec import Spec
+from .spec import Spec, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def save(
         write_bytes(file.with_name(other), text.encode())
 
 
-def load(source: str | Path | Plan, pipe: Any, *, strict: bool = False) -> Loaded:
+def load(source: str | Path | Plan, pipe: Base, *, strict: bool = False) -> Loaded:
     """Read an adapter file for a base. Nothing is attached.
 
     Args:
@@ -121,6 +122,8 @@ def load(source: str | Path | Plan, pipe: Any, *, strict: bool = False) -> Loade
         UserError: The file is no adapter, is damaged, was changed since it was planned, or was made for another base.
     """
     found, parts = source if isinstance(source, Plan) else plan(source), components(pipe)
+    if found.spec is not None:
+        refuse_unknown(found.spec, str(found.path))
     tensors = found.tensors()
     if not found.sites:
         raise found.is_none()
@@ -187,7 +190,7 @@ def _is_only(component: str, parts: Mapping[str, nn.Module]) -> bool:
     return role != "text encoder" or sum(families.role_of(name) == role for name in parts) == 1
 
 
-def _values(site: _Site, found: Plan, tensors: Mapping[str, Tensor], base: Any) -> dict[str, Tensor]:
+def _values(site: _Site, found: Plan, tensors: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]:
     """The tensors of a site as its methods know them, by suffix."""
     own: dict[str, Tensor] = {}
     pieces: dict[Layout, dict[str, Tensor]] = {}
@@ -211,7 +214,7 @@ def _ordered(chosen: Iterable[Any], spec: Spec | None, component: str) -> list[A
 
 
 def _built(
-    site: _Site, module: nn.Module, chosen: list[Any], own: Mapping[str, Tensor], found: Plan, pipe: Any
+    site: _Site, module: nn.Module, chosen: list[Any], own: Mapping[str, Tensor], found: Plan, pipe: Base
 ) -> Adapter | None:
     """The adapter of one site, of one method or several; None where there is none that is known. Raises UserError."""
     where = f"{site.component}.{site.path}"
@@ -228,7 +231,7 @@ def _built(
 
 
 def _refuse(
-    found: Plan, built: Mapping[str, Any], bound: list[_Site], left: Mapping[str, str], pipe: Any, *, strict: bool
+    found: Plan, built: Mapping[str, Any], bound: list[_Site], left: Mapping[str, str], pipe: Base, *, strict: bool
 ) -> None:
     """Raise UserError where nothing of a file can be used, or, if ``strict``, where a part cannot."""
     if not built and bound:
@@ -247,7 +250,7 @@ def _by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
     return found
 
 
-def _wrong_base(found: Plan, pipe: Any, reason: str) -> UserError:
+def _wrong_base(found: Plan, pipe: Base, reason: str) -> UserError:
     here, spec = describe(pipe), found.spec
     made_for = f"base {spec.base.get('name')!r} ({spec.base.get('family')})" if spec and spec.base else "another base"
     if spec and spec.base.get("name") == here.name and spec.base.get("fingerprint") == here.fingerprint:
@@ -255,13 +258,15 @@ def _wrong_base(found: Plan, pipe: Any, reason: str) -> UserError:
     return UserError(f"{found.path} was made for {made_for}; this base is {here.name!r} ({here.family}): {reason}")
 
 
-def _warnings(planned: Plan, left: Mapping[str, str], pipe: Any) -> tuple[str, ...]:
+def _warnings(planned: Plan, left: Mapping[str, str], pipe: Base) -> tuple[str, ...]:
     path, spec, total = planned.path, planned.spec, len(planned.header.tensors)
     found = [
         f"{path}: {len(names)} of {total} tensors {reason} and were left out: {', '.join(names[:5])}"
         for reason, names in _by_reason(left).items()
     ]
-    if spec and spec.training.get("zero_terminal_snr") and not pipe.scheduler.config.get("rescale_betas_zero_snr"):
+    scheduler = getattr(pipe, "scheduler", None)
+    ends_in_noise = scheduler is None or scheduler.config.get("rescale_betas_zero_snr")
+    if spec and spec.training.get("zero_terminal_snr") and not ends_in_noise:
         found.append(
             f"{path} was trained with zero terminal SNR: generate and blend draw so; elsewhere take a scheduler of"
             ' rescale_betas_zero_snr=True and timestep_spacing="trailing", or pictures are as light and dark as before'

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ..core import plugins
 from ..core.errors import UserError
@@ -20,6 +20,7 @@ from .spec import Spec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..bases.base import Base
     from ..core.adapter import Adapter
 
 DEFAULT = "kohya"
@@ -161,7 +162,7 @@ class Layout(Protocol):
         """
         return {}
 
-    def joined(self, pieces: "Mapping[str, Tensor]", header: Header, base: Any, component: str) -> "dict[str, Tensor]":
+    def joined(self, pieces: "Mapping[str, Tensor]", header: Header, base: "Base", component: str) -> "dict[str, Tensor]":
         """Join a tensor that this layout keeps in pieces.
 
         Args:

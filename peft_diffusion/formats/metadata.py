@@ -88,23 +88,6 @@ def of_kohya(spec: Spec, kernels: bool) -> dict[str, str]:
     return of_any(spec) | _texts(found)
 
 
-def base_of(version: str) -> dict[str, str]:
-    """Tell the base from what kohya's trainer calls its version.
-
-    Args:
-        version: ``ss_base_model_version`` of a file.
-
-    Returns:
-        The family and, where the version tells it, what the base predicts, under the names of `bases.BaseInfo`; nothing for
-        a version that no family has.
-    """
-    for family in families.FAMILIES.values():
-        for prediction, one in family.versions.items():
-            if one.base_model == version:
-                return {"family": family.name, **({"prediction_type": prediction} if prediction else {})}
-    return {}
-
-
 def _language_modelspec(spec: Spec) -> dict[str, Any]:
     return {
         "sai_model_spec": "1.0.1",

@@ -21,7 +21,7 @@ def rows() -> list[Component]:
     Returns:
         The rows, in the order of registration.
     """
-    return list(dict.fromkeys(one for family in families.FAMILIES.values() for one in family.components))
+    return list(dict.fromkeys(one for family in families.every() for one in family.components))
 
 
 def prefixes() -> dict[str, str]:

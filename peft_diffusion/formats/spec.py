@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from .. import methods
 from ..core.errors import UserError
 
 KEY = "peft_diffusion"  # the metadata entry that holds it, as JSON
@@ -48,6 +49,25 @@ class Spec:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{where}: its {KEY!r} metadata is damaged") from None
         return spec
+
+
+def refuse_unknown(spec: Spec, where: str) -> None:
+    """Refuse a file of a method whose plug-in was not loaded: a part of the adapter would be left out without a word.
+
+    Raises:
+        UserError: There is such a method.
+    """
+    for name, module in missing_plugins(spec).items():
+        raise UserError(
+            f"{where}: method {name!r} is not known; it was trained with --plugin {module}: give that too, or in Python"
+            f" peft_diffusion.load_plugin({module!r})"
+        )
+
+
+def missing_plugins(spec: Spec) -> dict[str, str]:
+    """The plug-ins that a file needs and that were not loaded, by the method that each brings."""
+    told = [(str(one.get("method")), one.get("plugin")) for several in spec.methods.values() for one in several]
+    return {name: str(plugin) for name, plugin in told if plugin and name not in methods.known()}
 
 
 def _check(spec: Spec) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import bases, formats
-from ..bases import LanguageModel, components, describe
-from ..bases.base import network_of
+from ..bases import LanguageModel, components, denoiser_of, describe, pipelines
+from ..bases.base import Base, network_of
+from ..bases.pipelines import Pipeline
 from ..bases.words import teach
 from ..core import merge as merging
 from ..core import quantized
@@ -26,8 +26,6 @@ from ..core.strength_schedule import Schedule
 from ..formats import Coverage, Plan, Spec
 
 logger = logging.getLogger(__name__)
-
-_NEAR = 0.5  # timesteps are whole numbers, or fractions that are passed on as they are
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ class Adapters:
         UserError: It is no base that takes adapters, or its adapters teach words that its tokenizer cannot learn.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = _checked(pipe)
+    def __init__(self, pipe: Base) -> None:
+        self.pipe: Any = _checked(pipe)
         self._described: tuple[tuple[weakref.ref[nn.Module], ...], Any] = ((), None)
         teach(self.pipe)
         follow_steps(self.pipe)
@@ -146,19 +144,18 @@ class Adapters:
         if chosen in registry.names:
             raise UserError(f"an adapter {chosen!r} is loaded already; remove it first or choose another name")
         read = formats.load(source, self.pipe, strict=strict)
-        attached: list[str] = []
         try:
             for component, built in read.components.items():
                 sites.attach_built(parts[component], chosen, built)
-                attached.append(component)
             registry.enter(chosen, LoadedAdapter(chosen, file, read.plan.sha256, read.spec, read.report, read.warnings))
             teach(self.pipe)
             self.set({chosen: strength})
         except BaseException:
-            for component in attached:
+            for component in registry.states(chosen):
                 sites.detach(parts[component], chosen)
             teach(self.pipe)
             follow_steps(self.pipe)
+            self._pack()
             raise
         self._pack()
         return chosen
@@ -201,11 +198,14 @@ class Adapters:
         """Take an adapter away, and everything that it held.
 
         Raises:
-            UserError: No adapter has the name, or adapters are merged.
+            UserError: No adapter has the name, adapters are merged, or a site was patched meanwhile, as offloading does.
+                Nothing is changed then.
         """
         registry, parts = self._registry, components(self.pipe)
         carriers = registry.carriers(name)
         registry.refuse_merged("remove one")
+        for component in carriers:
+            sites.check_detach(parts[component], name)
         for component in carriers:
             sites.detach(parts[component], name)
         teach(self.pipe)
@@ -291,104 +291,82 @@ def _known_blocks(amounts: Mapping[str, Amount], own: tuple[str, ...], everywher
 
 
 class StepWatch:
-    """A hook that runs before each step of a UNet, while schedules follow the steps or images have strengths of their own.
+    """A hook that runs before each step of a network, while schedules follow steps or images have strengths of their own.
 
-    It serves every pipeline that shares the UNet, and reads what the components of the pipeline that calls carry.
+    It serves every pipeline that shares the network, and reads what the components of the pipeline that calls carry.
 
     Args:
-        pipe: The pipeline whose scheduler tells the steps where no pipeline calls the UNet. It is not kept alive.
+        pipe: The pipeline whose scheduler tells the steps where none calls the network. It is not kept alive.
     """
 
-    def __init__(self, pipe: Any | None) -> None:
+    def __init__(self, pipe: Pipeline | None) -> None:
         self._pipe = None if pipe is None else weakref.ref(pipe)
+        pipelines.watch()
 
     @property
-    def pipe(self) -> Any | None:
+    def pipe(self) -> Pipeline | None:
         """The pipeline that it was made for; None where that is gone."""
         return None if self._pipe is None else self._pipe()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StepWatch":
-        return StepWatch(memo.get(id(self.pipe)))  # a pipeline that is copied is under way when its UNet is
+        return StepWatch(memo.get(id(self.pipe)))  # a pipeline that is copied is under way when its network is
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StepWatch, (None,)
 
-    def __call__(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Bring the strengths to the step that begins. Raises UserError where strengths do not fit what is drawn."""
-        strengths = sites.strengths(unet)
+        strengths = sites.strengths(network)
         scheduled = strengths is not None and bool(strengths.schedules)
         if torch.compiler.is_compiling() and not scheduled:
             return
-        calling = _calling()
-        if calling is not None and not torch.compiler.is_compiling():
-            _check_images(calling, kwargs["sample"] if "sample" in kwargs else args[0])
+        drawing = pipelines.drawing_with(network)
+        pipe = drawing or self.pipe
+        if pipe is None:
+            if scheduled:
+                raise UserError(
+                    "the network is called by no pipeline, so a schedule cannot tell how far the steps are; call it through"
+                    " the pipeline, or set a plain strength"
+                )
+            return
+        denoiser = denoiser_of(pipe)
+        call = denoiser.read_call(args, kwargs)
+        if drawing is not None and not torch.compiler.is_compiling():
+            _check_images(drawing, denoiser.images(drawing, call.rows))
         if strengths is not None and scheduled:
-            timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            strengths.at_progress(_progress(calling or self.pipe, float(torch.as_tensor(timestep).flatten()[0])))
+            strengths.at_progress(pipelines.progress(pipe, float(torch.as_tensor(call.timestep).flatten()[0])))
 
 
-def follow_steps(pipe: Any) -> None:
-    """Watch the UNet of a pipeline while, and only while, a schedule is set or images have strengths of their own."""
-    _, unet = network_of(pipe) or (None, None)
-    if unet is None:
+def follow_steps(pipe: Base) -> None:
+    """Watch the network of a pipeline while, and only while, a schedule is set or images have strengths of their own."""
+    _, network = network_of(pipe) or (None, None)
+    if network is None or isinstance(pipe, LanguageModel):
         return
-    hooks = unet._forward_pre_hooks
+    hooks = network._forward_pre_hooks
     watches = {key: hook for key, hook in hooks.items() if isinstance(hook, StepWatch)}
     wanted = _has_steps(pipe)
     for key, watch in list(watches.items()):
         if watch.pipe is None or not (wanted or _has_steps(watch.pipe)):
-            del hooks[key], unet._forward_pre_hooks_with_kwargs[key], watches[key]
+            del hooks[key], network._forward_pre_hooks_with_kwargs[key], watches[key]
     if wanted and not watches:
-        unet.register_forward_pre_hook(StepWatch(pipe), with_kwargs=True)
+        network.register_forward_pre_hook(StepWatch(pipe), with_kwargs=True)
 
 
-def _has_steps(pipe: Any) -> bool:
+def _has_steps(pipe: Base) -> bool:
     """Whether strengths on a pipeline depend on the step, or on how many images are drawn."""
     registry = Registry(components(pipe))
     return bool(registry.schedules) or registry.images > 1
 
 
-def _check_images(pipe: Any, sample: Tensor) -> None:
+def _check_images(pipe: Pipeline, drawn: int) -> None:
     """Raise UserError where a pipeline draws another number of images than have strengths of their own."""
     images = Registry(components(pipe)).images
-    drawn = len(sample) // (2 if pipe.do_classifier_free_guidance else 1)
     if images > 1 and drawn != images:
         verb = "is" if drawn == 1 else "are"
         raise UserError(f"there are strengths for {images} images, but {drawn} {verb} drawn; set as many, or one for all")
 
 
-def _calling() -> Any | None:
-    """The pipeline whose call this is in: of several with the same UNet, only that one knows if it guides, and its steps."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if hasattr(type(owner), "do_classifier_free_guidance"):
-            return owner
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-def _progress(pipe: Any | None, now: float) -> float:
-    """How far a timestep is from the first of a pipeline's, at 0, to the last, at 1; some samplers take one twice.
-
-    Raises UserError for one that is not among them, and where there is no pipeline.
-    """
-    if pipe is None:
-        raise UserError(
-            "the UNet is called by no pipeline, so a schedule cannot tell how far the steps are; call it through the"
-            " pipeline, or set a plain strength"
-        )
-    steps = list(dict.fromkeys(pipe.scheduler.timesteps.tolist()))
-    nearest = min(range(len(steps)), key=lambda step: abs(steps[step] - now))
-    if abs(steps[nearest] - now) > _NEAR:
-        raise UserError(
-            f"the UNet is called at timestep {now:g}, which is none of the scheduler's {len(steps)}: a schedule cannot tell"
-            " how far that is; call it through the pipeline, or set a plain strength"
-        )
-    return nearest / max(1, len(steps) - 1)
-
-
-def _checked(base: Any) -> Any:
+def _checked(base: Base) -> Base:
     """A base of a kind that takes adapters. Raises UserError for another."""
     # Through the package, which imports diffusers only for what needs it.
     return base if isinstance(base, LanguageModel) else bases.load_base(base)

@@ -3,16 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ..bases import load_base
+from ..core.events import Ended, Never, Observer, Observers, Stop, told_to_the_end
 from . import recipe as recipes
 from . import sheet
+from .adapted import adapted
 from .adapters import Adapters
+from .events import SheetMade
 from .generate import cell_recipes
 from .recipe import Recipe
-from .sampler import Cell, Progress, load_choices, paint
+from .sampler import Cell, paint
 from .settings import BlendConfig, Choice
 
 
@@ -25,23 +29,63 @@ class Blend:
     recipes: tuple[tuple[Recipe, ...], ...]
 
 
-def blend(config: BlendConfig, progress: Progress | None = None) -> Blend:
-    """Draw the sheet and write it, with the recipes of its pictures.
+def blend(
+    config: BlendConfig, *, pipe: Any | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
+) -> Blend:
+    """Draw the sheet and write it, with the recipes of its pictures. At a share of w an adapter has w times its strength.
 
-    At a share of w an adapter has w times its own strength. Raises UserError for adapters, prompts, sizes and files that
-    cannot be used, before anything is computed.
+    Args:
+        config: What is drawn, and how.
+        pipe: A base that is loaded already, used in place of ``config.base``, which names it in recipes. It is left as it
+            was, with the adapters of the configuration taken off again.
+        observers: Are told what happens, by the events of `generation.events`.
+        stop: Where it is set, nothing is drawn after the present batch, and no sheet is written.
+
+    Returns:
+        What was drawn.
+
+    Raises:
+        UserError: Before anything is computed, for adapters, prompts, sizes and files that cannot be used.
+        Interrupted: It was stopped. It is a KeyboardInterrupt.
     """
-    config.check()
-    choices = config.choices()
-    adapters = Adapters(load_base(config.base, device=config.device, dtype=config.precision, quantize=config.quantize))
-    names = load_choices(adapters, choices, config.prompts)
-    drawn = draw(adapters, dict(zip(names, choices, strict=True)), config, progress)
-    recipes.write_sheet(config.output, drawn.sheet, drawn.recipes)
+    with told_to_the_end(observers) as tell:
+        config.check()
+        choices = config.choices()
+        base = load_base(
+            config.base if pipe is None else pipe, device=config.device, dtype=config.precision, quantize=config.quantize
+        )
+        with adapted(base, choices, config.prompts, tell, lent=pipe is not None) as (adapters, names):
+            drawn = draw(adapters, dict(zip(names, choices, strict=True)), config, tell=tell, stop=stop or Never())
+        recipes.write_sheet(config.output, drawn.sheet, drawn.recipes)
+        tell(SheetMade(config.output))
+        tell(Ended("finished"))
     return drawn
 
 
-def draw(adapters: Adapters, choices: dict[str, Choice], config: BlendConfig, progress: Progress | None = None) -> Blend:
-    """The sheet of adapters that are loaded under the names of ``choices``; nothing is written."""
+def draw(
+    adapters: Adapters,
+    choices: dict[str, Choice],
+    config: BlendConfig,
+    *,
+    tell: Observer = Observers(),  # noqa: B008 -- has no state
+    stop: Stop = Never(),  # noqa: B008 -- has no state
+) -> Blend:
+    """Draw the sheet of adapters that are loaded already; nothing is written.
+
+    Args:
+        adapters: The adapters of the pipeline that draws.
+        choices: Those that are blended, by name.
+        config: What is drawn, and how.
+        tell: Is told how far it is.
+        stop: Where it is set, nothing is drawn after the present batch.
+
+    Returns:
+        What was drawn.
+
+    Raises:
+        UserError: Before anything is computed, for sizes and prompts that the base cannot take.
+        Interrupted: It was stopped.
+    """
     mixes = shares(len(choices), config.columns)
     if config.plain:
         mixes = [(0.0,) * len(choices), *mixes]
@@ -50,7 +94,7 @@ def draw(adapters: Adapters, choices: dict[str, Choice], config: BlendConfig, pr
         for mix in mixes
     ]
     cells = [Cell(prompt, config.seed, strengths) for prompt in config.prompts for strengths in columns]
-    images = list(paint(adapters, cells, config, progress))
+    images = list(paint(adapters, cells, config, tell=tell, stop=stop))
     told = cell_recipes(adapters, cells, config)
     starts = range(0, len(cells), len(columns))
     pictures = tuple(tuple(images[start : start + len(columns)]) for start in starts)

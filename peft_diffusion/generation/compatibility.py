@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from .. import methods
-from ..formats import Inspection, metadata
+from ..bases import family as families
+from ..formats import Inspection
 
 Verdict: TypeAlias = Literal["yes", "no", "unknown"]
 
@@ -60,9 +61,12 @@ def base_of(found: Inspection) -> dict[str, str]:
     """What a file says of its base: from the spec, or from kohya's metadata where another program wrote it."""
     if found.spec is not None and found.spec.base:
         return {key: str(value) for key, value in found.spec.base.items()}
-    told = metadata.base_of(found.metadata.get("ss_base_model_version", ""))
-    name = found.metadata.get("ss_sd_model_name", "")
-    return {**told, **({"name": name} if told and name else {})}
+    version = families.of_version(found.metadata.get("ss_base_model_version", ""))
+    if version is None:
+        return {}
+    family, prediction = version
+    told = {"family": family.name, "prediction_type": prediction, "name": found.metadata.get("ss_sd_model_name", "")}
+    return {key: value for key, value in told.items() if value}
 
 
 def _words(base: Mapping[str, str]) -> str:

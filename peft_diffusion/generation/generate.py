@@ -1,25 +1,29 @@
 """``generate``: pictures from prompts, seeds and adapters, written with their recipes."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from PIL import Image
 
 from .. import __version__
 from ..bases import load_base
 from ..bases.base import dtype_of
+from ..core import plugins
 from ..core.errors import UserError
+from ..core.events import Ended, Never, Observer, Stop, told_to_the_end
 from ..formats import Plan, plan
 from ..formats.container import sha256
 from . import recipe as recipes
 from . import sheet
+from .adapted import adapted
 from .adapters import Adapters
+from .events import PictureMade, SheetMade
 from .recipe import Recipe, UsedAdapter, UsedPicture
-from .sampler import Cell, Progress, gives_way, load_choices, paint, scheduler_of, size
+from .sampler import Cell, gives_way, paint, scheduler_of, size
 from .settings import Choice, GenerateConfig, Quantize, Sampling, SchedulerName
 from .source import Source, check_mask, read_source
 
@@ -37,41 +41,75 @@ class Picture:
     path: Path
 
 
-def generate(config: GenerateConfig, progress: Progress | None = None) -> list[Picture]:
+def generate(
+    config: GenerateConfig, *, pipe: Any | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
+) -> list[Picture]:
     """Make every prompt with every seed and write each picture, with its recipe, as soon as its batch is done.
 
-    Raises UserError for adapters, prompts, sizes and files that cannot be used, before anything is computed.
+    Args:
+        config: What is drawn, and how.
+        pipe: A base that is loaded already, used in place of ``config.base``, which names it in recipes. It is left as it
+            was, with the adapters of the configuration taken off again.
+        observers: Are told what happens, by the events of `generation.events`.
+        stop: Where it is set, such as a ``threading.Event`` by another thread, nothing is drawn after the present batch;
+            the pictures before it are written.
+
+    Returns:
+        The pictures, prompt by prompt.
+
+    Raises:
+        UserError: Before anything is computed, for adapters, prompts, sizes and files that cannot be used.
+        Interrupted: It was stopped. It is a KeyboardInterrupt.
     """
-    config.check()
-    choices, again, expected = config.choices(), config.recipe, None
-    if again is not None:
-        expected = recipes.read(again)
-        config, choices = _again(config, expected)
-    seeds = config.all_seeds()
-    wanted = [(prompt, seed) for prompt in config.prompts for seed in seeds]
-    paths = _plan(config.output, config.to_file, wanted)
-    _check_kept(config, paths)
-    source = None
-    if config.image is not None:
-        source = read_source(config.image, config.mask, config.strength, config.steps)
-    adapters = Adapters(load_base(config.base, device=config.device, dtype=config.precision, quantize=config.quantize))
-    check_mask(adapters.pipe, source, adapters.base.name)
-    names = load_choices(adapters, choices, config.prompts)
-    strengths = {name: choice.strength for name, choice in zip(names, choices, strict=True)}
-    cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
-    source = None if source is None else source.fitted(adapters.base, config.width, config.height)
-    told = _from(source, config, cell_recipes(adapters, cells, config, source))
-    if expected is not None and told[0].fingerprint != expected.fingerprint:
+    with told_to_the_end(observers) as tell:
+        config.check()
+        choices, again, expected = config.choices(), config.recipe, None
+        if again is not None:
+            expected = recipes.read(again)
+            _refuse_missing(expected, again)
+            config, choices = _again(config, expected)
+        wanted = [(prompt, seed) for prompt in config.prompts for seed in config.all_seeds()]
+        paths = _plan(config.output, config.to_file, wanted)
+        _check_kept(config, paths)
+        source = None
+        if config.image is not None:
+            source = read_source(config.image, config.mask, config.strength, config.steps)
+        base = load_base(
+            config.base if pipe is None else pipe, device=config.device, dtype=config.precision, quantize=config.quantize
+        )
+        with adapted(base, choices, config.prompts, tell, lent=pipe is not None) as (adapters, names):
+            check_mask(adapters.pipe, source, adapters.base.name)
+            strengths = {name: choice.strength for name, choice in zip(names, choices, strict=True)}
+            cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
+            source = None if source is None else source.fitted(adapters.base, config.width, config.height)
+            told = _from(source, config, cell_recipes(adapters, cells, config, source))
+            _check_base(config, again, expected, told[0])
+            pictures = _written(paint(adapters, cells, config, source, tell=tell, stop=stop or Never()), told, paths, tell)
+        if config.sheet is not None:
+            _write_sheet(config.sheet, pictures, config.prompts, config.all_seeds())
+            tell(SheetMade(config.sheet))
+        tell(Ended("finished"))
+    return pictures
+
+
+def _check_base(config: GenerateConfig, again: Path | None, expected: Recipe | None, recipe: Recipe) -> None:
+    """Raise UserError where a recipe that was given is of another base than what would be drawn."""
+    if expected is not None and recipe.fingerprint != expected.fingerprint:
         raise UserError(
             f"{again} was made with base {expected.base_name!r} ({expected.fingerprint}), and {config.base!r} has"
-            f" other weights ({told[0].fingerprint}); name the right one with --base"
+            f" other weights ({recipe.fingerprint}); name the right one with --base"
         )
+
+
+def _written(
+    images: Iterable[Image.Image], told: Sequence[Recipe], paths: Sequence[Path], tell: Observer
+) -> list[Picture]:
+    """Write pictures as they come, with their recipes."""
     pictures = []
-    for image, recipe, path in zip(paint(adapters, cells, config, progress, source), told, paths, strict=True):
+    for image, recipe, path in zip(images, told, paths, strict=True):
         recipes.write(path, image, recipe)
         pictures.append(Picture(image, recipe, path))
-    if config.sheet is not None:
-        _write_sheet(config.sheet, pictures, config.prompts, seeds)
+        tell(PictureMade(pictures[-1]))
     return pictures
 
 
@@ -95,7 +133,7 @@ def cell_recipes(
         steps=sampling.steps,
         guidance=sampling.guidance,
         guidance_stop=sampling.guidance_stop,
-        scheduler="ddim" if gives_way(scheduler, sampling) else sampling.scheduler,
+        scheduler="ddim" if gives_way(adapters.pipe, scheduler, sampling) else sampling.scheduler,
         sampler=type(scheduler).__name__,
         base=sampling.base,
         base_name=info.name,
@@ -107,7 +145,16 @@ def cell_recipes(
         adapters=(),
         versions=_versions(),
     )
-    return [replace(common, prompt=c.prompt, seed=c.seed, adapters=_used(adapters, c.strengths or {})) for c in cells]
+    return [
+        replace(
+            common,
+            prompt=cell.prompt,
+            seed=cell.seed,
+            adapters=_used(adapters, cell.strengths or {}),
+            plugins=_plugins(adapters, cell.strengths or {}),
+        )
+        for cell in cells
+    ]
 
 
 def _from(source: Source | None, config: GenerateConfig, told: Sequence[Recipe]) -> list[Recipe]:
@@ -127,6 +174,20 @@ def _used(adapters: Adapters, strengths: Mapping[str, float]) -> tuple[UsedAdapt
             raise UserError(f"the adapter {name!r} was attached without a file, so no recipe can name it; save and load it")
         used.append(UsedAdapter(str(loaded.path), loaded.sha256, float(strength)))
     return tuple(used)
+
+
+def _plugins(adapters: Adapters, names: Iterable[str]) -> tuple[str, ...]:
+    """The modules that the methods of adapters come from."""
+    told = [one.get("plugin") for name in names for several in adapters[name].spec.methods.values() for one in several]
+    return tuple(dict.fromkeys(str(module) for module in told if module))
+
+
+def _refuse_missing(recipe: Recipe, path: Path) -> None:
+    """Raise UserError where the plug-ins that a picture was made with were not loaded."""
+    missing = [module for module in recipe.plugins if not plugins.imported(module)]
+    if missing:
+        flags = " ".join(f"--plugin {module}" for module in missing)
+        raise UserError(f"{path} was made with {flags}: give that too")
 
 
 def _again(config: GenerateConfig, recipe: Recipe) -> tuple[GenerateConfig, tuple[Choice, ...]]:

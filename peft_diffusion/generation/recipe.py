@@ -49,6 +49,8 @@ class Recipe:
     """Everything that a picture was made from. ``scheduler`` None is the base's own; sizes are in pixels; ``guidance_stop``
     None is that of recipes from before there was one, which is 1.
 
+    ``plugins`` are the modules that the methods of its adapters come from.
+
     ``base`` is the source that was named; ``base_name``, ``base_family`` and ``fingerprint`` are what was found there.
     """
 
@@ -74,10 +76,12 @@ class Recipe:
     mask: UsedPicture | None = None
     strength: float | None = None
     guidance_stop: float | None = None
+    plugins: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
+        """As JSON values; plug-ins where there are."""
+        values = asdict(self)
+        return values if self.plugins else {name: value for name, value in values.items() if name != "plugins"}
 
     @classmethod
     def from_json(cls, values: Any) -> "Recipe":
@@ -92,7 +96,10 @@ class Recipe:
         pictures = {name: UsedPicture(**known[name]) for name in ("image", "mask") if known[name] is not None}
         if not all(isinstance(one.path, str) and isinstance(one.sha256, str) for one in pictures.values()):
             raise ValueError("a picture is of another type")
-        return cls(**{**known, **pictures, "adapters": tuple(used)})
+        plugins = values.get("plugins", [])
+        if not isinstance(plugins, list) or not all(isinstance(module, str) for module in plugins):
+            raise ValueError("plugins are of another type")
+        return cls(**{**known, **pictures, "adapters": tuple(used), "plugins": tuple(plugins)})
 
     def parameters(self) -> str:
         """The text that A1111 writes into its pictures, which galleries and other programs show."""

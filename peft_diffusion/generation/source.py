@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..bases import BaseInfo, denoiser_of
 from ..bases.loading import quiet
+from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
 from ..data.images import open_picture
 from ..data.problems import PictureError
@@ -52,11 +53,17 @@ class Source:
             )
         return replace(self, image=self.image.resize(sides, Image.Resampling.LANCZOS), mask=mask)
 
-    def pipeline(self, pipe: Any) -> Any:
-        """The pipeline of the same parts that starts from a picture."""
+    def pipeline(self, pipe: Pipeline) -> Pipeline:
+        """The pipeline of the same parts that starts from a picture. Raises UserError where diffusers has none."""
         kinds = diffusers.AutoPipelineForImage2Image, diffusers.AutoPipelineForInpainting
         with quiet(diffusers_logging):
-            made = kinds[self.mask is not None].from_pipe(pipe)
+            try:
+                made: Pipeline = kinds[self.mask is not None].from_pipe(pipe)
+            except ValueError as error:  # as it says that there is no such class
+                raise UserError(
+                    f"{self.path}: a {type(pipe).__name__} cannot start from a picture; leave --image away, or take another"
+                    " --base"
+                ) from error
         made.set_progress_bar_config(disable=True)
         return made
 
@@ -101,9 +108,9 @@ def _paints(mask: Image.Image) -> bool:
     return any(mask.histogram()[128:])
 
 
-def check_mask(pipe: Any, source: Source | None, name: str) -> None:
+def check_mask(pipe: Pipeline, source: Source | None, name: str) -> None:
     """Raise UserError where a base that paints parts anew is given a picture and no mask."""
-    if source is not None and source.mask is None and denoiser_of(pipe).told_masks:
+    if source is not None and source.mask is None and denoiser_of(pipe).inpaints:
         raise UserError(
             f"the base {name!r} paints parts of a picture anew, and is not told which; give --mask, a picture of the same"
             " size that is white there and black elsewhere, or another --base"

@@ -1,7 +1,6 @@
 """``text generate``: texts from a causal language model, with any number of adapters."""
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +8,10 @@ from torch import Tensor
 
 from ..bases import LanguageModel, load_lm
 from ..core.errors import UserError
-from .adapters import Adapters
+from ..core.events import Ended, Never, Observer, Progress, Stop, check_stop, told_to_the_end
+from .adapted import adapted
+from .events import TextWritten
 from .text_settings import TextGenerateConfig
-
-logger = logging.getLogger(__name__)
 
 _GREEDY = 1e-6  # logits over a smaller temperature would be infinite
 
@@ -26,23 +25,48 @@ class Written:
     continuation: str
 
 
-def generate_text(config: TextGenerateConfig) -> Iterator[Written]:
+def generate_text(
+    config: TextGenerateConfig,
+    *,
+    base: LanguageModel | None = None,
+    observers: Sequence[Observer] = (),
+    stop: Stop | None = None,
+) -> Iterator[Written]:
     """Write every prompt with every seed, one after the other; the same seed gives the same text.
 
-    Raises UserError, before anything is written, for adapters and prompts that cannot be used.
+    Nothing is done before the first text is asked for.
+
+    Args:
+        config: What is written, and how.
+        base: A model that is loaded already, used in place of ``config.base``. It is left as it was once the last text was
+            taken, or the iterator is closed.
+        observers: Are told what happens, by the events of `generation.events`.
+        stop: Where it is set, nothing is written after the present token; what was written of that text is not given.
+
+    Yields:
+        Each text when it is written to its end.
+
+    Raises:
+        UserError: Before anything is written, for adapters and prompts that cannot be used.
+        Interrupted: It was stopped. It is a KeyboardInterrupt.
     """
-    choices = config.choices()
-    base = load_lm(config.base, device=config.device, dtype=config.precision, quantize=config.quantize)
-    adapters = Adapters(base)
-    for choice in choices:
-        loaded = adapters[adapters.load(choice.parsed(), strength=choice.strength)]
-        for warning in loaded.warnings:
-            logger.warning(warning)
-    prompts = [(prompt, _encoded(base, prompt, config.max_tokens)) for prompt in config.prompts]
-    for prompt, ids in prompts:
-        for seed in range(config.seed, config.seed + config.count):
-            new = list(continued(base, ids, config, seed))
-            yield Written(prompt, seed, str(base.tokenizer.decode(new, skip_special_tokens=True)))
+    with told_to_the_end(observers) as tell:
+        choices = config.choices()
+        model = load_lm(base or config.base, device=config.device, dtype=config.precision, quantize=config.quantize)
+        with adapted(model, choices, (), tell, lent=base is not None):
+            seeds = range(config.seed, config.seed + config.count)
+            prompts = [(prompt, _encoded(model, prompt, config.max_tokens)) for prompt in config.prompts]
+            wanted = [(prompt, ids, seed) for prompt, ids in prompts for seed in seeds]
+            for number, (prompt, ids, seed) in enumerate(wanted):
+                new: list[int] = []
+                for token in continued(model, ids, config, seed):
+                    check_stop(stop or Never(), f"stopped after {number} of {len(wanted)} texts")
+                    new.append(token)
+                written = Written(prompt, seed, str(model.tokenizer.decode(new, skip_special_tokens=True)))
+                tell(Progress("writing", number + 1, len(wanted)))
+                tell(TextWritten(written))
+                yield written
+        tell(Ended("finished"))
 
 
 @torch.no_grad()

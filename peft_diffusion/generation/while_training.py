@@ -1,12 +1,11 @@
 """Pictures that are drawn while a run learns: previews, and pictures of a subject's class. `training` is given this."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from PIL import Image
 
-from ..bases.pipelines import drawing
+from ..bases.pipelines import Pipeline, drawing
 from . import sheet as sheets
 from .adapters import Adapters
 from .sampler import Cell, ending_in_noise, paint, whole_picture
@@ -18,7 +17,7 @@ class TrainingPictures:
 
     def previews(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
@@ -42,7 +41,7 @@ class TrainingPictures:
         return drawn
 
     def class_pictures(
-        self, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, size: int, steps: int, guidance: float
+        self, pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], *, size: int, steps: int, guidance: float
     ) -> Iterator[Image.Image]:
         """Draw prompts together, each picture from the noise of its own seed alone."""
         sampling = GenerateConfig(

@@ -12,10 +12,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib import import_module
-from importlib.metadata import EntryPoint
 
 from ..core import plugins
-from ..core.errors import UserError
+from ..core.errors import UnknownMethodError, UserError
 from ..core.method import METHODS, Method
 
 DEFAULT = "lora"
@@ -43,10 +42,11 @@ def find(name: str) -> type[Method]:
     """Find a method by its name.
 
     Raises:
-        UserError: There is none of that name, or a plug-in cannot be imported.
+        UnknownMethodError: There is none of that name.
+        UserError: A plug-in cannot be imported.
     """
     if name not in known():
-        raise UserError(f"there is no method {name!r}; there are: {', '.join(sorted(METHODS))}")
+        raise UnknownMethodError(name, f"there is no method {name!r}; there are: {', '.join(sorted(METHODS))}")
     return METHODS[name]
 
 
@@ -83,17 +83,14 @@ def lines(unloaded: Sequence[str] = ()) -> dict[str, str]:
     Raises:
         UserError: A plug-in is not there, or had to be imported and failed.
     """
-    found = {point.name: _first_line(_declared(point.module).get(point.name)) for point in _installed()}
+    installed = plugins.entry_points(plugins.METHODS_GROUP)
+    found = {point.name: _first_line(_declared(point.module).get(point.name)) for point in installed}
     for module in unloaded:
         declared = _declared(module)
         if not declared:  # as of a package that imports them from its modules
-            plugins.load(module)
+            plugins.load_plugin(module)
         found |= {name: _first_line(text) for name, text in declared.items()}
     return found | {name: _first_line(sys.modules[one.__module__].__doc__ or one.__doc__) for name, one in METHODS.items()}
-
-
-def _installed() -> Sequence[EntryPoint]:
-    return plugins.entry_points(plugins.METHODS_GROUP)
 
 
 def _declared(module: str) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""DoRA: direction and magnitude of the weight apart (Liu et al. 2024, https://arxiv.org/abs/2402.09353)."""
+"""DoRA: a LoRA with direction and magnitude of the weight apart.
+
+Liu et al. 2024, https://arxiv.org/abs/2402.09353.
+"""
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass

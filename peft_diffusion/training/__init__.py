@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import Interrupted
 from ..core.lazy import lazy
-from .settings.pictures import TrainConfig
-from .settings.text import TextTrainConfig
 
 if TYPE_CHECKING:
     from .results import FoundRates, Outcome, TextTrainResult, TrainResult
+    from .settings.pictures import TrainConfig
+    from .settings.text import TextTrainConfig
 
 __all__ = [
     "FoundRates",
@@ -20,13 +20,15 @@ __all__ = [
     "TrainResult",
 ]
 
-# The configuration is read by `--help`, which must not import torch.
+# The settings of a command are read by its `--help`, which must not import torch, nor the settings of other commands.
 __getattr__, __dir__ = lazy(
     __name__,
     {
         "FoundRates": "results",
         "Outcome": "results",
+        "TextTrainConfig": "settings.text",
         "TextTrainResult": "results",
+        "TrainConfig": "settings.pictures",
         "TrainResult": "results",
     },
 )

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..bases import components
+from ..bases.base import Base
 from ..bases.words import begun
 from ..core import site
 from ..core.adapter import Adapter
@@ -65,7 +65,7 @@ def attach(
     return Attached({name: side_by_side(sites) for name, sites in groups.items()}, rates, frozenset(undecayed))
 
 
-def chosen(base: Any, names: Sequence[str]) -> dict[str, nn.Module]:
+def chosen(base: Base, names: Sequence[str]) -> dict[str, nn.Module]:
     """The components of these names. Raises UserError for one that the base has not."""
     there = components(base)
     absent = [name for name in names if name not in there]
@@ -74,7 +74,7 @@ def chosen(base: Any, names: Sequence[str]) -> dict[str, nn.Module]:
     return {name: part for name, part in there.items() if name in names}
 
 
-def with_words(base: Any, blocks: Sequence[Block]) -> list[Block]:
+def with_words(base: Base, blocks: Sequence[Block]) -> list[Block]:
     """The blocks with the ids of the words that their tokens begin as. Raises UserError as ``vocabulary.begun`` does."""
     return [replace(block, method=begun(base, block.component, block.method)) for block in blocks]
 

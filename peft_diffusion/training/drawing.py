@@ -1,9 +1,11 @@
 """What draws pictures while a run learns. It is given to a run from above: training knows nothing of generation."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from PIL import Image
+
+from ..bases.pipelines import Pipeline
 
 
 class Drawing(Protocol):
@@ -11,7 +13,7 @@ class Drawing(Protocol):
 
     def previews(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
@@ -37,7 +39,7 @@ class Drawing(Protocol):
         ...
 
     def class_pictures(
-        self, pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, size: int, steps: int, guidance: float
+        self, pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], *, size: int, steps: int, guidance: float
     ) -> Iterable[Image.Image]:
         """Draw prompts together, each picture from the noise of its own seed alone, whatever else is drawn with it.
 

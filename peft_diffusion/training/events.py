@@ -2,8 +2,8 @@
 
 The order of a run: `BaseLoaded`, `DataRead` and what else is found, `Fingerprinted`, `Prepared`, what memory it takes,
 `Started`, then `Step`, `Losses`, `Measured`, `Preview` and `Saved` over and over, `Trained`, `StrengthSuggested`, `Saved`
-with the adapter file, and `Ended`, which comes last however it ends. Beside them `core.events` has `Progress`, `Noted`,
-`Warned` and `ObserverFailed`.
+with the adapter file, and `Ended`, which comes last however it ends. This and `Progress`, `Noted`, `Warned` and
+`ObserverFailed` are in `core.events`.
 """
 
 import math
@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..core.events import Event, Warned
 from .need import Need, mib
-from .results import FoundRates, RunResult, Suggestion, Trial
+from .results import FoundRates, Suggestion, Trial
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Data: TypeAlias = Literal["pictures", "text"]
 """What is learned from."""
-State: TypeAlias = Literal["finished", "stopped", "failed"]
-"""How a run ended: it came to its end, it was stopped and can be gone on with, or an error ended it."""
 IMPATIENT = Warned("--patience ends nothing where nothing is kept apart to measure on; --held-out 0.1 keeps a tenth")
 """Nothing can be told of a run that asks for patience."""
 _SHOWN = 3  # prompts
@@ -539,25 +537,6 @@ class StrengthSuggested(Event):
         """Returns: the strength, and the losses."""
         tried = ", ".join(f"{loss:.4f} at {strength:g}" for strength, loss in self.suggestion.losses.items())
         return (f"suggested strength: {self.suggestion.strength:g} (loss on what is kept apart: {tried})",)
-
-
-@dataclass(frozen=True)
-class Ended(Event):
-    """The run is over; always the last event, and the base is as it was.
-
-    Attributes:
-        state: How it ended.
-        result: What it gave, where it came to its end; what a search for rates found is in `RatesFound`.
-        error: What ended it otherwise, in words.
-    """
-
-    state: State
-    result: RunResult | None = None
-    error: str | None = None
-
-    def lines(self) -> tuple[str, ...]:
-        """Returns: what was made, and what to type next."""
-        return self.result.lines() if self.result else ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from ..bases import components, denoiser_of
 from ..bases import family as families
+from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
 from ..core.events import Event, Observer
 from ..core.settings import pick
@@ -45,7 +46,7 @@ class PictureSource:
     """
 
     asked: TrainConfig
-    pipe: Any | None
+    pipe: Pipeline | None
     drawing: Drawing
 
     def on(self, device: str) -> Self:
@@ -151,7 +152,7 @@ class PictureMaterial:
         parts = tuple(components(self.base).values())
         return Load(
             parts=parts,
-            loaded=(*parts, self.base.vae),
+            loaded=(*parts, self.task.denoiser.vae),
             largest=self.task.largest,
             dropout=self.task.settings.dropout > 0,
             savings=[*savings, f"--resolution below {config.resolution}"],
@@ -182,20 +183,15 @@ class PictureMaterial:
         config = self.config
         base = None if config.base == TrainConfig.base else config.base
         flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
-        return next_command("generate", with_trigger("a red apple", config.trigger), flags)
+        return next_command("generate", with_trigger("a red apple", config.trigger), flags, config)
 
     def result(self, found: RunResult) -> TrainResult:
         """What the run gave."""
         return TrainResult(**vars(found), config=self.config, images=len(self.prepared.train.captions))
 
     def training(self, result: TrainResult) -> dict[str, Any]:
-        """Entries of the adapter file's training summary. Of folders only the names: where they lie is nobody's business."""
-        return {
-            "folder": [path.name for path in self.config.folder],
-            "regularisation": [path.name for path in self.config.regularisation],
-            "class_pictures": len(self.prepared.class_pictures),
-            "images": result.images,
-        }
+        """Entries of the adapter file's training summary."""
+        return {"class_pictures": len(self.prepared.class_pictures), "images": result.images}
 
     def triggers(self) -> list[str]:
         """The words of the trigger, and those that were taught."""

@@ -18,16 +18,17 @@ from torch import nn
 
 from .. import formats
 from ..bases import components, fingerprint
+from ..bases.base import Base
 from ..bases.words import teach
-from ..core import site
+from ..core import plugins, site
 from ..core.arena import Arena
-from ..core.errors import Interrupted, UserError
-from ..core.events import Event, Observer, Observers, Stop, Warned, check_stop, stop_on_signal
+from ..core.errors import Interrupted, UnknownMethodError, UserError
+from ..core.events import Ended, Event, Observer, Observers, Stop, Warned, check_stop, stop_on_signal, told_to_the_end
 from ..core.files import explained
-from ..core.settings import Settings, pick, to_json
+from ..core.settings import Settings, pick, portable, to_json
 from ..fast.low_rank import Working
 from .attachment import NAME, Attached, at_strength, attach, described
-from .events import Data, Ended, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
+from .events import Data, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
 from .loop.trainer import Task, Trainer, TrainerSettings, TrainerState
 from .machine.memory_plan import Load, MemoryPlan
 from .machine.processes import Crew
@@ -39,7 +40,7 @@ from .record.recorder import Recorder, ReportWriter
 from .record.run_folder import RunFolder
 from .record.trackers import Tracker, check_tracker
 from .results import FoundRates, Outcome, RunResult
-from .settings.blocks import Block, check_methods
+from .settings.blocks import Block, check_methods, plugins_of
 from .settings.choices import LogWith
 from .settings.pictures import TrainConfig
 from .settings.resumption import DERIVED
@@ -97,7 +98,7 @@ class Material(Protocol[Result]):
         ...
 
     @property
-    def base(self) -> Any:
+    def base(self) -> Base:
         """The pipeline or model, as its library knows it."""
         ...
 
@@ -242,12 +243,12 @@ def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop
         Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
     began = time.monotonic()
-    with _told_to_the_end(Observers(observers)) as tell:
+    with told_to_the_end(observers) as tell:
         crew, device = this_crew(source.asked.device)
         if not crew.leads:
             tell.others = [silent]
         crew, source = source.processes(crew), source.on(device)
-        check_methods(source.asked)
+        _check_methods(source)
         check_tracker(source.asked.log_with)
         folder = source.folder()
         recorder = Recorder(folder)
@@ -268,11 +269,11 @@ def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop:
 
     Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Takes and raises what `train` does.
     """
-    with _told_to_the_end(Observers(observers)) as tell:
+    with told_to_the_end(observers) as tell:
         crew, device = this_crew(source.asked.device)
         refuse_crew(crew)
         source = source.on(device)
-        check_methods(source.asked)
+        _check_methods(source)
         folder = source.search_folder()
         material = source.open(crew, _stopping(tell, stop, crew))
         with material.faster(), base_kept(material.base, tell):
@@ -287,6 +288,26 @@ def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop:
             tell(remark)
         tell(Ended("finished"))
     return found
+
+
+def _check_methods(source: Source[Any]) -> None:
+    """Check the methods that a run asks for.
+
+    Raises:
+        UserError: As `check_methods` does; where the run that shall go on was trained with a plug-in that was not loaded,
+            the error names it.
+    """
+    try:
+        check_methods(source.asked)
+    except UnknownMethodError as error:
+        folder = source.folder() if source.asked.resume else None
+        missing = [module for module in folder.plugins if module not in plugins.loaded()] if folder else []
+        if folder is None or not missing:
+            raise
+        flags = " ".join(f"--plugin {module}" for module in missing)
+        raise UserError(
+            f"method {error.name!r} is not known; the run in {folder.path} was trained with {flags}: give that too"
+        ) from None
 
 
 class _Run(Generic[Result]):
@@ -465,7 +486,7 @@ class _Run(Generic[Result]):
 
     def _spec(self, result: Result) -> formats.Spec:
         material, config = self.material, self.material.config
-        training = to_json(config) | {
+        training = portable(config) | {
             **material.training(result),
             "steps_done": result.steps,
             "seconds": round(result.seconds, 1),
@@ -474,8 +495,6 @@ class _Run(Generic[Result]):
             **(result.outcome.training() if result.outcome else {}),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        for place in ("output", "run_dir", "cache"):  # where things lie on this disk is nobody's business
-            training.pop(place, None)
         blocks = material.blocks
         return formats.Spec(
             methods={name: [block.spec() for block in blocks if block.component == name] for name in material.parts},
@@ -493,19 +512,6 @@ def _batch(config: RunSettings) -> int:
 
 def silent(event: Event) -> None:
     """An observer that tells nobody: of several processes, one speaks for all."""
-
-
-@contextmanager
-def _told_to_the_end(tell: Observers) -> Iterator[Observers]:
-    """A run inside: where it does not come to its end, this is told last. The run itself tells of its good end."""
-    try:
-        yield tell
-    except KeyboardInterrupt as error:
-        tell.last(Ended("stopped", error=str(error)))
-        raise
-    except BaseException as error:
-        tell.last(Ended("failed", error=str(error)))
-        raise
 
 
 @contextmanager
@@ -531,7 +537,7 @@ def _stopping(tell: Observer, stop: Stop | None, crew: Crew) -> Observer:
 
 
 @contextmanager
-def base_kept(base: Any, tell: Observer) -> Iterator[str]:
+def base_kept(base: Base, tell: Observer) -> Iterator[str]:
     """A training inside; sees that the base is the same at the end, and takes the adapter off.
 
     Args:
@@ -576,9 +582,11 @@ def digest(items: Sequence[Mapping[str, str]]) -> str:
     return found.hexdigest()[:16]
 
 
-def next_command(command: str, prompt: str, flags: Mapping[str, str | None]) -> str:
-    """What to type to see what was learned; flags at None are left away."""
-    given = "".join(f" --{name} {shlex.quote(value)}" for name, value in flags.items() if value is not None)
+def next_command(command: str, prompt: str, flags: Mapping[str, str | None], config: MethodSettings) -> str:
+    """What to type to see what was learned by a run of these settings; flags at None are left away."""
+    present = [(name, value) for name, value in flags.items() if value is not None]
+    present += [("plugin", module) for module in plugins_of(config)]
+    given = "".join(f" --{name} {shlex.quote(value)}" for name, value in present)
     return f"peft-diffusion {command} {shlex.quote(prompt)}{given}"
 
 

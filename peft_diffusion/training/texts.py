@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..bases import LanguageInfo, LanguageModel, components, describe, load_lm
-from ..bases.causal_lm import frozen
+from ..bases import family as families
 from ..bases.loading import pick_device
 from ..bases.words import learned
 from ..core import quantized
 from ..core.errors import UserError
 from ..core.events import Event, Observer
-from ..core.settings import pick
+from ..core.settings import flag, pick
 from ..data.text_files import Document, Texts, read_texts
 from .attachment import taught_words, with_words
 from .events import IMPATIENT, Data, DataRead, LanguageModelLoaded, TokensMade
@@ -78,7 +78,7 @@ class TextSource:
         apart = read_texts(config.held_out_text) if config.held_out_text else None
         device = pick_device(config.device)
         precision = pick_precision(config.precision, device)
-        base = self._loaded(replace(config, precision=precision))
+        base = load_lm(self.base or config.base, device=config.device, dtype=precision, quantize=config.quantize)
         info = describe(base)
         tell(LanguageModelLoaded(info.name, info.architecture, info.vocabulary, info.context))
         return TextMaterial(config, precision, base, info, texts, apart, tell, crew)
@@ -86,16 +86,6 @@ class TextSource:
     def remark(self, found: FoundRates) -> Event | None:
         """Text has nothing to be told."""
         return None
-
-    def _loaded(self, config: TextTrainConfig) -> LanguageModel:
-        if self.base is None:
-            return load_lm(config.base, device=config.device, dtype=config.precision, quantize=config.quantize)
-        base = frozen(self.base)
-        if config.quantize is not None and quantized.kind_of(base.lm) != config.quantize:
-            raise UserError(
-                f"this base is loaded already, and not as {config.quantize}; load it with load_lm(..., quantize=...)"
-            )
-        return base
 
 
 @dataclass(frozen=True)
@@ -144,7 +134,7 @@ class TextMaterial:
 
     def rate_flags(self) -> dict[str, str]:
         """The flag that sets the learning rate."""
-        return {} if self.asked.block else {"lm": "--lr"}
+        return {} if self.asked.block else {name: flag(families.rate_setting(name)) for name in self.parts}
 
     @cached_property
     def task(self) -> LanguageTask:
@@ -236,19 +226,15 @@ class TextMaterial:
         config = self.config
         base = None if config.base == TextTrainConfig.base else config.base
         flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
-        return next_command("text generate", "The first words", flags)
+        return next_command("text generate", "The first words", flags, config)
 
     def result(self, found: RunResult) -> TextTrainResult:
         """What the run gave."""
         return TextTrainResult(**vars(found), config=self.config, tokens=len(self.tokens.line))
 
     def training(self, result: TextTrainResult) -> dict[str, Any]:
-        """Entries of the adapter file's training summary. Of texts only the names: where they lie is nobody's business."""
-        return {
-            "texts": [path.name for path in self.config.texts],
-            "held_out_text": [path.name for path in self.config.held_out_text],
-            "tokens": result.tokens,
-        }
+        """Entries of the adapter file's training summary."""
+        return {"tokens": result.tokens}
 
     def triggers(self) -> list[str]:
         """The words that were taught."""

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ... import methods
 from ...bases import family as families
@@ -26,6 +26,7 @@ from ..names import embeddings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ...bases.base import Base
     from ...core.adapter import Adapter
 
 KEY = "peft_diffusion.words"
@@ -107,7 +108,7 @@ class Embedding(Layout):
         except UserError:  # an architecture whose token embedding is not known
             return {}
 
-    def joined(self, pieces: "Mapping[str, Tensor]", header: Header, base: Any, component: str) -> "dict[str, Tensor]":
+    def joined(self, pieces: "Mapping[str, Tensor]", header: Header, base: "Base", component: str) -> "dict[str, Tensor]":
         """The words in the order that the metadata tell, and what they began as."""
         import torch
 
@@ -212,7 +213,7 @@ def _began(header: Header) -> dict[str, dict[str, list[int]]]:
         raise UserError(f"{header.path}: its {KEY!r} metadata is damaged") from None
 
 
-def _default(base: Any, component: str, vectors: int) -> list[int]:
+def _default(base: "Base", component: str, vectors: int) -> list[int]:
     """The token that stands in for a word whose beginning no file tells."""
     from ...bases.base import text_encoders
     from ...bases.words import plain_ids

@@ -18,7 +18,6 @@ from . import dotted, kohya
 if TYPE_CHECKING:
     from torch import nn
 
-_KIND = "unet"  # of network that had other names once, by `Family.kind`
 _BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 _OUTER = {
     "conv_in": "input_blocks.0.0",
@@ -96,7 +95,7 @@ def _beginnings() -> list[str]:
 
 def _unets() -> list[families.Component]:
     """The rows of UNets."""
-    unets = [family.denoiser for family in families.FAMILIES.values() if family.kind == _KIND]
+    unets = [family.denoiser for family in families.every() if family.kind == families.UNET_KIND]
     return [row for row in rows() if row in unets]
 
 

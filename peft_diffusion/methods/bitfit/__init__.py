@@ -1,4 +1,7 @@
-"""BitFit: the biases alone (Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199)."""
+"""BitFit: the biases alone.
+
+Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199.
+"""
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass

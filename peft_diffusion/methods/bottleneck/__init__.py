@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small network between or beside the layers.
+"""Bottlenecks: a small network between or beside the layers.
 
 Houlsby et al. 2019 (https://arxiv.org/abs/1902.00751): after attention and feed-forward, form ``sequential``, target
 ``outputs``. Pfeiffer et al. 2020 (https://arxiv.org/abs/2005.00247): after the feed-forward only, target ``ff-outputs``.

@@ -1,4 +1,7 @@
-"""(IA)3: a factor for each channel (Liu et al. 2022, https://arxiv.org/abs/2205.05638). Names are those of LyCORIS."""
+"""(IA)3: a factor for each channel.
+
+Liu et al. 2022, https://arxiv.org/abs/2205.05638. Names are those of LyCORIS.
+"""
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
-"""LoHa: the Hadamard product of two low-rank changes (FedPara, Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098).
+"""LoHa: the Hadamard product of two changes of low rank.
 
-Parametrization and names are those of LyCORIS (Yeh et al. 2023, https://arxiv.org/abs/2309.14859).
+FedPara (Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098). Parametrization
+and names are those of LyCORIS (Yeh et al. 2023, https://arxiv.org/abs/2309.14859).
 """
 
 from collections.abc import Mapping, Set

@@ -1,6 +1,7 @@
-"""LoKr: a Kronecker product as the change (KronA, Edalati et al. 2022, https://arxiv.org/abs/2212.10650).
+"""LoKr: a Kronecker product as the change.
 
-Parametrization and names are those of LyCORIS (Yeh et al. 2023, https://arxiv.org/abs/2309.14859).
+KronA (Edalati et al. 2022, https://arxiv.org/abs/2212.10650). Parametrization
+and names are those of LyCORIS (Yeh et al. 2023, https://arxiv.org/abs/2309.14859).
 """
 
 from collections.abc import Mapping, Set

@@ -1,4 +1,7 @@
-"""LoRA: a change of low rank (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+"""LoRA: a change of low rank.
+
+Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+"""
 
 import math
 from collections.abc import Mapping, Set

@@ -1,6 +1,6 @@
-"""OFT: the outputs of the weight turned, block by block (Qiu et al. 2023, https://arxiv.org/abs/2306.07280).
+"""OFT: the outputs of the weight turned, block by block.
 
-Parametrization and names are those of LyCORIS' ``diag-oft``.
+Qiu et al. 2023, https://arxiv.org/abs/2306.07280. Parametrization and names are those of LyCORIS' ``diag-oft``.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Prefixes: learned rows of keys and values that attention looks at beside its own.
+"""Prefixes: learned rows of keys and values that attention takes in.
 
 Prefix tuning (Li and Liang 2021, https://arxiv.org/abs/2101.00190) puts rows P_k and P_v before the keys and values. He et
 al. 2022 (https://arxiv.org/abs/2110.04366, eq. 7) show that a head then computes

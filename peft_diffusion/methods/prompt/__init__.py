@@ -1,7 +1,7 @@
-"""Soft prompts: learned tokens that precede every prompt (prompt tuning, Lester et al. 2021,
-https://arxiv.org/abs/2104.08691).
+"""Soft prompts: learned tokens that precede every prompt.
 
-They sit at the token embedding, target ``tokens``, beyond the base's matrix, as new words do: see ``tokens``.
+Prompt tuning (Lester et al. 2021, https://arxiv.org/abs/2104.08691). They sit at the token embedding, target
+``tokens``, beyond the base's matrix, as new words do: see ``tokens``.
 """
 
 from collections.abc import Mapping, Sequence, Set

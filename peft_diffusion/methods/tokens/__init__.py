@@ -1,4 +1,4 @@
-"""Learned tokens: new words, whose embeddings are learned (textual inversion).
+"""Learned words: the embeddings of new words (textual inversion).
 
 Textual inversion (Gal et al. 2022, https://arxiv.org/abs/2208.01618) learns the embedding of a new word, the placeholder. It
 sits at the token embedding, target ``tokens``. The base's matrix keeps its size: the tokenizer is taught ids beyond it

@@ -17,7 +17,8 @@ from ..settings.choices import Memory
 from .low_memory import recomputed
 from .preflight import predict, room
 
-_SMALL = 2**30  # bytes of weights up to which a run on a CPU is begun without a look at memory, which would take seconds
+SMALL = 2**30
+"""Bytes of weights up to which a run on a CPU is begun without a look at memory, which would take seconds."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class MemoryPlan:
         """
         device, low = self.device, self.memory == "low"
         size = sum(parameter.nbytes for module in self.load.loaded for parameter in module.parameters())
-        if device.type != "cuda" and (device.type != "cpu" or size < _SMALL):
+        if device.type != "cuda" and (device.type != "cpu" or size < SMALL):
             return low
         if self.sharded:
             tell(MemoryUnknown(None, low))

@@ -7,13 +7,13 @@ none of its business: they stay whole, and their gradients are averaged as ever.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from ...bases import components
 from ...bases import family as families
+from ...bases.pipelines import Pipeline
 from ...core.errors import UserError
 from ...core.sharded import here
 from ..events import BaseSharded
@@ -22,7 +22,7 @@ from .low_memory import blocks_of
 from .processes import Crew
 
 
-def sharing(crew: Crew, config: TrainConfig, pipe: Any | None) -> Crew:
+def sharing(crew: Crew, config: TrainConfig, pipe: Pipeline | None) -> Crew:
     """The crew as the configuration has it: sharing a base or not. Raises UserError where it cannot."""
     if not config.shard_base:
         return crew
@@ -39,7 +39,7 @@ def sharing(crew: Crew, config: TrainConfig, pipe: Any | None) -> Crew:
     return replace(crew, shares_base=True)
 
 
-def shard(pipe: Any, trained: Sequence[str], device: torch.device) -> BaseSharded:
+def shard(pipe: Pipeline, trained: Sequence[str], device: torch.device) -> BaseSharded:
     """Shard the UNet and the components that are trained, and move the rest of a pipeline to the device, in place.
 
     One block after the other goes there, so that the device never has to hold all. Returns what came of it.

@@ -4,9 +4,10 @@ from contextlib import nullcontext, suppress
 from typing import Any
 
 from ...core.errors import UserError
-from ...core.events import Event, Warned
+from ...core.events import Ended, Event, Warned
 from ...core.files import explained
-from ..events import DataRead, Ended, Losses, Measured, Preview, Saved, Started
+from ..events import DataRead, Losses, Measured, Preview, Saved, Started
+from ..results import RunResult
 from . import report
 from .facts import memory
 from .plots import draw, draw_signals
@@ -78,7 +79,7 @@ class Recorder:
 
     def _ended(self, event: Ended) -> None:
         """However the run ended, ``run.json`` says so."""
-        if event.result is not None:
+        if isinstance(event.result, RunResult):
             outcome = event.result.outcome
             figures = {"seconds": event.result.seconds, **memory(), **(outcome.training() if outcome else {})}
             self.folder.note(state=event.state, figures=figures)

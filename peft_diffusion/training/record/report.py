@@ -14,7 +14,7 @@ from PIL import Image
 
 from ...core.files import write_bytes
 from . import charts
-from .run_record import PREVIEWS, THUMBNAILS, Curve, Record, differing, shown
+from .run_record import PATHS, PLACES, PREVIEWS, THUMBNAILS, Curve, Record, differing, shown
 
 NAME = "report.html"
 _PREVIEW = re.compile(r"(?:step_(\d+)|base)_(\d+)\.png")
@@ -22,7 +22,6 @@ _ROWS = 12  # of previews; of more, evenly spread ones are shown
 _SIDE = 256  # pixels of a preview in the page
 _LAYERS = 40  # bars; the others stand in a table
 _LETTERS = 400  # of a value
-_PATHS = ("folder", "texts", "held_out_text", "output", "run_dir", "cache")  # told by name: a report is made to be sent
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ def settings(record: Record) -> tuple[list[Setting], list[Setting]]:
     own, usual = [], []
     for name, value in record.config.items():
         default = changed.get(name)
-        if default is None or name in _PATHS:
+        if default is None or name in PLACES:
             usual.append(Setting(_flag(name), _plain(value, name), None))
         else:
             own.append(Setting(_flag(name), _plain(value, name), _plain(default[1], name)))
@@ -231,7 +230,7 @@ def _plain(value: Any, name: str) -> str:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    words = Path(value).name if name in _PATHS and isinstance(value, str) else str(value)
+    words = Path(value).name if name in PATHS and isinstance(value, str) else str(value)  # a report is made to be sent
     return words if len(words) <= _LETTERS else f"{words[:_LETTERS]}…"
 
 

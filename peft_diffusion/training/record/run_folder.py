@@ -16,6 +16,7 @@ from ...core.errors import UserError
 from ...core.files import explained, file_of, write_bytes
 from ...core.settings import to_json
 from ..loop.trainer import TrainerState
+from ..settings.blocks import plugins_of
 from ..settings.resumption import changes
 from ..settings.shared import RunSettings
 from ..settings.toml import to_toml
@@ -102,6 +103,11 @@ class RunFolder:
                 f"{self.path} is no run folder and holds {foreign[0]}, where a run would write its own; choose another"
                 " --run-dir"
             )
+
+    @property
+    def plugins(self) -> list[str]:
+        """The modules of plug-ins that the run here was trained with."""
+        return run_record.Record(self.path).plugins
 
     def start(self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin) -> None:
         """Begin a run in a clean folder; what an earlier run wrote here goes."""
@@ -219,6 +225,8 @@ class RunFolder:
                         left.unlink()  # by a run that was killed while it wrote
         header = f"{_HEADER}{self.command} --config {self.path / run_record.CONFIG}\n"
         header += "# What stands in a comment was derived from the rest, and is derived anew when this file is used.\n"
+        modules = plugins_of(config)
+        header += f"plugin = {json.dumps(modules, ensure_ascii=False)}\n" if modules else ""
         write_bytes(self.path / run_record.CONFIG, (header + to_toml(config)).encode())
         self.facts = {}
         self.note(
@@ -227,6 +235,7 @@ class RunFolder:
             version=__version__,
             process=run_record.this_process(),
             settings=to_json(config),
+            plugins=modules,
             derived=dict(config.derived),
         )
 

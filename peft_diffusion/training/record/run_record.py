@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from ...core.errors import UserError
+from ...core.settings import settings_of
+from ..settings.pictures import TrainConfig
+from ..settings.text import TextTrainConfig
 from .measurements import memorisation
 
 State: TypeAlias = Literal["running", "finished", "stopped", "failed"]
@@ -100,6 +103,12 @@ class Record:
     def command(self) -> str:
         """The command that made it."""
         return str(self.facts.get("command") or ("text train" if "texts" in self.config else "train"))
+
+    @property
+    def plugins(self) -> list[str]:
+        """The modules of plug-ins that it was trained with."""
+        found = self.facts.get("plugins", [])
+        return list(map(str, found)) if isinstance(found, list) else []
 
     @property
     def step(self) -> int:
@@ -202,8 +211,11 @@ def shown(count: int) -> list[int]:
     return list(range(count)) if count <= _SHOWN else [round(n * (count - 1) / (_SHOWN - 1)) for n in range(_SHOWN)]
 
 
-PLACES = frozenset(("output", "run_dir", "cache"))
+_SETTINGS = {one.name: one for kind in (TrainConfig, TextTrainConfig) for one in settings_of(kind)}
+PLACES = frozenset(name for name, one in _SETTINGS.items() if one.setting.place)
 """Settings that say where things lie, and nothing of what is learned."""
+PATHS = frozenset(name for name, one in _SETTINGS.items() if one.single is Path)
+"""Settings that are paths."""
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:

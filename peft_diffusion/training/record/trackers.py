@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import UserError
-from ...core.events import Event
-from ..events import Ended, Losses, Measured, Preview
+from ...core.events import Ended, Event
+from ..events import Losses, Measured, Preview
 from ..settings.choices import LogWith
 
 

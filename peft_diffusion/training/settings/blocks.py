@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ... import methods
+from ...core import plugins
 from ...core.errors import UserError
 from ...core.method import Method
 from .shared import MethodSettings, SharedConfig
@@ -52,6 +53,12 @@ def check_methods(config: MethodSettings) -> None:
 def method_names(config: MethodSettings) -> list[str]:
     """The methods that a run trains. Raises UserError for what is no block."""
     return [_words(text)[2] for text in config.block] if config.block else [config.method]
+
+
+def plugins_of(config: MethodSettings) -> list[str]:
+    """The modules of plug-ins that were loaded, and those that the methods of a run come from."""
+    of_methods = [methods.find(name).plugin() for name in method_names(config)]
+    return list(dict.fromkeys([*plugins.loaded(), *(module for module in of_methods if module)]))
 
 
 def ranked(config: MethodSettings) -> bool:

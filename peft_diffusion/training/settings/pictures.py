@@ -184,6 +184,7 @@ class TrainConfig(SharedConfig, _PictureConfig):
         (),
         'In place of method and target: "COMPONENT TARGET METHOD NAME=VALUE ..." (lr=... too); several train together.',
         ADAPTER,
+        table=("component", "target", "method"),
     )
     target: str | None = setting(
         None,

@@ -1,7 +1,7 @@
 """What of a run's settings may be otherwise when it goes on."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from typing import Any
 
 from ...core.settings import Settings, flag, plain, settings_of, to_json
@@ -30,7 +30,8 @@ def changes(before: Mapping[str, Any], now: RunSettings) -> list[str]:
     """How a configuration differs from the one that a run was started with, in what the result depends on."""
     current = to_json(now)
     # A run of an older version was told nothing of what came later, and went by what is the default now.
-    before = {field.name: plain(field.default) for field in fields(now) if field.default is not MISSING} | dict(before)
+    defaults = {one.name: plain(one.default) for one in settings_of(type(now)) if one.default is not MISSING}
+    before = defaults | dict(before)
     if not ranked(now):  # an older version wrote down a rank that said nothing
         before["rank"] = current["rank"]
     free = free_on_resume(type(now))

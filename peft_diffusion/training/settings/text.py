@@ -4,6 +4,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from ...bases.family import LANGUAGE
 from ...core.errors import UserError
 from ...core.settings import COUNT, NATURAL, POSITIVE, SHARE, Flag, Group, Range, about, explained, setting
 from ...data.text_files import read_texts
@@ -59,7 +60,7 @@ class TextTrainConfig(SharedConfig, _TextConfig):
     Raises UserError for a value that no run can use.
     """
 
-    components: ClassVar[tuple[str, ...]] = ("lm",)
+    components: ClassVar[tuple[str, ...]] = LANGUAGE.by_roles(("language model",))
 
     dropout: float = setting(
         0.0,
@@ -68,7 +69,10 @@ class TextTrainConfig(SharedConfig, _TextConfig):
         SHARE,
     )
     block: tuple[str, ...] = setting(
-        (), 'In place of method and target: "lm TARGET METHOD NAME=VALUE ..." (lr=... too); several train together.', ADAPTER
+        (),
+        'In place of method and target: "lm TARGET METHOD NAME=VALUE ..." (lr=... too); several train together.',
+        ADAPTER,
+        table=("component", "target", "method"),
     )
     target: str | None = setting(
         None,

@@ -5,11 +5,11 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from ...bases import BaseInfo, describe
+from ...bases import BaseInfo, denoiser_of, describe
+from ...bases.pipelines import Pipeline
 from ...core.events import Observer, progress
 from ...core.files import explained, write_bytes
 from ...data import subfolders
@@ -27,7 +27,7 @@ _BATCH = 4  # pictures drawn at once; part of what they are, as rounding depends
 
 
 def pictures(
-    config: ResolvedConfig, pipe: Any, tell: Observer, drawing: Drawing, crew: Crew
+    config: ResolvedConfig, pipe: Pipeline, tell: Observer, drawing: Drawing, crew: Crew
 ) -> list[Picture]:
     """The pictures of the class: from the regularisation folders, and drawn by the base for the class prompts.
 
@@ -64,7 +64,7 @@ def _of_folders(config: ResolvedConfig, tell: Observer) -> list[Picture]:
 
 
 def _drawn(
-    config: ResolvedConfig, pipe: Any, tell: Observer, drawing: Drawing, crew: Crew
+    config: ResolvedConfig, pipe: Pipeline, tell: Observer, drawing: Drawing, crew: Crew
 ) -> list[Picture]:
     """Pictures that the base draws, or drew before. A batch that is not all there is drawn again."""
     info = describe(pipe)
@@ -84,7 +84,7 @@ def _drawn(
         for start in starts:
             own = slice(start, start + _BATCH)
             if start in missing:
-                with small_vae(pipe.vae, size):
+                with small_vae(denoiser_of(pipe).vae, size):
                     # The base's own sampler and noise of each picture's own seed: the same pictures wherever they are drawn.
                     found = drawing.class_pictures(
                         pipe, prompts[own], seeds[own], size=size, steps=_STEPS, guidance=_GUIDANCE

@@ -6,7 +6,6 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 
 from ...bases import components, denoiser_of
 from ...bases.denoiser import Conditioning, Denoiser
-from ...bases.noise import noisy, prediction_type, zero_terminal
+from ...bases.noise import prediction_type, zero_terminal
+from ...bases.pipelines import Pipeline
 from ...bases.prompts import encode_frozen
 from ...core import site
 from ...core.errors import UserError
@@ -113,7 +113,7 @@ class DiffusionTask:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         name: str,
         settings: DiffusionSettings,
         train: Examples,
@@ -134,7 +134,6 @@ class DiffusionTask:
         self.device, self.dtype = weight.device, weight.dtype
         self.text = self.denoiser.text
         self.trains_text = any(site.adapters(encoder, name) for encoder in self.text.encoders)
-        self.told_masks, self.told_sizes = self.denoiser.told_masks, self.denoiser.told_sizes
         self.prediction = prediction_type(self.denoiser.prediction)
         self.powers = noise_schedule(self.denoiser, settings.zero_terminal_snr).to(self.device)
         self.groups = train.groups
@@ -195,7 +194,7 @@ class DiffusionTask:
         clean = mean.float() + std.float() * torch.randn(mean.shape, generator=chance)
         noise = objective.noise(tuple(mean.shape), settings.noise_offset, chance)
         timesteps = objective.timesteps(len(mean), len(self.powers), settings.timestep_bias, chance)
-        hiding = torch.randint(masks.COUNT, (len(mean),), generator=chance).tolist() if self.told_masks else ()
+        hiding = torch.randint(masks.COUNT, (len(mean),), generator=chance).tolist() if self.denoiser.inpaints else ()
         if settings.multires_noise:
             noise = objective.pyramid(noise, settings.multires_noise, chance)
         # Everything is drawn for the batch of all processes, so that their number changes nothing.
@@ -243,10 +242,10 @@ class DiffusionTask:
     def signals(self) -> Signals:
         """The plain loss on a few training pictures, and how far the answers to prompts without trigger left the base's."""
         parts = {name: part for name, part in components(self.pipe).items() if site.adapters(part, self.name)}
-        seen = self._fixed_loss(self.train, self._chunks(self.train, self._watched()))
+        seen = self._fixed_loss(self.train, self._chunks(self.train, self.watched()))
         changes = layer_changes(parts, self.name)
         # Where nothing has changed yet, nothing has moved: the start of a run need not look.
-        return Signals(seen, self._leakage() if any(changes.values()) else 0.0, changes)
+        return Signals(seen, self.leakage() if any(changes.values()) else 0.0, changes)
 
     @torch.no_grad()
     def nearness(self, pictures: Sequence[Image.Image]) -> float | None:
@@ -265,7 +264,7 @@ class DiffusionTask:
 
     def _encoded(self, pictures: Sequence[Image.Image]) -> Tensor:
         """The means of the VAE's latents, (pictures, channels, height, width), float32 on the CPU."""
-        vae = self.pipe.vae
+        vae = self.denoiser.vae
         vae.to(self.device)
         pixels = torch.stack([torch.from_numpy(np.array(picture.convert("RGB"))) for picture in pictures])
         given = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.device, next(vae.parameters()).dtype)
@@ -274,7 +273,7 @@ class DiffusionTask:
             vae.to("cpu")
         return torch.cat(means)
 
-    def _watched(self) -> frozenset[int]:
+    def watched(self) -> frozenset[int]:
         """Entries of the training pictures that are measured on, spread over all of them."""
         count = len(self.train.captions)
         return frozenset(range(0, count, -(-count // _SEEN)))
@@ -284,7 +283,7 @@ class DiffusionTask:
             losses = [loss for chunk in chunks for loss in self._fixed_losses(examples, chunk)]
         return sum(losses) / len(losses)
 
-    def _leakage(self) -> float:
+    def leakage(self) -> float:
         """The rms of what the adapter changes in answers to other prompts, on fixed noise, over that of the base's."""
         with torch.no_grad(), self.evaluating():
             if not self._base_answers:
@@ -321,13 +320,13 @@ class DiffusionTask:
         """Compute what stays the same, and take the VAE and a text encoder that is no more needed off the device."""
         known = self.embeddings is not None and self.other_embeddings is not None
         if self.device.type != "cpu":
-            self.pipe.vae.to("cpu")
+            self.denoiser.vae.to("cpu")
             for encoder in self.text.encoders if known else ():
                 encoder.to("cpu")
 
     def peak_of_drawing(self, count: int, size: int) -> int:
         """The most bytes that drawing so many pictures of so many pixels a side, with guidance, is predicted to hold."""
-        vae, side = self.pipe.vae, size // self.pipe.vae_scale_factor
+        vae, side = self.denoiser.vae, size // self.denoiser.factor
         told = {name: one[:1].repeat(2 * count, *(1,) * (one.ndim - 1)) for name, one in self.largest().items()}
         latents = {"latents": torch.empty(count, self.denoiser.channels, side, side, dtype=vae.dtype)}
         self.restore()
@@ -339,7 +338,7 @@ class DiffusionTask:
 
     def restore(self) -> None:
         """Bring back what `offload` took."""
-        self.pipe.vae.to(self.device)
+        self.denoiser.vae.to(self.device)
         for encoder in self.text.encoders:
             encoder.to(self.device)
 
@@ -398,11 +397,11 @@ class DiffusionTask:
             told |= zip(("hidden", "summary"), embeddings.stack(prompts), strict=False)
         else:
             told |= self.text.tokenized(prompts)
-        if self.told_sizes:
+        if self.denoiser.size_conditioned:
             # In float32: bfloat16 rounds sides of more than 256 pixels.
             told["sizes"] = torch.tensor([latents.entries[entry].sizes for entry in entries], dtype=torch.float32)
-        if self.told_masks:
-            told["shown"] = self.shown(latents, entries, hiding)
+        if self.denoiser.inpaints:
+            told["inpainting"] = self.inpainting_inputs(latents, entries, hiding)
         return told
 
     def conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
@@ -414,7 +413,7 @@ class DiffusionTask:
                 encoding = list(self.text.run(inputs))
         return self.denoiser.conditioning(tuple(encoding), inputs)
 
-    def shown(self, latents: LatentCache, entries: Sequence[int], hiding: Sequence[int]) -> Tensor:
+    def inpainting_inputs(self, latents: LatentCache, entries: Sequence[int], hiding: Sequence[int]) -> Tensor:
         """What a base that paints parts anew is told of the rest: mask and latents, (batch, 1 + channels, height, width).
 
         ``hiding`` is the number of each entry's mask.
@@ -439,8 +438,8 @@ class DiffusionTask:
         latents, noise, timesteps = inputs["latents"], inputs["noise"], inputs["timesteps"]
         told = self.conditioning(inputs)
         power = self.powers[timesteps]
-        seen = noisy(latents, noise, power).to(self.dtype)
-        answer = self.denoiser.predict(seen, timesteps, told)
+        noisy = self.denoiser.noised(latents, noise, power, self.prediction).to(self.dtype)
+        answer = self.denoiser.predict(noisy, timesteps, told)
         return answer, self.denoiser.target(latents, noise, power, self.prediction)
 
     def _chunks(self, examples: Examples, only: Container[int] | None = None) -> Iterator[list[tuple[int, int]]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...bases import LanguageModel
+from ...bases import LanguageModel, components
 from ...bases.words import learned
 from ...core.errors import UserError
 from ..attachment import NAME, at_strength, evaluating
@@ -55,6 +55,7 @@ class LanguageTask:
     def __init__(
         self, base: LanguageModel, settings: LanguageSettings, train: Tensor, held_out: Tensor | None = None
     ) -> None:
+        self.base = base
         self.lm = base.lm
         self.device = base.device
         self.settings = settings
@@ -84,7 +85,7 @@ class LanguageTask:
         size = settings.batch_size * settings.crew.size
         first = (step * settings.accumulation + micro) * size
         own = range(first, first + size)[settings.crew.part(settings.batch_size)]
-        return {"rows": torch.stack([self._window(number) for number in own])}
+        return {"rows": torch.stack([self.window(number) for number in own])}
 
     def seeded(self, step: int, micro: int) -> AbstractContextManager[None]:
         """torch's generators at the seed of a micro-batch."""
@@ -102,9 +103,9 @@ class LanguageTask:
     def signals(self) -> Signals:
         """The loss on the beginning of what is trained on, and how far what is said of plain sentences left the base's."""
         seen = self._mean_loss(self.line[: _SEEN * (self.settings.context - len(self.start))])
-        return Signals(seen, self._leakage(), layer_changes({"lm": self.lm}, NAME))
+        return Signals(seen, self.leakage(), layer_changes(components(self.base), NAME))
 
-    def _leakage(self) -> float:
+    def leakage(self) -> float:
         """The Kullback-Leibler divergence from the base's next tokens, in nats per token."""
         with torch.no_grad(), evaluating([self.lm]):
             if not self._base_answers:
@@ -127,7 +128,7 @@ class LanguageTask:
                 total, count = total + float(losses.double().sum()), count + int(said.sum())
         return total / max(1, count)
 
-    def _window(self, number: int) -> Tensor:
+    def window(self, number: int) -> Tensor:
         """The piece that is the ``number``-th of the run, (length,)."""
         turn, place = divmod(number, self.windows)
         if self._order[0] != turn:

@@ -57,26 +57,44 @@ def pyramid(noise: Tensor, discount: float, generator: torch.Generator) -> Tenso
 
 
 def min_snr_weights(prediction: Prediction, power: Tensor, gamma: float) -> Tensor:
-    """Min-SNR-gamma weights of the loss (Hang et al. 2023), (batch,).
+    """Weigh the loss by Min-SNR-gamma (Hang et al. 2023, https://arxiv.org/abs/2303.09556).
 
-    ``min(SNR, gamma) / SNR`` for epsilon, ``min(SNR, gamma) / (SNR + 1)`` for v; the first is 1 where no signal is left.
+    Args:
+        prediction: What the network predicts.
+        power: (batch,).
+        gamma: The signal to noise ratio from which weights grow no more.
+
+    Returns:
+        ``min(SNR, gamma)`` times what turns the error of the prediction into that of the image, (batch,): ``1 / SNR`` for
+        epsilon, where no signal is left 1; ``1 / (SNR + 1)`` for v; ``1 / (1 + sqrt(SNR))^2`` for a flow.
     """
     if prediction == "epsilon":
         return (gamma * (1 - power) / power).clamp(max=1.0)
     snr = power / (1 - power)
-    return snr.clamp(max=gamma) / (snr + 1)
+    return snr.clamp(max=gamma) / _over_image(prediction, snr)
 
 
 def debiased_weights(prediction: Prediction, power: Tensor) -> Tensor:
-    """Weights of the debiased estimation loss (Yu et al. 2024, https://arxiv.org/abs/2310.08442), (batch,).
+    """Weigh the loss by debiased estimation (Yu et al. 2024, https://arxiv.org/abs/2310.08442).
 
-    ``1 / sqrt(SNR)`` for epsilon, with an SNR of at most 1000 as in sd-scripts; ``1 / (SNR + 1)`` for v. Finite where no
-    signal is left.
+    Args:
+        prediction: What the network predicts.
+        power: (batch,).
+
+    Returns:
+        ``1 / sqrt(SNR)`` for epsilon, with an SNR of at most 1000 as in sd-scripts; else what turns the error of the
+        prediction into that of the image: ``1 / (SNR + 1)`` for v, ``1 / (1 + sqrt(SNR))^2`` for a flow. (batch,), finite
+        where no signal is left.
     """
     if prediction == "v_prediction":
         return 1 - power
     snr = (power / (1 - power)).clamp(max=1000.0)
-    return snr.clamp(min=1e-4).rsqrt()
+    return snr.clamp(min=1e-4).rsqrt() if prediction == "epsilon" else 1 / _over_image(prediction, snr)
+
+
+def _over_image(prediction: Prediction, snr: Tensor) -> Tensor:
+    """The squared error of the prediction over that of the image, for v and for a flow."""
+    return snr + 1 if prediction == "v_prediction" else (1 + snr.sqrt()).square()
 
 
 def huber_deltas(schedule: HuberSchedule, c: float, timesteps: Tensor, power: Tensor, count: int) -> Tensor:

@@ -4,12 +4,12 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ...bases import BaseInfo, denoiser_of, describe, load_base
 from ...bases.loading import pick_device
+from ...bases.pipelines import Pipeline
 from ...bases.prompts import TextSide
 from ...core.events import Observer, Warned, progress
 from ...data import subfolders
@@ -41,7 +41,7 @@ class Prepared:
     """What a run works on."""
 
     config: ResolvedConfig
-    pipe: Any
+    pipe: Pipeline
     info: BaseInfo
     pictures: tuple[Picture, ...]
     train: Examples
@@ -70,7 +70,7 @@ def check_places(config: TrainConfig) -> RunFolder:
 
 def prepare(
     config: TrainConfig,
-    pipe: Any | None,
+    pipe: Pipeline | None,
     tell: Observer,
     drawing: Drawing,
     crew: Crew = Crew(),  # noqa: B008 -- frozen
@@ -114,7 +114,7 @@ def prepare(
     return Prepared(resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class))
 
 
-def _loaded(config: TrainConfig, pipe: Any | None, device: torch.device, tell: Observer, crew: Crew) -> Any:
+def _loaded(config: TrainConfig, pipe: Pipeline | None, device: torch.device, tell: Observer, crew: Crew) -> Pipeline:
     """The base on its device, or this process's part of it. Raises UserError for one that cannot be used."""
     source = config.base if pipe is None else pipe
     first = "cpu" if crew.shares_base else config.device
@@ -134,7 +134,7 @@ class _Encoder:
 
     config: ResolvedConfig
     info: BaseInfo
-    pipe: Any
+    pipe: Pipeline
     tell: Observer
 
     def __call__(self, pictures: Sequence[Picture], flip: bool, what: str) -> Examples:
@@ -149,15 +149,15 @@ class _Encoder:
         return self._encode([picture for picture, _ in pairs], fits, False, "encoding pictures of the class")
 
     def _encode(self, pictures: Sequence[Picture], fits: Sequence[Fit], flip: bool, what: str) -> Examples:
-        config = self.config
-        with small_vae(self.pipe.vae, config.resolution, config.memory == "low"):
+        config, denoiser = self.config, denoiser_of(self.pipe)
+        with small_vae(denoiser.vae, config.resolution, config.memory == "low"):
             latents = cache_latents(
                 pictures,
                 fits,
-                self.pipe.vae,
+                denoiser.vae,
                 background=config.background,
                 flip=flip,
-                masked=denoiser_of(self.pipe).told_masks,
+                masked=denoiser.inpaints,
                 alpha=config.masks == "alpha",
                 folder=config.cache,
                 on_progress=progress(self.tell, what),

@@ -71,7 +71,7 @@ class Previews:
 
     def peak(self) -> int:
         """The most bytes that drawing is predicted to hold at once, beside the pipeline."""
-        with small_vae(self.task.pipe.vae, self.size):
+        with small_vae(self.task.denoiser.vae, self.size):
             return self.task.peak_of_drawing(self._at_once, self.size)
 
     def draw_base(self) -> None:
@@ -139,7 +139,7 @@ class Previews:
         pipe = self.task.pipe
         self.task.restore()
         pictures: list[Image.Image] = []
-        with self.task.evaluating(), small_vae(pipe.vae, self.size):
+        with self.task.evaluating(), small_vae(self.task.denoiser.vae, self.size):
             for start in range(0, len(self.prompts), self._at_once):
                 prompts = self.prompts[start : start + self._at_once]
                 pictures += self.drawing.previews(

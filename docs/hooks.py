@@ -1,0 +1,114 @@
+"""Makes the pages that follow from the code: the references of settings and of commands."""
+
+import html
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+import peft_diffusion as pd
+from peft_diffusion.cli.app import COMMANDS, TEXT_COMMANDS
+from peft_diffusion.cli.runs import RunsConfig
+from peft_diffusion.core.settings import Settings, describe
+from peft_diffusion.generation.settings import DemoConfig, InspectConfig
+
+SETTINGS: Mapping[str, type[Settings]] = {
+    "train": pd.TrainConfig,
+    "generate": pd.GenerateConfig,
+    "blend": pd.BlendConfig,
+    "runs": RunsConfig,
+    "inspect": InspectConfig,
+    "demo": DemoConfig,
+    "text train": pd.TextTrainConfig,
+    "text generate": pd.TextGenerateConfig,
+}
+_EVERYWHERE = """Every command takes `--config FILE.toml`, whose keys are the names of its flags without dashes; flags
+override it. `--debug` shows where in the program an error came from, `--help` lists the flags, and `--plugin MODULE` brings
+in methods, families of bases and layouts of others."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages.
+
+    Args:
+        files: Those of the folder.
+        config: That of the site.
+
+    Returns:
+        The same, with more in it.
+    """
+    for name, text in (("settings", settings_page()), ("commands", commands_page())):
+        files.append(File.generated(config, f"reference/{name}.md", content=text))
+    return files
+
+
+def settings_page() -> str:
+    """Describe every dataclass of settings, group by group.
+
+    Returns:
+        Markdown.
+    """
+    parts = [
+        "# Settings\n\nThe dataclasses of settings, as Python and TOML take them; each command's flags have the same names."
+        " A value is checked and brought to its type when the dataclass is made, in the same words as on the command line.\n"
+    ]
+    for command, kind in SETTINGS.items():
+        parts.append(f"## {kind.__name__}\n\nWhat `peft-diffusion {command}` is told.\n")
+        for group, rows in _groups(describe(kind)):
+            parts.append(f"### {group} {{ #{_anchor(kind.__name__, group)} }}\n")
+            parts.append("| setting | type | default | takes | |\n| --- | --- | --- | --- | --- |")
+            parts += [_row(f"`{one['name']}`", one) for one in rows]
+            parts.append("")
+    return "\n".join(parts)
+
+
+def commands_page() -> str:
+    """Describe every command with its flags.
+
+    Returns:
+        Markdown.
+    """
+    words = {**COMMANDS, **{f"text {name}": said for name, said in TEXT_COMMANDS.items()}}
+    parts = [f"# Commands\n\n{_EVERYWHERE}\n"]
+    for command, kind in SETTINGS.items():
+        rows = describe(kind)
+        needed = [one["name"].upper() for one in rows if one["required"]]
+        parts.append(f"## peft-diffusion {command}\n\n{words[command]}\n")
+        parts.append(f"```\npeft-diffusion {command} {' '.join([*needed, '[OPTIONS]'])}\n```\n")
+        parts.append("| flag | type | default | takes | |\n| --- | --- | --- | --- | --- |")
+        parts += [_row(" ".join(f"`{flag}`" for flag in one["flags"]), one) for one in rows]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _groups(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["group"] or "Parameters", []).append(row)
+    return list(found.items())
+
+
+def _anchor(kind: str, group: str) -> str:
+    return f"{kind}-{group}".lower().replace(" ", "-")
+
+
+def _row(name: str, one: Mapping[str, Any]) -> str:
+    """One line of a table."""
+    default = "required" if one["required"] else "" if one["default"] in (None, [], "") else f"`{one['default']}`"
+    kind = f"{one['type']}{', several' if one['several'] else ''}"
+    said = html.escape(one["help"], quote=False).replace("|", "\\|").replace("{", "&#123;")
+    cells = (name, kind, default, _taken(one), said)
+    return f"| {' | '.join(cells)} |"
+
+
+def _taken(one: Mapping[str, Any]) -> str:
+    """Choices or range, in words."""
+    if one["choices"]:
+        return ", ".join(f"`{choice}`" for choice in one["choices"] if choice is not None)
+    limits = one["range"]
+    if limits is None:
+        return one["unit"] or ""
+    low = None if limits["low"] is None else f"{'from' if limits['low_included'] else 'above'} {limits['low']:g}"
+    high = None if limits["high"] is None else f"{'to' if limits['high_included'] else 'below'} {limits['high']:g}"
+    return " ".join([*(part for part in (low, high) if part), *([one["unit"]] if one["unit"] else [])])

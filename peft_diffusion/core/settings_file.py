@@ -1,0 +1,130 @@
+"""Settings in a TOML file, as ``--config`` takes it. Imports no torch.
+
+A key is the name of a setting or one of its flags without dashes, with - or _ between words.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import UserError
+from .settings import Described, Settings, settings_of
+
+S = TypeVar("S", bound=Settings)
+_PLUGIN = "plugin"  # the key of modules with methods of others
+
+
+def load(kind: type[S], path: Path) -> S:
+    """Make settings of a class from a file.
+
+    Args:
+        kind: The class, such as `TrainConfig`.
+        path: The file; the ``config.toml`` of a run is one.
+
+    Returns:
+        The settings. ``dataclasses.replace`` changes what shall be otherwise. Modules with methods of others, which the
+        file may name, are not imported: see `plugins`.
+
+    Raises:
+        UserError: The file cannot be read, has a key of no setting, or a value that a setting cannot have.
+    """
+    return kind(**read(path, settings_of(kind)))
+
+
+def read(path: Path, settings: Iterable[Described]) -> dict[str, Any]:
+    """Read a file of settings.
+
+    Args:
+        path: The file.
+        settings: Those that may stand in it.
+
+    Returns:
+        The values by the name of their setting, as TOML has them; a table that stands for a text is that text.
+
+    Raises:
+        UserError: The file is no TOML, or has a key of no setting or a value of another kind. It names file and line or key.
+    """
+    known = {_key(flag): one for one in settings for flag in one.flags if flag.startswith("--")}
+    found: dict[str, Any] = {}
+    for key, value in _parsed(path).items():
+        if key == _PLUGIN:
+            continue
+        one = known.get(_key(key))
+        if one is None:
+            raise UserError(f"{path}: there is no setting {key!r} of this command{_meant(key, value, known)}")
+        if one.setting.table and isinstance(value, list):
+            value = [_text(path, one, item) if isinstance(item, dict) else item for item in value]
+        _check(path, key, value, one)
+        found[one.name] = value
+    return found
+
+
+def plugins(path: Path) -> list[str]:
+    """The modules under the key ``plugin``, which is no setting: they are loaded before any is read.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Their names.
+
+    Raises:
+        UserError: The file cannot be read, or names something else.
+    """
+    found = _parsed(path).get(_PLUGIN, [])
+    modules = found if isinstance(found, list) else [found]
+    if not all(isinstance(module, str) for module in modules):
+        raise UserError(f"{path}: {_PLUGIN!r} takes names of modules, not {found!r}")
+    return modules
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8-sig"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is no valid TOML: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text file in UTF-8") from None
+    except OSError as error:
+        raise UserError(f"the settings file {path} cannot be read: {error.strerror}") from None
+
+
+def _key(flag: str) -> str:
+    """A flag, or a key of the file, in one spelling."""
+    return flag.lstrip("-").replace("-", "_")
+
+
+def _meant(key: str, value: object, known: Mapping[str, Described]) -> str:
+    """What a key that is no setting may have been meant as."""
+    for name, one in known.items():
+        if one.setting.flag.negative and _key(key) == f"{'empty' if one.several else 'no'}_{name}":
+            return f"; did you mean {name} = {'[]' if one.several else 'true' if value is False else 'false'}?"
+    near = difflib.get_close_matches(_key(key), known, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(sorted(known))}"
+
+
+def _text(path: Path, one: Described, table: Mapping[str, Any]) -> str:
+    """A table as the text that the setting takes: the words that it begins with, and the rest as NAME=VALUE."""
+    first = one.setting.table
+    missing = [name for name in first if not isinstance(table.get(name), str)]
+    if missing:
+        needs = ", ".join(first)
+        raise UserError(f"{path}: a [[{one.name}]] needs {needs}; this one lacks {', '.join(missing)}: {table}")
+    rest = {name: value for name, value in table.items() if name not in first}
+    values = (f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in rest.items())
+    return " ".join([*(table[name] for name in first), *values])
+
+
+def _check(path: Path, key: str, value: object, one: Described) -> None:
+    """Raise UserError for a value of a kind that would be another one as the text of a flag."""
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(item, dict) for item in values):
+        raise UserError(f"{path}: {key!r} is a table, but the settings of a command stand at the top of the file")
+    if isinstance(value, list) and not one.several:
+        raise UserError(f"{path}: {key!r} takes one value, not a list")
+    for item in values:
+        if isinstance(item, bool) != (one.single is bool):
+            wanted = "true or false" if one.single is bool else "a value"
+            raise UserError(f"{path}: {key!r} takes {wanted}, not {item!r}")

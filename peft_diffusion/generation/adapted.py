@@ -1,0 +1,62 @@
+"""A base with the adapters of a call: loaded from their files, and taken off again where the base is the caller's."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..core.errors import UserError
+from ..core.events import Noted, Observer, Warned
+from .adapters import Adapters
+from .settings import Choice
+
+
+@contextmanager
+def adapted(
+    base: Any, choices: Sequence[Choice], prompts: Sequence[str], tell: Observer, *, lent: bool
+) -> Iterator[tuple[Adapters, list[str]]]:
+    """Load adapters for as long as the context is open.
+
+    Args:
+        base: A pipeline or a language model.
+        choices: The adapters, and how much of each.
+        prompts: What is drawn or written: it is told which adapters they do not call.
+        tell: Is told what the person should know of adapters and prompts.
+        lent: Whether the base is the caller's, who gets it back as it was.
+
+    Yields:
+        The adapters of the base, and the names of those that were chosen, in their order.
+
+    Raises:
+        UserError: For a file that cannot be used on this base, and for a lent base that carries adapters: no recipe would
+            know of them.
+    """
+    adapters = Adapters(base)
+    if lent and adapters.names:
+        raise UserError(
+            f"the base carries adapters already ({', '.join(adapters.names)}): remove them, and name their files as adapter"
+        )
+    try:
+        names = [adapters.load(choice.parsed(), strength=choice.strength) for choice in choices]
+        for name in names:
+            _tell_of(adapters, name, prompts, tell)
+        yield adapters, names
+    finally:
+        for name in adapters.names if lent else ():
+            adapters.remove(name)
+
+
+def _tell_of(adapters: Adapters, name: str, prompts: Sequence[str], tell: Observer) -> None:
+    """Tell what is wrong with an adapter, and which prompts do not call it."""
+    loaded = adapters[name]
+    for warning in loaded.warnings:
+        tell(Warned(warning))
+    triggers = loaded.spec.triggers
+    for prompt in dict.fromkeys(prompts):
+        if triggers and not any(_contains(prompt, trigger) for trigger in triggers):
+            words = " or ".join(f'"{trigger}"' for trigger in triggers)
+            tell(Noted(f'{loaded.path} is called by {words}, which the prompt "{prompt}" does not contain'))
+
+
+def _contains(prompt: str, trigger: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, re.IGNORECASE) is not None
