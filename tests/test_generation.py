@@ -206,6 +206,21 @@ def test_a_damaged_recipe_is_an_error(make, tmp_path, change):
         recipe.read(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scheduler": "magic"}, "--scheduler is one of ddim, pndm, .*, not 'magic'"),
+        ({"quantize": "int3"}, "--quantize is one of nf4, int8, not 'int3'"),
+        ({"steps": 0}, "--steps must be 1 or more, not 0"),
+    ],
+)
+def test_a_recipe_of_settings_that_there_are_not_is_an_error(make, tmp_path, change, said):
+    first = make(output=tmp_path / "a.png")[0]
+    recipe.write(first.path, first.image, replace(first.recipe, **change))
+    with pytest.raises(UserError, match=rf"a\.png has a recipe that cannot be drawn here: {said}"):
+        generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))
+
+
 def test_only_the_named_file_is_replaced(make, tmp_path):
     named = tmp_path / "a.png"
     named.write_bytes(b"old")

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
-from ..core import architectures as known_architectures
-from ..core import plugins
-from ..core.architectures import Architecture
+from ..core import plugins, target_tables
 from ..core.errors import UserError
+from ..core.target_tables import TargetTable
 
 Role: TypeAlias = Literal["denoiser", "text encoder", "language model"]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -73,8 +72,8 @@ class Family:
         implementation: `modelspec.implementation`.
         presets: Defaults of training by preset and setting.
         small: Whether its bases are so small that words alone need rates and weights of their own.
-        architectures: What targets and blocks are called in its components, by the name of their class, where
-            `core.architectures` does not know it.
+        targets: What targets mean in its components, by the name of their class, where `core.target_tables` does not know
+            it.
     """
 
     name: str
@@ -84,7 +83,7 @@ class Family:
     implementation: str = "https://github.com/huggingface/diffusers"
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: _NOTHING)
     small: bool = False
-    architectures: Mapping[str, Architecture] = field(default_factory=lambda: _NOTHING)
+    targets: Mapping[str, TargetTable] = field(default_factory=lambda: _NOTHING)
 
     @property
     def denoiser(self) -> Component | None:
@@ -216,8 +215,8 @@ def register(family: Family) -> None:
     """
     if _FAMILIES.setdefault(family.name, family) != family:
         raise UserError(f"there is a family of bases {family.name!r} already; give the new one another name")
-    for name, architecture in family.architectures.items():
-        known_architectures.register(name, architecture)
+    for name, table in family.targets.items():
+        target_tables.register(name, table)
 
 
 def every() -> tuple[Family, ...]:

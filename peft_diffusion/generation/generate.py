@@ -5,16 +5,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
 
 from PIL import Image
 
 from .. import __version__
 from ..bases import load_base
 from ..bases.base import dtype_of
+from ..bases.pipelines import Pipeline
 from ..core import plugins
 from ..core.errors import UserError
 from ..core.events import Ended, Never, Observer, Stop, told_to_the_end
+from ..core.settings import pick, settings_of
 from ..formats import Plan, plan
 from ..formats.container import sha256
 from . import recipe as recipes
@@ -24,7 +25,7 @@ from .adapters import Adapters
 from .events import PictureMade, SheetMade
 from .recipe import Recipe, UsedAdapter, UsedPicture
 from .sampler import Cell, gives_way, paint, scheduler_of, size
-from .settings import Choice, GenerateConfig, Quantize, Sampling, SchedulerName
+from .settings import Choice, GenerateConfig, Sampling
 from .source import Source, check_mask, read_source
 
 # What a recipe leaves to the person who makes its picture again.
@@ -42,7 +43,7 @@ class Picture:
 
 
 def generate(
-    config: GenerateConfig, *, pipe: Any | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
+    config: GenerateConfig, *, pipe: Pipeline | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
 ) -> list[Picture]:
     """Make every prompt with every seed and write each picture, with its recipe, as soon as its batch is done.
 
@@ -124,27 +125,22 @@ def cell_recipes(
     info = adapters.base
     width, height = size(info, sampling, source)
     scheduler = scheduler_of(adapters, cells, sampling)
-    common = Recipe(
-        prompt="",
-        negative=sampling.negative,
-        seed=0,
-        width=width,
-        height=height,
-        steps=sampling.steps,
-        guidance=sampling.guidance,
-        guidance_stop=sampling.guidance_stop,
-        scheduler="ddim" if gives_way(adapters.pipe, scheduler, sampling) else sampling.scheduler,
-        sampler=type(scheduler).__name__,
-        base=sampling.base,
-        base_name=info.name,
-        base_family=info.family,
-        fingerprint=info.fingerprint,
-        device=str(pipe.device),
-        dtype=str(dtype_of(pipe)).removeprefix("torch."),
-        quantize=sampling.quantize,
-        adapters=(),
-        versions=_versions(),
-    )
+    found = {
+        "prompt": "",
+        "seed": 0,
+        "width": width,
+        "height": height,
+        "scheduler": "ddim" if gives_way(adapters.pipe, scheduler, sampling) else sampling.scheduler,
+        "sampler": type(scheduler).__name__,
+        "base_name": info.name,
+        "base_family": info.family,
+        "fingerprint": info.fingerprint,
+        "device": str(pipe.device),
+        "dtype": str(dtype_of(pipe)).removeprefix("torch."),
+        "versions": _versions(),
+    }
+    of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None}
+    common = pick(Recipe, sampling, found, of_a_picture)
     return [
         replace(
             common,
@@ -195,34 +191,20 @@ def _again(config: GenerateConfig, recipe: Recipe) -> tuple[GenerateConfig, tupl
     changed = [f.name for f in fields(config) if f.name not in _FREE and getattr(config, f.name) != f.default]
     if changed:
         raise UserError(f"the recipe of {config.recipe} says {', '.join(changed)}; leave that away, or the recipe")
-    scheduler = next((name for name in get_args(SchedulerName) if name == recipe.scheduler), None)
-    if scheduler != recipe.scheduler:
-        raise UserError(f"{config.recipe}: its recipe names a scheduler that does not exist: {recipe.scheduler!r}")
-    quantize = next((name for name in get_args(Quantize) if name == recipe.quantize), None)
-    if quantize != recipe.quantize:
-        raise UserError(f"{config.recipe}: its recipe names a quantization that does not exist: {recipe.quantize!r}")
     given = _given(config, recipe)
-    choices = tuple(_find(used, given) for used in recipe.adapters)
-    made = replace(
-        config,
-        recipe=None,
-        prompts=(recipe.prompt,),
-        adapter=tuple(f"{choice.path}={choice.strength!r}" for choice in choices),
-        negative=recipe.negative,
-        seed=recipe.seed,
-        width=recipe.width,
-        height=recipe.height,
-        steps=recipe.steps,
-        guidance=recipe.guidance,
-        guidance_stop=1.0 if recipe.guidance_stop is None else recipe.guidance_stop,
-        scheduler=scheduler,
-        quantize=quantize,
-        image=_picture(recipe.image, config.image, config.recipe, "image"),
-        mask=_picture(recipe.mask, config.mask, config.recipe, "mask"),
-        strength=recipe.strength,
-        base=config.base if config.base != GenerateConfig.base else recipe.base,
-    )
-    return made, choices
+    choices = tuple(_find(one, given) for one in recipe.adapters)
+    told = {one.name for one in settings_of(GenerateConfig)} - _FREE
+    # A recipe of an older version does not know all settings.
+    same = {one.name: getattr(recipe, one.name) for one in fields(recipe) if one.name in told}
+    same = {name: value for name, value in same.items() if value is not None}
+    same["adapter"] = tuple(f"{choice.path}={choice.strength!r}" for choice in choices)
+    for name, used in (("image", recipe.image), ("mask", recipe.mask)):
+        same[name] = _picture(used, getattr(config, name), config.recipe, name)
+    base = config.base if config.base != GenerateConfig.base else recipe.base
+    try:
+        return replace(config, recipe=None, prompts=(recipe.prompt,), base=base, **same), choices
+    except UserError as error:
+        raise UserError(f"{config.recipe} has a recipe that cannot be drawn here: {error}") from None
 
 
 def _picture(used: UsedPicture | None, given: Path | None, recipe: Path | None, flag: str) -> Path | None:

@@ -39,6 +39,7 @@ _METADATA = "lora_adapter_metadata"
 _PEFT = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the only names that peft looks for
 _ALPHA = "alpha"
+_LOADED = "lora_"  # pipelines of diffusers load no file in which a name is without it
 # Beginnings of peft that change the base's weights, which a file then needs and does not hold.
 _CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -71,8 +72,8 @@ class Diffusers(Layout):
                 name = start + with_text_model(component, path)
                 tensors.update({f"{name}.{end}": tensor for end, tensor in site.tensors.items()})
             told |= {f"{component}.{key}": value for key, value in _config(component, form).items()}
-        other = next((name for name in tensors if "lora" not in name), None)
-        if other is not None:  # its pipelines look for nothing but this word
+        other = next((name for name in tensors if _LOADED not in name), None)
+        if other is not None:
             raise UserError(f"diffusers reads no tensor such as {other} into a pipeline; take the layout 'kohya'")
         return Written(tensors, metadata.of_any(content.spec) | {_METADATA: json.dumps(told, sort_keys=True)})
 
