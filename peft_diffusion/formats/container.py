@@ -67,6 +67,19 @@ def stamp_of(path: Path) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
+def refuse_changed(header: Header) -> None:
+    """Refuse a file that is another one than when its header was read.
+
+    Args:
+        header: Of the file.
+
+    Raises:
+        UserError: It is another one, or gone.
+    """
+    if stamp_of(header.path) != header.stamp:
+        raise UserError(f"{header.path} was changed while it was being used; run this again")
+
+
 def read_header(path: Path) -> Header:
     """Read the header of a safetensors file and check it against the file: lengths, types, offsets. Reads nothing else.
 
@@ -117,8 +130,7 @@ def read_tensors(header: Header) -> dict[str, "Tensor"]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if stamp_of(header.path) != header.stamp:
-        raise UserError(f"{header.path} was changed while it was being used; run this again")
+    refuse_changed(header)
     try:
         tensors = load_file(header.path)
     except (SafetensorError, OSError, ValueError) as error:

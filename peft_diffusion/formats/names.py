@@ -1,5 +1,9 @@
 """Names in adapter files, as data that several layouts share. Imports no torch."""
 
+from collections.abc import Mapping
+from functools import cache
+from typing import TypeAlias
+
 from ..bases import family as families
 from ..bases.family import Component
 
@@ -15,22 +19,36 @@ TEXT_MODEL = "text_model."
 _IN_TEXT_MODEL = ("encoder", "embeddings", "final_layer_norm")
 
 
+Rows: TypeAlias = tuple[tuple[Component, ...], ...]
+"""The components of each family that is known now. What is made of them is kept, as it is asked for with every name."""
+
+
+def known_rows() -> Rows:
+    """List the components of each family, with families that were registered a moment ago."""
+    return tuple(family.components for family in families.every())
+
+
 def rows() -> list[Component]:
     """List the components of all families, those of one name once for each family that has another row for it.
 
     Returns:
         The rows, in the order of registration.
     """
-    return list(dict.fromkeys(one for family in families.every() for one in family.components))
+    return list(dict.fromkeys(one for own in known_rows() for one in own))
 
 
-def prefixes() -> dict[str, str]:
+def prefixes() -> Mapping[str, str]:
     """List what sites begin with in kohya's files.
 
     Returns:
         The component by prefix.
     """
-    return {one.kohya: one.name for one in rows() if one.kohya}
+    return _prefixes(known_rows())
+
+
+@cache
+def _prefixes(known: Rows) -> Mapping[str, str]:
+    return {one.kohya: one.name for own in known for one in own if one.kohya}
 
 
 def written_prefix(component: str, family: str) -> str:
@@ -47,22 +65,35 @@ def written_prefix(component: str, family: str) -> str:
     return own.get(component) or families.components()[component].kohya
 
 
-def dotted_starts() -> dict[str, str]:
+def dotted_starts() -> Mapping[str, str]:
     """List what names begin with that keep the dots of paths.
 
     Returns:
         The component by beginning.
     """
-    return {start: one.name for one in rows() for start in one.dotted}
+    return _dotted_starts(known_rows())
 
 
-def embeddings() -> dict[str, str]:
+@cache
+def _dotted_starts(known: Rows) -> Mapping[str, str]:
+    return {start: one.name for own in known for one in own for start in one.dotted}
+
+
+def embeddings() -> Mapping[str, str]:
     """List what embeddings of new words are called, which have no site in their names.
 
     Returns:
         The component whose token embedding they belong to, by name.
     """
-    return {name: component for component, one in families.components().items() for name in one.embeddings}
+    return _embeddings(known_rows())
+
+
+@cache
+def _embeddings(known: Rows) -> Mapping[str, str]:
+    first: dict[str, Component] = {}
+    for one in (one for own in known for one in own):
+        first.setdefault(one.name, one)
+    return {name: component for component, one in first.items() for name in one.embeddings}
 
 
 def claimants(site: str) -> tuple[str, ...]:

@@ -117,7 +117,12 @@ class Plan:
 
     @cached_property
     def sha256(self) -> str:
-        """The SHA-256 of the file as hex digits, taken when it is first asked for."""
+        """The SHA-256 of the file as hex digits, taken when it is first asked for.
+
+        Raises:
+            UserError: The file was changed since it was parsed.
+        """
+        container.refuse_changed(self.header)
         return container.sha256(self.path)
 
     def each(self) -> Iterator[tuple[str, str, SitePlan]]:

@@ -6,13 +6,14 @@ ones, ``diffusion_model.input_blocks.4.1.proj_in.lora_down.weight``. All else in
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...bases import family as families
 from ...core.errors import UserError
 from ..container import Header
 from ..layout import Content, Layout, Reading, Written, register
-from ..names import LYCORIS, rows, with_text_model
+from ..names import LYCORIS, Rows, known_rows, rows, with_text_model
 from . import dotted, kohya
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Original(Layout):
 
     def claims(self, name: str) -> int | None:
         """Names whose path begins as only the original's do."""
-        return max((len(start) for start in _beginnings() if name.startswith(start)), default=None)
+        return max((len(start) for start in _beginnings(known_rows()) if name.startswith(start)), default=None)
 
     def read(self, header: Header, names: Sequence[str]) -> Reading:
         """As the flat and the dotted names that they are."""
@@ -86,7 +87,8 @@ def _flat_starts() -> list[str]:
     return [*(one.kohya for one in _unets()), LYCORIS]
 
 
-def _beginnings() -> list[str]:
+@cache
+def _beginnings(known: Rows) -> list[str]:
     """What names begin with that only the original has."""
     first = dict.fromkeys([*_BLOCKS, *(name.partition(".")[0] for name in _OUTER.values())])
     flat = [f"{start}{name}_" for start in _flat_starts() for name in first]
