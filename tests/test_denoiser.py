@@ -15,9 +15,9 @@ from torch import Tensor
 import peft_diffusion
 from peft_diffusion.bases import denoiser, denoiser_of, family
 from peft_diffusion.bases.noise import flow_powers, noisy, target
-from peft_diffusion.core import architectures
-from peft_diffusion.core.architectures import Architecture
+from peft_diffusion.core import target_tables
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.target_tables import TargetTable
 from peft_diffusion.training.settings.pictures import TrainConfig
 from peft_diffusion.training.tasks.objective import debiased_weights, min_snr_weights
 
@@ -69,7 +69,7 @@ def test_a_taken_name_is_refused() -> None:
     with pytest.raises(UserError, match="'sd1' already"):
         family.register(family.Family("sd1", ()))
     with pytest.raises(UserError, match="targets of CLIPTextModel are known already"):
-        architectures.register("CLIPTextModel", Architecture({"attention": ".*"}))
+        target_tables.register("CLIPTextModel", TargetTable({"attention": ".*"}))
     family.register(family.find("sd1"))
     assert [row.name for row in family.every()].count("sd1") == 1
 

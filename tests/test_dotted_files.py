@@ -15,8 +15,10 @@ from test_formats import write_adapter
 from peft_diffusion import formats
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.formats.layouts.dotted import kohya_name
+from peft_diffusion.formats.container import Entry, Header
+from peft_diffusion.formats.layout import known, reader_of
 from peft_diffusion.formats.layouts.original import original_names
+from peft_diffusion.formats.names import site_name
 from peft_diffusion.generation import Adapters
 
 LAYERS = r".*\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
@@ -102,37 +104,48 @@ def test_what_save_lora_adapter_writes_has_no_prefix(tmp_path: Path) -> None:
     torch.testing.assert_close(unet_output(ours), unet_output(theirs), atol=1e-5, rtol=1e-4)
 
 
+# What each name means: the layout, the component, the site and the method's suffix.
 NAMES = {
     "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.weight":
-        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
-    "unet.a.attn1.processor.to_out_lora.up.weight": "lora_unet_a_attn1_to_out_0.lora_up.weight",
+        ("diffusers", "unet", "mid_block_attentions_0_transformer_blocks_0_attn1_to_q", "lora_down.weight"),
+    "unet.a.attn1.processor.to_out_lora.up.weight": ("diffusers", "unet", "a_attn1_to_out_0", "lora_up.weight"),
     "text_encoders.clip_l.transformer.text_model.encoder.layers.1.mlp.fc1.lora_up.weight":
-        "lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_up.weight",
+        ("diffusers", "text_encoder", "encoder_layers_1_mlp_fc1", "lora_up.weight"),
     "text_encoders.clip_g.transformer.text_model.encoder.layers.1.mlp.fc1.lora_A.weight":
-        "lora_te2_text_model_encoder_layers_1_mlp_fc1.lora_down.weight",
-    "diffusion_model.out.2.diff_b": "lora_unet_out_2.diff_b",
+        ("diffusers", "text_encoder_2", "encoder_layers_1_mlp_fc1", "lora_down.weight"),
+    "diffusion_model.out.2.diff_b": ("original", "unet", "out_2", "diff_b"),
     "text_encoder.text_model.encoder.layers.1.mlp.fc1.lora_linear_layer.up.weight":
-        "lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_up.weight",
+        ("diffusers", "text_encoder", "encoder_layers_1_mlp_fc1", "lora_up.weight"),
     "text_encoder_2.text_model.encoder.layers.1.mlp.fc1.lora_B.weight":
-        "lora_te2_text_model_encoder_layers_1_mlp_fc1.lora_up.weight",
-    "diffusion_model.input_blocks.4.1.proj_in.lora_down.weight": "lora_unet_input_blocks_4_1_proj_in.lora_down.weight",
-    "diffusion_model.input_blocks.4.1.proj_in.alpha": "lora_unet_input_blocks_4_1_proj_in.alpha",
+        ("diffusers", "text_encoder_2", "encoder_layers_1_mlp_fc1", "lora_up.weight"),
+    "diffusion_model.input_blocks.4.1.proj_in.lora_down.weight":
+        ("original", "unet", "input_blocks_4_1_proj_in", "lora_down.weight"),
+    "diffusion_model.input_blocks.4.1.proj_in.alpha": ("original", "unet", "input_blocks_4_1_proj_in", "alpha"),
     "base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight":
-        "lycoris_model_layers_0_mlp_up_proj.lora_down.weight",
-    "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector": "lycoris_model_layers_0_mlp_up_proj.dora_scale",
-    "base_model.model.model.layers.0.mlp.up_proj.hada_w1_a": "lycoris_model_layers_0_mlp_up_proj.hada_w1_a",
-    # What is in the kohya layout, or no adapter's, stays.
-    "lora_unet_mid_block.lora_down.weight": "lora_unet_mid_block.lora_down.weight",
-    "lora_A.weight": "lora_A.weight",
-    "clip_l": "clip_l",
-    "model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
-    "peft_diffusion.unet.mid.bottleneck_down": "peft_diffusion.unet.mid.bottleneck_down",
+        ("peft", "lm", "model_layers_0_mlp_up_proj", "lora_down.weight"),
+    "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector":
+        ("peft", "lm", "model_layers_0_mlp_up_proj", "dora_scale"),
+    "base_model.model.model.layers.0.mlp.up_proj.hada_w1_a": ("peft", "lm", "model_layers_0_mlp_up_proj", "hada_w1_a"),
+    # What is in another layout, or no adapter's.
+    "lora_unet_mid_block.lora_down.weight": ("kohya", "unet", "mid_block", "lora_down.weight"),
+    "lora_unet_input_blocks_4_1_proj_in.lora_A.weight": ("original", "unet", "input_blocks_4_1_proj_in", "lora_down.weight"),
+    "lycoris_model_layers_0_mlp_up_proj.alpha": ("kohya", "lm", "model_layers_0_mlp_up_proj", "alpha"),
+    "lora_A.weight": None,
+    "clip_l": ("embedding", "text_encoder", "embeddings_token_embedding", "tokens_vectors"),
+    "model.layers.0.mlp.up_proj.weight": None,
+    "peft_diffusion.unet.mid.bottleneck_down": ("kohya", "unet", "mid", "bottleneck_down"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_are_brought_to_the_kohya_layout(name: str) -> None:
-    assert kohya_name(name) == NAMES[name]
+def test_every_name_is_of_one_layout_and_means_one_tensor(name: str) -> None:
+    found = reader_of(name, known().values())
+    if found is None:
+        assert NAMES[name] is None
+    else:
+        header = Header(Path("a"), {}, {name: Entry("F32", (2, 2), 0, 16)}, 16)
+        place = found.read(header, [name]).places[name]
+        assert (found.name, place.component, site_name(place.site), place.suffix) == NAMES[name]
 
 
 LM_LAYERS = r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"

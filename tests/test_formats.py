@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ from peft_diffusion.bases import components, describe
 from peft_diffusion.bases.words import begun, learned, teach
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.formats.layouts.kohya import site_keys
+from peft_diffusion.formats.container import Header
+from peft_diffusion.formats.file import paths_by_name
+from peft_diffusion.formats.layouts.kohya import Kohya
+from peft_diffusion.formats.names import site_name
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.compatibility import base_of, fit
 from peft_diffusion.methods.lora import Lora
@@ -105,10 +109,11 @@ def test_sdxl_files_name_both_encoders():
     parts = {
         "unet": unet, "text_encoder": CLIPTextModel(config), "text_encoder_2": CLIPTextModelWithProjection(config),
     }  # fmt: skip
-    keys = site_keys(parts)
     for prefix, component in (("lora_te1_", "text_encoder"), ("lora_te2_", "text_encoder_2")):
-        assert keys[f"{prefix}text_model_encoder_layers_0_mlp_fc1"][0] == component
-        module = parts[component].get_submodule(keys[f"{prefix}text_model_encoder_layers_0_mlp_fc1"][1])
+        name = f"{prefix}text_model_encoder_layers_0_mlp_fc1.lora_up.weight"
+        place = Kohya().read(Header(Path("a"), {}, {}, 0), [name]).places[name]
+        assert (place.component, place.suffix, place.told) == (component, "lora_up.weight", True)
+        module = parts[component].get_submodule(paths_by_name(component, parts[component])[site_name(place.site)])
         assert isinstance(module, torch.nn.Linear)
 
 
@@ -129,8 +134,9 @@ def test_no_two_modules_of_the_true_architectures_share_a_name():
         big_g = CLIPTextModelWithProjection(
             CLIPTextConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
         )
-    assert len(site_keys({"unet": sd15, "text_encoder": clip_l})) > 600
-    assert len(site_keys({"unet": sdxl, "text_encoder": clip_l, "text_encoder_2": big_g})) > 1500
+    assert len(paths_by_name("unet", sd15)) + len(paths_by_name("text_encoder", clip_l)) > 600
+    parts = {"unet": sdxl, "text_encoder": clip_l, "text_encoder_2": big_g}
+    assert sum(len(paths_by_name(component, module)) for component, module in parts.items()) > 1500
 
 
 def test_half_precision_files_of_other_programs_load(tmp_path, tiny_pipe):
@@ -271,10 +277,11 @@ def test_every_number_of_eight_bits_is_read(tmp_path):
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         numbers = torch.arange(256, dtype=torch.uint8).view(dtype)
         save_file({str(place): numbers[place].clone() for place in range(256)}, tmp_path / "all.safetensors")
-        entries = formats.container.read_header(tmp_path / "all.safetensors").tensors
+        header = formats.container.read_header(tmp_path / "all.safetensors")
+        read = formats.container.read_scalars(header, header.tensors)
         for place, want in enumerate(numbers.float().tolist()):
             if math.isfinite(want):
-                assert formats.container.read_scalar(tmp_path / "all.safetensors", entries[str(place)]) == want
+                assert read[str(place)] == want
 
 
 def test_nan_in_a_pickle_is_refused_by_name(tmp_path, tiny_pipe):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ from peft_diffusion.methods.prefix import Prefix
 lycoris = pytest.importorskip("lycoris", reason="lycoris-lora is not installed")
 kohya = pytest.importorskip("lycoris.kohya", reason="lycoris-lora is not installed")
 torch.set_num_threads(1)
+
+SITE = "lycoris_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 # Arguments of kohya's trainer, and what inspect tells of the file that they make.
 NETWORKS: dict[str, tuple[dict[str, str], str, dict[str, set[float]]]] = {
@@ -183,11 +186,15 @@ def test_names_of_the_wrapper_of_lycoris_are_read(tmp_path, component, monkeypat
 
 def test_of_two_text_encoders_the_wrapper_names_neither(tmp_path):
     pipe = make_pipe()
-    from peft_diffusion.formats.layouts.kohya import site_keys
-
-    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "text_encoder_2": copy.deepcopy(pipe.text_encoder)}
-    named = {component for key, (component, _) in site_keys(parts).items() if key.startswith("lycoris_")}
-    assert named == {"unet"}
+    second = copy.deepcopy(pipe.text_encoder)
+    base = SimpleNamespace(unet=pipe.unet, text_encoder=pipe.text_encoder, text_encoder_2=second)
+    text = "lycoris_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {f"{SITE}.lora_down.weight": torch.ones(2, 32), f"{SITE}.lora_up.weight": torch.ones(32, 2)}
+    tensors |= {f"{text}.lora_down.weight": torch.ones(2, 32), f"{text}.lora_up.weight": torch.ones(64, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    loaded = formats.load(tmp_path / "a.safetensors", base)
+    assert set(loaded.components) == {"unet"}
+    assert set(loaded.report.unmatched) == {name for name in tensors if name.startswith(text)}
 
 
 TOLD = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_pipe
 from laws import randomize
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_formats import picture
 from torch import nn
 from torch.nn import functional as F
@@ -21,7 +21,6 @@ from peft_diffusion.core import merge, site
 from peft_diffusion.core.errors import FoldError, UserError
 from peft_diffusion.core.method import Method
 from peft_diffusion.core.slot import SLOT, slot_of
-from peft_diffusion.formats import container
 from peft_diffusion.generation import Adapters
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.bottleneck import Bottleneck
@@ -354,7 +353,7 @@ def save_word(path, pipe, *methods: Method):
 @torch.no_grad()
 def test_one_word_alone_is_a_file_that_diffusers_reads(tiny_pipe, tmp_path):
     vectors = save_word(tmp_path / "renamed.safetensors", tiny_pipe, Tokens("<cat>", 3, "cat"))
-    assert list(container.read_tensors(tmp_path / "renamed.safetensors")) == ["emb_params"]
+    assert list(load_file(tmp_path / "renamed.safetensors")) == ["emb_params"]
     other = make_pipe()
     other.load_textual_inversion(tmp_path / "renamed.safetensors", token="<theirs>")
     theirs = other.tokenizer(other.maybe_convert_prompt("<theirs>", other.tokenizer), add_special_tokens=False).input_ids
@@ -370,7 +369,7 @@ def test_one_word_alone_is_a_file_that_diffusers_reads(tiny_pipe, tmp_path):
 @torch.no_grad()
 def test_words_beside_other_methods_are_bundled(tiny_pipe, tmp_path):
     save_mixture(tmp_path / "mix.safetensors", tiny_pipe)
-    tensors = container.read_tensors(tmp_path / "mix.safetensors")
+    tensors = load_file(tmp_path / "mix.safetensors")
     (ours,) = (part for part in _parts(tiny_pipe, "mix") if type(part).__name__ == "TokensAdapter")
     assert torch.equal(tensors["bundle_emb.<cat>.clip_l"], ours.vectors)
     found = formats.inspect(tmp_path / "mix.safetensors")
@@ -420,7 +419,7 @@ def test_a_word_has_vectors_for_both_text_encoders_of_xl(tmp_path):
         randomize(parts[name], "w")
     file = tmp_path / "cat.safetensors"
     formats.save(file, parts, "w", formats.Spec())
-    tensors = container.read_tensors(file)
+    tensors = load_file(file)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"clip_l": (2, 32), "clip_g": (2, 48)}
     fresh = base()
     for name, built in formats.load(file, fresh, strict=True).components.items():
@@ -488,7 +487,7 @@ def test_a_mixture_saved_again_is_the_same_file(tiny_pipe, tmp_path):
     assert np.array_equal(picture(fresh), drawn)
     parts = {component: components(fresh)[component] for component in MIXTURE}
     formats.save(tmp_path / "again.safetensors", parts, "mix", adapters["mix"].spec)
-    first, again = (container.read_tensors(path) for path in (file, tmp_path / "again.safetensors"))
+    first, again = (load_file(path) for path in (file, tmp_path / "again.safetensors"))
     assert list(first) == list(again) and all(torch.equal(first[key], again[key]) for key in first)
 
 

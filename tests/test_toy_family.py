@@ -1,10 +1,14 @@
 """A new family of bases is one row and one file: `toy_family.py`, which nothing in the package knows."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from making import command
+from safetensors.torch import load_file
 from test_training import draw_pictures
 from toy_family import ROW, ToyDenoiser, ToyPipeline, make_toy
 
@@ -12,6 +16,7 @@ import peft_diffusion as pd
 from peft_diffusion.bases import denoiser_of, describe, fingerprint
 from peft_diffusion.bases.base import components
 from peft_diffusion.core import site
+from peft_diffusion.training.machine.low_memory import blocks_of
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +55,8 @@ def test_what_was_trained_is_read_and_drawn_with(trained: Path, tmp_path: Path) 
         (with_it,) = pd.generate(config)
         assert with_it.recipe.base_family == ROW.name
         assert not np.array_equal(np.asarray(with_it.image), np.asarray(without.image))
+    (again,) = pd.generate(pd.GenerateConfig(prompts=("a red apple",), **common), pipe=make_toy())
+    assert np.array_equal(np.asarray(again.image), np.asarray(without.image)), "a pipeline that is loaded already"
     with pytest.raises(pd.UserError, match="has no scheduler ddim; choose one of: euler, heun"):
         pd.generate(pd.GenerateConfig(prompts=("a red apple",), scheduler="ddim", **common))
 
@@ -90,3 +97,42 @@ def test_a_file_of_another_family_is_refused(trained: Path) -> None:
 
     with pytest.raises(pd.UserError, match=r"was made for base .* \(toy\)"):
         pd.Adapters(make_pipe()).load(trained)
+
+
+def test_blocks_are_computed_again_where_memory_is_low(tmp_path: Path) -> None:
+    assert len(blocks_of(make_toy().transformer)) == 2
+    common: dict[str, Any] = {
+        "folder": (draw_pictures(tmp_path / "pictures", 2),), "steps": 2, "batch_size": 2, "rank": 2, "preview_steps": 0,
+        "device": "cpu",
+    }  # fmt: skip
+    files = [tmp_path / "plain.safetensors", tmp_path / "low.safetensors"]
+    for file, memory in zip(files, ("off", "low"), strict=True):
+        pd.train(pd.TrainConfig(output=file, run_dir=tmp_path / file.stem, memory=memory, **common), pipe=make_toy())
+    plain, low = (load_file(file) for file in files)
+    assert plain.keys() == low.keys()
+    for name, tensor in plain.items():  # gradients that meet at a block are added up in another order
+        torch.testing.assert_close(tensor, low[name], rtol=0, atol=1e-6)
+
+
+def test_it_comes_in_by_command_and_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_toy().save_pretrained(tmp_path / "base")
+    draw_pictures(tmp_path / "pictures", 2)
+    training: list[object] = ["train", "pictures", "--base", "base", "--output", "toy.safetensors", "--run-dir", "run"]
+    training += ["--steps", 2, "--batch-size", 2, "--preview-steps", 0, "--device", "cpu"]
+    refused = command(*training, cwd=tmp_path)
+    assert refused.returncode != 0 and not (tmp_path / "run").exists()
+    assert "is a ToyPipeline, which diffusers does not know" in " ".join(refused.stderr.split())
+    assert "--plugin MODULE" in " ".join(refused.stderr.split())
+    places = [str(Path(pd.__file__).parents[1]), str(Path(__file__).parent), str(tmp_path / "installed")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
+    trained = command(*training, "--plugin", "toy_family", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    package = tmp_path / "installed" / "toy_package-1.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: toy_package\nVersion: 1\n")
+    (package / "entry_points.txt").write_text("[peft_diffusion.families]\ntoy = toy_family\n")
+    drawn = command("generate", "a cat", "--base", "base", "--adapter", "toy.safetensors", "--steps", 1, "--width", 64,
+                    "--output", "drawn", "--device", "cpu", cwd=tmp_path)  # fmt: skip
+    assert drawn.returncode == 0 and list((tmp_path / "drawn").glob("*.png")), drawn.stderr
+    told = command("inspect", "toy.safetensors", cwd=tmp_path)
+    assert told.returncode == 0 and "transformer" in told.stdout, told.stderr

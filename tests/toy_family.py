@@ -23,7 +23,7 @@ from peft_diffusion.bases.noise import flow_powers
 from peft_diffusion.bases.pipelines import Pipeline
 from peft_diffusion.bases.prompts import TextSide
 from peft_diffusion.bases.schedulers import FLOW_SCHEDULERS, SchedulerTable
-from peft_diffusion.core.architectures import Architecture
+from peft_diffusion.core.target_tables import TargetTable
 
 ROW = family.Family(
     "toy",
@@ -34,13 +34,14 @@ ROW = family.Family(
     kind="toy_family:ToyDenoiser",
     versions={"": family.Version("toy-v1", "toy_v1")},
     presets=family.SMALL_DIFFUSION.presets,
-    architectures={
-        "ToyTransformer": Architecture(
+    targets={
+        "ToyTransformer": TargetTable(
             {
                 "attention": r".*\.attn\.(to_q|to_k|to_v|to_out)",
                 "attention+ff": r".*\.(attn\.(to_q|to_k|to_v|to_out)|ff\.[02])",
             },
             r"(blocks\.\d+)\b.*",
+            ("ToyBlock",),
         )
     },
 )

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
-from ..core import architectures as known_architectures
-from ..core import plugins
-from ..core.architectures import Architecture
+from ..core import plugins, target_tables
 from ..core.errors import UserError
+from ..core.target_tables import TargetTable
 
 Role: TypeAlias = Literal["denoiser", "text encoder", "language model"]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -52,10 +51,12 @@ class Version:
     Attributes:
         architecture: `modelspec.architecture`, without what is behind the slash.
         base_model: `ss_base_model_version` of kohya's trainer.
+        v2: `ss_v2` of kohya's trainer.
     """
 
     architecture: str
     base_model: str
+    v2: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Family:
         implementation: `modelspec.implementation`.
         presets: Defaults of training by preset and setting.
         small: Whether its bases are so small that words alone need rates and weights of their own.
-        architectures: What targets and blocks are called in its components, by the name of their class, where
-            `core.architectures` does not know it.
+        targets: What targets mean in its components, by the name of their class, where `core.target_tables` does not know
+            it.
     """
 
     name: str
@@ -82,7 +83,7 @@ class Family:
     implementation: str = "https://github.com/huggingface/diffusers"
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: _NOTHING)
     small: bool = False
-    architectures: Mapping[str, Architecture] = field(default_factory=lambda: _NOTHING)
+    targets: Mapping[str, TargetTable] = field(default_factory=lambda: _NOTHING)
 
     @property
     def denoiser(self) -> Component | None:
@@ -161,7 +162,9 @@ _SMALL_DIFFUSION: dict[str, Any] = {
 # A step of a subject holds as many images of the class besides, which the base answers too.
 _SUBJECT: dict[str, Any] = {**_LATENT_DIFFUSION, "steps": 800, "batch_size": 2, "scheduler": "constant"}
 
-_UNET_KIND = "peft_diffusion.bases.unet:UNetDenoiser"
+UNET_KIND = "peft_diffusion.bases.unet:UNetDenoiser"
+"""The kind of network of Stable Diffusion 1, 2 and XL."""
+
 _UNET = Component("unet", "denoiser", "unet_lr", None, "lora_unet_", ("unet.", "diffusion_model."), ("",))
 _CLIP_PATHS = ("text_model_", "encoder_layers_", "embeddings_", "final_layer_norm")
 _TEXT = Component(
@@ -212,8 +215,8 @@ def register(family: Family) -> None:
     """
     if _FAMILIES.setdefault(family.name, family) != family:
         raise UserError(f"there is a family of bases {family.name!r} already; give the new one another name")
-    for name, architecture in family.architectures.items():
-        known_architectures.register(name, architecture)
+    for name, table in family.targets.items():
+        target_tables.register(name, table)
 
 
 def every() -> tuple[Family, ...]:
@@ -306,7 +309,7 @@ def rate_setting(component: str) -> str:
 SMALL_DIFFUSION = Family(
     "other",
     (_UNET, _TEXT),
-    _UNET_KIND,
+    UNET_KIND,
     presets={
         "style": _SMALL_DIFFUSION,
         "subject": {**_SMALL_DIFFUSION, "batch_size": 4, "timestep_bias": "none"},
@@ -322,24 +325,24 @@ for _family in (
     Family(
         "sd1",
         (_UNET, _TEXT),
-        _UNET_KIND,
+        UNET_KIND,
         {"": Version("stable-diffusion-v1", "sd_v1"), "v_prediction": Version("stable-diffusion-v1", "sd_v1_v")},
         presets={"style": _LATENT_DIFFUSION, "subject": _SUBJECT},
     ),
     Family(
         "sd2",
         (_UNET, _TEXT),
-        _UNET_KIND,
+        UNET_KIND,
         {
-            "": Version("stable-diffusion-v2-512", "sd_v2"),
-            "v_prediction": Version("stable-diffusion-v2-768-v", "sd_v2_v"),
+            "": Version("stable-diffusion-v2-512", "sd_v2", v2=True),
+            "v_prediction": Version("stable-diffusion-v2-768-v", "sd_v2_v", v2=True),
         },
         presets={"style": _LATENT_DIFFUSION, "subject": _SUBJECT},
     ),
     Family(
         "sdxl",
         (_UNET, _TEXT_XL, _TEXT_XL_2),
-        _UNET_KIND,
+        UNET_KIND,
         {"": Version("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")},
         implementation="https://github.com/Stability-AI/generative-models",
         presets={"style": {**_LATENT_DIFFUSION, "rank": 32}, "subject": {**_SUBJECT, "rank": 32}},

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -70,12 +71,21 @@ def _read(source: str, dtype: torch.dtype) -> DiffusionPipeline:
     raise UserError(f"there is no base {source!r}: neither {ICONS!r}, nor a folder, a file or a hub id (owner/name)")
 
 
-def _pipeline_class(source: str, **options: Any) -> type[DiffusionPipeline]:
-    """The class that reads a pipeline: that of a family that brings its own, else diffusers' choice."""
-    own = [kind.pipeline_class for kind in kinds() if kind.pipeline_class is not None]
-    name = DiffusionPipeline.load_config(source, **options).get("_class_name") if own else None
-    found: type[DiffusionPipeline] = next((one for one in own if one.__name__ == name), DiffusionPipeline)
-    return found
+def _pipeline_class(source: str, **options: Any) -> Any:
+    """The class that reads a pipeline: that of a family that brings its own, else diffusers' choice.
+
+    Raises UserError for a class that neither has.
+    """
+    own = {kind.pipeline_class.__name__: kind.pipeline_class for kind in kinds() if kind.pipeline_class is not None}
+    name = DiffusionPipeline.load_config(source, **options).get("_class_name")
+    if not isinstance(name, str):  # of a pipeline that brings its code
+        return DiffusionPipeline
+    if name not in own and not hasattr(diffusers, name):
+        raise UserError(
+            f"{source} is a {name}, which diffusers does not know; a family of bases of others comes in with --plugin"
+            " MODULE, or in Python with peft_diffusion.load_plugin"
+        )
+    return own.get(name, DiffusionPipeline)
 
 
 def _as_asked(pipe: Pipeline, quantize: str | None) -> Pipeline:

@@ -73,6 +73,7 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
     """Labels and values of what the file tells; what it does not tell is left out, or said to be missing."""
     rows = [
         *_methods(found),
+        ("layout", ", ".join(found.layouts)),
         ("sites", ", ".join(f"{component} {count}" for component, count in found.components.items())),
         ("target", _targets(found)),
         ("base", _base(found)),
@@ -85,9 +86,10 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
         rows.append(("written by", f"another program: there is no peft_diffusion metadata{_network(found)}"))
     elif found.spec.title:
         rows.insert(0, ("title", found.spec.title))
-    if found.unknown:
-        shown = ", ".join(found.unknown[:5])
-        rows.append(("unknown", f"{len(found.unknown)} tensors: {shown}{', ...' if len(found.unknown) > 5 else ''}"))
+    for reason in dict.fromkeys(found.leftovers.values()):
+        names = [name for name, why in found.leftovers.items() if why == reason]
+        rows.append(("unknown", f"{len(names)} tensors {reason}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"))
+    rows += [("warning", warning) for warning in found.warnings]
     return [(label, value) for label, value in rows if value]
 
 
@@ -175,6 +177,7 @@ def _plain(found: Inspection) -> dict[str, Any]:
         "path": str(found.path),
         "size": found.size,
         "sha256": found.sha256,
+        "layouts": list(found.layouts),
         "methods": list(found.methods),
         "components": dict(found.components),
         "hyper_parameters": {
@@ -190,6 +193,8 @@ def _plain(found: Inspection) -> dict[str, Any]:
         "metadata": {key: value for key, value in found.metadata.items() if key != "peft_diffusion"},
         "sites": {site: {suffix: list(shape) for suffix, shape in tensors.items()} for site, tensors in found.sites.items()},
         "unknown": list(found.unknown),
+        "leftovers": dict(found.leftovers),
+        "warnings": list(found.warnings),
     }
 
 

@@ -101,6 +101,38 @@ class Rates:
         return usual if own is None else own
 
 
+@dataclass(frozen=True)
+class PeftSite:
+    """What peft keeps for one site.
+
+    Attributes:
+        tensors: By what stands behind the path in the names of its files.
+        rank: ``r`` of this site.
+        alpha: The change of this site is multiplied with alpha / rank.
+    """
+
+    tensors: Mapping[str, "Tensor"]
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class PeftForm:
+    """How peft keeps an adapter.
+
+    Attributes:
+        kind: ``peft_type`` of its configuration.
+        alpha: What its configuration calls alpha.
+        sites: By path.
+        options: Further entries of its configuration, the same for all sites.
+    """
+
+    kind: str
+    alpha: str
+    sites: Mapping[str, PeftSite]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
 METHODS: dict[str, type["Method"]] = {}
 """Every method that was imported, by its name. ``methods.known()`` imports those that there are."""
 
@@ -121,6 +153,8 @@ class Method:
         ranked: Those of the suffixes whose first size is the rank.
         aliases: What diffusers, peft and ComfyUI call its tensors after the path of the site, without a last ``.weight`` or
             ``.default``, and the suffix that each means.
+        embedding: The suffixes of its vectors and of its words, where other programs know its files as embeddings of new
+            words (textual inversion); None for any other method.
         rates: The learning rates that suit it.
         decayed: Whether weight decay pulls its parameters towards 0, which has to be where they change nothing.
         debiased_when_small: Whether, alone on a small base, it learns with timesteps weighed: see ``--debiased``.
@@ -133,6 +167,7 @@ class Method:
     fillers: ClassVar[frozenset[str]] = frozenset()
     ranked: ClassVar[frozenset[str]] = frozenset()
     aliases: ClassVar[Mapping[str, str]] = {}
+    embedding: ClassVar[tuple[str, str] | None] = None
     rates: ClassVar[Rates] = Rates()
     decayed: ClassVar[bool] = True
     debiased_when_small: ClassVar[bool] = False
@@ -270,6 +305,21 @@ class Method:
 
         Returns:
             The suffix; None where ``alpha`` says the scale.
+        """
+        return None
+
+    @classmethod
+    def in_peft(cls, adapters: Mapping[str, "Adapter"]) -> PeftForm | None:
+        """Bring adapters of this method into the form that peft keeps them in.
+
+        Args:
+            adapters: By path. They are attached.
+
+        Returns:
+            The form; None where peft does not have this method, or has it with another mathematics.
+
+        Raises:
+            UserError: peft has the method, and not what these adapters are.
         """
         return None
 

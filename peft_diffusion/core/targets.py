@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .architectures import ARCHITECTURES, UNKNOWN
 from .errors import UserError
 from .slot import slot_of
+from .target_tables import TABLES, UNKNOWN, TargetTable
 
 OTHER_BLOCK = "other"
 
@@ -57,6 +57,18 @@ def architecture(component: nn.Module) -> str:
     return type(component).__name__.removeprefix("FSDP")  # what torch's fully_shard puts before it
 
 
+def table(component: nn.Module) -> TargetTable:
+    """Say what targets mean in a component.
+
+    Args:
+        component: The module.
+
+    Returns:
+        Its table; one without names for an architecture that is not known.
+    """
+    return TABLES.get(architecture(component), UNKNOWN)
+
+
 def modules(component: nn.Module) -> dict[str, nn.Module]:
     """List every module of the base, without what adapters brought.
 
@@ -79,7 +91,7 @@ def blocks(component: nn.Module) -> Blocks:
     Returns:
         The blocks.
     """
-    pattern = ARCHITECTURES.get(architecture(component), UNKNOWN).block
+    pattern = table(component).block
     found = (re.fullmatch(pattern, path) for path in modules(component))
     return Blocks((*dict.fromkeys(match[1] for match in found if match), OTHER_BLOCK), pattern)
 
@@ -99,7 +111,7 @@ def resolve(component: nn.Module, target: str) -> list[str]:
         UserError: It matches nothing, or is no valid expression.
     """
     paths = modules(component)
-    own = ARCHITECTURES.get(architecture(component), UNKNOWN).targets
+    own = table(component).targets
     if target in KINDS and target not in own:
         found = [path for path, module in paths.items() if isinstance(module, KINDS[target]) and path not in HEADS]
     else:
@@ -115,7 +127,7 @@ def resolve(component: nn.Module, target: str) -> list[str]:
 
 def _offer(component: nn.Module) -> str:
     """What there is to choose from, in a line."""
-    names = dict.fromkeys([*ARCHITECTURES.get(architecture(component), UNKNOWN).targets, *KINDS])
+    names = dict.fromkeys([*table(component).targets, *KINDS])
     examples = [path for path, module in modules(component).items() if isinstance(module, KINDS["all"])]
     shapes = dict.fromkeys(re.sub(r"\d+", "N", path) for path in examples)
     shown = ", ".join(list(shapes)[:12])

@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING
 
 from ..core.lazy import lazy
 from .inspection import Inspection, inspect
+from .planning import Plan, plan
 from .spec import Spec
 
 if TYPE_CHECKING:
     from .file import Coverage, Loaded, load, save
 
-__all__ = ["Coverage", "Inspection", "Loaded", "Spec", "inspect", "load", "save"]
+__all__ = ["Coverage", "Inspection", "Loaded", "Plan", "Spec", "inspect", "load", "plan", "save"]
 
 # Looking at the header of a file needs no torch.
 __getattr__, __dir__ = lazy(__name__, {"Coverage": "file", "Loaded": "file", "load": "file", "save": "file"})

@@ -4,10 +4,10 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..core.errors import UserError
 from ..core.files import write_bytes
@@ -34,17 +34,66 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a safetensors file and the size of the whole, in bytes."""
+    """The header of a safetensors file, or what of it a pickle tells.
+
+    Attributes:
+        path: The file.
+        metadata: By key; nothing in a pickle.
+        tensors: By name.
+        size: Of the whole file, in bytes.
+        stamp: Size, time of the last change (ns) and inode of the file that was read: see `stamp_of`.
+    """
 
     path: Path
     metadata: Mapping[str, str]
     tensors: Mapping[str, Entry]
     size: int
+    stamp: tuple[int, int, int] = (0, 0, 0)
+
+
+def stamp_of(path: Path) -> tuple[int, int, int]:
+    """Tell one state of a file from others without reading it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its size, the time of its last change in nanoseconds, and its inode.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    status = existing(path).stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def refuse_changed(header: Header) -> None:
+    """Refuse a file that is another one than when its header was read.
+
+    Args:
+        header: Of the file.
+
+    Raises:
+        UserError: It is another one, or gone.
+    """
+    if stamp_of(header.path) != header.stamp:
+        raise UserError(f"{header.path} was changed while it was being used; run this again")
 
 
 def read_header(path: Path) -> Header:
-    """The header, checked against the file: lengths, types, offsets. Reads nothing else. Raises UserError."""
-    size = existing(path).stat().st_size
+    """Read the header of a safetensors file and check it against the file: lengths, types, offsets. Reads nothing else.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The header.
+
+    Raises:
+        UserError: There is no such file, it is no safetensors file, or it is damaged.
+    """
+    stamp = stamp_of(path)
+    size = stamp[0]
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -63,25 +112,55 @@ def read_header(path: Path) -> Header:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is no safetensors file: its header cannot be read") from None
     _check_offsets(path, tensors, 8 + length, size)
-    return Header(path, metadata, tensors, size)
+    return Header(path, metadata, tensors, size, stamp)
 
 
-def read_tensors(path: Path) -> dict[str, "Tensor"]:
-    """All tensors of a safetensors file, or of a pickle (.pt, .ckpt, .bin) read with ``weights_only``. Raises UserError."""
-    import torch
+def read_tensors(header: Header) -> dict[str, "Tensor"]:
+    """Read all tensors of a safetensors file.
+
+    Args:
+        header: Of the file.
+
+    Returns:
+        The tensors by name; those of 8-bit floats, in which torch computes nothing, as float32.
+
+    Raises:
+        UserError: The file changed since its header was read, cannot be read, or holds NaN or infinity.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if is_pickle(existing(path)):
-        tensors = _read_pickle(path)
-    else:
-        read_header(path)
-        try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
+    refuse_changed(header)
+    try:
+        tensors = load_file(header.path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{header.path} cannot be read: {error}") from None
+    return _usable(header.path, tensors)
+
+
+def read_pickle(path: Path) -> tuple[Header, dict[str, "Tensor"]]:
+    """Read all tensors of a pickle (.pt, .ckpt, .bin) with ``weights_only``, which runs nothing.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What a header would tell, and the tensors by name, as ``read_tensors`` gives them.
+
+    Raises:
+        UserError: There is no such file, it cannot be read so, or it holds NaN or infinity.
+    """
+    stamp = stamp_of(path)
+    loaded = _read_pickle(path)
+    entries = {name: Entry(str(one.dtype).removeprefix("torch."), tuple(one.shape), 0, 0) for name, one in loaded.items()}
+    return Header(path, {}, entries, stamp[0], stamp), _usable(path, loaded)
+
+
+def _usable(path: Path, tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
+    import torch
+
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.itemsize == 1:  # torch computes nothing in 8 bits
+        if tensor.is_floating_point() and tensor.itemsize == 1:
             tensors[name] = tensor = tensor.float()
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{path}: tensor {name} holds NaN or infinity; the file is damaged or its training diverged")
@@ -117,24 +196,36 @@ def existing(path: Path) -> Path:
     return path
 
 
-def read_scalar(path: Path, entry: Entry) -> float | None:
-    """The value of a tensor of one element, such as an alpha; None for other tensors."""
+def read_scalars(header: Header, names: Iterable[str]) -> dict[str, float | None]:
+    """Read tensors of one element, such as alphas, opening the file once.
+
+    Args:
+        header: Of the file.
+        names: Of the tensors.
+
+    Returns:
+        The value of each; None for a tensor of more than one element, or of a type that is not known.
+    """
+    with header.path.open("rb") as file:
+        return {name: _scalar(file, header.tensors[name]) for name in names}
+
+
+def _scalar(file: BinaryIO, entry: Entry) -> float | None:
     formats = {
         "F32": "<f", "F64": "<d", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
         "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B", "BOOL": "<?",
     }  # fmt: skip
-    if math.prod(entry.shape) != 1:
+    if math.prod(entry.shape) != 1 or entry.dtype not in _BYTES:
         return None
-    with path.open("rb") as file:
-        file.seek(entry.start)
-        data = file.read(entry.end - entry.start)
+    file.seek(entry.start)
+    data = file.read(entry.end - entry.start)
     if entry.dtype == "BF16":
         return float(struct.unpack("<f", b"\0\0" + data)[0])
     if entry.dtype == "F8_E5M2":
         return float(struct.unpack("<e", b"\0" + data)[0])
     if entry.dtype == "F8_E4M3":  # exponents are 8 less than in a half, and there is no infinity
         return 256 * float(struct.unpack("<e", struct.pack("<H", (data[0] & 0x80) << 8 | (data[0] & 0x7F) << 7))[0])
-    return float(struct.unpack(formats[entry.dtype], data)[0]) if entry.dtype in formats else None
+    return float(struct.unpack(formats[entry.dtype], data)[0])
 
 
 def _entry(value: Any, offset: int) -> Entry:

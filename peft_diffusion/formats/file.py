@@ -1,26 +1,38 @@
 """The one way to save an adapter and the one way to load it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .. import methods
 from ..bases import components, describe
+from ..bases import family as families
 from ..bases.base import Base
 from ..core import site as sites
+from ..core import targets
 from ..core.adapter import Adapter, chained
 from ..core.errors import DamagedError, UserError
+from ..core.files import write_bytes
 from . import container
-from .layouts import dotted, embedding, kohya
-from .layouts.names import component_of
+from . import layout as layouts
+from .layout import Content, Layout
+from .names import site_name
+from .planning import NO_METHOD, NO_SITE, TWICE, Plan, SitePlan, Source, known_suffixes, plan, recognized
 from .spec import Spec, refuse_unknown
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a file found its place: tensors that did, sites that they make, and the tensors that did not."""
+    """How much of a file found its place.
+
+    Attributes:
+        found: Tensors that did.
+        sites: The sites that they make.
+        unmatched: The names of the tensors that did not.
+    """
 
     found: int
     sites: int
@@ -29,111 +41,229 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The adapters of a file per component and site path, ready for ``attach_built``; ``warnings`` are for the person."""
+    """The adapters of a file, ready for ``attach_built``.
+
+    Attributes:
+        components: By component and path.
+        spec: What the file says of itself; empty for files of other programs.
+        report: How much of the file found its place.
+        warnings: What the person should know.
+        plan: What the file was planned to hold.
+    """
 
     components: dict[str, dict[str, Adapter]]
     spec: Spec
     report: Coverage
     warnings: tuple[str, ...]
+    plan: Plan
 
 
-def save(path: str | Path, components: Mapping[str, nn.Module], name: str, spec: Spec) -> None:
-    """Write the adapter ``name`` that these components carry as one safetensors file, aside and then renamed.
+@dataclass
+class _Site:
+    """A site of the base and what a file holds for it: once, or under several names."""
 
-    Raises UserError where none of them carries it or the file cannot be written.
+    component: str
+    path: str
+    plans: list[SitePlan]
+
+    def last(self) -> dict[tuple[str, str], Source]:
+        """Its tensors by suffix and piece; of two that are the same one, the last."""
+        return {(one.place.suffix, one.place.piece): one for part in self.plans for one in part.sources}
+
+    def twice(self) -> list[str]:
+        """The names of tensors that are the same as one that follows."""
+        kept = {source.name for source in self.last().values()}
+        return [one.name for part in self.plans for one in part.sources if one.name not in kept]
+
+
+def save(
+    path: str | Path, components: Mapping[str, nn.Module], name: str, spec: Spec, *, layout: str = layouts.DEFAULT
+) -> None:
+    """Write an adapter as one safetensors file, aside and then renamed.
+
+    Args:
+        path: The file to make or replace. Its layout may put others beside it.
+        components: The components that carry the adapter, by name.
+        name: What it is called on them.
+        spec: What the file says of itself.
+        layout: The layout of the file: kohya, which also holds what only this package knows; diffusers, peft, original or
+            embedding; or one of a plug-in.
+
+    Raises:
+        UserError: None of the components carries it, the layout is not known or cannot say it, or nothing can be written.
     """
+    file, chosen = Path(path), layouts.find(layout)
     adapters = {key: built for key, part in components.items() if (built := sites.adapters(part, name))}
     if not adapters:
         raise UserError(f"no adapter {name!r} is attached, so there is nothing to save")
-    tensors, metadata = kohya.write(adapters, spec)
-    tensors, words = embedding.published(tensors)
-    container.write(Path(path), tensors, metadata | words)
+    written = chosen.write(Content(adapters, {key: components[key] for key in adapters}, spec))
+    if written.file_name and file.name != written.file_name:
+        raise UserError(
+            f"{file}: files of the layout {layout!r} are found only under the name {written.file_name}; choose"
+            f" {file.with_name(written.file_name)}, in a folder of its own"
+        )
+    container.write(file, written.tensors, written.metadata)
+    for other, text in written.beside.items():
+        write_bytes(file.with_name(other), text.encode())
 
 
-def load(path: str | Path, pipe: Base, *, strict: bool = False) -> Loaded:
-    """Read an adapter file for a base, a pipeline or a ``LanguageModel``. Nothing is attached.
+def load(source: str | Path | Plan, pipe: Base, *, strict: bool = False) -> Loaded:
+    """Read an adapter file for a base. Nothing is attached.
 
-    Raises UserError for a file that is no adapter, is damaged, or was made for another base; and, if ``strict``, where a
-    tensor found no site. Otherwise such tensors are listed in the report.
+    Args:
+        source: The file, or the plan that was made of it, which saves parsing it again.
+        pipe: The base, a pipeline or a ``LanguageModel``.
+        strict: Whether to refuse a file with a tensor that finds no site; otherwise they are listed in the report.
+
+    Returns:
+        The adapters.
+
+    Raises:
+        UserError: The file is no adapter, is damaged, was changed since it was planned, or was made for another base.
     """
-    path, parts = Path(path), components(pipe)
-    tensors = container.read_tensors(path)
-    header = None if container.is_pickle(path) else container.read_header(path)
-    spec = Spec.from_metadata(header.metadata, str(path)) if header else None
-    if spec is not None:
-        refuse_unknown(spec, str(path))
-    tensors, assumed = dotted.adopted(tensors, header.metadata if header else {}, path)
-    tensors = embedding.adopted(tensors, header.metadata if header else {}, pipe, parts, path.stem)
-    if not any(component_of(name) for name in tensors):
-        shown = ", ".join(list(tensors)[:3]) or "no tensor"
-        raise UserError(f"{path} is no adapter of a known layout: it holds {shown}{', ...' if len(tensors) > 3 else ''}")
-    sites, unmatched = _by_site(tensors, kohya.site_keys(parts))
+    found, parts = source if isinstance(source, Plan) else plan(source), components(pipe)
+    if found.spec is not None:
+        refuse_unknown(found.spec, str(found.path))
+    tensors = found.tensors()
+    if not found.sites:
+        raise found.is_none()
+    bound, left = _bound(found, parts)
     built: dict[str, dict[str, Adapter]] = {}
-    for (component, where), own in sites.items():
-        try:
-            read, unknown = _read_site(parts[component].get_submodule(where), own, spec, component)
-        except DamagedError as error:
-            raise UserError(f"{path}: {component}.{where}: {error}; the file is damaged") from None
-        except UserError as error:
-            raise _wrong_base(path, spec, pipe, f"{component}.{where}: {error}") from None
-        except (ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
-            shown = ", ".join(f"{suffix} {tuple(tensor.shape)}" for suffix, tensor in own.items())
-            raise UserError(f"{path}: {component}.{where}: {shown} make no adapter ({error}); the file is damaged") from None
-        unmatched += [f"{component}.{where}: {suffix}" for suffix in unknown]
-        if read is not None:
-            built.setdefault(component, {})[where] = read
-    if not built and sites:
-        kinds = sorted({suffix for own in sites.values() for suffix in own})
-        raise UserError(f"{path} holds tensors of no method that is known here: {', '.join(kinds[:5])}")
-    if not built:
-        raise _wrong_base(path, spec, pipe, f"none of its {len(tensors)} tensors has a site there")
-    if unmatched and strict:
-        raise UserError(f"{path}: {len(unmatched)} tensors have no site in this base: {', '.join(unmatched[:5])}")
-    report = Coverage(len(tensors) - len(unmatched), sum(map(len, built.values())), tuple(unmatched))
-    return Loaded(built, spec or Spec(), report, (*assumed, *_warnings(path, spec, report, pipe)))
+    for site in bound:
+        own = _values(site, found, tensors, pipe)
+        chosen = _ordered(recognized(own.keys()), found.spec, site.component)
+        adapter = _built(site, parts[site.component].get_submodule(site.path), chosen, own, found, pipe)
+        unknown = own.keys() - known_suffixes(chosen)
+        left |= {one.name: NO_METHOD for one in site.last().values() if one.place.suffix in unknown}
+        if adapter is not None:
+            built.setdefault(site.component, {})[site.path] = adapter
+    _refuse(found, built, bound, left, pipe, strict=strict)
+    report = Coverage(len(tensors) - len(left), sum(map(len, built.values())), tuple(left))
+    warnings = (*found.warnings, *_warnings(found, left, pipe))
+    return Loaded(built, found.spec or Spec(), report, warnings, found)
 
 
-def _by_site(
-    tensors: Mapping[str, Tensor], keys: Mapping[str, tuple[str, str]]
-) -> tuple[dict[tuple[str, str], dict[str, Tensor]], list[str]]:
-    """Tensors by suffix for each component and path, and the names of those without a site."""
-    sites: dict[tuple[str, str], dict[str, Tensor]] = {}
-    unmatched = []
-    for name, tensor in tensors.items():
-        place = kohya.place(name, keys)
-        if place is None:
-            unmatched.append(name)
+def paths_by_name(component: str, module: nn.Module) -> dict[str, str]:
+    """List every name that files use for the modules of a component.
+
+    Args:
+        component: Its name.
+        module: The component itself.
+
+    Returns:
+        Paths by name, as `names.site_name` spells it.
+
+    Raises:
+        UserError: Two modules share a name, which no Stable Diffusion has.
+    """
+    found: dict[str, str] = {}
+    own = [(name, path) for one in layouts.known().values() for name, path in one.sites(component, module).items()]
+    for name, path in [*((path, path) for path in targets.modules(module)), *own]:
+        key = site_name(name)
+        if found.setdefault(key, path) != path:
+            raise UserError(f"{component}.{path} and {component}.{found[key]} would share the name {key}")
+    return found
+
+
+def _bound(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[list[_Site], dict[str, str]]:
+    """The sites of a base that a file holds something for, and by name why tensors have none."""
+    paths = {component: paths_by_name(component, module) for component, module in parts.items()}
+    left = dict(found.unread)
+    bound: dict[tuple[str, str], _Site] = {}
+    for _, name, one in found.each():
+        place = one.sources[0].place
+        candidates = [place.component, *place.others]
+        present = [component for component in candidates if name in paths.get(component, ())]
+        component = next((one for one in present if place.told or _is_only(one, parts)), None)
+        if component is None:
+            left |= {source.name: NO_SITE for source in one.sources}
+            continue
+        path = paths[component][name]
+        bound.setdefault((component, path), _Site(component, path, [])).plans.append(one)
+    left |= {name: TWICE for site in bound.values() for name in site.twice()}
+    return list(bound.values()), left
+
+
+def _is_only(component: str, parts: Mapping[str, nn.Module]) -> bool:
+    """Whether a name that tells no component can mean this one: of two text encoders it would not say which."""
+    role = families.role_of(component)
+    return role != "text encoder" or sum(families.role_of(name) == role for name in parts) == 1
+
+
+def _values(site: _Site, found: Plan, tensors: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]:
+    """The tensors of a site as its methods know them, by suffix."""
+    own: dict[str, Tensor] = {}
+    pieces: dict[Layout, dict[str, Tensor]] = {}
+    for source in site.last().values():
+        change, tensor = source.place.change, tensors[source.name]
+        value = tensor if change is None else change(tensor)
+        if source.place.piece:
+            pieces.setdefault(source.layout, {})[source.place.piece] = value
         else:
-            sites.setdefault(place[:2], {})[place[2]] = tensor
-    return sites, unmatched
+            own[source.place.suffix] = value
+    for chosen, values in pieces.items():
+        own |= chosen.joined(values, found.header, base, site.component)
+    constants = {suffix: value for one in site.plans for suffix, value in one.constants.items()}
+    return {**{suffix: torch.tensor(value) for suffix, value in constants.items()}, **own}
 
 
-def _read_site(
-    site: nn.Module, tensors: Mapping[str, Tensor], spec: Spec | None, component: str
-) -> tuple[Adapter | None, list[str]]:
-    """The adapter of one site, of one method or several, and the suffixes that none of them knows."""
+def _ordered(chosen: Iterable[Any], spec: Spec | None, component: str) -> list[Any]:
+    """Methods in the order in which the spec says that they run."""
     order = [str(one.get("method")) for one in spec.methods.get(component, ())] if spec else []
-    chosen = [method for method in methods.known().values() if method.recognizes(tensors.keys())]
-    chosen.sort(key=lambda method: order.index(method.name) if method.name in order else len(order))
-    parts = [m.read(site, {key: value for key, value in tensors.items() if key in m.suffixes}) for m in chosen]
-    known = frozenset[str]().union(*(method.suffixes for method in chosen))
-    return chained(parts) if parts else None, [suffix for suffix in tensors if suffix not in known]
+    return sorted(chosen, key=lambda method: order.index(method.name) if method.name in order else len(order))
 
 
-def _wrong_base(path: Path, spec: Spec | None, pipe: Base, reason: str) -> UserError:
-    here = describe(pipe)
+def _built(
+    site: _Site, module: nn.Module, chosen: list[Any], own: Mapping[str, Tensor], found: Plan, pipe: Base
+) -> Adapter | None:
+    """The adapter of one site, of one method or several; None where there is none that is known. Raises UserError."""
+    where = f"{site.component}.{site.path}"
+    try:
+        parts = [one.read(module, {key: value for key, value in own.items() if key in one.suffixes}) for one in chosen]
+        return chained(parts) if parts else None
+    except DamagedError as error:
+        raise UserError(f"{found.path}: {where}: {error}; the file is damaged") from None
+    except UserError as error:
+        raise _wrong_base(found, pipe, f"{where}: {error}") from None
+    except (ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
+        shown = ", ".join(f"{suffix} {tuple(tensor.shape)}" for suffix, tensor in own.items())
+        raise UserError(f"{found.path}: {where}: {shown} make no adapter ({error}); the file is damaged") from None
+
+
+def _refuse(
+    found: Plan, built: Mapping[str, Any], bound: list[_Site], left: Mapping[str, str], pipe: Base, *, strict: bool
+) -> None:
+    """Raise UserError where nothing of a file can be used, or, if ``strict``, where a part cannot."""
+    if not built and bound:
+        kinds = sorted({suffix for site in bound for suffix, _ in site.last()})
+        raise UserError(f"{found.path} holds tensors of no method that is known here: {', '.join(kinds[:5])}")
+    if not built:
+        raise _wrong_base(found, pipe, f"none of its {len(found.header.tensors)} tensors has a site there")
+    for reason, names in _by_reason(left).items() if strict else ():
+        raise UserError(f"{found.path}: {len(names)} tensors {reason}: {', '.join(names[:5])}")
+
+
+def _by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def _wrong_base(found: Plan, pipe: Base, reason: str) -> UserError:
+    here, spec = describe(pipe), found.spec
     made_for = f"base {spec.base.get('name')!r} ({spec.base.get('family')})" if spec and spec.base else "another base"
     if spec and spec.base.get("name") == here.name and spec.base.get("fingerprint") == here.fingerprint:
-        return UserError(f"{path} does not fit the base {here.name!r} that it names: {reason}; the file is damaged")
-    return UserError(f"{path} was made for {made_for}; this base is {here.name!r} ({here.family}): {reason}")
+        return UserError(f"{found.path} does not fit the base {here.name!r} that it names: {reason}; the file is damaged")
+    return UserError(f"{found.path} was made for {made_for}; this base is {here.name!r} ({here.family}): {reason}")
 
 
-def _warnings(path: Path, spec: Spec | None, report: Coverage, pipe: Base) -> tuple[str, ...]:
-    found = []
-    if report.unmatched:
-        shown = ", ".join(report.unmatched[:5])
-        count = f"{len(report.unmatched)} of {report.found + len(report.unmatched)}"
-        found.append(f"{path}: {count} tensors have no site in this base and were left out: {shown}")
+def _warnings(planned: Plan, left: Mapping[str, str], pipe: Base) -> tuple[str, ...]:
+    path, spec, total = planned.path, planned.spec, len(planned.header.tensors)
+    found = [
+        f"{path}: {len(names)} of {total} tensors {reason} and were left out: {', '.join(names[:5])}"
+        for reason, names in _by_reason(left).items()
+    ]
     scheduler = getattr(pipe, "scheduler", None)
     ends_in_noise = scheduler is None or scheduler.config.get("rescale_betas_zero_snr")
     if spec and spec.training.get("zero_terminal_snr") and not ends_in_noise:

@@ -1,38 +1,61 @@
-"""What an adapter file holds, told from its header alone: nothing is loaded, torch is not needed."""
+"""What an adapter file tells a person, from its plan: nothing is loaded, torch is not needed."""
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from .. import methods
-from ..core.errors import UserError
-from ..core.method import Network
-from . import container
-from .container import Entry
-from .layouts import kohya_network
-from .layouts.dotted import kohya_name
-from .layouts.names import component_of, split
+from ..core.method import Network, Scalars
+from . import container, network
+from .planning import Plan, SitePlan, plan
 from .spec import Spec
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A file's header, read. ``sites`` maps each site's name in the file to its tensors' shapes by suffix."""
+    """What an adapter file tells.
+
+    Attributes:
+        path: The file.
+        size: In bytes.
+        sha256: Of the whole file, as hex digits.
+        spec: What it says of itself; None in files of other programs.
+        metadata: Of its header.
+        layouts: The layouts that its names are of, the one of most tensors first.
+        methods: The methods that its tensors are of, by name.
+        components: Sites per component.
+        hyper_parameters: By method and name, sites per value.
+        network: What kohya's trainer, and LyCORIS in it, say of the method; None where they say nothing.
+        dtypes: Tensors per dtype.
+        parameters: Numbers that were trained.
+        sites: The shapes of each site's tensors by suffix; a site is its component, a dot, and its path with underscores.
+        unknown: Tensors that make no part of an adapter, whatever the base.
+        leftovers: Why, by tensor.
+        warnings: What the person should know.
+    """
 
     path: Path
     size: int
     sha256: str
     spec: Spec | None
     metadata: Mapping[str, str]
+    layouts: tuple[str, ...]
     methods: tuple[str, ...]
-    components: Mapping[str, int]  # sites per component
-    hyper_parameters: Mapping[str, Mapping[str, Mapping[float, int]]]  # by method and name: sites per value
-    network: Network | None  # what kohya's trainer, and LyCORIS in it, say of the method
-    dtypes: Mapping[str, int]  # tensors per dtype
+    components: Mapping[str, int]
+    hyper_parameters: Mapping[str, Mapping[str, Mapping[float, int]]]
+    network: Network | None
+    dtypes: Mapping[str, int]
     parameters: int
     sites: Mapping[str, Mapping[str, tuple[int, ...]]]
-    unknown: tuple[str, ...]  # tensors that belong to no known method
+    leftovers: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """The tensors that make no part of an adapter."""
+        return tuple(self.leftovers)
 
     @property
     def ranks(self) -> Mapping[int, int]:
@@ -48,64 +71,66 @@ class Inspection:
         return sum((Counter(values.get(name, {})) for values in self.hyper_parameters.values()), Counter[float]())
 
 
-def inspect(path: str | Path) -> Inspection:
-    """Tell what a safetensors adapter file holds. Raises UserError for one that is no such file or is damaged."""
-    where = Path(path)
-    header = container.read_header(where)
-    sites: dict[str, dict[str, tuple[int, ...]]] = {}
-    unknown, entries = [], {kohya_name(name): entry for name, entry in header.tensors.items()}
-    for name, entry in entries.items():
-        site, suffix = split(name)
-        if component_of(site) is None:
-            unknown.append(name)
-        else:
-            sites.setdefault(site, {})[suffix] = entry.shape
-    spec = Spec.from_metadata(header.metadata, str(where))
-    if not sites and spec is None:
-        shown = ", ".join(unknown[:3]) or "no tensor"
-        raise UserError(f"{where} is no adapter of a known layout: it holds {shown}{', ...' if len(unknown) > 3 else ''}")
-    told = _hyper_parameters(where, entries, sites)
+def inspect(source: str | Path | Plan) -> Inspection:
+    """Tell what an adapter file holds.
+
+    Args:
+        source: The file, or the plan that was made of it.
+
+    Returns:
+        What it tells.
+
+    Raises:
+        UserError: There is no such file, it is no adapter, or it is damaged.
+    """
+    found = source if isinstance(source, Plan) else plan(source)
+    told = _hyper_parameters(found)
     known = methods.known().values()
-    beside = frozenset[str]().union(*(one.constants if spec is None else one.constants | one.fillers for one in known))
+    beside = frozenset[str]().union(
+        *(one.constants if found.spec is None else one.constants | one.fillers for one in known)
+    )
+    sites = {f"{component}.{name}": one for component, name, one in found.each() if one.methods}
+    shapes = {name: dict(one.shapes) for name, one in sites.items()}
     return Inspection(
-        path=where,
-        size=header.size,
-        sha256=container.sha256(where),
-        spec=spec,
-        metadata=header.metadata,
+        path=found.path,
+        size=found.header.size,
+        sha256=found.sha256,
+        spec=found.spec,
+        metadata=found.header.metadata,
+        layouts=found.layouts,
         methods=tuple(sorted(told)),
-        components=Counter(component_of(site) or "" for site in sites),
+        components=Counter(component for component, _, one in found.each() if one.methods),
         hyper_parameters=told,
-        network=kohya_network.from_metadata(header.metadata),
-        dtypes=Counter(entry.dtype for entry in header.tensors.values()),
-        parameters=sum(_numel(shape) for s in sites.values() for suffix, shape in s.items() if suffix not in beside),
-        sites=sites,
-        unknown=tuple(unknown),
+        network=network.from_metadata(found.header.metadata),
+        dtypes=Counter(entry.dtype for entry in found.header.tensors.values()),
+        parameters=sum(prod(shape) for own in shapes.values() for suffix, shape in own.items() if suffix not in beside),
+        sites=shapes,
+        leftovers=found.leftovers,
+        warnings=found.warnings,
     )
 
 
-def _hyper_parameters(
-    path: Path, entries: Mapping[str, Entry], sites: Mapping[str, Mapping[str, tuple[int, ...]]]
-) -> dict[str, dict[str, Counter[float]]]:
+def _hyper_parameters(found: Plan) -> dict[str, dict[str, Counter[float]]]:
     """How many sites have which value of which hyper-parameter of which method."""
-    known = methods.known()
-    constants = frozenset[str]().union(*(method.constants for method in known.values()))
-    found: dict[str, dict[str, Counter[float]]] = {}
-    for site, shapes in sites.items():
-        scalars = {
-            suffix: container.read_scalar(path, entries[f"{site}.{suffix}"]) for suffix in shapes if suffix in constants
-        }
-        for method, kind in known.items():
-            values = kind.told(shapes, scalars)
-            if values is not None:
-                own = found.setdefault(method, {})
-                for name, value in values.items():
-                    own.setdefault(name, Counter())[value] += 1
-    return found
+    told: dict[str, dict[str, Counter[float]]] = {}
+    scalars = _scalars(found)
+    for _, _, site in found.each():
+        for method in site.methods:
+            own = told.setdefault(method.name, {})
+            for name, value in (method.told(site.shapes, _of_site(site, scalars)) or {}).items():
+                own.setdefault(name, Counter())[value] += 1
+    return told
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def _scalars(found: Plan) -> Mapping[str, float | None]:
+    """The values of all constants of a file, by the names of the tensors."""
+    constants = frozenset[str]().union(*(method.constants for method in methods.known().values()))
+    names = [one.name for _, _, site in found.each() for one in site.sources if one.place.suffix in constants]
+    if found.loaded is None:
+        return container.read_scalars(found.header, names)
+    return {name: found.loaded[name].item() if found.loaded[name].numel() == 1 else None for name in names}
+
+
+def _of_site(site: SitePlan, scalars: Mapping[str, float | None]) -> Scalars:
+    own = {one.place.suffix: scalars[one.name] for one in site.sources if one.name in scalars}
+    return {**site.constants, **own}

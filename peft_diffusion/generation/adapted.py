@@ -37,7 +37,7 @@ def adapted(
             f"the base carries adapters already ({', '.join(adapters.names)}): remove them, and name their files as adapter"
         )
     try:
-        names = [adapters.load(choice.path, strength=choice.strength) for choice in choices]
+        names = [adapters.load(choice.parsed(), strength=choice.strength) for choice in choices]
         for name in names:
             _tell_of(adapters, name, prompts, tell)
         yield adapters, names

@@ -23,8 +23,7 @@ from ..core.errors import UserError
 from ..core.registry import Registry
 from ..core.strength import Amount
 from ..core.strength_schedule import Schedule
-from ..formats import Coverage, Spec
-from ..formats.container import sha256
+from ..formats import Coverage, Plan, Spec
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +119,13 @@ class Adapters:
         report = Coverage(sum(len(adapter.state()) for adapter in built), len(built), ())
         return LoadedAdapter(name, None, None, Spec(), report, ())
 
-    def load(self, path: str | Path, name: str | None = None, strength: Amount = 1.0, *, strict: bool = False) -> str:
+    def load(
+        self, source: str | Path | Plan, name: str | None = None, strength: Amount = 1.0, *, strict: bool = False
+    ) -> str:
         """Attach an adapter from a file.
 
         Args:
-            path: The file.
+            source: The file, or the plan that was made of it (`formats.plan`), which saves parsing it again.
             name: What to call it; by default the file's name.
             strength: As for ``set``.
             strict: Whether to refuse a file with a tensor that finds no site.
@@ -136,16 +137,17 @@ class Adapters:
             UserError: The file is no adapter, is damaged or was made for another base, the name is taken, or adapters are
                 merged. Nothing is changed then.
         """
-        file, registry, parts = Path(path), self._registry, components(self.pipe)
+        registry, parts = self._registry, components(self.pipe)
+        file = source.path if isinstance(source, Plan) else Path(source)
         registry.refuse_merged("load another")
         chosen = name or self._free_name(file.stem)
         if chosen in registry.names:
             raise UserError(f"an adapter {chosen!r} is loaded already; remove it first or choose another name")
-        read = formats.load(file, self.pipe, strict=strict)
+        read = formats.load(source, self.pipe, strict=strict)
         try:
             for component, built in read.components.items():
                 sites.attach_built(parts[component], chosen, built)
-            registry.enter(chosen, LoadedAdapter(chosen, file, sha256(file), read.spec, read.report, read.warnings))
+            registry.enter(chosen, LoadedAdapter(chosen, file, read.plan.sha256, read.spec, read.report, read.warnings))
             teach(self.pipe)
             self.set({chosen: strength})
         except BaseException:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from ..bases import load_base
+from ..bases.pipelines import Pipeline
 from ..core.events import Ended, Never, Observer, Observers, Stop, told_to_the_end
 from . import recipe as recipes
 from . import sheet
@@ -30,7 +30,7 @@ class Blend:
 
 
 def blend(
-    config: BlendConfig, *, pipe: Any | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
+    config: BlendConfig, *, pipe: Pipeline | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
 ) -> Blend:
     """Draw the sheet and write it, with the recipes of its pictures. At a share of w an adapter has w times its strength.
 

@@ -7,7 +7,6 @@ from typing import Literal, TypeAlias
 from .. import methods
 from ..bases import family as families
 from ..formats import Inspection
-from ..formats.layouts import names
 
 Verdict: TypeAlias = Literal["yes", "no", "unknown"]
 
@@ -82,4 +81,4 @@ def _shape(tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
 
 def _of_original(found: Inspection) -> bool:
     """Whether a file has the names that the UNet had before diffusers."""
-    return any(names.is_original(site) for site in found.sites)
+    return "original" in found.layouts

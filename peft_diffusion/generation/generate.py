@@ -5,17 +5,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from .. import __version__
 from ..bases import load_base
 from ..bases.base import dtype_of
+from ..bases.pipelines import Pipeline
 from ..core import plugins
 from ..core.errors import UserError
 from ..core.events import Ended, Never, Observer, Stop, told_to_the_end
 from ..core.settings import pick, settings_of
+from ..formats import Plan, plan
 from ..formats.container import sha256
 from . import recipe as recipes
 from . import sheet
@@ -24,7 +25,7 @@ from .adapters import Adapters
 from .events import PictureMade, SheetMade
 from .recipe import Recipe, UsedAdapter, UsedPicture
 from .sampler import Cell, gives_way, paint, scheduler_of, size
-from .settings import GenerateConfig, Sampling
+from .settings import Choice, GenerateConfig, Sampling
 from .source import Source, check_mask, read_source
 
 # What a recipe leaves to the person who makes its picture again.
@@ -42,7 +43,7 @@ class Picture:
 
 
 def generate(
-    config: GenerateConfig, *, pipe: Any | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
+    config: GenerateConfig, *, pipe: Pipeline | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
 ) -> list[Picture]:
     """Make every prompt with every seed and write each picture, with its recipe, as soon as its batch is done.
 
@@ -63,15 +64,14 @@ def generate(
     """
     with told_to_the_end(observers) as tell:
         config.check()
-        expected = None
-        if config.recipe is not None:
-            expected = recipes.read(config.recipe)
-            _refuse_missing(expected, config.recipe)
-            config = _again(config, expected)
+        choices, again, expected = config.choices(), config.recipe, None
+        if again is not None:
+            expected = recipes.read(again)
+            _refuse_missing(expected, again)
+            config, choices = _again(config, expected)
         wanted = [(prompt, seed) for prompt in config.prompts for seed in config.all_seeds()]
         paths = _plan(config.output, config.to_file, wanted)
         _check_kept(config, paths)
-        choices = config.choices()
         source = None
         if config.image is not None:
             source = read_source(config.image, config.mask, config.strength, config.steps)
@@ -84,7 +84,7 @@ def generate(
             cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
             source = None if source is None else source.fitted(adapters.base, config.width, config.height)
             told = _from(source, config, cell_recipes(adapters, cells, config, source))
-            _check_base(config, expected, told[0])
+            _check_base(config, again, expected, told[0])
             pictures = _written(paint(adapters, cells, config, source, tell=tell, stop=stop or Never()), told, paths, tell)
         if config.sheet is not None:
             _write_sheet(config.sheet, pictures, config.prompts, config.all_seeds())
@@ -93,11 +93,11 @@ def generate(
     return pictures
 
 
-def _check_base(config: GenerateConfig, expected: Recipe | None, recipe: Recipe) -> None:
+def _check_base(config: GenerateConfig, again: Path | None, expected: Recipe | None, recipe: Recipe) -> None:
     """Raise UserError where a recipe that was given is of another base than what would be drawn."""
     if expected is not None and recipe.fingerprint != expected.fingerprint:
         raise UserError(
-            f"{config.recipe} was made with base {expected.base_name!r} ({expected.fingerprint}), and {config.base!r} has"
+            f"{again} was made with base {expected.base_name!r} ({expected.fingerprint}), and {config.base!r} has"
             f" other weights ({recipe.fingerprint}); name the right one with --base"
         )
 
@@ -186,22 +186,23 @@ def _refuse_missing(recipe: Recipe, path: Path) -> None:
         raise UserError(f"{path} was made with {flags}: give that too")
 
 
-def _again(config: GenerateConfig, recipe: Recipe) -> GenerateConfig:
-    """The configuration that makes a recipe's picture. Raises UserError for flags that it would override."""
+def _again(config: GenerateConfig, recipe: Recipe) -> tuple[GenerateConfig, tuple[Choice, ...]]:
+    """The configuration that makes a recipe's picture, and its adapters. Raises UserError for flags that it overrides."""
     changed = [f.name for f in fields(config) if f.name not in _FREE and getattr(config, f.name) != f.default]
     if changed:
         raise UserError(f"the recipe of {config.recipe} says {', '.join(changed)}; leave that away, or the recipe")
-    files = _given(config, recipe)
+    given = _given(config, recipe)
+    choices = tuple(_find(one, given) for one in recipe.adapters)
     told = {one.name for one in settings_of(GenerateConfig)} - _FREE
     # A recipe of an older version does not know all settings.
     same = {one.name: getattr(recipe, one.name) for one in fields(recipe) if one.name in told}
     same = {name: value for name, value in same.items() if value is not None}
-    same["adapter"] = tuple(f"{_find(used, files)}={used.strength!r}" for used in recipe.adapters)
+    same["adapter"] = tuple(f"{choice.path}={choice.strength!r}" for choice in choices)
     for name, used in (("image", recipe.image), ("mask", recipe.mask)):
         same[name] = _picture(used, getattr(config, name), config.recipe, name)
     base = config.base if config.base != GenerateConfig.base else recipe.base
     try:
-        return replace(config, recipe=None, prompts=(recipe.prompt,), base=base, **same)
+        return replace(config, recipe=None, prompts=(recipe.prompt,), base=base, **same), choices
     except UserError as error:
         raise UserError(f"{config.recipe} has a recipe that cannot be drawn here: {error}") from None
 
@@ -222,13 +223,13 @@ def _picture(used: UsedPicture | None, given: Path | None, recipe: Path | None, 
     return found
 
 
-def _given(config: GenerateConfig, recipe: Recipe) -> dict[str, Path]:
+def _given(config: GenerateConfig, recipe: Recipe) -> dict[str, Plan]:
     """The adapter files that are named beside a recipe, to say where its own are now, by SHA-256. Raises UserError for
     others, and for strengths that are not the recipe's."""
-    files: dict[str, Path] = {}
+    files: dict[str, Plan] = {}
     for text, choice in zip(config.adapter, config.choices(), strict=True):
-        digest = sha256(choice.path)
-        strengths = [used.strength for used in recipe.adapters if used.sha256 == digest]
+        found = choice.parsed()
+        strengths = [used.strength for used in recipe.adapters if used.sha256 == found.sha256]
         if not strengths:
             raise UserError(f"the recipe of {config.recipe} has no adapter {choice.path}; leave that away, or the recipe")
         if Path(text) != choice.path and choice.strength not in strengths:
@@ -236,21 +237,27 @@ def _given(config: GenerateConfig, recipe: Recipe) -> dict[str, Path]:
                 f"the recipe of {config.recipe} has {choice.path} at strength {strengths[0]:g}, not {choice.strength:g};"
                 " leave the strength away, or the recipe"
             )
-        files.setdefault(digest, choice.path)
+        files.setdefault(found.sha256, found)
     return files
 
 
-def _find(used: UsedAdapter, files: Mapping[str, Path]) -> Path:
+def _find(used: UsedAdapter, files: Mapping[str, Plan]) -> Choice:
     """The file that holds the bytes of an adapter of a recipe, among those given and where it was. Raises UserError."""
-    if used.sha256 in files:
-        return files[used.sha256]
-    path = Path(used.path)
-    if not path.is_file() or sha256(path) != used.sha256:
+    found = files.get(used.sha256) or _there(Path(used.path))
+    if found is None or found.sha256 != used.sha256:
         raise UserError(
             f"the adapter {used.path} of the recipe (SHA-256 {used.sha256[:12]}...) is not there any more, or is another"
             " now; say where it is with --adapter"
         )
-    return path
+    return Choice(found.path, used.strength, found)
+
+
+def _there(path: Path) -> Plan | None:
+    """What the file at a path holds; None where there is no adapter any more."""
+    try:
+        return plan(path)
+    except UserError:
+        return None
 
 
 def _plan(output: Path, to_file: bool, wanted: Sequence[tuple[str, int]]) -> list[Path]:

@@ -1,14 +1,15 @@
 """What the commands that make pictures can be told: flags, TOML keys and Python arguments in one place. Imports no torch."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import MutableMapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ..core.errors import UserError
 from ..core.settings import COUNT, NATURAL, PARAMETERS, WHOLE_SHARE, Flag, Range, about, explained, setting, settle
-from ..formats import inspect
+from ..formats import Plan, plan
 from ..formats.container import is_pickle
 from .recipe import check_folder, check_target, read
 
@@ -22,10 +23,25 @@ _PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif",
 
 @dataclass(frozen=True)
 class Choice:
-    """An adapter file and how much of it: 1 is as trained, 0 nothing."""
+    """An adapter file and how much of it.
+
+    Attributes:
+        path: The file.
+        strength: 1 is as trained, 0 nothing.
+        plan: What was parsed of the file, to be passed along; None where it was not yet.
+    """
 
     path: Path
     strength: float = 1.0
+    plan: Plan | None = field(default=None, compare=False, repr=False)
+
+    def parsed(self) -> Plan:
+        """What the file holds, parsed now where it was not yet.
+
+        Raises:
+            UserError: As `formats.plan` does.
+        """
+        return plan(self.path) if self.plan is None else self.plan
 
     @property
     def name(self) -> str:
@@ -52,18 +68,46 @@ def parse_choice(text: str) -> Choice:
     return Choice(_existing(name), strength)
 
 
-def parse_choices(texts: Sequence[str]) -> tuple[Choice, ...]:
-    """Adapters as the command line names them, their headers read.
+def parse_choices(texts: Sequence[str], plans: MutableMapping[Path, Plan] | None = None) -> tuple[Choice, ...]:
+    """Read adapters as the command line names them, and parse their files. Pickles, which take torch, are left for later.
 
-    Raises UserError for a missing file, one that is no adapter, a bad strength and a file named twice.
+    Args:
+        texts: ``FILE`` or ``FILE=STRENGTH`` each.
+        plans: What was parsed of files before, to be used where they are still the same, and what is parsed now.
+
+    Returns:
+        The adapters.
+
+    Raises:
+        UserError: A file is missing, is no adapter, or is named twice, or a strength is none.
     """
+    known = {} if plans is None else plans
     found = tuple(parse_choice(text) for text in texts)
     for index, choice in enumerate(found):
         if any(choice.path.samefile(other.path) for other in found[:index]):
             raise UserError(f"the adapter {choice.path} is named twice; give it once, with the strength you want")
-        if not is_pickle(choice.path):
-            inspect(choice.path)
-    return found
+        if not is_pickle(choice.path) and (choice.path not in known or not known[choice.path].is_current()):
+            known[choice.path] = plan(choice.path)
+    return tuple(replace(choice, plan=known.get(choice.path)) for choice in found)
+
+
+class NamesAdapters:
+    """Settings that name adapter files, and keep what was parsed of them for whoever asks next."""
+
+    adapter: tuple[str, ...]
+
+    @cached_property
+    def _plans(self) -> dict[Path, Plan]:
+        """By path. A file that changed by its size, time or inode is parsed again: see ``Plan.is_current``."""
+        return {}
+
+    def choices(self) -> tuple[Choice, ...]:
+        """The adapters, their files parsed once.
+
+        Raises:
+            UserError: As `parse_choices` does.
+        """
+        return parse_choices(self.adapter, self._plans)
 
 
 def _existing(text: str) -> Path:
@@ -76,7 +120,7 @@ def _existing(text: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(NamesAdapters):
     """How pictures are made, the same for every command. None means what the base says."""
 
     prompts: tuple[str, ...] = setting(
@@ -123,10 +167,6 @@ class Sampling:
             raise UserError(f"a negative prompt has no effect at guidance {self.guidance:g}; raise it above 1")
         if self.negative and self.guidance_stop == 0:
             raise UserError("a negative prompt has no effect at guidance_stop 0; raise it")
-
-    def choices(self) -> tuple[Choice, ...]:
-        """The adapters, parsed and their headers read. Raises UserError as ``parse_choices`` does."""
-        return parse_choices(self.adapter)
 
 
 @explained

@@ -4,12 +4,12 @@ from dataclasses import KW_ONLY, dataclass
 
 from ..core.errors import UserError
 from ..core.settings import COUNT, NATURAL, PARAMETERS, Flag, Range, explained, setting, settle
-from .settings import SEEDS, Choice, Precision, Quantize, check_last_seed, check_text, parse_choices
+from .settings import SEEDS, NamesAdapters, Precision, Quantize, check_last_seed, check_text
 
 
 @explained
 @dataclass(frozen=True)
-class TextGenerateConfig:
+class TextGenerateConfig(NamesAdapters):
     """Which texts are written: every prompt goes on ``count`` times. Raises UserError for a value that cannot be used."""
 
     prompts: tuple[str, ...] = setting(
@@ -53,7 +53,3 @@ class TextGenerateConfig:
             raise UserError('there is no prompt; say how the text begins, as in "In the beginning"')
         check_text(*self.prompts)
         check_last_seed(self.seed, self.count)
-
-    def choices(self) -> tuple[Choice, ...]:
-        """The adapters, parsed and their headers read. Raises UserError as ``parse_choices`` does."""
-        return parse_choices(self.adapter)

@@ -6,7 +6,6 @@ explained without torch, which takes seconds to import, those of this package ke
 declaration, and import it when an adapter is built. What several methods share is in ``shared``.
 """
 
-import ast
 import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -95,6 +94,8 @@ def lines(unloaded: Sequence[str] = ()) -> dict[str, str]:
 
 def _declared(module: str) -> dict[str, str]:
     """The methods that the source of a module declares, with its docstring, or theirs; nothing is imported."""
+    import ast
+
     path = plugins.source(module)
     try:
         tree = ast.parse(path.read_bytes()) if path else None
@@ -103,16 +104,13 @@ def _declared(module: str) -> dict[str, str]:
     if tree is None:
         return {}
     own = ast.get_docstring(tree)
-    named = [(one, keyword.value) for one in _classes(tree) for keyword in one.keywords if keyword.arg == "name"]
+    classes = [one for one in tree.body if isinstance(one, ast.ClassDef)]
+    named = [(one, keyword.value) for one in classes for keyword in one.keywords if keyword.arg == "name"]
     return {
         str(value.value): own or ast.get_docstring(one) or ""
         for one, value in named
         if isinstance(value, ast.Constant) and isinstance(value.value, str)
     }
-
-
-def _classes(tree: ast.Module) -> list[ast.ClassDef]:
-    return [one for one in tree.body if isinstance(one, ast.ClassDef)]
 
 
 def _first_line(text: str | None) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..core.method import LYCORIS, Method, Network, Scalars, Shapes, Values
-from .lora import DOWN, MID, PAIR_ALIASES, UP, pair_weight_shape, told_pair
+from ..core.errors import UserError
+from ..core.method import LYCORIS, Method, Network, PeftForm, PeftSite, Scalars, Shapes, Values
+from .lora import DOWN, MID, PAIR_ALIASES, UP, pair_in_peft, pair_weight_shape, told_pair
 from .shared.hyper_parameters import (
     ALPHA,
     MAGNITUDE,
@@ -22,7 +23,7 @@ from .shared.hyper_parameters import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.adapter import Site
+    from ..core.adapter import Adapter, Site
     from .shared.decomposed import Decomposed
 
 _PEFT_MAGNITUDE = "lora_magnitude_vector"
@@ -101,6 +102,19 @@ class Dora(Method, name="dora", suffixes=frozenset({DOWN, UP, MID, ALPHA, MAGNIT
         if tensor.ndim == 1:
             return tensor[:, None]
         return tensor.transpose(0, 1) if alias == _PEFT_MAGNITUDE and tensor.ndim > 2 else tensor
+
+    @classmethod
+    def in_peft(cls, adapters: Mapping[str, "Adapter"]) -> PeftForm:
+        """A LoRA with magnitudes per output, flat for a Linear, and (1, out, 1, 1) for a convolution."""
+        sites = {}
+        for path, adapter in adapters.items():
+            state = adapter.state()
+            pair, magnitude = pair_in_peft(state), state[MAGNITUDE]
+            if len(magnitude) == 1 and magnitude.numel() > 1:
+                raise UserError(f"{path} has a magnitude per input, and peft knows only those per output")
+            shaped = magnitude.flatten() if magnitude.ndim == 2 else magnitude.transpose(0, 1)
+            sites[path] = PeftSite({**pair.tensors, _PEFT_MAGNITUDE: shaped}, pair.rank, pair.alpha)
+        return PeftForm("LORA", "lora_alpha", sites, {"use_dora": True})
 
     def dropped(self) -> float:
         """The dropout."""

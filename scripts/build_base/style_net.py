@@ -15,15 +15,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import judge_files
 from .packed import Drawing, load_packed
 from .sources import CACHE, STYLES
 from .training import affine
 
-WEIGHTS = Path(__file__).with_name("style_net.safetensors")
+WEIGHTS = Path(__file__).with_name("style_net.safetensors.xz")
 SIZE = 128
 WIDTHS = (24, 48, 96, 144)
 HELD_OUT_EVERY = 8
@@ -72,9 +71,9 @@ def load_style_net(path: Path = WEIGHTS) -> StyleNet:
     """The trained network, ready to tell."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}: run `python -m scripts.build_base.style_net` first")
-    with safe_open(path, "pt") as file:
-        net = StyleNet(tuple(file.metadata()["styles"].split()))
-        net.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()}, strict=False)  # noqa: SIM118
+    tensors, metadata = judge_files.read(path)
+    net = StyleNet(tuple(metadata["styles"].split()))
+    net.load_state_dict(tensors, strict=False)
     return net.eval()
 
 
@@ -171,7 +170,7 @@ def main() -> None:
     pools = _seen(rows, pixels.to(options.device), options.vae, options.decoded, styles)
     net = fit(pools, styles, options.steps, options.batch, options.rate)
     halves = {name: tensor.half().contiguous() for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
-    save_file(halves, options.output, metadata={"styles": " ".join(styles)})
+    judge_files.write(options.output, halves, {"styles": " ".join(styles)})
     print(f"{sum(tensor.numel() for tensor in halves.values())} parameters: {options.output}")
 
 

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import judge_files
 from .packed import Drawing, load_packed
 from .sources import CACHE, ICON_SETS
 from .style_net import held_out, minimize, softened
 from .training import affine
 
-WEIGHTS = Path(__file__).with_name("subject_net.safetensors")
+WEIGHTS = Path(__file__).with_name("subject_net.safetensors.xz")
 STYLES = tuple(one.style for one in ICON_SETS if one.is_emoji)
 SIZE, DIMENSIONS = 64, 64
 WIDTHS = (16, 32, 64, 96)
@@ -65,7 +65,7 @@ def load_subject_net(path: Path = WEIGHTS) -> SubjectNet:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}: run `python -m scripts.build_base.subject_net` first")
     net = SubjectNet()
-    net.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()}, strict=False)
+    net.load_state_dict(judge_files.read(path)[0], strict=False)
     return net.eval()
 
 
@@ -184,7 +184,7 @@ def main() -> None:
     net = fit(pixels.to(options.device), Shared.of(rows), options.steps, options.batch, options.rate)
     numbers = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
     halves = {name: tensor.half().cpu().contiguous() for name, tensor in numbers.items()}
-    save_file(halves, options.output)
+    judge_files.write(options.output, halves)
     print(f"{sum(tensor.numel() for tensor in halves.values())} parameters: {options.output}")
     for style, row in calibrate(rows, pixels, load_subject_net(options.output)).items():
         print(style, row)

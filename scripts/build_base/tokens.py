@@ -54,7 +54,13 @@ def learn_tokenizer(cache: Path = CACHE, size: int = VOCABULARY, each: int = 6) 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write the tokenizer with both the files of today and the `vocab.json` and `merges.txt` of CLIP."""
     tokenizer.save_pretrained(folder)
+    shorten(folder / "tokenizer.json")
     tokenizer._tokenizer.model.save(str(folder))
+
+
+def shorten(path: Path) -> None:
+    """Write a JSON file without the spaces that nobody reads, which are most of a tokenizer's."""
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")), ensure_ascii=False, separators=(",", ":")), "utf-8")
 
 
 def encode(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .lm_text import END, LM_CACHE
+from .tokens import shorten
 
 EDGE = "<|endoftext|>"  # before and after every entry, and before every prompt
 VOCABULARY, CONTEXT = 4096, 256
@@ -181,8 +182,7 @@ def main() -> None:
     figures = train(model, stream, apart, options, told.cache / "lm.pt")
     model.half().save_pretrained(told.output)
     tokenizer.save_pretrained(told.output)
-    words = told.output / "tokenizer.json"  # most of which are spaces
-    words.write_text(json.dumps(json.loads(words.read_text("utf-8")), ensure_ascii=False, separators=(",", ":")), "utf-8")
+    shorten(told.output / "tokenizer.json")
     figures |= {"tokens": len(stream), "tokens_held_out": len(apart), "parameters": model.num_parameters()}
     print(json.dumps(figures | vars(options), indent=2))
 

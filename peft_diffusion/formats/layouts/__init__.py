@@ -1,1 +1,1 @@
-"""One file for each layout of tensor names that adapter files use."""
+"""The layouts of this package, one file each, both directions in it. Importing a file registers its layouts."""

@@ -1,175 +1,252 @@
-"""LoRA files of diffusers, peft and ComfyUI, whose names keep the dots of the paths, brought to the kohya layout.
+"""The layouts of diffusers, peft and ComfyUI, whose names keep the dots of the paths.
 
-- diffusers: ``unet.<path>.lora_A.weight``, of older scripts ``.lora.down.weight`` and ``.lora_linear_layer.down.weight``, or
+- ``diffusers``: ``unet.<path>.lora_A.weight``; of older scripts ``.lora.down.weight``, ``.lora_linear_layer.down.weight`` or
   ``<attention>.processor.to_q_lora.down.weight``; alpha in the metadata, or else it is the rank;
-- peft: ``base_model.model.<path>.lora_A.weight``, DoRA, LoHa and LoKr; alpha in ``adapter_config.json`` beside the file;
-- ComfyUI and others: ``diffusion_model.<path of the original>.lora_down.weight``, with or without alpha, and
-  ``text_encoders.<encoder>.transformer.<path>.lora_up.weight``.
+- ``peft``: ``base_model.model.<path>.lora_A.weight``, DoRA, LoHa and LoKr; alpha in ``adapter_config.json`` beside the file;
+- of ComfyUI and others, which is read as the former: ``diffusion_model.<path of the original>.lora_down.weight``, with or
+  without alpha, and ``text_encoders.<encoder>.transformer.<path>.lora_up.weight``.
+
+What a method's tensors are called there, and what peft's configuration says of it, the method declares: see
+``Method.aliases`` and ``Method.in_peft``.
 """
 
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ... import methods
 from ...bases import family as families
 from ...core.errors import UserError
-from ...core.method import Method
-from .names import LYCORIS, OWN, prefixes
+from ...core.method import PeftForm
+from .. import metadata
+from ..aliases import aliases
+from ..container import Header
+from ..layout import Content, Layout, Place, Reading, Written, register
+from ..names import LYCORIS, TEXT_MODEL, claimants, dotted_starts, rows, with_text_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...core.adapter import Adapter
+
 _METADATA = "lora_adapter_metadata"
 _PEFT = "base_model.model."
-_PROCESSOR = re.compile(r"(.*)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the only names that peft looks for
+_ALPHA = "alpha"
+_LOADED = "lora_"  # pipelines of diffusers load no file in which a name is without it
 # Beginnings of peft that change the base's weights, which a file then needs and does not hold.
 _CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-@dataclass(frozen=True)
-class _Aliases:
-    """What other programs call the tensors of methods, and the expressions that find them in names."""
+class Diffusers(Layout):
+    """Files of diffusers: the component's name before the path, and the configuration in the metadata."""
 
-    suffixes: Mapping[str, str]  # by alias
-    methods: Mapping[str, type[Method]]  # the first that has an alias
-    ranked: frozenset[str]
-    dotted: re.Pattern[str]
-    short: re.Pattern[str]  # of names in which a site's name is there already
+    name: ClassVar[str] = "diffusers"
 
+    def claims(self, name: str) -> int | None:
+        """Names that begin with a component, or with a path alone, and end as a method's do there."""
+        if name.startswith((LYCORIS, "lora_")) or aliases().parts(name) is None:
+            return None
+        return max((len(start) for start in dotted_starts() if name.startswith(start)), default=0)
 
-def _aliases() -> _Aliases:
-    """Those of all methods that are known now."""
-    return _aliases_of(tuple(methods.known().values()))
+    def read(self, header: Header, names: Sequence[str]) -> Reading:
+        """By the names and the metadata."""
+        return read(header, names)
 
-
-@cache
-def _aliases_of(known: tuple[type[Method], ...]) -> _Aliases:
-    suffixes = {alias: suffix for one in known for alias, suffix in one.aliases.items()}
-    owners = {alias: one for one in reversed(known) for alias in one.aliases}
-    kinds = "|".join(re.escape(alias) for alias in sorted(suffixes, key=len, reverse=True))
-    end = rf"({kinds})(?:\.default)?(?:\.weight)?"
-    ranked = frozenset[str]().union(*(one.ranked for one in known))
-    dotted, short = (re.compile(rf"{start}\.{end}") for start in (r"(.*\..*)", r"((?:lora|lycoris)_[^.]+)"))
-    return _Aliases(suffixes, owners, ranked, dotted, short)
-
-
-def kohya_name(name: str) -> str:
-    """The name that a tensor has in the kohya layout; its own where it has another meaning, or that already."""
-    if name.startswith(OWN):
-        return name
-    aliases = _aliases()
-    if match := aliases.short.fullmatch(name):
-        return f"{match[1]}.{aliases.suffixes[match[2]]}"
-    module, kind = _parts(name)
-    if not kind:
-        return name
-    start, path = _split(module)
-    return f"{_starts()[start]}{path.replace('.', '_')}.{aliases.suffixes[kind]}"
+    def write(self, content: Content) -> Written:
+        """Pairs of each component with their configuration."""
+        tensors: dict[str, Tensor] = {}
+        told: dict[str, Any] = {}
+        for component, built in content.adapters.items():
+            start = next((one.dotted[0] for one in rows() if one.name == component and one.dotted), None)
+            if start is None:
+                raise UserError(f"diffusers knows no component {component}; take the layout {Peft.name!r}")
+            form = _form(self.name, component, built)
+            for path, site in form.sites.items():
+                name = start + with_text_model(component, path)
+                tensors.update({f"{name}.{end}": tensor for end, tensor in site.tensors.items()})
+            told |= {f"{component}.{key}": value for key, value in _config(component, form).items()}
+        other = next((name for name in tensors if _LOADED not in name), None)
+        if other is not None:
+            raise UserError(f"diffusers reads no tensor such as {other} into a pipeline; take the layout 'kohya'")
+        return Written(tensors, metadata.of_any(content.spec) | {_METADATA: json.dumps(told, sort_keys=True)})
 
 
-def _parts(name: str) -> tuple[str, str]:
-    """The module that a tensor's name begins with, and what the tensor is there; "" for a name of another layout."""
-    if match := _PROCESSOR.fullmatch(name):
-        return f"{match[1]}.{match[2]}{'.0' if match[2] == 'to_out' else ''}", f"lora.{match[3]}"
-    match = None if name.startswith((LYCORIS, "lora_")) else _aliases().dotted.fullmatch(name)
-    return (match[1], match[2]) if match else (name, "")
+class Peft(Layout):
+    """Files of peft: ``adapter_model.safetensors`` with ``adapter_config.json`` beside it."""
+
+    name: ClassVar[str] = "peft"
+
+    def claims(self, name: str) -> int | None:
+        """Names that begin with what peft wraps a model in."""
+        return len(_PEFT) if name.startswith(_PEFT) and aliases().parts(name) is not None else None
+
+    def read(self, header: Header, names: Sequence[str]) -> Reading:
+        """By the names and ``adapter_config.json`` beside the file."""
+        return read(header, names)
+
+    def write(self, content: Content) -> Written:
+        """One method of one component."""
+        if len(content.adapters) > 1:
+            raise UserError(
+                f"peft keeps one model in a file, and this adapter has {', '.join(content.adapters)}: take the layout"
+                f" {Diffusers.name!r}, or save each by itself"
+            )
+        ((component, built),) = content.adapters.items()
+        form = _form(self.name, component, built)
+        names = {path: f"{_PEFT}{path}" for path in form.sites}
+        tensors = {f"{names[path]}.{end}": one for path, site in form.sites.items() for end, one in site.tensors.items()}
+        config = {"peft_type": form.kind, "inference_mode": True, **_config(component, form)}
+        beside = {_CONFIG: json.dumps(config, indent=2, sort_keys=True) + "\n"}
+        return Written(tensors, metadata.of_any(content.spec), beside, _WEIGHTS)
 
 
-def _starts() -> dict[str, str]:
-    """What names begin with, and what they begin with here; a bare path is any component's."""
-    rows = [one for family in families.every() for one in family.components]
-    found = {start: prefixes(one.name)[-1] for one in rows for start in one.dotted}
-    return {**found, _PEFT: LYCORIS, "": LYCORIS}
+def read(header: Header, names: Sequence[str]) -> Reading:
+    """Find the places of names that keep the dots of paths.
 
+    Args:
+        header: Of the file.
+        names: Of tensors.
 
-def _split(name: str) -> tuple[str, str]:
-    """What a name begins with, and the rest of it."""
-    start = next(start for start in _starts() if name.startswith(start))
-    return start, name.removeprefix(start)
+    Returns:
+        Their places, and the alphas that the configuration tells.
 
-
-def adopted(
-    tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str], path: Path
-) -> tuple[dict[str, "Tensor"], list[str]]:
-    """The tensors under the names of the kohya layout, with alphas where they are told beside; and what had to be assumed.
-
-    Raises UserError for a configuration that cannot be read, and for two names of one tensor.
+    Raises:
+        UserError: Two names are of one tensor, or the configuration cannot be read.
     """
-    import torch
+    if not names:
+        return Reading({})
+    found = [_Tensor(name) for name in names]
+    _refuse_twice(header.path, found)
+    config = _Configuration.of(header, any(one.start == _PEFT for one in found))
+    by_site: dict[tuple[str, str], list[_Tensor]] = {}
+    for one in found:
+        by_site.setdefault((one.start, one.path), []).append(one)
+    places: dict[str, Place] = {}
+    constants: dict[Place, float] = {}
+    for own in by_site.values():
+        scaled = _scaled(own, config)
+        for one in own:
+            places[one.name] = scaled.get(one.name, one.place)
+        alpha = None if any(one.suffix == _ALPHA for one in own) else _alpha(header, own, config)
+        if alpha is not None:
+            constants[replace(own[0].place, suffix=_ALPHA, change=None)] = alpha
+    return Reading(places, {}, constants, config.warnings(header.path))
 
-    renamed = {name: kohya_name(name) for name in tensors}
-    if all(name == new for name, new in renamed.items()):
-        return dict(tensors), []
-    if len(set(renamed.values())) < len(renamed):
-        twice = next(new for new, count in Counter(renamed.values()).items() if count > 1)
-        both = " and ".join(name for name, new in renamed.items() if new == twice)
+
+class _Tensor:
+    """A tensor by its name: what the name begins with, the path, and what it is there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        parts = aliases().parts(name)
+        if parts is None:
+            raise ValueError(f"{name} is of another layout")
+        where, end = parts
+        starts = {**dotted_starts(), _PEFT: "", "": ""}
+        self.start = max((start for start in starts if where.startswith(start)), key=len)
+        self.path = where.removeprefix(self.start)
+        self.suffix, self.change = aliases().meaning(end)
+        self.component = starts[self.start]
+
+    @cached_property
+    def place(self) -> Place:
+        """Its place; of a path alone, in any component that claims such a path."""
+        if self.component:
+            return Place(self.component, self.path, self.suffix, change=self.change)
+        found = claimants(self.path)
+        return Place(found[0], self.path, self.suffix, others=found[1:], told=False, change=self.change)
+
+
+class _Configuration:
+    """What a configuration of peft says of sites: that beside a file of peft, or those in the metadata of diffusers."""
+
+    def __init__(self, told: Mapping[str, Any], assumed: bool) -> None:
+        self.told = told
+        self.assumed = assumed  # whether a file of peft lacks its configuration
+
+    @classmethod
+    def of(cls, header: Header, of_peft: bool) -> "_Configuration":
+        """Read it. Raises UserError where a configuration is there and cannot be read."""
+        beside = header.path.parent / _CONFIG
+        told = _json(beside) if of_peft and beside.is_file() else _in_metadata(header.metadata)
+        return cls(told, of_peft and not told)
+
+    def alpha(self, start: str, path: str, rank: int) -> float | None:
+        """The alpha of a site with which its scale is alpha / rank, as kohya's layout has it; None where none is told."""
+        # diffusers puts the component before each name, unless there is but one.
+        own = {key.removeprefix(start): value for key, value in self.told.items() if start and key.startswith(start)}
+        settings = own or self.told
+        alpha = _by_pattern(settings.get("alpha_pattern"), path, settings.get("lora_alpha", settings.get("alpha")))
+        if not isinstance(alpha, (int, float)):
+            return None
+        return float(alpha) * math.sqrt(rank) if settings.get("use_rslora") else float(alpha)
+
+    def scale(self, start: str, path: str) -> float:
+        """What peft multiplies a site's change with where no tensor has the rank."""
+        rank = _by_pattern(self.told.get("rank_pattern"), path, self.told.get("r"))
+        alpha = self.alpha(start, path, 1)
+        if alpha is None or not isinstance(rank, (int, float)) or rank <= 0:
+            return 1.0
+        return alpha / (math.sqrt(rank) if self.told.get("use_rslora") else rank)
+
+    def warnings(self, path: Path) -> tuple[str, ...]:
+        """What had to be assumed, and what a file of peft lacks."""
+        found = []
+        if self.assumed:
+            found.append(f"{path}: no {_CONFIG} is beside it to tell alpha, so it is taken to be the rank")
+        began = self.told.get("init_lora_weights")
+        if isinstance(began, str) and began.startswith(_CHANGED):
+            found.append(
+                f"{path} began with {began}, which changed the weights of its base, and holds nothing of that; with peft's"
+                " save_pretrained(..., path_initial_model_for_weight_conversion=...) it is right without"
+            )
+        return tuple(found)
+
+
+def _refuse_twice(path: Path, found: Sequence[_Tensor]) -> None:
+    count = Counter((one.place.component, one.path, one.suffix) for one in found)
+    twice = next((key for key, number in count.items() if number > 1), None)
+    if twice is not None:
+        both = " and ".join(one.name for one in found if (one.place.component, one.path, one.suffix) == twice)
         raise UserError(f"{path}: {both} are one tensor under two names; the file is damaged")
-    of_peft = any(name.startswith(_PEFT) for name in tensors)
-    beside = path.parent / "adapter_config.json"
-    told = _json(beside) if of_peft and beside.is_file() else _told(metadata)
-    found = {new: _shaped(name, tensors[name]) for name, new in renamed.items()}
-    ranked = _aliases().ranked
-    for name, new in renamed.items():
-        site, _, suffix = new.partition(".")
-        if suffix in ranked and f"{site}.alpha" not in found and new != name and found[new].ndim:
-            alpha = _alpha(name, len(found[new]), told)
-            if alpha is not None:
-                found[f"{site}.alpha"] = torch.tensor(alpha)
-    if of_peft:
-        _scale_whole(found, {new: name for name, new in renamed.items() if name.startswith(_PEFT)}, told)
-    unsure = of_peft and not told
-    assumed = [f"{path}: no {beside.name} is beside it to tell alpha, so it is taken to be the rank"] if unsure else []
-    began = told.get("init_lora_weights")
-    if isinstance(began, str) and began.startswith(_CHANGED):
-        assumed.append(
-            f"{path} began with {began}, which changed the weights of its base, and holds nothing of that; with peft's"
-            " save_pretrained(..., path_initial_model_for_weight_conversion=...) it is right without"
-        )
-    return found, assumed
 
 
-def _shaped(name: str, tensor: "Tensor") -> "Tensor":
-    """A tensor as its method's files have it."""
-    _, kind = _parts(name)
-    owner = _aliases().methods.get(kind)
-    return tensor if owner is None else owner.from_alias(kind, tensor)
+def _scaled(own: Sequence[_Tensor], config: _Configuration) -> dict[str, Place]:
+    """The places of those tensors of a site of peft that take in its scale."""
+    if own[0].start != _PEFT:
+        return {}
+    suffixes = {one.suffix for one in own}
+    chosen = {suffix for method in methods.known().values() if (suffix := method.scaled_tensor(suffixes)) is not None}
+    scale = config.scale(own[0].start, own[0].path)
+    return {one.name: replace(one.place, change=_times(scale, one.change)) for one in own if one.suffix in chosen}
 
 
-def _scale_whole(found: dict[str, "Tensor"], names: Mapping[str, str], told: Mapping[str, Any]) -> None:
-    """Scale what peft does where a file of ours knows no scale, in place; ``names`` are those of the file, by ours."""
-    sites: dict[str, set[str]] = {}
-    for new in names:
-        site, _, suffix = new.partition(".")
-        sites.setdefault(site, set()).add(suffix)
-    for site, suffixes in sites.items():
-        for method in methods.known().values():
-            scaled = method.scaled_tensor(suffixes)
-            if scaled is not None:
-                new = f"{site}.{scaled}"
-                found[new] = found[new] * _whole_scale(names[new], told)
+def _times(scale: float, change: "Callable[[Tensor], Tensor] | None") -> "Callable[[Tensor], Tensor]":
+    def scaled(tensor: "Tensor") -> "Tensor":
+        return (tensor if change is None else change(tensor)) * scale
+
+    return scaled
 
 
-def _whole_scale(name: str, told: Mapping[str, Any]) -> float:
-    """What peft multiplies a site's change with where no tensor has the rank."""
-    path = _split(_parts(name)[0])[1]
-    rank = _by_pattern(told.get("rank_pattern"), path, told.get("r"))
-    alpha = _alpha(name, 1, told)
-    if alpha is None or not isinstance(rank, (int, float)) or rank <= 0:
-        return 1.0
-    return alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
+def _alpha(header: Header, own: Sequence[_Tensor], config: _Configuration) -> float | None:
+    """The alpha of a site with a rank, where the configuration tells it."""
+    ranked = aliases().ranked
+    ranks = [header.tensors[one.name].shape for one in own if one.suffix in ranked]
+    rank = next((shape[0] for shape in ranks if shape), None)
+    return None if rank is None else config.alpha(own[0].start, own[0].path, rank)
 
 
-def _told(metadata: Mapping[str, str]) -> dict[str, Any]:
+def _in_metadata(told: Mapping[str, str]) -> dict[str, Any]:
     """The configurations that diffusers keeps in the metadata, by ``<component>.<name>``."""
     try:
-        found = json.loads(metadata.get(_METADATA, "{}"))
+        found = json.loads(told.get(_METADATA, "{}"))
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -185,19 +262,6 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _alpha(name: str, rank: int, told: Mapping[str, Any]) -> float | None:
-    """The alpha that a configuration tells for a tensor's site, as the kohya layout means it; None where it tells none."""
-    start, path = _split(_parts(name)[0])
-    # diffusers puts the component before each name, unless there is but one.
-    own = {key.removeprefix(start): value for key, value in told.items() if key.startswith(start)} if start != _PEFT else {}
-    settings = own or told
-    alpha = _by_pattern(settings.get("alpha_pattern"), path, settings.get("lora_alpha", settings.get("alpha")))
-    if not isinstance(alpha, (int, float)):
-        return None
-    # peft divides by the root of the rank there; the kohya layout always by the rank.
-    return float(alpha) * math.sqrt(rank) if settings.get("use_rslora") else float(alpha)
-
-
 def _by_pattern(patterns: Any, path: str, otherwise: Any) -> Any:
     """The value of the first pattern that means a module, as peft reads them: whole, or after a dot."""
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
@@ -207,3 +271,53 @@ def _by_pattern(patterns: Any, path: str, otherwise: Any) -> Any:
         except re.error as error:
             raise UserError(f"the pattern {pattern!r} of the configuration is no regular expression: {error}") from None
     return otherwise
+
+
+def _form(layout: str, component: str, built: "Mapping[str, Adapter]") -> PeftForm:
+    """The adapters of a component as peft keeps them. Raises UserError for what it cannot keep."""
+    from ...core.adapter import Chain
+
+    advice = f"the layout {layout!r} cannot say it; take the layout 'kohya'"
+    several = next((path for path, adapter in built.items() if isinstance(adapter, Chain)), None)
+    if several is not None:
+        raise UserError(f"{component}.{several} carries several methods in one adapter, and {advice}")
+    states = {path: adapter.state().keys() for path, adapter in built.items()}
+    kinds = {one for keys in states.values() for one in methods.known().values() if one.recognizes(keys)}
+    if len(kinds) != 1:
+        named = ", ".join(sorted(kind.name for kind in kinds)) or "a method that is not known"
+        raise UserError(f"{component} carries {named}, peft has one method in a file, and {advice}")
+    kind = kinds.pop()
+    form = kind.in_peft(built)
+    if form is None:
+        raise UserError(f"{component} carries {kind.name}, peft does not have it so, and {advice}")
+    return form
+
+
+def _config(component: str, form: PeftForm) -> dict[str, Any]:
+    """The configuration of peft: what most sites have, and patterns for the others."""
+    start = r"^(text_model\.)?" if families.role_of(component) == "text encoder" else "^"
+    bare = {path: path.removeprefix(TEXT_MODEL) for path in form.sites}
+    ranks = {path: site.rank for path, site in form.sites.items()}
+    alphas = {path: _plain(site.alpha) for path, site in form.sites.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    patterns = [
+        {start + re.escape(bare[path]): value for path, value in values.items() if value != most}
+        for values, most in ((ranks, rank), (alphas, alpha))
+    ]
+    return {
+        "r": rank,
+        form.alpha: alpha,
+        "rank_pattern": patterns[0],
+        "alpha_pattern": patterns[1],
+        "target_modules": sorted(bare.values()),
+        **form.options,
+    }
+
+
+def _plain(value: float) -> float | int:
+    """A whole number as one, which configurations of peft usually have."""
+    return int(value) if value.is_integer() else value
+
+
+register(Diffusers())
+register(Peft())

@@ -1,112 +1,225 @@
-"""Embeddings of new words in the layouts of other programs.
+"""Embeddings of new words, as A1111, ComfyUI, kohya, OneTrainer and diffusers' scripts know them.
 
 Alone, one word is ``emb_params`` (Stable Diffusion 1 and 2) or ``clip_l`` and ``clip_g`` (XL), as kohya's sd-scripts write
 it and A1111 and ComfyUI read it; the latter two call it by the file's name. Beside other methods, and with several words,
 it is ``bundle_emb.<word>.clip_l``, as OneTrainer writes and A1111 reads it. diffusers' own loader takes no file in which
-anything stands beside LoRA keys, whatever its name; no layout would change that. Here both are renamed to and from the
-keys under which the ``tokens`` method knows its tensors; what it began as is in the metadata.
+anything stands beside LoRA keys, whatever its name; no layout would change that. What the words began as is in the metadata.
+
+The method that such a file is of declares that itself: see ``Method.embedding``.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor, nn
-
+from ... import methods
 from ...bases import family as families
-from ...bases.base import Base, text_encoders
-from ...bases.words import plain_ids
-from ...core import targets
 from ...core.errors import UserError
-from .names import BUNDLE, OWN, WORD, embeddings
+from ...core.method import Method
+from .. import metadata
+from ..container import Header
+from ..layout import Content, Layout, Place, Reading, Written, register
+from ..names import embeddings
 
-KEY = "peft_diffusion.words"  # the metadata entry with the words as the method stores them, by component
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-_VECTORS, _WORDS = "tokens_vectors", "tokens_words"
+    from ...bases.base import Base
+    from ...core.adapter import Adapter
 
+KEY = "peft_diffusion.words"
+"""The metadata entry with the tokens that words began as, by component and word."""
 
-def published(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file with those of new words under the names of other programs, and metadata to add."""
-    fields = {component: one.embeddings[0] for component, one in families.components().items() if one.embeddings}
-    own = {name: component for component in fields for name in tensors if _is_vectors(name, component)}
-    words: dict[str, dict[str, list[int]]] = {}
-    kept = dict(tensors)
-    found: list[tuple[str, str, Tensor]] = []
-    for name, component in own.items():
-        key = name.removesuffix(_VECTORS) + _WORDS
-        words[component] = json.loads(bytes(kept.pop(key).tolist()).decode())
-        sizes = [len(ids) for ids in words[component].values()]
-        pieces = torch.split(kept.pop(name).detach(), sizes)
-        found += [(word, component, piece) for word, piece in zip(words[component], pieces, strict=True)]
-    if not found or any("." in word for word, _, _ in found):
-        return dict(tensors), {}  # a dot would end the word for those who read it
-    if kept or len({word for word, _, _ in found}) > 1:
-        kept |= {f"{BUNDLE}{word}.{fields[component]}": vectors for word, component, vectors in found}
-    elif [component for _, component, _ in found] == list(fields)[:1]:
-        kept["emb_params"] = found[0][2]
-    else:
-        kept |= {fields[component]: vectors for _, component, vectors in found}
-    return kept, {KEY: json.dumps(words, ensure_ascii=False)}
+_BUNDLE = "bundle_emb."
+_WORD = re.compile(r"<\S+>")  # the one tensor of an embedding as diffusers' scripts write it, for the first text encoder
+_ALONE = "emb_params"  # what a single word for the first text encoder is called
+_DEFAULT = "*"  # which A1111 begins with
+_SITE = "embeddings.token_embedding"  # the token embedding, as CLIP calls it; `Embedding.sites` finds that of others
 
 
-def adopted(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: Base, parts: Mapping[str, nn.Module], stem: str
-) -> dict[str, Tensor]:
-    """The tensors of a file with those of new words under the names of the ``tokens`` method; others as they are.
+@dataclass(frozen=True)
+class Learned:
+    """A learned word and its vectors.
 
-    A word that the file does not name has the file's name, ``stem``. Raises UserError for metadata that is damaged.
+    Attributes:
+        component: The component that reads it.
+        word: The word.
+        ids: The tokens that its vectors began as.
+        vectors: (tokens, width).
     """
-    began = _began(metadata)
-    kept = dict(tensors)
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, component, word in list(_embeddings(tensors, parts, stem)):
-        # A word in our own file alone is named by its metadata, not by the file's name.
-        known = list(began.get(component, ()))
-        if not name.startswith(BUNDLE) and len(known) == 1:
-            word = known[0]
-        found.setdefault(component, {})[word] = kept.pop(name).reshape(-1, tensors[name].shape[-1])
-    for component, vectors in found.items():
-        told = began.get(component, {})
-        order = sorted(vectors, key=lambda word: list(told).index(word) if word in told else len(told))
+
+    component: str
+    word: str
+    ids: Sequence[int]
+    vectors: "Tensor"
+
+
+class Embedding(Layout):
+    """Words alone, or beside other methods in a bundle."""
+
+    name: ClassVar[str] = "embedding"
+
+    def claims(self, name: str) -> int | None:
+        """The names of embeddings, those of a bundle, and words in angle brackets."""
+        if name in embeddings() or _WORD.fullmatch(name):
+            return len(name)
+        return len(_BUNDLE) if name.startswith(_BUNDLE) else None
+
+    def read(self, header: Header, names: Sequence[str]) -> Reading:
+        """By the names, the metadata, and, for a word that none of these names, the file's name."""
+        began, suffix = _began(header), _vectors_suffix()
+        places: dict[str, Place] = {}
+        leftovers: dict[str, str] = {}
+        for name in names:
+            word, component = _meaning(header, name, began)
+            if not component or not word:
+                leftovers[name] = "name no word and text encoder that are known here"
+            elif len(header.tensors[name].shape) not in (1, 2):
+                leftovers[name] = "have not the shape of an embedding"
+            elif _WORD.fullmatch(name) and len(header.tensors) > 1:
+                leftovers[name] = "are words of a file that holds more than one word"
+            else:
+                places[name] = Place(component, _SITE, suffix, piece=word)
+        return Reading(places, leftovers)
+
+    def write(self, content: Content) -> Written:
+        """Words and nothing else."""
+        rest, words = parted(content)
+        if rest:
+            component, path, part = rest[0]
+            raise UserError(
+                f"the layout {self.name!r} holds new words alone, without a dot in them, for text encoders that have such"
+                f" files; {type(part).__name__} at {component}.{path} is none: take the layout 'kohya'"
+            )
+        found = written(words, alone=True)
+        return Written(found.tensors, metadata.of_any(content.spec) | dict(found.metadata))
+
+    def sites(self, component: str, module: "nn.Module") -> Mapping[str, str]:
+        """The token embedding of a text encoder."""
+        from ...core import targets
+
+        method = _method()
+        if method is None or families.role_of(component) != "text encoder":
+            return {}
+        try:
+            return {_SITE: targets.resolve(module, method.target)[0]}
+        except UserError:  # an architecture whose token embedding is not known
+            return {}
+
+    def joined(self, pieces: "Mapping[str, Tensor]", header: Header, base: "Base", component: str) -> "dict[str, Tensor]":
+        """The words in the order that the metadata tell, and what they began as."""
+        import torch
+
+        method = _method()
+        if method is None or method.embedding is None:
+            raise UserError(f"{header.path} holds words, and no method that learns words is known")
+        told = _began(header).get(component, {})
+        order = sorted(pieces, key=lambda word: list(told).index(word) if word in told else len(told))
+        vectors = {word: pieces[word].reshape(-1, pieces[word].shape[-1]) for word in order}
         words = {word: told.get(word) or _default(base, component, len(vectors[word])) for word in order}
-        path = targets.resolve(parts[component], "tokens")[0]
-        kept[f"{OWN}{component}.{path}.{_VECTORS}"] = torch.cat([vectors[word] for word in order])
         text = json.dumps(words, ensure_ascii=False).encode()
-        kept[f"{OWN}{component}.{path}.{_WORDS}"] = torch.tensor(list(text), dtype=torch.uint8)
-    return kept
+        tensors = torch.cat(list(vectors.values())), torch.tensor(list(text), dtype=torch.uint8)
+        return dict(zip(method.embedding, tensors, strict=True))
 
 
-def _is_vectors(name: str, component: str) -> bool:
-    return name.startswith(f"{OWN}{component}.") and name.endswith(f".{_VECTORS}")
+def parted(content: Content) -> "tuple[list[tuple[str, str, Adapter]], list[Learned]]":
+    """Part the new words of an adapter, as far as other programs know such, from all else.
+
+    Args:
+        content: What a file is to hold.
+
+    Returns:
+        Component, path and part of all else; and the words, in the order of the text encoders.
+    """
+    import torch
+
+    from ...core.adapter import parts_of
+
+    method = _method()
+    readers = {name: one for name, one in families.components().items() if one.embeddings}
+    rest: list[tuple[str, str, Adapter]] = []
+    words: dict[str, list[Learned]] = {}
+    for component, built in content.adapters.items():
+        for path, adapter in built.items():
+            for part in parts_of(adapter):
+                learned = part.learned_words()
+                publishable = component in readers and learned and not any("." in word for word in learned)
+                state = part.state() if publishable else {}
+                if method is None or method.embedding is None or method.embedding[0] not in state:
+                    rest.append((component, path, part))
+                    continue
+                pieces = torch.split(state[method.embedding[0]].detach(), [len(ids) for ids in learned.values()])
+                named = zip(learned.items(), pieces, strict=True)
+                words.setdefault(component, []).extend(Learned(component, word, ids, one) for (word, ids), one in named)
+    return rest, [one for component in readers for one in words.get(component, [])]
 
 
-def _embeddings(tensors: Mapping[str, Tensor], parts: Mapping[str, nn.Module], stem: str) -> Iterator[tuple[str, str, str]]:
-    """Name, component and word of every embedding that a file holds."""
-    alone = re.sub(r"\s+", "_", stem)
-    for name, tensor in tensors.items():
-        if tensor.ndim not in (1, 2):
-            continue
-        word, which = alone, name
-        if name.startswith(BUNDLE):
-            word, _, which = name.removeprefix(BUNDLE).rpartition(".")
-        elif len(tensors) == 1 and WORD.fullmatch(name):
-            word, which = name, "emb_params"
-        component = embeddings().get(which)
-        if component is not None and component in parts and word:
-            yield name, component, word
+def written(words: Sequence[Learned], *, alone: bool) -> Written:
+    """Name the vectors of words as other programs do.
+
+    Args:
+        words: As ``parted`` gives them.
+        alone: Whether nothing else is in the file.
+
+    Returns:
+        The tensors, and the metadata that tell what the words began as.
+    """
+    if not words:
+        return Written({}, {})
+    fields = {component: one.embeddings[0] for component, one in families.components().items() if one.embeddings}
+    if not alone or len({one.word for one in words}) > 1:
+        tensors = {f"{_BUNDLE}{one.word}.{fields[one.component]}": one.vectors for one in words}
+    elif [one.component for one in words] == list(fields)[:1]:
+        tensors = {_ALONE: words[0].vectors}
+    else:
+        tensors = {fields[one.component]: one.vectors for one in words}
+    began: dict[str, dict[str, list[int]]] = {}
+    for one in words:
+        began.setdefault(one.component, {})[one.word] = list(one.ids)
+    return Written(tensors, {KEY: json.dumps(began, ensure_ascii=False)})
 
 
-def _began(metadata: Mapping[str, str]) -> dict[str, dict[str, list[int]]]:
+def _method() -> type[Method] | None:
+    """The method whose files other programs know as embeddings."""
+    return next((one for one in methods.known().values() if one.embedding is not None), None)
+
+
+def _vectors_suffix() -> str:
+    method = _method()
+    return method.embedding[0] if method is not None and method.embedding is not None else "vectors"
+
+
+def _meaning(header: Header, name: str, began: Mapping[str, Mapping[str, Sequence[int]]]) -> tuple[str, str]:
+    """The word and the component of an embedding; "" for what its name does not tell."""
+    if name.startswith(_BUNDLE):
+        word, _, field = name.removeprefix(_BUNDLE).rpartition(".")
+        return word, embeddings().get(field, "")
+    if _WORD.fullmatch(name):
+        return name, embeddings()[_ALONE]
+    component = embeddings()[name]
+    # A word in our own file alone is named by its metadata, not by the file's name.
+    known = list(began.get(component, ()))
+    return known[0] if len(known) == 1 else re.sub(r"\s+", "_", header.path.stem), component
+
+
+def _began(header: Header) -> dict[str, dict[str, list[int]]]:
     """By component and word, the tokens that it began as."""
     try:
-        found = json.loads(metadata.get(KEY, "{}"))
+        found = json.loads(header.metadata.get(KEY, "{}"))
         return {part: {word: list(map(int, ids)) for word, ids in words.items()} for part, words in found.items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"its {KEY!r} metadata is damaged") from None
+        raise UserError(f"{header.path}: its {KEY!r} metadata is damaged") from None
 
 
-def _default(base: Base, component: str, vectors: int) -> list[int]:
-    """The token that stands in for a word whose beginning no file tells: the asterisk, which A1111 begins with."""
+def _default(base: "Base", component: str, vectors: int) -> list[int]:
+    """The token that stands in for a word whose beginning no file tells."""
+    from ...bases.base import text_encoders
+    from ...bases.words import plain_ids
+
     tokenizer = getattr(base, text_encoders(base)[component])
-    return plain_ids(tokenizer, "*")[:1] * vectors
+    return plain_ids(tokenizer, _DEFAULT)[:1] * vectors
+
+
+register(Embedding())

@@ -1,179 +1,117 @@
-"""The kohya / LyCORIS layout, which ComfyUI, A1111, diffusers and the trainers read.
+"""The kohya / LyCORIS layout, which ComfyUI, A1111, diffusers and the trainers read. It is the default of this package.
 
 Each site is ``<prefix><path with _ for .>``, its tensors ``<site>.<suffix>``. See ``networks/lora.py`` of kohya's
-sd-scripts and ``lycoris/modules`` of LyCORIS.
+sd-scripts and ``lycoris/modules`` of LyCORIS. What it cannot say stands beside it under keys of our own, with the path as it
+is: ``peft_diffusion.<component>.<path>.<suffix>``; new words as the layout ``embedding`` has them.
 """
 
-import json
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor, nn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from ... import methods
 from ...bases import family as families
-from ...bases.family import Family, Version
-from ...core import targets
-from ...core.adapter import Adapter, parts_of
-from ...core.errors import UserError
-from ..spec import KEY, Spec
-from . import kohya_network
-from .names import LYCORIS, OWN, written_prefix
-from .names import prefixes as prefixes_of
-from .original import original_names
+from .. import metadata
+from ..aliases import aliases
+from ..container import Header
+from ..layout import Content, Layout, Place, Reading, Written, register
+from ..names import LYCORIS, OWN, claimants, prefixes, with_text_model, written_prefix
+from . import embedding
 
-# transformers 5 dropped "text_model." from the paths of CLIPTextModel; files keep it.
-_TEXT_MODEL = "text_model."
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# Names of training options (see Spec.training) and the ss_ keys that hold them.
-_SS_KEYS: dict[str, str] = {
-    "ss_output_name": "output_name",
-    "ss_learning_rate": "unet_lr",
-    "ss_unet_lr": "unet_lr",
-    "ss_text_encoder_lr": "text_encoder_lr",
-    "ss_num_train_images": "images",
-    "ss_steps": "steps_done",
-    "ss_max_train_steps": "steps",
-    "ss_num_epochs": "epochs_done",
-    "ss_batch_size_per_device": "batch_size",
-    "ss_total_batch_size": "total_batch_size",
-    "ss_gradient_accumulation_steps": "accumulation",
-    "ss_lr_scheduler": "scheduler",
-    "ss_lr_warmup_steps": "warmup",
-    "ss_network_dropout": "dropout",
-    "ss_mixed_precision": "precision",
-    "ss_resolution": "resolution",
-    "ss_seed": "seed",
-    "ss_noise_offset": "noise_offset",
-    "ss_min_snr_gamma": "min_snr_gamma",
-    "ss_multires_noise_discount": "multires_noise",
-    "ss_zero_terminal_snr": "zero_terminal_snr",
-    "ss_debiased_estimation": "debiased",
-    "ss_loss_type": "loss",
-    "ss_huber_c": "huber_c",
-    "ss_huber_schedule": "huber_schedule",
-    "ss_prior_loss_weight": "prior_weight",
-    "ss_num_reg_images": "class_pictures",
-    "ss_max_grad_norm": "clip",
-    "ss_caption_dropout_rate": "caption_dropout",
-    "ss_training_started_at": "started_at",
-    "ss_training_finished_at": "finished_at",
-    "ss_tag_frequency": "tag_frequency",
-    "ss_dataset_dirs": "dataset_dirs",
-    "ss_bucket_info": "bucket_info",
-}
+Spelling = Callable[[str, str], str]
+"""Spells the path of a module of a component as a file does, with its dots."""
 
 
-def site_keys(components: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
-    """Every name that a file may use for a module, with the component and path that it means.
+class Kohya(Layout):
+    """Flat names, as kohya's trainer and LyCORIS write them."""
 
-    Raises UserError should two modules share a name, which no Stable Diffusion does.
+    name: ClassVar[str] = "kohya"
+
+    def claims(self, name: str) -> int | None:
+        """Names that begin with a component's prefix, with LyCORIS' own, or with ours."""
+        return max((len(start) for start in (OWN, LYCORIS, *prefixes()) if name.startswith(start)), default=None)
+
+    def read(self, header: Header, names: Sequence[str]) -> Reading:
+        """By the names alone."""
+        return read(names)
+
+    def write(self, content: Content) -> Written:
+        """All that there is to say."""
+        return write(content, with_text_model)
+
+
+def read(names: Sequence[str]) -> Reading:
+    """Find the places of flat names.
+
+    Args:
+        names: Of tensors.
+
+    Returns:
+        Their places.
     """
-    keys: dict[str, tuple[str, str]] = {}
-    for component, module in components.items():
-        prefixes = dict.fromkeys((*prefixes_of(component), *_of_lycoris(component, components)))
-        originals = original_names(module)
-        for path in targets.modules(module):
-            for name in (*_aliases(component, path), *([originals[path]] if path in originals else [])):
-                for prefix in prefixes if path else prefixes_of(component):
-                    key = prefix + name.replace(".", "_")
-                    if keys.setdefault(key, (component, path)) != (component, path):
-                        raise UserError(f"{component}.{path} and {'.'.join(keys[key])} would share the name {key}")
-    return keys
+    places: dict[str, Place] = {}
+    leftovers: dict[str, str] = {}
+    for name in names:
+        place = _own_place(name) if name.startswith(OWN) else _place(name)
+        if place is None:
+            leftovers[name] = "name no component and site that are known here"
+        else:
+            places[name] = place
+    return Reading(places, leftovers)
 
 
-def _of_lycoris(component: str, components: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """LyCORIS' own prefix; of two text encoders it would not say which one is meant, so it is taken for neither."""
-    readers = [name for name in components if families.role_of(name) == "text encoder"]
-    claims = families.components()[component].lycoris if component in families.components() else ()
-    return () if not claims or (component in readers and len(readers) > 1) else (LYCORIS,)
+def write(content: Content, spelling: Spelling) -> Written:
+    """Make a file of flat names.
 
+    Args:
+        content: What it is to hold.
+        spelling: How it spells paths.
 
-def write(adapters: Mapping[str, Mapping[str, Adapter]], spec: Spec) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file, from the adapters per component and path."""
+    Returns:
+        The tensors and metadata.
+    """
+    family = str(content.spec.base.get("family", ""))
     tensors: dict[str, Tensor] = {}
-    for component, built in adapters.items():
-        prefix = written_prefix(component, str(spec.base.get("family", "")))
-        for path, adapter in built.items():
-            site = prefix + _aliases(component, path)[-1].replace(".", "_")
-            for part in parts_of(adapter):
-                key = f"{OWN}{component}.{path}" if part.own_layout else site
-                tensors.update({f"{key}.{suffix}": tensor for suffix, tensor in part.state().items()})
-    return tensors, metadata(spec, any(map(_has_kernel, tensors.items())))
+    rest, words = embedding.parted(content)
+    for component, path, part in rest:
+        if part.own_layout:
+            site = f"{OWN}{component}.{path}"
+        else:
+            site = written_prefix(component, family) + spelling(component, path).replace(".", "_")
+        tensors.update({f"{site}.{suffix}": tensor for suffix, tensor in part.state().items()})
+    kernels = any(map(_has_kernel, tensors.items()))
+    learned = embedding.written(words, alone=not tensors)
+    return Written(tensors | dict(learned.tensors), metadata.of_kohya(content.spec, kernels) | dict(learned.metadata))
 
 
-def _has_kernel(named: tuple[str, Tensor]) -> bool:
+def _place(name: str) -> Place | None:
+    site, _, end = name.partition(".")
+    suffix, change = aliases().meaning(end)
+    if site.startswith(LYCORIS):
+        path = site.removeprefix(LYCORIS)
+        found = claimants(path) if path else ()
+        return Place(found[0], path, suffix, others=found[1:], told=False, change=change) if found else None
+    start, component = max(((start, one) for start, one in prefixes().items() if site.startswith(start)), key=_length)
+    return Place(component, site.removeprefix(start), suffix, change=change)
+
+
+def _own_place(name: str) -> Place | None:
+    where, _, suffix = name.removeprefix(OWN).rpartition(".")
+    component, _, path = where.partition(".")
+    return Place(component, path, suffix) if component in families.components() else None
+
+
+def _length(claim: tuple[str, str]) -> int:
+    return len(claim[0])
+
+
+def _has_kernel(named: "tuple[str, Tensor]") -> bool:
     """Whether this is the tensor of a rank, on a convolution with a kernel."""
     (_, _, suffix), tensor = named[0].partition("."), named[1]
     ranked = any(suffix in method.ranked for method in methods.known().values())
     return ranked and tensor.ndim > 2 and tensor[0, 0].numel() > 1
 
 
-def metadata(spec: Spec, kernels: bool) -> dict[str, str]:
-    """The spec, and what other programs look for: ``modelspec.*`` and ``ss_*``; ``kernels`` as for ``network``."""
-    found: dict[str, Any] = {key: spec.training.get(name) for key, name in _SS_KEYS.items()}
-    family = families.find(str(spec.base.get("family", "")))
-    version = family.version(str(spec.base.get("prediction_type", "")))
-    found |= {
-        "ss_sd_model_name": spec.base.get("name"),
-        "ss_base_model_version": version.base_model if version else "other",
-        "ss_v2": family.name == "sd2",
-    }
-    chosen = kohya_network.network(spec.methods, kernels)
-    found |= kohya_network.to_metadata(chosen) if chosen else {}
-    modelspec = _modelspec(spec, family, version) if family.denoiser else _language_modelspec(spec)
-    found |= {f"modelspec.{key}": value for key, value in modelspec.items()}
-    return {KEY: spec.to_json()} | {key: _text(value) for key, value in found.items() if value not in (None, "")}
-
-
-def _language_modelspec(spec: Spec) -> dict[str, Any]:
-    return {
-        "sai_model_spec": "1.0.1",
-        "architecture": f"{spec.base.get('architecture', 'causal-lm')}/lora",
-        "implementation": "https://github.com/huggingface/transformers",
-        "title": spec.title,
-        "description": spec.description,
-        "date": spec.training.get("finished_at"),
-    }
-
-
-def _modelspec(spec: Spec, family: Family, version: Version | None) -> dict[str, Any]:
-    return {
-        "sai_model_spec": "1.0.1",
-        "architecture": f"{version.architecture if version else 'stable-diffusion'}/lora",
-        "implementation": family.implementation,
-        "title": spec.title,
-        "description": spec.description,
-        "date": spec.training.get("finished_at"),
-        "resolution": f"{spec.base['resolution']}x{spec.base['resolution']}" if "resolution" in spec.base else None,
-        "prediction_type": "v" if _predicts_v(spec) else "epsilon",
-        "trigger_phrase": ", ".join(spec.triggers),
-    }
-
-
-def _predicts_v(spec: Spec) -> bool:
-    return spec.base.get("prediction_type") == "v_prediction"
-
-
-def place(name: str, keys: Mapping[str, tuple[str, str]]) -> tuple[str, str, str] | None:
-    """Component, path and suffix that a tensor's name means, by the names of ``site_keys``; None where it has no site."""
-    if name.startswith(OWN):
-        path, _, suffix = name.removeprefix(OWN).rpartition(".")
-        component, _, path = path.partition(".")
-        return (component, path, suffix) if (component, path) in keys.values() else None
-    site, _, suffix = name.partition(".")
-    return (*keys[site], suffix) if site in keys else None
-
-
-def _aliases(component: str, path: str) -> tuple[str, ...]:
-    """The paths that mean one module; the last is the one that is written."""
-    if families.role_of(component) != "text encoder" or not path:
-        return (path,)
-    bare = path.removeprefix(_TEXT_MODEL)
-    return (bare, _TEXT_MODEL + bare) if bare.startswith(("encoder.", "embeddings.", "final_layer_norm")) else (path,)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (str, bool)):
-        return str(value)  # sd-scripts writes True, and A1111 looks for that
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+register(Kohya())

@@ -1,13 +1,25 @@
-"""Names of a UNet's modules in the original Stable Diffusion, which kohya's SDXL files and ComfyUI use."""
+"""Names of the original Stable Diffusion, which kohya's SDXL files and ComfyUI use for the UNet.
+
+They stand in flat names, ``lora_unet_input_blocks_4_1_proj_in.lora_down.weight``, which is what is written, and in dotted
+ones, ``diffusion_model.input_blocks.4.1.proj_in.lora_down.weight``. All else in such a file is as in kohya's layout.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from ...bases import family as families
+from ...core.errors import UserError
+from ..container import Header
+from ..layout import Content, Layout, Reading, Written, register
+from ..names import LYCORIS, Rows, known_rows, rows, with_text_model
+from . import dotted, kohya
 
-from ...core import targets
+if TYPE_CHECKING:
+    from torch import nn
 
+_BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 _OUTER = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -27,8 +39,79 @@ _OF_RESNET = {
 }
 
 
-def original_names(component: nn.Module) -> dict[str, str]:
-    """The original's path of each module that it has, by ours; of a UNet, and of nothing else."""
+class Original(Layout):
+    """The UNet's modules under the names that they had before diffusers."""
+
+    name: ClassVar[str] = "original"
+
+    def claims(self, name: str) -> int | None:
+        """Names whose path begins as only the original's do."""
+        return max((len(start) for start in _beginnings(known_rows()) if name.startswith(start)), default=None)
+
+    def read(self, header: Header, names: Sequence[str]) -> Reading:
+        """As the flat and the dotted names that they are."""
+        flat = [name for name in names if name.startswith(tuple(_flat_starts()))]
+        parts = (kohya.read(flat), dotted.read(header, [name for name in names if name not in flat]))
+        return Reading(
+            {name: place for part in parts for name, place in part.places.items()},
+            {name: why for part in parts for name, why in part.leftovers.items()},
+            {place: value for part in parts for place, value in part.constants.items()},
+            tuple(warning for part in parts for warning in part.warnings),
+        )
+
+    def write(self, content: Content) -> Written:
+        """Flat names, as kohya's trainer writes them for SDXL."""
+        names = {component: original_names(module) for component, module in content.components.items()}
+
+        def spelled(component: str, path: str) -> str:
+            if not names.get(component):
+                return with_text_model(component, path)
+            if path not in names[component]:
+                raise UserError(
+                    f"the original Stable Diffusion has no module such as {component}.{path}; take the layout"
+                    f" {kohya.Kohya.name!r}"
+                )
+            return names[component][path]
+
+        if not any(names.values()):
+            raise UserError(f"{', '.join(names)} had no other names in the original; take the layout {kohya.Kohya.name!r}")
+        return kohya.write(content, spelled)
+
+    def sites(self, component: str, module: "nn.Module") -> Mapping[str, str]:
+        """The original's paths."""
+        return {name: path for path, name in original_names(module).items()}
+
+
+def _flat_starts() -> list[str]:
+    """What flat names of the UNet begin with."""
+    return [*(one.kohya for one in _unets()), LYCORIS]
+
+
+@cache
+def _beginnings(known: Rows) -> list[str]:
+    """What names begin with that only the original has."""
+    first = dict.fromkeys([*_BLOCKS, *(name.partition(".")[0] for name in _OUTER.values())])
+    flat = [f"{start}{name}_" for start in _flat_starts() for name in first]
+    return flat + [f"{start}{name}." for one in _unets() for start in one.dotted for name in first]
+
+
+def _unets() -> list[families.Component]:
+    """The rows of UNets."""
+    unets = [family.denoiser for family in families.every() if family.kind == families.UNET_KIND]
+    return [row for row in rows() if row in unets]
+
+
+def original_names(component: "nn.Module") -> dict[str, str]:
+    """Name the modules of a UNet as the original does.
+
+    Args:
+        component: The component.
+
+    Returns:
+        The original's path of each module that it has, by ours; nothing for what is no UNet.
+    """
+    from ...core import targets
+
     config: Any = getattr(component, "config", None)
     if targets.architecture(component) != "UNet2DConditionModel" or not isinstance(config.layers_per_block, int):
         return {}
@@ -65,3 +148,6 @@ def _join(place: str, rest: str | None, names: Mapping[str, str] | None) -> str 
         return place
     inner = rest if names is None else names.get(rest)
     return None if inner is None else f"{place}.{inner}"
+
+
+register(Original())

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...core.method import LYCORIS, Method, Network, Rates, Scalars, Shapes, Values
+from ...core.errors import UserError
+from ...core.method import LYCORIS, Method, Network, PeftForm, PeftSite, Rates, Scalars, Shapes, Values
 from ..shared.hyper_parameters import (
     ALPHA,
     MAGNITUDE,
@@ -24,7 +25,7 @@ from ..shared.hyper_parameters import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...core.adapter import Site
+    from ...core.adapter import Adapter, Site
     from ..shared.decomposed import Decomposed
     from .adapter import LohaAdapter
 
@@ -91,3 +92,15 @@ class Loha(Method, name="loha", suffixes=frozenset({*FACTORS, *CORES, ALPHA, MAG
         """LyCORIS' own."""
         flags = network_flags(values, {"weight_decompose": "dora_wd", "rank_stabilized": "rs_lora"})
         return Network(LYCORIS, *rank_and_alpha(values), {"algo": "loha", **flags})
+
+    @classmethod
+    def in_peft(cls, adapters: Mapping[str, "Adapter"]) -> PeftForm:
+        """The same names and shapes, without magnitudes and without the Tucker form."""
+        sites = {}
+        for path, adapter in adapters.items():
+            state = adapter.state()
+            more = next((name for name in (MAGNITUDE, *CORES) if name in state), None)
+            if more is not None:
+                raise UserError(f"{path} has {more}, and files of peft hold none for this method; take the layout 'kohya'")
+            sites[path] = PeftSite({name: state[name] for name in FACTORS}, len(state[FACTORS[1]]), float(state[ALPHA]))
+        return PeftForm("LOHA", "alpha", sites)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...core.errors import UserError
-from ...core.method import LYCORIS, Method, Network, Rates, Scalars, Shapes, Values
+from ...core.method import LYCORIS, Method, Network, PeftForm, Rates, Scalars, Shapes, Values
 from ..shared.hyper_parameters import (
     ALPHA,
     MAGNITUDE,
@@ -24,7 +24,7 @@ from ..shared.hyper_parameters import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...core.adapter import Site
+    from ...core.adapter import Adapter, Site
     from ..shared.decomposed import Decomposed
     from .adapter import LokrAdapter
 
@@ -119,3 +119,10 @@ class Lokr(Method, name="lokr", suffixes=frozenset({*NAMES, ALPHA, MAGNITUDE})):
     def scaled_tensor(cls, suffixes: Set[str]) -> str | None:
         """``w1``, where both are one matrix: peft scales those too."""
         return W1 if W1 in suffixes and W2 in suffixes else None
+
+    @classmethod
+    def in_peft(cls, adapters: Mapping[str, "Adapter"]) -> PeftForm:
+        """The same names and shapes, where one configuration of peft gives them at all sites."""
+        from .peft_form import in_peft
+
+        return in_peft(adapters)

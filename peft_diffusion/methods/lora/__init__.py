@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...core.errors import UserError
-from ...core.method import KOHYA, LYCORIS, Method, Network, Scalars, Shapes, Values
+from ...core.method import KOHYA, LYCORIS, Method, Network, PeftForm, PeftSite, Scalars, Shapes, Values
 from ..shared.hyper_parameters import (
     ALPHA,
     MAGNITUDE,
@@ -24,7 +24,7 @@ from ..shared.hyper_parameters import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...core.adapter import Site
+    from ...core.adapter import Adapter, Site
     from .adapter import LoraAdapter
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
@@ -124,9 +124,20 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA})):
             return Network(KOHYA, rank, alpha, faster)
         return Network(LYCORIS, rank, alpha, {"algo": "lora", "rs_lora": "True", **faster})
 
+    @classmethod
+    def in_peft(cls, adapters: Mapping[str, "Adapter"]) -> PeftForm:
+        """Its own first method."""
+        return PeftForm("LORA", "lora_alpha", {path: pair_in_peft(one.state()) for path, one in adapters.items()})
+
     def dropped(self) -> float:
         """The dropout."""
         return self.dropout
+
+
+def pair_in_peft(state: Mapping[str, "Tensor"]) -> PeftSite:
+    """A pair as peft keeps it, from the tensors of an adapter by suffix."""
+    pair = {"lora_A.weight": state[DOWN], "lora_B.weight": state[UP]}
+    return PeftSite(pair, len(state[DOWN]), float(state[ALPHA]))
 
 
 def told_pair(shapes: Shapes, scalars: Scalars) -> Values | None:

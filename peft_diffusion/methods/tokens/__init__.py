@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # The vectors, (tokens, width); and, as JSON in bytes, the tokens of the base that they began as, per placeholder.
 VECTORS, WORDS = "tokens_vectors", "tokens_words"
-PUBLISHED = "vectors"  # what ``inspect`` calls the vectors of a file that other programs know as an embedding
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Tokens(Method, name="tokens", suffixes=frozenset({VECTORS, WORDS})):
 
     target: ClassVar[str] = "tokens"
     constants: ClassVar[frozenset[str]] = frozenset({WORDS})
+    embedding: ClassVar[tuple[str, str]] = (VECTORS, WORDS)
     # Embeddings are large numbers. 5e-3 is what A1111's textual inversion starts with; of six rates from 4e-4 to 4e-2 on the
     # embedded base, whose embeddings are five times as large as CLIP's, words kept the subjects at twice that.
     rates: ClassVar[Rates] = Rates(own=5e-3, own_small=1e-2, text=2e-3)
@@ -100,8 +100,7 @@ class Tokens(Method, name="tokens", suffixes=frozenset({VECTORS, WORDS})):
     @classmethod
     def told(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
         """The number of vectors."""
-        found = next((name for name in (VECTORS, PUBLISHED) if name in shapes), None)
-        return None if found is None else {"vectors": side(shapes, found, 0)}
+        return {"vectors": side(shapes, VECTORS, 0)} if VECTORS in shapes else None
 
     def taught_words(self) -> Sequence[str]:
         """The new words."""

@@ -8,6 +8,9 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ...core import targets
+
+_MARKED = "GradientCheckpointingLayer"  # the class in transformers that layers derive from which can be computed again
 TILED_ABOVE = 1024
 """Pixels a side up to which a VAE takes a picture in one piece: tiles give other values at their seams."""
 SLICED_FROM = 512
@@ -15,13 +18,10 @@ SLICED_FROM = 512
 
 
 def blocks_of(part: nn.Module) -> list[nn.Module]:
-    """The blocks of a component that can be computed again: a UNet's by diffusers, a language model's by transformers."""
-    from diffusers.models.attention import BasicTransformerBlock
-    from diffusers.models.resnet import ResnetBlock2D
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    kinds = BasicTransformerBlock, ResnetBlock2D, GradientCheckpointingLayer
-    return [module for module in part.modules() if isinstance(module, kinds)]
+    """The blocks of a component that can be computed again: those its table names, and those that transformers marks."""
+    names = {*targets.table(part).layers, _MARKED}
+    # By name and with the classes that they derive from: sites and what makes a step quick change a module's class.
+    return [module for module in part.modules() if not names.isdisjoint(cls.__name__ for cls in type(module).__mro__)]
 
 
 @contextmanager

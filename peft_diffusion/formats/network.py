@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ... import methods as known_methods
-from ...core.method import KOHYA, Network
+from .. import methods as known_methods
+from ..core.method import KOHYA, Network
 
 
 def network(methods: Mapping[str, Sequence[Mapping[str, Any]]], kernels: bool) -> Network | None:

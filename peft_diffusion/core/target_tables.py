@@ -1,4 +1,4 @@
-"""What names of targets mean in the architectures of components, and which parts are blocks. Imports no torch."""
+"""What names of targets mean in the architectures of components, by the class of the component. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,20 +7,23 @@ from .errors import UserError
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """An architecture as targets know it.
+class TargetTable:
+    """What the names of targets mean in an architecture, and which of its parts are blocks and layers.
 
     Attributes:
         targets: Regular expressions that the paths of modules match in full, by the name of the target.
         block: A regular expression for the paths of modules in blocks, the parts that take a strength of their own. Its
             first group is the name of the block. By default there are none.
+        layers: Classes of modules that can be computed again in the backward pass, and sharded, one by one. Those of
+            transformers that say so themselves are known without.
     """
 
     targets: Mapping[str, str]
     block: str = r"(?!)"
+    layers: tuple[str, ...] = ()
 
 
-_UNET = Architecture(
+_UNET = TargetTable(
     {
         "attention": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
         "attention+ff": r".*\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))",
@@ -33,8 +36,9 @@ _UNET = Architecture(
         "cross-attentions": r".*\.attn2",
     },
     r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\b.*",
+    ("BasicTransformerBlock", "ResnetBlock2D"),
 )
-_CLIP = Architecture(
+_CLIP = TargetTable(
     {
         "attention": r".*\.self_attn\.(q|k|v|out)_proj",
         "attention+ff": r".*\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])",
@@ -47,7 +51,7 @@ _CLIP = Architecture(
     },
     r"(?:text_model\.)?encoder\.(layers\.\d+)\b.*",
 )
-_LLAMA = Architecture(
+_LLAMA = TargetTable(
     {
         "attention": r".*\.self_attn\.[qkvo]_proj",
         "attention+ff": r".*\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
@@ -59,14 +63,14 @@ _LLAMA = Architecture(
     },
     r"model\.(layers\.\d+)\b.*",
 )
-_GPT2 = Architecture(
+_GPT2 = TargetTable(
     {
         "attention": r".*\.attn\.(c_attn|c_proj)",
         "attention+ff": r".*\.(attn\.(c_attn|c_proj)|mlp\.(c_fc|c_proj))",
     },
     r"transformer\.(h\.\d+)\b.*",
 )
-_GPT_NEOX = Architecture(
+_GPT_NEOX = TargetTable(
     {
         "attention": r".*\.attention\.(query_key_value|dense)",
         "attention+ff": r".*\.(attention\.(query_key_value|dense)|mlp\.(dense_h_to_4h|dense_4h_to_h))",
@@ -75,7 +79,7 @@ _GPT_NEOX = Architecture(
 )
 _LIKE_LLAMA = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "SmolLM3")
 
-ARCHITECTURES: dict[str, Architecture] = {
+TABLES: dict[str, TargetTable] = {
     "UNet2DConditionModel": _UNET,
     "CLIPTextModel": _CLIP,
     "CLIPTextModelWithProjection": _CLIP,
@@ -85,19 +89,19 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """By the name of the component's class."""
 
-UNKNOWN = Architecture({})
+UNKNOWN = TargetTable({})
 """Any other, in which only kinds of modules and regular expressions are targets."""
 
 
-def register(name: str, architecture: Architecture) -> None:
-    """Add an architecture.
+def register(name: str, table: TargetTable) -> None:
+    """Say what targets mean in an architecture.
 
     Args:
         name: The name of the component's class.
-        architecture: What targets mean in it.
+        table: What targets mean in it.
 
     Raises:
         UserError: It is known already, with other targets.
     """
-    if ARCHITECTURES.setdefault(name, architecture) != architecture:
+    if TABLES.setdefault(name, table) != table:
         raise UserError(f"the targets of {name} are known already, and are others; leave them away")

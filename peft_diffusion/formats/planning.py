@@ -1,0 +1,273 @@
+"""What an adapter file holds and what becomes of it: parsed once, from the header alone. Imports no torch.
+
+`inspect` prints a plan, `load` builds adapters from the same plan, and commands pass it along, so that a file is parsed once
+and hashed once however many of them ask.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import methods
+from ..core.errors import UserError
+from ..core.method import Method
+from . import container
+from .container import Header
+from .layout import Layout, Place, Reading, known, reader_of
+from .names import site_name
+from .spec import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NO_LAYOUT = "are of no layout that is known here"
+NO_METHOD = "are of no method that is known here"
+NO_SITE = "have no site in this base"
+TWICE = "are in the file a second time"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of a file and what becomes of it.
+
+    Attributes:
+        name: What the file calls it.
+        shape: Its shape in the file.
+        layout: The layout that its name is of.
+        place: Where it belongs.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout
+    place: Place
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What a file holds for one site.
+
+    Attributes:
+        sources: Its tensors.
+        constants: By suffix, numbers that the file holds elsewhere than in a tensor.
+    """
+
+    sources: tuple[Source, ...]
+    constants: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of its tensors by suffix; of a tensor in pieces, that of all pieces one after the other."""
+        found: dict[str, tuple[int, ...]] = {}
+        for source in self.sources:
+            shape, suffix = source.shape, source.place.suffix
+            if source.place.piece:
+                rows, width = (1, *shape) if len(shape) == 1 else shape
+                shape = (rows + (found[suffix][0] if suffix in found else 0), width)
+            found[suffix] = shape
+        return found
+
+    @cached_property
+    def methods(self) -> tuple[type[Method], ...]:
+        """The methods that recognize its tensors."""
+        return recognized(self.shapes.keys() | self.constants.keys())
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """The names of those of its tensors that are of no known method."""
+        suffixes = known_suffixes(self.methods)
+        return tuple(source.name for source in self.sources if source.place.suffix not in suffixes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an adapter file holds and what becomes of it.
+
+    Attributes:
+        header: Of the file.
+        spec: What the file says of itself; None in files of other programs.
+        layouts: The names of its layouts, by their number of tensors.
+        sites: By component, and by the name of the site as `names.site_name` spells it. Of a site whose name tells no
+            component, the likeliest.
+        unread: By name, why a tensor has no place whatever the base.
+        warnings: What the person should know of it.
+        loaded: The tensors of a pickle, which has no header to be planned from.
+    """
+
+    header: Header
+    spec: Spec | None
+    layouts: tuple[str, ...]
+    sites: Mapping[str, Mapping[str, SitePlan]]
+    unread: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+    loaded: "Mapping[str, Tensor] | None" = field(default=None, repr=False)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.header.path
+
+    @property
+    def leftovers(self) -> Mapping[str, str]:
+        """By name, why a tensor makes no part of an adapter, whatever the base."""
+        return {**self.unread, **{name: NO_METHOD for _, _, one in self.each() for name in one.unknown}}
+
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of the file as hex digits, taken when it is first asked for.
+
+        Raises:
+            UserError: The file was changed since it was parsed.
+        """
+        container.refuse_changed(self.header)
+        return container.sha256(self.path)
+
+    def each(self) -> Iterator[tuple[str, str, SitePlan]]:
+        """Go through the sites.
+
+        Yields:
+            The component, the name of the site, and what the file holds for it.
+        """
+        return ((component, name, one) for component, found in self.sites.items() for name, one in found.items())
+
+    def is_current(self) -> bool:
+        """Tell whether the file is still the one that was parsed, by its size, time of change and inode.
+
+        Returns:
+            Whether it is.
+
+        Raises:
+            UserError: The file is gone.
+        """
+        return container.stamp_of(self.path) == self.header.stamp
+
+    def tensors(self) -> "dict[str, Tensor]":
+        """Read the tensors of the file.
+
+        Returns:
+            The tensors by the names of the file.
+
+        Raises:
+            UserError: As `container.read_tensors` does.
+        """
+        return container.read_tensors(self.header) if self.loaded is None else dict(self.loaded)
+
+    def is_none(self) -> UserError:
+        """Say that this is no adapter.
+
+        Returns:
+            The error to raise.
+        """
+        names = list(self.header.tensors)
+        shown = ", ".join(names[:3]) or "no tensor"
+        return UserError(f"{self.path} is no adapter of a known layout: it holds {shown}{', ...' if len(names) > 3 else ''}")
+
+
+def plan(path: str | Path) -> Plan:
+    """Parse an adapter file.
+
+    Args:
+        path: The file. Of a safetensors file only the header is read; a pickle is read whole, which takes torch.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        UserError: There is no such file, it is no adapter, or it is damaged.
+    """
+    where = Path(path)
+    if container.is_pickle(where):
+        return planned(*container.read_pickle(where))
+    return planned(container.read_header(where))
+
+
+def planned(header: Header, loaded: "Mapping[str, Tensor] | None" = None) -> Plan:
+    """Plan what becomes of the tensors of a header.
+
+    Args:
+        header: Of the file.
+        loaded: The tensors themselves, of a pickle.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        UserError: It is no adapter, or it is damaged.
+    """
+    spec = Spec.from_metadata(header.metadata, str(header.path))
+    by_layout, nobodys = _by_layout(header)
+    readings = [(layout, layout.read(header, names)) for layout, names in by_layout.items()]
+    unread = {**nobodys, **{name: why for _, reading in readings for name, why in reading.leftovers.items()}}
+    sites, twice = _sites(header, readings)
+    layouts = Counter({layout.name: len(reading.places) for layout, reading in readings if reading.places})
+    warnings = tuple(warning for _, reading in readings for warning in reading.warnings)
+    names = tuple(name for name, _ in layouts.most_common())
+    found = Plan(header, spec, names, sites, {**unread, **twice}, warnings, loaded)
+    if not sites and spec is None:
+        raise found.is_none()
+    return found
+
+
+def recognized(suffixes: Set[str]) -> tuple[type[Method], ...]:
+    """Find the methods that made the tensors of a site.
+
+    Args:
+        suffixes: What the methods call the tensors.
+
+    Returns:
+        The methods, in the order of their registration.
+    """
+    return tuple(method for method in methods.known().values() if method.recognizes(suffixes))
+
+
+def known_suffixes(chosen: Sequence[type[Method]]) -> frozenset[str]:
+    """Collect what some methods call their tensors.
+
+    Args:
+        chosen: The methods.
+
+    Returns:
+        All of their suffixes.
+    """
+    return frozenset[str]().union(*(method.suffixes for method in chosen))
+
+
+def _by_layout(header: Header) -> tuple[dict[Layout, list[str]], dict[str, str]]:
+    """The names that each layout reads, and why others are read by none."""
+    layouts = known().values()
+    found: dict[Layout, list[str]] = {}
+    nobodys: dict[str, str] = {}
+    for name in header.tensors:
+        layout = reader_of(name, layouts)
+        if layout is None:
+            nobodys[name] = NO_LAYOUT
+        else:
+            found.setdefault(layout, []).append(name)
+    return found, nobodys
+
+
+def _sites(
+    header: Header, readings: Sequence[tuple[Layout, Reading]]
+) -> tuple[dict[str, dict[str, SitePlan]], dict[str, str]]:
+    """The tensors of each site, and those that are there twice, of which the last counts."""
+    kept: dict[tuple[str, str, str, str], Source] = {}
+    twice: dict[str, str] = {}
+    constants: dict[tuple[str, str], dict[str, float]] = {}
+    for layout, reading in readings:
+        for name, place in reading.places.items():
+            key = (place.component, site_name(place.site), place.suffix, place.piece)
+            if key in kept:
+                twice[kept[key].name] = TWICE
+            kept[key] = Source(name, header.tensors[name].shape, layout, place)
+        for place, value in reading.constants.items():
+            constants.setdefault((place.component, site_name(place.site)), {})[place.suffix] = value
+    sources: dict[tuple[str, str], list[Source]] = {}
+    for (component, site, _, _), source in kept.items():
+        sources.setdefault((component, site), []).append(source)
+    sites: dict[str, dict[str, SitePlan]] = {}
+    for (component, site), own in sources.items():
+        sites.setdefault(component, {})[site] = SitePlan(tuple(own), constants.get((component, site), {}))
+    return sites, twice
