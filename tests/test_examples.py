@@ -1,0 +1,106 @@
+"""The scripts of ``examples/``, each run as a person would, with the embedded base."""
+
+import os
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from making import environment
+from PIL import Image
+from safetensors.torch import load_file
+
+import peft_diffusion as pd
+from peft_diffusion.generation import recipe
+from peft_diffusion.generation.sheet import grid
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+FOLDER = ROOT / "samples" / "styles" / "openmoji"
+
+Cell = tuple[int, int, int, int]
+
+
+def run(script: str, *arguments: object, cwd: Path) -> list[str]:
+    """What a script prints, line by line."""
+    path = os.pathsep.join([str(ROOT), environment().get("PYTHONPATH", "")])
+    told = subprocess.run(
+        [sys.executable, EXAMPLES / script, *map(str, arguments)],
+        cwd=cwd, env={**environment(), "PYTHONPATH": path}, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    return told.stdout.splitlines()
+
+
+def cells(rows: list[str], columns: list[str], size: int) -> list[Cell]:
+    """Where the pictures of a sheet are, row by row: found on a sheet of the same labels with plain pictures."""
+    found: list[Cell] = []
+    for wanted in range(len(rows) * len(columns)):
+        colours = ["red" if number == wanted else "white" for number in range(len(rows) * len(columns))]
+        plain = [Image.new("RGB", (size, size), colour) for colour in colours]
+        sheet = grid([plain[at : at + len(columns)] for at in range(0, len(plain), len(columns))], rows, columns)
+        red = sheet.point(lambda value: 255 * (value == 255)).split()
+        box = Image.composite(red[0], Image.new("L", sheet.size), Image.eval(red[1], lambda value: 255 - value)).getbbox()
+        assert box is not None
+        found.append(box)
+    return found
+
+
+def test_all_of_them_are_run_here() -> None:
+    tested = Path(__file__).read_text("utf-8")
+    assert {script for script in (path.name for path in EXAMPLES.glob("*.py")) if f'run("{script}"' not in tested} == set()
+
+
+def test_they_are_short() -> None:
+    lengths = {path.name: len(path.read_text("utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert len(lengths) >= 4 and max(lengths.values()) < 60, lengths
+
+
+def test_the_service_answers_in_turn_and_lets_the_last_client_cancel(tmp_path: Path) -> None:
+    prompts = ["emoji of a red apple", "emoji of a cat"]
+    lines = run("service.py", *prompts, "--count", 6, "--steps", 1, "--output", tmp_path / "pictures", cwd=tmp_path)
+    first, last = (
+        sorted((tmp_path / "pictures").glob(f"{name}-*.png")) for name in ("emoji-of-a-red-apple", "emoji-of-a-cat")
+    )
+    assert [recipe.read(path).seed for path in first] == list(range(6))
+    assert 1 <= len(last) < 6, "the pictures that were done before it was stopped are there, and no others"
+    assert lines == [
+        *map(str, first), f"{prompts[0]}: finished",
+        *map(str, last), f"{prompts[1]}: stopped, stopped after {len(last)} of 6 pictures",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_sheet_shows_one_adapter_at_every_strength(tmp_path: Path) -> None:
+    prompts, strengths = ["openmoji emoji of a cat", "openmoji emoji of a key"], ["0", "1", "3"]
+    flags = ["--folder", FOLDER, "--train-steps", 2, "--steps", 2, "--output", "sheet.png"]
+    run("strength_sweep.py", "--prompts", *prompts, "--strengths", *strengths, *flags, cwd=tmp_path)
+    assert load_file(tmp_path / "openmoji.safetensors")
+    labels = [*(f"strength {strength}" for strength in strengths), "from 0 to 1 over the steps"]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        drawn = [sheet.convert("RGB").crop(cell) for cell in cells(prompts, labels, 128)]
+    assert len(drawn) == 8 and all(picture.size == (128, 128) for picture in drawn)
+    assert all(one.tobytes() != other.tobytes() for one, other in combinations(drawn, 2))
+
+
+@pytest.mark.slow
+def test_a_method_of_ones_own_learns_and_draws(tmp_path: Path) -> None:
+    run("own_method.py", FOLDER, "--steps", 2, "--resolution", 64, cwd=tmp_path)
+    tensors = load_file(tmp_path / "ssf.safetensors")
+    assert {name.rpartition(".")[2] for name in tensors} == {"ssf_scale", "ssf_shift"}
+    assert all(tensor.abs().max() > 0 for tensor in tensors.values())
+    told = recipe.read(tmp_path / "ssf.png")
+    assert told.plugins == ("own_method",) and Path(told.adapters[0].path).name == "ssf.safetensors"
+    (method,) = pd.inspect(tmp_path / "ssf.safetensors").spec.methods["unet"]
+    assert (method["method"], method["plugin"]) == ("ssf", "own_method")
+
+
+@pytest.mark.slow
+def test_a_training_from_python_is_watched_stopped_and_goes_on(tmp_path: Path) -> None:
+    lines = run("train_from_python.py", FOLDER, "--steps", 4, "--stop-after", 2, cwd=tmp_path)
+    assert "base icons: other, epsilon, 128 pixels" in lines
+    assert [line.partition(":")[0] for line in lines if ": loss 0" in line] == [f"step {step}" for step in (1, 2, 3, 4)]
+    assert any(line.startswith("stopped after step 2 of 4") for line in lines) and "going on from step 2 of 4" in lines
+    assert "wrote the adapter style.safetensors" in lines and lines[-1].startswith("4 steps in ")
+    assert load_file(tmp_path / "style.safetensors")
