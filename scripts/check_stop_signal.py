@@ -23,9 +23,9 @@ from peft_diffusion.bases import embedded
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training import TrainConfig, TrainResult
-from peft_diffusion.training.attachment import NAME, attach, chosen
+from peft_diffusion.training.attachment import NAME, attach, selected_components
 from peft_diffusion.training.record.run_folder import RunFolder
-from peft_diffusion.training.settings.blocks import blocks
+from peft_diffusion.training.settings.placements import blocks
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
 from scripts.measuring import markdown_table, run
@@ -74,7 +74,7 @@ def examine(result: TrainResult, folder: Path) -> dict[int, float]:
     """The loss on a folder's pictures with each checkpoint of a run."""
     config = TrainConfig(folder=(folder,), base=result.config.base, missing_captions="name", held_out=0.0, device="cpu")
     prepared = prepare(config, None, lambda event: None, TrainingPictures())
-    parts = chosen(prepared.pipe, result.config.components)
+    parts = selected_components(prepared.pipe, result.config.components)
     attached = attach(parts, blocks(result.config), result.config.seed, lambda _: 1.0)
     arena = Arena(attached.groups)
     settings = DiffusionSettings(batch_size=result.config.batch_size)

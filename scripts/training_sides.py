@@ -22,7 +22,7 @@ from peft_diffusion.bases.architectures import Architecture
 from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena, side_by_side
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.data.buckets import Bucket, fit
+from peft_diffusion.data.buckets import Bucket, resize_crop
 from peft_diffusion.data.latents import Latent, LatentCache, TextCache
 from peft_diffusion.fast.cuda_graph import Recorder
 from peft_diffusion.fast.low_rank import Working
@@ -114,7 +114,7 @@ def task_of(cell: Cell, unet: Any) -> DiffusionTask:
     """The package's loss, on random latents and embeddings."""
     chance, config = torch.Generator().manual_seed(1), cell.config
     size = config["sample_size"]
-    square = fit(8 * size, 8 * size, Bucket(8 * size, 8 * size))
+    square = resize_crop(8 * size, 8 * size, Bucket(8 * size, 8 * size))
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=chance)

@@ -194,11 +194,11 @@ def test_words_are_not_pulled_towards_nothing() -> None:
     from peft_diffusion.methods.lora import Lora
     from peft_diffusion.methods.tokens import Tokens
     from peft_diffusion.training.attachment import attach, with_words
-    from peft_diffusion.training.settings.blocks import Block
+    from peft_diffusion.training.settings.placements import Placement
 
     pipe = make_pipe()
-    words = Block("text_encoder", "tokens", Tokens(initial="cat"), rate=2e-3)
-    asked = [Block("text_encoder", "attention", Lora(2)), words]
+    words = Placement("text_encoder", "tokens", Tokens(initial="cat"), rate=2e-3)
+    asked = [Placement("text_encoder", "attention", Lora(2)), words]
     found = attach({"text_encoder": pipe.text_encoder}, with_words(pipe, asked), 0, lambda _: 1e-4)
     assert found.rates == {"text_encoder": 1e-4, "text_encoder.1": 2e-3}
     assert found.undecayed == {"text_encoder.1"}

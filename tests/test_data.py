@@ -21,7 +21,7 @@ from PIL import Image, ImageCms
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.data import buckets, captions, latents
 from peft_diffusion.data.caption_files import name_captions
-from peft_diffusion.data.folder import ImageFolder, Picture, open_picture, scan
+from peft_diffusion.data.folder import ImageFolder, TrainingImage, open_picture, scan
 from peft_diffusion.data.problems import PictureError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -661,13 +661,13 @@ def tiny_vae(seed: int) -> AutoencoderKL:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> tuple[Picture, ...]:
+def pictures(tmp_path: Path) -> tuple[TrainingImage, ...]:
     for seed, size in enumerate([(64, 64), (80, 80), (64, 64), (128, 64), (130, 70)]):
         draw(tmp_path / "pictures" / f"{seed}.png", size, seed)
     return scan(tmp_path / "pictures", missing="empty").pictures
 
 
-def cached(pictures: tuple[Picture, ...], vae: AutoencoderKL, **options: Any) -> latents.LatentCache:
+def cached(pictures: tuple[TrainingImage, ...], vae: AutoencoderKL, **options: Any) -> latents.LatentCache:
     return latents.cache_latents(pictures, buckets.arrange(pictures, 64, 16), vae, batch_size=2, **options)
 
 
@@ -676,7 +676,7 @@ def same(one: latents.LatentCache, two: latents.LatentCache) -> bool:
     return all(torch.equal(a.mean, b.mean) and torch.equal(a.std, b.std) for a, b in pairs)
 
 
-def test_latents_are_the_posterior(pictures: tuple[Picture, ...], vae: AutoencoderKL) -> None:
+def test_latents_are_the_posterior(pictures: tuple[TrainingImage, ...], vae: AutoencoderKL) -> None:
     calls = []
     cache = cached(pictures, vae, on_progress=lambda done, total: calls.append((done, total)))
     assert calls == [(number, 5) for number in range(1, 6)]
@@ -694,7 +694,7 @@ def test_latents_are_the_posterior(pictures: tuple[Picture, ...], vae: Autoencod
         assert mean.shape == std.shape == (len(members), 4, bucket.height // 2, bucket.width // 2)
 
 
-def test_flips_are_entries_of_their_own(pictures: tuple[Picture, ...], vae: AutoencoderKL) -> None:
+def test_flips_are_entries_of_their_own(pictures: tuple[TrainingImage, ...], vae: AutoencoderKL) -> None:
     cache = cached(pictures, vae, flip=True)
     assert [(entry.picture, entry.flipped) for entry in cache.entries[4:6]] == [(4, False), (0, True)]
     assert len(cache.entries) == 10
@@ -704,7 +704,7 @@ def test_flips_are_entries_of_their_own(pictures: tuple[Picture, ...], vae: Auto
 
 
 def test_cache_hit_equals_recompute(
-    pictures: tuple[Picture, ...], vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pictures: tuple[TrainingImage, ...], vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "cache"
     plain, first, second = cached(pictures, vae), cached(pictures, vae, folder=folder), cached(pictures, vae, folder=folder)
@@ -722,7 +722,9 @@ def test_cache_hit_equals_recompute(
     assert (flipped.computed, flipped.reused) == (5, 5)
 
 
-def test_what_changes_a_latent_changes_its_key(pictures: tuple[Picture, ...], vae: AutoencoderKL, tmp_path: Path) -> None:
+def test_what_changes_a_latent_changes_its_key(
+    pictures: tuple[TrainingImage, ...], vae: AutoencoderKL, tmp_path: Path
+) -> None:
     folder = tmp_path / "cache"
     cached(pictures, vae, folder=folder)
     assert cached(pictures, tiny_vae(1), folder=folder).reused == 0
@@ -737,7 +739,9 @@ def test_what_changes_a_latent_changes_its_key(pictures: tuple[Picture, ...], va
     assert latents.fingerprint(changed) != latents.fingerprint(vae)
 
 
-def test_damaged_cache_files_are_computed_again(pictures: tuple[Picture, ...], vae: AutoencoderKL, tmp_path: Path) -> None:
+def test_damaged_cache_files_are_computed_again(
+    pictures: tuple[TrainingImage, ...], vae: AutoencoderKL, tmp_path: Path
+) -> None:
     folder = tmp_path / "cache"
     first = cached(pictures, vae, folder=folder)
     files = sorted(folder.iterdir())
@@ -754,7 +758,7 @@ def test_damaged_cache_files_are_computed_again(pictures: tuple[Picture, ...], v
     assert sorted(folder.iterdir()) == files
 
 
-def test_changed_pictures_and_bad_folders(pictures: tuple[Picture, ...], vae: AutoencoderKL, tmp_path: Path) -> None:
+def test_changed_pictures_and_bad_folders(pictures: tuple[TrainingImage, ...], vae: AutoencoderKL, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write the latent cache"):
         cached(pictures, vae, folder=tmp_path / "file")
@@ -763,7 +767,7 @@ def test_changed_pictures_and_bad_folders(pictures: tuple[Picture, ...], vae: Au
         cached(pictures, vae)
 
 
-def test_half_precision_vae_runs_in_float32_on_the_cpu(pictures: tuple[Picture, ...], vae: AutoencoderKL) -> None:
+def test_half_precision_vae_runs_in_float32_on_the_cpu(pictures: tuple[TrainingImage, ...], vae: AutoencoderKL) -> None:
     half = tiny_vae(0).half()
     exact = tiny_vae(0).half().float()
     assert same(cached(pictures, half), cached(pictures, exact))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe
-from peft_diffusion.bases.words import begun, learned, teach
+from peft_diffusion.bases.words import learned, teach, with_initial_tokens
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.formats.container import Header
@@ -25,7 +25,7 @@ from peft_diffusion.formats.file import paths_by_name
 from peft_diffusion.formats.layouts.kohya import Kohya
 from peft_diffusion.formats.names import site_name
 from peft_diffusion.generation import Adapters
-from peft_diffusion.generation.compatibility import base_of, fit
+from peft_diffusion.generation.compatibility import base_of, compare
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.prompt import SoftPrompt
 from peft_diffusion.methods.tokens import Tokens
@@ -362,8 +362,8 @@ def test_what_does_not_concern_both_is_not_compared(tmp_path: Path) -> None:
         version = {"ss_base_model_version": "sd_v2_v" if name == "plain" else "sd_v2"}
         save_file(tensors, tmp_path / f"{name}.safetensors", metadata=version)
         found[name] = formats.inspect(tmp_path / f"{name}.safetensors")
-    assert "of equal shapes" in fit(found["plain"], found["tucker"]).reasons[1]
-    assert "not compared" in fit(found["plain"], found["original"]).reasons[1]
+    assert "of equal shapes" in compare(found["plain"], found["tucker"]).reasons[1]
+    assert "not compared" in compare(found["plain"], found["original"]).reasons[1]
     assert base_of(found["plain"]) == {"family": "sd2", "prediction_type": "v_prediction"}
 
 
@@ -377,7 +377,7 @@ def test_a_whole_change_with_a_bias_is_no_bitfit(tmp_path: Path) -> None:
 
 def test_an_embedding_loads_beside_a_soft_prompt_and_may_be_flat(tmp_path: Path) -> None:
     pipe = make_pipe()
-    site.attach(pipe.text_encoder, "w", begun(pipe, "text_encoder", SoftPrompt(2, "cat")), "tokens")
+    site.attach(pipe.text_encoder, "w", with_initial_tokens(pipe, "text_encoder", SoftPrompt(2, "cat")), "tokens")
     formats.save(tmp_path / "soft.safetensors", {"text_encoder": pipe.text_encoder}, "w", formats.Spec())
     save_file({"emb_params": torch.randn(32)}, tmp_path / "easy.safetensors")
     torch.save({"<cat-toy>": torch.randn(32)}, tmp_path / "learned_embeds.bin")
@@ -393,7 +393,7 @@ def test_an_embedding_loads_beside_a_soft_prompt_and_may_be_flat(tmp_path: Path)
 
 def test_letters_without_a_small_form_of_one_letter_are_found_in_prompts() -> None:
     pipe = make_pipe()
-    method = begun(pipe, "text_encoder", Tokens("<straße>", 4, "cat"))
+    method = with_initial_tokens(pipe, "text_encoder", Tokens("<straße>", 4, "cat"))
     site.attach(pipe.text_encoder, "w", method, "tokens")
     teach(pipe)
     own = set(learned(pipe.tokenizer).values())

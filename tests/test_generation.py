@@ -19,13 +19,13 @@ from PIL import Image, PngImagePlugin
 
 from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, blend, formats, generate, load_base
 from peft_diffusion.bases import describe
-from peft_diffusion.bases.words import begun
+from peft_diffusion.bases.words import with_initial_tokens
 from peft_diffusion.cli import app, demo
 from peft_diffusion.core import site
 from peft_diffusion.core.events import Event, Progress
 from peft_diffusion.generation import recipe, sampler, sheet
 from peft_diffusion.generation.blend import _distinct, shares
-from peft_diffusion.generation.compatibility import fit
+from peft_diffusion.generation.compatibility import compare
 from peft_diffusion.generation.generate import Picture, cell_recipes
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import DemoConfig, Sampling, SchedulerName, parse_choice, parse_choices
@@ -272,7 +272,7 @@ def test_prompts_are_counted_with_the_learned_words_that_their_strengths_bring(
     tiny_pipe: DiffusionPipeline, tmp_path: Path
 ) -> None:
     learned = make_pipe()
-    method = begun(learned, "text_encoder", SoftPrompt(10, "flat"))
+    method = with_initial_tokens(learned, "text_encoder", SoftPrompt(10, "flat"))
     site.attach(learned.text_encoder, "w", method, "tokens")
     formats.save(tmp_path / "w.safetensors", {"text_encoder": learned.text_encoder}, "w", formats.Spec())
     adapters = Adapters(tiny_pipe)
@@ -342,16 +342,16 @@ def test_a_sheet_refuses_labels_that_do_not_match() -> None:
 def test_whether_files_fit_together(ink: Path, flat: Path, tiny_base: Path, other_base: Path, tmp_path: Path) -> None:
     other = make_adapter(tmp_path / "other.safetensors", other_base, 3)
     a, b, c = map(formats.inspect, (ink, flat, other))
-    assert fit(a, b).verdict == "yes"
-    assert "the same base: tiny" in fit(a, b).reasons[0]
-    apart = fit(a, c)
+    assert compare(a, b).verdict == "yes"
+    assert "the same base: tiny" in compare(a, b).reasons[0]
+    apart = compare(a, c)
     assert apart.verdict == "no"
     assert "other shapes" in apart.reasons[-1]
     unnamed = replace(b, spec=None, metadata={})
-    assert fit(a, unnamed).verdict == "yes"  # same shapes at the same sites
-    assert fit(a, replace(unnamed, sites={})).verdict == "unknown"
+    assert compare(a, unnamed).verdict == "yes"  # same shapes at the same sites
+    assert compare(a, replace(unnamed, sites={})).verdict == "unknown"
     xl = replace(b, spec=None, metadata={"ss_base_model_version": "sdxl_base_v1-0"}, sites={})
-    assert fit(a, xl).verdict == "no"
+    assert compare(a, xl).verdict == "no"
 
 
 def test_the_base_is_what_it_was_after_generating(tiny_base: Path, ink: Path) -> None:

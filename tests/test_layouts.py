@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe
-from peft_diffusion.bases.words import begun
+from peft_diffusion.bases.words import with_initial_tokens
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.method import Method
@@ -41,7 +41,7 @@ def saved(path: Path, base: Any, layout: str, methods: Mapping[str, Targets]) ->
     parts = {name: components(base)[name] for name in methods}
     torch.manual_seed(3)
     for name, chosen in methods.items():
-        site.attach_all(parts[name], "made", [(begun(base, name, one), target) for one, target in chosen])
+        site.attach_all(parts[name], "made", [(with_initial_tokens(base, name, one), target) for one, target in chosen])
         randomize(parts[name], "made")
     told = {name: tuple({**one.spec(), "target": target} for one, target in chosen) for name, chosen in methods.items()}
     try:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe, fingerprint
-from peft_diffusion.bases.words import begun, teach
+from peft_diffusion.bases.words import teach, with_initial_tokens
 from peft_diffusion.core import merge, site
 from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import FoldError, UserError
@@ -80,7 +80,7 @@ def parameters(model: nn.Module, name: str = "a") -> int:
 
 
 def attach_words(pipe: DiffusionPipeline, method: Method, name: str = "a") -> None:
-    site.attach(pipe.text_encoder, name, begun(pipe, "text_encoder", method), "tokens")
+    site.attach(pipe.text_encoder, name, with_initial_tokens(pipe, "text_encoder", method), "tokens")
     teach(pipe)
 
 
@@ -89,7 +89,7 @@ def save_mixture(path: Path, pipe: DiffusionPipeline, name: str = "mix", seed: i
     methods = {}
     for component, rows in MIXTURE.items():
         part = components(pipe)[component]
-        chosen = [(begun(pipe, component, method), target) for method, target in rows]
+        chosen = [(with_initial_tokens(pipe, component, method), target) for method, target in rows]
         site.attach_all(part, name, chosen)
         randomize(part, name, seed)
         methods[component] = [{**method.spec(), "target": target} for method, target in chosen]
@@ -327,15 +327,15 @@ def test_words_that_clash_or_do_not_fit_are_errors_that_change_nothing(tiny_pipe
         (Tokens("dog"), "'dog', which the base knows already"),
         (SoftPrompt(75), "leave no room"),
     ]:
-        site.attach(tiny_pipe.text_encoder, "b", begun(tiny_pipe, "text_encoder", method), "tokens")
+        site.attach(tiny_pipe.text_encoder, "b", with_initial_tokens(tiny_pipe, "text_encoder", method), "tokens")
         with pytest.raises(UserError, match=words):
             teach(tiny_pipe)
         assert tiny_pipe.tokenizer("<cat>").input_ids == ids
         site.detach(tiny_pipe.text_encoder, "b")
     with pytest.raises(UserError, match="have 3 tokens, for 2 vectors"):
-        begun(tiny_pipe, "text_encoder", SoftPrompt(2, "red cat house"))
+        with_initial_tokens(tiny_pipe, "text_encoder", SoftPrompt(2, "red cat house"))
     with pytest.raises(UserError, match="unet is not"):
-        begun(tiny_pipe, "unet", Tokens())
+        with_initial_tokens(tiny_pipe, "unet", Tokens())
     with pytest.raises(UserError, match="begun"):
         site.attach(tiny_pipe.text_encoder, "b", Tokens(), "tokens")
 
@@ -362,7 +362,8 @@ def test_models_that_look_for_the_largest_id_still_find_the_end_of_text(tiny_pip
 
 def save_word(path: Path, pipe: DiffusionPipeline, *methods: Method) -> torch.Tensor:
     """A file of token methods alone."""
-    site.attach_all(pipe.text_encoder, "w", [(begun(pipe, "text_encoder", method), "tokens") for method in methods])
+    ready = [with_initial_tokens(pipe, "text_encoder", method) for method in methods]
+    site.attach_all(pipe.text_encoder, "w", [(method, "tokens") for method in ready])
     randomize(pipe.text_encoder, "w")
     formats.save(path, {"text_encoder": pipe.text_encoder}, "w", formats.Spec(base=asdict(describe(pipe))))
     return next(iter(site.adapters(pipe.text_encoder, "w").values())).get_parameter("vectors").detach()
@@ -435,7 +436,7 @@ def test_a_word_has_vectors_for_both_text_encoders_of_xl(tmp_path: Path) -> None
     made, parts = base(), {}
     for name in ("text_encoder", "text_encoder_2"):
         parts[name] = getattr(made, name)
-        site.attach(parts[name], "w", begun(made, name, Tokens("<cat>", 2, "cat")), "tokens")
+        site.attach(parts[name], "w", with_initial_tokens(made, name, Tokens("<cat>", 2, "cat")), "tokens")
         randomize(parts[name], "w")
     file = tmp_path / "cat.safetensors"
     formats.save(file, parts, "w", formats.Spec())

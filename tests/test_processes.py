@@ -14,7 +14,7 @@ from language import save_lm
 from safetensors.torch import load_file
 from test_training import draw_pictures
 
-from peft_diffusion.training.machine.processes import Crew, crew
+from peft_diffusion.training.machine.processes import Processes, join
 
 RUN = "import sys; from peft_diffusion.cli.app import main; sys.exit(main(sys.argv[1:]))"
 
@@ -100,8 +100,8 @@ def test_two_processes_learn_text(tmp_path: Path) -> None:
 def test_alone_one_leads_and_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
-    alone, device = crew("cpu")
-    assert alone == Crew() and alone.leads and device == "cpu"
+    alone, device = join("cpu")
+    assert alone == Processes() and alone.leads and device == "cpu"
     tensor = torch.ones(3)
     alone.mean(tensor)
     alone.wait()
@@ -136,8 +136,8 @@ def test_accelerate_launches_the_same_command_or_is_found_not_to_have(tiny_base:
 
 def test_parts_cover_the_batch_once() -> None:
     rows = list(range(12))
-    assert [row for rank in range(3) for row in rows[Crew(rank, 3).part(4)]] == rows
-    assert [Crew(rank, 3).apart() for rank in range(3)] == [(), (1,), (2,)]
+    assert [row for rank in range(3) for row in rows[Processes(rank, 3).part(4)]] == rows
+    assert [Processes(rank, 3).apart() for rank in range(3)] == [(), (1,), (2,)]
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:

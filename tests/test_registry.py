@@ -21,7 +21,7 @@ from test_formats import picture, write_adapter
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe, fingerprint, identity
 from peft_diffusion.bases.digest import quantize
-from peft_diffusion.bases.words import begun, learned, teach
+from peft_diffusion.bases.words import learned, teach, with_initial_tokens
 from peft_diffusion.core import merge, site
 from peft_diffusion.core.component import Link
 from peft_diffusion.core.errors import UserError
@@ -35,7 +35,7 @@ from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.prompt import SoftPrompt
 from peft_diffusion.methods.tokens import Tokens
 from peft_diffusion.training.attachment import NAME, attach, evaluating
-from peft_diffusion.training.settings.blocks import Block
+from peft_diffusion.training.settings.placements import Placement
 
 FADING = Schedule([0.0, 1.0])
 
@@ -43,7 +43,7 @@ FADING = Schedule([0.0, 1.0])
 def write_words(path: Path, *methods: Tokens | SoftPrompt) -> Path:
     """A file of an adapter that teaches words."""
     pipe = make_pipe()
-    chosen = [(begun(pipe, "text_encoder", method), "tokens") for method in methods]
+    chosen = [(with_initial_tokens(pipe, "text_encoder", method), "tokens") for method in methods]
     site.attach_all(pipe.text_encoder, "made", chosen)
     randomize(pipe.text_encoder, "made")
     formats.save(path, {"text_encoder": pipe.text_encoder}, "made", formats.Spec(base=asdict(describe(pipe))))
@@ -274,7 +274,7 @@ def test_adapters_without_a_file_are_listed_for_what_they_are(files: dict[str, P
 
 def test_a_registry_disturbs_no_training(tiny_pipe: DiffusionPipeline) -> None:
     tiny_pipe.unet.train()
-    block = Block("unet", "attention", Lora(rank=2, dropout=0.5), None)
+    block = Placement("unet", "attention", Lora(rank=2, dropout=0.5), None)
     attach({"unet": tiny_pipe.unet}, [block], 0, lambda _: 1e-3)
     adapters = Adapters(tiny_pipe)
     assert loaded(adapters) == (NAME,) and adapters[NAME].path is None
@@ -591,7 +591,7 @@ def test_two_text_encoders_do_not_teach_one_tokenizer(tmp_path: Path) -> None:
     pipe = make_xl_pipe()
     pipe.tokenizer_2 = pipe.tokenizer
     for name in ("text_encoder", "text_encoder_2"):
-        site.attach(getattr(pipe, name), "w", begun(pipe, name, Tokens("<cat>", 2, "cat")), "tokens")
+        site.attach(getattr(pipe, name), "w", with_initial_tokens(pipe, name, Tokens("<cat>", 2, "cat")), "tokens")
     with pytest.raises(UserError, match="of two text encoders teach words to one tokenizer"):
         teach(pipe)
     assert learned(pipe.tokenizer) == {} and "<cat>" not in pipe.tokenizer.get_vocab()

@@ -16,10 +16,10 @@ from test_training import draw_pictures
 from peft_diffusion.api import find_rates, train
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.events import Event
-from peft_diffusion.core.sharded import here, whole
+from peft_diffusion.core.sharded import local_part, whole
 from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.machine.memory_plan import Load, MemoryPlan
-from peft_diffusion.training.machine.processes import Crew
+from peft_diffusion.training.machine.processes import Processes
 from peft_diffusion.training.machine.sharding import sharing
 from peft_diffusion.training.settings.resumption import free_on_resume
 
@@ -38,15 +38,15 @@ for one in map(json.loads, sys.argv[1:]):
 """
 PARTS = """
 from peft_diffusion.bases import fingerprint, load_base
-from peft_diffusion.core.sharded import here
-from peft_diffusion.training.machine.processes import crew
+from peft_diffusion.core.sharded import local_part
+from peft_diffusion.training.machine.processes import join
 from peft_diffusion.training.machine.sharding import shard
 
-crew("cpu")
+join("cpu")
 pipe = load_base({base!r}, device="cpu")
 before, size = fingerprint(dict(unet=pipe.unet)), sum(one.nbytes for one in pipe.unet.parameters())
 shard(pipe, ["unet"], torch.device("cpu"))
-own = sum(here(one).untyped_storage().nbytes() for one in pipe.unet.parameters())
+own = sum(local_part(one).untyped_storage().nbytes() for one in pipe.unet.parameters())
 others = set(type(one) for part in (pipe.text_encoder, pipe.vae) for one in part.parameters())
 print("held", own / size, fingerprint(dict(unet=pipe.unet)) == before, others == set([torch.nn.Parameter]))
 """
@@ -139,14 +139,14 @@ def test_what_cannot_be_sharded_is_refused_in_words(tiny_base: Path, tmp_path: P
 
 
 def test_a_crew_shares_a_base_only_if_told_to() -> None:
-    two, config = Crew(1, 2), TrainConfig((Path("pictures"),))
-    assert sharing(two, config, None) == two and not two.measures and Crew(0, 2).measures
+    two, config = Processes(1, 2), TrainConfig((Path("pictures"),))
+    assert sharing(two, config, None) == two and not two.measures and Processes(0, 2).measures
     shared = sharing(two, replace(config, shard_base=True), None)
-    assert shared == Crew(1, 2, True) and shared.measures and not shared.leads
+    assert shared == Processes(1, 2, True) and shared.measures and not shared.leads
     assert two.agreed(3) == 3
     assert "shard_base" in free_on_resume(TrainConfig)
     tensor = torch.ones(2)
-    assert whole(tensor) is tensor and here(tensor) is tensor
+    assert whole(tensor) is tensor and local_part(tensor) is tensor
 
 
 def test_what_a_sharded_run_takes_is_not_predicted_and_memory_low_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

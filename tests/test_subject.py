@@ -37,13 +37,13 @@ from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig, SchedulerName
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training import Interrupted, TrainConfig
-from peft_diffusion.training.attachment import NAME, attach, chosen
+from peft_diffusion.training.attachment import NAME, attach, selected_components
 from peft_diffusion.training.loop.seeds import generator
-from peft_diffusion.training.machine.processes import Crew
+from peft_diffusion.training.machine.processes import Processes
 from peft_diffusion.training.pictures import diffusion_task
-from peft_diffusion.training.settings.blocks import blocks
 from peft_diffusion.training.settings.choices import HuberSchedule, Loss
 from peft_diffusion.training.settings.pictures import ResolvedConfig
+from peft_diffusion.training.settings.placements import blocks
 from peft_diffusion.training.tasks import class_images, objective
 from peft_diffusion.training.tasks.diffusion import DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
@@ -73,8 +73,8 @@ def task_of(config: TrainConfig, pipe: DiffusionPipeline | None = None) -> tuple
     pipe = pipe or make_pipe()
     prepared = prepare(config, pipe, lambda event: None, TrainingPictures())
     made = blocks(prepared.config)
-    attached = attach(chosen(pipe, prepared.config.components), made, 0, lambda name: 1e-3)
-    return diffusion_task(prepared, made, Crew()), Arena(attached.groups)
+    attached = attach(selected_components(pipe, prepared.config.components), made, 0, lambda name: 1e-3)
+    return diffusion_task(prepared, made, Processes()), Arena(attached.groups)
 
 
 def moved(arena: Arena) -> Arena:
@@ -137,7 +137,7 @@ def test_a_fresh_adapter_learns_nothing_from_the_class_and_a_changed_one_goes_ba
     moved(arena)
     start = task.loss(of_class).item()
     assert start > 0
-    strengths = [strengths_of(part) for part in chosen(task.pipe, ("unet", "text_encoder")).values()]
+    strengths = [strengths_of(part) for part in selected_components(task.pipe, ("unet", "text_encoder")).values()]
     assert all(torch.equal(one.values, torch.ones_like(one.values)) and one.active == {NAME} for one in strengths)
     for _ in range(10):
         found = gradient(task, arena, of_class)

@@ -89,9 +89,9 @@ def test_a_folder_is_loaded_frozen_and_described(folder: Path) -> None:
 
 def test_targets_of_a_llama_leave_the_head_alone() -> None:
     lm = make_lm().lm
-    assert len(targets.resolve(lm, "attention")) == 8
-    assert len(targets.resolve(lm, "attention+ff")) == len(targets.resolve(lm, "all-linear")) == 14
-    assert targets.resolve(lm, "lm_head") == ["lm_head"]
+    assert len(targets.match(lm, "attention")) == 8
+    assert len(targets.match(lm, "attention+ff")) == len(targets.match(lm, "all-linear")) == 14
+    assert targets.match(lm, "lm_head") == ["lm_head"]
     assert targets.blocks(lm).names == ("layers.0", "layers.1", "other")
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from peft_diffusion import formats
 from peft_diffusion.api import train_text
 from peft_diffusion.bases import LanguageModel, components, fingerprint
-from peft_diffusion.bases.words import begun, learned, teach
+from peft_diffusion.bases.words import learned, teach, with_initial_tokens
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.strength import Strength
@@ -39,7 +39,7 @@ EDGE = 0  # the token that begins every text
 def with_prompt(method: SoftPrompt | None = None, name: str = "a") -> LanguageModel:
     """The small model with a soft prompt as if it had been learned."""
     base = make_lm()
-    site.attach(base.lm, name, begun(base, "lm", method or SoftPrompt(VECTORS, "ox")), "tokens")
+    site.attach(base.lm, name, with_initial_tokens(base, "lm", method or SoftPrompt(VECTORS, "ox")), "tokens")
     for adapter in site.adapters(base.lm, name).values():
         adapter.get_parameter("vectors").data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     teach(base)
@@ -135,7 +135,7 @@ def test_rows_have_soft_prompts_and_strengths_of_their_own() -> None:
 def test_a_taught_tokenizer_is_plain_again_without_the_prompt() -> None:
     plain = make_lm().tokenizer
     base = with_prompt()
-    site.attach(base.lm, "b", begun(base, "lm", SoftPrompt(2)), "tokens")
+    site.attach(base.lm, "b", with_initial_tokens(base, "lm", SoftPrompt(2)), "tokens")
     teach(base)
     assert len(base.start()) == 1 + VECTORS + 2
     assert base.encode("The ox") == plain("The ox", add_special_tokens=False).input_ids
@@ -159,7 +159,7 @@ def test_soft_prompts_lead_whatever_the_tokenizer_puts_first(kind: str | None) -
         chosen: dict[str | None, Any] = {"ByteLevel": levels, "Sequence": processors.Sequence([levels, template])}
         base.tokenizer._tokenizer.post_processor = chosen.get(kind, processors.TemplateProcessing("$A", "$A $B", []))
     first = base.start()
-    site.attach(base.lm, "a", begun(base, "lm", SoftPrompt(2)), "tokens")
+    site.attach(base.lm, "a", with_initial_tokens(base, "lm", SoftPrompt(2)), "tokens")
     if kind == "Bert":
         with pytest.raises(UserError, match="no soft prompt can precede what a tokenizer with BertProcessing puts first"):
             teach(base)
@@ -232,7 +232,7 @@ def test_a_new_word_is_learned_beside_a_lora_and_read_where_it_stands(tmp_path: 
 
 def test_new_words_are_read_and_never_asked_for() -> None:
     base = make_lm()
-    site.attach(base.lm, "a", begun(base, "lm", Tokens("<kine>", 2, "ox")), "tokens")
+    site.attach(base.lm, "a", with_initial_tokens(base, "lm", Tokens("<kine>", 2, "ox")), "tokens")
     site.attach(base.lm, "b", Lora(rank=2), "attention")
     teach(base)
     line = tokens(base, ["a <kine> b"])

@@ -49,7 +49,11 @@ class Architecture:
         }
 
     def write(self, folder: Path) -> None:
-        """A diffusers folder without weights: what ``from_single_file`` takes as ``config``."""
+        """Write a diffusers folder without weights: what ``from_single_file`` takes as ``config``.
+
+        Args:
+            folder: Where.
+        """
         parts: dict[str, Any] = {"_class_name": self.pipeline}
         for name, config in self.configs().items():
             library = "transformers" if name.startswith("text_encoder") else "diffusers"
@@ -70,7 +74,12 @@ class Architecture:
 
 
 def write_tokenizer(folder: Path, pad: str = _END) -> None:
-    """CLIP's tokenizer as transformers reads it."""
+    """Write CLIP's tokenizer as transformers reads it.
+
+    Args:
+        folder: Where.
+        pad: The token that fills up.
+    """
     merges = _merges()
     _write_json(folder / "vocab.json", _vocabulary(merges))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", "utf-8")

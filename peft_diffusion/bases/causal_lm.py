@@ -55,7 +55,14 @@ class LanguageModel:
         return list(self.tokenizer("").input_ids)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text and nothing else."""
+        """Encode a text.
+
+        Args:
+            text: The text.
+
+        Returns:
+            Its tokens and nothing else.
+        """
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def describe(self) -> LanguageInfo:
@@ -77,12 +84,19 @@ def load_lm(
     dtype: str = "auto",
     quantize: str | None = None,
 ) -> LanguageModel:
-    """A causal language model, frozen, in eval mode, on its device.
+    """Load a causal language model, frozen, in eval mode.
 
-    ``source``: ``"tiny-lm"`` (embedded), a folder in the format of transformers, a hub id, or a model that is loaded
-    already, which is only checked; ``device``, ``dtype`` and
-    ``quantize`` as for ``load_base``, with the output layer left as it is. Raises UserError if there is no such base, or it
-    cannot be read as a causal language model or quantized.
+    Args:
+        source: ``"tiny-lm"`` (embedded), a folder in the format of transformers, or a hub id.
+        device: ``auto`` takes an accelerator if there is one.
+        dtype: float32, bfloat16, float16, or ``auto``: the best that the device computes fast.
+        quantize: nf4 or int8 for Linear layers in fewer bits; the output layer stays as it is.
+
+    Returns:
+        The model with its tokenizer, on its device.
+
+    Raises:
+        UserError: There is no such base, or it cannot be read as a causal language model or quantized.
     """
     if isinstance(source, LanguageModel):
         if quantize is not None and quantized.kind_of(source.lm) != quantize:
@@ -100,7 +114,17 @@ def load_lm(
 
 
 def frozen(base: LanguageModel) -> LanguageModel:
-    """The base itself, without gradients, in eval mode. Raises UserError where it lacks what a language model needs."""
+    """Take gradients and dropout from a language model.
+
+    Args:
+        base: The model.
+
+    Returns:
+        The same.
+
+    Raises:
+        UserError: It lacks what a language model needs.
+    """
     if not isinstance(base.lm, nn.Module) or getattr(base.lm.config, "max_position_embeddings", None) is None:
         raise UserError(f"base {base.name!r} does not say how long a text it takes, so it is no model to be taught text")
     base.lm.requires_grad_(False)

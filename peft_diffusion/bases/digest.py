@@ -17,10 +17,16 @@ _IDENTITY = "identity_before_quantization"  # an attribute of a quantized compon
 
 @torch.no_grad()
 def fingerprint(modules: Mapping[str, nn.Module]) -> str:
-    """A digest of every byte of the modules' parameters and buffers, adapters left out (16 hex digits).
+    """Digest every byte of the parameters and buffers of modules, adapters left out.
 
     Computed where the tensors lie, with exact integer arithmetic, so that it costs one pass over the memory. Sharded ones
     are gathered one after the other, so all processes have to ask.
+
+    Args:
+        modules: By name.
+
+    Returns:
+        16 hex digits.
     """
     digest = hashlib.sha256()
     for component, module in sorted(modules.items()):
@@ -33,10 +39,13 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str:
 
 @torch.no_grad()
 def identity(modules: Mapping[str, nn.Module]) -> str:
-    """A digest of which weights these are: the same for one base held in float32, float16, bfloat16, or quantized by
-    ``quantize`` (16 hex digits).
+    """Digest which weights these are, from a sample of every tensor, rounded to bfloat16.
 
-    Reads a sample of every tensor, rounded to bfloat16; where adapters are merged, the weights as they were before.
+    Args:
+        modules: By name; where adapters are merged, the weights count as they were before.
+
+    Returns:
+        16 hex digits, the same for one base in float32, float16, bfloat16, or quantized by `quantize`.
     """
     before = {known for module in modules.values() if (known := getattr(module, _IDENTITY, None)) is not None}
     if len(before) == 1:
@@ -54,7 +63,13 @@ def identity(modules: Mapping[str, nn.Module]) -> str:
 def quantize(modules: Mapping[str, nn.Module], kind: str, device: torch.device | None = None) -> None:
     """Quantize the Linear layers of all components of a base, which keeps its identity: adapters of it still fit.
 
-    Computes on ``device``. Raises UserError as ``core.quantized.quantize`` does.
+    Args:
+        modules: By name.
+        kind: nf4 or int8.
+        device: Where to compute.
+
+    Raises:
+        UserError: As ``core.quantized.quantize``.
     """
     quantized.check(kind)
     original = identity(modules)

@@ -9,7 +9,17 @@ TINY_LM = "tiny-lm"
 
 
 def embedded(relative: str) -> Path:
-    """The path of something under ``samples/``, in a checkout as in a wheel. Raises UserError if it is not there."""
+    """Find something under ``samples/``, in a checkout as in a wheel.
+
+    Args:
+        relative: Its path there.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: It is not there.
+    """
     package = Path(__file__).resolve().parent.parent
     for root in (package / "samples", package.parent / "samples"):
         if (root / relative).exists():

@@ -13,7 +13,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def pick_device(device: str) -> torch.device:
-    """The device of that name; ``auto`` is an accelerator if there is one. Raises UserError for one that is not there."""
+    """Choose a device by its name.
+
+    Args:
+        device: Such as cpu or cuda:1; ``auto`` is an accelerator if there is one.
+
+    Returns:
+        The device.
+
+    Raises:
+        UserError: It cannot be used.
+    """
     if device == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")
@@ -26,7 +36,18 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; ``auto`` is the best that the device computes fast."""
+    """Choose a dtype by its name.
+
+    Args:
+        dtype: float32, bfloat16 or float16; ``auto`` is the best that the device computes fast.
+        device: Where it will be used.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        UserError: There is no such dtype.
+    """
     if dtype in _DTYPES:
         return _DTYPES[dtype]
     if dtype != "auto":
@@ -54,6 +75,13 @@ def quiet(*libraries: Any) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text that says something; the error's type where none does."""
+    """Shorten an error.
+
+    Args:
+        error: Any.
+
+    Returns:
+        The first line of its text that says something; its type where none does.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

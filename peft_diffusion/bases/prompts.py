@@ -29,15 +29,36 @@ class TextSide:
         return [side.encoder for side in self.sides]
 
     def tokens(self, prompt: str) -> int:
-        """How many tokens a prompt has, with the two that mark start and end."""
+        """Count the tokens of a prompt, with the two that mark start and end.
+
+        Args:
+            prompt: The prompt.
+
+        Returns:
+            The number, of several encoders the largest.
+        """
         return max(len(side.ids(prompt)) for side in self.sides)
 
     def lost(self, prompt: str) -> str:
-        """The words at the end of a prompt that do not fit; empty where all do."""
+        """Find the words at the end of a prompt that do not fit.
+
+        Args:
+            prompt: The prompt.
+
+        Returns:
+            The words; "" where all fit.
+        """
         return next((lost for side in self.sides if (lost := side.lost(prompt))), "")
 
     def tokenized(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The tokens of prompts for each encoder, cut at the limit: ``ids`` and perhaps ``mask``, (prompts, tokens) each."""
+        """Turn prompts into tokens for each encoder, cut at the limit.
+
+        Args:
+            prompts: The prompts.
+
+        Returns:
+            ``ids`` and perhaps ``mask`` of each encoder, (prompts, tokens) each.
+        """
         pairs = [(number, side.tokenized(prompts)) for number, side in enumerate(self.sides)]
         return {f"{name}_{number}": tensor for number, found in pairs for name, tensor in found.items()}
 
@@ -54,7 +75,14 @@ class TextSide:
         return torch.cat([answer.hidden_states[-2] for answer in answers], -1), answers[-1][0]
 
     def encode(self, prompts: Sequence[str]) -> Encoding:
-        """What the UNet is told of prompts, on the encoders' device; cut at the limit."""
+        """Encode prompts on the encoders' device, cut at the limit.
+
+        Args:
+            prompts: The prompts.
+
+        Returns:
+            What the network is told of them.
+        """
         device = next(self.encoders[0].parameters()).device
         return self.run({name: tensor.to(device) for name, tensor in self.tokenized(prompts).items()})
 
@@ -88,5 +116,13 @@ class _Encoder:
 
 @torch.no_grad()
 def encode_frozen(side: TextSide, prompts: list[str]) -> Encoding:
-    """The same without gradients, for encoders that are not trained."""
+    """Encode prompts without gradients, for encoders that are not trained.
+
+    Args:
+        side: The encoders.
+        prompts: The prompts.
+
+    Returns:
+        What the network is told of them.
+    """
     return side.encode(prompts)

@@ -30,10 +30,17 @@ _V_SPREAD = 0.09
 
 
 def read(path: Path, dtype: torch.dtype) -> Any:
-    """The pipeline of a ``.safetensors`` or ``.ckpt`` checkpoint, with diffusers' own conversion.
+    """Read a checkpoint of one file, with diffusers' own conversion. A ``.ckpt`` is read without running code that it may hold.
 
-    A ``.ckpt`` is read without running what code it may hold. Raises UserError for a file that is no Stable Diffusion 1, 2
-    or XL, or is damaged.
+    Args:
+        path: ``.safetensors`` or ``.ckpt``.
+        dtype: That of the pipeline.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        UserError: It is no Stable Diffusion 1, 2 or XL, or is damaged.
     """
     if path.suffix not in (".safetensors", ".ckpt"):
         raise UserError(f"{path} is no checkpoint: a single file ends in .safetensors or .ckpt")
@@ -50,7 +57,17 @@ def read(path: Path, dtype: torch.dtype) -> Any:
 
 
 def architecture(path: Path) -> Architecture:
-    """What a checkpoint is of, by the names and shapes of its tensors. Raises UserError as ``read`` does."""
+    """Tell what a checkpoint is of, by the names and shapes of its tensors.
+
+    Args:
+        path: ``.safetensors`` or ``.ckpt``.
+
+    Returns:
+        The architecture.
+
+    Raises:
+        UserError: As `read`.
+    """
     return _header(path) if path.suffix == ".safetensors" else _pickled(path)
 
 

@@ -28,14 +28,22 @@ def load_base(
     dtype: str = "auto",
     quantize: str | None = None,
 ) -> DiffusionPipeline:
-    """A Stable Diffusion pipeline, frozen, in eval mode, on its device.
+    """Load a pipeline that denoises, frozen, in eval mode.
 
-    ``source``: ``"icons"`` (embedded), a diffusers folder, a single-file checkpoint, a hub id, or a pipeline, which is only
-    checked. ``device`` auto takes an accelerator if there is one; ``dtype`` is float32, bfloat16, float16, or auto:
-    bfloat16 on CUDA that has it, float16 on other accelerators, float32 on CPU. ``quantize`` holds the Linear layers of
-    UNet and text encoders in fewer bits: nf4 (4.5 a weight, needs bitsandbytes) or int8 (8 a weight); the rest, and what
-    they compute, has the dtype. Raises UserError if there is no such base, it cannot be read or quantized, or it is no
-    Stable Diffusion.
+    Args:
+        source: ``"icons"`` (embedded), a diffusers folder, a single-file checkpoint, a hub id, or a pipeline, which is only
+            checked.
+        device: ``auto`` takes an accelerator if there is one.
+        dtype: float32, bfloat16, float16, or ``auto``: bfloat16 on CUDA that has it, float16 on other accelerators, float32
+            on a CPU.
+        quantize: nf4 (4.5 bits a weight, needs bitsandbytes) or int8 for the Linear layers of network and text encoders; the
+            rest, and what they compute, has the dtype.
+
+    Returns:
+        The pipeline, on its device.
+
+    Raises:
+        UserError: There is no such base, it cannot be read or quantized, or it is no kind that is known.
     """
     if isinstance(source, DiffusionPipeline):
         return _frozen(_as_asked(source, quantize))

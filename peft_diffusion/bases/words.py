@@ -26,7 +26,7 @@ _OF_A_BATCH = ("padding", "pad_to_multiple_of", "padding_side", "return_tensors"
 _DEFAULT = "*"  # the word that the first programs for textual inversion began with
 
 
-def begun(base: object, component: str, method: Method) -> Method:
+def with_initial_tokens(base: object, component: str, method: Method) -> Method:
     """The method as it can be built on a component: token methods with the ids of their initial words, others as they are.
 
     Raises UserError where initial words have more tokens than there are vectors.
@@ -73,14 +73,29 @@ def teach(base: object) -> None:
 
 
 def plain_ids(tokenizer: Any, words: str) -> list[int]:
-    """The tokens of some words as the base has them, whatever its tokenizer was taught."""
+    """Encode words as the base has them, whatever its tokenizer was taught.
+
+    Args:
+        tokenizer: The tokenizer.
+        words: The words.
+
+    Returns:
+        Their tokens.
+    """
     if isinstance(tokenizer, TaughtTokenizer):
         return list(_held(tokenizer).plain.encode(words, add_special_tokens=False).ids)
     return list(tokenizer(words, add_special_tokens=False).input_ids)
 
 
 def learned(tokenizer: Any) -> dict[str, int]:
-    """The tokens that a tokenizer was taught, by name, each placeholder's first one being the placeholder itself."""
+    """List the tokens that a tokenizer was taught.
+
+    Args:
+        tokenizer: The tokenizer.
+
+    Returns:
+        Ids by name; each placeholder's first token is the placeholder itself.
+    """
     words = _lessons(tokenizer).words if isinstance(tokenizer, TaughtTokenizer) else ()
     return {name: number for word in words for name, number in zip(word.tokens, word.ids, strict=True)}
 

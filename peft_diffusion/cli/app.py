@@ -74,6 +74,8 @@ def _launch(
         plugins.load_plugin(module)
     app(tokens)
 
+_HELP_FLAGS = tuple(app.help_flags)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code.
@@ -105,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _asks_for_help(given: Sequence[str]) -> bool:
-    return any(flag in given for flag in app.help_flags)
+    return any(flag in given for flag in _HELP_FLAGS)
 
 
 def _methods(given: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from ..formats import Inspection
 from ..formats import inspect as read
 from ..formats.spec import missing_plugins
-from ..generation.compatibility import Fit, base_of, fit
+from ..generation.compatibility import Compatibility, base_of, compare
 from ..generation.settings import InspectConfig
 from .flags import reads
 
@@ -36,7 +36,7 @@ def inspect(config: InspectConfig) -> None:
     Only the headers are read: nothing is loaded, and no base is needed.
     """
     found = [read(path) for path in config.files]
-    fits = {pair: fit(*pair_of) for pair, pair_of in _pairs(found).items()}
+    fits = {pair: compare(*pair_of) for pair, pair_of in _pairs(found).items()}
     if config.json:
         plain = {"files": [_plain(one) for one in found], "fits": [_plain_fit(*item) for item in fits.items()]}
         print(json.dumps(plain, indent=2))
@@ -48,7 +48,7 @@ def _pairs(found: list[Inspection]) -> dict[tuple[str, str], tuple[Inspection, I
     return {(str(a.path), str(b.path)): (a, b) for a, b in itertools.combinations(found, 2)}
 
 
-def _show(found: list[Inspection], fits: Mapping[tuple[str, str], Fit]) -> None:
+def _show(found: list[Inspection], fits: Mapping[tuple[str, str], Compatibility]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -198,5 +198,5 @@ def _plain(found: Inspection) -> dict[str, Any]:
     }
 
 
-def _plain_fit(pair: tuple[str, str], result: Fit) -> dict[str, Any]:
+def _plain_fit(pair: tuple[str, str], result: Compatibility) -> dict[str, Any]:
     return {"files": list(pair), "verdict": result.verdict, "reasons": list(result.reasons)}

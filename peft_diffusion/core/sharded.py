@@ -15,7 +15,7 @@ def whole(tensor: Tensor) -> Tensor:
     return _given(tensor, "full_tensor")
 
 
-def here(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """Give the part of a sharded tensor that this process holds.
 
     Args:

@@ -195,7 +195,7 @@ def attach_all(component: nn.Module, name: str, methods: Sequence[tuple[Method, 
     found = targets.modules(component)
     built: list[dict[str, Adapter]] = []
     for method, target in methods:
-        matched = targets.resolve(component, target)
+        matched = targets.match(component, target)
         served = [path for path in matched if method.serves(found[path])]
         if not served:
             kinds = sorted({type(found[path]).__name__ for path in matched})

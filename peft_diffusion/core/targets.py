@@ -96,7 +96,7 @@ def blocks(component: nn.Module) -> Blocks:
     return Blocks((*dict.fromkeys(match[1] for match in found if match), OTHER_BLOCK), pattern)
 
 
-def resolve(component: nn.Module, target: str) -> list[str]:
+def match(component: nn.Module, target: str) -> list[str]:
     """Find the modules that a target names.
 
     Args:

@@ -34,7 +34,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Fit:
+class ResizeCrop:
     """How one image becomes its bucket's shape: resized, then cropped in the middle.
 
     Attributes:
@@ -84,7 +84,7 @@ def make_buckets(resolution: int, step: int = 64, max_aspect: float = 2.5) -> tu
     return tuple(sorted(shapes, key=lambda bucket: bucket.aspect))
 
 
-def fit(width: int, height: int, bucket: Bucket) -> Fit:
+def resize_crop(width: int, height: int, bucket: Bucket) -> ResizeCrop:
     """Scale an image until it just covers a bucket, and crop the middle.
 
     Args:
@@ -98,12 +98,12 @@ def fit(width: int, height: int, bucket: Bucket) -> Fit:
     scale = max(bucket.width / width, bucket.height / height)
     resized = max(bucket.width, round(width * scale)), max(bucket.height, round(height * scale))
     left, top = (resized[0] - bucket.width) // 2, (resized[1] - bucket.height) // 2
-    return Fit(bucket, (width, height), resized, (left, top, left + bucket.width, top + bucket.height))
+    return ResizeCrop(bucket, (width, height), resized, (left, top, left + bucket.width, top + bucket.height))
 
 
 def arrange(
     pictures: Sequence[Sized], resolution: int, step: int = 64, max_aspect: float = 2.5, no_upscale: bool = True
-) -> tuple[Fit, ...]:
+) -> tuple[ResizeCrop, ...]:
     """Choose a bucket for each image: the one nearest in aspect ratio.
 
     Args:
@@ -122,11 +122,11 @@ def arrange(
     """
     buckets = make_buckets(resolution, step, max_aspect)
 
-    def one(width: int, height: int) -> Fit:
+    def one(width: int, height: int) -> ResizeCrop:
         bucket = min(buckets, key=lambda bucket: (abs(math.log(width / height / bucket.aspect)), bucket))
         if no_upscale and (width < bucket.width or height < bucket.height):
             bucket = _own_bucket(width, height, resolution, step, max_aspect)
-        return fit(width, height, bucket)
+        return resize_crop(width, height, bucket)
 
     return tuple(one(picture.width, picture.height) for picture in pictures)
 
@@ -141,7 +141,7 @@ def _own_bucket(width: int, height: int, resolution: int, step: int, max_aspect:
 
 
 def place(
-    image: Image.Image, chosen: Fit, flip: bool = False, resampling: Image.Resampling = Image.Resampling.LANCZOS
+    image: Image.Image, chosen: ResizeCrop, flip: bool = False, resampling: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Image.Image:
     """Resize and crop an image to its bucket.
 
@@ -158,7 +158,7 @@ def place(
     return placed.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else placed
 
 
-def group(fits: Sequence[Fit]) -> dict[Bucket, tuple[int, ...]]:
+def group(fits: Sequence[ResizeCrop]) -> dict[Bucket, tuple[int, ...]]:
     """Group images by bucket.
 
     Args:
@@ -264,7 +264,7 @@ def stream(
         epoch, skipped = epoch + 1, 0
 
 
-def describe_buckets(fits: Sequence[Fit]) -> list[str]:
+def describe_buckets(fits: Sequence[ResizeCrop]) -> list[str]:
     """Describe how many images each bucket has and the hardest crop in it, in lines of plain text.
 
     Args:

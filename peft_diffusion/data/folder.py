@@ -17,7 +17,7 @@ from .caption_files import Captions, Source, is_metadata, is_sidecar, name_capti
 from .images import MAX_PIXELS, SUFFIXES, Checked, check_picture, open_mask, open_picture
 from .problems import PictureError, Problem
 
-__all__ = ["ImageFolder", "Missing", "Picture", "Problem", "open_picture", "scan"]
+__all__ = ["ImageFolder", "Missing", "Problem", "TrainingImage", "open_picture", "scan"]
 
 Missing = Literal["stop", "name", "empty", "skip"]
 """What becomes of pictures without a caption: stop, use the file name, use no words, or leave them out."""
@@ -37,7 +37,7 @@ _CONVERTIBLE = frozenset((".heic", ".heif", ".avif", ".svg", ".psd", ".jxl", ".j
 
 
 @dataclass(frozen=True)
-class Picture:
+class TrainingImage:
     """A usable image of a folder.
 
     Attributes:
@@ -83,7 +83,7 @@ class ImageFolder:
     """
 
     folders: tuple[Path, ...]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[TrainingImage, ...]
     problems: tuple[Problem, ...]
 
     @property
@@ -177,7 +177,7 @@ def scan(
             on_progress(next(ticks), total)
 
     limits = _Limits(resolution, missing, max_pixels, masks)
-    pictures: list[Picture] = []
+    pictures: list[TrainingImage] = []
     problems: list[Problem] = []
     for root, names in listings:
         found, wrong = _scan_root(root, names, limits, tick)
@@ -254,7 +254,7 @@ def _is_picture(name: str) -> bool:
 
 def _scan_root(
     root: Path, names: list[str], limits: _Limits, tick: Callable[[], None]
-) -> tuple[list[Picture], list[Problem]]:
+) -> tuple[list[TrainingImage], list[Problem]]:
     unreadable = [name for name in names if not _is_text(name)]
     names = [name for name in names if _is_text(name)]
     image_names = [name for name in names if _is_picture(name)]
@@ -269,7 +269,7 @@ def _scan_root(
     image_names = [name for name in image_names if name not in aside]
     for _ in (*aside, *filter(_is_picture, unreadable)):
         tick()
-    pictures: list[Picture] = []
+    pictures: list[TrainingImage] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         checks = pool.map(lambda name: _check(root / name, limits), image_names)
         for name, checked in zip(image_names, checks, strict=True):
@@ -277,13 +277,13 @@ def _scan_root(
             if isinstance(checked, Problem):
                 problems.append(checked)
             else:
-                pictures.append(Picture(root / name, name, "", "none", checked.width, checked.height, checked.digest))
+                pictures.append(TrainingImage(root / name, name, "", "none", checked.width, checked.height, checked.digest))
     captioned, missing = _caption(pictures, captions, limits.missing)
     problems += missing
     if limits.masks:
         found = [_with_mask(picture, root, masks.get(picture.name), limits) for picture in captioned]
         problems += [one for one in found if isinstance(one, Problem)]
-        captioned = [one for one in found if isinstance(one, Picture)]
+        captioned = [one for one in found if isinstance(one, TrainingImage)]
     return captioned, problems
 
 
@@ -303,7 +303,7 @@ def _lone_mask(root: Path, name: str) -> Problem:
     return Problem(str(root / name), "mask without a picture", "no picture has this name", "Rename it or delete it")
 
 
-def _with_mask(picture: Picture, root: Path, name: str | None, limits: _Limits) -> Picture | Problem:
+def _with_mask(picture: TrainingImage, root: Path, name: str | None, limits: _Limits) -> TrainingImage | Problem:
     """The picture with its mask, or what is wrong with that."""
     if name is None:
         return picture
@@ -350,10 +350,12 @@ def _other_file(root: Path, name: str) -> Problem:
     return Problem(str(root / name), "not a picture", f"{suffix or 'a file without an extension'} is not read", fix)
 
 
-def _caption(pictures: list[Picture], captions: Captions, missing: Missing) -> tuple[list[Picture], list[Problem]]:
+def _caption(
+    pictures: list[TrainingImage], captions: Captions, missing: Missing
+) -> tuple[list[TrainingImage], list[Problem]]:
     """Pictures with their captions. File names count only where the folder has no caption files, or as the fallback."""
     names = name_captions({posixpath.splitext(posixpath.basename(picture.name))[0] for picture in pictures})
-    found: list[Picture] = []
+    found: list[TrainingImage] = []
     problems: list[Problem] = []
     for picture in pictures:
         caption, source = captions.of(picture.name)
@@ -367,7 +369,7 @@ def _caption(pictures: list[Picture], captions: Captions, missing: Missing) -> t
     return found, problems
 
 
-def _missing(picture: Picture, captions: Captions, missing: Missing) -> Problem:
+def _missing(picture: TrainingImage, captions: Captions, missing: Missing) -> Problem:
     why = "other pictures have captions, this one has none" if captions.any_files else "the file name says nothing"
     then = {"stop": "", "name": ": used without words", "empty": ": used without words", "skip": ": left out"}[missing]
     fix = f"Write one into {picture.path.with_suffix('.txt').name} beside it"
@@ -375,8 +377,8 @@ def _missing(picture: Picture, captions: Captions, missing: Missing) -> Problem:
     return Problem(str(picture.path), "missing caption", why + then, fix + waive, stops=missing == "stop")
 
 
-def _drop_duplicates(pictures: Iterable[Picture]) -> tuple[tuple[Picture, ...], list[Problem]]:
-    first: dict[str, Picture] = {}
+def _drop_duplicates(pictures: Iterable[TrainingImage]) -> tuple[tuple[TrainingImage, ...], list[Problem]]:
+    first: dict[str, TrainingImage] = {}
     problems: list[Problem] = []
     for picture in pictures:
         kept = first.setdefault(picture.digest, picture)
@@ -391,7 +393,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _size_range(pictures: Sequence[Picture]) -> str:
+def _size_range(pictures: Sequence[TrainingImage]) -> str:
     sizes = sorted({(picture.width, picture.height) for picture in pictures}, key=lambda size: (math.prod(size), size))
     if not sizes:
         return ""

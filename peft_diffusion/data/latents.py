@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from peft_diffusion.core.errors import UserError
 
 from . import masks as masks_of
-from .buckets import Bucket, Fit, group, place
-from .folder import Picture
+from .buckets import Bucket, ResizeCrop, group, place
+from .folder import TrainingImage
 from .images import MAX_PIXELS, open_alpha, open_mask, open_picture, parse_colour
 
 _VERSION = "peft_diffusion latents 1"
@@ -44,7 +44,7 @@ class Latent:
 
     picture: int
     flipped: bool
-    fit: Fit
+    fit: ResizeCrop
     mean: Tensor
     std: Tensor
     masks: Tensor | None = None
@@ -70,7 +70,7 @@ class LatentCache:
     """Files of the cache folder that were there but could not be trusted; computed again and replaced."""
 
     @property
-    def fits(self) -> tuple[Fit, ...]:
+    def fits(self) -> tuple[ResizeCrop, ...]:
         return tuple(entry.fit for entry in self.entries)
 
     @property
@@ -111,7 +111,7 @@ def fingerprint(vae: nn.Module) -> str:
     return state.hexdigest()
 
 
-def latent_key(digest: str, vae: str, fit: Fit, flipped: bool, background: str, mask: int | None = None) -> str:
+def latent_key(digest: str, vae: str, fit: ResizeCrop, flipped: bool, background: str, mask: int | None = None) -> str:
     """Name an image's latent by all that it depends on.
 
     Args:
@@ -131,8 +131,8 @@ def latent_key(digest: str, vae: str, fit: Fit, flipped: bool, background: str, 
 
 
 def cache_latents(
-    pictures: Sequence[Picture],
-    fits: Sequence[Fit],
+    pictures: Sequence[TrainingImage],
+    fits: Sequence[ResizeCrop],
     vae: nn.Module,
     *,
     background: str = "white",
@@ -206,8 +206,8 @@ class _Damaged:
 
 @dataclass(frozen=True)
 class _Job:
-    pictures: Sequence[Picture]
-    fits: Sequence[Fit]
+    pictures: Sequence[TrainingImage]
+    fits: Sequence[ResizeCrop]
     background: str
     max_pixels: int
     alpha: bool
@@ -310,7 +310,7 @@ class _Job:
             ) from error
 
 
-def _chunks(entries: Sequence[Key], fits: Sequence[Fit], batch_size: int) -> Iterator[list[Key]]:
+def _chunks(entries: Sequence[Key], fits: Sequence[ResizeCrop], batch_size: int) -> Iterator[list[Key]]:
     if batch_size < 1:
         raise UserError(f"the batch size of the VAE must be 1 or more, not {batch_size}")
     for numbers in group([fits[index] for index, _, _ in entries]).values():
@@ -336,7 +336,7 @@ def _encode(vae: nn.Module, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(mean.clone(), std.clone()) for mean, std in zip(means, stds, strict=True)]
 
 
-def _check_finite(pair: tuple[Tensor, Tensor], picture: Picture, vae: nn.Module) -> None:
+def _check_finite(pair: tuple[Tensor, Tensor], picture: TrainingImage, vae: nn.Module) -> None:
     if not all(bool(part.isfinite().all()) for part in pair):
         dtype = str(next(vae.parameters()).dtype).removeprefix("torch.")
         raise UserError(f"the VAE overflows in {dtype} on {picture.path}: load it in float32 or bfloat16")

@@ -7,13 +7,15 @@ from typing import TypeVar
 
 from peft_diffusion.core.errors import UserError
 
-from .folder import Picture
+from .folder import TrainingImage
 
 _REPEATS = re.compile(r"([1-9]\d{0,2})_(?=\D|\d+[^\d_])")  # of "10_cat" and "10_1girl", not of "10_12" or "10_12_2024"
 _Number = TypeVar("_Number", int, float)
 
 
-def apply(pictures: Sequence[Picture], repeats: Sequence[str] = (), weights: Sequence[str] = ()) -> list[Picture]:
+def apply(
+    pictures: Sequence[TrainingImage], repeats: Sequence[str] = (), weights: Sequence[str] = ()
+) -> list[TrainingImage]:
     """Give images the repeats and weights of their subfolders.
 
     A subfolder is named by its path below the image folder ("a/b"), an image folder by its own name. A value for a folder
@@ -49,7 +51,7 @@ def apply(pictures: Sequence[Picture], repeats: Sequence[str] = (), weights: Seq
     ]
 
 
-def describe(pictures: Sequence[Picture]) -> list[str]:
+def describe(pictures: Sequence[TrainingImage]) -> list[str]:
     """List the subfolders whose images are drawn more than once an epoch or have a weight other than 1.
 
     Args:
@@ -69,7 +71,7 @@ def describe(pictures: Sequence[Picture]) -> list[str]:
     ]
 
 
-def _places(picture: Picture) -> list[str]:
+def _places(picture: TrainingImage) -> list[str]:
     """The subfolders that a picture is in, the innermost first, and the image folder's name last."""
     parts = picture.subfolder.split("/") if picture.subfolder else []
     root = picture.path.parents[len(parts)].resolve().name

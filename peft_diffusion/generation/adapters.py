@@ -197,9 +197,11 @@ class Adapters:
     def remove(self, name: str) -> None:
         """Take an adapter away, and everything that it held.
 
+        Args:
+            name: What it is called.
+
         Raises:
-            UserError: No adapter has the name, adapters are merged, or a site was patched meanwhile, as offloading does.
-                Nothing is changed then.
+            UserError: No adapter has the name, or adapters are merged.
         """
         registry, parts = self._registry, components(self.pipe)
         carriers = registry.carriers(name)
@@ -338,7 +340,11 @@ class StepWatch:
 
 
 def follow_steps(pipe: Base) -> None:
-    """Watch the network of a pipeline while, and only while, a schedule is set or images have strengths of their own."""
+    """Watch the network of a pipeline while, and only while, a schedule is set or images have strengths of their own.
+
+    Args:
+        pipe: The pipeline.
+    """
     _, network = network_of(pipe) or (None, None)
     if network is None or isinstance(pipe, LanguageModel):
         return

@@ -108,9 +108,14 @@ def draw(
 
 
 def shares(adapters: int, columns: int) -> list[tuple[float, ...]]:
-    """The mixes of each column, from all of the first adapter to all of the last, past all of each between them.
+    """List the mixes of each column, from all of the first adapter to all of the last, past all of each between them.
 
-    Every mix sums to 1. ``columns`` is at least ``adapters``, and both are at least 2.
+    Args:
+        adapters: How many there are, at least 2.
+        columns: At least as many.
+
+    Returns:
+        The share of each adapter by column; every mix sums to 1.
     """
     positions = [column * (adapters - 1) / (columns - 1) for column in range(columns)]
     return [tuple(max(0.0, 1 - abs(position - adapter)) for adapter in range(adapters)) for position in positions]

@@ -12,14 +12,14 @@ Verdict: TypeAlias = Literal["yes", "no", "unknown"]
 
 
 @dataclass(frozen=True)
-class Fit:
+class Compatibility:
     """The verdict on two files, and in words what it rests on."""
 
     verdict: Verdict
     reasons: tuple[str, ...]
 
 
-def fit(first: Inspection, second: Inspection) -> Fit:
+def compare(first: Inspection, second: Inspection) -> Compatibility:
     """Compare the bases that they name, and the shapes at the sites that both change."""
     verdict, reason = _bases(first, second)
     shared = sorted(first.sites.keys() & second.sites.keys())
@@ -37,7 +37,7 @@ def fit(first: Inspection, second: Inspection) -> Fit:
         reasons.append("one names the sites of the UNet as the original does and one as diffusers does: not compared")
     else:
         reasons.append("no site is changed by both")
-    return Fit(verdict, tuple(reasons))
+    return Compatibility(verdict, tuple(reasons))
 
 
 def _bases(first: Inspection, second: Inspection) -> tuple[Verdict, str]:
@@ -58,7 +58,14 @@ def _bases(first: Inspection, second: Inspection) -> tuple[Verdict, str]:
 
 
 def base_of(found: Inspection) -> dict[str, str]:
-    """What a file says of its base: from the spec, or from kohya's metadata where another program wrote it."""
+    """Tell what a file says of its base.
+
+    Args:
+        found: What was read of the file.
+
+    Returns:
+        Name, family and the like, from the spec, or from kohya's metadata where another program wrote it.
+    """
     if found.spec is not None and found.spec.base:
         return {key: str(value) for key, value in found.spec.base.items()}
     version = families.of_version(found.metadata.get("ss_base_model_version", ""))

@@ -117,9 +117,19 @@ def _written(
 def cell_recipes(
     adapters: Adapters, cells: Sequence[Cell], sampling: Sampling, source: Source | None = None
 ) -> list[Recipe]:
-    """What each picture is made from, in full. Also adapters of strength 0, whose words the prompts are read with.
+    """Tell in full what each picture is made from, also adapters of strength 0, whose words the prompts are read with.
 
-    Raises UserError as ``scheduler_of`` does.
+    Args:
+        adapters: Those on the base.
+        cells: The pictures.
+        sampling: How they are drawn.
+        source: What they start from.
+
+    Returns:
+        One recipe a picture.
+
+    Raises:
+        UserError: There are more steps than noise levels.
     """
     pipe = adapters.pipe
     info = adapters.base

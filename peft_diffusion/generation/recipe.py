@@ -85,7 +85,17 @@ class Recipe:
 
     @classmethod
     def from_json(cls, values: Any) -> "Recipe":
-        """Checked. Raises ValueError where a field is missing or of another type."""
+        """Read a recipe.
+
+        Args:
+            values: As JSON gave them.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            ValueError: A field is missing or of another type.
+        """
         known: dict[str, Any] = {name: values.get(name) for name in _KINDS} if isinstance(values, dict) else {}
         for name, kind in _KINDS.items():
             if not isinstance(known.get(name), kind) or isinstance(known.get(name), bool):
@@ -131,7 +141,16 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def write(path: Path, image: Image.Image, recipe: Recipe) -> None:
-    """Save a picture with its recipe, aside and then renamed. Raises UserError where it cannot be written."""
+    """Save a picture with its recipe, aside and then renamed.
+
+    Args:
+        path: A .png file.
+        image: The picture.
+        recipe: What it was made from.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", recipe.parameters())
     info.add_text(KEY, json.dumps({"version": VERSION, "recipe": recipe.to_json()}))
@@ -139,7 +158,16 @@ def write(path: Path, image: Image.Image, recipe: Recipe) -> None:
 
 
 def write_sheet(path: Path, sheet: Image.Image, recipes: Sequence[Sequence[Recipe]]) -> None:
-    """Save a sheet with the recipe of each of its pictures, by row. Raises UserError where it cannot be written."""
+    """Save a sheet with the recipe of each of its pictures.
+
+    Args:
+        path: A .png file.
+        sheet: The picture.
+        recipes: By row.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     info = PngImagePlugin.PngInfo()
     rows = [[recipe.to_json() for recipe in row] for row in recipes]
     info.add_text(KEY, json.dumps({"version": VERSION, "sheet": rows}))
@@ -147,7 +175,17 @@ def write_sheet(path: Path, sheet: Image.Image, recipes: Sequence[Sequence[Recip
 
 
 def read(path: Path) -> Recipe:
-    """The recipe that a picture carries. Raises UserError where it is no PNG, has none, or it is damaged."""
+    """Read the recipe that a picture carries.
+
+    Args:
+        path: A .png file.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        UserError: It is no PNG, has no recipe, or that is damaged.
+    """
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.load()  # text may stand after the pixels
@@ -170,7 +208,14 @@ def read(path: Path) -> Recipe:
 
 
 def check_target(path: Path) -> None:
-    """Find out before any work whether a .png file can be written there. Raises UserError."""
+    """Find out before any work whether a .png file can be written.
+
+    Args:
+        path: Where.
+
+    Raises:
+        UserError: It cannot.
+    """
     if path.suffix.lower() != ".png":
         raise UserError(f"{path}: pictures are written as .png, which carries the recipe")
     if path.is_dir():
@@ -181,7 +226,14 @@ def check_target(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Find out before any work whether files can be made in a folder, which need not exist yet. Raises UserError."""
+    """Find out before any work whether files can be made in a folder.
+
+    Args:
+        folder: Need not exist yet.
+
+    Raises:
+        UserError: They cannot.
+    """
     there = next((place for place in (folder, *folder.absolute().parents) if place.exists()), Path("/"))
     if not there.is_dir():
         raise UserError(f"{folder} cannot be a folder: {there} is a file")

@@ -40,7 +40,19 @@ class Cell:
 
 
 def size(info: BaseInfo, sampling: Sampling, source: Source | None = None) -> tuple[int, int]:
-    """Width and height in pixels. Raises UserError for sides that the base cannot make, naming the nearest that it can."""
+    """Choose the size of pictures.
+
+    Args:
+        info: The base.
+        sampling: What was asked for.
+        source: What they start from.
+
+    Returns:
+        Width and height in pixels.
+
+    Raises:
+        UserError: The base cannot make such a side; names the nearest that it can.
+    """
     usual = (info.resolution, info.resolution) if source is None else source.image.size
     sides = (sampling.width or usual[0], sampling.height or usual[1])
     for name, side in zip(("width", "height"), sides, strict=True):
@@ -103,9 +115,14 @@ def paint(
 
 
 def check_lengths(pipe: Pipeline, texts: Sequence[str]) -> None:
-    """Raise UserError for a text that the base's text encoders would cut, naming the words that would be lost.
+    """See that no text is cut.
 
-    The texts are those of a batch, in order: learned words take room too, and which ones do depends on the strengths.
+    Args:
+        pipe: The pipeline whose text encoders read them.
+        texts: Those of a batch, in order: learned words take room too, and which ones do depends on the strengths.
+
+    Raises:
+        UserError: One is too long; names the words that would be lost.
     """
     for name in text_encoders(pipe).values():
         tokenizer = getattr(pipe, name)
@@ -138,17 +155,31 @@ class _Report:
 
 
 def guides(pipe: Pipeline, timestep: float, stop: float) -> bool:
-    """Whether guidance acts at a timestep, when it does in so large a share of them from the noisiest.
+    """Tell whether guidance acts at a timestep.
 
     In a limited interval it spoils less of what was learned (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724).
+
+    Args:
+        pipe: The pipeline.
+        timestep: Where it is.
+        stop: The share of the timesteps, from the noisiest, in which it acts.
+
+    Returns:
+        Whether it does.
     """
     steps: int = pipe.scheduler.config.num_train_timesteps
     return timestep >= (1 - stop) * steps
 
 
 def ending_in_noise(scheduler: Any) -> Any:
-    """A scheduler that begins with pure noise (Lin et al. 2023, https://arxiv.org/abs/2305.08891), for what was trained with
-    zero terminal SNR; DDIM's in place of one that cannot."""
+    """Make a scheduler begin with pure noise (Lin et al. 2023, https://arxiv.org/abs/2305.08891).
+
+    Args:
+        scheduler: Any of diffusers.
+
+    Returns:
+        One of its kind that does; DDIM's in place of one that cannot.
+    """
     cls, changes = type(scheduler), {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if "rescale_betas_zero_snr" not in inspect.signature(cls.__init__).parameters:
         name, more = SCHEDULERS["ddim"]
@@ -157,8 +188,18 @@ def ending_in_noise(scheduler: Any) -> Any:
 
 
 def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) -> Any:
-    """The scheduler that draws: the one that was asked for, or the pipeline's own; where a cell has an adapter that was
-    trained so, from pure noise, as ``ending_in_noise`` says. Raises UserError for more steps than there are noise levels.
+    """Choose the scheduler that draws: the one that was asked for, or the pipeline's own.
+
+    Args:
+        adapters: Those on the base.
+        cells: What is drawn; where one has an adapter that was trained with zero terminal SNR, it begins with pure noise.
+        sampling: What was asked for.
+
+    Returns:
+        The scheduler.
+
+    Raises:
+        UserError: There are more steps than noise levels.
     """
     scheduler = adapters.pipe.scheduler
     levels = scheduler.config.num_train_timesteps
@@ -177,7 +218,16 @@ def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
 
 
 def gives_way(pipe: Pipeline, scheduler: Any, sampling: Sampling) -> bool:
-    """Whether what draws is DDIM's in place of the scheduler that was asked for."""
+    """Tell whether DDIM's scheduler draws in place of the one that was asked for.
+
+    Args:
+        pipe: The pipeline.
+        scheduler: What draws.
+        sampling: What was asked for.
+
+    Returns:
+        Whether it does.
+    """
     asked = sampling.scheduler
     return asked is not None and type(scheduler).__name__ != denoiser_of(pipe).schedulers[asked][0]
 
@@ -245,7 +295,16 @@ def _check_finite(pixels: Any, pipe: Pipeline) -> None:
 
 
 def whole_picture(pipe: Pipeline, width: int, height: int) -> dict[str, Any]:
-    """What makes a pipeline that paints parts of a picture anew paint all of it; nothing for others."""
+    """Tell a pipeline that paints parts of a picture anew to paint all of it.
+
+    Args:
+        pipe: The pipeline.
+        width: Pixels.
+        height: Pixels.
+
+    Returns:
+        What it is called with besides; nothing for others.
+    """
     if not denoiser_of(pipe).inpaints:
         return {}
     empty, everything = Image.new("RGB", (width, height), "gray"), Image.new("L", (width, height), 255)

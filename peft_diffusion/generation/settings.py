@@ -230,7 +230,11 @@ class GenerateConfig(Sampling):
             raise UserError("--mask and --strength are for a picture to start from; name it with --image")
 
     def check(self) -> None:
-        """Find out what can be told without the base. Raises UserError for files that cannot be read or written."""
+        """Find out what can be told without the base.
+
+        Raises:
+            UserError: Files cannot be read or written.
+        """
         self.choices()
         if self.recipe is not None:
             read(self.recipe)
@@ -291,7 +295,14 @@ def _check_prompts(prompts: tuple[str, ...]) -> None:
 
 
 def check_text(*texts: str) -> None:
-    """Raises UserError for half a character, which a terminal that is not set to UTF-8 can leave in what was typed."""
+    """Refuse half a character, which a terminal that is not set to UTF-8 can leave in what was typed.
+
+    Args:
+        texts: What was typed.
+
+    Raises:
+        UserError: There is one.
+    """
     for text in texts:
         try:
             text.encode()
@@ -303,7 +314,15 @@ def check_text(*texts: str) -> None:
 
 
 def check_last_seed(first: int, count: int) -> None:
-    """Raise UserError where the last of several seeds, one after the other, is none that torch takes."""
+    """See that torch takes the last of several seeds, one after the other.
+
+    Args:
+        first: The first seed.
+        count: How many there are.
+
+    Raises:
+        UserError: It does not.
+    """
     last = first + count - 1
     if last > MAX_SEED:
         raise UserError(f"a seed is a whole number from 0 to {MAX_SEED}, and the last of --count {count} would be {last}")

@@ -20,10 +20,21 @@ def grid(
     column_labels: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """A white sheet of ``images`` (rows of pictures, None for an empty cell), labels wrapped beside and above them.
+    """Draw a white sheet of pictures with labels beside and above them.
 
     Pictures keep their pixels; a smaller one is centred in its cell. Rows may be of different lengths.
-    Raises ValueError where there is no picture, or where labels are not one per row or column.
+
+    Args:
+        images: Rows of pictures, None for an empty cell.
+        row_labels: One a row.
+        column_labels: One a column.
+        title: Above all.
+
+    Returns:
+        The sheet.
+
+    Raises:
+        ValueError: There is no picture, or labels are not one per row or column.
     """
     present = [image for row in images for image in row if image is not None]
     columns = max((len(row) for row in images), default=0)

@@ -31,11 +31,30 @@ class Source:
     strength: float = 1.0
 
     def steps(self, asked: int) -> int:
-        """How many of the denoising steps are taken."""
+        """Tell how many of the denoising steps are taken.
+
+        Args:
+            asked: How many were asked for.
+
+        Returns:
+            As many, or fewer where the picture is not left behind wholly.
+        """
         return min(int(asked * self.strength), asked)
 
     def fitted(self, info: BaseInfo, width: int | None, height: int | None) -> "Source":
-        """At the size that was asked for, by default its own. Raises UserError where the base cannot make its own."""
+        """Bring the picture to the size that was asked for.
+
+        Args:
+            info: The base.
+            width: Pixels; None for its own.
+            height: Pixels; None for its own.
+
+        Returns:
+            The picture and its mask at that size.
+
+        Raises:
+            UserError: The base cannot make its own size, or the mask is too thin for the new one.
+        """
         sides = width or self.image.width, height or self.image.height
         if (width is None or height is None) and any(side % info.step for side in sides):
             near = "x".join(str(max(info.step, round(side / info.step) * info.step)) for side in sides)
@@ -54,7 +73,17 @@ class Source:
         return replace(self, image=self.image.resize(sides, Image.Resampling.LANCZOS), mask=mask)
 
     def pipeline(self, pipe: Pipeline) -> Pipeline:
-        """The pipeline of the same parts that starts from a picture. Raises UserError where diffusers has none."""
+        """Make the pipeline of the same parts that starts from a picture.
+
+        Args:
+            pipe: The pipeline.
+
+        Returns:
+            The other.
+
+        Raises:
+            UserError: diffusers has none.
+        """
         kinds = diffusers.AutoPipelineForImage2Image, diffusers.AutoPipelineForInpainting
         with quiet(diffusers_logging):
             try:
@@ -75,12 +104,32 @@ class Source:
         return told | {"mask_image": [self.mask] * count, "width": self.image.width, "height": self.image.height}
 
     def kept(self, painted: Image.Image) -> Image.Image:
-        """What was painted, with the very pixels of the picture where the mask hides them: a VAE changes all a little."""
+        """Put the very pixels of the picture back where the mask hides them: a VAE changes all a little.
+
+        Args:
+            painted: What was drawn.
+
+        Returns:
+            The result.
+        """
         return painted if self.mask is None else Image.composite(painted, self.image, self.mask)
 
 
 def read_source(image: Path, mask: Path | None, strength: float | None, steps: int) -> Source:
-    """Read the files. Raises UserError for those that are no pictures, or do not fit, and where no step would be left."""
+    """Read the files that pictures start from.
+
+    Args:
+        image: The picture.
+        mask: White where it is painted anew.
+        strength: How far it is left behind, above 0 and up to 1; None for the usual.
+        steps: The denoising steps that were asked for.
+
+    Returns:
+        The source.
+
+    Raises:
+        UserError: They are no pictures, do not fit, or no step would be left.
+    """
     picture = _opened(image, "white")
     found = None if mask is None else _opened(mask, "black").convert("L")
     if found is not None and found.size != picture.size:
@@ -109,7 +158,16 @@ def _paints(mask: Image.Image) -> bool:
 
 
 def check_mask(pipe: Pipeline, source: Source | None, name: str) -> None:
-    """Raise UserError where a base that paints parts anew is given a picture and no mask."""
+    """See that a base that paints parts anew is told which.
+
+    Args:
+        pipe: The pipeline.
+        source: What is given.
+        name: What the base is called.
+
+    Raises:
+        UserError: There is a picture and no mask.
+    """
     if source is not None and source.mask is None and denoiser_of(pipe).inpaints:
         raise UserError(
             f"the base {name!r} paints parts of a picture anew, and is not told which; give --mask, a picture of the same"

@@ -71,7 +71,17 @@ def generate_text(
 
 @torch.no_grad()
 def continued(base: LanguageModel, ids: list[int], config: TextGenerateConfig, seed: int) -> Iterator[int]:
-    """The tokens after ``ids``, until the model ends the text or there are ``max_tokens``."""
+    """Write on, token by token.
+
+    Args:
+        base: The language model.
+        ids: The tokens of the prompt.
+        config: How tokens are chosen, and how many.
+        seed: Of the choice.
+
+    Yields:
+        The tokens, until the model ends the text or there are ``max_tokens``.
+    """
     chance = torch.Generator().manual_seed(seed)  # on the CPU, whatever the device: the same numbers everywhere
     rows, cache = torch.tensor([ids], device=base.device), None
     for _ in range(config.max_tokens):
@@ -84,9 +94,19 @@ def continued(base: LanguageModel, ids: list[int], config: TextGenerateConfig, s
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, chance: torch.Generator) -> int:
-    """A token by its logits (vocabulary,): the likeliest at temperature 0, else by nucleus sampling (Holtzman 2020).
+    """Choose a token: the likeliest, or by nucleus sampling (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751).
 
-    A temperature of nearly 0 counts as 0. Raises UserError where the logits are no numbers.
+    Args:
+        logits: (vocabulary,).
+        temperature: 0, or nearly 0, takes the likeliest.
+        top_p: The probability of the tokens among which it chooses.
+        chance: The generator.
+
+    Returns:
+        The token.
+
+    Raises:
+        UserError: The logits are no numbers.
     """
     if not bool(logits.max().isfinite()):  # NaN is the largest
         raise UserError("the model's answer is not finite; lower the strengths, or take --precision float32")

@@ -9,14 +9,14 @@ from torch import nn
 
 from ..bases import components
 from ..bases.base import Base
-from ..bases.words import begun
+from ..bases.words import with_initial_tokens
 from ..core import site
 from ..core.adapter import Adapter
 from ..core.arena import side_by_side
 from ..core.errors import UserError
 from ..core.method import Method
 from .loop.seeds import global_seed
-from .settings.blocks import Block
+from .settings.placements import Placement
 
 NAME = "trained"  # of the adapter, while it is
 
@@ -32,7 +32,7 @@ class Attached:
 
 def attach(
     parts: Mapping[str, nn.Module],
-    blocks: Sequence[Block],
+    blocks: Sequence[Placement],
     seed: int,
     rate_of: Callable[[str], float],
 ) -> Attached:
@@ -65,7 +65,7 @@ def attach(
     return Attached({name: side_by_side(sites) for name, sites in groups.items()}, rates, frozenset(undecayed))
 
 
-def chosen(base: Base, names: Sequence[str]) -> dict[str, nn.Module]:
+def selected_components(base: Base, names: Sequence[str]) -> dict[str, nn.Module]:
     """The components of these names. Raises UserError for one that the base has not."""
     there = components(base)
     absent = [name for name in names if name not in there]
@@ -74,17 +74,17 @@ def chosen(base: Base, names: Sequence[str]) -> dict[str, nn.Module]:
     return {name: part for name, part in there.items() if name in names}
 
 
-def with_words(base: Base, blocks: Sequence[Block]) -> list[Block]:
-    """The blocks with the ids of the words that their tokens begin as. Raises UserError as ``vocabulary.begun`` does."""
-    return [replace(block, method=begun(base, block.component, block.method)) for block in blocks]
+def with_words(base: Base, blocks: Sequence[Placement]) -> list[Placement]:
+    """The placements with the ids of the words that their tokens begin as; raises as ``words.with_initial_tokens`` does."""
+    return [replace(block, method=with_initial_tokens(base, block.component, block.method)) for block in blocks]
 
 
-def taught_words(blocks: Sequence[Block]) -> list[str]:
+def taught_words(blocks: Sequence[Placement]) -> list[str]:
     """The words that blocks teach the tokenizers."""
     return [word for block in blocks for word in block.method.taught_words()]
 
 
-def described(parts: Mapping[str, nn.Module], blocks: Sequence[Block], parameters: int) -> str:
+def described(parts: Mapping[str, nn.Module], blocks: Sequence[Placement], parameters: int) -> str:
     """Methods, layers and parameters of the adapter that was attached, in words."""
     layers = sum(len(site.adapters(part, NAME)) for part in parts.values())
     names = ", ".join(dict.fromkeys(named(block.method) for block in blocks))

@@ -14,22 +14,22 @@ from ..core.errors import UserError
 from ..core.events import Event, Observer
 from ..core.settings import pick
 from ..data.captions import with_trigger
-from ..data.folder import Picture
+from ..data.folder import TrainingImage
 from ..fast.unet import fused
-from .attachment import NAME, chosen, taught_words, with_words
+from .attachment import NAME, selected_components, taught_words, with_words
 from .drawing import Drawing
 from .events import Data, LookGains
 from .loop.trainer import Trainer
 from .machine.memory_plan import Load
-from .machine.processes import Crew
+from .machine.processes import Processes
 from .machine.sharding import sharing
 from .record.facts import thumbnails
 from .record.run_folder import RunFolder, check_writable
 from .results import FoundRates, RunResult, TrainResult
 from .run import Facts, next_command
-from .settings.blocks import Block, blocks
 from .settings.derive import resolve
 from .settings.pictures import ResolvedConfig, TrainConfig, run_path
+from .settings.placements import Placement, blocks
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.preparation import Prepared, check_places, prepare
 from .watch.previews import PROMPTS, Previews
@@ -53,9 +53,9 @@ class PictureSource:
         """The same on another device."""
         return replace(self, asked=replace(self.asked, device=device))
 
-    def processes(self, crew: Crew) -> Crew:
+    def processes(self, processes: Processes) -> Processes:
         """The processes as the settings have them: sharing the base or not."""
-        return sharing(crew, self.asked, self.pipe)
+        return sharing(processes, self.asked, self.pipe)
 
     def folder(self) -> RunFolder:
         """The run folder, after seeing that everything can be written."""
@@ -67,9 +67,9 @@ class PictureSource:
         check_writable(folder)
         return folder
 
-    def open(self, crew: Crew, tell: Observer) -> "PictureMaterial":
+    def open(self, processes: Processes, tell: Observer) -> "PictureMaterial":
         """Load the base, read the folders and encode the pictures."""
-        return PictureMaterial(prepare(self.asked, self.pipe, tell, self.drawing, crew), self.drawing, crew)
+        return PictureMaterial(prepare(self.asked, self.pipe, tell, self.drawing, processes), self.drawing, processes)
 
     def remark(self, found: FoundRates) -> Event | None:
         """A style is judged by its look, which the loss does not tell."""
@@ -81,15 +81,15 @@ class PictureMaterial:
 
     data: Data = "pictures"
 
-    def __init__(self, prepared: Prepared, drawing: Drawing, crew: Crew) -> None:
+    def __init__(self, prepared: Prepared, drawing: Drawing, processes: Processes) -> None:
         self.prepared = prepared
         self.drawing = drawing
-        self.crew = crew
+        self.processes = processes
         self.base = prepared.pipe
         self.info = prepared.info
         self.config = prepared.config
         self.seed = self.config.seed
-        self.parts = chosen(self.base, self.config.components)
+        self.parts = selected_components(self.base, self.config.components)
         self.blocks = with_words(self.base, blocks(self.config))
 
     def rate(self, component: str) -> float:
@@ -105,7 +105,7 @@ class PictureMaterial:
     @cached_property
     def task(self) -> DiffusionTask:
         """What is learned."""
-        return diffusion_task(self.prepared, self.blocks, self.crew)
+        return diffusion_task(self.prepared, self.blocks, self.processes)
 
     @property
     def items(self) -> list[dict[str, str]]:
@@ -114,7 +114,7 @@ class PictureMaterial:
 
     def faster(self) -> AbstractContextManager[None]:
         """The UNet fused, on CUDA, where steps may be recorded."""
-        if not self.config.cuda_graph or self.crew.shares_base:
+        if not self.config.cuda_graph or self.processes.shares_base:
             return nullcontext()
         return fused(denoiser_of(self.base).network)
 
@@ -199,10 +199,10 @@ class PictureMaterial:
         return list(dict.fromkeys((*(words for part in parts if (words := part.strip(" ,;:"))), *taught_words(self.blocks))))
 
 
-def diffusion_task(prepared: Prepared, blocks: Sequence[Block], crew: Crew) -> DiffusionTask:
+def diffusion_task(prepared: Prepared, blocks: Sequence[Placement], processes: Processes) -> DiffusionTask:
     """What is learned from prepared pictures by the adapter of these blocks, which its pipeline carries."""
     dropout = max(block.method.dropped() for block in blocks)
-    settings = pick(DiffusionSettings, prepared.config, prepared, {"dropout": dropout, "crew": crew})
+    settings = pick(DiffusionSettings, prepared.config, prepared, {"dropout": dropout, "processes": processes})
     return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prepared.prior)
 
 
@@ -213,7 +213,7 @@ def searched(config: TrainConfig) -> TrainConfig:
     return replace(config, preview_steps=0)
 
 
-def _item(picture: Picture) -> dict[str, str]:
+def _item(picture: TrainingImage) -> dict[str, str]:
     """What of a picture a run depends on."""
     item = {"name": picture.name, "digest": picture.digest, "caption": picture.caption}
     item |= {"mask": picture.mask_digest} if picture.mask_digest else {}

@@ -31,8 +31,7 @@ from .attachment import NAME, Attached, at_strength, attach, described
 from .events import Data, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
 from .loop.trainer import Task, Trainer, TrainerSettings, TrainerState
 from .machine.memory_plan import Load, MemoryPlan
-from .machine.processes import Crew
-from .machine.processes import crew as this_crew
+from .machine.processes import Processes, join
 from .record.checkpoint import Origin
 from .record.facts import about, commands
 from .record.measurements import best_step, measurements, verdict
@@ -40,13 +39,13 @@ from .record.recorder import Recorder, ReportWriter
 from .record.run_folder import RunFolder
 from .record.trackers import Tracker, check_tracker
 from .results import FoundRates, Outcome, RunResult
-from .settings.blocks import Block, check_methods, plugins_of
 from .settings.choices import LogWith
 from .settings.pictures import TrainConfig
+from .settings.placements import Placement, check_methods, plugins_of
 from .settings.resumption import DERIVED
 from .settings.shared import MethodSettings, RunSettings
 from .watch.clock import Clock
-from .watch.find_lr import Search, refuse_crew
+from .watch.find_lr import Search, refuse_several_processes
 from .watch.previews import Previews
 from .watch.strength import suggest
 
@@ -113,7 +112,7 @@ class Material(Protocol[Result]):
         ...
 
     @property
-    def blocks(self) -> Sequence[Block]:
+    def blocks(self) -> Sequence[Placement]:
         """Which method is trained at which sites."""
         ...
 
@@ -194,7 +193,7 @@ class Source(Protocol[Result]):
         """Returns: the same on another device."""
         ...
 
-    def processes(self, crew: Crew) -> Crew:
+    def processes(self, processes: Processes) -> Processes:
         """Returns: the processes as the settings have them. Raises UserError where they cannot be so."""
         ...
 
@@ -206,11 +205,11 @@ class Source(Protocol[Result]):
         """Returns: where a search for learning rates writes, after seeing that it can. Raises UserError where it cannot."""
         ...
 
-    def open(self, crew: Crew, tell: Observer) -> Material[Result]:
+    def open(self, processes: Processes, tell: Observer) -> Material[Result]:
         """Load the base and read the data.
 
         Args:
-            crew: The processes that train together.
+            processes: The processes that train together.
             tell: Is told what is found.
 
         Returns:
@@ -244,19 +243,19 @@ def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop
     """
     began = time.monotonic()
     with told_to_the_end(observers) as tell:
-        crew, device = this_crew(source.asked.device)
-        if not crew.leads:
+        processes, device = join(source.asked.device)
+        if not processes.leads:
             tell.others = [silent]
-        crew, source = source.processes(crew), source.on(device)
+        processes, source = source.processes(processes), source.on(device)
         _check_methods(source)
         check_tracker(source.asked.log_with)
         folder = source.folder()
         recorder = Recorder(folder)
-        if crew.leads:
+        if processes.leads:
             tell.own += [recorder, ReportWriter(folder)]
-        material = source.open(crew, _stopping(tell, stop, crew))
+        material = source.open(processes, _stopping(tell, stop, processes))
         with material.faster(), base_kept(material.base, tell) as before:
-            run = _Run(material, folder, tell, crew)
+            run = _Run(material, folder, tell, processes)
             with material.at_work():
                 run.train(source.asked, recorder, stop)
                 result = run.write(before, folder.seconds + time.monotonic() - began)
@@ -270,14 +269,14 @@ def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop:
     Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Takes and raises what `train` does.
     """
     with told_to_the_end(observers) as tell:
-        crew, device = this_crew(source.asked.device)
-        refuse_crew(crew)
+        processes, device = join(source.asked.device)
+        refuse_several_processes(processes)
         source = source.on(device)
         _check_methods(source)
         folder = source.search_folder()
-        material = source.open(crew, _stopping(tell, stop, crew))
+        material = source.open(processes, _stopping(tell, stop, processes))
         with material.faster(), base_kept(material.base, tell):
-            run = _Run(material, RunFolder(folder), tell, crew)
+            run = _Run(material, RunFolder(folder), tell, processes)
             with material.at_work(), run.memory_plan().applied(tell), _stop_of(stop) as wish:
                 trainer = run.trainer
                 found = Search(
@@ -313,32 +312,32 @@ def _check_methods(source: Source[Any]) -> None:
 class _Run(Generic[Result]):
     """One training: an adapter on a base, its trainer, and what is kept of it."""
 
-    def __init__(self, material: Material[Result], folder: RunFolder, tell: Observers, crew: Crew) -> None:
+    def __init__(self, material: Material[Result], folder: RunFolder, tell: Observers, processes: Processes) -> None:
         self.material = material
         self.folder = folder
         self.tell = tell
-        self.crew = crew
+        self.processes = processes
         attached = attach(material.parts, material.blocks, material.seed, material.rate)
         teach(material.base)  # before texts become tokens
         self.arena = Arena(attached.groups)
         task, config = material.task, material.config
         self.adapter = described(material.parts, material.blocks, self.arena.count)
-        plan = pick(Plan, config, attached, {"data": material.data, "batch": _batch(config), "processes": crew.size})
+        plan = pick(Plan, config, attached, {"data": material.data, "batch": _batch(config), "processes": processes.size})
         tell(Prepared(self.adapter, self.arena.count, plan))
         self.trainer = self.trial(task, self._settings(attached))
         self.trainer.observers = [tell]
-        self.previews = material.previews(self.trainer, folder) if crew.measures else None
+        self.previews = material.previews(self.trainer, folder) if processes.measures else None
         self.outcome: Outcome | None = None
 
     def _settings(self, attached: Attached) -> TrainerSettings:
         settings = pick(TrainerSettings, self.material.config, attached)
         # No CUDA graph holds weights that come and go.
-        return replace(settings, cuda_graph=False) if self.crew.shares_base else settings
+        return replace(settings, cuda_graph=False) if self.processes.shares_base else settings
 
     def trial(self, task: Task, settings: TrainerSettings) -> Trainer:
         """A trainer of the adapter, which nobody watches."""
         passes = Working(self.arena.flat, self.arena.grad)
-        return Trainer(task, self.arena, settings, crew=self.crew, data=self.material.data, passes=passes)
+        return Trainer(task, self.arena, settings, processes=self.processes, data=self.material.data, passes=passes)
 
     def memory_plan(self) -> MemoryPlan:
         """How the run uses the memory of its device."""
@@ -350,20 +349,20 @@ class _Run(Generic[Result]):
             held=trainer.held,
             device=self.arena.flat.device,
             records=trainer.records,
-            sharded=self.crew.shares_base,
+            sharded=self.processes.shares_base,
         )
 
     def train(self, asked: AskedSettings, recorder: Recorder, stop: Stop | None) -> None:
         """Train to the end. Raises Interrupted where it was stopped early."""
         with self.memory_plan().applied(self.tell):
-            if self.crew.size == 1 and stop is not None:
+            if self.processes.size == 1 and stop is not None:
                 check_stop(stop, _TOO_EARLY)
             started = self._start(asked.resume)
-            if self.crew.leads:
+            if self.processes.leads:
                 self._note(recorder)
             self.tell(started)
             self._learn(asked.log_with, stop)
-            self.outcome = self._outcome() if self.crew.measures else None
+            self.outcome = self._outcome() if self.processes.measures else None
 
     def write(self, base: str, seconds: float) -> Result:
         """Write the adapter file with what is worth knowing of it."""
@@ -380,37 +379,37 @@ class _Run(Generic[Result]):
             outcome=outcome,
         )
         result = self.material.result(found)
-        if self.crew.leads:
+        if self.processes.leads:
             _save(config.output, self.material.parts, self.trainer, self._spec(result))
             self.tell(Saved("adapter", outcome.kept if outcome else self.trainer.step, config.output))
-        self.crew.wait()
+        self.processes.wait()
         return result
 
     def _start(self, resume: bool) -> Started:
         """Begin the run, or go on with it. Raises UserError where settings, data or base are others than it had."""
-        crew, config, items = self.crew, self.material.config, self.material.items
-        origin = origin_of(config, items, self.material.info.fingerprint, crew)
-        crew.wait()  # all have looked at the folder before one writes to it
-        if crew.leads:
+        processes, config, items = self.processes, self.material.config, self.material.items
+        origin = origin_of(config, items, self.material.info.fingerprint, processes)
+        processes.wait()  # all have looked at the folder before one writes to it
+        if processes.leads:
             self.folder.check()  # again: another process may have begun meanwhile
         if not resume:
-            if crew.leads:
+            if processes.leads:
                 self.folder.start(config, items, origin)
             return Started(self.folder.path, 0, config.steps)
-        found = self.folder.resume(config, items, origin) if crew.leads else None
-        crew.wait()  # what cannot be gone on from is gone
-        if not crew.leads:
+        found = self.folder.resume(config, items, origin) if processes.leads else None
+        processes.wait()  # what cannot be gone on from is gone
+        if not processes.leads:
             found = self.folder.newest()
         if found is None:
             return Started(self.folder.path, 0, config.steps, resumed=True)
         before = found.origin.config.get(_PROCESSES, 1)
-        if before != crew.size:
+        if before != processes.size:
             raise UserError(
-                f"the run in {self.folder.path} had {before} processes, and there are {crew.size} now, so its batches would"
-                " be others; start as many, or a new run with another --run-dir"
+                f"the run in {self.folder.path} had {before} processes, and there are {processes.size} now, so its batches"
+                " would be others; start as many, or a new run with another --run-dir"
             )
         self.trainer.load(found.state)
-        self.trainer.measured = crew.agreed(dict(self.folder.held_out))
+        self.trainer.measured = processes.agreed(dict(self.folder.held_out))
         planned = int(found.origin.config["steps"])
         return Started(self.folder.path, found.state.step, config.steps, True, planned, config.scheduler)
 
@@ -431,11 +430,11 @@ class _Run(Generic[Result]):
     def _learn(self, log_with: LogWith | None, stop: Stop | None) -> None:
         """Train to the end. Raises Interrupted where it was stopped early."""
         trainer, config, previews = self.trainer, self.material.config, self.previews
-        if log_with is not None and self.crew.leads:
+        if log_with is not None and self.processes.leads:
             self.tell.own.append(Tracker(self.folder.logs, trainer.step))
-        if self.crew.leads:
+        if self.processes.leads:
             trainer.keep = self._keep
-        if self.crew.measures:
+        if self.processes.measures:
             trainer.after_step = [Clock(config.steps, self.arena.flat.device, self.tell).after_step]
         if previews:
             if not previews.go_on_from(trainer.step):
@@ -460,14 +459,14 @@ class _Run(Generic[Result]):
 
         Only the processes that measure may ask, and all of them have to.
         """
-        trainer, crew, held_out = self.trainer, self.crew, self.trainer.measured
+        trainer, processes, held_out = self.trainer, self.processes, self.trainer.measured
         warning = verdict(measurements(self.folder.metrics()))
         if warning:
             self.tell(Warned(warning))
         best = best_step(held_out)
         kept = trainer.step
         if self.material.config.keep == "best" and best is not None and best != trainer.step:
-            tensors = crew.agreed(self.folder.tensors(best) if crew.leads else {})
+            tensors = processes.agreed(self.folder.tensors(best) if processes.leads else {})
             trainer.chosen = trainer.given(tensors).to(self.arena.flat.device)
             kept = best
             self.tell(WeightsChosen(best, trainer.step))
@@ -482,7 +481,7 @@ class _Run(Generic[Result]):
             loss = self.trainer.task.held_out()
         if loss is None:
             raise ValueError("nothing is kept apart")
-        return self.crew.agreed(loss)
+        return self.processes.agreed(loss)
 
     def _spec(self, result: Result) -> formats.Spec:
         material, config = self.material, self.material.config
@@ -524,9 +523,9 @@ def _stop_of(stop: Stop | None) -> Iterator[Stop]:
         yield wish
 
 
-def _stopping(tell: Observer, stop: Stop | None, crew: Crew) -> Observer:
+def _stopping(tell: Observer, stop: Stop | None, processes: Processes) -> Observer:
     """The same observer, which ends what is told to it where it is wished to stop, as long as nothing is written."""
-    if stop is None or crew.size > 1:  # one of several cannot leave the others
+    if stop is None or processes.size > 1:  # one of several cannot leave the others
         return tell
 
     def told(event: Event) -> None:
@@ -568,9 +567,9 @@ def base_kept(base: Base, tell: Observer) -> Iterator[str]:
         teach(base)
 
 
-def origin_of(config: RunSettings, items: Sequence[Mapping[str, str]], base: str, crew: Crew) -> Origin:
+def origin_of(config: RunSettings, items: Sequence[Mapping[str, str]], base: str, processes: Processes) -> Origin:
     """What a run depends on, as its checkpoints keep it."""
-    settings = {**to_json(config), DERIVED: sorted(config.derived), _PROCESSES: crew.size}
+    settings = {**to_json(config), DERIVED: sorted(config.derived), _PROCESSES: processes.size}
     return Origin(settings, digest(items), base)
 
 

@@ -24,13 +24,13 @@ from .events import IMPATIENT, Data, DataRead, LanguageModelLoaded, TokensMade
 from .loop.trainer import Trainer
 from .machine.memory_plan import Load
 from .machine.precision import pick_precision
-from .machine.processes import Crew
+from .machine.processes import Processes
 from .record.run_folder import RunFolder, check_run, check_writable
 from .results import FoundRates, RunResult, TextTrainResult
 from .run import Facts, next_command
-from .settings.blocks import blocks
 from .settings.choices import Precision
 from .settings.derive import resolve_language
+from .settings.placements import blocks
 from .settings.presets import HELD_OUT_FROM
 from .settings.text import ResolvedTextConfig, TextTrainConfig, language_output, language_run
 from .tasks.language import LanguageSettings, LanguageTask, tokens
@@ -53,9 +53,9 @@ class TextSource:
         """The same on another device."""
         return replace(self, asked=replace(self.asked, device=device))
 
-    def processes(self, crew: Crew) -> Crew:
+    def processes(self, processes: Processes) -> Processes:
         """The processes as they are: a language model is not shared."""
-        return crew
+        return processes
 
     def folder(self) -> RunFolder:
         """The run folder, after seeing that everything can be written."""
@@ -70,7 +70,7 @@ class TextSource:
         check_writable(folder)
         return folder
 
-    def open(self, crew: Crew, tell: Observer) -> "TextMaterial":
+    def open(self, processes: Processes, tell: Observer) -> "TextMaterial":
         """Read the text and load the base."""
         config = self.asked
         texts = read_texts(config.texts)
@@ -81,7 +81,7 @@ class TextSource:
         base = load_lm(self.base or config.base, device=config.device, dtype=precision, quantize=config.quantize)
         info = describe(base)
         tell(LanguageModelLoaded(info.name, info.architecture, info.vocabulary, info.context))
-        return TextMaterial(config, precision, base, info, texts, apart, tell, crew)
+        return TextMaterial(config, precision, base, info, texts, apart, tell, processes)
 
     def remark(self, found: FoundRates) -> Event | None:
         """Text has nothing to be told."""
@@ -112,7 +112,7 @@ class TextMaterial:
         texts: Texts,
         apart: Texts | None,
         tell: Observer,
-        crew: Crew,
+        processes: Processes,
     ) -> None:
         self.asked = asked
         self.precision = precision
@@ -121,7 +121,7 @@ class TextMaterial:
         self.texts = texts
         self.apart = apart
         self.tell = tell
-        self.crew = crew
+        self.processes = processes
         # Whole but for the steps of epochs, which it takes tokens to count.
         self.first = self._resolved(None)
         self.seed = asked.seed
@@ -163,7 +163,7 @@ class TextMaterial:
             raise UserError("the text is but one token; there is nothing to learn from it")
         _check_said(base, taught_words(self.blocks), line)
         windows = LanguageTask(base, self._settings(first), line).windows
-        resolved = self._resolved(windows / self.crew.size)
+        resolved = self._resolved(windows / self.processes.size)
         if resolved.patience and kept is None:
             self.tell(IMPATIENT)
         self.tell(TokensMade(len(line), windows, resolved.context, None if kept is None else len(kept)))
@@ -181,7 +181,7 @@ class TextMaterial:
         )
 
     def _settings(self, config: ResolvedTextConfig) -> LanguageSettings:
-        return pick(LanguageSettings, config, {"crew": self.crew})
+        return pick(LanguageSettings, config, {"processes": self.processes})
 
     def faster(self) -> AbstractContextManager[None]:
         """Nothing is fused."""

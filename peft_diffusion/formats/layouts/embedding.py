@@ -104,7 +104,7 @@ class Embedding(Layout):
         if method is None or families.role_of(component) != "text encoder":
             return {}
         try:
-            return {_SITE: targets.resolve(module, method.target)[0]}
+            return {_SITE: targets.match(module, method.target)[0]}
         except UserError:  # an architecture whose token embedding is not known
             return {}
 

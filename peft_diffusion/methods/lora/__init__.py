@@ -141,12 +141,27 @@ def pair_in_peft(state: Mapping[str, "Tensor"]) -> PeftSite:
 
 
 def told_pair(shapes: Shapes, scalars: Scalars) -> Values | None:
-    """Rank and alpha of a pair, of which one half suffices to know it; None where there is none."""
+    """Tell rank and alpha of a pair from a header; one half suffices to know it.
+
+    Args:
+        shapes: Of the tensors of one site.
+        scalars: The values of the constants.
+
+    Returns:
+        The hyper-parameters; None where there is no pair.
+    """
     return told_rank(side(shapes, DOWN, 0), scalars) if DOWN in shapes or UP in shapes else None
 
 
 def pair_weight_shape(shapes: Shapes) -> tuple[int, ...]:
-    """The shape of the weight that a pair changes, (out, in, ...); () where it is no whole pair."""
+    """Tell the shape of the weight that a pair changes.
+
+    Args:
+        shapes: Of the tensors of one site.
+
+    Returns:
+        (out, in, ...); () where it is no whole pair.
+    """
     down, up = shapes.get(DOWN), shapes.get(UP)
     if not down or not up:
         return ()

@@ -16,7 +16,16 @@ from . import DOWN, MID, UP
 
 
 def fresh_pair(site: Site, rank: int, gaussian: bool) -> tuple[Tensor, Tensor]:
-    """A random ``down`` and an ``up`` of zeros."""
+    """Make a pair that changes nothing.
+
+    Args:
+        site: The module that it will sit on.
+        rank: Of the pair.
+        gaussian: Whether ``down`` is normal instead of uniform.
+
+    Returns:
+        A random ``down`` and an ``up`` of zeros.
+    """
     outputs, *inputs = weight_shape(site)
     down = torch.empty(rank, *inputs)
     if gaussian:
@@ -27,14 +36,40 @@ def fresh_pair(site: Site, rank: int, gaussian: bool) -> tuple[Tensor, Tensor]:
 
 
 def principal(site: Site, rank: int, alpha: float, dropout: float, b_rate_ratio: float) -> "PissaAdapter":
-    """A fresh PiSSA; ``alpha`` is that of the trained half. Raises UserError for a rank that the weight has not."""
+    """Make a fresh PiSSA.
+
+    Args:
+        site: The module that it will sit on.
+        rank: Of the trained half.
+        alpha: Of the trained half.
+        dropout: The share of inputs that it does not see in training.
+        b_rate_ratio: How many times the rate ``up`` is trained with.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        UserError: The weight has no such rank.
+    """
     down, up = principal_pair(site, rank, single(2 * alpha) / (2 * rank))
     return PissaAdapter(site, down, up, alpha, dropout, b_rate_ratio)
 
 
 @torch.no_grad()
 def principal_pair(site: Site, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The pair whose scaled product is the part of the weight with its ``rank`` largest singular values."""
+    """Find the part of a weight with its largest singular values.
+
+    Args:
+        site: The module.
+        rank: How many there are.
+        scale: What the product of the pair is multiplied with.
+
+    Returns:
+        ``down`` and ``up``.
+
+    Raises:
+        UserError: The weight has no such rank.
+    """
     weight = dense_weight(site)
     if rank > min(weight.flatten(1).shape):
         raise UserError(f"pissa takes the rank from the weight, and one of {tuple(weight.shape)} has no rank {rank}")
@@ -44,9 +79,17 @@ def principal_pair(site: Site, rank: int, scale: float) -> tuple[Tensor, Tensor]
 
 
 def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
-    """The pair of a file. Raises UserError where it does not fit the site.
+    """Read a pair. LyCORIS' Tucker form of a convolution (``lora_mid``, between two 1x1) becomes a usual one.
 
-    LyCORIS' Tucker form of a convolution (``lora_mid``, which has the kernel, between two 1x1) becomes a usual pair.
+    Args:
+        site: The module that it will sit on.
+        tensors: Those of the site, by suffix.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        UserError: It does not fit the site.
     """
     require(tensors, DOWN, UP)
     down, up = tensors[DOWN], tensors[UP].flatten(1)

@@ -21,7 +21,17 @@ def serves(site: Site) -> bool:
 
 
 def weight_shape(site: Site) -> tuple[int, ...]:
-    """The shape of the weight, (out, in) or (out, in, height, width), even where it is stored packed."""
+    """Tell the shape of a weight, even where it is stored packed.
+
+    Args:
+        site: A Linear or Conv2d.
+
+    Returns:
+        (out, in) or (out, in, height, width).
+
+    Raises:
+        UserError: It is another module.
+    """
     if isinstance(site, nn.Conv2d):
         return (site.out_channels, site.in_channels, *site.kernel_size)
     if isinstance(site, nn.Linear):
@@ -30,7 +40,16 @@ def weight_shape(site: Site) -> tuple[int, ...]:
 
 
 def applied(site: Site, x: Tensor, weight: Tensor) -> Tensor:
-    """``x`` through the site with this weight in place of its own, and no bias."""
+    """Apply a weight as the site applies its own, without a bias.
+
+    Args:
+        site: A Linear or Conv2d.
+        x: Its input.
+        weight: Of the shape of its own.
+
+    Returns:
+        The product.
+    """
     if isinstance(site, nn.Conv2d):
         product: Tensor = site._conv_forward(x, weight, None)
         return product
@@ -38,35 +57,83 @@ def applied(site: Site, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def base_output(site: Site, x: Tensor) -> Tensor:
-    """What the base's own forward makes of ``x``, bias and all, also where its weight is quantized."""
+    """Compute what the base's own forward makes of an input, bias and all, also where its weight is quantized.
+
+    Args:
+        site: A module that carries adapters.
+        x: Its input.
+
+    Returns:
+        Its output without any adapter.
+    """
     output: Tensor = base_class(site).forward(site, x)
     return output
 
 
 def channels(values: Tensor, y: Tensor, site: Site) -> Tensor:
-    """One value per channel, in the dtype of ``y`` and in a shape that multiplies it."""
+    """Shape one value a channel so that it multiplies an output.
+
+    Args:
+        values: (channels,), in any shape.
+        y: The output.
+        site: A Linear or Conv2d.
+
+    Returns:
+        The values in the dtype of ``y``.
+    """
     flat = values.reshape(-1).to(y.dtype)
     return flat[:, None, None] if isinstance(site, nn.Conv2d) else flat
 
 
 def without_bias(site: Site, base: Tensor) -> Tensor:
-    """What the weight of the site alone gave."""
+    """Take the bias of a site from its output.
+
+    Args:
+        site: A Linear or Conv2d.
+        base: Its output.
+
+    Returns:
+        What its weight alone gave.
+    """
     bias = site.bias
     return base - channels(bias.detach(), base, site) if isinstance(bias, Tensor) else base
 
 
 def single(value: float) -> float:
-    """The number that a float32 of a file holds, so that a scale made of it is the same after loading."""
+    """Round a number to float32, so that a scale made of it is the same after loading.
+
+    Args:
+        value: Any.
+
+    Returns:
+        The number that a file will hold.
+    """
     return torch.tensor(value, dtype=torch.float32).item()
 
 
 def read_alpha(tensors: Mapping[str, Tensor], rank: int) -> float:
-    """The stored alpha. None, and 0, mean the rank."""
+    """Read the alpha of a site.
+
+    Args:
+        tensors: Those of the site, by suffix.
+        rank: What no alpha, and an alpha of 0, mean.
+
+    Returns:
+        The alpha.
+    """
     return (float(tensors[ALPHA]) if ALPHA in tensors else 0.0) or float(rank)
 
 
 def require(tensors: Mapping[str, Tensor], *names: str) -> None:
-    """Raises DamagedError that names the first tensor that is missing."""
+    """See that tensors are there.
+
+    Args:
+        tensors: Those of the site, by suffix.
+        names: What has to be among them.
+
+    Raises:
+        DamagedError: One is missing; names the first.
+    """
     for name in names:
         if name not in tensors:
             raise DamagedError(f"{name} is missing")
@@ -76,7 +143,14 @@ class WeightChange(Adapter):
     """Adds ``change()`` to the weight, by the product with the input, so that the base's weight is never read."""
 
     def change(self) -> Tensor:
-        """The change of the weight at strength 1 in float32, of the weight's shape."""
+        """Compute the change of the weight at strength 1.
+
+        Returns:
+            Of the weight's shape, float32.
+
+        Raises:
+            NotImplementedError: The method does not say.
+        """
         raise NotImplementedError
 
     def residual(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:

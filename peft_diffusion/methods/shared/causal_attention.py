@@ -23,21 +23,42 @@ _STEADY = ("default", "linear", "llama3", "yarn")  # kinds of rotation that depe
 
 
 def known(site: nn.Module) -> bool:
-    """Whether this is such an attention."""
+    """Tell whether an attention's formula is known here.
+
+    Args:
+        site: Any module.
+
+    Returns:
+        Whether it has rotary positions of a steady kind.
+    """
     return base_class(site).__name__ in _ROTATIONS and _rotation_kind(site) in _STEADY
 
 
 def width(site: Any) -> int:
-    """Of the keys of all heads; several heads of queries may share one of keys."""
+    """Tell the width of the keys of all heads; several heads of queries may share one of keys.
+
+    Args:
+        site: The attention.
+
+    Returns:
+        The width.
+    """
     return int(site.k_proj.out_features)
 
 
 @torch.no_grad()
 def turned_back(site: Any, count: int) -> Tensor:
-    """The matrix (head, head) that turns keys by ``-count`` positions.
+    """Make the matrix that turns keys back by some positions.
 
     Rows in a cache stand as they are, and the text begins at position ``count`` after them. Here it begins at 0, and the
     rows are turned back instead: positions are relative, so both are the same.
+
+    Args:
+        site: The attention.
+        count: How many positions.
+
+    Returns:
+        (head, head).
     """
     cls = base_class(site)
     rotation = getattr(_module(site), _ROTATIONS[cls.__name__])(site.config)
@@ -49,10 +70,20 @@ def turned_back(site: Any, count: int) -> Tensor:
 
 
 def extended(site: Any, x: Tensor, call: Mapping[str, Any], keys: Tensor, values: Tensor) -> Tensor:
-    """The output of an attention whose softmax runs over some more rows, before the output projection.
+    """Compute an attention whose softmax runs over some more rows, before the output projection.
 
-    ``x`` (batch, positions, width) and ``call`` are what the site was given, after it ran: a cache holds the present keys
-    already. ``keys`` and ``values`` are (rows, width of the keys). Raises UserError for masks of another kind.
+    Args:
+        site: The attention.
+        x: What it was given, (batch, positions, width), after it ran: a cache holds the present keys already.
+        call: What else it was given, by name.
+        keys: (rows, width of the keys).
+        values: (rows, width of the keys).
+
+    Returns:
+        (batch, positions, width).
+
+    Raises:
+        UserError: Its mask is of another kind.
     """
     batch, positions = x.shape[:2]
     shape = (batch, positions, -1, int(site.head_dim))

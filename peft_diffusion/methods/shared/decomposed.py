@@ -14,12 +14,32 @@ from .hyper_parameters import MAGNITUDE
 
 
 def decomposed(site: Site, inner: WeightChange) -> "Decomposed":
-    """A fresh change with the magnitudes that the outputs have: together they change nothing."""
+    """Make a fresh change with the magnitudes that the outputs have: together they change nothing.
+
+    Args:
+        site: The module that it will sit on.
+        inner: The change of the direction.
+
+    Returns:
+        The adapter.
+    """
     return Decomposed(inner, norm(dense_weight(site), per_input=False))
 
 
 def read_decomposed(site: Site, inner: WeightChange, magnitude: Tensor) -> "Decomposed":
-    """A change and the magnitudes of a file, per output or, known by the shape, per input. Raises UserError."""
+    """Make an adapter of a change and the magnitudes of a file.
+
+    Args:
+        site: The module that it will sit on.
+        inner: The change of the direction.
+        magnitude: Per output or, known by the shape, per input.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        UserError: The magnitudes fit neither.
+    """
     outputs, inputs, *kernel = weight_shape(site)
     shape, ones = list(magnitude.shape), [1] * len(kernel)
     if magnitude.numel() == outputs and shape[:1] == [outputs]:
@@ -82,7 +102,15 @@ class Decomposed(Adapter):
 
 
 def norm(weight: Tensor, per_input: bool) -> Tensor:
-    """The norm of what leads to each output, (out, 1, ...), or from each input, (1, in, ...)."""
+    """Compute the norms of a weight.
+
+    Args:
+        weight: (out, in, ...).
+        per_input: Whether of what comes from each input instead of what leads to each output.
+
+    Returns:
+        (out, 1, ...) or (1, in, ...).
+    """
     rows = weight.transpose(0, 1) if per_input else weight
     norms: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1).view(-1, *[1] * (weight.ndim - 1))
     return norms.transpose(0, 1) if per_input else norms

@@ -4,8 +4,14 @@ import math
 
 
 def split(size: int, factor: int) -> tuple[int, int]:
-    """Two factors of ``size``, the smaller first: ``factor`` and the rest where it divides, else the most equal ones
-    whose smaller is at most ``factor`` (-1: without a limit), found as LyCORIS' ``factorization`` finds them.
+    """Split a size into two factors, as LyCORIS' ``factorization`` does.
+
+    Args:
+        size: The size.
+        factor: The first, where it divides; else a limit of the smaller one, -1 for none.
+
+    Returns:
+        The factors, the smaller first, as equal as they can be.
     """
     if factor > 0 and size % factor == 0:
         return min(factor, size // factor), max(factor, size // factor)

@@ -85,7 +85,7 @@ def fresh(site: Site, placeholders: Mapping[str, int], ids: Sequence[int], cls: 
     """Vectors that equal those of the tokens ``ids``, as many for each placeholder as it says. Raises UserError."""
     embedding, count = _embedding(site), sum(placeholders.values())
     if len(ids) != count:
-        raise UserError(f"{count} vectors begin as {len(ids)} tokens; bases.words.begun names one for each vector")
+        raise UserError(f"{count} vectors begin as {len(ids)} tokens; words.with_initial_tokens names one a vector")
     _check_ids(embedding, ids)
     words, start = {}, 0
     for name, vectors in placeholders.items():

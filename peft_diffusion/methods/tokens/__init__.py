@@ -29,7 +29,7 @@ class Tokens(Method, name="tokens", suffixes=frozenset({VECTORS, WORDS})):
 
     ``initial`` are the words whose embeddings the vectors begin as, in turn where there are more vectors; with commas, one
     entry for each placeholder; "*" where it is empty. ``ids`` are the tokens of those words, one a vector, in the order of
-    the placeholders, which ``bases.words.begun`` finds. Parameters: placeholders * vectors * width.
+    the placeholders, which ``bases.words.with_initial_tokens`` finds. Parameters: placeholders * vectors * width.
     """
 
     target: ClassVar[str] = "tokens"

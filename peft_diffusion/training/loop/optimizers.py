@@ -32,7 +32,11 @@ class FlatOptimizer:
         return dict(self.kept)
 
     def go_on_from(self, step: int) -> None:
-        """Count steps from there, after the tensors were filled."""
+        """Count steps from there, after the tensors were filled.
+
+        Args:
+            step: The steps done.
+        """
         for state in self.optimizer.state.values():
             if isinstance(state["step"], Tensor):
                 state["step"].fill_(float(step))
@@ -40,7 +44,15 @@ class FlatOptimizer:
                 state["step"] = step
 
     def final(self, parameters: Tensor, kept: Mapping[str, Tensor]) -> Tensor | None:
-        """The weights that it gives in a state, where they are others than ``parameters``, at which gradients are taken."""
+        """Compute the weights that a run gives in a state.
+
+        Args:
+            parameters: The weights at which gradients are taken.
+            kept: The tensors of the optimizer.
+
+        Returns:
+            The weights; None where they are ``parameters``.
+        """
         return None
 
     def counters(self) -> list[Tensor]:
@@ -48,7 +60,11 @@ class FlatOptimizer:
         return [state["step"] for state in self.optimizer.state.values() if isinstance(state["step"], Tensor)]
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
-        """The learning rate of each group from now on."""
+        """Set the learning rates from now on.
+
+        Args:
+            rates: By group.
+        """
         for name, group in zip(self.arena.groups, self.optimizer.param_groups, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rates[name])
@@ -75,7 +91,11 @@ class CountingOptimizer(FlatOptimizer):
         return super().tensors() | {f"{names[place]}.{key}": tensor for (place, key), tensor in self.numbers.items()}
 
     def go_on_from(self, step: int) -> None:
-        """Take over what it counts, after the tensors were filled."""
+        """Take over what the optimizer counts itself, after the tensors were filled.
+
+        Args:
+            step: The steps done.
+        """
         for (place, key), tensor in self.numbers.items():
             group = self.optimizer.param_groups[place]
             group[key] = type(group[key])(tensor.item())
@@ -89,7 +109,15 @@ class ScheduleFree(CountingOptimizer):
     """Gradients are taken between where it is (``z``) and the average of where it was, which is what it gives."""
 
     def final(self, parameters: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
-        """The average, from what the weights are and ``z``."""
+        """Compute the average, from what the weights are and ``z``.
+
+        Args:
+            parameters: The weights at which gradients are taken.
+            kept: The tensors of the optimizer.
+
+        Returns:
+            The weights.
+        """
         beta = self.optimizer.param_groups[0]["betas"][0]
         return parameters.lerp(kept["z"], 1 - 1 / beta)
 
@@ -109,7 +137,17 @@ class Each:
 
 
 def adamw(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
-    """AdamW (Loshchilov and Hutter 2019), its moments in two flat tensors, so that a checkpoint is a copy of each."""
+    """Make AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101), its moments in two flat tensors.
+
+    Args:
+        arena: What is trained.
+        rates: The learning rate of each group.
+        decays: The weight decay of each group.
+        records: Whether steps may be recorded.
+
+    Returns:
+        The optimizer.
+    """
     device = arena.flat.device
     groups = _groups(arena, rates, decays)
     if records:
@@ -128,9 +166,19 @@ def adamw(arena: Arena, rates: Mapping[str, float], decays: Decays, records: boo
 
 
 def adamw8bit(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
-    """AdamW with moments of 8 bits in blocks of 256 (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861).
+    """Make AdamW with moments of 8 bits in groups of 256 (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861).
 
-    Groups of fewer than 4096 numbers have them in 32 bits. Raises UserError where bitsandbytes is not installed.
+    Args:
+        arena: What is trained; groups of fewer than 4096 numbers have moments of 32 bits.
+        rates: The learning rate of each group.
+        decays: The weight decay of each group.
+        records: Whether steps may be recorded.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
     """
     try:
         from bitsandbytes.optim import AdamW8bit
@@ -149,9 +197,19 @@ def adamw8bit(arena: Arena, rates: Mapping[str, float], decays: Decays, records:
 
 
 def prodigy(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
-    """Prodigy (Mishchenko and Defazio 2023, https://arxiv.org/abs/2306.06101), for each group by itself.
+    """Make Prodigy (Mishchenko and Defazio 2023, https://arxiv.org/abs/2306.06101), for each group by itself.
 
-    Rates are factors of the one that it finds. Raises UserError where prodigyopt is not installed.
+    Args:
+        arena: What is trained.
+        rates: Factors of the rate that it finds, for each group.
+        decays: The weight decay of each group.
+        records: Whether steps may be recorded.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        UserError: prodigyopt is not installed.
     """
     try:
         from prodigyopt import Prodigy
@@ -170,9 +228,19 @@ def prodigy(arena: Arena, rates: Mapping[str, float], decays: Decays, records: b
 
 
 def schedule_free(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
-    """Schedule-free AdamW (Defazio et al. 2024, https://arxiv.org/abs/2405.15682).
+    """Make schedule-free AdamW (Defazio et al. 2024, https://arxiv.org/abs/2405.15682).
 
-    Raises UserError where schedulefree is not installed.
+    Args:
+        arena: What is trained.
+        rates: The learning rate of each group.
+        decays: The weight decay of each group.
+        records: Whether steps may be recorded.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        UserError: schedulefree is not installed.
     """
     try:
         from schedulefree import AdamWScheduleFree

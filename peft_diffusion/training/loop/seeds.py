@@ -20,7 +20,15 @@ def generator(*key: int | str) -> torch.Generator:
 
 @contextmanager
 def global_seed(device: torch.device, *key: int | str) -> Iterator[None]:
-    """torch's global generators at the seed of a place, for code that takes none; afterwards as they were."""
+    """Put torch's global generators at the seed of a place, for code that takes none.
+
+    Args:
+        device: Whose generator, besides the CPU's.
+        key: The place.
+
+    Yields:
+        Once; afterwards the generators are as they were.
+    """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed_of(*key))
         yield

@@ -15,7 +15,7 @@ from ...core.errors import UserError
 from ...core.events import Event, Never, Observer, Stop
 from ...fast.cuda_graph import Inputs, Recorder, cause, to_device
 from ..events import Data, Losses, Measured, Signals, Step, StepLoss, Unrecorded
-from ..machine.processes import Crew
+from ..machine.processes import Processes
 from ..settings.choices import OptimizerName, Scheduler
 from .learning_rate import rate
 from .optimizers import OPTIMIZERS, FlatOptimizer
@@ -108,7 +108,14 @@ class Divergence:
     TIMES = 4.0  # how often the early value is too much
 
     def add(self, loss: float) -> bool:
-        """Take a loss in; whether the run diverges."""
+        """Take a loss in.
+
+        Args:
+            loss: Of a step.
+
+        Returns:
+            Whether the run diverges.
+        """
         self.seen += 1
         if self.seen <= self.WINDOW:
             self.early += (loss - self.early) / self.seen
@@ -128,7 +135,17 @@ class TrainerState:
 
 
 def loss_at(task: Task, step: int, micro: int, device: torch.device) -> Tensor:
-    """The loss of one micro-batch, computed as a step computes it."""
+    """Compute the loss of one micro-batch as a step computes it.
+
+    Args:
+        task: What is learned.
+        step: From 0.
+        micro: The micro-batch of the step, from 0.
+        device: Where.
+
+    Returns:
+        A scalar with gradients to the adapter.
+    """
     inputs = to_device(task.inputs(step, micro), device)
     with task.seeded(step, micro):
         return task.loss(inputs)
@@ -145,7 +162,7 @@ class Trainer:
         arena: The parameters, in groups, with their gradients.
         settings: How to minimize.
         observers: Are told of steps, losses and measurements.
-        crew: The processes that train together.
+        processes: The processes that train together.
         data: What is learned from, for those who read of measurements.
         keep: Is given a state to go on from now and then; its tensors change with the next step.
         after_step: Is done after each step, with the number of those done, such as drawing previews.
@@ -159,14 +176,14 @@ class Trainer:
         settings: TrainerSettings,
         observers: Sequence[Observer] = (),
         *,
-        crew: Crew = Crew(),  # noqa: B008 -- frozen
+        processes: Processes = Processes(),  # noqa: B008 -- frozen
         data: Data = "pictures",
         keep: Callable[["TrainerState"], None] | None = None,
         after_step: Sequence[Callable[[int], None]] = (),
         passes: Passes = PlainPasses(),  # noqa: B008 -- has no state
     ) -> None:
         self.task = task
-        self.crew = crew
+        self.processes = processes
         self.arena = arena
         self.settings = settings
         self.observers = list(observers)
@@ -220,7 +237,11 @@ class Trainer:
         return self.step >= end or given_up
 
     def tell(self, event: Event) -> None:
-        """Tell an event to the observers."""
+        """Tell an event to the observers.
+
+        Args:
+            event: What happened.
+        """
         for observer in self.observers:
             observer(event)
 
@@ -231,13 +252,13 @@ class Trainer:
             return False
         best = min(self.measured, key=lambda step: self.measured[step], default=0)
         over = sum(step > best for step in self.measured) >= patience
-        return over if self.crew.size == 1 else self.crew.any(over, self.arena.flat.device)
+        return over if self.processes.size == 1 else self.processes.any(over, self.arena.flat.device)
 
     def _stops(self, stop: Stop) -> bool:
         """Whether to end early. Of several processes, all have to: they agree when losses are read, which takes a while."""
-        if self.crew.size == 1:
+        if self.processes.size == 1:
             return stop.is_set()
-        return self.step % self.settings.log_every == 0 and self.crew.any(stop.is_set(), self.arena.flat.device)
+        return self.step % self.settings.log_every == 0 and self.processes.any(stop.is_set(), self.arena.flat.device)
 
     def state(self) -> TrainerState:
         """Where the run stands; views, not copies."""
@@ -254,7 +275,11 @@ class Trainer:
         return found
 
     def load(self, state: TrainerState) -> None:
-        """Go on from a state of a run with these settings."""
+        """Go on from a state of a run with these settings.
+
+        Args:
+            state: From `state`, or a checkpoint.
+        """
         own = self.state().tensors
         for name, tensor in own.items():
             tensor.copy_(state.tensors[name])
@@ -263,7 +288,14 @@ class Trainer:
         self.divergence = state.divergence
 
     def given(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weights that the run gives in a state of these tensors."""
+        """Find the weights that the run gives in a state.
+
+        Args:
+            tensors: Those of the state.
+
+        Returns:
+            The average, the optimizer's own, or the parameters.
+        """
         if "average" in tensors:
             return tensors["average"]
         parameters = tensors["parameters"]
@@ -297,7 +329,7 @@ class Trainer:
             inputs = self.task.inputs(self.step, micro)
             with self.task.seeded(self.step, micro):
                 self._do(self.gradients, inputs)
-        self.crew.mean(self.arena.shared)
+        self.processes.mean(self.arena.shared)
         self.optimizer.set_rates(self._rates(self.step))
         if self.average is not None:
             # The first steps weigh little in a long average: it follows faster while it is young.
@@ -375,10 +407,10 @@ class Trainer:
 
     def _measure(self) -> None:
         self._read_all()
-        if not self.crew.measures:
+        if not self.processes.measures:
             return
         with self.final_weights():
-            loss = self.crew.agreed(self.task.held_out())
+            loss = self.processes.agreed(self.task.held_out())
             signals = self.task.signals()
         if loss is not None:
             self.measured[self.step] = loss

@@ -18,7 +18,14 @@ SLICED_FROM = 512
 
 
 def blocks_of(part: nn.Module) -> list[nn.Module]:
-    """The blocks of a component that can be computed again: those its table names, and those that transformers marks."""
+    """List the blocks of a component that can be computed again.
+
+    Args:
+        part: The component.
+
+    Returns:
+        A network's by diffusers, a language model's by transformers.
+    """
     names = {*targets.table(part).layers, _MARKED}
     # By name and with the classes that they derive from: sites and what makes a step quick change a module's class.
     return [module for module in part.modules() if not names.isdisjoint(cls.__name__ for cls in type(module).__mro__)]
@@ -26,10 +33,16 @@ def blocks_of(part: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def recomputed(parts: Iterable[nn.Module], chance: bool) -> Iterator[int]:
-    """Blocks keep only their inputs for the backward pass, and run again in it (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
+    """Keep only the inputs of blocks for the backward pass, and run them again in it.
 
-    Gives their number. ``chance`` says that something in them draws random numbers, which are then drawn alike; a CUDA
-    graph cannot record that.
+    Chen et al. 2016, https://arxiv.org/abs/1604.06174.
+
+    Args:
+        parts: The components.
+        chance: Whether something in them draws random numbers, which are then drawn alike; a CUDA graph cannot record that.
+
+    Yields:
+        The number of blocks.
     """
     found: list[Any] = [block for part in parts for block in blocks_of(part)]
     for block in found:
@@ -48,7 +61,16 @@ def _again(forward: Callable[..., Any], chance: bool, *args: Any, **kwargs: Any)
 
 @contextmanager
 def small_vae(vae: Any, resolution: int, low: bool = False) -> Iterator[None]:
-    """A VAE that takes large pictures one by one (or all, if ``low``), and the largest in overlapping tiles."""
+    """Have a VAE take large pictures one by one, and the largest in overlapping tiles.
+
+    Args:
+        vae: The VAE.
+        resolution: Pixels a side.
+        low: Whether all are taken one by one.
+
+    Yields:
+        Once; afterwards the VAE is as it was.
+    """
     before = vae.use_slicing, vae.use_tiling
     vae.use_slicing = before[0] or low or resolution >= SLICED_FROM
     vae.use_tiling = before[1] or resolution > TILED_ABOVE

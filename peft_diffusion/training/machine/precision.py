@@ -6,7 +6,15 @@ from ..settings.choices import Precision
 
 
 def pick_precision(asked: Precision, device: torch.device) -> Precision:
-    """The precision of the base in training; auto is bfloat16 on a GPU that has it, else float32."""
+    """Choose the precision of the base in training.
+
+    Args:
+        asked: ``auto`` is bfloat16 on a GPU that has it, else float32.
+        device: Where it trains.
+
+    Returns:
+        The precision.
+    """
     if asked != "auto":
         return asked
     return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"

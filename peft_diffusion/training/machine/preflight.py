@@ -25,11 +25,18 @@ def predict(
     device: torch.device,
     records: bool = False,
 ) -> Need:
-    """What a run of ``loss`` forth and back takes on ``device``, computing nothing and changing nothing.
+    """Predict what a run takes, computing nothing and changing nothing.
 
-    ``inputs`` are those of the largest batch, on any device. ``modules`` are all that may be on the device; ``state`` is the
-    adapter, its gradients and its optimizer. ``records`` says that steps are recorded, on streams whose products have
-    workspaces of their own.
+    Args:
+        loss: What is run forward and backward.
+        inputs: Those of the largest batch, on any device.
+        modules: All that may be on the device.
+        state: The adapter, its gradients and its optimizer.
+        device: Where it will run.
+        records: Whether steps are recorded, on streams whose products have workspaces of their own.
+
+    Returns:
+        Bytes by what needs them.
     """
     own = list(state)
     counted = {_place(tensor) for tensor in own}
@@ -45,7 +52,16 @@ def predict(
 
 
 def peak(work: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor], device: torch.device) -> int:
-    """The most bytes that are alive at once while ``work`` is done, over what was there before it; nothing is computed."""
+    """Predict the most bytes that are alive at once, over what was there before; nothing is computed.
+
+    Args:
+        work: What is done.
+        inputs: On any device.
+        device: Where it will be done.
+
+    Returns:
+        Bytes.
+    """
     live = _Live()
     # In this thread: the backward pass of a CUDA tensor would run in one that the modes do not reach.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.set_multithreading_enabled(False), live:
@@ -55,7 +71,14 @@ def peak(work: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Te
 
 
 def room(device: torch.device) -> int | None:
-    """Bytes that this process can have on a device, what it has there among them; None where that cannot be told."""
+    """Tell how many bytes this process can have on a device, what it has there among them.
+
+    Args:
+        device: The device.
+
+    Returns:
+        Bytes; None where that cannot be told.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device))

@@ -14,7 +14,7 @@ _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE
 
 
 @dataclass(frozen=True)
-class Crew:
+class Processes:
     """This process among ``size`` of them, from 0; by default the only one.
 
     All hold the whole adapter, and see the same data in the same order. A step's gradients are their mean, so that two
@@ -72,7 +72,7 @@ class Crew:
             torch.distributed.barrier()
 
 
-def crew(device: str) -> tuple[Crew, str]:
+def join(device: str) -> tuple[Processes, str]:
     """This process's place among those that a launcher started, and its device in place of ``device``.
 
     Raises UserError where ``accelerate launch`` was asked for several and started one.
@@ -86,8 +86,8 @@ def crew(device: str) -> tuple[Crew, str]:
                 " them with accelerate launch --multi_gpu --num_processes N, which needs no GPU, or with torchrun"
                 " --nproc-per-node N"
             )
-        return Crew(), device
+        return Processes(), device
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
-    return Crew(state.process_index, state.num_processes), str(state.device)
+    return Processes(state.process_index, state.num_processes), str(state.device)

@@ -15,28 +15,28 @@ from ...bases import components
 from ...bases import family as families
 from ...bases.pipelines import Pipeline
 from ...core.errors import UserError
-from ...core.sharded import here
+from ...core.sharded import local_part
 from ..events import BaseSharded
 from ..settings.pictures import TrainConfig
 from .low_memory import blocks_of
-from .processes import Crew
+from .processes import Processes
 
 
-def sharing(crew: Crew, config: TrainConfig, pipe: Pipeline | None) -> Crew:
-    """The crew as the configuration has it: sharing a base or not. Raises UserError where it cannot."""
+def sharing(processes: Processes, config: TrainConfig, pipe: Pipeline | None) -> Processes:
+    """The processes as the configuration has it: sharing a base or not. Raises UserError where it cannot."""
     if not config.shard_base:
-        return crew
+        return processes
     if pipe is not None:
         raise UserError(
             "--shard-base cannot take a pipeline that is loaded already, which would not be left as it was; name the base"
             " in its place"
         )
-    if crew.size == 1:
+    if processes.size == 1:
         raise UserError(
             "--shard-base shards the base over several processes, and there is one; start them with torchrun"
             " --nproc-per-node N or accelerate launch --multi_gpu --num_processes N, or leave it away"
         )
-    return replace(crew, shares_base=True)
+    return replace(processes, shares_base=True)
 
 
 def shard(pipe: Pipeline, trained: Sequence[str], device: torch.device) -> BaseSharded:
@@ -63,5 +63,12 @@ def shard(pipe: Pipeline, trained: Sequence[str], device: torch.device) -> BaseS
 
 
 def held(part: nn.Module) -> int:
-    """Bytes of a component's weights that this process holds itself, while nothing is computed."""
-    return sum(here(weight.detach()).untyped_storage().nbytes() for weight in part.parameters())
+    """Count the bytes of a component's weights that this process holds itself, while nothing is computed.
+
+    Args:
+        part: The component.
+
+    Returns:
+        Bytes.
+    """
+    return sum(local_part(weight.detach()).untyped_storage().nbytes() for weight in part.parameters())

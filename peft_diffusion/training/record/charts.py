@@ -33,7 +33,19 @@ def lines(
     limits: tuple[float, float] | None = None,
     end: float | None = None,
 ) -> Markup:
-    """Curves over the steps as an SVG; ``mark`` is a step to point out, ``limits`` are the axis', ``end`` its last step."""
+    """Draw curves over the steps as an SVG.
+
+    Args:
+        curves: The curves.
+        title: What they show, for who cannot see them.
+        form: How values are written.
+        mark: A step to point out.
+        limits: Those of the axis of values.
+        end: The last step of the axis of steps.
+
+    Returns:
+        The element.
+    """
     curves = [curve for curve in curves if curve.points]
     values = [y for curve in curves for _, y in curve.points]
     if not values:
@@ -52,7 +64,7 @@ def lines(
     for tick in ticks(low, high):
         y = y_of(tick)
         parts.append(Markup('<path class="grid" d="M{:.1f} {:.1f}H{}"/>').format(_LEFT, y, _WIDTH - _RIGHT))
-        parts.append(Markup('<text class="y" x="{}" y="{:.1f}">{}</text>').format(_LEFT - 8, y + 4, told(tick, form)))
+        parts.append(Markup('<text class="y" x="{}" y="{:.1f}">{}</text>').format(_LEFT - 8, y + 4, written(tick, form)))
     for tick in ticks(0, last, 6):
         words = f"{tick:g}"
         parts.append(Markup('<text class="x" x="{:.1f}" y="{}">{}</text>').format(x_of(tick), _HEIGHT - 9, words))
@@ -63,12 +75,21 @@ def lines(
         parts.append(Markup('<path class="curve {}" d="M{}"/>').format(curve.look, path))
         for x, y in curve.points if curve.dots else ():
             dot = '<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.6"><title>step {:g}: {}</title></circle>'
-            parts.append(Markup(dot).format(curve.look, x_of(x), y_of(y), x, told(y, form)))
+            parts.append(Markup(dot).format(curve.look, x_of(x), y_of(y), x, written(y, form)))
     return Markup("").join([*parts, Markup("</svg>")])
 
 
 def bars(values: Mapping[str, float], title: str, form: Format = "percent") -> Markup:
-    """Values as bars with their names, in the order given."""
+    """Draw values as bars with their names.
+
+    Args:
+        values: By name, in their order.
+        title: What they show, for who cannot see them.
+        form: How values are written.
+
+    Returns:
+        The element.
+    """
     row, names, room = 17, 330, 300
     most = max(values.values(), default=0.0) or 1.0
     height = row * len(values) + 4
@@ -80,19 +101,33 @@ def bars(values: Mapping[str, float], title: str, form: Format = "percent") -> M
         bar = Markup('<rect class="bar" x="{}" y="{}" width="{:.1f}" height="11" rx="2"/>')
         parts.append(bar.format(names + 8, y + 3, width))
         where = names + 14 + width
-        parts.append(Markup('<text class="v" x="{:.1f}" y="{}">{}</text>').format(where, y + 12, told(value, form)))
+        parts.append(Markup('<text class="v" x="{:.1f}" y="{}">{}</text>').format(where, y + 12, written(value, form)))
     return Markup("").join([*parts, Markup("</svg>")])
 
 
 def room_for(curves: Sequence[Curve]) -> tuple[float, float]:
-    """The limits of an axis for curves; single spikes are cut off, but never of those with dots, each of which tells."""
+    """Choose the limits of an axis for curves; single spikes are cut off, but never of curves with dots, each of which tells.
+
+    Args:
+        curves: The curves.
+
+    Returns:
+        Lowest and highest value.
+    """
     values = [y for curve in curves for _, y in curve.points]
     return bounds(values, [y for curve in curves if curve.dots for _, y in curve.points])
 
 
 def bounds(values: Sequence[float], whole: Sequence[float] = ()) -> tuple[float, float]:
-    """The limits of an axis: all values with a little room, from 0 where they reach near it; single spikes are cut off,
-    but none of ``whole``."""
+    """Choose the limits of an axis: all values with a little room, from 0 where they reach near it; single spikes are cut off.
+
+    Args:
+        values: Of curves.
+        whole: Values of which none is cut off.
+
+    Returns:
+        Lowest and highest value.
+    """
     ordered = sorted(value for value in values if math.isfinite(value))
     low, high = ordered[0], ordered[-1]
     usual = ordered[int(0.98 * (len(ordered) - 1))]
@@ -105,7 +140,16 @@ def bounds(values: Sequence[float], whole: Sequence[float] = ()) -> tuple[float,
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers within limits, about ``count`` of them."""
+    """Choose round numbers within limits.
+
+    Args:
+        low: The lowest.
+        high: The highest.
+        count: About how many.
+
+    Returns:
+        The numbers.
+    """
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
@@ -114,13 +158,20 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A curve of not too many points, each the mean of its neighbourhood."""
+    """Take fewer points of a curve, each the mean of its neighbourhood.
+
+    Args:
+        points: Steps and values.
+
+    Returns:
+        Not too many.
+    """
     size = -(-len(points) // _POINTS)
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def told(value: float, form: Format) -> str:
+def written(value: float, form: Format) -> str:
     """A value for people."""
     if form == "percent":
         return f"{100 * value:.3g}%"
@@ -128,7 +179,15 @@ def told(value: float, form: Format) -> str:
 
 
 def running(points: Sequence[tuple[int, float]], decay: float = 0.95) -> list[tuple[int, float]]:
-    """The running mean of a curve, without the pull of its beginning."""
+    """Average a curve as it goes, without the pull of its beginning.
+
+    Args:
+        points: Steps and values.
+        decay: From 0 to below 1; higher is smoother.
+
+    Returns:
+        The running mean.
+    """
     means, weight, mean = [], 0.0, 0.0
     for step, value in points:
         weight = decay * weight + 1 - decay

@@ -36,7 +36,15 @@ class Checkpoint:
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; a file of this name is replaced at the end, or left as it was."""
+    """Write a checkpoint; a file of this name is replaced at the end, or left as it was.
+
+    Args:
+        path: Where.
+        checkpoint: What.
+
+    Raises:
+        UserError: The disk refuses.
+    """
     state = checkpoint.state
     told = {
         "step": state.step,
@@ -50,7 +58,14 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_origin(path: Path) -> Origin | None:
-    """What the run of a checkpoint depended on, without its tensors; None where the file is none, or is damaged."""
+    """Read what the run of a checkpoint depended on, without its tensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The origin; None where the file is none, or is damaged.
+    """
     try:
         with safe_open(path, "pt") as file:
             return Origin(**json.loads((file.metadata() or {})[_KEY])["origin"])
@@ -59,7 +74,14 @@ def read_origin(path: Path) -> Origin | None:
 
 
 def read(path: Path) -> Checkpoint | None:
-    """A checkpoint; None where the file is none, or is damaged."""
+    """Read a checkpoint.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The checkpoint; None where the file is none, or is damaged.
+    """
     try:
         with safe_open(path, "pt") as file:
             told = json.loads((file.metadata() or {})[_KEY])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...core.files import explained, write_bytes
-from ...data.folder import Picture, open_picture
+from ...data.folder import TrainingImage, open_picture
 from ...data.images import MAX_PIXELS
 from .run_record import shown
 
@@ -18,7 +18,17 @@ _SIDE = 128  # pixels of a thumbnail
 
 
 def about(what: str, parameters: int, base: str, fingerprint: str) -> dict[str, Any]:
-    """The adapter and its base."""
+    """Describe the adapter and its base.
+
+    Args:
+        what: Methods and layers, in words.
+        parameters: How many are trained.
+        base: What the base is called.
+        fingerprint: Which weights it has.
+
+    Returns:
+        Facts by heading.
+    """
     return {"what": what, "parameters": parameters, "base": base, "fingerprint": fingerprint}
 
 
@@ -46,8 +56,17 @@ def memory() -> dict[str, Any]:
     return {"memory": peak * (1 if sys.platform == "darwin" else 1024), "memory_of": "of the process"}
 
 
-def thumbnails(folder: Path, pictures: Sequence[Picture], background: str) -> None:
-    """Small copies of the pictures that the report shows, by their place. Raises UserError for one that is gone."""
+def thumbnails(folder: Path, pictures: Sequence[TrainingImage], background: str) -> None:
+    """Make small copies of the pictures that the report shows, by their place.
+
+    Args:
+        folder: Where they go.
+        pictures: Those that are trained on.
+        background: The colour behind transparency.
+
+    Raises:
+        UserError: A picture is gone.
+    """
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for place in shown(len(pictures)):

@@ -29,7 +29,14 @@ class Measurement:
 
 
 def measurements(metrics: Iterable[Mapping[str, Any]]) -> list[Measurement]:
-    """The measurements among the lines of a run's ``metrics.jsonl``, in the order of their steps."""
+    """Read the measurements of a run.
+
+    Args:
+        metrics: The lines of its ``metrics.jsonl``.
+
+    Returns:
+        In the order of their steps.
+    """
     found: dict[int, dict[str, float]] = {}
     for line in metrics:
         for name in ("held_out_loss", "seen_loss", "leakage"):
@@ -48,12 +55,26 @@ def _memorisation(now: Mapping[str, float], first: Mapping[str, float]) -> float
 
 
 def best_step(unseen: Mapping[int, float]) -> int | None:
-    """The step of the lowest loss after the start, the earliest of equal ones; None where nothing was measured."""
+    """Find the step of the lowest loss after the start, the earliest of equal ones.
+
+    Args:
+        unseen: Losses on what is held out, by step.
+
+    Returns:
+        The step; None where nothing was measured.
+    """
     return min((step for step in sorted(unseen) if step), key=lambda step: unseen[step], default=None)
 
 
 def verdict(measured: Iterable[Measurement]) -> str | None:
-    """A line for a run that went on for too long, or too fast; None for one that did not."""
+    """Say of a run that it went on for too long, or too fast.
+
+    Args:
+        measured: Its measurements.
+
+    Returns:
+        A line; None for a run that did not.
+    """
     known = {one.step: (one.unseen, one.seen) for one in measured if one.unseen is not None}
     best = best_step({step: unseen for step, (unseen, _) in known.items()})
     if best is None:
@@ -68,9 +89,13 @@ def verdict(measured: Iterable[Measurement]) -> str | None:
 
 
 def memorisation(first: tuple[float, float], now: tuple[float, float]) -> float:
-    """How much further the loss fell on what is trained on than on what is not, as a share of the latter.
+    """Compute how much further the loss fell on what is trained on than on what is not, as a share of the latter.
 
-    Each pair is the loss on what was seen and on what was not, all above 0. 0 where both fell alike, near 1 where only what
-    was seen is known.
+    Args:
+        first: The losses on what was seen and on what was not, at the start, above 0.
+        now: The same, now.
+
+    Returns:
+        0 where both fell alike, near 1 where only what was seen is known.
     """
     return 1 - (now[0] / first[0]) / (now[1] / first[1])

@@ -11,7 +11,12 @@ from .measurements import best_step, measurements
 
 
 def draw(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the training loss, its running mean and the held-out loss over the steps as a PNG."""
+    """Draw the training loss, its running mean and the held-out loss over the steps.
+
+    Args:
+        path: A .png file.
+        metrics: The lines of ``metrics.jsonl``.
+    """
     # Not pyplot, which keeps state of its own and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -35,7 +40,12 @@ def draw(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_signals(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Draw what tells when to stop, one curve under the other over the steps, as a PNG; the best step is marked."""
+    """Draw what tells when to stop, one curve under the other over the steps; the best step is marked.
+
+    Args:
+        path: A .png file.
+        metrics: The lines of ``metrics.jsonl``.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

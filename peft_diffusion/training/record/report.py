@@ -43,14 +43,31 @@ class Setting:
 
 
 def write(folder: Path) -> Path:
-    """Write the page of a run folder; returns where. Raises UserError where the disk refuses."""
+    """Write the page of a run folder.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: The disk refuses.
+    """
     path = folder / NAME
     write_bytes(path, page(Record(folder)).encode())
     return path
 
 
 def page(record: Record) -> str:
-    """The page of a run."""
+    """Make the page of a run.
+
+    Args:
+        record: The run.
+
+    Returns:
+        HTML.
+    """
     kept = record.figures.get("kept_step")
     layers = record.changes
     return _render(
@@ -65,7 +82,7 @@ def page(record: Record) -> str:
         previews=previews(record),
         prompts=record.facts.get("prompts", []),
         layers=charts.bars(dict(list(layers.items())[:_LAYERS]), "change of each layer") if layers else "",
-        more_layers={name: charts.told(value, "percent") for name, value in list(layers.items())[_LAYERS:]},
+        more_layers={name: charts.written(value, "percent") for name, value in list(layers.items())[_LAYERS:]},
         settings=settings(record),
         items=_items(record),
         hidden_items=len(record.data) - len(shown(len(record.data))),
@@ -76,7 +93,15 @@ def page(record: Record) -> str:
 
 
 def compared(first: Record, second: Record) -> str:
-    """Two runs side by side in one page, their curves on the same axes."""
+    """Make a page of two runs side by side, their curves on the same axes.
+
+    Args:
+        first: A run.
+        second: Another.
+
+    Returns:
+        HTML.
+    """
     records = [first, second]
     limits: dict[str, tuple[float, float]] = {}
     for name in ("loss", "leakage", "memorised", "nearest"):
@@ -97,7 +122,14 @@ def compared(first: Record, second: Record) -> str:
 
 
 def tiles(record: Record) -> list[tuple[str, str, str]]:
-    """Figures: a label, the value, and a remark that may be empty."""
+    """List the figures of a run.
+
+    Args:
+        record: The run.
+
+    Returns:
+        A label, the value, and a remark that may be empty.
+    """
     figures, about = record.figures, record.facts.get("about", {})
     before, after = record.before, record.after
     change = f"{after / before - 1:+.1%} from {before:.4g}" if before and after else "nothing is kept apart"
@@ -122,7 +154,16 @@ def tiles(record: Record) -> list[tuple[str, str, str]]:
 def curves(
     record: Record, limits: Mapping[str, tuple[float, float]] | None = None, end: float | None = None
 ) -> list[tuple[str, str, list[tuple[charts.Look, str]], Markup]]:
-    """Charts: heading, explanation, the look and name of each curve, and the drawing."""
+    """Draw the charts of a run.
+
+    Args:
+        record: The run.
+        limits: Those of the axes, by chart.
+        end: The last step of the axis of steps.
+
+    Returns:
+        Heading, explanation, the look and name of each curve, and the drawing.
+    """
     text = record.command.startswith("text")
     told: dict[str, tuple[str, str]] = {
         "loss": ("Loss", "nats per token" if text else "how far predicted noise is from the true one; lower is better"),
@@ -168,7 +209,14 @@ def _alone(name: str, points: Curve) -> charts.Curve:
 
 
 def previews(record: Record) -> list[Row]:
-    """The previews in time order, the base's first."""
+    """List the previews in time order, the base's first.
+
+    Args:
+        record: The run.
+
+    Returns:
+        One row a step.
+    """
     rows: dict[int, dict[int, Path]] = {}
     for path in sorted((record.path / PREVIEWS).glob("*.png")):
         if match := _PREVIEW.fullmatch(path.name):
@@ -189,7 +237,14 @@ def previews(record: Record) -> list[Row]:
 
 
 def picture(path: Path) -> str | None:
-    """A picture as an address that holds it, no larger than a page needs; None where it cannot be read."""
+    """Make an address that holds a picture, no larger than a page needs.
+
+    Args:
+        path: The picture.
+
+    Returns:
+        The address; None where it cannot be read.
+    """
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
@@ -202,7 +257,14 @@ def picture(path: Path) -> str | None:
 
 
 def settings(record: Record) -> tuple[list[Setting], list[Setting]]:
-    """The settings that are not the preset's, and the others."""
+    """List the settings of a run.
+
+    Args:
+        record: The run.
+
+    Returns:
+        Those that are not the preset's, and the others.
+    """
     changed = record.changed()
     own, usual = [], []
     for name, value in record.config.items():

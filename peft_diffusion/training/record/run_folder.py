@@ -16,7 +16,7 @@ from ...core.errors import UserError
 from ...core.files import explained, file_of, write_bytes
 from ...core.settings import to_json
 from ..loop.trainer import TrainerState
-from ..settings.blocks import plugins_of
+from ..settings.placements import plugins_of
 from ..settings.resumption import changes
 from ..settings.shared import RunSettings
 from ..settings.toml import to_toml
@@ -87,7 +87,11 @@ class RunFolder:
         return (self.path / run_record.CONFIG).exists()
 
     def check(self) -> None:
-        """Raise UserError where files of somebody else lie in the way, or another process trains into this folder."""
+        """See that nothing of somebody else lies in the way, and that no other process trains into this folder.
+
+        Raises:
+            UserError: Something does, or one does.
+        """
         other = run_record.Record(self.path).other_process
         if other is not None:
             raise UserError(
@@ -110,7 +114,16 @@ class RunFolder:
         return run_record.Record(self.path).plugins
 
     def start(self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin) -> None:
-        """Begin a run in a clean folder; what an earlier run wrote here goes."""
+        """Begin a run in a clean folder; what an earlier run wrote here goes.
+
+        Args:
+            config: The settings.
+            items: What is learned from.
+            origin: What the run depends on.
+
+        Raises:
+            UserError: The disk refuses.
+        """
         with explained(self.path):
             self._clear()
             for place in (self._checkpoints, self.previews, self.thumbnails):
@@ -120,10 +133,19 @@ class RunFolder:
         self._begin(config, origin)
 
     def resume(self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin) -> Checkpoint | None:
-        """The newest good checkpoint, with the metrics cut back to it; None where the run never came to one.
+        """Find where a run goes on, and cut the metrics back to it.
 
-        Raises UserError where settings, data or base are others than the run was started with, and where there are
-        checkpoints that cannot be read.
+        Args:
+            config: The settings.
+            items: What is learned from.
+            origin: What the run depends on.
+
+        Returns:
+            The newest good checkpoint; None where the run never came to one.
+
+        Raises:
+            UserError: Settings, data or base are others than the run was started with, or there are checkpoints and none
+                can be read.
         """
         found = self.newest()
         if found is None:
@@ -155,7 +177,14 @@ class RunFolder:
         return next((found.config for found in read if found is not None), {})
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Write measurements into ``metrics.jsonl``, each with the seconds trained so far."""
+        """Write measurements into ``metrics.jsonl``, each with the seconds trained so far.
+
+        Args:
+            lines: The measurements.
+
+        Raises:
+            UserError: The disk refuses.
+        """
         seconds = round(self.elapsed, 3)
         with explained(self._metrics), self._metrics.open("ab") as file:
             file.write(_json_lines({**line, "seconds": seconds} for line in lines))
@@ -163,8 +192,14 @@ class RunFolder:
     def keep(self, state: TrainerState) -> Path:
         """Keep a state to go on from, a few before it and the best; others go.
 
+        Args:
+            state: That of the trainer.
+
         Returns:
             The checkpoint.
+
+        Raises:
+            UserError: The disk refuses.
         """
         path = self._checkpoints / f"step_{state.step:06}.safetensors"
         checkpoints.write(path, Checkpoint(state, self.origin, self.held_out.get(state.step), self.elapsed))
@@ -188,7 +223,17 @@ class RunFolder:
         return sorted(self._files())
 
     def tensors(self, step: int) -> dict[str, Tensor]:
-        """The state of the trainer at a step whose checkpoint is kept."""
+        """Read the state of the trainer at a step whose checkpoint is kept.
+
+        Args:
+            step: The steps done.
+
+        Returns:
+            Tensors by name.
+
+        Raises:
+            UserError: The checkpoint is gone or damaged.
+        """
         path = self._files().get(step)
         found = checkpoints.read(path) if path else None
         if found is None:
@@ -300,7 +345,17 @@ class RunFolder:
 
 
 def check_run(run: RunFolder, output: Path, *, resume: bool, overwrite: bool) -> None:
-    """See that the run and its adapter file can be written where they shall go. Raises UserError."""
+    """See that the run and its adapter file can be written where they shall go.
+
+    Args:
+        run: The run folder.
+        output: The adapter file.
+        resume: Whether a run there goes on.
+        overwrite: Whether what is there may be replaced.
+
+    Raises:
+        UserError: They cannot.
+    """
     run.check()
     if resume and not run.holds_a_run():
         raise UserError(f"there is no run in {run.path} to go on with; leave out --resume, or name it with --run-dir")
@@ -316,7 +371,14 @@ def check_run(run: RunFolder, output: Path, *, resume: bool, overwrite: bool) ->
 
 
 def check_writable(folder: Path) -> None:
-    """Raise UserError unless a file can be made in a folder, or in the nearest one above it that is there."""
+    """See that a file can be made in a folder, or in the nearest one above it that is there.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        UserError: It cannot.
+    """
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     probe = there / f".peft_diffusion.{os.getpid()}"
     try:

@@ -121,7 +121,14 @@ class Record:
         return max((line["seconds"] for line in self.metrics if _is_number(line.get("seconds"))), default=None)
 
     def curve(self, name: str) -> Curve:
-        """An entry of the metrics by step."""
+        """Read an entry of the metrics by step.
+
+        Args:
+            name: The entry.
+
+        Returns:
+            Steps and values.
+        """
         return sorted((line["step"], float(line[name])) for line in self.metrics if _is_number(line.get(name)))
 
     @property
@@ -181,7 +188,17 @@ class Record:
 
 
 def find(folder: Path) -> list[Record]:
-    """The runs in a folder and below it, by path; the folder itself, if it is one. Raises UserError where there is none."""
+    """Find the runs in a folder and below it; the folder itself, if it is one.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The runs by path.
+
+    Raises:
+        UserError: There is none.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name one that holds run folders, which train makes in runs/")
     if (folder / CONFIG).exists():
@@ -193,21 +210,45 @@ def find(folder: Path) -> list[Record]:
 
 
 def only(folder: Path) -> Record:
-    """The run of this folder. Raises UserError where it is none."""
+    """Read the run of a folder.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The run.
+
+    Raises:
+        UserError: It is none.
+    """
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is no run folder: it has no {CONFIG}; `peft-diffusion runs` lists those that there are")
     return Record(folder)
 
 
 def differing(records: Sequence[Record]) -> dict[str, list[Any]]:
-    """The settings that are not the same in all runs, with the value of each; places are left out."""
+    """Compare the settings of runs; places are left out.
+
+    Args:
+        records: The runs.
+
+    Returns:
+        The values of each setting that is not the same in all.
+    """
     names = list(dict.fromkeys(name for record in records for name in record.config))
     values = {name: [record.config.get(name) for record in records] for name in names if name not in PLACES}
     return {name: own for name, own in values.items() if any(value != own[0] for value in own)}
 
 
 def shown(count: int) -> list[int]:
-    """Which of so many items a report shows: all of a few, else some from all over."""
+    """Choose which of many items a report shows.
+
+    Args:
+        count: How many there are.
+
+    Returns:
+        All of a few, else some from all over.
+    """
     return list(range(count)) if count <= _SHOWN else [round(n * (count - 1) / (_SHOWN - 1)) for n in range(_SHOWN)]
 
 
@@ -219,7 +260,14 @@ PATHS = frozenset(name for name, one in _SETTINGS.items() if one.single is Path)
 
 
 def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file with one on each line, up to the first that cannot be read; none where there is no file."""
+    """Read a file with a JSON object on each line, up to the first that cannot be read.
+
+    Args:
+        path: The file; need not exist.
+
+    Yields:
+        The objects.
+    """
     try:
         lines = path.read_text("utf-8", errors="replace").split("\n")
     except OSError:
@@ -234,7 +282,14 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def measurements(path: Path) -> list[dict[str, Any]]:
-    """The objects of a ``metrics.jsonl``, each of which tells of a step; others are left out."""
+    """Read a ``metrics.jsonl``.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The objects that tell of a step.
+    """
     return [line for line in json_lines(path) if isinstance(line.get("step"), int)]
 
 

@@ -13,7 +13,14 @@ from ..settings.choices import LogWith
 
 
 def check_tracker(log_with: LogWith | None) -> None:
-    """Raise UserError where the package of a tracker is missing."""
+    """See that the package of a tracker is there.
+
+    Args:
+        log_with: The tracker.
+
+    Raises:
+        UserError: It is missing.
+    """
     if log_with is not None and importlib.util.find_spec(log_with) is None:
         raise UserError(f"--log-with {log_with} needs a package: pip install 'peft_diffusion[{log_with}]'")
 

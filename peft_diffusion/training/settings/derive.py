@@ -9,9 +9,9 @@ from ...bases import family as families
 from ...bases.family import Family
 from ...core.errors import UserError
 from ...core.settings import Settings, pick, settings_of
-from .blocks import ranked
 from .choices import OptimizerName, Precision
 from .pictures import PRESET_ROLES, ResolvedConfig, TrainConfig, output_path, preset_components, run_path
+from .placements import ranked
 from .presets import (
     CLASS_IMAGES,
     HELD_OUT_FROM,

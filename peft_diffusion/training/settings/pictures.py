@@ -310,7 +310,7 @@ class TrainConfig(SharedConfig, _PictureConfig):
         parts = tuple(part.strip() for item in self.components for part in item.split(",") if part.strip())
         parts = parts if self.components else preset_components(self.preset)
         object.__setattr__(self, "components", tuple(dict.fromkeys(parts)))
-        known = [*families.components("denoiser"), *families.components("text encoder")]
+        known = [name for name, one in families.components().items() if one.role != "language model"]
         unknown = [part for part in self.components if part not in known]
         if unknown or not self.components:
             raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(known)}")

@@ -5,7 +5,7 @@ from dataclasses import MISSING
 from typing import Any
 
 from ...core.settings import Settings, flag, plain, settings_of, to_json
-from .blocks import ranked
+from .placements import ranked
 from .shared import RunSettings
 
 DERIVED = "derived"

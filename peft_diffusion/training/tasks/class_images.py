@@ -13,13 +13,13 @@ from ...bases.pipelines import Pipeline
 from ...core.events import Observer, progress
 from ...core.files import explained, write_bytes
 from ...data import subfolders
-from ...data.folder import Picture, scan
+from ...data.folder import TrainingImage, scan
 from ...data.images import check_picture
 from ..drawing import Drawing
 from ..events import ClassNotKept, ClassPictures, DataRead
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
-from ..machine.processes import Crew
+from ..machine.processes import Processes
 from ..settings.pictures import ResolvedConfig
 
 _STEPS, _GUIDANCE = 25, 5.0
@@ -27,15 +27,15 @@ _BATCH = 4  # pictures drawn at once; part of what they are, as rounding depends
 
 
 def pictures(
-    config: ResolvedConfig, pipe: Pipeline, tell: Observer, drawing: Drawing, crew: Crew
-) -> list[Picture]:
+    config: ResolvedConfig, pipe: Pipeline, tell: Observer, drawing: Drawing, processes: Processes
+) -> list[TrainingImage]:
     """The pictures of the class: from the regularisation folders, and drawn by the base for the class prompts.
 
     Captions are those of the folders, without the trigger, and the class prompts. Raises UserError as `scan` does.
     """
     found = _of_folders(config, tell) if config.regularisation else []
     if config.class_prompt:
-        found += _drawn(config, pipe, tell, drawing, crew)
+        found += _drawn(config, pipe, tell, drawing, processes)
     elif not found and config.preset == "subject":
         tell(ClassNotKept())
     return found
@@ -49,7 +49,7 @@ def class_folder(config: ResolvedConfig, info: BaseInfo, size: int) -> Path:
     return (config.cache or config.run_dir.parent / "class_images") / f"class_{name}"
 
 
-def _of_folders(config: ResolvedConfig, tell: Observer) -> list[Picture]:
+def _of_folders(config: ResolvedConfig, tell: Observer) -> list[TrainingImage]:
     """Pictures of the regularisation folders. Those without caption get the first class prompt, if there is one."""
     folder = scan(
         config.regularisation,
@@ -64,8 +64,8 @@ def _of_folders(config: ResolvedConfig, tell: Observer) -> list[Picture]:
 
 
 def _drawn(
-    config: ResolvedConfig, pipe: Pipeline, tell: Observer, drawing: Drawing, crew: Crew
-) -> list[Picture]:
+    config: ResolvedConfig, pipe: Pipeline, tell: Observer, drawing: Drawing, processes: Processes
+) -> list[TrainingImage]:
     """Pictures that the base draws, or drew before. A batch that is not all there is drawn again."""
     info = describe(pipe)
     size = config.resolution // info.step * info.step
@@ -75,8 +75,9 @@ def _drawn(
     paths = [folder / f"{number:04}.png" for number in range(len(prompts))]
     starts = range(0, len(prompts), _BATCH)
     # Before any is written: all who draw have to draw the same.
-    missing = crew.agreed([start for start in starts if not all(path.exists() for path in paths[start : start + _BATCH])])
-    if crew.measures:
+    undrawn = [start for start in starts if not all(path.exists() for path in paths[start : start + _BATCH])]
+    missing = processes.agreed(undrawn)
+    if processes.measures:
         tell(ClassPictures(len(prompts), folder))
         with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -90,13 +91,13 @@ def _drawn(
                         pipe, prompts[own], seeds[own], size=size, steps=_STEPS, guidance=_GUIDANCE
                     )
                     for path, picture in zip(paths[own], found, strict=True):
-                        if crew.leads:
+                        if processes.leads:
                             write_bytes(path, _png(picture))
             tick(min(start + _BATCH, len(prompts)), len(prompts))
-    crew.wait()
+    processes.wait()
     checked = [check_picture(path) for path in paths]
     return [
-        Picture(path, f"class/{path.name}", prompt, "none", one.width, one.height, one.digest)
+        TrainingImage(path, f"class/{path.name}", prompt, "none", one.width, one.height, one.digest)
         for path, prompt, one in zip(paths, prompts, checked, strict=True)
     ]
 

@@ -27,7 +27,7 @@ from ..attachment import at_strength, evaluating
 from ..events import Signals
 from ..loop.seeds import generator, global_seed, seed_of
 from ..machine.preflight import peak
-from ..machine.processes import Crew
+from ..machine.processes import Processes
 from ..settings.choices import HuberSchedule, Loss, PriorTarget, TimestepBias
 from . import objective
 from .layer_changes import layer_changes
@@ -65,16 +65,37 @@ class Examples:
         return any(one.where is not None for one in self.latents.entries)
 
     def weight(self, entry: int) -> float:
-        """What an entry counts in the loss."""
+        """Tell what an entry counts in the loss.
+
+        Args:
+            entry: Of the cache.
+
+        Returns:
+            Its weight, 1 where none was said.
+        """
         return self.weights[self.latents.entries[entry].picture] if self.weights else 1.0
 
     def where(self, entries: Sequence[int]) -> Tensor:
-        """What of each picture is learned, (batch, 1, height, width) from 0 to 1, at the latents' size."""
+        """Tell what of each image is learned.
+
+        Args:
+            entries: Of the cache, in one bucket.
+
+        Returns:
+            (batch, 1, height, width) from 0 to 1, at the latents' size.
+        """
         chosen = [self.latents.entries[entry] for entry in entries]
         return torch.stack([torch.ones_like(one.mean[:1]) if one.where is None else one.where for one in chosen])
 
     def caption(self, entry: int) -> str:
-        """The caption of an entry of the cache."""
+        """Give the caption of an entry.
+
+        Args:
+            entry: Of the cache.
+
+        Returns:
+            The caption as written.
+        """
         return self.captions[self.latents.entries[entry].picture]
 
 
@@ -98,7 +119,7 @@ class DiffusionSettings:
     prior_weight: float = 1.0
     prior_target: PriorTarget = "base"
     dropout: float = 0.0
-    crew: Crew = field(default_factory=Crew)
+    processes: Processes = field(default_factory=Processes)
     rules: CaptionRules = field(default_factory=CaptionRules)
 
 
@@ -158,7 +179,15 @@ class DiffusionTask:
         return cache_text(_OTHER_PROMPTS, lambda batch: encode_frozen(self.text, batch))
 
     def inputs(self, step: int, micro: int) -> dict[str, Tensor]:
-        """What one micro-batch is computed from, all its chance in it."""
+        """Make what one micro-batch is computed from, all its chance in it.
+
+        Args:
+            step: From 0.
+            micro: The micro-batch of the step, from 0.
+
+        Returns:
+            Tensors by name, on the CPU.
+        """
         seed, batch = self.settings.seed, self.batch(step, micro)
         chances = [random.Random(seed_of(seed, "caption", step, micro, row)) for row in range(len(batch.indices))]
         captions = [self.train.caption(entry) for entry in batch.indices]
@@ -176,11 +205,20 @@ class DiffusionTask:
         return {name: torch.cat([tensor, kept[name]]) * (2 if name == "weights" else 1) for name, tensor in found.items()}
 
     def prior_entries(self, bucket: Bucket, step: int, micro: int) -> tuple[int, ...]:
-        """The pictures of the class in a micro-batch of all processes, without one twice where there are enough."""
+        """Draw the class images of a micro-batch of all processes, without one twice where there are enough.
+
+        Args:
+            bucket: That of the micro-batch.
+            step: From 0.
+            micro: The micro-batch of the step, from 0.
+
+        Returns:
+            Entries of the cache.
+        """
         if self.prior is None:
             return ()
         there = self.prior.groups[bucket]
-        count = self.settings.batch_size * self.settings.crew.size
+        count = self.settings.batch_size * self.settings.processes.size
         chance = random.Random(seed_of(self.settings.seed, "prior", step, micro))
         drawn = chance.sample(there, min(count, len(there)))
         return tuple(drawn[row % len(drawn)] for row in range(count))
@@ -198,7 +236,7 @@ class DiffusionTask:
         if settings.multires_noise:
             noise = objective.pyramid(noise, settings.multires_noise, chance)
         # Everything is drawn for the batch of all processes, so that their number changes nothing.
-        own = settings.crew.part(settings.batch_size)
+        own = settings.processes.part(settings.batch_size)
         found = {"latents": self.denoiser.scaled(clean)[own], "noise": noise[own], "timesteps": timesteps[own]}
         if self.weighs:
             found["weights"] = torch.tensor([examples.weight(entry) for entry in entries[own]])
@@ -209,19 +247,34 @@ class DiffusionTask:
     def largest(self) -> dict[str, Tensor]:
         """The inputs of the micro-batch with the most pixels, of those of a pass over the pictures."""
         settings, entries = self.settings, self.train.latents.entries
-        count = steps_per_epoch(self.groups, settings.batch_size * settings.crew.size)
+        count = steps_per_epoch(self.groups, settings.batch_size * settings.processes.size)
         places = [divmod(number, settings.accumulation) for number in range(count)]
         sizes = [sum(entries[one].mean[0].numel() for one in self.batch(*place).indices) for place in places]
         return self.inputs(*places[sizes.index(max(sizes))])
 
     def seeded(self, step: int, micro: int) -> AbstractContextManager[None]:
-        """torch's generators at the seed of a micro-batch, where anything draws from them."""
+        """Put torch's generators at the seed of a micro-batch, where anything draws from them.
+
+        Args:
+            step: From 0.
+            micro: The micro-batch of the step, from 0.
+
+        Returns:
+            A context, after which they are as they were.
+        """
         if not self.settings.dropout:
             return nullcontext()
-        return global_seed(self.device, self.settings.seed, "dropout", step, micro, *self.settings.crew.apart())
+        return global_seed(self.device, self.settings.seed, "dropout", step, micro, *self.settings.processes.apart())
 
     def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The loss of one micro-batch, a float32 scalar with gradients to the adapter."""
+        """Compute the loss of one micro-batch.
+
+        Args:
+            inputs: From `inputs`, on the device.
+
+        Returns:
+            A float32 scalar with gradients to the adapter.
+        """
         settings, timesteps = self.settings, inputs["timesteps"]
         of_base = self._base_answer(inputs)
         answer, wanted = self.answer(inputs)
@@ -249,9 +302,14 @@ class DiffusionTask:
 
     @torch.no_grad()
     def nearness(self, pictures: Sequence[Image.Image]) -> float | None:
-        """The mean distance of pictures to their nearest training picture, over the median of that among the latter.
+        """Compare pictures with those that are trained on.
 
-        Root mean squares in latent space. None where there are not two training pictures of that size to compare with.
+        Args:
+            pictures: Drawn ones.
+
+        Returns:
+            The mean distance to the nearest training image, over the median of that among the latter, as root mean squares
+            in latent space. None where there are not two training images of that size.
         """
         latents = self._encoded(pictures)
         seen = [entry.mean for entry in self.train.latents.entries if entry.mean.shape == latents.shape[1:]][:_COMPARED]
@@ -309,8 +367,16 @@ class DiffusionTask:
             yield self.answer({name: tensor.to(self.device) for name, tensor in inputs.items()})[0].float()
 
     def batch(self, step: int, micro: int) -> Batch:
-        """The entries of a micro-batch, of all processes."""
-        size, seed = self.settings.batch_size * self.settings.crew.size, self.settings.seed
+        """List the entries of a micro-batch, of all processes.
+
+        Args:
+            step: From 0.
+            micro: The micro-batch of the step, from 0.
+
+        Returns:
+            The batch.
+        """
+        size, seed = self.settings.batch_size * self.settings.processes.size, self.settings.seed
         epoch, index = divmod(step * self.settings.accumulation + micro, steps_per_epoch(self.groups, size))
         if self._epoch[0] != epoch:
             self._epoch = epoch, batches(self.groups, size, seed_of(seed, "order"), epoch)
@@ -325,7 +391,15 @@ class DiffusionTask:
                 encoder.to("cpu")
 
     def peak_of_drawing(self, count: int, size: int) -> int:
-        """The most bytes that drawing so many pictures of so many pixels a side, with guidance, is predicted to hold."""
+        """Predict the most bytes that drawing holds, with guidance.
+
+        Args:
+            count: Pictures at once.
+            size: Pixels a side.
+
+        Returns:
+            Bytes.
+        """
         vae, side = self.denoiser.vae, size // self.denoiser.factor
         told = {name: one[:1].repeat(2 * count, *(1,) * (one.ndim - 1)) for name, one in self.largest().items()}
         latents = {"latents": torch.empty(count, self.denoiser.channels, side, side, dtype=vae.dtype)}
@@ -414,9 +488,18 @@ class DiffusionTask:
         return self.denoiser.conditioning(tuple(encoding), inputs)
 
     def inpainting_inputs(self, latents: LatentCache, entries: Sequence[int], hiding: Sequence[int]) -> Tensor:
-        """What a base that paints parts anew is told of the rest: mask and latents, (batch, 1 + channels, height, width).
+        """Make what a base that paints parts anew is told of the rest.
 
-        ``hiding`` is the number of each entry's mask.
+        Args:
+            latents: The cache, with masks.
+            entries: Of the cache.
+            hiding: The number of each entry's mask.
+
+        Returns:
+            Mask and latents, (batch, 1 + channels, height, width).
+
+        Raises:
+            ValueError: The latents were cached without masks.
         """
         rows = []
         for entry, number in zip(entries, hiding, strict=True):

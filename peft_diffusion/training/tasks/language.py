@@ -14,7 +14,7 @@ from ...core.errors import UserError
 from ..attachment import NAME, at_strength, evaluating
 from ..events import Signals
 from ..loop.seeds import generator, global_seed
-from ..machine.processes import Crew
+from ..machine.processes import Processes
 from .layer_changes import layer_changes
 
 _SEEN = 8  # windows of what is trained on that are measured too
@@ -34,11 +34,19 @@ class LanguageSettings:
     batch_size: int
     accumulation: int
     context: int
-    crew: Crew = field(default_factory=Crew)
+    processes: Processes = field(default_factory=Processes)
 
 
 def tokens(base: LanguageModel, texts: Sequence[str]) -> Tensor:
-    """Texts as one line of tokens (tokens,), each closed by the end token where the tokenizer has one."""
+    """Join texts as one line of tokens, each closed by the end token where the tokenizer has one.
+
+    Args:
+        base: The language model.
+        texts: The texts.
+
+    Returns:
+        (tokens,).
+    """
     end = base.tokenizer.eos_token_id
     closing = [] if end is None else [end]
     return torch.tensor([token for text in texts for token in (*base.encode(text), *closing)], dtype=torch.long)
@@ -80,19 +88,42 @@ class LanguageTask:
         return max(1, (len(self.line) - self.length + 1) // self.length)
 
     def inputs(self, step: int, micro: int) -> dict[str, Tensor]:
-        """The windows of one micro-batch, ``rows`` (batch, length)."""
+        """Make the windows of one micro-batch.
+
+        Args:
+            step: From 0.
+            micro: The micro-batch of the step, from 0.
+
+        Returns:
+            ``rows`` (batch, length).
+        """
         settings = self.settings
-        size = settings.batch_size * settings.crew.size
+        size = settings.batch_size * settings.processes.size
         first = (step * settings.accumulation + micro) * size
-        own = range(first, first + size)[settings.crew.part(settings.batch_size)]
+        own = range(first, first + size)[settings.processes.part(settings.batch_size)]
         return {"rows": torch.stack([self.window(number) for number in own])}
 
     def seeded(self, step: int, micro: int) -> AbstractContextManager[None]:
-        """torch's generators at the seed of a micro-batch."""
-        return global_seed(self.device, self.settings.seed, "dropout", step, micro, *self.settings.crew.apart())
+        """Put torch's generators at the seed of a micro-batch.
+
+        Args:
+            step: From 0.
+            micro: The micro-batch of the step, from 0.
+
+        Returns:
+            A context, after which they are as they were.
+        """
+        return global_seed(self.device, self.settings.seed, "dropout", step, micro, *self.settings.processes.apart())
 
     def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The loss of one micro-batch, a float32 scalar with gradients to the adapter."""
+        """Compute the loss of one micro-batch.
+
+        Args:
+            inputs: From `inputs`, on the device.
+
+        Returns:
+            A float32 scalar with gradients to the adapter.
+        """
         losses, said = self._losses(inputs["rows"])
         return losses.sum() / said.sum().clamp(min=1)
 

@@ -15,10 +15,15 @@ from ...core.sharded import whole
 
 @torch.no_grad()
 def layer_changes(parts: Mapping[str, nn.Module], name: str) -> dict[str, float]:
-    """How far each layer moved, by component and path, to five digits.
+    """Measure how far each layer moved.
 
-    The Frobenius norm of the change over that of the weight (of the bias, where only that changes); for a method that
-    does not fold, the root mean square of its parameters.
+    Args:
+        parts: Components by name.
+        name: The adapter.
+
+    Returns:
+        By component and path, to five digits: the Frobenius norm of the change over that of the weight (of the bias, where
+        only that changes); for a method that does not fold, the root mean square of its parameters.
     """
     return {
         f"{component}.{path}": float(f"{_change(adapter):.5g}")

@@ -13,18 +13,18 @@ from ...bases.pipelines import Pipeline
 from ...bases.prompts import TextSide
 from ...core.events import Observer, Warned, progress
 from ...data import subfolders
-from ...data.buckets import Bucket, Fit, arrange, describe_buckets, fit, group, repeated, steps_per_epoch
+from ...data.buckets import Bucket, ResizeCrop, arrange, describe_buckets, group, repeated, resize_crop, steps_per_epoch
 from ...data.captions import CaptionRules
-from ...data.folder import ImageFolder, Picture, scan
+from ...data.folder import ImageFolder, TrainingImage, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
-from ..attachment import chosen
+from ..attachment import selected_components
 from ..drawing import Drawing
 from ..events import IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
 from ..machine.precision import pick_precision
-from ..machine.processes import Crew
+from ..machine.processes import Processes
 from ..machine.sharding import shard
 from ..record.run_folder import RunFolder, check_run, check_writable
 from ..settings.derive import adapted_components, resolve
@@ -43,12 +43,12 @@ class Prepared:
     config: ResolvedConfig
     pipe: Pipeline
     info: BaseInfo
-    pictures: tuple[Picture, ...]
+    pictures: tuple[TrainingImage, ...]
     train: Examples
     held_out: Examples | None
     rules: CaptionRules
     prior: Examples | None = None
-    class_pictures: tuple[Picture, ...] = ()
+    class_pictures: tuple[TrainingImage, ...] = ()
 
     @property
     def prompts(self) -> list[str]:
@@ -73,7 +73,7 @@ def prepare(
     pipe: Pipeline | None,
     tell: Observer,
     drawing: Drawing,
-    crew: Crew = Crew(),  # noqa: B008 -- frozen
+    processes: Processes = Processes(),  # noqa: B008 -- frozen
 ) -> Prepared:
     """Load the base, read and check the folder, and encode the pictures; says what it finds and what it chose.
 
@@ -84,7 +84,7 @@ def prepare(
     rules = CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
-    pipe = _loaded(replace(config, precision=precision), pipe, device, tell, crew)
+    pipe = _loaded(replace(config, precision=precision), pipe, device, tell, processes)
     info, text = describe(pipe), denoiser_of(pipe).text
     tell(BaseLoaded(info.name, info.family, info.prediction_type, info.resolution, config.quantize))
     folder = _read_folder(config, info, tell)
@@ -94,7 +94,7 @@ def prepare(
     fits = arrange(kept, resolved.resolution, info.step, no_upscale=not config.upscale)
     sides = 2 if config.flip else 1
     drawn = repeated(group(fits * sides), [one.repeats for one in kept] * sides)
-    batches = steps_per_epoch(drawn, resolved.batch_size * crew.size)
+    batches = steps_per_epoch(drawn, resolved.batch_size * processes.size)
     earlier = RunFolder(run_path(config)).settings() if config.resume else None
     count = len(folder.pictures)
     resolved = resolve(config, info, count, device.type, batches, precision=precision, before=earlier)
@@ -108,22 +108,24 @@ def prepare(
     encode = _Encoder(resolved, info, pipe, tell)
     train = encode(kept, config.flip, "encoding pictures")
     held_out = encode(apart, False, "encoding pictures kept apart") if apart else None
-    of_class = class_images.pictures(resolved, pipe, tell, drawing, crew)
+    of_class = class_images.pictures(resolved, pipe, tell, drawing, processes)
     kept_as_is = encode.in_buckets(of_class, train.groups) if of_class else None
     _tell_cache(config.cache, before, [one for one in (train, held_out, kept_as_is) if one], tell)
     return Prepared(resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class))
 
 
-def _loaded(config: TrainConfig, pipe: Pipeline | None, device: torch.device, tell: Observer, crew: Crew) -> Pipeline:
+def _loaded(
+    config: TrainConfig, pipe: Pipeline | None, device: torch.device, tell: Observer, processes: Processes
+) -> Pipeline:
     """The base on its device, or this process's part of it. Raises UserError for one that cannot be used."""
     source = config.base if pipe is None else pipe
-    first = "cpu" if crew.shares_base else config.device
+    first = "cpu" if processes.shares_base else config.device
     pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize)
     denoiser = denoiser_of(pipe)
     components = adapted_components(config, denoiser.family)
-    chosen(pipe, components)
+    selected_components(pipe, components)
     noise_schedule(denoiser, config.zero_terminal_snr)
-    if crew.shares_base:
+    if processes.shares_base:
         tell(shard(pipe, components, device))
     return pipe
 
@@ -137,18 +139,18 @@ class _Encoder:
     pipe: Pipeline
     tell: Observer
 
-    def __call__(self, pictures: Sequence[Picture], flip: bool, what: str) -> Examples:
+    def __call__(self, pictures: Sequence[TrainingImage], flip: bool, what: str) -> Examples:
         config = self.config
         fits = arrange(pictures, config.resolution, self.info.step, no_upscale=not config.upscale)
         return self._encode(pictures, fits, flip, what)
 
-    def in_buckets(self, pictures: Sequence[Picture], buckets: Iterable[Bucket]) -> Examples:
+    def in_buckets(self, pictures: Sequence[TrainingImage], buckets: Iterable[Bucket]) -> Examples:
         """Each picture in each of the buckets, so that any batch can have any of them beside it."""
         pairs = [(picture, bucket) for bucket in buckets for picture in pictures]
-        fits = [fit(picture.width, picture.height, bucket) for picture, bucket in pairs]
+        fits = [resize_crop(picture.width, picture.height, bucket) for picture, bucket in pairs]
         return self._encode([picture for picture, _ in pairs], fits, False, "encoding pictures of the class")
 
-    def _encode(self, pictures: Sequence[Picture], fits: Sequence[Fit], flip: bool, what: str) -> Examples:
+    def _encode(self, pictures: Sequence[TrainingImage], fits: Sequence[ResizeCrop], flip: bool, what: str) -> Examples:
         config, denoiser = self.config, denoiser_of(self.pipe)
         with small_vae(denoiser.vae, config.resolution, config.memory == "low"):
             latents = cache_latents(
@@ -203,7 +205,7 @@ def _read_folder(config: TrainConfig, info: BaseInfo, tell: Observer) -> ImageFo
     return folder
 
 
-def _split(pictures: Sequence[Picture], config: ResolvedConfig) -> tuple[list[Picture], list[Picture]]:
+def _split(pictures: Sequence[TrainingImage], config: ResolvedConfig) -> tuple[list[TrainingImage], list[TrainingImage]]:
     """Pictures to train on and pictures kept apart, each in their order; at least one to train on."""
     count = min(max(1, round(len(pictures) * config.held_out)), len(pictures) - 1) if config.held_out else 0
     chance = random.Random(seed_of(config.seed, "held out"))
@@ -212,7 +214,7 @@ def _split(pictures: Sequence[Picture], config: ResolvedConfig) -> tuple[list[Pi
     return kept, [one for index, one in enumerate(pictures) if index in apart]
 
 
-def _tell_prompts(pictures: Sequence[Picture], rules: CaptionRules, text: TextSide, tell: Observer) -> None:
+def _tell_prompts(pictures: Sequence[TrainingImage], rules: CaptionRules, text: TextSide, tell: Observer) -> None:
     """Tell the prompts as they are trained, and every one that is too long for the text encoder."""
     prompts = [rules.plain(picture.caption) for picture in pictures]
     tell(PromptsMade(tuple(prompts)))

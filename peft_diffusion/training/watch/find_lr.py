@@ -24,7 +24,7 @@ from ...core.files import explained, write_bytes
 from ...fast.cuda_graph import Inputs
 from ..events import RatesFound, SearchStarted, Signals, TrialEnded
 from ..loop.trainer import Diverged, Task, Trainer, TrainerSettings
-from ..machine.processes import Crew
+from ..machine.processes import Processes
 from ..results import FoundRates, Trial
 
 _FIRST = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)  # rates of short trials, times those that the settings have
@@ -54,9 +54,9 @@ class _Unwatched:
         return Signals()
 
 
-def refuse_crew(crew: Crew) -> None:
+def refuse_several_processes(processes: Processes) -> None:
     """Raise UserError where several processes were started: trials are short, and one is enough."""
-    if crew.size > 1:
+    if processes.size > 1:
         raise UserError("--find-lr runs in one process; start it without the launcher")
 
 

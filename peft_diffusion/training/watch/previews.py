@@ -100,9 +100,9 @@ class Previews:
 
         Whether the base's pictures are there, which 0 is never.
         """
-        crew = self.task.settings.crew
+        processes = self.task.settings.processes
         with explained(self.folder):
-            return crew.agreed(self._tidy(step) if crew.leads else False)
+            return processes.agreed(self._tidy(step) if processes.leads else False)
 
     def _tidy(self, step: int) -> bool:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ class Previews:
 
     def _show(self, step: int, row: str) -> None:
         pictures = self.pictures()
-        if not self.task.settings.crew.leads:
+        if not self.task.settings.processes.leads:
             return
         files = self._keep(row, pictures)
         self.tell(Preview(step, tuple(self.prompts), pictures, files, self.task.nearness(pictures)))

@@ -14,7 +14,7 @@ from .shared import MethodSettings, SharedConfig
 
 
 @dataclass(frozen=True)
-class Block:
+class Placement:
     """A method at a target of a component; ``rate`` is its learning rate, None for the component's."""
 
     component: str
@@ -27,12 +27,12 @@ class Block:
         return {**self.method.spec(), "target": self.target}
 
 
-def blocks(config: MethodSettings) -> list[Block]:
+def blocks(config: MethodSettings) -> list[Placement]:
     """What the configuration asks for. Raises UserError for methods and hyper-parameters that do not exist."""
     if config.block:
         return [_parse_block(text, config) for text in config.block]
     chosen = _method(config.method, _pairs(config.option, "--option"), config)
-    return [Block(component, config.target or chosen.target, chosen) for component in config.components]
+    return [Placement(component, config.target or chosen.target, chosen) for component in config.components]
 
 
 def check_methods(config: MethodSettings) -> None:
@@ -67,7 +67,7 @@ def ranked(config: MethodSettings) -> bool:
     return any(field.name == "rank" for kind in kinds for field in fields(kind))
 
 
-def _parse_block(text: str, config: MethodSettings) -> Block:
+def _parse_block(text: str, config: MethodSettings) -> Placement:
     """``COMPONENT TARGET METHOD NAME=VALUE ...``."""
     component, target, name, *rest = _words(text)
     if component not in config.components:
@@ -75,7 +75,7 @@ def _parse_block(text: str, config: MethodSettings) -> Block:
     options = _pairs(rest, f"--block {text!r}")
     rate = _rate_of(options, text)
     options.pop("lr", None)
-    return Block(component, target, _method(name, options, config), rate)
+    return Placement(component, target, _method(name, options, config), rate)
 
 
 def _rate_of(options: Mapping[str, str], text: str) -> float | None:
