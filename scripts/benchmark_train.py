@@ -28,8 +28,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.fast.unet import fused
+from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training.loop.trainer import loss_at
 from scripts import training_sides as sides
 from scripts.measuring import run
@@ -202,8 +204,9 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 def _pairs(unet: nn.Module, side: str) -> list[tuple[Tensor, Tensor]]:
     """Down and up of each layer, in the order of the modules."""
     if side == "ours":
-        return [(adapter.down, adapter.up) for adapter in site.adapters(unet, NAME).values()]  # type: ignore[misc]
-    layers = [module for module in unet.modules() if hasattr(module, "lora_A")]
+        adapters = site.adapters(unet, NAME).values()
+        return [(adapter.get_parameter("down"), adapter.get_parameter("up")) for adapter in adapters]
+    layers: list[Any] = [module for module in unet.modules() if hasattr(module, "lora_A")]
     return [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
 
 
@@ -222,7 +225,7 @@ def _both(cell: Cell, device: torch.device, dtype: torch.dtype, side: str) -> tu
     unet = sides.build(cell, device, dtype)
     task = sides.task_of(cell, unet)
     if side == "ours":
-        site.attach(unet, NAME, sides.Lora(sides.RANK), "attention")
+        site.attach(unet, NAME, Lora(sides.RANK), "attention")
     else:
         sides.add_lora(unet)
         for parameter in unet.parameters():
@@ -235,10 +238,10 @@ def _gradients(cell: Cell, device: torch.device, dtype: torch.dtype, side: str) 
     """Gradients of one LoRA, flat."""
     task, loss = _both(cell, device, dtype, side)
     unet = task.pipe.unet
-    with sides.fused(unet) if side == "ours" else sides.nullcontext():
+    with fused(unet) if side == "ours" else nullcontext():
         pairs = _start(unet, side)
-        with sides.working(unet) if side == "ours" else sides.nullcontext():
-            loss(0).backward()  # type: ignore[no-untyped-call]
+        with sides.working(unet) if side == "ours" else nullcontext():
+            loss(0).backward()
     return torch.cat([tensor.grad.float().flatten().cpu() for pair in pairs for tensor in pair if tensor.grad is not None])
 
 
@@ -260,7 +263,7 @@ def _mean_loss(cell: Cell, device: torch.device, dtype: torch.dtype, side: str, 
     total = torch.zeros((), device=device)
     for number in range(steps):
         value = loss(number)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         torch.nn.utils.clip_grad_norm_(own, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -366,9 +369,9 @@ class _Measurement:
             torch.cuda.synchronize()
 
 
-def _operations_of_sum(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
+def _operations_of_sum(_: Any, a: Sequence[int], b: Sequence[int], *__: Any, **___: Any) -> int:
     """Operations of ``_ + a @ b``, of matrices or stacks of them, from their shapes."""
-    return 2 * math.prod(a) * int(b[-1])
+    return 2 * math.prod(a) * b[-1]
 
 
 def _milliseconds(side: Side, device: torch.device) -> float:

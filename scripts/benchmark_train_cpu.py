@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 from peft_diffusion import formats
 from peft_diffusion.api import train
-from peft_diffusion.bases import embedded, load_base
+from peft_diffusion.bases import components, embedded, load_base
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.data.folder import scan
@@ -207,33 +207,35 @@ class _Pictures(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 127.5 - 1, self.ids[index]
 
 
-def _add_lora(unet: nn.Module) -> None:
+def _add_lora(unet: Any) -> None:
     import peft
 
-    unet.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=LAYERS))  # type: ignore[operator]
+    unet.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=LAYERS))
 
 
 def gradients(folder: Path) -> float:
     """The cosine between the gradients that both sides give one LoRA for the same inputs."""
     task, pipe = _task(folder), load_base("icons", device="cpu", dtype="float32")
-    adapters = site.adapters(task.pipe.unet, "a")
+    unet, adapters = pipe.components["unet"], site.adapters(components(task.pipe)["unet"], "a")
     for number, adapter in enumerate(adapters.values()):
-        nn.init.normal_(adapter.up, std=0.02, generator=torch.Generator().manual_seed(number))  # type: ignore[arg-type]
+        nn.init.normal_(adapter.get_parameter("up"), std=0.02, generator=torch.Generator().manual_seed(number))
     inputs = task.inputs(0, 0)
-    task.loss(inputs).backward()  # type: ignore[no-untyped-call]
-    _add_lora(pipe.unet)
+    task.loss(inputs).backward()
+    _add_lora(unet)
     for path, adapter in adapters.items():
-        layer = pipe.unet.get_submodule(path)
+        layer = unet.get_submodule(path)
         layer.lora_A["default"].weight.data.copy_(adapter.down)
         layer.lora_B["default"].weight.data.copy_(adapter.up)
     power = task.powers[inputs["timesteps"]][:, None, None, None]
     noisy = power.sqrt() * inputs["latents"] + (1 - power).sqrt() * inputs["noise"]
-    answer = pipe.unet(noisy, inputs["timesteps"], inputs["hidden"]).sample
+    answer = unet(noisy, inputs["timesteps"], inputs["hidden"]).sample
     F.mse_loss(answer, inputs["noise"]).backward()
     own, other = [], []
     for path, adapter in adapters.items():
-        layer = pipe.unet.get_submodule(path)
-        own += [adapter.down.grad.flatten(), adapter.up.grad.flatten()]
+        layer = unet.get_submodule(path)
+        for parameter in (adapter.get_parameter("down"), adapter.get_parameter("up")):
+            assert parameter.grad is not None
+            own.append(parameter.grad.flatten())
         other += [layer.lora_A["default"].weight.grad.flatten(), layer.lora_B["default"].weight.grad.flatten()]
     return float(F.cosine_similarity(torch.cat(own).double(), torch.cat(other).double(), dim=0))
 
@@ -241,9 +243,9 @@ def gradients(folder: Path) -> float:
 def loss_on(folder: Path, file: Path) -> float:
     """The loss of an adapter file on pictures, with fixed noise and timesteps."""
     task = _task(folder)
-    site.detach(task.pipe.unet, "a")
+    site.detach(components(task.pipe)["unet"], "a")
     loaded = formats.load(file, task.pipe, strict=True)
-    site.attach_built(task.pipe.unet, "a", loaded.components["unet"])
+    site.attach_built(components(task.pipe)["unet"], "a", loaded.components["unet"])
     task.apart = task.train
     found = task.held_out()
     if found is None:
@@ -256,7 +258,7 @@ def _task(folder: Path) -> DiffusionTask:
     config = TrainConfig((folder,), held_out=0.0, caption_dropout=0.0, batch_size=BATCH, device="cpu")
     pipe = load_base("icons", device="cpu", dtype="float32")
     prepared = prepare(config, pipe, lambda event: None, TrainingPictures())
-    site.attach(prepared.pipe.unet, "a", Lora(RANK), "attention+ff")
+    site.attach(components(prepared.pipe)["unet"], "a", Lora(RANK), "attention+ff")
     return DiffusionTask(prepared.pipe, "a", DiffusionSettings(batch_size=BATCH), prepared.train)
 
 

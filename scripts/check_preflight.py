@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -99,12 +100,10 @@ def check(name: str, options: argparse.Namespace, console: Console) -> tuple[Nee
         preview_steps=options.preview_steps, save_every=options.steps, device=options.device, precision="bfloat16",
         cuda_graph=options.cuda_graph, **asked,
     )  # fmt: skip
-    watch, need, small = Watch(device), memory_plan.MemoryPlan.need, memory_plan.SMALL
-    memory_plan.MemoryPlan.need, memory_plan.SMALL = lambda of, low: watch(need, of, low), 0
-    try:
+    watch, need = Watch(device), memory_plan.MemoryPlan.need
+    watched = patch.object(memory_plan.MemoryPlan, "need", lambda of, low: watch(need, of, low))
+    with watched, patch.object(memory_plan, "SMALL", 0):
         train(config, pipe=pipe, observers=[TrainingConsole(console)])
-    finally:
-        memory_plan.MemoryPlan.need, memory_plan.SMALL = need, small
     if watch.need is None:
         raise RuntimeError("nothing was predicted")
     measured = watch.measured(options.preview_steps > 0)

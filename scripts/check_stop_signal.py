@@ -18,14 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
-from peft_diffusion.training.record.run_record.run_folder import RunFolder
-
 from peft_diffusion.api import train
 from peft_diffusion.bases import embedded
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training import TrainConfig, TrainResult
 from peft_diffusion.training.attachment import NAME, attach, chosen
+from peft_diffusion.training.record.run_folder import RunFolder
 from peft_diffusion.training.settings.blocks import blocks
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare

@@ -102,6 +102,14 @@ def _again(function: Callable[..., Any], *inputs: Any, preserve_rng_state: bool)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
+class Steps(DiffusionTask):
+    """What a run measures between its steps is no part of them."""
+
+    def signals(self) -> Signals:
+        """Nothing."""
+        return Signals()
+
+
 def task_of(cell: Cell, unet: Any) -> DiffusionTask:
     """The package's loss, on random latents and embeddings."""
     chance, config = torch.Generator().manual_seed(1), cell.config
@@ -127,9 +135,8 @@ def task_of(cell: Cell, unet: Any) -> DiffusionTask:
         **({"tokenizer_2": words, "text_encoder_2": nn.Identity()} if xl else {}),
     )
     examples = Examples(LatentCache(tuple(entries), 0, 0, 0), captions)
-    task = DiffusionTask(pipe, NAME, DiffusionSettings(batch_size=cell.batch), examples)
+    task = Steps(pipe, NAME, DiffusionSettings(batch_size=cell.batch), examples)
     task.embeddings = embeddings
-    task.signals = Signals  # what a run measures between its steps is no part of them
     return task
 
 
@@ -183,7 +190,7 @@ def floor(cell: Cell, device: torch.device, dtype: torch.dtype, *, record: bool 
     def work(inputs: Mapping[str, Tensor]) -> None:
         seen = inputs["noisy"].to(dtype).requires_grad_(True)
         loss = F.mse_loss(answer_of(unet, {**inputs, "noisy": seen}, dtype).float(), inputs["noise"])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total.copy_(loss.detach())
 
     recorder = Recorder(work, lambda: [total], device)
@@ -244,7 +251,7 @@ def peft(cell: Cell, device: torch.device, dtype: torch.dtype, *, compiled: bool
         power = powers[timesteps].view(-1, 1, 1, 1)
         noisy = (power.sqrt() * inputs["clean"] + (1 - power).sqrt() * noise).to(dtype, memory_format=torch.channels_last)
         loss = F.mse_loss(answer_of(run, {**inputs, "noisy": noisy, "timesteps": timesteps}, dtype).float(), noise)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(own, 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=not record)
@@ -272,13 +279,13 @@ def kohya(cell: Cell, device: torch.device, dtype: torch.dtype) -> Side:
     """The LoRA modules of kohya's sd-scripts, a folder on PYTHONPATH, at the same layers, as its trainer runs them."""
     from networks.lora import LoRAModule
 
-    unet, modules = build(cell, device, dtype), nn.ModuleDict()
+    unet, modules = build(cell, device, dtype), {}
     for path in sorted(path for path, module in unet.named_modules() if path.endswith(LAYERS)):
         name = f"lora_unet_{path.replace('.', '_')}"
         modules[name] = LoRAModule(name, unet.get_submodule(path), 1.0, RANK, RANK)
     for module in modules.values():
         module.apply_to()
-    return _in_autocast(cell, unet, modules, device, dtype)
+    return _in_autocast(cell, unet, nn.ModuleDict(modules), device, dtype)
 
 
 def _in_autocast(cell: Cell, unet: Any, network: nn.Module, device: torch.device, dtype: torch.dtype) -> Side:
@@ -296,7 +303,7 @@ def _in_autocast(cell: Cell, unet: Any, network: nn.Module, device: torch.device
         with around:
             answer = answer_of(unet, given, dtype)
         loss = F.mse_loss(answer.float(), given["noise"])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(own, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -327,9 +334,7 @@ def add_lora(unet: Any) -> None:
     from peft import LoraConfig
 
     dtype = unet.dtype
-    unet.add_adapter(
-        LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=list(LAYERS))  # type: ignore[operator]
-    )
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=list(LAYERS)))
     for parameter in unet.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

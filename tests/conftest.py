@@ -3,6 +3,7 @@
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would only wait for each other
@@ -12,10 +13,14 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from transformers import CLIPTokenizer
+
 WORDS = ["a", "red", "blue", "apple", "cat", "dog", "house", "ink", "flat", "style", "emoji", "of"]
 
 
-def tiny_tokenizer():
+def tiny_tokenizer() -> "CLIPTokenizer":
     """A real CLIP tokenizer: all letters, and a few whole words."""
     from transformers import CLIPTokenizer
 
@@ -35,7 +40,7 @@ def tiny_tokenizer():
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
 
 
-def make_pipe(seed: int = 0, prediction_type: str = "epsilon", width: int = 32, in_channels: int = 4):
+def make_pipe(seed: int = 0, prediction_type: str = "epsilon", width: int = 32, in_channels: int = 4) -> "DiffusionPipeline":
     """A StableDiffusionPipeline (or the inpainting one, of 9 channels) of 64 pixels with random weights."""
     from diffusers import (
         AutoencoderKL,
@@ -78,7 +83,7 @@ def make_pipe(seed: int = 0, prediction_type: str = "epsilon", width: int = 32, 
     return pipe
 
 
-def make_xl_pipe(seed: int = 0, prediction_type: str = "epsilon", in_channels: int = 4):
+def make_xl_pipe(seed: int = 0, prediction_type: str = "epsilon", in_channels: int = 4) -> "DiffusionPipeline":
     """A StableDiffusionXLPipeline (or the inpainting one, of 9 channels) of 64 pixels with random weights."""
     from diffusers import (
         EulerDiscreteScheduler,
@@ -116,12 +121,12 @@ def make_xl_pipe(seed: int = 0, prediction_type: str = "epsilon", in_channels: i
 
 
 @pytest.fixture
-def tiny_pipe():
+def tiny_pipe() -> "DiffusionPipeline":
     return make_pipe()
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory) -> Path:
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline as a diffusers folder."""
     folder = tmp_path_factory.mktemp("bases") / "tiny"
     make_pipe().save_pretrained(folder)
@@ -129,7 +134,7 @@ def tiny_base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def other_base(tmp_path_factory) -> Path:
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base of another width, which adapters of ``tiny_base`` do not fit."""
     folder = tmp_path_factory.mktemp("bases") / "other"
     make_pipe(seed=1, width=48).save_pretrained(folder)

@@ -1,5 +1,7 @@
 """A small random language model of a true architecture, made at once, and text for it."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -38,7 +40,7 @@ def make_lm(seed: int = 0, width: int = 32) -> LanguageModel:
     return frozen(LanguageModel(model, byte_tokenizer(), "tiny"))
 
 
-def save_lm(folder, seed: int = 0, width: int = 32):
+def save_lm(folder: Path, seed: int = 0, width: int = 32) -> Path:
     """The small model as a folder in the format of transformers."""
     base = make_lm(seed, width)
     base.lm.save_pretrained(folder)

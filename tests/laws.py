@@ -4,6 +4,8 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +14,14 @@ from language import make_lm
 from torch import Tensor, nn
 
 from peft_diffusion import formats
-from peft_diffusion.bases import components, describe, fingerprint
+from peft_diffusion.bases import LanguageModel, components, describe, fingerprint
+from peft_diffusion.bases.pipelines import Pipeline
 from peft_diffusion.core import merge, quantized, site, targets
 from peft_diffusion.core.errors import FoldError, UserError
 from peft_diffusion.core.method import Method
 from peft_diffusion.core.registry import Registry
 from peft_diffusion.core.slot import slot_of
+from peft_diffusion.core.strength import Amount, Strengths
 from peft_diffusion.core.strength_schedule import Schedule
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.bottleneck import Bottleneck
@@ -82,18 +86,17 @@ class Case:
     method: Method
     target: str
     dtype: torch.dtype
-    pipe: object
+    pipe: Pipeline | LanguageModel
 
-    def run(self, model: nn.Module | None = None, batch: slice = slice(None)) -> Tensor:
+    def run(self, model: Callable[..., Any] | None = None, batch: slice = slice(None)) -> Tensor:
         """The output of the model for four fixed inputs, or for some of them."""
         chosen = self.model if model is None else model
         generator = torch.Generator().manual_seed(7)
         if self.component == "unet":
             x = torch.randn(4, 4, 8, 8, generator=generator).to(self.dtype)[batch]
             text = torch.randn(4, 7, 32, generator=generator).to(self.dtype)[batch]
-            return chosen(x, torch.tensor(500), encoder_hidden_states=text).sample
-        ids = torch.randint(2, 150, (4, 12), generator=generator)[batch]
-        return chosen(ids, use_cache=False).logits if self.component == "lm" else chosen(ids).last_hidden_state
+            return _output(self.component, chosen, x, torch.tensor(500), text)
+        return _output(self.component, chosen, torch.randint(2, 150, (4, 12), generator=generator)[batch])
 
     def attach(self, name: str = "a") -> list[str]:
         """Attach the method, fresh."""
@@ -104,16 +107,33 @@ class Case:
         self.attach(name)
         randomize(self.model, name, seed)
 
-    def strength(self, value: object, name: str = "a") -> None:
+    def strength(self, value: Amount, name: str = "a") -> None:
         """Set the strength."""
-        strengths = site.strengths(self.model)
-        assert strengths is not None
-        strengths.write({name: value})
+        strengths_of(self.model).write({name: value})
 
     def close(self, a: Tensor, b: Tensor, float32: float = 1e-5, bfloat16: float = 5e-2) -> bool:
         """Equal up to rounding in the case's dtype, against the size of the values."""
         limit = float32 if self.dtype == torch.float32 else bfloat16
         return bool((a.float() - b.float()).abs().max() <= limit * a.float().abs().max())
+
+
+def _output(
+    component: str, model: Callable[..., Any], x: Tensor, when: Tensor | None = None, text: Tensor | None = None
+) -> Tensor:
+    """What a component makes of latents at a time with a text, or of the ids of a text."""
+    found: Tensor
+    if component == "unet":
+        found = model(x, when, encoder_hidden_states=text).sample
+    else:
+        found = model(x, use_cache=False).logits if component == "lm" else model(x).last_hidden_state
+    return found
+
+
+def strengths_of(model: nn.Module) -> Strengths:
+    """The strengths of a model that carries adapters."""
+    strengths = site.strengths(model)
+    assert strengths is not None
+    return strengths
 
 
 def loss_of(output: Tensor) -> Tensor:
@@ -228,7 +248,8 @@ def give_own(model: nn.Module) -> None:
 @torch.no_grad()
 def test_law_2_attributes_of_a_modules_own_are_no_business_of_adapters(case: Case) -> None:
     give_own(case.model)
-    before, running, held = case.run(), everything(case.model), case.model.state_dict()
+    before, running = case.run(), everything(case.model)
+    held: Any = case.model.state_dict()  # an OrderedDict with metadata, which torch does not declare
     seen = targets.modules(case.model)
     own = {(one, name): getattr(one, name) for one in seen.values() for name in TAKEN if hasattr(one, name)}
     assert any("adapters" in path.split(".") for path in seen)
@@ -236,7 +257,7 @@ def test_law_2_attributes_of_a_modules_own_are_no_business_of_adapters(case: Cas
     def untouched() -> None:
         assert all(getattr(module, name) is value for (module, name), value in own.items())
         assert list(targets.modules(case.model).items()) == list(seen.items())
-        state_now = case.model.state_dict()
+        state_now: Any = case.model.state_dict()
         assert list(state_now) == list(held) and state_now._metadata == held._metadata
         assert all(type(module) is kind or isinstance(module, site.AdaptedSite) for module, kind in kinds.items())
 
@@ -296,7 +317,9 @@ def refused(case: Case, before: dict[str, Tensor]) -> bool:
 
 def wanted_weight(carrier: site.AdaptedSite, strength: float) -> Tensor | None:
     """The weight that a site shall have after a merge at this strength; None where the adapter changes none."""
-    change, _ = slot_of(carrier).adapters["a"].fold(merge.dense_weight(carrier), getattr(carrier, "bias", None))
+    slot = slot_of(carrier)
+    assert slot is not None
+    change, _ = slot.adapters["a"].fold(merge.dense_weight(carrier), getattr(carrier, "bias", None))
     return None if change is None else merge.dense_weight(carrier) + strength * change
 
 
@@ -318,14 +341,14 @@ def test_law_4_only_the_adapter_learns(case: Case) -> None:
     loss.backward()
     own = {p for a in site.adapters(case.model, "a").values() for p in a.parameters()}
     assert own == {p for p in case.model.parameters() if p.grad is not None}
-    assert all(bool(p.grad.abs().sum() > 0) for p in own)
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in own)
     torch.optim.SGD(own, lr=0.1).step()
     assert fingerprint({case.component: case.model}) == before
     assert not torch.equal(loss_of(case.run()), loss)
 
 
 @torch.no_grad()
-def test_law_5_save_and_load_keep_every_bit(case: Case, tmp_path) -> None:
+def test_law_5_save_and_load_keep_every_bit(case: Case, tmp_path: Path) -> None:
     case.trained()
     parts = {case.component: case.model}
     info = describe(case.pipe)
@@ -355,8 +378,7 @@ def test_law_6_strengths_per_image_equal_separate_runs(case: Case, packed: bool)
         separate.append(case.run(batch=slice(row, row + 1)))
     if packed:
         site.pack(case.model)
-    strengths = site.strengths(case.model)
-    strengths.write({"a": [a for a, _ in amounts], "b": torch.tensor([b for _, b in amounts])})
+    strengths_of(case.model).write({"a": [a for a, _ in amounts], "b": torch.tensor([b for _, b in amounts])})
     assert case.close(case.run(), torch.cat(separate))
 
 
@@ -405,12 +427,12 @@ def _equal_gradients(case: Case, a: dict[str, Tensor], b: dict[str, Tensor]) -> 
 
 def test_law_7_checkpointing_gives_the_same_gradients(case: Case) -> None:
     case.trained()
-    case.model.train()
+    model: Any = case.model.train()
     expected = _gradients(case, case.run)
-    if hasattr(case.model, "enable_gradient_checkpointing"):
-        case.model.enable_gradient_checkpointing()
+    if hasattr(model, "enable_gradient_checkpointing"):
+        model.enable_gradient_checkpointing()
     else:
-        case.model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     assert _equal_gradients(case, expected, _gradients(case, case.run))
 
 
@@ -447,9 +469,8 @@ def test_law_7_a_captured_graph_gives_the_same_gradients(case: Case) -> None:
     when = torch.tensor(500).cuda()
 
     def run() -> Tensor:
-        if case.component == "unet":
-            return case.model(x, when, encoder_hidden_states=text).sample
-        return case.model(ids, use_cache=False).logits if case.component == "lm" else case.model(ids).last_hidden_state
+        inputs = (x, when, text) if case.component == "unet" else (ids,)
+        return _output(case.component, case.model, *inputs)
 
     expected = _gradients(case, run)
     side = torch.cuda.Stream()
@@ -487,7 +508,7 @@ def test_law_8_copies_are_equal_and_independent(case: Case, copied: Callable[[nn
     expected = case.run()
     twin = copied(case.model)
     assert torch.equal(case.run(twin), expected)
-    site.strengths(twin).write({"a": 0.1})
+    strengths_of(twin).write({"a": 0.1})
     randomize(twin, "a", seed=8)
     assert torch.equal(case.run(), expected)
     site.detach(twin, "a")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ def make_adapter(path: Path, base: Path, seed: int, triggers: tuple[str, ...] = 
     for part in parts.values():
         site.attach(part, "made", Lora(rank=4), TARGET)
         for adapter in site.adapters(part, "made").values():
-            torch.nn.init.normal_(adapter.up, std=size)
+            torch.nn.init.normal_(adapter.get_parameter("up"), std=size)
     torch.set_rng_state(state)
     methods = {name: ({**Lora(rank=4).spec(), "target": TARGET},) for name in parts}
     training = {"images": 48, "steps_done": 300, "held_out_loss": 0.125}
@@ -32,7 +33,14 @@ def make_adapter(path: Path, base: Path, seed: int, triggers: tuple[str, ...] = 
     return path
 
 
-def command(*arguments: object, cwd: Path | None = None, **more) -> subprocess.CompletedProcess:
+def spec_of(path: Path) -> formats.Spec:
+    """What an adapter's file says of itself."""
+    spec = formats.inspect(path).spec
+    assert spec is not None
+    return spec
+
+
+def command(*arguments: object, cwd: Path | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
     """Run ``peft-diffusion`` as a person would, and take what it prints."""
     return subprocess.run(
         [sys.executable, "-m", "peft_diffusion", *map(str, arguments)],

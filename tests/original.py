@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterator
 
 import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
@@ -17,7 +19,7 @@ _OUTER = {
 }  # fmt: skip
 
 
-def checkpoint(pipe) -> dict[str, Tensor]:
+def checkpoint(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     """All tensors of a pipeline under the names of the original."""
     found = {f"model.diffusion_model.{_unet(name, pipe.unet)}": tensor for name, tensor in _tensors(pipe.unet)}
     found |= dict(_vae(pipe.vae))
@@ -31,11 +33,11 @@ def checkpoint(pipe) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-def _tensors(model) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: ModelMixin | PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     yield from model.state_dict().items()
 
 
-def _unet(name: str, unet) -> str:
+def _unet(name: str, unet: UNet2DConditionModel) -> str:
     layers = unet.config.layers_per_block
     for ours, theirs in _OUTER.items():
         if name.startswith(f"{ours}."):
@@ -61,7 +63,7 @@ def _resnet(rest: str) -> str:
     return f"{_RESNET[part]}.{kind}"
 
 
-def _vae(vae) -> Iterator[tuple[str, Tensor]]:
+def _vae(vae: AutoencoderKL) -> Iterator[tuple[str, Tensor]]:
     last = len(vae.config.block_out_channels) - 1
     for name, tensor in _tensors(vae):
         name = re.sub(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)", r"encoder.down.\1.block.\2", name)
@@ -80,12 +82,12 @@ def _vae(vae) -> Iterator[tuple[str, Tensor]]:
         yield f"first_stage_model.{name}", tensor
 
 
-def _clip(encoder, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _clip(encoder: PreTrainedModel, prefix: str) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in _tensors(encoder):
         yield f"{prefix}text_model.{name.removeprefix('text_model.')}", tensor
 
 
-def _open_clip(encoder, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _open_clip(encoder: PreTrainedModel, prefix: str) -> Iterator[tuple[str, Tensor]]:
     outer = {
         "embeddings.position_embedding.weight": "positional_embedding",
         "embeddings.token_embedding.weight": "token_embedding.weight",

@@ -1,11 +1,14 @@
 """The loader on a real pipeline: load, set, schedule, merge, remove."""
 
 import gc
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_pipe
+from diffusers import DiffusionPipeline
+from laws import strengths_of
 from test_formats import picture, write_adapter
 
 from peft_diffusion.bases import components, digest, fingerprint
@@ -17,7 +20,7 @@ from peft_diffusion.generation import Adapters, Schedule
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("adapters")
     return [
         write_adapter(folder / "ink.safetensors", make_pipe(), seed=3),
@@ -25,7 +28,7 @@ def files(tmp_path_factory):
     ]
 
 
-def test_a_pipeline_is_the_one_it_was_when_everything_is_removed(files, tiny_pipe):
+def test_a_pipeline_is_the_one_it_was_when_everything_is_removed(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     before, digest = picture(tiny_pipe), fingerprint(components(tiny_pipe))
     adapters = Adapters(tiny_pipe)
     assert [adapters.load(file) for file in files] == ["ink", "flat-look"]
@@ -39,7 +42,7 @@ def test_a_pipeline_is_the_one_it_was_when_everything_is_removed(files, tiny_pip
     assert not any(site.sites(part) for part in components(tiny_pipe).values())
 
 
-def test_strengths_blend_and_those_not_named_are_kept(files, tiny_pipe):
+def test_strengths_blend_and_those_not_named_are_kept(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     before = picture(tiny_pipe)
     adapters = Adapters(tiny_pipe)
     for file in files:
@@ -53,7 +56,7 @@ def test_strengths_blend_and_those_not_named_are_kept(files, tiny_pipe):
     assert np.array_equal(picture(tiny_pipe), ink) and not np.array_equal(both, ink)
 
 
-def test_merging_draws_the_same_and_gives_the_bytes_back(files, tiny_pipe):
+def test_merging_draws_the_same_and_gives_the_bytes_back(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     digest = fingerprint(components(tiny_pipe))
     adapters = Adapters(tiny_pipe)
     adapters.load(files[0], strength=0.8)
@@ -70,11 +73,11 @@ def test_merging_draws_the_same_and_gives_the_bytes_back(files, tiny_pipe):
     assert np.array_equal(picture(tiny_pipe), running)
 
 
-def test_strengths_per_image_and_per_block(files, tiny_pipe):
+def test_strengths_per_image_and_per_block(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(files[1], name="flat")
 
-    def pictures(count):
+    def pictures(count: int) -> list[np.ndarray]:
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).repeat(count, 1, 1, 1)
         out = tiny_pipe(["a cat"] * count, num_inference_steps=3, height=64, width=64, latents=noise)
         return [np.asarray(image).astype(int) for image in out.images]
@@ -93,11 +96,11 @@ def test_strengths_per_image_and_per_block(files, tiny_pipe):
         adapters.set(flat={"nowhere": 1.0})
 
 
-def test_a_schedule_follows_the_steps_and_leaves_no_trace(files, tiny_pipe):
+def test_a_schedule_follows_the_steps_and_leaves_no_trace(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(files[1], name="flat")
     seen: list[float] = []
-    strengths = site.strengths(tiny_pipe.unet)
+    strengths = strengths_of(tiny_pipe.unet)
     watch = tiny_pipe.unet.register_forward_hook(lambda *_: seen.append(float(strengths.values[0, 0, 0])))
     adapters.set(flat=Schedule([0.0, 1.0]))
     faded = picture(tiny_pipe)
@@ -113,7 +116,7 @@ def test_a_schedule_follows_the_steps_and_leaves_no_trace(files, tiny_pipe):
     assert Schedule([0.0, 1.0, 0.0]).at(0.25) == 0.5 and Schedule([2.0]).at(0.9) == 2.0
 
 
-def test_a_failed_load_changes_nothing(files, tiny_pipe, tmp_path):
+def test_a_failed_load_changes_nothing(files: list[Path], tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(files[0])
     before = picture(tiny_pipe)
@@ -131,7 +134,7 @@ def test_a_failed_load_changes_nothing(files, tiny_pipe, tmp_path):
     assert adapters.load(files[0]) == "ink_2"
 
 
-def test_offloading_hooks_are_refused_with_the_module_named(files, tiny_pipe):
+def test_offloading_hooks_are_refused_with_the_module_named(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     module = tiny_pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     module.forward = module.forward
     with pytest.raises(UserError, match=r"mid_block.*attn1\.to_q: its forward is patched"):
@@ -140,13 +143,15 @@ def test_offloading_hooks_are_refused_with_the_module_named(files, tiny_pipe):
 
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt, torch.OutOfMemoryError, TypeError])
-def test_an_attachment_that_breaks_off_leaves_nothing(files, tiny_pipe, monkeypatch, stopped):
+def test_an_attachment_that_breaks_off_leaves_nothing(
+    files: list[Path], tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch, stopped: type[BaseException]
+) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(files[1])
     before, classes = picture(tiny_pipe), [type(one) for one in tiny_pipe.text_encoder.modules()]
     bound, carriers = [], {path: list(one.adapters.items()) for path, one in site.slots(tiny_pipe.unet).items()}
 
-    def bind(adapter, module):
+    def bind(adapter: Adapter, module: torch.nn.Module) -> None:
         bound.append(module)
         if len(bound) == broken_off:
             raise stopped
@@ -164,7 +169,7 @@ def test_an_attachment_that_breaks_off_leaves_nothing(files, tiny_pipe, monkeypa
     assert adapters.load(files[0]) == "ink"
 
 
-def test_a_removal_that_one_component_refuses_is_none(files, tiny_pipe):
+def test_a_removal_that_one_component_refuses_is_none(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(files[0])
     running = picture(tiny_pipe)
@@ -179,7 +184,9 @@ def test_a_removal_that_one_component_refuses_is_none(files, tiny_pipe):
     assert adapters.names == ()
 
 
-def test_a_class_that_was_changed_over_adapters_is_refused_with_the_module_named(files, tiny_pipe):
+def test_a_class_that_was_changed_over_adapters_is_refused_with_the_module_named(
+    files: list[Path], tiny_pipe: DiffusionPipeline
+) -> None:
     class Wrapped:
         """As fully_shard puts one before the class of a module."""
 
@@ -197,7 +204,7 @@ def test_a_class_that_was_changed_over_adapters_is_refused_with_the_module_named
     adapters.remove("ink")
 
 
-def test_a_module_that_has_the_private_name_itself_is_refused(files, tiny_pipe):
+def test_a_module_that_has_the_private_name_itself_is_refused(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     module = tiny_pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     for own in (3, torch.nn.Linear(2, 2), torch.nn.Parameter(torch.zeros(1))):
         setattr(module, SLOT, own)
@@ -207,10 +214,10 @@ def test_a_module_that_has_the_private_name_itself_is_refused(files, tiny_pipe):
         delattr(module, SLOT)
 
 
-def test_what_is_removed_is_gone_from_memory(files, tiny_pipe):
+def test_what_is_removed_is_gone_from_memory(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
 
-    def tensors():
+    def tensors() -> int:
         gc.collect()
         return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
@@ -224,19 +231,21 @@ def test_what_is_removed_is_gone_from_memory(files, tiny_pipe):
     assert counts[1] == counts[3]
 
 
-def test_adapters_stay_float32_and_follow_the_device_on_a_half_pipeline(files, tiny_pipe):
+def test_adapters_stay_float32_and_follow_the_device_on_a_half_pipeline(
+    files: list[Path], tiny_pipe: DiffusionPipeline
+) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(files[0])
     tiny_pipe.to(torch.bfloat16)
     parameters = [p for a in site.adapters(tiny_pipe.unet, "ink").values() for p in a.parameters()]
     assert {p.dtype for p in parameters} == {torch.float32}
-    assert site.strengths(tiny_pipe.unet).values.dtype == torch.float32
+    assert strengths_of(tiny_pipe.unet).values.dtype == torch.float32
     assert next(tiny_pipe.unet.parameters()).dtype == torch.bfloat16
     assert picture(tiny_pipe).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 64])
-def test_a_fingerprint_does_not_depend_on_how_much_is_read_at_a_time(monkeypatch, at_once):
+def test_a_fingerprint_does_not_depend_on_how_much_is_read_at_a_time(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     layer = torch.nn.Linear(31, 11)
     monkeypatch.setattr(digest, "_GROUP", 64)
     expected = fingerprint({"layer": layer})

@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,11 @@ FAILED, USAGE = 1, 2
 
 
 @pytest.fixture(scope="module")
-def ink(tiny_base, tmp_path_factory):
+def ink(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_adapter(tmp_path_factory.mktemp("ink") / "ink.safetensors", tiny_base, 1)
 
 
-def complaint(code, *arguments, folder, **more):
+def complaint(code: int, *arguments: object, folder: Path, **more: Any) -> str:
     """Run a command that must fail with that exit code; returns its one line. It must leave the folder as it was."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     done = command(*arguments, cwd=folder, **more)
@@ -46,7 +48,7 @@ USAGES = {
 
 
 @pytest.mark.parametrize(("line", "said"), USAGES.items())
-def test_a_wrong_command_line(line, said, tmp_path):
+def test_a_wrong_command_line(line: str, said: str, tmp_path: Path) -> None:
     assert said in complaint(USAGE, *line.split(), folder=tmp_path)
 
 
@@ -68,12 +70,12 @@ VALUES = {
 
 
 @pytest.mark.parametrize(("line", "said"), VALUES.items())
-def test_a_value_that_cannot_be_used(line, said, tmp_path):
+def test_a_value_that_cannot_be_used(line: str, said: str, tmp_path: Path) -> None:
     assert said in complaint(FAILED, *line.split(), folder=tmp_path)
 
 
 @pytest.mark.parametrize("strength", ["abc", "nan", "inf", "-inf", "", "1,5", "0x10"])
-def test_a_strength_that_is_no_number(ink, strength, tmp_path):
+def test_a_strength_that_is_no_number(ink: Path, strength: str, tmp_path: Path) -> None:
     said = complaint(FAILED, "generate", "a", "--adapter", f"{ink}={strength}", folder=tmp_path)
     assert f"the strength of {ink} must be a" in said
     assert repr(strength) in said or said.endswith(f"not {strength}\n")
@@ -91,7 +93,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(("text", "said"), SETTINGS.items())
-def test_wrong_settings(text, said, tmp_path):
+def test_wrong_settings(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(text)
     assert said in complaint(FAILED, "generate", "a", "--config", "run.toml", folder=tmp_path)
 
@@ -103,7 +105,7 @@ def test_wrong_settings(text, said, tmp_path):
         ("no-cuda-graph = false", "no setting 'no-cuda-graph' of this command; did you mean cuda_graph = true?"),
     ],
 )
-def test_negative_flags_are_no_settings(text, said, tmp_path):
+def test_negative_flags_are_no_settings(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(f"\ufefffolder = ['x']\n{text}\n", "utf-8")  # as some editors begin a file
     assert said in complaint(FAILED, "train", "--config", "run.toml", folder=tmp_path)
 
@@ -111,19 +113,19 @@ def test_negative_flags_are_no_settings(text, said, tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"), [("steps = 1.5", '"1.5" is no whole number'), ("steps = 'x'", "Invalid value for [steps] from")]
 )
-def test_settings_of_another_type(text, said, tmp_path):
+def test_settings_of_another_type(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(text)
     assert said in complaint(USAGE, "generate", "a", "--config", "run.toml", folder=tmp_path)
 
 
-def hostile(ink):
+def hostile(ink: Path) -> dict[str, tuple[bytes, str]]:
     """Files that are not what they say, by name, and what is said of them."""
     good = ink.read_bytes()
     length = struct.unpack("<Q", good[:8])[0]
     header = json.loads(good[8 : 8 + length])
     tensors = [name for name in header if name != "__metadata__"]
 
-    def changed(**values):
+    def changed(**values: Any) -> bytes:
         text = json.dumps({**header, tensors[0]: {**header[tensors[0]], **values}}).encode()
         return struct.pack("<Q", len(text)) + text + good[8 + length :]
 
@@ -150,16 +152,17 @@ CASES = (
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_hostile_file(ink, case, tmp_path):
+def test_a_hostile_file(ink: Path, case: str, tmp_path: Path) -> None:
     content, said = hostile(ink)[case]
     (tmp_path / "bad.safetensors").write_bytes(content)
-    for arguments in (("inspect",), ("generate", "a", "--adapter")):
+    commands: tuple[tuple[str, ...], ...] = (("inspect",), ("generate", "a", "--adapter"))
+    for arguments in commands:
         line = complaint(FAILED, *arguments, "bad.safetensors", folder=tmp_path)
         assert "bad.safetensors" in line
         assert said in line
 
 
-def test_a_file_that_is_no_adapter(tmp_path):
+def test_a_file_that_is_no_adapter(tmp_path: Path) -> None:
     save_file({"model.layer.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
     (tmp_path / "picture.png").rename(tmp_path / "picture.safetensors")
@@ -170,20 +173,20 @@ def test_a_file_that_is_no_adapter(tmp_path):
         assert "picture.safetensors" in complaint(FAILED, *arguments, "picture.safetensors", folder=tmp_path)
 
 
-def test_a_picture_without_a_recipe(tmp_path):
+def test_a_picture_without_a_recipe(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")
     assert "a.png carries no recipe" in complaint(FAILED, "generate", "--recipe", "a.png", folder=tmp_path)
     assert "b.png cannot be read as a PNG" in complaint(FAILED, "generate", "--recipe", "b.png", folder=tmp_path)
 
 
-def test_an_adapter_of_another_base(ink, other_base, tmp_path):
+def test_an_adapter_of_another_base(ink: Path, other_base: Path, tmp_path: Path) -> None:
     said = complaint(FAILED, "generate", "a", "--adapter", ink, "--base", other_base, "-o", "a.png", folder=tmp_path)
     assert "was made for base 'tiny'" in said
     assert "this base is 'other'" in said
 
 
-def test_an_adapter_with_numbers_that_are_none(ink, tiny_base, tmp_path):
+def test_an_adapter_with_numbers_that_are_none(ink: Path, tiny_base: Path, tmp_path: Path) -> None:
     tensors = load_file(ink)
     name = next(iter(tensors))
     tensors[name] = torch.full_like(tensors[name], float("nan"))
@@ -194,7 +197,7 @@ def test_an_adapter_with_numbers_that_are_none(ink, tiny_base, tmp_path):
 
 @pytest.mark.parametrize("output", ["plain/a.png", "plain/folder", "/dev/null", "/dev/full/a.png", "there"])
 @pytest.mark.skipif(os.name == "nt", reason="other device names")
-def test_an_output_that_cannot_be(output, ink, tmp_path):
+def test_an_output_that_cannot_be(output: str, ink: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("a file")
     (tmp_path / "there").mkdir()
     made = ["--output", output] if output != "there" else ["--sheet", output + ".png/a.png"]
@@ -204,17 +207,18 @@ def test_an_output_that_cannot_be(output, ink, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no limit on a file's size to stand for a full disk")
-def test_a_disk_that_fills_up(tiny_base, tmp_path):
+def test_a_disk_that_fills_up(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"the old one")
 
-    def limit():
+    def limit() -> None:
+        assert resource is not None
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # bytes; a picture of 64 pixels needs more
 
     arguments = ("generate", "a", "--base", tiny_base, "--steps", 1, "--output", "a.png")
     assert "a.png cannot be written: File too large" in complaint(FAILED, *arguments, folder=tmp_path, preexec_fn=limit)
 
 
-def test_a_prompt_that_the_base_would_cut(tiny_base, tmp_path):
+def test_a_prompt_that_the_base_would_cut(tiny_base: Path, tmp_path: Path) -> None:
     long = " ".join(["apple"] * 75 + ["cat"])
     said = complaint(FAILED, "generate", long, "--base", tiny_base, "--output", "a.png", folder=tmp_path)
     assert 'it would lose "cat"' in said

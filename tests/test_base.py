@@ -162,7 +162,7 @@ def test_strange_drawings_are_shown_where_there_is_little_noise_alone() -> None:
     latents[:, 2:4], latents[:, 4:] = 1e4, -1e4
     data = TrainingSet(latents, torch.zeros(3, 2, 5, dtype=torch.int16), torch.ones(3))
     options = argparse.Namespace(batch=512, compute="float32")
-    make_gradient(Net(), Reader(), Arena([unet], torch.float32), data, options)()  # type: ignore[arg-type]
+    make_gradient(Net(), Reader(), Arena([unet], torch.float32), data, options)()
     ((noisy, timesteps),) = seen
     kind = noisy.mean((1, 2, 3)).div(50).clamp(-1, 1).round()
     little = timesteps < LITTLE_NOISE
@@ -173,5 +173,5 @@ def test_strange_drawings_are_shown_where_there_is_little_noise_alone() -> None:
 def test_a_unet_is_the_mean_of_what_it_was_and_what_it_became() -> None:
     now, before = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     expected = 0.75 * now.weight.detach() + 0.25 * before.weight.detach()
-    mix(now, before.state_dict(), 0.75)  # type: ignore[arg-type]
+    mix(now, before.state_dict(), 0.75)
     torch.testing.assert_close(now.weight.detach(), expected)

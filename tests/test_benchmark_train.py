@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.slow
-def test_the_script_compares_and_tells_all_it_found(tmp_path):
+def test_the_script_compares_and_tells_all_it_found(tmp_path: Path) -> None:
     flags = ["--tiny", "--device", "cpu", "--sides", "ours", "floor", "peft", "--gate-steps", "3", "--warm-ups", "1"]
     command = [sys.executable, str(SCRIPT), *flags, "--turns", "2", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -34,7 +34,7 @@ def test_the_script_compares_and_tells_all_it_found(tmp_path):
     assert "times ours" in done.stdout
 
 
-def test_a_gate_that_fails_is_told_and_not_passed(tmp_path, capsys):
+def test_a_gate_that_fails_is_told_and_not_passed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = argparse.Namespace(cells=["tiny-b1"], quick=False, precision="float32", gate_steps=0, output=tmp_path)
     assert not benchmark_train._gate(options, CPU)
     told = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -46,7 +46,7 @@ def test_a_gate_that_fails_is_told_and_not_passed(tmp_path, capsys):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", sorted({*SIDES} - {"peft-compiled"}))
-def test_every_side_steps(name, checkpointing):
+def test_every_side_steps(name: str, checkpointing: bool) -> None:
     theirs = {"lycoris": "lycoris", "kohya": "networks.lora"}  # whose modules stand beside the UNet
     if name in theirs:
         pytest.importorskip(theirs[name])
@@ -61,14 +61,14 @@ def test_every_side_steps(name, checkpointing):
     assert bool(trained) == (not name.startswith("floor") and name not in theirs)
 
 
-def test_sides_have_the_same_weights_in_every_precision():
+def test_sides_have_the_same_weights_in_every_precision() -> None:
     exact, half = (training_sides.build(Cell("tiny", 1), CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
     for a, b in zip(exact.parameters(), half.parameters(), strict=True):
         assert torch.equal(a.bfloat16(), b)
 
 
 @pytest.mark.parametrize("name", ["sd3-b1", "sd1", "sd1-4", "sd1-b4-x"])
-def test_a_cell_that_is_none_is_refused(name):
+def test_a_cell_that_is_none_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="a cell is"):
         Cell.parse(name)
     assert Cell.parse("sdxl-b4-ck") == Cell("sdxl", 4, True)

@@ -3,28 +3,41 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_pipe
+from making import spec_of
 from rich.console import Console
 from test_training import draw_pictures, last_state, small
+from torch import nn
 
 from peft_diffusion import formats
 from peft_diffusion.api import train
+from peft_diffusion.bases import BaseInfo
 from peft_diffusion.cli.console import TrainingConsole
-from peft_diffusion.core.adapter import Chain, parts_of
+from peft_diffusion.core.adapter import Adapter, Chain, parts_of
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.training.settings.pictures import ResolvedConfig
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_pictures(tmp_path_factory.mktemp("blocks") / "pictures")
 
 
-def test_blocks_train_together_into_one_adapter_and_one_file(pictures, tmp_path):
+def rank(module: nn.Module) -> int:
+    """The rank of an adapter that is a product of two matrices."""
+    assert isinstance(module, Adapter)
+    pair = module.low_rank()
+    assert pair is not None
+    return len(pair.down)
+
+
+def test_blocks_train_together_into_one_adapter_and_one_file(pictures: Path, tmp_path: Path) -> None:
     block = (
         "unet attention lora rank=3 alpha=1.5",
         r"unet .*\.to_q ia3 lr=0.01",
@@ -32,7 +45,7 @@ def test_blocks_train_together_into_one_adapter_and_one_file(pictures, tmp_path)
     )
     asked = small(pictures, tmp_path, components=("unet", "text_encoder"), block=block)
     result = train(asked, pipe=make_pipe())
-    spec = formats.inspect(result.output).spec
+    spec = spec_of(result.output)
     assert [one["method"] for one in spec.methods["unet"]] == ["lora", "ia3"]
     assert spec.methods["unet"][0]["rank"] == 3 and spec.methods["text_encoder"][0]["rank"] == 2
     loaded = formats.load(result.output, make_pipe(), strict=True)
@@ -44,16 +57,16 @@ def test_blocks_train_together_into_one_adapter_and_one_file(pictures, tmp_path)
     assert sum(int(p.count_nonzero()) for p in trained) == int(last_state(result).tensors["parameters"].count_nonzero())
 
 
-def test_a_block_has_its_own_learning_rate(pictures, tmp_path):
+def test_a_block_has_its_own_learning_rate(pictures: Path, tmp_path: Path) -> None:
     block = ("unet attention lora", r"unet .*\.ff\.net\.2 lora lr=1e-12")
     result = train(small(pictures, tmp_path, block=block), pipe=make_pipe())
     loaded = formats.load(result.output, make_pipe()).components["unet"]
-    sizes = {path: float(adapter.up.detach().abs().max()) for path, adapter in loaded.items()}
+    sizes = {path: float(adapter.get_parameter("up").detach().abs().max()) for path, adapter in loaded.items()}
     assert all(size < 1e-9 for path, size in sizes.items() if path.endswith("ff.net.2"))
     assert all(size > 1e-5 for path, size in sizes.items() if not path.endswith("ff.net.2"))
 
 
-def test_the_plan_tells_the_rates_of_blocks(pictures, tmp_path):
+def test_the_plan_tells_the_rates_of_blocks(pictures: Path, tmp_path: Path) -> None:
     block = ("unet attention lora", r"unet .*\.ff\.net\.2 lora lr=1e-12 b_rate_ratio=4")
     console = Console(record=True, width=300, file=(tmp_path / "log").open("w"))
     config = small(pictures, tmp_path, block=block, steps=1, unet_lr=2e-3)
@@ -61,7 +74,7 @@ def test_the_plan_tells_the_rates_of_blocks(pictures, tmp_path):
     assert "learning rate unet.0 0.002, unet.1 1e-12, unet.1 x4 4e-12 (" in console.export_text()
 
 
-def test_targets_of_a_component_have_ranks_and_methods_of_their_own(pictures, tmp_path):
+def test_targets_of_a_component_have_ranks_and_methods_of_their_own(pictures: Path, tmp_path: Path) -> None:
     block = (
         r"unet .*\.to_[qk] lora rank=1",
         r"unet .*\.ff\.net\.2 lora rank=5",
@@ -70,25 +83,25 @@ def test_targets_of_a_component_have_ranks_and_methods_of_their_own(pictures, tm
     )
     result = train(small(pictures, tmp_path, components=("unet", "text_encoder"), block=block), pipe=make_pipe())
     loaded = formats.load(result.output, make_pipe(), strict=True).components
-    ranks = {path: len(adapter.low_rank().down) for path, adapter in loaded["unet"].items() if adapter.low_rank()}
+    ranks = {path: rank(adapter) for path, adapter in loaded["unet"].items() if adapter.low_rank()}
     assert {path.rpartition(".")[2]: rank for path, rank in ranks.items()} == {"to_q": 1, "to_k": 1, "2": 5}
-    assert {len(adapter.inner.low_rank().down) for path, adapter in loaded["unet"].items() if path not in ranks} == {3}
-    assert {len(adapter.low_rank().down) for adapter in loaded["text_encoder"].values()} == {2}
+    assert {rank(adapter.get_submodule("inner")) for path, adapter in loaded["unet"].items() if path not in ranks} == {3}
+    assert {rank(adapter) for adapter in loaded["text_encoder"].values()} == {2}
 
 
 @pytest.mark.parametrize("ratio", [16.0, 0.25])
-def test_lora_plus_moves_b_so_many_times_as_far_in_its_first_step(pictures, tmp_path, ratio):
+def test_lora_plus_moves_b_so_many_times_as_far_in_its_first_step(pictures: Path, tmp_path: Path, ratio: float) -> None:
     ups, downs = [], []
     for name, option in (("plain", ()), ("plus", (f"b_rate_ratio={ratio}",))):
         asked = small(pictures, tmp_path / name, option=option, steps=1, unet_lr=1e-3, clip=0.0)
         built = formats.load(train(asked, pipe=make_pipe()).output, make_pipe()).components["unet"]
-        ups.append(torch.cat([adapter.up.detach().flatten() for adapter in built.values()]))
-        downs.append(torch.cat([adapter.down.detach().flatten() for adapter in built.values()]))
+        ups.append(torch.cat([adapter.get_parameter("up").detach().flatten() for adapter in built.values()]))
+        downs.append(torch.cat([adapter.get_parameter("down").detach().flatten() for adapter in built.values()]))
     assert torch.equal(ups[1], ratio * ups[0]) and ups[0].abs().median() > 5e-4
     assert torch.equal(*downs)
 
 
-def test_lora_plus_has_a_group_of_its_own_and_goes_on_to_the_same_bytes(pictures, tmp_path):
+def test_lora_plus_has_a_group_of_its_own_and_goes_on_to_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
     changes = {"option": ("b_rate_ratio=4", "init=pissa"), "unet_lr": 1e-4, "scheduler": "constant"}
     whole = train(small(pictures, tmp_path / "whole", **changes), pipe=make_pipe())
     logged = [json.loads(line) for line in (whole.run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -99,9 +112,9 @@ def test_lora_plus_has_a_group_of_its_own_and_goes_on_to_the_same_bytes(pictures
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_another_method_trains_with_its_own_options(pictures, tmp_path):
+def test_another_method_trains_with_its_own_options(pictures: Path, tmp_path: Path) -> None:
     result = train(small(pictures, tmp_path, method="lokr", option=("factor=4",)), pipe=make_pipe())
-    assert formats.inspect(result.output).spec.methods["unet"][0]["factor"] == 4
+    assert spec_of(result.output).methods["unet"][0]["factor"] == 4
 
 
 @pytest.mark.parametrize(
@@ -123,13 +136,15 @@ def test_another_method_trains_with_its_own_options(pictures, tmp_path):
         ({"block": ("unet attention lora",), "components": ("unet", "text_encoder")}, "no --block trains text_encoder"),
     ],
 )
-def test_what_makes_no_sense_is_said(pictures, tmp_path, changes, message):
+def test_what_makes_no_sense_is_said(pictures: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         train(small(pictures, tmp_path, **changes), pipe=make_pipe())
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def test_a_file_of_settings_holds_blocks_as_tables(pictures, tmp_path, tiny_base, capsys):
+def test_a_file_of_settings_holds_blocks_as_tables(
+    pictures: Path, tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from peft_diffusion.cli.app import main
 
     asked = small(pictures, tmp_path)
@@ -141,14 +156,16 @@ def test_a_file_of_settings_holds_blocks_as_tables(pictures, tmp_path, tiny_base
     ]  # fmt: skip
     (tmp_path / "run.toml").write_text("\n".join(settings))
     assert main(["train", "--config", str(tmp_path / "run.toml")]) == 0, capsys.readouterr()
-    found = formats.inspect(asked.output).spec.methods["unet"]
+    found = spec_of(tmp_path / "a.safetensors").methods["unet"]
     assert [(one["method"], one["target"]) for one in found] == [("lora", "attention"), ("ia3", "all-linear")]
     (tmp_path / "bad.toml").write_text(f"folder = ['{pictures}']\n[[block]]\ncomponent = 'unet'\n")
     assert main(["train", "--config", str(tmp_path / "bad.toml")]) == 1
     assert "lacks target, method" in capsys.readouterr().err
 
 
-def test_learned_words_train_beside_lora_into_one_file_and_are_read_in_prompts(pictures, tmp_path, tiny_base):
+def test_learned_words_train_beside_lora_into_one_file_and_are_read_in_prompts(
+    pictures: Path, tmp_path: Path, tiny_base: Path
+) -> None:
     from peft_diffusion import Adapters, load_base
 
     block = (
@@ -160,7 +177,7 @@ def test_learned_words_train_beside_lora_into_one_file_and_are_read_in_prompts(p
     before = pipe.tokenizer("a <fruit>").input_ids
     result = train(asked, pipe=pipe)
     assert pipe.tokenizer("a <fruit>").input_ids == before
-    spec = formats.inspect(result.output).spec
+    spec = spec_of(result.output)
     assert "<fruit>" in spec.triggers
     adapters = Adapters(pipe)
     name = adapters.load(result.output)
@@ -173,7 +190,7 @@ def test_learned_words_train_beside_lora_into_one_file_and_are_read_in_prompts(p
     assert pipe.tokenizer("a <fruit>").input_ids == before
 
 
-def test_words_are_not_pulled_towards_nothing():
+def test_words_are_not_pulled_towards_nothing() -> None:
     from peft_diffusion.methods.lora import Lora
     from peft_diffusion.methods.tokens import Tokens
     from peft_diffusion.training.attachment import attach, with_words
@@ -187,7 +204,7 @@ def test_words_are_not_pulled_towards_nothing():
     assert found.undecayed == {"text_encoder.1"}
 
 
-def test_every_method_has_a_learning_rate_of_its_own():
+def test_every_method_has_a_learning_rate_of_its_own() -> None:
     """A rate that is given goes before it, and one in a block before both."""
     from peft_diffusion.bases import describe
     from peft_diffusion.training.settings.derive import resolve
@@ -196,7 +213,7 @@ def test_every_method_has_a_learning_rate_of_its_own():
     base = describe(make_pipe())
     large = replace(base, family="sd1")
 
-    def resolved(**asked):
+    def resolved(**asked: Any) -> ResolvedConfig:
         return resolve(TrainConfig((Path("a"),), **asked), base, 30, "cpu")
 
     assert resolved().unet_lr == 1e-3
@@ -213,29 +230,32 @@ def test_every_method_has_a_learning_rate_of_its_own():
     assert resolve(resolved(**both), base, 30, "cpu") == resolved(**both)
 
 
-def test_timesteps_are_weighed_where_a_small_base_learns_words_alone():
+def test_timesteps_are_weighed_where_a_small_base_learns_words_alone() -> None:
     from peft_diffusion.bases import describe
     from peft_diffusion.training.settings.derive import resolve
     from peft_diffusion.training.settings.pictures import TrainConfig
 
     base = describe(make_pipe())
 
-    def debiased(base=base, **asked):
+    def debiased(base: BaseInfo = base, **asked: Any) -> bool:
         return resolve(TrainConfig((Path("a"),), **asked), base, 30, "cpu").debiased
 
-    words = {"method": "tokens", "components": ("text_encoder",)}
+    words: dict[str, Any] = {"method": "tokens", "components": ("text_encoder",)}
     assert debiased(**words) is debiased(**words | {"method": "prompt"}) is debiased(debiased=True) is True
-    beside = {"components": ("unet", "text_encoder"), "block": ("unet attention lora", "text_encoder tokens tokens")}
+    beside: dict[str, Any] = {
+        "components": ("unet", "text_encoder"),
+        "block": ("unet attention lora", "text_encoder tokens tokens"),
+    }
     assert debiased() is debiased(**beside) is debiased(replace(base, family="sd1"), **words) is False
     assert debiased(**words, debiased=False) is debiased(**words, min_snr_gamma=5.0) is False
 
 
-def test_a_short_run_is_not_spent_on_its_warm_up():
+def test_a_short_run_is_not_spent_on_its_warm_up() -> None:
     from peft_diffusion.bases import describe
     from peft_diffusion.training.settings.derive import resolve
     from peft_diffusion.training.settings.pictures import TrainConfig
 
-    def warmup(**asked):
+    def warmup(**asked: Any) -> int:
         return resolve(TrainConfig((Path("a"),), **asked), replace(describe(make_pipe()), family="sd1"), 30, "cpu").warmup
 
     assert (warmup(), warmup(steps=40), warmup(steps=4), warmup(steps=40, warmup=50)) == (50, 8, 0, 50)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from making import command, environment, make_adapter
@@ -19,7 +20,7 @@ LIGHT = "import sys; {}; sys.exit(repr({{'torch', 'diffusers', 'transformers', '
 
 
 @pytest.fixture(scope="module")
-def files(tiny_base, tmp_path_factory):
+def files(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("files")
     return [make_adapter(folder / f"{name}.safetensors", tiny_base, seed) for seed, name in enumerate(("ink", "flat"))]
 
@@ -32,15 +33,15 @@ def files(tiny_base, tmp_path_factory):
         *(f"from peft_diffusion.cli.app import main; main({[*name, '--help']})" for name in ([], *([c] for c in COMMANDS))),
     ],
 )
-def test_looking_around_imports_nothing_heavy(code):
+def test_looking_around_imports_nothing_heavy(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT.format(code)], capture_output=True, text=True, env=environment())
     assert done.stderr.strip() == "set()"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the time of child processes is not told there")
 @pytest.mark.parametrize("arguments", [["-c", "import peft_diffusion"], ["-m", "peft_diffusion", "--help"]])
-def test_looking_around_is_quick(arguments):
-    def seconds():
+def test_looking_around_is_quick(arguments: list[str]) -> None:
+    def seconds() -> float:
         before = os.times()
         subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment())
         after = os.times()
@@ -49,7 +50,7 @@ def test_looking_around_is_quick(arguments):
     assert 0 < min(seconds() for _ in range(5)) < 0.3  # of computing, which other work on the machine does not lengthen
 
 
-def test_every_public_name_is_there():
+def test_every_public_name_is_there() -> None:
     assert {name: getattr(peft_diffusion, name) is not None for name in peft_diffusion.__all__} == dict.fromkeys(
         peft_diffusion.__all__, True
     )
@@ -60,7 +61,7 @@ def test_every_public_name_is_there():
         _ = peft_diffusion.nothing
 
 
-def test_version_and_help():
+def test_version_and_help() -> None:
     assert command("--version").stdout.strip() == peft_diffusion.__version__
     told = command("--help")
     assert told.returncode == 0
@@ -68,7 +69,7 @@ def test_version_and_help():
     assert all(flag in command("generate", "--help").stdout for flag in ("--adapter", "--config", "--debug", "--seeds"))
 
 
-def test_inspect_tells_what_a_file_holds_and_whether_two_fit(files):
+def test_inspect_tells_what_a_file_holds_and_whether_two_fit(files: list[Path]) -> None:
     told = command("inspect", *files)
     assert told.returncode == 0
     for words in ("lora", "unet 40", "tiny", "attention+ff", "images 48, steps 300, held-out loss 0.125", "fit together"):
@@ -79,7 +80,7 @@ def test_inspect_tells_what_a_file_holds_and_whether_two_fit(files):
     assert plain["files"][0]["spec"]["training"]["images"] == 48
 
 
-def test_settings_from_a_file_and_flags_over_them(files, tmp_path):
+def test_settings_from_a_file_and_flags_over_them(files: list[Path], tmp_path: Path) -> None:
     settings = tmp_path / "run.toml"
     settings.write_text(f"files = [{json.dumps(str(files[0]))}]\njson = true\n")
     assert [one["path"] for one in json.loads(command("inspect", "--config", settings).stdout)["files"]] == [str(files[0])]
@@ -87,7 +88,7 @@ def test_settings_from_a_file_and_flags_over_them(files, tmp_path):
     assert [one["path"] for one in told["files"]] == [str(files[1])]
 
 
-def test_generate_writes_pictures_that_carry_their_recipe(files, tiny_base, tmp_path):
+def test_generate_writes_pictures_that_carry_their_recipe(files: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     settings = tmp_path / "run.toml"
     lines = [f"base = '{tiny_base}'", "steps = 9", "batch-size = 2", f"adapter = ['{files[0]}=0.5']", 'negative = "a dog"']
     settings.write_text("\n".join(lines))
@@ -101,7 +102,7 @@ def test_generate_writes_pictures_that_carry_their_recipe(files, tiny_base, tmp_
     assert [(used.path, used.strength) for used in made.adapters] == [(str(files[0]), 0.5)]
 
 
-def test_blend_draws_a_sheet(files, tiny_base, tmp_path):
+def test_blend_draws_a_sheet(files: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     settings = ["--adapter", files[0], "-a", f"{files[1]}=0.5", "--base", tiny_base, "--steps", 1, "--columns", 3]
     told = command("blend", "a cat", "a house", *settings, "-o", "out/sheet.png", cwd=tmp_path)
     assert (told.returncode, told.stdout.split()) == (0, ["out/sheet.png"]), told.stderr
@@ -112,7 +113,7 @@ def test_blend_draws_a_sheet(files, tiny_base, tmp_path):
     assert strengths == [[[1.0], [0.5, 0.25], [0.5]]] * 2
 
 
-def test_demo_teaches_two_styles_and_blends_them(tiny_base, tmp_path):
+def test_demo_teaches_two_styles_and_blends_them(tiny_base: Path, tmp_path: Path) -> None:
     told = command("demo", "--base", tiny_base, "--steps", 2, "--output", "shown", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
     assert {path.name for path in (tmp_path / "shown").iterdir()} == {
@@ -133,7 +134,7 @@ def _hear_ctrl_c() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process there")
-def test_ctrl_c_keeps_the_pictures_that_are_done(tiny_base, tmp_path):
+def test_ctrl_c_keeps_the_pictures_that_are_done(tiny_base: Path, tmp_path: Path) -> None:
     more = ["--base", tiny_base, "--steps", "20", "--count", "5000", "--batch-size", "1", "--output", "out"]
     arguments = [sys.executable, "-m", "peft_diffusion", "generate", "a cat", *map(str, more)]
     process = subprocess.Popen(
@@ -151,10 +152,10 @@ def test_ctrl_c_keeps_the_pictures_that_are_done(tiny_base, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes break in another way there")
-def test_a_reader_that_goes_is_no_error(files):
+def test_a_reader_that_goes_is_no_error(files: list[Path]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    arguments = [sys.executable, "-m", "peft_diffusion", "inspect", "--json", *files]
+    arguments = [sys.executable, "-m", "peft_diffusion", "inspect", "--json", *map(str, files)]
     done = subprocess.run(arguments, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment())
     os.close(writing)
     assert done.stderr == ""

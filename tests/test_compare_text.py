@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ LINES = "The ox of the field is slow, and so is its house.\nThe hen is bold, and
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     """A comparison of seconds on a small random base."""
     place = tmp_path_factory.mktemp("compared")
     for name in ("train", "held-out"):
@@ -34,7 +35,14 @@ def found(tmp_path_factory):
     return compare_text.compare(setting, asked, ["lora", "prompt"], [1e-3, 1e-2], Console(quiet=True)), place
 
 
-def test_every_run_learns_and_is_counted(found):
+def best(comparison: Comparison, name: str) -> Figures:
+    """The run of that name, which must be there."""
+    run = comparison.of(name)
+    assert run is not None
+    return run
+
+
+def test_every_run_learns_and_is_counted(found: tuple[Comparison, Path]) -> None:
     comparison, place = found
     assert [(run.name, run.rate) for run in comparison.runs] == [
         ("lora", 1e-2), ("lora in peft", 1e-2), ("prompt", 1e-2), ("prompt in peft", 1e-2), (FULL, 1e-3), (FULL, 1e-2),
@@ -45,10 +53,10 @@ def test_every_run_learns_and_is_counted(found):
         if "prompt" not in run.name
     )
     weights = sum(parameter.numel() for parameter in make_lm().lm.parameters())
-    lora, full, theirs = (comparison.of(name) for name in ("lora", FULL, "lora in peft"))
+    lora, full, theirs = (best(comparison, name) for name in ("lora", FULL, "lora in peft"))
     assert comparison.base_parameters == full.parameters == weights and full.size == 4 * weights
     assert lora.parameters == theirs.parameters == 2 * 16 * (4 * 32 + 2 * (32 + 16) + 3 * (32 + 64))
-    assert comparison.of("prompt").parameters == comparison.of("prompt in peft").parameters == 8 * 32
+    assert best(comparison, "prompt").parameters == best(comparison, "prompt in peft").parameters == 8 * 32
     assert full.perplexity == min(run.perplexity for run in comparison.runs if run.name == FULL)
     assert lora.size == (place / "lora.safetensors").stat().st_size
     assert theirs.size == (place / "peft" / "lora" / "adapter_model.safetensors").stat().st_size
@@ -56,7 +64,7 @@ def test_every_run_learns_and_is_counted(found):
 
 
 @pytest.mark.parametrize("name", [name for name in compare_text.METHODS if name not in compare_text.OURS_ALONE])
-def test_what_peft_trains_is_what_ours_is(name, found):
+def test_what_peft_trains_is_what_ours_is(name: str, found: tuple[Comparison, Path]) -> None:
     import peft
 
     base = make_lm()
@@ -71,22 +79,22 @@ def test_what_peft_trains_is_what_ours_is(name, found):
         assert own - gates == trained
 
 
-def test_a_run_trains_what_the_command_trains(found):
+def test_a_run_trains_what_the_command_trains(found: tuple[Comparison, Path]) -> None:
     comparison, place = found
     metrics = [json.loads(line) for line in (place / "runs" / "lora" / "metrics.jsonl").read_text().splitlines()]
     measured = [line["held_out_loss"] for line in metrics if "held_out_loss" in line]
     assert math.exp(measured[0]) == pytest.approx(comparison.base_perplexity)
-    assert math.exp(measured[-1]) == pytest.approx(comparison.of("lora").perplexity)
+    assert math.exp(measured[-1]) == pytest.approx(best(comparison, "lora").perplexity)
 
 
-def test_the_table_tells_who_comes_near_full_fine_tuning():
-    def run(name, parameters, perplexity, rate=1e-3):
+def test_the_table_tells_who_comes_near_full_fine_tuning() -> None:
+    def run(name: str, parameters: int, perplexity: float, rate: float = 1e-3) -> Figures:
         return Figures(name, rate, parameters, 5_000, 12.3, 3 * 2**20, perplexity)
 
     own = (run("lora", 40, 43.0), run("ia3", 2, 50.0), run("oft", 60, 41.0), run("prompt", 1, 44.1))
     runs = (*own, run(FULL, 1000, 60.0, 1e-2), run(FULL, 1000, 40.0), run("lora" + IN_PEFT, 40, 42.9))
     comparison = Comparison(1000, 132.2, 300, runs)
-    assert comparison.of(FULL).perplexity == 40.0
+    assert best(comparison, FULL).perplexity == 40.0
     assert [one.name for one in comparison.near_full()] == ["lora"]
     text = compare_text.markdown(comparison)
     assert [line.split(" | ")[0].strip("| ") for line in text.splitlines()[2:8]] == [

@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def written(where: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def alive(process) -> bool:
+def alive(process: BaseProcess) -> bool:
     """Whether a process goes on."""
     with ASKING:
         return process.is_alive()
@@ -76,12 +78,13 @@ def live(pictures: Path, where: Path, resume: bool, until: tuple[int, float] | N
     return process.exitcode == 0
 
 
-def outcome(where: Path) -> tuple[dict, dict, list[dict]]:
+def outcome(where: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[dict[str, Any]]]:
     """All that a run leaves but times: the adapter, the last checkpoint, and the metrics."""
     lines = [json.loads(line) for line in (where / "run" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         del line["seconds"]
     last = checkpoint.read(where / "run" / "checkpoints" / "step_000009.safetensors")
+    assert last is not None
     return load_file(where / "a.safetensors"), last.state.tensors, lines
 
 
@@ -94,7 +97,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="processes of POSIX")
-def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     WORKERS.set_forkserver_preload([__name__, "peft_diffusion.api", *LIBRARIES])  # imported once, not 40 times
     pictures = draw_pictures(tmp_path / "pictures")
@@ -122,7 +125,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(tmp_path, monkeypa
     assert sum(cut for cut, _ in seen) > KILLS // 2 and len({lines for _, lines in seen}) > 4, "they were all over the run"
 
 
-def test_what_a_killed_run_was_writing_goes_when_it_goes_on(tmp_path):
+def test_what_a_killed_run_was_writing_goes_when_it_goes_on(tmp_path: Path) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     train(small(pictures, tmp_path), pipe=make_pipe())
     half = [tmp_path / "run" / ".config.toml.123", tmp_path / "run" / "checkpoints" / ".step_000006.safetensors.4567"]
@@ -133,7 +136,7 @@ def test_what_a_killed_run_was_writing_goes_when_it_goes_on(tmp_path):
     assert own.exists() and not any(path.exists() for path in half)
 
 
-def test_a_run_that_met_a_full_disk_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+def test_a_run_that_met_a_full_disk_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     train(small(pictures, tmp_path / "whole", **RUN), pipe=make_pipe())
     sync = os.fsync
@@ -151,10 +154,10 @@ def test_a_run_that_met_a_full_disk_goes_on_to_the_same_bytes(tmp_path, monkeypa
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_cache_that_is_damaged_or_of_another_vae_is_named_and_changes_nothing(tmp_path):
+def test_a_cache_that_is_damaged_or_of_another_vae_is_named_and_changes_nothing(tmp_path: Path) -> None:
     pictures, cache = draw_pictures(tmp_path / "pictures"), tmp_path / "cache"
 
-    def run(name: str, seed: int = 0) -> tuple[dict, str]:
+    def run(name: str, seed: int = 0) -> tuple[dict[str, torch.Tensor], str]:
         said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
         config = small(pictures, tmp_path / name, cache=cache, steps=2)
         result = train(config, pipe=make_pipe(seed), observers=[TrainingConsole(said)])

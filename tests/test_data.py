@@ -10,6 +10,7 @@ import sys
 import unicodedata
 import zlib
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -20,13 +21,13 @@ from PIL import Image, ImageCms
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.data import buckets, captions, latents
 from peft_diffusion.data.caption_files import name_captions
-from peft_diffusion.data.folder import ImageFolder, open_picture, scan
+from peft_diffusion.data.folder import ImageFolder, Picture, open_picture, scan
 from peft_diffusion.data.problems import PictureError
 
 REPOSITORY = Path(__file__).parent.parent
 
 
-def draw(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, **options) -> Path:
+def draw(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, **options: Any) -> Path:
     """A smooth picture that JPEG keeps well: no two seeds or sizes give the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     low = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
@@ -49,14 +50,14 @@ def close(image: Image.Image, place: tuple[int, int], colour: tuple[int, int, in
 # Opening
 
 
-def test_scanning_modules_do_not_import_torch():
+def test_scanning_modules_do_not_import_torch() -> None:
     code = "import sys, peft_diffusion.data.folder, peft_diffusion.data.captions, peft_diffusion.data.buckets; "
     done = subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], check=False, cwd=REPOSITORY)
     assert done.returncode == 0
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "JPG"])
-def test_formats_open_alike(tmp_path, suffix):
+def test_formats_open_alike(tmp_path: Path, suffix: str) -> None:
     want = np.array(Image.open(draw(tmp_path / "truth.png", seed=3)), dtype=float)
     path = draw(tmp_path / "pictures" / f"a.{suffix}", seed=3)
     opened = open_picture(path)
@@ -67,7 +68,7 @@ def test_formats_open_alike(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, orientation, suffix):
+def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
     """The upright picture has red at the top left, green at the top right and blue at the bottom left."""
     upright = Image.new("RGB", (48, 32), "white")
     for colour, box in {(255, 0, 0): (0, 0, 16, 16), (0, 255, 0): (32, 0, 48, 16), (0, 0, 255): (0, 16, 16, 32)}.items():
@@ -77,7 +78,8 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     stored = upright.transpose(Image.Transpose[undo[orientation]]) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / f"a.{suffix}", exif=exif, **({} if suffix in ("png", "tiff") else {"quality": 95}))
+    quality: dict[str, Any] = {} if suffix in ("png", "tiff") else {"quality": 95}
+    stored.save(tmp_path / f"a.{suffix}", exif=exif, **quality)
     opened = open_picture(tmp_path / f"a.{suffix}")
     assert opened.size == (48, 32)
     assert close(opened, (4, 4), (255, 0, 0), 40)
@@ -87,12 +89,12 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     assert (picture.width, picture.height) == (48, 32)
 
 
-def test_broken_exif_does_not_cost_the_picture(tmp_path):
+def test_broken_exif_does_not_cost_the_picture(tmp_path: Path) -> None:
     draw(tmp_path / "a.jpg", exif=b"Exif\0\0not a TIFF header at all")
     assert len(scan(tmp_path).pictures) == 1
 
 
-def test_alpha_lies_on_the_background(tmp_path):
+def test_alpha_lies_on_the_background(tmp_path: Path) -> None:
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
     half.save(tmp_path / "half.webp", lossless=True)
@@ -105,7 +107,7 @@ def test_alpha_lies_on_the_background(tmp_path):
         open_picture(tmp_path / "clear.png", "whiteish")
 
 
-def test_palettes(tmp_path):
+def test_palettes(tmp_path: Path) -> None:
     image = Image.new("P", (8, 8), 1)
     image.putpalette([255, 0, 0, 0, 128, 255])
     image.save(tmp_path / "plain.png")
@@ -116,7 +118,7 @@ def test_palettes(tmp_path):
     assert close(open_picture(tmp_path / "clear.gif"), (0, 0), (255, 255, 255), 0)
 
 
-def test_sixteen_bits_and_grey(tmp_path):
+def test_sixteen_bits_and_grey(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, 64, dtype=np.uint16)[None].repeat(8, 0)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     Image.fromarray(ramp).save(tmp_path / "deep.tiff")
@@ -129,7 +131,7 @@ def test_sixteen_bits_and_grey(tmp_path):
     assert close(open_picture(tmp_path / "bits.png"), (0, 0), (255, 255, 255), 0)
 
 
-def test_cmyk_and_profiles(tmp_path):
+def test_cmyk_and_profiles(tmp_path: Path) -> None:
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "press.jpg", quality=95)
     assert close(open_picture(tmp_path / "press.jpg"), (8, 8), (255, 0, 0), 4)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
@@ -140,7 +142,7 @@ def test_cmyk_and_profiles(tmp_path):
     assert open_picture(tmp_path / "none.png").tobytes() == plain
 
 
-def test_only_the_first_frame_of_an_animation(tmp_path):
+def test_only_the_first_frame_of_an_animation(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     for suffix in ("gif", "webp", "png", "tiff"):
         frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], duration=50)
@@ -150,7 +152,7 @@ def test_only_the_first_frame_of_an_animation(tmp_path):
     assert len(scan(tmp_path, missing="empty").pictures) == 5
 
 
-def test_colours_of_a_profile_become_srgb(tmp_path):
+def test_colours_of_a_profile_become_srgb(tmp_path: Path) -> None:
     """A profile in which red and blue have changed places, under another name than sRGB."""
     standard = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     head = standard[:400].replace(b"rXYZ", b"tmp!").replace(b"bXYZ", b"rXYZ").replace(b"tmp!", b"bXYZ")
@@ -178,7 +180,7 @@ def bomb(path: Path, side: int = 30_000) -> None:
     )
 
 
-def test_every_bad_file_is_listed_with_its_fix(tmp_path, recwarn):
+def test_every_bad_file_is_listed_with_its_fix(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     draw(tmp_path / "good.png")
     (tmp_path / "empty.png").touch()
     (tmp_path / "words.png").write_text("I am not a picture")
@@ -220,7 +222,7 @@ def test_every_bad_file_is_listed_with_its_fix(tmp_path, recwarn):
     assert not recwarn.list
 
 
-def test_limit_on_pixels_is_configurable(tmp_path, monkeypatch):
+def test_limit_on_pixels_is_configurable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(tmp_path / "a.png", (100, 100))
     with pytest.raises(UserError, match="10,000 pixels"):
         scan(tmp_path, max_pixels=9_999)
@@ -232,14 +234,14 @@ def test_limit_on_pixels_is_configurable(tmp_path, monkeypatch):
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
-def test_a_picture_may_have_half_the_resolution_but_no_less(tmp_path):
+def test_a_picture_may_have_half_the_resolution_but_no_less(tmp_path: Path) -> None:
     draw(tmp_path / "half.png", (32, 90), 1)
     draw(tmp_path / "under half.png", (31, 90), 2)
     assert list(texts(scan(tmp_path, resolution=64))) == ["half.png"]
     assert len(scan(tmp_path).pictures) == 2
 
 
-def test_companions_and_litter_are_no_problems(tmp_path):
+def test_companions_and_litter_are_no_problems(tmp_path: Path) -> None:
     draw(tmp_path / "license_plate.png")
     (tmp_path / "license_plate.txt").write_text("a license plate")
     names = (
@@ -263,7 +265,7 @@ def test_companions_and_litter_are_no_problems(tmp_path):
     assert texts(folder) == {"license_plate.png": "a license plate"}
 
 
-def test_nothing_to_train_on(tmp_path):
+def test_nothing_to_train_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder .*nowhere.*has the folders: there"):
         (tmp_path / "there").mkdir()
         scan(tmp_path / "nowhere")
@@ -281,7 +283,7 @@ def test_nothing_to_train_on(tmp_path):
         scan([])
 
 
-def test_order_digests_subfolders_and_progress(tmp_path):
+def test_order_digests_subfolders_and_progress(tmp_path: Path) -> None:
     for seed, name in enumerate(("b/2.png", "a/x/1.png", "c.png", "B.png", "ünïcode 猫.png")):
         draw(tmp_path / name, seed=seed)
     calls = []
@@ -295,7 +297,7 @@ def test_order_digests_subfolders_and_progress(tmp_path):
     assert folder == scan(str(tmp_path), missing="empty")
 
 
-def test_several_folders_and_links(tmp_path):
+def test_several_folders_and_links(tmp_path: Path) -> None:
     draw(tmp_path / "one" / "cat.png", seed=1)
     draw(tmp_path / "two" / "dog.png", seed=2)
     draw(tmp_path / "two" / "cat copy.png", seed=1)
@@ -314,7 +316,7 @@ def test_several_folders_and_links(tmp_path):
         ("subjects/mira", 8, "sidecar", "a portrait of mira"),
     ],
 )
-def test_the_sample_folders_are_sound(name, count, source, start):
+def test_the_sample_folders_are_sound(name: str, count: int, source: str, start: str) -> None:
     folder = scan(REPOSITORY / "samples" / name, resolution=128)
     assert folder.problems == ()
     assert folder.sources == {source: count}
@@ -327,7 +329,7 @@ def test_the_sample_folders_are_sound(name, count, source, start):
 # Scanning: captions
 
 
-def test_sidecars(tmp_path):
+def test_sidecars(tmp_path: Path) -> None:
     draw(tmp_path / "a.png", seed=1)
     draw(tmp_path / "b.jpg", seed=2)
     draw(tmp_path / "c.png", seed=3)
@@ -342,9 +344,9 @@ def test_sidecars(tmp_path):
     assert "3 captions from text files beside the pictures" in folder.describe()
 
 
-def test_accents_may_be_decomposed_in_a_name_and_composed_in_the_other(tmp_path):
-    for seed, form in enumerate(("NFC", "NFD")):
-        other = {"NFC": "NFD", "NFD": "NFC"}[form]
+def test_accents_may_be_decomposed_in_a_name_and_composed_in_the_other(tmp_path: Path) -> None:
+    forms: tuple[tuple[Literal["NFC", "NFD"], Literal["NFC", "NFD"]], ...] = (("NFC", "NFD"), ("NFD", "NFC"))
+    for seed, (form, other) in enumerate(forms):
         draw(tmp_path / (unicodedata.normalize(form, f"café {seed}") + ".png"), seed=seed)
         (tmp_path / (unicodedata.normalize(other, f"café {seed}") + ".txt")).write_text(f"coffee {seed}")
         Image.new("L", (64, 64), "white").save(tmp_path / (unicodedata.normalize(other, f"café {seed}") + "-mask.png"))
@@ -354,7 +356,7 @@ def test_accents_may_be_decomposed_in_a_name_and_composed_in_the_other(tmp_path)
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are text there")
-def test_names_that_are_no_text_are_listed(tmp_path):
+def test_names_that_are_no_text_are_listed(tmp_path: Path) -> None:
     draw(tmp_path / "red apple.png")
     for name in (b"caf\xe9.png", b"caf\xe9.txt"):
         Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_bytes((tmp_path / "red apple.png").read_bytes())
@@ -369,7 +371,7 @@ def test_names_that_are_no_text_are_listed(tmp_path):
         scan(root)
 
 
-def test_metadata_jsonl_and_its_mistakes(tmp_path):
+def test_metadata_jsonl_and_its_mistakes(tmp_path: Path) -> None:
     for seed, name in enumerate(("a.png", "sub/b.png", "c.png", "d.png", "sub/e.png")):
         draw(tmp_path / name, seed=seed)
     lines = [
@@ -401,7 +403,7 @@ def test_metadata_jsonl_and_its_mistakes(tmp_path):
     assert [Path(problem.where).name for problem in folder.problems if problem.stops] == ["d.png", "e.png"]
 
 
-def test_metadata_csv(tmp_path):
+def test_metadata_csv(tmp_path: Path) -> None:
     decomposed = "cafe\u0301.png"
     for seed, name in enumerate(("a.png", decomposed)):
         draw(tmp_path / name, seed=seed)
@@ -416,7 +418,7 @@ def test_metadata_csv(tmp_path):
     assert "needs the columns file_name and text" in str(folder.problems[0])
 
 
-def test_sidecar_wins_over_metadata_over_name(tmp_path):
+def test_sidecar_wins_over_metadata_over_name(tmp_path: Path) -> None:
     for seed, name in enumerate(("a.png", "b.png", "c.png")):
         draw(tmp_path / name, seed=seed)
     (tmp_path / "a.txt").write_text("from the sidecar")
@@ -427,7 +429,7 @@ def test_sidecar_wins_over_metadata_over_name(tmp_path):
     assert texts(folder) == {"a.png": "from the sidecar", "b.png": "from metadata", "c.png": "c"}
 
 
-def test_missing_captions_stop_unless_told_otherwise(tmp_path):
+def test_missing_captions_stop_unless_told_otherwise(tmp_path: Path) -> None:
     for seed, name in enumerate(("a.png", "red_apple.png", "blank.png", "latin.png")):
         draw(tmp_path / name, seed=seed)
     (tmp_path / "a.txt").write_text("words")
@@ -448,7 +450,7 @@ def test_missing_captions_stop_unless_told_otherwise(tmp_path):
         scan(tmp_path, missing="guess")  # type: ignore[arg-type]
 
 
-def test_names_that_say_nothing_are_missing_captions(tmp_path):
+def test_names_that_say_nothing_are_missing_captions(tmp_path: Path) -> None:
     draw(tmp_path / "IMG_1234.jpg", seed=1)
     draw(tmp_path / "DSC-0042.jpg", seed=2)
     folder = scan(tmp_path)
@@ -470,7 +472,7 @@ def test_names_that_say_nothing_are_missing_captions(tmp_path):
         (["IMG_20240101_120000", "0001", "Screenshot 2", "picture", "9-11", "pig"], ["", "", "", "", "", "pig"]),
     ],
 )
-def test_file_names_as_captions(stems, want):
+def test_file_names_as_captions(stems: list[str], want: list[str]) -> None:
     assert [name_captions(stems)[stem] for stem in stems] == want
 
 
@@ -492,12 +494,12 @@ def test_file_names_as_captions(stems, want):
         ("c++ logo", "c++", "c++ logo"),
     ],
 )
-def test_trigger(caption, trigger, want):
+def test_trigger(caption: str, trigger: str, want: str) -> None:
     assert captions.with_trigger(caption, trigger) == want
     assert captions.with_trigger(want, trigger) == want
 
 
-def test_bad_caption_rules():
+def test_bad_caption_rules() -> None:
     for trigger in ("{} and {}", "{name}", "a } b"):
         with pytest.raises(UserError, match="braces"):
             captions.CaptionRules(trigger)
@@ -505,7 +507,7 @@ def test_bad_caption_rules():
         captions.CaptionRules(dropout=1.5)
 
 
-def test_dropout_and_shuffle():
+def test_dropout_and_shuffle() -> None:
     rng = random.Random(0)
     dropped = sum(captions.drop_caption("x", 0.1, rng) == "" for _ in range(4000))
     assert 320 < dropped < 480
@@ -524,7 +526,7 @@ def test_dropout_and_shuffle():
 
 @pytest.mark.parametrize(("resolution", "step"), [(512, 64), (1024, 64), (128, 32), (128, 64), (500, 64), (64, 64), (96, 8)])
 @pytest.mark.parametrize("max_aspect", [1.0, 2.0, 4.0])
-def test_bucket_laws(resolution, step, max_aspect):
+def test_bucket_laws(resolution: int, step: int, max_aspect: float) -> None:
     made = buckets.make_buckets(resolution, step, max_aspect)
     side = resolution // step * step
     assert any(bucket.aspect == 1 and bucket.width == side for bucket in made)
@@ -538,7 +540,7 @@ def test_bucket_laws(resolution, step, max_aspect):
             assert (bucket.width + step) * bucket.height > resolution**2
 
 
-def test_known_buckets():
+def test_known_buckets() -> None:
     made = [(bucket.width, bucket.height) for bucket in buckets.make_buckets(512, 64, 2.5)]
     assert made == [(320, 768), (384, 640), (448, 576), (512, 512), (576, 448), (640, 384), (768, 320)]
     with pytest.raises(UserError, match="below the step"):
@@ -552,7 +554,7 @@ class Size:
         self.width, self.height = width, height
 
 
-def test_fits_never_enlarge_and_crop_little():
+def test_fits_never_enlarge_and_crop_little() -> None:
     rng = random.Random(1)
     sizes = [Size(rng.randint(64, 3000), rng.randint(64, 3000)) for _ in range(500)]
     for size, fit in zip(sizes, buckets.arrange(sizes, 512, 64, 2.5), strict=True):
@@ -570,7 +572,7 @@ def test_fits_never_enlarge_and_crop_little():
             assert fit.kept > 0.8
 
 
-def test_known_fits():
+def test_known_fits() -> None:
     def one(width: int, height: int, no_upscale: bool = True) -> tuple[int, int]:
         [fit] = buckets.arrange([Size(width, height)], 512, 64, 2.5, no_upscale)
         return fit.bucket.width, fit.bucket.height
@@ -584,7 +586,7 @@ def test_known_fits():
     assert one(10_000, 700) == (768, 320)
 
 
-def test_place_keeps_the_middle(tmp_path):
+def test_place_keeps_the_middle(tmp_path: Path) -> None:
     image = Image.new("RGB", (300, 100), "red")
     image.paste((0, 0, 255), (150, 0, 300, 100))
     [fit] = buckets.arrange([image], 64, 32, 1.0)
@@ -606,7 +608,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 5])
-def test_batches(batch_size):
+def test_batches(batch_size: int) -> None:
     for epoch in range(5):
         steps = buckets.batches(GROUPS, batch_size, 3, epoch)
         assert len(steps) == buckets.steps_per_epoch(GROUPS, batch_size)
@@ -619,7 +621,7 @@ def test_batches(batch_size):
         assert all(len(step.indices) == batch_size for step in steps)
 
 
-def test_batches_are_a_pure_function():
+def test_batches_are_a_pure_function() -> None:
     turned = dict(reversed([(bucket, tuple(reversed(members))) for bucket, members in GROUPS.items()]))
     assert buckets.batches(GROUPS, 2, 3, 1) == buckets.batches(turned, 2, 3, 1)
     assert buckets.batches(GROUPS, 2, 3, 1) != buckets.batches(GROUPS, 2, 3, 2)
@@ -634,7 +636,7 @@ def test_batches_are_a_pure_function():
         buckets.batches(GROUPS, 0, 3, 1)
 
 
-def test_stream_resumes_where_it_stopped():
+def test_stream_resumes_where_it_stopped() -> None:
     whole = [batch for batch, _ in zip(buckets.stream(GROUPS, 2, 5), range(40), strict=False)]
     for start in (0, 3, 7, 8, 25):
         assert next(buckets.stream(GROUPS, 2, 5, start)) == whole[start]
@@ -659,13 +661,13 @@ def tiny_vae(seed: int) -> AutoencoderKL:
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def pictures(tmp_path: Path) -> tuple[Picture, ...]:
     for seed, size in enumerate([(64, 64), (80, 80), (64, 64), (128, 64), (130, 70)]):
         draw(tmp_path / "pictures" / f"{seed}.png", size, seed)
     return scan(tmp_path / "pictures", missing="empty").pictures
 
 
-def cached(pictures, vae, **options) -> latents.LatentCache:
+def cached(pictures: tuple[Picture, ...], vae: AutoencoderKL, **options: Any) -> latents.LatentCache:
     return latents.cache_latents(pictures, buckets.arrange(pictures, 64, 16), vae, batch_size=2, **options)
 
 
@@ -674,7 +676,7 @@ def same(one: latents.LatentCache, two: latents.LatentCache) -> bool:
     return all(torch.equal(a.mean, b.mean) and torch.equal(a.std, b.std) for a, b in pairs)
 
 
-def test_latents_are_the_posterior(pictures, vae):
+def test_latents_are_the_posterior(pictures: tuple[Picture, ...], vae: AutoencoderKL) -> None:
     calls = []
     cache = cached(pictures, vae, on_progress=lambda done, total: calls.append((done, total)))
     assert calls == [(number, 5) for number in range(1, 6)]
@@ -692,7 +694,7 @@ def test_latents_are_the_posterior(pictures, vae):
         assert mean.shape == std.shape == (len(members), 4, bucket.height // 2, bucket.width // 2)
 
 
-def test_flips_are_entries_of_their_own(pictures, vae):
+def test_flips_are_entries_of_their_own(pictures: tuple[Picture, ...], vae: AutoencoderKL) -> None:
     cache = cached(pictures, vae, flip=True)
     assert [(entry.picture, entry.flipped) for entry in cache.entries[4:6]] == [(4, False), (0, True)]
     assert len(cache.entries) == 10
@@ -701,7 +703,9 @@ def test_flips_are_entries_of_their_own(pictures, vae):
     assert sorted(index for members in cache.groups.values() for index in members) == list(range(10))
 
 
-def test_cache_hit_equals_recompute(pictures, vae, tmp_path, monkeypatch):
+def test_cache_hit_equals_recompute(
+    pictures: tuple[Picture, ...], vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "cache"
     plain, first, second = cached(pictures, vae), cached(pictures, vae, folder=folder), cached(pictures, vae, folder=folder)
     assert (first.computed, first.reused) == (5, 0)
@@ -718,7 +722,7 @@ def test_cache_hit_equals_recompute(pictures, vae, tmp_path, monkeypatch):
     assert (flipped.computed, flipped.reused) == (5, 5)
 
 
-def test_what_changes_a_latent_changes_its_key(pictures, vae, tmp_path):
+def test_what_changes_a_latent_changes_its_key(pictures: tuple[Picture, ...], vae: AutoencoderKL, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     cached(pictures, vae, folder=folder)
     assert cached(pictures, tiny_vae(1), folder=folder).reused == 0
@@ -733,7 +737,7 @@ def test_what_changes_a_latent_changes_its_key(pictures, vae, tmp_path):
     assert latents.fingerprint(changed) != latents.fingerprint(vae)
 
 
-def test_damaged_cache_files_are_computed_again(pictures, vae, tmp_path):
+def test_damaged_cache_files_are_computed_again(pictures: tuple[Picture, ...], vae: AutoencoderKL, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     first = cached(pictures, vae, folder=folder)
     files = sorted(folder.iterdir())
@@ -750,7 +754,7 @@ def test_damaged_cache_files_are_computed_again(pictures, vae, tmp_path):
     assert sorted(folder.iterdir()) == files
 
 
-def test_changed_pictures_and_bad_folders(pictures, vae, tmp_path):
+def test_changed_pictures_and_bad_folders(pictures: tuple[Picture, ...], vae: AutoencoderKL, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write the latent cache"):
         cached(pictures, vae, folder=tmp_path / "file")
@@ -759,7 +763,7 @@ def test_changed_pictures_and_bad_folders(pictures, vae, tmp_path):
         cached(pictures, vae)
 
 
-def test_half_precision_vae_runs_in_float32_on_the_cpu(pictures, vae):
+def test_half_precision_vae_runs_in_float32_on_the_cpu(pictures: tuple[Picture, ...], vae: AutoencoderKL) -> None:
     half = tiny_vae(0).half()
     exact = tiny_vae(0).half().float()
     assert same(cached(pictures, half), cached(pictures, exact))
@@ -770,7 +774,7 @@ def test_half_precision_vae_runs_in_float32_on_the_cpu(pictures, vae):
         cached(pictures, exact)
 
 
-def test_text_is_encoded_once():
+def test_text_is_encoded_once() -> None:
     asked: list[str] = []
 
     def encode(prompts: list[str]) -> tuple[torch.Tensor, ...]:

@@ -104,7 +104,7 @@ def test_a_unet_is_reached_through_the_protocol(make: Any, inpaints: bool) -> No
     assert found.network is pipe.unet and found.vae is pipe.vae
     assert (found.channels, found.factor, found.resolution, found.inpaints) == (4, 8, 64, inpaints)
     assert found.size_conditioned == (make is make_xl_pipe)
-    assert found.step == 8 * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    assert found.step == 8 * 2 ** (len(pipe.components["unet"].config.block_out_channels) - 1)
     latents = torch.randn(2, 4, 8, 8)
     torch.testing.assert_close(found.scaled(latents), latents * pipe.vae.config.scaling_factor)
     for args, named in (((latents, 7), {}), ((), {"sample": latents, "timestep": 7}), ((latents,), {"timestep": 7})):

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
+from diffusers import DiffusionPipeline
 from language import make_lm
 from original import _unet
 from safetensors.torch import load_file, save_file
@@ -25,16 +27,18 @@ LAYERS = r".*\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
 torch.set_num_threads(1)
 
 
-def unet_output(pipe) -> torch.Tensor:
+def unet_output(pipe: DiffusionPipeline) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 7, 32, generator=generator)
     with torch.no_grad():
-        return pipe.unet(x, torch.tensor(500), encoder_hidden_states=text).sample
+        found: torch.Tensor = pipe.unet(x, torch.tensor(500), encoder_hidden_states=text).sample
+    return found
 
 
-def text_output(pipe) -> torch.Tensor:
+def text_output(pipe: DiffusionPipeline) -> torch.Tensor:
     with torch.no_grad():
-        return pipe.text_encoder(torch.arange(2, 20)[None]).last_hidden_state
+        found: torch.Tensor = pipe.text_encoder(torch.arange(2, 20)[None]).last_hidden_state
+    return found
 
 
 def learned(module: torch.nn.Module) -> None:
@@ -45,7 +49,7 @@ def learned(module: torch.nn.Module) -> None:
             parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
-def with_peft(pipe, text: bool = False, **changes) -> None:
+def with_peft(pipe: DiffusionPipeline, text: bool = False, **changes: Any) -> None:
     pipe.unet.add_adapter(peft.LoraConfig(target_modules=LAYERS, **changes))
     learned(pipe.unet)
     if text:
@@ -53,7 +57,7 @@ def with_peft(pipe, text: bool = False, **changes) -> None:
         learned(pipe.text_encoder)
 
 
-def saved_by_diffusers(pipe, folder: Path, text: bool = False, metadata: bool = True) -> Path:
+def saved_by_diffusers(pipe: DiffusionPipeline, folder: Path, text: bool = False, metadata: bool = True) -> Path:
     """As the newer training scripts save."""
     from peft.utils import get_peft_model_state_dict
 
@@ -64,7 +68,7 @@ def saved_by_diffusers(pipe, folder: Path, text: bool = False, metadata: bool = 
     return folder / "pytorch_lora_weights.safetensors"
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "alpha": {"r": 4, "lora_alpha": 8},
     "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True},
     "patterns": {"r": 4, "lora_alpha": 4, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_k": 12, "ff.net.2": 1}},
@@ -211,7 +215,7 @@ def test_what_is_damaged_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pipe", [make_pipe(), make_xl_pipe()], ids=["sd", "sdxl"])
-def test_original_names_are_those_that_diffusers_converts(pipe) -> None:
+def test_original_names_are_those_that_diffusers_converts(pipe: DiffusionPipeline) -> None:
     found = original_names(pipe.unet)
     expected = {name.rpartition(".")[0]: _unet(name, pipe.unet).rpartition(".")[0] for name in pipe.unet.state_dict()}
     assert {path: found[path] for path in expected} == expected

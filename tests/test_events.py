@@ -3,8 +3,11 @@
 import json
 import queue
 import threading
+from collections.abc import Generator, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -31,7 +34,7 @@ from peft_diffusion.generation.generate import generate
 from peft_diffusion.generation.settings import BlendConfig, GenerateConfig
 from peft_diffusion.generation.text import generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
-from peft_diffusion.training import TextTrainConfig
+from peft_diffusion.training import TextTrainConfig, TextTrainResult
 from peft_diffusion.training import events as training_events
 from peft_diffusion.training.events import (
     Arranged,
@@ -73,17 +76,26 @@ torch.set_num_threads(1)
 LONG = "apple " * 80 + "dog"
 
 
-def of(kind: type[Event], told: list[Event]) -> list:
+Kind = TypeVar("Kind", bound=Event)
+
+
+def of(kind: type[Kind], told: list[Event]) -> list[Kind]:
     """The events of a kind, in order."""
     return [event for event in told if isinstance(event, kind)]
 
 
-def only(kind: type[Event], told: list[Event]):
+def only(kind: type[Kind], told: list[Event]) -> Kind:
     (found,) = of(kind, told)
     return found
 
 
-def kinds(module) -> set[type[Event]]:
+def ended(told: list[Event]) -> Ended:
+    """The end, which is told last."""
+    assert isinstance(told[-1], Ended)
+    return told[-1]
+
+
+def kinds(module: ModuleType) -> set[type[Event]]:
     """The kinds of events that a module defines."""
     found = (value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__)
     return {kind for kind in found if issubclass(kind, Event) and kind is not Event}
@@ -98,27 +110,34 @@ class Watched:
         sorted(pictures.glob("*.png"))[2].with_suffix(".txt").write_text(LONG, "utf-8")
         self.told: list[Event] = []
         self.console = Console(record=True, width=400, file=(folder / "log").open("w"))
-        changes = {"preset": "subject", "class_prompt": ("a cat",), "class_images": 2, "cache": folder / "cache"}
+        changes: dict[str, Any] = {
+            "preset": "subject",
+            "class_prompt": ("a cat",),
+            "class_images": 2,
+            "cache": folder / "cache",
+        }
         changes |= {"held_out": 0.3, "steps": 10, "save_every": 5, "log_every": 5, "missing_captions": "name"}
         changes |= {"unet_lr": 0.3, "keep": "best", "clip": 0.0}
         changes |= {"preview_steps": 1, "preview_every": 5, "preview_prompts": ("a cat", "a dog"), "scheduler": "constant"}
         self.config = small(pictures, folder, **changes)
         with TrainingConsole(self.console) as console:
             self.result = train(self.config, pipe=make_pipe(), observers=[self.told.append, console])
+        assert self.result.outcome is not None
+        self.outcome = self.result.outcome
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory) -> Watched:
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
     return Watched(tmp_path_factory.mktemp("watched"))
 
 
 @pytest.fixture(scope="module")
-def text_told(tmp_path_factory) -> tuple[list[Event], str]:
+def text_told(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], str]:
     folder = tmp_path_factory.mktemp("text")
     (folder / "words.txt").write_text("the ox is swift and the hen is bold. " * 60, "utf-8")
     told: list[Event] = []
     console = Console(record=True, width=400, file=(folder / "log").open("w"))
-    places = {"output": folder / "a.safetensors", "run_dir": folder / "run", "device": "cpu"}
+    places: dict[str, Any] = {"output": folder / "a.safetensors", "run_dir": folder / "run", "device": "cpu"}
     config = TextTrainConfig((folder / "words.txt",), steps=3, batch_size=2, context=24, rank=2, held_out=0.2, **places)
     train_text(config, base=make_lm(), observers=[told.append, TrainingConsole(console)])
     return told, console.export_text()
@@ -128,7 +147,7 @@ def text_told(tmp_path_factory) -> tuple[list[Event], str]:
 
 
 def test_what_is_found_before_the_first_step_is_told(watched: Watched) -> None:
-    told, result = watched.told, watched.result
+    told = watched.told
     base = only(BaseLoaded, told)
     assert (base.family, base.resolution, base.quantize) == ("other", 64, None)
     own = only(DataRead, told)
@@ -140,7 +159,7 @@ def test_what_is_found_before_the_first_step_is_told(watched: Watched) -> None:
     assert len(prompts) == 10 and LONG in prompts
     (long, *others) = of(Warned, told)
     assert "over 77 tokens" in long.message and len(long.details) == 1 and "dog" in long.details[0]
-    assert [warning.message for warning in others] == ([result.outcome.warning] if result.outcome.warning else [])
+    assert [warning.message for warning in others] == ([watched.outcome.warning] if watched.outcome.warning else [])
     pictures = only(ClassPictures, told)
     assert pictures.count == 2 and len(list(pictures.folder.glob("*.png"))) == 2
     latents = only(LatentsCached, told)
@@ -170,21 +189,21 @@ def test_what_a_run_draws_writes_and_chooses_is_told(watched: Watched) -> None:
     assert [event.step for event in previews] == [0, 5, 10]
     for event in previews:
         assert event.prompts == ("a cat", "a dog") and len(event.pictures) == 2 and event.pictures[0].size == (64, 64)
-        assert all(file.exists() for file in event.files) and event.nearest > 0
+        assert all(file.exists() for file in event.files) and event.nearest is not None and event.nearest > 0
     saved = [(event.what, event.step) for event in of(Saved, told)]
-    assert saved == [("checkpoint", 5), ("checkpoint", 10), ("adapter", result.outcome.kept)]
+    assert saved == [("checkpoint", 5), ("checkpoint", 10), ("adapter", watched.outcome.kept)]
     assert all(event.path.exists() for event in of(Saved, told)) and of(Saved, told)[-1].path == result.output
     assert [(event.when, event.fingerprint) for event in of(Fingerprinted, told)] == [
         ("before", result.base_fingerprint),
         ("after", result.base_fingerprint),
     ]
-    assert only(StrengthSuggested, told).suggestion == result.outcome.suggestion
+    assert only(StrengthSuggested, told).suggestion == watched.outcome.suggestion
     chosen = of(WeightsChosen, told)
-    assert [event.step for event in chosen] == ([result.outcome.kept] if result.outcome.kept != 10 else [])
+    assert [event.step for event in chosen] == ([watched.outcome.kept] if watched.outcome.kept != 10 else [])
     assert told[-1] == Ended("finished", result)
 
 
-def test_every_line_of_the_console_comes_from_an_event(watched: Watched, text_told) -> None:
+def test_every_line_of_the_console_comes_from_an_event(watched: Watched, text_told: tuple[list[Event], str]) -> None:
     for told, printed in ((watched.told, watched.console.export_text()), text_told):
         assert printed.splitlines() == [line for event in told for line in event.lines()]
         assert printed.count("\n") > 10
@@ -199,18 +218,22 @@ def test_the_record_holds_what_was_told_before_the_first_step(watched: Watched) 
     assert facts["state"] == "finished" and facts["figures"]["seconds"] == watched.result.seconds
 
 
-def test_text_is_told_of_as_pictures_are(text_told) -> None:
+def test_text_is_told_of_as_pictures_are(text_told: tuple[list[Event], str]) -> None:
     told, _ = text_told
     assert only(LanguageModelLoaded, told).context == 48 and only(DataRead, told).data == "text"
     tokens = only(TokensMade, told)
-    assert tokens.tokens == told[-1].result.tokens and tokens.held_out > 0 and tokens.context == 24
+    result = ended(told).result
+    assert isinstance(result, TextTrainResult)
+    assert tokens.held_out is not None and tokens.held_out > 0
+    assert tokens.tokens == result.tokens and tokens.context == 24
     assert only(Prepared, told).plan.data == "text" and {event.data for event in of(Measured, told)} == {"text"}
     assert "perplexity" in of(Measured, told)[0].lines()[0]
     assert [event.what for event in of(Saved, told)] == ["checkpoint", "checkpoint", "checkpoint", "adapter"]
 
 
 def test_a_subject_without_its_class_a_search_and_its_trials_are_told(tmp_path: Path) -> None:
-    pictures, told = draw_pictures(tmp_path / "pictures", 4), []
+    pictures = draw_pictures(tmp_path / "pictures", 4)
+    told: list[Event] = []
     train(small(pictures, tmp_path / "a", preset="subject", steps=1), pipe=make_pipe(), observers=[told.append])
     only(ClassNotKept, told)
     told.clear()
@@ -244,7 +267,7 @@ def test_every_kind_of_event_is_a_frozen_dataclass_and_is_tested_here() -> None:
     found = kinds(core_events) | kinds(training_events) | kinds(generation_events)
     assert len(found) > 40 - 5
     for kind in found:
-        assert is_dataclass(kind) and kind.__dataclass_params__.frozen, kind
+        assert is_dataclass(kind) and vars(kind)["__dataclass_params__"].frozen, kind
         assert kind.__name__ in globals(), f"no test speaks of {kind.__name__}"
         assert all(field.type for field in fields(kind))
 
@@ -262,7 +285,7 @@ class Handed:
         self.events.put(event)
         self.events.join()
 
-    def until(self, last: type[Event]):
+    def until(self, last: type[Event]) -> Iterator[Event]:
         """The events as they come, up to the first of a kind."""
         while True:
             event = self.events.get(timeout=120)
@@ -295,7 +318,8 @@ def test_a_run_is_watched_and_stopped_from_another_thread_and_goes_on_to_the_sam
     assert "stopped after step 4 of 6; go on with: peft-diffusion train" in str(raised[0])
     assert [event.step for event in of(Step, told)] == [1, 2, 3, 4]
     assert [event.step for event in of(Saved, told)] == [3, 4]
-    assert told[-1].state == "stopped" and told[-1].error == str(raised[0]) and told[-1].result is None
+    end = ended(told)
+    assert end.state == "stopped" and end.error == str(raised[0]) and end.result is None
     assert json.loads((tmp_path / "cut" / "run" / "run.json").read_text())["state"] == "stopped"
     told.clear()
     resumed = train(small(pictures, tmp_path / "cut", resume=True, **changes), pipe=make_pipe(), observers=[told.append])
@@ -306,7 +330,8 @@ def test_a_run_is_watched_and_stopped_from_another_thread_and_goes_on_to_the_sam
 
 
 def test_a_run_that_is_stopped_while_pictures_are_read_writes_nothing(tmp_path: Path) -> None:
-    stop, told = threading.Event(), []
+    stop = threading.Event()
+    told: list[Event] = []
 
     def stop_soon(event: Event) -> None:
         told.append(event)
@@ -316,11 +341,12 @@ def test_a_run_that_is_stopped_while_pictures_are_read_writes_nothing(tmp_path: 
     pipe = make_pipe()
     with pytest.raises(Interrupted, match="stopped before the first step"):
         train(small(draw_pictures(tmp_path / "pictures"), tmp_path), pipe=pipe, observers=[stop_soon], stop=stop)
-    assert not (tmp_path / "run").exists() and not of(Fingerprinted, told) and told[-1].state == "stopped"
+    assert not (tmp_path / "run").exists() and not of(Fingerprinted, told) and ended(told).state == "stopped"
 
 
 def test_a_search_for_rates_stops_after_the_present_step(tmp_path: Path) -> None:
-    stop, told = threading.Event(), []
+    stop = threading.Event()
+    told: list[Event] = []
 
     def stop_soon(event: Event) -> None:
         told.append(event)
@@ -332,7 +358,7 @@ def test_a_search_for_rates_stops_after_the_present_step(tmp_path: Path) -> None
     config = small(draw_pictures(tmp_path / "pictures"), tmp_path, held_out=0.3, steps=2)
     with pytest.raises(Interrupted, match="stopped before a learning rate was found"):
         find_rates(config, pipe=pipe, observers=[stop_soon], stop=stop)
-    assert len(of(TrialEnded, told)) == 1 and told[-1].state == "stopped"
+    assert len(of(TrialEnded, told)) == 1 and ended(told).state == "stopped"
     assert fingerprint(components(pipe)) == before and not Adapters(pipe).names
 
 
@@ -397,7 +423,7 @@ def test_a_run_that_fails_tells_of_it_last_whether_it_had_begun_or_not(tmp_path:
     told.clear()
     with pytest.raises(UserError, match="there is no folder"):
         train(small(tmp_path / "nowhere", tmp_path / "b"), pipe=make_pipe(), observers=[told.append])
-    assert told[-1].state == "failed" and not (tmp_path / "b").exists()
+    assert ended(told).state == "failed" and not (tmp_path / "b").exists()
 
 
 def test_what_nobody_watches_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -414,16 +440,16 @@ def test_what_nobody_watches_is_logged(caplog: pytest.LogCaptureFixture) -> None
 
 
 @pytest.fixture(scope="module")
-def ink(tiny_base: Path, tmp_path_factory) -> Path:
+def ink(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_adapter(tmp_path_factory.mktemp("ink") / "ink.safetensors", tiny_base, 1, ("ink style",))
 
 
 @pytest.fixture(scope="module")
-def oil(tiny_base: Path, tmp_path_factory) -> Path:
+def oil(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_adapter(tmp_path_factory.mktemp("oil") / "oil.safetensors", tiny_base, 2)
 
 
-def drawing_of(folder: Path, base: Path, *adapters: Path, **changes) -> GenerateConfig:
+def drawing_of(folder: Path, base: Path, *adapters: Path, **changes: Any) -> GenerateConfig:
     values = {"base": str(base), "device": "cpu", "steps": 2, "batch_size": 1, "adapter": tuple(map(str, adapters))}
     return GenerateConfig(("a cat",), output=folder, **{**values, **changes})
 
@@ -492,9 +518,10 @@ def test_a_lent_base_that_carries_adapters_is_refused_and_kept(tiny_base: Path, 
 
 def test_texts_are_told_of_and_a_lent_model_is_given_back(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("the ox is swift and the hen is bold. " * 40, "utf-8")
-    places = {"output": tmp_path / "a.safetensors", "run_dir": tmp_path / "run", "device": "cpu"}
+    places: dict[str, Any] = {"output": tmp_path / "a.safetensors", "run_dir": tmp_path / "run", "device": "cpu"}
     trained = TextTrainConfig((tmp_path / "words.txt",), steps=2, batch_size=2, context=24, rank=2, held_out=0.0, **places)
-    base, told = make_lm(), []
+    base = make_lm()
+    told: list[Event] = []
     adapter = train_text(trained, base=base).output
     config = TextGenerateConfig(("the",), count=3, max_tokens=4, adapter=(str(adapter),), device="cpu")
     texts = list(generate_text(config, base=base, observers=[told.append]))
@@ -504,8 +531,9 @@ def test_texts_are_told_of_and_a_lent_model_is_given_back(tmp_path: Path) -> Non
     unfinished = generate_text(config, base=base, observers=[told.append])
     next(unfinished)
     assert Adapters(base).names
+    assert isinstance(unfinished, Generator)
     unfinished.close()
-    assert told[-1].state == "stopped" and not Adapters(base).names
+    assert ended(told).state == "stopped" and not Adapters(base).names
     stop = threading.Event()
     stopped = generate_text(config, base=base, stop=stop)
     assert next(stopped) == texts[0]

@@ -1,14 +1,17 @@
 """Training and generation on bases of every family, at their smallest."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
+from diffusers import DiffusionPipeline
+from making import spec_of
 from safetensors.torch import load_file
 from test_training import draw_pictures, small
 
-from peft_diffusion import formats
 from peft_diffusion.api import train
 from peft_diffusion.bases import load_base
 from peft_diffusion.core import site
@@ -35,7 +38,7 @@ def pictures(tmp_path: Path) -> Path:
     return draw_pictures(tmp_path / "pictures")
 
 
-def task_of(pipe, folder: Path, tmp_path: Path, **changes) -> DiffusionTask:
+def task_of(pipe: DiffusionPipeline, folder: Path, tmp_path: Path, **changes: Any) -> DiffusionTask:
     config = small(folder, tmp_path, **changes)
     prepared = prepare(config, pipe, lambda event: None, TrainingPictures())
     site.attach(pipe.unet, "a", method("lora", rank=2))
@@ -107,7 +110,9 @@ def test_sdxl_with_a_frozen_text_side_learns_as_with_one_that_is_encoded_anew(pi
         torch.testing.assert_close(*(loss_at(task, step, 0, task.device) for task in (cached, anew)))
 
 
-def test_a_component_that_the_base_has_not_is_named_before_it_trains(pictures: Path, tmp_path: Path, tiny_pipe) -> None:
+def test_a_component_that_the_base_has_not_is_named_before_it_trains(
+    pictures: Path, tmp_path: Path, tiny_pipe: DiffusionPipeline
+) -> None:
     with pytest.raises(UserError, match="--components text_encoder_2: this base has unet, text_encoder"):
         train(small(pictures, tmp_path, components=("unet", "text_encoder_2")), pipe=tiny_pipe)
     assert not site.sites(tiny_pipe.unet)
@@ -117,9 +122,10 @@ def test_the_file_of_sdxl_loads_in_diffusers(pictures: Path, tmp_path: Path) -> 
     run = small(pictures, tmp_path, components=BOTH, steps=3, unet_lr=1e-2, text_encoder_lr=1e-2)
     result = train(run, pipe=make_xl_pipe())
 
-    def drawn(pipe) -> torch.Tensor:
+    def drawn(pipe: DiffusionPipeline) -> torch.Tensor:
         chance = torch.Generator().manual_seed(0)
-        return pipe("a red apple", num_inference_steps=2, generator=chance, output_type="pt").images
+        images: torch.Tensor = pipe("a red apple", num_inference_steps=2, generator=chance, output_type="pt").images
+        return images
 
     theirs, ours = make_xl_pipe(), make_xl_pipe()
     theirs.load_lora_weights(str(result.output))
@@ -127,10 +133,10 @@ def test_the_file_of_sdxl_loads_in_diffusers(pictures: Path, tmp_path: Path) -> 
     plain, expected = drawn(make_xl_pipe()), drawn(theirs)
     torch.testing.assert_close(drawn(ours), expected, atol=1e-4, rtol=1e-4)
     assert (plain - expected).abs().max() > 1e-3
-    assert formats.inspect(result.output).spec.base["family"] == "sdxl"
+    assert spec_of(result.output).base["family"] == "sdxl"
 
 
-MAKERS = {"sd": make_pipe, "sdxl": make_xl_pipe}
+MAKERS: dict[str, Callable[..., DiffusionPipeline]] = {"sd": make_pipe, "sdxl": make_xl_pipe}
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -187,7 +193,8 @@ def test_masked_latents_are_found_again_on_disk(pictures: Path, tmp_path: Path) 
     again = task_of(make_pipe(in_channels=9), pictures, tmp_path / "2", cache=cache).train.latents
     assert first.computed == again.reused == len(first.entries) * (1 + masks.COUNT) and again.computed == 0
     for one, other in zip(first.entries, again.entries, strict=True):
-        assert torch.equal(one.hidden, other.hidden) and torch.equal(one.masks, other.masks)
+        assert one.hidden is not None and other.hidden is not None and torch.equal(one.hidden, other.hidden)
+        assert one.masks is not None and other.masks is not None and torch.equal(one.masks, other.masks)
 
 
 def test_what_is_no_stable_diffusion_is_refused() -> None:

@@ -1,8 +1,12 @@
 """A fused UNet: the same numbers as the plain one, less kept for backward, and afterwards as it was."""
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,13 +28,14 @@ from peft_diffusion.fast.unet import (
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.lora import Lora
 
+Make: TypeAlias = Callable[..., DiffusionPipeline]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 DTYPES = {"float32": (torch.float32, 0.9999), "bfloat16": (torch.bfloat16, 0.999)}
 METHODS = {"lora": (Lora(rank=2), "attention+ff"), "conv": (Lora(rank=2), "conv"), "biases": (BitFit(), "biases"),
            "all": (Lora(rank=2), "all-linear"), "norms": (BitFit(), "norms")}  # fmt: skip
 
 
-def unet_with(method: str, dtype: torch.dtype, make=make_pipe, device="cpu"):
+def unet_with(method: str, dtype: torch.dtype, make: Make = make_pipe, device: str = "cpu") -> UNet2DConditionModel:
     unet = make().unet.to(device, dtype)
     site.attach(unet, "a", *METHODS[method])
     for number, parameter in enumerate(p for p in unet.parameters() if p.requires_grad):
@@ -39,7 +44,7 @@ def unet_with(method: str, dtype: torch.dtype, make=make_pipe, device="cpu"):
     return unet
 
 
-def gradients(unet) -> torch.Tensor:
+def gradients(unet: UNet2DConditionModel) -> torch.Tensor:
     weight, chance = next(unet.parameters()), torch.Generator().manual_seed(7)
     width = unet.config.cross_attention_dim
     x, text = torch.randn(2, 4, 8, 8, generator=chance), torch.randn(2, 7, width, generator=chance)
@@ -56,7 +61,7 @@ def gradients(unet) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("make", [make_pipe, make_xl_pipe])
-def test_gradients_are_those_of_the_plain_unet(make, method, dtype):
+def test_gradients_are_those_of_the_plain_unet(make: Make, method: str, dtype: str) -> None:
     kind, limit = DTYPES[dtype]
     unet = unet_with(method, kind, make)
     expected = gradients(unet)
@@ -66,7 +71,7 @@ def test_gradients_are_those_of_the_plain_unet(make, method, dtype):
     assert torch.equal(gradients(unet), expected)
 
 
-def test_the_modules_are_fused_inside_and_afterwards_as_they_were():
+def test_the_modules_are_fused_inside_and_afterwards_as_they_were() -> None:
     unet = make_pipe().unet
     before, digest = [type(one) for one in unet.modules()], fingerprint({"unet": unet})
     with swapped(unet):
@@ -80,14 +85,14 @@ def test_the_modules_are_fused_inside_and_afterwards_as_they_were():
     assert [type(one) for one in unet.modules()] == before and fingerprint({"unet": unet}) == digest
 
 
-def test_nothing_changes_on_a_cpu():
+def test_nothing_changes_on_a_cpu() -> None:
     unet = make_pipe().unet
     before = [type(one) for one in unet.modules()]
     with fused(unet):
         assert [type(one) for one in unet.modules()] == before
 
 
-def test_order_processors_and_bytes_come_back_after_an_error_too():
+def test_order_processors_and_bytes_come_back_after_an_error_too() -> None:
     unet = make_xl_pipe().unet
     processors = [type(one) for one in unet.attn_processors.values()]
     before = {name: (tensor.stride(), tensor.clone()) for name, tensor in unet.state_dict().items()}
@@ -100,7 +105,7 @@ def test_order_processors_and_bytes_come_back_after_an_error_too():
         assert tensor.stride() == before[name][0] and torch.equal(tensor, before[name][1])
 
 
-def test_checkpointing_gives_the_same_gradients():
+def test_checkpointing_gives_the_same_gradients() -> None:
     unet = unet_with("lora", torch.float32)
     with channels_last(unet), swapped(unet):
         expected = gradients(unet)
@@ -109,7 +114,7 @@ def test_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(gradients(unet), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_unet_keeps_less():
+def test_a_unet_keeps_less() -> None:
     unet = unet_with("lora", torch.float32)
 
     def size() -> int:
@@ -124,14 +129,19 @@ def test_a_unet_keeps_less():
         assert size() < 0.75 * plain
 
 
-def kept_by(run) -> list[torch.Tensor]:
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+def kept_by(run: Callable[[], object]) -> list[torch.Tensor]:
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         run()
     return kept
 
 
-def test_each_keeps_what_it_has_to():
+def test_each_keeps_what_it_has_to() -> None:
     unet = make_pipe().unet
     x = torch.randn(2, 32, 8, 8, requires_grad=True)
     with swapped(unet):
@@ -147,7 +157,7 @@ def test_each_keeps_what_it_has_to():
 
 
 @pytest.mark.parametrize("silu", [False, True])
-def test_the_norm_is_right(silu):
+def test_the_norm_is_right(silu: bool) -> None:
     torch.manual_seed(0)
     norm = nn.GroupNorm(4, 16).requires_grad_(False)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
@@ -156,15 +166,17 @@ def test_the_norm_is_right(silu):
     plain = F.silu(norm(x)) if silu else norm(x)
     (expected,) = torch.autograd.grad((plain * weights).sum(), x)
     norm.__class__ = FusedNorm
+    assert isinstance(norm, FusedNorm)
     for given in (x, x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(True)):
         y = norm.normed(given, silu=silu)
         torch.testing.assert_close(y, plain)
         torch.testing.assert_close(torch.autograd.grad((y * weights).sum(), given)[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_norm_that_is_trained_gets_its_gradients():
+def test_a_norm_that_is_trained_gets_its_gradients() -> None:
     norm = nn.GroupNorm(2, 4)
     norm.__class__ = FusedNorm
+    assert isinstance(norm, FusedNorm)
     norm.normed(torch.randn(1, 4, 2, 2), silu=True).sum().backward()
     assert norm.weight.grad is not None and norm.bias.grad is not None
 
@@ -172,7 +184,7 @@ def test_a_norm_that_is_trained_gets_its_gradients():
 @CUDA
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", [make_pipe, make_xl_pipe])
-def test_kernels_give_the_gradients_of_the_plain_unet(make, dtype, monkeypatch):
+def test_kernels_give_the_gradients_of_the_plain_unet(make: Make, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # what is compared to the bit are our kernels
     kind, limit = DTYPES[dtype]
@@ -190,7 +202,7 @@ def test_kernels_give_the_gradients_of_the_plain_unet(make, dtype, monkeypatch):
 @CUDA
 @pytest.mark.parametrize("channels, groups, side", [(32, 8, 8), (320, 32, 64), (960, 32, 31), (2560, 32, 8)])
 @pytest.mark.parametrize("silu", [False, True])
-def test_kernels_of_the_norm_are_right(channels, groups, side, silu):
+def test_kernels_of_the_norm_are_right(channels: int, groups: int, side: int, silu: bool) -> None:
     norm = nn.GroupNorm(groups, channels).cuda().requires_grad_(False)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     x = (3 + torch.randn(2, channels, side, side, device="cuda")).contiguous(memory_format=torch.channels_last)
@@ -199,6 +211,7 @@ def test_kernels_of_the_norm_are_right(channels, groups, side, silu):
     plain = F.silu(norm(x)) if silu else norm(x)
     (expected,) = torch.autograd.grad((plain * weights).sum(), x)
     norm.__class__ = FusedNorm
+    assert isinstance(norm, FusedNorm)
     y = norm.normed(x, silu=silu)
     torch.testing.assert_close(y, plain, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.autograd.grad((y * weights).sum(), x)[0], expected, rtol=1e-3, atol=1e-4)

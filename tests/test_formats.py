@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_pipe
+from diffusers import DiffusionPipeline
 from laws import randomize
 from safetensors.torch import load_file, save_file
 
@@ -31,13 +33,21 @@ from peft_diffusion.methods.tokens import Tokens
 PROMPT = "a red apple"
 
 
-def picture(pipe, seed: int = 0) -> np.ndarray:
+def picture(pipe: DiffusionPipeline, seed: int = 0) -> np.ndarray:
     generator = torch.Generator().manual_seed(seed)
     image = pipe(PROMPT, num_inference_steps=4, height=64, width=64, generator=generator).images[0]
     return np.asarray(image).astype(int)
 
 
-def write_adapter(path, pipe, target="attention+ff", alpha=None, rank=4, seed=3, parts=("unet", "text_encoder")):
+def write_adapter(
+    path: Path,
+    pipe: DiffusionPipeline,
+    target: str = "attention+ff",
+    alpha: float | None = None,
+    rank: int = 4,
+    seed: int = 3,
+    parts: tuple[str, ...] = ("unet", "text_encoder"),
+) -> Path:
     """A file with an adapter that changes the picture."""
     chosen = {name: part for name, part in components(pipe).items() if name in parts}
     for part in chosen.values():
@@ -59,7 +69,7 @@ def write_adapter(path, pipe, target="attention+ff", alpha=None, rank=4, seed=3,
 
 @pytest.mark.parametrize("target", ["attention+ff", "all-linear", "all"])
 @pytest.mark.parametrize("parts", [("unet",), ("unet", "text_encoder")], ids=["unet", "unet+text"])
-def test_diffusers_draws_the_same_picture(tmp_path, target, parts):
+def test_diffusers_draws_the_same_picture(tmp_path: Path, target: str, parts: tuple[str, ...]) -> None:
     if target == "all" and len(parts) == 2:
         parts = ("unet",)  # CLIP has no convolution, so "all" says nothing new
     path = write_adapter(tmp_path / "ink.safetensors", make_pipe(), target, parts=parts)
@@ -71,7 +81,7 @@ def test_diffusers_draws_the_same_picture(tmp_path, target, parts):
     assert np.abs(picture(ours) - picture(theirs)).max() <= 1
 
 
-def test_alpha_that_is_not_the_rank_means_the_same_to_diffusers_on_the_unet(tmp_path):
+def test_alpha_that_is_not_the_rank_means_the_same_to_diffusers_on_the_unet(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "ink.safetensors", make_pipe(), alpha=2.0, parts=("unet",))
     ours, theirs = make_pipe(), make_pipe()
     Adapters(ours).load(path)
@@ -79,7 +89,7 @@ def test_alpha_that_is_not_the_rank_means_the_same_to_diffusers_on_the_unet(tmp_
     assert np.abs(picture(ours) - picture(theirs)).max() <= 1
 
 
-def test_keys_and_metadata_are_those_that_kohya_writes(tmp_path):
+def test_keys_and_metadata_are_those_that_kohya_writes(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "ink.safetensors", make_pipe())
     tensors = load_file(path)
     unet = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -96,7 +106,7 @@ def test_keys_and_metadata_are_those_that_kohya_writes(tmp_path):
     assert found.spec is not None and found.spec.triggers == ("ink style",)
 
 
-def test_sdxl_files_name_both_encoders():
+def test_sdxl_files_name_both_encoders() -> None:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -117,7 +127,7 @@ def test_sdxl_files_name_both_encoders():
         assert isinstance(module, torch.nn.Linear)
 
 
-def test_no_two_modules_of_the_true_architectures_share_a_name():
+def test_no_two_modules_of_the_true_architectures_share_a_name() -> None:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -139,7 +149,7 @@ def test_no_two_modules_of_the_true_architectures_share_a_name():
     assert sum(len(paths_by_name(component, module)) for component, module in parts.items()) > 1500
 
 
-def test_half_precision_files_of_other_programs_load(tmp_path, tiny_pipe):
+def test_half_precision_files_of_other_programs_load(tmp_path: Path, tiny_pipe: DiffusionPipeline) -> None:
     path = write_adapter(tmp_path / "ink.safetensors", make_pipe(), parts=("unet",))
     tensors = {key: value.half() for key, value in load_file(path).items()}
     save_file({key: value for key, value in tensors.items() if not key.endswith("alpha")}, tmp_path / "other.safetensors")
@@ -149,7 +159,7 @@ def test_half_precision_files_of_other_programs_load(tmp_path, tiny_pipe):
     assert {a.scale for a in loaded.components["unet"].values()} == {1.0}
 
 
-def test_a_tensor_without_a_site_is_reported_and_the_rest_loads(tmp_path, tiny_pipe):
+def test_a_tensor_without_a_site_is_reported_and_the_rest_loads(tmp_path: Path, tiny_pipe: DiffusionPipeline) -> None:
     path = write_adapter(tmp_path / "ink.safetensors", make_pipe())
     tensors = load_file(path)
     tensors["lora_unet_no_such_place.lora_down.weight"] = torch.zeros(4, 8)
@@ -161,7 +171,7 @@ def test_a_tensor_without_a_site_is_reported_and_the_rest_loads(tmp_path, tiny_p
         formats.load(tmp_path / "more.safetensors", tiny_pipe, strict=True)
 
 
-def test_a_base_that_the_adapter_was_not_made_for_is_named(tmp_path):
+def test_a_base_that_the_adapter_was_not_made_for_is_named(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "ink.safetensors", make_pipe())
     other = make_pipe(seed=1, width=48)
     with pytest.raises(UserError, match=r"was made for base 'StableDiffusionPipeline'.*this base is"):
@@ -170,7 +180,7 @@ def test_a_base_that_the_adapter_was_not_made_for_is_named(tmp_path):
     assert any("weights differ" in warning for warning in formats.load(path, retrained).warnings)
 
 
-def header_file(path, header: object, data: bytes = b"", length: int | None = None):
+def header_file(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
     return path
@@ -187,7 +197,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_bytes_that_are_no_safetensors_are_refused(tmp_path, tiny_pipe, kind):
+def test_bytes_that_are_no_safetensors_are_refused(tmp_path: Path, tiny_pipe: DiffusionPipeline, kind: str) -> None:
     content, message = HOSTILE[kind]
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
@@ -215,7 +225,9 @@ def test_bytes_that_are_no_safetensors_are_refused(tmp_path, tiny_pipe, kind):
         ({"lora_unet_conv_in.alpha": TENSOR, "__metadata__": {"peft_diffusion": '{"version": 9}'}}, b"\0" * 8, "newer"),
     ],
 )
-def test_headers_that_lie_are_refused(tmp_path, tiny_pipe, header, data, message):
+def test_headers_that_lie_are_refused(
+    tmp_path: Path, tiny_pipe: DiffusionPipeline, header: object, data: bytes, message: str
+) -> None:
     path = header_file(tmp_path / "bad.safetensors", header, data)
     with pytest.raises(UserError, match=message):
         formats.inspect(path)
@@ -223,7 +235,7 @@ def test_headers_that_lie_are_refused(tmp_path, tiny_pipe, header, data, message
         formats.load(path, tiny_pipe)
 
 
-def test_nan_is_refused_by_name(tmp_path, tiny_pipe):
+def test_nan_is_refused_by_name(tmp_path: Path, tiny_pipe: DiffusionPipeline) -> None:
     tensors = load_file(write_adapter(tmp_path / "ink.safetensors", make_pipe()))
     key = next(key for key in tensors if key.endswith("lora_up.weight"))
     tensors[key][0] = float("nan")
@@ -232,13 +244,13 @@ def test_nan_is_refused_by_name(tmp_path, tiny_pipe):
         formats.load(tmp_path / "nan.safetensors", tiny_pipe)
 
 
-def test_a_pickle_is_read_as_weights_only(tmp_path, tiny_pipe):
+def test_a_pickle_is_read_as_weights_only(tmp_path: Path, tiny_pipe: DiffusionPipeline) -> None:
     tensors = load_file(write_adapter(tmp_path / "ink.safetensors", make_pipe()))
     torch.save({"state_dict": tensors}, tmp_path / "ink.pt")
     assert formats.load(tmp_path / "ink.pt", tiny_pipe).report.found == len(tensors)
 
     class Bomb:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
             return (exec, (f"open({str(tmp_path / 'boom')!r}, 'w')",))
 
     torch.save({"x": Bomb()}, tmp_path / "bomb.pt")
@@ -247,7 +259,7 @@ def test_a_pickle_is_read_as_weights_only(tmp_path, tiny_pipe):
     assert not (tmp_path / "boom").exists()
 
 
-def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     pipe = make_pipe()
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
@@ -263,7 +275,7 @@ def pair(rank: int = 4) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_files_of_eight_bits_load_and_are_told(tmp_path, tiny_pipe, dtype):
+def test_files_of_eight_bits_load_and_are_told(tmp_path: Path, tiny_pipe: DiffusionPipeline, dtype: torch.dtype) -> None:
     tensors = {name: tensor.to(dtype) for name, tensor in pair().items()}
     path = tmp_path / "eight.safetensors"
     save_file(tensors | {f"{SITE}.alpha": torch.tensor(3.0).to(dtype)}, path)
@@ -273,7 +285,7 @@ def test_files_of_eight_bits_load_and_are_told(tmp_path, tiny_pipe, dtype):
     assert float(state["alpha"]) == 3 and dict(formats.inspect(path).alphas) == {3.0: 1}
 
 
-def test_every_number_of_eight_bits_is_read(tmp_path):
+def test_every_number_of_eight_bits_is_read(tmp_path: Path) -> None:
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         numbers = torch.arange(256, dtype=torch.uint8).view(dtype)
         save_file({str(place): numbers[place].clone() for place in range(256)}, tmp_path / "all.safetensors")
@@ -284,7 +296,7 @@ def test_every_number_of_eight_bits_is_read(tmp_path):
                 assert read[str(place)] == want
 
 
-def test_nan_in_a_pickle_is_refused_by_name(tmp_path, tiny_pipe):
+def test_nan_in_a_pickle_is_refused_by_name(tmp_path: Path, tiny_pipe: DiffusionPipeline) -> None:
     torch.save({name: tensor * math.nan for name, tensor in pair().items()}, tmp_path / "nan.pt")
     with pytest.raises(UserError, match=f"tensor {SITE}.lora_down.weight holds NaN"):
         formats.load(tmp_path / "nan.pt", tiny_pipe)
@@ -302,7 +314,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_tensors_that_make_no_adapter_are_refused_in_words(tmp_path, tiny_pipe, kind):
+def test_tensors_that_make_no_adapter_are_refused_in_words(tmp_path: Path, tiny_pipe: DiffusionPipeline, kind: str) -> None:
     tensors, message = DAMAGED[kind]
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=message):
@@ -310,7 +322,7 @@ def test_tensors_that_make_no_adapter_are_refused_in_words(tmp_path, tiny_pipe, 
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80"])
-def test_a_broken_pickle_is_refused_in_words(tmp_path, tiny_pipe, content):
+def test_a_broken_pickle_is_refused_in_words(tmp_path: Path, tiny_pipe: DiffusionPipeline, content: bytes) -> None:
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"cannot be read as plain weights: \w"):
         formats.load(tmp_path / "a.pt", tiny_pipe)
@@ -323,7 +335,7 @@ METADATA = {"deep": "[" * 100_000, "type": '{"version": 1, "title": 5}', "half":
 
 
 @pytest.mark.parametrize("kind", METADATA)
-def test_metadata_that_is_damaged_is_said_to_be(tmp_path, tiny_pipe, kind):
+def test_metadata_that_is_damaged_is_said_to_be(tmp_path: Path, tiny_pipe: DiffusionPipeline, kind: str) -> None:
     value = METADATA[kind]
     save_file(pair(), tmp_path / "a.safetensors", metadata={"peft_diffusion": value})
     for read in (formats.inspect, lambda path: formats.load(path, tiny_pipe)):
@@ -331,14 +343,14 @@ def test_metadata_that_is_damaged_is_said_to_be(tmp_path, tiny_pipe, kind):
             read(tmp_path / "a.safetensors")
 
 
-def test_the_ending_may_be_written_large(tmp_path):
+def test_the_ending_may_be_written_large(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "a.safetensors", make_pipe()).rename(tmp_path / "A.SAFETENSORS")
     assert formats.load(path, make_pipe()).spec.triggers == ("ink style",)
     torch.save(pair(), tmp_path / "B.PT")
     assert formats.load(tmp_path / "B.PT", make_pipe()).report.found == 2
 
 
-def test_what_does_not_concern_both_is_not_compared(tmp_path):
+def test_what_does_not_concern_both_is_not_compared(tmp_path: Path) -> None:
     core = {f"{SITE}.lora_down.weight": torch.ones(4, 32, 1, 1), f"{SITE}.lora_mid.weight": torch.ones(4, 4, 3, 3)}
     kinds = {
         "plain": {f"{SITE}.lora_down.weight": torch.ones(2, 32, 3, 3), f"{SITE}.lora_up.weight": torch.ones(64, 2, 1, 1)},
@@ -355,7 +367,7 @@ def test_what_does_not_concern_both_is_not_compared(tmp_path):
     assert base_of(found["plain"]) == {"family": "sd2", "prediction_type": "v_prediction"}
 
 
-def test_a_whole_change_with_a_bias_is_no_bitfit(tmp_path):
+def test_a_whole_change_with_a_bias_is_no_bitfit(tmp_path: Path) -> None:
     save_file({f"{SITE}.diff": torch.ones(32, 32), f"{SITE}.diff_b": torch.ones(32)}, tmp_path / "a.safetensors")
     assert formats.inspect(tmp_path / "a.safetensors").methods == ()
 
@@ -363,7 +375,7 @@ def test_a_whole_change_with_a_bias_is_no_bitfit(tmp_path):
 # Embeddings of other programs.
 
 
-def test_an_embedding_loads_beside_a_soft_prompt_and_may_be_flat(tmp_path):
+def test_an_embedding_loads_beside_a_soft_prompt_and_may_be_flat(tmp_path: Path) -> None:
     pipe = make_pipe()
     site.attach(pipe.text_encoder, "w", begun(pipe, "text_encoder", SoftPrompt(2, "cat")), "tokens")
     formats.save(tmp_path / "soft.safetensors", {"text_encoder": pipe.text_encoder}, "w", formats.Spec())
@@ -379,7 +391,7 @@ def test_an_embedding_loads_beside_a_soft_prompt_and_may_be_flat(tmp_path):
     assert len(set(ids) & set(learned(adapters.pipe.tokenizer).values())) == 4
 
 
-def test_letters_without_a_small_form_of_one_letter_are_found_in_prompts():
+def test_letters_without_a_small_form_of_one_letter_are_found_in_prompts() -> None:
     pipe = make_pipe()
     method = begun(pipe, "text_encoder", Tokens("<straße>", 4, "cat"))
     site.attach(pipe.text_encoder, "w", method, "tokens")

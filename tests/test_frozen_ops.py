@@ -4,10 +4,12 @@ Kernels run on CUDA, or on a CPU where Triton is installed and TRITON_INTERPRET=
 """
 
 import os
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_diffusion.fast import frozen_ops
@@ -15,11 +17,12 @@ from peft_diffusion.fast import frozen_ops
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 RUNS = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 KERNELS = pytest.mark.skipif(not RUNS, reason="needs CUDA, or Triton's interpreter")
+Norm = TypeVar("Norm", nn.GroupNorm, nn.LayerNorm)
 WAYS = ["torch", pytest.param("kernels", marks=KERNELS)]
 
 
 @pytest.fixture(params=WAYS)
-def way(request, monkeypatch) -> None:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether torch or the kernels compute."""
     if request.param == "kernels":
         assert frozen_ops.kernels_on(DEVICE) is not None
@@ -27,22 +30,23 @@ def way(request, monkeypatch) -> None:
         monkeypatch.setattr(frozen_ops, "kernels_on", lambda device: None)
 
 
-def frozen(norm):
+def frozen(norm: Norm) -> Norm:
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
     return norm.requires_grad_(False).to(DEVICE)
 
 
-def drawn(*shape):
+def drawn(*shape: int) -> Tensor:
     return torch.randn(shape, device=DEVICE).requires_grad_(True)
 
 
-def check_same(found, expected, inputs) -> None:
+def check_same(found: Sequence[Tensor], expected: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
     """Outputs, and gradients of a random sum of them."""
     weights = [torch.randn_like(one) for one in expected]
 
-    def gradients(outputs):
-        return torch.autograd.grad(sum((w * y).sum() for w, y in zip(weights, outputs, strict=True)), inputs)
+    def gradients(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        sums = [(w * y).sum() for w, y in zip(weights, outputs, strict=True)]
+        return torch.autograd.grad(torch.stack(sums).sum(), inputs)
 
     wanted = gradients(expected)
     for a, b in zip([*found, *gradients(found)], [*expected, *wanted], strict=True):
@@ -52,7 +56,7 @@ def check_same(found, expected, inputs) -> None:
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("shape", [(2, 40, 4, 5, 8), (1, 24, 30, 33, 2)], ids=["whole", "in stretches"])
-def test_group_norm_is_that_of_torch(shape, shifted, silu, way):
+def test_group_norm_is_that_of_torch(shape: tuple[int, ...], shifted: bool, silu: bool, way: None) -> None:
     *size, groups = shape
     torch.manual_seed(0)
     norm, x = frozen(nn.GroupNorm(groups, size[1])), drawn(*size)
@@ -68,7 +72,7 @@ def test_group_norm_is_that_of_torch(shape, shifted, silu, way):
 
 @pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("width", [40, 320])
-def test_layer_norm_is_that_of_torch(width, added, way):
+def test_layer_norm_is_that_of_torch(width: int, added: bool, way: None) -> None:
     torch.manual_seed(0)
     norm, x = frozen(nn.LayerNorm(width)), drawn(2, 7, width)
     more = drawn(2, 7, width) if added else None
@@ -76,25 +80,30 @@ def test_layer_norm_is_that_of_torch(width, added, way):
     check_same(frozen_ops.layer_norm(x, norm, more), (norm(total), total), [x] if more is None else [x, more])
 
 
-def test_the_gate_is_that_of_torch(way):
+def test_the_gate_is_that_of_torch(way: None) -> None:
     torch.manual_seed(0)
     x = drawn(2, 7, 80)
     value, gate = x.chunk(2, -1)
     check_same([frozen_ops.gated(x)], [value * F.gelu(gate)], [x])
 
 
-def test_a_sum_with_a_bias_is_one(way):
+def test_a_sum_with_a_bias_is_one(way: None) -> None:
     torch.manual_seed(0)
     a, b, bias = drawn(2, 8, 3, 5), drawn(2, 8, 3, 5), torch.randn(8, device=DEVICE)
     check_same([frozen_ops.sum_with_bias(a, b, bias)], [a + b + bias[:, None, None]], [a, b])
 
 
 @pytest.mark.parametrize("geometry", [(3, 1, 1), (3, 2, 1), (1, 1, 0)])
-def test_a_frozen_convolution_keeps_no_input(geometry):
+def test_a_frozen_convolution_keeps_no_input(geometry: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     conv, x = nn.Conv2d(8, 12, *geometry).requires_grad_(False).to(DEVICE), drawn(2, 8, 9, 7)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         found = [frozen_ops.conv2d(x, conv)]
         found += [frozen_ops.pointwise(x, conv)] if geometry[0] == 1 else []
         linear = F.linear(x.permute(0, 2, 3, 1), torch.ones(3, 8, device=DEVICE))
@@ -103,7 +112,7 @@ def test_a_frozen_convolution_keeps_no_input(geometry):
     assert linear.requires_grad
 
 
-def test_what_has_no_memory_is_given_to_no_kernel(monkeypatch):
+def test_what_has_no_memory_is_given_to_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when the memory of a step is predicted: a kernel would read at address 0. Peaks are of the kernels' results."""
     from conftest import make_xl_pipe
 
@@ -116,10 +125,11 @@ def test_what_has_no_memory_is_given_to_no_kernel(monkeypatch):
         "summary": torch.randn(2, 16), "sizes": torch.ones(2, 6),
     }  # fmt: skip
 
-    def loss(given):
+    def loss(given: Mapping[str, Tensor]) -> Tensor:
         added = {"text_embeds": given["summary"], "time_ids": given["sizes"]}
         latents = given["latents"].requires_grad_(True)
-        return unet(latents, 500, given["text"], added_cond_kwargs=added).sample.square().mean()
+        found: Tensor = unet(latents, 500, given["text"], added_cond_kwargs=added).sample
+        return found.square().mean()
 
     plain = peak(loss, inputs, torch.device("cpu"))
     with swapped(unet):

@@ -2,27 +2,31 @@
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_pipe
-from diffusers import PNDMScheduler
+from diffusers import DiffusionPipeline, PNDMScheduler
 from making import make_adapter
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, blend, formats, generate, load_base
 from peft_diffusion.bases import describe
 from peft_diffusion.bases.words import begun
 from peft_diffusion.cli import app, demo
 from peft_diffusion.core import site
+from peft_diffusion.core.events import Event, Progress
 from peft_diffusion.generation import recipe, sampler, sheet
 from peft_diffusion.generation.blend import _distinct, shares
 from peft_diffusion.generation.compatibility import fit
-from peft_diffusion.generation.generate import cell_recipes
+from peft_diffusion.generation.generate import Picture, cell_recipes
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import DemoConfig, Sampling, SchedulerName, parse_choice, parse_choices
 from peft_diffusion.generation.text import choose, generate_text
@@ -30,39 +34,40 @@ from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.prompt import SoftPrompt
 
+Make: TypeAlias = Callable[..., list[Picture]]
 STEPS = 3
 ONE_LEVEL = 1  # of 255
 
 
 @pytest.fixture(scope="module")
-def ink(tiny_base, tmp_path_factory):
+def ink(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_adapter(tmp_path_factory.mktemp("ink") / "ink.safetensors", tiny_base, 1, ("ink style",))
 
 
 @pytest.fixture(scope="module")
-def flat(tiny_base, tmp_path_factory):
+def flat(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_adapter(tmp_path_factory.mktemp("flat") / "flat.safetensors", tiny_base, 2)
 
 
 @pytest.fixture(scope="module")
-def make(tiny_base, tmp_path_factory):
+def make(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Generate on the tiny base; returns the pictures."""
 
-    def run(*prompts, **options):
+    def run(*prompts: str, **options: Any) -> list[Picture]:
         options = {"output": tmp_path_factory.mktemp("out"), "steps": STEPS, "base": str(tiny_base), **options}
         return generate(GenerateConfig(prompts or ("a red apple",), device="cpu", **options))
 
     return run
 
 
-def difference(a, b):
+def difference(a: Image.Image, b: Image.Image) -> int:
     """The largest, in levels of 255."""
     return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
 
 
 @pytest.mark.parametrize("scheduler", [None, "euler-a"])
-def test_a_seed_gives_its_picture_whatever_the_batch_and_the_count(make, ink, scheduler):
-    options = {"adapter": (str(ink),), "scheduler": scheduler}
+def test_a_seed_gives_its_picture_whatever_the_batch_and_the_count(make: Make, ink: Path, scheduler: str | None) -> None:
+    options: dict[str, Any] = {"adapter": (str(ink),), "scheduler": scheduler}
     together = make("a cat", "a red apple", seed=4, count=3, batch_size=4, **options)
     alone = [make(p.recipe.prompt, seed=p.recipe.seed, batch_size=1, **options)[0] for p in together]
     assert [p.recipe.seed for p in together] == [4, 5, 6, 4, 5, 6]
@@ -73,10 +78,10 @@ def test_a_seed_gives_its_picture_whatever_the_batch_and_the_count(make, ink, sc
     assert difference(together[0].image, together[1].image) > 10
 
 
-def test_every_scheduler_draws_and_is_put_back(tiny_pipe):
+def test_every_scheduler_draws_and_is_put_back(tiny_pipe: DiffusionPipeline) -> None:
     adapters, own = Adapters(tiny_pipe), tiny_pipe.scheduler
     drawn = {}
-    for name in SchedulerName.__args__:
+    for name in get_args(SchedulerName):
         drawn[name] = next(paint(adapters, [Cell("a cat", 1, {})], Sampling(steps=6, scheduler=name)))
         assert tiny_pipe.scheduler is own
     for name, picture in drawn.items():
@@ -84,21 +89,23 @@ def test_every_scheduler_draws_and_is_put_back(tiny_pipe):
         assert all(difference(picture, other) > 0 for key, other in drawn.items() if key != name), name
 
 
-def test_progress_comes_to_the_end(tiny_pipe):
-    seen = []
+def test_progress_comes_to_the_end(tiny_pipe: DiffusionPipeline) -> None:
+    seen: list[Event] = []
     cells = [Cell("a cat", seed, {}) for seed in range(3)]
     list(paint(Adapters(tiny_pipe), cells, Sampling(steps=2, batch_size=2), tell=seen.append))
-    assert [(event.done, event.total) for event in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert all(isinstance(event, Progress) for event in seen)
+    assert [(event.done, event.total) for event in seen if isinstance(event, Progress)] == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 @pytest.mark.parametrize("scheduler", ["dpm++", "heun", "pndm"])
-def test_guidance_stops_where_it_is_told(tiny_pipe, ink, scheduler):
+def test_guidance_stops_where_it_is_told(tiny_pipe: DiffusionPipeline, ink: Path, scheduler: SchedulerName) -> None:
     """Up to there a picture is what guidance makes it, and from there each is computed once and not twice."""
-    adapters, counts = Adapters(tiny_pipe), []
+    adapters = Adapters(tiny_pipe)
+    counts: list[tuple[int, float]] = []
     adapters.load(ink, name="ink")
     hook = tiny_pipe.unet.register_forward_pre_hook(lambda net, args: counts.append((len(args[0]), float(args[1]))))
 
-    def drawn(**options):
+    def drawn(**options: Any) -> tuple[list[Image.Image], list[tuple[int, float]]]:
         counts.clear()
         cells = [Cell("a cat", seed, {"ink": 0.5 + seed}) for seed in range(2)]  # of their own strength each
         return list(paint(adapters, cells, Sampling(steps=10, scheduler=scheduler, **options))), list(counts)
@@ -117,7 +124,7 @@ def test_guidance_stops_where_it_is_told(tiny_pipe, ink, scheduler):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_guidance_stops_where_a_picture_is_made_anew(make, tmp_path, masked):
+def test_guidance_stops_where_a_picture_is_made_anew(make: Make, tmp_path: Path, masked: bool) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "source.png")
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (0, 0, 32, 64))
@@ -132,7 +139,9 @@ def test_guidance_stops_where_a_picture_is_made_anew(make, tmp_path, masked):
 
 
 @pytest.mark.parametrize("guidance", [7.5, 1.0])
-def test_the_ends_of_a_blend_are_each_adapter_alone(make, ink, flat, tiny_base, tmp_path, guidance):
+def test_the_ends_of_a_blend_are_each_adapter_alone(
+    make: Make, ink: Path, flat: Path, tiny_base: Path, tmp_path: Path, guidance: float
+) -> None:
     prompts = ("a cat", "a red apple")
     config = BlendConfig(
         prompts, adapter=(f"{ink}=0.8", str(flat)), columns=3, plain=True, seed=3, output=tmp_path / "b.png",
@@ -148,13 +157,13 @@ def test_the_ends_of_a_blend_are_each_adapter_alone(make, ink, flat, tiny_base, 
     assert [[recipe.Recipe.from_json(one) for one in row] for row in told] == [list(row) for row in drawn.recipes]
 
 
-def test_shares_pass_all_of_each_adapter():
+def test_shares_pass_all_of_each_adapter() -> None:
     assert shares(2, 5) == [(1, 0), (0.75, 0.25), (0.5, 0.5), (0.25, 0.75), (0, 1)]
     assert shares(3, 5) == [(1, 0, 0), (0.5, 0.5, 0), (0, 1, 0), (0, 0.5, 0.5), (0, 0, 1)]
     assert all(sum(mix) == pytest.approx(1) for mix in shares(4, 9))
 
 
-def test_the_picture_is_made_again_from_its_own_recipe(make, ink, tmp_path):
+def test_the_picture_is_made_again_from_its_own_recipe(make: Make, ink: Path, tmp_path: Path) -> None:
     options = {"seed": 9, "scheduler": "euler", "negative": "a dog", "width": 128, "guidance_stop": 0.6}
     first = make(adapter=(f"{ink}=0.7",), output=tmp_path / "a.png", **options)[0]
     assert recipe.read(first.path) == first.recipe
@@ -164,7 +173,7 @@ def test_the_picture_is_made_again_from_its_own_recipe(make, ink, tmp_path):
     assert first.image.size == (128, 64)
 
 
-def test_a_recipe_finds_its_adapters_by_their_bytes(make, ink, flat, tmp_path):
+def test_a_recipe_finds_its_adapters_by_their_bytes(make: Make, ink: Path, flat: Path, tmp_path: Path) -> None:
     used = tmp_path / "used.safetensors"
     used.write_bytes(ink.read_bytes())
     first = make(adapter=(f"{used}=0.7",), output=tmp_path / "a.png")[0]
@@ -176,7 +185,7 @@ def test_a_recipe_finds_its_adapters_by_their_bytes(make, ink, flat, tmp_path):
     assert difference(found.image, first.image) == 0
 
 
-def test_a_recipe_is_not_used_on_another_base_or_overridden(make, other_base, tmp_path):
+def test_a_recipe_is_not_used_on_another_base_or_overridden(make: Make, other_base: Path, tmp_path: Path) -> None:
     first = make(output=tmp_path / "a.png")[0]
     with pytest.raises(UserError, match="was made with base 'tiny'"):
         generate(GenerateConfig(recipe=first.path, base=str(other_base), output=tmp_path / "b.png"))
@@ -185,7 +194,7 @@ def test_a_recipe_is_not_used_on_another_base_or_overridden(make, other_base, tm
     assert not (tmp_path / "b.png").exists()
 
 
-def test_other_programs_read_the_parameters(make, ink, tmp_path):
+def test_other_programs_read_the_parameters(make: Make, ink: Path, tmp_path: Path) -> None:
     options = {"seed": 3, "scheduler": "dpm++-karras", "negative": "a dog", "guidance": 6.5}
     picture = make("a café", adapter=(f"{ink}=0.5",), output=tmp_path / "a.png", **options)[0]
     lines = Image.open(picture.path).info["parameters"].split("\n")
@@ -197,9 +206,9 @@ def test_other_programs_read_the_parameters(make, ink, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"seed": "1"}, {"prompt": None}, {"adapters": [{"path": 1}]}, {"steps": True}])
-def test_a_damaged_recipe_is_an_error(make, tmp_path, change):
+def test_a_damaged_recipe_is_an_error(make: Make, tmp_path: Path, change: dict[str, Any]) -> None:
     values = make(output=tmp_path / "a.png")[0].recipe.to_json() | change
-    info = recipe.PngImagePlugin.PngInfo()
+    info = PngImagePlugin.PngInfo()
     info.add_text("peft_diffusion", json.dumps({"version": 1, "recipe": values}))
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
     with pytest.raises(UserError, match="recipe is damaged"):
@@ -214,14 +223,16 @@ def test_a_damaged_recipe_is_an_error(make, tmp_path, change):
         ({"steps": 0}, "--steps must be 1 or more, not 0"),
     ],
 )
-def test_a_recipe_of_settings_that_there_are_not_is_an_error(make, tmp_path, change, said):
+def test_a_recipe_of_settings_that_there_are_not_is_an_error(
+    make: Make, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
     first = make(output=tmp_path / "a.png")[0]
     recipe.write(first.path, first.image, replace(first.recipe, **change))
     with pytest.raises(UserError, match=rf"a\.png has a recipe that cannot be drawn here: {said}"):
         generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))
 
 
-def test_only_the_named_file_is_replaced(make, tmp_path):
+def test_only_the_named_file_is_replaced(make: Make, tmp_path: Path) -> None:
     named = tmp_path / "a.png"
     named.write_bytes(b"old")
     assert make(output=named)[0].path == named
@@ -235,7 +246,7 @@ def test_only_the_named_file_is_replaced(make, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_strengths_are_parsed_from_the_right(tmp_path):
+def test_strengths_are_parsed_from_the_right(tmp_path: Path) -> None:
     plain, odd = tmp_path / "a.safetensors", tmp_path / "k=v" / "b=2.safetensors"
     odd.parent.mkdir()
     for path in (plain, odd):
@@ -250,14 +261,16 @@ def test_strengths_are_parsed_from_the_right(tmp_path):
         parse_choice(str(tmp_path / "k=v" / "missing"))
 
 
-def test_a_prompt_that_would_be_cut_is_an_error_that_names_the_words(tiny_pipe):
+def test_a_prompt_that_would_be_cut_is_an_error_that_names_the_words(tiny_pipe: DiffusionPipeline) -> None:
     fits = " ".join(["apple"] * 75)
     sampler.check_lengths(tiny_pipe, [fits])
     with pytest.raises(UserError, match=r'has 76 tokens, of which the base reads 75; .* lose "cat"'):
         sampler.check_lengths(tiny_pipe, [f"{fits} cat"])
 
 
-def test_prompts_are_counted_with_the_learned_words_that_their_strengths_bring(tiny_pipe, tmp_path):
+def test_prompts_are_counted_with_the_learned_words_that_their_strengths_bring(
+    tiny_pipe: DiffusionPipeline, tmp_path: Path
+) -> None:
     learned = make_pipe()
     method = begun(learned, "text_encoder", SoftPrompt(10, "flat"))
     site.attach(learned.text_encoder, "w", method, "tokens")
@@ -266,7 +279,7 @@ def test_prompts_are_counted_with_the_learned_words_that_their_strengths_bring(t
     adapters.load(tmp_path / "w.safetensors")
     long = " ".join(["apple"] * 70)  # and 10 are more than 75
 
-    def painted(*strengths):
+    def painted(*strengths: float) -> int:
         cells = [Cell(long if strength == 0 else "a cat", 0, {"w": strength}) for strength in strengths]
         return len(list(paint(adapters, cells, Sampling(steps=1, batch_size=2))))
 
@@ -277,13 +290,13 @@ def test_prompts_are_counted_with_the_learned_words_that_their_strengths_bring(t
         list(paint(adapters, [Cell("a cat", 0, {"w": 0.0}), Cell(long, 0, {"w": 1.0})], Sampling(steps=1)))
 
 
-def test_sides_must_be_what_the_base_can_make(tiny_pipe):
+def test_sides_must_be_what_the_base_can_make(tiny_pipe: DiffusionPipeline) -> None:
     assert sampler.size(describe(tiny_pipe), Sampling(height=128)) == (64, 128)
     with pytest.raises(UserError, match=r"width 72 is no multiple of 16, .*; take 64 or 80"):
         sampler.size(describe(tiny_pipe), Sampling(width=72))
 
 
-def test_a_missing_trigger_is_noted(make, ink, caplog):
+def test_a_missing_trigger_is_noted(make: Make, ink: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "peft_diffusion"):
         make("an INK STYLE cat", adapter=(str(ink),))
         assert "ink style" not in caplog.text
@@ -299,16 +312,17 @@ def test_a_missing_trigger_is_noted(make, ink, caplog):
         {"seeds": (1, 2), "count": 2}, {"width": 0}, {"prompts": ()}, {"prompts": 3}, {"prompts": ("a", None)},
     ],
 )  # fmt: skip
-def test_a_value_that_cannot_be_used_is_refused(wrong):
+def test_a_value_that_cannot_be_used_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         GenerateConfig(**{"prompts": ("a",), **wrong})
 
 
-def test_a_sheet_shows_every_picture_as_it_is():
-    colours = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), None]]
+def test_a_sheet_shows_every_picture_as_it_is() -> None:
+    colours: list[list[tuple[int, int, int] | None]] = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), None]]
     images = [[c and Image.new("RGB", (40, 30), c) for c in row] for row in colours]
     drawn = sheet.grid(images, ["a long label that must be wrapped", "é"], ["one", "two words"], "A title")
-    found = {colour: count for count, colour in drawn.getcolors(1 << 20)}
+    counted: Any = drawn.getcolors(1 << 20)  # of a picture of more than one channel
+    found = {colour: count for count, colour in counted}
     assert {found[c] for row in colours for c in row if c} == {40 * 30}
     assert drawn.getpixel((0, 0)) == sheet.PAPER
     assert any(sum(colour) < 200 for colour in found if colour not in colours[0] + colours[1])  # the letters
@@ -317,14 +331,15 @@ def test_a_sheet_shows_every_picture_as_it_is():
     assert bare.height < drawn.height
 
 
-def test_a_sheet_refuses_labels_that_do_not_match():
+def test_a_sheet_refuses_labels_that_do_not_match() -> None:
     picture = Image.new("RGB", (8, 8))
-    for arguments in (([[]],), ([[picture]], ["a", "b"]), ([[picture]], None, ["a", "b"])):
+    wrong: tuple[Any, ...] = (([[]],), ([[picture]], ["a", "b"]), ([[picture]], None, ["a", "b"]))
+    for arguments in wrong:
         with pytest.raises(ValueError, match=r"picture|labels"):
             sheet.grid(*arguments)
 
 
-def test_whether_files_fit_together(ink, flat, tiny_base, other_base, tmp_path):
+def test_whether_files_fit_together(ink: Path, flat: Path, tiny_base: Path, other_base: Path, tmp_path: Path) -> None:
     other = make_adapter(tmp_path / "other.safetensors", other_base, 3)
     a, b, c = map(formats.inspect, (ink, flat, other))
     assert fit(a, b).verdict == "yes"
@@ -339,7 +354,7 @@ def test_whether_files_fit_together(ink, flat, tiny_base, other_base, tmp_path):
     assert fit(a, xl).verdict == "no"
 
 
-def test_the_base_is_what_it_was_after_generating(tiny_base, ink):
+def test_the_base_is_what_it_was_after_generating(tiny_base: Path, ink: Path) -> None:
     from peft_diffusion.bases import components, fingerprint
 
     pipe = load_base(str(tiny_base), device="cpu")
@@ -351,14 +366,14 @@ def test_the_base_is_what_it_was_after_generating(tiny_base, ink):
     assert fingerprint(components(pipe)) == before
 
 
-def test_a_recipe_has_the_adapters_of_strength_0_too(make, ink, flat, tmp_path):
+def test_a_recipe_has_the_adapters_of_strength_0_too(make: Make, ink: Path, flat: Path, tmp_path: Path) -> None:
     first = make(adapter=(str(ink), f"{flat}=0"), output=tmp_path / "a.png")[0]
     assert [used.strength for used in recipe.read(first.path).adapters] == [1.0, 0.0]
     again = generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))[0]
     assert again.recipe == first.recipe and difference(again.image, first.image) == 0
 
 
-def test_a_sheet_does_not_replace_a_picture(make, tmp_path):
+def test_a_sheet_does_not_replace_a_picture(make: Make, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"old")
     (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
     for output, where in (("a.png", "a.png"), ("a.png", "link.png"), ("new.png", "../" + tmp_path.name + "/new.png")):
@@ -369,7 +384,7 @@ def test_a_sheet_does_not_replace_a_picture(make, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == b"old" and not (tmp_path / "folder").exists()
 
 
-def test_an_adapter_beside_a_recipe_only_says_where_it_is(make, ink, flat, tmp_path):
+def test_an_adapter_beside_a_recipe_only_says_where_it_is(make: Make, ink: Path, flat: Path, tmp_path: Path) -> None:
     first = make(adapter=(f"{ink}=0.7",), output=tmp_path / "a.png")[0]
     config = GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu")
     with pytest.raises(UserError, match=r"has no adapter .*flat\.safetensors; leave that away"):
@@ -382,7 +397,7 @@ def test_an_adapter_beside_a_recipe_only_says_where_it_is(make, ink, flat, tmp_p
 
 
 @pytest.fixture
-def of_noise(tmp_path):
+def of_noise(tmp_path: Path) -> Path:
     """A base that predicts v, and beside it an adapter that says it was trained with zero terminal SNR."""
     pipe = make_pipe(prediction_type="v_prediction")
     pipe.save_pretrained(tmp_path / "base")
@@ -392,7 +407,9 @@ def of_noise(tmp_path):
     return tmp_path / "n.safetensors"
 
 
-def test_pictures_begin_with_pure_noise_where_an_adapter_that_acts_was_trained_so(make, of_noise, tmp_path, caplog):
+def test_pictures_begin_with_pure_noise_where_an_adapter_that_acts_was_trained_so(
+    make: Make, of_noise: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     base = {"base": str(of_noise.parent / "base")}
     plain, idle = make(**base)[0], make(adapter=(f"{of_noise}=0",), **base)[0]
     assert difference(plain.image, idle.image) == 0
@@ -409,7 +426,7 @@ def test_pictures_begin_with_pure_noise_where_an_adapter_that_acts_was_trained_s
         assert difference(again.image, first.image) == 0
 
 
-def test_a_recipe_tells_the_scheduler_that_drew(of_noise):
+def test_a_recipe_tells_the_scheduler_that_drew(of_noise: Path) -> None:
     pipe = load_base(str(of_noise.parent / "base"), device="cpu")
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
     adapters = Adapters(pipe)
@@ -420,28 +437,31 @@ def test_a_recipe_tells_the_scheduler_that_drew(of_noise):
 
 
 @pytest.mark.parametrize("wrong", [{"guidance": 1e308}, {"strength": 1e30}])
-def test_what_came_out_as_nan_is_an_error_and_not_written(make, ink, tmp_path, wrong):
+def test_what_came_out_as_nan_is_an_error_and_not_written(
+    make: Make, ink: Path, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
     strength = wrong.pop("strength", 1)
     with pytest.raises(UserError, match=r"came out as NaN; lower the strength or the guidance$"):
         make(adapter=(f"{ink}={strength!r}",), output=tmp_path / "nan.png", sheet=tmp_path / "sheet.png", **wrong)
     assert not list(tmp_path.iterdir())
 
 
-def test_more_steps_than_noise_levels_are_refused(make):
+def test_more_steps_than_noise_levels_are_refused(make: Make) -> None:
     for scheduler in ("ddim", None):
         with pytest.raises(UserError, match="steps must be at most 1000"):
             make(steps=2000, scheduler=scheduler)
 
 
-def test_a_prompt_of_half_a_character_is_refused():
-    for told in ({"prompts": ("a \udcff b",)}, {"negative": "\ud800"}):
+def test_a_prompt_of_half_a_character_is_refused() -> None:
+    tellings: tuple[dict[str, Any], ...] = ({"prompts": ("a \udcff b",)}, {"negative": "\ud800"})
+    for told in tellings:
         with pytest.raises(UserError, match="no whole character"):
             GenerateConfig(**{"prompts": ("a",), **told})
     with pytest.raises(UserError, match=r"'a \\udcff b' holds '\\udcff' at letter 3"):
         TextGenerateConfig(("a \udcff b",))
 
 
-def test_adapters_of_the_same_name_have_labels_that_differ(tmp_path):
+def test_adapters_of_the_same_name_have_labels_that_differ(tmp_path: Path) -> None:
     for paths, expected in (
         (("s1/style.safetensors", "s2/style.safetensors"), ["s1/style", "s2/style"]),
         (("s1/a.safetensors", "s2/b.safetensors"), ["a", "b"]),
@@ -451,7 +471,7 @@ def test_adapters_of_the_same_name_have_labels_that_differ(tmp_path):
     assert len(set(_distinct([tmp_path / "style.safetensors", tmp_path / "style.pt"]))) == 2
 
 
-def test_a_header_is_read_whatever_the_capitals_of_its_ending(ink, tmp_path):
+def test_a_header_is_read_whatever_the_capitals_of_its_ending(ink: Path, tmp_path: Path) -> None:
     for ending, bad in (("SAFETENSORS", True), ("st", True), ("PT", False)):
         path = tmp_path / f"bad.{ending}"
         path.write_bytes(b"nothing")
@@ -463,24 +483,26 @@ def test_a_header_is_read_whatever_the_capitals_of_its_ending(ink, tmp_path):
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1e-40, 0.95), (1e-300, 1.0), (0.8, 1e-50), (0.8, 5e-324)])
-def test_the_likeliest_token_is_always_among_those_chosen_from(temperature, top_p):
+def test_the_likeliest_token_is_always_among_those_chosen_from(temperature: float, top_p: float) -> None:
     logits = torch.tensor([-3.0, 50.0, 2.0, float("-inf")])
     assert choose(logits, temperature, top_p, torch.Generator().manual_seed(0)) == 1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_logits_that_are_no_numbers_are_an_error(bad, temperature):
+def test_logits_that_are_no_numbers_are_an_error(bad: float, temperature: float) -> None:
     with pytest.raises(UserError, match="not finite; lower the strengths"):
         choose(torch.tensor([0.0, bad, 1.0]), temperature, 0.9, torch.Generator())
 
 
-def test_the_same_prompt_twice_is_two_texts():
+def test_the_same_prompt_twice_is_two_texts() -> None:
     written = list(generate_text(TextGenerateConfig(("a", "a"), max_tokens=2, device="cpu")))
     assert [one.prompt for one in written] == ["a", "a"]
 
 
-def test_a_full_memory_is_no_bug_and_a_path_is_printed_in_any_encoding(monkeypatch, capsys):
+def test_a_full_memory_is_no_bug_and_a_path_is_printed_in_any_encoding(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     error = RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to")
     assert app._explain(error) == app.FAILED and "out of memory" in capsys.readouterr().err
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
@@ -490,8 +512,8 @@ def test_a_full_memory_is_no_bug_and_a_path_is_printed_in_any_encoding(monkeypat
     assert narrow.buffer.getvalue() == b"\\xe9.png\n"
 
 
-def test_a_demo_replaces_its_own_files_alone(tmp_path, monkeypatch):
-    def check():
+def test_a_demo_replaces_its_own_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> None:
         for style in demo.STYLES:
             demo._check_own(tmp_path, style)
 

@@ -265,7 +265,7 @@ def test_the_configuration_of_peft_says_what_most_sites_have(tmp_path: Path) -> 
 
 
 def per_input(adapter: nn.Module) -> None:
-    adapter.magnitude = nn.Parameter(torch.ones(1, adapter.inner.down.shape[1]))
+    adapter.magnitude = nn.Parameter(torch.ones(1, adapter.get_parameter("inner.down").shape[1]))
 
 
 def test_magnitudes_per_input_are_refused(tmp_path: Path) -> None:

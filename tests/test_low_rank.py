@@ -1,9 +1,14 @@
 """A frozen Linear with a LoRA as one function: the same numbers as one after the other, and nothing saved twice."""
 
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
 import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
-from torch import nn
+from diffusers import DiffusionPipeline
+from laws import strengths_of
+from torch import Tensor, nn
 
 from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena, side_by_side
@@ -12,6 +17,7 @@ from peft_diffusion.fast.unet import side_by_side as side_by_side_weights
 from peft_diffusion.fast.unet import swapped
 from peft_diffusion.methods.lora import Lora
 
+Pays: TypeAlias = Callable[[bool], None]
 DTYPES = {"float32": (torch.float32, 1e-5), "bfloat16": (torch.bfloat16, 2e-2)}
 CASES = {
     "plain": (Lora(rank=4), 1.0),
@@ -30,25 +36,26 @@ class Layers(nn.Module):
         self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 10, bias=False)
         self.requires_grad_(False).to(dtype)
 
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(torch.tanh(self.first(x)))
+        return y
 
 
-def gradients(model, x):
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     model.zero_grad()
     y = model(x)
     y.float().square().mean().backward()
-    return [y.detach().float(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+    return [y.detach().float(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
 @pytest.fixture
-def pays(monkeypatch):
+def pays(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pays]:
     """Sets whether the function is taken, on a CPU too."""
     with low_rank.fusing():
         yield lambda taken: monkeypatch.setattr(low_rank, "pays", lambda x: taken)
 
 
-def randomize(model) -> None:
+def randomize(model: nn.Module) -> None:
     for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
         drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
         parameter.data.add_(0.3 * drawn)
@@ -56,12 +63,12 @@ def randomize(model) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_one_function_gives_the_gradients_of_two(case, dtype, pays):
+def test_one_function_gives_the_gradients_of_two(case: str, dtype: str, pays: Pays) -> None:
     (method, strength), (kind, limit) = CASES[case], DTYPES[dtype]
     model = Layers(kind)
     site.attach(model, "a", method, "all-linear")
     randomize(model)
-    site.strengths(model).write({"a": strength})
+    strengths_of(model).write({"a": strength})
     x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1)).to(kind)
     pays(False)
     expected = gradients(model, x)
@@ -73,7 +80,7 @@ def test_one_function_gives_the_gradients_of_two(case, dtype, pays):
         assert (a - b).abs().max() <= limit * a.abs().max()
 
 
-def test_the_function_is_right_to_the_last_term():
+def test_the_function_is_right_to_the_last_term() -> None:
     torch.manual_seed(0)
     tensors = [torch.randn(*shape, dtype=torch.float64) for shape in ((3, 2, 6), (5, 6), (5,), (2, 6), (5, 2))]
     x, weight, bias, down, up = tensors
@@ -81,7 +88,7 @@ def test_the_function_is_right_to_the_last_term():
         tensor.requires_grad_(True)
     strength = torch.tensor([0.7], dtype=torch.float64)
 
-    def run(x, down, up):
+    def run(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return low_rank.low_rank_linear(x, weight, bias, down, up, strength, 0.25)
 
     expected = x @ weight.T + bias + 0.25 * 0.7 * (x @ down.T) @ up.T
@@ -94,18 +101,23 @@ def test_the_function_is_right_to_the_last_term():
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # summed in float32
 
 
-def test_nothing_is_kept_but_the_input_and_its_product_with_down(pays):
+def test_nothing_is_kept_but_the_input_and_its_product_with_down(pays: Pays) -> None:
     model = Layers(torch.float32)
     site.attach(model, "a", Lora(rank=2), "all-linear")
     pays(True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model.first(torch.randn(7, 12))
     assert sorted(tensor.numel() for tensor in kept) == sorted([7 * 12, 7 * 2, 12 * 16, 2 * 12, 16 * 2, 1])
 
 
-def test_what_it_does_not_serve_goes_the_usual_way(pays, monkeypatch):
-    def refuse(*_):
+def test_what_it_does_not_serve_goes_the_usual_way(pays: Pays, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
         raise AssertionError("not to be called")
 
     pays(True)
@@ -118,9 +130,9 @@ def test_what_it_does_not_serve_goes_the_usual_way(pays, monkeypatch):
         if case == "two":
             site.attach(model, "b", Lora(rank=2), "all-linear")
         if case == "images":
-            site.strengths(model).write({"a": [1.0, 0.5]})
+            strengths_of(model).write({"a": [1.0, 0.5]})
         if case == "strength 0":
-            site.strengths(model).write({"a": 0.0})
+            strengths_of(model).write({"a": 0.0})
         if case == "trained base":
             model.first.weight.requires_grad_(True)
             model.second.weight.requires_grad_(True)
@@ -138,14 +150,14 @@ def test_what_it_does_not_serve_goes_the_usual_way(pays, monkeypatch):
         plain(x)
 
 
-def test_a_unet_has_the_same_gradients_and_checkpointing_too(pays):
+def test_a_unet_has_the_same_gradients_and_checkpointing_too(pays: Pays) -> None:
     pipe = make_pipe()
     unet = pipe.unet
     site.attach(unet, "a", Lora(rank=2), "attention+ff")
     randomize(unet)
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32)
 
-    def run():
+    def run() -> Tensor:
         unet.zero_grad()
         unet(x, torch.tensor(500), encoder_hidden_states=text).sample.square().mean().backward()
         return torch.cat([p.grad.flatten() for p in unet.parameters() if p.grad is not None])
@@ -163,7 +175,9 @@ def test_a_unet_has_the_same_gradients_and_checkpointing_too(pays):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", [make_pipe, make_xl_pipe])
-def test_queries_keys_and_values_are_one_layer_in_a_pass_of_the_trainer(make, dtype, pays, monkeypatch):
+def test_queries_keys_and_values_are_one_layer_in_a_pass_of_the_trainer(
+    make: Callable[..., DiffusionPipeline], dtype: str, pays: Pays, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind, limit = DTYPES[dtype]
     unet = make().unet.to(kind)
     site.attach(unet, "a", Lora(rank=4, alpha=2.0), "attention")
@@ -174,7 +188,7 @@ def test_queries_keys_and_values_are_one_layer_in_a_pass_of_the_trainer(make, dt
     x, text = torch.randn(2, 4, 8, 8).to(kind), torch.randn(2, 7, width).to(kind)
     added = {"text_embeds": torch.randn(2, 16).to(kind), "time_ids": torch.ones(2, 6, dtype=kind)}
 
-    def run():
+    def run() -> Tensor:
         y = unet(x, torch.tensor(500), encoder_hidden_states=text, added_cond_kwargs=added).sample
         y.float().square().mean().backward()
         return torch.cat([y.detach().float().flatten(), 1000 * arena.grad])
@@ -185,7 +199,12 @@ def test_queries_keys_and_values_are_one_layer_in_a_pass_of_the_trainer(make, dt
     weights = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     layers = []
     call = low_rank.Projections.__call__
-    monkeypatch.setattr(low_rank.Projections, "__call__", lambda own, x: layers.append(len(own.down.value)) or call(own, x))
+
+    def counted(own: low_rank.Projections, x: Tensor) -> Tensor:
+        layers.append(len(own.down.value))
+        return call(own, x)
+
+    monkeypatch.setattr(low_rank.Projections, "__call__", counted)
     working = low_rank.Working(arena.flat, arena.grad)
     with swapped(unet), side_by_side_weights(unet):
         with working.passing():
@@ -202,8 +221,8 @@ def test_queries_keys_and_values_are_one_layer_in_a_pass_of_the_trainer(make, dt
             assert parameter.untyped_storage().nbytes() == parameter.nbytes
 
 
-def test_a_pass_of_the_trainer_serves_only_what_lies_in_its_arena(pays, monkeypatch):
-    def refuse(*_):
+def test_a_pass_of_the_trainer_serves_only_what_lies_in_its_arena(pays: Pays, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
         raise AssertionError("not to be called")
 
     pays(True)
@@ -216,7 +235,7 @@ def test_a_pass_of_the_trainer_serves_only_what_lies_in_its_arena(pays, monkeypa
     working = low_rank.Working(arena.flat, arena.grad)
     with working.passing():
         other(x)
-        with site.strengths(model).without("a"):
+        with strengths_of(model).without("a"):
             model(x)
     model(x)
     with working.passing(), pytest.raises(AssertionError, match="not to be called"):
@@ -225,14 +244,14 @@ def test_a_pass_of_the_trainer_serves_only_what_lies_in_its_arena(pays, monkeypa
 
 @pytest.mark.parametrize("method", [Lora(rank=2), Lora(rank=2, init="pissa")], ids=["lora", "pissa"])
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_a_pass_of_the_trainer_computes_what_every_other_way_does(pays, method, strength):
+def test_a_pass_of_the_trainer_computes_what_every_other_way_does(pays: Pays, method: Lora, strength: float) -> None:
     model, x = Layers(torch.float32), torch.randn(2, 5, 12)
     site.attach(model, "a", method, "all-linear")
     arena = Arena({"model": [p for p in model.parameters() if p.requires_grad]})
     arena.flat.add_(0.1 * torch.randn(arena.flat.shape, generator=torch.Generator().manual_seed(3)))
-    site.strengths(model).write({"a": strength})
+    strengths_of(model).write({"a": strength})
 
-    def run():
+    def run() -> Tensor:
         arena.zero_grad()
         y = model(x)
         y.square().mean().backward()
@@ -245,7 +264,7 @@ def test_a_pass_of_the_trainer_computes_what_every_other_way_does(pays, method, 
         torch.testing.assert_close(run(), expected)
 
 
-def test_a_recording_of_a_pass_does_not_outlive_the_strength_that_it_took_for_1(pays):
+def test_a_recording_of_a_pass_does_not_outlive_the_strength_that_it_took_for_1(pays: Pays) -> None:
     pays(True)
     model, x = Layers(torch.float32), torch.randn(2, 5, 12)
     site.attach(model, "a", Lora(rank=2), "all-linear")
@@ -254,7 +273,7 @@ def test_a_recording_of_a_pass_does_not_outlive_the_strength_that_it_took_for_1(
     assert working.full
     with working.passing():
         model(x).sum().backward()
-    strengths = site.strengths(model)
+    strengths = strengths_of(model)
     assert working.full
     with strengths.without("a"):
         assert not working.full

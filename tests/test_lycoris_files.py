@@ -2,7 +2,9 @@
 
 import copy
 import json
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +60,7 @@ NETWORKS: dict[str, tuple[dict[str, str], str, dict[str, set[float]]]] = {
 }
 
 
-def trained_there(unet: nn.Module, args: dict[str, str]) -> nn.Module:
+def trained_there(unet: nn.Module, args: dict[str, str]) -> Any:
     """A network of LyCORIS as kohya's trainer makes it, with parameters that matter."""
     network = kohya.create_network(1.0, 4, 2.0, None, None, unet, preset="attn-mlp", **args)
     assert network.unet_loras
@@ -67,14 +69,14 @@ def trained_there(unet: nn.Module, args: dict[str, str]) -> nn.Module:
     return network
 
 
-def applied(network: nn.Module, unet: nn.Module) -> dict[str, torch.Tensor]:
+def applied(network: Any, unet: nn.Module) -> dict[str, torch.Tensor]:
     """Put a network of LyCORIS to work in a UNet; its tensors as it saves them."""
     network.apply_to(None, unet, False, True)
     return {key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_files_of_lycoris_load_and_tell_what_they_are(tmp_path, name):
+def test_files_of_lycoris_load_and_tell_what_they_are(tmp_path: Path, name: str) -> None:
     args, method, values = NETWORKS[name]
     theirs, ours = make_pipe(), make_pipe()
     tensors = applied(trained_there(theirs.unet, args), theirs.unet)
@@ -88,6 +90,7 @@ def test_files_of_lycoris_load_and_tell_what_they_are(tmp_path, name):
     assert found.methods == (method,) and found.unknown == () and found.spec is None
     told = {key: {round(value, 6) for value in counts} for key, counts in found.hyper_parameters[method].items()}
     assert {key: told.get(key) for key in values} == values
+    assert found.network is not None
     assert (found.network.module, found.network.dim, found.network.alpha) == ("lycoris.kohya", 4, 2.0)
     assert found.network.args == args
 
@@ -115,7 +118,7 @@ WRITTEN: dict[str, tuple[Method, str, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_files_of_ours_are_read_by_lycoris_and_say_what_makes_such_a_network(tmp_path, name):
+def test_files_of_ours_are_read_by_lycoris_and_say_what_makes_such_a_network(tmp_path: Path, name: str) -> None:
     method, module, args = WRITTEN[name]
     ours, theirs = make_pipe(), make_pipe()
     path = write(tmp_path / "a.safetensors", ours, [(method, "attention+ff")])
@@ -125,6 +128,7 @@ def test_files_of_ours_are_read_by_lycoris_and_say_what_makes_such_a_network(tmp
         applied(network, theirs.unet)
         assert close(noise(theirs), noise(ours), 1e-4)
     found = formats.inspect(path).network
+    assert found is not None
     assert (found.module, found.args) == (module, args)
     # What the metadata say, given to LyCORIS, makes modules of the very shapes that the file holds.
     unet = make_pipe().unet
@@ -138,7 +142,7 @@ def test_files_of_ours_are_read_by_lycoris_and_say_what_makes_such_a_network(tmp
             assert written[key].item() == pytest.approx(theirs[key].item()), key
 
 
-def test_pissa_and_convolutions_with_kernels_are_told_as_the_file_holds_them(tmp_path):
+def test_pissa_and_convolutions_with_kernels_are_told_as_the_file_holds_them(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.safetensors", make_pipe(), [(Lora(rank=3, alpha=1.0, init="pissa", b_rate_ratio=4.0), "conv")]
     )
@@ -149,12 +153,12 @@ def test_pissa_and_convolutions_with_kernels_are_told_as_the_file_holds_them(tmp
     assert set(found.ranks) == {6} and set(found.alphas) == {2.0}
 
 
-def test_a_method_that_those_programs_lack_is_not_called_a_lora(tmp_path):
+def test_a_method_that_those_programs_lack_is_not_called_a_lora(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", make_pipe(), [(Bottleneck(hidden=4), "outputs")])
     assert not [key for key in formats.inspect(path).metadata if key.startswith("ss_network")]
 
 
-def test_metadata_that_cannot_be_read_are_left_out(tmp_path):
+def test_metadata_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     tensors = load_file(write(tmp_path / "a.safetensors", make_pipe(), [(Lora(rank=3), "attention")]))
     odd = {"ss_network_module": "x", "ss_network_dim": "None", "ss_network_alpha": "nan", "ss_network_args": "[1]"}
     save_file(tensors, tmp_path / "b.safetensors", odd)
@@ -162,7 +166,7 @@ def test_metadata_that_cannot_be_read_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
-def test_names_of_the_wrapper_of_lycoris_are_read(tmp_path, component, monkeypatch):
+def test_names_of_the_wrapper_of_lycoris_are_read(tmp_path: Path, component: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # What it replaces belongs to the class, and stays what anyone in this process made it.
     monkeypatch.setattr(lycoris.LycorisNetwork, "TARGET_REPLACE_MODULE", ["Linear"])
     monkeypatch.setattr(lycoris.LycorisNetwork, "TARGET_REPLACE_NAME", [])
@@ -184,7 +188,7 @@ def test_names_of_the_wrapper_of_lycoris_are_read(tmp_path, component, monkeypat
     assert close(output(ours), output(theirs), 1e-4) and not close(output(ours), before, 1e-3)
 
 
-def test_of_two_text_encoders_the_wrapper_names_neither(tmp_path):
+def test_of_two_text_encoders_the_wrapper_names_neither(tmp_path: Path) -> None:
     pipe = make_pipe()
     second = copy.deepcopy(pipe.text_encoder)
     base = SimpleNamespace(unet=pipe.unet, text_encoder=pipe.text_encoder, text_encoder_2=second)
@@ -197,7 +201,7 @@ def test_of_two_text_encoders_the_wrapper_names_neither(tmp_path):
     assert set(loaded.report.unmatched) == {name for name in tensors if name.startswith(text)}
 
 
-TOLD = {
+TOLD: dict[str, tuple[list[tuple[Method, str]], list[str]]] = {
     "lora": ([(Lora(rank=4, alpha=2.0, b_rate_ratio=16.0), "attention")], ["lora: rank 4, alpha 2", "b rate ratio 16"]),
     "two ranks": (
         [(Lora(rank=2), r".*\.to_q"), (Lora(rank=5), r".*\.to_k")],
@@ -221,7 +225,9 @@ TOLD = {
 
 
 @pytest.mark.parametrize("name", TOLD)
-def test_inspect_tells_the_hyper_parameters_of_every_method(tmp_path, capsys, monkeypatch, name):
+def test_inspect_tells_the_hyper_parameters_of_every_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     methods, lines = TOLD[name]
     monkeypatch.setenv("COLUMNS", "200")
     path = write(tmp_path / "a.safetensors", make_pipe(), methods)
@@ -231,7 +237,7 @@ def test_inspect_tells_the_hyper_parameters_of_every_method(tmp_path, capsys, mo
         assert line in shown, shown
 
 
-def test_an_alpha_of_nothing_means_the_rank_to_inspect_too(tmp_path):
+def test_an_alpha_of_nothing_means_the_rank_to_inspect_too(tmp_path: Path) -> None:
     tensors = load_file(write(tmp_path / "a.safetensors", make_pipe(), [(Lora(rank=3), "attention")]))
     save_file({key: value for key, value in tensors.items() if not key.endswith("alpha")}, tmp_path / "b.safetensors")
     assert set(formats.inspect(tmp_path / "b.safetensors").alphas) == {3}

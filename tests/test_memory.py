@@ -1,11 +1,15 @@
 """Less memory: the same adapter from blocks that are computed twice, and a prediction that is near what is measured."""
 
 import gc
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
+from diffusers import DiffusionPipeline
 from language import make_lm
 from safetensors.torch import load_file
 from test_training import draw_pictures
@@ -14,33 +18,38 @@ from torch.profiler import ProfilerActivity, profile
 from peft_diffusion import TextTrainConfig, TrainConfig, UserError, train, train_text
 from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena
-from peft_diffusion.core.events import Event
+from peft_diffusion.core.events import Event, Observer
+from peft_diffusion.fast.cuda_graph import Inputs
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training.events import MemoryUnknown
 from peft_diffusion.training.machine import memory_plan
 from peft_diffusion.training.machine.low_memory import blocks_of, recomputed, small_vae
 from peft_diffusion.training.machine.preflight import peak
 from peft_diffusion.training.need import Need, fits
+from peft_diffusion.training.settings.choices import Memory
 from peft_diffusion.training.watch.previews import Previews
 
+Make: TypeAlias = Callable[..., DiffusionPipeline]
 CPU = torch.device("cpu")
 
 
-def learn(pictures, where, pipe, observers=(), **more):
-    values = {"steps": 4, "batch_size": 2, "rank": 2, "warmup": 0, "preview_steps": 0}
+def learn(
+    pictures: Path, where: Path, pipe: DiffusionPipeline, observers: Sequence[Observer] = (), **more: Any
+) -> dict[str, torch.Tensor]:
+    values: dict[str, Any] = {"steps": 4, "batch_size": 2, "rank": 2, "warmup": 0, "preview_steps": 0}
     places = {"output": where / "a.safetensors", "run_dir": where / "run", "device": "cpu"}
     return load_file(train(TrainConfig((pictures,), **{**values, **places, **more}), pipe=pipe, observers=observers).output)
 
 
-def same(one, other):
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize("make", [make_pipe, make_xl_pipe])
-def test_blocks_that_are_computed_twice_give_the_same_adapter(tmp_path, make):
+def test_blocks_that_are_computed_twice_give_the_same_adapter(tmp_path: Path, make: Make) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     pipe = make()
-    more = {"components": ("unet", "text_encoder"), "dropout": 0.2}
+    more: dict[str, Any] = {"components": ("unet", "text_encoder"), "dropout": 0.2}
     one, two = (learn(pictures, tmp_path / memory, pipe, memory=memory, **more) for memory in ("off", "low"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -51,18 +60,23 @@ def test_blocks_that_are_computed_twice_give_the_same_adapter(tmp_path, make):
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])
-def test_text_learns_the_same_too(tmp_path, method):
+def test_text_learns_the_same_too(tmp_path: Path, method: str) -> None:
     words = tmp_path / "words.txt"
     words.write_text("the red cat and the blue dog sat in the house of ink. " * 40)
     runs = []
-    for memory in ("off", "low"):
-        places = {"output": tmp_path / f"{memory}.safetensors", "run_dir": tmp_path / memory, "device": "cpu"}
+    memories: tuple[Memory, ...] = ("off", "low")
+    for memory in memories:
+        places: dict[str, Any] = {
+            "output": tmp_path / f"{memory}.safetensors",
+            "run_dir": tmp_path / memory,
+            "device": "cpu",
+        }
         config = TextTrainConfig((words,), method=method, steps=3, batch_size=2, context=24, memory=memory, **places)
         runs.append(load_file(train_text(config, base=make_lm()).output))
     assert same(*runs)
 
 
-def measured(work):
+def measured(work: Callable[[], object]) -> int:
     """The most bytes that torch's own allocator gave out at once."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
@@ -77,7 +91,7 @@ def measured(work):
 
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize(("make", "batch"), [(make_pipe, 4), (make_xl_pipe, 2)])
-def test_the_peak_of_a_step_is_predicted_within_a_tenth(make, batch, low):
+def test_the_peak_of_a_step_is_predicted_within_a_tenth(make: Make, batch: int, low: bool) -> None:
     unet = make().unet
     site.attach(unet, "trained", Lora(rank=4), "attention+ff")
     arena = Arena({"unet": [p for a in site.adapters(unet, "trained").values() for p in a.parameters()]})
@@ -87,9 +101,10 @@ def test_the_peak_of_a_step_is_predicted_within_a_tenth(make, batch, low):
         "text": torch.randn(batch, 77, width), "summary": torch.randn(batch, 16), "sizes": torch.ones(batch, 6),
     }  # fmt: skip
 
-    def loss(given):
+    def loss(given: Inputs) -> torch.Tensor:
         added = {"text_embeds": given["summary"], "time_ids": given["sizes"]}
-        return unet(given["latents"], given["times"], given["text"], added_cond_kwargs=added).sample.square().mean()
+        found: torch.Tensor = unet(given["latents"], given["times"], given["text"], added_cond_kwargs=added).sample
+        return found.square().mean()
 
     with recomputed([unet], chance=False) if low else nullcontext():
         before = arena.flat.clone()
@@ -100,10 +115,12 @@ def test_the_peak_of_a_step_is_predicted_within_a_tenth(make, batch, low):
 
 
 @pytest.mark.parametrize(("make", "size"), [(make_pipe, 128), (make_xl_pipe, 128), (make_pipe, 512)])
-def test_the_peak_of_a_preview_is_predicted_within_a_tenth(tmp_path, monkeypatch, make, size):
+def test_the_peak_of_a_preview_is_predicted_within_a_tenth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make, size: int
+) -> None:
     seen = []
 
-    def look(previews):
+    def look(previews: Previews) -> None:
         drawn = previews.pictures()
         seen.append((previews.peak(), measured(previews.pictures), len(drawn)))
 
@@ -116,12 +133,19 @@ def test_the_peak_of_a_preview_is_predicted_within_a_tenth(tmp_path, monkeypatch
     assert predicted == pytest.approx(most, rel=0.1) and count == 3
 
 
-def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(tmp_path, monkeypatch):
+def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     monkeypatch.setattr(memory_plan, "SMALL", 0)
     needs = []
     predict = memory_plan.MemoryPlan.need
-    monkeypatch.setattr(memory_plan.MemoryPlan, "need", lambda self, low: needs.append(predict(self, low)) or needs[-1])
+
+    def need(plan: memory_plan.MemoryPlan, low: bool) -> Need:
+        needs.append(predict(plan, low))
+        return needs[-1]
+
+    monkeypatch.setattr(memory_plan.MemoryPlan, "need", need)
     learn(pictures, tmp_path / "one", make_pipe(), memory="off")
     learn(pictures, tmp_path / "two", make_pipe(), memory="low")
     plain, low = needs
@@ -136,7 +160,7 @@ def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(tmp_path, m
         learn(pictures, tmp_path / "four", make_pipe(), preview_steps=1)
 
 
-def test_small_things_of_memory():
+def test_small_things_of_memory() -> None:
     assert Need(50, 30, 15, away=5, drawing=7).total == 95 and Need(50, 30, 15, away=5, drawing=11).total == 96
     assert Need(50, 30, 15, away=5, drawing=7, recorded=True).total == 107
     assert Need(50, 30, 15, away=5, recorded=True).total == 95
@@ -153,7 +177,7 @@ def test_small_things_of_memory():
     assert not pipe.vae.use_slicing and not pipe.vae.use_tiling
 
 
-def test_a_need_that_cannot_be_told_stops_nothing(tmp_path, monkeypatch):
+def test_a_need_that_cannot_be_told_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no meta kernel\nand more")
 

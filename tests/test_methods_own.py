@@ -1,14 +1,18 @@
 """BitFit, bottlenecks, prefixes and learned tokens: against plain formulas, and all of them together with LoRA."""
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_pipe
-from laws import randomize
+from diffusers import DiffusionPipeline
+from laws import randomize, strengths_of
 from safetensors.torch import load_file, save_file
 from test_formats import picture
 from torch import nn
@@ -18,12 +22,15 @@ from peft_diffusion import formats
 from peft_diffusion.bases import components, describe, fingerprint
 from peft_diffusion.bases.words import begun, teach
 from peft_diffusion.core import merge, site
+from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import FoldError, UserError
 from peft_diffusion.core.method import Method
 from peft_diffusion.core.slot import SLOT, slot_of
 from peft_diffusion.generation import Adapters
 from peft_diffusion.methods.bitfit import BitFit
+from peft_diffusion.methods.bitfit.adapter import BitFitAdapter
 from peft_diffusion.methods.bottleneck import Bottleneck
+from peft_diffusion.methods.bottleneck.adapter import BottleneckAdapter
 from peft_diffusion.methods.dora import Dora
 from peft_diffusion.methods.ia3 import Ia3
 from peft_diffusion.methods.loha import Loha
@@ -31,6 +38,7 @@ from peft_diffusion.methods.lokr import Lokr
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.oft import Oft
 from peft_diffusion.methods.prefix import Prefix
+from peft_diffusion.methods.prefix.adapter import PrefixAdapter
 from peft_diffusion.methods.prompt import SoftPrompt
 from peft_diffusion.methods.tokens import Tokens
 
@@ -55,20 +63,28 @@ def alone(module: nn.Module, method: Method) -> nn.Module:
     return module
 
 
-def adapter_of(module: nn.Module):
-    return slot_of(module).adapters["a"]
+Kind = TypeVar("Kind", bound=Adapter)
+
+
+def adapter_of(module: nn.Module, kind: type[Kind]) -> Kind:
+    """The adapter of a module, which is of that class."""
+    slot = slot_of(module)
+    assert slot is not None
+    adapter = slot.adapters["a"]
+    assert isinstance(adapter, kind)
+    return adapter
 
 
 def parameters(model: nn.Module, name: str = "a") -> int:
     return sum(p.numel() for a in site.adapters(model, name).values() for p in a.parameters())
 
 
-def attach_words(pipe, method: Method, name: str = "a") -> None:
+def attach_words(pipe: DiffusionPipeline, method: Method, name: str = "a") -> None:
     site.attach(pipe.text_encoder, name, begun(pipe, "text_encoder", method), "tokens")
     teach(pipe)
 
 
-def save_mixture(path, pipe, name: str = "mix", seed: int = 3):
+def save_mixture(path: Path, pipe: DiffusionPipeline, name: str = "mix", seed: int = 3) -> Path:
     """One file with every method, their parameters as if trained."""
     methods = {}
     for component, rows in MIXTURE.items():
@@ -96,11 +112,11 @@ def save_mixture(path, pipe, name: str = "mix", seed: int = 3):
         (nn.LayerNorm(6), (2, 6)),
     ],
 )
-def test_bitfit_is_another_bias(module, shape):
+def test_bitfit_is_another_bias(module: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    weight, bias = module.weight.clone(), module.bias.clone()
+    weight, bias = module.get_parameter("weight").clone(), module.get_parameter("bias").clone()
     alone(module, BitFit())
-    changed = bias + adapter_of(module).bias
+    changed = bias + adapter_of(module, BitFitAdapter).bias
     expected = {
         nn.Linear: lambda: F.linear(x, weight, changed),
         nn.Conv2d: lambda: F.conv2d(x, weight, changed),
@@ -111,7 +127,7 @@ def test_bitfit_is_another_bias(module, shape):
 
 
 @torch.no_grad()
-def test_bitfit_keeps_a_norm_weight_that_another_program_trained():
+def test_bitfit_keeps_a_norm_weight_that_another_program_trained() -> None:
     norm = nn.LayerNorm(6)
     x, tensors = torch.randn(2, 6), {"w_norm": torch.randn(6), "b_norm": torch.randn(6)}
     assert BitFit.recognizes(tensors.keys()) and not BitFit.recognizes({"diff", "diff_b"})
@@ -119,12 +135,12 @@ def test_bitfit_keeps_a_norm_weight_that_another_program_trained():
     model = nn.ModuleDict({"norm": norm})
     site.attach_built(model, "a", {"norm": BitFit.read(norm, tensors)})
     assert torch.allclose(norm(x), expected, atol=1e-6)
-    assert torch.equal(adapter_of(norm).state()["w_norm"], tensors["w_norm"])
+    assert torch.equal(adapter_of(norm, BitFitAdapter).state()["w_norm"], tensors["w_norm"])
     merge.merge(model)
     assert torch.allclose(norm(x), expected, atol=1e-6)
 
 
-def test_bitfit_has_as_many_parameters_as_there_are_biases(tiny_pipe):
+def test_bitfit_has_as_many_parameters_as_there_are_biases(tiny_pipe: DiffusionPipeline) -> None:
     unet, encoder = tiny_pipe.unet, tiny_pipe.text_encoder
     biases = sum(p.numel() for name, p in unet.named_parameters() if name.endswith("bias"))
     site.attach(unet, "a", BitFit(), "biases")
@@ -140,12 +156,12 @@ def test_bitfit_has_as_many_parameters_as_there_are_biases(tiny_pipe):
 @torch.no_grad()
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
 @pytest.mark.parametrize("form", ["sequential", "parallel"])
-def test_a_bottleneck_is_a_small_network_after_or_beside(form, activation):
+def test_a_bottleneck_is_a_small_network_after_or_beside(form: str, activation: str) -> None:
     layer = nn.Linear(6, 8)
     alone(layer, Bottleneck(hidden=3, activation=activation, form=form, scale=2.0))
     x = torch.randn(2, 5, 6)
     y = F.linear(x, layer.weight, layer.bias)
-    part = adapter_of(layer)
+    part = adapter_of(layer, BottleneckAdapter)
     inner = getattr(F, activation)((y if form == "sequential" else x) @ part.down.T + part.down_bias)
     assert torch.allclose(layer(x), y + 2.0 * (inner @ part.up.T + part.up_bias), atol=1e-5)
     inside = 8 if form == "sequential" else 6
@@ -153,18 +169,18 @@ def test_a_bottleneck_is_a_small_network_after_or_beside(form, activation):
 
 
 @torch.no_grad()
-def test_a_bottleneck_at_a_convolution_treats_every_pixel_alike():
+def test_a_bottleneck_at_a_convolution_treats_every_pixel_alike() -> None:
     conv = nn.Conv2d(4, 6, 3, padding=1)
     alone(conv, Bottleneck(reduction=2))
     x = torch.randn(2, 4, 5, 5)
     y = F.conv2d(x, conv.weight, conv.bias, padding=1)
-    part = adapter_of(conv)
+    part = adapter_of(conv, BottleneckAdapter)
     pixels = y.permute(0, 2, 3, 1)
     change = F.gelu(pixels @ part.down.T + part.down_bias) @ part.up.T + part.up_bias
     assert part.down.shape == (3, 6) and torch.allclose(conv(x), y + change.permute(0, 3, 1, 2), atol=1e-5)
 
 
-def test_named_targets_are_where_the_papers_put_bottlenecks(tiny_pipe):
+def test_named_targets_are_where_the_papers_put_bottlenecks(tiny_pipe: DiffusionPipeline) -> None:
     unet = tiny_pipe.unet
     houlsby = site.attach(unet, "houlsby", Bottleneck(), "outputs")
     pfeiffer = site.attach(unet, "pfeiffer", Bottleneck(), "ff-outputs")
@@ -175,7 +191,7 @@ def test_named_targets_are_where_the_papers_put_bottlenecks(tiny_pipe):
     assert set(he) == {f"{b}.{end}" for b in blocks for end in ("attn1", "attn2", "ff")}
 
 
-def test_methods_refuse_sites_and_values_that_they_cannot_serve(tiny_pipe):
+def test_methods_refuse_sites_and_values_that_they_cannot_serve(tiny_pipe: DiffusionPipeline) -> None:
     unet, encoder = tiny_pipe.unet, tiny_pipe.text_encoder
     for method, part, target, words in [
         (Bottleneck(), unet, "norms", "bottleneck cannot serve .*GroupNorm"),
@@ -199,7 +215,7 @@ def test_methods_refuse_sites_and_values_that_they_cannot_serve(tiny_pipe):
         lambda: Tokens("<a>,<A>"),
         lambda: Tokens("<a>", 0),
         lambda: Tokens("<a>,<b>", initial="cat"),
-        lambda: Tokens("<a>", ids="12"),
+        lambda: Tokens("<a>", ids="12"),  # type: ignore[arg-type]
         lambda: SoftPrompt(0),
     ):
         with pytest.raises(UserError):
@@ -210,7 +226,7 @@ def test_methods_refuse_sites_and_values_that_they_cannot_serve(tiny_pipe):
 
 
 @torch.no_grad()
-def test_a_prefix_adds_what_the_queries_find_in_it(tiny_pipe):
+def test_a_prefix_adds_what_the_queries_find_in_it(tiny_pipe: DiffusionPipeline) -> None:
     attention = tiny_pipe.unet.get_submodule(ATTENTION)
     width = attention.to_q.out_features
     x = torch.randn(2, 9, width)
@@ -218,7 +234,7 @@ def test_a_prefix_adds_what_the_queries_find_in_it(tiny_pipe):
     site.attach(tiny_pipe.unet, "a", Prefix(length=5), ATTENTION.replace(".", r"\."))
     assert torch.equal(attention(x), plain)
     randomize(tiny_pipe.unet, "a")
-    part, heads = adapter_of(attention), attention.heads
+    part, heads = adapter_of(attention, PrefixAdapter), attention.heads
     found = []
     for head in range(heads):
         here = slice(head * width // heads, (head + 1) * width // heads)
@@ -230,7 +246,7 @@ def test_a_prefix_adds_what_the_queries_find_in_it(tiny_pipe):
 
 
 @torch.no_grad()
-def test_a_prefix_is_the_second_term_of_prefix_tuning():
+def test_a_prefix_is_the_second_term_of_prefix_tuning() -> None:
     """Li and Liang's attention over [P; K] is a mean of both terms, weighed by their shares of the softmax."""
     q, k, v, pk, pv = (torch.randn(n, 8, dtype=torch.float64) for n in (6, 7, 7, 3, 3))
     both = F.scaled_dot_product_attention(q, torch.cat([pk, k]), torch.cat([pv, v]))
@@ -242,7 +258,7 @@ def test_a_prefix_is_the_second_term_of_prefix_tuning():
 # Tokens
 
 
-def test_placeholders_are_whole_words_of_one_token_a_vector(tiny_pipe):
+def test_placeholders_are_whole_words_of_one_token_a_vector(tiny_pipe: DiffusionPipeline) -> None:
     tokenizer = tiny_pipe.tokenizer
     kind, backend = type(tokenizer), tokenizer._tokenizer
     plain = {text: tokenizer(text).input_ids for text in ("a <cattle>", "asks", "a cat")}
@@ -262,30 +278,32 @@ def test_placeholders_are_whole_words_of_one_token_a_vector(tiny_pipe):
 
 
 @torch.no_grad()
-def test_new_words_mean_their_initial_words_until_they_are_trained(tiny_pipe):
+def test_new_words_mean_their_initial_words_until_they_are_trained(tiny_pipe: DiffusionPipeline) -> None:
     encoder, tokenizer = tiny_pipe.text_encoder, tiny_pipe.tokenizer
 
     def told(prompt: str) -> torch.Tensor:
-        return encoder(tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids).last_hidden_state
+        ids = tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+        found: torch.Tensor = encoder(ids).last_hidden_state
+        return found
 
     wanted, plain, matrix = told("a red red"), told("a dog"), encoder.state_dict()
     attach_words(tiny_pipe, Tokens("<new>", 2, "red"))
     assert torch.equal(told("a <new>"), wanted)
     randomize(encoder, "a")
     assert not torch.equal(told("a <new>"), wanted) and torch.equal(told("a dog"), plain)
-    vectors = next(iter(site.adapters(encoder, "a").values())).vectors
+    vectors = next(iter(site.adapters(encoder, "a").values())).get_parameter("vectors")
     ids = torch.tensor(tokenizer("<new>", add_special_tokens=False).input_ids)
     assert torch.allclose(encoder.get_input_embeddings()(ids[None])[0], vectors, atol=1e-6)
-    site.strengths(encoder).write({"a": 0.0})
+    strengths_of(encoder).write({"a": 0.0})
     assert torch.equal(told("a <new>"), wanted)
     assert encoder.state_dict().keys() == matrix.keys() and parameters(encoder) == 2 * 32
-    site.strengths(encoder).write({"a": 0.5})
+    strengths_of(encoder).write({"a": 0.5})
     with pytest.raises(FoldError, match=r"<new>.*cannot be merged"):
         merge.merge(encoder)
 
 
 @torch.no_grad()
-def test_a_soft_prompt_precedes_the_prompts_of_images_that_have_it(tiny_pipe):
+def test_a_soft_prompt_precedes_the_prompts_of_images_that_have_it(tiny_pipe: DiffusionPipeline) -> None:
     tokenizer = tiny_pipe.tokenizer
     before = picture(tiny_pipe)
     start, *words, end = tokenizer("a dog").input_ids
@@ -294,14 +312,14 @@ def test_a_soft_prompt_precedes_the_prompts_of_images_that_have_it(tiny_pipe):
     assert tokenizer("a dog").input_ids == [start, *new, *words, end]
     randomize(tiny_pipe.text_encoder, "a")
     assert not np.array_equal(picture(tiny_pipe), before)
-    strengths = site.strengths(tiny_pipe.text_encoder)
+    strengths = strengths_of(tiny_pipe.text_encoder)
     strengths.write({"a": [0.0, 0.5]})
     assert tokenizer(["a dog"] * 2).input_ids == [[start, *words, end], [start, *new, *words, end]]
     strengths.write({"a": 0.0})
     assert np.array_equal(picture(tiny_pipe), before)
 
 
-def test_words_that_clash_or_do_not_fit_are_errors_that_change_nothing(tiny_pipe):
+def test_words_that_clash_or_do_not_fit_are_errors_that_change_nothing(tiny_pipe: DiffusionPipeline) -> None:
     attach_words(tiny_pipe, Tokens("<cat>", 2))
     ids = tiny_pipe.tokenizer("<cat>").input_ids
     for method, words in [
@@ -323,7 +341,7 @@ def test_words_that_clash_or_do_not_fit_are_errors_that_change_nothing(tiny_pipe
 
 
 @torch.no_grad()
-def test_models_that_look_for_the_largest_id_still_find_the_end_of_text(tiny_pipe):
+def test_models_that_look_for_the_largest_id_still_find_the_end_of_text(tiny_pipe: DiffusionPipeline) -> None:
     encoder, tokenizer = tiny_pipe.text_encoder, tiny_pipe.tokenizer
     owner = next(module for module in encoder.modules() if "eos_token_id" in vars(module))
     attach_words(tiny_pipe, Tokens("<cat>", 2, "cat"))
@@ -342,16 +360,16 @@ def test_models_that_look_for_the_largest_id_still_find_the_end_of_text(tiny_pip
 # Files of new words
 
 
-def save_word(path, pipe, *methods: Method):
+def save_word(path: Path, pipe: DiffusionPipeline, *methods: Method) -> torch.Tensor:
     """A file of token methods alone."""
     site.attach_all(pipe.text_encoder, "w", [(begun(pipe, "text_encoder", method), "tokens") for method in methods])
     randomize(pipe.text_encoder, "w")
     formats.save(path, {"text_encoder": pipe.text_encoder}, "w", formats.Spec(base=asdict(describe(pipe))))
-    return next(iter(site.adapters(pipe.text_encoder, "w").values())).vectors.detach()
+    return next(iter(site.adapters(pipe.text_encoder, "w").values())).get_parameter("vectors").detach()
 
 
 @torch.no_grad()
-def test_one_word_alone_is_a_file_that_diffusers_reads(tiny_pipe, tmp_path):
+def test_one_word_alone_is_a_file_that_diffusers_reads(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     vectors = save_word(tmp_path / "renamed.safetensors", tiny_pipe, Tokens("<cat>", 3, "cat"))
     assert list(load_file(tmp_path / "renamed.safetensors")) == ["emb_params"]
     other = make_pipe()
@@ -361,17 +379,17 @@ def test_one_word_alone_is_a_file_that_diffusers_reads(tiny_pipe, tmp_path):
     pipe = make_pipe()
     Adapters(pipe).load(tmp_path / "renamed.safetensors", name="word")
     (ours,) = site.adapters(pipe.text_encoder, "word").values()
-    assert torch.equal(ours.vectors, vectors) and ours.words == {"<cat>": (200, 200, 200)}
+    assert torch.equal(ours.get_parameter("vectors"), vectors) and ours.words == {"<cat>": (200, 200, 200)}
     found = formats.inspect(tmp_path / "renamed.safetensors")
     assert found.methods == ("tokens",) and found.parameters == 96 and found.components == {"text_encoder": 1}
 
 
 @torch.no_grad()
-def test_words_beside_other_methods_are_bundled(tiny_pipe, tmp_path):
+def test_words_beside_other_methods_are_bundled(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     save_mixture(tmp_path / "mix.safetensors", tiny_pipe)
     tensors = load_file(tmp_path / "mix.safetensors")
     (ours,) = (part for part in _parts(tiny_pipe, "mix") if type(part).__name__ == "TokensAdapter")
-    assert torch.equal(tensors["bundle_emb.<cat>.clip_l"], ours.vectors)
+    assert torch.equal(tensors["bundle_emb.<cat>.clip_l"], ours.get_parameter("vectors"))
     found = formats.inspect(tmp_path / "mix.safetensors")
     assert found.methods == ("bitfit", "bottleneck", "lora", "prefix", "prompt", "tokens") and not found.unknown
     assert found.parameters == sum(parameters(components(tiny_pipe)[part], "mix") for part in MIXTURE)
@@ -389,7 +407,9 @@ def test_words_beside_other_methods_are_bundled(tiny_pipe, tmp_path):
         ("bundle.safetensors", {"bundle_emb.toy.clip_l": torch.ones(2, 32)}, "toy"),
     ],
 )
-def test_words_of_other_programs_load(tiny_pipe, tmp_path, name, content, word):
+def test_words_of_other_programs_load(
+    tiny_pipe: DiffusionPipeline, tmp_path: Path, name: str, content: dict[str, Any], word: str
+) -> None:
     file = tmp_path / name
     save_file(content, file) if file.suffix == ".safetensors" else torch.save(content, file)
     Adapters(tiny_pipe).load(file, name="theirs", strict=True)
@@ -398,7 +418,7 @@ def test_words_of_other_programs_load(tiny_pipe, tmp_path, name, content, word):
 
 
 @torch.no_grad()
-def test_a_word_has_vectors_for_both_text_encoders_of_xl(tmp_path):
+def test_a_word_has_vectors_for_both_text_encoders_of_xl(tmp_path: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     def base() -> SimpleNamespace:
@@ -430,7 +450,7 @@ def test_a_word_has_vectors_for_both_text_encoders_of_xl(tmp_path):
     assert torch.allclose(fresh.text_encoder_2.get_input_embeddings()(ids)[0], tensors["clip_g"])
 
 
-def test_a_word_for_another_base_is_an_error(tiny_pipe, tmp_path):
+def test_a_word_for_another_base_is_an_error(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     save_file({"emb_params": torch.ones(2, 768)}, tmp_path / "sd.safetensors")
     with pytest.raises(UserError, match=r"made for another base.*\(2, 768\).*width here is 32"):
         Adapters(tiny_pipe).load(tmp_path / "sd.safetensors")
@@ -440,7 +460,7 @@ def test_a_word_for_another_base_is_an_error(tiny_pipe, tmp_path):
 # All together
 
 
-def test_a_mixture_is_one_file_and_blends_image_by_image(tiny_pipe, tmp_path):
+def test_a_mixture_is_one_file_and_blends_image_by_image(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     file = save_mixture(tmp_path / "mix.safetensors", make_pipe())
     other = save_mixture(tmp_path / "other.safetensors", make_pipe(), seed=5)
     digest, before = fingerprint(components(tiny_pipe)), picture(tiny_pipe)
@@ -478,7 +498,7 @@ def test_a_mixture_is_one_file_and_blends_image_by_image(tiny_pipe, tmp_path):
     assert fingerprint(components(tiny_pipe)) == digest and np.array_equal(picture(tiny_pipe), before)
 
 
-def test_a_mixture_saved_again_is_the_same_file(tiny_pipe, tmp_path):
+def test_a_mixture_saved_again_is_the_same_file(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     file = save_mixture(tmp_path / "mix.safetensors", tiny_pipe)
     drawn = picture(tiny_pipe)
     fresh = make_pipe()
@@ -491,7 +511,7 @@ def test_a_mixture_saved_again_is_the_same_file(tiny_pipe, tmp_path):
     assert list(first) == list(again) and all(torch.equal(first[key], again[key]) for key in first)
 
 
-def _parts(pipe, name: str):
+def _parts(pipe: DiffusionPipeline, name: str) -> Iterator[Adapter]:
     for part in components(pipe).values():
         for adapter in site.adapters(part, name).values():
             yield from getattr(adapter, "parts", [adapter])
@@ -514,7 +534,7 @@ PAIRS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize(("one", "other"), itertools.combinations(PAIRS, 2))
-def test_order_matters_to_a_sequential_bottleneck_alone(one, other):
+def test_order_matters_to_a_sequential_bottleneck_alone(one: str, other: str) -> None:
     outputs = []
     for names in ((one, other), (other, one)):
         unet = make_pipe().unet

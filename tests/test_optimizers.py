@@ -1,30 +1,40 @@
 """Optimizers over the flat groups: what they learn, what they keep, and that a run goes on to the same bits."""
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_pipe
 from safetensors.torch import load_file
-from test_training import draw_pictures
+from test_training import draw_pictures, state_of
 
 from peft_diffusion import TrainConfig, UserError, train
 from peft_diffusion.core.arena import Arena
-from peft_diffusion.training.loop.optimizers import OPTIMIZERS
-from peft_diffusion.training.record import checkpoint
+from peft_diffusion.training.loop.optimizers import OPTIMIZERS, FlatOptimizer
+from peft_diffusion.training.settings.choices import OptimizerName
 
 
-def config(pictures, where, **more) -> TrainConfig:
-    values = {"steps": 6, "batch_size": 2, "rank": 8, "warmup": 0, "save_every": 3, "log_every": 1, "preview_steps": 0}
+def config(pictures: Path, where: Path, **more: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "steps": 6,
+        "batch_size": 2,
+        "rank": 8,
+        "warmup": 0,
+        "save_every": 3,
+        "log_every": 1,
+        "preview_steps": 0,
+    }
     places = {"output": where / "a.safetensors", "run_dir": where / "run", "device": "cpu"}
     return TrainConfig((pictures,), **{**values, **places, **more})
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_valley_is_descended_and_the_state_goes_on_bit_for_bit(name):
+def test_a_valley_is_descended_and_the_state_goes_on_bit_for_bit(name: OptimizerName) -> None:
     wanted = torch.linspace(-1, 1, 6000)
 
-    def steps(arena, optimizer, first, last):
+    def steps(arena: Arena, optimizer: FlatOptimizer, first: int, last: int) -> None:
         for step in range(first, last):
             arena.zero_grad()
             (arena.groups["large"][:6000] - wanted).square().sum().backward()
@@ -32,7 +42,7 @@ def test_a_valley_is_descended_and_the_state_goes_on_bit_for_bit(name):
             optimizer.set_rates(dict.fromkeys(arena.groups, rate if name == "prodigy" else rate / (1 + step / 10)))
             optimizer.optimizer.step()
 
-    def fresh():
+    def fresh() -> tuple[Arena, FlatOptimizer]:
         groups = {"large": [torch.nn.Parameter(torch.zeros(6000))], "small": [torch.nn.Parameter(torch.zeros(5))]}
         arena = Arena(groups)
         return arena, OPTIMIZERS[name](arena, {"large": 0.05, "small": 0.05}, {"large": 0.0, "small": 0.0}, False)
@@ -58,14 +68,14 @@ def test_a_valley_is_descended_and_the_state_goes_on_bit_for_bit(name):
     assert (arena.groups["small"][:5] - 0.5).abs().max() < 0.15
 
 
-def test_a_run_with_moments_of_8_bits_is_near_adamw_and_goes_on_to_the_same_bits(tmp_path):
+def test_a_run_with_moments_of_8_bits_is_near_adamw_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     names = ("adamw", "adamw8bit")
     results = {name: train(config(pictures, tmp_path / name, optimizer=name), pipe=make_pipe()) for name in names}
     plain, small = (load_file(results[name].output) for name in ("adamw", "adamw8bit"))
     one, two = (torch.cat([tensors[key].flatten() for key in sorted(plain)]) for tensors in (plain, small))
     assert torch.cosine_similarity(one, two, dim=0) > 0.99 and not torch.equal(one, two)
-    states = {name: checkpoint.read(max((tmp_path / name / "run" / "checkpoints").iterdir())).state for name in names}
+    states = {name: state_of(max((tmp_path / name / "run" / "checkpoints").iterdir())) for name in names}
     sizes = {name: sum(t.nbytes for t in state.tensors.values()) for name, state in states.items()}
     assert sizes["adamw8bit"] < 0.6 * sizes["adamw"]
     max((tmp_path / "adamw8bit" / "run" / "checkpoints").iterdir()).unlink()
@@ -78,7 +88,7 @@ def test_a_run_with_moments_of_8_bits_is_near_adamw_and_goes_on_to_the_same_bits
 
 
 @pytest.mark.parametrize("name", ["prodigy", "schedule-free"])
-def test_a_run_goes_on_to_the_same_bits_and_gives_what_the_optimizer_gives(tmp_path, name):
+def test_a_run_goes_on_to_the_same_bits_and_gives_what_the_optimizer_gives(tmp_path: Path, name: str) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     first = train(config(pictures, tmp_path / name, optimizer=name), pipe=make_pipe())
     assert first.config.unet_lr == (1.0 if name == "prodigy" else 1e-3)
@@ -91,7 +101,7 @@ def test_a_run_goes_on_to_the_same_bits_and_gives_what_the_optimizer_gives(tmp_p
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
-def test_prodigy_finds_rates_that_fit_each_group_by_itself():
+def test_prodigy_finds_rates_that_fit_each_group_by_itself() -> None:
     groups = {"far": [torch.nn.Parameter(torch.zeros(50))], "near": [torch.nn.Parameter(torch.zeros(50))]}
     arena = Arena(groups)
     optimizer = OPTIMIZERS["prodigy"](arena, {"far": 1.0, "near": 1.0}, {"far": 0.0, "near": 0.0}, False)
@@ -104,14 +114,21 @@ def test_prodigy_finds_rates_that_fit_each_group_by_itself():
     assert far > 20 * near > 20e-6
 
 
-def test_an_average_of_an_average_is_refused(tmp_path):
+def test_an_average_of_an_average_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="averages the weights itself"):
         TrainConfig((tmp_path,), optimizer="schedule-free", ema=0.99)
 
 
-def test_what_is_missing_and_what_there_is_not_are_named(tmp_path, monkeypatch):
+def test_what_is_missing_and_what_there_is_not_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--optimizer is one of adamw, adamw8bit, prodigy, schedule-free, not 'sgd'"):
-        TrainConfig((tmp_path,), optimizer="sgd")
+        TrainConfig((tmp_path,), optimizer="sgd")  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(UserError, match=r"pip install 'peft_diffusion\[quantize\]'"):
-        OPTIMIZERS["adamw8bit"](Arena({"one": [torch.nn.Parameter(torch.zeros(3))]}, ), {"one": 1.0}, {"one": 0.0}, False)
+        OPTIMIZERS["adamw8bit"](
+            Arena(
+                {"one": [torch.nn.Parameter(torch.zeros(3))]},
+            ),
+            {"one": 1.0},
+            {"one": 0.0},
+            False,
+        )

@@ -69,6 +69,7 @@ def test_the_pipeline_that_draws_is_known_while_it_does(cls: type[Any]) -> None:
 
     def look(network: Any, args: tuple[Any, ...]) -> None:
         drawing = pipelines.drawing_with(network)
+        assert drawing is not None
         seen.append((drawing, pipelines.images_drawn(drawing, len(args[0])), pipelines.progress(drawing, float(args[1]))))
 
     pipe.unet.register_forward_pre_hook(look)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from peft_diffusion.training.machine.processes import Crew, crew
 RUN = "import sys; from peft_diffusion.cli.app import main; sys.exit(main(sys.argv[1:]))"
 
 
-def launch(processes: int, *arguments: object, expected: int = 0, code: str = RUN) -> list[subprocess.CompletedProcess]:
+def launch(processes: int, *arguments: object, expected: int = 0, code: str = RUN) -> list[subprocess.CompletedProcess[str]]:
     """The command, or other code, in so many processes; raises where one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -107,7 +108,7 @@ def test_alone_one_leads_and_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -
     assert tensor.tolist() == [1.0] * 3 and alone.any(True, torch.device("cpu"))
 
 
-def accelerate(*flags: str, folder: Path, command: list[object]) -> subprocess.CompletedProcess:
+def accelerate(*flags: str, folder: Path, command: list[object]) -> subprocess.CompletedProcess[str]:
     """The command through ``accelerate launch``, as a person types it."""
     (folder / "run.py").write_text(RUN)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_processes", "2", folder / "run.py"]
@@ -139,5 +140,5 @@ def test_parts_cover_the_batch_once() -> None:
     assert [Crew(rank, 3).apart() for rank in range(3)] == [(), (1,), (2,)]
 
 
-def _metrics(folder: Path) -> list[dict]:
+def _metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

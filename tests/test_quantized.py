@@ -5,8 +5,9 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import laws
 import pytest
@@ -18,6 +19,7 @@ from laws import (  # noqa: F401
     loss_of,
     same,
     state,
+    strengths_of,
     test_law_1_a_fresh_adapter_and_strength_0_change_no_bit,
     test_law_2_detach_gives_back_class_keys_and_bits,
     test_law_4_only_the_adapter_learns,
@@ -27,6 +29,7 @@ from laws import (  # noqa: F401
     test_law_7_checkpointing_gives_the_same_gradients,
     test_law_8_copies_are_equal_and_independent,
 )
+from making import spec_of
 from rich.console import Console
 from test_training import draw_pictures, small
 from torch import nn
@@ -37,7 +40,7 @@ from peft_diffusion.bases import components, describe, digest, fingerprint, load
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import merge, quantized, site
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.core.slot import slot_of
+from peft_diffusion.core.slot import Packed, slot_of
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.generate import generate
 from peft_diffusion.generation.recipe import Recipe
@@ -46,8 +49,9 @@ from peft_diffusion.generation.text import generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training import TextTrainConfig
+from peft_diffusion.training.settings.choices import Quantize
 
-KINDS = ("nf4", "int8")
+KINDS: tuple[Quantize, ...] = ("nf4", "int8")
 # How far, against their norm, rounding takes weights that are spread evenly, as those of these small bases are.
 ROUNDING = {"nf4": 0.12, "int8": 0.01}
 ON_LINEAR = [name for name, (_, target) in laws.METHODS.items() if "conv" not in target]
@@ -96,6 +100,7 @@ def test_law_9_merging_rounds_again_and_unmerging_restores_the_bytes(case: Case)
     wanted = {path: laws.wanted_weight(s, 0.7) for path, s in site.sites(case.model).items() if path in dense}
     told = merge.merge(case.model)
     kind = quantized.kind_of(case.model)
+    assert kind is not None
     changed = {path: w for path, w in wanted.items() if w is not None}
     assert told.quantized == len(changed)
     assert not same(state(case.model), before)
@@ -112,7 +117,7 @@ def test_law_9_merging_rounds_again_and_unmerging_restores_the_bytes(case: Case)
     assert torch.equal(case.run(), running)
 
 
-def _norm(tensors) -> float:
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
     return float(torch.stack([t.float().square().sum() for t in tensors]).sum().sqrt())
 
 
@@ -139,7 +144,7 @@ def test_law_9_training_lowers_the_loss_and_no_byte_of_the_base_changes(case: Ca
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_of_a_quantized_base_loads_onto_the_plain_one_and_back(kind: str, tmp_path) -> None:
+def test_an_adapter_of_a_quantized_base_loads_onto_the_plain_one_and_back(kind: str, tmp_path: Path) -> None:
     plain, packed = make_pipe(), make_pipe()
     digest.quantize(components(packed), kind)
     assert describe(packed) == describe(plain)  # the identity is that of the base before
@@ -159,7 +164,7 @@ def test_an_adapter_of_a_quantized_base_loads_onto_the_plain_one_and_back(kind: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_load_base_quantizes_every_linear_but_no_other_module(kind: str, tiny_base) -> None:
+def test_load_base_quantizes_every_linear_but_no_other_module(kind: str, tiny_base: Path) -> None:
     pipe, plain = load_base(tiny_base, device="cpu", quantize=kind), load_base(tiny_base, device="cpu")
     for name, part in components(pipe).items():
         original = dict(components(plain)[name].named_modules())
@@ -194,6 +199,13 @@ def test_halving_keeps_scales_and_codes() -> None:
     assert all(torch.equal(half.state_dict()[key], before[key]) for key in ("0.weight", "0.weight_scale"))
 
 
+def packed_of(module: nn.Module) -> Packed:
+    """The pair that the adapters of a module are packed into."""
+    slot = slot_of(module)
+    assert slot is not None and slot.packed is not None
+    return slot.packed
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_adapters_of_a_half_base_are_cast_once(kind: str) -> None:
     model = nn.Sequential(nn.Linear(64, 32, bias=False), nn.LayerNorm(32)).requires_grad_(False).to(torch.bfloat16)
@@ -203,11 +215,11 @@ def test_packed_adapters_of_a_half_base_are_cast_once(kind: str) -> None:
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     seen = []
     for seed in (2, 3):  # as if it was trained between
-        torch.nn.init.normal_(adapter.up, generator=torch.Generator().manual_seed(seed))
+        torch.nn.init.normal_(adapter.get_parameter("up"), generator=torch.Generator().manual_seed(seed))
         site.pack(model)
-        assert slot_of(model[0]).packed.down.dtype == slot_of(model[0]).packed.up.dtype == torch.bfloat16
+        assert packed_of(model[0]).down.dtype == packed_of(model[0]).up.dtype == torch.bfloat16
         for strength in (1.0, 0.5):
-            site.strengths(model).write({"a": strength})
+            strengths_of(model).write({"a": strength})
             with torch.no_grad():
                 packed = model(x)
             seen.append(packed)
@@ -215,7 +227,7 @@ def test_packed_adapters_of_a_half_base_are_cast_once(kind: str) -> None:
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
     model.append(nn.LayerNorm(32))  # in float32: what the layer computes in cannot be told
     site.pack(model)
-    assert slot_of(model[0]).packed.down.dtype == torch.float32
+    assert packed_of(model[0]).down.dtype == torch.float32
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (40, 32), (3, 50), (5, 7), (1, 200)])
@@ -223,9 +235,10 @@ def test_packed_adapters_of_a_half_base_are_cast_once(kind: str) -> None:
 def test_a_weight_of_any_shape_is_what_its_codes_and_scales_say(kind: str, shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     model = nn.Sequential(nn.Linear(shape[1], shape[0])).requires_grad_(False)
-    model[0].weight.copy_(weight)
+    model[0].get_parameter("weight").copy_(weight)
     quantized.quantize(model, kind)
     layer = model[0]
+    assert isinstance(layer, quantized.QuantizedLinear)
     if kind == "int8":
         expected = layer.weight * layer.weight_scale[:, None]
     else:
@@ -271,7 +284,7 @@ def test_layers_that_bitsandbytes_itself_quantized_take_adapters_but_are_not_mer
     assert torch.equal(model(x), before)
 
 
-def test_a_backend_that_is_not_installed_is_named(tiny_base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_is_not_installed_is_named(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install 'peft_diffusion\[quantize\]'") as told:
         load_base(tiny_base, device="cpu", quantize="nf4")
@@ -282,7 +295,9 @@ def test_a_backend_that_is_not_installed_is_named(tiny_base, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_generating_and_repeating_a_picture_on_a_quantized_base(kind: str, tiny_base, tmp_path) -> None:
+def test_training_generating_and_repeating_a_picture_on_a_quantized_base(
+    kind: Quantize, tiny_base: Path, tmp_path: Path
+) -> None:
     folder = draw_pictures(tmp_path / "pictures")
     base = str(tiny_base)
     said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
@@ -290,7 +305,7 @@ def test_training_generating_and_repeating_a_picture_on_a_quantized_base(kind: s
     trained = train(run, observers=[TrainingConsole(said)])
     shown = f"generate 'a red apple' --adapter {trained.output} --base {base} --quantize {kind}\n"
     assert f"next: peft-diffusion {shown}" in said.export_text()
-    spec = formats.inspect(trained.output).spec
+    spec = spec_of(trained.output)
     assert spec.training["quantize"] == kind
     assert spec.base["fingerprint"] == describe(load_base(base, device="cpu")).fingerprint
     asked = GenerateConfig(
@@ -307,14 +322,14 @@ def test_training_generating_and_repeating_a_picture_on_a_quantized_base(kind: s
         generate(GenerateConfig(recipe=first.path, quantize=kind, output=tmp_path / "b.png", device="cpu"))
 
 
-def test_a_recipe_without_a_word_on_quantization_is_of_a_plain_base(tiny_base, tmp_path) -> None:
+def test_a_recipe_without_a_word_on_quantization_is_of_a_plain_base(tiny_base: Path, tmp_path: Path) -> None:
     asked = GenerateConfig(("a cat",), base=str(tiny_base), steps=1, output=tmp_path / "a.png", device="cpu")
     values = json.loads(json.dumps(generate(asked)[0].recipe.to_json()))
     del values["quantize"]
     assert Recipe.from_json(values).quantize is None
 
 
-def test_a_language_model_learns_and_writes_quantized(tmp_path) -> None:
+def test_a_language_model_learns_and_writes_quantized(tmp_path: Path) -> None:
     save_lm(tmp_path / "lm")
     words = tmp_path / "words.txt"
     words.write_text("the red cat and the blue dog sat in the house of ink. " * 40)
@@ -337,7 +352,9 @@ def test_a_language_model_learns_and_writes_quantized(tmp_path) -> None:
     assert [one.prompt for one in generate_text(written)] == ["the"]
 
 
-def test_the_command_names_a_missing_backend_in_one_line(tiny_base, tmp_path, monkeypatch, capsys) -> None:
+def test_the_command_names_a_missing_backend_in_one_line(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from peft_diffusion.cli.app import main
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -354,7 +371,7 @@ def test_the_command_names_a_missing_backend_in_one_line(tiny_base, tmp_path, mo
 
 
 @torch.no_grad()
-def test_merging_tells_its_error(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+def test_merging_tells_its_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipe = make_pipe()
     digest.quantize(components(pipe), "nf4")
     site.attach(pipe.unet, "a", Lora(rank=4), "attention+ff")

@@ -5,8 +5,10 @@ import math
 import re
 import shutil
 import subprocess
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,14 +18,16 @@ from making import command
 from rich.console import Console
 from test_resume import stop_after
 from test_training import draw_pictures, small
+from torch import nn
 
 from peft_diffusion.api import find_rates, find_text_rates, train, train_text
 from peft_diffusion.cli import runs
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.training import Interrupted, TextTrainConfig
+from peft_diffusion.training import Interrupted, TextTrainConfig, TrainResult
 from peft_diffusion.training import pictures as picture_runs
 from peft_diffusion.training.machine import memory_plan
+from peft_diffusion.training.machine.low_memory import recomputed
 from peft_diffusion.training.record import charts, report, run_record
 from peft_diffusion.training.watch.find_lr import search, trial_steps
 
@@ -32,7 +36,7 @@ NASTY = "<script>alert(1)</script> & \"quotes\" 'and' {{ 7 * 7 }}"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """A run with previews, warnings, captions that try to be markup, and pictures kept apart."""
     where = tmp_path_factory.mktemp("made")
     folder = draw_pictures(where / "pictures")
@@ -49,14 +53,14 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags: list[tuple[str, dict]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
         self.feed(text)
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         self.words.append(data)
 
     @property
@@ -64,17 +68,17 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def page_of(path) -> Page:
+def page_of(path: Path) -> Page:
     return Page((path / "report.html").read_text("utf-8"))
 
 
-def test_the_report_tells_all_of_a_run_and_needs_nothing_else(made):
+def test_the_report_tells_all_of_a_run_and_needs_nothing_else(made: TrainResult) -> None:
     page = page_of(made.run_dir)
     for words in ("finished", "unet-lr", "0.003", "0.001", "broken.png", "Leakage", "Memorisation", "step 6",
                   "suggested strength",
                   "peft-diffusion generate", "--resume", made.base_fingerprint, "2 of them are kept apart"):  # fmt: skip
         assert words in page.text, words
-    sources = [given[key] for _, given in page.tags for key in ("src", "href") if key in given]
+    sources = [given[key] or "" for _, given in page.tags for key in ("src", "href") if key in given]
     pictures = [source for source in sources if source.startswith("data:image/webp;base64,")]
     assert len(pictures) == 3 * 2 + 6  # previews of the base and of two steps, and thumbnails
     assert all(source.startswith("data:") for source in sources)
@@ -82,19 +86,19 @@ def test_the_report_tells_all_of_a_run_and_needs_nothing_else(made):
     assert (made.run_dir / "report.html").stat().st_size < 1_000_000
 
 
-def test_what_others_wrote_stays_text(made):
+def test_what_others_wrote_stays_text(made: TrainResult) -> None:
     page = page_of(made.run_dir)
     assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "object", "ink")]
     assert NASTY in page.text and "<ink>" in page.text and "49" not in re.findall(r"'and' (\S+)", page.text)
 
 
-def test_only_settings_that_are_not_the_presets_stand_out(made):
+def test_only_settings_that_are_not_the_presets_stand_out(made: TrainResult) -> None:
     changed = run_record.Record(made.run_dir).changed()
     assert changed["unet_lr"] == (3e-3, 1e-3) and changed["rank"] == (2, 16) and changed["trigger"] == ("<ink>", "")
     assert not {"seed", "method", "clip", "precision", "output", "run_dir"} & set(changed)
 
 
-def test_a_run_that_was_stopped_or_failed_says_so(tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_or_failed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = draw_pictures(tmp_path / "pictures")
     with monkeypatch.context() as patched:
         stop_after(patched, 4)
@@ -109,7 +113,7 @@ def test_a_run_that_was_stopped_or_failed_says_so(tmp_path, monkeypatch):
     assert "Lower the learning rate" in page_of(tmp_path / "run").text
 
 
-def test_a_run_whose_process_is_gone_is_not_running(tmp_path, made):
+def test_a_run_whose_process_is_gone_is_not_running(tmp_path: Path, made: TrainResult) -> None:
     copy = shutil.copytree(made.run_dir, tmp_path / "copy")
     facts = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps(facts | {"state": "running"}))
@@ -120,7 +124,7 @@ def test_a_run_whose_process_is_gone_is_not_running(tmp_path, made):
     assert run_record.Record(copy).state == "stopped"
 
 
-def test_a_text_run_has_a_report_too(tmp_path):
+def test_a_text_run_has_a_report_too(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("the ox is swift & the hen is <b>bold</b>. " * 40, "utf-8")
     run = TextTrainConfig((tmp_path / "words.txt",), output=tmp_path / "a.safetensors", run_dir=tmp_path / "run", steps=4,
                           batch_size=2, rank=2, save_every=2, held_out=0.2)  # fmt: skip
@@ -131,8 +135,9 @@ def test_a_text_run_has_a_report_too(tmp_path):
 
 
 @pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("chromium-browser")), reason="needs chromium")
-def test_a_real_browser_shows_it_without_errors(made, tmp_path):
+def test_a_real_browser_shows_it_without_errors(made: TrainResult, tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    assert browser is not None
     both = tmp_path / "both.html"
     one = run_record.Record(made.run_dir)
     both.write_text(report.compared(one, one), "utf-8")
@@ -148,7 +153,7 @@ def test_a_real_browser_shows_it_without_errors(made, tmp_path):
         assert "<script" not in dom and dom.count("<svg") >= 4
 
 
-def test_runs_are_listed_and_compared(made, tmp_path, monkeypatch):
+def test_runs_are_listed_and_compared(made: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = tmp_path / "runs"
     shutil.copytree(made.run_dir, runs / "first")
     shutil.copytree(made.run_dir, runs / "second")
@@ -168,7 +173,7 @@ def test_runs_are_listed_and_compared(made, tmp_path, monkeypatch):
     assert empty.returncode == 1 and "there is no folder" in empty.stderr
 
 
-def test_charts_have_round_ticks_within_their_limits():
+def test_charts_have_round_ticks_within_their_limits() -> None:
     assert charts.ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1.0]
     assert charts.ticks(0.11, 0.16) == pytest.approx([0.12, 0.14, 0.16])
     spiky = [*[0.1] * 99, 50.0]
@@ -183,7 +188,7 @@ def test_charts_have_round_ticks_within_their_limits():
 # Trackers.
 
 
-def test_tensorboard_gets_losses_signals_and_previews(tmp_path):
+def test_tensorboard_gets_losses_signals_and_previews(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder = draw_pictures(tmp_path / "pictures")
     changes = {"held_out": 0.4, "preview_steps": 1, "preview_prompts": ("a cat",), "log_with": "tensorboard"}
@@ -197,7 +202,9 @@ def test_tensorboard_gets_losses_signals_and_previews(tmp_path):
     assert [event.step for event in found.Images(tags["images"][0])] == [0, 6]
 
 
-def test_a_tracker_without_its_package_is_told_before_anything_is_done(tmp_path, monkeypatch):
+def test_a_tracker_without_its_package_is_told_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'peft_diffusion\[tensorboard\]'"):
         train(small(tmp_path / "none", tmp_path, log_with="tensorboard"))
@@ -209,7 +216,7 @@ def test_a_tracker_without_its_package_is_told_before_anything_is_done(tmp_path,
 
 @pytest.mark.parametrize("best", [1 / 300, 1 / 9, 0.7, 1.0, 2.4, 40.0, 200.0])
 @pytest.mark.parametrize("power", [0.0, 1.0, 1.6])  # by which the best rate falls as the steps grow
-def test_the_search_finds_the_best_of_whole_runs_within_a_factor_of_two(best, power):
+def test_the_search_finds_the_best_of_whole_runs_within_a_factor_of_two(best: float, power: float) -> None:
     tried = []
 
     def measure(steps: int, factor: float) -> float:
@@ -220,7 +227,7 @@ def test_the_search_finds_the_best_of_whole_runs_within_a_factor_of_two(best, po
     assert set(tried) == {60, 300} and tried.count(60) <= 8 and tried.count(300) <= 6
 
 
-def test_the_search_passes_over_rates_that_run_away():
+def test_the_search_passes_over_rates_that_run_away() -> None:
     tried = {}
 
     def measure(steps: int, factor: float) -> float:
@@ -234,11 +241,11 @@ def test_the_search_passes_over_rates_that_run_away():
         search(lambda steps, factor: math.inf if steps == 300 else factor, 300)
 
 
-def test_trials_are_short_at_first():
+def test_trials_are_short_at_first() -> None:
     assert [trial_steps(steps) for steps in (5, 60, 300, 1500)] == [5, 20, 60, 300]
 
 
-def test_a_rate_is_found_and_nothing_else_is_left(tmp_path):
+def test_a_rate_is_found_and_nothing_else_is_left(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures", 8)
     asked = small(folder, tmp_path, held_out=0.25, batch_size=4, unet_lr=1e-4, steps=5)
     console = Console(record=True, width=160, file=(tmp_path / "log").open("w"))
@@ -256,12 +263,20 @@ def test_a_rate_is_found_and_nothing_else_is_left(tmp_path):
     assert ("look still gains above" in told) == (found.factor < 1)
 
 
-def test_trials_stand_as_the_run_does_and_the_flag_of_words_is_told(tmp_path, monkeypatch):
+def test_trials_stand_as_the_run_does_and_the_flag_of_words_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = draw_pictures(tmp_path / "pictures", 4)
     stood = []
-    recomputed = memory_plan.recomputed
-    monkeypatch.setattr(memory_plan, "recomputed", lambda *parts: stood.append("low") or recomputed(*parts))
-    monkeypatch.setattr(picture_runs, "fused", lambda unet: stood.append("fused") or nullcontext())
+
+    def low(parts: Sequence[nn.Module], chance: bool) -> AbstractContextManager[int | None]:
+        stood.append("low")
+        return recomputed(parts, chance)
+
+    def fused(unet: nn.Module) -> AbstractContextManager[int | None]:
+        stood.append("fused")
+        return nullcontext()
+
+    monkeypatch.setattr(memory_plan, "recomputed", low)
+    monkeypatch.setattr(picture_runs, "fused", fused)
     asked = small(folder, tmp_path, rank=None, method="tokens", components=("text_encoder",), trigger="<ink>", steps=1,
                   option=("placeholders=<ink>",), memory="low")  # fmt: skip
     console = Console(record=True, width=160, file=(tmp_path / "log").open("w"))
@@ -289,7 +304,9 @@ DAMAGE = {
 }
 
 
-def test_a_damaged_run_hides_no_other(made, tmp_path, monkeypatch, capsys):
+def test_a_damaged_run_hides_no_other(
+    made: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for case, (name, content) in {"whole": ("note", b""), **DAMAGE}.items():
         shutil.copytree(made.run_dir, tmp_path / "runs" / case)
         (tmp_path / "runs" / case / name).write_bytes(content)
@@ -301,7 +318,9 @@ def test_a_damaged_run_hides_no_other(made, tmp_path, monkeypatch, capsys):
     assert f"{made.held_out_after:.4f}" in told["whole"] and "finished" in told["whole"]
 
 
-def test_the_list_fits_a_narrow_terminal(made, tmp_path, monkeypatch, capsys):
+def test_the_list_fits_a_narrow_terminal(
+    made: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = "openmoji-with-a-long-name"
     shutil.copytree(made.run_dir, tmp_path / name)
     monkeypatch.setenv("COLUMNS", "80")

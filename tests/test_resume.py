@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from test_settings import asked
-from test_training import draw_pictures, lines, small
+from test_training import draw_pictures, lines, small, state_of
 
 from peft_diffusion.api import train
 from peft_diffusion.cli.console import TrainingConsole
@@ -27,6 +28,7 @@ from peft_diffusion.training import Interrupted
 from peft_diffusion.training.events import Step
 from peft_diffusion.training.loop.trainer import Trainer
 from peft_diffusion.training.record import checkpoint
+from peft_diffusion.training.results import RunResult
 from peft_diffusion.training.tasks.diffusion import DiffusionTask
 
 torch.set_num_threads(1)
@@ -40,7 +42,7 @@ EVERYTHING = {
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def pictures(tmp_path: Path) -> Path:
     folder = draw_pictures(tmp_path / "pictures")
     for number, path in enumerate(sorted(folder.glob("*.png"))):
         path.with_suffix(".txt").write_text(f"ink, red {number}, apple, flat", "utf-8")
@@ -58,17 +60,17 @@ class StopAfter:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def stop_after(monkeypatch, step: int) -> None:
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     run = Trainer.run
 
-    def watched(self, until=None, **stop):
+    def watched(self: Trainer, until: int | None = None, **stop: Any) -> bool:
         self.observers.append(StopAfter(step))
         return run(self, until, **stop)
 
     monkeypatch.setattr(Trainer, "run", watched)
 
 
-def without_time(result) -> list[dict]:
+def without_time(result: RunResult) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines(result)]
 
 
@@ -78,7 +80,9 @@ def same_file(one: Path, two: Path) -> bool:
 
 
 @pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, pictures, monkeypatch, changes):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
     whole = train(small(pictures, tmp_path / "whole", **changes), pipe=make_pipe())
     with monkeypatch.context() as patched:
         stop_after(patched, 4)
@@ -90,18 +94,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, picture
     assert same_file(whole.output, resumed.output)
     assert without_time(whole) == without_time(resumed)
     assert whole.held_out_after == resumed.held_out_after and whole.held_out_before == resumed.held_out_before
-    ends = [checkpoint.read(r.run_dir / "checkpoints" / "step_000006.safetensors").state for r in (whole, resumed)]
+    ends = [state_of(r.run_dir / "checkpoints" / "step_000006.safetensors") for r in (whole, resumed)]
     assert all(torch.equal(ends[0].tensors[name], ends[1].tensors[name]) for name in ends[0].tensors)
     assert ends[0].divergence == ends[1].divergence
 
 
-def test_a_handler_of_the_caller_is_there_again_afterwards(tmp_path, pictures):
+def test_a_handler_of_the_caller_is_there_again_afterwards(tmp_path: Path, pictures: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     train(small(pictures, tmp_path, steps=1), pipe=make_pipe())
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_longer_run_goes_on_and_says_what_that_means(tmp_path, pictures):
+def test_a_longer_run_goes_on_and_says_what_that_means(tmp_path: Path, pictures: Path) -> None:
     train(small(pictures, tmp_path, scheduler="constant"), pipe=make_pipe())
     longer = train(small(pictures, tmp_path, scheduler="constant", steps=9, resume=True), pipe=make_pipe())
     whole = train(small(pictures, tmp_path / "whole", scheduler="constant", steps=9), pipe=make_pipe())
@@ -115,7 +119,9 @@ def test_a_longer_run_goes_on_and_says_what_that_means(tmp_path, pictures):
         train(small(pictures, tmp_path / "falling", scheduler="cosine", steps=3, resume=True), pipe=make_pipe())
 
 
-def test_a_run_goes_on_from_its_file_of_settings_with_what_it_had_derived(tmp_path, pictures, monkeypatch):
+def test_a_run_goes_on_from_its_file_of_settings_with_what_it_had_derived(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its warm-up follows from its steps, which may be more now; rank, rates and the rest are derived as they were."""
     derives = {"warmup": None, "rank": None, "save_every": None, "scheduler": "constant"}
     with monkeypatch.context() as patched:
@@ -136,13 +142,15 @@ def test_a_run_goes_on_from_its_file_of_settings_with_what_it_had_derived(tmp_pa
     assert train(again, pipe=make_pipe()).config.warmup == 2
 
 
-def test_a_warm_up_that_was_chosen_is_compared(tmp_path, pictures):
+def test_a_warm_up_that_was_chosen_is_compared(tmp_path: Path, pictures: Path) -> None:
     train(small(pictures, tmp_path, warmup=3), pipe=make_pipe())
     with pytest.raises(UserError, match="--warmup was 3, now 1"):
         train(small(pictures, tmp_path, warmup=None, steps=9, resume=True), pipe=make_pipe())
 
 
-def test_a_run_of_an_older_version_goes_on_from_a_file_of_all_settings(tmp_path, pictures, monkeypatch):
+def test_a_run_of_an_older_version_goes_on_from_a_file_of_all_settings(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     derives = {"warmup": None, "rank": None, "save_every": None}
     whole = train(small(pictures, tmp_path / "whole", steps=10, **derives), pipe=make_pipe())
     with monkeypatch.context() as patched:
@@ -152,6 +160,7 @@ def test_a_run_of_an_older_version_goes_on_from_a_file_of_all_settings(tmp_path,
     run = tmp_path / "cut" / "run"
     for path in (run / "checkpoints").iterdir():
         found = checkpoint.read(path)
+        assert found is not None
         settings = {name: value for name, value in found.origin.config.items() if name != "derived"}
         checkpoint.write(path, replace(found, origin=replace(found.origin, config=settings)))
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if value is not None and key != "processes"]
@@ -162,7 +171,7 @@ def test_a_run_of_an_older_version_goes_on_from_a_file_of_all_settings(tmp_path,
     assert same_file(train(again, pipe=make_pipe()).output, whole.output)
 
 
-def test_resuming_refuses_other_settings_pictures_captions_and_bases_by_name(tmp_path, pictures):
+def test_resuming_refuses_other_settings_pictures_captions_and_bases_by_name(tmp_path: Path, pictures: Path) -> None:
     first = train(small(pictures, tmp_path), pipe=make_pipe())
     before = {path: path.read_bytes() for path in first.run_dir.rglob("*") if path.is_file()}
     again = {"steps": 9, "resume": True}
@@ -184,7 +193,7 @@ def test_resuming_refuses_other_settings_pictures_captions_and_bases_by_name(tmp
     assert {path: path.read_bytes() for path in first.run_dir.rglob("*") if path.is_file()} == before
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, pictures):
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, pictures: Path) -> None:
     whole = train(small(pictures, tmp_path), pipe=make_pipe())
     newest = whole.run_dir / "checkpoints" / "step_000006.safetensors"
     bits = load_file(whole.output)
@@ -193,10 +202,10 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, pictures):
     again = load_file(resumed.output)
     assert all(torch.equal(bits[key], again[key]) for key in bits)
     assert [line["step"] for line in lines(resumed) if "loss" in line] == list(range(1, 7))
-    assert checkpoint.read(newest).state.step == 6
+    assert state_of(newest).step == 6
 
 
-def test_checkpoints_that_cannot_be_read_are_kept(tmp_path, pictures):
+def test_checkpoints_that_cannot_be_read_are_kept(tmp_path: Path, pictures: Path) -> None:
     run = train(small(pictures, tmp_path), pipe=make_pipe()).run_dir
     for path in (run / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:-100])
@@ -207,19 +216,22 @@ def test_checkpoints_that_cannot_be_read_are_kept(tmp_path, pictures):
 
 
 @pytest.mark.parametrize("changes", [{"method": "bitfit"}, {"block": ("unet attention+ff ia3",)}], ids=["method", "block"])
-def test_a_method_without_rank_goes_on_from_its_own_settings(tmp_path, pictures, monkeypatch, changes):
+def test_a_method_without_rank_goes_on_from_its_own_settings(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
     whole = train(small(pictures, tmp_path, rank=None, scheduler="constant", **changes), pipe=make_pipe())
     assert whole.config.rank is None
     train(replace(whole.config, steps=7, resume=True), pipe=make_pipe())
     older = replace(whole.config, rank=16, resume=True)  # which earlier versions wrote down
     for path in (whole.run_dir / "checkpoints").iterdir():
         found = checkpoint.read(path)
+        assert found is not None
         origin = replace(found.origin, config={**found.origin.config, "rank": 16})
         checkpoint.write(path, replace(found, origin=origin))
     assert train(replace(older, steps=8), pipe=make_pipe()).steps == 8
 
 
-def test_only_a_mask_or_repeats_that_changed_are_named(tmp_path, pictures):
+def test_only_a_mask_or_repeats_that_changed_are_named(tmp_path: Path, pictures: Path) -> None:
     config = small(pictures, tmp_path)
     train(config, pipe=make_pipe())
     with pytest.raises(UserError, match=r"other repeats or weight, .* and 3 more"):
@@ -229,8 +241,8 @@ def test_only_a_mask_or_repeats_that_changed_are_named(tmp_path, pictures):
         train(replace(config, resume=True), pipe=make_pipe())
 
 
-def test_previews_go_on_without_their_folder_and_with_other_prompts(tmp_path, pictures):
-    changes = {"preview_steps": 1, "scheduler": "constant"}
+def test_previews_go_on_without_their_folder_and_with_other_prompts(tmp_path: Path, pictures: Path) -> None:
+    changes: dict[str, Any] = {"preview_steps": 1, "scheduler": "constant"}
     first = train(small(pictures, tmp_path, steps=3, preview_prompts=("a cat", "a dog"), **changes), pipe=make_pipe())
     previews = first.run_dir / "previews"
     shutil.rmtree(previews)
@@ -245,23 +257,26 @@ def test_previews_go_on_without_their_folder_and_with_other_prompts(tmp_path, pi
     assert not list(previews.iterdir())
 
 
-def test_a_run_without_checkpoint_starts_again_and_one_that_is_not_there_is_an_error(tmp_path, pictures):
+def test_a_run_without_checkpoint_starts_again_and_one_that_is_not_there_is_an_error(tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(UserError, match="there is no run in"):
         train(small(pictures, tmp_path, resume=True), pipe=make_pipe())
     whole = train(small(pictures, tmp_path / "whole"), pipe=make_pipe())
     begun = small(pictures, tmp_path / "begun", resume=True)
-    begun.run_dir.mkdir(parents=True)
-    (begun.run_dir / "config.toml").write_text("", "utf-8")
-    (begun.run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 5}\n{"st', "utf-8")
+    run = tmp_path / "begun" / "run"
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text("", "utf-8")
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 5}\n{"st', "utf-8")
     assert same_file(train(begun, pipe=make_pipe()).output, whole.output)
     assert [line["step"] for line in lines(whole) if "loss" in line] == list(range(1, 7))
 
 
-def test_the_newest_two_checkpoints_and_the_best_are_kept(tmp_path, pictures, monkeypatch):
+def test_the_newest_two_checkpoints_and_the_best_are_kept(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured = iter([9.0, 5.0, 1.0, 6.0, 7.0, 8.0, 9.0])
     monkeypatch.setattr(DiffusionTask, "held_out", lambda _: next(measured, 2.0))  # the strengths come after the run
     result = train(small(pictures, tmp_path, steps=12, save_every=2), pipe=make_pipe())
-    kept = {checkpoint.read(path).state.step for path in (result.run_dir / "checkpoints").iterdir()}
+    kept = {state_of(path).step for path in (result.run_dir / "checkpoints").iterdir()}
     assert kept == {4, 10, 12}
 
 
@@ -281,13 +296,13 @@ class Command:
         self.line = [sys.executable, str(script), *arguments]
         where.mkdir(parents=True, exist_ok=True)
 
-    def start(self) -> subprocess.Popen:
+    def start(self) -> subprocess.Popen[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             self.line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
         )
 
-    def wait_for_step(self, step: int, process: subprocess.Popen) -> None:
+    def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
         until = time.monotonic() + 120
         while time.monotonic() < until and process.poll() is None:
             metrics = self.run / "metrics.jsonl"
@@ -298,7 +313,7 @@ class Command:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_base) -> tuple[Path, Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, Path]:
     """Pictures, and the file of a run on them that nothing interrupted."""
     where = tmp_path_factory.mktemp("finished")
     pictures = draw_pictures(where / "pictures")
@@ -311,7 +326,9 @@ def finished(tmp_path_factory, tiny_base) -> tuple[Path, Path]:
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["INT", "TERM", "KILL"])
-def test_a_real_process_that_is_stopped_goes_on_to_the_same_bits(tmp_path, tiny_base, finished, number):
+def test_a_real_process_that_is_stopped_goes_on_to_the_same_bits(
+    tmp_path: Path, tiny_base: Path, finished: tuple[Path, Path], number: signal.Signals
+) -> None:
     pictures, whole = finished
     command = Command(tiny_base, pictures, tmp_path)
     process = command.start()

@@ -168,7 +168,7 @@ def test_help_tells_type_default_range_and_help_of_every_setting() -> None:
     for kind in KINDS[:5]:
         if kind is FindLr:
             continue
-        shown = " ".join(pydoc.render_doc(kind, renderer=pydoc.plaintext).replace("|", " ").split())
+        shown = " ".join(pydoc.plain(pydoc.render_doc(kind)).replace("|", " ").split())
         for one in settings_of(kind):
             assert " ".join(one.line().replace("|", " ").split()) in shown, one.name
     lines = {one.name: one.line() for one in settings_of(pd.TrainConfig)}

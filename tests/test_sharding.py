@@ -4,9 +4,11 @@ import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from test_processes import assert_same, launch
 from test_training import draw_pictures
@@ -57,7 +59,7 @@ torch.distributed.barrier()
 """
 
 
-def run(*commands: str | list[object]) -> list[subprocess.CompletedProcess]:
+def run(*commands: str | list[object]) -> list[subprocess.CompletedProcess[str]]:
     """Commands and code, in two processes."""
     told = [one if isinstance(one, str) else [str(word) for word in one] for one in commands]
     return launch(2, *map(json.dumps, told), code=COMMANDS)
@@ -124,7 +126,7 @@ def test_each_process_holds_its_part_and_methods_that_read_weights_find_them(tin
         assert_same(tmp_path / f"plain_{name}.safetensors", tmp_path / f"sharded_{name}.safetensors")
 
 
-def test_what_cannot_be_sharded_is_refused_in_words(tiny_base: Path, tmp_path: Path, tiny_pipe) -> None:
+def test_what_cannot_be_sharded_is_refused_in_words(tiny_base: Path, tmp_path: Path, tiny_pipe: DiffusionPipeline) -> None:
     config = TrainConfig((tmp_path,), base=str(tiny_base), device="cpu", run_dir=tmp_path / "run", shard_base=True)
     with pytest.raises(UserError, match="there is one; start them with torchrun --nproc-per-node N"):
         train(config)
@@ -159,5 +161,5 @@ def test_what_a_sharded_run_takes_is_not_predicted_and_memory_low_is_kept(monkey
     assert said[1].endswith("sharded")
 
 
-def _metrics(folder: Path) -> list[dict]:
+def _metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

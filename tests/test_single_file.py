@@ -2,11 +2,14 @@
 
 import pickle
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from original import checkpoint
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -57,7 +60,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(architectures._ENCODERS["openclip-g"], "projection_dim", 64)
 
 
-def build(found: Architecture, dtype: torch.dtype = torch.float32):
+def build(found: Architecture, dtype: torch.dtype = torch.float32) -> Any:
     """A pipeline with random weights, from the configurations themselves."""
     torch.manual_seed(0)
     configs = found.configs()
@@ -72,11 +75,11 @@ def build(found: Architecture, dtype: torch.dtype = torch.float32):
     return type("Pipe", (), parts)
 
 
-def _plain(config: dict) -> dict:
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def state(found: Architecture, pipe) -> dict[str, torch.Tensor]:
+def state(found: Architecture, pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
     told = checkpoint(pipe)
     if found.kind == "sd2-v":
         told[single_file._NORM] = torch.randn(told[single_file._NORM].shape)
@@ -85,7 +88,7 @@ def state(found: Architecture, pipe) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_read_whole(kind: str, small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_kind_is_read_whole(kind: str, small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = KINDS[kind]
     if found.kind == "sdxl":  # whose text is as wide as its two encoders together
         monkeypatch.setitem(architectures._ENCODERS["clip-l"], "hidden_size", 32)
@@ -115,7 +118,7 @@ def test_every_kind_is_read_whole(kind: str, small, monkeypatch: pytest.MonkeyPa
 _V_NORM = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
 
 
-def test_what_a_checkpoint_lacks_is_named(small, tmp_path: Path) -> None:
+def test_what_a_checkpoint_lacks_is_named(small: None, tmp_path: Path) -> None:
     tensors = checkpoint(build(KINDS["sd1"]))
     name = "model.diffusion_model.out.2.weight"
     save_file({key: value for key, value in tensors.items() if key != name}, tmp_path / "a.safetensors")
@@ -127,7 +130,7 @@ def test_what_a_checkpoint_lacks_is_named(small, tmp_path: Path) -> None:
         load_base(tmp_path / "a.safetensors", device="cpu")
 
 
-def test_a_ckpt_is_read_without_running_code(small, tmp_path: Path) -> None:
+def test_a_ckpt_is_read_without_running_code(small: None, tmp_path: Path) -> None:
     original = build(KINDS["sd1"])
     torch.save({"state_dict": checkpoint(original), "global_step": 840000}, tmp_path / "a.ckpt")
     pipe = load_base(tmp_path / "a.ckpt", device="cpu")
@@ -135,7 +138,7 @@ def test_a_ckpt_is_read_without_running_code(small, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
 
     class Hostile:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[Path]]:
             return Path.touch, (ran,)
 
     torch.save({"state_dict": {"a": Hostile()}}, tmp_path / "bad.ckpt")

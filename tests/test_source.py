@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ from PIL import Image
 
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import recipe as recipes
-from peft_diffusion.generation.generate import generate
+from peft_diffusion.generation.generate import Picture, generate
 from peft_diffusion.generation.settings import GenerateConfig
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory) -> dict[str, Path]:
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny pipelines, and those that are told masks."""
     folder = tmp_path_factory.mktemp("kinds")
     made = {"plain": make_pipe(), "xl": make_xl_pipe(), "masked": make_pipe(in_channels=9)}
@@ -26,7 +27,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def files(tmp_path) -> dict[str, Path]:
+def files(tmp_path: Path) -> dict[str, Path]:
     """A picture of 128 x 64 and a mask that shows its right half."""
     pixels = np.random.default_rng(0).integers(0, 255, (64, 128, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
@@ -36,17 +37,19 @@ def files(tmp_path) -> dict[str, Path]:
     return {"image": tmp_path / "picture.png", "mask": tmp_path / "mask.png"}
 
 
-def run(base: Path, where: Path, **more):
-    settings = {"base": str(base), "steps": 4, "device": "cpu", "output": where / "a.png"}
+def run(base: Path, where: Path, **more: Any) -> list[Picture]:
+    settings: dict[str, Any] = {"base": str(base), "steps": 4, "device": "cpu", "output": where / "a.png"}
     return generate(GenerateConfig(("red apple",), **(settings | more)))
 
 
-def pixels(picture) -> np.ndarray:
+def pixels(picture: Picture) -> np.ndarray:
     return np.asarray(picture.image, np.int16)
 
 
 @pytest.mark.parametrize("kind", ["plain", "xl", "masked"])
-def test_what_a_mask_hides_stays_to_the_bit_and_the_rest_is_painted(bases, files, tmp_path, kind):
+def test_what_a_mask_hides_stays_to_the_bit_and_the_rest_is_painted(
+    bases: dict[str, Path], files: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
     (made,) = run(bases[kind], tmp_path, **files)
     before = np.asarray(Image.open(files["image"]), np.int16)
     after = pixels(made)
@@ -56,8 +59,10 @@ def test_what_a_mask_hides_stays_to_the_bit_and_the_rest_is_painted(bases, files
 
 
 @pytest.mark.parametrize("kind", ["plain", "xl"])
-def test_a_picture_is_made_anew_as_far_as_told_whatever_the_batch(bases, files, tmp_path, kind):
-    seeds = {"seeds": (3, 5), "output": tmp_path / "several"}
+def test_a_picture_is_made_anew_as_far_as_told_whatever_the_batch(
+    bases: dict[str, Path], files: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    seeds: dict[str, Any] = {"seeds": (3, 5), "output": tmp_path / "several"}
     near, other = run(bases[kind], tmp_path, image=files["image"], strength=0.5, **seeds)
     alone, _ = run(bases[kind], tmp_path, image=files["image"], strength=0.5, batch_size=1, **seeds)
     assert np.abs(pixels(near) - pixels(alone)).max() <= 1
@@ -68,10 +73,13 @@ def test_a_picture_is_made_anew_as_far_as_told_whatever_the_batch(bases, files, 
     assert resized.image.size == (64, 64) and resized.recipe.strength == 0.8
 
 
-def test_the_recipe_makes_it_again_from_the_same_files_and_no_others(bases, files, tmp_path):
+def test_the_recipe_makes_it_again_from_the_same_files_and_no_others(
+    bases: dict[str, Path], files: dict[str, Path], tmp_path: Path
+) -> None:
     (first,) = run(bases["masked"], tmp_path, output=tmp_path / "first.png", **files)
     assert "Denoising strength: 1" in Image.open(first.path).info["parameters"]
     told = recipes.read(first.path)
+    assert told.image is not None and told.mask is not None
     assert told.image.path == str(files["image"]) and told.mask.path == str(files["mask"])
     config = GenerateConfig(recipe=first.path, output=tmp_path / "again.png", device="cpu")
     assert generate(config)[0].image.tobytes() == first.image.tobytes()
@@ -82,7 +90,7 @@ def test_the_recipe_makes_it_again_from_the_same_files_and_no_others(bases, file
     assert generate(elsewhere)[0].image.tobytes() == first.image.tobytes()
 
 
-def test_what_does_not_fit_is_said(bases, files, tmp_path):
+def test_what_does_not_fit_is_said(bases: dict[str, Path], files: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"paints parts of a picture anew, and is not told which; give --mask"):
         run(bases["masked"], tmp_path, image=files["image"])
     with pytest.raises(UserError, match="name it with --image"):
@@ -117,7 +125,7 @@ def test_what_does_not_fit_is_said(bases, files, tmp_path):
         run(bases["plain"], tmp_path, image=tmp_path / "text.png")
 
 
-def test_the_command(bases, files, tmp_path):
+def test_the_command(bases: dict[str, Path], files: dict[str, Path], tmp_path: Path) -> None:
     script = Path(__file__).parent.parent / "scripts" / "generate.py"
     flags = ["--base", bases["masked"], "--steps", 2, "--image", files["image"], "--mask", files["mask"], "-o", "a.png"]
     done = subprocess.run(
@@ -127,7 +135,9 @@ def test_the_command(bases, files, tmp_path):
 
 
 @pytest.mark.parametrize("told", ["image", "mask"])
-def test_what_a_picture_is_made_from_is_not_replaced(bases, files, tmp_path, told):
+def test_what_a_picture_is_made_from_is_not_replaced(
+    bases: dict[str, Path], files: dict[str, Path], tmp_path: Path, told: str
+) -> None:
     before = files[told].read_bytes()
     link = tmp_path / "link.png"
     link.symlink_to(files[told])

@@ -1,10 +1,22 @@
 """Strengths that do not fit what is drawn, schedules on any sampler, and merges of a part."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_pipe
-from diffusers import AutoPipelineForImage2Image, DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DDIMScheduler,
+    DiffusionPipeline,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+)
+from laws import strengths_of
 from PIL import Image
 from test_formats import picture, write_adapter
 
@@ -13,34 +25,36 @@ from peft_diffusion.core import merge, site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import Adapters, Schedule
 
+Draw: TypeAlias = Callable[..., list[np.ndarray]]
+
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory):
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(tmp_path_factory.mktemp("adapters") / "ink.safetensors", make_pipe(), seed=3)
 
 
 @pytest.fixture(scope="module")
-def flat(tmp_path_factory):
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("adapters") / "flat.safetensors"
     return write_adapter(path, make_pipe(), target="all-linear", seed=4, parts=("unet",))
 
 
 @pytest.fixture
-def drawn(tiny_pipe, flat):
+def drawn(tiny_pipe: DiffusionPipeline, flat: Path) -> tuple[Adapters, Draw]:
     """The adapter on a pipeline, and how to draw so many pictures from one noise."""
     adapters = Adapters(tiny_pipe)
     adapters.load(flat)
 
-    def draw(*prompts, pipe=tiny_pipe, **options):
+    def draw(*prompts: str, pipe: DiffusionPipeline = tiny_pipe, **options: Any) -> list[np.ndarray]:
         torch.manual_seed(0)
-        told = {"num_inference_steps": 2, "height": 64, "width": 64, **options}
+        told: dict[str, Any] = {"num_inference_steps": 2, "height": 64, "width": 64, **options}
         return [np.asarray(image).astype(int) for image in pipe(list(prompts), **told).images]
 
     return adapters, draw
 
 
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
-def test_strengths_per_image_are_for_as_many_images_as_are_drawn(drawn, guidance):
+def test_strengths_per_image_are_for_as_many_images_as_are_drawn(drawn: tuple[Adapters, Draw], guidance: float) -> None:
     adapters, draw = drawn
     adapters.set(flat=[0.0, 1.0])
     for count, more, told in (
@@ -60,7 +74,7 @@ def test_strengths_per_image_are_for_as_many_images_as_are_drawn(drawn, guidance
     assert not adapters.pipe.unet._forward_pre_hooks
 
 
-def test_strengths_per_image_of_words_alone_are_counted_too(tiny_pipe, tmp_path):
+def test_strengths_per_image_of_words_alone_are_counted_too(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(write_adapter(tmp_path / "words.safetensors", make_pipe(), seed=3, parts=("text_encoder",)))
     adapters.set(words=[0.0, 1.0])
@@ -69,7 +83,7 @@ def test_strengths_per_image_of_words_alone_are_counted_too(tiny_pipe, tmp_path)
     assert len(tiny_pipe(["a cat"] * 2, num_inference_steps=1).images) == 2
 
 
-def test_another_pipeline_of_the_same_parts_is_asked_if_it_guides(drawn):
+def test_another_pipeline_of_the_same_parts_is_asked_if_it_guides(drawn: tuple[Adapters, Draw]) -> None:
     adapters, draw = drawn
     adapters.set(flat=[0.0, 1.0])
     draw("a cat", "a dog", guidance_scale=1.0)
@@ -82,7 +96,9 @@ def test_another_pipeline_of_the_same_parts_is_asked_if_it_guides(drawn):
 
 
 @pytest.mark.parametrize("wrong", ["0.5", None, {"mid_block": None}, {1: 0.5}, [None, 1.0], [], object()])
-def test_a_strength_that_is_none_is_refused_and_a_load_with_it_changes_nothing(flat, tiny_pipe, wrong):
+def test_a_strength_that_is_none_is_refused_and_a_load_with_it_changes_nothing(
+    flat: Path, tiny_pipe: DiffusionPipeline, wrong: Any
+) -> None:
     before = picture(tiny_pipe)
     adapters = Adapters(tiny_pipe)
     with pytest.raises(UserError, match=r"strength of|no block"):
@@ -93,7 +109,9 @@ def test_a_strength_that_is_none_is_refused_and_a_load_with_it_changes_nothing(f
         adapters.set(flat=wrong)
 
 
-def test_a_load_that_is_interrupted_leaves_nothing(flat, tiny_pipe, monkeypatch):
+def test_a_load_that_is_interrupted_leaves_nothing(
+    flat: Path, tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapters = Adapters(tiny_pipe)
     monkeypatch.setattr(adapters, "set", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -101,20 +119,22 @@ def test_a_load_that_is_interrupted_leaves_nothing(flat, tiny_pipe, monkeypatch)
     assert adapters.names == () and not site.sites(tiny_pipe.unet)
 
 
-def test_a_schedule_is_made_of_any_numbers_and_of_nothing_else():
-    for values in ([0, 1], (0.0, 1.0), np.array([0, 1.0]), torch.tensor([0, 1])):
+def test_a_schedule_is_made_of_any_numbers_and_of_nothing_else() -> None:
+    right: tuple[Any, ...] = ([0, 1], (0.0, 1.0), np.array([0, 1.0]), torch.tensor([0, 1]))
+    for values in right:
         assert Schedule(values).at(0.25) == 0.25 and Schedule(values).mean == 0.5
-    for wrong in (0.5, "01", None, [], [None], [float("nan")], torch.zeros(2, 2), np.zeros((2, 2))):
+    none: tuple[Any, ...] = (0.5, "01", None, [], [None], [float("nan")], torch.zeros(2, 2), np.zeros((2, 2)))
+    for wrong in none:
         with pytest.raises(UserError, match="a schedule is a list of finite strengths"):
             Schedule(wrong)
 
 
 @pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, PNDMScheduler, DDIMScheduler])
-def test_a_schedule_begins_and_ends_on_every_sampler(drawn, scheduler):
+def test_a_schedule_begins_and_ends_on_every_sampler(drawn: tuple[Adapters, Draw], scheduler: type[SchedulerMixin]) -> None:
     adapters, draw = drawn
     adapters.pipe.scheduler = scheduler.from_config(adapters.pipe.scheduler.config, skip_prk_steps=True)
     seen = []
-    strengths = site.strengths(adapters.pipe.unet)
+    strengths = strengths_of(adapters.pipe.unet)
     adapters.pipe.unet.register_forward_hook(lambda *_: seen.append(float(strengths.values[0, 0, 0])))
     adapters.set(flat=Schedule([0.0, 1.0]))
     draw("a cat", num_inference_steps=4)
@@ -122,13 +142,13 @@ def test_a_schedule_begins_and_ends_on_every_sampler(drawn, scheduler):
     assert sorted(set(seen)) == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
 
 
-def test_a_schedule_follows_the_scheduler_of_the_pipeline_that_calls(drawn):
+def test_a_schedule_follows_the_scheduler_of_the_pipeline_that_calls(drawn: tuple[Adapters, Draw]) -> None:
     adapters, draw = drawn
     other = type(adapters.pipe)(**{**adapters.pipe.components, "requires_safety_checker": False})
     other.set_progress_bar_config(disable=True)
     other.scheduler = HeunDiscreteScheduler.from_config(adapters.pipe.scheduler.config, timestep_spacing="trailing")
     seen = []
-    strengths = site.strengths(adapters.pipe.unet)
+    strengths = strengths_of(adapters.pipe.unet)
     adapters.pipe.unet.register_forward_hook(lambda *_: seen.append(float(strengths.values[0, 0, 0])))
     adapters.set(flat=Schedule([0.0, 1.0]))
     adapters.pipe.scheduler.set_timesteps(3)
@@ -138,7 +158,7 @@ def test_a_schedule_follows_the_scheduler_of_the_pipeline_that_calls(drawn):
         adapters.pipe.unet(torch.zeros(1, 4, 8, 8), 123.4, torch.zeros(1, 77, 32))
 
 
-def test_merges_of_one_part_are_completed_and_undone(file, tiny_pipe):
+def test_merges_of_one_part_are_completed_and_undone(file: Path, tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     adapters.load(file)
     before = picture(tiny_pipe)

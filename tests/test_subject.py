@@ -4,11 +4,14 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_pipe
+from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from laws import strengths_of
 from PIL import Image, ImageDraw
 from rich.console import Console
 from safetensors import safe_open
@@ -18,9 +21,9 @@ from test_training import POWERS, draw_pictures, small
 
 from peft_diffusion import formats
 from peft_diffusion.api import train
+from peft_diffusion.bases import describe
 from peft_diffusion.bases import noise as noise_process
 from peft_diffusion.cli.console import TrainingConsole
-from peft_diffusion.core import site
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.data import subfolders
@@ -28,9 +31,10 @@ from peft_diffusion.data.buckets import arrange
 from peft_diffusion.data.captions import CaptionRules, pick_wildcards
 from peft_diffusion.data.folder import scan
 from peft_diffusion.data.latents import cache_latents
+from peft_diffusion.fast.cuda_graph import Inputs
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.sampler import Cell, paint
-from peft_diffusion.generation.settings import GenerateConfig
+from peft_diffusion.generation.settings import GenerateConfig, SchedulerName
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training import Interrupted, TrainConfig
 from peft_diffusion.training.attachment import NAME, attach, chosen
@@ -38,18 +42,21 @@ from peft_diffusion.training.loop.seeds import generator
 from peft_diffusion.training.machine.processes import Crew
 from peft_diffusion.training.pictures import diffusion_task
 from peft_diffusion.training.settings.blocks import blocks
+from peft_diffusion.training.settings.choices import HuberSchedule, Loss
+from peft_diffusion.training.settings.pictures import ResolvedConfig
 from peft_diffusion.training.tasks import class_images, objective
+from peft_diffusion.training.tasks.diffusion import DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def pictures(tmp_path: Path) -> Path:
     return draw_pictures(tmp_path / "pictures", 4)
 
 
-def draw_mask(picture: Path, box=(0, 0, 31, 63), size=64) -> Path:
+def draw_mask(picture: Path, box: tuple[int, int, int, int] = (0, 0, 31, 63), size: int = 64) -> Path:
     mask = Image.new("L", (size, size))
     ImageDraw.Draw(mask).rectangle(box, fill=255)
     path = picture.with_name(f"{picture.stem}-mask.png")
@@ -57,11 +64,11 @@ def draw_mask(picture: Path, box=(0, 0, 31, 63), size=64) -> Path:
     return path
 
 
-def config_of(config: TrainConfig):
+def config_of(config: TrainConfig) -> ResolvedConfig:
     return prepare(config, make_pipe(), lambda event: None, TrainingPictures()).config
 
 
-def task_of(config: TrainConfig, pipe=None):
+def task_of(config: TrainConfig, pipe: DiffusionPipeline | None = None) -> tuple[DiffusionTask, Arena]:
     """The task of a run with a fresh adapter, and its parameters."""
     pipe = pipe or make_pipe()
     prepared = prepare(config, pipe, lambda event: None, TrainingPictures())
@@ -76,7 +83,7 @@ def moved(arena: Arena) -> Arena:
     return arena
 
 
-def gradient(task, arena, inputs) -> torch.Tensor:
+def gradient(task: DiffusionTask, arena: Arena, inputs: Inputs) -> torch.Tensor:
     arena.zero_grad()
     task.loss(inputs).backward()
     return arena.grad.clone()
@@ -85,10 +92,12 @@ def gradient(task, arena, inputs) -> torch.Tensor:
 # Pictures of the class.
 
 
-CLASS = {"class_prompt": ("a cat", "a dog"), "class_images": 5, "preset": "subject"}
+CLASS: dict[str, Any] = {"class_prompt": ("a cat", "a dog"), "class_images": 5, "preset": "subject"}
 
 
-def test_the_base_draws_the_class_once_and_later_runs_find_it(tmp_path, pictures, monkeypatch):
+def test_the_base_draws_the_class_once_and_later_runs_find_it(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = train(small(pictures, tmp_path / "a", **CLASS), pipe=make_pipe())
     folder = next((tmp_path / "a" / "class_images").iterdir())
     assert [path.name for path in sorted(folder.iterdir())] == [f"{number:04}.png" for number in range(5)]
@@ -107,9 +116,9 @@ def test_the_base_draws_the_class_once_and_later_runs_find_it(tmp_path, pictures
         assert file.metadata()["ss_num_reg_images"] == "5" and file.metadata()["ss_prior_loss_weight"] == "1.0"
 
 
-def test_another_prompt_count_or_base_has_other_pictures(tmp_path, pictures):
+def test_another_prompt_count_or_base_has_other_pictures(tmp_path: Path, pictures: Path) -> None:
     config = config_of(small(pictures, tmp_path, preset="subject"))
-    infos = [class_images.describe(make_pipe(seed)) for seed in (0, 1)]
+    infos = [describe(make_pipe(seed)) for seed in (0, 1)]
     found = {class_images.class_folder(config, infos[0], 64), class_images.class_folder(config, infos[1], 64)}
     found |= {class_images.class_folder(config, infos[0], 128)}
     found |= {class_images.class_folder(replace(config, class_images=7), infos[0], 64)}
@@ -117,7 +126,9 @@ def test_another_prompt_count_or_base_has_other_pictures(tmp_path, pictures):
     assert len(found) == 5
 
 
-def test_a_fresh_adapter_learns_nothing_from_the_class_and_a_changed_one_goes_back_to_the_base(tmp_path, pictures):
+def test_a_fresh_adapter_learns_nothing_from_the_class_and_a_changed_one_goes_back_to_the_base(
+    tmp_path: Path, pictures: Path
+) -> None:
     task, arena = task_of(small(pictures, tmp_path, **CLASS))
     inputs = task.inputs(0, 0)
     assert len(inputs["latents"]) == 4 and inputs["weights"].tolist() == [2.0] * 4
@@ -126,7 +137,7 @@ def test_a_fresh_adapter_learns_nothing_from_the_class_and_a_changed_one_goes_ba
     moved(arena)
     start = task.loss(of_class).item()
     assert start > 0
-    strengths = [site.strengths(part) for part in chosen(task.pipe, ("unet", "text_encoder")).values()]
+    strengths = [strengths_of(part) for part in chosen(task.pipe, ("unet", "text_encoder")).values()]
     assert all(torch.equal(one.values, torch.ones_like(one.values)) and one.active == {NAME} for one in strengths)
     for _ in range(10):
         found = gradient(task, arena, of_class)
@@ -134,7 +145,7 @@ def test_a_fresh_adapter_learns_nothing_from_the_class_and_a_changed_one_goes_ba
     assert task.loss(of_class).item() < 0.5 * start
 
 
-def test_the_pictures_themselves_are_learned_if_asked_and_the_weight_counts(tmp_path, pictures):
+def test_the_pictures_themselves_are_learned_if_asked_and_the_weight_counts(tmp_path: Path, pictures: Path) -> None:
     task, _ = task_of(small(pictures, tmp_path, **CLASS, prior_target="noise", prior_weight=0.5))
     inputs = task.inputs(0, 0)
     assert inputs["weights"].tolist() == [2, 2, 1, 1]
@@ -143,23 +154,24 @@ def test_the_pictures_themselves_are_learned_if_asked_and_the_weight_counts(tmp_
     torch.testing.assert_close(task.loss(inputs), own + 0.5 * of_class)
 
 
-def test_the_subject_is_drawn_as_without_the_class_and_the_class_without_the_trigger(tmp_path, pictures):
+def test_the_subject_is_drawn_as_without_the_class_and_the_class_without_the_trigger(tmp_path: Path, pictures: Path) -> None:
     plain, _ = task_of(small(pictures, tmp_path / "a", preset="subject", trigger="ink"))
     kept, _ = task_of(small(pictures, tmp_path / "b", **CLASS, trigger="ink"))
     one, other = plain.inputs(3, 0), kept.inputs(3, 0)
     assert all(torch.equal(one[name], other[name][:2]) for name in one)
-    decoded = kept.pipe.tokenizer.batch_decode(other["ids_0"], skip_special_tokens=True)
+    decoded = kept.pipe.components["tokenizer"].batch_decode(other["ids_0"], skip_special_tokens=True)
     assert all(text.startswith("ink") or not text for text in decoded[:2])
     assert all(text.replace(" ", "") in ("acat", "adog", "") for text in decoded[2:])
     drawn = Counter(entry for step in range(50) for entry in kept.prior_entries(kept.batch(step, 0).bucket, step, 0))
     assert set(drawn) == set(range(5)) and min(drawn.values()) > 8
 
 
-def test_a_regularisation_folder_takes_any_shape_and_its_own_captions(tmp_path, pictures):
+def test_a_regularisation_folder_takes_any_shape_and_its_own_captions(tmp_path: Path, pictures: Path) -> None:
     folder = tmp_path / "class"
     draw_pictures(folder, 2)
     Image.new("RGB", (160, 64), "teal").save(folder / "wide one.png")
     task, arena = task_of(small(pictures, tmp_path, regularisation=(folder,), masks="off"))
+    assert task.prior is not None
     assert sorted(task.prior.captions) == ["blue cat b", "red apple a", "wide one"]
     assert {entry.fit.bucket for entry in task.prior.latents.entries} == set(task.groups)
     gradient(task, arena, task.inputs(0, 0))
@@ -167,7 +179,7 @@ def test_a_regularisation_folder_takes_any_shape_and_its_own_captions(tmp_path, 
         task_of(small(pictures, tmp_path, regularisation=(tmp_path / "nowhere",)))
 
 
-def test_a_subject_without_class_says_so_and_trains_text_too(tmp_path, pictures):
+def test_a_subject_without_class_says_so_and_trains_text_too(tmp_path: Path, pictures: Path) -> None:
     console = Console(record=True, width=300)
     result = train(small(pictures, tmp_path, preset="subject"), pipe=make_pipe(), observers=[TrainingConsole(console)])
     assert "the class is not kept" in console.export_text()
@@ -178,7 +190,7 @@ def test_a_subject_without_class_says_so_and_trains_text_too(tmp_path, pictures)
 # Masks.
 
 
-def test_the_outside_of_a_mask_gives_no_gradient(tmp_path, pictures):
+def test_the_outside_of_a_mask_gives_no_gradient(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in sorted(pictures.glob("*.png")):
         draw_mask(path)
     task, arena = task_of(small(pictures, tmp_path))
@@ -189,24 +201,24 @@ def test_the_outside_of_a_mask_gives_no_gradient(tmp_path, pictures):
     answer = task.answer(inputs)[0].detach().requires_grad_()
     errors = objective.per_image(objective.errors(answer, noise), inputs["where"])
     errors.sum().backward()
+    assert answer.grad is not None
     assert answer.grad[..., 4:].abs().max() == 0 and answer.grad[..., :4].abs().min() > 0
     torch.testing.assert_close(errors, (answer - noise).square()[..., :4].flatten(1).mean(1))
 
     # What is wanted outside changes nothing; what is wanted inside does.
-    def wanting(columns):
+    def wanting(columns: slice) -> torch.Tensor:
         changed = noise.clone()
         changed[..., columns] += 1
         plain = task.answer
-        task.answer = lambda given: (plain(given)[0], changed)
-        found = gradient(task, arena, inputs)
-        task.answer = plain
-        return found
+        with monkeypatch.context() as patched:
+            patched.setattr(task, "answer", lambda given: (plain(given)[0], changed))
+            return gradient(task, arena, inputs)
 
     usual = gradient(task, arena, inputs)
     assert torch.equal(wanting(slice(4, 8)), usual) and not torch.equal(wanting(slice(0, 4)), usual)
 
 
-def test_masks_are_resized_cropped_and_flipped_as_their_pictures_are(tmp_path):
+def test_masks_are_resized_cropped_and_flipped_as_their_pictures_are(tmp_path: Path) -> None:
     folder = tmp_path / "wide"
     folder.mkdir()
     picture = Image.new("RGB", (384, 128), "black")  # brought to 160x64, and its middle cut out
@@ -217,16 +229,17 @@ def test_masks_are_resized_cropped_and_flipped_as_their_pictures_are(tmp_path):
     fits = arrange(found, 64, 8)
     cache = cache_latents(found, fits, make_pipe().vae, flip=True)
     plain, flipped = cache.entries
+    assert plain.where is not None and flipped.where is not None
     assert plain.where.shape == (1, *plain.mean.shape[1:]) and torch.equal(plain.where.flip(-1), flipped.where)
     bucket = fits[0].bucket
     shown = picture.convert("L").resize(fits[0].resized, Image.Resampling.BILINEAR).crop(fits[0].crop)
     expected = torch.tensor(list(shown.tobytes())).view(bucket.height, bucket.width) / 255
     expected = expected.view(bucket.height // 8, 8, bucket.width // 8, 8).mean((1, 3))
     torch.testing.assert_close(plain.where[0], expected)
-    assert 0 < plain.where.mean() < 1 and (plain.where == 0).any()
+    assert 0 < plain.where.mean() < 1 and plain.where.eq(0).any()
 
 
-def test_alpha_is_a_mask_where_asked_and_there_is_no_file(tmp_path):
+def test_alpha_is_a_mask_where_asked_and_there_is_no_file(tmp_path: Path) -> None:
     folder = tmp_path / "clear"
     folder.mkdir()
     clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
@@ -238,15 +251,17 @@ def test_alpha_is_a_mask_where_asked_and_there_is_no_file(tmp_path):
     assert [one.mask is not None for one in found] == [False, True]
     fits, vae = arrange(found, 64, 8), make_pipe().vae
     files = cache_latents(found, fits, vae, alpha=True).entries
-    assert files[0].where is None and torch.equal(files[1].where[0], torch.tensor([1.0] * 4 + [0.0] * 4).expand(8, 8))
+    assert files[0].where is None and files[1].where is not None
+    assert torch.equal(files[1].where[0], torch.tensor([1.0] * 4 + [0.0] * 4).expand(8, 8))
     bare = [replace(one, mask=None) for one in found]
     alpha = cache_latents(bare, fits, vae, alpha=True).entries
+    assert alpha[1].where is not None
     assert torch.equal(alpha[1].where[0], torch.tensor([1.0] * 4 + [0.0] * 4).expand(8, 8).T)
     assert all(entry.where is None for entry in cache_latents(bare, fits, vae).entries)
 
 
 @pytest.mark.parametrize("masks", ["files", "alpha"])
-def test_a_picture_of_which_nothing_is_left_is_named(tmp_path, masks):
+def test_a_picture_of_which_nothing_is_left_is_named(tmp_path: Path, masks: str) -> None:
     folder = tmp_path / "wide"
     folder.mkdir()
     edge = (0, 0, 20, 127)  # which is cropped away
@@ -263,7 +278,7 @@ def test_a_picture_of_which_nothing_is_left_is_named(tmp_path, masks):
         cache_latents(found, arrange(found, 64, 8), make_pipe().vae, alpha=True)
 
 
-def test_masks_that_do_not_fit_are_listed(tmp_path, pictures):
+def test_masks_that_do_not_fit_are_listed(tmp_path: Path, pictures: Path) -> None:
     first, second, third, fourth = sorted(pictures.glob("*.png"))
     draw_mask(first, size=32)
     draw_mask(second, box=(99, 99, 99, 99))
@@ -280,7 +295,7 @@ def test_masks_that_do_not_fit_are_listed(tmp_path, pictures):
     assert len(scan(pictures, masks=False).pictures) == 4 and not any(p.stops for p in scan(pictures, masks=False).problems)
 
 
-def test_a_picture_of_a_mask_is_a_picture(tmp_path, pictures):
+def test_a_picture_of_a_mask_is_a_picture(tmp_path: Path, pictures: Path) -> None:
     draw_mask(pictures / "gas.png")
     assert "gas mask" in [one.caption for one in scan(pictures).pictures]
     first = sorted(pictures.glob("*.png"))[0]
@@ -291,7 +306,7 @@ def test_a_picture_of_a_mask_is_a_picture(tmp_path, pictures):
 # Repeats and weights.
 
 
-def test_a_repeated_folder_is_drawn_as_often_as_asked(tmp_path):
+def test_a_repeated_folder_is_drawn_as_often_as_asked(tmp_path: Path) -> None:
     for name in ("10_mira", "often/deep", "once"):
         draw_pictures(tmp_path / "all" / name, 2, size=64)
     for number, path in enumerate(sorted((tmp_path / "all").rglob("*.png"))):
@@ -309,14 +324,14 @@ def test_a_repeated_folder_is_drawn_as_often_as_asked(tmp_path):
     assert len({plain.batch(step, 0).indices for step in range(6)}) == 6
 
 
-def test_numbers_before_names_are_repeats_and_dates_are_not(tmp_path):
+def test_numbers_before_names_are_repeats_and_dates_are_not(tmp_path: Path) -> None:
     for number, name in enumerate(("10_mira", "3_1girl", "20_12", "24_12_2023", "mira")):
         draw_pictures(tmp_path / "all" / name, 1, size=64 + 8 * number)
     found = {one.subfolder: one.repeats for one in subfolders.apply(scan(tmp_path / "all").pictures)}
     assert found == {"10_mira": 10, "3_1girl": 3, "20_12": 1, "24_12_2023": 1, "mira": 1}
 
 
-def test_a_weight_scales_what_is_learned(tmp_path, pictures):
+def test_a_weight_scales_what_is_learned(tmp_path: Path, pictures: Path) -> None:
     task, arena = task_of(small(pictures, tmp_path, folder_weight=("pictures=0.25",)))
     moved(arena)
     plain, other = task_of(small(pictures, tmp_path))
@@ -340,7 +355,7 @@ def test_a_weight_scales_what_is_learned(tmp_path, pictures):
         ({"loss": "l3"}, "--loss is one of l2, huber, smooth-l1"),
     ],
 )
-def test_what_no_run_can_use_is_refused(tmp_path, pictures, changes, message):
+def test_what_no_run_can_use_is_refused(tmp_path: Path, pictures: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         train(small(pictures, tmp_path, **changes), pipe=make_pipe())
     assert not (tmp_path / "run").exists()
@@ -349,7 +364,7 @@ def test_what_no_run_can_use_is_refused(tmp_path, pictures, changes, message):
 # Captions.
 
 
-def test_wildcards_draw_each_alternative_and_braces_can_be_written():
+def test_wildcards_draw_each_alternative_and_braces_can_be_written() -> None:
     rules = CaptionRules("mira", wildcards=True)
     drawn = Counter(rules.prompt("a {red|blue|big green} {cat|dog} {{x}}", random.Random(seed)) for seed in range(600))
     assert len(drawn) == 6 and min(drawn.values()) > 60 and "mira, a big green dog {x}" in drawn
@@ -358,7 +373,7 @@ def test_wildcards_draw_each_alternative_and_braces_can_be_written():
     assert CaptionRules().prompt("a {red|blue} cat", random.Random(0)) == "a {red|blue} cat"
 
 
-def test_wildcards_reach_the_steps(tmp_path, pictures):
+def test_wildcards_reach_the_steps(tmp_path: Path, pictures: Path) -> None:
     for path in pictures.glob("*.png"):
         path.with_suffix(".txt").write_text("a {cat|dog}")
     task, _ = task_of(small(pictures, tmp_path, wildcards=True, caption_dropout=0.0))
@@ -369,12 +384,13 @@ def test_wildcards_reach_the_steps(tmp_path, pictures):
 # Noise, schedule and losses.
 
 
-def test_the_pyramid_has_more_power_in_large_shapes():
-    def power(noise, low):
+def test_the_pyramid_has_more_power_in_large_shapes() -> None:
+    def power(noise: torch.Tensor, low: bool) -> torch.Tensor:
         spectrum = torch.fft.fft2(noise).abs().square().mean((0, 1))
         frequency = torch.fft.fftfreq(32).abs()
         radius = torch.maximum(frequency[:, None], frequency[None, :])
-        return spectrum[(radius < 0.1) if low else (radius > 0.3)].mean()
+        found: torch.Tensor = spectrum[(radius < 0.1) if low else (radius > 0.3)].mean()
+        return found
 
     plain = objective.noise((64, 4, 32, 32), 0.0, generator("p"))
     shaped = objective.pyramid(plain, 0.5, generator("q"))
@@ -385,7 +401,7 @@ def test_the_pyramid_has_more_power_in_large_shapes():
     assert torch.equal(shaped, objective.pyramid(plain, 0.5, generator("q")))
 
 
-def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path, pictures):
+def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path: Path, pictures: Path) -> None:
     found = noise_process.zero_terminal(POWERS)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     expected = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
@@ -404,13 +420,15 @@ def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path, pictu
 
 
 @pytest.mark.parametrize("sampler", [None, "pndm", "euler", "dpm++"])
-def test_what_was_trained_to_pure_noise_is_drawn_from_it(tmp_path, pictures, sampler, monkeypatch):
+def test_what_was_trained_to_pure_noise_is_drawn_from_it(
+    tmp_path: Path, pictures: Path, sampler: SchedulerName | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By previews and by `paint`, whatever sampler; one that cannot gives way to DDIM's. Others draw as ever."""
-    made = {"zero_terminal_snr": True, "preview_steps": 2, "steps": 2, "save_every": 2}
+    made: dict[str, Any] = {"zero_terminal_snr": True, "preview_steps": 2, "steps": 2, "save_every": 2}
     seen = []
     call = type(make_pipe()).__call__
 
-    def watched(pipe, *given, **named):
+    def watched(pipe: DiffusionPipeline, *given: Any, **named: Any) -> Any:
         config = pipe.scheduler.config
         seen.append((config.get("rescale_betas_zero_snr"), config.get("timestep_spacing"), type(pipe.scheduler).__name__))
         return call(pipe, *given, **named)
@@ -433,28 +451,30 @@ def test_what_was_trained_to_pure_noise_is_drawn_from_it(tmp_path, pictures, sam
 
 
 @pytest.mark.parametrize("kind", ["huber", "smooth-l1"])
-def test_the_gradient_of_huber_is_bounded_and_near_zero_it_is_a_square(kind):
+def test_the_gradient_of_huber_is_bounded_and_near_zero_it_is_a_square(kind: Loss) -> None:
     deltas = torch.tensor([0.1, 1.0])
     answer = torch.tensor([1e4, -1e4]).view(2, 1, 1, 1).requires_grad_()
     wanted = torch.zeros(2, 1, 1, 1)
     objective.errors(answer, wanted, kind, deltas).sum().backward()
     bound = 2 * deltas if kind == "huber" else torch.full((2,), 2.0)
+    assert answer.grad is not None
     torch.testing.assert_close(answer.grad.flatten().abs(), bound)
     small_error = torch.full((2, 1, 1, 1), 1e-3)
     near = objective.errors(small_error, wanted, kind, deltas).flatten()
     torch.testing.assert_close(near, 1e-6 / deltas ** (kind != "huber"), rtol=1e-3, atol=0)
 
 
-def test_huber_deltas_fall_from_one_to_c():
+def test_huber_deltas_fall_from_one_to_c() -> None:
     timesteps = torch.tensor([0, 500, 999])
-    for schedule, first in (("exponential", 1.0), ("snr", 0.93)):
+    cases: tuple[tuple[HuberSchedule, float], ...] = (("exponential", 1.0), ("snr", 0.93))
+    for schedule, first in cases:
         found = objective.huber_deltas(schedule, 0.1, timesteps, POWERS[timesteps], 1000)
         assert bool((found.diff() < 0).all()) and found[0] >= first and 0.1 <= found[-1] < 0.11
     assert objective.huber_deltas("constant", 0.1, timesteps, POWERS[timesteps], 1000).tolist() == pytest.approx([0.1] * 3)
     assert objective.huber_deltas("snr", 0.1, timesteps, torch.zeros(3), 1000).tolist() == pytest.approx([0.1] * 3)
 
 
-def test_debiased_weights_are_those_of_the_paper():
+def test_debiased_weights_are_those_of_the_paper() -> None:
     snr = POWERS / (1 - POWERS)
     torch.testing.assert_close(objective.debiased_weights("epsilon", POWERS), snr.clamp(max=1000).rsqrt())
     torch.testing.assert_close(objective.debiased_weights("v_prediction", POWERS), 1 / (snr + 1))
@@ -462,7 +482,7 @@ def test_debiased_weights_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize("changes", [{"loss": "huber"}, {"loss": "smooth-l1"}, {"debiased": True}, {"multires_noise": 0.3}])
-def test_each_changes_the_loss_and_nothing_that_is_measured(tmp_path, pictures, changes):
+def test_each_changes_the_loss_and_nothing_that_is_measured(tmp_path: Path, pictures: Path, changes: dict[str, Any]) -> None:
     plain, _ = task_of(small(pictures, tmp_path, held_out=0.3))
     other, _ = task_of(small(pictures, tmp_path, held_out=0.3, **changes))
     assert plain.loss(plain.inputs(0, 0)).item() != other.loss(other.inputs(0, 0)).item()
@@ -478,7 +498,9 @@ EVERYTHING = {
 }  # fmt: skip
 
 
-def test_a_run_that_was_stopped_gives_the_bits_of_one_that_was_not(tmp_path, pictures, monkeypatch):
+def test_a_run_that_was_stopped_gives_the_bits_of_one_that_was_not(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for path in sorted(pictures.glob("*.png")):
         path.with_suffix(".txt").write_text("a {cat|dog}, red")
         draw_mask(path)

@@ -6,21 +6,24 @@ import os
 import signal
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from language import CONTEXT, make_lm, save_lm
 from making import command
 from rich.console import Console
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 from torch.nn import functional as F
 
 import peft_diffusion as pd
 from peft_diffusion import formats
 from peft_diffusion.api import train_text
-from peft_diffusion.bases import components, describe, embedded, fingerprint, load_lm
+from peft_diffusion.bases import LanguageModel, components, describe, embedded, fingerprint, load_lm
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import merge, site, targets
 from peft_diffusion.core.errors import FoldError, Interrupted, UserError
@@ -30,6 +33,7 @@ from peft_diffusion.generation import Adapters, Schedule
 from peft_diffusion.generation.text import choose, continued, generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
+from peft_diffusion.training import TextTrainResult
 from peft_diffusion.training.events import Step
 from peft_diffusion.training.loop.trainer import Trainer, loss_at
 from peft_diffusion.training.settings.derive import resolve_language
@@ -42,18 +46,18 @@ LINES = "".join(f"The {beast} of the field is {how}, and so is its house.\n" for
 
 
 @pytest.fixture
-def text(tmp_path):
+def text(tmp_path: Path) -> Path:
     path = tmp_path / "beasts.txt"
     path.write_text(LINES, "utf-8")
     return path
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_lm(tmp_path_factory.mktemp("lm") / "tiny")
 
 
-def small(text, place, **changes):
+def small(text: Path, place: Path, **changes: Any) -> TextTrainConfig:
     """A training of seconds."""
     place.mkdir(exist_ok=True)
     settings = {
@@ -63,7 +67,7 @@ def small(text, place, **changes):
     return TextTrainConfig((text,), **settings)
 
 
-def metrics(result):
+def metrics(result: TextTrainResult) -> list[dict[str, Any]]:
     lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
@@ -71,7 +75,7 @@ def metrics(result):
 # --- the base
 
 
-def test_a_folder_is_loaded_frozen_and_described(folder):
+def test_a_folder_is_loaded_frozen_and_described(folder: Path) -> None:
     base = load_lm(folder, device="cpu")
     info = describe(base)
     assert list(components(base)) == ["lm"]
@@ -83,7 +87,7 @@ def test_a_folder_is_loaded_frozen_and_described(folder):
     assert base.tokenizer.decode(base.encode("a house")) == "a house"
 
 
-def test_targets_of_a_llama_leave_the_head_alone():
+def test_targets_of_a_llama_leave_the_head_alone() -> None:
     lm = make_lm().lm
     assert len(targets.resolve(lm, "attention")) == 8
     assert len(targets.resolve(lm, "attention+ff")) == len(targets.resolve(lm, "all-linear")) == 14
@@ -91,12 +95,12 @@ def test_targets_of_a_llama_leave_the_head_alone():
     assert targets.blocks(lm).names == ("layers.0", "layers.1", "other")
 
 
-def test_a_weight_that_another_module_has_too_is_not_merged_into():
+def test_a_weight_that_another_module_has_too_is_not_merged_into() -> None:
     lm = make_lm().lm
     before = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
     site.attach(lm, "a", Lora(rank=2), r"lm_head|.*\.q_proj")
     for adapter in site.adapters(lm, "a").values():
-        torch.nn.init.normal_(adapter.up)
+        torch.nn.init.normal_(adapter.get_parameter("up"))
     with pytest.raises(FoldError, match=r"lm_head: its weight is shared with model\.embed_tokens, .* leave the adapters"):
         merge.merge(lm)
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.state_dict().items())
@@ -108,7 +112,7 @@ def test_a_weight_that_another_module_has_too_is_not_merged_into():
     assert not torch.equal(lm.lm_head.weight, embedding) and torch.equal(lm.get_input_embeddings().weight, embedding)
 
 
-def test_layers_that_are_no_linear_are_refused_in_words():
+def test_layers_that_are_no_linear_are_refused_in_words() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16))
@@ -121,7 +125,9 @@ def test_layers_that_are_no_linear_are_refused_in_words():
     [("nowhere", "there is no base 'nowhere': neither 'tiny-lm'"), ("empty", "holds no config.json"),
      ("broken", "cannot be read as a causal language model"), ("clip", "cannot be read as a causal language model")],
 )  # fmt: skip
-def test_a_base_that_cannot_be(source, said, tmp_path, monkeypatch, tiny_base):
+def test_a_base_that_cannot_be(
+    source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
@@ -131,7 +137,7 @@ def test_a_base_that_cannot_be(source, said, tmp_path, monkeypatch, tiny_base):
         load_lm(source, device="cpu")
 
 
-def test_the_embedded_model_knows_its_text():
+def test_the_embedded_model_knows_its_text() -> None:
     base = load_lm(device="cpu")
     info = describe(base)
     assert (info.name, info.family, info.context) == ("tiny-lm", "lm", 256)
@@ -144,7 +150,7 @@ def test_the_embedded_model_knows_its_text():
 
 
 @torch.no_grad()
-def perplexity(base, text):
+def perplexity(base: LanguageModel, text: str) -> float:
     """Computed plainly: one window, all of the text."""
     ids = torch.tensor([base.start() + base.encode(text)])
     losses = F.cross_entropy(base.lm(ids).logits[0, :-1], ids[0, 1:])
@@ -154,7 +160,7 @@ def perplexity(base, text):
 # --- the text
 
 
-def test_texts_are_read_and_what_is_not_is_listed(tmp_path):
+def test_texts_are_read_and_what_is_not_is_listed(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "two.txt").write_bytes("\ufeffzwei\r\nZeilen".encode())
     (tmp_path / "one.txt").write_text("one")
@@ -171,7 +177,7 @@ def test_texts_are_read_and_what_is_not_is_listed(tmp_path):
         assert words in told
 
 
-def test_the_sample_is_there_with_its_parts():
+def test_the_sample_is_there_with_its_parts() -> None:
     sample = embedded("text/king-james")
     train, apart = read_texts([sample / "train"]), read_texts([sample / "held-out"])
     assert {document.name for document in train.documents} == {"proverbs.txt", "psalms.txt"}
@@ -183,12 +189,12 @@ def test_the_sample_is_there_with_its_parts():
 # --- the loss
 
 
-def task_of(base, line, apart=None, **changes):
-    settings = {"seed": 1, "batch_size": 3, "accumulation": 2, "context": 16, **changes}
+def task_of(base: LanguageModel, line: Tensor, apart: Tensor | None = None, **changes: Any) -> LanguageTask:
+    settings: dict[str, Any] = {"seed": 1, "batch_size": 3, "accumulation": 2, "context": 16, **changes}
     return LanguageTask(base, LanguageSettings(**settings), line, apart)
 
 
-def test_every_pass_takes_each_window_once_and_cuts_elsewhere():
+def test_every_pass_takes_each_window_once_and_cuts_elsewhere() -> None:
     line = torch.arange(1, 201)  # windows of 15 tokens after the one that begins every text
     task = task_of(make_lm(), line)
     assert task.windows == 12
@@ -204,14 +210,15 @@ def test_every_pass_takes_each_window_once_and_cuts_elsewhere():
 
 
 @pytest.mark.parametrize("length", [2, 14, 15, 16, 29, 30, 31])
-def test_short_texts_still_make_windows(length):
+def test_short_texts_still_make_windows(length: int) -> None:
     task = task_of(make_lm(), torch.arange(length), torch.arange(length))
     windows = [task.window(number) for number in range(4)]
     assert all(len(window) == min(15, length) for window in windows)
-    assert math.isfinite(float(loss_at(task, 0, 0, task.device))) and math.isfinite(task.held_out())
+    apart = task.held_out()
+    assert apart is not None and math.isfinite(apart) and math.isfinite(float(loss_at(task, 0, 0, task.device)))
 
 
-def test_the_held_out_loss_is_that_of_a_plain_computation():
+def test_the_held_out_loss_is_that_of_a_plain_computation() -> None:
     base = make_lm()
     line = tokens(base, [LINES[:200], LINES[200:350]])
     assert int((line == 0).sum()) == 2
@@ -228,7 +235,7 @@ def test_the_held_out_loss_is_that_of_a_plain_computation():
     assert task.held_out() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_a_tokenizer_that_puts_nothing_first_is_asked_from_the_second_token():
+def test_a_tokenizer_that_puts_nothing_first_is_asked_from_the_second_token() -> None:
     base = make_lm()
     base.tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
     assert base.start() == []
@@ -241,7 +248,7 @@ def test_a_tokenizer_that_puts_nothing_first_is_asked_from_the_second_token():
 # --- training
 
 
-def test_training_lowers_the_loss_and_leaves_the_base(text, tmp_path):
+def test_training_lowers_the_loss_and_leaves_the_base(text: Path, tmp_path: Path) -> None:
     base = make_lm()
     before = fingerprint(components(base))
     console = Console(record=True, width=200)
@@ -253,11 +260,13 @@ def test_training_lowers_the_loss_and_leaves_the_base(text, tmp_path):
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     assert fingerprint(components(base)) == before == result.base_fingerprint
     assert not site.sites(base.lm)
+    assert result.perplexities is not None
     was, now = result.perplexities
     assert now < 0.6 * was
     assert f"perplexity on text kept apart: {was:.2f} before, {now:.2f} after" in console.export_text()
     found = formats.inspect(result.output)
     assert found.methods == ("lora",) and dict(found.components) == {"lm": 14} and dict(found.ranks) == {4: 14}
+    assert found.spec is not None
     assert found.spec.base["architecture"] == "LlamaForCausalLM" and found.spec.methods["lm"][0]["target"] == "attention+ff"
     assert found.spec.training["texts"] == ["beasts.txt"]
     assert found.metadata["modelspec.architecture"] == "LlamaForCausalLM/lora"
@@ -265,7 +274,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(text, tmp_path):
     assert all(name.startswith("lora_lm_model_layers_") for name in load_file(result.output))
 
 
-def test_the_file_gives_back_what_was_measured(text, tmp_path):
+def test_the_file_gives_back_what_was_measured(text: Path, tmp_path: Path) -> None:
     result = train_text(small(text, tmp_path / "x"), base=make_lm())
     base = make_lm()
     adapters = Adapters(base)
@@ -284,7 +293,7 @@ def test_the_file_gives_back_what_was_measured(text, tmp_path):
     assert task.held_out() == result.held_out_before
 
 
-def test_text_to_measure_on_can_be_given(text, tmp_path):
+def test_text_to_measure_on_can_be_given(text: Path, tmp_path: Path) -> None:
     apart = tmp_path / "apart.txt"
     apart.write_text("The ox is slow.", "utf-8")
     base = make_lm()
@@ -310,11 +319,13 @@ class StopAfter:
 
 
 @pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(text, tmp_path, monkeypatch, changes):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
     whole = train_text(small(text, tmp_path / "whole", **changes), base=make_lm())
     run = Trainer.run
 
-    def stopped(self, until=None, **stop):
+    def stopped(self: Trainer, until: int | None = None, **stop: Any) -> bool:
         self.observers.append(StopAfter(4))
         return run(self, until, **stop)
 
@@ -330,22 +341,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(text, tmp_path, m
     assert metrics(resumed) == metrics(whole)
 
 
-def test_schedule_free_has_no_schedule_unless_told():
-    def scheduler(**asked) -> str:
+def test_schedule_free_has_no_schedule_unless_told() -> None:
+    def scheduler(**asked: Any) -> str:
         return resolve_language(TextTrainConfig((Path("a"),), **asked), parameters=9, context=64).scheduler
 
     assert scheduler() == "cosine" and scheduler(optimizer="schedule-free") == "constant"
     assert scheduler(optimizer="schedule-free", scheduler="linear") == "linear"
 
 
-def test_patience_without_text_kept_apart_is_warned_of(text, tmp_path):
+def test_patience_without_text_kept_apart_is_warned_of(text: Path, tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
     config = small(text, tmp_path / "run", held_out=0.0, patience=2, steps=1)
     train_text(config, base=make_lm(), observers=[TrainingConsole(console)])
     assert "warning: --patience ends nothing where nothing is kept apart" in console.export_text()
 
 
-def test_a_run_does_not_go_on_with_another_text(text, tmp_path):
+def test_a_run_does_not_go_on_with_another_text(text: Path, tmp_path: Path) -> None:
     train_text(small(text, tmp_path / "x"), base=make_lm())
     text.write_text(LINES + "More.", "utf-8")
     with pytest.raises(UserError, match=r"had other text: beasts.txt has another content"):
@@ -354,7 +365,7 @@ def test_a_run_does_not_go_on_with_another_text(text, tmp_path):
         train_text(small(text, tmp_path / "x"), base=make_lm())
 
 
-def test_epochs_become_steps(text, tmp_path):
+def test_epochs_become_steps(text: Path, tmp_path: Path) -> None:
     result = train_text(small(text, tmp_path / "x", steps=None, epochs=2, held_out=0.0, context=32), base=make_lm())
     windows = (len(tokens(make_lm(), [LINES])) - 31 + 1) // 31
     assert result.steps == math.ceil(2 * windows / 2)
@@ -364,13 +375,13 @@ def test_epochs_become_steps(text, tmp_path):
 # --- agreement with peft
 
 
-def test_a_lora_gives_what_peft_gives(tmp_path):
+def test_a_lora_gives_what_peft_gives(tmp_path: Path) -> None:
     base = make_lm()
     site.attach(base.lm, "a", Lora(rank=4, alpha=6.0), "attention+ff")
     own = site.adapters(base.lm, "a")
     generator = torch.Generator().manual_seed(5)
     for adapter in own.values():
-        adapter.up.data.normal_(0, 0.2, generator=generator)
+        adapter.get_parameter("up").data.normal_(0, 0.2, generator=generator)
     ids = torch.randint(1, 257, (3, 20), generator=generator)
     logits = base.lm(ids).logits
     logits.square().mean().backward()
@@ -378,20 +389,22 @@ def test_a_lora_gives_what_peft_gives(tmp_path):
     theirs = peft.get_peft_model(make_lm().lm, config)
     layers = {path: theirs.get_submodule(f"base_model.model.{path}") for path in own}
     for path, adapter in own.items():
-        layers[path].lora_A["default"].weight.data.copy_(adapter.down)
-        layers[path].lora_B["default"].weight.data.copy_(adapter.up)
+        layers[path].lora_A["default"].weight.data.copy_(adapter.get_parameter("down"))
+        layers[path].lora_B["default"].weight.data.copy_(adapter.get_parameter("up"))
     expected = theirs(input_ids=ids).logits
     expected.square().mean().backward()
     assert (logits - expected).abs().max() < 1e-5
     for path, adapter in own.items():
-        assert torch.allclose(adapter.down.grad, layers[path].lora_A["default"].weight.grad, rtol=1e-4, atol=1e-6)
-        assert torch.allclose(adapter.up.grad, layers[path].lora_B["default"].weight.grad, rtol=1e-4, atol=1e-6)
+        for name, other in (("down", layers[path].lora_A), ("up", layers[path].lora_B)):
+            own_gradient = adapter.get_parameter(name).grad
+            assert own_gradient is not None
+            assert torch.allclose(own_gradient, other["default"].weight.grad, rtol=1e-4, atol=1e-6)
 
 
 # --- generation
 
 
-def test_the_cache_changes_no_token():
+def test_the_cache_changes_no_token() -> None:
     base = make_lm()
     config = TextGenerateConfig(("The ox",), max_tokens=12, temperature=0.0, base="unused")
     ids = base.start() + base.encode("The ox")
@@ -403,7 +416,7 @@ def test_the_cache_changes_no_token():
     assert len(found) == 12
 
 
-def test_choice_follows_temperature_and_top_p():
+def test_choice_follows_temperature_and_top_p() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, -4.0])
     chance = torch.Generator().manual_seed(0)
     assert {choose(logits, 0.0, 1.0, chance) for _ in range(20)} == {1}
@@ -413,15 +426,15 @@ def test_choice_follows_temperature_and_top_p():
     assert (drawn - logits.softmax(-1)).abs().max() < 0.03
 
 
-def test_seeds_and_adapters_decide_the_text(folder, tmp_path):
+def test_seeds_and_adapters_decide_the_text(folder: Path, tmp_path: Path) -> None:
     made = tmp_path / "a.safetensors"
     base = make_lm()
     site.attach(base.lm, "a", Lora(rank=2), "attention")
     for adapter in site.adapters(base.lm, "a").values():
-        torch.nn.init.normal_(adapter.up, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.normal_(adapter.get_parameter("up"), generator=torch.Generator().manual_seed(1))
     formats.save(made, components(base), "a", formats.Spec(base=asdict(describe(base))))
 
-    def written(**changes):
+    def written(**changes: Any) -> list[str]:
         told = TextGenerateConfig(("The ox",), base=str(folder), max_tokens=10, device="cpu", temperature=1.0, **changes)
         return [one.continuation for one in generate_text(told)]
 
@@ -432,7 +445,7 @@ def test_seeds_and_adapters_decide_the_text(folder, tmp_path):
     assert written(adapter=(str(made),)) != three[:1]
 
 
-def test_a_schedule_is_refused_for_text(folder, tmp_path):
+def test_a_schedule_is_refused_for_text(folder: Path, tmp_path: Path) -> None:
     base = make_lm()
     site.attach(base.lm, "a", Lora(rank=2))
     formats.save(tmp_path / "a.safetensors", components(base), "a", formats.Spec())
@@ -442,7 +455,7 @@ def test_a_schedule_is_refused_for_text(folder, tmp_path):
     assert adapters.names == () and not site.sites(adapters.pipe.lm)
 
 
-def test_an_adapter_of_another_base_is_refused(tmp_path, tiny_pipe):
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path, tiny_pipe: DiffusionPipeline) -> None:
     other = make_lm(width=48)
     site.attach(other.lm, "a", Lora(rank=2))
     spec = formats.Spec(base=asdict(describe(other)))
@@ -456,7 +469,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, tiny_pipe):
 # --- the commands
 
 
-def test_the_commands_teach_and_write(folder, text, tmp_path):
+def test_the_commands_teach_and_write(folder: Path, text: Path, tmp_path: Path) -> None:
     told = ("text", "train", text, "--base", folder, "--output", "a.safetensors", "--steps", 4, "--rank", 2)
     done = command(*told, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -468,8 +481,8 @@ def test_the_commands_teach_and_write(folder, text, tmp_path):
     written = command(*write, cwd=tmp_path)
     assert written.returncode == 0, written.stderr
     assert written.stdout.startswith("The ox")
-    told = command("inspect", "a.safetensors", cwd=tmp_path)
-    assert "lm 14" in told.stdout and "LlamaForCausalLM" in told.stdout
+    listed = command("inspect", "a.safetensors", cwd=tmp_path)
+    assert "lm 14" in listed.stdout and "LlamaForCausalLM" in listed.stdout
 
 
 BAD = {
@@ -492,7 +505,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("line", "code", "said"), [(line, *more) for line, more in BAD.items()], ids=list(BAD))
-def test_bad_input_is_told_in_one_line(line, code, said, tmp_path):
+def test_bad_input_is_told_in_one_line(line: str, code: int, said: str, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "latin.txt").write_bytes(b"fine\nna\xefve")
     (tmp_path / "good.txt").write_text(LINES)
@@ -505,7 +518,7 @@ def test_bad_input_is_told_in_one_line(line, code, said, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_a_base_cannot_hold_is_told(folder, text, tmp_path):
+def test_what_a_base_cannot_hold_is_told(folder: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--context 99 is more than the base takes, which is 48 tokens"):
         train_text(small(text, tmp_path / "x", context=99), base=make_lm())
     told = TextGenerateConfig(("The ox",), base=str(folder), max_tokens=48, device="cpu")

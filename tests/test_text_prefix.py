@@ -1,11 +1,15 @@
 """Prefixes on language models: agreement with peft and with its cache, on every architecture that is served."""
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from language import CONTEXT, make_lm
+from laws import strengths_of
+from test_training import held_out
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from peft_diffusion import formats
@@ -13,6 +17,7 @@ from peft_diffusion.api import train_text
 from peft_diffusion.bases import LanguageModel
 from peft_diffusion.bases.causal_lm import frozen
 from peft_diffusion.core import site
+from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.text import continued
@@ -40,7 +45,7 @@ CONFIGS = {
 }
 
 
-def make_base(kind, implementation="sdpa"):
+def make_base(kind: str, implementation: str = "sdpa") -> LanguageModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind], attn_implementation=implementation)
     for parameter in model.parameters():
@@ -49,23 +54,27 @@ def make_base(kind, implementation="sdpa"):
     return frozen(LanguageModel(model, make_lm().tokenizer, kind))
 
 
-def with_prefix(kind, implementation="sdpa"):
+def keys_and_values(adapter: Adapter) -> tuple[torch.Tensor, torch.Tensor]:
+    return adapter.get_parameter("keys"), adapter.get_parameter("values")
+
+
+def with_prefix(kind: str, implementation: str = "sdpa") -> tuple[LanguageModel, Any]:
     """A base with a prefix as if it had been learned, gates open, and the same weights in peft."""
     base, other = make_base(kind, implementation), make_base(kind, implementation).lm
     site.attach(base.lm, "a", Prefix(LENGTH), "attentions")
     own = site.adapters(base.lm, "a").values()
     for number, adapter in enumerate(own):
-        adapter.values.data.normal_(generator=torch.Generator().manual_seed(number))
-        adapter.gate.data.fill_(1.0)
+        adapter.get_parameter("values").data.normal_(generator=torch.Generator().manual_seed(number))
+        adapter.get_parameter("gate").data.fill_(1.0)
     theirs = peft.get_peft_model(other, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH))
-    rows = [tensor for adapter in own for tensor in (adapter.keys, adapter.values)]
-    theirs.prompt_encoder["default"].embedding.weight.data.copy_(torch.cat(rows, 1))
+    rows = torch.cat([tensor for adapter in own for tensor in keys_and_values(adapter)], 1)
+    theirs.prompt_encoder["default"].embedding.weight.data.copy_(rows)
     return base, theirs.eval()
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_prefix_gives_the_logits_and_gradients_of_peft(kind, implementation):
+def test_a_prefix_gives_the_logits_and_gradients_of_peft(kind: str, implementation: str) -> None:
     base, theirs = with_prefix(kind, implementation)
     ids = torch.randint(1, 257, (3, 20), generator=torch.Generator().manual_seed(5))
     logits, expected = base.lm(ids, use_cache=False).logits, theirs(input_ids=ids).logits
@@ -75,13 +84,14 @@ def test_a_prefix_gives_the_logits_and_gradients_of_peft(kind, implementation):
     logits.square().mean().backward()
     expected.square().mean().backward()
     reference = theirs.prompt_encoder["default"].embedding.weight.grad
-    own = [row.grad for one in site.adapters(base.lm, "a").values() for row in (one.keys, one.values)]
+    rows = [row for one in site.adapters(base.lm, "a").values() for row in keys_and_values(one)]
+    own = [row.grad for row in rows if row.grad is not None]
     assert (torch.cat(own, 1) - reference).abs().max() < 1e-4 * reference.abs().max()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_cache_holds_no_prefix_and_gives_what_peft_generates(kind):
+def test_the_cache_holds_no_prefix_and_gives_what_peft_generates(kind: str) -> None:
     base, theirs = with_prefix(kind)
     ids = base.start() + base.encode("The ox")
     config = TextGenerateConfig(("The ox",), max_tokens=10, temperature=0.0, base="unused")
@@ -103,15 +113,15 @@ def test_the_cache_holds_no_prefix_and_gives_what_peft_generates(kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_rows_are_padded_and_have_strengths_of_their_own(implementation):
+def test_rows_are_padded_and_have_strengths_of_their_own(implementation: str) -> None:
     base, theirs = with_prefix("llama", implementation)
     short, long = torch.tensor([[5, 6, 7]]), torch.tensor([[9, 8, 7, 6, 5]])
     separate = []
     for ids, amount in ((short, 0.5), (long, 1.0), (long, 0.0)):
-        site.strengths(base.lm).write({"a": amount})
+        strengths_of(base.lm).write({"a": amount})
         separate.append(base.lm(ids).logits[0, -1])
     assert (separate[1] - theirs(input_ids=long).logits[0, -1]).abs().max() < 1e-5
-    site.strengths(base.lm).write({"a": [0.5, 1.0, 0.0]})
+    strengths_of(base.lm).write({"a": [0.5, 1.0, 0.0]})
     rows = torch.cat([torch.nn.functional.pad(short, (2, 0)), long, long])
     mask = torch.ones_like(rows)
     mask[0, :2] = 0
@@ -121,22 +131,23 @@ def test_rows_are_padded_and_have_strengths_of_their_own(implementation):
 
 
 @torch.no_grad()
-def test_a_lora_at_the_projections_serves_the_prefix_too():
+def test_a_lora_at_the_projections_serves_the_prefix_too() -> None:
     base, _ = with_prefix("llama")
     site.attach(base.lm, "b", Lora(rank=2), "attention")
     for adapter in site.adapters(base.lm, "b").values():
-        adapter.up.data.normal_(0, 0.2)
+        adapter.get_parameter("up").data.normal_(0, 0.2)
     ids = torch.randint(1, 257, (2, 9))
     expected = base.lm(ids).logits
     _, theirs = with_prefix("llama")
     for path, module in dict(theirs.base_model.named_modules()).items():
         if isinstance(module, torch.nn.Linear) and path in site.sites(base.lm, "b"):
-            down, up = site.adapters(base.lm, "b")[path].low_rank()
-            module.weight.add_(up @ down)
+            pair = site.adapters(base.lm, "b")[path].low_rank()
+            assert pair is not None
+            module.weight.add_(pair.up @ pair.down)
     assert (theirs(input_ids=ids).logits - expected).abs().max() < 1e-4
 
 
-def test_a_prefix_is_trained_written_and_loaded(tmp_path):
+def test_a_prefix_is_trained_written_and_loaded(tmp_path: Path) -> None:
     text = tmp_path / "beasts.txt"
     text.write_text(
         "The ox of the field is slow, and so is its house.\nThe hen is bold, and so is its house.\n" * 20, "utf-8"
@@ -147,13 +158,14 @@ def test_a_prefix_is_trained_written_and_loaded(tmp_path):
         option=("length=4",), steps=40, batch_size=2, lr=0.1, held_out=0.2,
     )  # fmt: skip
     result = train_text(config, base=base)
-    assert result.held_out_after < 0.97 * result.held_out_before
+    before, after = held_out(result)
+    assert after < 0.97 * before
     adapters = Adapters(base)
     adapters.load(result.output)
     assert sum(p.numel() for a in site.adapters(base.lm, "a").values() for p in a.parameters()) == 2 * (2 * 4 * 16 + 1)
     line = tokens(base, [text.read_text("utf-8")])
     task = LanguageTask(base, LanguageSettings(0, 8, 1, CONTEXT), line, line[len(line) - round(len(line) * 0.2) :])
-    assert task.held_out() == pytest.approx(result.held_out_after, rel=1e-5)
+    assert task.held_out() == pytest.approx(after, rel=1e-5)
     wide = make_lm(width=48)
     with pytest.raises(
         UserError, match=r"was made for base 'tiny' .*; this base is .* do not fit a LlamaAttention of width 24"
@@ -161,7 +173,7 @@ def test_a_prefix_is_trained_written_and_loaded(tmp_path):
         formats.load(result.output, wide)
 
 
-def test_what_cannot_be_served_is_told():
+def test_what_cannot_be_served_is_told() -> None:
     dynamic = make_base("llama")
     dynamic.lm.config = dynamic.lm.model.layers[0].self_attn.config = copy.deepcopy(dynamic.lm.config)
     dynamic.lm.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}

@@ -1,17 +1,24 @@
 """Soft prompts and new words on language models: agreement with peft, rows with strengths of their own, training, files."""
 
+from pathlib import Path
+from typing import Any
+
 import peft
 import pytest
 import torch
 from language import CONTEXT, make_lm
+from laws import strengths_of
+from making import spec_of
+from test_training import held_out
 from torch.nn import functional as F
 
 from peft_diffusion import formats
 from peft_diffusion.api import train_text
-from peft_diffusion.bases import components, fingerprint
+from peft_diffusion.bases import LanguageModel, components, fingerprint
 from peft_diffusion.bases.words import begun, learned, teach
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.strength import Strength
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.text import continued
 from peft_diffusion.generation.text_settings import TextGenerateConfig
@@ -29,21 +36,21 @@ VECTORS = 5
 EDGE = 0  # the token that begins every text
 
 
-def with_prompt(method=None, name="a"):
+def with_prompt(method: SoftPrompt | None = None, name: str = "a") -> LanguageModel:
     """The small model with a soft prompt as if it had been learned."""
     base = make_lm()
     site.attach(base.lm, name, begun(base, "lm", method or SoftPrompt(VECTORS, "ox")), "tokens")
     for adapter in site.adapters(base.lm, name).values():
-        adapter.vectors.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+        adapter.get_parameter("vectors").data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     teach(base)
     return base
 
 
-def vectors(base, name="a"):
-    return next(iter(site.adapters(base.lm, name).values())).vectors
+def vectors(base: LanguageModel, name: str = "a") -> torch.nn.Parameter:
+    return next(iter(site.adapters(base.lm, name).values())).get_parameter("vectors")
 
 
-def in_peft(base):
+def in_peft(base: LanguageModel) -> Any:
     """The same weights in peft."""
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VECTORS)
     model = peft.get_peft_model(make_lm().lm, config).eval()
@@ -51,11 +58,11 @@ def in_peft(base):
     return model
 
 
-def strength(base, **values):
-    site.strengths(base.lm).write(values)
+def strength(base: LanguageModel, **values: Strength) -> None:
+    strengths_of(base.lm).write(values)
 
 
-def test_a_soft_prompt_gives_the_logits_the_loss_and_the_gradients_of_peft():
+def test_a_soft_prompt_gives_the_logits_the_loss_and_the_gradients_of_peft() -> None:
     base = with_prompt()
     theirs = in_peft(base)
     plain = make_lm().tokenizer
@@ -79,11 +86,13 @@ def test_a_soft_prompt_gives_the_logits_the_loss_and_the_gradients_of_peft():
     reference = theirs(input_ids=ids, labels=labels).loss
     reference.backward()
     assert loss.item() == pytest.approx(reference.item(), abs=1e-5)
-    assert torch.allclose(vectors(base).grad, theirs.prompt_encoder["default"].embedding.weight.grad, rtol=1e-4, atol=1e-6)
+    own = vectors(base).grad
+    assert own is not None
+    assert torch.allclose(own, theirs.prompt_encoder["default"].embedding.weight.grad, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
-def test_generation_with_the_cache_goes_on_as_in_peft():
+def test_generation_with_the_cache_goes_on_as_in_peft() -> None:
     base = with_prompt()
     theirs = in_peft(base)
     plain = torch.tensor([make_lm().tokenizer("The ox").input_ids])
@@ -100,7 +109,7 @@ def test_generation_with_the_cache_goes_on_as_in_peft():
 
 
 @torch.no_grad()
-def test_rows_have_soft_prompts_and_strengths_of_their_own():
+def test_rows_have_soft_prompts_and_strengths_of_their_own() -> None:
     base = with_prompt()
     texts = ["The ox is", "The hen of the", "The lion", "The ass"]
     amounts = [1.0, 0.0, 0.5, 0.0]
@@ -123,7 +132,7 @@ def test_rows_have_soft_prompts_and_strengths_of_their_own():
         base.tokenizer(texts, text_pair=texts)
 
 
-def test_a_taught_tokenizer_is_plain_again_without_the_prompt():
+def test_a_taught_tokenizer_is_plain_again_without_the_prompt() -> None:
     plain = make_lm().tokenizer
     base = with_prompt()
     site.attach(base.lm, "b", begun(base, "lm", SoftPrompt(2)), "tokens")
@@ -139,7 +148,7 @@ def test_a_taught_tokenizer_is_plain_again_without_the_prompt():
 
 
 @pytest.mark.parametrize("kind", [None, "ByteLevel", "Sequence", "Bert"])
-def test_soft_prompts_lead_whatever_the_tokenizer_puts_first(kind):
+def test_soft_prompts_lead_whatever_the_tokenizer_puts_first(kind: str | None) -> None:
     from tokenizers import processors
 
     base = make_lm()
@@ -147,7 +156,7 @@ def test_soft_prompts_lead_whatever_the_tokenizer_puts_first(kind):
     if kind == "Bert":
         base.tokenizer._tokenizer.post_processor = processors.BertProcessing(("e", 5), ("s", 6))
     else:
-        chosen = {"ByteLevel": levels, "Sequence": processors.Sequence([levels, template])}
+        chosen: dict[str | None, Any] = {"ByteLevel": levels, "Sequence": processors.Sequence([levels, template])}
         base.tokenizer._tokenizer.post_processor = chosen.get(kind, processors.TemplateProcessing("$A", "$A $B", []))
     first = base.start()
     site.attach(base.lm, "a", begun(base, "lm", SoftPrompt(2)), "tokens")
@@ -160,7 +169,7 @@ def test_soft_prompts_lead_whatever_the_tokenizer_puts_first(kind):
         assert base.start() == [257, 258, *first]
 
 
-def small(text, place, **changes):
+def small(text: Path, place: Path, **changes: Any) -> TextTrainConfig:
     """A training of seconds."""
     settings = {
         "output": place / "a.safetensors", "run_dir": place / "run", "steps": 6, "batch_size": 2, "lr": 3e-2,
@@ -169,14 +178,15 @@ def small(text, place, **changes):
     return TextTrainConfig((text,), **settings)
 
 
-def test_a_soft_prompt_is_trained_written_and_loaded(tmp_path):
+def test_a_soft_prompt_is_trained_written_and_loaded(tmp_path: Path) -> None:
     text = tmp_path / "beasts.txt"
     text.write_text(LINES, "utf-8")
     base = make_lm()
     plain = LanguageTask(base, LanguageSettings(0, 2, 1, CONTEXT), tokens(base, [LINES]), tokens(base, [LINES])).held_out()
     config = small(text, tmp_path, method="prompt", option=("vectors=4", "initial=The"), steps=40)
     result = train_text(config, base=base)
-    assert result.held_out_after < 0.97 * plain
+    _, after = held_out(result)
+    assert plain is not None and after < 0.97 * plain
     assert base.start() == [EDGE] and not site.sites(base.lm)
     found = formats.inspect(result.output)
     assert found.methods == ("prompt",) and dict(found.components) == {"lm": 1}
@@ -184,7 +194,7 @@ def test_a_soft_prompt_is_trained_written_and_loaded(tmp_path):
     name = adapters.load(result.output)
     line = tokens(base, [LINES])
     task = LanguageTask(base, LanguageSettings(0, 2, 1, CONTEXT), line, line[len(line) - round(len(line) * 0.2) :])
-    assert task.held_out() == pytest.approx(result.held_out_after, rel=1e-5)
+    assert task.held_out() == pytest.approx(after, rel=1e-5)
     adapters.remove(name)
     assert base.start() == [EDGE]
     with pytest.raises(UserError, match="--context 6 leaves no room for text: 9 tokens stand before every window"):
@@ -194,14 +204,15 @@ def test_a_soft_prompt_is_trained_written_and_loaded(tmp_path):
     assert base.start() == [EDGE] and not site.sites(base.lm)
 
 
-def test_a_new_word_is_learned_beside_a_lora_and_read_where_it_stands(tmp_path):
+def test_a_new_word_is_learned_beside_a_lora_and_read_where_it_stands(tmp_path: Path) -> None:
     text = tmp_path / "beasts.txt"
     text.write_text(LINES.replace("ox", "<kine>"), "utf-8")
     base = make_lm()
     block = ("lm tokens tokens placeholders=<kine> vectors=2 initial=ox lr=0.05", "lm attention lora rank=2")
     result = train_text(small(text, tmp_path, block=block, lr=1e-2, steps=10), base=base)
-    assert result.held_out_after < result.held_out_before
-    assert formats.inspect(result.output).spec.triggers == ("<kine>",)
+    before, after = held_out(result)
+    assert after < before
+    assert spec_of(result.output).triggers == ("<kine>",)
     adapters = Adapters(base)
     adapters.load(result.output)
     first, second = learned(base.tokenizer).values()
@@ -219,7 +230,7 @@ def test_a_new_word_is_learned_beside_a_lora_and_read_where_it_stands(tmp_path):
         train_text(small(text, tmp_path / "x", block=block[:1]), base=base)
 
 
-def test_new_words_are_read_and_never_asked_for():
+def test_new_words_are_read_and_never_asked_for() -> None:
     base = make_lm()
     site.attach(base.lm, "a", begun(base, "lm", Tokens("<kine>", 2, "ox")), "tokens")
     site.attach(base.lm, "b", Lora(rank=2), "attention")

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 import laws
 import pytest
@@ -84,7 +85,7 @@ def test_law_3_merging_rounds_again_and_unmerging_restores_the_bytes(case: Case)
 
 
 def _weight(case: Case, path: str) -> torch.Tensor:
-    return case.model.get_submodule(path).weight
+    return case.model.get_submodule(path).get_parameter("weight")
 
 
 @torch.no_grad()
@@ -124,7 +125,7 @@ def test_what_torchao_rounds_in_another_way_runs_but_is_not_merged() -> None:
 
 
 @torch.no_grad()
-def test_an_adapter_of_the_plain_base_runs_on_one_that_torchao_quantized(tmp_path) -> None:
+def test_an_adapter_of_the_plain_base_runs_on_one_that_torchao_quantized(tmp_path: Path) -> None:
     plain, packed = make_pipe(), make_pipe()
     quantize_(packed.unet, Int8WeightOnlyConfig())
     site.attach(plain.unet, "a", Lora(rank=4), "attention+ff")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from making import command
 from safetensors.torch import load_file
 from test_training import draw_pictures
@@ -16,7 +17,9 @@ import peft_diffusion as pd
 from peft_diffusion.bases import denoiser_of, describe, fingerprint
 from peft_diffusion.bases.base import components
 from peft_diffusion.core import site
+from peft_diffusion.generation.settings import SchedulerName
 from peft_diffusion.training.machine.low_memory import blocks_of
+from peft_diffusion.training.settings.choices import Memory
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_is_known_by_its_row() -> None:
-    pipe = make_toy()
+    pipe: DiffusionPipeline = make_toy()
     assert isinstance(denoiser_of(pipe), ToyDenoiser)
     told = describe(pipe)
     assert (told.family, told.resolution, told.step) == (ROW.name, 64, 16)
@@ -48,9 +51,10 @@ def test_what_was_trained_is_read_and_drawn_with(trained: Path, tmp_path: Path) 
     found = pd.inspect(trained)
     assert found.components == {"transformer": 12} and found.spec is not None and found.spec.base["family"] == ROW.name
     make_toy().save_pretrained(tmp_path / "base")
-    common = {"base": str(tmp_path / "base"), "steps": 2, "device": "cpu", "output": tmp_path / "drawn"}
+    common: dict[str, Any] = {"base": str(tmp_path / "base"), "steps": 2, "device": "cpu", "output": tmp_path / "drawn"}
     (without,) = pd.generate(pd.GenerateConfig(prompts=("a red apple",), **common))
-    for scheduler in (None, "euler", "heun"):
+    schedulers: tuple[SchedulerName | None, ...] = (None, "euler", "heun")
+    for scheduler in schedulers:
         config = pd.GenerateConfig(prompts=("a red apple",), adapter=(str(trained),), scheduler=scheduler, **common)
         (with_it,) = pd.generate(config)
         assert with_it.recipe.base_family == ROW.name
@@ -106,7 +110,8 @@ def test_blocks_are_computed_again_where_memory_is_low(tmp_path: Path) -> None:
         "device": "cpu",
     }  # fmt: skip
     files = [tmp_path / "plain.safetensors", tmp_path / "low.safetensors"]
-    for file, memory in zip(files, ("off", "low"), strict=True):
+    memories: tuple[Memory, ...] = ("off", "low")
+    for file, memory in zip(files, memories, strict=True):
         pd.train(pd.TrainConfig(output=file, run_dir=tmp_path / file.stem, memory=memory, **common), pipe=make_toy())
     plain, low = (load_file(file) for file in files)
     assert plain.keys() == low.keys()

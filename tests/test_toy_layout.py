@@ -39,7 +39,7 @@ class Slashed(Layout):
         return Reading(found)
 
     def write(self, content: Content) -> Written:
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for component, built in content.adapters.items():
             for path, adapter in built.items():
                 if len(parts_of(adapter)) > 1:

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+from collections.abc import Callable
+from pathlib import Path
 
 import laws
 import pytest
@@ -13,14 +15,14 @@ from peft_diffusion.bases import components
 
 
 @pytest.fixture(params=["unet", "text_encoder"])
-def case(request):
+def case(request: pytest.FixtureRequest) -> laws.Case:
     torch.manual_seed(0)
     pipe = make_pipe()
     model = components(pipe)[request.param]
     return laws.Case(request.param, model, Gain(), "attention+ff", torch.float32, pipe)
 
 
-def test_it_is_short():
+def test_it_is_short() -> None:
     written = inspect.getsource(Gain) + inspect.getsource(GainAdapter)
     code = [line for line in written.splitlines() if line.strip() and not line.strip().startswith("@")]
     assert len(code) < 20
@@ -37,16 +39,16 @@ LAWS = (
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__[5:10])
-def test_it_keeps_the_law(law, case):
+def test_it_keeps_the_law(law: Callable[[laws.Case], None], case: laws.Case) -> None:
     law(case)
 
 
-def test_it_keeps_the_laws_of_files_images_and_copies(case, tmp_path):
+def test_it_keeps_the_laws_of_files_images_and_copies(case: laws.Case, tmp_path: Path) -> None:
     copied = copy.deepcopy(case)
     laws.test_law_5_save_and_load_keep_every_bit(case, tmp_path)
     laws.test_law_8_copies_are_equal_and_independent(copied, copy.deepcopy)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_it_keeps_the_law_of_images(case, packed):
+def test_it_keeps_the_law_of_images(case: laws.Case, packed: bool) -> None:
     laws.test_law_6_strengths_per_image_equal_separate_runs(case, packed)

@@ -5,14 +5,16 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_pipe
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline
+from making import spec_of
 from PIL import Image, ImageDraw
 from rich.console import Console
 from safetensors.torch import load_file
@@ -27,14 +29,25 @@ from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import site, targets
 from peft_diffusion.core.arena import Arena, side_by_side
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.events import Event
+from peft_diffusion.data.folder import ImageFolder, scan
+from peft_diffusion.fast.cuda_graph import Inputs
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.methods import method
 from peft_diffusion.training import TrainConfig
-from peft_diffusion.training.events import Losses, Measured, Signals, Step, Unrecorded
+from peft_diffusion.training.events import Losses, Measured, Signals, Step, StepLoss, Unrecorded
 from peft_diffusion.training.loop.learning_rate import rate
 from peft_diffusion.training.loop.seeds import generator, seed_of
-from peft_diffusion.training.loop.trainer import Divergence, Trainer, TrainerSettings, loss_at
+from peft_diffusion.training.loop.trainer import (
+    Divergence,
+    Trainer,
+    TrainerSettings,
+    TrainerState,
+    loss_at,
+)
 from peft_diffusion.training.record import checkpoint
+from peft_diffusion.training.results import RunResult
+from peft_diffusion.training.settings.choices import TimestepBias
 from peft_diffusion.training.settings.derive import resolve
 from peft_diffusion.training.settings.toml import to_toml
 from peft_diffusion.training.tasks import objective, preparation
@@ -56,28 +69,41 @@ def draw_pictures(folder: Path, count: int = 6, size: int = 64) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def pictures(tmp_path: Path) -> Path:
     return draw_pictures(tmp_path / "pictures")
 
 
-def small(folder: Path, where: Path, **changes) -> TrainConfig:
+def small(folder: Path, where: Path, **changes: Any) -> TrainConfig:
     """A run of seconds."""
-    settings = {
+    settings: dict[str, Any] = {
         "folder": (folder,), "output": where / "a.safetensors", "run_dir": where / "run", "steps": 6, "batch_size": 2,
         "rank": 2, "warmup": 0, "preview_steps": 0, "save_every": 3, "log_every": 2, "device": "cpu",
     }  # fmt: skip
     return TrainConfig(**(settings | changes))
 
 
-def lines(result) -> list[dict]:
+def lines(result: RunResult) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def last_state(result):
-    return checkpoint.read(result.run_dir / "checkpoints" / f"step_{result.steps:06}.safetensors").state
+def state_of(path: Path) -> TrainerState:
+    """What a checkpoint holds."""
+    found = checkpoint.read(path)
+    assert found is not None
+    return found.state
 
 
-def flat(loaded, pipe) -> torch.Tensor:
+def last_state(result: RunResult) -> TrainerState:
+    return state_of(result.run_dir / "checkpoints" / f"step_{result.steps:06}.safetensors")
+
+
+def held_out(result: RunResult) -> tuple[float, float]:
+    """The loss on what was kept apart, before and after."""
+    assert result.held_out_before is not None and result.held_out_after is not None
+    return result.held_out_before, result.held_out_after
+
+
+def flat(loaded: formats.Loaded, pipe: DiffusionPipeline) -> torch.Tensor:
     """A loaded adapter's parameters in the order of the UNet's modules, like sites of one parent side by side."""
     found = loaded.components["unet"]
     sites = [(path, list(found[path].parameters())) for path in targets.modules(pipe.unet) if path in found]
@@ -87,7 +113,7 @@ def flat(loaded, pipe) -> torch.Tensor:
 # The objective.
 
 
-def test_noisy_latents_and_v_target_are_those_of_diffusers():
+def test_noisy_latents_and_v_target_are_those_of_diffusers() -> None:
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     latents, noise = torch.randn(5, 4, 8, 8), torch.randn(5, 4, 8, 8)
     timesteps = torch.tensor([0, 10, 500, 900, 999])
@@ -99,27 +125,27 @@ def test_noisy_latents_and_v_target_are_those_of_diffusers():
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_weights_are_those_of_the_paper(gamma):
+def test_min_snr_weights_are_those_of_the_paper(gamma: float) -> None:
     snr = POWERS / (1 - POWERS)
     capped = torch.minimum(snr, torch.tensor(gamma))
     torch.testing.assert_close(objective.min_snr_weights("epsilon", POWERS, gamma), capped / snr)
     torch.testing.assert_close(objective.min_snr_weights("v_prediction", POWERS, gamma), capped / (snr + 1))
 
 
-def test_min_snr_weights_are_finite_where_no_signal_or_no_noise_is_left():
+def test_min_snr_weights_are_finite_where_no_signal_or_no_noise_is_left() -> None:
     power = torch.tensor([0.0, 1.0])
     assert objective.min_snr_weights("epsilon", power, 5.0).tolist() == [1.0, 0.0]
     assert objective.min_snr_weights("v_prediction", power, 5.0).tolist() == [0.0, 0.0]
 
 
-def test_weighted_loss_is_the_mean_of_weighted_images():
+def test_weighted_loss_is_the_mean_of_weighted_images() -> None:
     answer, wanted, weights = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0.0, 1.0, 2.0])
     per_image = ((answer - wanted) ** 2).mean((1, 2, 3))
     torch.testing.assert_close(objective.loss(answer, wanted, weights), (per_image[1] + 2 * per_image[2]) / 3)
     torch.testing.assert_close(objective.loss(answer, wanted), per_image.mean())
 
 
-def test_noise_offset_shifts_whole_channels():
+def test_noise_offset_shifts_whole_channels() -> None:
     plain = objective.noise((2, 4, 64, 64), 0.0, generator("a"))
     shifted = objective.noise((2, 4, 64, 64), 0.5, generator("a"))
     difference = shifted - plain
@@ -127,7 +153,7 @@ def test_noise_offset_shifts_whole_channels():
     assert difference.std() > 0.1
 
 
-def test_timesteps_cover_the_schedule_evenly():
+def test_timesteps_cover_the_schedule_evenly() -> None:
     drawn = objective.timesteps(20_000, 1000, "none", generator("t"))
     assert drawn.bincount(minlength=1000).tolist() == [20] * 1000
     few = torch.stack([objective.timesteps(4, 1000, "none", generator(n)) for n in range(4000)])
@@ -135,18 +161,19 @@ def test_timesteps_cover_the_schedule_evenly():
     torch.testing.assert_close(few.float().mean(0), torch.full((4,), 499.5), atol=20, rtol=0)  # wherever in the batch
 
 
-def test_a_bias_draws_later_or_earlier_timesteps_more_often():
-    for bias, fourth in (("later", slice(750, None)), ("earlier", slice(0, 250))):
+def test_a_bias_draws_later_or_earlier_timesteps_more_often() -> None:
+    cases: tuple[tuple[TimestepBias, slice], ...] = (("later", slice(750, None)), ("earlier", slice(0, 250)))
+    for bias, fourth in cases:
         shares = objective.timesteps(20_000, 1000, bias, generator("t")).bincount(minlength=1000)
         assert shares[fourth].sum() == 10_000 and shares.min() > 0
 
 
-def test_a_base_that_predicts_something_else_is_refused():
+def test_a_base_that_predicts_something_else_is_refused() -> None:
     with pytest.raises(UserError, match="'sample'"):
         noise_process.prediction_type("sample")
 
 
-def test_seeds_differ_by_place_and_ignore_the_global_generator():
+def test_seeds_differ_by_place_and_ignore_the_global_generator() -> None:
     places = [(0, "noise", 1, 11), (0, "noise", 11, 1), (1, "noise", 1, 11), (0, "order", 1, 11)]
     assert len({seed_of(*place) for place in places}) == 4
     first = torch.randn(3, generator=generator(*places[0]))
@@ -157,7 +184,7 @@ def test_seeds_differ_by_place_and_ignore_the_global_generator():
 # The schedule.
 
 
-def test_learning_rate_schedules():
+def test_learning_rate_schedules() -> None:
     assert [rate("constant", step, 10, 0) for step in (0, 5, 9)] == [1, 1, 1]
     assert [rate("linear", step, 10, 0) for step in (0, 5, 9)] == pytest.approx([1, 0.5, 0.1])
     assert [rate("cosine", step, 10, 0) for step in (0, 5)] == pytest.approx([1, 0.5])
@@ -178,24 +205,24 @@ class Line(nn.Module):
         self.poison, self.grow = poison, grow
         self.asked: list[tuple[int, int]] = []
 
-    def inputs(self, step, micro):
+    def inputs(self, step: int, micro: int) -> dict[str, torch.Tensor]:
         self.asked.append((step, micro))
         return {"step": torch.tensor(step)}
 
-    def seeded(self, step, micro):
+    def seeded(self, step: int, micro: int) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def loss(self, inputs):
+    def loss(self, inputs: Inputs) -> torch.Tensor:
         step = int(inputs["step"])
         loss = (self.weight - 3).square().mean()
         if self.grow:
             loss = loss * (1 + step) ** 2
         return loss * math.nan if step == self.poison else loss
 
-    def held_out(self):
+    def held_out(self) -> float:
         return (self.weight - 3).square().mean().item()
 
-    def signals(self):
+    def signals(self) -> Signals:
         return Signals()
 
 
@@ -203,9 +230,13 @@ class Log:
     """What a trainer tells, and copies of the states that it gives."""
 
     def __init__(self) -> None:
-        self.steps, self.losses, self.held_out, self.unrecorded, self.states = [], [], [], [], []
+        self.steps: list[int] = []
+        self.losses: list[StepLoss] = []
+        self.held_out: list[tuple[int, float]] = []
+        self.unrecorded: list[str] = []
+        self.states: list[TrainerState] = []
 
-    def __call__(self, event):
+    def __call__(self, event: Event) -> None:
         match event:
             case Step():
                 self.steps.append(event.step)
@@ -216,18 +247,18 @@ class Log:
             case Unrecorded():
                 self.unrecorded.append(event.why)
 
-    def keep(self, state):
+    def keep(self, state: TrainerState) -> None:
         copies = {name: tensor.clone() for name, tensor in state.tensors.items()}
         self.states.append(replace(state, tensors=copies, divergence=replace(state.divergence)))
 
 
-def trainer(task: Line, **changes) -> tuple[Trainer, Log]:
-    settings = {"steps": 12, "rates": {"line": 0.1}, "log_every": 5, "save_every": 4} | changes
+def trainer(task: Line, **changes: Any) -> tuple[Trainer, Log]:
+    settings: dict[str, Any] = {"steps": 12, "rates": {"line": 0.1}, "log_every": 5, "save_every": 4} | changes
     log = Log()
     return Trainer(task, Arena({"line": [task.weight]}), TrainerSettings(**settings), [log], keep=log.keep), log
 
 
-def test_the_loop_tells_every_step_once_and_lowers_the_loss():
+def test_the_loop_tells_every_step_once_and_lowers_the_loss() -> None:
     task = Line()
     loop, log = trainer(task)
     assert loop.run()
@@ -236,7 +267,7 @@ def test_the_loop_tells_every_step_once_and_lowers_the_loss():
     assert log.held_out[-1][1] < 0.6 * log.held_out[0][1]
 
 
-def test_flat_adamw_is_torch_adamw_with_clipping_schedule_and_decay():
+def test_flat_adamw_is_torch_adamw_with_clipping_schedule_and_decay() -> None:
     task, other = Line(), Line()
     loop, _ = trainer(task, clip=0.5, weight_decay=0.1, scheduler="cosine", warmup=2)
     loop.run()
@@ -250,7 +281,7 @@ def test_flat_adamw_is_torch_adamw_with_clipping_schedule_and_decay():
     torch.testing.assert_close(task.weight, other.weight, rtol=1e-5, atol=1e-6)
 
 
-def test_accumulation_asks_for_each_micro_batch_and_means_them():
+def test_accumulation_asks_for_each_micro_batch_and_means_them() -> None:
     task, plain = Line(), Line()
     loop, log = trainer(task, accumulation=3, steps=2)
     loop.run()
@@ -261,12 +292,12 @@ def test_accumulation_asks_for_each_micro_batch_and_means_them():
     assert log.losses[0].loss == pytest.approx(single_log.losses[0].loss)
 
 
-def test_each_group_has_its_own_learning_rate():
+def test_each_group_has_its_own_learning_rate() -> None:
     first, second = Line(), Line()
     second.weight.requires_grad_(True)
 
     class Both(Line):
-        def loss(self, inputs):
+        def loss(self, inputs: Inputs) -> torch.Tensor:
             return first.loss(inputs) + second.loss(inputs)
 
     arena = Arena({"unet": [first.weight], "text_encoder": [second.weight]})
@@ -276,18 +307,19 @@ def test_each_group_has_its_own_learning_rate():
     assert second.weight[0].item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_the_average_follows_and_is_what_the_run_gives():
+def test_the_average_follows_and_is_what_the_run_gives() -> None:
     task = Line()
     loop, _ = trainer(task, ema=0.9)
     loop.run()
     present = task.weight.detach().clone()
     with loop.final_weights():
+        assert loop.average is not None
         assert torch.equal(task.weight, loop.average[: len(task.weight)])
         assert 0 < task.weight[0] < present[0]
     assert torch.equal(task.weight, present)
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_keeps_the_checkpoint():
+def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_keeps_the_checkpoint() -> None:
     task = Line(poison=9)
     loop, log = trainer(task)
     with pytest.raises(UserError, match=r"step 10: the loss is nan; the checkpoint of step 8 is kept.*line 0\.1"):
@@ -297,7 +329,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step_and_keeps_the_checkp
     assert all(bool(tensor.isfinite().all()) for state in log.states for tensor in state.tensors.values())
 
 
-def test_weights_that_are_not_finite_are_never_a_checkpoint():
+def test_weights_that_are_not_finite_are_never_a_checkpoint() -> None:
     task = Line()
     loop, log = trainer(task, rates={"line": math.inf}, steps=1)
     with pytest.raises(UserError, match="step 1: weights are not finite; no checkpoint was made before"):
@@ -305,7 +337,7 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint():
     assert not log.states
 
 
-def test_a_loss_that_runs_away_stops():
+def test_a_loss_that_runs_away_stops() -> None:
     loop, _ = trainer(Line(grow=True), rates={"line": 1e-9}, steps=500, save_every=1000)
     with pytest.raises(UserError, match=r"step \d+: the loss runs away"):
         loop.run()
@@ -324,7 +356,7 @@ class StableDiffusion1:
     name, family, resolution = "sd1", "sd1", 512
 
 
-def test_presets_fill_what_was_left_out_and_nothing_else(tmp_path):
+def test_presets_fill_what_was_left_out_and_nothing_else(tmp_path: Path) -> None:
     given = TrainConfig(folder=(tmp_path / "birds",), rank=7)
     found = resolve(given, Icons(), 48, "cpu")
     assert (found.rank, found.unet_lr, found.steps, found.batch_size, found.scheduler) == (7, 1e-3, 300, 8, "cosine")
@@ -335,7 +367,7 @@ def test_presets_fill_what_was_left_out_and_nothing_else(tmp_path):
     assert (large.held_out, large.preview_every) == (0.0, 300)
 
 
-def test_every_preset_gives_every_family_all_its_values():
+def test_every_preset_gives_every_family_all_its_values() -> None:
     for preset in ("style", "subject"):
         for family in ("sd1", "sd2", "sdxl", "other"):
             base = type("Base", (), {"name": family, "family": family, "resolution": 64})()
@@ -345,7 +377,7 @@ def test_every_preset_gives_every_family_all_its_values():
         assert set(families.find("other").presets[preset]) == set(families.find("sd1").presets[preset])
 
 
-def test_epochs_become_steps_and_win_over_them():
+def test_epochs_become_steps_and_win_over_them() -> None:
     given = TrainConfig(folder=(Path("x"),), epochs=2.5, steps=7, accumulation=2, batch_size=4)
     found = resolve(given, Icons(), 48, "cpu", batches_per_epoch=11)
     assert (found.steps, found.epochs) == (14, None)
@@ -364,14 +396,16 @@ def test_epochs_become_steps_and_win_over_them():
         ({"components": ("unet,vae",)}, "--components vae: there are unet, text_encoder, text_encoder_2"),
     ],
 )
-def test_values_that_no_run_can_use_are_refused(changes, message):
+def test_values_that_no_run_can_use_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         TrainConfig(folder=(Path("x"),), **changes)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("more", [{}, {"rank": 9, "resume": True}])
-def test_toml_goes_round_through_the_command_line(tmp_path, monkeypatch, more):
+def test_toml_goes_round_through_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
     from peft_diffusion.cli.app import app, main
 
     given = TrainConfig(
@@ -389,7 +423,7 @@ def test_toml_goes_round_through_the_command_line(tmp_path, monkeypatch, more):
     assert resolve(seen[0], Icons(), 48, "cpu") == replace(resolved, **more)
 
 
-def test_the_configuration_imports_no_torch():
+def test_the_configuration_imports_no_torch() -> None:
     code = "import sys; import peft_diffusion.training, peft_diffusion.cli.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -397,25 +431,26 @@ def test_the_configuration_imports_no_torch():
 # Whole runs on a tiny base.
 
 
-def test_a_run_lowers_the_losses_and_leaves_the_base_as_it_was(tmp_path):
+def test_a_run_lowers_the_losses_and_leaves_the_base_as_it_was(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures", 20)
     pipe = make_pipe()
     before, classes = fingerprint(components(pipe)), [type(m) for m in pipe.unet.modules()]
     result = train(small(folder, tmp_path, steps=30, unet_lr=5e-3, batch_size=4, log_every=7, save_every=15), pipe=pipe)
     assert fingerprint(components(pipe)) == before == result.base_fingerprint
     assert [type(m) for m in pipe.unet.modules()] == classes
-    assert result.images == 18 and result.held_out_after < 0.97 * result.held_out_before
+    start, end = held_out(result)
+    assert result.images == 18 and end < 0.97 * start
     losses = [line["loss"] for line in lines(result) if "loss" in line]
     assert len(losses) == 30 and sum(losses[-8:]) < 0.97 * sum(losses[:8])
     assert [line["step"] for line in lines(result) if "held_out_loss" in line] == [0, 15, 30]
-    spec = formats.inspect(result.output).spec
+    spec = spec_of(result.output)
     assert spec.methods["unet"][0]["rank"] == 2 and spec.training["steps_done"] == 30 and spec.training["images"] == 18
     assert spec.training["held_out_loss"] == result.held_out_after
     with Image.open(result.run_dir / "loss.png") as plot:
         assert plot.size == (880, 550)
 
 
-def test_the_file_gives_the_weights_that_were_trained(tmp_path, pictures):
+def test_the_file_gives_the_weights_that_were_trained(tmp_path: Path, pictures: Path) -> None:
     result = train(small(pictures, tmp_path, trigger="ink {}"), pipe=make_pipe())
     pipe = make_pipe()
     loaded = formats.load(result.output, pipe)
@@ -423,14 +458,14 @@ def test_the_file_gives_the_weights_that_were_trained(tmp_path, pictures):
     assert torch.equal(flat(loaded, pipe), last_state(result).tensors["parameters"])
 
 
-def test_the_average_is_what_is_saved(tmp_path, pictures):
+def test_the_average_is_what_is_saved(tmp_path: Path, pictures: Path) -> None:
     result = train(small(pictures, tmp_path, ema=0.9), pipe=make_pipe())
     pipe, state = make_pipe(), last_state(result)
     assert torch.equal(flat(formats.load(result.output, pipe), pipe), state.tensors["average"])
     assert not torch.equal(state.tensors["average"], state.tensors["parameters"])
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path, pictures):
+def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path: Path, pictures: Path) -> None:
     torch.manual_seed(1)
     first = train(small(pictures, tmp_path / "1"), pipe=make_pipe())
     torch.manual_seed(2)
@@ -441,56 +476,63 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path, pict
     assert any(not torch.equal(one[key], three[key]) for key in one)
 
 
-def test_v_prediction_is_trained_as_the_base_says(tmp_path, pictures):
+def test_v_prediction_is_trained_as_the_base_says(tmp_path: Path, pictures: Path) -> None:
     epsilon = train(small(pictures, tmp_path / "1"), pipe=make_pipe())
     velocity = train(small(pictures, tmp_path / "2", min_snr_gamma=5), pipe=make_pipe(prediction_type="v_prediction"))
-    assert formats.inspect(velocity.output).spec.base["prediction_type"] == "v_prediction"
+    assert spec_of(velocity.output).base["prediction_type"] == "v_prediction"
     first = [next(line["loss"] for line in lines(result) if "loss" in line) for result in (epsilon, velocity)]
     assert first[0] != first[1]
 
 
-def test_pictures_kept_apart_are_never_trained_on(tmp_path):
+def test_pictures_kept_apart_are_never_trained_on(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures", 10)
     prepared = prepare(small(folder, tmp_path, held_out=0.3), make_pipe(), lambda event: None, TrainingPictures())
+    assert prepared.held_out is not None
     assert (len(prepared.train.captions), len(prepared.held_out.captions)) == (7, 3)
     assert not set(prepared.train.captions) & set(prepared.held_out.captions)
-    site.attach(prepared.pipe.unet, "a", method("lora", rank=2))
+    site.attach(components(prepared.pipe)["unet"], "a", method("lora", rank=2))
     task = DiffusionTask(prepared.pipe, "a", DiffusionSettings(batch_size=2), prepared.train, prepared.held_out)
     seen = {prepared.train.caption(entry) for step in range(12) for entry in task.batch(step, 0).indices}
     assert seen == set(prepared.train.captions)
     assert task.held_out() == task.held_out()
 
 
-def test_held_out_loss_does_not_depend_on_how_the_run_learns(tmp_path):
+def test_held_out_loss_does_not_depend_on_how_the_run_learns(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures", 10)
     plain = train(small(folder, tmp_path / "1", held_out=0.2, steps=1), pipe=make_pipe())
-    changed = {"min_snr_gamma": 5.0, "noise_offset": 0.1, "caption_dropout": 1.0, "batch_size": 3, "dropout": 0.5}
+    changed: dict[str, Any] = {
+        "min_snr_gamma": 5.0,
+        "noise_offset": 0.1,
+        "caption_dropout": 1.0,
+        "batch_size": 3,
+        "dropout": 0.5,
+    }
     other = train(small(folder, tmp_path / "2", held_out=0.2, steps=1, flip=True, **changed), pipe=make_pipe())
     assert plain.held_out_before == pytest.approx(other.held_out_before, rel=1e-5)
 
 
-def test_training_the_text_encoder_too_writes_both(tmp_path, pictures):
+def test_training_the_text_encoder_too_writes_both(tmp_path: Path, pictures: Path) -> None:
     result = train(small(pictures, tmp_path, components=("unet,text_encoder",), text_encoder_lr=1e-3), pipe=make_pipe())
-    spec = formats.inspect(result.output).spec
+    spec = spec_of(result.output)
     assert set(spec.methods) == {"unet", "text_encoder"}
     ups = [tensor for key, tensor in load_file(result.output).items() if key.startswith("lora_te") and "lora_up" in key]
     assert ups and all(bool(tensor.any()) for tensor in ups)
 
 
-def test_previews_have_the_base_in_the_first_row(tmp_path, pictures):
-    drawn = {"preview_steps": 2, "preview_every": 3, "preview_prompts": ("a cat", "a dog")}
+def test_previews_have_the_base_in_the_first_row(tmp_path: Path, pictures: Path) -> None:
+    drawn: dict[str, Any] = {"preview_steps": 2, "preview_every": 3, "preview_prompts": ("a cat", "a dog")}
     result = train(small(pictures, tmp_path, **drawn), pipe=make_pipe())
     names = sorted(path.name for path in (result.run_dir / "previews").iterdir())
     rows = ("base", "step_000003", "step_000006")
     assert names == sorted([*(f"{row}_{column}.png" for row in rows for column in range(2)), "sheet.png", "prompts.json"])
 
 
-def test_epochs_see_every_picture_so_many_times(tmp_path, pictures):
+def test_epochs_see_every_picture_so_many_times(tmp_path: Path, pictures: Path) -> None:
     result = train(small(pictures, tmp_path, epochs=2, batch_size=4, steps=50), pipe=make_pipe())
     assert result.steps == 4 and "steps = 4" in (result.run_dir / "config.toml").read_text("utf-8")
 
 
-def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path, pictures):
+def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path: Path, pictures: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
     result = train(small(pictures, tmp_path), pipe=make_pipe(), observers=[TrainingConsole(console)])
     assert result.held_out_before is None
@@ -505,7 +547,7 @@ def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path, pictur
     assert "measure on (--held-out 0.1" in said and "warning: --patience ends nothing" in said
 
 
-def test_captions_over_the_limit_are_named_with_what_is_lost(tmp_path, pictures):
+def test_captions_over_the_limit_are_named_with_what_is_lost(tmp_path: Path, pictures: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
     (pictures / "red apple a.txt").write_text("apple " * 80 + "dog", "utf-8")
     config = small(pictures, tmp_path, missing_captions="name", steps=1)
@@ -514,14 +556,14 @@ def test_captions_over_the_limit_are_named_with_what_is_lost(tmp_path, pictures)
     assert "1 prompts are over 77 tokens" in said and "red apple a.png" in said and "dog" in said
 
 
-def test_missing_captions_stop_before_anything_is_written(tmp_path, pictures):
+def test_missing_captions_stop_before_anything_is_written(tmp_path: Path, pictures: Path) -> None:
     (pictures / "red apple a.txt").write_text("an apple", "utf-8")
     with pytest.raises(UserError, match="caption"):
         train(small(pictures, tmp_path), pipe=make_pipe())
     assert not (tmp_path / "run").exists() and not (tmp_path / "a.safetensors").exists()
 
 
-def test_a_run_and_a_file_that_are_there_are_not_replaced_unasked(tmp_path, pictures):
+def test_a_run_and_a_file_that_are_there_are_not_replaced_unasked(tmp_path: Path, pictures: Path) -> None:
     first = train(small(pictures, tmp_path), pipe=make_pipe())
     held = first.output.read_bytes()
     with pytest.raises(UserError, match=r"holds a run already: --resume"):
@@ -534,7 +576,7 @@ def test_a_run_and_a_file_that_are_there_are_not_replaced_unasked(tmp_path, pict
 
 
 @pytest.mark.parametrize("changes", [{}, {"overwrite": True}])
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path, pictures, changes):
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, pictures: Path, changes: dict[str, Any]) -> None:
     model = tmp_path / "run" / "checkpoints" / "model.safetensors"
     model.parent.mkdir(parents=True)
     model.write_bytes(b"gigabytes")
@@ -548,7 +590,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path, pictures, changes):
     assert (tmp_path / "project" / "data.json").read_text() == "mine"
 
 
-def test_overwriting_deletes_nothing_but_what_runs_write(tmp_path, pictures):
+def test_overwriting_deletes_nothing_but_what_runs_write(tmp_path: Path, pictures: Path) -> None:
     run = train(small(pictures, tmp_path, preview_steps=1, preview_prompts=("a cat",)), pipe=make_pipe()).run_dir
     (run / "logs").mkdir()
     (run / "logs" / "events.out.tfevents.1.host.2").write_bytes(b"")
@@ -564,13 +606,14 @@ def test_overwriting_deletes_nothing_but_what_runs_write(tmp_path, pictures):
     assert left == {"step_000003.safetensors", *(f"{number:06}.webp" for number in range(6))}
 
 
-def test_two_processes_do_not_train_into_one_folder(tmp_path, pictures):
+def test_two_processes_do_not_train_into_one_folder(tmp_path: Path, pictures: Path) -> None:
     run = train(small(pictures, tmp_path), pipe=make_pipe()).run_dir
     told = json.loads((run / "run.json").read_text())
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     running = told | {"state": "running", "process": {"host": told["process"]["host"], "pid": other.pid}}
     (run / "run.json").write_text(json.dumps(running))
-    for how in ({"resume": True}, {"overwrite": True}, {}):
+    hows: tuple[dict[str, Any], ...] = ({"resume": True}, {"overwrite": True}, {})
+    for how in hows:
         with pytest.raises(UserError, match=rf"process {other.pid} trains into .*run now"):
             train(small(pictures, tmp_path, steps=7, **how), pipe=make_pipe())
     running["process"]["began"] = 1  # another process had this id then
@@ -580,7 +623,9 @@ def test_two_processes_do_not_train_into_one_folder(tmp_path, pictures):
     other.communicate(b"\n")
 
 
-def test_an_output_that_cannot_be_written_is_found_before_training(tmp_path, pictures, monkeypatch):
+def test_an_output_that_cannot_be_written_is_found_before_training(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("in the way", "utf-8")
     with pytest.raises(UserError, match="file"):
         train(small(pictures, tmp_path, output=tmp_path / "file" / "a.safetensors"), pipe=make_pipe())
@@ -590,7 +635,7 @@ def test_an_output_that_cannot_be_written_is_found_before_training(tmp_path, pic
     with pytest.raises(UserError, match=r"name it a\.pt\.safetensors"):
         train(small(pictures, tmp_path, output=tmp_path / "a.pt"), pipe=make_pipe())
 
-    def refuse(self, *_, **__):
+    def refuse(self: Path, *_: object, **__: object) -> None:
         raise PermissionError(30, "Read-only file system", str(self))
 
     monkeypatch.setattr(Path, "touch", refuse)
@@ -599,10 +644,12 @@ def test_an_output_that_cannot_be_written_is_found_before_training(tmp_path, pic
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_leaves_the_checkpoints_that_there_are(tmp_path, pictures, monkeypatch):
+def test_a_full_disk_leaves_the_checkpoints_that_there_are(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sync, calls = os.fsync, []
 
-    def full(number):
+    def full(number: int) -> None:
         calls.append(number)
         if (tmp_path / "run" / "checkpoints" / "step_000003.safetensors").exists():
             raise OSError(28, "No space left on device")
@@ -612,14 +659,12 @@ def test_a_full_disk_leaves_the_checkpoints_that_there_are(tmp_path, pictures, m
     with pytest.raises(UserError, match="No space left on device; free space"):
         train(small(pictures, tmp_path), pipe=make_pipe())
     left = list((tmp_path / "run" / "checkpoints").iterdir())
-    assert [path.name for path in left] == ["step_000003.safetensors"] and checkpoint.read(left[0]).state.step == 3
+    assert [path.name for path in left] == ["step_000003.safetensors"] and state_of(left[0]).step == 3
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def test_a_picture_that_vanishes_is_named(tmp_path, pictures, monkeypatch):
-    scan = preparation.scan
-
-    def then_vanish(*given, **named):
+def test_a_picture_that_vanishes_is_named(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def then_vanish(*given: Any, **named: Any) -> ImageFolder:
         found = scan(*given, **named)
         next(one for one in found.pictures if "red dog" in one.name).path.unlink()
         return found

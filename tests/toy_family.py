@@ -72,7 +72,8 @@ class ToyBlock(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         x = x + self.attn(x, text)
-        return x + self.ff(x)
+        more: Tensor = self.ff(x)
+        return x + more
 
 
 class ToyTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]

@@ -20,7 +20,7 @@ class Gain(Method, name="gain", suffixes=frozenset({"gain"})):
         return isinstance(site, nn.Linear)
 
     def build(self, site: nn.Module) -> "GainAdapter":
-        return GainAdapter(torch.zeros(site.out_features))
+        return GainAdapter(torch.zeros(len(site.get_parameter("weight"))))
 
     @classmethod
     def read(cls, site: nn.Module, tensors: Mapping[str, Tensor]) -> "GainAdapter":

@@ -78,7 +78,7 @@ class Recorder:
         chance = torch.cuda.get_rng_state(self.device)  # trial runs draw too, which must not be seen in what follows
         stream, done = torch.cuda.current_stream(self.device), False
         try:
-            side: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            side: torch.cuda.Stream = torch.cuda.Stream(self.device)
             side.wait_stream(stream)
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UPS):

@@ -139,7 +139,8 @@ def minimize(net: nn.Module, loss: Callable[[], Tensor], steps: int, rate: float
 def fit(pools: list[Tensor], styles: tuple[str, ...], steps: int, batch: int, rate: float) -> StyleNet:
     """Train on as many of each style in every batch, on the device that the drawings are on."""
     device = pools[0].device
-    net = StyleNet(styles).to(device, memory_format=torch.channels_last).train()
+    net = StyleNet(styles)
+    net.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # which torch does not declare
     each = -(-batch // len(styles))
     labels = torch.arange(len(styles), device=device).repeat_interleave(each)
 

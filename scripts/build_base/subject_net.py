@@ -102,7 +102,8 @@ def fit(pixels: Tensor, shared: Shared, steps: int, batch: int, rate: float) -> 
     device = pixels.device
     known = [torch.tensor(list(places.values())) for places, name in zip(shared.places, shared.subjects, strict=True)
              if not held_out(name)]  # fmt: skip
-    net = SubjectNet().to(device, memory_format=torch.channels_last).train()
+    net = SubjectNet()
+    net.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # which torch does not declare
     labels = torch.arange(batch, device=device).repeat_interleave(DRAWN)
     same = labels[:, None] == labels[None]
     itself = torch.eye(len(labels), dtype=torch.bool, device=device)
@@ -111,7 +112,7 @@ def fit(pixels: Tensor, shared: Shared, steps: int, batch: int, rate: float) -> 
         chosen = [known[number] for number in torch.randperm(len(known))[:batch]]
         places = torch.cat([row[torch.randperm(len(row))[:DRAWN]] for row in chosen])
         images = _changed(pixels[places.to(device)].float() / 255).contiguous(memory_format=torch.channels_last)
-        points = net(images)
+        points: Tensor = net(images)
         scores = (points @ points.T / TEMPERATURE).masked_fill(itself, -1e9).log_softmax(1)
         return -(scores * (same & ~itself)).sum(1).mean() / (DRAWN - 1)
 

@@ -152,8 +152,8 @@ def train(model: LlamaForCausalLM, stream: Tensor, apart: Tensor, options: Optio
             torch.save(kept, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
             print(f"step {step + 1}: held-out loss {held_out(model, apart):.4f}", flush=True)
-    loss = held_out(model, apart)
-    return {"held_out_loss": loss, "held_out_perplexity": math.exp(loss), "seconds": time.monotonic() - began}
+    final = held_out(model, apart)
+    return {"held_out_loss": final, "held_out_perplexity": math.exp(final), "seconds": time.monotonic() - began}
 
 
 def main() -> None:

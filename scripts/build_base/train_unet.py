@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -112,7 +113,7 @@ def shared_subjects(drawings: list[Drawing], count: int) -> set[str]:
 
 
 def make_gradient(
-    unet: torch.nn.Module, text_encoder: CLIPTextModel, arena: Arena, data: TrainingSet, options: argparse.Namespace
+    unet: Callable[..., Any], text_encoder: CLIPTextModel, arena: Arena, data: TrainingSet, options: argparse.Namespace
 ) -> Callable[[], Tensor]:
     """A training step without its update: drawing, noise, timesteps, forward, loss weighted by min-SNR, backward."""
     device, batch = data.latents.device, options.batch
@@ -270,7 +271,7 @@ def main() -> None:
     total = options.total_seconds or progress.spent + options.seconds
     plan = Plan(options.rate, options.seconds, total, options.steps, options.warm_up)
     torch.manual_seed(2 + team.rank + team.size * progress.step)
-    network: torch.nn.Module = torch.compile(unet, dynamic=False) if options.compile else unet
+    network: Callable[..., Any] = torch.compile(unet, dynamic=False) if options.compile else unet
     step = stepping(make_gradient(network, reader, arena, data, options), arena, team, device)
     print(f"{time.perf_counter() - start:.0f} s until the first step", flush=True)
     save = functools.partial(_save, arena, progress, modules, options.output)

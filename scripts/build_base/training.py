@@ -184,7 +184,7 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     """The step as one CUDA graph; on a CPU, the step itself. What it returns is overwritten by the next call."""
     if device.type != "cuda":
         return step
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):

@@ -144,10 +144,10 @@ def errors(student: CLIPTextModel, teacher: CLIPTextModel, pairs: list[Pair], me
     """The mean error of each pair, 1 being that of an answer of nothing but zeros."""
     device = metric.device
     with torch.no_grad():
-        wanted = teacher(input_ids=torch.stack([pair.model for pair in pairs]).to(device))[0]
+        wanted: Tensor = teacher(input_ids=torch.stack([pair.model for pair in pairs]).to(device))[0]
         wanted = torch.stack([row[pair.places] for row, pair in zip(wanted, pairs, strict=True)])
         scale = ((wanted @ metric) * wanted).sum(-1).mean()
-    difference = student(input_ids=torch.stack([pair.prompt for pair in pairs]).to(device))[0] - wanted
+    difference: Tensor = student(input_ids=torch.stack([pair.prompt for pair in pairs]).to(device))[0] - wanted
     weights = torch.stack([pair.weights for pair in pairs]).to(device)
     squares = ((difference @ metric) * difference).sum(-1) * weights
     return squares.sum(1) / weights.sum(1) / scale

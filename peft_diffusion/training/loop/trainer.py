@@ -331,7 +331,7 @@ class Trainer:
         """Forward and backward of a micro-batch."""
         with self.passes.passing():
             loss = self.task.loss(inputs) / self.settings.accumulation
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         self.total.add_(loss.detach())
 
     def _update(self, _: Inputs) -> None:

@@ -40,7 +40,7 @@ def predict(
             (held if tensor.device == device else away)[_place(tensor)] = tensor.untyped_storage().nbytes()
     adapter = {_place(tensor): tensor.untyped_storage().nbytes() for tensor in own}
     beside = _BLAS * _workspace(device) * (2 if records else 1)
-    step = peak(lambda given: loss(given).backward(), inputs, device)  # type: ignore[no-untyped-call]
+    step = peak(lambda given: loss(given).backward(), inputs, device)
     return Need(sum(held.values()), sum(adapter.values()), step + beside, sum(away.values()) + beside, recorded=records)
 
 
@@ -71,7 +71,7 @@ def _workspace(device: torch.device) -> int:
     return 32 * 2**20 if torch.cuda.get_device_capability(device)[0] == 9 else 8 * 2**20 + 2**16
 
 
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Live(TorchDispatchMode):
     """Adds up the memory of the tensors that operations make, for as long as they live."""
 
     def __init__(self) -> None:
