@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import peft_diffusion as pd
 from peft_diffusion import methods
@@ -233,7 +232,7 @@ def test_the_method_of_the_documents_keeps_its_word(monkeypatch: pytest.MonkeyPa
     assert site.attach(model, "a", made["Gain"](), "all-linear") == ["0"]
     assert torch.equal(model(x), before), "fresh, it changes nothing"
     (adapter,) = site.adapters(model, "a").values()
-    adapter.gain.data.copy_(torch.tensor([1.0, -0.5]))
+    adapter.get_parameter("gain").data.copy_(torch.tensor([1.0, -0.5]))
     changed = model(x)
     assert torch.allclose(changed, before * torch.tensor([2.0, 0.5]))
     merge.merge(model)
@@ -268,17 +267,9 @@ def test_settings_files_can_be_read(page: Path, tmp_path: Path) -> None:
 
 
 def test_the_site_lists_every_page() -> None:
-    def listed(entries: list[object]) -> Iterator[str]:
-        for entry in entries:
-            if isinstance(entry, str):
-                yield entry
-            elif isinstance(entry, dict):
-                for value in entry.values():
-                    yield from [value] if isinstance(value, str) else listed(value)
-
-    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
+    _, _, nav = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:\n")
     pages = [str(page.relative_to(DOCS)) for page in [*PAGES[2:], *GENERATED]]
-    assert sorted(listed(site["nav"])) == sorted(pages)
+    assert sorted(re.findall(r"[\w/-]+\.md", nav)) == sorted(pages)
 
 
 def test_the_readme_is_short() -> None:

@@ -92,7 +92,9 @@ def test_a_method_of_ones_own_learns_and_draws(tmp_path: Path) -> None:
     assert all(tensor.abs().max() > 0 for tensor in tensors.values())
     told = recipe.read(tmp_path / "ssf.png")
     assert told.plugins == ("own_method",) and Path(told.adapters[0].path).name == "ssf.safetensors"
-    (method,) = pd.inspect(tmp_path / "ssf.safetensors").spec.methods["unet"]
+    spec = pd.inspect(tmp_path / "ssf.safetensors").spec
+    assert spec is not None
+    (method,) = spec.methods["unet"]
     assert (method["method"], method["plugin"]) == ("ssf", "own_method")
 
 
