@@ -384,7 +384,7 @@ def test_law_6_strengths_per_image_equal_separate_runs(case: Case, packed: bool)
 
 @once_a_case
 @torch.no_grad()
-def test_law_9_every_registry_says_what_a_component_carries(case: Case) -> None:
+def test_law_10_every_registry_says_what_a_component_carries(case: Case) -> None:
     first, second = (Registry({case.component: case.model}) for _ in range(2))
     assert first.names == ()
     case.trained("b")
