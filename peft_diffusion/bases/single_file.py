@@ -30,7 +30,9 @@ _V_SPREAD = 0.09
 
 
 def read(path: Path, dtype: torch.dtype) -> Any:
-    """Read a checkpoint of one file, with diffusers' own conversion. A ``.ckpt`` is read without running code that it may hold.
+    """Read a checkpoint of one file, with diffusers' own conversion.
+
+    A ``.ckpt`` is read without running code that it may hold.
 
     Args:
         path: ``.safetensors`` or ``.ckpt``.

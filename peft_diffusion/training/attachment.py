@@ -80,26 +80,57 @@ def with_words(base: Base, blocks: Sequence[Placement]) -> list[Placement]:
 
 
 def taught_words(blocks: Sequence[Placement]) -> list[str]:
-    """The words that blocks teach the tokenizers."""
+    """List the words that placements teach the tokenizers.
+
+    Args:
+        blocks: The placements.
+
+    Returns:
+        The words.
+    """
     return [word for block in blocks for word in block.method.taught_words()]
 
 
 def described(parts: Mapping[str, nn.Module], blocks: Sequence[Placement], parameters: int) -> str:
-    """Methods, layers and parameters of the adapter that was attached, in words."""
+    """Describe the adapter that was attached.
+
+    Args:
+        parts: Components by name.
+        blocks: The placements.
+        parameters: How many are trained.
+
+    Returns:
+        Methods, layers and parameters in words.
+    """
     layers = sum(len(site.adapters(part, NAME)) for part in parts.values())
     names = ", ".join(dict.fromkeys(named(block.method) for block in blocks))
     return f"{names}: {layers} layers, {parameters:,} parameters"
 
 
 def named(method: Method) -> str:
-    """A method with its rank, if it has one."""
+    """Name a method with its rank, if it has one.
+
+    Args:
+        method: The method.
+
+    Returns:
+        In words.
+    """
     rank = getattr(method, "rank", None)
     return method.name if rank is None else f"{method.name} of rank {rank}"
 
 
 @contextmanager
 def evaluating(parts: Sequence[nn.Module], name: str = NAME) -> Iterator[None]:
-    """The adapter that is trained, without its dropout."""
+    """Take the dropout from the adapter that is trained.
+
+    Args:
+        parts: The components.
+        name: The adapter.
+
+    Yields:
+        Once; afterwards it is as it was.
+    """
     adapters: list[Adapter] = [adapter for part in parts for adapter in site.adapters(part, name).values()]
     before = [adapter.training for adapter in adapters]
     for adapter in adapters:
@@ -113,7 +144,16 @@ def evaluating(parts: Sequence[nn.Module], name: str = NAME) -> Iterator[None]:
 
 @contextmanager
 def at_strength(parts: Iterable[nn.Module], name: str, value: float) -> Iterator[None]:
-    """The adapter at a strength; afterwards at 1, at which it is trained."""
+    """Put the adapter at a strength.
+
+    Args:
+        parts: The components.
+        name: The adapter.
+        value: The strength.
+
+    Yields:
+        Once; afterwards it is at 1, at which it is trained.
+    """
     owners = [found for part in parts if (found := site.strengths(part)) is not None and name in found.names]
     try:
         for strengths in owners:

@@ -601,12 +601,26 @@ class LookGains(Event):
 
 
 def described(rates: Mapping[str, float]) -> str:
-    """Learning rates by group, to two digits, in words."""
+    """Describe learning rates.
+
+    Args:
+        rates: By group.
+
+    Returns:
+        To two digits, in words.
+    """
     return ", ".join(f"{name} {value:.2g}" for name, value in rates.items())
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words."""
+    """Describe a time.
+
+    Args:
+        seconds: How long.
+
+    Returns:
+        In words.
+    """
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

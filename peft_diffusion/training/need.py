@@ -41,10 +41,25 @@ class Need:
 
 
 def mib(size: int) -> str:
-    """Bytes in MiB, or in GiB where these are many."""
+    """Describe bytes.
+
+    Args:
+        size: How many.
+
+    Returns:
+        In MiB, or in GiB where these are many.
+    """
     return f"{size / 2**20:.0f} MiB" if size < 10 * 2**30 else f"{size / 2**30:.1f} GiB"
 
 
 def fits(need: Need, there: int | None) -> bool:
-    """Whether a run finds room; where that cannot be told, it is tried."""
+    """Tell whether a run finds room.
+
+    Args:
+        need: What it takes.
+        there: Bytes that there are; None where that cannot be told, and it is tried.
+
+    Returns:
+        Whether it does.
+    """
     return there is None or need.total * _SPARE <= there

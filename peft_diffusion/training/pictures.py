@@ -207,7 +207,17 @@ def diffusion_task(prepared: Prepared, blocks: Sequence[Placement], processes: P
 
 
 def searched(config: TrainConfig) -> TrainConfig:
-    """The settings for a search of learning rates. Raises UserError for a base that is to be sharded."""
+    """Change settings for a search of learning rates.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The same without previews.
+
+    Raises:
+        UserError: The base is to be sharded.
+    """
     if config.shard_base:
         raise UserError("--find-lr runs in one process, which cannot shard a base; leave --shard-base away")
     return replace(config, preview_steps=0)

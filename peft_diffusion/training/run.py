@@ -574,7 +574,14 @@ def origin_of(config: RunSettings, items: Sequence[Mapping[str, str]], base: str
 
 
 def digest(items: Sequence[Mapping[str, str]]) -> str:
-    """A digest of what is learned from (16 hex digits)."""
+    """Digest what is learned from.
+
+    Args:
+        items: The items.
+
+    Returns:
+        16 hex digits.
+    """
     found = hashlib.sha256()
     for item in items:
         found.update("\0".join((*item.values(), "")).encode())

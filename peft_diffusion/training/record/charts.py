@@ -106,7 +106,7 @@ def bars(values: Mapping[str, float], title: str, form: Format = "percent") -> M
 
 
 def room_for(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Choose the limits of an axis for curves; single spikes are cut off, but never of curves with dots, each of which tells.
+    """Choose the limits of an axis for curves. Single spikes are cut off, but none of curves with dots.
 
     Args:
         curves: The curves.
@@ -119,7 +119,7 @@ def room_for(curves: Sequence[Curve]) -> tuple[float, float]:
 
 
 def bounds(values: Sequence[float], whole: Sequence[float] = ()) -> tuple[float, float]:
-    """Choose the limits of an axis: all values with a little room, from 0 where they reach near it; single spikes are cut off.
+    """Choose the limits of an axis: a little more than all values, from 0 if that is near. Single spikes are cut off.
 
     Args:
         values: Of curves.

@@ -48,16 +48,30 @@ class Derivation:
         self.derived: dict[str, str] = {}
 
     def put(self, values: Mapping[str, Any], source: str) -> None:
-        """Set values, whatever was asked for."""
+        """Set values, whatever was asked for.
+
+        Args:
+            values: By setting.
+            source: Where they come from, in words.
+        """
         self.values |= values
         self.derived |= {name: source for name, value in values.items() if value != self.asked.get(name)}
 
     def fill(self, values: Mapping[str, Any], source: str) -> None:
-        """Set those values that are not known yet."""
+        """Set those values that are not known yet.
+
+        Args:
+            values: By setting.
+            source: Where they come from, in words.
+        """
         self.put({name: value for name, value in values.items() if self.values[name] is None}, source)
 
     def leave_out(self, name: str) -> None:
-        """Set a value that says nothing in this run to None, as if nobody had asked for it."""
+        """Set a value that says nothing in this run to None, as if nobody had asked for it.
+
+        Args:
+            name: The setting.
+        """
         self.values[name] = None
         self.asked.pop(name, None)
         self.derived.pop(name, None)
@@ -73,18 +87,38 @@ class Derivation:
         self.fill({"save_every": math.ceil(self.values["steps"] / 6)}, f"from {self.values['steps']} steps")
 
     def put_precision(self, precision: Precision, device: str) -> None:
-        """What an automatic precision comes to."""
+        """Set what an automatic precision comes to.
+
+        Args:
+            precision: The precision.
+            device: Where the run takes place.
+        """
         if self.values["precision"] == "auto":
             self.put({"precision": precision}, f"from device {device}")
 
     def put_places(self, output: object, run_dir: object) -> None:
-        """Where the run and its file lie, which is the run's own, whoever chose it: it is found there when it goes on."""
+        """Set where the run and its file lie, which is the run's own, whoever chose it: it is found there when it goes on.
+
+        Args:
+            output: The adapter file.
+            run_dir: The run folder.
+        """
         places = {"output": output, "run_dir": run_dir}
         self.values |= places
         self.asked |= places
 
     def resolved(self, kind: type[S]) -> S:
-        """The whole configuration. Raises UserError for a value that cannot be."""
+        """Make the whole configuration.
+
+        Args:
+            kind: Its class.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            UserError: A value cannot be.
+        """
         return pick(kind, {**self.values, "asked": self.asked, "derived": self.derived})
 
 
@@ -260,14 +294,28 @@ def resolve_language(
 
 
 def own_rate(optimizer: OptimizerName, rate: float) -> float:
-    """A default learning rate as an optimizer takes it: for one that finds it, a factor."""
+    """Bring a default learning rate to what an optimizer takes.
+
+    Args:
+        optimizer: Its name.
+        rate: The rate.
+
+    Returns:
+        The rate; 1 for an optimizer that finds it, which takes a factor.
+    """
     return 1.0 if optimizer == "prodigy" else rate
 
 
 def with_rate(block: str, components: Container[str], rate: Callable[[str, str], float]) -> str:
-    """A block that says its learning rate, so that settings that were written down mean the same when they are read.
+    """Write the learning rate into a placement, so that settings that were written down mean the same when they are read.
 
-    ``rate`` gives that of a component and a method. What is no block of these components stays as it is.
+    Args:
+        block: "COMPONENT TARGET METHOD NAME=VALUE ...".
+        components: Those that the base may have; a text with another stays as it is.
+        rate: Gives the rate of a component and a method.
+
+    Returns:
+        The text with ``lr=``.
     """
     words = block.split()
     if len(words) < 3 or words[0] not in components or any(word.startswith("lr=") for word in words[3:]):

@@ -37,7 +37,14 @@ PRESET_ROLES: dict[str, tuple[Role, ...]] = {"style": ("denoiser",), "subject": 
 
 
 def preset_components(preset: Preset) -> tuple[str, ...]:
-    """The components that a preset adapts, by their names in Stable Diffusion of all versions."""
+    """Name the components that a preset adapts, as Stable Diffusion of all versions has them.
+
+    Args:
+        preset: The preset.
+
+    Returns:
+        Their names.
+    """
     return families.SMALL_DIFFUSION.by_roles(PRESET_ROLES[preset])
 
 
@@ -345,12 +352,29 @@ class ResolvedConfig(TrainConfig, Resolved):
 
 
 def output_path(config: TrainConfig) -> Path:
-    """The adapter file of a run. Raises UserError for a name that does not end in .safetensors."""
+    """Name the adapter file of a run.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: Its name does not end in .safetensors.
+    """
     if not config.folder:
         raise UserError("no image folder was given: name the folder that holds the pictures")
     return adapter_path(config.output, config.folder[0].resolve().name or "adapter")
 
 
 def run_path(config: TrainConfig) -> Path:
-    """The run folder of a run."""
+    """Name the run folder of a run.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The folder.
+    """
     return config.run_dir or Path("runs") / output_path(config).stem

@@ -36,7 +36,14 @@ def blocks(config: MethodSettings) -> list[Placement]:
 
 
 def check_methods(config: MethodSettings) -> None:
-    """Raise UserError for a method that does not exist and for a hyper-parameter that no method of the run has."""
+    """See that the methods of a run exist, and have the hyper-parameters that were given.
+
+    Args:
+        config: The settings.
+
+    Raises:
+        UserError: One does not, or no method of the run has one.
+    """
     names = method_names(config)
     for text in config.block:
         _rate_of(_pairs(_words(text)[3:], f"--block {text!r}"), text)
@@ -51,18 +58,42 @@ def check_methods(config: MethodSettings) -> None:
 
 
 def method_names(config: MethodSettings) -> list[str]:
-    """The methods that a run trains. Raises UserError for what is no block."""
+    """Name the methods that a run trains.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        One name for each placement.
+
+    Raises:
+        UserError: A text is no placement.
+    """
     return [_words(text)[2] for text in config.block] if config.block else [config.method]
 
 
 def plugins_of(config: MethodSettings) -> list[str]:
-    """The modules of plug-ins that were loaded, and those that the methods of a run come from."""
+    """Name the modules of plug-ins that were loaded, and those that the methods of a run come from.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The modules.
+    """
     of_methods = [methods.find(name).plugin() for name in method_names(config)]
     return list(dict.fromkeys([*plugins.loaded(), *(module for module in of_methods if module)]))
 
 
 def ranked(config: MethodSettings) -> bool:
-    """Whether any method of a run has a rank."""
+    """Tell whether any method of a run has a rank.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        Whether one has.
+    """
     kinds = [methods.known()[name] for name in method_names(config) if name in methods.known()]
     return any(field.name == "rank" for kind in kinds for field in fields(kind))
 

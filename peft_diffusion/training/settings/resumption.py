@@ -13,21 +13,43 @@ DERIVED = "derived"
 
 
 def derived_before(before: Mapping[str, Any] | None, name: str) -> Any:
-    """The value of a setting in the run that goes on, where that run had derived it; else None."""
+    """Read a setting of the run that goes on.
+
+    Args:
+        before: What that run had; None where there is none.
+        name: The setting.
+
+    Returns:
+        The value, where that run had derived it; else None.
+    """
     return None if before is None or name not in before.get(DERIVED, ()) else before[name]
 
 
 def free_on_resume(kind: type[Settings]) -> frozenset[str]:
-    """The settings that a run may have otherwise when it goes on.
+    """List the settings that a run may have otherwise when it goes on.
 
     They change where things go and how often one looks, not what is learned. The pictures and captions themselves are
     compared apart, so folders may have moved.
+
+    Args:
+        kind: The class of settings.
+
+    Returns:
+        Their names.
     """
     return frozenset(one.name for one in settings_of(kind) if one.setting.free_on_resume)
 
 
 def changes(before: Mapping[str, Any], now: RunSettings) -> list[str]:
-    """How a configuration differs from the one that a run was started with, in what the result depends on."""
+    """Compare a configuration with the one that a run was started with, in what the result depends on.
+
+    Args:
+        before: What the run had.
+        now: The configuration.
+
+    Returns:
+        A line for each difference.
+    """
     current = to_json(now)
     # A run of an older version was told nothing of what came later, and went by what is the default now.
     defaults = {one.name: plain(one.default) for one in settings_of(type(now)) if one.default is not MISSING}

@@ -223,7 +223,18 @@ class FindLr:
 
 
 def adapter_path(output: Path | None, name: str) -> Path:
-    """The adapter file that was named, or one of that name. Raises UserError for one that does not end in .safetensors."""
+    """Name an adapter file.
+
+    Args:
+        output: The file that was named.
+        name: What it is called where none was.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: Its name does not end in .safetensors.
+    """
     output = output or Path(f"{name}.safetensors")
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: the adapter is a .safetensors file; name it {output.name}.safetensors")

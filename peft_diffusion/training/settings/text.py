@@ -151,12 +151,29 @@ class ResolvedTextConfig(TextTrainConfig, Resolved):
 
 
 def language_output(config: TextTrainConfig) -> Path:
-    """The adapter file of a run. Raises UserError for a name that does not end in .safetensors."""
+    """Name the adapter file of a run.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: Its name does not end in .safetensors.
+    """
     if not config.texts:
         raise UserError("no text was given: name the file or the folder that holds it")
     return adapter_path(config.output, config.texts[0].resolve().stem)
 
 
 def language_run(config: TextTrainConfig) -> Path:
-    """The run folder of a run."""
+    """Name the run folder of a run.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The folder.
+    """
     return config.run_dir or Path("runs") / language_output(config).stem
