@@ -14,11 +14,19 @@ from ..settings.choices import HuberSchedule, Loss, TimestepBias
 
 
 def timesteps(batch: int, count: int, bias: TimestepBias, generator: torch.Generator) -> Tensor:
-    """Timesteps from 0 to ``count - 1``, (batch,): one from each of as many equal shares, in random order.
+    """Draw timesteps: one from each of as many equal shares of the schedule, in random order.
 
     Each by itself is as likely as any other, but together they cover the schedule, and their mean loss varies less (Kingma
-    et al. 2021, https://arxiv.org/abs/2107.00630, appendix I.1). A bias bends the shares: half of all timesteps are then in
-    the last fourth of the schedule (later), or in the first (earlier).
+    et al. 2021, https://arxiv.org/abs/2107.00630, appendix I.1).
+
+    Args:
+        batch: How many.
+        count: The timesteps that there are.
+        bias: Bends the shares: half of all are then in the last fourth of the schedule (later), or in the first (earlier).
+        generator: The chance.
+
+    Returns:
+        (batch,), from 0 to ``count - 1``.
     """
     places = torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator, dtype=torch.float64)
     share = places / batch
@@ -30,20 +38,32 @@ def timesteps(batch: int, count: int, bias: TimestepBias, generator: torch.Gener
 
 
 def noise(shape: tuple[int, ...], offset: float, generator: torch.Generator) -> Tensor:
-    """Gaussian noise (batch, channels, height, width), plus ``offset`` times noise that is constant over each channel.
+    """Draw Gaussian noise, with an offset of whole channels (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
 
-    https://www.crosslabs.org/blog/diffusion-with-offset-noise
+    Args:
+        shape: (batch, channels, height, width).
+        offset: How much noise that is constant over a channel is added.
+        generator: The chance.
+
+    Returns:
+        Of that shape.
     """
     drawn = torch.randn(shape, generator=generator)
     return drawn + offset * torch.randn(*shape[:2], 1, 1, generator=generator) if offset else drawn
 
 
 def pyramid(noise: Tensor, discount: float, generator: torch.Generator) -> Tensor:
-    """Noise with more of it in large shapes: coarser noises are added, each ``discount`` times as strong as the one before.
+    """Add coarser noises, each of 2 to 4 times fewer rows than the one before, at random, down to one.
 
-    ``noise`` is (batch, channels, height, width) and so is the result, in which each image has a deviation of 1. Each
-    coarser noise has 2 to 4 times fewer rows than the one before, at random, down to one.
     https://wandb.ai/johnowhitaker/multires_noise/reports/Multi-Resolution-Noise-for-Diffusion-Model-Training--VmlldzozNjYyOTU2
+
+    Args:
+        noise: (batch, channels, height, width).
+        discount: How strong each is, over the one before.
+        generator: The chance.
+
+    Returns:
+        Of that shape; each image has a deviation of 1.
     """
     height, width = size = noise.shape[-2:]
     share, divisor = 1.0, 1.0
@@ -98,9 +118,17 @@ def _over_image(prediction: Prediction, snr: Tensor) -> Tensor:
 
 
 def huber_deltas(schedule: HuberSchedule, c: float, timesteps: Tensor, power: Tensor, count: int) -> Tensor:
-    """The error from which a Huber loss is linear, for each image, (batch,): from 1 at a clean one down to ``c``.
+    """Compute the error from which a Huber loss is linear, as sd-scripts does.
 
-    ``exponential`` falls with the timestep of ``count``, ``snr`` with the noise, ``constant`` not; as in sd-scripts.
+    Args:
+        schedule: ``exponential`` falls with the timestep, ``snr`` with the noise, ``constant`` not.
+        c: The lowest, above 0 and up to 1.
+        timesteps: (batch,).
+        power: (batch,).
+        count: The timesteps that there are.
+
+    Returns:
+        (batch,), from 1 at a clean image down to ``c``.
     """
     if schedule == "constant":
         return torch.full_like(power, c)
@@ -111,9 +139,18 @@ def huber_deltas(schedule: HuberSchedule, c: float, timesteps: Tensor, power: Te
 
 
 def errors(answer: Tensor, wanted: Tensor, kind: Loss = "l2", deltas: Tensor | None = None) -> Tensor:
-    """The error of every number in float32, of the shape of ``answer``; ``deltas`` are (batch,), for what is not squared.
+    """Compute the error of every number.
 
     The pseudo-Huber losses of sd-scripts: ``2 d (sqrt(e^2 + d^2) - d)``, and for smooth L1 the same without the factor d.
+
+    Args:
+        answer: (batch, channels, height, width).
+        wanted: Of the same shape.
+        kind: l2, huber or smooth-l1.
+        deltas: (batch,), for what is not squared.
+
+    Returns:
+        Of that shape, float32.
     """
     squared = (answer.float() - wanted.float()).square()
     if kind == "l2" or deltas is None:
@@ -124,9 +161,14 @@ def errors(answer: Tensor, wanted: Tensor, kind: Loss = "l2", deltas: Tensor | N
 
 
 def per_image(errors: Tensor, where: Tensor | None = None) -> Tensor:
-    """Errors as their mean over each image, (batch,); or over the part of it that ``where`` says.
+    """Average errors over each image, or over a part of it.
 
-    ``where`` is (batch, 1, height, width) from 0 to 1; what is at 0 adds nothing.
+    Args:
+        errors: (batch, channels, height, width).
+        where: (batch, 1, height, width) from 0 to 1; what is at 0 adds nothing.
+
+    Returns:
+        (batch,).
     """
     if where is None:
         return errors.flatten(1).mean(1)
@@ -134,10 +176,27 @@ def per_image(errors: Tensor, where: Tensor | None = None) -> Tensor:
 
 
 def loss(answer: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The mean squared error in float32, each image with its weight."""
+    """Compute the mean squared error in float32, each image with its weight.
+
+    Args:
+        answer: (batch, channels, height, width).
+        wanted: Of the same shape.
+        weights: (batch,).
+
+    Returns:
+        A scalar.
+    """
     return weighted(per_image(errors(answer, wanted)), weights)
 
 
 def weighted(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean of losses (batch,), each with its weight."""
+    """Average losses, each with its weight.
+
+    Args:
+        losses: (batch,).
+        weights: (batch,); None for 1 each.
+
+    Returns:
+        A scalar.
+    """
     return losses.mean() if weights is None else (losses * weights).mean()

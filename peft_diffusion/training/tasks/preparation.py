@@ -60,7 +60,17 @@ class Prepared:
 
 
 def check_places(config: TrainConfig) -> RunFolder:
-    """The run folder, after seeing that everything can be written where it shall go. Raises UserError."""
+    """See that everything can be written where it shall go.
+
+    Args:
+        config: What was asked for.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: Something cannot.
+    """
     run = RunFolder(run_path(config))
     check_run(run, output_path(config), resume=config.resume, overwrite=config.overwrite)
     if config.cache is not None:

@@ -28,7 +28,11 @@ class Clock:
         self.began = 0.0
 
     def after_step(self, step: int) -> None:
-        """Look at the clock twice."""
+        """Look at the clock twice in a run, to tell how long it will take.
+
+        Args:
+            step: The steps done.
+        """
         if self.first is None:
             self.first = step
         if step == self.first + _WARM_UP:

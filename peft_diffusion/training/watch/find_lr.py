@@ -61,15 +61,32 @@ def refuse_several_processes(processes: Processes) -> None:
 
 
 def trial_steps(steps: int) -> int:
-    """The steps of a short trial for a run of so many."""
+    """Tell the steps of a short trial.
+
+    Args:
+        steps: Those of the run.
+
+    Returns:
+        Fewer.
+    """
     return min(steps, max(_LEAST, steps // _SHARE))
 
 
 def search(measure: Callable[[int, float], float], steps: int) -> float:
-    """The factor with the lowest loss after ``steps``; ``measure`` gives the loss after so many steps at a factor.
+    """Find the factor of the rate with the lowest loss.
 
-    First a coarse grid of short trials. From what they say, moved by the ratio of the steps, whole ones go on by doubling
-    or halving until the best has a worse neighbour on both sides. Raises UserError where every trial ran away.
+    First a coarse grid of short trials. From what they say, moved by the ratio of the steps, whole ones go on by doubling or
+    halving until the best has a worse neighbour on both sides.
+
+    Args:
+        measure: Gives the loss after so many steps at a factor.
+        steps: Those of the run.
+
+    Returns:
+        The factor.
+
+    Raises:
+        UserError: Every trial ran away.
     """
     short = trial_steps(steps)
     coarse = _valley(lambda factor: measure(short, factor), _FIRST)

@@ -83,12 +83,20 @@ class Previews:
             self._strength(1.0)
 
     def after_step(self, step: int) -> None:
-        """Draw, if it is time."""
+        """Draw, if it is time.
+
+        Args:
+            step: The steps done.
+        """
         if self.every and step % self.every == 0:
             self.draw(step)
 
     def draw(self, step: int) -> None:
-        """Draw with the weights that the run would give now."""
+        """Draw with the weights that the run would give now.
+
+        Args:
+            step: The steps done.
+        """
         if self.drawn == step:
             return
         with self.weights():
@@ -96,9 +104,13 @@ class Previews:
         self.drawn = step
 
     def go_on_from(self, step: int) -> bool:
-        """Delete what a run drew after this step, and set aside what it drew for other prompts.
+        """Delete what a run drew after a step, and set aside what it drew for other prompts.
 
-        Whether the base's pictures are there, which 0 is never.
+        Args:
+            step: The steps done.
+
+        Returns:
+            Whether the base's pictures are there; never at step 0.
         """
         processes = self.task.settings.processes
         with explained(self.folder):

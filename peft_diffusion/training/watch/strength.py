@@ -9,7 +9,16 @@ _ROUNDED = 0.05  # a suggestion is no more precise than this
 
 
 def suggest(measure: Callable[[float], float], base: float, full: float) -> Suggestion:
-    """The strength of the lowest loss. ``base`` and ``full`` are the losses at 0 and 1; ``measure`` gives that of others."""
+    """Find the strength of the lowest loss.
+
+    Args:
+        measure: Gives the loss at a strength.
+        base: The loss at 0.
+        full: The loss at 1.
+
+    Returns:
+        The strength, and the losses that were tried.
+    """
     losses = {0.0: base, 1.0: full} | {strength: measure(strength) for strength in _STRENGTHS}
     if min(losses, key=lambda strength: losses[strength]) == max(_STRENGTHS):
         losses[1.5] = measure(1.5)
