@@ -54,9 +54,23 @@ def find_rates(
     observers: "Sequence[Observer]" = (),
     stop: "Stop | None" = None,
 ) -> "FoundRates":
-    """Find a learning rate for a training on pictures, without doing it.
+    """Find a learning rate for a training on pictures by trials; see `training.watch.find_lr`.
 
-    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Takes and raises what `train` does.
+    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder.
+
+    Args:
+        config: What is learned from, and how.
+        pipe: A base that is loaded already, used in place of ``config.base`` and left as it was.
+        observers: Are told what happens, by the events of `training.events`.
+        stop: Where it is set, such as a ``threading.Event`` by another thread, the search ends. Without one, SIGINT and
+            SIGTERM do the same, where this is the main thread.
+
+    Returns:
+        The rates, and all trials.
+
+    Raises:
+        UserError: For what the user can mend.
+        Interrupted: The search was stopped. It is a KeyboardInterrupt.
     """
     return run.find_rates(PictureSource(searched(config), pipe, TrainingPictures()), observers, stop)
 
@@ -94,8 +108,22 @@ def find_text_rates(
     observers: "Sequence[Observer]" = (),
     stop: "Stop | None" = None,
 ) -> "FoundRates":
-    """Find a learning rate for a training on text, without doing it.
+    """Find a learning rate for a training on text by trials; see `training.watch.find_lr`.
 
-    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Takes and raises what `train_text` does.
+    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder.
+
+    Args:
+        config: What is learned from, and how.
+        base: A model that is loaded already, used in place of ``config.base`` and left as it was.
+        observers: Are told what happens, by the events of `training.events`.
+        stop: Where it is set, such as a ``threading.Event`` by another thread, the search ends. Without one, SIGINT and
+            SIGTERM do the same, where this is the main thread.
+
+    Returns:
+        The rates, and all trials.
+
+    Raises:
+        UserError: For what the user can mend.
+        Interrupted: The search was stopped. It is a KeyboardInterrupt.
     """
     return run.find_rates(TextSource(config, base), observers, stop)

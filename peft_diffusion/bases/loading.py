@@ -59,7 +59,11 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def quiet(*libraries: Any) -> Iterator[None]:
-    """Silence the own bars and notices of libraries, given as their ``utils.logging``: a command has its own."""
+    """Silence the bars and notices of libraries inside: a command has its own.
+
+    Args:
+        libraries: Their ``utils.logging`` modules, such as ``diffusers.utils.logging``.
+    """
     before = [(library, library.get_verbosity()) for library in libraries]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

@@ -63,7 +63,14 @@ class TextSide:
         return {f"{name}_{number}": tensor for number, found in pairs for name, tensor in found.items()}
 
     def run(self, tokens: Mapping[str, Tensor]) -> Encoding:
-        """What the UNet is told, from the answer of `tokenized` on the encoders' device."""
+        """Encode tokens into what the denoiser is told of a prompt.
+
+        Args:
+            tokens: The answer of `tokenized`, on the device of the encoders.
+
+        Returns:
+            The hidden states, (prompts, tokens, width); for two encoders (SDXL) also the summary, (prompts, width).
+        """
         given = [(tokens[f"ids_{number}"], tokens.get(f"mask_{number}")) for number in range(len(self.sides))]
         if len(self.sides) == 1:
             return (self.sides[0].encoder(given[0][0], attention_mask=given[0][1])[0],)

@@ -27,9 +27,18 @@ _DEFAULT = "*"  # the word that the first programs for textual inversion began w
 
 
 def with_initial_tokens(base: object, component: str, method: Method) -> Method:
-    """The method as it can be built on a component: token methods with the ids of their initial words, others as they are.
+    """Complete a method for a component: one that learns words gets the ids of the tokens that its vectors begin as.
 
-    Raises UserError where initial words have more tokens than there are vectors.
+    Args:
+        base: The pipeline or language model.
+        component: The component that it is built on.
+        method: The method.
+
+    Returns:
+        The method with the ids; the same where it teaches no words.
+
+    Raises:
+        UserError: The component reads no words, or initial words have more tokens than there are vectors.
     """
     begins = method.initial_words()
     if not begins:

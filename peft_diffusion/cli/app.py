@@ -78,9 +78,13 @@ _HELP_FLAGS = tuple(app.help_flags)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code.
+    """Run the command line; what goes wrong is told in one line on stderr.
 
-    0; 1 for what the user can mend; 2 for a wrong command line; 70 for a bug; 130 for Ctrl-C.
+    Args:
+        arguments: The words after the name of the program; by default those that it was called with.
+
+    Returns:
+        The exit code: 0; 1 for what the user can mend; 2 for a wrong command line; 70 for a bug; 130 for Ctrl-C.
     """
     # Read when the libraries are loaded, which is later. They speak of packages that nobody asked for; OpenMP's threads
     # wait in a busy loop, which makes a step up to ten times as slow on a machine that does something else too.

@@ -31,7 +31,15 @@ class RunFile:
 
 
 def whole_numbers(_: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Refuse 1.5 where a whole number is meant: cyclopts rounds it."""
+    """Refuse 1.5 where a whole number is meant: cyclopts would round it.
+
+    Args:
+        commands: The names of the command; cyclopts passes them.
+        arguments: The arguments that were read.
+
+    Raises:
+        CycloptsError: There is such a number.
+    """
     for argument in arguments:
         one = setting_of(argument)
         for token in argument.tokens if one is not None and one.single is int else ():

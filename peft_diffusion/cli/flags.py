@@ -62,7 +62,14 @@ def _field(one: Described) -> tuple[str, Any, Any]:
 
 
 def setting_of(argument: Argument) -> Described | None:
-    """The setting that an argument gives; None for one of the program's own."""
+    """Find the setting that an argument of the command line gives.
+
+    Args:
+        argument: The argument, as cyclopts has it.
+
+    Returns:
+        The setting; None for an argument of the program's own, such as ``--debug``.
+    """
     told = get_args(argument.field_info.annotation)
     return next((one for one in told if isinstance(one, Described)), None)
 
@@ -73,7 +80,14 @@ def _group(group: settings.Group) -> Group:
 
 
 def explained(error: CycloptsError) -> str:
-    """What is wrong with a command line; a value that is not among the choices in the words that settings have for it."""
+    """Say what is wrong with a command line, in the words that settings have for a value that is not among their choices.
+
+    Args:
+        error: What cyclopts found.
+
+    Returns:
+        The message.
+    """
     if isinstance(error, CoercionError) and error.argument and error.token and get_origin(error.target_type) is Literal:
         return not_among(error.argument.name, get_args(error.target_type), error.token.value)
     return str(error)

@@ -8,7 +8,11 @@ from ..core.events import Event, Noted, Progress, Warned
 
 
 def show_notes(event: Event) -> None:
-    """Show what the person should know on stderr; an observer."""
+    """Show on stderr what the person should know; an observer.
+
+    Args:
+        event: What happened.
+    """
     match event:
         case Warned() | Noted():
             print(f"note: {event.message}", file=sys.stderr)

@@ -93,7 +93,6 @@ class ComponentState(nn.Module):
 
         Args:
             name: What it is called.
-            order: Its place among the adapters of the base.
             info: What whoever loaded it knows of it.
         """
         self.entries[name] = replace(self.entries[name], info=info)

@@ -49,12 +49,26 @@ def loaded() -> tuple[str, ...]:
 
 
 def imported(module: str) -> bool:
-    """Whether a module was imported, as a plug-in or otherwise."""
+    """Tell whether a module was imported, as a plug-in or otherwise.
+
+    Args:
+        module: Its name, as `importable` gives it.
+
+    Returns:
+        Whether it was.
+    """
     return module in sys.modules or module == importable("__main__")
 
 
 def importable(module: str) -> str:
-    """The name to load a module by, which of a script that is run is not ``__main__``."""
+    """Name a module so that it can be imported again: one that is run as a script is not called ``__main__`` then.
+
+    Args:
+        module: The ``__module__`` of a class.
+
+    Returns:
+        The name.
+    """
     if module != "__main__":
         return module
     main = sys.modules[module]

@@ -169,6 +169,15 @@ def setting(
     Args:
         default: Its value where nothing is said; None where that depends on other things.
         help: See `about`, as for all that follow.
+        group: See `about`.
+        range: See `about`.
+        unit: See `about`.
+        flag: See `about`.
+        place: See `about`.
+        free_on_resume: See `about`.
+        kept: See `about`.
+        instead_of: See `about`.
+        table: See `about`.
 
     Returns:
         The field, which the dataclass replaces by its default.

@@ -63,7 +63,14 @@ class Slot(nn.Module):
         return self.component.strengths
 
     def prepare(self, x: Tensor) -> Tensor:
-        """What the site itself is given in place of ``x``, of the same shape: see ``Adapter.prepare``."""
+        """Change what the site itself is given: see ``Adapter.prepare``.
+
+        Args:
+            x: What the site was called with.
+
+        Returns:
+            What it is given in place of that, of the same shape.
+        """
         for _, adapter in self.adapters.items():
             x = adapter.prepare(x)
         return x
@@ -130,7 +137,16 @@ class Slot(nn.Module):
         return y + F.linear(hidden, up)
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Nothing."""
+        """Give nothing, so that the base's state dict has no key of ours.
+
+        Args:
+            destination: What torch collects the tensors of a model in.
+            prefix: The path of this module there.
+            keep_vars: Of torch.
+
+        Returns:
+            The same destination, or an empty dict.
+        """
         return {} if destination is None else destination
 
 
@@ -152,7 +168,16 @@ class FastPath(Protocol):
     """Code that computes a site and its only adapter in one. It lies above this package, which knows nothing of it."""
 
     def output(self, site: nn.Module, slot: Slot, x: Tensor) -> Tensor | None:
-        """Compute what the site gives for ``x`` with its change; None to have it computed as ever."""
+        """Compute the new output of a site, with its adapters.
+
+        Args:
+            site: The site.
+            slot: Its slot.
+            x: What it was called with.
+
+        Returns:
+            The output; None where this call is none that the fast path knows.
+        """
 
 
 class _FastPaths:

@@ -71,6 +71,7 @@ class LatentCache:
 
     @property
     def fits(self) -> tuple[ResizeCrop, ...]:
+        """How each image was brought to its size, in their order."""
         return tuple(entry.fit for entry in self.entries)
 
     @property

@@ -168,12 +168,25 @@ def _usable(path: Path, tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is read as a pickle, by its name; all others are taken for safetensors."""
+    """Tell by a file's name whether it is read as a pickle; all others are taken for safetensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Whether it is.
+    """
     return path.suffix.lower() in (".pt", ".ckpt", ".bin", ".pth")
 
 
 def write(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, aside and then renamed. Adds kohya's ``sshs_`` hashes of the data to the metadata."""
+    """Write a safetensors file, aside and then renamed, with kohya's ``sshs_`` hashes of the data in the metadata.
+
+    Args:
+        path: The file, which is replaced.
+        tensors: By name, on any device.
+        metadata: Of the header, beside those hashes.
+    """
     from safetensors.torch import save
 
     data = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
@@ -182,13 +195,33 @@ def write(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, st
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256, as hex digits."""
+    """Digest a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The SHA-256 of all bytes, as hex digits.
+
+    Raises:
+        UserError: There is no such file.
+    """
     with existing(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def existing(path: Path) -> Path:
-    """The path, if a file is there. Raises UserError."""
+    """See that a file is there.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The same path.
+
+    Raises:
+        UserError: There is none, or it is a folder.
+    """
     if path.is_dir():
         raise UserError(f"{path} is a folder, not an adapter file")
     if not path.is_file():

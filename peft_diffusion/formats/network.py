@@ -15,9 +15,14 @@ from ..core.method import KOHYA, Network
 
 
 def network(methods: Mapping[str, Sequence[Mapping[str, Any]]], kernels: bool) -> Network | None:
-    """The first of a spec's methods that those programs have; None where they have none. They know of one in a file.
+    """Choose what kohya's trainer and LyCORIS are told of a file's methods: they know of one in a file.
 
-    ``kernels`` tells that a pair sits on a convolution with a kernel, which kohya's own module calls ``conv_dim``.
+    Args:
+        methods: Those of a spec, by component.
+        kernels: Whether a pair sits on a convolution with a kernel, which kohya's own module calls ``conv_dim``.
+
+    Returns:
+        The first method that those programs have; None where they have none.
     """
     known = known_methods.known()
     present = (one for several in methods.values() for one in several if one.get("method") in known)
@@ -30,14 +35,28 @@ def network(methods: Mapping[str, Sequence[Mapping[str, Any]]], kernels: bool) -
 
 
 def to_metadata(found: Network) -> dict[str, str]:
-    """As a file holds it."""
+    """Say a network in the metadata of a file.
+
+    Args:
+        found: The network.
+
+    Returns:
+        The ``ss_network_*`` entries.
+    """
     values = {"dim": found.dim, "alpha": found.alpha, "args": json.dumps(found.args) if found.args else None}
     told = {f"ss_network_{name}": str(value) for name, value in values.items() if value is not None}
     return {"ss_network_module": found.module, **told}
 
 
 def from_metadata(metadata: Mapping[str, str]) -> Network | None:
-    """What a file says; None where it says nothing. What cannot be read is left out: it is told, and never relied on."""
+    """Read the network that a file tells. What cannot be read is left out: it is shown, and never relied on.
+
+    Args:
+        metadata: Of the file.
+
+    Returns:
+        The network; None where the file tells none.
+    """
     if "ss_network_module" not in metadata:
         return None
     dim, alpha = _number(metadata.get("ss_network_dim")), _number(metadata.get("ss_network_alpha"))

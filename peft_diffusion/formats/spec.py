@@ -34,7 +34,18 @@ class Spec:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], where: str) -> Self | None:
-        """The spec in a file's metadata; None in other programs' files. Raises UserError if it is damaged or newer."""
+        """Read the spec in a file's metadata.
+
+        Args:
+            metadata: Of the file.
+            where: What errors call the file.
+
+        Returns:
+            The spec; None in a file of another program.
+
+        Raises:
+            UserError: It is damaged, or written by a newer version.
+        """
         if KEY not in metadata:
             return None
         try:
@@ -54,6 +65,10 @@ class Spec:
 def refuse_unknown(spec: Spec, where: str) -> None:
     """Refuse a file of a method whose plug-in was not loaded: a part of the adapter would be left out without a word.
 
+    Args:
+        spec: What the file says of itself.
+        where: What errors call the file.
+
     Raises:
         UserError: There is such a method.
     """
@@ -65,7 +80,14 @@ def refuse_unknown(spec: Spec, where: str) -> None:
 
 
 def missing_plugins(spec: Spec) -> dict[str, str]:
-    """The plug-ins that a file needs and that were not loaded, by the method that each brings."""
+    """List the plug-ins that a file needs and that were not loaded.
+
+    Args:
+        spec: What the file says of itself.
+
+    Returns:
+        Their modules, by the method that each brings.
+    """
     told = [(str(one.get("method")), one.get("plugin")) for several in spec.methods.values() for one in several]
     return {name: str(plugin) for name, plugin in told if plugin and name not in methods.known()}
 

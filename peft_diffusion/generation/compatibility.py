@@ -20,7 +20,15 @@ class Compatibility:
 
 
 def compare(first: Inspection, second: Inspection) -> Compatibility:
-    """Compare the bases that they name, and the shapes at the sites that both change."""
+    """Compare two adapter files by the bases that they name, and by the shapes at the sites that both change.
+
+    Args:
+        first: What one file tells.
+        second: What the other tells.
+
+    Returns:
+        Whether they can be used together, and why.
+    """
     verdict, reason = _bases(first, second)
     shared = sorted(first.sites.keys() & second.sites.keys())
     compared = [(site, _shape(first.sites[site]), _shape(second.sites[site])) for site in shared]

@@ -50,9 +50,16 @@ class Choice:
 
 
 def parse_choice(text: str) -> Choice:
-    """``FILE`` or ``FILE=STRENGTH``. A file that is there by the whole text is meant, also where its name holds a =.
+    """Read an adapter as the command line names it, ``FILE`` or ``FILE=STRENGTH``.
 
-    Raises UserError where the file is missing or the strength is no finite number.
+    Args:
+        text: The words. Where a file has all of them as its name, that is meant, = and all.
+
+    Returns:
+        The file and the strength, by default 1.
+
+    Raises:
+        UserError: The file is missing, or the strength is no finite number.
     """
     if Path(text).is_file() or "=" not in text:
         return Choice(_existing(text))

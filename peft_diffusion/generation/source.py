@@ -97,7 +97,14 @@ class Source:
         return made
 
     def told(self, count: int) -> dict[str, Any]:
-        """What that pipeline is told besides, for so many pictures."""
+        """Say what the pipeline that starts from a picture is told besides the prompt.
+
+        Args:
+            count: How many pictures are drawn.
+
+        Returns:
+            Further arguments of the call.
+        """
         told: dict[str, Any] = {"image": [self.image] * count, "strength": self.strength}
         if self.mask is None:
             return told

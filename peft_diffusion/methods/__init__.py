@@ -40,6 +40,12 @@ def known() -> Mapping[str, type[Method]]:
 def find(name: str) -> type[Method]:
     """Find a method by its name.
 
+    Args:
+        name: What a person calls it.
+
+    Returns:
+        The class of the method.
+
     Raises:
         UnknownMethodError: There is none of that name.
         UserError: A plug-in cannot be imported.

@@ -36,10 +36,19 @@ def attach(
     seed: int,
     rate_of: Callable[[str], float],
 ) -> Attached:
-    """Put the adapter on every component, its chance from the seed.
+    """Put a fresh adapter on every component, and its parameters into one arena.
 
-    ``rate_of`` gives a component's learning rate; a block's own goes before it.
-    Raises UserError where a component has no block, and as ``site.attach_all`` does.
+    Args:
+        parts: The components, by name.
+        blocks: Which method is trained at which sites.
+        seed: What the chance of the beginning comes from.
+        rate_of: Gives the learning rate of a component; one of a block's own goes before it.
+
+    Returns:
+        What is trained, at which rates.
+
+    Raises:
+        UserError: A component has no block, a target matches nothing, or two methods cannot stand together at a site.
     """
     groups: dict[str, list[tuple[str, list[nn.Parameter]]]] = {}
     rates: dict[str, float] = {}
@@ -66,7 +75,18 @@ def attach(
 
 
 def selected_components(base: Base, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The components of these names. Raises UserError for one that the base has not."""
+    """Pick components of a base by name.
+
+    Args:
+        base: The pipeline or language model.
+        names: Those that are trained.
+
+    Returns:
+        The components by name, in the order of the base.
+
+    Raises:
+        UserError: The base has no such component.
+    """
     there = components(base)
     absent = [name for name in names if name not in there]
     if absent:
@@ -75,7 +95,15 @@ def selected_components(base: Base, names: Sequence[str]) -> dict[str, nn.Module
 
 
 def with_words(base: Base, blocks: Sequence[Placement]) -> list[Placement]:
-    """The placements with the ids of the words that their tokens begin as; raises as ``words.with_initial_tokens`` does."""
+    """Complete methods that learn words with the ids that these begin as: see `bases.words.with_initial_tokens`.
+
+    Args:
+        base: The pipeline or language model.
+        blocks: Which method is trained at which sites.
+
+    Returns:
+        The same, with the ids.
+    """
     return [replace(block, method=with_initial_tokens(base, block.component, block.method)) for block in blocks]
 
 

@@ -37,7 +37,7 @@ from .watch.previews import PROMPTS, Previews
 
 @dataclass(frozen=True)
 class PictureSource:
-    """Folders of pictures, and the pipeline that is to learn from them.
+    """Folders of pictures, and the pipeline that is to learn from them: a `run.Source`.
 
     Attributes:
         asked: The settings as they were given.
@@ -200,7 +200,16 @@ class PictureMaterial:
 
 
 def diffusion_task(prepared: Prepared, blocks: Sequence[Placement], processes: Processes) -> DiffusionTask:
-    """What is learned from prepared pictures by the adapter of these blocks, which its pipeline carries."""
+    """Make what is learned from prepared pictures.
+
+    Args:
+        prepared: The base and the encoded pictures.
+        blocks: Which methods the adapter has that its pipeline carries.
+        processes: Those that train together.
+
+    Returns:
+        The task.
+    """
     dropout = max(block.method.dropped() for block in blocks)
     settings = pick(DiffusionSettings, prepared.config, prepared, {"dropout": dropout, "processes": processes})
     return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prepared.prior)

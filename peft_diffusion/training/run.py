@@ -122,11 +122,22 @@ class Material(Protocol[Result]):
         ...
 
     def rate(self, component: str) -> float:
-        """Returns: the learning rate of a component."""
+        """Choose the learning rate of a component.
+
+        Args:
+            component: Its name.
+
+        Returns:
+            The rate.
+        """
         ...
 
     def rate_flags(self) -> Mapping[str, str]:
-        """Returns: the flag that sets the learning rate of a component; empty where blocks have their own."""
+        """Name the flags that set learning rates.
+
+        Returns:
+            A flag by component; empty where blocks have rates of their own.
+        """
         ...
 
     @property
@@ -145,39 +156,92 @@ class Material(Protocol[Result]):
         ...
 
     def faster(self) -> AbstractContextManager[None]:
-        """Returns: what a run trains inside, where the base may be fused."""
+        """Make the base quicker for a run, where it can be fused.
+
+        Returns:
+            What everything is done inside; afterwards the base is as it was.
+        """
         ...
 
     def at_work(self) -> AbstractContextManager[None]:
-        """Returns: what training is done inside, with nothing on the device that is idle."""
+        """Take off the device what is idle while steps are done.
+
+        Returns:
+            What training is done inside.
+        """
         ...
 
     def previews(self, trainer: Trainer, folder: RunFolder) -> Previews | None:
-        """Returns: what draws previews; None where none are drawn."""
+        """Make what draws previews.
+
+        Args:
+            trainer: Gives the weights to draw with.
+            folder: Where they are written.
+
+        Returns:
+            The previews; None where none are drawn.
+        """
         ...
 
     def load(self, previews: Previews | None) -> Load:
-        """Returns: what of the run takes memory."""
+        """List what of the run takes memory.
+
+        Args:
+            previews: What draws previews, if any are drawn.
+
+        Returns:
+            The list, and how to save some of it.
+        """
         ...
 
     def facts(self, folder: RunFolder, previews: Previews | None) -> "Facts":
-        """Returns: what the report tells of this kind of run."""
+        """Collect what the report tells of this kind of run.
+
+        Args:
+            folder: The run folder, into which pictures for the report may be written.
+            previews: What draws previews, if any are drawn.
+
+        Returns:
+            The facts.
+        """
         ...
 
     def next_command(self) -> str:
-        """Returns: what to type to use what was learned."""
+        """Write the command that uses what was learned.
+
+        Returns:
+            The command line.
+        """
         ...
 
     def result(self, found: RunResult) -> Result:
-        """Returns: what the run gave, with what only this kind of run has."""
+        """Complete the result with what only this kind of run has.
+
+        Args:
+            found: What every run gives.
+
+        Returns:
+            The result.
+        """
         ...
 
     def training(self, result: Result) -> Mapping[str, Any]:
-        """Returns: entries of the adapter file's training summary, in place of settings of their name and beside them."""
+        """Add to the training summary of the adapter file.
+
+        Args:
+            result: What the run gave.
+
+        Returns:
+            Entries beside those of the settings, and in place of some.
+        """
         ...
 
     def triggers(self) -> Sequence[str]:
-        """Returns: the words that call what was learned."""
+        """List the words that call what was learned.
+
+        Returns:
+            The words.
+        """
         ...
 
 
@@ -190,19 +254,50 @@ class Source(Protocol[Result]):
         ...
 
     def on(self, device: str) -> Self:
-        """Returns: the same on another device."""
+        """Put the run on another device.
+
+        Args:
+            device: Its name.
+
+        Returns:
+            The same source otherwise.
+        """
         ...
 
     def processes(self, processes: Processes) -> Processes:
-        """Returns: the processes as the settings have them. Raises UserError where they cannot be so."""
+        """Arrange the processes as the settings have them.
+
+        Args:
+            processes: Those that a launcher started.
+
+        Returns:
+            The same, sharing the base or not.
+
+        Raises:
+            UserError: They cannot be so.
+        """
         ...
 
     def folder(self) -> RunFolder:
-        """Returns: the run folder, after seeing that everything can be written. Raises UserError where it cannot."""
+        """Make the run folder, after seeing that everything can be written.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: Something cannot be written.
+        """
         ...
 
     def search_folder(self) -> Path:
-        """Returns: where a search for learning rates writes, after seeing that it can. Raises UserError where it cannot."""
+        """Choose where a search for learning rates writes, after seeing that it can.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: It cannot be written.
+        """
         ...
 
     def open(self, processes: Processes, tell: Observer) -> Material[Result]:
@@ -221,7 +316,14 @@ class Source(Protocol[Result]):
         ...
 
     def remark(self, found: FoundRates) -> Event | None:
-        """Returns: what should be known of rates that were found; None where there is nothing."""
+        """Say what should be known of rates that were found.
+
+        Args:
+            found: The rates.
+
+        Returns:
+            An event; None where there is nothing to say.
+        """
         ...
 
 
@@ -264,9 +366,21 @@ def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop
 
 
 def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop | None = None) -> FoundRates:
-    """Find a learning rate for a training, without doing it: see `find_lr`.
+    """Find a learning rate for a training by trials, without doing it: see `watch.find_lr`.
 
-    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder. Takes and raises what `train` does.
+    Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder.
+
+    Args:
+        source: What is learned from.
+        observers: Are told what happens, in this thread.
+        stop: Where it is set, the search ends. Without one, SIGINT and SIGTERM do the same, where this is the main thread.
+
+    Returns:
+        The rates, and all trials.
+
+    Raises:
+        UserError: For what the user can mend.
+        Interrupted: The search was stopped. It is a KeyboardInterrupt.
     """
     with told_to_the_end(observers) as tell:
         processes, device = join(source.asked.device)
@@ -568,7 +682,17 @@ def base_kept(base: Base, tell: Observer) -> Iterator[str]:
 
 
 def origin_of(config: RunSettings, items: Sequence[Mapping[str, str]], base: str, processes: Processes) -> Origin:
-    """What a run depends on, as its checkpoints keep it."""
+    """Collect what the result of a run depends on, as its checkpoints keep it.
+
+    Args:
+        config: The settings.
+        items: What is learned from, piece by piece.
+        base: The fingerprint of the base.
+        processes: Those that train together.
+
+    Returns:
+        All of it.
+    """
     settings = {**to_json(config), DERIVED: sorted(config.derived), _PROCESSES: processes.size}
     return Origin(settings, digest(items), base)
 
@@ -589,7 +713,17 @@ def digest(items: Sequence[Mapping[str, str]]) -> str:
 
 
 def next_command(command: str, prompt: str, flags: Mapping[str, str | None], config: MethodSettings) -> str:
-    """What to type to see what was learned by a run of these settings; flags at None are left away."""
+    """Write the command that uses what a run learned.
+
+    Args:
+        command: Such as ``generate``.
+        prompt: What it is given first.
+        flags: Values by flag, without dashes; those that are None are left away.
+        config: The settings of the run, which say the plug-ins that are needed.
+
+    Returns:
+        The command line, quoted for a shell.
+    """
     present = [(name, value) for name, value in flags.items() if value is not None]
     present += [("plugin", module) for module in plugins_of(config)]
     given = "".join(f" --{name} {shlex.quote(value)}" for name, value in present)

@@ -39,7 +39,7 @@ from .watch.previews import Previews
 
 @dataclass(frozen=True)
 class TextSource:
-    """Text, and the language model that is to learn from it.
+    """Text, and the language model that is to learn from it: a `run.Source`.
 
     Attributes:
         asked: The settings as they were given.

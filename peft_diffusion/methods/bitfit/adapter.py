@@ -15,17 +15,42 @@ _CHANNELS_SECOND = (nn.Conv2d, nn.GroupNorm)
 
 
 def serves(site: Site) -> bool:
-    """Layers and norms that have a bias."""
+    """Tell whether a module is a layer or norm that has a bias.
+
+    Args:
+        site: A module of a base.
+
+    Returns:
+        Whether it is.
+    """
     return isinstance(site, (nn.Linear, nn.Conv2d, *_NORMS)) and isinstance(site.bias, Tensor)
 
 
 def fresh(site: Site) -> "BitFitAdapter":
-    """No change yet."""
+    """Make an adapter that changes no bias yet.
+
+    Args:
+        site: The layer or norm.
+
+    Returns:
+        The adapter.
+    """
     return BitFitAdapter(site, torch.zeros(_length(site)), None)
 
 
 def read(site: Site, tensors: Mapping[str, Tensor]) -> "BitFitAdapter":
-    """From LyCORIS' layout. Raises UserError where the tensors do not fit."""
+    """Make an adapter from tensors in LyCORIS' layout.
+
+    Args:
+        site: The layer or norm.
+        tensors: By suffix.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        UserError: A tensor is missing or does not fit the site.
+    """
     name = NORM_BIAS if isinstance(site, _NORMS) else LAYER_BIAS
     if name not in tensors:
         raise UserError(f"{name} is missing")

@@ -23,14 +23,30 @@ _SUBLAYERS = {
 
 
 def serves(site: Site, form: str) -> bool:
-    """Whether a network of this form can sit there."""
+    """Tell whether a small network of a form can sit at a module.
+
+    Args:
+        site: A module of a base.
+        form: ``sequential`` reads the output of the site, ``parallel`` its input.
+
+    Returns:
+        Whether its widths are known, and its output has the size that the form needs.
+    """
     if _widths(site) is None:
         return False
     return form == "sequential" or not isinstance(site, nn.Conv2d) or _keeps_size(site)
 
 
 def fresh(site: Site, method: Bottleneck) -> "BottleneckAdapter":
-    """Down uniform as a Linear starts (Kaiming, a = sqrt 5), up and biases zero."""
+    """Make a network that changes nothing: down uniform as a Linear starts (Kaiming, a = sqrt 5), up and biases zero.
+
+    Args:
+        site: The module that it will sit on.
+        method: Its form and sizes.
+
+    Returns:
+        The adapter.
+    """
     inside, outside = _ends(site, method.form)
     hidden = method.hidden or max(1, int(inside / method.reduction))
     down = torch.empty(hidden, inside)
@@ -40,7 +56,19 @@ def fresh(site: Site, method: Bottleneck) -> "BottleneckAdapter":
 
 
 def read(site: Site, tensors: Mapping[str, Tensor]) -> "BottleneckAdapter":
-    """From keys of our own. Raises UserError where the tensors do not fit."""
+    """Make an adapter from keys of our own.
+
+    Args:
+        site: The module that it will sit on.
+        tensors: By suffix.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        DamagedError: A tensor is missing.
+        UserError: The tensors do not fit the site.
+    """
     missing = [name for name in (DOWN, DOWN_BIAS, UP, UP_BIAS, KIND) if name not in tensors]
     if missing:
         raise DamagedError(f"{missing[0]} is missing")

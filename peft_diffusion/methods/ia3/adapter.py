@@ -13,12 +13,31 @@ from . import ON_INPUT, WEIGHT
 
 
 def fresh(site: Site, on_input: bool) -> "Ia3Adapter":
-    """Factors of 1, kept as their distance from 1."""
+    """Make an adapter whose factors are 1; they are kept as their distance from 1.
+
+    Args:
+        site: The layer.
+        on_input: Whether the inputs are scaled, not the outputs.
+
+    Returns:
+        The adapter.
+    """
     return Ia3Adapter(site, torch.zeros(weight_shape(site)[on_input]), on_input)
 
 
 def read(site: Site, tensors: Mapping[str, Tensor]) -> "Ia3Adapter":
-    """From the LyCORIS layout. Raises UserError where the tensors do not fit."""
+    """Make an adapter from tensors in LyCORIS' layout.
+
+    Args:
+        site: The layer.
+        tensors: By suffix.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        UserError: The tensors do not fit the site.
+    """
     require(tensors, WEIGHT)
     weight, on_input = tensors[WEIGHT], bool(tensors[ON_INPUT])
     wanted, side = weight_shape(site)[on_input], "inputs" if on_input else "outputs"

@@ -14,7 +14,16 @@ from . import CORES, FACTORS
 
 
 def fresh(site: Site, rank: int, alpha: float) -> "LohaAdapter":
-    """Factors as LyCORIS starts them: normal with deviations 0.1, 1 and 1, and one of zeros."""
+    """Make factors as LyCORIS starts them: normal with deviations 0.1, 1 and 1, and one of zeros.
+
+    Args:
+        site: The layer.
+        rank: Of both products.
+        alpha: The scale is alpha / rank.
+
+    Returns:
+        The adapter, which changes nothing yet.
+    """
     outputs, *rest = weight_shape(site)
     inputs = torch.Size(rest).numel()
     factors = [
@@ -27,7 +36,18 @@ def fresh(site: Site, rank: int, alpha: float) -> "LohaAdapter":
 
 
 def read(site: Site, tensors: Mapping[str, Tensor]) -> "LohaAdapter | Decomposed":
-    """From the LyCORIS layout. Raises UserError where the tensors do not fit."""
+    """Make an adapter from tensors in LyCORIS' layout.
+
+    Args:
+        site: The layer.
+        tensors: By suffix.
+
+    Returns:
+        The adapter, decomposed where the tensors have magnitudes.
+
+    Raises:
+        UserError: The tensors do not fit the site.
+    """
     require(tensors, *FACTORS)
     factors = [tensors[name] for name in FACTORS]
     cores = [tensors[name] for name in CORES if name in tensors]

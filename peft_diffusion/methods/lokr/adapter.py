@@ -16,7 +16,15 @@ from . import CORE, NAMES, W1, W1_A, W1_B, W2, W2_A, W2_B, Lokr
 
 
 def fresh(site: Site, method: Lokr) -> "LokrAdapter | Decomposed":
-    """Everything uniform as a Linear starts (Kaiming, a = sqrt 5), but ``w2``, or its second factor, of zeros."""
+    """Make factors that change nothing: uniform (Kaiming, a = sqrt 5), but ``w2``, or its second factor, of zeros.
+
+    Args:
+        site: The layer.
+        method: How it is split, and at which rank.
+
+    Returns:
+        The adapter, decomposed where the method says so.
+    """
     outputs, inputs, *kernel = weight_shape(site)
     (out1, out2), (in1, in2) = split(outputs, method.factor), split(inputs, method.factor)
     columns = in2 * torch.Size(kernel).numel()
@@ -37,7 +45,18 @@ def fresh(site: Site, method: Lokr) -> "LokrAdapter | Decomposed":
 
 
 def read(site: Site, tensors: Mapping[str, Tensor]) -> "LokrAdapter | Decomposed":
-    """From the LyCORIS layout. Raises UserError where the tensors do not fit."""
+    """Make an adapter from tensors in LyCORIS' layout.
+
+    Args:
+        site: The layer.
+        tensors: By suffix.
+
+    Returns:
+        The adapter, decomposed where the tensors have magnitudes.
+
+    Raises:
+        UserError: The tensors do not fit one another, or the site.
+    """
     for whole, a, b in ((W1, W1_A, W1_B), (W2, W2_A, W2_B)):
         if whole not in tensors:
             require(tensors, a, b)

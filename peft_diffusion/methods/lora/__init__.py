@@ -135,7 +135,14 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA})):
 
 
 def pair_in_peft(state: Mapping[str, "Tensor"]) -> PeftSite:
-    """A pair as peft keeps it, from the tensors of an adapter by suffix."""
+    """Say a pair as peft keeps it.
+
+    Args:
+        state: The tensors of an adapter, by suffix.
+
+    Returns:
+        Its tensors by peft's names, rank and alpha.
+    """
     pair = {"lora_A.weight": state[DOWN], "lora_B.weight": state[UP]}
     return PeftSite(pair, len(state[DOWN]), float(state[ALPHA]))
 

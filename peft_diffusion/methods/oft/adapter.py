@@ -16,7 +16,18 @@ from . import BLOCKS, RESCALE, Oft
 
 
 def fresh(site: Site, method: Oft) -> "OftAdapter":
-    """No rotation. Raises UserError where the outputs have no divisor for a block."""
+    """Make an adapter that turns nothing yet.
+
+    Args:
+        site: The layer.
+        method: The largest size of a block, the constraint, and whether outputs are scaled too.
+
+    Returns:
+        The adapter, with blocks of the largest divisor of the outputs that is not above that size.
+
+    Raises:
+        UserError: The outputs have no such divisor but 1.
+    """
     outputs = weight_shape(site)[0]
     size, number = split(outputs, min(method.block_size, math.isqrt(outputs)))
     if size == 1:
@@ -26,7 +37,18 @@ def fresh(site: Site, method: Oft) -> "OftAdapter":
 
 
 def read(site: Site, tensors: Mapping[str, Tensor]) -> "OftAdapter":
-    """From the LyCORIS layout. Raises UserError where the tensors do not fit."""
+    """Make an adapter from tensors in LyCORIS' layout.
+
+    Args:
+        site: The layer.
+        tensors: By suffix.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        UserError: The tensors do not fit the site, or are those of a butterfly OFT.
+    """
     require(tensors, BLOCKS)
     blocks, outputs = tensors[BLOCKS], weight_shape(site)[0]
     if blocks.ndim != 3:

@@ -17,12 +17,30 @@ _VALUE_SIZE = 0.1  # of the values that a prefix of a language model begins with
 
 
 def serves(site: Site) -> bool:
-    """Whether this is an attention whose formula is known here."""
+    """Tell whether a module is an attention whose formula is known here.
+
+    Args:
+        site: A module of a base.
+
+    Returns:
+        Whether it is.
+    """
     return _width(site) is not None or causal_attention.known(site)
 
 
 def fresh(site: Site, length: int) -> "PrefixAdapter | CausalPrefixAdapter":
-    """Keys of the size that normalized queries have; what makes them change nothing, values or a gate, zero."""
+    """Make a prefix that changes nothing: keys of the size that normalized queries have; values, or a gate, of zero.
+
+    Args:
+        site: The attention.
+        length: How many rows of keys and values.
+
+    Returns:
+        The adapter, of the kind that the attention needs.
+
+    Raises:
+        UserError: The site is no attention.
+    """
     if causal_attention.known(site):
         rows = torch.randn(2, length, causal_attention.width(site))
         return CausalPrefixAdapter(site, rows[0], _VALUE_SIZE * rows[1], torch.zeros(1))
@@ -33,7 +51,18 @@ def fresh(site: Site, length: int) -> "PrefixAdapter | CausalPrefixAdapter":
 
 
 def read(site: Site, tensors: Mapping[str, Tensor]) -> "PrefixAdapter | CausalPrefixAdapter":
-    """From keys of our own. Raises UserError where the tensors do not fit."""
+    """Make an adapter from keys of our own.
+
+    Args:
+        site: The attention.
+        tensors: By suffix.
+
+    Returns:
+        The adapter, of the kind that the attention needs.
+
+    Raises:
+        UserError: A tensor is missing or does not fit the site.
+    """
     causal = causal_attention.known(site)
     width = causal_attention.width(site) if causal else _width(site)
     missing = [name for name in (KEYS, VALUES, *([GATE] if causal else [])) if name not in tensors]

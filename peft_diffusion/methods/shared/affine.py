@@ -16,7 +16,14 @@ from .hyper_parameters import ALPHA
 
 
 def serves(site: Site) -> bool:
-    """Linear layers, and convolutions without groups."""
+    """Tell whether a module is a Linear, or a convolution without groups.
+
+    Args:
+        site: A module of a base.
+
+    Returns:
+        Whether it is.
+    """
     return isinstance(site, nn.Linear) or (isinstance(site, nn.Conv2d) and site.groups == 1)
 
 

@@ -82,7 +82,20 @@ def _embedding(site: Site) -> nn.Embedding:
 
 
 def fresh(site: Site, placeholders: Mapping[str, int], ids: Sequence[int], cls: type[_Kind]) -> _Kind:
-    """Vectors that equal those of the tokens ``ids``, as many for each placeholder as it says. Raises UserError."""
+    """Make vectors that equal those of tokens of the base.
+
+    Args:
+        site: The token embedding.
+        placeholders: How many vectors each new word has, by word.
+        ids: The tokens, one a vector, in the order of the words.
+        cls: The kind of adapter.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        UserError: There are not as many tokens as vectors, or the embedding has no such token.
+    """
     embedding, count = _embedding(site), sum(placeholders.values())
     if len(ids) != count:
         raise UserError(f"{count} vectors begin as {len(ids)} tokens; words.with_initial_tokens names one a vector")
@@ -96,7 +109,20 @@ def fresh(site: Site, placeholders: Mapping[str, int], ids: Sequence[int], cls: 
 
 
 def read(site: Site, tensors: Mapping[str, Tensor], cls: type[_Kind]) -> _Kind:
-    """Vectors and words of a file. Raises UserError where they are damaged or do not fit."""
+    """Make vectors and words from the tensors of a file.
+
+    Args:
+        site: The token embedding.
+        tensors: By suffix.
+        cls: The kind of adapter.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        DamagedError: The words are missing.
+        UserError: The words are damaged, or the vectors do not fit them or the site.
+    """
     vectors_name, words_name = cls.suffixes
     embedding, vectors = _embedding(site), tensors[vectors_name]
     if words_name not in tensors:

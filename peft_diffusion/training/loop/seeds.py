@@ -8,13 +8,27 @@ import torch
 
 
 def seed_of(*key: int | str) -> int:
-    """A seed (63 bits) for a place, such as (seed, "noise", step, micro-batch)."""
+    """Make a seed for a place in a run.
+
+    Args:
+        key: What names the place, such as (seed, "noise", step, micro-batch).
+
+    Returns:
+        A number of 63 bits: the same for the same key, on every machine.
+    """
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A generator on the CPU, whatever the device: the same numbers everywhere."""
+    """Make a generator for a place in a run. It is on the CPU, whatever the device: the same numbers everywhere.
+
+    Args:
+        key: What names the place: see `seed_of`.
+
+    Returns:
+        The generator.
+    """
     return torch.Generator().manual_seed(seed_of(*key))
 
 

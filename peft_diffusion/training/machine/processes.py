@@ -41,17 +41,36 @@ class Processes:
         return (self.rank,) if self.rank else ()
 
     def part(self, count: int) -> slice:
-        """Which of ``count`` rows for each process are this one's, among those of all."""
+        """Say which rows are this process's.
+
+        Args:
+            count: Rows of each process.
+
+        Returns:
+            Where they are among the rows of all.
+        """
         return slice(self.rank * count, (self.rank + 1) * count)
 
     def mean(self, tensor: Tensor) -> None:
-        """Make a tensor the mean over all processes, in place."""
+        """Make a tensor the mean over all processes, in place.
+
+        Args:
+            tensor: The tensor, of the same shape in all.
+        """
         if self.size > 1:
             torch.distributed.all_reduce(tensor)
             tensor.div_(self.size)
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether it is so for any process; all are told the same."""
+        """Tell all processes whether something is so in any of them.
+
+        Args:
+            flag: Whether it is so in this one.
+            device: What the processes communicate through.
+
+        Returns:
+            Whether it is so in one or more.
+        """
         if self.size == 1:
             return flag
         found = torch.tensor(float(flag), device=device)
@@ -59,7 +78,14 @@ class Processes:
         return bool(found)
 
     def agreed(self, value: _Value) -> _Value:
-        """What the process that leads found, in all that take part in finding it: rounding must not part their ways."""
+        """Share what the process that leads found with all that took part in finding it: rounding must not part their ways.
+
+        Args:
+            value: What this process found.
+
+        Returns:
+            What the one that leads found, where the processes share a base; else the same value.
+        """
         if not self.shares_base:
             return value
         found = [value]
@@ -73,9 +99,16 @@ class Processes:
 
 
 def join(device: str) -> tuple[Processes, str]:
-    """This process's place among those that a launcher started, and its device in place of ``device``.
+    """Find this process's place among those that a launcher started.
 
-    Raises UserError where ``accelerate launch`` was asked for several and started one.
+    Args:
+        device: The device that was asked for.
+
+    Returns:
+        The processes, and the device of this one.
+
+    Raises:
+        UserError: ``accelerate launch`` was asked for several processes and started one.
     """
     if all(int(os.environ.get(name, "1")) == 1 for name in _SIZES):
         # On a machine without several GPUs, and with --cpu, it starts the command once, whatever --num_processes says; all

@@ -23,7 +23,19 @@ from .processes import Processes
 
 
 def sharing(processes: Processes, config: TrainConfig, pipe: Pipeline | None) -> Processes:
-    """The processes as the configuration has it: sharing a base or not. Raises UserError where it cannot."""
+    """Let processes share a base, where the settings say so.
+
+    Args:
+        processes: Those that train together.
+        config: The settings.
+        pipe: A base that is loaded already; None where it will be loaded.
+
+    Returns:
+        The processes, sharing the base or not.
+
+    Raises:
+        UserError: There is but one process, or the base is loaded already.
+    """
     if not config.shard_base:
         return processes
     if pipe is not None:
@@ -40,9 +52,17 @@ def sharing(processes: Processes, config: TrainConfig, pipe: Pipeline | None) ->
 
 
 def shard(pipe: Pipeline, trained: Sequence[str], device: torch.device) -> BaseSharded:
-    """Shard the UNet and the components that are trained, and move the rest of a pipeline to the device, in place.
+    """Shard the denoiser and the components that are trained, and move the rest of a pipeline to the device, in place.
 
-    One block after the other goes there, so that the device never has to hold all. Returns what came of it.
+    One block after the other goes there, so that the device never has to hold all.
+
+    Args:
+        pipe: The pipeline, on the CPU.
+        trained: The names of the components that are trained.
+        device: That of this process.
+
+    Returns:
+        What came of it, as an event.
     """
     # Not above: they take long to import, and few shard.
     from torch.distributed.device_mesh import init_device_mesh

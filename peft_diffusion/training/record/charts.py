@@ -172,7 +172,15 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def written(value: float, form: Format) -> str:
-    """A value for people."""
+    """Write a value for people, with three digits.
+
+    Args:
+        value: The value.
+        form: Whether as a number or as a share in percent.
+
+    Returns:
+        The text.
+    """
     if form == "percent":
         return f"{100 * value:.3g}%"
     return f"{value:.3g}"

@@ -33,7 +33,16 @@ def about(what: str, parameters: int, base: str, fingerprint: str) -> dict[str, 
 
 
 def commands(command: str, run: Path, generate: str) -> dict[str, str]:
-    """What to type to use what was learned, and to go on."""
+    """List what to type to use what was learned, and to go on.
+
+    Args:
+        command: The command that trained.
+        run: The run folder.
+        generate: What to type to use it.
+
+    Returns:
+        Commands by what they are for.
+    """
     settings = shlex.quote(str(run / "config.toml"))
     return {
         "To use it": generate,

@@ -214,7 +214,11 @@ class RunFolder:
         return path
 
     def note(self, **facts: Any) -> None:
-        """Keep facts of the run in ``run.json``, each in place of one of its name: see `run_record.Record`."""
+        """Keep facts of the run in ``run.json``: see `run_record.Record`.
+
+        Args:
+            facts: JSON values by name, each in place of one that was there.
+        """
         self.facts |= facts
         write_bytes(self.path / run_record.FACTS, (json.dumps(self.facts, ensure_ascii=False, indent=1) + "\n").encode())
 

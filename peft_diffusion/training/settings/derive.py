@@ -77,7 +77,13 @@ class Derivation:
         self.derived.pop(name, None)
 
     def put_steps(self, count: float, a_step: int, of: str) -> None:
-        """Steps in place of epochs, which have so many pieces, of which a step takes ``a_step``."""
+        """Derive the steps of a run from its epochs.
+
+        Args:
+            count: Pieces, such as pictures, in all epochs.
+            a_step: How many of them a step takes.
+            of: What they are, in words.
+        """
         epochs = self.values["epochs"]
         self.values["epochs"] = None
         self.put({"steps": max(1, math.ceil(count / a_step))}, f"from {epochs:g} epochs of the {of}")

@@ -28,7 +28,17 @@ class Placement:
 
 
 def blocks(config: MethodSettings) -> list[Placement]:
-    """What the configuration asks for. Raises UserError for methods and hyper-parameters that do not exist."""
+    """List which method is trained at which sites.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The placements: those of ``--block``, or one for each component.
+
+    Raises:
+        UserError: A method or hyper-parameter does not exist, or has a value that it cannot have.
+    """
     if config.block:
         return [_parse_block(text, config) for text in config.block]
     chosen = _method(config.method, _pairs(config.option, "--option"), config)

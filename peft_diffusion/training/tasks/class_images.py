@@ -29,9 +29,20 @@ _BATCH = 4  # pictures drawn at once; part of what they are, as rounding depends
 def pictures(
     config: ResolvedConfig, pipe: Pipeline, tell: Observer, drawing: Drawing, processes: Processes
 ) -> list[TrainingImage]:
-    """The pictures of the class: from the regularisation folders, and drawn by the base for the class prompts.
+    """Collect the pictures of the class: from the regularisation folders, and drawn by the base for the class prompts.
 
-    Captions are those of the folders, without the trigger, and the class prompts. Raises UserError as `scan` does.
+    Args:
+        config: The settings.
+        pipe: The base, without adapters.
+        tell: Is told what is found and drawn.
+        drawing: Draws the pictures.
+        processes: Those that train together; the one that leads draws.
+
+    Returns:
+        The pictures. Their captions are those of the folders, without the trigger, and the class prompts.
+
+    Raises:
+        UserError: A folder cannot be used: see `data.folder.scan`.
     """
     found = _of_folders(config, tell) if config.regularisation else []
     if config.class_prompt:
@@ -42,7 +53,16 @@ def pictures(
 
 
 def class_folder(config: ResolvedConfig, info: BaseInfo, size: int) -> Path:
-    """Where the drawn pictures are kept: beside the runs, under a digest of all that they depend on."""
+    """Say where drawn pictures of the class are kept: beside the runs, under a digest of all that they depend on.
+
+    Args:
+        config: The settings.
+        info: What is known of the base.
+        size: Pixels a side.
+
+    Returns:
+        The folder, which need not exist yet.
+    """
     key = [info.fingerprint, list(config.class_prompt), config.class_images, size, _STEPS, _GUIDANCE, _BATCH]
     key += [config.precision, config.quantize]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

@@ -479,7 +479,14 @@ class DiffusionTask:
         return told
 
     def conditioning(self, inputs: Mapping[str, Tensor]) -> Conditioning:
-        """What the UNet is told of the prompts and of the pictures' sizes, in its dtype."""
+        """Say what the denoiser is told of the prompts and of the sizes of the images, in its dtype.
+
+        Args:
+            inputs: Those of the batch: embeddings, or tokens where text encoders learn.
+
+        Returns:
+            The conditioning.
+        """
         if self.embeddings is not None:
             encoding = [inputs[name] for name in ("hidden", "summary") if name in inputs]
         else:

@@ -160,7 +160,14 @@ class LanguageTask:
         return total / max(1, count)
 
     def window(self, number: int) -> Tensor:
-        """The piece that is the ``number``-th of the run, (length,)."""
+        """Cut a piece out of the text, in the order of the run: epoch by epoch, shuffled and shifted anew in each.
+
+        Args:
+            number: Which piece of the run, from 0.
+
+        Returns:
+            Tokens, (length,).
+        """
         turn, place = divmod(number, self.windows)
         if self._order[0] != turn:
             chance = generator(self.settings.seed, "windows", turn)

@@ -85,9 +85,20 @@ def prepare(
     drawing: Drawing,
     processes: Processes = Processes(),  # noqa: B008 -- frozen
 ) -> Prepared:
-    """Load the base, read and check the folder, and encode the pictures; says what it finds and what it chose.
+    """Load the base, read and check the folder, and encode the pictures.
 
-    Raises UserError for a base, folder or picture that cannot be used.
+    Args:
+        config: The settings as they were given.
+        pipe: A base that is loaded already, used in place of ``config.base``; or None.
+        tell: Is told what is found and chosen.
+        drawing: Draws pictures of the class.
+        processes: Those that train together.
+
+    Returns:
+        What a run on pictures works on.
+
+    Raises:
+        UserError: A base, folder or picture cannot be used.
     """
     parse_colour(config.background)
     dropout = config.caption_dropout or 0.0

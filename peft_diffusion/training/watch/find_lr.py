@@ -55,7 +55,14 @@ class _Unwatched:
 
 
 def refuse_several_processes(processes: Processes) -> None:
-    """Raise UserError where several processes were started: trials are short, and one is enough."""
+    """Refuse a search that several processes were started for: trials are short, and one is enough.
+
+    Args:
+        processes: Those that a launcher started.
+
+    Raises:
+        UserError: There are several.
+    """
     if processes.size > 1:
         raise UserError("--find-lr runs in one process; start it without the launcher")
 
