@@ -78,7 +78,14 @@ class Denoiser(Protocol):
 
     @classmethod
     def recognizes(cls, pipe: object) -> bool:
-        """Whether a pipeline denoises with a network of this kind."""
+        """Tell whether a pipeline is one that this class reaches the network of.
+
+        Args:
+            pipe: Anything.
+
+        Returns:
+            Whether it is.
+        """
 
     @property
     def family(self) -> Family:

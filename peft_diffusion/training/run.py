@@ -624,7 +624,11 @@ def _batch(config: RunSettings) -> int:
 
 
 def silent(event: Event) -> None:
-    """An observer that tells nobody: of several processes, one speaks for all."""
+    """Ignore an event: the observer of processes that do not lead.
+
+    Args:
+        event: What happened.
+    """
 
 
 @contextmanager
