@@ -10,7 +10,11 @@ from .flags import setting_of
 
 
 class RunFile:
-    """Fills in, from a file, what the command line left open. Raises UserError as `settings_file.read` does."""
+    """Fills in, from a file, what the command line left open.
+
+    Args:
+        path: The TOML file, which is read as `settings_file.read` does, with its errors, when the command line is.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path

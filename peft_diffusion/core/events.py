@@ -59,7 +59,7 @@ class Noted(Event):
     message: str
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: the message."""
+        """Tell the message."""
         return (self.message,)
 
 
@@ -76,7 +76,7 @@ class Warned(Event):
     details: tuple[str, ...] = ()
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: the message, and the details below it."""
+        """Tell the message, and the details below it."""
         return (f"warning: {self.message}", *(f"  {detail}" for detail in self.details))
 
 
@@ -88,7 +88,7 @@ class Summary(Protocol):
     """What something gave, which can say so in lines."""
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what was made, and what to do next, in lines of plain text."""
+        """Tell what was made, and what to do next, in lines of plain text."""
         ...
 
 
@@ -107,7 +107,7 @@ class Ended(Event):
     error: str | None = None
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what was made, and what to do next."""
+        """Tell what was made, and what to do next."""
         return self.result.lines() if self.result else ()
 
 
@@ -229,7 +229,7 @@ class Stop(Protocol):
     """A wish to stop, which any thread may set: a ``threading.Event``, or whatever else has ``is_set``."""
 
     def is_set(self) -> bool:
-        """Returns: whether to stop."""
+        """Tell whether to stop."""
         ...
 
 
@@ -237,7 +237,7 @@ class Never:
     """A wish to stop that nobody has."""
 
     def is_set(self) -> bool:
-        """Returns: False."""
+        """Tell False."""
         return False
 
 

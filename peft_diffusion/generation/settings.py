@@ -290,7 +290,11 @@ class BlendConfig(Sampling):
             raise UserError(f"--columns must be {len(self.adapter)} or more, one for each adapter, not {self.columns}")
 
     def check(self) -> None:
-        """Find out what can be told without the base. Raises UserError for files that cannot be read or written."""
+        """Find out what can be told without the base.
+
+        Raises:
+            UserError: A file cannot be read or written.
+        """
         self.choices()
         check_target(self.output)
 

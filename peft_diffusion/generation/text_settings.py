@@ -10,7 +10,11 @@ from .settings import SEEDS, NamesAdapters, Precision, Quantize, check_last_seed
 @explained
 @dataclass(frozen=True)
 class TextGenerateConfig(NamesAdapters):
-    """Which texts are written: every prompt goes on ``count`` times. Raises UserError for a value that cannot be used."""
+    """Which texts are written: every prompt goes on ``count`` times.
+
+    Raises:
+        UserError: A value is one that cannot be used.
+    """
 
     prompts: tuple[str, ...] = setting(
         (), "How the texts begin, each prompt in quotes.", PARAMETERS, flag=Flag(default_shown=False)

@@ -45,7 +45,7 @@ class BaseSharded(Event):
     on_cuda: bool
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: who holds how much."""
+        """Tell who holds how much."""
         told = f"{', '.join(self.components)} sharded over {self.processes} processes: each holds {mib(self.own)}"
         eager = "; steps run one operation after the other, as no CUDA graph holds weights that come and go"
         return (f"{told} of {mib(self.whole)}{eager if self.on_cuda else ''}",)
@@ -70,7 +70,7 @@ class BaseLoaded(Event):
     quantize: str | None = None
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what it is."""
+        """Tell what it is."""
         held = f", linear layers in {self.quantize}" if self.quantize else ""
         return (f"base {self.name}: {self.family}, {self.prediction_type}, {self.resolution} pixels{held}",)
 
@@ -85,7 +85,7 @@ class LanguageModelLoaded(Event):
     context: int
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what it is."""
+        """Tell what it is."""
         return (f"base {self.name}: {self.architecture}, {self.vocabulary:,} tokens, context {self.context}",)
 
 
@@ -106,7 +106,7 @@ class DataRead(Event):
     of_class: bool = False
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: the description."""
+        """Tell the description."""
         return tuple(f"class: {line}" if self.of_class else line for line in self.description)
 
 
@@ -117,7 +117,7 @@ class Arranged(Event):
     description: tuple[str, ...]
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: the description."""
+        """Tell the description."""
         return tuple(f"  {line}" for line in self.description)
 
 
@@ -138,7 +138,7 @@ class HeldOut(Event):
     least: int
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: how many, or why none."""
+        """Tell how many, or why none."""
         if self.count:
             return (f"{self.count} pictures are kept apart: the loss on them shows when to stop",)
         few = "there is but one picture; " if self.wanted else f"fewer than {self.least} pictures; "
@@ -153,7 +153,7 @@ class PromptsMade(Event):
     prompts: tuple[str, ...]
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: the first ones."""
+        """Tell the first ones."""
         shown = self.prompts[:_SHOWN]
         return (f"prompts, the first {len(shown)} of {len(self.prompts)}:", *(f"  {prompt}" for prompt in shown))
 
@@ -163,7 +163,7 @@ class ClassNotKept(Event):
     """A subject is learned without pictures of its class."""
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what to do."""
+        """Tell what to do."""
         return ('the class is not kept: say what the subject is one of, as in --class-prompt "a portrait of a woman"',)
 
 
@@ -175,7 +175,7 @@ class ClassPictures(Event):
     folder: Path
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: how many, and where."""
+        """Tell how many, and where."""
         return (f"{self.count} pictures of the class, drawn by the base, are kept in {self.folder}",)
 
 
@@ -196,7 +196,7 @@ class LatentsCached(Event):
     strange: int
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what came of it."""
+        """Tell what came of it."""
         line = f"{self.folder}: {self.reused} of {self.reused + self.computed} latents were there"
         if self.strange:
             why = "are of other pictures, sizes or settings, or of another VAE, and stay"
@@ -221,7 +221,7 @@ class TokensMade(Event):
     held_out: int | None
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: how much there is."""
+        """Tell how much there is."""
         apart = "none are kept apart to measure on (--held-out 0.1 keeps a tenth)"
         if self.held_out is not None:
             apart = f"{self.held_out:,} are kept apart: the perplexity on them shows when to stop"
@@ -236,7 +236,7 @@ class Fingerprinted(Event):
     fingerprint: str
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: the fingerprint."""
+        """Tell the fingerprint."""
         return (f"base fingerprint {self.when} training:{'  ' if self.when == 'after' else ' '}{self.fingerprint}",)
 
 
@@ -265,7 +265,7 @@ class Plan:
     precision: str
 
     def __str__(self) -> str:
-        """Returns: the plan in a line."""
+        """Tell the plan in a line."""
         if self.data == "text":
             size = f"{self.batch * self.processes} windows"
         elif self.processes > 1:
@@ -292,7 +292,7 @@ class Prepared(Event):
     plan: Plan
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what is trained, and how."""
+        """Tell what is trained, and how."""
         return (f"{self.adapter}; {self.plan}",)
 
 
@@ -309,7 +309,7 @@ class MemoryUnknown(Event):
     low: bool
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: why."""
+        """Tell why."""
         if self.why is not None:
             return (f"memory: what the run takes cannot be told before it ({self.why})",)
         hint = "" if self.low else "; should it not fit, --memory low takes less"
@@ -323,7 +323,7 @@ class MemorySaved(Event):
     plain: Need
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what is done."""
+        """Tell what is done."""
         return (f"memory: {mib(self.plain.total)} do not fit; as with --memory low, blocks of the base are computed twice",)
 
 
@@ -335,7 +335,7 @@ class MemoryPredicted(Event):
     there: int | None
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what it takes, and what is there."""
+        """Tell what it takes, and what is there."""
         return (f"memory: {self.need}" + ("" if self.there is None else f"; {mib(self.there)} are there"),)
 
 
@@ -360,7 +360,7 @@ class Started(Event):
     scheduler: str = "constant"
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: where it goes on, and what another length means; nothing for a new run."""
+        """Tell where it goes on, and what another length means; nothing for a new run."""
         if not self.resumed:
             return ()
         if self.step == 0:
@@ -406,7 +406,7 @@ class Unrecorded(Event):
     why: str
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: why steps are slower than they could be."""
+        """Tell why steps are slower than they could be."""
         return (f"steps run one operation after the other, which is slower: no CUDA graph of them can be made ({self.why})",)
 
 
@@ -418,7 +418,7 @@ class TimePredicted(Event):
     left: int
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: the time of a step, and of all that are left."""
+        """Tell the time of a step, and of all that are left."""
         return (f"time: {self.each:.3g} s a step, {duration(self.each * self.left)} for the {self.left} steps left",)
 
 
@@ -455,7 +455,7 @@ class Measured(Event):
     data: Data = "pictures"
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: the loss on what is kept apart, if anything is."""
+        """Tell the loss on what is kept apart, if anything is."""
         if self.held_out is None:
             return ()
         if self.data == "text":
@@ -508,7 +508,7 @@ class Trained(Event):
     patience: int | None = None
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: why it ended early, if it did."""
+        """Tell why it ended early, if it did."""
         if self.patience is None:
             return ()
         return (f"ended after step {self.step} of {self.steps}: {self.patience} measurements without a new lowest one",)
@@ -522,7 +522,7 @@ class WeightsChosen(Event):
     last: int
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: which weights, and how to have the last ones."""
+        """Tell which weights, and how to have the last ones."""
         why = f"which has the lowest loss on what is kept apart (--keep last: step {self.last})"
         return (f"written are the weights of step {self.step}, {why}",)
 
@@ -534,7 +534,7 @@ class StrengthSuggested(Event):
     suggestion: Suggestion
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: the strength, and the losses."""
+        """Tell the strength, and the losses."""
         tried = ", ".join(f"{loss:.4f} at {strength:g}" for strength, loss in self.suggestion.losses.items())
         return (f"suggested strength: {self.suggestion.strength:g} (loss on what is kept apart: {tried})",)
 
@@ -556,7 +556,7 @@ class SearchStarted(Event):
     before: float
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what is tried."""
+        """Tell what is tried."""
         judged = f"judged by the loss on {self.judged}: {self.before:.4f} before"
         return (f"trials of {self.short}, then of {self.steps} steps, {judged}",)
 
@@ -568,7 +568,7 @@ class TrialEnded(Event):
     trial: Trial
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what came of it."""
+        """Tell what came of it."""
         outcome = f"{self.trial.loss:.4f}" if math.isfinite(self.trial.loss) else "runs away"
         return (f"  {self.trial.steps} steps, {described(self.trial.rates)}: {outcome}",)
 
@@ -581,7 +581,7 @@ class RatesFound(Event):
     flags: Mapping[str, str]
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what to type, and where all of it is."""
+        """Tell what to type, and where all of it is."""
         rates = self.found.rates
         # A group of words is numbered below its component, whose rate is theirs; one of a LoRA+ moves so many times as fast.
         parts = {name: name.partition(".")[0] for name in rates if " x" not in name}
@@ -594,7 +594,7 @@ class LookGains(Event):
     """The rates found for a style are lower than those of the settings, where its look still gains."""
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what to do."""
+        """Tell what to do."""
         return (
             "a style's look still gains above the rate of the lowest loss: compare with a run at the rate of the settings",
         )

@@ -35,9 +35,7 @@ class Outcome:
     suggestion: Suggestion | None
 
     def training(self) -> dict[str, Any]:
-        """Returns:
-        The entries of an adapter file's training summary.
-        """
+        """Tell the entries of an adapter file's training summary."""
         found: dict[str, Any] = {"kept_step": self.kept, "best_step": self.best, "warning": self.warning}
         if self.suggestion is not None:
             found |= {
@@ -79,7 +77,7 @@ class RunResult:
         return self.output.stat().st_size / 2**20
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what was made, and what to type next, in lines."""
+        """Tell what was made, and what to type next, in lines."""
         return (f"wrote {self.output} ({self.size:.1f} MiB)", f"next: {self.next_command}")
 
 
@@ -91,7 +89,7 @@ class TrainResult(RunResult):
     images: int
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what the loss came to, what was made, and what to type next, in lines."""
+        """Tell what the loss came to, what was made, and what to type next, in lines."""
         loss = []
         if self.held_out_before is not None and self.held_out_after is not None:
             losses = f"{self.held_out_before:.4f} before, {self.held_out_after:.4f} after"
@@ -119,7 +117,7 @@ class TextTrainResult(RunResult):
         return math.exp(self.held_out_before), math.exp(self.held_out_after)
 
     def lines(self) -> tuple[str, ...]:
-        """Returns: what the perplexity came to, what was made, and what to type next, in lines."""
+        """Tell what the perplexity came to, what was made, and what to type next, in lines."""
         told = []
         if self.perplexities is not None:
             before, after = self.perplexities

@@ -153,7 +153,11 @@ class TextMaterial:
 
     @cached_property
     def tokens(self) -> _Tokens:
-        """The text as tokens, with the words that the adapter teaches. Raises UserError for text that cannot be used."""
+        """The text as tokens, with the words that the adapter teaches.
+
+        Raises:
+            UserError: The text is too short, or never says a word that is taught.
+        """
         base, first, apart = self.base, self.first, self.apart
         encoded = [tokens(base, [document.text]) for document in self.texts.documents]
         line, kept = _split(encoded, _share(first, encoded))

@@ -86,7 +86,7 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA})):
         return serves(site)
 
     def build(self, site: "Site") -> "LoraAdapter":
-        """A fresh pair. Raises UserError where PiSSA finds fewer singular values than the rank."""
+        """Make a fresh pair, or with PiSSA that of the largest singular values of the weight."""
         from .adapter import LoraAdapter, fresh_pair, principal
 
         alpha = stored_alpha(self.rank, self.alpha, self.rank_stabilized)

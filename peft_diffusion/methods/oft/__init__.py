@@ -55,7 +55,7 @@ class Oft(Method, name="oft", suffixes=frozenset({BLOCKS, RESCALE, ALPHA})):
         return serves(site)
 
     def build(self, site: "Site") -> "OftAdapter":
-        """No rotation. Raises UserError where the outputs have no divisor for a block."""
+        """Make an adapter that turns nothing yet: see ``adapter.fresh``, as for errors."""
         from .adapter import fresh
 
         return fresh(site, self)

@@ -77,7 +77,7 @@ class Passes(Protocol):
     """What every pass forward and backward runs inside, such as a fast path of a method: `fast.low_rank.Working` is one."""
 
     def passing(self) -> AbstractContextManager[None]:
-        """Returns: what a pass runs inside."""
+        """Give what a pass runs inside."""
         ...
 
     @property
@@ -92,7 +92,7 @@ class PlainPasses:
     full = True
 
     def passing(self) -> AbstractContextManager[None]:
-        """Returns: nothing to run inside."""
+        """Give nothing to run inside."""
         return nullcontext()
 
 

@@ -62,7 +62,11 @@ class Record:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The settings: those of ``config.toml``, and with them what was derived. Raises UserError where that is no TOML."""
+        """The settings: those of ``config.toml``, and with them what was derived.
+
+        Raises:
+            UserError: The file is no TOML.
+        """
         try:
             chosen = tomllib.loads((self.path / CONFIG).read_text("utf-8-sig"))
         except (OSError, ValueError) as error:

@@ -178,7 +178,8 @@ class _PictureConfig:
 class TrainConfig(SharedConfig, _PictureConfig):
     """Everything a training run is told. A field left at None gets the preset's value for the base.
 
-    Raises UserError for a value that no run can use.
+    Raises:
+        UserError: A value is one that no run can use.
     """
 
     dropout: float = setting(

@@ -88,10 +88,13 @@ class RunSettings(Settings, MethodSettings, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SharedConfig:
-    """What every training is told, whatever it learns from. Raises UserError for a value that no run can use.
+    """What every training is told, whatever it learns from.
 
     Python orders the fields of a class by its bases, the last one first. What a kind of training is told before all this,
     such as its source, is therefore in a class of its own, and stands last among the bases.
+
+    Raises:
+        UserError: A value is one that no run can use.
     """
 
     method: str = setting(methods.DEFAULT, "What is trained at each layer: the name of a method.", ADAPTER)

@@ -57,7 +57,8 @@ class _TextConfig:
 class TextTrainConfig(SharedConfig, _TextConfig):
     """Everything a training on text is told. A field left at None gets a value that suits the base.
 
-    Raises UserError for a value that no run can use.
+    Raises:
+        UserError: A value is one that no run can use.
     """
 
     components: ClassVar[tuple[str, ...]] = LANGUAGE.by_roles(("language model",))
@@ -128,7 +129,11 @@ class TextTrainConfig(SharedConfig, _TextConfig):
             raise UserError("--held-out takes a share of the text and --held-out-text another text; give one of them")
 
     def check(self) -> None:
-        """Find out what can be told without the base. Raises UserError for texts that cannot be read."""
+        """Find out what can be told without the base.
+
+        Raises:
+            UserError: A text cannot be read.
+        """
         language_output(self)
         for places in (self.texts, self.held_out_text):
             if places:
