@@ -336,7 +336,7 @@ def test_words_that_clash_or_do_not_fit_are_errors_that_change_nothing(tiny_pipe
         with_initial_tokens(tiny_pipe, "text_encoder", SoftPrompt(2, "red cat house"))
     with pytest.raises(UserError, match="unet is not"):
         with_initial_tokens(tiny_pipe, "unet", Tokens())
-    with pytest.raises(UserError, match="begun"):
+    with pytest.raises(UserError, match="with_initial_tokens"):
         site.attach(tiny_pipe.text_encoder, "b", Tokens(), "tokens")
 
 

@@ -52,10 +52,9 @@ def learn_tokenizer(cache: Path = CACHE, size: int = VOCABULARY, each: int = 6) 
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write the tokenizer with both the files of today and the `vocab.json` and `merges.txt` of CLIP."""
+    """Write the tokenizer; `tokenizer.json` holds its vocabulary and merges."""
     tokenizer.save_pretrained(folder)
     shorten(folder / "tokenizer.json")
-    tokenizer._tokenizer.model.save(str(folder))
 
 
 def shorten(path: Path) -> None:
