@@ -60,6 +60,12 @@ NETWORKS: dict[str, tuple[dict[str, str], str, dict[str, set[float]]]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def layers_of_a_transformer() -> None:
+    """LyCORIS keeps which modules it looks at on its class, as the last network that was made left it; begin alike."""
+    kohya.create_network(1.0, 4, 2.0, None, None, make_pipe().unet, preset="attn-mlp", algo="lora")
+
+
 def trained_there(unet: nn.Module, args: dict[str, str]) -> Any:
     """A network of LyCORIS as kohya's trainer makes it, with parameters that matter."""
     network = kohya.create_network(1.0, 4, 2.0, None, None, unet, preset="attn-mlp", **args)
