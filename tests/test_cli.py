@@ -13,7 +13,7 @@ from making import command, environment, make_adapter
 from PIL import Image
 
 import peft_diffusion
-from peft_diffusion.cli.app import COMMANDS
+from peft_diffusion.cli.app import COMMANDS, app, main
 from peft_diffusion.generation import recipe
 
 LIGHT = "import sys; {}; sys.exit(repr({{'torch', 'diffusers', 'transformers', 'matplotlib'}} & set(sys.modules)))"
@@ -86,6 +86,15 @@ def test_settings_from_a_file_and_flags_over_them(files: list[Path], tmp_path: P
     assert [one["path"] for one in json.loads(command("inspect", "--config", settings).stdout)["files"]] == [str(files[0])]
     told = json.loads(command("inspect", files[1], f"--config={settings}").stdout)
     assert [one["path"] for one in told["files"]] == [str(files[1])]
+
+
+def test_a_file_of_settings_holds_for_one_command(
+    files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.toml").write_text("colour = 'red'\n")
+    assert main(["inspect", "--config", str(tmp_path / "bad.toml")]) == 1
+    assert "no setting 'colour'" in capsys.readouterr().err
+    app.parse_args(["inspect", str(files[0])], exit_on_error=False, print_error=False)  # raises if the file is still read
 
 
 def test_generate_writes_pictures_that_carry_their_recipe(files: list[Path], tiny_base: Path, tmp_path: Path) -> None:

@@ -69,10 +69,14 @@ def _launch(
 ) -> None:
     _report_notes(debug)
     file = None if config is None else RunFile(config)
-    app.config = (whole_numbers,) if file is None else (file, whole_numbers)
     for module in (*plugin, *(file.plugins() if file else ())):
         plugins.load_plugin(module)
-    app(tokens)
+    app.config = (whole_numbers,) if file is None else (file, whole_numbers)
+    try:
+        app(tokens)
+    finally:  # the application outlives the command where a program or a test calls `main` more than once
+        app.config = (whole_numbers,)
+
 
 _HELP_FLAGS = tuple(app.help_flags)
 
@@ -96,7 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for is no reason to stop
     given = list(sys.argv[1:] if arguments is None else arguments)
-    app.config = (whole_numbers,)
     try:
         if _asks_for_help(given):
             trains = any(given[: len(command)] == command for command in _TRAINING)
