@@ -318,10 +318,17 @@ class StepWatch:
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Bring the strengths to the step that begins. Raises UserError where strengths do not fit what is drawn."""
+        network = pipelines.uncompiled(network)
         strengths = sites.strengths(network)
         scheduled = strengths is not None and bool(strengths.schedules)
-        if torch.compiler.is_compiling() and not scheduled:
-            return
+        if scheduled or not torch.compiler.is_compiling():
+            self._begin(network, args, kwargs)
+
+    # It asks which pipeline draws, which cannot be traced. A graph is broken here only while a schedule is set.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        strengths = sites.strengths(network)
+        scheduled = strengths is not None and bool(strengths.schedules)
         drawing = pipelines.drawing_with(network)
         pipe = drawing or self.pipe
         if pipe is None:
@@ -333,7 +340,7 @@ class StepWatch:
             return
         denoiser = denoiser_of(pipe)
         call = denoiser.read_call(args, kwargs)
-        if drawing is not None and not torch.compiler.is_compiling():
+        if drawing is not None:
             _check_images(drawing, denoiser.images(drawing, call.rows))
         if strengths is not None and scheduled:
             strengths.at_progress(pipelines.progress(pipe, float(torch.as_tensor(call.timestep).flatten()[0])))
@@ -345,7 +352,9 @@ def follow_steps(pipe: Base) -> None:
     Args:
         pipe: The pipeline.
     """
-    _, network = network_of(pipe) or (None, None)
+    name, _ = network_of(pipe) or ("", None)
+    # What torch.compile returned is watched itself: it would not see a hook that comes to the module inside of it later.
+    network: Any = getattr(pipe, name, None)
     if network is None or isinstance(pipe, LanguageModel):
         return
     hooks = network._forward_pre_hooks
