@@ -152,5 +152,3 @@ def _name(pipe: Pipeline) -> str:
         pass  # a package without the embedded base still names others
     path = Path(where)
     return path.name if path.exists() and where else where or type(pipe).__name__
-
-

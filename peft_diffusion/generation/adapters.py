@@ -3,7 +3,7 @@
 import logging
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,13 @@ class Adapters:
         return LoadedAdapter(name, None, None, Spec(), report, ())
 
     def load(
-        self, source: str | Path | Plan, name: str | None = None, strength: Amount = 1.0, *, strict: bool = False
+        self,
+        source: str | Path | Plan,
+        name: str | None = None,
+        strength: Amount = 1.0,
+        *,
+        strict: bool = False,
+        warn: Callable[[str], None] = logger.warning,
     ) -> str:
         """Attach an adapter from a file.
 
@@ -128,13 +134,15 @@ class Adapters:
             source: The file, or the plan that was made of it (`formats.plan`), which saves parsing it again.
             name: What to call it; by default the file's name.
             strength: As for ``set``.
-            strict: Whether to refuse a file with a tensor that finds no site.
+            strict: Whether to refuse a file of which a tensor is left out.
+            warn: Is told in a line each what the person should know of the file, such as how many of its tensors were left
+                out, and why; by default that is logged. It stays in ``LoadedAdapter.warnings``.
 
         Returns:
             Its name.
 
         Raises:
-            UserError: The file is no adapter, is damaged or was made for another base, the name is taken, or adapters are
+            UserError: The file is no adapter, is damaged or does not fit the base, the name is taken, or adapters are
                 merged. Nothing is changed then.
         """
         registry, parts = self._registry, components(self.pipe)
@@ -158,6 +166,8 @@ class Adapters:
             self._pack()
             raise
         self._pack()
+        for warning in read.warnings:
+            warn(warning)
         return chosen
 
     def set(self, amounts: Mapping[str, Amount] | None = None, /, **more: Amount) -> None:

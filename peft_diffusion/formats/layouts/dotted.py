@@ -118,13 +118,12 @@ def read(header: Header, names: Sequence[str]) -> Reading:
         Their places, and the alphas that the configuration tells.
 
     Raises:
-        UserError: Two names are of one tensor, or the configuration cannot be read.
+        UserError: The configuration cannot be read.
     """
     if not names:
         return Reading({})
     found = [_Tensor(name) for name in names]
-    _refuse_twice(header.path, found)
-    config = _Configuration.of(header, any(one.start == _PEFT for one in found))
+    config = _Configuration.of(header, any(one.of_peft for one in found))
     by_site: dict[tuple[str, str], list[_Tensor]] = {}
     for one in found:
         by_site.setdefault((one.start, one.path), []).append(one)
@@ -149,8 +148,11 @@ class _Tensor:
         if parts is None:
             raise ValueError(f"{name} is of another layout")
         where, end = parts
-        starts = {**dotted_starts(), _PEFT: "", "": ""}
+        # peft wraps a model, or the pipeline around it.
+        starts = {**dotted_starts(), _PEFT: "", "": "", **{_PEFT + start: one for start, one in dotted_starts().items()}}
+        self.stem = where
         self.start = max((start for start in starts if where.startswith(start)), key=len)
+        self.of_peft = self.start.startswith(_PEFT)
         self.path = where.removeprefix(self.start)
         self.suffix, self.change = aliases().meaning(end)
         self.component = starts[self.start]
@@ -159,9 +161,9 @@ class _Tensor:
     def place(self) -> Place:
         """Its place; of a path alone, in any component that claims such a path."""
         if self.component:
-            return Place(self.component, self.path, self.suffix, change=self.change)
+            return Place(self.component, self.path, self.suffix, change=self.change, stem=self.stem)
         found = claimants(self.path)
-        return Place(found[0], self.path, self.suffix, others=found[1:], told=False, change=self.change)
+        return Place(found[0], self.path, self.suffix, "", found[1:], False, self.change, self.stem)
 
 
 class _Configuration:
@@ -210,17 +212,9 @@ class _Configuration:
         return tuple(found)
 
 
-def _refuse_twice(path: Path, found: Sequence[_Tensor]) -> None:
-    count = Counter((one.place.component, one.path, one.suffix) for one in found)
-    twice = next((key for key, number in count.items() if number > 1), None)
-    if twice is not None:
-        both = " and ".join(one.name for one in found if (one.place.component, one.path, one.suffix) == twice)
-        raise UserError(f"{path}: {both} are one tensor under two names; the file is damaged")
-
-
 def _scaled(own: Sequence[_Tensor], config: _Configuration) -> dict[str, Place]:
     """The places of those tensors of a site of peft that take in its scale."""
-    if own[0].start != _PEFT:
+    if not own[0].of_peft:
         return {}
     suffixes = {one.suffix for one in own}
     chosen = {suffix for method in methods.known().values() if (suffix := method.scaled_tensor(suffixes)) is not None}
