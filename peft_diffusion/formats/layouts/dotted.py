@@ -40,6 +40,9 @@ _PEFT = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the only names that peft looks for
 _ALPHA = "alpha"
 _LOADED = "lora_"  # pipelines of diffusers load no file in which a name is without it
+_ADALORA = "ADALORA"
+# What else a configuration may say of a pair, which nothing here computes.
+_NOT_COMPUTED = ("alora_invocation_tokens", "use_qalora", "layer_replication")
 # Beginnings of peft that change the base's weights, which a file then needs and does not hold.
 _CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -185,6 +188,8 @@ class _Configuration:
         # diffusers puts the component before each name, unless there is but one.
         own = {key.removeprefix(start): value for key, value in self.told.items() if start and key.startswith(start)}
         settings = own or self.told
+        if settings.get("peft_type") == _ADALORA:
+            return _of_adalora(settings.get("lora_alpha"), settings.get("init_r"), rank)
         alpha = _by_pattern(settings.get("alpha_pattern"), path, settings.get("lora_alpha", settings.get("alpha")))
         if not isinstance(alpha, (int, float)):
             return None
@@ -203,6 +208,11 @@ class _Configuration:
         found = []
         if self.assumed:
             found.append(f"{path}: no {_CONFIG} is beside it to tell alpha, so it is taken to be the rank")
+        found += [
+            f"{path}: its configuration has {name}, which is not computed here: it may do something else than in peft"
+            for name in _NOT_COMPUTED
+            if self.told.get(name)
+        ]
         began = self.told.get("init_lora_weights")
         if isinstance(began, str) and began.startswith(_CHANGED):
             found.append(
@@ -210,6 +220,13 @@ class _Configuration:
                 " save_pretrained(..., path_initial_model_for_weight_conversion=...) it is right without"
             )
         return tuple(found)
+
+
+def _of_adalora(alpha: Any, initial: Any, rank: int) -> float:
+    """The alpha of a site of AdaLoRA: peft scales by the rank that sites had at first, without patterns or a root of it."""
+    first = initial if isinstance(initial, (int, float)) and initial > 0 else rank
+    chosen = alpha if isinstance(alpha, (int, float)) and alpha > 0 else rank
+    return chosen * rank / (first + 1e-5)
 
 
 def _scaled(own: Sequence[_Tensor], config: _Configuration) -> dict[str, Place]:
