@@ -11,9 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
 from .architectures import Architecture
-from .loading import first_line
 
 _UNET = "model.diffusion_model."
 _IN = f"{_UNET}input_blocks.0.0.weight"  # (320, channels of its input, 3, 3)

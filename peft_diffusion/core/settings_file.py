@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import UserError
+from .parsing import refuse_halves, refusing
 from .settings import Described, Settings, settings_of
 
 S = TypeVar("S", bound=Settings)
@@ -82,13 +83,15 @@ def plugins(path: Path) -> list[str]:
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8-sig"))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is no valid TOML: {error}") from None
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path} is no text file in UTF-8") from None
     except OSError as error:
         raise UserError(f"the settings file {path} cannot be read: {error.strerror}") from None
+    with refusing(f"{path} is no valid TOML"):
+        found = tomllib.loads(text)
+        refuse_halves(text, found)
+        return found
 
 
 def _key(flag: str) -> str:

@@ -125,6 +125,7 @@ def load(source: str | Path | Plan, pipe: Base, *, strict: bool = False) -> Load
         chosen = _ordered(site.plan.methods, found.spec, site.component)
         adapter = _built(site, parts[site.component].get_submodule(site.path), chosen, own, found, pipe)
         if adapter is not None:
+            _refuse_not_finite(found.path, site, adapter)
             built.setdefault(site.component, {})[site.path] = adapter
     _refuse_empty(found, built, left, pipe)
     if strict:
@@ -219,6 +220,19 @@ def _built(
     except (ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
         shown = ", ".join(f"{suffix} {tuple(tensor.shape)}" for suffix, tensor in own.items())
         raise UserError(f"{found.path}: {where}: {shown} make no adapter ({error}); the file is damaged") from None
+
+
+def _refuse_not_finite(path: Path, site: _Site, adapter: Adapter) -> None:
+    """Raise UserError for a number that is none, wherever it came from: a tensor, the metadata, a configuration, a scale.
+
+    This is the one place that sees every number as it is used, in float32.
+    """
+    for suffix, tensor in adapter.state().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{path}: {suffix} of {site.component}.{site.path} is NaN or infinite, or has a scale that is; the file is"
+                " damaged or its training diverged"
+            )
 
 
 def _refuse_empty(found: Plan, built: Mapping[str, Any], left: Mapping[str, str], pipe: Base) -> None:

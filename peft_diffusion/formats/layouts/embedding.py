@@ -18,6 +18,7 @@ from ... import methods
 from ...bases import family as families
 from ...core.errors import UserError
 from ...core.method import Method
+from ...core.parsing import json_value, refusing
 from .. import metadata
 from ..container import Header
 from ..layout import Content, Layout, Place, Reading, Written, register
@@ -206,11 +207,9 @@ def _meaning(header: Header, name: str, began: Mapping[str, Mapping[str, Sequenc
 
 def _began(header: Header) -> dict[str, dict[str, list[int]]]:
     """By component and word, the tokens that it began as."""
-    try:
-        found = json.loads(header.metadata.get(KEY, "{}"))
+    with refusing(f"{header.path}: its {KEY!r} metadata is damaged"):
+        found = json_value(header.metadata.get(KEY, "{}"))
         return {part: {word: list(map(int, ids)) for word, ids in words.items()} for part, words in found.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{header.path}: its {KEY!r} metadata is damaged") from None
 
 
 def _default(base: "Base", component: str, vectors: int) -> list[int]:

@@ -1,6 +1,5 @@
 """What a run folder tells, read back for the report and for ``runs``. Imports no torch."""
 
-import json
 import os
 import socket
 import tomllib
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from ...core.errors import UserError
+from ...core.parsing import json_value
 from ...core.settings import settings_of
 from ..settings.pictures import TrainConfig
 from ..settings.text import TextTrainConfig
@@ -53,7 +53,7 @@ class Record:
         What is not of the kind that it should be is left out.
         """
         try:
-            found = json.loads((self.path / FACTS).read_text("utf-8", errors="replace"))
+            found = json_value((self.path / FACTS).read_text("utf-8", errors="replace"))
         except (OSError, ValueError):
             return {}
         if not isinstance(found, dict):
@@ -278,7 +278,7 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in lines:
         try:
-            found = json.loads(line)
+            found = json_value(line)
         except ValueError:
             return
         if isinstance(found, dict):
