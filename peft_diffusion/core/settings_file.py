@@ -6,6 +6,7 @@ A key is the name of a setting or one of its flags without dashes, with - or _ b
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,9 +30,13 @@ def load(kind: type[S], path: Path) -> S:
         file may name, are not imported: see `plugins`.
 
     Raises:
-        UserError: The file cannot be read, has a key of no setting, or a value that a setting cannot have.
+        UserError: The file cannot be read, has a key of no setting, a value that a setting cannot have, or lacks one.
     """
-    return kind(**read(path, settings_of(kind)))
+    found = read(path, settings_of(kind))
+    missing = [one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING and one.init]
+    if lacking := [name for name in missing if name not in found]:
+        raise UserError(f"{path} does not say {', '.join(lacking)}, which has no default")
+    return kind(**found)
 
 
 def read(path: Path, settings: Iterable[Described]) -> dict[str, Any]:

@@ -168,8 +168,10 @@ class Record:
     @property
     def changes(self) -> dict[str, float]:
         """How far each layer moved at the last measurement, largest first."""
-        found: dict[str, float] = next((line["changes"] for line in reversed(self.metrics) if line.get("changes")), {})
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+        told = (line.get("changes") for line in reversed(self.metrics))
+        found = next((one for one in told if one and isinstance(one, dict)), {})
+        numbers = {layer: float(change) for layer, change in found.items() if _is_number(change)}
+        return dict(sorted(numbers.items(), key=lambda item: -item[1]))
 
     @property
     def figures(self) -> Mapping[str, Any]:
