@@ -504,6 +504,31 @@ def pickles(world: World, case: Any) -> None:
     world.case("pickle", lambda: world.loaded(path))
 
 
+# Embeddings.
+
+embedding_cases = st.dictionaries(
+    st.sampled_from(["emb_params", "emp_params", "clip_l", "clip_g", "<cat>", "bundle_emb.a.clip_l", "bundle_emb.b.clip_l"]),
+    st.one_of(st.lists(st.integers(0, 4), max_size=4), st.integers(1, 4)),
+    min_size=1,
+    max_size=3,
+)
+
+
+def embeddings(world: World, case: dict[str, Any]) -> None:
+    """New words: of a fitting width, where a number says how many vectors, or of any shape."""
+    width = world.pipe.text_encoder.config.hidden_size
+    tensors = {name: torch.ones((shape, width) if isinstance(shape, int) else shape) for name, shape in case.items()}
+    path = world.folder / "word.safetensors"
+    path.write_bytes(save(tensors))
+    world.case("embedding", lambda: _learned(world, path, case))
+
+
+def _learned(world: World, path: Path, case: dict[str, Any]) -> None:
+    (adapter,) = world.loaded(path).components["text_encoder"].values()
+    fitting = [count for name, count in case.items() if isinstance(count, int) and name != "clip_g"]
+    assert sum(map(len, adapter.learned_words().values())) >= max(fitting, default=0)
+
+
 # Captions and lines of JSON.
 
 texts = st.one_of(st.text(max_size=30), words, st.just("{a|b} (red:1.4)"), st.just("a, " * 200))
@@ -729,13 +754,14 @@ def _based(folder: Path) -> None:
     assert told.resolution > 0 and told.step > 0 and components(pipe)
 
 
-TARGETS: dict[str, tuple[Any, Callable[[World, Any], None], float]] = {
+TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[World, Any], None], float]] = {
     "header": (header_cases, headers, 0.2),
     "metadata": (metadata_cases, metadata, 0.15),
     "adapter_config": (config_cases, adapter_configs, 0.13),
     "kohya": (kohya_cases, kohya_files, 0.1),
     "pickle": (pickle_cases, pickles, 0.12),
-    "captions": (caption_cases, captions, 0.08),
+    "embedding": (embedding_cases, embeddings, 0.03),
+    "captions": (caption_cases, captions, 0.05),
     "jsonl": (jsonl_cases, json_lines, 0.08),
     "toml": (toml_cases, toml, 0.06),
     "recipe": (recipe_cases, recipes, 0.06),

@@ -77,7 +77,7 @@ class Embedding(Layout):
             word, component = _meaning(header, name, began)
             if not component or not word:
                 leftovers[name] = "name no word and text encoder that are known here"
-            elif len(header.tensors[name].shape) not in (1, 2):
+            elif len(shape := header.tensors[name].shape) not in (1, 2) or 0 in shape:
                 leftovers[name] = "have not the shape of an embedding"
             elif _WORD.fullmatch(name) and len(header.tensors) > 1:
                 leftovers[name] = "are words of a file that holds more than one word"

@@ -1,5 +1,6 @@
 """What a run folder tells, read back for the report and for ``runs``. Imports no torch."""
 
+import math
 import os
 import socket
 import tomllib
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from ...core.errors import UserError
-from ...core.parsing import json_value
+from ...core.parsing import json_value, number
 from ...core.settings import settings_of
 from ..settings.pictures import TrainConfig
 from ..settings.text import TextTrainConfig
@@ -305,7 +306,8 @@ def this_process() -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a float can hold it; NaN and infinity are what a run that diverged has."""
+    return number(value) is not None and (isinstance(value, float) or math.isfinite(number(value) or 0.0))
 
 
 def _alive(process: Mapping[str, Any]) -> bool:
