@@ -426,7 +426,7 @@ def kohya_files(world: World, case: tuple[list[float | None], torch.dtype, str, 
         except (OverflowError, RuntimeError):
             continue
         tensors[f"{stem}.alpha"] = stored
-        expected[path] = (float(stored.to(torch.float32)) or _RANK) / _RANK
+        expected[path] = (float(stored) or _RANK) / _RANK
     broken = prefix + world.linears[0][0].replace(".", "_")
     for end in extra:
         tensors[f"{broken}.{end}"] = torch.ones(2)

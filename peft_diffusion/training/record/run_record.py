@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from ...core.errors import UserError
-from ...core.parsing import json_value, number
+from ...core.parsing import json_value, number, refusing
 from ...core.settings import settings_of
 from ..settings.pictures import TrainConfig
 from ..settings.text import TextTrainConfig
@@ -68,10 +68,8 @@ class Record:
         Raises:
             UserError: The file is no TOML.
         """
-        try:
+        with refusing(f"{self.path / CONFIG} cannot be read as the settings of a run"):
             chosen = tomllib.loads((self.path / CONFIG).read_text("utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path / CONFIG} cannot be read ({error}); is this a run folder?") from None
         settings, derived = self.facts.get("settings", {}), self.facts.get("derived", {})
         known = settings | chosen | {name: value for name, value in settings.items() if name in derived}
         return {name: value for name, value in known.items() if value is not None}
