@@ -127,6 +127,7 @@ class TextMaterial:
         self.seed = asked.seed
         self.parts = components(base)
         self.blocks = with_words(base, blocks(self.first))
+        check_placements(self.parts, self.blocks)  # before texts become tokens
 
     def rate(self, component: str) -> float:
         """The learning rate."""

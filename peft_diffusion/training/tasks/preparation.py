@@ -144,7 +144,7 @@ def _loaded(
     pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize)
     denoiser = denoiser_of(pipe)
     components = adapted_components(config, denoiser.family)
-    selected_components(pipe, components)
+    check_placements(selected_components(pipe, components), blocks(replace(config, components=components)))
     noise_schedule(denoiser, config.zero_terminal_snr)
     if processes.shares_base:
         tell(shard(pipe, components, device))
