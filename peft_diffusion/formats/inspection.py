@@ -9,6 +9,7 @@ from pathlib import Path
 from .. import methods
 from ..core.method import Network, Scalars
 from . import container, network
+from .metadata import base_of
 from .planning import Plan, SitePlan, plan
 from .spec import Spec
 
@@ -58,6 +59,11 @@ class Inspection:
         return tuple(self.leftovers)
 
     @property
+    def base(self) -> Mapping[str, str]:
+        """What the file says of its base: name, family and the like. Empty where it says nothing."""
+        return base_of(self.spec, self.metadata)
+
+    @property
     def ranks(self) -> Mapping[int, int]:
         """Sites per rank, of all methods that have one."""
         return {int(rank): count for rank, count in self._all("rank").items()}
@@ -86,9 +92,7 @@ def inspect(source: str | Path | Plan) -> Inspection:
     found = source if isinstance(source, Plan) else plan(source)
     told = _hyper_parameters(found)
     known = methods.known().values()
-    beside = frozenset[str]().union(
-        *(one.constants if found.spec is None else one.constants | one.fillers for one in known)
-    )
+    beside = frozenset[str]().union(*(one.constants if found.spec is None else one.constants | one.fillers for one in known))
     sites = {f"{component}.{name}": one for component, name, one in found.each() if one.methods}
     shapes = {name: dict(one.shapes) for name, one in sites.items()}
     return Inspection(

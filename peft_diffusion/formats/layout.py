@@ -40,6 +40,8 @@ class Place:
         others: The further components that a name may mean which tells none; empty with ``told``.
         told: Whether the name tells the component.
         change: What brings the tensor into the shape and scale that its method knows; None where it is so already.
+        stem: What the file calls the site, without the dot behind it. Other names that begin so belong to the site too, also
+            where no layout reads them. "" where the name holds no site.
     """
 
     component: str
@@ -49,6 +51,7 @@ class Place:
     others: tuple[str, ...] = ()
     told: bool = True
     change: "Callable[[Tensor], Tensor] | None" = None
+    stem: str = ""
 
 
 @dataclass(frozen=True)
