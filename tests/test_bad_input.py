@@ -41,6 +41,7 @@ USAGES = {
     "generate a --scheduler magic": (
         "--scheduler is one of ddim, pndm, euler, euler-a, heun, dpm++, dpm++-karras, unipc, not 'magic'"
     ),
+    "generate a --quantize int4": "--quantize is one of nf4, int8, not 'int4'; did you mean 'int8'?",
     "generate a --output": "--output requires an argument",
     "blent a": 'Did you mean "blend"?',
     "inspect": "--files requires an argument",
