@@ -86,6 +86,22 @@ def lines(result: RunResult) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target": "attn"}, "no module of UNet2DConditionModel matches the target 'attn'"),
+        ({"target": "norms"}, "method lora cannot serve what the target 'norms' names: GroupNorm, LayerNorm"),
+        ({"block": ("unet attn lora",)}, "no module of UNet2DConditionModel matches the target 'attn'"),
+        ({"block": ("unet attention lora",), "components": ("unet", "text_encoder")}, "no --block trains text_encoder"),
+    ],
+)
+def test_a_wrong_target_is_told_before_pictures_are_read(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    events: list[Event] = []
+    with pytest.raises(UserError, match=said):
+        train(small(draw_pictures(tmp_path / "pictures"), tmp_path, **changes), pipe=make_pipe(), observers=[events.append])
+    assert [type(event).__name__ for event in events] == ["Ended"] and not (tmp_path / "run").exists()
+
+
 def state_of(path: Path) -> TrainerState:
     """What a checkpoint holds."""
     found = checkpoint.read(path)

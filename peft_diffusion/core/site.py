@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import targets
 from .adapter import Adapter, chained
 from .component import ComponentState
-from .errors import UserError
+from .errors import UserError, did_you_mean
 from .method import DEFAULT_TARGET, Method
 from .slot import SLOT, Packed, Slot, slot_of, state_of
 from .strength import Strengths
@@ -195,18 +195,35 @@ def attach_all(component: nn.Module, name: str, methods: Sequence[tuple[Method, 
     found = targets.modules(component)
     built: list[dict[str, Adapter]] = []
     for method, target in methods:
-        matched = targets.match(component, target)
-        served = [path for path in matched if method.serves(found[path])]
-        if not served:
-            kinds = sorted({type(found[path]).__name__ for path in matched})
-            raise UserError(f"method {method.name} cannot serve what the target {target!r} names: {', '.join(kinds)}")
-        built.append({path: method.build(found[path]) for path in served})
+        built.append({path: method.build(found[path]) for path in served(component, method, target)})
     together: dict[str, list[Adapter]] = {}
     for adapters in built:
         for path, adapter in adapters.items():
             together.setdefault(path, []).append(adapter)
     attach_built(component, name, {path: chained(parts) for path, parts in together.items()})
     return built
+
+
+def served(component: nn.Module, method: Method, target: str) -> list[str]:
+    """Find the modules that a method would be built on. Nothing is built.
+
+    Args:
+        component: The module to look in.
+        method: What it would do at a site.
+        target: As for `attach`.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        UserError: The target matches nothing, or nothing that the method serves.
+    """
+    found, matched = targets.modules(component), targets.match(component, target)
+    paths = [path for path in matched if method.serves(found[path])]
+    if not paths:
+        kinds = sorted({base_class(found[path]).__name__ for path in matched})
+        raise UserError(f"method {method.name} cannot serve what the target {target!r} names: {', '.join(kinds)}")
+    return paths
 
 
 def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) -> None:
@@ -273,7 +290,10 @@ def check_detach(component: nn.Module, name: str) -> ComponentState:
     """
     state = state_of(component)
     if state is None or name not in state.entries:
-        raise UserError(f"no adapter {name!r} is attached; there are: {', '.join(names(component)) or 'none'}")
+        there = names(component)
+        raise UserError(
+            f"no adapter {name!r} is attached; there are: {', '.join(there) or 'none'}{did_you_mean(name, there)}"
+        )
     if state.strengths.merged:
         raise UserError("adapters are merged into the weights; unmerge them before you remove one")
     for path, site in sites(component, name).items():
