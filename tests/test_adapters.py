@@ -44,6 +44,17 @@ def test_a_pipeline_is_the_one_it_was_when_everything_is_removed(files: list[Pat
     assert not any(site.sites(part) for part in components(tiny_pipe).values())
 
 
+def test_sites_are_called_what_they_are_in_the_base(files: list[Path], tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
+    kinds = {path: type(module).__name__ for path, module in tiny_pipe.unet.named_modules()}
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[1])
+    there = dict(tiny_pipe.unet.named_modules())
+    assert {path: type(there[path]).__name__ for path in kinds} == kinds and site.sites(tiny_pipe.unet)
+    wide = write_adapter(tmp_path / "wide.safetensors", make_pipe(width=48), seed=5)
+    with pytest.raises(UserError, match=r"do not fit a Linear of \(32, 32\)"):
+        adapters.load(wide)
+
+
 def test_strengths_blend_and_those_not_named_are_kept(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     before = picture(tiny_pipe)
     adapters = Adapters(tiny_pipe)

@@ -49,7 +49,8 @@ class AdaptedSite(nn.Module):
 
 @functools.cache
 def _adapted(cls: Any) -> type[AdaptedSite]:
-    return type(f"Adapted{cls.__name__}", (AdaptedSite, cls), {"__module__": cls.__module__})
+    # Under the same name: errors, and programs that place modules by the names of their classes, know the base's.
+    return type(cls.__name__, (AdaptedSite, cls), {"__module__": cls.__module__})
 
 
 def _remade(cls: type[nn.Module]) -> nn.Module:
@@ -224,6 +225,29 @@ def served(component: nn.Module, method: Method, target: str) -> list[str]:
         kinds = sorted({base_class(found[path]).__name__ for path in matched})
         raise UserError(f"method {method.name} cannot serve what the target {target!r} names: {', '.join(kinds)}")
     return paths
+
+
+def check_attachable(component: nn.Module, methods: Sequence[tuple[Method, str]]) -> None:
+    """See that `attach_all` would serve every target, and that a file could hold what meets at a site.
+
+    Little is built: the methods that meet, at one site of each such meeting.
+
+    Args:
+        component: The module to look in.
+        methods: Each method with its target.
+
+    Raises:
+        UserError: As `served`, or two methods cannot stand together at a site.
+    """
+    meeting: dict[str, list[int]] = {}
+    for number, (method, target) in enumerate(methods):
+        for path in served(component, method, target):
+            meeting.setdefault(path, []).append(number)
+    once = {tuple(numbers): path for path, numbers in meeting.items() if len(numbers) > 1}
+    with torch.random.fork_rng(devices=[]):  # adapters start on the CPU
+        for numbers, path in once.items():
+            module = component.get_submodule(path)
+            chained([methods[number][0].build(module) for number in numbers])
 
 
 def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) -> None:

@@ -73,7 +73,7 @@ def attach(
 
 
 def check_placements(parts: Mapping[str, nn.Module], blocks: Sequence[Placement]) -> None:
-    """See that all components are trained, and that every method serves what its target names.
+    """See that all components are trained, every method serves what its target names, and those that meet go together.
 
     `attach` finds the same. This is for the time before anything is computed that such a mistake would waste.
 
@@ -82,11 +82,11 @@ def check_placements(parts: Mapping[str, nn.Module], blocks: Sequence[Placement]
         blocks: Which method is trained at which sites.
 
     Raises:
-        UserError: A component has no block, or a target matches nothing that its method serves.
+        UserError: A component has no block, a target matches nothing that its method serves, or two methods cannot stand
+            together at a site.
     """
     for name, part in parts.items():
-        for block in _of(name, blocks):
-            site.served(part, block.method, block.target)
+        site.check_attachable(part, [(block.method, block.target) for block in _of(name, blocks)])
 
 
 def _of(component: str, blocks: Sequence[Placement]) -> list[Placement]:

@@ -18,7 +18,7 @@ from ...data.captions import CaptionRules
 from ...data.folder import ImageFolder, TrainingImage, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
-from ..attachment import check_placements, selected_components
+from ..attachment import check_placements, selected_components, with_words
 from ..drawing import Drawing
 from ..events import IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
 from ..loop.seeds import seed_of
@@ -145,7 +145,8 @@ def _loaded(
     pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize)
     denoiser = denoiser_of(pipe)
     components = adapted_components(config, denoiser.family)
-    check_placements(selected_components(pipe, components), blocks(replace(config, components=components)))
+    parts = selected_components(pipe, components)
+    check_placements(parts, with_words(pipe, blocks(replace(config, components=components))))
     noise_schedule(denoiser, config.zero_terminal_snr)
     if processes.shares_base:
         tell(shard(pipe, components, device))
