@@ -15,7 +15,7 @@ S = TypeVar("S", bound=Settings)
 _PLUGIN = "plugin"  # the key of modules with methods of others
 
 
-def load(kind: type[S], path: Path) -> S:
+def load(kind: type[S], path: str | Path) -> S:
     """Make settings of a class from a file.
 
     Args:
@@ -29,7 +29,7 @@ def load(kind: type[S], path: Path) -> S:
     Raises:
         UserError: The file cannot be read, has a key of no setting, or a value that a setting cannot have.
     """
-    return kind(**read(path, settings_of(kind)))
+    return kind(**read(Path(path), settings_of(kind)))
 
 
 def read(path: Path, settings: Iterable[Described]) -> dict[str, Any]:
