@@ -40,6 +40,12 @@ def spec_of(path: Path) -> formats.Spec:
     return spec
 
 
+def modes(*modules: torch.nn.Module) -> list[tuple[str, bool]]:
+    """Whether each module trains, and each parameter takes gradients."""
+    trains = [(path, one.training) for whole in modules for path, one in whole.named_modules()]
+    return trains + [(path, own.requires_grad) for whole in modules for path, own in whole.named_parameters()]
+
+
 def command(*arguments: object, cwd: Path | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
     """Run ``peft-diffusion`` as a person would, and take what it prints."""
     return subprocess.run(

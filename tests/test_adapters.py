@@ -1,6 +1,7 @@
 """The loader on a real pipeline: load, set, schedule, merge, remove."""
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from conftest import make_pipe
 from diffusers import DiffusionPipeline
 from laws import strengths_of
+from making import modes
 from test_formats import picture, write_adapter
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from peft_diffusion.bases import components, digest, fingerprint
 from peft_diffusion.core import site
@@ -212,6 +215,43 @@ def test_a_module_that_has_the_private_name_itself_is_refused(files: list[Path],
             Adapters(tiny_pipe).load(files[0])
         assert getattr(module, SLOT) is own and not site.sites(tiny_pipe.unet)
         delattr(module, SLOT)
+
+
+def test_a_base_in_training_is_adapted_and_stays_in_training(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
+    tiny_pipe.unet.train().requires_grad_(True)
+    before = modes(tiny_pipe.unet, tiny_pipe.text_encoder, tiny_pipe.vae)
+    adapters = Adapters(tiny_pipe)
+    assert modes(tiny_pipe.unet, tiny_pipe.text_encoder, tiny_pipe.vae) == before
+    adapters.load(files[0])
+    assert all(own.requires_grad for own in tiny_pipe.unet.conv_in.parameters()) and tiny_pipe.unet.conv_in.training
+    adapters.remove("ink")
+    assert modes(tiny_pipe.unet, tiny_pipe.text_encoder, tiny_pipe.vae) == before
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [
+        weight_norm,
+        spectral_norm,
+        lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+        parametrizations.weight_norm,
+    ],
+    ids=["weight_norm", "spectral_norm", "pruned", "parametrized"],
+)
+def test_a_weight_that_is_computed_at_every_call_is_not_merged_into(
+    files: list[Path], tiny_pipe: DiffusionPipeline, computed: Callable[[torch.nn.Module], object]
+) -> None:
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    layer = tiny_pipe.unet.get_submodule(path)
+    computed(layer)
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[1])
+    x = torch.randn(1, layer.in_features)
+    with torch.no_grad():
+        running = layer(x)
+        with pytest.raises(UserError, match=rf"{path}: its weight is computed anew at every call"):
+            adapters.merge()
+        assert not adapters.merged and torch.equal(layer(x), running)
 
 
 def test_what_is_removed_is_gone_from_memory(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:

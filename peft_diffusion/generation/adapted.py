@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..bases.base import frozen
 from ..core.errors import UserError
 from ..core.events import Noted, Observer, Warned
 from .adapters import Adapters
@@ -36,14 +37,15 @@ def adapted(
         raise UserError(
             f"the base carries adapters already ({', '.join(adapters.names)}): remove them, and name their files as adapter"
         )
-    try:
-        names = [adapters.load(choice.parsed(), strength=choice.strength) for choice in choices]
-        for name in names:
-            _tell_of(adapters, name, prompts, tell)
-        yield adapters, names
-    finally:
-        for name in adapters.names if lent else ():
-            adapters.remove(name)
+    with frozen(base if lent else None):
+        try:
+            names = [adapters.load(choice.parsed(), strength=choice.strength) for choice in choices]
+            for name in names:
+                _tell_of(adapters, name, prompts, tell)
+            yield adapters, names
+        finally:
+            for name in adapters.names if lent else ():
+                adapters.remove(name)
 
 
 def _tell_of(adapters: Adapters, name: str, prompts: Sequence[str], tell: Observer) -> None:
