@@ -11,6 +11,7 @@ from conftest import make_pipe
 from diffusers import DiffusionPipeline
 from laws import strengths_of
 from making import modes
+from safetensors.torch import load_file
 from test_formats import picture, write_adapter
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
@@ -226,6 +227,20 @@ def test_a_base_in_training_is_adapted_and_stays_in_training(files: list[Path], 
     assert all(own.requires_grad for own in tiny_pipe.unet.conv_in.parameters()) and tiny_pipe.unet.conv_in.training
     adapters.remove("ink")
     assert modes(tiny_pipe.unet, tiny_pipe.text_encoder, tiny_pipe.vae) == before
+
+
+def test_adapters_that_were_loaded_on_a_half_pipeline_act_in_full_on_a_wider_one(
+    files: list[Path], tiny_pipe: DiffusionPipeline
+) -> None:
+    path, of_file = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", load_file(files[1])
+    name = f"lora_unet_{path.replace('.', '_')}"
+    down, up, alpha = (of_file[f"{name}.{suffix}"] for suffix in ("lora_down.weight", "lora_up.weight", "alpha"))
+    Adapters(tiny_pipe.to(torch.bfloat16)).load(files[1])
+    layer = tiny_pipe.to(torch.float32).unet.get_submodule(path)
+    x = torch.randn(4, layer.in_features)
+    wanted = torch.nn.functional.linear(x, layer.weight + alpha / len(down) * up @ down, layer.bias)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
