@@ -1,6 +1,7 @@
 """The loader on a real pipeline: load, set, schedule, merge, remove."""
 
 import gc
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from conftest import make_pipe
 from diffusers import DiffusionPipeline
 from laws import strengths_of
 from making import modes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_formats import picture, write_adapter
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
@@ -44,6 +45,17 @@ def test_a_pipeline_is_the_one_it_was_when_everything_is_removed(files: list[Pat
     assert np.array_equal(picture(tiny_pipe), before) and fingerprint(components(tiny_pipe)) == digest
     assert not np.array_equal(both, one) and not np.array_equal(one, before)
     assert not any(site.sites(part) for part in components(tiny_pipe).values())
+
+
+def test_sites_are_called_what_they_are_in_the_base(files: list[Path], tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
+    kinds = {path: type(module).__name__ for path, module in tiny_pipe.unet.named_modules()}
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[1])
+    there = dict(tiny_pipe.unet.named_modules())
+    assert {path: type(there[path]).__name__ for path in kinds} == kinds and site.sites(tiny_pipe.unet)
+    wide = write_adapter(tmp_path / "wide.safetensors", make_pipe(width=48), seed=5)
+    with pytest.raises(UserError, match=r"do not fit a Linear of \(32, 32\)"):
+        adapters.load(wide)
 
 
 def test_strengths_blend_and_those_not_named_are_kept(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
@@ -309,3 +321,59 @@ def test_a_fingerprint_does_not_depend_on_how_much_is_read_at_a_time(monkeypatch
     with torch.no_grad():
         layer.weight[0, 0] += 1e-7
     assert fingerprint({"layer": layer}) != expected
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["before the first call", "after it"])
+def test_what_torch_compile_returned_carries_adapters_as_the_module_inside(files: list[Path], first: bool) -> None:
+    plain, compiled = make_pipe(), make_pipe()
+    compiled.unet = torch.compile(compiled.unet, backend="eager")
+    compiled.text_encoder = torch.compile(compiled.text_encoder, backend="eager")
+    if first:
+        picture(compiled)
+    seen = []
+    for pipe in (plain, compiled):
+        adapters = Adapters(pipe)
+        adapters.load(files[0], name="ink", strict=True)
+        seen.append([picture(pipe)])
+        for amount in (Schedule([0.0, 1.0]), 0.3):
+            adapters.set(ink=amount)
+            seen[-1].append(picture(pipe))
+        assert list(components(pipe)) == ["unet", "text_encoder"]
+        assert not any("_orig_mod" in path for part in components(pipe).values() for path in site.sites(part))
+        adapters.remove("ink")
+        seen[-1].append(picture(pipe))
+    for one, other in zip(*seen, strict=True):
+        assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
+    assert len({one.tobytes() for one in seen[0]}) == 4
+    assert not compiled.unet._forward_pre_hooks
+
+
+def test_a_schedule_goes_on_when_the_network_is_compiled_after_it_was_set(
+    files: list[Path], tiny_pipe: DiffusionPipeline
+) -> None:
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[0], name="ink")
+    adapters.set(ink=Schedule([0.0, 1.0]))
+    before = picture(tiny_pipe)
+    tiny_pipe.unet = torch.compile(tiny_pipe.unet, backend="eager")
+    assert np.abs(picture(tiny_pipe).astype(int) - before.astype(int)).max() <= 1
+
+
+def test_what_a_load_leaves_out_is_logged_with_counts_and_names(
+    files: list[Path], tiny_pipe: DiffusionPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = load_file(files[0])
+    extra = {f"lora_unet_nowhere_{number}.alpha": torch.ones(()) for number in range(5)}
+    save_file({**tensors, **extra}, tmp_path / "part.safetensors")
+    adapters = Adapters(tiny_pipe)
+    with caplog.at_level(logging.WARNING, "peft_diffusion"):
+        adapters.load(files[0])
+        assert caplog.messages == []
+        adapters.load(tmp_path / "part.safetensors")
+    (message,) = caplog.messages
+    total = len(tensors) + 5
+    assert f"5 of {total} tensors are of no method that is known here and were left out" in message
+    assert "lora_unet_nowhere_0.alpha, lora_unet_nowhere_1.alpha, lora_unet_nowhere_2.alpha, ..." in message
+    told: list[str] = []
+    adapters.load(tmp_path / "part.safetensors", name="again", warn=told.append)
+    assert told == [message] and caplog.messages == [message]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from making import command, make_adapter
+from making import command, make_adapter, typed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +24,7 @@ def ink(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def complaint(code: int, *arguments: object, folder: Path, **more: Any) -> str:
     """Run a command that must fail with that exit code; returns its one line. It must leave the folder as it was."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    done = command(*arguments, cwd=folder, **more)
+    done = typed(*arguments, cwd=folder, **more) if more else command(*arguments, cwd=folder)
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -41,6 +41,7 @@ USAGES = {
     "generate a --scheduler magic": (
         "--scheduler is one of ddim, pndm, euler, euler-a, heun, dpm++, dpm++-karras, unipc, not 'magic'"
     ),
+    "generate a --quantize int4": "--quantize is one of nf4, int8, not 'int4'; did you mean 'int8'?",
     "generate a --output": "--output requires an argument",
     "blent a": 'Did you mean "blend"?',
     "inspect": "--files requires an argument",
@@ -222,3 +223,20 @@ def test_a_prompt_that_the_base_would_cut(tiny_base: Path, tmp_path: Path) -> No
     long = " ".join(["apple"] * 75 + ["cat"])
     said = complaint(FAILED, "generate", long, "--base", tiny_base, "--output", "a.png", folder=tmp_path)
     assert 'it would lose "cat"' in said
+
+
+def test_a_file_that_is_not_used_whole_is_told_and_with_strict_refused(ink: Path, tiny_base: Path, tmp_path: Path) -> None:
+    tensors = load_file(ink)
+    tensors["lora_unet_nowhere.alpha"] = torch.ones(())
+    tensors["lora_unet_conv_out.a1.weight"] = torch.ones(2, 2)
+    save_file(tensors, tmp_path / "part.safetensors")
+    drawn = ("generate", "a", "--adapter", "part.safetensors", "--base", tiny_base, "--steps", 1, "-o", "a.png")
+    said = complaint(FAILED, *drawn, "--strict", folder=tmp_path)
+    assert "would not be used whole" in said
+    assert "lora_unet_nowhere.alpha" in said and "lora_unet_conv_out.a1.weight" in said
+    looked = command("inspect", "part.safetensors", "--strict", cwd=tmp_path)
+    assert looked.returncode == FAILED and "lora_unet_conv_out.a1.weight" in looked.stderr and "lora" in looked.stdout
+    done = command(*drawn, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"2 of {len(tensors)} tensors are of no method") == 1
+    assert command("inspect", ink, "--strict", cwd=tmp_path).returncode == 0

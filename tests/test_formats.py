@@ -25,7 +25,7 @@ from peft_diffusion.formats.file import paths_by_name
 from peft_diffusion.formats.layouts.kohya import Kohya
 from peft_diffusion.formats.names import site_name
 from peft_diffusion.generation import Adapters
-from peft_diffusion.generation.compatibility import base_of, compare
+from peft_diffusion.generation.compatibility import compare
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.methods.prompt import SoftPrompt
 from peft_diffusion.methods.tokens import Tokens
@@ -364,7 +364,7 @@ def test_what_does_not_concern_both_is_not_compared(tmp_path: Path) -> None:
         found[name] = formats.inspect(tmp_path / f"{name}.safetensors")
     assert "of equal shapes" in compare(found["plain"], found["tucker"]).reasons[1]
     assert "not compared" in compare(found["plain"], found["original"]).reasons[1]
-    assert base_of(found["plain"]) == {"family": "sd2", "prediction_type": "v_prediction"}
+    assert found["plain"].base == {"family": "sd2", "prediction_type": "v_prediction"}
 
 
 def test_a_whole_change_with_a_bias_is_no_bitfit(tmp_path: Path) -> None:

@@ -114,7 +114,11 @@ DOTTED = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"
 PAIR = {"lora_down.weight": torch.ones(2, 32), "lora_up.weight": torch.ones(32, 2)}
 SAMPLES: dict[str, dict[str, torch.Tensor]] = {
     "kohya": {f"{SITE}.{end}": one for end, one in PAIR.items()},
-    "of ComfyUI's saver": {**{f"{SITE}.{end}": one for end, one in PAIR.items()}, f"{SITE}.diff": torch.ones(32, 32)},
+    "of ComfyUI's saver": {
+        **{f"{SITE}.{end}": one for end, one in PAIR.items()},
+        **{f"{SITE.replace('to_q', 'to_v')}.{end}": one for end, one in {**PAIR, "diff": torch.ones(32, 32)}.items()},
+        "lora_unet_conv_out.diff": torch.ones(4, 32, 3, 3),
+    },
     "of a method that is not known": {
         **{f"{SITE}.{end}": one for end, one in PAIR.items()},
         **{f"{SITE.replace('to_q', 'to_v')}.{end}.weight": torch.ones(2, 2) for end in ("a1", "a2", "b1", "b2")},
@@ -133,10 +137,10 @@ SAMPLES: dict[str, dict[str, torch.Tensor]] = {
         "bundle_emb.cat.clip_l": torch.ones(2, 32), "<toy>": torch.ones(2, 32), "bundle_emb.dog.t5": torch.ones(2, 32),
         "emb_params": torch.ones(2, 3, 4),
     },
-    "one layer twice": {
-        f"{prefix}_text_model_encoder_layers_0_mlp_fc1.{end}": one
-        for prefix in ("lora_te", "lora_te1")
-        for end, one in {"lora_down.weight": torch.ones(2, 32), "lora_up.weight": torch.ones(64, 2)}.items()
+    "a name without its suffix beside a pair": {
+        **{f"{DOTTED}.{end}": one for end, one in PAIR.items()},
+        **{f"{DOTTED.replace('to_k', 'to_v')}.{end}": one for end, one in PAIR.items()},
+        f"{DOTTED}.lora_what": torch.ones(2),
     },
 }  # fmt: skip
 
@@ -182,3 +186,120 @@ def test_a_pickle_is_planned_from_its_tensors(tmp_path: Path) -> None:
     found = formats.inspect(tmp_path / "a.pt")
     assert found.methods == ("lora",) and dict(found.ranks) == {2: 1}
     assert_tells_what_it_does(tmp_path / "a.pt", make_pipe())
+
+
+def pair_at(name: str, down: torch.Tensor, up: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{name}.lora_down.weight": down.clone(), f"{name}.lora_up.weight": up.clone()}
+
+
+FC1 = "text_model_encoder_layers_0_mlp_fc1"
+SIDES = {"unet": (torch.ones(2, 32), torch.ones(32, 2)), "text": (torch.ones(2, 32), torch.ones(64, 2))}
+# Two names of one layer, of which a loader that goes by names keeps one.
+TWICE = {
+    "prefixes of two families": (f"lora_te_{FC1}", f"lora_te1_{FC1}", "text"),
+    "flat and dotted": (SITE, DOTTED.replace("to_k", "to_q"), "unet"),
+    "with and without text_model": (f"lora_te_{FC1}", f"lora_te_{FC1.removeprefix('text_model_')}", "text"),
+    "compiled and not": (SITE, SITE.replace("lora_unet_", "lora_unet__orig_mod_"), "unet"),
+    "kohya's and LyCORIS' prefix": (SITE, SITE.replace("lora_unet_", "lycoris_"), "unet"),
+    "original and diffusers": (SITE, "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q", "unet"),
+    "original and diffusers, dotted": (
+        DOTTED.replace("to_k", "to_q"), "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q", "unet",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TWICE)
+def test_two_names_of_one_layer_are_refused_wherever_they_meet(case: str, tmp_path: Path) -> None:
+    first, second, kind = TWICE[case]
+    save_file({**pair_at(first, *SIDES[kind]), **pair_at(second, *SIDES[kind])}, tmp_path / "a.safetensors")
+    for strict in (False, True):
+        with pytest.raises(UserError, match="are one tensor under two names") as raised:
+            formats.load(tmp_path / "a.safetensors", make_pipe(), strict=strict)
+        assert f"{first}.lora_down.weight" in str(raised.value) and f"{second}.lora_down.weight" in str(raised.value)
+    if "original" not in case:  # those are told apart by the base alone
+        with pytest.raises(UserError, match="are one tensor under two names"):
+            formats.inspect(tmp_path / "a.safetensors")
+
+
+def test_an_embedding_of_one_word_under_two_names_is_refused(tmp_path: Path) -> None:
+    save_file({"emb_params": torch.ones(2, 32), "clip_l": torch.ones(2, 32)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="clip_l and emb_params are one tensor under two names"):
+        formats.load(tmp_path / "a.safetensors", make_pipe())
+
+
+def test_different_methods_of_one_layer_may_have_names_of_their_own(tmp_path: Path) -> None:
+    original = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0"
+    tensors = pair_at(SITE.replace("to_q", "to_out_0"), *SIDES["unet"]) | {f"{original}.diff_b": torch.ones(32)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    loaded = formats.load(tmp_path / "a.safetensors", make_pipe(), strict=True)
+    (adapter,) = loaded.components["unet"].values()
+    assert adapter.state().keys() == {"lora_down.weight", "lora_up.weight", "alpha", "diff_b"}
+
+
+NOT_WHOLE = {
+    "a full change beside a pair": f"{SITE}.diff",
+    "an unknown suffix": f"{SITE}.lora_what",
+    "an unknown suffix, dotted": f"{SITE.removesuffix('_to_q')}.to_q.lora_what",
+    "a tensor that no layout reads": f"{DOTTED.replace('to_k', 'to_q')}.bias",
+    "a second adapter": f"{DOTTED.replace('to_k', 'to_q')}.lora_A.other.weight",
+}
+
+
+@pytest.mark.parametrize("case", NOT_WHOLE)
+def test_a_site_with_a_tensor_that_is_not_understood_is_left_out_whole(case: str, tmp_path: Path) -> None:
+    stranger = NOT_WHOLE[case]
+    site = DOTTED.replace("to_k", "to_q") if stranger.startswith("unet.") else SITE
+    tensors = pair_at(site, *SIDES["unet"]) | pair_at(DOTTED, *SIDES["unet"]) | {stranger: torch.ones(32)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert_tells_what_it_does(tmp_path / "a.safetensors", make_pipe())
+    loaded = formats.load(tmp_path / "a.safetensors", make_pipe())
+    assert list(loaded.components["unet"]) == [DOTTED.removeprefix("unet.")]
+    assert set(loaded.report.unmatched) == {stranger, f"{site}.lora_down.weight", f"{site}.lora_up.weight"}
+    assert any("2 of 5 tensors are of sites that other tensors" in warning for warning in loaded.warnings)
+    with pytest.raises(UserError, match="would not be used whole") as raised:
+        formats.load(tmp_path / "a.safetensors", make_pipe(), strict=True)
+    assert stranger in str(raised.value)
+
+
+def test_a_suffix_that_is_not_known_is_not_called_a_site_that_is_not_there(tmp_path: Path) -> None:
+    elsewhere = "lora_unet_down_blocks_9_attentions_0_proj_in"
+    tensors = {**pair_at(SITE, *SIDES["unet"]), f"{elsewhere}.lora_what": torch.ones(2)}
+    tensors |= pair_at(elsewhere.replace("proj_in", "proj_out"), *SIDES["unet"])
+    save_file(tensors, tmp_path / "a.safetensors")
+    unknown, nowhere = formats.load(tmp_path / "a.safetensors", make_pipe()).warnings
+    assert "1 of 5 tensors are of no method that is known here" in unknown and f"{elsewhere}.lora_what" in unknown
+    assert "2 of 5 tensors have no site in this base" in nowhere
+
+
+def test_another_base_is_named_only_where_the_file_names_one(tmp_path: Path) -> None:
+    wide = pair_at(SITE, torch.ones(2, 48), torch.ones(48, 2))
+    save_file(wide, tmp_path / "a.safetensors")
+    with pytest.raises(
+        UserError, match=r"a\.safetensors does not fit the base '\w+' \(other\): unet\.down_blocks"
+    ) as raised:
+        formats.load(tmp_path / "a.safetensors", make_pipe())
+    assert "made for" not in str(raised.value)
+    told = {"ss_base_model_version": "sdxl_base_v1-0", "ss_sd_model_name": "juggernaut"}
+    save_file(wide, tmp_path / "a.safetensors", told)
+    with pytest.raises(UserError, match=r"was made for base 'juggernaut' \(sdxl\); this base is"):
+        formats.load(tmp_path / "a.safetensors", make_pipe())
+
+
+WRAPPED = {
+    "compiled, dotted": DOTTED.replace("unet.", "unet._orig_mod."),
+    "compiled, flat": SITE.replace("lora_unet_", "lora_unet__orig_mod_"),
+    "compiled, a path alone": DOTTED.replace("unet.", "_orig_mod."),
+    "in parallel": DOTTED.replace("unet.", "unet.module."),
+    "in parallel, a path alone": DOTTED.replace("unet.", "module."),
+    "the pipeline in peft": f"base_model.model.{DOTTED}",
+    "compiled in peft": f"base_model.model._orig_mod.{DOTTED.removeprefix('unet.')}",
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_what_wrappers_put_before_names_is_seen_through(case: str, tmp_path: Path) -> None:
+    save_file(pair_at(WRAPPED[case], *SIDES["unet"]), tmp_path / "a.safetensors")
+    loaded = formats.load(tmp_path / "a.safetensors", make_pipe(), strict=True)
+    (path,) = loaded.components["unet"]
+    assert path.startswith("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_")
+    assert_tells_what_it_does(tmp_path / "a.safetensors", make_pipe())

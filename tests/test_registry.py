@@ -507,6 +507,25 @@ def test_words_are_the_same_to_every_pipeline_of_a_text_encoder(taught: Adapters
     assert type(pipe.tokenizer) is type(plain) and SLOT not in vars(pipe.tokenizer)
 
 
+@pytest.mark.parametrize("copied", [lambda pipe: pipe, copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_words_go_with_an_adapter_that_is_detached_from_the_component_itself(
+    copied: Callable[[Any], Any], taught: Adapters
+) -> None:
+    kept = told_by_words(taught.pipe, "a <dog>")
+    site.detach(taught.pipe.text_encoder, "cat")
+    pipe = copied(taught.pipe)
+    with_dog, plain = ids(pipe, "a <cat> <dog>"), make_pipe().tokenizer
+    cat = list(plain("a <cat>").input_ids)[1:-1]
+    assert [one for one in with_dog if one < len(plain)] == [0, *cat, 1]
+    assert len(with_dog) > len(cat) + 2 and "<cat>" not in learned(pipe.tokenizer)
+    assert told_by_words(pipe, "a <cat> <dog>").isfinite().all()
+    torch.testing.assert_close(told_by_words(pipe, "a <dog>"), kept)
+    adapters = Adapters(pipe)  # numbers words anew
+    torch.testing.assert_close(told_by_words(pipe, "a <dog>"), kept)
+    adapters.remove("dog")
+    assert ids(pipe, "a <cat> <dog>") == list(plain("a <cat> <dog>").input_ids)
+
+
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_of_a_pipeline_has_its_own_words(way: str, taught: Adapters) -> None:
     pipe, text = taught.pipe, "a <cat> <dog>"

@@ -86,6 +86,26 @@ def lines(result: RunResult) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target": "attn"}, "no module of UNet2DConditionModel matches the target 'attn'"),
+        ({"target": "norms"}, "method lora cannot serve what the target 'norms' names: GroupNorm, LayerNorm"),
+        ({"block": ("unet attn lora",)}, "no module of UNet2DConditionModel matches the target 'attn'"),
+        ({"block": ("unet attention lora",), "components": ("unet", "text_encoder")}, "no --block trains text_encoder"),
+        ({"block": ("unet attention lora", "unet all-linear loha rank=4")}, "lora and loha cannot share a site"),
+        ({"block": ("unet attention lora", "unet attention lora")}, "lora and lora cannot share a site"),
+        ({"method": "tokens", "components": ("text_encoder",), "option": ("vectors=1", "initial=ink of cat"), "rank": None},
+         "the initial words 'ink of cat' have 3 tokens, for 1 vectors"),
+    ],
+)
+def test_a_wrong_placement_is_told_before_pictures_are_read(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    events: list[Event] = []
+    with pytest.raises(UserError, match=said):
+        train(small(draw_pictures(tmp_path / "pictures"), tmp_path, **changes), pipe=make_pipe(), observers=[events.append])
+    assert [type(event).__name__ for event in events] == ["Ended"] and not (tmp_path / "run").exists()
+
+
 def state_of(path: Path) -> TrainerState:
     """What a checkpoint holds."""
     found = checkpoint.read(path)

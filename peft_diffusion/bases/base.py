@@ -15,7 +15,7 @@ from . import family as families
 from .denoiser import Denoiser, kinds
 from .digest import identity
 from .embedded import ICONS, embedded
-from .pipelines import Pipeline
+from .pipelines import Pipeline, uncompiled
 
 if TYPE_CHECKING:
     from .causal_lm import LanguageInfo, LanguageModel
@@ -73,9 +73,11 @@ def components(base: object) -> dict[str, nn.Module]:
         base: A pipeline, or a `LanguageModel`.
 
     Returns:
-        The modules by name, of the components of all families those that the base has.
+        The modules by name, of the components of all families those that the base has; of one that ``torch.compile``
+        wrapped, the module inside.
     """
-    return {name: part for name in families.components() if isinstance(part := getattr(base, name, None), nn.Module)}
+    parts = {name: getattr(base, name, None) for name in families.components()}
+    return {name: uncompiled(part) for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def network_of(base: object) -> tuple[str, nn.Module] | None:

@@ -113,9 +113,22 @@ def drawing_with(network: nn.Module) -> Pipeline | None:
     return next(holders, None)
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Reach the module that ``torch.compile`` wrapped: its paths are those of the base, and it carries the adapters.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The module inside of the wrapper; any other module itself.
+    """
+    while isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+        module = inner
+    return module
+
+
 def _holds(pipeline: Pipeline, network: nn.Module) -> bool:
-    # What torch.compile returns keeps the module that it was made of there.
-    return any(part is network or getattr(part, "_orig_mod", None) is network for part in vars(pipeline).values())
+    return any(isinstance(part, nn.Module) and uncompiled(part) is network for part in vars(pipeline).values())
 
 
 def images_drawn(pipeline: Pipeline, rows: int) -> int:

@@ -9,7 +9,7 @@ from ..core.errors import UserError
 from . import family as families
 from .denoiser import Conditioning, Denoiser
 from .family import Family
-from .pipelines import Pipeline
+from .pipelines import Pipeline, uncompiled
 from .prompts import TextSide
 
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -74,9 +74,8 @@ class UNetDenoiser(Denoiser):
 
     @property
     def network(self) -> nn.Module:
-        """The UNet."""
-        unet: nn.Module = self.unet
-        return unet
+        """The UNet, without the wrapper of ``torch.compile`` where it has one."""
+        return uncompiled(self.unet)
 
     @property
     def resolution(self) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..formats import Inspection
 from ..formats import inspect as read
+from ..formats.planning import by_reason, refuse_leftovers, some
 from ..formats.spec import missing_plugins
-from ..generation.compatibility import Compatibility, base_of, compare
+from ..generation.compatibility import Compatibility, compare
 from ..generation.settings import InspectConfig
 from .flags import reads
 
@@ -40,8 +41,10 @@ def inspect(config: InspectConfig) -> None:
     if config.json:
         plain = {"files": [_plain(one) for one in found], "fits": [_plain_fit(*item) for item in fits.items()]}
         print(json.dumps(plain, indent=2))
-        return
-    _show(found, fits)
+    else:
+        _show(found, fits)
+    for one in found if config.strict else ():
+        refuse_leftovers(one.path, one.leftovers)
 
 
 def _pairs(found: list[Inspection]) -> dict[tuple[str, str], tuple[Inspection, Inspection]]:
@@ -86,9 +89,8 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
         rows.append(("written by", f"another program: there is no peft_diffusion metadata{_network(found)}"))
     elif found.spec.title:
         rows.insert(0, ("title", found.spec.title))
-    for reason in dict.fromkeys(found.leftovers.values()):
-        names = [name for name, why in found.leftovers.items() if why == reason]
-        rows.append(("unknown", f"{len(names)} tensors {reason}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"))
+    for reason, names in by_reason(found.leftovers).items():
+        rows.append(("unknown", f"{len(names)} tensors {reason}: {some(names)}"))
     rows += [("warning", warning) for warning in found.warnings]
     return [(label, value) for label, value in rows if value]
 
@@ -142,7 +144,7 @@ def _targets(found: Inspection) -> str:
 
 
 def _base(found: Inspection) -> str:
-    base = base_of(found)
+    base = found.base
     if not base:
         return "not told"
     details = [base[key] for key in ("family", "architecture", "prediction_type") if key in base]

@@ -1,6 +1,5 @@
 """``peft-diffusion train``: learn a style from a folder of images and write it as one adapter file."""
 
-
 from ..training.settings.pictures import TrainConfig
 from ..training.settings.shared import FindLr
 from .flags import reads

@@ -3,13 +3,12 @@
 A key is the name of a setting or one of its flags without dashes, with - or _ between words.
 """
 
-import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import UserError
+from .errors import UserError, did_you_mean
 from .settings import Described, Settings, settings_of
 
 S = TypeVar("S", bound=Settings)
@@ -101,8 +100,7 @@ def _meant(key: str, value: object, known: Mapping[str, Described]) -> str:
     for name, one in known.items():
         if one.setting.flag.negative and _key(key) == f"{'empty' if one.several else 'no'}_{name}":
             return f"; did you mean {name} = {'[]' if one.several else 'true' if value is False else 'false'}?"
-    near = difflib.get_close_matches(_key(key), known, 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(sorted(known))}"
+    return did_you_mean(_key(key), known) or f"; there are: {', '.join(sorted(known))}"
 
 
 def _text(path: Path, one: Described, table: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .errors import UserError
+from .errors import UserError, did_you_mean
 from .slot import slot_of
 from .target_tables import TABLES, UNKNOWN, TargetTable
 
@@ -121,7 +121,8 @@ def match(component: nn.Module, target: str) -> list[str]:
         except re.error as error:
             raise UserError(f"target {target!r} is neither a name nor a regular expression: {error}") from None
     if not found:
-        raise UserError(f"no module of {architecture(component)} matches the target {target!r}; {_offer(component)}")
+        near = did_you_mean(target, [*own, *KINDS])
+        raise UserError(f"no module of {architecture(component)} matches the target {target!r}{near}; {_offer(component)}")
     return found
 
 

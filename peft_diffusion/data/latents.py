@@ -387,9 +387,7 @@ class TextCache(Mapping[str, tuple[Tensor, ...]]):
 
 
 @torch.no_grad()
-def cache_text(
-    prompts: Iterable[str], encode: Callable[[list[str]], tuple[Tensor, ...]], batch_size: int = 16
-) -> TextCache:
+def cache_text(prompts: Iterable[str], encode: Callable[[list[str]], tuple[Tensor, ...]], batch_size: int = 16) -> TextCache:
     """Encode each distinct prompt once.
 
     Args:

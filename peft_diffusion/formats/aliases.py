@@ -12,6 +12,7 @@ from ..core.method import Method
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LONGEST = 8  # words with dots between them in an end
 # The oldest scripts of diffusers named a part of the attention's processor.
 _PROCESSOR = re.compile(r"(.*)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
 
@@ -61,8 +62,12 @@ class Aliases:
         """
         if match := _PROCESSOR.fullmatch(name):
             return f"{match[1]}.{match[2]}{'.0' if match[2] == 'to_out' else ''}", f"lora.{match[3]}.weight"
-        match = re.fullmatch(rf"(.*\..*)\.({self.end.pattern})", name)
-        return (match[1], match[2]) if match else None
+        words = name.split(".")
+        for number in range(1, min(len(words) - 1, _LONGEST)):  # of several ends the shortest
+            end = ".".join(words[-number:])
+            if self.end.fullmatch(end):
+                return ".".join(words[:-number]), end
+        return None
 
 
 def aliases() -> Aliases:

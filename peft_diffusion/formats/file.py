@@ -16,11 +16,11 @@ from ..core import targets
 from ..core.adapter import Adapter, chained
 from ..core.errors import DamagedError, UserError
 from ..core.files import write_bytes
-from . import container
+from . import container, metadata
 from . import layout as layouts
 from .layout import Content, Layout
 from .names import site_name
-from .planning import NO_METHOD, NO_SITE, TWICE, Plan, SitePlan, Source, known_suffixes, plan, recognized
+from .planning import NO_METHOD, NO_SITE, Plan, SitePlan, by_reason, plan, refuse_leftovers, some
 from .spec import Spec, refuse_unknown
 
 
@@ -58,22 +58,13 @@ class Loaded:
     plan: Plan
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Site:
-    """A site of the base and what a file holds for it: once, or under several names."""
+    """A site of the base and what a file holds for it."""
 
     component: str
     path: str
-    plans: list[SitePlan]
-
-    def last(self) -> dict[tuple[str, str], Source]:
-        """Its tensors by suffix and piece; of two that are the same one, the last."""
-        return {(one.place.suffix, one.place.piece): one for part in self.plans for one in part.sources}
-
-    def twice(self) -> list[str]:
-        """The names of tensors that are the same as one that follows."""
-        kept = {source.name for source in self.last().values()}
-        return [one.name for part in self.plans for one in part.sources if one.name not in kept]
+    plan: SitePlan
 
 
 def save(
@@ -113,13 +104,13 @@ def load(source: str | Path | Plan, pipe: Base, *, strict: bool = False) -> Load
     Args:
         source: The file, or the plan that was made of it, which saves parsing it again.
         pipe: The base, a pipeline or a ``LanguageModel``.
-        strict: Whether to refuse a file with a tensor that finds no site; otherwise they are listed in the report.
+        strict: Whether to refuse a file of which a tensor is left out; otherwise they are listed in the report.
 
     Returns:
         The adapters.
 
     Raises:
-        UserError: The file is no adapter, is damaged, was changed since it was planned, or was made for another base.
+        UserError: The file is no adapter, is damaged, was changed since it was planned, or does not fit the base.
     """
     found, parts = source if isinstance(source, Plan) else plan(source), components(pipe)
     if found.spec is not None:
@@ -131,13 +122,13 @@ def load(source: str | Path | Plan, pipe: Base, *, strict: bool = False) -> Load
     built: dict[str, dict[str, Adapter]] = {}
     for site in bound:
         own = _values(site, found, tensors, pipe)
-        chosen = _ordered(recognized(own.keys()), found.spec, site.component)
+        chosen = _ordered(site.plan.methods, found.spec, site.component)
         adapter = _built(site, parts[site.component].get_submodule(site.path), chosen, own, found, pipe)
-        unknown = own.keys() - known_suffixes(chosen)
-        left |= {one.name: NO_METHOD for one in site.last().values() if one.place.suffix in unknown}
         if adapter is not None:
             built.setdefault(site.component, {})[site.path] = adapter
-    _refuse(found, built, bound, left, pipe, strict=strict)
+    _refuse_empty(found, built, left, pipe)
+    if strict:
+        refuse_leftovers(found.path, left)
     report = Coverage(len(tensors) - len(left), sum(map(len, built.values())), tuple(left))
     warnings = (*found.warnings, *_warnings(found, left, pipe))
     return Loaded(built, found.spec or Spec(), report, warnings, found)
@@ -166,22 +157,23 @@ def paths_by_name(component: str, module: nn.Module) -> dict[str, str]:
 
 
 def _bound(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[list[_Site], dict[str, str]]:
-    """The sites of a base that a file holds something for, and by name why tensors have none."""
+    """The sites of a base that a file holds an adapter for, and by name why tensors have none. Raises UserError where the
+    file holds a tensor of a site under two names."""
     paths = {component: paths_by_name(component, module) for component, module in parts.items()}
     left = dict(found.unread)
-    bound: dict[tuple[str, str], _Site] = {}
+    bound: dict[tuple[str, str], SitePlan] = {}
     for _, name, one in found.each():
         place = one.sources[0].place
         candidates = [place.component, *place.others]
         present = [component for component in candidates if name in paths.get(component, ())]
         component = next((one for one in present if place.told or _is_only(one, parts)), None)
         if component is None:
-            left |= {source.name: NO_SITE for source in one.sources}
+            left |= {**{source.name: NO_SITE for source in one.sources}, **one.leftovers}
             continue
-        path = paths[component][name]
-        bound.setdefault((component, path), _Site(component, path, [])).plans.append(one)
-    left |= {name: TWICE for site in bound.values() for name in site.twice()}
-    return list(bound.values()), left
+        key = (component, paths[component][name])
+        bound[key] = bound[key].joined(one, found.path) if key in bound else one
+    left |= {name: why for one in bound.values() for name, why in one.leftovers.items()}
+    return [_Site(component, path, one) for (component, path), one in bound.items() if one.methods], left
 
 
 def _is_only(component: str, parts: Mapping[str, nn.Module]) -> bool:
@@ -194,7 +186,7 @@ def _values(site: _Site, found: Plan, tensors: Mapping[str, Tensor], base: Base)
     """The tensors of a site as its methods know them, by suffix."""
     own: dict[str, Tensor] = {}
     pieces: dict[Layout, dict[str, Tensor]] = {}
-    for source in site.last().values():
+    for source in site.plan.sources:
         change, tensor = source.place.change, tensors[source.name]
         value = tensor if change is None else change(tensor)
         if source.place.piece:
@@ -203,8 +195,7 @@ def _values(site: _Site, found: Plan, tensors: Mapping[str, Tensor], base: Base)
             own[source.place.suffix] = value
     for chosen, values in pieces.items():
         own |= chosen.joined(values, found.header, base, site.component)
-    constants = {suffix: value for one in site.plans for suffix, value in one.constants.items()}
-    return {**{suffix: torch.tensor(value) for suffix, value in constants.items()}, **own}
+    return {**{suffix: torch.tensor(value) for suffix, value in site.plan.constants.items()}, **own}
 
 
 def _ordered(chosen: Iterable[Any], spec: Spec | None, component: str) -> list[Any]:
@@ -230,39 +221,43 @@ def _built(
         raise UserError(f"{found.path}: {where}: {shown} make no adapter ({error}); the file is damaged") from None
 
 
-def _refuse(
-    found: Plan, built: Mapping[str, Any], bound: list[_Site], left: Mapping[str, str], pipe: Base, *, strict: bool
-) -> None:
-    """Raise UserError where nothing of a file can be used, or, if ``strict``, where a part cannot."""
-    if not built and bound:
-        kinds = sorted({suffix for site in bound for suffix, _ in site.last()})
+def _refuse_empty(found: Plan, built: Mapping[str, Any], left: Mapping[str, str], pipe: Base) -> None:
+    """Raise UserError, with the true reason, where nothing of a file can be used."""
+    if built:
+        return
+    reasons = by_reason(left)
+    if NO_SITE in reasons:
+        number = "none" if len(reasons) == 1 else f"{len(left) - len(reasons[NO_SITE])} are not understood, and none"
+        raise _wrong_base(found, pipe, f"{number} of its {len(found.header.tensors)} tensors has a site there")
+    places = (source.place.suffix for _, _, one in found.each() for source in one.sources if source.name in left)
+    kinds = sorted(dict.fromkeys(places)) if reasons.keys() == {NO_METHOD} else []
+    if kinds:
         raise UserError(f"{found.path} holds tensors of no method that is known here: {', '.join(kinds[:5])}")
-    if not built:
-        raise _wrong_base(found, pipe, f"none of its {len(found.header.tensors)} tensors has a site there")
-    for reason, names in _by_reason(left).items() if strict else ():
-        raise UserError(f"{found.path}: {len(names)} tensors {reason}: {', '.join(names[:5])}")
-
-
-def _by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, reason in left.items():
-        found.setdefault(reason, []).append(name)
-    return found
+    refuse_leftovers(found.path, left)
 
 
 def _wrong_base(found: Plan, pipe: Base, reason: str) -> UserError:
-    here, spec = describe(pipe), found.spec
-    made_for = f"base {spec.base.get('name')!r} ({spec.base.get('family')})" if spec and spec.base else "another base"
-    if spec and spec.base.get("name") == here.name and spec.base.get("fingerprint") == here.fingerprint:
+    """Say that a file does not fit a base, and that it was made for another one only where it tells so."""
+    here, told = describe(pipe), metadata.base_of(found.spec, found.header.metadata)
+    same = (
+        told.get("fingerprint") == here.fingerprint
+        if "fingerprint" in told
+        else told.get("family", here.family) == here.family
+    )
+    if not same:
+        name = f"base {told['name']!r}" if told.get("name") else "a base"
+        other = f"{name} ({told['family']})" if told.get("family") else name
+        return UserError(f"{found.path} was made for {other}; this base is {here.name!r} ({here.family}): {reason}")
+    if "fingerprint" in told:
         return UserError(f"{found.path} does not fit the base {here.name!r} that it names: {reason}; the file is damaged")
-    return UserError(f"{found.path} was made for {made_for}; this base is {here.name!r} ({here.family}): {reason}")
+    return UserError(f"{found.path} does not fit the base {here.name!r} ({here.family}): {reason}")
 
 
 def _warnings(planned: Plan, left: Mapping[str, str], pipe: Base) -> tuple[str, ...]:
     path, spec, total = planned.path, planned.spec, len(planned.header.tensors)
     found = [
-        f"{path}: {len(names)} of {total} tensors {reason} and were left out: {', '.join(names[:5])}"
-        for reason, names in _by_reason(left).items()
+        f"{path}: {len(names)} of {total} tensors {reason} and were left out: {some(names)}"
+        for reason, names in by_reason(left).items()
     ]
     scheduler = getattr(pipe, "scheduler", None)
     ends_in_noise = scheduler is None or scheduler.config.get("rescale_betas_zero_snr")

@@ -9,6 +9,7 @@ from pathlib import Path
 from .. import methods
 from ..core.method import Network, Scalars
 from . import container, network
+from .metadata import base_of
 from .planning import Plan, SitePlan, plan
 from .spec import Spec
 
@@ -31,6 +32,7 @@ class Inspection:
         dtypes: Tensors per dtype.
         parameters: Numbers that were trained.
         sites: The shapes of each site's tensors by suffix; a site is its component, a dot, and its path with underscores.
+        names: What the file calls the tensors of each site, the largest first.
         unknown: Tensors that make no part of an adapter, whatever the base.
         leftovers: Why, by tensor.
         warnings: What the person should know.
@@ -49,6 +51,7 @@ class Inspection:
     dtypes: Mapping[str, int]
     parameters: int
     sites: Mapping[str, Mapping[str, tuple[int, ...]]]
+    names: Mapping[str, tuple[str, ...]]
     leftovers: Mapping[str, str]
     warnings: tuple[str, ...]
 
@@ -56,6 +59,11 @@ class Inspection:
     def unknown(self) -> tuple[str, ...]:
         """The tensors that make no part of an adapter."""
         return tuple(self.leftovers)
+
+    @property
+    def base(self) -> Mapping[str, str]:
+        """What the file says of its base: name, family and the like. Empty where it says nothing."""
+        return base_of(self.spec, self.metadata)
 
     @property
     def ranks(self) -> Mapping[int, int]:
@@ -86,9 +94,7 @@ def inspect(source: str | Path | Plan) -> Inspection:
     found = source if isinstance(source, Plan) else plan(source)
     told = _hyper_parameters(found)
     known = methods.known().values()
-    beside = frozenset[str]().union(
-        *(one.constants if found.spec is None else one.constants | one.fillers for one in known)
-    )
+    beside = frozenset[str]().union(*(one.constants if found.spec is None else one.constants | one.fillers for one in known))
     sites = {f"{component}.{name}": one for component, name, one in found.each() if one.methods}
     shapes = {name: dict(one.shapes) for name, one in sites.items()}
     return Inspection(
@@ -105,9 +111,15 @@ def inspect(source: str | Path | Plan) -> Inspection:
         dtypes=Counter(entry.dtype for entry in found.header.tensors.values()),
         parameters=sum(prod(shape) for own in shapes.values() for suffix, shape in own.items() if suffix not in beside),
         sites=shapes,
+        names={name: _names(one) for name, one in sites.items()},
         leftovers=found.leftovers,
         warnings=found.warnings,
     )
+
+
+def _names(site: SitePlan) -> tuple[str, ...]:
+    """What the file calls the tensors of a site, the largest first."""
+    return tuple(source.name for source in sorted(site.sources, key=lambda source: prod(source.shape), reverse=True))
 
 
 def _hyper_parameters(found: Plan) -> dict[str, dict[str, Counter[float]]]:

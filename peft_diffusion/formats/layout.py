@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ..core import plugins
-from ..core.errors import UserError
+from ..core.errors import UserError, did_you_mean
 from .container import Header
 from .spec import Spec
 
@@ -40,6 +40,8 @@ class Place:
         others: The further components that a name may mean which tells none; empty with ``told``.
         told: Whether the name tells the component.
         change: What brings the tensor into the shape and scale that its method knows; None where it is so already.
+        stem: What the file calls the site, without the dot behind it. Other names that begin so belong to the site too, also
+            where no layout reads them. "" where the name holds no site.
     """
 
     component: str
@@ -49,6 +51,7 @@ class Place:
     others: tuple[str, ...] = ()
     told: bool = True
     change: "Callable[[Tensor], Tensor] | None" = None
+    stem: str = ""
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,8 @@ def find(name: str) -> Layout:
         UserError: There is none of that name, or a plug-in cannot be imported.
     """
     if name not in known():
-        raise UserError(f"there is no layout {name!r}; there are: {', '.join(sorted(LAYOUTS))}")
+        there = sorted(LAYOUTS)
+        raise UserError(f"there is no layout {name!r}; there are: {', '.join(there)}{did_you_mean(name, there)}")
     return LAYOUTS[name]
 
 

@@ -51,6 +51,26 @@ _SS_KEYS: dict[str, str] = {
 }
 
 
+def base_of(spec: Spec | None, told: Mapping[str, str]) -> dict[str, str]:
+    """Tell what a file says of its base.
+
+    Args:
+        spec: What the file says of itself; None in files of other programs.
+        told: The metadata of its header.
+
+    Returns:
+        Name, family and the like, from the spec, or from kohya's metadata where another program wrote it.
+    """
+    if spec is not None and spec.base:
+        return {key: str(value) for key, value in spec.base.items()}
+    version = families.of_version(told.get("ss_base_model_version", ""))
+    if version is None:
+        return {}
+    family, prediction = version
+    found = {"family": family.name, "prediction_type": prediction, "name": told.get("ss_sd_model_name", "")}
+    return {key: value for key, value in found.items() if value}
+
+
 def of_any(spec: Spec) -> dict[str, str]:
     """Make the metadata that files of every layout have.
 

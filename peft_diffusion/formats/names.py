@@ -16,6 +16,7 @@ OWN = "peft_diffusion."
 TEXT_MODEL = "text_model."
 """What transformers 5 dropped from the paths of CLIP's text models. Files keep it."""
 
+_COMPILED, _PARALLEL = "_orig_mod_", "module_"  # the wrappers of torch.compile and DistributedDataParallel, flat
 _IN_TEXT_MODEL = ("encoder", "embeddings", "final_layer_norm")
 
 
@@ -105,7 +106,7 @@ def claimants(site: str) -> tuple[str, ...]:
     Returns:
         Their names, the likeliest first: those that claim paths that begin so, then those that take every path.
     """
-    flat = site.replace(".", "_")
+    flat = _without_wrappers(site.replace(".", "_"))
     claims = {one.name: one.lycoris for one in reversed(rows()) if one.lycoris}
     every = [name for name, starts in reversed(claims.items()) if "" in starts]
     some = [name for name, starts in reversed(claims.items()) if name not in every and flat.startswith(starts)]
@@ -119,11 +120,15 @@ def site_name(site: str) -> str:
         site: With dots or underscores, and with or without ``text_model``.
 
     Returns:
-        With underscores, and without.
+        With underscores, without that, and without what torch.compile and DistributedDataParallel put before paths.
     """
-    flat = site.replace(".", "_")
+    flat = _without_wrappers(site.replace(".", "_"))
     bare = flat.removeprefix(TEXT_MODEL.replace(".", "_"))
     return bare if bare.startswith(_IN_TEXT_MODEL) else flat
+
+
+def _without_wrappers(flat: str) -> str:
+    return flat.replace(_COMPILED, "").removeprefix(_PARALLEL)
 
 
 def with_text_model(component: str, path: str) -> str:

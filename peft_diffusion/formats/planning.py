@@ -6,8 +6,9 @@ and hashed once however many of them ask.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 NO_LAYOUT = "are of no layout that is known here"
 NO_METHOD = "are of no method that is known here"
 NO_SITE = "have no site in this base"
-TWICE = "are in the file a second time"
+NOT_WHOLE = "are of sites that other tensors, which are not understood, change too"
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,17 @@ class Source:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What a file holds for one site.
+    """What a file holds for one site. Where a part of it is not understood, nothing of it is used: the rest would be wrong.
 
     Attributes:
         sources: Its tensors.
         constants: By suffix, numbers that the file holds elsewhere than in a tensor.
+        strangers: The names of further tensors that are the site's by their names, and that no layout or method knows.
     """
 
     sources: tuple[Source, ...]
     constants: Mapping[str, float] = field(default_factory=dict)
+    strangers: tuple[str, ...] = ()
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -71,15 +74,58 @@ class SitePlan:
         return found
 
     @cached_property
-    def methods(self) -> tuple[type[Method], ...]:
-        """The methods that recognize its tensors."""
+    def _recognized(self) -> tuple[type[Method], ...]:
         return recognized(self.shapes.keys() | self.constants.keys())
 
-    @property
-    def unknown(self) -> tuple[str, ...]:
+    @cached_property
+    def _unknown(self) -> tuple[str, ...]:
         """The names of those of its tensors that are of no known method."""
-        suffixes = known_suffixes(self.methods)
+        suffixes = known_suffixes(self._recognized)
         return tuple(source.name for source in self.sources if source.place.suffix not in suffixes)
+
+    @property
+    def methods(self) -> tuple[type[Method], ...]:
+        """The methods that its tensors are of; none where that leaves one over."""
+        return () if self._unknown or self.strangers else self._recognized
+
+    @cached_property
+    def leftovers(self) -> Mapping[str, str]:
+        """By name, why its tensors make no part of an adapter."""
+        if self.methods:
+            return {}
+        known = {source.name: NOT_WHOLE for source in self.sources}
+        return {**known, **dict.fromkeys(self._unknown, NO_METHOD)}
+
+    def with_strangers(self, names: Sequence[str]) -> "SitePlan":
+        """Add tensors that are the site's by their names.
+
+        Args:
+            names: Theirs.
+
+        Returns:
+            The plan with them.
+        """
+        return replace(self, strangers=(*self.strangers, *names))
+
+    def joined(self, other: "SitePlan", path: Path) -> "SitePlan":
+        """Take what a file holds for the same site under another name.
+
+        Args:
+            other: That.
+            path: The file.
+
+        Returns:
+            Both together.
+
+        Raises:
+            UserError: Both hold the same tensor.
+        """
+        places = {(one.place.suffix, one.place.piece): one.name for one in self.sources}
+        for one in other.sources:
+            if (first := places.get((one.place.suffix, one.place.piece))) is not None:
+                raise same_place(path, first, one.name)
+        strangers = (*self.strangers, *other.strangers)
+        return SitePlan((*self.sources, *other.sources), {**self.constants, **other.constants}, strangers)
 
 
 @dataclass(frozen=True)
@@ -113,7 +159,7 @@ class Plan:
     @property
     def leftovers(self) -> Mapping[str, str]:
         """By name, why a tensor makes no part of an adapter, whatever the base."""
-        return {**self.unread, **{name: NO_METHOD for _, _, one in self.each() for name in one.unknown}}
+        return {**self.unread, **{name: why for _, _, one in self.each() for name, why in one.leftovers.items()}}
 
     @cached_property
     def sha256(self) -> str:
@@ -161,9 +207,8 @@ class Plan:
         Returns:
             The error to raise.
         """
-        names = list(self.header.tensors)
-        shown = ", ".join(names[:3]) or "no tensor"
-        return UserError(f"{self.path} is no adapter of a known layout: it holds {shown}{', ...' if len(names) > 3 else ''}")
+        shown = some(list(self.header.tensors)) or "no tensor"
+        return UserError(f"{self.path} is no adapter of a known layout: it holds {shown}")
 
 
 def plan(path: str | Path) -> Plan:
@@ -201,11 +246,11 @@ def planned(header: Header, loaded: "Mapping[str, Tensor] | None" = None) -> Pla
     by_layout, nobodys = _by_layout(header)
     readings = [(layout, layout.read(header, names)) for layout, names in by_layout.items()]
     unread = {**nobodys, **{name: why for _, reading in readings for name, why in reading.leftovers.items()}}
-    sites, twice = _sites(header, readings)
+    sites = _with_strangers(_sites(header, readings), unread)
     layouts = Counter({layout.name: len(reading.places) for layout, reading in readings if reading.places})
     warnings = tuple(warning for _, reading in readings for warning in reading.warnings)
     names = tuple(name for name, _ in layouts.most_common())
-    found = Plan(header, spec, names, sites, {**unread, **twice}, warnings, loaded)
+    found = Plan(header, spec, names, sites, unread, warnings, loaded)
     if not sites and spec is None:
         raise found.is_none()
     return found
@@ -249,18 +294,71 @@ def _by_layout(header: Header) -> tuple[dict[Layout, list[str]], dict[str, str]]
     return found, nobodys
 
 
-def _sites(
-    header: Header, readings: Sequence[tuple[Layout, Reading]]
-) -> tuple[dict[str, dict[str, SitePlan]], dict[str, str]]:
-    """The tensors of each site, and those that are there twice, of which the last counts."""
+def by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
+    """Group tensors that were left out.
+
+    Args:
+        left: The reason of each.
+
+    Returns:
+        Their names by reason, in the order of the file.
+    """
+    found: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def some(names: Sequence[str]) -> str:
+    """Show a few names.
+
+    Args:
+        names: Of tensors, as the file has them.
+
+    Returns:
+        The first three.
+    """
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def refuse_leftovers(path: Path, left: Mapping[str, str]) -> None:
+    """Refuse a file of which a tensor is left out.
+
+    Args:
+        path: The file.
+        left: The reason of each such tensor.
+
+    Raises:
+        UserError: There is one.
+    """
+    if left:
+        told = "; ".join(f"{len(names)} tensors {reason}: {some(names)}" for reason, names in by_reason(left).items())
+        raise UserError(f"{path} would not be used whole: {told}")
+
+
+def same_place(path: Path, first: str, second: str) -> UserError:
+    """Say that a file holds two tensors for one place: which of them counts is not known, and adding them may be wrong.
+
+    Args:
+        path: The file.
+        first: What it calls the one.
+        second: What it calls the other.
+
+    Returns:
+        The error to raise.
+    """
+    return UserError(f"{path}: {first} and {second} are one tensor under two names; take one of them out of the file")
+
+
+def _sites(header: Header, readings: Sequence[tuple[Layout, Reading]]) -> dict[str, dict[str, SitePlan]]:
+    """The tensors of each site. Raises UserError where two are of one place."""
     kept: dict[tuple[str, str, str, str], Source] = {}
-    twice: dict[str, str] = {}
     constants: dict[tuple[str, str], dict[str, float]] = {}
     for layout, reading in readings:
         for name, place in reading.places.items():
             key = (place.component, site_name(place.site), place.suffix, place.piece)
             if key in kept:
-                twice[kept[key].name] = TWICE
+                raise same_place(header.path, kept[key].name, name)
             kept[key] = Source(name, header.tensors[name].shape, layout, place)
         for place, value in reading.constants.items():
             constants.setdefault((place.component, site_name(place.site)), {})[place.suffix] = value
@@ -270,4 +368,28 @@ def _sites(
     sites: dict[str, dict[str, SitePlan]] = {}
     for (component, site), own in sources.items():
         sites.setdefault(component, {})[site] = SitePlan(tuple(own), constants.get((component, site), {}))
-    return sites, twice
+    return sites
+
+
+def _with_strangers(sites: dict[str, dict[str, SitePlan]], unread: Mapping[str, str]) -> dict[str, dict[str, SitePlan]]:
+    """The sites with those tensors that are theirs by their names, and that were not understood."""
+    stems: dict[str, tuple[str, str]] = {}
+    not_understood = list(unread)
+    for component, found in sites.items():
+        for name, one in found.items():
+            if not one.methods:
+                not_understood += one.leftovers
+            stems |= {_flat(stem): (component, name) for source in one.sources if (stem := source.place.stem)}
+    strangers: dict[tuple[str, str], list[str]] = {}
+    for name in not_understood:
+        beginnings = accumulate(name.split("."), lambda one, part: f"{one}.{part}")
+        owner = next((stems[flat] for one in reversed(list(beginnings)[:-1]) if (flat := _flat(one)) in stems), None)
+        if owner is not None and name not in (source.name for source in sites[owner[0]][owner[1]].sources):
+            strangers.setdefault(owner, []).append(name)
+    for (component, name), names in strangers.items():
+        sites[component][name] = sites[component][name].with_strangers(names)
+    return sites
+
+
+def _flat(stem: str) -> str:
+    return stem.replace(".", "_")

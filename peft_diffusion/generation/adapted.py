@@ -1,7 +1,7 @@
 """A base with the adapters of a call: loaded from their files, and taken off again where the base is the caller's."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from .settings import Choice
 
 @contextmanager
 def adapted(
-    base: Any, choices: Sequence[Choice], prompts: Sequence[str], tell: Observer, *, lent: bool
+    base: Any, choices: Sequence[Choice], prompts: Sequence[str], tell: Observer, *, lent: bool, strict: bool
 ) -> Iterator[tuple[Adapters, list[str]]]:
     """Load adapters for as long as the context is open.
 
@@ -24,6 +24,7 @@ def adapted(
         prompts: What is drawn or written: it is told which adapters they do not call.
         tell: Is told what the person should know of adapters and prompts.
         lent: Whether the base is the caller's, who gets it back as it was.
+        strict: Whether to refuse a file of which a tensor is left out.
 
     Yields:
         The adapters of the base, and the names of those that were chosen, in their order.
@@ -39,20 +40,26 @@ def adapted(
         )
     with frozen(base if lent else None):
         try:
-            names = [adapters.load(choice.parsed(), strength=choice.strength) for choice in choices]
-            for name in names:
-                _tell_of(adapters, name, prompts, tell)
+            names = []
+            for choice in choices:
+                names.append(adapters.load(choice.parsed(), None, choice.strength, strict=strict, warn=_teller(tell)))
+                _tell_triggers(adapters, names[-1], prompts, tell)
             yield adapters, names
         finally:
             for name in adapters.names if lent else ():
                 adapters.remove(name)
 
 
-def _tell_of(adapters: Adapters, name: str, prompts: Sequence[str], tell: Observer) -> None:
-    """Tell what is wrong with an adapter, and which prompts do not call it."""
+def _teller(tell: Observer) -> Callable[[str], None]:
+    def warn(message: str) -> None:
+        tell(Warned(message))
+
+    return warn
+
+
+def _tell_triggers(adapters: Adapters, name: str, prompts: Sequence[str], tell: Observer) -> None:
+    """Tell which prompts do not call an adapter."""
     loaded = adapters[name]
-    for warning in loaded.warnings:
-        tell(Warned(warning))
     triggers = loaded.spec.triggers
     for prompt in dict.fromkeys(prompts):
         if triggers and not any(_contains(prompt, trigger) for trigger in triggers):

@@ -3,7 +3,7 @@
 import logging
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..bases.words import teach
 from ..core import merge as merging
 from ..core import quantized
 from ..core import site as sites
-from ..core.errors import UserError
+from ..core.errors import UserError, did_you_mean
 from ..core.registry import Registry
 from ..core.strength import Amount
 from ..core.strength_schedule import Schedule
@@ -120,7 +120,13 @@ class Adapters:
         return LoadedAdapter(name, None, None, Spec(), report, ())
 
     def load(
-        self, source: str | Path | Plan, name: str | None = None, strength: Amount = 1.0, *, strict: bool = False
+        self,
+        source: str | Path | Plan,
+        name: str | None = None,
+        strength: Amount = 1.0,
+        *,
+        strict: bool = False,
+        warn: Callable[[str], None] = logger.warning,
     ) -> str:
         """Attach an adapter from a file.
 
@@ -128,13 +134,15 @@ class Adapters:
             source: The file, or the plan that was made of it (`formats.plan`), which saves parsing it again.
             name: What to call it; by default the file's name.
             strength: As for ``set``.
-            strict: Whether to refuse a file with a tensor that finds no site.
+            strict: Whether to refuse a file of which a tensor is left out.
+            warn: Is told in a line each what the person should know of the file, such as how many of its tensors were left
+                out, and why; by default that is logged. It stays in ``LoadedAdapter.warnings``.
 
         Returns:
             Its name.
 
         Raises:
-            UserError: The file is no adapter, is damaged or was made for another base, the name is taken, or adapters are
+            UserError: The file is no adapter, is damaged or does not fit the base, the name is taken, or adapters are
                 merged. Nothing is changed then.
         """
         registry, parts = self._registry, components(self.pipe)
@@ -158,6 +166,8 @@ class Adapters:
             self._pack()
             raise
         self._pack()
+        for warning in read.warnings:
+            warn(warning)
         return chosen
 
     def set(self, amounts: Mapping[str, Amount] | None = None, /, **more: Amount) -> None:
@@ -286,7 +296,8 @@ def _known_blocks(amounts: Mapping[str, Amount], own: tuple[str, ...], everywher
         if isinstance(amount, Mapping) and not isinstance(amount, Tensor):
             unknown = sorted(str(block) for block in set(amount) - everywhere)
             if unknown:
-                raise UserError(f"there is no block {', '.join(unknown)}; there are: {', '.join(sorted(everywhere))}")
+                there, near = ", ".join(sorted(everywhere)), did_you_mean(unknown[0], everywhere)
+                raise UserError(f"there is no block {', '.join(unknown)}; there are: {there}{near}")
             amount = {block: value for block, value in amount.items() if block in own}
         chosen[name] = amount
     return chosen
@@ -318,10 +329,17 @@ class StepWatch:
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Bring the strengths to the step that begins. Raises UserError where strengths do not fit what is drawn."""
+        network = pipelines.uncompiled(network)
         strengths = sites.strengths(network)
         scheduled = strengths is not None and bool(strengths.schedules)
-        if torch.compiler.is_compiling() and not scheduled:
-            return
+        if scheduled or not torch.compiler.is_compiling():
+            self._begin(network, args, kwargs)
+
+    # It asks which pipeline draws, which cannot be traced. A graph is broken here only while a schedule is set.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _begin(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        strengths = sites.strengths(network)
+        scheduled = strengths is not None and bool(strengths.schedules)
         drawing = pipelines.drawing_with(network)
         pipe = drawing or self.pipe
         if pipe is None:
@@ -333,7 +351,7 @@ class StepWatch:
             return
         denoiser = denoiser_of(pipe)
         call = denoiser.read_call(args, kwargs)
-        if drawing is not None and not torch.compiler.is_compiling():
+        if drawing is not None:
             _check_images(drawing, denoiser.images(drawing, call.rows))
         if strengths is not None and scheduled:
             strengths.at_progress(pipelines.progress(pipe, float(torch.as_tensor(call.timestep).flatten()[0])))
@@ -345,7 +363,9 @@ def follow_steps(pipe: Base) -> None:
     Args:
         pipe: The pipeline.
     """
-    _, network = network_of(pipe) or (None, None)
+    name, _ = network_of(pipe) or ("", None)
+    # What torch.compile returned is watched itself: it would not see a hook that comes to the module inside of it later.
+    network: Any = getattr(pipe, name, None)
     if network is None or isinstance(pipe, LanguageModel):
         return
     hooks = network._forward_pre_hooks

@@ -54,7 +54,8 @@ def blend(
         base = load_base(
             config.base if pipe is None else pipe, device=config.device, dtype=config.precision, quantize=config.quantize
         )
-        with adapted(base, choices, config.prompts, tell, lent=pipe is not None) as (adapters, names):
+        lent = pipe is not None
+        with adapted(base, choices, config.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
             drawn = draw(adapters, dict(zip(names, choices, strict=True)), config, tell=tell, stop=stop or Never())
         recipes.write_sheet(config.output, drawn.sheet, drawn.recipes)
         tell(SheetMade(config.output))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from .. import methods
-from ..bases import family as families
 from ..formats import Inspection
 
 Verdict: TypeAlias = Literal["yes", "no", "unknown"]
@@ -37,7 +36,8 @@ def compare(first: Inspection, second: Inspection) -> Compatibility:
     if other:
         site, a, b = other[0]
         verdict = "no"
-        reasons.append(f"{len(other)} of the {len(shared)} sites of both have other shapes, such as {site}: {a} and {b}")
+        names = f"{first.names[site][0]} changes a weight of {a}, {second.names[site][0]} one of {b}"
+        reasons.append(f"{len(other)} of the {len(shared)} sites of both have other shapes: {names}")
     elif shared:
         verdict = "yes" if verdict == "unknown" else verdict
         reasons.append(f"both change {len(shared)} sites (of {len(first.sites)} and {len(second.sites)}), of equal shapes")
@@ -50,7 +50,7 @@ def compare(first: Inspection, second: Inspection) -> Compatibility:
 
 def _bases(first: Inspection, second: Inspection) -> tuple[Verdict, str]:
     """What the bases that the files name say."""
-    a, b = base_of(first), base_of(second)
+    a, b = first.base, second.base
     if not a or not b:
         silent = " and ".join(str(found.path) for found, base in ((first, a), (second, b)) if not base)
         return "unknown", f"the base is not named in {silent}"
@@ -63,25 +63,6 @@ def _bases(first: Inspection, second: Inspection) -> tuple[Verdict, str]:
     if a.get("fingerprint") and b.get("fingerprint"):
         return "unknown", f"bases with different weights: {_words(a)} and {_words(b)}"
     return "unknown", f"bases of the same family: {_words(a)} and {_words(b)}"
-
-
-def base_of(found: Inspection) -> dict[str, str]:
-    """Tell what a file says of its base.
-
-    Args:
-        found: What was read of the file.
-
-    Returns:
-        Name, family and the like, from the spec, or from kohya's metadata where another program wrote it.
-    """
-    if found.spec is not None and found.spec.base:
-        return {key: str(value) for key, value in found.spec.base.items()}
-    version = families.of_version(found.metadata.get("ss_base_model_version", ""))
-    if version is None:
-        return {}
-    family, prediction = version
-    told = {"family": family.name, "prediction_type": prediction, "name": found.metadata.get("ss_sd_model_name", "")}
-    return {key: value for key, value in told.items() if value}
 
 
 def _words(base: Mapping[str, str]) -> str:

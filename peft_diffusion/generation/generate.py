@@ -29,7 +29,9 @@ from .settings import Choice, GenerateConfig, Sampling
 from .source import Source, check_mask, read_source
 
 # What a recipe leaves to the person who makes its picture again.
-_FREE = frozenset({"recipe", "output", "sheet", "batch_size", "device", "precision", "base", "adapter", "image", "mask"})
+_FREE = frozenset(
+    {"recipe", "output", "sheet", "strict", "batch_size", "device", "precision", "base", "adapter", "image", "mask"}
+)
 _SLUG = 48  # letters of a prompt in a file's name
 
 
@@ -78,7 +80,8 @@ def generate(
         base = load_base(
             config.base if pipe is None else pipe, device=config.device, dtype=config.precision, quantize=config.quantize
         )
-        with adapted(base, choices, config.prompts, tell, lent=pipe is not None) as (adapters, names):
+        lent = pipe is not None
+        with adapted(base, choices, config.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
             check_mask(adapters.pipe, source, adapters.base.name)
             strengths = {name: choice.strength for name, choice in zip(names, choices, strict=True)}
             cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
@@ -102,9 +105,7 @@ def _check_base(config: GenerateConfig, again: Path | None, expected: Recipe | N
         )
 
 
-def _written(
-    images: Iterable[Image.Image], told: Sequence[Recipe], paths: Sequence[Path], tell: Observer
-) -> list[Picture]:
+def _written(images: Iterable[Image.Image], told: Sequence[Recipe], paths: Sequence[Path], tell: Observer) -> list[Picture]:
     """Write pictures as they come, with their recipes."""
     pictures = []
     for image, recipe, path in zip(images, told, paths, strict=True):

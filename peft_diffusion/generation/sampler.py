@@ -208,7 +208,7 @@ def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
     if sampling.scheduler is not None:
         known = denoiser_of(adapters.pipe).schedulers
         if sampling.scheduler not in known:
-            names = ', '.join(known)
+            names = ", ".join(known)
             raise UserError(f"the base {adapters.base.name!r} has no scheduler {sampling.scheduler}; choose one of: {names}")
         name, changes = known[sampling.scheduler]
         scheduler = getattr(diffusers, name).from_config(scheduler.config, **changes)

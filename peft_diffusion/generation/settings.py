@@ -140,6 +140,7 @@ class Sampling(NamesAdapters):
         PARAMETERS,
         flag=Flag(aliases=("-a",), default_shown=False),
     )
+    strict: bool = setting(False, "Refuse an adapter file of which a tensor would be left out.", PARAMETERS)
     negative: str = setting("", "What the pictures should not show.", PARAMETERS)
     steps: int = setting(25, "Denoising steps.", PARAMETERS, COUNT)
     guidance: float = setting(
@@ -353,6 +354,7 @@ class InspectConfig:
     )
     _: KW_ONLY
     json: bool = setting(False, "As JSON, with every site.", PARAMETERS)
+    strict: bool = setting(False, "Fail where a tensor makes no part of an adapter, whatever the base.", PARAMETERS)
 
     def __post_init__(self) -> None:
         settle(self)

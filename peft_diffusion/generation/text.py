@@ -53,7 +53,7 @@ def generate_text(
     with told_to_the_end(observers) as tell:
         choices = config.choices()
         model = load_lm(base or config.base, device=config.device, dtype=config.precision, quantize=config.quantize)
-        with adapted(model, choices, (), tell, lent=base is not None):
+        with adapted(model, choices, (), tell, lent=base is not None, strict=config.strict):
             seeds = range(config.seed, config.seed + config.count)
             prompts = [(prompt, _encoded(model, prompt, config.max_tokens)) for prompt in config.prompts]
             wanted = [(prompt, ids, seed) for prompt, ids in prompts for seed in seeds]

@@ -26,6 +26,7 @@ class TextGenerateConfig(NamesAdapters):
         PARAMETERS,
         flag=Flag(aliases=("-a",), default_shown=False),
     )
+    strict: bool = setting(False, "Refuse an adapter file of which a tensor would be left out.", PARAMETERS)
     max_tokens: int = setting(120, "The most tokens that are written after the prompt.", PARAMETERS, COUNT, unit="tokens")
     temperature: float = setting(
         0.8, "How freely the next token is chosen: 0 takes the likeliest always, 1 follows the model.", PARAMETERS, NATURAL

@@ -57,9 +57,7 @@ def packed_rows(path: Path, styles: tuple[str, ...] | None = None) -> list[Drawi
         return [_drawing(row) for row in _rows(archive, styles)]
 
 
-def load_packed(
-    path: Path, styles: tuple[str, ...] | None = None, each: int | None = None
-) -> tuple[list[Drawing], Tensor]:
+def load_packed(path: Path, styles: tuple[str, ...] | None = None, each: int | None = None) -> tuple[list[Drawing], Tensor]:
     """The drawings of a packed file, all or those of some styles, and their pixels as bytes (count, 3, 128, 128)."""
     with _open(path) as archive:
         rows = _rows(archive, styles)

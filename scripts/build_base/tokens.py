@@ -41,9 +41,7 @@ def learn_tokenizer(cache: Path = CACHE, size: int = VOCABULARY, each: int = 6) 
     model.normalizer, model.pre_tokenizer = reference.normalizer, reference.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = alphabet + [f"{letter}</w>" for letter in alphabet]
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
     model.train_from_iterator(_captions(cache, each), trainer)
     merges = _merges(model)[: size - len(base) - 2]
     tokens = base + ["".join(pair) for pair in merges] + [START, END]

@@ -169,9 +169,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=200)
     told = parser.parse_args()
-    options = Options(
-        told.steps, told.batch, told.matrix_rate, told.other_rate, told.warmup, told.seed, told.save_every
-    )
+    options = Options(told.steps, told.batch, told.matrix_rate, told.other_rate, told.warmup, told.seed, told.save_every)
     torch.set_num_threads(1)
     entries = (told.cache / "corpus.txt").read_text("utf-8").split(END)
     kept = [entry for number, entry in enumerate(entries) if number % HELD_OUT_EVERY]

@@ -198,9 +198,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vae", type=Path, default=CACHE / "vae", help="folder of the trained autoencoder")
     parser.add_argument("--tokenizer", type=Path, default=CACHE / "tokenizer", help="folder of the tokenizer")
     parser.add_argument("--output", type=Path, default=CACHE / "unet", help="folder to write, or to go on from")
-    parser.add_argument(
-        "--weights", type=Path, help="folder of a training, or diffusers' of a base, to start from"
-    )
+    parser.add_argument("--weights", type=Path, help="folder of a training, or diffusers' of a base, to start from")
     parser.add_argument("--only-unet", action="store_true", help="leave the text encoder as it is")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a trial")
     parser.add_argument("--seconds", type=float, default=960, help="time of training now")

@@ -49,9 +49,7 @@ class Batches:
         allowed = torch.tensor([float(row.role != "unseen") * WEIGHTS.get(row.style, 1.0) for row in drawings])
         lines = torch.tensor([float(row.style in LINE_STYLES) for row in drawings])
         device = pixels.device
-        return cls(
-            pixels, balanced_sampler(allowed.to(device), batch), balanced_sampler(lines.to(device), 4 * batch)
-        )
+        return cls(pixels, balanced_sampler(allowed.to(device), batch), balanced_sampler(lines.to(device), 4 * batch))
 
     def __call__(self) -> Tensor:
         """A batch in [-1, 1]."""

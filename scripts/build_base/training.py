@@ -213,9 +213,7 @@ class CapturedStep:
         return self.result
 
 
-def stepping(
-    gradient: Callable[[], Tensor], arena: Arena, team: Team, device: torch.device
-) -> Callable[[], Tensor]:
+def stepping(gradient: Callable[[], Tensor], arena: Arena, team: Team, device: torch.device) -> Callable[[], Tensor]:
     """A whole step, captured: the gradient (which gives the loss), its mean over the team, and the update."""
 
     def whole() -> Tensor:

@@ -40,6 +40,9 @@ _PEFT = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the only names that peft looks for
 _ALPHA = "alpha"
 _LOADED = "lora_"  # pipelines of diffusers load no file in which a name is without it
+_ADALORA = "ADALORA"
+# What else a configuration may say of a pair, which nothing here computes.
+_NOT_COMPUTED = ("alora_invocation_tokens", "use_qalora", "layer_replication")
 # Beginnings of peft that change the base's weights, which a file then needs and does not hold.
 _CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -118,13 +121,12 @@ def read(header: Header, names: Sequence[str]) -> Reading:
         Their places, and the alphas that the configuration tells.
 
     Raises:
-        UserError: Two names are of one tensor, or the configuration cannot be read.
+        UserError: The configuration cannot be read.
     """
     if not names:
         return Reading({})
     found = [_Tensor(name) for name in names]
-    _refuse_twice(header.path, found)
-    config = _Configuration.of(header, any(one.start == _PEFT for one in found))
+    config = _Configuration.of(header, any(one.of_peft for one in found))
     by_site: dict[tuple[str, str], list[_Tensor]] = {}
     for one in found:
         by_site.setdefault((one.start, one.path), []).append(one)
@@ -149,8 +151,11 @@ class _Tensor:
         if parts is None:
             raise ValueError(f"{name} is of another layout")
         where, end = parts
-        starts = {**dotted_starts(), _PEFT: "", "": ""}
+        # peft wraps a model, or the pipeline around it.
+        starts = {**dotted_starts(), _PEFT: "", "": "", **{_PEFT + start: one for start, one in dotted_starts().items()}}
+        self.stem = where
         self.start = max((start for start in starts if where.startswith(start)), key=len)
+        self.of_peft = self.start.startswith(_PEFT)
         self.path = where.removeprefix(self.start)
         self.suffix, self.change = aliases().meaning(end)
         self.component = starts[self.start]
@@ -159,9 +164,9 @@ class _Tensor:
     def place(self) -> Place:
         """Its place; of a path alone, in any component that claims such a path."""
         if self.component:
-            return Place(self.component, self.path, self.suffix, change=self.change)
+            return Place(self.component, self.path, self.suffix, change=self.change, stem=self.stem)
         found = claimants(self.path)
-        return Place(found[0], self.path, self.suffix, others=found[1:], told=False, change=self.change)
+        return Place(found[0], self.path, self.suffix, "", found[1:], False, self.change, self.stem)
 
 
 class _Configuration:
@@ -183,6 +188,8 @@ class _Configuration:
         # diffusers puts the component before each name, unless there is but one.
         own = {key.removeprefix(start): value for key, value in self.told.items() if start and key.startswith(start)}
         settings = own or self.told
+        if settings.get("peft_type") == _ADALORA:
+            return _of_adalora(settings.get("lora_alpha"), settings.get("init_r"), rank)
         alpha = _by_pattern(settings.get("alpha_pattern"), path, settings.get("lora_alpha", settings.get("alpha")))
         if not isinstance(alpha, (int, float)):
             return None
@@ -201,6 +208,11 @@ class _Configuration:
         found = []
         if self.assumed:
             found.append(f"{path}: no {_CONFIG} is beside it to tell alpha, so it is taken to be the rank")
+        found += [
+            f"{path}: its configuration has {name}, which is not computed here: it may do something else than in peft"
+            for name in _NOT_COMPUTED
+            if self.told.get(name)
+        ]
         began = self.told.get("init_lora_weights")
         if isinstance(began, str) and began.startswith(_CHANGED):
             found.append(
@@ -210,17 +222,16 @@ class _Configuration:
         return tuple(found)
 
 
-def _refuse_twice(path: Path, found: Sequence[_Tensor]) -> None:
-    count = Counter((one.place.component, one.path, one.suffix) for one in found)
-    twice = next((key for key, number in count.items() if number > 1), None)
-    if twice is not None:
-        both = " and ".join(one.name for one in found if (one.place.component, one.path, one.suffix) == twice)
-        raise UserError(f"{path}: {both} are one tensor under two names; the file is damaged")
+def _of_adalora(alpha: Any, initial: Any, rank: int) -> float:
+    """The alpha of a site of AdaLoRA: peft scales by the rank that sites had at first, without patterns or a root of it."""
+    first = initial if isinstance(initial, (int, float)) and initial > 0 else rank
+    chosen = alpha if isinstance(alpha, (int, float)) and alpha > 0 else rank
+    return chosen * rank / (first + 1e-5)
 
 
 def _scaled(own: Sequence[_Tensor], config: _Configuration) -> dict[str, Place]:
     """The places of those tensors of a site of peft that take in its scale."""
-    if own[0].start != _PEFT:
+    if not own[0].of_peft:
         return {}
     suffixes = {one.suffix for one in own}
     chosen = {suffix for method in methods.known().values() if (suffix := method.scaled_tensor(suffixes)) is not None}

@@ -87,20 +87,30 @@ def write(content: Content, spelling: Spelling) -> Written:
 
 
 def _place(name: str) -> Place | None:
-    site, _, end = name.partition(".")
+    stem, end = _parted(name)
+    site = stem.replace(".", "_")
     suffix, change = aliases().meaning(end)
     if site.startswith(LYCORIS):
         path = site.removeprefix(LYCORIS)
         found = claimants(path) if path else ()
-        return Place(found[0], path, suffix, others=found[1:], told=False, change=change) if found else None
+        return Place(found[0], path, suffix, "", found[1:], False, change, stem) if found else None
     start, component = max(((start, one) for start, one in prefixes().items() if site.startswith(start)), key=_length)
-    return Place(component, site.removeprefix(start), suffix, change=change)
+    return Place(component, site.removeprefix(start), suffix, change=change, stem=stem)
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """The site of a flat name, and the end. diffusers' export for kohya leaves dots in the names of DoRA's sites."""
+    site, _, end = name.partition(".")
+    known = aliases()
+    if end in known.own or known.end.fullmatch(end):
+        return site, end
+    return known.parts(name) or (site, end)
 
 
 def _own_place(name: str) -> Place | None:
     where, _, suffix = name.removeprefix(OWN).rpartition(".")
     component, _, path = where.partition(".")
-    return Place(component, path, suffix) if component in families.components() else None
+    return Place(component, path, suffix, stem=f"{OWN}{where}") if component in families.components() else None
 
 
 def _length(claim: tuple[str, str]) -> int:

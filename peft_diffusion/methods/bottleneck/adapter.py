@@ -120,8 +120,7 @@ def _ends(site: Site, form: str) -> tuple[int, int]:
     widths = _widths(site)
     if widths is None:
         raise UserError(
-            f"bottleneck serves Linear, Conv2d, feed-forwards and attentions that return a tensor, not"
-            f" {type(site).__name__}"
+            f"bottleneck serves Linear, Conv2d, feed-forwards and attentions that return a tensor, not {type(site).__name__}"
         )
     return (widths[0] if form == "parallel" else widths[1]), widths[1]
 

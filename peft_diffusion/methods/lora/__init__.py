@@ -26,8 +26,19 @@ if TYPE_CHECKING:
 
     from ...core.adapter import Adapter, Site
     from .adapter import LoraAdapter
+    from .extended import ExtendedLora
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
+SINGULAR = "lora_E"
+"""Of peft's AdaLoRA: what stands between both halves of a pair, a diagonal."""
+
+UP_BIAS = "lora_up.bias"
+"""Of peft's ``lora_bias``: the bias of the second half, which is scaled as the pair is."""
+
+SPARSE = ("bias_indices", "bias_values", "bias_size")
+"""Of LyCORIS' ``extract_diff`` with ``use_bias``: what the pair leaves of the change of the weight, as a sparse matrix."""
+
+EXTRAS = frozenset({SINGULAR, UP_BIAS, *SPARSE})
 INITS = ("standard", "gaussian", "pissa")
 PAIR_ALIASES = {
     "lora_A": DOWN, "lora_B": UP,
@@ -40,7 +51,7 @@ PAIR_ALIASES = {
 
 
 @dataclass(frozen=True)
-class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA})):
+class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA}) | EXTRAS):
     """``y + alpha / rank * up(down(x))`` at a Linear or Conv2d; a convolution goes down with its own kernel, up with 1x1.
 
     ``alpha`` None means alpha = rank. ``dropout`` drops inputs of ``down`` while training. ``rank_stabilized`` scales by
@@ -55,9 +66,9 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA})):
     https://arxiv.org/abs/2402.12354), which advises about 16, and a lower learning rate beside it; 1 is plain LoRA.
     """
 
-    constants: ClassVar[frozenset[str]] = frozenset({ALPHA})
+    constants: ClassVar[frozenset[str]] = frozenset({ALPHA, SPARSE[0], SPARSE[2]})
     ranked: ClassVar[frozenset[str]] = frozenset({DOWN})
-    aliases: ClassVar[Mapping[str, str]] = PAIR_ALIASES
+    aliases: ClassVar[Mapping[str, str]] = {**PAIR_ALIASES, SINGULAR: SINGULAR, "lora_B.bias": UP_BIAS}
 
     rank: int = 16
     alpha: float | None = None
@@ -96,11 +107,12 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA})):
         return LoraAdapter(site, down, up, alpha, self.dropout, self.b_rate_ratio)
 
     @classmethod
-    def read(cls, site: "Site", tensors: Mapping[str, "Tensor"]) -> "LoraAdapter":
-        """From the kohya or LyCORIS layout. No alpha, and alpha 0, mean alpha = rank."""
+    def read(cls, site: "Site", tensors: Mapping[str, "Tensor"]) -> "LoraAdapter | ExtendedLora":
+        """From the kohya or LyCORIS layout, with what peft and LyCORIS add. No alpha, and alpha 0, mean alpha = rank."""
         from .adapter import read_pair
+        from .extended import extended
 
-        return read_pair(site, tensors)
+        return extended(site, read_pair(site, tensors), tensors)
 
     @classmethod
     def told(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
@@ -126,7 +138,10 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA})):
 
     @classmethod
     def in_peft(cls, adapters: Mapping[str, "Adapter"]) -> PeftForm:
-        """Its own first method."""
+        """Its own first method. peft has a word for the bias of the second half, and none for a sparse rest."""
+        for path, one in adapters.items():
+            if more := sorted(one.state().keys() & EXTRAS):
+                raise UserError(f"{path} has {', '.join(more)} beside its pair; take the layout 'kohya'")
         return PeftForm("LORA", "lora_alpha", {path: pair_in_peft(one.state()) for path, one in adapters.items()})
 
     def dropped(self) -> float:

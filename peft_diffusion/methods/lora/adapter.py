@@ -1,7 +1,7 @@
 """What a LoRA and a PiSSA compute at a site."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ...core.errors import UserError
 from ...core.merge import dense_weight
 from ..shared.affine import WeightChange, read_alpha, require, single, weight_shape
 from ..shared.hyper_parameters import ALPHA
-from . import DOWN, MID, UP
+from . import DOWN, MID, SINGULAR, UP
 
 
 def fresh_pair(site: Site, rank: int, gaussian: bool) -> tuple[Tensor, Tensor]:
@@ -92,8 +92,10 @@ def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
         UserError: It does not fit the site.
     """
     require(tensors, DOWN, UP)
-    down, up = tensors[DOWN], tensors[UP].flatten(1)
     outputs, *inputs = weight_shape(site)
+    if SINGULAR in tensors:
+        tensors = without_singular_values(tensors, inputs)
+    down, up = tensors[DOWN], tensors[UP].flatten(1)
     if MID in tensors:
         if tensors[MID].shape[:2] != (up.shape[1], len(down)):
             raise UserError(
@@ -109,6 +111,33 @@ def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
             f"down {tuple(down.shape)} and up {tuple(up.shape)} do not fit a {type(site).__name__} of {(outputs, *inputs)}"
         )
     return LoraAdapter(site, down, up, read_alpha(tensors, len(down)), 0.0)
+
+
+def without_singular_values(tensors: Mapping[str, Tensor], inputs: Sequence[int]) -> dict[str, Tensor]:
+    """Bring the pair of an AdaLoRA, ``up @ diag(e) @ down``, to a LoRA's.
+
+    See Zhang et al. 2023, https://arxiv.org/abs/2303.10512. peft keeps a convolution's ``down`` flat, and may have left a
+    site no rank at all.
+
+    Args:
+        tensors: Those of the site, by suffix.
+        inputs: The sides of the weight but the outputs.
+
+    Returns:
+        The tensors of a LoRA.
+
+    Raises:
+        UserError: There are not as many values as the pair has ranks.
+    """
+    down, values = tensors[DOWN], tensors[SINGULAR].flatten()
+    rank = len(down)
+    if len(values) != rank:
+        raise UserError(f"{SINGULAR} {tuple(tensors[SINGULAR].shape)} does not fit down {tuple(down.shape)}")
+    if rank == 0:
+        return {DOWN: down.new_zeros(1, *inputs), UP: tensors[UP].new_zeros(len(tensors[UP]), 1)}
+    down = values[:, None].float() * down.flatten(1).float()
+    kept = {name: tensor for name, tensor in tensors.items() if name != SINGULAR}
+    return {**kept, DOWN: down.view(rank, *inputs) if down.shape[1] == math.prod(inputs) else down}
 
 
 class LoraAdapter(WeightChange):
