@@ -41,6 +41,12 @@ def spec_of(path: Path) -> formats.Spec:
     return spec
 
 
+def modes(*modules: torch.nn.Module) -> list[tuple[str, bool]]:
+    """Whether each module trains, and each parameter takes gradients."""
+    trains = [(path, one.training) for whole in modules for path, one in whole.named_modules()]
+    return trains + [(path, own.requires_grad) for whole in modules for path, own in whole.named_parameters()]
+
+
 def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run ``peft-diffusion`` in a process of its own, and take what it prints; its libraries are imported, see `forked`."""
     return forked.python(["-m", "peft_diffusion", *map(str, arguments)], cwd, environment())

@@ -12,8 +12,10 @@ import torch
 from conftest import make_pipe
 from diffusers import DiffusionPipeline
 from laws import strengths_of
+from making import modes
 from safetensors.torch import load_file, save_file
 from test_formats import picture, write_adapter
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from peft_diffusion.bases import components, digest, fingerprint, load_base, load_lm
 from peft_diffusion.core import site
@@ -227,6 +229,57 @@ def test_a_module_that_has_the_private_name_itself_is_refused(files: list[Path],
             Adapters(tiny_pipe).load(files[0])
         assert getattr(module, SLOT) is own and not site.sites(tiny_pipe.unet)
         delattr(module, SLOT)
+
+
+def test_a_base_in_training_is_adapted_and_stays_in_training(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
+    tiny_pipe.unet.train().requires_grad_(True)
+    before = modes(tiny_pipe.unet, tiny_pipe.text_encoder, tiny_pipe.vae)
+    adapters = Adapters(tiny_pipe)
+    assert modes(tiny_pipe.unet, tiny_pipe.text_encoder, tiny_pipe.vae) == before
+    adapters.load(files[0])
+    assert all(own.requires_grad for own in tiny_pipe.unet.conv_in.parameters()) and tiny_pipe.unet.conv_in.training
+    adapters.remove("ink")
+    assert modes(tiny_pipe.unet, tiny_pipe.text_encoder, tiny_pipe.vae) == before
+
+
+def test_adapters_that_were_loaded_on_a_half_pipeline_act_in_full_on_a_wider_one(
+    files: list[Path], tiny_pipe: DiffusionPipeline
+) -> None:
+    path, of_file = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", load_file(files[1])
+    name = f"lora_unet_{path.replace('.', '_')}"
+    down, up, alpha = (of_file[f"{name}.{suffix}"] for suffix in ("lora_down.weight", "lora_up.weight", "alpha"))
+    Adapters(tiny_pipe.to(torch.bfloat16)).load(files[1])
+    layer = tiny_pipe.to(torch.float32).unet.get_submodule(path)
+    x = torch.randn(4, layer.in_features)
+    wanted = torch.nn.functional.linear(x, layer.weight + alpha / len(down) * up @ down, layer.bias)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [
+        weight_norm,
+        spectral_norm,
+        lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+        parametrizations.weight_norm,
+    ],
+    ids=["weight_norm", "spectral_norm", "pruned", "parametrized"],
+)
+def test_a_weight_that_is_computed_at_every_call_is_not_merged_into(
+    files: list[Path], tiny_pipe: DiffusionPipeline, computed: Callable[[torch.nn.Module], object]
+) -> None:
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    layer = tiny_pipe.unet.get_submodule(path)
+    computed(layer)
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[1])
+    x = torch.randn(1, layer.in_features)
+    with torch.no_grad():
+        running = layer(x)
+        with pytest.raises(UserError, match=rf"{path}: its weight is computed anew at every call"):
+            adapters.merge()
+        assert not adapters.merged and torch.equal(layer(x), running)
 
 
 def test_what_is_removed_is_gone_from_memory(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:

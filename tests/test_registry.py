@@ -16,6 +16,7 @@ from conftest import make_pipe, make_xl_pipe, tiny_tokenizer
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionPipeline
 from language import make_lm
 from laws import randomize, same, state, strengths_of
+from making import modes
 from test_formats import picture, write_adapter
 
 from peft_diffusion import formats
@@ -276,12 +277,13 @@ def test_a_registry_disturbs_no_training(tiny_pipe: DiffusionPipeline) -> None:
     tiny_pipe.unet.train()
     block = Placement("unet", "attention", Lora(rank=2, dropout=0.5), None)
     attach({"unet": tiny_pipe.unet}, [block], 0, lambda _: 1e-3)
+    before = modes(tiny_pipe.unet)
     adapters = Adapters(tiny_pipe)
     assert loaded(adapters) == (NAME,) and adapters[NAME].path is None
     own = list(site.adapters(tiny_pipe.unet, NAME).values())
     assert all(adapter.training and all(one.requires_grad for one in adapter.parameters()) for adapter in own)
     base = [one for name, one in tiny_pipe.unet.named_parameters() if SLOT not in name]
-    assert base and not any(one.requires_grad for one in base) and not tiny_pipe.unet.training
+    assert base and not any(one.requires_grad for one in base) and modes(tiny_pipe.unet) == before
     with evaluating([tiny_pipe.unet]):
         Adapters(tiny_pipe)
         assert not any(adapter.training for adapter in own)

@@ -343,7 +343,7 @@ def test_steps_that_are_given_go_before_the_epochs_of_a_file(tmp_path: Path, mon
 
 
 def test_python_reads_a_file_of_settings_as_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = ("one, two", "a 🎨")
+    prompts = ("one, two", "a 🎨", "deleted\x7f")
     file = kept(tmp_path, ICONS, folder=["a", "b"], alpha=3, flip=True, preview_prompts=prompts, scheduler="linear")
     assert load(pd.TrainConfig, file) == asked(monkeypatch, file)
     table = '[[block]]\ncomponent = "unet"\ntarget = "attention"\nmethod = "lora"\nrank = 4\nuse_bias = true\n'

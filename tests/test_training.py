@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import make_pipe
 from diffusers import DDPMScheduler, DiffusionPipeline
-from making import spec_of
+from making import modes, spec_of
 from PIL import Image, ImageDraw
 from rich.console import Console
 from safetensors.torch import load_file
@@ -455,9 +455,14 @@ def test_a_run_lowers_the_losses_and_leaves_the_base_as_it_was(tmp_path: Path) -
     folder = draw_pictures(tmp_path / "pictures", 20)
     pipe = make_pipe()
     before, classes = fingerprint(components(pipe)), [type(m) for m in pipe.unet.modules()]
+    pipe.unet.train()  # the caller's own training of some of it
+    for learning in (pipe.unet.conv_in, pipe.vae.decoder):
+        learning.requires_grad_(True)
+    own = modes(pipe.unet, pipe.text_encoder, pipe.vae)
     result = train(small(folder, tmp_path, steps=30, unet_lr=5e-3, batch_size=4, log_every=7, save_every=15), pipe=pipe)
     assert fingerprint(components(pipe)) == before == result.base_fingerprint
     assert [type(m) for m in pipe.unet.modules()] == classes
+    assert modes(pipe.unet, pipe.text_encoder, pipe.vae) == own
     start, end = held_out(result)
     assert result.images == 18 and end < 0.97 * start
     losses = [line["loss"] for line in lines(result) if "loss" in line]

@@ -101,7 +101,7 @@ def load_lm(
     if isinstance(source, LanguageModel):
         if quantize is not None and quantized.kind_of(source.lm) != quantize:
             raise UserError(f"this base is loaded already, and not as {quantize}; load it with load_lm(..., quantize=...)")
-        return frozen(source)
+        return _checked(source)
     named = named_source(source, "a LanguageModel")
     if quantize is not None:
         quantized.check(quantize)  # before gigabytes are read
@@ -126,10 +126,15 @@ def frozen(base: LanguageModel) -> LanguageModel:
     Raises:
         UserError: It lacks what a language model needs.
     """
-    if not isinstance(base.lm, nn.Module) or getattr(base.lm.config, "max_position_embeddings", None) is None:
-        raise UserError(f"base {base.name!r} does not say how long a text it takes, so it is no model to be taught text")
+    _checked(base)
     base.lm.requires_grad_(False)
     base.lm.eval()
+    return base
+
+
+def _checked(base: LanguageModel) -> LanguageModel:
+    if not isinstance(base.lm, nn.Module) or getattr(base.lm.config, "max_position_embeddings", None) is None:
+        raise UserError(f"base {base.name!r} does not say how long a text it takes, so it is no model to be taught text")
     return base
 
 

@@ -32,7 +32,7 @@ def load_base(
 
     Args:
         source: ``"icons"`` (embedded), a diffusers folder, a single-file checkpoint, a hub id, or a pipeline, which is only
-            checked.
+            checked and stays as it is.
         device: ``auto`` takes an accelerator if there is one.
         dtype: float32, bfloat16, float16, or ``auto``: bfloat16 on CUDA that has it, float16 on other accelerators, float32
             on a CPU.
@@ -46,7 +46,8 @@ def load_base(
         UserError: There is no such base, it cannot be read or quantized, or it is no kind that is known.
     """
     if isinstance(source, DiffusionPipeline):
-        return _frozen(_as_asked(source, quantize))
+        denoiser_of(_as_asked(source, quantize))  # which refuses what it does not know
+        return source
     name = named_source(source, "a pipeline of diffusers")
     if quantize is not None:
         quantized.check(quantize)  # before gigabytes are read

@@ -5,7 +5,8 @@ The swap renames no key of the base, saves nothing more for backward, and is see
 
 import functools
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -348,6 +349,37 @@ def freeze(component: nn.Module) -> None:
         module.training = False
         for own in module.parameters(recurse=False):
             own.requires_grad_(False)
+
+
+@contextmanager
+def frozen(components: Iterable[nn.Module]) -> Iterator[None]:
+    """Freeze modules that are somebody's own, and give them back as they were: they may be in a training of his.
+
+    Parameters are remembered by name, as sharding puts others in their place, which would be held in memory by that.
+
+    Args:
+        components: The modules.
+
+    Yields:
+        Once; afterwards each module is in the mode that it was in, and each parameter takes gradients if it did.
+    """
+    parts = list(components)
+    modules = dict.fromkeys(module for part in parts for module in part.modules())
+    before = [(one, one.training, {name: own.requires_grad for name, own in _own(one)}) for one in modules]
+    for part in parts:
+        freeze(part)
+    try:
+        yield
+    finally:
+        for module, training, wanted in before:
+            module.training = training
+            for name, own in _own(module):
+                if own.requires_grad != wanted.get(name, own.requires_grad):
+                    own.requires_grad_(wanted[name])
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return module.named_parameters(recurse=False, remove_duplicate=False)
 
 
 def pack(component: nn.Module) -> None:

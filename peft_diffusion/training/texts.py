@@ -49,6 +49,11 @@ class TextSource:
     asked: TextTrainConfig
     base: LanguageModel | None
 
+    @property
+    def lent(self) -> LanguageModel | None:
+        """The model of the caller."""
+        return self.base
+
     def on(self, device: str) -> Self:
         """The same on another device."""
         return replace(self, asked=replace(self.asked, device=device))
