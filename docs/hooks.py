@@ -2,30 +2,30 @@
 
 import html
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-import peft_diffusion as pd
 from peft_diffusion.cli.app import COMMANDS, TEXT_COMMANDS
-from peft_diffusion.cli.runs import RunsConfig
+from peft_diffusion.cli.flags import settings_read
 from peft_diffusion.core.settings import Settings, describe
-from peft_diffusion.generation.settings import DemoConfig, InspectConfig
 
-SETTINGS: Mapping[str, type[Settings]] = {
-    "train": pd.TrainConfig,
-    "generate": pd.GenerateConfig,
-    "blend": pd.BlendConfig,
-    "runs": RunsConfig,
-    "inspect": InspectConfig,
-    "demo": DemoConfig,
-    "text train": pd.TextTrainConfig,
-    "text generate": pd.TextGenerateConfig,
-}
 _EVERYWHERE = """Every command takes `--config FILE.toml`, whose keys are the names of its flags without dashes; flags
 override it. `--debug` shows where in the program an error came from, `--help` lists the flags, and `--plugin MODULE` brings
 in methods, families of bases and layouts of others."""
+
+
+def _settings(module: str, name: str) -> tuple[type[Settings], ...]:
+    """The settings that a command takes, as it says itself."""
+    return settings_read(getattr(import_module(f"peft_diffusion.cli.{module}"), name))
+
+
+SETTINGS: Mapping[str, tuple[type[Settings], ...]] = {
+    **{name: _settings(name, name) for name in COMMANDS},
+    **{f"text {name}": _settings("text", name) for name in TEXT_COMMANDS},
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -53,8 +53,12 @@ def settings_page() -> str:
         "# Settings\n\nThe dataclasses of settings, as Python and TOML take them; each command's flags have the same names."
         " A value is checked and brought to its type when the dataclass is made, in the same words as on the command line.\n"
     ]
-    for command, kind in SETTINGS.items():
-        parts.append(f"## {kind.__name__}\n\nWhat `peft-diffusion {command}` is told.\n")
+    commands: dict[type[Settings], list[str]] = {}
+    for command, kinds in SETTINGS.items():
+        for kind in kinds:
+            commands.setdefault(kind, []).append(f"`peft-diffusion {command}`")
+    for kind, names in commands.items():
+        parts.append(f"## {kind.__name__}\n\nWhat {' and '.join(names)} {'are' if len(names) > 1 else 'is'} told.\n")
         for group, rows in _groups(describe(kind)):
             parts.append(f"### {group} {{ #{_anchor(kind.__name__, group)} }}\n")
             parts.append("| setting | type | default | takes | |\n| --- | --- | --- | --- | --- |")
@@ -71,8 +75,8 @@ def commands_page() -> str:
     """
     words = {**COMMANDS, **{f"text {name}": said for name, said in TEXT_COMMANDS.items()}}
     parts = [f"# Commands\n\n{_EVERYWHERE}\n"]
-    for command, kind in SETTINGS.items():
-        rows = describe(kind)
+    for command, kinds in SETTINGS.items():
+        rows = [row for kind in kinds for row in describe(kind)]
         needed = [one["name"].upper() for one in rows if one["required"]]
         parts.append(f"## peft-diffusion {command}\n\n{words[command]}\n")
         parts.append(f"```\npeft-diffusion {command} {' '.join([*needed, '[OPTIONS]'])}\n```\n")

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 
 from peft_diffusion import bases, formats
@@ -40,8 +41,19 @@ def spec_of(path: Path) -> formats.Spec:
     return spec
 
 
-def command(*arguments: object, cwd: Path | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
-    """Run ``peft-diffusion`` as a person would, and take what it prints."""
+def modes(*modules: torch.nn.Module) -> list[tuple[str, bool]]:
+    """Whether each module trains, and each parameter takes gradients."""
+    trains = [(path, one.training) for whole in modules for path, one in whole.named_modules()]
+    return trains + [(path, own.requires_grad) for whole in modules for path, own in whole.named_parameters()]
+
+
+def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``peft-diffusion`` in a process of its own, and take what it prints; its libraries are imported, see `forked`."""
+    return forked.python(["-m", "peft_diffusion", *map(str, arguments)], cwd, environment())
+
+
+def typed(*arguments: object, cwd: Path | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``peft-diffusion`` by a new interpreter, as a person would, and take what it prints."""
     return subprocess.run(
         [sys.executable, "-m", "peft_diffusion", *map(str, arguments)],
         cwd=cwd, env=environment(), text=True, capture_output=True, timeout=300, **more,

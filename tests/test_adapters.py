@@ -2,7 +2,9 @@
 
 import gc
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +12,12 @@ import torch
 from conftest import make_pipe
 from diffusers import DiffusionPipeline
 from laws import strengths_of
+from making import modes
 from safetensors.torch import load_file, save_file
 from test_formats import picture, write_adapter
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from peft_diffusion.bases import components, digest, fingerprint
+from peft_diffusion.bases import components, digest, fingerprint, load_base, load_lm
 from peft_diffusion.core import site
 from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import UserError
@@ -42,6 +46,17 @@ def test_a_pipeline_is_the_one_it_was_when_everything_is_removed(files: list[Pat
     assert np.array_equal(picture(tiny_pipe), before) and fingerprint(components(tiny_pipe)) == digest
     assert not np.array_equal(both, one) and not np.array_equal(one, before)
     assert not any(site.sites(part) for part in components(tiny_pipe).values())
+
+
+def test_sites_are_called_what_they_are_in_the_base(files: list[Path], tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
+    kinds = {path: type(module).__name__ for path, module in tiny_pipe.unet.named_modules()}
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[1])
+    there = dict(tiny_pipe.unet.named_modules())
+    assert {path: type(there[path]).__name__ for path in kinds} == kinds and site.sites(tiny_pipe.unet)
+    wide = write_adapter(tmp_path / "wide.safetensors", make_pipe(width=48), seed=5)
+    with pytest.raises(UserError, match=r"do not fit a Linear of \(32, 32\)"):
+        adapters.load(wide)
 
 
 def test_strengths_blend_and_those_not_named_are_kept(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
@@ -216,6 +231,57 @@ def test_a_module_that_has_the_private_name_itself_is_refused(files: list[Path],
         delattr(module, SLOT)
 
 
+def test_a_base_in_training_is_adapted_and_stays_in_training(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
+    tiny_pipe.unet.train().requires_grad_(True)
+    before = modes(tiny_pipe.unet, tiny_pipe.text_encoder, tiny_pipe.vae)
+    adapters = Adapters(tiny_pipe)
+    assert modes(tiny_pipe.unet, tiny_pipe.text_encoder, tiny_pipe.vae) == before
+    adapters.load(files[0])
+    assert all(own.requires_grad for own in tiny_pipe.unet.conv_in.parameters()) and tiny_pipe.unet.conv_in.training
+    adapters.remove("ink")
+    assert modes(tiny_pipe.unet, tiny_pipe.text_encoder, tiny_pipe.vae) == before
+
+
+def test_adapters_that_were_loaded_on_a_half_pipeline_act_in_full_on_a_wider_one(
+    files: list[Path], tiny_pipe: DiffusionPipeline
+) -> None:
+    path, of_file = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q", load_file(files[1])
+    name = f"lora_unet_{path.replace('.', '_')}"
+    down, up, alpha = (of_file[f"{name}.{suffix}"] for suffix in ("lora_down.weight", "lora_up.weight", "alpha"))
+    Adapters(tiny_pipe.to(torch.bfloat16)).load(files[1])
+    layer = tiny_pipe.to(torch.float32).unet.get_submodule(path)
+    x = torch.randn(4, layer.in_features)
+    wanted = torch.nn.functional.linear(x, layer.weight + alpha / len(down) * up @ down, layer.bias)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [
+        weight_norm,
+        spectral_norm,
+        lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+        parametrizations.weight_norm,
+    ],
+    ids=["weight_norm", "spectral_norm", "pruned", "parametrized"],
+)
+def test_a_weight_that_is_computed_at_every_call_is_not_merged_into(
+    files: list[Path], tiny_pipe: DiffusionPipeline, computed: Callable[[torch.nn.Module], object]
+) -> None:
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    layer = tiny_pipe.unet.get_submodule(path)
+    computed(layer)
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files[1])
+    x = torch.randn(1, layer.in_features)
+    with torch.no_grad():
+        running = layer(x)
+        with pytest.raises(UserError, match=rf"{path}: its weight is computed anew at every call"):
+            adapters.merge()
+        assert not adapters.merged and torch.equal(layer(x), running)
+
+
 def test_what_is_removed_is_gone_from_memory(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
 
@@ -312,3 +378,11 @@ def test_what_a_load_leaves_out_is_logged_with_counts_and_names(
     told: list[str] = []
     adapters.load(tmp_path / "part.safetensors", name="again", warn=told.append)
     assert told == [message] and caplog.messages == [message]
+
+
+@pytest.mark.parametrize("read", [load_base, load_lm, Adapters])
+def test_a_part_of_a_pipeline_is_told_to_be_no_base_in_a_line(
+    read: Callable[[Any], object], tiny_pipe: DiffusionPipeline
+) -> None:
+    with pytest.raises(UserError, match=r"^a UNet2DConditionModel is no base; give a .+, or the name or path of one$"):
+        read(tiny_pipe.unet)

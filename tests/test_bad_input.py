@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from making import command, make_adapter
+from making import command, make_adapter, typed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +24,7 @@ def ink(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def complaint(code: int, *arguments: object, folder: Path, **more: Any) -> str:
     """Run a command that must fail with that exit code; returns its one line. It must leave the folder as it was."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    done = command(*arguments, cwd=folder, **more)
+    done = typed(*arguments, cwd=folder, **more) if more else command(*arguments, cwd=folder)
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -41,6 +41,7 @@ USAGES = {
     "generate a --scheduler magic": (
         "--scheduler is one of ddim, pndm, euler, euler-a, heun, dpm++, dpm++-karras, unipc, not 'magic'"
     ),
+    "generate a --quantize int4": "--quantize is one of nf4, int8, not 'int4'; did you mean 'int8'?",
     "generate a --output": "--output requires an argument",
     "blent a": 'Did you mean "blend"?',
     "inspect": "--files requires an argument",

@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
+from making import environment
 
 from peft_diffusion.core.errors import UserError
 from scripts import benchmark_train, training_sides
@@ -20,8 +20,7 @@ CPU = torch.device("cpu")
 @pytest.mark.slow
 def test_the_script_compares_and_tells_all_it_found(tmp_path: Path) -> None:
     flags = ["--tiny", "--device", "cpu", "--sides", "ours", "floor", "peft", "--gate-steps", "3", "--warm-ups", "1"]
-    command = [sys.executable, str(SCRIPT), *flags, "--turns", "2", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = forked.python([str(SCRIPT), *flags, "--turns", "2", "--output", str(tmp_path)], None, environment())
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert not any("error" in line for line in told)

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from making import command, environment, make_adapter
+from making import environment, make_adapter
+from making import typed as command  # here the whole of it, from its first import
 from PIL import Image
 
 import peft_diffusion

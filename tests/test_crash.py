@@ -2,21 +2,18 @@
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
-import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_pipe
+from forked import ASKING, POSSIBLE, alive, begin
 from rich.console import Console
 from safetensors.torch import load_file
 from test_training import draw_pictures, small
@@ -27,13 +24,6 @@ from peft_diffusion.core.errors import UserError
 from peft_diffusion.training.record import checkpoint
 
 KILLS, SEED = 20, 7
-WORKERS = multiprocessing.get_context("forkserver")
-# Starting a process asks after all others; of two threads that ask after one at once, one is told that it failed.
-ASKING = threading.Lock()
-LIBRARIES = (
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip",
-    "matplotlib.backends.backend_agg",
-)  # fmt: skip
 
 # What carries state from step to step; and checkpoints often enough that moments lie within one.
 RUN = {"steps": 9, "save_every": 3, "log_every": 1, "ema": 0.9, "scheduler": "cosine", "held_out": 0.2, "dropout": 0.2}
@@ -51,21 +41,13 @@ def written(where: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def alive(process: BaseProcess) -> bool:
-    """Whether a process goes on."""
-    with ASKING:
-        return process.is_alive()
-
-
 def live(pictures: Path, where: Path, resume: bool, until: tuple[int, float] | None = None) -> bool:
     """Train in a process of its own; whether it ended by itself.
 
     ``until`` kills it once it has written so many lines of metrics, and so many seconds have gone by: by how far it came,
     and not by the clock alone, which says nothing of that on a machine that has other work.
     """
-    process = WORKERS.Process(target=learn, args=(pictures, where, resume))
-    with ASKING:
-        process.start()
+    process = begin(learn, pictures, where, resume)
     while until and alive(process) and written(where) < until[0]:
         time.sleep(0.01)
     end = time.monotonic() + (until[1] if until else math.inf)
@@ -96,10 +78,8 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="processes of POSIX")
-def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    WORKERS.set_forkserver_preload([__name__, "peft_diffusion.api", *LIBRARIES])  # imported once, not 40 times
+@pytest.mark.skipif(not POSSIBLE, reason="processes of POSIX")
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     live(pictures, tmp_path / "first", resume=False)  # the server imports what it shall
     began = time.monotonic()

@@ -4,6 +4,7 @@ import ast
 import functools
 import pkgutil
 import re
+import runpy
 import shlex
 import tomllib
 from collections.abc import Iterator
@@ -270,6 +271,24 @@ def test_the_site_lists_every_page() -> None:
     _, _, nav = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:\n")
     pages = [str(page.relative_to(DOCS)) for page in [*PAGES[2:], *GENERATED]]
     assert sorted(re.findall(r"[\w/-]+\.md", nav)) == sorted(pages)
+
+
+def test_the_references_list_every_flag() -> None:
+    pytest.importorskip("mkdocs")
+    made = runpy.run_path(str(DOCS / "hooks.py"))
+    pages: list[str] = [made["commands_page"](), made["settings_page"]()]
+    for command, kinds in COMMANDS.items():
+        own = pages[0].partition(f"\n## peft-diffusion {' '.join(command)}\n")[2].partition("\n## ")[0]
+        rows = [row for kind in kinds for row in describe(kind)]
+        assert {flag for row in rows for flag in row["flags"]} == set(re.findall(r"`(-[\w-]+)`", _first_cells(own)))
+        for kind in kinds:
+            own = pages[1].partition(f"\n## {kind.__name__}\n")[2].partition("\n## ")[0]
+            assert {row["name"] for row in describe(kind)} == set(re.findall(r"`(\w+)`", _first_cells(own)))
+
+
+def _first_cells(page: str) -> str:
+    """The first column of all tables."""
+    return "\n".join(re.findall(r"^\| (`[^|]+) \|", page, re.MULTILINE))
 
 
 def test_the_readme_is_short() -> None:

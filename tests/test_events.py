@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_pipe
 from language import make_lm
-from making import make_adapter
+from making import make_adapter, modes
 from rich.console import Console
 from safetensors.torch import load_file
 from test_resume import same_file, without_time
@@ -459,7 +459,8 @@ def test_a_service_that_draws_twice_loads_the_base_once(
 ) -> None:
     fresh = generate(drawing_of(tmp_path / "a", tiny_base, ink))[0].image
     pipe = load_base(str(tiny_base), device="cpu")
-    before, scheduler = fingerprint(components(pipe)), pipe.scheduler
+    pipe.unet.train().conv_in.requires_grad_(True)  # the caller's own training
+    before, scheduler, own = fingerprint(components(pipe)), pipe.scheduler, modes(pipe.unet, pipe.text_encoder, pipe.vae)
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("loaded again"))
     told: list[Event] = []
     lent = [generate(drawing_of(tmp_path / "b", tiny_base, ink), pipe=pipe, observers=[told.append])[0] for _ in range(2)]
@@ -476,6 +477,7 @@ def test_a_service_that_draws_twice_loads_the_base_once(
     blend(sheet, pipe=pipe, observers=[told.append])
     assert only(SheetMade, told).path == tmp_path / "d.png" and told[-1] == Ended("finished")
     assert fingerprint(components(pipe)) == before and not Adapters(pipe).names and pipe.scheduler is scheduler
+    assert modes(pipe.unet, pipe.text_encoder, pipe.vae) == own
 
 
 def test_drawing_stops_between_batches_and_keeps_what_was_drawn(tiny_base: Path, ink: Path, tmp_path: Path) -> None:
@@ -521,8 +523,11 @@ def test_texts_are_told_of_and_a_lent_model_is_given_back(tmp_path: Path) -> Non
     places: dict[str, Any] = {"output": tmp_path / "a.safetensors", "run_dir": tmp_path / "run", "device": "cpu"}
     trained = TextTrainConfig((tmp_path / "words.txt",), steps=2, batch_size=2, context=24, rank=2, held_out=0.0, **places)
     base = make_lm()
+    base.lm.train().requires_grad_(True)  # the caller's own training
+    own = modes(base.lm)
     told: list[Event] = []
     adapter = train_text(trained, base=base).output
+    assert modes(base.lm) == own
     config = TextGenerateConfig(("the",), count=3, max_tokens=4, adapter=(str(adapter),), device="cpu")
     texts = list(generate_text(config, base=base, observers=[told.append]))
     assert [event.written for event in of(TextWritten, told)] == texts and len(texts) == 3
@@ -533,7 +538,7 @@ def test_texts_are_told_of_and_a_lent_model_is_given_back(tmp_path: Path) -> Non
     assert Adapters(base).names
     assert isinstance(unfinished, Generator)
     unfinished.close()
-    assert ended(told).state == "stopped" and not Adapters(base).names
+    assert ended(told).state == "stopped" and not Adapters(base).names and modes(base.lm) == own
     stop = threading.Event()
     stopped = generate_text(config, base=base, stop=stop)
     assert next(stopped) == texts[0]

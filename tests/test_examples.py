@@ -1,11 +1,10 @@
 """The scripts of ``examples/``, each run as a person would, with the embedded base."""
 
 import os
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 
+import forked
 import pytest
 from making import environment
 from PIL import Image
@@ -25,10 +24,7 @@ Cell = tuple[int, int, int, int]
 def run(script: str, *arguments: object, cwd: Path) -> list[str]:
     """What a script prints, line by line."""
     path = os.pathsep.join([str(ROOT), environment().get("PYTHONPATH", "")])
-    told = subprocess.run(
-        [sys.executable, EXAMPLES / script, *map(str, arguments)],
-        cwd=cwd, env={**environment(), "PYTHONPATH": path}, text=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    told = forked.python([str(EXAMPLES / script), *map(str, arguments)], cwd, {**environment(), "PYTHONPATH": path})
     assert told.returncode == 0, told.stderr
     return told.stdout.splitlines()
 

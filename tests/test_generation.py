@@ -16,6 +16,7 @@ from conftest import make_pipe
 from diffusers import DiffusionPipeline, PNDMScheduler
 from making import make_adapter
 from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file
 
 from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, blend, formats, generate, load_base
 from peft_diffusion.bases import describe
@@ -347,6 +348,11 @@ def test_whether_files_fit_together(ink: Path, flat: Path, tiny_base: Path, othe
     apart = compare(a, c)
     assert apart.verdict == "no"
     assert "other shapes" in apart.reasons[-1]
+    tensors = load_file(ink)  # whose names are told as the file has them
+    (named,) = (name for name in tensors if f"{name} changes a weight of (" in apart.reasons[-1])
+    site_name, _, _ = named.partition(".")
+    outputs, inputs = len(tensors[f"{site_name}.lora_up.weight"]), tensors[f"{site_name}.lora_down.weight"].shape[1]
+    assert f"{named} changes a weight of ({outputs}, {inputs})" in apart.reasons[-1]
     unnamed = replace(b, spec=None, metadata={})
     assert compare(a, unnamed).verdict == "yes"  # same shapes at the same sites
     assert compare(a, replace(unnamed, sites={})).verdict == "unknown"

@@ -22,7 +22,7 @@ from peft_diffusion.core.events import Event, Observer
 from peft_diffusion.fast.cuda_graph import Inputs
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training.events import MemoryUnknown
-from peft_diffusion.training.machine import memory_plan
+from peft_diffusion.training.machine import low_memory, memory_plan
 from peft_diffusion.training.machine.low_memory import blocks_of, recomputed, small_vae
 from peft_diffusion.training.machine.preflight import peak
 from peft_diffusion.training.need import Need, fits
@@ -114,7 +114,7 @@ def test_the_peak_of_a_step_is_predicted_within_a_tenth(make: Make, batch: int, 
         assert predicted == pytest.approx(measured(lambda: loss(inputs).backward()), rel=0.1)
 
 
-@pytest.mark.parametrize(("make", "size"), [(make_pipe, 128), (make_xl_pipe, 128), (make_pipe, 512)])
+@pytest.mark.parametrize(("make", "size"), [(make_pipe, 128), (make_xl_pipe, 128), (make_pipe, 320)])
 def test_the_peak_of_a_preview_is_predicted_within_a_tenth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make, size: int
 ) -> None:
@@ -124,6 +124,7 @@ def test_the_peak_of_a_preview_is_predicted_within_a_tenth(
         drawn = previews.pictures()
         seen.append((previews.peak(), measured(previews.pictures), len(drawn)))
 
+    monkeypatch.setattr(low_memory, "SLICED_FROM", 320)  # pixels; as at 512, the VAE takes the largest here one by one
     monkeypatch.setattr(Previews, "draw_base", look)
     monkeypatch.setattr(Previews, "draw", lambda previews, step: None)
     pictures = draw_pictures(tmp_path / "pictures", size=size)

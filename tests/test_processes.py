@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from language import save_lm
@@ -25,18 +26,12 @@ def launch(processes: int, *arguments: object, expected: int = 0, code: str = RU
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    group = {**os.environ, **(common if processes > 1 else {})}
     started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            env={**os.environ, **(common if processes > 1 else {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
+        forked.Started(["-c", code, *map(str, arguments)], None, {**group, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(processes)
-    ]  # fmt: skip
-    done = []
-    for process in started:
-        out, err = process.communicate(timeout=240)
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    ]
+    done = [process.wait() for process in started]
     for one in done:
         assert one.returncode == expected, one.stderr
     return done

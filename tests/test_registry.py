@@ -16,6 +16,7 @@ from conftest import make_pipe, make_xl_pipe, tiny_tokenizer
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionPipeline
 from language import make_lm
 from laws import randomize, same, state, strengths_of
+from making import modes
 from test_formats import picture, write_adapter
 
 from peft_diffusion import formats
@@ -276,12 +277,13 @@ def test_a_registry_disturbs_no_training(tiny_pipe: DiffusionPipeline) -> None:
     tiny_pipe.unet.train()
     block = Placement("unet", "attention", Lora(rank=2, dropout=0.5), None)
     attach({"unet": tiny_pipe.unet}, [block], 0, lambda _: 1e-3)
+    before = modes(tiny_pipe.unet)
     adapters = Adapters(tiny_pipe)
     assert loaded(adapters) == (NAME,) and adapters[NAME].path is None
     own = list(site.adapters(tiny_pipe.unet, NAME).values())
     assert all(adapter.training and all(one.requires_grad for one in adapter.parameters()) for adapter in own)
     base = [one for name, one in tiny_pipe.unet.named_parameters() if SLOT not in name]
-    assert base and not any(one.requires_grad for one in base) and not tiny_pipe.unet.training
+    assert base and not any(one.requires_grad for one in base) and modes(tiny_pipe.unet) == before
     with evaluating([tiny_pipe.unet]):
         Adapters(tiny_pipe)
         assert not any(adapter.training for adapter in own)
@@ -503,6 +505,25 @@ def test_words_are_the_same_to_every_pipeline_of_a_text_encoder(taught: Adapters
     assert type(apart.tokenizer) is type(plain) and SLOT not in vars(apart.tokenizer)
     Adapters(pipe)
     assert type(pipe.tokenizer) is type(plain) and SLOT not in vars(pipe.tokenizer)
+
+
+@pytest.mark.parametrize("copied", [lambda pipe: pipe, copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_words_go_with_an_adapter_that_is_detached_from_the_component_itself(
+    copied: Callable[[Any], Any], taught: Adapters
+) -> None:
+    kept = told_by_words(taught.pipe, "a <dog>")
+    site.detach(taught.pipe.text_encoder, "cat")
+    pipe = copied(taught.pipe)
+    with_dog, plain = ids(pipe, "a <cat> <dog>"), make_pipe().tokenizer
+    cat = list(plain("a <cat>").input_ids)[1:-1]
+    assert [one for one in with_dog if one < len(plain)] == [0, *cat, 1]
+    assert len(with_dog) > len(cat) + 2 and "<cat>" not in learned(pipe.tokenizer)
+    assert told_by_words(pipe, "a <cat> <dog>").isfinite().all()
+    torch.testing.assert_close(told_by_words(pipe, "a <dog>"), kept)
+    adapters = Adapters(pipe)  # numbers words anew
+    torch.testing.assert_close(told_by_words(pipe, "a <dog>"), kept)
+    adapters.remove("dog")
+    assert ids(pipe, "a <cat> <dog>") == list(plain("a <cat> <dog>").input_ids)
 
 
 @pytest.mark.parametrize("way", COPIES)

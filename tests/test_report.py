@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from peft_diffusion.api import find_rates, find_text_rates, train, train_text
 from peft_diffusion.cli import runs
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.training import Interrupted, TextTrainConfig, TrainResult
+from peft_diffusion.training import Interrupted, TextTrainConfig, TrainConfig, TrainResult
 from peft_diffusion.training import pictures as picture_runs
 from peft_diffusion.training.machine import memory_plan
 from peft_diffusion.training.machine.low_memory import recomputed
@@ -95,7 +96,18 @@ def test_what_others_wrote_stays_text(made: TrainResult) -> None:
 def test_only_settings_that_are_not_the_presets_stand_out(made: TrainResult) -> None:
     changed = run_record.Record(made.run_dir).changed()
     assert changed["unet_lr"] == (3e-3, 1e-3) and changed["rank"] == (2, 16) and changed["trigger"] == ("<ink>", "")
-    assert not {"seed", "method", "clip", "precision", "output", "run_dir"} & set(changed)
+    chosen = {"steps", "batch_size", "rank", "warmup", "preview_steps", "save_every", "log_every", "held_out", "unet_lr"}
+    assert set(changed) <= chosen | {"preview_prompts", "preview_every", "trigger"}
+
+
+def test_what_follows_from_a_short_run_was_not_changed(tmp_path: Path) -> None:
+    folder = draw_pictures(tmp_path / "pictures")
+    places: dict[str, Any] = {"folder": folder, "output": tmp_path / "a.safetensors", "run_dir": tmp_path / "run"}
+    own = TrainConfig(**places, epochs=1, batch_size=4, rank=2, preview_steps=0, device="cpu")
+    result = train(own, pipe=make_pipe())
+    assert result.config.derived.keys() >= {"steps", "save_every", "warmup"}
+    changed = run_record.Record(result.run_dir).changed()
+    assert changed == {"epochs": (1.0, None), "batch_size": (4, 8), "rank": (2, 16), "preview_steps": (0, 20)}
 
 
 def test_a_run_that_was_stopped_or_failed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,10 @@
 
 import json
 import pydoc
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -12,10 +13,15 @@ from typing import Any, get_args, get_origin
 import numpy as np
 import pytest
 from making import command, environment
+from torch import nn
 
 import peft_diffusion as pd
+from peft_diffusion import methods
+from peft_diffusion.bases import family
 from peft_diffusion.cli.app import app, main
 from peft_diffusion.cli.runs import RunsConfig
+from peft_diffusion.core import site
+from peft_diffusion.core.errors import did_you_mean
 from peft_diffusion.core.settings import (
     NATURAL,
     PARAMETERS,
@@ -30,8 +36,10 @@ from peft_diffusion.core.settings import (
     to_json,
 )
 from peft_diffusion.core.settings_file import load
+from peft_diffusion.formats import layout
 from peft_diffusion.generation.settings import MAX_SEED, DemoConfig, InspectConfig
 from peft_diffusion.training.settings.derive import resolve, resolve_language
+from peft_diffusion.training.settings.placements import blocks
 from peft_diffusion.training.settings.shared import FindLr
 from peft_diffusion.training.settings.toml import to_toml
 
@@ -78,6 +86,45 @@ def test_the_help_of_a_command_says_what_the_fields_say(name: str, monkeypatch: 
             assert all(flag in shown for flag in (one.flag, *one.setting.flag.aliases, one.setting.group.title)), one.name
 
 
+# The nearest choice.
+
+
+def config(**given: Any) -> pd.TrainConfig:
+    return pd.TrainConfig(**{"folder": "pictures", **given})
+
+
+def attached() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2))
+    site.attach(model, "ink", methods.method("lora", rank=1), "all-linear")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        (lambda: config(optimizer="adamW"), "adamw"),
+        (lambda: config(components=("Unet",)), "unet"),
+        (lambda: blocks(config(block=("unte attention lora",))), "unet"),
+        (lambda: methods.find("lorra"), "lora"),
+        (lambda: methods.method("lora", dropuot=0.5), "dropout"),
+        (lambda: blocks(config(option=("intt=pissa",))), "init"),
+        (lambda: layout.find("koyha"), "kohya"),
+        (lambda: site.served(attached(), methods.method("lora"), "all_linear"), "all-linear"),
+        (lambda: site.detach(attached(), "inc"), "ink"),
+        (lambda: family.rate_setting("text_encodr"), "text_encoder"),
+        (lambda: pd.load_base("icons", device="cpu", dtype="bfloat_16"), "bfloat16"),
+    ],
+)
+def test_a_wrong_choice_is_told_the_nearest(wrong: Callable[[], object], near: str) -> None:
+    with pytest.raises(pd.UserError, match=re.escape(f"; did you mean {near!r}?")):
+        wrong()
+
+
+def test_nothing_is_suggested_where_nothing_is_near() -> None:
+    for given in ("magic", "", 3, None, ["adamw"]):
+        assert did_you_mean(given, ("adamw", "prodigy")) == ""
+
+
 # The same words on all ways in.
 
 WRONG = {
@@ -87,7 +134,7 @@ WRONG = {
     "seed": (MAX_SEED + 1, f"--seed must be 0 or more, at most {MAX_SEED}, not {MAX_SEED + 1}"),
     "strength": (0.0, "--strength must be above 0, at most 1, not 0.0"),
     "precision": ("half", "--precision is one of auto, float32, bfloat16, float16, not 'half'"),
-    "quantize": ("int3", "--quantize is one of nf4, int8, not 'int3'"),
+    "quantize": ("int3", "--quantize is one of nf4, int8, not 'int3'; did you mean 'int8'?"),
 }
 
 
@@ -296,12 +343,12 @@ def test_steps_that_are_given_go_before_the_epochs_of_a_file(tmp_path: Path, mon
 
 
 def test_python_reads_a_file_of_settings_as_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = ("one, two", "a 🎨")
+    prompts = ("one, two", "a 🎨", "deleted\x7f")
     file = kept(tmp_path, ICONS, folder=["a", "b"], alpha=3, flip=True, preview_prompts=prompts, scheduler="linear")
     assert load(pd.TrainConfig, file) == asked(monkeypatch, file)
     table = '[[block]]\ncomponent = "unet"\ntarget = "attention"\nmethod = "lora"\nrank = 4\nuse_bias = true\n'
     (tmp_path / "run.toml").write_text(f"folder = 'a'\nunet-lr = 1\n{table}", "utf-8")
-    found = load(pd.TrainConfig, tmp_path / "run.toml")
+    found = load(pd.TrainConfig, str(tmp_path / "run.toml"))
     assert (found.folder, found.unet_lr, found.block) == ((Path("a"),), 1.0, ("unet attention lora rank=4 use_bias=true",))
     assert found == asked(monkeypatch, tmp_path / "run.toml")
     (tmp_path / "run.toml").write_text("prompts = 'a cat'\nfrom = 'old.png'\n", "utf-8")

@@ -1,13 +1,13 @@
 """Pictures that start from a picture: made anew to a degree, or where a mask shows them."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from conftest import make_pipe, make_xl_pipe
+from making import environment
 from PIL import Image
 
 from peft_diffusion.core.errors import UserError
@@ -128,9 +128,7 @@ def test_what_does_not_fit_is_said(bases: dict[str, Path], files: dict[str, Path
 def test_the_command(bases: dict[str, Path], files: dict[str, Path], tmp_path: Path) -> None:
     script = Path(__file__).parent.parent / "scripts" / "generate.py"
     flags = ["--base", bases["masked"], "--steps", 2, "--image", files["image"], "--mask", files["mask"], "-o", "a.png"]
-    done = subprocess.run(
-        [sys.executable, script, "red apple", *map(str, flags)], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = forked.python([str(script), "red apple", *map(str, flags)], tmp_path, environment())
     assert done.returncode == 0 and done.stdout.strip() == "a.png", done.stderr
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import make_pipe
 from diffusers import DDPMScheduler, DiffusionPipeline
-from making import spec_of
+from making import modes, spec_of
 from PIL import Image, ImageDraw
 from rich.console import Console
 from safetensors.torch import load_file
@@ -84,6 +84,33 @@ def small(folder: Path, where: Path, **changes: Any) -> TrainConfig:
 
 def lines(result: RunResult) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target": "attn"}, "no module of UNet2DConditionModel matches the target 'attn'"),
+        ({"target": "norms"}, "method lora cannot serve what the target 'norms' names: GroupNorm, LayerNorm"),
+        ({"block": ("unet attn lora",)}, "no module of UNet2DConditionModel matches the target 'attn'"),
+        ({"block": ("unet attention lora",), "components": ("unet", "text_encoder")}, "no --block trains text_encoder"),
+        ({"block": ("unet attention lora", "unet all-linear loha rank=4")}, "lora and loha cannot share a site"),
+        ({"block": ("unet attention lora", "unet attention lora")}, "lora and lora cannot share a site"),
+        (
+            {
+                "method": "tokens",
+                "components": ("text_encoder",),
+                "option": ("vectors=1", "initial=ink of cat"),
+                "rank": None,
+            },
+            "the initial words 'ink of cat' have 3 tokens, for 1 vectors",
+        ),
+    ],
+)
+def test_a_wrong_placement_is_told_before_pictures_are_read(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    events: list[Event] = []
+    with pytest.raises(UserError, match=said):
+        train(small(draw_pictures(tmp_path / "pictures"), tmp_path, **changes), pipe=make_pipe(), observers=[events.append])
+    assert [type(event).__name__ for event in events] == ["Ended"] and not (tmp_path / "run").exists()
 
 
 def state_of(path: Path) -> TrainerState:
@@ -435,9 +462,14 @@ def test_a_run_lowers_the_losses_and_leaves_the_base_as_it_was(tmp_path: Path) -
     folder = draw_pictures(tmp_path / "pictures", 20)
     pipe = make_pipe()
     before, classes = fingerprint(components(pipe)), [type(m) for m in pipe.unet.modules()]
+    pipe.unet.train()  # the caller's own training of some of it
+    for learning in (pipe.unet.conv_in, pipe.vae.decoder):
+        learning.requires_grad_(True)
+    own = modes(pipe.unet, pipe.text_encoder, pipe.vae)
     result = train(small(folder, tmp_path, steps=30, unet_lr=5e-3, batch_size=4, log_every=7, save_every=15), pipe=pipe)
     assert fingerprint(components(pipe)) == before == result.base_fingerprint
     assert [type(m) for m in pipe.unet.modules()] == classes
+    assert modes(pipe.unet, pipe.text_encoder, pipe.vae) == own
     start, end = held_out(result)
     assert result.images == 18 and end < 0.97 * start
     losses = [line["loss"] for line in lines(result) if "loss" in line]

@@ -1,12 +1,15 @@
 """What can be asked of a base of any kind: a pipeline that denoises, or a causal language model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 from torch import nn
 
+from ..core import site
 from ..core.errors import UserError
 from . import family as families
 from .denoiser import Denoiser, kinds
@@ -88,6 +91,27 @@ def network_of(base: object) -> tuple[str, nn.Module] | None:
     """
     roles = families.components("denoiser")
     return next(((name, part) for name, part in components(base).items() if name in roles), None)
+
+
+@contextmanager
+def frozen(lent: "Base | None") -> Iterator[None]:
+    """Freeze a base that is the caller's inside, and give it back with the modes and wishes for gradients that it had.
+
+    Args:
+        lent: A pipeline, or a `LanguageModel`; None where the base is our own, which is frozen when it is loaded.
+
+    Yields:
+        Once.
+
+    Raises:
+        UserError: It is a pipeline whose network is not known.
+    """
+    parts = list(components(lent).values())
+    if lent is not None and network_of(lent) is not None:
+        pipe: Any = lent
+        parts.append(denoiser_of(pipe).vae)
+    with site.frozen(parts):
+        yield
 
 
 def text_encoders(base: object) -> dict[str, str]:

@@ -16,7 +16,7 @@ from .digest import identity
 from .digest import quantize as quantize_all
 from .embedded import TINY_LM, embedded
 from .family import LANGUAGE
-from .loading import pick_device, pick_dtype, quiet
+from .loading import named_source, pick_device, pick_dtype, quiet
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,14 @@ def load_lm(
     if isinstance(source, LanguageModel):
         if quantize is not None and quantized.kind_of(source.lm) != quantize:
             raise UserError(f"this base is loaded already, and not as {quantize}; load it with load_lm(..., quantize=...)")
-        return frozen(source)
+        return _checked(source)
+    named = named_source(source, "a LanguageModel")
     if quantize is not None:
         quantized.check(quantize)  # before gigabytes are read
     where = pick_device(device)
     chosen = pick_dtype(dtype, where)
     with quiet(transformers_logging):
-        model, tokenizer, name = _read(str(source), chosen)
+        model, tokenizer, name = _read(named, chosen)
     if quantize is not None:
         quantize_all({"lm": model}, quantize, where)
     return frozen(LanguageModel(model.to(where), tokenizer, name))
@@ -125,10 +126,15 @@ def frozen(base: LanguageModel) -> LanguageModel:
     Raises:
         UserError: It lacks what a language model needs.
     """
-    if not isinstance(base.lm, nn.Module) or getattr(base.lm.config, "max_position_embeddings", None) is None:
-        raise UserError(f"base {base.name!r} does not say how long a text it takes, so it is no model to be taught text")
+    _checked(base)
     base.lm.requires_grad_(False)
     base.lm.eval()
+    return base
+
+
+def _checked(base: LanguageModel) -> LanguageModel:
+    if not isinstance(base.lm, nn.Module) or getattr(base.lm.config, "max_position_embeddings", None) is None:
+        raise UserError(f"base {base.name!r} does not say how long a text it takes, so it is no model to be taught text")
     return base
 
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from ..core import plugins, target_tables
-from ..core.errors import UserError
+from ..core.errors import UserError, did_you_mean
 from ..core.target_tables import TargetTable
 
 Role: TypeAlias = Literal["denoiser", "text encoder", "language model"]
@@ -302,7 +302,8 @@ def rate_setting(component: str) -> str:
     """
     known = components()
     if component not in known:
-        raise UserError(f"no family of bases has a component {component!r}; there are: {', '.join(known)}")
+        near = did_you_mean(component, known)
+        raise UserError(f"no family of bases has a component {component!r}; there are: {', '.join(known)}{near}")
     return known[component].rate
 
 

@@ -17,7 +17,7 @@ from .base import components, denoiser_of
 from .denoiser import kinds
 from .digest import quantize as quantize_all
 from .embedded import ICONS, embedded
-from .loading import pick_device, pick_dtype, quiet
+from .loading import named_source, pick_device, pick_dtype, quiet
 from .pipelines import Pipeline
 
 
@@ -32,7 +32,7 @@ def load_base(
 
     Args:
         source: ``"icons"`` (embedded), a diffusers folder, a single-file checkpoint, a hub id, or a pipeline, which is only
-            checked.
+            checked and stays as it is.
         device: ``auto`` takes an accelerator if there is one.
         dtype: float32, bfloat16, float16, or ``auto``: bfloat16 on CUDA that has it, float16 on other accelerators, float32
             on a CPU.
@@ -46,13 +46,15 @@ def load_base(
         UserError: There is no such base, it cannot be read or quantized, or it is no kind that is known.
     """
     if isinstance(source, DiffusionPipeline):
-        return _frozen(_as_asked(source, quantize))
+        denoiser_of(_as_asked(source, quantize))  # which refuses what it does not know
+        return source
+    name = named_source(source, "a pipeline of diffusers")
     if quantize is not None:
         quantized.check(quantize)  # before gigabytes are read
     where = pick_device(device)
     chosen = pick_dtype(dtype, where)
     with quiet(diffusers_logging, transformers_logging):
-        pipe = _frozen(_read(str(source), chosen))
+        pipe = _frozen(_read(name, chosen))
     if quantize is not None:
         quantize_all(components(pipe), quantize, where)
     return pipe.to(where)

@@ -105,7 +105,7 @@ def learned(tokenizer: Any) -> dict[str, int]:
     Returns:
         Ids by name; each placeholder's first token is the placeholder itself.
     """
-    words = _lessons(tokenizer).words if isinstance(tokenizer, TaughtTokenizer) else ()
+    words = _lessons(tokenizer).known if isinstance(tokenizer, TaughtTokenizer) else ()
     return {name: number for word in words for name, number in zip(word.tokens, word.ids, strict=True)}
 
 
@@ -221,7 +221,8 @@ class _Lessons:
         of_lm: Whether it reads for a language model, where soft prompts precede what marks the start, and a new word takes
             only the space before it.
         teacher: What the text encoder or language model carries that it was taught from.
-        words: What it was taught.
+        words: What it was taught, with those whose adapters are gone.
+        known: What of that it still knows.
         extended: The plain tokenizer with the tokens of these words.
     """
 
@@ -230,6 +231,7 @@ class _Lessons:
         self.of_lm = of_lm
         self.teacher = teacher
         self.words = words
+        self.known = tuple(word for word in words if word.owner is not None)
         self.extended = _extended(plain, [word.tokens for word in words], of_lm)
         self._backends: dict[tuple[str, ...], Any] = {(): self.extended}  # by the tokens that each puts first
         for word in words:
@@ -239,7 +241,7 @@ class _Lessons:
                     " this one, so it has other numbers there; share one tokenizer between the pipelines"
                 )
         self._longest_first = sorted(
-            (word for word in words if not word.precedes), key=lambda word: len(word.tokens[0]), reverse=True
+            (word for word in self.known if not word.precedes), key=lambda word: len(word.tokens[0]), reverse=True
         )
         flags = re.NOFLAG if of_lm else re.IGNORECASE  # CLIP knows no capitals
         either = "|".join(f"({_whole(word.tokens[0])})" for word in self._longest_first)
@@ -270,7 +272,7 @@ class _Lessons:
             return ()
         return tuple(
             token
-            for word in self.words
+            for word in self.known
             if word.precedes and _wanted(word, state.strengths, index, count)
             for token in word.tokens
         )

@@ -12,6 +12,8 @@ from cyclopts.argument import Argument
 from ..core import settings
 from ..core.settings import PARAMETERS, Described, Settings, not_among, pick, settings_of
 
+_KINDS = "settings_read"  # the attribute of a command under which `reads` keeps what it takes
+
 
 def reads(*kinds: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function of settings, with the flags of all of them.
@@ -37,6 +39,7 @@ def reads(*kinds: type[Settings]) -> Callable[[Callable[..., None]], Callable[..
             function(*(pick(kind, given) for kind in kinds))
 
         run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__
+        vars(run)[_KINDS] = kinds
         run.__annotations__ = {"config": hint, "return": None}
         default = inspect.Parameter.empty if must else None
         place = inspect.Parameter("config", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint, default=default)
@@ -44,6 +47,19 @@ def reads(*kinds: type[Settings]) -> Callable[[Callable[..., None]], Callable[..
         return run
 
     return decorate
+
+
+def settings_read(command: Callable[..., None]) -> tuple[type[Settings], ...]:
+    """Tell which settings a command takes.
+
+    Args:
+        command: What `reads` gave.
+
+    Returns:
+        The dataclasses.
+    """
+    kinds: tuple[type[Settings], ...] = vars(command)[_KINDS]
+    return kinds
 
 
 def _field(one: Described) -> tuple[str, Any, Any]:

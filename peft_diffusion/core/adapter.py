@@ -1,6 +1,6 @@
 """What a method adds at a site."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -158,7 +158,7 @@ class Adapter(KeepsPrecision):
         Raises:
             FoldError: No change of weight and bias says what this adapter does.
         """
-        raise FoldError(f"{type(self).__name__} is no affine map of its input, so it cannot be merged into the weights")
+        raise FoldError(f"{method_of(self)} is no affine map of its input, so it cannot be merged into the weights")
 
     def low_rank(self) -> LowRank | None:
         """The residual as one pair of matrices, where it is one: several such run as one at inference."""
@@ -184,6 +184,23 @@ class Adapter(KeepsPrecision):
         pass
 
 
+def method_of(adapter: Adapter) -> str:
+    """Name what made an adapter, for a person.
+
+    Args:
+        adapter: One part.
+
+    Returns:
+        The name of the method that its tensors are of; that of its class, where none is.
+    """
+    suffixes: Set[str]
+    try:
+        suffixes = adapter.state().keys()
+    except NotImplementedError:
+        suffixes = frozenset()
+    return next((one.name for one in METHODS.values() if one.recognizes(suffixes)), type(adapter).__name__)
+
+
 class Chain(Adapter):
     """Several methods' parts at one site under one name, applied in order."""
 
@@ -201,7 +218,7 @@ class Chain(Adapter):
                 shared = stored.setdefault(suffix, tensor)
                 learned = tensor.requires_grad and shared is not tensor  # equal now, and not for long
                 if learned or not torch.equal(shared.cpu(), tensor.cpu()):
-                    kinds = ", ".join(type(one).__name__ for one in parts)
+                    kinds = " and ".join(map(method_of, parts))
                     raise UserError(
                         f"{kinds} cannot share a site under one name: a file has one {suffix!r} for both and theirs"
                         " differ; give them different targets, or equal values"
@@ -211,7 +228,7 @@ class Chain(Adapter):
         if read != sorted(sorted(part.state()) for part in parts):
             methods = ", ".join(reader.name for reader in readers)
             raise UserError(
-                f"{', '.join(type(one).__name__ for one in parts)} cannot share a site under one name: a file of their"
+                f"{' and '.join(map(method_of, parts))} cannot share a site under one name: a file of their"
                 f" tensors ({', '.join(stored)}) would be read as {methods or 'no method'}; give them different targets"
             )
 

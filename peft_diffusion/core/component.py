@@ -36,18 +36,26 @@ class Word:
     """A placeholder, or a soft prompt, that an adapter of a text encoder or language model teaches its tokenizers.
 
     Attributes:
-        owner: The name of the adapter.
+        owner: The name of the adapter; None where it is gone, and only the numbers are still kept for it.
         tokens: The names of its tokens, the first being the placeholder itself.
         ids: Their numbers, which begin where those of the base end.
         block: The index of the block that the token embedding lies in, of ``Strengths.blocks``.
         precedes: Whether it is a soft prompt, which stands before every prompt unless its strength is 0.
     """
 
-    owner: str
+    owner: str | None
     tokens: tuple[str, ...]
     ids: tuple[int, ...]
     block: int
     precedes: bool
+
+    def given_up(self) -> "Word":
+        """Keep the numbers of a word whose adapter is gone: those of other words come after them.
+
+        Returns:
+            The same without an owner, under names that no text holds.
+        """
+        return replace(self, owner=None, tokens=tuple(f"\0{number}" for number in self.ids))
 
 
 class ComponentState(nn.Module):
@@ -80,13 +88,14 @@ class ComponentState(nn.Module):
         self.entries[name] = Entry(max(time.time_ns(), last + 1))
 
     def remove(self, name: str) -> None:
-        """Forget an adapter. Its words stay until ``bases.words.teach`` is called: those of others are numbered after them.
+        """Forget an adapter and its words. Their numbers stay taken until ``bases.words.teach`` is called.
 
         Args:
             name: What it is called.
         """
         self.strengths.remove(name)
         del self.entries[name]
+        self.words = tuple(word.given_up() if word.owner == name else word for word in self.words)
 
     def enter(self, name: str, info: object) -> None:
         """Say where an adapter came from.

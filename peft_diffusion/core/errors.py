@@ -1,5 +1,8 @@
 """Errors that a person at the keyboard reads. Imports no torch."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something the user can mend. The message says what was wrong, where, and what to do; commands print it as one line."""
@@ -40,3 +43,18 @@ def first_line(error: Exception) -> str:
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """Name the choice that a wrong one is nearest to, for the end of a message.
+
+    Args:
+        given: What stood there.
+        known: The choices.
+
+    Returns:
+        "; did you mean 'NAME'?"; empty where none is near, and where what stood there is no text.
+    """
+    names = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(given.casefold(), names, 1) if isinstance(given, str) else []
+    return f"; did you mean {names[near[0]]!r}?" if near else ""

@@ -68,8 +68,8 @@ def merge(component: nn.Module) -> Merged:
 
     Raises:
         UserError: Images have different strengths, or one changes over the steps; nothing was changed.
-        FoldError: A method is no change of weight and bias, or another module has the weight too; names site and adapter.
-            The component is then as it was.
+        FoldError: A method is no change of weight and bias, another module has the weight too, or a module computes its
+            weight anew whenever it is called; names site and adapter. The component is then as it was.
     """
     found = sites_of.strengths(component)
     if found is None or found.merged:
@@ -84,6 +84,7 @@ def merge(component: nn.Module) -> Merged:
             folded[path] = _folded(site, slots[path], scalars)
         except FoldError as error:
             raise FoldError(f"{path}: {error}") from None
+    _refuse_computed(carriers, folded)
     _refuse_tied(component, carriers, folded)
     errors = _Errors()
     for path, changed in folded.items():
@@ -132,6 +133,23 @@ def unmerged_state(component: nn.Module) -> dict[str, Tensor]:
         for key, kept_parts in parts.items():
             state[key] = rebuilt(state[key], kept_parts)
     return state
+
+
+def _refuse_computed(carriers: Mapping[str, nn.Module], folded: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises FoldError for a tensor that its module does not hold, but makes of others: what is written there is lost.
+
+    So do torch's parametrizations, the older hooks of weight_norm and spectral_norm, and pruning.
+    """
+    for path, changed in folded.items():
+        held = {name for name, _ in carriers[path].named_parameters(recurse=False)}
+        held |= {name for name, _ in carriers[path].named_buffers(recurse=False)}
+        for name in changed:
+            if name not in held:
+                raise FoldError(
+                    f"{path}: its {name} is computed anew at every call, as parametrizations, weight_norm and pruning do, so"
+                    " nothing can be merged into it; make it a parameter again (remove_parametrizations,"
+                    " remove_weight_norm, prune.remove), or leave the adapters unmerged"
+                )
 
 
 def _refuse_tied(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .errors import UserError
+from .errors import UserError, did_you_mean
 from .site import AdaptedSite
 from .targets import HEADS
 
@@ -136,7 +136,7 @@ def check(kind: str) -> None:
         UserError: There is no such kind, or its package is not installed.
     """
     if kind not in KINDS:
-        raise UserError(f"a base cannot be quantized as {kind!r}; there are: {', '.join(KINDS)}")
+        raise UserError(f"a base cannot be quantized as {kind!r}; there are: {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
     if kind == NF4:
         needed()
 

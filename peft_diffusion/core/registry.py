@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from .component import ComponentState
-from .errors import UserError
+from .errors import UserError, did_you_mean
 from .slot import state_of
 from .strength_schedule import Schedule
 
@@ -81,7 +81,8 @@ class Registry:
         """
         found = self.states(name)
         if not found:
-            raise UserError(f"no adapter {name!r} is loaded; there are: {', '.join(self.names) or 'none'}")
+            there, near = ", ".join(self.names) or "none", did_you_mean(name, self.names)
+            raise UserError(f"no adapter {name!r} is loaded; there are: {there}{near}")
         return found
 
     def info(self, name: str) -> object | None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from textwrap import TextWrapper
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import UserError
+from .errors import UserError, did_you_mean
 
 _KEY = "peft_diffusion.setting"  # in ``field.metadata``
 _WIDTH = 110  # letters of a line in a docstring
@@ -340,7 +340,7 @@ def not_among(flag: str, choices: Sequence[str], value: object) -> str:
     Returns:
         The message of the error.
     """
-    return f"{flag} is one of {', '.join(choices)}, not {value!r}"
+    return f"{flag} is one of {', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}"
 
 
 @cache

@@ -3,14 +3,13 @@
 A key is the name of a setting or one of its flags without dashes, with - or _ between words.
 """
 
-import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import UserError
+from .errors import UserError, did_you_mean
 from .parsing import refuse_halves, refusing
 from .settings import Described, Settings, settings_of
 
@@ -18,7 +17,7 @@ S = TypeVar("S", bound=Settings)
 _PLUGIN = "plugin"  # the key of modules with methods of others
 
 
-def load(kind: type[S], path: Path) -> S:
+def load(kind: type[S], path: str | Path) -> S:
     """Make settings of a class from a file.
 
     Args:
@@ -32,7 +31,7 @@ def load(kind: type[S], path: Path) -> S:
     Raises:
         UserError: The file cannot be read, has a key of no setting, a value that a setting cannot have, or lacks one.
     """
-    found = read(path, settings_of(kind))
+    found = read(Path(path), settings_of(kind))
     missing = [one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING and one.init]
     if lacking := [name for name in missing if name not in found]:
         raise UserError(f"{path} does not say {', '.join(lacking)}, which has no default")
@@ -109,8 +108,7 @@ def _meant(key: str, value: object, known: Mapping[str, Described]) -> str:
     for name, one in known.items():
         if one.setting.flag.negative and _key(key) == f"{'empty' if one.several else 'no'}_{name}":
             return f"; did you mean {name} = {'[]' if one.several else 'true' if value is False else 'false'}?"
-    near = difflib.get_close_matches(_key(key), known, 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(sorted(known))}"
+    return did_you_mean(_key(key), known) or f"; there are: {', '.join(sorted(known))}"
 
 
 def _text(path: Path, one: Described, table: Mapping[str, Any]) -> str:

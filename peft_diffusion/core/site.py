@@ -5,7 +5,8 @@ The swap renames no key of the base, saves nothing more for backward, and is see
 
 import functools
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from . import targets
 from .adapter import Adapter, chained
 from .component import ComponentState
-from .errors import UserError
+from .errors import UserError, did_you_mean
 from .method import DEFAULT_TARGET, Method
 from .slot import SLOT, Packed, Slot, slot_of, state_of
 from .strength import Strengths
@@ -49,7 +50,8 @@ class AdaptedSite(nn.Module):
 
 @functools.cache
 def _adapted(cls: Any) -> type[AdaptedSite]:
-    return type(f"Adapted{cls.__name__}", (AdaptedSite, cls), {"__module__": cls.__module__})
+    # Under the same name: errors, and programs that place modules by the names of their classes, know the base's.
+    return type(cls.__name__, (AdaptedSite, cls), {"__module__": cls.__module__})
 
 
 def _remade(cls: type[nn.Module]) -> nn.Module:
@@ -195,18 +197,58 @@ def attach_all(component: nn.Module, name: str, methods: Sequence[tuple[Method, 
     found = targets.modules(component)
     built: list[dict[str, Adapter]] = []
     for method, target in methods:
-        matched = targets.match(component, target)
-        served = [path for path in matched if method.serves(found[path])]
-        if not served:
-            kinds = sorted({type(found[path]).__name__ for path in matched})
-            raise UserError(f"method {method.name} cannot serve what the target {target!r} names: {', '.join(kinds)}")
-        built.append({path: method.build(found[path]) for path in served})
+        built.append({path: method.build(found[path]) for path in served(component, method, target)})
     together: dict[str, list[Adapter]] = {}
     for adapters in built:
         for path, adapter in adapters.items():
             together.setdefault(path, []).append(adapter)
     attach_built(component, name, {path: chained(parts) for path, parts in together.items()})
     return built
+
+
+def served(component: nn.Module, method: Method, target: str) -> list[str]:
+    """Find the modules that a method would be built on. Nothing is built.
+
+    Args:
+        component: The module to look in.
+        method: What it would do at a site.
+        target: As for `attach`.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        UserError: The target matches nothing, or nothing that the method serves.
+    """
+    found, matched = targets.modules(component), targets.match(component, target)
+    paths = [path for path in matched if method.serves(found[path])]
+    if not paths:
+        kinds = sorted({base_class(found[path]).__name__ for path in matched})
+        raise UserError(f"method {method.name} cannot serve what the target {target!r} names: {', '.join(kinds)}")
+    return paths
+
+
+def check_attachable(component: nn.Module, methods: Sequence[tuple[Method, str]]) -> None:
+    """See that `attach_all` would serve every target, and that a file could hold what meets at a site.
+
+    Little is built: the methods that meet, at one site of each such meeting.
+
+    Args:
+        component: The module to look in.
+        methods: Each method with its target.
+
+    Raises:
+        UserError: As `served`, or two methods cannot stand together at a site.
+    """
+    meeting: dict[str, list[int]] = {}
+    for number, (method, target) in enumerate(methods):
+        for path in served(component, method, target):
+            meeting.setdefault(path, []).append(number)
+    once = {tuple(numbers): path for path, numbers in meeting.items() if len(numbers) > 1}
+    with torch.random.fork_rng(devices=[]):  # adapters start on the CPU
+        for numbers, path in once.items():
+            module = component.get_submodule(path)
+            chained([methods[number][0].build(module) for number in numbers])
 
 
 def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) -> None:
@@ -273,7 +315,10 @@ def check_detach(component: nn.Module, name: str) -> ComponentState:
     """
     state = state_of(component)
     if state is None or name not in state.entries:
-        raise UserError(f"no adapter {name!r} is attached; there are: {', '.join(names(component)) or 'none'}")
+        there = names(component)
+        raise UserError(
+            f"no adapter {name!r} is attached; there are: {', '.join(there) or 'none'}{did_you_mean(name, there)}"
+        )
     if state.strengths.merged:
         raise UserError("adapters are merged into the weights; unmerge them before you remove one")
     for path, site in sites(component, name).items():
@@ -304,6 +349,37 @@ def freeze(component: nn.Module) -> None:
         module.training = False
         for own in module.parameters(recurse=False):
             own.requires_grad_(False)
+
+
+@contextmanager
+def frozen(components: Iterable[nn.Module]) -> Iterator[None]:
+    """Freeze modules that are somebody's own, and give them back as they were: they may be in a training of his.
+
+    Parameters are remembered by name, as sharding puts others in their place, which would be held in memory by that.
+
+    Args:
+        components: The modules.
+
+    Yields:
+        Once; afterwards each module is in the mode that it was in, and each parameter takes gradients if it did.
+    """
+    parts = list(components)
+    modules = dict.fromkeys(module for part in parts for module in part.modules())
+    before = [(one, one.training, {name: own.requires_grad for name, own in _own(one)}) for one in modules]
+    for part in parts:
+        freeze(part)
+    try:
+        yield
+    finally:
+        for module, training, wanted in before:
+            module.training = training
+            for name, own in _own(module):
+                if own.requires_grad != wanted.get(name, own.requires_grad):
+                    own.requires_grad_(wanted[name])
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return module.named_parameters(recurse=False, remove_duplicate=False)
 
 
 def pack(component: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """The slot of a module: the one place on it where everything of this package sits, and how the adapters there run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,11 @@ SLOT = "_peft_diffusion"
 
 
 class Packed(nn.Module):
-    """The low-rank adapters of a site as one pair: three operations, however many adapters there are."""
+    """The low-rank adapters of a site as one pair: three operations, however many adapters there are.
+
+    It follows its component to another dtype, and is made anew of the adapters then: they keep float32, and a pair that was
+    rounded once would not get its precision back on a wider base.
+    """
 
     down: Tensor
     up: Tensor
@@ -26,11 +30,26 @@ class Packed(nn.Module):
     def __init__(self, adapters: Mapping[str, Adapter], strengths: Strengths, dtype: torch.dtype) -> None:
         super().__init__()
         pairs = [(strengths.index(name), adapter.low_rank()) for name, adapter in adapters.items()]
-        present = [(row, pair) for row, pair in pairs if pair is not None]
-        rows = torch.cat([torch.full((len(pair.down),), row) for row, pair in present])
-        self.register_buffer("down", torch.cat([pair.down for _, pair in present]).detach().to(dtype), persistent=False)
-        self.register_buffer("up", torch.cat([pair.up for _, pair in present], 1).detach().to(dtype), persistent=False)
+        rows = torch.cat([torch.full((len(pair.down),), row) for row, pair in pairs if pair is not None])
+        self._adapters = [adapter for _, adapter in adapters.items()]  # in a list, as they are children of the slot
+        down, up = self._joined()
+        self.register_buffer("down", down.to(dtype), persistent=False)
+        self.register_buffer("up", up.to(dtype), persistent=False)
         self.register_buffer("rows", rows.to(self.down.device), persistent=False)
+
+    @torch.no_grad()
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        """The pair in float32: (sum of ranks, in, ...) and (out, sum of ranks)."""
+        pairs = [pair for adapter in self._adapters if (pair := adapter.low_rank()) is not None]
+        return torch.cat([pair.down for pair in pairs]), torch.cat([pair.up for pair in pairs], 1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        dtype = self.down.dtype
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.down.dtype != dtype:
+            down, up = self._joined()  # of adapters that have moved already: in the slot they stand before this
+            self.down, self.up = down.to(self.down), up.to(self.up)
+        return moved
 
 
 class Slot(nn.Module):

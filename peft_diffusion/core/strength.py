@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .adapter import KeepsPrecision
-from .errors import UserError
+from .errors import UserError, did_you_mean
 from .strength_schedule import Schedule
 
 Strength: TypeAlias = "float | Sequence[float] | Tensor | Mapping[str, float | Sequence[float]]"
@@ -98,7 +98,8 @@ class Strengths(KeepsPrecision):
         """The strengths of every adapter, each (blocks, images) or (blocks, 1). Raises as ``write`` does."""
         unknown = [name for name in amounts if name not in self.names]
         if unknown:
-            raise UserError(f"no adapter {', '.join(unknown)} is attached; there are: {', '.join(self.names) or 'none'}")
+            there, near = ", ".join(self.names) or "none", did_you_mean(unknown[0], self.names)
+            raise UserError(f"no adapter {', '.join(unknown)} is attached; there are: {there}{near}")
         if self.merged:
             raise UserError("the adapters are merged into the weights; unmerge them before you change a strength")
         plain = {name: one.mean if isinstance(one, Schedule) else one for name, one in amounts.items()}
@@ -201,7 +202,8 @@ class Strengths(KeepsPrecision):
         if isinstance(strength, Mapping):
             unknown = [block for block in strength if block not in self.blocks]
             if unknown:
-                raise UserError(f"there is no block {', '.join(map(str, unknown))}; there are: {', '.join(self.blocks)}")
+                named, near = ", ".join(map(str, unknown)), did_you_mean(unknown[0], self.blocks)
+                raise UserError(f"there is no block {named}; there are: {', '.join(self.blocks)}{near}")
             per_block = [self._images(name, strength.get(block, 0.0)) for block in self.blocks]
             images = max(len(row) for row in per_block)
             rows = torch.stack([row.expand(images) if len(row) in (1, images) else self._ragged(name) for row in per_block])
@@ -210,10 +212,13 @@ class Strengths(KeepsPrecision):
         return rows.to(self.values.device)
 
     def _images(self, name: str, strength: "float | Sequence[float] | Tensor") -> Tensor:
+        wanted = f"the strength of {name!r} must be a number, or one for each image, not"
         try:
             row = torch.as_tensor(strength, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError):  # as torch refuses what is no number
-            raise UserError(f"the strength of {name!r} must be a number, or one for each image, not {strength!r}") from None
+            raise UserError(f"{wanted} {strength!r}") from None
+        if row.ndim > 1:
+            raise UserError(f"{wanted} a table of {tuple(row.shape)}")
         if not row.numel() or not bool(row.isfinite().all()):
             raise UserError(f"the strength of {name!r} must be finite numbers, not {strength}")
         return row.reshape(-1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .errors import UserError
+from .errors import UserError, did_you_mean
 from .parsing import matching
 from .slot import slot_of
 from .target_tables import TABLES, UNKNOWN, TargetTable
@@ -118,7 +118,8 @@ def match(component: nn.Module, target: str) -> list[str]:
     else:
         found = matching(own.get(target, target), [path for path in paths if path], "target")
     if not found:
-        raise UserError(f"no module of {architecture(component)} matches the target {target!r}; {_offer(component)}")
+        near = did_you_mean(target, [*own, *KINDS])
+        raise UserError(f"no module of {architecture(component)} matches the target {target!r}{near}; {_offer(component)}")
     return found
 
 

@@ -32,6 +32,7 @@ class Inspection:
         dtypes: Tensors per dtype.
         parameters: Numbers that were trained.
         sites: The shapes of each site's tensors by suffix; a site is its component, a dot, and its path with underscores.
+        names: What the file calls the tensors of each site, the largest first.
         unknown: Tensors that make no part of an adapter, whatever the base.
         leftovers: Why, by tensor.
         warnings: What the person should know.
@@ -50,6 +51,7 @@ class Inspection:
     dtypes: Mapping[str, int]
     parameters: int
     sites: Mapping[str, Mapping[str, tuple[int, ...]]]
+    names: Mapping[str, tuple[str, ...]]
     leftovers: Mapping[str, str]
     warnings: tuple[str, ...]
 
@@ -70,7 +72,10 @@ class Inspection:
 
     @property
     def alphas(self) -> Mapping[float, int]:
-        """Sites per alpha, of all methods that have one; none in the file means the rank."""
+        """Sites per alpha, of all methods that have one; none in the file means the rank.
+
+        The scale is alpha / rank: what another program scales otherwise (rank-stabilized, by alpha / sqrt(rank)) is told so.
+        """
         return self._all("alpha")
 
     def _all(self, name: str) -> Mapping[float, int]:
@@ -109,9 +114,15 @@ def inspect(source: str | Path | Plan) -> Inspection:
         dtypes=Counter(entry.dtype for entry in found.header.tensors.values()),
         parameters=sum(prod(shape) for own in shapes.values() for suffix, shape in own.items() if suffix not in beside),
         sites=shapes,
+        names={name: _names(one) for name, one in sites.items()},
         leftovers=found.leftovers,
         warnings=found.warnings,
     )
+
+
+def _names(site: SitePlan) -> tuple[str, ...]:
+    """What the file calls the tensors of a site, the largest first."""
+    return tuple(source.name for source in sorted(site.sources, key=lambda source: prod(source.shape), reverse=True))
 
 
 def _hyper_parameters(found: Plan) -> dict[str, dict[str, Counter[float]]]:

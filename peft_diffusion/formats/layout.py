@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ..core import plugins
-from ..core.errors import UserError
+from ..core.errors import UserError, did_you_mean
 from .container import Header
 from .spec import Spec
 
@@ -231,7 +231,8 @@ def find(name: str) -> Layout:
         UserError: There is none of that name, or a plug-in cannot be imported.
     """
     if name not in known():
-        raise UserError(f"there is no layout {name!r}; there are: {', '.join(sorted(LAYOUTS))}")
+        there = sorted(LAYOUTS)
+        raise UserError(f"there is no layout {name!r}; there are: {', '.join(there)}{did_you_mean(name, there)}")
     return LAYOUTS[name]
 
 

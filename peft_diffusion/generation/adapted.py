@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..bases.base import frozen
 from ..core.errors import UserError
 from ..core.events import Noted, Observer, Warned
 from .adapters import Adapters
@@ -37,15 +38,16 @@ def adapted(
         raise UserError(
             f"the base carries adapters already ({', '.join(adapters.names)}): remove them, and name their files as adapter"
         )
-    try:
-        names = []
-        for choice in choices:
-            names.append(adapters.load(choice.parsed(), None, choice.strength, strict=strict, warn=_teller(tell)))
-            _tell_triggers(adapters, names[-1], prompts, tell)
-        yield adapters, names
-    finally:
-        for name in adapters.names if lent else ():
-            adapters.remove(name)
+    with frozen(base if lent else None):
+        try:
+            names = []
+            for choice in choices:
+                names.append(adapters.load(choice.parsed(), None, choice.strength, strict=strict, warn=_teller(tell)))
+                _tell_triggers(adapters, names[-1], prompts, tell)
+            yield adapters, names
+        finally:
+            for name in adapters.names if lent else ():
+                adapters.remove(name)
 
 
 def _teller(tell: Observer) -> Callable[[str], None]:

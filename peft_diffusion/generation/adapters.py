@@ -19,7 +19,7 @@ from ..bases.words import teach
 from ..core import merge as merging
 from ..core import quantized
 from ..core import site as sites
-from ..core.errors import UserError
+from ..core.errors import UserError, did_you_mean
 from ..core.registry import Registry
 from ..core.strength import Amount
 from ..core.strength_schedule import Schedule
@@ -296,7 +296,8 @@ def _known_blocks(amounts: Mapping[str, Amount], own: tuple[str, ...], everywher
         if isinstance(amount, Mapping) and not isinstance(amount, Tensor):
             unknown = sorted(str(block) for block in set(amount) - everywhere)
             if unknown:
-                raise UserError(f"there is no block {', '.join(unknown)}; there are: {', '.join(sorted(everywhere))}")
+                there, near = ", ".join(sorted(everywhere)), did_you_mean(unknown[0], everywhere)
+                raise UserError(f"there is no block {', '.join(unknown)}; there are: {there}{near}")
             amount = {block: value for block, value in amount.items() if block in own}
         chosen[name] = amount
     return chosen

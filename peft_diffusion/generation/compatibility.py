@@ -36,7 +36,8 @@ def compare(first: Inspection, second: Inspection) -> Compatibility:
     if other:
         site, a, b = other[0]
         verdict = "no"
-        reasons.append(f"{len(other)} of the {len(shared)} sites of both have other shapes, such as {site}: {a} and {b}")
+        names = f"{first.names[site][0]} changes a weight of {a}, {second.names[site][0]} one of {b}"
+        reasons.append(f"{len(other)} of the {len(shared)} sites of both have other shapes: {names}")
     elif shared:
         verdict = "yes" if verdict == "unknown" else verdict
         reasons.append(f"both change {len(shared)} sites (of {len(first.sites)} and {len(second.sites)}), of equal shapes")

@@ -8,12 +8,12 @@ declaration, and import it when an adapter is built. What several methods share 
 
 import pkgutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from importlib import import_module
 
 from ..core import plugins
-from ..core.errors import UnknownMethodError, UserError
+from ..core.errors import UnknownMethodError, UserError, did_you_mean
 from ..core.method import METHODS, Method
 
 DEFAULT = "lora"
@@ -51,7 +51,10 @@ def find(name: str) -> type[Method]:
         UserError: A plug-in cannot be imported.
     """
     if name not in known():
-        raise UnknownMethodError(name, f"there is no method {name!r}; there are: {', '.join(sorted(METHODS))}")
+        there = sorted(METHODS)
+        raise UnknownMethodError(
+            name, f"there is no method {name!r}; there are: {', '.join(there)}{did_you_mean(name, there)}"
+        )
     return METHODS[name]
 
 
@@ -69,11 +72,27 @@ def method(name: str, **hyper_parameters: object) -> Method:
         UserError: There is no such method or hyper-parameter, or one has a value that it cannot have.
     """
     kind = find(name)
-    known_names = {field.name for field in fields(kind)}
-    unknown = sorted(set(hyper_parameters) - known_names)
-    if unknown:
-        raise UserError(f"method {name} has no {', '.join(unknown)}; it has: {', '.join(sorted(known_names)) or 'none'}")
+    refuse_unknown(kind, hyper_parameters)
     return kind(**hyper_parameters)
+
+
+def refuse_unknown(kind: type[Method], hyper_parameters: Iterable[str]) -> None:
+    """See that a method has hyper-parameters of these names.
+
+    Args:
+        kind: The class of the method.
+        hyper_parameters: The names.
+
+    Raises:
+        UserError: It has not.
+    """
+    known_names = sorted(field.name for field in fields(kind))
+    unknown = sorted(set(hyper_parameters) - set(known_names))
+    if unknown:
+        raise UserError(
+            f"method {kind.name} has no {', '.join(unknown)}; it has: {', '.join(known_names) or 'none'}"
+            f"{did_you_mean(unknown[0], known_names)}"
+        )
 
 
 def lines(unloaded: Sequence[str] = ()) -> dict[str, str]:

@@ -13,7 +13,7 @@ from ..bases.words import with_initial_tokens
 from ..core import site
 from ..core.adapter import Adapter
 from ..core.arena import side_by_side
-from ..core.errors import UserError
+from ..core.errors import UserError, did_you_mean
 from ..core.method import Method
 from .loop.seeds import global_seed
 from .settings.placements import Placement
@@ -54,9 +54,7 @@ def attach(
     rates: dict[str, float] = {}
     undecayed: set[str] = set()
     for name, part in parts.items():
-        own = [block for block in blocks if block.component == name]
-        if not own:
-            raise UserError(f"no --block trains {name}; leave it out of --components")
+        own = _of(name, blocks)
         with global_seed(torch.device("cpu"), seed, "start", name):
             built = site.attach_all(part, NAME, [(block.method, block.target) for block in own])
         for number, (block, adapters) in enumerate(zip(own, built, strict=True)):
@@ -72,6 +70,31 @@ def attach(
                     rates[own_group] = times * rate
                     groups.setdefault(own_group, []).append((path, parameters))
     return Attached({name: side_by_side(sites) for name, sites in groups.items()}, rates, frozenset(undecayed))
+
+
+def check_placements(parts: Mapping[str, nn.Module], blocks: Sequence[Placement]) -> None:
+    """See that all components are trained, every method serves what its target names, and those that meet go together.
+
+    `attach` finds the same. This is for the time before anything is computed that such a mistake would waste.
+
+    Args:
+        parts: The components, by name.
+        blocks: Which method is trained at which sites.
+
+    Raises:
+        UserError: A component has no block, a target matches nothing that its method serves, or two methods cannot stand
+            together at a site.
+    """
+    for name, part in parts.items():
+        site.check_attachable(part, [(block.method, block.target) for block in _of(name, blocks)])
+
+
+def _of(component: str, blocks: Sequence[Placement]) -> list[Placement]:
+    """The placements of a component. Raises UserError where there is none."""
+    found = [block for block in blocks if block.component == component]
+    if not found:
+        raise UserError(f"no --block trains {component}; leave it out of --components")
+    return found
 
 
 def selected_components(base: Base, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -90,7 +113,7 @@ def selected_components(base: Base, names: Sequence[str]) -> dict[str, nn.Module
     there = components(base)
     absent = [name for name in names if name not in there]
     if absent:
-        raise UserError(f"--components {','.join(absent)}: this base has {', '.join(there)}")
+        raise UserError(f"--components {','.join(absent)}: this base has {', '.join(there)}{did_you_mean(absent[0], there)}")
     return {name: part for name, part in there.items() if name in names}
 
 

@@ -49,6 +49,11 @@ class PictureSource:
     pipe: Pipeline | None
     drawing: Drawing
 
+    @property
+    def lent(self) -> Pipeline | None:
+        """The pipeline of the caller."""
+        return self.pipe
+
     def on(self, device: str) -> Self:
         """The same on another device."""
         return replace(self, asked=replace(self.asked, device=device))

@@ -18,7 +18,7 @@ from torch import nn
 
 from .. import formats
 from ..bases import components, fingerprint
-from ..bases.base import Base
+from ..bases.base import Base, frozen
 from ..bases.words import teach
 from ..core import plugins, site
 from ..core.arena import Arena
@@ -253,6 +253,11 @@ class Source(Protocol[Result]):
         """The settings as they were given."""
         ...
 
+    @property
+    def lent(self) -> "Base | None":
+        """A base that is the caller's, who gets it back as it was; None where the run loads one of its own."""
+        ...
+
     def on(self, device: str) -> Self:
         """Put the run on another device.
 
@@ -344,7 +349,7 @@ def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop
         Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
     began = time.monotonic()
-    with told_to_the_end(observers) as tell:
+    with told_to_the_end(observers) as tell, frozen(source.lent):
         processes, device = join(source.asked.device)
         if not processes.leads:
             tell.others = [silent]
@@ -382,7 +387,7 @@ def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop:
         UserError: For what the user can mend.
         Interrupted: The search was stopped. It is a KeyboardInterrupt.
     """
-    with told_to_the_end(observers) as tell:
+    with told_to_the_end(observers) as tell, frozen(source.lent):
         processes, device = join(source.asked.device)
         refuse_several_processes(processes)
         source = source.on(device)

@@ -19,7 +19,7 @@ from ..core.errors import UserError
 from ..core.events import Event, Observer
 from ..core.settings import flag, pick
 from ..data.text_files import Document, Texts, read_texts
-from .attachment import taught_words, with_words
+from .attachment import check_placements, taught_words, with_words
 from .events import IMPATIENT, Data, DataRead, LanguageModelLoaded, TokensMade
 from .loop.trainer import Trainer
 from .machine.memory_plan import Load
@@ -48,6 +48,11 @@ class TextSource:
 
     asked: TextTrainConfig
     base: LanguageModel | None
+
+    @property
+    def lent(self) -> LanguageModel | None:
+        """The model of the caller."""
+        return self.base
 
     def on(self, device: str) -> Self:
         """The same on another device."""
@@ -127,6 +132,7 @@ class TextMaterial:
         self.seed = asked.seed
         self.parts = components(base)
         self.blocks = with_words(base, blocks(self.first))
+        check_placements(self.parts, self.blocks)  # before texts become tokens
 
     def rate(self, component: str) -> float:
         """The learning rate."""

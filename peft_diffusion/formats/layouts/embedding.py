@@ -87,12 +87,14 @@ class Embedding(Layout):
 
     def write(self, content: Content) -> Written:
         """Words and nothing else."""
+        from ...core.adapter import method_of
+
         rest, words = parted(content)
         if rest:
             component, path, part = rest[0]
             raise UserError(
                 f"the layout {self.name!r} holds new words alone, without a dot in them, for text encoders that have such"
-                f" files; {type(part).__name__} at {component}.{path} is none: take the layout 'kohya'"
+                f" files; {method_of(part)} at {component}.{path} is none: take the layout 'kohya'"
             )
         found = written(words, alone=True)
         return Written(found.tensors, metadata.of_any(content.spec) | dict(found.metadata))

@@ -68,11 +68,19 @@ class Record:
         Raises:
             UserError: The file is no TOML.
         """
-        with refusing(f"{self.path / CONFIG} cannot be read as the settings of a run"):
-            chosen = tomllib.loads((self.path / CONFIG).read_text("utf-8-sig"))
         settings, derived = self.facts.get("settings", {}), self.facts.get("derived", {})
-        known = settings | chosen | {name: value for name, value in settings.items() if name in derived}
+        known = settings | self.chosen | {name: value for name, value in settings.items() if name in derived}
         return {name: value for name, value in known.items() if value is not None}
+
+    @cached_property
+    def chosen(self) -> dict[str, Any]:
+        """The settings of ``config.toml``: what was chosen, without what was derived.
+
+        Raises:
+            UserError: The file is no TOML.
+        """
+        with refusing(f"{self.path / CONFIG} cannot be read as the settings of a run"):
+            return tomllib.loads((self.path / CONFIG).read_text("utf-8-sig"))
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -187,9 +195,13 @@ class Record:
         return " + ".join(dict.fromkeys(blocks)) or str(self.config.get("method", "?"))
 
     def changed(self) -> dict[str, tuple[Any, Any]]:
-        """The settings that are not the preset's, each with what the preset says."""
-        defaults = self.facts.get("defaults", {})
-        return {name: (self.config.get(name), value) for name, value in defaults.items() if self.config.get(name) != value}
+        """The settings that were chosen otherwise than the preset has them, each with what the preset says.
+
+        What was derived from others is none of them, such as how often a short run saves.
+        """
+        defaults, derived = self.facts.get("defaults", {}), self.facts.get("derived", {})
+        own = {name: value for name, value in self.config.items() if name not in derived or name in self.chosen}
+        return {name: (own[name], value) for name, value in defaults.items() if name in own and own[name] != value}
 
 
 def find(folder: Path) -> list[Record]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ...bases import family as families
 from ...bases.family import Role
-from ...core.errors import UserError
+from ...core.errors import UserError, did_you_mean
 from ...core.settings import (
     COUNT,
     NATURAL,
@@ -321,7 +321,8 @@ class TrainConfig(SharedConfig, _PictureConfig):
         known = [name for name, one in families.components().items() if one.role != "language model"]
         unknown = [part for part in self.components if part not in known]
         if unknown or not self.components:
-            raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(known)}")
+            near = did_you_mean(unknown[0], known) if unknown else ""
+            raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(known)}{near}")
         if self.shard_base and self.quantize:
             raise UserError("--shard-base cannot shard what --quantize packs; leave one of them away")
         if self.debiased and self.min_snr_gamma:

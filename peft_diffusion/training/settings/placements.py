@@ -8,7 +8,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ... import methods
 from ...core import plugins
-from ...core.errors import UserError
+from ...core.errors import UserError, did_you_mean
 from ...core.method import Method
 from .shared import MethodSettings, SharedConfig
 
@@ -112,7 +112,10 @@ def _parse_block(text: str, config: MethodSettings) -> Placement:
     """``COMPONENT TARGET METHOD NAME=VALUE ...``."""
     component, target, name, *rest = _words(text)
     if component not in config.components:
-        raise UserError(f"--block {text!r}: {component} is not among the --components {','.join(config.components)}")
+        raise UserError(
+            f"--block {text!r}: {component} is not among the --components {','.join(config.components)}"
+            f"{did_you_mean(component, config.components)}"
+        )
     options = _pairs(rest, f"--block {text!r}")
     rate = _rate_of(options, text)
     options.pop("lr", None)
@@ -142,9 +145,7 @@ def _method(name: str, options: Mapping[str, str], config: MethodSettings) -> Me
     kind = methods.find(name)
     hints = get_type_hints(kind)
     known = {field.name for field in fields(kind)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise UserError(f"method {name} has no {', '.join(unknown)}; it has: {', '.join(sorted(known)) or 'none'}")
+    methods.refuse_unknown(kind, options)
     common = {"rank": config.rank, "alpha": config.alpha, "dropout": config.dropout or None}
     values: dict[str, Any] = {key: value for key, value in common.items() if key in known and value is not None}
     values |= {key: _value(text, key, hints[key]) for key, text in options.items()}

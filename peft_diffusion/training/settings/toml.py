@@ -31,4 +31,5 @@ def to_toml(config: Settings) -> str:
 
 def _line(name: str, value: Any) -> str:
     # Not ASCII: TOML knows no surrogate pairs, which JSON would write an emoji as.
-    return f"{name} = {json.dumps(plain(value), ensure_ascii=False)}"
+    text = json.dumps(plain(value), ensure_ascii=False)
+    return f"{name} = {text}".replace("\x7f", "\\u007f")  # which JSON leaves as it is, and TOML does not know

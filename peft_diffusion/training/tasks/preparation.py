@@ -18,7 +18,7 @@ from ...data.captions import CaptionRules
 from ...data.folder import ImageFolder, TrainingImage, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
-from ..attachment import selected_components
+from ..attachment import check_placements, selected_components, with_words
 from ..drawing import Drawing
 from ..events import IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
 from ..loop.seeds import seed_of
@@ -29,6 +29,7 @@ from ..machine.sharding import shard
 from ..record.run_folder import RunFolder, check_run, check_writable
 from ..settings.derive import adapted_components, resolve
 from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
+from ..settings.placements import blocks
 from ..settings.presets import HELD_OUT_FROM
 from . import class_images
 from .diffusion import Examples, noise_schedule
@@ -144,7 +145,8 @@ def _loaded(
     pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize)
     denoiser = denoiser_of(pipe)
     components = adapted_components(config, denoiser.family)
-    selected_components(pipe, components)
+    parts = selected_components(pipe, components)
+    check_placements(parts, with_words(pipe, blocks(replace(config, components=components))))
     noise_schedule(denoiser, config.zero_terminal_snr)
     if processes.shares_base:
         tell(shard(pipe, components, device))

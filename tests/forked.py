@@ -1,0 +1,132 @@
+"""Real processes that begin with the libraries imported: those take six seconds, what a test does often less than one."""
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
+
+HERE = str(Path(__file__).parent)
+# Starting a process asks after all others; of two threads that ask after one at once, one is told that it failed.
+ASKING = threading.Lock()
+POSSIBLE = "forkserver" in multiprocessing.get_all_start_methods()
+
+
+@contextlib.contextmanager
+def _path_of_the_server() -> Iterator[None]:
+    """Let the server, which begins with the first process, find what is imported here."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+def begin(target: Callable[..., object], *arguments: object) -> BaseProcess:
+    """Start a function in a process of its own, forked from one that has imported the libraries.
+
+    Args:
+        target: The function, which can be pickled.
+        arguments: What it is called with.
+    """
+    context: ForkServerContext = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    process = context.Process(target=target, args=arguments)
+    with ASKING, _path_of_the_server():
+        process.start()
+    return process
+
+
+def alive(process: BaseProcess) -> bool:
+    """Whether a process goes on."""
+    with ASKING:
+        return process.is_alive()
+
+
+@dataclass(frozen=True)
+class _Life:
+    """What a process that stands for ``python ...`` does."""
+
+    arguments: list[str]  # as Python takes them: -m NAME, -c CODE, or a script's path, and its own arguments
+    cwd: str | None
+    environment: dict[str, str]
+    outputs: str  # the folder of its stdout and stderr
+
+    def lead(self) -> None:
+        os.setsid()  # a signal for the group of the tests is none for it
+        if self.cwd is not None:
+            os.chdir(self.cwd)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            opened = os.open(Path(self.outputs, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(opened, number)
+            os.close(opened)
+        first, *rest = self.arguments
+        added = [entry for entry in self.environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
+        beside = str(Path.cwd() if first.startswith("-") else Path(first).parent)
+        sys.path[:] = [beside, *added, *(entry for entry in sys.path if entry != HERE)]
+        if first == "-m":
+            sys.argv[:] = rest
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif first == "-c":
+            sys.argv[:] = ["-c", *rest[1:]]
+            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv[:] = self.arguments
+            runpy.run_path(first, run_name="__main__")
+
+
+class Started:
+    """A process that stands for ``python ...``.
+
+    Args:
+        arguments: As Python takes them: ``-m NAME``, ``-c CODE``, or a script's path, and its own arguments.
+        cwd: The folder that it works in.
+        environment: All of its environment.
+    """
+
+    def __init__(self, arguments: Sequence[str], cwd: Path | None, environment: dict[str, str]) -> None:
+        self.arguments = list(arguments)
+        self._outputs = tempfile.TemporaryDirectory()
+        life = _Life(self.arguments, None if cwd is None else str(cwd), environment, self._outputs.name)
+        self.process = begin(life.lead)
+
+    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """What it printed, and the code that it ended with; after so many seconds it is killed."""
+        self.process.join(timeout)
+        with ASKING:
+            self.process.kill()
+            self.process.join()
+        code = self.process.exitcode
+        assert code is not None
+        out, error = (self._said(name) for name in ("stdout", "stderr"))
+        self._outputs.cleanup()
+        return subprocess.CompletedProcess(self.arguments, code, out, error)
+
+    def _said(self, name: str) -> str:
+        path = Path(self._outputs.name, name)
+        return path.read_text("utf-8") if path.exists() else ""
+
+
+def python(arguments: Sequence[str], cwd: Path | None, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run ``python ARGUMENTS`` to its end: forked where that can be, else as a new interpreter."""
+    if POSSIBLE:
+        return Started(arguments, cwd, environment).wait()
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, text=True, capture_output=True, timeout=300
+    )

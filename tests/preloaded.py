@@ -1,0 +1,16 @@
+"""What the processes of the tests find imported, see `forked`; it is imported once, in the server that forks them."""
+
+import logging
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(library).setLevel(logging.ERROR)
+
+import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: E402, F401
+import matplotlib.backends.backend_agg  # noqa: E402, F401
+import transformers.models.clip.modeling_clip  # noqa: E402, F401
+
+import peft_diffusion.api  # noqa: E402
+import peft_diffusion.cli.app  # noqa: E402, F401
