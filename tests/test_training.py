@@ -95,8 +95,15 @@ def lines(result: RunResult) -> list[dict[str, Any]]:
         ({"block": ("unet attention lora",), "components": ("unet", "text_encoder")}, "no --block trains text_encoder"),
         ({"block": ("unet attention lora", "unet all-linear loha rank=4")}, "lora and loha cannot share a site"),
         ({"block": ("unet attention lora", "unet attention lora")}, "lora and lora cannot share a site"),
-        ({"method": "tokens", "components": ("text_encoder",), "option": ("vectors=1", "initial=ink of cat"), "rank": None},
-         "the initial words 'ink of cat' have 3 tokens, for 1 vectors"),
+        (
+            {
+                "method": "tokens",
+                "components": ("text_encoder",),
+                "option": ("vectors=1", "initial=ink of cat"),
+                "rank": None,
+            },
+            "the initial words 'ink of cat' have 3 tokens, for 1 vectors",
+        ),
     ],
 )
 def test_a_wrong_placement_is_told_before_pictures_are_read(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -394,7 +401,7 @@ def test_every_preset_gives_every_family_all_its_values() -> None:
             found = resolve(TrainConfig(folder=(Path("x"),), preset=preset), base, 48, "cpu")
             may_be_none = {"cache", "alpha", "epochs", "quantize", "target", "log_with"}
             assert not [f.name for f in fields(found) if getattr(found, f.name) is None and f.name not in may_be_none]
-        assert set(families.find("other").presets[preset]) == set(families.find("sd1").presets[preset])
+        assert set(families.find("other").defaults(preset)) == set(families.find("sd1").defaults(preset))
 
 
 def test_epochs_become_steps_and_win_over_them() -> None:
