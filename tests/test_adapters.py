@@ -4,6 +4,7 @@ import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_formats import picture, write_adapter
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from peft_diffusion.bases import components, digest, fingerprint
+from peft_diffusion.bases import components, digest, fingerprint, load_base, load_lm
 from peft_diffusion.core import site
 from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import UserError
@@ -377,3 +378,11 @@ def test_what_a_load_leaves_out_is_logged_with_counts_and_names(
     told: list[str] = []
     adapters.load(tmp_path / "part.safetensors", name="again", warn=told.append)
     assert told == [message] and caplog.messages == [message]
+
+
+@pytest.mark.parametrize("read", [load_base, load_lm, Adapters])
+def test_a_part_of_a_pipeline_is_told_to_be_no_base_in_a_line(
+    read: Callable[[Any], object], tiny_pipe: DiffusionPipeline
+) -> None:
+    with pytest.raises(UserError, match=r"^a UNet2DConditionModel is no base; give a .+, or the name or path of one$"):
+        read(tiny_pipe.unet)

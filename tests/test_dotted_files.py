@@ -183,7 +183,12 @@ def assert_means_the_same(config: peft.PeftConfig, folder: Path, atol: float) ->
 @pytest.mark.parametrize("kind", OF_PEFT)
 def test_files_of_peft_mean_the_same(kind: str, tmp_path: Path) -> None:
     path = assert_means_the_same(OF_PEFT[kind], tmp_path, atol=2e-5)
-    assert formats.inspect(path).unknown == ()
+    found = formats.inspect(path)
+    assert found.unknown == ()
+    if isinstance(OF_PEFT[kind], peft.LoraConfig):  # the alpha that is told has the scale that peft takes
+        model = peft.PeftModel.from_pretrained(make_lm().lm, str(tmp_path))
+        scales = {one.scaling["default"] for one in model.modules() if isinstance(one, peft.tuners.lora.LoraLayer)}
+        assert {alpha / 4 for alpha in found.alphas} == scales
 
 
 def test_a_file_of_peft_without_its_configuration_says_what_is_assumed(tmp_path: Path) -> None:

@@ -72,6 +72,13 @@ def test_a_plug_in_that_is_not_there_is_named(place: Path, name: str) -> None:
     assert plugins.source(name) is None
 
 
+@pytest.mark.parametrize("name", ["there.py", "./there.py", "folder/there"])
+def test_a_file_in_place_of_a_module_is_told(place: Path, name: str) -> None:
+    (place / "there.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(UserError, match=r"name the module, not its file: --plugin there, where there\.py lies"):
+        plugins.load_plugin(name)
+
+
 def test_entry_points_are_imported_once_by_group(place: Path) -> None:
     sys.path.append(str(place))
     (place / "installed_plugin.py").write_text("value = 5")

@@ -112,6 +112,7 @@ def attached() -> nn.Module:
         (lambda: site.served(attached(), methods.method("lora"), "all_linear"), "all-linear"),
         (lambda: site.detach(attached(), "inc"), "ink"),
         (lambda: family.rate_setting("text_encodr"), "text_encoder"),
+        (lambda: pd.load_base("icons", device="cpu", dtype="bfloat_16"), "bfloat16"),
     ],
 )
 def test_a_wrong_choice_is_told_the_nearest(wrong: Callable[[], object], near: str) -> None:
@@ -347,7 +348,7 @@ def test_python_reads_a_file_of_settings_as_the_command_does(tmp_path: Path, mon
     assert load(pd.TrainConfig, file) == asked(monkeypatch, file)
     table = '[[block]]\ncomponent = "unet"\ntarget = "attention"\nmethod = "lora"\nrank = 4\nuse_bias = true\n'
     (tmp_path / "run.toml").write_text(f"folder = 'a'\nunet-lr = 1\n{table}", "utf-8")
-    found = load(pd.TrainConfig, tmp_path / "run.toml")
+    found = load(pd.TrainConfig, str(tmp_path / "run.toml"))
     assert (found.folder, found.unet_lr, found.block) == ((Path("a"),), 1.0, ("unet attention lora rank=4 use_bias=true",))
     assert found == asked(monkeypatch, tmp_path / "run.toml")
     (tmp_path / "run.toml").write_text("prompts = 'a cat'\nfrom = 'old.png'\n", "utf-8")

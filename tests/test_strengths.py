@@ -53,6 +53,14 @@ def drawn(tiny_pipe: DiffusionPipeline, flat: Path) -> tuple[Adapters, Draw]:
     return adapters, draw
 
 
+@pytest.mark.parametrize("table", [[[1, 0]], torch.ones(2, 2), {"mid_block": np.ones((1, 2))}])
+def test_a_table_of_strengths_is_not_taken_for_those_of_images(table: Any, drawn: tuple[Adapters, Draw]) -> None:
+    adapters, _ = drawn
+    with pytest.raises(UserError, match=r"one for each image, not a table of \([12], 2\)"):
+        adapters.set(flat=table)
+    assert strengths_of(adapters.pipe.unet).values.shape[-1] == 1
+
+
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
 def test_strengths_per_image_are_for_as_many_images_as_are_drawn(drawn: tuple[Adapters, Draw], guidance: float) -> None:
     adapters, draw = drawn

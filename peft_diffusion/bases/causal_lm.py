@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..core import quantized
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
 from .digest import identity
 from .digest import quantize as quantize_all
 from .embedded import TINY_LM, embedded
 from .family import LANGUAGE
-from .loading import first_line, pick_device, pick_dtype, quiet
+from .loading import named_source, pick_device, pick_dtype, quiet
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,13 @@ def load_lm(
         if quantize is not None and quantized.kind_of(source.lm) != quantize:
             raise UserError(f"this base is loaded already, and not as {quantize}; load it with load_lm(..., quantize=...)")
         return _checked(source)
+    named = named_source(source, "a LanguageModel")
     if quantize is not None:
         quantized.check(quantize)  # before gigabytes are read
     where = pick_device(device)
     chosen = pick_dtype(dtype, where)
     with quiet(transformers_logging):
-        model, tokenizer, name = _read(str(source), chosen)
+        model, tokenizer, name = _read(named, chosen)
     if quantize is not None:
         quantize_all({"lm": model}, quantize, where)
     return frozen(LanguageModel(model.to(where), tokenizer, name))

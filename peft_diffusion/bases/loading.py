@@ -1,5 +1,6 @@
 """What reading a base takes, of whatever kind: device and dtype by name, and silence."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from ..core.errors import UserError
+from ..core.settings import not_among
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,6 +37,24 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
+def named_source(source: object, kinds: str) -> str:
+    """See that a base that is to be read is named.
+
+    Args:
+        source: What was given.
+        kinds: What could be given instead of a name, in words.
+
+    Returns:
+        The name, of a folder, a file or on the hub.
+
+    Raises:
+        UserError: It is something else, such as a part of a pipeline.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(f"a {type(source).__name__} is no base; give {kinds}, or the name or path of one")
+    return str(source)
+
+
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Choose a dtype by its name.
 
@@ -51,7 +71,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype in _DTYPES:
         return _DTYPES[dtype]
     if dtype != "auto":
-        raise UserError(f"dtype {dtype!r} is none of auto, {', '.join(_DTYPES)}")
+        raise UserError(not_among("dtype", ("auto", *_DTYPES), dtype))
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
@@ -76,16 +96,3 @@ def quiet(*libraries: Any) -> Iterator[None]:
             for library, verbosity in before:
                 library.set_verbosity(verbosity)
                 library.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """Shorten an error.
-
-    Args:
-        error: Any.
-
-    Returns:
-        The first line of its text that says something; its type where none does.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

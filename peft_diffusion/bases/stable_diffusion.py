@@ -11,13 +11,13 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from ..core import quantized, site
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
 from . import single_file
 from .base import components, denoiser_of
 from .denoiser import kinds
 from .digest import quantize as quantize_all
 from .embedded import ICONS, embedded
-from .loading import first_line, pick_device, pick_dtype, quiet
+from .loading import named_source, pick_device, pick_dtype, quiet
 from .pipelines import Pipeline
 
 
@@ -48,12 +48,13 @@ def load_base(
     if isinstance(source, DiffusionPipeline):
         denoiser_of(_as_asked(source, quantize))  # which refuses what it does not know
         return source
+    name = named_source(source, "a pipeline of diffusers")
     if quantize is not None:
         quantized.check(quantize)  # before gigabytes are read
     where = pick_device(device)
     chosen = pick_dtype(dtype, where)
     with quiet(diffusers_logging, transformers_logging):
-        pipe = _frozen(_read(str(source), chosen))
+        pipe = _frozen(_read(name, chosen))
     if quantize is not None:
         quantize_all(components(pipe), quantize, where)
     return pipe.to(where)

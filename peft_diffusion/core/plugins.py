@@ -34,10 +34,13 @@ def load_plugin(module: str) -> None:
         module: The module's name, with dots for one in a package.
 
     Raises:
-        UserError: There is no such module, or importing it failed.
+        UserError: There is no such module, a file is named in its place, or importing it failed.
     """
     if module in _loaded:
         return
+    if module.endswith(".py") or "/" in module or os.sep in module:
+        file = Path(module)
+        raise UserError(f"--plugin {module}: name the module, not its file: --plugin {file.stem}, where {file.stem}.py lies")
     _look_in_the_present_directory()
     _import(module, f"--plugin {module}")
     _loaded.append(module)

@@ -212,10 +212,13 @@ class Strengths(KeepsPrecision):
         return rows.to(self.values.device)
 
     def _images(self, name: str, strength: "float | Sequence[float] | Tensor") -> Tensor:
+        wanted = f"the strength of {name!r} must be a number, or one for each image, not"
         try:
             row = torch.as_tensor(strength, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError):  # as torch refuses what is no number
-            raise UserError(f"the strength of {name!r} must be a number, or one for each image, not {strength!r}") from None
+            raise UserError(f"{wanted} {strength!r}") from None
+        if row.ndim > 1:
+            raise UserError(f"{wanted} a table of {tuple(row.shape)}")
         if not row.numel() or not bool(row.isfinite().all()):
             raise UserError(f"the strength of {name!r} must be finite numbers, not {strength}")
         return row.reshape(-1)

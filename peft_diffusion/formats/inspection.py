@@ -72,7 +72,10 @@ class Inspection:
 
     @property
     def alphas(self) -> Mapping[float, int]:
-        """Sites per alpha, of all methods that have one; none in the file means the rank."""
+        """Sites per alpha, of all methods that have one; none in the file means the rank.
+
+        The scale is alpha / rank: what another program scales otherwise (rank-stabilized, by alpha / sqrt(rank)) is told so.
+        """
         return self._all("alpha")
 
     def _all(self, name: str) -> Mapping[float, int]:
