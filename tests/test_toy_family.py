@@ -59,7 +59,7 @@ def test_a_row_says_only_the_defaults_that_are_its_own(
 ) -> None:
     row = replace(ROW, name=f"toy of {len(presets)} presets", small=False, presets=presets)
     family.register(row)
-    config = pd.TrainConfig(folder=("pictures",), preset=preset)
+    config = pd.TrainConfig(folder=(Path("pictures"),), preset=preset)
     found, usual = (resolve(config, BaseOf(name), 4, "cpu") for name in (row.name, "sd1"))
     own = preset in presets
     assert found.steps == (steps if own else usual.steps)
@@ -75,7 +75,7 @@ def test_a_rate_that_is_no_setting_is_said_with_those_there_are() -> None:
     with pytest.raises(
         pd.UserError, match=r"rate of its transformer: 'toy_lr' is none; there are: unet_lr, text_encoder_lr"
     ):
-        resolve(pd.TrainConfig(folder=("pictures",)), BaseOf(row.name), 4, "cpu")
+        resolve(pd.TrainConfig(folder=(Path("pictures"),)), BaseOf(row.name), 4, "cpu")
 
 
 def test_it_is_known_by_its_row() -> None:
