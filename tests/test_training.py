@@ -95,8 +95,15 @@ def lines(result: RunResult) -> list[dict[str, Any]]:
         ({"block": ("unet attention lora",), "components": ("unet", "text_encoder")}, "no --block trains text_encoder"),
         ({"block": ("unet attention lora", "unet all-linear loha rank=4")}, "lora and loha cannot share a site"),
         ({"block": ("unet attention lora", "unet attention lora")}, "lora and lora cannot share a site"),
-        ({"method": "tokens", "components": ("text_encoder",), "option": ("vectors=1", "initial=ink of cat"), "rank": None},
-         "the initial words 'ink of cat' have 3 tokens, for 1 vectors"),
+        (
+            {
+                "method": "tokens",
+                "components": ("text_encoder",),
+                "option": ("vectors=1", "initial=ink of cat"),
+                "rank": None,
+            },
+            "the initial words 'ink of cat' have 3 tokens, for 1 vectors",
+        ),
     ],
 )
 def test_a_wrong_placement_is_told_before_pictures_are_read(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
