@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..core import quantized
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
 from .digest import identity
 from .digest import quantize as quantize_all
 from .embedded import TINY_LM, embedded
 from .family import LANGUAGE
-from .loading import first_line, named_source, pick_device, pick_dtype, quiet
+from .loading import named_source, pick_device, pick_dtype, quiet
 
 
 @dataclass(frozen=True)

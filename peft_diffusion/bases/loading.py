@@ -96,16 +96,3 @@ def quiet(*libraries: Any) -> Iterator[None]:
             for library, verbosity in before:
                 library.set_verbosity(verbosity)
                 library.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """Shorten an error.
-
-    Args:
-        error: Any.
-
-    Returns:
-        The first line of its text that says something; its type where none does.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -11,13 +11,13 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from ..core import quantized, site
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
 from . import single_file
 from .base import components, denoiser_of
 from .denoiser import kinds
 from .digest import quantize as quantize_all
 from .embedded import ICONS, embedded
-from .loading import first_line, named_source, pick_device, pick_dtype, quiet
+from .loading import named_source, pick_device, pick_dtype, quiet
 from .pipelines import Pipeline
 
 
