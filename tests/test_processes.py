@@ -132,7 +132,7 @@ def test_accelerate_launches_the_same_command_or_is_found_not_to_have(tiny_base:
 def test_parts_cover_the_batch_once() -> None:
     rows = list(range(12))
     assert [row for rank in range(3) for row in rows[Processes(rank, 3).part(4)]] == rows
-    assert [Processes(rank, 3).apart() for rank in range(3)] == [(), (1,), (2,)]
+    assert [Processes(rank, 3).seed_parts() for rank in range(3)] == [(), (1,), (2,)]
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """A new family of bases is one row and one file: `toy_family.py`, which nothing in the package knows."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,22 @@ from test_training import draw_pictures
 from toy_family import ROW, ToyDenoiser, ToyPipeline, make_toy
 
 import peft_diffusion as pd
-from peft_diffusion.bases import denoiser_of, describe, fingerprint
+from peft_diffusion.bases import denoiser_of, describe, family, fingerprint
 from peft_diffusion.bases.base import components
 from peft_diffusion.core import site
 from peft_diffusion.generation.settings import SchedulerName
 from peft_diffusion.training.machine.low_memory import blocks_of
-from peft_diffusion.training.settings.choices import Memory
+from peft_diffusion.training.settings.choices import Memory, Preset
+from peft_diffusion.training.settings.derive import resolve
+
+
+class BaseOf:
+    """What defaults depend on."""
+
+    name, resolution = "base", 64
+
+    def __init__(self, family: str) -> None:
+        self.family = family
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +48,34 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.held_out_after is not None and result.held_out_before is not None
     assert result.held_out_after < result.held_out_before
     return result.output
+
+
+@pytest.mark.parametrize("preset", ["style", "subject"])
+@pytest.mark.parametrize(
+    ("presets", "steps"), [({}, None), ({"style": {"steps": 5}}, 5), ({"style": {"steps": 5}, "subject": {"steps": 5}}, 5)]
+)
+def test_a_row_says_only_the_defaults_that_are_its_own(
+    preset: Preset, presets: dict[str, dict[str, int]], steps: int | None
+) -> None:
+    row = replace(ROW, name=f"toy of {len(presets)} presets", small=False, presets=presets)
+    family.register(row)
+    config = pd.TrainConfig(folder=(Path("pictures"),), preset=preset)
+    found, usual = (resolve(config, BaseOf(name), 4, "cpu") for name in (row.name, "sd1"))
+    own = preset in presets
+    assert found.steps == (steps if own else usual.steps)
+    assert (found.unet_lr, found.text_encoder_lr, found.rank, found.batch_size) == (
+        usual.unet_lr, usual.text_encoder_lr, usual.rank, usual.batch_size
+    )  # fmt: skip
+
+
+def test_a_rate_that_is_no_setting_is_said_with_those_there_are() -> None:
+    (network, *others) = ROW.components
+    row = replace(ROW, name="toy of another rate", components=(replace(network, rate="toy_lr"), *others))
+    family.register(row)
+    with pytest.raises(
+        pd.UserError, match=r"rate of its transformer: 'toy_lr' is none; there are: unet_lr, text_encoder_lr"
+    ):
+        resolve(pd.TrainConfig(folder=(Path("pictures"),)), BaseOf(row.name), 4, "cpu")
 
 
 def test_it_is_known_by_its_row() -> None:

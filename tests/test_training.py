@@ -401,7 +401,7 @@ def test_every_preset_gives_every_family_all_its_values() -> None:
             found = resolve(TrainConfig(folder=(Path("x"),), preset=preset), base, 48, "cpu")
             may_be_none = {"cache", "alpha", "epochs", "quantize", "target", "log_with"}
             assert not [f.name for f in fields(found) if getattr(found, f.name) is None and f.name not in may_be_none]
-        assert set(families.find("other").presets[preset]) == set(families.find("sd1").presets[preset])
+        assert set(families.find("other").defaults(preset)) == set(families.find("sd1").defaults(preset))
 
 
 def test_epochs_become_steps_and_win_over_them() -> None:

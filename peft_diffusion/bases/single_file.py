@@ -75,7 +75,7 @@ def architecture(path: Path) -> Architecture:
 def _header(path: Path) -> Architecture:
     with refusing(f"{path} is no whole .safetensors file"), safe_open(path, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        return _told(path, shapes, file.get_tensor(_NORM) if _NORM in shapes else None)
+        return _architecture(path, shapes, file.get_tensor(_NORM) if _NORM in shapes else None)
 
 
 def _pickled(path: Path) -> Architecture:
@@ -89,14 +89,14 @@ def _pickled(path: Path) -> Architecture:
     while isinstance(loaded, Mapping) and "state_dict" in loaded:
         loaded = loaded["state_dict"]
     tensors = {name: value for name, value in _items(loaded) if isinstance(value, Tensor)}
-    return _told(path, {name: tuple(value.shape) for name, value in tensors.items()}, tensors.get(_NORM))
+    return _architecture(path, {name: tuple(value.shape) for name, value in tensors.items()}, tensors.get(_NORM))
 
 
 def _items(loaded: object) -> list[tuple[str, Any]]:
     return [(str(name), value) for name, value in loaded.items()] if isinstance(loaded, Mapping) else []
 
 
-def _told(path: Path, shapes: Mapping[str, tuple[int, ...]], norm: Tensor | None) -> Architecture:
+def _architecture(path: Path, shapes: Mapping[str, tuple[int, ...]], norm: Tensor | None) -> Architecture:
     """The architecture that these names and shapes say."""
     if _REFINER in shapes:
         raise UserError(f"{path} is the refiner of Stable Diffusion XL, which finishes pictures; take the base of it")

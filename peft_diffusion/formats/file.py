@@ -166,7 +166,7 @@ def _bound(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[list[_Site], di
         place = one.sources[0].place
         candidates = [place.component, *place.others]
         present = [component for component in candidates if name in paths.get(component, ())]
-        component = next((one for one in present if place.told or _is_only(one, parts)), None)
+        component = next((one for one in present if place.component_named or _is_only(one, parts)), None)
         if component is None:
             left |= {**{source.name: NO_SITE for source in one.sources}, **one.leftovers}
             continue

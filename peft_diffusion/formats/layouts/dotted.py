@@ -174,8 +174,8 @@ class _Tensor:
 class _Configuration:
     """What a configuration of peft says of sites: that beside a file of peft, or those in the metadata of diffusers."""
 
-    def __init__(self, told: Mapping[str, Any], where: str, problems: Sequence[str]) -> None:
-        self.told = told
+    def __init__(self, config: Mapping[str, Any], where: str, problems: Sequence[str]) -> None:
+        self.config = config
         self.where = where  # what errors call it
         self.problems = [*problems]
         self._patterns: dict[tuple[str, str], Patterns] = {}
@@ -210,13 +210,13 @@ class _Configuration:
         alpha = self.alpha(start, path, 1)
         if alpha is None or rank is None or rank <= 0:
             return 1.0
-        return alpha / (math.sqrt(rank) if self.told.get("use_rslora") else rank)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _of(self, start: str) -> Mapping[str, Any]:
         """The settings for names that begin so: diffusers puts the component before each key, unless there is but one."""
         if start not in self._settings:
-            own = {key.removeprefix(start): value for key, value in self.told.items() if start and key.startswith(start)}
-            self._settings[start] = own or self.told
+            own = {key.removeprefix(start): value for key, value in self.config.items() if start and key.startswith(start)}
+            self._settings[start] = own or self.config
         return self._settings[start]
 
     def _by_pattern(self, start: str, key: str, path: str, otherwise: Any) -> Any:
@@ -239,9 +239,9 @@ class _Configuration:
         found += [
             f"{path}: its configuration has {name}, which is not computed here: it may do something else than in peft"
             for name in _NOT_COMPUTED
-            if self.told.get(name)
+            if self.config.get(name)
         ]
-        began = self.told.get("init_lora_weights")
+        began = self.config.get("init_lora_weights")
         if isinstance(began, str) and began.startswith(_CHANGED):
             found.append(
                 f"{path} began with {began}, which changed the weights of its base, and holds nothing of that; with peft's"

@@ -39,7 +39,7 @@ class LearnedVectors(Adapter):
         """The tokens of the base that the vectors of each began as."""
         return self.words
 
-    def answer(self, ids: Sequence[int] | None) -> None:
+    def bind_ids(self, ids: Sequence[int] | None) -> None:
         """Serve these ids, one a vector, in the order of ``words``; None: the ids that the vectors began as."""
         chosen = self.began if ids is None else torch.tensor(ids, device=self.ids.device)
         if chosen.shape != self.ids.shape:

@@ -69,11 +69,11 @@ class Record:
             UserError: The file is no TOML.
         """
         settings, derived = self.facts.get("settings", {}), self.facts.get("derived", {})
-        known = settings | self.chosen | {name: value for name, value in settings.items() if name in derived}
+        known = settings | self.explicit | {name: value for name, value in settings.items() if name in derived}
         return {name: value for name, value in known.items() if value is not None}
 
     @cached_property
-    def chosen(self) -> dict[str, Any]:
+    def explicit(self) -> dict[str, Any]:
         """The settings of ``config.toml``: what was chosen, without what was derived.
 
         Raises:
@@ -200,7 +200,7 @@ class Record:
         What was derived from others is none of them, such as how often a short run saves.
         """
         defaults, derived = self.facts.get("defaults", {}), self.facts.get("derived", {})
-        own = {name: value for name, value in self.config.items() if name not in derived or name in self.chosen}
+        own = {name: value for name, value in self.config.items() if name not in derived or name in self.explicit}
         return {name: (own[name], value) for name, value in defaults.items() if name in own and own[name] != value}
 
 
