@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..core.errors import UserError
-from ..core.parsing import json_value, refusing
+from ..core.parsing import json_value
 from ..core.settings import not_among
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -123,11 +123,13 @@ def refuse_beyond(folder: Path) -> None:
         folder: Of a base, with its configurations in it or one folder deeper.
 
     Raises:
-        UserError: One does, or cannot be read.
+        UserError: One does.
     """
     for path in sorted([*folder.glob("*config.json"), *folder.glob("*/*config.json")]):
-        with refusing(f"{path} cannot be read"):
+        try:
             told = json_value(path.read_text("utf-8"))
+        except (OSError, ValueError):  # which its reader will say better
+            continue
         for name, (least, most) in _RANGES.items():
             value = told.get(name) if isinstance(told, dict) else None
             many = value if isinstance(value, list) else [value]
