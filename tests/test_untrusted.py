@@ -279,6 +279,12 @@ def test_settings_without_what_has_no_default_say_so(tmp_path: Path) -> None:
 BASES = {
     "no size": ("unet/config.json", "sample_size", None, "has the sample_size None"),
     "a size of text": ("unet/config.json", "sample_size", "eight", "has the sample_size 'eight'"),
+    "endless steps": ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9, "has num_train_timesteps 1000000000"),
+    "endless layers": ("unet/config.json", "layers_per_block", 10**4, "has layers_per_block 10000"),
+    "no layers": ("unet/config.json", "layers_per_block", -1, "has layers_per_block -1"),
+    "endless blocks": ("vae/config.json", "block_out_channels", [8] * 10**5, "has block_out_channels"),
+    "endless depth": ("text_encoder/config.json", "num_hidden_layers", 10**5, "has num_hidden_layers 100000"),
+    "an endless size": ("unet/config.json", "sample_size", 10**9, "has sample_size 1000000000"),
     "a prediction of 5": ("scheduler/scheduler_config.json", "prediction_type", 5, "prediction_type '5'"),
     "a prediction of nothing": ("scheduler/scheduler_config.json", "prediction_type", None, "prediction_type 'None'"),
 }

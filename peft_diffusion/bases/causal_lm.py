@@ -16,7 +16,7 @@ from .digest import identity
 from .digest import quantize as quantize_all
 from .embedded import TINY_LM, embedded
 from .family import LANGUAGE
-from .loading import named_source, pick_device, pick_dtype, quiet
+from .loading import named_source, pick_device, pick_dtype, quiet, refuse_beyond
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ def _read(source: str, dtype: torch.dtype) -> tuple[Any, Any, str]:
         if path.is_dir():
             if not (path / "config.json").is_file():
                 raise UserError(f"{path} is no folder of a language model: it holds no config.json")
+            refuse_beyond(path)
             # By absolute path, or a folder such as "owner/name" would be looked up on the hub.
             model = AutoModelForCausalLM.from_pretrained(str(path.resolve()), dtype=dtype, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(str(path.resolve()), local_files_only=True)

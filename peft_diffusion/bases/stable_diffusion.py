@@ -17,7 +17,7 @@ from .base import components, denoiser_of
 from .denoiser import kinds
 from .digest import quantize as quantize_all
 from .embedded import ICONS, embedded
-from .loading import named_source, pick_device, pick_dtype, quiet
+from .loading import named_source, pick_device, pick_dtype, quiet, refuse_beyond
 from .pipelines import Pipeline
 
 
@@ -68,6 +68,7 @@ def _read(source: str, dtype: torch.dtype) -> DiffusionPipeline:
         if path.is_dir():
             if not (path / "model_index.json").is_file():
                 raise UserError(f"{path} is no diffusers folder: it holds no model_index.json")
+            refuse_beyond(path)
             return _pipeline_class(str(path), local_files_only=True).from_pretrained(
                 str(path), dtype=dtype, local_files_only=True
             )
