@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 import peft_diffusion as pd
 from peft_diffusion.bases import describe, embedded
+from peft_diffusion.bases.loading import quiet
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig, SchedulerName
 from scripts.build_base.augment import moved, strange
@@ -42,6 +46,32 @@ def _drawn(pipe: Any, prompts: list[str], scheduler: SchedulerName | None = None
     sampling = GenerateConfig(tuple(prompts), steps=steps, scheduler=scheduler)
     images = paint(pd.Adapters(pipe), [Cell(prompt, 0, {}) for prompt in prompts], sampling)
     return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
+
+
+def test_libraries_show_what_they_showed_before_a_base_was_loaded() -> None:
+    libraries: list[Any] = [diffusers_logging, transformers_logging]
+
+    def shown() -> list[object]:
+        own = [(one.get_verbosity(), one.is_progress_bar_enabled()) for one in libraries]
+        return [own, are_progress_bars_disabled()]
+
+    before, without = [one.is_progress_bar_enabled() for one in libraries], are_progress_bars_disabled()
+    try:
+        for bars in (False, True):
+            for library in libraries:
+                (library.enable_progress_bar if bars else library.disable_progress_bar)()
+            chosen = shown()
+            with quiet(*libraries):
+                assert not any(one.is_progress_bar_enabled() for one in libraries)
+            assert shown() == chosen
+        disable_progress_bars()  # those of the hub alone
+        with quiet(*libraries):
+            pass
+        assert are_progress_bars_disabled()
+    finally:
+        for library, bars in zip(libraries, before, strict=True):
+            (library.enable_progress_bar if bars else library.disable_progress_bar)()
+        (disable_progress_bars if without else enable_progress_bars)()
 
 
 def test_plain_diffusers_loads_it_and_draws_the_same(icons: Any) -> None:

@@ -1,6 +1,7 @@
 """The command line as a person meets it: real processes."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -76,6 +77,22 @@ NAMES_THAT_ARE_NOT_THERE: tuple[Callable[[], object], ...] = (
 def test_a_name_that_is_not_there_is_refused_at_once_and_by_a_type_checker(look_up: Callable[[], object]) -> None:
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         look_up()
+
+
+def test_a_program_that_calls_main_keeps_its_own_log(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "speaks.py").write_text("import logging; logging.getLogger('peft_diffusion.speaks').warning('a plug-in')\n")
+    log = logging.getLogger("peft_diffusion")
+    before = list(log.handlers), log.level, log.propagate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.delitem(sys.modules, "speaks", raising=False)
+        assert main(["inspect", "--plugin", "speaks", str(tmp_path / "none.safetensors")]) == 1
+    assert "note: a plug-in" in capsys.readouterr().err and not caplog.records
+    assert (log.handlers, log.level, log.propagate) == before
+    log.warning("the program's own")
+    assert [record.getMessage() for record in caplog.records] == ["the program's own"]
 
 
 def test_version_and_help() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 
 from ..core.errors import UserError
 from ..core.parsing import json_value
@@ -101,19 +102,26 @@ def quiet(*libraries: Any) -> Iterator[None]:
 
     Args:
         libraries: Their ``utils.logging`` modules, such as ``diffusers.utils.logging``.
+
+    Yields:
+        Once; afterwards the libraries say what they said before.
     """
-    before = [(library, library.get_verbosity()) for library in libraries]
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    of_hub = not are_progress_bars_disabled()  # which transformers switches with its own
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        for library, _ in before:
+        for library, _, _ in before:
             library.set_verbosity_error()
             library.disable_progress_bar()
         try:
             yield
         finally:
-            for library, verbosity in before:
+            for library, verbosity, bars in before:
                 library.set_verbosity(verbosity)
-                library.enable_progress_bar()
+                if bars:
+                    library.enable_progress_bar()
+            if not of_hub:
+                disable_progress_bars()
 
 
 def refuse_beyond(folder: Path) -> None:
