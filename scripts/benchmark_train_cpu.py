@@ -246,7 +246,7 @@ def loss_on(folder: Path, file: Path) -> float:
     site.detach(components(task.pipe)["unet"], "a")
     loaded = formats.load(file, task.pipe, strict=True)
     site.attach_built(components(task.pipe)["unet"], "a", loaded.components["unet"])
-    task.apart = task.train
+    task.unseen = task.train
     found = task.held_out()
     if found is None:
         raise UserError(f"{folder} holds no pictures")

@@ -182,7 +182,7 @@ def _train(style: Style, method: str, pipe: Any, options: argparse.Namespace, co
     """Train an adapter; what it took is written beside it."""
     learned = methods.method(method)
     words: dict[str, Any] = {"components": ("text_encoder",)} if learned.initial_words() else {}
-    if learned.taught_words():
+    if learned.new_words():
         words["option"] = (f"placeholders={style.word}", "initial=emoji", "vectors=8")
     elif words:
         words["steps"] = 600  # of a soft prompt: half of them leave half of the drawings in other styles

@@ -282,6 +282,34 @@ def test_a_weight_that_is_computed_at_every_call_is_not_merged_into(
         assert not adapters.merged and torch.equal(layer(x), running)
 
 
+@pytest.mark.parametrize("fails", [3, 45], ids=["in the first component", "in the second"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_merge_that_ends_early_leaves_every_byte(
+    files: list[Path], tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch, fails: int, error: type[BaseException]
+) -> None:
+    adapters, parts = Adapters(tiny_pipe), components(tiny_pipe)
+    adapters.load(files[0])
+    before, clone, kept = fingerprint(parts), torch.Tensor.clone, 0
+
+    def full(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        nonlocal kept
+        kept += 1
+        if kept == fails:
+            raise error
+        return clone(tensor, **options)
+
+    monkeypatch.setattr(torch.Tensor, "clone", full)
+    with pytest.raises(error):
+        adapters.merge()
+    monkeypatch.undo()
+    assert fingerprint(parts) == before and not adapters.merged
+    adapters.merge()
+    assert fingerprint(parts) != before and set(adapters.merged) == set(parts)
+    adapters.unmerge()
+    assert fingerprint(parts) == before
+
+
+@pytest.mark.slow
 def test_what_is_removed_is_gone_from_memory(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
 

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 import peft_diffusion as pd
 from peft_diffusion.bases import describe, embedded
+from peft_diffusion.bases.loading import quiet
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig, SchedulerName
 from scripts.build_base.augment import moved, strange
@@ -44,6 +48,32 @@ def _drawn(pipe: Any, prompts: list[str], scheduler: SchedulerName | None = None
     return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
 
 
+def test_libraries_show_what_they_showed_before_a_base_was_loaded() -> None:
+    libraries: list[Any] = [diffusers_logging, transformers_logging]
+
+    def shown() -> list[object]:
+        own = [(one.get_verbosity(), one.is_progress_bar_enabled()) for one in libraries]
+        return [own, are_progress_bars_disabled()]
+
+    before, without = [one.is_progress_bar_enabled() for one in libraries], are_progress_bars_disabled()
+    try:
+        for bars in (False, True):
+            for library in libraries:
+                (library.enable_progress_bar if bars else library.disable_progress_bar)()
+            chosen = shown()
+            with quiet(*libraries):
+                assert not any(one.is_progress_bar_enabled() for one in libraries)
+            assert shown() == chosen
+        disable_progress_bars()  # those of the hub alone
+        with quiet(*libraries):
+            pass
+        assert are_progress_bars_disabled()
+    finally:
+        for library, bars in zip(libraries, before, strict=True):
+            (library.enable_progress_bar if bars else library.disable_progress_bar)()
+        (disable_progress_bars if without else enable_progress_bars)()
+
+
 def test_plain_diffusers_loads_it_and_draws_the_same(icons: Any) -> None:
     plain = StableDiffusionPipeline.from_pretrained(FOLDER)
     plain.set_progress_bar_config(disable=True)
@@ -52,6 +82,7 @@ def test_plain_diffusers_loads_it_and_draws_the_same(icons: Any) -> None:
     assert abs(_drawn(icons, [ASKED["noto"]])[0] - np.asarray(wanted) / 255).max() <= 1 / 255
 
 
+@pytest.mark.slow
 def test_it_draws_subject_and_style(icons: Any) -> None:
     drawn = _drawn(icons, list(ASKED.values()))
     apple, house, _ = drawn
@@ -81,6 +112,7 @@ def test_the_judge_of_subjects_sees_through_different_hands() -> None:
     assert sum(rank <= 5 for rank in judge.ranks(blank.expand(48, -1, -1, -1), list(known))) <= 5
 
 
+@pytest.mark.slow
 def test_a_style_of_any_name_keeps_the_subject(icons: Any) -> None:
     """A name that the text encoder never saw draws what no name draws, before anything is learned of it."""
     names = ["emoji of", "openmoji emoji of", "qwib watercolor drawing of"]
@@ -102,6 +134,7 @@ def test_what_unknown_words_are_taught_is_aligned() -> None:
         assert int((pair.weights < 1).sum()) < len(pair.weights) // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["ddim", "pndm", "euler", "heun", "dpm++-karras", "unipc"])
 def test_every_sampler_draws_the_apple(icons: Any, scheduler: SchedulerName) -> None:
     """They take other steps to the same picture: far nearer to it than to another subject's."""

@@ -1,11 +1,13 @@
 """The command line as a person meets it: real processes."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from making import typed as command  # here the whole of it, from its first impo
 from PIL import Image
 
 import peft_diffusion
+from peft_diffusion import bases, formats, generation, training
 from peft_diffusion.cli.app import COMMANDS, app, main
 from peft_diffusion.generation import recipe
 
@@ -58,8 +61,38 @@ def test_every_public_name_is_there() -> None:
     assert callable(peft_diffusion.train)
     assert callable(peft_diffusion.blend)
     assert set(peft_diffusion.__all__) <= set(dir(peft_diffusion))
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = peft_diffusion.nothing
+
+
+# mypy holds the other half: an ignore where it would take the name is an error, as `strict` warns of unused ones.
+NAMES_THAT_ARE_NOT_THERE: tuple[Callable[[], object], ...] = (
+    lambda: peft_diffusion.nothing,  # type: ignore[attr-defined]
+    lambda: bases.nothing,  # type: ignore[attr-defined]
+    lambda: formats.nothing,  # type: ignore[attr-defined]
+    lambda: generation.nothing,  # type: ignore[attr-defined]
+    lambda: training.nothing,  # type: ignore[attr-defined]
+)
+
+
+@pytest.mark.parametrize("look_up", NAMES_THAT_ARE_NOT_THERE)
+def test_a_name_that_is_not_there_is_refused_at_once_and_by_a_type_checker(look_up: Callable[[], object]) -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        look_up()
+
+
+def test_a_program_that_calls_main_keeps_its_own_log(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "speaks.py").write_text("import logging; logging.getLogger('peft_diffusion.speaks').warning('a plug-in')\n")
+    log = logging.getLogger("peft_diffusion")
+    before = list(log.handlers), log.level, log.propagate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.delitem(sys.modules, "speaks", raising=False)
+        assert main(["inspect", "--plugin", "speaks", str(tmp_path / "none.safetensors")]) == 1
+    assert "note: a plug-in" in capsys.readouterr().err and not caplog.records
+    assert (log.handlers, log.level, log.propagate) == before
+    log.warning("the program's own")
+    assert [record.getMessage() for record in caplog.records] == ["the program's own"]
 
 
 def test_version_and_help() -> None:
@@ -98,6 +131,7 @@ def test_a_file_of_settings_holds_for_one_command(
     app.parse_args(["inspect", str(files[0])], exit_on_error=False, print_error=False)  # raises if the file is still read
 
 
+@pytest.mark.slow
 def test_generate_writes_pictures_that_carry_their_recipe(files: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     settings = tmp_path / "run.toml"
     lines = [f"base = '{tiny_base}'", "steps = 9", "batch-size = 2", f"adapter = ['{files[0]}=0.5']", 'negative = "a dog"']
@@ -112,6 +146,7 @@ def test_generate_writes_pictures_that_carry_their_recipe(files: list[Path], tin
     assert [(used.path, used.strength) for used in made.adapters] == [(str(files[0]), 0.5)]
 
 
+@pytest.mark.slow
 def test_blend_draws_a_sheet(files: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     settings = ["--adapter", files[0], "-a", f"{files[1]}=0.5", "--base", tiny_base, "--steps", 1, "--columns", 3]
     told = command("blend", "a cat", "a house", *settings, "-o", "out/sheet.png", cwd=tmp_path)
@@ -123,6 +158,7 @@ def test_blend_draws_a_sheet(files: list[Path], tiny_base: Path, tmp_path: Path)
     assert strengths == [[[1.0], [0.5, 0.25], [0.5]]] * 2
 
 
+@pytest.mark.slow
 def test_demo_teaches_two_styles_and_blends_them(tiny_base: Path, tmp_path: Path) -> None:
     told = command("demo", "--base", tiny_base, "--steps", 2, "--output", "shown", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
@@ -143,6 +179,7 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process there")
 def test_ctrl_c_keeps_the_pictures_that_are_done(tiny_base: Path, tmp_path: Path) -> None:
     more = ["--base", tiny_base, "--steps", "20", "--count", "5000", "--batch-size", "1", "--output", "out"]

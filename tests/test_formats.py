@@ -122,7 +122,7 @@ def test_sdxl_files_name_both_encoders() -> None:
     for prefix, component in (("lora_te1_", "text_encoder"), ("lora_te2_", "text_encoder_2")):
         name = f"{prefix}text_model_encoder_layers_0_mlp_fc1.lora_up.weight"
         place = Kohya().read(Header(Path("a"), {}, {}, 0), [name]).places[name]
-        assert (place.component, place.suffix, place.told) == (component, "lora_up.weight", True)
+        assert (place.component, place.suffix, place.component_named) == (component, "lora_up.weight", True)
         module = parts[component].get_submodule(paths_by_name(component, parts[component])[site_name(place.site)])
         assert isinstance(module, torch.nn.Linear)
 

@@ -238,7 +238,7 @@ REFUSED: dict[str, tuple[str, Mapping[str, Targets], str]] = {
     ),
     "a name that peft does not look for": ("peft", {"unet": [(ALPHA, "attention")]}, "only under the name adapter_model"),
     "no UNet": ("original", {"text_encoder": [(ALPHA, "attention")]}, "text_encoder had no other names in the original"),
-    "no words": ("embedding", {"unet": [(ALPHA, "attention")]}, "LoraAdapter at unet.* is none: take the layout 'kohya'"),
+    "no words": ("embedding", {"unet": [(ALPHA, "attention")]}, "lora at unet.* is none: take the layout 'kohya'"),
 }  # fmt: skip
 
 

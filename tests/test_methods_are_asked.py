@@ -24,14 +24,14 @@ WORDS = {"tokens", "prompt", "prefix"}
 LOOK_UPS = {"find", "method", "get"}
 PLAIN_SUFFIXES = {"alpha", "weight", "rescale"}  # English words, which are not looked for
 
-# Scripts that measure one method against the same one in other libraries.
-COMPARISONS = {"compare_text.py", "training_sides.py", "benchmark_train_cpu.py", "benchmark_train.py"}
+# Scripts that measure one method against the same one in other libraries, and one that writes files as those do.
+OF_OTHER_PROGRAMS = {"compare_text.py", "training_sides.py", "benchmark_train_cpu.py", "benchmark_train.py", "fuzz.py"}
 
 
 def sources() -> list[Path]:
     package = ROOT / "peft_diffusion"
     found = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] != "methods"]
-    return sorted([*found, *(path for path in (ROOT / "scripts").glob("*.py") if path.name not in COMPARISONS)])
+    return sorted([*found, *(path for path in (ROOT / "scripts").glob("*.py") if path.name not in OF_OTHER_PROGRAMS)])
 
 
 def alone(tree: ast.Module) -> set[int]:
@@ -131,8 +131,9 @@ def test_declarations_hold_together(method: type[Method]) -> None:
     assert method.recognizes(method.suffixes)
     assert not method.recognizes(frozenset())
     assert methods.lines()[method.name].endswith(".")
-    assert method.told({}, {}) is None
-    assert method.told(dict.fromkeys(method.suffixes, (2, 2)), dict.fromkeys(method.constants, 1.0)) is not None
+    assert method.read_hyper_parameters({}, {}) is None
+    shapes, scalars = dict.fromkeys(method.suffixes, (2, 2)), dict.fromkeys(method.constants, 1.0)
+    assert method.read_hyper_parameters(shapes, scalars) is not None
 
 
 def test_rates() -> None:

@@ -453,7 +453,7 @@ def test_a_word_has_vectors_for_both_text_encoders_of_xl(tmp_path: Path) -> None
 
 def test_a_word_for_another_base_is_an_error(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     save_file({"emb_params": torch.ones(2, 768)}, tmp_path / "sd.safetensors")
-    with pytest.raises(UserError, match=r"made for another base.*\(2, 768\).*width here is 32"):
+    with pytest.raises(UserError, match=r"does not fit the base.*\(2, 768\).*width here is 32"):
         Adapters(tiny_pipe).load(tmp_path / "sd.safetensors")
     assert not site.sites(tiny_pipe.text_encoder)
 

@@ -20,6 +20,8 @@ from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import Adapters
 
 torch.set_num_threads(1)
+# peft says of merging and of its own save what is no matter here.
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 def changes(component: nn.Module, built: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor | None]]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_pipe
+from language import make_lm
 from making import make_adapter
 from safetensors.torch import load_file, save_file
 from test_methods_own import save_mixture
@@ -16,6 +17,8 @@ from test_methods_own import save_mixture
 from peft_diffusion import BlendConfig, GenerateConfig, UserError, blend, formats, generate
 from peft_diffusion.formats import container
 from peft_diffusion.generation import Adapters
+from peft_diffusion.generation.text import generate_text
+from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.dora import Dora
 from peft_diffusion.methods.ia3 import Ia3
@@ -303,3 +306,28 @@ def test_what_wrappers_put_before_names_is_seen_through(case: str, tmp_path: Pat
     (path,) = loaded.components["unet"]
     assert path.startswith("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_")
     assert_tells_what_it_does(tmp_path / "a.safetensors", make_pipe())
+
+
+def test_every_command_that_loads_can_be_strict(files: list[Path], tmp_path: Path) -> None:
+    save_file({**load_file(files[0]), "lora_unet_nowhere.alpha": torch.ones(())}, tmp_path / "part.safetensors")
+    base = make_pipe()
+    drawn: dict[str, Any] = {"steps": 1, "device": "cpu", "strict": True, "output": tmp_path / "a.png"}
+    part, whole = str(tmp_path / "part.safetensors"), str(files[1])
+    runs: tuple[Callable[[], object], ...] = (
+        lambda: generate(GenerateConfig(("a",), adapter=(part,), **drawn), pipe=base),
+        lambda: blend(BlendConfig(("a",), adapter=(whole, part), **drawn), pipe=base),
+        lambda: list(generate_text(TextGenerateConfig(("a",), adapter=(part,), strict=True), base=make_lm())),
+    )
+    for run in runs[:2]:
+        with pytest.raises(UserError, match=r"part\.safetensors would not be used whole: .*lora_unet_nowhere\.alpha"):
+            run()
+        assert Adapters(base).names == ()  # a lent base is given back as it was
+    save_file(lm_pair() | {"lora_lm_nowhere.alpha": torch.ones(())}, tmp_path / "part.safetensors")
+    with pytest.raises(UserError, match=r"would not be used whole: .*lora_lm_nowhere\.alpha"):
+        runs[2]()
+
+
+def lm_pair() -> dict[str, torch.Tensor]:
+    layer = make_lm().lm.get_submodule("model.layers.0.mlp.up_proj")
+    down, up = torch.ones(2, layer.in_features), torch.ones(layer.out_features, 2)
+    return pair_at("lora_lm_model_layers_0_mlp_up_proj", down, up)

@@ -95,6 +95,7 @@ def gradient(task: DiffusionTask, arena: Arena, inputs: Inputs) -> torch.Tensor:
 CLASS: dict[str, Any] = {"class_prompt": ("a cat", "a dog"), "class_images": 5, "preset": "subject"}
 
 
+@pytest.mark.slow
 def test_the_base_draws_the_class_once_and_later_runs_find_it(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +325,7 @@ def test_a_picture_of_a_mask_is_a_picture(tmp_path: Path, pictures: Path) -> Non
 # Repeats and weights.
 
 
+@pytest.mark.slow
 def test_a_repeated_folder_is_drawn_as_often_as_asked(tmp_path: Path) -> None:
     for name in ("10_mira", "often/deep", "once"):
         draw_pictures(tmp_path / "all" / name, 2, size=64)
@@ -462,6 +464,7 @@ def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path: Path,
     assert formats.load(result.output, pipe).warnings == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [None, "pndm", "euler", "dpm++"])
 def test_what_was_trained_to_pure_noise_is_drawn_from_it(
     tmp_path: Path, pictures: Path, sampler: SchedulerName | None, monkeypatch: pytest.MonkeyPatch
@@ -541,6 +544,7 @@ EVERYTHING = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_gives_the_bits_of_one_that_was_not(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

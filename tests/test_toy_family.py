@@ -1,6 +1,7 @@
 """A new family of bases is one row and one file: `toy_family.py`, which nothing in the package knows."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,22 @@ from test_training import draw_pictures
 from toy_family import ROW, ToyDenoiser, ToyPipeline, make_toy
 
 import peft_diffusion as pd
-from peft_diffusion.bases import denoiser_of, describe, fingerprint
+from peft_diffusion.bases import denoiser_of, describe, family, fingerprint
 from peft_diffusion.bases.base import components
 from peft_diffusion.core import site
 from peft_diffusion.generation.settings import SchedulerName
 from peft_diffusion.training.machine.low_memory import blocks_of
-from peft_diffusion.training.settings.choices import Memory
+from peft_diffusion.training.settings.choices import Memory, Preset
+from peft_diffusion.training.settings.derive import resolve
+
+
+class BaseOf:
+    """What defaults depend on."""
+
+    name, resolution = "base", 64
+
+    def __init__(self, family: str) -> None:
+        self.family = family
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +50,34 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return result.output
 
 
+@pytest.mark.parametrize("preset", ["style", "subject"])
+@pytest.mark.parametrize(
+    ("presets", "steps"), [({}, None), ({"style": {"steps": 5}}, 5), ({"style": {"steps": 5}, "subject": {"steps": 5}}, 5)]
+)
+def test_a_row_says_only_the_defaults_that_are_its_own(
+    preset: Preset, presets: dict[str, dict[str, int]], steps: int | None
+) -> None:
+    row = replace(ROW, name=f"toy of {len(presets)} presets", small=False, presets=presets)
+    family.register(row)
+    config = pd.TrainConfig(folder=(Path("pictures"),), preset=preset)
+    found, usual = (resolve(config, BaseOf(name), 4, "cpu") for name in (row.name, "sd1"))
+    own = preset in presets
+    assert found.steps == (steps if own else usual.steps)
+    assert (found.unet_lr, found.text_encoder_lr, found.rank, found.batch_size) == (
+        usual.unet_lr, usual.text_encoder_lr, usual.rank, usual.batch_size
+    )  # fmt: skip
+
+
+def test_a_rate_that_is_no_setting_is_said_with_those_there_are() -> None:
+    (network, *others) = ROW.components
+    row = replace(ROW, name="toy of another rate", components=(replace(network, rate="toy_lr"), *others))
+    family.register(row)
+    with pytest.raises(
+        pd.UserError, match=r"rate of its transformer: 'toy_lr' is none; there are: unet_lr, text_encoder_lr"
+    ):
+        resolve(pd.TrainConfig(folder=(Path("pictures"),)), BaseOf(row.name), 4, "cpu")
+
+
 def test_it_is_known_by_its_row() -> None:
     pipe: DiffusionPipeline = make_toy()
     assert isinstance(denoiser_of(pipe), ToyDenoiser)
@@ -47,6 +86,7 @@ def test_it_is_known_by_its_row() -> None:
     assert set(components(pipe)) == {"transformer", "text_encoder"}
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_read_and_drawn_with(trained: Path, tmp_path: Path) -> None:
     found = pd.inspect(trained)
     assert found.components == {"transformer": 12} and found.spec is not None and found.spec.base["family"] == ROW.name
@@ -119,6 +159,7 @@ def test_blocks_are_computed_again_where_memory_is_low(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, low[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_comes_in_by_command_and_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_toy().save_pretrained(tmp_path / "base")
     draw_pictures(tmp_path / "pictures", 2)

@@ -33,7 +33,7 @@ ROW = family.Family(
     ),
     kind="toy_family:ToyDenoiser",
     versions={"": family.Version("toy-v1", "toy_v1")},
-    presets=family.SMALL_DIFFUSION.presets,
+    small=True,
     targets={
         "ToyTransformer": TargetTable(
             {

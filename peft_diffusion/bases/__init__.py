@@ -26,18 +26,19 @@ __all__ = [
 ]
 
 # Finding an embedded file must not cost an import of torch, nor must text cost one of diffusers.
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "BaseInfo": "base",
-        "LanguageInfo": "causal_lm",
-        "LanguageModel": "causal_lm",
-        "components": "base",
-        "denoiser_of": "base",
-        "describe": "base",
-        "fingerprint": "digest",
-        "identity": "digest",
-        "load_base": "stable_diffusion",
-        "load_lm": "causal_lm",
-    },
-)
+if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "BaseInfo": "base",
+            "LanguageInfo": "causal_lm",
+            "LanguageModel": "causal_lm",
+            "components": "base",
+            "denoiser_of": "base",
+            "describe": "base",
+            "fingerprint": "digest",
+            "identity": "digest",
+            "load_base": "stable_diffusion",
+            "load_lm": "causal_lm",
+        },
+    )

@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..core import quantized
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
+from ..core.parsing import refusing
 from .digest import identity
 from .digest import quantize as quantize_all
 from .embedded import TINY_LM, embedded
 from .family import LANGUAGE
-from .loading import first_line, named_source, pick_device, pick_dtype, quiet
+from .loading import named_source, pick_device, pick_dtype, quiet, refuse_beyond
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def load_lm(
         model, tokenizer, name = _read(named, chosen)
     if quantize is not None:
         quantize_all({"lm": model}, quantize, where)
-    return frozen(LanguageModel(model.to(where), tokenizer, name))
+    with refusing(f"base {named!r} has a configuration that cannot be used"):
+        return frozen(LanguageModel(model.to(where), tokenizer, name))
 
 
 def frozen(base: LanguageModel) -> LanguageModel:
@@ -144,6 +146,7 @@ def _read(source: str, dtype: torch.dtype) -> tuple[Any, Any, str]:
         if path.is_dir():
             if not (path / "config.json").is_file():
                 raise UserError(f"{path} is no folder of a language model: it holds no config.json")
+            refuse_beyond(path)
             # By absolute path, or a folder such as "owner/name" would be looked up on the hub.
             model = AutoModelForCausalLM.from_pretrained(str(path.resolve()), dtype=dtype, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(str(path.resolve()), local_files_only=True)

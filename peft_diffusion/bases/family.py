@@ -70,8 +70,8 @@ class Family:
             models.
         versions: What other programs call it, by prediction type; "" stands for all that are not named.
         implementation: `modelspec.implementation`.
-        presets: Defaults of training by preset and setting.
-        small: Whether its bases are so small that words alone need rates and weights of their own.
+        presets: Defaults of training by preset and setting, where others suit it than those that `defaults` gives to all.
+        small: Whether its bases are so small that they need other rates, steps and weights of timesteps.
         targets: What targets mean in its components, by the name of their class, where `core.target_tables` does not know
             it.
     """
@@ -94,6 +94,17 @@ class Family:
     def text_encoders(self) -> tuple[Component, ...]:
         """The components that read prompts, in the order of the pipeline."""
         return tuple(one for one in self.components if one.role == "text encoder")
+
+    def defaults(self, preset: str) -> Mapping[str, Any]:
+        """Give the defaults of training.
+
+        Args:
+            preset: Its name.
+
+        Returns:
+            By setting: the family's own, and for what it leaves out those of all diffusion bases of its size.
+        """
+        return {**(_SMALL_PRESETS if self.small else _PRESETS)[preset], **self.presets.get(preset, {})}
 
     def component(self, name: str) -> Component:
         """Look a component up.
@@ -161,6 +172,11 @@ _SMALL_DIFFUSION: dict[str, Any] = {
 }
 # A step of a subject holds as many images of the class besides, which the base answers too.
 _SUBJECT: dict[str, Any] = {**_LATENT_DIFFUSION, "steps": 800, "batch_size": 2, "scheduler": "constant"}
+_PRESETS = {"style": _LATENT_DIFFUSION, "subject": _SUBJECT}
+_SMALL_PRESETS = {
+    "style": _SMALL_DIFFUSION,
+    "subject": {**_SMALL_DIFFUSION, "batch_size": 4, "timestep_bias": "none"},
+}
 
 UNET_KIND = "peft_diffusion.bases.unet:UNetDenoiser"
 """The kind of network of Stable Diffusion 1, 2 and XL."""
@@ -311,10 +327,6 @@ SMALL_DIFFUSION = Family(
     "other",
     (_UNET, _TEXT),
     UNET_KIND,
-    presets={
-        "style": _SMALL_DIFFUSION,
-        "subject": {**_SMALL_DIFFUSION, "batch_size": 4, "timestep_bias": "none"},
-    },
     small=True,
 )
 """Small bases such as the embedded one, and unknown ones. Settings take its components before a base is loaded."""
@@ -328,7 +340,6 @@ for _family in (
         (_UNET, _TEXT),
         UNET_KIND,
         {"": Version("stable-diffusion-v1", "sd_v1"), "v_prediction": Version("stable-diffusion-v1", "sd_v1_v")},
-        presets={"style": _LATENT_DIFFUSION, "subject": _SUBJECT},
     ),
     Family(
         "sd2",
@@ -338,7 +349,6 @@ for _family in (
             "": Version("stable-diffusion-v2-512", "sd_v2", v2=True),
             "v_prediction": Version("stable-diffusion-v2-768-v", "sd_v2_v", v2=True),
         },
-        presets={"style": _LATENT_DIFFUSION, "subject": _SUBJECT},
     ),
     Family(
         "sdxl",
@@ -346,7 +356,7 @@ for _family in (
         UNET_KIND,
         {"": Version("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")},
         implementation="https://github.com/Stability-AI/generative-models",
-        presets={"style": {**_LATENT_DIFFUSION, "rank": 32}, "subject": {**_SUBJECT, "rank": 32}},
+        presets={"style": {"rank": 32}, "subject": {"rank": 32}},
     ),
     SMALL_DIFFUSION,
     LANGUAGE,

@@ -4,11 +4,14 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 
 from ..core.errors import UserError
+from ..core.parsing import json_value
 from ..core.settings import not_among
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,35 +80,67 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
 
 
+_MOST_BLOCKS = 64
+# What a base has at least and at most, each far beyond all that are known; of lists each entry.
+_RANGES = {
+    "num_train_timesteps": (1, 100_000),
+    "layers_per_block": (1, 100),
+    "transformer_layers_per_block": (1, 100),
+    "num_hidden_layers": (1, 1000),
+    "block_out_channels": (1, 16_384),
+    "in_channels": (1, 1024),
+    "out_channels": (1, 1024),
+    "latent_channels": (1, 1024),
+    "cross_attention_dim": (1, 65_536),
+    "sample_size": (1, 65_536),
+}
+
+
 @contextmanager
 def quiet(*libraries: Any) -> Iterator[None]:
     """Silence the bars and notices of libraries inside: a command has its own.
 
     Args:
         libraries: Their ``utils.logging`` modules, such as ``diffusers.utils.logging``.
+
+    Yields:
+        Once; afterwards the libraries say what they said before.
     """
-    before = [(library, library.get_verbosity()) for library in libraries]
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    of_hub = not are_progress_bars_disabled()  # which transformers switches with its own
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        for library, _ in before:
+        for library, _, _ in before:
             library.set_verbosity_error()
             library.disable_progress_bar()
         try:
             yield
         finally:
-            for library, verbosity in before:
+            for library, verbosity, bars in before:
                 library.set_verbosity(verbosity)
-                library.enable_progress_bar()
+                if bars:
+                    library.enable_progress_bar()
+            if not of_hub:
+                disable_progress_bars()
 
 
-def first_line(error: Exception) -> str:
-    """Shorten an error.
+def refuse_beyond(folder: Path) -> None:
+    """Refuse a folder whose configurations ask for more than any base has: it would fill all memory, or never be built.
 
     Args:
-        error: Any.
+        folder: Of a base, with its configurations in it or one folder deeper.
 
-    Returns:
-        The first line of its text that says something; its type where none does.
+    Raises:
+        UserError: One does.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    for path in sorted([*folder.glob("*config.json"), *folder.glob("*/*config.json")]):
+        try:
+            told = json_value(path.read_text("utf-8"))
+        except (OSError, ValueError):  # which its reader will say better
+            continue
+        for name, (least, most) in _RANGES.items():
+            value = told.get(name) if isinstance(told, dict) else None
+            many = value if isinstance(value, list) else [value]
+            numbers = [one for one in many if type(one) is int]
+            if len(many) > _MOST_BLOCKS or any(not least <= one <= most for one in numbers):
+                raise UserError(f"{path} has {name} {value!r:.60}, and no base is so: {least} to {most:,} is known; mend it")

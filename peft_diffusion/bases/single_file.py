@@ -1,6 +1,5 @@
 """Checkpoints of one file, in the layout of the original Stable Diffusion, read without a network."""
 
-import pickle
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,12 +7,12 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
+from ..core.parsing import refusing
 from .architectures import Architecture
-from .loading import first_line
 
 _UNET = "model.diffusion_model."
 _IN = f"{_UNET}input_blocks.0.0.weight"  # (320, channels of its input, 3, 3)
@@ -74,18 +73,15 @@ def architecture(path: Path) -> Architecture:
 
 
 def _header(path: Path) -> Architecture:
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            return _told(path, shapes, file.get_tensor(_NORM) if _NORM in shapes else None)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no whole .safetensors file: {first_line(error)}") from None
+    with refusing(f"{path} is no whole .safetensors file"), safe_open(path, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return _architecture(path, shapes, file.get_tensor(_NORM) if _NORM in shapes else None)
 
 
 def _pickled(path: Path) -> Architecture:
     try:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # damage has no list of what it raises
         raise UserError(
             f"{path} cannot be read without running code that it may hold ({first_line(error)[:120]}); take the"
             " .safetensors of this checkpoint"
@@ -93,14 +89,14 @@ def _pickled(path: Path) -> Architecture:
     while isinstance(loaded, Mapping) and "state_dict" in loaded:
         loaded = loaded["state_dict"]
     tensors = {name: value for name, value in _items(loaded) if isinstance(value, Tensor)}
-    return _told(path, {name: tuple(value.shape) for name, value in tensors.items()}, tensors.get(_NORM))
+    return _architecture(path, {name: tuple(value.shape) for name, value in tensors.items()}, tensors.get(_NORM))
 
 
 def _items(loaded: object) -> list[tuple[str, Any]]:
     return [(str(name), value) for name, value in loaded.items()] if isinstance(loaded, Mapping) else []
 
 
-def _told(path: Path, shapes: Mapping[str, tuple[int, ...]], norm: Tensor | None) -> Architecture:
+def _architecture(path: Path, shapes: Mapping[str, tuple[int, ...]], norm: Tensor | None) -> Architecture:
     """The architecture that these names and shapes say."""
     if _REFINER in shapes:
         raise UserError(f"{path} is the refiner of Stable Diffusion XL, which finishes pictures; take the base of it")

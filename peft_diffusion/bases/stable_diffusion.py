@@ -11,13 +11,14 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from ..core import quantized, site
-from ..core.errors import UserError
+from ..core.errors import UserError, first_line
+from ..core.parsing import refusing
 from . import single_file
 from .base import components, denoiser_of
 from .denoiser import kinds
 from .digest import quantize as quantize_all
 from .embedded import ICONS, embedded
-from .loading import first_line, named_source, pick_device, pick_dtype, quiet
+from .loading import named_source, pick_device, pick_dtype, quiet, refuse_beyond
 from .pipelines import Pipeline
 
 
@@ -53,7 +54,8 @@ def load_base(
         quantized.check(quantize)  # before gigabytes are read
     where = pick_device(device)
     chosen = pick_dtype(dtype, where)
-    with quiet(diffusers_logging, transformers_logging):
+    unusable = refusing(f"base {name!r} has a configuration that cannot be used")
+    with quiet(diffusers_logging, transformers_logging), unusable:
         pipe = _frozen(_read(name, chosen))
     if quantize is not None:
         quantize_all(components(pipe), quantize, where)
@@ -68,6 +70,7 @@ def _read(source: str, dtype: torch.dtype) -> DiffusionPipeline:
         if path.is_dir():
             if not (path / "model_index.json").is_file():
                 raise UserError(f"{path} is no diffusers folder: it holds no model_index.json")
+            refuse_beyond(path)
             return _pipeline_class(str(path), local_files_only=True).from_pretrained(
                 str(path), dtype=dtype, local_files_only=True
             )
@@ -106,6 +109,8 @@ def _as_asked(pipe: Pipeline, quantize: str | None) -> Pipeline:
 
 def _frozen(pipe: Pipeline) -> Pipeline:
     denoiser = denoiser_of(pipe)
+    for needed in ("family", "resolution", "step"):  # what a configuration does not tell is told now, not after training
+        getattr(denoiser, needed)
     for part in (*components(pipe).values(), denoiser.vae):
         site.freeze(part)
     return pipe

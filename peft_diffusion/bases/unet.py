@@ -13,6 +13,7 @@ from .pipelines import Pipeline, uncompiled
 from .prompts import TextSide
 
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction", "sample")
 _WIDTHS = (320, 640, 1280, 1280)
 _BY_TEXT_WIDTH = {768: "sd1", 1024: "sd2"}
 
@@ -35,6 +36,7 @@ class UNetDenoiser(Denoiser):
         self.pipe = pipe
         self.unet: Any = getattr(pipe, "unet")  # noqa: B009  (not every pipeline has one)
         self.config: Any = self.unet.config
+        self._check()
         self.size_conditioned = getattr(self.config, "addition_embed_type", None) == "text_time"
         self.inpaints = self.config.in_channels == 2 * self.channels + 1
         if self.config.in_channels != self.channels and not self.inpaints:
@@ -50,6 +52,20 @@ class UNetDenoiser(Denoiser):
                 if tokenizer is not None and (encoder := getattr(pipe, name, None)) is not None
             ]
         )
+
+    def _check(self) -> None:
+        """Raises UserError for a configuration that says no size, or nothing that can be predicted."""
+        size, name = getattr(self.config, "sample_size", None), type(self.pipe).__name__
+        sides = size if isinstance(size, (list, tuple)) else [size]
+        if not sides or not all(type(side) is int and side > 0 for side in sides):
+            raise UserError(
+                f"the UNet of this {name} has the sample_size {size!r} in its config.json, not a number of latents"
+            )
+        if self.prediction not in _PREDICTIONS:
+            raise UserError(
+                f"the scheduler of this {name} has the prediction_type {self.prediction!r}; known are"
+                f" {', '.join(_PREDICTIONS)}"
+            )
 
     @classmethod
     def recognizes(cls, pipe: object) -> bool:

@@ -178,7 +178,7 @@ class _Pupil:
         self.state.words = tuple(
             Word(one.owner, one.tokens, own, one.block, one.precedes) for one, own in zip(self.found, ids, strict=True)
         )
-        _answer(self.found, ids)
+        _bind_ids(self.found, ids)
         if not isinstance(self.tokenizer, TaughtTokenizer):
             self.tokenizer.__class__ = _taught(cast(Hashable, type(self.tokenizer)))
         lessons = _Lessons(plain, self.of_lm, Link(self.state), self.state.words)
@@ -443,12 +443,12 @@ def _template(layout: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _answer(found: Sequence[_Found], ids: Sequence[Sequence[int]]) -> None:
+def _bind_ids(found: Sequence[_Found], ids: Sequence[Sequence[int]]) -> None:
     by_adapter: dict[Adapter, list[int]] = {}
     for one, own in zip(found, ids, strict=True):
         by_adapter.setdefault(one.adapter, []).extend(own)
     for adapter, numbers in by_adapter.items():
-        adapter.answer(numbers)
+        adapter.bind_ids(numbers)
 
 
 def _forget(tokenizer: Any) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -67,15 +67,15 @@ def _launch(
     plugin: Annotated[tuple[str, ...], _PLUGIN] = (),
     debug: Annotated[bool, Parameter(help="Show where in the program an error came from.", negative=())] = False,
 ) -> None:
-    _report_notes(debug)
-    file = None if config is None else RunFile(config)
-    for module in (*plugin, *(file.plugins() if file else ())):
-        plugins.load_plugin(module)
-    app.config = (whole_numbers,) if file is None else (file, whole_numbers)
-    try:
-        app(tokens)
-    finally:  # the application outlives the command where a program or a test calls `main` more than once
-        app.config = (whole_numbers,)
+    with _notes(debug):
+        file = None if config is None else RunFile(config)
+        for module in (*plugin, *(file.plugins() if file else ())):
+            plugins.load_plugin(module)
+        app.config = (whole_numbers,) if file is None else (file, whole_numbers)
+        try:
+            app(tokens)
+        finally:  # the application outlives the command where a program or a test calls `main` more than once
+            app.config = (whole_numbers,)
 
 
 _HELP_FLAGS = tuple(app.help_flags)
@@ -161,12 +161,19 @@ def _say(message: str, code: int) -> int:
     return code
 
 
-def _report_notes(debug: bool) -> None:
-    """Show what the package logs, as notes on stderr."""
+@contextlib.contextmanager
+def _notes(debug: bool) -> Iterator[None]:
+    """Show what the package logs inside, as notes on the present stderr; a program that calls `main` has its own log."""
     logger = logging.getLogger("peft_diffusion")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("note: %(message)s"))
-        logger.addHandler(handler)
+    before = logger.level, logger.propagate
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

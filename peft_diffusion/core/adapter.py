@@ -138,7 +138,7 @@ class Adapter(KeepsPrecision):
         """
         return {}
 
-    def answer(self, ids: Sequence[int] | None) -> None:
+    def bind_ids(self, ids: Sequence[int] | None) -> None:
         """Serve the ids that a tokenizer was taught for its words.
 
         Args:

@@ -32,6 +32,19 @@ class Interrupted(KeyboardInterrupt):
     """What ran was stopped, by a signal or by whoever asked for it; the message says how far it came, and how to go on."""
 
 
+def first_line(error: Exception) -> str:
+    """Shorten an error.
+
+    Args:
+        error: Any.
+
+    Returns:
+        The first line of its text that says something; its type where none does.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def did_you_mean(given: object, known: Iterable[str]) -> str:
     """Name the choice that a wrong one is nearest to, for the end of a message.
 

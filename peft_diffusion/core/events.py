@@ -203,7 +203,7 @@ def _log(event: Event) -> None:
 
 
 @contextmanager
-def told_to_the_end(observers: Sequence[Observer]) -> Iterator[Observers]:
+def observed(observers: Sequence[Observer]) -> Iterator[Observers]:
     """Something inside that observers are told of, to its end: where it is left by an error, this tells of it last.
 
     What is inside tells of its good end itself.

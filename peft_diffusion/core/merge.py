@@ -69,7 +69,9 @@ def merge(component: nn.Module) -> Merged:
     Raises:
         UserError: Images have different strengths, or one changes over the steps; nothing was changed.
         FoldError: A method is no change of weight and bias, another module has the weight too, or a module computes its
-            weight anew whenever it is called; names site and adapter. The component is then as it was.
+            weight anew whenever it is called; names site and adapter.
+
+    Whatever ends it early, the component is then as it was.
     """
     found = sites_of.strengths(component)
     if found is None or found.merged:
@@ -87,10 +89,14 @@ def merge(component: nn.Module) -> Merged:
     _refuse_computed(carriers, folded)
     _refuse_tied(component, carriers, folded)
     errors = _Errors()
-    for path, changed in folded.items():
-        stored = _encoded(carriers[path], changed, errors)
-        slots[path].unmerged = {name: _held(carriers[path], name).detach().clone() for name in stored}
-        _write(carriers[path], stored)
+    try:
+        for path, changed in folded.items():
+            stored = _encoded(carriers[path], changed, errors)
+            slots[path].unmerged = {name: _held(carriers[path], name).detach().clone() for name in stored}
+            _write(carriers[path], stored)
+    except BaseException:  # such as a device that is full, or Ctrl-C
+        _restore(carriers, slots)
+        raise
     found.merged = True
     return errors.report(len(carriers))
 
@@ -107,11 +113,16 @@ def unmerge(component: nn.Module) -> None:
     found = sites_of.strengths(component)
     if found is None or not found.merged:
         raise UserError("nothing is merged")
-    slots = sites_of.slots(component)
-    for path, site in sites_of.sites(component).items():
-        _write(site, slots[path].unmerged)
-        slots[path].unmerged = {}
+    _restore(sites_of.sites(component), sites_of.slots(component))
     found.merged = False
+
+
+def _restore(carriers: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> None:
+    """Write back the bytes that were kept, wherever there are some."""
+    for path, slot in slots.items():
+        if slot.unmerged:
+            _write(carriers[path], slot.unmerged)
+            slot.unmerged = {}
 
 
 @torch.no_grad()

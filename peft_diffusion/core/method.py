@@ -247,7 +247,7 @@ class Method:
         raise NotImplementedError
 
     @classmethod
-    def told(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
+    def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
         """Tell the hyper-parameters from the header of a file.
 
         Args:
@@ -327,7 +327,7 @@ class Method:
         """The share of a site's inputs, 0 to below 1, that it does not see in a step of training."""
         return 0.0
 
-    def taught_words(self) -> Sequence[str]:
+    def new_words(self) -> Sequence[str]:
         """The words that it teaches the tokenizer of its component."""
         return ()
 

@@ -5,10 +5,12 @@ A key is the name of a setting or one of its flags without dashes, with - or _ b
 
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import UserError, did_you_mean
+from .parsing import refuse_halves, refusing
 from .settings import Described, Settings, settings_of
 
 S = TypeVar("S", bound=Settings)
@@ -27,9 +29,13 @@ def load(kind: type[S], path: str | Path) -> S:
         file may name, are not imported: see `plugins`.
 
     Raises:
-        UserError: The file cannot be read, has a key of no setting, or a value that a setting cannot have.
+        UserError: The file cannot be read, has a key of no setting, a value that a setting cannot have, or lacks one.
     """
-    return kind(**read(Path(path), settings_of(kind)))
+    found = read(Path(path), settings_of(kind))
+    missing = [one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING and one.init]
+    if lacking := [name for name in missing if name not in found]:
+        raise UserError(f"{path} does not say {', '.join(lacking)}, which has no default")
+    return kind(**found)
 
 
 def read(path: Path, settings: Iterable[Described]) -> dict[str, Any]:
@@ -81,13 +87,15 @@ def plugins(path: Path) -> list[str]:
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8-sig"))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is no valid TOML: {error}") from None
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path} is no text file in UTF-8") from None
     except OSError as error:
         raise UserError(f"the settings file {path} cannot be read: {error.strerror}") from None
+    with refusing(f"{path} is no valid TOML"):
+        found = tomllib.loads(text)
+        refuse_halves(text, found)
+        return found
 
 
 def _key(flag: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .errors import UserError, did_you_mean
+from .parsing import matching
 from .slot import slot_of
 from .target_tables import TABLES, UNKNOWN, TargetTable
 
@@ -108,18 +109,14 @@ def match(component: nn.Module, target: str) -> list[str]:
         Their paths, in the order of the component.
 
     Raises:
-        UserError: It matches nothing, or is no valid expression.
+        UserError: It matches nothing, is no valid expression, or one that may try without end.
     """
     paths = modules(component)
     own = table(component).targets
     if target in KINDS and target not in own:
         found = [path for path, module in paths.items() if isinstance(module, KINDS[target]) and path not in HEADS]
     else:
-        pattern = own.get(target, target)
-        try:
-            found = [path for path in paths if path and re.fullmatch(pattern, path)]
-        except re.error as error:
-            raise UserError(f"target {target!r} is neither a name nor a regular expression: {error}") from None
+        found = matching(own.get(target, target), [path for path in paths if path], "target")
     if not found:
         near = did_you_mean(target, [*own, *KINDS])
         raise UserError(f"no module of {architecture(component)} matches the target {target!r}{near}; {_offer(component)}")

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import posixpath
 import re
 import unicodedata
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..core.parsing import json_value
 from .problems import Problem
 
 Source = Literal["sidecar", "metadata", "name", "none"]
@@ -214,7 +214,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, Mapping[str, object] | str]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json_value(line)
         except ValueError as error:
             yield number, f"is no JSON ({error})"
             continue
@@ -231,5 +231,5 @@ def _csv_rows(text: str) -> Iterator[tuple[int, Mapping[str, object] | str]]:
         reader.fieldnames = columns
         for row in reader:
             yield reader.line_num, {column: value for column, value in row.items() if isinstance(column, str)}
-    except csv.Error as error:
+    except (csv.Error, ValueError) as error:
         yield reader.line_num, f"is no CSV ({error})"

@@ -260,12 +260,12 @@ def _scan_root(
     image_names = [name for name in names if _is_picture(name)]
     names = _without_companions(names, image_names)
     captions = read_captions(root, names, image_names)
-    masks, lone = _masks(image_names, captions)
-    aside = {*masks.values(), *lone}
+    masks, unmatched = _masks(image_names, captions)
+    aside = {*masks.values(), *unmatched}
     others = [name for name in names if not (_is_picture(name) or is_sidecar(name) or is_metadata(name))]
     problems = [*(_unreadable_name(root, name) for name in unreadable), *(_other_file(root, name) for name in others)]
     problems += captions.problems
-    problems += [_lone_mask(root, name) for name in lone]
+    problems += [_mask_without_picture(root, name) for name in unmatched]
     image_names = [name for name in image_names if name not in aside]
     for _ in (*aside, *filter(_is_picture, unreadable)):
         tick()
@@ -299,7 +299,7 @@ def _masks(image_names: list[str], captions: Captions) -> tuple[dict[str, str], 
     return masks, [name for name, owner in owners.items() if owner is None] if masks else []
 
 
-def _lone_mask(root: Path, name: str) -> Problem:
+def _mask_without_picture(root: Path, name: str) -> Problem:
     return Problem(str(root / name), "mask without a picture", "no picture has this name", "Rename it or delete it")
 
 

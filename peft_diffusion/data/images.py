@@ -253,6 +253,6 @@ def _to_srgb(image: Image.Image) -> Image.Image:
             return image
         mode = "RGBA" if image.mode == "RGBA" else "RGB"
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+    except Exception:  # a broken profile in a sound picture must not cost the picture
         return image
     return image if converted is None else converted

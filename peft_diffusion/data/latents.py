@@ -5,11 +5,12 @@ import copy
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ _VERSION = "peft_diffusion latents 1"
 
 Key = tuple[int, bool, int | None]
 """What is encoded: a picture, whether it is flipped, and the mask that hides a part of it, if any."""
+
+Origin: TypeAlias = Literal["vae", "cache", "damaged"]
+"""Where a latent comes from: computed, found in the cache folder, or computed as what was found there is damaged."""
 
 
 @dataclass(frozen=True)
@@ -181,24 +185,15 @@ def cache_latents(
     entries: list[Key] = [(*one, mask) for mask in hiding for one in whole]
     encoder = _ready(vae)
     done: dict[Key, tuple[Tensor, Tensor]] = {}
-    computed = damaged = 0
+    origins = Counter[Origin]()
     for chunk in _chunks(entries, fits, batch_size):
-        cached = {entry: job.read(entry) for entry in chunk}
-        damaged += sum(isinstance(pair, _Damaged) for pair in cached.values())
-        fresh = [entry for entry in chunk if not isinstance(cached[entry], tuple)]
-        encoded = dict(zip(chunk, _encode(encoder, job.pixels(chunk)), strict=True)) if fresh else {}
-        for entry in chunk:
-            stored = cached[entry]
-            pair = stored if isinstance(stored, tuple) else encoded[entry]
-            _check_finite(pair, pictures[entry[0]], vae)
-            if not isinstance(stored, tuple):
-                computed += 1
-                job.write(entry, pair)
-            done[entry] = pair[0].to(dtype), pair[1].to(dtype)
+        for entry, (mean, std), origin in job.encoded(chunk, encoder):
+            done[entry] = mean.to(dtype), std.to(dtype)
+            origins[origin] += 1
             if on_progress is not None:
                 on_progress(len(done), len(entries))
     latents = tuple(job.latent(one, done, hiding[1:]) for one in whole)
-    return LatentCache(latents, computed, len(entries) - computed, damaged)
+    return LatentCache(latents, len(entries) - origins["cache"], origins["cache"], origins["damaged"])
 
 
 class _Damaged:
@@ -214,6 +209,21 @@ class _Job:
     alpha: bool
     folder: Path | None
     vae: str
+
+    def encoded(self, chunk: Sequence[Key], vae: nn.Module) -> Iterator[tuple[Key, tuple[Tensor, Tensor], Origin]]:
+        """Mean and deviation of each entry of a batch, which is encoded whole where one of them is not in the folder.
+
+        Raises UserError where the VAE overflows or the folder cannot be written.
+        """
+        stored = {entry: self.read(entry) for entry in chunk}
+        missing = any(not isinstance(pair, tuple) for pair in stored.values())
+        fresh = dict(zip(chunk, _encode(vae, self.pixels(chunk)), strict=True)) if missing else {}
+        for entry, found in stored.items():
+            pair = found if isinstance(found, tuple) else fresh[entry]
+            _check_finite(pair, self.pictures[entry[0]], vae)
+            if not isinstance(found, tuple):
+                self.write(entry, pair)
+            yield entry, pair, "cache" if isinstance(found, tuple) else "damaged" if found is not None else "vae"
 
     def latent(self, one: tuple[int, bool], done: Mapping[Key, tuple[Tensor, Tensor]], hiding: Sequence[int]) -> Latent:
         """A picture's latent, with those of what the masks leave of it."""
@@ -288,7 +298,7 @@ class _Job:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 mean, std = file.get_tensor("mean"), file.get_tensor("std")
-        except (SafetensorError, OSError, ValueError):
+        except Exception:  # damage has no list of what it raises
             return _Damaged()
         sound = metadata.get("key") == key and metadata.get("sha256") == _checksum(mean, std)
         return (mean, std) if sound else _Damaged()

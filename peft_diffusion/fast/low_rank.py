@@ -247,7 +247,7 @@ class _Projections(torch.autograd.Function):
         if layers == 1:
             y.addmm_(hidden, made.up.value[0].t(), alpha=made.scale)
         else:
-            _apart(y, layers).baddbmm_(_apart(hidden, layers), made.up.value.transpose(1, 2), alpha=made.scale)
+            _by_layer(y, layers).baddbmm_(_by_layer(hidden, layers), made.up.value.transpose(1, 2), alpha=made.scale)
         ctx.save_for_backward(rows, hidden)
         ctx.made, ctx.shape = made, x.shape
         return y.view(*x.shape[:-1], len(made.weight))
@@ -261,7 +261,7 @@ class _Projections(torch.autograd.Function):
         if layers == 1:
             torch.mm(gradient, made.up.value[0], out=inner)
         else:
-            torch.bmm(_apart(gradient, layers), made.up.value, out=_apart(inner, layers))
+            torch.bmm(_by_layer(gradient, layers), made.up.value, out=_by_layer(inner, layers))
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = gradient @ made.weight
@@ -270,11 +270,11 @@ class _Projections(torch.autograd.Function):
         if layers == 1:
             _add_product(made.up.grad[0], gradient.t(), hidden, made.scale)
         else:
-            _add_product(made.up.grad, _apart(gradient, layers).transpose(1, 2), _apart(hidden, layers), made.scale)
+            _add_product(made.up.grad, _by_layer(gradient, layers).transpose(1, 2), _by_layer(hidden, layers), made.scale)
         return to_x, None, None
 
 
-def _apart(x: Tensor, layers: int) -> Tensor:
+def _by_layer(x: Tensor, layers: int) -> Tensor:
     """(rows, layers * width) as (layers, rows, width), without a copy."""
     return x.view(len(x), layers, -1).transpose(0, 1)
 

@@ -167,7 +167,7 @@ def _frozen(module: nn.Module) -> bool:
     return not any(own.requires_grad for own in module.parameters(recurse=False))
 
 
-def _lean(module: nn.Module, cls: type[nn.Module]) -> bool:
+def _is_plain_frozen(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether a module is of this very class, so carries no adapter, and is frozen."""
     return type(module) is cls and _frozen(module) and not torch.compiler.is_compiling()
 
@@ -221,12 +221,12 @@ class FusedResnet(ResnetBlock2D):  # type: ignore[misc]
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None) -> Tensor:
         """As before, where the block neither samples up nor down."""
-        if not (_lean(self.norm1, FusedNorm) and _lean(self.norm2, FusedNorm)):
+        if not (_is_plain_frozen(self.norm1, FusedNorm) and _is_plain_frozen(self.norm2, FusedNorm)):
             result: Tensor = super().forward(input_tensor, temb)
             return result
         hidden, passed = frozen_ops.group_norm(input_tensor, self.norm1, silu=True)
         shift = None
-        if _lean(self.conv1, FrozenConv):
+        if _is_plain_frozen(self.conv1, FrozenConv):
             hidden, shift = frozen_ops.conv2d(hidden, self.conv1, biased=False), self.conv1.bias
             shift = None if shift is None else shift.expand(len(hidden), -1)
         else:
@@ -237,7 +237,7 @@ class FusedResnet(ResnetBlock2D):  # type: ignore[misc]
         hidden, _ = frozen_ops.group_norm(hidden, self.norm2, shift, silu=True)
         if self.conv_shortcut is not None:
             passed = self.conv_shortcut(passed)
-        if _lean(self.conv2, FrozenConv):
+        if _is_plain_frozen(self.conv2, FrozenConv):
             return frozen_ops.sum_with_bias(passed, frozen_ops.conv2d(hidden, self.conv2, biased=False), self.conv2.bias)
         total: Tensor = passed + self.conv2(hidden)
         return total
@@ -259,7 +259,8 @@ class FusedBlock(BasicTransformerBlock):  # type: ignore[misc]
     ) -> Tensor:
         """As before."""
         norms = self.norm1, self.norm2, self.norm3
-        if cross_attention_kwargs or not all(_lean(norm, nn.LayerNorm) and norm.bias is not None for norm in norms):
+        plain = all(_is_plain_frozen(norm, nn.LayerNorm) and norm.bias is not None for norm in norms)
+        if cross_attention_kwargs or not plain:
             result: Tensor = super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
                 cross_attention_kwargs, class_labels, added_cond_kwargs,

@@ -13,4 +13,5 @@ if TYPE_CHECKING:
 __all__ = ["Coverage", "Inspection", "Loaded", "Plan", "Spec", "inspect", "load", "plan", "save"]
 
 # Looking at the header of a file needs no torch.
-__getattr__, __dir__ = lazy(__name__, {"Coverage": "file", "Loaded": "file", "load": "file", "save": "file"})
+if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
+    __getattr__, __dir__ = lazy(__name__, {"Coverage": "file", "Loaded": "file", "load": "file", "save": "file"})

@@ -1,9 +1,9 @@
 """The safetensors container: reading a header without trusting it, reading and writing tensors."""
 
 import hashlib
-import json
 import math
 import struct
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..core.errors import UserError
 from ..core.files import write_bytes
+from ..core.parsing import json_value, number, refusing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+_LONGEST_NAME = 1000  # letters
+_MOST_SIDES = 8  # of a tensor
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -102,15 +105,13 @@ def read_header(path: Path) -> Header:
         if 8 + length > size:
             raise UserError(f"{path} is truncated: its header has {length} bytes, the file {size}")
         text = file.read(length)
-    try:
-        header = json.loads(text.decode("utf-8"))
+    with refusing(f"{path} is no safetensors file: its header cannot be read"):
+        header = json_value(text.decode("utf-8"))
         metadata = header.pop("__metadata__", {})
-        tensors = {name: _entry(value, 8 + length) for name, value in header.items()}
         if not all(isinstance(value, str) for value in metadata.values()):
             raise TypeError("metadata holds other things than strings")
-        "".join((*metadata.values(), *metadata, *tensors)).encode()  # half a character cannot be shown or written
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path} is no safetensors file: its header cannot be read") from None
+        tensors = {name: _entry(value, 8 + length) for name, value in header.items()}
+    _check_names(path, tensors)
     _check_offsets(path, tensors, 8 + length, size)
     return Header(path, metadata, tensors, size, stamp)
 
@@ -127,14 +128,11 @@ def read_tensors(header: Header) -> dict[str, "Tensor"]:
     Raises:
         UserError: The file changed since its header was read, cannot be read, or holds NaN or infinity.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     refuse_changed(header)
-    try:
+    with refusing(f"{header.path} cannot be read"):
         tensors = load_file(header.path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{header.path} cannot be read: {error}") from None
     return _usable(header.path, tensors)
 
 
@@ -153,6 +151,7 @@ def read_pickle(path: Path) -> tuple[Header, dict[str, "Tensor"]]:
     stamp = stamp_of(path)
     loaded = _read_pickle(path)
     entries = {name: Entry(str(one.dtype).removeprefix("torch."), tuple(one.shape), 0, 0) for name, one in loaded.items()}
+    _check_names(path, entries)
     return Header(path, {}, entries, stamp[0], stamp), _usable(path, loaded)
 
 
@@ -264,7 +263,7 @@ def _scalar(file: BinaryIO, entry: Entry) -> float | None:
 def _entry(value: Any, offset: int) -> Entry:
     start, end = value["data_offsets"]
     shape = tuple(value["shape"])
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
+    if not all(type(size) is int and size >= 0 for size in (*shape, start, end)):
         raise TypeError("a size that is no number")
     return Entry(str(value["dtype"]), shape, offset + start, offset + end)
 
@@ -283,23 +282,61 @@ def _check_offsets(path: Path, tensors: Mapping[str, Entry], begin: int, size: i
         raise UserError(f"{path}: {size - position} bytes belong to no tensor; the file is damaged")
 
 
+def _check_names(path: Path, tensors: Mapping[str, Entry]) -> None:
+    """Refuse what no program writes and torch cannot hold."""
+    for name, entry in tensors.items():
+        if len(name) > _LONGEST_NAME:
+            raise UserError(f"{path}: a tensor has a name of {len(name):,} letters, {name[:40]}...; the file is damaged")
+        if len(entry.shape) > _MOST_SIDES:
+            raise UserError(f"{path}: tensor {name} has {len(entry.shape)} dimensions; the file is damaged")
+
+
 def _read_pickle(path: Path) -> dict[str, "Tensor"]:
     import torch
 
-    try:
+    _refuse_compressed(path)
+    with refusing(f"{path} cannot be read as plain weights"):  # weights_only refuses to run what a pickle asks for
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Anything can come out of a hostile pickle; weights_only refuses to run it.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read as plain weights: {reason}") from None
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     loaded = loaded if isinstance(loaded, dict) else {}
-    if isinstance(loaded.get("string_to_param"), dict):  # a word of A1111, which calls it by the file's name
-        loaded = {"emb_params": next(iter(loaded["string_to_param"].values()), None)}
-    tensors = {str(name): value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+    words = loaded.get("string_to_param")
+    if isinstance(words, dict):  # a word of A1111, which calls it by the file's name
+        if len(words) > 1:
+            raise UserError(f"{path} holds {len(words)} words, and A1111 knows one in a file; save each by itself")
+        loaded = {"emb_params": next(iter(words.values()), None)}
+    tensors = {name: one for name, value in loaded.items() if (one := _named(path, name, value)) is not None}
     if not tensors:
         raise UserError(f"{path} holds no named tensors")
     return tensors
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse an archive that torch does not write, of which a small one can fill all memory."""
+    with refusing(f"{path} cannot be read as plain weights"):
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as archive:
+            if sum(one.file_size for one in archive.infolist()) > path.stat().st_size:
+                raise UserError(f"{path} is compressed, as torch writes no file; unpack it, and save the tensors again")
+
+
+def _named(path: Path, name: object, value: object) -> "Tensor | None":
+    """A tensor of a pickle, plain and in memory; None for all else but numbers, which some programs have for alpha."""
+    import torch
+
+    if isinstance(name, str) and "." in name and not isinstance(value, torch.Tensor):
+        scalar = number(value)
+        return None if scalar is None else torch.tensor(scalar)
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        return None
+    with refusing(f"{path} has a tensor whose name is no text"):
+        name.encode()
+    plain = value.layout is torch.strided and value.device.type == "cpu" and not value.is_nested and not value.is_quantized
+    if not plain or value.is_complex():
+        raise UserError(f"{path}: {name} is no plain tensor of real numbers; save it as one")
+    if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+        raise UserError(f"{path}: {name} is an expanded view of fewer numbers; save it with .contiguous()")
+    return value.detach()
 
 
 def _hashes(content: bytes) -> dict[str, str]:

@@ -14,8 +14,9 @@ from ..bases.base import Base
 from ..core import site as sites
 from ..core import targets
 from ..core.adapter import Adapter, chained
-from ..core.errors import DamagedError, UserError
+from ..core.errors import DamagedError, UserError, first_line
 from ..core.files import write_bytes
+from ..core.parsing import refusing
 from . import container, metadata
 from . import layout as layouts
 from .layout import Content, Layout
@@ -121,10 +122,9 @@ def load(source: str | Path | Plan, pipe: Base, *, strict: bool = False) -> Load
     bound, left = _bound(found, parts)
     built: dict[str, dict[str, Adapter]] = {}
     for site in bound:
-        own = _values(site, found, tensors, pipe)
-        chosen = _ordered(site.plan.methods, found.spec, site.component)
-        adapter = _built(site, parts[site.component].get_submodule(site.path), chosen, own, found, pipe)
+        adapter = _built(site, parts[site.component].get_submodule(site.path), found, tensors, pipe)
         if adapter is not None:
+            _refuse_not_finite(found.path, site, adapter)
             built.setdefault(site.component, {})[site.path] = adapter
     _refuse_empty(found, built, left, pipe)
     if strict:
@@ -166,7 +166,7 @@ def _bound(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[list[_Site], di
         place = one.sources[0].place
         candidates = [place.component, *place.others]
         present = [component for component in candidates if name in paths.get(component, ())]
-        component = next((one for one in present if place.told or _is_only(one, parts)), None)
+        component = next((one for one in present if place.component_named or _is_only(one, parts)), None)
         if component is None:
             left |= {**{source.name: NO_SITE for source in one.sources}, **one.leftovers}
             continue
@@ -204,11 +204,13 @@ def _ordered(chosen: Iterable[Any], spec: Spec | None, component: str) -> list[A
     return sorted(chosen, key=lambda method: order.index(method.name) if method.name in order else len(order))
 
 
-def _built(
-    site: _Site, module: nn.Module, chosen: list[Any], own: Mapping[str, Tensor], found: Plan, pipe: Base
-) -> Adapter | None:
+def _built(site: _Site, module: nn.Module, found: Plan, tensors: Mapping[str, Tensor], pipe: Base) -> Adapter | None:
     """The adapter of one site, of one method or several; None where there is none that is known. Raises UserError."""
     where = f"{site.component}.{site.path}"
+    shown = ", ".join(f"{suffix} {shape}" for suffix, shape in site.plan.shapes.items())
+    with refusing(f"{found.path}: {where}: {shown} make no adapter; the file is damaged"):
+        own = _values(site, found, tensors, pipe)
+    chosen = _ordered(site.plan.methods, found.spec, site.component)
     try:
         parts = [one.read(module, {key: value for key, value in own.items() if key in one.suffixes}) for one in chosen]
         return chained(parts) if parts else None
@@ -216,9 +218,22 @@ def _built(
         raise UserError(f"{found.path}: {where}: {error}; the file is damaged") from None
     except UserError as error:
         raise _wrong_base(found, pipe, f"{where}: {error}") from None
-    except (ValueError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
-        shown = ", ".join(f"{suffix} {tuple(tensor.shape)}" for suffix, tensor in own.items())
-        raise UserError(f"{found.path}: {where}: {shown} make no adapter ({error}); the file is damaged") from None
+    except Exception as error:  # of whatever makes nothing of such tensors
+        told = first_line(error)
+        raise UserError(f"{found.path}: {where}: {shown} make no adapter ({told}); the file is damaged") from None
+
+
+def _refuse_not_finite(path: Path, site: _Site, adapter: Adapter) -> None:
+    """Raise UserError for a number that is none, wherever it came from: a tensor, the metadata, a configuration, a scale.
+
+    This is the one place that sees every number as it is used, in float32.
+    """
+    for suffix, tensor in adapter.state().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{path}: {suffix} of {site.component}.{site.path} is NaN or infinite, or has a scale that is; the file is"
+                " damaged or its training diverged"
+            )
 
 
 def _refuse_empty(found: Plan, built: Mapping[str, Any], left: Mapping[str, str], pipe: Base) -> None:

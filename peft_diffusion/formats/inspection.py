@@ -132,7 +132,7 @@ def _hyper_parameters(found: Plan) -> dict[str, dict[str, Counter[float]]]:
     for _, _, site in found.each():
         for method in site.methods:
             own = told.setdefault(method.name, {})
-            for name, value in (method.told(site.shapes, _of_site(site, scalars)) or {}).items():
+            for name, value in (method.read_hyper_parameters(site.shapes, _of_site(site, scalars)) or {}).items():
                 own.setdefault(name, Counter())[value] += 1
     return told
 

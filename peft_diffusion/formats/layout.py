@@ -37,8 +37,8 @@ class Place:
             same here, as in files.
         suffix: What its method calls the tensor.
         piece: Which piece of the tensor it is, for layouts that keep one tensor in several.
-        others: The further components that a name may mean which tells none; empty with ``told``.
-        told: Whether the name tells the component.
+        others: The further components that a name may mean which tells none; empty with ``component_named``.
+        component_named: Whether the name tells the component.
         change: What brings the tensor into the shape and scale that its method knows; None where it is so already.
         stem: What the file calls the site, without the dot behind it. Other names that begin so belong to the site too, also
             where no layout reads them. "" where the name holds no site.
@@ -49,7 +49,7 @@ class Place:
     suffix: str
     piece: str = ""
     others: tuple[str, ...] = ()
-    told: bool = True
+    component_named: bool = True
     change: "Callable[[Tensor], Tensor] | None" = None
     stem: str = ""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import methods as known_methods
 from ..core.method import KOHYA, Network
+from ..core.parsing import json_value
 
 
 def network(methods: Mapping[str, Sequence[Mapping[str, Any]]], kernels: bool) -> Network | None:
@@ -61,8 +62,8 @@ def from_metadata(metadata: Mapping[str, str]) -> Network | None:
         return None
     dim, alpha = _number(metadata.get("ss_network_dim")), _number(metadata.get("ss_network_alpha"))
     try:
-        args = json.loads(metadata.get("ss_network_args") or "{}")
-    except (ValueError, RecursionError):
+        args = json_value(metadata.get("ss_network_args") or "{}")
+    except ValueError:
         args = {}
     told = {str(name): str(value) for name, value in args.items()} if isinstance(args, dict) else {}
     return Network(metadata["ss_network_module"], None if dim is None else int(dim), alpha, told)

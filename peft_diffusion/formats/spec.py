@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from .. import methods
 from ..core.errors import UserError
+from ..core.parsing import json_value, refusing
 
 KEY = "peft_diffusion"  # the metadata entry that holds it, as JSON
 VERSION = 1
@@ -48,17 +49,15 @@ class Spec:
         """
         if KEY not in metadata:
             return None
-        try:
-            values = json.loads(metadata[KEY])
+        with refusing(f"{where}: its {KEY!r} metadata is damaged"):
+            values = json_value(metadata[KEY])
             version = values.pop("version")
             if version > VERSION:
                 raise UserError(f"{where}: written by a newer peft_diffusion (format {version}); update the package")
             known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
             spec = cls(**{**known, "triggers": tuple(known.get("triggers", ()))})
             _check(spec)
-            spec.to_json().encode()  # half a character cannot be shown or written
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{where}: its {KEY!r} metadata is damaged") from None
+            spec.to_json()  # of what is nested too deep nothing can be written
         return spec
 
 

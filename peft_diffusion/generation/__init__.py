@@ -10,4 +10,5 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapters", "LoadedAdapter", "Schedule"]
 
-__getattr__, __dir__ = lazy(__name__, {"Adapters": "adapters", "LoadedAdapter": "adapters"})
+if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
+    __getattr__, __dir__ = lazy(__name__, {"Adapters": "adapters", "LoadedAdapter": "adapters"})

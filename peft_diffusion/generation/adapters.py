@@ -248,7 +248,7 @@ class Adapters:
         try:
             for name, part in parts.items():
                 done[name] = merging.merge(part)
-        except UserError:
+        except BaseException:  # as of a device that is full, or Ctrl-C
             for name in done:
                 merging.unmerge(parts[name])
             raise

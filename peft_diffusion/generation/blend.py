@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..bases import load_base
 from ..bases.pipelines import Pipeline
-from ..core.events import Ended, Never, Observer, Observers, Stop, told_to_the_end
+from ..core.events import Ended, Never, Observer, Observers, Stop, observed
 from . import recipe as recipes
 from . import sheet
 from .adapted import adapted
@@ -48,7 +48,7 @@ def blend(
         UserError: Before anything is computed, for adapters, prompts, sizes and files that cannot be used.
         Interrupted: It was stopped. It is a KeyboardInterrupt.
     """
-    with told_to_the_end(observers) as tell:
+    with observed(observers) as tell:
         config.check()
         choices = config.choices()
         base = load_base(

@@ -14,7 +14,7 @@ from ..bases.base import dtype_of
 from ..bases.pipelines import Pipeline
 from ..core import plugins
 from ..core.errors import UserError
-from ..core.events import Ended, Never, Observer, Stop, told_to_the_end
+from ..core.events import Ended, Never, Observer, Stop, observed
 from ..core.settings import pick, settings_of
 from ..formats import Plan, plan
 from ..formats.container import sha256
@@ -64,7 +64,7 @@ def generate(
         UserError: Before anything is computed, for adapters, prompts, sizes and files that cannot be used.
         Interrupted: It was stopped. It is a KeyboardInterrupt.
     """
-    with told_to_the_end(observers) as tell:
+    with observed(observers) as tell:
         config.check()
         choices, again, expected = config.choices(), config.recipe, None
         if again is not None:

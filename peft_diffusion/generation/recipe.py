@@ -11,9 +11,11 @@ from PIL import Image, PngImagePlugin
 
 from ..core.errors import UserError
 from ..core.files import written_aside
+from ..core.parsing import json_value, refusing
 
 KEY = "peft_diffusion"  # the text chunk that holds it, as JSON
 VERSION = 1
+_MOST_PIXELS = 100_000_000  # as of pictures to learn from
 
 # What A1111 and the programs that read its text call the samplers of diffusers.
 _SAMPLERS = {
@@ -186,25 +188,22 @@ def read(path: Path) -> Recipe:
     Raises:
         UserError: It is no PNG, has no recipe, or that is damaged.
     """
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            image.load()  # text may stand after the pixels
-            text = image.info.get(KEY)
-    except FileNotFoundError:
-        raise UserError(f"there is no picture {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise UserError(f"{path} cannot be read as a PNG picture") from None
+    if not path.is_file():
+        raise UserError(f"there is no picture {path}")
+    with refusing(f"{path} cannot be read as a PNG picture"), Image.open(path, formats=("PNG",)) as image:
+        if image.width * image.height > _MOST_PIXELS:
+            raise UserError(f"{path} has more than {_MOST_PIXELS:,} pixels, so it is no picture with a recipe")
+        image.load()  # text may stand after the pixels
+        text = image.info.get(KEY)
     if text is None:
         raise UserError(f"{path} carries no recipe: it was not made by peft_diffusion, or another program saved it again")
-    try:
-        values = json.loads(text)
+    with refusing(f"{path}: its recipe is damaged"):
+        values = json_value(text)
         if "sheet" in values:
             raise UserError(f"{path} is a sheet of many pictures; a recipe is read from a single one")
         if values["version"] > VERSION:
             raise UserError(f"{path}: its recipe was written by a newer peft_diffusion; update the package")
         return Recipe.from_json(values["recipe"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path}: its recipe is damaged") from None
 
 
 def check_target(path: Path) -> None:

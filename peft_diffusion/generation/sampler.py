@@ -238,7 +238,7 @@ class _Start:
 
     pipe: Pipeline
     generators: list[torch.Generator]
-    told: Mapping[str, Any]
+    arguments: Mapping[str, Any]
 
 
 def _noise(pipe: Pipeline, batch: Sequence[Cell], sides: tuple[int, int]) -> _Start:
@@ -255,7 +255,7 @@ def _noise(pipe: Pipeline, batch: Sequence[Cell], sides: tuple[int, int]) -> _St
 
 def _start(pipe: Pipeline, batch: Sequence[Cell], source: Source) -> _Start:
     """A picture, to which the pipeline adds noise by the generators, which draw on the CPU."""
-    return _Start(source.pipeline(pipe), _generators(batch), source.told(len(batch)))
+    return _Start(source.pipeline(pipe), _generators(batch), source.call_arguments(len(batch)))
 
 
 def _generators(batch: Sequence[Cell]) -> list[torch.Generator]:
@@ -269,7 +269,7 @@ def _paint_batch(
     begins = 1.0 if source is None else source.steps(sampling.steps) / sampling.steps
     guided = begins > 1 - sampling.guidance_stop
     out = start.pipe(
-        **start.told,
+        **start.arguments,
         prompt=[cell.prompt for cell in batch],
         negative_prompt=[sampling.negative] * len(batch),
         num_inference_steps=sampling.steps,

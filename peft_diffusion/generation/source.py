@@ -96,7 +96,7 @@ class Source:
         made.set_progress_bar_config(disable=True)
         return made
 
-    def told(self, count: int) -> dict[str, Any]:
+    def call_arguments(self, count: int) -> dict[str, Any]:
         """Say what the pipeline that starts from a picture is told besides the prompt.
 
         Args:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..bases import LanguageModel, load_lm
 from ..core.errors import UserError
-from ..core.events import Ended, Never, Observer, Progress, Stop, check_stop, told_to_the_end
+from ..core.events import Ended, Never, Observer, Progress, Stop, check_stop, observed
 from .adapted import adapted
 from .events import TextWritten
 from .text_settings import TextGenerateConfig
@@ -50,7 +50,7 @@ def generate_text(
         UserError: Before anything is written, for adapters and prompts that cannot be used.
         Interrupted: It was stopped. It is a KeyboardInterrupt.
     """
-    with told_to_the_end(observers) as tell:
+    with observed(observers) as tell:
         choices = config.choices()
         model = load_lm(base or config.base, device=config.device, dtype=config.precision, quantize=config.quantize)
         with adapted(model, choices, (), tell, lent=base is not None, strict=config.strict):

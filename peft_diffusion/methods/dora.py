@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.errors import UserError
 from ..core.method import LYCORIS, Method, Network, PeftForm, PeftSite, Scalars, Shapes, Values
-from .lora import DOWN, MID, PAIR_ALIASES, UP, pair_in_peft, pair_weight_shape, told_pair
+from .lora import DOWN, MID, PAIR_ALIASES, UP, pair_in_peft, pair_weight_shape, read_pair
 from .shared.hyper_parameters import (
     ALPHA,
     MAGNITUDE,
@@ -79,9 +79,9 @@ class Dora(Method, name="dora", suffixes=frozenset({DOWN, UP, MID, ALPHA, MAGNIT
         return read_decomposed(site, read_pair(site, tensors), tensors[MAGNITUDE])
 
     @classmethod
-    def told(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
+    def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
         """Rank and alpha; of half a pair, nothing but that it is one."""
-        return told_pair(shapes, scalars) if MAGNITUDE in shapes else None
+        return read_pair(shapes, scalars) if MAGNITUDE in shapes else None
 
     @classmethod
     def weight_shape(cls, shapes: Shapes) -> tuple[int, ...]:

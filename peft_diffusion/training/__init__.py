@@ -21,14 +21,15 @@ __all__ = [
 ]
 
 # The settings of a command are read by its `--help`, which must not import torch, nor the settings of other commands.
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "FoundRates": "results",
-        "Outcome": "results",
-        "TextTrainConfig": "settings.text",
-        "TextTrainResult": "results",
-        "TrainConfig": "settings.pictures",
-        "TrainResult": "results",
-    },
-)
+if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "FoundRates": "results",
+            "Outcome": "results",
+            "TextTrainConfig": "settings.text",
+            "TextTrainResult": "results",
+            "TrainConfig": "settings.pictures",
+            "TrainResult": "results",
+        },
+    )

@@ -130,7 +130,7 @@ def with_words(base: Base, blocks: Sequence[Placement]) -> list[Placement]:
     return [replace(block, method=with_initial_tokens(base, block.component, block.method)) for block in blocks]
 
 
-def taught_words(blocks: Sequence[Placement]) -> list[str]:
+def new_words(blocks: Sequence[Placement]) -> list[str]:
     """List the words that placements teach the tokenizers.
 
     Args:
@@ -139,7 +139,7 @@ def taught_words(blocks: Sequence[Placement]) -> list[str]:
     Returns:
         The words.
     """
-    return [word for block in blocks for word in block.method.taught_words()]
+    return [word for block in blocks for word in block.method.new_words()]
 
 
 def described(parts: Mapping[str, nn.Module], blocks: Sequence[Placement], parameters: int) -> str:

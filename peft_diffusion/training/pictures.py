@@ -16,7 +16,7 @@ from ..core.settings import pick
 from ..data.captions import with_trigger
 from ..data.folder import TrainingImage
 from ..fast.unet import fused
-from .attachment import NAME, selected_components, taught_words, with_words
+from .attachment import NAME, new_words, selected_components, with_words
 from .drawing import Drawing
 from .events import Data, LookGains
 from .loop.trainer import Trainer
@@ -171,7 +171,7 @@ class PictureMaterial:
         apart = len(prepared.held_out.captions) if prepared.held_out else 0
         return Facts(
             defaults=self._defaults(),
-            apart=f"{apart} of them are kept apart to measure on" if apart else "",
+            held_out=f"{apart} of them are kept apart to measure on" if apart else "",
             prompts=previews.prompts if previews else [],
         )
 
@@ -201,7 +201,7 @@ class PictureMaterial:
     def triggers(self) -> list[str]:
         """The words of the trigger, and those that were taught."""
         parts = self.config.trigger.split("{}")
-        return list(dict.fromkeys((*(words for part in parts if (words := part.strip(" ,;:"))), *taught_words(self.blocks))))
+        return list(dict.fromkeys((*(words for part in parts if (words := part.strip(" ,;:"))), *new_words(self.blocks))))
 
 
 def diffusion_task(prepared: Prepared, blocks: Sequence[Placement], processes: Processes) -> DiffusionTask:

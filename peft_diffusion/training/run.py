@@ -23,7 +23,7 @@ from ..bases.words import teach
 from ..core import plugins, site
 from ..core.arena import Arena
 from ..core.errors import Interrupted, UnknownMethodError, UserError
-from ..core.events import Ended, Event, Observer, Observers, Stop, Warned, check_stop, stop_on_signal, told_to_the_end
+from ..core.events import Ended, Event, Observer, Observers, Stop, Warned, check_stop, observed, stop_on_signal
 from ..core.files import explained
 from ..core.settings import Settings, pick, portable, to_json
 from ..fast.low_rank import Working
@@ -79,12 +79,12 @@ class Facts:
 
     Attributes:
         defaults: What the settings would be if nothing had been said but what is learned from, with which method.
-        apart: How much is kept apart to measure on, in words; empty where nothing is.
+        held_out: How much is kept apart to measure on, in words; empty where nothing is.
         prompts: Those of the previews; None for a run that could have none.
     """
 
     defaults: Settings
-    apart: str
+    held_out: str
     prompts: Sequence[str] | None = None
 
 
@@ -349,7 +349,7 @@ def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop
         Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
     began = time.monotonic()
-    with told_to_the_end(observers) as tell, frozen(source.lent):
+    with observed(observers) as tell, frozen(source.lent):
         processes, device = join(source.asked.device)
         if not processes.leads:
             tell.others = [silent]
@@ -387,7 +387,7 @@ def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop:
         UserError: For what the user can mend.
         Interrupted: The search was stopped. It is a KeyboardInterrupt.
     """
-    with told_to_the_end(observers) as tell, frozen(source.lent):
+    with observed(observers) as tell, frozen(source.lent):
         processes, device = join(source.asked.device)
         refuse_several_processes(processes)
         source = source.on(device)
@@ -540,8 +540,8 @@ class _Run(Generic[Result]):
             about=about(self.adapter, self.arena.count, info.name, info.fingerprint),
             defaults=to_json(own.defaults) | {"method": TrainConfig.method},
             warnings=recorder.warnings,
-            said=recorder.said,
-            apart=own.apart,
+            said=recorder.lines,
+            apart=own.held_out,
             **({} if own.prompts is None else {"prompts": list(own.prompts)}),
             commands=commands(self.folder.command, material.config.run_dir, material.next_command()),
         )
@@ -586,7 +586,7 @@ class _Run(Generic[Result]):
         kept = trainer.step
         if self.material.config.keep == "best" and best is not None and best != trainer.step:
             tensors = processes.agreed(self.folder.tensors(best) if processes.leads else {})
-            trainer.chosen = trainer.given(tensors).to(self.arena.flat.device)
+            trainer.result_weights = trainer.given(tensors).to(self.arena.flat.device)
             kept = best
             self.tell(WeightsChosen(best, trainer.step))
         suggestion = None

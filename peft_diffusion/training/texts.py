@@ -19,7 +19,7 @@ from ..core.errors import UserError
 from ..core.events import Event, Observer
 from ..core.settings import flag, pick
 from ..data.text_files import Document, Texts, read_texts
-from .attachment import check_placements, taught_words, with_words
+from .attachment import check_placements, new_words, with_words
 from .events import IMPATIENT, Data, DataRead, LanguageModelLoaded, TokensMade
 from .loop.trainer import Trainer
 from .machine.memory_plan import Load
@@ -99,7 +99,7 @@ class _Tokens:
 
     config: ResolvedTextConfig
     line: Tensor
-    apart: Tensor | None
+    held_out: Tensor | None
     items: list[dict[str, str]]
 
 
@@ -115,7 +115,7 @@ class TextMaterial:
         base: LanguageModel,
         info: LanguageInfo,
         texts: Texts,
-        apart: Texts | None,
+        held_out_texts: Texts | None,
         tell: Observer,
         processes: Processes,
     ) -> None:
@@ -124,7 +124,7 @@ class TextMaterial:
         self.base = base
         self.info = info
         self.texts = texts
-        self.apart = apart
+        self.held_out_texts = held_out_texts
         self.tell = tell
         self.processes = processes
         # Whole but for the steps of epochs, which it takes tokens to count.
@@ -145,7 +145,7 @@ class TextMaterial:
     @cached_property
     def task(self) -> LanguageTask:
         """What is learned; tells what it finds."""
-        return LanguageTask(self.base, self._settings(self.config), self.tokens.line, self.tokens.apart)
+        return LanguageTask(self.base, self._settings(self.config), self.tokens.line, self.tokens.held_out)
 
     @property
     def config(self) -> ResolvedTextConfig:
@@ -164,14 +164,14 @@ class TextMaterial:
         Raises:
             UserError: The text is too short, or never says a word that is taught.
         """
-        base, first, apart = self.base, self.first, self.apart
+        base, first, apart = self.base, self.first, self.held_out_texts
         encoded = [tokens(base, [document.text]) for document in self.texts.documents]
         line, kept = _split(encoded, _share(first, encoded))
         if apart is not None:
             kept = tokens(base, [document.text for document in apart.documents])
         if len(line) < 2:
             raise UserError("the text is but one token; there is nothing to learn from it")
-        _check_said(base, taught_words(self.blocks), line)
+        _check_words_occur(base, new_words(self.blocks), line)
         windows = LanguageTask(base, self._settings(first), line).windows
         resolved = self._resolved(windows / self.processes.size)
         if resolved.patience and kept is None:
@@ -225,10 +225,10 @@ class TextMaterial:
             config.texts, method=config.method, output=config.output, run_dir=config.run_dir, device=config.device,
             precision=config.precision,
         )  # fmt: skip
-        apart = 0 if self.tokens.apart is None else len(self.tokens.apart)
+        apart = 0 if self.tokens.held_out is None else len(self.tokens.held_out)
         return Facts(
             defaults=resolve_language(plain, parameters=quantized.count(self.base.lm), context=self.info.context),
-            apart=f"{apart:,} tokens are kept apart to measure on" if apart else "",
+            held_out=f"{apart:,} tokens are kept apart to measure on" if apart else "",
         )
 
     def next_command(self) -> str:
@@ -248,10 +248,10 @@ class TextMaterial:
 
     def triggers(self) -> list[str]:
         """The words that were taught."""
-        return taught_words(self.blocks)
+        return new_words(self.blocks)
 
 
-def _check_said(base: LanguageModel, words: Sequence[str], line: Tensor) -> None:
+def _check_words_occur(base: LanguageModel, words: Sequence[str], line: Tensor) -> None:
     """Raise UserError for a new word that the text does not say: nothing could be learned of it."""
     for word in words:
         if not bool((line == learned(base.tokenizer)[word]).any()):

@@ -24,6 +24,7 @@ from ... import methods
 from ...bases import family as families
 from ...core.errors import UserError
 from ...core.method import PeftForm
+from ...core.parsing import Patterns, json_value, number, refusing
 from .. import metadata
 from ..aliases import aliases
 from ..container import Header
@@ -41,6 +42,7 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the on
 _ALPHA = "alpha"
 _LOADED = "lora_"  # pipelines of diffusers load no file in which a name is without it
 _ADALORA = "ADALORA"
+_LARGEST = 16_000_000  # bytes
 # What else a configuration may say of a pair, which nothing here computes.
 _NOT_COMPUTED = ("alora_invocation_tokens", "use_qalora", "layer_replication")
 # Beginnings of peft that change the base's weights, which a file then needs and does not hold.
@@ -172,48 +174,74 @@ class _Tensor:
 class _Configuration:
     """What a configuration of peft says of sites: that beside a file of peft, or those in the metadata of diffusers."""
 
-    def __init__(self, told: Mapping[str, Any], assumed: bool) -> None:
-        self.told = told
-        self.assumed = assumed  # whether a file of peft lacks its configuration
+    def __init__(self, config: Mapping[str, Any], where: str, problems: Sequence[str]) -> None:
+        self.config = config
+        self.where = where  # what errors call it
+        self.problems = [*problems]
+        self._patterns: dict[tuple[str, str], Patterns] = {}
+        self._settings: dict[str, Mapping[str, Any]] = {}
 
     @classmethod
     def of(cls, header: Header, of_peft: bool) -> "_Configuration":
         """Read it. Raises UserError where a configuration is there and cannot be read."""
         beside = header.path.parent / _CONFIG
-        told = _json(beside) if of_peft and beside.is_file() else _in_metadata(header.metadata)
-        return cls(told, of_peft and not told)
+        there = of_peft and beside.is_file()
+        told, problems = (_json(beside), []) if there else _in_metadata(header)
+        if of_peft and not told:
+            problems.append(f"{header.path}: no {_CONFIG} is beside it to tell alpha, so it is taken to be the rank")
+        return cls(told, str(beside) if there else f"{header.path}: {_METADATA}", problems)
 
     def alpha(self, start: str, path: str, rank: int) -> float | None:
         """The alpha of a site with which its scale is alpha / rank, as kohya's layout has it; None where none is told."""
-        # diffusers puts the component before each name, unless there is but one.
-        own = {key.removeprefix(start): value for key, value in self.told.items() if start and key.startswith(start)}
-        settings = own or self.told
+        settings = self._of(start)
         if settings.get("peft_type") == _ADALORA:
-            return _of_adalora(settings.get("lora_alpha"), settings.get("init_r"), rank)
-        alpha = _by_pattern(settings.get("alpha_pattern"), path, settings.get("lora_alpha", settings.get("alpha")))
-        if not isinstance(alpha, (int, float)):
+            return _of_adalora(number(settings.get("lora_alpha")), number(settings.get("init_r")), rank)
+        told = self._by_pattern(start, "alpha_pattern", path, settings.get("lora_alpha", settings.get("alpha")))
+        alpha = number(told)
+        if alpha is None:
+            if told is not None:
+                self._complain(f"alpha {told!r:.40} is no number, so it is taken to be the rank")
             return None
-        return float(alpha) * math.sqrt(rank) if settings.get("use_rslora") else float(alpha)
+        return alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
 
     def scale(self, start: str, path: str) -> float:
         """What peft multiplies a site's change with where no tensor has the rank."""
-        rank = _by_pattern(self.told.get("rank_pattern"), path, self.told.get("r"))
+        rank = number(self._by_pattern(start, "rank_pattern", path, self._of(start).get("r")))
         alpha = self.alpha(start, path, 1)
-        if alpha is None or not isinstance(rank, (int, float)) or rank <= 0:
+        if alpha is None or rank is None or rank <= 0:
             return 1.0
-        return alpha / (math.sqrt(rank) if self.told.get("use_rslora") else rank)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _of(self, start: str) -> Mapping[str, Any]:
+        """The settings for names that begin so: diffusers puts the component before each key, unless there is but one."""
+        if start not in self._settings:
+            own = {key.removeprefix(start): value for key, value in self.config.items() if start and key.startswith(start)}
+            self._settings[start] = own or self.config
+        return self._settings[start]
+
+    def _by_pattern(self, start: str, key: str, path: str, otherwise: Any) -> Any:
+        """The value of the first pattern that means a module, as peft reads them: whole, or after a dot."""
+        if (start, key) not in self._patterns:
+            found = self._of(start).get(key)
+            self._patterns[start, key] = Patterns(found if isinstance(found, dict) else {}, r"(.*\.)?", self.where)
+            if found is not None and not isinstance(found, dict):
+                self._complain(f"{key} is no table of patterns, so it is left out")
+        return self._patterns[start, key].value(path, otherwise)
+
+    def _complain(self, problem: str) -> None:
+        told = f"{self.where}: {problem}"
+        if told not in self.problems:
+            self.problems.append(told)
 
     def warnings(self, path: Path) -> tuple[str, ...]:
         """What had to be assumed, and what a file of peft lacks."""
-        found = []
-        if self.assumed:
-            found.append(f"{path}: no {_CONFIG} is beside it to tell alpha, so it is taken to be the rank")
+        found = [*self.problems]
         found += [
             f"{path}: its configuration has {name}, which is not computed here: it may do something else than in peft"
             for name in _NOT_COMPUTED
-            if self.told.get(name)
+            if self.config.get(name)
         ]
-        began = self.told.get("init_lora_weights")
+        began = self.config.get("init_lora_weights")
         if isinstance(began, str) and began.startswith(_CHANGED):
             found.append(
                 f"{path} began with {began}, which changed the weights of its base, and holds nothing of that; with peft's"
@@ -222,11 +250,10 @@ class _Configuration:
         return tuple(found)
 
 
-def _of_adalora(alpha: Any, initial: Any, rank: int) -> float:
+def _of_adalora(alpha: float | None, initial: float | None, rank: int) -> float:
     """The alpha of a site of AdaLoRA: peft scales by the rank that sites had at first, without patterns or a root of it."""
-    first = initial if isinstance(initial, (int, float)) and initial > 0 else rank
-    chosen = alpha if isinstance(alpha, (int, float)) and alpha > 0 else rank
-    return chosen * rank / (first + 1e-5)
+    first = initial if initial is not None and initial > 0 else rank
+    return (alpha if alpha is not None and alpha > 0 else rank) * rank / (first + 1e-5)
 
 
 def _scaled(own: Sequence[_Tensor], config: _Configuration) -> dict[str, Place]:
@@ -254,34 +281,29 @@ def _alpha(header: Header, own: Sequence[_Tensor], config: _Configuration) -> fl
     return None if rank is None else config.alpha(own[0].start, own[0].path, rank)
 
 
-def _in_metadata(told: Mapping[str, str]) -> dict[str, Any]:
-    """The configurations that diffusers keeps in the metadata, by ``<component>.<name>``."""
+def _in_metadata(header: Header) -> tuple[dict[str, Any], list[str]]:
+    """The configurations that diffusers keeps in the metadata, by ``<component>.<name>``, and what is wrong with them."""
     try:
-        found = json.loads(told.get(_METADATA, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        found = json_value(header.metadata.get(_METADATA, "{}"))
+    except ValueError:
+        found = None
+    if isinstance(found, dict):
+        return found, []
+    return {}, [f"{header.path}: its {_METADATA} cannot be read, so alpha is taken to be the rank"]
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+    with refusing(f"{path} cannot be read"):
+        found = json_value(_text(path))
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no configuration of peft")
     return found
 
 
-def _by_pattern(patterns: Any, path: str, otherwise: Any) -> Any:
-    """The value of the first pattern that means a module, as peft reads them: whole, or after a dot."""
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", path):
-                return value
-        except re.error as error:
-            raise UserError(f"the pattern {pattern!r} of the configuration is no regular expression: {error}") from None
-    return otherwise
+def _text(path: Path) -> str:
+    if path.stat().st_size > _LARGEST:
+        raise UserError(f"{path} is larger than any configuration of peft ({_LARGEST:,} bytes)")
+    return path.read_text("utf-8-sig")
 
 
 def _form(layout: str, component: str, built: "Mapping[str, Adapter]") -> PeftForm:

@@ -18,6 +18,7 @@ from ... import methods
 from ...bases import family as families
 from ...core.errors import UserError
 from ...core.method import Method
+from ...core.parsing import json_value, refusing
 from .. import metadata
 from ..container import Header
 from ..layout import Content, Layout, Place, Reading, Written, register
@@ -76,7 +77,7 @@ class Embedding(Layout):
             word, component = _meaning(header, name, began)
             if not component or not word:
                 leftovers[name] = "name no word and text encoder that are known here"
-            elif len(header.tensors[name].shape) not in (1, 2):
+            elif len(shape := header.tensors[name].shape) not in (1, 2) or 0 in shape:
                 leftovers[name] = "have not the shape of an embedding"
             elif _WORD.fullmatch(name) and len(header.tensors) > 1:
                 leftovers[name] = "are words of a file that holds more than one word"
@@ -208,11 +209,9 @@ def _meaning(header: Header, name: str, began: Mapping[str, Mapping[str, Sequenc
 
 def _began(header: Header) -> dict[str, dict[str, list[int]]]:
     """By component and word, the tokens that it began as."""
-    try:
-        found = json.loads(header.metadata.get(KEY, "{}"))
+    with refusing(f"{header.path}: its {KEY!r} metadata is damaged"):
+        found = json_value(header.metadata.get(KEY, "{}"))
         return {part: {word: list(map(int, ids)) for word, ids in words.items()} for part, words in found.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{header.path}: its {KEY!r} metadata is damaged") from None
 
 
 def _default(base: "Base", component: str, vectors: int) -> list[int]:

@@ -85,6 +85,6 @@ class Bottleneck(Method, name="bottleneck", suffixes=frozenset({DOWN, DOWN_BIAS,
         return read(site, tensors)
 
     @classmethod
-    def told(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
+    def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
         """The width between."""
         return {"hidden": side(shapes, DOWN, 0)} if cls.recognizes(shapes.keys()) else None

@@ -56,7 +56,7 @@ class Ia3(Method, name="ia3", suffixes=frozenset({WEIGHT, ON_INPUT})):
         return read(site, tensors)
 
     @classmethod
-    def told(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
+    def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
         """On which side the factors are."""
         return {"on_input": bool(scalars.get(ON_INPUT))} if cls.recognizes(shapes.keys()) else None
 

@@ -16,10 +16,10 @@ from ..shared.hyper_parameters import (
     check_rank,
     network_flags,
     rank_and_alpha,
+    read_magnitude,
+    read_rank,
     side,
     stored_alpha,
-    told_magnitude,
-    told_rank,
 )
 
 if TYPE_CHECKING:
@@ -81,11 +81,11 @@ class Loha(Method, name="loha", suffixes=frozenset({*FACTORS, *CORES, ALPHA, MAG
         return read(site, tensors)
 
     @classmethod
-    def told(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
+    def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
         """Rank, alpha, and whether the magnitudes are trained apart."""
         if not cls.recognizes(shapes.keys()):
             return None
-        return {**told_rank(side(shapes, "hada_w1_b", 0), scalars), **told_magnitude(shapes)}
+        return {**read_rank(side(shapes, "hada_w1_b", 0), scalars), **read_magnitude(shapes)}
 
     @classmethod
     def network(cls, values: Mapping[str, Any]) -> Network:

@@ -16,9 +16,9 @@ from ..shared.hyper_parameters import (
     check_rank,
     network_flags,
     rank_and_alpha,
+    read_magnitude,
+    read_rank,
     side,
-    told_magnitude,
-    told_rank,
 )
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Lokr(Method, name="lokr", suffixes=frozenset({*NAMES, ALPHA, MAGNITUDE})):
         return read(site, tensors)
 
     @classmethod
-    def told(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
+    def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
         """Factor; rank and alpha, or that there is none; and whether the magnitudes are trained apart."""
         if not cls.recognizes(shapes.keys()):
             return None
@@ -100,8 +100,8 @@ class Lokr(Method, name="lokr", suffixes=frozenset({*NAMES, ALPHA, MAGNITUDE})):
         else:
             factor = max(side(shapes, W1_A, 0), side(shapes, W1_B, 1))
         rank = side(shapes, W2_B, 0) or side(shapes, W1_B, 0)
-        ranked = told_rank(rank, scalars) or {"full": True}  # without a rank alpha says nothing
-        return {"factor": factor, **ranked, **told_magnitude(shapes)}
+        ranked = read_rank(rank, scalars) or {"full": True}  # without a rank alpha says nothing
+        return {"factor": factor, **ranked, **read_magnitude(shapes)}
 
     @classmethod
     def network(cls, values: Mapping[str, Any]) -> Network:

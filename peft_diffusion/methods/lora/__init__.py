@@ -16,9 +16,9 @@ from ..shared.hyper_parameters import (
     check_dropout,
     check_rank,
     rank_and_alpha,
+    read_rank,
     side,
     stored_alpha,
-    told_rank,
 )
 
 if TYPE_CHECKING:
@@ -115,9 +115,9 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA}) | EXT
         return extended(site, read_pair(site, tensors), tensors)
 
     @classmethod
-    def told(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
+    def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
         """Rank and alpha; of half a pair, nothing but that it is one."""
-        return told_pair(shapes, scalars) if MAGNITUDE not in shapes else None
+        return read_pair(shapes, scalars) if MAGNITUDE not in shapes else None
 
     @classmethod
     def weight_shape(cls, shapes: Shapes) -> tuple[int, ...]:
@@ -162,7 +162,7 @@ def pair_in_peft(state: Mapping[str, "Tensor"]) -> PeftSite:
     return PeftSite(pair, len(state[DOWN]), float(state[ALPHA]))
 
 
-def told_pair(shapes: Shapes, scalars: Scalars) -> Values | None:
+def read_pair(shapes: Shapes, scalars: Scalars) -> Values | None:
     """Tell rank and alpha of a pair from a header; one half suffices to know it.
 
     Args:
@@ -172,7 +172,7 @@ def told_pair(shapes: Shapes, scalars: Scalars) -> Values | None:
     Returns:
         The hyper-parameters; None where there is no pair.
     """
-    return told_rank(side(shapes, DOWN, 0), scalars) if DOWN in shapes or UP in shapes else None
+    return read_rank(side(shapes, DOWN, 0), scalars) if DOWN in shapes or UP in shapes else None
 
 
 def pair_weight_shape(shapes: Shapes) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ class Oft(Method, name="oft", suffixes=frozenset({BLOCKS, RESCALE, ALPHA})):
         return read(site, tensors)
 
     @classmethod
-    def told(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
+    def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
         """The size of the blocks, a constraint that is not 0, and whether factors are learned."""
         if not cls.recognizes(shapes.keys()):
             return None

@@ -77,6 +77,6 @@ class Prefix(Method, name="prefix", suffixes=frozenset({KEYS, VALUES, GATE})):
         return read(site, tensors)
 
     @classmethod
-    def told(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
+    def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
         """The number of rows."""
         return {"length": side(shapes, KEYS, 0)} if cls.recognizes(shapes.keys()) else None

@@ -74,7 +74,7 @@ class SoftPrompt(Method, name="prompt", suffixes=frozenset({VECTORS, WORDS})):
         return read(site, tensors, SoftPromptAdapter)
 
     @classmethod
-    def told(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
+    def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
         """The number of vectors."""
         return {"vectors": side(shapes, VECTORS, 0)} if cls.recognizes(shapes.keys()) else None
 

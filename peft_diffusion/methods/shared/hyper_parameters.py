@@ -86,7 +86,7 @@ def side(shapes: Shapes, suffix: str, number: int) -> int:
     return shape[number] if number < len(shape) else 0
 
 
-def told_rank(rank: int, scalars: Scalars) -> Values:
+def read_rank(rank: int, scalars: Scalars) -> Values:
     """Tell a rank and the alpha that no alpha and an alpha of 0 mean too.
 
     Args:
@@ -99,7 +99,7 @@ def told_rank(rank: int, scalars: Scalars) -> Values:
     return {"rank": rank, "alpha": scalars.get(ALPHA) or rank} if rank else {}
 
 
-def told_magnitude(shapes: Shapes) -> Values:
+def read_magnitude(shapes: Shapes) -> Values:
     """Tell whether the magnitudes of the outputs are trained apart.
 
     Args:

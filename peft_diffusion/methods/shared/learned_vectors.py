@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ...core.adapter import Adapter, Site, float32_parameter
 from ...core.errors import DamagedError, FoldError, UserError
+from ...core.parsing import json_value, refusing
 from ...core.sharded import whole
 
 
@@ -38,7 +39,7 @@ class LearnedVectors(Adapter):
         """The tokens of the base that the vectors of each began as."""
         return self.words
 
-    def answer(self, ids: Sequence[int] | None) -> None:
+    def bind_ids(self, ids: Sequence[int] | None) -> None:
         """Serve these ids, one a vector, in the order of ``words``; None: the ids that the vectors began as."""
         chosen = self.began if ids is None else torch.tensor(ids, device=self.ids.device)
         if chosen.shape != self.ids.shape:
@@ -127,11 +128,9 @@ def read(site: Site, tensors: Mapping[str, Tensor], cls: type[_Kind]) -> _Kind:
     embedding, vectors = _embedding(site), tensors[vectors_name]
     if words_name not in tensors:
         raise DamagedError(f"{words_name} is missing")
-    try:
-        words = json.loads(bytes(tensors[words_name].tolist()).decode())
+    with refusing(f"{words_name} is damaged"):
+        words = json_value(bytes(tensors[words_name].tolist()).decode())
         flat = [one for ids in words.values() for one in ids]
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{words_name} is damaged") from None
     if not all(type(one) is int for one in flat) or not all(words.values()):
         raise UserError(f"{words_name} is damaged")
     if vectors.shape != (len(flat), embedding.embedding_dim) or not flat:

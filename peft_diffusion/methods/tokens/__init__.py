@@ -98,11 +98,11 @@ class Tokens(Method, name="tokens", suffixes=frozenset({VECTORS, WORDS})):
         return read(site, tensors, TokensAdapter)
 
     @classmethod
-    def told(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
+    def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
         """The number of vectors."""
         return {"vectors": side(shapes, VECTORS, 0)} if VECTORS in shapes else None
 
-    def taught_words(self) -> Sequence[str]:
+    def new_words(self) -> Sequence[str]:
         """The new words."""
         return self.names
 

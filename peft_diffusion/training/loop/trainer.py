@@ -195,7 +195,7 @@ class Trainer:
         self.saved = -1  # the step of the last checkpoint
         self.divergence = Divergence()
         self.measured: dict[int, float] = {}  # losses on what is kept apart, by step
-        self.chosen: Tensor | None = None  # weights that the run gives in place of its last ones
+        self.result_weights: Tensor | None = None  # weights that the run gives in place of its last ones
         self.unread: list[Tensor] = []
         self.average = arena.flat.clone() if settings.ema else None
         self.total = arena.beside[0]  # the loss of the step, over its micro-batches
@@ -305,7 +305,7 @@ class Trainer:
     @contextmanager
     def final_weights(self) -> Iterator[None]:
         """The weights that the run gives, in the model: those chosen, else the average, or the optimizer's own."""
-        given = self.given(self.state().tensors) if self.chosen is None else self.chosen
+        given = self.given(self.state().tensors) if self.result_weights is None else self.result_weights
         if given is self.arena.flat:
             yield
             return

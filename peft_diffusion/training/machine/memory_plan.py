@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ...bases.loading import first_line
-from ...core.errors import UserError
+from ...core.errors import UserError, first_line
 from ...core.events import Observer
 from ...fast.cuda_graph import Inputs
 from ..events import MemoryPredicted, MemorySaved, MemoryUnknown

@@ -36,7 +36,7 @@ class Processes:
         """Whether this process takes part where the base is looked at: in measuring, and in drawing pictures."""
         return self.leads or self.shares_base
 
-    def apart(self) -> tuple[int, ...]:
+    def seed_parts(self) -> tuple[int, ...]:
         """What a seed needs besides, so that each process draws its own; nothing for the first."""
         return (self.rank,) if self.rank else ()
 

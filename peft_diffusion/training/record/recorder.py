@@ -18,24 +18,24 @@ class Recorder:
     """Writes the measurements of a run, its plots and how it stands; an observer.
 
     Attributes:
-        said: What a person was told before the run began, in lines.
+        lines: What a person was told before the run began, in lines.
         warnings: What was wrong then, in words.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self.said: list[str] = []
+        self.lines: list[str] = []
         self.warnings: list[str] = []
-        self._begun = False
+        self._started = False
 
     def __call__(self, event: Event) -> None:
         """Write down an event. Raises UserError where the disk refuses."""
         match event:
             case Started():
-                self._begun = True
+                self._started = True
             case Ended() if self.folder.facts:  # it had begun, here
                 self._ended(event)
-            case _ if not self._begun:
+            case _ if not self._started:
                 self._collect(event)
             case Losses():
                 self.folder.append({"step": one.step, "loss": one.loss, "lr": dict(one.rates)} for one in event.losses)
@@ -48,7 +48,7 @@ class Recorder:
 
     def _collect(self, event: Event) -> None:
         """Keep what is told of the preparation: the report has it."""
-        self.said += event.lines()
+        self.lines += event.lines()
         match event:
             case Warned():
                 self.warnings.append(event.message + "".join(f" {detail};" for detail in event.details))

@@ -251,7 +251,7 @@ def picture(path: Path) -> str | None:
         image.thumbnail((_SIDE, _SIDE))
         data = io.BytesIO()
         image.save(data, "WEBP", quality=85)
-    except (OSError, ValueError, SyntaxError):
+    except Exception:  # as decoders meet damage
         return None
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import __version__
 from ...core.errors import UserError
 from ...core.files import explained, file_of, write_bytes
+from ...core.parsing import json_value
 from ...core.settings import to_json
 from ..loop.trainer import TrainerState
 from ..settings.placements import plugins_of
@@ -335,7 +336,7 @@ class RunFolder:
     def _changed(self, items: Sequence[dict[str, str]]) -> str:
         """Which items are not what ``data.json`` says."""
         try:
-            old = [json.loads(line) for line in (self.path / run_record.DATA).read_text("utf-8").split("\n") if line]
+            old = [json_value(line) for line in (self.path / run_record.DATA).read_text("utf-8").split("\n") if line]
             before = {one["name"]: one for one in old}
         except (OSError, ValueError, KeyError, TypeError):
             return "which ones cannot be told, data.json is gone"

@@ -1,6 +1,6 @@
 """What a run folder tells, read back for the report and for ``runs``. Imports no torch."""
 
-import json
+import math
 import os
 import socket
 import tomllib
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from ...core.errors import UserError
+from ...core.parsing import json_value, number, refusing
 from ...core.settings import settings_of
 from ..settings.pictures import TrainConfig
 from ..settings.text import TextTrainConfig
@@ -53,7 +54,7 @@ class Record:
         What is not of the kind that it should be is left out.
         """
         try:
-            found = json.loads((self.path / FACTS).read_text("utf-8", errors="replace"))
+            found = json_value((self.path / FACTS).read_text("utf-8", errors="replace"))
         except (OSError, ValueError):
             return {}
         if not isinstance(found, dict):
@@ -68,20 +69,18 @@ class Record:
             UserError: The file is no TOML.
         """
         settings, derived = self.facts.get("settings", {}), self.facts.get("derived", {})
-        known = settings | self.chosen | {name: value for name, value in settings.items() if name in derived}
+        known = settings | self.explicit | {name: value for name, value in settings.items() if name in derived}
         return {name: value for name, value in known.items() if value is not None}
 
     @cached_property
-    def chosen(self) -> dict[str, Any]:
+    def explicit(self) -> dict[str, Any]:
         """The settings of ``config.toml``: what was chosen, without what was derived.
 
         Raises:
             UserError: The file is no TOML.
         """
-        try:
+        with refusing(f"{self.path / CONFIG} cannot be read as the settings of a run"):
             return tomllib.loads((self.path / CONFIG).read_text("utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.path / CONFIG} cannot be read ({error}); is this a run folder?") from None
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -176,8 +175,10 @@ class Record:
     @property
     def changes(self) -> dict[str, float]:
         """How far each layer moved at the last measurement, largest first."""
-        found: dict[str, float] = next((line["changes"] for line in reversed(self.metrics) if line.get("changes")), {})
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+        told = (line.get("changes") for line in reversed(self.metrics))
+        found = next((one for one in told if one and isinstance(one, dict)), {})
+        numbers = {layer: float(change) for layer, change in found.items() if _is_number(change)}
+        return dict(sorted(numbers.items(), key=lambda item: -item[1]))
 
     @property
     def figures(self) -> Mapping[str, Any]:
@@ -199,7 +200,7 @@ class Record:
         What was derived from others is none of them, such as how often a short run saves.
         """
         defaults, derived = self.facts.get("defaults", {}), self.facts.get("derived", {})
-        own = {name: value for name, value in self.config.items() if name not in derived or name in self.chosen}
+        own = {name: value for name, value in self.config.items() if name not in derived or name in self.explicit}
         return {name: (own[name], value) for name, value in defaults.items() if name in own and own[name] != value}
 
 
@@ -290,7 +291,7 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in lines:
         try:
-            found = json.loads(line)
+            found = json_value(line)
         except ValueError:
             return
         if isinstance(found, dict):
@@ -315,7 +316,8 @@ def this_process() -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a float can hold it; NaN and infinity are what a run that diverged has."""
+    return number(value) is not None and (isinstance(value, float) or math.isfinite(number(value) or 0.0))
 
 
 def _alive(process: Mapping[str, Any]) -> bool:

@@ -167,7 +167,7 @@ def resolve(
         found.put({"min_snr_gamma": 0.0}, "from debiased")
     if config.optimizer == "schedule-free":
         found.fill({"scheduler": "constant"}, f"from optimizer {config.optimizer}")
-    found.fill(family.presets[config.preset], for_base)
+    found.fill(family.defaults(config.preset), for_base)
     if not ranked(config):
         found.leave_out("rank")
     if config.warmup is None:
@@ -184,16 +184,32 @@ def resolve(
 
 def _put_rates(found: Derivation, config: TrainConfig, family: Family, for_base: str) -> None:
     """The learning rates of the components, and those of blocks that say none."""
-    settings = {name: one.rate for name, one in families.components().items() if one.rate in found.values}
+    settings, defaults = _rate_settings(family, found.values), family.defaults(config.preset)
 
     def rate(component: str, method: str) -> float:
         given: float | None = getattr(config, settings[component])
-        usual: float = family.presets[config.preset][settings[component]]
+        usual: float = defaults[settings[component]]
         return given or own_rate(config.optimizer, methods.find(method).rates.on_pictures(usual, small=family.small))
 
     found.put({"block": tuple(with_rate(text, settings, rate) for text in config.block)}, "with the rates of this run")
     rates = {setting: rate(component, config.method) for component, setting in settings.items()}
     found.fill(rates, _rate_source(config, for_base))
+
+
+def _rate_settings(family: Family, known: Container[str]) -> dict[str, str]:
+    """The settings with the learning rates of components, those of all families, as placements may name any.
+
+    Raises UserError where the family of the base names one that is not known.
+    """
+    for one in family.components:
+        if one.rate not in known:
+            there = ", ".join(dict.fromkeys(rate for row in families.components().values() if (rate := row.rate) in known))
+            raise UserError(
+                f"the family of bases {family.name!r} has no setting with the learning rate of its {one.name}:"
+                f" {one.rate!r} is none; there are: {there}"
+            )
+    rows = families.components() | {one.name: one for one in family.components}
+    return {name: one.rate for name, one in rows.items() if one.rate in known}
 
 
 def _rate_source(config: SharedConfig, for_base: str) -> str:

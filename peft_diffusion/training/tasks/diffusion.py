@@ -146,7 +146,7 @@ class DiffusionTask:
         self.name = name
         self.settings = settings
         self.train = train
-        self.apart = held_out
+        self.unseen = held_out
         self.prior = prior
         self.prior_rules = replace(settings.rules, trigger="")
         self.masked = train.masked or (prior is not None and prior.masked)
@@ -169,7 +169,7 @@ class DiffusionTask:
         """Embeddings of every prompt that can come up; None where they change or are too many to list."""
         if self.trains_text or self.settings.rules.varies:
             return None
-        apart = self.apart.captions if self.apart else ()
+        apart = self.unseen.captions if self.unseen else ()
         prompts = ["", *(self._plain(caption) for caption in (*self.train.captions, *apart))]
         prompts += [self.prior_rules.plain(caption) for caption in (self.prior.captions if self.prior else ())]
         return cache_text(prompts, lambda batch: encode_frozen(self.text, batch))
@@ -251,7 +251,7 @@ class DiffusionTask:
             found["weights"] = torch.tensor([examples.weight(entry) for entry in entries[own]])
         if self.masked:
             found["where"] = examples.where(entries[own])
-        return found | self._told(latents, entries[own], prompts[own], hiding[own])
+        return found | self._conditioning_inputs(latents, entries[own], prompts[own], hiding[own])
 
     def largest(self) -> dict[str, Tensor]:
         """The inputs of the micro-batch with the most pixels, of those of a pass over the pictures."""
@@ -273,7 +273,7 @@ class DiffusionTask:
         """
         if not self.settings.dropout:
             return nullcontext()
-        return global_seed(self.device, self.settings.seed, "dropout", step, micro, *self.settings.processes.apart())
+        return global_seed(self.device, self.settings.seed, "dropout", step, micro, *self.settings.processes.seed_parts())
 
     def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Compute the loss of one micro-batch.
@@ -300,7 +300,7 @@ class DiffusionTask:
 
     def held_out(self) -> float | None:
         """The plain loss on the pictures kept apart: fixed noise, timesteps spread evenly, whatever the run's settings."""
-        return None if self.apart is None else self._fixed_loss(self.apart, self._chunks(self.apart))
+        return None if self.unseen is None else self._fixed_loss(self.unseen, self._chunks(self.unseen))
 
     def signals(self) -> Signals:
         """The plain loss on a few training pictures, and how far the answers to prompts without trigger left the base's."""
@@ -370,7 +370,7 @@ class DiffusionTask:
             chunk = cases[start : start + self.settings.batch_size]
             chances = [generator("leakage", start + row) for row in range(len(chunk))]
             prompts = [prompt for prompt, _ in chunk]
-            told = self._told(latents, [entry] * len(chunk), prompts, [0] * len(chunk), self.other_embeddings)
+            told = self._conditioning_inputs(latents, [entry] * len(chunk), prompts, [0] * len(chunk), self.other_embeddings)
             drawn = torch.cat([objective.noise((1, *shape), 0.0, chance) for chance in chances])
             times = torch.tensor([int(place * len(self.powers)) for _, place in chunk])
             inputs = {"latents": torch.zeros_like(drawn), "noise": drawn, "timesteps": times, **told}
@@ -463,7 +463,7 @@ class DiffusionTask:
         """The caption's prompt, without dropout or shuffling."""
         return self.settings.rules.plain(caption)
 
-    def _told(
+    def _conditioning_inputs(
         self,
         latents: LatentCache,
         entries: Sequence[int],
@@ -561,7 +561,7 @@ class DiffusionTask:
         entries, hiding = [entry for entry, _ in pairs], [draw % masks.COUNT for _, draw in pairs]
         prompts = [self._plain(examples.caption(entry)) for entry in entries]
         inputs = {"latents": self.denoiser.scaled(mean.float()), "noise": drawn, "timesteps": timesteps}
-        inputs |= self._told(examples.latents, entries, prompts, hiding)
+        inputs |= self._conditioning_inputs(examples.latents, entries, prompts, hiding)
         answer, wanted = self.answer({name: tensor.to(self.device) for name, tensor in inputs.items()})
         where = examples.where(entries).to(self.device) if examples.masked else None
         losses: list[float] = objective.per_image(objective.errors(answer, wanted), where).tolist()

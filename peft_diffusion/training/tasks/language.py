@@ -68,7 +68,7 @@ class LanguageTask:
         self.device = base.device
         self.settings = settings
         self.line = train
-        self.apart = held_out
+        self.unseen = held_out
         self.start = torch.tensor(base.start(), dtype=torch.long, device=self.device)
         room = settings.context - len(self.start)
         if room < 1 or settings.context < 2:
@@ -113,7 +113,7 @@ class LanguageTask:
         Returns:
             A context, after which they are as they were.
         """
-        return global_seed(self.device, self.settings.seed, "dropout", step, micro, *self.settings.processes.apart())
+        return global_seed(self.device, self.settings.seed, "dropout", step, micro, *self.settings.processes.seed_parts())
 
     def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Compute the loss of one micro-batch.
@@ -129,7 +129,7 @@ class LanguageTask:
 
     def held_out(self) -> float | None:
         """The loss on the line kept apart, every token of it but the first once; None where there is none."""
-        return None if self.apart is None else self._mean_loss(self.apart)
+        return None if self.unseen is None else self._mean_loss(self.unseen)
 
     def signals(self) -> Signals:
         """The loss on the beginning of what is trained on, and how far what is said of plain sentences left the base's."""

@@ -13,6 +13,7 @@ from ...bases import components
 from ...core import site
 from ...core.events import Observer
 from ...core.files import explained, write_bytes
+from ...core.parsing import json_value
 from ..drawing import Drawing
 from ..events import Preview
 from ..loop.seeds import seed_of
@@ -134,7 +135,7 @@ class Previews:
     def _prompts_of_before(self) -> list[str] | None:
         """The prompts of the pictures in the folder, where that was written down."""
         try:
-            found: list[str] = json.loads((self.folder / _PROMPTS).read_text("utf-8"))
+            found: list[str] = json_value((self.folder / _PROMPTS).read_text("utf-8"))
         except (OSError, ValueError):
             return None
         return found
