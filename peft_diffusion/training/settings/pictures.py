@@ -109,7 +109,7 @@ class _PictureConfig:
     )
     upscale: bool = setting(
         False,
-        "Enlarge pictures below the resolution; otherwise they are trained at their own size, to the nearest step of the base.",
+        "Enlarge pictures below the resolution; otherwise they are trained at their own size, to the nearest step.",
         _DATA,
     )
     background: str = setting("white", "Colour behind transparent pictures: a name or #rrggbb.", _DATA)
