@@ -436,6 +436,7 @@ def test_law_7_checkpointing_gives_the_same_gradients(case: Case) -> None:
     assert _equal_gradients(case, expected, _gradients(case, case.run))
 
 
+@pytest.mark.slow
 @once_a_case
 def test_law_7_compile_sees_new_strengths_without_recompiling(case: Case) -> None:
     torch._dynamo.reset()

@@ -309,6 +309,7 @@ def test_a_merge_that_ends_early_leaves_every_byte(
     assert fingerprint(parts) == before
 
 
+@pytest.mark.slow
 def test_what_is_removed_is_gone_from_memory(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
 

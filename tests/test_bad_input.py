@@ -70,6 +70,7 @@ VALUES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "said"), VALUES.items())
 def test_a_value_that_cannot_be_used(line: str, said: str, tmp_path: Path) -> None:
     assert said in complaint(FAILED, *line.split(), folder=tmp_path)
@@ -181,12 +182,14 @@ def test_a_picture_without_a_recipe(tmp_path: Path) -> None:
     assert "b.png cannot be read as a PNG" in complaint(FAILED, "generate", "--recipe", "b.png", folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_base(ink: Path, other_base: Path, tmp_path: Path) -> None:
     said = complaint(FAILED, "generate", "a", "--adapter", ink, "--base", other_base, "-o", "a.png", folder=tmp_path)
     assert "was made for base 'tiny'" in said
     assert "this base is 'other'" in said
 
 
+@pytest.mark.slow
 def test_an_adapter_with_numbers_that_are_none(ink: Path, tiny_base: Path, tmp_path: Path) -> None:
     tensors = load_file(ink)
     name = next(iter(tensors))
@@ -207,6 +210,7 @@ def test_an_output_that_cannot_be(output: str, ink: Path, tmp_path: Path) -> Non
     assert "is a file" in said or "no regular file" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="there is no limit on a file's size to stand for a full disk")
 def test_a_disk_that_fills_up(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"the old one")
@@ -219,6 +223,7 @@ def test_a_disk_that_fills_up(tiny_base: Path, tmp_path: Path) -> None:
     assert "a.png cannot be written: File too large" in complaint(FAILED, *arguments, folder=tmp_path, preexec_fn=limit)
 
 
+@pytest.mark.slow
 def test_a_prompt_that_the_base_would_cut(tiny_base: Path, tmp_path: Path) -> None:
     long = " ".join(["apple"] * 75 + ["cat"])
     said = complaint(FAILED, "generate", long, "--base", tiny_base, "--output", "a.png", folder=tmp_path)

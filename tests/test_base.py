@@ -82,6 +82,7 @@ def test_plain_diffusers_loads_it_and_draws_the_same(icons: Any) -> None:
     assert abs(_drawn(icons, [ASKED["noto"]])[0] - np.asarray(wanted) / 255).max() <= 1 / 255
 
 
+@pytest.mark.slow
 def test_it_draws_subject_and_style(icons: Any) -> None:
     drawn = _drawn(icons, list(ASKED.values()))
     apple, house, _ = drawn
@@ -111,6 +112,7 @@ def test_the_judge_of_subjects_sees_through_different_hands() -> None:
     assert sum(rank <= 5 for rank in judge.ranks(blank.expand(48, -1, -1, -1), list(known))) <= 5
 
 
+@pytest.mark.slow
 def test_a_style_of_any_name_keeps_the_subject(icons: Any) -> None:
     """A name that the text encoder never saw draws what no name draws, before anything is learned of it."""
     names = ["emoji of", "openmoji emoji of", "qwib watercolor drawing of"]
@@ -132,6 +134,7 @@ def test_what_unknown_words_are_taught_is_aligned() -> None:
         assert int((pair.weights < 1).sum()) < len(pair.weights) // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["ddim", "pndm", "euler", "heun", "dpm++-karras", "unipc"])
 def test_every_sampler_draws_the_apple(icons: Any, scheduler: SchedulerName) -> None:
     """They take other steps to the same picture: far nearer to it than to another subject's."""

@@ -13,11 +13,12 @@ from peft_diffusion.core.errors import UserError
 from scripts import benchmark_train, training_sides
 from scripts.training_sides import SIDES, Cell
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmark_train.py"
 CPU = torch.device("cpu")
 
 
-@pytest.mark.slow
 def test_the_script_compares_and_tells_all_it_found(tmp_path: Path) -> None:
     flags = ["--tiny", "--device", "cpu", "--sides", "ours", "floor", "peft", "--gate-steps", "3", "--warm-ups", "1"]
     done = forked.python([str(SCRIPT), *flags, "--turns", "2", "--output", str(tmp_path)], None, environment())

@@ -37,6 +37,7 @@ def rank(module: nn.Module) -> int:
     return len(pair.down)
 
 
+@pytest.mark.slow
 def test_blocks_train_together_into_one_adapter_and_one_file(pictures: Path, tmp_path: Path) -> None:
     block = (
         "unet attention lora rank=3 alpha=1.5",
@@ -74,6 +75,7 @@ def test_the_plan_tells_the_rates_of_blocks(pictures: Path, tmp_path: Path) -> N
     assert "learning rate unet.0 0.002, unet.1 1e-12, unet.1 x4 4e-12 (" in console.export_text()
 
 
+@pytest.mark.slow
 def test_targets_of_a_component_have_ranks_and_methods_of_their_own(pictures: Path, tmp_path: Path) -> None:
     block = (
         r"unet .*\.to_[qk] lora rank=1",
@@ -89,6 +91,7 @@ def test_targets_of_a_component_have_ranks_and_methods_of_their_own(pictures: Pa
     assert {rank(adapter) for adapter in loaded["text_encoder"].values()} == {2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [16.0, 0.25])
 def test_lora_plus_moves_b_so_many_times_as_far_in_its_first_step(pictures: Path, tmp_path: Path, ratio: float) -> None:
     ups, downs = [], []
@@ -101,6 +104,7 @@ def test_lora_plus_moves_b_so_many_times_as_far_in_its_first_step(pictures: Path
     assert torch.equal(*downs)
 
 
+@pytest.mark.slow
 def test_lora_plus_has_a_group_of_its_own_and_goes_on_to_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
     changes = {"option": ("b_rate_ratio=4", "init=pissa"), "unet_lr": 1e-4, "scheduler": "constant"}
     whole = train(small(pictures, tmp_path / "whole", **changes), pipe=make_pipe())

@@ -131,6 +131,7 @@ def test_a_file_of_settings_holds_for_one_command(
     app.parse_args(["inspect", str(files[0])], exit_on_error=False, print_error=False)  # raises if the file is still read
 
 
+@pytest.mark.slow
 def test_generate_writes_pictures_that_carry_their_recipe(files: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     settings = tmp_path / "run.toml"
     lines = [f"base = '{tiny_base}'", "steps = 9", "batch-size = 2", f"adapter = ['{files[0]}=0.5']", 'negative = "a dog"']
@@ -145,6 +146,7 @@ def test_generate_writes_pictures_that_carry_their_recipe(files: list[Path], tin
     assert [(used.path, used.strength) for used in made.adapters] == [(str(files[0]), 0.5)]
 
 
+@pytest.mark.slow
 def test_blend_draws_a_sheet(files: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     settings = ["--adapter", files[0], "-a", f"{files[1]}=0.5", "--base", tiny_base, "--steps", 1, "--columns", 3]
     told = command("blend", "a cat", "a house", *settings, "-o", "out/sheet.png", cwd=tmp_path)
@@ -156,6 +158,7 @@ def test_blend_draws_a_sheet(files: list[Path], tiny_base: Path, tmp_path: Path)
     assert strengths == [[[1.0], [0.5, 0.25], [0.5]]] * 2
 
 
+@pytest.mark.slow
 def test_demo_teaches_two_styles_and_blends_them(tiny_base: Path, tmp_path: Path) -> None:
     told = command("demo", "--base", tiny_base, "--steps", 2, "--output", "shown", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
@@ -176,6 +179,7 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process there")
 def test_ctrl_c_keeps_the_pictures_that_are_done(tiny_base: Path, tmp_path: Path) -> None:
     more = ["--base", tiny_base, "--steps", "20", "--count", "5000", "--batch-size", "1", "--output", "out"]

@@ -23,6 +23,8 @@ from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.training.record import checkpoint
 
+pytestmark = pytest.mark.slow
+
 KILLS, SEED = 20, 7
 
 # What carries state from step to step; and checkpoints often enough that moments lie within one.
@@ -77,7 +79,6 @@ def assert_same(one: Path, other: Path) -> None:
     assert outcome(one)[2] == outcome(other)[2]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not POSSIBLE, reason="processes of POSIX")
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     pictures = draw_pictures(tmp_path / "pictures")

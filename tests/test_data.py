@@ -554,7 +554,7 @@ class Size:
         self.width, self.height = width, height
 
 
-def test_fits_never_enlarge_and_crop_little() -> None:
+def test_fits_enlarge_by_half_a_step_at_most_and_crop_little() -> None:
     rng = random.Random(1)
     sizes = [Size(rng.randint(64, 3000), rng.randint(64, 3000)) for _ in range(500)]
     for size, fit in zip(sizes, buckets.arrange(sizes, 512, 64, 2.5), strict=True):
@@ -562,7 +562,9 @@ def test_fits_never_enlarge_and_crop_little() -> None:
         assert bucket.width % 64 == bucket.height % 64 == 0
         assert bucket.width * bucket.height <= 512**2
         assert bucket.aspect <= 2.5 and bucket.aspect >= 0.4
-        assert fit.resized[0] <= size.width and fit.resized[1] <= size.height
+        assert bucket.width <= size.width + 32 and bucket.height <= size.height + 32
+        scale = max(bucket.width / size.width, bucket.height / size.height)
+        assert abs(fit.resized[0] - size.width * scale) <= 1 and abs(fit.resized[1] - size.height * scale) <= 1
         left, top, right, bottom = fit.crop
         assert (right - left, bottom - top) == (bucket.width, bucket.height)
         assert min(left, top) >= 0 and right <= fit.resized[0] and bottom <= fit.resized[1]
@@ -579,11 +581,15 @@ def test_known_fits() -> None:
 
     assert one(1000, 1000) == (512, 512)
     assert one(1600, 1000) == (640, 384)
-    assert one(300, 300) == (256, 256)
+    assert one(511, 512) == (512, 512)  # a pixel short is no step short
+    assert one(480, 480) == (512, 512) and one(479, 479) == (448, 448)
+    assert one(300, 300) == (320, 320)
     assert one(300, 300, no_upscale=False) == (512, 512)
-    assert one(400, 300) == (384, 256)
+    assert one(400, 300) == (384, 320)
     assert one(40, 500) == (64, 128)
     assert one(10_000, 700) == (768, 320)
+    [fit] = buckets.arrange([Size(127, 127)], 128, 32)
+    assert (fit.bucket.width, fit.kept) == (128, 1.0)
 
 
 def test_place_keeps_the_middle(tmp_path: Path) -> None:
@@ -619,6 +625,39 @@ def test_batches(batch_size: int) -> None:
             assert max(counts) - min(counts) <= 1
             assert sum(counts) - len(members) < batch_size
         assert all(len(step.indices) == batch_size for step in steps)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 8])
+def test_every_picture_counts_alike_in_an_epoch_however_rare_its_shape(batch_size: int) -> None:
+    """Sixteen squares and a tall one, as in the report of a tall one that was drawn eight times; and repeats."""
+    square, tall = buckets.Bucket(512, 512), buckets.Bucket(320, 768)
+    for groups, repeats in (
+        ({square: tuple(range(16)), tall: (16,)}, dict.fromkeys(range(17), 1)),
+        (GROUPS, dict.fromkeys(range(12), 1)),
+        ({square: (0, 0, 0, 1), tall: (2, 2, 2)}, {0: 3, 1: 1, 2: 3}),
+    ):
+        for epoch in range(3):
+            steps = buckets.batches(groups, batch_size, 3, epoch)
+            counted: dict[int, float] = {}
+            for step in steps:
+                for index, weight in zip(step.indices, step.weights, strict=True):
+                    counted[index] = counted.get(index, 0.0) + weight
+            each = len(steps) * batch_size / sum(repeats.values())
+            assert counted == pytest.approx({index: each * times for index, times in repeats.items()})
+            if all(len(members) % batch_size == 0 for members in groups.values()):
+                assert all(set(step.weights) == {1.0} for step in steps)
+
+
+def test_pictures_of_the_class_are_in_one_bucket_each_and_none_is_without() -> None:
+    square, tall, wide = buckets.Bucket(512, 512), buckets.Bucket(320, 768), buckets.Bucket(640, 384)
+    sizes = [Size(512, 512)] * 20 + [Size(600, 900)] * 10 + [Size(1000, 600)] * 10
+    shared = buckets.share_out(sizes, {square: 20, tall: 9, wide: 1})
+    assert sorted(index for index, _ in shared) == list(range(40))
+    found = {bucket: [index for index, other in shared if other == bucket] for bucket in (square, tall, wide)}
+    assert {bucket: len(members) for bucket, members in found.items()} == {square: 25, tall: 12, wide: 3}
+    assert set(range(20, 30)) <= set(found[tall]) and set(found[wide]) == {37, 38, 39}
+    few = buckets.share_out([Size(500, 500), Size(300, 900)], {square: 3, tall: 3, wide: 3})
+    assert {index for index, _ in few} == {0, 1} and {bucket for _, bucket in few} == {square, tall, wide}
 
 
 def test_batches_are_a_pure_function() -> None:

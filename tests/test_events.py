@@ -146,6 +146,7 @@ def text_told(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], st
 # What is told.
 
 
+@pytest.mark.slow
 def test_what_is_found_before_the_first_step_is_told(watched: Watched) -> None:
     told = watched.told
     base = only(BaseLoaded, told)
@@ -295,6 +296,7 @@ class Handed:
                 return
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_and_stopped_from_another_thread_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     changes = {"ema": 0.9, "dropout": 0.2, "held_out": 0.2, "scheduler": "cosine"}
@@ -378,6 +380,7 @@ def test_signals_are_left_alone_where_a_stop_is_given_and_in_other_threads() -> 
 # Observers that fail, and runs that do.
 
 
+@pytest.mark.slow
 def test_a_broken_observer_is_told_no_more_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pictures = draw_pictures(tmp_path / "pictures", 4)
     whole = train(small(pictures, tmp_path / "whole", held_out=0.25), pipe=make_pipe())

@@ -14,6 +14,8 @@ import peft_diffusion as pd
 from peft_diffusion.generation import recipe
 from peft_diffusion.generation.sheet import grid
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 FOLDER = ROOT / "samples" / "styles" / "openmoji"
@@ -67,7 +69,6 @@ def test_the_service_answers_in_turn_and_lets_the_last_client_cancel(tmp_path: P
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_the_sheet_shows_one_adapter_at_every_strength(tmp_path: Path) -> None:
     prompts, strengths = ["openmoji emoji of a cat", "openmoji emoji of a key"], ["0", "1", "3"]
     flags = ["--folder", FOLDER, "--train-steps", 2, "--steps", 2, "--output", "sheet.png"]
@@ -80,7 +81,6 @@ def test_the_sheet_shows_one_adapter_at_every_strength(tmp_path: Path) -> None:
     assert all(one.tobytes() != other.tobytes() for one, other in combinations(drawn, 2))
 
 
-@pytest.mark.slow
 def test_a_method_of_ones_own_learns_and_draws(tmp_path: Path) -> None:
     run("own_method.py", FOLDER, "--steps", 2, "--resolution", 64, cwd=tmp_path)
     tensors = load_file(tmp_path / "ssf.safetensors")
@@ -94,7 +94,6 @@ def test_a_method_of_ones_own_learns_and_draws(tmp_path: Path) -> None:
     assert (method["method"], method["plugin"]) == ("ssf", "own_method")
 
 
-@pytest.mark.slow
 def test_a_training_from_python_is_watched_stopped_and_goes_on(tmp_path: Path) -> None:
     lines = run("train_from_python.py", FOLDER, "--steps", 4, "--stop-after", 2, cwd=tmp_path)
     assert "base icons: other, epsilon, 128 pixels" in lines

@@ -84,6 +84,7 @@ def test_the_sizes_of_a_wide_picture_are_those_before_the_crop(tmp_path: Path) -
     assert latents.entries[2].sizes[3] == fit.resized[0] - fit.crop[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_sdxl_trains_both_text_encoders_and_generates(prediction: str, pictures: Path, tmp_path: Path) -> None:
     pipe = make_xl_pipe(prediction_type=prediction)
@@ -118,6 +119,7 @@ def test_a_component_that_the_base_has_not_is_named_before_it_trains(
     assert not site.sites(tiny_pipe.unet)
 
 
+@pytest.mark.slow
 def test_the_file_of_sdxl_loads_in_diffusers(pictures: Path, tmp_path: Path) -> None:
     run = small(pictures, tmp_path, components=BOTH, steps=3, unet_lr=1e-2, text_encoder_lr=1e-2)
     result = train(run, pipe=make_xl_pipe())
@@ -139,6 +141,7 @@ def test_the_file_of_sdxl_loads_in_diffusers(pictures: Path, tmp_path: Path) -> 
 MAKERS: dict[str, Callable[..., DiffusionPipeline]] = {"sd": make_pipe, "sdxl": make_xl_pipe}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKERS)
 def test_inpainting_bases_train_and_generate(kind: str, pictures: Path, tmp_path: Path) -> None:
     run = small(pictures, tmp_path, steps=4, preview_steps=2, batch_size=2, held_out=0.3, unet_lr=1e-2)

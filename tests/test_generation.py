@@ -66,6 +66,7 @@ def difference(a: Image.Image, b: Image.Image) -> int:
     return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [None, "euler-a"])
 def test_a_seed_gives_its_picture_whatever_the_batch_and_the_count(make: Make, ink: Path, scheduler: str | None) -> None:
     options: dict[str, Any] = {"adapter": (str(ink),), "scheduler": scheduler}

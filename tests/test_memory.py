@@ -46,6 +46,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [make_pipe, make_xl_pipe])
 def test_blocks_that_are_computed_twice_give_the_same_adapter(tmp_path: Path, make: Make) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
@@ -60,6 +61,7 @@ def test_blocks_that_are_computed_twice_give_the_same_adapter(tmp_path: Path, ma
     assert not pipe.vae.use_slicing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "prefix"])
 def test_text_learns_the_same_too(tmp_path: Path, method: str) -> None:
     words = tmp_path / "words.txt"
@@ -90,6 +92,7 @@ def measured(work: Callable[[], object]) -> int:
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize(("make", "batch"), [(make_pipe, 4), (make_xl_pipe, 2)])
 def test_the_peak_of_a_step_is_predicted_within_a_tenth(make: Make, batch: int, low: bool) -> None:
@@ -125,6 +128,7 @@ def test_a_block_that_is_computed_again_keeps_a_forward_of_its_own() -> None:
     assert vars(hooked)["forward"] is own and not any("forward" in vars(block) for block in others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "size"), [(make_pipe, 128), (make_xl_pipe, 128), (make_pipe, 320)])
 def test_the_peak_of_a_preview_is_predicted_within_a_tenth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make, size: int
@@ -145,6 +149,7 @@ def test_the_peak_of_a_preview_is_predicted_within_a_tenth(
     assert predicted == pytest.approx(most, rel=0.1) and count == 3
 
 
+@pytest.mark.slow
 def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,7 @@ def test_a_run_with_moments_of_8_bits_is_near_adamw_and_goes_on_to_the_same_bits
         train(config(pictures, tmp_path / "adamw8bit", steps=9, resume=True), pipe=make_pipe())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prodigy", "schedule-free"])
 def test_a_run_goes_on_to_the_same_bits_and_gives_what_the_optimizer_gives(tmp_path: Path, name: str) -> None:
     pictures = draw_pictures(tmp_path / "pictures")

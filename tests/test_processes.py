@@ -17,6 +17,8 @@ from test_training import draw_pictures
 
 from peft_diffusion.training.machine.processes import Processes, join
 
+pytestmark = pytest.mark.slow
+
 RUN = "import sys; from peft_diffusion.cli.app import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -44,7 +46,6 @@ def assert_same(one: Path, other: Path) -> None:
         torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=2e-6)
 
 
-@pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_twice_the_batch(tiny_base: Path, tmp_path: Path) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     flags = [
@@ -80,7 +81,6 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(tiny_base: Path,
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.slow
 def test_two_processes_learn_text(tmp_path: Path) -> None:
     save_lm(tmp_path / "lm")
     words = tmp_path / "words.txt"
@@ -112,7 +112,6 @@ def accelerate(*flags: str, folder: Path, command: list[object]) -> subprocess.C
     return subprocess.run([*map(str, (*launcher, *command))], capture_output=True, text=True, env=environment, timeout=240)
 
 
-@pytest.mark.slow
 def test_accelerate_launches_the_same_command_or_is_found_not_to_have(tiny_base: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

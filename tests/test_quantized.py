@@ -83,6 +83,7 @@ def linears(model: nn.Module) -> dict[str, quantized.QuantizedLinear]:
     return {path: m for path, m in model.named_modules() if isinstance(m, quantized.QuantizedLinear)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [("lora", "unet", kind, "float32") for kind in KINDS], ids="-".join, indirect=True)
 def test_law_7_compile_sees_new_strengths_without_recompiling(case: Case) -> None:
     laws.test_law_7_compile_sees_new_strengths_without_recompiling(case)
@@ -121,6 +122,7 @@ def _norm(tensors: Iterable[torch.Tensor]) -> float:
     return float(torch.stack([t.float().square().sum() for t in tensors]).sum().sqrt())
 
 
+@pytest.mark.slow
 def test_law_9_training_lowers_the_loss_and_no_byte_of_the_base_changes(case: Case) -> None:
     bytes_before, print_before = state(case.model), fingerprint({case.component: case.model})
     case.attach()
@@ -294,6 +296,7 @@ def test_a_backend_that_is_not_installed_is_named(tiny_base: Path, monkeypatch: 
         load_base(tiny_base, device="cpu", quantize="int3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_generating_and_repeating_a_picture_on_a_quantized_base(
     kind: Quantize, tiny_base: Path, tmp_path: Path

@@ -544,6 +544,7 @@ def test_a_copy_of_a_pipeline_has_its_own_words(way: str, taught: Adapters) -> N
     assert torch.equal(told_by_words(twin, text), told_by_words(make_pipe(), text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["tokenizer", "text_encoder"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["deepcopy", "pickle"])
 def test_what_is_copied_with_its_teacher_learns_from_the_copy(
@@ -578,6 +579,7 @@ def test_a_tokenizer_that_is_copied_alone_goes_on_learning_where_it_did(taught: 
     assert not any(isinstance(one, torch.nn.Module) for one in vars(twin).values())
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_another_text_encoder_teaches_is_left_alone_and_refused(
     taught: Adapters, files: dict[str, Path]
 ) -> None:

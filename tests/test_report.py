@@ -87,6 +87,7 @@ def test_the_report_tells_all_of_a_run_and_needs_nothing_else(made: TrainResult)
     assert (made.run_dir / "report.html").stat().st_size < 1_000_000
 
 
+@pytest.mark.slow
 def test_what_others_wrote_stays_text(made: TrainResult) -> None:
     page = page_of(made.run_dir)
     assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "object", "ink")]
@@ -110,6 +111,7 @@ def test_what_follows_from_a_short_run_was_not_changed(tmp_path: Path) -> None:
     assert changed == {"epochs": (1.0, None), "batch_size": (4, 8), "rank": (2, 16), "preview_steps": (0, 20)}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_or_failed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = draw_pictures(tmp_path / "pictures")
     with monkeypatch.context() as patched:
@@ -146,6 +148,7 @@ def test_a_text_run_has_a_report_too(tmp_path: Path) -> None:
     assert "tokens are kept apart" in page.text and "text generate" in page.text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("chromium-browser")), reason="needs chromium")
 def test_a_real_browser_shows_it_without_errors(made: TrainResult, tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -200,6 +203,7 @@ def test_charts_have_round_ticks_within_their_limits() -> None:
 # Trackers.
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_losses_signals_and_previews(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder = draw_pictures(tmp_path / "pictures")
@@ -257,6 +261,7 @@ def test_trials_are_short_at_first() -> None:
     assert [trial_steps(steps) for steps in (5, 60, 300, 1500)] == [5, 20, 60, 300]
 
 
+@pytest.mark.slow
 def test_a_rate_is_found_and_nothing_else_is_left(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures", 8)
     asked = small(folder, tmp_path, held_out=0.25, batch_size=4, unet_lr=1e-4, steps=5)
@@ -275,6 +280,7 @@ def test_a_rate_is_found_and_nothing_else_is_left(tmp_path: Path) -> None:
     assert ("look still gains above" in told) == (found.factor < 1)
 
 
+@pytest.mark.slow
 def test_trials_stand_as_the_run_does_and_the_flag_of_words_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = draw_pictures(tmp_path / "pictures", 4)
     stood = []

@@ -32,6 +32,8 @@ from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.results import RunResult
 from peft_diffusion.training.tasks.diffusion import DiffusionTask
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 # Everything at once that draws chance or carries state.

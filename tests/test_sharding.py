@@ -42,6 +42,8 @@ from peft_diffusion.core.sharded import local_part
 from peft_diffusion.training.machine.processes import join
 from peft_diffusion.training.machine.sharding import shard
 
+pytestmark = pytest.mark.slow
+
 join("cpu")
 pipe = load_base({base!r}, device="cpu")
 before, size = fingerprint(dict(unet=pipe.unet)), sum(one.nbytes for one in pipe.unet.parameters())
@@ -75,7 +77,6 @@ def trainings(base: Path, folder: Path, name: str, *flags: object) -> list[list[
     ]
 
 
-@pytest.mark.slow
 def test_a_sharded_base_teaches_what_a_whole_one_does(tiny_base: Path, tmp_path: Path) -> None:
     draw_pictures(tmp_path / "pictures")
     plain, sharded = trainings(
@@ -106,7 +107,6 @@ def test_a_sharded_base_teaches_what_a_whole_one_does(tiny_base: Path, tmp_path:
     assert drawn[0] == drawn[1] and "step_000001_0.png" in drawn[0]
 
 
-@pytest.mark.slow
 def test_each_process_holds_its_part_and_methods_that_read_weights_find_them(tiny_base: Path, tmp_path: Path) -> None:
     draw_pictures(tmp_path / "pictures")
     common = ["--preview-steps", 0, "--save-every", 2, "--held-out", 0]

@@ -34,6 +34,8 @@ from peft_diffusion.training.tasks.layer_changes import layer_changes
 from peft_diffusion.training.tasks.preparation import prepare
 from peft_diffusion.training.watch.strength import suggest
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 
@@ -256,7 +258,6 @@ def test_a_resumed_run_has_the_same_signals_choice_and_patience(
     assert same_file(whole.output, resumed.output) and whole.steps == resumed.steps
 
 
-@pytest.mark.slow
 def test_a_run_that_is_planted_to_over_train_is_called_so(tmp_path: Path) -> None:
     """Four pictures, many passes at five times the usual rate, four others kept apart: on the embedded base."""
     source = embedded("styles/openmoji")

@@ -18,6 +18,8 @@ from peft_diffusion.bases import architectures, components, describe, load_base,
 from peft_diffusion.bases.architectures import Architecture, write_tokenizer
 from peft_diffusion.core.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 KINDS = {
     "sd1": Architecture("sd1"),
@@ -180,7 +182,6 @@ def test_the_tokenizer_is_clips(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer("naïve café, 東京?").input_ids, skip_special_tokens=True) == "naïve café , 東京 ?"
 
 
-@pytest.mark.slow
 def test_stable_diffusion_1_5_in_its_true_size(tmp_path: Path) -> None:
     found = KINDS["sd1"]
     original = build(found, torch.float16)

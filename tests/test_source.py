@@ -125,6 +125,7 @@ def test_what_does_not_fit_is_said(bases: dict[str, Path], files: dict[str, Path
         run(bases["plain"], tmp_path, image=tmp_path / "text.png")
 
 
+@pytest.mark.slow
 def test_the_command(bases: dict[str, Path], files: dict[str, Path], tmp_path: Path) -> None:
     script = Path(__file__).parent.parent / "scripts" / "generate.py"
     flags = ["--base", bases["masked"], "--steps", 2, "--image", files["image"], "--mask", files["mask"], "-o", "a.png"]

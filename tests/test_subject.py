@@ -95,6 +95,7 @@ def gradient(task: DiffusionTask, arena: Arena, inputs: Inputs) -> torch.Tensor:
 CLASS: dict[str, Any] = {"class_prompt": ("a cat", "a dog"), "class_images": 5, "preset": "subject"}
 
 
+@pytest.mark.slow
 def test_the_base_draws_the_class_once_and_later_runs_find_it(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,10 +174,28 @@ def test_a_regularisation_folder_takes_any_shape_and_its_own_captions(tmp_path: 
     task, arena = task_of(small(pictures, tmp_path, regularisation=(folder,), masks="off"))
     assert task.prior is not None
     assert sorted(task.prior.captions) == ["blue cat b", "red apple a", "wide one"]
-    assert {entry.fit.bucket for entry in task.prior.latents.entries} == set(task.groups)
+    assert len(task.prior.latents.entries) == 3
     gradient(task, arena, task.inputs(0, 0))
     with pytest.raises(UserError, match="there is no folder"):
         task_of(small(pictures, tmp_path, regularisation=(tmp_path / "nowhere",)))
+
+
+def test_pictures_of_the_class_are_encoded_once_and_their_crops_are_told(tmp_path: Path, pictures: Path) -> None:
+    Image.new("RGB", (96, 64), "teal").save(pictures / "a wide one.png")
+    Image.new("RGB", (64, 128), "gold").save(pictures / "a tall one.png")
+    folder = draw_pictures(tmp_path / "class", 0)
+    for number in range(8):
+        Image.new("RGB", (64, 64), (9 * number, 0, 0)).save(folder / f"c{number}.png")
+    console = Console(record=True, width=300)
+    config = small(pictures, tmp_path, regularisation=(folder,), resolution=64, missing_captions="empty")
+    prepared = prepare(config, make_pipe(), TrainingConsole(console), TrainingPictures())
+    assert prepared.prior is not None and prepared.prior.latents.computed == 8
+    task = diffusion_task(prepared, blocks(prepared.config), Processes())
+    assert len(task.groups) == 3 and all(task.prior_entries(bucket, 0, 0) for bucket in task.groups)
+    said = console.export_text()
+    assert "class: 64x64: 5 pictures, 100% or more of each kept" in said
+    assert "warning: the crop leaves less than 70% of 3 pictures; the class is cropped to" in said
+    assert f"{folder / 'c7.png'}: 64x64, of which 80x48 keeps 60%, the middle" in said
 
 
 def test_a_subject_without_class_says_so_and_trains_text_too(tmp_path: Path, pictures: Path) -> None:
@@ -306,6 +325,7 @@ def test_a_picture_of_a_mask_is_a_picture(tmp_path: Path, pictures: Path) -> Non
 # Repeats and weights.
 
 
+@pytest.mark.slow
 def test_a_repeated_folder_is_drawn_as_often_as_asked(tmp_path: Path) -> None:
     for name in ("10_mira", "often/deep", "once"):
         draw_pictures(tmp_path / "all" / name, 2, size=64)
@@ -322,6 +342,31 @@ def test_a_repeated_folder_is_drawn_as_often_as_asked(tmp_path: Path) -> None:
     assert result.steps == 28
     plain, _ = task_of(replace(config, repeats=("10_mira=1", "often=1")))
     assert len({plain.batch(step, 0).indices for step in range(6)}) == 6
+
+
+def test_a_batch_of_copies_has_the_gradient_of_one_picture(tmp_path: Path, pictures: Path) -> None:
+    """As the sum of the gradients of its images, each by what it counts; what is told of the loss is the plain mean."""
+    Image.new("RGB", (64, 128), "gold").save(pictures / "a tall one.png")
+    console = Console(record=True, width=300)
+    config = small(pictures, tmp_path, batch_size=4, resolution=64, caption_dropout=0.0)
+    task, arena = task_of(config)
+    moved(arena)
+    counted: Counter[int] = Counter()
+    for step in range(2):
+        batch, inputs = task.batch(step, 0), task.inputs(step, 0)
+        rows = [{name: tensor[row : row + 1] for name, tensor in inputs.items()} for row in range(4)]
+        ones = {"weights": torch.ones(1), "shares": torch.ones(1)}
+        alone = [gradient(task, arena, {**row, **ones}) for row in rows]
+        wanted = sum((weight / 4 * one for weight, one in zip(batch.weights, alone, strict=True)), torch.zeros(()))
+        torch.testing.assert_close(gradient(task, arena, inputs), wanted, rtol=1e-3, atol=1e-6)
+        plain = torch.stack([task.loss({**row, **ones}) for row in rows]).mean()
+        torch.testing.assert_close(task.loss(inputs), plain)
+        for index, weight in zip(batch.indices, batch.weights, strict=True):
+            counted[index] += round(weight * 1000)
+    assert set(counted.values()) == {1600}  # eight slots over five pictures
+    prepare(config, make_pipe(), TrainingConsole(console), TrainingPictures())
+    said = console.export_text()
+    assert "warning: no other has the shape of 1 picture" in said and "a tall one.png: 48x80" in said
 
 
 def test_numbers_before_names_are_repeats_and_dates_are_not(tmp_path: Path) -> None:
@@ -419,6 +464,7 @@ def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path: Path,
     assert formats.load(result.output, pipe).warnings == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [None, "pndm", "euler", "dpm++"])
 def test_what_was_trained_to_pure_noise_is_drawn_from_it(
     tmp_path: Path, pictures: Path, sampler: SchedulerName | None, monkeypatch: pytest.MonkeyPatch
@@ -498,6 +544,7 @@ EVERYTHING = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_gives_the_bits_of_one_that_was_not(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

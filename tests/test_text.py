@@ -248,6 +248,7 @@ def test_a_tokenizer_that_puts_nothing_first_is_asked_from_the_second_token() ->
 # --- training
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_leaves_the_base(text: Path, tmp_path: Path) -> None:
     base = make_lm()
     before = fingerprint(components(base))
@@ -318,6 +319,7 @@ class StopAfter:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -469,6 +471,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, tiny_pipe: Diffus
 # --- the commands
 
 
+@pytest.mark.slow
 def test_the_commands_teach_and_write(folder: Path, text: Path, tmp_path: Path) -> None:
     told = ("text", "train", text, "--base", folder, "--output", "a.safetensors", "--steps", 4, "--rank", 2)
     done = command(*told, cwd=tmp_path)
@@ -504,6 +507,7 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "code", "said"), [(line, *more) for line, more in BAD.items()], ids=list(BAD))
 def test_bad_input_is_told_in_one_line(line: str, code: int, said: str, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")

@@ -86,6 +86,7 @@ def test_it_is_known_by_its_row() -> None:
     assert set(components(pipe)) == {"transformer", "text_encoder"}
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_read_and_drawn_with(trained: Path, tmp_path: Path) -> None:
     found = pd.inspect(trained)
     assert found.components == {"transformer": 12} and found.spec is not None and found.spec.base["family"] == ROW.name
@@ -158,6 +159,7 @@ def test_blocks_are_computed_again_where_memory_is_low(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, low[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_comes_in_by_command_and_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_toy().save_pretrained(tmp_path / "base")
     draw_pictures(tmp_path / "pictures", 2)

@@ -38,6 +38,7 @@ LAWS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__[5:10])
 def test_it_keeps_the_law(law: Callable[[laws.Case], None], case: laws.Case) -> None:
     law(case)

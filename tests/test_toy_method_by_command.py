@@ -18,6 +18,8 @@ import peft_diffusion as pd
 from peft_diffusion.core.method import METHODS
 from peft_diffusion.core.plugins import METHODS_GROUP
 
+pytestmark = pytest.mark.slow
+
 PLUGIN = "toy_method"
 LOADED = ["--plugin", PLUGIN]
 

@@ -458,6 +458,7 @@ def test_the_configuration_imports_no_torch() -> None:
 # Whole runs on a tiny base.
 
 
+@pytest.mark.slow
 def test_a_run_lowers_the_losses_and_leaves_the_base_as_it_was(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures", 20)
     pipe = make_pipe()
@@ -482,6 +483,7 @@ def test_a_run_lowers_the_losses_and_leaves_the_base_as_it_was(tmp_path: Path) -
         assert plot.size == (880, 550)
 
 
+@pytest.mark.slow
 def test_the_file_gives_the_weights_that_were_trained(tmp_path: Path, pictures: Path) -> None:
     result = train(small(pictures, tmp_path, trigger="ink {}"), pipe=make_pipe())
     pipe = make_pipe()
@@ -490,6 +492,7 @@ def test_the_file_gives_the_weights_that_were_trained(tmp_path: Path, pictures: 
     assert torch.equal(flat(loaded, pipe), last_state(result).tensors["parameters"])
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_saved(tmp_path: Path, pictures: Path) -> None:
     result = train(small(pictures, tmp_path, ema=0.9), pipe=make_pipe())
     pipe, state = make_pipe(), last_state(result)
@@ -497,6 +500,7 @@ def test_the_average_is_what_is_saved(tmp_path: Path, pictures: Path) -> None:
     assert not torch.equal(state.tensors["average"], state.tensors["parameters"])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path: Path, pictures: Path) -> None:
     torch.manual_seed(1)
     first = train(small(pictures, tmp_path / "1"), pipe=make_pipe())
@@ -508,6 +512,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(tmp_path: Path
     assert any(not torch.equal(one[key], three[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_v_prediction_is_trained_as_the_base_says(tmp_path: Path, pictures: Path) -> None:
     epsilon = train(small(pictures, tmp_path / "1"), pipe=make_pipe())
     velocity = train(small(pictures, tmp_path / "2", min_snr_gamma=5), pipe=make_pipe(prediction_type="v_prediction"))
@@ -529,6 +534,7 @@ def test_pictures_kept_apart_are_never_trained_on(tmp_path: Path) -> None:
     assert task.held_out() == task.held_out()
 
 
+@pytest.mark.slow
 def test_held_out_loss_does_not_depend_on_how_the_run_learns(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures", 10)
     plain = train(small(folder, tmp_path / "1", held_out=0.2, steps=1), pipe=make_pipe())
@@ -543,6 +549,7 @@ def test_held_out_loss_does_not_depend_on_how_the_run_learns(tmp_path: Path) -> 
     assert plain.held_out_before == pytest.approx(other.held_out_before, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_training_the_text_encoder_too_writes_both(tmp_path: Path, pictures: Path) -> None:
     result = train(small(pictures, tmp_path, components=("unet,text_encoder",), text_encoder_lr=1e-3), pipe=make_pipe())
     spec = spec_of(result.output)
@@ -551,6 +558,7 @@ def test_training_the_text_encoder_too_writes_both(tmp_path: Path, pictures: Pat
     assert ups and all(bool(tensor.any()) for tensor in ups)
 
 
+@pytest.mark.slow
 def test_previews_have_the_base_in_the_first_row(tmp_path: Path, pictures: Path) -> None:
     drawn: dict[str, Any] = {"preview_steps": 2, "preview_every": 3, "preview_prompts": ("a cat", "a dog")}
     result = train(small(pictures, tmp_path, **drawn), pipe=make_pipe())
@@ -564,6 +572,7 @@ def test_epochs_see_every_picture_so_many_times(tmp_path: Path, pictures: Path) 
     assert result.steps == 4 and "steps = 4" in (result.run_dir / "config.toml").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path: Path, pictures: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
     result = train(small(pictures, tmp_path), pipe=make_pipe(), observers=[TrainingConsole(console)])
@@ -595,6 +604,7 @@ def test_missing_captions_stop_before_anything_is_written(tmp_path: Path, pictur
     assert not (tmp_path / "run").exists() and not (tmp_path / "a.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_and_a_file_that_are_there_are_not_replaced_unasked(tmp_path: Path, pictures: Path) -> None:
     first = train(small(pictures, tmp_path), pipe=make_pipe())
     held = first.output.read_bytes()
@@ -622,6 +632,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, pictures: Path,
     assert (tmp_path / "project" / "data.json").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_overwriting_deletes_nothing_but_what_runs_write(tmp_path: Path, pictures: Path) -> None:
     run = train(small(pictures, tmp_path, preview_steps=1, preview_prompts=("a cat",)), pipe=make_pipe()).run_dir
     (run / "logs").mkdir()
@@ -638,6 +649,7 @@ def test_overwriting_deletes_nothing_but_what_runs_write(tmp_path: Path, picture
     assert left == {"step_000003.safetensors", *(f"{number:06}.webp" for number in range(6))}
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_train_into_one_folder(tmp_path: Path, pictures: Path) -> None:
     run = train(small(pictures, tmp_path), pipe=make_pipe()).run_dir
     told = json.loads((run / "run.json").read_text())

@@ -279,6 +279,13 @@ def test_settings_without_what_has_no_default_say_so(tmp_path: Path) -> None:
 BASES = {
     "no size": ("unet/config.json", "sample_size", None, "has the sample_size None"),
     "a size of text": ("unet/config.json", "sample_size", "eight", "has the sample_size 'eight'"),
+    "a list for a length": (
+        "tokenizer/tokenizer_config.json",
+        "model_max_length",
+        [],
+        "has a configuration that cannot be used",
+    ),
+    "modules without weights": ("unet/config.json", "dual_cross_attention", True, "and its weights hold none"),
     "endless steps": ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9, "has num_train_timesteps 1000000000"),
     "endless layers": ("unet/config.json", "layers_per_block", 10**4, "has layers_per_block 10000"),
     "no layers": ("unet/config.json", "layers_per_block", -1, "has layers_per_block -1"),

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..core import quantized
 from ..core.errors import UserError, first_line
+from ..core.parsing import refusing
 from .digest import identity
 from .digest import quantize as quantize_all
 from .embedded import TINY_LM, embedded
@@ -111,7 +112,8 @@ def load_lm(
         model, tokenizer, name = _read(named, chosen)
     if quantize is not None:
         quantize_all({"lm": model}, quantize, where)
-    return frozen(LanguageModel(model.to(where), tokenizer, name))
+    with refusing(f"base {named!r} has a configuration that cannot be used"):
+        return frozen(LanguageModel(model.to(where), tokenizer, name))
 
 
 def frozen(base: LanguageModel) -> LanguageModel:

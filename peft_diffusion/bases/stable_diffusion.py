@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..core import quantized, site
 from ..core.errors import UserError, first_line
+from ..core.parsing import refusing
 from . import single_file
 from .base import components, denoiser_of
 from .denoiser import kinds
@@ -53,7 +54,8 @@ def load_base(
         quantized.check(quantize)  # before gigabytes are read
     where = pick_device(device)
     chosen = pick_dtype(dtype, where)
-    with quiet(diffusers_logging, transformers_logging):
+    unusable = refusing(f"base {name!r} has a configuration that cannot be used")
+    with quiet(diffusers_logging, transformers_logging), unusable:
         pipe = _frozen(_read(name, chosen))
     if quantize is not None:
         quantize_all(components(pipe), quantize, where)
@@ -107,6 +109,13 @@ def _as_asked(pipe: Pipeline, quantize: str | None) -> Pipeline:
 
 def _frozen(pipe: Pipeline) -> Pipeline:
     denoiser = denoiser_of(pipe)
-    for part in (*components(pipe).values(), denoiser.vae):
+    for needed in ("family", "resolution", "step"):  # what a configuration does not tell is told now, not after training
+        getattr(denoiser, needed)
+    for name, part in {**components(pipe), "vae": denoiser.vae}.items():
+        missing = next((path for path, own in part.named_parameters() if own.is_meta), None)
+        if missing is not None:
+            raise UserError(
+                f"the base's {name} is to have {missing}, by its config.json, and its weights hold none; mend one"
+            )
         site.freeze(part)
     return pipe

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -111,8 +112,8 @@ def arrange(
         resolution: See `make_buckets`.
         step: See `make_buckets`.
         max_aspect: See `make_buckets`.
-        no_upscale: Give an image that its bucket would enlarge a bucket of its own size instead, rounded down to the step
-            and within the same area and aspect. Only an image smaller than one step is enlarged, to one step.
+        no_upscale: Give an image that its bucket would enlarge a bucket of its own size instead, rounded to the step and
+            within the same area and aspect. That enlarges a side by half a step at most, or to one step.
 
     Returns:
         One entry an image, in their order.
@@ -132,7 +133,8 @@ def arrange(
 
 
 def _own_bucket(width: int, height: int, resolution: int, step: int, max_aspect: float) -> Bucket:
-    short, long = (max(1, side // step) for side in sorted((width, height)))
+    # Rounded: a picture that is a pixel short would lose a whole step otherwise.
+    short, long = (max(1, (side + step // 2) // step) for side in sorted((width, height)))
     long = min(long, int(short * max_aspect))
     while long > 1 and short * long * step**2 > resolution**2:
         long -= 1
@@ -186,19 +188,57 @@ def repeated(groups: Mapping[Bucket, Sequence[int]], times: Sequence[int]) -> di
     return {bucket: tuple(one for one in indices for _ in range(times[one])) for bucket, indices in groups.items()}
 
 
+def share_out(pictures: Sequence[Sized], draws: Mapping[Bucket, int]) -> tuple[tuple[int, Bucket], ...]:
+    """Give images to buckets that others are drawn from, one bucket an image, so that no bucket is without any.
+
+    A bucket gets images in proportion to its draws, one at least, and of images in the order of their aspects it gets those
+    that stand where it stands among the buckets. With fewer images than buckets, an image is in more than one.
+
+    Args:
+        pictures: The images' sizes.
+        draws: How often an epoch draws from each bucket, above 0.
+
+    Returns:
+        Index and bucket, by bucket.
+    """
+    shapes = sorted(draws, key=lambda bucket: (bucket.aspect, bucket))
+    order = sorted(range(len(pictures)), key=lambda index: (pictures[index].width / pictures[index].height, index))
+    if len(order) < len(shapes):
+        return tuple((order[place * len(order) // len(shapes)], bucket) for place, bucket in enumerate(shapes))
+    spare, total = len(order) - len(shapes), sum(draws.values())
+    ends, drawn = [], 0
+    for place, bucket in enumerate(shapes, start=1):
+        drawn += draws[bucket]
+        ends.append(place + spare * drawn // total)
+    starts = [0, *ends[:-1]]
+    return tuple(
+        (index, bucket)
+        for bucket, start, end in zip(shapes, starts, ends, strict=True)
+        for index in sorted(order[start:end])
+    )
+
+
 @dataclass(frozen=True)
 class Batch:
-    """The images of one step, by index, all in one bucket."""
+    """The images of one step, all in one bucket.
+
+    Attributes:
+        bucket: The shape.
+        indices: The images, by index.
+        weights: What each counts; 1 in the mean over an epoch, and 1 each where every bucket fills its batches.
+    """
 
     bucket: Bucket
     indices: tuple[int, ...]
+    weights: tuple[float, ...]
 
 
 def batches(pictures_by_bucket: Mapping[Bucket, Sequence[int]], batch_size: int, seed: int, epoch: int) -> tuple[Batch, ...]:
     """List the batches of one epoch, full ones only. A pure function of its arguments, whatever the order of the mapping.
 
-    Every image is drawn once. A bucket's last batch is filled with the first images of that bucket's order in this epoch,
-    repeatedly if needed, so that a single image still makes a batch; each epoch repeats others.
+    A bucket's last batch is filled with the first images of that bucket's order in this epoch, repeatedly if needed, so
+    that a single image still makes a batch; each epoch repeats others. What an image counts is divided among its copies:
+    every image counts alike in an epoch, times how often it is listed, however rare its shape is.
 
     Args:
         pictures_by_bucket: Indices by bucket.
@@ -215,13 +255,18 @@ def batches(pictures_by_bucket: Mapping[Bucket, Sequence[int]], batch_size: int,
     if batch_size < 1:
         raise UserError(f"the batch size must be 1 or more, not {batch_size}")
     rng = random.Random(f"batches {seed} {epoch}")
+    wanted = sum(map(len, pictures_by_bucket.values()))
+    filled = steps_per_epoch(pictures_by_bucket, batch_size) * batch_size
     steps: list[Batch] = []
     for bucket in sorted(pictures_by_bucket):
         order = sorted(pictures_by_bucket[bucket])
         rng.shuffle(order)
-        for start in range(0, len(order), batch_size):
-            indices = (order[index % len(order)] for index in range(start, start + batch_size))
-            steps.append(Batch(bucket, tuple(indices)))
+        drawn = [order[place % len(order)] for place in range(-(-len(order) // batch_size) * batch_size)]
+        listed, copies = Counter(order), Counter(drawn)
+        weights = {index: filled / wanted * listed[index] / copies[index] for index in listed}
+        for start in range(0, len(drawn), batch_size):
+            indices = tuple(drawn[start : start + batch_size])
+            steps.append(Batch(bucket, indices, tuple(weights[index] for index in indices)))
     rng.shuffle(steps)
     return tuple(steps)
 

@@ -15,7 +15,7 @@ from peft_diffusion.core.errors import UserError
 
 from .caption_files import Captions, Source, is_metadata, is_sidecar, name_captions, plain_name, read_captions
 from .images import MAX_PIXELS, SUFFIXES, Checked, check_picture, open_mask, open_picture
-from .problems import PictureError, Problem
+from .problems import PictureError, Problem, number_of
 
 __all__ = ["ImageFolder", "Missing", "Problem", "TrainingImage", "open_picture", "scan"]
 
@@ -112,10 +112,10 @@ class ImageFolder:
             What there is, where captions come from, and the problems by kind.
         """
         words = ", ".join(str(folder) for folder in self.folders)
-        lines = [f"{words}: {_count(len(self.pictures), 'picture')}{_size_range(self.pictures)}"]
+        lines = [f"{words}: {number_of(len(self.pictures), 'picture')}{_size_range(self.pictures)}"]
         masked = sum(picture.mask is not None for picture in self.pictures)
-        lines += [f"{_count(masked, 'mask')}: only what is white there is learned"] if masked else []
-        lines += [f"{_count(count, 'caption')} from {_SOURCE_WORDS[source]}" for source, count in self.sources.items()]
+        lines += [f"{number_of(masked, 'mask')}: only what is white there is learned"] if masked else []
+        lines += [f"{number_of(count, 'caption')} from {_SOURCE_WORDS[source]}" for source, count in self.sources.items()]
         kinds: dict[str, list[Problem]] = {}
         for problem in self.problems:
             kinds.setdefault(problem.kind, []).append(problem)
@@ -387,10 +387,6 @@ def _drop_duplicates(pictures: Iterable[TrainingImage]) -> tuple[tuple[TrainingI
             message = f"the same content as {kept.path}{other}; left out"
             problems.append(Problem(str(picture.path), "duplicate", message, "Delete one of the two"))
     return tuple(first.values()), problems
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _size_range(pictures: Sequence[TrainingImage]) -> str:

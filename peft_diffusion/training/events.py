@@ -112,13 +112,17 @@ class DataRead(Event):
 
 @dataclass(frozen=True)
 class Arranged(Event):
-    """Pictures were put into buckets of one size each; ``description`` has a line for each, and for unusual subfolders."""
+    """Pictures were put into buckets of one size each; ``description`` has a line for each, and for unusual subfolders.
+
+    ``of_class`` says that they are pictures of the class that a subject belongs to.
+    """
 
     description: tuple[str, ...]
+    of_class: bool = False
 
     def lines(self) -> tuple[str, ...]:
         """Tell the description."""
-        return tuple(f"  {line}" for line in self.description)
+        return tuple(f"  class: {line}" if self.of_class else f"  {line}" for line in self.description)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,9 @@ class _PictureConfig:
         False, "Learn from mirrored pictures too; not for a style with writing or a side that matters.", _DATA
     )
     upscale: bool = setting(
-        False, "Enlarge pictures below the resolution; otherwise they are trained at their own size.", _DATA
+        False,
+        "Enlarge pictures below the resolution; otherwise they are trained at their own size, to the nearest step.",
+        _DATA,
     )
     background: str = setting("white", "Colour behind transparent pictures: a name or #rrggbb.", _DATA)
     resolution: int | None = setting(

@@ -126,8 +126,9 @@ class DiffusionSettings:
 class DiffusionTask:
     """The loss of a pipeline that carries the adapter ``name``, on examples; and on others that are never trained on.
 
-    ``prior`` are pictures of the class, in every bucket of the examples: each step learns from as many of them to answer as
-    the base does, or to draw them (prior preservation, Ruiz et al. 2022, https://arxiv.org/abs/2208.12242).
+    ``prior`` are pictures of the class, some in every bucket of the examples: each step learns from as many of them to
+    answer as the base does, or to draw them (prior preservation, Ruiz et al. 2022, https://arxiv.org/abs/2208.12242).
+    Every picture counts alike in an epoch, times its repeats: a batch that copies fill counts less (`Batch.weights`).
     All chance comes from the seed, the step and the micro-batch. Latents and, with a frozen text encoder and fixed
     captions, embeddings are computed before; `offload` then takes what is idle off the device.
     """
@@ -149,7 +150,10 @@ class DiffusionTask:
         self.prior = prior
         self.prior_rules = replace(settings.rules, trigger="")
         self.masked = train.masked or (prior is not None and prior.masked)
-        self.weighs = prior is not None or bool(train.weights)
+        self.groups = train.groups
+        # Filled batches hold copies, which count less.
+        self.fills = any(len(entries) % (settings.batch_size * settings.processes.size) for entries in self.groups.values())
+        self.weighs = prior is not None or bool(train.weights) or self.fills
         self.denoiser = denoiser_of(pipe)
         weight = next(self.denoiser.network.parameters())
         self.device, self.dtype = weight.device, weight.dtype
@@ -157,7 +161,6 @@ class DiffusionTask:
         self.trains_text = any(site.adapters(encoder, name) for encoder in self.text.encoders)
         self.prediction = prediction_type(self.denoiser.prediction)
         self.powers = noise_schedule(self.denoiser, settings.zero_terminal_snr).to(self.device)
-        self.groups = train.groups
         self._epoch: tuple[int, tuple[Batch, ...]] = (-1, ())
         self._base_answers: list[Tensor] = []
 
@@ -193,6 +196,11 @@ class DiffusionTask:
         captions = [self.train.caption(entry) for entry in batch.indices]
         prompts = [self.settings.rules.prompt(*pair) for pair in zip(captions, chances, strict=True)]
         found = self._drawn(self.train, batch.indices, prompts, generator(seed, "noise", step, micro))
+        if self.fills:
+            share = sum(batch.weights) / len(batch.weights)
+            weights = batch.weights[self.settings.processes.part(self.settings.batch_size)]
+            found["weights"] *= torch.tensor([weight / share for weight in weights])
+            found["shares"] = torch.full((len(weights),), share)
         if self.prior is None:
             return found
         entries = self.prior_entries(batch.bucket, step, micro)
@@ -201,6 +209,7 @@ class DiffusionTask:
         prompts = [self.prior_rules.prompt(*pair) for pair in zip(captions, chances, strict=True)]
         kept = self._drawn(self.prior, entries, prompts, generator(seed, "prior noise", step, micro))
         kept["weights"] *= self.settings.prior_weight
+        kept |= {name: found[name] for name in ("shares",) if name in found}  # the class counts as much as what is learned
         # Twice each: the loss is the mean over both, and shall be the sum of the means of each.
         return {name: torch.cat([tensor, kept[name]]) * (2 if name == "weights" else 1) for name, tensor in found.items()}
 
@@ -286,7 +295,8 @@ class DiffusionTask:
             count = len(self.powers)
             deltas = objective.huber_deltas(settings.huber_schedule, settings.huber_c, timesteps, power, count)
         errors = objective.errors(answer, wanted, settings.loss, deltas)
-        return objective.weighted(objective.per_image(errors, inputs.get("where")), self._weights(inputs, power))
+        loss = objective.weighted(objective.per_image(errors, inputs.get("where")), self._weights(inputs, power))
+        return objective.counted(loss, inputs["shares"][0]) if self.fills else loss
 
     def held_out(self) -> float | None:
         """The plain loss on the pictures kept apart: fixed noise, timesteps spread evenly, whatever the run's settings."""

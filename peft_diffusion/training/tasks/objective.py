@@ -200,3 +200,17 @@ def weighted(losses: Tensor, weights: Tensor | None) -> Tensor:
         A scalar.
     """
     return losses.mean() if weights is None else (losses * weights).mean()
+
+
+def counted(loss: Tensor, share: Tensor) -> Tensor:
+    """Let the gradient of a loss count for more or less, and leave its value, which people read, as it is.
+
+    Args:
+        loss: A scalar.
+        share: A scalar: what the gradient is multiplied by.
+
+    Returns:
+        A scalar of the loss's value.
+    """
+    value = loss.detach()
+    return value + share * (loss - value)

@@ -1,7 +1,7 @@
 """From a configuration to what a run works on: checked places, base, pictures, captions, latents."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,11 +13,23 @@ from ...bases.pipelines import Pipeline
 from ...bases.prompts import TextSide
 from ...core.events import Observer, Warned, progress
 from ...data import subfolders
-from ...data.buckets import Bucket, ResizeCrop, arrange, describe_buckets, group, repeated, resize_crop, steps_per_epoch
+from ...data.arrangement import KEPT, alone, cropped
+from ...data.buckets import (
+    Bucket,
+    ResizeCrop,
+    arrange,
+    describe_buckets,
+    group,
+    repeated,
+    resize_crop,
+    share_out,
+    steps_per_epoch,
+)
 from ...data.captions import CaptionRules
 from ...data.folder import ImageFolder, TrainingImage, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
+from ...data.problems import number_of
 from ..attachment import check_placements, selected_components, with_words
 from ..drawing import Drawing
 from ..events import IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
@@ -121,6 +133,7 @@ def prepare(
     count = len(folder.pictures)
     resolved = resolve(config, info, count, device.type, batches, precision=precision, before=earlier)
     tell(Arranged((*describe_buckets(fits), *subfolders.describe(kept))))
+    _tell_alone(kept, fits, resolved.batch_size * processes.size, tell)
     tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), HELD_OUT_FROM))
     if resolved.patience and not apart:
         tell(IMPATIENT)
@@ -131,7 +144,7 @@ def prepare(
     train = encode(kept, config.flip, "encoding pictures")
     held_out = encode(apart, False, "encoding pictures kept apart") if apart else None
     of_class = class_images.pictures(resolved, pipe, tell, drawing, processes)
-    kept_as_is = encode.in_buckets(of_class, train.groups) if of_class else None
+    kept_as_is = encode.beside(of_class, train.groups) if of_class else None
     _tell_cache(config.cache, before, [one for one in (train, held_out, kept_as_is) if one], tell)
     return Prepared(resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class))
 
@@ -165,13 +178,17 @@ class _Encoder:
     def __call__(self, pictures: Sequence[TrainingImage], flip: bool, what: str) -> Examples:
         config = self.config
         fits = arrange(pictures, config.resolution, self.info.step, no_upscale=not config.upscale)
+        _tell_cropped(pictures, fits, "cut what matters out of them yourself", self.tell)
         return self._encode(pictures, fits, flip, what)
 
-    def in_buckets(self, pictures: Sequence[TrainingImage], buckets: Iterable[Bucket]) -> Examples:
-        """Each picture in each of the buckets, so that any batch can have any of them beside it."""
-        pairs = [(picture, bucket) for bucket in buckets for picture in pictures]
-        fits = [resize_crop(picture.width, picture.height, bucket) for picture, bucket in pairs]
-        return self._encode([picture for picture, _ in pairs], fits, False, "encoding pictures of the class")
+    def beside(self, pictures: Sequence[TrainingImage], groups: Mapping[Bucket, Sequence[int]]) -> Examples:
+        """Pictures of the class, each in one of the buckets that are trained on: every batch can have some beside it."""
+        pairs = share_out(pictures, {bucket: len(entries) for bucket, entries in groups.items()})
+        fits = [resize_crop(pictures[index].width, pictures[index].height, bucket) for index, bucket in pairs]
+        self.tell(Arranged(tuple(describe_buckets(fits)), of_class=True))
+        chosen = [pictures[index] for index, _ in pairs]
+        _tell_cropped(chosen, fits, "the class is cropped to the shapes of what is trained on", self.tell)
+        return self._encode(chosen, fits, False, "encoding pictures of the class")
 
     def _encode(self, pictures: Sequence[TrainingImage], fits: Sequence[ResizeCrop], flip: bool, what: str) -> Examples:
         config, denoiser = self.config, denoiser_of(self.pipe)
@@ -237,6 +254,28 @@ def _split(pictures: Sequence[TrainingImage], config: ResolvedConfig) -> tuple[l
     return kept, [one for index, one in enumerate(pictures) if index in apart]
 
 
+def _tell_alone(pictures: Sequence[TrainingImage], fits: Sequence[ResizeCrop], batch_size: int, tell: Observer) -> None:
+    """Name the pictures whose batches hold nothing but them."""
+    found = alone(pictures, fits) if batch_size > 1 else []
+    if found:
+        message = f"no other has the shape of {number_of(len(found), 'picture')}; copies fill each batch, and count as one:"
+        tell(Warned(message, _first(found)))
+
+
+def _tell_cropped(pictures: Sequence[TrainingImage], fits: Sequence[ResizeCrop], remark: str, tell: Observer) -> None:
+    """Name the pictures of which much is cut away."""
+    found = cropped(pictures, fits)
+    if found:
+        message = f"the crop leaves less than {KEPT:.0%} of {number_of(len(found), 'picture')}; {remark}:"
+        tell(Warned(message, _first(found)))
+
+
+def _first(lines: Sequence[str]) -> tuple[str, ...]:
+    """The first lines of a list, and how many more there are."""
+    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return (*lines[:_SHOWN], *more)
+
+
 def _tell_prompts(pictures: Sequence[TrainingImage], rules: CaptionRules, text: TextSide, tell: Observer) -> None:
     """Tell the prompts as they are trained, and every one that is too long for the text encoder."""
     prompts = [rules.plain(picture.caption) for picture in pictures]
@@ -244,6 +283,4 @@ def _tell_prompts(pictures: Sequence[TrainingImage], rules: CaptionRules, text: 
     lost = [(picture, words) for picture, prompt in zip(pictures, prompts, strict=True) if (words := text.lost(prompt))]
     if lost:
         message = f"{len(lost)} prompts are over {text.limit} tokens, and what comes after is not seen; shorten them:"
-        details = [f"{picture.path}: without \u201c{words}\u201d" for picture, words in lost[:_SHOWN]]
-        more = [f"and {len(lost) - _SHOWN} more"] if len(lost) > _SHOWN else []
-        tell(Warned(message, (*details, *more)))
+        tell(Warned(message, _first([f"{picture.path}: without \u201c{words}\u201d" for picture, words in lost])))
