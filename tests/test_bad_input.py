@@ -134,14 +134,15 @@ def test_a_strength_as_other_programs_write_it(ink: Path, tmp_path: Path) -> Non
 
 def test_the_home_folder_is_found_where_no_shell_has_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
     for arguments in (
         ["inspect", "--files=~/a.safetensors"],
         ["train", "~/pictures"],
         ["generate", "a", "-a=~/a.safetensors"],
     ):
-        assert str(tmp_path / "home") in complaint(FAILED, *arguments, folder=tmp_path)
+        assert str(tmp_path / "home") in complaint(FAILED, *arguments, folder=tmp_path / "work")
     (tmp_path / "home" / "base").mkdir(parents=True)
-    said = complaint(FAILED, "generate", "a", "--base", "~/base", folder=tmp_path)
+    said = complaint(FAILED, "generate", "a", "--base", "~/base", folder=tmp_path / "work")
     assert f"{tmp_path / 'home' / 'base'} is no diffusers folder" in said
 
 
