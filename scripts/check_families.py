@@ -25,7 +25,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
 from peft_diffusion.api import train
-from peft_diffusion.bases import components, fingerprint
+from peft_diffusion.bases import checksum, components
 from peft_diffusion.bases.architectures import Architecture
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import UserError
@@ -62,7 +62,7 @@ def check(kind: str, pictures: Path, options: argparse.Namespace, console: Conso
     """Train and generate on one kind; what is told of it."""
     pipe = build(KINDS[kind], DTYPES[options.precision], torch.device(options.device))
     parameters = sum(parameter.numel() for parameter in pipe.unet.parameters())
-    before = fingerprint(components(pipe))
+    before = checksum(components(pipe))
     text = ("text_encoder", "text_encoder_2") if kind.startswith("sdxl") else ("text_encoder",)
     run = TrainConfig(
         (pictures,), output=options.output / f"{kind}.safetensors", run_dir=options.output / "runs" / kind, overwrite=True,
@@ -73,7 +73,7 @@ def check(kind: str, pictures: Path, options: argparse.Namespace, console: Conso
     with peak_memory() as memory:
         result = train(run, pipe=pipe, observers=[TrainingConsole(console)])
     trained = time.monotonic() - began
-    if fingerprint(components(pipe)) != before:
+    if checksum(components(pipe)) != before:
         raise UserError(f"{kind}: the base was changed")
     adapters, began = Adapters(pipe), time.monotonic()
     name = adapters.load(result.output)

@@ -14,7 +14,7 @@ from language import make_lm
 from torch import Tensor, nn
 
 from peft_diffusion import formats
-from peft_diffusion.bases import LanguageModel, components, describe, fingerprint
+from peft_diffusion.bases import LanguageModel, checksum, components, describe
 from peft_diffusion.bases.pipelines import Pipeline
 from peft_diffusion.core import merge, quantized, site, targets
 from peft_diffusion.core.errors import FoldError, UserError
@@ -335,7 +335,7 @@ def _folds(case: Case) -> bool:
 
 
 def test_law_4_only_the_adapter_learns(case: Case) -> None:
-    before = fingerprint({case.component: case.model})
+    before = checksum({case.component: case.model})
     case.trained()
     loss = loss_of(case.run())
     loss.backward()
@@ -343,7 +343,7 @@ def test_law_4_only_the_adapter_learns(case: Case) -> None:
     assert own == {p for p in case.model.parameters() if p.grad is not None}
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in own)
     torch.optim.SGD(own, lr=0.1).step()
-    assert fingerprint({case.component: case.model}) == before
+    assert checksum({case.component: case.model}) == before
     assert not torch.equal(loss_of(case.run()), loss)
 
 

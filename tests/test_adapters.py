@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_formats import picture, write_adapter
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from peft_diffusion.bases import components, digest, fingerprint, load_base, load_lm
+from peft_diffusion.bases import checksum, components, digest, load_base, load_lm
 from peft_diffusion.core import site
 from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import UserError
@@ -35,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_a_pipeline_is_the_one_it_was_when_everything_is_removed(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
-    before, digest = picture(tiny_pipe), fingerprint(components(tiny_pipe))
+    before, digest = picture(tiny_pipe), checksum(components(tiny_pipe))
     adapters = Adapters(tiny_pipe)
     assert [adapters.load(file) for file in files] == ["ink", "flat-look"]
     assert adapters.names == ("ink", "flat-look") and adapters["ink"].spec.triggers == ("ink style",)
@@ -43,7 +43,7 @@ def test_a_pipeline_is_the_one_it_was_when_everything_is_removed(files: list[Pat
     adapters.remove("ink")
     one = picture(tiny_pipe)
     adapters.remove("flat-look")
-    assert np.array_equal(picture(tiny_pipe), before) and fingerprint(components(tiny_pipe)) == digest
+    assert np.array_equal(picture(tiny_pipe), before) and checksum(components(tiny_pipe)) == digest
     assert not np.array_equal(both, one) and not np.array_equal(one, before)
     assert not any(site.sites(part) for part in components(tiny_pipe).values())
 
@@ -74,7 +74,7 @@ def test_strengths_blend_and_those_not_named_are_kept(files: list[Path], tiny_pi
 
 
 def test_merging_draws_the_same_and_gives_the_bytes_back(files: list[Path], tiny_pipe: DiffusionPipeline) -> None:
-    digest = fingerprint(components(tiny_pipe))
+    digest = checksum(components(tiny_pipe))
     adapters = Adapters(tiny_pipe)
     adapters.load(files[0], strength=0.8)
     adapters.load(files[1], strength=-0.4)
@@ -86,7 +86,7 @@ def test_merging_draws_the_same_and_gives_the_bytes_back(files: list[Path], tiny
             with pytest.raises(UserError, match="merge"):
                 refused()
         adapters.unmerge()
-    assert fingerprint(components(tiny_pipe)) == digest
+    assert checksum(components(tiny_pipe)) == digest
     assert np.array_equal(picture(tiny_pipe), running)
 
 
@@ -289,7 +289,7 @@ def test_a_merge_that_ends_early_leaves_every_byte(
 ) -> None:
     adapters, parts = Adapters(tiny_pipe), components(tiny_pipe)
     adapters.load(files[0])
-    before, clone, kept = fingerprint(parts), torch.Tensor.clone, 0
+    before, clone, kept = checksum(parts), torch.Tensor.clone, 0
 
     def full(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
         nonlocal kept
@@ -302,11 +302,11 @@ def test_a_merge_that_ends_early_leaves_every_byte(
     with pytest.raises(error):
         adapters.merge()
     monkeypatch.undo()
-    assert fingerprint(parts) == before and not adapters.merged
+    assert checksum(parts) == before and not adapters.merged
     adapters.merge()
-    assert fingerprint(parts) != before and set(adapters.merged) == set(parts)
+    assert checksum(parts) != before and set(adapters.merged) == set(parts)
     adapters.unmerge()
-    assert fingerprint(parts) == before
+    assert checksum(parts) == before
 
 
 @pytest.mark.slow
@@ -344,12 +344,12 @@ def test_adapters_stay_float32_and_follow_the_device_on_a_half_pipeline(
 def test_a_fingerprint_does_not_depend_on_how_much_is_read_at_a_time(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     layer = torch.nn.Linear(31, 11)
     monkeypatch.setattr(digest, "_GROUP", 64)
-    expected = fingerprint({"layer": layer})
+    expected = checksum({"layer": layer})
     monkeypatch.setattr(digest, "_AT_ONCE", at_once)
-    assert fingerprint({"layer": layer}) == expected
+    assert checksum({"layer": layer}) == expected
     with torch.no_grad():
         layer.weight[0, 0] += 1e-7
-    assert fingerprint({"layer": layer}) != expected
+    assert checksum({"layer": layer}) != expected
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["before the first call", "after it"])

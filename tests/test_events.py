@@ -21,7 +21,7 @@ from test_training import draw_pictures, lines, small
 
 from peft_diffusion.api import find_rates, train, train_text
 from peft_diffusion.bases import components, load_base
-from peft_diffusion.bases.digest import fingerprint
+from peft_diffusion.bases.digest import checksum
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import events as core_events
 from peft_diffusion.core.errors import Interrupted, UserError
@@ -153,7 +153,9 @@ def test_what_is_found_before_the_first_step_is_told(watched: Watched) -> None:
     assert (base.family, base.resolution, base.quantize) == ("other", 64, None)
     own = only(DataRead, told)
     assert own.data == "pictures" and not own.of_class and len(own.problems) == 1 and "broken.png" in own.problems[0]
-    assert only(Arranged, told).description == ("64x64: 7 pictures, 100% or more of each kept",)
+    arranged = {event.of_class: event.description for event in of(Arranged, told)}
+    assert arranged[False] == ("64x64: 7 pictures, 100% or more of each kept",)
+    assert arranged[True][0].startswith("64x64: 2 pictures") and len(of(Arranged, told)) == 2
     held_out = only(HeldOut, told)
     assert (held_out.count, held_out.of) == (3, 10)
     prompts = only(PromptsMade, told).prompts
@@ -194,9 +196,9 @@ def test_what_a_run_draws_writes_and_chooses_is_told(watched: Watched) -> None:
     saved = [(event.what, event.step) for event in of(Saved, told)]
     assert saved == [("checkpoint", 5), ("checkpoint", 10), ("adapter", watched.outcome.kept)]
     assert all(event.path.exists() for event in of(Saved, told)) and of(Saved, told)[-1].path == result.output
-    assert [(event.when, event.fingerprint) for event in of(Fingerprinted, told)] == [
-        ("before", result.base_fingerprint),
-        ("after", result.base_fingerprint),
+    assert [(event.when, event.checksum) for event in of(Fingerprinted, told)] == [
+        ("before", result.base_checksum),
+        ("after", result.base_checksum),
     ]
     assert only(StrengthSuggested, told).suggestion == watched.outcome.suggestion
     chosen = of(WeightsChosen, told)
@@ -356,12 +358,12 @@ def test_a_search_for_rates_stops_after_the_present_step(tmp_path: Path) -> None
             stop.set()
 
     pipe = make_pipe()
-    before = fingerprint(components(pipe))
+    before = checksum(components(pipe))
     config = small(draw_pictures(tmp_path / "pictures"), tmp_path, held_out=0.3, steps=2)
     with pytest.raises(Interrupted, match="stopped before a learning rate was found"):
         find_rates(config, pipe=pipe, observers=[stop_soon], stop=stop)
     assert len(of(TrialEnded, told)) == 1 and ended(told).state == "stopped"
-    assert fingerprint(components(pipe)) == before and not Adapters(pipe).names
+    assert checksum(components(pipe)) == before and not Adapters(pipe).names
 
 
 def test_signals_are_left_alone_where_a_stop_is_given_and_in_other_threads() -> None:
@@ -463,7 +465,7 @@ def test_a_service_that_draws_twice_loads_the_base_once(
     fresh = generate(drawing_of(tmp_path / "a", tiny_base, ink))[0].image
     pipe = load_base(str(tiny_base), device="cpu")
     pipe.unet.train().conv_in.requires_grad_(True)  # the caller's own training
-    before, scheduler, own = fingerprint(components(pipe)), pipe.scheduler, modes(pipe.unet, pipe.text_encoder, pipe.vae)
+    before, scheduler, own = checksum(components(pipe)), pipe.scheduler, modes(pipe.unet, pipe.text_encoder, pipe.vae)
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("loaded again"))
     told: list[Event] = []
     lent = [generate(drawing_of(tmp_path / "b", tiny_base, ink), pipe=pipe, observers=[told.append])[0] for _ in range(2)]
@@ -479,7 +481,7 @@ def test_a_service_that_draws_twice_loads_the_base_once(
     told.clear()
     blend(sheet, pipe=pipe, observers=[told.append])
     assert only(SheetMade, told).path == tmp_path / "d.png" and told[-1] == Ended("finished")
-    assert fingerprint(components(pipe)) == before and not Adapters(pipe).names and pipe.scheduler is scheduler
+    assert checksum(components(pipe)) == before and not Adapters(pipe).names and pipe.scheduler is scheduler
     assert modes(pipe.unet, pipe.text_encoder, pipe.vae) == own
 
 

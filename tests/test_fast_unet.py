@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from torch.nn import functional as F
 
-from peft_diffusion.bases import fingerprint
+from peft_diffusion.bases import checksum
 from peft_diffusion.core import site
 from peft_diffusion.fast import frozen_ops
 from peft_diffusion.fast.unet import (
@@ -73,7 +73,7 @@ def test_gradients_are_those_of_the_plain_unet(make: Make, method: str, dtype: s
 
 def test_the_modules_are_fused_inside_and_afterwards_as_they_were() -> None:
     unet = make_pipe().unet
-    before, digest = [type(one) for one in unet.modules()], fingerprint({"unet": unet})
+    before, digest = [type(one) for one in unet.modules()], checksum({"unet": unet})
     with swapped(unet):
         kinds = {type(one) for one in unet.modules()}
         assert {FrozenConv, FusedNorm, FusedGeglu, FusedResnet, FusedBlock, FusedTransformer} <= kinds
@@ -82,7 +82,7 @@ def test_the_modules_are_fused_inside_and_afterwards_as_they_were() -> None:
         assert site.base_class(unet.conv_in) is FrozenConv
     assert site.base_class(unet.conv_in) is nn.Conv2d
     site.detach(unet, "a")
-    assert [type(one) for one in unet.modules()] == before and fingerprint({"unet": unet}) == digest
+    assert [type(one) for one in unet.modules()] == before and checksum({"unet": unet}) == digest
 
 
 def test_nothing_changes_on_a_cpu() -> None:
@@ -189,14 +189,14 @@ def test_kernels_give_the_gradients_of_the_plain_unet(make: Make, dtype: str, mo
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # what is compared to the bit are our kernels
     kind, limit = DTYPES[dtype]
     unet = unet_with("lora", kind, make, "cuda")
-    expected, digest = gradients(unet), fingerprint({"unet": unet})
+    expected, digest = gradients(unet), checksum({"unet": unet})
     with fused(unet):
         assert frozen_ops.kernels_on(next(unet.parameters()).device) is not None
         found = gradients(unet)
         again = gradients(unet)
     assert torch.cosine_similarity(expected, found, dim=0) >= limit
     assert torch.equal(found, again)
-    assert fingerprint({"unet": unet}) == digest
+    assert checksum({"unet": unet}) == digest
 
 
 @CUDA

@@ -366,15 +366,15 @@ def test_whether_files_fit_together(ink: Path, flat: Path, tiny_base: Path, othe
 
 
 def test_the_base_is_what_it_was_after_generating(tiny_base: Path, ink: Path) -> None:
-    from peft_diffusion.bases import components, fingerprint
+    from peft_diffusion.bases import checksum, components
 
     pipe = load_base(str(tiny_base), device="cpu")
-    before = fingerprint(components(pipe))
+    before = checksum(components(pipe))
     adapters = Adapters(pipe)
     name = adapters.load(ink)
     list(paint(adapters, [Cell("a cat", 0, {name: 0.5}), Cell("a cat", 0, {})], Sampling(steps=1)))
     adapters.remove(name)
-    assert fingerprint(components(pipe)) == before
+    assert checksum(components(pipe)) == before
 
 
 def test_a_recipe_has_the_adapters_of_strength_0_too(make: Make, ink: Path, flat: Path, tmp_path: Path) -> None:

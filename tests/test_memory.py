@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import make_pipe, make_xl_pipe
 from diffusers import DiffusionPipeline
 from language import make_lm
@@ -115,6 +116,16 @@ def test_the_peak_of_a_step_is_predicted_within_a_tenth(make: Make, batch: int, 
         assert torch.equal(arena.flat, before) and not arena.grad.any()
         loss(inputs).backward()  # what is allocated once and kept
         assert predicted == pytest.approx(measured(lambda: loss(inputs).backward()), rel=0.1)
+
+
+def test_a_block_that_is_computed_again_keeps_a_forward_of_its_own() -> None:
+    unet = make_pipe().unet
+    hooked, *others = blocks_of(unet)
+    add_hook_to_module(hooked, ModelHook())  # as accelerate's offloading does
+    own = vars(hooked)["forward"]
+    with recomputed([unet], chance=False) as count:
+        assert count == 1 + len(others) and all("forward" in vars(block) for block in (hooked, *others))
+    assert vars(hooked)["forward"] is own and not any("forward" in vars(block) for block in others)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_diffusion import formats
-from peft_diffusion.bases import components, describe, fingerprint
+from peft_diffusion.bases import checksum, components, describe
 from peft_diffusion.bases.words import teach, with_initial_tokens
 from peft_diffusion.core import merge, site
 from peft_diffusion.core.adapter import Adapter
@@ -464,7 +464,7 @@ def test_a_word_for_another_base_is_an_error(tiny_pipe: DiffusionPipeline, tmp_p
 def test_a_mixture_is_one_file_and_blends_image_by_image(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     file = save_mixture(tmp_path / "mix.safetensors", make_pipe())
     other = save_mixture(tmp_path / "other.safetensors", make_pipe(), seed=5)
-    digest, before = fingerprint(components(tiny_pipe)), picture(tiny_pipe)
+    digest, before = checksum(components(tiny_pipe)), picture(tiny_pipe)
     adapters = Adapters(tiny_pipe)
     adapters.load(file, name="mix", strict=True)
     with pytest.raises(UserError, match="'mix' and 'other' both teach the word '<cat>'"):
@@ -496,7 +496,7 @@ def test_a_mixture_is_one_file_and_blends_image_by_image(tiny_pipe: DiffusionPip
     with pytest.raises(UserError, match="cannot be merged"):
         adapters.merge()
     adapters.remove("mix")
-    assert fingerprint(components(tiny_pipe)) == digest and np.array_equal(picture(tiny_pipe), before)
+    assert checksum(components(tiny_pipe)) == digest and np.array_equal(picture(tiny_pipe), before)
 
 
 def test_a_mixture_saved_again_is_the_same_file(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from torch import nn
 
 from peft_diffusion import bases, formats
 from peft_diffusion.api import train, train_text
-from peft_diffusion.bases import components, describe, digest, fingerprint, load_base, load_lm
+from peft_diffusion.bases import checksum, components, describe, digest, load_base, load_lm
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import merge, quantized, site
 from peft_diffusion.core.errors import UserError
@@ -124,7 +124,7 @@ def _norm(tensors: Iterable[torch.Tensor]) -> float:
 
 @pytest.mark.slow
 def test_law_9_training_lowers_the_loss_and_no_byte_of_the_base_changes(case: Case) -> None:
-    bytes_before, print_before = state(case.model), fingerprint({case.component: case.model})
+    bytes_before, print_before = state(case.model), checksum({case.component: case.model})
     case.attach()
     target = case.run().detach() + 0.5 * torch.randn(case.run().shape, generator=torch.Generator().manual_seed(1)).sign()
     own = [p for a in site.adapters(case.model, "a").values() for p in a.parameters()]
@@ -141,7 +141,7 @@ def test_law_9_training_lowers_the_loss_and_no_byte_of_the_base_changes(case: Ca
     case.model.eval()
     case.run()
     assert same(state(case.model), bytes_before)
-    assert fingerprint({case.component: case.model}) == print_before
+    assert checksum({case.component: case.model}) == print_before
 
 
 @torch.no_grad()
@@ -149,7 +149,7 @@ def test_law_9_training_lowers_the_loss_and_no_byte_of_the_base_changes(case: Ca
 def test_an_adapter_of_a_quantized_base_loads_onto_the_plain_one_and_back(kind: str, tmp_path: Path) -> None:
     plain, packed = make_pipe(), make_pipe()
     digest.quantize(components(packed), kind)
-    assert describe(packed) == describe(plain)  # the identity is that of the base before
+    assert describe(packed) == describe(plain)  # the fingerprint is that of the base before
     for source, other in ((packed, plain), (plain, packed)):
         site.attach(source.unet, "a", Lora(rank=4), "attention+ff")
         laws.randomize(source.unet, "a")

@@ -20,7 +20,7 @@ from making import modes
 from test_formats import picture, write_adapter
 
 from peft_diffusion import formats
-from peft_diffusion.bases import components, describe, fingerprint, identity
+from peft_diffusion.bases import checksum, components, describe, fingerprint
 from peft_diffusion.bases.digest import quantize
 from peft_diffusion.bases.words import learned, teach, with_initial_tokens
 from peft_diffusion.core import merge, site
@@ -157,7 +157,7 @@ def test_another_registry_of_the_same_components_says_and_refuses_the_same(
 def test_what_one_registry_does_the_others_see_at_once(
     way: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline
 ) -> None:
-    before, digest = picture(tiny_pipe), fingerprint(components(tiny_pipe))
+    before, digest = picture(tiny_pipe), checksum(components(tiny_pipe))
     first = Adapters(tiny_pipe)
     other = OTHERS[way](first)
     assert other.load(files["ink"]) == "ink" and loaded(first) == ("ink",)
@@ -177,7 +177,7 @@ def test_what_one_registry_does_the_others_see_at_once(
     for name in first.names:
         other.remove(name)
     assert loaded(first) == () and np.array_equal(picture(tiny_pipe), before)
-    assert fingerprint(components(tiny_pipe)) == digest
+    assert checksum(components(tiny_pipe)) == digest
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -322,11 +322,11 @@ def test_the_identity_of_a_quantized_base_is_that_before_a_merge(tiny_pipe: Diff
     quantize({"unet": tiny_pipe.unet}, "int8")
     parts = {"unet": tiny_pipe.unet}
     del tiny_pipe.unet.identity_before_quantization  # so that the weights are read
-    before, held = identity(parts), state(tiny_pipe.unet)
+    before, held = fingerprint(parts), state(tiny_pipe.unet)
     site.attach(tiny_pipe.unet, "a", Lora(rank=2), "all")
     randomize(tiny_pipe.unet, "a")
     merge.merge(tiny_pipe.unet)
-    assert not same(state(tiny_pipe.unet), held) and identity(parts) == before
+    assert not same(state(tiny_pipe.unet), held) and fingerprint(parts) == before
     assert same(merge.unmerged_state(tiny_pipe.unet), held)
 
 

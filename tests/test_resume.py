@@ -326,7 +326,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple
     pictures = draw_pictures(where / "pictures")
     done = Command(tiny_base, pictures, where).finish()
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("base fingerprint") == 2
+    assert done.stdout.count("checksum of its weights") == 2
     return pictures, where / "a.safetensors"
 
 

@@ -23,6 +23,8 @@ from peft_diffusion.training.machine.processes import Processes
 from peft_diffusion.training.machine.sharding import sharing
 from peft_diffusion.training.settings.resumption import free_on_resume
 
+pytestmark = pytest.mark.slow
+
 # Several commands, and code in between, one after the other in the same processes, which so read their imports but once.
 COMMANDS = """
 import json, sys
@@ -37,20 +39,18 @@ for one in map(json.loads, sys.argv[1:]):
         sys.exit(1)
 """
 PARTS = """
-from peft_diffusion.bases import fingerprint, load_base
+from peft_diffusion.bases import checksum, load_base
 from peft_diffusion.core.sharded import local_part
 from peft_diffusion.training.machine.processes import join
 from peft_diffusion.training.machine.sharding import shard
 
-pytestmark = pytest.mark.slow
-
 join("cpu")
 pipe = load_base({base!r}, device="cpu")
-before, size = fingerprint(dict(unet=pipe.unet)), sum(one.nbytes for one in pipe.unet.parameters())
+before, size = checksum(dict(unet=pipe.unet)), sum(one.nbytes for one in pipe.unet.parameters())
 shard(pipe, ["unet"], torch.device("cpu"))
 own = sum(local_part(one).untyped_storage().nbytes() for one in pipe.unet.parameters())
 others = set(type(one) for part in (pipe.text_encoder, pipe.vae) for one in part.parameters())
-print("held", own / size, fingerprint(dict(unet=pipe.unet)) == before, others == set([torch.nn.Parameter]))
+print("held", own / size, checksum(dict(unet=pipe.unet)) == before, others == set([torch.nn.Parameter]))
 """
 # As if the run had been killed after the checkpoint before the last.
 KILLED = """
@@ -91,7 +91,7 @@ def test_a_sharded_base_teaches_what_a_whole_one_does(tiny_base: Path, tmp_path:
     first, other = run(plain, "print('AND NOW', flush=True)", sharded, killed, [*sharded, "--resume"])
     told = first.stdout.partition("AND NOW")[2]
     assert told.count("unet, text_encoder sharded over 2 processes: each holds") == 2  # trained, and gone on with
-    prints = [line.rpartition(" ")[2] for line in first.stdout.splitlines() if line.startswith("base fingerprint")]
+    prints = [line.rpartition(" ")[2] for line in first.stdout.splitlines() if line.startswith("checksum of its weights")]
     assert len(prints) == 6 and len(set(prints)) == 1
     assert told.count("suggested strength") == 2 and other.stdout.strip() == "AND NOW"
     assert_same(tmp_path / "plain_lora.safetensors", aside)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import peft_diffusion as pd
 from peft_diffusion import formats
 from peft_diffusion.api import train_text
-from peft_diffusion.bases import LanguageModel, components, describe, embedded, fingerprint, load_lm
+from peft_diffusion.bases import LanguageModel, checksum, components, describe, embedded, load_lm
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import merge, site, targets
 from peft_diffusion.core.errors import FoldError, Interrupted, UserError
@@ -260,7 +260,7 @@ def test_a_tokenizer_that_puts_nothing_first_is_asked_from_the_second_token() ->
 @pytest.mark.slow
 def test_training_lowers_the_loss_and_leaves_the_base(text: Path, tmp_path: Path) -> None:
     base = make_lm()
-    before = fingerprint(components(base))
+    before = checksum(components(base))
     console = Console(record=True, width=200)
     config = small(text, tmp_path / "x", steps=40, held_out=None, context=24)
     result = train_text(config, base=base, observers=[TrainingConsole(console)])
@@ -268,7 +268,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(text: Path, tmp_path: Path
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 40
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
-    assert fingerprint(components(base)) == before == result.base_fingerprint
+    assert checksum(components(base)) == before == result.base_checksum
     assert not site.sites(base.lm)
     assert result.perplexities is not None
     was, now = result.perplexities

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from peft_diffusion import formats
 from peft_diffusion.api import train_text
-from peft_diffusion.bases import LanguageModel, components, fingerprint
+from peft_diffusion.bases import LanguageModel, checksum, components
 from peft_diffusion.bases.words import learned, teach, with_initial_tokens
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
@@ -144,7 +144,7 @@ def test_a_taught_tokenizer_is_plain_again_without_the_prompt() -> None:
         teach(base)
     assert type(base.tokenizer) is type(plain)
     assert base.tokenizer._tokenizer.to_str() == plain._tokenizer.to_str()
-    assert fingerprint(components(base)) == fingerprint(components(make_lm()))
+    assert checksum(components(base)) == checksum(components(make_lm()))
 
 
 @pytest.mark.parametrize("kind", [None, "ByteLevel", "Sequence", "Bert"])

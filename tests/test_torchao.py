@@ -26,7 +26,7 @@ from laws import (  # noqa: F401
 from torch import nn
 
 from peft_diffusion import formats
-from peft_diffusion.bases import components, describe, identity
+from peft_diffusion.bases import components, describe, fingerprint
 from peft_diffusion.core import merge, quantized, site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.merge import dense_weight
@@ -99,10 +99,10 @@ def test_merging_twice_gives_the_same_bytes() -> None:
     quantize_(model, Int8WeightOnlyConfig())
     site.attach(model, "a", Lora(rank=4), "all-linear")
     laws.randomize(model, "a")
-    before = identity({"model": model})
+    before = fingerprint({"model": model})
     merge.merge(model)
     first = state(model)
-    assert identity({"model": model}) == before  # that of the base, whatever is merged into it
+    assert fingerprint({"model": model}) == before  # that of the base, whatever is merged into it
     merge.unmerge(model)
     merge.merge(model)
     assert same(state(model), first)

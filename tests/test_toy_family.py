@@ -15,7 +15,7 @@ from test_training import draw_pictures
 from toy_family import ROW, ToyDenoiser, ToyPipeline, make_toy
 
 import peft_diffusion as pd
-from peft_diffusion.bases import denoiser_of, describe, family, fingerprint
+from peft_diffusion.bases import checksum, denoiser_of, describe, family
 from peft_diffusion.bases.base import components
 from peft_diffusion.core import site
 from peft_diffusion.generation.settings import SchedulerName
@@ -37,13 +37,13 @@ class BaseOf:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
     pipe = make_toy()
-    before = fingerprint(components(pipe))
+    before = checksum(components(pipe))
     config = pd.TrainConfig(
         folder=(draw_pictures(folder / "pictures", 4),), output=folder / "toy.safetensors", run_dir=folder / "run",
         steps=6, batch_size=2, rank=2, unet_lr=0.05, resolution=64, preview_steps=2, device="cpu", held_out=0.25,
     )  # fmt: skip
     result = pd.train(config, pipe=pipe)
-    assert fingerprint(components(pipe)) == before and not site.sites(pipe.transformer)
+    assert checksum(components(pipe)) == before and not site.sites(pipe.transformer)
     assert result.config.components == ("transformer",)
     assert result.held_out_after is not None and result.held_out_before is not None
     assert result.held_out_after < result.held_out_before

@@ -22,7 +22,7 @@ from torch import nn
 
 from peft_diffusion import formats
 from peft_diffusion.api import train
-from peft_diffusion.bases import components, fingerprint
+from peft_diffusion.bases import checksum, components, describe
 from peft_diffusion.bases import family as families
 from peft_diffusion.bases import noise as noise_process
 from peft_diffusion.cli.console import TrainingConsole
@@ -462,13 +462,13 @@ def test_the_configuration_imports_no_torch() -> None:
 def test_a_run_lowers_the_losses_and_leaves_the_base_as_it_was(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures", 20)
     pipe = make_pipe()
-    before, classes = fingerprint(components(pipe)), [type(m) for m in pipe.unet.modules()]
+    before, classes = checksum(components(pipe)), [type(m) for m in pipe.unet.modules()]
     pipe.unet.train()  # the caller's own training of some of it
     for learning in (pipe.unet.conv_in, pipe.vae.decoder):
         learning.requires_grad_(True)
     own = modes(pipe.unet, pipe.text_encoder, pipe.vae)
     result = train(small(folder, tmp_path, steps=30, unet_lr=5e-3, batch_size=4, log_every=7, save_every=15), pipe=pipe)
-    assert fingerprint(components(pipe)) == before == result.base_fingerprint
+    assert checksum(components(pipe)) == before == result.base_checksum
     assert [type(m) for m in pipe.unet.modules()] == classes
     assert modes(pipe.unet, pipe.text_encoder, pipe.vae) == own
     start, end = held_out(result)
@@ -580,7 +580,11 @@ def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path: Path, 
     said = console.export_text()
     assert "no pictures are kept apart" in said and "next: peft-diffusion generate" in said
     assert "(fewer than 20 pictures; --held-out 0.1" in said and "--patience" not in said
-    assert said.count(result.base_fingerprint) == 2
+    assert said.count(result.base_checksum) == 2
+    # Everybody tells which base it was by one number.
+    which = describe(make_pipe()).fingerprint
+    assert which == result.base_fingerprint == spec_of(result.output).base["fingerprint"] != result.base_checksum
+    assert f"base fingerprint {which}" in said and which in (result.run_dir / "report.html").read_text("utf-8")
     many = draw_pictures(tmp_path / "many", 20)
     asked = small(many, tmp_path / "two", held_out=0.0, patience=2, steps=1)
     train(asked, pipe=make_pipe(), observers=[TrainingConsole(console)])

@@ -285,6 +285,7 @@ BASES = {
         [],
         "has a configuration that cannot be used",
     ),
+    "modules without weights": ("unet/config.json", "dual_cross_attention", True, "and its weights hold none"),
     "endless steps": ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9, "has num_train_timesteps 1000000000"),
     "endless layers": ("unet/config.json", "layers_per_block", 10**4, "has layers_per_block 10000"),
     "no layers": ("unet/config.json", "layers_per_block", -1, "has layers_per_block -1"),

@@ -8,19 +8,19 @@ from .embedded import embedded
 if TYPE_CHECKING:
     from .base import BaseInfo, components, denoiser_of, describe
     from .causal_lm import LanguageInfo, LanguageModel, load_lm
-    from .digest import fingerprint, identity
+    from .digest import checksum, fingerprint
     from .stable_diffusion import load_base
 
 __all__ = [
     "BaseInfo",
     "LanguageInfo",
     "LanguageModel",
+    "checksum",
     "components",
     "denoiser_of",
     "describe",
     "embedded",
     "fingerprint",
-    "identity",
     "load_base",
     "load_lm",
 ]
@@ -36,8 +36,8 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "components": "base",
             "denoiser_of": "base",
             "describe": "base",
+            "checksum": "digest",
             "fingerprint": "digest",
-            "identity": "digest",
             "load_base": "stable_diffusion",
             "load_lm": "causal_lm",
         },

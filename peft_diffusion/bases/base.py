@@ -13,7 +13,7 @@ from ..core import site
 from ..core.errors import UserError
 from . import family as families
 from .denoiser import Denoiser, kinds
-from .digest import identity
+from .digest import fingerprint
 from .embedded import ICONS, embedded
 from .pipelines import Pipeline, uncompiled
 
@@ -34,7 +34,7 @@ class BaseInfo:
         prediction_type: What it predicts.
         resolution: Pixels a side of the square image that it was made for.
         step: Pixels that sides are multiples of.
-        fingerprint: Which weights these are: see `identity`.
+        fingerprint: Which weights these are: see `bases.fingerprint`.
     """
 
     name: str
@@ -150,7 +150,7 @@ def describe(base: "Base") -> "BaseInfo | LanguageInfo":
         base: A pipeline, or a `LanguageModel`.
 
     Returns:
-        Its name, family and identity among it.
+        Its name, family and fingerprint among it.
     """
     from .causal_lm import LanguageModel  # which brings transformers
 
@@ -163,7 +163,7 @@ def describe(base: "Base") -> "BaseInfo | LanguageInfo":
         prediction_type=denoiser.prediction,
         resolution=denoiser.resolution,
         step=denoiser.step,
-        fingerprint=identity(components(base)),
+        fingerprint=fingerprint(components(base)),
     )
 
 

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from ..core import quantized
 from ..core.errors import UserError, first_line
 from ..core.parsing import refusing
-from .digest import identity
+from .digest import fingerprint
 from .digest import quantize as quantize_all
 from .embedded import TINY_LM, embedded
 from .family import LANGUAGE
@@ -67,14 +67,14 @@ class LanguageModel:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def describe(self) -> LanguageInfo:
-        """Name, architecture and identity."""
+        """Name, architecture and fingerprint."""
         config = self.lm.config
         return LanguageInfo(
             name=self.name,
             architecture=type(self.lm).__name__,
             vocabulary=int(config.vocab_size),
             context=self.context,
-            fingerprint=identity({"lm": self.lm}),
+            fingerprint=fingerprint({"lm": self.lm}),
         )
 
 

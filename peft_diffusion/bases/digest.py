@@ -12,11 +12,11 @@ from ..core.sharded import whole
 
 _SAMPLES = 1024
 _GROUP, _AT_ONCE = 1 << 24, 1 << 20  # words that are weighed from 1 on, and those that are computed with at a time
-_IDENTITY = "identity_before_quantization"  # an attribute of a quantized component
+_FINGERPRINT = "fingerprint_before_quantization"  # an attribute of a quantized component
 
 
 @torch.no_grad()
-def fingerprint(modules: Mapping[str, nn.Module]) -> str:
+def checksum(modules: Mapping[str, nn.Module]) -> str:
     """Digest every byte of the parameters and buffers of modules, adapters left out.
 
     Computed where the tensors lie, with exact integer arithmetic, so that it costs one pass over the memory. Sharded ones
@@ -38,7 +38,7 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str:
 
 
 @torch.no_grad()
-def identity(modules: Mapping[str, nn.Module]) -> str:
+def fingerprint(modules: Mapping[str, nn.Module]) -> str:
     """Digest which weights these are, from a sample of every tensor, rounded to bfloat16.
 
     Args:
@@ -47,7 +47,7 @@ def identity(modules: Mapping[str, nn.Module]) -> str:
     Returns:
         16 hex digits, the same for one base in float32, float16, bfloat16, or quantized by `quantize`.
     """
-    before = {known for module in modules.values() if (known := getattr(module, _IDENTITY, None)) is not None}
+    before = {known for module in modules.values() if (known := getattr(module, _FINGERPRINT, None)) is not None}
     if len(before) == 1:
         return str(before.pop())
     digest = hashlib.sha256()
@@ -61,7 +61,7 @@ def identity(modules: Mapping[str, nn.Module]) -> str:
 
 
 def quantize(modules: Mapping[str, nn.Module], kind: str, device: torch.device | None = None) -> None:
-    """Quantize the Linear layers of all components of a base, which keeps its identity: adapters of it still fit.
+    """Quantize the Linear layers of all components of a base, which keeps its fingerprint: adapters of it still fit.
 
     Args:
         modules: By name.
@@ -72,10 +72,10 @@ def quantize(modules: Mapping[str, nn.Module], kind: str, device: torch.device |
         UserError: As ``core.quantized.quantize``.
     """
     quantized.check(kind)
-    original = identity(modules)
+    original = fingerprint(modules)
     for module in modules.values():
         quantized.quantize(module, kind, device)
-        setattr(module, _IDENTITY, original)
+        setattr(module, _FINGERPRINT, original)
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -111,6 +111,11 @@ def _frozen(pipe: Pipeline) -> Pipeline:
     denoiser = denoiser_of(pipe)
     for needed in ("family", "resolution", "step"):  # what a configuration does not tell is told now, not after training
         getattr(denoiser, needed)
-    for part in (*components(pipe).values(), denoiser.vae):
+    for name, part in {**components(pipe), "vae": denoiser.vae}.items():
+        missing = next((path for path, own in part.named_parameters() if own.is_meta), None)
+        if missing is not None:
+            raise UserError(
+                f"the base's {name} is to have {missing}, by its config.json, and its weights hold none; mend one"
+            )
         site.freeze(part)
     return pipe

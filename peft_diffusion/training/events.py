@@ -242,14 +242,22 @@ class TokensMade(Event):
 
 @dataclass(frozen=True)
 class Fingerprinted(Event):
-    """The base's weights were looked at, before or after training: both must be the same."""
+    """The base's weights were looked at, before or after training: both must be the same.
+
+    Args:
+        when: Which of both.
+        fingerprint: Which base it is, as in files, recipes and the report: the same in every dtype.
+        checksum: Of every byte of its weights.
+    """
 
     when: Literal["before", "after"]
     fingerprint: str
+    checksum: str
 
     def lines(self) -> tuple[str, ...]:
-        """Tell the fingerprint."""
-        return (f"base fingerprint {self.when} training:{'  ' if self.when == 'after' else ' '}{self.fingerprint}",)
+        """Tell which base it is, and that its weights stay as they are."""
+        checksum = f"checksum of its weights {self.when} training:{'  ' if self.when == 'after' else ' '}{self.checksum}"
+        return (f"base fingerprint {self.fingerprint}", checksum) if self.when == "before" else (checksum,)
 
 
 @dataclass(frozen=True)

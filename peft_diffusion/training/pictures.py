@@ -12,7 +12,7 @@ from ..bases import family as families
 from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
 from ..core.events import Event, Observer
-from ..core.settings import pick
+from ..core.settings import flag, pick
 from ..data.captions import with_trigger
 from ..data.folder import TrainingImage
 from ..fast.unet import fused
@@ -107,7 +107,7 @@ class PictureMaterial:
     def rate_flags(self) -> dict[str, str]:
         """The flag that sets the learning rate of each component."""
         settings = {} if self.config.block else {name: families.rate_setting(name) for name in self.parts}
-        return {name: f"--{setting.replace('_', '-')}" for name, setting in settings.items()}
+        return {name: flag(setting) for name, setting in settings.items()}
 
     @cached_property
     def task(self) -> DiffusionTask:

@@ -56,7 +56,8 @@ class RunResult:
         seconds: Seconds taken, all stretches together.
         held_out_before: The loss on what is kept apart before the first step; None where nothing is kept apart.
         held_out_after: That loss of the weights that were written.
-        base_fingerprint: Of the base's weights, before and after.
+        base_fingerprint: Which base it is, as in files, recipes and the report.
+        base_checksum: Of every byte of the base's weights, before and after.
         next_command: What to type to use what was learned.
         outcome: None in a process that does not measure.
     """
@@ -68,6 +69,7 @@ class RunResult:
     held_out_before: float | None
     held_out_after: float | None
     base_fingerprint: str
+    base_checksum: str
     next_command: str
     outcome: Outcome | None = None
 

@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from torch import nn
 
 from .. import formats
-from ..bases import components, fingerprint
+from ..bases import checksum, components, fingerprint
 from ..bases.base import Base, frozen
 from ..bases.words import teach
 from ..core import plugins, site
@@ -493,7 +493,8 @@ class _Run(Generic[Result]):
             seconds=seconds,
             held_out_before=measured.get(0),
             held_out_after=measured.get(outcome.kept if outcome else self.trainer.step),
-            base_fingerprint=base,
+            base_fingerprint=self.material.info.fingerprint,
+            base_checksum=base,
             next_command=self.material.next_command(),
             outcome=outcome,
         )
@@ -664,10 +665,10 @@ def base_kept(base: Base, tell: Observer) -> Iterator[str]:
 
     Args:
         base: A pipeline or a language model.
-        tell: Is told the fingerprints.
+        tell: Is told the base's fingerprint, and the checksums.
 
     Yields:
-        The base's fingerprint.
+        The checksum of the base.
 
     Raises:
         RuntimeError: A byte of the base has changed, which no setting may bring about.
@@ -675,12 +676,12 @@ def base_kept(base: Base, tell: Observer) -> Iterator[str]:
     parts = components(base)
     for part in parts.values():
         part.requires_grad_(False)  # of adapters too that it carried before, which this training is none of
-    before = fingerprint(parts)
-    tell(Fingerprinted("before", before))
+    which, before = fingerprint(parts), checksum(parts)
+    tell(Fingerprinted("before", which, before))
     try:
         yield before
-        after = fingerprint(parts)
-        tell(Fingerprinted("after", after))
+        after = checksum(parts)
+        tell(Fingerprinted("after", which, after))
         if after != before:
             raise RuntimeError("training changed the base, which no setting may do")
     finally:

@@ -45,14 +45,18 @@ def recomputed(parts: Iterable[nn.Module], chance: bool) -> Iterator[int]:
         The number of blocks.
     """
     found: list[Any] = [block for part in parts for block in blocks_of(part)]
+    own = [vars(block).get("forward") for block in found]  # as accelerate's hooks put there
     for block in found:
         # On the instance: the class is what sites swap, and the libraries' own flags work in training mode alone.
         block.forward = partial(_again, block.forward, chance)
     try:
         yield len(found)
     finally:
-        for block in found:
-            del block.forward
+        for block, forward in zip(found, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
 
 
 def _again(forward: Callable[..., Any], chance: bool, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,9 @@ from PIL import Image
 
 from ...core.files import write_bytes
 from . import charts
-from .run_record import PATHS, PLACES, PREVIEWS, THUMBNAILS, Curve, Record, differing, shown
+from .run_record import PATHS, PLACES, PREVIEW, PREVIEWS, THUMBNAILS, Curve, Record, differing, shown
 
 NAME = "report.html"
-_PREVIEW = re.compile(r"(?:step_(\d+)|base)_(\d+)\.png")
 _ROWS = 12  # of previews; of more, evenly spread ones are shown
 _SIDE = 256  # pixels of a preview in the page
 _LAYERS = 40  # bars; the others stand in a table
@@ -219,7 +217,7 @@ def previews(record: Record) -> list[Row]:
     """
     rows: dict[int, dict[int, Path]] = {}
     for path in sorted((record.path / PREVIEWS).glob("*.png")):
-        if match := _PREVIEW.fullmatch(path.name):
+        if match := PREVIEW.fullmatch(path.name):
             rows.setdefault(int(match[1] or 0), {})[int(match[2])] = path
     steps = sorted(rows)
     if len(steps) > _ROWS:

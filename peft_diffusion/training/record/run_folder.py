@@ -32,7 +32,7 @@ _NAME = re.compile(r"step_(\d+)\.safetensors")
 # What a run writes, by folder: nothing else is ever deleted.
 _OWN = {
     _CHECKPOINTS: _NAME,
-    run_record.PREVIEWS: re.compile(r"(?:step_\d+|base)_\d+\.png|sheet\.png|prompts\.json"),
+    run_record.PREVIEWS: re.compile(rf"{run_record.PREVIEW.pattern}|sheet\.png|prompts\.json"),
     run_record.THUMBNAILS: re.compile(r"\d{6}\.webp"),
     _LOGS: re.compile(r"events\.out\.tfevents\..+"),
     "": re.compile(r"(?:config\.toml|(?:data|run)\.json|metrics\.jsonl|(?:loss|signals)\.png|report\.html)"),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import socket
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ METRICS = "metrics.jsonl"
 DATA = "data.json"
 THUMBNAILS = "thumbnails"
 PREVIEWS = "previews"
+PREVIEW = re.compile(r"(?:step_(\d+)|base)_(\d+)\.png")
+"""The name of a preview: its step, none for the base's own, and the number of its prompt."""
 
 _SHOWN = 48  # items of a report
 _KINDS: dict[str, type] = {

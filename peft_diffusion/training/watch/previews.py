@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,13 +17,13 @@ from ..drawing import Drawing
 from ..events import Preview
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
+from ..record.run_record import PREVIEW
 from ..tasks.diffusion import DiffusionTask
 
 PROMPTS = 4  # previews by default
 _GUIDANCE = 5.0
 _SEED = 0
 _PROMPTS = "prompts.json"
-_NAME = re.compile(r"(?:step_(\d+)|base)_(\d+)\.png")
 
 
 class Previews:
@@ -119,7 +118,7 @@ class Previews:
 
     def _tidy(self, step: int) -> bool:
         self.folder.mkdir(parents=True, exist_ok=True)
-        drawn = [path for path in self.folder.glob("*.png") if _NAME.fullmatch(path.name)]
+        drawn = [path for path in self.folder.glob("*.png") if PREVIEW.fullmatch(path.name)]
         for path in drawn:
             if _step_of(path) > step:
                 path.unlink()
@@ -181,7 +180,7 @@ class Previews:
             write_bytes(file, _png(picture))
         rows: dict[int, dict[int, Image.Image]] = {}
         for path in self.folder.glob("*.png"):
-            if match := _NAME.fullmatch(path.name):
+            if match := PREVIEW.fullmatch(path.name):
                 rows.setdefault(int(match[1] or 0), {})[int(match[2])] = Image.open(path)
         labels = [f"step {step}" if step else "base" for step in sorted(rows)]
         columns = [rows[step] for step in sorted(rows)]
@@ -197,7 +196,7 @@ class Previews:
 
 def _step_of(path: Path) -> int:
     """The step of a picture; 0 for the base's."""
-    match = _NAME.fullmatch(path.name)
+    match = PREVIEW.fullmatch(path.name)
     return int(match[1] or 0) if match else 0
 
 
