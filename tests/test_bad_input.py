@@ -59,6 +59,8 @@ def test_a_wrong_command_line(line: str, said: str, tmp_path: Path) -> None:
 VALUES = {
     "generate": "there is no prompt",
     "generate a --steps 0": "--steps must be 1 or more, not 0",
+    "generate a --width 64000": "--width must be 1 or more, at most 16384, not 64000",
+    "train pics --resolution 64000": "--resolution must be 1 or more, at most 8192, not 64000",
     "generate a --guidance nan": "guidance must be a finite number",
     "generate a --seed -1": "--seed must be 0 or more, at most 9223372036854775807, not -1",
     "generate a --output a.jpg": "pictures are written as .png",
@@ -111,7 +113,8 @@ def test_wrong_settings(text: str, said: str, tmp_path: Path) -> None:
     ],
 )
 def test_negative_flags_are_no_settings(text: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text(f"\ufefffolder = ['x']\n{text}\n", "utf-8")  # as some editors begin a file
+    encoding = "utf-8" if "debiased" in text else "utf-16-le"  # as some editors begin a file, and as PowerShell writes one
+    (tmp_path / "run.toml").write_text(f"\ufefffolder = ['x']\n{text}\n", encoding)
     assert said in complaint(FAILED, "train", "--config", "run.toml", folder=tmp_path)
 
 

@@ -338,7 +338,7 @@ def test_sidecars(tmp_path: Path) -> None:
     (tmp_path / "c.TXT").write_text("first")
     (tmp_path / "c.caption").write_text("second")
     folder = scan(tmp_path)
-    assert texts(folder) == {"a.png": "a red apple", "b.jpg": "ein Bär", "c.png": "first"}
+    assert texts(folder) == {"a.png": "a red\napple", "b.jpg": "ein Bär", "c.png": "first"}
     assert folder.sources == {"sidecar": 3}
     assert kinds(folder) == ["two captions"]
     assert "3 captions from text files beside the pictures" in folder.describe()
@@ -400,7 +400,11 @@ def test_metadata_jsonl_and_its_mistakes(tmp_path: Path) -> None:
         10: "broken metadata",
     }
     assert str(found[2]).startswith(f"{tmp_path / 'metadata.jsonl'}, line 2: ")
-    assert [Path(problem.where).name for problem in folder.problems if problem.stops] == ["d.png", "e.png"]
+    assert [Path(problem.where).name for problem in folder.problems if problem.stops] == [
+        *["metadata.jsonl"] * 4, "d.png", "e.png"
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="line 2: is no JSON"):
+        scan(tmp_path, missing="empty").check()
 
 
 def test_metadata_csv(tmp_path: Path) -> None:
@@ -436,18 +440,138 @@ def test_missing_captions_stop_unless_told_otherwise(tmp_path: Path) -> None:
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     folder = scan(tmp_path)
-    assert texts(folder) == {"a.png": "words"}
-    assert kinds(folder) == ["missing caption"] * 3 + ["unreadable caption"]
-    with pytest.raises(UserError, match=r"blank\.txt beside it.*2 more"):
+    assert texts(folder) == {"a.png": "words", "latin.png": "café"}
+    assert kinds(folder) == ["caption read as cp1252"] + ["missing caption"] * 2
+    with pytest.raises(UserError, match=r"blank\.txt beside it.*1 more"):
         folder.check()
-    assert texts(scan(tmp_path, missing="skip")) == {"a.png": "words"}
+    assert texts(scan(tmp_path, missing="skip")) == {"a.png": "words", "latin.png": "café"}
     assert texts(scan(tmp_path, missing="name"))["red_apple.png"] == "red apple"
     waived = scan(tmp_path, missing="empty")
     assert texts(waived)["red_apple.png"] == ""
-    assert kinds(waived).count("missing caption") == 3
+    assert kinds(waived).count("missing caption") == 2
     waived.check()
     with pytest.raises(UserError, match="stop, name, empty, skip"):
         scan(tmp_path, missing="guess")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_captions_with_a_byte_order_mark_are_read(tmp_path: Path, encoding: str) -> None:
+    draw(tmp_path / "a.png", seed=1)
+    draw(tmp_path / "b.png", seed=2)
+    mark = "\ufeff" if encoding.endswith("-be") else ""
+    (tmp_path / "a.txt").write_bytes(f"{mark}ein Bär, 猫".encode(encoding))
+    (tmp_path / "metadata.jsonl").write_bytes((mark + '{"file_name": "b.png", "text": "猫"}').encode(encoding))
+    folder = scan(tmp_path)
+    assert texts(folder) == {"a.png": "ein Bär, 猫", "b.png": "猫"} and not folder.problems
+
+
+WESTERN = ["naïve café", "“a quote” – it’s…", "größere Füße", "crème brûlée à la carte", "Ñuñoa", "¿qué?", "20 °C"]
+OTHERS = [
+    ("кот на окне", "cp1251"),
+    ("猫と犬", "shift-jis"),
+    ("海", "shift-jis"),
+    ("猫在窗台上睡觉", "gbk"),
+    ("고양이", "euc-kr"),
+]
+OTHERS += [("γάτα", "cp1253"), ("חתול", "cp1255"), ("a cat", "utf-16-le"), ("あいう", "shift-jis")]
+
+
+@pytest.mark.parametrize("text", WESTERN)
+def test_western_captions_are_read_as_such_and_that_is_told(tmp_path: Path, text: str) -> None:
+    draw(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(text.encode("cp1252"))
+    folder = scan(tmp_path)
+    assert texts(folder) == {"a.png": text} and kinds(folder) == ["caption read as cp1252"]
+    folder.check()
+
+
+@pytest.mark.parametrize("text, encoding", OTHERS)
+@pytest.mark.parametrize("missing", ["empty", "name", "skip"])
+def test_a_caption_that_cannot_be_read_stops_whatever_is_waived(
+    tmp_path: Path, text: str, encoding: str, missing: Literal["empty", "name", "skip"]
+) -> None:
+    draw(tmp_path / "a.png", seed=1)
+    draw(tmp_path / "b.png", seed=2)
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    folder = scan(tmp_path, missing=missing)
+    assert "a.png" not in texts(folder)
+    with pytest.raises(UserError, match=r"a\.txt: is no text.*Save it as UTF-8"):
+        folder.check()
+
+
+def test_lines_of_a_caption_are_alternatives_and_that_is_told(tmp_path: Path) -> None:
+    """As sd-scripts reads them: the first line, and with wildcards any; tags end where lines do."""
+    draw(tmp_path / "a.png", seed=1)
+    draw(tmp_path / "b.png", seed=2)
+    (tmp_path / "a.txt").write_bytes(b"red, round\r\n\r\n  green,   square \n")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "one\\n{two|three}"}')
+    folder = scan(tmp_path)
+    assert texts(folder) == {"a.png": "red, round\ngreen, square", "b.png": "one\n{two|three}"}
+    assert "2 captions with several lines, each an alternative: --wildcards draws one" in "\n".join(folder.describe())
+    first, second = (picture.caption for picture in folder.pictures)
+    tags, wild = captions.CaptionRules(shuffle=True), captions.CaptionRules(wildcards=True, shuffle=True)
+    assert {tags.prompt(first, random.Random(seed)) for seed in range(9)} == {"red, round", "round, red"}
+    assert tags.plain(first) == wild.plain(first) == "red, round"
+    drawn = [wild.prompt(first, random.Random(seed)) for seed in range(99)]
+    assert set(drawn) == {"red, round", "round, red", "green, square", "square, green"}
+    assert {wild.prompt(second, random.Random(seed)) for seed in range(99)} == {"one", "two", "three"}
+    assert 30 < sum("red" in words for words in drawn) < 70
+
+
+def test_the_words_of_kohya_folders_are_captions_where_no_files_are(tmp_path: Path) -> None:
+    """`caption_by_folder` of sd-scripts' library/config_util.py: what comes after the number and the underscore."""
+    for seed, name in enumerate(
+        ("10_mychar woman/IMG_1.png", "10_mychar woman/a nice name.png", "5_style/a.png", "5_style/b.png", "20_12/c.png")
+    ):
+        draw(tmp_path / name, seed=seed)
+    (tmp_path / "5_style" / "a.txt").write_text("written")
+    folder = scan(tmp_path)
+    assert texts(folder) == {
+        "10_mychar woman/IMG_1.png": "mychar woman",
+        "10_mychar woman/a nice name.png": "mychar woman",
+        "5_style/a.png": "written",
+    }
+    assert kinds(folder) == ["missing caption"] * 2  # b was forgotten, and 20_12 is a date
+    assert "2 captions from names of folders, as kohya's 10_WORDS" in folder.describe()
+    assert texts(scan(tmp_path, missing="name"))["10_mychar woman/a nice name.png"] == "a nice name"
+    assert set(texts(scan(tmp_path / "10_mychar woman")).values()) == {"mychar woman"}
+
+
+def test_what_other_programs_leave_beside_pictures_is_not_learned(tmp_path: Path) -> None:
+    draw(tmp_path / "a cat.png", seed=1)
+    draw(tmp_path / "sub" / "a dog.jpg", seed=2)
+    draw(tmp_path / "masks" / "venetian.png", seed=3)
+    for name in ("a cat-masklabel.png", "sub/masks/a dog.png"):
+        Image.new("L", (64, 64), "white").save(draw(tmp_path / name))
+    left = ["a cat-condlabel.png", "_controls/a cat.depth.jpg", "clipspace/clipspace-mask-1234.png"]
+    left += ["sub/clipspace-painted-masked-99.5.png", "gone-masklabel.png", "sub/masks/nobody.png"]
+    for seed, name in enumerate((*left, "@eaDir/a cat.png"), start=4):
+        draw(tmp_path / name, seed=seed)
+    ticks = []
+    folder = scan(tmp_path, on_progress=lambda done, total: ticks.append((done, total)))
+    assert list(texts(folder)) == ["a cat.png", "masks/venetian.png", "sub/a dog.jpg"]
+    masks = {picture.name: picture.mask for picture in folder.pictures}
+    assert masks["a cat.png"] == tmp_path / "a cat-masklabel.png" and masks["masks/venetian.png"] is None
+    assert masks["sub/a dog.jpg"] == tmp_path / "sub/masks/a dog.png"
+    assert sorted(Path(problem.where).relative_to(tmp_path).as_posix() for problem in folder.problems) == sorted(left)
+    assert kinds(folder) == ["file of another program"] * 4 + ["mask without a picture"] * 2
+    assert ticks[-1] == (11, 11)
+    assert "a conditioning picture of OneTrainer's, which is not learned" in "\n".join(folder.describe())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    draw(tmp_path / "red apple.png")
+    for name in ("f.png", "red apple.caption", "metadata.jsonl", "red apple-mask.png", "notes"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    folder = scan(tmp_path)
+    assert texts(folder) == {"red apple.png": "red apple"}
+    assert kinds(folder) == ["no ordinary file"] * 5 + ["unreadable file"]
+    (other := tmp_path / "other").mkdir()
+    os.mkfifo(other / "f.png")
+    with pytest.raises(UserError, match=r"f\.png: a pipe, socket or device"):
+        scan(other)
 
 
 def test_names_that_say_nothing_are_missing_captions(tmp_path: Path) -> None:

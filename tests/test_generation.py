@@ -296,6 +296,8 @@ def test_sides_must_be_what_the_base_can_make(tiny_pipe: DiffusionPipeline) -> N
     assert sampler.size(describe(tiny_pipe), Sampling(height=128)) == (64, 128)
     with pytest.raises(UserError, match=r"width 72 is no multiple of 16, .*; take 64 or 80"):
         sampler.size(describe(tiny_pipe), Sampling(width=72))
+    with pytest.raises(UserError, match=r"16000x16000 is over the limit of 89,478,485 pixels"):
+        sampler.size(describe(tiny_pipe), Sampling(width=16000, height=16000))
 
 
 def test_a_missing_trigger_is_noted(make: Make, ink: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -328,6 +330,8 @@ def test_a_sheet_shows_every_picture_as_it_is() -> None:
     assert {found[c] for row in colours for c in row if c} == {40 * 30}
     assert drawn.getpixel((0, 0)) == sheet.PAPER
     assert any(sum(colour) < 200 for colour in found if colour not in colours[0] + colours[1])  # the letters
+    endless = sheet.grid(images, ["word " * 100_000, "x" * 100_000], ["one", "y " * 50_000], "z" * 1_000_000)
+    assert endless.width < 3000 and endless.height < 3000
     bare = sheet.grid(images)
     assert bare.width < drawn.width
     assert bare.height < drawn.height

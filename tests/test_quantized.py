@@ -306,7 +306,7 @@ def test_training_generating_and_repeating_a_picture_on_a_quantized_base(
     said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
     run = small(folder, tmp_path, base=base, quantize=kind, unet_lr=1e-2, components=("unet", "text_encoder"))
     trained = train(run, observers=[TrainingConsole(said)])
-    shown = f"generate 'a red apple' --adapter {trained.output} --base {base} --quantize {kind}\n"
+    shown = f"generate 'blue cat b' --adapter {trained.output} --base {base} --quantize {kind}\n"
     assert f"next: peft-diffusion {shown}" in said.export_text()
     spec = spec_of(trained.output)
     assert spec.training["quantize"] == kind

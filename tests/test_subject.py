@@ -1,5 +1,6 @@
 """Subjects and the options of their kind, each by its effect: the class kept, masks, repeats, captions, noise, losses."""
 
+import os
 import random
 from collections import Counter
 from dataclasses import replace
@@ -12,6 +13,7 @@ from conftest import make_pipe
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from laws import strengths_of
+from making import command
 from PIL import Image, ImageDraw
 from rich.console import Console
 from safetensors import safe_open
@@ -342,6 +344,34 @@ def test_a_repeated_folder_is_drawn_as_often_as_asked(tmp_path: Path) -> None:
     assert result.steps == 28
     plain, _ = task_of(replace(config, repeats=("10_mira=1", "often=1")))
     assert len({plain.batch(step, 0).indices for step in range(6)}) == 6
+
+
+def test_the_folders_of_other_programs_are_trained_on_by_the_command(tiny_base: Path, tmp_path: Path) -> None:
+    """Kohya's folders, OneTrainer's masks, PowerShell's captions, a caption without end, and a pipe."""
+    draw_pictures(tmp_path / "pics" / "2_mychar woman", 2)
+    style = draw_pictures(tmp_path / "pics" / "1_style", 3)
+    first, second, third = sorted(style.iterdir())
+    first.with_suffix(".txt").write_text("word " * 10_000)
+    second.with_suffix(".txt").write_bytes("ein Bär\nein Hund".encode("utf-16"))
+    third.with_suffix(".txt").write_text("{red|blue}, round\ngreen, square")
+    Image.new("RGB", (64, 64), "white").save(style / f"{first.stem}-masklabel.png")
+    os.mkfifo(style / "f.png")
+    for path, shade in zip(sorted((tmp_path / "pics" / "2_mychar woman").iterdir()), (20, 90), strict=True):
+        Image.new("RGB", (64, 64), (shade, 0, 0)).save(path)
+    given = ("train", "pics", "--base", tiny_base, "--output", "a.safetensors", "--steps", 2, "--batch-size", 2)
+    done = command(*given, "--preview-steps", 1, "--held-out", 0, "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    assert "2 captions from names of folders, as kohya's 10_WORDS" in said and "1 mask: only what is white" in said
+    assert "2 captions with several lines" in said and "no ordinary file: 1" in said and "  ein Bär\n" in said
+    assert "next: peft-diffusion generate 'ein Bär' --adapter a.safetensors" in said
+    assert len(said) + len(done.stderr) < 10_000, (len(said), done.stderr[:3000])
+    assert (tmp_path / "runs" / "a" / "previews" / "sheet.png").exists()
+    silent = small(tmp_path / "none", tmp_path, missing_captions="empty")
+    Image.new("RGB", (64, 64), "red").save(draw_pictures(tmp_path / "none", 0) / "IMG_1.png")
+    told: list[str] = []
+    prepare(silent, make_pipe(), lambda event: told.extend(event.lines()), TrainingPictures())
+    assert any(line.startswith("1 of 1 prompts are empty: no word will call") for line in told), told
 
 
 def test_a_batch_of_copies_has_the_gradient_of_one_picture(tmp_path: Path, pictures: Path) -> None:

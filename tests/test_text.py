@@ -168,12 +168,21 @@ def test_texts_are_read_and_what_is_not_is_listed(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"x")
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"fine\nna\xefve")
+    (tmp_path / "shell.txt").write_bytes("drei\r\n".encode("utf-16"))  # as PowerShell writes it
+    os.mkfifo(tmp_path / "pipe.txt")
     found = read_texts([tmp_path])
-    assert [document.name for document in found.documents] == ["b/two.txt", "one.txt"]
-    assert [document.text for document in found.documents] == ["zwei\nZeilen", "one"]
-    assert len(found.left_out) == 4
+    assert [document.name for document in found.documents] == ["b/two.txt", "one.txt", "shell.txt"]
+    assert [document.text for document in found.documents] == ["zwei\nZeilen", "one", "drei\n"]
+    assert len(found.left_out) == 5
     told = " ".join(found.describe())
-    for words in ("4 files left out", "LICENSE.txt", "picture.png is no .txt", "empty.txt is empty", "latin.txt is no text"):
+    for words in (
+        "5 files left out",
+        "pipe.txt is no ordinary",
+        "LICENSE.txt",
+        "picture.png is no .txt",
+        "empty.txt is empty",
+        "latin.txt is no text",
+    ):
         assert words in told
 
 

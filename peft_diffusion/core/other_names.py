@@ -49,7 +49,6 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "cfg_scale": ("guidance",),
     "negative_prompt": ("negative",),
     "sampler": ("scheduler",),
-    "lora": ("adapter",),
     "lora_weights": ("adapter",),
 }
 

@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .encodings import unicode_text
 from .errors import UserError, did_you_mean
 from .other_names import known_here_as
 from .parsing import refuse_halves, refusing
@@ -88,9 +89,9 @@ def plugins(path: Path) -> list[str]:
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no text file in UTF-8") from None
+        text = unicode_text(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} {error}; save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"the settings file {path} cannot be read: {error.strerror}") from None
     try:

@@ -36,10 +36,8 @@ def alone(pictures: Sequence[TrainingImage], fits: Sequence[ResizeCrop]) -> list
         fits: How each becomes its bucket.
 
     Returns:
-        A line for each.
+        A line for each; none where there is but one bucket.
     """
-    return [
-        f"{pictures[indices[0]].path}: {bucket.width}x{bucket.height}"
-        for bucket, indices in group(fits).items()
-        if len(indices) == 1
-    ]
+    groups = group(fits)
+    lone = [(bucket, indices[0]) for bucket, indices in groups.items() if len(indices) == 1 < len(groups)]
+    return [f"{pictures[index].path}: {bucket.width}x{bucket.height}" for bucket, index in lone]

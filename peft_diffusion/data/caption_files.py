@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..core.encodings import unicode_text, western_text
 from ..core.parsing import json_value
 from .problems import Problem
 
-Source = Literal["sidecar", "metadata", "name", "none"]
+Source = Literal["sidecar", "metadata", "name", "folder", "none"]
 SIDECARS: tuple[str, ...] = (".txt", ".caption")
 METADATA: tuple[str, ...] = ("metadata.jsonl", "metadata.csv")
 COLUMNS: tuple[str, ...] = ("text", "caption", "prompt")
@@ -72,12 +73,14 @@ class Captions:
         metadata: Captions from metadata files.
         problems: What was wrong with the files.
         any_files: Whether the folder has caption files at all.
+        broken: Images whose caption is there and cannot be read.
     """
 
     sidecars: Mapping[str, str]
     metadata: Mapping[str, str]
     problems: tuple[Problem, ...]
     any_files: bool
+    broken: frozenset[str] = frozenset()
 
     def of(self, name: str) -> tuple[str, Source]:
         """Look up an image's caption; the file beside it wins over metadata.
@@ -86,7 +89,8 @@ class Captions:
             name: The image's relative path.
 
         Returns:
-            The caption, "" if there is none, and where it came from.
+            The caption, "" if there is none, and where it came from. Each line of it is an alternative, as in sd-scripts
+            and OneTrainer.
         """
         key = plain_name(name)
         if self.sidecars.get(key):
@@ -108,13 +112,13 @@ def read_captions(root: Path, files: Iterable[str], pictures: Collection[str]) -
         The captions and the problems.
     """
     files = list(files)
-    sidecars, problems = _read_sidecars(root, files, pictures)
+    sidecars, problems, broken = _read_sidecars(root, files, pictures)
     metadata: dict[str, str] = {}
     found = [name for name in files if is_metadata(name)]
     # The file nearest to a picture speaks first, and JSON lines before CSV.
     for name in sorted(found, key=lambda name: (-name.count("/"), not name.lower().endswith(".jsonl"), name)):
         problems += _read_metadata(root, name, {plain_name(file) for file in files}, metadata)
-    return Captions(sidecars, metadata, tuple(problems), bool(sidecars or found))
+    return Captions(sidecars, metadata, tuple(problems), bool(sidecars or found), broken)
 
 
 def is_metadata(name: str) -> bool:
@@ -141,16 +145,44 @@ def is_sidecar(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in SIDECARS
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8-sig")
+def _text(path: Path, problems: list[Problem], kind: str) -> str | None:
+    """The content of a file, and a problem where its encoding is guessed; None for a file that cannot be read.
+
+    That always stops: who allows pictures without captions does not mean those whose caption is damaged.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        problems.append(Problem(str(path), kind, f"cannot be read ({error.strerror})", "Check the file", stops=True))
+        return None
+    try:
+        return unicode_text(data)
+    except ValueError as error:
+        text = western_text(data)
+        if text is None:
+            problems.append(Problem(str(path), kind, str(error), "Save it as UTF-8 text, or delete it", stops=True))
+            return None
+    word = next(word for word in text.split() if not word.isascii())
+    message = f"is no UTF-8, and read as Western European (cp1252), as in \u201c{word}\u201d"
+    problems.append(Problem(str(path), "caption read as cp1252", message, "Save it as UTF-8 where that is wrong"))
+    return text
 
 
-def _read_sidecars(root: Path, files: Iterable[str], pictures: Collection[str]) -> tuple[dict[str, str], list[Problem]]:
+def _lines(text: str) -> str:
+    """A caption with single spaces, its lines apart: they are alternatives, and not one sentence."""
+    return "\n".join(" ".join(line.split()) for line in re.split(r"\r\n|\r|\n", text) if line.strip())
+
+
+def _read_sidecars(
+    root: Path, files: Iterable[str], pictures: Collection[str]
+) -> tuple[dict[str, str], list[Problem], frozenset[str]]:
+    """The captions beside images, what is wrong with them, and the images of those that cannot be read."""
     by_stem: dict[str, list[str]] = {}
     for picture in pictures:
         by_stem.setdefault(posixpath.splitext(plain_name(picture))[0], []).append(picture)
     captions: dict[str, str] = {}
     problems: list[Problem] = []
+    broken: set[str] = set()
     sidecars = [name for name in files if is_sidecar(name)]
     for name in sorted(sidecars, key=lambda name: (SIDECARS.index(posixpath.splitext(name)[1].lower()), name)):
         where, owners = str(root / name), by_stem.get(posixpath.splitext(plain_name(name))[0], [])
@@ -159,17 +191,15 @@ def _read_sidecars(root: Path, files: Iterable[str], pictures: Collection[str]) 
                 Problem(where, "caption without a picture", "no picture has this name", "Rename it or delete it")
             )
             continue
-        try:
-            caption = " ".join(_text(root / name).split())
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(Problem(where, "unreadable caption", f"cannot be read ({error})", "Save it as UTF-8 text"))
-            caption = ""
+        text = _text(root / name, problems, "unreadable caption")
+        broken.update(map(plain_name, owners) if text is None else ())
+        caption = _lines(text or "")
         for owner in map(plain_name, owners):
             if captions.get(owner) and caption and captions[owner] != caption:
                 message = "a second caption for the same picture, not used"
                 problems.append(Problem(where, "two captions", message, "Keep the .txt or the .caption file"))
             captions[owner] = captions.get(owner) or caption
-    return captions, problems
+    return captions, problems, frozenset(broken)
 
 
 def _read_metadata(root: Path, name: str, files: Collection[str], captions: dict[str, str]) -> list[Problem]:
@@ -179,12 +209,11 @@ def _read_metadata(root: Path, name: str, files: Collection[str], captions: dict
     seen: set[str] = set()
 
     def broken(line: int | None, message: str, fix: str, kind: str = "broken metadata") -> None:
-        problems.append(Problem(where, kind, message, fix, line))
+        # What cannot be read stops; a line about a picture that is not there, or a second one, does no harm.
+        problems.append(Problem(where, kind, message, fix, line, stops=kind == "broken metadata"))
 
-    try:
-        text = _text(root / name)
-    except (OSError, UnicodeDecodeError) as error:
-        broken(None, f"cannot be read ({error})", "Save it as UTF-8 text")
+    text = _text(root / name, problems, "broken metadata")
+    if text is None:
         return problems
     for line, row in _csv_rows(text) if name.lower().endswith(".csv") else _json_rows(text):
         if isinstance(row, str):
@@ -204,7 +233,7 @@ def _read_metadata(root: Path, name: str, files: Collection[str], captions: dict
             broken(line, f"a second caption for {file_name}, not used", "Delete one of the two", "two captions")
         else:
             seen.add(key)
-            captions.setdefault(key, " ".join(caption.split()))
+            captions.setdefault(key, _lines(caption))
     return problems
 
 

@@ -84,6 +84,20 @@ def shuffle_tags(caption: str, rng: random.Random, keep: int = 0) -> str:
     return ", ".join(fixed + loose)
 
 
+def pick_line(caption: str, rng: random.Random | None) -> str:
+    """Choose one of the lines of a caption, which are alternatives, as in sd-scripts and OneTrainer.
+
+    Args:
+        caption: The caption.
+        rng: The generator, asked where there are several lines; None takes the first.
+
+    Returns:
+        A line.
+    """
+    lines = caption.split("\n")
+    return lines[0] if rng is None or len(lines) == 1 else rng.choice(lines)
+
+
 _WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
@@ -109,14 +123,14 @@ def pick_wildcards(caption: str, rng: random.Random | None) -> str:
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """How a caption becomes the prompt of a training step: wildcards, then tags, then the trigger, then dropout.
+    """How a caption becomes the prompt of a training step: a line, its wildcards, then tags, then the trigger, then dropout.
 
     Attributes:
         trigger: See `with_trigger`.
         dropout: The probability of the empty prompt, from 0 to 1.
         shuffle: Whether tags are shuffled.
         keep_tags: The number of tags at the front of the written caption that stay in place.
-        wildcards: Whether `{a|b}` is replaced.
+        wildcards: Whether `{a|b}` is replaced, and any line of a caption of several drawn; otherwise it is the first.
 
     Raises:
         UserError: A value is out of its range.
@@ -134,7 +148,7 @@ class CaptionRules:
         return self.shuffle or self.wildcards
 
     def plain(self, caption: str) -> str:
-        """Give the prompt for measuring and drawing: no dropout, tags in order, the first alternative of each wildcard.
+        """Give the prompt for measuring and drawing: no dropout, tags in order, the first line and the first alternatives.
 
         Args:
             caption: The caption as written.
@@ -142,7 +156,8 @@ class CaptionRules:
         Returns:
             The prompt.
         """
-        return with_trigger(pick_wildcards(caption, None) if self.wildcards else caption, self.trigger)
+        line = pick_line(caption, None)
+        return with_trigger(pick_wildcards(line, None) if self.wildcards else line, self.trigger)
 
     def __post_init__(self) -> None:
         check_trigger(self.trigger)
@@ -161,6 +176,6 @@ class CaptionRules:
         Returns:
             The prompt, or "" if the caption was dropped.
         """
-        words = pick_wildcards(caption, rng) if self.wildcards else caption
+        words = pick_wildcards(pick_line(caption, rng), rng) if self.wildcards else pick_line(caption, None)
         words = shuffle_tags(words, rng, self.keep_tags) if self.shuffle else words
         return drop_caption(with_trigger(words, self.trigger), self.dropout, rng)

@@ -5,7 +5,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Literal, get_args
 from peft_diffusion.core.errors import UserError
 
 from .caption_files import Captions, Source, is_metadata, is_sidecar, name_captions, plain_name, read_captions
+from .companions import find_companions
+from .folder_names import repeats_and_words
 from .images import MAX_PIXELS, SUFFIXES, Checked, check_picture, open_mask, open_picture
 from .problems import PictureError, Problem, number_of
 
@@ -26,13 +28,14 @@ _SOURCE_WORDS: dict[Source, str] = {
     "sidecar": "text files beside the pictures",
     "metadata": "metadata files",
     "name": "file names",
+    "folder": "names of folders, as kohya's 10_WORDS",
     "none": "nowhere (empty captions)",
 }
 _COMPANIONS = re.compile(
     r"(?i)(licen[cs]e|readme|attribution|notice|copying|credits|authors)([\W_].*)?|.*\.(md|safetensors)"
 )
-_MASK = re.compile(r"(?i).*[^/]-mask\.(png|webp|bmp|tiff?)")
-_LITTER = frozenset(("thumbs.db", "desktop.ini", "__macosx"))
+_NO_CAPTION: tuple[str, Source] = "", "none"
+_LITTER = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"))
 _CONVERTIBLE = frozenset((".heic", ".heif", ".avif", ".svg", ".psd", ".jxl", ".jp2", ".ico", ".tga", ".raw", ".dng"))
 
 
@@ -43,7 +46,7 @@ class TrainingImage:
     Attributes:
         path: The file.
         name: Its POSIX path below the folder that was read.
-        caption: The caption as written, before the trigger is added.
+        caption: The caption as written, before the trigger is added; each line of it is an alternative.
         source: Where the caption came from.
         width: Pixels, after EXIF rotation.
         height: Pixels, after EXIF rotation.
@@ -70,6 +73,13 @@ class TrainingImage:
     def subfolder(self) -> str:
         """The folder part of `name`; "" at the top."""
         return posixpath.dirname(self.name)
+
+    @property
+    def places(self) -> list[str]:
+        """The subfolders that it is in, the innermost first, and the name of the folder that was read last."""
+        parts = self.subfolder.split("/") if self.subfolder else []
+        root = self.path.parents[len(parts)].resolve().name
+        return [*("/".join(parts[:end]) for end in range(len(parts), 0, -1)), root]
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,10 @@ class ImageFolder:
         masked = sum(picture.mask is not None for picture in self.pictures)
         lines += [f"{number_of(masked, 'mask')}: only what is white there is learned"] if masked else []
         lines += [f"{number_of(count, 'caption')} from {_SOURCE_WORDS[source]}" for source, count in self.sources.items()]
+        several = sum("\n" in picture.caption for picture in self.pictures)
+        if several:
+            how = "each an alternative: --wildcards draws one at each step, without it the first is taken"
+            lines.append(f"{number_of(several, 'caption')} with several lines, {how}")
         kinds: dict[str, list[Problem]] = {}
         for problem in self.problems:
             kinds.setdefault(problem.kind, []).append(problem)
@@ -124,6 +138,15 @@ class ImageFolder:
             lines += [f"  {problem}" for problem in problems[:shown]]
             lines += [f"  and {len(problems) - shown} more"] if len(problems) > shown else []
         return lines
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The files of a folder: those that can be read, by their relative paths, and those that are no ordinary files."""
+
+    root: Path
+    names: list[str]
+    strange: list[str]
 
 
 @dataclass(frozen=True)
@@ -146,7 +169,8 @@ def scan(
     """Read image folders with their subfolders; every file is decoded once.
 
     Captions come from files beside the images, from `metadata.jsonl` or `metadata.csv`, and from the file names of a folder
-    that has neither. `NAME-mask.png` beside an image NAME is not an image but its mask.
+    that has neither; in a folder such as `10_mychar woman` without them, its words are the caption, as in kohya's scripts.
+    `NAME-mask.png` beside an image NAME is not an image but its mask; see `companions` for what else is not learned.
 
     Args:
         folders: One folder or several, which are read as one.
@@ -168,8 +192,8 @@ def scan(
     roots = list(dict.fromkeys(Path(folder) for folder in given))
     if not roots:
         raise UserError("no image folder was given: name at least one")
-    listings = [(root, list(_files(_folder(root)))) for root in roots]
-    total = sum(_is_picture(name) for _, names in listings for name in names)
+    listings = [_list(_folder(root)) for root in roots]
+    total = sum(_is_picture(name) for one in listings for name in one.names)
     ticks = iter(range(1, total + 1))
 
     def tick() -> None:
@@ -179,8 +203,8 @@ def scan(
     limits = _Limits(resolution, missing, max_pixels, masks)
     pictures: list[TrainingImage] = []
     problems: list[Problem] = []
-    for root, names in listings:
-        found, wrong = _scan_root(root, names, limits, tick)
+    for listing in listings:
+        found, wrong = _scan_root(listing, limits, tick)
         pictures += found
         problems += wrong
     kept, repeated = _drop_duplicates(pictures)
@@ -189,12 +213,12 @@ def scan(
     return result
 
 
-def _check_not_empty(folder: ImageFolder, listings: Iterable[tuple[Path, list[str]]]) -> None:
+def _check_not_empty(folder: ImageFolder, listings: Iterable[_Listing]) -> None:
     """Stop only where nothing could be used whatever the user waives: missing captions have their own message."""
     if folder.pictures or any(problem.stops for problem in folder.problems):
         return
     words = ", ".join(str(path) for path in folder.folders)
-    names = [name for _, files in listings for name in files]
+    names = [name for one in listings for name in (*one.names, *one.strange)]
     if folder.problems:
         raise UserError(f"no usable picture in {words}; {len(names)} files, the first: {folder.problems[0]}")
     there = f"only {', '.join(map(_shown, names[:3]))}" if names else "it is empty"
@@ -213,8 +237,11 @@ def _folder(root: Path) -> Path:
     return root
 
 
-def _files(root: Path) -> Iterator[str]:
-    """POSIX paths of all files below `root`, sorted, without hidden ones and system litter; links are followed."""
+def _list(root: Path) -> _Listing:
+    """All files below `root`, sorted, without hidden ones and system litter; links are followed.
+
+    A pipe, socket or device may never end, whatever it is called, and is not read.
+    """
     names: list[str] = []
     seen: set[Path] = set()
     for place, folders, files in os.walk(root, followlinks=True):
@@ -223,7 +250,8 @@ def _files(root: Path) -> Iterator[str]:
         if real not in seen:
             seen.add(real)
             names += [(Path(place) / name).relative_to(root).as_posix() for name in files if not _hidden(name)]
-    return iter(sorted(names))
+    strange = {name for name in names if (root / name).exists() and not (root / name).is_file()}
+    return _Listing(root, sorted(name for name in names if name not in strange), sorted(strange))
 
 
 def _hidden(name: str) -> bool:
@@ -252,22 +280,20 @@ def _is_picture(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in SUFFIXES
 
 
-def _scan_root(
-    root: Path, names: list[str], limits: _Limits, tick: Callable[[], None]
-) -> tuple[list[TrainingImage], list[Problem]]:
-    unreadable = [name for name in names if not _is_text(name)]
-    names = [name for name in names if _is_text(name)]
+def _scan_root(listing: _Listing, limits: _Limits, tick: Callable[[], None]) -> tuple[list[TrainingImage], list[Problem]]:
+    root = listing.root
+    unreadable = [name for name in listing.names if not _is_text(name)]
+    names = [name for name in listing.names if _is_text(name)]
     image_names = [name for name in names if _is_picture(name)]
     names = _without_companions(names, image_names)
     captions = read_captions(root, names, image_names)
-    masks, unmatched = _masks(image_names, captions)
-    aside = {*masks.values(), *unmatched}
+    companions = find_companions(root, image_names, captions)
     others = [name for name in names if not (_is_picture(name) or is_sidecar(name) or is_metadata(name))]
     problems = [*(_unreadable_name(root, name) for name in unreadable), *(_other_file(root, name) for name in others)]
-    problems += captions.problems
-    problems += [_mask_without_picture(root, name) for name in unmatched]
-    image_names = [name for name in image_names if name not in aside]
-    for _ in (*aside, *filter(_is_picture, unreadable)):
+    problems += [_strange_file(root / _shown(name)) for name in listing.strange]
+    problems += (*captions.problems, *companions.problems)
+    image_names = [name for name in image_names if name not in companions.aside]
+    for _ in (*companions.aside, *filter(_is_picture, unreadable)):
         tick()
     pictures: list[TrainingImage] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -281,26 +307,10 @@ def _scan_root(
     captioned, missing = _caption(pictures, captions, limits.missing)
     problems += missing
     if limits.masks:
-        found = [_with_mask(picture, root, masks.get(picture.name), limits) for picture in captioned]
+        found = [_with_mask(picture, root, companions.masks.get(picture.name), limits) for picture in captioned]
         problems += [one for one in found if isinstance(one, Problem)]
         captioned = [one for one in found if isinstance(one, TrainingImage)]
     return captioned, problems
-
-
-def _masks(image_names: list[str], captions: Captions) -> tuple[dict[str, str], list[str]]:
-    """The mask of each picture that has one, and masks that belong to none.
-
-    A picture of its own caption is no mask, nor is a lone `gas-mask.png` in a folder without masks.
-    """
-    stems = {posixpath.splitext(plain_name(name))[0]: name for name in image_names}
-    named = [name for name in image_names if _MASK.fullmatch(name) and not captions.of(name)[0]]
-    owners = {name: stems.get(posixpath.splitext(plain_name(name))[0].removesuffix("-mask")) for name in named}
-    masks = {owner: name for name, owner in owners.items() if owner is not None}
-    return masks, [name for name, owner in owners.items() if owner is None] if masks else []
-
-
-def _mask_without_picture(root: Path, name: str) -> Problem:
-    return Problem(str(root / name), "mask without a picture", "no picture has this name", "Rename it or delete it")
 
 
 def _with_mask(picture: TrainingImage, root: Path, name: str | None, limits: _Limits) -> TrainingImage | Problem:
@@ -350,23 +360,44 @@ def _other_file(root: Path, name: str) -> Problem:
     return Problem(str(root / name), "not a picture", f"{suffix or 'a file without an extension'} is not read", fix)
 
 
+def _strange_file(path: Path) -> Problem:
+    return Problem(str(path), "no ordinary file", "a pipe, socket or device, which is not read", "Put a file in its place")
+
+
 def _caption(
     pictures: list[TrainingImage], captions: Captions, missing: Missing
 ) -> tuple[list[TrainingImage], list[Problem]]:
-    """Pictures with their captions. File names count only where the folder has no caption files, or as the fallback."""
-    names = name_captions({posixpath.splitext(posixpath.basename(picture.name))[0] for picture in pictures})
+    """Pictures with their captions. File names count only where the folder has no caption files, or as the fallback.
+
+    Pictures whose caption cannot be read are left to that problem, which stops.
+    """
+    pictures = [picture for picture in pictures if plain_name(picture.name) not in captions.broken]
+    names = name_captions({_stem(picture) for picture in pictures})
+    captioned = {place for picture in pictures if captions.of(picture.name)[0] for place, _ in _kohya_folders(picture)}
     found: list[TrainingImage] = []
     problems: list[Problem] = []
     for picture in pictures:
-        caption, source = captions.of(picture.name)
-        if not caption and (not captions.any_files or missing == "name"):
-            caption = names[posixpath.splitext(posixpath.basename(picture.name))[0]]
-            source = "name" if caption else "none"
+        folder = next((words for place, words in _kohya_folders(picture) if place not in captioned), "")
+        name = names[_stem(picture)] if missing == "name" or not captions.any_files else ""
+        ways: list[tuple[str, Source]] = [(folder, "folder"), (name, "name")]
+        # Names of files are asked for in words with "name", those of folders by their form alone.
+        ways = [captions.of(picture.name), *(reversed(ways) if missing == "name" else ways)]
+        caption, source = next((way for way in ways if way[0]), _NO_CAPTION)
         if not caption:
             problems.append(_missing(picture, captions, missing))
         if caption or missing in ("name", "empty"):
             found.append(replace(picture, caption=caption, source=source))
     return found, problems
+
+
+def _stem(picture: TrainingImage) -> str:
+    return posixpath.splitext(posixpath.basename(picture.name))[0]
+
+
+def _kohya_folders(picture: TrainingImage) -> list[tuple[str, str]]:
+    """The folders above a picture that are named as kohya's, the innermost first, each with its words."""
+    named = [(place, repeats_and_words(posixpath.basename(place))[1]) for place in picture.places]
+    return [(place, words) for place, words in named if words]
 
 
 def _missing(picture: TrainingImage, captions: Captions, missing: Missing) -> Problem:

@@ -292,7 +292,7 @@ class _Job:
             return None
         key = self._key(entry)
         path = self.folder / f"{key}.safetensors"
-        if not path.exists():
+        if not path.is_file():
             return None
         try:
             with safe_open(path, "pt") as file:

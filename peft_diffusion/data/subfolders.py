@@ -1,6 +1,5 @@
 """Repeats and loss weights of images by the subfolder that they are in."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -8,8 +7,8 @@ from typing import TypeVar
 from peft_diffusion.core.errors import UserError
 
 from .folder import TrainingImage
+from .folder_names import repeats_and_words
 
-_REPEATS = re.compile(r"([1-9]\d{0,2})_(?=\D|\d+[^\d_])")  # of "10_cat" and "10_1girl", not of "10_12" or "10_12_2024"
 _Number = TypeVar("_Number", int, float)
 
 
@@ -35,7 +34,7 @@ def apply(
     """
     given = _parse(repeats, "--repeats", int, 1)
     counts = _parse(weights, "--folder-weight", float, 0)
-    places = {place for picture in pictures for place in _places(picture)}
+    places = {place for picture in pictures for place in picture.places}
     for flag, names in (("--repeats", given), ("--folder-weight", counts)):
         unknown = [name for name in names if name not in places]
         if unknown:
@@ -44,8 +43,8 @@ def apply(
     return [
         replace(
             picture,
-            repeats=next((_repeats(place, given) for place in _places(picture) if _repeats(place, given)), 1),
-            weight=next((counts[place] for place in _places(picture) if place in counts), 1.0),
+            repeats=next((_repeats(place, given) for place in picture.places if _repeats(place, given)), 1),
+            weight=next((counts[place] for place in picture.places if place in counts), 1.0),
         )
         for picture in pictures
     ]
@@ -63,7 +62,7 @@ def describe(pictures: Sequence[TrainingImage]) -> list[str]:
     found: dict[str, tuple[int, float, int]] = {}
     for picture in pictures:
         if picture.repeats != 1 or picture.weight != 1:
-            place = _places(picture)[0]
+            place = picture.places[0]
             found[place] = picture.repeats, picture.weight, found.get(place, (0, 0, 0))[2] + 1
     return [
         f"{place}: {count} pictures, each drawn {repeats} times an epoch, weight {weight:g}"
@@ -71,17 +70,9 @@ def describe(pictures: Sequence[TrainingImage]) -> list[str]:
     ]
 
 
-def _places(picture: TrainingImage) -> list[str]:
-    """The subfolders that a picture is in, the innermost first, and the image folder's name last."""
-    parts = picture.subfolder.split("/") if picture.subfolder else []
-    root = picture.path.parents[len(parts)].resolve().name
-    return [*("/".join(parts[:end]) for end in range(len(parts), 0, -1)), root]
-
-
 def _repeats(place: str, given: dict[str, int]) -> int:
     """What was said of a place, or what its name says; 0 for nothing."""
-    match = _REPEATS.match(place.rpartition("/")[2])
-    return given.get(place, int(match[1]) if match else 0)
+    return given.get(place, repeats_and_words(place.rpartition("/")[2])[0])
 
 
 def _parse(texts: Sequence[str], flag: str, kind: Callable[[str], _Number], least: int) -> dict[str, _Number]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.encodings import unicode_text
 from ..core.errors import UserError
 
 _COMPANIONS = re.compile(r"(?i)(licen[cs]e|readme|attribution|notice|copying|credits|authors)([\W_].*)?")
@@ -79,9 +80,11 @@ def read_texts(places: Sequence[Path]) -> Texts:
 def _read_folder(folder: Path, documents: list[Document], left_out: list[str]) -> None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_dir() or any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            left_out.append(f"{name} is no ordinary file")
+        elif path.is_dir() or any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
-        if path.suffix.lower() != ".txt":
+        elif path.suffix.lower() != ".txt":
             left_out.append(f"{name} is no .txt file")
         elif _COMPANIONS.fullmatch(path.stem):
             left_out.append(f"{name} is about the texts")
@@ -93,7 +96,7 @@ def _read_folder(folder: Path, documents: list[Document], left_out: list[str]) -
 
 
 def _read(path: Path, name: str) -> Document:
-    """One text, line ends as newlines. Raises UserError where the file cannot be read, is empty or is no UTF-8."""
+    """One text, line ends as newlines. Raises UserError where the file cannot be read, is empty or is no Unicode."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -101,12 +104,9 @@ def _read(path: Path, name: str) -> Document:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{path} is no text in UTF-8: byte {error.start + 1}, in line {line}, is none of it; convert it (iconv)"
-        ) from None
+        text = unicode_text(data)
+    except ValueError as error:
+        raise UserError(f"{path} {error}; convert it to UTF-8 (iconv)") from None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise UserError(f"{path} is empty: there is nothing to learn from it")

@@ -16,6 +16,8 @@ from ..bases.pipelines import Pipeline, drawing, end_guidance, guided_tensors
 from ..bases.schedulers import SCHEDULERS
 from ..core.errors import UserError
 from ..core.events import Never, Observer, Observers, Progress, Stop, Warned, check_stop
+from ..core.shortening import shortened
+from ..data.images import MAX_PIXELS
 from .adapters import Adapters
 from .settings import Sampling
 from .source import Source
@@ -51,7 +53,7 @@ def size(info: BaseInfo, sampling: Sampling, source: Source | None = None) -> tu
         Width and height in pixels.
 
     Raises:
-        UserError: The base cannot make such a side; names the nearest that it can.
+        UserError: The base cannot make such a side; names the nearest that it can. Or there are too many pixels.
     """
     usual = (info.resolution, info.resolution) if source is None else source.image.size
     sides = (sampling.width or usual[0], sampling.height or usual[1])
@@ -60,6 +62,8 @@ def size(info: BaseInfo, sampling: Sampling, source: Source | None = None) -> tu
             below, above = side - side % info.step, side - side % info.step + info.step
             near = f"{below} or {above}" if below else f"{above}"
             raise UserError(f"{name} {side} is no multiple of {info.step}, which the base {info.name!r} needs; take {near}")
+    if sides[0] * sides[1] > MAX_PIXELS:
+        raise UserError(f"{sides[0]}x{sides[1]} is over the limit of {MAX_PIXELS:,} pixels a picture; take smaller sides")
     return sides
 
 
@@ -133,7 +137,7 @@ def check_lengths(pipe: Pipeline, texts: Sequence[str]) -> None:
                 lost = tokenizer.decode(tokens[room:]).strip()
                 raise UserError(
                     f'the prompt "{text[:40]}..." has {len(tokens)} tokens, of which the base reads {room}; shorten it,'
-                    f' or it would lose "{lost}"'
+                    f' or it would lose "{shortened(lost, 200)}"'
                 )
 
 

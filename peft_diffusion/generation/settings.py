@@ -19,6 +19,7 @@ Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
+_SIDE = Range(1, 16384)
 _PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
 
@@ -165,8 +166,8 @@ class Sampling(NamesAdapters):
         WHOLE_SHARE,
     )
     scheduler: SchedulerName | None = setting(None, "The sampler; by default the base's own.", PARAMETERS)
-    width: int | None = setting(None, "In pixels; by default the base's resolution.", PARAMETERS, COUNT, unit="pixels")
-    height: int | None = setting(None, "In pixels; by default the base's resolution.", PARAMETERS, COUNT, unit="pixels")
+    width: int | None = setting(None, "In pixels; by default the base's resolution.", PARAMETERS, _SIDE, unit="pixels")
+    height: int | None = setting(None, "In pixels; by default the base's resolution.", PARAMETERS, _SIDE, unit="pixels")
     batch_size: int = setting(4, "Pictures computed at once; the pictures do not depend on it.", PARAMETERS, COUNT)
     base: str = setting("icons", 'The embedded base "icons", a diffusers folder, a checkpoint file or a hub id.', PARAMETERS)
     device: str = setting("auto", "Such as cpu, cuda or mps; by default the fastest there is.", PARAMETERS)

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..core.shortening import shortened
+
 PAPER = (255, 255, 255)
 INK = (32, 33, 36)
+_LABEL = 300  # characters of a label
 FRAME = (222, 224, 228)
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -20,7 +23,7 @@ def grid(
     column_labels: Sequence[str] | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """Draw a white sheet of pictures with labels beside and above them.
+    """Draw a white sheet of pictures with labels beside and above them. Long labels are cut.
 
     Pictures keep their pixels; a smaller one is centred in its cell. Rows may be of different lengths.
 
@@ -45,14 +48,16 @@ def grid(
     if column_labels is not None and len(column_labels) != columns:
         raise ValueError(f"there are {len(column_labels)} column labels for {columns} columns")
     width, height = max(image.width for image in present), max(image.height for image in present)
+    # Before any is measured, which takes a while for each word of a caption of thousands.
+    row_labels, column_labels = ([shortened(one, _LABEL) for one in labels or ()] for labels in (row_labels, column_labels))
     size = min(30, max(13, round(width / 11)))  # of the letters, in pixels
     gap = max(6, size // 2)
-    heads = [_wrap(label, width, size) for label in column_labels or ()]
-    beside = _side(row_labels or (), width, height, size)
-    sides = [_wrap(label, beside, size) for label in row_labels or ()]
+    heads = [_wrap(label, width, size) for label in column_labels]
+    beside = _side(row_labels, width, height, size)
+    sides = [_wrap(label, beside, size) for label in row_labels]
     left = gap + (beside + gap if sides else 0)
     total = left + columns * (width + gap)
-    above = _wrap(title, total - 2 * gap, round(size * 1.3)) if title else []
+    above = _wrap(shortened(title, _LABEL), total - 2 * gap, round(size * 1.3)) if title else []
     title_height = _height(above, round(size * 1.3)) + gap if above else 0
     head_height = max(_height(lines, size) for lines in heads) + gap // 2 if heads else 0
     top = gap + title_height + head_height

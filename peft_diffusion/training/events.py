@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..core.events import Event, Warned
+from ..core.shortening import shortened
 from .need import Need, mib
 from .results import FoundRates, Suggestion, Trial
 
@@ -26,6 +27,7 @@ IMPATIENT = Warned("--patience ends nothing where nothing is kept apart to measu
 COLD = Warned("--warmup is as long as the run, so the learning rate does not come to what was asked for; lower it")
 """Nothing can be told of a run that ends in its warm-up."""
 _SHOWN = 3  # prompts
+_PROMPT = 400  # characters of a prompt
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,15 @@ class PromptsMade(Event):
     prompts: tuple[str, ...]
 
     def lines(self) -> tuple[str, ...]:
-        """Tell the first ones."""
-        shown = self.prompts[:_SHOWN]
-        return (f"prompts, the first {len(shown)} of {len(self.prompts)}:", *(f"  {prompt}" for prompt in shown))
+        """Tell the first ones, and how many have no words."""
+        shown = [shortened(prompt, _PROMPT) for prompt in self.prompts if prompt][:_SHOWN]
+        lines = [f"prompts, the first {len(shown)} of {len(self.prompts)}:"] if shown else []
+        lines += [f"  {prompt}" for prompt in shown]
+        empty = self.prompts.count("")
+        if empty:
+            why = 'no word will call what is learned there; write captions, or add --trigger "WORDS"'
+            lines.append(f"{empty} of {len(self.prompts)} prompts are empty: {why}")
+        return tuple(lines)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.preparation import Prepared, check_places, prepare
 from .watch.previews import PROMPTS, Previews
 
+_PROMPT = 200  # characters of a prompt that is proposed
+
 
 @dataclass(frozen=True)
 class PictureSource:
@@ -188,7 +190,15 @@ class PictureMaterial:
         config = self.config
         base = None if config.base == TrainConfig.base else config.base
         flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
-        return next_command("generate", with_trigger("a red apple", config.trigger), flags, config)
+        return next_command("generate", self._own_prompt(), flags, config)
+
+    def _own_prompt(self) -> str:
+        """A prompt that calls what was learned: the first of a caption that is not long, or else the trigger."""
+        prepared, trigger = self.prepared, with_trigger("", self.config.trigger)
+        captions = (*(prepared.held_out.captions if prepared.held_out else ()), *prepared.train.captions)
+        prompts = [prompt for caption in captions if (prompt := prepared.rules.plain(caption))]
+        short = (prompt for prompt in prompts if len(prompt) <= _PROMPT)
+        return next(short, trigger or " ".join(prompts[0][:_PROMPT].split()[:-1] if prompts else ()) or "a picture")
 
     def result(self, found: RunResult) -> TrainResult:
         """What the run gave."""

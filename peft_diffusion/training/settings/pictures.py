@@ -88,7 +88,8 @@ class _PictureConfig:
     )
     missing_captions: MissingCaptions = setting(
         "stop",
-        "What becomes of pictures without caption: stop, use the file name, use no words (empty), or skip them.",
+        "What becomes of pictures without caption: stop, use the file name, use no words (empty), or skip them; "
+        "a caption that is there and cannot be read always stops.",
         _DATA,
         free_on_resume=True,
     )
@@ -97,7 +98,8 @@ class _PictureConfig:
     )
     wildcards: bool = setting(
         False,
-        "Take one of {a|b} in captions, another in every step, for words that should not matter; {{ and }} are braces.",
+        "Take one of {a|b} in captions and one of the lines of a caption, others in every step, for words that should not "
+        "matter; {{ and }} are braces. Without it, the first line is the caption.",
         _DATA,
     )
     shuffle_tags: bool = setting(
@@ -114,7 +116,7 @@ class _PictureConfig:
     )
     background: str = setting("white", "Colour behind transparent pictures: a name or #rrggbb.", _DATA)
     resolution: int | None = setting(
-        None, "Pixels a side of a square picture; by default the base's own.", _DATA, COUNT, unit="pixels"
+        None, "Pixels a side of a square picture; by default the base's own.", _DATA, Range(1, 8192), unit="pixels"
     )
     held_out: float | None = setting(
         None,
@@ -140,8 +142,8 @@ class _PictureConfig:
     )
     masks: Masks = setting(
         "files",
-        "What of a picture is learned: the white of NAME-mask.png beside it (files), what is not transparent where "
-        "there is no such file (alpha), or all of it (off).",
+        "What of a picture is learned: the white of NAME-mask.png (or NAME-masklabel.png, masks/NAME.png) beside it "
+        "(files), what is not transparent where there is no such file (alpha), or all of it (off).",
         _DATA,
     )
 

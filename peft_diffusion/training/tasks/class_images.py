@@ -95,7 +95,7 @@ def _drawn(
     paths = [folder / f"{number:04}.png" for number in range(len(prompts))]
     starts = range(0, len(prompts), _BATCH)
     # Before any is written: all who draw have to draw the same.
-    undrawn = [start for start in starts if not all(path.exists() for path in paths[start : start + _BATCH])]
+    undrawn = [start for start in starts if not all(path.is_file() for path in paths[start : start + _BATCH])]
     missing = processes.agreed(undrawn)
     if processes.measures:
         tell(ClassPictures(len(prompts), folder))

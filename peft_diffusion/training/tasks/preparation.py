@@ -12,6 +12,7 @@ from ...bases.loading import pick_device
 from ...bases.pipelines import Pipeline
 from ...bases.prompts import TextSide
 from ...core.events import Observer, Warned, progress
+from ...core.shortening import shortened
 from ...data import subfolders
 from ...data.arrangement import KEPT, alone, cropped
 from ...data.buckets import (
@@ -46,7 +47,7 @@ from ..settings.presets import HELD_OUT_FROM
 from . import class_images
 from .diffusion import Examples, noise_schedule
 
-_SHOWN = 5  # lines of a list
+_SHOWN, _LINE = 5, 600  # lines of a list, characters of a line
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def _tell_cropped(pictures: Sequence[TrainingImage], fits: Sequence[ResizeCrop],
 def _first(lines: Sequence[str]) -> tuple[str, ...]:
     """The first lines of a list, and how many more there are."""
     more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    return (*lines[:_SHOWN], *more)
+    return (*(shortened(line, _LINE) for line in lines[:_SHOWN]), *more)
 
 
 def _tell_prompts(pictures: Sequence[TrainingImage], rules: CaptionRules, text: TextSide, tell: Observer) -> None:

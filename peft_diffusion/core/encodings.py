@@ -1,0 +1,65 @@
+"""Text of files that people and their programs wrote: by its mark, as UTF-8, or not at all."""
+
+import codecs
+import re
+
+_MARKS: tuple[tuple[bytes, str], ...] = (  # the longer first: UTF-32's little mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
+_SIGNS = frozenset("€„…’“”•–—™\u00a0¡£§©«®°²³´·»½¼¾¿")
+_LETTERS = frozenset({*map(chr, range(0xC0, 0x100)), *"œšž"} - {"×", "÷"})
+
+
+def unicode_text(data: bytes) -> str:
+    """Read UTF-8, and UTF-16 and UTF-32 where the text begins with their byte-order mark, as PowerShell writes it.
+
+    Args:
+        data: The content of a file.
+
+    Returns:
+        The text, without the mark.
+
+    Raises:
+        ValueError: It is none of them; says why in words that follow a name of a file.
+    """
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        name = encoding.upper().removesuffix("-SIG")
+        raise ValueError(f"is no text in {name}: byte {error.start + 1}, in line {line}, is none of it") from None
+    if "\0" in text:
+        raise ValueError("is no text: it holds bytes of zero, as UTF-16 without a byte-order mark does")
+    return text
+
+
+def western_text(data: bytes) -> str | None:
+    """Read the Western European code page of Windows, cp1252, where nothing else that is usual gives such words.
+
+    In words of other scripts, whose code pages use the same bytes for letters of their own, hardly a letter is of ASCII.
+
+    Args:
+        data: The content of a file that is no Unicode.
+
+    Returns:
+        The text; None where it may be anything else.
+    """
+    try:
+        text = data.decode("cp1252")
+    except UnicodeDecodeError:
+        return None
+    strange = {letter for letter in text if not letter.isascii()} - _SIGNS - _LETTERS
+    if strange or re.search(r"[\0-\x08\x0b\x0e-\x1f\x7f]", text):
+        return None
+    if re.search(r"[”™]\w", text):  # the second half of a character of two bytes
+        return None
+    for word in re.findall(r"[^\W\d_]+", text):
+        foreign = sum(letter in _LETTERS for letter in word)
+        if foreign > max(1, len(word) - foreign) or re.search(r"[À-ÿœšž]{3}", word):
+            return None
+    return text

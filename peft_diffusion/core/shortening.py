@@ -1,0 +1,18 @@
+"""Text of any length made short enough to be shown. Imports no torch."""
+
+
+def shortened(text: str, most: int) -> str:
+    """Cut a text that is too long to be shown, where it has a space if there is one near.
+
+    Args:
+        text: The text.
+        most: Characters that are shown, 20 or more.
+
+    Returns:
+        The text, or its beginning and an ellipsis, of at most so many characters.
+    """
+    if len(text) <= most:
+        return text
+    start = text[: most - 1]
+    space = start.rfind(" ", most - 20)
+    return f"{start[:space] if space > 0 else start}\u2026"
