@@ -35,7 +35,7 @@ def train(
         pipe: A base that is loaded already, used in place of ``config.base`` and left as it was.
         observers: Are told what happens, by the events of `training.events`.
         stop: Where it is set, such as a ``threading.Event`` by another thread, the run ends after the present step, with a
-            checkpoint. Without one, SIGINT and SIGTERM do the same, where this is the main thread.
+            checkpoint. Without one, SIGINT, SIGTERM and SIGHUP do the same, where this is the main thread.
 
     Returns:
         What the run gave.
@@ -62,8 +62,8 @@ def find_rates(
         config: What is learned from, and how.
         pipe: A base that is loaded already, used in place of ``config.base`` and left as it was.
         observers: Are told what happens, by the events of `training.events`.
-        stop: Where it is set, such as a ``threading.Event`` by another thread, the search ends. Without one, SIGINT and
-            SIGTERM do the same, where this is the main thread.
+        stop: Where it is set, such as a ``threading.Event`` by another thread, the search ends. Without one, SIGINT,
+            SIGTERM and SIGHUP do the same, where this is the main thread.
 
     Returns:
         The rates, and all trials.
@@ -89,7 +89,7 @@ def train_text(
         base: A model that is loaded already, used in place of ``config.base`` and left as it was.
         observers: Are told what happens, by the events of `training.events`.
         stop: Where it is set, such as a ``threading.Event`` by another thread, the run ends after the present step, with a
-            checkpoint. Without one, SIGINT and SIGTERM do the same, where this is the main thread.
+            checkpoint. Without one, SIGINT, SIGTERM and SIGHUP do the same, where this is the main thread.
 
     Returns:
         What the run gave.
@@ -116,8 +116,8 @@ def find_text_rates(
         config: What is learned from, and how.
         base: A model that is loaded already, used in place of ``config.base`` and left as it was.
         observers: Are told what happens, by the events of `training.events`.
-        stop: Where it is set, such as a ``threading.Event`` by another thread, the search ends. Without one, SIGINT and
-            SIGTERM do the same, where this is the main thread.
+        stop: Where it is set, such as a ``threading.Event`` by another thread, the search ends. Without one, SIGINT,
+            SIGTERM and SIGHUP do the same, where this is the main thread.
 
     Returns:
         The rates, and all trials.

@@ -25,7 +25,17 @@ from peft_diffusion.bases.digest import checksum
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import events as core_events
 from peft_diffusion.core.errors import Interrupted, UserError
-from peft_diffusion.core.events import Ended, Event, Noted, ObserverFailed, Observers, Progress, Warned, stop_on_signal
+from peft_diffusion.core.events import (
+    Ended,
+    Event,
+    Noted,
+    ObserverFailed,
+    Observers,
+    Progress,
+    Stopping,
+    Warned,
+    stop_on_signal,
+)
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation import events as generation_events
 from peft_diffusion.generation.blend import blend
@@ -263,6 +273,7 @@ def test_events_that_take_other_machines_have_their_lines() -> None:
     assert sharded.lines()[0].startswith("unet sharded over 2 processes: each holds 3 MiB of 6 MiB; steps run one operation")
     assert "no CUDA graph of them can be made (why)" in Unrecorded("why").lines()[0]
     assert MemorySaved(Need(2**20, 2**20, 2**20)).lines()[0].startswith("memory: 3 MiB do not fit; as with --memory low")
+    assert "Ctrl-C again, in a second or later" in Stopping().lines()[0]
     assert "--memory low takes less" in MemoryUnknown(None, low=False).lines()[0]
 
 
@@ -370,7 +381,7 @@ def test_signals_are_left_alone_where_a_stop_is_given_and_in_other_threads() -> 
     found = []
 
     def work() -> None:
-        with stop_on_signal() as stop:  # where Python lets nobody handle signals
+        with stop_on_signal(print) as stop:  # where Python lets nobody handle signals
             found.append(stop.is_set())
 
     thread = threading.Thread(target=work)

@@ -108,6 +108,25 @@ def test_a_handler_of_the_caller_is_there_again_afterwards(tmp_path: Path, pictu
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals of POSIX")
+def test_a_terminal_that_is_gone_stops_a_run_as_sigterm_does_unless_hang_ups_are_ignored(
+    tmp_path: Path, pictures: Path
+) -> None:
+    def hang_up(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 2:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.getsignal(signal.SIGHUP)
+    with pytest.raises(Interrupted, match="stopped after step 2 of 6"):
+        train(small(pictures, tmp_path / "gone"), pipe=make_pipe(), observers=[hang_up])
+    assert signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert train(small(pictures, tmp_path / "on"), pipe=make_pipe(), observers=[hang_up]).steps == 6
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_longer_run_goes_on_and_says_what_that_means(tmp_path: Path, pictures: Path) -> None:
     train(small(pictures, tmp_path, scheduler="constant"), pipe=make_pipe())
     longer = train(small(pictures, tmp_path, scheduler="constant", steps=9, resume=True), pipe=make_pipe())
@@ -339,14 +358,17 @@ def test_a_real_process_that_is_stopped_goes_on_to_the_same_bits(
     command = Command(tiny_base, pictures, tmp_path)
     process = command.start()
     command.wait_for_step(12, process)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=120)
+    for _ in range(5 if number == signal.SIGINT else 1):  # an impatient person
+        process.send_signal(number)
+        time.sleep(0.05)
+    out, error = process.communicate(timeout=120)
     assert not (tmp_path / "a.safetensors").exists()
     steps = sorted(int(path.stem[5:]) for path in (command.run / "checkpoints").glob("step_*.safetensors"))
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL and steps[-1] % 5 == 0
     else:
         assert process.returncode == 130, error
+        assert out.count("stopping after the present step; Ctrl-C again") == 1
         assert f"stopped after step {steps[-1]} of 40; go on with:" in error and "Traceback" not in error
         told = [json.loads(line) for line in (command.run / "metrics.jsonl").read_text("utf-8").splitlines()]
         assert [line["step"] for line in told if "loss" in line] == list(range(1, steps[-1] + 1))

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 from .. import __version__
 from ..core import plugins
 from ..core.errors import UserError
+from ..core.events import interrupts_apart
 from .config_file import RunFile, whole_numbers
 from .flags import explained
 
@@ -100,6 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for is no reason to stop
     given = list(sys.argv[1:] if arguments is None else arguments)
+    with interrupts_apart():
+        code = _run(given)
+    if arguments is None and code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends: one more would meet the interpreter's own end
+    return code
+
+
+def _run(given: list[str]) -> int:
+    """Run a command; returns the exit code."""
     try:
         if _asks_for_help(given):
             trains = any(given[: len(command)] == command for command in _TRAINING)

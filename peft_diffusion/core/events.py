@@ -4,8 +4,10 @@ Imports no torch. The events of a training are in `training.events`, those of dr
 """
 
 import logging
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from typing import Literal, Protocol, TypeAlias
 from .errors import Interrupted
 
 logger = logging.getLogger("peft_diffusion")
+AT_ONCE = 1.0
+"""Seconds within which one more signal of the same kind is taken for the same wish."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,15 @@ class Warned(Event):
     def lines(self) -> tuple[str, ...]:
         """Tell the message, and the details below it."""
         return (f"warning: {self.message}", *(f"  {detail}" for detail in self.details))
+
+
+@dataclass(frozen=True)
+class Stopping(Event):
+    """A signal has asked what runs to stop, which it does after the present step."""
+
+    def lines(self) -> tuple[str, ...]:
+        """Tell that it was heard."""
+        return ("stopping after the present step; Ctrl-C again, in a second or later, ends at once and loses it",)
 
 
 State: TypeAlias = Literal["finished", "stopped", "failed"]
@@ -255,11 +268,32 @@ def check_stop(stop: Stop, message: str) -> None:
         raise Interrupted(message)
 
 
-@contextmanager
-def stop_on_signal() -> Iterator[Stop]:
-    """A wish to stop that SIGINT (Ctrl-C) or SIGTERM sets inside; a second signal acts as it always does.
+class _Signals:
+    """When this process last got a signal to stop: whichever handler there was, the next has to know."""
 
+    def __init__(self) -> None:
+        self.last = -math.inf
+
+    def are_one(self) -> bool:
+        """Tell whether the one that came now belongs to the one before."""
+        now = time.monotonic()
+        soon, self.last = now - self.last < AT_ONCE, now
+        return soon
+
+
+_signals = _Signals()
+
+
+@contextmanager
+def stop_on_signal(tell: Observer) -> Iterator[Stop]:
+    """A wish to stop that SIGINT (Ctrl-C), SIGTERM or SIGHUP (a terminal that is gone) sets inside.
+
+    Another signal acts as it always does, but not within a second of the one before: who is impatient, or whose terminal
+    repeats a key, does not lose what was learned. A signal that is ignored already, as with nohup, stays so.
     In a thread that is not the main one, where Python handles no signals, nothing sets it.
+
+    Args:
+        tell: Is told of the first signal at once.
 
     Yields:
         The wish.
@@ -268,11 +302,18 @@ def stop_on_signal() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [one for name in ("SIGINT", "SIGTERM", "SIGHUP") if (one := getattr(signal, name, None)) is not None]
+    handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
+    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
 
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
+    def request(number: int, _: FrameType | None) -> None:
+        soon = _signals.are_one()
+        if not stop.is_set():
+            stop.set()
+            tell(Stopping())
+        elif not soon:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, request)
@@ -281,3 +322,25 @@ def stop_on_signal() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def interrupts_apart() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt once a second at most inside: another one would meet what ends it all.
+
+    Nothing is done where somebody handles SIGINT already, or in a thread that is not the main one.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        if not _signals.are_one():
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -338,8 +338,8 @@ def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop
     Args:
         source: What is learned from.
         observers: Are told what happens, in this thread; of several processes, only by the one that leads.
-        stop: Where it is set, the run ends after the present step, with a checkpoint. Without one, SIGINT and SIGTERM do
-            the same from the first step on, where this is the main thread.
+        stop: Where it is set, the run ends after the present step, with a checkpoint. Without one, SIGINT, SIGTERM and
+            SIGHUP do the same from the first step on, where this is the main thread.
 
     Returns:
         What the run gave.
@@ -378,7 +378,8 @@ def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop:
     Args:
         source: What is learned from.
         observers: Are told what happens, in this thread.
-        stop: Where it is set, the search ends. Without one, SIGINT and SIGTERM do the same, where this is the main thread.
+        stop: Where it is set, the search ends. Without one, SIGINT, SIGTERM and SIGHUP do the same, where this
+            is the main thread.
 
     Returns:
         The rates, and all trials.
@@ -396,7 +397,7 @@ def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop:
         material = source.open(processes, _stopping(tell, stop, processes))
         with material.faster(), base_kept(material.base, tell):
             run = _Run(material, RunFolder(folder), tell, processes)
-            with material.at_work(), run.memory_plan().applied(tell), _stop_of(stop) as wish:
+            with material.at_work(), run.memory_plan().applied(tell), _stop_of(stop, tell) as wish:
                 trainer = run.trainer
                 found = Search(
                     trainer.task, trainer.arena, trainer.settings, run.trial, folder, material.rate_flags(), tell, wish
@@ -560,7 +561,7 @@ class _Run(Generic[Result]):
             if not previews.go_on_from(trainer.step):
                 previews.draw_base()
             trainer.after_step.append(previews.after_step)
-        with _stop_of(stop) as wish:
+        with _stop_of(stop, self.tell) as wish:
             finished = trainer.run(stop=wish)
         if not finished:
             raise Interrupted(
@@ -638,12 +639,12 @@ def silent(event: Event) -> None:
 
 
 @contextmanager
-def _stop_of(stop: Stop | None) -> Iterator[Stop]:
+def _stop_of(stop: Stop | None, tell: Observer) -> Iterator[Stop]:
     """The wish to stop that was given, or else one that signals set inside."""
     if stop is not None:
         yield stop
         return
-    with stop_on_signal() as wish:
+    with stop_on_signal(tell) as wish:
         yield wish
 
 
