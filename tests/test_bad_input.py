@@ -43,6 +43,9 @@ USAGES = {
     ),
     "generate a --quantize int4": "--quantize is one of nf4, int8, not 'int4'; did you mean 'int8'?",
     "generate a --output": "--output requires an argument",
+    "train pictures --lr 1e-4": "Unknown option: --lr. Here it is --unet-lr.",
+    "train --train_data_dir=pictures": "Unknown option: --train_data_dir. Here it is FOLDER, without a flag.",
+    "generate a --num-inference-steps 20": "Unknown option: --num-inference-steps. Here it is --steps.",
     "blent a": 'Did you mean "blend"?',
     "inspect": "--files requires an argument",
 }
@@ -113,6 +116,37 @@ def test_negative_flags_are_no_settings(text: str, said: str, tmp_path: Path) ->
     encoding = "utf-8" if "debiased" in text else "utf-16-le"  # as some editors begin a file, and as PowerShell writes one
     (tmp_path / "run.toml").write_text(f"\ufefffolder = ['x']\n{text}\n", encoding)
     assert said in complaint(FAILED, "train", "--config", "run.toml", folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('folder = "C:\\Users\\me"', "takes single quotes: folder = 'C:\\Users\\me'"),
+        ("learning_rate = 1e-4", "no setting 'learning_rate' of this command; here it is unet_lr"),
+    ],
+)
+def test_habits_of_other_programs_in_a_file(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    assert said in complaint(FAILED, "train", "--config", "run.toml", folder=tmp_path)
+
+
+def test_a_strength_as_other_programs_write_it(ink: Path, tmp_path: Path) -> None:
+    said = complaint(FAILED, "generate", "a", "--adapter", f"{ink}:0.8", folder=tmp_path)
+    assert f"a strength follows an =, as in {ink}=0.8" in said
+
+
+def test_the_home_folder_is_found_where_no_shell_has_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    for arguments in (
+        ["inspect", "--files=~/a.safetensors"],
+        ["train", "~/pictures"],
+        ["generate", "a", "-a=~/a.safetensors"],
+    ):
+        assert str(tmp_path / "home") in complaint(FAILED, *arguments, folder=tmp_path / "work")
+    (tmp_path / "home" / "base").mkdir(parents=True)
+    said = complaint(FAILED, "generate", "a", "--base", "~/base", folder=tmp_path / "work")
+    assert f"{tmp_path / 'home' / 'base'} is no diffusers folder" in said
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_pipe
 from diffusers import DDPMScheduler, DiffusionPipeline
 from making import modes, spec_of
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, features
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
@@ -29,8 +30,8 @@ from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import site, targets
 from peft_diffusion.core.arena import Arena, side_by_side
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.core.events import Event
-from peft_diffusion.data.folder import ImageFolder, scan
+from peft_diffusion.core.events import Event, Warned
+from peft_diffusion.data.folder import ImageFolder, open_picture, scan
 from peft_diffusion.fast.cuda_graph import Inputs
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.methods import method
@@ -721,3 +722,24 @@ def test_a_picture_that_vanishes_is_named(tmp_path: Path, pictures: Path, monkey
     with pytest.raises(UserError, match=r"red dog c\.png"):
         train(small(pictures, tmp_path), pipe=make_pipe())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_method_that_reads_words_takes_the_text_encoder_and_a_run_of_warm_up_alone_is_told(
+    pictures: Path, tmp_path: Path
+) -> None:
+    told: list[Event] = []
+    run = small(pictures, tmp_path, method="tokens", rank=None, option=("placeholders=<ink>",), trigger="<ink>")
+    result = train(replace(run, steps=2, warmup=2), pipe=make_pipe(), observers=[told.append])
+    assert set(spec_of(result.output).methods) == {"text_encoder"}
+    assert [event for event in told if isinstance(event, Warned) and event.message.startswith("--warmup is as long as")]
+
+
+def test_avif_is_read(pictures: Path, tmp_path: Path) -> None:
+    if not features.check("avif"):
+        pytest.skip("this Pillow was built without libavif")
+    for place, path in enumerate(sorted(pictures.glob("*.png"))):
+        (tmp_path / "avif").mkdir(exist_ok=True)
+        Image.open(path).save(tmp_path / "avif" / f"{place}.avif")
+    found = scan(tmp_path / "avif", missing="empty")
+    assert len(found.pictures) > 1 and {picture.path.suffix for picture in found.pictures} == {".avif"}
+    assert np.asarray(open_picture(found.pictures[0].path)).shape[2] == 3

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..core import quantized
 from ..core.errors import UserError, first_line
+from ..core.files import at_home
 from ..core.parsing import refusing
 from .digest import fingerprint
 from .digest import quantize as quantize_all
@@ -141,7 +142,7 @@ def _checked(base: LanguageModel) -> LanguageModel:
 
 
 def _read(source: str, dtype: torch.dtype) -> tuple[Any, Any, str]:
-    path = embedded("text/base") if source == TINY_LM else Path(source)
+    path = embedded("text/base") if source == TINY_LM else at_home(Path(source))
     try:
         if path.is_dir():
             if not (path / "config.json").is_file():

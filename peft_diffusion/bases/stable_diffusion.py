@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..core import quantized, site
 from ..core.errors import UserError, first_line
+from ..core.files import at_home
 from ..core.parsing import refusing
 from . import single_file
 from .base import components, denoiser_of
@@ -63,7 +64,7 @@ def load_base(
 
 
 def _read(source: str, dtype: torch.dtype) -> DiffusionPipeline:
-    path = embedded("base") if source == ICONS else Path(source)
+    path = embedded("base") if source == ICONS else at_home(Path(source))
     try:
         if path.is_file():
             return single_file.read(path, dtype)

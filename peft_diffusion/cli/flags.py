@@ -6,10 +6,11 @@ from dataclasses import MISSING, field, make_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from cyclopts import CoercionError, CycloptsError, Group, Parameter
+from cyclopts import CoercionError, CycloptsError, Group, Parameter, UnknownOptionError
 from cyclopts.argument import Argument
 
 from ..core import settings
+from ..core.other_names import known_here_as
 from ..core.settings import PARAMETERS, Described, Settings, not_among, pick, settings_of
 
 _KINDS = "settings_read"  # the attribute of a command under which `reads` keeps what it takes
@@ -106,4 +107,11 @@ def explained(error: CycloptsError) -> str:
     """
     if isinstance(error, CoercionError) and error.argument and error.token and get_origin(error.target_type) is Literal:
         return not_among(error.argument.name, get_args(error.target_type), error.token.value)
+    if isinstance(error, UnknownOptionError):
+        option = (error.token.keyword or error.token.value).split("=", 1)[0]
+        names = {one.name: one for argument in error.argument_collection if (one := setting_of(argument)) is not None}
+        here = known_here_as(option, names)
+        if here is not None:
+            called = f"{here.upper()}, without a flag" if names[here].positional else names[here].flag
+            return f"Unknown option: {option}. Here it is {called}."
     return str(error)

@@ -95,3 +95,18 @@ def _fresh(path: Path) -> Path:
         except FileExistsError:
             continue
         return aside
+
+
+def at_home(path: Path) -> Path:
+    """Put the home folder in place of a ``~`` at the start of a path, which no shell has done in files and in Python.
+
+    Args:
+        path: The path.
+
+    Returns:
+        The path; as it is where there is no such user.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path

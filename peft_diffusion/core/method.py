@@ -157,6 +157,7 @@ class Method:
             words (textual inversion); None for any other method.
         rates: The learning rates that suit it.
         decayed: Whether weight decay pulls its parameters towards 0, which has to be where they change nothing.
+        reads_words: Whether it is for components alone that read words, which it then adapts unless others are named.
         debiased_when_small: Whether, alone on a small base, it learns with timesteps weighed: see ``--debiased``.
     """
 
@@ -170,6 +171,7 @@ class Method:
     embedding: ClassVar[tuple[str, str] | None] = None
     rates: ClassVar[Rates] = Rates()
     decayed: ClassVar[bool] = True
+    reads_words: ClassVar[bool] = False
     debiased_when_small: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, name: str, suffixes: frozenset[str] = frozenset()) -> None:

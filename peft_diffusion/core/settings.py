@@ -26,6 +26,7 @@ from textwrap import TextWrapper
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import UserError, did_you_mean
+from .files import at_home
 
 _KEY = "peft_diffusion.setting"  # in ``field.metadata``
 _WIDTH = 110  # letters of a line in a docstring
@@ -497,7 +498,9 @@ def _as(kind: type, value: object) -> Any:
         return _float(value) if isinstance(value, numbers.Real) else None
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    return kind(value) if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    return at_home(Path(value)) if kind is Path else kind(value)
 
 
 def _float(value: numbers.Real) -> float:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from .encodings import unicode_text
 from .errors import UserError, did_you_mean
+from .other_names import known_here_as
 from .parsing import refuse_halves, refusing
 from .settings import Described, Settings, settings_of
 
@@ -93,10 +94,15 @@ def _parsed(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} {error}; save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"the settings file {path} cannot be read: {error.strerror}") from None
-    with refusing(f"{path} is no valid TOML"):
-        found = tomllib.loads(text)
-        refuse_halves(text, found)
-        return found
+    try:
+        with refusing(f"{path} is no valid TOML"):
+            found = tomllib.loads(text)
+            refuse_halves(text, found)
+            return found
+    except UserError as error:
+        if "\\" not in text:
+            raise
+        raise UserError(f"{error}; a path with backslashes takes single quotes: folder = 'C:\\Users\\me'") from None
 
 
 def _key(flag: str) -> str:
@@ -109,6 +115,9 @@ def _meant(key: str, value: object, known: Mapping[str, Described]) -> str:
     for name, one in known.items():
         if one.setting.flag.negative and _key(key) == f"{'empty' if one.several else 'no'}_{name}":
             return f"; did you mean {name} = {'[]' if one.several else 'true' if value is False else 'false'}?"
+    here = known_here_as(key, known)
+    if here is not None:
+        return f"; here it is {here}"
     return did_you_mean(_key(key), known) or f"; there are: {', '.join(sorted(known))}"
 
 

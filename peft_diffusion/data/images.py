@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError, features
 
 from peft_diffusion.core.errors import UserError
 
 from .problems import PictureError, Problem
 
-FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-SUFFIXES: frozenset[str] = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+# Pillow reads AVIF where it was built with libavif, as its wheels are from 11.3 on.
+_AVIF: bool = bool(features.check("avif"))
+FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if _AVIF else ()))
+SUFFIXES: frozenset[str] = frozenset(
+    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", *((".avif",) if _AVIF else ()))
+)
 MAX_PIXELS: int = 89_478_485
 """Pixels above which a picture is refused unless the caller says otherwise: Pillow's own mark, 256 MiB of RGB."""
 

@@ -15,7 +15,7 @@ from ..core import site as sites
 from ..core import targets
 from ..core.adapter import Adapter, chained
 from ..core.errors import DamagedError, UserError, first_line
-from ..core.files import write_bytes
+from ..core.files import at_home, write_bytes
 from ..core.parsing import refusing
 from . import container, metadata
 from . import layout as layouts
@@ -84,7 +84,7 @@ def save(
     Raises:
         UserError: None of the components carries it, the layout is not known or cannot say it, or nothing can be written.
     """
-    file, chosen = Path(path), layouts.find(layout)
+    file, chosen = at_home(Path(path)), layouts.find(layout)
     adapters = {key: built for key, part in components.items() if (built := sites.adapters(part, name))}
     if not adapters:
         raise UserError(f"no adapter {name!r} is attached, so there is nothing to save")

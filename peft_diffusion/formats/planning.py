@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from .. import methods
 from ..core.errors import UserError
+from ..core.files import at_home
 from ..core.method import Method
 from . import container
 from .container import Header
@@ -223,7 +224,7 @@ def plan(path: str | Path) -> Plan:
     Raises:
         UserError: There is no such file, it is no adapter, or it is damaged.
     """
-    where = Path(path)
+    where = at_home(Path(path))
     if container.is_pickle(where):
         return planned(*container.read_pickle(where))
     return planned(container.read_header(where))

@@ -20,6 +20,7 @@ from ..core import merge as merging
 from ..core import quantized
 from ..core import site as sites
 from ..core.errors import UserError, did_you_mean
+from ..core.files import at_home
 from ..core.registry import Registry
 from ..core.strength import Amount
 from ..core.strength_schedule import Schedule
@@ -146,7 +147,7 @@ class Adapters:
                 merged. Nothing is changed then.
         """
         registry, parts = self._registry, components(self.pipe)
-        file = source.path if isinstance(source, Plan) else Path(source)
+        file = source.path if isinstance(source, Plan) else at_home(Path(source))
         registry.refuse_merged("load another")
         chosen = name or self._free_name(file.stem)
         if chosen in registry.names:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ..core.errors import UserError
+from ..core.files import at_home
 from ..core.settings import COUNT, NATURAL, PARAMETERS, WHOLE_SHARE, Flag, Range, about, explained, setting, settle
 from ..formats import Plan, plan
 from ..formats.container import is_pickle
@@ -19,7 +20,7 @@ Quantize: TypeAlias = Literal["nf4", "int8"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
-_PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+_PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ def parse_choice(text: str) -> Choice:
     Raises:
         UserError: The file is missing, or the strength is no finite number.
     """
-    if Path(text).is_file() or "=" not in text:
+    if at_home(Path(text)).is_file() or "=" not in text:
         return Choice(_existing(text))
     name, _, amount = text.rpartition("=")
     try:
         strength = float(amount)
     except ValueError:
-        if not Path(name).is_file() and not name.lower().endswith(".safetensors"):
+        if not at_home(Path(name)).is_file() and not name.lower().endswith(".safetensors"):
             raise UserError(f"there is no adapter file {text}") from None  # the = is part of a path
         raise UserError(f"the strength of {name} must be a number, as in {name}=0.8, not {amount!r}") from None
     if not math.isfinite(strength):
@@ -119,12 +120,21 @@ class NamesAdapters:
 
 
 def _existing(text: str) -> Path:
-    path = Path(text)
+    path = at_home(Path(text))
     if path.is_dir():
         raise UserError(f"{text} is a folder, not an adapter file")
     if not path.is_file():
-        raise UserError(f"there is no adapter file {text}")
+        name, _, strength = text.rpartition(":")
+        hint = f"; a strength follows an =, as in {name}={strength}" if _is_number(strength) and name else ""
+        raise UserError(f"there is no adapter file {path}{hint}")
     return path
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ Data: TypeAlias = Literal["pictures", "text"]
 """What is learned from."""
 IMPATIENT = Warned("--patience ends nothing where nothing is kept apart to measure on; --held-out 0.1 keeps a tenth")
 """Nothing can be told of a run that asks for patience."""
+COLD = Warned("--warmup is as long as the run, so the learning rate does not come to what was asked for; lower it")
+"""Nothing can be told of a run that ends in its warm-up."""
 _SHOWN = 3  # prompts
 _PROMPT = 400  # characters of a prompt
 

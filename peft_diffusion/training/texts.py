@@ -20,7 +20,7 @@ from ..core.events import Event, Observer
 from ..core.settings import flag, pick
 from ..data.text_files import Document, Texts, read_texts
 from .attachment import check_placements, new_words, with_words
-from .events import IMPATIENT, Data, DataRead, LanguageModelLoaded, TokensMade
+from .events import COLD, IMPATIENT, Data, DataRead, LanguageModelLoaded, TokensMade
 from .loop.trainer import Trainer
 from .machine.memory_plan import Load
 from .machine.precision import pick_precision
@@ -176,6 +176,8 @@ class TextMaterial:
         resolved = self._resolved(windows / self.processes.size)
         if resolved.patience and kept is None:
             self.tell(IMPATIENT)
+        if resolved.warmup >= resolved.steps:
+            self.tell(COLD)
         self.tell(TokensMade(len(line), windows, resolved.context, None if kept is None else len(kept)))
         items = _items(self.texts.documents, "") + (_items(apart.documents, "kept apart: ") if apart else [])
         return _Tokens(resolved, line, kept, items)

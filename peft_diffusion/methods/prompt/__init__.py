@@ -36,6 +36,7 @@ class SoftPrompt(Method, name="prompt", suffixes=frozenset({VECTORS, WORDS})):
     # As of ``tokens``: on the embedded base the prompt looked most like a style at the very rate that A1111 starts with.
     rates: ClassVar[Rates] = Rates(own=5e-3, text=1e-2, text_small=3e-2)
     decayed: ClassVar[bool] = False
+    reads_words: ClassVar[bool] = True
     debiased_when_small: ClassVar[bool] = True
 
     vectors: int = 8

@@ -39,6 +39,7 @@ class Tokens(Method, name="tokens", suffixes=frozenset({VECTORS, WORDS})):
     # embedded base, whose embeddings are five times as large as CLIP's, words kept the subjects at twice that.
     rates: ClassVar[Rates] = Rates(own=5e-3, own_small=1e-2, text=2e-3)
     decayed: ClassVar[bool] = False
+    reads_words: ClassVar[bool] = True
     debiased_when_small: ClassVar[bool] = True
 
     placeholders: str = "<new>"

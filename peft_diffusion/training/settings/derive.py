@@ -248,10 +248,12 @@ def adapted_components(config: TrainConfig, family: Family) -> tuple[str, ...]:
         family: That of the base.
 
     Returns:
-        Those that were chosen, or the family's own of the preset's roles.
+        Those that were chosen, or the family's own of the preset's roles; the text encoders for a method that reads words.
     """
-    chosen = config.components != preset_components(config.preset)
-    return config.components if chosen else family.by_roles(PRESET_ROLES[config.preset])
+    if config.components != preset_components(config.preset):
+        return config.components
+    reads_words = not config.block and methods.find(config.method).reads_words
+    return family.by_roles(("text encoder",) if reads_words else PRESET_ROLES[config.preset])
 
 
 def _debiased(config: TrainConfig, family: Family) -> bool:

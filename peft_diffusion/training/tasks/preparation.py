@@ -33,7 +33,7 @@ from ...data.latents import cache_latents
 from ...data.problems import number_of
 from ..attachment import check_placements, selected_components, with_words
 from ..drawing import Drawing
-from ..events import IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
+from ..events import COLD, IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
 from ..machine.precision import pick_precision
@@ -138,6 +138,8 @@ def prepare(
     tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), HELD_OUT_FROM))
     if resolved.patience and not apart:
         tell(IMPATIENT)
+    if resolved.warmup >= resolved.steps:
+        tell(COLD)
     rules = replace(rules, dropout=resolved.caption_dropout)
     _tell_prompts([*kept, *apart], rules, text, tell)
     before = _kept(config.cache)
