@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .caption_files import Captions, plain_name
+from .images import SUFFIXES
 from .problems import Problem
 
-_FILES = r"\.(png|jpe?g|webp|bmp|tiff?|gif)"
+_FILES = rf"\.({'|'.join(suffix[1:] for suffix in sorted(SUFFIXES))})"
 _ONE_TRAINER = "-masklabel"
 _MASK = re.compile(rf"(?i)(.*[^/])(-mask|{_ONE_TRAINER}){_FILES}")
 _MASK_FOLDERS = frozenset(("mask", "masks"))
