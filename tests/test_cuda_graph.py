@@ -20,6 +20,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulation": {"accumulation": 3},
+    "copies": {"batch_size": 4},
     "average": {"ema": 0.9, "clip": 0.0},
     "text": {"components": ("unet", "text_encoder")},
     "min-snr": {"min_snr_gamma": 5.0, "noise_offset": 0.05},

@@ -547,16 +547,20 @@ def test_what_other_programs_leave_beside_pictures_is_not_learned(tmp_path: Path
     left += ["sub/clipspace-painted-masked-99.5.png", "gone-masklabel.png", "sub/masks/nobody.png"]
     for seed, name in enumerate((*left, "@eaDir/a cat.png"), start=4):
         draw(tmp_path / name, seed=seed)
+    caches = ["a cat.npz", "a cat_sdxl.npz", "meta_lat.json", "aspect_ratio_bucket_indices_pics.json", "x.latent"]
+    for name in caches:
+        (tmp_path / name).write_bytes(b"x")
     ticks = []
     folder = scan(tmp_path, on_progress=lambda done, total: ticks.append((done, total)))
     assert list(texts(folder)) == ["a cat.png", "masks/venetian.png", "sub/a dog.jpg"]
     masks = {picture.name: picture.mask for picture in folder.pictures}
     assert masks["a cat.png"] == tmp_path / "a cat-masklabel.png" and masks["masks/venetian.png"] is None
     assert masks["sub/a dog.jpg"] == tmp_path / "sub/masks/a dog.png"
-    assert sorted(Path(problem.where).relative_to(tmp_path).as_posix() for problem in folder.problems) == sorted(left)
-    assert kinds(folder) == ["file of another program"] * 4 + ["mask without a picture"] * 2
+    named = {Path(problem.where).relative_to(tmp_path).as_posix(): str(problem) for problem in folder.problems}
+    assert sorted(named) == sorted(left + caches)
+    assert kinds(folder) == ["file of another program"] * 9 + ["mask without a picture"] * 2
     assert ticks[-1] == (11, 11)
-    assert "a conditioning picture of OneTrainer's, which is not learned" in "\n".join(folder.describe())
+    assert "a conditioning picture of OneTrainer's, which is not learned" in named["a cat-condlabel.png"]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")

@@ -367,7 +367,7 @@ def test_settings_of_a_text_run_are_derived_anew_too(tmp_path: Path) -> None:
 
 
 def test_a_value_that_was_resolved_is_refused_where_no_run_can_use_it() -> None:
-    with pytest.raises(pd.UserError, match="--resolution must be 1 or more, not 0"):
+    with pytest.raises(pd.UserError, match="--resolution must be 1 or more, at most 8192, not 0"):
         resolve(train_config(), replace(ICONS, resolution=0), 30, "cpu")
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .caption_files import Captions, plain_name
+from .images import SUFFIXES
 from .problems import Problem
 
-_FILES = r"\.(png|jpe?g|webp|bmp|tiff?|gif)"
+_FILES = rf"\.({'|'.join(suffix[1:] for suffix in sorted(SUFFIXES))})"
 _ONE_TRAINER = "-masklabel"
 _MASK = re.compile(rf"(?i)(.*[^/])(-mask|{_ONE_TRAINER}){_FILES}")
 _MASK_FOLDERS = frozenset(("mask", "masks"))
@@ -21,6 +22,12 @@ _OTHERS: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(r"(?i)(.*/)?(clipspace/[^/]+|clipspace-(mask|paint|painted|painted-masked)-[^/]+)"),
         "of ComfyUI's mask editor",
     ),
+)
+_CACHES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"(?i).*\.npz"), "latents or embeddings of kohya's scripts"),
+    (re.compile(r"(?i)(.*/)?meta_(cap|clean|lat)\w*\.json"), "a list of kohya's scripts"),
+    (re.compile(r"(?i)(.*/)?(aspect_ratio_bucket_(indices|metadata)|all_image_files)_.*\.json"), "a list of SimpleTuner's"),
+    (re.compile(r"(?i).*\.latent"), "a latent of ComfyUI's"),
 )
 
 
@@ -64,6 +71,19 @@ def find_companions(root: Path, image_names: Collection[str], captions: Captions
     problems = [_other(root / name, what) for name, what in left_out.items()]
     problems += [_mask_without_picture(root / name) for name in unmatched]
     return Companions(masks, tuple(problems), frozenset((*left_out, *masks.values(), *unmatched)))
+
+
+def cache_problem(path: Path) -> Problem | None:
+    """Recognise what other programs keep beside images that is no image.
+
+    Args:
+        path: A file.
+
+    Returns:
+        What is said of it; None for a file that no program is known to leave.
+    """
+    what = next((what for pattern, what in _CACHES if pattern.fullmatch(path.name)), None)
+    return None if what is None else _other(path, what)
 
 
 def _stem_of_owner(name: str) -> str:

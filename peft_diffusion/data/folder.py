@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from peft_diffusion.core.errors import UserError
 
 from .caption_files import Captions, Source, is_metadata, is_sidecar, name_captions, plain_name, read_captions
-from .companions import find_companions
+from .companions import cache_problem, find_companions
 from .folder_names import repeats_and_words
 from .images import MAX_PIXELS, SUFFIXES, Checked, check_picture, open_mask, open_picture
 from .problems import PictureError, Problem, number_of
@@ -357,7 +357,9 @@ def _check(path: Path, limits: _Limits) -> Checked | Problem:
 def _other_file(root: Path, name: str) -> Problem:
     suffix = posixpath.splitext(name)[1].lower()
     fix = "Convert it to PNG or JPEG" if suffix in _CONVERTIBLE else "Move it out of the folder"
-    return Problem(str(root / name), "not a picture", f"{suffix or 'a file without an extension'} is not read", fix)
+    return cache_problem(root / name) or Problem(
+        str(root / name), "not a picture", f"{suffix or 'a file without an extension'} is not read", fix
+    )
 
 
 def _strange_file(path: Path) -> Problem:

@@ -161,9 +161,9 @@ class PromptsMade(Event):
     prompts: tuple[str, ...]
 
     def lines(self) -> tuple[str, ...]:
-        """Tell the first ones, and how many have no words."""
-        shown = [shortened(prompt, _PROMPT) for prompt in self.prompts if prompt][:_SHOWN]
-        lines = [f"prompts, the first {len(shown)} of {len(self.prompts)}:"] if shown else []
+        """Tell the first ones that differ, and how many have no words."""
+        shown = [shortened(prompt, _PROMPT) for prompt in dict.fromkeys(self.prompts) if prompt][:_SHOWN]
+        lines = [f"prompts of {len(self.prompts)} pictures, the first:"] if shown else []
         lines += [f"  {prompt}" for prompt in shown]
         empty = self.prompts.count("")
         if empty:
