@@ -25,6 +25,7 @@ from ..core.registry import Registry
 from ..core.strength import Amount
 from ..core.strength_schedule import Schedule
 from ..formats import Coverage, Plan, Spec
+from .host_options import refuse_fused, watch_options
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,7 @@ class Adapters:
         try:
             for component, built in read.components.items():
                 sites.attach_built(parts[component], chosen, built)
+            self._refuse_fused("load an adapter")
             registry.enter(chosen, LoadedAdapter(chosen, file, read.plan.sha256, read.spec, read.report, read.warnings))
             teach(self.pipe)
             self.set({chosen: strength})
@@ -245,6 +247,7 @@ class Adapters:
         parts = {n: p for n, p in components(self.pipe).items() if n in registry.states() and n not in registry.merged}
         if not parts:
             raise UserError("there is nothing to merge: the adapters are merged already")
+        self._refuse_fused("merge the adapters")
         done: dict[str, merging.Merged] = {}
         try:
             for name, part in parts.items():
@@ -272,6 +275,7 @@ class Adapters:
         merged = self._registry.merged
         if not merged:
             raise UserError("nothing is merged")
+        self._refuse_fused("unmerge the adapters")
         for name in merged:
             merging.unmerge(components(self.pipe)[name])
 
@@ -282,6 +286,11 @@ class Adapters:
     def _pack(self) -> None:
         for part in components(self.pipe).values():
             sites.pack(part)
+
+    def _refuse_fused(self, doing: str) -> None:
+        found = network_of(self.pipe)
+        if found is not None:
+            refuse_fused(found[1], doing)
 
     def _free_name(self, stem: str) -> str:
         base, taken = re.sub(r"[^\w-]", "_", stem) or "adapter", self.names
@@ -369,6 +378,7 @@ def follow_steps(pipe: Base) -> None:
     network: Any = getattr(pipe, name, None)
     if network is None or isinstance(pipe, LanguageModel):
         return
+    watch_options(pipe)
     hooks = network._forward_pre_hooks
     watches = {key: hook for key, hook in hooks.items() if isinstance(hook, StepWatch)}
     wanted = _has_steps(pipe)
