@@ -96,9 +96,10 @@ def test_a_link_among_the_pictures_that_leads_into_the_run_is_named(places: Path
 
 
 def test_what_a_picture_is_made_again_from_is_not_replaced(tmp_path: Path) -> None:
-    values: dict[str, Any] = {name: "" for name in Recipe.__dataclass_fields__}
+    values: dict[str, Any] = dict.fromkeys(Recipe.__dataclass_fields__, "")
     values |= {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "prompt": "a cat", "seed": 1}
-    values |= {"steps": 1, "width": 64, "height": 64, "guidance": 1.0, "guidance_stop": 1.0, "scheduler": None, "versions": {}}
+    values |= {"steps": 1, "width": 64, "height": 64, "guidance": 1.0, "guidance_stop": 1.0, "scheduler": None}
+    values |= {"versions": {}, "base": "icons"}
     write(tmp_path / "a.png", Image.new("RGB", (64, 64)), Recipe(**values))
     (tmp_path / "up").symlink_to(tmp_path, target_is_directory=True)
     for written in ({"output": tmp_path / "up" / "a.png"}, {"sheet": tmp_path / "a.png", "output": tmp_path / "b.png"}):
