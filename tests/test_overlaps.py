@@ -78,7 +78,7 @@ def test_any_overlap_of_a_run_on_pictures_is_refused(places: Path, changes: dict
     ],
 )
 def test_any_overlap_of_a_run_on_text_is_refused(places: Path, changes: dict[str, Any], said: str) -> None:
-    settings = {"output": places / "a.safetensors", "run_dir": places / "run"}
+    settings: dict[str, Any] = {"output": places / "a.safetensors", "run_dir": places / "run"}
     settings |= {name: places / value for name, value in changes.items()}
     config = TextTrainConfig(texts=(places / "texts",), **settings)
     with pytest.raises(UserError, match=said):
@@ -99,10 +99,14 @@ def test_what_a_picture_is_made_again_from_is_not_replaced(tmp_path: Path) -> No
     values: dict[str, Any] = dict.fromkeys(Recipe.__dataclass_fields__, "")
     values |= {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "prompt": "a cat", "seed": 1}
     values |= {"steps": 1, "width": 64, "height": 64, "guidance": 1.0, "guidance_stop": 1.0, "scheduler": None}
-    values |= {"versions": {}, "base": "icons"}
+    values |= {"versions": {}, "base": "icons", "quantize": None}
     write(tmp_path / "a.png", Image.new("RGB", (64, 64)), Recipe(**values))
     (tmp_path / "up").symlink_to(tmp_path, target_is_directory=True)
-    for written in ({"output": tmp_path / "up" / "a.png"}, {"sheet": tmp_path / "a.png", "output": tmp_path / "b.png"}):
+    cases: tuple[dict[str, Any], ...] = (
+        {"output": tmp_path / "up" / "a.png"},
+        {"sheet": tmp_path / "a.png", "output": tmp_path / "b.png"},
+    )
+    for written in cases:
         with pytest.raises(UserError, match="is the picture of --recipe, and would be replaced"):
             generate(GenerateConfig(recipe=tmp_path / "a.png", **written))
 
