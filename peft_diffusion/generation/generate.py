@@ -77,7 +77,7 @@ def generate(
             config, choices = _again(config, expected, lent=pipe is not None)
         wanted = [(prompt, seed) for prompt in config.prompts for seed in config.all_seeds()]
         paths = _plan(config.output, config.to_file, wanted)
-        _check_kept(config, paths)
+        _check_kept(config, paths, again)
         source = None
         if config.image is not None:
             source = read_source(config.image, config.mask, config.strength, config.steps)
@@ -321,11 +321,11 @@ def _plan(output: Path, to_file: bool, wanted: Sequence[tuple[str, int]]) -> lis
     return paths
 
 
-def _check_kept(config: GenerateConfig, paths: Sequence[Path]) -> None:
+def _check_kept(config: GenerateConfig, paths: Sequence[Path], recipe: Path | None) -> None:
     """Raise UserError where a file would be written over another of this run, or over what it is made from."""
     if config.sheet is not None and any(_same(config.sheet, path) for path in paths):
         raise UserError(f"the sheet {config.sheet} would replace a picture of the same name; give --sheet another name")
-    for flag, source in (("image", config.image), ("mask", config.mask)):
+    for flag, source in (("image", config.image), ("mask", config.mask), ("recipe", recipe)):
         for target in (*paths, *([] if config.sheet is None else [config.sheet])):
             if source is not None and _same(source, target):
                 raise UserError(f"{target} is the picture of --{flag}, and would be replaced; give the output another name")
