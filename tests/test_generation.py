@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_pipe
-from diffusers import DiffusionPipeline, PNDMScheduler
+from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
 from making import make_adapter
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
@@ -169,7 +170,7 @@ def test_the_picture_is_made_again_from_its_own_recipe(make: Make, ink: Path, tm
     options = {"seed": 9, "scheduler": "euler", "negative": "a dog", "width": 128, "guidance_stop": 0.6}
     first = make(adapter=(f"{ink}=0.7",), output=tmp_path / "a.png", **options)[0]
     assert recipe.read(first.path) == first.recipe
-    again = generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))[0]
+    again = generate(GenerateConfig(recipe=first.path, base=first.recipe.base, output=tmp_path / "b.png", device="cpu"))[0]
     assert (tmp_path / "b.png").read_bytes() == first.path.read_bytes()
     assert again.recipe == first.recipe
     assert first.image.size == (128, 64)
@@ -180,7 +181,7 @@ def test_a_recipe_finds_its_adapters_by_their_bytes(make: Make, ink: Path, flat:
     used.write_bytes(ink.read_bytes())
     first = make(adapter=(f"{used}=0.7",), output=tmp_path / "a.png")[0]
     used.write_bytes(flat.read_bytes())
-    config = GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu")
+    config = GenerateConfig(recipe=first.path, base=first.recipe.base, output=tmp_path / "b.png", device="cpu")
     with pytest.raises(UserError, match="is another"):
         generate(config)
     found = generate(replace(config, adapter=(str(ink),)))[0]
@@ -207,7 +208,9 @@ def test_other_programs_read_the_parameters(make: Make, ink: Path, tmp_path: Pat
     assert fields["Lora hashes"] == f'"ink: {formats.inspect(ink).sha256[:12]}"'
 
 
-@pytest.mark.parametrize("change", [{"seed": "1"}, {"prompt": None}, {"adapters": [{"path": 1}]}, {"steps": True}])
+@pytest.mark.parametrize(
+    "change", [{"seed": "1"}, {"prompt": None}, {"adapters": [{"path": 1}]}, {"adapters": [1, 2, 3]}, {"steps": True}]
+)
 def test_a_damaged_recipe_is_an_error(make: Make, tmp_path: Path, change: dict[str, Any]) -> None:
     values = make(output=tmp_path / "a.png")[0].recipe.to_json() | change
     info = PngImagePlugin.PngInfo()
@@ -231,7 +234,35 @@ def test_a_recipe_of_settings_that_there_are_not_is_an_error(
     first = make(output=tmp_path / "a.png")[0]
     recipe.write(first.path, first.image, replace(first.recipe, **change))
     with pytest.raises(UserError, match=rf"a\.png has a recipe that cannot be drawn here: {said}"):
+        generate(GenerateConfig(recipe=first.path, base=first.recipe.base, output=tmp_path / "b.png", device="cpu"))
+
+
+def test_a_picture_does_not_choose_what_is_fetched_or_loaded(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base is loaded by a recipe's word only if it is embedded, or a cached one of the hub."""
+    first = make(output=tmp_path / "a.png")[0]
+    with pytest.raises(UserError, match=rf"say that it is the right one with --base {first.recipe.base}$"):
         generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))
+    recipe.write(first.path, first.image, replace(first.recipe, base="some/where"))
+    with pytest.raises(UserError, match="which is not here; fetch it with --base some/where"):
+        generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))
+    snapshot = tmp_path / "hub" / "models--some--where" / "snapshots" / "0123"
+    shutil.copytree(first.recipe.base, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    asked: list[object] = []
+    read = StableDiffusionPipeline.from_pretrained
+
+    def watched(source: str, **options: Any) -> Any:
+        asked.append(options["local_files_only"])
+        return read(source, **options)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", watched)
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", watched)
+    again = generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))[0]
+    assert asked == [True] and again.image.tobytes() == first.image.tobytes()
 
 
 def test_only_the_named_file_is_replaced(make: Make, tmp_path: Path) -> None:
@@ -380,7 +411,7 @@ def test_the_base_is_what_it_was_after_generating(tiny_base: Path, ink: Path) ->
 def test_a_recipe_has_the_adapters_of_strength_0_too(make: Make, ink: Path, flat: Path, tmp_path: Path) -> None:
     first = make(adapter=(str(ink), f"{flat}=0"), output=tmp_path / "a.png")[0]
     assert [used.strength for used in recipe.read(first.path).adapters] == [1.0, 0.0]
-    again = generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))[0]
+    again = generate(GenerateConfig(recipe=first.path, base=first.recipe.base, output=tmp_path / "b.png", device="cpu"))[0]
     assert again.recipe == first.recipe and difference(again.image, first.image) == 0
 
 
@@ -397,7 +428,7 @@ def test_a_sheet_does_not_replace_a_picture(make: Make, tmp_path: Path) -> None:
 
 def test_an_adapter_beside_a_recipe_only_says_where_it_is(make: Make, ink: Path, flat: Path, tmp_path: Path) -> None:
     first = make(adapter=(f"{ink}=0.7",), output=tmp_path / "a.png")[0]
-    config = GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu")
+    config = GenerateConfig(recipe=first.path, base=first.recipe.base, output=tmp_path / "b.png", device="cpu")
     with pytest.raises(UserError, match=r"has no adapter .*flat\.safetensors; leave that away"):
         generate(replace(config, adapter=(str(flat),)))
     with pytest.raises(UserError, match=r"at strength 0\.7, not 1; leave the strength away"):
@@ -433,7 +464,9 @@ def test_pictures_begin_with_pure_noise_where_an_adapter_that_acts_was_trained_s
         assert caplog.text.count(f"the scheduler {scheduler} cannot begin with pure noise") == 1
         assert (first.recipe.scheduler, first.recipe.sampler) == ("ddim", "DDIMScheduler")
         assert "Sampler: DDIM," in Image.open(first.path).info["parameters"]
-        again = generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))[0]
+        again = generate(GenerateConfig(recipe=first.path, base=first.recipe.base, output=tmp_path / "b.png", device="cpu"))[
+            0
+        ]
         assert difference(again.image, first.image) == 0
 
 

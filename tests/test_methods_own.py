@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from peft_diffusion import formats
 from peft_diffusion.bases import checksum, components, describe
-from peft_diffusion.bases.words import teach, with_initial_tokens
+from peft_diffusion.bases.words import learned, teach, with_initial_tokens
 from peft_diffusion.core import merge, site
 from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import FoldError, UserError
@@ -262,9 +262,9 @@ def test_placeholders_are_whole_words_of_one_token_a_vector(tiny_pipe: Diffusion
     tokenizer = tiny_pipe.tokenizer
     kind, backend = type(tokenizer), tokenizer._tokenizer
     plain = {text: tokenizer(text).input_ids for text in ("a <cattle>", "asks", "a cat")}
-    size = len(tokenizer)
     attach_words(tiny_pipe, Tokens("<cat>,sks", 3, "red,dog"))
-    new = list(range(size, size + 6))
+    new = list(learned(tokenizer).values())
+    assert len(new) == 6 and min(new) >= len(tokenizer)
     assert {text: tokenizer(text).input_ids for text in plain} == plain
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     a = plain["a cat"][1]
@@ -275,6 +275,51 @@ def test_placeholders_are_whole_words_of_one_token_a_vector(tiny_pipe: Diffusion
     teach(tiny_pipe)
     assert type(tokenizer) is kind and tokenizer._tokenizer is backend and SLOT not in vars(tokenizer)
     assert {text: tokenizer(text).input_ids for text in plain} == plain
+
+
+@torch.no_grad()
+def test_every_entry_of_a_tokenizer_reads_learned_words_alike(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
+    tokenizer, text = tiny_pipe.tokenizer, "a <cat>, red sks dog"
+    plain = tokenizer("a red dog").input_ids
+    said, size = tokenizer.decode(plain), len(tokenizer)
+    attach_words(tiny_pipe, Tokens("<cat>,sks", 3, "red,dog"))
+    ids = tokenizer(text).input_ids
+    assert tokenizer.encode(text) == ids == tokenizer([text]).input_ids[0] and len(ids) == 2 + 5 - 1 + 6
+    names = tokenizer.tokenize(text)
+    assert names == tokenizer.convert_ids_to_tokens(ids[1:-1]) and tokenizer.convert_tokens_to_ids(names) == ids[1:-1]
+    # compel makes text of tokens, lets diffusers put in what it has learned, and tokens of that again.
+    again = tiny_pipe.maybe_convert_prompt(tokenizer.decode(ids[1:-1]), tokenizer)
+    assert again == "a <cat> , red sks dog" and tokenizer.encode(again, add_special_tokens=False) == ids[1:-1]
+    assert tokenizer.decode(plain) == said and tokenizer.decode([ids[1:-1]] * 2) == [again] * 2
+    assert tokenizer.decode(ids[3]) == "<cat>|1"
+    # What is saved is what others can load: the base, whose embedding has a row for every word of its tokenizer.
+    tiny_pipe.save_pretrained(tmp_path)
+    saved = type(tiny_pipe).from_pretrained(tmp_path)
+    assert len(saved.tokenizer) == len(tokenizer) == size == saved.text_encoder.get_input_embeddings().num_embeddings
+    assert saved.text_encoder(torch.tensor([saved.tokenizer(text).input_ids])).last_hidden_state.isfinite().all()
+
+
+@torch.no_grad()
+def test_words_that_others_add_stand_beside_learned_ones_and_after_them(tiny_pipe: DiffusionPipeline) -> None:
+    encoder, tokenizer = tiny_pipe.text_encoder, tiny_pipe.tokenizer
+    attach_words(tiny_pipe, Tokens("<cat>", 2, "red"))
+    randomize(encoder, "a")
+    meant = encoder(torch.tensor([tokenizer("a <cat>").input_ids])).last_hidden_state
+    vector = torch.arange(32.0)
+    tiny_pipe.load_textual_inversion({"<other>": vector}, token="<other>")  # adds a word and resizes the embedding
+    start, a, *ids, end = tokenizer("a <cat> <other>").input_ids
+    assert len(ids) == 3 and ids[2] == len(tokenizer) - 1 == encoder.get_input_embeddings().num_embeddings - 1
+    table = encoder.get_input_embeddings()
+    assert torch.equal(table(torch.tensor([ids]))[0, 2], vector)
+    vectors = next(iter(site.adapters(encoder, "a").values())).get_parameter("vectors")
+    assert torch.allclose(table(torch.tensor([ids]))[0, :2], vectors, atol=1e-6)
+    assert torch.equal(encoder(torch.tensor([tokenizer("a <cat>").input_ids])).last_hidden_state, meant)
+    with pytest.raises(UserError, match="teaches the word '<cat>' already"):
+        tokenizer.add_tokens(["<cat>"])
+    site.detach(encoder, "a")
+    teach(tiny_pipe)
+    assert tokenizer("a <other>").input_ids == [start, a, ids[2], end]
+    assert torch.equal(encoder.get_input_embeddings()(torch.tensor(ids[2])), vector)
 
 
 @torch.no_grad()
@@ -307,8 +352,8 @@ def test_a_soft_prompt_precedes_the_prompts_of_images_that_have_it(tiny_pipe: Di
     tokenizer = tiny_pipe.tokenizer
     before = picture(tiny_pipe)
     start, *words, end = tokenizer("a dog").input_ids
-    new = list(range(len(tokenizer), len(tokenizer) + 3))
     attach_words(tiny_pipe, SoftPrompt(3, "flat red"))
+    new = list(learned(tokenizer).values())
     assert tokenizer("a dog").input_ids == [start, *new, *words, end]
     randomize(tiny_pipe.text_encoder, "a")
     assert not np.array_equal(picture(tiny_pipe), before)

@@ -317,7 +317,7 @@ def test_training_generating_and_repeating_a_picture_on_a_quantized_base(
     )  # fmt: skip
     first = generate(asked)[0]
     assert first.recipe.quantize == kind
-    again = generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"))[0]
+    again = generate(GenerateConfig(recipe=first.path, base=asked.base, output=tmp_path / "b.png", device="cpu"))[0]
     assert again.path.read_bytes() == first.path.read_bytes()
     plain = generate(replace(asked, quantize=None, output=tmp_path / "c.png"))[0]
     assert plain.image.tobytes() != first.image.tobytes()

@@ -1,5 +1,6 @@
 """Pictures that start from a picture: made anew to a degree, or where a mask shows them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,13 @@ def test_the_recipe_makes_it_again_from_the_same_files_and_no_others(
     told = recipes.read(first.path)
     assert told.image is not None and told.mask is not None
     assert told.image.path == str(files["image"]) and told.mask.path == str(files["mask"])
-    config = GenerateConfig(recipe=first.path, output=tmp_path / "again.png", device="cpu")
+    base = first.recipe.base
+    config = GenerateConfig(recipe=first.path, base=base, output=tmp_path / "again.png", device="cpu")
     assert generate(config)[0].image.tobytes() == first.image.tobytes()
     moved = files["mask"].rename(tmp_path / "moved.png")
     with pytest.raises(UserError, match=r"mask\.png of the recipe .* is not there any more.* with --mask"):
         generate(config)
-    elsewhere = GenerateConfig(recipe=first.path, output=tmp_path / "again.png", device="cpu", mask=moved)
+    elsewhere = replace(config, mask=moved)
     assert generate(elsewhere)[0].image.tobytes() == first.image.tobytes()
 
 

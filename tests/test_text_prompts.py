@@ -166,7 +166,7 @@ def test_soft_prompts_lead_whatever_the_tokenizer_puts_first(kind: str | None) -
         assert base.start() == first
     else:
         teach(base)
-        assert base.start() == [257, 258, *first]
+        assert base.start() == [*learned(base.tokenizer).values(), *first] and len(base.start()) == 2 + len(first)
 
 
 def small(text: Path, place: Path, **changes: Any) -> TextTrainConfig:

@@ -102,7 +102,7 @@ def test_pictures_are_drawn_with_it_and_again_by_their_recipe(place: Path, tiny_
     plain = command("generate", *drawing(tiny_base), "--seed", 1, "-o", "without", cwd=place)
     (drawn,), (base,) = (list((place / folder).iterdir()) for folder in ("with", "without"))
     assert plain.returncode == 0 and drawn.read_bytes() != base.read_bytes()
-    again = command("generate", "--recipe", drawn, *LOADED, "-o", "again", cwd=place)
+    again = command("generate", "--recipe", drawn, "--base", tiny_base, *LOADED, "-o", "again", cwd=place)
     assert again.returncode == 0, again.stderr
     assert (place / "again" / drawn.name).read_bytes() == drawn.read_bytes()
     refused = command("generate", "--recipe", drawn, "-o", "again", cwd=place)

@@ -1,6 +1,7 @@
 """What reading a base takes, of whatever kind: device and dtype by name, and silence."""
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 
 from ..core.errors import UserError
@@ -56,6 +58,33 @@ def named_source(source: object, kinds: str) -> str:
     if not isinstance(source, (str, os.PathLike)):
         raise UserError(f"a {type(source).__name__} is no base; give {kinds}, or the name or path of one")
     return str(source)
+
+
+def is_hub_id(source: str) -> bool:
+    """Tell whether a name is written as one on the hub.
+
+    Args:
+        source: The name of a base.
+
+    Returns:
+        Whether it is owner/name; a path may be written so too.
+    """
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+
+
+def is_cached(hub_id: str) -> bool:
+    """Tell whether a pipeline of the hub was fetched before.
+
+    Args:
+        hub_id: As owner/name.
+
+    Returns:
+        Whether its index lies in the cache of the hub's library.
+    """
+    try:
+        return isinstance(try_to_load_from_cache(hub_id, "model_index.json"), str)
+    except ValueError:  # what the hub would not take for a name
+        return False
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:

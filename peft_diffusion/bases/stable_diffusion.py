@@ -1,6 +1,5 @@
 """Stable Diffusion pipelines as bases."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from .base import components, denoiser_of
 from .denoiser import kinds
 from .digest import quantize as quantize_all
 from .embedded import ICONS, embedded
-from .loading import named_source, pick_device, pick_dtype, quiet, refuse_beyond
+from .loading import is_hub_id, named_source, pick_device, pick_dtype, quiet, refuse_beyond
 from .pipelines import Pipeline
 
 
@@ -29,6 +28,7 @@ def load_base(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
+    download: bool = True,
 ) -> DiffusionPipeline:
     """Load a pipeline that denoises, frozen, in eval mode.
 
@@ -40,6 +40,7 @@ def load_base(
             on a CPU.
         quantize: nf4 (4.5 bits a weight, needs bitsandbytes) or int8 for the Linear layers of network and text encoders; the
             rest, and what they compute, has the dtype.
+        download: Whether a base of the hub may be fetched; otherwise it is read as it lies in the cache.
 
     Returns:
         The pipeline, on its device.
@@ -57,13 +58,13 @@ def load_base(
     chosen = pick_dtype(dtype, where)
     unusable = refusing(f"base {name!r} has a configuration that cannot be used")
     with quiet(diffusers_logging, transformers_logging), unusable:
-        pipe = _frozen(_read(name, chosen))
+        pipe = _frozen(_read(name, chosen, download))
     if quantize is not None:
         quantize_all(components(pipe), quantize, where)
     return pipe.to(where)
 
 
-def _read(source: str, dtype: torch.dtype) -> DiffusionPipeline:
+def _read(source: str, dtype: torch.dtype, download: bool) -> DiffusionPipeline:
     path = embedded("base") if source == ICONS else at_home(Path(source))
     try:
         if path.is_file():
@@ -75,8 +76,11 @@ def _read(source: str, dtype: torch.dtype) -> DiffusionPipeline:
             return _pipeline_class(str(path), local_files_only=True).from_pretrained(
                 str(path), dtype=dtype, local_files_only=True
             )
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.is_dir():
-            return _pipeline_class(source).from_pretrained(source, dtype=dtype)
+        if is_hub_id(source) and not path.parent.is_dir():
+            local = not download
+            return _pipeline_class(source, local_files_only=local).from_pretrained(
+                source, dtype=dtype, local_files_only=local
+            )
     except UserError:
         raise
     except Exception as error:

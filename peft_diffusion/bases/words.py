@@ -3,9 +3,10 @@
 import copy
 import functools
 import gc
+import itertools
 import json
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,7 +23,15 @@ from . import family as families
 from .base import components, text_encoders
 
 _LEGACY_EOS = 2  # what configurations of early CLIP exports say, and what makes the model look for the largest id instead
-_OF_A_BATCH = ("padding", "pad_to_multiple_of", "padding_side", "return_tensors")  # arguments that concern rows together
+_FIRST = 2**20  # what new words are numbered from: more than any vocabulary has, so nobody's added words meet them
+# Arguments that concern rows together, by their names in ``_encode_plus``, and those that ``pad`` has for them.
+_OF_A_BATCH = {
+    "padding_strategy": "padding",
+    "pad_to_multiple_of": "pad_to_multiple_of",
+    "padding_side": "padding_side",
+    "return_tensors": "return_tensors",
+}
+_BOTH = "only one of them can be there: choose another word, or remove the adapter"
 _DEFAULT = "*"  # the word that the first programs for textual inversion began with
 
 
@@ -92,7 +101,7 @@ def plain_ids(tokenizer: Any, words: str) -> list[int]:
         Their tokens.
     """
     if isinstance(tokenizer, TaughtTokenizer):
-        return list(_held(tokenizer).plain.encode(words, add_special_tokens=False).ids)
+        return list(_backend(tokenizer).encode(words, add_special_tokens=False).ids)
     return list(tokenizer(words, add_special_tokens=False).input_ids)
 
 
@@ -137,8 +146,6 @@ class _Pupil:
     @property
     def plain(self) -> Any:
         """The tokenizer of the tokenizers library that the base has. Raises UserError where it has none."""
-        if isinstance(self.tokenizer, TaughtTokenizer):
-            return _held(self.tokenizer).plain
         plain = getattr(self.tokenizer, "_tokenizer", None)
         if plain is None:
             kind = type(self.tokenizer).__name__
@@ -172,18 +179,15 @@ class _Pupil:
         if self.state is None or not self.found:
             self._forget()
             return
-        plain = self.plain
-        backend = _extended(plain, [one.tokens for one in self.found], self.of_lm)
-        ids = [tuple(backend.token_to_id(name) for name in one.tokens) for one in self.found]
+        plain, numbers = self.plain, itertools.count(_FIRST)
+        ids = [tuple(next(numbers) for _ in one.tokens) for one in self.found]
         self.state.words = tuple(
             Word(one.owner, one.tokens, own, one.block, one.precedes) for one, own in zip(self.found, ids, strict=True)
         )
         _bind_ids(self.found, ids)
         if not isinstance(self.tokenizer, TaughtTokenizer):
             self.tokenizer.__class__ = _taught(cast(Hashable, type(self.tokenizer)))
-        lessons = _Lessons(plain, self.of_lm, Link(self.state), self.state.words)
-        vars(self.tokenizer)[SLOT] = lessons
-        self.tokenizer._tokenizer = lessons.extended
+        vars(self.tokenizer)[SLOT] = _Lessons(plain, self.of_lm, Link(self.state), self.state.words)
         for path, module in self.encoder.named_modules():
             if getattr(module, "eos_token_id", None) == _LEGACY_EOS != self.tokenizer.eos_token_id:
                 # Its largest id would be a new word. For all others, the first end of text is where the largest id is.
@@ -224,6 +228,8 @@ class _Lessons:
         words: What it was taught, with those whose adapters are gone.
         known: What of that it still knows.
         extended: The plain tokenizer with the tokens of these words.
+        numbers: By a token's number in ``extended``, which comes after whatever the base has now, the one that is given out.
+        tokens: The names of the new tokens, by the number that is given out.
     """
 
     def __init__(self, plain: Any, of_lm: bool, teacher: Link[ComponentState], words: tuple[Word, ...]) -> None:
@@ -232,20 +238,25 @@ class _Lessons:
         self.teacher = teacher
         self.words = words
         self.known = tuple(word for word in words if word.owner is not None)
-        self.extended = _extended(plain, [word.tokens for word in words], of_lm)
+        self.extended = _extended(plain, [word.tokens for word in self.known], of_lm)
         self._backends: dict[tuple[str, ...], Any] = {(): self.extended}  # by the tokens that each puts first
-        for word in words:
-            if word.ids != tuple(self.extended.token_to_id(name) for name in word.tokens):
-                raise UserError(
-                    f"adapter {word.owner!r} taught the word {word.tokens[0]!r} to a tokenizer with another vocabulary than"
-                    " this one, so it has other numbers there; share one tokenizer between the pipelines"
-                )
+        self._made_of = _ways(plain)
+        self.tokens = {number: name for word in self.known for name, number in zip(word.tokens, word.ids, strict=True)}
+        self.numbers = {self.extended.token_to_id(name): number for number, name in self.tokens.items()}
+        for name in self.tokens.values():
+            if plain.token_to_id(name) is not None:
+                raise UserError(f"an adapter teaches the word {name!r}, which the tokenizer has as one of its own; {_BOTH}")
         self._longest_first = sorted(
             (word for word in self.known if not word.precedes), key=lambda word: len(word.tokens[0]), reverse=True
         )
         flags = re.NOFLAG if of_lm else re.IGNORECASE  # CLIP knows no capitals
         either = "|".join(f"({_whole(word.tokens[0])})" for word in self._longest_first)
         self._pattern = re.compile(either, flags) if either else None
+
+    @property
+    def stale(self) -> bool:
+        """Whether somebody has given the plain tokenizer other words, or another beginning and end, since."""
+        return self._made_of != _ways(self.plain)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Lessons, (self.plain, self.of_lm, self.teacher, self.words)
@@ -264,6 +275,25 @@ class _Lessons:
         if front not in self._backends:
             self._backends[front] = _led(self.extended, front)
         return self._backends[front]
+
+    def parted(self, ids: Sequence[int]) -> list[str | list[int]]:
+        """Tokens with every learned word as its text, and without soft prompts: what stands between is the base's."""
+        pieces: list[str | list[int]] = []
+        starts = {word.ids[0]: word for word in self.known}
+        place = 0
+        while place < len(ids):
+            word, one = starts.get(ids[place]), ids[place]
+            whole = word is not None and tuple(ids[place : place + len(word.ids)]) == word.ids
+            place += len(word.ids) if word is not None and whole else 1
+            if word is not None and whole:
+                pieces += [] if word.precedes else [word.tokens[0]]
+            elif one in self.tokens:
+                pieces.append(self.tokens[one])
+            elif pieces and isinstance(pieces[-1], list):
+                pieces[-1].append(one)
+            else:
+                pieces.append([one])
+        return pieces
 
     def _before(self, index: int, count: int) -> tuple[str, ...]:
         """The tokens of the soft prompts of prompt ``index`` of ``count``."""
@@ -288,46 +318,105 @@ def _wanted(word: Word, strengths: Strengths, index: int, count: int) -> bool:
     return bool(row[index % len(row)])
 
 
+class _Reader:
+    """Mixed into the class of a tokenizer whose backend knows learned words: gives these the numbers that are given out."""
+
+    def _convert_encoding(self, *more: Any, **named: Any) -> Any:
+        fields, encodings = super()._convert_encoding(*more, **named)  # type: ignore[misc]
+        numbers: Mapping[int, int] = vars(self)[SLOT]
+        fields["input_ids"] = [[numbers.get(one, one) for one in row] for row in fields["input_ids"]]
+        return fields, encodings
+
+
 class TaughtTokenizer:
-    """Mixed into the class of a tokenizer that knows learned words; what it knows is under the private name of slots."""
+    """Mixed into the class of a tokenizer that knows learned words; what it knows is under the private name of slots.
 
-    _tokenizer: Any
+    Whatever turns text to tokens and back knows the words. The vocabulary itself, its size and what is saved of it stay the
+    base's, so hosts can add words of their own, resize an embedding to it, and save a pipeline that others can load.
+    """
 
-    def __call__(self, text: Any = None, *more: Any, **named: Any) -> Any:
-        """As ever, of the expanded text; the prompts of a list are those of the images (or rows) in order."""
+    def _encode_plus(self, text: Any = None, text_pair: Any = None, *more: Any, **named: Any) -> Any:
+        """As ever, of the expanded text; the prompts of a list are those of the images (or rows) in order.
+
+        ``__call__``, ``encode`` and ``tokenize`` come here.
+        """
         lessons = _lessons(self)
         if isinstance(text, str):
-            self._tokenizer = lessons.backend(0, 1)
-            text = lessons.expand(text, 0, 1)
-        elif isinstance(text, (list, tuple)):
-            count = len(text)
-            text = [lessons.expand(t, i, count) if isinstance(t, str) else t for i, t in enumerate(text)]
-            backends = [lessons.backend(index, count) for index in range(count)]
-            if len(set(map(id, backends))) > 1:
-                return _each(self, super().__call__, text, backends, *more, **named)  # type: ignore[misc]
-            self._tokenizer = backends[0] if backends else self._tokenizer
-        return super().__call__(text, *more, **named)  # type: ignore[misc]
+            reader = _reader(self, lessons, lessons.backend(0, 1))
+            return reader._encode_plus(lessons.expand(text, 0, 1), text_pair, *more, **named)
+        if not isinstance(text, (list, tuple)) or not text:
+            return super()._encode_plus(text, text_pair, *more, **named)  # type: ignore[misc]
+        count = len(text)
+        text = [lessons.expand(t, i, count) if isinstance(t, str) else t for i, t in enumerate(text)]
+        backends = [lessons.backend(index, count) for index in range(count)]
+        readers = [_reader(self, lessons, backend) for backend in dict.fromkeys(backends)]
+        if len(readers) == 1:
+            return readers[0]._encode_plus(text, text_pair, *more, **named)
+        by_backend = dict(zip(dict.fromkeys(backends), readers, strict=True))
+        return _each([by_backend[backend] for backend in backends], text, text_pair, *more, **named)
+
+    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **named: Any) -> list[str]:
+        """The tokens of a text by name."""
+        found = self._encode_plus(text, pair, add_special_tokens=add_special_tokens, **named)
+        return [self._convert_id_to_token(one) for one in found["input_ids"]]
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """The names of tokens."""
+        if isinstance(ids, int):
+            return self._convert_id_to_token(ids)
+        skipped = set(cast(Any, self).all_special_ids) if skip_special_tokens else set()
+        return [self._convert_id_to_token(int(one)) for one in ids if int(one) not in skipped]
+
+    def _convert_id_to_token(self, index: int) -> Any:
+        own = _lessons(self).tokens.get(int(index))
+        return super()._convert_id_to_token(index) if own is None else own  # type: ignore[misc]
+
+    def _convert_token_to_id_with_added_voc(self, token: str) -> Any:
+        own = learned(self).get(token)
+        return super()._convert_token_to_id_with_added_voc(token) if own is None else own  # type: ignore[misc]
+
+    def _decode(self, token_ids: Any, *more: Any, **named: Any) -> str:
+        """The text that has these tokens: learned words stand in it as they are written, soft prompts are left out."""
+        given = token_ids["input_ids"] if isinstance(token_ids, Mapping) else token_ids
+        pieces = _lessons(self).parted([given] if isinstance(given, int) else given)
+        decode: Callable[..., str] = super()._decode  # type: ignore[misc]
+        texts = [piece if isinstance(piece, str) else decode(piece, *more, **named) for piece in pieces]
+        return " ".join(text.strip() for text in texts) if len(texts) > 1 else "".join(texts)
+
+    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> Any:
+        """As ever. Raises UserError for a word that an adapter has taught."""
+        taught = {name.casefold() for name in learned(self)}
+        for token in new_tokens:
+            if str(token).casefold() in taught:
+                raise UserError(f"an adapter teaches the word {str(token)!r} already; {_BOTH}")
+        return super()._add_tokens(new_tokens, special_tokens=special_tokens)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: pickle and deepcopy make it again from the one that it came from.
         return _remade, (type(self).__mro__[2],), self.__getstate__()
 
 
-def _each(
-    tokenizer: Any, call: Callable[..., Any], texts: Sequence[str], backends: Sequence[Any], *more: Any, **named: Any
-) -> Any:
+def _reader(tokenizer: TaughtTokenizer, lessons: _Lessons, backend: Any) -> Any:
+    """The same tokenizer with another backend, for one call: threads that share the tokenizer do not meet."""
+    cls = _reading(cast(Hashable, type(tokenizer).__mro__[2]))
+    reader = cls.__new__(cls)
+    vars(reader).update(vars(tokenizer), _tokenizer=backend, **{SLOT: lessons.numbers})
+    return reader
+
+
+def _each(readers: Sequence[Any], texts: Sequence[str], text_pair: Any, *more: Any, **named: Any) -> Any:
     """Texts with different soft prompts: each by itself, then padded together. Raises UserError for pairs of texts."""
-    if more or named.get("text_pair") is not None:
+    if more or text_pair is not None:
         raise UserError("pairs of texts cannot have soft prompts at different strengths; tokenize them one by one")
-    together = {key: named.pop(key) for key in _OF_A_BATCH if key in named}
-    if together.get("padding") == "max_length":
-        together["max_length"] = named.get("max_length")
-    rows = []
-    for text, backend in zip(texts, backends, strict=True):
-        tokenizer._tokenizer = backend
-        rows.append(call(text, **named))
+    together = {ours: named.pop(theirs) for theirs, ours in _OF_A_BATCH.items() if theirs in named}
+    rows = [reader._encode_plus(text, **named) for reader, text in zip(readers, texts, strict=True)]
     padded = {key: [row[key] for row in rows] for key in rows[0]}
-    return tokenizer.pad(padded, **{"padding": False, **together})
+    return readers[0].pad(padded, max_length=named.get("max_length"), **{"padding": False, **together})
+
+
+@functools.cache
+def _reading(cls: Any) -> Any:
+    return type(cls.__name__, (_Reader, cls), {"__module__": cls.__module__})
 
 
 @functools.cache
@@ -338,6 +427,17 @@ def _taught(cls: Any) -> type[TaughtTokenizer]:
 def _remade(cls: type) -> TaughtTokenizer:
     taught = _taught(cast(Hashable, cls))
     return taught.__new__(taught)
+
+
+def _backend(tokenizer: Any) -> Any:
+    """The tokenizer of the tokenizers library inside of one of transformers."""
+    return tokenizer._tokenizer
+
+
+def _ways(plain: Any) -> tuple[int, bytes | None]:
+    """What others may change of a tokenizer: how many words it has, and what it puts first and last."""
+    ends = plain.post_processor
+    return plain.get_vocab_size(with_added_tokens=True), None if ends is None else ends.__getstate__()
 
 
 def _held(tokenizer: TaughtTokenizer) -> _Lessons:
@@ -351,7 +451,7 @@ def _lessons(tokenizer: TaughtTokenizer) -> _Lessons:
     lessons = _held(tokenizer)
     state = lessons.teacher()
     words = () if state is None else state.words
-    if words != lessons.words:
+    if words != lessons.words or lessons.stale:
         lessons = vars(tokenizer)[SLOT] = _Lessons(lessons.plain, lessons.of_lm, lessons.teacher, words)
     return lessons
 
@@ -408,9 +508,8 @@ def _extended(plain: Any, words: Sequence[Sequence[str]], of_lm: bool) -> Any:
     backend = copy.deepcopy(plain)
     for tokens in words:
         alone = not of_lm or bool(re.fullmatch(r"\w(.*\w)?", tokens[0]))
-        backend.add_tokens(
-            [AddedToken(n, single_word=alone, lstrip=True, rstrip=not of_lm, normalized=False) for n in tokens]
-        )
+        # CLIP drops all space by itself; with a language model a new word takes the space before it, as others hold theirs.
+        backend.add_tokens([AddedToken(n, single_word=alone, lstrip=of_lm, normalized=False) for n in tokens])
     return backend
 
 
@@ -455,5 +554,5 @@ def _forget(tokenizer: Any) -> None:
     if not isinstance(tokenizer, TaughtTokenizer):
         return
     found: Any = tokenizer
-    found._tokenizer = vars(found).pop(SLOT).plain
+    del vars(found)[SLOT]
     found.__class__ = type(tokenizer).__mro__[2]

@@ -38,7 +38,7 @@ class Word:
     Attributes:
         owner: The name of the adapter; None where it is gone, and only the numbers are still kept for it.
         tokens: The names of its tokens, the first being the placeholder itself.
-        ids: Their numbers, which begin where those of the base end.
+        ids: Their numbers, which are greater than any vocabulary has.
         block: The index of the block that the token embedding lies in, of ``Strengths.blocks``.
         precedes: Whether it is a soft prompt, which stands before every prompt unless its strength is 0.
     """

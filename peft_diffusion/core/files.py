@@ -3,7 +3,7 @@
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,6 +84,48 @@ def explained(path: Path) -> Iterator[None]:
         where, why = Path(error.filename) if isinstance(error.filename, str) else path, error.strerror or error
         where = where.with_name(file_of(where.name) or where.name)
         raise UserError(f"{where} cannot be written: {why}; free space or choose another place") from None
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Tell whether a path is another one or lies below it, whatever links lead to either.
+
+    Args:
+        path: The path, which need not exist yet.
+        folder: The other, which need not exist either.
+
+    Returns:
+        Whether it does.
+    """
+    real, outer = (Path(os.path.realpath(one)) for one in (path, folder))
+    above = (real, *real.parents)
+    # By what the system says is the same, too: names may differ in case alone, and a folder may be mounted twice.
+    return outer in above or (outer.exists() and any(one.exists() and one.samefile(outer) for one in above))
+
+
+def refuse_overlaps(written: Iterable[tuple[str, Path]], read: Iterable[tuple[str, Path]]) -> None:
+    """See that nothing is written among what is read: it would be read the next time, or replace it.
+
+    Args:
+        written: Files and folders that will be written, each with what errors call it, such as its flag.
+        read: Files and folders that are read, likewise.
+
+    Raises:
+        UserError: A place to write lies in one that is read, or the other way round.
+    """
+    sources = [(name, source) for name, source in read if source.exists()]
+    for flag, place in written:
+        for name, source in sources:
+            if lies_in(place, source):
+                where = "is" if lies_in(source, place) else "lies in"
+                raise UserError(
+                    f"{flag} {place} {where} {source}, which is read as {name}: what is written there would be read the next"
+                    f" time, or replace it; name another place with {flag}"
+                )
+            if lies_in(source, place):
+                raise UserError(
+                    f"{source}, which is read as {name}, lies in {flag} {place}, where the run writes its own; name another"
+                    f" place with {flag}"
+                )
 
 
 def _fresh(path: Path) -> Path:

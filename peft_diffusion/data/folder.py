@@ -406,7 +406,7 @@ def _missing(picture: TrainingImage, captions: Captions, missing: Missing) -> Pr
     why = "other pictures have captions, this one has none" if captions.any_files else "the file name says nothing"
     then = {"stop": "", "name": ": used without words", "empty": ": used without words", "skip": ": left out"}[missing]
     fix = f"Write one into {picture.path.with_suffix('.txt').name} beside it"
-    waive = ', or take --missing-captions name, empty or skip' if missing == "stop" else ""
+    waive = ", or take --missing-captions name, empty or skip" if missing == "stop" else ""
     return Problem(str(picture.path), "missing caption", why + then, fix + waive, stops=missing == "stop")
 
 

@@ -258,7 +258,7 @@ class _Job:
             what, fix = (
                 (f"its mask {picture.mask} is black there", "make white what shall be learned, nearer to the middle")
                 if picture.mask is not None
-                else ("it is all transparent there", 'take it out of the folder, or take --masks files or off')
+                else ("it is all transparent there", "take it out of the folder, or take --masks files or off")
             )
             raise UserError(
                 f"{picture.path}: nothing of it would be learned: cropped to {bucket.width}x{bucket.height}, {what}; {fix}"

@@ -1,6 +1,7 @@
 """``generate``: pictures from prompts, seeds and adapters, written with their recipes."""
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,8 @@ from PIL import Image
 from .. import __version__
 from ..bases import load_base
 from ..bases.base import dtype_of
+from ..bases.embedded import ICONS
+from ..bases.loading import is_cached, is_hub_id
 from ..bases.pipelines import Pipeline
 from ..core import plugins
 from ..core.errors import UserError
@@ -66,19 +69,24 @@ def generate(
     """
     with observed(observers) as tell:
         config.check()
+        named = config.recipe is None or config.base != GenerateConfig.base  # by the person, not by a picture
         choices, again, expected = config.choices(), config.recipe, None
         if again is not None:
             expected = recipes.read(again)
             _refuse_missing(expected, again)
-            config, choices = _again(config, expected)
+            config, choices = _again(config, expected, lent=pipe is not None)
         wanted = [(prompt, seed) for prompt in config.prompts for seed in config.all_seeds()]
         paths = _plan(config.output, config.to_file, wanted)
-        _check_kept(config, paths)
+        _check_kept(config, paths, again)
         source = None
         if config.image is not None:
             source = read_source(config.image, config.mask, config.strength, config.steps)
         base = load_base(
-            config.base if pipe is None else pipe, device=config.device, dtype=config.precision, quantize=config.quantize
+            config.base if pipe is None else pipe,
+            device=config.device,
+            dtype=config.precision,
+            quantize=config.quantize,
+            download=named,
         )
         lent = pipe is not None
         with adapted(base, choices, config.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
@@ -197,7 +205,7 @@ def _refuse_missing(recipe: Recipe, path: Path) -> None:
         raise UserError(f"{path} was made with {flags}: give that too")
 
 
-def _again(config: GenerateConfig, recipe: Recipe) -> tuple[GenerateConfig, tuple[Choice, ...]]:
+def _again(config: GenerateConfig, recipe: Recipe, lent: bool) -> tuple[GenerateConfig, tuple[Choice, ...]]:
     """The configuration that makes a recipe's picture, and its adapters. Raises UserError for flags that it overrides."""
     changed = [f.name for f in fields(config) if f.name not in _FREE and getattr(config, f.name) != f.default]
     if changed:
@@ -211,11 +219,32 @@ def _again(config: GenerateConfig, recipe: Recipe) -> tuple[GenerateConfig, tupl
     same["adapter"] = tuple(f"{choice.path}={choice.strength!r}" for choice in choices)
     for name, used in (("image", recipe.image), ("mask", recipe.mask)):
         same[name] = _picture(used, getattr(config, name), config.recipe, name)
-    base = config.base if config.base != GenerateConfig.base else recipe.base
+    base = config.base
+    if base == GenerateConfig.base:
+        base = recipe.base if lent else _trusted(recipe.base, config.recipe)
     try:
         return replace(config, recipe=None, prompts=(recipe.prompt,), base=base, **same), choices
     except UserError as error:
         raise UserError(f"{config.recipe} has a recipe that cannot be drawn here: {error}") from None
+
+
+def _trusted(base: str, picture: Path | None) -> str:
+    """The base that a recipe names, where it is embedded or a cached one of the hub. Raises UserError for another.
+
+    A picture comes from anywhere, and what it names is a person's own choice only if the person says so.
+    """
+    if base == ICONS:
+        return base
+    if is_hub_id(base) and not Path(base).exists():
+        if is_cached(base):
+            return base
+        raise UserError(
+            f"{picture} was made with the base {base!r} of the hub, which is not here; fetch it with --base {base}"
+        )
+    raise UserError(
+        f"{picture} names the base {base!r}, and a picture does not choose what is loaded from this machine; say that it is"
+        f" the right one with --base {shlex.quote(base)}"
+    )
 
 
 def _picture(used: UsedPicture | None, given: Path | None, recipe: Path | None, flag: str) -> Path | None:
@@ -292,11 +321,11 @@ def _plan(output: Path, to_file: bool, wanted: Sequence[tuple[str, int]]) -> lis
     return paths
 
 
-def _check_kept(config: GenerateConfig, paths: Sequence[Path]) -> None:
+def _check_kept(config: GenerateConfig, paths: Sequence[Path], recipe: Path | None) -> None:
     """Raise UserError where a file would be written over another of this run, or over what it is made from."""
     if config.sheet is not None and any(_same(config.sheet, path) for path in paths):
         raise UserError(f"the sheet {config.sheet} would replace a picture of the same name; give --sheet another name")
-    for flag, source in (("image", config.image), ("mask", config.mask)):
+    for flag, source in (("image", config.image), ("mask", config.mask), ("recipe", recipe)):
         for target in (*paths, *([] if config.sheet is None else [config.sheet])):
             if source is not None and _same(source, target):
                 raise UserError(f"{target} is the picture of --{flag}, and would be replaced; give the output another name")

@@ -102,7 +102,9 @@ class Recipe:
         for name, kind in _KINDS.items():
             if not isinstance(known.get(name), kind) or isinstance(known.get(name), bool):
                 raise ValueError(f"{name} is missing or of another type")
-        used = [UsedAdapter(**adapter) for adapter in known["adapters"] if isinstance(adapter, dict)]
+        if not all(isinstance(adapter, dict) for adapter in known["adapters"]):
+            raise ValueError("an adapter is of another type")
+        used = [UsedAdapter(**adapter) for adapter in known["adapters"]]
         if not all(isinstance(u.path, str) and isinstance(u.sha256, str) and isinstance(u.strength, float) for u in used):
             raise ValueError("an adapter is of another type")
         pictures = {name: UsedPicture(**known[name]) for name in ("image", "mask") if known[name] is not None}

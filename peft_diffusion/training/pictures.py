@@ -31,7 +31,7 @@ from .settings.derive import resolve
 from .settings.pictures import ResolvedConfig, TrainConfig, run_path
 from .settings.placements import Placement, blocks
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
-from .tasks.preparation import Prepared, check_places, prepare
+from .tasks.preparation import Prepared, check_apart, check_places, prepare
 from .watch.previews import PROMPTS, Previews
 
 _PROMPT = 200  # characters of a prompt that is proposed
@@ -71,6 +71,7 @@ class PictureSource:
     def search_folder(self) -> Path:
         """Where a search for learning rates writes."""
         folder = run_path(self.asked)
+        check_apart(self.asked)
         check_writable(folder)
         return folder
 

@@ -17,6 +17,7 @@ from ..bases.words import learned
 from ..core import quantized
 from ..core.errors import UserError
 from ..core.events import Event, Observer
+from ..core.files import refuse_overlaps
 from ..core.settings import flag, pick
 from ..data.text_files import Document, Texts, read_texts
 from .attachment import check_placements, new_words, with_words
@@ -66,12 +67,14 @@ class TextSource:
         """The run folder, after seeing that everything can be written."""
         config = self.asked
         folder = RunFolder(language_run(config), "text train", "text")
+        _check_apart(config, (("--output", language_output(config)),))
         check_run(folder, language_output(config), resume=config.resume, overwrite=config.overwrite)
         return folder
 
     def search_folder(self) -> Path:
         """Where a search for learning rates writes."""
         folder = language_run(self.asked)
+        _check_apart(self.asked)
         check_writable(folder)
         return folder
 
@@ -251,6 +254,14 @@ class TextMaterial:
     def triggers(self) -> list[str]:
         """The words that were taught."""
         return new_words(self.blocks)
+
+
+def _check_apart(config: TextTrainConfig, files: Sequence[tuple[str, Path]] = ()) -> None:
+    """Raise UserError where a run would write among the texts or into the base that it reads."""
+    read = [("text", place) for place in config.texts]
+    read += [("--held-out-text", place) for place in config.held_out_text]
+    read += [] if config.base == TextTrainConfig.base else [("--base", Path(config.base))]
+    refuse_overlaps([("--run-dir", language_run(config)), *files], read)
 
 
 def _check_words_occur(base: LanguageModel, words: Sequence[str], line: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import __version__
 from ...core import checksums
 from ...core.errors import UserError
-from ...core.files import explained, file_of, write_bytes
+from ...core.files import explained, file_of, lies_in, write_bytes
 from ...core.parsing import json_value
 from ...core.settings import to_json
 from ..loop.trainer import TrainerState
@@ -429,6 +429,9 @@ def check_run(run: RunFolder, output: Path, *, resume: bool, overwrite: bool) ->
             raise UserError(f"{output} exists already: --overwrite replaces it, another --output keeps it")
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file in it")
+    for place in filter(None, _OWN):
+        if lies_in(output, run.path / place):
+            raise UserError(f"--output {output} lies in {run.path / place}, where the run keeps its own; name another place")
     for folder in (output.parent, run.path):
         check_writable(folder)
 

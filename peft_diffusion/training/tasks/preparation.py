@@ -1,5 +1,6 @@
 """From a configuration to what a run works on: checked places, base, pictures, captions, latents."""
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,9 @@ from ...bases import BaseInfo, denoiser_of, describe, load_base
 from ...bases.loading import pick_device
 from ...bases.pipelines import Pipeline
 from ...bases.prompts import TextSide
+from ...core.errors import UserError
 from ...core.events import Observer, Warned, progress
+from ...core.files import refuse_overlaps
 from ...core.shortening import shortened
 from ...data import subfolders
 from ...data.arrangement import KEPT, alone, cropped
@@ -86,10 +89,40 @@ def check_places(config: TrainConfig) -> RunFolder:
         UserError: Something cannot.
     """
     run = RunFolder(run_path(config))
+    check_apart(config, (("--output", output_path(config)),))
     check_run(run, output_path(config), resume=config.resume, overwrite=config.overwrite)
     if config.cache is not None:
         check_writable(config.cache)
     return run
+
+
+def check_apart(config: TrainConfig, files: Sequence[tuple[str, Path]] = ()) -> None:
+    """See that a run writes nothing among the pictures or into the base that it reads.
+
+    Args:
+        config: What was asked for.
+        files: Files that it writes beside its folders, by their flags.
+
+    Raises:
+        UserError: It would.
+    """
+    written = [("--run-dir", run_path(config)), *files]
+    written += [] if config.cache is None else [("--cache", config.cache)]
+    read = [("pictures", folder) for folder in config.folder]
+    read += [("--regularisation", folder) for folder in config.regularisation]
+    read += [] if config.base == TrainConfig.base else [("--base", Path(config.base))]
+    refuse_overlaps(written, read)
+
+
+def _check_none_written(config: TrainConfig, pictures: Sequence[TrainingImage]) -> None:
+    """Raise UserError where a link in a folder of pictures leads to what a run writes."""
+    places = [("--run-dir", run_path(config)), *([] if config.cache is None else [("--cache", config.cache)])]
+    real = [(flag, Path(os.path.realpath(place))) for flag, place in places]
+    for picture in pictures:
+        above = Path(os.path.realpath(picture.path)).parents
+        for flag, place in real:
+            if place in above:
+                raise UserError(f"{picture.path} leads into {flag} {place}, where the run writes its own; take it out")
 
 
 def prepare(
@@ -245,6 +278,7 @@ def _read_folder(config: TrainConfig, info: BaseInfo, tell: Observer) -> ImageFo
     )
     tell(DataRead("pictures", tuple(folder.describe(_SHOWN)), tuple(map(str, folder.problems))))
     folder.check()
+    _check_none_written(config, folder.pictures)
     return folder
 
 
