@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import formats
 from ..bases import checksum, components, fingerprint
@@ -518,6 +518,8 @@ class _Run(Generic[Result]):
                 self.folder.start(config, items, origin)
             return Started(self.folder.path, 0, config.steps)
         found = self.folder.resume(config, items, origin) if processes.leads else None
+        for words in self.folder.lost:
+            self.tell(Warned(words))
         processes.wait()  # what cannot be gone on from is gone
         if not processes.leads:
             found = self.folder.newest()
@@ -584,13 +586,15 @@ class _Run(Generic[Result]):
         warning = verdict(measurements(self.folder.metrics()))
         if warning:
             self.tell(Warned(warning))
-        best = best_step(held_out)
-        kept = trainer.step
-        if self.material.config.keep == "best" and best is not None and best != trainer.step:
-            tensors = processes.agreed(self.folder.tensors(best) if processes.leads else {})
-            trainer.result_weights = trainer.given(tensors).to(self.arena.flat.device)
-            kept = best
-            self.tell(WeightsChosen(best, trainer.step))
+        best, kept = best_step(held_out), trainer.step
+        if self.material.config.keep == "best":
+            none: tuple[int, dict[str, Tensor], str | None] = (kept, {}, None)
+            kept, tensors, lost = processes.agreed(self.folder.best(held_out, kept) if processes.leads else none)
+            if lost:
+                self.tell(Warned(lost))
+            if tensors:
+                trainer.result_weights = trainer.given(tensors).to(self.arena.flat.device)
+                self.tell(WeightsChosen(kept, trainer.step))
         suggestion = None
         if 0 in held_out and kept in held_out:
             suggestion = suggest(self._measured, held_out[0], held_out[kept])
