@@ -1,4 +1,4 @@
-"""What prompts of other programs hold besides words: it does not work here, so it is told and never drawn. Imports no torch."""
+"""What prompts of other programs hold besides words: told, as it does not work here, and never drawn. Imports no torch."""
 
 import re
 from typing import NamedTuple
