@@ -41,6 +41,7 @@ class LoadedAdapter:
         spec: What the file says of it; empty where there is no file.
         report: How much of it found its place.
         warnings: What the person should know of it.
+        data_sha256: The digest of its tensors alone, by which A1111 knows it; "" where there is no file.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LoadedAdapter:
     spec: Spec
     report: Coverage
     warnings: tuple[str, ...]
+    data_sha256: str = ""
 
 
 class Adapters:
@@ -164,7 +166,8 @@ class Adapters:
         try:
             for component, built in read.components.items():
                 sites.attach_built(parts[component], chosen, built)
-            registry.enter(chosen, LoadedAdapter(chosen, file, read.plan.sha256, read.spec, read.report, read.warnings))
+            plan, told = read.plan, (read.spec, read.report, read.warnings)
+            registry.enter(chosen, LoadedAdapter(chosen, file, plan.sha256, *told, plan.data_sha256))
             teach(self.pipe)
             self.set({chosen: strength})
         except BaseException:
