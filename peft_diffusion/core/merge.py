@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import site as sites_of
 from .adapter import parts_of
+from .changes import one_at_a_time
 from .errors import FoldError, UserError
 from .quantized import QuantizedLinear, plain_parts, rebuilt, torchao_codes, torchao_kind
 from .sharded import whole
@@ -60,6 +61,7 @@ def dense_weight(site: nn.Module) -> Tensor:
     return whole(weight).detach().to(torch.float32)
 
 
+@one_at_a_time
 def merge(component: nn.Module) -> Merged:
     """Fold every adapter, at its present strength, into the weights: forward then costs what the base costs.
 
@@ -108,6 +110,7 @@ def merge(component: nn.Module) -> Merged:
     return errors.report(len(carriers))
 
 
+@one_at_a_time
 def unmerge(component: nn.Module) -> None:
     """Write back the bytes that the weights had before `merge`.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import targets
 from .adapter import Adapter, chained
+from .changes import one_at_a_time
 from .component import ComponentState
 from .errors import UserError, did_you_mean
 from .method import DEFAULT_TARGET, Method
@@ -253,6 +254,7 @@ def check_attachable(component: nn.Module, methods: Sequence[tuple[Method, str]]
             chained([methods[number][0].build(module) for number in numbers])
 
 
+@one_at_a_time
 def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) -> None:
     """Add adapters that were made elsewhere, such as loaded ones.
 
@@ -289,6 +291,7 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) 
         raise
 
 
+@one_at_a_time
 def detach(component: nn.Module, name: str) -> None:
     """Take an adapter away; a module without any has its own class, keys, attributes and bits again.
 
@@ -384,6 +387,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return module.named_parameters(recurse=False, remove_duplicate=False)
 
 
+@one_at_a_time
 def pack(component: nn.Module) -> None:
     """Run the low-rank adapters of each site as one pair where no gradients are wanted.
 
