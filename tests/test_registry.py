@@ -321,7 +321,7 @@ def test_the_base_is_described_as_it_is_without_adapters_merged_or_not(
 def test_the_identity_of_a_quantized_base_is_that_before_a_merge(tiny_pipe: DiffusionPipeline) -> None:
     quantize({"unet": tiny_pipe.unet}, "int8")
     parts = {"unet": tiny_pipe.unet}
-    del tiny_pipe.unet.identity_before_quantization  # so that the weights are read
+    del tiny_pipe.unet.fingerprint_before_quantization  # so that the weights are read
     before, held = fingerprint(parts), state(tiny_pipe.unet)
     site.attach(tiny_pipe.unet, "a", Lora(rank=2), "all")
     randomize(tiny_pipe.unet, "a")

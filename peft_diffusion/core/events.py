@@ -289,7 +289,7 @@ def stop_on_signal(tell: Observer) -> Iterator[Stop]:
     """A wish to stop that SIGINT (Ctrl-C), SIGTERM or SIGHUP (a terminal that is gone) sets inside.
 
     Another signal acts as it always does, but not within a second of the one before: who is impatient, or whose terminal
-    repeats a key, does not lose what was learned. A signal that is ignored already, as with nohup, stays so.
+    repeats a key, does not lose what was learned. A SIGHUP that is ignored already, as with nohup, stays so.
     In a thread that is not the main one, where Python handles no signals, nothing sets it.
 
     Args:
@@ -304,7 +304,8 @@ def stop_on_signal(tell: Observer) -> Iterator[Stop]:
         return
     numbers = [one for name in ("SIGINT", "SIGTERM", "SIGHUP") if (one := getattr(signal, name, None)) is not None]
     handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
-    before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+    ignored = {getattr(signal, "SIGHUP", None)}  # by nohup; a shell that starts something with & has it ignore SIGINT too
+    before = {number: one for number, one in handlers.items() if number not in ignored or one != signal.SIG_IGN}
 
     def request(number: int, _: FrameType | None) -> None:
         soon = _signals.are_one()
