@@ -147,12 +147,7 @@ def prepare(
     Raises:
         UserError: A base, folder or picture cannot be used.
     """
-    parse_colour(config.background)
-    subfolders.check(config.repeats, config.folder_weight)
-    for folders in filter(None, (config.folder, config.regularisation)):
-        check_folders(folders)
-    dropout = config.caption_dropout or 0.0
-    rules = CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards)
+    rules = _checked(config)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     pipe = _loaded(replace(config, precision=precision), pipe, device, tell, processes)
@@ -176,10 +171,7 @@ def prepare(
     tell(Arranged((*describe_buckets(fits), *subfolders.describe(kept))))
     _tell_alone(kept, fits, resolved.batch_size * processes.size, tell)
     tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), HELD_OUT_FROM))
-    if resolved.patience and not apart:
-        tell(IMPATIENT)
-    if resolved.warmup >= resolved.steps:
-        tell(COLD)
+    _tell_odd(resolved, apart, tell)
     rules = replace(rules, dropout=resolved.caption_dropout)
     _tell_prompts([*kept, *apart], rules, text, tell)
     of_class = class_images.pictures(resolved, pipe, tell, drawing, processes)
@@ -192,6 +184,24 @@ def prepare(
     kept_as_is = encode.beside(of_class, train.groups) if of_class else None
     _tell_cache(config.cache, before, [one for one in (train, held_out, kept_as_is) if one], tell)
     return Prepared(resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class))
+
+
+def _checked(config: TrainConfig) -> CaptionRules:
+    """The rules of captions, after seeing what can be told before the base is loaded. Raises UserError for it."""
+    parse_colour(config.background)
+    subfolders.check(config.repeats, config.folder_weight)
+    for folders in filter(None, (config.folder, config.regularisation)):
+        check_folders(folders)
+    dropout = config.caption_dropout or 0.0
+    return CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards)
+
+
+def _tell_odd(config: ResolvedConfig, apart: Sequence[TrainingImage], tell: Observer) -> None:
+    """Tell of settings that do nothing, or leave nothing of the run."""
+    if config.patience and not apart:
+        tell(IMPATIENT)
+    if config.warmup >= config.steps:
+        tell(COLD)
 
 
 def items(pictures: Sequence[TrainingImage], of_class: Sequence[TrainingImage]) -> list[dict[str, str]]:
