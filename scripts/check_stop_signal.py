@@ -82,7 +82,10 @@ def examine(result: TrainResult, folder: Path) -> dict[int, float]:
     found = {}
     runs = RunFolder(result.run_dir)
     for step in runs.steps():
-        arena.load(runs.tensors(step)["parameters"])
+        found_there = runs.at(step)
+        if found_there is None:
+            raise SystemExit(f"the checkpoint of step {step} in {result.run_dir} is damaged")
+        arena.load(found_there.state.tensors["parameters"])
         loss = task.held_out()
         if loss is not None:
             found[step] = loss

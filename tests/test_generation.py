@@ -1,7 +1,9 @@
 """Pictures and their recipes, blends, sheets, and what files say of each other. One tiny random base for all of it."""
 
+import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,18 +19,19 @@ from conftest import make_pipe
 from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
 from making import make_adapter
 from PIL import Image, PngImagePlugin
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, blend, formats, generate, load_base
 from peft_diffusion.bases import describe
 from peft_diffusion.bases.words import with_initial_tokens
 from peft_diffusion.cli import app, demo
 from peft_diffusion.core import site
-from peft_diffusion.core.events import Event, Progress
+from peft_diffusion.core.events import Event, Progress, Warned
 from peft_diffusion.generation import recipe, sampler, sheet
 from peft_diffusion.generation.blend import _distinct, shares
 from peft_diffusion.generation.compatibility import compare
 from peft_diffusion.generation.generate import Picture, cell_recipes
+from peft_diffusion.generation.prompts import words_of
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import DemoConfig, Sampling, SchedulerName, parse_choice, parse_choices
 from peft_diffusion.generation.text import choose, generate_text
@@ -202,10 +205,67 @@ def test_other_programs_read_the_parameters(make: Make, ink: Path, tmp_path: Pat
     picture = make("a café", adapter=(f"{ink}=0.5",), output=tmp_path / "a.png", **options)[0]
     lines = Image.open(picture.path).info["parameters"].split("\n")
     assert lines[:2] == ["a café <lora:ink:0.5>", "Negative prompt: a dog"]
-    fields = dict(part.split(": ", 1) for part in lines[2].split(", "))
+    fields = a1111(lines[2])
     assert fields["Sampler"] == "DPM++ 2M Karras"
     assert (fields["Steps"], fields["Seed"], fields["Size"], fields["CFG scale"]) == (str(STEPS), "3", "64x64", "6.5")
-    assert fields["Lora hashes"] == f'"ink: {formats.inspect(ink).sha256[:12]}"'
+    content = ink.read_bytes()  # as A1111's hashes.py: of what follows the header
+    assert (
+        fields["Lora hashes"]
+        == f"ink: {hashlib.sha256(content[8 + int.from_bytes(content[:8], 'little') :]).hexdigest()[:12]}"
+    )
+
+
+def a1111(line: str) -> dict[str, str]:
+    """The values of a line of parameters, as A1111's infotext_utils.py reads them."""
+    found = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', line)
+    return {name: json.loads(value) if value.startswith('"') else value for name, value in found}
+
+
+def test_parameters_name_each_adapter_once_and_quote_what_parts_values(make: Make, ink: Path, tmp_path: Path) -> None:
+    others = [tmp_path / "x" / "ink.safetensors", tmp_path / "a, b: <c>.safetensors"]
+    others[0].parent.mkdir()
+    save_file(load_file(ink), others[0])  # without the hash that kohya's programs write
+    others[1].write_bytes(ink.read_bytes())
+    first = make("a cat", adapter=(str(ink), f"{others[0]}=0.5", f"{others[1]}=0.25"), output=tmp_path / "a.png")[0].recipe
+    lines = replace(first, base_name="mine, v2: best").parameters().split("\n")
+    assert lines[0] == "a cat <lora:ink:1> <lora:ink_2:0.5> <lora:a b c:0.25>"
+    fields, digests = a1111(lines[1]), []
+    for path in (ink, *others):
+        content = path.read_bytes()
+        digests.append(hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()[:12])
+    assert fields["Model"] == "mine, v2: best" and fields["Seed"] == "0"
+    assert fields["Lora hashes"] == f"ink: {digests[0]}, ink_2: {digests[1]}, a b c: {digests[2]}"
+
+
+SYNTAXES = {
+    "a (red:1.4) cat": ("a red cat", "is a weight"),
+    "a ((red:1.2) apple:.9) cat": ("a red apple cat", "is a weight"),
+    "a cat <lora:ink:0.8>": ("a cat", "names an adapter"),
+    "a {cat|dog|{red|blue} house}": ("a cat", "are alternatives"),
+    "a __colour__ cat": ("a cat", "is a wildcard"),
+    "a cat BREAK a dog": ("a cat a dog", "begins a new part"),
+}
+
+
+@pytest.mark.parametrize(("prompt", "words", "said"), [(prompt, *told) for prompt, told in SYNTAXES.items()])
+def test_instructions_of_other_programs_are_told_and_not_drawn(
+    tiny_pipe: DiffusionPipeline, prompt: str, words: str, said: str
+) -> None:
+    told: list[Event] = []
+    for negative in (False, True):
+        sampling = Sampling(steps=1, negative=prompt if negative else "")
+        plain = replace(sampling, negative=words if negative else "")
+        asked, same = ("a dog", "a dog") if negative else (prompt, words)
+        (drawn,) = paint(Adapters(tiny_pipe), [Cell(asked, 1, {})], sampling, tell=told.append)
+        (wanted,) = paint(Adapters(tiny_pipe), [Cell(same, 1, {})], plain)
+        assert difference(drawn, wanted) == 0
+    warned = [event.message for event in told if isinstance(event, Warned)]
+    assert len(warned) == 2 and all(said in message for message in warned)
+
+
+@pytest.mark.parametrize("prompt", ["a cat (red)", r"a \(red:1.4\) cat", "a {cat}", "take a break", "a_cat__", "ratio 16:9"])
+def test_words_that_look_alike_are_left(prompt: str) -> None:
+    assert words_of(prompt) == (prompt, ())
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from torch import nn
 from peft_diffusion.api import find_rates, find_text_rates, train, train_text
 from peft_diffusion.cli import runs
 from peft_diffusion.cli.console import TrainingConsole
+from peft_diffusion.core import checksums
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.training import Interrupted, TextTrainConfig, TrainConfig, TrainResult
 from peft_diffusion.training import pictures as picture_runs
@@ -130,11 +131,12 @@ def test_a_run_that_was_stopped_or_failed_says_so(tmp_path: Path, monkeypatch: p
 def test_a_run_whose_process_is_gone_is_not_running(tmp_path: Path, made: TrainResult) -> None:
     copy = shutil.copytree(made.run_dir, tmp_path / "copy")
     facts = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps(facts | {"state": "running"}))
+    (copy / "run.json").write_text(json.dumps(checksums.sealed(facts | {"state": "running"})))
     assert run_record.Record(copy).state == "running"
     gone = subprocess.Popen(["true"])
     gone.wait()
-    (copy / "run.json").write_text(json.dumps(facts | {"state": "running", "process": facts["process"] | {"pid": gone.pid}}))
+    ended = facts | {"state": "running", "process": facts["process"] | {"pid": gone.pid}}
+    (copy / "run.json").write_text(json.dumps(checksums.sealed(ended)))
     assert run_record.Record(copy).state == "stopped"
 
 

@@ -1,6 +1,8 @@
 """Strengths that do not fit what is drawn, schedules on any sampler, and merges of a part."""
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,8 +17,10 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
     SchedulerMixin,
+    StableDiffusionPipeline,
 )
 from laws import strengths_of
+from making import step_watches
 from PIL import Image
 from test_formats import picture, write_adapter
 
@@ -79,7 +83,7 @@ def test_strengths_per_image_are_for_as_many_images_as_are_drawn(drawn: tuple[Ad
     assert len(draw("a cat", "a dog", guidance_scale=guidance, num_images_per_prompt=2)) == 4
     adapters.set(flat=1.0)
     assert len(draw("a cat", "a dog", "a cat", guidance_scale=guidance)) == 3
-    assert not adapters.pipe.unet._forward_pre_hooks
+    assert not step_watches(adapters.pipe.unet)
 
 
 def test_strengths_per_image_of_words_alone_are_counted_too(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
@@ -187,3 +191,56 @@ def test_merges_of_one_part_are_completed_and_undone(file: Path, tiny_pipe: Diff
             adapters.merge()
         adapters.unmerge()
         assert np.array_equal(picture(tiny_pipe), before)
+
+
+def in_threads(work: Callable[[int], Any], count: int = 8) -> list[Any]:
+    """What each of several threads makes, which take turns as often as Python lets them."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(count) as threads:
+            return list(threads.map(work, range(count)))
+    finally:
+        sys.setswitchinterval(before)
+
+
+@torch.no_grad()
+def test_threads_that_share_a_network_follow_a_schedule_each_by_its_own_steps(drawn: tuple[Adapters, Draw]) -> None:
+    adapters, _ = drawn
+    adapters.set(flat=Schedule([0.0, 1.0, 0.0]))
+    pipe = adapters.pipe
+    ids = pipe.tokenizer("a cat", padding="max_length", return_tensors="pt").input_ids
+    words, noise = pipe.text_encoder(ids)[0], torch.randn(1, 4, 8, 8)
+
+    def draw(number: int) -> torch.Tensor:
+        own = StableDiffusionPipeline.from_pipe(pipe, scheduler=DDIMScheduler.from_config(pipe.scheduler.config))
+        own.set_progress_bar_config(disable=True)
+        told: dict[str, Any] = {"latents": noise, "guidance_scale": 1.0, "output_type": "latent"}
+        found: torch.Tensor = own(prompt_embeds=words, num_inference_steps=3 + number, **told).images
+        return found
+
+    alone = [draw(number) for number in range(8)]
+    assert all(map(torch.equal, in_threads(draw), alone))
+
+
+@torch.no_grad()
+def test_threads_that_load_and_remove_leave_the_base_as_it_was(tiny_pipe: DiffusionPipeline, flat: Path) -> None:
+    kinds = {path: type(module) for path, module in tiny_pipe.unet.named_modules()}
+    told = torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 32)
+    before = tiny_pipe.unet(*told).sample
+    kept = Adapters(tiny_pipe)
+    kept.load(flat, name="kept")
+    alone = tiny_pipe.unet(*told).sample
+
+    def change(number: int) -> None:
+        own = Adapters(tiny_pipe)
+        for _ in range(3):
+            own.load(flat, name=f"a{number}", strength=0.0)
+            own.set({f"a{number}": 0.5})
+            own.remove(f"a{number}")
+
+    in_threads(change)
+    assert kept.names == ("kept",) and torch.equal(tiny_pipe.unet(*told).sample, alone)
+    kept.remove("kept")
+    assert {path: type(module) for path, module in tiny_pipe.unet.named_modules()} == kinds
+    assert torch.equal(tiny_pipe.unet(*told).sample, before)

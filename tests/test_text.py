@@ -69,7 +69,7 @@ def small(text: Path, place: Path, **changes: Any) -> TextTrainConfig:
 
 def metrics(result: TextTrainResult) -> list[dict[str, Any]]:
     lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in ("seconds", "crc32")} for line in lines]
 
 
 # --- the base

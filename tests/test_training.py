@@ -27,7 +27,7 @@ from peft_diffusion.bases import checksum, components, describe
 from peft_diffusion.bases import family as families
 from peft_diffusion.bases import noise as noise_process
 from peft_diffusion.cli.console import TrainingConsole
-from peft_diffusion.core import site, targets
+from peft_diffusion.core import checksums, site, targets
 from peft_diffusion.core.arena import Arena, side_by_side
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.events import Event, Warned
@@ -660,13 +660,13 @@ def test_two_processes_do_not_train_into_one_folder(tmp_path: Path, pictures: Pa
     told = json.loads((run / "run.json").read_text())
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     running = told | {"state": "running", "process": {"host": told["process"]["host"], "pid": other.pid}}
-    (run / "run.json").write_text(json.dumps(running))
+    (run / "run.json").write_text(json.dumps(checksums.sealed(running)))
     hows: tuple[dict[str, Any], ...] = ({"resume": True}, {"overwrite": True}, {})
     for how in hows:
         with pytest.raises(UserError, match=rf"process {other.pid} trains into .*run now"):
             train(small(pictures, tmp_path, steps=7, **how), pipe=make_pipe())
     running["process"]["began"] = 1  # another process had this id then
-    (run / "run.json").write_text(json.dumps(running))
+    (run / "run.json").write_text(json.dumps(checksums.sealed(running)))
     if Path("/proc/self/stat").exists():
         train(small(pictures, tmp_path, steps=7, resume=True), pipe=make_pipe())
     other.communicate(b"\n")

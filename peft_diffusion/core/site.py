@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import targets
 from .adapter import Adapter, chained
+from .changes import one_at_a_time
 from .component import ComponentState
 from .errors import UserError, did_you_mean
 from .method import DEFAULT_TARGET, Method
@@ -36,6 +37,8 @@ class AdaptedSite(nn.Module):
         """
         slot = self._peft_diffusion
         x: Tensor = named.pop("hidden_states") if input is None else input
+        if "forward" in vars(self):  # of a host that moves weights
+            slot.follow(x.device)
         if not more and not named and (whole := slot.whole(self, x)) is not None:
             return whole
         result = super().forward(slot.prepare(x), *more, **named)
@@ -251,6 +254,7 @@ def check_attachable(component: nn.Module, methods: Sequence[tuple[Method, str]]
             chained([methods[number][0].build(module) for number in numbers])
 
 
+@one_at_a_time
 def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) -> None:
     """Add adapters that were made elsewhere, such as loaded ones.
 
@@ -287,6 +291,7 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) 
         raise
 
 
+@one_at_a_time
 def detach(component: nn.Module, name: str) -> None:
     """Take an adapter away; a module without any has its own class, keys, attributes and bits again.
 
@@ -382,6 +387,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return module.named_parameters(recurse=False, remove_duplicate=False)
 
 
+@one_at_a_time
 def pack(component: nn.Module) -> None:
     """Run the low-rank adapters of each site as one pair where no gradients are wanted.
 
@@ -431,8 +437,8 @@ def _check_free(path: str, module: nn.Module) -> None:
     """Raises UserError where the class of a module cannot be swapped, or swapped back, with any effect."""
     if "forward" in vars(module):
         raise UserError(
-            f"{path}: its forward is patched on the instance, as offloading does; attach and remove adapters before"
-            " you enable offloading (or call remove_all_hooks() first)"
+            f"{path}: its forward is patched on the instance, as offloading and layerwise casting do; attach and remove"
+            " adapters before you enable them (after offloading, call pipe.remove_all_hooks() first)"
         )
     if isinstance(module, AdaptedSite) and type(module).__mro__[1] is not AdaptedSite:
         raise UserError(

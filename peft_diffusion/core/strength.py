@@ -1,7 +1,10 @@
 """How much of each adapter is applied: one tensor (adapter, block, image) per component, written in place."""
 
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -17,11 +20,33 @@ Amount: TypeAlias = "Strength | Schedule"
 """A strength, or a schedule of strengths over the steps of a generation."""
 
 
+@dataclass(frozen=True)
+class _Step:
+    """The strengths of a step: those of ``Strengths``, for one thread."""
+
+    owner: "weakref.ref[Strengths]"
+    values: Tensor
+    active: frozenset[str]
+    change: int
+
+
+class _Steps(threading.local):
+    """The step that a thread is at. A network is called for one step at a time, which is told right before."""
+
+    present: _Step | None = None
+
+
+_steps = _Steps()
+
+
 class Strengths(KeepsPrecision):
     """The strengths of one component's adapters.
 
     ``values`` is (adapters, blocks, images) in float32, with one column where every image gets the same. Writing keeps
     the tensor's address while the number of columns stays, so a compiled or captured model sees the new values.
+
+    Threads that share the component share all of it but the steps of a schedule: each reads those of its own, except in a
+    compiled model, which knows one place for them.
     """
 
     values: Tensor
@@ -31,8 +56,9 @@ class Strengths(KeepsPrecision):
         self.blocks = tuple(blocks)
         self.names: list[str] = []
         self.schedules: dict[str, Schedule] = {}  # of those whose strength changes over the steps
-        self.active: frozenset[str] = frozenset()  # those with a strength other than 0
+        self._active: frozenset[str] = frozenset()
         self.full: frozenset[str] = frozenset()  # those with a strength of 1 everywhere, known without asking the device
+        self.changes = 0  # how often anything but the step was changed, which ends what threads know of their steps
         self.merged = False  # the weights hold the adapters, so sites add nothing
         self.register_buffer("values", torch.zeros(0, len(self.blocks), 1, device=device), persistent=False)
 
@@ -45,7 +71,8 @@ class Strengths(KeepsPrecision):
         ones = torch.ones(1, *self.values.shape[1:], device=self.values.device)
         self.values = torch.cat([self.values, ones])
         self.names.append(name)
-        self.active |= {name}
+        self.changes += 1
+        self._active |= {name}
         self.full |= {name}
 
     def remove(self, name: str) -> None:
@@ -57,8 +84,9 @@ class Strengths(KeepsPrecision):
         keep = [i for i, known in enumerate(self.names) if known != name]
         self.values = self.values[keep]
         self.names.remove(name)
+        self.changes += 1
         self.schedules.pop(name, None)
-        self.active -= {name}
+        self._active -= {name}
         self.full -= {name}
 
     def write(self, amounts: Mapping[str, Amount]) -> None:
@@ -75,6 +103,7 @@ class Strengths(KeepsPrecision):
         rows = self._planned(amounts)
         schedules = {name: amount for name, amount in amounts.items() if isinstance(amount, Schedule)}
         self.schedules = {name: one for name, one in self.schedules.items() if name not in amounts} | schedules
+        self.changes += 1
         self._put(rows)
 
     def check(self, amounts: Mapping[str, Amount]) -> None:
@@ -86,13 +115,29 @@ class Strengths(KeepsPrecision):
         self._planned(amounts)
 
     def at_progress(self, progress: float) -> None:
-        """Bring the adapters that have a schedule to their strength at a step.
+        """Bring the adapters that have a schedule to their strength at a step, for what this thread computes next.
 
         Args:
             progress: How many of the steps are done, from 0 to 1.
         """
         if self.schedules:
-            self._put(self._planned({name: schedule.at(progress) for name, schedule in self.schedules.items()}))
+            change = self.changes
+            rows = self._planned({name: schedule.at(progress) for name, schedule in self.schedules.items()})
+            self._put(rows)
+            _steps.present = _Step(weakref.ref(self), self._stacked(rows), self._on(rows), change)
+
+    @property
+    def active(self) -> frozenset[str]:
+        """The adapters with a strength other than 0, at the step where this thread is."""
+        step = self._step()
+        return self._active if step is None else step.active
+
+    def _step(self) -> _Step | None:
+        """The step of a schedule where this thread is; None where there is none, and in a graph that outlives it."""
+        if torch.compiler.is_compiling() or not self.schedules:
+            return None
+        step = _steps.present
+        return step if step is not None and step.owner() is self and step.change == self.changes else None
 
     def _planned(self, amounts: Mapping[str, Amount]) -> list[Tensor]:
         """The strengths of every adapter, each (blocks, images) or (blocks, 1). Raises as ``write`` does."""
@@ -110,15 +155,20 @@ class Strengths(KeepsPrecision):
         return rows
 
     def _put(self, rows: Sequence[Tensor]) -> None:
-        images = max((row.shape[1] for row in rows), default=1)
-        values = torch.stack([row.expand(-1, images) for row in rows]) if rows else self.values
+        values = self._stacked(rows)
         if values.shape == self.values.shape:
             self.values.copy_(values)
         else:
             self.values = values
-        named = list(zip(self.names, rows, strict=True))
-        self.active = frozenset(name for name, row in named if bool(row.count_nonzero()))
-        self.full = frozenset(name for name, row in named if bool((row == 1).all()))
+        self._active = self._on(rows)
+        self.full = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool((row == 1).all()))
+
+    def _stacked(self, rows: Sequence[Tensor]) -> Tensor:
+        images = max((row.shape[1] for row in rows), default=1)
+        return torch.stack([row.expand(-1, images) for row in rows]) if rows else self.values
+
+    def _on(self, rows: Sequence[Tensor]) -> frozenset[str]:
+        return frozenset(name for name, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
 
     @property
     def images(self) -> int:
@@ -135,15 +185,15 @@ class Strengths(KeepsPrecision):
         Yields:
             Once; afterwards the strength is what it was.
         """
-        row, active, full = self.values[self.index(name)], self.active, self.full
+        row, active, full = self.values[self.index(name)], self._active, self.full
         before = row.clone()
         row.zero_()
-        self.active, self.full = active - {name}, full - {name}
+        self._active, self.full = active - {name}, full - {name}
         try:
             yield
         finally:
             row.copy_(before)
-            self.active, self.full = active, full
+            self._active, self.full = active, full
 
     def index(self, name: str) -> int:
         """Find the row of an adapter in ``values``.
@@ -170,7 +220,8 @@ class Strengths(KeepsPrecision):
         Raises:
             UserError: The batch is neither the number of images nor twice that.
         """
-        values = self.values[rows, block].to(y.dtype)
+        step = self._step()
+        values = (self.values if step is None else step.values)[rows, block].to(y.dtype)
         if values.ndim == 2:
             values = values.transpose(0, 1)
         images, batch = values.shape[0], y.shape[0]

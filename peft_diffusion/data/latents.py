@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peft_diffusion.core import checksums
 from peft_diffusion.core.errors import UserError
 
 from . import masks as masks_of
@@ -300,7 +301,7 @@ class _Job:
                 mean, std = file.get_tensor("mean"), file.get_tensor("std")
         except Exception:  # damage has no list of what it raises
             return _Damaged()
-        sound = metadata.get("key") == key and metadata.get("sha256") == _checksum(mean, std)
+        sound = metadata.get("key") == key and metadata.get("sha256") == checksums.of_tensors(mean, std)
         return (mean, std) if sound else _Damaged()
 
     def write(self, entry: Key, pair: tuple[Tensor, Tensor]) -> None:
@@ -311,7 +312,7 @@ class _Job:
         aside = self.folder / f".{key}.{os.getpid()}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"mean": mean, "std": std}, aside, {"key": key, "sha256": _checksum(mean, std)})
+            save_file({"mean": mean, "std": std}, aside, {"key": key, "sha256": checksums.of_tensors(mean, std)})
             aside.replace(self.folder / f"{key}.safetensors")
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
@@ -355,14 +356,6 @@ def _check_finite(pair: tuple[Tensor, Tensor], picture: TrainingImage, vae: nn.M
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _checksum(*tensors: Tensor) -> str:
-    state = hashlib.sha256()
-    for tensor in tensors:
-        state.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(_bytes(tensor))
-    return state.hexdigest()
 
 
 class TextCache(Mapping[str, tuple[Tensor, ...]]):

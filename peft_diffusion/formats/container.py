@@ -209,6 +209,23 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def data_sha256(path: Path) -> str:
+    """Digest what a safetensors file holds behind its header.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The SHA-256 of the tensors' bytes, as hex digits.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    with existing(path).open("rb") as file:
+        file.seek(8 + struct.unpack("<Q", file.read(8))[0])
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def existing(path: Path) -> Path:
     """See that a file is there.
 

@@ -4,6 +4,7 @@
 and hashed once however many of them ask.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -171,6 +172,21 @@ class Plan:
         """
         container.refuse_changed(self.header)
         return container.sha256(self.path)
+
+    @cached_property
+    def data_sha256(self) -> str:
+        """The SHA-256 of the tensors alone, by which A1111 and kohya know a file: as its metadata says, or taken now.
+
+        A pickle has that of the whole file.
+
+        Raises:
+            UserError: The file was changed since it was parsed.
+        """
+        told = self.header.metadata.get("sshs_model_hash", "")
+        if re.fullmatch("[0-9a-f]{64}", told):
+            return told
+        container.refuse_changed(self.header)
+        return self.sha256 if self.loaded is not None else container.data_sha256(self.path)
 
     def each(self) -> Iterator[tuple[str, str, SitePlan]]:
         """Go through the sites.

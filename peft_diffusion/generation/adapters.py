@@ -19,12 +19,14 @@ from ..bases.words import teach
 from ..core import merge as merging
 from ..core import quantized
 from ..core import site as sites
+from ..core.changes import one_at_a_time
 from ..core.errors import UserError, did_you_mean
 from ..core.files import at_home
 from ..core.registry import Registry
 from ..core.strength import Amount
 from ..core.strength_schedule import Schedule
 from ..formats import Coverage, Plan, Spec
+from .host_options import refuse_fused, watch_options
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class LoadedAdapter:
         spec: What the file says of it; empty where there is no file.
         report: How much of it found its place.
         warnings: What the person should know of it.
+        data_sha256: The digest of its tensors alone, by which A1111 knows it; "" where there is no file.
     """
 
     name: str
@@ -48,6 +51,7 @@ class LoadedAdapter:
     spec: Spec
     report: Coverage
     warnings: tuple[str, ...]
+    data_sha256: str = ""
 
 
 class Adapters:
@@ -65,6 +69,11 @@ class Adapters:
     pipeline's present components carries it; what the other component brings is there too. The component that was taken
     out keeps what it carries. After such an exchange make ``Adapters(pipe)`` anew, which brings tokenizers in line.
 
+    Threads may share a base. Changes (load, set, remove, merge, unmerge) wait for each other, whichever ``Adapters`` makes
+    them. Several threads may draw at once, each with a pipeline of its own over the same components: each follows a schedule
+    by its own steps, unless the network is compiled, where they share one place for the strengths. A change acts on all
+    pictures of the base, so make it while no other thread draws.
+
     Args:
         pipe: The pipeline or language model, with adapters or without.
 
@@ -72,6 +81,7 @@ class Adapters:
         UserError: It is no base that takes adapters, or its adapters teach words that its tokenizer cannot learn.
     """
 
+    @one_at_a_time
     def __init__(self, pipe: Base) -> None:
         self.pipe: Any = _checked(pipe)
         self._described: tuple[tuple[weakref.ref[nn.Module], ...], Any] = ((), None)
@@ -120,6 +130,7 @@ class Adapters:
         report = Coverage(sum(len(adapter.state()) for adapter in built), len(built), ())
         return LoadedAdapter(name, None, None, Spec(), report, ())
 
+    @one_at_a_time
     def load(
         self,
         source: str | Path | Plan,
@@ -156,7 +167,9 @@ class Adapters:
         try:
             for component, built in read.components.items():
                 sites.attach_built(parts[component], chosen, built)
-            registry.enter(chosen, LoadedAdapter(chosen, file, read.plan.sha256, read.spec, read.report, read.warnings))
+            self._refuse_fused("load an adapter")
+            plan, told = read.plan, (read.spec, read.report, read.warnings)
+            registry.enter(chosen, LoadedAdapter(chosen, file, plan.sha256, *told, plan.data_sha256))
             teach(self.pipe)
             self.set({chosen: strength})
         except BaseException:
@@ -171,6 +184,7 @@ class Adapters:
             warn(warning)
         return chosen
 
+    @one_at_a_time
     def set(self, amounts: Mapping[str, Amount] | None = None, /, **more: Amount) -> None:
         """Set strengths by name, as ``set(ink=0.6)`` or ``set({"ink": 0.6})``; adapters not named keep theirs.
 
@@ -205,6 +219,7 @@ class Adapters:
                 strengths.at_progress(0.0)
         follow_steps(self.pipe)
 
+    @one_at_a_time
     def remove(self, name: str) -> None:
         """Take an adapter away, and everything that it held.
 
@@ -225,6 +240,7 @@ class Adapters:
         follow_steps(self.pipe)
         self._pack()
 
+    @one_at_a_time
     def merge(self) -> dict[str, merging.Merged]:
         """Fold the adapters into the weights at their present strengths, where they are not yet.
 
@@ -245,6 +261,7 @@ class Adapters:
         parts = {n: p for n, p in components(self.pipe).items() if n in registry.states() and n not in registry.merged}
         if not parts:
             raise UserError("there is nothing to merge: the adapters are merged already")
+        self._refuse_fused("merge the adapters")
         done: dict[str, merging.Merged] = {}
         try:
             for name, part in parts.items():
@@ -263,6 +280,7 @@ class Adapters:
                 )
         return done
 
+    @one_at_a_time
     def unmerge(self) -> None:
         """Put the weights back as they were, to the bit.
 
@@ -272,6 +290,7 @@ class Adapters:
         merged = self._registry.merged
         if not merged:
             raise UserError("nothing is merged")
+        self._refuse_fused("unmerge the adapters")
         for name in merged:
             merging.unmerge(components(self.pipe)[name])
 
@@ -282,6 +301,11 @@ class Adapters:
     def _pack(self) -> None:
         for part in components(self.pipe).values():
             sites.pack(part)
+
+    def _refuse_fused(self, doing: str) -> None:
+        found = network_of(self.pipe)
+        if found is not None:
+            refuse_fused(found[1], doing)
 
     def _free_name(self, stem: str) -> str:
         base, taken = re.sub(r"[^\w-]", "_", stem) or "adapter", self.names
@@ -369,6 +393,7 @@ def follow_steps(pipe: Base) -> None:
     network: Any = getattr(pipe, name, None)
     if network is None or isinstance(pipe, LanguageModel):
         return
+    watch_options(pipe)
     hooks = network._forward_pre_hooks
     watches = {key: hook for key, hook in hooks.items() if isinstance(hook, StepWatch)}
     wanted = _has_steps(pipe)

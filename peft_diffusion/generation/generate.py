@@ -187,7 +187,7 @@ def _used(adapters: Adapters, strengths: Mapping[str, float]) -> tuple[UsedAdapt
         loaded = adapters[name]
         if loaded.path is None or loaded.sha256 is None:
             raise UserError(f"the adapter {name!r} was attached without a file, so no recipe can name it; save and load it")
-        used.append(UsedAdapter(str(loaded.path), loaded.sha256, float(strength)))
+        used.append(UsedAdapter(str(loaded.path), loaded.sha256, float(strength), loaded.data_sha256))
     return tuple(used)
 
 

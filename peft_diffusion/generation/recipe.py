@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image, PngImagePlugin
 from ..core.errors import UserError
 from ..core.files import written_aside
 from ..core.parsing import json_value, refusing
+from .prompts import words_of
 
 KEY = "peft_diffusion"  # the text chunk that holds it, as JSON
 VERSION = 1
@@ -31,11 +33,15 @@ _SAMPLERS = {
 
 @dataclass(frozen=True)
 class UsedAdapter:
-    """An adapter of a picture: where its file was, what was in it, how much of it was applied."""
+    """An adapter of a picture: where its file was, what was in it, how much of it was applied.
+
+    ``data_sha256`` is the digest of its tensors alone, by which A1111 and kohya know it; "" in recipes that lack it.
+    """
 
     path: str
     sha256: str
     strength: float
+    data_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ class Recipe:
         if not all(isinstance(adapter, dict) for adapter in known["adapters"]):
             raise ValueError("an adapter is of another type")
         used = [UsedAdapter(**adapter) for adapter in known["adapters"]]
-        if not all(isinstance(u.path, str) and isinstance(u.sha256, str) and isinstance(u.strength, float) for u in used):
+        texts = [text for one in used for text in (one.path, one.sha256, one.data_sha256)]
+        if not all(isinstance(text, str) for text in texts) or not all(isinstance(one.strength, float) for one in used):
             raise ValueError("an adapter is of another type")
         pictures = {name: UsedPicture(**known[name]) for name in ("image", "mask") if known[name] is not None}
         if not all(isinstance(one.path, str) and isinstance(one.sha256, str) for one in pictures.values()):
@@ -116,9 +123,14 @@ class Recipe:
         return cls(**{**known, **pictures, "adapters": tuple(used), "plugins": tuple(plugins)})
 
     def parameters(self) -> str:
-        """The text that A1111 writes into its pictures, which galleries and other programs show."""
-        loras = "".join(f" <lora:{Path(used.path).stem}:{used.strength:g}>" for used in self.adapters)
-        hashes = ", ".join(f"{Path(used.path).stem}: {used.sha256[:12]}" for used in self.adapters)
+        """The text that A1111 writes into its pictures, which galleries and other programs show.
+
+        It has the words that were drawn: instructions of A1111 in the prompt were not followed.
+        """
+        named = list(zip(_names(self.adapters), self.adapters, strict=True))
+        loras = "".join(f" <lora:{name}:{used.strength:g}>" for name, used in named)
+        hashes = ", ".join(f"{name}: {used.data_sha256[:12]}" for name, used in named if used.data_sha256)
+        prompt, negative = words_of(self.prompt).text, words_of(self.negative).text
         fields = {
             "Steps": self.steps,
             "Sampler": _SAMPLERS.get(self.sampler, self.sampler) + (" Karras" if self.scheduler == "dpm++-karras" else ""),
@@ -128,11 +140,27 @@ class Recipe:
             "Model hash": self.fingerprint,
             "Model": self.base_name,
             **({"Denoising strength": f"{self.strength:g}"} if self.strength is not None else {}),
-            **({"Lora hashes": json.dumps(hashes)} if hashes else {}),
+            **({"Lora hashes": hashes} if hashes else {}),
             "Version": f"peft_diffusion {self.versions.get('peft_diffusion', '')}",
         }
-        lines = [self.prompt + loras, *([f"Negative prompt: {self.negative}"] if self.negative else [])]
-        return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in fields.items())])
+        lines = [prompt + loras, *([f"Negative prompt: {negative}"] if negative else [])]
+        return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items())])
+
+
+def _names(adapters: Sequence[UsedAdapter]) -> list[str]:
+    """A name for each adapter, as A1111 would call the file: without what ends a name there, and none twice."""
+    names: list[str] = []
+    for used in adapters:
+        stem = re.sub(r"[:,<>\n]", "", Path(used.path).stem)
+        tried = (stem if number == 1 else f"{stem}_{number}" for number in range(1, len(adapters) + 1))
+        names.append(next(name for name in tried if name not in names))
+    return names
+
+
+def _quoted(value: object) -> str:
+    """A value as A1111 writes it: quoted where it holds what parts the values."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n]", text) else text
 
 
 _KINDS: dict[str, tuple[type, ...]] = {

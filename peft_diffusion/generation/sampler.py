@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -19,6 +19,7 @@ from ..core.events import Never, Observer, Observers, Progress, Stop, Warned, ch
 from ..core.shortening import shortened
 from ..data.images import MAX_PIXELS
 from .adapters import Adapters
+from .prompts import words_of
 from .settings import Sampling
 from .source import Source
 
@@ -98,6 +99,7 @@ def paint(
     """
     pipe = adapters.pipe
     width, height = size(adapters.base, sampling, source)
+    cells, sampling = _in_words(cells, sampling, tell)
     each = sampling.steps if source is None else source.steps(sampling.steps)
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
     scheduler = scheduler_of(adapters, cells, sampling)
@@ -116,6 +118,15 @@ def paint(
             report = _Report(tell, number * each, len(batches) * each, sampling.guidance_stop)
             start = _noise(pipe, batch, (width, height)) if source is None else _start(pipe, batch, source)
             yield from _paint_batch(start, batch, sampling, report, source)
+
+
+def _in_words(cells: Sequence[Cell], sampling: Sampling, tell: Observer) -> tuple[list[Cell], Sampling]:
+    """Cells and settings with prompts of words alone; tells what else there was, once."""
+    read = {text: words_of(text) for text in (*(cell.prompt for cell in cells), sampling.negative)}
+    for note in dict.fromkeys(note for words in read.values() for note in words.notes):
+        tell(Warned(note))
+    plain = [replace(cell, prompt=read[cell.prompt].text) for cell in cells]
+    return plain, replace(sampling, negative=read[sampling.negative].text)
 
 
 def check_lengths(pipe: Pipeline, texts: Sequence[str]) -> None:

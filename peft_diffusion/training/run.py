@@ -8,12 +8,12 @@ import datetime
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import formats
 from ..bases import checksum, components, fingerprint
@@ -23,7 +23,7 @@ from ..core import plugins, site, targets
 from ..core.arena import Arena
 from ..core.errors import Interrupted, UnknownMethodError, UserError
 from ..core.events import Ended, Event, Observer, Observers, Stop, Warned, check_stop, observed, stop_on_signal
-from ..core.files import explained
+from ..core.files import claimed, explained
 from ..core.settings import Settings, pick, portable, to_json
 from ..fast.low_rank import Working
 from .attachment import NAME, Attached, at_strength, attach, described
@@ -248,6 +248,11 @@ class Source(Protocol[Result]):
         """A base that is the caller's, who gets it back as it was; None where the run loads one of its own."""
         ...
 
+    @property
+    def output(self) -> Path:
+        """The adapter file that is to be made."""
+        ...
+
     def on(self, device: str) -> Self:
         """Put the run on another device.
 
@@ -349,17 +354,25 @@ def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop
         folder = source.folder()
         if source.asked.resume:
             folder.check_asked(source.asked, processes.size)
-        recorder = Recorder(folder)
-        if processes.leads:
-            tell.own += [recorder, ReportWriter(folder)]
-        material = source.open(processes, _stopping(tell, stop, processes))
-        with material.faster(), base_kept(material.base, tell) as before:
-            run = _Run(material, folder, tell, processes)
-            with material.at_work():
-                run.train(source.asked, recorder, stop)
-                result = run.write(before, folder.seconds + time.monotonic() - began)
+        with _claimed(source.output) if processes.leads else nullcontext():
+            if processes.leads:
+                folder = source.folder()  # again: another run may have written the output before this one claimed it
+            recorder = Recorder(folder)
+            if processes.leads:
+                tell.own += [recorder, ReportWriter(folder)]
+            material = source.open(processes, _stopping(tell, stop, processes))
+            with material.faster(), base_kept(material.base, tell) as before:
+                run = _Run(material, folder, tell, processes)
+                with material.at_work():
+                    run.train(source.asked, recorder, stop)
+                    result = run.write(before, folder.seconds + time.monotonic() - began)
         tell(Ended("finished", result))
     return result
+
+
+def _claimed(output: Path) -> AbstractContextManager[None]:
+    """The adapter file as this run's own: of two with one file, the later would replace what the earlier wrote."""
+    return claimed(output, f"another run makes {output} now; wait for it, or choose another --output")
 
 
 def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop | None = None) -> FoundRates:
@@ -513,6 +526,8 @@ class _Run(Generic[Result]):
                 self.folder.start(config, items, origin)
             return Started(self.folder.path, 0, config.steps)
         found = self.folder.resume(config, items, origin) if processes.leads else None
+        for words in self.folder.lost:
+            self.tell(Warned(words))
         processes.wait()  # what cannot be gone on from is gone
         if not processes.leads:
             found = self.folder.newest()
@@ -573,13 +588,15 @@ class _Run(Generic[Result]):
         warning = verdict(measurements(self.folder.metrics()))
         if warning:
             self.tell(Warned(warning))
-        best = best_step(held_out)
-        kept = trainer.step
-        if self.material.config.keep == "best" and best is not None and best != trainer.step:
-            tensors = processes.agreed(self.folder.tensors(best) if processes.leads else {})
-            trainer.result_weights = trainer.given(tensors).to(self.arena.flat.device)
-            kept = best
-            self.tell(WeightsChosen(best, trainer.step))
+        best, kept = best_step(held_out), trainer.step
+        if self.material.config.keep == "best":
+            none: tuple[int, dict[str, Tensor], str | None] = (kept, {}, None)
+            kept, tensors, lost = processes.agreed(self.folder.best(held_out, kept) if processes.leads else none)
+            if lost:
+                self.tell(Warned(lost))
+            if tensors:
+                trainer.result_weights = trainer.given(tensors).to(self.arena.flat.device)
+                self.tell(WeightsChosen(kept, trainer.step))
         suggestion = None
         if 0 in held_out and kept in held_out:
             suggestion = suggest(self._measured, held_out[0], held_out[kept])

@@ -11,10 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ...core import checksums
 from ...core.files import write_bytes
 from ..loop.trainer import Divergence, TrainerState
 
 _KEY = "peft_diffusion_checkpoint_2"  # the number is of the order in which parameters lie in the flat tensors
+_TENSORS = "sha256_of_tensors"
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,19 @@ def digest(items: Sequence[Mapping[str, str]]) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state with its origin, the loss on held-out pictures there, and the seconds trained so far."""
+    """A state with its origin, the loss on held-out pictures there, and the seconds trained so far.
+
+    Attributes:
+        measured: All losses on what is held out so far, by step; None in a file of an older version.
+        lines: How many lines of metrics there were.
+    """
 
     state: TrainerState
     origin: Origin
     held_out: float | None
     seconds: float
+    measured: Mapping[int, float] | None = None
+    lines: int = 0
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
@@ -68,9 +77,12 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
         "origin": asdict(checkpoint.origin),
         "held_out": checkpoint.held_out,
         "seconds": checkpoint.seconds,
+        "measured": None if checkpoint.measured is None else list(checkpoint.measured.items()),
+        "lines": checkpoint.lines,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    write_bytes(path, save(tensors, {_KEY: json.dumps(told)}))
+    told[_TENSORS] = _checksum(tensors)
+    write_bytes(path, save(tensors, {_KEY: json.dumps(checksums.sealed(told))}))
 
 
 def read_origin(path: Path) -> Origin | None:
@@ -84,7 +96,7 @@ def read_origin(path: Path) -> Origin | None:
     """
     try:
         with safe_open(path, "pt") as file:
-            return Origin(**json.loads((file.metadata() or {})[_KEY])["origin"])
+            return Origin(**_told(file.metadata())["origin"])
     except Exception:  # damage has no list of what it raises
         return None
 
@@ -100,9 +112,28 @@ def read(path: Path) -> Checkpoint | None:
     """
     try:
         with safe_open(path, "pt") as file:
-            told = json.loads((file.metadata() or {})[_KEY])
+            told = _told(file.metadata())
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state = TrainerState(told["step"], tensors, Divergence(**told["divergence"]))
-        return Checkpoint(state, Origin(**told["origin"]), told["held_out"], told["seconds"])
+        measured = told.get("measured")
+        if told.get(_TENSORS) not in (None, _checksum(tensors)):
+            return None
+        return Checkpoint(
+            state, Origin(**told["origin"]), told["held_out"], told["seconds"],
+            None if measured is None else dict(measured), told.get("lines", 0),
+        )  # fmt: skip
     except Exception:  # damage has no list of what it raises
         return None
+
+
+def _told(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """What a checkpoint tells beside its tensors; raises ValueError where it is not what was written."""
+    told = checksums.opened(json.loads((metadata or {})[_KEY]))
+    if told is None:
+        raise ValueError("the checksum is another")
+    return told
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    names = sorted(tensors)
+    return checksums.of_text(json.dumps([names, checksums.of_tensors(*(tensors[name] for name in names))]))

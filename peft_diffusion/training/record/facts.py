@@ -80,8 +80,6 @@ def thumbnails(folder: Path, pictures: Sequence[TrainingImage], background: str)
         folder.mkdir(parents=True, exist_ok=True)
     for place in shown(len(pictures)):
         path = folder / f"{place:06}.webp"
-        if path.exists():
-            continue
         image = open_picture(pictures[place].path, background, MAX_PIXELS, pictures[place].digest)
         image.thumbnail((_SIDE, _SIDE))
         data = io.BytesIO()

@@ -74,7 +74,7 @@ def page(record: Record) -> str:
         title=record.name,
         text=record.command.startswith("text"),
         tiles=tiles(record),
-        warnings=record.facts.get("warnings", []),
+        warnings=[*record.facts.get("warnings", []), *record.damage],
         verdict=record.figures.get("warning"),
         charts=curves(record),
         previews=previews(record),

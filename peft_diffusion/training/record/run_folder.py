@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ... import __version__
+from ...core import checksums
 from ...core.errors import UserError
 from ...core.files import explained, file_of, lies_in, write_bytes
 from ...core.parsing import json_value
@@ -30,6 +31,7 @@ from .measurements import best_step
 _ANEW = "; start a new run with another --run-dir, or with --overwrite"
 _HEADER = "# peft-diffusion "  # how a ``config.toml`` of ours begins
 _CHECKPOINTS, _LOGS = "checkpoints", "logs"
+_FILE = "step_{:06}.safetensors"
 _NAME = re.compile(r"step_(\d+)\.safetensors")
 # What a run writes, by folder: nothing else is ever deleted.
 _OWN = {
@@ -63,6 +65,8 @@ class RunFolder:
         self.started = time.monotonic()
         self.held_out: dict[int, float] = {}  # losses on what is kept apart, by step
         self.facts: dict[str, Any] = {}  # of ``run.json``; empty until the run begins
+        self.lines = 0  # of the metrics
+        self.lost: list[str] = []  # what was found damaged, and what that means, in words
         self.kept = 1  # newest checkpoints that stay, beside the best one by the loss on what is kept apart
 
     @property
@@ -131,9 +135,11 @@ class RunFolder:
             self._clear()
             for place in (self._checkpoints, self.previews, self.thumbnails):
                 place.mkdir(parents=True, exist_ok=True)
+        # The settings tell that the folder is ours: with a disk that is full after them, a run can begin here again.
+        self._begin(config, origin)
+        self.lines = 0
         write_bytes(self._metrics, b"")
         write_bytes(self.path / run_record.DATA, _json_lines(items))
-        self._begin(config, origin)
 
     def resume(self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin) -> Checkpoint | None:
         """Find where a run goes on, and cut the metrics back to it.
@@ -144,22 +150,35 @@ class RunFolder:
             origin: What the run depends on.
 
         Returns:
-            The newest good checkpoint; None where the run never came to one.
+            The newest good checkpoint; None where the run never came to one. What was damaged is in `lost` afterwards.
 
         Raises:
             UserError: Settings, data or base are others than the run was started with, or there are checkpoints and none
                 can be read.
         """
-        found = self.newest()
+        read = self._read_newest()
+        found = next((checkpoint for checkpoint in read.values() if checkpoint is not None), None)
+        damage = run_record.Record(self.path).damage
         if found is None:
             self._check_begun()
+            self.lost = [f"{self.path}: {words}; the run begins anew" for words in damage]
             self.start(config, items, origin)
             return None
         self._check_settings(changes(found.origin.config, config))
         self.check_base(found.origin, origin.base)
         self.check_data(found.origin, items)
         self._check_length(found, config.steps)
-        self._cut(found.state.step)
+        step = found.state.step
+        self.lost = [
+            f"{path} is damaged, and deleted; the run goes on from the checkpoint of step {step}"
+            for path, checkpoint in read.items()
+            if checkpoint is None
+        ]
+        self.lost += [f"{self.path}: {words}" for words in damage]
+        self._cut(found)
+        if _read(self.path / run_record.DATA) != _json_lines(items):
+            self.lost.append(f"{self.path / run_record.DATA} was damaged or edited, and is written anew")
+            write_bytes(self.path / run_record.DATA, _json_lines(items))
         self.seconds = found.seconds
         self._begin(config, origin)
         return found
@@ -217,8 +236,16 @@ class RunFolder:
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that can be read."""
-        read = (checkpoints.read(path) for _, path in sorted(self._files().items(), reverse=True))
-        return next((found for found in read if found is not None), None)
+        return next((found for found in self._read_newest().values() if found is not None), None)
+
+    def _read_newest(self) -> dict[Path, Checkpoint | None]:
+        """Checkpoints from the newest to the first that can be read; None for those that cannot."""
+        found: dict[Path, Checkpoint | None] = {}
+        for _, path in sorted(self._files().items(), reverse=True):
+            found[path] = checkpoints.read(path)
+            if found[path] is not None:
+                break
+        return found
 
     def settings(self) -> Mapping[str, Any]:
         """The settings of the run at its newest checkpoint that can be read; none where there is none."""
@@ -236,7 +263,9 @@ class RunFolder:
         """
         seconds = round(self.elapsed, 3)
         with explained(self._metrics), self._metrics.open("ab") as file:
-            file.write(_json_lines({**line, "seconds": seconds} for line in lines))
+            sealed = [checksums.sealed_line({**line, "seconds": seconds}) for line in lines]
+            file.write(b"".join(sealed))
+        self.lines += len(sealed)
 
     def keep(self, state: TrainerState) -> Path:
         """Keep a state to go on from, a few before it and the best; others go.
@@ -250,8 +279,10 @@ class RunFolder:
         Raises:
             UserError: The disk refuses.
         """
-        path = self._checkpoints / f"step_{state.step:06}.safetensors"
-        checkpoints.write(path, Checkpoint(state, self.origin, self.held_out.get(state.step), self.elapsed))
+        path = self._checkpoints / _FILE.format(state.step)
+        measured = dict(self.held_out)
+        held_out = measured.get(state.step)
+        checkpoints.write(path, Checkpoint(state, self.origin, held_out, self.elapsed, measured, self.lines))
         files = self._files()
         keep = set(sorted(files)[-self.kept :])
         best = best_step({step: loss for step, loss in self.held_out.items() if step in files})
@@ -269,34 +300,55 @@ class RunFolder:
             facts: JSON values by name, each in place of one that was there.
         """
         self.facts |= facts
-        write_bytes(self.path / run_record.FACTS, (json.dumps(self.facts, ensure_ascii=False, indent=1) + "\n").encode())
+        text = json.dumps(checksums.sealed(self.facts), ensure_ascii=False, indent=1)
+        write_bytes(self.path / run_record.FACTS, f"{text}\n".encode())
 
     def steps(self) -> list[int]:
         """The steps whose checkpoints are kept, in order."""
         return sorted(self._files())
 
-    def tensors(self, step: int) -> dict[str, Tensor]:
-        """Read the state of the trainer at a step whose checkpoint is kept.
+    def at(self, step: int) -> Checkpoint | None:
+        """Read the checkpoint of a step.
 
         Args:
             step: The steps done.
 
         Returns:
-            Tensors by name.
-
-        Raises:
-            UserError: The checkpoint is gone or damaged.
+            The checkpoint; None where it is gone or damaged.
         """
         path = self._files().get(step)
-        found = checkpoints.read(path) if path else None
-        if found is None:
-            where = self._checkpoints
-            raise UserError(f"the checkpoint of step {step} in {where} is gone or damaged; --keep last does without it")
-        return found.state.tensors
+        return checkpoints.read(path) if path else None
+
+    def best(self, measured: Mapping[int, float], last: int) -> tuple[int, dict[str, Tensor], str | None]:
+        """Read the state of the trainer at the best step; where its checkpoint is lost, at the best of those kept.
+
+        Args:
+            measured: Losses on what is held out, by step.
+            last: The step that the run is at, whose state needs no file.
+
+        Returns:
+            The step, tensors by name, none for the last step, and what was lost, in words.
+        """
+        files, left = self._files(), dict(measured)
+        wanted = step = best_step(left)
+        while step is not None and step != last:
+            found = self.at(step)
+            if found is not None:
+                return step, found.state.tensors, self._without(wanted, step)
+            del left[step]
+            step = best_step({other: loss for other, loss in left.items() if other in files or other == last})
+        return last, {}, self._without(wanted, last)
+
+    def _without(self, wanted: int | None, step: int) -> str | None:
+        """What it means that the checkpoint of the best step is lost; None where it is not."""
+        if wanted in (None, step):
+            return None
+        name = self._checkpoints / _FILE.format(wanted)
+        return f"{name}, of the lowest loss on what is kept apart, is gone or damaged; the weights of step {step} are taken"
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; a last one that was cut short by a crash is left out."""
-        return run_record.measurements(self._metrics)
+        """The lines of ``metrics.jsonl``; what is damaged or was cut short by a crash is left out."""
+        return run_record.measurements(self._metrics)[0]
 
     @property
     def _metrics(self) -> Path:
@@ -325,7 +377,7 @@ class RunFolder:
         header += "# What stands in a comment was derived from the rest, and is derived anew when this file is used.\n"
         modules = plugins_of(config)
         header += f"plugin = {json.dumps(modules, ensure_ascii=False)}\n" if modules else ""
-        write_bytes(self.path / run_record.CONFIG, (header + to_toml(config)).encode())
+        write_bytes(self.path / run_record.CONFIG, checksums.sealed_comment(header + to_toml(config)).encode())
         self.facts = {}
         self.note(
             state="running",
@@ -360,11 +412,17 @@ class RunFolder:
                 with suppress(OSError):  # something of somebody else is left in it
                     folder.rmdir()
 
-    def _cut(self, step: int) -> None:
-        """Forget what came after a step: it is about to happen again."""
+    def _cut(self, found: Checkpoint) -> None:
+        """Forget what came after a checkpoint: it is about to happen again."""
+        step = found.state.step
         kept = [line for line in self.metrics() if line["step"] <= step]
-        write_bytes(self._metrics, _json_lines(kept))
-        self.held_out = {line["step"]: line["held_out_loss"] for line in kept if "held_out_loss" in line}
+        if len(kept) < found.lines:
+            count = found.lines - len(kept)
+            self.lost.append(f"{self._metrics}: {count} of {found.lines} measurements up to step {step} are lost")
+        write_bytes(self._metrics, b"".join(map(checksums.sealed_line, kept)))
+        self.lines = len(kept)
+        told = {line["step"]: line["held_out_loss"] for line in kept if "held_out_loss" in line}
+        self.held_out = told if found.measured is None else dict(found.measured)
         with explained(self.path):
             for later, path in self._files().items():
                 if later > step:
@@ -456,6 +514,14 @@ def check_writable(folder: Path) -> None:
 def _listed(folder: Path) -> list[Path]:
     """What is in a folder; nothing where there is none."""
     return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _read(path: Path) -> bytes | None:
+    """What is in a file; None where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _json_lines(lines: Iterable[Mapping[str, Any]]) -> bytes:

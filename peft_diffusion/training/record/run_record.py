@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+from ...core import checksums
 from ...core.errors import UserError
 from ...core.parsing import json_value, number, refusing
 from ...core.settings import settings_of
@@ -54,15 +55,32 @@ class Record:
     def facts(self) -> dict[str, Any]:
         """``run.json``: what was found and what came of it; empty for a run of an older version.
 
-        What is not of the kind that it should be is left out.
+        What is not of the kind that it should be is left out, and all of it where it is not what the run wrote.
         """
+        return {name: value for name, value in (self._facts or {}).items() if isinstance(value, _KINDS.get(name, object))}
+
+    @cached_property
+    def _facts(self) -> dict[str, Any] | None:
+        """``run.json``; None where it is damaged."""
         try:
             found = json_value((self.path / FACTS).read_text("utf-8", errors="replace"))
+        except FileNotFoundError:
+            return {}
         except (OSError, ValueError):
-            return {}
-        if not isinstance(found, dict):
-            return {}
-        return {name: value for name, value in found.items() if isinstance(value, _KINDS.get(name, object))}
+            return None
+        return checksums.opened(found) if isinstance(found, dict) else None
+
+    @property
+    def damage(self) -> list[str]:
+        """What of ``run.json``, ``config.toml`` and ``metrics.jsonl`` is not what the run wrote, in words."""
+        found = [f"{FACTS} is damaged, and left out"] if self._facts is None else []
+        try:
+            if not checksums.is_as_written((self.path / CONFIG).read_text("utf-8", errors="replace")):
+                found.append(f"{CONFIG} is not as the run wrote it: edited, or damaged")
+        except OSError:
+            pass
+        numbers = self._metrics[1]
+        return found + ([_damaged_lines(numbers)] if numbers else [])
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -88,6 +106,10 @@ class Record:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl`` that tell of a step."""
+        return self._metrics[0]
+
+    @cached_property
+    def _metrics(self) -> tuple[list[dict[str, Any]], list[int]]:
         return measurements(self.path / METRICS)
 
     @cached_property
@@ -301,16 +323,52 @@ def json_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield found
 
 
-def measurements(path: Path) -> list[dict[str, Any]]:
+def measurements(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """Read a ``metrics.jsonl``.
 
     Args:
-        path: The file.
+        path: The file; need not exist.
 
     Returns:
-        The objects that tell of a step.
+        The objects that tell of a step, and the numbers of the lines, from 1 on, that are not what was written. A last line
+        that was cut short by a crash is none of either.
     """
-    return [line for line in json_lines(path) if isinstance(line.get("step"), int)]
+    try:
+        *whole, last = path.read_bytes().split(b"\n")
+    except OSError:
+        return [], []
+    opened = [checksums.opened_line(line) for line in whole]
+    have = any(sound for _, sound in opened)  # of an older version, no line has a checksum
+    found, damaged = [], []
+    for place, (body, sound) in enumerate(opened, 1):
+        line = _object(body) if sound or (sound is None and not have) else None
+        if line is None:
+            damaged.append(place)
+        elif isinstance(line.get("step"), int):
+            found.append(line)
+    if last:
+        body, sound = checksums.opened_line(last)
+        line = _object(body) if sound is None and not have else None  # written by hand, without an end
+        if line is not None and isinstance(line.get("step"), int):
+            found.append(line)
+        elif sound is not None:  # it was whole, and its end is damaged
+            damaged.append(len(whole) + 1)
+    return found, damaged
+
+
+def _damaged_lines(numbers: Sequence[int]) -> str:
+    """Name lines of the metrics that are damaged."""
+    which = ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
+    return f"{METRICS}: damaged, and left out, line{'s' * (len(numbers) > 1)} {which}"
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line; None where there is none."""
+    try:
+        found = json_value(line.decode("utf-8", errors="replace"))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def this_process() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ...bases import components
 from ...core import site
-from ...core.events import Observer
+from ...core.events import Observer, Warned
 from ...core.files import explained, write_bytes
 from ...core.parsing import json_value
 from ..drawing import Drawing
@@ -120,11 +120,15 @@ class Previews:
         self.folder.mkdir(parents=True, exist_ok=True)
         drawn = [path for path in self.folder.glob("*.png") if PREVIEW.fullmatch(path.name)]
         for path in drawn:
-            if _step_of(path) > step:
+            damaged = _read(path) is None
+            if _step_of(path) > step or damaged:
                 path.unlink()
+            if damaged:
+                self.tell(Warned(f"{path} is damaged, and deleted"))
         if self._prompts_of_before() not in (None, self.prompts):
             aside = self.folder / f"until_step_{step:06}"
             aside.mkdir(exist_ok=True)
+            self.tell(Warned(f"the previews so far were drawn for other prompts, and are in {aside} now"))
             for path in (*drawn, self.folder / "sheet.png", self.folder / _PROMPTS):
                 if path.exists():
                     path.replace(aside / path.name)
@@ -181,7 +185,9 @@ class Previews:
         rows: dict[int, dict[int, Image.Image]] = {}
         for path in self.folder.glob("*.png"):
             if match := PREVIEW.fullmatch(path.name):
-                rows.setdefault(int(match[1] or 0), {})[int(match[2])] = Image.open(path)
+                image = _read(path)
+                if image is not None:
+                    rows.setdefault(int(match[1] or 0), {})[int(match[2])] = image
         labels = [f"step {step}" if step else "base" for step in sorted(rows)]
         columns = [rows[step] for step in sorted(rows)]
         cells = [[row.get(number) for number in range(len(self.prompts))] for row in columns]
@@ -198,6 +204,18 @@ def _step_of(path: Path) -> int:
     """The step of a picture; 0 for the base's."""
     match = PREVIEW.fullmatch(path.name)
     return int(match[1] or 0) if match else 0
+
+
+def _read(path: Path) -> Image.Image | None:
+    """A picture; None where it is damaged, which the checksums in it tell."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+        with Image.open(path) as image:  # which cannot be used after it was verified
+            image.load()
+            return image.copy()
+    except Exception:  # as decoders meet damage
+        return None
 
 
 def _png(picture: Image.Image) -> bytes:

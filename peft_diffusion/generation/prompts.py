@@ -1,0 +1,51 @@
+"""What prompts of other programs hold besides words: told, as it does not work here, and never drawn. Imports no torch."""
+
+import re
+from typing import NamedTuple
+
+_LONGEST = 10_000  # letters; what is longer has more words than a base reads
+
+# What A1111, ComfyUI and their extensions read in a prompt: how it looks, what of it are words, and what becomes of it.
+_SYNTAXES = (
+    (r"<(?:lora|lyco|hypernet):[^<>]*>", "", "names an adapter, which --adapter FILE=STRENGTH does here; it is left out"),
+    (r"(?<!\\)\{([^{}|]*)\|[^{}]*\}", r"\1", "are alternatives, which are not drawn by lot here; the first is taken"),
+    (r"__[\w*./-]+?__", "", "is a wildcard, for which there are no lists here; it is left out"),
+    (
+        r"(?<!\\)\(([^()]*):\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*\)",
+        r"\1",
+        "is a weight, which is not applied here",
+    ),
+    (r"\bBREAK\b", "", "begins a new part, which there is not here; it is left out"),
+)
+
+
+class Words(NamedTuple):
+    """A prompt as it is drawn.
+
+    Attributes:
+        text: The words.
+        notes: For each syntax in the prompt that is not read here, what it is and what becomes of it.
+    """
+
+    text: str
+    notes: tuple[str, ...]
+
+
+def words_of(prompt: str) -> Words:
+    """Take what other programs read as instructions out of a prompt.
+
+    Args:
+        prompt: As it was given.
+
+    Returns:
+        The words that are left, and what was taken out; a prompt without such instructions is left as it is.
+    """
+    text, notes = prompt, list[str]()
+    for pattern, kept, told in _SYNTAXES if len(prompt) <= _LONGEST else ():
+        found = re.search(pattern, text)
+        if found is not None:
+            notes.append(f"{found[0]} in the prompt {told}")
+        before = None
+        while before != text:  # they may stand in each other
+            before, text = text, re.sub(pattern, kept, text)
+    return Words(" ".join(text.split()) if notes else prompt, tuple(notes))
