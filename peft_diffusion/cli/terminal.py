@@ -34,5 +34,12 @@ class PlainFormatter(logging.Formatter):
     """Formats what is logged, without control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As ever, and plain."""
+        """As ever, and plain.
+
+        Args:
+            record: What is logged.
+
+        Returns:
+            The line.
+        """
         return plain(super().format(record))
