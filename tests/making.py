@@ -12,6 +12,7 @@ import torch
 
 from peft_diffusion import bases, formats
 from peft_diffusion.core import site
+from peft_diffusion.generation.adapters import StepWatch
 from peft_diffusion.methods.lora import Lora
 
 TARGET = "attention+ff"
@@ -32,6 +33,11 @@ def make_adapter(path: Path, base: Path, seed: int, triggers: tuple[str, ...] = 
     training = {"images": 48, "steps_done": 300, "held_out_loss": 0.125}
     formats.save(path, parts, "made", formats.Spec(methods, asdict(bases.describe(pipe)), triggers, training))
     return path
+
+
+def step_watches(network: torch.nn.Module) -> list[StepWatch]:
+    """The hooks of a network that follow its steps."""
+    return [hook for hook in network._forward_pre_hooks.values() if isinstance(hook, StepWatch)]
 
 
 def spec_of(path: Path) -> formats.Spec:

@@ -12,7 +12,7 @@ import torch
 from conftest import make_pipe
 from diffusers import DiffusionPipeline
 from laws import strengths_of
-from making import modes
+from making import modes, step_watches
 from safetensors.torch import load_file, save_file
 from test_formats import picture, write_adapter
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
@@ -129,7 +129,7 @@ def test_a_schedule_follows_the_steps_and_leaves_no_trace(files: list[Path], tin
     adapters.set(flat=1.0)
     assert np.array_equal(picture(tiny_pipe), constant) and not np.array_equal(faded, constant)
     watch.remove()
-    assert not tiny_pipe.unet._forward_pre_hooks
+    assert not step_watches(tiny_pipe.unet)
     assert Schedule([0.0, 1.0, 0.0]).at(0.25) == 0.5 and Schedule([2.0]).at(0.9) == 2.0
 
 

@@ -3,8 +3,10 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from peft_diffusion.api import train
 from peft_diffusion.core import checksums, files
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.events import Event, Warned
+from peft_diffusion.training.events import Step
 from peft_diffusion.training.record import checkpoint, run_folder
 from peft_diffusion.training.record.run_record import Record, measurements
 
@@ -227,3 +230,38 @@ def test_a_disk_that_is_full_at_any_file_leaves_a_folder_that_a_run_can_begin_in
     run.check()
     resume = {"resume": True} if run.holds_a_run() else {"overwrite": True}
     assert train(small(pictures, tmp_path, steps=1, save_every=1, **resume), pipe=make_pipe()).steps == 1
+
+
+def test_of_two_runs_at_once_with_one_output_the_second_is_refused(tmp_path: Path, pictures: Path) -> None:
+    """The first is in its first step when the second begins, by another name of the same folder."""
+    (tmp_path / "up").symlink_to(tmp_path, target_is_directory=True)
+    output, refused = tmp_path / "new" / "a.safetensors", []
+    second = small(pictures, tmp_path / "second", output=tmp_path / "up" / "new" / "a.safetensors", overwrite=True)
+
+    def begin_another(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 1:
+            with pytest.raises(UserError, match=r"another run makes .*a\.safetensors now; .* choose another --output"):
+                train(second, pipe=make_pipe())
+            refused.append(not (tmp_path / "second").exists())
+
+    train(small(pictures, tmp_path, output=output, steps=1), pipe=make_pipe(), observers=[begin_another])
+    assert refused == [True]
+    assert [path.name for path in output.parent.iterdir()] == ["a.safetensors"], "no lock is left"
+    train(replace(second, steps=1), pipe=make_pipe())
+
+
+def test_a_lock_of_a_process_that_was_killed_is_none(tmp_path: Path) -> None:
+    script = "import sys, os, signal, pathlib; from peft_diffusion.core.files import claimed\n"
+    script += "with claimed(pathlib.Path(sys.argv[1]), 'taken'):\n print(flush=True); input()"
+    path = tmp_path / "new" / "a.safetensors"
+    with subprocess.Popen([sys.executable, "-c", script, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(UserError, match="taken"), files.claimed(path, "taken"):
+            pass
+        other.kill()
+    with files.claimed(path, "taken"):
+        assert path.with_name(".a.safetensors.lock").exists()
+    assert not list(path.parent.iterdir())
+    with files.claimed(tmp_path / "none" / "a", "taken"):
+        pass
+    assert not (tmp_path / "none").exists(), "nothing came of it"

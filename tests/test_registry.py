@@ -16,7 +16,7 @@ from conftest import make_pipe, make_xl_pipe, tiny_tokenizer
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, StableDiffusionPipeline
 from language import make_lm
 from laws import randomize, same, state, strengths_of
-from making import modes
+from making import modes, step_watches
 from test_formats import picture, write_adapter
 
 from peft_diffusion import formats
@@ -166,11 +166,11 @@ def test_what_one_registry_does_the_others_see_at_once(
     assert loaded(other) == ("ink_2",) and other.load(files["flat"], name="ink") == "ink"
     assert loaded(first) == ("ink_2", "ink") and first["ink"].path == files["flat"]
     first.set(ink=FADING)
-    assert tiny_pipe.unet._forward_pre_hooks
+    assert step_watches(tiny_pipe.unet)
     other.set(ink=[0.0, 1.0])
     assert first.schedules == {} and strengths(first) == strengths(other)
     other.set(ink=1.0)
-    assert not tiny_pipe.unet._forward_pre_hooks
+    assert not step_watches(tiny_pipe.unet)
     other.merge()
     first.unmerge()
     assert first.merged == other.merged == ()
@@ -203,7 +203,7 @@ def test_a_copy_says_the_same_and_goes_its_own_way(
     other.set(flat=0.0)
     other.remove("ink")
     assert told(first) == before and np.array_equal(picture(tiny_pipe), running)
-    assert not other.pipe.unet._forward_pre_hooks and bool(tiny_pipe.unet._forward_pre_hooks) != merged
+    assert not step_watches(other.pipe.unet) and bool(step_watches(tiny_pipe.unet)) != merged
     other.remove("flat")
     assert same(state(other.pipe.unet), plain) and not site.sites(other.pipe.unet)
     assert told(first) == before and np.array_equal(picture(tiny_pipe), running)

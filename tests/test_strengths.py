@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from laws import strengths_of
+from making import step_watches
 from PIL import Image
 from test_formats import picture, write_adapter
 
@@ -82,7 +83,7 @@ def test_strengths_per_image_are_for_as_many_images_as_are_drawn(drawn: tuple[Ad
     assert len(draw("a cat", "a dog", guidance_scale=guidance, num_images_per_prompt=2)) == 4
     adapters.set(flat=1.0)
     assert len(draw("a cat", "a dog", "a cat", guidance_scale=guidance)) == 3
-    assert not adapters.pipe.unet._forward_pre_hooks
+    assert not step_watches(adapters.pipe.unet)
 
 
 def test_strengths_per_image_of_words_alone_are_counted_too(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:

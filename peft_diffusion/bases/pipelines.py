@@ -131,6 +131,23 @@ def _holds(pipeline: Pipeline, network: nn.Module) -> bool:
     return any(isinstance(part, nn.Module) and uncompiled(part) is network for part in vars(pipeline).values())
 
 
+def fused_attentions(network: nn.Module) -> list[str]:
+    """Find attention layers that compute queries, keys and values from one copy of their weights.
+
+    Args:
+        network: The network that denoises.
+
+    Returns:
+        The paths of those that ``fuse_qkv_projections`` has changed, and ``unfuse_qkv_projections`` not changed back.
+    """
+    if getattr(network, "original_attn_processors", None) is None:  # which both of them leave there
+        return []
+    from diffusers.models.attention_processor import FusedAttnProcessor2_0
+
+    named = network.named_modules()
+    return [path for path, module in named if isinstance(getattr(module, "processor", None), FusedAttnProcessor2_0)]
+
+
 def images_drawn(pipeline: Pipeline, rows: int) -> int:
     """Count the images in a call of the network that denoises.
 

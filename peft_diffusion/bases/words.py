@@ -277,7 +277,14 @@ class _Lessons:
         return self._backends[front]
 
     def parted(self, ids: Sequence[int]) -> list[str | list[int]]:
-        """Tokens with every learned word as its text, and without soft prompts: what stands between is the base's."""
+        """Part tokens into learned words and what stands between them.
+
+        Args:
+            ids: The tokens.
+
+        Returns:
+            A text for each learned word, and lists of the base's own tokens; soft prompts are left out.
+        """
         pieces: list[str | list[int]] = []
         starts = {word.ids[0]: word for word in self.known}
         place = 0
@@ -356,12 +363,30 @@ class TaughtTokenizer:
         return _each([by_backend[backend] for backend in backends], text, text_pair, *more, **named)
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **named: Any) -> list[str]:
-        """The tokens of a text by name."""
+        """Split a text into tokens.
+
+        Args:
+            text: The text.
+            pair: Another that follows it.
+            add_special_tokens: Whether those that mark start and end are among them.
+            named: What else transformers takes.
+
+        Returns:
+            Their names.
+        """
         found = self._encode_plus(text, pair, add_special_tokens=add_special_tokens, **named)
         return [self._convert_id_to_token(one) for one in found["input_ids"]]
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """The names of tokens."""
+        """Name tokens.
+
+        Args:
+            ids: A number, or several.
+            skip_special_tokens: Whether to leave those out that mark start and end.
+
+        Returns:
+            The name, or the names.
+        """
         if isinstance(ids, int):
             return self._convert_id_to_token(ids)
         skipped = set(cast(Any, self).all_special_ids) if skip_special_tokens else set()

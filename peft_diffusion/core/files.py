@@ -1,14 +1,16 @@
 """Files that are written aside and then renamed, so that a file that has its name is whole. Imports no torch."""
 
+import errno
 import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems that have none
 _ASIDE = re.compile(r"\.(.+)\.\d+")
 
 
@@ -53,6 +55,49 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     with written_aside(path) as aside:
         aside.write_bytes(data)
+
+
+@contextmanager
+def claimed(path: Path, complaint: str) -> Iterator[None]:
+    """Keep others, on this machine and where the file system has locks on others too, from making the same file meanwhile.
+
+    The lock is a file ``.NAME.lock`` beside it, which is gone afterwards. A process that is killed leaves the file, but no
+    lock. Where the file system has no locks, there is no protection.
+
+    Args:
+        path: The file that is to be made. Its folder is made where it is missing, and removed again if nothing came of it.
+        complaint: What the error says of a file that another has claimed.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: Another has claimed it, or the folder cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    place = Path(os.path.realpath(path))
+    missing = not place.parent.exists()
+    lock = FileLock(place.with_name(f".{place.name}.lock"))
+    with explained(path):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(complaint) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if lock.is_locked:
+                Path(lock.lock_file).unlink(missing_ok=True)  # before it is given back: afterwards it may be another's
+        lock.release()
+        if missing:
+            with suppress(OSError):  # something is in it
+                place.parent.rmdir()
 
 
 def file_of(name: str) -> str | None:

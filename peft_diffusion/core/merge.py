@@ -40,8 +40,13 @@ def dense_weight(site: nn.Module) -> Tensor:
         The weight in float32, (out, in, ...).
 
     Raises:
-        UserError: Another program quantized it.
+        UserError: Another program quantized it, or it is offloaded.
     """
+    if any(own.is_meta for own in site.parameters(recurse=False)):
+        raise UserError(
+            f"the weight of a {type(site).__name__} is read, but it is offloaded and not there between calls; take"
+            " enable_model_cpu_offload() or group offloading in place of sequential offloading"
+        )
     if isinstance(site, QuantizedLinear):
         return site.dense()
     weight = site.weight
@@ -69,7 +74,8 @@ def merge(component: nn.Module) -> Merged:
         How many weights were changed, and the error that quantizing again made.
 
     Raises:
-        UserError: Images have different strengths, or one changes over the steps; nothing was changed.
+        UserError: Images have different strengths, one changes over the steps, or the weights are offloaded to where they
+            cannot be written; nothing was changed.
         FoldError: A method is no change of weight and bias, another module has the weight too, or a module computes its
             weight anew whenever it is called; names site and adapter.
 
@@ -82,6 +88,7 @@ def merge(component: nn.Module) -> Merged:
         raise UserError(f"{', '.join(found.schedules)}: a strength that changes over the steps cannot be merged")
     scalars = {name: found.scalar(name).tolist() for name in found.names}
     carriers, slots = sites_of.sites(component), sites_of.slots(component)
+    _refuse_away(component, carriers, "merge")
     folded: dict[str, dict[str, Tensor]] = {}
     for path, site in carriers.items():
         try:
@@ -111,12 +118,14 @@ def unmerge(component: nn.Module) -> None:
         component: A merged module.
 
     Raises:
-        UserError: Nothing is merged.
+        UserError: Nothing is merged, or the weights are offloaded to where they cannot be written.
     """
     found = sites_of.strengths(component)
     if found is None or not found.merged:
         raise UserError("nothing is merged")
-    _restore(sites_of.sites(component), sites_of.slots(component))
+    carriers = sites_of.sites(component)
+    _refuse_away(component, carriers, "unmerge")
+    _restore(carriers, sites_of.slots(component))
     found.merged = False
 
 
@@ -147,6 +156,23 @@ def unmerged_state(component: nn.Module) -> dict[str, Tensor]:
         for key, kept_parts in parts.items():
             state[key] = rebuilt(state[key], kept_parts)
     return state
+
+
+def _refuse_away(component: nn.Module, carriers: Mapping[str, nn.Module], doing: str) -> None:
+    """Raises UserError for a weight that is not in its module but while that is called: what is written there is lost."""
+    away = [path for path, site in carriers.items() if any(own.is_meta for own in site.parameters(recurse=False))]
+    if away or _is_filed(component):
+        raise UserError(
+            f"cannot {doing}: the weights of {(away or list(carriers))[0]} are offloaded and not there between calls; call"
+            f" pipe.remove_all_hooks(), or {doing} before you enable offloading"
+        )
+
+
+def _is_filed(component: nn.Module) -> bool:
+    """Whether diffusers' group offloading keeps weights in files, and leaves empty tensors in their places."""
+    hooks = (getattr(getattr(module, "_diffusers_hook", None), "hooks", {}) for module in component.modules())
+    groups = (getattr(hook, "group", None) for held in hooks for hook in held.values())
+    return any(getattr(group, "offload_to_disk_path", None) is not None for group in groups)
 
 
 def _refuse_computed(carriers: Mapping[str, nn.Module], folded: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -37,6 +37,8 @@ class AdaptedSite(nn.Module):
         """
         slot = self._peft_diffusion
         x: Tensor = named.pop("hidden_states") if input is None else input
+        if "forward" in vars(self):  # of a host that moves weights
+            slot.follow(x.device)
         if not more and not named and (whole := slot.whole(self, x)) is not None:
             return whole
         result = super().forward(slot.prepare(x), *more, **named)
@@ -435,8 +437,8 @@ def _check_free(path: str, module: nn.Module) -> None:
     """Raises UserError where the class of a module cannot be swapped, or swapped back, with any effect."""
     if "forward" in vars(module):
         raise UserError(
-            f"{path}: its forward is patched on the instance, as offloading does; attach and remove adapters before"
-            " you enable offloading (or call remove_all_hooks() first)"
+            f"{path}: its forward is patched on the instance, as offloading and layerwise casting do; attach and remove"
+            " adapters before you enable them (after offloading, call pipe.remove_all_hooks() first)"
         )
     if isinstance(module, AdaptedSite) and type(module).__mro__[1] is not AdaptedSite:
         raise UserError(

@@ -1,5 +1,6 @@
 """The slot of a module: the one place on it where everything of this package sits, and how the adapters there run."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, Self
@@ -154,6 +155,36 @@ class Slot(nn.Module):
             return y + F.conv2d(hidden, up[:, :, None, None])
         hidden = F.linear(x, down) * strength.view(len(strength), *[1] * (x.ndim - 2), -1)
         return y + F.linear(hidden, up)
+
+    def follow(self, device: torch.device) -> None:
+        """Bring all that is here to where the site computes, and leave it there: it is small beside what is offloaded.
+
+        Offloading layer by layer moves the weights of a site for each call, and leaves a slot alone: see `named_children`.
+
+        Args:
+            device: Where the input of the site lies.
+        """
+        if any(tensor.device != device for tensor in itertools.chain(self.parameters(), self.buffers())):
+            self.to(device)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Name nothing. What walks a model by the names of its children looks for layers to move elsewhere or to replace.
+
+        accelerate's sequential offloading does: it would put the weights of adapters on ``meta``, and look for them in the
+        state dict, which does not have them. `children`, by which torch moves a model, gives them all.
+
+        Returns:
+            Nothing.
+        """
+        return iter(())
+
+    def children(self) -> Iterator[nn.Module]:
+        """Give the modules in here, for torch to move them and to set their mode.
+
+        Yields:
+            Each once.
+        """
+        yield from (module for module in self._modules.values() if module is not None)
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Give nothing, so that the base's state dict has no key of ours.

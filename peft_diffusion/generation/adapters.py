@@ -26,6 +26,7 @@ from ..core.registry import Registry
 from ..core.strength import Amount
 from ..core.strength_schedule import Schedule
 from ..formats import Coverage, Plan, Spec
+from .host_options import refuse_fused, watch_options
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ class Adapters:
         try:
             for component, built in read.components.items():
                 sites.attach_built(parts[component], chosen, built)
+            self._refuse_fused("load an adapter")
             plan, told = read.plan, (read.spec, read.report, read.warnings)
             registry.enter(chosen, LoadedAdapter(chosen, file, plan.sha256, *told, plan.data_sha256))
             teach(self.pipe)
@@ -259,6 +261,7 @@ class Adapters:
         parts = {n: p for n, p in components(self.pipe).items() if n in registry.states() and n not in registry.merged}
         if not parts:
             raise UserError("there is nothing to merge: the adapters are merged already")
+        self._refuse_fused("merge the adapters")
         done: dict[str, merging.Merged] = {}
         try:
             for name, part in parts.items():
@@ -287,6 +290,7 @@ class Adapters:
         merged = self._registry.merged
         if not merged:
             raise UserError("nothing is merged")
+        self._refuse_fused("unmerge the adapters")
         for name in merged:
             merging.unmerge(components(self.pipe)[name])
 
@@ -297,6 +301,11 @@ class Adapters:
     def _pack(self) -> None:
         for part in components(self.pipe).values():
             sites.pack(part)
+
+    def _refuse_fused(self, doing: str) -> None:
+        found = network_of(self.pipe)
+        if found is not None:
+            refuse_fused(found[1], doing)
 
     def _free_name(self, stem: str) -> str:
         base, taken = re.sub(r"[^\w-]", "_", stem) or "adapter", self.names
@@ -384,6 +393,7 @@ def follow_steps(pipe: Base) -> None:
     network: Any = getattr(pipe, name, None)
     if network is None or isinstance(pipe, LanguageModel):
         return
+    watch_options(pipe)
     hooks = network._forward_pre_hooks
     watches = {key: hook for key, hook in hooks.items() if isinstance(hook, StepWatch)}
     wanted = _has_steps(pipe)

@@ -28,7 +28,7 @@ from .record.run_folder import RunFolder, check_writable
 from .results import FoundRates, RunResult, TrainResult
 from .run import Facts, next_command
 from .settings.derive import resolve
-from .settings.pictures import ResolvedConfig, TrainConfig, run_path
+from .settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
 from .settings.placements import Placement, blocks
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.preparation import Prepared, check_apart, check_places, prepare
@@ -55,6 +55,11 @@ class PictureSource:
     def lent(self) -> Pipeline | None:
         """The pipeline of the caller."""
         return self.pipe
+
+    @property
+    def output(self) -> Path:
+        """The adapter file that is to be made."""
+        return output_path(self.asked)
 
     def on(self, device: str) -> Self:
         """The same on another device."""

@@ -9,7 +9,7 @@ import hashlib
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -24,7 +24,7 @@ from ..core import plugins, site
 from ..core.arena import Arena
 from ..core.errors import Interrupted, UnknownMethodError, UserError
 from ..core.events import Ended, Event, Observer, Observers, Stop, Warned, check_stop, observed, stop_on_signal
-from ..core.files import explained
+from ..core.files import claimed, explained
 from ..core.settings import Settings, pick, portable, to_json
 from ..fast.low_rank import Working
 from .attachment import NAME, Attached, at_strength, attach, described
@@ -258,6 +258,11 @@ class Source(Protocol[Result]):
         """A base that is the caller's, who gets it back as it was; None where the run loads one of its own."""
         ...
 
+    @property
+    def output(self) -> Path:
+        """The adapter file that is to be made."""
+        ...
+
     def on(self, device: str) -> Self:
         """Put the run on another device.
 
@@ -357,17 +362,25 @@ def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop
         _check_methods(source)
         check_tracker(source.asked.log_with)
         folder = source.folder()
-        recorder = Recorder(folder)
-        if processes.leads:
-            tell.own += [recorder, ReportWriter(folder)]
-        material = source.open(processes, _stopping(tell, stop, processes))
-        with material.faster(), base_kept(material.base, tell) as before:
-            run = _Run(material, folder, tell, processes)
-            with material.at_work():
-                run.train(source.asked, recorder, stop)
-                result = run.write(before, folder.seconds + time.monotonic() - began)
+        with _claimed(source.output) if processes.leads else nullcontext():
+            if processes.leads:
+                folder = source.folder()  # again: another run may have written the output before this one claimed it
+            recorder = Recorder(folder)
+            if processes.leads:
+                tell.own += [recorder, ReportWriter(folder)]
+            material = source.open(processes, _stopping(tell, stop, processes))
+            with material.faster(), base_kept(material.base, tell) as before:
+                run = _Run(material, folder, tell, processes)
+                with material.at_work():
+                    run.train(source.asked, recorder, stop)
+                    result = run.write(before, folder.seconds + time.monotonic() - began)
         tell(Ended("finished", result))
     return result
+
+
+def _claimed(output: Path) -> AbstractContextManager[None]:
+    """The adapter file as this run's own: of two with one file, the later would replace what the earlier wrote."""
+    return claimed(output, f"another run makes {output} now; wait for it, or choose another --output")
 
 
 def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop | None = None) -> FoundRates:

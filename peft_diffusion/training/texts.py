@@ -55,6 +55,11 @@ class TextSource:
         """The model of the caller."""
         return self.base
 
+    @property
+    def output(self) -> Path:
+        """The adapter file that is to be made."""
+        return language_output(self.asked)
+
     def on(self, device: str) -> Self:
         """The same on another device."""
         return replace(self, asked=replace(self.asked, device=device))

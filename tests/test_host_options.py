@@ -1,0 +1,187 @@
+"""Options of the host that act on weights or on how layers are called: adapters follow, or refuse in words."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
+from conftest import make_pipe
+from diffusers import DiffusionPipeline
+from laws import randomize
+from test_formats import write_adapter
+
+from peft_diffusion.core import site
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.method import METHODS
+from peft_diffusion.generation import Adapters
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "ink": write_adapter(folder / "ink.safetensors", make_pipe(), seed=3, parts=("unet",)),
+        "said": write_adapter(folder / "said.safetensors", make_pipe(), seed=4, parts=("text_encoder",)),
+    }
+
+
+def sequential(pipe: DiffusionPipeline) -> None:
+    # What enable_sequential_cpu_offload does, which itself refuses to run where there is no accelerator.
+    cpu_offload(pipe.unet, torch.device("cpu"))
+
+
+def whole(pipe: DiffusionPipeline) -> None:
+    cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
+
+
+def grouped(kind: str, **more: object) -> Callable[[DiffusionPipeline], None]:
+    device = torch.device("cpu")
+
+    def enable(pipe: DiffusionPipeline) -> None:
+        pipe.unet.enable_group_offload(
+            onload_device=device, offload_device=device, offload_type=f"{kind}_level", num_blocks_per_group=1, **more
+        )
+
+    return enable
+
+
+OFFLOADED = {"sequential": sequential, "model": whole, "block": grouped("block"), "leaf": grouped("leaf")}
+
+
+@torch.no_grad()
+def told(pipe: DiffusionPipeline, **options: object) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(7)
+    x, words = torch.randn(1, 4, 8, 8, generator=draw), torch.randn(1, 7, 32, generator=draw)
+    found: torch.Tensor = pipe.unet(x, 5, words, **options).sample
+    return found
+
+
+@pytest.mark.parametrize("name", ["ink", "said"])
+def test_the_scale_of_cross_attention_is_refused_wherever_the_adapter_sits(
+    name: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline
+) -> None:
+    adapters = Adapters(tiny_pipe)
+    before = tiny_pipe("a cat", num_inference_steps=1, output_type="np", generator=torch.Generator().manual_seed(0)).images
+    adapters.load(files[name])
+    for harmless in ({"scale": 1.0}, {}, None):
+        tiny_pipe("a cat", num_inference_steps=1, output_type="latent", cross_attention_kwargs=harmless)
+    with pytest.raises(UserError, match=r"scale=0.5 is for diffusers' own LoRA.*Adapters\(pipe\).set"):
+        tiny_pipe("a cat", num_inference_steps=1, output_type="latent", cross_attention_kwargs={"scale": 0.5})
+    adapters.remove(name)
+    assert not tiny_pipe.unet._forward_pre_hooks
+    given = {"cross_attention_kwargs": {"scale": 0.5}, "generator": torch.Generator().manual_seed(0)}
+    assert np.array_equal(tiny_pipe("a cat", num_inference_steps=1, output_type="np", **given).images, before)
+
+
+def test_fused_projections_are_refused_unless_they_hold_the_adapters(
+    files: dict[str, Path], tiny_pipe: DiffusionPipeline
+) -> None:
+    adapters, network = Adapters(tiny_pipe), tiny_pipe.unet
+    plain = told(tiny_pipe)
+    network.fuse_qkv_projections()
+    with pytest.raises(UserError, match=r"cannot load an adapter: .*attn1.to_k out of use.*unfuse_qkv_projections"):
+        adapters.load(files["ink"])
+    assert adapters.names == () and torch.allclose(told(tiny_pipe), plain, atol=1e-6)
+    network.unfuse_qkv_projections()
+    adapters.load(files["ink"])
+    wanted = told(tiny_pipe)
+    network.fuse_qkv_projections()
+    for doing in (adapters.merge, lambda: told(tiny_pipe)):
+        with pytest.raises(UserError, match="out of use"):
+            doing()
+    network.unfuse_qkv_projections()
+    assert torch.equal(told(tiny_pipe), wanted)
+    adapters.merge()
+    network.fuse_qkv_projections()  # of weights that hold the adapters
+    assert torch.allclose(told(tiny_pipe), wanted, atol=1e-5)
+    with pytest.raises(UserError, match="cannot unmerge the adapters"):
+        adapters.unmerge()
+    network.unfuse_qkv_projections()
+    adapters.unmerge()
+    assert torch.equal(told(tiny_pipe), wanted)
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.bfloat16])
+def test_layers_that_are_cast_for_each_call_keep_adapters_in_full(
+    stored: torch.dtype, files: dict[str, Path], tiny_pipe: DiffusionPipeline
+) -> None:
+    cast = make_pipe()
+    cast.unet.enable_layerwise_casting(storage_dtype=stored, compute_dtype=torch.float32)
+    for own, rounded in zip(tiny_pipe.unet.parameters(), cast.unet.parameters(), strict=True):
+        own.data.copy_(rounded.data.float())
+    assert torch.equal(told(tiny_pipe), told(cast))
+    with pytest.raises(UserError, match="its forward is patched on the instance, as offloading and layerwise casting do"):
+        Adapters(cast).load(files["ink"])
+    Adapters(tiny_pipe).load(files["ink"])
+    carried = make_pipe()
+    adapters = Adapters(carried)
+    adapters.load(files["ink"])
+    carried.unet.enable_layerwise_casting(storage_dtype=stored, compute_dtype=torch.float32)
+    assert torch.equal(told(carried), told(tiny_pipe))
+    adapters.set(ink=0.3)
+    Adapters(tiny_pipe).set(ink=0.3)
+    assert torch.equal(told(carried), told(tiny_pipe))
+
+
+@pytest.mark.parametrize("way", OFFLOADED)
+def test_offloading_after_a_load_draws_sets_and_merges_the_same_or_is_refused(
+    way: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline
+) -> None:
+    reference = Adapters(make_pipe())
+    reference.load(files["ink"], strength=0.5)
+    wanted = told(reference.pipe)
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files["ink"])
+    OFFLOADED[way](tiny_pipe)
+    adapters.set(ink=0.5)
+    assert torch.equal(told(tiny_pipe), wanted)
+    assert all(not own.is_meta for slot in site.slots(tiny_pipe.unet).values() for own in slot.parameters())
+    if way == "sequential":
+        with pytest.raises(UserError, match=r"cannot merge: .* are offloaded and not there between calls"):
+            adapters.merge()
+        assert adapters.merged == () and torch.equal(told(tiny_pipe), wanted)
+        remove_hook_from_module(tiny_pipe.unet, recurse=True)
+    adapters.merge()
+    assert torch.allclose(told(tiny_pipe), wanted, atol=1e-5) and adapters.merged == ("unet",)
+    if way == "sequential":
+        sequential(tiny_pipe)
+        assert torch.allclose(told(tiny_pipe), wanted, atol=1e-5)
+        with pytest.raises(UserError, match="cannot unmerge"):
+            adapters.unmerge()
+        assert torch.allclose(told(tiny_pipe), wanted, atol=1e-5)
+        remove_hook_from_module(tiny_pipe.unet, recurse=True)
+    adapters.unmerge()
+    assert torch.equal(told(tiny_pipe), wanted)
+
+
+def test_weights_that_are_offloaded_to_files_are_not_merged_into(
+    files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
+) -> None:
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files["ink"])
+    grouped("block", offload_to_disk_path=str(tmp_path))(tiny_pipe)
+    with pytest.raises(UserError, match="cannot merge"):
+        adapters.merge()
+
+
+TARGETS = {"bitfit": "all-linear", "bottleneck": "sublayers"}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("prefix", "prompt", "tokens")])
+def test_every_method_runs_under_sequential_offloading(method: str, tiny_pipe: DiffusionPipeline) -> None:
+    site.attach(tiny_pipe.unet, "a", METHODS[method](), TARGETS.get(method, "attention"))
+    randomize(tiny_pipe.unet, "a")
+    wanted = told(tiny_pipe)
+    sequential(tiny_pipe)
+    assert torch.equal(told(tiny_pipe), wanted)
+
+
+def test_a_method_that_reads_a_weight_of_another_layer_refuses_sequential_offloading(tiny_pipe: DiffusionPipeline) -> None:
+    site.attach(tiny_pipe.unet, "a", METHODS["prefix"](), "cross-attentions")
+    randomize(tiny_pipe.unet, "a")
+    sequential(tiny_pipe)
+    with pytest.raises(UserError, match=r"weight of a Linear is read, but it is offloaded.*enable_model_cpu_offload"):
+        told(tiny_pipe)
