@@ -1,5 +1,8 @@
 """What a crash leaves: processes that are killed at any moment, files half written, disks and caches that fail."""
 
+import builtins
+import errno
+import io
 import json
 import math
 import os
@@ -21,11 +24,13 @@ from test_training import draw_pictures, small
 from peft_diffusion.api import train
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.events import Event, Warned
 from peft_diffusion.training.record import checkpoint
+from peft_diffusion.training.record.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
-KILLS, SEED = 20, 7
+KILLS, FULL, SEED = 20, 10, 7
 
 # What carries state from step to step; and checkpoints often enough that moments lie within one.
 RUN = {"steps": 9, "save_every": 3, "log_every": 1, "ema": 0.9, "scheduler": "cosine", "held_out": 0.2, "dropout": 0.2}
@@ -67,7 +72,7 @@ def outcome(where: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     lines = [json.loads(line) for line in (where / "run" / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         del line["seconds"], line["crc32"]
-    last = checkpoint.read(where / "run" / "checkpoints" / "step_000009.safetensors")
+    last = checkpoint.read(max((where / "run" / "checkpoints").glob("step_*.safetensors")))
     assert last is not None
     return load_file(where / "a.safetensors"), last.state.tensors, lines
 
@@ -117,22 +122,90 @@ def test_what_a_killed_run_was_writing_goes_when_it_goes_on(tmp_path: Path) -> N
     assert own.exists() and not any(path.exists() for path in half)
 
 
-def test_a_run_that_met_a_full_disk_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = draw_pictures(tmp_path / "pictures")
-    train(small(pictures, tmp_path / "whole", **RUN), pipe=make_pipe())
-    sync = os.fsync
+class Disk:
+    """A disk with room for so many bytes more, for all that Python writes below a folder; cut short as a real one cuts."""
 
-    def full(number: int) -> None:
-        if (tmp_path / "cut" / "run" / "checkpoints" / "step_000003.safetensors").exists():
-            raise OSError(28, "No space left on device")
-        sync(number)
+    def __init__(self, folder: Path, room: float) -> None:
+        self.folder = str(folder)
+        self.room = room
+        self.taken = 0
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match="cannot be written: No space left on device"):
-            train(small(pictures, tmp_path / "cut", **RUN), pipe=make_pipe())
-    train(small(pictures, tmp_path / "cut", resume=True, **RUN), pipe=make_pipe())
-    assert_same(tmp_path / "whole", tmp_path / "cut")
+    def open(self, file: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
+        """``open``, with files below the folder that end where the disk is full."""
+        ours = isinstance(file, (str, os.PathLike)) and os.fspath(file).startswith(self.folder)
+        if not ours or not set(mode) & set("wax+"):
+            return OPEN(file, mode, *more, **named)
+        raw = _Limited(self, file, mode.replace("b", "").replace("t", ""))
+        buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+        return buffered if "b" in mode else io.TextIOWrapper(buffered, named.get("encoding"))
+
+    def sync(self, number: int) -> None:
+        """``os.fsync``, which tells of a disk that is full where others wrote."""
+        self.take(0 if self.taken < self.room else 1)
+        SYNC(number)
+
+    def take(self, size: int) -> int:
+        """How many of so many bytes there is room for, at least one."""
+        given = int(min(size, self.room - self.taken))
+        if size and given <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.taken += given
+        return given
+
+
+class _Limited(io.FileIO):
+    def __init__(self, disk: Disk, file: Any, mode: str) -> None:
+        super().__init__(file, mode)
+        self.disk = disk
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        return super().write(view[: self.disk.take(len(view))])
+
+
+OPEN, SYNC = io.open, os.fsync
+SHORT = RUN | {"steps": 2, "save_every": 1, "preview_steps": 1, "preview_prompts": ("a cat",)}
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
+    """Pictures, where a run on them lies that nothing disturbed, and the bytes that it wrote."""
+    pictures = draw_pictures(tmp_path_factory.mktemp("pictures") / "pictures", 3)
+    where = tmp_path_factory.mktemp("whole")
+    disk = Disk(where, math.inf)
+    with pytest.MonkeyPatch.context() as patched:
+        mount(patched, disk)
+        train(small(pictures, where, **SHORT), pipe=make_pipe())
+    assert disk.taken > 100_000
+    return pictures, where, disk.taken
+
+
+def mount(patched: pytest.MonkeyPatch, disk: Disk) -> None:
+    """Let everything below the folder of a disk be written to it."""
+    for module in (io, builtins):
+        patched.setattr(module, "open", disk.open)
+    patched.setattr(os, "fsync", disk.sync)
+
+
+@pytest.mark.parametrize("moment", range(FULL))
+def test_a_run_that_met_a_full_disk_at_any_moment_goes_on_to_the_same_bytes(
+    moment: int, short: tuple[Path, Path, int], tmp_path: Path
+) -> None:
+    pictures, whole, size = short
+    with pytest.MonkeyPatch.context() as patched:
+        mount(patched, Disk(tmp_path, random.Random(moment).uniform(moment, moment + 1) / FULL * size))
+        with pytest.raises(UserError, match=f"{tmp_path}.*cannot be written: No space left on device; free space"):
+            train(small(pictures, tmp_path, **SHORT), pipe=make_pipe())
+    adapter = tmp_path / "a.safetensors"
+    if adapter.exists():  # the report after it did not fit
+        assert_same(whole, tmp_path)
+    begun = RunFolder(tmp_path / "run").holds_a_run()
+    told: list[Event] = []
+    config = small(pictures, tmp_path, resume=begun, overwrite=not begun, **SHORT)
+    train(config, pipe=make_pipe(), observers=[told.append])
+    assert not [event for event in told if isinstance(event, Warned)], "nothing was lost"
+    assert_same(whole, tmp_path)
+    assert not [path for path in tmp_path.rglob(".*") if path.is_file()], "what was written aside goes"
 
 
 def test_a_cache_that_is_damaged_or_of_another_vae_is_named_and_changes_nothing(tmp_path: Path) -> None:

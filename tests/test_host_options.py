@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
-from conftest import make_pipe
-from diffusers import DiffusionPipeline
+from conftest import make_pipe, make_xl_pipe
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline, StableDiffusionXLImg2ImgPipeline
 from laws import randomize
+from peft import LoraConfig
 from test_formats import write_adapter
 
+from peft_diffusion.bases.base import denoiser_of
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.method import METHODS
@@ -185,3 +188,98 @@ def test_a_method_that_reads_a_weight_of_another_layer_refuses_sequential_offloa
     sequential(tiny_pipe)
     with pytest.raises(UserError, match=r"weight of a Linear is read, but it is offloaded.*enable_model_cpu_offload"):
         told(tiny_pipe)
+
+
+def test_what_is_loaded_in_inference_mode_is_set_and_trained_outside_of_it(
+    files: dict[str, Path], tiny_pipe: DiffusionPipeline
+) -> None:
+    reference = Adapters(make_pipe())
+    reference.load(files["ink"], strength=0.5)
+    adapters = Adapters(tiny_pipe)
+    with torch.inference_mode():
+        adapters.load(files["ink"])
+        adapters.set(ink=[0.1, 0.2])
+    adapters.set(ink=[0.3, 0.4])
+    adapters.set(ink=0.5)
+    assert torch.equal(told(tiny_pipe), told(reference.pipe))
+    assert not any(own.is_inference() for slot in site.slots(tiny_pipe.unet).values() for own in slot.parameters())
+    with torch.inference_mode():
+        adapters.merge()
+    adapters.unmerge()
+    adapters.remove("ink")
+    assert torch.equal(told(tiny_pipe), told(make_pipe()))
+
+
+def drawn(pipe: DiffusionPipeline, prompts: list[str], each: int = 1, **options: Any) -> np.ndarray:
+    draws = [torch.Generator().manual_seed(number) for number in range(len(prompts) * each)]
+    images: np.ndarray = pipe(
+        prompts, num_images_per_prompt=each, num_inference_steps=1, output_type="np", generator=draws, **options
+    ).images
+    return images
+
+
+@pytest.mark.parametrize(("pag", "guidance"), [(3.0, 5.0), (3.0, 1.0)])
+def test_strengths_per_image_under_perturbed_attention_are_those_of_separate_runs(
+    pag: float, guidance: float, files: dict[str, Path], tiny_pipe: DiffusionPipeline
+) -> None:
+    pipe = AutoPipelineForText2Image.from_pipe(tiny_pipe, enable_pag=True, pag_applied_layers=["mid"])
+    options: dict[str, Any] = {"pag_scale": pag, "guidance_scale": guidance}
+    adapters, said = Adapters(pipe), ["a cat", "a dog"]
+    adapters.load(files["ink"], strength=0.0)
+    without = drawn(pipe, said, **options)
+    adapters.set(ink=1.0)
+    full = drawn(pipe, said, **options)
+    adapters.set(ink=[0.0, 1.0])
+    mixed = drawn(pipe, said, **options)
+    assert np.allclose(mixed[0], without[0], atol=1e-5) and np.allclose(mixed[1], full[1], atol=1e-5)
+    assert not np.allclose(full, without, atol=1e-3)
+    with pytest.raises(UserError, match="2 images, but 1 is drawn"):
+        drawn(pipe, said[:1], **options)
+
+
+def test_a_text_encoder_takes_strengths_for_the_images_of_each_prompt(
+    files: dict[str, Path], tiny_pipe: DiffusionPipeline
+) -> None:
+    adapters, said = Adapters(tiny_pipe), ["a cat", "a dog"]
+    adapters.load(files["said"], strength=0.0)
+    without = drawn(tiny_pipe, said, 2)
+    adapters.set(said=1.0)
+    full = drawn(tiny_pipe, said, 2)
+    adapters.set(said=[0.0, 0.0, 1.0, 1.0])
+    mixed = drawn(tiny_pipe, said, 2)
+    assert np.allclose(mixed[:2], without[:2], atol=1e-5) and np.allclose(mixed[2:], full[2:], atol=1e-5)
+    adapters.set(said=[0.0, 1.0, 1.0, 1.0])
+    with pytest.raises(UserError, match="read once cannot have 2 strengths; give a prompt for each image"):
+        drawn(tiny_pipe, said, 2)
+
+
+def test_a_refiner_without_a_first_text_encoder_carries_adapters_and_is_not_trained(tmp_path: Path) -> None:
+    base = make_xl_pipe()
+    file = write_adapter(tmp_path / "fine.safetensors", base, seed=3, parts=("unet", "text_encoder_2"))
+    refiner = StableDiffusionXLImg2ImgPipeline(
+        **{**make_xl_pipe().components, "text_encoder": None, "tokenizer": None}, add_watermarker=False
+    )
+    adapters = Adapters(refiner)
+    adapters.load(file)
+    assert adapters["fine"].report.unmatched == () and set(site.sites(refiner.unet)) != set()
+    assert site.sites(refiner.text_encoder_2)
+    with pytest.raises(UserError, match="is the refiner of Stable Diffusion XL, which finishes pictures; train on its base"):
+        denoiser_of(refiner).conditioning((torch.zeros(1, 77, 64),), {"sizes": torch.zeros(1, 6)})
+
+
+def test_loras_of_diffusers_come_after_ours_or_are_told(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
+    theirs = LoraConfig(r=2, target_modules=["to_q", "ff.net.2"], init_lora_weights=False)
+    torch.manual_seed(5)
+    tiny_pipe.unet.add_adapter(theirs, "theirs")
+    with pytest.raises(UserError, match=r"carries an adapter of peft already.*unload_lora_weights.*load ours first"):
+        Adapters(tiny_pipe).load(files["ink"])
+    folded = make_pipe()
+    for path, layer in tiny_pipe.unet.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            folded.unet.get_submodule(path).weight.data += layer.get_delta_weight("theirs").detach()
+    Adapters(folded).load(files["ink"])
+    both = make_pipe()
+    Adapters(both).load(files["ink"])
+    torch.manual_seed(5)
+    both.unet.add_adapter(theirs, "theirs")
+    assert torch.allclose(told(both), told(folded), atol=1e-5)

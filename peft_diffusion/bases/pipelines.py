@@ -153,12 +153,13 @@ def images_drawn(pipeline: Pipeline, rows: int) -> int:
 
     Args:
         pipeline: The one that draws.
-        rows: Noisy latents in the batch, each twice where the pipeline guides.
+        rows: Noisy latents in the batch, each once more for each kind of guidance: classifier-free, and perturbed attention.
 
     Returns:
         How many images are drawn.
     """
-    return rows // (2 if pipeline.do_classifier_free_guidance else 1)
+    perturbed = bool(getattr(pipeline, "do_perturbed_attention_guidance", False))
+    return rows // (1 + bool(pipeline.do_classifier_free_guidance) + perturbed)
 
 
 def progress(pipeline: Pipeline, now: float) -> float:

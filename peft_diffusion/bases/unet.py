@@ -12,7 +12,8 @@ from .family import Family
 from .pipelines import Pipeline, uncompiled
 from .prompts import TextSide
 
-_NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_NEEDED = ("unet", "vae", "scheduler")
+_FIRST_READER, _REFINERS_READER = ("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")
 _PREDICTIONS = ("epsilon", "v_prediction", "flow_prediction", "sample")
 _WIDTHS = (320, 640, 1280, 1280)
 _BY_TEXT_WIDTH = {768: "sd1", 1024: "sd2"}
@@ -30,7 +31,9 @@ class UNetDenoiser(Denoiser):
         Raises:
             UserError: It lacks a part, or its UNet takes other latents than its VAE gives.
         """
-        missing = [name for name in _NEEDED if getattr(pipe, name, None) is None]
+        refines = all(getattr(pipe, name, None) is not None for name in _REFINERS_READER)
+        needed = _NEEDED if refines else (*_NEEDED, *_FIRST_READER)
+        missing = [name for name in needed if getattr(pipe, name, None) is None]
         if missing:
             raise UserError(f"{type(pipe).__name__} is no Stable Diffusion with a UNet: it has no {', '.join(missing)}")
         self.pipe = pipe
@@ -113,9 +116,14 @@ class UNetDenoiser(Denoiser):
 
         Returns:
             What `predict` takes.
+
+        Raises:
+            UserError: It is the refiner of Stable Diffusion XL, which has one text encoder of the two.
         """
         dtype = next(self.network.parameters()).dtype
         hidden, *summary = (tensor.to(dtype) for tensor in encoding)
+        if self.size_conditioned and not summary:
+            raise UserError("this is the refiner of Stable Diffusion XL, which finishes pictures; train on its base")
         added = {"text_embeds": summary[0], "time_ids": inputs["sizes"]} if self.size_conditioned else {}
         return Conditioning(hidden, added, inputs["inpainting"].to(dtype) if self.inpaints else None)
 

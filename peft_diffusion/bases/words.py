@@ -320,9 +320,10 @@ def _wanted(word: Word, strengths: Strengths, index: int, count: int) -> bool:
     if word.owner not in strengths.names:
         return False
     row = strengths.values[strengths.index(word.owner), word.block].tolist()
-    if count % len(row):
-        return any(row)
-    return bool(row[index % len(row)])
+    if len(row) % count == 0:  # a prompt for each image, or one for several that follow one another
+        each = len(row) // count
+        return any(row[index * each : (index + 1) * each])
+    return any(row) if count % len(row) else bool(row[index % len(row)])
 
 
 class _Reader:

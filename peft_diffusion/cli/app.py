@@ -19,6 +19,7 @@ from ..core.errors import UserError
 from ..core.events import interrupts_apart
 from .config_file import RunFile, whole_numbers
 from .flags import explained
+from .terminal import PlainFormatter, say
 
 # Each command is the function of its name in the module of its name; its module is imported when it is called.
 COMMANDS = {
@@ -119,7 +120,7 @@ def _run(given: list[str]) -> int:
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in given:
-            traceback.print_exception(error)
+            say("".join(traceback.format_exception(error)).rstrip(), error=True)
         return _explain(error)
     return OK
 
@@ -168,7 +169,7 @@ def _fail(message: str, code: int) -> int:
 
 def _say(message: str, code: int) -> int:
     with contextlib.suppress(OSError):
-        print(" ".join(message.split()), file=sys.stderr)
+        say(" ".join(message.split()), error=True)
     return code
 
 
@@ -178,7 +179,7 @@ def _notes(debug: bool) -> Iterator[None]:
     logger = logging.getLogger("peft_diffusion")
     before = logger.level, logger.propagate
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    handler.setFormatter(PlainFormatter("note: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     logger.propagate = False

@@ -3,6 +3,7 @@
 from ..generation.settings import BlendConfig
 from .flags import reads
 from .progress import GenerationConsole
+from .terminal import say
 
 
 @reads(BlendConfig)
@@ -16,4 +17,4 @@ def blend(config: BlendConfig) -> None:
 
     with GenerationConsole("blending") as console:
         run(config, observers=[console])
-    print(config.output)
+    say(config.output)

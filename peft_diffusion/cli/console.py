@@ -14,6 +14,7 @@ from ..core.events import Ended, Event
 from ..core.events import Progress as Reading
 from ..training.events import Losses, Preview, RatesFound, Started, Step, Trained
 from ..training.results import FoundRates
+from .screen import Screen
 
 _SMOOTH = 0.9
 _LINE_EVERY = 15.0  # seconds between lines where no bar can be drawn
@@ -26,7 +27,7 @@ class TrainingConsole:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or Screen()
         self._spinner: Status | None = None
         self._bar: _Bar | None = None
 

@@ -10,6 +10,7 @@ from ..generation.recipe import check_folder
 from ..generation.settings import BlendConfig, Choice, DemoConfig, GenerateConfig
 from .flags import reads
 from .progress import GenerationConsole
+from .terminal import say
 
 if TYPE_CHECKING:
     from ..bases.pipelines import Pipeline
@@ -35,7 +36,7 @@ def demo(config: DemoConfig) -> None:
         _check_own(config.output, style)
     folders = {style: embedded(f"styles/{style}") for style in STYLES}
     files = {style: config.output / f"{style}.safetensors" for style in STYLES}
-    print("Loading the base; the first time takes a while ...", flush=True)
+    say("Loading the base; the first time takes a while ...")
     from ..bases import load_base
     from ..generation import Adapters
 
@@ -70,7 +71,7 @@ def _train(pipe: "Pipeline", config: DemoConfig, folders: dict[str, Path], files
     from .console import TrainingConsole
 
     for number, (style, folder) in enumerate(folders.items(), 1):
-        print(f"\nStyle {number} of {len(folders)}: {style}, {config.steps} steps", flush=True)
+        say(f"\nStyle {number} of {len(folders)}: {style}, {config.steps} steps")
         run = TrainConfig(
             folder=(folder,),
             output=files[style],
@@ -125,7 +126,7 @@ def _tell(config: DemoConfig, files: dict[str, Path]) -> None:
     first, second = files.values()
     base = "" if config.base == DemoConfig.base else f" --base {config.base}"
     style = next(iter(STYLES.values()))
-    print(f"""
+    say(f"""
 Look at
   {output / "styles.png"}   the same subjects without an adapter and in each style
   {output / "blend.png"}    from all of one style to all of the other

@@ -3,6 +3,7 @@
 from ..generation.settings import GenerateConfig
 from .flags import reads
 from .progress import GenerationConsole
+from .terminal import say
 
 
 @reads(GenerateConfig)
@@ -18,6 +19,6 @@ def generate(config: GenerateConfig) -> None:
     with GenerationConsole("generating") as console:
         pictures = run(config, observers=[console])
     for picture in pictures:
-        print(picture.path)
+        say(picture.path)
     if config.sheet is not None:
-        print(config.sheet)
+        say(config.sheet)

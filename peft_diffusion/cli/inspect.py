@@ -13,6 +13,7 @@ from ..formats.spec import missing_plugins
 from ..generation.compatibility import Compatibility, compare
 from ..generation.settings import InspectConfig
 from .flags import reads
+from .terminal import say
 
 # What of a training is shown, where the file tells it.
 _TRAINING = {
@@ -40,7 +41,7 @@ def inspect(config: InspectConfig) -> None:
     fits = {pair: compare(*pair_of) for pair, pair_of in _pairs(found).items()}
     if config.json:
         plain = {"files": [_plain(one) for one in found], "fits": [_plain_fit(*item) for item in fits.items()]}
-        print(json.dumps(plain, indent=2))
+        say(json.dumps(plain, indent=2))
     else:
         _show(found, fits)
     for one in found if config.strict else ():
@@ -52,11 +53,12 @@ def _pairs(found: list[Inspection]) -> dict[tuple[str, str], tuple[Inspection, I
 
 
 def _show(found: list[Inspection], fits: Mapping[tuple[str, str], Compatibility]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    from .screen import Screen
+
+    console = Screen()
     for one in found:
         table = Table(title=Text(str(one.path), style="bold"), title_justify="left", show_header=False)
         table.add_column(style="cyan", no_wrap=True)

@@ -1,10 +1,10 @@
 """What drawing and writing tell the person in front of it: a bar on stderr where a person watches, and notes."""
 
-import sys
 from types import TracebackType
 from typing import Self
 
 from ..core.events import Event, Noted, Progress, Warned
+from .terminal import say
 
 
 def show_notes(event: Event) -> None:
@@ -15,7 +15,7 @@ def show_notes(event: Event) -> None:
     """
     match event:
         case Warned() | Noted():
-            print(f"note: {event.message}", file=sys.stderr)
+            say(f"note: {event.message}", error=True)
 
 
 class GenerationConsole:
@@ -29,11 +29,12 @@ class GenerationConsole:
 
     def __init__(self, title: str) -> None:
         # Not above: what needs no bar need not wait for it.
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        console = Console(stderr=True)
+        from .screen import Screen
+
+        console = Screen(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Bar(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task(title, total=None)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +13,8 @@ from ..core.errors import UserError
 from ..core.settings import PARAMETERS, Flag, explained, setting, settle
 from ..training.record.run_record import Record, differing, find, only
 from .flags import reads
+from .screen import Screen
+from .terminal import say
 
 _WIDE = 1000  # letters, more than any table has
 _COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
@@ -67,7 +68,7 @@ def _list(records: Sequence[Record], folder: Path) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for record in records:
         table.add_row(*_row(record, folder))
-    console = Console()
+    console = Screen()
     if not console.is_terminal and "COLUMNS" not in os.environ:  # into a file or a program: nothing need be narrow
         console.width = max(console.width, console.measure(table, options=console.options.update(width=_WIDE)).maximum)
     console.print(table)
@@ -107,7 +108,7 @@ def _numbers(record: Record) -> list[str]:
 
 def _compare(first: Record, second: Record, html: Path | None) -> None:
     records = (first, second)
-    console = Console()
+    console = Screen()
     settings = differing(records)
     console.print(_table("settings that differ", records, {name: [str(v) for v in own] for name, own in settings.items()}))
     labels = ("rank", "steps", "unseen loss before", "unseen loss after", "best step", "seconds")
@@ -129,7 +130,7 @@ def _compare(first: Record, second: Record, html: Path | None) -> None:
         with explained(html):
             html.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(html, compared(first, second).encode())
-        print(html)
+        say(html)
 
 
 def _table(title: str, records: Sequence[Record], rows: dict[str, list[str]]) -> Table:

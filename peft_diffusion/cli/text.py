@@ -4,6 +4,7 @@ from ..generation.text_settings import TextGenerateConfig
 from ..training.settings.shared import FindLr
 from ..training.settings.text import TextTrainConfig
 from .flags import reads
+from .terminal import say
 
 
 @reads(TextTrainConfig, FindLr)
@@ -35,4 +36,4 @@ def generate(config: TextGenerateConfig) -> None:
     from .progress import show_notes
 
     for number, one in enumerate(generate_text(config, observers=[show_notes])):
-        print(("\n" if number else "") + one.prompt + one.continuation, flush=True)
+        say(("\n" if number else "") + one.prompt + one.continuation)

@@ -5,8 +5,11 @@ Threads that share a base then see whole changes of each other only. Drawing tak
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
+
+import torch
 
 _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
@@ -25,7 +28,17 @@ def one_at_a_time(change: Callable[_Given, _Result]) -> Callable[_Given, _Result
 
     @functools.wraps(change)
     def waiting(*given: _Given.args, **named: _Given.kwargs) -> _Result:
-        with _lock:
+        with _lock, _lasting():
             return change(*given, **named)
 
     return waiting
+
+
+@contextmanager
+def _lasting() -> Iterator[None]:
+    """Leave ``torch.inference_mode``: a tensor that is made in it can never be written or trained outside of it."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -215,7 +216,9 @@ def _refuse_tied(
 def _write(site: nn.Module, tensors: dict[str, Tensor]) -> None:
     # In place: compiled and captured models see it.
     for name, tensor in tensors.items():
-        _held(site, name).copy_(tensor)
+        held = _held(site, name)
+        with torch.inference_mode() if held.is_inference() else nullcontext():  # of a base that was loaded in that mode
+            held.copy_(tensor)
 
 
 def _held(site: nn.Module, name: str) -> Tensor:

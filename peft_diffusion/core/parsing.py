@@ -102,10 +102,7 @@ def matching(expression: str, texts: Sequence[str], what: str) -> list[str]:
     """
     import time
 
-    import regex  # which can be given a time limit
-
-    with refusing(f"{what} {_short(expression)} is neither a name nor a regular expression"):
-        compiled = regex.compile(expression)
+    compiled = compiled_for(expression, what)
     end = time.monotonic() + _TIME_LIMIT
     try:
         return [text for text in texts if compiled.fullmatch(text, timeout=max(end - time.monotonic(), 1e-3))]
@@ -114,6 +111,25 @@ def matching(expression: str, texts: Sequence[str], what: str) -> list[str]:
             f"{what} {_short(expression)} takes longer than {_TIME_LIMIT:g} seconds on {len(texts)} names; write it"
             " without a repetition inside of a repetition"
         ) from None
+
+
+def compiled_for(expression: str, what: str) -> Any:
+    """Compile a regular expression of the user's.
+
+    Args:
+        expression: As Python's ``re`` has them.
+        what: What errors call the expression.
+
+    Returns:
+        The expression of the library ``regex``, which can be given a time limit.
+
+    Raises:
+        UserError: It is no expression.
+    """
+    import regex
+
+    with refusing(f"{what} {_short(expression)} is neither a name nor a regular expression"):
+        return regex.compile(expression)
 
 
 class Patterns:

@@ -433,8 +433,26 @@ def _restore(site: AdaptedSite) -> None:
     site.__class__ = base_class(site)  # type: ignore[assignment]
 
 
+def refuse_wrapped(path: str, module: nn.Module) -> None:
+    """See that a module is the base's own, not one that peft has put in its place.
+
+    Args:
+        path: Where it is, for the error.
+        module: The module.
+
+    Raises:
+        UserError: peft has wrapped it, as ``pipe.load_lora_weights`` does.
+    """
+    if isinstance(getattr(module, "base_layer", None), nn.Module):
+        raise UserError(
+            f"{path} carries an adapter of peft already, as pipe.load_lora_weights() and add_adapter() make them; call"
+            " pipe.unload_lora_weights() and load it here too, or load ours first and theirs then"
+        )
+
+
 def _check_free(path: str, module: nn.Module) -> None:
     """Raises UserError where the class of a module cannot be swapped, or swapped back, with any effect."""
+    refuse_wrapped(path, module)
     if "forward" in vars(module):
         raise UserError(
             f"{path}: its forward is patched on the instance, as offloading and layerwise casting do; attach and remove"

@@ -207,7 +207,8 @@ class Strengths(KeepsPrecision):
         return self.names.index(name)
 
     def at(self, rows: int | Tensor, block: int, y: Tensor) -> Tensor:
-        """Give the strengths at a block. Classifier-free guidance doubles the batch, over which they are then repeated.
+        """Give the strengths at a block. Guidance calls for each image two or three times (classifier-free guidance and
+        perturbed attention, https://arxiv.org/abs/2403.17377), over which they are then repeated.
 
         Args:
             rows: One row of ``values``, or several.
@@ -218,7 +219,7 @@ class Strengths(KeepsPrecision):
             (n,) for one row, (n, rows) for several, in the dtype of ``y``; n is 1 or the batch.
 
         Raises:
-            UserError: The batch is neither the number of images nor twice that.
+            UserError: The batch is neither once, twice nor three times the number of images, nor that of their prompts.
         """
         step = self._step()
         values = (self.values if step is None else step.values)[rows, block].to(y.dtype)
@@ -227,9 +228,24 @@ class Strengths(KeepsPrecision):
         images, batch = values.shape[0], y.shape[0]
         if images == 1:
             return values
-        if batch not in (images, 2 * images):
+        if images % batch == 0:  # each prompt once, as a text encoder reads it for the several images that it is for
+            return self._one_a_prompt(values, batch)
+        if batch not in (2 * images, 3 * images):
             raise UserError(f"there are strengths for {images} images, but the batch holds {batch}")
         return values.repeat(batch // images, *[1] * (values.ndim - 1))
+
+    def _one_a_prompt(self, values: Tensor, prompts: int) -> Tensor:
+        """The strengths of each prompt, whose images follow one another. Raises UserError where they differ among these."""
+        images = values.shape[0]
+        if images == prompts:
+            return values
+        each = values.view(prompts, images // prompts, *values.shape[1:])
+        if bool((each != each[:, :1]).any()):
+            raise UserError(
+                f"there are strengths for {images} images, but the batch holds {prompts}: a prompt that is read once cannot"
+                f" have {images // prompts} strengths; give a prompt for each image, in place of num_images_per_prompt"
+            )
+        return each[:, 0]
 
     def scalar(self, name: str) -> Tensor:
         """Give the strengths of an adapter that hold for all images.

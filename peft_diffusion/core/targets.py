@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .errors import UserError, did_you_mean
-from .parsing import matching
+from .parsing import compiled_for, matching
 from .slot import slot_of
 from .target_tables import TABLES, UNKNOWN, TargetTable
 
@@ -95,6 +95,19 @@ def blocks(component: nn.Module) -> Blocks:
     pattern = table(component).block
     found = (re.fullmatch(pattern, path) for path in modules(component))
     return Blocks((*dict.fromkeys(match[1] for match in found if match), OTHER_BLOCK), pattern)
+
+
+def check(target: str) -> None:
+    """See that a target is a name that some architecture has, or an expression; for the time before there is a component.
+
+    Args:
+        target: As `match` takes it.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if target not in KINDS and not any(target in one.targets for one in TABLES.values()):
+        compiled_for(target, "target")
 
 
 def match(component: nn.Module, target: str) -> list[str]:

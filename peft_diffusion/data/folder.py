@@ -213,6 +213,20 @@ def scan(
     return result
 
 
+def check_folders(folders: Sequence[Path]) -> None:
+    """See that there are folders, and a picture in one of them by its name; nothing is read.
+
+    Args:
+        folders: The folders.
+
+    Raises:
+        UserError: There is nothing to train on, or a folder does not exist.
+    """
+    listings = [_list(_folder(root)) for root in folders]
+    if not any(_is_picture(name) for one in listings for name in (*one.names, *one.strange)):
+        _check_not_empty(ImageFolder(tuple(folders), (), ()), listings)
+
+
 def _check_not_empty(folder: ImageFolder, listings: Iterable[_Listing]) -> None:
     """Stop only where nothing could be used whatever the user waives: missing captions have their own message."""
     if folder.pictures or any(problem.stops for problem in folder.problems):

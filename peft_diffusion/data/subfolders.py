@@ -50,6 +50,20 @@ def apply(
     ]
 
 
+def check(repeats: Sequence[str], weights: Sequence[str]) -> None:
+    """See that texts are what `apply` takes, before there are images.
+
+    Args:
+        repeats: See `apply`.
+        weights: See `apply`.
+
+    Raises:
+        UserError: A text is malformed, or a number is out of range.
+    """
+    _parse(repeats, "--repeats", int, 1)
+    _parse(weights, "--folder-weight", float, 0)
+
+
 def describe(pictures: Sequence[TrainingImage]) -> list[str]:
     """List the subfolders whose images are drawn more than once an epoch or have a weight other than 1.
 

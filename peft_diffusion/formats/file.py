@@ -207,6 +207,7 @@ def _ordered(chosen: Iterable[Any], spec: Spec | None, component: str) -> list[A
 def _built(site: _Site, module: nn.Module, found: Plan, tensors: Mapping[str, Tensor], pipe: Base) -> Adapter | None:
     """The adapter of one site, of one method or several; None where there is none that is known. Raises UserError."""
     where = f"{site.component}.{site.path}"
+    sites.refuse_wrapped(where, module)
     shown = ", ".join(f"{suffix} {shape}" for suffix, shape in site.plan.shapes.items())
     with refusing(f"{found.path}: {where}: {shown} make no adapter; the file is damaged"):
         own = _values(site, found, tensors, pipe)

@@ -14,7 +14,6 @@ from ..core.errors import UserError
 from ..core.events import Event, Observer
 from ..core.settings import flag, pick
 from ..data.captions import with_trigger
-from ..data.folder import TrainingImage
 from ..fast.unet import fused
 from .attachment import NAME, new_words, selected_components, with_words
 from .drawing import Drawing
@@ -31,7 +30,7 @@ from .settings.derive import resolve
 from .settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
 from .settings.placements import Placement, blocks
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
-from .tasks.preparation import Prepared, check_apart, check_places, prepare
+from .tasks.preparation import Prepared, check_apart, check_places, items, prepare
 from .watch.previews import PROMPTS, Previews
 
 _PROMPT = 200  # characters of a prompt that is proposed
@@ -123,7 +122,7 @@ class PictureMaterial:
     @property
     def items(self) -> list[dict[str, str]]:
         """The pictures, and those of the class."""
-        return [_item(picture) for picture in (*self.prepared.pictures, *self.prepared.class_pictures)]
+        return items(self.prepared.pictures, self.prepared.class_pictures)
 
     def faster(self) -> AbstractContextManager[None]:
         """The UNet fused, on CUDA, where steps may be recorded."""
@@ -251,11 +250,3 @@ def searched(config: TrainConfig) -> TrainConfig:
     if config.shard_base:
         raise UserError("--find-lr runs in one process, which cannot shard a base; leave --shard-base away")
     return replace(config, preview_steps=0)
-
-
-def _item(picture: TrainingImage) -> dict[str, str]:
-    """What of a picture a run depends on."""
-    item = {"name": picture.name, "digest": picture.digest, "caption": picture.caption}
-    item |= {"mask": picture.mask_digest} if picture.mask_digest else {}
-    drawn = (picture.repeats, picture.weight)
-    return item | ({"drawn": f"{drawn[0]} times, weight {drawn[1]:g}"} if drawn != (1, 1.0) else {})

@@ -5,7 +5,6 @@ the same for pictures and for text, and stands here once.
 """
 
 import datetime
-import hashlib
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from .. import formats
 from ..bases import checksum, components, fingerprint
 from ..bases.base import Base, frozen
 from ..bases.words import teach
-from ..core import plugins, site
+from ..core import plugins, site, targets
 from ..core.arena import Arena
 from ..core.errors import Interrupted, UnknownMethodError, UserError
 from ..core.events import Ended, Event, Observer, Observers, Stop, Warned, check_stop, observed, stop_on_signal
@@ -29,10 +28,11 @@ from ..core.settings import Settings, pick, portable, to_json
 from ..fast.low_rank import Working
 from .attachment import NAME, Attached, at_strength, attach, described
 from .events import Data, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
+from .loop.optimizers import check_optimizer
 from .loop.trainer import Task, Trainer, TrainerSettings, TrainerState
 from .machine.memory_plan import Load, MemoryPlan
 from .machine.processes import Processes, join
-from .record.checkpoint import Origin
+from .record.checkpoint import Origin, digest
 from .record.facts import about, commands
 from .record.measurements import best_step, measurements, verdict
 from .record.recorder import Recorder, ReportWriter
@@ -41,27 +41,17 @@ from .record.trackers import Tracker, check_tracker
 from .results import FoundRates, Outcome, RunResult
 from .settings.choices import LogWith
 from .settings.pictures import TrainConfig
-from .settings.placements import Placement, check_methods, plugins_of
-from .settings.resumption import DERIVED
-from .settings.shared import MethodSettings, RunSettings
+from .settings.placements import Placement, check_methods, plugins_of, targets_of
+from .settings.resumption import DERIVED, PROCESSES
+from .settings.shared import AskedSettings, MethodSettings, RunSettings
 from .watch.clock import Clock
 from .watch.find_lr import Search, refuse_several_processes
 from .watch.previews import Previews
 from .watch.strength import suggest
 
-_PROCESSES = "processes"  # how many learn together, beside the settings of a run
 _TOO_EARLY = "stopped before the first step: there is nothing to go on from"
 
 Result = TypeVar("Result", bound=RunResult)
-
-
-class AskedSettings(MethodSettings, Protocol):
-    """What a run is told that its course depends on before anything is read."""
-
-    @property
-    def device(self) -> str: ...
-    @property
-    def log_with(self) -> LogWith | None: ...
 
 
 class BaseInfo(Settings, Protocol):
@@ -362,6 +352,8 @@ def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop
         _check_methods(source)
         check_tracker(source.asked.log_with)
         folder = source.folder()
+        if source.asked.resume:
+            folder.check_asked(source.asked, processes.size)
         with _claimed(source.output) if processes.leads else nullcontext():
             if processes.leads:
                 folder = source.folder()  # again: another run may have written the output before this one claimed it
@@ -423,14 +415,17 @@ def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop:
 
 
 def _check_methods(source: Source[Any]) -> None:
-    """Check the methods that a run asks for.
+    """Check the methods that a run asks for, their targets and the optimizer: all that needs neither base nor data.
 
     Raises:
-        UserError: As `check_methods` does; where the run that shall go on was trained with a plug-in that was not loaded,
-            the error names it.
+        UserError: As `check_methods`, `targets.check` and `check_optimizer` do; where the run that shall go on was trained
+            with a plug-in that was not loaded, the error names it.
     """
     try:
         check_methods(source.asked)
+        for target in targets_of(source.asked):
+            targets.check(target)
+        check_optimizer(source.asked.optimizer)
     except UnknownMethodError as error:
         folder = source.folder() if source.asked.resume else None
         missing = [module for module in folder.plugins if module not in plugins.loaded()] if folder else []
@@ -538,12 +533,6 @@ class _Run(Generic[Result]):
             found = self.folder.newest()
         if found is None:
             return Started(self.folder.path, 0, config.steps, resumed=True)
-        before = found.origin.config.get(_PROCESSES, 1)
-        if before != processes.size:
-            raise UserError(
-                f"the run in {self.folder.path} had {before} processes, and there are {processes.size} now, so its batches"
-                " would be others; start as many, or a new run with another --run-dir"
-            )
         self.trainer.load(found.state)
         self.trainer.measured = processes.agreed(dict(self.folder.held_out))
         planned = int(found.origin.config["steps"])
@@ -721,23 +710,8 @@ def origin_of(config: RunSettings, items: Sequence[Mapping[str, str]], base: str
     Returns:
         All of it.
     """
-    settings = {**to_json(config), DERIVED: sorted(config.derived), _PROCESSES: processes.size}
+    settings = {**to_json(config), DERIVED: sorted(config.derived), PROCESSES: processes.size}
     return Origin(settings, digest(items), base)
-
-
-def digest(items: Sequence[Mapping[str, str]]) -> str:
-    """Digest what is learned from.
-
-    Args:
-        items: The items.
-
-    Returns:
-        16 hex digits.
-    """
-    found = hashlib.sha256()
-    for item in items:
-        found.update("\0".join((*item.values(), "")).encode())
-    return found.hexdigest()[:16]
 
 
 def next_command(command: str, prompt: str, flags: Mapping[str, str | None], config: MethodSettings) -> str:

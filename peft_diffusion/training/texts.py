@@ -19,7 +19,7 @@ from ..core.errors import UserError
 from ..core.events import Event, Observer
 from ..core.files import refuse_overlaps
 from ..core.settings import flag, pick
-from ..data.text_files import Document, Texts, read_texts
+from ..data.text_files import Texts, read_texts
 from .attachment import check_placements, new_words, with_words
 from .events import COLD, IMPATIENT, Data, DataRead, LanguageModelLoaded, TokensMade
 from .loop.trainer import Trainer
@@ -89,11 +89,17 @@ class TextSource:
         texts = read_texts(config.texts)
         tell(DataRead("text", tuple(texts.describe())))
         apart = read_texts(config.held_out_text) if config.held_out_text else None
+        run = RunFolder(language_run(config), "text train", "text")
+        going_on = run.newest() if config.resume else None
+        if going_on is not None:
+            run.check_data(going_on.origin, _items(texts, apart))
         device = pick_device(config.device)
         precision = pick_precision(config.precision, device)
         base = load_lm(self.base or config.base, device=config.device, dtype=precision, quantize=config.quantize)
         info = describe(base)
         tell(LanguageModelLoaded(info.name, info.architecture, info.vocabulary, info.context))
+        if going_on is not None:
+            run.check_base(going_on.origin, info.fingerprint)
         return TextMaterial(config, precision, base, info, texts, apart, tell, processes)
 
     def remark(self, found: FoundRates) -> Event | None:
@@ -187,8 +193,7 @@ class TextMaterial:
         if resolved.warmup >= resolved.steps:
             self.tell(COLD)
         self.tell(TokensMade(len(line), windows, resolved.context, None if kept is None else len(kept)))
-        items = _items(self.texts.documents, "") + (_items(apart.documents, "kept apart: ") if apart else [])
-        return _Tokens(resolved, line, kept, items)
+        return _Tokens(resolved, line, kept, _items(self.texts, apart))
 
     def _resolved(self, windows: float | None) -> ResolvedTextConfig:
         return resolve_language(
@@ -291,5 +296,7 @@ def _split(encoded: Sequence[Tensor], share: float) -> tuple[Tensor, Tensor | No
     return line, apart if len(apart) > 1 else None
 
 
-def _items(documents: Sequence[Document], prefix: str) -> list[dict[str, str]]:
-    return [{"name": prefix + document.name, "digest": document.digest} for document in documents]
+def _items(texts: Texts, apart: Texts | None) -> list[dict[str, str]]:
+    """What of texts a run depends on."""
+    named = [("", one) for one in texts.documents] + [("kept apart: ", one) for one in (apart.documents if apart else ())]
+    return [{"name": prefix + document.name, "digest": document.digest} for prefix, document in named]

@@ -1,5 +1,6 @@
 """The optimizers of a run, by name: each over the flat groups of an arena, and what of it a checkpoint keeps."""
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -183,10 +184,7 @@ def adamw8bit(arena: Arena, rates: Mapping[str, float], decays: Decays, records:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise UserError(
-            "--optimizer adamw8bit needs the package bitsandbytes, which is not installed; install it with"
-            " pip install 'peft_diffusion[quantize]', or take adamw, which needs nothing"
-        ) from None
+        raise _missing("adamw8bit") from None
     optimizer = AdamW8bit(_groups(arena, rates, decays))
     kept: dict[str, Tensor] = {}
     for number, (name, parameter) in enumerate(arena.groups.items()):
@@ -214,7 +212,7 @@ def prodigy(arena: Arena, rates: Mapping[str, float], decays: Decays, records: b
     try:
         from prodigyopt import Prodigy
     except ImportError:
-        raise _missing("prodigy", "prodigyopt") from None
+        raise _missing("prodigy") from None
     parts: list[torch.optim.Optimizer] = []
     kept: dict[str, Tensor] = {}
     for (name, parameter), group in zip(arena.groups.items(), _groups(arena, rates, decays), strict=True):
@@ -245,7 +243,7 @@ def schedule_free(arena: Arena, rates: Mapping[str, float], decays: Decays, reco
     try:
         from schedulefree import AdamWScheduleFree
     except ImportError:
-        raise _missing("schedule-free", "schedulefree") from None
+        raise _missing("schedule-free") from None
     optimizer = AdamWScheduleFree(_groups(arena, rates, decays))
     optimizer.train()
     kept = {"z": arena.flat.detach().clone(), "second_moment": torch.zeros_like(arena.flat)}
@@ -256,10 +254,32 @@ def schedule_free(arena: Arena, rates: Mapping[str, float], decays: Decays, reco
     return ScheduleFree(arena, optimizer, kept, ("k", "weight_sum", "lr_max"))
 
 
-def _missing(name: str, package: str) -> UserError:
+# The package that an optimizer needs, and the extra of this one that brings it.
+_PACKAGES: dict[OptimizerName, tuple[str, str]] = {
+    "adamw8bit": ("bitsandbytes", "quantize"),
+    "prodigy": ("prodigyopt", "optimizers"),
+    "schedule-free": ("schedulefree", "optimizers"),
+}
+
+
+def check_optimizer(name: OptimizerName) -> None:
+    """See that the package of an optimizer is there.
+
+    Args:
+        name: The optimizer.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name][0]) is None:
+        raise _missing(name)
+
+
+def _missing(name: OptimizerName) -> UserError:
+    package, extra = _PACKAGES[name]
     return UserError(
         f"--optimizer {name} needs the package {package}, which is not installed; install it with"
-        " pip install 'peft_diffusion[optimizers]', or take adamw, which needs nothing"
+        f" pip install 'peft_diffusion[{extra}]', or take adamw, which needs nothing"
     )
 
 

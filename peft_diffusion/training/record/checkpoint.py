@@ -1,7 +1,8 @@
 """Checkpoints: everything that a run goes on from, in one safetensors file, written aside and renamed."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,21 @@ class Origin:
     config: Mapping[str, Any]
     data: str
     base: str
+
+
+def digest(items: Sequence[Mapping[str, str]]) -> str:
+    """Digest what is learned from.
+
+    Args:
+        items: The pictures or texts.
+
+    Returns:
+        16 hex digits.
+    """
+    found = hashlib.sha256()
+    for item in items:
+        found.update("\0".join((*item.values(), "")).encode())
+    return found.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

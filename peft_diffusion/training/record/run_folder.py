@@ -18,15 +18,17 @@ from ...core.files import explained, file_of, lies_in, write_bytes
 from ...core.parsing import json_value
 from ...core.settings import to_json
 from ..loop.trainer import TrainerState
+from ..settings.derive import undecided
 from ..settings.placements import plugins_of
-from ..settings.resumption import changes
-from ..settings.shared import RunSettings
+from ..settings.resumption import PROCESSES, changes
+from ..settings.shared import AskedSettings, RunSettings
 from ..settings.toml import to_toml
 from . import checkpoint as checkpoints
 from . import run_record
 from .checkpoint import Checkpoint, Origin
 from .measurements import best_step
 
+_ANEW = "; start a new run with another --run-dir, or with --overwrite"
 _HEADER = "# peft-diffusion "  # how a ``config.toml`` of ours begins
 _CHECKPOINTS, _LOGS = "checkpoints", "logs"
 _FILE = "step_{:06}.safetensors"
@@ -158,19 +160,14 @@ class RunFolder:
         found = next((checkpoint for checkpoint in read.values() if checkpoint is not None), None)
         damage = run_record.Record(self.path).damage
         if found is None:
-            count = len(self._files())
-            if count:
-                are = "checkpoints are" if count > 1 else "checkpoint is"
-                raise UserError(
-                    f"{count} {are} in {self._checkpoints} and none can be read (damaged, or of another version);"
-                    " --overwrite starts anew"
-                )
+            self._check_begun()
             self.lost = [f"{self.path}: {words}; the run begins anew" for words in damage]
             self.start(config, items, origin)
             return None
-        self._check(found.origin, config, items, origin)
-        if config.steps < found.state.step:
-            raise UserError(f"--steps {config.steps}: the run in {self.path} is at step {found.state.step} already")
+        self._check_settings(changes(found.origin.config, config))
+        self.check_base(found.origin, origin.base)
+        self.check_data(found.origin, items)
+        self._check_length(found, config.steps)
         step = found.state.step
         self.lost = [
             f"{path} is damaged, and deleted; the run goes on from the checkpoint of step {step}"
@@ -185,6 +182,57 @@ class RunFolder:
         self.seconds = found.seconds
         self._begin(config, origin)
         return found
+
+    def check_asked(self, config: AskedSettings, processes: int) -> None:
+        """See that the run here can go on with what is asked for, as far as neither base nor data are needed for that.
+
+        Args:
+            config: The settings as they were given.
+            processes: How many train together.
+
+        Raises:
+            UserError: Settings or processes are others than the run was started with, it is longer than asked for already,
+                or there are checkpoints and none can be read.
+        """
+        found = self.newest()
+        if found is None:
+            self._check_begun()
+            return
+        self._check_settings(changes(found.origin.config, config, undecided(config)))
+        if config.steps is not None and config.epochs is None:
+            self._check_length(found, config.steps)
+        before = found.origin.config.get(PROCESSES, 1)
+        if before != processes:
+            raise UserError(
+                f"the run in {self.path} had {before} processes, and there are {processes} now, so its batches would be"
+                " others; start as many, or a new run with another --run-dir"
+            )
+
+    def check_base(self, before: Origin, base: str) -> None:
+        """See that a run has the base that it was started with.
+
+        Args:
+            before: What it depends on, as its newest checkpoint has it.
+            base: The fingerprint of the base now.
+
+        Raises:
+            UserError: It has another.
+        """
+        if before.base != base:
+            raise UserError(f"the run in {self.path} had another base ({before.base}, this one is {base}){_ANEW}")
+
+    def check_data(self, before: Origin, items: Sequence[dict[str, str]]) -> None:
+        """See that a run learns from what it was started with.
+
+        Args:
+            before: What it depends on, as its newest checkpoint has it.
+            items: What is learned from now.
+
+        Raises:
+            UserError: It would learn from something else; the message names what.
+        """
+        if before.data != checkpoints.digest(items):
+            raise UserError(f"the run in {self.path} had other {self.data}: {self._changed(items)}{_ANEW}")
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that can be read."""
@@ -380,16 +428,25 @@ class RunFolder:
                 if later > step:
                     path.unlink()  # damaged, or it would have been the newest
 
-    def _check(self, before: Origin, config: RunSettings, items: Sequence[dict[str, str]], now: Origin) -> None:
-        """Raise UserError where the result would be that of no single run."""
-        anew = "; start a new run with another --run-dir, or with --overwrite"
-        changed = changes(before.config, config)
+    def _check_begun(self) -> None:
+        """Raise UserError where there are checkpoints, of which none could be read."""
+        count = len(self._files())
+        if count:
+            are = "checkpoints are" if count > 1 else "checkpoint is"
+            raise UserError(
+                f"{count} {are} in {self._checkpoints} and none can be read (damaged, or of another version);"
+                " --overwrite starts anew"
+            )
+
+    def _check_settings(self, changed: Sequence[str]) -> None:
+        """Raise UserError for settings that are not those of the run."""
         if changed:
-            raise UserError(f"the run in {self.path} had other settings: {'; '.join(changed)}{anew}")
-        if before.base != now.base:
-            raise UserError(f"the run in {self.path} had another base ({before.base}, this one is {now.base}){anew}")
-        if before.data != now.data:
-            raise UserError(f"the run in {self.path} had other {self.data}: {self._changed(items)}{anew}")
+            raise UserError(f"the run in {self.path} had other settings: {'; '.join(changed)}{_ANEW}")
+
+    def _check_length(self, found: Checkpoint, steps: int) -> None:
+        """Raise UserError where the run has gone further than it shall."""
+        if steps < found.state.step:
+            raise UserError(f"--steps {steps}: the run in {self.path} is at step {found.state.step} already")
 
     def _changed(self, items: Sequence[dict[str, str]]) -> str:
         """Which items are not what ``data.json`` says."""

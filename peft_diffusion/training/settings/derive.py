@@ -22,7 +22,7 @@ from .presets import (
     TEXT_RATES,
 )
 from .resumption import derived_before
-from .shared import SharedConfig
+from .shared import AskedSettings, SharedConfig
 from .text import ResolvedTextConfig, TextTrainConfig, language_output, language_run
 
 S = TypeVar("S", bound=Settings)
@@ -254,6 +254,23 @@ def adapted_components(config: TrainConfig, family: Family) -> tuple[str, ...]:
         return config.components
     reads_words = not config.block and methods.find(config.method).reads_words
     return family.by_roles(("text encoder",) if reads_words else PRESET_ROLES[config.preset])
+
+
+def undecided(config: AskedSettings) -> frozenset[str]:
+    """Name the settings that the base or the machine may give another value than what was asked for.
+
+    Args:
+        config: What was asked for.
+
+    Returns:
+        Those that were left out, and those whose text is completed or means what suits the base.
+    """
+    left_out = {one.name for one in settings_of(type(config)) if getattr(config, one.name) is None}
+    completed = {"block"} if config.block else set()
+    completed |= {"precision"} if config.precision == "auto" else set()
+    if isinstance(config, TrainConfig) and config.components == preset_components(config.preset):
+        completed |= {"components"}
+    return frozenset(left_out | completed)
 
 
 def _debiased(config: TrainConfig, family: Family) -> bool:

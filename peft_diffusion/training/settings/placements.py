@@ -46,13 +46,13 @@ def blocks(config: MethodSettings) -> list[Placement]:
 
 
 def check_methods(config: MethodSettings) -> None:
-    """See that the methods of a run exist, and have the hyper-parameters that were given.
+    """See that the methods of a run exist, have the hyper-parameters that were given, and can have these values.
 
     Args:
         config: The settings.
 
     Raises:
-        UserError: One does not, or no method of the run has one.
+        UserError: One does not, no method of the run has one, or it cannot be.
     """
     names = method_names(config)
     for text in config.block:
@@ -65,6 +65,27 @@ def check_methods(config: MethodSettings) -> None:
     for given, value in (("rank", rank), ("alpha", config.alpha), ("dropout", config.dropout or None)):
         if value is not None and given not in known:
             raise UserError(f"--{given} says nothing to {', '.join(dict.fromkeys(names))}; leave it away")
+    for text in config.block:
+        _placed(text, config)
+    if not config.block:
+        _method(config.method, _pairs(config.option, "--option"), config)
+
+
+def targets_of(config: MethodSettings) -> list[str]:
+    """List the targets that a run names, whatever its base is.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The targets.
+
+    Raises:
+        UserError: A text is no placement.
+    """
+    if config.block:
+        return [_words(text)[1] for text in config.block]
+    return [] if config.target is None else [config.target]
 
 
 def method_names(config: MethodSettings) -> list[str]:
@@ -109,13 +130,19 @@ def ranked(config: MethodSettings) -> bool:
 
 
 def _parse_block(text: str, config: MethodSettings) -> Placement:
-    """``COMPONENT TARGET METHOD NAME=VALUE ...``."""
-    component, target, name, *rest = _words(text)
-    if component not in config.components:
+    """A placement at a component that is trained."""
+    found = _placed(text, config)
+    if found.component not in config.components:
         raise UserError(
-            f"--block {text!r}: {component} is not among the --components {','.join(config.components)}"
-            f"{did_you_mean(component, config.components)}"
+            f"--block {text!r}: {found.component} is not among the --components {','.join(config.components)}"
+            f"{did_you_mean(found.component, config.components)}"
         )
+    return found
+
+
+def _placed(text: str, config: MethodSettings) -> Placement:
+    """``COMPONENT TARGET METHOD NAME=VALUE ...``, at whatever component."""
+    component, target, name, *rest = _words(text)
     options = _pairs(rest, f"--block {text!r}")
     rate = _rate_of(options, text)
     options.pop("lr", None)

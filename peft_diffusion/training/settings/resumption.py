@@ -1,15 +1,19 @@
 """What of a run's settings may be otherwise when it goes on."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING
 from typing import Any
 
 from ...core.settings import Settings, flag, plain, settings_of, to_json
 from .placements import ranked
-from .shared import RunSettings
+from .shared import AskedSettings, RunSettings
 
 DERIVED = "derived"
 """Where checkpoints hold which settings were derived, beside the settings themselves."""
+
+
+PROCESSES = "processes"
+"""Where they hold how many processes trained together."""
 
 
 def derived_before(before: Mapping[str, Any] | None, name: str) -> Any:
@@ -40,12 +44,13 @@ def free_on_resume(kind: type[Settings]) -> frozenset[str]:
     return frozenset(one.name for one in settings_of(kind) if one.setting.free_on_resume)
 
 
-def changes(before: Mapping[str, Any], now: RunSettings) -> list[str]:
+def changes(before: Mapping[str, Any], now: AskedSettings | RunSettings, open: Collection[str] = ()) -> list[str]:
     """Compare a configuration with the one that a run was started with, in what the result depends on.
 
     Args:
         before: What the run had.
         now: The configuration.
+        open: Settings that are not compared, as they may come to another value yet.
 
     Returns:
         A line for each difference.
@@ -56,6 +61,6 @@ def changes(before: Mapping[str, Any], now: RunSettings) -> list[str]:
     before = defaults | dict(before)
     if not ranked(now):  # an older version wrote down a rank that said nothing
         before["rank"] = current["rank"]
-    free = free_on_resume(type(now))
+    free = free_on_resume(type(now)) | set(open)
     names = [name for name in current if name not in free and before.get(name) != current[name]]
     return [f"{flag(name)} was {before.get(name)}, now {current[name]}" for name in names]

@@ -41,6 +41,23 @@ class MethodSettings(Protocol):
     def resume(self) -> bool: ...
 
 
+class AskedSettings(Settings, MethodSettings, Protocol):
+    """What a run is told that its course depends on before anything is read; `TrainConfig` has it."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def log_with(self) -> LogWith | None: ...
+    @property
+    def optimizer(self) -> OptimizerName: ...
+    @property
+    def steps(self) -> int | None: ...
+    @property
+    def epochs(self) -> float | None: ...
+
+
 class RunSettings(Settings, MethodSettings, Protocol):
     """What the course of a run depends on, whatever it learns from; `ResolvedConfig` has it."""
 

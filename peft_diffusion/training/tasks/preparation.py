@@ -30,7 +30,7 @@ from ...data.buckets import (
     steps_per_epoch,
 )
 from ...data.captions import CaptionRules
-from ...data.folder import ImageFolder, TrainingImage, scan
+from ...data.folder import ImageFolder, TrainingImage, check_folders, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
 from ...data.problems import number_of
@@ -147,14 +147,16 @@ def prepare(
     Raises:
         UserError: A base, folder or picture cannot be used.
     """
-    parse_colour(config.background)
-    dropout = config.caption_dropout or 0.0
-    rules = CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards)
+    rules = _checked(config)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     pipe = _loaded(replace(config, precision=precision), pipe, device, tell, processes)
     info, text = describe(pipe), denoiser_of(pipe).text
     tell(BaseLoaded(info.name, info.family, info.prediction_type, info.resolution, config.quantize))
+    run = RunFolder(run_path(config))
+    going_on = run.newest() if config.resume else None
+    if going_on is not None:
+        run.check_base(going_on.origin, info.fingerprint)
     folder = _read_folder(config, info, tell)
     pictures = subfolders.apply(folder.pictures, config.repeats, config.folder_weight)
     resolved = resolve(config, info, len(pictures), device.type, precision=precision)
@@ -163,26 +165,63 @@ def prepare(
     sides = 2 if config.flip else 1
     drawn = repeated(group(fits * sides), [one.repeats for one in kept] * sides)
     batches = steps_per_epoch(drawn, resolved.batch_size * processes.size)
-    earlier = RunFolder(run_path(config)).settings() if config.resume else None
+    earlier = going_on.origin.config if going_on is not None else {} if config.resume else None
     count = len(folder.pictures)
     resolved = resolve(config, info, count, device.type, batches, precision=precision, before=earlier)
     tell(Arranged((*describe_buckets(fits), *subfolders.describe(kept))))
     _tell_alone(kept, fits, resolved.batch_size * processes.size, tell)
     tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), HELD_OUT_FROM))
-    if resolved.patience and not apart:
-        tell(IMPATIENT)
-    if resolved.warmup >= resolved.steps:
-        tell(COLD)
+    _tell_odd(resolved, apart, tell)
     rules = replace(rules, dropout=resolved.caption_dropout)
     _tell_prompts([*kept, *apart], rules, text, tell)
+    of_class = class_images.pictures(resolved, pipe, tell, drawing, processes)
+    if going_on is not None:
+        run.check_data(going_on.origin, items(pictures, of_class))
     before = _kept(config.cache)
     encode = _Encoder(resolved, info, pipe, tell)
     train = encode(kept, config.flip, "encoding pictures")
     held_out = encode(apart, False, "encoding pictures kept apart") if apart else None
-    of_class = class_images.pictures(resolved, pipe, tell, drawing, processes)
     kept_as_is = encode.beside(of_class, train.groups) if of_class else None
     _tell_cache(config.cache, before, [one for one in (train, held_out, kept_as_is) if one], tell)
     return Prepared(resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class))
+
+
+def _checked(config: TrainConfig) -> CaptionRules:
+    """The rules of captions, after seeing what can be told before the base is loaded. Raises UserError for it."""
+    parse_colour(config.background)
+    subfolders.check(config.repeats, config.folder_weight)
+    for folders in filter(None, (config.folder, config.regularisation)):
+        check_folders(folders)
+    dropout = config.caption_dropout or 0.0
+    return CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards)
+
+
+def _tell_odd(config: ResolvedConfig, apart: Sequence[TrainingImage], tell: Observer) -> None:
+    """Tell of settings that do nothing, or leave nothing of the run."""
+    if config.patience and not apart:
+        tell(IMPATIENT)
+    if config.warmup >= config.steps:
+        tell(COLD)
+
+
+def items(pictures: Sequence[TrainingImage], of_class: Sequence[TrainingImage]) -> list[dict[str, str]]:
+    """List what of pictures a run depends on.
+
+    Args:
+        pictures: Those that it learns from.
+        of_class: Those of the class.
+
+    Returns:
+        Texts by name for each, as ``data.json`` holds them.
+    """
+    return [_item(picture) for picture in (*pictures, *of_class)]
+
+
+def _item(picture: TrainingImage) -> dict[str, str]:
+    item = {"name": picture.name, "digest": picture.digest, "caption": picture.caption}
+    item |= {"mask": picture.mask_digest} if picture.mask_digest else {}
+    drawn = (picture.repeats, picture.weight)
+    return item | ({"drawn": f"{drawn[0]} times, weight {drawn[1]:g}"} if drawn != (1, 1.0) else {})
 
 
 def _loaded(

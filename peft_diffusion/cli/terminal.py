@@ -1,0 +1,45 @@
+"""The one place that writes to the terminal: words of others cannot steer it. Imports no rich, which takes time."""
+
+import logging
+import re
+import sys
+
+# Escape sequences begin with these, bells ring, a line is written over from its start; the last turn the direction.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def plain(text: str) -> str:
+    """Take control characters out of a text, but for ends of lines and tabs.
+
+    Args:
+        text: With whatever a file name, a caption or a recipe brought into it.
+
+    Returns:
+        The text that is left.
+    """
+    return _CONTROLS.sub("", text)
+
+
+def say(text: object, *, error: bool = False) -> None:
+    """Write a text and the end of a line.
+
+    Args:
+        text: What is written, without its control characters.
+        error: Whether on stderr, where what is no result belongs.
+    """
+    print(plain(str(text)), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+class PlainFormatter(logging.Formatter):
+    """Formats what is logged, without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As ever, and plain.
+
+        Args:
+            record: What is logged.
+
+        Returns:
+            The line.
+        """
+        return plain(super().format(record))
