@@ -4,7 +4,7 @@ With these, such a checkpoint is read without a network. The values are those of
 Diffusion 1.5, 2 (base), 2.1, XL 1.0 and their inpainting versions; the tokenizer is CLIP's (``clip/``).
 """
 
-import gzip
+import bz2
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -91,8 +91,8 @@ def write_tokenizer(folder: Path, pad: str = _END) -> None:
 
 @cache
 def _merges() -> tuple[str, ...]:
-    packed = (Path(__file__).parent / "clip" / "merges.txt.gz").read_bytes()
-    return tuple(gzip.decompress(packed).decode().splitlines())
+    packed = (Path(__file__).parent / "clip" / "merges.txt.bz2").read_bytes()
+    return tuple(bz2.decompress(packed).decode().splitlines())
 
 
 def _vocabulary(merges: tuple[str, ...]) -> dict[str, int]:
