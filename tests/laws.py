@@ -147,7 +147,8 @@ def randomize(model: nn.Module, name: str, seed: int = 3) -> None:
     generator = torch.Generator().manual_seed(seed)
     for adapter in site.adapters(model, name).values():
         for parameter in adapter.parameters():
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.15)
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(noise.to(parameter.device), alpha=0.15)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
