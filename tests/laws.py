@@ -1,6 +1,7 @@
 """The laws that every method keeps on every component; a new method is added to METHODS and nothing else."""
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -138,8 +139,13 @@ def strengths_of(model: nn.Module) -> Strengths:
 
 def loss_of(output: Tensor) -> Tensor:
     """A loss that a final norm does not make constant."""
-    weights = torch.randn(output.shape[-1], generator=torch.Generator().manual_seed(5)).to(output.device)
-    return (output.float() * weights).square().mean()
+    return (output.float() * _weights(output.shape[-1], output.device)).square().mean()
+
+
+@functools.cache
+def _weights(count: int, device: torch.device) -> Tensor:
+    """What each output counts; made once, as nothing comes from the CPU while a graph is recorded."""
+    return torch.randn(count, generator=torch.Generator().manual_seed(5)).to(device)
 
 
 def randomize(model: nn.Module, name: str, seed: int = 3) -> None:
