@@ -26,7 +26,9 @@ from ..core.registry import Registry
 from ..core.strength import Amount
 from ..core.strength_schedule import Schedule
 from ..formats import Coverage, Plan, Spec
-from .host_options import refuse_fused, watch_options
+from . import watch
+from .host_options import OptionWatch, carries, refuse_fused
+from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -328,29 +330,18 @@ def _known_blocks(amounts: Mapping[str, Amount], own: tuple[str, ...], everywher
     return chosen
 
 
-class StepWatch:
+class StepWatch(Watch):
     """A hook that runs before each step of a network, while schedules follow steps or images have strengths of their own.
 
-    It serves every pipeline that shares the network, and reads what the components of the pipeline that calls carry.
+    It reads what the components of the pipeline that calls carry.
 
     Args:
         pipe: The pipeline whose scheduler tells the steps where none calls the network. It is not kept alive.
     """
 
     def __init__(self, pipe: Pipeline | None) -> None:
-        self._pipe = None if pipe is None else weakref.ref(pipe)
+        super().__init__(pipe)
         pipelines.watch()
-
-    @property
-    def pipe(self) -> Pipeline | None:
-        """The pipeline that it was made for; None where that is gone."""
-        return None if self._pipe is None else self._pipe()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StepWatch":
-        return StepWatch(memo.get(id(self.pipe)))  # a pipeline that is copied is under way when its network is
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StepWatch, (None,)
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Bring the strengths to the step that begins. Raises UserError where strengths do not fit what is drawn."""
@@ -383,25 +374,14 @@ class StepWatch:
 
 
 def follow_steps(pipe: Base) -> None:
-    """Watch the network of a pipeline while, and only while, a schedule is set or images have strengths of their own.
+    """Watch the network of a pipeline: its steps while a schedule is set or images have strengths of their own, and the
+    options that it is called with while there are adapters.
 
     Args:
         pipe: The pipeline.
     """
-    name, _ = network_of(pipe) or ("", None)
-    # What torch.compile returned is watched itself: it would not see a hook that comes to the module inside of it later.
-    network: Any = getattr(pipe, name, None)
-    if network is None or isinstance(pipe, LanguageModel):
-        return
-    watch_options(pipe)
-    hooks = network._forward_pre_hooks
-    watches = {key: hook for key, hook in hooks.items() if isinstance(hook, StepWatch)}
-    wanted = _has_steps(pipe)
-    for key, watch in list(watches.items()):
-        if watch.pipe is None or not (wanted or _has_steps(watch.pipe)):
-            del hooks[key], network._forward_pre_hooks_with_kwargs[key], watches[key]
-    if wanted and not watches:
-        network.register_forward_pre_hook(StepWatch(pipe), with_kwargs=True)
+    watch.keep(OptionWatch, pipe, carries)
+    watch.keep(StepWatch, pipe, _has_steps)
 
 
 def _has_steps(pipe: Base) -> bool:

@@ -1,16 +1,15 @@
 """Options of diffusers that would change or drop what adapters do without a word: they are refused in words."""
 
-import weakref
 from typing import Any
 
 from torch import nn
 
 from ..bases import components, pipelines
-from ..bases.base import network_of
-from ..bases.pipelines import Pipeline
+from ..bases.base import Base
 from ..core import site as sites
 from ..core.errors import UserError
 from ..core.registry import Registry
+from .watch import Watch
 
 
 def refuse_fused(network: nn.Module, doing: str) -> None:
@@ -38,26 +37,8 @@ def refuse_fused(network: nn.Module, doing: str) -> None:
         )
 
 
-class OptionWatch:
-    """A hook that runs before each call of a network whose pipeline carries adapters.
-
-    Args:
-        pipe: The pipeline that it was made for; it is not kept alive.
-    """
-
-    def __init__(self, pipe: Pipeline | None) -> None:
-        self._pipe = None if pipe is None else weakref.ref(pipe)
-
-    @property
-    def pipe(self) -> Pipeline | None:
-        """The pipeline that it was made for; None where that is gone."""
-        return None if self._pipe is None else self._pipe()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "OptionWatch":
-        return OptionWatch(memo.get(id(self.pipe)))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OptionWatch, (None,)
+class OptionWatch(Watch):
+    """A hook that runs before each call of a network whose pipeline carries adapters."""
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise UserError for an option that adapters do not follow."""
@@ -76,24 +57,16 @@ class OptionWatch:
         if sites.strengths(network) is not None:
             return True
         pipe = pipelines.drawing_with(network) or self.pipe  # a text encoder may carry some, which scale is for as well
-        return pipe is not None and bool(Registry(components(pipe)).names)
+        return pipe is not None and carries(pipe)
 
 
-def watch_options(pipe: Any) -> None:
-    """Watch the options that a pipeline is called with while, and only while, it carries adapters.
+def carries(pipe: Base) -> bool:
+    """Tell whether a base has adapters.
 
     Args:
-        pipe: The pipeline.
+        pipe: The base.
+
+    Returns:
+        Whether any of its components does.
     """
-    name, _ = network_of(pipe) or ("", None)
-    network: Any = getattr(pipe, name, None)
-    if network is None:
-        return
-    hooks = network._forward_pre_hooks
-    watches = {key: hook for key, hook in hooks.items() if isinstance(hook, OptionWatch)}
-    wanted = bool(Registry(components(pipe)).names)
-    for key, watch in list(watches.items()):
-        if watch.pipe is None or (watch.pipe is pipe and not wanted):
-            del hooks[key], network._forward_pre_hooks_with_kwargs[key], watches[key]
-    if wanted and not watches:
-        network.register_forward_pre_hook(OptionWatch(pipe), with_kwargs=True)
+    return bool(Registry(components(pipe)).names)
