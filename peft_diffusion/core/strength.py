@@ -123,8 +123,7 @@ class Strengths(KeepsPrecision):
         if self.schedules:
             change = self.changes
             rows = self._planned({name: schedule.at(progress) for name, schedule in self.schedules.items()})
-            self._put(rows)
-            _steps.present = _Step(weakref.ref(self), self._stacked(rows), self._on(rows), change)
+            _steps.present = _Step(weakref.ref(self), *self._put(rows), change)
 
     @property
     def active(self) -> frozenset[str]:
@@ -154,21 +153,18 @@ class Strengths(KeepsPrecision):
             raise UserError(f"adapters have strengths for different numbers of images: {sorted(counts)}")
         return rows
 
-    def _put(self, rows: Sequence[Tensor]) -> None:
-        values = self._stacked(rows)
+    def _put(self, rows: Sequence[Tensor]) -> tuple[Tensor, frozenset[str]]:
+        """Write strengths, for all threads. Returns the values, apart from those, and the names of what is not 0."""
+        images = max((row.shape[1] for row in rows), default=1)
+        values = torch.stack([row.expand(-1, images) for row in rows]) if rows else self.values
+        active = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
         if values.shape == self.values.shape:
             self.values.copy_(values)
         else:
-            self.values = values
-        self._active = self._on(rows)
+            self.values = values.clone()
+        self._active = active
         self.full = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool((row == 1).all()))
-
-    def _stacked(self, rows: Sequence[Tensor]) -> Tensor:
-        images = max((row.shape[1] for row in rows), default=1)
-        return torch.stack([row.expand(-1, images) for row in rows]) if rows else self.values
-
-    def _on(self, rows: Sequence[Tensor]) -> frozenset[str]:
-        return frozenset(name for name, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
+        return values, active
 
     @property
     def images(self) -> int:
