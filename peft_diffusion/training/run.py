@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from torch import Tensor, nn
 
 from .. import formats
-from ..bases import checksum, components, fingerprint
+from ..bases import checksum, components
 from ..bases.base import Base, frozen
 from ..bases.words import teach
 from ..core import plugins, site, targets
@@ -361,7 +361,7 @@ def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop
             if processes.leads:
                 tell.own += [recorder, ReportWriter(folder)]
             material = source.open(processes, _stopping(tell, stop, processes))
-            with material.faster(), base_kept(material.base, tell) as before:
+            with material.faster(), base_kept(material.base, material.info.fingerprint, tell) as before:
                 run = _Run(material, folder, tell, processes)
                 with material.at_work():
                     run.train(source.asked, recorder, stop)
@@ -400,7 +400,7 @@ def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop:
         _check_methods(source)
         folder = source.search_folder()
         material = source.open(processes, _stopping(tell, stop, processes))
-        with material.faster(), base_kept(material.base, tell):
+        with material.faster(), base_kept(material.base, material.info.fingerprint, tell):
             run = _Run(material, RunFolder(folder), tell, processes)
             with material.at_work(), run.memory_plan().applied(tell), _stop_of(stop, tell) as wish:
                 trainer = run.trainer
@@ -667,11 +667,12 @@ def _stopping(tell: Observer, stop: Stop | None, processes: Processes) -> Observ
 
 
 @contextmanager
-def base_kept(base: Base, tell: Observer) -> Iterator[str]:
+def base_kept(base: Base, fingerprint: str, tell: Observer) -> Iterator[str]:
     """A training inside; sees that the base is the same at the end, and takes the adapter off.
 
     Args:
         base: A pipeline or a language model.
+        fingerprint: Which base it is.
         tell: Is told the base's fingerprint, and the checksums.
 
     Yields:
@@ -683,12 +684,12 @@ def base_kept(base: Base, tell: Observer) -> Iterator[str]:
     parts = components(base)
     for part in parts.values():
         part.requires_grad_(False)  # of adapters too that it carried before, which this training is none of
-    which, before = fingerprint(parts), checksum(parts)
-    tell(Fingerprinted("before", which, before))
+    before = checksum(parts)
+    tell(Fingerprinted("before", fingerprint, before))
     try:
         yield before
         after = checksum(parts)
-        tell(Fingerprinted("after", which, after))
+        tell(Fingerprinted("after", fingerprint, after))
         if after != before:
             raise RuntimeError("training changed the base, which no setting may do")
     finally:
