@@ -6,7 +6,7 @@ import gc
 import itertools
 import json
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -357,11 +357,10 @@ class TaughtTokenizer:
         count = len(text)
         text = [lessons.expand(t, i, count) if isinstance(t, str) else t for i, t in enumerate(text)]
         backends = [lessons.backend(index, count) for index in range(count)]
-        readers = [_reader(self, lessons, backend) for backend in dict.fromkeys(backends)]
+        readers = {backend: _reader(self, lessons, backend) for backend in dict.fromkeys(backends)}
         if len(readers) == 1:
-            return readers[0]._encode_plus(text, text_pair, *more, **named)
-        by_backend = dict(zip(dict.fromkeys(backends), readers, strict=True))
-        return _each([by_backend[backend] for backend in backends], text, text_pair, *more, **named)
+            return readers[backends[0]]._encode_plus(text, text_pair, *more, **named)
+        return _each([readers[backend] for backend in backends], text, text_pair, *more, **named)
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **named: Any) -> list[str]:
         """Split a text into tokens.
@@ -376,7 +375,7 @@ class TaughtTokenizer:
             Their names.
         """
         found = self._encode_plus(text, pair, add_special_tokens=add_special_tokens, **named)
-        return [self._convert_id_to_token(one) for one in found["input_ids"]]
+        return self._names(found["input_ids"])
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """Name tokens.
@@ -391,11 +390,15 @@ class TaughtTokenizer:
         if isinstance(ids, int):
             return self._convert_id_to_token(ids)
         skipped = set(cast(Any, self).all_special_ids) if skip_special_tokens else set()
-        return [self._convert_id_to_token(int(one)) for one in ids if int(one) not in skipped]
+        return self._names(number for one in ids if (number := int(one)) not in skipped)
 
     def _convert_id_to_token(self, index: int) -> Any:
-        own = _lessons(self).tokens.get(int(index))
-        return super()._convert_id_to_token(index) if own is None else own  # type: ignore[misc]
+        return self._names([int(index)])[0]
+
+    def _names(self, ids: Iterable[int]) -> list[Any]:
+        """The tokens of these numbers; what was taught is looked up once for all of them."""
+        own, plain = _lessons(self).tokens, super()._convert_id_to_token  # type: ignore[misc]
+        return [own[one] if one in own else plain(one) for one in ids]
 
     def _convert_token_to_id_with_added_voc(self, token: str) -> Any:
         own = learned(self).get(token)
