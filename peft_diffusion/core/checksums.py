@@ -30,13 +30,25 @@ def of_tensors(*tensors: "Tensor") -> str:
     Returns:
         SHA-256 of their types, shapes and bytes, in hex.
     """
-    import torch
-
     state = hashlib.sha256()
     for tensor in tensors:
         state.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        state.update(bytes_of(tensor))
     return state.hexdigest()
+
+
+def bytes_of(tensor: "Tensor") -> memoryview:
+    """Give the bytes of a tensor.
+
+    Args:
+        tensor: The tensor, of any shape and on any device.
+
+    Returns:
+        Its bytes in order, without a copy where they lie so on the CPU.
+    """
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def of_text(text: str) -> str:

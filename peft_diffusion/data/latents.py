@@ -113,7 +113,7 @@ def fingerprint(vae: nn.Module) -> str:
     state = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(_bytes(tensor))
+        state.update(checksums.bytes_of(tensor))
     return state.hexdigest()
 
 
@@ -352,10 +352,6 @@ def _check_finite(pair: tuple[Tensor, Tensor], picture: TrainingImage, vae: nn.M
     if not all(bool(part.isfinite().all()) for part in pair):
         dtype = str(next(vae.parameters()).dtype).removeprefix("torch.")
         raise UserError(f"the VAE overflows in {dtype} on {picture.path}: load it in float32 or bfloat16")
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 class TextCache(Mapping[str, tuple[Tensor, ...]]):
