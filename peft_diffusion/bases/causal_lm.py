@@ -1,6 +1,5 @@
 """Causal language models as bases."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from .digest import fingerprint
 from .digest import quantize as quantize_all
 from .embedded import TINY_LM, embedded
 from .family import LANGUAGE
-from .loading import named_source, pick_device, pick_dtype, quiet, refuse_beyond
+from .loading import is_hub_id, named_source, pick_device, pick_dtype, quiet, refuse_beyond
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def _read(source: str, dtype: torch.dtype) -> tuple[Any, Any, str]:
             model = AutoModelForCausalLM.from_pretrained(str(path.resolve()), dtype=dtype, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(str(path.resolve()), local_files_only=True)
             return model, tokenizer, TINY_LM if source == TINY_LM else path.resolve().name
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.is_dir():
+        if is_hub_id(source) and not path.parent.is_dir():
             return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), AutoTokenizer.from_pretrained(source), source
     except UserError:
         raise

@@ -302,10 +302,11 @@ def stop_on_signal(tell: Observer) -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    numbers = [one for name in ("SIGINT", "SIGTERM", "SIGHUP") if (one := getattr(signal, name, None)) is not None]
-    handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
-    ignored = {getattr(signal, "SIGHUP", None)}  # by nohup; a shell that starts something with & has it ignore SIGINT too
-    before = {number: one for number, one in handlers.items() if number not in ignored or one != signal.SIG_IGN}
+    numbers = [signal.SIGINT, signal.SIGTERM]  # the first also where it is ignored, as shells do for what they start with &
+    hang_up = getattr(signal, "SIGHUP", None)  # which Windows has not
+    if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
+        numbers.append(hang_up)
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
 
     def request(number: int, _: FrameType | None) -> None:
         soon = _signals.are_one()

@@ -106,18 +106,20 @@ def check_apart(config: TrainConfig, files: Sequence[tuple[str, Path]] = ()) -> 
     Raises:
         UserError: It would.
     """
-    written = [("--run-dir", run_path(config)), *files]
-    written += [] if config.cache is None else [("--cache", config.cache)]
     read = [("pictures", folder) for folder in config.folder]
     read += [("--regularisation", folder) for folder in config.regularisation]
     read += [] if config.base == TrainConfig.base else [("--base", Path(config.base))]
-    refuse_overlaps(written, read)
+    refuse_overlaps([*_written_folders(config), *files], read)
+
+
+def _written_folders(config: TrainConfig) -> list[tuple[str, Path]]:
+    """The folders that a run writes, by their flags."""
+    return [("--run-dir", run_path(config)), *([] if config.cache is None else [("--cache", config.cache)])]
 
 
 def _check_none_written(config: TrainConfig, pictures: Sequence[TrainingImage]) -> None:
     """Raise UserError where a link in a folder of pictures leads to what a run writes."""
-    places = [("--run-dir", run_path(config)), *([] if config.cache is None else [("--cache", config.cache)])]
-    real = [(flag, Path(os.path.realpath(place))) for flag, place in places]
+    real = [(flag, Path(os.path.realpath(place))) for flag, place in _written_folders(config)]
     for picture in pictures:
         above = Path(os.path.realpath(picture.path)).parents
         for flag, place in real:
