@@ -17,7 +17,7 @@ from .prompts import words_of
 
 KEY = "peft_diffusion"  # the text chunk that holds it, as JSON
 VERSION = 1
-_MOST_PIXELS = 100_000_000  # as of pictures to learn from
+_MOST_PIXELS = 100_000_000  # more than are drawn here
 
 # What A1111 and the programs that read its text call the samplers of diffusers.
 _SAMPLERS = {
