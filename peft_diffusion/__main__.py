@@ -2,6 +2,6 @@
 
 import sys
 
-from .cli.app import main
+from .cli.app import run_process
 
-sys.exit(main())
+sys.exit(run_process())

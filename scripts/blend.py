@@ -2,7 +2,7 @@
 
 import sys
 
-from peft_diffusion.cli.app import main
+from peft_diffusion.cli.app import run_process
 
 if __name__ == "__main__":
-    sys.exit(main(["blend", *sys.argv[1:]]))
+    sys.exit(run_process(["blend", *sys.argv[1:]]))

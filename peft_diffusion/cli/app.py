@@ -104,9 +104,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for is no reason to stop
     given = list(sys.argv[1:] if arguments is None else arguments)
     with interrupts_apart():
-        code = _run(given)
-    if arguments is None and code == INTERRUPTED:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends: one more would meet the interpreter's own end
+        return _run(given)
+
+
+def run_process(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line as all that a process does: as `main`, and no signal meets the interpreter's own end.
+
+    Args:
+        arguments: As of `main`.
+
+    Returns:
+        The exit code, as of `main`.
+    """
+    with interrupts_apart():
+        code = main(arguments)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     return code
 
 

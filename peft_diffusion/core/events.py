@@ -330,7 +330,8 @@ def stop_on_signal(tell: Observer) -> Iterator[Stop]:
 def interrupts_apart() -> Iterator[None]:
     """Let SIGINT raise KeyboardInterrupt once a second at most inside: another one would meet what ends it all.
 
-    Nothing is done where somebody handles SIGINT already, or in a thread that is not the main one.
+    A handler that is put in place inside stays. Nothing is done where somebody handles SIGINT already, or in a thread that
+    is not the main one.
     """
     here = threading.current_thread() is threading.main_thread()
     if not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -345,4 +346,5 @@ def interrupts_apart() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
