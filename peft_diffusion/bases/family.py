@@ -210,7 +210,7 @@ _TEXT = Component(
     ),
     _CLIP_PATHS,
     ("clip_l", "emb_params", "emp_params"),  # the last as OneTrainer spells it
-    ("transformer_text_model_", "0_transformer_text_model_"),  # of A1111
+    ("transformer_text_model_", "0_transformer_text_model_", "model_transformer_"),  # of A1111
 )
 _TEXT_XL = Component(
     "text_encoder", "text encoder", "text_encoder_lr", "tokenizer", "lora_te1_", _TEXT.dotted, (), ("clip_l",), _TEXT.flat
@@ -224,7 +224,7 @@ _TEXT_XL_2 = Component(
     ("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.", "lora_te2."),
     (),
     ("clip_g",),
-    ("lora_prior_te_",),  # of ComfyUI
+    ("lora_prior_te_", "1_model_transformer_"),  # of ComfyUI and A1111
 )
 _LM = Component(
     "lm",

@@ -38,7 +38,7 @@ class Source:
 
     Attributes:
         name: What the file calls it.
-        shape: Its shape in the file.
+        shape: Its shape in the file, of those rows that belong to the place.
         layout: The layout that its name is of.
         place: Where it belongs.
     """
@@ -401,11 +401,14 @@ def _sites(header: Header, readings: Sequence[tuple[Layout, Reading]]) -> dict[s
     kept: dict[tuple[str, str, str, str], Source] = {}
     constants: dict[tuple[str, str], dict[str, float]] = {}
     for layout, reading in readings:
-        for name, place in reading.places.items():
+        every = [(name, place) for name, place in reading.places.items()]
+        every += [(name, place) for name, places in reading.further.items() for place in places]
+        for name, place in every:
             key = (place.component, site_name(place.site), place.suffix, place.piece)
             if key in kept:
                 raise same_place(header.path, kept[key].name, name)
-            kept[key] = Source(name, header.tensors[name].shape, layout, place)
+            shape = header.tensors[name].shape
+            kept[key] = Source(name, shape if place.rows is None else (shape[0] // place.rows[1], *shape[1:]), layout, place)
         for place, value in reading.constants.items():
             constants.setdefault((place.component, site_name(place.site)), {})[place.suffix] = value
     sources: dict[tuple[str, str], list[Source]] = {}
