@@ -64,7 +64,7 @@ def test_what_fails_on_the_way_leaves_the_file_that_was_there(tmp_path: Path) ->
     container.write(file, {"old": torch.ones(2)}, {})
     before = file.read_bytes()
     forms = {"a": (torch.float32, (2,)), "b": (torch.float32, (3,))}
-    with pytest.raises(ValueError, match="b is torch.float32"):
+    with pytest.raises(ValueError, match="b is torch"):
         container.write_each(file, forms, {"a": torch.ones(2), "b": torch.ones(2)}.__getitem__, {})
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
