@@ -87,7 +87,7 @@ def renamed(pipe: DiffusionPipeline, path: Path, rename: Rename, parts: tuple[st
     """An adapter in two files: as we write it, and with other names."""
     own = write_adapter(path / "own.safetensors", pipe, parts=parts)
     loaded = formats.load(own, pipe).components
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for part, built in loaded.items():
         for where, adapter in built.items():
             told = formats.names.with_text_model(part, where)
