@@ -730,6 +730,8 @@ def next_command(command: str, prompt: str, flags: Mapping[str, str | None], con
     present = [(name, value) for name, value in flags.items() if value is not None]
     present += [("plugin", module) for module in plugins_of(config)]
     given = "".join(f" --{name} {shlex.quote(value)}" for name, value in present)
+    if prompt.startswith("-"):  # which would be read as a flag before the --
+        return f"peft-diffusion {command}{given} -- {shlex.quote(prompt)}"
     return f"peft-diffusion {command} {shlex.quote(prompt)}{given}"
 
 
