@@ -20,7 +20,7 @@ from .spec import Spec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..bases.base import Base
+    from ..bases.base import AnyBase
     from ..core.adapter import Adapter
 
 DEFAULT = "kohya"
@@ -165,13 +165,13 @@ class Layout(Protocol):
         """
         return {}
 
-    def joined(self, pieces: "Mapping[str, Tensor]", header: Header, base: "Base", component: str) -> "dict[str, Tensor]":
+    def joined(self, pieces: "Mapping[str, Tensor]", header: Header, base: "AnyBase", component: str) -> "dict[str, Tensor]":
         """Join a tensor that this layout keeps in pieces.
 
         Args:
             pieces: By `Place.piece`, in the order of the file.
             header: Of the file.
-            base: The base that the adapter is for.
+            base: The base that the adapter is for, or its skeleton.
             component: The component that the site lies in.
 
         Returns:
