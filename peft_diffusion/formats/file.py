@@ -113,25 +113,88 @@ def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False) -> L
     Raises:
         UserError: The file is no adapter, is damaged, was changed since it was planned, or does not fit the base.
     """
-    found, parts = source if isinstance(source, Plan) else plan(source), components(pipe)
+    found = source if isinstance(source, Plan) else plan(source)
+    bound, tensors = bind(found, pipe), found.tensors()
+    built: dict[str, dict[str, Adapter]] = {}
+    for component, path in bound.sites:
+        adapter = bound.build(component, path, tensors)
+        if adapter is not None:
+            built.setdefault(component, {})[path] = adapter
+    _refuse_empty(found, built, bound.left, pipe)
+    if strict:
+        refuse_leftovers(found.path, bound.left)
+    report = Coverage(len(tensors) - len(bound.left), sum(map(len, built.values())), tuple(bound.left))
+    return Loaded(built, found.spec or Spec(), report, bound.warnings, found)
+
+
+def bind(found: Plan, pipe: Base) -> "Bound":
+    """Find the sites of a base that a file holds adapters for. Reads no tensor.
+
+    Args:
+        found: The file.
+        pipe: The base.
+
+    Returns:
+        The sites, whose adapters can be built one by one.
+
+    Raises:
+        UserError: The file is no adapter, needs a plug-in, or holds a tensor of a site under two names.
+    """
     if found.spec is not None:
         refuse_unknown(found.spec, str(found.path))
-    tensors = found.tensors()
     if not found.sites:
         raise found.is_none()
+    parts = components(pipe)
     bound, left = _bound(found, parts)
-    built: dict[str, dict[str, Adapter]] = {}
-    for site in bound:
-        adapter = _built(site, parts[site.component].get_submodule(site.path), found, tensors, pipe)
+    return Bound(found, pipe, parts, {(one.component, one.path): one for one in bound}, left)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The sites of a base that a file holds adapters for.
+
+    Attributes:
+        plan: The file.
+        base: The base.
+        parts: Its components.
+        sites: By component and path.
+        left: By name, why a tensor of the file makes no part of an adapter.
+    """
+
+    plan: Plan
+    base: Base
+    parts: Mapping[str, nn.Module]
+    sites: "Mapping[tuple[str, str], _Site]"
+    left: Mapping[str, str]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the person should know."""
+        return (*self.plan.warnings, *_warnings(self.plan, self.left, self.base))
+
+    def build(
+        self, component: str, path: str, tensors: Mapping[str, Tensor], module: nn.Module | None = None
+    ) -> Adapter | None:
+        """Make the adapter of a site.
+
+        Args:
+            component: The name of its component.
+            path: Its path there.
+            tensors: Those of the file, of which only the site's are asked for.
+            module: What stands in for the module of the base, with weights where that has none.
+
+        Returns:
+            The adapter, of one method or several; None where there is none that is known.
+
+        Raises:
+            UserError: The file is damaged, or does not fit the base.
+        """
+        site = self.sites[component, path]
+        target = self.parts[component].get_submodule(path) if module is None else module
+        adapter = _built(site, target, self.plan, tensors, self.base)
         if adapter is not None:
-            _refuse_not_finite(found.path, site, adapter)
-            built.setdefault(site.component, {})[site.path] = adapter
-    _refuse_empty(found, built, left, pipe)
-    if strict:
-        refuse_leftovers(found.path, left)
-    report = Coverage(len(tensors) - len(left), sum(map(len, built.values())), tuple(left))
-    warnings = (*found.warnings, *_warnings(found, left, pipe))
-    return Loaded(built, found.spec or Spec(), report, warnings, found)
+            _refuse_not_finite(self.plan.path, site, adapter)
+        return adapter
 
 
 def paths_by_name(component: str, module: nn.Module) -> dict[str, str]:

@@ -218,6 +218,17 @@ class Plan:
         """
         return container.read_tensors(self.header) if self.loaded is None else dict(self.loaded)
 
+    def stored(self) -> "Mapping[str, Tensor]":
+        """Give the tensors of the file, each read when it is asked for; those of a pickle are in memory.
+
+        Returns:
+            The tensors by the names of the file, as `tensors` gives them.
+
+        Raises:
+            UserError: The file changed since it was parsed.
+        """
+        return container.Stored(self.header) if self.loaded is None else self.loaded
+
     def is_none(self) -> UserError:
         """Say that this is no adapter.
 
