@@ -99,12 +99,12 @@ def test_an_inpainting_base_is_known_by_its_first_convolution(tmp_path: Path) ->
 )
 def test_a_file_that_fits_none_is_refused_in_words(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="no base that is known without its files.*--base"):
+    with pytest.raises(UserError, match=r"no base that is known without its files.*--base"):
         fitting(plan(tmp_path / "a.safetensors"))
 
 
 def test_a_base_that_is_none_is_refused() -> None:
-    with pytest.raises(UserError, match="there is no base 'sdlx'.*sdxl"):
+    with pytest.raises(UserError, match=r"there is no base 'sdlx'.*sdxl"):
         skeleton("sdlx")
 
 

@@ -127,7 +127,7 @@ def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False) -> L
     return Loaded(built, found.spec or Spec(), report, bound.warnings, found)
 
 
-def bind(found: Plan, pipe: Base) -> "Bound":
+def bind(found: Plan, pipe: AnyBase) -> "Bound":
     """Find the sites of a base that a file holds adapters for. Reads no tensor.
 
     Args:
@@ -162,7 +162,7 @@ class Bound:
     """
 
     plan: Plan
-    base: Base
+    base: AnyBase
     parts: Mapping[str, nn.Module]
     sites: "Mapping[tuple[str, str], _Site]"
     left: Mapping[str, str]
