@@ -123,6 +123,15 @@ class UNetDenoiser(Denoiser):
         """What the VAE and the UNet downsample by together."""
         return int(self.factor * 2 ** (len(self.config.block_out_channels) - 1))
 
+    def check_learns(self) -> None:
+        """See that it is not the refiner of Stable Diffusion XL, which has one text encoder of the two.
+
+        Raises:
+            UserError: It is.
+        """
+        if self.size_conditioned and len(self.text.sides) == 1:
+            raise UserError("this is the refiner of Stable Diffusion XL, which finishes pictures; train on its base")
+
     def conditioning(self, encoding: tuple[Tensor, ...], inputs: Mapping[str, Tensor]) -> Conditioning:
         """Name what the UNet is conditioned on, in its dtype.
 
@@ -132,14 +141,9 @@ class UNetDenoiser(Denoiser):
 
         Returns:
             What `predict` takes.
-
-        Raises:
-            UserError: It is the refiner of Stable Diffusion XL, which has one text encoder of the two.
         """
         dtype = next(self.network.parameters()).dtype
         hidden, *summary = (tensor.to(dtype) for tensor in encoding)
-        if self.size_conditioned and not summary:
-            raise UserError("this is the refiner of Stable Diffusion XL, which finishes pictures; train on its base")
         added = {"text_embeds": summary[0], "time_ids": inputs["sizes"]} if self.size_conditioned else {}
         return Conditioning(hidden, added, inputs["inpainting"].to(dtype) if self.inpaints else None)
 

@@ -251,6 +251,9 @@ def _values(site: _Site, found: Plan, tensors: Mapping[str, Tensor], base: AnyBa
     pieces: dict[Layout, dict[str, Tensor]] = {}
     for source in site.plan.sources:
         change, tensor = source.place.change, tensors[source.name]
+        if source.place.rows is not None:
+            index, number = source.place.rows
+            tensor = tensor.chunk(number)[index].clone()
         value = tensor if change is None else change(tensor)
         if source.place.piece:
             pieces.setdefault(source.layout, {})[source.place.piece] = value
