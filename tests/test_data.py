@@ -465,7 +465,8 @@ def test_captions_with_a_byte_order_mark_are_read(tmp_path: Path, encoding: str)
     assert texts(folder) == {"a.png": "ein Bär, 猫", "b.png": "猫"} and not folder.problems
 
 
-WESTERN = ["naïve café", "“a quote” – it’s…", "größere Füße", "crème brûlée à la carte", "Ñuñoa", "¿qué?", "20 °C"]
+WESTERN = ["a café", "“a quote” – it’s…", "größere Füße", "crème brûlée à la carte", "une fête, ça va", "¿qué?", "20 °C"]
+WESTERN += ["£5", "el árbol está aquí", "uma maçã no chão", "en rød hest på en gård", "« oui »", "© 2020, 5 m²"]
 OTHERS = [
     ("кот на окне", "cp1251"),
     ("猫と犬", "shift-jis"),
@@ -473,6 +474,10 @@ OTHERS = [
     ("猫在窗台上睡觉", "gbk"),
     ("고양이", "euc-kr"),
 ]
+# Pages of Latin letters of which one language has all that its own page gives: the words of cp1252 would be wrong ones.
+OTHERS += [("chłopiec w żółtej koszuli", "cp1250"), ("žlutý kůň na louce", "cp1250"), ("egy nő", "cp1250")]
+OTHERS += [("fată frumoasă", "cp1250"), ("djevojčica", "cp1250"), ("kırmızı elma", "cp1254"), ("obuolys, mažas", "cp1257")]
+OTHERS += [("žlutý kůň", "iso8859_2"), ("ein Bär", "cp850"), ("un cœur", "iso8859_15"), ("Ñuñoa", "cp1252")]
 OTHERS += [("γάτα", "cp1253"), ("חתול", "cp1255"), ("a cat", "utf-16-le"), ("あいう", "shift-jis")]
 
 

@@ -127,8 +127,7 @@ def test_diffusers_reads_its_layout(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
 def test_diffusers_reads_xl(layout: str, tmp_path: Path) -> None:
-    target = "attention+ff" if layout == "original" else "all"
-    methods: dict[str, Targets] = {"unet": [(ALPHA, target)]}
+    methods: dict[str, Targets] = {"unet": [(ALPHA, "all")]}
     if layout == "diffusers":  # kohya's layout says it of text encoders as ever
         second = Lora(rank=3, alpha=9.0)
         methods |= {"text_encoder": [(Lora(rank=2), "attention")], "text_encoder_2": [(second, "attention")]}

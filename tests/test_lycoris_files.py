@@ -2,18 +2,21 @@
 
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipe
+from conftest import make_pipe, make_xl_pipe
+from laws import randomize
 from safetensors.torch import load_file, save_file
 from test_methods_lycoris import close, noise, perturb, write
 from torch import nn
 
 from peft_diffusion import formats
+from peft_diffusion.bases import describe
 from peft_diffusion.cli.app import main
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
@@ -146,6 +149,37 @@ def test_files_of_ours_are_read_by_lycoris_and_say_what_makes_such_a_network(tmp
         assert written[key].shape == theirs[key].shape, key
         if key.endswith(".alpha") and "full_matrix" not in args:
             assert written[key].item() == pytest.approx(theirs[key].item()), key
+
+
+class Encoder4(nn.Module):
+    """A CLIP text model as transformers had it before 5, which LyCORIS and kohya's files name it after."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.text_model = encoder
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "loha", "lokr", "oft"])
+def test_both_text_encoders_of_sdxl_are_read_by_lycoris(tmp_path: Path, name: str) -> None:
+    method, ours, theirs = WRITTEN[name][0], make_xl_pipe(), make_xl_pipe()
+    parts = {component: getattr(ours, component) for component in ("text_encoder", "text_encoder_2")}
+    ids = torch.arange(2, 14)[None]
+
+    def told(pipe: Any) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [pipe.text_encoder(ids).last_hidden_state, pipe.text_encoder_2(ids).text_embeds]
+
+    before = told(ours)
+    for part in parts.values():
+        site.attach(part, "made", method, "attention+ff")
+        randomize(part, "made")
+    formats.save(tmp_path / "a.safetensors", parts, "made", formats.Spec(base=asdict(describe(ours))))
+    encoders = [Encoder4(theirs.text_encoder), theirs.text_encoder_2]
+    network, _ = kohya.create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, encoders, theirs.unet)
+    assert len(network.text_encoder_loras) == sum(len(site.sites(part)) for part in parts.values())
+    network.apply_to(encoders, theirs.unet, True, False)
+    for plain, expected, found in zip(before, told(ours), told(theirs), strict=True):
+        assert not close(expected, plain, 1e-2) and close(found, expected, 1e-4)
 
 
 def test_pissa_and_convolutions_with_kernels_are_told_as_the_file_holds_them(tmp_path: Path) -> None:

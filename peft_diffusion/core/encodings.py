@@ -11,7 +11,15 @@ _MARKS: tuple[tuple[bytes, str], ...] = (  # the longer first: UTF-32's little m
     (codecs.BOM_UTF8, "utf-8-sig"),
 )
 _SIGNS = frozenset("€„…’“”•–—™\u00a0¡£§©«®°²³´·»½¼¾¿")
+# Signs where only letters stand: those of pages of DOS and Unix.
+_IN_WORDS = re.compile(r"[^\W\d_][€„…“”•™¡£§©«®°²³´»½¼¾¿][^\W\d_]|[²³´½¼¾][^\W\d_]")
 _LETTERS = frozenset({*map(chr, range(0xC0, 0x100)), *"œšž"} - {"×", "÷"})
+_OTHER_PAGES: dict[str, tuple[str, ...]] = {  # the letters beside a to z of the languages that were written in each
+    # Polish, Czech, Slovak, Hungarian, Romanian; Croatian, Slovene and their neighbours
+    "cp1250": ("ąćęłńóśźż", "áčďéěíňóřšťúůýž", "áäčďéíĺľňóôŕšťúýž", "áéíóöőúüű", "ăâîşţ", "čćđšž"),
+    "cp1254": ("âçğı\u0307îöşûü",),  # Turkish; lowering its dotted capital gives a dot by itself
+    "cp1257": ("ąčęėįšųūž", "āčēģīķļņšūž", "äõöšüž"),  # Lithuanian, Latvian, Estonian
+}
 
 
 def unicode_text(data: bytes) -> str:
@@ -42,6 +50,7 @@ def western_text(data: bytes) -> str | None:
     """Read the Western European code page of Windows, cp1252, where nothing else that is usual gives such words.
 
     In words of other scripts, whose code pages use the same bytes for letters of their own, hardly a letter is of ASCII.
+    Other pages of Latin letters give a text of their own, which may be the right one where one language has all its letters.
 
     Args:
         data: The content of a file that is no Unicode.
@@ -58,8 +67,25 @@ def western_text(data: bytes) -> str | None:
         return None
     if re.search(r"[”™]\w", text):  # the second half of a character of two bytes
         return None
+    if _IN_WORDS.search(text):
+        return None
     for word in re.findall(r"[^\W\d_]+", text):
         foreign = sum(letter in _LETTERS for letter in word)
         if foreign > max(1, len(word) - foreign) or re.search(r"[À-ÿœšž]{3}", word):
             return None
-    return text
+    return None if any(_may_be(data, page, text) for page in _OTHER_PAGES) else text
+
+
+def _may_be(data: bytes, page: str, western: str) -> bool:
+    """Whether another page of Latin letters gives another text, in letters that one of its languages has."""
+    try:
+        text = data.decode(page)
+    except UnicodeDecodeError:
+        return False
+    other = [place for place, letter in enumerate(text) if letter != western[place]]
+    # A letter beside a figure is none: "£5" is no "Ł5".
+    beside = "".join(text[max(0, place - 1) : place + 2] for place in other)
+    if not other or not all(text[place].isalpha() for place in other) or re.search(r"\d", beside):
+        return False
+    letters = {letter for letter in text.lower() if not letter.isascii() and (letter.isalpha() or letter == "\u0307")}
+    return any(letters <= set(alphabet) for alphabet in _OTHER_PAGES[page])
