@@ -4,6 +4,7 @@ A new family is one row, added with `register`, and, where its network that deno
 `denoiser.Denoiser` such as `unet.py`. Those of others come in as plug-ins: see `core.plugins`. Imports no torch.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -32,6 +33,7 @@ class Component:
         lycoris: What its paths begin with in files of LyCORIS outside of kohya's trainer, which say no component; ("",)
             takes every path that no other component claims.
         embeddings: What embeddings of its words are called in files of other programs, the one that is written first.
+        flat: What flat names of other programs begin with, beside ``kohya``. They are read and not written.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Component:
     dotted: tuple[str, ...] = ()
     lycoris: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
+    flat: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,16 @@ _SMALL_PRESETS = {
 UNET_KIND = "peft_diffusion.bases.unet:UNetDenoiser"
 """The kind of network of Stable Diffusion 1, 2 and XL."""
 
-_UNET = Component("unet", "denoiser", "unet_lr", None, "lora_unet_", ("unet.", "diffusion_model."), ("",))
+_UNET = Component(
+    "unet",
+    "denoiser",
+    "unet_lr",
+    None,
+    "lora_unet_",
+    ("unet.", "diffusion_model.", "lora_unet."),  # the last inside of OneTrainer
+    ("",),
+    flat=("lora_prior_unet_", "diffusion_model_"),  # of ComfyUI and A1111
+)
 _CLIP_PATHS = ("text_model_", "encoder_layers_", "embeddings_", "final_layer_norm")
 _TEXT = Component(
     "text_encoder",
@@ -189,13 +201,20 @@ _TEXT = Component(
     "text_encoder_lr",
     "tokenizer",
     "lora_te_",
-    # The third is ComfyUI's of Stable Diffusion 2.
-    ("text_encoder.", "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
+    (
+        "text_encoder.",
+        "text_encoders.clip_l.transformer.",
+        "text_encoders.clip_h.transformer.",  # ComfyUI's of Stable Diffusion 2
+        "clip_l.",  # of the Open Model Initiative, which OneTrainer writes
+        "lora_te.",
+        "lora_te1.",
+    ),
     _CLIP_PATHS,
     ("clip_l", "emb_params", "emp_params"),  # the last as OneTrainer spells it
+    ("transformer_text_model_", "0_transformer_text_model_", "model_transformer_"),  # of A1111
 )
 _TEXT_XL = Component(
-    "text_encoder", "text encoder", "text_encoder_lr", "tokenizer", "lora_te1_", _TEXT.dotted, (), ("clip_l",)
+    "text_encoder", "text encoder", "text_encoder_lr", "tokenizer", "lora_te1_", _TEXT.dotted, (), ("clip_l",), _TEXT.flat
 )
 _TEXT_XL_2 = Component(
     "text_encoder_2",
@@ -203,9 +222,10 @@ _TEXT_XL_2 = Component(
     "text_encoder_lr",
     "tokenizer_2",
     "lora_te2_",
-    ("text_encoder_2.", "text_encoders.clip_g.transformer."),
+    ("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.", "lora_te2."),
     (),
     ("clip_g",),
+    ("lora_prior_te_", "1_model_transformer_"),  # of ComfyUI and A1111
 )
 _LM = Component(
     "lm",
@@ -218,6 +238,7 @@ _LM = Component(
 )
 
 _FAMILIES: dict[str, Family] = {}
+_registered_by: dict[str, str] = {}  # modules by the name of the family
 
 
 def register(family: Family) -> None:
@@ -231,8 +252,22 @@ def register(family: Family) -> None:
     """
     if _FAMILIES.setdefault(family.name, family) != family:
         raise UserError(f"there is a family of bases {family.name!r} already; give the new one another name")
+    _registered_by.setdefault(family.name, sys._getframe(1).f_globals["__name__"])
     for name, table in family.targets.items():
         target_tables.register(name, table)
+
+
+def plugin_of(name: str) -> str | None:
+    """Name the plug-in that a family comes from.
+
+    Args:
+        name: The name of the family.
+
+    Returns:
+        The module that registered it, for ``--plugin``; None for a family of this package, and for an unknown name.
+    """
+    module = _registered_by.get(name)
+    return None if module is None else plugins.origin(module)
 
 
 def every() -> tuple[Family, ...]:

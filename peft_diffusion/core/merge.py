@@ -1,7 +1,7 @@
 """Fold adapters into the weights of their sites, and restore the very bytes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import site as sites_of
-from .adapter import parts_of
+from .adapter import Adapter, parts_of
 from .changes import one_at_a_time
 from .errors import FoldError, UserError
 from .quantized import QuantizedLinear, plain_parts, rebuilt, torchao_codes, torchao_kind
@@ -284,9 +284,26 @@ def _folded(site: nn.Module, slot: Slot, scalars: dict[str, list[float]]) -> dic
     weight = dense_weight(site) if hasattr(site, "weight") else torch.zeros(0)
     own_bias = getattr(site, "bias", None)
     bias = own_bias.detach().to(torch.float32) if isinstance(own_bias, Tensor) else None
+    return folded(weight, bias, ((name, adapter, scalars[name][slot.block]) for name, adapter in slot.adapters.items()))
+
+
+@torch.no_grad()
+def folded(weight: Tensor, bias: Tensor | None, adapters: Iterable[tuple[str, Adapter, float]]) -> dict[str, Tensor]:
+    """Fold adapters into the weight and bias of a site.
+
+    Args:
+        weight: The site's, in float32; empty where the site has none.
+        bias: The site's, in float32; None where it has none.
+        adapters: The name, the adapter, which is bound to the site, and its strength, in the order in which they run.
+
+    Returns:
+        Those of "weight" and "bias" that change, with all changes in them, in float32.
+
+    Raises:
+        FoldError: An adapter is no change of weight and bias, or adds a bias where there is none.
+    """
     changed: dict[str, Tensor] = {}
-    for name, adapter in slot.adapters.items():
-        strength = scalars[name][slot.block]
+    for name, adapter, strength in adapters:
         if strength == 0:
             continue
         for part in parts_of(adapter):

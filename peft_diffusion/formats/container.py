@@ -1,19 +1,22 @@
 """The safetensors container: reading a header without trusting it, reading and writing tensors."""
 
 import hashlib
+import json
 import math
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..core.checksums import bytes_of
 from ..core.errors import UserError
-from ..core.files import write_bytes
+from ..core.files import written_aside
 from ..core.parsing import json_value, number, refusing
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
@@ -23,6 +26,13 @@ _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
+# What torch calls them, in the order in which the safetensors library writes tensors: from the widest on.
+_IN_TORCH = {
+    "U64": "uint64", "I64": "int64", "F64": "float64", "F32": "float32", "U32": "uint32", "I32": "int32",
+    "BF16": "bfloat16", "F16": "float16", "U16": "uint16", "I16": "int16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_LEGACY_START, _LEGACY_END = 0x100000, 0x110000  # the bytes of a file that kohya's older hash is of
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,65 @@ def read_tensors(header: Header) -> dict[str, "Tensor"]:
     return _usable(header.path, tensors)
 
 
+class Stored(Mapping[str, "Tensor"]):
+    """The tensors of a safetensors file, each read into memory when it is asked for, and kept by nobody.
+
+    Nothing is mapped: what was read and let go takes no memory.
+    """
+
+    def __init__(self, header: Header) -> None:
+        """Refuse a file that changed.
+
+        Args:
+            header: Of the file.
+
+        Raises:
+            UserError: The file changed since its header was read.
+        """
+        refuse_changed(header)
+        self._header = header
+
+    def __getitem__(self, name: str) -> "Tensor":
+        """Read a tensor, as `read_tensors` gives it. Raises UserError where it holds NaN or infinity, or cannot be read."""
+        entry = self._header.tensors[name]
+        with refusing(f"{self._header.path} cannot be read"), self._header.path.open("rb") as file:
+            file.seek(entry.start)
+            data = file.read(entry.end - entry.start)
+        return _usable(self._header.path, {name: _tensor(data, entry)})[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._header.tensors)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._header.tensors)
+
+
+def _tensor(data: bytes, entry: Entry) -> "Tensor":
+    import torch
+
+    dtype = torch_dtype(entry)
+    if not data:
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(entry.shape)
+
+
+def torch_dtype(entry: Entry) -> "torch.dtype":
+    """Tell the dtype that a tensor of a file has in torch.
+
+    Args:
+        entry: The tensor.
+
+    Returns:
+        The dtype.
+    """
+    import torch
+
+    found: torch.dtype = getattr(torch, _IN_TORCH[entry.dtype])
+    return found
+
+
 def read_pickle(path: Path) -> tuple[Header, dict[str, "Tensor"]]:
     """Read all tensors of a pickle (.pt, .ckpt, .bin) with ``weights_only``, which runs nothing.
 
@@ -186,11 +255,64 @@ def write(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, st
         tensors: By name, on any device.
         metadata: Of the header, beside those hashes.
     """
-    from safetensors.torch import save
+    forms = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_each(path, forms, tensors.__getitem__, metadata)
 
-    data = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    hashes = _hashes(save(data))
-    write_bytes(path, save(data, metadata={"format": "pt", **metadata, **hashes}))
+
+def write_each(
+    path: Path,
+    forms: "Mapping[str, tuple[torch.dtype, tuple[int, ...]]]",
+    tensor_of: "Callable[[str], Tensor]",
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file as `write` does, with one tensor in memory at a time.
+
+    Args:
+        path: The file, which is replaced.
+        forms: Dtype and shape of each tensor, by name.
+        tensor_of: Makes a tensor by its name; called once for each, in the order of the file.
+        metadata: Of the header, beside the hashes.
+
+    Raises:
+        UserError: It cannot be written.
+        ValueError: A tensor is of another dtype or shape than was said.
+    """
+    names = {f"torch.{torch_name}": name for name, torch_name in _IN_TORCH.items()}
+    told = {name: (names[str(dtype)], shape) for name, (dtype, shape) in forms.items()}
+    places = list(_IN_TORCH)
+    order = sorted(told, key=lambda name: (places.index(told[name][0]), name))
+    entries = _placed({name: told[name] for name in order})
+    hashes = _Hashes(_header_bytes(entries, None))
+    head = {"format": "pt", **metadata, **hashes.told()}
+    with written_aside(path) as aside, aside.open("wb") as file:
+        file.write(_header_bytes(entries, head))
+        for name in order:
+            tensor = tensor_of(name)
+            if (tensor.dtype, tuple(tensor.shape)) != forms[name]:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, and was to be {forms[name]}")
+            data = bytes_of(tensor) if tensor.numel() else memoryview(b"")
+            hashes.update(data)
+            file.write(data)
+        file.seek(0)
+        file.write(_header_bytes(entries, head | hashes.told()))  # as long as before: hashes are
+
+
+def _placed(told: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+    """The entries of a header, by name."""
+    entries, start = {}, 0
+    for name, (dtype, shape) in told.items():
+        end = start + _BYTES[dtype] * math.prod(shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    return entries
+
+
+def _header_bytes(entries: Mapping[str, Any], metadata: Mapping[str, str] | None) -> bytes:
+    """A header with its length, filled up with spaces to a multiple of 8 bytes."""
+    whole = dict(entries) if metadata is None else {"__metadata__": dict(metadata), **entries}
+    text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def sha256(path: Path) -> str:
@@ -356,8 +478,25 @@ def _named(path: Path, name: object, value: object) -> "Tensor | None":
     return value.detach()
 
 
-def _hashes(content: bytes) -> dict[str, str]:
-    """The hashes by which A1111's additional networks and kohya know a file: of its data alone, and of a part of it."""
-    length = struct.unpack("<Q", content[:8])[0]
-    legacy = hashlib.sha256(content[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8]
-    return {"sshs_model_hash": hashlib.sha256(content[8 + length :]).hexdigest(), "sshs_legacy_hash": legacy}
+class _Hashes:
+    """The hashes by which A1111's additional networks and kohya know a file, taken while it is written: of its data alone,
+    and of a part of the file as it would be without metadata."""
+
+    def __init__(self, header: bytes) -> None:
+        self._data, self._legacy = hashlib.sha256(), hashlib.sha256()
+        self._position = 0
+        self._see(memoryview(header))
+
+    def update(self, data: memoryview) -> None:
+        """See the data that follow."""
+        self._data.update(data)
+        self._see(data)
+
+    def told(self) -> dict[str, str]:
+        """The entries of the metadata, of what was seen so far; always of the same length."""
+        return {"sshs_model_hash": self._data.hexdigest(), "sshs_legacy_hash": self._legacy.hexdigest()[:8]}
+
+    def _see(self, data: memoryview) -> None:
+        first, end = self._position, self._position + len(data)
+        self._legacy.update(data[max(0, _LEGACY_START - first) : max(0, _LEGACY_END - first)])
+        self._position = end

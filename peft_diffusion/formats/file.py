@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..bases import components, describe
 from ..bases import family as families
-from ..bases.base import Base
+from ..bases.base import AnyBase
 from ..core import site as sites
 from ..core import targets
 from ..core.adapter import Adapter, chained
@@ -99,12 +99,12 @@ def save(
         write_bytes(file.with_name(other), text.encode())
 
 
-def load(source: str | Path | Plan, pipe: Base, *, strict: bool = False) -> Loaded:
+def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False) -> Loaded:
     """Read an adapter file for a base. Nothing is attached.
 
     Args:
         source: The file, or the plan that was made of it, which saves parsing it again.
-        pipe: The base, a pipeline or a ``LanguageModel``.
+        pipe: The base, a pipeline or a ``LanguageModel``, or the ``Skeleton`` of one.
         strict: Whether to refuse a file of which a tensor is left out; otherwise they are listed in the report.
 
     Returns:
@@ -113,25 +113,88 @@ def load(source: str | Path | Plan, pipe: Base, *, strict: bool = False) -> Load
     Raises:
         UserError: The file is no adapter, is damaged, was changed since it was planned, or does not fit the base.
     """
-    found, parts = source if isinstance(source, Plan) else plan(source), components(pipe)
+    found = source if isinstance(source, Plan) else plan(source)
+    bound, tensors = bind(found, pipe), found.tensors()
+    built: dict[str, dict[str, Adapter]] = {}
+    for component, path in bound.sites:
+        adapter = bound.build(component, path, tensors)
+        if adapter is not None:
+            built.setdefault(component, {})[path] = adapter
+    _refuse_empty(found, built, bound.left, pipe)
+    if strict:
+        refuse_leftovers(found.path, bound.left)
+    report = Coverage(len(tensors) - len(bound.left), sum(map(len, built.values())), tuple(bound.left))
+    return Loaded(built, found.spec or Spec(), report, bound.warnings, found)
+
+
+def bind(found: Plan, pipe: AnyBase) -> "Bound":
+    """Find the sites of a base that a file holds adapters for. Reads no tensor.
+
+    Args:
+        found: The file.
+        pipe: The base.
+
+    Returns:
+        The sites, whose adapters can be built one by one.
+
+    Raises:
+        UserError: The file is no adapter, needs a plug-in, or holds a tensor of a site under two names.
+    """
     if found.spec is not None:
         refuse_unknown(found.spec, str(found.path))
-    tensors = found.tensors()
     if not found.sites:
         raise found.is_none()
+    parts = components(pipe)
     bound, left = _bound(found, parts)
-    built: dict[str, dict[str, Adapter]] = {}
-    for site in bound:
-        adapter = _built(site, parts[site.component].get_submodule(site.path), found, tensors, pipe)
+    return Bound(found, pipe, parts, {(one.component, one.path): one for one in bound}, left)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The sites of a base that a file holds adapters for.
+
+    Attributes:
+        plan: The file.
+        base: The base.
+        parts: Its components.
+        sites: By component and path.
+        left: By name, why a tensor of the file makes no part of an adapter.
+    """
+
+    plan: Plan
+    base: AnyBase
+    parts: Mapping[str, nn.Module]
+    sites: "Mapping[tuple[str, str], _Site]"
+    left: Mapping[str, str]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the person should know."""
+        return (*self.plan.warnings, *_warnings(self.plan, self.left, self.base))
+
+    def build(
+        self, component: str, path: str, tensors: Mapping[str, Tensor], module: nn.Module | None = None
+    ) -> Adapter | None:
+        """Make the adapter of a site.
+
+        Args:
+            component: The name of its component.
+            path: Its path there.
+            tensors: Those of the file, of which only the site's are asked for.
+            module: What stands in for the module of the base, with weights where that has none.
+
+        Returns:
+            The adapter, of one method or several; None where there is none that is known.
+
+        Raises:
+            UserError: The file is damaged, or does not fit the base.
+        """
+        site = self.sites[component, path]
+        target = self.parts[component].get_submodule(path) if module is None else module
+        adapter = _built(site, target, self.plan, tensors, self.base)
         if adapter is not None:
-            _refuse_not_finite(found.path, site, adapter)
-            built.setdefault(site.component, {})[site.path] = adapter
-    _refuse_empty(found, built, left, pipe)
-    if strict:
-        refuse_leftovers(found.path, left)
-    report = Coverage(len(tensors) - len(left), sum(map(len, built.values())), tuple(left))
-    warnings = (*found.warnings, *_warnings(found, left, pipe))
-    return Loaded(built, found.spec or Spec(), report, warnings, found)
+            _refuse_not_finite(self.plan.path, site, adapter)
+        return adapter
 
 
 def paths_by_name(component: str, module: nn.Module) -> dict[str, str]:
@@ -182,12 +245,15 @@ def _is_only(component: str, parts: Mapping[str, nn.Module]) -> bool:
     return role != "text encoder" or sum(families.role_of(name) == role for name in parts) == 1
 
 
-def _values(site: _Site, found: Plan, tensors: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]:
+def _values(site: _Site, found: Plan, tensors: Mapping[str, Tensor], base: AnyBase) -> dict[str, Tensor]:
     """The tensors of a site as its methods know them, by suffix."""
     own: dict[str, Tensor] = {}
     pieces: dict[Layout, dict[str, Tensor]] = {}
     for source in site.plan.sources:
         change, tensor = source.place.change, tensors[source.name]
+        if source.place.rows is not None:
+            index, number = source.place.rows
+            tensor = tensor.chunk(number)[index].clone()
         value = tensor if change is None else change(tensor)
         if source.place.piece:
             pieces.setdefault(source.layout, {})[source.place.piece] = value
@@ -204,7 +270,7 @@ def _ordered(chosen: Iterable[Any], spec: Spec | None, component: str) -> list[A
     return sorted(chosen, key=lambda method: order.index(method.name) if method.name in order else len(order))
 
 
-def _built(site: _Site, module: nn.Module, found: Plan, tensors: Mapping[str, Tensor], pipe: Base) -> Adapter | None:
+def _built(site: _Site, module: nn.Module, found: Plan, tensors: Mapping[str, Tensor], pipe: AnyBase) -> Adapter | None:
     """The adapter of one site, of one method or several; None where there is none that is known. Raises UserError."""
     where = f"{site.component}.{site.path}"
     sites.refuse_wrapped(where, module)
@@ -237,7 +303,7 @@ def _refuse_not_finite(path: Path, site: _Site, adapter: Adapter) -> None:
             )
 
 
-def _refuse_empty(found: Plan, built: Mapping[str, Any], left: Mapping[str, str], pipe: Base) -> None:
+def _refuse_empty(found: Plan, built: Mapping[str, Any], left: Mapping[str, str], pipe: AnyBase) -> None:
     """Raise UserError, with the true reason, where nothing of a file can be used."""
     if built:
         return
@@ -252,24 +318,21 @@ def _refuse_empty(found: Plan, built: Mapping[str, Any], left: Mapping[str, str]
     refuse_leftovers(found.path, left)
 
 
-def _wrong_base(found: Plan, pipe: Base, reason: str) -> UserError:
+def _wrong_base(found: Plan, pipe: AnyBase, reason: str) -> UserError:
     """Say that a file does not fit a base, and that it was made for another one only where it tells so."""
     here, told = describe(pipe), metadata.base_of(found.spec, found.header.metadata)
-    same = (
-        told.get("fingerprint") == here.fingerprint
-        if "fingerprint" in told
-        else told.get("family", here.family) == here.family
-    )
+    known = "fingerprint" in told and here.fingerprint != ""  # a skeleton has none
+    same = told.get("fingerprint") == here.fingerprint if known else told.get("family", here.family) == here.family
     if not same:
         name = f"base {told['name']!r}" if told.get("name") else "a base"
         other = f"{name} ({told['family']})" if told.get("family") else name
         return UserError(f"{found.path} was made for {other}; this base is {here.name!r} ({here.family}): {reason}")
-    if "fingerprint" in told:
+    if known:
         return UserError(f"{found.path} does not fit the base {here.name!r} that it names: {reason}; the file is damaged")
     return UserError(f"{found.path} does not fit the base {here.name!r} ({here.family}): {reason}")
 
 
-def _warnings(planned: Plan, left: Mapping[str, str], pipe: Base) -> tuple[str, ...]:
+def _warnings(planned: Plan, left: Mapping[str, str], pipe: AnyBase) -> tuple[str, ...]:
     path, spec, total = planned.path, planned.spec, len(planned.header.tensors)
     found = [
         f"{path}: {len(names)} of {total} tensors {reason} and were left out: {some(names)}"
@@ -283,7 +346,7 @@ def _warnings(planned: Plan, left: Mapping[str, str], pipe: Base) -> tuple[str, 
             ' rescale_betas_zero_snr=True and timestep_spacing="trailing", or pictures are as light and dark as before'
         )
     made_for = spec.base.get("fingerprint") if spec else None
-    if spec and made_for and made_for != describe(pipe).fingerprint:
+    if spec and made_for and describe(pipe).fingerprint not in ("", made_for):
         name = spec.base.get("name")
         found.append(f"{path} was trained on {name!r}, whose weights differ from this base's; results may differ")
     return tuple(found)

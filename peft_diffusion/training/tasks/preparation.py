@@ -34,6 +34,7 @@ from ...data.folder import ImageFolder, TrainingImage, check_folders, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
 from ...data.problems import number_of
+from ...data.prompts import words_of
 from ..attachment import check_placements, selected_components, with_words
 from ..drawing import Drawing
 from ..events import COLD, IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
@@ -133,6 +134,7 @@ def prepare(
     tell: Observer,
     drawing: Drawing,
     processes: Processes = Processes(),  # noqa: B008 -- frozen
+    run: RunFolder | None = None,
 ) -> Prepared:
     """Load the base, read and check the folder, and encode the pictures.
 
@@ -142,6 +144,7 @@ def prepare(
         tell: Is told what is found and chosen.
         drawing: Draws pictures of the class.
         processes: Those that train together.
+        run: The run folder; by default that of the settings.
 
     Returns:
         What a run on pictures works on.
@@ -155,7 +158,7 @@ def prepare(
     pipe = _loaded(replace(config, precision=precision), pipe, device, tell, processes)
     info, text = describe(pipe), denoiser_of(pipe).text
     tell(BaseLoaded(info.name, info.family, info.prediction_type, info.resolution, config.quantize))
-    run = RunFolder(run_path(config))
+    run = RunFolder(run_path(config)) if run is None else run
     going_on = run.newest() if config.resume else None
     if going_on is not None:
         run.check_base(going_on.origin, info.fingerprint)
@@ -234,6 +237,7 @@ def _loaded(
     first = "cpu" if processes.shares_base else config.device
     pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize)
     denoiser = denoiser_of(pipe)
+    denoiser.check_learns()
     components = adapted_components(config, denoiser.family)
     parts = selected_components(pipe, components)
     check_placements(parts, with_words(pipe, blocks(replace(config, components=components))))
@@ -362,3 +366,11 @@ def _tell_prompts(pictures: Sequence[TrainingImage], rules: CaptionRules, text: 
     if lost:
         message = f"{len(lost)} prompts are over {text.limit} tokens, and what comes after is not seen; shorten them:"
         tell(Warned(message, _first([f"{picture.path}: without \u201c{words}\u201d" for picture, words in lost])))
+    odd = [
+        f"{one.path}: {', '.join(taken)}"
+        for one, prompt in zip(pictures, prompts, strict=True)
+        if (taken := words_of(prompt).taken)
+    ]
+    if odd:
+        message = f"{number_of(len(odd), 'prompt')} with what other programs read as instructions, learned here as letters:"
+        tell(Warned(message, _first(odd)))

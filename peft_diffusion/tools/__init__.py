@@ -1,0 +1,1 @@
+"""Tools on adapter files, without a base where they can: convert, verify."""

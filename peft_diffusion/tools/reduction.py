@@ -1,0 +1,169 @@
+"""Changes of weights as pairs of low rank: the best pair of a rank, how large a rank has to be, and what it leaves out.
+
+A pair is never multiplied out to be reduced: both factors are brought into orthonormal bases, and what is decomposed is the
+small matrix between them. That is exact, and takes thousands of times fewer operations than a decomposition of the weight.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.adapter import LowRank
+
+_SMALL = 256  # up to this side a full decomposition costs nothing
+_OVERSAMPLING, _ITERATIONS = 16, 4
+_WIDE = 3  # from a third of all ranks on, a full decomposition is not slower than a randomized one
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How many singular values are kept. Of several conditions the smallest number counts; at least one is kept.
+
+    The three shares are what kohya's ``networks/resize_lora.py`` calls ``sv_cumulative``, ``sv_fro`` and ``sv_ratio``.
+
+    Attributes:
+        rank: At most so many.
+        energy: The fewest whose sum is this share of the sum of all (0 to 1).
+        frobenius: The fewest whose Frobenius norm is this share of that of all (0 to 1).
+        ratio: Those above the largest divided by this number (above 1).
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    frobenius: float | None = None
+    ratio: float | None = None
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the number follows from no singular value."""
+        return self.energy is None and self.frobenius is None and self.ratio is None
+
+    def kept(self, values: Tensor) -> int:
+        """Tell how many of these singular values are kept.
+
+        Args:
+            values: All of them, (number,), falling.
+
+        Returns:
+            1 to their number.
+        """
+        values = values.double()
+        found = [len(values)] if self.rank is None else [self.rank]
+        if not bool(values.sum() > 0):
+            return 1
+        if self.energy is not None:
+            found.append(_reaching(values.cumsum(0) / values.sum(), self.energy))
+        if self.frobenius is not None:
+            squares = values.square()
+            found.append(_reaching(squares.cumsum(0) / squares.sum(), self.frobenius**2))
+        if self.ratio is not None:
+            found.append(int((values > values[0] / self.ratio).sum()))
+        return max(1, min(*found, len(values)))
+
+
+def _reaching(shares: Tensor, target: float) -> int:
+    return int(torch.searchsorted(shares, target)) + 1
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """The best pair of its rank, and what it leaves out.
+
+    Attributes:
+        pair: ``down`` (rank, inputs) and ``up`` (outputs, rank), whose product is the change. Both have the same norm, so
+            that half precision loses the least.
+        error: The Frobenius norm of what is left out over that of the whole; 0 for a whole of zeros.
+        norm: The Frobenius norm of the whole.
+    """
+
+    pair: LowRank
+    error: float
+    norm: float
+
+
+def summed(pairs: Sequence[LowRank]) -> LowRank:
+    """Add changes, by writing their ranks one after the other: exact.
+
+    Args:
+        pairs: ``down`` (rank, inputs) and ``up`` (outputs, rank) each, of whatever ranks.
+
+    Returns:
+        The pair of the sum.
+    """
+    if len(pairs) == 1:
+        return pairs[0]
+    return LowRank(torch.cat([pair.down for pair in pairs]), torch.cat([pair.up for pair in pairs], 1))
+
+
+def reduced_pair(pair: LowRank, wanted: Truncation) -> Reduced:
+    """Find the best pair for a change that is one already.
+
+    Args:
+        pair: ``down`` (rank, inputs) and ``up`` (outputs, rank).
+        wanted: How many ranks are kept.
+
+    Returns:
+        The pair and its error, both exact.
+    """
+    left, left_core = torch.linalg.qr(pair.up)
+    right, right_core = torch.linalg.qr(pair.down.mT)
+    u, values, v = torch.linalg.svd(left_core @ right_core.mT, full_matrices=False)
+    kept = wanted.kept(values)
+    whole, rest = _norm(values), _norm(values[kept:])
+    return Reduced(_balanced(left @ u[:, :kept], values[:kept], v[:kept] @ right.mT), rest / whole if whole else 0.0, whole)
+
+
+def reduced_matrix(change: Tensor, wanted: Truncation, seed: int = 0) -> Reduced:
+    """Find the best pair for the change of a weight.
+
+    A large matrix is decomposed in a randomized way, with power iterations (Halko, Martinsson and Tropp 2011,
+    https://arxiv.org/abs/0909.4061, algorithms 4.4 and 5.1), as `torch.svd_lowrank` does it.
+
+    Args:
+        change: (outputs, inputs).
+        wanted: How many ranks are kept.
+        seed: Of the random directions.
+
+    Returns:
+        The pair, and the error that was measured against the whole.
+    """
+    change = change.float()
+    shorter = min(change.shape)
+    rank = shorter if wanted.rank is None else min(wanted.rank, shorter)
+    if not wanted.is_fixed and shorter > _SMALL:
+        rank = wanted.kept(_singular_values(change))
+    if shorter <= _SMALL or rank * _WIDE >= shorter:
+        u, values, v = torch.linalg.svd(change, full_matrices=False)
+        rank = wanted.kept(values)
+    else:
+        u, values, v = _randomized(change, rank, seed)
+    pair = _balanced(u[:, :rank], values[:rank], v[:rank])
+    whole = _norm(change)
+    return Reduced(pair, _norm(change - pair.up @ pair.down) / whole if whole else 0.0, whole)
+
+
+def _randomized(change: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        u, values, v = torch.svd_lowrank(change, min(rank + _OVERSAMPLING, *change.shape), _ITERATIONS)
+    return u, values, v.mT
+
+
+def _singular_values(change: Tensor) -> Tensor:
+    """All of them, by the eigenvalues of the smaller Gram matrix; float64, as that squares them."""
+    rows = change if change.shape[0] <= change.shape[1] else change.mT
+    gram = rows.double() @ rows.mT.double()
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.clamp_min(0).sqrt().flip(0)
+
+
+def _balanced(u: Tensor, values: Tensor, v: Tensor) -> LowRank:
+    roots = values.sqrt()
+    return LowRank(roots[:, None] * v, u * roots)
+
+
+def _norm(tensor: Tensor) -> float:
+    return math.sqrt(float(tensor.double().square().sum())) if tensor.numel() <= 4096 else float(tensor.norm())

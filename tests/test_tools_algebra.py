@@ -1,0 +1,163 @@
+"""Pairs and rules against what they stand for, written out: full decompositions, numpy, and peft's own rules."""
+
+import numpy as np
+import pytest
+import torch
+from peft.utils import merge_utils
+from torch import Tensor
+
+from peft_diffusion.core.adapter import LowRank
+from peft_diffusion.tools.combination import Combination, core_space, knots, linear
+from peft_diffusion.tools.reduction import Truncation, reduced_matrix, reduced_pair, summed
+
+STRENGTHS = (0.7, -0.4, 1.1)
+
+
+def pair(seed: int, rank: int = 6, outputs: int = 40, inputs: int = 30) -> LowRank:
+    generator = torch.Generator().manual_seed(seed)
+    return LowRank(torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator) / rank)
+
+
+def product(one: LowRank) -> Tensor:
+    return one.up @ one.down
+
+
+def with_values(values: Tensor, outputs: int, inputs: int) -> Tensor:
+    """A matrix of these singular values."""
+    generator = torch.Generator().manual_seed(3)
+    left = torch.linalg.qr(torch.randn(outputs, len(values), generator=generator))[0]
+    right = torch.linalg.qr(torch.randn(inputs, len(values), generator=generator))[0]
+    matrix: Tensor = left @ torch.diag(values) @ right.mT
+    return matrix
+
+
+def best_error(matrix: Tensor, rank: int) -> float:
+    """What the best approximation of a rank leaves out (Eckart and Young), by numpy in float64."""
+    values = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    return float(np.sqrt((values[rank:] ** 2).sum() / (values**2).sum()))
+
+
+def test_a_sum_of_pairs_of_different_ranks_is_exact() -> None:
+    several = [pair(1, 4), pair(2, 9), pair(3, 1)]
+    assert torch.allclose(product(summed(several)), sum(map(product, several), torch.zeros(40, 30)), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (12, 50), (50, 12)])  # the rank is 18: also above both sides
+def test_a_pair_is_reduced_as_well_as_by_a_decomposition_of_the_whole(shape: tuple[int, int]) -> None:
+    whole = summed([pair(seed, 6, *shape) for seed in (1, 2, 3)])
+    found = reduced_pair(whole, Truncation(rank=5))
+    matrix = product(whole)
+    left_out = float((matrix - product(found.pair)).norm() / matrix.norm())
+    assert found.pair.down.shape == (5, shape[1])
+    assert left_out == pytest.approx(best_error(matrix, 5), rel=1e-4)
+    assert found.error == pytest.approx(best_error(matrix, 5), rel=1e-4)
+    assert found.norm == pytest.approx(float(matrix.norm()), rel=1e-5)
+    assert float(found.pair.up.norm()) == pytest.approx(float(found.pair.down.norm()), rel=1e-4)
+
+
+def test_all_ranks_leave_nothing_out() -> None:
+    one = pair(1, 6)
+    found = reduced_pair(one, Truncation())
+    assert found.error == 0
+    assert torch.allclose(product(found.pair), product(one), atol=1e-5)
+
+
+@pytest.mark.parametrize("falling", [0.5, 1.0])  # as of a fine-tuned weight, and slower
+def test_a_large_matrix_is_reduced_nearly_as_well_as_by_a_full_decomposition(falling: float) -> None:
+    values = torch.arange(1, 301).float() ** -falling
+    matrix = with_values(values, 400, 300)
+    found = reduced_matrix(matrix, Truncation(rank=16))
+    assert found.error == pytest.approx(best_error(matrix, 16), rel=2e-3)
+    assert found.error >= best_error(matrix, 16) * (1 - 1e-5)
+    assert torch.equal(found.pair.up, reduced_matrix(matrix, Truncation(rank=16)).pair.up)  # chance has a seed
+
+
+def test_numbers_of_ranks_are_those_of_kohyas_formulas() -> None:
+    values = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.5])  # their sum is 16, that of their squares 85.5
+    # resize_lora.py: index_sv_cumulative, index_sv_fro and index_sv_ratio, each plus 1
+    assert Truncation(energy=0.74).kept(values) == 2  # 12 of 16 are 0.75
+    assert Truncation(energy=0.76).kept(values) == 3
+    assert Truncation(frobenius=0.966).kept(values) == 2  # sqrt(80 / 85.5) is 0.9673
+    assert Truncation(frobenius=0.968).kept(values) == 3
+    assert Truncation(ratio=4).kept(values) == 2  # above 2, and 2 itself is not
+    assert Truncation(ratio=4.1).kept(values) == 3
+    assert Truncation(rank=2, energy=0.99).kept(values) == 2  # the rank is the most
+    assert Truncation(energy=1e-9).kept(values) == 1
+    assert Truncation(energy=0.5).kept(torch.zeros(4)) == 1  # of a layer that changes nothing
+
+
+@pytest.mark.parametrize("wanted", [Truncation(energy=0.6), Truncation(frobenius=0.9), Truncation(ratio=3)])
+def test_a_large_matrix_keeps_as_many_ranks_as_its_exact_values_say(wanted: Truncation) -> None:
+    values = torch.arange(1, 301).float() ** -0.7
+    matrix = with_values(values, 300, 500)
+    found = reduced_matrix(matrix, wanted)
+    exact = torch.from_numpy(np.linalg.svd(matrix.double().numpy(), compute_uv=False))
+    assert len(found.pair.down) == wanted.kept(exact)
+    assert found.error == pytest.approx(best_error(matrix, len(found.pair.down)), rel=2e-3)
+
+
+@pytest.mark.parametrize("rule", ["ties", "magnitude"])
+def test_rules_are_those_of_peft(rule: str) -> None:
+    changes = [product(pair(seed)) for seed in (1, 2, 3)]
+    theirs = {"ties": merge_utils.ties, "magnitude": merge_utils.magnitude_prune}[rule]
+    ours = Combination(rule, 0.3)(changes, STRENGTHS, 0)  # type: ignore[arg-type]
+    assert torch.allclose(ours, theirs(changes, torch.tensor(STRENGTHS), 0.3), atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["dare-ties", "dare-linear"])
+def test_dropping_nothing_is_what_peft_does_with_density_1(rule: str) -> None:
+    changes = [product(pair(seed)) for seed in (1, 2, 3)]
+    theirs = {"dare-ties": merge_utils.dare_ties, "dare-linear": merge_utils.dare_linear}[rule]
+    ours = Combination(rule, 1.0)(changes, STRENGTHS, 0)  # type: ignore[arg-type]
+    assert torch.allclose(ours, theirs(changes, torch.tensor(STRENGTHS), 1.0), atol=1e-6)
+
+
+def test_dare_drops_its_share_and_keeps_the_mean() -> None:
+    ones = torch.ones(200, 200)
+    found = Combination("dare-linear", 0.25, seed=5)([ones], [1.0], 0)
+    assert set(found.unique().tolist()) == {0.0, 4.0}
+    assert float(found.mean()) == pytest.approx(1, abs=0.05)
+    assert torch.equal(found, Combination("dare-linear", 0.25, seed=5)([ones], [1.0], 0))
+    assert not torch.equal(found, Combination("dare-linear", 0.25, seed=5)([ones], [1.0], 1))  # at another site
+    assert not torch.equal(found, Combination("dare-linear", 0.25, seed=6)([ones], [1.0], 0))
+
+
+def written_out_knots(changes: list[Tensor], strengths: tuple[float, ...], rule: Combination) -> Tensor:
+    """The paper's steps on whole matrices: decompose them side by side, merge what belongs to each, multiply."""
+    u, values, v = torch.linalg.svd(torch.cat(changes, 1), full_matrices=False)
+    kept = values > 1e-5 * values[0]
+    parts = (values[kept, None] * v[kept]).split(changes[0].shape[1], 1)
+    merged: Tensor = u[:, kept] @ rule(list(parts), strengths, 0)
+    return merged
+
+
+def written_out_core_space(several: list[LowRank], strengths: tuple[float, ...], rule: Combination) -> Tensor:
+    left = torch.linalg.svd(torch.cat([one.up for one in several], 1), full_matrices=False)[0]
+    right = torch.linalg.svd(torch.cat([one.down for one in several]), full_matrices=False)[2].mT
+    cores = [left.mT @ one.up @ one.down @ right for one in several]
+    merged: Tensor = left @ rule(cores, strengths, 0) @ right.mT
+    return merged
+
+
+@pytest.mark.parametrize("rule", [Combination("ties", 0.4), Combination("magnitude", 0.5)])
+def test_knots_is_the_papers_steps(rule: Combination) -> None:
+    several = [pair(1, 4), pair(2, 5), pair(3, 6)]
+    found = product(knots(several, STRENGTHS, rule, 0))
+    # A direction may point either way: TIES and trimming do not mind, as all parts turn with it; but + wins a draw.
+    assert torch.allclose(found, written_out_knots([product(one) for one in several], STRENGTHS, rule), atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", [Combination("ties", 0.4), Combination("magnitude", 0.5)])
+def test_core_space_is_the_papers_steps(rule: Combination) -> None:
+    several = [pair(1, 4), pair(2, 5), pair(3, 6)]
+    found = core_space(several, STRENGTHS, rule, 0)
+    assert torch.allclose(product(found), written_out_core_space(several, STRENGTHS, rule), atol=1e-4)
+    assert len(found.down) == 15
+
+
+@pytest.mark.parametrize("align", [knots, core_space])
+def test_an_alignment_that_keeps_all_is_the_sum(align: object) -> None:
+    """Both are exact changes of basis: with a rule that only adds, nothing is lost, also where ranks exceed a side."""
+    several = [pair(seed, 6, 12, 10) for seed in (1, 2, 3)]
+    found = align(several, STRENGTHS, Combination("magnitude", 1.0), 0)  # type: ignore[operator]
+    assert torch.allclose(product(found), linear([product(one) for one in several], STRENGTHS), atol=1e-5)
