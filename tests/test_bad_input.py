@@ -64,6 +64,8 @@ VALUES = {
     "generate a --guidance nan": "guidance must be a finite number",
     "generate a --seed -1": "--seed must be 0 or more, at most 9223372036854775807, not -1",
     "generate a --output a.jpg": "pictures are written as .png",
+    "generate a --output a.jfif": "pictures are written as .png",
+    "generate a --output a.heic": "pictures are written as .png",
     "generate a --adapter missing.safetensors": "there is no adapter file missing.safetensors",
     "generate a --adapter missing.safetensors=0.5": "there is no adapter file missing.safetensors",
     "generate a --adapter k=v/missing": "there is no adapter file k=v/missing",

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 from ..core.errors import UserError
 from ..core.files import at_home
 from ..core.settings import COUNT, NATURAL, PARAMETERS, WHOLE_SHARE, Flag, Range, about, explained, setting, settle
+from ..data.picture_names import CONVERTIBLE, SUFFIXES
 from ..formats import Plan, plan
 from ..formats.container import is_pickle
 from .recipe import check_folder, check_target, read
@@ -20,7 +21,7 @@ Quantize: TypeAlias = Literal["nf4", "int8"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
-_PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+_PICTURES = SUFFIXES | CONVERTIBLE
 
 
 @dataclass(frozen=True)
