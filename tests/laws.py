@@ -39,9 +39,11 @@ from peft_diffusion.methods.tokens import Tokens
 
 # Layers, norms and an embedding that is tied to nothing, as a whole change sits on all of them.
 _EVERY_KIND = r".*\.(attn1\.to_q|norm[12]|v_proj|fc2|layer_norm1|token_embedding)"
+_EMBEDDINGS = r".*\.token_embedding"
 METHODS: dict[str, tuple[Method, str]] = {
     "lora": (Lora(rank=4), "attention+ff"),
     "lora-scaled": (Lora(rank=3, alpha=1.0), "all-linear"),
+    "lora-embedding": (Lora(rank=3, alpha=1.0), _EMBEDDINGS),
     "locon": (Lora(rank=4), "conv"),
     "dora": (Dora(rank=4, alpha=2.0), "attention+ff"),
     "dora-conv": (Dora(rank=4), "conv"),
@@ -68,7 +70,11 @@ METHODS: dict[str, tuple[Method, str]] = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NO_IMAGES = {"conv", "conv-outputs", "biases"}  # nor has a Llama any bias
 # What a component has no sites for: CLIP has no convolution with text, and its attention has a mask.
-LACKING = {"unet": {"tokens"}, "text_encoder": {"conv", "conv-outputs", "attentions"}, "lm": _NO_IMAGES}
+LACKING = {
+    "unet": {"tokens", _EMBEDDINGS},
+    "text_encoder": {"conv", "conv-outputs", "attentions"},
+    "lm": _NO_IMAGES | {_EMBEDDINGS},  # whose embedding is its output layer too
+}
 CASES = [
     (method, component, dtype)
     for method, (_, target) in METHODS.items()
