@@ -44,10 +44,13 @@ def test_looking_around_imports_nothing_heavy(code: str) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="the time of child processes is not told there")
 @pytest.mark.parametrize("arguments", [["-c", "import peft_diffusion"], ["-m", "peft_diffusion", "--help"]])
-def test_looking_around_is_quick(arguments: list[str]) -> None:
+def test_looking_around_is_quick(arguments: list[str], tmp_path: Path) -> None:
+    installed = environment() | {"PYTHONPYCACHEPREFIX": str(tmp_path)}  # pip compiles what it installs
+    installed.pop("PYTHONDONTWRITEBYTECODE", None)
+
     def seconds() -> float:
         before = os.times()
-        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment())
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=installed)
         after = os.times()
         return after.children_user + after.children_system - before.children_user - before.children_system
 
@@ -101,6 +104,16 @@ def test_version_and_help() -> None:
     assert told.returncode == 0
     assert all(name in told.stdout for name in COMMANDS)
     assert all(flag in command("generate", "--help").stdout for flag in ("--adapter", "--config", "--debug", "--seeds"))
+
+
+def test_help_is_that_of_the_command_whatever_else_is_on_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*words: str) -> str:
+        main(words)
+        return capsys.readouterr().out
+
+    assert told("train", "--help") == told("--config", "no.toml", "train", "--lr", "no number", "--nonsense", "-h")
+    assert "FOLDER" in told("--help", "train") and "FOLDER" not in told("--help")
+    assert "Usage" not in told("runs", "--", "--help")  # a folder of this name
 
 
 def test_inspect_tells_what_a_file_holds_and_whether_two_fit(files: list[Path]) -> None:

@@ -401,7 +401,7 @@ class Method:
     @classmethod
     def plugin(cls) -> str | None:
         """The module that it comes from, for ``--plugin``; None for a method of this package."""
-        return None if cls.__module__.startswith(f"{__name__.partition('.')[0]}.") else plugins.importable(cls.__module__)
+        return plugins.origin(cls.__module__)
 
     def spec(self) -> dict[str, Any]:
         """Name and hyper-parameters as JSON values, and the plug-in that it comes from, if it does."""

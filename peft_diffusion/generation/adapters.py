@@ -17,7 +17,6 @@ from ..bases.base import Base, network_of
 from ..bases.pipelines import Pipeline
 from ..bases.words import teach
 from ..core import merge as merging
-from ..core import quantized
 from ..core import site as sites
 from ..core.changes import one_at_a_time
 from ..core.errors import UserError, did_you_mean
@@ -276,11 +275,10 @@ class Adapters:
             raise
         for name, told in done.items():
             if told.quantized:
-                kind = quantized.kind_of(parts[name])
                 logger.warning(
-                    f"{name}: {told.quantized} {kind} weights were quantized again with the adapters in them, which moved"
-                    f" them by {told.error:.1%} of their size, {told.error_of_change:.0%} of what the adapters changed;"
-                    " unmerged, they act in full"
+                    f"{name}: {told.quantized} {' and '.join(told.kinds)} weights were quantized again with the adapters in"
+                    f" them, which moved them by {told.error:.1%} of their size, {told.error_of_change:.0%} of what they"
+                    " changed; unmerged, they act in full"
                 )
         return done
 
