@@ -178,7 +178,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.fixture(params=CASES, ids="-".join)
+# Daily work sees each method on each component in float32; CI sees the halves too.
+DAILY_FIRST = [pytest.param(one, marks=pytest.mark.slow if one[2] == "bfloat16" else ()) for one in CASES]
+
+
+@pytest.fixture(params=DAILY_FIRST, ids="-".join)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     method, component, dtype = request.param
     chosen, target = METHODS[method]
@@ -261,6 +265,7 @@ def give_own(model: nn.Module) -> None:
                 setattr(module, name, nn.Sequential(nn.Linear(3, 3)).to(like).requires_grad_(False))
 
 
+@pytest.mark.slow
 @once_a_case
 @torch.no_grad()
 def test_law_2_attributes_of_a_modules_own_are_no_business_of_adapters(case: Case) -> None:
