@@ -269,6 +269,7 @@ def test_a_prompt_that_the_base_would_cut(tiny_base: Path, tmp_path: Path) -> No
     assert 'it would lose "cat"' in said
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_used_whole_is_told_and_with_strict_refused(ink: Path, tiny_base: Path, tmp_path: Path) -> None:
     tensors = load_file(ink)
     tensors["lora_unet_nowhere.alpha"] = torch.ones(())

@@ -29,7 +29,7 @@ from ..core.settings import (
 )
 from ..data.picture_names import CONVERTIBLE, SUFFIXES
 from ..formats import Plan, plan
-from ..formats.container import is_pickle
+from ..formats.container import adapter_file, is_pickle, title
 from .recipe import check_folder, check_target, read
 
 SchedulerName: TypeAlias = Literal["ddim", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc"]
@@ -65,8 +65,8 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """The file's name without folder and ending, as labels show it."""
-        return self.path.stem
+        """The file's name without folder and ending, or the name of peft's folder, as labels show it."""
+        return title(self.path)
 
 
 def parse_choice(text: str) -> Choice:
@@ -81,7 +81,7 @@ def parse_choice(text: str) -> Choice:
     Raises:
         UserError: The file is missing, or the strength is no finite number.
     """
-    if at_home(Path(text)).is_file() or "=" not in text:
+    if at_home(Path(text)).exists() or "=" not in text:
         return Choice(_existing(text))
     name, _, amount = text.rpartition("=")
     try:
@@ -138,9 +138,7 @@ class NamesAdapters:
 
 
 def _existing(text: str) -> Path:
-    path = at_home(Path(text))
-    if path.is_dir():
-        raise UserError(f"{text} is a folder, not an adapter file")
+    path = adapter_file(at_home(Path(text)))
     if not path.is_file():
         name, _, strength = text.rpartition(":")
         hint = f"; a strength follows an =, as in {name}={strength}" if _is_number(strength) and name else ""
