@@ -103,6 +103,7 @@ def test_progress_comes_to_the_end(tiny_pipe: DiffusionPipeline) -> None:
     assert [(event.done, event.total) for event in seen if isinstance(event, Progress)] == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["dpm++", "heun", "pndm"])
 def test_guidance_stops_where_it_is_told(tiny_pipe: DiffusionPipeline, ink: Path, scheduler: SchedulerName) -> None:
     """Up to there a picture is what guidance makes it, and from there each is computed once and not twice."""
@@ -144,6 +145,7 @@ def test_guidance_stops_where_a_picture_is_made_anew(make: Make, tmp_path: Path,
         assert half.getpixel((60, 30)) == (255, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [7.5, 1.0])
 def test_the_ends_of_a_blend_are_each_adapter_alone(
     make: Make, ink: Path, flat: Path, tiny_base: Path, tmp_path: Path, guidance: float
@@ -343,6 +345,7 @@ def test_a_recipe_of_settings_that_there_are_not_is_an_error(
         generate(GenerateConfig(recipe=first.path, base=first.recipe.base, output=tmp_path / "b.png", device="cpu"))
 
 
+@pytest.mark.slow
 def test_a_picture_does_not_choose_what_is_fetched_or_loaded(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,6 +461,7 @@ def test_a_value_that_cannot_be_used_is_refused(wrong: dict[str, Any]) -> None:
         GenerateConfig(**{"prompts": ("a",), **wrong})
 
 
+@pytest.mark.slow
 def test_a_sheet_shows_every_picture_as_it_is() -> None:
     colours: list[list[tuple[int, int, int] | None]] = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), None]]
     images = [[c and Image.new("RGB", (40, 30), c) for c in row] for row in colours]
@@ -532,6 +536,7 @@ def test_a_sheet_does_not_replace_a_picture(make: Make, tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == b"old" and not (tmp_path / "folder").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_beside_a_recipe_only_says_where_it_is(make: Make, ink: Path, flat: Path, tmp_path: Path) -> None:
     first = make(adapter=(f"{ink}=0.7",), output=tmp_path / "a.png")[0]
     config = GenerateConfig(recipe=first.path, base=first.recipe.base, output=tmp_path / "b.png", device="cpu")
@@ -555,6 +560,7 @@ def of_noise(tmp_path: Path) -> Path:
     return tmp_path / "n.safetensors"
 
 
+@pytest.mark.slow
 def test_pictures_begin_with_pure_noise_where_an_adapter_that_acts_was_trained_so(
     make: Make, of_noise: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

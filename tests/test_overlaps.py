@@ -32,6 +32,7 @@ def places(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_folder_among_the_pictures_is_refused_by_the_command(places: Path) -> None:
     said = complaint(FAILED, "train", "pics", "--run-dir", "pics", folder=places)
     assert "--run-dir pics is pics, which is read as pictures" in said and "name another place with --run-dir" in said

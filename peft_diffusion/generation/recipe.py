@@ -14,6 +14,7 @@ from ..core.errors import UserError
 from ..core.files import written_aside
 from ..core.parsing import json_value, refusing
 from ..data.prompts import words_of
+from ..formats.container import title
 
 KEY = "peft_diffusion"  # the text chunk that holds it, as JSON
 VERSION = 1
@@ -172,7 +173,7 @@ def _names(adapters: Sequence[UsedAdapter]) -> list[str]:
     """A name for each adapter, as A1111 would call the file: without what ends a name there, and none twice."""
     names: list[str] = []
     for used in adapters:
-        stem = re.sub(r"[:,<>\n]", "", Path(used.path).stem)
+        stem = re.sub(r"[:,<>\n]", "", title(Path(used.path)))
         tried = (stem if number == 1 else f"{stem}_{number}" for number in range(1, len(adapters) + 1))
         names.append(next(name for name in tried if name not in names))
     return names
