@@ -127,7 +127,7 @@ def parse(words: list[str]) -> tuple[Settings, ...]:
 
 @pytest.mark.parametrize("prompt", ["a red cat", "- one, it's two", "--recipe", "-n"])
 def test_the_command_that_a_run_proposes_can_be_typed_whatever_the_words(prompt: str) -> None:
-    line = next_command("generate", prompt, {"adapter": "my ink.safetensors"}, pd.TrainConfig(Path("pics")))
+    line = next_command("generate", prompt, {"adapter": "my ink.safetensors"}, ())
     (made,) = parse(shlex.split(line)[1:])
     assert isinstance(made, pd.GenerateConfig)
     assert made.prompts == (prompt,) and made.adapter == ("my ink.safetensors",)

@@ -102,6 +102,7 @@ def test_only_settings_that_are_not_the_presets_stand_out(made: TrainResult) -> 
     assert set(changed) <= chosen | {"preview_prompts", "preview_every", "trigger"}
 
 
+@pytest.mark.slow
 def test_what_follows_from_a_short_run_was_not_changed(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures")
     places: dict[str, Any] = {"folder": folder, "output": tmp_path / "a.safetensors", "run_dir": tmp_path / "run"}
@@ -334,9 +335,9 @@ def test_a_damaged_run_hides_no_other(
         shutil.copytree(made.run_dir, tmp_path / "runs" / case)
         (tmp_path / "runs" / case / gone).unlink()
     (tmp_path / "runs" / "metrics-alone" / "run.json").write_bytes(b"{")
-    for name, content in (("config.toml", "title = 'a web site'"), ("metrics.jsonl", '{"step": 1}'), ("run.json", "{}")):
+    for name, text in (("config.toml", "title = 'a web site'"), ("metrics.jsonl", '{"step": 1}'), ("run.json", "{}")):
         (foreign := tmp_path / "runs" / f"foreign-{name}").mkdir()
-        (foreign / name).write_text(content)
+        (foreign / name).write_text(text)
     monkeypatch.delenv("COLUMNS", raising=False)
     runs.runs(runs.RunsConfig((tmp_path / "runs",)))
     said = capsys.readouterr().out
