@@ -28,6 +28,8 @@ class Full(Method, name="full", suffixes=frozenset({WEIGHT, BIAS, NORM_WEIGHT}))
     Parameters: as many as weight and bias have, so that files are as large as the layers. Has no hyper-parameters.
     """
 
+    by_output: ClassVar[frozenset[str]] = frozenset({WEIGHT, BIAS})
+    whole: ClassVar[tuple[str, str]] = (WEIGHT, BIAS)
     aliases: ClassVar[Mapping[str, str]] = {WEIGHT: WEIGHT, BIAS: BIAS}
     rates: ClassVar[Rates] = Rates(factor=0.1)
 
