@@ -116,6 +116,7 @@ def test_help_is_that_of_the_command_whatever_else_is_on_the_line(capsys: pytest
     assert "Usage" not in told("runs", "--", "--help")  # a folder of this name
 
 
+@pytest.mark.slow
 def test_inspect_tells_what_a_file_holds_and_whether_two_fit(files: list[Path]) -> None:
     told = command("inspect", *files)
     assert told.returncode == 0
@@ -127,6 +128,7 @@ def test_inspect_tells_what_a_file_holds_and_whether_two_fit(files: list[Path]) 
     assert plain["files"][0]["spec"]["training"]["images"] == 48
 
 
+@pytest.mark.slow
 def test_settings_from_a_file_and_flags_over_them(files: list[Path], tmp_path: Path) -> None:
     settings = tmp_path / "run.toml"
     settings.write_text(f"files = [{json.dumps(str(files[0]))}]\njson = true\n")

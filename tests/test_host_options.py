@@ -138,6 +138,7 @@ def test_layers_that_are_cast_for_each_call_keep_adapters_in_full(
     assert ("float8_e4m3fn weights were quantized again" in caplog.text) == (stored.itemsize == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", OFFLOADED)
 def test_offloading_after_a_load_draws_sets_and_merges_the_same_or_is_refused(
     way: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline
@@ -279,6 +280,7 @@ def test_a_refiner_without_a_first_text_encoder_carries_adapters_and_is_not_trai
         train(small(draw_pictures(tmp_path / "pictures", 1), tmp_path), pipe=refiner)
 
 
+@pytest.mark.slow
 def test_loras_of_diffusers_come_after_ours_or_are_told(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
     theirs = LoraConfig(r=2, target_modules=["to_q", "ff.net.2"], init_lora_weights=False)
     torch.manual_seed(5)

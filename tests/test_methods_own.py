@@ -525,6 +525,7 @@ def test_a_word_for_another_base_is_an_error(tiny_pipe: DiffusionPipeline, tmp_p
 # All together
 
 
+@pytest.mark.slow
 def test_a_mixture_is_one_file_and_blends_image_by_image(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     file = save_mixture(tmp_path / "mix.safetensors", make_pipe())
     other = save_mixture(tmp_path / "other.safetensors", make_pipe(), seed=5)
