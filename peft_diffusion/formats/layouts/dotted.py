@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -230,17 +231,12 @@ def _whole(config: Mapping[str, Any], name: str) -> Place | None:
         return None
     path, parameter = _located(match[1])[1], match[2]
     saved = config.get("modules_to_save")
-    parts = path.split(".")
-    trained = isinstance(saved, list) and any(_within(str(one).split("."), parts) for one in saved)
+    around = [*accumulate(path.split("."), lambda one, part: f"{one}.{part}")]
+    trained = isinstance(saved, list) and any(one.endswith(str(end)) for end in saved for one in around)  # as peft has it
     if not trained and (parameter != "bias" or config.get("bias", "none") == "none"):
         return None
     whole = Whole(parameter, tied=trained and bool(config.get("ensure_weight_tying")))
     return replace(_place(match[1], own[parameter == "bias"]), whole=whole)
-
-
-def _within(words: Sequence[str], path: Sequence[str]) -> bool:
-    """Whether a module that ends so is the one at a path, or lies around it."""
-    return any([*path[start : start + len(words)]] == [*words] for start in range(len(path)))
 
 
 def _indices(config: Mapping[str, Any], path: str) -> tuple[int, ...]:
