@@ -133,6 +133,25 @@ class PeftForm:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class VirtualRows:
+    """Which columns of the virtual tokens that peft keeps, (tokens, width), are which tensor of a method.
+
+    Attributes:
+        layer: The number of the attention that they are of; None for the token embedding.
+        suffix: What the method calls the tensor.
+        columns: The first column, and the one behind the last.
+        constants: Numbers that belong beside them, by suffix.
+        words: The suffix of the tokens that they began as; "" where they began as none.
+    """
+
+    layer: int | None
+    suffix: str
+    columns: tuple[int, int]
+    constants: Mapping[str, float] = field(default_factory=dict)
+    words: str = ""
+
+
 METHODS: dict[str, type["Method"]] = {}
 """Every method that was imported, by its name. ``methods.known()`` imports those that there are."""
 
@@ -153,6 +172,9 @@ class Method:
         ranked: Those of the suffixes whose first size is the rank.
         by_output: Those of the suffixes whose first size is the number of outputs. A method that names them can be read from
             a file that has several layers in one, such as queries, keys and values.
+        rows: The suffixes of its two tensors (n, width) and (rows of the weight, n) of which the product is the change of
+            the weight, where it can say a change of n rows so; None where it cannot.
+        whole: The suffixes of whole changes of weight and bias, where it can say such; None where it cannot.
         aliases: What diffusers, peft and ComfyUI call its tensors after the path of the site, without a last ``.weight`` or
             ``.default``, and the suffix that each means.
         embedding: The suffixes of its vectors and of its words, where other programs know its files as embeddings of new
@@ -170,6 +192,8 @@ class Method:
     fillers: ClassVar[frozenset[str]] = frozenset()
     ranked: ClassVar[frozenset[str]] = frozenset()
     by_output: ClassVar[frozenset[str]] = frozenset()
+    rows: ClassVar[tuple[str, str] | None] = None
+    whole: ClassVar[tuple[str, str] | None] = None
     aliases: ClassVar[Mapping[str, str]] = {}
     embedding: ClassVar[tuple[str, str] | None] = None
     rates: ClassVar[Rates] = Rates()
@@ -302,6 +326,34 @@ class Method:
         return tensor
 
     @classmethod
+    def from_peft(cls, config: Mapping[str, Any], path: str, shapes: Shapes) -> Mapping[str, float]:
+        """Tell what the configuration of peft, and no tensor, says of a site.
+
+        Args:
+            config: The configuration; nothing where it is not there.
+            path: Of the module in its component.
+            shapes: Of the tensors of the site, by suffix, as they are in the file.
+
+        Returns:
+            Numbers by suffix.
+        """
+        return {}
+
+    @classmethod
+    def from_virtual_tokens(cls, kind: str, width: int, layers: int) -> Sequence[VirtualRows]:
+        """Tell how this method says the virtual tokens of peft.
+
+        Args:
+            kind: ``peft_type`` of their configuration.
+            width: Numbers of each token in the file.
+            layers: Attentions of the model, as the configuration says; 0 where it does not.
+
+        Returns:
+            Its tensors; none where they are another method's.
+        """
+        return ()
+
+    @classmethod
     def scaled_tensor(cls, suffixes: Set[str]) -> str | None:
         """Name the tensor that takes in the scale of a program which scales where a file of ours knows no scale.
 
@@ -354,7 +406,7 @@ class Method:
     @classmethod
     def plugin(cls) -> str | None:
         """The module that it comes from, for ``--plugin``; None for a method of this package."""
-        return None if cls.__module__.startswith(f"{__name__.partition('.')[0]}.") else plugins.importable(cls.__module__)
+        return plugins.origin(cls.__module__)
 
     def spec(self) -> dict[str, Any]:
         """Name and hyper-parameters as JSON values, and the plug-in that it comes from, if it does."""

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +29,7 @@ from ...core.parsing import Patterns, json_value, number, refusing
 from .. import metadata
 from ..aliases import aliases
 from ..container import Header
-from ..layout import Content, Layout, Place, Reading, Written, register
+from ..layout import Content, Layout, Place, Reading, Whole, Written, register
 from ..names import LYCORIS, TEXT_MODEL, claimants, dotted_starts, prefixes, rows, with_text_model
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ _ADALORA = "ADALORA"
 _LARGEST = 16_000_000  # bytes
 # The layers of CLIP's attention by the names that the oldest scripts of diffusers gave those of every attention.
 _OF_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
+# What peft saves as it is: a module or a bias that it trained, the base's own beside it, and rows of an embedding.
+_OF_LAYER = re.compile(r"(.+?)(?:\.base_layer)?\.(weight|bias)")
+_SAVED = re.compile(r"\.modules_to_save(?:\.(?!(?:weight|bias)$)[^.]+)?(?=\.)")  # with the adapter's name behind it
+_ROWS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
+_ORIGINAL = ".original_module."
+_NOT_TOLD = "are of no method of peft that is known"
 # What else a configuration may say of a pair, which nothing here computes.
 _NOT_COMPUTED = ("alora_invocation_tokens", "use_qalora", "layer_replication")
 # Beginnings of peft that change the base's weights, which a file then needs and does not hold.
@@ -93,11 +100,17 @@ class Peft(Layout):
 
     def claims(self, name: str) -> int | None:
         """Names that begin with what peft wraps a model in."""
-        return len(_PEFT) if name.startswith(_PEFT) and aliases().parts(name) is not None else None
+        return len(_PEFT) if name.startswith(_PEFT) else None
 
     def read(self, header: Header, names: Sequence[str]) -> Reading:
         """By the names and ``adapter_config.json`` beside the file."""
-        return read(header, names)
+        known = [name for name in names if aliases().parts(name) is not None]
+        found = read(header, known)
+        if len(known) == len(names):
+            return found
+        stems = [stem for place in found.places.values() if (stem := place.stem)]
+        places, leftovers = _read_whole(header, [name for name in names if name not in known], stems)
+        return replace(found, places={**found.places, **places}, leftovers={**found.leftovers, **leftovers})
 
     def write(self, content: Content) -> Written:
         """One method of one component."""
@@ -145,6 +158,10 @@ def read(header: Header, names: Sequence[str]) -> Reading:
         alpha = None if any(one.suffix == _ALPHA for one in own) else _alpha(header, own, config)
         if alpha is not None:
             constants[replace(own[0].place, suffix=_ALPHA, change=None)] = alpha
+        if own[0].of_peft:
+            shapes = {one.suffix: header.tensors[one.name].shape for one in own}
+            for suffix, value in _told(config.config, own[0].path, shapes).items():
+                constants[replace(own[0].place, suffix=suffix, change=None)] = value
     return Reading(places, {}, constants, config.warnings(header.path))
 
 
@@ -157,21 +174,79 @@ class _Tensor:
         if parts is None:
             raise ValueError(f"{name} is of another layout")
         self.stem, self.adapter = parts.where, parts.adapter
-        # peft wraps a model, or the pipeline around it.
-        starts = {**dotted_starts(), _PEFT: "", "": "", **{_PEFT + start: one for start, one in dotted_starts().items()}}
-        self.start = max((start for start in starts if self.stem.startswith(start)), key=len)
+        self.start, self.path, self.component = _located(self.stem)
         self.of_peft = self.start.startswith(_PEFT)
-        self.path = _today(self.stem.removeprefix(self.start))
         self.suffix, self.change = aliases().meaning(parts.end)
-        self.component = starts[self.start]
 
     @cached_property
     def place(self) -> Place:
         """Its place; of a path alone, in any component that claims such a path."""
-        if self.component:
-            return Place(self.component, self.path, self.suffix, change=self.change, stem=self.stem)
-        found = claimants(self.path)
-        return Place(found[0], self.path, self.suffix, "", found[1:], False, self.change, self.stem)
+        return replace(_place(self.stem, self.suffix), change=self.change)
+
+
+def _located(stem: str) -> tuple[str, str, str]:
+    """What the name of a site begins with, its path, and the component that the beginning names; "" where it names none."""
+    # peft wraps a model, or the pipeline around it.
+    starts = {**dotted_starts(), _PEFT: "", "": "", **{_PEFT + start: one for start, one in dotted_starts().items()}}
+    start = max((start for start in starts if stem.startswith(start)), key=len)
+    return start, _today(stem.removeprefix(start)), starts[start]
+
+
+def _place(stem: str, suffix: str) -> Place:
+    _, path, component = _located(stem)
+    if component:
+        return Place(component, path, suffix, stem=stem)
+    found = claimants(path)
+    return Place(found[0], path, suffix, "", found[1:], False, stem=stem)
+
+
+def _read_whole(header: Header, names: Sequence[str], stems: Sequence[str]) -> tuple[dict[str, Place], dict[str, str]]:
+    """The places of what peft saves as it is and not as a change: ``modules_to_save``, trained biases and rows of tokens."""
+    config = configuration(header) or {}
+    kind = str(config.get("peft_type", ""))
+    places: dict[str, Place] = {}
+    leftovers: dict[str, str] = {}
+    seen: set[Place] = set()
+    for name in sorted(names, key=lambda name: _SAVED.search(name) is not None):  # what peft wrapped comes after
+        if _ORIGINAL in name:
+            continue  # the base's own
+        place = _whole(config, _SAVED.sub("", name))
+        if place is None or any(place.stem.startswith(f"{stem}.") for stem in stems):
+            leftovers[name] = f"are of peft's {kind}, and no method here knows them so" if kind else _NOT_TOLD
+        elif place not in seen:  # or it is the same again
+            places[name] = place
+            seen.add(place)
+    return places, leftovers
+
+
+def _whole(config: Mapping[str, Any], name: str) -> Place | None:
+    """The place of a tensor that peft saves as it is; None where the configuration does not say that it was trained."""
+    every = methods.known().values()
+    if match := _ROWS.fullmatch(name):
+        suffixes, indices = next((one.rows for one in every if one.rows), None), _indices(config, _located(match[1])[1])
+        if suffixes is None or not indices:
+            return None
+        return replace(_place(match[1], suffixes[0]), whole=Whole("weight", indices, suffixes[1], tied=True))
+    match, own = _OF_LAYER.fullmatch(name), next((one.whole for one in every if one.whole), None)
+    if match is None or own is None:
+        return None
+    path, parameter = _located(match[1])[1], match[2]
+    saved = config.get("modules_to_save")
+    around = [*accumulate(path.split("."), lambda one, part: f"{one}.{part}")]
+    trained = isinstance(saved, list) and any(one.endswith(str(end)) for end in saved for one in around)  # as peft has it
+    if not trained and (parameter != "bias" or config.get("bias", "none") == "none"):
+        return None
+    whole = Whole(parameter, tied=trained and bool(config.get("ensure_weight_tying")))
+    return replace(_place(match[1], own[parameter == "bias"]), whole=whole)
+
+
+def _indices(config: Mapping[str, Any], path: str) -> tuple[int, ...]:
+    """The tokens whose rows peft trained at a path; nothing where the configuration does not tell them."""
+    told = config.get("token_indices") or config.get("trainable_token_indices")
+    if isinstance(told, dict):
+        told = next((one for key, one in told.items() if path == key or path.endswith(f".{key}")), None)
+    valid = isinstance(told, list) and all(type(one) is int and one >= 0 for one in told)
+    return tuple(told) if valid and isinstance(told, list) else ()
 
 
 def _today(path: str) -> str:
@@ -196,12 +271,12 @@ class _Configuration:
     @classmethod
     def of(cls, header: Header, of_peft: bool) -> "_Configuration":
         """Read it. Raises UserError where a configuration is there and cannot be read."""
-        beside = header.path.parent / _CONFIG
-        there = of_peft and beside.is_file()
-        told, problems = (_json(beside), []) if there else _in_metadata(header)
+        own = configuration(header) if of_peft else None
+        told, problems = (own, []) if own is not None else _in_metadata(header)
         if of_peft and not told:
             problems.append(f"{header.path}: no {_CONFIG} is beside it to tell alpha, so it is taken to be the rank")
-        return cls(told, str(beside) if there else f"{header.path}: {_METADATA}", problems)
+        where = f"{header.path}: {_METADATA}" if own is None else str(header.path.parent / _CONFIG)
+        return cls(told, where, problems)
 
     def alpha(self, start: str, path: str, rank: int) -> float | None:
         """The alpha of a site with which its scale is alpha / rank, as kohya's layout has it; None where none is told."""
@@ -288,6 +363,14 @@ def _refuse_several(path: Path, found: Sequence[_Tensor]) -> None:
         )
 
 
+def _told(config: Mapping[str, Any], path: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+    """What the methods read of a site in the configuration of peft."""
+    found: dict[str, float] = {}
+    for method in methods.known().values():
+        found |= method.from_peft(config, path, shapes)
+    return found
+
+
 def _times(scale: float, change: "Callable[[Tensor], Tensor] | None") -> "Callable[[Tensor], Tensor]":
     def scaled(tensor: "Tensor") -> "Tensor":
         return (tensor if change is None else change(tensor)) * scale
@@ -301,6 +384,22 @@ def _alpha(header: Header, own: Sequence[_Tensor], config: _Configuration) -> fl
     ranks = [header.tensors[one.name].shape for one in own if one.suffix in ranked]
     rank = next((shape[0] for shape in ranks if shape), None)
     return None if rank is None else config.alpha(own[0].start, own[0].path, rank)
+
+
+def configuration(header: Header) -> dict[str, Any] | None:
+    """Read the configuration of peft beside a file.
+
+    Args:
+        header: Of the file.
+
+    Returns:
+        It; None where there is none.
+
+    Raises:
+        UserError: It is there and cannot be read.
+    """
+    beside = header.path.parent / _CONFIG
+    return _json(beside) if beside.is_file() else None
 
 
 def _in_metadata(header: Header) -> tuple[dict[str, Any], list[str]]:
