@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_pipe
-from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 from making import make_adapter
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
@@ -200,6 +200,52 @@ def test_a_recipe_is_not_used_on_another_base_or_overridden(make: Make, other_ba
     with pytest.raises(UserError, match="says steps"):
         generate(GenerateConfig(recipe=first.path, steps=7))
     assert not (tmp_path / "b.png").exists()
+
+
+def as_trailing(pipe: DiffusionPipeline) -> None:
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+
+
+def with_another_scheduler(pipe: DiffusionPipeline) -> None:
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+
+
+def with_another_vae(pipe: DiffusionPipeline) -> None:
+    pipe.vae.decoder.conv_out.weight.data.mul_(1.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (as_trailing, "timestep_spacing trailing, not leading"),
+        (with_another_scheduler, "EulerDiscreteScheduler, not DDIMScheduler"),
+        (with_another_vae, "a VAE .*, not "),
+    ],
+)
+def test_a_recipe_is_drawn_by_what_drew_it_or_refused(
+    change: Callable[[DiffusionPipeline], None], told: str, tiny_base: Path, tiny_pipe: DiffusionPipeline, tmp_path: Path
+) -> None:
+    change(tiny_pipe)
+    config = GenerateConfig(("a cat",), base=str(tiny_base), steps=2, output=tmp_path / "a.png", device="cpu")
+    first = generate(config, pipe=tiny_pipe)[0]
+    again = GenerateConfig(recipe=first.path, base=str(tiny_base), output=tmp_path / "b.png", device="cpu")
+    with pytest.raises(UserError, match=f"was drawn with {told}"):
+        generate(again)
+    assert difference(generate(again, pipe=tiny_pipe)[0].image, first.image) == 0
+
+
+def test_a_recipe_is_drawn_in_its_own_dtype_and_another_is_told(make: Make, tmp_path: Path) -> None:
+    first = make(precision="bfloat16", output=tmp_path / "a.png")[0]
+    config = GenerateConfig(recipe=first.path, base=first.recipe.base, output=tmp_path / "b.png", device="cpu")
+    again = generate(config)[0]
+    assert again.recipe == first.recipe and difference(again.image, first.image) == 0
+    heard: list[Event] = []
+    wider = generate(replace(config, precision="float32"), observers=[heard.append])[0]
+    assert difference(wider.image, first.image) > 0
+    assert (
+        Warned("the picture was drawn in bfloat16 on cpu and is drawn in float32 on cpu now, so it will differ a little")
+        in heard
+    )
 
 
 def test_other_programs_read_the_parameters(make: Make, ink: Path, tmp_path: Path) -> None:

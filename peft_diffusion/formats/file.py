@@ -1,6 +1,7 @@
 """The one way to save an adapter and the one way to load it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from ..core import targets
 from ..core.adapter import Adapter, chained
 from ..core.errors import DamagedError, UserError, first_line
 from ..core.files import at_home, write_bytes
+from ..core.merge import dense_weight
 from ..core.parsing import refusing
 from . import container, metadata
 from . import layout as layouts
-from .layout import Content, Layout
+from .layout import Content, Layout, Whole
 from .names import site_name
 from .planning import NO_METHOD, NO_SITE, Plan, SitePlan, by_reason, plan, refuse_leftovers, some
 from .spec import Spec, refuse_unknown
@@ -235,8 +237,19 @@ def _bound(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[list[_Site], di
             continue
         key = (component, paths[component][name])
         bound[key] = bound[key].joined(one, found.path) if key in bound else one
+    _tie(bound, parts)
     left |= {name: why for one in bound.values() for name, why in one.leftovers.items()}
     return [_Site(component, path, one) for (component, path), one in bound.items() if one.methods], left
+
+
+def _tie(bound: dict[tuple[str, str], SitePlan], parts: Mapping[str, nn.Module]) -> None:
+    """Let modules that share a weight change together where the file means that, as a head that is tied to its embedding."""
+    for (component, path), one in list(bound.items()):
+        if any(source.place.whole is not None and source.place.whole.tied for source in one.sources):
+            weight = getattr(parts[component].get_submodule(path), "weight", None)
+            for other, module in parts[component].named_modules():
+                if weight is not None and getattr(module, "weight", None) is weight:
+                    bound.setdefault((component, other), one)
 
 
 def _is_only(component: str, parts: Mapping[str, nn.Module]) -> bool:
@@ -245,7 +258,7 @@ def _is_only(component: str, parts: Mapping[str, nn.Module]) -> bool:
     return role != "text encoder" or sum(families.role_of(name) == role for name in parts) == 1
 
 
-def _values(site: _Site, found: Plan, tensors: Mapping[str, Tensor], base: AnyBase) -> dict[str, Tensor]:
+def _values(site: _Site, module: nn.Module, found: Plan, tensors: Mapping[str, Tensor], base: AnyBase) -> dict[str, Tensor]:
     """The tensors of a site as its methods know them, by suffix."""
     own: dict[str, Tensor] = {}
     pieces: dict[Layout, dict[str, Tensor]] = {}
@@ -254,11 +267,42 @@ def _values(site: _Site, found: Plan, tensors: Mapping[str, Tensor], base: AnyBa
         value = tensor if change is None else change(tensor)
         if source.place.piece:
             pieces.setdefault(source.layout, {})[source.place.piece] = value
+        elif source.place.whole is not None:
+            with _at(f"{found.path}: {site.component}.{site.path}"):
+                own |= _change(source.place.suffix, source.place.whole, module, value)
         else:
             own[source.place.suffix] = value
     for chosen, values in pieces.items():
         own |= chosen.joined(values, found.header, base, site.component)
     return {**{suffix: torch.tensor(value) for suffix, value in site.plan.constants.items()}, **own}
+
+
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Say in an error where it arose."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _change(suffix: str, whole: Whole, module: nn.Module, value: Tensor) -> dict[str, Tensor]:
+    """What a module's own weight or bias, or rows of it, lack of that in a file. Raises UserError where they do not fit."""
+    if any(one.is_meta for one in module.parameters(recurse=False)):
+        raise UserError("the file holds the weight itself and not its change, which takes the weights of the base")
+    own = getattr(module, "bias", None) if whole.parameter == "bias" else dense_weight(module)
+    if not isinstance(own, Tensor):
+        raise UserError(f"the file holds a bias, and the {type(module).__name__} has none")
+    if not whole.rows:
+        if own.shape != value.shape:
+            raise UserError(f"a {whole.parameter} {tuple(value.shape)} is not that of the base, {tuple(own.shape)}")
+        return {suffix: value.float() - own.detach().float().to(value.device)}
+    if len(value) != len(whole.rows) or value.shape[1:] != own.shape[1:] or not max(whole.rows) < len(own):
+        raise UserError(f"{tuple(value.shape)} are no {len(whole.rows)} rows of the base's {tuple(own.shape)}")
+    rows = torch.tensor(whole.rows)
+    picks = torch.zeros(len(own), len(rows))
+    picks[rows, torch.arange(len(rows))] = 1
+    return {suffix: value.float() - own.detach().cpu()[rows], whole.picks: picks}
 
 
 def _ordered(chosen: Iterable[Any], spec: Spec | None, component: str) -> list[Any]:
@@ -273,7 +317,7 @@ def _built(site: _Site, module: nn.Module, found: Plan, tensors: Mapping[str, Te
     sites.refuse_wrapped(where, module)
     shown = ", ".join(f"{suffix} {shape}" for suffix, shape in site.plan.shapes.items())
     with refusing(f"{found.path}: {where}: {shown} make no adapter; the file is damaged"):
-        own = _values(site, found, tensors, pipe)
+        own = _values(site, module, found, tensors, pipe)
     chosen = _ordered(site.plan.methods, found.spec, site.component)
     try:
         parts = [one.read(module, {key: value for key, value in own.items() if key in one.suffixes}) for one in chosen]

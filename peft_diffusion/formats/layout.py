@@ -28,6 +28,23 @@ DEFAULT = "kohya"
 
 
 @dataclass(frozen=True)
+class Whole:
+    """That a tensor is a weight or bias itself, or rows of one, whose distance from the base's own is the change.
+
+    Attributes:
+        parameter: ``weight`` or ``bias``.
+        rows: Which rows of the weight the tensor holds; nothing for all.
+        picks: With rows, the suffix of the matrix (rows of the weight, rows here) that picks them.
+        tied: Whether modules that share the weight with the site change with it.
+    """
+
+    parameter: str
+    rows: tuple[int, ...] = ()
+    picks: str = ""
+    tied: bool = False
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a tensor of a file belongs, as far as its name and the header tell.
 
@@ -42,6 +59,7 @@ class Place:
         change: What brings the tensor into the shape and scale that its method knows; None where it is so already.
         shape: The shape of that part of the tensor which ``change`` takes, of a tensor that the file has in one for several
             sites; None where it takes all of it.
+        whole: How a tensor that is no change becomes one; None where it is one.
         stem: What the file calls the site, without the dot behind it. Other names that begin so belong to the site too, also
             where no layout reads them. "" where the name holds no site.
     """
@@ -55,6 +73,7 @@ class Place:
     change: "Callable[[Tensor], Tensor] | None" = None
     stem: str = ""
     shape: tuple[int, ...] | None = None
+    whole: Whole | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +156,8 @@ class Layout(Protocol):
             names: The tensors that this layout reads: the names that it claims, and no other layout more.
 
         Returns:
-            A place or a reason for each of the names.
+            A place or a reason for each of the names. A name may go without where its tensor changes nothing: it is the
+            base's own, or another tensor of the file again.
 
         Raises:
             UserError: The names contradict one another, or what lies beside the file cannot be read.
