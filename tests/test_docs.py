@@ -37,6 +37,7 @@ COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("blend",): (pd.BlendConfig,),
     ("runs",): (RunsConfig,),
     ("inspect",): (InspectConfig,),
+    ("convert",): (pd.ConvertConfig,),
     ("demo",): (DemoConfig,),
     ("text", "train"): (pd.TextTrainConfig, FindLr),
     ("text", "generate"): (pd.TextGenerateConfig,),

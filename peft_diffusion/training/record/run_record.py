@@ -33,6 +33,9 @@ PREVIEW = re.compile(r"(?:step_(\d+)|base)_(\d+)\.png")
 """The name of a preview: its step, none for the base's own, and the number of its prompt."""
 
 _SHOWN = 48  # items of a report
+_STEPS = 2**53  # beyond which a float holds no step
+_MOST = 3.5e38  # more than float32 holds, in which everything is measured
+_TABLES = frozenset(("lr", "changes"))  # the entries of a line of metrics that are no numbers
 _KINDS: dict[str, type] = {
     "process": dict, "figures": dict, "about": dict, "settings": dict, "derived": dict, "defaults": dict, "commands": dict,
     "warnings": list, "said": list, "prompts": list,
@@ -170,7 +173,7 @@ class Record:
     @property
     def seconds(self) -> float | None:
         """Seconds trained."""
-        return max((line["seconds"] for line in self.metrics if _is_number(line.get("seconds"))), default=None)
+        return max((line["seconds"] for line in self.metrics if "seconds" in line), default=None)
 
     def curve(self, name: str) -> Curve:
         """Read an entry of the metrics by step.
@@ -181,7 +184,7 @@ class Record:
         Returns:
             Steps and values.
         """
-        return sorted((line["step"], float(line[name])) for line in self.metrics if _is_number(line.get(name)))
+        return sorted((line["step"], float(line[name])) for line in self.metrics if name in line)
 
     @property
     def unseen(self) -> Curve:
@@ -216,8 +219,7 @@ class Record:
     @property
     def changes(self) -> dict[str, float]:
         """How far each layer moved at the last measurement, largest first."""
-        told = (line.get("changes") for line in reversed(self.metrics))
-        found = next((one for one in told if one and isinstance(one, dict)), {})
+        found: Mapping[str, Any] = next((line["changes"] for line in reversed(self.metrics) if line.get("changes")), {})
         numbers = {layer: float(change) for layer, change in found.items() if _is_number(change)}
         return dict(sorted(numbers.items(), key=lambda item: -item[1]))
 
@@ -362,16 +364,26 @@ def measurements(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
         line = _object(body) if sound or (sound is None and not have) else None
         if line is None:
             damaged.append(place)
-        elif isinstance(line.get("step"), int):
+        else:
             found.append(line)
     if last:
         body, sound = checksums.opened_line(last)
         line = _object(body) if sound is None and not have else None  # written by hand, without an end
-        if line is not None and isinstance(line.get("step"), int):
+        if line is not None:
             found.append(line)
         elif sound is not None:  # it was whole, and its end is damaged
             damaged.append(len(whole) + 1)
-    return found, damaged
+    return [_entries(line) for line in found if _is_step(line.get("step"))], damaged
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _STEPS
+
+
+def _entries(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What in a line of metrics is of the kind that runs write, which all who read the line may rely on."""
+    tables = {name: value for name, value in line.items() if name in _TABLES and isinstance(value, dict)}
+    return {name: value for name, value in line.items() if name not in _TABLES and _is_number(value)} | tables
 
 
 def has_checksums(path: Path) -> bool:
@@ -410,8 +422,9 @@ def this_process() -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a float can hold it; NaN and infinity are what a run that diverged has."""
-    return number(value) is not None and (isinstance(value, float) or math.isfinite(number(value) or 0.0))
+    """Whether it may be a measurement: within float32, or NaN or infinite as those of a run that diverged."""
+    found = number(value)
+    return found is not None and (abs(found) < _MOST or (isinstance(value, float) and not math.isfinite(value)))
 
 
 def _alive(process: Mapping[str, Any]) -> bool:
