@@ -83,6 +83,15 @@ def test_a_value_that_cannot_be_used(line: str, said: str, tmp_path: Path) -> No
     assert said in complaint(FAILED, *line.split(), folder=tmp_path)
 
 
+def test_a_file_of_prompts_is_no_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na dog --w 64\n")
+    (tmp_path / "pics").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "pics" / "a cat.png")
+    for line in ("generate prompts.txt", "text generate prompts.txt", "train pics --preview-prompts prompts.txt"):
+        said = complaint(FAILED, *line.split(), folder=tmp_path)
+        assert "the prompt 'prompts.txt' is a file, whose lines are not read; give each prompt in quotes" in said
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
 def test_a_pipe_that_is_named_by_hand_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")

@@ -28,6 +28,7 @@ from ..core.settings import (
     settle,
 )
 from ..data.picture_names import CONVERTIBLE, SUFFIXES
+from ..data.prompts import refuse_files
 from ..formats import Plan, plan
 from ..formats.container import adapter_file, is_pickle, title
 from .recipe import check_folder, check_target, read
@@ -271,6 +272,7 @@ class GenerateConfig(Sampling):
             UserError: Files cannot be read or written.
         """
         self.choices()
+        refuse_files(self.prompts)
         if self.recipe is not None:
             read(self.recipe)
         for path in (self.image, self.mask):
@@ -324,6 +326,7 @@ class BlendConfig(Sampling):
             UserError: A file cannot be read or written.
         """
         self.choices()
+        refuse_files(self.prompts)
         check_target(self.output)
 
 
