@@ -194,7 +194,7 @@ _UNET = Component(
     ("",),
     flat=("lora_prior_unet_", "diffusion_model_"),  # of ComfyUI and A1111
 )
-_CLIP_PATHS = ("text_model_", "encoder_layers_", "embeddings_", "final_layer_norm")
+_CLIP_PATHS = ("text_model_", "encoder_layers_", "embeddings_", "final_layer_norm", "text_projection")
 _TEXT = Component(
     "text_encoder",
     "text encoder",
@@ -210,7 +210,8 @@ _TEXT = Component(
         "lora_te1.",
     ),
     _CLIP_PATHS,
-    ("clip_l", "emb_params", "emp_params"),  # the last as OneTrainer spells it
+    # The third as OneTrainer spells it, the last as older scripts of diffusers do.
+    ("clip_l", "emb_params", "emp_params", "text_encoders_0"),
     ("transformer_text_model_", "0_transformer_text_model_", "model_transformer_"),  # of A1111
 )
 _TEXT_XL = Component(
@@ -224,7 +225,7 @@ _TEXT_XL_2 = Component(
     "lora_te2_",
     ("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.", "lora_te2."),
     (),
-    ("clip_g",),
+    ("clip_g", "text_encoders_1"),
     ("lora_prior_te_", "1_model_transformer_"),  # of ComfyUI and A1111
 )
 _LM = Component(
