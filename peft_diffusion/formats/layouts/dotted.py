@@ -89,7 +89,8 @@ class Diffusers(Layout):
         other = next((name for name in tensors if _LOADED not in name), None)
         if other is not None:
             raise UserError(f"diffusers reads no tensor such as {other} into a pipeline; take the layout 'kohya'")
-        return Written(tensors, metadata.of_any(content.spec) | {_METADATA: json.dumps(told, sort_keys=True)})
+        config = {_METADATA: json.dumps(told, sort_keys=True)}
+        return Written(tensors, metadata.of_any(content.spec) | config, needed=frozenset(config))
 
 
 class Peft(Layout):
