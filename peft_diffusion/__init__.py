@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from .generation.settings import BlendConfig, GenerateConfig
     from .generation.text import generate_text
     from .generation.text_settings import TextGenerateConfig
+    from .tools.convert import Converted, convert
+    from .tools.settings import ConvertConfig
     from .training import TextTrainConfig, TrainConfig
 
 __all__ = [
     "Adapters",
     "Blend",
     "BlendConfig",
+    "ConvertConfig",
+    "Converted",
     "GenerateConfig",
     "Inspection",
     "LanguageModel",
@@ -35,6 +39,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "blend",
+    "convert",
     "generate",
     "generate_text",
     "inspect",
@@ -52,6 +57,8 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "Adapters": "generation",
             "Blend": "generation.blend",
             "BlendConfig": "generation.settings",
+            "ConvertConfig": "tools.settings",
+            "Converted": "tools.convert",
             "GenerateConfig": "generation.settings",
             "Inspection": "formats",
             "LanguageModel": "bases",
@@ -63,6 +70,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "TrainConfig": "training",
             "UserError": "core.errors",
             "blend": "generation.blend",
+            "convert": "tools.convert",
             "generate": "generation.generate",
             "generate_text": "generation.text",
             "inspect": "formats",

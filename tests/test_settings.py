@@ -51,6 +51,7 @@ COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "blend": (pd.BlendConfig,),
     "inspect": (InspectConfig,),
     "runs": (RunsConfig,),
+    "convert": (pd.ConvertConfig,),
     "demo": (DemoConfig,),
 }
 KINDS = [kind for kinds in COMMANDS.values() for kind in kinds]

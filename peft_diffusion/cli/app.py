@@ -28,6 +28,7 @@ COMMANDS = {
     "blend": "Draw a labelled sheet from all of one adapter to all of another.",
     "runs": "List runs as a table, or compare two side by side.",
     "inspect": "Tell what an adapter file holds, and whether two fit together.",
+    "convert": "Write an adapter file anew in another layout, dtype or method, without its base.",
     "demo": "Teach two sample styles, generate with each and blend them: the whole thing in minutes.",
 }
 TEXT_COMMANDS = {
