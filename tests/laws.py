@@ -27,6 +27,7 @@ from peft_diffusion.core.strength_schedule import Schedule
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.bottleneck import Bottleneck
 from peft_diffusion.methods.dora import Dora
+from peft_diffusion.methods.full import Full
 from peft_diffusion.methods.ia3 import Ia3
 from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lokr import Lokr
@@ -36,6 +37,8 @@ from peft_diffusion.methods.prefix import Prefix
 from peft_diffusion.methods.prompt import SoftPrompt
 from peft_diffusion.methods.tokens import Tokens
 
+# Layers, norms and an embedding that is tied to nothing, as a whole change sits on all of them.
+_EVERY_KIND = r".*\.(attn1\.to_q|norm[12]|v_proj|fc2|layer_norm1|token_embedding)"
 METHODS: dict[str, tuple[Method, str]] = {
     "lora": (Lora(rank=4), "attention+ff"),
     "lora-scaled": (Lora(rank=3, alpha=1.0), "all-linear"),
@@ -52,6 +55,7 @@ METHODS: dict[str, tuple[Method, str]] = {
     "oft-conv": (Oft(block_size=4, rescale=True, constraint=0.001), "conv"),
     "ia3": (Ia3(), "attention+ff"),
     "ia3-conv": (Ia3(on_input=True), "conv"),
+    "full": (Full(), _EVERY_KIND),
     "bitfit": (BitFit(), "biases"),
     "bottleneck": (Bottleneck(hidden=4), "outputs"),
     "bottleneck-parallel": (Bottleneck(hidden=4, activation="relu", form="parallel", scale=2.0), "sublayers"),

@@ -367,11 +367,6 @@ def test_what_does_not_concern_both_is_not_compared(tmp_path: Path) -> None:
     assert found["plain"].base == {"family": "sd2", "prediction_type": "v_prediction"}
 
 
-def test_a_whole_change_with_a_bias_is_no_bitfit(tmp_path: Path) -> None:
-    save_file({f"{SITE}.diff": torch.ones(32, 32), f"{SITE}.diff_b": torch.ones(32)}, tmp_path / "a.safetensors")
-    assert formats.inspect(tmp_path / "a.safetensors").methods == ()
-
-
 # Embeddings of other programs.
 
 

@@ -27,11 +27,11 @@ from peft_diffusion.bases.words import with_initial_tokens
 from peft_diffusion.cli import app, demo
 from peft_diffusion.core import site
 from peft_diffusion.core.events import Event, Progress, Warned
+from peft_diffusion.data.prompts import words_of
 from peft_diffusion.generation import recipe, sampler, sheet
 from peft_diffusion.generation.blend import _distinct, shares
 from peft_diffusion.generation.compatibility import compare
 from peft_diffusion.generation.generate import Picture, cell_recipes
-from peft_diffusion.generation.prompts import words_of
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import DemoConfig, Sampling, SchedulerName, parse_choice, parse_choices
 from peft_diffusion.generation.text import choose, generate_text
@@ -265,7 +265,7 @@ def test_instructions_of_other_programs_are_told_and_not_drawn(
 
 @pytest.mark.parametrize("prompt", ["a cat (red)", r"a \(red:1.4\) cat", "a {cat}", "take a break", "a_cat__", "ratio 16:9"])
 def test_words_that_look_alike_are_left(prompt: str) -> None:
-    assert words_of(prompt) == (prompt, ())
+    assert words_of(prompt) == (prompt, (), ())
 
 
 @pytest.mark.parametrize(

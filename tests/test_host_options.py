@@ -14,12 +14,14 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, StableDiffus
 from laws import randomize
 from peft import LoraConfig
 from test_formats import write_adapter
+from test_training import draw_pictures, small
 
-from peft_diffusion.bases.base import denoiser_of
+from peft_diffusion.api import train
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.method import METHODS
 from peft_diffusion.generation import Adapters
+from peft_diffusion.training.tasks import preparation
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +255,9 @@ def test_a_text_encoder_takes_strengths_for_the_images_of_each_prompt(
         drawn(tiny_pipe, said, 2)
 
 
-def test_a_refiner_without_a_first_text_encoder_carries_adapters_and_is_not_trained(tmp_path: Path) -> None:
+def test_a_refiner_without_a_first_text_encoder_carries_adapters_and_is_not_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = make_xl_pipe()
     file = write_adapter(tmp_path / "fine.safetensors", base, seed=3, parts=("unet", "text_encoder_2"))
     refiner = StableDiffusionXLImg2ImgPipeline(
@@ -263,8 +267,9 @@ def test_a_refiner_without_a_first_text_encoder_carries_adapters_and_is_not_trai
     adapters.load(file)
     assert adapters["fine"].report.unmatched == () and set(site.sites(refiner.unet)) != set()
     assert site.sites(refiner.text_encoder_2)
+    monkeypatch.setattr(preparation, "scan", lambda *_, **__: pytest.fail("pictures were read"))
     with pytest.raises(UserError, match="is the refiner of Stable Diffusion XL, which finishes pictures; train on its base"):
-        denoiser_of(refiner).conditioning((torch.zeros(1, 77, 64),), {"sizes": torch.zeros(1, 6)})
+        train(small(draw_pictures(tmp_path / "pictures", 1), tmp_path), pipe=refiner)
 
 
 def test_loras_of_diffusers_come_after_ours_or_are_told(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:

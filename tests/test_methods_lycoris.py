@@ -25,6 +25,7 @@ from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.method import METHODS, Method
 from peft_diffusion.generation import Adapters
 from peft_diffusion.methods.dora import Dora
+from peft_diffusion.methods.full import Full
 from peft_diffusion.methods.ia3 import Ia3
 from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lokr import Lokr
@@ -126,6 +127,21 @@ def test_tensors_of_lycoris_give_its_outputs(name: str, kind: str) -> None:
     assert close(run(layer, method.read(layer, tensors), x), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_whole_changes_of_lycoris_give_its_outputs(bias: bool, kind: str) -> None:
+    layer, x = module(kind, bias), inputs(kind)
+    theirs = lycoris_class("full.FullModule")("layer", copy.deepcopy(layer))
+    theirs.apply_to()  # what it trains from then on is the weight itself, and what it saves the difference
+    perturb(theirs)
+    tensors = {key: value.detach() for key, value in theirs.state_dict().items()}
+    assert [m for m in METHODS.values() if m.recognizes(tensors.keys())] == [Full] and ("diff_b" in tensors) is bias
+    with torch.no_grad():
+        expected = theirs(x)
+    assert not close(layer(x), expected, 0.01)
+    assert close(run(layer, Full.read(layer, tensors), x), expected)
+
+
 BUILT: dict[str, tuple[Method, str]] = {
     "lora": (Lora(rank=4, alpha=2.0), "locon.LoConModule"),
     "rslora": (Lora(rank=4, alpha=2.0, rank_stabilized=True), "locon.LoConModule"),
@@ -136,6 +152,7 @@ BUILT: dict[str, tuple[Method, str]] = {
     "loha, decomposed": (Loha(rank=3, weight_decompose=True), "loha.LohaModule"),
     "lokr, decomposed": (Lokr(rank=2, factor=4, weight_decompose=True), "lokr.LokrModule"),
     "oft": (Oft(block_size=4, constraint=0.02, rescale=True), "diag_oft.DiagOFTModule"),
+    "full": (Full(), "full.FullModule"),
 }
 
 

@@ -3,6 +3,7 @@
 import os
 import random
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from peft_diffusion.bases import noise as noise_process
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.arena import Arena
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.events import Event, Warned
 from peft_diffusion.data import subfolders
 from peft_diffusion.data.buckets import arrange
 from peft_diffusion.data.captions import CaptionRules, pick_wildcards
@@ -49,6 +51,7 @@ from peft_diffusion.training.settings.placements import blocks
 from peft_diffusion.training.tasks import class_images, objective
 from peft_diffusion.training.tasks.diffusion import DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
+from peft_diffusion.training.watch.previews import Previews
 
 torch.set_num_threads(1)
 
@@ -127,6 +130,32 @@ def test_another_prompt_count_or_base_has_other_pictures(tmp_path: Path, picture
     found |= {class_images.class_folder(replace(config, class_images=7), infos[0], 64)}
     found |= {class_images.class_folder(replace(config, class_prompt=("a cat",)), infos[0], 64)}
     assert len(found) == 5
+
+
+def test_instructions_of_other_programs_are_told_wherever_a_run_draws_or_learns(tmp_path: Path, pictures: Path) -> None:
+    sorted(pictures.glob("*.png"))[1].with_suffix(".txt").write_text("a dog, (red hair:1.2)")
+    settings: dict[str, Any] = {"preset": "subject", "class_images": 1, "missing_captions": "name"}
+    asked = small(pictures, tmp_path, class_prompt=("(a cat:1.3)",), **settings)
+    told: list[Event] = []
+    pipe = make_pipe()
+    prepared = prepare(asked, pipe, told.append, TrainingPictures())
+    assert [one.caption for one in prepared.class_pictures] == ["a cat"]
+    same = prepare(replace(asked, class_prompt=("a cat",)), pipe, told.append, TrainingPictures())
+    assert same.class_pictures[0].digest == prepared.class_pictures[0].digest
+    made = blocks(prepared.config)
+    attach(selected_components(pipe, prepared.config.components), made, 0, lambda name: 1e-3)
+    task, drawing = diffusion_task(prepared, made, Processes()), TrainingPictures()
+    previews = [
+        Previews(tmp_path, task, [prompt], drawing, nullcontext, told.append, steps=1, every=0, size=64)
+        for prompt in ("a dog <lora:ink:0.8>", "a dog")
+    ]
+    drawn, plain = (one.pictures()[0].tobytes() for one in previews)
+    assert drawn == plain
+    warned = [event for event in told if isinstance(event, Warned)]
+    letters = [event for event in warned if "learned here as letters" in event.message]
+    assert letters and "(red hair:1.2)" in letters[0].details[0] and len(letters[0].details) == 1
+    assert any("(a cat:1.3) in the prompt is a weight" in event.message for event in warned)
+    assert any("<lora:ink:0.8> in the prompt names an adapter" in event.message for event in warned)
 
 
 def test_a_fresh_adapter_learns_nothing_from_the_class_and_a_changed_one_goes_back_to_the_base(

@@ -1,7 +1,7 @@
 """The architectures of Stable Diffusion as data: what a single-file checkpoint does not say of itself.
 
 With these, such a checkpoint is read without a network. The values are those of the configurations published with Stable
-Diffusion 1.5, 2 (base), 2.1, XL 1.0 and their inpainting versions; the tokenizer is CLIP's (``clip/``).
+Diffusion 1.5, 2 (base), 2.1, XL 1.0, its refiner, and their inpainting versions; the tokenizer is CLIP's (``clip/``).
 """
 
 import bz2
@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-Kind: TypeAlias = Literal["sd1", "sd2", "sd2-v", "sdxl"]
+Kind: TypeAlias = Literal["sd1", "sd2", "sd2-v", "sdxl", "sdxl-refiner"]
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
@@ -29,9 +29,16 @@ class Architecture:
     zero_snr: bool = False
 
     @property
+    def xl(self) -> bool:
+        """Whether it is Stable Diffusion XL or its refiner."""
+        return self.kind in ("sdxl", "sdxl-refiner")
+
+    @property
     def pipeline(self) -> str:
         """The class in diffusers that generates with it."""
-        return f"StableDiffusion{'XL' if self.kind == 'sdxl' else ''}{'Inpaint' if self.inpainting else ''}Pipeline"
+        if self.kind == "sdxl-refiner":
+            return "StableDiffusionXLImg2ImgPipeline"
+        return f"StableDiffusion{'XL' if self.xl else ''}{'Inpaint' if self.inpainting else ''}Pipeline"
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """The configuration of each component by its name."""
@@ -43,7 +50,7 @@ class Architecture:
             schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return {
             "unet": unet,
-            "vae": _VAES["sdxl" if self.kind == "sdxl" else "sd"],
+            "vae": _VAES["sdxl" if self.xl else "sd"],
             "scheduler": schedule,
             **{name: _ENCODERS[encoder] for name, encoder in _TEXT[self.kind].items()},
         }
@@ -65,7 +72,9 @@ class Architecture:
             tokenizer = name.replace("text_encoder", "tokenizer")
             parts[tokenizer] = ["transformers", "CLIPTokenizer"]
             write_tokenizer(folder / tokenizer, pad=_PADS[encoder])
-        if self.kind == "sdxl":
+        if self.kind == "sdxl-refiner":
+            parts |= {"requires_aesthetics_score": True, "text_encoder": [None, None], "tokenizer": [None, None]}
+        if self.xl:
             parts |= {"force_zeros_for_empty_prompt": True, "image_encoder": [None, None], "feature_extractor": [None, None]}
         else:
             absent = ("safety_checker", "feature_extractor", "image_encoder")
@@ -129,23 +138,34 @@ _UNET: dict[str, Any] = {
     "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
 }
 _UNET_2 = {**_UNET, "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
+_UNET_XL: dict[str, Any] = {
+    **_UNET,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2],
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
+    "use_linear_projection": True,
+}
 _UNETS: dict[str, dict[str, Any]] = {
     "sd1": _UNET,
     "sd2": _UNET_2,
     "sd2-v": {**_UNET_2, "sample_size": 96},
-    "sdxl": {
-        **_UNET,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "attention_head_dim": [5, 10, 20],
-        "block_out_channels": [320, 640, 1280],
-        "cross_attention_dim": 2048,
-        "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2],
-        "projection_class_embeddings_input_dim": 2816,
-        "sample_size": 128,
-        "transformer_layers_per_block": [1, 2, 10],
-        "up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
-        "use_linear_projection": True,
+    "sdxl": _UNET_XL,
+    "sdxl-refiner": {
+        **_UNET_XL,
+        "attention_head_dim": [6, 12, 24, 24],
+        "block_out_channels": [384, 768, 1536, 1536],
+        "cross_attention_dim": 1280,
+        "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2, "DownBlock2D"],
+        "projection_class_embeddings_input_dim": 2560,
+        "transformer_layers_per_block": 4,
+        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
     },
 }
 _VAE: dict[str, Any] = {
@@ -210,6 +230,7 @@ _TEXT: dict[str, dict[str, str]] = {
     "sd2": {"text_encoder": "openclip-h"},
     "sd2-v": {"text_encoder": "openclip-h"},
     "sdxl": {"text_encoder": "clip-l", "text_encoder_2": "openclip-g"},
+    "sdxl-refiner": {"text_encoder_2": "openclip-g"},
 }
 _SCHEDULE: dict[str, Any] = {
     "beta_end": 0.012,
@@ -221,10 +242,12 @@ _SCHEDULE: dict[str, Any] = {
     "timestep_spacing": "leading",
 }
 _PNDM = {**_SCHEDULE, "_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True}
+_EULER = {**_SCHEDULE, "_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": False}
 _DDIM = {**_SCHEDULE, "_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False}
 _SCHEDULERS: dict[str, dict[str, Any]] = {
     "sd1": _PNDM,
     "sd2": _PNDM,
     "sd2-v": {**_DDIM, "prediction_type": "v_prediction"},
-    "sdxl": {**_SCHEDULE, "_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": False},
+    "sdxl": _EULER,
+    "sdxl-refiner": _EULER,
 }

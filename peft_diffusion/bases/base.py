@@ -1,6 +1,6 @@
 """What can be asked of a base of any kind: a pipeline that denoises, or a causal language model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,50 @@ class BaseInfo:
     resolution: int
     step: int
     fingerprint: str
+
+
+class Skeleton:
+    """A base without its weights: components on torch's meta device, whose names, classes and shapes are the true ones.
+
+    Adapters of a file are built for one as for a base, with tensors of their own, wherever no weight of the base is asked
+    for. `bases.skeleton` makes them. Its components and tokenizers are attributes, as a pipeline's are.
+
+    Attributes:
+        info: What an adapter must know of the base; the fingerprint is "".
+        parts: The components by name.
+    """
+
+    def __init__(
+        self,
+        info: "BaseInfo | LanguageInfo",
+        parts: Mapping[str, nn.Module],
+        tokenizers: Mapping[str, Callable[[], Any]],
+    ) -> None:
+        """Take what is known of a base.
+
+        Args:
+            info: What an adapter must know of it.
+            parts: The components by name.
+            tokenizers: What makes the tokenizers, by the attribute of the pipeline that holds each.
+        """
+        self.info = info
+        self.parts = dict(parts)
+        self._tokenizers = dict(tokenizers)
+
+    def __getattr__(self, name: str) -> Any:
+        """A component, or a tokenizer, which is made when it is first asked for."""
+        parts = self.__dict__.get("parts", {})
+        if name in parts:
+            return parts[name]
+        make = self.__dict__.get("_tokenizers", {}).get(name)
+        if make is None:
+            raise AttributeError(name)
+        self.__dict__[name] = made = make()
+        return made
+
+
+AnyBase: TypeAlias = "Base | Skeleton"
+"""What adapters of a file can be built for."""
 
 
 def denoiser_of(pipe: Pipeline) -> Denoiser:
@@ -143,17 +187,21 @@ def dtype_of(base: Pipeline) -> torch.dtype:
 def describe(base: "LanguageModel") -> "LanguageInfo": ...
 @overload
 def describe(base: Pipeline) -> "BaseInfo": ...
-def describe(base: "Base") -> "BaseInfo | LanguageInfo":
+@overload
+def describe(base: AnyBase) -> "BaseInfo | LanguageInfo": ...
+def describe(base: AnyBase) -> "BaseInfo | LanguageInfo":
     """Tell what an adapter must know of a base.
 
     Args:
-        base: A pipeline, or a `LanguageModel`.
+        base: A pipeline, a `LanguageModel`, or the `Skeleton` of one.
 
     Returns:
         Its name, family and fingerprint among it.
     """
     from .causal_lm import LanguageModel  # which brings transformers
 
+    if isinstance(base, Skeleton):
+        return base.info
     if isinstance(base, LanguageModel):
         return base.describe()
     denoiser = denoiser_of(base)

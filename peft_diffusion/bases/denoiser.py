@@ -123,6 +123,13 @@ class Denoiser(Protocol):
         """What the network predicts, as the scheduler's configuration says it."""
         return str(self.pipe.scheduler.config.get("prediction_type", "epsilon"))
 
+    def check_learns(self) -> None:
+        """See that adapters can be trained on the network.
+
+        Raises:
+            UserError: They cannot; says what to train on.
+        """
+
     def powers(self) -> Tensor:
         """The signal power at each timestep of training, whatever scheduler the pipeline generates with.
 

@@ -32,6 +32,7 @@ class Component:
         lycoris: What its paths begin with in files of LyCORIS outside of kohya's trainer, which say no component; ("",)
             takes every path that no other component claims.
         embeddings: What embeddings of its words are called in files of other programs, the one that is written first.
+        flat: What flat names of other programs begin with, beside ``kohya``. They are read and not written.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Component:
     dotted: tuple[str, ...] = ()
     lycoris: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
+    flat: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,16 @@ _SMALL_PRESETS = {
 UNET_KIND = "peft_diffusion.bases.unet:UNetDenoiser"
 """The kind of network of Stable Diffusion 1, 2 and XL."""
 
-_UNET = Component("unet", "denoiser", "unet_lr", None, "lora_unet_", ("unet.", "diffusion_model."), ("",))
+_UNET = Component(
+    "unet",
+    "denoiser",
+    "unet_lr",
+    None,
+    "lora_unet_",
+    ("unet.", "diffusion_model.", "lora_unet."),  # the last inside of OneTrainer
+    ("",),
+    flat=("lora_prior_unet_", "diffusion_model_"),  # of ComfyUI and A1111
+)
 _CLIP_PATHS = ("text_model_", "encoder_layers_", "embeddings_", "final_layer_norm")
 _TEXT = Component(
     "text_encoder",
@@ -189,13 +200,20 @@ _TEXT = Component(
     "text_encoder_lr",
     "tokenizer",
     "lora_te_",
-    # The third is ComfyUI's of Stable Diffusion 2.
-    ("text_encoder.", "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
+    (
+        "text_encoder.",
+        "text_encoders.clip_l.transformer.",
+        "text_encoders.clip_h.transformer.",  # ComfyUI's of Stable Diffusion 2
+        "clip_l.",  # of the Open Model Initiative, which OneTrainer writes
+        "lora_te.",
+        "lora_te1.",
+    ),
     _CLIP_PATHS,
     ("clip_l", "emb_params", "emp_params"),  # the last as OneTrainer spells it
+    ("transformer_text_model_", "0_transformer_text_model_", "model_transformer_"),  # of A1111
 )
 _TEXT_XL = Component(
-    "text_encoder", "text encoder", "text_encoder_lr", "tokenizer", "lora_te1_", _TEXT.dotted, (), ("clip_l",)
+    "text_encoder", "text encoder", "text_encoder_lr", "tokenizer", "lora_te1_", _TEXT.dotted, (), ("clip_l",), _TEXT.flat
 )
 _TEXT_XL_2 = Component(
     "text_encoder_2",
@@ -203,9 +221,10 @@ _TEXT_XL_2 = Component(
     "text_encoder_lr",
     "tokenizer_2",
     "lora_te2_",
-    ("text_encoder_2.", "text_encoders.clip_g.transformer."),
+    ("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.", "lora_te2."),
     (),
     ("clip_g",),
+    ("lora_prior_te_", "1_model_transformer_"),  # of ComfyUI and A1111
 )
 _LM = Component(
     "lm",

@@ -19,6 +19,26 @@ _WIDTHS = (320, 640, 1280, 1280)
 _BY_TEXT_WIDTH = {768: "sd1", 1024: "sd2"}
 
 
+def family_of(config: Any) -> Family:
+    """Tell the family of a UNet by its configuration alone.
+
+    Args:
+        config: That of diffusers' ``UNet2DConditionModel``.
+
+    Returns:
+        Stable Diffusion 1, 2 or XL by its widths; else that of small bases.
+    """
+    if _is_size_conditioned(config):
+        return families.find("sdxl")
+    if tuple(config.block_out_channels) != _WIDTHS:
+        return families.SMALL_DIFFUSION
+    return families.find(_BY_TEXT_WIDTH.get(config.cross_attention_dim, families.SMALL_DIFFUSION.name))
+
+
+def _is_size_conditioned(config: Any) -> bool:
+    return getattr(config, "addition_embed_type", None) == "text_time"
+
+
 class UNetDenoiser(Denoiser):
     """The UNet of a pipeline."""
 
@@ -40,7 +60,7 @@ class UNetDenoiser(Denoiser):
         self.unet: Any = getattr(pipe, "unet")  # noqa: B009  (not every pipeline has one)
         self.config: Any = self.unet.config
         self._check()
-        self.size_conditioned = getattr(self.config, "addition_embed_type", None) == "text_time"
+        self.size_conditioned = _is_size_conditioned(self.config)
         self.inpaints = self.config.in_channels == 2 * self.channels + 1
         if self.config.in_channels != self.channels and not self.inpaints:
             raise UserError(
@@ -85,11 +105,7 @@ class UNetDenoiser(Denoiser):
     @property
     def family(self) -> Family:
         """Stable Diffusion 1, 2 or XL by the shape of the UNet; else that of small bases."""
-        if self.size_conditioned:
-            return families.find("sdxl")
-        if tuple(self.config.block_out_channels) != _WIDTHS:
-            return families.SMALL_DIFFUSION
-        return families.find(_BY_TEXT_WIDTH.get(self.config.cross_attention_dim, families.SMALL_DIFFUSION.name))
+        return family_of(self.config)
 
     @property
     def network(self) -> nn.Module:
@@ -107,6 +123,15 @@ class UNetDenoiser(Denoiser):
         """What the VAE and the UNet downsample by together."""
         return int(self.factor * 2 ** (len(self.config.block_out_channels) - 1))
 
+    def check_learns(self) -> None:
+        """See that it is not the refiner of Stable Diffusion XL, which has one text encoder of the two.
+
+        Raises:
+            UserError: It is.
+        """
+        if self.size_conditioned and len(self.text.sides) == 1:
+            raise UserError("this is the refiner of Stable Diffusion XL, which finishes pictures; train on its base")
+
     def conditioning(self, encoding: tuple[Tensor, ...], inputs: Mapping[str, Tensor]) -> Conditioning:
         """Name what the UNet is conditioned on, in its dtype.
 
@@ -116,14 +141,9 @@ class UNetDenoiser(Denoiser):
 
         Returns:
             What `predict` takes.
-
-        Raises:
-            UserError: It is the refiner of Stable Diffusion XL, which has one text encoder of the two.
         """
         dtype = next(self.network.parameters()).dtype
         hidden, *summary = (tensor.to(dtype) for tensor in encoding)
-        if self.size_conditioned and not summary:
-            raise UserError("this is the refiner of Stable Diffusion XL, which finishes pictures; train on its base")
         added = {"text_embeds": summary[0], "time_ids": inputs["sizes"]} if self.size_conditioned else {}
         return Conditioning(hidden, added, inputs["inpainting"].to(dtype) if self.inpaints else None)
 

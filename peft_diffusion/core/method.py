@@ -151,6 +151,8 @@ class Method:
         constants: Those of the suffixes that hold no parameters but scales, marks or text.
         fillers: Those of the suffixes that our own files hold for other programs alone, and that change nothing.
         ranked: Those of the suffixes whose first size is the rank.
+        by_output: Those of the suffixes whose first size is the number of outputs. A method that names them can be read from
+            a file that has several layers in one, such as queries, keys and values.
         aliases: What diffusers, peft and ComfyUI call its tensors after the path of the site, without a last ``.weight`` or
             ``.default``, and the suffix that each means.
         embedding: The suffixes of its vectors and of its words, where other programs know its files as embeddings of new
@@ -167,6 +169,7 @@ class Method:
     constants: ClassVar[frozenset[str]] = frozenset()
     fillers: ClassVar[frozenset[str]] = frozenset()
     ranked: ClassVar[frozenset[str]] = frozenset()
+    by_output: ClassVar[frozenset[str]] = frozenset()
     aliases: ClassVar[Mapping[str, str]] = {}
     embedding: ClassVar[tuple[str, str] | None] = None
     rates: ClassVar[Rates] = Rates()

@@ -13,8 +13,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LONGEST = 8  # words with dots between them in an end
-# The oldest scripts of diffusers named a part of the attention's processor.
-_PROCESSOR = re.compile(r"(.*)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
+_JOINED = re.compile(r"(.+)_lora\.(down|up)\.weight")  # of the oldest scripts of diffusers: ``<path>_lora.down.weight``
+# What peft trained has the adapter's name behind the tensor's in a state dict: ``lora_A.style.weight``.
+_NO_ADAPTER = ("weight", "bias")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a name that keeps the dots of a path.
+
+    Attributes:
+        where: The path, with all that stands before it.
+        end: What its method calls the tensor, for `Aliases.meaning`.
+        adapter: The name that the adapter had in peft; "" where the name of the tensor tells none.
+    """
+
+    where: str
+    end: str
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -26,6 +42,7 @@ class Aliases:
         methods: The first method that has an alias.
         ranked: The suffixes of tensors whose first size is the rank.
         own: All suffixes.
+        constants: The suffixes of scales and marks.
         end: Finds an alias at the end of a name.
     """
 
@@ -33,6 +50,7 @@ class Aliases:
     methods: Mapping[str, type[Method]]
     ranked: frozenset[str]
     own: frozenset[str]
+    constants: frozenset[str]
     end: re.Pattern[str]
 
     def meaning(self, end: str) -> "tuple[str, Callable[[Tensor], Tensor] | None]":
@@ -51,22 +69,28 @@ class Aliases:
         alias = match[1]
         return self.suffixes[alias], partial(self.methods[alias].from_alias, alias)
 
-    def parts(self, name: str) -> tuple[str, str] | None:
+    def parts(self, name: str) -> "Parts | None":
         """Part a name that keeps the dots of a path.
 
         Args:
             name: The name of a tensor.
 
         Returns:
-            The path with all that stands before it, and the end, for ``meaning``; None where no method has such an end.
+            Its parts; None where no method has such an end.
         """
-        if match := _PROCESSOR.fullmatch(name):
-            return f"{match[1]}.{match[2]}{'.0' if match[2] == 'to_out' else ''}", f"lora.{match[3]}.weight"
+        if match := _JOINED.fullmatch(name):
+            return Parts(match[1], f"lora.{match[2]}.weight")
         words = name.split(".")
-        for number in range(1, min(len(words) - 1, _LONGEST)):  # of several ends the shortest
-            end = ".".join(words[-number:])
-            if self.end.fullmatch(end):
-                return ".".join(words[:-number]), end
+        ends = [(words[:-number], words[-number:]) for number in range(1, min(len(words) - 1, _LONGEST))]
+        for where, end in ends:  # of several ends the shortest
+            if self.end.fullmatch(".".join(end)):
+                return Parts(".".join(where), ".".join(end), "default" if "default" in end else "")
+        for where, (kind, *rest) in ends:
+            if not rest or rest[0] in _NO_ADAPTER or self.suffixes.get(kind) in self.constants:
+                continue
+            end = [kind, *rest[1:]]
+            if self.end.fullmatch(".".join(end)):
+                return Parts(".".join(where), ".".join(end), rest[0])
         return None
 
 
@@ -82,4 +106,5 @@ def _aliases_of(known: tuple[type[Method], ...]) -> Aliases:
     kinds = "|".join(re.escape(alias) for alias in sorted(suffixes, key=len, reverse=True)) or r"(?!)"
     ranked = frozenset[str]().union(*(one.ranked for one in known))
     own = frozenset[str]().union(*(one.suffixes for one in known))
-    return Aliases(suffixes, owners, ranked, own, re.compile(rf"({kinds})(?:\.default)?(?:\.weight)?"))
+    constants = frozenset[str]().union(*(one.constants for one in known))
+    return Aliases(suffixes, owners, ranked, own, constants, re.compile(rf"({kinds})(?:\.default)?(?:\.weight)?"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..bases import components, describe
 from ..bases import family as families
-from ..bases.base import Base
+from ..bases.base import AnyBase
 from ..core import site as sites
 from ..core import targets
 from ..core.adapter import Adapter, chained
@@ -99,12 +99,12 @@ def save(
         write_bytes(file.with_name(other), text.encode())
 
 
-def load(source: str | Path | Plan, pipe: Base, *, strict: bool = False) -> Loaded:
+def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False) -> Loaded:
     """Read an adapter file for a base. Nothing is attached.
 
     Args:
         source: The file, or the plan that was made of it, which saves parsing it again.
-        pipe: The base, a pipeline or a ``LanguageModel``.
+        pipe: The base, a pipeline or a ``LanguageModel``, or the ``Skeleton`` of one.
         strict: Whether to refuse a file of which a tensor is left out; otherwise they are listed in the report.
 
     Returns:
@@ -127,7 +127,7 @@ def load(source: str | Path | Plan, pipe: Base, *, strict: bool = False) -> Load
     return Loaded(built, found.spec or Spec(), report, bound.warnings, found)
 
 
-def bind(found: Plan, pipe: Base) -> "Bound":
+def bind(found: Plan, pipe: AnyBase) -> "Bound":
     """Find the sites of a base that a file holds adapters for. Reads no tensor.
 
     Args:
@@ -162,7 +162,7 @@ class Bound:
     """
 
     plan: Plan
-    base: Base
+    base: AnyBase
     parts: Mapping[str, nn.Module]
     sites: "Mapping[tuple[str, str], _Site]"
     left: Mapping[str, str]
@@ -245,12 +245,15 @@ def _is_only(component: str, parts: Mapping[str, nn.Module]) -> bool:
     return role != "text encoder" or sum(families.role_of(name) == role for name in parts) == 1
 
 
-def _values(site: _Site, found: Plan, tensors: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]:
+def _values(site: _Site, found: Plan, tensors: Mapping[str, Tensor], base: AnyBase) -> dict[str, Tensor]:
     """The tensors of a site as its methods know them, by suffix."""
     own: dict[str, Tensor] = {}
     pieces: dict[Layout, dict[str, Tensor]] = {}
     for source in site.plan.sources:
         change, tensor = source.place.change, tensors[source.name]
+        if source.place.rows is not None:
+            index, number = source.place.rows
+            tensor = tensor.chunk(number)[index].clone()
         value = tensor if change is None else change(tensor)
         if source.place.piece:
             pieces.setdefault(source.layout, {})[source.place.piece] = value
@@ -267,7 +270,7 @@ def _ordered(chosen: Iterable[Any], spec: Spec | None, component: str) -> list[A
     return sorted(chosen, key=lambda method: order.index(method.name) if method.name in order else len(order))
 
 
-def _built(site: _Site, module: nn.Module, found: Plan, tensors: Mapping[str, Tensor], pipe: Base) -> Adapter | None:
+def _built(site: _Site, module: nn.Module, found: Plan, tensors: Mapping[str, Tensor], pipe: AnyBase) -> Adapter | None:
     """The adapter of one site, of one method or several; None where there is none that is known. Raises UserError."""
     where = f"{site.component}.{site.path}"
     sites.refuse_wrapped(where, module)
@@ -300,7 +303,7 @@ def _refuse_not_finite(path: Path, site: _Site, adapter: Adapter) -> None:
             )
 
 
-def _refuse_empty(found: Plan, built: Mapping[str, Any], left: Mapping[str, str], pipe: Base) -> None:
+def _refuse_empty(found: Plan, built: Mapping[str, Any], left: Mapping[str, str], pipe: AnyBase) -> None:
     """Raise UserError, with the true reason, where nothing of a file can be used."""
     if built:
         return
@@ -315,24 +318,21 @@ def _refuse_empty(found: Plan, built: Mapping[str, Any], left: Mapping[str, str]
     refuse_leftovers(found.path, left)
 
 
-def _wrong_base(found: Plan, pipe: Base, reason: str) -> UserError:
+def _wrong_base(found: Plan, pipe: AnyBase, reason: str) -> UserError:
     """Say that a file does not fit a base, and that it was made for another one only where it tells so."""
     here, told = describe(pipe), metadata.base_of(found.spec, found.header.metadata)
-    same = (
-        told.get("fingerprint") == here.fingerprint
-        if "fingerprint" in told
-        else told.get("family", here.family) == here.family
-    )
+    known = "fingerprint" in told and here.fingerprint != ""  # a skeleton has none
+    same = told.get("fingerprint") == here.fingerprint if known else told.get("family", here.family) == here.family
     if not same:
         name = f"base {told['name']!r}" if told.get("name") else "a base"
         other = f"{name} ({told['family']})" if told.get("family") else name
         return UserError(f"{found.path} was made for {other}; this base is {here.name!r} ({here.family}): {reason}")
-    if "fingerprint" in told:
+    if known:
         return UserError(f"{found.path} does not fit the base {here.name!r} that it names: {reason}; the file is damaged")
     return UserError(f"{found.path} does not fit the base {here.name!r} ({here.family}): {reason}")
 
 
-def _warnings(planned: Plan, left: Mapping[str, str], pipe: Base) -> tuple[str, ...]:
+def _warnings(planned: Plan, left: Mapping[str, str], pipe: AnyBase) -> tuple[str, ...]:
     path, spec, total = planned.path, planned.spec, len(planned.header.tensors)
     found = [
         f"{path}: {len(names)} of {total} tensors {reason} and were left out: {some(names)}"
@@ -346,7 +346,7 @@ def _warnings(planned: Plan, left: Mapping[str, str], pipe: Base) -> tuple[str, 
             ' rescale_betas_zero_snr=True and timestep_spacing="trailing", or pictures are as light and dark as before'
         )
     made_for = spec.base.get("fingerprint") if spec else None
-    if spec and made_for and made_for != describe(pipe).fingerprint:
+    if spec and made_for and describe(pipe).fingerprint not in ("", made_for):
         name = spec.base.get("name")
         found.append(f"{path} was trained on {name!r}, whose weights differ from this base's; results may differ")
     return tuple(found)

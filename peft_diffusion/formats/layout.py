@@ -20,7 +20,7 @@ from .spec import Spec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..bases.base import Base
+    from ..bases.base import AnyBase
     from ..core.adapter import Adapter
 
 DEFAULT = "kohya"
@@ -40,6 +40,8 @@ class Place:
         others: The further components that a name may mean which tells none; empty with ``component_named``.
         component_named: Whether the name tells the component.
         change: What brings the tensor into the shape and scale that its method knows; None where it is so already.
+        rows: Which of how many equal blocks of rows of the tensor belongs there, of a tensor that the file has in one for
+            several sites; None for all rows.
         stem: What the file calls the site, without the dot behind it. Other names that begin so belong to the site too, also
             where no layout reads them. "" where the name holds no site.
     """
@@ -52,6 +54,7 @@ class Place:
     component_named: bool = True
     change: "Callable[[Tensor], Tensor] | None" = None
     stem: str = ""
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,14 @@ class Reading:
         leftovers: By name, why a tensor has no place.
         constants: By place, numbers that the file holds elsewhere than in a tensor, such as alphas of a configuration.
         warnings: What the person should know, in whole sentences with the file's path.
+        further: By name, the other places of a tensor that belongs to several sites.
     """
 
     places: Mapping[str, Place]
     leftovers: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[Place, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    further: Mapping[str, tuple[Place, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,13 +170,13 @@ class Layout(Protocol):
         """
         return {}
 
-    def joined(self, pieces: "Mapping[str, Tensor]", header: Header, base: "Base", component: str) -> "dict[str, Tensor]":
+    def joined(self, pieces: "Mapping[str, Tensor]", header: Header, base: "AnyBase", component: str) -> "dict[str, Tensor]":
         """Join a tensor that this layout keeps in pieces.
 
         Args:
             pieces: By `Place.piece`, in the order of the file.
             header: Of the file.
-            base: The base that the adapter is for.
+            base: The base that the adapter is for, or its skeleton.
             component: The component that the site lies in.
 
         Returns:

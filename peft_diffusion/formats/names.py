@@ -16,7 +16,7 @@ OWN = "peft_diffusion."
 TEXT_MODEL = "text_model."
 """What transformers 5 dropped from the paths of CLIP's text models. Files keep it."""
 
-_COMPILED, _PARALLEL = "_orig_mod_", "module_"  # the wrappers of torch.compile and DistributedDataParallel, flat
+_COMPILED, _PARALLEL = "_orig_mod.", "module."  # what torch.compile and DistributedDataParallel put into names
 _IN_TEXT_MODEL = ("encoder", "embeddings", "final_layer_norm")
 
 
@@ -39,7 +39,7 @@ def rows() -> list[Component]:
 
 
 def prefixes() -> Mapping[str, str]:
-    """List what sites begin with in kohya's files.
+    """List what sites begin with in files of flat names, kohya's first of all.
 
     Returns:
         The component by prefix.
@@ -49,7 +49,7 @@ def prefixes() -> Mapping[str, str]:
 
 @cache
 def _prefixes(known: Rows) -> Mapping[str, str]:
-    return {one.kohya: one.name for own in known for one in own if one.kohya}
+    return {start: one.name for own in known for one in own for start in (one.kohya, *one.flat) if start}
 
 
 def written_prefix(component: str, family: str) -> str:
@@ -128,7 +128,23 @@ def site_name(site: str) -> str:
 
 
 def _without_wrappers(flat: str) -> str:
-    return flat.replace(_COMPILED, "").removeprefix(_PARALLEL)
+    compiled, parallel = _COMPILED.replace(".", "_"), _PARALLEL.replace(".", "_")
+    return flat.replace(compiled, "").removeprefix(parallel)
+
+
+def unwrapped(name: str) -> str:
+    """Take from the name of a tensor what torch.compile and DistributedDataParallel put into names with dots.
+
+    Args:
+        name: As a file has it.
+
+    Returns:
+        The name that the tensor has without them.
+    """
+    bare = name.replace(_COMPILED, "")
+    while bare.startswith(_PARALLEL):
+        bare = bare.removeprefix(_PARALLEL)
+    return bare
 
 
 def with_text_model(component: str, path: str) -> str:

@@ -20,7 +20,7 @@ from ..core.method import Method
 from . import container
 from .container import Header
 from .layout import Layout, Place, Reading, known, reader_of
-from .names import site_name
+from .names import site_name, unwrapped
 from .spec import Spec
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Source:
 
     Attributes:
         name: What the file calls it.
-        shape: Its shape in the file.
+        shape: Its shape in the file, of those rows that belong to the place.
         layout: The layout that its name is of.
         place: Where it belongs.
     """
@@ -108,6 +108,18 @@ class SitePlan:
             The plan with them.
         """
         return replace(self, strangers=(*self.strangers, *names))
+
+    def renamed(self, names: Mapping[str, str]) -> "SitePlan":
+        """Call the tensors otherwise.
+
+        Args:
+            names: What the file calls each tensor.
+
+        Returns:
+            The plan with those names.
+        """
+        sources = tuple(replace(one, name=names[one.name]) for one in self.sources)
+        return replace(self, sources=sources, strangers=tuple(names[name] for name in self.strangers))
 
     def joined(self, other: "SitePlan", path: Path) -> "SitePlan":
         """Take what a file holds for the same site under another name.
@@ -271,10 +283,14 @@ def planned(header: Header, loaded: "Mapping[str, Tensor] | None" = None) -> Pla
         UserError: It is no adapter, or it is damaged.
     """
     spec = Spec.from_metadata(header.metadata, str(header.path))
-    by_layout, nobodys = _by_layout(header)
-    readings = [(layout, layout.read(header, names)) for layout, names in by_layout.items()]
+    bare, names_of = _unwrapped(header)
+    by_layout, nobodys = _by_layout(bare)
+    readings = [(layout, layout.read(bare, names)) for layout, names in by_layout.items()]
     unread = {**nobodys, **{name: why for _, reading in readings for name, why in reading.leftovers.items()}}
-    sites = _with_strangers(_sites(header, readings), unread)
+    sites = _with_strangers(_sites(bare, readings), unread)
+    if names_of:
+        unread = {names_of[name]: why for name, why in unread.items()}
+        sites = {part: {at: one.renamed(names_of) for at, one in found.items()} for part, found in sites.items()}
     layouts = Counter({layout.name: len(reading.places) for layout, reading in readings if reading.places})
     warnings = tuple(warning for _, reading in readings for warning in reading.warnings)
     names = tuple(name for name, _ in layouts.most_common())
@@ -320,6 +336,19 @@ def _by_layout(header: Header) -> tuple[dict[Layout, list[str]], dict[str, str]]
         else:
             found.setdefault(layout, []).append(name)
     return found, nobodys
+
+
+def _unwrapped(header: Header) -> tuple[Header, dict[str, str]]:
+    """The header with the names that tensors have without the wrappers of modules, and what the file calls each of those;
+    nothing where that is the same. Raises UserError where two have one name."""
+    names: dict[str, str] = {}
+    for name in header.tensors:
+        first = names.setdefault(unwrapped(name), name)
+        if first != name:
+            raise same_place(header.path, first, name)
+    if all(bare == name for bare, name in names.items()):
+        return header, {}
+    return replace(header, tensors={bare: header.tensors[name] for bare, name in names.items()}), names
 
 
 def by_reason(left: Mapping[str, str]) -> dict[str, list[str]]:
@@ -383,11 +412,14 @@ def _sites(header: Header, readings: Sequence[tuple[Layout, Reading]]) -> dict[s
     kept: dict[tuple[str, str, str, str], Source] = {}
     constants: dict[tuple[str, str], dict[str, float]] = {}
     for layout, reading in readings:
-        for name, place in reading.places.items():
+        every = [(name, place) for name, place in reading.places.items()]
+        every += [(name, place) for name, places in reading.further.items() for place in places]
+        for name, place in every:
             key = (place.component, site_name(place.site), place.suffix, place.piece)
             if key in kept:
                 raise same_place(header.path, kept[key].name, name)
-            kept[key] = Source(name, header.tensors[name].shape, layout, place)
+            shape = header.tensors[name].shape
+            kept[key] = Source(name, shape if place.rows is None else (shape[0] // place.rows[1], *shape[1:]), layout, place)
         for place, value in reading.constants.items():
             constants.setdefault((place.component, site_name(place.site)), {})[place.suffix] = value
     sources: dict[tuple[str, str], list[Source]] = {}

@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 from ..core.errors import UserError
 from ..core.files import written_aside
 from ..core.parsing import json_value, refusing
-from .prompts import words_of
+from ..data.prompts import words_of
 
 KEY = "peft_diffusion"  # the text chunk that holds it, as JSON
 VERSION = 1

@@ -18,8 +18,8 @@ from ..core.errors import UserError
 from ..core.events import Never, Observer, Observers, Progress, Stop, Warned, check_stop
 from ..core.shortening import shortened
 from ..data.images import MAX_PIXELS
+from ..data.prompts import in_words
 from .adapters import Adapters
-from .prompts import words_of
 from .settings import Sampling
 from .source import Source
 
@@ -122,11 +122,9 @@ def paint(
 
 def _in_words(cells: Sequence[Cell], sampling: Sampling, tell: Observer) -> tuple[list[Cell], Sampling]:
     """Cells and settings with prompts of words alone; tells what else there was, once."""
-    read = {text: words_of(text) for text in (*(cell.prompt for cell in cells), sampling.negative)}
-    for note in dict.fromkeys(note for words in read.values() for note in words.notes):
-        tell(Warned(note))
-    plain = [replace(cell, prompt=read[cell.prompt].text) for cell in cells]
-    return plain, replace(sampling, negative=read[sampling.negative].text)
+    *prompts, negative = in_words([*(cell.prompt for cell in cells), sampling.negative], tell)
+    plain = [replace(cell, prompt=prompt) for cell, prompt in zip(cells, prompts, strict=True)]
+    return plain, replace(sampling, negative=negative)
 
 
 def check_lengths(pipe: Pipeline, texts: Sequence[str]) -> None:

@@ -39,6 +39,7 @@ class Dora(Method, name="dora", suffixes=frozenset({DOWN, UP, MID, ALPHA, MAGNIT
 
     constants: ClassVar[frozenset[str]] = frozenset({ALPHA})
     ranked: ClassVar[frozenset[str]] = frozenset({DOWN})
+    by_output: ClassVar[frozenset[str]] = frozenset({UP, MAGNITUDE})
     aliases: ClassVar[Mapping[str, str]] = {**PAIR_ALIASES, _PEFT_MAGNITUDE: MAGNITUDE, MAGNITUDE: MAGNITUDE}
 
     rank: int = 16

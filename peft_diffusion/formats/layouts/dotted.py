@@ -29,7 +29,7 @@ from .. import metadata
 from ..aliases import aliases
 from ..container import Header
 from ..layout import Content, Layout, Place, Reading, Written, register
-from ..names import LYCORIS, TEXT_MODEL, claimants, dotted_starts, rows, with_text_model
+from ..names import LYCORIS, TEXT_MODEL, claimants, dotted_starts, prefixes, rows, with_text_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,8 @@ _ALPHA = "alpha"
 _LOADED = "lora_"  # pipelines of diffusers load no file in which a name is without it
 _ADALORA = "ADALORA"
 _LARGEST = 16_000_000  # bytes
+# The layers of CLIP's attention by the names that the oldest scripts of diffusers gave those of every attention.
+_OF_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
 # What else a configuration may say of a pair, which nothing here computes.
 _NOT_COMPUTED = ("alora_invocation_tokens", "use_qalora", "layer_replication")
 # Beginnings of peft that change the base's weights, which a file then needs and does not hold.
@@ -56,9 +58,9 @@ class Diffusers(Layout):
 
     def claims(self, name: str) -> int | None:
         """Names that begin with a component, or with a path alone, and end as a method's do there."""
-        if name.startswith((LYCORIS, "lora_")) or aliases().parts(name) is None:
-            return None
-        return max((len(start) for start in dotted_starts() if name.startswith(start)), default=0)
+        start = max((len(start) for start in dotted_starts() if name.startswith(start)), default=0)
+        is_flat = not start and name.startswith((LYCORIS, "lora_", *prefixes()))
+        return None if is_flat or aliases().parts(name) is None else start
 
     def read(self, header: Header, names: Sequence[str]) -> Reading:
         """By the names and the metadata."""
@@ -128,6 +130,7 @@ def read(header: Header, names: Sequence[str]) -> Reading:
     if not names:
         return Reading({})
     found = [_Tensor(name) for name in names]
+    _refuse_several(header.path, found)
     config = _Configuration.of(header, any(one.of_peft for one in found))
     by_site: dict[tuple[str, str], list[_Tensor]] = {}
     for one in found:
@@ -152,14 +155,13 @@ class _Tensor:
         parts = aliases().parts(name)
         if parts is None:
             raise ValueError(f"{name} is of another layout")
-        where, end = parts
+        self.stem, self.adapter = parts.where, parts.adapter
         # peft wraps a model, or the pipeline around it.
         starts = {**dotted_starts(), _PEFT: "", "": "", **{_PEFT + start: one for start, one in dotted_starts().items()}}
-        self.stem = where
-        self.start = max((start for start in starts if where.startswith(start)), key=len)
+        self.start = max((start for start in starts if self.stem.startswith(start)), key=len)
         self.of_peft = self.start.startswith(_PEFT)
-        self.path = where.removeprefix(self.start)
-        self.suffix, self.change = aliases().meaning(end)
+        self.path = _today(self.stem.removeprefix(self.start))
+        self.suffix, self.change = aliases().meaning(parts.end)
         self.component = starts[self.start]
 
     @cached_property
@@ -169,6 +171,15 @@ class _Tensor:
             return Place(self.component, self.path, self.suffix, change=self.change, stem=self.stem)
         found = claimants(self.path)
         return Place(found[0], self.path, self.suffix, "", found[1:], False, self.change, self.stem)
+
+
+def _today(path: str) -> str:
+    """The path of a module that older scripts of diffusers, and ComfyUI, call by the processor of its attention."""
+    path = path.replace(".processor.", ".")
+    if path.endswith(".to_out"):
+        path += ".0"
+    attention, _, layer = path.rpartition("self_attn.")
+    return f"{attention}self_attn.{_OF_CLIP[layer]}" if attention and layer in _OF_CLIP else path
 
 
 class _Configuration:
@@ -264,6 +275,16 @@ def _scaled(own: Sequence[_Tensor], config: _Configuration) -> dict[str, Place]:
     chosen = {suffix for method in methods.known().values() if (suffix := method.scaled_tensor(suffixes)) is not None}
     scale = config.scale(own[0].start, own[0].path)
     return {one.name: replace(one.place, change=_times(scale, one.change)) for one in own if one.suffix in chosen}
+
+
+def _refuse_several(path: Path, found: Sequence[_Tensor]) -> None:
+    """Raise UserError for a file with the tensors of several adapters, of which nothing says which one is meant."""
+    adapters = sorted({one.adapter for one in found if one.adapter})
+    if len(adapters) > 1:
+        raise UserError(
+            f"{path} holds {len(adapters)} adapters of peft, {', '.join(adapters)}: save one by itself, with peft's"
+            " save_pretrained(folder, selected_adapters=[name])"
+        )
 
 
 def _times(scale: float, change: "Callable[[Tensor], Tensor] | None") -> "Callable[[Tensor], Tensor]":

@@ -27,7 +27,7 @@ from ..names import embeddings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ...bases.base import Base
+    from ...bases.base import AnyBase
     from ...core.adapter import Adapter
 
 KEY = "peft_diffusion.words"
@@ -111,7 +111,7 @@ class Embedding(Layout):
         except UserError:  # an architecture whose token embedding is not known
             return {}
 
-    def joined(self, pieces: "Mapping[str, Tensor]", header: Header, base: "Base", component: str) -> "dict[str, Tensor]":
+    def joined(self, pieces: "Mapping[str, Tensor]", header: Header, base: "AnyBase", component: str) -> "dict[str, Tensor]":
         """The words in the order that the metadata tell, and what they began as."""
         import torch
 
@@ -214,7 +214,7 @@ def _began(header: Header) -> dict[str, dict[str, list[int]]]:
         return {part: {word: list(map(int, ids)) for word, ids in words.items()} for part, words in found.items()}
 
 
-def _default(base: "Base", component: str, vectors: int) -> list[int]:
+def _default(base: "AnyBase", component: str, vectors: int) -> list[int]:
     """The token that stands in for a word whose beginning no file tells."""
     from ...bases.base import text_encoders
     from ...bases.words import plain_ids

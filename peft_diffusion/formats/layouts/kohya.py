@@ -104,7 +104,8 @@ def _parted(name: str) -> tuple[str, str]:
     known = aliases()
     if end in known.own or known.end.fullmatch(end):
         return site, end
-    return known.parts(name) or (site, end)
+    parts = known.parts(name)
+    return (site, end) if parts is None else (parts.where, parts.end)
 
 
 def _own_place(name: str) -> Place | None:

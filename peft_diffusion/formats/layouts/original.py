@@ -84,7 +84,7 @@ class Original(Layout):
 
 def _flat_starts() -> list[str]:
     """What flat names of the UNet begin with."""
-    return [*(one.kohya for one in _unets()), LYCORIS]
+    return [*(start for one in _unets() for start in (one.kohya, *one.flat)), LYCORIS]
 
 
 @cache

@@ -43,6 +43,7 @@ class Loha(Method, name="loha", suffixes=frozenset({*FACTORS, *CORES, ALPHA, MAG
 
     constants: ClassVar[frozenset[str]] = frozenset({ALPHA})
     ranked: ClassVar[frozenset[str]] = frozenset({"hada_w1_b"})
+    by_output: ClassVar[frozenset[str]] = frozenset({"hada_w1_a", "hada_w2_a"})
     aliases: ClassVar[Mapping[str, str]] = {name: name for name in (*FACTORS, *CORES)}
     rates: ClassVar[Rates] = Rates(factor=0.5)
 

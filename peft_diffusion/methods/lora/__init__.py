@@ -68,6 +68,7 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA}) | EXT
 
     constants: ClassVar[frozenset[str]] = frozenset({ALPHA, SPARSE[0], SPARSE[2]})
     ranked: ClassVar[frozenset[str]] = frozenset({DOWN})
+    by_output: ClassVar[frozenset[str]] = frozenset({UP, UP_BIAS})
     aliases: ClassVar[Mapping[str, str]] = {**PAIR_ALIASES, SINGULAR: SINGULAR, "lora_B.bias": UP_BIAS}
 
     rank: int = 16

@@ -15,6 +15,7 @@ from ...core.files import explained, write_bytes
 from ...data import subfolders
 from ...data.folder import TrainingImage, scan
 from ...data.images import check_picture
+from ...data.prompts import in_words
 from ..drawing import Drawing
 from ..events import ClassNotKept, ClassPictures, DataRead
 from ..loop.seeds import seed_of
@@ -44,6 +45,7 @@ def pictures(
     Raises:
         UserError: A folder cannot be used: see `data.folder.scan`.
     """
+    config = replace(config, class_prompt=tuple(in_words(config.class_prompt, tell)))  # before it is a caption, too
     found = _of_folders(config, tell) if config.regularisation else []
     if config.class_prompt:
         found += _drawn(config, pipe, tell, drawing, processes)

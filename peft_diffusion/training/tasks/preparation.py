@@ -34,6 +34,7 @@ from ...data.folder import ImageFolder, TrainingImage, check_folders, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
 from ...data.problems import number_of
+from ...data.prompts import words_of
 from ..attachment import check_placements, selected_components, with_words
 from ..drawing import Drawing
 from ..events import COLD, IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
@@ -234,6 +235,7 @@ def _loaded(
     first = "cpu" if processes.shares_base else config.device
     pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize)
     denoiser = denoiser_of(pipe)
+    denoiser.check_learns()
     components = adapted_components(config, denoiser.family)
     parts = selected_components(pipe, components)
     check_placements(parts, with_words(pipe, blocks(replace(config, components=components))))
@@ -362,3 +364,11 @@ def _tell_prompts(pictures: Sequence[TrainingImage], rules: CaptionRules, text: 
     if lost:
         message = f"{len(lost)} prompts are over {text.limit} tokens, and what comes after is not seen; shorten them:"
         tell(Warned(message, _first([f"{picture.path}: without \u201c{words}\u201d" for picture, words in lost])))
+    odd = [
+        f"{one.path}: {', '.join(taken)}"
+        for one, prompt in zip(pictures, prompts, strict=True)
+        if (taken := words_of(prompt).taken)
+    ]
+    if odd:
+        message = f"{number_of(len(odd), 'prompt')} with what other programs read as instructions, learned here as letters:"
+        tell(Warned(message, _first(odd)))

@@ -13,6 +13,7 @@ from ...core import site
 from ...core.events import Observer, Warned
 from ...core.files import explained, write_bytes
 from ...core.parsing import json_value
+from ...data.prompts import in_words
 from ..drawing import Drawing
 from ..events import Preview
 from ..loop.seeds import seed_of
@@ -34,7 +35,7 @@ class Previews:
     Args:
         folder: Where the pictures go.
         task: What is learned, by the pipeline that draws.
-        prompts: What the pictures show.
+        prompts: What the pictures show. Instructions of other programs are taken out and told, as `generate` does.
         drawing: Draws them.
         weights: Puts the weights that the run gives into the model.
         tell: Is told of each `Preview`, with how near its pictures are to those that are trained on: the mean distance from
@@ -60,7 +61,7 @@ class Previews:
     ) -> None:
         self.folder = folder
         self.task = task
-        self.prompts = list(prompts)
+        self.prompts = in_words(prompts, tell)
         self.drawing = drawing
         self.steps = steps
         self.every = every

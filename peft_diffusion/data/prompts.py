@@ -1,7 +1,10 @@
 """What prompts of other programs hold besides words: told, as it does not work here, and never drawn. Imports no torch."""
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from ..core.events import Observer, Warned
 
 _LONGEST = 10_000  # letters; what is longer has more words than a base reads
 
@@ -24,10 +27,12 @@ class Words(NamedTuple):
 
     Attributes:
         text: The words.
+        taken: What was taken out, one of each syntax.
         notes: For each syntax in the prompt that is not read here, what it is and what becomes of it.
     """
 
     text: str
+    taken: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -40,12 +45,29 @@ def words_of(prompt: str) -> Words:
     Returns:
         The words that are left, and what was taken out; a prompt without such instructions is left as it is.
     """
-    text, notes = prompt, list[str]()
+    text, taken, notes = prompt, list[str](), list[str]()
     for pattern, kept, told in _SYNTAXES if len(prompt) <= _LONGEST else ():
         found = re.search(pattern, text)
         if found is not None:
+            taken.append(found[0])
             notes.append(f"{found[0]} in the prompt {told}")
         before = None
         while before != text:  # they may stand in each other
             before, text = text, re.sub(pattern, kept, text)
-    return Words(" ".join(text.split()) if notes else prompt, tuple(notes))
+    return Words(" ".join(text.split()) if notes else prompt, tuple(taken), tuple(notes))
+
+
+def in_words(prompts: Sequence[str], tell: Observer) -> list[str]:
+    """Take what other programs read as instructions out of all prompts that are drawn.
+
+    Args:
+        prompts: As they were given.
+        tell: Is told once of each that was taken out.
+
+    Returns:
+        For each prompt the words that are left.
+    """
+    read = [words_of(prompt) for prompt in prompts]
+    for note in dict.fromkeys(note for words in read for note in words.notes):
+        tell(Warned(note))
+    return [words.text for words in read]
