@@ -103,7 +103,7 @@ def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False) -> L
     """Read an adapter file for a base. Nothing is attached.
 
     Args:
-        source: The file, or the plan that was made of it, which saves parsing it again.
+        source: The file, a folder of peft or diffusers, or the plan that was made of it, which saves parsing it again.
         pipe: The base, a pipeline or a ``LanguageModel``, or the ``Skeleton`` of one.
         strict: Whether to refuse a file of which a tensor is left out; otherwise they are listed in the report.
 
@@ -251,9 +251,6 @@ def _values(site: _Site, found: Plan, tensors: Mapping[str, Tensor], base: AnyBa
     pieces: dict[Layout, dict[str, Tensor]] = {}
     for source in site.plan.sources:
         change, tensor = source.place.change, tensors[source.name]
-        if source.place.rows is not None:
-            index, number = source.place.rows
-            tensor = tensor.chunk(number)[index].clone()
         value = tensor if change is None else change(tensor)
         if source.place.piece:
             pieces.setdefault(source.layout, {})[source.place.piece] = value

@@ -1,7 +1,7 @@
 """What a checkpoint of one file calls the tensors of a base: the names of the original Stable Diffusion, and of open_clip.
 
-kohya's trainer, A1111, Forge and ComfyUI read such files. The UNet's names are those of the layout ``original``; here are the
-autoencoder's and the text encoders', of which open_clip's keeps query, key and value of an attention as one.
+kohya's trainer, A1111, Forge and ComfyUI read such files. The UNet's names are those of the layout ``original``; here are
+the autoencoder's and the text encoders', of which open_clip's keeps query, key and value of an attention as one.
 """
 
 import re
@@ -15,7 +15,7 @@ from ..formats.layouts.original import original_names
 from ..formats.names import TEXT_MODEL
 
 Form: TypeAlias = Literal["same", "turned", "convolution"]
-"""How a tensor lies in such a file: as diffusers has it, with both sides exchanged, or as a convolution with a kernel of 1."""
+"""How a tensor lies in such a file: as diffusers has it, with its sides exchanged, or as a convolution of kernel 1."""
 
 VAE = "vae"
 _OPEN_CLIP_WIDTH = 1024  # of the text encoder of Stable Diffusion 2; that of 1 is CLIP's own, of 768

@@ -159,7 +159,7 @@ def _autoencoder(path: Path) -> dict[str, nn.Module]:
 
 def _on_meta(config: Mapping[str, Any]) -> nn.Module:
     with torch.device("meta"):
-        made: nn.Module = AutoencoderKL.from_config(dict(config))  # type: ignore[no-untyped-call]
+        made: nn.Module = AutoencoderKL.from_config(dict(config))
     return made
 
 
