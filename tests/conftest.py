@@ -14,20 +14,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from diffusers import DiffusionPipeline
     from transformers import CLIPTokenizer
-
-
-@pytest.fixture(autouse=True)
-def plug_ins_of_this_test() -> "Iterator[None]":
-    """Forget which plug-ins a test loaded: runs of later ones in this process would say that they need them."""
-    from peft_diffusion.core import plugins
-
-    before = list(plugins._loaded)
-    yield
-    plugins._loaded[:] = before
 
 
 WORDS = ["a", "red", "blue", "apple", "cat", "dog", "house", "ink", "flat", "style", "emoji", "of"]

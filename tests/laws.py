@@ -39,9 +39,11 @@ from peft_diffusion.methods.tokens import Tokens
 
 # Layers, norms and an embedding that is tied to nothing, as a whole change sits on all of them.
 _EVERY_KIND = r".*\.(attn1\.to_q|norm[12]|v_proj|fc2|layer_norm1|token_embedding)"
+_EMBEDDINGS = r".*\.token_embedding"
 METHODS: dict[str, tuple[Method, str]] = {
     "lora": (Lora(rank=4), "attention+ff"),
     "lora-scaled": (Lora(rank=3, alpha=1.0), "all-linear"),
+    "lora-embedding": (Lora(rank=3, alpha=1.0), _EMBEDDINGS),
     "locon": (Lora(rank=4), "conv"),
     "dora": (Dora(rank=4, alpha=2.0), "attention+ff"),
     "dora-conv": (Dora(rank=4), "conv"),
@@ -68,7 +70,11 @@ METHODS: dict[str, tuple[Method, str]] = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NO_IMAGES = {"conv", "conv-outputs", "biases"}  # nor has a Llama any bias
 # What a component has no sites for: CLIP has no convolution with text, and its attention has a mask.
-LACKING = {"unet": {"tokens"}, "text_encoder": {"conv", "conv-outputs", "attentions"}, "lm": _NO_IMAGES}
+LACKING = {
+    "unet": {"tokens", _EMBEDDINGS},
+    "text_encoder": {"conv", "conv-outputs", "attentions"},
+    "lm": _NO_IMAGES | {_EMBEDDINGS},  # whose embedding is its output layer too
+}
 CASES = [
     (method, component, dtype)
     for method, (_, target) in METHODS.items()
@@ -172,7 +178,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.fixture(params=CASES, ids="-".join)
+# Daily work sees each method on each component in float32; CI sees the halves too.
+DAILY_FIRST = [pytest.param(one, marks=pytest.mark.slow if one[2] == "bfloat16" else ()) for one in CASES]
+
+
+@pytest.fixture(params=DAILY_FIRST, ids="-".join)
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     method, component, dtype = request.param
     chosen, target = METHODS[method]
@@ -255,6 +265,7 @@ def give_own(model: nn.Module) -> None:
                 setattr(module, name, nn.Sequential(nn.Linear(3, 3)).to(like).requires_grad_(False))
 
 
+@pytest.mark.slow
 @once_a_case
 @torch.no_grad()
 def test_law_2_attributes_of_a_modules_own_are_no_business_of_adapters(case: Case) -> None:

@@ -352,6 +352,7 @@ def test_a_fingerprint_does_not_depend_on_how_much_is_read_at_a_time(monkeypatch
     assert checksum({"layer": layer}) != expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [False, True], ids=["before the first call", "after it"])
 def test_what_torch_compile_returned_carries_adapters_as_the_module_inside(files: list[Path], first: bool) -> None:
     plain, compiled = make_pipe(), make_pipe()
@@ -377,6 +378,7 @@ def test_what_torch_compile_returned_carries_adapters_as_the_module_inside(files
     assert not compiled.unet._forward_pre_hooks
 
 
+@pytest.mark.slow
 def test_a_schedule_goes_on_when_the_network_is_compiled_after_it_was_set(
     files: list[Path], tiny_pipe: DiffusionPipeline
 ) -> None:

@@ -64,6 +64,8 @@ VALUES = {
     "generate a --guidance nan": "guidance must be a finite number",
     "generate a --seed -1": "--seed must be 0 or more, at most 9223372036854775807, not -1",
     "generate a --output a.jpg": "pictures are written as .png",
+    "generate a --output a.jfif": "pictures are written as .png",
+    "generate a --output a.heic": "pictures are written as .png",
     "generate a --adapter missing.safetensors": "there is no adapter file missing.safetensors",
     "generate a --adapter missing.safetensors=0.5": "there is no adapter file missing.safetensors",
     "generate a --adapter k=v/missing": "there is no adapter file k=v/missing",
@@ -267,6 +269,7 @@ def test_a_prompt_that_the_base_would_cut(tiny_base: Path, tmp_path: Path) -> No
     assert 'it would lose "cat"' in said
 
 
+@pytest.mark.slow
 def test_a_file_that_is_not_used_whole_is_told_and_with_strict_refused(ink: Path, tiny_base: Path, tmp_path: Path) -> None:
     tensors = load_file(ink)
     tensors["lora_unet_nowhere.alpha"] = torch.ones(())

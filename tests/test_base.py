@@ -74,6 +74,7 @@ def test_libraries_show_what_they_showed_before_a_base_was_loaded() -> None:
         (disable_progress_bars if without else enable_progress_bars)()
 
 
+@pytest.mark.slow
 def test_plain_diffusers_loads_it_and_draws_the_same(icons: Any) -> None:
     plain = StableDiffusionPipeline.from_pretrained(FOLDER)
     plain.set_progress_bar_config(disable=True)

@@ -58,6 +58,7 @@ def test_blocks_train_together_into_one_adapter_and_one_file(pictures: Path, tmp
     assert sum(int(p.count_nonzero()) for p in trained) == int(last_state(result).tensors["parameters"].count_nonzero())
 
 
+@pytest.mark.slow
 def test_a_block_has_its_own_learning_rate(pictures: Path, tmp_path: Path) -> None:
     block = ("unet attention lora", r"unet .*\.ff\.net\.2 lora lr=1e-12")
     result = train(small(pictures, tmp_path, block=block), pipe=make_pipe())
@@ -67,6 +68,7 @@ def test_a_block_has_its_own_learning_rate(pictures: Path, tmp_path: Path) -> No
     assert all(size > 1e-5 for path, size in sizes.items() if not path.endswith("ff.net.2"))
 
 
+@pytest.mark.slow
 def test_the_plan_tells_the_rates_of_blocks(pictures: Path, tmp_path: Path) -> None:
     block = ("unet attention lora", r"unet .*\.ff\.net\.2 lora lr=1e-12 b_rate_ratio=4")
     console = Console(record=True, width=300, file=(tmp_path / "log").open("w"))
@@ -116,6 +118,7 @@ def test_lora_plus_has_a_group_of_its_own_and_goes_on_to_the_same_bytes(pictures
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_another_method_trains_with_its_own_options(pictures: Path, tmp_path: Path) -> None:
     result = train(small(pictures, tmp_path, method="lokr", option=("factor=4",)), pipe=make_pipe())
     assert spec_of(result.output).methods["unet"][0]["factor"] == 4
@@ -146,6 +149,7 @@ def test_what_makes_no_sense_is_said(pictures: Path, tmp_path: Path, changes: di
     assert not (tmp_path / "a.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_file_of_settings_holds_blocks_as_tables(
     pictures: Path, tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +171,7 @@ def test_a_file_of_settings_holds_blocks_as_tables(
     assert "lacks target, method" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_learned_words_train_beside_lora_into_one_file_and_are_read_in_prompts(
     pictures: Path, tmp_path: Path, tiny_base: Path
 ) -> None:

@@ -44,10 +44,13 @@ def test_looking_around_imports_nothing_heavy(code: str) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="the time of child processes is not told there")
 @pytest.mark.parametrize("arguments", [["-c", "import peft_diffusion"], ["-m", "peft_diffusion", "--help"]])
-def test_looking_around_is_quick(arguments: list[str]) -> None:
+def test_looking_around_is_quick(arguments: list[str], tmp_path: Path) -> None:
+    installed = environment() | {"PYTHONPYCACHEPREFIX": str(tmp_path)}  # pip compiles what it installs
+    installed.pop("PYTHONDONTWRITEBYTECODE", None)
+
     def seconds() -> float:
         before = os.times()
-        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment())
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=installed)
         after = os.times()
         return after.children_user + after.children_system - before.children_user - before.children_system
 
@@ -103,6 +106,17 @@ def test_version_and_help() -> None:
     assert all(flag in command("generate", "--help").stdout for flag in ("--adapter", "--config", "--debug", "--seeds"))
 
 
+def test_help_is_that_of_the_command_whatever_else_is_on_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*words: str) -> str:
+        main(words)
+        return capsys.readouterr().out
+
+    assert told("train", "--help") == told("--config", "no.toml", "train", "--lr", "no number", "--nonsense", "-h")
+    assert "FOLDER" in told("--help", "train") and "FOLDER" not in told("--help")
+    assert "Usage" not in told("runs", "--", "--help")  # a folder of this name
+
+
+@pytest.mark.slow
 def test_inspect_tells_what_a_file_holds_and_whether_two_fit(files: list[Path]) -> None:
     told = command("inspect", *files)
     assert told.returncode == 0
@@ -114,6 +128,7 @@ def test_inspect_tells_what_a_file_holds_and_whether_two_fit(files: list[Path]) 
     assert plain["files"][0]["spec"]["training"]["images"] == 48
 
 
+@pytest.mark.slow
 def test_settings_from_a_file_and_flags_over_them(files: list[Path], tmp_path: Path) -> None:
     settings = tmp_path / "run.toml"
     settings.write_text(f"files = [{json.dumps(str(files[0]))}]\njson = true\n")

@@ -228,6 +228,7 @@ def test_original_names_are_those_that_diffusers_converts(pipe: DiffusionPipelin
     assert original_names(pipe.text_encoder) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dotted", [False, True], ids=["kohya", "comfy"])
 def test_sdxl_files_with_names_of_the_original_load(dotted: bool, tmp_path: Path) -> None:
     own = write_adapter(tmp_path / "own.safetensors", make_xl_pipe(), target="all-linear", parts=("unet",))

@@ -46,6 +46,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, too_late)
 
 
+@pytest.mark.slow
 def test_the_command_tells_of_an_unknown_hyper_parameter_before_anything_else(tmp_path: Path) -> None:
     draw_pictures(tmp_path / "pics", 1)
     said = complaint(FAILED, "train", "pics", "--option", "nonsense=1", "--base", "owner/none", folder=tmp_path)

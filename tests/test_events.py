@@ -244,6 +244,7 @@ def test_text_is_told_of_as_pictures_are(text_told: tuple[list[Event], str]) -> 
     assert [event.what for event in of(Saved, told)] == ["checkpoint", "checkpoint", "checkpoint", "adapter"]
 
 
+@pytest.mark.slow
 def test_a_subject_without_its_class_a_search_and_its_trials_are_told(tmp_path: Path) -> None:
     pictures = draw_pictures(tmp_path / "pictures", 4)
     told: list[Event] = []
@@ -260,6 +261,7 @@ def test_a_subject_without_its_class_a_search_and_its_trials_are_told(tmp_path: 
     assert told[-1] == Ended("finished")
 
 
+@pytest.mark.slow
 def test_memory_is_told_of_where_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "SMALL", 0)
     told: list[Event] = []
@@ -470,6 +472,7 @@ def drawing_of(folder: Path, base: Path, *adapters: Path, **changes: Any) -> Gen
     return GenerateConfig(("a cat",), output=folder, **{**values, **changes})
 
 
+@pytest.mark.slow
 def test_a_service_that_draws_twice_loads_the_base_once(
     tiny_base: Path, ink: Path, oil: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

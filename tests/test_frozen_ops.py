@@ -112,6 +112,7 @@ def test_a_frozen_convolution_keeps_no_input(geometry: tuple[int, int, int]) -> 
     assert linear.requires_grad
 
 
+@pytest.mark.slow
 def test_what_has_no_memory_is_given_to_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when the memory of a step is predicted: a kernel would read at address 0. Peaks are of the kernels' results."""
     from conftest import make_xl_pipe

@@ -15,6 +15,7 @@ def world(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> fuzz.Wor
     return fuzz.World(make_pipe(), tiny_base, tmp_path_factory.mktemp("fuzz"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_files_of_others_are_loaded_right_or_refused_in_a_line(name: str, world: fuzz.World) -> None:
     fuzz.run(world, name, round(CASES * fuzz.TARGETS[name][2]))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_pipe
-from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 from making import make_adapter
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
@@ -103,6 +103,7 @@ def test_progress_comes_to_the_end(tiny_pipe: DiffusionPipeline) -> None:
     assert [(event.done, event.total) for event in seen if isinstance(event, Progress)] == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["dpm++", "heun", "pndm"])
 def test_guidance_stops_where_it_is_told(tiny_pipe: DiffusionPipeline, ink: Path, scheduler: SchedulerName) -> None:
     """Up to there a picture is what guidance makes it, and from there each is computed once and not twice."""
@@ -144,6 +145,7 @@ def test_guidance_stops_where_a_picture_is_made_anew(make: Make, tmp_path: Path,
         assert half.getpixel((60, 30)) == (255, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [7.5, 1.0])
 def test_the_ends_of_a_blend_are_each_adapter_alone(
     make: Make, ink: Path, flat: Path, tiny_base: Path, tmp_path: Path, guidance: float
@@ -198,6 +200,52 @@ def test_a_recipe_is_not_used_on_another_base_or_overridden(make: Make, other_ba
     with pytest.raises(UserError, match="says steps"):
         generate(GenerateConfig(recipe=first.path, steps=7))
     assert not (tmp_path / "b.png").exists()
+
+
+def as_trailing(pipe: DiffusionPipeline) -> None:
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing="trailing")
+
+
+def with_another_scheduler(pipe: DiffusionPipeline) -> None:
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+
+
+def with_another_vae(pipe: DiffusionPipeline) -> None:
+    pipe.vae.decoder.conv_out.weight.data.mul_(1.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (as_trailing, "timestep_spacing trailing, not leading"),
+        (with_another_scheduler, "EulerDiscreteScheduler, not DDIMScheduler"),
+        (with_another_vae, "a VAE .*, not "),
+    ],
+)
+def test_a_recipe_is_drawn_by_what_drew_it_or_refused(
+    change: Callable[[DiffusionPipeline], None], told: str, tiny_base: Path, tiny_pipe: DiffusionPipeline, tmp_path: Path
+) -> None:
+    change(tiny_pipe)
+    config = GenerateConfig(("a cat",), base=str(tiny_base), steps=2, output=tmp_path / "a.png", device="cpu")
+    first = generate(config, pipe=tiny_pipe)[0]
+    again = GenerateConfig(recipe=first.path, base=str(tiny_base), output=tmp_path / "b.png", device="cpu")
+    with pytest.raises(UserError, match=f"was drawn with {told}"):
+        generate(again)
+    assert difference(generate(again, pipe=tiny_pipe)[0].image, first.image) == 0
+
+
+def test_a_recipe_is_drawn_in_its_own_dtype_and_another_is_told(make: Make, tmp_path: Path) -> None:
+    first = make(precision="bfloat16", output=tmp_path / "a.png")[0]
+    config = GenerateConfig(recipe=first.path, base=first.recipe.base, output=tmp_path / "b.png", device="cpu")
+    again = generate(config)[0]
+    assert again.recipe == first.recipe and difference(again.image, first.image) == 0
+    heard: list[Event] = []
+    wider = generate(replace(config, precision="float32"), observers=[heard.append])[0]
+    assert difference(wider.image, first.image) > 0
+    assert (
+        Warned("the picture was drawn in bfloat16 on cpu and is drawn in float32 on cpu now, so it will differ a little")
+        in heard
+    )
 
 
 def test_other_programs_read_the_parameters(make: Make, ink: Path, tmp_path: Path) -> None:
@@ -297,6 +345,7 @@ def test_a_recipe_of_settings_that_there_are_not_is_an_error(
         generate(GenerateConfig(recipe=first.path, base=first.recipe.base, output=tmp_path / "b.png", device="cpu"))
 
 
+@pytest.mark.slow
 def test_a_picture_does_not_choose_what_is_fetched_or_loaded(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,6 +461,7 @@ def test_a_value_that_cannot_be_used_is_refused(wrong: dict[str, Any]) -> None:
         GenerateConfig(**{"prompts": ("a",), **wrong})
 
 
+@pytest.mark.slow
 def test_a_sheet_shows_every_picture_as_it_is() -> None:
     colours: list[list[tuple[int, int, int] | None]] = [[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), None]]
     images = [[c and Image.new("RGB", (40, 30), c) for c in row] for row in colours]
@@ -486,6 +536,7 @@ def test_a_sheet_does_not_replace_a_picture(make: Make, tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == b"old" and not (tmp_path / "folder").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_beside_a_recipe_only_says_where_it_is(make: Make, ink: Path, flat: Path, tmp_path: Path) -> None:
     first = make(adapter=(f"{ink}=0.7",), output=tmp_path / "a.png")[0]
     config = GenerateConfig(recipe=first.path, base=first.recipe.base, output=tmp_path / "b.png", device="cpu")
@@ -509,6 +560,7 @@ def of_noise(tmp_path: Path) -> Path:
     return tmp_path / "n.safetensors"
 
 
+@pytest.mark.slow
 def test_pictures_begin_with_pure_noise_where_an_adapter_that_acts_was_trained_so(
     make: Make, of_noise: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -111,7 +111,7 @@ def test_fused_projections_are_refused_unless_they_hold_the_adapters(
 
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.bfloat16])
 def test_layers_that_are_cast_for_each_call_keep_adapters_in_full(
-    stored: torch.dtype, files: dict[str, Path], tiny_pipe: DiffusionPipeline
+    stored: torch.dtype, files: dict[str, Path], tiny_pipe: DiffusionPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     cast = make_pipe()
     cast.unet.enable_layerwise_casting(storage_dtype=stored, compute_dtype=torch.float32)
@@ -129,8 +129,16 @@ def test_layers_that_are_cast_for_each_call_keep_adapters_in_full(
     adapters.set(ink=0.3)
     Adapters(tiny_pipe).set(ink=0.3)
     assert torch.equal(told(carried), told(tiny_pipe))
+    Adapters(tiny_pipe).merge()
+    merged = adapters.merge()["unet"]  # rounded to what is stored, which 8 bits do to more than the adapter changes
+    wanted = [tiny_pipe.unet.get_submodule(path).weight.data for path in site.sites(tiny_pipe.unet)]
+    moved = sum(float((one.to(stored).float() - one).square().sum()) for one in wanted)
+    lost = (moved / sum(float(one.square().sum()) for one in wanted)) ** 0.5
+    assert merged.error == pytest.approx(lost if stored.itemsize == 1 else 0.0)
+    assert ("float8_e4m3fn weights were quantized again" in caplog.text) == (stored.itemsize == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", OFFLOADED)
 def test_offloading_after_a_load_draws_sets_and_merges_the_same_or_is_refused(
     way: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline
@@ -272,6 +280,7 @@ def test_a_refiner_without_a_first_text_encoder_carries_adapters_and_is_not_trai
         train(small(draw_pictures(tmp_path / "pictures", 1), tmp_path), pipe=refiner)
 
 
+@pytest.mark.slow
 def test_loras_of_diffusers_come_after_ours_or_are_told(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
     theirs = LoraConfig(r=2, target_modules=["to_q", "ff.net.2"], init_lora_weights=False)
     torch.manual_seed(5)

@@ -116,6 +116,7 @@ FOR_DIFFUSERS: dict[str, Mapping[str, Targets]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FOR_DIFFUSERS)
 def test_diffusers_reads_its_layout(case: str, tmp_path: Path) -> None:
     methods = FOR_DIFFUSERS[case]
@@ -125,6 +126,7 @@ def test_diffusers_reads_its_layout(case: str, tmp_path: Path) -> None:
     assert formats.inspect(path).layouts == ("diffusers",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
 def test_diffusers_reads_xl(layout: str, tmp_path: Path) -> None:
     methods: dict[str, Targets] = {"unet": [(ALPHA, "all")]}

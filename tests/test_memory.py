@@ -194,6 +194,7 @@ def test_small_things_of_memory() -> None:
     assert not pipe.vae.use_slicing and not pipe.vae.use_tiling
 
 
+@pytest.mark.slow
 def test_a_need_that_cannot_be_told_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no meta kernel\nand more")

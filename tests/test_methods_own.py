@@ -292,11 +292,30 @@ def test_every_entry_of_a_tokenizer_reads_learned_words_alike(tiny_pipe: Diffusi
     assert again == "a <cat> , red sks dog" and tokenizer.encode(again, add_special_tokens=False) == ids[1:-1]
     assert tokenizer.decode(plain) == said and tokenizer.decode([ids[1:-1]] * 2) == [again] * 2
     assert tokenizer.decode(ids[3]) == "<cat>|1"
+    both = [*ids, tokenizer.eos_token_id, *ids[1:]]  # as a pair of any texts is marked
+    assert tokenizer(text, text).input_ids == both == tokenizer([(text, text)]).input_ids[0]
+    assert tokenizer([text], [text]).input_ids == [both]
+    words = ["a", "<cat>", ",", "red", "sks", "dog"]
+    assert tokenizer(words, is_split_into_words=True).input_ids == ids
+    assert tokenizer([words, ["a"]], is_split_into_words=True).input_ids == [ids, tokenizer("a").input_ids]
+    assert tokenizer("a red dog", return_offsets_mapping=True).offset_mapping[1:3] == [(0, 1), (2, 5)]
+    with pytest.raises(UserError, match="offsets of tokens are not known in a text with learned words"):
+        tokenizer(text, return_offsets_mapping=True)
     # What is saved is what others can load: the base, whose embedding has a row for every word of its tokenizer.
     tiny_pipe.save_pretrained(tmp_path)
     saved = type(tiny_pipe).from_pretrained(tmp_path)
     assert len(saved.tokenizer) == len(tokenizer) == size == saved.text_encoder.get_input_embeddings().num_embeddings
     assert saved.text_encoder(torch.tensor([saved.tokenizer(text).input_ids])).last_hidden_state.isfinite().all()
+
+
+def test_a_soft_prompt_precedes_the_words_of_a_prompt_and_the_first_of_two_texts(tiny_pipe: DiffusionPipeline) -> None:
+    tokenizer = tiny_pipe.tokenizer
+    attach_words(tiny_pipe, SoftPrompt(3))
+    ids = tokenizer("a red dog").input_ids
+    assert len(ids) == 3 + 5 and min(ids[1:4]) >= len(tokenizer)
+    assert tokenizer(["a", "red", "dog"], is_split_into_words=True).input_ids == ids
+    both = [*ids, tokenizer.eos_token_id, *ids[4:]]
+    assert tokenizer("a red dog", "a red dog").input_ids == both == tokenizer([("a red dog",) * 2]).input_ids[0]
 
 
 @torch.no_grad()
@@ -506,6 +525,7 @@ def test_a_word_for_another_base_is_an_error(tiny_pipe: DiffusionPipeline, tmp_p
 # All together
 
 
+@pytest.mark.slow
 def test_a_mixture_is_one_file_and_blends_image_by_image(tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
     file = save_mixture(tmp_path / "mix.safetensors", make_pipe())
     other = save_mixture(tmp_path / "other.safetensors", make_pipe(), seed=5)

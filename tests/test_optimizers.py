@@ -68,6 +68,7 @@ def test_a_valley_is_descended_and_the_state_goes_on_bit_for_bit(name: Optimizer
     assert (arena.groups["small"][:5] - 0.5).abs().max() < 0.15
 
 
+@pytest.mark.slow
 def test_a_run_with_moments_of_8_bits_is_near_adamw_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     pictures = draw_pictures(tmp_path / "pictures")
     names = ("adamw", "adamw8bit")

@@ -128,8 +128,71 @@ def test_what_the_extras_of_a_pair_are_comes_back_from_a_file_of_ours(tmp_path: 
         state = again.components["lm"][where].state()
         assert state.keys() == adapter.state().keys() and "lora_up.bias" in state
         assert all(torch.equal(state[name], tensor) for name, tensor in adapter.state().items())
-    with pytest.raises(UserError, match=r"has lora_up\.bias beside its pair; take the layout 'kohya'"):
-        formats.save(tmp_path / "p" / "adapter_model.safetensors", {"lm": ours.lm}, "a", formats.Spec(), layout="peft")
+    written = tmp_path / "p" / "adapter_model.safetensors"
+    formats.save(written, {"lm": ours.lm}, "a", formats.Spec(), layout="peft")
+    theirs, ids = peft.PeftModel.from_pretrained(make_lm().lm, written.parent).eval(), torch.arange(2, 30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=ids).logits, ours.lm(ids).logits, atol=2e-5, rtol=1e-4)
+    first: Any = next(iter(site.adapters(ours.lm, "a").values()))
+    first.bias = None  # of one site alone, as a merge of files may leave it
+    with pytest.raises(UserError, match=r"has lora_up\.bias beside its pair, which peft has at all sites or at none; take"):
+        formats.save(written, {"lm": ours.lm}, "a", formats.Spec(), layout="peft")
+
+
+@pytest.mark.parametrize("kind", ["lm", "text_encoder"])
+def test_pairs_at_embeddings_mean_what_they_do_in_peft(kind: str, tmp_path: Path) -> None:
+    def base() -> tuple[Any, nn.Module]:
+        pipe: Any = make_lm() if kind == "lm" else make_pipe()
+        return pipe, getattr(pipe, kind)
+
+    def output(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            found = model(input_ids=torch.arange(2, 30)[None])
+        result: Tensor = found.logits if kind == "lm" else found.last_hidden_state
+        return result
+
+    targets = ["embed_tokens", "q_proj"] if kind == "lm" else ["token_embedding", "position_embedding", "q_proj"]
+    config = peft.LoraConfig(r=4, lora_alpha=6, rank_pattern={"position_embedding": 2}, target_modules=targets)
+    theirs: Any = peft.get_peft_model(base()[1], config).eval()
+    learned(theirs)
+    theirs.save_pretrained(tmp_path)
+    path, (pipe, model) = tmp_path / "adapter_model.safetensors", base()
+    plain, expected = output(model), output(theirs)
+    assert formats.inspect(path).methods == ("lora",) and set(formats.inspect(path).ranks) <= {2, 4}
+    assert formats.load(path, pipe, strict=True).warnings == ()
+    Adapters(pipe).load(path, name="a")
+    assert (plain - expected).abs().max() > 1e-2
+    torch.testing.assert_close(output(model), expected, atol=2e-5, rtol=1e-4)
+    written = tmp_path / "p" / "adapter_model.safetensors"
+    formats.save(written, {kind: model}, "a", formats.Spec(), layout="peft")
+    held, made = load_file(path), load_file(written)
+    assert all(torch.equal(held[name], one) for name, one in made.items())
+    assert held.keys() - made.keys() <= {"base_model.model.model.embed_tokens.base_layer.weight"}
+    again = peft.PeftModel.from_pretrained(base()[1], written.parent).eval()
+    torch.testing.assert_close(output(again), expected)
+
+
+def test_a_pair_at_an_embedding_is_told_by_its_shapes(tmp_path: Path) -> None:
+    pipe, generator = make_pipe(), torch.Generator().manual_seed(5)
+    table = pipe.text_encoder.get_submodule("embeddings.token_embedding")
+    rows, width = table.weight.shape
+    up, down = torch.randn(rows, 3, generator=generator), torch.randn(3, width, generator=generator)
+    name = "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding"  # as ComfyUI's extraction writes it
+    save_file({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, tmp_path / "a.safetensors")
+    loaded = formats.load(tmp_path / "a.safetensors", pipe, strict=True)
+    (found,) = changes(pipe.text_encoder, loaded.components["text_encoder"]).values()
+    torch.testing.assert_close(found[0].detach(), up @ down)
+    save_file({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down[:2]}, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="do not fit an embedding of"):
+        formats.load(tmp_path / "b.safetensors", pipe)
+
+
+def test_an_embedding_that_peft_saved_beside_its_pair_has_to_be_that_of_the_base(tmp_path: Path) -> None:
+    _, path = of_peft(peft.LoraConfig(r=4, target_modules=["embed_tokens"]), tmp_path)
+    ours = make_lm()
+    ours.lm.get_input_embeddings().weight.data[3] += 1.0
+    with pytest.raises(UserError, match=r"base_layer\.weight \(257, 32\) is another weight than this Embedding's"):
+        formats.load(path, ours)
 
 
 @pytest.mark.parametrize("convolutions", [False, True])

@@ -32,6 +32,7 @@ def places(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_folder_among_the_pictures_is_refused_by_the_command(places: Path) -> None:
     said = complaint(FAILED, "train", "pics", "--run-dir", "pics", folder=places)
     assert "--run-dir pics is pics, which is read as pictures" in said and "name another place with --run-dir" in said
@@ -99,7 +100,7 @@ def test_what_a_picture_is_made_again_from_is_not_replaced(tmp_path: Path) -> No
     values: dict[str, Any] = dict.fromkeys(Recipe.__dataclass_fields__, "")
     values |= {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "prompt": "a cat", "seed": 1}
     values |= {"steps": 1, "width": 64, "height": 64, "guidance": 1.0, "guidance_stop": 1.0, "scheduler": None}
-    values |= {"versions": {}, "base": "icons", "quantize": None}
+    values |= {"versions": {}, "base": "icons", "quantize": None, "sampler_options": None, "vae": None}
     write(tmp_path / "a.png", Image.new("RGB", (64, 64)), Recipe(**values))
     (tmp_path / "up").symlink_to(tmp_path, target_is_directory=True)
     cases: tuple[dict[str, Any], ...] = (

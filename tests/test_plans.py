@@ -240,11 +240,9 @@ def test_different_methods_of_one_layer_may_have_names_of_their_own(tmp_path: Pa
 
 
 NOT_WHOLE = {
-    "a full change beside a pair": f"{SITE}.diff",
     "an unknown suffix": f"{SITE}.lora_what",
     "an unknown suffix, dotted": f"{SITE.removesuffix('_to_q')}.to_q.lora_what",
     "a tensor that no layout reads": f"{DOTTED.replace('to_k', 'to_q')}.bias",
-    "a second adapter": f"{DOTTED.replace('to_k', 'to_q')}.lora_A.other.weight",
 }
 
 

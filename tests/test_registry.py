@@ -180,6 +180,7 @@ def test_what_one_registry_does_the_others_see_at_once(
     assert checksum(components(tiny_pipe)) == digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_says_the_same_and_goes_its_own_way(

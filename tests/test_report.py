@@ -102,6 +102,7 @@ def test_only_settings_that_are_not_the_presets_stand_out(made: TrainResult) -> 
     assert set(changed) <= chosen | {"preview_prompts", "preview_every", "trigger"}
 
 
+@pytest.mark.slow
 def test_what_follows_from_a_short_run_was_not_changed(tmp_path: Path) -> None:
     folder = draw_pictures(tmp_path / "pictures")
     places: dict[str, Any] = {"folder": folder, "output": tmp_path / "a.safetensors", "run_dir": tmp_path / "run"}

@@ -93,7 +93,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
             train(small(pictures, tmp_path / "cut", **changes), pipe=make_pipe())
     assert not (tmp_path / "cut" / "a.safetensors").exists()
     torch.manual_seed(99)
+    read, plain = list[str](), checkpoint.read
+
+    def counted(path: Path) -> checkpoint.Checkpoint | None:
+        read.append(path.name)
+        return plain(path)
+
+    monkeypatch.setattr(checkpoint, "read", counted)
     resumed = train(small(pictures, tmp_path / "cut", resume=True, **changes), pipe=make_pipe())
+    assert read == ["step_000004.safetensors"]  # once: they are large
     assert same_file(whole.output, resumed.output)
     assert without_time(whole) == without_time(resumed)
     assert whole.held_out_after == resumed.held_out_after and whole.held_out_before == resumed.held_out_before

@@ -420,3 +420,21 @@ def test_a_field_that_is_declared_anew_keeps_what_is_told_of_it() -> None:
     assert [one.setting.help for one in settings_of(Narrower)] == ["Steps."]
     with pytest.raises(pd.UserError, match="--steps must be 0 or more, not -1"):
         Narrower(steps=-1)
+
+
+def test_type_checkers_take_what_settings_take() -> None:
+    """The tests are type-checked, and an ignore that nothing needs is an error: so each line here holds both."""
+    config = pd.TrainConfig(folder="pictures", output="x.safetensors", regularisation=[Path("class")], components="unet")
+    folder: tuple[Path, ...] = config.folder
+    output: Path | None = config.output
+    assert (folder, output, config.regularisation) == ((Path("pictures"),), Path("x.safetensors"), (Path("class"),))
+    drawn = pd.GenerateConfig("a cat", seeds=range(2), output="drawn", adapter=["x.safetensors"])
+    place: Path = drawn.output
+    assert (drawn.prompts, drawn.seeds, place, drawn.adapter) == (("a cat",), (0, 1), Path("drawn"), ("x.safetensors",))
+    assert pd.TextTrainConfig("words.txt").texts == (Path("words.txt"),)
+    with pytest.raises(pd.UserError, match="--folder must be a path, or several, not 3"):
+        pd.TrainConfig(folder=3)  # type: ignore[arg-type]
+    with pytest.raises(pd.UserError, match="--seeds must be a whole number, or several, not 'a'"):
+        pd.GenerateConfig("a cat", seeds="a")  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        pd.TrainConfig()  # type: ignore[call-arg]

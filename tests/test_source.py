@@ -59,6 +59,7 @@ def test_what_a_mask_hides_stays_to_the_bit_and_the_rest_is_painted(
     assert np.abs(after[:, 64:] - before[:, 64:]).mean() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "xl"])
 def test_a_picture_is_made_anew_as_far_as_told_whatever_the_batch(
     bases: dict[str, Path], files: dict[str, Path], tmp_path: Path, kind: str

@@ -204,6 +204,7 @@ def in_threads(work: Callable[[int], Any], count: int = 8) -> list[Any]:
         sys.setswitchinterval(before)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_threads_that_share_a_network_follow_a_schedule_each_by_its_own_steps(drawn: tuple[Adapters, Draw]) -> None:
     adapters, _ = drawn
@@ -223,6 +224,7 @@ def test_threads_that_share_a_network_follow_a_schedule_each_by_its_own_steps(dr
     assert all(map(torch.equal, in_threads(draw), alone))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_threads_that_load_and_remove_leave_the_base_as_it_was(tiny_pipe: DiffusionPipeline, flat: Path) -> None:
     kinds = {path: type(module) for path, module in tiny_pipe.unet.named_modules()}

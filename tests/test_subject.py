@@ -158,6 +158,7 @@ def test_instructions_of_other_programs_are_told_wherever_a_run_draws_or_learns(
     assert any("<lora:ink:0.8> in the prompt names an adapter" in event.message for event in warned)
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter_learns_nothing_from_the_class_and_a_changed_one_goes_back_to_the_base(
     tmp_path: Path, pictures: Path
 ) -> None:
@@ -177,6 +178,7 @@ def test_a_fresh_adapter_learns_nothing_from_the_class_and_a_changed_one_goes_ba
     assert task.loss(of_class).item() < 0.5 * start
 
 
+@pytest.mark.slow
 def test_the_pictures_themselves_are_learned_if_asked_and_the_weight_counts(tmp_path: Path, pictures: Path) -> None:
     task, _ = task_of(small(pictures, tmp_path, **CLASS, prior_target="noise", prior_weight=0.5))
     inputs = task.inputs(0, 0)
@@ -186,6 +188,7 @@ def test_the_pictures_themselves_are_learned_if_asked_and_the_weight_counts(tmp_
     torch.testing.assert_close(task.loss(inputs), own + 0.5 * of_class)
 
 
+@pytest.mark.slow
 def test_the_subject_is_drawn_as_without_the_class_and_the_class_without_the_trigger(tmp_path: Path, pictures: Path) -> None:
     plain, _ = task_of(small(pictures, tmp_path / "a", preset="subject", trigger="ink"))
     kept, _ = task_of(small(pictures, tmp_path / "b", **CLASS, trigger="ink"))
@@ -229,6 +232,7 @@ def test_pictures_of_the_class_are_encoded_once_and_their_crops_are_told(tmp_pat
     assert f"{folder / 'c7.png'}: 64x64, of which 80x48 keeps 60%, the middle" in said
 
 
+@pytest.mark.slow
 def test_a_subject_without_class_says_so_and_trains_text_too(tmp_path: Path, pictures: Path) -> None:
     console = Console(record=True, width=300)
     result = train(small(pictures, tmp_path, preset="subject"), pipe=make_pipe(), observers=[TrainingConsole(console)])
@@ -375,6 +379,7 @@ def test_a_repeated_folder_is_drawn_as_often_as_asked(tmp_path: Path) -> None:
     assert len({plain.batch(step, 0).indices for step in range(6)}) == 6
 
 
+@pytest.mark.slow
 def test_the_folders_of_other_programs_are_trained_on_by_the_command(tiny_base: Path, tmp_path: Path) -> None:
     """Kohya's folders, OneTrainer's masks, PowerShell's captions, a caption without end, and a pipe."""
     draw_pictures(tmp_path / "pics" / "2_mychar woman", 2)
@@ -505,6 +510,7 @@ def test_the_pyramid_has_more_power_in_large_shapes() -> None:
     assert torch.equal(shaped, objective.pyramid(plain, 0.5, generator("q")))
 
 
+@pytest.mark.slow
 def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path: Path, pictures: Path) -> None:
     found = noise_process.zero_terminal(POWERS)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2

@@ -78,6 +78,7 @@ def test_a_screen_keeps_its_own_colours() -> None:
     assert not isinstance(Console(file=file), Screen) and CONTROLS.search(HOSTILE)
 
 
+@pytest.mark.slow
 def test_everything_is_written_in_one_place() -> None:
     package = Path(peft_diffusion.__file__).parent
     found = []

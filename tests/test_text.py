@@ -120,6 +120,7 @@ def test_layers_that_are_no_linear_are_refused_in_words() -> None:
         site.attach(model, "a", Lora())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "said"),
     [("nowhere", "there is no base 'nowhere': neither 'tiny-lm'"), ("empty", "holds no config.json"),
@@ -284,6 +285,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(text: Path, tmp_path: Path
     assert all(name.startswith("lora_lm_model_layers_") for name in load_file(result.output))
 
 
+@pytest.mark.slow
 def test_the_file_gives_back_what_was_measured(text: Path, tmp_path: Path) -> None:
     result = train_text(small(text, tmp_path / "x"), base=make_lm())
     base = make_lm()
@@ -376,6 +378,7 @@ def test_a_run_does_not_go_on_with_another_text(text: Path, tmp_path: Path) -> N
         train_text(small(text, tmp_path / "x"), base=make_lm())
 
 
+@pytest.mark.slow
 def test_epochs_become_steps(text: Path, tmp_path: Path) -> None:
     result = train_text(small(text, tmp_path / "x", steps=None, epochs=2, held_out=0.0, context=32), base=make_lm())
     windows = (len(tokens(make_lm(), [LINES])) - 31 + 1) // 31

@@ -147,6 +147,7 @@ def test_a_lora_at_the_projections_serves_the_prefix_too() -> None:
     assert (theirs(input_ids=ids).logits - expected).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_prefix_is_trained_written_and_loaded(tmp_path: Path) -> None:
     text = tmp_path / "beasts.txt"
     text.write_text(

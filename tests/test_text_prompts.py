@@ -178,6 +178,7 @@ def small(text: Path, place: Path, **changes: Any) -> TextTrainConfig:
     return TextTrainConfig((text,), **settings)
 
 
+@pytest.mark.slow
 def test_a_soft_prompt_is_trained_written_and_loaded(tmp_path: Path) -> None:
     text = tmp_path / "beasts.txt"
     text.write_text(LINES, "utf-8")
@@ -204,6 +205,7 @@ def test_a_soft_prompt_is_trained_written_and_loaded(tmp_path: Path) -> None:
     assert base.start() == [EDGE] and not site.sites(base.lm)
 
 
+@pytest.mark.slow
 def test_a_new_word_is_learned_beside_a_lora_and_read_where_it_stands(tmp_path: Path) -> None:
     text = tmp_path / "beasts.txt"
     text.write_text(LINES.replace("ox", "<kine>"), "utf-8")

@@ -143,6 +143,7 @@ def test_a_file_of_another_family_is_refused(trained: Path) -> None:
         pd.Adapters(make_pipe()).load(trained)
 
 
+@pytest.mark.slow
 def test_blocks_are_computed_again_where_memory_is_low(tmp_path: Path) -> None:
     assert len(blocks_of(make_toy().transformer)) == 2
     common: dict[str, Any] = {
@@ -173,6 +174,8 @@ def test_it_comes_in_by_command_and_by_entry_point(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
     trained = command(*training, "--plugin", "toy_family", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
+    assert 'plugin = ["toy_family"]' in (tmp_path / "run" / "config.toml").read_text().splitlines()
+    assert "--plugin toy_family" in trained.stdout.splitlines()[-1]
     package = tmp_path / "installed" / "toy_package-1.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: toy_package\nVersion: 1\n")

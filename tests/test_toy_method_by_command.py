@@ -131,9 +131,11 @@ def test_what_is_missing_is_named(place: Path, tiny_base: Path) -> None:
 
 def test_a_run_goes_on_by_its_settings_file_which_names_the_plug_in(place: Path) -> None:
     assert f'plugin = ["{PLUGIN}"]' in (place / "run" / "config.toml").read_text().splitlines()
-    told = command("train", "--config", "run/config.toml", "--resume", "--steps", 6, cwd=place)
+    (place / "of_another_run.py").write_text("")  # which is loaded, and which the run has nothing of
+    told = command("train", "--config", "run/config.toml", "--resume", "--steps", 6, "--plugin", "of_another_run", cwd=place)
     assert told.returncode == 0, told.stderr
     assert json.loads((place / "run" / "run.json").read_text())["plugins"] == [PLUGIN]
+    assert told.stdout.rstrip().endswith(f"--plugin {PLUGIN}")
     assert max(json.loads(line)["step"] for line in (place / "run" / "metrics.jsonl").read_text().splitlines()) == 6
 
 

@@ -568,6 +568,7 @@ def test_previews_have_the_base_in_the_first_row(tmp_path: Path, pictures: Path)
     assert names == sorted([*(f"{row}_{column}.png" for row in rows for column in range(2)), "sheet.png", "prompts.json"])
 
 
+@pytest.mark.slow
 def test_epochs_see_every_picture_so_many_times(tmp_path: Path, pictures: Path) -> None:
     result = train(small(pictures, tmp_path, epochs=2, batch_size=4, steps=50), pipe=make_pipe())
     assert result.steps == 4 and "steps = 4" in (result.run_dir / "config.toml").read_text("utf-8")
@@ -593,6 +594,7 @@ def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path: Path, 
     assert "measure on (--held-out 0.1" in said and "warning: --patience ends nothing" in said
 
 
+@pytest.mark.slow
 def test_captions_over_the_limit_are_named_with_what_is_lost(tmp_path: Path, pictures: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
     (pictures / "red apple a.txt").write_text("apple " * 80 + "dog", "utf-8")
@@ -724,6 +726,7 @@ def test_a_picture_that_vanishes_is_named(tmp_path: Path, pictures: Path, monkey
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_method_that_reads_words_takes_the_text_encoder_and_a_run_of_warm_up_alone_is_told(
     pictures: Path, tmp_path: Path
 ) -> None:

@@ -136,6 +136,7 @@ def test_patterns_mean_what_they_mean_to_peft() -> None:
         assert [ours.value(path, False) for path in paths] == [get_pattern_key([pattern], path) == pattern for path in paths]
 
 
+@pytest.mark.slow
 def test_a_target_of_the_users_that_never_ends_is_told() -> None:
     began = time.monotonic()
     said = one_line(lambda: matching("(a|aa)+b", ["a" * 200] * 50, "target"))

@@ -4,6 +4,7 @@ A new family is one row, added with `register`, and, where its network that deno
 `denoiser.Denoiser` such as `unet.py`. Those of others come in as plug-ins: see `core.plugins`. Imports no torch.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -237,6 +238,7 @@ _LM = Component(
 )
 
 _FAMILIES: dict[str, Family] = {}
+_registered_by: dict[str, str] = {}  # modules by the name of the family
 
 
 def register(family: Family) -> None:
@@ -250,8 +252,22 @@ def register(family: Family) -> None:
     """
     if _FAMILIES.setdefault(family.name, family) != family:
         raise UserError(f"there is a family of bases {family.name!r} already; give the new one another name")
+    _registered_by.setdefault(family.name, sys._getframe(1).f_globals["__name__"])
     for name, table in family.targets.items():
         target_tables.register(name, table)
+
+
+def plugin_of(name: str) -> str | None:
+    """Name the plug-in that a family comes from.
+
+    Args:
+        name: The name of the family.
+
+    Returns:
+        The module that registered it, for ``--plugin``; None for a family of this package, and for an unknown name.
+    """
+    module = _registered_by.get(name)
+    return None if module is None else plugins.origin(module)
 
 
 def every() -> tuple[Family, ...]:

@@ -261,13 +261,30 @@ class _Lessons:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Lessons, (self.plain, self.of_lm, self.teacher, self.words)
 
-    def expand(self, text: str, index: int, count: int) -> str:
-        """A prompt with every placeholder as all of its tokens, and before it a text encoder's soft prompts."""
-        edge = "" if self.of_lm else " "
-        if self._pattern is not None:
-            words = self._longest_first
-            text = self._pattern.sub(lambda match: edge + " ".join(words[(match.lastindex or 1) - 1].tokens) + edge, text)
-        return text if self.of_lm else " ".join([*self._before(index, count), text])
+    def expand(self, text: Any, index: int, count: int) -> Any:
+        """A prompt with every placeholder as all of its tokens, and before it a text encoder's soft prompts.
+
+        It may be a text, one with another that follows it, or the list of its words; what is none of them stays as it is.
+        """
+        front = () if self.of_lm else self._before(index, count)
+        if isinstance(text, tuple) and text:
+            return (self._led(text[0], front), *map(self.spell, text[1:]))
+        return self._led(text, front)
+
+    def spell(self, text: Any) -> Any:
+        """A text, or each of a list, with every placeholder as all of its tokens."""
+        if isinstance(text, (list, tuple)):
+            return type(text)(map(self.spell, text))
+        if not isinstance(text, str) or self._pattern is None:
+            return text
+        edge, words = "" if self.of_lm else " ", self._longest_first
+        return self._pattern.sub(lambda match: edge + " ".join(words[(match.lastindex or 1) - 1].tokens) + edge, text)
+
+    def _led(self, text: Any, front: Sequence[str]) -> Any:
+        spelled = self.spell(text)
+        if isinstance(spelled, list):
+            return [*front, *spelled]
+        return " ".join([*front, spelled]) if isinstance(spelled, str) and not self.of_lm else spelled
 
     def backend(self, index: int, count: int) -> Any:
         """The tokenizer for a prompt, which puts the soft prompts of a language model before all else."""
@@ -348,14 +365,19 @@ class TaughtTokenizer:
 
         ``__call__``, ``encode`` and ``tokenize`` come here.
         """
-        lessons = _lessons(self)
-        if isinstance(text, str):
-            reader = _reader(self, lessons, lessons.backend(0, 1))
-            return reader._encode_plus(lessons.expand(text, 0, 1), text_pair, *more, **named)
-        if not isinstance(text, (list, tuple)) or not text:
-            return super()._encode_plus(text, text_pair, *more, **named)  # type: ignore[misc]
-        count = len(text)
-        text = [lessons.expand(t, i, count) if isinstance(t, str) else t for i, t in enumerate(text)]
+        lessons, given = _lessons(self), (text, text_pair)
+        split = bool(named.get("is_split_into_words"))
+        several = isinstance(text, (list, tuple)) and bool(text) and not (split and isinstance(text[0], str))
+        count = len(text) if several else 1
+        if several:
+            text = [lessons.expand(one, index, count) for index, one in enumerate(text)]
+            text_pair = None if text_pair is None else [lessons.spell(one) for one in text_pair]
+        else:
+            text, text_pair = lessons.expand(text, 0, 1), lessons.spell(text_pair)
+        if named.get("return_offsets_mapping") and not _equal(given, (text, text_pair)):
+            raise UserError(
+                "offsets of tokens are not known in a text with learned words; leave return_offsets_mapping away"
+            )
         backends = [lessons.backend(index, count) for index in range(count)]
         readers = {backend: _reader(self, lessons, backend) for backend in dict.fromkeys(backends)}
         if len(readers) == 1:
@@ -431,6 +453,15 @@ def _reader(tokenizer: TaughtTokenizer, lessons: _Lessons, backend: Any) -> Any:
     reader = cls.__new__(cls)
     vars(reader).update(vars(tokenizer), _tokenizer=backend, **{SLOT: lessons.numbers})
     return reader
+
+
+def _equal(given: tuple[Any, Any], told: tuple[Any, Any]) -> bool:
+    """Whether texts were left as they are, be they in lists or tuples."""
+
+    def plain(one: Any) -> Any:
+        return [plain(part) for part in one] if isinstance(one, (list, tuple)) else one
+
+    return bool(plain(given) == plain(told))
 
 
 def _each(readers: Sequence[Any], texts: Sequence[str], text_pair: Any, *more: Any, **named: Any) -> Any:

@@ -29,8 +29,11 @@ def reads(*kinds: type[Settings]) -> Callable[[Callable[..., None]], Callable[..
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         told = [one for kind in kinds for one in settings_of(kind)]
-        named = {"__module__": function.__module__}  # cyclopts looks not into classes of the standard library
-        flags: Any = make_dataclass(function.__name__, [_field(one) for one in told], namespace=named, frozen=True)
+        # cyclopts looks not into classes of the standard library. What nobody asks a class of flags for is not made:
+        # a text of its signature, a comparison and a representation take longer than the class itself.
+        named = {"__module__": function.__module__, "__doc__": function.__doc__}
+        fields = [_field(one) for one in told]
+        flags: Any = make_dataclass(function.__name__, fields, namespace=named, eq=False, repr=False)
         # Where nothing must be given, the command can be called without any flag.
         must = any(one.default is MISSING for one in told)
         hint: Any = Annotated[flags if must else flags | None, Parameter(name="*")]

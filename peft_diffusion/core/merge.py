@@ -20,15 +20,18 @@ from .slot import Slot
 @dataclass(frozen=True)
 class Merged:
     """What merging did to a component. The errors are those of quantizing the changed weights again, 0 where none is.
+    Weights that layerwise casting keeps in 8 bits between calls count as quantized: they are rounded to those.
 
     ``error`` is the Frobenius norm of the difference over that of the weights, ``error_of_change`` over that of what the
     adapters changed: where it is near 1 or above, rounding moved the weights as far as the adapters did.
+    ``kinds`` names the ways in which weights were quantized.
     """
 
     sites: int
     quantized: int
     error: float
     error_of_change: float
+    kinds: tuple[str, ...] = ()
 
 
 def dense_weight(site: nn.Module) -> Tensor:
@@ -236,10 +239,12 @@ class _Errors:
 
     def __init__(self) -> None:
         self.quantized = 0
+        self.kinds: set[str] = set()
         self.weights = self.changes = self.errors = 0.0
 
-    def add(self, before: Tensor, wanted: Tensor, after: Tensor) -> None:
+    def add(self, kind: str, before: Tensor, wanted: Tensor, after: Tensor) -> None:
         self.quantized += 1
+        self.kinds.add(kind)
         self.weights += float(wanted.square().sum())
         self.changes += float((wanted - before).square().sum())
         self.errors += float((after - wanted).square().sum())
@@ -248,25 +253,28 @@ class _Errors:
         def share(of: float) -> float:
             return math.sqrt(self.errors / of) if of else 0.0
 
-        return Merged(sites, self.quantized, share(self.weights), share(self.changes))
+        return Merged(sites, self.quantized, share(self.weights), share(self.changes), tuple(sorted(self.kinds)))
 
 
 @torch.no_grad()
 def _encoded(site: nn.Module, changed: dict[str, Tensor], errors: _Errors) -> dict[str, Tensor]:
     """What the site has to hold, so that it has these float32 tensors."""
-    if "weight" not in changed:
-        return changed
-    wanted = changed["weight"]
-    if isinstance(site, QuantizedLinear):
-        codes, scale = site.codes(wanted)
-        errors.add(site.dense(), wanted, site.dense(codes, scale))
-        return {**changed, "weight": codes, "weight_scale": scale}
-    if isinstance(site.weight, Tensor) and torchao_kind(site.weight) is not None:
-        again = torchao_codes(site.weight, wanted)
-        errors.add(dense_weight(site), wanted, again.dequantize())
-        parts = {f"weight.{name}": part for name, part in plain_parts(again).items()}
-        return {**{name: tensor for name, tensor in changed.items() if name != "weight"}, **parts}
-    return changed
+    stored: dict[str, Tensor] = {}
+    for name, wanted in changed.items():
+        if name == "weight" and isinstance(site, QuantizedLinear):
+            codes, scale = site.codes(wanted)
+            errors.add(site.kind, site.dense(), wanted, site.dense(codes, scale))
+            stored |= {"weight": codes, "weight_scale": scale}
+        elif name == "weight" and (kind := torchao_kind(site.weight)) is not None:
+            again = torchao_codes(_held(site, "weight"), wanted)
+            errors.add(kind, dense_weight(site), wanted, again.dequantize())
+            stored |= {f"weight.{part}": tensor for part, tensor in plain_parts(again).items()}
+        else:
+            held = _held(site, name)
+            if held.dtype.itemsize == 1:
+                errors.add(f"{held.dtype}".removeprefix("torch."), held.float(), wanted, wanted.to(held.dtype).float())
+            stored[name] = wanted
+    return stored
 
 
 @torch.no_grad()

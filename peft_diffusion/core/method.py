@@ -133,6 +133,25 @@ class PeftForm:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class VirtualRows:
+    """Which columns of the virtual tokens that peft keeps, (tokens, width), are which tensor of a method.
+
+    Attributes:
+        layer: The number of the attention that they are of; None for the token embedding.
+        suffix: What the method calls the tensor.
+        columns: The first column, and the one behind the last.
+        constants: Numbers that belong beside them, by suffix.
+        words: The suffix of the tokens that they began as; "" where they began as none.
+    """
+
+    layer: int | None
+    suffix: str
+    columns: tuple[int, int]
+    constants: Mapping[str, float] = field(default_factory=dict)
+    words: str = ""
+
+
 METHODS: dict[str, type["Method"]] = {}
 """Every method that was imported, by its name. ``methods.known()`` imports those that there are."""
 
@@ -302,6 +321,34 @@ class Method:
         return tensor
 
     @classmethod
+    def from_peft(cls, config: Mapping[str, Any], path: str, shapes: Shapes) -> Mapping[str, float]:
+        """Tell what the configuration of peft, and no tensor, says of a site.
+
+        Args:
+            config: The configuration; nothing where it is not there.
+            path: Of the module in its component.
+            shapes: Of the tensors of the site, by suffix, as they are in the file.
+
+        Returns:
+            Numbers by suffix.
+        """
+        return {}
+
+    @classmethod
+    def from_virtual_tokens(cls, kind: str, width: int, layers: int) -> Sequence[VirtualRows]:
+        """Tell how this method says the virtual tokens of peft.
+
+        Args:
+            kind: ``peft_type`` of their configuration.
+            width: Numbers of each token in the file.
+            layers: Attentions of the model, as the configuration says; 0 where it does not.
+
+        Returns:
+            Its tensors; none where they are another method's.
+        """
+        return ()
+
+    @classmethod
     def scaled_tensor(cls, suffixes: Set[str]) -> str | None:
         """Name the tensor that takes in the scale of a program which scales where a file of ours knows no scale.
 
@@ -354,7 +401,7 @@ class Method:
     @classmethod
     def plugin(cls) -> str | None:
         """The module that it comes from, for ``--plugin``; None for a method of this package."""
-        return None if cls.__module__.startswith(f"{__name__.partition('.')[0]}.") else plugins.importable(cls.__module__)
+        return plugins.origin(cls.__module__)
 
     def spec(self) -> dict[str, Any]:
         """Name and hyper-parameters as JSON values, and the plug-in that it comes from, if it does."""

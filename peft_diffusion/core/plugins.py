@@ -79,6 +79,19 @@ def importable(module: str) -> str:
     return spec.name if spec is not None else module if file is None else Path(file).stem
 
 
+def origin(module: str) -> str | None:
+    """Name the plug-in that a method or a family of bases comes from.
+
+    Args:
+        module: The module that declared or registered it.
+
+    Returns:
+        The module, for ``--plugin``; None for one of this package.
+    """
+    package = __name__.partition(".")[0]
+    return None if module == package or module.startswith(f"{package}.") else importable(module)
+
+
 def discover(group: str) -> None:
     """Import the plug-ins of a group that installed packages bring by their entry points, once.
 

@@ -3,7 +3,7 @@
 A dataclass of settings is written so:
 
     @explained
-    @dataclass(frozen=True, kw_only=True)
+    @settings_class(kw_only=True)
     class Drawing:
         steps: int = setting(25, "Denoising steps.", SAMPLING, COUNT)
 
@@ -18,12 +18,26 @@ import math
 import numbers
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from textwrap import TextWrapper
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from .errors import UserError, did_you_mean
 from .files import at_home
@@ -48,6 +62,41 @@ class Settings(Protocol):
 
 S = TypeVar("S", bound=Settings)
 T = TypeVar("T")
+Has = TypeVar("Has", covariant=True)
+Given = TypeVar("Given", contravariant=True)
+
+if TYPE_CHECKING:
+    _PathGiven: TypeAlias = str | os.PathLike[str]
+
+    class _Taken(Generic[Has, Given]):
+        """How type checkers see a setting that has one type, and is given in more: see `settle`."""
+
+        def __get__(self, config: object, kind: type) -> Has: ...
+        def __set__(self, config: object, value: Given) -> None: ...
+
+    OnePath: TypeAlias = _Taken[Path, _PathGiven]
+    OptionalPath: TypeAlias = _Taken[Path | None, _PathGiven | None]
+    Paths: TypeAlias = _Taken[tuple[Path, ...], _PathGiven | Sequence[_PathGiven]]
+    Texts: TypeAlias = _Taken[tuple[str, ...], str | Sequence[str]]
+    Numbers: TypeAlias = _Taken[tuple[int, ...], int | Sequence[int]]
+else:
+    OnePath, OptionalPath = Path, Path | None
+    Paths, Texts, Numbers = tuple[Path, ...], tuple[str, ...], tuple[int, ...]
+
+
+@dataclass_transform(field_specifiers=(field,))
+def settings_class(*, kw_only: bool = False) -> Callable[[type[T]], type[T]]:
+    """Make a frozen dataclass of settings, which type checkers let give a setting in all that `settle` takes.
+
+    They are not told that it is frozen: mypy takes a setting that a frozen class inherits for what it may be given.
+
+    Args:
+        kw_only: Every setting is given by its name.
+
+    Returns:
+        The decorator.
+    """
+    return dataclass(frozen=True, kw_only=kw_only)
 
 
 @dataclass(frozen=True)
@@ -152,7 +201,7 @@ def about(
 
 
 def setting(
-    default: T,
+    default: object,
     help: str,
     group: Group,
     range: Range | None = None,
@@ -164,8 +213,8 @@ def setting(
     kept: bool = True,
     instead_of: str = "",
     table: tuple[str, ...] = (),
-) -> T:
-    """A field of a dataclass of settings.
+) -> Any:
+    """A field of a dataclass of settings. Its default is checked as every value is, when settings are made.
 
     Args:
         default: Its value where nothing is said; None where that depends on other things.
@@ -275,7 +324,9 @@ class Described:
             return None
         if not self.several:
             return self._one(value)
-        return tuple(map(self._one, value if isinstance(value, (list, tuple)) else [value]))
+        if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+            return tuple(map(self._one, value))
+        return (self._one(value),)
 
     def _one(self, value: object) -> Any:
         if self.choices:
@@ -383,7 +434,7 @@ def describe(kind: type[Settings]) -> list[dict[str, Any]]:
 
 
 def explained(kind: type[T]) -> type[T]:
-    """Write the settings of a class into its docstring, for ``help()``. Stands above ``@dataclass``.
+    """Write the settings of a class into its docstring, for ``help()``. Stands above `settings_class`.
 
     Args:
         kind: The class.
@@ -404,7 +455,8 @@ def settle(config: Settings) -> None:
     """Bring the values of a new dataclass of settings to their types, and check each; for its ``__post_init__``.
 
     A whole number is taken where a number is meant, a text or any path-like where a path is, a path where a text is, and one
-    value or a list where a tuple is. Nothing else is turned into another type: the text "8" is no number, and 1 is not true.
+    value or any sequence where a tuple is. Nothing else is turned into another type: the text "8" is no number, and 1 is not
+    true.
 
     Args:
         config: The dataclass; it may be frozen.

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from peft_diffusion.core.errors import UserError
 
+from . import picture_names
 from .caption_files import Captions, Source, is_metadata, is_sidecar, name_captions, plain_name, read_captions
 from .companions import cache_problem, find_companions
 from .folder_names import repeats_and_words
@@ -36,7 +37,7 @@ _COMPANIONS = re.compile(
 )
 _NO_CAPTION: tuple[str, Source] = "", "none"
 _LITTER = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"))
-_CONVERTIBLE = frozenset((".heic", ".heif", ".avif", ".svg", ".psd", ".jxl", ".jp2", ".ico", ".tga", ".raw", ".dng"))
+_CONVERTIBLE = (picture_names.SUFFIXES | picture_names.CONVERTIBLE) - SUFFIXES
 
 
 @dataclass(frozen=True)

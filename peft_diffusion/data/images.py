@@ -11,14 +11,13 @@ from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError, features
 
 from peft_diffusion.core.errors import UserError
 
+from . import picture_names
 from .problems import PictureError, Problem
 
 # Pillow reads AVIF where it was built with libavif, as its wheels are from 11.3 on.
 _AVIF: bool = bool(features.check("avif"))
 FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if _AVIF else ()))
-SUFFIXES: frozenset[str] = frozenset(
-    (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", *((".avif",) if _AVIF else ()))
-)
+SUFFIXES: frozenset[str] = picture_names.SUFFIXES - (set() if _AVIF else {".avif"})
 MAX_PIXELS: int = 89_478_485
 """Pixels above which a picture is refused unless the caller says otherwise: Pillow's own mark, 256 MiB of RGB."""
 

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 _LONGEST_NAME = 1000  # letters
 _MOST_SIDES = 8  # of a tensor
+# The only names under which peft and diffusers look for an adapter in a folder.
+_IN_FOLDERS = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+)
+_SHOWN = 5  # folders that an error names
 _BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -389,6 +397,42 @@ def existing(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     return path
+
+
+def adapter_file(path: Path) -> Path:
+    """Find the adapter file that a path means.
+
+    Args:
+        path: A file, or a folder as peft and diffusers save it.
+
+    Returns:
+        The file: the path itself where it is no folder, whether it is there or not.
+
+    Raises:
+        UserError: There is no such file in the folder.
+    """
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), None)
+    if found is not None:
+        return found
+    below = sorted(one.name for one in path.iterdir() if any((one / name).is_file() for name in _IN_FOLDERS))
+    if below:
+        more = " and others" if len(below) > _SHOWN else ""
+        raise UserError(f"{path} holds several adapters, in the folders {', '.join(below[:_SHOWN])}{more}; name one of them")
+    raise UserError(f"{path} is a folder without an adapter: there is none of {', '.join(_IN_FOLDERS)}; name a file")
+
+
+def title(path: Path) -> str:
+    """Name an adapter by where it lies.
+
+    Args:
+        path: Its file.
+
+    Returns:
+        The file's name without the ending; of a file that is always called so, the folder's.
+    """
+    return path.resolve().parent.name if path.name in _IN_FOLDERS else path.stem
 
 
 def read_scalars(header: Header, names: Iterable[str]) -> dict[str, float | None]:

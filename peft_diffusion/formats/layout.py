@@ -40,8 +40,8 @@ class Place:
         others: The further components that a name may mean which tells none; empty with ``component_named``.
         component_named: Whether the name tells the component.
         change: What brings the tensor into the shape and scale that its method knows; None where it is so already.
-        rows: Which of how many equal blocks of rows of the tensor belongs there, of a tensor that the file has in one for
-            several sites; None for all rows.
+        shape: The shape of that part of the tensor which ``change`` takes, of a tensor that the file has in one for several
+            sites; None where it takes all of it.
         stem: What the file calls the site, without the dot behind it. Other names that begin so belong to the site too, also
             where no layout reads them. "" where the name holds no site.
     """
@@ -54,7 +54,7 @@ class Place:
     component_named: bool = True
     change: "Callable[[Tensor], Tensor] | None" = None
     stem: str = ""
-    rows: tuple[int, int] | None = None
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

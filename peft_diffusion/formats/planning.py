@@ -38,7 +38,7 @@ class Source:
 
     Attributes:
         name: What the file calls it.
-        shape: Its shape in the file, of those rows that belong to the place.
+        shape: Its shape in the file, of that part which belongs to the place.
         layout: The layout that its name is of.
         place: Where it belongs.
     """
@@ -247,6 +247,10 @@ class Plan:
         Returns:
             The error to raise.
         """
+        told = by_reason({name: why for name, why in self.unread.items() if why != NO_LAYOUT})
+        if told:
+            reasons = "; ".join(f"{len(names)} tensors {reason}: {some(names)}" for reason, names in told.items())
+            return UserError(f"{self.path} holds nothing that can be used here: {reasons}")
         shown = some(list(self.header.tensors)) or "no tensor"
         return UserError(f"{self.path} is no adapter of a known layout: it holds {shown}")
 
@@ -255,7 +259,8 @@ def plan(path: str | Path) -> Plan:
     """Parse an adapter file.
 
     Args:
-        path: The file. Of a safetensors file only the header is read; a pickle is read whole, which takes torch.
+        path: The file, or the folder that it lies in, as peft and diffusers make it. Of a safetensors file only the header
+            is read; a pickle is read whole, which takes torch.
 
     Returns:
         What it holds.
@@ -263,7 +268,7 @@ def plan(path: str | Path) -> Plan:
     Raises:
         UserError: There is no such file, it is no adapter, or it is damaged.
     """
-    where = at_home(Path(path))
+    where = container.adapter_file(at_home(Path(path)))
     if container.is_pickle(where):
         return planned(*container.read_pickle(where))
     return planned(container.read_header(where))
@@ -419,7 +424,7 @@ def _sites(header: Header, readings: Sequence[tuple[Layout, Reading]]) -> dict[s
             if key in kept:
                 raise same_place(header.path, kept[key].name, name)
             shape = header.tensors[name].shape
-            kept[key] = Source(name, shape if place.rows is None else (shape[0] // place.rows[1], *shape[1:]), layout, place)
+            kept[key] = Source(name, shape if place.shape is None else place.shape, layout, place)
         for place, value in reading.constants.items():
             constants.setdefault((place.component, site_name(place.site)), {})[place.suffix] = value
     sources: dict[tuple[str, str], list[Source]] = {}

@@ -17,7 +17,6 @@ from ..bases.base import Base, network_of
 from ..bases.pipelines import Pipeline
 from ..bases.words import teach
 from ..core import merge as merging
-from ..core import quantized
 from ..core import site as sites
 from ..core.changes import one_at_a_time
 from ..core.errors import UserError, did_you_mean
@@ -26,6 +25,7 @@ from ..core.registry import Registry
 from ..core.strength import Amount
 from ..core.strength_schedule import Schedule
 from ..formats import Coverage, Plan, Spec
+from ..formats.container import adapter_file, title
 from . import watch
 from .host_options import OptionWatch, carries, refuse_fused
 from .watch import Watch
@@ -145,8 +145,9 @@ class Adapters:
         """Attach an adapter from a file.
 
         Args:
-            source: The file, or the plan that was made of it (`formats.plan`), which saves parsing it again.
-            name: What to call it; by default the file's name.
+            source: The file, or a folder of peft or diffusers with one in it, or the plan that was made of it
+                (`formats.plan`), which saves parsing it again.
+            name: What to call it; by default the file's name, or the folder's.
             strength: As for ``set``.
             strict: Whether to refuse a file of which a tensor is left out.
             warn: Is told in a line each what the person should know of the file, such as how many of its tensors were left
@@ -160,9 +161,9 @@ class Adapters:
                 merged. Nothing is changed then.
         """
         registry, parts = self._registry, components(self.pipe)
-        file = source.path if isinstance(source, Plan) else at_home(Path(source))
+        file = source.path if isinstance(source, Plan) else adapter_file(at_home(Path(source)))
         registry.refuse_merged("load another")
-        chosen = name or self._free_name(file.stem)
+        chosen = name or self._free_name(title(file))
         if chosen in registry.names:
             raise UserError(f"an adapter {chosen!r} is loaded already; remove it first or choose another name")
         read = formats.load(source, self.pipe, strict=strict)
@@ -274,11 +275,10 @@ class Adapters:
             raise
         for name, told in done.items():
             if told.quantized:
-                kind = quantized.kind_of(parts[name])
                 logger.warning(
-                    f"{name}: {told.quantized} {kind} weights were quantized again with the adapters in them, which moved"
-                    f" them by {told.error:.1%} of their size, {told.error_of_change:.0%} of what the adapters changed;"
-                    " unmerged, they act in full"
+                    f"{name}: {told.quantized} {' and '.join(told.kinds)} weights were quantized again with the adapters in"
+                    f" them, which moved them by {told.error:.1%} of their size, {told.error_of_change:.0%} of what they"
+                    " changed; unmerged, they act in full"
                 )
         return done
 

@@ -1,23 +1,25 @@
 """``generate``: pictures from prompts, seeds and adapters, written with their recipes."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, get_args
 
 from PIL import Image
 
 from .. import __version__
-from ..bases import load_base
+from ..bases import fingerprint, load_base
 from ..bases.base import dtype_of
 from ..bases.embedded import ICONS
 from ..bases.loading import is_cached, is_hub_id
 from ..bases.pipelines import Pipeline
 from ..core import plugins
 from ..core.errors import UserError
-from ..core.events import Ended, Never, Observer, Stop, observed
+from ..core.events import Ended, Never, Observer, Stop, Warned, observed
 from ..core.settings import pick, settings_of
 from ..formats import Plan, plan
 from ..formats.container import sha256
@@ -28,7 +30,7 @@ from .adapters import Adapters
 from .events import PictureMade, SheetMade
 from .recipe import Recipe, UsedAdapter, UsedPicture
 from .sampler import Cell, gives_way, paint, scheduler_of, size
-from .settings import Choice, GenerateConfig, Sampling
+from .settings import Choice, GenerateConfig, Precision, Sampling
 from .source import Source, check_mask, read_source
 
 # What a recipe leaves to the person who makes its picture again.
@@ -95,7 +97,9 @@ def generate(
             cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
             source = None if source is None else source.fitted(adapters.base, config.width, config.height)
             told = _from(source, config, cell_recipes(adapters, cells, config, source))
-            _check_base(config, again, expected, told[0])
+            if again is not None and expected is not None:
+                _check_base(config, again, expected, told[0])
+                _tell_machine(expected, told[0], tell)
             pictures = _written(paint(adapters, cells, config, source, tell=tell, stop=stop or Never()), told, paths, tell)
         if config.sheet is not None:
             _write_sheet(config.sheet, pictures, config.prompts, config.all_seeds())
@@ -104,13 +108,26 @@ def generate(
     return pictures
 
 
-def _check_base(config: GenerateConfig, again: Path | None, expected: Recipe | None, recipe: Recipe) -> None:
-    """Raise UserError where a recipe that was given is of another base than what would be drawn."""
-    if expected is not None and recipe.fingerprint != expected.fingerprint:
+def _check_base(config: GenerateConfig, again: Path, expected: Recipe, recipe: Recipe) -> None:
+    """Raise UserError where a recipe that was given is of another base, scheduler or VAE than what would draw."""
+    if recipe.fingerprint != expected.fingerprint:
         raise UserError(
             f"{again} was made with base {expected.base_name!r} ({expected.fingerprint}), and {config.base!r} has"
             f" other weights ({recipe.fingerprint}); name the right one with --base"
         )
+    other = expected.other_tools(recipe)
+    if other:
+        raise UserError(
+            f"{again} was drawn with {'; '.join(other)}, as the base here has it; hand in a pipeline with what drew it, as"
+            " in generate(config, pipe=pipe)"
+        )
+
+
+def _tell_machine(expected: Recipe, recipe: Recipe, tell: Observer) -> None:
+    """Tell where another kind of device or dtype draws than drew: the picture is alike, and not the same to the bit."""
+    before, now = (f"{one.dtype} on {one.device.partition(':')[0]}" for one in (expected, recipe))
+    if before != now:
+        tell(Warned(f"the picture was drawn in {before} and is drawn in {now} now, so it will differ a little"))
 
 
 def _written(images: Iterable[Image.Image], told: Sequence[Recipe], paths: Sequence[Path], tell: Observer) -> list[Picture]:
@@ -156,6 +173,8 @@ def cell_recipes(
         "fingerprint": info.fingerprint,
         "device": str(pipe.device),
         "dtype": str(dtype_of(pipe)).removeprefix("torch."),
+        "sampler_options": _options(scheduler),
+        "vae": _fingerprint(pipe.vae),
         "versions": _versions(),
     }
     of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None}
@@ -170,6 +189,18 @@ def cell_recipes(
         )
         for cell in cells
     ]
+
+
+def _options(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler was made with, as JSON has it."""
+    told = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    options: dict[str, Any] = json.loads(json.dumps(told, default=str))
+    return options
+
+
+def _fingerprint(vae: Any) -> str | None:
+    """Which VAE it is; None where its weights are not there between calls, as under sequential offloading."""
+    return None if any(own.is_meta for own in vae.parameters()) else fingerprint({"vae": vae})
 
 
 def _from(source: Source | None, config: GenerateConfig, told: Sequence[Recipe]) -> list[Recipe]:
@@ -216,6 +247,8 @@ def _again(config: GenerateConfig, recipe: Recipe, lent: bool) -> tuple[Generate
     # A recipe of an older version does not know all settings.
     same = {one.name: getattr(recipe, one.name) for one in fields(recipe) if one.name in told}
     same = {name: value for name, value in same.items() if value is not None}
+    if config.precision == "auto" and recipe.dtype in get_args(Precision):
+        same["precision"] = recipe.dtype
     same["adapter"] = tuple(f"{choice.path}={choice.strength!r}" for choice in choices)
     for name, used in (("image", recipe.image), ("mask", recipe.mask)):
         same[name] = _picture(used, getattr(config, name), config.recipe, name)

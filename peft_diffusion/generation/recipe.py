@@ -14,6 +14,7 @@ from ..core.errors import UserError
 from ..core.files import written_aside
 from ..core.parsing import json_value, refusing
 from ..data.prompts import words_of
+from ..formats.container import title
 
 KEY = "peft_diffusion"  # the text chunk that holds it, as JSON
 VERSION = 1
@@ -57,7 +58,8 @@ class Recipe:
     """Everything that a picture was made from. ``scheduler`` None is the base's own; sizes are in pixels; ``guidance_stop``
     None is that of recipes from before there was one, which is 1.
 
-    ``plugins`` are the modules that the methods of its adapters come from.
+    ``plugins`` are the modules that the methods of its adapters come from. ``sampler_options`` are those of the scheduler
+    that drew, and ``vae`` is the fingerprint of the VAE; None where that is not known, as in recipes of older versions.
 
     ``base`` is the source that was named; ``base_name``, ``base_family`` and ``fingerprint`` are what was found there.
     """
@@ -85,6 +87,8 @@ class Recipe:
     strength: float | None = None
     guidance_stop: float | None = None
     plugins: tuple[str, ...] = ()
+    sampler_options: Mapping[str, Any] | None = None
+    vae: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; plug-ins where there are."""
@@ -122,6 +126,24 @@ class Recipe:
             raise ValueError("plugins are of another type")
         return cls(**{**known, **pictures, "adapters": tuple(used), "plugins": tuple(plugins)})
 
+    def other_tools(self, other: "Recipe") -> list[str]:
+        """Tell what of the tools that drew differs in another recipe, so that it would be another picture.
+
+        Args:
+            other: That recipe.
+
+        Returns:
+            A few words each, first what is here, then what is there; nothing for what one of them does not tell.
+        """
+        if self.sampler != other.sampler:
+            return [f"{self.sampler}, not {other.sampler}"]
+        mine, theirs = self.sampler_options or {}, other.sampler_options or {}
+        shared = (name for name in mine if name in theirs)  # versions of diffusers know different ones
+        found = [f"{name} {mine[name]}, not {theirs[name]}" for name in shared if mine[name] != theirs[name]]
+        if self.vae is not None and other.vae is not None and self.vae != other.vae:
+            found.append(f"a VAE {self.vae}, not {other.vae}")
+        return found
+
     def parameters(self) -> str:
         """The text that A1111 writes into its pictures, which galleries and other programs show.
 
@@ -151,7 +173,7 @@ def _names(adapters: Sequence[UsedAdapter]) -> list[str]:
     """A name for each adapter, as A1111 would call the file: without what ends a name there, and none twice."""
     names: list[str] = []
     for used in adapters:
-        stem = re.sub(r"[:,<>\n]", "", Path(used.path).stem)
+        stem = re.sub(r"[:,<>\n]", "", title(Path(used.path)))
         tried = (stem if number == 1 else f"{stem}_{number}" for number in range(1, len(adapters) + 1))
         names.append(next(name for name in tried if name not in names))
     return names
@@ -169,6 +191,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "base_family": (str,), "fingerprint": (str,), "device": (str,), "dtype": (str,), "adapters": (list,),
     "versions": (dict,), "quantize": (str, type(None)), "image": (dict, type(None)), "mask": (dict, type(None)),
     "strength": (float, int, type(None)), "guidance_stop": (float, int, type(None)),
+    "sampler_options": (dict, type(None)), "vae": (str, type(None)),
 }  # fmt: skip
 
 

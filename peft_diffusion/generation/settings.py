@@ -9,9 +9,27 @@ from typing import Literal, TypeAlias
 
 from ..core.errors import UserError
 from ..core.files import at_home
-from ..core.settings import COUNT, NATURAL, PARAMETERS, WHOLE_SHARE, Flag, Range, about, explained, setting, settle
+from ..core.settings import (
+    COUNT,
+    NATURAL,
+    PARAMETERS,
+    WHOLE_SHARE,
+    Flag,
+    Numbers,
+    OnePath,
+    OptionalPath,
+    Paths,
+    Range,
+    Texts,
+    about,
+    explained,
+    setting,
+    settings_class,
+    settle,
+)
+from ..data.picture_names import CONVERTIBLE, SUFFIXES
 from ..formats import Plan, plan
-from ..formats.container import is_pickle
+from ..formats.container import adapter_file, is_pickle, title
 from .recipe import check_folder, check_target, read
 
 SchedulerName: TypeAlias = Literal["ddim", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc"]
@@ -20,7 +38,7 @@ Quantize: TypeAlias = Literal["nf4", "int8"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
-_PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+_PICTURES = SUFFIXES | CONVERTIBLE
 
 
 @dataclass(frozen=True)
@@ -47,8 +65,8 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """The file's name without folder and ending, as labels show it."""
-        return self.path.stem
+        """The file's name without folder and ending, or the name of peft's folder, as labels show it."""
+        return title(self.path)
 
 
 def parse_choice(text: str) -> Choice:
@@ -63,7 +81,7 @@ def parse_choice(text: str) -> Choice:
     Raises:
         UserError: The file is missing, or the strength is no finite number.
     """
-    if at_home(Path(text)).is_file() or "=" not in text:
+    if at_home(Path(text)).exists() or "=" not in text:
         return Choice(_existing(text))
     name, _, amount = text.rpartition("=")
     try:
@@ -120,9 +138,7 @@ class NamesAdapters:
 
 
 def _existing(text: str) -> Path:
-    path = at_home(Path(text))
-    if path.is_dir():
-        raise UserError(f"{text} is a folder, not an adapter file")
+    path = adapter_file(at_home(Path(text)))
     if not path.is_file():
         name, _, strength = text.rpartition(":")
         hint = f"; a strength follows an =, as in {name}={strength}" if _is_number(strength) and name else ""
@@ -137,15 +153,15 @@ def _is_number(text: str) -> bool:
         return False
 
 
-@dataclass(frozen=True)
+@settings_class()
 class Sampling(NamesAdapters):
     """How pictures are made, the same for every command. None means what the base says."""
 
-    prompts: tuple[str, ...] = setting(
+    prompts: Texts = setting(
         (), "What the pictures show, each prompt in quotes.", PARAMETERS, flag=Flag(default_shown=False)
     )
     _: KW_ONLY
-    adapter: tuple[str, ...] = setting(
+    adapter: Texts = setting(
         (),
         "An adapter FILE, or FILE=STRENGTH (1 is as trained); give it again for more.",
         PARAMETERS,
@@ -189,38 +205,38 @@ class Sampling(NamesAdapters):
 
 
 @explained
-@dataclass(frozen=True, kw_only=True)
+@settings_class(kw_only=True)
 class GenerateConfig(Sampling):
     """Which pictures ``generate`` makes: every prompt with every seed."""
 
-    output: Path = setting(
+    output: OnePath = setting(
         Path("pictures"),
         "A .png file, which is replaced; several pictures get numbers after its name. Or a folder, whose files are kept.",
         PARAMETERS,
         flag=Flag(aliases=("-o",)),
     )
-    sheet: Path | None = setting(None, "Also draw all pictures as one labelled sheet, into this .png file.", PARAMETERS)
+    sheet: OptionalPath = setting(None, "Also draw all pictures as one labelled sheet, into this .png file.", PARAMETERS)
     seed: int = setting(0, "The first seed: it decides the noise that a picture starts from.", PARAMETERS, SEEDS)
     count: int = setting(1, "Pictures of each prompt, with the seeds that follow.", PARAMETERS, COUNT)
-    seeds: tuple[int, ...] = setting(
+    seeds: Numbers = setting(
         (),
         "These seeds instead, one picture each: --seeds 3 7 9.",
         PARAMETERS,
         SEEDS,
         flag=Flag(greedy=True, default_shown=False),
     )
-    recipe: Path | None = setting(
+    recipe: OptionalPath = setting(
         None,
         "Make the picture in this PNG again, from the recipe that it carries.",
         PARAMETERS,
         flag=Flag(aliases=("--from",)),
     )
-    image: Path | None = setting(
+    image: OptionalPath = setting(
         None,
         "A picture to start from, which is made anew as far as --strength says; its size is the size of what is made.",
         PARAMETERS,
     )
-    mask: Path | None = setting(
+    mask: OptionalPath = setting(
         None,
         "A picture of the same size: white is painted anew, and what is black stays. Bases for inpainting need it.",
         PARAMETERS,
@@ -276,11 +292,11 @@ class GenerateConfig(Sampling):
 
 
 @explained
-@dataclass(frozen=True, kw_only=True)
+@settings_class(kw_only=True)
 class BlendConfig(Sampling):
     """The sheet that ``blend`` draws: a row for each prompt, a column for each mix."""
 
-    output: Path = setting(
+    output: OnePath = setting(
         Path("blend.png"), "The .png file of the sheet, which is replaced.", PARAMETERS, flag=Flag(aliases=("-o",))
     )
     columns: int = setting(
@@ -352,11 +368,11 @@ def check_last_seed(first: int, count: int) -> None:
 
 
 @explained
-@dataclass(frozen=True)
+@settings_class()
 class InspectConfig:
     """What ``inspect`` tells of files."""
 
-    files: tuple[Path, ...] = field(
+    files: Paths = field(
         metadata=about(
             "Adapter files; of several, it is also told whether they fit together.",
             PARAMETERS,
@@ -372,11 +388,11 @@ class InspectConfig:
 
 
 @explained
-@dataclass(frozen=True, kw_only=True)
+@settings_class(kw_only=True)
 class DemoConfig:
     """What ``demo`` shows."""
 
-    output: Path = setting(
+    output: OnePath = setting(
         Path("peft-diffusion-demo"), "The folder for adapters and sheets.", PARAMETERS, flag=Flag(aliases=("-o",))
     )
     steps: int = setting(300, "Training steps of each style.", PARAMETERS, COUNT)

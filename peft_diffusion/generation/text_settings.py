@@ -1,14 +1,14 @@
 """What ``text generate`` can be told: flags, TOML keys and Python arguments in one place. Imports no torch."""
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY
 
 from ..core.errors import UserError
-from ..core.settings import COUNT, NATURAL, PARAMETERS, Flag, Range, explained, setting, settle
+from ..core.settings import COUNT, NATURAL, PARAMETERS, Flag, Range, Texts, explained, setting, settings_class, settle
 from .settings import SEEDS, NamesAdapters, Precision, Quantize, check_last_seed, check_text
 
 
 @explained
-@dataclass(frozen=True)
+@settings_class()
 class TextGenerateConfig(NamesAdapters):
     """Which texts are written: every prompt goes on ``count`` times.
 
@@ -16,11 +16,9 @@ class TextGenerateConfig(NamesAdapters):
         UserError: A value is one that cannot be used.
     """
 
-    prompts: tuple[str, ...] = setting(
-        (), "How the texts begin, each prompt in quotes.", PARAMETERS, flag=Flag(default_shown=False)
-    )
+    prompts: Texts = setting((), "How the texts begin, each prompt in quotes.", PARAMETERS, flag=Flag(default_shown=False))
     _: KW_ONLY
-    adapter: tuple[str, ...] = setting(
+    adapter: Texts = setting(
         (),
         "An adapter FILE, or FILE=STRENGTH (1 is as trained); give it again for more.",
         PARAMETERS,

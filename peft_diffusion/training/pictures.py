@@ -28,7 +28,7 @@ from .results import FoundRates, RunResult, TrainResult
 from .run import Facts, next_command
 from .settings.derive import resolve
 from .settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
-from .settings.placements import Placement, blocks
+from .settings.placements import Placement, blocks, plugins_of
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.preparation import Prepared, check_apart, check_places, items, prepare
 from .watch.previews import PROMPTS, Previews
@@ -72,16 +72,17 @@ class PictureSource:
         """The run folder, after seeing that everything can be written."""
         return check_places(self.asked)
 
-    def search_folder(self) -> Path:
+    def search_folder(self) -> RunFolder:
         """Where a search for learning rates writes."""
-        folder = run_path(self.asked)
+        folder = RunFolder(run_path(self.asked))
         check_apart(self.asked)
-        check_writable(folder)
+        check_writable(folder.path)
         return folder
 
-    def open(self, processes: Processes, tell: Observer) -> "PictureMaterial":
+    def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> "PictureMaterial":
         """Load the base, read the folders and encode the pictures."""
-        return PictureMaterial(prepare(self.asked, self.pipe, tell, self.drawing, processes), self.drawing, processes)
+        prepared = prepare(self.asked, self.pipe, tell, self.drawing, processes, folder)
+        return PictureMaterial(prepared, self.drawing, processes)
 
     def remark(self, found: FoundRates) -> Event | None:
         """A style is judged by its look, which the loss does not tell."""
@@ -195,7 +196,7 @@ class PictureMaterial:
         config = self.config
         base = None if config.base == TrainConfig.base else config.base
         flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
-        return next_command("generate", self._own_prompt(), flags, config)
+        return next_command("generate", self._own_prompt(), flags, plugins_of(config, self.info.family))
 
     def _own_prompt(self) -> str:
         """A prompt that calls what was learned: the first of a caption that is not long, or else the trigger."""

@@ -43,7 +43,7 @@ from .settings.choices import LogWith
 from .settings.pictures import TrainConfig
 from .settings.placements import Placement, check_methods, plugins_of, targets_of
 from .settings.resumption import DERIVED, PROCESSES
-from .settings.shared import AskedSettings, MethodSettings, RunSettings
+from .settings.shared import AskedSettings, RunSettings
 from .watch.clock import Clock
 from .watch.find_lr import Search, refuse_several_processes
 from .watch.previews import Previews
@@ -59,6 +59,8 @@ class BaseInfo(Settings, Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def family(self) -> str: ...
     @property
     def fingerprint(self) -> str: ...
 
@@ -289,7 +291,7 @@ class Source(Protocol[Result]):
         """
         ...
 
-    def search_folder(self) -> Path:
+    def search_folder(self) -> RunFolder:
         """Choose where a search for learning rates writes, after seeing that it can.
 
         Returns:
@@ -300,10 +302,11 @@ class Source(Protocol[Result]):
         """
         ...
 
-    def open(self, processes: Processes, tell: Observer) -> Material[Result]:
+    def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> Material[Result]:
         """Load the base and read the data.
 
         Args:
+            folder: The run folder, which says what a run that goes on depends on.
             processes: The processes that train together.
             tell: Is told what is found.
 
@@ -356,11 +359,11 @@ def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop
             folder.check_asked(source.asked, processes.size)
         with _claimed(source.output) if processes.leads else nullcontext():
             if processes.leads:
-                folder = source.folder()  # again: another run may have written the output before this one claimed it
+                source.folder()  # again: another run may have written the output before this one claimed it
             recorder = Recorder(folder)
             if processes.leads:
                 tell.own += [recorder, ReportWriter(folder)]
-            material = source.open(processes, _stopping(tell, stop, processes))
+            material = source.open(folder, processes, _stopping(tell, stop, processes))
             with material.faster(), base_kept(material.base, material.info.fingerprint, tell) as before:
                 run = _Run(material, folder, tell, processes)
                 with material.at_work():
@@ -399,13 +402,13 @@ def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop:
         source = source.on(device)
         _check_methods(source)
         folder = source.search_folder()
-        material = source.open(processes, _stopping(tell, stop, processes))
+        material = source.open(folder, processes, _stopping(tell, stop, processes))
         with material.faster(), base_kept(material.base, material.info.fingerprint, tell):
-            run = _Run(material, RunFolder(folder), tell, processes)
+            run = _Run(material, folder, tell, processes)
             with material.at_work(), run.memory_plan().applied(tell), _stop_of(stop, tell) as wish:
                 trainer = run.trainer
                 found = Search(
-                    trainer.task, trainer.arena, trainer.settings, run.trial, folder, material.rate_flags(), tell, wish
+                    trainer.task, trainer.arena, trainer.settings, run.trial, folder.path, material.rate_flags(), tell, wish
                 ).run()
         remark = source.remark(found)
         if remark:
@@ -517,15 +520,17 @@ class _Run(Generic[Result]):
     def _start(self, resume: bool) -> Started:
         """Begin the run, or go on with it. Raises UserError where settings, data or base are others than it had."""
         processes, config, items = self.processes, self.material.config, self.material.items
-        origin = origin_of(config, items, self.material.info.fingerprint, processes)
+        info = self.material.info
+        origin = origin_of(config, items, info.fingerprint, processes)
+        modules = plugins_of(config, info.family)
         processes.wait()  # all have looked at the folder before one writes to it
         if processes.leads:
             self.folder.check()  # again: another process may have begun meanwhile
         if not resume:
             if processes.leads:
-                self.folder.start(config, items, origin)
+                self.folder.start(config, items, origin, modules)
             return Started(self.folder.path, 0, config.steps)
-        found = self.folder.resume(config, items, origin) if processes.leads else None
+        found = self.folder.resume(config, items, origin, modules) if processes.leads else None
         for words in self.folder.lost:
             self.tell(Warned(words))
         processes.wait()  # what cannot be gone on from is gone
@@ -534,6 +539,7 @@ class _Run(Generic[Result]):
         if found is None:
             return Started(self.folder.path, 0, config.steps, resumed=True)
         self.trainer.load(found.state)
+        self.folder.forget()
         self.trainer.measured = processes.agreed(dict(self.folder.held_out))
         planned = int(found.origin.config["steps"])
         return Started(self.folder.path, found.state.step, config.steps, True, planned, config.scheduler)
@@ -715,20 +721,20 @@ def origin_of(config: RunSettings, items: Sequence[Mapping[str, str]], base: str
     return Origin(settings, digest(items), base)
 
 
-def next_command(command: str, prompt: str, flags: Mapping[str, str | None], config: MethodSettings) -> str:
+def next_command(command: str, prompt: str, flags: Mapping[str, str | None], modules: Sequence[str]) -> str:
     """Write the command that uses what a run learned.
 
     Args:
         command: Such as ``generate``.
         prompt: What it is given first.
         flags: Values by flag, without dashes; those that are None are left away.
-        config: The settings of the run, which say the plug-ins that are needed.
+        modules: The plug-ins that are needed.
 
     Returns:
         The command line, quoted for a shell.
     """
     present = [(name, value) for name, value in flags.items() if value is not None]
-    present += [("plugin", module) for module in plugins_of(config)]
+    present += [("plugin", module) for module in modules]
     given = "".join(f" --{name} {shlex.quote(value)}" for name, value in present)
     return f"peft-diffusion {command} {shlex.quote(prompt)}{given}"
 

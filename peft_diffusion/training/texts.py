@@ -31,7 +31,7 @@ from .results import FoundRates, RunResult, TextTrainResult
 from .run import Facts, next_command
 from .settings.choices import Precision
 from .settings.derive import resolve_language
-from .settings.placements import blocks
+from .settings.placements import blocks, plugins_of
 from .settings.presets import HELD_OUT_FROM
 from .settings.text import ResolvedTextConfig, TextTrainConfig, language_output, language_run
 from .tasks.language import LanguageSettings, LanguageTask, tokens
@@ -71,35 +71,37 @@ class TextSource:
     def folder(self) -> RunFolder:
         """The run folder, after seeing that everything can be written."""
         config = self.asked
-        folder = RunFolder(language_run(config), "text train", "text")
+        folder = self._folder()
         _check_apart(config, (("--output", language_output(config)),))
         check_run(folder, language_output(config), resume=config.resume, overwrite=config.overwrite)
         return folder
 
-    def search_folder(self) -> Path:
+    def search_folder(self) -> RunFolder:
         """Where a search for learning rates writes."""
-        folder = language_run(self.asked)
+        folder = self._folder()
         _check_apart(self.asked)
-        check_writable(folder)
+        check_writable(folder.path)
         return folder
 
-    def open(self, processes: Processes, tell: Observer) -> "TextMaterial":
+    def _folder(self) -> RunFolder:
+        return RunFolder(language_run(self.asked), "text train", "text")
+
+    def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> "TextMaterial":
         """Read the text and load the base."""
         config = self.asked
         texts = read_texts(config.texts)
         tell(DataRead("text", tuple(texts.describe())))
         apart = read_texts(config.held_out_text) if config.held_out_text else None
-        run = RunFolder(language_run(config), "text train", "text")
-        going_on = run.newest() if config.resume else None
+        going_on = folder.newest() if config.resume else None
         if going_on is not None:
-            run.check_data(going_on.origin, _items(texts, apart))
+            folder.check_data(going_on.origin, _items(texts, apart))
         device = pick_device(config.device)
         precision = pick_precision(config.precision, device)
         base = load_lm(self.base or config.base, device=config.device, dtype=precision, quantize=config.quantize)
         info = describe(base)
         tell(LanguageModelLoaded(info.name, info.architecture, info.vocabulary, info.context))
         if going_on is not None:
-            run.check_base(going_on.origin, info.fingerprint)
+            folder.check_base(going_on.origin, info.fingerprint)
         return TextMaterial(config, precision, base, info, texts, apart, tell, processes)
 
     def remark(self, found: FoundRates) -> Event | None:
@@ -251,7 +253,7 @@ class TextMaterial:
         config = self.config
         base = None if config.base == TextTrainConfig.base else config.base
         flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
-        return next_command("text generate", "The first words", flags, config)
+        return next_command("text generate", "The first words", flags, plugins_of(config, self.info.family))
 
     def result(self, found: RunResult) -> TextTrainResult:
         """What the run gave."""

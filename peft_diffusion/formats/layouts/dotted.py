@@ -92,11 +92,17 @@ class Peft(Layout):
 
     def claims(self, name: str) -> int | None:
         """Names that begin with what peft wraps a model in."""
-        return len(_PEFT) if name.startswith(_PEFT) and aliases().parts(name) is not None else None
+        return len(_PEFT) if name.startswith(_PEFT) else None
 
     def read(self, header: Header, names: Sequence[str]) -> Reading:
         """By the names and ``adapter_config.json`` beside the file."""
-        return read(header, names)
+        known = [name for name in names if aliases().parts(name) is not None]
+        found = read(header, known)
+        if len(known) == len(names):
+            return found
+        told = str((configuration(header) or {}).get("peft_type", ""))
+        why = f"are of peft's {told}, and no method here knows them so" if told else "are of no method of peft that is known"
+        return replace(found, leftovers={**found.leftovers, **dict.fromkeys(set(names) - set(known), why)})
 
     def write(self, content: Content) -> Written:
         """One method of one component."""
@@ -144,6 +150,10 @@ def read(header: Header, names: Sequence[str]) -> Reading:
         alpha = None if any(one.suffix == _ALPHA for one in own) else _alpha(header, own, config)
         if alpha is not None:
             constants[replace(own[0].place, suffix=_ALPHA, change=None)] = alpha
+        if own[0].of_peft:
+            shapes = {one.suffix: header.tensors[one.name].shape for one in own}
+            for suffix, value in _told(config.config, own[0].path, shapes).items():
+                constants[replace(own[0].place, suffix=suffix, change=None)] = value
     return Reading(places, {}, constants, config.warnings(header.path))
 
 
@@ -195,12 +205,12 @@ class _Configuration:
     @classmethod
     def of(cls, header: Header, of_peft: bool) -> "_Configuration":
         """Read it. Raises UserError where a configuration is there and cannot be read."""
-        beside = header.path.parent / _CONFIG
-        there = of_peft and beside.is_file()
-        told, problems = (_json(beside), []) if there else _in_metadata(header)
+        own = configuration(header) if of_peft else None
+        told, problems = (own, []) if own is not None else _in_metadata(header)
         if of_peft and not told:
             problems.append(f"{header.path}: no {_CONFIG} is beside it to tell alpha, so it is taken to be the rank")
-        return cls(told, str(beside) if there else f"{header.path}: {_METADATA}", problems)
+        where = f"{header.path}: {_METADATA}" if own is None else str(header.path.parent / _CONFIG)
+        return cls(told, where, problems)
 
     def alpha(self, start: str, path: str, rank: int) -> float | None:
         """The alpha of a site with which its scale is alpha / rank, as kohya's layout has it; None where none is told."""
@@ -287,6 +297,14 @@ def _refuse_several(path: Path, found: Sequence[_Tensor]) -> None:
         )
 
 
+def _told(config: Mapping[str, Any], path: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+    """What the methods read of a site in the configuration of peft."""
+    found: dict[str, float] = {}
+    for method in methods.known().values():
+        found |= method.from_peft(config, path, shapes)
+    return found
+
+
 def _times(scale: float, change: "Callable[[Tensor], Tensor] | None") -> "Callable[[Tensor], Tensor]":
     def scaled(tensor: "Tensor") -> "Tensor":
         return (tensor if change is None else change(tensor)) * scale
@@ -300,6 +318,22 @@ def _alpha(header: Header, own: Sequence[_Tensor], config: _Configuration) -> fl
     ranks = [header.tensors[one.name].shape for one in own if one.suffix in ranked]
     rank = next((shape[0] for shape in ranks if shape), None)
     return None if rank is None else config.alpha(own[0].start, own[0].path, rank)
+
+
+def configuration(header: Header) -> dict[str, Any] | None:
+    """Read the configuration of peft beside a file.
+
+    Args:
+        header: Of the file.
+
+    Returns:
+        It; None where there is none.
+
+    Raises:
+        UserError: It is there and cannot be read.
+    """
+    beside = header.path.parent / _CONFIG
+    return _json(beside) if beside.is_file() else None
 
 
 def _in_metadata(header: Header) -> tuple[dict[str, Any], list[str]]:

@@ -6,8 +6,9 @@ every program that reads these names reads kohya's too.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from ... import methods
@@ -19,7 +20,7 @@ from ..names import dotted_starts, prefixes
 from . import dotted, kohya
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 _BLOCK = re.compile(r"(?:model[._])?(?:transformer[._])?resblocks[._]\d+[._]")
 _FUSED = re.compile(r"(.*attn[._])in_proj")
@@ -102,9 +103,16 @@ def _parted(place: Place, shape: tuple[int, ...]) -> tuple[Place, ...]:
     partable = place.suffix in frozenset[str]().union(*(one.suffixes for one in known if one.by_output))
     if not partable or (by_output and (not shape or shape[0] % len(_PARTS))):
         return ()
-    sites = [f"{match[1]}{part}" for part in _PARTS]
-    blocks = [(index, len(_PARTS)) if by_output else None for index in range(len(_PARTS))]
-    return tuple(replace(place, site=site, rows=block) for site, block in zip(sites, blocks, strict=True))
+    places = [replace(place, site=f"{match[1]}{part}") for part in _PARTS]
+    if not by_output:
+        return tuple(places)
+    own = (shape[0] // len(_PARTS), *shape[1:])
+    return tuple(replace(one, shape=own, change=partial(_rows, place.change, index)) for index, one in enumerate(places))
+
+
+def _rows(change: "Callable[[Tensor], Tensor] | None", index: int, tensor: "Tensor") -> "Tensor":
+    """The rows of one of the three."""
+    return (tensor if change is None else change(tensor)).chunk(len(_PARTS))[index].clone()
 
 
 register(OpenClip())

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .adapter import FullAdapter
 
 WEIGHT, BIAS = "diff", "diff_b"
-NORM_WEIGHT, NORM_BIAS = "w_norm", "b_norm"
-"""LyCORIS' names at norms. With both of them a norm is read as BitFit's, which keeps the change of the weight too."""
+NORM_WEIGHT = "w_norm"
+"""LyCORIS' name at norms. With ``b_norm`` beside it a norm is read as BitFit's, which keeps the change of the weight too."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,17 @@ class Full(Method, name="full", suffixes=frozenset({WEIGHT, BIAS, NORM_WEIGHT}))
     Parameters: as many as weight and bias have, so that files are as large as the layers. Has no hyper-parameters.
     """
 
+    by_output: ClassVar[frozenset[str]] = frozenset({WEIGHT, BIAS})
     aliases: ClassVar[Mapping[str, str]] = {WEIGHT: WEIGHT, BIAS: BIAS}
     rates: ClassVar[Rates] = Rates(factor=0.1)
 
     @classmethod
     def recognizes(cls, suffixes: Set[str]) -> bool:
-        """A change of the weight, or a norm's without one of its bias."""
-        return WEIGHT in suffixes or (NORM_WEIGHT in suffixes and NORM_BIAS not in suffixes)
+        """A change of the weight, or a norm's without one of its bias, and nothing beside it.
+
+        Of a whole change beside a pair ComfyUI takes the one and A1111 the other, so that none can be meant by it.
+        """
+        return bool(suffixes & {WEIGHT, NORM_WEIGHT}) and suffixes <= cls.suffixes
 
     def serves(self, site: "Site") -> bool:
         """Linear layers, convolutions without groups, norms with a weight, and embeddings."""

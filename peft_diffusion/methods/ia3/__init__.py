@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...core.method import LYCORIS, Method, Network, Rates, Scalars, Shapes, Values
+from ...core.parsing import Patterns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,17 +17,22 @@ if TYPE_CHECKING:
     from .adapter import Ia3Adapter
 
 WEIGHT, ON_INPUT = "weight", "on_input"
+ON_BIAS = "on_bias"
+"""Of peft's files: a mark that the factors multiply the bias too."""
+
+_PEFT = "ia3_l"
 
 
 @dataclass(frozen=True)
-class Ia3(Method, name="ia3", suffixes=frozenset({WEIGHT, ON_INPUT})):
+class Ia3(Method, name="ia3", suffixes=frozenset({WEIGHT, ON_INPUT, ON_BIAS})):
     """What the weight makes of the input is multiplied by 1 + w, one w an output or, with ``on_input``, one an input.
 
     The paper has it on keys, values (outputs) and the second layer of the feed-forward (inputs). The bias stays as it is,
-    as in LyCORIS; peft multiplies it too.
+    as in LyCORIS; in files of peft it is multiplied too, as peft does.
     """
 
-    constants: ClassVar[frozenset[str]] = frozenset({ON_INPUT})
+    constants: ClassVar[frozenset[str]] = frozenset({ON_INPUT, ON_BIAS})
+    aliases: ClassVar[Mapping[str, str]] = {_PEFT: WEIGHT}
     rates: ClassVar[Rates] = Rates(factor=30.0, text=3e-3)
 
     on_input: bool = False
@@ -58,7 +64,29 @@ class Ia3(Method, name="ia3", suffixes=frozenset({WEIGHT, ON_INPUT})):
     @classmethod
     def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
         """On which side the factors are."""
-        return {"on_input": bool(scalars.get(ON_INPUT))} if cls.recognizes(shapes.keys()) else None
+        if not cls.recognizes(shapes.keys()):
+            return None
+        return {"on_input": bool(scalars.get(ON_INPUT)), **({"on_bias": True} if scalars.get(ON_BIAS) else {})}
+
+    @classmethod
+    def from_alias(cls, alias: str, tensor: "Tensor") -> "Tensor":
+        """peft keeps the factors themselves, with the other sides of the weight at 1."""
+        return (tensor - 1).flatten()
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], path: str, shapes: Shapes) -> Mapping[str, float]:
+        """On which side the factors are, and that those of the outputs multiply the bias."""
+        if WEIGHT not in shapes:
+            return {}
+        told = config.get("feedforward_modules")
+        if isinstance(told, str):
+            on_input = Patterns({told: True}, "", "adapter_config.json").value(path, False)
+        elif isinstance(told, list):
+            on_input = any(path.endswith(str(one)) for one in told)
+        else:
+            shape = shapes[WEIGHT]
+            on_input = not config and len(shape) == 2 and shape[0] == 1  # without a configuration, as a Linear tells it
+        return {ON_INPUT: float(on_input), ON_BIAS: float(not on_input)}
 
     @classmethod
     def network(cls, values: Mapping[str, Any]) -> Network:

@@ -9,7 +9,7 @@ from ...core.adapter import Adapter, Site, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
 from ..shared.affine import base_output, channels, require, weight_shape, without_bias
-from . import ON_INPUT, WEIGHT
+from . import ON_BIAS, ON_INPUT, WEIGHT
 
 
 def fresh(site: Site, on_input: bool) -> "Ia3Adapter":
@@ -43,7 +43,8 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "Ia3Adapter":
     wanted, side = weight_shape(site)[on_input], "inputs" if on_input else "outputs"
     if weight.numel() != wanted:
         raise UserError(f"{WEIGHT} {tuple(weight.shape)} does not fit the {wanted} {side} of the site")
-    return Ia3Adapter(site, weight, on_input)
+    multiplied = not on_input and bool(tensors.get(ON_BIAS, 0)) and site.bias is not None
+    return BiasedIa3Adapter(site, weight, on_input) if multiplied else Ia3Adapter(site, weight, on_input)
 
 
 class Ia3Adapter(Adapter):
@@ -69,3 +70,23 @@ class Ia3Adapter(Adapter):
     def state(self) -> dict[str, Tensor]:
         """The LyCORIS layout."""
         return {WEIGHT: self.scale, ON_INPUT: torch.tensor(int(self.on_input))}
+
+
+class BiasedIa3Adapter(Ia3Adapter):
+    """Factors of the whole output, bias and all, as peft has them. LyCORIS has none, so files hold them under own keys."""
+
+    own_layout = True
+
+    def residual(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
+        """The scaled output."""
+        return channels(self.scale, base, self.site) * base
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The change of the base's own weight and bias."""
+        change, _ = super().fold(weight, bias)
+        own = self.site.get_parameter("bias").detach()
+        return change, own * self.scale.reshape(own.shape).to(own.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """The LyCORIS layout, with a mark."""
+        return {**super().state(), ON_BIAS: torch.tensor(1)}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ...core.adapter import Adapter, Site
     from .adapter import LoraAdapter
+    from .embedding import EmbeddingLora
     from .extended import ExtendedLora
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
@@ -39,6 +40,9 @@ SPARSE = ("bias_indices", "bias_values", "bias_size")
 """Of LyCORIS' ``extract_diff`` with ``use_bias``: what the pair leaves of the change of the weight, as a sparse matrix."""
 
 EXTRAS = frozenset({SINGULAR, UP_BIAS, *SPARSE})
+BASE = "base_layer.weight"
+"""The weight of an embedding, which peft saves beside a pair that it has there. It changes nothing."""
+
 INITS = ("standard", "gaussian", "pissa")
 PAIR_ALIASES = {
     "lora_A": DOWN, "lora_B": UP,
@@ -51,8 +55,10 @@ PAIR_ALIASES = {
 
 
 @dataclass(frozen=True)
-class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA}) | EXTRAS):
+class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA, BASE}) | EXTRAS):
     """``y + alpha / rank * up(down(x))`` at a Linear or Conv2d; a convolution goes down with its own kernel, up with 1x1.
+
+    At an embedding the rows change by ``alpha / rank * up @ down``.
 
     ``alpha`` None means alpha = rank. ``dropout`` drops inputs of ``down`` while training. ``rank_stabilized`` scales by
     alpha / sqrt(rank). ``init`` is what training starts from:
@@ -69,7 +75,10 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA}) | EXT
     constants: ClassVar[frozenset[str]] = frozenset({ALPHA, SPARSE[0], SPARSE[2]})
     ranked: ClassVar[frozenset[str]] = frozenset({DOWN})
     by_output: ClassVar[frozenset[str]] = frozenset({UP, UP_BIAS})
-    aliases: ClassVar[Mapping[str, str]] = {**PAIR_ALIASES, SINGULAR: SINGULAR, "lora_B.bias": UP_BIAS}
+    aliases: ClassVar[Mapping[str, str]] = {
+        **PAIR_ALIASES, SINGULAR: SINGULAR, "lora_B.bias": UP_BIAS,
+        "lora_embedding_A": DOWN, "lora_embedding_B": UP, BASE: BASE,
+    }  # fmt: skip
 
     rank: int = 16
     alpha: float | None = None
@@ -92,27 +101,38 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA}) | EXT
         return DOWN in suffixes and MAGNITUDE not in suffixes
 
     def serves(self, site: "Site") -> bool:
-        """Linear layers and convolutions without groups."""
+        """Linear layers, convolutions without groups and, but for PiSSA, embeddings."""
         from ..shared.affine import serves
+        from ..shared.sites import is_embedding
 
-        return serves(site)
+        return serves(site) or (is_embedding(site) and self.init != "pissa")
 
-    def build(self, site: "Site") -> "LoraAdapter":
+    def build(self, site: "Site") -> "LoraAdapter | EmbeddingLora":
         """Make a fresh pair, or with PiSSA that of the largest singular values of the weight."""
+        from ..shared.sites import is_embedding
         from .adapter import LoraAdapter, fresh_pair, principal
+        from .embedding import EmbeddingLora
 
         alpha = stored_alpha(self.rank, self.alpha, self.rank_stabilized)
         if self.init == "pissa":
             return principal(site, self.rank, alpha, self.dropout, self.b_rate_ratio)
         down, up = fresh_pair(site, self.rank, self.init == "gaussian")
+        if is_embedding(site):
+            return EmbeddingLora(down, up, alpha, self.dropout, self.b_rate_ratio)
         return LoraAdapter(site, down, up, alpha, self.dropout, self.b_rate_ratio)
 
     @classmethod
-    def read(cls, site: "Site", tensors: Mapping[str, "Tensor"]) -> "LoraAdapter | ExtendedLora":
+    def read(cls, site: "Site", tensors: Mapping[str, "Tensor"]) -> "LoraAdapter | ExtendedLora | EmbeddingLora":
         """From the kohya or LyCORIS layout, with what peft and LyCORIS add. No alpha, and alpha 0, mean alpha = rank."""
+        from ..shared.sites import is_embedding
+        from . import embedding
         from .adapter import read_pair
         from .extended import extended
 
+        if BASE in tensors:
+            embedding.refuse_other_base(site, tensors[BASE])
+        if is_embedding(site):
+            return embedding.read(site, tensors)
         return extended(site, read_pair(site, tensors), tensors)
 
     @classmethod
@@ -139,15 +159,32 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA}) | EXT
 
     @classmethod
     def in_peft(cls, adapters: Mapping[str, "Adapter"]) -> PeftForm:
-        """Its own first method. peft has a word for the bias of the second half, and none for a sparse rest."""
-        for path, one in adapters.items():
-            if more := sorted(one.state().keys() & EXTRAS):
-                raise UserError(f"{path} has {', '.join(more)} beside its pair; take the layout 'kohya'")
-        return PeftForm("LORA", "lora_alpha", {path: pair_in_peft(one.state()) for path, one in adapters.items()})
+        """Its own first method, with the bias of the second half at all sites or at none, and without a sparse rest."""
+        states = {path: one.state() for path, one in adapters.items()}
+        biased = all(UP_BIAS in state for state in states.values())
+        for path, state in states.items():
+            if more := sorted(state.keys() & EXTRAS - {UP_BIAS if biased else ""}):
+                others = "" if biased or UP_BIAS not in more else ", which peft has at all sites or at none"
+                raise UserError(f"{path} has {', '.join(more)} beside its pair{others}; take the layout 'kohya'")
+        sites = {path: _in_peft(adapter.site, states[path]) for path, adapter in adapters.items()}
+        return PeftForm("LORA", "lora_alpha", sites, {"lora_bias": True} if biased else {})
 
     def dropped(self) -> float:
         """The dropout."""
         return self.dropout
+
+
+def _in_peft(site: "Site", state: Mapping[str, "Tensor"]) -> PeftSite:
+    """A pair, its bias, or that of an embedding, as peft keeps them."""
+    from ..shared.sites import is_embedding
+
+    pair = pair_in_peft(state)
+    if UP_BIAS in state:
+        return PeftSite({**pair.tensors, "lora_B.bias": state[UP_BIAS]}, pair.rank, pair.alpha)
+    if not is_embedding(site):
+        return pair
+    turned = {"lora_embedding_A": state[UP].t().contiguous(), "lora_embedding_B": state[DOWN].t().contiguous()}
+    return PeftSite(turned, pair.rank, pair.alpha)
 
 
 def pair_in_peft(state: Mapping[str, "Tensor"]) -> PeftSite:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ...core.adapter import Factors, LowRank, Site, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
+from ..shared import sites
 from ..shared.affine import WeightChange, read_alpha, require, single, weight_shape
 from ..shared.hyper_parameters import ALPHA
 from . import DOWN, MID, SINGULAR, UP
@@ -26,7 +27,7 @@ def fresh_pair(site: Site, rank: int, gaussian: bool) -> tuple[Tensor, Tensor]:
     Returns:
         A random ``down`` and an ``up`` of zeros.
     """
-    outputs, *inputs = weight_shape(site)
+    outputs, *inputs = sites.weight_shape(site)
     down = torch.empty(rank, *inputs)
     if gaussian:
         nn.init.normal_(down, std=1 / rank)

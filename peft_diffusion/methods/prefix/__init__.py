@@ -19,12 +19,12 @@ softmax runs over. A gate of each attention weighs what that changes. It begins 
 bit; at gate 1 and strength 1 the output is peft's.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ...core.errors import UserError
-from ...core.method import Method, Rates, Scalars, Shapes, Values
+from ...core.method import Method, Rates, Scalars, Shapes, Values, VirtualRows
 from ..shared.hyper_parameters import side
 
 if TYPE_CHECKING:
@@ -75,6 +75,18 @@ class Prefix(Method, name="prefix", suffixes=frozenset({KEYS, VALUES, GATE})):
         from .adapter import read
 
         return read(site, tensors)
+
+    @classmethod
+    def from_virtual_tokens(cls, kind: str, width: int, layers: int) -> Sequence[VirtualRows]:
+        """Prefix tuning, of which peft keeps the rows of all attentions side by side, keys before values, and no gate."""
+        if kind != "PREFIX_TUNING" or layers < 1 or width % (2 * layers):
+            return ()
+        own, found = width // (2 * layers), []
+        for layer in range(layers):
+            start = 2 * layer * own
+            found.append(VirtualRows(layer, KEYS, (start, start + own), {GATE: 1.0}))
+            found.append(VirtualRows(layer, VALUES, (start + own, start + 2 * own)))
+        return found
 
     @classmethod
     def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:

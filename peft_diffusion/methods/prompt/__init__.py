@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from ...core.errors import UserError
-from ...core.method import Method, Rates, Scalars, Shapes, Values
+from ...core.method import Method, Rates, Scalars, Shapes, Values, VirtualRows
 from ..shared.hyper_parameters import check_ids, side
 
 if TYPE_CHECKING:
@@ -78,6 +78,11 @@ class SoftPrompt(Method, name="prompt", suffixes=frozenset({VECTORS, WORDS})):
     def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
         """The number of vectors."""
         return {"vectors": side(shapes, VECTORS, 0)} if cls.recognizes(shapes.keys()) else None
+
+    @classmethod
+    def from_virtual_tokens(cls, kind: str, width: int, layers: int) -> Sequence[VirtualRows]:
+        """Prompt tuning, and P-tuning, of which peft keeps what its network made of the prompt."""
+        return (VirtualRows(None, VECTORS, (0, width), words=WORDS),) if kind in ("PROMPT_TUNING", "P_TUNING") else ()
 
     def initial_words(self) -> Sequence[tuple[str, int]]:
         """The initial words, unless their tokens are known."""

@@ -85,22 +85,6 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     write_bytes(path, save(tensors, {_KEY: json.dumps(checksums.sealed(told))}))
 
 
-def read_origin(path: Path) -> Origin | None:
-    """Read what the run of a checkpoint depended on, without its tensors.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The origin; None where the file is none, or is damaged.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return Origin(**_told(file.metadata())["origin"])
-    except Exception:  # damage has no list of what it raises
-        return None
-
-
 def read(path: Path) -> Checkpoint | None:
     """Read a checkpoint.
 

@@ -19,7 +19,6 @@ from ...core.parsing import json_value
 from ...core.settings import to_json
 from ..loop.trainer import TrainerState
 from ..settings.derive import undecided
-from ..settings.placements import plugins_of
 from ..settings.resumption import PROCESSES, changes
 from ..settings.shared import AskedSettings, RunSettings
 from ..settings.toml import to_toml
@@ -67,6 +66,7 @@ class RunFolder:
         self.facts: dict[str, Any] = {}  # of ``run.json``; empty until the run begins
         self.lines = 0  # of the metrics
         self.lost: list[str] = []  # what was found damaged, and what that means, in words
+        self._looked: tuple[object, dict[Path, Checkpoint | None]] | None = None  # see `_read_newest`
         self.kept = 1  # newest checkpoints that stay, beside the best one by the loss on what is kept apart
 
     @property
@@ -120,13 +120,16 @@ class RunFolder:
         """The modules of plug-ins that the run here was trained with."""
         return run_record.Record(self.path).plugins
 
-    def start(self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin) -> None:
+    def start(
+        self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin, plugins: Sequence[str] = ()
+    ) -> None:
         """Begin a run in a clean folder; what an earlier run wrote here goes.
 
         Args:
             config: The settings.
             items: What is learned from.
             origin: What the run depends on.
+            plugins: The modules of plug-ins that it needs.
 
         Raises:
             UserError: The disk refuses.
@@ -136,18 +139,21 @@ class RunFolder:
             for place in (self._checkpoints, self.previews, self.thumbnails):
                 place.mkdir(parents=True, exist_ok=True)
         # The settings tell that the folder is ours: with a disk that is full after them, a run can begin here again.
-        self._begin(config, origin)
+        self._begin(config, origin, plugins)
         self.lines = 0
         write_bytes(self._metrics, b"")
         write_bytes(self.path / run_record.DATA, _json_lines(items))
 
-    def resume(self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin) -> Checkpoint | None:
+    def resume(
+        self, config: RunSettings, items: Sequence[dict[str, str]], origin: Origin, plugins: Sequence[str] = ()
+    ) -> Checkpoint | None:
         """Find where a run goes on, and cut the metrics back to it.
 
         Args:
             config: The settings.
             items: What is learned from.
             origin: What the run depends on.
+            plugins: The modules of plug-ins that it needs.
 
         Returns:
             The newest good checkpoint; None where the run never came to one. What was damaged is in `lost` afterwards.
@@ -162,7 +168,7 @@ class RunFolder:
         if found is None:
             self._check_begun()
             self.lost = [f"{self.path}: {words}; the run begins anew" for words in damage]
-            self.start(config, items, origin)
+            self.start(config, items, origin, plugins)
             return None
         self._check_settings(changes(found.origin.config, config))
         self.check_base(found.origin, origin.base)
@@ -180,7 +186,7 @@ class RunFolder:
             self.lost.append(f"{self.path / run_record.DATA} was damaged or edited, and is written anew")
             write_bytes(self.path / run_record.DATA, _json_lines(items))
         self.seconds = found.seconds
-        self._begin(config, origin)
+        self._begin(config, origin, plugins)
         return found
 
     def check_asked(self, config: AskedSettings, processes: int) -> None:
@@ -238,19 +244,25 @@ class RunFolder:
         """The newest checkpoint that can be read."""
         return next((found for found in self._read_newest().values() if found is not None), None)
 
-    def _read_newest(self) -> dict[Path, Checkpoint | None]:
-        """Checkpoints from the newest to the first that can be read; None for those that cannot."""
-        found: dict[Path, Checkpoint | None] = {}
-        for _, path in sorted(self._files().items(), reverse=True):
-            found[path] = checkpoints.read(path)
-            if found[path] is not None:
-                break
-        return found
+    def forget(self) -> None:
+        """Let go of the checkpoint that `newest` and `resume` gave, which takes as much memory as the trainer's state."""
+        self._looked = None
 
-    def settings(self) -> Mapping[str, Any]:
-        """The settings of the run at its newest checkpoint that can be read; none where there is none."""
-        read = (checkpoints.read_origin(path) for _, path in sorted(self._files().items(), reverse=True))
-        return next((found.config for found in read if found is not None), {})
+    def _read_newest(self) -> dict[Path, Checkpoint | None]:
+        """Checkpoints from the newest to the first that can be read; None for those that cannot.
+
+        They are large, and every check before a run goes on asks for them: while the files are the same, they are read once.
+        """
+        files = [path for _, path in sorted(self._files().items(), reverse=True)]
+        same = [(path, (at := path.stat()).st_mtime_ns, at.st_size, at.st_ino) for path in files]
+        if self._looked is None or self._looked[0] != same:
+            found: dict[Path, Checkpoint | None] = {}
+            for path in files:
+                found[path] = checkpoints.read(path)
+                if found[path] is not None:
+                    break
+            self._looked = same, found
+        return self._looked[1]
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Write measurements into ``metrics.jsonl``, each with the seconds trained so far.
@@ -363,7 +375,7 @@ class RunFolder:
         matches = ((_NAME.fullmatch(path.name), path) for path in self._checkpoints.glob("*.safetensors"))
         return {int(match[1]): path for match, path in matches if match}
 
-    def _begin(self, config: RunSettings, origin: Origin) -> None:
+    def _begin(self, config: RunSettings, origin: Origin, plugins: Sequence[str]) -> None:
         self.origin = origin
         self.kept = config.keep_checkpoints
         self.started = time.monotonic()
@@ -375,8 +387,7 @@ class RunFolder:
                         left.unlink()  # by a run that was killed while it wrote
         header = f"{_HEADER}{self.command} --config {self.path / run_record.CONFIG}\n"
         header += "# What stands in a comment was derived from the rest, and is derived anew when this file is used.\n"
-        modules = plugins_of(config)
-        header += f"plugin = {json.dumps(modules, ensure_ascii=False)}\n" if modules else ""
+        header += f"plugin = {json.dumps(plugins, ensure_ascii=False)}\n" if plugins else ""
         write_bytes(self.path / run_record.CONFIG, checksums.sealed_comment(header + to_toml(config)).encode())
         self.facts = {}
         self.note(
@@ -385,7 +396,7 @@ class RunFolder:
             version=__version__,
             process=run_record.this_process(),
             settings=to_json(config),
-            plugins=modules,
+            plugins=list(plugins),
             derived=dict(config.derived),
         )
 

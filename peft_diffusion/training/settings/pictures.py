@@ -1,6 +1,6 @@
 """What a training on pictures is told: one dataclass for flags, TOML file and Python. Imports no torch."""
 
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, field
 from pathlib import Path
 
 from ...bases import family as families
@@ -14,10 +14,15 @@ from ...core.settings import (
     WHOLE_SHARE,
     Flag,
     Group,
+    OnePath,
+    OptionalPath,
+    Paths,
     Range,
+    Texts,
     about,
     explained,
     setting,
+    settings_class,
 )
 from .choices import (
     HuberSchedule,
@@ -52,17 +57,17 @@ _DATA = Group("Pictures and captions", 2)
 _PRIOR = Group("Keeping the class", 3)
 
 
-@dataclass(frozen=True)
+@settings_class()
 class _PictureConfig:
     """What a run learns from and what it makes."""
 
-    folder: tuple[Path, ...] = field(
+    folder: Paths = field(
         metadata=about(
             "Image folders to learn from, with their subfolders. Several are read as one.", RESULT, free_on_resume=True
         )
     )
     _: KW_ONLY
-    output: Path | None = setting(
+    output: OptionalPath = setting(
         None,
         "The adapter file to write; by default the folder's name with .safetensors, in the present directory.",
         RESULT,
@@ -124,20 +129,20 @@ class _PictureConfig:
         _DATA,
         SHARE,
     )
-    cache: Path | None = setting(
+    cache: OptionalPath = setting(
         None,
         "Folder to keep encoded pictures in, so that the next run on them starts faster; by default only memory.",
         _DATA,
         place=True,
         free_on_resume=True,
     )
-    repeats: tuple[str, ...] = setting(
+    repeats: Texts = setting(
         (),
         "SUBFOLDER=N: draw its pictures N times in an epoch, for a few that count; a subfolder named 10_name is "
         "drawn 10 times without that.",
         _DATA,
     )
-    folder_weight: tuple[str, ...] = setting(
+    folder_weight: Texts = setting(
         (), "SUBFOLDER=WEIGHT: what its pictures count in the loss, below 1 for doubtful ones.", _DATA
     )
     masks: Masks = setting(
@@ -147,7 +152,7 @@ class _PictureConfig:
         _DATA,
     )
 
-    class_prompt: tuple[str, ...] = setting(
+    class_prompt: Texts = setting(
         (),
         'What the subject is one of, as in "a portrait of a woman": the base draws pictures of it, and what they '
         "show is kept as it was. For a subject that should leave the rest alone; give it again for more kinds.",
@@ -156,7 +161,7 @@ class _PictureConfig:
     class_images: int | None = setting(
         None, "Pictures that the base draws for the class prompts; they are kept for later runs.", _PRIOR, COUNT
     )
-    regularisation: tuple[Path, ...] = setting(
+    regularisation: Paths = setting(
         (),
         "A folder of pictures of the class, in place of those that the base draws or beside them; repeats and "
         "captions as usual, without the trigger. Give it again for more folders.",
@@ -178,7 +183,7 @@ class _PictureConfig:
 
 
 @explained
-@dataclass(frozen=True, kw_only=True)
+@settings_class(kw_only=True)
 class TrainConfig(SharedConfig, _PictureConfig):
     """Everything a training run is told. A field left at None gets the preset's value for the base.
 
@@ -192,7 +197,7 @@ class TrainConfig(SharedConfig, _PictureConfig):
         ADAPTER,
         SHARE,
     )
-    block: tuple[str, ...] = setting(
+    block: Texts = setting(
         (),
         'In place of method and target: "COMPONENT TARGET METHOD NAME=VALUE ..." (lr=... too); several train together.',
         ADAPTER,
@@ -204,7 +209,7 @@ class TrainConfig(SharedConfig, _PictureConfig):
         "paths; by default those that the method was made for, attention+ff for a LoRA.",
         ADAPTER,
     )
-    components: tuple[str, ...] = setting(
+    components: Texts = setting(
         (),
         "Parts to adapt, with commas: unet (by default), or unet,text_encoder for words that the base does not "
         "know (by default for a subject); SDXL has a text_encoder_2 too.",
@@ -283,7 +288,7 @@ class TrainConfig(SharedConfig, _PictureConfig):
         0, "Number that all chance comes from: same seed, settings and pictures, same adapter.", LEARNING, NATURAL
     )
 
-    run_dir: Path | None = setting(
+    run_dir: OptionalPath = setting(
         None,
         "Folder for settings, metrics, previews and checkpoints; by default runs/NAME, after the output file.",
         WATCH,
@@ -298,7 +303,7 @@ class TrainConfig(SharedConfig, _PictureConfig):
         COUNT,
         free_on_resume=True,
     )
-    preview_prompts: tuple[str, ...] = setting(
+    preview_prompts: Texts = setting(
         (), "Prompts of the previews; by default captions of pictures kept apart.", WATCH, free_on_resume=True
     )
     preview_every: int | None = setting(
@@ -333,12 +338,12 @@ class TrainConfig(SharedConfig, _PictureConfig):
             raise UserError("--debiased and --min-snr-gamma weigh timesteps both; leave one of them away")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class(kw_only=True)
 class ResolvedConfig(TrainConfig, Resolved):
     """A configuration in which the preset, the base and the machine have filled every value a run needs."""
 
-    output: Path
-    run_dir: Path
+    output: OnePath
+    run_dir: OnePath
     resolution: int
     held_out: float
     caption_dropout: float

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ... import methods
-from ...core import plugins
+from ...bases import family as families
 from ...core.errors import UserError, did_you_mean
 from ...core.method import Method
 from .shared import MethodSettings, SharedConfig
@@ -103,17 +103,18 @@ def method_names(config: MethodSettings) -> list[str]:
     return [_words(text)[2] for text in config.block] if config.block else [config.method]
 
 
-def plugins_of(config: MethodSettings) -> list[str]:
-    """Name the modules of plug-ins that were loaded, and those that the methods of a run come from.
+def plugins_of(config: MethodSettings, family: str) -> list[str]:
+    """Name the modules of plug-ins that a run needs: those that its methods and its family of bases come from.
 
     Args:
         config: The settings.
+        family: The name of the family.
 
     Returns:
         The modules.
     """
-    of_methods = [methods.find(name).plugin() for name in method_names(config)]
-    return list(dict.fromkeys([*plugins.loaded(), *(module for module in of_methods if module)]))
+    found = [*(methods.find(name).plugin() for name in method_names(config)), families.plugin_of(family)]
+    return list(dict.fromkeys(module for module in found if module))
 
 
 def ranked(config: MethodSettings) -> bool:

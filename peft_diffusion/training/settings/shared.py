@@ -1,13 +1,25 @@
 """What every training is told, whatever it learns from. Imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Protocol
 
 from ... import methods
 from ...core.errors import UserError
-from ...core.settings import COUNT, NATURAL, POSITIVE, SHARE, Flag, Group, Settings, setting, settle
+from ...core.settings import (
+    COUNT,
+    NATURAL,
+    POSITIVE,
+    SHARE,
+    Flag,
+    Group,
+    Settings,
+    Texts,
+    setting,
+    settings_class,
+    settle,
+)
 from .choices import Keep, LogWith, Memory, OptimizerName, Precision, Quantize, Scheduler
 
 RESULT = Group("What to make", 1)
@@ -103,7 +115,7 @@ class RunSettings(Settings, MethodSettings, Protocol):
     def optimizer(self) -> OptimizerName: ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class(kw_only=True)
 class SharedConfig:
     """What every training is told, whatever it learns from.
 
@@ -119,9 +131,7 @@ class SharedConfig:
         None, "Rank of a LoRA and its kin: how much it can hold, and how large the file is.", ADAPTER, COUNT
     )
     alpha: float | None = setting(None, "A LoRA is scaled by alpha / rank; by default alpha is the rank.", ADAPTER, POSITIVE)
-    option: tuple[str, ...] = setting(
-        (), "Another hyper-parameter of the method, as NAME=VALUE; give it again for more.", ADAPTER
-    )
+    option: Texts = setting((), "Another hyper-parameter of the method, as NAME=VALUE; give it again for more.", ADAPTER)
 
     steps: int | None = setting(None, "Number of steps.", LEARNING, COUNT, free_on_resume=True)
 
@@ -214,7 +224,7 @@ class SharedConfig:
             raise UserError("--optimizer schedule-free averages the weights itself; leave --ema away")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class(kw_only=True)
 class Resolved:
     """What is known of a configuration beside the values that a run goes by.
 
@@ -227,7 +237,7 @@ class Resolved:
     derived: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class(kw_only=True)
 class FindLr:
     """What a command that trains may be asked for in place of a training."""
 

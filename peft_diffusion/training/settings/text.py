@@ -1,12 +1,28 @@
 """What a training on text is told: one dataclass for flags, TOML file and Python. Imports no torch."""
 
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, field
 from pathlib import Path
 from typing import ClassVar
 
 from ...bases.family import LANGUAGE
 from ...core.errors import UserError
-from ...core.settings import COUNT, NATURAL, POSITIVE, SHARE, Flag, Group, Range, about, explained, setting
+from ...core.settings import (
+    COUNT,
+    NATURAL,
+    POSITIVE,
+    SHARE,
+    Flag,
+    Group,
+    OnePath,
+    OptionalPath,
+    Paths,
+    Range,
+    Texts,
+    about,
+    explained,
+    setting,
+    settings_class,
+)
 from ...data.text_files import read_texts
 from .choices import Keep, Scheduler
 from .shared import ADAPTER, LEARNING, RESULT, WATCH, Resolved, SharedConfig, adapter_path
@@ -14,11 +30,11 @@ from .shared import ADAPTER, LEARNING, RESULT, WATCH, Resolved, SharedConfig, ad
 _DATA = Group("Text", 2)
 
 
-@dataclass(frozen=True)
+@settings_class()
 class _TextConfig:
     """What a run learns from and what it makes."""
 
-    texts: tuple[Path, ...] = field(
+    texts: Paths = field(
         metadata=about(
             "Text to learn from: UTF-8 files, or folders with .txt files. Several are read as one.",
             RESULT,
@@ -26,7 +42,7 @@ class _TextConfig:
         )
     )
     _: KW_ONLY
-    output: Path | None = setting(
+    output: OptionalPath = setting(
         None,
         "The adapter file to write; by default the text's name with .safetensors, in the present directory.",
         RESULT,
@@ -38,7 +54,7 @@ class _TextConfig:
         "tiny-lm", "The model to teach: tiny-lm (embedded), a folder in the format of transformers, or a hub id.", RESULT
     )
 
-    held_out_text: tuple[Path, ...] = setting(
+    held_out_text: Paths = setting(
         (), "Text to measure on instead of a part of what is learned from: files or folders.", _DATA, free_on_resume=True
     )
     held_out: float | None = setting(
@@ -53,7 +69,7 @@ class _TextConfig:
 
 
 @explained
-@dataclass(frozen=True, kw_only=True)
+@settings_class(kw_only=True)
 class TextTrainConfig(SharedConfig, _TextConfig):
     """Everything a training on text is told. A field left at None gets a value that suits the base.
 
@@ -69,7 +85,7 @@ class TextTrainConfig(SharedConfig, _TextConfig):
         ADAPTER,
         SHARE,
     )
-    block: tuple[str, ...] = setting(
+    block: Texts = setting(
         (),
         'In place of method and target: "lm TARGET METHOD NAME=VALUE ..." (lr=... too); several train together.',
         ADAPTER,
@@ -108,7 +124,7 @@ class TextTrainConfig(SharedConfig, _TextConfig):
         0, "Number that all chance comes from: same seed, settings and text, same adapter.", LEARNING, NATURAL
     )
 
-    run_dir: Path | None = setting(
+    run_dir: OptionalPath = setting(
         None,
         "Folder for settings, metrics and checkpoints; by default runs/NAME, after the output file.",
         WATCH,
@@ -140,12 +156,12 @@ class TextTrainConfig(SharedConfig, _TextConfig):
                 read_texts(places)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings_class(kw_only=True)
 class ResolvedTextConfig(TextTrainConfig, Resolved):
     """A configuration in which the base and the machine have filled every value a run needs."""
 
-    output: Path
-    run_dir: Path
+    output: OnePath
+    run_dir: OnePath
     context: int
     lr: float
     steps: int

@@ -134,6 +134,7 @@ def prepare(
     tell: Observer,
     drawing: Drawing,
     processes: Processes = Processes(),  # noqa: B008 -- frozen
+    run: RunFolder | None = None,
 ) -> Prepared:
     """Load the base, read and check the folder, and encode the pictures.
 
@@ -143,6 +144,7 @@ def prepare(
         tell: Is told what is found and chosen.
         drawing: Draws pictures of the class.
         processes: Those that train together.
+        run: The run folder; by default that of the settings.
 
     Returns:
         What a run on pictures works on.
@@ -156,7 +158,7 @@ def prepare(
     pipe = _loaded(replace(config, precision=precision), pipe, device, tell, processes)
     info, text = describe(pipe), denoiser_of(pipe).text
     tell(BaseLoaded(info.name, info.family, info.prediction_type, info.resolution, config.quantize))
-    run = RunFolder(run_path(config))
+    run = RunFolder(run_path(config)) if run is None else run
     going_on = run.newest() if config.resume else None
     if going_on is not None:
         run.check_base(going_on.origin, info.fingerprint)
