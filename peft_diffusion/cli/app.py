@@ -41,10 +41,10 @@ TEXT_COMMANDS = {
     "train": "Teach a language model a text and write it as one adapter file.",
     "generate": "Let a language model go on from prompts, with any number of adapters.",
 }
-METADATA_COMMANDS = {
-    "get": ("get", "Show the metadata of a safetensors file, or the values of some entries."),
-    "set": ("set_entries", "Add or replace entries of the metadata."),
-    "remove": ("remove", "Remove entries of the metadata."),
+METADATA_COMMANDS = {  # functions of these names with "_entries" behind, as `set` is taken
+    "get": "Show the metadata of a safetensors file, or the values of some entries.",
+    "set": "Add or replace entries of the metadata of a safetensors file.",
+    "remove": "Remove entries of the metadata of a safetensors file.",
 }
 OK, FAILED, USAGE, BUG, INTERRUPTED = 0, 1, 2, 70, 130
 _PLUGIN = Parameter(
@@ -75,8 +75,8 @@ for _place, (_name, _help) in enumerate(TEXT_COMMANDS.items()):
     _text.command(f"peft_diffusion.cli.text:{_name}", name=_name, help=_help, sort_key=_place)
 app.command(_text)
 _metadata = App(name="metadata", help="Show and change what a safetensors file says of itself.", sort_key=len(COMMANDS) + 1)
-for _place, (_name, (_home, _help)) in enumerate(METADATA_COMMANDS.items()):
-    _metadata.command(f"peft_diffusion.cli.metadata:{_home}", name=_name, help=_help, sort_key=_place)
+for _place, (_name, _help) in enumerate(METADATA_COMMANDS.items()):
+    _metadata.command(f"peft_diffusion.cli.metadata:{_name}_entries", name=_name, help=_help, sort_key=_place)
 app.command(_metadata)
 
 

@@ -9,7 +9,7 @@ from .terminal import say
 
 
 @reads(MetadataGetConfig)
-def get(config: MetadataGetConfig) -> None:
+def get_entries(config: MetadataGetConfig) -> None:
     """Show the metadata of a safetensors file, or the values of some entries."""
     from ..tools.labels import metadata
 
@@ -35,7 +35,7 @@ def set_entries(config: MetadataSetConfig) -> None:
 
 
 @reads(MetadataRemoveConfig)
-def remove(config: MetadataRemoveConfig) -> None:
+def remove_entries(config: MetadataRemoveConfig) -> None:
     """Remove entries of the metadata. No byte of the tensors changes."""
     from ..tools.labels import remove_metadata
 

@@ -85,7 +85,14 @@ class Folding:
         return rounded
 
     def wanted(self, tensor: Tensor) -> torch.dtype:
-        """Tell the dtype that a tensor of the base has in the checkpoint."""
+        """Tell the dtype that a tensor of the base has in the checkpoint.
+
+        Args:
+            tensor: The tensor, as the base has it.
+
+        Returns:
+            The dtype.
+        """
         return self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
 
     def leave_out(self) -> dict[Where, str]:

@@ -63,7 +63,14 @@ class Source:
         return joined_dtype(floats)
 
     def module(self, where: Where) -> nn.Module:
-        """The module of a site, with its weights where they are at hand."""
+        """Give the module of a site.
+
+        Args:
+            where: The site.
+
+        Returns:
+            The module, with its weights where they are at hand.
+        """
         component, path = where
         bare = self.bound.parts[component].get_submodule(path)
         return bare if self.weights is None else with_weights(bare, self.weights.of_module(component, path))

@@ -1,20 +1,36 @@
 """What the tools for adapter files can be told: flags, TOML keys and Python arguments in one place. Imports no torch."""
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, field
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ..core.errors import UserError
-from ..core.files import at_home
-from ..core.settings import COUNT, PARAMETERS, Flag, Range, about, explained, setting, settle
+from ..core.files import at_home, refuse_overlaps
+from ..core.settings import (
+    COUNT,
+    PARAMETERS,
+    Flag,
+    OnePath,
+    OptionalPath,
+    Range,
+    Texts,
+    about,
+    explained,
+    setting,
+    settings_class,
+    settle,
+)
 from ..formats import Plan, plan
 from ..generation.settings import Choice, parse_choices
 
 Dtype: TypeAlias = Literal["fp16", "bf16", "float32"]
 How: TypeAlias = Literal["linear", "svd", "ties", "dare-ties", "dare-linear", "magnitude", "knots", "core-space"]
 Rule: TypeAlias = Literal["ties", "dare-ties", "dare-linear", "magnitude"]
+MOST = 1000.0
+"""The strongest that an adapter is made."""
+
 ALIGNED = ("knots", "core-space")
 """Ways that bring the changes into a common basis, and merge by a rule there."""
 
@@ -32,7 +48,8 @@ _FILE = about("The adapter file.", PARAMETERS, flag=Flag(default_shown=False))
 
 
 def _rank(help: str) -> int | None:
-    return setting(None, help, PARAMETERS, COUNT)
+    rank: int | None = setting(None, help, PARAMETERS, COUNT)
+    return rank
 
 
 def refuse_same(output: Path, inputs: Sequence[Path]) -> None:
@@ -43,11 +60,9 @@ def refuse_same(output: Path, inputs: Sequence[Path]) -> None:
         inputs: What it is made of.
 
     Raises:
-        UserError: It is one of these.
+        UserError: It is one of these, or lies in one.
     """
-    for path in inputs:
-        if at_home(path).exists() and at_home(output).exists() and at_home(path).samefile(at_home(output)):
-            raise UserError(f"--output {output} is read for it too; write to another path")
+    refuse_overlaps([("--output", at_home(output))], [("the input", at_home(path)) for path in inputs])
 
 
 class OfOneFile:
@@ -71,17 +86,17 @@ class OfOneFile:
 
 
 @explained
-@dataclass(frozen=True)
+@settings_class()
 class MergeConfig:
     """Which adapters ``merge`` makes one of, or folds into a base."""
 
-    files: tuple[str, ...] = field(
+    files: Texts = field(
         metadata=about(
             "Adapter files, each FILE or FILE=STRENGTH (1 is as trained).", PARAMETERS, flag=Flag(default_shown=False)
         )
     )
     _: KW_ONLY
-    output: Path = field(
+    output: OnePath = field(
         metadata=about(
             "The adapter file to write; with --into the checkpoint, a .safetensors file or a folder.",
             PARAMETERS,
@@ -173,13 +188,13 @@ _RATIO = "Keep those above the largest divided by this, as 20 (kohya's sv_ratio)
 
 
 @explained
-@dataclass(frozen=True)
+@settings_class()
 class ResizeConfig(OfOneFile, Reducing):
     """How ``resize`` changes the ranks of an adapter."""
 
-    file: Path = field(metadata=_FILE)
+    file: OnePath = field(metadata=_FILE)
     _: KW_ONLY
-    output: Path = field(metadata=about("The file to write.", PARAMETERS, flag=_OUTPUT))
+    output: OnePath = field(metadata=about("The file to write.", PARAMETERS, flag=_OUTPUT))
     rank: int | None = _rank("The rank; beside another condition the most of a site.")
     energy: float | None = setting(None, _ENERGY, PARAMETERS, _PART)
     frobenius: float | None = setting(None, _FROBENIUS, PARAMETERS, _PART)
@@ -196,7 +211,7 @@ class ResizeConfig(OfOneFile, Reducing):
 
 
 @explained
-@dataclass(frozen=True)
+@settings_class()
 class ExtractConfig(Reducing):
     """Of which two checkpoints ``extract`` makes an adapter, and of which rank."""
 
@@ -207,7 +222,7 @@ class ExtractConfig(Reducing):
         metadata=about("The base that it was trained from: a folder or a file.", PARAMETERS, flag=Flag(default_shown=False))
     )
     _: KW_ONLY
-    output: Path = field(metadata=about("The adapter file to write.", PARAMETERS, flag=_OUTPUT))
+    output: OnePath = field(metadata=about("The adapter file to write.", PARAMETERS, flag=_OUTPUT))
     rank: int | None = _rank("The rank; beside another condition the most of a site.")
     energy: float | None = setting(None, _ENERGY, PARAMETERS, _PART)
     frobenius: float | None = setting(None, _FROBENIUS, PARAMETERS, _PART)
@@ -240,16 +255,18 @@ class ExtractConfig(Reducing):
 
 
 @explained
-@dataclass(frozen=True)
+@settings_class()
 class StrengthConfig(OfOneFile):
     """How ``strength`` scales an adapter."""
 
-    file: Path = field(metadata=_FILE)
+    file: OnePath = field(metadata=_FILE)
     strength: float = field(
-        metadata=about("What its effect is multiplied with: 0.8 is as --adapter FILE=0.8 draws.", PARAMETERS)
+        metadata=about(
+            "What its effect is multiplied with: 0.8 is as --adapter FILE=0.8 draws.", PARAMETERS, Range(-MOST, MOST)
+        )
     )
     _: KW_ONLY
-    output: Path = field(metadata=about("The file to write.", PARAMETERS, flag=_OUTPUT))
+    output: OnePath = field(metadata=about("The file to write.", PARAMETERS, flag=_OUTPUT))
     to: str | None = setting(None, _TO, PARAMETERS)
     dtype: Dtype | None = setting(None, _DTYPE, PARAMETERS)
     base: str | None = setting(None, _BASE, PARAMETERS)
@@ -261,19 +278,19 @@ class StrengthConfig(OfOneFile):
 
 
 @explained
-@dataclass(frozen=True)
+@settings_class()
 class SplitConfig(OfOneFile):
     """How ``split`` parts an adapter."""
 
-    file: Path = field(metadata=_FILE)
+    file: OnePath = field(metadata=_FILE)
     _: KW_ONLY
-    output: Path = field(
+    output: OnePath = field(
         metadata=about("The folder to write the parts to, as NAME-PART.safetensors.", PARAMETERS, flag=_OUTPUT)
     )
     by: Literal["component", "block"] = setting(
         "component", "A file for each component (unet, text_encoder), or for each block of each component.", PARAMETERS
     )
-    parts: tuple[str, ...] = setting(
+    parts: Texts = setting(
         (),
         "Only these parts, such as unet or unet.down_blocks.1; by default all.",
         PARAMETERS,
@@ -297,15 +314,15 @@ class SplitConfig(OfOneFile):
 
 
 @explained
-@dataclass(frozen=True)
+@settings_class()
 class JoinConfig:
     """Which files ``join`` puts into one."""
 
-    files: tuple[str, ...] = field(
+    files: Texts = field(
         metadata=about("Adapter files that change different sites.", PARAMETERS, flag=Flag(default_shown=False))
     )
     _: KW_ONLY
-    output: Path = field(metadata=about("The file to write.", PARAMETERS, flag=_OUTPUT))
+    output: OnePath = field(metadata=about("The file to write.", PARAMETERS, flag=_OUTPUT))
     to: str | None = setting(None, _TO, PARAMETERS)
     dtype: Dtype | None = setting(None, _DTYPE, PARAMETERS)
     base: str | None = setting(None, _BASE, PARAMETERS)
@@ -330,15 +347,15 @@ class JoinConfig:
 
 
 @explained
-@dataclass(frozen=True)
+@settings_class()
 class RenameTriggerConfig(OfOneFile):
     """Which word ``rename-trigger`` gives another name."""
 
-    file: Path = field(metadata=_FILE)
+    file: OnePath = field(metadata=_FILE)
     old: str = field(metadata=about("The word as the file has it.", PARAMETERS))
     new: str = field(metadata=about("The word that it becomes.", PARAMETERS))
     _: KW_ONLY
-    output: Path = field(metadata=about("The file to write.", PARAMETERS, flag=_OUTPUT))
+    output: OnePath = field(metadata=about("The file to write.", PARAMETERS, flag=_OUTPUT))
     base: str | None = setting(None, _BASE, PARAMETERS)
 
     def __post_init__(self) -> None:
@@ -352,12 +369,12 @@ _OUTPUT_INSTEAD = "Write to this file instead of the same one."
 
 
 @explained
-@dataclass(frozen=True)
+@settings_class()
 class MetadataGetConfig:
     """Which metadata ``metadata get`` shows."""
 
-    file: Path = field(metadata=_ANY_FILE)
-    keys: tuple[str, ...] = setting((), "Only these entries, as bare values.", PARAMETERS, flag=Flag(default_shown=False))
+    file: OnePath = field(metadata=_ANY_FILE)
+    keys: Texts = setting((), "Only these entries, as bare values.", PARAMETERS, flag=Flag(default_shown=False))
     _: KW_ONLY
     json: bool = setting(False, "As JSON.", PARAMETERS)
 
@@ -366,14 +383,14 @@ class MetadataGetConfig:
 
 
 @explained
-@dataclass(frozen=True)
+@settings_class()
 class MetadataSetConfig:
     """Which metadata ``metadata set`` writes."""
 
-    file: Path = field(metadata=_ANY_FILE)
-    entries: tuple[str, ...] = field(metadata=about("KEY=VALUE, any number.", PARAMETERS, flag=Flag(default_shown=False)))
+    file: OnePath = field(metadata=_ANY_FILE)
+    entries: Texts = field(metadata=about("KEY=VALUE, any number.", PARAMETERS, flag=Flag(default_shown=False)))
     _: KW_ONLY
-    output: Path | None = setting(None, _OUTPUT_INSTEAD, PARAMETERS, flag=_OUTPUT)
+    output: OptionalPath = setting(None, _OUTPUT_INSTEAD, PARAMETERS, flag=_OUTPUT)
 
     def __post_init__(self) -> None:
         settle(self)
@@ -397,18 +414,18 @@ class MetadataSetConfig:
 
 
 @explained
-@dataclass(frozen=True)
+@settings_class()
 class MetadataRemoveConfig:
     """Which metadata ``metadata remove`` takes away."""
 
-    file: Path = field(metadata=_ANY_FILE)
-    keys: tuple[str, ...] = field(
+    file: OnePath = field(metadata=_ANY_FILE)
+    keys: Texts = field(
         metadata=about(
             "Entries; one that ends in * is all that begin so, as ss_*.", PARAMETERS, flag=Flag(default_shown=False)
         )
     )
     _: KW_ONLY
-    output: Path | None = setting(None, _OUTPUT_INSTEAD, PARAMETERS, flag=_OUTPUT)
+    output: OptionalPath = setting(None, _OUTPUT_INSTEAD, PARAMETERS, flag=_OUTPUT)
 
     def __post_init__(self) -> None:
         settle(self)

@@ -36,7 +36,14 @@ class Watch:
         self._start = time.monotonic()
 
     def ticks(self, what: str) -> Callable[[int, int], None]:
-        """Make what is called with how many sites are done, and of how many."""
+        """Make what is called with how many are done, and of how many.
+
+        Args:
+            what: What is done, in words.
+
+        Returns:
+            The function to call.
+        """
         return progress(self.tell, what)
 
     def made(self, path: Path, sites: int, errors: Sequence[LayerError] = (), *, last: bool = True) -> Made:

@@ -66,7 +66,15 @@ class Weights:
     stored: Mapping[str, Tensor] | None = None
 
     def has(self, component: str, key: str) -> bool:
-        """Whether there is a tensor of this name."""
+        """Tell whether there is a tensor.
+
+        Args:
+            component: The part of the base.
+            key: The name of the tensor there.
+
+        Returns:
+            Whether there is.
+        """
         return (component, key) in self.places
 
     def read(self, component: str, key: str) -> Tensor:
@@ -105,7 +113,11 @@ class Weights:
         return {kind: self.read(component, key) for kind, key in keys.items() if self.has(component, key)}
 
     def rows(self) -> list[Row]:
-        """List the tensors of the base as a single file has them."""
+        """List the tensors of the base as a single file has them.
+
+        Returns:
+            A row for each.
+        """
         return rows(self.parts)
 
 
@@ -222,7 +234,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def is_weights(file: Path) -> bool:
-    """Whether a file of a base's folder holds weights, or says which do."""
+    """Tell whether a file of a base's folder holds weights, or says which do.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Whether it does.
+    """
     return file.suffix in _WEIGHTS or file.name.endswith(_INDEX)
 
 
