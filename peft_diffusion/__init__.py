@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .generation.settings import BlendConfig, GenerateConfig
     from .generation.text import generate_text
     from .generation.text_settings import TextGenerateConfig
+    from .tools.convert import Converted, convert
     from .tools.extraction import extract
     from .tools.labels import metadata, remove_metadata, rename_trigger, set_metadata
     from .tools.merging import merge
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .tools.resizing import resize
     from .tools.results import Made
     from .tools.scaling import strength
+    from .tools.settings import ConvertConfig
     from .tools.tool_settings import (
         ExtractConfig,
         JoinConfig,
@@ -40,6 +42,8 @@ __all__ = [
     "Adapters",
     "Blend",
     "BlendConfig",
+    "ConvertConfig",
+    "Converted",
     "ExtractConfig",
     "GenerateConfig",
     "Inspection",
@@ -59,6 +63,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "blend",
+    "convert",
     "extract",
     "generate",
     "generate_text",
@@ -87,6 +92,8 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "Blend": "generation.blend",
             "BlendConfig": "generation.settings",
             "ExtractConfig": "tools.tool_settings",
+            "ConvertConfig": "tools.settings",
+            "Converted": "tools.convert",
             "GenerateConfig": "generation.settings",
             "Inspection": "formats",
             "JoinConfig": "tools.tool_settings",
@@ -106,6 +113,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "UserError": "core.errors",
             "blend": "generation.blend",
             "extract": "tools.extraction",
+            "convert": "tools.convert",
             "generate": "generation.generate",
             "generate_text": "generation.text",
             "inspect": "formats",

@@ -24,6 +24,7 @@ from peft_diffusion.core import method as core_method
 from peft_diffusion.core.settings import Settings, describe, pick, settings_of
 from peft_diffusion.generation.settings import DemoConfig, InspectConfig
 from peft_diffusion.tools.tool_settings import MetadataGetConfig, MetadataRemoveConfig, MetadataSetConfig
+from peft_diffusion.training.run import next_command
 from peft_diffusion.training.settings.shared import FindLr
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +48,7 @@ COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("metadata", "get"): (MetadataGetConfig,),
     ("metadata", "set"): (MetadataSetConfig,),
     ("metadata", "remove"): (MetadataRemoveConfig,),
+    ("convert",): (pd.ConvertConfig,),
     ("demo",): (DemoConfig,),
     ("text", "train"): (pd.TextTrainConfig, FindLr),
     ("text", "generate"): (pd.TextGenerateConfig,),
@@ -133,6 +135,14 @@ def parse(words: list[str]) -> tuple[Settings, ...]:
     command = next(name for name in COMMANDS if tuple(tokens[: len(name)]) == name)
     given = next(iter(bound.arguments.values()), None)
     return () if given is None else tuple(pick(kind, given) for kind in COMMANDS[command])
+
+
+@pytest.mark.parametrize("prompt", ["a red cat", "- one, it's two", "--recipe", "-n"])
+def test_the_command_that_a_run_proposes_can_be_typed_whatever_the_words(prompt: str) -> None:
+    line = next_command("generate", prompt, {"adapter": "my ink.safetensors"}, ())
+    (made,) = parse(shlex.split(line)[1:])
+    assert isinstance(made, pd.GenerateConfig)
+    assert made.prompts == (prompt,) and made.adapter == ("my ink.safetensors",)
 
 
 def test_a_command_that_is_wrong_is_found() -> None:

@@ -62,6 +62,7 @@ COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "metadata get": (MetadataGetConfig,),
     "metadata set": (MetadataSetConfig,),
     "metadata remove": (MetadataRemoveConfig,),
+    "convert": (pd.ConvertConfig,),
     "demo": (DemoConfig,),
 }
 KINDS = [kind for kinds in COMMANDS.values() for kind in kinds]

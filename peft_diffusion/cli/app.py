@@ -35,6 +35,7 @@ COMMANDS = {
     "split": "Write the parts of an adapter, by component or by block, as files of their own.",
     "join": "Write one file of several that change different sites.",
     "rename-trigger": "Give a word of an adapter another name.",
+    "convert": "Write an adapter file anew in another layout, dtype or method, without its base.",
     "demo": "Teach two sample styles, generate with each and blend them: the whole thing in minutes.",
 }
 TEXT_COMMANDS = {

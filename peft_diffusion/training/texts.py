@@ -37,6 +37,8 @@ from .settings.text import ResolvedTextConfig, TextTrainConfig, language_output,
 from .tasks.language import LanguageSettings, LanguageTask, tokens
 from .watch.previews import Previews
 
+_WORDS, _LETTERS = 6, 60  # of a prompt that is proposed
+
 
 @dataclass(frozen=True)
 class TextSource:
@@ -253,7 +255,12 @@ class TextMaterial:
         config = self.config
         base = None if config.base == TextTrainConfig.base else config.base
         flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
-        return next_command("text generate", "The first words", flags, plugins_of(config, self.info.family))
+        return next_command("text generate", self._own_words(), flags, plugins_of(config, self.info.family))
+
+    def _own_words(self) -> str:
+        """The first words of what was learned from."""
+        words = self.texts.documents[0].text.split(maxsplit=_WORDS)[:_WORDS]
+        return " ".join(words)[:_LETTERS].strip()
 
     def result(self, found: RunResult) -> TextTrainResult:
         """What the run gave."""
