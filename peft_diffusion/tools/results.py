@@ -15,10 +15,8 @@ from ..bases.base import Skeleton
 from ..bases.skeleton import PUBLISHED
 from ..core.adapter import Adapter, LowRank, chained, parts_of
 from ..core.errors import UserError
-from ..core.files import write_bytes
 from ..core.parsing import json_value
-from ..formats import Plan, Spec, container
-from ..formats import layout as layouts
+from ..formats import Plan, Spec, file
 from ..formats.layout import Content
 from ..methods.bitfit import LAYER_BIAS, BitFit
 from ..methods.full import BIAS, WEIGHT, Full
@@ -176,15 +174,7 @@ class Adapters:
         if not self.count:
             raise UserError(f"{path} would hold nothing")
         parts = {component: self.bones.parts[component] for component in self.made}
-        written = layouts.find(layout).write(Content(self.made, parts, spec))
-        if written.file_name and path.name != written.file_name:
-            raise UserError(
-                f"{path}: files of the layout {layout!r} are found only under the name {written.file_name}; choose"
-                f" {path.with_name(written.file_name)}, in a folder of its own"
-            )
-        container.write(path, written.tensors, {**written.metadata, **metadata})
-        for other, text in written.beside.items():
-            write_bytes(path.with_name(other), text.encode())
+        file.write(path, Content(self.made, parts, spec), layout=layout, more=metadata)
 
 
 def lora(site: nn.Module, pair: LowRank) -> Adapter:
