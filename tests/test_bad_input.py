@@ -151,6 +151,7 @@ def test_the_home_folder_is_found_where_no_shell_has_looked(tmp_path: Path, monk
     for arguments in (
         ["inspect", "--files=~/a.safetensors"],
         ["train", "~/pictures"],
+        ["train", "--config=~/run.toml"],
         ["generate", "a", "-a=~/a.safetensors"],
     ):
         assert str(tmp_path / "home") in complaint(FAILED, *arguments, folder=tmp_path / "work")
