@@ -338,11 +338,22 @@ def test_a_damaged_run_hides_no_other(
     for case, (name, content) in {"whole": ("note", b""), **DAMAGE}.items():
         shutil.copytree(made.run_dir, tmp_path / "runs" / case)
         (tmp_path / "runs" / case / name).write_bytes(content)
+    for case, gone in (("no-config", "config.toml"), ("no-metrics", "metrics.jsonl"), ("metrics-alone", "config.toml")):
+        shutil.copytree(made.run_dir, tmp_path / "runs" / case)
+        (tmp_path / "runs" / case / gone).unlink()
+    (tmp_path / "runs" / "metrics-alone" / "run.json").write_bytes(b"{")
+    for name, text in (("config.toml", "title = 'a web site'"), ("metrics.jsonl", '{"step": 1}'), ("run.json", "{}")):
+        (foreign := tmp_path / "runs" / f"foreign-{name}").mkdir()
+        (foreign / name).write_text(text)
     monkeypatch.delenv("COLUMNS", raising=False)
     runs.runs(runs.RunsConfig((tmp_path / "runs",)))
-    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[3:] if line.strip()}
-    assert {"whole", *DAMAGE} <= told.keys()
-    assert [case for case, line in told.items() if "cannot be read" in line] == ["bytes", "config"]
+    said = capsys.readouterr().out
+    assert "no-config: config.toml is gone\n" in said and "metrics-alone: run.json is damaged, and left out\n" in said
+    assert "foreign" not in said and "\nwhole: " not in said
+    told = {line.split()[0]: line for line in said.splitlines()[3:] if line.strip()}
+    assert {"whole", "no-metrics", *DAMAGE} <= told.keys()
+    unread = ["bytes", "config", "metrics-alone", "no-config"]
+    assert [case for case, line in told.items() if "cannot be read" in line and line.split()[1] == "damaged"] == unread
     assert f"{made.held_out_after:.4f}" in told["whole"] and "finished" in told["whole"]
 
 

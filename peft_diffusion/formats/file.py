@@ -144,6 +144,7 @@ def write(
     dtype: torch.dtype | None = None,
     like: Sequence[torch.dtype] = (),
     kept: Mapping[str, str] | None = None,
+    more: Mapping[str, str] | None = None,
 ) -> Path:
     """Write adapters as one file, aside and then renamed.
 
@@ -156,6 +157,7 @@ def write(
         like: Without ``dtype``: a tensor takes the first of these that holds it exactly, and float32 where none does.
         kept: Metadata of the file that the content comes from, which are kept. Of another program's file, which has no spec,
             ``content.spec`` then only chooses names, and nothing of it is said.
+        more: Further entries of the metadata, which go before all others.
 
     Returns:
         The file that was written.
@@ -172,7 +174,7 @@ def write(
     if container.is_pickle(file):
         _write_pickle(file, layout, written, tensors)
     else:
-        container.write(file, tensors, told)
+        container.write(file, tensors, {**told, **(more or {})})
     for other, text in written.beside.items():
         write_bytes(file.with_name(other), text.encode())
     return file

@@ -741,6 +741,8 @@ def next_command(command: str, prompt: str, flags: Mapping[str, str | None], mod
     present = [(name, value) for name, value in flags.items() if value is not None]
     present += [("plugin", module) for module in modules]
     given = "".join(f" --{name} {shlex.quote(value)}" for name, value in present)
+    if prompt.startswith("-"):  # which would be read as a flag before the --
+        return f"peft-diffusion {command}{given} -- {shlex.quote(prompt)}"
     return f"peft-diffusion {command} {shlex.quote(prompt)}{given}"
 
 

@@ -24,6 +24,8 @@ State: TypeAlias = Literal["running", "finished", "stopped", "failed"]
 FACTS = "run.json"
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
+HEADER = "# peft-diffusion "
+"""How a ``config.toml`` of ours begins."""
 DATA = "data.json"
 THUMBNAILS = "thumbnails"
 PREVIEWS = "previews"
@@ -74,14 +76,28 @@ class Record:
         return checksums.opened(found) if isinstance(found, dict) else None
 
     @property
+    def is_run(self) -> bool:
+        """Whether a run wrote here, as far as its files tell."""
+        config, metrics = self.path / CONFIG, self.path / METRICS
+        try:
+            with config.open("rb") as file:
+                begins = file.read(len(HEADER)) == HEADER.encode()
+        except OSError:
+            begins = False
+        told = {"state", "command", "version"} <= self.facts.keys()
+        return begins or told or (config.exists() and metrics.exists()) or has_checksums(metrics)
+
+    @property
     def damage(self) -> list[str]:
         """What of ``run.json``, ``config.toml`` and ``metrics.jsonl`` is not what the run wrote, in words."""
         found = [f"{FACTS} is damaged, and left out"] if self._facts is None else []
         try:
             if not checksums.is_as_written((self.path / CONFIG).read_text("utf-8", errors="replace")):
                 found.append(f"{CONFIG} is not as the run wrote it: edited, or damaged")
-        except OSError:
-            pass
+        except FileNotFoundError:
+            found += [f"{CONFIG} is gone"] if self.is_run else []
+        except OSError as error:
+            found.append(f"{CONFIG} cannot be read: {error.strerror}")
         numbers = self._metrics[1]
         return found + ([_damaged_lines(numbers)] if numbers else [])
 
@@ -245,9 +261,11 @@ def find(folder: Path) -> list[Record]:
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name one that holds run folders, which train makes in runs/")
-    if (folder / CONFIG).exists():
-        return [Record(folder)]
-    found = [Record(path.parent) for path in sorted(folder.rglob(CONFIG)) if (path.parent / METRICS).exists()]
+    if (own := Record(folder)).is_run:
+        return [own]
+    # Any of the three, as a damaged run may lack others.
+    places = {path.parent for path in folder.rglob("*.*") if path.name in (CONFIG, FACTS, METRICS)}
+    found = [record for path in sorted(places) if (record := Record(path)).is_run]
     if not found:
         raise UserError(f"there is no run in {folder}; train makes them in runs/, or where --run-dir says")
     return found
@@ -366,6 +384,21 @@ def _entries(line: Mapping[str, Any]) -> dict[str, Any]:
     """What in a line of metrics is of the kind that runs write, which all who read the line may rely on."""
     tables = {name: value for name, value in line.items() if name in _TABLES and isinstance(value, dict)}
     return {name: value for name, value in line.items() if name not in _TABLES and _is_number(value)} | tables
+
+
+def has_checksums(path: Path) -> bool:
+    """Tell whether a run wrote a ``metrics.jsonl``: it has a line with the checksum of ours.
+
+    Args:
+        path: The file; need not exist.
+
+    Returns:
+        Whether it has.
+    """
+    try:
+        return any(checksums.opened_line(line)[1] for line in path.read_bytes().split(b"\n"))
+    except OSError:
+        return False
 
 
 def _damaged_lines(numbers: Sequence[int]) -> str:
