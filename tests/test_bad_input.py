@@ -83,6 +83,14 @@ def test_a_value_that_cannot_be_used(line: str, said: str, tmp_path: Path) -> No
     assert said in complaint(FAILED, *line.split(), folder=tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+def test_a_pipe_that_is_named_by_hand_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for line in ("generate a --config pipe", "text train pipe", "text train . --held-out-text pipe"):
+        (tmp_path / "a.txt").write_text("a cat " * 20)
+        assert "pipe is no regular file, but a pipe or a device" in complaint(FAILED, *line.split(), folder=tmp_path)
+
+
 @pytest.mark.parametrize("strength", ["abc", "nan", "inf", "-inf", "", "1,5", "0x10"])
 def test_a_strength_that_is_no_number(ink: Path, strength: str, tmp_path: Path) -> None:
     said = complaint(FAILED, "generate", "a", "--adapter", f"{ink}={strength}", folder=tmp_path)
@@ -143,6 +151,7 @@ def test_the_home_folder_is_found_where_no_shell_has_looked(tmp_path: Path, monk
     for arguments in (
         ["inspect", "--files=~/a.safetensors"],
         ["train", "~/pictures"],
+        ["train", "--config=~/run.toml"],
         ["generate", "a", "-a=~/a.safetensors"],
     ):
         assert str(tmp_path / "home") in complaint(FAILED, *arguments, folder=tmp_path / "work")

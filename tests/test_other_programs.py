@@ -267,14 +267,3 @@ def test_a_configuration_of_peft_that_is_not_computed_is_told(tmp_path: Path) ->
     (tmp_path / "adapter_config.json").write_text(json.dumps({**told, "layer_replication": [[0, 2], [1, 2]]}))
     (warning,) = formats.load(path, make_lm()).warnings
     assert "layer_replication, which is not computed here" in warning
-
-
-@pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_biases_that_peft_trained_are_not_left_out_of_a_site(bias: Any, tmp_path: Path) -> None:
-    pipe = make_pipe()
-    model = peft.get_peft_model(pipe.unet, peft.LoraConfig(r=2, bias=bias, target_modules=r".*(to_q|to_out\.0)"))
-    learned(model)
-    model.save_pretrained(tmp_path)
-    loaded = formats.load(tmp_path / "adapter_model.safetensors", make_pipe())
-    assert loaded.components["unet"] and all(path.endswith("to_q") for path in loaded.components["unet"])
-    assert any("are of sites that other tensors" in warning for warning in loaded.warnings)

@@ -29,6 +29,10 @@ KINDS: dict[str, peft.PeftConfig] = {
         target_modules=["k_proj", "v_proj", "o_proj", "down_proj"], feedforward_modules=["o_proj", "down_proj"], **LM
     ),
     "ia3 by an expression": peft.IA3Config(target_modules=LM_LAYERS, feedforward_modules=r".*(o_proj|down_proj)", **LM),
+    "modules": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "norm", "up_proj"], **LM),
+    "embedding": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], **LM),
+    "tokens beside pairs": peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 85], **LM),
+    "tokens": peft.TrainableTokensConfig(token_indices=[1, 85], **LM),
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=5, **LM),
     "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16, **LM),
     "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, **LM),
@@ -70,12 +74,21 @@ IMAGES = {
         feedforward_modules=r".*(ff\.net\.2|conv1)",
     ),
     "text_encoder": peft.IA3Config(target_modules=["q_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
+    "unet, modules": peft.LoraConfig(
+        r=2, target_modules=["to_q", "conv1"], bias="all", modules_to_save=["conv_in", "norm1", "time_embedding"]
+    ),
+    "text_encoder, biases": peft.LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"),
+    "text_encoder, tokens": peft.LoraConfig(
+        r=2, target_modules=["q_proj"], trainable_token_indices={"token_embedding": [3, 5]}
+    ),
 }
 
 
-@pytest.mark.parametrize("component", IMAGES)
-def test_factors_of_peft_multiply_the_bias_too(component: str, tmp_path: Path) -> None:
-    """On convolutions with as many inputs as outputs, only the configuration tells the side."""
+@pytest.mark.parametrize("case", IMAGES)
+def test_a_folder_of_peft_means_the_same_on_a_part_of_a_pipeline(case: str, tmp_path: Path) -> None:
+    """The factors of (IA)3 multiply the bias too. On convolutions with as many inputs as outputs, only the configuration
+    tells their side."""
+    component = case.partition(",")[0]
     pipe, ours = make_pipe(), make_pipe()
     for one in (pipe, ours):
         for parameter in (*one.unet.named_parameters(), *one.text_encoder.named_parameters()):
@@ -83,7 +96,7 @@ def test_factors_of_peft_multiply_the_bias_too(component: str, tmp_path: Path) -
                 parameter[1].data.normal_(0, 0.2, generator=torch.Generator().manual_seed(4))
     output = unet_output if component == "unet" else text_output
     plain = output(ours)
-    model = trained(peft.get_peft_model(getattr(pipe, component), IMAGES[component]), 0.2)
+    model = trained(peft.get_peft_model(getattr(pipe, component), IMAGES[case]), 0.2)
     model.save_pretrained(tmp_path, safe_serialization=False)
     assert (tmp_path / "adapter_model.bin").is_file()
     adapters = Adapters(ours)

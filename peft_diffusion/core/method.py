@@ -172,6 +172,9 @@ class Method:
         ranked: Those of the suffixes whose first size is the rank.
         by_output: Those of the suffixes whose first size is the number of outputs. A method that names them can be read from
             a file that has several layers in one, such as queries, keys and values.
+        rows: The suffixes of its two tensors (n, width) and (rows of the weight, n) of which the product is the change of
+            the weight, where it can say a change of n rows so; None where it cannot.
+        whole: The suffixes of whole changes of weight and bias, where it can say such; None where it cannot.
         aliases: What diffusers, peft and ComfyUI call its tensors after the path of the site, without a last ``.weight`` or
             ``.default``, and the suffix that each means.
         embedding: The suffixes of its vectors and of its words, where other programs know its files as embeddings of new
@@ -189,6 +192,8 @@ class Method:
     fillers: ClassVar[frozenset[str]] = frozenset()
     ranked: ClassVar[frozenset[str]] = frozenset()
     by_output: ClassVar[frozenset[str]] = frozenset()
+    rows: ClassVar[tuple[str, str] | None] = None
+    whole: ClassVar[tuple[str, str] | None] = None
     aliases: ClassVar[Mapping[str, str]] = {}
     embedding: ClassVar[tuple[str, str] | None] = None
     rates: ClassVar[Rates] = Rates()

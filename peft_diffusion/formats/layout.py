@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
 from ..core import plugins
 from ..core.errors import UserError, did_you_mean
@@ -25,6 +25,29 @@ if TYPE_CHECKING:
 
 DEFAULT = "kohya"
 """The layout that files are written in where none is named."""
+
+SaveDtype: TypeAlias = Literal["fp16", "bf16", "float32"]
+"""What the numbers of a file are rounded to, in the words of kohya's trainer."""
+
+OTHER_NAMES = {"kohya-sgm": "original"}
+"""What a layout is called too: the original's names of a UNet are those that kohya's trainer writes for XL."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """That a tensor is a weight or bias itself, or rows of one, whose distance from the base's own is the change.
+
+    Attributes:
+        parameter: ``weight`` or ``bias``.
+        rows: Which rows of the weight the tensor holds; nothing for all.
+        picks: With rows, the suffix of the matrix (rows of the weight, rows here) that picks them.
+        tied: Whether modules that share the weight with the site change with it.
+    """
+
+    parameter: str
+    rows: tuple[int, ...] = ()
+    picks: str = ""
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +65,7 @@ class Place:
         change: What brings the tensor into the shape and scale that its method knows; None where it is so already.
         shape: The shape of that part of the tensor which ``change`` takes, of a tensor that the file has in one for several
             sites; None where it takes all of it.
+        whole: How a tensor that is no change becomes one; None where it is one.
         stem: What the file calls the site, without the dot behind it. Other names that begin so belong to the site too, also
             where no layout reads them. "" where the name holds no site.
     """
@@ -55,6 +79,7 @@ class Place:
     change: "Callable[[Tensor], Tensor] | None" = None
     stem: str = ""
     shape: tuple[int, ...] | None = None
+    whole: Whole | None = None
 
 
 @dataclass(frozen=True)
@@ -100,12 +125,16 @@ class Written:
         metadata: Of the file's header.
         beside: Texts of further files that belong into the same folder, by name.
         file_name: The only name under which programs find the file; "" where any will do.
+        needed: Those entries of the metadata without which the tensors mean something else.
+        pickled: What torch.save is given where a file of this layout is wanted as ``.pt``; None where no program reads such.
     """
 
     tensors: "Mapping[str, Tensor]"
     metadata: Mapping[str, str]
     beside: Mapping[str, str] = field(default_factory=dict)
     file_name: str = ""
+    needed: frozenset[str] = frozenset()
+    pickled: "Mapping[str, object] | None" = None
 
 
 class Layout(Protocol):
@@ -137,7 +166,8 @@ class Layout(Protocol):
             names: The tensors that this layout reads: the names that it claims, and no other layout more.
 
         Returns:
-            A place or a reason for each of the names.
+            A place or a reason for each of the names. A name may go without where its tensor changes nothing: it is the
+            base's own, or another tensor of the file again.
 
         Raises:
             UserError: The names contradict one another, or what lies beside the file cannot be read.
@@ -235,10 +265,11 @@ def find(name: str) -> Layout:
     Raises:
         UserError: There is none of that name, or a plug-in cannot be imported.
     """
-    if name not in known():
-        there = sorted(LAYOUTS)
+    found = known().get(OTHER_NAMES.get(name, name))
+    if found is None:
+        there = sorted([*LAYOUTS, *OTHER_NAMES])
         raise UserError(f"there is no layout {name!r}; there are: {', '.join(there)}{did_you_mean(name, there)}")
-    return LAYOUTS[name]
+    return found
 
 
 def reader_of(name: str, layouts: Iterable[Layout]) -> Layout | None:

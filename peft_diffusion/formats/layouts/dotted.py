@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +29,7 @@ from ...core.parsing import Patterns, json_value, number, refusing
 from .. import metadata
 from ..aliases import aliases
 from ..container import Header
-from ..layout import Content, Layout, Place, Reading, Written, register
+from ..layout import Content, Layout, Place, Reading, Whole, Written, register
 from ..names import LYCORIS, TEXT_MODEL, claimants, dotted_starts, prefixes, rows, with_text_model
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ _ADALORA = "ADALORA"
 _LARGEST = 16_000_000  # bytes
 # The layers of CLIP's attention by the names that the oldest scripts of diffusers gave those of every attention.
 _OF_CLIP = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
+# What peft saves as it is: a module or a bias that it trained, the base's own beside it, and rows of an embedding.
+_OF_LAYER = re.compile(r"(.+?)(?:\.base_layer)?\.(weight|bias)")
+_SAVED = re.compile(r"\.modules_to_save(?:\.(?!(?:weight|bias)$)[^.]+)?(?=\.)")  # with the adapter's name behind it
+_ROWS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
+_ORIGINAL = ".original_module."
+_NOT_TOLD = "are of no method of peft that is known"
 # What else a configuration may say of a pair, which nothing here computes.
 _NOT_COMPUTED = ("alora_invocation_tokens", "use_qalora", "layer_replication")
 # Beginnings of peft that change the base's weights, which a file then needs and does not hold.
@@ -82,7 +89,8 @@ class Diffusers(Layout):
         other = next((name for name in tensors if _LOADED not in name), None)
         if other is not None:
             raise UserError(f"diffusers reads no tensor such as {other} into a pipeline; take the layout 'kohya'")
-        return Written(tensors, metadata.of_any(content.spec) | {_METADATA: json.dumps(told, sort_keys=True)})
+        config = {_METADATA: json.dumps(told, sort_keys=True)}
+        return Written(tensors, metadata.of_any(content.spec) | config, needed=frozenset(config))
 
 
 class Peft(Layout):
@@ -100,9 +108,9 @@ class Peft(Layout):
         found = read(header, known)
         if len(known) == len(names):
             return found
-        told = str((configuration(header) or {}).get("peft_type", ""))
-        why = f"are of peft's {told}, and no method here knows them so" if told else "are of no method of peft that is known"
-        return replace(found, leftovers={**found.leftovers, **dict.fromkeys(set(names) - set(known), why)})
+        stems = [stem for place in found.places.values() if (stem := place.stem)]
+        places, leftovers = _read_whole(header, [name for name in names if name not in known], stems)
+        return replace(found, places={**found.places, **places}, leftovers={**found.leftovers, **leftovers})
 
     def write(self, content: Content) -> Written:
         """One method of one component."""
@@ -166,21 +174,79 @@ class _Tensor:
         if parts is None:
             raise ValueError(f"{name} is of another layout")
         self.stem, self.adapter = parts.where, parts.adapter
-        # peft wraps a model, or the pipeline around it.
-        starts = {**dotted_starts(), _PEFT: "", "": "", **{_PEFT + start: one for start, one in dotted_starts().items()}}
-        self.start = max((start for start in starts if self.stem.startswith(start)), key=len)
+        self.start, self.path, self.component = _located(self.stem)
         self.of_peft = self.start.startswith(_PEFT)
-        self.path = _today(self.stem.removeprefix(self.start))
         self.suffix, self.change = aliases().meaning(parts.end)
-        self.component = starts[self.start]
 
     @cached_property
     def place(self) -> Place:
         """Its place; of a path alone, in any component that claims such a path."""
-        if self.component:
-            return Place(self.component, self.path, self.suffix, change=self.change, stem=self.stem)
-        found = claimants(self.path)
-        return Place(found[0], self.path, self.suffix, "", found[1:], False, self.change, self.stem)
+        return replace(_place(self.stem, self.suffix), change=self.change)
+
+
+def _located(stem: str) -> tuple[str, str, str]:
+    """What the name of a site begins with, its path, and the component that the beginning names; "" where it names none."""
+    # peft wraps a model, or the pipeline around it.
+    starts = {**dotted_starts(), _PEFT: "", "": "", **{_PEFT + start: one for start, one in dotted_starts().items()}}
+    start = max((start for start in starts if stem.startswith(start)), key=len)
+    return start, _today(stem.removeprefix(start)), starts[start]
+
+
+def _place(stem: str, suffix: str) -> Place:
+    _, path, component = _located(stem)
+    if component:
+        return Place(component, path, suffix, stem=stem)
+    found = claimants(path)
+    return Place(found[0], path, suffix, "", found[1:], False, stem=stem)
+
+
+def _read_whole(header: Header, names: Sequence[str], stems: Sequence[str]) -> tuple[dict[str, Place], dict[str, str]]:
+    """The places of what peft saves as it is and not as a change: ``modules_to_save``, trained biases and rows of tokens."""
+    config = configuration(header) or {}
+    kind = str(config.get("peft_type", ""))
+    places: dict[str, Place] = {}
+    leftovers: dict[str, str] = {}
+    seen: set[Place] = set()
+    for name in sorted(names, key=lambda name: _SAVED.search(name) is not None):  # what peft wrapped comes after
+        if _ORIGINAL in name:
+            continue  # the base's own
+        place = _whole(config, _SAVED.sub("", name))
+        if place is None or any(place.stem.startswith(f"{stem}.") for stem in stems):
+            leftovers[name] = f"are of peft's {kind}, and no method here knows them so" if kind else _NOT_TOLD
+        elif place not in seen:  # or it is the same again
+            places[name] = place
+            seen.add(place)
+    return places, leftovers
+
+
+def _whole(config: Mapping[str, Any], name: str) -> Place | None:
+    """The place of a tensor that peft saves as it is; None where the configuration does not say that it was trained."""
+    every = methods.known().values()
+    if match := _ROWS.fullmatch(name):
+        suffixes, indices = next((one.rows for one in every if one.rows), None), _indices(config, _located(match[1])[1])
+        if suffixes is None or not indices:
+            return None
+        return replace(_place(match[1], suffixes[0]), whole=Whole("weight", indices, suffixes[1], tied=True))
+    match, own = _OF_LAYER.fullmatch(name), next((one.whole for one in every if one.whole), None)
+    if match is None or own is None:
+        return None
+    path, parameter = _located(match[1])[1], match[2]
+    saved = config.get("modules_to_save")
+    around = [*accumulate(path.split("."), lambda one, part: f"{one}.{part}")]
+    trained = isinstance(saved, list) and any(one.endswith(str(end)) for end in saved for one in around)  # as peft has it
+    if not trained and (parameter != "bias" or config.get("bias", "none") == "none"):
+        return None
+    whole = Whole(parameter, tied=trained and bool(config.get("ensure_weight_tying")))
+    return replace(_place(match[1], own[parameter == "bias"]), whole=whole)
+
+
+def _indices(config: Mapping[str, Any], path: str) -> tuple[int, ...]:
+    """The tokens whose rows peft trained at a path; nothing where the configuration does not tell them."""
+    told = config.get("token_indices") or config.get("trainable_token_indices")
+    if isinstance(told, dict):
+        told = next((one for key, one in told.items() if path == key or path.endswith(f".{key}")), None)
+    valid = isinstance(told, list) and all(type(one) is int and one >= 0 for one in told)
+    return tuple(told) if valid and isinstance(told, list) else ()
 
 
 def _today(path: str) -> str:

@@ -29,6 +29,7 @@ class Full(Method, name="full", suffixes=frozenset({WEIGHT, BIAS, NORM_WEIGHT}))
     """
 
     by_output: ClassVar[frozenset[str]] = frozenset({WEIGHT, BIAS})
+    whole: ClassVar[tuple[str, str]] = (WEIGHT, BIAS)
     aliases: ClassVar[Mapping[str, str]] = {WEIGHT: WEIGHT, BIAS: BIAS}
     rates: ClassVar[Rates] = Rates(factor=0.1)
 

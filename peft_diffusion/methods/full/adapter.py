@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ...core.adapter import Adapter, Site, float32_parameter
 from ...core.errors import UserError
 from ..shared import affine
-from ..shared.sites import NORMS, along, channels_of, is_embedding, is_norm, looked_up, normalized, weight_shape
+from ..shared.sites import along, channels_of, is_embedding, is_norm, looked_up, normalized, weight_shape
 from . import BIAS, NORM_WEIGHT, WEIGHT
 
 
@@ -76,7 +76,7 @@ class FullAdapter(Adapter):
         """What the site would make of ``x`` with the changes as its weight and bias."""
         if isinstance(self.site, nn.Embedding):
             return looked_up(self.site, x, self.weight).to(y.dtype)
-        if isinstance(self.site, NORMS):
+        if is_norm(self.site):
             change = normalized(self.site, x) * along(self.weight, y, self.site)
         else:
             change = affine.applied(self.site, x, self.weight.to(x.dtype))

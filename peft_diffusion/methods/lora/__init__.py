@@ -75,6 +75,7 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA, BASE})
     constants: ClassVar[frozenset[str]] = frozenset({ALPHA, SPARSE[0], SPARSE[2]})
     ranked: ClassVar[frozenset[str]] = frozenset({DOWN})
     by_output: ClassVar[frozenset[str]] = frozenset({UP, UP_BIAS})
+    rows: ClassVar[tuple[str, str]] = (DOWN, UP)
     aliases: ClassVar[Mapping[str, str]] = {
         **PAIR_ALIASES, SINGULAR: SINGULAR, "lora_B.bias": UP_BIAS,
         "lora_embedding_A": DOWN, "lora_embedding_B": UP, BASE: BASE,

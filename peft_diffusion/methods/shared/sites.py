@@ -9,6 +9,8 @@ from ...core.site import base_class
 from . import affine
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)
+# Norms of language models that divide by the root of the mean square, and multiply by their weight, by class.
+_ROOT_MEAN_SQUARE = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 _CHANNELS_SECOND = (nn.Conv2d, nn.GroupNorm)
 
 
@@ -25,7 +27,7 @@ def is_embedding(site: Site) -> bool:
 
 
 def is_norm(site: Site) -> bool:
-    """Tell whether a module is a GroupNorm or a LayerNorm over one axis, with a weight.
+    """Tell whether a module is a GroupNorm, a LayerNorm over one axis, or an RMSNorm of a language model, with a weight.
 
     Args:
         site: A module of a base.
@@ -33,7 +35,12 @@ def is_norm(site: Site) -> bool:
     Returns:
         Whether it is.
     """
-    return isinstance(site, NORMS) and isinstance(site.weight, Tensor) and site.weight.ndim == 1
+    known = isinstance(site, NORMS) or _is_root_mean_square(site)
+    return known and isinstance(site.weight, Tensor) and site.weight.ndim == 1
+
+
+def _is_root_mean_square(site: Site) -> bool:
+    return base_class(site).__name__ in _ROOT_MEAN_SQUARE
 
 
 def weight_shape(site: Site) -> tuple[int, ...]:
@@ -52,6 +59,8 @@ def weight_shape(site: Site) -> tuple[int, ...]:
         return (site.num_embeddings, site.embedding_dim)
     if isinstance(site, NORMS):
         return tuple(site.weight.shape) if isinstance(site.weight, Tensor) else (channels_of(site),)
+    if _is_root_mean_square(site):
+        return tuple(site.get_parameter("weight").shape)
     return affine.weight_shape(site)
 
 
@@ -71,6 +80,8 @@ def channels_of(site: Site) -> int:
         return site.num_channels
     if isinstance(site, nn.LayerNorm):
         return torch.Size(site.normalized_shape).numel()
+    if _is_root_mean_square(site):
+        return len(site.get_parameter("weight"))
     return affine.weight_shape(site)[0]
 
 
@@ -93,7 +104,7 @@ def normalized(site: Site, x: Tensor) -> Tensor:
     """Compute what a norm multiplies by its weight.
 
     Args:
-        site: A GroupNorm or LayerNorm.
+        site: One of which ``is_norm`` is true.
         x: Its input.
 
     Returns:
@@ -106,6 +117,9 @@ def normalized(site: Site, x: Tensor) -> Tensor:
         return F.group_norm(x, site.num_groups, None, None, site.eps)
     if isinstance(site, nn.LayerNorm):
         return F.layer_norm(x, site.normalized_shape, None, None, site.eps)
+    if _is_root_mean_square(site):
+        exact, own = x.float(), vars(site)["variance_epsilon"]
+        return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + own)).to(x.dtype)
     raise TypeError(f"{type(site).__name__} is no norm")
 
 
