@@ -194,7 +194,7 @@ _UNET = Component(
     "lora_unet_",
     ("unet.", "diffusion_model.", "lora_unet."),  # the last inside of OneTrainer
     ("",),
-    flat=("lora_prior_unet_", "diffusion_model_"),  # of ComfyUI and A1111
+    flat=("lora_prior_unet_", "diffusion_model_", "oft_unet_"),  # of ComfyUI, A1111 and kohya's networks/oft.py
     omi="unet",
 )
 _CLIP_PATHS = ("text_model_", "encoder_layers_", "embeddings_", "final_layer_norm")

@@ -22,11 +22,14 @@ from ..core.merge import dense_weight
 from ..core.parsing import refusing
 from . import container, metadata
 from . import layout as layouts
-from .layout import Content, Layout, Whole, Written
+from .layout import Content, Layout, SaveDtype, Whole, Written
 from .names import site_name
 from .planning import NO_METHOD, NO_SITE, Plan, SitePlan, by_reason, plan, refuse_leftovers, some
 from .spec import KEY as SPEC
 from .spec import Spec, refuse_unknown
+
+DTYPES: Mapping[SaveDtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "float32": torch.float32}
+"""What the numbers of a file are rounded to, by the names that settings have for them."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,42 @@ def save(
     Raises:
         UserError: None of the components carries it, the layout is not known or cannot say it, or nothing can be written.
     """
+    write(path, _attached(components, name, spec), layout=layout, dtype=dtype)
+
+
+def check(path: str | Path, components: Mapping[str, nn.Module], name: str, spec: Spec, *, layout: str) -> None:
+    """See that `save` can write an adapter, before time goes into it. Nothing is written.
+
+    Args:
+        path: As of `save`.
+        components: As of `save`.
+        name: As of `save`.
+        spec: As of `save`, as far as it is known.
+        layout: As of `save`.
+
+    Raises:
+        UserError: The layout is not known or cannot say it, or has another name for its file.
+    """
+    _named(at_home(Path(path)), layout, layouts.find(layout).write(_attached(components, name, spec)))
+
+
+def _attached(components: Mapping[str, nn.Module], name: str, spec: Spec) -> Content:
     adapters = {key: built for key, part in components.items() if (built := sites.adapters(part, name))}
     if not adapters:
         raise UserError(f"no adapter {name!r} is attached, so there is nothing to save")
-    write(path, Content(adapters, {key: components[key] for key in adapters}, spec), layout=layout, dtype=dtype)
+    return Content(adapters, {key: components[key] for key in adapters}, spec)
+
+
+def _named(file: Path, layout: str, written: Written) -> Path:
+    """The file to write. Raises UserError where the layout has another name for it."""
+    if written.file_name and not file.suffix:
+        file = file / written.file_name
+    if written.file_name and file.name != written.file_name:
+        raise UserError(
+            f"{file}: files of the layout {layout!r} are found only under the name {written.file_name}; choose"
+            f" {file.with_name(written.file_name)}, in a folder of its own"
+        )
+    return file
 
 
 def write(
@@ -109,6 +144,7 @@ def write(
     dtype: torch.dtype | None = None,
     like: Sequence[torch.dtype] = (),
     kept: Mapping[str, str] | None = None,
+    more: Mapping[str, str] | None = None,
 ) -> Path:
     """Write adapters as one file, aside and then renamed.
 
@@ -121,6 +157,7 @@ def write(
         like: Without ``dtype``: a tensor takes the first of these that holds it exactly, and float32 where none does.
         kept: Metadata of the file that the content comes from, which are kept. Of another program's file, which has no spec,
             ``content.spec`` then only chooses names, and nothing of it is said.
+        more: Further entries of the metadata, which go before all others.
 
     Returns:
         The file that was written.
@@ -128,15 +165,8 @@ def write(
     Raises:
         UserError: The layout is not known or cannot say it, a number is beyond ``dtype``, or nothing can be written.
     """
-    file, chosen = at_home(Path(path)), layouts.find(layout)
-    written = chosen.write(content)
-    if written.file_name and not file.suffix:
-        file = file / written.file_name
-    if written.file_name and file.name != written.file_name:
-        raise UserError(
-            f"{file}: files of the layout {layout!r} are found only under the name {written.file_name}; choose"
-            f" {file.with_name(written.file_name)}, in a folder of its own"
-        )
+    written = layouts.find(layout).write(content)
+    file = _named(at_home(Path(path)), layout, written)
     told = written.metadata
     if kept is not None:
         told = {**kept, **{key: value for key, value in told.items() if SPEC in kept or key in written.needed}}
@@ -144,7 +174,7 @@ def write(
     if container.is_pickle(file):
         _write_pickle(file, layout, written, tensors)
     else:
-        container.write(file, tensors, told)
+        container.write(file, tensors, {**told, **(more or {})})
     for other, text in written.beside.items():
         write_bytes(file.with_name(other), text.encode())
     return file
