@@ -83,6 +83,14 @@ def test_a_value_that_cannot_be_used(line: str, said: str, tmp_path: Path) -> No
     assert said in complaint(FAILED, *line.split(), folder=tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+def test_a_pipe_that_is_named_by_hand_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for line in ("generate a --config pipe", "text train pipe", "text train . --held-out-text pipe"):
+        (tmp_path / "a.txt").write_text("a cat " * 20)
+        assert "pipe is no regular file, but a pipe or a device" in complaint(FAILED, *line.split(), folder=tmp_path)
+
+
 @pytest.mark.parametrize("strength", ["abc", "nan", "inf", "-inf", "", "1,5", "0x10"])
 def test_a_strength_that_is_no_number(ink: Path, strength: str, tmp_path: Path) -> None:
     said = complaint(FAILED, "generate", "a", "--adapter", f"{ink}={strength}", folder=tmp_path)
@@ -124,6 +132,7 @@ def test_negative_flags_are_no_settings(text: str, said: str, tmp_path: Path) ->
     ("text", "said"),
     [
         ('folder = "C:\\Users\\me"', "takes single quotes: folder = 'C:\\Users\\me'"),
+        ('folder = "a\\u0000b"', "--folder 'a\\x00b' holds the character of number 0, which no path has"),
         ("learning_rate = 1e-4", "no setting 'learning_rate' of this command; here it is unet_lr"),
     ],
 )
@@ -143,6 +152,7 @@ def test_the_home_folder_is_found_where_no_shell_has_looked(tmp_path: Path, monk
     for arguments in (
         ["inspect", "--files=~/a.safetensors"],
         ["train", "~/pictures"],
+        ["train", "--config=~/run.toml"],
         ["generate", "a", "-a=~/a.safetensors"],
     ):
         assert str(tmp_path / "home") in complaint(FAILED, *arguments, folder=tmp_path / "work")

@@ -23,6 +23,8 @@ from peft_diffusion.core import merge, plugins, settings_file, site, target_tabl
 from peft_diffusion.core import method as core_method
 from peft_diffusion.core.settings import Settings, describe, pick, settings_of
 from peft_diffusion.generation.settings import DemoConfig, InspectConfig
+from peft_diffusion.tools.tool_settings import MetadataGetConfig, MetadataRemoveConfig, MetadataSetConfig
+from peft_diffusion.training.run import next_command
 from peft_diffusion.training.settings.shared import FindLr
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +38,17 @@ COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("blend",): (pd.BlendConfig,),
     ("runs",): (RunsConfig,),
     ("inspect",): (InspectConfig,),
+    ("merge",): (pd.MergeConfig,),
+    ("extract",): (pd.ExtractConfig,),
+    ("resize",): (pd.ResizeConfig,),
+    ("strength",): (pd.StrengthConfig,),
+    ("split",): (pd.SplitConfig,),
+    ("join",): (pd.JoinConfig,),
+    ("rename-trigger",): (pd.RenameTriggerConfig,),
+    ("metadata", "get"): (MetadataGetConfig,),
+    ("metadata", "set"): (MetadataSetConfig,),
+    ("metadata", "remove"): (MetadataRemoveConfig,),
+    ("convert",): (pd.ConvertConfig,),
     ("demo",): (DemoConfig,),
     ("text", "train"): (pd.TextTrainConfig, FindLr),
     ("text", "generate"): (pd.TextGenerateConfig,),
@@ -122,6 +135,14 @@ def parse(words: list[str]) -> tuple[Settings, ...]:
     command = next(name for name in COMMANDS if tuple(tokens[: len(name)]) == name)
     given = next(iter(bound.arguments.values()), None)
     return () if given is None else tuple(pick(kind, given) for kind in COMMANDS[command])
+
+
+@pytest.mark.parametrize("prompt", ["a red cat", "- one, it's two", "--recipe", "-n"])
+def test_the_command_that_a_run_proposes_can_be_typed_whatever_the_words(prompt: str) -> None:
+    line = next_command("generate", prompt, {"adapter": "my ink.safetensors"}, ())
+    (made,) = parse(shlex.split(line)[1:])
+    assert isinstance(made, pd.GenerateConfig)
+    assert made.prompts == (prompt,) and made.adapter == ("my ink.safetensors",)
 
 
 def test_a_command_that_is_wrong_is_found() -> None:
@@ -299,6 +320,7 @@ def test_every_command_is_shown() -> None:
     assert {" ".join(name) for name in COMMANDS} == {
         *application.COMMANDS,
         *(f"text {name}" for name in application.TEXT_COMMANDS),
+        *(f"metadata {name}" for name in application.METADATA_COMMANDS),
     }
     typed = [words for page in PAGES for words in commands(page)]
     assert all(any(tuple(words[: len(name)]) == name for words in typed) for name in COMMANDS)

@@ -256,6 +256,7 @@ def test_other_programs_read_the_parameters(make: Make, ink: Path, tmp_path: Pat
     fields = a1111(lines[2])
     assert fields["Sampler"] == "DPM++ 2M Karras"
     assert (fields["Steps"], fields["Seed"], fields["Size"], fields["CFG scale"]) == (str(STEPS), "3", "64x64", "6.5")
+    assert "Model hash" not in fields and fields["Model"] == "tiny"  # A1111 knows bases of one file
     content = ink.read_bytes()  # as A1111's hashes.py: of what follows the header
     assert (
         fields["Lora hashes"]

@@ -345,7 +345,7 @@ def test_a_language_model_learns_and_writes_quantized(tmp_path: Path) -> None:
         observers=[TrainingConsole(said)],
     )  # fmt: skip
     flags = f"--adapter {trained.output} --base {tmp_path / 'lm'} --quantize nf4\n"
-    assert f"next: peft-diffusion text generate 'The first words' {flags}" in said.export_text()
+    assert f"next: peft-diffusion text generate 'the red cat and the blue' {flags}" in said.export_text()
     plain, packed = load_lm(tmp_path / "lm", device="cpu"), load_lm(tmp_path / "lm", device="cpu", quantize="nf4")
     assert describe(plain) == describe(packed)
     assert formats.load(trained.output, plain, strict=True).warnings == ()

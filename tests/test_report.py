@@ -23,6 +23,7 @@ from torch import nn
 
 from peft_diffusion.api import find_rates, find_text_rates, train, train_text
 from peft_diffusion.cli import runs
+from peft_diffusion.cli.app import main
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core import checksums
 from peft_diffusion.core.errors import UserError
@@ -30,7 +31,9 @@ from peft_diffusion.training import Interrupted, TextTrainConfig, TrainConfig, T
 from peft_diffusion.training import pictures as picture_runs
 from peft_diffusion.training.machine import memory_plan
 from peft_diffusion.training.machine.low_memory import recomputed
-from peft_diffusion.training.record import charts, report, run_record
+from peft_diffusion.training.record import charts, plots, report, run_record
+from peft_diffusion.training.record.measurements import measurements, verdict
+from peft_diffusion.training.record.run_folder import RunFolder
 from peft_diffusion.training.watch.find_lr import search, trial_steps
 
 torch.set_num_threads(1)
@@ -200,6 +203,10 @@ def test_charts_have_round_ticks_within_their_limits() -> None:
     low, high = charts.bounds(spiky)
     assert low <= 0.1 < high < 1
     assert charts.lines([charts.Curve("none", [], "first")], "nothing") == ""
+    nan, infinite = float("nan"), float("inf")
+    diverged = [charts.Curve("all", [(1, nan), (2, infinite)], "first"), charts.Curve("one", [(1, 0.5), (2, nan)], "first")]
+    assert charts.lines(diverged[:1], "diverged") == "" and "nan" not in charts.lines(diverged, "diverged")
+    assert charts.running([(1, 2.0), (2, nan), (3, 2.0)]) == [*charts.running([(1, 2.0)]), (3, pytest.approx(2.0))]
     assert len(charts.thinned([(step, 1.0) for step in range(5000)])) <= 400
 
 
@@ -331,12 +338,48 @@ def test_a_damaged_run_hides_no_other(
     for case, (name, content) in {"whole": ("note", b""), **DAMAGE}.items():
         shutil.copytree(made.run_dir, tmp_path / "runs" / case)
         (tmp_path / "runs" / case / name).write_bytes(content)
+    for case, gone in (("no-config", "config.toml"), ("no-metrics", "metrics.jsonl"), ("metrics-alone", "config.toml")):
+        shutil.copytree(made.run_dir, tmp_path / "runs" / case)
+        (tmp_path / "runs" / case / gone).unlink()
+    (tmp_path / "runs" / "metrics-alone" / "run.json").write_bytes(b"{")
+    for name, text in (("config.toml", "title = 'a web site'"), ("metrics.jsonl", '{"step": 1}'), ("run.json", "{}")):
+        (foreign := tmp_path / "runs" / f"foreign-{name}").mkdir()
+        (foreign / name).write_text(text)
     monkeypatch.delenv("COLUMNS", raising=False)
     runs.runs(runs.RunsConfig((tmp_path / "runs",)))
-    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[3:] if line.strip()}
-    assert {"whole", *DAMAGE} <= told.keys()
-    assert [case for case, line in told.items() if "cannot be read" in line] == ["bytes", "config"]
+    said = capsys.readouterr().out
+    assert "no-config: config.toml is gone\n" in said and "metrics-alone: run.json is damaged, and left out\n" in said
+    assert "foreign" not in said and "\nwhole: " not in said
+    told = {line.split()[0]: line for line in said.splitlines()[3:] if line.strip()}
+    assert {"whole", "no-metrics", *DAMAGE} <= told.keys()
+    unread = ["bytes", "config", "metrics-alone", "no-config"]
+    assert [case for case, line in told.items() if "cannot be read" in line and line.split()[1] == "damaged"] == unread
     assert f"{made.held_out_after:.4f}" in told["whole"] and "finished" in told["whole"]
+
+
+METRICS = {
+    "diverged": '{"step": 1, "loss": NaN}\n{"step": 2, "loss": Infinity}\n',
+    "beyond a float": '{"step": 1, "loss": 1e308}\n{"step": 2, "loss": -1e308}\n{"step": 3, "held_out_loss": 1}\n',
+    "beyond a step": f'{{"step": 1{"0" * 400}, "loss": 1}}\n{{"step": true, "loss": 3}}\n{{"step": 2, "loss": 2}}\n',
+    "of wrong types": '{"step": 0, "held_out_loss": null}\n{"step": 1, "loss": "low", "lr": 5, "changes": [1]}\n',
+}
+
+
+@pytest.mark.parametrize("case", METRICS)
+def test_odd_measurements_are_shown_as_far_as_they_go_and_serve_a_run_that_goes_on(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for run in folders:
+        run.mkdir()
+        (run / "config.toml").write_text('folder = ["x"]\n')
+        (run / "metrics.jsonl").write_text(METRICS[case])
+    assert main(["runs", *map(str, folders), "--html", str(tmp_path / "both.html")]) == 0, capsys.readouterr().err
+    report.write(folders[0])
+    lines = RunFolder(folders[0]).metrics()
+    plots.draw(tmp_path / "loss.png", lines)
+    plots.draw_signals(tmp_path / "signals.png", lines)
+    verdict(measurements(lines))
 
 
 def test_the_list_fits_a_narrow_terminal(

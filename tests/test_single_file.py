@@ -1,5 +1,7 @@
 """Single-file checkpoints in the original layout, read without a network."""
 
+import hashlib
+import json
 import pickle
 import socket
 from collections.abc import Callable
@@ -17,6 +19,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from peft_diffusion.bases import architectures, components, describe, load_base, single_file
 from peft_diffusion.bases.architectures import Architecture, write_tokenizer
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.generation import Adapters
+from peft_diffusion.generation.generate import cell_recipes
+from peft_diffusion.generation.recipe import Recipe
+from peft_diffusion.generation.sampler import Cell
+from peft_diffusion.generation.settings import Sampling
 
 pytestmark = pytest.mark.slow
 
@@ -112,6 +119,10 @@ def test_every_kind_is_read_whole(kind: str, small: None, monkeypatch: pytest.Mo
     assert info.prediction_type == ("v_prediction" if v else "epsilon")
     assert info.resolution == {"sd1": 512, "sd2": 512, "sd2-v": 768, "sdxl": 1024}[found.kind]
     assert bool(pipe.scheduler.config.get("rescale_betas_zero_snr")) == found.zero_snr
+    told = cell_recipes(Adapters(pipe), [Cell("a cat", 0, {})], Sampling())[0]
+    digest = hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()  # as A1111's hashes.py: of the whole file
+    assert f", Model hash: {digest[:10]}, Model: a," in told.parameters()
+    assert Recipe.from_json(json.loads(json.dumps(told.to_json()))) == told
     ids = pipe.tokenizer("a red apple, 2 cats").input_ids
     assert ids == [49406, 320, 736, 3055, 267, 273, 3989, 49407]
     assert all(not p.requires_grad for part in components(pipe).values() for p in part.parameters())

@@ -1,5 +1,6 @@
 """What can be asked of a base of any kind: a pipeline that denoises, or a causal language model."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -213,6 +214,22 @@ def describe(base: AnyBase) -> "BaseInfo | LanguageInfo":
         step=denoiser.step,
         fingerprint=fingerprint(components(base)),
     )
+
+
+def checkpoint_sha256(pipe: Pipeline) -> str:
+    """Digest the file that a pipeline was read from, by whose first ten digits A1111 knows a base.
+
+    Args:
+        pipe: The pipeline.
+
+    Returns:
+        The SHA-256 of the whole file, as hex digits; "" of what was read from a folder, the hub or none.
+    """
+    path = Path(str(pipe.config.get("_name_or_path") or ""))
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name(pipe: Pipeline) -> str:

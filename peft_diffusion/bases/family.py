@@ -34,6 +34,7 @@ class Component:
             takes every path that no other component claims.
         embeddings: What embeddings of its words are called in files of other programs, the one that is written first.
         flat: What flat names of other programs begin with, beside ``kohya``. They are read and not written.
+        omi: What its names begin with in the layout of the Open Model Initiative, without the dot behind it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Component:
     lycoris: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
     flat: tuple[str, ...] = ()
+    omi: str = ""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ _UNET = Component(
     "lora_unet_",
     ("unet.", "diffusion_model.", "lora_unet."),  # the last inside of OneTrainer
     ("",),
-    flat=("lora_prior_unet_", "diffusion_model_"),  # of ComfyUI and A1111
+    flat=("lora_prior_unet_", "diffusion_model_", "oft_unet_"),  # of ComfyUI, A1111 and kohya's networks/oft.py
+    omi="unet",
 )
 _CLIP_PATHS = ("text_model_", "encoder_layers_", "embeddings_", "final_layer_norm", "text_projection")
 _TEXT = Component(
@@ -213,9 +216,19 @@ _TEXT = Component(
     # The third as OneTrainer spells it, the last as older scripts of diffusers do.
     ("clip_l", "emb_params", "emp_params", "text_encoders_0"),
     ("transformer_text_model_", "0_transformer_text_model_", "model_transformer_"),  # of A1111
+    "clip_l",
 )
 _TEXT_XL = Component(
-    "text_encoder", "text encoder", "text_encoder_lr", "tokenizer", "lora_te1_", _TEXT.dotted, (), ("clip_l",), _TEXT.flat
+    "text_encoder",
+    "text encoder",
+    "text_encoder_lr",
+    "tokenizer",
+    "lora_te1_",
+    _TEXT.dotted,
+    (),
+    ("clip_l",),
+    _TEXT.flat,
+    _TEXT.omi,
 )
 _TEXT_XL_2 = Component(
     "text_encoder_2",
@@ -227,6 +240,7 @@ _TEXT_XL_2 = Component(
     (),
     ("clip_g", "text_encoders_1"),
     ("lora_prior_te_", "1_model_transformer_"),  # of ComfyUI and A1111
+    "clip_g",
 )
 _LM = Component(
     "lm",

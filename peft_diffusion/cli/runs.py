@@ -68,16 +68,24 @@ def _list(records: Sequence[Record], folder: Path) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for record in records:
         table.add_row(*_row(record, folder))
+    damage = [f"{_within(record, folder)}: {what}" for record in records for what in record.damage]
     console = Screen()
     if not console.is_terminal and "COLUMNS" not in os.environ:  # into a file or a program: nothing need be narrow
         console.width = max(console.width, console.measure(table, options=console.options.update(width=_WIDE)).maximum)
     console.print(table)
+    for line in damage:
+        console.print(Text(line, style="yellow"), soft_wrap=True)
+
+
+def _within(record: Record, folder: Path) -> str:
+    """What a list calls a run: its place in the folder that is listed."""
+    within = record.path.relative_to(folder)
+    return record.name if within == Path() else str(within)
 
 
 def _row(record: Record, folder: Path) -> list[Text]:
     """The cells of a run; one that cannot be read has but a few."""
-    within = record.path.relative_to(folder)
-    name = Text(record.name if within == Path() else str(within))
+    name = Text(_within(record, folder))
     try:
         state = Text(record.state, style=_COLOURS[record.state])
         return [name, state, *map(Text, (_base(record), record.method, *_numbers(record)))]

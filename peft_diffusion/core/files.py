@@ -100,6 +100,25 @@ def claimed(path: Path, complaint: str) -> Iterator[None]:
                 place.parent.rmdir()
 
 
+def regular(path: Path) -> Path:
+    """See that what is read is no pipe, device or folder: a pipe is waited for, and may never end.
+
+    Args:
+        path: The file, which need not be there: whoever reads it tells so.
+
+    Returns:
+        The same path.
+
+    Raises:
+        UserError: It is there, and no regular file.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file, but a pipe or a device; write its content to a file, and name that")
+    return path
+
+
 def file_of(name: str) -> str | None:
     """The name of the file that one with this name was written aside for.
 

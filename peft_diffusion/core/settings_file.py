@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from .encodings import unicode_text
 from .errors import UserError, did_you_mean
+from .files import at_home, regular
 from .other_names import known_here_as
 from .parsing import refuse_halves, refusing
 from .settings import Described, Settings, settings_of
@@ -88,8 +89,9 @@ def plugins(path: Path) -> list[str]:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
+    path = at_home(path)
     try:
-        text = unicode_text(path.read_bytes())
+        text = unicode_text(regular(path).read_bytes())
     except ValueError as error:
         raise UserError(f"{path} {error}; save it as UTF-8") from None
     except OSError as error:

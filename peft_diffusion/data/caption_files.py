@@ -162,8 +162,9 @@ def _text(path: Path, problems: list[Problem], kind: str) -> str | None:
         if text is None:
             problems.append(Problem(str(path), kind, str(error), "Save it as UTF-8 text, or delete it", stops=True))
             return None
-    word = next(word for word in text.split() if not word.isascii())
-    message = f"is no UTF-8, and read as Western European (cp1252), as in \u201c{word}\u201d"
+    word = re.search(r"[^ \t\r\n]*[^\0-\x7f][^ \t\r\n]*", text)  # a space that does not break is a letter here
+    shown = "" if word is None else f", as in \u201c{word[0]}\u201d"
+    message = f"is no UTF-8, and read as Western European (cp1252){shown}"
     problems.append(Problem(str(path), "caption read as cp1252", message, "Save it as UTF-8 where that is wrong"))
     return text
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..core.encodings import unicode_text
 from ..core.errors import UserError
+from ..core.files import regular
 
 _COMPANIONS = re.compile(r"(?i)(licen[cs]e|readme|attribution|notice|copying|credits|authors)([\W_].*)?")
 _SHOWN = 5
@@ -98,7 +99,7 @@ def _read_folder(folder: Path, documents: list[Document], left_out: list[str]) -
 def _read(path: Path, name: str) -> Document:
     """One text, line ends as newlines. Raises UserError where the file cannot be read, is empty or is no Unicode."""
     try:
-        data = path.read_bytes()
+        data = regular(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"there is no file or folder {path}") from None
     except OSError as error:

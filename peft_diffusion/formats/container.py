@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -303,6 +304,29 @@ def write_each(
             file.write(data)
         file.seek(0)
         file.write(_header_bytes(entries, head | hashes.told()))  # as long as before: hashes are
+
+
+def rewrite(header: Header, metadata: Mapping[str, str], path: Path) -> None:
+    """Write a safetensors file with other metadata, aside and then renamed. No byte of its tensors changes.
+
+    Args:
+        header: Of the file.
+        metadata: All that the new header holds.
+        path: The file to make or replace; it may be the same.
+
+    Raises:
+        UserError: The file changed since its header was read, or cannot be written.
+    """
+    refuse_changed(header)
+    begin = min((entry.start for entry in header.tensors.values()), default=header.size)
+    entries = {
+        name: {"dtype": one.dtype, "shape": list(one.shape), "data_offsets": [one.start - begin, one.end - begin]}
+        for name, one in header.tensors.items()
+    }
+    with written_aside(path) as aside, aside.open("wb") as file, header.path.open("rb") as source:
+        file.write(_header_bytes(entries, metadata))
+        source.seek(begin)
+        shutil.copyfileobj(source, file, 1 << 20)
 
 
 def _placed(told: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:

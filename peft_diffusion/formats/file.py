@@ -1,6 +1,7 @@
 """The one way to save an adapter and the one way to load it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,14 @@ from ..core.merge import dense_weight
 from ..core.parsing import refusing
 from . import container, metadata
 from . import layout as layouts
-from .layout import Content, Layout, Whole
+from .layout import Content, Layout, SaveDtype, Whole, Written
 from .names import site_name
 from .planning import NO_METHOD, NO_SITE, WHICH, Plan, SitePlan, by_reason, plan, refuse_leftovers, some
+from .spec import KEY as SPEC
 from .spec import Spec, refuse_unknown
+
+DTYPES: Mapping[SaveDtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "float32": torch.float32}
+"""What the numbers of a file are rounded to, by the names that settings have for them."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,13 @@ class _Site:
 
 
 def save(
-    path: str | Path, components: Mapping[str, nn.Module], name: str, spec: Spec, *, layout: str = layouts.DEFAULT
+    path: str | Path,
+    components: Mapping[str, nn.Module],
+    name: str,
+    spec: Spec,
+    *,
+    layout: str = layouts.DEFAULT,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write an adapter as one safetensors file, aside and then renamed.
 
@@ -80,25 +91,130 @@ def save(
         components: The components that carry the adapter, by name.
         name: What it is called on them.
         spec: What the file says of itself.
-        layout: The layout of the file: kohya, which also holds what only this package knows; diffusers, peft, original or
-            embedding; or one of a plug-in.
+        layout: The layout of the file: kohya, which also holds what only this package knows; diffusers, peft, original
+            (kohya-sgm), lycoris, omi, embedding, embedding-a1111 or embedding-diffusers; or one of a plug-in.
+        dtype: What its numbers are rounded to; None for no rounding.
 
     Raises:
         UserError: None of the components carries it, the layout is not known or cannot say it, or nothing can be written.
     """
-    file, chosen = at_home(Path(path)), layouts.find(layout)
+    write(path, _attached(components, name, spec), layout=layout, dtype=dtype)
+
+
+def check(path: str | Path, components: Mapping[str, nn.Module], name: str, spec: Spec, *, layout: str) -> None:
+    """See that `save` can write an adapter, before time goes into it. Nothing is written.
+
+    Args:
+        path: As of `save`.
+        components: As of `save`.
+        name: As of `save`.
+        spec: As of `save`, as far as it is known.
+        layout: As of `save`.
+
+    Raises:
+        UserError: The layout is not known or cannot say it, or has another name for its file.
+    """
+    _named(at_home(Path(path)), layout, layouts.find(layout).write(_attached(components, name, spec)))
+
+
+def _attached(components: Mapping[str, nn.Module], name: str, spec: Spec) -> Content:
     adapters = {key: built for key, part in components.items() if (built := sites.adapters(part, name))}
     if not adapters:
         raise UserError(f"no adapter {name!r} is attached, so there is nothing to save")
-    written = chosen.write(Content(adapters, {key: components[key] for key in adapters}, spec))
+    return Content(adapters, {key: components[key] for key in adapters}, spec)
+
+
+def _named(file: Path, layout: str, written: Written) -> Path:
+    """The file to write. Raises UserError where the layout has another name for it."""
+    if written.file_name and not file.suffix:
+        file = file / written.file_name
     if written.file_name and file.name != written.file_name:
         raise UserError(
             f"{file}: files of the layout {layout!r} are found only under the name {written.file_name}; choose"
             f" {file.with_name(written.file_name)}, in a folder of its own"
         )
-    container.write(file, written.tensors, written.metadata)
+    return file
+
+
+def write(
+    path: str | Path,
+    content: Content,
+    *,
+    layout: str = layouts.DEFAULT,
+    dtype: torch.dtype | None = None,
+    like: Sequence[torch.dtype] = (),
+    kept: Mapping[str, str] | None = None,
+    more: Mapping[str, str] | None = None,
+) -> Path:
+    """Write adapters as one file, aside and then renamed.
+
+    Args:
+        path: The file to make or replace. Its layout may put others beside it, and may have a name of its own for it: then a
+            path without an ending is the folder.
+        content: What it is to hold.
+        layout: The layout of the file.
+        dtype: What its numbers are rounded to; None for no rounding. A single number, such as alpha, is never rounded.
+        like: Without ``dtype``: a tensor takes the first of these that holds it exactly, and float32 where none does.
+        kept: Metadata of the file that the content comes from, which are kept. Of another program's file, which has no spec,
+            ``content.spec`` then only chooses names, and nothing of it is said.
+        more: Further entries of the metadata, which go before all others.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UserError: The layout is not known or cannot say it, a number is beyond ``dtype``, or nothing can be written.
+    """
+    written = layouts.find(layout).write(content)
+    file = _named(at_home(Path(path)), layout, written)
+    told = written.metadata
+    if kept is not None:
+        told = {**kept, **{key: value for key, value in told.items() if SPEC in kept or key in written.needed}}
+    tensors = {name: _rounded(file, name, tensor, dtype, like) for name, tensor in written.tensors.items()}
+    if container.is_pickle(file):
+        _write_pickle(file, layout, written, tensors)
+    else:
+        container.write(file, tensors, {**told, **(more or {})})
     for other, text in written.beside.items():
         write_bytes(file.with_name(other), text.encode())
+    return file
+
+
+def _rounded(file: Path, name: str, tensor: Tensor, dtype: torch.dtype | None, like: Sequence[torch.dtype]) -> Tensor:
+    """A tensor as a file holds it. Raises UserError where that is infinite and was not."""
+    tensor = tensor.detach()
+    if not tensor.is_floating_point():
+        return tensor
+    for exact in like if dtype is None else (dtype,):
+        rounded = tensor.to(exact)
+        if torch.equal(rounded.to(tensor.dtype), tensor):
+            return rounded
+    if dtype is None or tensor.numel() == 1:
+        return tensor
+    if not bool(torch.isfinite(rounded).all()):
+        largest = f"{float(tensor.abs().max()):.4g}"
+        raise UserError(
+            f"{file}: {name} holds {largest}, which is beyond {dtype}; take bf16 or float32".replace("torch.", "")
+        )
+    return rounded
+
+
+def _write_pickle(file: Path, layout: str, written: Written, tensors: Mapping[str, Tensor]) -> None:
+    """Write what torch.save is given. Raises UserError where the layout has no such files."""
+    if written.pickled is None:
+        raise UserError(
+            f"{file}: files of the layout {layout!r} end in .safetensors; choose {file.with_suffix('.safetensors')}"
+        )
+    by_id = {id(own): tensors[name] for name, own in written.tensors.items()}
+
+    def as_written(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {key: as_written(one) for key, one in value.items()}
+        return by_id.get(id(value), value)
+
+    buffer = io.BytesIO()
+    torch.save(as_written(written.pickled), buffer)
+    write_bytes(file, buffer.getvalue())
 
 
 def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False) -> Loaded:

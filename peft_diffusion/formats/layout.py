@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
 from ..core import plugins
 from ..core.errors import UserError, did_you_mean
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 DEFAULT = "kohya"
 """The layout that files are written in where none is named."""
+
+SaveDtype: TypeAlias = Literal["fp16", "bf16", "float32"]
+"""What the numbers of a file are rounded to, in the words of kohya's trainer."""
+
+OTHER_NAMES = {"kohya-sgm": "original"}
+"""What a layout is called too: the original's names of a UNet are those that kohya's trainer writes for XL."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +125,16 @@ class Written:
         metadata: Of the file's header.
         beside: Texts of further files that belong into the same folder, by name.
         file_name: The only name under which programs find the file; "" where any will do.
+        needed: Those entries of the metadata without which the tensors mean something else.
+        pickled: What torch.save is given where a file of this layout is wanted as ``.pt``; None where no program reads such.
     """
 
     tensors: "Mapping[str, Tensor]"
     metadata: Mapping[str, str]
     beside: Mapping[str, str] = field(default_factory=dict)
     file_name: str = ""
+    needed: frozenset[str] = frozenset()
+    pickled: "Mapping[str, object] | None" = None
 
 
 class Layout(Protocol):
@@ -255,10 +265,11 @@ def find(name: str) -> Layout:
     Raises:
         UserError: There is none of that name, or a plug-in cannot be imported.
     """
-    if name not in known():
-        there = sorted(LAYOUTS)
+    found = known().get(OTHER_NAMES.get(name, name))
+    if found is None:
+        there = sorted([*LAYOUTS, *OTHER_NAMES])
         raise UserError(f"there is no layout {name!r}; there are: {', '.join(there)}{did_you_mean(name, there)}")
-    return LAYOUTS[name]
+    return found
 
 
 def reader_of(name: str, layouts: Iterable[Layout]) -> Layout | None:

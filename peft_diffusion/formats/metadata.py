@@ -50,6 +50,9 @@ _SS_KEYS: dict[str, str] = {
     "ss_bucket_info": "bucket_info",
 }
 
+_OF_THE_BYTES = frozenset({"format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"})
+_OF_LAYOUTS = frozenset({"lora_adapter_metadata", "peft_diffusion.words"})
+
 
 def base_of(spec: Spec | None, told: Mapping[str, str]) -> dict[str, str]:
     """Tell what a file says of its base.
@@ -69,6 +72,18 @@ def base_of(spec: Spec | None, told: Mapping[str, str]) -> dict[str, str]:
     family, prediction = version
     found = {"family": family.name, "prediction_type": prediction, "name": told.get("ss_sd_model_name", "")}
     return {key: value for key, value in found.items() if value}
+
+
+def lasting(told: Mapping[str, str]) -> dict[str, str]:
+    """Choose what of a file's metadata stays true when it is written anew with the same content.
+
+    Args:
+        told: The metadata of its header.
+
+    Returns:
+        All but hashes of its bytes, and what belongs to its layout, which the new one writes as it needs it.
+    """
+    return {key: value for key, value in told.items() if key not in _OF_THE_BYTES and key not in _OF_LAYOUTS}
 
 
 def of_any(spec: Spec) -> dict[str, str]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .. import __version__
 from ..bases import fingerprint, load_base
-from ..bases.base import dtype_of
+from ..bases.base import checkpoint_sha256, dtype_of
 from ..bases.embedded import ICONS
 from ..bases.loading import is_cached, is_hub_id
 from ..bases.pipelines import Pipeline
@@ -171,6 +171,7 @@ def cell_recipes(
         "base_name": info.name,
         "base_family": info.family,
         "fingerprint": info.fingerprint,
+        "base_sha256": checkpoint_sha256(pipe),
         "device": str(pipe.device),
         "dtype": str(dtype_of(pipe)).removeprefix("torch."),
         "sampler_options": _options(scheduler),

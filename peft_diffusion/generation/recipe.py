@@ -64,6 +64,8 @@ class Recipe:
     ``plugins`` are the modules that the methods of its adapters come from. ``sampler_options`` are those of the scheduler
     that drew, and ``vae`` is the fingerprint of the VAE; None where that is not known, as in recipes of older versions.
 
+    ``base_sha256`` is the digest of the one file that the base was read from; "" where it is no file.
+
     ``base`` is the source that was named; ``base_name``, ``base_family`` and ``fingerprint`` are what was found there.
     """
 
@@ -90,13 +92,13 @@ class Recipe:
     strength: float | None = None
     guidance_stop: float | None = None
     plugins: tuple[str, ...] = ()
+    base_sha256: str = ""
     sampler_options: Mapping[str, Any] | None = None
     vae: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; plug-ins where there are."""
-        values = asdict(self)
-        return values if self.plugins else {name: value for name, value in values.items() if name != "plugins"}
+        """As JSON values; plug-ins and the digest of the base's file where there are."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("plugins", "base_sha256")}
 
     @classmethod
     def from_json(cls, values: Any) -> "Recipe":
@@ -127,7 +129,10 @@ class Recipe:
         plugins = values.get("plugins", [])
         if not isinstance(plugins, list) or not all(isinstance(module, str) for module in plugins):
             raise ValueError("plugins are of another type")
-        return cls(**{**known, **pictures, "adapters": tuple(used), "plugins": tuple(plugins)})
+        base = values.get("base_sha256", "")
+        if not isinstance(base, str):
+            raise ValueError("base_sha256 is of another type")
+        return cls(**{**known, **pictures, "adapters": tuple(used), "plugins": tuple(plugins), "base_sha256": base})
 
     def other_tools(self, other: "Recipe") -> list[str]:
         """Tell what of the tools that drew differs in another recipe, so that it would be another picture.
@@ -162,8 +167,8 @@ class Recipe:
             "CFG scale": f"{self.guidance:g}",
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",
-            "Model hash": self.fingerprint,
-            "Model": self.base_name,
+            **({"Model hash": self.base_sha256[:10]} if self.base_sha256 else {}),
+            "Model": Path(self.base_name).stem if self.base_sha256 else self.base_name,
             **({"Denoising strength": f"{self.strength:g}"} if self.strength is not None else {}),
             **({"Lora hashes": hashes} if hashes else {}),
             "Version": f"peft_diffusion {self.versions.get('peft_diffusion', '')}",

@@ -17,7 +17,7 @@ from ..bases.words import learned
 from ..core import quantized
 from ..core.errors import UserError
 from ..core.events import Event, Observer
-from ..core.files import refuse_overlaps
+from ..core.files import at_home, refuse_overlaps
 from ..core.settings import flag, pick
 from ..data.text_files import Texts, read_texts
 from .attachment import check_placements, new_words, with_words
@@ -36,6 +36,8 @@ from .settings.presets import HELD_OUT_FROM
 from .settings.text import ResolvedTextConfig, TextTrainConfig, language_output, language_run
 from .tasks.language import LanguageSettings, LanguageTask, tokens
 from .watch.previews import Previews
+
+_WORDS, _LETTERS = 6, 60  # of a prompt that is proposed
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,12 @@ class TextMaterial:
         config = self.config
         base = None if config.base == TextTrainConfig.base else config.base
         flags = {"adapter": str(config.output), "base": base, "quantize": config.quantize}
-        return next_command("text generate", "The first words", flags, plugins_of(config, self.info.family))
+        return next_command("text generate", self._own_words(), flags, plugins_of(config, self.info.family))
+
+    def _own_words(self) -> str:
+        """The first words of what was learned from."""
+        words = self.texts.documents[0].text.split(maxsplit=_WORDS)[:_WORDS]
+        return " ".join(words)[:_LETTERS].strip()
 
     def result(self, found: RunResult) -> TextTrainResult:
         """What the run gave."""
@@ -272,7 +279,7 @@ def _check_apart(config: TextTrainConfig, files: Sequence[tuple[str, Path]] = ()
     """Raise UserError where a run would write among the texts or into the base that it reads."""
     read = [("text", place) for place in config.texts]
     read += [("--held-out-text", place) for place in config.held_out_text]
-    read += [] if config.base == TextTrainConfig.base else [("--base", Path(config.base))]
+    read += [] if config.base == TextTrainConfig.base else [("--base", at_home(Path(config.base)))]
     refuse_overlaps([("--run-dir", language_run(config)), *files], read)
 
 

@@ -13,7 +13,7 @@ The method that such a file is of declares that itself: see ``Method.embedding``
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -43,6 +43,7 @@ _MOST = 75  # vectors of a word: as many tokens as a prompt has room for
 _BESIDE = "_emb"  # what the names of files end with that diffusers' scripts write beside a LoRA
 _ALONE = "emb_params"  # what a single word for the first text encoder is called
 _DEFAULT = "*"  # which A1111 begins with
+_DEFAULTS_ID = 265  # of that token in CLIP's vocabulary
 _SITE = "embeddings.token_embedding"  # the token embedding, as CLIP calls it; `Embedding.sites` finds that of others
 
 
@@ -105,17 +106,7 @@ class Embedding(Layout):
 
     def write(self, content: Content) -> Written:
         """Words and nothing else."""
-        from ...core.adapter import method_of
-
-        rest, words = parted(content)
-        if rest:
-            component, path, part = rest[0]
-            raise UserError(
-                f"the layout {self.name!r} holds new words alone, without a dot in them, for text encoders that have such"
-                f" files; {method_of(part)} at {component}.{path} is none: take the layout 'kohya'"
-            )
-        found = written(words, alone=True)
-        return Written(found.tensors, metadata.of_any(content.spec) | dict(found.metadata))
+        return _alone(self.name, content)
 
     def sites(self, component: str, module: "nn.Module") -> Mapping[str, str]:
         """The token embedding of a text encoder."""
@@ -145,6 +136,81 @@ class Embedding(Layout):
         text = json.dumps(words, ensure_ascii=False).encode()
         tensors = torch.cat(list(vectors.values())), torch.tensor(list(text), dtype=torch.uint8)
         return dict(zip(method.embedding, tensors, strict=True))
+
+
+class OfA1111(Layout):
+    """One word in a file, which A1111, Forge and ComfyUI call by the file's name; as ``.pt`` what A1111 itself writes."""
+
+    name: ClassVar[str] = "embedding-a1111"
+
+    def claims(self, name: str) -> int | None:
+        """None: the layout of all embeddings reads them."""
+        return None
+
+    def read(self, header: Header, names: Sequence[str]) -> Reading:
+        """Nothing."""
+        return Reading({})
+
+    def write(self, content: Content) -> Written:
+        """One word."""
+        found = _alone(self.name, content)
+        word = _only_word(self.name, content)
+        first, *others = found.tensors.values()
+        told: dict[str, object] = {"name": word, "step": content.spec.training.get("steps_done")}
+        checkpoint = {"sd_checkpoint": None, "sd_checkpoint_name": content.spec.base.get("name")}
+        pickled = {"string_to_token": {_DEFAULT: _DEFAULTS_ID}, "string_to_param": {_DEFAULT: first}, **told, **checkpoint}
+        return replace(found, pickled=dict(found.tensors) if others else pickled)
+
+
+class OfDiffusers(Layout):
+    """One word for one text encoder, under its own name, as diffusers' scripts write it."""
+
+    name: ClassVar[str] = "embedding-diffusers"
+
+    def claims(self, name: str) -> int | None:
+        """None: the layout of all embeddings reads them."""
+        return None
+
+    def read(self, header: Header, names: Sequence[str]) -> Reading:
+        """Nothing."""
+        return Reading({})
+
+    def write(self, content: Content) -> Written:
+        """One word of one text encoder."""
+        found = _alone(self.name, content)
+        word = _only_word(self.name, content)
+        if len(found.tensors) > 1:
+            raise UserError(
+                f"diffusers reads a word for one text encoder from a file, and {word!r} is for {len(found.tensors)}; convert"
+                " it twice, with --component text_encoder and --component text_encoder_2, or take the layout 'embedding'"
+            )
+        tensors = dict.fromkeys([word], *found.tensors.values())
+        return replace(found, tensors=tensors, pickled=tensors)
+
+
+def _alone(layout: str, content: Content) -> Written:
+    """Words and nothing else. Raises UserError for anything else."""
+    from ...core.adapter import method_of
+
+    rest, words = parted(content)
+    if rest:
+        component, path, part = rest[0]
+        raise UserError(
+            f"the layout {layout!r} holds new words alone, without a dot in them, for text encoders that have such"
+            f" files; {method_of(part)} at {component}.{path} is none: take the layout 'kohya'"
+        )
+    found = written(words, alone=True)
+    return replace(found, metadata=metadata.of_any(content.spec) | dict(found.metadata))
+
+
+def _only_word(layout: str, content: Content) -> str:
+    words = list(dict.fromkeys(one.word for one in parted(content)[1]))
+    if len(words) != 1:
+        raise UserError(
+            f"the layout {layout!r} holds one word in a file, and there are {', '.join(words)}; take the layout"
+            " 'embedding', which holds all of them"
+        )
+    return words[0]
 
 
 def parted(content: Content) -> "tuple[list[tuple[str, str, Adapter]], list[Learned]]":
@@ -201,7 +267,7 @@ def written(words: Sequence[Learned], *, alone: bool) -> Written:
     began: dict[str, dict[str, list[int]]] = {}
     for one in words:
         began.setdefault(one.component, {})[one.word] = list(one.ids)
-    return Written(tensors, {KEY: json.dumps(began, ensure_ascii=False)})
+    return Written(tensors, {KEY: json.dumps(began, ensure_ascii=False)}, needed=frozenset({KEY}))
 
 
 def _method() -> type[Method] | None:
@@ -271,3 +337,5 @@ def _default(base: "AnyBase", component: str, vectors: int) -> list[int]:
 
 
 register(Embedding())
+register(OfA1111())
+register(OfDiffusers())

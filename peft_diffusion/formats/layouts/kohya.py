@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ... import methods
 from ...bases import family as families
+from ...core.errors import UserError
 from .. import metadata
 from ..aliases import aliases
 from ..container import Header
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 Spelling = Callable[[str, str], str]
 """Spells the path of a module of a component as a file does, with its dots."""
+
+Stem = Callable[[str, str], str]
+"""Gives what the names of a site's tensors begin with, by its component and path, without the dot behind it."""
 
 
 class Kohya(Layout):
@@ -39,7 +43,7 @@ class Kohya(Layout):
 
     def write(self, content: Content) -> Written:
         """All that there is to say."""
-        return write(content, with_text_model)
+        return write(content, flat(content, with_text_model))
 
 
 def read(names: Sequence[str]) -> Reading:
@@ -62,28 +66,60 @@ def read(names: Sequence[str]) -> Reading:
     return Reading(places, leftovers)
 
 
-def write(content: Content, spelling: Spelling) -> Written:
-    """Make a file of flat names.
+def flat(content: Content, spelling: Spelling) -> Stem:
+    """Give the names of kohya's trainer: a component's prefix, and the path with underscores.
+
+    Args:
+        content: What a file is to hold.
+        spelling: How it spells paths.
+
+    Returns:
+        What the names of a site begin with.
+    """
+    family = str(content.spec.base.get("family", ""))
+    return lambda component, path: written_prefix(component, family) + spelling(component, path).replace(".", "_")
+
+
+def write(content: Content, stem: Stem, *, words_alone: bool = True) -> Written:
+    """Make a file of the tensors that kohya's trainer and LyCORIS have.
 
     Args:
         content: What it is to hold.
-        spelling: How it spells paths.
+        stem: What the names of a site begin with.
+        words_alone: Whether new words without anything else are named as files of words alone, and not as in a bundle.
 
     Returns:
         The tensors and metadata.
     """
-    family = str(content.spec.base.get("family", ""))
     tensors: dict[str, Tensor] = {}
     rest, words = embedding.parted(content)
     for component, path, part in rest:
-        if part.own_layout:
-            site = f"{OWN}{component}.{path}"
-        else:
-            site = written_prefix(component, family) + spelling(component, path).replace(".", "_")
+        site = f"{OWN}{component}.{path}" if part.own_layout else stem(component, path)
         tensors.update({f"{site}.{suffix}": tensor for suffix, tensor in part.state().items()})
     kernels = any(map(_has_kernel, tensors.items()))
-    learned = embedding.written(words, alone=not tensors)
-    return Written(tensors | dict(learned.tensors), metadata.of_kohya(content.spec, kernels) | dict(learned.metadata))
+    learned = embedding.written(words, alone=words_alone and not tensors)
+    told = metadata.of_kohya(content.spec, kernels) | dict(learned.metadata)
+    return Written(tensors | dict(learned.tensors), told, needed=learned.needed)
+
+
+def refuse_own(layout: str, content: Content) -> None:
+    """Refuse what no published layout can say, for a layout that has no names of ours beside its own.
+
+    Args:
+        layout: What it is called.
+        content: What a file is to hold.
+
+    Raises:
+        UserError: There is such a part; says where and of which method.
+    """
+    from ...core.adapter import method_of
+
+    for component, path, part in embedding.parted(content)[0]:
+        if part.own_layout:
+            raise UserError(
+                f"{component}.{path} carries {method_of(part)}, which no other program has, and the layout {layout!r} cannot"
+                f" say it; take the layout {Kohya.name!r}, which keeps it under a name of its own"
+            )
 
 
 def _place(name: str) -> Place | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...bases import family as families
 from ...core.errors import UserError
+from ..aliases import aliases
 from ..container import Header
 from ..layout import Content, Layout, Reading, Written, register
 from ..names import LYCORIS, Rows, known_rows, rows, with_text_model
@@ -46,6 +47,8 @@ class Original(Layout):
 
     def claims(self, name: str) -> int | None:
         """Names whose path begins as only the original's do."""
+        if "." in name.partition(".")[2] and not name.startswith(tuple(_flat_starts())) and aliases().parts(name) is None:
+            return None  # of OneTrainer, which keeps the dots and names tensors as kohya's layout does
         return max((len(start) for start in _beginnings(known_rows()) if name.startswith(start)), default=None)
 
     def read(self, header: Header, names: Sequence[str]) -> Reading:
@@ -61,25 +64,40 @@ class Original(Layout):
 
     def write(self, content: Content) -> Written:
         """Flat names, as kohya's trainer writes them for SDXL."""
-        names = {component: original_names(module) for component, module in content.components.items()}
-
-        def spelled(component: str, path: str) -> str:
-            if not names.get(component):
-                return with_text_model(component, path)
-            if path not in names[component]:
-                raise UserError(
-                    f"the original Stable Diffusion has no module such as {component}.{path}; take the layout"
-                    f" {kohya.Kohya.name!r}"
-                )
-            return names[component][path]
-
-        if not any(names.values()):
-            raise UserError(f"{', '.join(names)} had no other names in the original; take the layout {kohya.Kohya.name!r}")
-        return kohya.write(content, spelled)
+        return kohya.write(content, kohya.flat(content, spelling(content)))
 
     def sites(self, component: str, module: "nn.Module") -> Mapping[str, str]:
         """The original's paths."""
         return {name: path for path, name in original_names(module).items()}
+
+
+def spelling(content: Content) -> kohya.Spelling:
+    """Spell paths of UNets as the original does, and those of text encoders as files do.
+
+    Args:
+        content: What a file is to hold.
+
+    Returns:
+        The spelling, which raises UserError for a module that the original does not have.
+
+    Raises:
+        UserError: No component had other names in the original.
+    """
+    names = {component: original_names(module) for component, module in content.components.items()}
+    if not any(names.values()):
+        raise UserError(f"{', '.join(names)} had no other names in the original; take the layout {kohya.Kohya.name!r}")
+
+    def spelled(component: str, path: str) -> str:
+        if not names.get(component):
+            return with_text_model(component, path)
+        if path not in names[component]:
+            raise UserError(
+                f"the original Stable Diffusion has no module such as {component}.{path}; take the layout"
+                f" {kohya.Kohya.name!r}"
+            )
+        return names[component][path]
+
+    return spelled
 
 
 def _flat_starts() -> list[str]:

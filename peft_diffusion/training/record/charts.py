@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from markupsafe import Markup
@@ -46,9 +46,9 @@ def lines(
     Returns:
         The element.
     """
+    curves = [replace(curve, points=_drawable(curve.points)) for curve in curves]
     curves = [curve for curve in curves if curve.points]
-    values = [y for curve in curves for _, y in curve.points]
-    if not values:
+    if not curves:
         return Markup("")
     low, high = limits or room_for(curves)
     last = end or max((x for curve in curves for x, _ in curve.points), default=1) or 1
@@ -77,6 +77,11 @@ def lines(
             dot = '<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.6"><title>step {:g}: {}</title></circle>'
             parts.append(Markup(dot).format(curve.look, x_of(x), y_of(y), x, written(y, form)))
     return Markup("").join([*parts, Markup("</svg>")])
+
+
+def _drawable(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points of a curve that have a place: those of a run that diverged are NaN or infinite."""
+    return [(x, y) for x, y in points if math.isfinite(y)]
 
 
 def bars(values: Mapping[str, float], title: str, form: Format = "percent") -> Markup:
@@ -128,11 +133,13 @@ def bounds(values: Sequence[float], whole: Sequence[float] = ()) -> tuple[float,
     Returns:
         Lowest and highest value.
     """
-    ordered = sorted(value for value in values if math.isfinite(value))
+    ordered = sorted(filter(math.isfinite, values))
+    if not ordered:
+        return 0.0, 1.0
     low, high = ordered[0], ordered[-1]
     usual = ordered[int(0.98 * (len(ordered) - 1))]
     if len(ordered) > 50 and high > 1.5 * usual:
-        high = max([1.1 * usual, *(value for value in whole if math.isfinite(value))])
+        high = max([1.1 * usual, *filter(math.isfinite, whole)])
     if 0 <= low < 0.4 * high:
         low = 0.0
     room = 0.06 * (high - low) or 0.1 * abs(high) or 0.01
@@ -187,7 +194,7 @@ def written(value: float, form: Format) -> str:
 
 
 def running(points: Sequence[tuple[int, float]], decay: float = 0.95) -> list[tuple[int, float]]:
-    """Average a curve as it goes, without the pull of its beginning.
+    """Average a curve as it goes, without the pull of its beginning. What is no finite number is left out.
 
     Args:
         points: Steps and values.
@@ -197,7 +204,7 @@ def running(points: Sequence[tuple[int, float]], decay: float = 0.95) -> list[tu
         The running mean.
     """
     means, weight, mean = [], 0.0, 0.0
-    for step, value in points:
+    for step, value in filter(lambda point: math.isfinite(point[1]), points):
         weight = decay * weight + 1 - decay
         mean = decay * mean + (1 - decay) * value
         means.append((step, mean / weight))

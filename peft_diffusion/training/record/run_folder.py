@@ -28,7 +28,6 @@ from .checkpoint import Checkpoint, Origin
 from .measurements import best_step
 
 _ANEW = "; start a new run with another --run-dir, or with --overwrite"
-_HEADER = "# peft-diffusion "  # how a ``config.toml`` of ours begins
 _CHECKPOINTS, _LOGS = "checkpoints", "logs"
 _FILE = "step_{:06}.safetensors"
 _NAME = re.compile(r"step_(\d+)\.safetensors")
@@ -105,7 +104,7 @@ class RunFolder:
                 f"process {other} trains into {self.path} now; wait for it, stop it, or choose another --run-dir (if that"
                 f" process is something else, delete {self.path / run_record.FACTS})"
             )
-        if self._is_ours():
+        if run_record.Record(self.path).is_run:
             return
         foreign = [name for name in _OWN if name and _listed(self.path / name)]
         foreign += [path.name for path in _listed(self.path) if _OWN[""].fullmatch(path.name)]
@@ -385,7 +384,7 @@ class RunFolder:
                     whole = file_of(left.name)
                     if whole and own.fullmatch(whole):
                         left.unlink()  # by a run that was killed while it wrote
-        header = f"{_HEADER}{self.command} --config {self.path / run_record.CONFIG}\n"
+        header = f"{run_record.HEADER}{self.command} --config {self.path / run_record.CONFIG}\n"
         header += "# What stands in a comment was derived from the rest, and is derived anew when this file is used.\n"
         header += f"plugin = {json.dumps(plugins, ensure_ascii=False)}\n" if plugins else ""
         write_bytes(self.path / run_record.CONFIG, checksums.sealed_comment(header + to_toml(config)).encode())
@@ -399,17 +398,6 @@ class RunFolder:
             plugins=list(plugins),
             derived=dict(config.derived),
         )
-
-    def _is_ours(self) -> bool:
-        """Whether a run wrote here, as far as its files tell."""
-        config = self.path / run_record.CONFIG
-        try:
-            with config.open("rb") as file:
-                begins = file.read(len(_HEADER)) == _HEADER.encode()
-        except OSError:
-            begins = False
-        told = {"state", "command", "version"} <= run_record.Record(self.path).facts.keys()
-        return begins or told or (config.exists() and self._metrics.exists())
 
     def _clear(self) -> None:
         """Delete what runs wrote into the folders of this one, and those that are empty then."""

@@ -24,6 +24,8 @@ State: TypeAlias = Literal["running", "finished", "stopped", "failed"]
 FACTS = "run.json"
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
+HEADER = "# peft-diffusion "
+"""How a ``config.toml`` of ours begins."""
 DATA = "data.json"
 THUMBNAILS = "thumbnails"
 PREVIEWS = "previews"
@@ -31,6 +33,9 @@ PREVIEW = re.compile(r"(?:step_(\d+)|base)_(\d+)\.png")
 """The name of a preview: its step, none for the base's own, and the number of its prompt."""
 
 _SHOWN = 48  # items of a report
+_STEPS = 2**53  # beyond which a float holds no step
+_MOST = 3.5e38  # more than float32 holds, in which everything is measured
+_TABLES = frozenset(("lr", "changes"))  # the entries of a line of metrics that are no numbers
 _KINDS: dict[str, type] = {
     "process": dict, "figures": dict, "about": dict, "settings": dict, "derived": dict, "defaults": dict, "commands": dict,
     "warnings": list, "said": list, "prompts": list,
@@ -71,14 +76,28 @@ class Record:
         return checksums.opened(found) if isinstance(found, dict) else None
 
     @property
+    def is_run(self) -> bool:
+        """Whether a run wrote here, as far as its files tell."""
+        config, metrics = self.path / CONFIG, self.path / METRICS
+        try:
+            with config.open("rb") as file:
+                begins = file.read(len(HEADER)) == HEADER.encode()
+        except OSError:
+            begins = False
+        told = {"state", "command", "version"} <= self.facts.keys()
+        return begins or told or (config.exists() and metrics.exists()) or has_checksums(metrics)
+
+    @property
     def damage(self) -> list[str]:
         """What of ``run.json``, ``config.toml`` and ``metrics.jsonl`` is not what the run wrote, in words."""
         found = [f"{FACTS} is damaged, and left out"] if self._facts is None else []
         try:
             if not checksums.is_as_written((self.path / CONFIG).read_text("utf-8", errors="replace")):
                 found.append(f"{CONFIG} is not as the run wrote it: edited, or damaged")
-        except OSError:
-            pass
+        except FileNotFoundError:
+            found += [f"{CONFIG} is gone"] if self.is_run else []
+        except OSError as error:
+            found.append(f"{CONFIG} cannot be read: {error.strerror}")
         numbers = self._metrics[1]
         return found + ([_damaged_lines(numbers)] if numbers else [])
 
@@ -154,7 +173,7 @@ class Record:
     @property
     def seconds(self) -> float | None:
         """Seconds trained."""
-        return max((line["seconds"] for line in self.metrics if _is_number(line.get("seconds"))), default=None)
+        return max((line["seconds"] for line in self.metrics if "seconds" in line), default=None)
 
     def curve(self, name: str) -> Curve:
         """Read an entry of the metrics by step.
@@ -165,7 +184,7 @@ class Record:
         Returns:
             Steps and values.
         """
-        return sorted((line["step"], float(line[name])) for line in self.metrics if _is_number(line.get(name)))
+        return sorted((line["step"], float(line[name])) for line in self.metrics if name in line)
 
     @property
     def unseen(self) -> Curve:
@@ -200,8 +219,7 @@ class Record:
     @property
     def changes(self) -> dict[str, float]:
         """How far each layer moved at the last measurement, largest first."""
-        told = (line.get("changes") for line in reversed(self.metrics))
-        found = next((one for one in told if one and isinstance(one, dict)), {})
+        found: Mapping[str, Any] = next((line["changes"] for line in reversed(self.metrics) if line.get("changes")), {})
         numbers = {layer: float(change) for layer, change in found.items() if _is_number(change)}
         return dict(sorted(numbers.items(), key=lambda item: -item[1]))
 
@@ -243,9 +261,11 @@ def find(folder: Path) -> list[Record]:
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name one that holds run folders, which train makes in runs/")
-    if (folder / CONFIG).exists():
-        return [Record(folder)]
-    found = [Record(path.parent) for path in sorted(folder.rglob(CONFIG)) if (path.parent / METRICS).exists()]
+    if (own := Record(folder)).is_run:
+        return [own]
+    # Any of the three, as a damaged run may lack others.
+    places = {path.parent for path in folder.rglob("*.*") if path.name in (CONFIG, FACTS, METRICS)}
+    found = [record for path in sorted(places) if (record := Record(path)).is_run]
     if not found:
         raise UserError(f"there is no run in {folder}; train makes them in runs/, or where --run-dir says")
     return found
@@ -344,16 +364,41 @@ def measurements(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
         line = _object(body) if sound or (sound is None and not have) else None
         if line is None:
             damaged.append(place)
-        elif isinstance(line.get("step"), int):
+        else:
             found.append(line)
     if last:
         body, sound = checksums.opened_line(last)
         line = _object(body) if sound is None and not have else None  # written by hand, without an end
-        if line is not None and isinstance(line.get("step"), int):
+        if line is not None:
             found.append(line)
         elif sound is not None:  # it was whole, and its end is damaged
             damaged.append(len(whole) + 1)
-    return found, damaged
+    return [_entries(line) for line in found if _is_step(line.get("step"))], damaged
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _STEPS
+
+
+def _entries(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What in a line of metrics is of the kind that runs write, which all who read the line may rely on."""
+    tables = {name: value for name, value in line.items() if name in _TABLES and isinstance(value, dict)}
+    return {name: value for name, value in line.items() if name not in _TABLES and _is_number(value)} | tables
+
+
+def has_checksums(path: Path) -> bool:
+    """Tell whether a run wrote a ``metrics.jsonl``: it has a line with the checksum of ours.
+
+    Args:
+        path: The file; need not exist.
+
+    Returns:
+        Whether it has.
+    """
+    try:
+        return any(checksums.opened_line(line)[1] for line in path.read_bytes().split(b"\n"))
+    except OSError:
+        return False
 
 
 def _damaged_lines(numbers: Sequence[int]) -> str:
@@ -377,8 +422,9 @@ def this_process() -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a float can hold it; NaN and infinity are what a run that diverged has."""
-    return number(value) is not None and (isinstance(value, float) or math.isfinite(number(value) or 0.0))
+    """Whether it may be a measurement: within float32, or NaN or infinite as those of a run that diverged."""
+    found = number(value)
+    return found is not None and (abs(found) < _MOST or (isinstance(value, float) and not math.isfinite(value)))
 
 
 def _alive(process: Mapping[str, Any]) -> bool:

@@ -1,0 +1,20 @@
+"""``peft-diffusion convert``: write an adapter file anew in another layout."""
+
+from ..tools.settings import ConvertConfig
+from .flags import reads
+from .terminal import say
+
+
+@reads(ConvertConfig)
+def convert(config: ConvertConfig) -> None:
+    """Write an adapter file anew in another layout, dtype or method, without its base.
+
+    Metadata, triggers and kohya's ss_ entries are kept, and numbers to the bit, unless --dtype says otherwise. What a layout
+    cannot say is refused with the reason.
+    """
+    from ..tools.convert import convert as run  # which brings torch
+
+    done = run(config)
+    for warning in done.warnings:
+        say(f"warning: {warning}", error=True)
+    say(done.path)

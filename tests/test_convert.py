@@ -1,0 +1,279 @@
+"""Adapter files written anew: every layout that can hold a content gives back its very bits, and others say why not."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_pipe
+from laws import LACKING, METHODS, randomize
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import peft_diffusion as pd
+from peft_diffusion import formats
+from peft_diffusion.bases import components, describe
+from peft_diffusion.cli.app import main
+from peft_diffusion.core import site
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.training.events import Step
+
+FLAT, PEFT, OWN = {"kohya", "kohya-sgm", "lycoris", "omi"}, {"peft"}, {"kohya", "kohya-sgm"}
+ALL = FLAT | PEFT | {"diffusers"}
+# What other layouts than kohya can hold each method of the laws, on a UNet.
+HELD = {
+    **dict.fromkeys(("lora", "lora-scaled", "locon", "dora", "dora-conv"), ALL),
+    **dict.fromkeys(("loha", "loha-conv", "lokr", "lokr-conv"), FLAT | PEFT),
+    **dict.fromkeys(("loha-decomposed", "lokr-decomposed", "oft", "oft-conv", "ia3", "ia3-conv", "bitfit", "full"), FLAT),
+    **dict.fromkeys(("bottleneck", "bottleneck-parallel", "bottleneck-conv", "prefix"), OWN),
+}
+TARGETS = [*sorted(ALL), "embedding", "embedding-a1111", "embedding-diffusers"]
+
+
+def made(path: Path, method: str, component: str = "unet", dtype: torch.dtype | None = None) -> Path:
+    """A file of a method on the tiny base, as if it had been trained."""
+    chosen, target = METHODS[method]
+    pipe = make_pipe()
+    part = components(pipe)[component]
+    site.attach(part, "a", chosen, target)
+    randomize(part, "a")
+    told = {name: list(value) if isinstance(value, range) else value for name, value in chosen.spec().items()}
+    spec = formats.Spec(
+        {component: ({**told, "target": target},)}, asdict(describe(pipe)), triggers=("ink",), training={"steps_done": 7}
+    )
+    formats.save(path, {component: part}, "a", spec, dtype=dtype)
+    return path
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """Without the hashes of the tensors."""
+    with safe_open(path, "pt") as file:
+        return {key: value for key, value in file.metadata().items() if not key.startswith("sshs_")}
+
+
+def same(first: Path, second: Path) -> bool:
+    """The same names, dtypes and bits, but for the alpha of a LoKr without a rank, which scales nothing and peft has not."""
+    a, b = load_file(first), load_file(second)
+    for name in [name for name in a if name.endswith(".lokr_w1") and name.replace("w1", "w2") in a]:
+        del a[name.replace("lokr_w1", "alpha")], b[name.replace("lokr_w1", "alpha")]
+    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+
+
+def run(source: Path, output: Path, **settings: object) -> Path:
+    return pd.convert(pd.ConvertConfig(source, output, **settings)).path  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if METHODS[method][1] not in LACKING["unet"]])
+def test_layouts_that_hold_a_method_give_back_its_bits(method: str, tiny_base: Path, tmp_path: Path) -> None:
+    source = made(tmp_path / "a.safetensors", method, dtype=torch.float16)
+    base, held = str(tiny_base), set()
+    for layout in TARGETS:
+        folder = tmp_path / layout
+        try:
+            there = run(source, folder / "adapter_model.safetensors", to=layout, base=base)
+        except UserError as error:
+            assert "layout" in str(error)  # and what to take instead
+            assert not (folder / "adapter_model.safetensors").exists()
+            continue
+        held.add(layout)
+        back = run(there, folder / "back.safetensors", base=base)
+        assert same(source, back), layout
+        told = metadata(source)
+        assert {key: value for key, value in metadata(back).items() if key in told} == told
+        one, other = pd.inspect(source), pd.inspect(back)
+        assert (one.methods, one.sites, one.hyper_parameters) == (other.methods, other.sites, other.hyper_parameters)
+    assert held == HELD[method]
+
+
+KOHYA = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+CLIP = "text_model_encoder_layers_0_self_attn_q_proj"
+
+
+def foreign(path: Path, width: int = 768, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A file as kohya's trainer writes it, of Stable Diffusion 1, with alphas that differ from site to site."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for name, outputs, inputs, alpha in ((KOHYA, 640, width, 2.0), (f"lora_te_{CLIP}", 768, 768, 0.7)):
+        tensors[f"{name}.lora_down.weight"] = torch.randn(4, inputs, generator=generator).to(dtype)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(outputs, 4, generator=generator).to(dtype)
+        tensors[f"{name}.alpha"] = torch.tensor(alpha).to(dtype)
+    told = {"ss_tag_frequency": '{"1_ink": {"ink style": 7}}', "modelspec.trigger_phrase": "ink style", "ot_branch": "x"}
+    save_file(tensors, path, {**told, "modelspec.hash_sha256": "0x0"})
+    return path
+
+
+def test_a_file_of_another_program_keeps_bits_and_metadata_and_becomes_no_file_of_ours(tmp_path: Path) -> None:
+    source = foreign(tmp_path / "a.safetensors")
+    told = {key: value for key, value in metadata(source).items() if key != "modelspec.hash_sha256"}
+    for layout in ("kohya", "kohya-sgm", "diffusers", "lycoris", "omi"):
+        there = run(source, tmp_path / layout / "b.safetensors", to=layout)
+        assert {key: metadata(there).get(key) for key in told} == told
+        assert "peft_diffusion" not in metadata(there)
+        back = run(there, tmp_path / layout / "c.safetensors")
+        assert same(source, back), layout
+        assert pd.inspect(back).spec is None
+
+
+def test_names_of_each_layout_are_those_of_its_program(tmp_path: Path) -> None:
+    source = foreign(tmp_path / "a.safetensors")
+    sgm = "input_blocks.4.1.transformer_blocks.0.attn2.to_k"
+    dotted = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    clip = "text_model.encoder.layers.0.self_attn.q_proj"
+    wanted = {
+        "kohya-sgm": (f"lora_unet_{sgm.replace('.', '_')}.lora_down.weight", f"lora_te_{CLIP}.alpha"),
+        "diffusers": (f"unet.{dotted}.lora_A.weight", f"text_encoder.{clip}.lora_B.weight"),
+        "lycoris": (f"lycoris_{dotted.replace('.', '_')}.lora_up.weight", f"lycoris_{CLIP}.alpha"),
+        "omi": (f"unet.{sgm}.lora_down.weight", f"clip_l.{clip}.alpha"),
+    }
+    for layout, names in wanted.items():
+        assert set(names) <= load_file(run(source, tmp_path / f"{layout}.safetensors", to=layout)).keys()
+
+
+def test_rounding_is_as_told_and_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
+    source = foreign(tmp_path / "a.safetensors", dtype=torch.float32)
+    before = load_file(source)
+    after = load_file(run(source, tmp_path / "b.safetensors", dtype="fp16"))
+    for name, tensor in before.items():
+        rounded = tensor.to(torch.float16) if tensor.ndim else tensor
+        assert torch.equal(after[name].float(), rounded.float())  # 0.7, an alpha, is none of the numbers of half precision
+    assert after[f"{KOHYA}.lora_up.weight"].dtype == torch.float16
+    before[f"{KOHYA}.lora_up.weight"][0, 0] = 1e6
+    save_file(before, source)
+    with pytest.raises(UserError, match=r"lora_up.weight holds 1e\+06, which is beyond float16; take bf16 or float32"):
+        run(source, tmp_path / "c.safetensors", dtype="fp16")
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_a_component_can_be_taken_alone_and_peft_gets_a_folder(tmp_path: Path) -> None:
+    source = foreign(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="peft keeps one model in a file"):
+        run(source, tmp_path / "peft", to="peft")
+    file = run(source, tmp_path / "peft", to="peft", component=("text_encoder",))
+    assert file == tmp_path / "peft" / "adapter_model.safetensors"
+    assert {name.rpartition("lora_")[2] for name in load_file(file)} == {"A.weight", "B.weight"}
+    with pytest.raises(UserError, match=r"holds nothing for 'unett'.*did you mean 'unet'"):
+        run(source, tmp_path / "b.safetensors", component=("unett",))
+
+
+def test_tensors_that_are_not_understood_are_refused_or_left_out_as_asked(tmp_path: Path) -> None:
+    source = foreign(tmp_path / "a.safetensors")
+    save_file(load_file(source) | {"lora_unet_nowhere.lora_down.weight": torch.ones(1, 1)}, source)
+    with pytest.raises(UserError, match=r"would not be used whole: .*lora_unet_nowhere"):
+        run(source, tmp_path / "b.safetensors")
+    assert len(load_file(run(source, tmp_path / "b.safetensors", partial=True))) == 6
+
+
+def word_file(path: Path, tensors: dict[str, Tensor]) -> Path:
+    save_file(tensors, path)
+    return path
+
+
+def test_words_become_files_that_diffusers_and_a1111_read(tmp_path: Path) -> None:
+    vectors = torch.randn(3, 768, generator=torch.Generator().manual_seed(0))
+    source = word_file(tmp_path / "a.safetensors", {"bundle_emb.<ink>.clip_l": vectors})
+    for layout, name in (
+        ("embedding-diffusers", "b.safetensors"),
+        ("embedding-a1111", "<ink>.pt"),
+        ("embedding", "c.safetensors"),
+    ):
+        there = run(source, tmp_path / layout / name, to=layout)
+        assert same(source, run(there, tmp_path / layout / "back.safetensors", to="omi"))
+    own = load_file(tmp_path / "embedding-diffusers" / "b.safetensors")
+    assert list(own) == ["<ink>"] and torch.equal(own["<ink>"], vectors)
+    pickled = torch.load(tmp_path / "embedding-a1111" / "<ink>.pt", weights_only=True)
+    assert pickled["string_to_token"] == {"*": 265} and pickled["name"] == "<ink>"
+    assert torch.equal(pickled["string_to_param"]["*"], vectors)
+
+
+def test_diffusers_learns_the_word_of_a_file(tiny_base: Path, tmp_path: Path) -> None:
+    vectors = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    source = word_file(tmp_path / "ink.safetensors", {"emb_params": vectors})
+    file = run(source, tmp_path / "b.safetensors", to="embedding-diffusers", base=str(tiny_base))
+    pipe = make_pipe()
+    pipe.load_textual_inversion(str(file))
+    ids = pipe.tokenizer.convert_tokens_to_ids(["ink", "ink_1"])
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[ids], vectors)
+
+
+def test_words_that_a_layout_cannot_hold_are_refused(tmp_path: Path) -> None:
+    source = word_file(tmp_path / "ink.safetensors", {"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280)})
+    with pytest.raises(UserError, match="for one text encoder from a file, and 'ink' is for 2"):
+        run(source, tmp_path / "b.safetensors", to="embedding-diffusers")
+    file = run(source, tmp_path / "b.safetensors", to="embedding-diffusers", component=("text_encoder_2",))
+    assert {name: tensor.shape for name, tensor in load_file(file).items()} == {"ink": (1, 1280)}
+    assert load_file(run(source, tmp_path / "omi.safetensors", to="omi")).keys() == {
+        "bundle_emb.ink.clip_l",
+        "bundle_emb.ink.clip_g",
+    }
+    with pytest.raises(UserError, match="has no name for new words"):
+        run(source, tmp_path / "c.safetensors", to="lycoris")
+    with pytest.raises(UserError, match=r"end in \.safetensors; choose"):
+        run(foreign(tmp_path / "a.safetensors"), tmp_path / "c.pt")
+    words = {f"bundle_emb.{word}.clip_l": torch.ones(1, 768) for word in ("ink", "oil")}
+    with pytest.raises(UserError, match="holds one word in a file, and there are ink, oil"):
+        run(word_file(tmp_path / "two.safetensors", words), tmp_path / "c.safetensors", to="embedding-a1111")
+
+
+def test_the_second_text_encoder_has_no_name_in_lycoris(tmp_path: Path) -> None:
+    tensors = {
+        f"lora_te2_{CLIP}.lora_down.weight": torch.ones(1, 1280),
+        f"lora_te2_{CLIP}.lora_up.weight": torch.ones(1280, 1),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="say no component"):
+        run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="lycoris")
+    names = load_file(run(tmp_path / "a.safetensors", tmp_path / "c.safetensors", to="omi")).keys()
+    assert "clip_g.text_model.encoder.layers.0.self_attn.q_proj.lora_down.weight" in names
+
+
+def test_the_command_converts_and_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = foreign(tmp_path / "a.safetensors")
+    output = tmp_path / "b.safetensors"
+    assert main(["convert", str(source), str(output), "--to", "diffusers", "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out.split() == [str(output)]
+    assert {str(tensor.dtype) for tensor in load_file(output).values()} == {"torch.float32"}
+    for arguments, words in (
+        ([str(source), str(source)], "is the file that is converted; choose another one"),
+        ([str(source), str(output), "--to", "kohia"], "there is no layout 'kohia'"),
+        ([str(foreign(tmp_path / "c.safetensors", 33)), str(output)], "does not fit the base 'sd1'"),
+    ):
+        assert main(["convert", *arguments]) == 1
+        assert words in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def one_picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, colour in (("red apple", "red"), ("blue cat", "blue"), ("ink dog", "black")):
+        Image.new("RGB", (64, 64), colour).save(folder / f"{name}.png")
+    return folder
+
+
+def training(folder: Path, output: Path, **changes: Any) -> pd.TrainConfig:
+    settings: dict[str, Any] = {"steps": 1, "rank": 2, "batch_size": 1, "preview_steps": 0, "device": "cpu", "warmup": 0}
+    return pd.TrainConfig(folder=(folder,), output=output, run_dir=output.parent / "run", **settings | changes)
+
+
+def test_a_run_writes_the_layout_and_dtype_that_were_asked_for(one_picture: Path, tmp_path: Path) -> None:
+    output = tmp_path / "adapter_model.safetensors"
+    pd.train(training(one_picture, output, save_as="peft", save_dtype="bf16"), pipe=make_pipe())
+    assert {name.rpartition("lora_")[2] for name in load_file(output)} == {"A.weight", "B.weight"}
+    assert {tensor.dtype for tensor in load_file(output).values()} == {torch.bfloat16}
+    assert (tmp_path / "adapter_config.json").is_file()
+
+
+def test_a_layout_that_cannot_say_what_is_trained_is_told_before_the_first_step(one_picture: Path, tmp_path: Path) -> None:
+    steps: list[object] = []
+    for changes, words in (
+        ({"save_as": "diffusers", "method": "ia3", "rank": None}, "the layout 'diffusers' cannot say it"),
+        ({"save_as": "peft"}, r"found only under the name adapter_model\.safetensors"),
+    ):
+        config = training(one_picture, tmp_path / "a.safetensors", **changes)
+        with pytest.raises(UserError, match=words):
+            pd.train(config, pipe=make_pipe(), observers=[steps.append])
+    assert not any(isinstance(event, Step) for event in steps)
+    with pytest.raises(UserError, match="there is no layout 'kohia'"):
+        training(one_picture, tmp_path / "a.safetensors", save_as="kohia")
