@@ -8,7 +8,7 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from peft_diffusion.cli.app import COMMANDS, TEXT_COMMANDS
+from peft_diffusion.cli.app import COMMANDS, METADATA_COMMANDS, TEXT_COMMANDS
 from peft_diffusion.cli.flags import settings_read
 from peft_diffusion.core.settings import Settings, describe
 
@@ -19,12 +19,13 @@ in methods, families of bases and layouts of others."""
 
 def _settings(module: str, name: str) -> tuple[type[Settings], ...]:
     """The settings that a command takes, as it says itself."""
-    return settings_read(getattr(import_module(f"peft_diffusion.cli.{module}"), name))
+    return settings_read(getattr(import_module(f"peft_diffusion.cli.{module}"), name.replace("-", "_")))
 
 
 SETTINGS: Mapping[str, tuple[type[Settings], ...]] = {
-    **{name: _settings(name, name) for name in COMMANDS},
+    **{name: _settings(name.replace("-", "_"), name) for name in COMMANDS},
     **{f"text {name}": _settings("text", name) for name in TEXT_COMMANDS},
+    **{f"metadata {name}": _settings("metadata", f"{name}_entries") for name in METADATA_COMMANDS},
 }
 
 
@@ -73,7 +74,11 @@ def commands_page() -> str:
     Returns:
         Markdown.
     """
-    words = {**COMMANDS, **{f"text {name}": said for name, said in TEXT_COMMANDS.items()}}
+    words = {
+        **COMMANDS,
+        **{f"text {name}": said for name, said in TEXT_COMMANDS.items()},
+        **{f"metadata {name}": said for name, said in METADATA_COMMANDS.items()},
+    }
     parts = [f"# Commands\n\n{_EVERYWHERE}\n"]
     for command, kinds in SETTINGS.items():
         rows = [row for kind in kinds for row in describe(kind)]

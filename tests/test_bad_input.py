@@ -150,6 +150,7 @@ def test_negative_flags_are_no_settings(text: str, said: str, tmp_path: Path) ->
             "[general]\n[[datasets]]\nresolution = 512",
             "dataset file of sd-scripts, image_dir is folder here, num_repeats repeats",
         ),
+        ('folder = "a\\u0000b"', "--folder 'a\\x00b' holds the character of number 0, which no path has"),
         ("learning_rate = 1e-4", "no setting 'learning_rate' of this command; here it is unet_lr"),
     ],
 )
@@ -169,6 +170,7 @@ def test_the_home_folder_is_found_where_no_shell_has_looked(tmp_path: Path, monk
     for arguments in (
         ["inspect", "--files=~/a.safetensors"],
         ["train", "~/pictures"],
+        ["train", "--config=~/run.toml"],
         ["generate", "a", "-a=~/a.safetensors"],
     ):
         assert str(tmp_path / "home") in complaint(FAILED, *arguments, folder=tmp_path / "work")

@@ -2,11 +2,13 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_pipe
 from laws import LACKING, METHODS, randomize
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +19,7 @@ from peft_diffusion.bases import components, describe
 from peft_diffusion.cli.app import main
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.training.events import Step
 
 FLAT, PEFT, OWN = {"kohya", "kohya-sgm", "lycoris", "omi"}, {"peft"}, {"kohya", "kohya-sgm"}
 ALL = FLAT | PEFT | {"diffusers"}
@@ -239,3 +242,38 @@ def test_the_command_converts_and_says_what_is_wrong(tmp_path: Path, capsys: pyt
     ):
         assert main(["convert", *arguments]) == 1
         assert words in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def one_picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, colour in (("red apple", "red"), ("blue cat", "blue"), ("ink dog", "black")):
+        Image.new("RGB", (64, 64), colour).save(folder / f"{name}.png")
+    return folder
+
+
+def training(folder: Path, output: Path, **changes: Any) -> pd.TrainConfig:
+    settings: dict[str, Any] = {"steps": 1, "rank": 2, "batch_size": 1, "preview_steps": 0, "device": "cpu", "warmup": 0}
+    return pd.TrainConfig(folder=(folder,), output=output, run_dir=output.parent / "run", **settings | changes)
+
+
+def test_a_run_writes_the_layout_and_dtype_that_were_asked_for(one_picture: Path, tmp_path: Path) -> None:
+    output = tmp_path / "adapter_model.safetensors"
+    pd.train(training(one_picture, output, save_as="peft", save_dtype="bf16"), pipe=make_pipe())
+    assert {name.rpartition("lora_")[2] for name in load_file(output)} == {"A.weight", "B.weight"}
+    assert {tensor.dtype for tensor in load_file(output).values()} == {torch.bfloat16}
+    assert (tmp_path / "adapter_config.json").is_file()
+
+
+def test_a_layout_that_cannot_say_what_is_trained_is_told_before_the_first_step(one_picture: Path, tmp_path: Path) -> None:
+    steps: list[object] = []
+    for changes, words in (
+        ({"save_as": "diffusers", "method": "ia3", "rank": None}, "the layout 'diffusers' cannot say it"),
+        ({"save_as": "peft"}, r"found only under the name adapter_model\.safetensors"),
+    ):
+        config = training(one_picture, tmp_path / "a.safetensors", **changes)
+        with pytest.raises(UserError, match=words):
+            pd.train(config, pipe=make_pipe(), observers=[steps.append])
+    assert not any(isinstance(event, Step) for event in steps)
+    with pytest.raises(UserError, match="there is no layout 'kohia'"):
+        training(one_picture, tmp_path / "a.safetensors", save_as="kohia")

@@ -23,6 +23,7 @@ from peft_diffusion.core import merge, plugins, settings_file, site, target_tabl
 from peft_diffusion.core import method as core_method
 from peft_diffusion.core.settings import Settings, describe, pick, settings_of
 from peft_diffusion.generation.settings import DemoConfig, InspectConfig
+from peft_diffusion.tools.tool_settings import MetadataGetConfig, MetadataRemoveConfig, MetadataSetConfig
 from peft_diffusion.training.run import next_command
 from peft_diffusion.training.settings.shared import FindLr
 
@@ -37,6 +38,16 @@ COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("blend",): (pd.BlendConfig,),
     ("runs",): (RunsConfig,),
     ("inspect",): (InspectConfig,),
+    ("merge",): (pd.MergeConfig,),
+    ("extract",): (pd.ExtractConfig,),
+    ("resize",): (pd.ResizeConfig,),
+    ("strength",): (pd.StrengthConfig,),
+    ("split",): (pd.SplitConfig,),
+    ("join",): (pd.JoinConfig,),
+    ("rename-trigger",): (pd.RenameTriggerConfig,),
+    ("metadata", "get"): (MetadataGetConfig,),
+    ("metadata", "set"): (MetadataSetConfig,),
+    ("metadata", "remove"): (MetadataRemoveConfig,),
     ("convert",): (pd.ConvertConfig,),
     ("demo",): (DemoConfig,),
     ("text", "train"): (pd.TextTrainConfig, FindLr),
@@ -309,6 +320,7 @@ def test_every_command_is_shown() -> None:
     assert {" ".join(name) for name in COMMANDS} == {
         *application.COMMANDS,
         *(f"text {name}" for name in application.TEXT_COMMANDS),
+        *(f"metadata {name}" for name in application.METADATA_COMMANDS),
     }
     typed = [words for page in PAGES for words in commands(page)]
     assert all(any(tuple(words[: len(name)]) == name for words in typed) for name in COMMANDS)

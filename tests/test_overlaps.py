@@ -89,6 +89,16 @@ def test_any_overlap_of_a_run_on_text_is_refused(places: Path, changes: dict[str
             find_text_rates(config)
 
 
+def test_a_base_in_the_home_folder_is_not_written_into(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(places))
+    said = r"--output .* lies in .*/base, which is read as --base"
+    with pytest.raises(UserError, match=said):
+        train(small(places / "pics", places, base="~/base", output=places / "base" / "a.safetensors"))
+    settings: dict[str, Any] = {"base": "~/base", "output": "~/base/a.safetensors", "run_dir": places / "run"}
+    with pytest.raises(UserError, match=said):
+        train_text(TextTrainConfig(places / "texts", **settings))
+
+
 def test_a_link_among_the_pictures_that_leads_into_the_run_is_named(places: Path) -> None:
     old = draw_pictures(places / "run" / "pictures", 1, size=96)
     (places / "pics" / "more").symlink_to(old, target_is_directory=True)

@@ -38,6 +38,7 @@ from peft_diffusion.core.settings import (
 from peft_diffusion.core.settings_file import load
 from peft_diffusion.formats import layout
 from peft_diffusion.generation.settings import MAX_SEED, DemoConfig, InspectConfig
+from peft_diffusion.tools.tool_settings import MetadataGetConfig, MetadataRemoveConfig, MetadataSetConfig
 from peft_diffusion.training.settings.derive import resolve, resolve_language
 from peft_diffusion.training.settings.placements import blocks
 from peft_diffusion.training.settings.shared import FindLr
@@ -51,6 +52,16 @@ COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "blend": (pd.BlendConfig,),
     "inspect": (InspectConfig,),
     "runs": (RunsConfig,),
+    "merge": (pd.MergeConfig,),
+    "extract": (pd.ExtractConfig,),
+    "resize": (pd.ResizeConfig,),
+    "strength": (pd.StrengthConfig,),
+    "split": (pd.SplitConfig,),
+    "join": (pd.JoinConfig,),
+    "rename-trigger": (pd.RenameTriggerConfig,),
+    "metadata get": (MetadataGetConfig,),
+    "metadata set": (MetadataSetConfig,),
+    "metadata remove": (MetadataRemoveConfig,),
     "convert": (pd.ConvertConfig,),
     "demo": (DemoConfig,),
 }

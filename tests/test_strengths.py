@@ -204,6 +204,15 @@ def in_threads(work: Callable[[int], Any], count: int = 8) -> list[Any]:
         sys.setswitchinterval(before)
 
 
+def by_itself(pipe: DiffusionPipeline, words: torch.Tensor, noise: torch.Tensor, number: int) -> torch.Tensor:
+    """What a pipeline of one's own over a shared network draws, in steps of a number of its own."""
+    own = StableDiffusionPipeline.from_pipe(pipe, scheduler=DDIMScheduler.from_config(pipe.scheduler.config))
+    own.set_progress_bar_config(disable=True)
+    told: dict[str, Any] = {"latents": noise, "guidance_scale": 1.0, "output_type": "latent"}
+    found: torch.Tensor = own(prompt_embeds=words, num_inference_steps=3 + number, **told).images
+    return found
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_threads_that_share_a_network_follow_a_schedule_each_by_its_own_steps(drawn: tuple[Adapters, Draw]) -> None:
@@ -213,15 +222,28 @@ def test_threads_that_share_a_network_follow_a_schedule_each_by_its_own_steps(dr
     ids = pipe.tokenizer("a cat", padding="max_length", return_tensors="pt").input_ids
     words, noise = pipe.text_encoder(ids)[0], torch.randn(1, 4, 8, 8)
 
+    alone = [by_itself(pipe, words, noise, number) for number in range(8)]
+    assert all(map(torch.equal, in_threads(lambda number: by_itself(pipe, words, noise, number)), alone))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@torch.no_grad()
+def test_threads_with_streams_of_their_own_follow_a_schedule_too(drawn: tuple[Adapters, Draw]) -> None:
+    adapters, _ = drawn
+    adapters.set(flat=Schedule([0.0, 1.0, 0.0]))
+    pipe = adapters.pipe.to("cuda")
+    words, noise = torch.randn(1, 77, 32, device="cuda"), torch.randn(1, 4, 8, 8, device="cuda")
+    alone = [by_itself(pipe, words, noise, number) for number in range(8)]
+
     def draw(number: int) -> torch.Tensor:
-        own = StableDiffusionPipeline.from_pipe(pipe, scheduler=DDIMScheduler.from_config(pipe.scheduler.config))
-        own.set_progress_bar_config(disable=True)
-        told: dict[str, Any] = {"latents": noise, "guidance_scale": 1.0, "output_type": "latent"}
-        found: torch.Tensor = own(prompt_embeds=words, num_inference_steps=3 + number, **told).images
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = by_itself(pipe, words, noise, number)
+            torch.cuda.current_stream().synchronize()
         return found
 
-    alone = [draw(number) for number in range(8)]
-    assert all(map(torch.equal, in_threads(draw), alone))
+    torch.cuda.synchronize()
+    for _ in range(5):
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(in_threads(draw), alone, strict=True))
 
 
 @pytest.mark.slow

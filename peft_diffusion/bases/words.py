@@ -361,7 +361,7 @@ class TaughtTokenizer:
     """
 
     def _encode_plus(self, text: Any = None, text_pair: Any = None, *more: Any, **named: Any) -> Any:
-        """As ever, of the expanded text; the prompts of a list are those of the images (or rows) in order.
+        """As transformers' own, of the expanded text; the prompts of a list are those of the images (or rows) in order.
 
         ``__call__``, ``encode`` and ``tokenize`` come here.
         """
@@ -435,7 +435,7 @@ class TaughtTokenizer:
         return " ".join(text.strip() for text in texts) if len(texts) > 1 else "".join(texts)
 
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> Any:
-        """As ever. Raises UserError for a word that an adapter has taught."""
+        """As transformers' own. Raises UserError for a word that an adapter has taught."""
         taught = {name.casefold() for name in learned(self)}
         for token in new_tokens:
             if str(token).casefold() in taught:

@@ -28,12 +28,24 @@ COMMANDS = {
     "blend": "Draw a labelled sheet from all of one adapter to all of another.",
     "runs": "List runs as a table, or compare two side by side.",
     "inspect": "Tell what an adapter file holds, and whether two fit together.",
+    "merge": "Make one adapter of several, or fold adapters into a base and write a checkpoint.",
+    "extract": "Write what a checkpoint was trained to, beyond its base, as a LoRA.",
+    "resize": "Write an adapter with other ranks.",
+    "strength": "Write an adapter that does at strength 1 what another does at a given one.",
+    "split": "Write the parts of an adapter, by component or by block, as files of their own.",
+    "join": "Write one file of several that change different sites.",
+    "rename-trigger": "Give a word of an adapter another name.",
     "convert": "Write an adapter file anew in another layout, dtype or method, without its base.",
     "demo": "Teach two sample styles, generate with each and blend them: the whole thing in minutes.",
 }
 TEXT_COMMANDS = {
     "train": "Teach a language model a text and write it as one adapter file.",
     "generate": "Let a language model go on from prompts, with any number of adapters.",
+}
+METADATA_COMMANDS = {  # functions of these names with "_entries" behind, as `set` is taken
+    "get": "Show the metadata of a safetensors file, or the values of some entries.",
+    "set": "Add or replace entries of the metadata of a safetensors file.",
+    "remove": "Remove entries of the metadata of a safetensors file.",
 }
 OK, FAILED, USAGE, BUG, INTERRUPTED = 0, 1, 2, 70, 130
 _PLUGIN = Parameter(
@@ -57,11 +69,16 @@ app = App(
 )
 app.meta.suppress_keyboard_interrupt = False
 for _place, (_name, _help) in enumerate(COMMANDS.items()):
-    app.command(f"peft_diffusion.cli.{_name}:{_name}", name=_name, help=_help, sort_key=_place)
+    _home = _name.replace("-", "_")
+    app.command(f"peft_diffusion.cli.{_home}:{_home}", name=_name, help=_help, sort_key=_place)
 _text = App(name="text", help="The same for language models: teach one a text, and let it write.", sort_key=len(COMMANDS))
 for _place, (_name, _help) in enumerate(TEXT_COMMANDS.items()):
     _text.command(f"peft_diffusion.cli.text:{_name}", name=_name, help=_help, sort_key=_place)
 app.command(_text)
+_metadata = App(name="metadata", help="Show and change what a safetensors file says of itself.", sort_key=len(COMMANDS) + 1)
+for _place, (_name, _help) in enumerate(METADATA_COMMANDS.items()):
+    _metadata.command(f"peft_diffusion.cli.metadata:{_name}_entries", name=_name, help=_help, sort_key=_place)
+app.command(_metadata)
 
 
 @app.meta.default

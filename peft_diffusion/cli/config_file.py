@@ -1,6 +1,7 @@
 """The flags of a command from a TOML file (``--config run.toml``), and what cyclopts would let pass."""
 
 from pathlib import Path
+from typing import Any
 
 from cyclopts import App, ArgumentCollection, CycloptsError
 from cyclopts.config import Dict
@@ -30,8 +31,10 @@ class RunFile:
         # What the command line has is chosen, also where the file has something that would stand in its place.
         beaten = {one.name for one, _ in told if one.setting.instead_of in given}
         values = settings_file.read(self.path, [one for one, _ in told])
-        values = {name: value for name, value in values.items() if name not in beaten}
-        Dict(values, source=str(self.path), use_commands_as_keys=False)(app, commands, arguments)
+        nested: dict[str, Any] = {name: value for name, value in values.items() if name not in beaten}
+        for name in reversed(commands):  # or cyclopts takes a setting that is called as a command for that command's own
+            nested = {name: nested}
+        Dict(nested, source=str(self.path))(app, commands, arguments)
 
 
 def whole_numbers(_: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

@@ -12,7 +12,7 @@ class Screen(Console):
     """A console that passes no control characters on but its own."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As ever, with plain texts.
+        """Render as rich does, and take control characters out of every text.
 
         Args:
             renderable: What is drawn.

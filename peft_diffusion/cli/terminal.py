@@ -34,7 +34,7 @@ class PlainFormatter(logging.Formatter):
     """Formats what is logged, without control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As ever, and plain.
+        """Format a record as `logging.Formatter` does, and take control characters out.
 
         Args:
             record: What is logged.

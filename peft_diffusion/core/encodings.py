@@ -47,10 +47,11 @@ def unicode_text(data: bytes) -> str:
 
 
 def western_text(data: bytes) -> str | None:
-    """Read the Western European code page of Windows, cp1252, where nothing else that is usual gives such words.
+    """Read cp1252, the Western European code page of Windows, where the text is unlikely to be of another code page.
 
-    In words of other scripts, whose code pages use the same bytes for letters of their own, hardly a letter is of ASCII.
-    Other pages of Latin letters give a text of their own, which may be the right one where one language has all its letters.
+    Two kinds of others are told apart. Code pages of other scripts use the same bytes for their own letters, so read as
+    cp1252 their words have hardly any letter of ASCII. Other code pages of Latin letters give another text, which is taken
+    as possible where all its letters are of one language.
 
     Args:
         data: The content of a file that is no Unicode.

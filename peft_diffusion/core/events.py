@@ -90,7 +90,7 @@ class Stopping(Event):
 
     def lines(self) -> tuple[str, ...]:
         """Tell that it was heard."""
-        return ("stopping after the present step; Ctrl-C again, in a second or later, ends at once and loses it",)
+        return ("stopping after the present step; Ctrl-C again, a second later, stops at once and saves nothing",)
 
 
 State: TypeAlias = Literal["finished", "stopped", "failed"]

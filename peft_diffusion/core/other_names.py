@@ -1,4 +1,4 @@
-"""What kohya sd-scripts, ai-toolkit, OneTrainer, the scripts of diffusers and A1111 call settings that have another name here. Imports no torch."""
+"""What other programs (sd-scripts, ai-toolkit, OneTrainer, diffusers, A1111) call settings. Imports no torch."""
 
 from collections.abc import Iterable
 
@@ -37,6 +37,8 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "prior_loss_weight": ("prior_weight",),
     "output_name": ("output",),
     "output_dir": ("run_dir", "output"),
+    "save_precision": ("save_dtype",),
+    "save_model_as": ("save_as",),
     "cache_latents": ("cache",),
     "shuffle_caption": ("shuffle_tags",),
     "caption_dropout_rate": ("caption_dropout",),

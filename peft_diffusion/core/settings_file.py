@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from .encodings import unicode_text
 from .errors import UserError, did_you_mean
-from .files import regular
+from .files import at_home, regular
 from .other_names import known_here_as
 from .parsing import refuse_halves, refusing
 from .settings import Described, Settings, settings_of
@@ -91,6 +91,7 @@ def plugins(path: Path) -> list[str]:
 
 
 def _parsed(path: Path) -> dict[str, Any]:
+    path = at_home(path)
     try:
         text = unicode_text(regular(path).read_bytes())
     except ValueError as error:

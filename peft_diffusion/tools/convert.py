@@ -11,16 +11,13 @@ from ..bases import components as parts_of_base
 from ..core.adapter import Adapter
 from ..core.errors import UserError, did_you_mean
 from ..formats.container import torch_dtype
-from ..formats.file import Loaded, load, write
+from ..formats.file import DTYPES, Loaded, load, write
 from ..formats.fitting import fitting
 from ..formats.layout import Content, find
 from ..formats.metadata import lasting
 from ..formats.planning import Plan, plan
 from ..formats.spec import Spec
 from .settings import ConvertConfig
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "float32": torch.float32}
-"""The dtypes of files by their names in settings."""
 
 
 @dataclass(frozen=True)

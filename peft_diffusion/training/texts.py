@@ -17,7 +17,7 @@ from ..bases.words import learned
 from ..core import quantized
 from ..core.errors import UserError
 from ..core.events import Event, Observer
-from ..core.files import refuse_overlaps
+from ..core.files import at_home, refuse_overlaps
 from ..core.settings import flag, pick
 from ..data.text_files import Texts, read_texts
 from .attachment import check_placements, new_words, with_words
@@ -279,7 +279,7 @@ def _check_apart(config: TextTrainConfig, files: Sequence[tuple[str, Path]] = ()
     """Raise UserError where a run would write among the texts or into the base that it reads."""
     read = [("text", place) for place in config.texts]
     read += [("--held-out-text", place) for place in config.held_out_text]
-    read += [] if config.base == TextTrainConfig.base else [("--base", Path(config.base))]
+    read += [] if config.base == TextTrainConfig.base else [("--base", at_home(Path(config.base)))]
     refuse_overlaps([("--run-dir", language_run(config)), *files], read)
 
 

@@ -14,7 +14,7 @@ from ...bases.pipelines import Pipeline
 from ...bases.prompts import TextSide
 from ...core.errors import UserError
 from ...core.events import Observer, Warned, progress
-from ...core.files import refuse_overlaps
+from ...core.files import at_home, refuse_overlaps
 from ...core.shortening import shortened
 from ...data import subfolders
 from ...data.arrangement import KEPT, alone, cropped
@@ -109,7 +109,7 @@ def check_apart(config: TrainConfig, files: Sequence[tuple[str, Path]] = ()) -> 
     """
     read = [("pictures", folder) for folder in config.folder]
     read += [("--regularisation", folder) for folder in config.regularisation]
-    read += [] if config.base == TrainConfig.base else [("--base", Path(config.base))]
+    read += [] if config.base == TrainConfig.base else [("--base", at_home(Path(config.base)))]
     refuse_overlaps([*_written_folders(config), *files], read)
 
 

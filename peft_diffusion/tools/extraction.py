@@ -1,0 +1,163 @@
+"""``extract``: what was trained into a checkpoint, as an adapter of low rank."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import family as families
+from ..core.errors import UserError
+from ..core.events import Noted, Observer
+from ..core.files import at_home
+from ..formats import Spec
+from ..methods.shared.affine import serves
+from .changes import Change
+from .original_names import VAE, bare
+from .reduction import Truncation, reduced_matrix
+from .results import DTYPES, Adapters, LayerError, Made, base_told
+from .sources import Where
+from .tool_settings import ExtractConfig
+from .watch import Watch, watched
+from .weights import Weights, open_weights
+
+
+def extract(config: ExtractConfig, *, observers: Sequence[Observer] = ()) -> Made:
+    """Write what a checkpoint was trained to, beyond its base, as a LoRA, or with ``conv_rank`` a LoCon.
+
+    The weights of both are read and let go one at a time.
+
+    Args:
+        config: The two checkpoints, and how many ranks of each site are kept.
+        observers: Are told how far it is, what is left out, and last of all what was made.
+
+    Returns:
+        What was made, with the error of every site.
+
+    Raises:
+        UserError: A checkpoint cannot be read, they are of different architectures, or nothing differs.
+    """
+    with watched(observers) as watch:
+        config.check()
+        tuned, base = open_weights(config.tuned), open_weights(config.original)
+        _refuse_different(tuned, base)
+        made, left, errors = Adapters(base.skeleton, DTYPES[config.dtype]), _Left(), list[LayerError]()
+        found = list(_sites(base, config))
+        tick = watch.ticks("extracting sites")
+        for number, where in enumerate(found):
+            tick(number, len(found))
+            errors += _extracted(made, tuned, base, where, config, left)
+        tick(len(found), len(found))
+        left.count_others(tuned, base, {(one[0], bare(f"{one[1]}.weight")) for one in found})
+        if not made.count:
+            raise UserError(
+                f"no weight of {config.tuned} differs from {config.original} by more than --smallest {config.smallest:g}"
+            )
+        _write(config, made, tuned, base)
+        left.tell(watch, errors)
+        return watch.made(at_home(config.output), made.count, errors)
+
+
+@dataclass
+class _Left:
+    """What differs and is in no site of the file: squared norms of the differences."""
+
+    same: int = 0
+    tensors: int = 0
+    square: float = 0.0
+    kinds: set[str] = field(default_factory=set)
+
+    def add(self, kind: str, difference: Tensor) -> None:
+        """Count a difference that is not taken."""
+        square = float(difference.double().square().sum())
+        if square:
+            self.tensors += 1
+            self.square += square
+            self.kinds.add(kind)
+
+    def count_others(self, tuned: Weights, base: Weights, taken: set[Where]) -> None:
+        """Count what differs beside the weights that were looked at."""
+        kinds = {component: _kinds(module) for component, module in base.parts.items()}
+        for component, key in base.places:
+            if component == VAE or (component, key) in taken or not tuned.has(component, key):
+                continue
+            own = base.read(component, key)
+            if own.is_floating_point():
+                self.add(kinds[component].get(key, key), tuned.read(component, key).float() - own.float())
+
+    def tell(self, watch: Watch, errors: Sequence[LayerError]) -> None:
+        """Tell a person."""
+        if self.tensors:
+            whole = math.sqrt(self.square + sum(one.norm**2 for one in errors))
+            share = math.sqrt(self.square) / whole
+            watch.tell(
+                Noted(
+                    f"{self.tensors} tensors differ that the file does not hold ({', '.join(sorted(self.kinds))}):"
+                    f" {share:.2%} of the norm of all differences"
+                )
+            )
+
+
+def _kinds(component: nn.Module) -> dict[str, str]:
+    """What each tensor of a component is, in words."""
+    return {
+        bare(f"{path}.{name}"): f"{name}s of {type(module).__name__}"
+        for path, module in component.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def _refuse_different(tuned: Weights, base: Weights) -> None:
+    """Raises UserError where a tensor of both has another shape, or the components are others."""
+    mine = {key: place.shape for key, place in tuned.places.items() if key[0] != VAE}
+    for key, place in base.places.items():
+        if key in mine and mine[key] != place.shape:
+            raise UserError(
+                f"{tuned.path} and {base.path} are of different architectures: {'.'.join(key)} is {mine[key]} in one and"
+                f" {place.shape} in the other"
+            )
+    if not any(key in mine for key in base.places):
+        raise UserError(f"{tuned.path} and {base.path} have no tensor in common")
+
+
+def _sites(base: Weights, config: ExtractConfig) -> Iterator[Where]:
+    """The sites that are looked at."""
+    roles = families.components("text encoder")
+    for component, module in base.skeleton.parts.items():
+        if component in roles and not config.text_encoders:
+            continue
+        for path, site in module.named_modules():
+            if serves(site) and (not _has_kernel(site) or config.conv_rank is not None):
+                yield component, path
+
+
+def _has_kernel(site: nn.Module) -> bool:
+    return isinstance(site, nn.Conv2d) and tuple(site.kernel_size) != (1, 1)
+
+
+@torch.no_grad()
+def _extracted(
+    made: Adapters, tuned: Weights, base: Weights, where: Where, config: ExtractConfig, left: _Left
+) -> list[LayerError]:
+    component, path = where
+    key = bare(f"{path}.weight")
+    if not (tuned.has(component, key) and base.has(component, key)):
+        return []
+    own = base.read(component, key).float()
+    difference = tuned.read(component, key).float() - own
+    if not float(difference.norm()) > config.smallest * float(own.norm()):
+        left.add("rounding", difference)
+        return []
+    site = base.parts[component].get_submodule(path)
+    rank = config.conv_rank if _has_kernel(site) else config.rank
+    found = reduced_matrix(difference.flatten(1), Truncation(rank, config.energy, config.frobenius, config.ratio))
+    made.add_change(component, path, Change(pair=found.pair))
+    return [LayerError(".".join(where), len(found.pair.down), found.error, found.norm)]
+
+
+def _write(config: ExtractConfig, made: Adapters, tuned: Weights, base: Weights) -> None:
+    path = at_home(config.output)
+    spec = Spec(made.spec_methods(()), base_told(base.skeleton), title=path.stem)
+    metadata = {"ss_training_comment": f"extracted from {tuned.path.name} less {base.path.name}"}
+    made.write(path, config.to, spec, metadata)

@@ -1,0 +1,369 @@
+"""Adapters that a tool makes, and the file that they are written into."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import methods
+from ..bases.base import Skeleton
+from ..bases.skeleton import PUBLISHED
+from ..core.adapter import Adapter, LowRank, chained, parts_of
+from ..core.errors import UserError
+from ..core.parsing import json_value
+from ..formats import Plan, Spec, file
+from ..formats.layout import Content
+from ..methods.bitfit import LAYER_BIAS, BitFit
+from ..methods.full import BIAS, WEIGHT, Full
+from ..methods.lora import DOWN, UP, Lora
+from ..methods.shared.affine import serves, weight_shape
+from ..methods.shared.hyper_parameters import ALPHA
+from .changes import Change
+
+DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What reducing the rank of a site left out.
+
+    Attributes:
+        site: Its component, a dot, and its path.
+        rank: The rank that was kept.
+        error: The Frobenius norm of what was left out over that of the whole change.
+        norm: The Frobenius norm of the whole change.
+    """
+
+    site: str
+    rank: int
+    error: float
+    norm: float
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a tool made.
+
+    Attributes:
+        path: The file, or the folder.
+        sites: How many sites it holds.
+        errors: Of each site whose rank was reduced.
+        peak_memory: The most bytes of memory that the process has held so far; 0 where the system does not tell.
+        seconds: How long it took.
+    """
+
+    path: Path
+    sites: int
+    errors: tuple[LayerError, ...] = ()
+    peak_memory: int = 0
+    seconds: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """The Frobenius norm of all that was left out over that of all changes."""
+        whole = math.sqrt(sum(one.norm**2 for one in self.errors))
+        return math.sqrt(sum((one.error * one.norm) ** 2 for one in self.errors)) / whole if whole else 0.0
+
+    def lines(self) -> tuple[str, ...]:
+        """Tell what was made, in lines of plain text."""
+        told = [f"{self.path}: {self.sites} sites in {self.seconds:.1f} s"]
+        if self.peak_memory:
+            told[0] += f", {self.peak_memory / 2**30:.2f} GiB of memory at most"
+        if self.errors:
+            ranks = [one.rank for one in self.errors]
+            span = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+            worst = max(self.errors, key=lambda one: one.error)
+            told.append(
+                f"rank {span}; left out {self.error:.2%} of the change (Frobenius norm), most at {worst.site}:"
+                f" {worst.error:.2%}"
+            )
+        return tuple(told)
+
+
+@dataclass
+class Adapters:
+    """Adapters that are made one after the other, and kept in the dtype of the file.
+
+    Attributes:
+        bones: The skeleton of the base.
+        dtype: Of the file.
+        made: By component and path.
+    """
+
+    bones: Skeleton
+    dtype: torch.dtype
+    made: dict[str, dict[str, Adapter]] = field(default_factory=dict)
+
+    def add(self, component: str, path: str, adapter: Adapter) -> None:
+        """Take an adapter.
+
+        Args:
+            component: The name of its component.
+            path: Its site there.
+            adapter: The adapter, whose numbers are rounded to the dtype of the file.
+
+        Raises:
+            UserError: A number is too large for that dtype.
+        """
+        for tensor in (*adapter.parameters(), *adapter.buffers()):
+            if tensor.is_floating_point() and tensor.numel() > 1:
+                rounded = tensor.data.to(self.dtype)
+                if not bool(torch.isfinite(rounded).all()):
+                    raise UserError(
+                        f"{component}.{path} has numbers that {self.dtype} cannot hold; take --dtype float32 or bf16"
+                    )
+                tensor.data = rounded
+        self.made.setdefault(component, {})[path] = adapter
+
+    def add_change(self, component: str, path: str, change: Change) -> None:
+        """Make an adapter of a change: a LoRA of a pair, else a whole change; beside a pair, a change of the bias.
+
+        Args:
+            component: The name of its component.
+            path: Its site there.
+            change: What it changes.
+
+        Raises:
+            UserError: A number is too large for the dtype of the file.
+        """
+        site = self.bones.parts[component].get_submodule(path)
+        parts: list[Adapter] = []
+        if change.pair is not None:
+            parts.append(lora(site, change.pair))
+        if change.weight is not None:
+            beside = {} if change.bias is None else {BIAS: change.bias}
+            parts.append(Full.read(site, {WEIGHT: change.weight, **beside}))
+        elif change.bias is not None:
+            parts.append(_bias(site, change.bias))
+        if parts:
+            self.add(component, path, chained(parts))
+
+    @property
+    def count(self) -> int:
+        """How many sites there are."""
+        return sum(map(len, self.made.values()))
+
+    def spec_methods(self, sources: Sequence[Plan]) -> dict[str, tuple[Mapping[str, Any], ...]]:
+        """Say what methods the adapters are of, for the metadata.
+
+        Args:
+            sources: The files that they were made of; what these say of a method that is there still is kept.
+
+        Returns:
+            By component, what `Spec.methods` holds.
+        """
+        return {component: tuple(_methods(component, own, sources)) for component, own in self.made.items()}
+
+    def write(self, path: Path, layout: str, spec: Spec, metadata: Mapping[str, str]) -> None:
+        """Write the file.
+
+        Args:
+            path: The file to make or replace.
+            layout: The name of its layout.
+            spec: What it says of itself.
+            metadata: Further entries of its header.
+
+        Raises:
+            UserError: There is nothing to write, the layout cannot say it, or the file cannot be written.
+        """
+        if not self.count:
+            raise UserError(f"{path} would hold nothing")
+        parts = {component: self.bones.parts[component] for component in self.made}
+        file.write(path, Content(self.made, parts, spec), layout=layout, more=metadata)
+
+
+def lora(site: nn.Module, pair: LowRank) -> Adapter:
+    """Make a LoRA of a pair.
+
+    Args:
+        site: A Linear or convolution.
+        pair: ``down`` (rank, inputs) and ``up`` (outputs, rank).
+
+    Returns:
+        The adapter, of alpha = rank: no program scales it otherwise than another.
+    """
+    outputs, *inputs = weight_shape(site)
+    rank = len(pair.down)
+    ones = [1] * (len(inputs) - 1)
+    down, up = pair.down.reshape(rank, *inputs), pair.up.reshape(outputs, rank, *ones)
+    return Lora.read(site, {DOWN: down, UP: up, ALPHA: torch.tensor(float(rank))})
+
+
+def _bias(site: nn.Module, bias: Tensor) -> Adapter:
+    if serves(site):
+        return BitFit.read(site, {LAYER_BIAS: bias})
+    weight = site.weight
+    shape = weight.shape if isinstance(weight, Tensor) else bias.shape
+    return Full.read(site, {WEIGHT: torch.zeros(shape), BIAS: bias})
+
+
+def _methods(component: str, own: Mapping[str, Adapter], sources: Sequence[Plan]) -> Iterable[Mapping[str, Any]]:
+    """A method's entry for each that is at some site of a component."""
+    told = [one for plan in sources if plan.spec for one in plan.spec.methods.get(component, ())]
+    known = methods.known()
+    suffixes = [frozenset(part.state()) for adapter in own.values() for part in parts_of(adapter)]
+    for name, method in known.items():
+        if not any(method.recognizes(one) for one in set(suffixes)):
+            continue
+        same = [one for one in told if one.get("method") == name]
+        targets = {one.get("target") for one in same}
+        beside = {"target": targets.pop()} if len(targets) == 1 and None not in targets else {}
+        if name == Lora.name:
+            ranks = [len(part.state()[DOWN]) for one in own.values() for part in parts_of(one) if DOWN in part.state()]
+            yield {**Lora(rank=max(ranks)).spec(), **beside}
+        elif same:
+            yield same[0]
+        else:
+            yield {"method": name, **beside}
+
+
+_NEVER_KEPT = (
+    "format",
+    "peft_diffusion",
+    "peft_diffusion.words",
+    "lora_adapter_metadata",
+    "modelspec.hash_sha256",
+    "modelspec.trigger_phrase",
+)
+"""What a layout says itself of what it writes, and the digest of the file that was."""
+
+_OF_NETWORK = "ss_network_"
+_OF_HASHES = "sshs_"
+_TAGS = "ss_tag_frequency"
+
+
+def kept_metadata(sources: Sequence[Plan], *, network: bool = False) -> dict[str, str]:
+    """Choose what of the metadata of files stays true of one that is made of them.
+
+    Args:
+        sources: The files.
+        network: Whether that which kohya's trainer says of the method stays true.
+
+    Returns:
+        The entries that all have with one value, and the frequencies of the tags of all.
+    """
+    first, *others = (one.header.metadata for one in sources)
+    kept = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    tags = _joined_tags([one.header.metadata for one in sources])
+    if tags:
+        kept[_TAGS] = tags
+    return {
+        key: value
+        for key, value in kept.items()
+        if key not in _NEVER_KEPT and not key.startswith(_OF_HASHES) and (network or not key.startswith(_OF_NETWORK))
+    }
+
+
+def _joined_tags(several: Sequence[Mapping[str, str]]) -> str:
+    """The tags of all files by folder, and how often each was seen."""
+    joined: dict[str, dict[str, int]] = {}
+    for metadata in several:
+        try:
+            told = json_value(metadata.get(_TAGS, "{}"))
+            counts = [(folder, tag, int(count)) for folder, tags in told.items() for tag, count in tags.items()]
+        except (ValueError, AttributeError, TypeError):  # of another program: shown, and never relied on
+            continue
+        for folder, tag, count in counts:
+            own = joined.setdefault(folder, {})
+            own[tag] = own.get(tag, 0) + count
+    return json.dumps(joined, ensure_ascii=False) if joined else ""
+
+
+def joined_spec(sources: Sequence[Plan], bones: Skeleton, made: Adapters, title: str) -> Spec:
+    """Say of a file what those say that it was made of.
+
+    Args:
+        sources: The files.
+        bones: The skeleton of the base.
+        made: The adapters of the file.
+        title: Its name.
+
+    Returns:
+        The spec: the triggers of all, and of base and training what all agree on.
+    """
+    specs = [one.spec for one in sources if one.spec is not None]
+    bases = [dict(one.base) for one in specs]
+    base = bases[0] if bases and all(one == bases[0] for one in bases) else base_told(bones)
+    triggers = dict.fromkeys(trigger for one in sources for trigger in triggers_of(one))
+    alone = specs[0] if len(sources) == 1 and specs else None
+    return Spec(
+        made.spec_methods(sources),
+        base,
+        tuple(triggers),
+        alone.training if alone else {},
+        alone.title if alone and alone.title else title,
+        alone.description if alone else "",
+    )
+
+
+def base_told(bones: Skeleton) -> dict[str, Any]:
+    """Say what a base is, as `Spec.base` holds it.
+
+    Args:
+        bones: Its skeleton.
+
+    Returns:
+        What is known of it.
+    """
+    told = {key: value for key, value in asdict(bones.info).items() if value not in ("", None)}
+    return {
+        key: value for key, value in told.items() if key != "name" or value not in PUBLISHED
+    }  # an architecture is no base
+
+
+def triggers_of(plan: Plan) -> tuple[str, ...]:
+    """List the words that call an adapter, as its file tells them.
+
+    Args:
+        plan: The file.
+
+    Returns:
+        Those of its spec, or of ``modelspec.trigger_phrase``.
+    """
+    if plan.spec is not None:
+        return plan.spec.triggers
+    phrase = plan.header.metadata.get("modelspec.trigger_phrase", "")
+    return tuple(word.strip() for word in phrase.split(",") if word.strip())
+
+
+_SELF_NAMED = ("kohya", "original", "diffusers", "embedding")
+"""Layouts whose files may have any name."""
+
+
+def layout_of(plan: Plan) -> str:
+    """Name the layout in which what is made of a file is written, unless one is named.
+
+    Args:
+        plan: The file.
+
+    Returns:
+        Its own; kohya where that needs a name or a configuration beside it.
+    """
+    return next((name for name in plan.layouts[:1] if name in _SELF_NAMED), _SELF_NAMED[0])
+
+
+def write_changed(made: Adapters, plan: Plan, path: Path, layout: str | None, comment: str) -> None:
+    """Write what was made of one file, with all that the file says of itself.
+
+    Args:
+        made: The adapters.
+        plan: The file that they were made of.
+        path: The file to make or replace.
+        layout: Its layout; None: that of the file.
+        comment: What was done, for the metadata.
+
+    Raises:
+        UserError: The layout cannot say it, or the file cannot be written.
+    """
+    metadata = kept_metadata([plan])
+    told = metadata.get(_COMMENT)
+    metadata[_COMMENT] = f"{comment}; {told}" if told else comment
+    made.write(path, layout or layout_of(plan), joined_spec([plan], made.bones, made, path.stem), metadata)
+
+
+_COMMENT = "ss_training_comment"

@@ -1,0 +1,152 @@
+"""Adapter files that a tool works on: bound to the skeleton of their base, and read one site at a time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..bases.base import Skeleton
+from ..bases.skeleton import PUBLISHED
+from ..core.adapter import Adapter
+from ..core.errors import UserError
+from ..core.events import Observer, Warned
+from ..formats import Plan
+from ..formats.container import torch_dtype
+from ..formats.file import Bound, bind
+from ..formats.fitting import fitting
+from .changes import Change, change_of, with_weights
+from .weights import Weights, open_weights
+
+Where = tuple[str, str]
+"""A component and the path of a site in it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter file.
+
+    Attributes:
+        bound: Its sites.
+        tensors: Its tensors, each read when it is asked for.
+        weights: Those of the base, where they are at hand.
+    """
+
+    bound: Bound
+    tensors: Mapping[str, Tensor]
+    weights: Weights | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.bound.plan.path
+
+    @property
+    def plan(self) -> Plan:
+        """What it holds."""
+        return self.bound.plan
+
+    @property
+    def sites(self) -> tuple[Where, ...]:
+        """Its sites, in the order of the file."""
+        return tuple(self.bound.sites)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that holds all its numbers, but for those of single ones such as alphas."""
+        entries = [entry for entry in self.plan.header.tensors.values() if entry.shape not in ((), (1,))]
+        kinds = {torch_dtype(entry) for entry in entries} if self.plan.loaded is None else set()
+        kinds |= {tensor.dtype for tensor in (self.plan.loaded or {}).values() if tensor.numel() > 1}
+        floats = [kind for kind in kinds if kind.is_floating_point and kind.itemsize > 1]
+        return joined_dtype(floats)
+
+    def module(self, where: Where) -> nn.Module:
+        """Give the module of a site.
+
+        Args:
+            where: The site.
+
+        Returns:
+            The module, with its weights where they are at hand.
+        """
+        component, path = where
+        bare = self.bound.parts[component].get_submodule(path)
+        return bare if self.weights is None else with_weights(bare, self.weights.of_module(component, path))
+
+    def adapter(self, where: Where, module: nn.Module | None = None) -> Adapter:
+        """Read the adapter of a site.
+
+        Args:
+            where: The site.
+            module: What it is built for; None: the module of the skeleton.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        built = self.bound.build(*where, self.tensors, module)
+        if built is None:
+            raise UserError(f"{self.path}: {'.'.join(where)} holds no adapter of a method that is known here")
+        return built
+
+    def change(self, where: Where) -> Change:
+        """Tell what the file changes at a site, at strength 1.
+
+        Args:
+            where: The site.
+
+        Returns:
+            The change of weight and bias.
+
+        Raises:
+            FoldError: It is none of weight and bias.
+            UserError: It depends on a weight that is not at hand, or the file is damaged.
+        """
+        module = self.module(where)
+        return change_of(self.adapter(where, module), module, f"{self.path}: {'.'.join(where)}")
+
+
+def joined_dtype(kinds: Sequence[torch.dtype]) -> torch.dtype:
+    """Choose the dtype that holds numbers of several.
+
+    Args:
+        kinds: Dtypes of floating-point numbers.
+
+    Returns:
+        The narrowest that loses nothing; float32 of none, and instead of float64.
+    """
+    found = reduce(torch.promote_types, kinds) if kinds else torch.float32
+    return torch.float32 if found == torch.float64 else found
+
+
+def open_sources(plans: Sequence[Plan], base: str | None, tell: Observer) -> tuple[list[Source], Skeleton]:
+    """Bind adapter files to the skeleton of the base that they are for.
+
+    Args:
+        plans: What the files hold.
+        base: Their base, as a person names it, with its weights where there are some; None: by what the files hold.
+        tell: Is told what of a file is left out.
+
+    Returns:
+        The files, and the skeleton.
+
+    Raises:
+        UserError: The base is not known, or a file is for another one than the others.
+    """
+    weights = None if base is None or base in PUBLISHED else open_weights(base)
+    largest = max(plans, key=lambda one: sum(map(len, one.sites.values())))
+    bones = fitting(largest, base) if weights is None else weights.skeleton
+    sources = [Source(bind(one, bones), one.stored(), weights) for one in plans]
+    for source in sources:
+        if not source.sites:
+            raise UserError(
+                f"{source.path} has no site in the base {bones.info.name!r}, which {largest.path} is for; take files of one"
+                " base, or name the base with --base"
+            )
+        for warning in source.bound.warnings:
+            tell(Warned(warning))
+    return sources, bones

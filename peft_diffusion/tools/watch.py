@@ -1,0 +1,78 @@
+"""How far a tool is, how long it takes, and how much memory it holds."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..core.events import Ended, Observer, observed, progress
+from .results import LayerError, Made
+
+
+def peak_memory() -> int:
+    """Tell the most memory that this process has held.
+
+    Returns:
+        Bytes that were in use at once, since it began; 0 where the system does not tell.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+class Watch:
+    """What a tool tells while it works.
+
+    Args:
+        tell: Is told.
+    """
+
+    def __init__(self, tell: Observer) -> None:
+        self.tell = tell
+        self._start = time.monotonic()
+
+    def ticks(self, what: str) -> Callable[[int, int], None]:
+        """Make what is called with how many are done, and of how many.
+
+        Args:
+            what: What is done, in words.
+
+        Returns:
+            The function to call.
+        """
+        return progress(self.tell, what)
+
+    def made(self, path: Path, sites: int, errors: Sequence[LayerError] = (), *, last: bool = True) -> Made:
+        """Say what came of it.
+
+        Args:
+            path: The file, or the folder.
+            sites: How many sites it holds.
+            errors: Of each site whose rank was reduced.
+            last: Whether nothing more comes of it.
+
+        Returns:
+            That, with time and memory.
+        """
+        found = Made(path, sites, tuple(errors), peak_memory(), time.monotonic() - self._start)
+        if last:
+            self.tell(Ended("finished", found))
+        return found
+
+
+@contextmanager
+def watched(observers: Sequence[Observer]) -> Iterator[Watch]:
+    """A tool at work inside.
+
+    Args:
+        observers: Are told `core.events.Progress`, notes and warnings, and `Ended` last.
+
+    Yields:
+        What tells them.
+    """
+    with observed(observers) as tell:
+        yield Watch(tell)
