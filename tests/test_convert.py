@@ -282,9 +282,10 @@ def test_a_layout_that_cannot_say_what_is_trained_is_told_before_the_first_step(
 
 def change(module: torch.nn.Module, name: str) -> dict[str, Tensor]:
     """What an adapter adds to the weights of a component, by merging it into a copy."""
-    before = {path: part.weight.detach().clone() for path, part in site.sites(module).items()}
+    sites = site.sites(module)
+    before = {path: sites[path].get_parameter("weight").detach().clone() for path in sites}
     merge(module)
-    after = {path: part.weight.detach() - before[path] for path, part in site.sites(module).items()}
+    after = {path: sites[path].get_parameter("weight").detach() - before[path] for path in sites}
     unmerge(module)
     return after
 

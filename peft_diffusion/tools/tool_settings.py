@@ -24,7 +24,7 @@ from ..core.settings import (
 )
 from ..formats import Plan, plan
 from ..formats.layout import SaveDtype
-from ..generation.settings import Choice, parse_choices
+from ..generation.settings import Choice, Key, parse_choices
 
 How: TypeAlias = Literal["linear", "svd", "ties", "dare-ties", "dare-linear", "magnitude", "knots", "core-space"]
 Rule: TypeAlias = Literal["ties", "dare-ties", "dare-linear", "magnitude"]
@@ -139,7 +139,7 @@ class MergeConfig:
             raise UserError("--skip is for --into alone")
 
     @cached_property
-    def _plans(self) -> dict[Path, Plan]:
+    def _plans(self) -> dict[Key, Plan]:
         return {}
 
     def choices(self) -> tuple[Choice, ...]:
