@@ -132,6 +132,7 @@ def test_negative_flags_are_no_settings(text: str, said: str, tmp_path: Path) ->
     ("text", "said"),
     [
         ('folder = "C:\\Users\\me"', "takes single quotes: folder = 'C:\\Users\\me'"),
+        ('folder = "a\\u0000b"', "--folder 'a\\x00b' holds the character of number 0, which no path has"),
         ("learning_rate = 1e-4", "no setting 'learning_rate' of this command; here it is unet_lr"),
     ],
 )

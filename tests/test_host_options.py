@@ -170,6 +170,18 @@ def test_offloading_after_a_load_draws_sets_and_merges_the_same_or_is_refused(
     assert torch.equal(told(tiny_pipe), wanted)
 
 
+@pytest.mark.parametrize("name", ["ink", "said"])
+def test_a_load_after_sequential_offloading_is_refused_in_words(
+    name: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline
+) -> None:
+    wanted, adapters = told(tiny_pipe), Adapters(tiny_pipe)
+    for part in (tiny_pipe.unet, tiny_pipe.text_encoder):
+        cpu_offload(part, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"are offloaded and not there between calls; load adapters before you enable"):
+        adapters.load(files[name])
+    assert adapters.names == () and torch.equal(told(tiny_pipe), wanted)
+
+
 def test_weights_that_are_offloaded_to_files_are_not_merged_into(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import quantized
+from ..core.errors import UserError
 from ..core.merge import unmerged_state
 from ..core.sharded import whole
 
@@ -46,6 +47,9 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str:
 
     Returns:
         16 hex digits, the same for one base in float32, float16, bfloat16, or quantized by `quantize`.
+
+    Raises:
+        UserError: Weights are offloaded to where they cannot be read.
     """
     before = {known for module in modules.values() if (known := getattr(module, _FINGERPRINT, None)) is not None}
     if len(before) == 1:
@@ -53,6 +57,11 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str:
     digest = hashlib.sha256()
     for component, module in sorted(modules.items()):
         for name, tensor in unmerged_state(module).items():
+            if tensor.is_meta:
+                raise UserError(
+                    f"which base this is cannot be told: the weights of {component} are offloaded and not there between"
+                    " calls; load adapters before you enable sequential offloading, or call pipe.remove_all_hooks() first"
+                )
             flat = _readable(tensor).reshape(-1)
             sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu")
             rounded = sample.to(torch.bfloat16).view(torch.int16) if sample.is_floating_point() else sample

@@ -37,6 +37,8 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "prior_loss_weight": ("prior_weight",),
     "output_name": ("output",),
     "output_dir": ("run_dir", "output"),
+    "save_precision": ("save_dtype",),
+    "save_model_as": ("save_as",),
     "cache_latents": ("cache",),
     "shuffle_caption": ("shuffle_tags",),
     "caption_dropout_rate": ("caption_dropout",),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
 from ..core import plugins
 from ..core.errors import UserError, did_you_mean
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 DEFAULT = "kohya"
 """The layout that files are written in where none is named."""
+
+SaveDtype: TypeAlias = Literal["fp16", "bf16", "float32"]
+"""What the numbers of a file are rounded to, in the words of kohya's trainer."""
 
 OTHER_NAMES = {"kohya-sgm": "original"}
 """What a layout is called too: the original's names of a UNet are those that kohya's trainer writes for XL."""

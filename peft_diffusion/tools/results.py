@@ -26,8 +26,6 @@ from ..methods.shared.affine import serves, weight_shape
 from ..methods.shared.hyper_parameters import ALPHA
 from .changes import Change
 
-DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "float32": torch.float32}
-
 
 @dataclass(frozen=True)
 class LayerError:
@@ -160,7 +158,7 @@ class Adapters:
         """
         return {component: tuple(_methods(component, own, sources)) for component, own in self.made.items()}
 
-    def write(self, path: Path, layout: str, spec: Spec, metadata: Mapping[str, str]) -> None:
+    def write(self, path: Path, layout: str, spec: Spec, metadata: Mapping[str, str]) -> Path:
         """Write the file.
 
         Args:
@@ -169,13 +167,16 @@ class Adapters:
             spec: What it says of itself.
             metadata: Further entries of its header.
 
+        Returns:
+            The file that was written.
+
         Raises:
             UserError: There is nothing to write, the layout cannot say it, or the file cannot be written.
         """
         if not self.count:
             raise UserError(f"{path} would hold nothing")
         parts = {component: self.bones.parts[component] for component in self.made}
-        file.write(path, Content(self.made, parts, spec), layout=layout, more=metadata)
+        return file.write(path, Content(self.made, parts, spec), layout=layout, more=metadata)
 
 
 def lora(site: nn.Module, pair: LowRank) -> Adapter:
@@ -364,7 +365,7 @@ def layout_of(plan: Plan) -> str:
     return next((name for name in plan.layouts[:1] if name in _SELF_NAMED), _SELF_NAMED[0])
 
 
-def write_changed(made: Adapters, plan: Plan, path: Path, layout: str | None, comment: str) -> None:
+def write_changed(made: Adapters, plan: Plan, path: Path, layout: str | None, comment: str) -> Path:
     """Write what was made of one file, with all that the file says of itself.
 
     Args:
@@ -374,13 +375,16 @@ def write_changed(made: Adapters, plan: Plan, path: Path, layout: str | None, co
         layout: Its layout; None: that of the file.
         comment: What was done, for the metadata.
 
+    Returns:
+        The file that was written.
+
     Raises:
         UserError: The layout cannot say it, or the file cannot be written.
     """
     metadata = kept_metadata([plan])
     told = metadata.get(_COMMENT)
     metadata[_COMMENT] = f"{comment}; {told}" if told else comment
-    made.write(path, layout or layout_of(plan), joined_spec([plan], made.bones, made, path.stem), metadata)
+    return made.write(path, layout or layout_of(plan), joined_spec([plan], made.bones, made, path.stem), metadata)
 
 
 _COMMENT = "ss_training_comment"

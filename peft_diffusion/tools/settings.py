@@ -1,19 +1,15 @@
 """What the commands on adapter files can be told: flags, TOML keys and Python arguments in one place. Imports no torch."""
 
-from dataclasses import KW_ONLY, dataclass, field
-from pathlib import Path
-from typing import Literal, TypeAlias
+from dataclasses import KW_ONLY, field
 
 from ..core.errors import UserError
 from ..core.files import at_home
-from ..core.settings import COUNT, PARAMETERS, Flag, about, explained, setting, settle
-
-SaveDtype: TypeAlias = Literal["fp16", "bf16", "float32"]
-"""What the numbers of a file are rounded to, in the words of kohya's trainer."""
+from ..core.settings import COUNT, PARAMETERS, Flag, OnePath, Texts, about, explained, setting, settings_class, settle
+from ..formats.layout import SaveDtype
 
 
 @explained
-@dataclass(frozen=True)
+@settings_class()
 class ConvertConfig:
     """What ``convert`` makes of a file.
 
@@ -21,10 +17,10 @@ class ConvertConfig:
         UserError: A value is one that cannot be used.
     """
 
-    source: Path = field(
+    source: OnePath = field(
         metadata=about("The adapter file.", PARAMETERS, flag=Flag(default_shown=False), place=True),
     )
-    output: Path = field(
+    output: OnePath = field(
         metadata=about(
             "The file to make; of the layout peft, its folder. An embedding may end in .pt.",
             PARAMETERS,
@@ -42,15 +38,16 @@ class ConvertConfig:
     dtype: SaveDtype | None = setting(
         None, "What numbers are rounded to; by default they stay as they are in the file, to the bit.", PARAMETERS
     )
-    component: tuple[str, ...] = setting(
+    component: Texts = setting(
         (), "Only this component, such as unet; give it again for more.", PARAMETERS, flag=Flag(default_shown=False)
     )
     to_lora: int | None = setting(
         None,
-        "Make a LoRA of this rank of whatever method it is, and tell the error of each layer.",
+        "Make a LoRA of this rank of whatever method it is, and tell what that leaves out.",
         PARAMETERS,
         COUNT,
     )
+    errors: bool = setting(False, "With --to-lora, show the error of every site.", PARAMETERS)
     base: str | None = setting(
         None,
         "The base that the file is for, where the file does not tell it, or where --to-lora needs its weights: a folder, a"

@@ -26,6 +26,8 @@ from ..core.events import Ended, Event, Observer, Observers, Stop, Warned, check
 from ..core.files import claimed, explained
 from ..core.settings import Settings, pick, portable, to_json
 from ..fast.low_rank import Working
+from ..formats.file import DTYPES, check
+from ..formats.layout import DEFAULT
 from .attachment import NAME, Attached, at_strength, attach, described
 from .events import Data, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
 from .loop.optimizers import check_optimizer
@@ -450,6 +452,9 @@ class _Run(Generic[Result]):
         self.processes = processes
         attached = attach(material.parts, material.blocks, material.seed, material.rate)
         teach(material.base)  # before texts become tokens
+        if material.config.save_as != DEFAULT:  # which can say everything
+            spec = formats.Spec(base=asdict(material.info))
+            check(material.config.output, material.parts, NAME, spec, layout=material.config.save_as)
         self.arena = Arena(attached.groups)
         task, config = material.task, material.config
         self.adapter = described(material.parts, material.blocks, self.arena.count)
@@ -512,7 +517,7 @@ class _Run(Generic[Result]):
         )
         result = self.material.result(found)
         if self.processes.leads:
-            _save(config.output, self.material.parts, self.trainer, self._spec(result))
+            _save(config, self.material.parts, self.trainer, self._spec(result))
             self.tell(Saved("adapter", outcome.kept if outcome else self.trainer.step, config.output))
         self.processes.wait()
         return result
@@ -741,9 +746,9 @@ def next_command(command: str, prompt: str, flags: Mapping[str, str | None], mod
     return f"peft-diffusion {command} {shlex.quote(prompt)}{given}"
 
 
-def _save(output: Path, parts: Mapping[str, nn.Module], trainer: Trainer, spec: formats.Spec) -> None:
+def _save(config: RunSettings, parts: Mapping[str, nn.Module], trainer: Trainer, spec: formats.Spec) -> None:
     """Write the adapter file, of the weights that the run gives. Raises UserError where the disk refuses."""
-    with explained(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with explained(config.output):
+        config.output.parent.mkdir(parents=True, exist_ok=True)
     with trainer.final_weights():
-        formats.save(output, parts, NAME, spec)
+        formats.save(config.output, parts, NAME, spec, layout=config.save_as, dtype=DTYPES[config.save_dtype])

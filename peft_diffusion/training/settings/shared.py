@@ -20,6 +20,8 @@ from ...core.settings import (
     settings_class,
     settle,
 )
+from ...formats import layout as layouts
+from ...formats.layout import SaveDtype
 from .choices import Keep, LogWith, Memory, OptimizerName, Precision, Quantize, Scheduler
 
 RESULT = Group("What to make", 1)
@@ -79,6 +81,10 @@ class RunSettings(Settings, MethodSettings, Protocol):
     def derived(self) -> Mapping[str, str]: ...
     @property
     def output(self) -> Path: ...
+    @property
+    def save_as(self) -> str: ...
+    @property
+    def save_dtype(self) -> SaveDtype: ...
     @property
     def run_dir(self) -> Path: ...
     @property
@@ -183,6 +189,19 @@ class SharedConfig:
         free_on_resume=True,
     )
 
+    save_as: str = setting(
+        layouts.DEFAULT,
+        "Layout of the adapter file, as convert --to has them: kohya, kohya-sgm, diffusers, peft (an --output"
+        " FOLDER/adapter_model.safetensors), lycoris, omi, embedding, embedding-a1111, embedding-diffusers.",
+        WATCH,
+        free_on_resume=True,
+    )
+    save_dtype: SaveDtype = setting(
+        "float32",
+        "What the numbers of the adapter file are rounded to: fp16 and bf16 take half the space.",
+        WATCH,
+        free_on_resume=True,
+    )
     log_with: LogWith | None = setting(
         None,
         "Log losses, rates, measurements and previews for tensorboard too, under logs/ of the run folder; to watch it live.",
@@ -220,6 +239,8 @@ class SharedConfig:
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.save_as != layouts.DEFAULT:
+            layouts.find(self.save_as)
         if self.optimizer == "schedule-free" and self.ema:
             raise UserError("--optimizer schedule-free averages the weights itself; leave --ema away")
 
