@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from ..bases import family as families
 from ..core.errors import UserError
-from ..core.files import at_home
+from ..core.files import at_home, if_address
 from ..core.settings import (
     COUNT,
     NATURAL,
@@ -183,7 +183,7 @@ def _existing(text: str) -> Path:
     if not path.is_file():
         name, _, strength = text.rpartition(":")
         hint = f"; a strength follows an =, as in {name}={strength}" if _is_number(strength) and name else ""
-        raise UserError(f"there is no adapter file {path}{hint}")
+        raise UserError(f"there is no adapter file {path}{hint or if_address(path)}")
     return path
 
 
