@@ -55,6 +55,8 @@ METHODS: dict[str, tuple[Method, str]] = {
     "lokr-decomposed": (Lokr(rank=2, factor=4, weight_decompose=True), "all-linear"),
     "oft": (Oft(block_size=4), "attention+ff"),
     "oft-conv": (Oft(block_size=4, rescale=True, constraint=0.001), "conv"),
+    "oft-butterfly": (Oft(block_size=4, butterfly=True, rescale=True, constraint=0.01), "conv"),
+    "oft-input": (Oft(block_size=4, on_input=True), "attention"),
     "ia3": (Ia3(), "attention+ff"),
     "ia3-conv": (Ia3(on_input=True), "conv"),
     "full": (Full(), _EVERY_KIND),

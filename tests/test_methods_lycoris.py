@@ -100,6 +100,9 @@ LYCORIS: dict[str, tuple[str, type[Method], dict[str, Any]]] = {
     "oft": ("diag_oft.DiagOFTModule", Oft, {"lora_dim": 4, "constraint": 0}),
     "oft, rescaled": ("diag_oft.DiagOFTModule", Oft, {"lora_dim": 4, "constraint": 0, "rescaled": True}),
     "oft, constrained": ("diag_oft.DiagOFTModule", Oft, {"lora_dim": 4, "constraint": 0.03}),
+    "boft": ("boft.ButterflyOFTModule", Oft, {"lora_dim": 8, "constraint": 0}),
+    "boft, rescaled and constrained": ("boft.ButterflyOFTModule", Oft,
+                                       {"lora_dim": 8, "constraint": 0.03, "rescaled": True}),
     "ia3": ("ia3.IA3Module", Ia3, {}),
     "ia3 on input": ("ia3.IA3Module", Ia3, {"train_on_input": True}),
 }  # fmt: skip
@@ -152,6 +155,7 @@ BUILT: dict[str, tuple[Method, str]] = {
     "loha, decomposed": (Loha(rank=3, weight_decompose=True), "loha.LohaModule"),
     "lokr, decomposed": (Lokr(rank=2, factor=4, weight_decompose=True), "lokr.LokrModule"),
     "oft": (Oft(block_size=4, constraint=0.02, rescale=True), "diag_oft.DiagOFTModule"),
+    "boft": (Oft(block_size=6, butterfly=True, constraint=0.02, rescale=True), "boft.ButterflyOFTModule"),
     "full": (Full(), "full.FullModule"),
 }
 
@@ -510,7 +514,12 @@ BROKEN: dict[str, dict[str, tuple[int, ...]]] = {
     r"lokr.*do not fit a": {"lokr_w1": (4, 4), "lokr_w2": (8, 9)},
     "factors do not fit one another": {"lokr_w1_a": (4, 3), "lokr_w1_b": (2, 4), "lokr_w2": (8, 8)},
     "lokr_w2_a is missing": {"lokr_w1": (4, 4), "lokr_w2_b": (2, 8)},
-    "BOFT": {"oft_blocks": (2, 8, 4, 4), "alpha": ()},
+    r"\(5, 8, 4, 4\) do not fit the 32 outputs": {"oft_blocks": (5, 8, 4, 4), "alpha": ()},  # of more rotations than mix
+    r"oft_R \(8, 5\) does not fit the 32 inputs": {"oft_R": (8, 5)},
+    r"oft_R \(4, 6\) does not fit the 32 inputs": {"oft_R": (4, 6)},
+    r"boft_R \(4, 16, 2, 2\) and boft_s \(31,\) do not fit": {"boft_R": (4, 16, 2, 2), "boft_s": (31,)},
+    r"boft_R \(6, 16, 2, 2\) .* do not fit": {"boft_R": (6, 16, 2, 2), "boft_s": (32,)},
+    "boft_s is missing": {"boft_R": (1, 16, 2, 2)},
     "do not fit the 32 outputs": {"oft_blocks": (8, 5, 5), "alpha": ()},
     "fits neither": {"lora_down.weight": (2, 32), "lora_up.weight": (32, 2), "dora_scale": (7, 1)},
     "lora_mid.weight .* does not fit": {"lora_down.weight": (2, 32), "lora_up.weight": (32, 2), "lora_mid.weight": (3, 2)},
@@ -524,6 +533,66 @@ def test_tensors_that_do_not_fit_are_refused_in_words(tmp_path: Path, tiny_pipe:
     save_file({f"{key}.{name}": torch.zeros(shape) for name, shape in BROKEN[message].items()}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=message):
         formats.load(tmp_path / "a.safetensors", tiny_pipe)
+
+
+class BlockDiagonal:
+    """What peft's kernel for BOFT gives, without which it takes a single rotation."""
+
+    @staticmethod
+    def forward(blocks: Tensor) -> list[Tensor]:
+        return [torch.stack([torch.block_diag(*one) for one in blocks])]
+
+
+OFTS: dict[str, dict[str, Any]] = {
+    "series": {},
+    "series of 3 terms": {"num_cayley_neumann_terms": 3},
+    "series of 2 terms": {"num_cayley_neumann_terms": 2},
+    "a long series": {"num_cayley_neumann_terms": 8},
+    "exact": {"use_cayley_neumann": False},
+    "limited": {"use_cayley_neumann": False, "coft": True, "eps": 0.3},
+    "shared": {"block_share": True},
+    "one block": {"r": 1, "oft_block_size": 0},
+}
+
+
+@pytest.mark.parametrize("kind", ["linear", "pointwise"])
+@pytest.mark.parametrize("form", OFTS)
+def test_oft_agrees_with_peft(form: str, kind: str) -> None:
+    from peft import OFTConfig
+
+    layer, x = module(kind), inputs(kind)
+    options = {"r": 0, "oft_block_size": 4, **OFTS[form]}
+    model, theirs = in_peft(layer, OFTConfig(target_modules=["0"], init_weights=False, **options))
+    tensors = {"oft_R": theirs.oft_R["default"].weight.detach().clone()}
+    told = Oft.from_peft(OFTS[form], "0", {name: tuple(one.shape) for name, one in tensors.items()})
+    tensors |= {name: torch.tensor(value) for name, value in told.items()}
+    adapter = Oft.read(layer, tensors)
+    assert Oft.recognizes(tensors.keys()) and adapter.state().keys() == tensors.keys() <= Oft.suffixes
+    assert agrees(layer, adapter, model, x)
+
+
+def test_oft_of_peft_is_refused_where_it_is_no_rotation() -> None:
+    layer = module("conv")
+    with pytest.raises(UserError, match="oft_R stands at a convolution with a kernel"):
+        Oft.read(layer, {"oft_R": torch.zeros(36, 6)})
+    assert not Oft(on_input=True).serves(layer) and Oft().serves(layer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rotations", [1, 3])
+def test_boft_agrees_with_peft(rotations: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import BOFTConfig
+
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: BlockDiagonal if rotations > 1 else None)
+    layer, x = module(kind), inputs(kind)
+    size = {"linear": 6, "conv": 4, "pointwise": 2}[kind]  # of 24, 144 and 16 inputs
+    config = BOFTConfig(target_modules=["0"], boft_block_size=size, boft_n_butterfly_factor=rotations, init_weights=False)
+    model, theirs = in_peft(layer, config)
+    tensors = own(theirs, "boft_R", "boft_s")
+    assert len(tensors["boft_R"]) == rotations
+    tensors["boft_s"] = Oft.from_alias("boft_s", tensors["boft_s"])
+    assert Oft.recognizes(tensors.keys()) and tensors.keys() <= Oft.suffixes
+    assert agrees(layer, Oft.read(layer, tensors), model, x)
 
 
 # --- hyper-parameters ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from conftest import make_pipe
 from language import make_lm
 from making import command
+from safetensors.torch import load_file
 from test_dotted_files import LM_LAYERS, text_output, unet_output
 from test_formats import write_adapter
 
@@ -29,6 +30,11 @@ KINDS: dict[str, peft.PeftConfig] = {
         target_modules=["k_proj", "v_proj", "o_proj", "down_proj"], feedforward_modules=["o_proj", "down_proj"], **LM
     ),
     "ia3 by an expression": peft.IA3Config(target_modules=LM_LAYERS, feedforward_modules=r".*(o_proj|down_proj)", **LM),
+    "oft": peft.OFTConfig(r=0, oft_block_size=4, target_modules=LM_LAYERS, **LM),
+    "oft, exact, limited and shared": peft.OFTConfig(
+        r=0, oft_block_size=8, use_cayley_neumann=False, coft=True, eps=0.2, block_share=True, target_modules=LM_LAYERS, **LM
+    ),
+    "boft": peft.BOFTConfig(boft_block_size=4, target_modules=LM_LAYERS, **LM),
     "modules": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "norm", "up_proj"], **LM),
     "embedding": peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], **LM),
     "tokens beside pairs": peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 85], **LM),
@@ -66,6 +72,26 @@ def test_a_folder_of_peft_means_the_same_on_a_language_model(kind: str, tmp_path
     assert ours.shape == expected.shape and (expected[:, -plain.shape[1] :] - before).abs().max() > 1e-2
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
     assert formats.inspect(tmp_path / "slow").unknown == ()
+
+
+@pytest.mark.parametrize("kind", [one for one in KINDS if "oft" in one])
+def test_rotations_of_inputs_come_back_to_peft_as_they_were(kind: str, tmp_path: Path) -> None:
+    theirs, base, ids = trained(peft.get_peft_model(make_lm().lm, KINDS[kind])), make_lm(), torch.arange(2, 30)[None]
+    theirs.save_pretrained(tmp_path / "a")
+    adapters = Adapters(base)
+    adapters.load(tmp_path / "a", name="a")
+    written = tmp_path / "b" / "adapter_model.safetensors"
+    formats.save(written, {"lm": base.lm}, "a", formats.Spec(), layout="peft")
+    first, second = load_file(tmp_path / "a" / written.name), load_file(written)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], one) for name, one in second.items())
+    again = peft.PeftModel.from_pretrained(make_lm().lm, tmp_path / "b").eval()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits
+        torch.testing.assert_close(again(input_ids=ids).logits, expected)
+        formats.save(tmp_path / "own.safetensors", {"lm": base.lm}, "a", formats.Spec())
+        adapters.remove("a")
+        adapters.load(tmp_path / "own.safetensors", strict=True)
+        torch.testing.assert_close(base.lm(ids).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 IMAGES = {

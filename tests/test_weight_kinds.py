@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pipe
+from conftest import make_pipe, make_xl_pipe
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from test_dotted_files import text_output, unet_output
@@ -165,3 +165,43 @@ def test_words_beyond_an_embedding_have_no_whole_change() -> None:
     expected = F.embedding(ids, table.weight + adapter.weight)
     close(model(ids), expected)
     assert torch.equal(adapter.residual(torch.tensor([[9]]), torch.ones(1, 1, 3), torch.ones(1, 1, 3)), torch.zeros(1, 1, 3))
+
+
+# Rotations
+
+
+def of_kohya(weight: Tensor, blocks: Tensor, alpha: float) -> Tensor:
+    """The weight that ``get_weight`` and ``merge_to`` of kohya's networks/oft.py make."""
+    generator = blocks - blocks.transpose(1, 2)
+    norm = generator.norm()
+    generator = generator * ((norm.clamp(max=alpha * len(weight)) + 1e-8) / (norm + 1e-8))
+    identity = torch.eye(blocks.shape[1])
+    rotation = (identity + generator) @ (identity - generator).inverse()
+    turned = torch.einsum("knm,kn...->km...", rotation, weight.unflatten(0, blocks.shape[:2]))
+    return turned.flatten(0, 1)
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 1.0])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_rotations_of_kohya_change_the_weights_as_there(kind: str, alpha: float, tmp_path: Path) -> None:
+    pipe, generator = make_pipe() if kind == "sd" else make_xl_pipe(), torch.Generator().manual_seed(5)
+    names = original_names(pipe.unet) if kind == "sdxl" else {path: path for path, _ in pipe.unet.named_modules()}
+    tensors: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
+    for path, module in pipe.unet.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and (".attn" in path or ".conv1" in path):
+            blocks = torch.randn(4, len(module.weight) // 4, len(module.weight) // 4, generator=generator) * 0.1
+            name = f"oft_unet_{names[path].replace('.', '_')}"
+            tensors |= {f"{name}.oft_blocks": blocks, f"{name}.alpha": torch.tensor(alpha)}
+            expected[path] = of_kohya(module.weight.detach(), blocks, alpha)
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = formats.inspect(tmp_path / "a.safetensors")
+    assert found.methods == ("oft",) and found.unknown == ()
+    adapters = Adapters(pipe)
+    adapters.load(tmp_path / "a.safetensors", strict=True)
+    adapters.merge()
+    for path, weight in expected.items():
+        close(pipe.unet.get_submodule(path).weight.detach(), weight)
+    adapters.unmerge()
+    largest = max((pipe.unet.get_submodule(path).weight - weight).abs().max() for path, weight in expected.items())
+    assert largest > 1e-3

@@ -122,7 +122,7 @@ class PeftForm:
 
     Attributes:
         kind: ``peft_type`` of its configuration.
-        alpha: What its configuration calls alpha.
+        alpha: What its configuration calls alpha; "" where it has neither rank nor alpha.
         sites: By path.
         options: Further entries of its configuration, the same for all sites.
     """

@@ -451,6 +451,8 @@ def _config(component: str, form: PeftForm) -> dict[str, Any]:
     """The configuration of peft: what most sites have, and patterns for the others."""
     start = r"^(text_model\.)?" if families.role_of(component) == "text encoder" else "^"
     bare = {path: path.removeprefix(TEXT_MODEL) for path in form.sites}
+    if not form.alpha:
+        return {"target_modules": sorted(bare.values()), **form.options}
     ranks = {path: site.rank for path, site in form.sites.items()}
     alphas = {path: _plain(site.alpha) for path, site in form.sites.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
