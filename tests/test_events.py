@@ -275,7 +275,7 @@ def test_events_that_take_other_machines_have_their_lines() -> None:
     assert sharded.lines()[0].startswith("unet sharded over 2 processes: each holds 3 MiB of 6 MiB; steps run one operation")
     assert "no CUDA graph of them can be made (why)" in Unrecorded("why").lines()[0]
     assert MemorySaved(Need(2**20, 2**20, 2**20)).lines()[0].startswith("memory: 3 MiB do not fit; as with --memory low")
-    assert "Ctrl-C again, in a second or later" in Stopping().lines()[0]
+    assert "Ctrl-C again, a second later" in Stopping().lines()[0]
     assert "--memory low takes less" in MemoryUnknown(None, low=False).lines()[0]
 
 

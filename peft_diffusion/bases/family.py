@@ -197,7 +197,7 @@ _UNET = Component(
     flat=("lora_prior_unet_", "diffusion_model_", "oft_unet_"),  # of ComfyUI, A1111 and kohya's networks/oft.py
     omi="unet",
 )
-_CLIP_PATHS = ("text_model_", "encoder_layers_", "embeddings_", "final_layer_norm")
+_CLIP_PATHS = ("text_model_", "encoder_layers_", "embeddings_", "final_layer_norm", "text_projection")
 _TEXT = Component(
     "text_encoder",
     "text encoder",
@@ -213,7 +213,8 @@ _TEXT = Component(
         "lora_te1.",
     ),
     _CLIP_PATHS,
-    ("clip_l", "emb_params", "emp_params"),  # the last as OneTrainer spells it
+    # The third as OneTrainer spells it, the last as older scripts of diffusers do.
+    ("clip_l", "emb_params", "emp_params", "text_encoders_0"),
     ("transformer_text_model_", "0_transformer_text_model_", "model_transformer_"),  # of A1111
     "clip_l",
 )
@@ -237,7 +238,7 @@ _TEXT_XL_2 = Component(
     "lora_te2_",
     ("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.", "lora_te2."),
     (),
-    ("clip_g",),
+    ("clip_g", "text_encoders_1"),
     ("lora_prior_te_", "1_model_transformer_"),  # of ComfyUI and A1111
     "clip_g",
 )

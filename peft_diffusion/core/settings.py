@@ -337,6 +337,8 @@ class Described:
         if found is None:
             wanted = _KINDS[self.single][1] + (", or several" if self.several else "")
             raise UserError(f"{self.flag} must be {wanted}, not {value!r}")
+        if isinstance(found, Path) and "\0" in str(found):
+            raise UserError(f"{self.flag} {str(found)!r} holds the character of number 0, which no path has")
         limits = self.setting.range
         if limits is not None and found not in limits:
             finite = "" if _finite(found) else "a finite number, "

@@ -423,6 +423,21 @@ def adapter_file(path: Path) -> Path:
     raise UserError(f"{path} is a folder without an adapter: there is none of {', '.join(_IN_FOLDERS)}; name a file")
 
 
+def embedding_beside(path: Path) -> Path | None:
+    """Find the file of words that diffusers' scripts write beside a LoRA.
+
+    Args:
+        path: The LoRA.
+
+    Returns:
+        That file; None where there is none.
+    """
+    own = path.with_name(f"{path.stem}_emb.safetensors")
+    if own.is_file() or path.name not in _IN_FOLDERS:
+        return own if own.is_file() else None
+    return next(iter(sorted(path.parent.glob("*_emb.safetensors"))), None)
+
+
 def title(path: Path) -> str:
     """Name an adapter by where it lies.
 
@@ -502,19 +517,29 @@ def _read_pickle(path: Path) -> dict[str, "Tensor"]:
     import torch
 
     _refuse_compressed(path)
-    with refusing(f"{path} cannot be read as plain weights"):  # weights_only refuses to run what a pickle asks for
+    kept = torch.serialization.safe_globals([torch.nn.ParameterDict])  # a dict, in which the first scripts kept words
+    with refusing(f"{path} cannot be read as plain weights"), kept:  # weights_only refuses to run what a pickle asks for
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     loaded = loaded if isinstance(loaded, dict) else {}
-    words = loaded.get("string_to_param")
-    if isinstance(words, dict):  # a word of A1111, which calls it by the file's name
-        if len(words) > 1:
-            raise UserError(f"{path} holds {len(words)} words, and A1111 knows one in a file; save each by itself")
-        loaded = {"emb_params": next(iter(words.values()), None)}
+    words = _plain_dict(loaded.get("string_to_param"))
+    if words is not None:  # one word of A1111, which calls it by the file's name, or several of other programs
+        loaded = {"emb_params": next(iter(words.values()))} if len(words) == 1 else words
     tensors = {name: one for name, value in loaded.items() if (one := _named(path, name, value)) is not None}
     if not tensors:
         raise UserError(f"{path} holds no named tensors")
     return tensors
+
+
+def _plain_dict(value: object) -> dict[str, Any] | None:
+    """A dict, also where it was kept in a module, as that is without running it; None for all else."""
+    import torch
+
+    if isinstance(value, torch.nn.ParameterDict):
+        kept = vars(value)
+        own = kept.get("_parameters") or {name: kept.get(name) for name in kept.get("_keys") or ()}
+        return dict(own) if isinstance(own, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def _refuse_compressed(path: Path) -> None:

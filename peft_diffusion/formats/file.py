@@ -24,7 +24,7 @@ from . import container, metadata
 from . import layout as layouts
 from .layout import Content, Layout, SaveDtype, Whole, Written
 from .names import site_name
-from .planning import NO_METHOD, NO_SITE, Plan, SitePlan, by_reason, plan, refuse_leftovers, some
+from .planning import NO_METHOD, NO_SITE, WHICH, Plan, SitePlan, by_reason, plan, refuse_leftovers, some
 from .spec import KEY as SPEC
 from .spec import Spec, refuse_unknown
 
@@ -234,15 +234,19 @@ def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False) -> L
     found = source if isinstance(source, Plan) else plan(source)
     bound, tensors = bind(found, pipe), found.tensors()
     built: dict[str, dict[str, Adapter]] = {}
+    learned: dict[str, set[str]] = {}
     for component, path in bound.sites:
         adapter = bound.build(component, path, tensors)
         if adapter is not None:
             built.setdefault(component, {})[path] = adapter
+            for word in adapter.learned_words() if families.components()[component].embeddings else ():
+                learned.setdefault(word, set()).add(component)
     _refuse_empty(found, built, bound.left, pipe)
     if strict:
         refuse_leftovers(found.path, bound.left)
     report = Coverage(len(tensors) - len(bound.left), sum(map(len, built.values())), tuple(bound.left))
-    return Loaded(built, found.spec or Spec(), report, bound.warnings, found)
+    warnings = (*bound.warnings, *_unread_words(found, learned, bound.parts))
+    return Loaded(built, found.spec or Spec(), report, warnings, found)
 
 
 def bind(found: Plan, pipe: AnyBase) -> "Bound":
@@ -349,13 +353,21 @@ def _bound(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[list[_Site], di
         present = [component for component in candidates if name in paths.get(component, ())]
         component = next((one for one in present if place.component_named or _is_only(one, parts)), None)
         if component is None:
-            left |= {**{source.name: NO_SITE for source in one.sources}, **one.leftovers}
+            why = NO_SITE if place.component_named else _which(place.component, name, paths)
+            left |= {**dict.fromkeys((source.name for source in one.sources), why), **one.leftovers}
             continue
         key = (component, paths[component][name])
         bound[key] = bound[key].joined(one, found.path) if key in bound else one
     _tie(bound, parts)
     left |= {name: why for one in bound.values() for name, why in one.leftovers.items()}
     return [_Site(component, path, one) for (component, path), one in bound.items() if one.methods], left
+
+
+def _which(component: str, name: str, paths: Mapping[str, Mapping[str, str]]) -> str:
+    """Why a site has no component whose name tells none: there is no such site, or several may be meant."""
+    among = [other for other in paths if families.role_of(other) == families.role_of(component)]
+    known = len(among) > 1 and any(name in paths[other] for other in among)
+    return WHICH.format(" and ".join(among), among[0]) if known else NO_SITE
 
 
 def _tie(bound: dict[tuple[str, str], SitePlan], parts: Mapping[str, nn.Module]) -> None:
@@ -489,12 +501,26 @@ def _wrong_base(found: Plan, pipe: AnyBase, reason: str) -> UserError:
     return UserError(f"{found.path} does not fit the base {here.name!r} ({here.family}): {reason}")
 
 
+def _unread_words(found: Plan, learned: Mapping[str, set[str]], parts: Mapping[str, nn.Module]) -> list[str]:
+    """What is to be told of words of other programs that a text encoder of the base does not know."""
+    readers = [name for name in parts if families.role_of(name) == "text encoder"]
+    return [
+        f"{found.path}: the word {word} was learned for {', '.join(sorted(known))} alone, as for Stable Diffusion 1 and 2;"
+        f" {', '.join(name for name in readers if name not in known)} reads it letter by letter here"
+        for word, known in learned.items()
+        if word and found.spec is None and not known >= set(readers)
+    ]
+
+
 def _warnings(planned: Plan, left: Mapping[str, str], pipe: AnyBase) -> tuple[str, ...]:
     path, spec, total = planned.path, planned.spec, len(planned.header.tensors)
     found = [
         f"{path}: {len(names)} of {total} tensors {reason} and were left out: {some(names)}"
         for reason, names in by_reason(left).items()
     ]
+    words = container.embedding_beside(path)
+    if words is not None:
+        found.append(f"{path} was trained with new words, which lie beside it in {words.name}; load that too")
     scheduler = getattr(pipe, "scheduler", None)
     ends_in_noise = scheduler is None or scheduler.config.get("rescale_betas_zero_snr")
     if spec and spec.training.get("zero_terminal_snr") and not ends_in_noise:

@@ -6,7 +6,7 @@ and hashed once however many of them ask.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import methods
-from ..core.errors import UserError
+from ..bases import family as families
+from ..core.errors import UserError, did_you_mean
 from ..core.files import at_home
 from ..core.method import Method
 from . import container
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 NO_LAYOUT = "are of no layout that is known here"
 NO_METHOD = "are of no method that is known here"
 NO_SITE = "have no site in this base"
+NOT_CHOSEN = "are other words than the one that was chosen"
+WHICH = "name no component, and this base has {}: say which is meant, as component= in Python or FILE@{} in a command"
 NOT_WHOLE = "are of sites that other tensors, which are not understood, change too"
 
 
@@ -155,6 +158,8 @@ class Plan:
         unread: By name, why a tensor has no place whatever the base.
         warnings: What the person should know of it.
         loaded: The tensors of a pickle, which has no header to be planned from.
+        component: What was said to be meant by names that tell no component; None for nothing.
+        word: What was said of the file's learned words; None for nothing.
     """
 
     header: Header
@@ -164,6 +169,8 @@ class Plan:
     unread: Mapping[str, str]
     warnings: tuple[str, ...] = ()
     loaded: "Mapping[str, Tensor] | None" = field(default=None, repr=False)
+    component: str | None = None
+    word: str | None = None
 
     @property
     def path(self) -> Path:
@@ -255,12 +262,16 @@ class Plan:
         return UserError(f"{self.path} is no adapter of a known layout: it holds {shown}")
 
 
-def plan(path: str | Path) -> Plan:
+def plan(path: str | Path, *, component: str | None = None, word: str | None = None) -> Plan:
     """Parse an adapter file.
 
     Args:
         path: The file, or the folder that it lies in, as peft and diffusers make it. Of a safetensors file only the header
             is read; a pickle is read whole, which takes torch.
+        component: Which component is meant by names that tell none, such as those of LyCORIS and peft on the second text
+            encoder of Stable Diffusion XL.
+        word: What to call the learned word of a file that holds one, whatever its file is called; of a file with several,
+            the one to load.
 
     Returns:
         What it holds.
@@ -269,28 +280,39 @@ def plan(path: str | Path) -> Plan:
         UserError: There is no such file, it is no adapter, or it is damaged.
     """
     where = container.adapter_file(at_home(Path(path)))
-    if container.is_pickle(where):
-        return planned(*container.read_pickle(where))
-    return planned(container.read_header(where))
+    header, loaded = container.read_pickle(where) if container.is_pickle(where) else (container.read_header(where), None)
+    return planned(header, loaded, component=component, word=word)
 
 
-def planned(header: Header, loaded: "Mapping[str, Tensor] | None" = None) -> Plan:
+def planned(
+    header: Header,
+    loaded: "Mapping[str, Tensor] | None" = None,
+    *,
+    component: str | None = None,
+    word: str | None = None,
+) -> Plan:
     """Plan what becomes of the tensors of a header.
 
     Args:
         header: Of the file.
         loaded: The tensors themselves, of a pickle.
+        component: As for ``plan``.
+        word: As for ``plan``.
 
     Returns:
         What the file holds.
 
     Raises:
-        UserError: It is no adapter, or it is damaged.
+        UserError: It is no adapter, or it is damaged; or it holds nothing that a component or a word could be said of.
     """
     spec = Spec.from_metadata(header.metadata, str(header.path))
     bare, names_of = _unwrapped(header)
     by_layout, nobodys = _by_layout(bare)
     readings = [(layout, layout.read(bare, names)) for layout, names in by_layout.items()]
+    if component is not None:
+        readings = _of_component(header.path, readings, component)
+    if word is not None:
+        readings = _of_word(header.path, readings, word)
     unread = {**nobodys, **{name: why for _, reading in readings for name, why in reading.leftovers.items()}}
     sites = _with_strangers(_sites(bare, readings), unread)
     if names_of:
@@ -299,7 +321,7 @@ def planned(header: Header, loaded: "Mapping[str, Tensor] | None" = None) -> Pla
     layouts = Counter({layout.name: len(reading.places) for layout, reading in readings if reading.places})
     warnings = tuple(warning for _, reading in readings for warning in reading.warnings)
     names = tuple(name for name, _ in layouts.most_common())
-    found = Plan(header, spec, names, sites, unread, warnings, loaded)
+    found = Plan(header, spec, names, sites, unread, warnings, loaded, component, word)
     if not sites and spec is None:
         raise found.is_none()
     return found
@@ -341,6 +363,72 @@ def _by_layout(header: Header) -> tuple[dict[Layout, list[str]], dict[str, str]]
         else:
             found.setdefault(layout, []).append(name)
     return found, nobodys
+
+
+def _of_component(path: Path, readings: Sequence[tuple[Layout, Reading]], component: str) -> list[tuple[Layout, Reading]]:
+    """What layouts made of a file, with the component that names without one mean. Raises UserError."""
+    known = families.components()
+    if component not in known:
+        raise UserError(
+            f"there is no component {component!r}; there are: {', '.join(known)}{did_you_mean(component, known)}"
+        )
+    changed: set[Place] = set()
+
+    def meant(place: Place) -> Place:
+        free = not place.component_named or place.others
+        if not free or families.role_of(place.component) != families.role_of(component):
+            return place
+        changed.add(place)
+        return replace(place, component=component, others=(), component_named=True)
+
+    found = [(layout, _replaced(reading, meant)) for layout, reading in readings]
+    if not changed:
+        raise UserError(f"{path}: its names tell their components, so leave {component} away")
+    return found
+
+
+def _of_word(path: Path, readings: Sequence[tuple[Layout, Reading]], word: str) -> list[tuple[Layout, Reading]]:
+    """What layouts made of a file, with its learned word called otherwise, or one of its words alone. Raises UserError."""
+    suffixes = frozenset(one.embedding[0] for one in methods.known().values() if one.embedding is not None)
+    every = [(name, place) for _, reading in readings for name, place in _places(reading)]
+    words = list(dict.fromkeys(place.piece for _, place in every if place.suffix in suffixes and place.piece))
+    if not words:
+        raise UserError(f"{path} holds no learned word that could be called {word!r}")
+    if len(words) > 1 and word not in words:
+        raise UserError(f"{path} holds the words {', '.join(words)}, and none {word!r}{did_you_mean(word, words)}")
+    if len(words) == 1:
+        if not word or any(letter.isspace() for letter in word):
+            raise UserError(f"a word to call is one without spaces, such as <cat>; {word!r} is not")
+        return [
+            (layout, _replaced(reading, lambda one: replace(one, piece=word) if one.suffix in suffixes else one))
+            for layout, reading in readings
+        ]
+    left = {name for name, place in every if place.suffix in suffixes and place.piece != word}
+    return [
+        (
+            layout,
+            replace(
+                reading,
+                places={k: v for k, v in reading.places.items() if k not in left},
+                leftovers={**reading.leftovers, **dict.fromkeys(left & reading.places.keys(), NOT_CHOSEN)},
+            ),
+        )
+        for layout, reading in readings
+    ]
+
+
+def _places(reading: Reading) -> list[tuple[str, Place]]:
+    """Every place of every tensor."""
+    return [*reading.places.items(), *((name, one) for name, places in reading.further.items() for one in places)]
+
+
+def _replaced(reading: Reading, change: Callable[[Place], Place]) -> Reading:
+    return replace(
+        reading,
+        places={name: change(place) for name, place in reading.places.items()},
+        constants={change(place): value for place, value in reading.constants.items()},
+        further={name: tuple(map(change, places)) for name, places in reading.further.items()},
+    )
 
 
 def _unwrapped(header: Header) -> tuple[Header, dict[str, str]]:
@@ -417,9 +505,7 @@ def _sites(header: Header, readings: Sequence[tuple[Layout, Reading]]) -> dict[s
     kept: dict[tuple[str, str, str, str], Source] = {}
     constants: dict[tuple[str, str], dict[str, float]] = {}
     for layout, reading in readings:
-        every = [(name, place) for name, place in reading.places.items()]
-        every += [(name, place) for name, places in reading.further.items() for place in places]
-        for name, place in every:
+        for name, place in _places(reading):
             key = (place.component, site_name(place.site), place.suffix, place.piece)
             if key in kept:
                 raise same_place(header.path, kept[key].name, name)

@@ -45,6 +45,8 @@ class LoadedAdapter:
         report: How much of it found its place.
         warnings: What the person should know of it.
         data_sha256: The digest of its tensors alone, by which A1111 knows it; "" where there is no file.
+        component: Which component was said to be meant by names that tell none; None where nothing was said.
+        word: What was said of its learned words; None where nothing was.
     """
 
     name: str
@@ -54,6 +56,8 @@ class LoadedAdapter:
     report: Coverage
     warnings: tuple[str, ...]
     data_sha256: str = ""
+    component: str | None = None
+    word: str | None = None
 
 
 class Adapters:
@@ -139,6 +143,8 @@ class Adapters:
         name: str | None = None,
         strength: Amount = 1.0,
         *,
+        component: str | None = None,
+        word: str | None = None,
         strict: bool = False,
         warn: Callable[[str], None] = logger.warning,
     ) -> str:
@@ -149,6 +155,8 @@ class Adapters:
                 (`formats.plan`), which saves parsing it again.
             name: What to call it; by default the file's name, or the folder's.
             strength: As for ``set``.
+            component: Which component is meant by names that tell none, as of peft and LyCORIS on a text encoder of SDXL.
+            word: What to call the learned word of a file that holds one; of a file with several, the one to load.
             strict: Whether to refuse a file of which a tensor is left out.
             warn: Is told in a line each what the person should know of the file, such as how many of its tensors were left
                 out, and why; by default that is logged. It stays in ``LoadedAdapter.warnings``.
@@ -166,13 +174,16 @@ class Adapters:
         chosen = name or self._free_name(title(file))
         if chosen in registry.names:
             raise UserError(f"an adapter {chosen!r} is loaded already; remove it first or choose another name")
-        read = formats.load(source, self.pipe, strict=strict)
+        given = source if isinstance(source, Plan) else formats.plan(file, component=component, word=word)
+        if (given.component, given.word) != (component or given.component, word or given.word):
+            raise UserError(f"{file} was planned already; say component and word to formats.plan")
+        read = formats.load(given, self.pipe, strict=strict)
         try:
             for component, built in read.components.items():
                 sites.attach_built(parts[component], chosen, built)
             self._refuse_fused("load an adapter")
-            plan, told = read.plan, (read.spec, read.report, read.warnings)
-            registry.enter(chosen, LoadedAdapter(chosen, file, plan.sha256, *told, plan.data_sha256))
+            told = read.spec, read.report, read.warnings, given.data_sha256, given.component, given.word
+            registry.enter(chosen, LoadedAdapter(chosen, file, given.sha256, *told))
             teach(self.pipe)
             self.set({chosen: strength})
         except BaseException:

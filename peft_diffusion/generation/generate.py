@@ -219,7 +219,8 @@ def _used(adapters: Adapters, strengths: Mapping[str, float]) -> tuple[UsedAdapt
         loaded = adapters[name]
         if loaded.path is None or loaded.sha256 is None:
             raise UserError(f"the adapter {name!r} was attached without a file, so no recipe can name it; save and load it")
-        used.append(UsedAdapter(str(loaded.path), loaded.sha256, float(strength), loaded.data_sha256))
+        said = loaded.component or "", loaded.word or ""
+        used.append(UsedAdapter(str(loaded.path), loaded.sha256, float(strength), loaded.data_sha256, *said))
     return tuple(used)
 
 
@@ -250,7 +251,7 @@ def _again(config: GenerateConfig, recipe: Recipe, lent: bool) -> tuple[Generate
     same = {name: value for name, value in same.items() if value is not None}
     if config.precision == "auto" and recipe.dtype in get_args(Precision):
         same["precision"] = recipe.dtype
-    same["adapter"] = tuple(f"{choice.path}={choice.strength!r}" for choice in choices)
+    same["adapter"] = tuple(choice.text for choice in choices)
     for name, used in (("image", recipe.image), ("mask", recipe.mask)):
         same[name] = _picture(used, getattr(config, name), config.recipe, name)
     base = config.base
@@ -317,19 +318,22 @@ def _given(config: GenerateConfig, recipe: Recipe) -> dict[str, Plan]:
 
 def _find(used: UsedAdapter, files: Mapping[str, Plan]) -> Choice:
     """The file that holds the bytes of an adapter of a recipe, among those given and where it was. Raises UserError."""
-    found = files.get(used.sha256) or _there(Path(used.path))
+    found = files.get(used.sha256) or _there(used)
     if found is None or found.sha256 != used.sha256:
         raise UserError(
             f"the adapter {used.path} of the recipe (SHA-256 {used.sha256[:12]}...) is not there any more, or is another"
             " now; say where it is with --adapter"
         )
-    return Choice(found.path, used.strength, found)
+    component, word = used.component or None, used.word or None
+    if (found.component, found.word) != (component, word):
+        found = plan(found.path, component=component, word=word)
+    return Choice(found.path, used.strength, found, component, word)
 
 
-def _there(path: Path) -> Plan | None:
-    """What the file at a path holds; None where there is no adapter any more."""
+def _there(used: UsedAdapter) -> Plan | None:
+    """What the file holds where it was; None where there is no adapter any more."""
     try:
-        return plan(path)
+        return plan(Path(used.path), component=used.component or None, word=used.word or None)
     except UserError:
         return None
 

@@ -37,12 +37,15 @@ class UsedAdapter:
     """An adapter of a picture: where its file was, what was in it, how much of it was applied.
 
     ``data_sha256`` is the digest of its tensors alone, by which A1111 and kohya know it; "" in recipes that lack it.
+    ``component`` and ``word`` are what was said of its names and words; "" for nothing.
     """
 
     path: str
     sha256: str
     strength: float
     data_sha256: str = ""
+    component: str = ""
+    word: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Recipe:
         if not all(isinstance(adapter, dict) for adapter in known["adapters"]):
             raise ValueError("an adapter is of another type")
         used = [UsedAdapter(**adapter) for adapter in known["adapters"]]
-        texts = [text for one in used for text in (one.path, one.sha256, one.data_sha256)]
+        texts = [text for one in used for text in (one.path, one.sha256, one.data_sha256, one.component, one.word)]
         if not all(isinstance(text, str) for text in texts) or not all(isinstance(one.strength, float) for one in used):
             raise ValueError("an adapter is of another type")
         pictures = {name: UsedPicture(**known[name]) for name in ("image", "mask") if known[name] is not None}
@@ -152,12 +155,14 @@ class Recipe:
     def parameters(self) -> str:
         """The text that A1111 writes into its pictures, which galleries and other programs show.
 
-        It has the words that were drawn: instructions of A1111 in the prompt were not followed.
+        It has the words that were drawn: instructions of A1111 in the prompt were not followed, and brackets that are
+        letters here are letters there.
         """
         named = list(zip(_names(self.adapters), self.adapters, strict=True))
         loras = "".join(f" <lora:{name}:{used.strength:g}>" for name, used in named)
         hashes = ", ".join(f"{name}: {used.data_sha256[:12]}" for name, used in named if used.data_sha256)
-        prompt, negative = words_of(self.prompt).text, words_of(self.negative).text
+        words = (words_of(self.prompt).text, words_of(self.negative).text)
+        prompt, negative = (re.sub(r"[()\[\]]", r"\\\g<0>", text) for text in words)
         fields = {
             "Steps": self.steps,
             "Sampler": _SAMPLERS.get(self.sampler, self.sampler) + (" Karras" if self.scheduler == "dpm++-karras" else ""),

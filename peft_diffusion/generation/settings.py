@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from ..bases import family as families
 from ..core.errors import UserError
 from ..core.files import at_home
 from ..core.settings import (
@@ -28,6 +29,7 @@ from ..core.settings import (
     settle,
 )
 from ..data.picture_names import CONVERTIBLE, SUFFIXES
+from ..data.prompts import refuse_files
 from ..formats import Plan, plan
 from ..formats.container import adapter_file, is_pickle, title
 from .recipe import check_folder, check_target, read
@@ -41,6 +43,12 @@ _SIDE = Range(1, 16384)
 _PICTURES = SUFFIXES | CONVERTIBLE
 
 
+Key: TypeAlias = tuple[Path, str | None, str | None]
+"""An adapter file, and what was said of its components and words."""
+
+_WORD = "@word:"
+
+
 @dataclass(frozen=True)
 class Choice:
     """An adapter file and how much of it.
@@ -49,11 +57,15 @@ class Choice:
         path: The file.
         strength: 1 is as trained, 0 nothing.
         plan: What was parsed of the file, to be passed along; None where it was not yet.
+        component: Which component names without one mean; None for nothing said.
+        word: What its learned word is called, or which of its words is meant; None for nothing said.
     """
 
     path: Path
     strength: float = 1.0
     plan: Plan | None = field(default=None, compare=False, repr=False)
+    component: str | None = None
+    word: str | None = None
 
     def parsed(self) -> Plan:
         """What the file holds, parsed now where it was not yet.
@@ -61,7 +73,19 @@ class Choice:
         Raises:
             UserError: As `formats.plan` does.
         """
-        return plan(self.path) if self.plan is None else self.plan
+        return plan(self.path, component=self.component, word=self.word) if self.plan is None else self.plan
+
+    @property
+    def key(self) -> "Key":
+        """What of a file is meant."""
+        return self.path, self.component, self.word
+
+    @property
+    def text(self) -> str:
+        """The choice as ``parse_choice`` reads it."""
+        component = f"@{self.component}" if self.component else ""
+        word = f"{_WORD}{self.word}" if self.word else ""
+        return f"{self.path}{component}{word}={self.strength!r}"
 
     @property
     def name(self) -> str:
@@ -72,17 +96,20 @@ class Choice:
 def parse_choice(text: str) -> Choice:
     """Read an adapter as the command line names it, ``FILE`` or ``FILE=STRENGTH``.
 
+    Behind the file ``@COMPONENT`` says which component is meant by names that tell none, and ``@word:WORD`` what its learned
+    word is called, or which of its words is meant.
+
     Args:
-        text: The words. Where a file has all of them as its name, that is meant, = and all.
+        text: The words. Where a file has all of them as its name, that is meant, = and @ and all.
 
     Returns:
-        The file and the strength, by default 1.
+        The file, what of it is meant, and the strength, by default 1.
 
     Raises:
-        UserError: The file is missing, or the strength is no finite number.
+        UserError: The file is missing, there is no such component, or the strength is no finite number.
     """
     if at_home(Path(text)).exists() or "=" not in text:
-        return Choice(_existing(text))
+        return _chosen(text)
     name, _, amount = text.rpartition("=")
     try:
         strength = float(amount)
@@ -92,10 +119,24 @@ def parse_choice(text: str) -> Choice:
         raise UserError(f"the strength of {name} must be a number, as in {name}=0.8, not {amount!r}") from None
     if not math.isfinite(strength):
         raise UserError(f"the strength of {name} must be a finite number, not {amount}")
-    return Choice(_existing(name), strength)
+    return replace(_chosen(name), strength=strength)
 
 
-def parse_choices(texts: Sequence[str], plans: MutableMapping[Path, Plan] | None = None) -> tuple[Choice, ...]:
+def _chosen(text: str) -> Choice:
+    """The file, and what stands behind it about component and word. Raises UserError."""
+    name, component, word = text, None, None
+    while "@" in name and not at_home(Path(name)).exists():
+        name, _, told = name.rpartition("@")
+        if told.startswith(_WORD.removeprefix("@")):
+            word = told.removeprefix(_WORD.removeprefix("@"))
+        elif told in families.components():
+            component = told
+        else:
+            return Choice(_existing(text))  # the @ is part of a name
+    return Choice(_existing(name), component=component, word=word)
+
+
+def parse_choices(texts: Sequence[str], plans: "MutableMapping[Key, Plan] | None" = None) -> tuple[Choice, ...]:
     """Read adapters as the command line names them, and parse their files. Pickles, which take torch, are left for later.
 
     Args:
@@ -111,11 +152,11 @@ def parse_choices(texts: Sequence[str], plans: MutableMapping[Path, Plan] | None
     known = {} if plans is None else plans
     found = tuple(parse_choice(text) for text in texts)
     for index, choice in enumerate(found):
-        if any(choice.path.samefile(other.path) for other in found[:index]):
+        if any(choice.path.samefile(one.path) and choice.key[1:] == one.key[1:] for one in found[:index]):
             raise UserError(f"the adapter {choice.path} is named twice; give it once, with the strength you want")
-        if not is_pickle(choice.path) and (choice.path not in known or not known[choice.path].is_current()):
-            known[choice.path] = plan(choice.path)
-    return tuple(replace(choice, plan=known.get(choice.path)) for choice in found)
+        if not is_pickle(choice.path) and (choice.key not in known or not known[choice.key].is_current()):
+            known[choice.key] = plan(choice.path, component=choice.component, word=choice.word)
+    return tuple(replace(choice, plan=known.get(choice.key)) for choice in found)
 
 
 class NamesAdapters:
@@ -124,8 +165,8 @@ class NamesAdapters:
     adapter: tuple[str, ...]
 
     @cached_property
-    def _plans(self) -> dict[Path, Plan]:
-        """By path. A file that changed by its size, time or inode is parsed again: see ``Plan.is_current``."""
+    def _plans(self) -> "dict[Key, Plan]":
+        """By what is meant. A file that changed by its size, time or inode is parsed again: see ``Plan.is_current``."""
         return {}
 
     def choices(self) -> tuple[Choice, ...]:
@@ -271,6 +312,7 @@ class GenerateConfig(Sampling):
             UserError: Files cannot be read or written.
         """
         self.choices()
+        refuse_files(self.prompts)
         if self.recipe is not None:
             read(self.recipe)
         for path in (self.image, self.mask):
@@ -324,6 +366,7 @@ class BlendConfig(Sampling):
             UserError: A file cannot be read or written.
         """
         self.choices()
+        refuse_files(self.prompts)
         check_target(self.output)
 
 

@@ -2,7 +2,9 @@
 
 Alone, one word is ``emb_params`` (Stable Diffusion 1 and 2) or ``clip_l`` and ``clip_g`` (XL), as kohya's sd-scripts write
 it and A1111 and ComfyUI read it; the latter two call it by the file's name. Beside other methods, and with several words,
-it is ``bundle_emb.<word>.clip_l``, as OneTrainer writes and A1111 reads it. diffusers' own loader takes no file in which
+it is ``bundle_emb.<word>.clip_l``, as OneTrainer writes and A1111 reads it. A word may also be the name itself, with angle
+brackets or without, as diffusers' scripts and its library of concepts have it; and a file that ends in ``_emb``, which those
+scripts write beside a LoRA, has a row for each of ``<s0>``, ``<s1>`` and so on. diffusers' own loader takes no file in which
 anything stands beside LoRA keys, whatever its name; no layout would change that. What the words began as is in the metadata.
 
 The method that such a file is of declares that itself: see ``Method.embedding``.
@@ -12,6 +14,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from ... import methods
@@ -34,7 +37,10 @@ KEY = "peft_diffusion.words"
 """The metadata entry with the tokens that words began as, by component and word."""
 
 _BUNDLE = "bundle_emb."
-_WORD = re.compile(r"<\S+>")  # the one tensor of an embedding as diffusers' scripts write it, for the first text encoder
+_WORD = re.compile(r"<\S+>")  # an embedding as diffusers' scripts write it, for the first text encoder
+_BARE = re.compile(r"[^\s.]+")  # the same without brackets, where nothing else is in the file
+_MOST = 75  # vectors of a word: as many tokens as a prompt has room for
+_BESIDE = "_emb"  # what the names of files end with that diffusers' scripts write beside a LoRA
 _ALONE = "emb_params"  # what a single word for the first text encoder is called
 _DEFAULT = "*"  # which A1111 begins with
 _DEFAULTS_ID = 265  # of that token in CLIP's vocabulary
@@ -64,27 +70,39 @@ class Embedding(Layout):
     name: ClassVar[str] = "embedding"
 
     def claims(self, name: str) -> int | None:
-        """The names of embeddings, those of a bundle, and words in angle brackets."""
+        """The names of embeddings, those of a bundle, words in angle brackets, and words that no other layout has."""
         if name in embeddings() or _WORD.fullmatch(name):
             return len(name)
-        return len(_BUNDLE) if name.startswith(_BUNDLE) else None
+        if name.startswith(_BUNDLE):
+            return len(_BUNDLE)
+        return 0 if _BARE.fullmatch(name) else None
 
     def read(self, header: Header, names: Sequence[str]) -> Reading:
         """By the names, the metadata, and, for a word that none of these names, the file's name."""
-        began, suffix = _began(header), _vectors_suffix()
+        began, suffix, are_words = _began(header), _vectors_suffix(), _are_words(header)
         places: dict[str, Place] = {}
         leftovers: dict[str, str] = {}
+        further: dict[str, tuple[Place, ...]] = {}
         for name in names:
+            shape = header.tensors[name].shape
+            if not _is_named(name) and not are_words:
+                leftovers[name] = "are of no layout that is known here"
+                continue
             word, component = _meaning(header, name, began)
+            others = _others(component) if _names_none(name) else ()
             if not component or not word:
                 leftovers[name] = "name no word and text encoder that are known here"
-            elif len(shape := header.tensors[name].shape) not in (1, 2) or 0 in shape:
+            elif len(shape) not in (1, 2) or 0 in shape:
                 leftovers[name] = "have not the shape of an embedding"
-            elif _WORD.fullmatch(name) and len(header.tensors) > 1:
-                leftovers[name] = "are words of a file that holds more than one word"
+            elif name in embeddings() and len(shape) == 2 and not began and header.path.stem.endswith(_BESIDE):
+                every = [
+                    Place(component, _SITE, suffix, f"<s{row}>", change=partial(_row, row), shape=(1, shape[1]))
+                    for row in range(shape[0])
+                ]
+                places[name], further[name] = every[0], tuple(every[1:])
             else:
-                places[name] = Place(component, _SITE, suffix, piece=word)
-        return Reading(places, leftovers)
+                places[name] = Place(component, _SITE, suffix, piece=word, others=others)
+        return Reading(places, leftovers, further=further)
 
     def write(self, content: Content) -> Written:
         """Words and nothing else."""
@@ -110,6 +128,8 @@ class Embedding(Layout):
         if method is None or method.embedding is None:
             raise UserError(f"{header.path} holds words, and no method that learns words is known")
         told = _began(header).get(component, {})
+        if len(told) == len(pieces) == 1:  # the word may be called otherwise than in the file
+            told = dict(zip(pieces, told.values(), strict=True))
         order = sorted(pieces, key=lambda word: list(told).index(word) if word in told else len(told))
         vectors = {word: pieces[word].reshape(-1, pieces[word].shape[-1]) for word in order}
         words = {word: told.get(word) or _default(base, component, len(vectors[word])) for word in order}
@@ -265,12 +285,39 @@ def _meaning(header: Header, name: str, began: Mapping[str, Mapping[str, Sequenc
     if name.startswith(_BUNDLE):
         word, _, field = name.removeprefix(_BUNDLE).rpartition(".")
         return word, embeddings().get(field, "")
-    if _WORD.fullmatch(name):
+    if name not in embeddings():
         return name, embeddings()[_ALONE]
     component = embeddings()[name]
     # A word in our own file alone is named by its metadata, not by the file's name.
     known = list(began.get(component, ()))
     return known[0] if len(known) == 1 else re.sub(r"\s+", "_", header.path.stem), component
+
+
+def _is_named(name: str) -> bool:
+    """Whether a name is that of an embedding, whatever else is in the file."""
+    return name in embeddings() or name.startswith(_BUNDLE) or _WORD.fullmatch(name) is not None
+
+
+def _are_words(header: Header) -> bool:
+    """Whether a file looks like one of words whose names are the words themselves."""
+    shapes = [entry.shape for entry in header.tensors.values()]
+    few = all(len(shape) in (1, 2) and (len(shape) == 1 or 0 < shape[0] <= min(_MOST, shape[1])) for shape in shapes)
+    return few and len({shape[-1] for shape in shapes}) == 1 and all(_BARE.fullmatch(name) for name in header.tensors)
+
+
+def _names_none(name: str) -> bool:
+    """Whether a name tells no text encoder: programs that know one alone wrote it."""
+    first = embeddings()[_ALONE]
+    return name not in embeddings() or (embeddings()[name] == first and name.startswith("em"))
+
+
+def _others(component: str) -> tuple[str, ...]:
+    """The other text encoders that have embeddings."""
+    return tuple(one for one in dict.fromkeys(embeddings().values()) if one != component)
+
+
+def _row(row: int, tensor: "Tensor") -> "Tensor":
+    return tensor[row : row + 1].clone()
 
 
 def _began(header: Header) -> dict[str, dict[str, list[int]]]:
