@@ -298,14 +298,17 @@ class Adapters:
         """Put the weights back as they were, to the bit.
 
         Raises:
-            UserError: Nothing is merged.
+            UserError: Nothing is merged, or somebody has changed the weights since. Nothing is changed then.
         """
         merged = self._registry.merged
         if not merged:
             raise UserError("nothing is merged")
         self._refuse_fused("unmerge the adapters")
-        for name in merged:
-            merging.unmerge(components(self.pipe)[name])
+        parts = [components(self.pipe)[name] for name in merged]
+        for part in parts:
+            merging.check_unmerge(part)
+        for part in parts:
+            merging.unmerge(part)
 
     @property
     def _registry(self) -> Registry:
