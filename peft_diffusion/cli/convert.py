@@ -2,7 +2,9 @@
 
 from ..tools.settings import ConvertConfig
 from .flags import reads
+from .progress import GenerationConsole
 from .terminal import say
+from .tools import tell
 
 
 @reads(ConvertConfig)
@@ -14,7 +16,6 @@ def convert(config: ConvertConfig) -> None:
     """
     from ..tools.convert import convert as run  # which brings torch
 
-    done = run(config)
-    for warning in done.warnings:
-        say(f"warning: {warning}", error=True)
-    say(done.path)
+    with GenerationConsole("converting") as console:
+        done = run(config, observers=[console])
+    tell(done.made, config.errors, say)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..core.checksums import bytes_of
 from ..core.errors import UserError
-from ..core.files import written_aside
+from ..core.files import if_address, written_aside
 from ..core.parsing import json_value, number, refusing
 
 if TYPE_CHECKING:
@@ -410,7 +410,7 @@ def existing(path: Path) -> Path:
     if path.is_dir():
         raise UserError(f"{path} is a folder, not an adapter file")
     if not path.is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"there is no file {path}{if_address(path)}")
     return path
 
 

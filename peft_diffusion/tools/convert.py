@@ -1,7 +1,7 @@
-"""Write an adapter file anew in another layout, without its base."""
+"""Write an adapter file anew in another layout, dtype or method, without its base where it can."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,14 +10,20 @@ import torch
 from ..bases import components as parts_of_base
 from ..core.adapter import Adapter
 from ..core.errors import UserError, did_you_mean
+from ..core.events import Observer, Warned
+from ..core.files import at_home
 from ..formats.container import torch_dtype
-from ..formats.file import DTYPES, Loaded, load, write
+from ..formats.file import DTYPES, load, write
 from ..formats.fitting import fitting
 from ..formats.layout import Content, find
 from ..formats.metadata import lasting
-from ..formats.planning import Plan, plan
+from ..formats.planning import Plan, plan, refuse_leftovers
 from ..formats.spec import Spec
+from .results import Adapters, Made, write_changed
 from .settings import ConvertConfig
+from .sources import open_sources
+from .to_lora import as_lora
+from .watch import Watch, watched
 
 
 @dataclass(frozen=True)
@@ -25,23 +31,29 @@ class Converted:
     """What a conversion gave.
 
     Attributes:
-        path: The file that was written.
+        made: The file, and what a LoRA in place of another method leaves out, by site.
         base: The name of the base whose names and shapes it was understood by.
         sites: The number of sites by component.
         warnings: What the person should know.
     """
 
-    path: Path
+    made: Made
     base: str
     sites: Mapping[str, int]
     warnings: tuple[str, ...]
 
+    @property
+    def path(self) -> Path:
+        """The file that was written."""
+        return self.made.path
 
-def convert(config: ConvertConfig) -> Converted:
+
+def convert(config: ConvertConfig, *, observers: Sequence[Observer] = ()) -> Converted:
     """Write an adapter file anew in another layout, dtype or method. Metadata, triggers and ``ss_*`` are kept.
 
     Args:
         config: The file, and what is made of it.
+        observers: Are told how far it is.
 
     Returns:
         What was written.
@@ -52,24 +64,50 @@ def convert(config: ConvertConfig) -> Converted:
     """
     find(config.to)  # a wrong name is told before anything is read
     found = plan(config.source)
+    with watched(observers) as watch:
+        return _copied(config, found, watch) if config.to_lora is None else _lora(config, found, config.to_lora, watch)
+
+
+def _copied(config: ConvertConfig, found: Plan, watch: Watch) -> Converted:
+    """The same numbers under other names."""
     base = fitting(found, config.base)
     loaded = load(found, base, strict=not config.partial)
+    for warning in loaded.warnings:
+        watch.tell(Warned(warning))
     parts = parts_of_base(base)
-    adapters = _chosen(config, loaded)
+    chosen = _chosen(config, loaded.components)
+    adapters = {name: loaded.components[name] for name in chosen}
     for component, built in adapters.items():
         for path, adapter in built.items():
             adapter.bind(parts[component].get_submodule(path))
-    spec = _spec(found, base.info.family, adapters)
     file = write(
         config.output,
-        Content(adapters, {name: parts[name] for name in adapters}, spec),
+        Content(adapters, {name: parts[name] for name in adapters}, _spec(found, base.info.family, adapters)),
         layout=config.to,
         dtype=None if config.dtype is None else DTYPES[config.dtype],
         like=_dtypes(found),
         kept=lasting(found.header.metadata),
     )
-    sites = {component: len(built) for component, built in adapters.items()}
-    return Converted(file, base.info.name, sites, loaded.warnings)
+    sites = _counted(adapters)
+    return Converted(watch.made(file, sum(sites.values())), base.info.name, sites, loaded.warnings)
+
+
+def _lora(config: ConvertConfig, found: Plan, rank: int, watch: Watch) -> Converted:
+    """A LoRA in place of whatever it is."""
+    (source,), bones = open_sources([found], config.base, watch.tell)
+    if not config.partial:
+        refuse_leftovers(found.path, source.bound.left)
+    chosen = _chosen(config, dict.fromkeys(component for component, _ in source.sites))
+    sites = [where for where in source.sites if where[0] in chosen]
+    made = Adapters(bones, source.dtype if config.dtype is None else DTYPES[config.dtype])
+    tick = watch.ticks("finding pairs")
+    errors = as_lora(source, made, rank, sites, fitted={}, tick=tick)
+    file = write_changed(made, found, at_home(config.output), config.to, f"LoRA of rank {rank} of {found.path.name}")
+    return Converted(watch.made(file, made.count, errors), bones.info.name, _counted(made.made), source.bound.warnings)
+
+
+def _counted(adapters: Mapping[str, Mapping[str, Adapter]]) -> dict[str, int]:
+    return {component: len(built) for component, built in adapters.items()}
 
 
 def _spec(found: Plan, family: str, adapters: Mapping[str, object]) -> Spec:
@@ -79,15 +117,13 @@ def _spec(found: Plan, family: str, adapters: Mapping[str, object]) -> Spec:
     return replace(found.spec, methods={name: told for name, told in found.spec.methods.items() if name in adapters})
 
 
-def _chosen(config: ConvertConfig, loaded: Loaded) -> Mapping[str, Mapping[str, Adapter]]:
-    """The adapters of the components that were asked for. Raises UserError where a component has none."""
+def _chosen(config: ConvertConfig, there: Mapping[str, object]) -> list[str]:
+    """The components that were asked for. Raises UserError where one of them has nothing."""
     for name in config.component:
-        if name not in loaded.components:
-            there = list(loaded.components)
-            raise UserError(
-                f"{config.source} holds nothing for {name!r}; it has: {', '.join(there)}{did_you_mean(name, there)}"
-            )
-    return {name: built for name, built in loaded.components.items() if not config.component or name in config.component}
+        if name not in there:
+            near = did_you_mean(name, there)
+            raise UserError(f"{config.source} holds nothing for {name!r}; it has: {', '.join(there)}{near}")
+    return [name for name in there if not config.component or name in config.component]
 
 
 def _dtypes(found: Plan) -> tuple[torch.dtype, ...]:

@@ -17,10 +17,10 @@ from ..core.files import at_home, explained
 from ..core.merge import folded
 from ..formats import container
 from ..formats.container import torch_dtype
-from ..formats.file import bind
+from ..formats.file import DTYPES, bind
 from .changes import change_of, with_weights
 from .original_names import VAE, Row, bare, laid
-from .results import DTYPES, Made
+from .results import Made
 from .sources import Source, Where
 from .tool_settings import MergeConfig
 from .watch import Watch

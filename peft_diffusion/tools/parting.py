@@ -7,9 +7,10 @@ from ..core.errors import UserError, did_you_mean
 from ..core.events import Ended, Observer
 from ..core.files import at_home
 from ..core.targets import blocks
+from ..formats.file import DTYPES
 from ..methods.shared.learned_vectors import LearnedVectors
 from .merging import holders, united
-from .results import DTYPES, Adapters, Made, joined_spec, kept_metadata, layout_of, write_changed
+from .results import Adapters, Made, joined_spec, kept_metadata, layout_of, write_changed
 from .sources import Where, joined_dtype, open_sources
 from .tool_settings import JoinConfig, SplitConfig
 from .watch import watched

@@ -8,10 +8,11 @@ from ..core.adapter import LowRank
 from ..core.errors import FoldError
 from ..core.events import Observer
 from ..core.files import at_home
+from ..formats.file import DTYPES
 from ..methods.shared.affine import serves
 from .changes import Change
 from .reduction import Reduced, Truncation, reduced_matrix, reduced_pair
-from .results import DTYPES, Adapters, LayerError, Made, write_changed
+from .results import Adapters, LayerError, Made, write_changed
 from .sources import Source, Where, open_sources
 from .tool_settings import ResizeConfig
 from .watch import watched

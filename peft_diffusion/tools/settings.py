@@ -43,10 +43,11 @@ class ConvertConfig:
     )
     to_lora: int | None = setting(
         None,
-        "Make a LoRA of this rank of whatever method it is, and tell the error of each layer.",
+        "Make a LoRA of this rank of whatever method it is, and tell what that leaves out.",
         PARAMETERS,
         COUNT,
     )
+    errors: bool = setting(False, "With --to-lora, show the error of every site.", PARAMETERS)
     base: str | None = setting(
         None,
         "The base that the file is for, where the file does not tell it, or where --to-lora needs its weights: a folder, a"

@@ -23,9 +23,9 @@ from ..core.settings import (
     settle,
 )
 from ..formats import Plan, plan
+from ..formats.layout import SaveDtype
 from ..generation.settings import Choice, Key, parse_choices
 
-Dtype: TypeAlias = Literal["fp16", "bf16", "float32"]
 How: TypeAlias = Literal["linear", "svd", "ties", "dare-ties", "dare-linear", "magnitude", "knots", "core-space"]
 Rule: TypeAlias = Literal["ties", "dare-ties", "dare-linear", "magnitude"]
 MOST = 1000.0
@@ -123,7 +123,7 @@ class MergeConfig:
         False, "With --into: leave out what cannot be folded, such as learned words, and tell it.", PARAMETERS
     )
     to: str = setting("kohya", "The layout of the adapter file: kohya, original, diffusers, peft or embedding.", PARAMETERS)
-    dtype: Dtype | None = setting(None, _DTYPE, PARAMETERS)
+    dtype: SaveDtype | None = setting(None, _DTYPE, PARAMETERS)
     base: str | None = setting(None, _BASE, PARAMETERS)
     errors: bool = setting(False, "Tell the error of every site, not of the worst alone.", PARAMETERS)
 
@@ -201,7 +201,7 @@ class ResizeConfig(OfOneFile, Reducing):
     ratio: float | None = setting(None, _RATIO, PARAMETERS, _ABOVE_1)
     conv_rank: int | None = _rank("The same as --rank for convolutions with a kernel; by default --rank.")
     to: str | None = setting(None, _TO, PARAMETERS)
-    dtype: Dtype | None = setting(None, _DTYPE, PARAMETERS)
+    dtype: SaveDtype | None = setting(None, _DTYPE, PARAMETERS)
     base: str | None = setting(None, _BASE, PARAMETERS)
     errors: bool = setting(False, "Tell the error of every site, not of the worst alone.", PARAMETERS)
 
@@ -238,7 +238,7 @@ class ExtractConfig(Reducing):
         Range(0),
     )
     to: str = setting("kohya", "The layout of the file: kohya, original, diffusers or peft.", PARAMETERS)
-    dtype: Dtype = setting("fp16", "The precision of the file.", PARAMETERS)
+    dtype: SaveDtype = setting("fp16", "The precision of the file.", PARAMETERS)
     errors: bool = setting(False, "Tell the error of every site, not of the worst alone.", PARAMETERS)
 
     def __post_init__(self) -> None:
@@ -268,7 +268,7 @@ class StrengthConfig(OfOneFile):
     _: KW_ONLY
     output: OnePath = field(metadata=about("The file to write.", PARAMETERS, flag=_OUTPUT))
     to: str | None = setting(None, _TO, PARAMETERS)
-    dtype: Dtype | None = setting(None, _DTYPE, PARAMETERS)
+    dtype: SaveDtype | None = setting(None, _DTYPE, PARAMETERS)
     base: str | None = setting(None, _BASE, PARAMETERS)
 
     def __post_init__(self) -> None:
@@ -324,7 +324,7 @@ class JoinConfig:
     _: KW_ONLY
     output: OnePath = field(metadata=about("The file to write.", PARAMETERS, flag=_OUTPUT))
     to: str | None = setting(None, _TO, PARAMETERS)
-    dtype: Dtype | None = setting(None, _DTYPE, PARAMETERS)
+    dtype: SaveDtype | None = setting(None, _DTYPE, PARAMETERS)
     base: str | None = setting(None, _BASE, PARAMETERS)
 
     def __post_init__(self) -> None:
