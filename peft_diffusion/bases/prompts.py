@@ -27,11 +27,13 @@ class Reading:
         chunks: The most chunks that a prompt may have; None for as many as it takes.
         clip_skip: Which hidden states are taken, counted from the last layer, which is 1, as A1111 and kohya's trainer
             count; None takes those that the base was trained with: the last, or for two encoders (SDXL) the last but one.
+        letters: Words that are read as they stand, whatever brackets they have, as triggers that were learned so.
     """
 
     weights: Weights = "a1111"
     chunks: int | None = None
     clip_skip: int | None = None
+    letters: tuple[str, ...] = ()
 
 
 class TextSide:
@@ -204,7 +206,7 @@ class _Encoder:
 
     def rows(self, prompts: Sequence[str], reading: Reading) -> list[list[Chunk]]:
         """The chunks of each prompt. Raises UserError for a learned word that fits none."""
-        words = [name for name in learned(self.tokenizer) if "|" not in name]
+        words = [*reading.letters, *(name for name in learned(self.tokenizer) if "|" not in name)]
         parts = [list(_parts(prompt, reading, words)) for prompt in prompts]
         found = iter(units(self.tokenizer, [part.text for prompt in parts for part in prompt if part is not None]))
         start, end = ends(self.tokenizer)

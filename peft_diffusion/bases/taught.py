@@ -123,6 +123,24 @@ def _plain_reader(tokenizer: Any) -> Any:
     return _reader(tokenizer, lessons, lessons.plain)
 
 
+def instruct(tokenizer: Any, plain: Any, teacher: Link[ComponentState], words: tuple[Word, ...], *, of_lm: bool) -> None:
+    """Teach a tokenizer words, in place of what it was taught before.
+
+    Args:
+        tokenizer: The tokenizer.
+        plain: The tokenizer of the tokenizers library that the base has.
+        teacher: What the text encoder or language model carries that teaches it.
+        words: What it is taught.
+        of_lm: Whether it reads for a language model, where soft prompts precede what marks the start.
+
+    Raises:
+        UserError: One is a word of the tokenizer already.
+    """
+    if not isinstance(tokenizer, TaughtTokenizer):
+        tokenizer.__class__ = _taught(cast(Hashable, type(tokenizer)))
+    vars(tokenizer)[SLOT] = _Lessons(plain, of_lm, teacher, words)
+
+
 def learned(tokenizer: Any) -> dict[str, int]:
     """List the tokens that a tokenizer was taught.
 
@@ -136,7 +154,7 @@ def learned(tokenizer: Any) -> dict[str, int]:
     return {name: number for word in words for name, number in zip(word.tokens, word.ids, strict=True)}
 
 
-class Lessons:
+class _Lessons:
     """What a tokenizer was taught, and what it takes to forget it.
 
     Attributes:
@@ -178,7 +196,7 @@ class Lessons:
         return self._made_of != _ways(self.plain)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Lessons, (self.plain, self.of_lm, self.teacher, self.words)
+        return _Lessons, (self.plain, self.of_lm, self.teacher, self.words)
 
     def expand(self, text: Any, index: int, count: int) -> Any:
         """A prompt with every placeholder as all of its tokens, and before it a text encoder's soft prompts.
@@ -366,7 +384,7 @@ class TaughtTokenizer:
         return _remade, (type(self).__mro__[2],), self.__getstate__()
 
 
-def _reader(tokenizer: TaughtTokenizer, lessons: Lessons, backend: Any) -> Any:
+def _reader(tokenizer: TaughtTokenizer, lessons: _Lessons, backend: Any) -> Any:
     """The same tokenizer with another backend, for one call: threads that share the tokenizer do not meet."""
     cls = _reading(cast(Hashable, type(tokenizer).__mro__[2]))
     reader = cls.__new__(cls)
@@ -399,20 +417,12 @@ def _reading(cls: Any) -> Any:
 
 
 @functools.cache
-def taught_class(cls: Any) -> type[TaughtTokenizer]:
-    """Make the class of a tokenizer that knows learned words.
-
-    Args:
-        cls: The class of the tokenizer.
-
-    Returns:
-        One that is derived from it.
-    """
+def _taught(cls: Any) -> type[TaughtTokenizer]:
     return type(cls.__name__, (TaughtTokenizer, cls), {"__module__": cls.__module__})
 
 
 def _remade(cls: type) -> TaughtTokenizer:
-    taught = taught_class(cast(Hashable, cls))
+    taught = _taught(cast(Hashable, cls))
     return taught.__new__(taught)
 
 
@@ -427,19 +437,19 @@ def _ways(plain: Any) -> tuple[int, bytes | None]:
     return plain.get_vocab_size(with_added_tokens=True), None if ends is None else ends.__getstate__()
 
 
-def _held(tokenizer: TaughtTokenizer) -> Lessons:
+def _held(tokenizer: TaughtTokenizer) -> _Lessons:
     """What a tokenizer was taught when it was last asked."""
-    lessons: Lessons = vars(tokenizer)[SLOT]
+    lessons: _Lessons = vars(tokenizer)[SLOT]
     return lessons
 
 
-def _lessons(tokenizer: TaughtTokenizer) -> Lessons:
-    """What a tokenizer was taught, brought in line with what its teacher says now. Raises UserError as ``Lessons`` does."""
+def _lessons(tokenizer: TaughtTokenizer) -> _Lessons:
+    """What a tokenizer was taught, brought in line with what its teacher says now. Raises UserError as ``_Lessons`` does."""
     lessons = _held(tokenizer)
     state = lessons.teacher()
     words = () if state is None else state.words
     if words != lessons.words or lessons.stale:
-        lessons = vars(tokenizer)[SLOT] = Lessons(lessons.plain, lessons.of_lm, lessons.teacher, words)
+        lessons = vars(tokenizer)[SLOT] = _Lessons(lessons.plain, lessons.of_lm, lessons.teacher, words)
     return lessons
 
 

@@ -3,9 +3,9 @@
 import gc
 import itertools
 import json
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -14,10 +14,10 @@ from ..core.adapter import Adapter, parts_of
 from ..core.component import Link, Word
 from ..core.errors import UserError
 from ..core.method import Method
-from ..core.slot import SLOT, state_of
+from ..core.slot import state_of
 from . import family as families
 from .base import components, text_encoders
-from .taught import Lessons, TaughtTokenizer, forget, plain_ids, taught_class, teacher_of, template_of
+from .taught import forget, instruct, plain_ids, teacher_of, template_of
 
 _LEGACY_EOS = 2  # what configurations of early CLIP exports say, and what makes the model look for the largest id instead
 _FIRST = 2**20  # what new words are numbered from: more than any vocabulary has, so nobody's added words meet them
@@ -146,9 +146,7 @@ class _Pupil:
             Word(one.owner, one.tokens, own, one.block, one.precedes) for one, own in zip(self.found, ids, strict=True)
         )
         _bind_ids(self.found, ids)
-        if not isinstance(self.tokenizer, TaughtTokenizer):
-            self.tokenizer.__class__ = taught_class(cast(Hashable, type(self.tokenizer)))
-        vars(self.tokenizer)[SLOT] = Lessons(plain, self.of_lm, Link(self.state), self.state.words)
+        instruct(self.tokenizer, plain, Link(self.state), self.state.words, of_lm=self.of_lm)
         for path, module in self.encoder.named_modules():
             if getattr(module, "eos_token_id", None) == _LEGACY_EOS != self.tokenizer.eos_token_id:
                 # Its largest id would be a new word. For all others, the first end of text is where the largest id is.
