@@ -425,9 +425,15 @@ class InspectConfig:
     _: KW_ONLY
     json: bool = setting(False, "As JSON, with every site.", PARAMETERS)
     strict: bool = setting(False, "Fail where a tensor makes no part of an adapter, whatever the base.", PARAMETERS)
+    norms: bool = setting(False, "Tell the norm of the change at each site, which reads the whole file.", PARAMETERS)
+    plot: OptionalPath = setting(
+        None, "Draw those norms into this file, .png, .svg or .pdf; of one adapter file.", PARAMETERS
+    )
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.plot is not None and len(self.files) != 1:
+            raise UserError(f"--plot draws one adapter file, and {len(self.files)} are named")
 
 
 @explained
