@@ -46,6 +46,8 @@ USAGES = {
     "train pictures --lr 1e-4": "Unknown option: --lr. Here it is --unet-lr.",
     "train --train_data_dir=pictures": "Unknown option: --train_data_dir. Here it is FOLDER, without a flag.",
     "generate a --num-inference-steps 20": "Unknown option: --num-inference-steps. Here it is --steps.",
+    "generate a --cfg 7": "Unknown option: --cfg. Here it is --guidance.",
+    "train pictures --sample_every_n_steps=5": "Unknown option: --sample_every_n_steps. Here it is --preview-every.",
     "blent a": 'Did you mean "blend"?',
     "inspect": "--files requires an argument",
 }
@@ -69,6 +71,9 @@ VALUES = {
     "generate a --adapter missing.safetensors": "there is no adapter file missing.safetensors",
     "generate a --adapter missing.safetensors=0.5": "there is no adapter file missing.safetensors",
     "generate a --adapter k=v/missing": "there is no adapter file k=v/missing",
+    "generate a --adapter https://x.org/a.safetensors": "nothing is fetched from an address: download the file",
+    "generate a --base https://x.org/a.safetensors": "nothing is fetched from an address: download the file",
+    "inspect https://x.org/a.safetensors": "nothing is fetched from an address: download the file",
     "generate a --base nowhere": "there is no base 'nowhere'",
     "generate --recipe missing.png": "there is no picture missing.png",
     "blend a": "a blend needs two adapters",
@@ -83,12 +88,24 @@ def test_a_value_that_cannot_be_used(line: str, said: str, tmp_path: Path) -> No
     assert said in complaint(FAILED, *line.split(), folder=tmp_path)
 
 
+def test_a_file_of_prompts_is_no_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na dog --w 64\n")
+    (tmp_path / "pics").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "pics" / "a cat.png")
+    for line in ("generate prompts.txt", "text generate prompts.txt", "train pics --preview-prompts prompts.txt"):
+        said = complaint(FAILED, *line.split(), folder=tmp_path)
+        assert "the prompt 'prompts.txt' is a file, whose lines are not read; give each prompt in quotes" in said
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
 def test_a_pipe_that_is_named_by_hand_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for line in ("generate a --config pipe", "text train pipe", "text train . --held-out-text pipe"):
         (tmp_path / "a.txt").write_text("a cat " * 20)
         assert "pipe is no regular file, but a pipe or a device" in complaint(FAILED, *line.split(), folder=tmp_path)
+    written = "text train a.txt --overwrite --output pipe.safetensors"
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    assert "pipe.safetensors is no regular file, so it cannot be" in complaint(FAILED, *written.split(), folder=tmp_path)
 
 
 @pytest.mark.parametrize("strength", ["abc", "nan", "inf", "-inf", "", "1,5", "0x10"])
@@ -132,6 +149,10 @@ def test_negative_flags_are_no_settings(text: str, said: str, tmp_path: Path) ->
     ("text", "said"),
     [
         ('folder = "C:\\Users\\me"', "takes single quotes: folder = 'C:\\Users\\me'"),
+        (
+            "[general]\n[[datasets]]\nresolution = 512",
+            "dataset file of sd-scripts, image_dir is folder here, num_repeats repeats",
+        ),
         ('folder = "a\\u0000b"', "--folder 'a\\x00b' holds the character of number 0, which no path has"),
         ("learning_rate = 1e-4", "no setting 'learning_rate' of this command; here it is unet_lr"),
     ],

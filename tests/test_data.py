@@ -442,7 +442,7 @@ def test_missing_captions_stop_unless_told_otherwise(tmp_path: Path) -> None:
     folder = scan(tmp_path)
     assert texts(folder) == {"a.png": "words", "latin.png": "café"}
     assert kinds(folder) == ["caption read as cp1252"] + ["missing caption"] * 2
-    with pytest.raises(UserError, match=r"blank\.txt beside it.*1 more"):
+    with pytest.raises(UserError, match=r"blank\.png: its caption file is empty\. Write it into blank\.txt.*1 more"):
         folder.check()
     assert texts(scan(tmp_path, missing="skip")) == {"a.png": "words", "latin.png": "café"}
     assert texts(scan(tmp_path, missing="name"))["red_apple.png"] == "red apple"
@@ -626,6 +626,9 @@ def test_file_names_as_captions(stems: list[str], want: list[str]) -> None:
         ("photo of an apple", "photo of {} in ink", "photo of photo of an apple in ink"),
         ("a {b} c", "ink of {}", "ink of a {b} c"),
         ("c++ logo", "c++", "c++ logo"),
+        ("[trigger] with a cup", "zwx", "zwx with a cup"),  # as ai-toolkit's inject_trigger_into_prompt
+        ("a cup of [name]'s, [trigger]", r"z\1", r"a cup of z\1's, z\1"),
+        ("[trigger] a cup", "ink style of {}", "ink style of a cup"),
     ],
 )
 def test_trigger(caption: str, trigger: str, want: str) -> None:

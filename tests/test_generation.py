@@ -293,6 +293,14 @@ SYNTAXES = {
     "a {cat|dog|{red|blue} house}": ("a cat", "are alternatives"),
     "a __colour__ cat": ("a cat", "is a wildcard"),
     "a cat BREAK a dog": ("a cat a dog", "begins a new part"),
+    "a (((red))) cat": ("a red cat", "is a weight"),
+    "a [red:blue:0.5] [cat:.7] [dog::9]": ("a red cat dog", "changes words while the picture is drawn"),
+    "a [cat|dog|bird]": ("a cat", "takes turns at each step"),
+    "a [V] cat": ("a [V] cat", "is a weight elsewhere, and letters here"),
+    "a cat AND a dog": ("a cat and a dog", "joins prompts"),
+    "embedding:ink, a cat": ("ink, a cat", "names learned words"),
+    "<segment:face,0.5> a <random[1-2]:red,blue> cat": ("a cat", "is an instruction to another program"),
+    r"a \(red\) cat": ("a (red) cat", "takes no backslash"),
 }
 
 
@@ -312,9 +320,14 @@ def test_instructions_of_other_programs_are_told_and_not_drawn(
     assert len(warned) == 2 and all(said in message for message in warned)
 
 
-@pytest.mark.parametrize("prompt", ["a cat (red)", r"a \(red:1.4\) cat", "a {cat}", "take a break", "a_cat__", "ratio 16:9"])
+@pytest.mark.parametrize("prompt", ["a cat (red)", "a {cat}", "take a break", "a_cat__", "ratio 16:9", "<ink> [] a", "ANDY"])
 def test_words_that_look_alike_are_left(prompt: str) -> None:
     assert words_of(prompt) == (prompt, (), ())
+
+
+def test_brackets_that_were_letters_are_letters_for_a1111_too(make: Make, tmp_path: Path) -> None:
+    told = make(r"a \(red:1.4\) cat (x) [V]", output=tmp_path / "a.png", negative="(y)", steps=1)[0].recipe.parameters()
+    assert told.split("\n")[:2] == [r"a \(red:1.4\) cat \(x\) \[V\]", r"Negative prompt: \(y\)"]
 
 
 @pytest.mark.parametrize(

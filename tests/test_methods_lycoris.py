@@ -26,6 +26,7 @@ from peft_diffusion.core.method import METHODS, Method
 from peft_diffusion.generation import Adapters
 from peft_diffusion.methods.dora import Dora
 from peft_diffusion.methods.full import Full
+from peft_diffusion.methods.glora import Glora
 from peft_diffusion.methods.ia3 import Ia3
 from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lokr import Lokr
@@ -100,6 +101,7 @@ LYCORIS: dict[str, tuple[str, type[Method], dict[str, Any]]] = {
     "oft": ("diag_oft.DiagOFTModule", Oft, {"lora_dim": 4, "constraint": 0}),
     "oft, rescaled": ("diag_oft.DiagOFTModule", Oft, {"lora_dim": 4, "constraint": 0, "rescaled": True}),
     "oft, constrained": ("diag_oft.DiagOFTModule", Oft, {"lora_dim": 4, "constraint": 0.03}),
+    "glora": ("glora.GLoRAModule", Glora, {"lora_dim": 3, "alpha": 2}),
     "boft": ("boft.ButterflyOFTModule", Oft, {"lora_dim": 8, "constraint": 0}),
     "boft, rescaled and constrained": ("boft.ButterflyOFTModule", Oft,
                                        {"lora_dim": 8, "constraint": 0.03, "rescaled": True}),
@@ -156,6 +158,7 @@ BUILT: dict[str, tuple[Method, str]] = {
     "lokr, decomposed": (Lokr(rank=2, factor=4, weight_decompose=True), "lokr.LokrModule"),
     "oft": (Oft(block_size=4, constraint=0.02, rescale=True), "diag_oft.DiagOFTModule"),
     "boft": (Oft(block_size=6, butterfly=True, constraint=0.02, rescale=True), "boft.ButterflyOFTModule"),
+    "glora": (Glora(rank=3, alpha=2.0), "glora.GLoRAModule"),
     "full": (Full(), "full.FullModule"),
 }
 
@@ -519,6 +522,9 @@ BROKEN: dict[str, dict[str, tuple[int, ...]]] = {
     r"oft_R \(4, 6\) does not fit the 32 inputs": {"oft_R": (4, 6)},
     r"boft_R \(4, 16, 2, 2\) and boft_s \(31,\) do not fit": {"boft_R": (4, 16, 2, 2), "boft_s": (31,)},
     r"boft_R \(6, 16, 2, 2\) .* do not fit": {"boft_R": (6, 16, 2, 2), "boft_s": (32,)},
+    "a1.weight .* do not fit a Linear": {"a1.weight": (32, 2), "a2.weight": (2, 32), "b1.weight": (32, 2),
+                                         "b2.weight": (3, 32)},
+    "b2.weight is missing": {"a1.weight": (32, 2), "a2.weight": (2, 32), "b1.weight": (32, 2)},
     "boft_s is missing": {"boft_R": (1, 16, 2, 2)},
     "do not fit the 32 outputs": {"oft_blocks": (8, 5, 5), "alpha": ()},
     "fits neither": {"lora_down.weight": (2, 32), "lora_up.weight": (32, 2), "dora_scale": (7, 1)},

@@ -133,7 +133,7 @@ def test_another_prompt_count_or_base_has_other_pictures(tmp_path: Path, picture
 
 
 def test_instructions_of_other_programs_are_told_wherever_a_run_draws_or_learns(tmp_path: Path, pictures: Path) -> None:
-    sorted(pictures.glob("*.png"))[1].with_suffix(".txt").write_text("a dog, (red hair:1.2)")
+    sorted(pictures.glob("*.png"))[1].with_suffix(".txt").write_text("[trigger] a dog, (red hair:1.2)")
     settings: dict[str, Any] = {"preset": "subject", "class_images": 1, "missing_captions": "name"}
     asked = small(pictures, tmp_path, class_prompt=("(a cat:1.3)",), **settings)
     told: list[Event] = []
@@ -153,6 +153,7 @@ def test_instructions_of_other_programs_are_told_wherever_a_run_draws_or_learns(
     assert drawn == plain
     warned = [event for event in told if isinstance(event, Warned)]
     letters = [event for event in warned if "learned here as letters" in event.message]
+    assert any("1 caption with [trigger] or [name], which --trigger WORDS fills" in event.message for event in warned)
     assert letters and "(red hair:1.2)" in letters[0].details[0] and len(letters[0].details) == 1
     assert any("(a cat:1.3) in the prompt is a weight" in event.message for event in warned)
     assert any("<lora:ink:0.8> in the prompt names an adapter" in event.message for event in warned)

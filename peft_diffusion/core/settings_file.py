@@ -17,6 +17,8 @@ from .parsing import refuse_halves, refusing
 from .settings import Described, Settings, settings_of
 
 S = TypeVar("S", bound=Settings)
+_OTHERS = (".yaml", ".yml", ".json")
+_DATASETS = ("general", "datasets")  # the tables of a dataset file of sd-scripts
 _PLUGIN = "plugin"  # the key of modules with methods of others
 
 
@@ -102,6 +104,8 @@ def _parsed(path: Path) -> dict[str, Any]:
             refuse_halves(text, found)
             return found
     except UserError as error:
+        if path.suffix.lower() in _OTHERS:
+            raise UserError(f"{error}; settings are written as TOML here: steps = 500") from None
         if "\\" not in text:
             raise
         raise UserError(f"{error}; a path with backslashes takes single quotes: folder = 'C:\\Users\\me'") from None
@@ -117,6 +121,8 @@ def _meant(key: str, value: object, known: Mapping[str, Described]) -> str:
     for name, one in known.items():
         if one.setting.flag.negative and _key(key) == f"{'empty' if one.several else 'no'}_{name}":
             return f"; did you mean {name} = {'[]' if one.several else 'true' if value is False else 'false'}?"
+    if key in _DATASETS and isinstance(value, (dict, list)) and "folder" in known:
+        return "; of a dataset file of sd-scripts, image_dir is folder here, num_repeats repeats, and keep_tokens keep_tags"
     here = known_here_as(key, known)
     if here is not None:
         return f"; here it is {here}"

@@ -20,9 +20,25 @@ def check_trigger(trigger: str) -> None:
         raise UserError(f'the trigger "{trigger}" may hold one {{}}, for the caption, and no other braces')
 
 
+_PLACE = re.compile(r"\[(?:trigger|name)\]")
+
+
+def has_place(caption: str) -> bool:
+    """Tell whether a caption says where the trigger goes, as ai-toolkit has it: ``[trigger]`` or ``[name]``.
+
+    Args:
+        caption: The caption.
+
+    Returns:
+        Whether it does.
+    """
+    return _PLACE.search(caption) is not None
+
+
 def with_trigger(caption: str, trigger: str) -> str:
     """Add the trigger to a caption: "a red apple" with "ink style" is "ink style, a red apple".
 
+    Where the caption holds ``[trigger]`` or ``[name]``, as for ai-toolkit, the trigger's words go there.
     A caption that already has the trigger's words as a whole phrase, in any case of letters, stays as it is.
 
     Args:
@@ -38,7 +54,11 @@ def with_trigger(caption: str, trigger: str) -> str:
     """
     check_trigger(trigger)
     caption, trigger = caption.strip(), trigger.strip()
-    if not trigger or _holds(caption, trigger):
+    if not trigger:
+        return caption
+    words = " ".join(trigger.replace("{}", " ").split()).strip(" ,;:")
+    caption = _PLACE.sub(lambda _: words, caption)
+    if _holds(caption, trigger):
         return caption
     if "{}" in trigger:
         return " ".join(trigger.replace("{}", caption).split())

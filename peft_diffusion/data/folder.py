@@ -418,9 +418,11 @@ def _kohya_folders(picture: TrainingImage) -> list[tuple[str, str]]:
 
 
 def _missing(picture: TrainingImage, captions: Captions, missing: Missing) -> Problem:
+    blank = plain_name(picture.name) in captions.sidecars  # it is there, and says nothing
     why = "other pictures have captions, this one has none" if captions.any_files else "the file name says nothing"
+    why = "its caption file is empty" if blank else why
     then = {"stop": "", "name": ": used without words", "empty": ": used without words", "skip": ": left out"}[missing]
-    fix = f"Write one into {picture.path.with_suffix('.txt').name} beside it"
+    fix = f"Write {'it' if blank else 'one'} into {picture.path.with_suffix('.txt').name} beside it"
     waive = ", or take --missing-captions name, empty or skip" if missing == "stop" else ""
     return Problem(str(picture.path), "missing caption", why + then, fix + waive, stops=missing == "stop")
 

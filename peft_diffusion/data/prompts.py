@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from ..core.errors import UserError
 from ..core.events import Observer, Warned
 
 _LONGEST = 10_000  # letters; what is longer has more words than a base reads
@@ -11,6 +13,8 @@ _LONGEST = 10_000  # letters; what is longer has more words than a base reads
 # What A1111, ComfyUI and their extensions read in a prompt: how it looks, what of it are words, and what becomes of it.
 _SYNTAXES = (
     (r"<(?:lora|lyco|hypernet):[^<>]*>", "", "names an adapter, which --adapter FILE=STRENGTH does here; it is left out"),
+    (r"<[a-z]+(?:\[[^\[\]<>]*\])?:[^<>]*>", "", "is an instruction to another program; it is left out"),
+    (r"\bembedding:(?=[\w./\\-])", "", "names learned words, which --adapter FILE brings here; the name alone is read"),
     (r"(?<!\\)\{([^{}|]*)\|[^{}]*\}", r"\1", "are alternatives, which are not drawn by lot here; the first is taken"),
     (r"__[\w*./-]+?__", "", "is a wildcard, for which there are no lists here; it is left out"),
     (
@@ -18,7 +22,17 @@ _SYNTAXES = (
         r"\1",
         "is a weight, which is not applied here",
     ),
+    (r"(?<!\\)\({2,}([^()]*[^()\\])\){2,}", r"\1", "is a weight, which is not applied here"),
+    (
+        r"(?<!\\)\[([^\[\]:|]*)(?::[^\[\]:|]*)?:\s*(?:\d+\.?\d*|\.\d+)\s*\]",
+        r"\1",
+        "changes words while the picture is drawn, which nothing does here; the first are taken",
+    ),
+    (r"(?<!\\)\[([^\[\]|]*)\|[^\[\]]*\]", r"\1", "takes turns at each step, which nothing does here; the first is taken"),
+    (r"(?<!\\)\[[^\[\]]*[^\[\]\\]\]", r"\g<0>", "is a weight elsewhere, and letters here, as a trigger may have them"),
+    (r"(?<=\s)AND(?=\s)", "and", "joins prompts, which are one here; it is read as the word"),
     (r"\bBREAK\b", "", "begins a new part, which there is not here; it is left out"),
+    (r"\\([()\[\]{}])", r"\1", "is a bracket, which takes no backslash here; it is left out"),
 )
 
 
@@ -55,6 +69,24 @@ def words_of(prompt: str) -> Words:
         while before != text:  # they may stand in each other
             before, text = text, re.sub(pattern, kept, text)
     return Words(" ".join(text.split()) if notes else prompt, tuple(taken), tuple(notes))
+
+
+_LISTS = frozenset((".txt", ".csv", ".tsv", ".json", ".jsonl", ".toml", ".yaml", ".yml", ".md"))
+
+
+def refuse_files(prompts: Sequence[str]) -> None:
+    """See that no prompt is the name of a file of prompts, as sd-scripts takes it: the name would be drawn.
+
+    Args:
+        prompts: As they were given.
+
+    Raises:
+        UserError: One is.
+    """
+    for prompt in prompts:
+        path = Path(prompt)
+        if path.suffix.lower() in _LISTS and len(prompt) < 256 and path.is_file():
+            raise UserError(f"the prompt {prompt!r} is a file, whose lines are not read; give each prompt in quotes")
 
 
 def in_words(prompts: Sequence[str], tell: Observer) -> list[str]:

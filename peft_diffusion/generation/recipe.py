@@ -155,12 +155,14 @@ class Recipe:
     def parameters(self) -> str:
         """The text that A1111 writes into its pictures, which galleries and other programs show.
 
-        It has the words that were drawn: instructions of A1111 in the prompt were not followed.
+        It has the words that were drawn: instructions of A1111 in the prompt were not followed, and brackets that are
+        letters here are letters there.
         """
         named = list(zip(_names(self.adapters), self.adapters, strict=True))
         loras = "".join(f" <lora:{name}:{used.strength:g}>" for name, used in named)
         hashes = ", ".join(f"{name}: {used.data_sha256[:12]}" for name, used in named if used.data_sha256)
-        prompt, negative = words_of(self.prompt).text, words_of(self.negative).text
+        words = (words_of(self.prompt).text, words_of(self.negative).text)
+        prompt, negative = (re.sub(r"[()\[\]]", r"\\\g<0>", text) for text in words)
         fields = {
             "Steps": self.steps,
             "Sampler": _SAMPLERS.get(self.sampler, self.sampler) + (" Karras" if self.scheduler == "dpm++-karras" else ""),

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from ..bases import family as families
 from ..core.errors import UserError
-from ..core.files import at_home
+from ..core.files import at_home, if_address
 from ..core.settings import (
     COUNT,
     NATURAL,
@@ -29,6 +29,7 @@ from ..core.settings import (
     settle,
 )
 from ..data.picture_names import CONVERTIBLE, SUFFIXES
+from ..data.prompts import refuse_files
 from ..formats import Plan, plan
 from ..formats.container import adapter_file, is_pickle, title
 from .recipe import check_folder, check_target, read
@@ -182,7 +183,7 @@ def _existing(text: str) -> Path:
     if not path.is_file():
         name, _, strength = text.rpartition(":")
         hint = f"; a strength follows an =, as in {name}={strength}" if _is_number(strength) and name else ""
-        raise UserError(f"there is no adapter file {path}{hint}")
+        raise UserError(f"there is no adapter file {path}{hint or if_address(path)}")
     return path
 
 
@@ -311,6 +312,7 @@ class GenerateConfig(Sampling):
             UserError: Files cannot be read or written.
         """
         self.choices()
+        refuse_files(self.prompts)
         if self.recipe is not None:
             read(self.recipe)
         for path in (self.image, self.mask):
@@ -364,6 +366,7 @@ class BlendConfig(Sampling):
             UserError: A file cannot be read or written.
         """
         self.choices()
+        refuse_files(self.prompts)
         check_target(self.output)
 
 
@@ -422,9 +425,15 @@ class InspectConfig:
     _: KW_ONLY
     json: bool = setting(False, "As JSON, with every site.", PARAMETERS)
     strict: bool = setting(False, "Fail where a tensor makes no part of an adapter, whatever the base.", PARAMETERS)
+    norms: bool = setting(False, "Tell the norm of the change at each site, which reads the whole file.", PARAMETERS)
+    plot: OptionalPath = setting(
+        None, "Draw those norms into this file, .png, .svg or .pdf; of one adapter file.", PARAMETERS
+    )
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.plot is not None and len(self.files) != 1:
+            raise UserError(f"--plot draws one adapter file, and {len(self.files)} are named")
 
 
 @explained

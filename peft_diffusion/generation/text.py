@@ -9,6 +9,8 @@ from torch import Tensor
 from ..bases import LanguageModel, load_lm
 from ..core.errors import UserError
 from ..core.events import Ended, Never, Observer, Progress, Stop, check_stop, observed
+from ..core.settings import of_kind
+from ..data.prompts import refuse_files
 from .adapted import adapted
 from .events import TextWritten
 from .text_settings import TextGenerateConfig
@@ -51,7 +53,9 @@ def generate_text(
         Interrupted: It was stopped. It is a KeyboardInterrupt.
     """
     with observed(observers) as tell:
+        of_kind(config, TextGenerateConfig)
         choices = config.choices()
+        refuse_files(config.prompts)
         model = load_lm(base or config.base, device=config.device, dtype=config.precision, quantize=config.quantize)
         with adapted(model, choices, (), tell, lent=base is not None, strict=config.strict):
             seeds = range(config.seed, config.seed + config.count)

@@ -44,9 +44,7 @@ def rename_trigger(config: RenameTriggerConfig, *, observers: Sequence[Observer]
         spec = joined_spec([source.plan], bones, made, source.path.stem)
         _refuse_unknown(spec, learned, config)
         if not learned:
-            watch.tell(
-                Noted(f"{config.old!r} is no learned word: what the adapter was taught to answer to stays {config.old!r}")
-            )
+            watch.tell(Noted(f"{config.old!r} is no learned word: the adapter still answers to it, whatever the file says"))
         triggers = tuple(config.new if one == config.old else one for one in spec.triggers)
         path = at_home(config.output)
         made.write(path, layout_of(source.plan), _with(spec, triggers, config), kept_metadata([source.plan], network=True))

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..bases.base import Skeleton
 from ..bases.skeleton import PUBLISHED
 from ..core.adapter import Adapter, LowRank, chained, parts_of
 from ..core.errors import UserError
+from ..core.method import Method, Values
 from ..core.parsing import json_value
 from ..formats import Plan, Spec, file
 from ..formats.layout import Content
@@ -206,21 +207,37 @@ def _bias(site: nn.Module, bias: Tensor) -> Adapter:
 def _methods(component: str, own: Mapping[str, Adapter], sources: Sequence[Plan]) -> Iterable[Mapping[str, Any]]:
     """A method's entry for each that is at some site of a component."""
     told = [one for plan in sources if plan.spec for one in plan.spec.methods.get(component, ())]
-    known = methods.known()
-    suffixes = [frozenset(part.state()) for adapter in own.values() for part in parts_of(adapter)]
-    for name, method in known.items():
-        if not any(method.recognizes(one) for one in set(suffixes)):
+    states = [part.state() for adapter in own.values() for part in parts_of(adapter)]
+    for name, method in methods.known().items():
+        held = [state for state in states if method.recognizes(state.keys())]
+        if not held:
             continue
         same = [one for one in told if one.get("method") == name]
         targets = {one.get("target") for one in same}
         beside = {"target": targets.pop()} if len(targets) == 1 and None not in targets else {}
         if name == Lora.name:
-            ranks = [len(part.state()[DOWN]) for one in own.values() for part in parts_of(one) if DOWN in part.state()]
-            yield {**Lora(rank=max(ranks)).spec(), **beside}
+            yield {**Lora(rank=max(len(state[DOWN]) for state in held)).spec(), **beside}
         elif same:
             yield same[0]
         else:
-            yield {"method": name, **beside}
+            yield {"method": name, **_largest(method, held), **beside}
+
+
+def _largest(method: type[Method], held: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Any]:
+    """The hyper-parameters that the tensors of a method tell, of the site with the largest rank; its defaults for others."""
+    told: list[Values | None] = [
+        method.read_hyper_parameters(
+            {suffix: tuple(tensor.shape) for suffix, tensor in state.items()},
+            {suffix: float(state[suffix]) for suffix in method.constants & state.keys() if state[suffix].numel() == 1},
+        )
+        for state in held
+    ]
+    values = max((one for one in told if one is not None), key=lambda one: float(one.get("rank", 0)), default={})
+    known = {one.name for one in fields(method)}
+    try:
+        return method(**{name: value for name, value in values.items() if name in known}).spec()
+    except (TypeError, UserError):  # of a plug-in that tells of its files what it does not take
+        return values
 
 
 _NEVER_KEPT = (

@@ -96,10 +96,11 @@ class TrainResult(RunResult):
         if self.held_out_before is not None and self.held_out_after is not None:
             losses = f"{self.held_out_before:.4f} before, {self.held_out_after:.4f} after"
             loss = [f"loss on pictures kept apart: {losses} ({self.held_out_after / self.held_out_before - 1:+.0%})"]
+        previews = ", previews" if self.config.preview_steps else ""
         return (
             *loss,
             f"wrote {self.output} ({self.size:.1f} MiB) after {self.steps} steps on {self.images} pictures,"
-            f" {self.seconds:.0f} s; settings, metrics, previews and report.html are in {self.run_dir}",
+            f" {self.seconds:.0f} s; settings, metrics{previews} and report.html are in {self.run_dir}",
             f"next: {self.next_command}",
         )
 

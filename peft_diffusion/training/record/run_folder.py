@@ -485,6 +485,8 @@ def check_run(run: RunFolder, output: Path, *, resume: bool, overwrite: bool) ->
             raise UserError(f"{output} exists already: --overwrite replaces it, another --output keeps it")
     if output.is_dir():
         raise UserError(f"--output {output} is a folder; name a file in it")
+    if output.exists() and not output.is_file():
+        raise UserError(f"--output {output} is no regular file, so it cannot be replaced; choose another name")
     for place in filter(None, _OWN):
         if lies_in(output, run.path / place):
             raise UserError(f"--output {output} lies in {run.path / place}, where the run keeps its own; name another place")

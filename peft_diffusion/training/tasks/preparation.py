@@ -29,12 +29,12 @@ from ...data.buckets import (
     share_out,
     steps_per_epoch,
 )
-from ...data.captions import CaptionRules
+from ...data.captions import CaptionRules, has_place
 from ...data.folder import ImageFolder, TrainingImage, check_folders, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
 from ...data.problems import number_of
-from ...data.prompts import words_of
+from ...data.prompts import refuse_files, words_of
 from ..attachment import check_placements, selected_components, with_words
 from ..drawing import Drawing
 from ..events import COLD, IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
@@ -195,6 +195,7 @@ def _checked(config: TrainConfig) -> CaptionRules:
     """The rules of captions, after seeing what can be told before the base is loaded. Raises UserError for it."""
     parse_colour(config.background)
     subfolders.check(config.repeats, config.folder_weight)
+    refuse_files((*config.preview_prompts, *config.class_prompt))
     for folders in filter(None, (config.folder, config.regularisation)):
         check_folders(folders)
     dropout = config.caption_dropout or 0.0
@@ -366,6 +367,13 @@ def _tell_prompts(pictures: Sequence[TrainingImage], rules: CaptionRules, text: 
     if lost:
         message = f"{len(lost)} prompts are over {text.limit} tokens, and what comes after is not seen; shorten them:"
         tell(Warned(message, _first([f"{picture.path}: without \u201c{words}\u201d" for picture, words in lost])))
+    places = sum(map(has_place, prompts))
+    if places:
+        tell(
+            Warned(
+                f"{number_of(places, 'caption')} with [trigger] or [name], which --trigger WORDS fills; as it is, it is read"
+            )
+        )
     odd = [
         f"{one.path}: {', '.join(taken)}"
         for one, prompt in zip(pictures, prompts, strict=True)
