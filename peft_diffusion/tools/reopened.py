@@ -108,8 +108,8 @@ def _with_zeros(part: nn.Module) -> Any:
         for name, own in module.named_parameters(recurse=False):
             zeros = torch.zeros(1, dtype=own.dtype).expand(own.shape)
             module.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
-        for name, own in module.named_buffers(recurse=False):
-            module.register_buffer(name, torch.zeros(own.shape, dtype=own.dtype))
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
     return made
 
 
