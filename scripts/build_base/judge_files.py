@@ -1,7 +1,7 @@
 """The weights of the judges, as safetensors within xz: the whole tree has to stay small enough to travel.
 
-Weights of layers are whole numbers of 7 bits, with one scale per output; what is lost is far below what a judge's training leaves open.
-All else is in halves.
+Weights of layers are whole numbers of 7 bits, with one scale per output; what is lost is far below what a judge's training
+leaves open. All else is in halves.
 """
 
 import json
