@@ -23,6 +23,7 @@ from .results import Adapters, Made, write_changed
 from .settings import ConvertConfig
 from .sources import open_sources
 from .to_lora import as_lora
+from .verify import Verified, verify
 from .watch import Watch, watched
 
 
@@ -35,12 +36,14 @@ class Converted:
         base: The name of the base whose names and shapes it was understood by.
         sites: The number of sites by component.
         warnings: What the person should know.
+        verified: What other programs make of the file, where that was asked for.
     """
 
     made: Made
     base: str
     sites: Mapping[str, int]
     warnings: tuple[str, ...]
+    verified: tuple[Verified, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -65,7 +68,8 @@ def convert(config: ConvertConfig, *, observers: Sequence[Observer] = ()) -> Con
     find(config.to)  # a wrong name is told before anything is read
     found = plan(config.source)
     with watched(observers) as watch:
-        return _copied(config, found, watch) if config.to_lora is None else _lora(config, found, config.to_lora, watch)
+        done = _copied(config, found, watch) if config.to_lora is None else _lora(config, found, config.to_lora, watch)
+    return replace(done, verified=verify(done.path, base=config.base, observers=observers)) if config.verify else done
 
 
 def _copied(config: ConvertConfig, found: Plan, watch: Watch) -> Converted:
