@@ -30,8 +30,9 @@ ALL = FLAT | PEFT | {"diffusers"}
 # What other layouts than kohya can hold each method of the laws, on a UNet.
 HELD = {
     **dict.fromkeys(("lora", "lora-scaled", "locon", "dora", "dora-conv"), ALL),
-    **dict.fromkeys(("loha", "loha-conv", "lokr", "lokr-conv"), FLAT | PEFT),
-    **dict.fromkeys(("loha-decomposed", "lokr-decomposed", "oft", "oft-conv", "ia3", "ia3-conv", "bitfit", "full"), FLAT),
+    **dict.fromkeys(("loha", "loha-conv", "lokr", "lokr-conv", "oft-input"), FLAT | PEFT),
+    **dict.fromkeys(("loha-decomposed", "lokr-decomposed", "oft", "oft-conv", "oft-butterfly", "glora"), FLAT),
+    **dict.fromkeys(("ia3", "ia3-conv", "bitfit", "full"), FLAT),
     **dict.fromkeys(("bottleneck", "bottleneck-parallel", "bottleneck-conv", "prefix"), OWN),
 }
 TARGETS = [*sorted(ALL), "embedding", "embedding-a1111", "embedding-diffusers"]
