@@ -21,6 +21,7 @@ from .terminal import say
 
 if TYPE_CHECKING:
     from ..tools.norms import Norm
+    from ..tools.verify import Verified
 
 _SHOWN_TAGS = 20
 
@@ -44,21 +45,39 @@ _TRAINING = {
 def inspect(config: InspectConfig) -> None:
     """Tell what an adapter file holds, and whether two fit together.
 
-    Only the headers are read, but for --norms and --plot: nothing is loaded, and no base is needed.
+    Only the headers are read, but for --norms, --plot and --verify: nothing is loaded, and no base is needed.
     """
     plans = [plan(path) for path in config.files]
     found = [read(one) for one in plans]
     measured = _measured(config, plans)
+    verified = _verified(config, plans)
     fits = {pair: compare(*pair_of) for pair, pair_of in _pairs(found).items()}
     if config.json:
-        files = [_plain(one) | _plain_norms(measured.get(one.path)) for one in found]
+        files = [_plain(one) | _plain_norms(measured.get(one.path)) | _plain_verified(verified, one) for one in found]
         say(json.dumps({"files": files, "fits": [_plain_fit(*item) for item in fits.items()]}, indent=2))
     else:
         _show(found, fits)
         for path, norms in measured.items() if config.norms else ():
             _show_norms(path, norms)
+        for path, several in verified.items():
+            say(f"{path} as other programs read it:")
+            for program in several:
+                say(f"  {program.line()}")
     for one in found if config.strict else ():
         refuse_leftovers(one.path, one.leftovers)
+
+
+def _verified(config: InspectConfig, plans: list[Plan]) -> dict[Path, "tuple[Verified, ...]"]:
+    """What other programs make of the files, where that was asked for."""
+    if not config.verify:
+        return {}
+    from ..tools.verify import verify  # which brings torch
+
+    return {one.path: verify(one, base=config.base) for one in plans}
+
+
+def _plain_verified(verified: Mapping[Path, "tuple[Verified, ...]"], found: Inspection) -> dict[str, Any]:
+    return {"verified": [asdict(one) for one in verified[found.path]]} if found.path in verified else {}
 
 
 def _measured(config: InspectConfig, plans: list[Plan]) -> dict[Path, "tuple[Norm, ...]"]:

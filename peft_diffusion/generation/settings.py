@@ -450,6 +450,12 @@ class InspectConfig:
     plot: OptionalPath = setting(
         None, "Draw those norms into this file, .png, .svg or .pdf; of one adapter file.", PARAMETERS
     )
+    verify: bool = setting(
+        False, "Open the files as other programs do: how much each reads, and how far off its changes are.", PARAMETERS
+    )
+    base: str | None = setting(
+        None, "With --verify, the base that the files are for, where they do not tell it or its weights matter.", PARAMETERS
+    )
 
     def __post_init__(self) -> None:
         settle(self)

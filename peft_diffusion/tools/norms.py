@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from ..core.errors import FoldError, UserError, first_line
 from ..core.files import write_bytes
 from ..formats import Plan
-from ..formats.file import bind
-from ..formats.fitting import fitting
 from ..formats.planning import SitePlan
 from .changes import change_of
 
@@ -68,6 +66,9 @@ def norms(found: Plan) -> tuple[Norm, ...]:
 def _modules(found: Plan) -> dict[str, nn.Module]:
     """The modules that the tensors of a file change, by the names of the tensors, on the skeleton of the base that it fits;
     nothing where it fits none that is known."""
+    from ..formats.file import bind  # with all that makes bases, which takes seconds
+    from ..formats.fitting import fitting
+
     try:
         bound = bind(found, fitting(found))
     except UserError:
