@@ -132,7 +132,9 @@ def parse(words: list[str]) -> tuple[Settings, ...]:
     if "config" in meta.arguments:  # which is not there; say what it would
         tokens.append("pictures")
     _, bound, *_ = application.app.parse_args(tokens, exit_on_error=False, print_error=False)
-    command = next(name for name in COMMANDS if tuple(tokens[: len(name)]) == name)
+    command = max(
+        (name for name in COMMANDS if tuple(tokens[: len(name)]) == name), key=len
+    )  # runs export is no run of runs
     given = next(iter(bound.arguments.values()), None)
     return () if given is None else tuple(pick(kind, given) for kind in COMMANDS[command])
 
