@@ -37,6 +37,7 @@ COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("generate",): (pd.GenerateConfig,),
     ("blend",): (pd.BlendConfig,),
     ("runs",): (RunsConfig,),
+    ("runs", "export"): (pd.ExportConfig,),
     ("inspect",): (InspectConfig,),
     ("merge",): (pd.MergeConfig,),
     ("extract",): (pd.ExtractConfig,),

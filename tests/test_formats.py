@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe
-from peft_diffusion.bases.words import learned, teach, with_initial_tokens
+from peft_diffusion.bases.taught import learned
+from peft_diffusion.bases.words import teach, with_initial_tokens
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.formats.container import Header
@@ -309,7 +310,7 @@ DAMAGED = {
     "flat": ({**pair(), f"{SITE}.lora_up.weight": torch.ones(4)}, "make no adapter"),
     "a scalar": ({f"{SITE}.hada_w{n}": torch.ones(()) for n in ("1_a", "1_b", "2_a", "2_b")}, "make no adapter"),
     "half a pair": ({f"{SITE}.lora_down.weight": A}, "lora_up.weight is missing; the file is damaged"),
-    "other methods": ({f"{SITE}.diff": torch.ones(32, 32)}, "holds tensors of no method that is known here: diff"),
+    "other methods": ({f"{SITE}.lora_what": torch.ones(32, 32)}, "holds tensors of no method that is known here: lora_what"),
 }
 
 

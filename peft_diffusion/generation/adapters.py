@@ -171,7 +171,7 @@ class Adapters:
         registry, parts = self._registry, components(self.pipe)
         file = source.path if isinstance(source, Plan) else adapter_file(at_home(Path(source)))
         registry.refuse_merged("load another")
-        chosen = name or self._free_name(title(file))
+        chosen = self._free_name(title(file)) if name is None else name
         if chosen in registry.names:
             raise UserError(f"an adapter {chosen!r} is loaded already; remove it first or choose another name")
         given = source if isinstance(source, Plan) else formats.plan(file, component=component, word=word)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ..bases import family as families
+from ..bases.prompt_syntax import Weights
 from ..core.errors import UserError
-from ..core.files import at_home
+from ..core.files import at_home, if_address
 from ..core.settings import (
     COUNT,
     NATURAL,
@@ -183,7 +184,7 @@ def _existing(text: str) -> Path:
     if not path.is_file():
         name, _, strength = text.rpartition(":")
         hint = f"; a strength follows an =, as in {name}={strength}" if _is_number(strength) and name else ""
-        raise UserError(f"there is no adapter file {path}{hint}")
+        raise UserError(f"there is no adapter file {path}{hint or if_address(path)}")
     return path
 
 
@@ -210,6 +211,26 @@ class Sampling(NamesAdapters):
     )
     strict: bool = setting(False, "Refuse an adapter file of which a tensor would be left out.", PARAMETERS)
     negative: str = setting("", "What the pictures should not show.", PARAMETERS)
+    prompt_2: str | None = setting(
+        None, "What the second text encoder reads (Stable Diffusion XL); by default the same prompt.", PARAMETERS
+    )
+    prompt_weights: Weights = setting(
+        "a1111",
+        "Whose arithmetic (word:1.3), (word) and [word] follow in prompts; with none, brackets and BREAK are letters.",
+        PARAMETERS,
+    )
+    clip_skip: int | None = setting(
+        None,
+        "Which layer of the text encoder is taken, counted from the last, which is 1, as A1111 and kohya count; by default "
+        "the one that the base was trained with: 1, and 2 for Stable Diffusion XL.",
+        PARAMETERS,
+        Range(1, 12),
+    )
+    zero_negative: bool | None = setting(
+        None,
+        "Tell an empty negative prompt by zeros; by default what the base says, as that of Stable Diffusion XL does.",
+        PARAMETERS,
+    )
     steps: int = setting(25, "Denoising steps.", PARAMETERS, COUNT)
     guidance: float = setting(
         5.0, "How closely to follow the prompt: classifier-free guidance, 1 is none.", PARAMETERS, NATURAL
@@ -425,9 +446,21 @@ class InspectConfig:
     _: KW_ONLY
     json: bool = setting(False, "As JSON, with every site.", PARAMETERS)
     strict: bool = setting(False, "Fail where a tensor makes no part of an adapter, whatever the base.", PARAMETERS)
+    norms: bool = setting(False, "Tell the norm of the change at each site, which reads the whole file.", PARAMETERS)
+    plot: OptionalPath = setting(
+        None, "Draw those norms into this file, .png, .svg or .pdf; of one adapter file.", PARAMETERS
+    )
+    verify: bool = setting(
+        False, "Open the files as other programs do: how much each reads, and how far off its changes are.", PARAMETERS
+    )
+    base: str | None = setting(
+        None, "With --verify, the base that the files are for, where they do not tell it or its weights matter.", PARAMETERS
+    )
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.plot is not None and len(self.files) != 1:
+            raise UserError(f"--plot draws one adapter file, and {len(self.files)} are named")
 
 
 @explained

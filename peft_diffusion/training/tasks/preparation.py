@@ -11,6 +11,7 @@ import torch
 from ...bases import BaseInfo, denoiser_of, describe, load_base
 from ...bases.loading import pick_device
 from ...bases.pipelines import Pipeline
+from ...bases.prompt_syntax import escaped
 from ...bases.prompts import TextSide
 from ...core.errors import UserError
 from ...core.events import Observer, Warned, progress
@@ -34,7 +35,7 @@ from ...data.folder import ImageFolder, TrainingImage, check_folders, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
 from ...data.problems import number_of
-from ...data.prompts import refuse_files, words_of
+from ...data.prompts import in_words, refuse_files, words_of
 from ..attachment import check_placements, selected_components, with_words
 from ..drawing import Drawing
 from ..events import COLD, IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
@@ -45,11 +46,12 @@ from ..machine.processes import Processes
 from ..machine.sharding import shard
 from ..record.run_folder import RunFolder, check_run, check_writable
 from ..settings.derive import adapted_components, resolve
+from ..settings.idle import idle
 from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
 from ..settings.placements import blocks
 from ..settings.presets import HELD_OUT_FROM
 from . import class_images
-from .diffusion import Examples, noise_schedule
+from .diffusion import CAPTIONS, Examples, noise_schedule
 
 _SHOWN, _LINE = 5, 600  # lines of a list, characters of a line
 
@@ -74,7 +76,7 @@ class Prepared:
         if self.config.preview_prompts:
             return list(self.config.preview_prompts)
         examples = self.held_out or self.train
-        return list(dict.fromkeys(self.rules.plain(caption) for caption in examples.captions))
+        return list(dict.fromkeys(escaped(self.rules.plain(caption)) for caption in examples.captions))
 
 
 def check_places(config: TrainConfig) -> RunFolder:
@@ -156,7 +158,7 @@ def prepare(
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     pipe = _loaded(replace(config, precision=precision), pipe, device, tell, processes)
-    info, text = describe(pipe), denoiser_of(pipe).text
+    info, text = describe(pipe), denoiser_of(pipe).text.read_as(CAPTIONS)
     tell(BaseLoaded(info.name, info.family, info.prediction_type, info.resolution, config.quantize))
     run = RunFolder(run_path(config)) if run is None else run
     going_on = run.newest() if config.resume else None
@@ -176,9 +178,10 @@ def prepare(
     tell(Arranged((*describe_buckets(fits), *subfolders.describe(kept))))
     _tell_alone(kept, fits, resolved.batch_size * processes.size, tell)
     tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), HELD_OUT_FROM))
-    _tell_odd(resolved, apart, tell)
+    _tell_odd(config, resolved, apart, tell)
     rules = replace(rules, dropout=resolved.caption_dropout)
     _tell_prompts([*kept, *apart], rules, text, tell)
+    _tell_cut(in_words(resolved.preview_prompts, lambda _: None), text, tell)
     of_class = class_images.pictures(resolved, pipe, tell, drawing, processes)
     if going_on is not None:
         run.check_data(going_on.origin, items(pictures, of_class))
@@ -202,12 +205,14 @@ def _checked(config: TrainConfig) -> CaptionRules:
     return CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards)
 
 
-def _tell_odd(config: ResolvedConfig, apart: Sequence[TrainingImage], tell: Observer) -> None:
+def _tell_odd(asked: TrainConfig, config: ResolvedConfig, apart: Sequence[TrainingImage], tell: Observer) -> None:
     """Tell of settings that do nothing, or leave nothing of the run."""
     if config.patience and not apart:
         tell(IMPATIENT)
     if config.warmup >= config.steps:
         tell(COLD)
+    for line in idle(asked, config):
+        tell(Warned(line))
 
 
 def items(pictures: Sequence[TrainingImage], of_class: Sequence[TrainingImage]) -> list[dict[str, str]]:
@@ -357,6 +362,14 @@ def _first(lines: Sequence[str]) -> tuple[str, ...]:
     """The first lines of a list, and how many more there are."""
     more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
     return (*(shortened(line, _LINE) for line in lines[:_SHOWN]), *more)
+
+
+def _tell_cut(prompts: Sequence[str], text: TextSide, tell: Observer) -> None:
+    """Tell of prompts of previews that are too long."""
+    lost = [words for prompt in prompts if (words := text.lost(prompt))]
+    if lost:
+        message = f"{number_of(len(lost), 'preview prompt')} over {text.limit} tokens, and what comes after is not drawn:"
+        tell(Warned(message, _first([f"without \u201c{words}\u201d" for words in lost])))
 
 
 def _tell_prompts(pictures: Sequence[TrainingImage], rules: CaptionRules, text: TextSide, tell: Observer) -> None:
