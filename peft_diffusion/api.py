@@ -5,9 +5,12 @@ The commands call these, and so does Python: ``import peft_diffusion as pd; pd.t
 
 from typing import TYPE_CHECKING
 
+from .core.settings import of_kind
 from .generation.while_training import TrainingPictures
 from .training import run
 from .training.pictures import PictureSource, searched
+from .training.settings.pictures import TrainConfig
+from .training.settings.text import TextTrainConfig
 from .training.texts import TextSource
 
 if TYPE_CHECKING:
@@ -17,12 +20,10 @@ if TYPE_CHECKING:
     from .bases.pipelines import Pipeline
     from .core.events import Observer, Stop
     from .training.results import FoundRates, TextTrainResult, TrainResult
-    from .training.settings.pictures import TrainConfig
-    from .training.settings.text import TextTrainConfig
 
 
 def train(
-    config: "TrainConfig",
+    config: TrainConfig,
     *,
     pipe: "Pipeline | None" = None,
     observers: "Sequence[Observer]" = (),
@@ -44,11 +45,12 @@ def train(
         UserError: For what the user can mend.
         Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
+    of_kind(config, TrainConfig)
     return run.train(PictureSource(config, pipe, TrainingPictures()), observers, stop)
 
 
 def find_rates(
-    config: "TrainConfig",
+    config: TrainConfig,
     *,
     pipe: "Pipeline | None" = None,
     observers: "Sequence[Observer]" = (),
@@ -72,11 +74,12 @@ def find_rates(
         UserError: For what the user can mend.
         Interrupted: The search was stopped. It is a KeyboardInterrupt.
     """
+    of_kind(config, TrainConfig)
     return run.find_rates(PictureSource(searched(config), pipe, TrainingPictures()), observers, stop)
 
 
 def train_text(
-    config: "TextTrainConfig",
+    config: TextTrainConfig,
     *,
     base: "LanguageModel | None" = None,
     observers: "Sequence[Observer]" = (),
@@ -98,11 +101,12 @@ def train_text(
         UserError: For what the user can mend.
         Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
+    of_kind(config, TextTrainConfig)
     return run.train(TextSource(config, base), observers, stop)
 
 
 def find_text_rates(
-    config: "TextTrainConfig",
+    config: TextTrainConfig,
     *,
     base: "LanguageModel | None" = None,
     observers: "Sequence[Observer]" = (),
@@ -126,4 +130,5 @@ def find_text_rates(
         UserError: For what the user can mend.
         Interrupted: The search was stopped. It is a KeyboardInterrupt.
     """
+    of_kind(config, TextTrainConfig)
     return run.find_rates(TextSource(config, base), observers, stop)

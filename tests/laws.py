@@ -28,6 +28,7 @@ from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.bottleneck import Bottleneck
 from peft_diffusion.methods.dora import Dora
 from peft_diffusion.methods.full import Full
+from peft_diffusion.methods.glora import Glora
 from peft_diffusion.methods.ia3 import Ia3
 from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lokr import Lokr
@@ -57,6 +58,7 @@ METHODS: dict[str, tuple[Method, str]] = {
     "oft-conv": (Oft(block_size=4, rescale=True, constraint=0.001), "conv"),
     "oft-butterfly": (Oft(block_size=4, butterfly=True, rescale=True, constraint=0.01), "conv"),
     "oft-input": (Oft(block_size=4, on_input=True), "attention"),
+    "glora": (Glora(rank=3, alpha=1.0), "attention"),
     "ia3": (Ia3(), "attention+ff"),
     "ia3-conv": (Ia3(on_input=True), "conv"),
     "full": (Full(), _EVERY_KIND),

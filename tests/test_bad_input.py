@@ -71,6 +71,9 @@ VALUES = {
     "generate a --adapter missing.safetensors": "there is no adapter file missing.safetensors",
     "generate a --adapter missing.safetensors=0.5": "there is no adapter file missing.safetensors",
     "generate a --adapter k=v/missing": "there is no adapter file k=v/missing",
+    "generate a --adapter https://x.org/a.safetensors": "nothing is fetched from an address: download the file",
+    "generate a --base https://x.org/a.safetensors": "nothing is fetched from an address: download the file",
+    "inspect https://x.org/a.safetensors": "nothing is fetched from an address: download the file",
     "generate a --base nowhere": "there is no base 'nowhere'",
     "generate --recipe missing.png": "there is no picture missing.png",
     "blend a": "a blend needs two adapters",
@@ -301,14 +304,14 @@ def test_a_prompt_that_the_base_would_cut(tiny_base: Path, tmp_path: Path) -> No
 def test_a_file_that_is_not_used_whole_is_told_and_with_strict_refused(ink: Path, tiny_base: Path, tmp_path: Path) -> None:
     tensors = load_file(ink)
     tensors["lora_unet_nowhere.alpha"] = torch.ones(())
-    tensors["lora_unet_conv_out.a1.weight"] = torch.ones(2, 2)
+    tensors["lora_unet_conv_out.lora_what"] = torch.ones(2, 2)
     save_file(tensors, tmp_path / "part.safetensors")
     drawn = ("generate", "a", "--adapter", "part.safetensors", "--base", tiny_base, "--steps", 1, "-o", "a.png")
     said = complaint(FAILED, *drawn, "--strict", folder=tmp_path)
     assert "would not be used whole" in said
-    assert "lora_unet_nowhere.alpha" in said and "lora_unet_conv_out.a1.weight" in said
+    assert "lora_unet_nowhere.alpha" in said and "lora_unet_conv_out.lora_what" in said
     looked = command("inspect", "part.safetensors", "--strict", cwd=tmp_path)
-    assert looked.returncode == FAILED and "lora_unet_conv_out.a1.weight" in looked.stderr and "lora" in looked.stdout
+    assert looked.returncode == FAILED and "lora_unet_conv_out.lora_what" in looked.stderr and "lora" in looked.stdout
     done = command(*drawn, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"2 of {len(tensors)} tensors are of no method") == 1

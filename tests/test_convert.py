@@ -20,6 +20,9 @@ from peft_diffusion.cli.app import main
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.merge import merge, unmerge
+from peft_diffusion.methods.bottleneck import Bottleneck
+from peft_diffusion.methods.lora import DOWN, UP, Lora
+from peft_diffusion.tools.activations import _Observed
 from peft_diffusion.training.events import Step
 
 FLAT, PEFT, OWN = {"kohya", "kohya-sgm", "lycoris", "omi"}, {"peft"}, {"kohya", "kohya-sgm"}
@@ -27,8 +30,9 @@ ALL = FLAT | PEFT | {"diffusers"}
 # What other layouts than kohya can hold each method of the laws, on a UNet.
 HELD = {
     **dict.fromkeys(("lora", "lora-scaled", "locon", "dora", "dora-conv"), ALL),
-    **dict.fromkeys(("loha", "loha-conv", "lokr", "lokr-conv"), FLAT | PEFT),
-    **dict.fromkeys(("loha-decomposed", "lokr-decomposed", "oft", "oft-conv", "ia3", "ia3-conv", "bitfit", "full"), FLAT),
+    **dict.fromkeys(("loha", "loha-conv", "lokr", "lokr-conv", "oft-input"), FLAT | PEFT),
+    **dict.fromkeys(("loha-decomposed", "lokr-decomposed", "oft", "oft-conv", "oft-butterfly", "glora"), FLAT),
+    **dict.fromkeys(("ia3", "ia3-conv", "bitfit", "full"), FLAT),
     **dict.fromkeys(("bottleneck", "bottleneck-parallel", "bottleneck-conv", "prefix"), OWN),
 }
 TARGETS = [*sorted(ALL), "embedding", "embedding-a1111", "embedding-diffusers"]
@@ -328,3 +332,59 @@ def test_words_and_biases_stay_as_they_are_beside_a_lora(tiny_base: Path, tmp_pa
         source = made(tmp_path / f"{method}.safetensors", method, component)
         there = run(source, tmp_path / "b.safetensors", to_lora=4, base=str(tiny_base))
         assert same(source, there)
+
+
+@pytest.mark.parametrize(("method", "component"), [("bottleneck", "unet"), ("bottleneck-conv", "unet"), ("prefix", "unet")])
+def test_what_changes_no_weight_becomes_a_lora_that_is_fitted_on_the_base(
+    method: str, component: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    source = made(tmp_path / "a.safetensors", method, component)
+    done = pd.convert(pd.ConvertConfig(source, tmp_path / "b.safetensors", to_lora=8, base=str(tiny_base)))
+    assert set(pd.inspect(done.path).methods) == {"lora"}
+    whole, reduced = make_pipe(), make_pipe()
+    pd.Adapters(whole).load(source)
+    pd.Adapters(reduced).load(done.path)
+    sums = {"wanted": 0.0, "missed": 0.0}
+
+    def compare(module: torch.nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        """At the same inputs: what the adapter adds to a layer's output, and what the LoRA makes of it otherwise."""
+        plain = site.base_class(module).forward(module, *args, **kwargs)
+        sums["wanted"] += float((output - plain).square().sum())
+        sums["missed"] += float((stand_ins[module](*args, **kwargs) - output).square().sum())
+
+    stand_ins: dict[torch.nn.Module, torch.nn.Module] = {
+        module: components(reduced)[component].get_submodule(path)
+        for path, module in site.sites(components(whole)[component]).items()
+    }
+    for module in stand_ins:
+        module.register_forward_hook(compare, with_kwargs=True)
+    pipe: Any = whole
+    with torch.no_grad():
+        pipe("a blue house", num_inference_steps=4, height=64, width=64, generator=torch.Generator().manual_seed(3))
+    assert (sums["missed"] / sums["wanted"]) ** 0.5 < 0.6
+    assert 0 < done.made.error < 0.6
+
+
+def test_what_changes_no_weight_asks_for_the_base_to_fit_on(tmp_path: Path) -> None:
+    base = pd.load_base("icons")
+    part = components(base)["unet"]
+    site.attach(part, "a", Bottleneck(hidden=2), "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0")
+    formats.save(tmp_path / "a.safetensors", {"unet": part}, "a", formats.Spec(base=asdict(describe(base))))
+    with pytest.raises(UserError, match=r"carries bottleneck, which changes no weight; a LoRA near it is fitted.*--base"):
+        run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to_lora=8)
+
+
+def test_a_fit_finds_the_pair_of_a_change_that_is_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(12, 3, generator=generator), torch.randn(3, 20, generator=generator)
+    layer = torch.nn.Linear(20, 12)
+    site.attach_built(layer, "a", {"": Lora.read(layer, {DOWN: down, UP: up})})
+    observed = _Observed(layer, ("unet", "layer"))
+    with observed:
+        for apart in (False, True):
+            observed.kept_apart = apart
+            layer(torch.randn(200, 20, generator=generator))
+    found = observed.solved(3)
+    assert found.error < 1e-3
+    assert torch.allclose(found.pair.up @ found.pair.down, up @ down, atol=1e-2)
+    assert observed.solved(2).error > 0.05

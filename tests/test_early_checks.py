@@ -12,6 +12,7 @@ from test_training import draw_pictures, small
 
 from peft_diffusion.api import find_rates, train, train_text
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.events import Event, Warned
 from peft_diffusion.training import texts
 from peft_diffusion.training.settings.text import TextTrainConfig
 from peft_diffusion.training.tasks import preparation
@@ -142,3 +143,29 @@ def test_a_resume_on_other_text_is_told_before_the_base_is_loaded(tmp_path: Path
     text.write_text("And it came not to pass in those days. " * 60, "utf-8")
     with pytest.raises(UserError, match=r"had other text: a\.txt has another content"):
         train_text(TextTrainConfig(texts=(text,), **settings))
+
+
+def test_what_does_nothing_beside_other_settings_is_told(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "cache_latents", too_late)
+    vain: dict[str, Any] = {
+        "text_encoder_lr": 1e-5, "keep_tags": 1, "huber_c": 0.2, "huber_schedule": "constant", "class_images": 9,
+        "prior_weight": 0.5, "prior_target": "noise", "preview_every": 2, "preview_prompts": ("word " * 100,),
+    }  # fmt: skip
+    needed: dict[str, Any] = {
+        "components": "unet,text_encoder", "shuffle_tags": True, "loss": "huber", "regularisation": done / "pictures",
+        "class_prompt": "a cat", "preview_steps": 1,
+    }  # fmt: skip
+    said = []
+    for changes in (vain, {**vain, **needed, "class_images": 1}):
+        told: list[Event] = []
+        with pytest.raises(TooLateError):
+            train(small(done / "pictures", tmp_path, **changes), pipe=make_pipe(), observers=[told.append])
+        said.append([event for event in told if isinstance(event, Warned)])
+    lines = [event.message for event in said[0] if "does nothing" in event.message]
+    assert {line.split()[0].removeprefix("--").replace("-", "_") for line in lines} == vain.keys()
+    assert "--text-encoder-lr does nothing without --components unet,text_encoder" in lines
+    assert not [event for event in said[1] if "does nothing" in event.message]
+    (cut,) = (event for event in said[1] if "preview prompt over 77 tokens" in event.message)
+    assert "word word" in cut.details[0]

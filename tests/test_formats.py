@@ -309,7 +309,7 @@ DAMAGED = {
     "flat": ({**pair(), f"{SITE}.lora_up.weight": torch.ones(4)}, "make no adapter"),
     "a scalar": ({f"{SITE}.hada_w{n}": torch.ones(()) for n in ("1_a", "1_b", "2_a", "2_b")}, "make no adapter"),
     "half a pair": ({f"{SITE}.lora_down.weight": A}, "lora_up.weight is missing; the file is damaged"),
-    "other methods": ({f"{SITE}.diff": torch.ones(32, 32)}, "holds tensors of no method that is known here: diff"),
+    "other methods": ({f"{SITE}.lora_what": torch.ones(32, 32)}, "holds tensors of no method that is known here: lora_what"),
 }
 
 

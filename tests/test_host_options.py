@@ -309,3 +309,28 @@ def test_loras_of_diffusers_come_after_ours_or_are_told(files: dict[str, Path], 
     torch.manual_seed(5)
     both.unet.add_adapter(theirs, "theirs")
     assert torch.allclose(told(both), told(folded), atol=1e-5)
+
+
+def test_what_others_change_after_a_merge_is_not_undone_with_it(
+    files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
+) -> None:
+    other = write_adapter(tmp_path / "other.safetensors", make_pipe(), seed=9)
+    adapters = Adapters(tiny_pipe)
+    adapters.load(files["said"])
+    adapters.load(files["ink"])
+    wanted = told(tiny_pipe)
+    adapters.merge()
+    tiny_pipe.load_lora_weights(str(other))
+    tiny_pipe.fuse_lora(components=["unet"])  # into the same weights, of which ours are kept as they were
+    fused = told(tiny_pipe)
+    with pytest.raises(UserError, match=r"cannot unmerge: .*weight was changed after the merge.*unfuse_lora"):
+        adapters.unmerge()
+    assert adapters.merged == ("unet", "text_encoder") and torch.equal(told(tiny_pipe), fused)
+    tiny_pipe.unfuse_lora(components=["unet"])
+    tiny_pipe.unload_lora_weights()
+    adapters.unmerge()
+    assert torch.equal(told(tiny_pipe), wanted)
+    adapters.merge()
+    tiny_pipe.unet.load_state_dict(make_pipe(seed=2).unet.state_dict())
+    with pytest.raises(UserError, match=r"load_state_dict\(\) do, and would lose that"):
+        adapters.unmerge()

@@ -26,6 +26,7 @@ from peft_diffusion.core.method import METHODS, Method
 from peft_diffusion.generation import Adapters
 from peft_diffusion.methods.dora import Dora
 from peft_diffusion.methods.full import Full
+from peft_diffusion.methods.glora import Glora
 from peft_diffusion.methods.ia3 import Ia3
 from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lokr import Lokr
@@ -100,6 +101,7 @@ LYCORIS: dict[str, tuple[str, type[Method], dict[str, Any]]] = {
     "oft": ("diag_oft.DiagOFTModule", Oft, {"lora_dim": 4, "constraint": 0}),
     "oft, rescaled": ("diag_oft.DiagOFTModule", Oft, {"lora_dim": 4, "constraint": 0, "rescaled": True}),
     "oft, constrained": ("diag_oft.DiagOFTModule", Oft, {"lora_dim": 4, "constraint": 0.03}),
+    "glora": ("glora.GLoRAModule", Glora, {"lora_dim": 3, "alpha": 2}),
     "boft": ("boft.ButterflyOFTModule", Oft, {"lora_dim": 8, "constraint": 0}),
     "boft, rescaled and constrained": ("boft.ButterflyOFTModule", Oft,
                                        {"lora_dim": 8, "constraint": 0.03, "rescaled": True}),
@@ -156,6 +158,7 @@ BUILT: dict[str, tuple[Method, str]] = {
     "lokr, decomposed": (Lokr(rank=2, factor=4, weight_decompose=True), "lokr.LokrModule"),
     "oft": (Oft(block_size=4, constraint=0.02, rescale=True), "diag_oft.DiagOFTModule"),
     "boft": (Oft(block_size=6, butterfly=True, constraint=0.02, rescale=True), "boft.ButterflyOFTModule"),
+    "glora": (Glora(rank=3, alpha=2.0), "glora.GLoRAModule"),
     "full": (Full(), "full.FullModule"),
 }
 
@@ -515,10 +518,13 @@ BROKEN: dict[str, dict[str, tuple[int, ...]]] = {
     "factors do not fit one another": {"lokr_w1_a": (4, 3), "lokr_w1_b": (2, 4), "lokr_w2": (8, 8)},
     "lokr_w2_a is missing": {"lokr_w1": (4, 4), "lokr_w2_b": (2, 8)},
     r"\(5, 8, 4, 4\) do not fit the 32 outputs": {"oft_blocks": (5, 8, 4, 4), "alpha": ()},  # of more rotations than mix
-    r"oft_R \(8, 5\) does not fit the 32 inputs": {"oft_R": (8, 5)},
-    r"oft_R \(4, 6\) does not fit the 32 inputs": {"oft_R": (4, 6)},
+    r"oft_R.weight \(8, 5\) does not fit the 32 inputs": {"oft_R.weight": (8, 5)},
+    r"oft_R.weight \(4, 6\) does not fit the 32 inputs": {"oft_R.weight": (4, 6)},
     r"boft_R \(4, 16, 2, 2\) and boft_s \(31,\) do not fit": {"boft_R": (4, 16, 2, 2), "boft_s": (31,)},
     r"boft_R \(6, 16, 2, 2\) .* do not fit": {"boft_R": (6, 16, 2, 2), "boft_s": (32,)},
+    "a1.weight .* do not fit a Linear": {"a1.weight": (32, 2), "a2.weight": (2, 32), "b1.weight": (32, 2),
+                                         "b2.weight": (3, 32)},
+    "b2.weight is missing": {"a1.weight": (32, 2), "a2.weight": (2, 32), "b1.weight": (32, 2)},
     "boft_s is missing": {"boft_R": (1, 16, 2, 2)},
     "do not fit the 32 outputs": {"oft_blocks": (8, 5, 5), "alpha": ()},
     "fits neither": {"lora_down.weight": (2, 32), "lora_up.weight": (32, 2), "dora_scale": (7, 1)},
@@ -563,19 +569,68 @@ def test_oft_agrees_with_peft(form: str, kind: str) -> None:
     layer, x = module(kind), inputs(kind)
     options = {"r": 0, "oft_block_size": 4, **OFTS[form]}
     model, theirs = in_peft(layer, OFTConfig(target_modules=["0"], init_weights=False, **options))
-    tensors = {"oft_R": theirs.oft_R["default"].weight.detach().clone()}
+    tensors = {"oft_R.weight": theirs.oft_R["default"].weight.detach().clone()}
     told = Oft.from_peft(OFTS[form], "0", {name: tuple(one.shape) for name, one in tensors.items()})
     tensors |= {name: torch.tensor(value) for name, value in told.items()}
     adapter = Oft.read(layer, tensors)
-    assert Oft.recognizes(tensors.keys()) and adapter.state().keys() == tensors.keys() <= Oft.suffixes
+    assert Oft.recognizes(tensors.keys()) and tensors.keys() <= Oft.suffixes
+    usual = form in ("series", "shared", "one block")  # which OneTrainer has too
+    assert adapter.state().keys() == ({"oft_R.weight"} if usual else tensors.keys())
     assert agrees(layer, adapter, model, x)
 
 
 def test_oft_of_peft_is_refused_where_it_is_no_rotation() -> None:
     layer = module("conv")
-    with pytest.raises(UserError, match="oft_R stands at a convolution with a kernel"):
-        Oft.read(layer, {"oft_R": torch.zeros(36, 6)})
-    assert not Oft(on_input=True).serves(layer) and Oft().serves(layer)
+    with pytest.raises(UserError, match=r"oft_R\.weight stands at a convolution with a kernel"):
+        Oft.read(layer, {"oft_R.weight": torch.zeros(36, 6), "oft_terms": torch.tensor(5.0)})
+
+
+def of_onetrainer(layer: Any, packed: Tensor, scaled: Tensor | None, x: Tensor) -> Tensor:
+    """The output of ``OFTModule`` of OneTrainer's LoRAModule.py, and in its oft_utils.py of ``OFTRotationModule``."""
+    weight = layer.weight.flatten(1)
+    size = next(one for one in range(2, 100) if one * (one - 1) == 2 * packed.shape[1])
+    if scaled is not None:  # the first version's mark was the number 1
+        packed = packed / (2 * math.sqrt(size - 1) if scaled.dtype == torch.bool else packed.shape[1] ** 0.5)
+    q = torch.zeros(len(packed), size, size)
+    rows, columns = torch.triu_indices(size, size, 1)
+    q[:, rows, columns] = packed
+    q = q - q.transpose(1, 2)
+    rotation = torch.eye(size) + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
+    rotation = rotation.repeat(weight.shape[1] // size // len(packed), 1, 1)
+    if isinstance(layer, nn.Linear):
+        turned = torch.einsum("...rk,rkc->...rc", x.unflatten(-1, (-1, size)), rotation).flatten(-2)
+        return F.linear(turned, layer.weight, layer.bias)
+    turned = torch.einsum("ork,rkc->orc", weight.unflatten(1, (-1, size)), rotation).reshape(layer.weight.shape)
+    return F.conv2d(x, turned, layer.bias, layer.stride, layer.padding)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scaled", [None, torch.tensor(True), torch.tensor(1)], ids=["plain", "scaled", "scaled at first"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_oft_agrees_with_onetrainer(shared: bool, scaled: Tensor | None, kind: str) -> None:
+    from peft import OFTConfig
+
+    layer, x = module(kind), inputs(kind)
+    features = layer.get_parameter("weight").flatten(1).shape[1]
+    generator = torch.Generator().manual_seed(5)
+    packed = torch.randn(1 if shared else features // 4, 6, generator=generator) * 0.2
+    tensors = {"oft_R.weight": packed, **({} if scaled is None else {"oft_R.scaled_oft": scaled})}
+    adapter = Oft.read(layer, tensors)
+    state = adapter.state()
+    assert state.keys() == tensors.keys() and all(torch.equal(state[name], one) for name, one in tensors.items())
+    expected = of_onetrainer(layer, packed, scaled, x)
+    assert not close(layer(x), expected, 0.01) and close(run(layer, adapter, x), expected)
+    adapter.bind(layer)
+    if kind == "conv":
+        with pytest.raises(UserError, match="no rotation at a convolution with a kernel"):
+            Oft.in_peft({"0": adapter})
+        return
+    form = Oft.in_peft({"0": adapter})
+    assert form is not None
+    model, theirs = in_peft(layer, OFTConfig(target_modules=["0"], **form.options))
+    theirs.oft_R["default"].weight.data.copy_(form.sites["0"].tensors["oft_R.weight"])
+    with torch.no_grad():
+        assert close(model(x), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -124,7 +124,7 @@ SAMPLES: dict[str, dict[str, torch.Tensor]] = {
     },
     "of a method that is not known": {
         **{f"{SITE}.{end}": one for end, one in PAIR.items()},
-        **{f"{SITE.replace('to_q', 'to_v')}.{end}.weight": torch.ones(2, 2) for end in ("a1", "a2", "b1", "b2")},
+        **{f"{SITE.replace('to_q', 'to_v')}.{end}.weight": torch.ones(2, 2) for end in ("c1", "c2", "d1", "d2")},
     },
     "half a pair beside a whole one": {
         **{f"{SITE}.{end}": one for end, one in PAIR.items()},

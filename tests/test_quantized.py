@@ -56,7 +56,7 @@ KINDS: tuple[Quantize, ...] = ("nf4", "int8")
 ROUNDING = {"nf4": 0.12, "int8": 0.01}
 ON_LINEAR = [name for name, (_, target) in laws.METHODS.items() if "conv" not in target]
 CASES = [
-    *((name, "unet", "nf4", "float32") for name in ON_LINEAR if name not in ("tokens", "prompt")),
+    *((name, "unet", "nf4", "float32") for name in ON_LINEAR if laws.METHODS[name][1] not in laws.LACKING["unet"]),
     *((name, "unet", "int8", "float32") for name in ("lora", "dora", "oft", "ia3")),
     *(("lora", component, kind, "bfloat16") for component in ("text_encoder", "lm") for kind in KINDS),
     ("tokens", "text_encoder", "nf4", "float32"),

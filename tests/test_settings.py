@@ -16,7 +16,7 @@ from making import command, environment
 from torch import nn
 
 import peft_diffusion as pd
-from peft_diffusion import methods
+from peft_diffusion import api, methods
 from peft_diffusion.bases import family
 from peft_diffusion.cli.app import app, main
 from peft_diffusion.cli.runs import RunsConfig
@@ -450,3 +450,12 @@ def test_type_checkers_take_what_settings_take() -> None:
         pd.GenerateConfig("a cat", seeds="a")  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         pd.TrainConfig()  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("function", ["train", "find_rates", "train_text", "generate", "blend", "generate_text"])
+def test_what_is_no_settings_is_told_which_are_wanted(function: str) -> None:
+    call: Any = getattr(pd, function, None) or getattr(api, function)
+    with pytest.raises(
+        pd.UserError, match=r"the settings are a \w+Config, not 'a cat'; make one, as \w+Config\('a cat', \.\.\.\)"
+    ):
+        list(call("a cat"))

@@ -35,7 +35,7 @@ from peft_diffusion.methods.lora import Lora
 pytest.importorskip("torchao")
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
-ON_UNET = [name for name, (_, target) in laws.METHODS.items() if "conv" not in target and target != "tokens"]
+ON_UNET = [name for name, (_, target) in laws.METHODS.items() if "conv" not in target and target not in laws.LACKING["unet"]]
 CASES = [
     *((name, "unet", "float32") for name in ON_UNET),
     ("lora", "text_encoder", "bfloat16"),

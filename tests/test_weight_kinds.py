@@ -205,3 +205,62 @@ def test_rotations_of_kohya_change_the_weights_as_there(kind: str, alpha: float,
     adapters.unmerge()
     largest = max((pipe.unet.get_submodule(path).weight - weight).abs().max() for path, weight in expected.items())
     assert largest > 1e-3
+
+
+# GLoRA
+
+
+def of_comfyui(weight: Tensor, own: dict[str, Tensor]) -> Tensor:
+    """The change of ``calculate_weight`` of ComfyUI's glora.py, whose first generation has each pair the other way round."""
+    a1, a2, b1, b2 = (own[name].flatten(1) for name in ("a1.weight", "a2.weight", "b1.weight", "b2.weight"))
+    first = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
+    if b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]:  # as at every layer with as many outputs as inputs
+        first = first and a2.shape[0] == weight.shape[0] == weight.shape[1]
+    if first:
+        change = b2 @ b1 + weight.flatten(1) @ a2 @ a1
+        return (change * own["alpha"] / len(a1)).view(weight.shape)
+    mixed = torch.einsum("oi...,ij->oj...", torch.einsum("oi...,ij->oj...", weight, a1), a2)
+    return (mixed + (b1 @ b2).view(weight.shape)) * own["alpha"] / len(a2)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("generation", [1, 2])
+@pytest.mark.parametrize("path", [LAYER, QUERY, "conv_in", "down_blocks.0.attentions.0.proj_in"])
+def test_both_generations_of_glora_change_the_weights_as_in_comfyui(
+    path: str, generation: int, decomposed: bool, tmp_path: Path
+) -> None:
+    pipe, generator = make_pipe(), torch.Generator().manual_seed(5)
+    weight = pipe.unet.get_submodule(path).weight.detach().clone()
+    (outputs, inputs, *kernel), rank = weight.shape, 3
+    if generation == 1 and kernel[:1] == [3]:
+        pytest.skip("the first generation had no convolutions with a kernel")
+    shapes = {"a1.weight": (inputs, rank), "a2.weight": (rank, inputs), "b1.weight": (outputs, rank)}
+    shapes["b2.weight"] = (rank, inputs, *kernel)
+    if generation == 1:
+        shapes = {
+            "a1.weight": (rank, inputs), "a2.weight": (inputs, rank),
+            "b1.weight": (rank, inputs), "b2.weight": (outputs, rank),
+        }  # fmt: skip
+    own = {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+    own["alpha"] = torch.tensor(1.5)
+    expected = of_comfyui(weight, own)
+    if decomposed:
+        own["dora_scale"] = torch.rand(outputs, *[1] * (weight.ndim - 1), generator=generator) + 0.5
+        merged = weight + expected
+        norms = merged.flatten(1).norm(dim=1).view(own["dora_scale"].shape)
+        expected = merged * own["dora_scale"] / norms - weight
+    flat = f"lora_unet_{path.replace('.', '_')}"
+    save_file({f"{flat}.{name}": one for name, one in own.items()}, tmp_path / "a.safetensors")
+    found = formats.inspect(tmp_path / "a.safetensors")
+    assert found.methods == ("glora",) and dict(found.ranks) == {3: 1} and dict(found.alphas) == {1.5: 1}
+    adapters = Adapters(pipe)
+    adapters.load(tmp_path / "a.safetensors", name="a", strict=True)
+    running = unet_output(pipe)
+    adapters.merge()
+    close(pipe.unet.get_submodule(path).weight.detach() - weight, expected)
+    close(unet_output(pipe), running)
+    adapters.unmerge()
+    formats.save(tmp_path / "b.safetensors", {"unet": pipe.unet}, "a", formats.Spec())
+    again = make_pipe()
+    Adapters(again).load(tmp_path / "b.safetensors", strict=True)
+    assert torch.equal(unet_output(again), running)

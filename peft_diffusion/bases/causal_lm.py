@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..core import quantized
 from ..core.errors import UserError, first_line
-from ..core.files import at_home
+from ..core.files import at_home, if_address
 from ..core.parsing import refusing
 from .digest import fingerprint
 from .digest import quantize as quantize_all
@@ -158,4 +158,5 @@ def _read(source: str, dtype: torch.dtype) -> tuple[Any, Any, str]:
     except Exception as error:
         # Whatever a damaged folder makes the libraries raise, the person needs to know which base it was.
         raise UserError(f"base {source!r} cannot be read as a causal language model: {first_line(error)}") from error
-    raise UserError(f"there is no base {source!r}: neither {TINY_LM!r}, nor a folder, nor a hub id (owner/name)")
+    known = f"neither {TINY_LM!r}, nor a folder, nor a hub id (owner/name)"
+    raise UserError(f"there is no base {source!r}: {known}{if_address(source)}")

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..core import quantized, site
 from ..core.errors import UserError, first_line
-from ..core.files import at_home
+from ..core.files import at_home, if_address
 from ..core.parsing import refusing
 from . import single_file
 from .base import components, denoiser_of
@@ -86,7 +86,8 @@ def _read(source: str, dtype: torch.dtype, download: bool) -> DiffusionPipeline:
     except Exception as error:
         # Whatever a damaged folder makes the libraries raise, the person needs to know which base it was.
         raise UserError(f"base {source!r} cannot be read: {first_line(error)}") from error
-    raise UserError(f"there is no base {source!r}: neither {ICONS!r}, nor a folder, a file or a hub id (owner/name)")
+    known = f"neither {ICONS!r}, nor a folder, a file or a hub id (owner/name)"
+    raise UserError(f"there is no base {source!r}: {known}{if_address(source)}")
 
 
 def _pipeline_class(source: str, **options: Any) -> Any:

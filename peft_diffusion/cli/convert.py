@@ -19,3 +19,5 @@ def convert(config: ConvertConfig) -> None:
     with GenerationConsole("converting") as console:
         done = run(config, observers=[console])
     tell(done.made, config.errors, say)
+    for one in done.verified:
+        say(f"  {one.line()}")

@@ -4,16 +4,26 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..formats import Inspection
+from ..core.files import refuse_overlaps
+from ..formats import Inspection, Plan, plan
 from ..formats import inspect as read
+from ..formats.container import title
+from ..formats.origin import NOT_RUN
 from ..formats.planning import by_reason, refuse_leftovers, some
 from ..formats.spec import missing_plugins
 from ..generation.compatibility import Compatibility, compare
 from ..generation.settings import InspectConfig
 from .flags import reads
 from .terminal import say
+
+if TYPE_CHECKING:
+    from ..tools.norms import Norm
+    from ..tools.verify import Verified
+
+_SHOWN_TAGS = 20
 
 # What of a training is shown, where the file tells it.
 _TRAINING = {
@@ -35,17 +45,73 @@ _TRAINING = {
 def inspect(config: InspectConfig) -> None:
     """Tell what an adapter file holds, and whether two fit together.
 
-    Only the headers are read: nothing is loaded, and no base is needed.
+    Only the headers are read, but for --norms, --plot and --verify: nothing is loaded, and no base is needed.
     """
-    found = [read(path) for path in config.files]
+    plans = [plan(path) for path in config.files]
+    found = [read(one) for one in plans]
+    measured = _measured(config, plans)
+    verified = _verified(config, plans)
     fits = {pair: compare(*pair_of) for pair, pair_of in _pairs(found).items()}
     if config.json:
-        plain = {"files": [_plain(one) for one in found], "fits": [_plain_fit(*item) for item in fits.items()]}
-        say(json.dumps(plain, indent=2))
+        files = [_plain(one) | _plain_norms(measured.get(one.path)) | _plain_verified(verified, one) for one in found]
+        say(json.dumps({"files": files, "fits": [_plain_fit(*item) for item in fits.items()]}, indent=2))
     else:
         _show(found, fits)
+        for path, norms in measured.items() if config.norms else ():
+            _show_norms(path, norms)
+        for path, several in verified.items():
+            say(f"{path} as other programs read it:")
+            for program in several:
+                say(f"  {program.line()}")
     for one in found if config.strict else ():
         refuse_leftovers(one.path, one.leftovers)
+
+
+def _verified(config: InspectConfig, plans: list[Plan]) -> dict[Path, "tuple[Verified, ...]"]:
+    """What other programs make of the files, where that was asked for."""
+    if not config.verify:
+        return {}
+    from ..tools.verify import verify  # which brings torch
+
+    return {one.path: verify(one, base=config.base) for one in plans}
+
+
+def _plain_verified(verified: Mapping[Path, "tuple[Verified, ...]"], found: Inspection) -> dict[str, Any]:
+    return {"verified": [asdict(one) for one in verified[found.path]]} if found.path in verified else {}
+
+
+def _measured(config: InspectConfig, plans: list[Plan]) -> dict[Path, "tuple[Norm, ...]"]:
+    """The norms that were asked for, by file; the plot of them is drawn."""
+    if not config.norms and config.plot is None:
+        return {}
+    from ..tools.norms import draw, norms
+
+    if config.plot is not None:
+        refuse_overlaps([("--plot", config.plot)], [("the adapter file", plans[0].path)])
+    found = {one.path: norms(one) for one in plans}
+    if config.plot is not None:
+        draw(config.plot, title(plans[0].path), found[plans[0].path])
+    return found
+
+
+def _show_norms(path: Path, norms: "tuple[Norm, ...]") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from .screen import Screen
+
+    table = Table(title=Text(f"norms of {path}", style="bold"), title_justify="left")
+    for column, side in (("site", "left"), ("method", "left"), ("weight", "right"), ("bias", "right")):
+        table.add_column(column, justify="right" if side == "right" else "left", overflow="fold")
+    for one in norms:
+        weight = one.note if one.weight is None else f"{one.weight:.4g}"
+        bias = "" if one.bias is None else f"{one.bias:.4g}"
+        table.add_row(Text(f"{one.component}.{one.site}"), ", ".join(one.methods), Text(weight), bias)
+    Screen().print(table)
+
+
+def _plain_norms(norms: "tuple[Norm, ...] | None") -> dict[str, Any]:
+    return {} if norms is None else {"norms": [asdict(one) for one in norms]}
 
 
 def _pairs(found: list[Inspection]) -> dict[tuple[str, str], tuple[Inspection, Inspection]]:
@@ -79,13 +145,19 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
     rows = [
         *_methods(found),
         ("layout", ", ".join(found.layouts)),
-        ("sites", ", ".join(f"{component} {count}" for component, count in found.components.items())),
+        (
+            "sites",
+            ", ".join(f"{component} {count}{_several(found, component)}" for component, count in found.components.items()),
+        ),
         ("target", _targets(found)),
+        ("made for", _origin(found)),
         ("base", _base(found)),
         ("triggers", _triggers(found)),
+        ("tags", _tags(found)),
         ("training", _training(found)),
         ("size", f"{found.size:,} bytes, {found.parameters:,} parameters in {', '.join(found.dtypes)}"),
         ("sha256", found.sha256),
+        ("hashes", _hashes(found)),
     ]
     if found.spec is None:
         rows.append(("written by", f"another program: there is no peft_diffusion metadata{_network(found)}"))
@@ -155,10 +227,37 @@ def _base(found: Inspection) -> str:
     return f"{base.get('name', 'unnamed')} ({', '.join(details)})"
 
 
+def _several(found: Inspection, component: str) -> str:
+    """The methods of a component's sites, where the file has several."""
+    own = found.methods_by_component.get(component, {})
+    return f" ({', '.join(f'{name} {count}' for name, count in own.items())})" if len(found.methods) > 1 else ""
+
+
+def _origin(found: Inspection) -> str:
+    one = found.origin
+    if not one.name:
+        return ""
+    runs = "; this package does not run that" if one.name in NOT_RUN else ""
+    other = f"; its tensors are named as those of {one.other}" if one.other else ""
+    return f"{one.name}, told by {one.why}{other}{runs}"
+
+
 def _triggers(found: Inspection) -> str:
-    if found.spec is not None:
-        return ", ".join(found.spec.triggers) or "none"
-    return found.metadata.get("modelspec.trigger_phrase", "")
+    return ", ".join(found.triggers) or ("none" if found.spec is not None else "")
+
+
+def _tags(found: Inspection) -> str:
+    """The most frequent tags of its captions."""
+    shown = [f"{tag} {count}" for tag, count in itertools.islice(found.tags.items(), _SHOWN_TAGS)]
+    more = len(found.tags) - len(shown)
+    return ", ".join(shown) + (f", and {more} more" if more > 0 else "")
+
+
+def _hashes(found: Inspection) -> str:
+    one = found.hashes
+    told = f"; its metadata say {one.told}, so the tensors were changed since" if one.told not in ("", one.data) else ""
+    legacy = f", legacy {one.legacy}" if one.legacy else ""
+    return f"AutoV2 {one.autov2}, of the tensors (A1111, kohya) {one.data}{told}{legacy}"
 
 
 def _training(found: Inspection) -> str:
@@ -184,6 +283,11 @@ def _plain(found: Inspection) -> dict[str, Any]:
         "layouts": list(found.layouts),
         "methods": list(found.methods),
         "components": dict(found.components),
+        "methods_by_component": {name: dict(own) for name, own in found.methods_by_component.items()},
+        "made_for": asdict(found.origin),
+        "triggers": list(found.triggers),
+        "tags": dict(found.tags),
+        "hashes": asdict(found.hashes),
         "hyper_parameters": {
             method: {name: {_value(value): count for value, count in counts.items()} for name, counts in values.items()}
             for method, values in found.hyper_parameters.items()

@@ -11,6 +11,7 @@ from pathlib import Path
 from .errors import UserError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems that have none
+_ADDRESS = re.compile(r"(?i)https?:/")
 _ASIDE = re.compile(r"\.(.+)\.\d+")
 
 
@@ -201,6 +202,19 @@ def _fresh(path: Path) -> Path:
         except FileExistsError:
             continue
         return aside
+
+
+def if_address(place: str | Path) -> str:
+    """What an error adds where an address of the web was given as a file.
+
+    Args:
+        place: What was given; a path has lost one of its slashes.
+
+    Returns:
+        What to do, after a semicolon; "" for anything else.
+    """
+    found = _ADDRESS.match(str(place))
+    return "; nothing is fetched from an address: download the file, and name that" if found else ""
 
 
 def at_home(path: Path) -> Path:

@@ -15,6 +15,9 @@ from .errors import FoldError, UserError
 from .quantized import QuantizedLinear, plain_parts, rebuilt, torchao_codes, torchao_kind
 from .sharded import whole
 from .slot import Slot
+from .strength import Strengths
+
+_SAMPLES = 1024  # numbers of a merged weight that are kept to tell whether it is still what was written
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def merge(component: nn.Module) -> Merged:
             stored = _encoded(carriers[path], changed, errors)
             slots[path].unmerged = {name: _held(carriers[path], name).detach().clone() for name in stored}
             _write(carriers[path], stored)
+            slots[path].merged = {name: _sample(_held(carriers[path], name)) for name in stored}
     except BaseException:  # such as a device that is full, or Ctrl-C
         _restore(carriers, slots)
         raise
@@ -122,15 +126,54 @@ def unmerge(component: nn.Module) -> None:
         component: A merged module.
 
     Raises:
-        UserError: Nothing is merged, or the weights are offloaded to where they cannot be written.
+        UserError: As `check_unmerge`.
+    """
+    found = check_unmerge(component)
+    _restore(sites_of.sites(component), sites_of.slots(component))
+    found.merged = False
+
+
+def check_unmerge(component: nn.Module) -> Strengths:
+    """See that the weights can be put back as they were before `merge`.
+
+    Args:
+        component: A merged module.
+
+    Returns:
+        The strengths of its adapters.
+
+    Raises:
+        UserError: Nothing is merged, the weights are offloaded to where they cannot be written, or somebody has changed them
+            since, which putting them back would undo too.
     """
     found = sites_of.strengths(component)
     if found is None or not found.merged:
         raise UserError("nothing is merged")
     carriers = sites_of.sites(component)
     _refuse_away(component, carriers, "unmerge")
-    _restore(carriers, sites_of.slots(component))
-    found.merged = False
+    for path, slot in sites_of.slots(component).items():
+        for name, written in slot.merged.items():
+            if not _alike(written, _sample(_held(carriers[path], name))):
+                raise UserError(
+                    f"cannot unmerge: {path}.{name} was changed after the merge, as fuse_lora() and load_state_dict() do,"
+                    " and would lose that; undo it first (unfuse_lora()), or load the base anew"
+                )
+    return found
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Some numbers of a tensor, from all of it: what changes a weight changes all of it."""
+    flat = whole(tensor).detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
+
+
+def _alike(written: Tensor, now: Tensor) -> bool:
+    """Whether a tensor is what was written, up to the rounding of a change that was undone, or of another dtype."""
+    written = written.to(now.device)
+    if not (now.is_floating_point() and written.is_floating_point()):
+        return torch.equal(written, now)
+    limit = 8 * max(torch.finfo(one.dtype).eps for one in (written, now)) * float(written.float().abs().max())
+    return not bool(((written.float() - now.float()).abs() > limit).any())
 
 
 def _restore(carriers: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> None:
@@ -138,7 +181,7 @@ def _restore(carriers: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> No
     for path, slot in slots.items():
         if slot.unmerged:
             _write(carriers[path], slot.unmerged)
-            slot.unmerged = {}
+            slot.unmerged, slot.merged = {}, {}
 
 
 @torch.no_grad()

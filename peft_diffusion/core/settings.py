@@ -470,6 +470,21 @@ def settle(config: Settings) -> None:
         object.__setattr__(config, one.name, one.taken(getattr(config, one.name)))
 
 
+def of_kind(config: Any, kind: type[Settings]) -> None:
+    """See that a function got the settings that it takes, and not what one of them would hold.
+
+    Args:
+        config: What it got.
+        kind: The class of its settings.
+
+    Raises:
+        UserError: It got something else.
+    """
+    if not isinstance(config, kind):
+        name = kind.__name__
+        raise UserError(f"the settings are a {name}, not {config!r:.80}; make one, as {name}({config!r:.80}, ...)")
+
+
 def plain(value: Any) -> Any:
     """Bring a value of a setting to what JSON and TOML have.
 

@@ -63,6 +63,7 @@ class Slot(nn.Module):
         block: The index of the block that the site lies in, of ``Strengths.blocks``.
         unmerged: The weights before a merge, by the name that ``core.merge`` gives them; empty where nothing is merged.
             They are here so that a copy of the model has its own.
+        merged: By the same names, samples of what the merge wrote, which tell whether anybody has changed it since.
     """
 
     adapters: AdapterDict
@@ -76,6 +77,7 @@ class Slot(nn.Module):
         self.packed = None
         self.block = block
         self.unmerged: dict[str, Tensor] = {}
+        self.merged: dict[str, Tensor] = {}
 
     @property
     def strengths(self) -> Strengths:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..core.checksums import bytes_of
 from ..core.errors import UserError
-from ..core.files import written_aside
+from ..core.files import if_address, written_aside
 from ..core.parsing import json_value, number, refusing
 
 if TYPE_CHECKING:
@@ -380,6 +380,21 @@ def data_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def legacy_hash(path: Path) -> str:
+    """Digest the part of a file by which A1111's additional networks first knew it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Eight hex digits; "" of a file that ends before that part.
+    """
+    with existing(path).open("rb") as file:
+        file.seek(_LEGACY_START)
+        part = file.read(_LEGACY_END - _LEGACY_START)
+    return hashlib.sha256(part).hexdigest()[:8] if part else ""
+
+
 def existing(path: Path) -> Path:
     """See that a file is there.
 
@@ -395,7 +410,7 @@ def existing(path: Path) -> Path:
     if path.is_dir():
         raise UserError(f"{path} is a folder, not an adapter file")
     if not path.is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"there is no file {path}{if_address(path)}")
     return path
 
 

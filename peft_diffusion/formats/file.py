@@ -24,6 +24,7 @@ from . import container, metadata
 from . import layout as layouts
 from .layout import Content, Layout, SaveDtype, Whole, Written
 from .names import site_name
+from .origin import NOT_RUN, origin
 from .planning import NO_METHOD, NO_SITE, WHICH, Plan, SitePlan, by_reason, plan, refuse_leftovers, some
 from .spec import KEY as SPEC
 from .spec import Spec, refuse_unknown
@@ -490,6 +491,11 @@ def _refuse_empty(found: Plan, built: Mapping[str, Any], left: Mapping[str, str]
 def _wrong_base(found: Plan, pipe: AnyBase, reason: str) -> UserError:
     """Say that a file does not fit a base, and that it was made for another one only where it tells so."""
     here, told = describe(pipe), metadata.base_of(found.spec, found.header.metadata)
+    made_for = origin(found.header).name
+    if made_for in NOT_RUN:
+        return UserError(
+            f"{found.path} is for {made_for}, which this package does not run; this base is {here.name!r}: {reason}"
+        )
     known = "fingerprint" in told and here.fingerprint != ""  # a skeleton has none
     same = told.get("fingerprint") == here.fingerprint if known else told.get("family", here.family) == here.family
     if not same:

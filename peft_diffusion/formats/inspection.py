@@ -8,10 +8,32 @@ from pathlib import Path
 
 from .. import methods
 from ..core.method import Network, Scalars
+from ..core.parsing import json_value
 from . import container, network
 from .metadata import base_of
+from .origin import Origin, origin
 from .planning import Plan, SitePlan, plan
 from .spec import Spec
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Digests of a file, as hex digits.
+
+    Attributes:
+        sha256: Of all bytes.
+        autov2: What A1111 and Civitai show of that.
+        data: SHA-256 of the tensors alone, as they are: A1111's "Lora hashes" and kohya's ``sshs_model_hash``.
+        told: ``sshs_model_hash`` as the metadata have it; "" where they have none. It is another one than ``data`` where the
+            tensors were changed since.
+        legacy: kohya's ``sshs_legacy_hash``: as the metadata have it, or as of the file now. "" in a file that is too short.
+    """
+
+    sha256: str
+    autov2: str
+    data: str
+    told: str
+    legacy: str
 
 
 @dataclass(frozen=True)
@@ -27,6 +49,11 @@ class Inspection:
         layouts: The layouts that its names are of, the one of most tensors first.
         methods: The methods that its tensors are of, by name.
         components: Sites per component.
+        methods_by_component: Sites per method of each component.
+        origin: Which model it is for, whether this package runs that or not.
+        triggers: The words that call it: those of its spec, of ``modelspec.trigger_phrase``, and the words that it learned.
+        tags: How often its captions had a tag, as kohya's trainer counts, over all folders; the most frequent first.
+        hashes: Digests by which programs know it: see ``Hashes``.
         hyper_parameters: By method and name, sites per value.
         network: What kohya's trainer, and LyCORIS in it, say of the method; None where they say nothing.
         dtypes: Tensors per dtype.
@@ -46,6 +73,11 @@ class Inspection:
     layouts: tuple[str, ...]
     methods: tuple[str, ...]
     components: Mapping[str, int]
+    methods_by_component: Mapping[str, Mapping[str, int]]
+    origin: Origin
+    triggers: tuple[str, ...]
+    tags: Mapping[str, int]
+    hashes: "Hashes"
     hyper_parameters: Mapping[str, Mapping[str, Mapping[float, int]]]
     network: Network | None
     dtypes: Mapping[str, int]
@@ -109,6 +141,11 @@ def inspect(source: str | Path | Plan) -> Inspection:
         layouts=found.layouts,
         methods=tuple(sorted(told)),
         components=Counter(component for component, _, one in found.each() if one.methods),
+        methods_by_component=_by_component(found),
+        origin=origin(found.header),
+        triggers=_triggers(found),
+        tags=_tags(found.header.metadata),
+        hashes=_hashes(found),
         hyper_parameters=told,
         network=network.from_metadata(found.header.metadata),
         dtypes=Counter(entry.dtype for entry in found.header.tensors.values()),
@@ -118,6 +155,45 @@ def inspect(source: str | Path | Plan) -> Inspection:
         leftovers=found.leftovers,
         warnings=found.warnings,
     )
+
+
+def _by_component(found: Plan) -> dict[str, Counter[str]]:
+    told: dict[str, Counter[str]] = {}
+    for component, _, one in found.each():
+        for method in one.methods:
+            told.setdefault(component, Counter())[method.name] += 1
+    return told
+
+
+def _triggers(found: Plan) -> tuple[str, ...]:
+    """The words that call it, each once."""
+    phrase = found.header.metadata.get("modelspec.trigger_phrase", "").strip()
+    spoken = found.spec.triggers if found.spec is not None else ((phrase,) if phrase else ())
+    suffixes = frozenset(method.embedding[0] for method in methods.known().values() if method.embedding is not None)
+    places = (source.place for _, _, one in found.each() for source in one.sources)
+    learned = (place.piece for place in places if place.suffix in suffixes)
+    return tuple(dict.fromkeys((*spoken, *(word for word in learned if word))))
+
+
+def _tags(metadata: Mapping[str, str]) -> dict[str, int]:
+    """How often captions had a tag; nothing where the metadata do not say, or are damaged."""
+    try:
+        folders = json_value(metadata.get("ss_tag_frequency", "{}"))
+    except ValueError:
+        return {}
+    counted: Counter[str] = Counter()
+    for tags in folders.values() if isinstance(folders, dict) else ():
+        for tag, count in tags.items() if isinstance(tags, dict) else ():
+            if type(count) is int and count > 0 and tag.strip():
+                counted[tag.strip()] += count
+    return dict(counted.most_common())
+
+
+def _hashes(found: Plan) -> Hashes:
+    told, of_file = found.header.metadata, found.sha256
+    data = of_file if found.loaded is not None else container.data_sha256(found.path)
+    legacy = told.get("sshs_legacy_hash") or container.legacy_hash(found.path)
+    return Hashes(of_file, of_file[:10], data, told.get("sshs_model_hash", ""), legacy)
 
 
 def _names(site: SitePlan) -> tuple[str, ...]:

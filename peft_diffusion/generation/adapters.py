@@ -171,7 +171,7 @@ class Adapters:
         registry, parts = self._registry, components(self.pipe)
         file = source.path if isinstance(source, Plan) else adapter_file(at_home(Path(source)))
         registry.refuse_merged("load another")
-        chosen = name or self._free_name(title(file))
+        chosen = self._free_name(title(file)) if name is None else name
         if chosen in registry.names:
             raise UserError(f"an adapter {chosen!r} is loaded already; remove it first or choose another name")
         given = source if isinstance(source, Plan) else formats.plan(file, component=component, word=word)
@@ -298,14 +298,17 @@ class Adapters:
         """Put the weights back as they were, to the bit.
 
         Raises:
-            UserError: Nothing is merged.
+            UserError: Nothing is merged, or somebody has changed the weights since. Nothing is changed then.
         """
         merged = self._registry.merged
         if not merged:
             raise UserError("nothing is merged")
         self._refuse_fused("unmerge the adapters")
-        for name in merged:
-            merging.unmerge(components(self.pipe)[name])
+        parts = [components(self.pipe)[name] for name in merged]
+        for part in parts:
+            merging.check_unmerge(part)
+        for part in parts:
+            merging.unmerge(part)
 
     @property
     def _registry(self) -> Registry:

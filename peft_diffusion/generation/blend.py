@@ -9,6 +9,7 @@ from PIL import Image
 from ..bases import load_base
 from ..bases.pipelines import Pipeline
 from ..core.events import Ended, Never, Observer, Observers, Stop, observed
+from ..core.settings import of_kind
 from . import recipe as recipes
 from . import sheet
 from .adapted import adapted
@@ -49,6 +50,7 @@ def blend(
         Interrupted: It was stopped. It is a KeyboardInterrupt.
     """
     with observed(observers) as tell:
+        of_kind(config, BlendConfig)
         config.check()
         choices = config.choices()
         base = load_base(

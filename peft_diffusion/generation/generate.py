@@ -20,7 +20,7 @@ from ..bases.pipelines import Pipeline
 from ..core import plugins
 from ..core.errors import UserError
 from ..core.events import Ended, Never, Observer, Stop, Warned, observed
-from ..core.settings import pick, settings_of
+from ..core.settings import of_kind, pick, settings_of
 from ..formats import Plan, plan
 from ..formats.container import sha256
 from . import recipe as recipes
@@ -70,6 +70,7 @@ def generate(
         Interrupted: It was stopped. It is a KeyboardInterrupt.
     """
     with observed(observers) as tell:
+        of_kind(config, GenerateConfig)
         config.check()
         named = config.recipe is None or config.base != GenerateConfig.base  # by the person, not by a picture
         choices, again, expected = config.choices(), config.recipe, None

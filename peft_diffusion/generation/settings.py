@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from ..bases import family as families
 from ..core.errors import UserError
-from ..core.files import at_home
+from ..core.files import at_home, if_address
 from ..core.settings import (
     COUNT,
     NATURAL,
@@ -183,7 +183,7 @@ def _existing(text: str) -> Path:
     if not path.is_file():
         name, _, strength = text.rpartition(":")
         hint = f"; a strength follows an =, as in {name}={strength}" if _is_number(strength) and name else ""
-        raise UserError(f"there is no adapter file {path}{hint}")
+        raise UserError(f"there is no adapter file {path}{hint or if_address(path)}")
     return path
 
 
@@ -425,9 +425,21 @@ class InspectConfig:
     _: KW_ONLY
     json: bool = setting(False, "As JSON, with every site.", PARAMETERS)
     strict: bool = setting(False, "Fail where a tensor makes no part of an adapter, whatever the base.", PARAMETERS)
+    norms: bool = setting(False, "Tell the norm of the change at each site, which reads the whole file.", PARAMETERS)
+    plot: OptionalPath = setting(
+        None, "Draw those norms into this file, .png, .svg or .pdf; of one adapter file.", PARAMETERS
+    )
+    verify: bool = setting(
+        False, "Open the files as other programs do: how much each reads, and how far off its changes are.", PARAMETERS
+    )
+    base: str | None = setting(
+        None, "With --verify, the base that the files are for, where they do not tell it or its weights matter.", PARAMETERS
+    )
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.plot is not None and len(self.files) != 1:
+            raise UserError(f"--plot draws one adapter file, and {len(self.files)} are named")
 
 
 @explained

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..bases import LanguageModel, load_lm
 from ..core.errors import UserError
 from ..core.events import Ended, Never, Observer, Progress, Stop, check_stop, observed
+from ..core.settings import of_kind
 from ..data.prompts import refuse_files
 from .adapted import adapted
 from .events import TextWritten
@@ -52,6 +53,7 @@ def generate_text(
         Interrupted: It was stopped. It is a KeyboardInterrupt.
     """
     with observed(observers) as tell:
+        of_kind(config, TextGenerateConfig)
         choices = config.choices()
         refuse_files(config.prompts)
         model = load_lm(base or config.base, device=config.device, dtype=config.precision, quantize=config.quantize)

@@ -40,7 +40,7 @@ class Change:
         """The change of the weight as (outputs, inputs), multiplied out."""
         if self.pair is not None:
             return self.pair.up @ self.pair.down
-        return None if self.weight is None else self.weight.flatten(1)
+        return None if self.weight is None else self.weight.reshape(len(self.weight), -1)
 
 
 def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..bases import components as parts_of_base
+from ..bases.skeleton import PUBLISHED
 from ..core.adapter import Adapter
 from ..core.errors import UserError, did_you_mean
 from ..core.events import Observer, Warned
@@ -19,10 +20,12 @@ from ..formats.layout import Content, find
 from ..formats.metadata import lasting
 from ..formats.planning import Plan, plan, refuse_leftovers
 from ..formats.spec import Spec
+from .activations import fitted
 from .results import Adapters, Made, write_changed
 from .settings import ConvertConfig
 from .sources import open_sources
-from .to_lora import as_lora
+from .to_lora import as_lora, changes_no_weight
+from .verify import Verified, verify
 from .watch import Watch, watched
 
 
@@ -35,12 +38,14 @@ class Converted:
         base: The name of the base whose names and shapes it was understood by.
         sites: The number of sites by component.
         warnings: What the person should know.
+        verified: What other programs make of the file, where that was asked for.
     """
 
     made: Made
     base: str
     sites: Mapping[str, int]
     warnings: tuple[str, ...]
+    verified: tuple[Verified, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -65,7 +70,8 @@ def convert(config: ConvertConfig, *, observers: Sequence[Observer] = ()) -> Con
     find(config.to)  # a wrong name is told before anything is read
     found = plan(config.source)
     with watched(observers) as watch:
-        return _copied(config, found, watch) if config.to_lora is None else _lora(config, found, config.to_lora, watch)
+        done = _copied(config, found, watch) if config.to_lora is None else _lora(config, found, config.to_lora, watch)
+    return replace(done, verified=verify(done.path, base=config.base, observers=observers)) if config.verify else done
 
 
 def _copied(config: ConvertConfig, found: Plan, watch: Watch) -> Converted:
@@ -100,8 +106,10 @@ def _lora(config: ConvertConfig, found: Plan, rank: int, watch: Watch) -> Conver
     chosen = _chosen(config, dict.fromkeys(component for component, _ in source.sites))
     sites = [where for where in source.sites if where[0] in chosen]
     made = Adapters(bones, source.dtype if config.dtype is None else DTYPES[config.dtype])
-    tick = watch.ticks("finding pairs")
-    errors = as_lora(source, made, rank, sites, fitted={}, tick=tick)
+    needed = [where for where in sites if changes_no_weight(source, where)]
+    weighed = config.base is not None and config.base not in PUBLISHED
+    pairs = fitted(source, needed, rank, str(config.base), watch) if needed and weighed else {}
+    errors = as_lora(source, made, rank, sites, fitted=pairs, tick=watch.ticks("finding pairs"))
     file = write_changed(made, found, at_home(config.output), config.to, f"LoRA of rank {rank} of {found.path.name}")
     return Converted(watch.made(file, made.count, errors), bones.info.name, _counted(made.made), source.bound.warnings)
 

@@ -54,6 +54,9 @@ class ConvertConfig:
         " checkpoint, a hub id, or one of sd1, sd2, sdxl, sdxl-refiner, icons.",
         PARAMETERS,
     )
+    verify: bool = setting(
+        False, "Open what was written as other programs do: how much each reads, how far off its changes are.", PARAMETERS
+    )
     partial: bool = setting(False, "Leave out tensors that are not understood, instead of refusing the file.", PARAMETERS)
 
     def __post_init__(self) -> None:

@@ -250,4 +250,5 @@ def searched(config: TrainConfig) -> TrainConfig:
     """
     if config.shard_base:
         raise UserError("--find-lr runs in one process, which cannot shard a base; leave --shard-base away")
-    return replace(config, preview_steps=0)
+    every: Any = TrainConfig.__dataclass_fields__["preview_every"].default
+    return replace(config, preview_steps=0, preview_prompts=(), preview_every=every)

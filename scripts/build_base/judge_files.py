@@ -1,7 +1,7 @@
 """The weights of the judges, as safetensors within xz: the whole tree has to stay small enough to travel.
 
-Weights of layers are bytes, each with one scale per output; what is lost is far below what a judge's training leaves open.
-All else is in halves.
+Weights of layers are whole numbers of 7 bits, with one scale per output; what is lost is far below what a judge's training
+leaves open. All else is in halves.
 """
 
 import json
@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 _SCALE = ".scale"  # behind the name of a tensor of bytes
+_LARGEST = 63  # of 7 bits
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -47,6 +48,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             stored[name] = tensor.half()
             continue
         largest = tensor.float().abs().amax(tuple(range(1, tensor.ndim)), keepdim=True)
-        scale = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        scale = (largest / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
         stored |= {name: (tensor.float() / scale).round().to(torch.int8), name + _SCALE: scale}
     path.write_bytes(lzma.compress(save(stored, dict(metadata or {}) or None), preset=9 | lzma.PRESET_EXTREME))

@@ -40,7 +40,9 @@ _BUNDLE = "bundle_emb."
 _WORD = re.compile(r"<\S+>")  # an embedding as diffusers' scripts write it, for the first text encoder
 _BARE = re.compile(r"[^\s.]+")  # the same without brackets, where nothing else is in the file
 _MOST = 75  # vectors of a word: as many tokens as a prompt has room for
+_NARROWEST = 16  # numbers of a vector: what is less is no embedding
 _BESIDE = "_emb"  # what the names of files end with that diffusers' scripts write beside a LoRA
+_PARAMETERS = ("weight", "bias")  # what modules call their tensors
 _ALONE = "emb_params"  # what a single word for the first text encoder is called
 _DEFAULT = "*"  # which A1111 begins with
 _DEFAULTS_ID = 265  # of that token in CLIP's vocabulary
@@ -302,7 +304,9 @@ def _are_words(header: Header) -> bool:
     """Whether a file looks like one of words whose names are the words themselves."""
     shapes = [entry.shape for entry in header.tensors.values()]
     few = all(len(shape) in (1, 2) and (len(shape) == 1 or 0 < shape[0] <= min(_MOST, shape[1])) for shape in shapes)
-    return few and len({shape[-1] for shape in shapes}) == 1 and all(_BARE.fullmatch(name) for name in header.tensors)
+    widths = {shape[-1] for shape in shapes} if few else set()
+    named = all(_BARE.fullmatch(name) and name not in _PARAMETERS for name in header.tensors)
+    return named and len(widths) == 1 and min(widths) >= _NARROWEST
 
 
 def _names_none(name: str) -> bool:

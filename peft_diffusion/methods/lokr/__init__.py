@@ -104,6 +104,15 @@ class Lokr(Method, name="lokr", suffixes=frozenset({*NAMES, ALPHA, MAGNITUDE})):
         return {"factor": factor, **ranked, **read_magnitude(shapes)}
 
     @classmethod
+    def weight_shape(cls, shapes: Shapes) -> tuple[int, ...]:
+        """That of the product of both; unknown where factors of a kernel lie flat, as those of a Linear do."""
+        first = shapes.get(W1) or (*shapes.get(W1_A, ())[:1], *shapes.get(W1_B, ())[1:])
+        second = shapes.get(W2, ())
+        if len(first) != 2 or len(second) not in (2, 4):
+            return ()
+        return (first[0] * second[0], first[1] * second[1], *second[2:])
+
+    @classmethod
     def network(cls, values: Mapping[str, Any]) -> Network:
         """LyCORIS' own."""
         names = {

@@ -2,7 +2,7 @@
 
 Qiu et al. 2023, https://arxiv.org/abs/2306.07280, and with butterflies Liu et al. 2023 (BOFT),
 https://arxiv.org/abs/2311.06243. Parametrization and names of rotations of the outputs are those of LyCORIS' ``diag-oft``
-and ``boft``, which kohya's ``networks/oft.py`` shares; those of rotations of the inputs are peft's.
+and ``boft``, which kohya's ``networks/oft.py`` shares; those of the inputs are OneTrainer's and peft's.
 """
 
 import math
@@ -23,16 +23,20 @@ if TYPE_CHECKING:
     from .on_input import InputButterfly, InputRotation
 
 BLOCKS, RESCALE = "oft_blocks", "rescale"
-PACKED, TERMS, LIMIT = "oft_R", "oft_terms", "oft_eps"
-"""Of peft's OFT: the generators, each as what stands above its diagonal; and of its configuration the number of terms of the
-series that stands for the Cayley transform (0 for the transform itself), and the limit of their norm (0 for none)."""
+PACKED, SCALED = "oft_R.weight", "oft_R.scaled_oft"
+"""Of OneTrainer's and peft's OFT: the generators, each as what stands above its diagonal; and OneTrainer's mark that they
+are divided by a number that grows with the blocks."""
+
+TERMS, LIMIT = "oft_terms", "oft_eps"
+"""What peft's configuration says: the number of terms of the series that stands for the Cayley transform (0 for the
+transform itself), and the limit of the generators' norm (0 for none). Where a file has neither, it is OneTrainer's."""
 
 BUTTERFLY, SCALE = "boft_R", "boft_s"
 """Of peft's BOFT: the generators, and a factor for each output."""
 
 
 @dataclass(frozen=True)
-class Oft(Method, name="oft", suffixes=frozenset({BLOCKS, RESCALE, ALPHA, PACKED, TERMS, LIMIT, BUTTERFLY, SCALE})):
+class Oft(Method, name="oft", suffixes=frozenset({BLOCKS, RESCALE, ALPHA, PACKED, SCALED, TERMS, LIMIT, BUTTERFLY, SCALE})):
     """The weight is multiplied from the left by the transpose of a block-diagonal rotation; the bias stays.
 
     Each block of outputs has ``block_size`` of them or, where that does not divide their number or is above its square
@@ -41,11 +45,11 @@ class Oft(Method, name="oft", suffixes=frozenset({BLOCKS, RESCALE, ALPHA, PACKED
 
     ``butterfly`` makes it BOFT: several such rotations, each of other outputs together, so that all mix. Blocks are then at
     most of ``block_size``, or of the smallest size with which their number is a power of two. ``on_input`` turns the inputs,
-    as peft's OFT does, of Linear layers and 1x1 convolutions.
+    as OneTrainer and peft do, at a convolution with those of its kernel.
     """
 
-    constants: ClassVar[frozenset[str]] = frozenset({ALPHA, TERMS, LIMIT})
-    aliases: ClassVar[Mapping[str, str]] = {name: name for name in (PACKED, BUTTERFLY, SCALE)}
+    constants: ClassVar[frozenset[str]] = frozenset({ALPHA, SCALED, TERMS, LIMIT})
+    aliases: ClassVar[Mapping[str, str]] = {"oft_R": PACKED, **{name: name for name in (SCALED, BUTTERFLY, SCALE)}}
     rates: ClassVar[Rates] = Rates(factor=3.0)
 
     block_size: int = 8
@@ -68,10 +72,10 @@ class Oft(Method, name="oft", suffixes=frozenset({BLOCKS, RESCALE, ALPHA, PACKED
         return not suffixes.isdisjoint({BLOCKS, PACKED, BUTTERFLY})
 
     def serves(self, site: "Site") -> bool:
-        """Linear layers and convolutions without groups; on the inputs, only convolutions without a kernel."""
-        from .on_input import serves
+        """Linear layers and convolutions without groups."""
+        from ..shared.affine import serves
 
-        return serves(site, self.on_input)
+        return serves(site)
 
     def build(self, site: "Site") -> "OftAdapter | InputRotation":
         """Make an adapter that turns nothing yet: see ``adapter.fresh`` and ``on_input.fresh``, as for errors."""
@@ -81,7 +85,7 @@ class Oft(Method, name="oft", suffixes=frozenset({BLOCKS, RESCALE, ALPHA, PACKED
 
     @classmethod
     def read(cls, site: "Site", tensors: Mapping[str, "Tensor"]) -> "OftAdapter | InputRotation | InputButterfly":
-        """From the LyCORIS layout, in which ``alpha`` is the constraint, and from that of peft."""
+        """From the LyCORIS layout, in which ``alpha`` is the constraint, and from those of OneTrainer and peft."""
         from . import adapter, on_input
 
         return adapter.read(site, tensors) if BLOCKS in tensors else on_input.read(site, tensors)

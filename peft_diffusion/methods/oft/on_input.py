@@ -1,7 +1,8 @@
-"""What peft's OFT and BOFT compute at a site: the inputs turned, and with BOFT each output scaled."""
+"""What the OFT of OneTrainer and of peft, and the BOFT of peft, compute at a site: the inputs turned."""
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,27 +11,13 @@ from ...core.adapter import Adapter, Site, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
 from ...core.method import PeftForm, PeftSite
-from ..shared import affine
 from ..shared.affine import applied, base_output, channels, require, single, weight_shape, without_bias
 from ..shared.divisors import split
-from . import BUTTERFLY, LIMIT, PACKED, SCALE, TERMS, block_side
-
-
-def serves(site: Site, on_input: bool) -> bool:
-    """Tell whether a module is a Linear, or a convolution without groups.
-
-    Args:
-        site: A module of a base.
-        on_input: Whether its inputs are to be turned, which convolutions with a kernel are not made for.
-
-    Returns:
-        Whether it is.
-    """
-    return affine.serves(site) and not (on_input and isinstance(site, nn.Conv2d) and site.kernel_size != (1, 1))
+from . import BUTTERFLY, LIMIT, PACKED, SCALE, SCALED, TERMS, block_side
 
 
 def fresh(site: Site, block_size: int) -> "InputRotation":
-    """Make an adapter that turns nothing yet, by the Cayley transform itself.
+    """Make an adapter that turns nothing yet, as OneTrainer has it.
 
     Args:
         site: The layer.
@@ -42,15 +29,15 @@ def fresh(site: Site, block_size: int) -> "InputRotation":
     Raises:
         UserError: The inputs have no such divisor but 1.
     """
-    inputs = weight_shape(site)[1]
-    size, number = split(inputs, min(block_size, math.isqrt(inputs)))
+    features = _features(site)
+    size, number = split(features, min(block_size, math.isqrt(features)))
     if size == 1:
-        raise UserError(f"oft finds no blocks of 2 to {block_size} in {inputs} inputs")
-    return InputRotation(torch.zeros(number, size * (size - 1) // 2), inputs, 0, 0.0)
+        raise UserError(f"oft finds no blocks of 2 to {block_size} in {features} inputs")
+    return InputRotation(site, torch.zeros(number, size * (size - 1) // 2))
 
 
 def read(site: Site, tensors: Mapping[str, Tensor]) -> "InputRotation | InputButterfly":
-    """Make an adapter from tensors as peft has them.
+    """Make an adapter from tensors as OneTrainer and peft have them.
 
     Args:
         site: The layer.
@@ -63,8 +50,7 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "InputRotation | InputBut
         DamagedError: A tensor is missing.
         UserError: The tensors do not fit the site, or the site has a kernel, with which peft's OFT is no rotation.
     """
-    outputs, *inputs = weight_shape(site)
-    features = torch.Size(inputs).numel()
+    outputs, features = weight_shape(site)[0], _features(site)
     if PACKED not in tensors:
         require(tensors, BUTTERFLY, SCALE)
         blocks, factors = tensors[BUTTERFLY], tensors[SCALE]
@@ -79,13 +65,27 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "InputRotation | InputBut
     size = block_side(packed.shape[1]) if packed.ndim == 2 else 0
     if not size or features % size or len(packed) not in (1, features // size):
         raise UserError(f"{PACKED} {tuple(packed.shape)} does not fit the {features} inputs of the site")
-    if not serves(site, on_input=True):
+    if TERMS not in tensors:
+        return InputRotation(site, packed, scaled=tensors.get(SCALED))
+    if _has_kernel(site):
         raise UserError(
             f"{PACKED} stands at a convolution with a kernel, where peft's OFT adds up overlapping parts of its input, which"
             " is no rotation; merge it into the weights with peft"
         )
-    terms, limit = (float(tensors[name]) if name in tensors else 0.0 for name in (TERMS, LIMIT))
-    return InputRotation(packed, features, int(terms), limit)
+    limit = float(tensors[LIMIT]) if LIMIT in tensors else 0.0
+    told = PeftRotation(int(tensors[TERMS]), single(limit))
+    if told == ONETRAINER:  # peft's own default; of the negative, R is the transpose
+        return InputRotation(site, -packed if isinstance(site, nn.Conv2d) else packed)
+    return InputRotation(site, packed, told)
+
+
+def _features(site: Site) -> int:
+    """How many numbers an output is made of."""
+    return torch.Size(weight_shape(site)[1:]).numel()
+
+
+def _has_kernel(site: Site) -> bool:
+    return isinstance(site, nn.Conv2d) and site.kernel_size != (1, 1)
 
 
 def in_peft(adapters: Mapping[str, Adapter]) -> PeftForm | None:
@@ -110,43 +110,67 @@ def in_peft(adapters: Mapping[str, Adapter]) -> PeftForm | None:
     return PeftForm(kind, "", {path: PeftSite(tensors, 0, 0.0) for path, (_, tensors, _) in forms.items()}, options)
 
 
+class PeftRotation(NamedTuple):
+    """How peft makes rotations. ``terms`` 0 is the Cayley transform, ``(1 - q) / (1 + q)``; else a series, see `_series`.
+
+    ``limit`` above 0 keeps the norm of each generator within limit / sqrt(rows), which is peft's ``coft``.
+    """
+
+    terms: int
+    limit: float
+
+
+ONETRAINER = PeftRotation(5, 0.0)
+"""How OneTrainer makes rotations."""
+
+
 class InputRotation(Adapter):
     """``packed`` (blocks, pairs) generates the rotations of the inputs, or of all blocks alike where it has but one row.
 
-    The weight becomes ``W @ R.T``. ``terms`` 0 is the Cayley transform, ``(1 - q) / (1 + q)``; otherwise R is the series of
-    ``(1 + q) / (1 - q)`` as peft ends it, which is no rotation quite. ``limit`` above 0 keeps the norm of each generator
-    within limit / sqrt(rows), which is peft's ``coft``.
+    At a Linear the weight becomes ``W @ R.T``. At a convolution it becomes ``W @ R`` in OneTrainer, over the inputs with
+    those of the kernel, and ``W @ R.T`` in peft. ``told`` is how peft makes R, and None where it is OneTrainer, which makes
+    it as a series of 5 terms.
     """
 
     rows: Tensor
     columns: Tensor
 
-    def __init__(self, packed: Tensor, features: int, terms: int, limit: float) -> None:
+    def __init__(self, site: Site, packed: Tensor, told: PeftRotation | None = None, scaled: Tensor | None = None) -> None:
         super().__init__()
         self.packed = float32_parameter(packed)
         self.size = block_side(packed.shape[1])
-        self.number = features // self.size
-        self.terms = terms
-        self.limit = single(limit)
+        self.number = _features(site) // self.size
+        self.told = told
+        self.scaled = None if scaled is None else scaled.dtype
+        self.turned_back = told is None and isinstance(site, nn.Conv2d)
         rows, columns = torch.triu_indices(self.size, self.size, 1)
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
 
+    @property
+    def divisor(self) -> float:
+        """What OneTrainer's scaled OFT divides generators by: in its first version, whose mark is a number, another."""
+        if self.scaled is None:
+            return 1.0
+        return 2 * math.sqrt(self.size - 1) if self.scaled == torch.bool else math.sqrt(self.packed.shape[1])
+
     def turn(self) -> Tensor:
         """Rotation minus identity, (blocks, size, size): exactly 0 in a fresh adapter."""
         above = self.packed.new_zeros(len(self.packed), self.size, self.size)
-        above = above.index_put(
-            (torch.arange(len(above), device=above.device)[:, None], self.rows, self.columns), self.packed
-        )
+        each = torch.arange(len(above), device=above.device)[:, None]
+        above = above.index_put((each, self.rows, self.columns), self.packed / self.divisor)
         generator = above - above.transpose(1, 2)
-        if self.limit > 0:
+        terms, limit = self.told or ONETRAINER
+        if limit > 0:
             norms = torch.linalg.vector_norm(generator, dim=(1, 2), keepdim=True) + 1e-12
-            generator = generator * (self.limit / math.sqrt(len(generator)) / norms).clamp(max=1.0)
-        turn = _series(generator, self.terms) if self.terms else _cayley(generator)
-        return turn.expand(self.number, -1, -1)
+            generator = generator * (limit / math.sqrt(len(generator)) / norms).clamp(max=1.0)
+        turn = _series(generator, terms) if terms else _cayley(generator)
+        return (turn.transpose(1, 2) if self.turned_back else turn).expand(self.number, -1, -1)
 
     def residual(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
         """What the weight makes of how the turned input differs from the input."""
+        if _has_kernel(self.site):
+            return applied(self.site, x, self.change().to(x.dtype))
         blocks, turn = (self.number, self.size), self.turn().to(x.dtype)
         if isinstance(self.site, nn.Conv2d):
             moved = torch.einsum("nki...,kij->nkj...", x.unflatten(1, blocks), turn).flatten(1, 2)
@@ -154,24 +178,44 @@ class InputRotation(Adapter):
             moved = torch.einsum("...ki,kij->...kj", x.unflatten(-1, blocks), turn).flatten(-2)
         return without_bias(self.site, base_output(self.site, moved))
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The change of the base's own weight, whatever others added to it; no bias."""
+    def change(self) -> Tensor:
+        """The change of the base's weight."""
         own = dense_weight(self.site)
         blocks = own.flatten(1).unflatten(1, (self.number, self.size))
-        return torch.einsum("okj,kij->oki", blocks, self.turn()).reshape(own.shape), None
+        return torch.einsum("okj,kij->oki", blocks, self.turn()).reshape(own.shape)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The change of the base's own weight, whatever others added to it; no bias."""
+        return self.change(), None
 
     def state(self) -> dict[str, Tensor]:
-        """peft's name, and what its configuration says."""
-        return {PACKED: self.packed, TERMS: torch.tensor(float(self.terms)), LIMIT: torch.tensor(self.limit)}
+        """OneTrainer's names, and what peft's configuration says."""
+        marks: dict[str, Tensor] = {}
+        if self.scaled is not None:
+            marks[SCALED] = torch.ones((), dtype=self.scaled)
+        if self.told is not None:
+            marks |= {TERMS: torch.tensor(float(self.told.terms)), LIMIT: torch.tensor(self.told.limit)}
+        return {PACKED: self.packed, **marks}
 
     def in_peft(self) -> tuple[str, Mapping[str, Tensor], Mapping[str, float | bool]]:
-        """Its kind, its tensors by peft's names, and its options."""
+        """Say it as peft does.
+
+        Returns:
+            Its kind, its tensors by peft's names, and its options.
+
+        Raises:
+            UserError: The site has a kernel.
+        """
+        if _has_kernel(self.site):
+            raise UserError("peft's OFT is no rotation at a convolution with a kernel; take the layout 'kohya'")
+        terms, limit = self.told or ONETRAINER
         options = {
             "r": 0, "oft_block_size": self.size, "block_share": len(self.packed) < self.number,
-            "use_cayley_neumann": bool(self.terms), "num_cayley_neumann_terms": self.terms or 5,
-            "coft": self.limit > 0, "eps": self.limit or 6e-5,
+            "use_cayley_neumann": bool(terms), "num_cayley_neumann_terms": terms or 5,
+            "coft": limit > 0, "eps": limit or 6e-5,
         }  # fmt: skip
-        return "OFT", {"oft_R.weight": self.packed}, options
+        packed = self.packed / self.divisor
+        return "OFT", {PACKED: -packed if self.turned_back else packed}, options  # of the negative, R is the transpose
 
 
 class InputButterfly(Adapter):

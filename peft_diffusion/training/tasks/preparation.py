@@ -34,7 +34,7 @@ from ...data.folder import ImageFolder, TrainingImage, check_folders, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
 from ...data.problems import number_of
-from ...data.prompts import refuse_files, words_of
+from ...data.prompts import in_words, refuse_files, words_of
 from ..attachment import check_placements, selected_components, with_words
 from ..drawing import Drawing
 from ..events import COLD, IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
@@ -45,6 +45,7 @@ from ..machine.processes import Processes
 from ..machine.sharding import shard
 from ..record.run_folder import RunFolder, check_run, check_writable
 from ..settings.derive import adapted_components, resolve
+from ..settings.idle import idle
 from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
 from ..settings.placements import blocks
 from ..settings.presets import HELD_OUT_FROM
@@ -176,9 +177,10 @@ def prepare(
     tell(Arranged((*describe_buckets(fits), *subfolders.describe(kept))))
     _tell_alone(kept, fits, resolved.batch_size * processes.size, tell)
     tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), HELD_OUT_FROM))
-    _tell_odd(resolved, apart, tell)
+    _tell_odd(config, resolved, apart, tell)
     rules = replace(rules, dropout=resolved.caption_dropout)
     _tell_prompts([*kept, *apart], rules, text, tell)
+    _tell_cut(in_words(resolved.preview_prompts, lambda _: None), text, tell)
     of_class = class_images.pictures(resolved, pipe, tell, drawing, processes)
     if going_on is not None:
         run.check_data(going_on.origin, items(pictures, of_class))
@@ -202,12 +204,14 @@ def _checked(config: TrainConfig) -> CaptionRules:
     return CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards)
 
 
-def _tell_odd(config: ResolvedConfig, apart: Sequence[TrainingImage], tell: Observer) -> None:
+def _tell_odd(asked: TrainConfig, config: ResolvedConfig, apart: Sequence[TrainingImage], tell: Observer) -> None:
     """Tell of settings that do nothing, or leave nothing of the run."""
     if config.patience and not apart:
         tell(IMPATIENT)
     if config.warmup >= config.steps:
         tell(COLD)
+    for line in idle(asked, config):
+        tell(Warned(line))
 
 
 def items(pictures: Sequence[TrainingImage], of_class: Sequence[TrainingImage]) -> list[dict[str, str]]:
@@ -357,6 +361,14 @@ def _first(lines: Sequence[str]) -> tuple[str, ...]:
     """The first lines of a list, and how many more there are."""
     more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
     return (*(shortened(line, _LINE) for line in lines[:_SHOWN]), *more)
+
+
+def _tell_cut(prompts: Sequence[str], text: TextSide, tell: Observer) -> None:
+    """Tell of prompts of previews that are too long."""
+    lost = [words for prompt in prompts if (words := text.lost(prompt))]
+    if lost:
+        message = f"{number_of(len(lost), 'preview prompt')} over {text.limit} tokens, and what comes after is not drawn:"
+        tell(Warned(message, _first([f"without \u201c{words}\u201d" for words in lost])))
 
 
 def _tell_prompts(pictures: Sequence[TrainingImage], rules: CaptionRules, text: TextSide, tell: Observer) -> None:

@@ -1,0 +1,144 @@
+"""What other programs make of an adapter file: how much of it they read, and how far their changes are from its own."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.errors import FoldError, UserError
+from ..core.events import Observer
+from ..formats.planning import Plan, plan, some
+from .key_maps import PROGRAMS, Taken, taken
+from .reopened import reopened
+from .sources import Source, Where, open_sources
+from .watch import watched
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What one program makes of a file.
+
+    Attributes:
+        program: Its name.
+        read: How many tensors it reads.
+        tensors: How many there are.
+        dropped: Why it leaves tensors out, by name.
+        refused: Why it refuses the whole file; "" where it does not.
+        measured: The sites whose change was compared.
+        error: The largest error of a site's change of weight, against the size of that change; None where none was compared.
+        worst: The site that has it.
+        note: What the person should know of the program.
+    """
+
+    program: str
+    read: int
+    tensors: int
+    dropped: Mapping[str, str]
+    refused: str
+    measured: int
+    error: float | None
+    worst: str
+    note: str
+
+    @property
+    def coverage(self) -> float:
+        """The share of the tensors that it reads."""
+        return self.read / self.tensors if self.tensors else 0.0
+
+    def line(self) -> str:
+        """Tell it in one line."""
+        if self.refused:
+            return f"{self.program}: refuses the file: {self.refused}"
+        told = [f"{self.program}: reads {self.coverage:.0%} ({self.read} of {self.tensors} tensors)"]
+        if self.error is not None:
+            exact = "exactly as meant" if self.error < _EXACT else f"off by up to {self.error:.1%}, at {self.worst}"
+            told.append(f"changes of {self.measured} sites {exact}")
+        told += [f"drops {count}: {why} ({some(_named(self.dropped, why))})" for why, count in self._reasons()]
+        return "; ".join([*told, *([self.note] if self.note and self.dropped else [])])
+
+    def _reasons(self) -> list[tuple[str, int]]:
+        return Counter(self.dropped.values()).most_common()
+
+
+_EXACT = 1e-4
+"""Up to here an error is that of rounding."""
+
+
+def _named(dropped: Mapping[str, str], why: str) -> list[str]:
+    return [name for name, reason in dropped.items() if reason == why]
+
+
+def verify(
+    source: str | Path | Plan, *, base: str | None = None, observers: Sequence[Observer] = ()
+) -> tuple[Verified, ...]:
+    """Open an adapter file as other programs do.
+
+    Args:
+        source: The file.
+        base: Its base, as `ConvertConfig.base`; with its weights what DoRA and the like change is compared too.
+        observers: Are told how far it is.
+
+    Returns:
+        What each program makes of it: the loaders of diffusers, peft and LyCORIS where they are installed, and ComfyUI,
+        Forge, A1111, kohya's scripts and InvokeAI by maps of names that were written from their sources.
+
+    Raises:
+        UserError: The file cannot be read, or fits no base that is known.
+    """
+    found = source if isinstance(source, Plan) else plan(source)
+    with watched(observers) as watch:
+        (opened,), bones = open_sources([found], base, watch.tell)
+        tensors = found.tensors()
+        readings = [*reopened(opened, tensors), *(taken(program, tensors, bones) for program in PROGRAMS)]
+        errors: dict[str, dict[Where, float]] = {one.program: {} for one in readings}
+        tick = watch.ticks("comparing changes")
+        for number, (where, meant) in enumerate(_meant(opened)):
+            tick(number, len(opened.sites))
+            for one in readings:
+                if (error := _error(one, where, meant)) is not None:
+                    errors[one.program][where] = error
+        tick(len(opened.sites), len(opened.sites))
+    return tuple(_verified(one, errors[one.program], len(tensors)) for one in readings)
+
+
+def _meant(source: Source) -> Iterator[tuple[Where, Tensor | None]]:
+    """What the file changes at each site, as (outputs, inputs); None where that is not known."""
+    for where in source.sites:
+        try:
+            with torch.no_grad():
+                matrix = source.change(where).matrix()
+        except (FoldError, UserError):
+            matrix = None
+        yield where, None if matrix is None else matrix.detach()
+
+
+def _error(reading: Taken, where: Where, meant: Tensor | None) -> float | None:
+    """The Frobenius norm of the difference over that of what is meant."""
+    if meant is None or where not in reading.changes or reading.refused:
+        return None
+    theirs = reading.changes[where]()
+    if theirs is None or theirs.is_meta:
+        return None
+    if theirs.numel() != meant.numel():
+        return 1.0  # of another module, which it does not fit
+    size = float(meant.norm())
+    difference = float((theirs.detach().float().reshape(meant.shape) - meant).norm())
+    return difference / size if size else difference
+
+
+def _verified(reading: Taken, errors: Mapping[Where, float], tensors: int) -> Verified:
+    worst = max(errors, key=lambda where: errors[where], default=None)
+    return Verified(
+        reading.program,
+        0 if reading.refused else len(reading.names),
+        tensors,
+        {} if reading.refused else reading.dropped,
+        reading.refused,
+        len(errors),
+        None if worst is None else errors[worst],
+        "" if worst is None else ".".join(worst),
+        reading.note,
+    )

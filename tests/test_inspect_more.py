@@ -1,0 +1,165 @@
+"""What ``inspect`` tells beyond sites: the model of a file, words and tags, hashes, norms."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pipe
+from making import command
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_formats import write_adapter
+from torch import Tensor
+
+from peft_diffusion import formats
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.formats.planning import plan
+from peft_diffusion.tools.norms import norms
+
+torch.set_num_threads(1)
+
+
+def pair(name: str, inputs: int = 16, end: str = "lora_down.weight", other: str = "lora_up.weight") -> dict[str, Tensor]:
+    return {f"{name}.{end}": torch.ones(2, inputs), f"{name}.{other}": torch.ones(8, 2)}
+
+
+def peft_pair(name: str, inputs: int = 16) -> dict[str, Tensor]:
+    return pair(name, inputs, "lora_A.weight", "lora_B.weight")
+
+
+BLOCK = "transformer_blocks_0_attn2_to_k"
+# What a file for each model holds, as its writers name it.
+MODELS: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
+    "kohya, SD 1": (pair(f"lora_unet_mid_block_attentions_0_{BLOCK}", 768), {}, "Stable Diffusion 1"),
+    "kohya, SD 2": (pair(f"lora_unet_mid_block_attentions_0_{BLOCK}", 1024), {}, "Stable Diffusion 2"),
+    "kohya, SDXL": (pair(f"lora_unet_input_blocks_4_1_{BLOCK}", 2048), {}, "Stable Diffusion XL"),
+    "SDXL by its depth": (
+        pair("lora_unet_middle_block_1_transformer_blocks_9_attn1_to_q"), {}, "Stable Diffusion XL"
+    ),
+    "SDXL by its second text encoder": (pair("lora_te2_text_model_encoder_layers_0_mlp_fc1"), {}, "Stable Diffusion XL"),
+    "diffusers, SD 1": (
+        peft_pair("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v", 768), {}, "Stable Diffusion 1"
+    ),
+    "a text encoder": (pair("lora_te_text_model_encoder_layers_0_mlp_fc1", 1024), {}, "Stable Diffusion 2"),
+    "words": ({"emb_params": torch.ones(2, 768)}, {}, "Stable Diffusion 1"),
+    "words of SDXL": ({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)}, {}, "Stable Diffusion XL"),
+    "kohya, Flux": (pair("lora_unet_double_blocks_0_img_attn_qkv", 3072), {}, "Flux.1"),
+    "diffusers, Flux": (peft_pair("transformer.single_transformer_blocks.7.attn.to_q", 3072), {}, "Flux.1"),
+    "OneTrainer, Flux": (pair("lora_transformer_single_transformer_blocks_7_attn_to_q", 3072), {}, "Flux.1"),
+    "Flux, double blocks alone": (peft_pair("transformer.transformer_blocks.7.attn.add_q_proj", 3072), {}, "Flux.1"),
+    "kohya, SD 3": (pair("lora_unet_joint_blocks_3_x_block_attn_qkv", 1536), {}, "Stable Diffusion 3"),
+    "diffusers, SD 3": (peft_pair("transformer.transformer_blocks.3.attn.add_q_proj", 1536), {}, "Stable Diffusion 3"),
+    "Wan": (peft_pair("diffusion_model.blocks.3.cross_attn.k_img", 5120), {}, "Wan"),
+    "diffusers, Wan": (peft_pair("transformer.blocks.3.attn1.to_q", 5120), {}, "Wan"),
+    "Z-Image": (peft_pair("diffusion_model.layers.3.attention.to_q", 3840), {}, "Z-Image"),
+    "Z-Image, fused": (peft_pair("diffusion_model.layers.3.attention.qkv", 3840), {}, "Z-Image"),
+    "Lumina 2": (peft_pair("diffusion_model.layers.3.attention.qkv", 2304), {}, "Lumina 2"),
+    "Qwen-Image": (peft_pair("transformer.transformer_blocks.59.attn.add_q_proj", 3072), {}, "Qwen-Image"),
+    "HunyuanVideo": (pair("lora_unet_double_blocks_0_img_mod_linear", 3072), {}, "HunyuanVideo"),
+    "Chroma": (pair("lora_unet_distilled_guidance_layer_in_proj", 64), {}, "Chroma"),
+    "metadata": (pair("lora_unet_x", 64), {"modelspec.architecture": "flux-1-dev/lora"}, "Flux.1"),
+    "kohya's metadata": (pair("lora_unet_x", 64), {"ss_base_model_version": "sd3m"}, "Stable Diffusion 3"),
+    "a language model": (peft_pair("base_model.model.model.layers.0.self_attn.q_proj"), {}, "a language model"),
+    "nothing": (pair("lora_unet_x", 64), {}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_the_model_of_a_file_is_named(case: str, tmp_path: Path) -> None:
+    tensors, metadata, name = MODELS[case]
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    found = formats.inspect(tmp_path / "a.safetensors")
+    assert found.origin.name == name and found.leftovers == {}
+
+
+def test_a_file_for_another_model_says_so_where_it_is_loaded(tmp_path: Path) -> None:
+    for name, case in (("a", "kohya, Flux"), ("b", "OneTrainer, Flux"), ("c", "diffusers, Wan")):
+        save_file(MODELS[case][0], tmp_path / f"{name}.safetensors")
+        with pytest.raises(UserError, match=rf"is for {MODELS[case][2]}, which this package does not run"):
+            formats.load(tmp_path / f"{name}.safetensors", make_pipe())
+
+
+def test_a_contradiction_of_names_and_metadata_is_told(tmp_path: Path) -> None:
+    save_file(MODELS["kohya, SDXL"][0], tmp_path / "a.safetensors", {"ss_base_model_version": "sd_v1"})
+    told = formats.inspect(tmp_path / "a.safetensors").origin
+    assert (told.name, told.other) == ("Stable Diffusion 1", "Stable Diffusion XL")
+
+
+def test_words_tags_hashes_and_methods_are_told_by_the_command(tmp_path: Path) -> None:
+    tensors = pair("lora_unet_mid_block_attentions_0_proj_in", 64) | {"bundle_emb.sumi.clip_l": torch.ones(2, 32)}
+    tags = {"3_ink": {"ink": 5, "1girl": 7, " red": 2}, "1_more": {"ink": 4}}
+    metadata = {
+        "ss_tag_frequency": json.dumps(tags),
+        "modelspec.trigger_phrase": "ink style",
+        "sshs_model_hash": "0" * 64,
+        "sshs_legacy_hash": "12345678",
+    }
+    path = tmp_path / "a.safetensors"
+    save_file(tensors, path, metadata)
+    (told,) = json.loads(command("inspect", path, "--json").stdout)["files"]
+    assert told["triggers"] == ["ink style", "sumi"] and list(told["tags"].items()) == [("ink", 9), ("1girl", 7), ("red", 2)]
+    assert told["methods_by_component"] == {"unet": {"lora": 1}, "text_encoder": {"tokens": 1}}
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert told["hashes"] == {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "autov2": hashlib.sha256(data).hexdigest()[:10],
+        "data": hashlib.sha256(data[8 + length :]).hexdigest(),
+        "told": "0" * 64,
+        "legacy": "12345678",
+    }
+    alone = tmp_path / "b.safetensors"
+    save_file({name: one for name, one in tensors.items() if name.startswith("lora_")}, alone, metadata)
+    shown = " ".join(command("inspect", alone, "--norms", "--plot", tmp_path / "norms.png").stdout.split())
+    assert "so the tensors were changed since" in shown.replace("│ │ ", "") and "ink 9" in shown and "45.25" in shown
+    assert Image.open(tmp_path / "norms.png").width > 500
+
+
+FILES = ("a.safetensors", "a.pt")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_norms_are_those_of_the_changes(name: str, tmp_path: Path) -> None:
+    """Against the products written out, with alpha, for layers, convolutions, whole changes, norms and LoKr."""
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    down, up, mid = random(3, 8), random(6, 3), "lora_unet_mid_block"
+    kernel, flat = random(3, 8, 3, 3), random(6, 3, 1, 1)
+    one, two, whole, bias = random(2, 2), random(3, 4), random(6, 8), random(6)
+    tensors = {
+        f"{mid}_a.lora_down.weight": down, f"{mid}_a.lora_up.weight": up, f"{mid}_a.alpha": torch.tensor(6.0),
+        f"{mid}_b.lora_down.weight": kernel, f"{mid}_b.lora_up.weight": flat,
+        f"{mid}_c.lokr_w1": one, f"{mid}_c.lokr_w2": two,
+        f"{mid}_d.diff": whole, f"{mid}_d.diff_b": bias,
+        f"{mid}_e.diff": bias.clone(),
+        f"{mid}_f.lora_down.weight": down.clone(), f"{mid}_f.lora_up.weight": up.clone(),
+        f"{mid}_f.dora_scale": random(6, 1),
+    }  # fmt: skip
+    if name.endswith(".pt"):
+        torch.save(tensors, tmp_path / name)
+    else:
+        save_file(tensors, tmp_path / name)
+    expected = {
+        "a": 2 * float((up @ down).norm()),
+        "b": float((flat.flatten(1) @ kernel.flatten(1)).norm()),
+        "c": float(torch.kron(one, two).norm()),
+        "d": float(whole.norm()),
+        "e": float(bias.norm()),
+    }
+    found = {one.site.rpartition("_")[2]: one for one in norms(plan(tmp_path / name))}
+    decomposed = found.pop("f")
+    assert decomposed.weight is None and "depends on the weight" in decomposed.note
+    assert {key: one.weight for key, one in found.items()} == pytest.approx(expected, rel=1e-5)
+    assert found["d"].bias == pytest.approx(float(bias.norm()))
+
+
+def test_a_plot_is_of_one_file_and_no_adapter_is_drawn_over(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "a.safetensors", make_pipe(), parts=("text_encoder",))
+    before = load_file(path)
+    refused = command("inspect", path, "--plot", path)
+    assert refused.returncode and "--plot" in refused.stderr and load_file(path).keys() == before.keys()

@@ -1,0 +1,148 @@
+"""What other programs make of a file is what they do make of it: their own loaders, and facts of their sources."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_pipe, make_xl_pipe
+from safetensors.torch import load_file, save_file
+from test_convert import CLIP, KOHYA, foreign, made, run
+from torch import Tensor
+
+from peft_diffusion.bases.skeleton import skeleton
+from peft_diffusion.cli.app import main
+from peft_diffusion.tools.key_maps import PROGRAMS
+from peft_diffusion.tools.verify import Verified, verify
+
+ATTENTION = "down_blocks_0_attentions_0_transformer_blocks_0_attn1"
+STEMS = {program.name: program.stems for program in PROGRAMS}
+
+
+def verified(path: Path, base: str | None = None) -> dict[str, Verified]:
+    return {one.program: one for one in verify(path, base=base)}
+
+
+def with_alphas(path: Path, alphas: dict[str, float]) -> Path:
+    """LoRAs of rank 4 of the tiny base, by their names behind the prefix."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for name, alpha in alphas.items():
+        tensors[f"{name}.lora_down.weight"] = torch.randn(4, 32, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(32, 4, generator=generator)
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, path)
+    return path
+
+
+def test_the_error_of_diffusers_is_that_of_its_own_pipeline(tiny_base: Path, tmp_path: Path) -> None:
+    """It gives all modules the alpha that most have."""
+    alphas = {f"lora_unet_{ATTENTION}_to_{one}": alpha for one, alpha in (("q", 4.0), ("k", 4.0), ("v", 1.0))}
+    path = with_alphas(tmp_path / "a.safetensors", alphas)
+    found = verified(path, str(tiny_base))["diffusers"]
+    pipe: Any = make_pipe()
+    pipe.load_lora_weights(str(path))
+    layer = pipe.unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v")
+    tensors = load_file(path)
+    up, down = (tensors[f"lora_unet_{ATTENTION}_to_v.lora_{half}.weight"] for half in ("up", "down"))
+    meant = up @ down * 0.25
+    theirs = layer.get_delta_weight(next(iter(layer.lora_A)))
+    assert found.error is not None
+    assert found.error > 0.1
+    assert found.error == pytest.approx(float((theirs - meant).norm() / meant.norm()), rel=1e-4)
+    assert found.worst == "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_v"
+    assert "off by up to" in found.line()
+
+
+def test_what_the_pipeline_of_diffusers_refuses_is_told_with_its_words(tiny_base: Path, tmp_path: Path) -> None:
+    path = with_alphas(tmp_path / "a.safetensors", {f"lora_unet_{ATTENTION}_to_q": 4.0, f"lora_te_{CLIP}": 4.0})
+    pipe: Any = make_pipe()
+    with pytest.raises(ValueError, match="infer state dict type"):
+        pipe.load_lora_weights(str(path))
+    assert "infer state dict type" in verified(path, str(tiny_base))["diffusers"].line()
+
+
+def test_diffusers_drops_the_added_embedding_of_kohyas_names(tmp_path: Path) -> None:
+    pipe: Any = make_xl_pipe()
+    pipe.save_pretrained(tmp_path / "base")
+    outputs, inputs = pipe.unet.add_embedding.linear_1.weight.shape
+    name = "lora_unet_add_embedding_linear_1"
+    path, site = tmp_path / "a.safetensors", "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{site}.lora_down.weight": torch.randn(4, 64), f"{site}.lora_up.weight": torch.randn(64, 4)}
+    added = {f"{name}.lora_down.weight": torch.ones(2, inputs), f"{name}.lora_up.weight": torch.ones(outputs, 2)}
+    save_file(tensors | added, path)
+    found = verified(path, str(tmp_path / "base"))
+    assert set(found["diffusers"].dropped) == set(added)
+    assert found["ComfyUI"].coverage == 1
+    assert found["ComfyUI"].error == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora-scaled", "locon", "loha", "loha-conv", "lokr"])
+def test_formulas_of_the_maps_agree_with_the_loader_of_lycoris(method: str, tiny_base: Path, tmp_path: Path) -> None:
+    found = verified(made(tmp_path / "a.safetensors", method), str(tiny_base))
+    for program in ("LyCORIS", "ComfyUI", "Forge", "InvokeAI"):
+        one = found[program]
+        assert one.coverage == 1
+        assert one.error == pytest.approx(0, abs=1e-5)
+
+
+def test_peft_opens_its_own_layout(tmp_path: Path) -> None:
+    source = foreign(tmp_path / "a.safetensors", dtype=torch.float32)
+    found = verified(run(source, tmp_path / "peft", to="peft", component=("unet",)), "sd1")["peft"]
+    assert (found.coverage, found.measured) == (1, 1)
+    assert found.error == pytest.approx(0, abs=1e-5)
+
+
+def test_an_alpha_in_the_metadata_is_seen_by_diffusers_and_lost_on_comfyui(tmp_path: Path) -> None:
+    source = foreign(tmp_path / "a.safetensors", dtype=torch.float32)
+    found = verified(run(source, tmp_path / "b.safetensors", to="diffusers"))
+    assert found["diffusers"].error == pytest.approx(0, abs=1e-5)
+    comfy = found["ComfyUI"]
+    assert comfy.error == pytest.approx(4 / 0.7 - 1, rel=1e-3)  # alpha 0.7, rank 4
+    assert comfy.coverage == 0.5  # today's names of attention in the UNet are unknown to it
+
+
+def test_maps_are_those_of_the_sources() -> None:
+    """Names from the sources of the programs, and what each is known for not to read."""
+    xl, sd1 = skeleton("sdxl"), skeleton("sd1")
+    sgm, flat = "input_blocks.4.1.transformer_blocks.0.attn1.to_q", KOHYA.removeprefix("lora_unet_")
+    comfy = STEMS["ComfyUI"](xl)
+    assert comfy[f"diffusion_model.{sgm}"] == comfy[f"lora_unet_{sgm.replace('.', '_')}"]
+    assert comfy[f"lycoris_{flat}"] == comfy[f"lora_unet_{flat}"]
+    dotted = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    assert comfy[f"unet.{dotted}.processor.to_out"] == ("unet", f"{dotted}.to_out.0")
+    assert f"unet.{dotted}.to_q" not in comfy
+    assert "lora_unet_add_embedding_linear_1" in comfy
+    assert f"lora_te2_{CLIP}" in comfy
+    assert f"lycoris_{flat}" not in STEMS["Forge"](xl)
+    a1111 = STEMS["A1111"](xl)
+    assert "lora_unet_up_blocks_0_upsamplers_0_conv" not in a1111  # its rule gives 2_1, which is an attention there
+    assert "lora_unet_up_blocks_0_upsamplers_0_conv" in STEMS["A1111"](sd1)
+    assert "lora_unet_add_embedding_linear_1" not in a1111
+    assert "lora_unet_label_emb_0_0" in a1111
+    assert a1111[f"lora_unet_{flat}"] == comfy[f"lora_unet_{flat}"]
+    kohya = STEMS["kohya"](sd1)
+    assert "lora_unet_conv_in" not in kohya
+    assert KOHYA in kohya
+    # As `create_network` of sd-scripts counts them: 192 layers of transformers, and 66 convolutions and embeddings of time.
+    assert sum("attentions" in path for name, path in kohya.values() if name == "unet") == 192
+    assert sum(name == "text_encoder" for name, _ in kohya.values()) == 72
+    assert f"lora_te_{CLIP}" in STEMS["InvokeAI"](sd1)
+    assert f"lora_te1_{CLIP}" in STEMS["InvokeAI"](xl)
+
+
+def test_invoke_refuses_a_file_with_one_site_of_an_unknown_kind(tiny_base: Path, tmp_path: Path) -> None:
+    found = verified(made(tmp_path / "a.safetensors", "oft"), str(tiny_base))["InvokeAI"]
+    assert found.coverage == 0
+    assert "refuses the file: it knows no tensors such as lora_unet_" in found.line()
+
+
+def test_the_commands_tell_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = foreign(tmp_path / "a.safetensors")
+    assert main(["convert", str(source), str(tmp_path / "b.safetensors"), "--to", "omi", "--verify"]) == 0
+    assert "ComfyUI: reads 0% (0 of 6 tensors); drops 6: it knows no module of that name" in capsys.readouterr().out
+    assert main(["inspect", str(source), "--verify", "--json"]) == 0
+    told = {one["program"]: one for one in json.loads(capsys.readouterr().out)["files"][0]["verified"]}
+    assert told["ComfyUI"]["read"] == 6
+    assert told["ComfyUI"]["error"] < 1e-6
