@@ -294,10 +294,10 @@ def test_a_disk_that_fills_up(tiny_base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_prompt_that_the_base_would_cut(tiny_base: Path, tmp_path: Path) -> None:
-    long = " ".join(["apple"] * 75 + ["cat"])
-    said = complaint(FAILED, "generate", long, "--base", tiny_base, "--output", "a.png", folder=tmp_path)
-    assert 'it would lose "cat"' in said
+def test_a_layer_that_the_text_encoder_does_not_have(tiny_base: Path, tmp_path: Path) -> None:
+    told = ("generate", "a cat", "--base", tiny_base, "--output", "a.png", "--clip-skip", 3)
+    said = complaint(FAILED, *told, folder=tmp_path)
+    assert "clip skip 3 is more than the 2 layers of the base's text encoder" in said
 
 
 @pytest.mark.slow
