@@ -294,24 +294,24 @@ def test_a_disk_that_fills_up(tiny_base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_prompt_that_the_base_would_cut(tiny_base: Path, tmp_path: Path) -> None:
-    long = " ".join(["apple"] * 75 + ["cat"])
-    said = complaint(FAILED, "generate", long, "--base", tiny_base, "--output", "a.png", folder=tmp_path)
-    assert 'it would lose "cat"' in said
+def test_a_layer_that_the_text_encoder_does_not_have(tiny_base: Path, tmp_path: Path) -> None:
+    told = ("generate", "a cat", "--base", tiny_base, "--output", "a.png", "--clip-skip", 3)
+    said = complaint(FAILED, *told, folder=tmp_path)
+    assert "clip skip 3 is more than the 2 layers of the base's text encoder" in said
 
 
 @pytest.mark.slow
 def test_a_file_that_is_not_used_whole_is_told_and_with_strict_refused(ink: Path, tiny_base: Path, tmp_path: Path) -> None:
     tensors = load_file(ink)
     tensors["lora_unet_nowhere.alpha"] = torch.ones(())
-    tensors["lora_unet_conv_out.a1.weight"] = torch.ones(2, 2)
+    tensors["lora_unet_conv_out.lora_what"] = torch.ones(2, 2)
     save_file(tensors, tmp_path / "part.safetensors")
     drawn = ("generate", "a", "--adapter", "part.safetensors", "--base", tiny_base, "--steps", 1, "-o", "a.png")
     said = complaint(FAILED, *drawn, "--strict", folder=tmp_path)
     assert "would not be used whole" in said
-    assert "lora_unet_nowhere.alpha" in said and "lora_unet_conv_out.a1.weight" in said
+    assert "lora_unet_nowhere.alpha" in said and "lora_unet_conv_out.lora_what" in said
     looked = command("inspect", "part.safetensors", "--strict", cwd=tmp_path)
-    assert looked.returncode == FAILED and "lora_unet_conv_out.a1.weight" in looked.stderr and "lora" in looked.stdout
+    assert looked.returncode == FAILED and "lora_unet_conv_out.lora_what" in looked.stderr and "lora" in looked.stdout
     done = command(*drawn, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"2 of {len(tensors)} tensors are of no method") == 1

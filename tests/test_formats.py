@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from peft_diffusion import formats
 from peft_diffusion.bases import components, describe
-from peft_diffusion.bases.words import learned, teach, with_initial_tokens
+from peft_diffusion.bases.taught import learned
+from peft_diffusion.bases.words import teach, with_initial_tokens
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.formats.container import Header

@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 
 from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, blend, formats, generate, load_base
 from peft_diffusion.bases import describe
-from peft_diffusion.bases.words import with_initial_tokens
 from peft_diffusion.cli import app, demo
 from peft_diffusion.core import site
 from peft_diffusion.core.events import Event, Progress, Warned
@@ -37,7 +36,6 @@ from peft_diffusion.generation.settings import DemoConfig, Sampling, SchedulerNa
 from peft_diffusion.generation.text import choose, generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.methods.prompt import SoftPrompt
 
 Make: TypeAlias = Callable[..., list[Picture]]
 STEPS = 3
@@ -287,20 +285,14 @@ def test_parameters_name_each_adapter_once_and_quote_what_parts_values(make: Mak
 
 
 SYNTAXES = {
-    "a (red:1.4) cat": ("a red cat", "is a weight"),
-    "a ((red:1.2) apple:.9) cat": ("a red apple cat", "is a weight"),
     "a cat <lora:ink:0.8>": ("a cat", "names an adapter"),
     "a {cat|dog|{red|blue} house}": ("a cat", "are alternatives"),
     "a __colour__ cat": ("a cat", "is a wildcard"),
-    "a cat BREAK a dog": ("a cat a dog", "begins a new part"),
-    "a (((red))) cat": ("a red cat", "is a weight"),
     "a [red:blue:0.5] [cat:.7] [dog::9]": ("a red cat dog", "changes words while the picture is drawn"),
     "a [cat|dog|bird]": ("a cat", "takes turns at each step"),
-    "a [V] cat": ("a [V] cat", "is a weight elsewhere, and letters here"),
     "a cat AND a dog": ("a cat and a dog", "joins prompts"),
     "embedding:ink, a cat": ("ink, a cat", "names learned words"),
     "<segment:face,0.5> a <random[1-2]:red,blue> cat": ("a cat", "is an instruction to another program"),
-    r"a \(red\) cat": ("a (red) cat", "takes no backslash"),
 }
 
 
@@ -320,13 +312,17 @@ def test_instructions_of_other_programs_are_told_and_not_drawn(
     assert len(warned) == 2 and all(said in message for message in warned)
 
 
-@pytest.mark.parametrize("prompt", ["a cat (red)", "a {cat}", "take a break", "a_cat__", "ratio 16:9", "<ink> [] a", "ANDY"])
+LETTERS = ["a (red)", r"a \(red:1.4\)", "a [V]", "a {cat}", "take a BREAK", "a_cat__", "ratio 16:9", "<ink> [] a", "ANDY"]
+
+
+@pytest.mark.parametrize("prompt", LETTERS)
 def test_words_that_look_alike_are_left(prompt: str) -> None:
     assert words_of(prompt) == (prompt, (), ())
 
 
 def test_brackets_that_were_letters_are_letters_for_a1111_too(make: Make, tmp_path: Path) -> None:
-    told = make(r"a \(red:1.4\) cat (x) [V]", output=tmp_path / "a.png", negative="(y)", steps=1)[0].recipe.parameters()
+    letters = {"negative": "(y)", "steps": 1, "prompt_weights": "none"}
+    told = make(r"a \(red:1.4\) cat (x) [V]", output=tmp_path / "a.png", **letters)[0].recipe.parameters()
     assert told.split("\n")[:2] == [r"a \(red:1.4\) cat \(x\) \[V\]", r"Negative prompt: \(y\)"]
 
 
@@ -415,35 +411,6 @@ def test_strengths_are_parsed_from_the_right(tmp_path: Path) -> None:
             parse_choice(f"{plain}{wrong}")
     with pytest.raises(UserError, match="no adapter file"):
         parse_choice(str(tmp_path / "k=v" / "missing"))
-
-
-def test_a_prompt_that_would_be_cut_is_an_error_that_names_the_words(tiny_pipe: DiffusionPipeline) -> None:
-    fits = " ".join(["apple"] * 75)
-    sampler.check_lengths(tiny_pipe, [fits])
-    with pytest.raises(UserError, match=r'has 76 tokens, of which the base reads 75; .* lose "cat"'):
-        sampler.check_lengths(tiny_pipe, [f"{fits} cat"])
-
-
-def test_prompts_are_counted_with_the_learned_words_that_their_strengths_bring(
-    tiny_pipe: DiffusionPipeline, tmp_path: Path
-) -> None:
-    learned = make_pipe()
-    method = with_initial_tokens(learned, "text_encoder", SoftPrompt(10, "flat"))
-    site.attach(learned.text_encoder, "w", method, "tokens")
-    formats.save(tmp_path / "w.safetensors", {"text_encoder": learned.text_encoder}, "w", formats.Spec())
-    adapters = Adapters(tiny_pipe)
-    adapters.load(tmp_path / "w.safetensors")
-    long = " ".join(["apple"] * 70)  # and 10 are more than 75
-
-    def painted(*strengths: float) -> int:
-        cells = [Cell(long if strength == 0 else "a cat", 0, {"w": strength}) for strength in strengths]
-        return len(list(paint(adapters, cells, Sampling(steps=1, batch_size=2))))
-
-    assert painted(0.0) == painted(0.0) == 1
-    assert painted(0.0, 1.0, 0.5) == painted(1.0, 0.0, 0.0) == 3
-    adapters.set(w=0.0)  # what they were before does not count
-    with pytest.raises(UserError, match="has 80 tokens, of which the base reads 75"):
-        list(paint(adapters, [Cell("a cat", 0, {"w": 0.0}), Cell(long, 0, {"w": 1.0})], Sampling(steps=1)))
 
 
 def test_sides_must_be_what_the_base_can_make(tiny_pipe: DiffusionPipeline) -> None:

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from peft_diffusion import formats
 from peft_diffusion.bases import checksum, components, describe
-from peft_diffusion.bases.words import learned, teach, with_initial_tokens
+from peft_diffusion.bases.taught import learned
+from peft_diffusion.bases.words import teach, with_initial_tokens
 from peft_diffusion.core import merge, site
 from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import FoldError, UserError

@@ -22,7 +22,8 @@ from test_formats import picture, write_adapter
 from peft_diffusion import formats
 from peft_diffusion.bases import checksum, components, describe, fingerprint
 from peft_diffusion.bases.digest import quantize
-from peft_diffusion.bases.words import learned, teach, with_initial_tokens
+from peft_diffusion.bases.taught import learned
+from peft_diffusion.bases.words import teach, with_initial_tokens
 from peft_diffusion.core import merge, site
 from peft_diffusion.core.component import Link
 from peft_diffusion.core.errors import UserError

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from peft_diffusion import formats
 from peft_diffusion.api import train_text
 from peft_diffusion.bases import LanguageModel, checksum, components
-from peft_diffusion.bases.words import learned, teach, with_initial_tokens
+from peft_diffusion.bases.taught import learned
+from peft_diffusion.bases.words import teach, with_initial_tokens
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.strength import Strength

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_formats import write_adapter
 
 from peft_diffusion import formats
-from peft_diffusion.bases.words import learned
+from peft_diffusion.bases.taught import learned
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.generate import generate

@@ -166,6 +166,25 @@ class Denoiser(Protocol):
         """
         return Conditioning(encoding[0].to(next(self.network.parameters()).dtype))
 
+    def prompt_arguments(self, encoding: tuple[Tensor, ...], against: tuple[Tensor, ...] | None) -> Mapping[str, Tensor]:
+        """Say what the pipeline is called with in place of prompts.
+
+        Args:
+            encoding: What `text` gives for the prompts.
+            against: What it gives for the negative prompts, of the same lengths; None without guidance.
+
+        Returns:
+            Arguments of the pipeline's call, as diffusers' pipelines for Stable Diffusion name them.
+        """
+        names = ("prompt_embeds", "pooled_prompt_embeds")
+        told = dict(zip(names, encoding, strict=False))
+        return told | {f"negative_{name}": one for name, one in zip(names, against or (), strict=False)}
+
+    @property
+    def zeroes_negative(self) -> bool:
+        """Whether the base was trained to be told nothing by zeros, as SDXL was, and not by an empty prompt."""
+        return bool(self.pipe.config.get("force_zeros_for_empty_prompt", False))
+
     def noised(self, latents: Tensor, noise: Tensor, power: Tensor, prediction: Prediction) -> Tensor:
         """Add noise to latents: see `noise.noisy`.
 

@@ -1,4 +1,4 @@
-"""What prompts of other programs hold besides words: told, as it does not work here, and never drawn. Imports no torch."""
+"""What prompts of other programs hold that does not work here: it is told, and never drawn. Imports no torch."""
 
 import re
 from collections.abc import Sequence
@@ -18,21 +18,12 @@ _SYNTAXES = (
     (r"(?<!\\)\{([^{}|]*)\|[^{}]*\}", r"\1", "are alternatives, which are not drawn by lot here; the first is taken"),
     (r"__[\w*./-]+?__", "", "is a wildcard, for which there are no lists here; it is left out"),
     (
-        r"(?<!\\)\(([^()]*):\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*\)",
-        r"\1",
-        "is a weight, which is not applied here",
-    ),
-    (r"(?<!\\)\({2,}([^()]*[^()\\])\){2,}", r"\1", "is a weight, which is not applied here"),
-    (
         r"(?<!\\)\[([^\[\]:|]*)(?::[^\[\]:|]*)?:\s*(?:\d+\.?\d*|\.\d+)\s*\]",
         r"\1",
         "changes words while the picture is drawn, which nothing does here; the first are taken",
     ),
     (r"(?<!\\)\[([^\[\]|]*)\|[^\[\]]*\]", r"\1", "takes turns at each step, which nothing does here; the first is taken"),
-    (r"(?<!\\)\[[^\[\]]*[^\[\]\\]\]", r"\g<0>", "is a weight elsewhere, and letters here, as a trigger may have them"),
     (r"(?<=\s)AND(?=\s)", "and", "joins prompts, which are one here; it is read as the word"),
-    (r"\bBREAK\b", "", "begins a new part, which there is not here; it is left out"),
-    (r"\\([()\[\]{}])", r"\1", "is a bracket, which takes no backslash here; it is left out"),
 )
 
 

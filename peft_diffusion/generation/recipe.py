@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from ..bases import prompt_syntax
 from ..core.errors import UserError
 from ..core.files import written_aside
 from ..core.parsing import json_value, refusing
@@ -64,6 +65,9 @@ class Recipe:
     ``plugins`` are the modules that the methods of its adapters come from. ``sampler_options`` are those of the scheduler
     that drew, and ``vae`` is the fingerprint of the VAE; None where that is not known, as in recipes of older versions.
 
+    ``prompt_weights``, ``clip_skip`` and ``zero_negative`` are how the prompts were read, ``prompt_2`` is what the second
+    text encoder read; None is what the base and the settings have by default.
+
     ``base_sha256`` is the digest of the one file that the base was read from; "" where it is no file.
 
     ``base`` is the source that was named; ``base_name``, ``base_family`` and ``fingerprint`` are what was found there.
@@ -95,6 +99,10 @@ class Recipe:
     base_sha256: str = ""
     sampler_options: Mapping[str, Any] | None = None
     vae: str | None = None
+    prompt_2: str | None = None
+    prompt_weights: str | None = None
+    clip_skip: int | None = None
+    zero_negative: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; plug-ins and the digest of the base's file where there are."""
@@ -115,7 +123,7 @@ class Recipe:
         """
         known: dict[str, Any] = {name: values.get(name) for name in _KINDS} if isinstance(values, dict) else {}
         for name, kind in _KINDS.items():
-            if not isinstance(known.get(name), kind) or isinstance(known.get(name), bool):
+            if not isinstance(known.get(name), kind) or (isinstance(known.get(name), bool) and bool not in kind):
                 raise ValueError(f"{name} is missing or of another type")
         if not all(isinstance(adapter, dict) for adapter in known["adapters"]):
             raise ValueError("an adapter is of another type")
@@ -155,14 +163,16 @@ class Recipe:
     def parameters(self) -> str:
         """The text that A1111 writes into its pictures, which galleries and other programs show.
 
-        It has the words that were drawn: instructions of A1111 in the prompt were not followed, and brackets that are
-        letters here are letters there.
+        It has the prompt as it was drawn: instructions that were not followed are left out, and brackets that were letters
+        here are letters there.
         """
         named = list(zip(_names(self.adapters), self.adapters, strict=True))
         loras = "".join(f" <lora:{name}:{used.strength:g}>" for name, used in named)
         hashes = ", ".join(f"{name}: {used.data_sha256[:12]}" for name, used in named if used.data_sha256)
-        words = (words_of(self.prompt).text, words_of(self.negative).text)
-        prompt, negative = (re.sub(r"[()\[\]]", r"\\\g<0>", text) for text in words)
+        words: tuple[str, ...] = (words_of(self.prompt).text, words_of(self.negative).text)
+        if self.prompt_weights == "none":
+            words = tuple(prompt_syntax.escaped(prompt_syntax.words(text, "none")) for text in words)
+        prompt, negative = words
         fields = {
             "Steps": self.steps,
             "Sampler": _SAMPLERS.get(self.sampler, self.sampler) + (" Karras" if self.scheduler == "dpm++-karras" else ""),
@@ -171,6 +181,7 @@ class Recipe:
             "Size": f"{self.width}x{self.height}",
             **({"Model hash": self.base_sha256[:10]} if self.base_sha256 else {}),
             "Model": Path(self.base_name).stem if self.base_sha256 else self.base_name,
+            **({"Clip skip": self.clip_skip} if self.clip_skip is not None else {}),
             **({"Denoising strength": f"{self.strength:g}"} if self.strength is not None else {}),
             **({"Lora hashes": hashes} if hashes else {}),
             "Version": f"peft_diffusion {self.versions.get('peft_diffusion', '')}",
@@ -202,6 +213,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "versions": (dict,), "quantize": (str, type(None)), "image": (dict, type(None)), "mask": (dict, type(None)),
     "strength": (float, int, type(None)), "guidance_stop": (float, int, type(None)),
     "sampler_options": (dict, type(None)), "vae": (str, type(None)),
+    "prompt_2": (str, type(None)), "prompt_weights": (str, type(None)), "clip_skip": (int, type(None)),
+    "zero_negative": (bool, type(None)),
 }  # fmt: skip
 
 

@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 
 from ..bases import BaseInfo, denoiser_of
-from ..bases.base import dtype_of, text_encoders
+from ..bases.base import dtype_of
 from ..bases.pipelines import Pipeline, drawing, end_guidance, guided_tensors
 from ..bases.schedulers import SCHEDULERS
 from ..core.errors import UserError
 from ..core.events import Never, Observer, Observers, Progress, Stop, Warned, check_stop
-from ..core.shortening import shortened
 from ..data.images import MAX_PIXELS
 from ..data.prompts import in_words
 from .adapters import Adapters
 from .settings import Sampling
 from .source import Source
+from .telling import Telling, triggers
 
 _WHAT = "drawing"  # what progress is told of
 
@@ -110,44 +110,22 @@ def paint(
                 " zero terminal SNR; ddim draws in its place"
             )
         )
-    _check_prompts(adapters, batches, sampling.negative)
+    telling = Telling(pipe, sampling, triggers(adapters))
+    _check_prompts(adapters, batches, telling)
     with drawing(pipe, scheduler):
         for number, batch in enumerate(batches):
             check_stop(stop, f"stopped after {number * sampling.batch_size} of {len(cells)} pictures")
             _set_strengths(adapters, batch)
             report = _Report(tell, number * each, len(batches) * each, sampling.guidance_stop)
             start = _noise(pipe, batch, (width, height)) if source is None else _start(pipe, batch, source)
-            yield from _paint_batch(start, batch, sampling, report, source)
+            yield from _paint_batch(start, batch, sampling, telling, report, source)
 
 
 def _in_words(cells: Sequence[Cell], sampling: Sampling, tell: Observer) -> tuple[list[Cell], Sampling]:
-    """Cells and settings with prompts of words alone; tells what else there was, once."""
+    """Cells and settings with prompts of what is read here; tells what else there was, once."""
     *prompts, negative = in_words([*(cell.prompt for cell in cells), sampling.negative], tell)
     plain = [replace(cell, prompt=prompt) for cell, prompt in zip(cells, prompts, strict=True)]
     return plain, replace(sampling, negative=negative)
-
-
-def check_lengths(pipe: Pipeline, texts: Sequence[str]) -> None:
-    """See that no text is cut.
-
-    Args:
-        pipe: The pipeline whose text encoders read them.
-        texts: Those of a batch, in order: learned words take room too, and which ones do depends on the strengths.
-
-    Raises:
-        UserError: One is too long; names the words that would be lost.
-    """
-    for name in text_encoders(pipe).values():
-        tokenizer = getattr(pipe, name)
-        room = tokenizer.model_max_length - 2  # the start and the end take a token each
-        rows = tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False).input_ids
-        for text, tokens in zip(texts, rows, strict=True):
-            if len(tokens) > room:
-                lost = tokenizer.decode(tokens[room:]).strip()
-                raise UserError(
-                    f'the prompt "{text[:40]}..." has {len(tokens)} tokens, of which the base reads {room}; shorten it,'
-                    f' or it would lose "{shortened(lost, 200)}"'
-                )
 
 
 @dataclass
@@ -276,15 +254,19 @@ def _generators(batch: Sequence[Cell]) -> list[torch.Generator]:
 
 
 def _paint_batch(
-    start: _Start, batch: Sequence[Cell], sampling: Sampling, report: _Report, source: Source | None
+    start: _Start,
+    batch: Sequence[Cell],
+    sampling: Sampling,
+    telling: Telling,
+    report: _Report,
+    source: Source | None,
 ) -> list[Image.Image]:
     # What starts from a picture may start where guidance acts no more.
     begins = 1.0 if source is None else source.steps(sampling.steps) / sampling.steps
     guided = begins > 1 - sampling.guidance_stop
     out = start.pipe(
         **start.arguments,
-        prompt=[cell.prompt for cell in batch],
-        negative_prompt=[sampling.negative] * len(batch),
+        **telling.arguments([cell.prompt for cell in batch], sampling.negative, guided=guided and sampling.guidance > 1),
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance if guided else 1.0,
         generator=start.generators,
@@ -324,13 +306,13 @@ def whole_picture(pipe: Pipeline, width: int, height: int) -> dict[str, Any]:
     return {"image": empty, "mask_image": everything, "strength": 1.0}
 
 
-def _check_prompts(adapters: Adapters, batches: Sequence[Sequence[Cell]], negative: str) -> None:
-    """Raise UserError as ``check_lengths`` does, at the strengths that each batch will have."""
+def _check_prompts(adapters: Adapters, batches: Sequence[Sequence[Cell]], telling: Telling) -> None:
+    """Raise UserError for prompts that cannot be read at the strengths that each batch will have."""
     different = {tuple((cell.prompt, *sorted((cell.strengths or {}).items())) for cell in batch): batch for batch in batches}
     for batch in different.values():
         _set_strengths(adapters, batch)
-        check_lengths(adapters.pipe, [cell.prompt for cell in batch])
-        check_lengths(adapters.pipe, [negative] * len(batch))
+        telling.check([cell.prompt for cell in batch])
+        telling.check([telling.asked.negative] * len(batch))
 
 
 def _set_strengths(adapters: Adapters, batch: Sequence[Cell]) -> None:

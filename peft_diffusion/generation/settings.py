@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ..bases import family as families
+from ..bases.prompt_syntax import Weights
 from ..core.errors import UserError
 from ..core.files import at_home, if_address
 from ..core.settings import (
@@ -210,6 +211,26 @@ class Sampling(NamesAdapters):
     )
     strict: bool = setting(False, "Refuse an adapter file of which a tensor would be left out.", PARAMETERS)
     negative: str = setting("", "What the pictures should not show.", PARAMETERS)
+    prompt_2: str | None = setting(
+        None, "What the second text encoder reads (Stable Diffusion XL); by default the same prompt.", PARAMETERS
+    )
+    prompt_weights: Weights = setting(
+        "a1111",
+        "Whose arithmetic (word:1.3), (word) and [word] follow in prompts; with none, brackets and BREAK are letters.",
+        PARAMETERS,
+    )
+    clip_skip: int | None = setting(
+        None,
+        "Which layer of the text encoder is taken, counted from the last, which is 1, as A1111 and kohya count; by default "
+        "the one that the base was trained with: 1, and 2 for Stable Diffusion XL.",
+        PARAMETERS,
+        Range(1, 12),
+    )
+    zero_negative: bool | None = setting(
+        None,
+        "Tell an empty negative prompt by zeros; by default what the base says, as that of Stable Diffusion XL does.",
+        PARAMETERS,
+    )
     steps: int = setting(25, "Denoising steps.", PARAMETERS, COUNT)
     guidance: float = setting(
         5.0, "How closely to follow the prompt: classifier-free guidance, 1 is none.", PARAMETERS, NATURAL

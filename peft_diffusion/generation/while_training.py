@@ -10,6 +10,7 @@ from . import sheet as sheets
 from .adapters import Adapters
 from .sampler import Cell, ending_in_noise, paint, whole_picture
 from .settings import GenerateConfig
+from .telling import Telling
 
 
 class TrainingPictures:
@@ -27,11 +28,12 @@ class TrainingPictures:
         from_pure_noise: bool,
     ) -> list[Image.Image]:
         """Draw prompts together, with whatever the pipeline carries."""
+        sampling = GenerateConfig(tuple(prompts), steps=steps, guidance=guidance, device=str(pipe.device))
         scheduler = ending_in_noise(pipe.scheduler) if from_pure_noise else pipe.scheduler
         with drawing(pipe, scheduler):
             drawn: list[Image.Image] = pipe(
                 **whole_picture(pipe, size, size),
-                prompt=list(prompts),
+                **Telling(pipe, sampling).arguments(prompts, ""),
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 width=size,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..bases import LanguageInfo, LanguageModel, components, describe, load_lm
 from ..bases import family as families
 from ..bases.loading import pick_device
-from ..bases.words import learned
+from ..bases.taught import learned
 from ..core import quantized
 from ..core.errors import UserError
 from ..core.events import Event, Observer

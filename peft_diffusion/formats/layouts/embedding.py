@@ -334,7 +334,7 @@ def _began(header: Header) -> dict[str, dict[str, list[int]]]:
 def _default(base: "AnyBase", component: str, vectors: int) -> list[int]:
     """The token that stands in for a word whose beginning no file tells."""
     from ...bases.base import text_encoders
-    from ...bases.words import plain_ids
+    from ...bases.taught import plain_ids
 
     tokenizer = getattr(base, text_encoders(base)[component])
     return plain_ids(tokenizer, _DEFAULT)[:1] * vectors

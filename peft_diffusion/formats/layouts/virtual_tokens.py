@@ -78,7 +78,7 @@ class VirtualTokens(Layout):
         import torch
 
         from ...bases.base import text_encoders
-        from ...bases.words import plain_ids
+        from ...bases.taught import plain_ids
 
         ((words, vectors),) = pieces.items()
         config = configuration(header) or {}

@@ -16,7 +16,7 @@ from ...bases import components, denoiser_of
 from ...bases.denoiser import Conditioning, Denoiser
 from ...bases.noise import prediction_type, zero_terminal
 from ...bases.pipelines import Pipeline
-from ...bases.prompts import encode_frozen
+from ...bases.prompts import Reading, encode_frozen
 from ...core import site
 from ...core.errors import UserError
 from ...data import masks
@@ -31,6 +31,9 @@ from ..machine.processes import Processes
 from ..settings.choices import HuberSchedule, Loss, PriorTarget, TimestepBias
 from . import objective
 from .layer_changes import layer_changes
+
+CAPTIONS = Reading("none", 1)
+"""How captions are read: brackets are letters, and what is behind 75 tokens is cut."""
 
 _DRAWS = 8  # noises and timesteps per held-out picture
 _SEEN = 4  # pictures of those trained on that are measured too: enough to tell learning by heart, and little time
@@ -157,7 +160,7 @@ class DiffusionTask:
         self.denoiser = denoiser_of(pipe)
         weight = next(self.denoiser.network.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.text = self.denoiser.text
+        self.text = self.denoiser.text.read_as(CAPTIONS)
         self.trains_text = any(site.adapters(encoder, name) for encoder in self.text.encoders)
         self.prediction = prediction_type(self.denoiser.prediction)
         self.powers = noise_schedule(self.denoiser, settings.zero_terminal_snr).to(self.device)

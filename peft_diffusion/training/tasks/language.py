@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...bases import LanguageModel, components
-from ...bases.words import learned
+from ...bases.taught import learned
 from ...core.errors import UserError
 from ..attachment import NAME, at_strength, evaluating
 from ..events import Signals

@@ -11,6 +11,7 @@ import torch
 from ...bases import BaseInfo, denoiser_of, describe, load_base
 from ...bases.loading import pick_device
 from ...bases.pipelines import Pipeline
+from ...bases.prompt_syntax import escaped
 from ...bases.prompts import TextSide
 from ...core.errors import UserError
 from ...core.events import Observer, Warned, progress
@@ -50,7 +51,7 @@ from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_pa
 from ..settings.placements import blocks
 from ..settings.presets import HELD_OUT_FROM
 from . import class_images
-from .diffusion import Examples, noise_schedule
+from .diffusion import CAPTIONS, Examples, noise_schedule
 
 _SHOWN, _LINE = 5, 600  # lines of a list, characters of a line
 
@@ -75,7 +76,7 @@ class Prepared:
         if self.config.preview_prompts:
             return list(self.config.preview_prompts)
         examples = self.held_out or self.train
-        return list(dict.fromkeys(self.rules.plain(caption) for caption in examples.captions))
+        return list(dict.fromkeys(escaped(self.rules.plain(caption)) for caption in examples.captions))
 
 
 def check_places(config: TrainConfig) -> RunFolder:
@@ -157,7 +158,7 @@ def prepare(
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     pipe = _loaded(replace(config, precision=precision), pipe, device, tell, processes)
-    info, text = describe(pipe), denoiser_of(pipe).text
+    info, text = describe(pipe), denoiser_of(pipe).text.read_as(CAPTIONS)
     tell(BaseLoaded(info.name, info.family, info.prediction_type, info.resolution, config.quantize))
     run = RunFolder(run_path(config)) if run is None else run
     going_on = run.newest() if config.resume else None

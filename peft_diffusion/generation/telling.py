@@ -1,0 +1,115 @@
+"""What a pipeline is told of prompts: the words, or where these hold more than words, embeddings."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..bases import denoiser_of
+from ..bases.denoiser import Denoiser
+from ..bases.pipelines import Pipeline
+from ..bases.prompt_syntax import is_plain
+from ..bases.prompts import Encoding, Reading, TextSide, alike
+from ..core.errors import UserError
+from .adapters import Adapters
+from .settings import Sampling
+
+
+class Telling:
+    """The prompts of pictures, as a pipeline takes them.
+
+    Args:
+        pipe: The pipeline.
+        asked: How prompts are read.
+        letters: Words that are read as they stand, as triggers with brackets.
+    """
+
+    def __init__(self, pipe: Pipeline, asked: Sampling, letters: Sequence[str] = ()) -> None:
+        self.pipe = pipe
+        self.asked = asked
+        self.denoiser: Denoiser = denoiser_of(pipe)
+        usual = self.denoiser.text.usual_clip_skip
+        skip = None if asked.clip_skip == usual else asked.clip_skip
+        self.text: TextSide = self.denoiser.text.read_as(Reading(asked.prompt_weights, None, skip, tuple(letters)))
+
+    @property
+    def zeroes(self) -> bool:
+        """Whether an empty negative prompt is told by zeros."""
+        asked = self.asked.zero_negative
+        return self.denoiser.zeroes_negative if asked is None else asked
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """See that prompts can be read.
+
+        Args:
+            prompts: Those of a batch, in order: learned words take room too, and which ones do depends on the strengths.
+
+        Raises:
+            UserError: They cannot.
+        """
+        self.text.check()
+        if self.asked.prompt_2 is not None and len(self.text.sides) == 1:
+            raise UserError(f"a {type(self.pipe).__name__} has one text encoder, so there is none to read a second prompt")
+        self.text.chunks(prompts)
+
+    def arguments(self, prompts: Sequence[str], negative: str, *, guided: bool = True) -> Mapping[str, Any]:
+        """Say what the pipeline is called with.
+
+        Args:
+            prompts: Those of a batch.
+            negative: What its pictures should not show.
+            guided: Whether the negative prompt has any effect.
+
+        Returns:
+            The prompts themselves, where the pipeline reads them as they are meant; else their embeddings.
+
+        Raises:
+            UserError: The pipeline takes no embeddings.
+        """
+        against = [negative] * len(prompts)
+        zeroes = not negative and self.zeroes
+        if self._reads_itself(prompts, against, zeroes):
+            return {"prompt": list(prompts), "negative_prompt": None if zeroes else against}
+        if "prompt_embeds" not in inspect.signature(type(self.pipe).__call__).parameters:
+            raise UserError(
+                f"a {type(self.pipe).__name__} takes prompts as words alone, of at most {self.text.limit} tokens with start"
+                " and end: leave weights, BREAK, clip skip and a second prompt away, and shorten them"
+            )
+        told = self._encode(prompts, self.asked.prompt_2)
+        if not guided:
+            return self.denoiser.prompt_arguments(told, None)
+        if zeroes:
+            return self.denoiser.prompt_arguments(told, tuple(torch.zeros_like(one) for one in told))
+        pairs = [alike(pair) for pair in zip(told, self._encode(against, None), strict=True)]
+        return self.denoiser.prompt_arguments(tuple(one for one, _ in pairs), tuple(other for _, other in pairs))
+
+    def _reads_itself(self, prompts: Sequence[str], against: Sequence[str], zeroes: bool) -> bool:
+        """Whether the pipeline makes the same of the prompts by itself."""
+        reading = self.text.reading
+        if (
+            reading.clip_skip is not None
+            or self.asked.prompt_2 is not None
+            or (zeroes and not self.denoiser.zeroes_negative)
+        ):
+            return False
+        plain = all(is_plain(text, reading.weights) for text in (*prompts, *against))
+        return plain and all(count == 1 for texts in (prompts, against) for count in self.text.chunks(texts))
+
+    @torch.no_grad()
+    def _encode(self, prompts: Sequence[str], second: str | None) -> Encoding:
+        pipe: Any = self.pipe
+        others = None if second is None else [second] * len(prompts)
+        return self.text.encode(prompts, others, getattr(pipe, "_execution_device", None))
+
+
+def triggers(adapters: Adapters) -> list[str]:
+    """List the words that call the adapters of a base.
+
+    Args:
+        adapters: Those on it.
+
+    Returns:
+        The words.
+    """
+    return [word for name in adapters.names for word in adapters[name].spec.triggers]
