@@ -8,7 +8,7 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from peft_diffusion.cli.app import COMMANDS, METADATA_COMMANDS, TEXT_COMMANDS
+from peft_diffusion.cli.app import COMMANDS, METADATA_COMMANDS, RUNS_COMMANDS, TEXT_COMMANDS
 from peft_diffusion.cli.flags import settings_read
 from peft_diffusion.core.settings import Settings, describe
 
@@ -24,6 +24,7 @@ def _settings(module: str, name: str) -> tuple[type[Settings], ...]:
 
 SETTINGS: Mapping[str, tuple[type[Settings], ...]] = {
     **{name: _settings(name.replace("-", "_"), name) for name in COMMANDS},
+    **{f"runs {name}": _settings(name, name) for name in RUNS_COMMANDS},
     **{f"text {name}": _settings("text", name) for name in TEXT_COMMANDS},
     **{f"metadata {name}": _settings("metadata", f"{name}_entries") for name in METADATA_COMMANDS},
 }
@@ -76,6 +77,7 @@ def commands_page() -> str:
     """
     words = {
         **COMMANDS,
+        **{f"runs {name}": said for name, said in RUNS_COMMANDS.items()},
         **{f"text {name}": said for name, said in TEXT_COMMANDS.items()},
         **{f"metadata {name}": said for name, said in METADATA_COMMANDS.items()},
     }

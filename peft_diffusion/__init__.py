@@ -37,6 +37,8 @@ if TYPE_CHECKING:
         StrengthConfig,
     )
     from .training import TextTrainConfig, TrainConfig
+    from .training.exporting import export
+    from .training.settings.export import ExportConfig
 
 __all__ = [
     "Adapters",
@@ -44,6 +46,7 @@ __all__ = [
     "BlendConfig",
     "ConvertConfig",
     "Converted",
+    "ExportConfig",
     "ExtractConfig",
     "GenerateConfig",
     "Inspection",
@@ -64,6 +67,7 @@ __all__ = [
     "UserError",
     "blend",
     "convert",
+    "export",
     "extract",
     "generate",
     "generate_text",
@@ -91,6 +95,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "Adapters": "generation",
             "Blend": "generation.blend",
             "BlendConfig": "generation.settings",
+            "ExportConfig": "training.settings.export",
             "ExtractConfig": "tools.tool_settings",
             "ConvertConfig": "tools.settings",
             "Converted": "tools.convert",
@@ -112,6 +117,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "TrainConfig": "training",
             "UserError": "core.errors",
             "blend": "generation.blend",
+            "export": "training.exporting",
             "extract": "tools.extraction",
             "convert": "tools.convert",
             "generate": "generation.generate",

@@ -26,7 +26,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
-from peft_diffusion import formats
+from peft_diffusion import formats, methods
 from peft_diffusion.bases import components, describe, load_base
 from peft_diffusion.bases.embedded import embedded
 from peft_diffusion.core import settings_file
 from peft_diffusion.core.errors import Interrupted, UserError
+from peft_diffusion.core.method import Method
 from peft_diffusion.data.caption_files import read_captions
 from peft_diffusion.data.captions import CaptionRules
 from peft_diffusion.generation import recipe
@@ -444,6 +445,38 @@ def kohya_files(world: World, case: tuple[list[float | None], torch.dtype, str, 
     world.case("kohya", lambda: world.assert_scales(world.loaded(path), expected))
 
 
+# Sites of every method, with some tensors left out, of another shape, or of another method.
+
+_BUILT = [one for one in methods.known().values() if not {"ids", "length", "hidden"} & {part.name for part in fields(one)}]
+_some = st.tuples(
+    st.lists(st.one_of(st.integers(0, 4), st.sampled_from([16, 32])), max_size=5),
+    st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool, torch.uint8]),
+)
+kinds_cases = st.tuples(
+    st.sampled_from(_BUILT),
+    st.sampled_from(["conv_in", "conv_norm_out", *(f"down_blocks.0.attentions.0.{end}" for end in ("proj_in", "norm"))]),
+    st.dictionaries(
+        st.sampled_from(sorted(set().union(*(one.suffixes for one in _BUILT)))), st.one_of(st.none(), _some), max_size=2
+    ),
+)
+
+
+def kinds(world: World, case: tuple[type[Method], str, dict[str, tuple[list[int], torch.dtype] | None]]) -> None:
+    """One site of a method, whole or not."""
+    kind, where, changes = case
+    part, method = world.pipe.unet.get_submodule(where), kind()
+    tensors = (
+        {end: one.detach().contiguous() for end, one in method.build(part).state().items()} if method.serves(part) else {}
+    )
+    for end, some in changes.items():
+        tensors.pop(end, None)
+        if some is not None:
+            tensors[end] = torch.ones(some[0], dtype=some[1])
+    path, stem = world.folder / "a.safetensors", f"lora_unet_{where.replace('.', '_')}"
+    path.write_bytes(save({f"{stem}.{end}": one for end, one in tensors.items()}))
+    world.case("kinds", lambda: world.loaded(path))
+
+
 # Pickles.
 
 
@@ -774,10 +807,11 @@ def _based(folder: Path) -> None:
 
 
 TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[World, Any], None], float]] = {
-    "header": (header_cases, headers, 0.2),
+    "header": (header_cases, headers, 0.14),
     "metadata": (metadata_cases, metadata, 0.15),
     "adapter_config": (config_cases, adapter_configs, 0.13),
     "kohya": (kohya_cases, kohya_files, 0.1),
+    "kinds": (kinds_cases, kinds, 0.06),
     "pickle": (pickle_cases, pickles, 0.12),
     "embedding": (embedding_cases, embeddings, 0.03),
     "captions": (caption_cases, captions, 0.05),

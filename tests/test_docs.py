@@ -37,6 +37,7 @@ COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("generate",): (pd.GenerateConfig,),
     ("blend",): (pd.BlendConfig,),
     ("runs",): (RunsConfig,),
+    ("runs", "export"): (pd.ExportConfig,),
     ("inspect",): (InspectConfig,),
     ("merge",): (pd.MergeConfig,),
     ("extract",): (pd.ExtractConfig,),
@@ -132,7 +133,9 @@ def parse(words: list[str]) -> tuple[Settings, ...]:
     if "config" in meta.arguments:  # which is not there; say what it would
         tokens.append("pictures")
     _, bound, *_ = application.app.parse_args(tokens, exit_on_error=False, print_error=False)
-    command = next(name for name in COMMANDS if tuple(tokens[: len(name)]) == name)
+    command = max(
+        (name for name in COMMANDS if tuple(tokens[: len(name)]) == name), key=len
+    )  # runs export is no run of runs
     given = next(iter(bound.arguments.values()), None)
     return () if given is None else tuple(pick(kind, given) for kind in COMMANDS[command])
 

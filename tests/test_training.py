@@ -653,7 +653,7 @@ def test_overwriting_deletes_nothing_but_what_runs_write(tmp_path: Path, picture
     train(small(pictures, tmp_path, overwrite=True, steps=3, held_out=0.4), pipe=make_pipe())
     assert all(path.read_bytes() == b"mine" for path in own)
     left = {path.name for path in run.rglob("*.*") if path.is_file() and path.parent != run} - {path.name for path in own}
-    assert left == {"step_000003.safetensors", *(f"{number:06}.webp" for number in range(6))}
+    assert left == {"step_000003.safetensors", "a-000003.safetensors", *(f"{number:06}.webp" for number in range(6))}
 
 
 @pytest.mark.slow

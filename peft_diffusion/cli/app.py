@@ -42,6 +42,8 @@ TEXT_COMMANDS = {
     "train": "Teach a language model a text and write it as one adapter file.",
     "generate": "Let a language model go on from prompts, with any number of adapters.",
 }
+RUNS_COMMANDS = {"export": "Write the adapter in a checkpoint of a run as an adapter file."}
+_APPS = {"runs": "command"}  # commands that have others below them: the name of the App in their module
 METADATA_COMMANDS = {  # functions of these names with "_entries" behind, as `set` is taken
     "get": "Show the metadata of a safetensors file, or the values of some entries.",
     "set": "Add or replace entries of the metadata of a safetensors file.",
@@ -70,7 +72,8 @@ app = App(
 app.meta.suppress_keyboard_interrupt = False
 for _place, (_name, _help) in enumerate(COMMANDS.items()):
     _home = _name.replace("-", "_")
-    app.command(f"peft_diffusion.cli.{_home}:{_home}", name=_name, help=_help, sort_key=_place)
+    _function = _APPS.get(_name, _home)
+    app.command(f"peft_diffusion.cli.{_home}:{_function}", name=_name, help=_help, sort_key=_place)
 _text = App(name="text", help="The same for language models: teach one a text, and let it write.", sort_key=len(COMMANDS))
 for _place, (_name, _help) in enumerate(TEXT_COMMANDS.items()):
     _text.command(f"peft_diffusion.cli.text:{_name}", name=_name, help=_help, sort_key=_place)

@@ -1,10 +1,11 @@
-"""``peft-diffusion runs``: the runs that there are, or two of them side by side."""
+"""``peft-diffusion runs``: the runs that there are, two of them side by side, and ``runs export``."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cyclopts import App
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -12,6 +13,7 @@ from rich.text import Text
 from ..core.errors import UserError
 from ..core.settings import PARAMETERS, Flag, explained, setting, settle
 from ..training.record.run_record import Record, differing, find, only
+from .app import RUNS_COMMANDS
 from .flags import reads
 from .screen import Screen
 from .terminal import say
@@ -151,3 +153,8 @@ def _table(title: str, records: Sequence[Record], rows: dict[str, list[str]]) ->
     if not rows:
         table.add_row("none", *("" for _ in records))
     return table
+
+
+command = App(name="runs")
+command.default(runs)
+command.command("peft_diffusion.cli.export:export", name="export", help=RUNS_COMMANDS["export"])

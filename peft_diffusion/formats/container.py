@@ -41,6 +41,9 @@ _IN_TORCH = {
     "BF16": "bfloat16", "F16": "float16", "U16": "uint16", "I16": "int16", "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+CHECKPOINT = "peft_diffusion_checkpoint_2"
+"""The metadata entry of a checkpoint of a run, which is no adapter file. The number is of the order in
+which parameters lie in its flat tensors."""
 _LEGACY_START, _LEGACY_END = 0x100000, 0x110000  # the bytes of a file that kohya's older hash is of
 
 

@@ -5,6 +5,7 @@ and hashed once however many of them ask.
 """
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -305,6 +306,11 @@ def planned(
     Raises:
         UserError: It is no adapter, or it is damaged; or it holds nothing that a component or a word could be said of.
     """
+    if container.CHECKPOINT in header.metadata:
+        raise UserError(
+            f"{header.path} is a checkpoint, from which a run goes on, and no adapter; write the adapter in it with:"
+            f" peft-diffusion runs export {shlex.quote(str(header.path))} --output NAME.safetensors"
+        )
     spec = Spec.from_metadata(header.metadata, str(header.path))
     bare, names_of = _unwrapped(header)
     by_layout, nobodys = _by_layout(bare)

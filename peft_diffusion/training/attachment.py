@@ -1,8 +1,10 @@
 """The adapter that a run trains: put on a base's components, named in words, and taken off again."""
 
+import datetime
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from ..core.adapter import Adapter
 from ..core.arena import side_by_side
 from ..core.errors import UserError, did_you_mean
 from ..core.method import Method
+from ..formats import Spec
 from .loop.seeds import global_seed
 from .settings.placements import Placement
 
@@ -169,6 +172,66 @@ def named(method: Method) -> str:
     """
     rank = getattr(method, "rank", None)
     return method.name if rank is None else f"{method.name} of rank {rank}"
+
+
+def triggers(trigger: str, blocks: Sequence[Placement]) -> list[str]:
+    """List the words that call an adapter.
+
+    Args:
+        trigger: The setting; ``{}`` in it stands for a caption.
+        blocks: The placements.
+
+    Returns:
+        The words of the trigger, and those that were taught.
+    """
+    parts = trigger.split("{}")
+    return list(dict.fromkeys((*(words for part in parts if (words := part.strip(" ,;:"))), *new_words(blocks))))
+
+
+def trained(steps: int, seconds: float, before: float | None, after: float | None) -> dict[str, Any]:
+    """Say how an adapter was trained, beside the settings.
+
+    Args:
+        steps: Those done.
+        seconds: That it took.
+        before: The loss on what was kept apart before the first step; None where nothing was.
+        after: That loss of these weights.
+
+    Returns:
+        Entries of the training summary of a spec, with the present time.
+    """
+    return {
+        "steps_done": steps,
+        "seconds": round(seconds, 1),
+        "held_out_loss": after,
+        "held_out_loss_before": before,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def spec_of(
+    parts: Iterable[str],
+    blocks: Sequence[Placement],
+    base: Mapping[str, Any],
+    triggers: Sequence[str],
+    training: Mapping[str, Any],
+    title: str,
+) -> Spec:
+    """Write what an adapter file says of itself.
+
+    Args:
+        parts: The names of the components that carry the adapter.
+        blocks: The placements.
+        base: What is known of the base.
+        triggers: The words that call the adapter.
+        training: The training summary.
+        title: What the file is called.
+
+    Returns:
+        The spec.
+    """
+    methods = {name: [block.spec() for block in blocks if block.component == name] for name in parts}
+    return Spec(methods=methods, base=base, triggers=tuple(triggers), training=training, title=title)
 
 
 @contextmanager

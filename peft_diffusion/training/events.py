@@ -508,9 +508,9 @@ class Preview(Event):
 
 @dataclass(frozen=True)
 class Saved(Event):
-    """A file was written, whole and on the disk: a checkpoint to go on from, or the adapter file."""
+    """A file was written, whole and on the disk: a checkpoint, an adapter file of the way, or that of the run."""
 
-    what: Literal["checkpoint", "adapter"]
+    what: Literal["checkpoint", "on the way", "adapter"]
     step: int
     path: Path
 

@@ -15,7 +15,7 @@ from ..core.events import Event, Observer
 from ..core.settings import flag, pick
 from ..data.captions import with_trigger
 from ..fast.unet import fused
-from .attachment import NAME, new_words, selected_components, with_words
+from .attachment import NAME, selected_components, triggers, with_words
 from .drawing import Drawing
 from .events import Data, LookGains
 from .loop.trainer import Trainer
@@ -216,8 +216,7 @@ class PictureMaterial:
 
     def triggers(self) -> list[str]:
         """The words of the trigger, and those that were taught."""
-        parts = self.config.trigger.split("{}")
-        return list(dict.fromkeys((*(words for part in parts if (words := part.strip(" ,;:"))), *new_words(self.blocks))))
+        return triggers(self.config.trigger, self.blocks)
 
 
 def diffusion_task(prepared: Prepared, blocks: Sequence[Placement], processes: Processes) -> DiffusionTask:

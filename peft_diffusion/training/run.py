@@ -4,7 +4,6 @@ A `Source` knows what is learned from and how that is read; what it opens, a `Ma
 the same for pictures and for text, and stands here once.
 """
 
-import datetime
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +25,10 @@ from ..core.events import Ended, Event, Observer, Observers, Stop, Warned, check
 from ..core.files import claimed, explained
 from ..core.settings import Settings, pick, portable, to_json
 from ..fast.low_rank import Working
+from ..formats.container import title
 from ..formats.file import DTYPES, check
 from ..formats.layout import DEFAULT
-from .attachment import NAME, Attached, at_strength, attach, described
+from .attachment import NAME, Attached, at_strength, attach, described, spec_of, trained
 from .events import Data, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
 from .loop.optimizers import check_optimizer
 from .loop.trainer import Task, Trainer, TrainerSettings, TrainerState
@@ -502,25 +502,41 @@ class _Run(Generic[Result]):
 
     def write(self, base: str, seconds: float) -> Result:
         """Write the adapter file with what is worth knowing of it."""
-        config, measured, outcome = self.material.config, self.trainer.measured, self.outcome
+        config, result = self.material.config, self._result(base, seconds)
+        if self.processes.leads:
+            self._save(config.output, config.save_as, result)
+            self.tell(Saved("adapter", self._kept, config.output))
+        self.processes.wait()
+        return result
+
+    @property
+    def _kept(self) -> int:
+        """The step whose weights the run gives, as far as it is."""
+        return self.outcome.kept if self.outcome else self.trainer.step
+
+    def _result(self, base: str, seconds: float) -> Result:
+        config, measured = self.material.config, self.trainer.measured
         found = RunResult(
             output=config.output,
             run_dir=config.run_dir,
             steps=self.trainer.step,
             seconds=seconds,
             held_out_before=measured.get(0),
-            held_out_after=measured.get(outcome.kept if outcome else self.trainer.step),
+            held_out_after=measured.get(self._kept),
             base_fingerprint=self.material.info.fingerprint,
             base_checksum=base,
             next_command=self.material.next_command(),
-            outcome=outcome,
+            outcome=self.outcome,
         )
-        result = self.material.result(found)
-        if self.processes.leads:
-            _save(config, self.material.parts, self.trainer, self._spec(result))
-            self.tell(Saved("adapter", outcome.kept if outcome else self.trainer.step, config.output))
-        self.processes.wait()
-        return result
+        return self.material.result(found)
+
+    def _save(self, path: Path, layout: str, result: Result) -> None:
+        """Write an adapter file, of the weights that the run gives. Raises UserError where the disk refuses."""
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        config, spec = self.material.config, self._spec(path, result)
+        with self.trainer.final_weights():
+            formats.save(path, self.material.parts, NAME, spec, layout=layout, dtype=DTYPES[config.save_dtype])
 
     def _start(self, resume: bool) -> Started:
         """Begin the run, or go on with it. Raises UserError where settings, data or base are others than it had."""
@@ -589,6 +605,14 @@ class _Run(Generic[Result]):
 
     def _keep(self, state: TrainerState) -> None:
         self.tell(Saved("checkpoint", state.step, self.folder.keep(state)))
+        config = self.material.config
+        if config.keep_last:
+            name = title(config.output)
+            path = self.folder.adapter(name, state.step)
+            layout = config.save_as if name == config.output.stem else DEFAULT  # others' files have one name in any folder
+            self._save(path, layout, self._result("", self.folder.elapsed))
+            self.tell(Saved("on the way", state.step, path))
+            self.folder.thin()
 
     def _outcome(self) -> Outcome:
         """Choose the weights that the run gives, and measure at which strength they serve best; tells both.
@@ -621,25 +645,15 @@ class _Run(Generic[Result]):
             raise ValueError("nothing is kept apart")
         return self.processes.agreed(loss)
 
-    def _spec(self, result: Result) -> formats.Spec:
-        material, config = self.material, self.material.config
-        training = portable(config) | {
+    def _spec(self, path: Path, result: Result) -> formats.Spec:
+        material = self.material
+        training = {
             **material.training(result),
-            "steps_done": result.steps,
-            "seconds": round(result.seconds, 1),
-            "held_out_loss": result.held_out_after,
-            "held_out_loss_before": result.held_out_before,
+            **trained(result.steps, result.seconds, result.held_out_before, result.held_out_after),
             **(result.outcome.training() if result.outcome else {}),
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        blocks = material.blocks
-        return formats.Spec(
-            methods={name: [block.spec() for block in blocks if block.component == name] for name in material.parts},
-            base=asdict(material.info),
-            triggers=tuple(material.triggers()),
-            training=training,
-            title=config.output.stem,
-        )
+        about = portable(material.config) | training
+        return spec_of(material.parts, material.blocks, asdict(material.info), material.triggers(), about, path.stem)
 
 
 def _batch(config: RunSettings) -> int:
@@ -744,11 +758,3 @@ def next_command(command: str, prompt: str, flags: Mapping[str, str | None], mod
     if prompt.startswith("-"):  # which would be read as a flag before the --
         return f"peft-diffusion {command}{given} -- {shlex.quote(prompt)}"
     return f"peft-diffusion {command} {shlex.quote(prompt)}{given}"
-
-
-def _save(config: RunSettings, parts: Mapping[str, nn.Module], trainer: Trainer, spec: formats.Spec) -> None:
-    """Write the adapter file, of the weights that the run gives. Raises UserError where the disk refuses."""
-    with explained(config.output):
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-    with trainer.final_weights():
-        formats.save(config.output, parts, NAME, spec, layout=config.save_as, dtype=DTYPES[config.save_dtype])

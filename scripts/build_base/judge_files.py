@@ -1,7 +1,7 @@
 """The weights of the judges, as safetensors within xz: the whole tree has to stay small enough to travel.
 
-Weights of layers are whole numbers of 7 bits, with one scale per output; what is lost is far below what a judge's training
-leaves open. All else is in halves.
+Weights of layers are whole numbers of 6 bits, with one scale per output, the one that loses least; what is lost is far below
+what a judge's training leaves open. All else is in halves.
 """
 
 import json
@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 _SCALE = ".scale"  # behind the name of a tensor of bytes
-_LARGEST = 63  # of 7 bits
+_LARGEST = 31  # of 6 bits
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -47,7 +47,20 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         if tensor.ndim < 2:
             stored[name] = tensor.half()
             continue
-        largest = tensor.float().abs().amax(tuple(range(1, tensor.ndim)), keepdim=True)
-        scale = (largest / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
-        stored |= {name: (tensor.float() / scale).round().to(torch.int8), name + _SCALE: scale}
+        numbers, scale = _rounded(tensor.float())
+        stored |= {name: numbers, name + _SCALE: scale}
     path.write_bytes(lzma.compress(save(stored, dict(metadata or {}) or None), preset=9 | lzma.PRESET_EXTREME))
+
+
+def _rounded(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers, and for each output the scale that brings them nearest to the tensor."""
+    within = tuple(range(1, tensor.ndim))
+    largest = tensor.abs().amax(within, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    scales = largest * torch.linspace(0.4, 1, 25).view(-1, *[1] * tensor.ndim) / _LARGEST  # the outermost may be cut
+    lost = torch.stack([(_whole(tensor, scale) * scale - tensor).square().sum(within) for scale in scales])
+    scale = scales[lost.argmin(0), torch.arange(len(tensor))]
+    return _whole(tensor, scale).to(torch.int8), scale
+
+
+def _whole(tensor: Tensor, scale: Tensor) -> Tensor:
+    return (tensor / scale).round().clamp(-_LARGEST, _LARGEST)

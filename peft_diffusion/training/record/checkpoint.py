@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ...core import checksums
 from ...core.files import write_bytes
+from ...formats.container import CHECKPOINT
 from ..loop.trainer import Divergence, TrainerState
 
-_KEY = "peft_diffusion_checkpoint_2"  # the number is of the order in which parameters lie in the flat tensors
 _TENSORS = "sha256_of_tensors"
 
 
@@ -82,7 +82,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     told[_TENSORS] = _checksum(tensors)
-    write_bytes(path, save(tensors, {_KEY: json.dumps(checksums.sealed(told))}))
+    write_bytes(path, save(tensors, {CHECKPOINT: json.dumps(checksums.sealed(told))}))
 
 
 def read(path: Path) -> Checkpoint | None:
@@ -112,7 +112,7 @@ def read(path: Path) -> Checkpoint | None:
 
 def _told(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     """What a checkpoint tells beside its tensors; raises ValueError where it is not what was written."""
-    told = checksums.opened(json.loads((metadata or {})[_KEY]))
+    told = checksums.opened(json.loads((metadata or {})[CHECKPOINT]))
     if told is None:
         raise ValueError("the checksum is another")
     return told

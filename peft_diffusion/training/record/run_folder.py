@@ -28,14 +28,16 @@ from .checkpoint import Checkpoint, Origin
 from .measurements import best_step
 
 _ANEW = "; start a new run with another --run-dir, or with --overwrite"
-_CHECKPOINTS, _LOGS = "checkpoints", "logs"
+_CHECKPOINTS, _LOGS, _ADAPTERS = "checkpoints", "logs", "adapters"
 _FILE = "step_{:06}.safetensors"
 _NAME = re.compile(r"step_(\d+)\.safetensors")
+_ADAPTER = re.compile(r".+-(\d{6,})\.safetensors", re.DOTALL)
 # What a run writes, by folder: nothing else is ever deleted.
 _OWN = {
     _CHECKPOINTS: _NAME,
     run_record.PREVIEWS: re.compile(rf"{run_record.PREVIEW.pattern}|sheet\.png|prompts\.json"),
     run_record.THUMBNAILS: re.compile(r"\d{6}\.webp"),
+    _ADAPTERS: _ADAPTER,
     _LOGS: re.compile(r"events\.out\.tfevents\..+"),
     "": re.compile(r"(?:config\.toml|(?:data|run)\.json|metrics\.jsonl|(?:loss|signals)\.png|report\.html)"),
 }
@@ -50,8 +52,9 @@ class RunFolder:
     """Keeps what there is of a run, and finds what an earlier one left.
 
     ``config.toml`` (for ``--config``), ``data.json`` (what is learned from), ``run.json`` (how it stands and what is to be
-    known of it), ``metrics.jsonl``, ``loss.png``, ``signals.png``, ``report.html``, ``previews/``, ``thumbnails/`` and
-    ``checkpoints/``. Every method that writes raises UserError where the disk refuses.
+    known of it), ``metrics.jsonl``, ``loss.png``, ``signals.png``, ``report.html``, ``previews/``, ``thumbnails/``,
+    ``checkpoints/`` and, where they are wanted, ``adapters/``. Every method that writes raises UserError where the
+    disk refuses.
     """
 
     def __init__(self, path: Path, command: str = "train", data: str = "pictures or captions") -> None:
@@ -66,6 +69,7 @@ class RunFolder:
         self.lines = 0  # of the metrics
         self.lost: list[str] = []  # what was found damaged, and what that means, in words
         self._looked: tuple[object, dict[Path, Checkpoint | None]] | None = None  # see `_read_newest`
+        self.kept_adapters = 0  # newest adapter files of the way that stay
         self.kept = 1  # newest checkpoints that stay, beside the best one by the loss on what is kept apart
 
     @property
@@ -304,6 +308,34 @@ class RunFolder:
                 files[step].unlink()
         return path
 
+    def adapter(self, name: str, step: int) -> Path:
+        """Name the adapter file of a step.
+
+        Args:
+            name: What the adapter is called.
+            step: The steps done.
+
+        Returns:
+            The file, which need not be there.
+        """
+        return self.path / _ADAPTERS / f"{name}-{step:06}.safetensors"
+
+    def thin(self) -> None:
+        """Delete adapter files of the way beyond as many of the newest as are to stay.
+
+        Raises:
+            UserError: The disk refuses.
+        """
+        files = self._adapters()
+        with explained(self.path):
+            for step in sorted(files)[: max(0, len(files) - self.kept_adapters)]:
+                files[step].unlink()
+
+    def _adapters(self) -> dict[int, Path]:
+        """Adapter files of the way, by step."""
+        matches = ((_ADAPTER.fullmatch(path.name), path) for path in _listed(self.path / _ADAPTERS))
+        return {int(match[1]): path for match, path in matches if match}
+
     def note(self, **facts: Any) -> None:
         """Keep facts of the run in ``run.json``: see `run_record.Record`.
 
@@ -377,6 +409,7 @@ class RunFolder:
     def _begin(self, config: RunSettings, origin: Origin, plugins: Sequence[str]) -> None:
         self.origin = origin
         self.kept = config.keep_checkpoints
+        self.kept_adapters = config.keep_last
         self.started = time.monotonic()
         with explained(self.path):
             for name, own in _OWN.items():
@@ -423,7 +456,7 @@ class RunFolder:
         told = {line["step"]: line["held_out_loss"] for line in kept if "held_out_loss" in line}
         self.held_out = told if found.measured is None else dict(found.measured)
         with explained(self.path):
-            for later, path in self._files().items():
+            for later, path in [*self._files().items(), *self._adapters().items()]:
                 if later > step:
                     path.unlink()  # damaged, or it would have been the newest
 

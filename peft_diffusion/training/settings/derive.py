@@ -90,7 +90,11 @@ class Derivation:
 
     def fill_from_steps(self) -> None:
         """What follows from the number of steps."""
-        self.fill({"save_every": math.ceil(self.values["steps"] / 6)}, f"from {self.values['steps']} steps")
+        steps = self.values["steps"]
+        if self.values["save_every"] is None:
+            self.fill({"keep_last": 0}, "without --save-every")
+        self.fill({"save_every": math.ceil(steps / 6)}, f"from {steps} steps")
+        self.fill({"keep_last": steps}, f"from {steps} steps")
 
     def put_precision(self, precision: Precision, device: str) -> None:
         """Set what an automatic precision comes to.

@@ -377,6 +377,7 @@ class ResolvedConfig(TrainConfig, Resolved):
     debiased: bool
     keep: Keep
     save_every: int
+    keep_last: int
     preview_every: int
     class_images: int
 

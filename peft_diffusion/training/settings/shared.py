@@ -114,6 +114,8 @@ class RunSettings(Settings, MethodSettings, Protocol):
     @property
     def keep_checkpoints(self) -> int: ...
     @property
+    def keep_last(self) -> int: ...
+    @property
     def patience(self) -> int: ...
     @property
     def cuda_graph(self) -> bool: ...
@@ -179,6 +181,14 @@ class SharedConfig:
         "How many of the newest checkpoints stay, beside the best one; more to compare them, at the cost of disk.",
         WATCH,
         COUNT,
+        free_on_resume=True,
+    )
+    keep_last: int | None = setting(
+        None,
+        "How many of the newest adapter files of the way stay, in adapters/ of the run folder: one is written with each "
+        "checkpoint, and loads as the last one does. By default all where --save-every is given, and else none.",
+        WATCH,
+        NATURAL,
         free_on_resume=True,
     )
     patience: int = setting(

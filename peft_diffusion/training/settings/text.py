@@ -168,6 +168,7 @@ class ResolvedTextConfig(TextTrainConfig, Resolved):
     batch_size: int
     scheduler: Scheduler
     save_every: int
+    keep_last: int
     keep: Keep
 
 
