@@ -67,9 +67,12 @@ class TrainingPictures:
         steps: int,
         guidance: float,
         from_pure_noise: bool,
+        clip_skip: int | None,
     ) -> list[Image.Image]:
         """Draw prompts together, with whatever the pipeline carries."""
-        sampling = GenerateConfig(tuple(prompts), steps=steps, guidance=guidance, device=str(pipe.device))
+        sampling = GenerateConfig(
+            tuple(prompts), steps=steps, guidance=guidance, clip_skip=clip_skip, device=str(pipe.device)
+        )
         scheduler = ending_in_noise(pipe.scheduler) if from_pure_noise else pipe.scheduler
         with drawing(pipe, scheduler):
             drawn: list[Image.Image] = pipe(
