@@ -598,10 +598,10 @@ def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path: Path, 
 def test_captions_over_the_limit_are_named_with_what_is_lost(tmp_path: Path, pictures: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
     (pictures / "red apple a.txt").write_text("apple " * 80 + "dog", "utf-8")
-    config = small(pictures, tmp_path, missing_captions="name", steps=1)
+    config = small(pictures, tmp_path, missing_captions="name", steps=1, max_tokens="75")
     train(config, pipe=make_pipe(), observers=[TrainingConsole(console)])
     said = console.export_text()
-    assert "1 prompts are over 77 tokens" in said and "red apple a.png" in said and "dog" in said
+    assert "1 prompts are over 75 tokens" in said and "red apple a.png" in said and "dog" in said
 
 
 def test_missing_captions_stop_before_anything_is_written(tmp_path: Path, pictures: Path) -> None:

@@ -418,7 +418,9 @@ def _at(where: str) -> Iterator[None]:
 def _change(suffix: str, whole: Whole, module: nn.Module, value: Tensor) -> dict[str, Tensor]:
     """What a module's own weight or bias, or rows of it, lack of that in a file. Raises UserError where they do not fit."""
     if any(one.is_meta for one in module.parameters(recurse=False)):
-        raise UserError("the file holds the weight itself and not its change, which takes the weights of the base")
+        raise UserError(
+            "the file holds the weight itself and not its change, which takes the weights of the base; name it with --base"
+        )
     own = getattr(module, "bias", None) if whole.parameter == "bias" else dense_weight(module)
     if not isinstance(own, Tensor):
         raise UserError(f"the file holds a bias, and the {type(module).__name__} has none")

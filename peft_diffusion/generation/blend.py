@@ -20,6 +20,7 @@ from .generate import cell_recipes
 from .recipe import Recipe
 from .sampler import Cell, paint
 from .settings import BlendConfig, Choice
+from .telling import tell_clip_skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def blend(
         )
         lent = pipe is not None
         with adapted(base, choices, config.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
+            tell_clip_skip(adapters.pipe, [choice.plan for choice in choices if choice.plan], config, tell)
             drawn = draw(adapters, dict(zip(names, choices, strict=True)), config, tell=tell, stop=stop or Never())
         recipes.write_sheet(config.output, drawn.sheet, drawn.recipes)
         tell(SheetMade(config.output))

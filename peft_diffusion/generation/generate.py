@@ -33,6 +33,7 @@ from .recipe import Recipe, UsedAdapter, UsedPicture
 from .sampler import Cell, gives_way, paint, scheduler_of, size
 from .settings import Choice, GenerateConfig, Precision, Sampling
 from .source import Source, check_mask, read_source
+from .telling import tell_clip_skip
 
 # What a recipe leaves to the person who makes its picture again.
 _FREE = frozenset(
@@ -94,6 +95,7 @@ def generate(
         )
         lent = pipe is not None
         with adapted(base, choices, config.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
+            tell_clip_skip(adapters.pipe, [choice.plan for choice in choices if choice.plan], config, tell)
             check_mask(adapters.pipe, source, adapters.base.name)
             strengths = {name: choice.amount for name, choice in zip(names, choices, strict=True)}
             cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]

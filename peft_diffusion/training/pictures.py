@@ -30,7 +30,7 @@ from .settings.derive import resolve
 from .settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
 from .settings.placements import Placement, blocks, plugins_of
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
-from .tasks.preparation import Prepared, check_apart, check_places, items, prepare
+from .tasks.preparation import Prepared, check_apart, check_places, items, prepare, reading_of
 from .watch.previews import PROMPTS, Previews
 
 _PROMPT = 200  # characters of a prompt that is proposed
@@ -230,8 +230,11 @@ def diffusion_task(prepared: Prepared, blocks: Sequence[Placement], processes: P
     Returns:
         The task.
     """
+    reading = reading_of(prepared.config)
     dropout = max(block.method.dropped() for block in blocks)
-    settings = pick(DiffusionSettings, prepared.config, prepared, {"dropout": dropout, "processes": processes})
+    settings = pick(
+        DiffusionSettings, prepared.config, prepared, {"dropout": dropout, "processes": processes, "reading": reading}
+    )
     return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prepared.prior)
 
 

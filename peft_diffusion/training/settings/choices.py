@@ -15,4 +15,5 @@ OptimizerName: TypeAlias = Literal["adamw", "adamw8bit", "prodigy", "schedule-fr
 Memory: TypeAlias = Literal["auto", "low", "off"]
 Keep: TypeAlias = Literal["best", "last"]
 LogWith: TypeAlias = Literal["tensorboard"]
+MaxTokens: TypeAlias = Literal["none", "75", "150", "225"]
 MissingCaptions: TypeAlias = Literal["stop", "name", "empty", "skip"]

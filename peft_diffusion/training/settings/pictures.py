@@ -29,6 +29,7 @@ from .choices import (
     Keep,
     Loss,
     Masks,
+    MaxTokens,
     MissingCaptions,
     Preset,
     PriorTarget,
@@ -100,6 +101,24 @@ class _PictureConfig:
     )
     caption_dropout: float | None = setting(
         None, "Share of captions left empty in training (0 to 1); a little keeps guidance working.", _DATA, WHOLE_SHARE
+    )
+    max_tokens: MaxTokens = setting(
+        "none",
+        "How much of a caption is read: 75, 150 or 225 tokens, and the rest is cut; or all of it, in chunks of 75 (none).",
+        _DATA,
+    )
+    weighted_captions: bool = setting(
+        False,
+        "Read (word:1.3), (word), [word] and BREAK in captions as in prompts; otherwise brackets are letters. The escapes "
+        "\\( and \\) are brackets either way.",
+        _DATA,
+    )
+    clip_skip: int | None = setting(
+        None,
+        "Which layer of the text encoder is learned with, counted from the last, which is 1, as A1111 and kohya count; by "
+        "default the one that the base was trained with: 1, and 2 for Stable Diffusion XL.",
+        _DATA,
+        Range(1, 12),
     )
     wildcards: bool = setting(
         False,

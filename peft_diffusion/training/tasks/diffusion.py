@@ -16,7 +16,7 @@ from ...bases import components, denoiser_of
 from ...bases.denoiser import Conditioning, Denoiser
 from ...bases.noise import prediction_type, zero_terminal
 from ...bases.pipelines import Pipeline
-from ...bases.prompts import Reading, encode_frozen
+from ...bases.prompts import Reading, encode_frozen, together
 from ...core import site
 from ...core.errors import UserError
 from ...data import masks
@@ -31,9 +31,6 @@ from ..machine.processes import Processes
 from ..settings.choices import HuberSchedule, Loss, PriorTarget, TimestepBias
 from . import objective
 from .layer_changes import layer_changes
-
-CAPTIONS = Reading("none", 1)
-"""How captions are read: brackets are letters, and what is behind 75 tokens is cut."""
 
 _DRAWS = 8  # noises and timesteps per held-out picture
 _SEEN = 4  # pictures of those trained on that are measured too: enough to tell learning by heart, and little time
@@ -119,6 +116,7 @@ class DiffusionSettings:
     huber_c: float = 0.1
     huber_schedule: HuberSchedule = "snr"
     debiased: bool = False
+    reading: Reading = field(default_factory=lambda: Reading("none"))
     prior_weight: float = 1.0
     prior_target: PriorTarget = "base"
     dropout: float = 0.0
@@ -160,7 +158,7 @@ class DiffusionTask:
         self.denoiser = denoiser_of(pipe)
         weight = next(self.denoiser.network.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.text = self.denoiser.text.read_as(CAPTIONS)
+        self.text = self.denoiser.text.read_as(settings.reading)
         self.trains_text = any(site.adapters(encoder, name) for encoder in self.text.encoders)
         self.prediction = prediction_type(self.denoiser.prediction)
         self.powers = noise_schedule(self.denoiser, settings.zero_terminal_snr).to(self.device)
@@ -175,14 +173,24 @@ class DiffusionTask:
         apart = self.unseen.captions if self.unseen else ()
         prompts = ["", *(self._plain(caption) for caption in (*self.train.captions, *apart))]
         prompts += [self.prior_rules.plain(caption) for caption in (self.prior.captions if self.prior else ())]
-        return cache_text(prompts, lambda batch: encode_frozen(self.text, batch))
+        return self._encoded_text(prompts)
 
     @cached_property
     def other_embeddings(self) -> TextCache | None:
         """Embeddings of the prompts that leakage is measured on; apart, so that those of the pictures keep their bits."""
         if self.embeddings is None:
             return None
-        return cache_text(_OTHER_PROMPTS, lambda batch: encode_frozen(self.text, batch))
+        return self._encoded_text(_OTHER_PROMPTS)
+
+    def _encoded_text(self, prompts: Sequence[str]) -> TextCache:
+        """Embeddings of prompts, each of its own length."""
+        distinct = list(dict.fromkeys(prompts))
+        lengths = dict(zip(distinct, self.text.chunks(distinct), strict=True))
+        rows: dict[str, tuple[Tensor, ...]] = {}
+        for length in sorted(set(lengths.values())):
+            alike = [prompt for prompt in distinct if lengths[prompt] == length]
+            rows |= cache_text(alike, lambda batch: encode_frozen(self.text, batch))
+        return TextCache(rows)
 
     def inputs(self, step: int, micro: int) -> dict[str, Tensor]:
         """Make what one micro-batch is computed from, all its chance in it.
@@ -214,7 +222,7 @@ class DiffusionTask:
         kept["weights"] *= self.settings.prior_weight
         kept |= {name: found[name] for name in ("shares",) if name in found}  # the class counts as much as what is learned
         # Twice each: the loss is the mean over both, and shall be the sum of the means of each.
-        return {name: torch.cat([tensor, kept[name]]) * (2 if name == "weights" else 1) for name, tensor in found.items()}
+        return {name: tensor * (2 if name == "weights" else 1) for name, tensor in together(found, kept).items()}
 
     def prior_entries(self, bucket: Bucket, step: int, micro: int) -> tuple[int, ...]:
         """Draw the class images of a micro-batch of all processes, without one twice where there are enough.
