@@ -15,6 +15,7 @@ from . import sheet
 from .adapted import adapted
 from .adapters import Adapters
 from .amounts import text_of
+from .distilled import for_few_steps
 from .events import SheetMade
 from .generate import cell_recipes
 from .recipe import Recipe
@@ -55,6 +56,7 @@ def blend(
         of_kind(config, BlendConfig)
         config.check()
         choices = config.choices()
+        config = for_few_steps(config, choices, tell)
         base = load_base(
             config.base if pipe is None else pipe, device=config.device, dtype=config.precision, quantize=config.quantize
         )

@@ -28,6 +28,7 @@ from . import amounts, sheet
 from . import recipe as recipes
 from .adapted import adapted
 from .adapters import Adapters
+from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
 from .recipe import Recipe, UsedAdapter, UsedPicture
 from .sampler import Cell, gives_way, paint, scheduler_of, size
@@ -80,12 +81,14 @@ def generate(
             expected = recipes.read(again)
             _refuse_missing(expected, again)
             config, choices = _again(config, expected, lent=pipe is not None)
+        else:
+            config = for_few_steps(config, choices, tell)
         wanted = [(prompt, seed) for prompt in config.prompts for seed in config.all_seeds()]
         paths = _plan(config.output, config.to_file, wanted)
         _check_kept(config, paths, again)
         source = None
         if config.image is not None:
-            source = read_source(config.image, config.mask, config.strength, config.steps)
+            source = read_source(config.image, config.mask, config.strength, config.taken_steps)
         base = load_base(
             config.base if pipe is None else pipe,
             device=config.device,
@@ -170,6 +173,8 @@ def cell_recipes(
         "seed": 0,
         "width": width,
         "height": height,
+        "steps": sampling.taken_steps,
+        "guidance": sampling.guided_by,
         "scheduler": "ddim" if gives_way(adapters.pipe, scheduler, sampling) else sampling.scheduler,
         "sampler": type(scheduler).__name__,
         "base_name": info.name,
