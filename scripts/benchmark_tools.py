@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 import peft_diffusion as pd
 from peft_diffusion.bases.skeleton import published
 from peft_diffusion.core import targets
+from peft_diffusion.core.reduction import Truncation, reduced_matrix
 from peft_diffusion.formats import container
-from peft_diffusion.tools.reduction import Truncation, reduced_matrix
 
 GIB = 2**30
 RANK, FILES, FROM_RANK = 32, 10, 128

@@ -22,10 +22,10 @@ from ..core import site as sites_of
 from ..core.adapter import LowRank
 from ..core.errors import UserError
 from ..core.parsing import json_value
+from ..core.reduction import Reduced
 from ..formats.planning import Plan
 from ..generation import Adapters
 from ..methods.shared.affine import serves
-from .reduction import Reduced
 from .results import triggers_of
 from .sources import Source, Where
 from .watch import Watch

@@ -18,7 +18,7 @@ from ..core.merge import folded
 from ..formats import container
 from ..formats.container import torch_dtype
 from ..formats.file import DTYPES, bind
-from .changes import change_of, with_weights
+from ..methods.shared.changes import change_of, with_weights
 from .original_names import VAE, Row, bare, laid
 from .results import Made
 from .sources import Source, Where

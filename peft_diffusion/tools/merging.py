@@ -12,13 +12,13 @@ from ..core.adapter import Adapter, LowRank, method_of
 from ..core.errors import FoldError, UserError
 from ..core.events import Noted, Observer
 from ..core.files import at_home
+from ..core.reduction import Truncation, reduced_matrix, reduced_pair, summed
 from ..formats.file import DTYPES
 from ..methods.shared.affine import serves
+from ..methods.shared.changes import Change, exact_pair
 from ..methods.shared.learned_vectors import LearnedVectors
-from .changes import Change, exact_pair
 from .combination import Combination, core_space, knots, linear
 from .into import merge_into
-from .reduction import Truncation, reduced_matrix, reduced_pair, summed
 from .results import Adapters, LayerError, Made, joined_spec, kept_metadata
 from .sources import Source, Where, joined_dtype, open_sources
 from .tool_settings import ALIGNED, MergeConfig

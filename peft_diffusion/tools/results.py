@@ -23,8 +23,8 @@ from ..methods.bitfit import LAYER_BIAS, BitFit
 from ..methods.full import BIAS, WEIGHT, Full
 from ..methods.lora import DOWN, UP, Lora
 from ..methods.shared.affine import serves, weight_shape
+from ..methods.shared.changes import Change
 from ..methods.shared.hyper_parameters import ALPHA
-from .changes import Change
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..formats import Plan
 from ..formats.container import torch_dtype
 from ..formats.file import Bound, bind
 from ..formats.fitting import fitting
-from .changes import Change, change_of, with_weights
+from ..methods.shared.changes import Change, change_of, with_weights
 from .weights import Weights, open_weights
 
 Where = tuple[str, str]

@@ -37,6 +37,7 @@ from ...data.latents import cache_latents
 from ...data.problems import number_of
 from ...data.prompts import instructions, refuse_files
 from ..attachment import check_placements, selected_components, with_words
+from ..beginning import with_rank_of_file
 from ..drawing import Drawing
 from ..events import COLD, IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
 from ..loop.seeds import seed_of
@@ -169,6 +170,7 @@ def prepare(
         UserError: A base, folder or picture cannot be used.
     """
     rules = _checked(config)
+    config = with_rank_of_file(config)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     pipe = _loaded(replace(config, precision=precision), pipe, device, tell, processes)
