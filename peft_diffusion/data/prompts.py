@@ -86,11 +86,12 @@ def instructions(caption: str, *, weighted: bool, wildcards: bool) -> tuple[str,
 _LISTS = frozenset((".txt", ".csv", ".tsv", ".json", ".jsonl", ".toml", ".yaml", ".yml", ".md"))
 
 
-def refuse_files(prompts: Sequence[str]) -> None:
+def refuse_files(prompts: Sequence[str], instead: str = "give each prompt in quotes") -> None:
     """See that no prompt is the name of a file of prompts, as sd-scripts takes it: the name would be drawn.
 
     Args:
         prompts: As they were given.
+        instead: What to do about it.
 
     Raises:
         UserError: One is.
@@ -98,7 +99,7 @@ def refuse_files(prompts: Sequence[str]) -> None:
     for prompt in prompts:
         path = Path(prompt)
         if path.suffix.lower() in _LISTS and len(prompt) < 256 and path.is_file():
-            raise UserError(f"the prompt {prompt!r} is a file, whose lines are not read; give each prompt in quotes")
+            raise UserError(f"the prompt {prompt!r} is a file, whose lines are not read; {instead}")
 
 
 def in_words(prompts: Sequence[str], tell: Observer) -> list[str]:

@@ -51,8 +51,8 @@ class Wildcards:
         """Draw what a prompt leaves open.
 
         Args:
-            prompt: With ``{a|b}``, ``{2$$a|b|c}`` (two of them, with commas), ``{1-2$$ and $$a|b}``, ``{3::a|b}`` (a three times
-                as often), and ``__name__``, in each other, too. Braces of one word are letters, and so are escaped ones.
+            prompt: With ``{a|b}``, ``{2$$a|b|c}`` (two of them, with commas), ``{1-2$$ and $$a|b}``, ``{3::a|b}`` (a three
+                times as often), and ``__name__``, in each other, too. Braces of one word are letters, as escaped ones are.
             seed: The same seed draws the same.
 
         Returns:

@@ -1,6 +1,7 @@
 """What the commands that make pictures can be told: flags, TOML keys and Python arguments in one place. Imports no torch."""
 
 import math
+import re
 from collections.abc import MutableMapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
@@ -29,10 +30,13 @@ from ..core.settings import (
     settings_class,
     settle,
 )
+from ..core.strength_schedule import ByPart
 from ..data.picture_names import CONVERTIBLE, SUFFIXES
+from ..data.prompt_lines import read_prompts
 from ..data.prompts import refuse_files
 from ..formats import Plan, plan
 from ..formats.container import adapter_file, is_pickle, title
+from . import amounts
 from .recipe import check_folder, check_target, read
 
 SchedulerName: TypeAlias = Literal["ddim", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc"]
@@ -60,6 +64,7 @@ class Choice:
         plan: What was parsed of the file, to be passed along; None where it was not yet.
         component: Which component names without one mean; None for nothing said.
         word: What its learned word is called, or which of its words is meant; None for nothing said.
+        parts: What the strength is multiplied by in parts of the base and over the steps; None where it is the same.
     """
 
     path: Path
@@ -67,6 +72,23 @@ class Choice:
     plan: Plan | None = field(default=None, compare=False, repr=False)
     component: str | None = None
     word: str | None = None
+    parts: ByPart | None = None
+
+    @property
+    def amount(self) -> float | ByPart:
+        """How much of it, parts and steps and all."""
+        return self.strength if self.parts is None else self.parts.scaled(self.strength)
+
+    def scaled(self, share: float) -> "Choice":
+        """Choose so much of what was chosen.
+
+        Args:
+            share: What the strength is multiplied by.
+
+        Returns:
+            The choice.
+        """
+        return replace(self, strength=self.strength * share)
 
     def parsed(self) -> Plan:
         """What the file holds, parsed now where it was not yet.
@@ -86,7 +108,7 @@ class Choice:
         """The choice as ``parse_choice`` reads it."""
         component = f"@{self.component}" if self.component else ""
         word = f"{_WORD}{self.word}" if self.word else ""
-        return f"{self.path}{component}{word}={self.strength!r}"
+        return f"{self.path}{component}{word}={','.join(filter(None, (repr(self.strength), amounts.text_of(self.parts))))}"
 
     @property
     def name(self) -> str:
@@ -101,26 +123,31 @@ def parse_choice(text: str) -> Choice:
     word is called, or which of its words is meant.
 
     Args:
-        text: The words. Where a file has all of them as its name, that is meant, = and @ and all.
+        text: The words. Where a file has all of them as its name, that is meant, = and @ and all. A strength is what
+            `amounts.parse` reads.
 
     Returns:
         The file, what of it is meant, and the strength, by default 1.
 
     Raises:
-        UserError: The file is missing, there is no such component, or the strength is no finite number.
+        UserError: The file is missing, there is no such component, or the strength is none.
     """
     if at_home(Path(text)).exists() or "=" not in text:
         return _chosen(text)
-    name, _, amount = text.rpartition("=")
-    try:
-        strength = float(amount)
-    except ValueError:
-        if not at_home(Path(name)).is_file() and not name.lower().endswith(".safetensors"):
-            raise UserError(f"there is no adapter file {text}") from None  # the = is part of a path
-        raise UserError(f"the strength of {name} must be a number, as in {name}=0.8, not {amount!r}") from None
-    if not math.isfinite(strength):
-        raise UserError(f"the strength of {name} must be a finite number, not {amount}")
-    return replace(_chosen(name), strength=strength)
+    ends = [match.start() for match in re.finditer("=", text)]
+    end = next((end for end in reversed(ends) if _is_there(text[:end])), ends[-1])
+    name, told = text[:end], text[end + 1 :]
+    if not _is_there(name) and not name.lower().endswith(".safetensors") and not is_number(told):
+        raise UserError(f"there is no adapter file {text}")  # the = is part of a path
+    strength, parts = amounts.parse(told, name)
+    return replace(_chosen(name), strength=strength, parts=parts)
+
+
+def _is_there(text: str) -> bool:
+    """Whether a text is a file, or one with something said of it."""
+    while "@" in text and not at_home(Path(text)).exists():
+        text = text.rpartition("@")[0]
+    return at_home(Path(text)).exists()
 
 
 def _chosen(text: str) -> Choice:
@@ -160,6 +187,21 @@ def parse_choices(texts: Sequence[str], plans: "MutableMapping[Key, Plan] | None
     return tuple(replace(choice, plan=known.get(choice.key)) for choice in found)
 
 
+def with_plans(choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    """Parse the files of adapters. Pickles, which take torch, are left for later.
+
+    Args:
+        choices: The adapters.
+
+    Returns:
+        The same, with what was parsed.
+
+    Raises:
+        UserError: A file is no adapter.
+    """
+    return tuple(choice if is_pickle(choice.path) else replace(choice, plan=choice.parsed()) for choice in choices)
+
+
 class NamesAdapters:
     """Settings that name adapter files, and keep what was parsed of them for whoever asks next."""
 
@@ -183,12 +225,20 @@ def _existing(text: str) -> Path:
     path = adapter_file(at_home(Path(text)))
     if not path.is_file():
         name, _, strength = text.rpartition(":")
-        hint = f"; a strength follows an =, as in {name}={strength}" if _is_number(strength) and name else ""
+        hint = f"; a strength follows an =, as in {name}={strength}" if is_number(strength) and name else ""
         raise UserError(f"there is no adapter file {path}{hint or if_address(path)}")
     return path
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Tell whether a text is a finite number.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Whether it is.
+    """
     try:
         return math.isfinite(float(text))
     except ValueError:
@@ -205,9 +255,19 @@ class Sampling(NamesAdapters):
     _: KW_ONLY
     adapter: Texts = setting(
         (),
-        "An adapter FILE, or FILE=STRENGTH (1 is as trained); give it again for more.",
+        "An adapter FILE, or FILE=STRENGTH (1 is as trained); give it again for more. A strength also differs between "
+        "parts, as =0.8,te:0.2 (te1, te2, unet), blocks, as =mid:1,up.1:0.5 or =MIDD (those not named get 0), and steps, as "
+        "=0:1,0.6:0; where several say, they multiply.",
         PARAMETERS,
         flag=Flag(aliases=("-a",), default_shown=False),
+    )
+    adapters_dir: OptionalPath = setting(
+        None, "The folder where <lora:NAME:0.8> in a prompt finds NAME.safetensors, also in its subfolders.", PARAMETERS
+    )
+    wildcards_dir: OptionalPath = setting(
+        None,
+        "The folder where __NAME__ in a prompt finds NAME.txt, of whose lines the seed draws one.",
+        PARAMETERS,
     )
     strict: bool = setting(False, "Refuse an adapter file of which a tensor would be left out.", PARAMETERS)
     negative: str = setting("", "What the pictures should not show.", PARAMETERS)
@@ -277,6 +337,12 @@ class GenerateConfig(Sampling):
         PARAMETERS,
         flag=Flag(aliases=("-o",)),
     )
+    prompts_file: OptionalPath = setting(
+        None,
+        "A text file with a prompt a line, each with what is said of it alone, as kohya's trainer reads them: --n NEGATIVE, "
+        "--w WIDTH, --h HEIGHT, --d SEED, --l GUIDANCE, --s STEPS.",
+        PARAMETERS,
+    )
     sheet: OptionalPath = setting(None, "Also draw all pictures as one labelled sheet, into this .png file.", PARAMETERS)
     seed: int = setting(0, "The first seed: it decides the noise that a picture starts from.", PARAMETERS, SEEDS)
     count: int = setting(1, "Pictures of each prompt, with the seeds that follow.", PARAMETERS, COUNT)
@@ -315,10 +381,11 @@ class GenerateConfig(Sampling):
         if self.seeds and (self.count != 1 or self.seed != 0):
             raise UserError("give either seeds, or seed and count")
         check_last_seed(self.seed, self.count)
-        if self.recipe is not None and self.prompts:
+        if self.recipe is not None and (self.prompts or self.prompts_file is not None):
             raise UserError("a recipe brings its own prompt; leave the prompt away")
         if self.recipe is None:
-            _check_prompts(self.prompts)
+            if self.prompts_file is None:
+                _check_prompts(self.prompts)
             check_text(self.negative)
             self._check_source()
 
@@ -333,9 +400,11 @@ class GenerateConfig(Sampling):
             UserError: Files cannot be read or written.
         """
         self.choices()
-        refuse_files(self.prompts)
+        refuse_files(self.prompts, "read it with --prompts-file")
         if self.recipe is not None:
             read(self.recipe)
+        if self.prompts_file is not None:
+            read_prompts(self.prompts_file)
         for path in (self.image, self.mask):
             if path is not None and not path.is_file():
                 raise UserError(f"there is no picture {path}")

@@ -138,7 +138,9 @@ class Shelf:
         known = [*(choice.name for choice in self.given), *map(title, self.files)]
         where = f"in {self.folder} " if self.folder is not None else ""
         hint = "" if self.folder is not None else "; name its file with --adapter, or its folder with --adapters-dir"
-        raise UserError(f"there is no adapter {name!r} {where}for <lora:{name}> in the prompt{did_you_mean(name, known)}{hint}")
+        raise UserError(
+            f"there is no adapter {name!r} {where}for <lora:{name}> in the prompt{did_you_mean(name, known)}{hint}"
+        )
 
     def all_of(self, tags: Iterable[Tag]) -> tuple[Choice, ...]:
         """Find all adapters that prompts name, beside those given.
