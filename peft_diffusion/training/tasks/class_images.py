@@ -84,7 +84,8 @@ def _of_folders(config: ResolvedConfig, tell: Observer) -> list[TrainingImage]:
     tell(DataRead("pictures", tuple(folder.describe()), tuple(map(str, folder.problems)), of_class=True))
     folder.check()
     found = subfolders.apply(folder.pictures)
-    return [one if one.caption else replace(one, caption=(*config.class_prompt, "")[0]) for one in found]
+    usual = next((_caption(prompt, config) for prompt in config.class_prompt), "")
+    return [one if one.caption else replace(one, caption=usual) for one in found]
 
 
 def _drawn(
