@@ -14,6 +14,7 @@ from . import recipe as recipes
 from . import sheet
 from .adapted import adapted
 from .adapters import Adapters
+from .amounts import text_of
 from .events import SheetMade
 from .generate import cell_recipes
 from .recipe import Recipe
@@ -99,7 +100,7 @@ def draw(
     if config.plain:
         mixes = [(0.0,) * len(choices), *mixes]
     columns = [
-        {name: share * choice.strength for share, (name, choice) in zip(mix, choices.items(), strict=True) if share}
+        {name: choice.scaled(share).amount for share, (name, choice) in zip(mix, choices.items(), strict=True) if share}
         for mix in mixes
     ]
     cells = [Cell(prompt, config.seed, strengths) for prompt in config.prompts for strengths in columns]
@@ -143,8 +144,13 @@ def _distinct(paths: Sequence[Path]) -> list[str]:
 def _label(mix: Sequence[float], choices: Sequence[Choice], names: Sequence[str]) -> str:
     """A mix in words: names with their share, and the strength where it is not 1."""
     named = [
-        name + ("" if choice.strength == 1 else f" at {choice.strength:g}") + ("" if share == 1 else f" {share:.0%}")
+        name + _at(choice) + ("" if share == 1 else f" {share:.0%}")
         for share, choice, name in zip(mix, choices, names, strict=True)
         if share
     ]
     return "\n".join(named) or "no adapter"
+
+
+def _at(choice: Choice) -> str:
+    told = [*([] if choice.strength == 1 else [f"{choice.strength:g}"]), *filter(None, [text_of(choice.parts)])]
+    return f" at {','.join(told)}" if told else ""
