@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .core.errors import UserError
     from .core.plugins import load_plugin
     from .formats import Inspection, Spec, inspect
-    from .generation import Adapters, Schedule
+    from .generation import Adapters, ByPart, Schedule
     from .generation.blend import Blend, blend
     from .generation.generate import Picture, generate
     from .generation.settings import BlendConfig, GenerateConfig
@@ -44,6 +44,7 @@ __all__ = [
     "Adapters",
     "Blend",
     "BlendConfig",
+    "ByPart",
     "ConvertConfig",
     "Converted",
     "ExportConfig",
@@ -95,6 +96,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "Adapters": "generation",
             "Blend": "generation.blend",
             "BlendConfig": "generation.settings",
+            "ByPart": "generation",
             "ExportConfig": "training.settings.export",
             "ExtractConfig": "tools.tool_settings",
             "ConvertConfig": "tools.settings",

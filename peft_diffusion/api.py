@@ -6,7 +6,8 @@ The commands call these, and so does Python: ``import peft_diffusion as pd; pd.t
 from typing import TYPE_CHECKING
 
 from .core.settings import of_kind
-from .generation.while_training import TrainingPictures
+from .generation.settings import parse_choices
+from .generation.while_training import TrainingPictures, beside
 from .training import run
 from .training.pictures import PictureSource, searched
 from .training.settings.pictures import TrainConfig
@@ -46,7 +47,8 @@ def train(
         Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
     of_kind(config, TrainConfig)
-    return run.train(PictureSource(config, pipe, TrainingPictures()), observers, stop)
+    parse_choices(config.freeze_others)  # before anything is loaded
+    return run.train(PictureSource(config, pipe, TrainingPictures()), beside, observers, stop)
 
 
 def find_rates(
@@ -75,7 +77,8 @@ def find_rates(
         Interrupted: The search was stopped. It is a KeyboardInterrupt.
     """
     of_kind(config, TrainConfig)
-    return run.find_rates(PictureSource(searched(config), pipe, TrainingPictures()), observers, stop)
+    parse_choices(config.freeze_others)  # before anything is loaded
+    return run.find_rates(PictureSource(searched(config), pipe, TrainingPictures()), beside, observers, stop)
 
 
 def train_text(
@@ -102,7 +105,8 @@ def train_text(
         Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
     of_kind(config, TextTrainConfig)
-    return run.train(TextSource(config, base), observers, stop)
+    parse_choices(config.freeze_others)  # before anything is loaded
+    return run.train(TextSource(config, base), beside, observers, stop)
 
 
 def find_text_rates(
@@ -131,4 +135,5 @@ def find_text_rates(
         Interrupted: The search was stopped. It is a KeyboardInterrupt.
     """
     of_kind(config, TextTrainConfig)
-    return run.find_rates(TextSource(config, base), observers, stop)
+    parse_choices(config.freeze_others)  # before anything is loaded
+    return run.find_rates(TextSource(config, base), beside, observers, stop)

@@ -22,7 +22,7 @@ from peft_diffusion.core.errors import FoldError, UserError
 from peft_diffusion.core.method import Method
 from peft_diffusion.core.registry import Registry
 from peft_diffusion.core.slot import slot_of
-from peft_diffusion.core.strength import Amount, Strengths
+from peft_diffusion.core.strength import OverSteps, Strengths
 from peft_diffusion.core.strength_schedule import Schedule
 from peft_diffusion.methods.bitfit import BitFit
 from peft_diffusion.methods.bottleneck import Bottleneck
@@ -122,7 +122,7 @@ class Case:
         self.attach(name)
         randomize(self.model, name, seed)
 
-    def strength(self, value: Amount, name: str = "a") -> None:
+    def strength(self, value: OverSteps, name: str = "a") -> None:
         """Set the strength."""
         strengths_of(self.model).write({name: value})
 

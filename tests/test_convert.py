@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_pipe
 from laws import LACKING, METHODS, randomize
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -169,6 +170,18 @@ def test_tensors_that_are_not_understood_are_refused_or_left_out_as_asked(tmp_pa
     with pytest.raises(UserError, match=r"would not be used whole: .*lora_unet_nowhere"):
         run(source, tmp_path / "b.safetensors")
     assert len(load_file(run(source, tmp_path / "b.safetensors", partial=True))) == 6
+
+
+def test_a_module_that_peft_saved_whole_becomes_its_change(tiny_base: Path, tmp_path: Path) -> None:
+    pipe: Any = make_pipe()
+    wrapped: Any = get_peft_model(pipe.unet, LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["conv_in"]))
+    before = pipe.unet.conv_in.original_module.weight.detach().clone()
+    with torch.no_grad():
+        wrapped.base_model.model.conv_in.modules_to_save["default"].weight.add_(0.5)
+    wrapped.save_pretrained(str(tmp_path / "peft"))
+    source = tmp_path / "peft" / "adapter_model.safetensors"
+    there = load_file(run(source, tmp_path / "a.safetensors", base=str(tiny_base)))
+    assert torch.allclose(there["lora_unet_conv_in.diff"], torch.full_like(before, 0.5), atol=1e-6)
 
 
 def word_file(path: Path, tensors: dict[str, Tensor]) -> Path:

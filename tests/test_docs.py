@@ -322,6 +322,7 @@ def test_the_readme_is_short() -> None:
 def test_every_command_is_shown() -> None:
     assert {" ".join(name) for name in COMMANDS} == {
         *application.COMMANDS,
+        *(f"runs {name}" for name in application.RUNS_COMMANDS),
         *(f"text {name}" for name in application.TEXT_COMMANDS),
         *(f"metadata {name}" for name in application.METADATA_COMMANDS),
     }

@@ -127,7 +127,7 @@ class Watched:
             "cache": folder / "cache",
         }
         changes |= {"held_out": 0.3, "steps": 10, "save_every": 5, "log_every": 5, "missing_captions": "name"}
-        changes |= {"unet_lr": 0.3, "keep": "best", "clip": 0.0}
+        changes |= {"unet_lr": 0.3, "keep": "best", "clip": 0.0, "max_tokens": "75"}
         changes |= {"preview_steps": 1, "preview_every": 5, "preview_prompts": ("a cat", "a dog"), "scheduler": "constant"}
         self.config = small(pictures, folder, **changes)
         with TrainingConsole(self.console) as console:
@@ -171,7 +171,7 @@ def test_what_is_found_before_the_first_step_is_told(watched: Watched) -> None:
     prompts = only(PromptsMade, told).prompts
     assert len(prompts) == 10 and LONG in prompts
     (long, *others) = of(Warned, told)
-    assert "over 77 tokens" in long.message and len(long.details) == 1 and "dog" in long.details[0]
+    assert "over 75 tokens" in long.message and len(long.details) == 1 and "dog" in long.details[0]
     assert [warning.message for warning in others] == ([watched.outcome.warning] if watched.outcome.warning else [])
     pictures = only(ClassPictures, told)
     assert pictures.count == 2 and len(list(pictures.folder.glob("*.png"))) == 2

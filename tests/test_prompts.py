@@ -7,21 +7,35 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
+from safetensors import safe_open
+from test_training import draw_pictures, small
 from torch import Tensor
 
 from peft_diffusion import formats
+from peft_diffusion.api import train
 from peft_diffusion.bases import denoiser_of
 from peft_diffusion.bases.prompt_syntax import Part, escaped, is_plain, parse, words
 from peft_diffusion.bases.prompts import Reading, alike
+from peft_diffusion.bases.prompts import together as prompts_together
 from peft_diffusion.bases.taught import learned
 from peft_diffusion.bases.words import teach, with_initial_tokens
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.events import Event, Noted, Warned
 from peft_diffusion.generation import Adapters
+from peft_diffusion.generation.generate import generate
 from peft_diffusion.generation.sampler import Cell, paint
-from peft_diffusion.generation.settings import Sampling
+from peft_diffusion.generation.settings import GenerateConfig, Sampling
+from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.methods import method
 from peft_diffusion.methods.prompt import SoftPrompt
 from peft_diffusion.methods.tokens import Tokens
+from peft_diffusion.training.attachment import NAME
+from peft_diffusion.training.machine.processes import Processes
+from peft_diffusion.training.pictures import diffusion_task
+from peft_diffusion.training.settings.placements import blocks
+from peft_diffusion.training.tasks.diffusion import DiffusionTask
+from peft_diffusion.training.tasks.preparation import prepare
 
 torch.set_num_threads(1)
 START, END = 0, 1
@@ -259,3 +273,87 @@ def test_a_trigger_with_brackets_is_read_as_it_was_learned(tmp_path: Path) -> No
     adapters.load(tmp_path / "w.safetensors")
     letters = drawn(pipe, r"\[V\] cat")[0]
     assert difference(drawn(pipe, "[V] cat")[0], letters) == 0 < difference(before, letters)
+
+
+LONG_CAPTION = "a red apple, a blue cat " * 14
+
+
+def test_captions_of_any_length_are_learned_as_they_are_drawn(tmp_path: Path) -> None:
+    folder = draw_pictures(tmp_path / "pictures")
+    captions = [LONG_CAPTION, r"a (red) cat \(ink\)", "a dog", LONG_CAPTION * 2, "a [flat:2) style", ""]
+    for picture, caption in zip(sorted(folder.glob("*.png")), captions, strict=True):
+        picture.with_suffix(".txt").write_text(caption, "utf-8")
+    told: list[Event] = []
+
+    def task(**changes: Any) -> DiffusionTask:
+        pipe = with_means(make_pipe())
+        config = small(folder, tmp_path, missing_captions="empty", **changes)
+        prepared = prepare(config, pipe, told.append, TrainingPictures())
+        parts = {"unet": pipe.unet, **({"text_encoder": pipe.text_encoder} if len(config.components) > 1 else {})}
+        for part in parts.values():
+            site.attach(part, NAME, method("lora", rank=2))
+        return diffusion_task(prepared, blocks(prepared.config), Processes())
+
+    whole = task()
+    assert whole.embeddings is not None
+    lengths = {prompt: whole.embeddings[prompt][0].shape[0] // 77 for prompt in whole.embeddings}
+    assert [lengths[one.strip()] for one in captions] == [2, 1, 1, 3, 1, 1]
+    literal = denoiser_of(whole.pipe).text.read_as(Reading("none"))
+    with torch.no_grad():
+        (expected,) = literal.encode([LONG_CAPTION.strip()])
+    assert torch.equal(whole.embeddings[LONG_CAPTION.strip()][0], expected[0])
+    together = whole.embeddings.stack([captions[2], LONG_CAPTION.strip()])[0]
+    assert together.shape == (2, 154, 32) and torch.equal(together[0, :77], together[0, 77:])
+    # Both ways of telling a batch of several lengths give the same loss: cached, and encoded at each step.
+    trained = task(components="unet,text_encoder")
+    assert trained.embeddings is None
+    for step in range(3):
+        losses = [one.loss(one.inputs(step, 0)).item() for one in (whole, trained)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    # Brackets are letters unless they are asked for; an escaped one is a bracket in any case.
+    bracket = make_pipe().tokenizer("a (red) cat (ink)", padding="max_length", return_tensors="pt").input_ids
+    assert torch.equal(trained.text.tokenized([captions[1]])["ids_0"], bracket)
+    weighted = task(weighted_captions=True)
+    assert weighted.embeddings is not None
+    assert (weighted.embeddings[captions[1]][0] - by_a1111(weighted.pipe, captions[1])[0][0]).abs().max() < 1e-5
+    assert not [event for event in told if isinstance(event, Warned) and "what comes after" in event.message]
+    cut = task(max_tokens="150")
+    assert cut.embeddings is not None and cut.embeddings[(LONG_CAPTION * 2).strip()][0].shape[0] == 154
+    (warned,) = [event for event in told if isinstance(event, Warned) and "what comes after" in event.message]
+    assert "1 prompts are over 150 tokens" in warned.message
+
+
+def test_pictures_of_the_class_stand_beside_captions_of_other_lengths(tmp_path: Path) -> None:
+    one = {"hidden": torch.ones(1, 154, 2), "ids_0": torch.ones(1, 77), "emphasis_0": torch.full((1, 77), 2.0)}
+    other = {"hidden": torch.zeros(2, 231, 2), "ids_0": torch.zeros(2, 154)}
+    found = prompts_together(one, other)
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        "hidden": (3, 462, 2), "ids_0": (3, 154), "emphasis_0": (3, 154)
+    }  # fmt: skip
+    assert found["emphasis_0"].tolist() == [[2.0] * 154, *[[1.0] * 154] * 2]
+
+
+@pytest.mark.slow
+def test_clip_skip_of_a_run_is_in_its_file_and_told_where_another_layer_draws(tmp_path: Path) -> None:
+    folder = draw_pictures(tmp_path / "pictures")
+    asked = {"missing_captions": "name", "steps": 1, "clip_skip": 2, "max_tokens": "225", "preview_steps": 1}
+    pipe: Any = make_pipe()
+    result = train(small(folder, tmp_path, **asked), pipe=pipe)
+    with safe_open(result.output, "pt") as file:
+        told = file.metadata()
+    assert (told["ss_clip_skip"], told["ss_max_token_length"]) == ("2", "225")
+    notes: list[Event] = []
+    drawn = {}
+    for skip in (None, 2):
+        config = GenerateConfig(
+            ("a cat",), adapter=(str(result.output),), clip_skip=skip, steps=2, output=tmp_path / f"{skip}.png", device="cpu"
+        )
+        (drawn[skip],) = generate(config, pipe=make_pipe(), observers=[notes.append])
+    said = [event.message for event in notes if isinstance(event, Noted) and "clip skip" in event.message]
+    assert len(said) == 1 and "was trained with clip skip 2, and 1 draws; --clip-skip 2 draws as it was" in said[0]
+    assert difference(drawn[None].image, drawn[2].image) > 0
+    assert drawn[2].recipe.clip_skip == 2 and "Clip skip: 2" in drawn[2].recipe.parameters()
+    (again,) = generate(
+        GenerateConfig(recipe=tmp_path / "2.png", output=tmp_path / "again.png", device="cpu"), pipe=make_pipe()
+    )
+    assert difference(again.image, drawn[2].image) == 0

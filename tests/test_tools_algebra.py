@@ -7,8 +7,8 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from peft_diffusion.core.adapter import LowRank
+from peft_diffusion.core.reduction import Truncation, reduced_matrix, reduced_pair, summed
 from peft_diffusion.tools.combination import Combination, core_space, knots, linear
-from peft_diffusion.tools.reduction import Truncation, reduced_matrix, reduced_pair, summed
 
 STRENGTHS = (0.7, -0.4, 1.1)
 

@@ -18,6 +18,11 @@ Encoding: TypeAlias = tuple[Tensor, ...]
 prompt, (prompts, width). The tokens are those of one chunk, or of several, one after the other."""
 
 
+CHUNK = 75
+"""Tokens of a chunk of CLIP, without those that mark start and end."""
+_OF_PROMPTS = ("ids_", "mask_", "emphasis_", "hidden")  # what names of tensors of prompts begin with
+
+
 @dataclass(frozen=True)
 class Reading:
     """How prompts are read.
@@ -309,6 +314,29 @@ def _weighed(hidden: Tensor, emphasis: Tensor, empty: Tensor | None) -> Tensor:
     weighed = hidden * factors
     before, after = (one.float().mean((1, 2), keepdim=True) for one in (hidden, weighed))
     return weighed * torch.where(after == 0, 1, before / after).to(hidden.dtype)
+
+
+def together(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put the inputs of two batches into one.
+
+    Args:
+        one: Tensors by name, (batch, ...) each; prompts as tokens or hidden states.
+        other: The same names; weights of tokens may be in one alone.
+
+    Returns:
+        The rows of the first, then those of the second, prompts of the least common number of tokens.
+    """
+    names = [*one, *(name for name in other if name not in one)]
+    found = {}
+    for name in names:
+        pair = [batch[name] if name in batch else _plain(name, batch) for batch in (one, other)]
+        found[name] = torch.cat(alike(pair) if name.startswith(_OF_PROMPTS) else pair)
+    return found
+
+
+def _plain(name: str, batch: Mapping[str, Tensor]) -> Tensor:
+    """The weights of tokens of which none has one."""
+    return torch.ones_like(batch[name.replace("emphasis", "ids")], dtype=torch.float32)
 
 
 @torch.no_grad()

@@ -168,6 +168,24 @@ class Adapter(KeepsPrecision):
         """Its parameters by how many times their component's learning rate they are trained with."""
         return {1.0: list(self.parameters())}
 
+    @torch.no_grad()
+    def begin_as(self, other: "Adapter") -> float | None:
+        """Take over what another adapter of the same site is, before this one is trained.
+
+        Args:
+            other: The other, which is bound to the site.
+
+        Returns:
+            The Frobenius norm of what is left out over that of the whole, 0 where all is taken over; None where this adapter
+            cannot be what the other one is, and stays as it was.
+        """
+        own, theirs = dict(self.named_parameters()), dict(other.named_parameters())
+        if type(self) is not type(other) or _shapes(own) != _shapes(theirs) or not _alike(self, other):
+            return None
+        for name, parameter in own.items():
+            parameter.copy_(theirs[name])
+        return 0.0
+
     def state(self) -> dict[str, Tensor]:
         """Give the tensors that a file holds.
 
@@ -317,6 +335,16 @@ class AdapterDict(nn.Module):
     def items(self) -> list[tuple[str, Adapter]]:
         """Names and adapters, in the order of attachment."""
         return [(name, self[name]) for name in self._modules]
+
+
+def _shapes(parameters: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in parameters.items()}
+
+
+def _alike(one: Adapter, other: Adapter) -> bool:
+    """Whether two of a kind have the same of all that is not trained, such as their scales."""
+    fixed = [{name: tensor for name, tensor in each.state().items() if not tensor.requires_grad} for each in (one, other)]
+    return fixed[0].keys() == fixed[1].keys() and all(torch.equal(fixed[0][name], fixed[1][name]) for name in fixed[0])
 
 
 def float32_parameter(tensor: Tensor) -> nn.Parameter:

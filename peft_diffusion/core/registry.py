@@ -7,7 +7,7 @@ from torch import nn
 from .component import ComponentState
 from .errors import UserError, did_you_mean
 from .slot import state_of
-from .strength_schedule import Schedule
+from .strength_schedule import Schedule, Timed
 
 
 class Registry:
@@ -50,9 +50,9 @@ class Registry:
         return tuple(sorted(first, key=first.__getitem__))
 
     @property
-    def schedules(self) -> dict[str, Schedule]:
+    def schedules(self) -> dict[str, Schedule | Timed]:
         """The strengths that change over the steps, by the name of the adapter."""
-        found: dict[str, Schedule] = {}
+        found: dict[str, Schedule | Timed] = {}
         for state in self.states().values():
             found = state.strengths.schedules | found
         return {name: found[name] for name in self.names if name in found}

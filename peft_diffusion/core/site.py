@@ -276,7 +276,7 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) 
     modules = {path: component.get_submodule(path) for path in built}
     for path, module in modules.items():
         _check_free(path, module)
-    blocks = targets.blocks(component)
+    blocks = targets.blocks(component, parts=True)
     _check_one_state(component, blocks.names)
     state = state or ComponentState(blocks.names, _device(component))
     state.add(name)

@@ -5,19 +5,88 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from .adapter import KeepsPrecision
+from .block_names import shown, unknown, weighed
 from .errors import UserError, did_you_mean
-from .strength_schedule import Schedule
+from .strength_schedule import ByPart, Schedule, Timed
 
 Strength: TypeAlias = "float | Sequence[float] | Tensor | Mapping[str, float | Sequence[float]]"
 """A number; one number per image; or either per block, by the block's name (blocks not named get 0)."""
-Amount: TypeAlias = "Strength | Schedule"
-"""A strength, or a schedule of strengths over the steps of a generation."""
+OverSteps: TypeAlias = "Strength | Schedule | Timed"
+"""A strength of one component, or a schedule of them over the steps of a generation."""
+Amount: TypeAlias = "OverSteps | ByPart | Sequence[float | ByPart]"
+"""A strength, a schedule, or what differs between components, blocks and steps, also for each image."""
+
+
+def of_component(amount: Amount, component: str, blocks: Sequence[str]) -> OverSteps:
+    """Say what an amount is for one component.
+
+    Args:
+        amount: The amount.
+        component: The name of the component.
+        blocks: Its blocks.
+
+    Returns:
+        The same, without what is said of parts.
+    """
+    if isinstance(amount, ByPart):
+        parts = [amount]
+    elif isinstance(amount, (list, tuple)) and any(isinstance(one, ByPart) for one in amount):
+        parts = [one if isinstance(one, ByPart) else ByPart(one) for one in amount]
+    else:
+        return cast(OverSteps, amount)
+    found = Timed(tuple((one.on(component, blocks), one.steps) for one in parts))
+    return found if over_steps(amount) else found.mean
+
+
+def over_steps(amount: Amount) -> bool:
+    """Tell whether an amount changes over the steps.
+
+    Args:
+        amount: The amount.
+
+    Returns:
+        Whether it does.
+    """
+    many = amount if isinstance(amount, (list, tuple)) else [amount]
+    return any(isinstance(one, (Schedule, Timed)) or (isinstance(one, ByPart) and one.steps is not None) for one in many)
+
+
+def named_blocks(amount: Amount) -> Mapping[str, object]:
+    """Tell which blocks an amount names.
+
+    Args:
+        amount: The amount.
+
+    Returns:
+        By name.
+    """
+    many = amount if isinstance(amount, (list, tuple)) else [amount]
+    found: dict[str, object] = {}
+    for one in many:
+        found |= one.blocks if isinstance(one, ByPart) else one if isinstance(one, Mapping) else {}
+    return found
+
+
+def refuse_unknown(wanted: Mapping[str, object], blocks: Sequence[str]) -> None:
+    """See that blocks are there.
+
+    Args:
+        wanted: By the names that a person gave.
+        blocks: Those that there are.
+
+    Raises:
+        UserError: One is not.
+    """
+    lost = unknown(wanted, blocks)
+    if lost:
+        near = did_you_mean(lost[0], blocks)
+        raise UserError(f"there is no block {', '.join(map(str, lost))}; there are: {shown(blocks)}{near}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +124,7 @@ class Strengths(KeepsPrecision):
         super().__init__()
         self.blocks = tuple(blocks)
         self.names: list[str] = []
-        self.schedules: dict[str, Schedule] = {}  # of those whose strength changes over the steps
+        self.schedules: dict[str, Schedule | Timed] = {}  # of those whose strength changes over the steps
         self._active: frozenset[str] = frozenset()
         self.full: frozenset[str] = frozenset()  # those with a strength of 1 everywhere, known without asking the device
         self.changes = 0  # how often anything but the step was changed, which ends what threads know of their steps
@@ -89,7 +158,7 @@ class Strengths(KeepsPrecision):
         self._active -= {name}
         self.full -= {name}
 
-    def write(self, amounts: Mapping[str, Amount]) -> None:
+    def write(self, amounts: Mapping[str, OverSteps]) -> None:
         """Set the strengths of the adapters named; the others keep theirs.
 
         Args:
@@ -101,12 +170,12 @@ class Strengths(KeepsPrecision):
                 images, or the adapters are merged. Nothing is changed then.
         """
         rows = self._planned(amounts)
-        schedules = {name: amount for name, amount in amounts.items() if isinstance(amount, Schedule)}
+        schedules = {name: amount for name, amount in amounts.items() if isinstance(amount, (Schedule, Timed))}
         self.schedules = {name: one for name, one in self.schedules.items() if name not in amounts} | schedules
         self.changes += 1
         self._put(rows)
 
-    def check(self, amounts: Mapping[str, Amount]) -> None:
+    def check(self, amounts: Mapping[str, OverSteps]) -> None:
         """Raise as `write` does, and change nothing.
 
         Args:
@@ -138,7 +207,7 @@ class Strengths(KeepsPrecision):
         step = _steps.present
         return step if step is not None and step.owner() is self and step.change == self.changes else None
 
-    def _planned(self, amounts: Mapping[str, Amount]) -> list[Tensor]:
+    def _planned(self, amounts: Mapping[str, OverSteps]) -> list[Tensor]:
         """The strengths of every adapter, each (blocks, images) or (blocks, 1). Raises as ``write`` does."""
         unknown = [name for name in amounts if name not in self.names]
         if unknown:
@@ -146,7 +215,7 @@ class Strengths(KeepsPrecision):
             raise UserError(f"no adapter {', '.join(unknown)} is attached; there are: {there}{near}")
         if self.merged:
             raise UserError("the adapters are merged into the weights; unmerge them before you change a strength")
-        plain = {name: one.mean if isinstance(one, Schedule) else one for name, one in amounts.items()}
+        plain = {name: one.mean if isinstance(one, (Schedule, Timed)) else one for name, one in amounts.items()}
         rows = [self._rows(name, plain[name]) if name in plain else self._kept(name) for name in self.names]
         counts = {row.shape[1] for row in rows} - {1}
         if len(counts) > 1:
@@ -263,11 +332,12 @@ class Strengths(KeepsPrecision):
     def _rows(self, name: str, strength: Strength) -> Tensor:
         """A strength as (blocks, images), images being 1 where it does not say."""
         if isinstance(strength, Mapping):
-            unknown = [block for block in strength if block not in self.blocks]
-            if unknown:
-                named, near = ", ".join(map(str, unknown)), did_you_mean(unknown[0], self.blocks)
-                raise UserError(f"there is no block {named}; there are: {', '.join(self.blocks)}{near}")
-            per_block = [self._images(name, strength.get(block, 0.0)) for block in self.blocks]
+            meant = {block: block for block in self.blocks if block in strength}
+            if not len(meant) == len(strength) == len(self.blocks):
+                refuse_unknown(strength, self.blocks)
+                meant = weighed(strength, self.blocks)
+            amounts = [strength[meant[block]] if block in meant else 0.0 for block in self.blocks]
+            per_block = [self._images(name, amount) for amount in amounts]
             images = max(len(row) for row in per_block)
             rows = torch.stack([row.expand(images) if len(row) in (1, images) else self._ragged(name) for row in per_block])
         else:

@@ -12,15 +12,17 @@ class TargetTable:
 
     Attributes:
         targets: Regular expressions that the paths of modules match in full, by the name of the target.
-        block: A regular expression for the paths of modules in blocks, the parts that take a strength of their own. Its
-            first group is the name of the block. By default there are none.
+        block: A regular expression for the paths of modules in blocks. Its first group is the name of the block. By default
+            there are none.
         layers: Classes of modules that can be computed again in the backward pass, and sharded, one by one. Those of
             transformers that say so themselves are known without.
+        part: The same for what takes a strength of its own, where that is finer; its names are paths within the blocks.
     """
 
     targets: Mapping[str, str]
     block: str = r"(?!)"
     layers: tuple[str, ...] = ()
+    part: str = ""
 
 
 _UNET = TargetTable(
@@ -37,6 +39,7 @@ _UNET = TargetTable(
     },
     r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\b.*",
     ("BasicTransformerBlock", "ResnetBlock2D"),
+    r"(conv_in|mid_block|(?:down|up)_blocks\.\d+(?:\.\w+\.\d+)?)\b.*",
 )
 _CLIP = TargetTable(
     {

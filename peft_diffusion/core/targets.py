@@ -83,16 +83,18 @@ def modules(component: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in component.named_modules() if module not in ours}
 
 
-def blocks(component: nn.Module) -> Blocks:
+def blocks(component: nn.Module, *, parts: bool = False) -> Blocks:
     """List the blocks of a component, in the order of its modules; whatever lies in none is in ``other``.
 
     Args:
         component: The module to look in.
+        parts: Whether to list the parts of blocks that take a strength of their own.
 
     Returns:
         The blocks.
     """
-    pattern = table(component).block
+    own = table(component)
+    pattern = (own.part if parts else "") or own.block
     found = (re.fullmatch(pattern, path) for path in modules(component))
     return Blocks((*dict.fromkeys(match[1] for match in found if match), OTHER_BLOCK), pattern)
 

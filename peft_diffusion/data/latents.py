@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peft_diffusion.bases.prompts import alike
 from peft_diffusion.core import checksums
 from peft_diffusion.core.errors import UserError
 
@@ -376,13 +377,19 @@ class TextCache(Mapping[str, tuple[Tensor, ...]]):
             prompts: Prompts that were encoded.
 
         Returns:
-            (batch, ...) each.
+            (batch, ...) each; hidden states of prompts of several lengths are repeated to one: see `bases.prompts.alike`.
 
         Raises:
             KeyError: A prompt was not encoded.
         """
-        rows = [self._rows[prompt] for prompt in prompts]
-        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        columns = zip(*(self._rows[prompt] for prompt in prompts), strict=True)
+        return tuple(_stacked(column) for column in columns)
+
+
+def _stacked(column: Sequence[Tensor]) -> Tensor:
+    if len({one.shape for one in column}) == 1:
+        return torch.stack(tuple(column))
+    return torch.cat(alike([one[None] for one in column]))
 
 
 @torch.no_grad()

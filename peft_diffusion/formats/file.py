@@ -418,7 +418,9 @@ def _at(where: str) -> Iterator[None]:
 def _change(suffix: str, whole: Whole, module: nn.Module, value: Tensor) -> dict[str, Tensor]:
     """What a module's own weight or bias, or rows of it, lack of that in a file. Raises UserError where they do not fit."""
     if any(one.is_meta for one in module.parameters(recurse=False)):
-        raise UserError("the file holds the weight itself and not its change, which takes the weights of the base")
+        raise UserError(
+            "the file holds the weight itself and not its change, which takes the weights of the base; name it with --base"
+        )
     own = getattr(module, "bias", None) if whole.parameter == "bias" else dense_weight(module)
     if not isinstance(own, Tensor):
         raise UserError(f"the file holds a bias, and the {type(module).__name__} has none")
@@ -533,6 +535,12 @@ def _warnings(planned: Plan, left: Mapping[str, str], pipe: AnyBase) -> tuple[st
         found.append(
             f"{path} was trained with zero terminal SNR: generate and blend draw so; elsewhere take a scheduler of"
             ' rescale_betas_zero_snr=True and timestep_spacing="trailing", or pictures are as light and dark as before'
+        )
+    predicted, here = (spec.base.get("prediction_type") if spec else None), getattr(describe(pipe), "prediction_type", None)
+    if predicted and here and predicted != here:
+        found.append(
+            f"{path} was trained on a base that predicts {predicted}, and this one says {here}; --prediction, and in Python"
+            " load_base(..., prediction=...), say otherwise where the base is the same"
         )
     made_for = spec.base.get("fingerprint") if spec else None
     if spec and made_for and describe(pipe).fingerprint not in ("", made_for):

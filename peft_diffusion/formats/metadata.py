@@ -43,6 +43,7 @@ _SS_KEYS: dict[str, str] = {
     "ss_num_reg_images": "class_pictures",
     "ss_max_grad_norm": "clip",
     "ss_caption_dropout_rate": "caption_dropout",
+    "ss_clip_skip": "clip_skip",
     "ss_training_started_at": "started_at",
     "ss_training_finished_at": "finished_at",
     "ss_tag_frequency": "tag_frequency",
@@ -111,6 +112,8 @@ def of_kohya(spec: Spec, kernels: bool) -> dict[str, str]:
         The metadata of every layout, and ``ss_*``.
     """
     found: dict[str, Any] = {key: spec.training.get(name) for key, name in _SS_KEYS.items()}
+    most = spec.training.get("max_tokens")
+    found["ss_max_token_length"] = int(most) if most in ("150", "225") else None  # where sd-scripts has none, it reads 75
     family = families.find(str(spec.base.get("family", "")))
     version = _version(spec, family)
     found |= {

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 from functools import cache
-from typing import TypeAlias
 
 from ..bases import family as families
-from ..bases.family import Component
+from ..bases.family import Component, Family
 
 LYCORIS = "lycoris_"
 """What LyCORIS outside of kohya's trainer begins every name with, whatever model it is on: the path tells which."""
@@ -20,13 +19,30 @@ _COMPILED, _PARALLEL = "_orig_mod.", "module."  # what torch.compile and Distrib
 _IN_TEXT_MODEL = ("encoder", "embeddings", "final_layer_norm")
 
 
-Rows: TypeAlias = tuple[tuple[Component, ...], ...]
-"""The components of each family that is known now. What is made of them is kept, as it is asked for with every name."""
+class Rows(tuple[tuple[Component, ...], ...]):
+    """The components of each family that is known now. What is made of them is kept, as it is asked for with every name.
+
+    The same families are the same object, so that what is kept is found without comparing all of them.
+    """
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+_known: tuple[tuple[Family, ...], Rows] = ((), Rows())
 
 
 def known_rows() -> Rows:
     """List the components of each family, with families that were registered a moment ago."""
-    return tuple(family.components for family in families.every())
+    global _known
+    now, (before, rows) = families.every(), _known
+    if len(now) != len(before) or any(one is not other for one, other in zip(now, before, strict=True)):
+        rows = Rows(family.components for family in now)
+        _known = now, rows
+    return rows
 
 
 def rows() -> list[Component]:

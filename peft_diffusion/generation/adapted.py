@@ -42,7 +42,7 @@ def adapted(
         try:
             names = []
             for choice in choices:
-                names.append(adapters.load(choice.parsed(), None, choice.strength, strict=strict, warn=_teller(tell)))
+                names.append(adapters.load(choice.parsed(), None, choice.amount, strict=strict, warn=_teller(tell)))
                 _tell_triggers(adapters, names[-1], prompts, tell)
             yield adapters, names
         finally:

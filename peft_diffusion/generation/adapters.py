@@ -18,12 +18,13 @@ from ..bases.pipelines import Pipeline
 from ..bases.words import teach
 from ..core import merge as merging
 from ..core import site as sites
+from ..core.block_names import weighed
 from ..core.changes import one_at_a_time
-from ..core.errors import UserError, did_you_mean
+from ..core.errors import UserError
 from ..core.files import at_home
 from ..core.registry import Registry
-from ..core.strength import Amount
-from ..core.strength_schedule import Schedule
+from ..core.strength import Amount, OverSteps, named_blocks, of_component, over_steps, refuse_unknown
+from ..core.strength_schedule import Schedule, Timed
 from ..formats import Coverage, Plan, Spec
 from ..formats.container import adapter_file, title
 from . import watch
@@ -113,7 +114,7 @@ class Adapters:
         return self._registry.names
 
     @property
-    def schedules(self) -> dict[str, Schedule]:
+    def schedules(self) -> dict[str, Schedule | Timed]:
         """The strengths that change over the steps, by the name of the adapter."""
         return self._registry.schedules
 
@@ -203,7 +204,7 @@ class Adapters:
         """Set strengths by name, as ``set(ink=0.6)`` or ``set({"ink": 0.6})``; adapters not named keep theirs.
 
         Args:
-            amounts: A number, one for each image, either by block, or a ``Schedule``, by the name of the adapter.
+            amounts: By the name of the adapter: a number, one for each image, either by block, a ``Schedule``, a ``ByPart``.
             more: The same.
 
         Raises:
@@ -215,15 +216,15 @@ class Adapters:
         for name in wanted:
             registry.carriers(name)
         registry.refuse_merged("change a strength")
-        schedules = [name for name, amount in wanted.items() if isinstance(amount, Schedule)]
+        schedules = [name for name, amount in wanted.items() if over_steps(amount)]
         if schedules and isinstance(self.pipe, LanguageModel):
             raise UserError(f"{', '.join(schedules)}: a schedule runs over denoising steps, which text does not have")
-        everywhere = {block for state in registry.states().values() for block in state.strengths.blocks}
+        everywhere = list(dict.fromkeys(b for state in registry.states().values() for b in state.strengths.blocks))
         stepping, _ = network_of(self.pipe) or (None, None)  # what runs once a step; the others keep a schedule's mean
         planned = []
         for component, state in registry.states().items():
             own = {name: amount for name, amount in wanted.items() if name in state.entries}
-            chosen = _known_blocks(own, state.strengths.blocks, everywhere)
+            chosen = _known_blocks(own, component, state.strengths.blocks, everywhere)
             state.strengths.check(chosen)
             planned.append((component, state.strengths, chosen))
         for component, strengths, chosen in planned:
@@ -329,17 +330,17 @@ class Adapters:
         return next(name for name in candidates if name not in taken)
 
 
-def _known_blocks(amounts: Mapping[str, Amount], own: tuple[str, ...], everywhere: set[str]) -> dict[str, Amount]:
-    """Strengths per block, with the blocks of other components left out. Raises UserError for one that is unknown
+def _known_blocks(
+    amounts: Mapping[str, Amount], component: str, own: tuple[str, ...], everywhere: list[str]
+) -> dict[str, OverSteps]:
+    """Strengths for a component, with the blocks of other components left out. Raises UserError for a block that is unknown
     everywhere."""
-    chosen: dict[str, Amount] = {}
-    for name, amount in amounts.items():
+    chosen: dict[str, OverSteps] = {}
+    for name, given in amounts.items():
+        refuse_unknown(named_blocks(given), everywhere)
+        amount = of_component(given, component, own)
         if isinstance(amount, Mapping) and not isinstance(amount, Tensor):
-            unknown = sorted(str(block) for block in set(amount) - everywhere)
-            if unknown:
-                there, near = ", ".join(sorted(everywhere)), did_you_mean(unknown[0], everywhere)
-                raise UserError(f"there is no block {', '.join(unknown)}; there are: {there}{near}")
-            amount = {block: value for block, value in amount.items() if block in own}
+            amount = {block: value for block, value in amount.items() if weighed({block: value}, own)}
         chosen[name] = amount
     return chosen
 

@@ -14,11 +14,13 @@ from . import recipe as recipes
 from . import sheet
 from .adapted import adapted
 from .adapters import Adapters
+from .amounts import text_of
 from .events import SheetMade
 from .generate import cell_recipes
 from .recipe import Recipe
 from .sampler import Cell, paint
 from .settings import BlendConfig, Choice
+from .telling import tell_clip_skip
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,15 @@ def blend(
         config.check()
         choices = config.choices()
         base = load_base(
-            config.base if pipe is None else pipe, device=config.device, dtype=config.precision, quantize=config.quantize
+            config.base if pipe is None else pipe,
+            device=config.device,
+            dtype=config.precision,
+            quantize=config.quantize,
+            prediction=config.prediction,
         )
         lent = pipe is not None
         with adapted(base, choices, config.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
+            tell_clip_skip(adapters.pipe, [choice.plan for choice in choices if choice.plan], config, tell)
             drawn = draw(adapters, dict(zip(names, choices, strict=True)), config, tell=tell, stop=stop or Never())
         recipes.write_sheet(config.output, drawn.sheet, drawn.recipes)
         tell(SheetMade(config.output))
@@ -93,7 +100,7 @@ def draw(
     if config.plain:
         mixes = [(0.0,) * len(choices), *mixes]
     columns = [
-        {name: share * choice.strength for share, (name, choice) in zip(mix, choices.items(), strict=True) if share}
+        {name: choice.scaled(share).amount for share, (name, choice) in zip(mix, choices.items(), strict=True) if share}
         for mix in mixes
     ]
     cells = [Cell(prompt, config.seed, strengths) for prompt in config.prompts for strengths in columns]
@@ -137,8 +144,13 @@ def _distinct(paths: Sequence[Path]) -> list[str]:
 def _label(mix: Sequence[float], choices: Sequence[Choice], names: Sequence[str]) -> str:
     """A mix in words: names with their share, and the strength where it is not 1."""
     named = [
-        name + ("" if choice.strength == 1 else f" at {choice.strength:g}") + ("" if share == 1 else f" {share:.0%}")
+        name + _at(choice) + ("" if share == 1 else f" {share:.0%}")
         for share, choice, name in zip(mix, choices, names, strict=True)
         if share
     ]
     return "\n".join(named) or "no adapter"
+
+
+def _at(choice: Choice) -> str:
+    told = [*([] if choice.strength == 1 else [f"{choice.strength:g}"]), *filter(None, [text_of(choice.parts)])]
+    return f" at {','.join(told)}" if told else ""

@@ -21,10 +21,11 @@ from ..core import plugins
 from ..core.errors import UserError
 from ..core.events import Ended, Never, Observer, Stop, Warned, observed
 from ..core.settings import of_kind, pick, settings_of
+from ..core.strength_schedule import ByPart
 from ..formats import Plan, plan
 from ..formats.container import sha256
+from . import amounts, sheet
 from . import recipe as recipes
-from . import sheet
 from .adapted import adapted
 from .adapters import Adapters
 from .events import PictureMade, SheetMade
@@ -32,6 +33,7 @@ from .recipe import Recipe, UsedAdapter, UsedPicture
 from .sampler import Cell, gives_way, paint, scheduler_of, size
 from .settings import Choice, GenerateConfig, Precision, Sampling
 from .source import Source, check_mask, read_source
+from .telling import tell_clip_skip
 
 # What a recipe leaves to the person who makes its picture again.
 _FREE = frozenset(
@@ -90,11 +92,13 @@ def generate(
             dtype=config.precision,
             quantize=config.quantize,
             download=named,
+            prediction=config.prediction,
         )
         lent = pipe is not None
         with adapted(base, choices, config.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
+            tell_clip_skip(adapters.pipe, [choice.plan for choice in choices if choice.plan], config, tell)
             check_mask(adapters.pipe, source, adapters.base.name)
-            strengths = {name: choice.strength for name, choice in zip(names, choices, strict=True)}
+            strengths = {name: choice.amount for name, choice in zip(names, choices, strict=True)}
             cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
             source = None if source is None else source.fitted(adapters.base, config.width, config.height)
             told = _from(source, config, cell_recipes(adapters, cells, config, source))
@@ -213,7 +217,7 @@ def _from(source: Source | None, config: GenerateConfig, told: Sequence[Recipe])
     return [replace(one, image=image, mask=mask, strength=source.strength) for one in told]
 
 
-def _used(adapters: Adapters, strengths: Mapping[str, float]) -> tuple[UsedAdapter, ...]:
+def _used(adapters: Adapters, strengths: Mapping[str, float | ByPart]) -> tuple[UsedAdapter, ...]:
     """What a recipe says of adapters. Raises UserError for one that no file holds."""
     used = []
     for name, strength in strengths.items():
@@ -221,7 +225,9 @@ def _used(adapters: Adapters, strengths: Mapping[str, float]) -> tuple[UsedAdapt
         if loaded.path is None or loaded.sha256 is None:
             raise UserError(f"the adapter {name!r} was attached without a file, so no recipe can name it; save and load it")
         said = loaded.component or "", loaded.word or ""
-        used.append(UsedAdapter(str(loaded.path), loaded.sha256, float(strength), loaded.data_sha256, *said))
+        whole = strength.strength if isinstance(strength, ByPart) else strength
+        parts = amounts.text_of(strength) if isinstance(strength, ByPart) else ""
+        used.append(UsedAdapter(str(loaded.path), loaded.sha256, float(whole), loaded.data_sha256, *said, parts))
     return tuple(used)
 
 
@@ -305,13 +311,14 @@ def _given(config: GenerateConfig, recipe: Recipe) -> dict[str, Plan]:
     files: dict[str, Plan] = {}
     for text, choice in zip(config.adapter, config.choices(), strict=True):
         found = choice.parsed()
-        strengths = [used.strength for used in recipe.adapters if used.sha256 == found.sha256]
+        strengths = [(used.strength, used.parts) for used in recipe.adapters if used.sha256 == found.sha256]
         if not strengths:
             raise UserError(f"the recipe of {config.recipe} has no adapter {choice.path}; leave that away, or the recipe")
-        if Path(text) != choice.path and choice.strength not in strengths:
+        if Path(text) != choice.path and (choice.strength, amounts.text_of(choice.parts)) not in strengths:
+            (strength, parts), asked = strengths[0], amounts.text_of(choice.parts)
             raise UserError(
-                f"the recipe of {config.recipe} has {choice.path} at strength {strengths[0]:g}, not {choice.strength:g};"
-                " leave the strength away, or the recipe"
+                f"the recipe of {config.recipe} has {choice.path} at strength {strength:g}{parts and ','}{parts}, not"
+                f" {choice.strength:g}{asked and ','}{asked}; leave the strength away, or the recipe"
             )
         files.setdefault(found.sha256, found)
     return files
@@ -328,7 +335,8 @@ def _find(used: UsedAdapter, files: Mapping[str, Plan]) -> Choice:
     component, word = used.component or None, used.word or None
     if (found.component, found.word) != (component, word):
         found = plan(found.path, component=component, word=word)
-    return Choice(found.path, used.strength, found, component, word)
+    _, parts = amounts.parse(used.parts, used.path) if used.parts else (1.0, None)
+    return Choice(found.path, used.strength, found, component, word, parts)
 
 
 def _there(used: UsedAdapter) -> Plan | None:

@@ -16,6 +16,7 @@ from ..core.files import written_aside
 from ..core.parsing import json_value, refusing
 from ..data.prompts import words_of
 from ..formats.container import title
+from . import amounts
 
 KEY = "peft_diffusion"  # the text chunk that holds it, as JSON
 VERSION = 1
@@ -38,7 +39,8 @@ class UsedAdapter:
     """An adapter of a picture: where its file was, what was in it, how much of it was applied.
 
     ``data_sha256`` is the digest of its tensors alone, by which A1111 and kohya know it; "" in recipes that lack it.
-    ``component`` and ``word`` are what was said of its names and words; "" for nothing.
+    ``component`` and ``word`` are what was said of its names and words; "" for nothing. ``parts`` is what the strength is
+    multiplied by in parts of the base and over the steps, as ``--adapter`` takes it; "" for nothing.
     """
 
     path: str
@@ -47,6 +49,7 @@ class UsedAdapter:
     data_sha256: str = ""
     component: str = ""
     word: str = ""
+    parts: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Recipe:
     prompt_weights: str | None = None
     clip_skip: int | None = None
     zero_negative: bool | None = None
+    prediction: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; plug-ins and the digest of the base's file where there are."""
@@ -128,7 +132,9 @@ class Recipe:
         if not all(isinstance(adapter, dict) for adapter in known["adapters"]):
             raise ValueError("an adapter is of another type")
         used = [UsedAdapter(**adapter) for adapter in known["adapters"]]
-        texts = [text for one in used for text in (one.path, one.sha256, one.data_sha256, one.component, one.word)]
+        texts = [
+            text for one in used for text in (one.path, one.sha256, one.data_sha256, one.component, one.word, one.parts)
+        ]
         if not all(isinstance(text, str) for text in texts) or not all(isinstance(one.strength, float) for one in used):
             raise ValueError("an adapter is of another type")
         pictures = {name: UsedPicture(**known[name]) for name in ("image", "mask") if known[name] is not None}
@@ -167,7 +173,7 @@ class Recipe:
         here are letters there.
         """
         named = list(zip(_names(self.adapters), self.adapters, strict=True))
-        loras = "".join(f" <lora:{name}:{used.strength:g}>" for name, used in named)
+        loras = "".join(f" <lora:{name}:{_strengths(used)}>" for name, used in named)
         hashes = ", ".join(f"{name}: {used.data_sha256[:12]}" for name, used in named if used.data_sha256)
         words: tuple[str, ...] = (words_of(self.prompt).text, words_of(self.negative).text)
         if self.prompt_weights == "none":
@@ -188,6 +194,14 @@ class Recipe:
         }
         lines = [prompt + loras, *([f"Negative prompt: {negative}"] if negative else [])]
         return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items())])
+
+
+def _strengths(used: UsedAdapter) -> str:
+    """A strength as A1111 has it: of the text encoders and of the UNet, where these differ; it has no blocks and steps."""
+    _, parts = amounts.parse(used.parts, used.path) if used.parts else (1.0, None)
+    shares = {} if parts is None else parts.components
+    text, network = (used.strength * shares.get(name, 1.0) for name in ("text_encoder", "unet"))
+    return f"{text:g}" if text == network else f"{text:g}:{network:g}"
 
 
 def _names(adapters: Sequence[UsedAdapter]) -> list[str]:
@@ -214,7 +228,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "strength": (float, int, type(None)), "guidance_stop": (float, int, type(None)),
     "sampler_options": (dict, type(None)), "vae": (str, type(None)),
     "prompt_2": (str, type(None)), "prompt_weights": (str, type(None)), "clip_skip": (int, type(None)),
-    "zero_negative": (bool, type(None)),
+    "zero_negative": (bool, type(None)), "prediction": (str, type(None)),
 }  # fmt: skip
 
 

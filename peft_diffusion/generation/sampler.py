@@ -16,6 +16,8 @@ from ..bases.pipelines import Pipeline, drawing, end_guidance, guided_tensors
 from ..bases.schedulers import SCHEDULERS
 from ..core.errors import UserError
 from ..core.events import Never, Observer, Observers, Progress, Stop, Warned, check_stop
+from ..core.strength import Amount
+from ..core.strength_schedule import ByPart
 from ..data.images import MAX_PIXELS
 from ..data.prompts import in_words
 from .adapters import Adapters
@@ -39,7 +41,7 @@ class Cell:
 
     prompt: str
     seed: int
-    strengths: Mapping[str, float] | None
+    strengths: Mapping[str, float | ByPart] | None
 
 
 def size(info: BaseInfo, sampling: Sampling, source: Source | None = None) -> tuple[int, int]:
@@ -322,4 +324,5 @@ def _set_strengths(adapters: Adapters, batch: Sequence[Cell]) -> None:
         return
     wanted = {name: [strengths.get(name, 0.0) for strengths in named] for name in adapters.names}
     # All at once: adapters that still had strengths for a batch of another size would not agree with the first.
-    adapters.set({name: values if len(set(values)) > 1 else values[0] for name, values in wanted.items()})
+    amounts: dict[str, Amount] = {name: values[0] if len(set(values)) == 1 else values for name, values in wanted.items()}
+    adapters.set(amounts)

@@ -1,6 +1,7 @@
 """What the commands that make pictures can be told: flags, TOML keys and Python arguments in one place. Imports no torch."""
 
 import math
+import re
 from collections.abc import MutableMapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ..bases import family as families
+from ..bases.asked import AskedPrediction
 from ..bases.prompt_syntax import Weights
 from ..core.errors import UserError
 from ..core.files import at_home, if_address
@@ -29,10 +31,12 @@ from ..core.settings import (
     settings_class,
     settle,
 )
+from ..core.strength_schedule import ByPart
 from ..data.picture_names import CONVERTIBLE, SUFFIXES
 from ..data.prompts import refuse_files
 from ..formats import Plan, plan
 from ..formats.container import adapter_file, is_pickle, title
+from . import amounts
 from .recipe import check_folder, check_target, read
 
 SchedulerName: TypeAlias = Literal["ddim", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc"]
@@ -60,6 +64,7 @@ class Choice:
         plan: What was parsed of the file, to be passed along; None where it was not yet.
         component: Which component names without one mean; None for nothing said.
         word: What its learned word is called, or which of its words is meant; None for nothing said.
+        parts: What the strength is multiplied by in parts of the base and over the steps; None where it is the same.
     """
 
     path: Path
@@ -67,6 +72,23 @@ class Choice:
     plan: Plan | None = field(default=None, compare=False, repr=False)
     component: str | None = None
     word: str | None = None
+    parts: ByPart | None = None
+
+    @property
+    def amount(self) -> float | ByPart:
+        """How much of it, parts and steps and all."""
+        return self.strength if self.parts is None else self.parts.scaled(self.strength)
+
+    def scaled(self, share: float) -> "Choice":
+        """Choose so much of what was chosen.
+
+        Args:
+            share: What the strength is multiplied by.
+
+        Returns:
+            The choice.
+        """
+        return replace(self, strength=self.strength * share)
 
     def parsed(self) -> Plan:
         """What the file holds, parsed now where it was not yet.
@@ -86,7 +108,7 @@ class Choice:
         """The choice as ``parse_choice`` reads it."""
         component = f"@{self.component}" if self.component else ""
         word = f"{_WORD}{self.word}" if self.word else ""
-        return f"{self.path}{component}{word}={self.strength!r}"
+        return f"{self.path}{component}{word}={','.join(filter(None, (repr(self.strength), amounts.text_of(self.parts))))}"
 
     @property
     def name(self) -> str:
@@ -101,26 +123,31 @@ def parse_choice(text: str) -> Choice:
     word is called, or which of its words is meant.
 
     Args:
-        text: The words. Where a file has all of them as its name, that is meant, = and @ and all.
+        text: The words. Where a file has all of them as its name, that is meant, = and @ and all. A strength is what
+            `amounts.parse` reads.
 
     Returns:
         The file, what of it is meant, and the strength, by default 1.
 
     Raises:
-        UserError: The file is missing, there is no such component, or the strength is no finite number.
+        UserError: The file is missing, there is no such component, or the strength is none.
     """
     if at_home(Path(text)).exists() or "=" not in text:
         return _chosen(text)
-    name, _, amount = text.rpartition("=")
-    try:
-        strength = float(amount)
-    except ValueError:
-        if not at_home(Path(name)).is_file() and not name.lower().endswith(".safetensors"):
-            raise UserError(f"there is no adapter file {text}") from None  # the = is part of a path
-        raise UserError(f"the strength of {name} must be a number, as in {name}=0.8, not {amount!r}") from None
-    if not math.isfinite(strength):
-        raise UserError(f"the strength of {name} must be a finite number, not {amount}")
-    return replace(_chosen(name), strength=strength)
+    ends = [match.start() for match in re.finditer("=", text)]
+    end = next((end for end in reversed(ends) if _is_there(text[:end])), ends[-1])
+    name, told = text[:end], text[end + 1 :]
+    if not _is_there(name) and not name.lower().endswith(".safetensors") and not is_number(told):
+        raise UserError(f"there is no adapter file {text}")  # the = is part of a path
+    strength, parts = amounts.parse(told, name)
+    return replace(_chosen(name), strength=strength, parts=parts)
+
+
+def _is_there(text: str) -> bool:
+    """Whether a text is a file, or one with something said of it."""
+    while "@" in text and not at_home(Path(text)).exists():
+        text = text.rpartition("@")[0]
+    return at_home(Path(text)).exists()
 
 
 def _chosen(text: str) -> Choice:
@@ -183,12 +210,20 @@ def _existing(text: str) -> Path:
     path = adapter_file(at_home(Path(text)))
     if not path.is_file():
         name, _, strength = text.rpartition(":")
-        hint = f"; a strength follows an =, as in {name}={strength}" if _is_number(strength) and name else ""
+        hint = f"; a strength follows an =, as in {name}={strength}" if is_number(strength) and name else ""
         raise UserError(f"there is no adapter file {path}{hint or if_address(path)}")
     return path
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Tell whether a text is a finite number.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Whether it is.
+    """
     try:
         return math.isfinite(float(text))
     except ValueError:
@@ -205,7 +240,9 @@ class Sampling(NamesAdapters):
     _: KW_ONLY
     adapter: Texts = setting(
         (),
-        "An adapter FILE, or FILE=STRENGTH (1 is as trained); give it again for more.",
+        "An adapter FILE, or FILE=STRENGTH (1 is as trained); give it again for more. A strength also differs between "
+        "parts, as =0.8,te:0.2 (te1, te2, unet), blocks, as =mid:1,up.1:0.5 or =MIDD (those not named get 0), and steps, as "
+        "=0:1,0.6:0; where several say, they multiply.",
         PARAMETERS,
         flag=Flag(aliases=("-a",), default_shown=False),
     )
@@ -248,6 +285,9 @@ class Sampling(NamesAdapters):
     height: int | None = setting(None, "In pixels; by default the base's resolution.", PARAMETERS, _SIDE, unit="pixels")
     batch_size: int = setting(4, "Pictures computed at once; the pictures do not depend on it.", PARAMETERS, COUNT)
     base: str = setting("icons", 'The embedded base "icons", a diffusers folder, a checkpoint file or a hub id.', PARAMETERS)
+    prediction: AskedPrediction = setting(
+        "auto", "What the base predicts, epsilon or v, where its files do not say it or say it wrongly.", PARAMETERS
+    )
     device: str = setting("auto", "Such as cpu, cuda or mps; by default the fastest there is.", PARAMETERS)
     precision: Precision = setting(
         "auto", "Of the base; by default float32 on a CPU and a half precision elsewhere.", PARAMETERS

@@ -12,6 +12,8 @@ from ..bases.pipelines import Pipeline
 from ..bases.prompt_syntax import is_plain
 from ..bases.prompts import Encoding, Reading, TextSide, alike
 from ..core.errors import UserError
+from ..core.events import Noted, Observer
+from ..formats import Plan
 from .adapters import Adapters
 from .settings import Sampling
 
@@ -101,6 +103,24 @@ class Telling:
         pipe: Any = self.pipe
         others = None if second is None else [second] * len(prompts)
         return self.text.encode(prompts, others, getattr(pipe, "_execution_device", None))
+
+
+def tell_clip_skip(pipe: Pipeline, plans: Sequence[Plan], asked: Sampling, tell: Observer) -> None:
+    """Tell of adapters that were trained with another layer of the text encoder than draws.
+
+    Args:
+        pipe: The pipeline.
+        plans: What the adapters' files hold.
+        asked: How prompts are read.
+        tell: Is told.
+    """
+    used = asked.clip_skip or denoiser_of(pipe).text.usual_clip_skip
+    for plan in plans:
+        told = plan.header.metadata.get("ss_clip_skip") or (plan.spec.training.get("clip_skip") if plan.spec else None)
+        if str(told).isdecimal() and int(str(told)) != used:
+            tell(
+                Noted(f"{plan.path} was trained with clip skip {told}, and {used} draws; --clip-skip {told} draws as it was")
+            )
 
 
 def triggers(adapters: Adapters) -> list[str]:

@@ -1,16 +1,57 @@
 """Pictures that are drawn while a run learns: previews, and pictures of a subject's class. `training` is given this."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from PIL import Image
 
+from ..bases.base import Base
 from ..bases.pipelines import Pipeline, drawing
+from ..core.events import Observer, Warned
 from . import sheet as sheets
 from .adapters import Adapters
 from .sampler import Cell, ending_in_noise, paint, whole_picture
-from .settings import GenerateConfig
+from .settings import GenerateConfig, parse_choices
 from .telling import Telling
+
+
+@contextmanager
+def beside(base: Base, files: Sequence[str], tell: Observer) -> Iterator[list[dict[str, Any]]]:
+    """Attach adapters for as long as a run trains another one beside them.
+
+    Args:
+        base: A pipeline or a language model.
+        files: ``FILE`` or ``FILE=STRENGTH`` each.
+        tell: Is told what should be known of the files.
+
+    Yields:
+        The name, the SHA-256 and the strength of each.
+
+    Raises:
+        UserError: A file is missing, is no adapter or does not fit the base.
+    """
+    choices = parse_choices(files)
+    if not choices:
+        yield []
+        return
+    adapters, names = Adapters(base), list[str]()
+
+    def warn(message: str) -> None:
+        tell(Warned(message))
+
+    try:
+        told = []
+        for number, choice in enumerate(choices, 1):
+            name = f"beside_{number}"
+            adapters.load(choice.parsed(), name, choice.strength, warn=warn)
+            names.append(name)
+            told.append({"file": choice.path.name, "sha256": adapters[name].sha256, "strength": choice.strength})
+        yield told
+    finally:
+        for name in names:
+            adapters.remove(name)
 
 
 class TrainingPictures:
@@ -26,9 +67,12 @@ class TrainingPictures:
         steps: int,
         guidance: float,
         from_pure_noise: bool,
+        clip_skip: int | None,
     ) -> list[Image.Image]:
         """Draw prompts together, with whatever the pipeline carries."""
-        sampling = GenerateConfig(tuple(prompts), steps=steps, guidance=guidance, device=str(pipe.device))
+        sampling = GenerateConfig(
+            tuple(prompts), steps=steps, guidance=guidance, clip_skip=clip_skip, device=str(pipe.device)
+        )
         scheduler = ending_in_noise(pipe.scheduler) if from_pure_noise else pipe.scheduler
         with drawing(pipe, scheduler):
             drawn: list[Image.Image] = pipe(

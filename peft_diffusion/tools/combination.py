@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import LowRank
-from .reduction import summed
+from ..core.reduction import summed
 
 Rule: TypeAlias = Literal["ties", "dare-ties", "dare-linear", "magnitude"]
 How: TypeAlias = Literal["linear", "svd", "ties", "dare-ties", "dare-linear", "magnitude", "knots", "core-space"]

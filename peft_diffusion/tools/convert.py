@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from ..bases import components as parts_of_base
+from ..bases import describe, load_base
+from ..bases.base import AnyBase
 from ..bases.skeleton import PUBLISHED
 from ..core.adapter import Adapter
 from ..core.errors import UserError, did_you_mean
@@ -76,7 +78,10 @@ def convert(config: ConvertConfig, *, observers: Sequence[Observer] = ()) -> Con
 
 def _copied(config: ConvertConfig, found: Plan, watch: Watch) -> Converted:
     """The same numbers under other names."""
-    base = fitting(found, config.base)
+    weighed = config.base is not None and config.base not in PUBLISHED
+    whole = any(one.place.whole is not None for _, _, site in found.each() for one in site.sources)
+    base: AnyBase = load_base(str(config.base), dtype="float32") if whole and weighed else fitting(found, config.base)
+    info = describe(base)
     loaded = load(found, base, strict=not config.partial)
     for warning in loaded.warnings:
         watch.tell(Warned(warning))
@@ -88,14 +93,14 @@ def _copied(config: ConvertConfig, found: Plan, watch: Watch) -> Converted:
             adapter.bind(parts[component].get_submodule(path))
     file = write(
         config.output,
-        Content(adapters, {name: parts[name] for name in adapters}, _spec(found, base.info.family, adapters)),
+        Content(adapters, {name: parts[name] for name in adapters}, _spec(found, info.family, adapters)),
         layout=config.to,
         dtype=None if config.dtype is None else DTYPES[config.dtype],
         like=_dtypes(found),
         kept=lasting(found.header.metadata),
     )
     sites = _counted(adapters)
-    return Converted(watch.made(file, sum(sites.values())), base.info.name, sites, loaded.warnings)
+    return Converted(watch.made(file, sum(sites.values())), info.name, sites, loaded.warnings)
 
 
 def _lora(config: ConvertConfig, found: Plan, rank: int, watch: Watch) -> Converted:

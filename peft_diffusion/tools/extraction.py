@@ -11,12 +11,12 @@ from ..bases import family as families
 from ..core.errors import UserError
 from ..core.events import Noted, Observer
 from ..core.files import at_home
+from ..core.reduction import Truncation, reduced_matrix
 from ..formats import Spec
 from ..formats.file import DTYPES
 from ..methods.shared.affine import serves
-from .changes import Change
+from ..methods.shared.changes import Change
 from .original_names import VAE, bare
-from .reduction import Truncation, reduced_matrix
 from .results import Adapters, LayerError, Made, base_told
 from .sources import Where
 from .tool_settings import ExtractConfig

@@ -67,6 +67,19 @@ class Program:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Theirs:
+    """What a program adds to the weight of a site.
+
+    Attributes:
+        compute: Makes it, in some shape of its numbers; None where that is not known.
+        key: The same for programs that do the same; None where that is not known.
+    """
+
+    compute: Callable[[], "Tensor | None"]
+    key: object | None = None
+
+
 @dataclass
 class Taken:
     """What a program makes of a file.
@@ -74,7 +87,7 @@ class Taken:
     Attributes:
         program: Its name.
         names: The tensors that it reads.
-        changes: By site, what computes the change of the weight.
+        changes: By site, the change of the weight.
         dropped: Why it leaves tensors out, by name.
         refused: Why it refuses the whole file; "" where it does not.
         note: What the person should know of it.
@@ -82,7 +95,7 @@ class Taken:
 
     program: str
     names: set[str] = field(default_factory=set)
-    changes: dict[Where, Callable[[], "Tensor | None"]] = field(default_factory=dict)
+    changes: dict[Where, Theirs] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     refused: str = ""
     note: str = ""
@@ -146,7 +159,8 @@ def _take(program: Program, found: Taken, where: Where, own: Mapping[str, str], 
     formula = next((kind.formula for kind in reversed(kinds) if kind.formula is not None), None)
     if formula is not None:
         values = {suffix: tensors[name] for suffix, name in own.items() if suffix in read}
-        found.changes[where] = lambda: formula({suffix: tensor.float() for suffix, tensor in values.items()})
+        key = (formula, frozenset(own[suffix] for suffix in values))
+        found.changes[where] = Theirs(lambda: formula({suffix: one.float() for suffix, one in values.items()}), key)
 
 
 # What changes are, by the suffixes of kohya's and LyCORIS' layout.

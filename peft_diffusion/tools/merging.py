@@ -12,13 +12,13 @@ from ..core.adapter import Adapter, LowRank, method_of
 from ..core.errors import FoldError, UserError
 from ..core.events import Noted, Observer
 from ..core.files import at_home
+from ..core.reduction import Truncation, reduced_matrix, reduced_pair, summed
 from ..formats.file import DTYPES
 from ..methods.shared.affine import serves
+from ..methods.shared.changes import Change, exact_pair
 from ..methods.shared.learned_vectors import LearnedVectors
-from .changes import Change, exact_pair
 from .combination import Combination, core_space, knots, linear
 from .into import merge_into
-from .reduction import Truncation, reduced_matrix, reduced_pair, summed
 from .results import Adapters, LayerError, Made, joined_spec, kept_metadata
 from .sources import Source, Where, joined_dtype, open_sources
 from .tool_settings import ALIGNED, MergeConfig
@@ -232,8 +232,8 @@ def _write(
 ) -> None:
     plans = [source.plan for source in sources]
     output = at_home(config.output)
-    told = ", ".join(f"{source.path.stem}={strengths[source.path]:g}" for source in sources)
-    names = Counter(source.path.stem for source in sources)
+    told = ", ".join(f"{source.name}={strengths[source.path]:g}" for source in sources)
+    names = Counter(source.name for source in sources)
     metadata = {
         **kept_metadata(plans),
         "modelspec.merged_from": ", ".join(names),

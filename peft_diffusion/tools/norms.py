@@ -13,7 +13,7 @@ from ..core.errors import FoldError, UserError, first_line
 from ..core.files import write_bytes
 from ..formats import Plan
 from ..formats.planning import SitePlan
-from .changes import change_of
+from ..methods.shared.changes import change_of
 
 _PICTURES = (".png", ".svg", ".pdf")
 _COLOURS = ("#2171b5", "#d94801", "#238b45", "#6a51a3")

@@ -22,7 +22,7 @@ from ..bases import family as families
 from ..bases.loading import quiet
 from ..core.errors import first_line
 from ..formats.names import LYCORIS, with_text_model, written_prefix
-from .key_maps import Taken, Where
+from .key_maps import Taken, Theirs, Where
 from .sources import Source
 
 _ADAPTER = "verified"
@@ -125,7 +125,7 @@ def _of_peft(found: Taken, layer: nn.Module, where: Where, names: Mapping[str, s
         else:
             found.names.add(name)
     change: Callable[[], Tensor | None] = lambda: None if decomposed else held.get_delta_weight(adapter).flatten(1)  # noqa: E731
-    found.changes[where] = change
+    found.changes[where] = Theirs(change)
 
 
 def _lycoris(source: Source, tensors: Mapping[str, Tensor]) -> Taken:
@@ -150,7 +150,7 @@ def _lycoris(source: Source, tensors: Mapping[str, Tensor]) -> Taken:
             found.dropped |= dict.fromkeys(own, f"its loader fails: {first_line(error)}")
             continue
         found.names |= {f"{stem}.{one}" for one in kind.weight_list if f"{stem}.{one}" in tensors}
-        found.changes[where] = _change_in(made)
+        found.changes[where] = Theirs(_change_in(made))
     _rest(found, tensors, "its loader finds no place for it")
     return found
 

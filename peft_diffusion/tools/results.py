@@ -19,12 +19,14 @@ from ..core.method import Method, Values
 from ..core.parsing import json_value
 from ..formats import Plan, Spec, file
 from ..formats.layout import Content
+from ..formats.metadata import lasting
+from ..formats.spec import KEY
 from ..methods.bitfit import LAYER_BIAS, BitFit
 from ..methods.full import BIAS, WEIGHT, Full
 from ..methods.lora import DOWN, UP, Lora
 from ..methods.shared.affine import serves, weight_shape
+from ..methods.shared.changes import Change
 from ..methods.shared.hyper_parameters import ALPHA
-from .changes import Change
 
 
 @dataclass(frozen=True)
@@ -248,18 +250,10 @@ def _largest(method: type[Method], held: Sequence[Mapping[str, Tensor]]) -> Mapp
         return values
 
 
-_NEVER_KEPT = (
-    "format",
-    "peft_diffusion",
-    "peft_diffusion.words",
-    "lora_adapter_metadata",
-    "modelspec.hash_sha256",
-    "modelspec.trigger_phrase",
-)
-"""What a layout says itself of what it writes, and the digest of the file that was."""
+_SAID_ANEW = (KEY, "modelspec.trigger_phrase")
+"""What follows from the spec."""
 
 _OF_NETWORK = "ss_network_"
-_OF_HASHES = "sshs_"
 _TAGS = "ss_tag_frequency"
 
 
@@ -273,15 +267,13 @@ def kept_metadata(sources: Sequence[Plan], *, network: bool = False) -> dict[str
     Returns:
         The entries that all have with one value, and the frequencies of the tags of all.
     """
-    first, *others = (one.header.metadata for one in sources)
+    first, *others = (lasting(one.header.metadata) for one in sources)
     kept = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     tags = _joined_tags([one.header.metadata for one in sources])
     if tags:
         kept[_TAGS] = tags
     return {
-        key: value
-        for key, value in kept.items()
-        if key not in _NEVER_KEPT and not key.startswith(_OF_HASHES) and (network or not key.startswith(_OF_NETWORK))
+        key: value for key, value in kept.items() if key not in _SAID_ANEW and (network or not key.startswith(_OF_NETWORK))
     }
 
 

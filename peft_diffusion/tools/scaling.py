@@ -12,8 +12,8 @@ from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..core.method import Method
 from ..formats.file import DTYPES
+from ..methods.shared.changes import Change, change_of, with_weights
 from ..methods.shared.hyper_parameters import ALPHA
-from .changes import Change, change_of, with_weights
 from .results import Adapters, Made, write_changed
 from .sources import Source, Where, open_sources
 from .tool_settings import StrengthConfig

@@ -6,9 +6,9 @@ from typing import TypeAlias
 from ..bases import family as families
 from ..core.adapter import Adapter, LowRank, method_of, parts_of
 from ..core.errors import FoldError, UserError
+from ..core.reduction import Reduced, Truncation, reduced_matrix, reduced_pair
 from ..methods.shared.affine import serves
-from .changes import Change
-from .reduction import Reduced, Truncation, reduced_matrix, reduced_pair
+from ..methods.shared.changes import Change
 from .results import Adapters, LayerError
 from .sources import Source, Where
 

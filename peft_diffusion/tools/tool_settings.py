@@ -146,9 +146,12 @@ class MergeConfig:
         """The adapters, their files parsed once.
 
         Raises:
-            UserError: One is missing or no adapter, or all strengths are 0.
+            UserError: One is missing or no adapter, a strength differs between parts, or all are 0.
         """
         found = parse_choices(self.files, self._plans)
+        for one in found:
+            if one.parts is not None:
+                raise UserError(f"{one.path} is merged at one strength; first split it, and merge its parts at theirs")
         if not any(one.strength for one in found):
             raise UserError("at strength 0 no adapter changes anything; give one of them another")
         return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.errors import FoldError, UserError
 from ..core.events import Observer
 from ..formats.planning import Plan, plan, some
-from .key_maps import PROGRAMS, Taken, taken
+from .key_maps import PROGRAMS, Taken, Theirs, taken
 from .reopened import reopened
 from .sources import Source, Where, open_sources
 from .watch import watched
@@ -97,8 +97,15 @@ def verify(
         tick = watch.ticks("comparing changes")
         for number, (where, meant) in enumerate(_meant(opened)):
             tick(number, len(opened.sites))
+            known: dict[object, float | None] = {}  # most programs do the same
             for one in readings:
-                if (error := _error(one, where, meant)) is not None:
+                theirs = one.changes.get(where)
+                if meant is None or theirs is None or one.refused:
+                    continue
+                key = one.program if theirs.key is None else theirs.key
+                if key not in known:
+                    known[key] = _error(theirs, meant)
+                if (error := known[key]) is not None:
                     errors[one.program][where] = error
         tick(len(opened.sites), len(opened.sites))
     return tuple(_verified(one, errors[one.program], len(tensors)) for one in readings)
@@ -115,11 +122,9 @@ def _meant(source: Source) -> Iterator[tuple[Where, Tensor | None]]:
         yield where, None if matrix is None else matrix.detach()
 
 
-def _error(reading: Taken, where: Where, meant: Tensor | None) -> float | None:
+def _error(change: Theirs, meant: Tensor) -> float | None:
     """The Frobenius norm of the difference over that of what is meant."""
-    if meant is None or where not in reading.changes or reading.refused:
-        return None
-    theirs = reading.changes[where]()
+    theirs = change.compute()
     if theirs is None or theirs.is_meta:
         return None
     if theirs.numel() != meant.numel():

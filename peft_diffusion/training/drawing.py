@@ -21,6 +21,7 @@ class Drawing(Protocol):
         steps: int,
         guidance: float,
         from_pure_noise: bool,
+        clip_skip: int | None,
     ) -> list[Image.Image]:
         """Draw prompts together, with whatever the pipeline carries.
 
@@ -32,6 +33,7 @@ class Drawing(Protocol):
             steps: Denoising steps.
             guidance: Of classifier-free guidance.
             from_pure_noise: Whether the schedule shall begin with pure noise (zero terminal SNR).
+            clip_skip: Which layer of the text encoder is taken, counted from the last, which is 1; None for the usual.
 
         Returns:
             A picture for each prompt.

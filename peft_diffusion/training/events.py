@@ -507,6 +507,33 @@ class Preview(Event):
 
 
 @dataclass(frozen=True)
+class Begun(Event):
+    """The adapter begins as that of a file.
+
+    Attributes:
+        path: The file.
+        layers: How many layers are what the file has there.
+        fresh: How many the file holds nothing for.
+        untrained: How many of the file are not trained now, and are no part of the new one.
+        error: The norm of what another rank leaves out over that of the whole.
+    """
+
+    path: Path
+    layers: int
+    fresh: int
+    untrained: int
+    error: float
+
+    def lines(self) -> tuple[str, ...]:
+        """Tell what was taken over, and what was not."""
+        told = [f"{self.layers} layers begin as {self.path}"]
+        told += [f"{self.fresh} begin fresh"] if self.fresh else []
+        told += [f"{self.untrained} of the file are left out, as they are not trained now"] if self.untrained else []
+        told += [f"the rank leaves out {self.error:.1%} of its change"] if self.error > 1e-4 else []
+        return ("; ".join(told),)
+
+
+@dataclass(frozen=True)
 class Saved(Event):
     """A file was written, whole and on the disk: a checkpoint, an adapter file of the way, or that of the run."""
 

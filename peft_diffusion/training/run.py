@@ -29,6 +29,7 @@ from ..formats.container import title
 from ..formats.file import DTYPES, check
 from ..formats.layout import DEFAULT
 from .attachment import NAME, Attached, at_strength, attach, described, spec_of, trained
+from .beginning import Beside, begin_from
 from .events import Data, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
 from .loop.optimizers import check_optimizer
 from .loop.trainer import Task, Trainer, TrainerSettings, TrainerState
@@ -44,7 +45,7 @@ from .results import FoundRates, Outcome, RunResult
 from .settings.choices import LogWith
 from .settings.pictures import TrainConfig
 from .settings.placements import Placement, check_methods, plugins_of, targets_of
-from .settings.resumption import DERIVED, PROCESSES
+from .settings.resumption import BESIDE, DERIVED, FILES, INIT, PROCESSES
 from .settings.shared import AskedSettings, RunSettings
 from .watch.clock import Clock
 from .watch.find_lr import Search, refuse_several_processes
@@ -332,11 +333,12 @@ class Source(Protocol[Result]):
         ...
 
 
-def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop | None = None) -> Result:
+def train(source: Source[Result], beside: Beside, observers: Sequence[Observer] = (), stop: Stop | None = None) -> Result:
     """Learn from a source and write what was learned as one adapter file.
 
     Args:
         source: What is learned from.
+        beside: Puts on the base what the adapter is trained beside.
         observers: Are told what happens, in this thread; of several processes, only by the one that leads.
         stop: Where it is set, the run ends after the present step, with a checkpoint. Without one, SIGINT, SIGTERM and
             SIGHUP do the same from the first step on, where this is the main thread.
@@ -366,8 +368,12 @@ def train(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop
             if processes.leads:
                 tell.own += [recorder, ReportWriter(folder)]
             material = source.open(folder, processes, _stopping(tell, stop, processes))
-            with material.faster(), base_kept(material.base, material.info.fingerprint, tell) as before:
-                run = _Run(material, folder, tell, processes)
+            with (
+                beside(material.base, source.asked.freeze_others, tell) as others,
+                material.faster(),
+                base_kept(material.base, material.info.fingerprint, tell) as before,
+            ):
+                run = _Run(material, folder, tell, processes, others)
                 with material.at_work():
                     run.train(source.asked, recorder, stop)
                     result = run.write(before, folder.seconds + time.monotonic() - began)
@@ -380,13 +386,16 @@ def _claimed(output: Path) -> AbstractContextManager[None]:
     return claimed(output, f"another run makes {output} now; wait for it, or choose another --output")
 
 
-def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop: Stop | None = None) -> FoundRates:
+def find_rates(
+    source: Source[Result], beside: Beside, observers: Sequence[Observer] = (), stop: Stop | None = None
+) -> FoundRates:
     """Find a learning rate for a training by trials, without doing it: see `watch.find_lr`.
 
     Nothing is written but ``find_lr.json`` and ``find_lr.png`` in the run folder.
 
     Args:
         source: What is learned from.
+        beside: Puts on the base what the adapter is trained beside.
         observers: Are told what happens, in this thread.
         stop: Where it is set, the search ends. Without one, SIGINT, SIGTERM and SIGHUP do the same, where this
             is the main thread.
@@ -405,8 +414,12 @@ def find_rates(source: Source[Result], observers: Sequence[Observer] = (), stop:
         _check_methods(source)
         folder = source.search_folder()
         material = source.open(folder, processes, _stopping(tell, stop, processes))
-        with material.faster(), base_kept(material.base, material.info.fingerprint, tell):
-            run = _Run(material, folder, tell, processes)
+        with (
+            beside(material.base, source.asked.freeze_others, tell) as others,
+            material.faster(),
+            base_kept(material.base, material.info.fingerprint, tell),
+        ):
+            run = _Run(material, folder, tell, processes, others)
             with material.at_work(), run.memory_plan().applied(tell), _stop_of(stop, tell) as wish:
                 trainer = run.trainer
                 found = Search(
@@ -445,13 +458,22 @@ def _check_methods(source: Source[Any]) -> None:
 class _Run(Generic[Result]):
     """One training: an adapter on a base, its trainer, and what is kept of it."""
 
-    def __init__(self, material: Material[Result], folder: RunFolder, tell: Observers, processes: Processes) -> None:
+    def __init__(
+        self,
+        material: Material[Result],
+        folder: RunFolder,
+        tell: Observers,
+        processes: Processes,
+        others: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self.files: dict[str, Any] = {BESIDE: list(others)} if others else {}  # that the adapter depends on
         self.material = material
         self.folder = folder
         self.tell = tell
         self.processes = processes
         attached = attach(material.parts, material.blocks, material.seed, material.rate)
         teach(material.base)  # before texts become tokens
+        self._begin()
         if material.config.save_as != DEFAULT:  # which can say everything
             spec = formats.Spec(base=asdict(material.info))
             check(material.config.output, material.parts, NAME, spec, layout=material.config.save_as)
@@ -464,6 +486,16 @@ class _Run(Generic[Result]):
         self.trainer.observers = [tell]
         self.previews = material.previews(self.trainer, folder) if processes.measures else None
         self.outcome: Outcome | None = None
+
+    def _begin(self) -> None:
+        """Let the adapter begin as that of a file, where one is named; a run that goes on has begun already."""
+        material = self.material
+        path, before = material.config.init_from, self.folder.newest() if material.config.resume else None
+        if before is not None:
+            begun = before.origin.config.get(FILES, {}).get(INIT)
+        else:
+            begun = None if path is None else begin_from(path, material.base, material.parts, self.tell)
+        self.files |= {} if begun is None else {INIT: begun}
 
     def _settings(self, attached: Attached) -> TrainerSettings:
         settings = pick(TrainerSettings, self.material.config, attached)
@@ -542,7 +574,7 @@ class _Run(Generic[Result]):
         """Begin the run, or go on with it. Raises UserError where settings, data or base are others than it had."""
         processes, config, items = self.processes, self.material.config, self.material.items
         info = self.material.info
-        origin = origin_of(config, items, info.fingerprint, processes)
+        origin = origin_of(config, items, info.fingerprint, processes, self.files)
         modules = plugins_of(config, info.family)
         processes.wait()  # all have looked at the folder before one writes to it
         if processes.leads:
@@ -652,7 +684,7 @@ class _Run(Generic[Result]):
             **trained(result.steps, result.seconds, result.held_out_before, result.held_out_after),
             **(result.outcome.training() if result.outcome else {}),
         }
-        about = portable(material.config) | training
+        about = portable(material.config) | training | self.files
         return spec_of(material.parts, material.blocks, asdict(material.info), material.triggers(), about, path.stem)
 
 
@@ -724,7 +756,9 @@ def base_kept(base: Base, fingerprint: str, tell: Observer) -> Iterator[str]:
         teach(base)
 
 
-def origin_of(config: RunSettings, items: Sequence[Mapping[str, str]], base: str, processes: Processes) -> Origin:
+def origin_of(
+    config: RunSettings, items: Sequence[Mapping[str, str]], base: str, processes: Processes, files: Mapping[str, Any]
+) -> Origin:
     """Collect what the result of a run depends on, as its checkpoints keep it.
 
     Args:
@@ -732,11 +766,12 @@ def origin_of(config: RunSettings, items: Sequence[Mapping[str, str]], base: str
         items: What is learned from, piece by piece.
         base: The fingerprint of the base.
         processes: Those that train together.
+        files: Adapter files that it begins from and is trained beside.
 
     Returns:
         All of it.
     """
-    settings = {**to_json(config), DERIVED: sorted(config.derived), PROCESSES: processes.size}
+    settings = {**to_json(config), DERIVED: sorted(config.derived), PROCESSES: processes.size, FILES: dict(files)}
     return Origin(settings, digest(items), base)
 
 

@@ -21,6 +21,7 @@ from ..core.files import at_home, refuse_overlaps
 from ..core.settings import flag, pick
 from ..data.text_files import Texts, read_texts
 from .attachment import check_placements, new_words, with_words
+from .beginning import with_rank_of_file
 from .events import COLD, IMPATIENT, Data, DataRead, LanguageModelLoaded, TokensMade
 from .loop.trainer import Trainer
 from .machine.memory_plan import Load
@@ -90,7 +91,7 @@ class TextSource:
 
     def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> "TextMaterial":
         """Read the text and load the base."""
-        config = self.asked
+        config = with_rank_of_file(self.asked)
         texts = read_texts(config.texts)
         tell(DataRead("text", tuple(texts.describe())))
         apart = read_texts(config.held_out_text) if config.held_out_text else None

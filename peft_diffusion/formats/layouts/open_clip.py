@@ -8,7 +8,7 @@ every program that reads these names reads kohya's too.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, ClassVar
 
 from ... import methods
@@ -16,7 +16,7 @@ from ...bases import family as families
 from ...core.errors import UserError
 from ..container import Header
 from ..layout import Content, Layout, Place, Reading, Written, register
-from ..names import dotted_starts, prefixes
+from ..names import Rows, dotted_starts, known_rows, prefixes
 from . import dotted, kohya
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class OpenClip(Layout):
 
     def claims(self, name: str) -> int | None:
         """Names of text encoders whose path begins as only open_clip's do."""
-        starts = [start for start in _starts() if name.startswith(start)]
+        starts = [start for start in _starts(known_rows()) if name.startswith(start)]
         matches = [len(start) + len(match[0]) for start in starts if (match := _BLOCK.match(name.removeprefix(start)))]
         return max(matches, default=None)
 
@@ -87,8 +87,9 @@ class OpenClip(Layout):
         return found
 
 
-def _starts() -> list[str]:
-    """What the names of text encoders begin with."""
+@cache
+def _starts(known: Rows) -> list[str]:
+    """What the names of text encoders begin with, of the families that are known."""
     starts = {**prefixes(), **dotted_starts()}
     return [start for start, component in starts.items() if families.role_of(component) == "text encoder"]
 

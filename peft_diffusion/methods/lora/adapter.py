@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...core.adapter import Factors, LowRank, Site, float32_parameter
+from ...core.adapter import Adapter, Factors, LowRank, Site, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
+from ...core.reduction import Truncation, reduced_matrix, reduced_pair
 from ..shared import sites
 from ..shared.affine import WeightChange, read_alpha, require, single, weight_shape
+from ..shared.changes import change_of
 from ..shared.hyper_parameters import ALPHA
 from . import DOWN, MID, SINGULAR, UP
 
@@ -202,6 +204,34 @@ class LoraAdapter(WeightChange):
         down, up = self.pair()
         return LowRank(down, up * self.scale)
 
+    @torch.no_grad()
+    def begin_as(self, other: Adapter) -> float | None:
+        """Take over any change of the weight, at the rank that this pair has.
+
+        A change of fewer ranks leaves the further rows of ``down`` as they were made and their columns of ``up`` at 0: it is
+        the same change, and these ranks can learn. One of more ranks becomes the nearest of this rank.
+        """
+        try:
+            change = change_of(other, self.site, "")
+        except UserError:  # it is no change of the weight
+            return None
+        if change.bias is not None:
+            return None
+        wanted, error, pair = Truncation(len(self.down)), 0.0, change.pair
+        if pair is None:
+            if change.weight is None:
+                return None
+            found = reduced_matrix(change.weight.flatten(1), wanted)
+            pair, error = found.pair, found.error
+        elif len(pair.down) > len(self.down):
+            found = reduced_pair(pair, wanted)
+            pair, error = found.pair, found.error
+        filled = len(pair.down)
+        self.down[:filled] = pair.down.view(filled, *self.down.shape[1:])
+        self.up.zero_()
+        self.up[:, :filled] = pair.up / self.scale
+        return error
+
     def by_rate(self) -> dict[float, list[nn.Parameter]]:
         """``up`` apart where LoRA+ trains it faster."""
         return super().by_rate() if self.b_rate_ratio == 1 else {1.0: [self.down], self.b_rate_ratio: [self.up]}
@@ -233,6 +263,10 @@ class PissaAdapter(LoraAdapter):
         self.register_buffer("first_up", self.up.detach().clone(), persistent=False)
         self.alpha = single(2 * alpha)  # that of twice the rank
         self.scale = self.alpha / (2 * len(down))
+
+    def begin_as(self, other: Adapter) -> float | None:
+        """Take over nothing: it begins with the principal part of the weight, which nothing else is."""
+        return None
 
     def pair(self) -> LowRank:
         """The difference to the first pair."""

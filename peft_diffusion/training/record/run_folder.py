@@ -19,7 +19,7 @@ from ...core.parsing import json_value
 from ...core.settings import to_json
 from ..loop.trainer import TrainerState
 from ..settings.derive import undecided
-from ..settings.resumption import PROCESSES, changes
+from ..settings.resumption import BESIDE, FILES, PROCESSES, changes
 from ..settings.shared import AskedSettings, RunSettings
 from ..settings.toml import to_toml
 from . import checkpoint as checkpoints
@@ -176,6 +176,7 @@ class RunFolder:
         self._check_settings(changes(found.origin.config, config))
         self.check_base(found.origin, origin.base)
         self.check_data(found.origin, items)
+        self._check_beside(found.origin, origin)
         self._check_length(found, config.steps)
         step = found.state.step
         self.lost = [
@@ -242,6 +243,16 @@ class RunFolder:
         """
         if before.data != checkpoints.digest(items):
             raise UserError(f"the run in {self.path} had other {self.data}: {self._changed(items)}{_ANEW}")
+
+    def _check_beside(self, before: Origin, now: Origin) -> None:
+        """Raise UserError where a run would be trained beside other adapters than it was."""
+        had, has = (one.config.get(FILES, {}).get(BESIDE, []) for one in (before, now))
+        if had != has:
+            was, now_is = (", ".join(f"{one['file']}={one['strength']:g}" for one in each) for each in (had, has))
+            raise UserError(
+                f"the run in {self.path} was trained beside other adapters, or others of these names: {was or 'none'} then,"
+                f" {now_is or 'none'} now; say the same with --freeze-others{_ANEW}"
+            )
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that can be read."""

@@ -16,6 +16,14 @@ PROCESSES = "processes"
 """Where they hold how many processes trained together."""
 
 
+FILES = "files"
+"""Where they hold which adapter files the run depends on, by what for: `INIT` and `BESIDE`."""
+
+
+INIT, BESIDE = "init_from", "freeze_others"
+"""What the file is called that a run begins from, and those that it is trained beside, also in the spec of its own file."""
+
+
 def derived_before(before: Mapping[str, Any] | None, name: str) -> Any:
     """Read a setting of the run that goes on.
 

@@ -14,6 +14,7 @@ from ...core.settings import (
     SHARE,
     Flag,
     Group,
+    OptionalPath,
     Settings,
     Texts,
     setting,
@@ -65,6 +66,10 @@ class AskedSettings(Settings, MethodSettings, Protocol):
     @property
     def log_with(self) -> LogWith | None: ...
     @property
+    def init_from(self) -> Path | None: ...
+    @property
+    def freeze_others(self) -> tuple[str, ...]: ...
+    @property
     def optimizer(self) -> OptimizerName: ...
     @property
     def steps(self) -> int | None: ...
@@ -81,6 +86,8 @@ class RunSettings(Settings, MethodSettings, Protocol):
     def derived(self) -> Mapping[str, str]: ...
     @property
     def output(self) -> Path: ...
+    @property
+    def init_from(self) -> Path | None: ...
     @property
     def save_as(self) -> str: ...
     @property
@@ -140,6 +147,22 @@ class SharedConfig:
     )
     alpha: float | None = setting(None, "A LoRA is scaled by alpha / rank; by default alpha is the rank.", ADAPTER, POSITIVE)
     option: Texts = setting((), "Another hyper-parameter of the method, as NAME=VALUE; give it again for more.", ADAPTER)
+
+    init_from: OptionalPath = setting(
+        None,
+        "An adapter file to go on from, on whatever it is trained now. Without --rank its rank is taken; at another rank a "
+        "LoRA is the nearest to it, or the same with room to learn.",
+        ADAPTER,
+        place=True,
+    )
+    freeze_others: Texts = setting(
+        (),
+        "FILE or FILE=STRENGTH: an adapter that you have already, which acts while the new one learns and stays as it is, "
+        "so that the two go together; it is no part of the new file. Give it again for more.",
+        ADAPTER,
+        place=True,
+        free_on_resume=True,
+    )
 
     steps: int | None = setting(None, "Number of steps.", LEARNING, COUNT, free_on_resume=True)
 

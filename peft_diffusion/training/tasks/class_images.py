@@ -10,6 +10,7 @@ from PIL import Image
 
 from ...bases import BaseInfo, denoiser_of, describe
 from ...bases.pipelines import Pipeline
+from ...bases.prompt_syntax import escaped
 from ...core.events import Observer, progress
 from ...core.files import explained, write_bytes
 from ...data import subfolders
@@ -109,9 +110,8 @@ def _drawn(
             if start in missing:
                 with small_vae(denoiser_of(pipe).vae, size):
                     # The base's own sampler and noise of each picture's own seed: the same pictures wherever they are drawn.
-                    found = drawing.class_pictures(
-                        pipe, prompts[own], seeds[own], size=size, steps=_STEPS, guidance=_GUIDANCE
-                    )
+                    given = prompts[own] if config.weighted_captions else list(map(escaped, prompts[own]))
+                    found = drawing.class_pictures(pipe, given, seeds[own], size=size, steps=_STEPS, guidance=_GUIDANCE)
                     for path, picture in zip(paths[own], found, strict=True):
                         if processes.leads:
                             write_bytes(path, _png(picture))

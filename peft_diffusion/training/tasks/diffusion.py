@@ -16,7 +16,7 @@ from ...bases import components, denoiser_of
 from ...bases.denoiser import Conditioning, Denoiser
 from ...bases.noise import prediction_type, zero_terminal
 from ...bases.pipelines import Pipeline
-from ...bases.prompts import Reading, encode_frozen
+from ...bases.prompts import Reading, encode_frozen, together
 from ...core import site
 from ...core.errors import UserError
 from ...data import masks
@@ -29,11 +29,9 @@ from ..loop.seeds import generator, global_seed, seed_of
 from ..machine.preflight import peak
 from ..machine.processes import Processes
 from ..settings.choices import HuberSchedule, Loss, PriorTarget, TimestepBias
-from . import objective
+from ..settings.pictures import timestep_range
+from . import objective, prediction
 from .layer_changes import layer_changes
-
-CAPTIONS = Reading("none", 1)
-"""How captions are read: brackets are letters, and what is behind 75 tokens is cut."""
 
 _DRAWS = 8  # noises and timesteps per held-out picture
 _SEEN = 4  # pictures of those trained on that are measured too: enough to tell learning by heart, and little time
@@ -112,6 +110,9 @@ class DiffusionSettings:
     accumulation: int = 1
     min_snr_gamma: float = 0.0
     timestep_bias: TimestepBias = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    timesteps: str = ""
     noise_offset: float = 0.0
     multires_noise: float = 0.0
     zero_terminal_snr: bool = False
@@ -119,6 +120,7 @@ class DiffusionSettings:
     huber_c: float = 0.1
     huber_schedule: HuberSchedule = "snr"
     debiased: bool = False
+    reading: Reading = field(default_factory=lambda: Reading("none"))
     prior_weight: float = 1.0
     prior_target: PriorTarget = "base"
     dropout: float = 0.0
@@ -160,10 +162,11 @@ class DiffusionTask:
         self.denoiser = denoiser_of(pipe)
         weight = next(self.denoiser.network.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.text = self.denoiser.text.read_as(CAPTIONS)
+        self.text = self.denoiser.text.read_as(settings.reading)
         self.trains_text = any(site.adapters(encoder, name) for encoder in self.text.encoders)
         self.prediction = prediction_type(self.denoiser.prediction)
         self.powers = noise_schedule(self.denoiser, settings.zero_terminal_snr).to(self.device)
+        self.chosen_timesteps = _timesteps(settings, len(self.powers))
         self._epoch: tuple[int, tuple[Batch, ...]] = (-1, ())
         self._base_answers: list[Tensor] = []
 
@@ -175,14 +178,24 @@ class DiffusionTask:
         apart = self.unseen.captions if self.unseen else ()
         prompts = ["", *(self._plain(caption) for caption in (*self.train.captions, *apart))]
         prompts += [self.prior_rules.plain(caption) for caption in (self.prior.captions if self.prior else ())]
-        return cache_text(prompts, lambda batch: encode_frozen(self.text, batch))
+        return self._encoded_text(prompts)
 
     @cached_property
     def other_embeddings(self) -> TextCache | None:
         """Embeddings of the prompts that leakage is measured on; apart, so that those of the pictures keep their bits."""
         if self.embeddings is None:
             return None
-        return cache_text(_OTHER_PROMPTS, lambda batch: encode_frozen(self.text, batch))
+        return self._encoded_text(_OTHER_PROMPTS)
+
+    def _encoded_text(self, prompts: Sequence[str]) -> TextCache:
+        """Embeddings of prompts, each of its own length."""
+        distinct = list(dict.fromkeys(prompts))
+        lengths = dict(zip(distinct, self.text.chunks(distinct), strict=True))
+        rows: dict[str, tuple[Tensor, ...]] = {}
+        for length in sorted(set(lengths.values())):
+            alike = [prompt for prompt in distinct if lengths[prompt] == length]
+            rows |= cache_text(alike, lambda batch: encode_frozen(self.text, batch))
+        return TextCache(rows)
 
     def inputs(self, step: int, micro: int) -> dict[str, Tensor]:
         """Make what one micro-batch is computed from, all its chance in it.
@@ -214,7 +227,7 @@ class DiffusionTask:
         kept["weights"] *= self.settings.prior_weight
         kept |= {name: found[name] for name in ("shares",) if name in found}  # the class counts as much as what is learned
         # Twice each: the loss is the mean over both, and shall be the sum of the means of each.
-        return {name: torch.cat([tensor, kept[name]]) * (2 if name == "weights" else 1) for name, tensor in found.items()}
+        return {name: tensor * (2 if name == "weights" else 1) for name, tensor in together(found, kept).items()}
 
     def prior_entries(self, bucket: Bucket, step: int, micro: int) -> tuple[int, ...]:
         """Draw the class images of a micro-batch of all processes, without one twice where there are enough.
@@ -243,7 +256,7 @@ class DiffusionTask:
         mean, std = latents.stack(entries)
         clean = mean.float() + std.float() * torch.randn(mean.shape, generator=chance)
         noise = objective.noise(tuple(mean.shape), settings.noise_offset, chance)
-        timesteps = objective.timesteps(len(mean), len(self.powers), settings.timestep_bias, chance)
+        timesteps = objective.timesteps(len(mean), len(self.powers), self.chosen_timesteps, chance)
         hiding = torch.randint(masks.COUNT, (len(mean),), generator=chance).tolist() if self.denoiser.inpaints else ()
         if settings.multires_noise:
             noise = objective.pyramid(noise, settings.multires_noise, chance)
@@ -300,6 +313,35 @@ class DiffusionTask:
         errors = objective.errors(answer, wanted, settings.loss, deltas)
         loss = objective.weighted(objective.per_image(errors, inputs.get("where")), self._weights(inputs, power))
         return objective.counted(loss, inputs["shares"][0]) if self.fills else loss
+
+    @torch.no_grad()
+    def fitting_prediction(self, entries: Sequence[int] | None = None, seed: int = 0) -> str | None:
+        """Test what the base predicts, on pictures with much noise: see `prediction.fitting`.
+
+        Args:
+            entries: Of the training pictures; by default the first ones.
+            seed: Of the noise.
+
+        Returns:
+            ``epsilon`` or ``v_prediction``; None where neither fits, and for a flow, which is another process.
+        """
+        if self.prediction not in prediction.TESTED:
+            return None
+        chosen = list(range(len(self.train.latents.entries)))[: prediction.PICTURES] if entries is None else list(entries)
+        cases = [(entry, place) for entry in chosen for place in prediction.places(self.powers.cpu())]
+        found: list[prediction.Answers] = []
+        with self.evaluating(), self._base():
+            for number, (entry, place) in enumerate(cases):
+                mean, _ = self.train.latents.stack([entry])
+                latents = self.denoiser.scaled(mean.float())
+                noise = objective.noise(tuple(mean.shape), 0.0, generator("prediction", seed, number))
+                prompts = [self._plain(self.train.caption(entry))]
+                inputs = {"latents": latents, "noise": noise, "timesteps": torch.tensor([place])}
+                inputs |= self._conditioning_inputs(self.train.latents, [entry], prompts, [0])
+                answer, _ = self.answer({name: tensor.to(self.device) for name, tensor in inputs.items()})
+                power = self.powers[place].cpu()
+                found.append(prediction.Answers(answer.float().cpu(), latents, noise, power))
+        return prediction.fitting(found)
 
     def held_out(self) -> float | None:
         """The plain loss on the pictures kept apart: fixed noise, timesteps spread evenly, whatever the run's settings."""
@@ -569,6 +611,15 @@ class DiffusionTask:
         where = examples.where(entries).to(self.device) if examples.masked else None
         losses: list[float] = objective.per_image(objective.errors(answer, wanted), where).tolist()
         return losses
+
+
+def _timesteps(settings: DiffusionSettings, count: int) -> objective.Timesteps:
+    """The timesteps that a run draws. Raises UserError where the base has none of those that were named."""
+    within = timestep_range(settings.timesteps)
+    if within is not None and within[0] >= count:
+        raise UserError(f"--timesteps {settings.timesteps}: the base has the timesteps 0 to {count - 1}")
+    within = None if within is None else (within[0], min(within[1], count))
+    return objective.Timesteps(settings.timestep_bias, within, settings.logit_mean, settings.logit_std)
 
 
 def noise_schedule(denoiser: Denoiser, zero_terminal_snr: bool) -> Tensor:

@@ -12,7 +12,7 @@ from ...bases import BaseInfo, denoiser_of, describe, load_base
 from ...bases.loading import pick_device
 from ...bases.pipelines import Pipeline
 from ...bases.prompt_syntax import escaped
-from ...bases.prompts import TextSide
+from ...bases.prompts import CHUNK, Reading, TextSide
 from ...core.errors import UserError
 from ...core.events import Observer, Warned, progress
 from ...core.files import at_home, refuse_overlaps
@@ -35,8 +35,9 @@ from ...data.folder import ImageFolder, TrainingImage, check_folders, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
 from ...data.problems import number_of
-from ...data.prompts import in_words, refuse_files, words_of
+from ...data.prompts import refuse_files, words_of
 from ..attachment import check_placements, selected_components, with_words
+from ..beginning import with_rank_of_file
 from ..drawing import Drawing
 from ..events import COLD, IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
 from ..loop.seeds import seed_of
@@ -51,7 +52,7 @@ from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_pa
 from ..settings.placements import blocks
 from ..settings.presets import HELD_OUT_FROM
 from . import class_images
-from .diffusion import CAPTIONS, Examples, noise_schedule
+from .diffusion import Examples, noise_schedule
 
 _SHOWN, _LINE = 5, 600  # lines of a list, characters of a line
 
@@ -76,7 +77,21 @@ class Prepared:
         if self.config.preview_prompts:
             return list(self.config.preview_prompts)
         examples = self.held_out or self.train
-        return list(dict.fromkeys(escaped(self.rules.plain(caption)) for caption in examples.captions))
+        captions = dict.fromkeys(self.rules.plain(caption) for caption in examples.captions)
+        return list(captions) if self.config.weighted_captions else list(map(escaped, captions))
+
+
+def reading_of(config: TrainConfig | ResolvedConfig) -> Reading:
+    """Tell how the captions of a run are read.
+
+    Args:
+        config: Its settings.
+
+    Returns:
+        How they are.
+    """
+    chunks = None if config.max_tokens == "none" else int(config.max_tokens) // CHUNK
+    return Reading("a1111" if config.weighted_captions else "none", chunks, config.clip_skip)
 
 
 def check_places(config: TrainConfig) -> RunFolder:
@@ -155,10 +170,11 @@ def prepare(
         UserError: A base, folder or picture cannot be used.
     """
     rules = _checked(config)
+    config = with_rank_of_file(config)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     pipe = _loaded(replace(config, precision=precision), pipe, device, tell, processes)
-    info, text = describe(pipe), denoiser_of(pipe).text.read_as(CAPTIONS)
+    info, text = describe(pipe), denoiser_of(pipe).text.read_as(reading_of(config))
     tell(BaseLoaded(info.name, info.family, info.prediction_type, info.resolution, config.quantize))
     run = RunFolder(run_path(config)) if run is None else run
     going_on = run.newest() if config.resume else None
@@ -180,8 +196,8 @@ def prepare(
     tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), HELD_OUT_FROM))
     _tell_odd(config, resolved, apart, tell)
     rules = replace(rules, dropout=resolved.caption_dropout)
+    text.check()
     _tell_prompts([*kept, *apart], rules, text, tell)
-    _tell_cut(in_words(resolved.preview_prompts, lambda _: None), text, tell)
     of_class = class_images.pictures(resolved, pipe, tell, drawing, processes)
     if going_on is not None:
         run.check_data(going_on.origin, items(pictures, of_class))
@@ -241,7 +257,7 @@ def _loaded(
     """The base on its device, or this process's part of it. Raises UserError for one that cannot be used."""
     source = config.base if pipe is None else pipe
     first = "cpu" if processes.shares_base else config.device
-    pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize)
+    pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize, prediction=config.prediction)
     denoiser = denoiser_of(pipe)
     denoiser.check_learns()
     components = adapted_components(config, denoiser.family)
@@ -364,21 +380,14 @@ def _first(lines: Sequence[str]) -> tuple[str, ...]:
     return (*(shortened(line, _LINE) for line in lines[:_SHOWN]), *more)
 
 
-def _tell_cut(prompts: Sequence[str], text: TextSide, tell: Observer) -> None:
-    """Tell of prompts of previews that are too long."""
-    lost = [words for prompt in prompts if (words := text.lost(prompt))]
-    if lost:
-        message = f"{number_of(len(lost), 'preview prompt')} over {text.limit} tokens, and what comes after is not drawn:"
-        tell(Warned(message, _first([f"without \u201c{words}\u201d" for words in lost])))
-
-
 def _tell_prompts(pictures: Sequence[TrainingImage], rules: CaptionRules, text: TextSide, tell: Observer) -> None:
     """Tell the prompts as they are trained, and every one that is too long for the text encoder."""
     prompts = [rules.plain(picture.caption) for picture in pictures]
     tell(PromptsMade(tuple(prompts)))
     lost = [(picture, words) for picture, prompt in zip(pictures, prompts, strict=True) if (words := text.lost(prompt))]
     if lost:
-        message = f"{len(lost)} prompts are over {text.limit} tokens, and what comes after is not seen; shorten them:"
+        most = (text.limit - 2) * (text.reading.chunks or 1)
+        message = f"{len(lost)} prompts are over {most} tokens, and what comes after is not seen; raise --max-tokens:"
         tell(Warned(message, _first([f"{picture.path}: without \u201c{words}\u201d" for picture, words in lost])))
     places = sum(map(has_place, prompts))
     if places:

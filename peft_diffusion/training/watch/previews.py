@@ -167,6 +167,7 @@ class Previews:
                     steps=self.steps,
                     guidance=_GUIDANCE,
                     from_pure_noise=self.task.settings.zero_terminal_snr,
+                    clip_skip=self.task.settings.reading.clip_skip,
                 )
         self.task.offload()
         return pictures

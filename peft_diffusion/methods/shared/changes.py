@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, LowRank, method_of, parts_of
-from ..core.errors import FoldError, UserError
-from ..methods.shared.affine import serves
+from ...core.adapter import Adapter, LowRank, method_of, parts_of
+from ...core.errors import FoldError, UserError
+from .affine import serves
 
 _PRECISION = 1e-6  # of the largest singular value: what is below is the rounding of float32
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.adapter import LowRank
+from .adapter import LowRank
 
 _SMALL = 256  # up to this side a full decomposition costs nothing
 _OVERSAMPLING, _ITERATIONS = 16, 4

@@ -1,0 +1,89 @@
+"""How much of an adapter, as people write it: ``0.8``, ``unet:0.8,te:0.2``, ``mid:1,up.1:0.5``, ``0:1,0.6:0``. No torch."""
+
+import math
+import re
+from collections.abc import Mapping
+
+from ..bases import family as families
+from ..core.block_names import PRESETS
+from ..core.errors import UserError
+from ..core.strength_schedule import ByPart, Schedule
+
+_TEXT = ("text_encoder", "text_encoder_2")
+_SHORT: Mapping[str, tuple[str, ...]] = {"te": _TEXT, "te1": _TEXT[:1], "te2": _TEXT[1:], "base": _TEXT}
+_EXAMPLES = "a number as 0.8, parts as unet:0.8,te:0.2, blocks as mid:1,up.1:0.5 or a preset as MIDD, steps as 0:1,0.6:0"
+
+
+def parse(text: str, of: str) -> tuple[float, ByPart | None]:
+    """Read a strength.
+
+    Args:
+        text: A number, and what it is multiplied by in components, in blocks and over the steps, each ``NAME:NUMBER``, with
+            commas between. ``te`` is every text encoder, ``te1`` and ``te2`` are each; blocks are named as in `ByPart`, and
+            by presets. Steps are places from 0 to 1, with straight lines between them.
+        of: What it is the strength of, for messages.
+
+    Returns:
+        The number, by default 1, and what differs between parts, of strength 1; None where nothing does.
+
+    Raises:
+        UserError: It is none.
+    """
+    whole: list[float] = []
+    components: dict[str, float] = {}
+    blocks: dict[str, float] = {}
+    steps: list[tuple[float, float]] = []
+    for part in text.split(","):
+        key, value = _pair(part.strip(), text, of)
+        place = _number(key)
+        if not key:
+            whole.append(value)
+        elif place is not None:
+            steps.append((place, value))
+        elif key.upper() in PRESETS:
+            blocks |= dict.fromkeys(PRESETS[key.upper()], value)
+        elif key.lower() in _SHORT or key in families.components():
+            components |= dict.fromkeys(_SHORT.get(key.lower(), (key,)), value)
+        else:
+            blocks[key] = value
+    if len(whole) > 1:
+        raise UserError(f"the strength of {of} is given twice in {text!r}")
+    schedule = Schedule([value for _, value in steps], [place for place, _ in steps]) if steps else None
+    by_part = ByPart(1.0, components, blocks, schedule) if components or blocks or steps else None
+    return whole[0] if whole else 1.0, by_part
+
+
+def _pair(part: str, text: str, of: str) -> tuple[str, float]:
+    """A name, "" for none, and its number. Raises UserError."""
+    key, _, told = re.sub("=", ":", part, count=1).rpartition(":")
+    if part.upper() in PRESETS:
+        return part, 1.0
+    value = _number(told)
+    if value is None:
+        raise UserError(f"the strength of {of} must be {_EXAMPLES}, not {text!r}")
+    if not math.isfinite(value):
+        raise UserError(f"the strength of {of} must be a finite number, not {told}")
+    return key.strip(), value
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def text_of(parts: ByPart | None) -> str:
+    """Write what differs between parts so that `parse` reads it.
+
+    Args:
+        parts: What differs; its own strength is left out.
+
+    Returns:
+        The text; "" for nothing.
+    """
+    if parts is None:
+        return ""
+    steps = () if parts.steps is None else zip(parts.steps.places, parts.steps.values, strict=True)
+    told = [*parts.components.items(), *parts.blocks.items(), *((repr(place), value) for place, value in steps)]
+    return ",".join(f"{name}:{value!r}" for name, value in told)
