@@ -59,7 +59,11 @@ def blend(
         choices = config.choices()
         read, named, shelf = read_all(config, choices, config.seed)
         base = load_base(
-            config.base if pipe is None else pipe, device=config.device, dtype=config.precision, quantize=config.quantize
+            config.base if pipe is None else pipe,
+            device=config.device,
+            dtype=config.precision,
+            quantize=config.quantize,
+            prediction=config.prediction,
         )
         lent = pipe is not None
         every = (*choices, *named)

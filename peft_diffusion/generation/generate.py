@@ -108,6 +108,7 @@ def generate(
             dtype=config.precision,
             quantize=config.quantize,
             download=named,
+            prediction=config.prediction,
         )
         lent = pipe is not None
         with adapted(base, asked.choices, asked.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):

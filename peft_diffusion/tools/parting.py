@@ -49,7 +49,7 @@ def split(config: SplitConfig, *, observers: Sequence[Observer] = ()) -> tuple[M
                 made.add(*where, source.adapter(where))
                 done += 1
                 tick(done, len(source.sites))
-            path = at_home(config.output) / f"{source.path.stem}-{name}.safetensors"
+            path = at_home(config.output) / f"{source.name}-{name}.safetensors"
             write_changed(made, source.plan, path, config.to, f"{name} of {source.path.name}")
             found.append(watch.made(path, made.count, last=False))
         watch.tell(Ended("finished"))
