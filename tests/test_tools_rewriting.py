@@ -116,6 +116,16 @@ def test_a_strength_is_written_into_each_method_as_it_is_scaled(tiny_base: Path,
     assert any(isinstance(one, Noted) and "becomes a whole change" in one.message for one in events)
 
 
+def test_rotations_of_which_the_first_turn_nothing_are_scaled_as_rotations(tiny_base: Path, tmp_path: Path) -> None:
+    blocks = {ATTENTION: torch.zeros(8, 4, 4), CROSS: 0.3 * noise(1, 8, 4, 4)}
+    save_file({f"lora_{site}.oft_blocks": own for site, own in blocks.items()}, tmp_path / "oft.safetensors")
+    pd.strength(pd.StrengthConfig(tmp_path / "oft.safetensors", 0.5, output=tmp_path / "a.safetensors", base=str(tiny_base)))
+    weight = make_pipe().unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k").weight.detach()
+    skew, one = blocks[CROSS] - blocks[CROSS].mT, torch.eye(4)
+    turned = ((one + skew) @ (one - skew).inverse()).mT @ weight.view(8, 4, 32)  # LyCORIS takes the transpose
+    assert close(load_file(tmp_path / "a.safetensors")[f"lora_{CROSS}.diff"], 0.5 * (turned.view(32, 32) - weight), 1e-4)
+
+
 @pytest.mark.parametrize(("by", "to"), [("component", "kohya"), ("component", "kohya-sgm"), ("block", "kohya")])
 def test_parts_have_the_very_numbers_and_make_the_whole_again(by: Any, to: str, tiny_base: Path, tmp_path: Path) -> None:
     half = {name: tensor.half() for number, own in enumerate(RANKS) for name, tensor in pair(own, number, 4, 2.0).items()}

@@ -56,7 +56,11 @@ def blend(
         config.check()
         choices = config.choices()
         base = load_base(
-            config.base if pipe is None else pipe, device=config.device, dtype=config.precision, quantize=config.quantize
+            config.base if pipe is None else pipe,
+            device=config.device,
+            dtype=config.precision,
+            quantize=config.quantize,
+            prediction=config.prediction,
         )
         lent = pipe is not None
         with adapted(base, choices, config.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):

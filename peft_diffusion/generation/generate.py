@@ -92,6 +92,7 @@ def generate(
             dtype=config.precision,
             quantize=config.quantize,
             download=named,
+            prediction=config.prediction,
         )
         lent = pipe is not None
         with adapted(base, choices, config.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):

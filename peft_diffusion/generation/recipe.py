@@ -106,6 +106,7 @@ class Recipe:
     prompt_weights: str | None = None
     clip_skip: int | None = None
     zero_negative: bool | None = None
+    prediction: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; plug-ins and the digest of the base's file where there are."""
@@ -227,7 +228,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "strength": (float, int, type(None)), "guidance_stop": (float, int, type(None)),
     "sampler_options": (dict, type(None)), "vae": (str, type(None)),
     "prompt_2": (str, type(None)), "prompt_weights": (str, type(None)), "clip_skip": (int, type(None)),
-    "zero_negative": (bool, type(None)),
+    "zero_negative": (bool, type(None)), "prediction": (str, type(None)),
 }  # fmt: skip
 
 

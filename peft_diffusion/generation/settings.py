@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ..bases import family as families
+from ..bases.asked import AskedPrediction
 from ..bases.prompt_syntax import Weights
 from ..core.errors import UserError
 from ..core.files import at_home, if_address
@@ -284,6 +285,9 @@ class Sampling(NamesAdapters):
     height: int | None = setting(None, "In pixels; by default the base's resolution.", PARAMETERS, _SIDE, unit="pixels")
     batch_size: int = setting(4, "Pictures computed at once; the pictures do not depend on it.", PARAMETERS, COUNT)
     base: str = setting("icons", 'The embedded base "icons", a diffusers folder, a checkpoint file or a hub id.', PARAMETERS)
+    prediction: AskedPrediction = setting(
+        "auto", "What the base predicts, epsilon or v, where its files do not say it or say it wrongly.", PARAMETERS
+    )
     device: str = setting("auto", "Such as cpu, cuda or mps; by default the fastest there is.", PARAMETERS)
     precision: Precision = setting(
         "auto", "Of the base; by default float32 on a CPU and a half precision elsewhere.", PARAMETERS

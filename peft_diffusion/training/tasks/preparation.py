@@ -257,7 +257,7 @@ def _loaded(
     """The base on its device, or this process's part of it. Raises UserError for one that cannot be used."""
     source = config.base if pipe is None else pipe
     first = "cpu" if processes.shares_base else config.device
-    pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize)
+    pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize, prediction=config.prediction)
     denoiser = denoiser_of(pipe)
     denoiser.check_learns()
     components = adapted_components(config, denoiser.family)
