@@ -48,6 +48,10 @@ USAGES = {
     "generate a --num-inference-steps 20": "Unknown option: --num-inference-steps. Here it is --steps.",
     "generate a --cfg 7": "Unknown option: --cfg. Here it is --guidance.",
     "train pictures --sample_every_n_steps=5": "Unknown option: --sample_every_n_steps. Here it is --preview-every.",
+    "resize a -o c --model b": "Unknown option: --model. Here it is FILE, without a flag.",
+    "resize a -o c --dynamic_method sv_fro": "Unknown option: --dynamic_method. Here it is --ratio or --energy or",
+    "merge --models a --save_to b": "Unknown option: --models. Here it is FILES, without a flag.",
+    "extract a --model_org b": "Unknown option: --model_org. Here it is ORIGINAL, without a flag.",
     "blent a": 'Did you mean "blend"?',
     "inspect": "--files requires an argument",
 }
