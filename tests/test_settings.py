@@ -408,11 +408,14 @@ class Part:
     rates: Mapping[str, float] = field(default_factory=dict)
 
 
+PLACES = ("output", "run_dir", "cache", "init_from", "freeze_others")
+
+
 def test_what_is_told_to_others_says_nothing_of_where_things_lie() -> None:
     config = train_config(folder=["/home/me/ink", "b/pens"], output="/home/me/a.safetensors", cache="/home/me/cache",
                           regularisation="/home/me/others", resume=True)  # fmt: skip
     told = portable(config)
-    assert told == {name: value for name, value in to_json(config).items() if name not in ("output", "run_dir", "cache")} | {
+    assert told == {name: value for name, value in to_json(config).items() if name not in PLACES} | {
         "folder": ["ink", "pens"], "regularisation": ["others"],
     }  # fmt: skip
     assert "resume" not in told and told["held_out"] is None

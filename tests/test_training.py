@@ -53,6 +53,7 @@ from peft_diffusion.training.settings.derive import resolve
 from peft_diffusion.training.settings.toml import to_toml
 from peft_diffusion.training.tasks import objective, preparation
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
+from peft_diffusion.training.tasks.objective import Timesteps
 from peft_diffusion.training.tasks.preparation import prepare
 
 torch.set_num_threads(1)
@@ -182,9 +183,9 @@ def test_noise_offset_shifts_whole_channels() -> None:
 
 
 def test_timesteps_cover_the_schedule_evenly() -> None:
-    drawn = objective.timesteps(20_000, 1000, "none", generator("t"))
+    drawn = objective.timesteps(20_000, 1000, Timesteps(), generator("t"))
     assert drawn.bincount(minlength=1000).tolist() == [20] * 1000
-    few = torch.stack([objective.timesteps(4, 1000, "none", generator(n)) for n in range(4000)])
+    few = torch.stack([objective.timesteps(4, 1000, Timesteps(), generator(n)) for n in range(4000)])
     assert (few.sort(1).values // 250 == torch.arange(4)).all()
     torch.testing.assert_close(few.float().mean(0), torch.full((4,), 499.5), atol=20, rtol=0)  # wherever in the batch
 
@@ -192,8 +193,17 @@ def test_timesteps_cover_the_schedule_evenly() -> None:
 def test_a_bias_draws_later_or_earlier_timesteps_more_often() -> None:
     cases: tuple[tuple[TimestepBias, slice], ...] = (("later", slice(750, None)), ("earlier", slice(0, 250)))
     for bias, fourth in cases:
-        shares = objective.timesteps(20_000, 1000, bias, generator("t")).bincount(minlength=1000)
+        shares = objective.timesteps(20_000, 1000, Timesteps(bias), generator("t")).bincount(minlength=1000)
         assert shares[fourth].sum() == 10_000 and shares.min() > 0
+
+
+def test_timesteps_keep_to_their_range_and_to_the_logit_normal_distribution() -> None:
+    within = objective.timesteps(20_000, 1000, Timesteps(within=(200, 700)), generator("t")).bincount(minlength=1000)
+    assert within[200:700].tolist() == [40] * 500 and within.sum() == 20_000
+    drawn = objective.timesteps(50_000, 1000, Timesteps("logit-normal", mean=0.5, std=0.8), generator("t"))
+    for place in (0.1, 0.25, 0.5, 0.75, 0.9):  # the distribution function of what is sigmoid(0.5 + 0.8 z)
+        below = torch.special.ndtr(torch.tensor((math.log(place / (1 - place)) - 0.5) / 0.8))
+        assert abs(float((drawn < 1000 * place).float().mean() - below)) < 1e-3
 
 
 def test_a_base_that_predicts_something_else_is_refused() -> None:

@@ -106,8 +106,8 @@ class Folding:
             component, _ = where
             module = self.weights.parts[component].get_submodule(self._paths[where])
             for source in own:
-                adapter = source.adapter((component, self._paths[where]))
                 try:
+                    adapter = source.adapter((component, self._paths[where]), module)
                     bias = change_of(adapter, module, ".".join(where)).bias
                 except FoldError as error:
                     left[where] = str(error)
@@ -133,7 +133,7 @@ class Folding:
         for source in self.sites[where]:
             adapter = source.adapter((component, path), module)
             adapter.bind(module)
-            adapters.append((source.path.stem, adapter, self._strengths[source.path]))
+            adapters.append((source.name, adapter, self._strengths[source.path]))
         return folded(held.get("weight", torch.zeros(0)), held.get("bias"), adapters)
 
 
@@ -164,7 +164,7 @@ def merge_into(config: MergeConfig, watch: Watch) -> Made:
     folding = Folding(weights, sources, strengths, dtype)
     _refuse_left(folding.leave_out(), config.skip, watch)
     output = at_home(config.output)
-    told = {"modelspec.merged_from": ", ".join((Path(config.into or "").stem, *(one.path.stem for one in plans)))}
+    told = {"modelspec.merged_from": ", ".join((Path(config.into or "").stem, *(one.name for one in sources)))}
     if output.suffix == ".safetensors":
         _write_file(output, folding, told, watch)
     else:

@@ -41,7 +41,7 @@ def rename_trigger(config: RenameTriggerConfig, *, observers: Sequence[Observer]
             if isinstance(adapter, LearnedVectors) and config.old in adapter.words:
                 adapter, learned = _renamed(adapter, config), learned + 1
             made.add(*where, adapter)
-        spec = joined_spec([source.plan], bones, made, source.path.stem)
+        spec = joined_spec([source.plan], bones, made, source.name)
         _refuse_unknown(spec, learned, config)
         if not learned:
             watch.tell(Noted(f"{config.old!r} is no learned word: the adapter still answers to it, whatever the file says"))

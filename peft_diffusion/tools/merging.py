@@ -232,8 +232,8 @@ def _write(
 ) -> None:
     plans = [source.plan for source in sources]
     output = at_home(config.output)
-    told = ", ".join(f"{source.path.stem}={strengths[source.path]:g}" for source in sources)
-    names = Counter(source.path.stem for source in sources)
+    told = ", ".join(f"{source.name}={strengths[source.path]:g}" for source in sources)
+    names = Counter(source.name for source in sources)
     metadata = {
         **kept_metadata(plans),
         "modelspec.merged_from": ", ".join(names),

@@ -49,7 +49,7 @@ def split(config: SplitConfig, *, observers: Sequence[Observer] = ()) -> tuple[M
                 made.add(*where, source.adapter(where))
                 done += 1
                 tick(done, len(source.sites))
-            path = at_home(config.output) / f"{source.path.stem}-{name}.safetensors"
+            path = at_home(config.output) / f"{source.name}-{name}.safetensors"
             write_changed(made, source.plan, path, config.to, f"{name} of {source.path.name}")
             found.append(watch.made(path, made.count, last=False))
         watch.tell(Ended("finished"))
@@ -95,5 +95,10 @@ def join(config: JoinConfig, *, observers: Sequence[Observer] = ()) -> Made:
         path, plans = at_home(config.output), [one.plan for one in sources]
         told = {"ss_training_comment": f"joined from {', '.join(one.path.name for one in sources)}"}
         spec = joined_spec(plans, bones, made, path.stem)
-        made.write(path, config.to or layout_of(plans[0]), spec, {**kept_metadata(plans), **told})
+        made.write(
+            path,
+            config.to or layout_of(max(plans, key=lambda one: len(one.header.tensors))),
+            spec,
+            {**kept_metadata(plans), **told},
+        )
         return watch.made(path, made.count)

@@ -19,6 +19,8 @@ from ..core.method import Method, Values
 from ..core.parsing import json_value
 from ..formats import Plan, Spec, file
 from ..formats.layout import Content
+from ..formats.metadata import lasting
+from ..formats.spec import KEY
 from ..methods.bitfit import LAYER_BIAS, BitFit
 from ..methods.full import BIAS, WEIGHT, Full
 from ..methods.lora import DOWN, UP, Lora
@@ -133,7 +135,7 @@ class Adapters:
         site = self.bones.parts[component].get_submodule(path)
         parts: list[Adapter] = []
         if change.pair is not None:
-            parts.append(lora(site, change.pair))
+            parts.append(lora(site, _evened(change.pair) if self.dtype == torch.float16 else change.pair))
         if change.weight is not None:
             beside = {} if change.bias is None else {BIAS: change.bias}
             parts.append(Full.read(site, {WEIGHT: change.weight, **beside}))
@@ -196,6 +198,14 @@ def lora(site: nn.Module, pair: LowRank) -> Adapter:
     return Lora.read(site, {DOWN: down, UP: up, ALPHA: torch.tensor(float(rank))})
 
 
+def _evened(pair: LowRank) -> LowRank:
+    """Both factors of each rank brought to about the same size by a power of two, which changes no product: below 6e-5 fp16
+    has fewer digits, and there an ``up`` with its scale easily lies."""
+    ratio = (pair.up.norm(dim=0) / pair.down.norm(dim=1)).log2() / 2
+    power = torch.where(ratio.isfinite(), ratio, 0.0).round().int()
+    return LowRank(torch.ldexp(pair.down, power[:, None]), torch.ldexp(pair.up, -power))
+
+
 def _bias(site: nn.Module, bias: Tensor) -> Adapter:
     if serves(site):
         return BitFit.read(site, {LAYER_BIAS: bias})
@@ -240,18 +250,10 @@ def _largest(method: type[Method], held: Sequence[Mapping[str, Tensor]]) -> Mapp
         return values
 
 
-_NEVER_KEPT = (
-    "format",
-    "peft_diffusion",
-    "peft_diffusion.words",
-    "lora_adapter_metadata",
-    "modelspec.hash_sha256",
-    "modelspec.trigger_phrase",
-)
-"""What a layout says itself of what it writes, and the digest of the file that was."""
+_SAID_ANEW = (KEY, "modelspec.trigger_phrase")
+"""What follows from the spec."""
 
 _OF_NETWORK = "ss_network_"
-_OF_HASHES = "sshs_"
 _TAGS = "ss_tag_frequency"
 
 
@@ -265,15 +267,13 @@ def kept_metadata(sources: Sequence[Plan], *, network: bool = False) -> dict[str
     Returns:
         The entries that all have with one value, and the frequencies of the tags of all.
     """
-    first, *others = (one.header.metadata for one in sources)
+    first, *others = (lasting(one.header.metadata) for one in sources)
     kept = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     tags = _joined_tags([one.header.metadata for one in sources])
     if tags:
         kept[_TAGS] = tags
     return {
-        key: value
-        for key, value in kept.items()
-        if key not in _NEVER_KEPT and not key.startswith(_OF_HASHES) and (network or not key.startswith(_OF_NETWORK))
+        key: value for key, value in kept.items() if key not in _SAID_ANEW and (network or not key.startswith(_OF_NETWORK))
     }
 
 

@@ -14,7 +14,7 @@ from ..core.adapter import Adapter
 from ..core.errors import UserError
 from ..core.events import Observer, Warned
 from ..formats import Plan
-from ..formats.container import torch_dtype
+from ..formats.container import title, torch_dtype
 from ..formats.file import Bound, bind
 from ..formats.fitting import fitting
 from ..methods.shared.changes import Change, change_of, with_weights
@@ -42,6 +42,11 @@ class Source:
     def path(self) -> Path:
         """The file."""
         return self.bound.plan.path
+
+    @property
+    def name(self) -> str:
+        """What a person calls it: the file's name without the ending, or that of its folder."""
+        return title(self.path)
 
     @property
     def plan(self) -> Plan:
@@ -80,7 +85,7 @@ class Source:
 
         Args:
             where: The site.
-            module: What it is built for; None: the module of the skeleton.
+            module: What it is built for; None: the site's module.
 
         Returns:
             The adapter.
@@ -88,7 +93,7 @@ class Source:
         Raises:
             UserError: The file is damaged.
         """
-        built = self.bound.build(*where, self.tensors, module)
+        built = self.bound.build(*where, self.tensors, self.module(where) if module is None else module)
         if built is None:
             raise UserError(f"{self.path}: {'.'.join(where)} holds no adapter of a method that is known here")
         return built

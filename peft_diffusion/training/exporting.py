@@ -114,7 +114,7 @@ def _base(run: ResolvedConfig | ResolvedTextConfig, named: str | None) -> Base:
     source = named or run.base
     if isinstance(run, ResolvedTextConfig):
         return load_lm(source, device="cpu", dtype=run.precision)
-    pipe: Base = load_base(source, device="cpu", dtype=run.precision)
+    pipe: Base = load_base(source, device="cpu", dtype=run.precision, prediction=run.prediction)
     return pipe
 
 

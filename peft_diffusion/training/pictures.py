@@ -9,9 +9,10 @@ from typing import Any, Self
 
 from ..bases import components, denoiser_of
 from ..bases import family as families
+from ..bases.asked import PREDICTIONS
 from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
-from ..core.events import Event, Observer
+from ..core.events import Event, Observer, Warned
 from ..core.settings import flag, pick
 from ..data.captions import with_trigger
 from ..fast.unet import fused
@@ -82,7 +83,7 @@ class PictureSource:
     def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> "PictureMaterial":
         """Load the base, read the folders and encode the pictures."""
         prepared = prepare(self.asked, self.pipe, tell, self.drawing, processes, folder)
-        return PictureMaterial(prepared, self.drawing, processes)
+        return PictureMaterial(prepared, self.drawing, processes, tell)
 
     def remark(self, found: FoundRates) -> Event | None:
         """A style is judged by its look, which the loss does not tell."""
@@ -94,8 +95,9 @@ class PictureMaterial:
 
     data: Data = "pictures"
 
-    def __init__(self, prepared: Prepared, drawing: Drawing, processes: Processes) -> None:
+    def __init__(self, prepared: Prepared, drawing: Drawing, processes: Processes, tell: Observer) -> None:
         self.prepared = prepared
+        self.tell = tell
         self.drawing = drawing
         self.processes = processes
         self.base = prepared.pipe
@@ -133,12 +135,25 @@ class PictureMaterial:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """The VAE and idle text encoders off the device."""
+        """The VAE and idle text encoders off the device, after a test of what the base predicts."""
         self.task.offload()
         try:
+            self._test_prediction()
             yield
         finally:
             self.task.restore()
+
+    def _test_prediction(self) -> None:
+        """Warn of a base that answers as one would that predicts something else than it says."""
+        found = self.task.fitting_prediction()
+        if found is not None and found != self.info.prediction_type:
+            asked = next(name for name, said in PREDICTIONS.items() if said == found)
+            self.tell(
+                Warned(
+                    f"the base says that it predicts {self.info.prediction_type}, and answers to noisy pictures as one that"
+                    f" predicts {found}; stop, and give --prediction {asked}, or nothing will be learned"
+                )
+            )
 
     def previews(self, trainer: Trainer, folder: RunFolder) -> Previews | None:
         """What draws previews; None where none are drawn."""

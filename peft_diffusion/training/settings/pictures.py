@@ -4,6 +4,7 @@ from dataclasses import KW_ONLY, field
 from pathlib import Path
 
 from ...bases import family as families
+from ...bases.asked import AskedPrediction
 from ...bases.family import Role
 from ...core.errors import UserError, did_you_mean
 from ...core.settings import (
@@ -85,6 +86,13 @@ class _PictureConfig:
         "character or thing from a few pictures.",
         RESULT,
         free_on_resume=True,
+    )
+
+    prediction: AskedPrediction = setting(
+        "auto",
+        "What the base predicts, epsilon or v, where its files do not say it or say it wrongly; a run tests what they say "
+        "on the first pictures, and warns.",
+        RESULT,
     )
 
     trigger: str = setting(
@@ -262,7 +270,17 @@ class TrainConfig(SharedConfig, _PictureConfig):
     timestep_bias: TimestepBias | None = setting(
         None,
         "Timesteps to draw more often: later ones, with more noise, where colours and forms are decided; earlier "
-        "ones, where surfaces and lines are; or none.",
+        "ones, where surfaces and lines are; those in the middle (logit-normal); or none.",
+        LEARNING,
+    )
+    logit_mean: float = setting(
+        0.0, "Where logit-normal has its middle: above 0 among the noisier timesteps, below 0 among the others.", LEARNING
+    )
+    logit_std: float = setting(1.0, "How wide logit-normal is; lower draws fewer far from its middle.", LEARNING, POSITIVE)
+    timesteps: str = setting(
+        "",
+        "FIRST-LAST: train on these timesteps alone, of 0 (nearly clean) to 1000 (noise); 500-1000 for composition, 0-500 "
+        "for surfaces. By default all.",
         LEARNING,
     )
     noise_offset: float = setting(
@@ -353,6 +371,7 @@ class TrainConfig(SharedConfig, _PictureConfig):
             raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(known)}{near}")
         if self.shard_base and self.quantize:
             raise UserError("--shard-base cannot shard what --quantize packs; leave one of them away")
+        timestep_range(self.timesteps)
         if self.debiased and self.min_snr_gamma:
             raise UserError("--debiased and --min-snr-gamma weigh timesteps both; leave one of them away")
 
@@ -380,6 +399,26 @@ class ResolvedConfig(TrainConfig, Resolved):
     keep_last: int
     preview_every: int
     class_images: int
+
+
+def timestep_range(text: str) -> tuple[int, int] | None:
+    """Read a range of timesteps.
+
+    Args:
+        text: ``FIRST-LAST``, or nothing.
+
+    Returns:
+        Both; None for all timesteps.
+
+    Raises:
+        UserError: It is no range.
+    """
+    first, dash, last = text.partition("-")
+    if not text:
+        return None
+    if not (dash and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise UserError(f"--timesteps {text!r}: give the first and the last, as in 0-500")
+    return int(first), int(last)
 
 
 def output_path(config: TrainConfig) -> Path:
