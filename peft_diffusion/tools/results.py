@@ -119,6 +119,7 @@ class Adapters:
                         f"{component}.{path} has numbers that {self.dtype} cannot hold; take --dtype float32 or bf16"
                     )
                 tensor.data = rounded
+        adapter.bind(self.bones.parts[component].get_submodule(path))  # layouts ask what it sits on
         self.made.setdefault(component, {})[path] = adapter
 
     def add_change(self, component: str, path: str, change: Change) -> None:
