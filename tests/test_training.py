@@ -466,7 +466,10 @@ def test_epochs_become_steps_and_win_over_them() -> None:
         ({"unet_lr": math.nan}, "--unet-lr"),
         ({"held_out": 1.0}, "--held-out must be 0 or more, below 1, not 1.0"),
         ({"caption_dropout": 1.5}, "--caption-dropout must be 0 or more, at most 1"),
-        ({"scheduler": "cosin"}, "--scheduler is one of constant, cosine, linear, not 'cosin'"),
+        (
+            {"scheduler": "cosin"},
+            "--scheduler is one of constant, cosine, linear, cosine-with-restarts, polynomial, warmup-stable-decay, not 'cosin'",
+        ),
         ({"components": ("unet,vae",)}, "--components vae: there are unet, text_encoder, text_encoder_2"),
     ],
 )
