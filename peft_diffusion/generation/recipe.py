@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from ..bases import prompt_syntax
+from ..bases import prompt_syntax, schedulers
 from ..core.errors import UserError
 from ..core.files import written_aside
 from ..core.parsing import json_value, refusing
@@ -69,7 +69,8 @@ class Recipe:
     that drew, and ``vae`` is the fingerprint of the VAE; None where that is not known, as in recipes of older versions.
 
     ``prompt_weights``, ``clip_skip`` and ``zero_negative`` are how the prompts were read, ``prompt_2`` is what the second
-    text encoder read; None is what the base and the settings have by default.
+    text encoder read; None is what the base and the settings have by default. ``written`` is the prompt with what it left
+    open and the adapters that it named; None where it is the prompt.
 
     ``base_sha256`` is the digest of the one file that the base was read from; "" where it is no file.
 
@@ -106,6 +107,7 @@ class Recipe:
     prompt_weights: str | None = None
     clip_skip: int | None = None
     zero_negative: bool | None = None
+    written: str | None = None
     prediction: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -181,7 +183,7 @@ class Recipe:
         prompt, negative = words
         fields = {
             "Steps": self.steps,
-            "Sampler": _SAMPLERS.get(self.sampler, self.sampler) + (" Karras" if self.scheduler == "dpm++-karras" else ""),
+            "Sampler": schedulers.label(self.scheduler) if self.scheduler else _SAMPLERS.get(self.sampler, self.sampler),
             "CFG scale": f"{self.guidance:g}",
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",
@@ -228,7 +230,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "strength": (float, int, type(None)), "guidance_stop": (float, int, type(None)),
     "sampler_options": (dict, type(None)), "vae": (str, type(None)),
     "prompt_2": (str, type(None)), "prompt_weights": (str, type(None)), "clip_skip": (int, type(None)),
-    "zero_negative": (bool, type(None)), "prediction": (str, type(None)),
+    "zero_negative": (bool, type(None)), "written": (str, type(None)), "prediction": (str, type(None)),
 }  # fmt: skip
 
 

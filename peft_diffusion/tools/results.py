@@ -135,7 +135,7 @@ class Adapters:
         site = self.bones.parts[component].get_submodule(path)
         parts: list[Adapter] = []
         if change.pair is not None:
-            parts.append(lora(site, change.pair))
+            parts.append(lora(site, _evened(change.pair) if self.dtype == torch.float16 else change.pair))
         if change.weight is not None:
             beside = {} if change.bias is None else {BIAS: change.bias}
             parts.append(Full.read(site, {WEIGHT: change.weight, **beside}))
@@ -196,6 +196,14 @@ def lora(site: nn.Module, pair: LowRank) -> Adapter:
     ones = [1] * (len(inputs) - 1)
     down, up = pair.down.reshape(rank, *inputs), pair.up.reshape(outputs, rank, *ones)
     return Lora.read(site, {DOWN: down, UP: up, ALPHA: torch.tensor(float(rank))})
+
+
+def _evened(pair: LowRank) -> LowRank:
+    """Both factors of each rank brought to about the same size by a power of two, which changes no product: below 6e-5 fp16
+    has fewer digits, and there an ``up`` with its scale easily lies."""
+    ratio = (pair.up.norm(dim=0) / pair.down.norm(dim=1)).log2() / 2
+    power = torch.where(ratio.isfinite(), ratio, 0.0).round().int()
+    return LowRank(torch.ldexp(pair.down, power[:, None]), torch.ldexp(pair.up, -power))
 
 
 def _bias(site: nn.Module, bias: Tensor) -> Adapter:

@@ -373,7 +373,7 @@ def _told(config: Mapping[str, Any], path: str, shapes: Mapping[str, tuple[int, 
 
 def _times(scale: float, change: "Callable[[Tensor], Tensor] | None") -> "Callable[[Tensor], Tensor]":
     def scaled(tensor: "Tensor") -> "Tensor":
-        return (tensor if change is None else change(tensor)) * scale
+        return (tensor if change is None else change(tensor)).float() * scale  # in halves the product would be rounded
 
     return scaled
 
