@@ -39,6 +39,7 @@ from peft_diffusion.core.settings_file import load
 from peft_diffusion.formats import layout
 from peft_diffusion.generation.settings import MAX_SEED, DemoConfig, InspectConfig
 from peft_diffusion.tools.tool_settings import MetadataGetConfig, MetadataRemoveConfig, MetadataSetConfig
+from peft_diffusion.training.settings.choices import Scheduler
 from peft_diffusion.training.settings.derive import resolve, resolve_language
 from peft_diffusion.training.settings.placements import blocks
 from peft_diffusion.training.settings.shared import FindLr
@@ -212,11 +213,11 @@ def test_values_are_brought_to_their_types() -> None:
         ({"preview_prompts": ("a", 3)}, "--preview-prompts must be a text, or several, not 3"),
         (
             {"scheduler": 3},
-            "--scheduler is one of constant, cosine, linear, cosine-with-restarts, polynomial, warmup-stable-decay, not 3",
+            f"--scheduler is one of {', '.join(get_args(Scheduler))}, not 3",
         ),
         (
             {"scheduler": ["cosine"]},
-            "--scheduler is one of constant, cosine, linear, cosine-with-restarts, polynomial, warmup-stable-decay, not ['cosine']",
+            f"--scheduler is one of {', '.join(get_args(Scheduler))}, not ['cosine']",
         ),
     ],
 )
