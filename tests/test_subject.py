@@ -42,6 +42,7 @@ from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training import Interrupted, TrainConfig
 from peft_diffusion.training.attachment import NAME, attach, selected_components
+from peft_diffusion.training.drawing import PreviewPrompt
 from peft_diffusion.training.loop.seeds import generator
 from peft_diffusion.training.machine.processes import Processes
 from peft_diffusion.training.pictures import diffusion_task
@@ -144,7 +145,7 @@ def test_instructions_of_other_programs_are_told_wherever_a_run_draws_or_learns(
     attach(selected_components(pipe, prepared.config.components), made, 0, lambda name: 1e-3)
     task, drawing = diffusion_task(prepared, made, Processes()), TrainingPictures()
     previews = [
-        Previews(tmp_path, task, [prompt], drawing, nullcontext, told.append, steps=1, every=0, size=64)
+        Previews(tmp_path, task, [PreviewPrompt(prompt)], drawing, nullcontext, told.append, steps=1, every=0, size=64)
         for prompt in ("a dog <lora:ink:0.8>", "a dog")
     ]
     drawn, plain = (one.pictures()[0].tobytes() for one in previews)

@@ -28,10 +28,10 @@ from .record.run_folder import RunFolder, check_writable
 from .results import FoundRates, RunResult, TrainResult
 from .run import Facts, next_command
 from .settings.derive import resolve
-from .settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
+from .settings.pictures import ResolvedConfig, TrainConfig, block_rates, output_path, run_path
 from .settings.placements import Placement, blocks, plugins_of
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
-from .tasks.preparation import Prepared, check_apart, check_places, items, prepare, reading_of
+from .tasks.preparation import Prepared, asked_previews, check_apart, check_places, items, prepare, reading_of
 from .watch.previews import PROMPTS, Previews
 
 _PROMPT = 200  # characters of a prompt that is proposed
@@ -112,6 +112,15 @@ class PictureMaterial:
         found: float = getattr(self.config, families.rate_setting(component))
         return found
 
+    def block_rates(self) -> dict[str, float]:
+        """The learning rates of blocks of the network."""
+        return block_rates(self.config.block_lr)
+
+    def until(self, component: str) -> float:
+        """The share of the run in which a component learns."""
+        of_text = families.role_of(component) == "text encoder"
+        return self.config.text_encoder_until if of_text else 1.0
+
     def rate_flags(self) -> dict[str, str]:
         """The flag that sets the learning rate of each component."""
         settings = {} if self.config.block else {name: families.rate_setting(name) for name in self.parts}
@@ -163,7 +172,7 @@ class PictureMaterial:
         return Previews(
             folder.previews,
             self.task,
-            prepared.prompts if config.preview_prompts else prepared.prompts[:PROMPTS],
+            asked_previews(config) or prepared.prompts[:PROMPTS],
             self.drawing,
             trainer.final_weights,
             trainer.tell,
@@ -268,4 +277,4 @@ def searched(config: TrainConfig) -> TrainConfig:
     if config.shard_base:
         raise UserError("--find-lr runs in one process, which cannot shard a base; leave --shard-base away")
     every: Any = TrainConfig.__dataclass_fields__["preview_every"].default
-    return replace(config, preview_steps=0, preview_prompts=(), preview_every=every)
+    return replace(config, preview_steps=0, preview_prompts=(), preview_prompts_file=None, preview_every=every)
