@@ -67,6 +67,7 @@ def spare(adapters: Adapters, config: Sampling) -> None:
     Raises:
         UserError: The pipeline has nothing of the kind.
     """
+    _ = adapters.base  # found out and kept while the weights can be read
     pipe: Any = adapters.pipe
     device = device_of(pipe, config)
     if config.vae_tiling:
