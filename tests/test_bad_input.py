@@ -48,6 +48,10 @@ USAGES = {
     "generate a --num-inference-steps 20": "Unknown option: --num-inference-steps. Here it is --steps.",
     "generate a --cfg 7": "Unknown option: --cfg. Here it is --guidance.",
     "train pictures --sample_every_n_steps=5": "Unknown option: --sample_every_n_steps. Here it is --preview-every.",
+    "resize a -o c --model b": "Unknown option: --model. Here it is FILE, without a flag.",
+    "resize a -o c --dynamic_method sv_fro": "Unknown option: --dynamic_method. Here it is --ratio or --energy or",
+    "merge --models a --save_to b": "Unknown option: --models. Here it is FILES, without a flag.",
+    "extract a --model_org b": "Unknown option: --model_org. Here it is ORIGINAL, without a flag.",
     "blent a": 'Did you mean "blend"?',
     "inspect": "--files requires an argument",
 }
@@ -94,7 +98,8 @@ def test_a_file_of_prompts_is_no_prompt(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "pics" / "a cat.png")
     for line in ("generate prompts.txt", "text generate prompts.txt", "train pics --preview-prompts prompts.txt"):
         said = complaint(FAILED, *line.split(), folder=tmp_path)
-        assert "the prompt 'prompts.txt' is a file, whose lines are not read; give each prompt in quotes" in said
+        instead = "read it with --prompts-file" if line.startswith("generate") else "give each prompt in quotes"
+        assert f"the prompt 'prompts.txt' is a file, whose lines are not read; {instead}" in said
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")

@@ -285,9 +285,7 @@ def test_parameters_name_each_adapter_once_and_quote_what_parts_values(make: Mak
 
 
 SYNTAXES = {
-    "a cat <lora:ink:0.8>": ("a cat", "names an adapter"),
-    "a {cat|dog|{red|blue} house}": ("a cat", "are alternatives"),
-    "a __colour__ cat": ("a cat", "is a wildcard"),
+    "a cat <lora:ink:0.8>": ("a cat", "names an adapter where none is taken"),
     "a [red:blue:0.5] [cat:.7] [dog::9]": ("a red cat dog", "changes words while the picture is drawn"),
     "a [cat|dog|bird]": ("a cat", "takes turns at each step"),
     "a cat AND a dog": ("a cat and a dog", "joins prompts"),

@@ -126,10 +126,14 @@ def test_rotations_of_which_the_first_turn_nothing_are_scaled_as_rotations(tiny_
     assert close(load_file(tmp_path / "a.safetensors")[f"lora_{CROSS}.diff"], 0.5 * (turned.view(32, 32) - weight), 1e-4)
 
 
-@pytest.mark.parametrize("by", ["component", "block"])
-def test_parts_have_the_very_numbers_and_make_the_whole_again(by: Any, tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("by", "to"), [("component", "kohya"), ("component", "kohya-sgm"), ("block", "kohya")])
+def test_parts_have_the_very_numbers_and_make_the_whole_again(by: Any, to: str, tiny_base: Path, tmp_path: Path) -> None:
     half = {name: tensor.half() for number, own in enumerate(RANKS) for name, tensor in pair(own, number, 4, 2.0).items()}
     save_file(half, tmp_path / "whole.safetensors", {"ss_seed": "3"})
+    if to != "kohya":  # as files of Stable Diffusion XL, whose UNet has other names there, and whose text encoders have not
+        source = (tmp_path / "whole.safetensors").rename(tmp_path / "source.safetensors")
+        pd.convert(pd.ConvertConfig(source, tmp_path / "whole.safetensors", to=to, base=str(tiny_base)))
+        half = load_file(tmp_path / "whole.safetensors")
     parts = pd.split(pd.SplitConfig(tmp_path / "whole.safetensors", output=tmp_path / "parts", by=by, base=str(tiny_base)))
     names = {one.path.name for one in parts}
     if by == "component":

@@ -1,4 +1,4 @@
-"""What other programs (sd-scripts, ai-toolkit, OneTrainer, diffusers, A1111) call settings. Imports no torch."""
+"""What other programs (sd-scripts, ai-toolkit, OneTrainer, diffusers, A1111, LyCORIS) call settings. Imports no torch."""
 
 from collections.abc import Iterable
 
@@ -31,7 +31,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "checkpointing_steps": ("save_every",),
     "resume_from_checkpoint": ("resume",),
     "pretrained_model_name_or_path": ("base",),
-    "model": ("base",),
+    "model": ("file", "base"),
     "train_data_dir": ("folder",),
     "instance_data_dir": ("folder",),
     "reg_data_dir": ("regularisation",),
@@ -40,7 +40,8 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "prior_loss_weight": ("prior_weight",),
     "output_name": ("output",),
     "output_dir": ("run_dir", "output"),
-    "save_precision": ("save_dtype",),
+    "save_precision": ("save_dtype", "dtype"),
+    "precision": ("dtype",),
     "save_model_as": ("save_as",),
     "cache_latents": ("cache",),
     "shuffle_caption": ("shuffle_tags",),
@@ -119,10 +120,26 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "output_model_destination": ("output",),
     "learning_rate_scheduler": ("scheduler",),
     "learning_rate_warmup_steps": ("warmup",),
+    "save_to": ("output",),
+    "models": ("files",),
+    "ratios": ("files",),
+    "lbws": ("files",),
+    "concat": ("how",),
+    "sd_model": ("into",),
+    "new_rank": ("rank",),
+    "linear_dim": ("rank",),
+    "new_conv_rank": ("conv_rank",),
+    "conv_dim": ("conv_rank",),
+    "model_org": ("original",),
+    "model_tuned": ("tuned",),
+    "min_diff": ("smallest",),
+    "verbose": ("errors",),
 }
+# One option there is several here.
+_PARTED = dict.fromkeys(("dynamic_method", "dynamic_param"), ("ratio", "energy", "frobenius"))
 
 
-def known_here_as(given: str, known: Iterable[str]) -> str | None:
+def known_here_as(given: str, known: Iterable[str]) -> list[str]:
     """Find what the setting of another program is called here.
 
     Args:
@@ -130,8 +147,8 @@ def known_here_as(given: str, known: Iterable[str]) -> str | None:
         known: The settings of the command, with underscores.
 
     Returns:
-        The name here; None where the command has none that is meant.
+        The name here, or the names where one option there is several here; none where the command has none that is meant.
     """
-    there = set(known)
-    names = OTHER_NAMES.get(given.lstrip("-").replace("-", "_").lower(), ())
-    return next((name for name in names if name in there), None)
+    there, name = set(known), given.lstrip("-").replace("-", "_").lower()
+    parted = [one for one in _PARTED.get(name, ()) if one in there]
+    return parted or [one for one in OTHER_NAMES.get(name, ()) if one in there][:1]

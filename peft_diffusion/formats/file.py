@@ -127,7 +127,8 @@ def _attached(components: Mapping[str, nn.Module], name: str, spec: Spec) -> Con
 
 def _named(file: Path, layout: str, written: Written) -> Path:
     """The file to write. Raises UserError where the layout has another name for it."""
-    if written.file_name and not file.suffix:
+    is_file = file.suffix.lower() == ".safetensors" or container.is_pickle(file)  # and no folder, as style-v1.5 is
+    if written.file_name and not is_file:
         file = file / written.file_name
     if written.file_name and file.name != written.file_name:
         raise UserError(

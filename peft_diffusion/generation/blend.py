@@ -1,7 +1,7 @@
 """``blend``: a sheet from all of one adapter to all of another, every picture from the same noise."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -10,11 +10,13 @@ from ..bases import load_base
 from ..bases.pipelines import Pipeline
 from ..core.events import Ended, Never, Observer, Observers, Stop, observed
 from ..core.settings import of_kind
+from ..core.strength_schedule import ByPart
 from . import recipe as recipes
 from . import sheet
 from .adapted import adapted
 from .adapters import Adapters
 from .amounts import text_of
+from .asked import read_all, strengths
 from .events import SheetMade
 from .generate import cell_recipes
 from .recipe import Recipe
@@ -55,6 +57,7 @@ def blend(
         of_kind(config, BlendConfig)
         config.check()
         choices = config.choices()
+        read, named, shelf = read_all(config, choices, config.seed)
         base = load_base(
             config.base if pipe is None else pipe,
             device=config.device,
@@ -63,9 +66,14 @@ def blend(
             prediction=config.prediction,
         )
         lent = pipe is not None
-        with adapted(base, choices, config.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
-            tell_clip_skip(adapters.pipe, [choice.plan for choice in choices if choice.plan], config, tell)
-            drawn = draw(adapters, dict(zip(names, choices, strict=True)), config, tell=tell, stop=stop or Never())
+        every = (*choices, *named)
+        prompts = [one.prompt for one in read]
+        with adapted(base, every, [prompts] * len(every), tell, lent=lent, strict=config.strict) as (adapters, names):
+            tell_clip_skip(adapters.pipe, [choice.plan for choice in every if choice.plan], config, tell)
+            beside = [strengths(named, names[len(choices) :], one.tags, shelf, adapters.pipe) for one in read]
+            config = replace(config, prompts=tuple(prompts))
+            blended = dict(zip(names, choices, strict=False))
+            drawn = draw(adapters, blended, config, beside, tell=tell, stop=stop or Never())
         recipes.write_sheet(config.output, drawn.sheet, drawn.recipes)
         tell(SheetMade(config.output))
         tell(Ended("finished"))
@@ -76,6 +84,7 @@ def draw(
     adapters: Adapters,
     choices: dict[str, Choice],
     config: BlendConfig,
+    beside: Sequence[Mapping[str, float | ByPart]] = (),
     *,
     tell: Observer = Observers(),  # noqa: B008 -- has no state
     stop: Stop = Never(),  # noqa: B008 -- has no state
@@ -86,6 +95,7 @@ def draw(
         adapters: The adapters of the pipeline that draws.
         choices: Those that are blended, by name.
         config: What is drawn, and how.
+        beside: For each prompt, how much of other adapters is in each of its pictures.
         tell: Is told how far it is.
         stop: Where it is set, nothing is drawn after the present batch.
 
@@ -103,7 +113,8 @@ def draw(
         {name: choice.scaled(share).amount for share, (name, choice) in zip(mix, choices.items(), strict=True) if share}
         for mix in mixes
     ]
-    cells = [Cell(prompt, config.seed, strengths) for prompt in config.prompts for strengths in columns]
+    rows = zip(config.prompts, beside or [{}] * len(config.prompts), strict=True)
+    cells = [Cell(prompt, config.seed, {**mix, **more}) for prompt, more in rows for mix in columns]
     images = list(paint(adapters, cells, config, tell=tell, stop=stop))
     told = cell_recipes(adapters, cells, config)
     starts = range(0, len(cells), len(columns))

@@ -69,7 +69,8 @@ class Recipe:
     that drew, and ``vae`` is the fingerprint of the VAE; None where that is not known, as in recipes of older versions.
 
     ``prompt_weights``, ``clip_skip`` and ``zero_negative`` are how the prompts were read, ``prompt_2`` is what the second
-    text encoder read; None is what the base and the settings have by default.
+    text encoder read; None is what the base and the settings have by default. ``written`` is the prompt with what it left
+    open and the adapters that it named; None where it is the prompt.
 
     ``base_sha256`` is the digest of the one file that the base was read from; "" where it is no file.
 
@@ -106,6 +107,7 @@ class Recipe:
     prompt_weights: str | None = None
     clip_skip: int | None = None
     zero_negative: bool | None = None
+    written: str | None = None
     prediction: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -228,7 +230,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "strength": (float, int, type(None)), "guidance_stop": (float, int, type(None)),
     "sampler_options": (dict, type(None)), "vae": (str, type(None)),
     "prompt_2": (str, type(None)), "prompt_weights": (str, type(None)), "clip_skip": (int, type(None)),
-    "zero_negative": (bool, type(None)), "prediction": (str, type(None)),
+    "zero_negative": (bool, type(None)), "written": (str, type(None)), "prediction": (str, type(None)),
 }  # fmt: skip
 
 

@@ -37,11 +37,13 @@ class Cell:
         seed: That of its noise.
         strengths: Those of the adapters by name, 0 for one that is not named; None leaves all of them as they are, which
             the cells of a call do all or none.
+        negative: What it should not show; None is what is said for all.
     """
 
     prompt: str
     seed: int
     strengths: Mapping[str, float | ByPart] | None
+    negative: str | None = None
 
 
 def size(info: BaseInfo, sampling: Sampling, source: Source | None = None) -> tuple[int, int]:
@@ -101,7 +103,7 @@ def paint(
     """
     pipe = adapters.pipe
     width, height = size(adapters.base, sampling, source)
-    cells, sampling = _in_words(cells, sampling, tell)
+    cells = _in_words(cells, sampling, tell)
     each = sampling.steps if source is None else source.steps(sampling.steps)
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
     scheduler = scheduler_of(adapters, cells, sampling)
@@ -123,11 +125,12 @@ def paint(
             yield from _paint_batch(start, batch, sampling, telling, report, source)
 
 
-def _in_words(cells: Sequence[Cell], sampling: Sampling, tell: Observer) -> tuple[list[Cell], Sampling]:
-    """Cells and settings with prompts of what is read here; tells what else there was, once."""
-    *prompts, negative = in_words([*(cell.prompt for cell in cells), sampling.negative], tell)
-    plain = [replace(cell, prompt=prompt) for cell, prompt in zip(cells, prompts, strict=True)]
-    return plain, replace(sampling, negative=negative)
+def _in_words(cells: Sequence[Cell], sampling: Sampling, tell: Observer) -> list[Cell]:
+    """Cells with prompts of what is read here; tells what else there was, once."""
+    prompts, against = _texts(cells, sampling)
+    read = in_words([*prompts, *against], tell)
+    pairs = zip(read[: len(prompts)], read[len(prompts) :], strict=True)
+    return [replace(cell, prompt=one, negative=other) for cell, (one, other) in zip(cells, pairs, strict=True)]
 
 
 @dataclass
@@ -268,7 +271,7 @@ def _paint_batch(
     guided = begins > 1 - sampling.guidance_stop
     out = start.pipe(
         **start.arguments,
-        **telling.arguments([cell.prompt for cell in batch], sampling.negative, guided=guided and sampling.guidance > 1),
+        **telling.arguments(*_texts(batch, sampling), guided=guided and sampling.guidance > 1),
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance if guided else 1.0,
         generator=start.generators,
@@ -310,11 +313,19 @@ def whole_picture(pipe: Pipeline, width: int, height: int) -> dict[str, Any]:
 
 def _check_prompts(adapters: Adapters, batches: Sequence[Sequence[Cell]], telling: Telling) -> None:
     """Raise UserError for prompts that cannot be read at the strengths that each batch will have."""
-    different = {tuple((cell.prompt, *sorted((cell.strengths or {}).items())) for cell in batch): batch for batch in batches}
+    different = {
+        tuple((cell.prompt, cell.negative, *sorted((cell.strengths or {}).items())) for cell in batch): batch
+        for batch in batches
+    }
     for batch in different.values():
         _set_strengths(adapters, batch)
-        telling.check([cell.prompt for cell in batch])
-        telling.check([telling.asked.negative] * len(batch))
+        for texts in _texts(batch, telling.asked):
+            telling.check(texts)
+
+
+def _texts(batch: Sequence[Cell], sampling: Sampling) -> tuple[list[str], list[str]]:
+    """The prompts of a batch, and the negative ones."""
+    return [cell.prompt for cell in batch], [sampling.negative if cell.negative is None else cell.negative for cell in batch]
 
 
 def _set_strengths(adapters: Adapters, batch: Sequence[Cell]) -> None:

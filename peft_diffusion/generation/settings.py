@@ -33,6 +33,7 @@ from ..core.settings import (
 )
 from ..core.strength_schedule import ByPart
 from ..data.picture_names import CONVERTIBLE, SUFFIXES
+from ..data.prompt_lines import read_prompts
 from ..data.prompts import refuse_files
 from ..formats import Plan, plan
 from ..formats.container import adapter_file, is_pickle, title
@@ -187,6 +188,21 @@ def parse_choices(texts: Sequence[str], plans: "MutableMapping[Key, Plan] | None
     return tuple(replace(choice, plan=known.get(choice.key)) for choice in found)
 
 
+def with_plans(choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    """Parse the files of adapters. Pickles, which take torch, are left for later.
+
+    Args:
+        choices: The adapters.
+
+    Returns:
+        The same, with what was parsed.
+
+    Raises:
+        UserError: A file is no adapter.
+    """
+    return tuple(choice if is_pickle(choice.path) else replace(choice, plan=choice.parsed()) for choice in choices)
+
+
 class NamesAdapters:
     """Settings that name adapter files, and keep what was parsed of them for whoever asks next."""
 
@@ -245,6 +261,14 @@ class Sampling(NamesAdapters):
         "=0:1,0.6:0; where several say, they multiply.",
         PARAMETERS,
         flag=Flag(aliases=("-a",), default_shown=False),
+    )
+    adapters_dir: OptionalPath = setting(
+        None, "The folder where <lora:NAME:0.8> in a prompt finds NAME.safetensors, also in its subfolders.", PARAMETERS
+    )
+    wildcards_dir: OptionalPath = setting(
+        None,
+        "The folder where __NAME__ in a prompt finds NAME.txt, of whose lines the seed draws one.",
+        PARAMETERS,
     )
     strict: bool = setting(False, "Refuse an adapter file of which a tensor would be left out.", PARAMETERS)
     negative: str = setting("", "What the pictures should not show.", PARAMETERS)
@@ -317,6 +341,12 @@ class GenerateConfig(Sampling):
         PARAMETERS,
         flag=Flag(aliases=("-o",)),
     )
+    prompts_file: OptionalPath = setting(
+        None,
+        "A text file with a prompt a line, each with what is said of it alone, as kohya's trainer reads them: --n NEGATIVE, "
+        "--w WIDTH, --h HEIGHT, --d SEED, --l GUIDANCE, --s STEPS.",
+        PARAMETERS,
+    )
     sheet: OptionalPath = setting(None, "Also draw all pictures as one labelled sheet, into this .png file.", PARAMETERS)
     seed: int = setting(0, "The first seed: it decides the noise that a picture starts from.", PARAMETERS, SEEDS)
     count: int = setting(1, "Pictures of each prompt, with the seeds that follow.", PARAMETERS, COUNT)
@@ -355,10 +385,11 @@ class GenerateConfig(Sampling):
         if self.seeds and (self.count != 1 or self.seed != 0):
             raise UserError("give either seeds, or seed and count")
         check_last_seed(self.seed, self.count)
-        if self.recipe is not None and self.prompts:
+        if self.recipe is not None and (self.prompts or self.prompts_file is not None):
             raise UserError("a recipe brings its own prompt; leave the prompt away")
         if self.recipe is None:
-            _check_prompts(self.prompts)
+            if self.prompts_file is None:
+                _check_prompts(self.prompts)
             check_text(self.negative)
             self._check_source()
 
@@ -373,9 +404,11 @@ class GenerateConfig(Sampling):
             UserError: Files cannot be read or written.
         """
         self.choices()
-        refuse_files(self.prompts)
+        refuse_files(self.prompts, "read it with --prompts-file")
         if self.recipe is not None:
             read(self.recipe)
+        if self.prompts_file is not None:
+            read_prompts(self.prompts_file)
         for path in (self.image, self.mask):
             if path is not None and not path.is_file():
                 raise UserError(f"there is no picture {path}")

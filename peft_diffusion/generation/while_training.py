@@ -77,7 +77,7 @@ class TrainingPictures:
         with drawing(pipe, scheduler):
             drawn: list[Image.Image] = pipe(
                 **whole_picture(pipe, size, size),
-                **Telling(pipe, sampling).arguments(prompts, ""),
+                **Telling(pipe, sampling).arguments(prompts, [""] * len(prompts)),
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 width=size,

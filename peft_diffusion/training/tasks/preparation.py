@@ -35,7 +35,7 @@ from ...data.folder import ImageFolder, TrainingImage, check_folders, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
 from ...data.problems import number_of
-from ...data.prompts import refuse_files, words_of
+from ...data.prompts import instructions, refuse_files
 from ..attachment import check_placements, selected_components, with_words
 from ..beginning import with_rank_of_file
 from ..drawing import Drawing
@@ -396,10 +396,11 @@ def _tell_prompts(pictures: Sequence[TrainingImage], rules: CaptionRules, text: 
                 f"{number_of(places, 'caption')} with [trigger] or [name], which --trigger WORDS fills; as it is, it is read"
             )
         )
+    weighted = text.reading.weights != "none"
     odd = [
         f"{one.path}: {', '.join(taken)}"
         for one, prompt in zip(pictures, prompts, strict=True)
-        if (taken := words_of(prompt).taken)
+        if (taken := instructions(prompt, weighted=weighted, wildcards=rules.wildcards))
     ]
     if odd:
         message = f"{number_of(len(odd), 'prompt')} with what other programs read as instructions, learned here as letters:"
