@@ -1,21 +1,34 @@
 """What prompts hold besides words: adapters by name, alternatives and lists by the seed, and lines of options."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_pipe
 from making import command, make_adapter
 from safetensors.torch import load_file, save_file
+from test_training import draw_pictures, small
 
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.events import Event
 from peft_diffusion.data.prompt_lines import parse_line, read_prompts
 from peft_diffusion.data.wildcards import Wildcards
 from peft_diffusion.generation.blend import blend
 from peft_diffusion.generation.generate import Picture, generate
 from peft_diffusion.generation.settings import BlendConfig, Choice, GenerateConfig
 from peft_diffusion.generation.tags import Shelf, Tag, take
+from peft_diffusion.generation.while_training import TrainingPictures
+from peft_diffusion.training.attachment import attach, selected_components
+from peft_diffusion.training.loop.seeds import seed_of
+from peft_diffusion.training.machine.processes import Processes
+from peft_diffusion.training.pictures import diffusion_task
+from peft_diffusion.training.settings.placements import blocks
+from peft_diffusion.training.tasks.preparation import prepare
+from peft_diffusion.training.watch.previews import Previews
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +237,38 @@ def test_each_line_is_drawn_as_it_says(pipe: Any, tmp_path: Path) -> None:
     assert (tmp_path / "sheet.png").is_file()
     with pytest.raises(UserError, match='the prompt "a cat" cannot be drawn: a negative prompt has no effect at guidance 1'):
         made(pipe, tmp_path, "a cat --n dog --l 1")
+
+
+def test_previews_of_a_run_are_drawn_as_their_lines_say(tmp_path: Path) -> None:
+    folder = draw_pictures(tmp_path / "pictures")
+    (tmp_path / "p.txt").write_text("a cat --w 80 --h 64 --s 1 --d 5\na (dog:1.2) --n cat --l 3\na {cat|cat}\n")
+    asked = small(
+        folder, tmp_path, missing_captions="name", preview_prompts=("a house",), preview_steps=2,
+        preview_prompts_file=tmp_path / "p.txt",
+    )  # fmt: skip
+    pipe: Any = make_pipe()
+    prepared = prepare(asked, pipe, lambda event: None, TrainingPictures())
+    made = blocks(prepared.config)
+    attach(selected_components(pipe, prepared.config.components), made, 0, lambda name: 1e-3)
+    task = diffusion_task(prepared, made, Processes())
+    told: list[Event] = []
+    previews = Previews(
+        tmp_path / "previews",
+        task,
+        prepared.prompts,
+        TrainingPictures(),
+        nullcontext,
+        told.append,
+        steps=2,
+        every=0,
+        size=64,
+    )
+    previews.draw(0)
+    first, wide, weighed, drawn = (np.asarray(picture, float) for picture in told[-1].pictures)  # type: ignore[attr-defined]
+    assert wide.shape[:2] == (64, 80) and first.shape == weighed.shape == drawn.shape
+    common: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 5.0}
+    common["generator"] = [torch.Generator().manual_seed(seed_of(0, "preview", 3))]
+    theirs = np.asarray(pipe(["a cat"], **common).images[0], float)
+    assert np.abs(theirs - drawn).mean() < 0.1
+    with pytest.raises(UserError, match="has a side of 72, no multiple of 16"):
+        prepare(replace(asked, preview_prompts=("a cat --w 72",)), pipe, lambda event: None, TrainingPictures())

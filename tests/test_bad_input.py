@@ -98,7 +98,9 @@ def test_a_file_of_prompts_is_no_prompt(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "pics" / "a cat.png")
     for line in ("generate prompts.txt", "text generate prompts.txt", "train pics --preview-prompts prompts.txt"):
         said = complaint(FAILED, *line.split(), folder=tmp_path)
-        instead = "read it with --prompts-file" if line.startswith("generate") else "give each prompt in quotes"
+        instead = {"generate": "read it with --prompts-file", "train": "read it with --preview-prompts-file"}.get(
+            line.split()[0], "give each prompt in quotes"
+        )
         assert f"the prompt 'prompts.txt' is a file, whose lines are not read; {instead}" in said
 
 

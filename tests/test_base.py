@@ -21,7 +21,7 @@ import peft_diffusion as pd
 from peft_diffusion.bases import describe, embedded
 from peft_diffusion.bases.loading import quiet
 from peft_diffusion.generation.sampler import Cell, paint
-from peft_diffusion.generation.settings import GenerateConfig, SchedulerName
+from peft_diffusion.generation.settings import GenerateConfig
 from scripts.build_base.augment import moved, strange
 from scripts.build_base.card import Story, card
 from scripts.build_base.export import mix
@@ -42,7 +42,7 @@ def icons() -> Any:
     return pd.load_base("icons", device="cpu")
 
 
-def _drawn(pipe: Any, prompts: list[str], scheduler: SchedulerName | None = None, steps: int = 20) -> np.ndarray:
+def _drawn(pipe: Any, prompts: list[str], scheduler: str | None = None, steps: int = 20) -> np.ndarray:
     sampling = GenerateConfig(tuple(prompts), steps=steps, scheduler=scheduler)
     images = paint(pd.Adapters(pipe), [Cell(prompt, 0, {}) for prompt in prompts], sampling)
     return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
@@ -137,7 +137,7 @@ def test_what_unknown_words_are_taught_is_aligned() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["ddim", "pndm", "euler", "heun", "dpm++-karras", "unipc"])
-def test_every_sampler_draws_the_apple(icons: Any, scheduler: SchedulerName) -> None:
+def test_every_sampler_draws_the_apple(icons: Any, scheduler: str) -> None:
     """They take other steps to the same picture: far nearer to it than to another subject's."""
     wanted, other = _drawn(icons, [ASKED["noto"], "noto emoji of a fish"])
     # PNDM extrapolates from four steps before, and overshoots under guidance where they are long.

@@ -38,10 +38,11 @@ from peft_diffusion.data.latents import cache_latents
 from peft_diffusion.fast.cuda_graph import Inputs
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.sampler import Cell, paint
-from peft_diffusion.generation.settings import GenerateConfig, SchedulerName
+from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training import Interrupted, TrainConfig
 from peft_diffusion.training.attachment import NAME, attach, selected_components
+from peft_diffusion.training.drawing import PreviewPrompt
 from peft_diffusion.training.loop.seeds import generator
 from peft_diffusion.training.machine.processes import Processes
 from peft_diffusion.training.pictures import diffusion_task
@@ -144,7 +145,7 @@ def test_instructions_of_other_programs_are_told_wherever_a_run_draws_or_learns(
     attach(selected_components(pipe, prepared.config.components), made, 0, lambda name: 1e-3)
     task, drawing = diffusion_task(prepared, made, Processes()), TrainingPictures()
     previews = [
-        Previews(tmp_path, task, [prompt], drawing, nullcontext, told.append, steps=1, every=0, size=64)
+        Previews(tmp_path, task, [PreviewPrompt(prompt)], drawing, nullcontext, told.append, steps=1, every=0, size=64)
         for prompt in ("a dog <lora:ink:0.8>", "a dog")
     ]
     drawn, plain = (one.pictures()[0].tobytes() for one in previews)
@@ -531,7 +532,7 @@ def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", [None, "pndm", "euler", "dpm++"])
 def test_what_was_trained_to_pure_noise_is_drawn_from_it(
-    tmp_path: Path, pictures: Path, sampler: SchedulerName | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: Path, sampler: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By previews and by `paint`, whatever sampler; one that cannot gives way to DDIM's. Others draw as ever."""
     made: dict[str, Any] = {"zero_terminal_snr": True, "preview_steps": 2, "steps": 2, "save_every": 2}

@@ -18,7 +18,6 @@ import peft_diffusion as pd
 from peft_diffusion.bases import checksum, denoiser_of, describe, family
 from peft_diffusion.bases.base import components
 from peft_diffusion.core import site
-from peft_diffusion.generation.settings import SchedulerName
 from peft_diffusion.training.machine.low_memory import blocks_of
 from peft_diffusion.training.settings.choices import Memory, Preset
 from peft_diffusion.training.settings.derive import resolve
@@ -93,7 +92,7 @@ def test_what_was_trained_is_read_and_drawn_with(trained: Path, tmp_path: Path) 
     make_toy().save_pretrained(tmp_path / "base")
     common: dict[str, Any] = {"base": str(tmp_path / "base"), "steps": 2, "device": "cpu", "output": tmp_path / "drawn"}
     (without,) = pd.generate(pd.GenerateConfig(prompts=("a red apple",), **common))
-    schedulers: tuple[SchedulerName | None, ...] = (None, "euler", "heun")
+    schedulers: tuple[str | None, ...] = (None, "euler", "heun")
     for scheduler in schedulers:
         config = pd.GenerateConfig(prompts=("a red apple",), adapter=(str(trained),), scheduler=scheduler, **common)
         (with_it,) = pd.generate(config)

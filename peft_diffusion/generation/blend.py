@@ -17,6 +17,7 @@ from .adapted import adapted
 from .adapters import Adapters
 from .amounts import text_of
 from .asked import read_all, strengths
+from .distilled import for_few_steps
 from .events import SheetMade
 from .generate import cell_recipes
 from .recipe import Recipe
@@ -58,6 +59,7 @@ def blend(
         config.check()
         choices = config.choices()
         read, named, shelf = read_all(config, choices, config.seed)
+        config = for_few_steps(config, (*choices, *named), tell)
         base = load_base(
             config.base if pipe is None else pipe,
             device=config.device,

@@ -29,6 +29,7 @@ from . import recipe as recipes
 from .adapted import adapted
 from .adapters import Adapters
 from .asked import Asked, Order, order
+from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
 from .recipe import Recipe, UsedAdapter, UsedPicture
 from .sampler import Cell, gives_way, paint, scheduler_of, size
@@ -97,11 +98,14 @@ def generate(
             _refuse_missing(expected, again)
             config, choices = _again(config, expected, lent=pipe is not None)
         asked = order(config, choices, literal=again is not None)
+        taken = config if again is not None else for_few_steps(config, asked.choices, tell)
+        if taken is not config:
+            config, asked = taken, order(taken, choices, literal=False)
         paths = _plan(config.output, config.to_file, [(one.prompt, one.seed) for one in asked.pictures])
         _check_kept(config, paths, again)
         source = None
         if config.image is not None:
-            source = read_source(config.image, config.mask, config.strength, config.steps)
+            source = read_source(config.image, config.mask, config.strength, config.taken_steps)
         base = load_base(
             config.base if pipe is None else pipe,
             device=config.device,
@@ -208,6 +212,8 @@ def cell_recipes(
         "seed": 0,
         "width": width,
         "height": height,
+        "steps": sampling.taken_steps,
+        "guidance": sampling.guided_by,
         "scheduler": "ddim" if gives_way(adapters.pipe, scheduler, sampling) else sampling.scheduler,
         "sampler": type(scheduler).__name__,
         "base_name": info.name,

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from ..bases import prompt_syntax
+from ..bases import prompt_syntax, schedulers
 from ..core.errors import UserError
 from ..core.files import written_aside
 from ..core.parsing import json_value, refusing
@@ -183,7 +183,7 @@ class Recipe:
         prompt, negative = words
         fields = {
             "Steps": self.steps,
-            "Sampler": _SAMPLERS.get(self.sampler, self.sampler) + (" Karras" if self.scheduler == "dpm++-karras" else ""),
+            "Sampler": schedulers.label(self.scheduler) if self.scheduler else _SAMPLERS.get(self.sampler, self.sampler),
             "CFG scale": f"{self.guidance:g}",
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",

@@ -13,8 +13,8 @@ from PIL import Image
 from ..bases import BaseInfo, denoiser_of
 from ..bases.base import dtype_of
 from ..bases.pipelines import Pipeline, drawing, end_guidance, guided_tensors
-from ..bases.schedulers import SCHEDULERS
-from ..core.errors import UserError
+from ..bases.schedulers import BY_STEPS, SCHEDULERS, SPACINGS, parted
+from ..core.errors import UserError, first_line
 from ..core.events import Never, Observer, Observers, Progress, Stop, Warned, check_stop
 from ..core.strength import Amount
 from ..core.strength_schedule import ByPart
@@ -104,7 +104,7 @@ def paint(
     pipe = adapters.pipe
     width, height = size(adapters.base, sampling, source)
     cells = _in_words(cells, sampling, tell)
-    each = sampling.steps if source is None else source.steps(sampling.steps)
+    each = sampling.taken_steps if source is None else source.steps(sampling.taken_steps)
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
     scheduler = scheduler_of(adapters, cells, sampling)
     if gives_way(pipe, scheduler, sampling):
@@ -199,18 +199,34 @@ def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
     """
     scheduler = adapters.pipe.scheduler
     levels = scheduler.config.num_train_timesteps
-    if sampling.steps > levels:
-        raise UserError(f"steps must be at most {levels}, the noise levels that the base knows, not {sampling.steps}")
+    if sampling.taken_steps > levels:
+        raise UserError(f"steps must be at most {levels}, the noise levels that the base knows, not {sampling.taken_steps}")
     if sampling.scheduler is not None:
-        known = denoiser_of(adapters.pipe).schedulers
-        if sampling.scheduler not in known:
-            names = ", ".join(known)
-            raise UserError(f"the base {adapters.base.name!r} has no scheduler {sampling.scheduler}; choose one of: {names}")
-        name, changes = known[sampling.scheduler]
-        scheduler = getattr(diffusers, name).from_config(scheduler.config, **changes)
+        scheduler = _named(sampling.scheduler, adapters, sampling.taken_steps)
     used = {name for cell in cells for name, strength in (cell.strengths or {}).items() if strength != 0}
     of_noise = any(adapters[name].spec.training.get("zero_terminal_snr") for name in used & set(adapters.names))
     return ending_in_noise(scheduler) if of_noise else scheduler
+
+
+def _named(name: str, adapters: Adapters, steps: int) -> Any:
+    """A scheduler by its name, from the configuration of the base's. Raises UserError for one that cannot be."""
+    known, (kind, spacing) = denoiser_of(adapters.pipe).schedulers, parted(name)
+    if kind not in known:
+        raise UserError(f"the base {adapters.base.name!r} has no scheduler {kind}; choose one of: {', '.join(known)}")
+    cls, changes = getattr(diffusers, known[kind][0]), {**known[kind][1], **SPACINGS.get(spacing, {})}
+    if kind in BY_STEPS and spacing:
+        changes = {"timestep_spacing": "linspace", **changes}
+    lacking = set(SPACINGS.get(spacing, {})) - set(inspect.signature(cls.__init__).parameters)
+    if lacking:
+        raise UserError(f"the scheduler {kind} cannot space its noise levels so: {spacing}; take another, or {kind} alone")
+    own = adapters.pipe.scheduler.config
+    plain = {option: False for options in SPACINGS.values() for option in options if option.startswith("use_")}
+    base = {option: value for option, value in own.items() if not (spacing and option in plain)}
+    try:
+        cls.from_config(base, **changes).set_timesteps(steps)
+        return cls.from_config(base, **changes)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"the scheduler {name} cannot take {steps} steps here: {first_line(error)}") from error
 
 
 def gives_way(pipe: Pipeline, scheduler: Any, sampling: Sampling) -> bool:
@@ -225,7 +241,7 @@ def gives_way(pipe: Pipeline, scheduler: Any, sampling: Sampling) -> bool:
         Whether it does.
     """
     asked = sampling.scheduler
-    return asked is not None and type(scheduler).__name__ != denoiser_of(pipe).schedulers[asked][0]
+    return asked is not None and type(scheduler).__name__ != denoiser_of(pipe).schedulers[parted(asked)[0]][0]
 
 
 @dataclass(frozen=True)
@@ -267,13 +283,13 @@ def _paint_batch(
     source: Source | None,
 ) -> list[Image.Image]:
     # What starts from a picture may start where guidance acts no more.
-    begins = 1.0 if source is None else source.steps(sampling.steps) / sampling.steps
+    begins = 1.0 if source is None else source.steps(sampling.taken_steps) / sampling.taken_steps
     guided = begins > 1 - sampling.guidance_stop
     out = start.pipe(
         **start.arguments,
-        **telling.arguments(*_texts(batch, sampling), guided=guided and sampling.guidance > 1),
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance if guided else 1.0,
+        **telling.arguments(*_texts(batch, sampling), guided=guided and sampling.guided_by > 1),
+        num_inference_steps=sampling.taken_steps,
+        guidance_scale=sampling.guided_by if guided else 1.0,
         generator=start.generators,
         callback_on_step_end=report,
         callback_on_step_end_tensor_inputs=guided_tensors(start.pipe),

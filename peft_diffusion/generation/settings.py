@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 from ..bases import family as families
 from ..bases.asked import AskedPrediction
 from ..bases.prompt_syntax import Weights
+from ..bases.schedulers import SCHEDULERS, SPACINGS, canonical
 from ..core.errors import UserError
 from ..core.files import at_home, if_address
 from ..core.settings import (
@@ -40,12 +41,12 @@ from ..formats.container import adapter_file, is_pickle, title
 from . import amounts
 from .recipe import check_folder, check_target, read
 
-SchedulerName: TypeAlias = Literal["ddim", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
+_STEPS, _GUIDANCE = 25, 5.0  # where nothing says otherwise
 _PICTURES = SUFFIXES | CONVERTIBLE
 
 
@@ -292,9 +293,18 @@ class Sampling(NamesAdapters):
         "Tell an empty negative prompt by zeros; by default what the base says, as that of Stable Diffusion XL does.",
         PARAMETERS,
     )
-    steps: int = setting(25, "Denoising steps.", PARAMETERS, COUNT)
-    guidance: float = setting(
-        5.0, "How closely to follow the prompt: classifier-free guidance, 1 is none.", PARAMETERS, NATURAL
+    steps: int | None = setting(
+        None,
+        "Denoising steps; by default 25, or what an adapter for few steps needs (LCM, Hyper-SD, Lightning, Turbo, ...).",
+        PARAMETERS,
+        COUNT,
+    )
+    guidance: float | None = setting(
+        None,
+        "How closely to follow the prompt: classifier-free guidance, 1 is none; by default 5, or what an adapter for few "
+        "steps needs.",
+        PARAMETERS,
+        NATURAL,
     )
     guidance_stop: float = setting(
         1.0,
@@ -304,7 +314,14 @@ class Sampling(NamesAdapters):
         PARAMETERS,
         WHOLE_SHARE,
     )
-    scheduler: SchedulerName | None = setting(None, "The sampler; by default the base's own.", PARAMETERS)
+    scheduler: str | None = setting(
+        None,
+        f"The sampler, by the names of A1111 too, as 'DPM++ 2M Karras': {', '.join(SCHEDULERS)}; behind it may stand how "
+        f"the noise levels are spaced: {', '.join(f'-{one}' for one in SPACINGS)}. By default the base's own, or what an "
+        "adapter for few steps needs.",
+        PARAMETERS,
+        flag=Flag(aliases=("--sampler",)),
+    )
     width: int | None = setting(None, "In pixels; by default the base's resolution.", PARAMETERS, _SIDE, unit="pixels")
     height: int | None = setting(None, "In pixels; by default the base's resolution.", PARAMETERS, _SIDE, unit="pixels")
     batch_size: int = setting(4, "Pictures computed at once; the pictures do not depend on it.", PARAMETERS, COUNT)
@@ -324,10 +341,22 @@ class Sampling(NamesAdapters):
 
     def __post_init__(self) -> None:
         settle(self)
-        if self.negative and self.guidance <= 1:
-            raise UserError(f"a negative prompt has no effect at guidance {self.guidance:g}; raise it above 1")
+        if self.scheduler is not None:
+            object.__setattr__(self, "scheduler", canonical(self.scheduler))
+        if self.negative and self.guided_by <= 1:
+            raise UserError(f"a negative prompt has no effect at guidance {self.guided_by:g}; raise it above 1")
         if self.negative and self.guidance_stop == 0:
             raise UserError("a negative prompt has no effect at guidance_stop 0; raise it")
+
+    @property
+    def taken_steps(self) -> int:
+        """How many denoising steps are taken."""
+        return _STEPS if self.steps is None else self.steps
+
+    @property
+    def guided_by(self) -> float:
+        """How much guidance there is."""
+        return _GUIDANCE if self.guidance is None else self.guidance
 
 
 @explained

@@ -63,7 +63,8 @@ class TrainingPictures:
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
-        size: int,
+        against: Sequence[str],
+        size: tuple[int, int],
         steps: int,
         guidance: float,
         from_pure_noise: bool,
@@ -76,12 +77,12 @@ class TrainingPictures:
         scheduler = ending_in_noise(pipe.scheduler) if from_pure_noise else pipe.scheduler
         with drawing(pipe, scheduler):
             drawn: list[Image.Image] = pipe(
-                **whole_picture(pipe, size, size),
-                **Telling(pipe, sampling).arguments(prompts, [""] * len(prompts)),
+                **whole_picture(pipe, *size),
+                **Telling(pipe, sampling).arguments(prompts, against, guided=guidance > 1),
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                width=size,
-                height=size,
+                width=size[0],
+                height=size[1],
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             ).images
         return drawn

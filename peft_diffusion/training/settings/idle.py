@@ -20,6 +20,7 @@ _NEEDS: dict[str, tuple[Callable[[ResolvedConfig], bool], str]] = {
     "prior_target": _OF_CLASS,
     "preview_every": _OF_PREVIEWS,
     "preview_prompts": _OF_PREVIEWS,
+    "preview_prompts_file": _OF_PREVIEWS,
 }
 
 

@@ -343,6 +343,12 @@ class TrainConfig(SharedConfig, _PictureConfig):
     preview_prompts: Texts = setting(
         (), "Prompts of the previews; by default captions of pictures kept apart.", WATCH, free_on_resume=True
     )
+    preview_prompts_file: OptionalPath = setting(
+        None,
+        "A text file with a preview a line, as generate --prompts-file reads it; a prompt in quotes takes its options too.",
+        WATCH,
+        free_on_resume=True,
+    )
     preview_every: int | None = setting(
         None,
         "Steps between previews; 0 draws them at start and end only, which is the default on a CPU.",

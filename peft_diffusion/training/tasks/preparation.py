@@ -35,10 +35,11 @@ from ...data.folder import ImageFolder, TrainingImage, check_folders, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
 from ...data.problems import number_of
+from ...data.prompt_lines import read_prompts
 from ...data.prompts import instructions, refuse_files
 from ..attachment import check_placements, selected_components, with_words
 from ..beginning import with_rank_of_file
-from ..drawing import Drawing
+from ..drawing import Drawing, PreviewPrompt
 from ..events import COLD, IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
@@ -72,13 +73,39 @@ class Prepared:
     class_pictures: tuple[TrainingImage, ...] = ()
 
     @property
-    def prompts(self) -> list[str]:
+    def prompts(self) -> list[PreviewPrompt]:
         """The prompts of the previews: those asked for, or captions of pictures kept apart, or else of any."""
-        if self.config.preview_prompts:
-            return list(self.config.preview_prompts)
+        asked = asked_previews(self.config)
+        if asked:
+            return asked
         examples = self.held_out or self.train
         captions = dict.fromkeys(self.rules.plain(caption) for caption in examples.captions)
-        return list(captions) if self.config.weighted_captions else list(map(escaped, captions))
+        read = captions if self.config.weighted_captions else map(escaped, captions)
+        return [PreviewPrompt(caption) for caption in read]
+
+
+def asked_previews(config: TrainConfig | ResolvedConfig) -> list[PreviewPrompt]:
+    """Read the prompts of previews that were asked for.
+
+    Args:
+        config: The settings of the run.
+
+    Returns:
+        The prompts; none where captions are drawn.
+
+    Raises:
+        UserError: The file, or what a line says, cannot be read.
+    """
+    of_file = () if config.preview_prompts_file is None else read_prompts(config.preview_prompts_file)
+    return [PreviewPrompt.of_line(line, number) for number, line in enumerate((*config.preview_prompts, *of_file))]
+
+
+def _check_previews(config: ResolvedConfig, info: BaseInfo) -> None:
+    """Raise UserError for sizes of previews that the base cannot draw."""
+    for one in asked_previews(config):
+        for side in (one.width, one.height):
+            if side is not None and (side < 1 or side % info.step):
+                raise UserError(f'the preview "{one.written[:60]}" has a side of {side}, no multiple of {info.step}')
 
 
 def reading_of(config: TrainConfig | ResolvedConfig) -> Reading:
@@ -197,6 +224,7 @@ def prepare(
     _tell_odd(config, resolved, apart, tell)
     rules = replace(rules, dropout=resolved.caption_dropout)
     text.check()
+    _check_previews(resolved, info)
     _tell_prompts([*kept, *apart], rules, text, tell)
     of_class = class_images.pictures(resolved, pipe, tell, drawing, processes)
     if going_on is not None:
@@ -214,7 +242,9 @@ def _checked(config: TrainConfig) -> CaptionRules:
     """The rules of captions, after seeing what can be told before the base is loaded. Raises UserError for it."""
     parse_colour(config.background)
     subfolders.check(config.repeats, config.folder_weight)
-    refuse_files((*config.preview_prompts, *config.class_prompt))
+    refuse_files(config.preview_prompts, "read it with --preview-prompts-file")
+    refuse_files(config.class_prompt)
+    asked_previews(config)
     for folders in filter(None, (config.folder, config.regularisation)):
         check_folders(folders)
     dropout = config.caption_dropout or 0.0
