@@ -17,6 +17,7 @@ from ..core.adapter import Adapter, LowRank, chained, parts_of
 from ..core.errors import UserError
 from ..core.method import Method, Values
 from ..core.parsing import json_value
+from ..core.weight_change import Change, serves, weight_shape
 from ..formats import Plan, Spec, file
 from ..formats.layout import Content
 from ..formats.metadata import lasting
@@ -24,8 +25,6 @@ from ..formats.spec import KEY
 from ..methods.bitfit import LAYER_BIAS, BitFit
 from ..methods.full import BIAS, WEIGHT, Full
 from ..methods.lora import DOWN, UP, Lora
-from ..methods.shared.affine import serves, weight_shape
-from ..methods.shared.changes import Change
 from ..methods.shared.hyper_parameters import ALPHA
 
 
