@@ -102,7 +102,7 @@ class _Left:
 def _kinds(component: nn.Module) -> dict[str, str]:
     """What each tensor of a component is, in words."""
     return {
-        bare(f"{path}.{name}"): f"{name}s of {type(module).__name__}"
+        bare(f"{path}.{name}"): f"{name}{'es' if name == 'bias' else 's'} of {type(module).__name__}"
         for path, module in component.named_modules()
         for name, _ in module.named_parameters(recurse=False)
     }

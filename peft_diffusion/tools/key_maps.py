@@ -183,6 +183,12 @@ def _lora(down: str, up: str) -> Formula:
     return formula
 
 
+def _lora_of_kohya(values: Mapping[str, Tensor]) -> Tensor | None:
+    """That of kohya's ``LoRAModule``, to which an alpha of 0 is none."""
+    kept = {suffix: tensor for suffix, tensor in values.items() if suffix != "alpha" or float(tensor)}
+    return _lora("lora_down.weight", "lora_up.weight")(kept)
+
+
 def _loha(values: Mapping[str, Tensor]) -> Tensor | None:
     if "dora_scale" in values:
         return None
@@ -344,15 +350,17 @@ def _a1111(base: Skeleton) -> dict[str, Where]:
     if denoiser is not None:
         name, module = denoiser
         there = {_flat(own): (name, path) for path, own in original_names(module).items()}
-        found |= {f"lora_unet_{own}": where for own, where in there.items()}
+        found |= {f"{start}{own}": where for start in ("lora_unet_", "oft_unet_") for own, where in there.items()}
         for path in _weighed(module):
             own = _compvis(_flat(path))
             if own in there:
                 found[f"lora_unet_{_flat(path)}"] = there[own]
     xl = "text_encoder_2" in base.parts
     for component, path, spelled in _text_layers(base):
-        prefix = "lora_te2_" if component == "text_encoder_2" else "lora_te1_" if xl else "lora_te_"
-        found[f"{prefix}{_flat(spelled)}"] = (component, path)
+        starts = ["lora_te2_" if component == "text_encoder_2" else "lora_te1_" if xl else "lora_te_"]
+        if not xl and base.info.family != "sd2":
+            starts.append("lora_te1_")
+        found |= {f"{start}{_flat(spelled)}": (component, path) for start in starts}
     return found
 
 
@@ -393,7 +401,12 @@ PROGRAMS = (
         (_LORA, _LOHA, _IA3, _OFT, *_LOKR, _DIFF, Kind(_NORM.needed | _NORM.beside, formula=_NORM.formula), _GLORA),
         bundles=True,
     ),
-    Program("kohya", _kohya, (_KOHYA_LORA,), note="LyCORIS reads other methods there, with network_module=lycoris.kohya"),
+    Program(
+        "kohya",
+        _kohya,
+        (Kind(_KOHYA_LORA.needed, _KOHYA_LORA.beside, _lora_of_kohya),),
+        note="LyCORIS reads other methods there, with network_module=lycoris.kohya",
+    ),
     Program("InvokeAI", _invoke, (_IA3, _NORM, _DIFF, *_LOKR, _LOHA, _LORA), refuses_unknown=True),
 )
 """The programs that are known by their maps."""
