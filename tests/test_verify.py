@@ -1,6 +1,7 @@
 """What other programs make of a file is what they do make of it: their own loaders, and facts of their sources."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,24 @@ def test_invoke_refuses_a_file_with_one_site_of_an_unknown_kind(tiny_base: Path,
     found = verified(made(tmp_path / "a.safetensors", "oft"), str(tiny_base))["InvokeAI"]
     assert found.coverage == 0
     assert "refuses the file: it knows no tensors such as lora_unet_" in found.line()
+
+
+@pytest.mark.parametrize(
+    ("names", "readers"),
+    [
+        (["emb_params"], {"diffusers", "ComfyUI", "Forge", "A1111", "InvokeAI"}),
+        (["clip_l", "clip_g"], {"ComfyUI", "Forge", "A1111", "InvokeAI"}),
+        (["<s0>", "<s1>"], set()),
+    ],
+)
+def test_words_are_read_as_words(names: list[str], readers: set[str], tmp_path: Path) -> None:
+    save_file({name: torch.randn(1, 1280 if name == "clip_g" else 768) for name in names}, tmp_path / "word.safetensors")
+    found = verified(tmp_path / "word.safetensors")
+    assert {name for name, one in found.items() if one.coverage == 1} == readers
+    assert {"LyCORIS", "kohya"}.isdisjoint(found)
+    pipe: Any = make_pipe()
+    with nullcontext() if "diffusers" in readers else pytest.raises(ValueError, match="state dictionary is incorrect"):
+        pipe.load_textual_inversion({name: torch.ones(1, 32) for name in names}, token="zxc")
 
 
 def test_the_commands_tell_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

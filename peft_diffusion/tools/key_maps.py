@@ -4,6 +4,9 @@
 - A1111: ``extensions-builtin/Lora/networks.py`` and the modules beside it;
 - kohya: ``networks/lora.py`` of sd-scripts, which knows LoRAs alone; LyCORIS reads the rest there;
 - InvokeAI: ``invokeai/backend/patches``.
+
+Files of learned words alone go another way in them: ``comfy/sd1_clip.py``, ``modules/textual_inversion`` of A1111 and Forge,
+``invokeai/backend/textual_inversion.py``, and ``loaders/textual_inversion.py`` of diffusers.
 """
 
 import re
@@ -102,7 +105,8 @@ class Taken:
 
 
 NO_NAME, NO_KIND = "it knows no module of that name", "it knows no such tensors"
-_BUNDLE = "bundle_emb."
+BUNDLE = "bundle_emb."
+_FIELDS, _PARAMS = ("clip_l", "clip_g", "clip_h"), "emb_params"
 
 
 def taken(program: Program, tensors: Mapping[str, Tensor], base: Skeleton) -> Taken:
@@ -120,7 +124,7 @@ def taken(program: Program, tensors: Mapping[str, Tensor], base: Skeleton) -> Ta
     sites: dict[str, dict[str, str]] = {}
     suffixes = frozenset[str]().union(*(kind.needed | kind.beside for kind in program.kinds))
     for name in tensors:
-        if name.startswith(_BUNDLE):
+        if name.startswith(BUNDLE):
             (found.names.add(name) if program.bundles else found.dropped.update({name: "it reads no words from a bundle"}))
             continue
         stem, suffix = _parted(name, stems, suffixes)
@@ -135,6 +139,37 @@ def taken(program: Program, tensors: Mapping[str, Tensor], base: Skeleton) -> Ta
         found.refused = f"it knows no tensors such as {unknown}, and refuses a file that has some"
         found.names, found.changes = set(), {}
     return found
+
+
+def words_taken(names: Sequence[str]) -> list[Taken]:
+    """Read a file of learned words alone as the programs do that read such.
+
+    Args:
+        names: Of its tensors, in their order.
+
+    Returns:
+        What each makes of it.
+    """
+    fields, both = [name for name in names if name in _FIELDS], set(names) >= set(_FIELDS[:2])
+    several = names if both or len(names) == 1 else ()
+    read: dict[str, Sequence[str]] = {
+        "diffusers": names if len(names) == 1 else (),
+        "ComfyUI": fields or names[:1],
+        "Forge": several,
+        "A1111": several,
+        "InvokeAI": [_PARAMS] if _PARAMS in names else fields if both else names[:1],
+    }
+    return [
+        Taken(
+            program,
+            set(own),
+            dropped={name: "it takes another tensor for the word" for name in names if name not in own},
+            refused=""
+            if own
+            else f"it takes one tensor{'' if program == 'diffusers' else ', or those of both text encoders'}",
+        )
+        for program, own in read.items()
+    ]
 
 
 def _parted(name: str, stems: Stems, suffixes: frozenset[str]) -> tuple[str | None, str]:
