@@ -1,5 +1,6 @@
 """Write an adapter file anew in another layout, dtype or method, without its base where it can."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -150,11 +151,12 @@ def _chosen(config: ConvertConfig, there: Mapping[str, object]) -> list[str]:
 
 
 def _dtypes(found: Plan) -> tuple[torch.dtype, ...]:
-    """The dtypes of a file's numbers, that of most tensors first."""
-    dtypes = (
-        [tensor.dtype for tensor in found.loaded.values()]
-        if found.loaded is not None
-        else [torch_dtype(entry) for entry in found.header.tensors.values()]
-    )
-    counted = Counter(dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1)
-    return tuple(dtype for dtype, _ in counted.most_common())
+    """The dtypes of a file's numbers, that of most of them first."""
+    counted: Counter[torch.dtype] = Counter()
+    if found.loaded is not None:
+        for tensor in found.loaded.values():
+            counted[tensor.dtype] += tensor.numel()
+    else:
+        for entry in found.header.tensors.values():
+            counted[torch_dtype(entry)] += math.prod(entry.shape)
+    return tuple(dtype for dtype, _ in counted.most_common() if dtype.is_floating_point and dtype.itemsize > 1)

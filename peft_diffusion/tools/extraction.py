@@ -12,10 +12,9 @@ from ..core.errors import UserError
 from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..core.reduction import Truncation, reduced_matrix
+from ..core.weight_change import Change, serves
 from ..formats import Spec
 from ..formats.file import DTYPES
-from ..methods.shared.affine import serves
-from ..methods.shared.changes import Change
 from .original_names import VAE, bare
 from .results import Adapters, LayerError, Made, base_told
 from .sources import Where
