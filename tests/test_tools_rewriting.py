@@ -82,6 +82,14 @@ def test_resizing_to_a_rank_takes_convolutions_apart_and_tells_what_is_left_out(
     assert told["ss_training_comment"] == "resized from one.safetensors: rank 4; mine"
 
 
+def test_what_is_computed_is_written_with_the_names_of_diffusers_too(lora: Path, tiny_base: Path, tmp_path: Path) -> None:
+    for to in ("kohya", "diffusers"):
+        pd.resize(pd.ResizeConfig(lora, output=tmp_path / f"{to}.safetensors", rank=4, to=to, base=str(tiny_base)))
+    flat, dotted = load_file(tmp_path / "kohya.safetensors"), load_file(tmp_path / "diffusers.safetensors")
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+    assert torch.equal(dotted[name], flat[f"lora_{ATTENTION}.lora_down.weight"]) and 3 * len(dotted) == 2 * len(flat)
+
+
 def lokr() -> dict[str, Tensor]:
     """Whole factors, of which LyCORIS takes no alpha."""
     return {f"lora_{ATTENTION}.lokr_w1": noise(1, 4, 4), f"lora_{ATTENTION}.lokr_w2": noise(2, 8, 8)}

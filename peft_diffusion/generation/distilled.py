@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from ..bases import family as families
 from ..core.events import Noted, Observer, Warned
 from .settings import Choice, Sampling
 
@@ -23,7 +24,7 @@ class Distilled:
         scheduler: As `--scheduler` names it.
         steps: How many, where its name does not tell.
         counted: Whether its name must tell how many, as its word alone may be that of a style.
-        beside: Of these words one must stand beside it; () for none.
+        of_base: Whether its name must speak of a base or a LoRA too, for the same reason.
         guided: Guidance of what has "cfg" in its name; the others take none.
     """
 
@@ -32,7 +33,7 @@ class Distilled:
     scheduler: str
     steps: int = 4
     counted: bool = False
-    beside: tuple[str, ...] = ()
+    of_base: bool = False
     guided: float = 1.0
 
 
@@ -42,7 +43,7 @@ KINDS = (
     Distilled("a DMD2", ("dmd2",), "lcm"),  # https://arxiv.org/abs/2405.14867
     Distilled("a Hyper-SD", ("hyper",), "ddim-trailing", counted=True, guided=5.0),  # https://arxiv.org/abs/2404.13686
     Distilled("a Lightning", ("lightning",), "euler-trailing", counted=True),  # https://arxiv.org/abs/2402.13929
-    Distilled("a Turbo", ("turbo",), "euler-a-trailing", beside=("sd", "sdxl", "xl", "lora")),  # arXiv 2311.17042
+    Distilled("a Turbo", ("turbo",), "euler-a-trailing", of_base=True),  # arXiv 2311.17042
 )
 """Each with its paper."""
 
@@ -62,8 +63,8 @@ def recognised(choice: Choice) -> tuple[Distilled, int, float] | None:
         words = set(plain.split("-"))
         told = _STEPS.search(plain)
         for kind in KINDS:
-            beside = not kind.beside or words.intersection(kind.beside)
-            if words.intersection(kind.words) and beside and (told or not kind.counted):
+            named = not kind.of_base or words & {"sd", "xl", "lora", *(row.name for row in families.every())}
+            if words.intersection(kind.words) and named and (told or not kind.counted):
                 steps = int(told[1]) if told else kind.steps
                 # That of Hyper-SD for one step was trained for TCD's steps, as its authors say.
                 found = replace(kind, scheduler="tcd") if kind.title == "a Hyper-SD" and steps == 1 else kind

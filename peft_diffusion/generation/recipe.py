@@ -201,8 +201,7 @@ class Recipe:
 def _strengths(used: UsedAdapter) -> str:
     """A strength as A1111 has it: of the text encoders and of the UNet, where these differ; it has no blocks and steps."""
     _, parts = amounts.parse(used.parts, used.path) if used.parts else (1.0, None)
-    shares = {} if parts is None else parts.components
-    text, network = (used.strength * shares.get(name, 1.0) for name in ("text_encoder", "unet"))
+    text, network = amounts.of_text_and_network(used.strength, parts)
     return f"{text:g}" if text == network else f"{text:g}:{network:g}"
 
 

@@ -28,7 +28,7 @@ from .record.run_folder import RunFolder, check_writable
 from .results import FoundRates, RunResult, TrainResult
 from .run import Facts, next_command
 from .settings.derive import resolve
-from .settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
+from .settings.pictures import ResolvedConfig, TrainConfig, block_rates, output_path, run_path
 from .settings.placements import Placement, blocks, plugins_of
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.preparation import Prepared, asked_previews, check_apart, check_places, items, prepare, reading_of
@@ -111,6 +111,15 @@ class PictureMaterial:
         """The learning rate of a component."""
         found: float = getattr(self.config, families.rate_setting(component))
         return found
+
+    def block_rates(self) -> dict[str, float]:
+        """The learning rates of blocks of the network."""
+        return block_rates(self.config.block_lr)
+
+    def until(self, component: str) -> float:
+        """The share of the run in which a component learns."""
+        of_text = families.role_of(component) == "text encoder"
+        return self.config.text_encoder_until if of_text else 1.0
 
     def rate_flags(self) -> dict[str, str]:
         """The flag that sets the learning rate of each component."""

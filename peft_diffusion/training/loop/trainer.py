@@ -17,7 +17,7 @@ from ...fast.cuda_graph import Inputs, Recorder, cause, to_device
 from ..events import Data, Losses, Measured, Signals, Step, StepLoss, Unrecorded
 from ..machine.processes import Processes
 from ..settings.choices import OptimizerName, Scheduler
-from .learning_rate import rate
+from .learning_rate import Shape, rate
 from .optimizers import OPTIMIZERS, FlatOptimizer
 
 
@@ -52,9 +52,9 @@ class Task(Protocol):
 class TrainerSettings:
     """How to minimize. ``rates`` has a learning rate per group of the arena; ``clip`` and ``ema`` 0 are off.
 
-    ``patience`` is how many measurements may pass without a new lowest one before the run ends; 0 is any number.
-    ``cuda_graph`` runs the steps from CUDA graphs, on CUDA. Groups among ``undecayed`` have no weight decay: embeddings are
-    no changes, which 0 would undo.
+    ``patience`` is how many measurements may pass without a new lowest one before the run ends; 0 is any number. ``ends``
+    has the step from which a group learns no more, for those that end before the run. ``cuda_graph`` runs the steps from
+    CUDA graphs, on CUDA. Groups among ``undecayed`` have no weight decay: embeddings are no changes, which 0 would undo.
     """
 
     steps: int
@@ -62,6 +62,10 @@ class TrainerSettings:
     accumulation: int = 1
     scheduler: Scheduler = "constant"
     warmup: int = 0
+    cycles: int = 1
+    power: float = 1.0
+    decay: float = 0.2
+    ends: Mapping[str, int] = field(default_factory=dict)
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float = 0.0
@@ -380,8 +384,11 @@ class Trainer:
         return [self.arena.grad, *state.values(), *self.optimizer.counters()]
 
     def _rates(self, step: int) -> dict[str, float]:
-        factor = rate(self.settings.scheduler, step, self.settings.steps, self.settings.warmup)
-        return {name: factor * self.settings.rates[name] for name in self.arena.groups}
+        settings = self.settings
+        shape = Shape(settings.cycles, settings.power, settings.decay)
+        factor = rate(settings.scheduler, step, settings.steps, settings.warmup, shape)
+        ended = {name for name, end in settings.ends.items() if step >= end}
+        return {name: 0.0 if name in ended else factor * settings.rates[name] for name in self.arena.groups}
 
     def _read(self) -> None:
         """Fetch the losses from the device, and stop where they are no good."""

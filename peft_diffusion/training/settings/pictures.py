@@ -1,5 +1,8 @@
 """What a training on pictures is told: one dataclass for flags, TOML file and Python. Imports no torch."""
 
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, field
 from pathlib import Path
 
@@ -253,13 +256,34 @@ class TrainConfig(SharedConfig, _PictureConfig):
     )
     batch_size: int | None = setting(None, "Pictures computed at once; lower it when memory runs out.", LEARNING, COUNT)
     unet_lr: float | None = setting(
-        None, "Learning rate of the UNet. Lower it when the loss rises, raise it when nothing changes.", LEARNING, POSITIVE
+        None,
+        "Learning rate of the UNet. Lower it when the loss rises, raise it when nothing changes; 0 freezes it.",
+        LEARNING,
+        NATURAL,
     )
     text_encoder_lr: float | None = setting(
-        None, "Learning rate of the text encoders, when they are among the components.", LEARNING, POSITIVE
+        None, "Learning rate of the text encoders, when they are among the components; 0 freezes them.", LEARNING, NATURAL
+    )
+    text_encoder_2_lr: float | None = setting(
+        None, "Learning rate of SDXL's second text encoder; by default that of the first. 0 freezes it.", LEARNING, NATURAL
+    )
+    text_encoder_until: float = setting(
+        1.0,
+        "Share of the run in which text encoders learn; afterwards they stay as they are, and words keep what they mean.",
+        LEARNING,
+        Range(0, 1, above=True),
+    )
+    block_lr: Texts = setting(
+        (),
+        "BLOCK=RATE: the learning rate of what is trained in a block, such as down_blocks.1, mid, up.0 or OUT05, in place "
+        "of its component's; 0 freezes it. Give it again for more.",
+        LEARNING,
     )
     scheduler: Scheduler | None = setting(
-        None, "Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line.", LEARNING
+        None,
+        "Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine (with restarts), in a "
+        "line, as a power of one, or at the end alone.",
+        LEARNING,
     )
     warmup: int | None = setting(
         None, "Steps in which the learning rate rises from 0; by default at most a fifth of the run.", LEARNING, NATURAL
@@ -274,7 +298,10 @@ class TrainConfig(SharedConfig, _PictureConfig):
         LEARNING,
     )
     logit_mean: float = setting(
-        0.0, "Where logit-normal has its middle: above 0 among the noisier timesteps, below 0 among the others.", LEARNING
+        0.0,
+        "Where logit-normal has its middle: above 0 among the noisier timesteps, below 0 among the others.",
+        LEARNING,
+        Range(-10, 10),
     )
     logit_std: float = setting(1.0, "How wide logit-normal is; lower draws fewer far from its middle.", LEARNING, POSITIVE)
     timesteps: str = setting(
@@ -378,6 +405,7 @@ class TrainConfig(SharedConfig, _PictureConfig):
         if self.shard_base and self.quantize:
             raise UserError("--shard-base cannot shard what --quantize packs; leave one of them away")
         timestep_range(self.timesteps)
+        block_rates(self.block_lr)
         if self.debiased and self.min_snr_gamma:
             raise UserError("--debiased and --min-snr-gamma weigh timesteps both; leave one of them away")
 
@@ -393,6 +421,7 @@ class ResolvedConfig(TrainConfig, Resolved):
     caption_dropout: float
     unet_lr: float
     text_encoder_lr: float
+    text_encoder_2_lr: float
     steps: int
     batch_size: int
     scheduler: Scheduler
@@ -405,6 +434,28 @@ class ResolvedConfig(TrainConfig, Resolved):
     keep_last: int
     preview_every: int
     class_images: int
+
+
+def block_rates(texts: Sequence[str]) -> dict[str, float]:
+    """Read learning rates of blocks.
+
+    Args:
+        texts: ``BLOCK=RATE`` each.
+
+    Returns:
+        The rates by the name of the block.
+
+    Raises:
+        UserError: A text is none.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, told = text.rpartition("=")
+        rate = float(told) if re.fullmatch(r"\d*\.?\d+(?:[eE][+-]?\d+)?", told.strip()) else math.nan
+        if not name.strip() or not math.isfinite(rate):
+            raise UserError(f"--block-lr {text!r}: give a block and its rate, as in mid=1e-5")
+        found[name.strip()] = rate
+    return found
 
 
 def timestep_range(text: str) -> tuple[int, int] | None:
