@@ -138,6 +138,15 @@ def test_names_of_each_layout_are_those_of_its_program(tmp_path: Path) -> None:
         assert set(names) <= load_file(run(source, tmp_path / f"{layout}.safetensors", to=layout)).keys()
 
 
+def test_numbers_of_a_file_stay_as_small_as_they_are_beside_alphas_of_float32(tmp_path: Path) -> None:
+    blocks = torch.ones(160, 4, 4, dtype=torch.bfloat16)
+    save_file({f"{KOHYA}.oft_blocks": blocks, f"{KOHYA}.alpha": torch.tensor(0.001)}, tmp_path / "a.safetensors")
+    after = load_file(run(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
+    assert {name.rpartition(".")[2]: one.dtype for name, one in after.items()} == {
+        "oft_blocks": torch.bfloat16, "alpha": torch.float32,
+    }  # fmt: skip
+
+
 def test_rounding_is_as_told_and_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
     source = foreign(tmp_path / "a.safetensors", dtype=torch.float32)
     before = load_file(source)
@@ -167,7 +176,7 @@ def test_a_component_can_be_taken_alone_and_peft_gets_a_folder(tmp_path: Path) -
 def test_tensors_that_are_not_understood_are_refused_or_left_out_as_asked(tmp_path: Path) -> None:
     source = foreign(tmp_path / "a.safetensors")
     save_file(load_file(source) | {"lora_unet_nowhere.lora_down.weight": torch.ones(1, 1)}, source)
-    with pytest.raises(UserError, match=r"would not be used whole: .*lora_unet_nowhere"):
+    with pytest.raises(UserError, match=r"would not be used whole: .*lora_unet_nowhere.*; --partial leaves them out"):
         run(source, tmp_path / "b.safetensors")
     assert len(load_file(run(source, tmp_path / "b.safetensors", partial=True))) == 6
 

@@ -17,9 +17,9 @@ from peft_diffusion.core import site
 from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.events import Event
+from peft_diffusion.core.weight_change import change_of
 from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.methods.shared.changes import change_of
 from peft_diffusion.training.events import Begun
 
 

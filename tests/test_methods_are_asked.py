@@ -114,7 +114,7 @@ def test_the_search_finds_what_it_looks_for(code: str, expected: str) -> None:
         'def f():\n    """The lora."""\n    from .. import methods\n    return methods.known()',
         "x = {'prompt': 3, 'negative': 4}",
         "targets.match(part, 'tokens')",
-        "from ..methods.shared.changes import Change",
+        "from ..core.weight_change import Change",
         "x['prompt'] = 3",
     ],
 )

@@ -576,6 +576,8 @@ class InspectConfig:
         settle(self)
         if self.plot is not None and len(self.files) != 1:
             raise UserError(f"--plot draws one adapter file, and {len(self.files)} are named")
+        if self.base is not None and not self.verify:
+            raise UserError("--base is for --verify alone")
 
 
 @explained

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..core.adapter import Adapter, LowRank
-    from .shared.changes import Change
+    from ..core.weight_change import Change
 
 PAIRS = Lora.name
 """The name of the method that holds pairs."""

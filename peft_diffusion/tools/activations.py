@@ -23,9 +23,9 @@ from ..core.adapter import LowRank
 from ..core.errors import UserError
 from ..core.parsing import json_value
 from ..core.reduction import Reduced
+from ..core.weight_change import serves
 from ..formats.planning import Plan
 from ..generation import Adapters
-from ..methods.shared.affine import serves
 from .results import triggers_of
 from .sources import Source, Where
 from .watch import Watch

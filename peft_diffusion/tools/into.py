@@ -15,10 +15,10 @@ from ..core.errors import FoldError, UserError
 from ..core.events import Noted, Warned
 from ..core.files import at_home, explained
 from ..core.merge import folded
+from ..core.weight_change import change_of, with_weights
 from ..formats import container
 from ..formats.container import torch_dtype
 from ..formats.file import DTYPES, bind
-from ..methods.shared.changes import change_of, with_weights
 from .original_names import VAE, Row, bare, laid
 from .results import Made
 from .sources import Source, Where

@@ -17,12 +17,12 @@ from ..core.adapter import Adapter, chained, parts_of
 from ..core.errors import UserError
 from ..core.method import Method, Values
 from ..core.parsing import json_value
+from ..core.weight_change import Change
 from ..formats import Plan, Spec, file
 from ..formats.layout import Content
 from ..formats.metadata import lasting
 from ..formats.spec import KEY
 from ..methods.making import PAIRS, made_of, told_of_pairs
-from ..methods.shared.changes import Change
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from ..core.errors import FoldError, UserError
 from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..core.method import Method
+from ..core.weight_change import Change, change_of, with_weights
 from ..formats.file import DTYPES
-from ..methods.shared.changes import Change, change_of, with_weights
 from ..methods.shared.hyper_parameters import ALPHA
 from .results import Adapters, Made, write_changed
 from .sources import Source, Where, open_sources

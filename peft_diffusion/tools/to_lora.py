@@ -7,8 +7,7 @@ from ..bases import family as families
 from ..core.adapter import Adapter, LowRank, method_of, parts_of
 from ..core.errors import FoldError, UserError
 from ..core.reduction import Reduced, Truncation, reduced_matrix, reduced_pair
-from ..methods.shared.affine import serves
-from ..methods.shared.changes import Change
+from ..core.weight_change import Change, serves
 from .results import Adapters, LayerError
 from .sources import Source, Where
 

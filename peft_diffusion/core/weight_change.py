@@ -7,11 +7,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...core.adapter import Adapter, LowRank, method_of, parts_of
-from ...core.errors import FoldError, UserError
-from .affine import serves
+from .adapter import Adapter, LowRank, Site, method_of, parts_of
+from .errors import FoldError, UserError
 
 _PRECISION = 1e-6  # of the largest singular value: what is below is the rounding of float32
+
+
+def serves(site: Site) -> bool:
+    """Tell whether a module is a Linear, or a convolution without groups.
+
+    Args:
+        site: A module of a base.
+
+    Returns:
+        Whether it is.
+    """
+    return isinstance(site, nn.Linear) or (isinstance(site, nn.Conv2d) and site.groups == 1)
+
+
+def weight_shape(site: Site) -> tuple[int, ...]:
+    """Tell the shape of a weight, even where it is stored packed.
+
+    Args:
+        site: A Linear or Conv2d.
+
+    Returns:
+        (out, in) or (out, in, height, width).
+
+    Raises:
+        UserError: It is another module.
+    """
+    if isinstance(site, nn.Conv2d):
+        return (site.out_channels, site.in_channels, *site.kernel_size)
+    if isinstance(site, nn.Linear):
+        return (site.out_features, site.in_features)
+    raise UserError(f"this method serves Linear and Conv2d, not {type(site).__name__}")
 
 
 @dataclass(frozen=True)
