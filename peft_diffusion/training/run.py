@@ -793,7 +793,12 @@ def origin_of(
     Returns:
         All of it.
     """
-    settings = {**to_json(config), DERIVED: sorted(config.derived), PROCESSES: processes.size, FILES: dict(files)}
+    settings = {
+        **to_json(config),
+        DERIVED: sorted(config.derived),
+        PROCESSES: processes.size,
+        **({FILES: dict(files)} if files else {}),
+    }
     return Origin(settings, digest(items), base)
 
 
