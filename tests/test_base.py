@@ -160,7 +160,7 @@ def test_its_card_is_that_of_its_figures() -> None:
     story = Story(said[1], said[2], int(said[3]) / 100)
     assert card(figures, story, "sheet.webp", SHEET_STYLES) == text
     with Image.open(FOLDER / "sheet.webp") as sheet:
-        assert sheet.size == (12 * 128, len(SHEET_STYLES) * 128)
+        assert sheet.size == (12 * 64, len(SHEET_STYLES) * 64)
 
 
 def test_drawings_are_changed_on_white_and_within_bounds() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from ..core.encodings import unicode_text
 from ..core.errors import UserError
 from ..core.files import at_home
+from ..core.shortening import brief
 
 _OPTION = re.compile(r"\s--(?=\S)")
 # What follows a prompt, by the names of sd-scripts: the setting that it is here, and what it takes.
@@ -55,12 +56,12 @@ def parse_line(line: str) -> PromptLine:
         if name.lower() not in _OPTIONS:
             known = ", ".join(f"--{known} ({setting})" for known, (setting, _, _) in _OPTIONS.items())
             more = f" ({_OTHERS[name.lower()]} of sd-scripts)" if name.lower() in _OTHERS else ""
-            raise UserError(f'the prompt "{prompt[:60]}" has --{name}{more}, which is not read; known are {known}')
+            raise UserError(f'the prompt "{brief(prompt)}" has --{brief(name)}{more}, which is not read; known are {known}')
         setting, kind, takes = _OPTIONS[name.lower()]
         try:
             told[setting] = kind(value.strip())
         except ValueError:
-            raise UserError(f'--{name} of the prompt "{prompt[:60]}" takes {takes}, not {value.strip()!r}') from None
+            raise UserError(f'--{name} of the prompt "{brief(prompt)}" takes {takes}, not {brief(value)!r}') from None
     return PromptLine(prompt.strip(), told)
 
 

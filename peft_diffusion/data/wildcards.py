@@ -12,6 +12,7 @@ from pathlib import Path
 from ..core.encodings import unicode_text
 from ..core.errors import UserError, did_you_mean
 from ..core.files import at_home
+from ..core.shortening import brief
 
 _GROUP = re.compile(r"(?<!\\)\{((?:[^{}\\]|\\.)*)(?<!\\)\}", re.DOTALL)
 _LIST = re.compile(r"__([\w*./-]+?)__")
@@ -72,7 +73,7 @@ class Wildcards:
                 return _ESCAPED.sub(r"\1", found).replace(_OPEN, "{").replace(_CLOSED, "}")
             if len(found) > _LONGEST:
                 break
-        raise UserError(f'the prompt "{prompt[:60]}" never ends: entries of its wildcards name each other')
+        raise UserError(f'the prompt "{brief(prompt)}" never ends: entries of its wildcards name each other')
 
     def _entry(self, name: str, chance: random.Random) -> str:
         entries = [entry for path in self._matching(name) for entry in _entries(path)]

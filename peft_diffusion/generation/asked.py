@@ -9,6 +9,7 @@ from ..bases import components
 from ..bases import family as families
 from ..bases.base import Base
 from ..core.errors import UserError
+from ..core.shortening import brief
 from ..core.strength_schedule import ByPart
 from ..data.prompt_lines import PromptLine, parse_line, read_prompts
 from ..data.wildcards import Wildcards
@@ -183,7 +184,7 @@ def _of_line(config: GenerateConfig, prompt: str, told: Mapping[str, Any]) -> Ge
     try:
         return replace(config, prompts=(prompt,), prompts_file=None, **changes)
     except UserError as error:
-        raise UserError(f'the prompt "{prompt[:60]}" cannot be drawn: {error}') from None
+        raise UserError(f'the prompt "{brief(prompt)}" cannot be drawn: {error}') from None
 
 
 def _picture(config: GenerateConfig, prompt: str, seed: int, wildcards: Wildcards, literal: bool) -> Asked:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..bases import load_base
 from ..bases.pipelines import Pipeline
 from ..core.events import Ended, Never, Observer, Observers, Stop, observed
 from ..core.settings import of_kind
@@ -20,6 +19,7 @@ from .asked import read_all, strengths
 from .distilled import for_few_steps
 from .events import SheetMade
 from .generate import cell_recipes
+from .memory import loaded, spare
 from .recipe import Recipe
 from .sampler import Cell, paint
 from .settings import BlendConfig, Choice
@@ -60,13 +60,7 @@ def blend(
         choices = config.choices()
         read, named, shelf = read_all(config, choices, config.seed)
         config = for_few_steps(config, (*choices, *named), tell)
-        base = load_base(
-            config.base if pipe is None else pipe,
-            device=config.device,
-            dtype=config.precision,
-            quantize=config.quantize,
-            prediction=config.prediction,
-        )
+        base = loaded(config, pipe)
         lent = pipe is not None
         every = (*choices, *named)
         prompts = [one.prompt for one in read]
@@ -117,8 +111,9 @@ def draw(
     ]
     rows = zip(config.prompts, beside or [{}] * len(config.prompts), strict=True)
     cells = [Cell(prompt, config.seed, {**mix, **more}) for prompt, more in rows for mix in columns]
-    images = list(paint(adapters, cells, config, tell=tell, stop=stop))
     told = cell_recipes(adapters, cells, config)
+    spare(adapters, config)
+    images = list(paint(adapters, cells, config, tell=tell, stop=stop))
     starts = range(0, len(cells), len(columns))
     pictures = tuple(tuple(images[start : start + len(columns)]) for start in starts)
     names = _distinct([choice.path for choice in choices.values()])

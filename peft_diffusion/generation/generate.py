@@ -12,7 +12,7 @@ from typing import Any, get_args
 from PIL import Image
 
 from .. import __version__
-from ..bases import fingerprint, load_base
+from ..bases import fingerprint
 from ..bases.base import checkpoint_sha256, dtype_of
 from ..bases.embedded import ICONS
 from ..bases.loading import is_cached, is_hub_id
@@ -31,6 +31,7 @@ from .adapters import Adapters
 from .asked import Asked, Order, order
 from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
+from .memory import device_of, loaded, spare
 from .recipe import Recipe, UsedAdapter, UsedPicture
 from .sampler import Cell, gives_way, paint, scheduler_of, size
 from .settings import Choice, GenerateConfig, Precision, Sampling
@@ -41,6 +42,9 @@ from .telling import tell_clip_skip
 _FREE = frozenset(
     {
         "recipe",
+        "offload",
+        "vae_tiling",
+        "attention_slicing",
         "prompts_file",
         "adapters_dir",
         "wildcards_dir",
@@ -106,14 +110,7 @@ def generate(
         source = None
         if config.image is not None:
             source = read_source(config.image, config.mask, config.strength, config.taken_steps)
-        base = load_base(
-            config.base if pipe is None else pipe,
-            device=config.device,
-            dtype=config.precision,
-            quantize=config.quantize,
-            download=named,
-            prediction=config.prediction,
-        )
+        base = loaded(config, pipe, download=named)
         lent = pipe is not None
         with adapted(base, asked.choices, asked.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
             tell_clip_skip(adapters.pipe, [choice.plan for choice in asked.choices if choice.plan], config, tell)
@@ -123,6 +120,7 @@ def generate(
             if again is not None and expected is not None:
                 _check_base(config, again, expected, told[0])
                 _tell_machine(expected, told[0], tell)
+            spare(adapters, config)
             drawn = (image for job in jobs for image in job.paint(adapters, tell, stop or Never()))
             pictures = _written(drawn, told, paths, tell)
         if config.sheet is not None:
@@ -220,7 +218,7 @@ def cell_recipes(
         "base_family": info.family,
         "fingerprint": info.fingerprint,
         "base_sha256": checkpoint_sha256(pipe),
-        "device": str(pipe.device),
+        "device": str(device_of(pipe, sampling)),
         "dtype": str(dtype_of(pipe)).removeprefix("torch."),
         "sampler_options": _options(scheduler),
         "vae": _fingerprint(pipe.vae),

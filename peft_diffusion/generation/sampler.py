@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..bases import BaseInfo, denoiser_of
 from ..bases.base import dtype_of
-from ..bases.pipelines import Pipeline, drawing, end_guidance, guided_tensors
+from ..bases.pipelines import Pipeline, computes_on, drawing, end_guidance, guided_tensors
 from ..bases.schedulers import BY_STEPS, SCHEDULERS, SPACINGS, parted
 from ..core.errors import UserError, first_line
 from ..core.events import Never, Observer, Observers, Progress, Stop, Warned, check_stop
@@ -261,7 +261,7 @@ def _noise(pipe: Pipeline, batch: Sequence[Cell], sides: tuple[int, int]) -> _St
     denoiser = denoiser_of(pipe)
     shape = (1, denoiser.channels, height // denoiser.factor, width // denoiser.factor)
     latents = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    told = {"width": width, "height": height, "latents": latents.to(pipe.device, dtype_of(pipe))}
+    told = {"width": width, "height": height, "latents": latents.to(computes_on(pipe), dtype_of(pipe))}
     return _Start(pipe, generators, {**whole_picture(pipe, width, height), **told})
 
 

@@ -43,6 +43,7 @@ from .recipe import check_folder, check_target, read
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
+Offload: TypeAlias = Literal["model", "group", "sequential"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
@@ -338,9 +339,21 @@ class Sampling(NamesAdapters):
         "Hold the base's linear layers in fewer bits, which saves memory: int8, or nf4 for the least (slightly off).",
         PARAMETERS,
     )
+    offload: Offload | None = setting(
+        None,
+        "Let the base wait on the CPU and bring it to the device by whole models, by groups of layers, or layer by layer "
+        "(sequential): the least memory, and the slowest.",
+        PARAMETERS,
+    )
+    vae_tiling: bool = setting(False, "Decode large pictures in tiles, which saves memory.", PARAMETERS)
+    attention_slicing: bool = setting(
+        False, "Compute attention in slices, which saves memory where there is no fused attention.", PARAMETERS
+    )
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.offload and self.quantize:
+            raise UserError("weights of fewer bits stay on the device; leave --offload or --quantize away")
         if self.scheduler is not None:
             object.__setattr__(self, "scheduler", canonical(self.scheduler))
         if self.negative and self.guided_by <= 1:
@@ -563,6 +576,8 @@ class InspectConfig:
         settle(self)
         if self.plot is not None and len(self.files) != 1:
             raise UserError(f"--plot draws one adapter file, and {len(self.files)} are named")
+        if self.base is not None and not self.verify:
+            raise UserError("--base is for --verify alone")
 
 
 @explained

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..core.errors import UserError, did_you_mean
 from ..core.files import at_home
+from ..core.shortening import brief
 from ..formats.container import read_header, title
 from .settings import Choice
 
@@ -54,12 +55,14 @@ def take(prompt: str) -> tuple[str, tuple[Tag, ...]]:
 def _read(text: str, inside: str) -> Tag:
     name, *more = (part.strip() for part in inside.split(":"))
     if not name:
-        raise UserError(f"{text} in the prompt names no adapter; write <lora:NAME:0.8>")
+        raise UserError(f"{brief(text)} in the prompt names no adapter; write <lora:NAME:0.8>")
     named = dict(one.split("=", 1) for one in more if "=" in one)
     plain = [one for one in more if "=" not in one]
     odd = [*(f"{key}={value}" for key, value in named.items() if key not in ("te", "unet")), *plain[2:]]
     if odd:
-        raise UserError(f"{text} in the prompt says {odd[0]}, which is not read; strengths are <lora:NAME:TE:UNET>")
+        raise UserError(
+            f"{brief(text)} in the prompt says {brief(odd[0])}, which is not read; strengths are <lora:NAME:TE:UNET>"
+        )
     te = _strength(text, named.get("te", plain[0] if plain else "1"))
     return Tag(name, te, _strength(text, named["unet"]) if "unet" in named else _second(text, plain, te))
 
@@ -74,7 +77,9 @@ def _strength(text: str, number: str) -> float:
     except ValueError:
         found = math.nan
     if not math.isfinite(found):
-        raise UserError(f"{text} in the prompt: {number!r} is no strength; write a number, as in <lora:NAME:0.8>")
+        raise UserError(
+            f"{brief(text)} in the prompt: {brief(number)!r} is no strength; write a number, as in <lora:NAME:0.8>"
+        )
     return found
 
 
@@ -134,12 +139,12 @@ class Shelf:
             return Choice(found[0])
         if found:
             paths = ", ".join(map(str, found))
-            raise UserError(f"<lora:{name}> in the prompt means several files: {paths}; write its path in the folder")
+            raise UserError(f"<lora:{brief(name)}> in the prompt means several files: {paths}; write its path in the folder")
         known = [*(choice.name for choice in self.given), *map(title, self.files)]
         where = f"in {self.folder} " if self.folder is not None else ""
         hint = "" if self.folder is not None else "; name its file with --adapter, or its folder with --adapters-dir"
         raise UserError(
-            f"there is no adapter {name!r} {where}for <lora:{name}> in the prompt{did_you_mean(name, known)}{hint}"
+            f"there is no adapter {brief(name)!r} {where}for <lora:...> in the prompt{did_you_mean(name, known)}{hint}"
         )
 
     def all_of(self, tags: Iterable[Tag]) -> tuple[Choice, ...]:

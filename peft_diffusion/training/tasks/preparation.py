@@ -16,7 +16,7 @@ from ...bases.prompts import CHUNK, Reading, TextSide
 from ...core.errors import UserError
 from ...core.events import Observer, Warned, progress
 from ...core.files import at_home, refuse_overlaps
-from ...core.shortening import shortened
+from ...core.shortening import brief, shortened
 from ...data import subfolders
 from ...data.arrangement import KEPT, alone, cropped
 from ...data.buckets import (
@@ -105,7 +105,7 @@ def _check_previews(config: ResolvedConfig, info: BaseInfo) -> None:
     for one in asked_previews(config):
         for side in (one.width, one.height):
             if side is not None and (side < 1 or side % info.step):
-                raise UserError(f'the preview "{one.written[:60]}" has a side of {side}, no multiple of {info.step}')
+                raise UserError(f'the preview "{brief(one.written)}" has a side of {side}, no multiple of {info.step}')
 
 
 def reading_of(config: TrainConfig | ResolvedConfig) -> Reading:
