@@ -99,7 +99,7 @@ def test_it_draws_subject_and_style(icons: Any) -> None:
 
 def _drawings(style: str) -> dict[str, torch.Tensor]:
     """The drawings of a sample folder, as the judge sees them, by file name."""
-    files = sorted(embedded(f"styles/{style}").glob("*.png"))
+    files = sorted(embedded(f"styles/{style}").glob("*.webp"))
     small = {file.stem: Image.open(file).convert("RGB").resize((128, 128), Image.Resampling.LANCZOS) for file in files}
     return {name: torch.from_numpy(np.array(image)).permute(2, 0, 1) for name, image in small.items()}
 
@@ -160,7 +160,7 @@ def test_its_card_is_that_of_its_figures() -> None:
     story = Story(said[1], said[2], int(said[3]) / 100)
     assert card(figures, story, "sheet.webp", SHEET_STYLES) == text
     with Image.open(FOLDER / "sheet.webp") as sheet:
-        assert sheet.size == (12 * 128, len(SHEET_STYLES) * 128)
+        assert sheet.size == (12 * 64, len(SHEET_STYLES) * 64)
 
 
 def test_drawings_are_changed_on_white_and_within_bounds() -> None:

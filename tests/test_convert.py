@@ -338,6 +338,17 @@ def test_a_lora_is_the_best_pair_of_its_rank_and_tells_what_it_leaves_out(
             assert abs(told[f"unet.{path}"].error - float((wanted.flatten(1) - best).norm() / scale)) < 1e-4
 
 
+def test_a_loha_that_is_a_pair_of_few_ranks_becomes_a_lora_too(tmp_path: Path) -> None:
+    shapes = {"hada_w1_a": (640, 2), "hada_w1_b": (2, 768), "hada_w2_a": (640, 2), "hada_w2_b": (2, 768)}
+    own = {f"{KOHYA}.{name}": torch.rand(shape) for name, shape in shapes.items()}
+    save_file(own, tmp_path / "a.safetensors")
+    found = load_file(run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to_lora=6))
+    first, second, third, fourth = own.values()  # alpha is the rank
+    down, up = found[f"{KOHYA}.lora_down.weight"], found[f"{KOHYA}.lora_up.weight"]
+    torch.testing.assert_close(up @ down, (first @ second) * (third @ fourth))
+    assert float(found[f"{KOHYA}.alpha"]) == len(down) == 4
+
+
 def test_what_depends_on_the_base_asks_for_it_and_what_changes_no_weight_says_so(tmp_path: Path) -> None:
     tensors = {
         f"{KOHYA}.lora_down.weight": torch.ones(2, 768),

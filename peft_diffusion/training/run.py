@@ -520,7 +520,7 @@ class _Run(Generic[Result]):
         config = self.material.config
         ends = {group: self.material.until(owner) for group, owner in attached.owners.items()}
         steps = {"ends": {group: max(1, round(share * config.steps)) for group, share in ends.items() if share < 1}}
-        settings = pick(TrainerSettings, config, attached, steps)
+        settings = pick(TrainerSettings, config, attached, steps, {"loss_scaling": config.precision == "float16"})
         # No CUDA graph holds weights that come and go.
         return replace(settings, cuda_graph=False) if self.processes.shares_base else settings
 

@@ -9,7 +9,7 @@ Loss: TypeAlias = Literal["l2", "huber", "smooth-l1"]
 HuberSchedule: TypeAlias = Literal["snr", "exponential", "constant"]
 TimestepBias: TypeAlias = Literal["none", "later", "earlier", "logit-normal"]
 Scheduler: TypeAlias = Literal["constant", "cosine", "linear", "cosine-with-restarts", "polynomial", "warmup-stable-decay"]
-Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
 OptimizerName: TypeAlias = Literal[
     "adamw", "adamw8bit", "adafactor", "lion", "came", "prodigy", "schedule-free", "prodigy-plus"

@@ -94,6 +94,8 @@ class RunSettings(Settings, MethodSettings, Protocol):
     @property
     def save_dtype(self) -> SaveDtype: ...
     @property
+    def precision(self) -> Precision: ...
+    @property
     def run_dir(self) -> Path: ...
     @property
     def steps(self) -> int: ...
@@ -264,7 +266,8 @@ class SharedConfig:
     device: str = setting("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.", MACHINE, free_on_resume=True)
     precision: Precision = setting(
         "auto",
-        "Precision of the base in training; auto is bfloat16 on a GPU that has it, else float32. Adapters are float32.",
+        "Precision of the base in training; auto is bfloat16 on a GPU that has it, float16 on an older one, where losses "
+        "are scaled, and else float32. Adapters are float32.",
         MACHINE,
     )
     cuda_graph: bool = setting(

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from ...core.errors import UserError
 from ...data import masks
 from ...data.buckets import Batch, Bucket, batches, repeated, steps_per_epoch
 from ...data.captions import CaptionRules
-from ...data.latents import LatentCache, TextCache, cache_text
+from ...data.latents import LatentCache, TextCache, cache_text, ready
 from ..attachment import at_strength, evaluating
 from ..events import Signals
 from ..loop.seeds import generator, global_seed, seed_of
@@ -380,8 +381,9 @@ class DiffusionTask:
         vae = self.denoiser.vae
         vae.to(self.device)
         pixels = torch.stack([torch.from_numpy(np.array(picture.convert("RGB"))) for picture in pictures])
-        given = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.device, next(vae.parameters()).dtype)
-        means = [vae.encode(one[None]).latent_dist.mean.float().cpu() for one in given]
+        encoder: Any = ready(vae)
+        given = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.device, next(encoder.parameters()).dtype)
+        means = [encoder.encode(one[None]).latent_dist.mean.float().cpu() for one in given]
         if self.device.type != "cpu":
             vae.to("cpu")
         return torch.cat(means)
