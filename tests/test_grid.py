@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DiffusionPipeline
 from making import make_adapter
 from PIL import Image
 
-from peft_diffusion import GenerateConfig, GridConfig, UserError, generate, grid
+from peft_diffusion import Adapters, GenerateConfig, GridConfig, UserError, generate, grid
+from peft_diffusion.generation.sampler import Cell, paint
+from peft_diffusion.generation.settings import Sampling
 
 
 def test_each_picture_of_a_sheet_is_that_of_a_call_of_its_own(tiny_base: Path, tmp_path: Path) -> None:
@@ -43,3 +47,27 @@ def test_each_picture_of_a_sheet_is_that_of_a_call_of_its_own(tiny_base: Path, t
 def test_a_side_that_cannot_be_is_refused_before_anything_is_loaded(sides: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         GridConfig("a cat", **sides).check()
+
+
+def slerp(val: float, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """That of A1111, over (channels, height, width)."""
+    low_norm, high_norm = low / torch.norm(low, dim=1, keepdim=True), high / torch.norm(high, dim=1, keepdim=True)
+    omega = torch.acos((low_norm * high_norm).sum(1))
+    so = torch.sin(omega)
+    return (torch.sin((1.0 - val) * omega) / so).unsqueeze(1) * low + (torch.sin(val * omega) / so).unsqueeze(1) * high
+
+
+def test_a_variation_starts_from_the_noise_of_two_seeds_as_in_a1111(tiny_pipe: DiffusionPipeline) -> None:
+    seen: list[torch.Tensor] = []
+    hook = tiny_pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    told: dict[str, Any] = {"steps": 1, "guidance": 1.0}
+    for share in (0.0, 0.3, 1.0):
+        varied = Sampling(variation_seed=7, variation_strength=share, **told)
+        list(paint(Adapters(tiny_pipe), [Cell("a cat", seed, {}) for seed in (1, 2)], varied))
+    hook.remove()
+    first, second, other = (torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))[0] for seed in (1, 2, 7))
+    for share, found in zip((0.0, 0.3, 1.0), seen, strict=True):
+        for noise, latents in zip((first, second), found, strict=True):
+            torch.testing.assert_close(latents, slerp(share, noise, other), atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="name it with --variation-seed"):
+        Sampling(variation_strength=0.5)

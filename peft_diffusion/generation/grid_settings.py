@@ -14,7 +14,7 @@ from .settings import SEEDS, Choice, GenerateConfig, Sampling
 
 _REPLACE = "replace"
 _SETTINGS = ("steps", "guidance", "guidance_stop", "scheduler", "seed", "width", "height", "negative", "prompt_2",
-             "prompt_weights", "clip_skip", "zero_negative")  # fmt: skip
+             "prompt_weights", "clip_skip", "zero_negative", "variation_seed", "variation_strength")  # fmt: skip
 _AXIS = (
     "NAME=VALUE,VALUE (or | between): steps, guidance, scheduler, seed, ..., the name of an adapter file for its strength, "
     "or replace=WORD,OTHER,... for words of the prompt."

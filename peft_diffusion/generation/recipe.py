@@ -107,6 +107,8 @@ class Recipe:
     prompt_weights: str | None = None
     clip_skip: int | None = None
     zero_negative: bool | None = None
+    variation_seed: int | None = None
+    variation_strength: float | None = None
     written: str | None = None
     prediction: str | None = None
 
@@ -184,6 +186,11 @@ class Recipe:
         fields = {
             "Steps": self.steps,
             "Sampler": schedulers.label(self.scheduler) if self.scheduler else _SAMPLERS.get(self.sampler, self.sampler),
+            **(
+                {"Variation seed": self.variation_seed, "Variation seed strength": f"{self.variation_strength:g}"}
+                if self.variation_seed is not None and self.variation_strength
+                else {}
+            ),
             "CFG scale": f"{self.guidance:g}",
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",
@@ -229,6 +236,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "strength": (float, int, type(None)), "guidance_stop": (float, int, type(None)),
     "sampler_options": (dict, type(None)), "vae": (str, type(None)),
     "prompt_2": (str, type(None)), "prompt_weights": (str, type(None)), "clip_skip": (int, type(None)),
+    "variation_seed": (int, type(None)), "variation_strength": (float, int, type(None)),
     "zero_negative": (bool, type(None)), "written": (str, type(None)), "prediction": (str, type(None)),
 }  # fmt: skip
 

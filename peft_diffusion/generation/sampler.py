@@ -121,7 +121,7 @@ def paint(
             check_stop(stop, f"stopped after {number * sampling.batch_size} of {len(cells)} pictures")
             _set_strengths(adapters, batch)
             report = _Report(tell, number * each, len(batches) * each, sampling.guidance_stop)
-            start = _noise(pipe, batch, (width, height)) if source is None else _start(pipe, batch, source)
+            start = _noise(pipe, batch, (width, height), sampling) if source is None else _start(pipe, batch, source)
             yield from _paint_batch(start, batch, sampling, telling, report, source)
 
 
@@ -253,7 +253,7 @@ class _Start:
     arguments: Mapping[str, Any]
 
 
-def _noise(pipe: Pipeline, batch: Sequence[Cell], sides: tuple[int, int]) -> _Start:
+def _noise(pipe: Pipeline, batch: Sequence[Cell], sides: tuple[int, int], sampling: Sampling) -> _Start:
     """Noise alone."""
     width, height = sides
     generators = _generators(batch)
@@ -261,8 +261,19 @@ def _noise(pipe: Pipeline, batch: Sequence[Cell], sides: tuple[int, int]) -> _St
     denoiser = denoiser_of(pipe)
     shape = (1, denoiser.channels, height // denoiser.factor, width // denoiser.factor)
     latents = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+    if sampling.variation_seed is not None:
+        other = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(sampling.variation_seed))
+        latents = _between(latents, other, sampling.variation_strength)
     told = {"width": width, "height": height, "latents": latents.to(computes_on(pipe), dtype_of(pipe))}
     return _Start(pipe, generators, {**whole_picture(pipe, width, height), **told})
+
+
+def _between(noise: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:
+    """Mix noise on the sphere that it lies on, column by column, as A1111's ``modules/rng.py`` does: it stays noise."""
+    one, two = (side / side.norm(dim=2, keepdim=True) for side in (noise, other))
+    angle = (one * two).sum(2, keepdim=True).clamp(-1, 1).acos()
+    mixed = (((1 - share) * angle).sin() * noise + (share * angle).sin() * other) / angle.sin()
+    return torch.where(angle.sin() > 1e-4, mixed, noise)
 
 
 def _start(pipe: Pipeline, batch: Sequence[Cell], source: Source) -> _Start:

@@ -339,6 +339,12 @@ class Sampling(NamesAdapters):
         "Hold the base's linear layers in fewer bits, which saves memory: int8, or nf4 for the least (slightly off).",
         PARAMETERS,
     )
+    variation_seed: int | None = setting(
+        None, "A second seed, whose noise is mixed into that of the first, as A1111 mixes variations.", PARAMETERS, SEEDS
+    )
+    variation_strength: float = setting(
+        0.0, "How far the noise goes towards that of the variation's seed (0 to 1).", PARAMETERS, WHOLE_SHARE
+    )
     offload: Offload | None = setting(
         None,
         "Let the base wait on the CPU and bring it to the device by whole models, by groups of layers, or layer by layer "
@@ -352,6 +358,8 @@ class Sampling(NamesAdapters):
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.variation_strength and self.variation_seed is None:
+            raise UserError("--variation-strength is for a second seed; name it with --variation-seed")
         if self.offload and self.quantize:
             raise UserError("weights of fewer bits stay on the device; leave --offload or --quantize away")
         if self.scheduler is not None:
@@ -436,6 +444,8 @@ class GenerateConfig(Sampling):
             self._check_source()
 
     def _check_source(self) -> None:
+        if self.image is not None and self.variation_seed is not None:
+            raise UserError("a variation mixes the noise of pictures that start from noise; leave --image away")
         if self.image is None and (self.mask is not None or self.strength is not None):
             raise UserError("--mask and --strength are for a picture to start from; name it with --image")
 
