@@ -99,7 +99,7 @@ def test_it_draws_subject_and_style(icons: Any) -> None:
 
 def _drawings(style: str) -> dict[str, torch.Tensor]:
     """The drawings of a sample folder, as the judge sees them, by file name."""
-    files = sorted(embedded(f"styles/{style}").glob("*.png"))
+    files = sorted(embedded(f"styles/{style}").glob("*.webp"))
     small = {file.stem: Image.open(file).convert("RGB").resize((128, 128), Image.Resampling.LANCZOS) for file in files}
     return {name: torch.from_numpy(np.array(image)).permute(2, 0, 1) for name, image in small.items()}
 

@@ -36,6 +36,7 @@ COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("train",): (pd.TrainConfig, FindLr),
     ("generate",): (pd.GenerateConfig,),
     ("blend",): (pd.BlendConfig,),
+    ("grid",): (pd.GridConfig,),
     ("runs",): (RunsConfig,),
     ("runs", "export"): (pd.ExportConfig,),
     ("inspect",): (InspectConfig,),

@@ -51,6 +51,7 @@ COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "generate": (pd.GenerateConfig,),
     "text generate": (pd.TextGenerateConfig,),
     "blend": (pd.BlendConfig,),
+    "grid": (pd.GridConfig,),
     "inspect": (InspectConfig,),
     "runs": (RunsConfig,),
     "merge": (pd.MergeConfig,),
