@@ -11,15 +11,19 @@ import argparse
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
+from peft_diffusion.bases.denoiser import Conditioning
 from peft_diffusion.bases.noise import Prediction
 from peft_diffusion.core import site
 from peft_diffusion.core.events import Event
@@ -85,6 +89,18 @@ def fine_tune(task: DiffusionTask, steps: int, rate: float) -> tuple[float, floa
     return sum(one for one, _ in losses) / len(losses), sum(zero for _, zero in losses) / len(losses)
 
 
+def converted(task: DiffusionTask) -> Callable[[Tensor, Tensor, Conditioning], Tensor]:
+    """The network as one that predicts v: what follows from its prediction of the noise."""
+    plain = task.denoiser.predict
+
+    def predict(noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        noise, power = plain(noisy, timesteps, conditioning), task.powers[timesteps].view(-1, 1, 1, 1)
+        latents = (noisy - (1 - power).sqrt() * noise) / power.sqrt()
+        return power.sqrt() * noise - (1 - power).sqrt() * latents
+
+    return predict
+
+
 def trials(task: DiffusionTask, count: int, truth: Prediction) -> int:
     """Ask in trials of other pictures and noise; gives how often the answer was right."""
     right = 0
@@ -112,6 +128,9 @@ def main() -> None:
         assert not site.adapters(task.denoiser.network, NAME)
         right = trials(task, arguments.trials, "epsilon")
         print(f"epsilon: {right} of {arguments.trials} right", flush=True)
+        with patch.object(task.denoiser, "predict", converted(task)):
+            right = trials(task, arguments.trials, "v_prediction")
+        print(f"v, by the formula from the noise that it predicts: {right} of {arguments.trials} right", flush=True)
         came, zeros = fine_tune(task, arguments.steps, arguments.rate)
         print(f"fine-tuned to v: loss {came:.4f}, of zeros {zeros:.4f}")
         for said in ("v_prediction", "epsilon"):  # whatever the base says of itself

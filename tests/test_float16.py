@@ -36,6 +36,7 @@ def test_the_scale_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours.left_out == 4
 
 
+@pytest.mark.slow
 def test_a_run_leaves_steps_out_that_overflow_and_goes_on_to_the_same_bits(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

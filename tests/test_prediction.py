@@ -75,6 +75,7 @@ def test_a_single_file_says_it_in_its_metadata_or_by_marks(
     assert bool(schedule.get("rescale_betas_zero_snr")) == ("ztsnr" in marks)
 
 
+@pytest.mark.slow
 def test_what_a_person_says_goes_before_what_files_say(tmp_path: Path, tiny_base: Path) -> None:
     done = train(small(draw_pictures(tmp_path / "p"), tmp_path, base=str(tiny_base), prediction="v", steps=1))
     assert spec_of(done.output).base["prediction_type"] == "v_prediction"

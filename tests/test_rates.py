@@ -56,6 +56,7 @@ def test_a_rate_that_is_none_is_told(text: str) -> None:
         TrainConfig("p", block_lr=text)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_frozen_block_and_text_encoders_that_end_as_they_are(tmp_path: Path) -> None:
     """Of a LoRA that never learned, one half is 0; and what ended after a step is what it was then."""
     config = small(
