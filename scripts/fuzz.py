@@ -712,7 +712,7 @@ def toml(world: World, case: Any) -> None:
 def _settled(kind: Any, path: Path, case: Any) -> None:
     found = settings_file.load(kind, path)
     for name in ("steps", "seed", "negative") if isinstance(case, dict) else ():
-        assert name not in case or getattr(found, name) == case[name]
+        assert name not in case or getattr(found, name) == (case[name] if case[name] is not None else "None")
 
 
 # Recipes.

@@ -143,10 +143,10 @@ def strengths(
 
 def _amount(choice: Choice, tag: Tag, base: Base) -> float | ByPart:
     """The strength that a prompt says, in the parts and over the steps that were said where the adapter was given."""
-    if tag.te == tag.unet:
+    if tag.te == tag.denoiser:
         return replace(choice, strength=tag.te).amount
     parts = choice.parts or ByPart()
-    told = {name: tag.te if families.role_of(name) == "text encoder" else tag.unet for name in components(base)}
+    told = {name: tag.te if families.role_of(name) == "text encoder" else tag.denoiser for name in components(base)}
     return replace(parts, components={name: value * parts.components.get(name, 1.0) for name, value in told.items()})
 
 

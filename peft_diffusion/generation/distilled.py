@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from .. import methods
 from ..bases import family as families
 from ..core.events import Noted, Observer, Warned
 from .settings import Choice, Sampling
@@ -63,7 +64,7 @@ def recognised(choice: Choice) -> tuple[Distilled, int, float] | None:
         words = set(plain.split("-"))
         told = _STEPS.search(plain)
         for kind in KINDS:
-            named = not kind.of_base or words & {"sd", "xl", "lora", *(row.name for row in families.every())}
+            named = not kind.of_base or words & {"sd", "xl", *methods.known(), *(row.name for row in families.every())}
             if words.intersection(kind.words) and named and (told or not kind.counted):
                 steps = int(told[1]) if told else kind.steps
                 # That of Hyper-SD for one step was trained for TCD's steps, as its authors say.

@@ -24,12 +24,12 @@ class Tag(NamedTuple):
     Attributes:
         name: As the prompt calls it.
         te: The strength for text encoders.
-        unet: The strength for the network that denoises.
+        denoiser: The strength for the network that denoises.
     """
 
     name: str
     te: float
-    unet: float
+    denoiser: float
 
 
 def take(prompt: str) -> tuple[str, tuple[Tag, ...]]:
@@ -48,7 +48,7 @@ def take(prompt: str) -> tuple[str, tuple[Tag, ...]]:
     for match in _TAG.finditer(prompt):
         tag = _read(match[0], match[1])
         before = found.get(tag.name, Tag(tag.name, 0.0, 0.0))
-        found[tag.name] = Tag(tag.name, before.te + tag.te, before.unet + tag.unet)
+        found[tag.name] = Tag(tag.name, before.te + tag.te, before.denoiser + tag.denoiser)
     return (" ".join(_TAG.sub("", prompt).split()) if found else prompt), tuple(found.values())
 
 

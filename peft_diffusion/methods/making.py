@@ -3,7 +3,7 @@
 It stands among the methods, which are looked up without torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from .bitfit import LAYER_BIAS, BitFit
@@ -41,6 +41,18 @@ def made_of(site: "nn.Module", change: "Change", *, even: bool) -> "list[Adapter
     elif change.bias is not None:
         parts.append(_bias(site, change.bias))
     return parts
+
+
+def is_pair(suffixes: Set[str]) -> bool:
+    """Tell whether tensors are those of a pair.
+
+    Args:
+        suffixes: What they are called.
+
+    Returns:
+        Whether they are.
+    """
+    return Lora.recognizes(suffixes)
 
 
 def told_of_pairs(states: Sequence[Mapping[str, "Tensor"]]) -> dict[str, Any]:

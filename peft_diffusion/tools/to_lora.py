@@ -8,7 +8,7 @@ from ..core.adapter import Adapter, LowRank, method_of, parts_of
 from ..core.errors import FoldError, UserError
 from ..core.reduction import Reduced, Truncation, reduced_matrix, reduced_pair
 from ..core.weight_change import Change, serves
-from ..methods.lora import Lora
+from ..methods.making import is_pair
 from .results import Adapters, LayerError
 from .sources import Source, Where
 
@@ -91,7 +91,7 @@ def _site(source: Source, made: Adapters, wanted: Truncation, where: Where, fitt
     reducible = (change.pair or change.matrix()) if serves(bare) else None
     small = change.pair is not None and len(change.pair.down) <= (wanted.rank or 0)
     pairs = [part.state().keys() for part in parts_of(adapter) if serves(bare) and part.low_rank() is not None]
-    if reducible is None or (small and all(map(Lora.recognizes, pairs))):
+    if reducible is None or (small and all(map(is_pair, pairs))):
         made.add(*where, adapter)
         return []
     if small:  # of another method, such as a LoHa, and a pair all the same
