@@ -29,7 +29,7 @@ _SITES = 16  # after so many memory is given back, which takes a millisecond
 
 
 def _give_back() -> None:
-    """Give memory back to the system that C's library keeps: between what stays of each site lie holes of what was let go."""
+    """Give memory that C's library keeps back to the system: between results lie holes of what was let go."""
     trim = getattr(_library(), "malloc_trim", None)  # of glibc alone
     if trim is not None:
         trim(0)
