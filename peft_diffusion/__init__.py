@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .generation import Adapters, ByPart, Schedule
     from .generation.blend import Blend, blend
     from .generation.generate import Picture, generate
+    from .generation.grid import Grid, grid
+    from .generation.grid_settings import GridConfig
     from .generation.settings import BlendConfig, GenerateConfig
     from .generation.text import generate_text
     from .generation.text_settings import TextGenerateConfig
@@ -50,6 +52,8 @@ __all__ = [
     "ExportConfig",
     "ExtractConfig",
     "GenerateConfig",
+    "Grid",
+    "GridConfig",
     "Inspection",
     "JoinConfig",
     "LanguageModel",
@@ -72,6 +76,7 @@ __all__ = [
     "extract",
     "generate",
     "generate_text",
+    "grid",
     "inspect",
     "join",
     "load_base",
@@ -102,6 +107,8 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "ConvertConfig": "tools.settings",
             "Converted": "tools.convert",
             "GenerateConfig": "generation.settings",
+            "Grid": "generation.grid",
+            "GridConfig": "generation.grid_settings",
             "Inspection": "formats",
             "JoinConfig": "tools.tool_settings",
             "LanguageModel": "bases",
@@ -124,6 +131,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "convert": "tools.convert",
             "generate": "generation.generate",
             "generate_text": "generation.text",
+            "grid": "generation.grid",
             "inspect": "formats",
             "join": "tools.parting",
             "load_base": "bases",

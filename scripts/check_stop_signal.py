@@ -57,7 +57,7 @@ class Check:
 def split(style: str, where: Path, count: int | None) -> tuple[Path, Path]:
     """Two folders of a style's pictures: for the run, at most ``count``, and for the exam."""
     source = embedded(f"styles/{style}")
-    pictures = sorted(source.glob("*.png"))
+    pictures = sorted(source.glob("*.webp"))
     exam = pictures[::3]
     learned = [picture for picture in pictures if picture not in exam][:count]
     for name, part in (("learned", learned), ("exam", exam)):

@@ -159,7 +159,7 @@ def main() -> None:
         f"real pictures: the character's own at {calibration['own']:.2f} of one another, another character's at"
         f" {calibration['others']:.2f}; its own nearer {calibration['own_nearer']:.0%} of the time"
     )
-    shown = ruler(_pixels([Image.open(embedded("subjects/mira") / f"{scene.name}.png").convert("RGB") for scene in SCENES]))
+    shown = ruler(_pixels([Image.open(embedded("subjects/mira") / f"{scene.name}.webp").convert("RGB") for scene in SCENES]))
     console.print(f"the pictures that training shows: {_mean(shown):.2f}")
     adapters = Adapters(load_base("icons", device=options.device))
     prompts, rest = [scene.caption for scene in HELD_BACK], untriggered()[:: 100 // options.prompts]

@@ -6,7 +6,7 @@ Each case ends in a right load or in one line, a `UserError`, within 10 seconds 
 smallest form, and fails. What is right is computed here, from the formulas of kohya and peft, and not by the package.
 
 The cases are drawn by hypothesis: headers of safetensors, metadata, ``adapter_config.json``, pickles, captions, lines of
-JSON, settings in TOML, recipes in pictures, and configurations of bases. ``tests/test_fuzz.py`` draws a few of each.
+JSON, settings in TOML, recipes in pictures, prompts and configurations of bases. ``tests/test_fuzz.py`` draws a few of each.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from hypothesis import HealthCheck, given, seed, settings
@@ -41,17 +41,22 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
 from peft_diffusion import formats, methods
-from peft_diffusion.bases import components, describe, load_base
+from peft_diffusion.bases import components, denoiser_of, describe, load_base, prompt_syntax
 from peft_diffusion.bases.embedded import embedded
+from peft_diffusion.bases.prompts import Reading
 from peft_diffusion.core import settings_file
 from peft_diffusion.core.errors import Interrupted, UserError
 from peft_diffusion.core.method import Method
 from peft_diffusion.data.caption_files import read_captions
 from peft_diffusion.data.captions import CaptionRules
+from peft_diffusion.data.prompt_lines import parse_line, read_prompts
+from peft_diffusion.data.wildcards import Wildcards
 from peft_diffusion.generation import recipe
+from peft_diffusion.generation.asked import read_prompt
 from peft_diffusion.generation.compatibility import compare
 from peft_diffusion.generation.generate import generate
 from peft_diffusion.generation.settings import GenerateConfig
+from peft_diffusion.generation.tags import Shelf
 from peft_diffusion.methods.lora.adapter import LoraAdapter
 from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.record.run_record import Record
@@ -707,7 +712,7 @@ def toml(world: World, case: Any) -> None:
 def _settled(kind: Any, path: Path, case: Any) -> None:
     found = settings_file.load(kind, path)
     for name in ("steps", "seed", "negative") if isinstance(case, dict) else ():
-        assert name not in case or getattr(found, name) == case[name]
+        assert name not in case or getattr(found, name) == (case[name] if case[name] is not None else "None")
 
 
 # Recipes.
@@ -806,16 +811,56 @@ def _based(folder: Path) -> None:
     assert told.resolution > 0 and told.step > 0 and components(pipe)
 
 
+# Prompts, with files of lists and lines.
+
+_MARKS = [
+    "(", ")", "[", "]", "\\", ":1.3)", ":", ":-1e9)", "BREAK", " BREAK ", "{", "}", "|", "$$", "2$$", "3::", "__a__",
+    "__b*__", "__", "<lora:", "<lora:a:0.5>", "<lyco:b:1:2>", ">", " --n ", " --w 64", " --s x", "#", "\n", "\r\n", ", ",
+    "red", "apple",
+    "(" * 3000, "{" * 3000, "(" * 500 + ")" * 500, "{a|" * 300, "__a__" * 50, "\u2028", "<a>", "é", "a " * 200,
+]  # fmt: skip
+marks = st.lists(st.one_of(st.sampled_from(_MARKS), st.text(st.characters(codec="utf-8"), max_size=6)), max_size=12)
+prompt_cases = st.tuples(marks.map("".join), marks.map("".join), st.integers(0, 2**63 - 1))
+
+
+def prompts(world: World, case: tuple[str, str, int]) -> None:
+    """A prompt with whatever syntax, a list that it may draw from, and both as lines of a file."""
+    prompt, entries, number = case
+    folder = world.folder / "lists"
+    folder.mkdir(exist_ok=True)
+    (folder / "a.txt").write_text(entries, "utf-8")
+    (folder / "b2.txt").write_text("red\n(blue:1.2)\n", "utf-8")
+    world.case("prompts", lambda: _read_prompts(world, folder, prompt, number))
+
+
+def _read_prompts(world: World, folder: Path, prompt: str, number: int) -> None:
+    assert prompt_syntax.words(prompt_syntax.escaped(prompt), "a1111").split() == _letters(prompt).split()
+    for weights in get_args(prompt_syntax.Weights):
+        text = denoiser_of(world.pipe).text.read_as(Reading(weights, 3))
+        assert text.tokenized([prompt[:600]])["ids_0"].shape[1] in (77, 154, 231)
+    read = read_prompt(parse_line(prompt).prompt, number, Wildcards(folder))
+    assert read == read_prompt(parse_line(prompt).prompt, number, Wildcards(folder))
+    Shelf((), folder).all_of(read.tags)
+    (folder / "lines.md").write_text(prompt, "utf-8")
+    for line in read_prompts(folder / "lines.md"):
+        parse_line(line)
+
+
+def _letters(prompt: str) -> str:
+    return re.sub(r"\bBREAK\b", "Break", prompt)
+
+
 TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[World, Any], None], float]] = {
-    "header": (header_cases, headers, 0.14),
+    "header": (header_cases, headers, 0.12),
     "metadata": (metadata_cases, metadata, 0.15),
     "adapter_config": (config_cases, adapter_configs, 0.13),
     "kohya": (kohya_cases, kohya_files, 0.1),
     "kinds": (kinds_cases, kinds, 0.06),
-    "pickle": (pickle_cases, pickles, 0.12),
+    "pickle": (pickle_cases, pickles, 0.1),
     "embedding": (embedding_cases, embeddings, 0.03),
     "captions": (caption_cases, captions, 0.05),
-    "jsonl": (jsonl_cases, json_lines, 0.08),
+    "jsonl": (jsonl_cases, json_lines, 0.07),
+    "prompts": (prompt_cases, prompts, 0.05),
     "toml": (toml_cases, toml, 0.06),
     "recipe": (recipe_cases, recipes, 0.06),
     "base": (base_cases, bases, 0.02),

@@ -21,7 +21,7 @@ import peft_diffusion as pd
 from peft_diffusion.bases import describe, embedded
 from peft_diffusion.bases.loading import quiet
 from peft_diffusion.generation.sampler import Cell, paint
-from peft_diffusion.generation.settings import GenerateConfig, SchedulerName
+from peft_diffusion.generation.settings import GenerateConfig
 from scripts.build_base.augment import moved, strange
 from scripts.build_base.card import Story, card
 from scripts.build_base.export import mix
@@ -42,7 +42,7 @@ def icons() -> Any:
     return pd.load_base("icons", device="cpu")
 
 
-def _drawn(pipe: Any, prompts: list[str], scheduler: SchedulerName | None = None, steps: int = 20) -> np.ndarray:
+def _drawn(pipe: Any, prompts: list[str], scheduler: str | None = None, steps: int = 20) -> np.ndarray:
     sampling = GenerateConfig(tuple(prompts), steps=steps, scheduler=scheduler)
     images = paint(pd.Adapters(pipe), [Cell(prompt, 0, {}) for prompt in prompts], sampling)
     return np.stack([np.asarray(image, dtype=np.float32) / 255 for image in images])
@@ -99,7 +99,7 @@ def test_it_draws_subject_and_style(icons: Any) -> None:
 
 def _drawings(style: str) -> dict[str, torch.Tensor]:
     """The drawings of a sample folder, as the judge sees them, by file name."""
-    files = sorted(embedded(f"styles/{style}").glob("*.png"))
+    files = sorted(embedded(f"styles/{style}").glob("*.webp"))
     small = {file.stem: Image.open(file).convert("RGB").resize((128, 128), Image.Resampling.LANCZOS) for file in files}
     return {name: torch.from_numpy(np.array(image)).permute(2, 0, 1) for name, image in small.items()}
 
@@ -137,7 +137,7 @@ def test_what_unknown_words_are_taught_is_aligned() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["ddim", "pndm", "euler", "heun", "dpm++-karras", "unipc"])
-def test_every_sampler_draws_the_apple(icons: Any, scheduler: SchedulerName) -> None:
+def test_every_sampler_draws_the_apple(icons: Any, scheduler: str) -> None:
     """They take other steps to the same picture: far nearer to it than to another subject's."""
     wanted, other = _drawn(icons, [ASKED["noto"], "noto emoji of a fish"])
     # PNDM extrapolates from four steps before, and overshoots under guidance where they are long.
@@ -160,7 +160,7 @@ def test_its_card_is_that_of_its_figures() -> None:
     story = Story(said[1], said[2], int(said[3]) / 100)
     assert card(figures, story, "sheet.webp", SHEET_STYLES) == text
     with Image.open(FOLDER / "sheet.webp") as sheet:
-        assert sheet.size == (12 * 128, len(SHEET_STYLES) * 128)
+        assert sheet.size == (12 * 64, len(SHEET_STYLES) * 64)
 
 
 def test_drawings_are_changed_on_white_and_within_bounds() -> None:

@@ -138,6 +138,15 @@ def test_names_of_each_layout_are_those_of_its_program(tmp_path: Path) -> None:
         assert set(names) <= load_file(run(source, tmp_path / f"{layout}.safetensors", to=layout)).keys()
 
 
+def test_numbers_of_a_file_stay_as_small_as_they_are_beside_alphas_of_float32(tmp_path: Path) -> None:
+    blocks = torch.ones(160, 4, 4, dtype=torch.bfloat16)
+    save_file({f"{KOHYA}.oft_blocks": blocks, f"{KOHYA}.alpha": torch.tensor(0.001)}, tmp_path / "a.safetensors")
+    after = load_file(run(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
+    assert {name.rpartition(".")[2]: one.dtype for name, one in after.items()} == {
+        "oft_blocks": torch.bfloat16, "alpha": torch.float32,
+    }  # fmt: skip
+
+
 def test_rounding_is_as_told_and_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
     source = foreign(tmp_path / "a.safetensors", dtype=torch.float32)
     before = load_file(source)
@@ -157,8 +166,8 @@ def test_a_component_can_be_taken_alone_and_peft_gets_a_folder(tmp_path: Path) -
     source = foreign(tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="peft keeps one model in a file"):
         run(source, tmp_path / "peft", to="peft")
-    file = run(source, tmp_path / "peft", to="peft", component=("text_encoder",))
-    assert file == tmp_path / "peft" / "adapter_model.safetensors"
+    file = run(source, tmp_path / "style-v1.5", to="peft", component=("text_encoder",))
+    assert file == tmp_path / "style-v1.5" / "adapter_model.safetensors"
     assert {name.rpartition("lora_")[2] for name in load_file(file)} == {"A.weight", "B.weight"}
     with pytest.raises(UserError, match=r"holds nothing for 'unett'.*did you mean 'unet'"):
         run(source, tmp_path / "b.safetensors", component=("unett",))
@@ -167,7 +176,7 @@ def test_a_component_can_be_taken_alone_and_peft_gets_a_folder(tmp_path: Path) -
 def test_tensors_that_are_not_understood_are_refused_or_left_out_as_asked(tmp_path: Path) -> None:
     source = foreign(tmp_path / "a.safetensors")
     save_file(load_file(source) | {"lora_unet_nowhere.lora_down.weight": torch.ones(1, 1)}, source)
-    with pytest.raises(UserError, match=r"would not be used whole: .*lora_unet_nowhere"):
+    with pytest.raises(UserError, match=r"would not be used whole: .*lora_unet_nowhere.*; --partial leaves them out"):
         run(source, tmp_path / "b.safetensors")
     assert len(load_file(run(source, tmp_path / "b.safetensors", partial=True))) == 6
 
@@ -327,6 +336,17 @@ def test_a_lora_is_the_best_pair_of_its_rank_and_tells_what_it_leaves_out(
         assert (left[path].flatten(1) - best).norm() <= 1e-4 * scale
         if f"unet.{path}" in told:
             assert abs(told[f"unet.{path}"].error - float((wanted.flatten(1) - best).norm() / scale)) < 1e-4
+
+
+def test_a_loha_that_is_a_pair_of_few_ranks_becomes_a_lora_too(tmp_path: Path) -> None:
+    shapes = {"hada_w1_a": (640, 2), "hada_w1_b": (2, 768), "hada_w2_a": (640, 2), "hada_w2_b": (2, 768)}
+    own = {f"{KOHYA}.{name}": torch.rand(shape) for name, shape in shapes.items()}
+    save_file(own, tmp_path / "a.safetensors")
+    found = load_file(run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to_lora=6))
+    first, second, third, fourth = own.values()  # alpha is the rank
+    down, up = found[f"{KOHYA}.lora_down.weight"], found[f"{KOHYA}.lora_up.weight"]
+    torch.testing.assert_close(up @ down, (first @ second) * (third @ fourth))
+    assert float(found[f"{KOHYA}.alpha"]) == len(down) == 4
 
 
 def test_what_depends_on_the_base_asks_for_it_and_what_changes_no_weight_says_so(tmp_path: Path) -> None:

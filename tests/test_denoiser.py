@@ -23,9 +23,12 @@ from peft_diffusion.training.tasks.objective import debiased_weights, min_snr_we
 
 PACKAGE = Path(peft_diffusion.__file__).parent
 SETTINGS = {one.name for one in fields(TrainConfig)}
+WORDS_OF_OTHERS = {"core/other_names.py", "tools/key_maps.py", "tools/original_names.py", "tools/reopened.py"}
 OUTSIDE = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in ("bases", "formats"))
 # A word of English too: what lies in no block.
-OTHER_MEANINGS = {("core/targets.py", "other")}
+OTHER_MEANINGS = {("core/targets.py", "other"), ("generation/tags.py", "unet")}  # the latter is A1111's word in prompts
+# What other programs call settings and tensors, written from their sources.
+OUTSIDE = [path for path in OUTSIDE if path.relative_to(PACKAGE).as_posix() not in WORDS_OF_OTHERS]
 
 
 def constants(tree: ast.Module) -> Iterator[tuple[int, str]]:

@@ -36,6 +36,7 @@ COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("train",): (pd.TrainConfig, FindLr),
     ("generate",): (pd.GenerateConfig,),
     ("blend",): (pd.BlendConfig,),
+    ("grid",): (pd.GridConfig,),
     ("runs",): (RunsConfig,),
     ("runs", "export"): (pd.ExportConfig,),
     ("inspect",): (InspectConfig,),
@@ -55,7 +56,11 @@ COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("text", "generate"): (pd.TextGenerateConfig,),
 }
 EVERYWHERE = {"--config", "--plugin", "--debug", "--help", "--version"}
-OF_SCRIPTS = {"docs/benchmarks.md": {"--methods"}}  # flags that a sentence names without the script
+# Flags that a sentence names without the script, and options of a line of prompts.
+OF_SCRIPTS = {
+    "docs/benchmarks.md": {"--methods"},
+    "docs/guides/prompts.md": {"--n", "--w", "--h", "--d", "--l", "--s"},
+}
 OF_DIFFUSERS = {"train_text_to_image_lora.py", "train_dreambooth_lora.py"}
 IN_A_RUN = {"runs/"}
 every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)

@@ -45,7 +45,7 @@ def learned(module: torch.nn.Module) -> None:
     """Give peft's adapter values that matter."""
     generator = torch.Generator().manual_seed(3)
     for name, parameter in module.named_parameters():
-        if "lora_" in name or "hada_" in name or "lokr_" in name:
+        if any(kind in name for kind in ("lora_", "hada_", "lokr_", "ia3_")):
             parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
@@ -305,3 +305,28 @@ def test_short_names_with_the_ends_of_peft_load(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "b.safetensors")
     one, two = (formats.load(file, make_pipe(), strict=True) for file in (path, tmp_path / "b.safetensors"))
     assert one.report == two.report and one.components["unet"].keys() == two.components["unet"].keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_brought_to_our_form_without_rounding_again(dtype: torch.dtype, tmp_path: Path) -> None:
+    """peft widens the factors of an (IA)3 and of whole LoKrs before it computes with them."""
+    kinds = (
+        peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        peft.LoKrConfig(r=32, alpha=7, target_modules=["q_proj"]),
+    )
+    for kind in kinds:
+        model = peft.get_peft_model(make_pipe().text_encoder, kind)
+        learned(model)
+        model.save_pretrained(tmp_path / str(kind.peft_type))
+        path = tmp_path / str(kind.peft_type) / "adapter_model.safetensors"
+        save_file({name: (tensor * 0.3).to(dtype) for name, tensor in load_file(path).items()}, path)
+        theirs, ours = make_pipe().text_encoder, make_pipe()
+        before = {name: one.clone() for name, one in theirs.state_dict().items()}
+        expected = peft.PeftModel.from_pretrained(theirs, path.parent).merge_and_unload().state_dict()
+        adapters = Adapters(ours)
+        adapters.load(path, strict=True)
+        adapters.merge()
+        for name, found in ours.text_encoder.state_dict().items():
+            change = (expected[name] - before[name]).norm()
+            assert (found - expected[name]).norm() <= 1e-5 * change
+            assert bool(change > 0) is name.endswith("q_proj.weight")

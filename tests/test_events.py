@@ -50,6 +50,7 @@ from peft_diffusion.training.events import (
     Arranged,
     BaseLoaded,
     BaseSharded,
+    Begun,
     ClassNotKept,
     ClassPictures,
     DataRead,
@@ -71,6 +72,7 @@ from peft_diffusion.training.events import (
     SearchStarted,
     Started,
     Step,
+    StepLeftOut,
     StrengthSuggested,
     TimePredicted,
     TokensMade,
@@ -275,6 +277,11 @@ def test_events_that_take_other_machines_have_their_lines() -> None:
     sharded = BaseSharded(("unet",), 2, 3 * 2**20, 6 * 2**20, True)
     assert sharded.lines()[0].startswith("unet sharded over 2 processes: each holds 3 MiB of 6 MiB; steps run one operation")
     assert "no CUDA graph of them can be made (why)" in Unrecorded("why").lines()[0]
+    assert "2 so far" in StepLeftOut(7, 2, 64.0).lines()[0]
+    assert Begun(Path("ink.safetensors"), 3, 1, 2, 0.25).lines() == (
+        "3 layers begin as ink.safetensors; 1 begin fresh; 2 of the file are left out, as they are not trained now; the rank"
+        " leaves out 25.0% of its change",
+    )
     assert MemorySaved(Need(2**20, 2**20, 2**20)).lines()[0].startswith("memory: 3 MiB do not fit; as with --memory low")
     assert "Ctrl-C again, a second later" in Stopping().lines()[0]
     assert "--memory low takes less" in MemoryUnknown(None, low=False).lines()[0]

@@ -16,6 +16,8 @@ from peft_diffusion.cli.app import main
 from peft_diffusion.formats.spec import Spec
 from peft_diffusion.training import TextTrainConfig, TrainResult
 
+pytestmark = pytest.mark.slow
+
 MORE = {"steps": 5, "save_every": 2, "ema": 0.5, "trigger": "ink style", "keep": "last", "held_out": 0.2}
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, blend, formats, generate, load_base
 from peft_diffusion.bases import describe
+from peft_diffusion.bases.schedulers import SCHEDULERS
 from peft_diffusion.cli import app, demo
 from peft_diffusion.core import site
 from peft_diffusion.core.events import Event, Progress, Warned
@@ -32,7 +33,7 @@ from peft_diffusion.generation.blend import _distinct, shares
 from peft_diffusion.generation.compatibility import compare
 from peft_diffusion.generation.generate import Picture, cell_recipes
 from peft_diffusion.generation.sampler import Cell, paint
-from peft_diffusion.generation.settings import DemoConfig, Sampling, SchedulerName, parse_choice, parse_choices
+from peft_diffusion.generation.settings import DemoConfig, Sampling, parse_choice, parse_choices
 from peft_diffusion.generation.text import choose, generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
 from peft_diffusion.methods.lora import Lora
@@ -85,7 +86,7 @@ def test_a_seed_gives_its_picture_whatever_the_batch_and_the_count(make: Make, i
 def test_every_scheduler_draws_and_is_put_back(tiny_pipe: DiffusionPipeline) -> None:
     adapters, own = Adapters(tiny_pipe), tiny_pipe.scheduler
     drawn = {}
-    for name in get_args(SchedulerName):
+    for name in SCHEDULERS:
         drawn[name] = next(paint(adapters, [Cell("a cat", 1, {})], Sampling(steps=6, scheduler=name)))
         assert tiny_pipe.scheduler is own
     for name, picture in drawn.items():
@@ -103,7 +104,7 @@ def test_progress_comes_to_the_end(tiny_pipe: DiffusionPipeline) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["dpm++", "heun", "pndm"])
-def test_guidance_stops_where_it_is_told(tiny_pipe: DiffusionPipeline, ink: Path, scheduler: SchedulerName) -> None:
+def test_guidance_stops_where_it_is_told(tiny_pipe: DiffusionPipeline, ink: Path, scheduler: str) -> None:
     """Up to there a picture is what guidance makes it, and from there each is computed once and not twice."""
     adapters = Adapters(tiny_pipe)
     counts: list[tuple[int, float]] = []
@@ -285,9 +286,7 @@ def test_parameters_name_each_adapter_once_and_quote_what_parts_values(make: Mak
 
 
 SYNTAXES = {
-    "a cat <lora:ink:0.8>": ("a cat", "names an adapter"),
-    "a {cat|dog|{red|blue} house}": ("a cat", "are alternatives"),
-    "a __colour__ cat": ("a cat", "is a wildcard"),
+    "a cat <lora:ink:0.8>": ("a cat", "names an adapter where none is taken"),
     "a [red:blue:0.5] [cat:.7] [dog::9]": ("a red cat dog", "changes words while the picture is drawn"),
     "a [cat|dog|bird]": ("a cat", "takes turns at each step"),
     "a cat AND a dog": ("a cat and a dog", "joins prompts"),
@@ -341,7 +340,7 @@ def test_a_damaged_recipe_is_an_error(make: Make, tmp_path: Path, change: dict[s
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"scheduler": "magic"}, "--scheduler is one of ddim, pndm, .*, not 'magic'"),
+        ({"scheduler": "magic"}, "there is no scheduler 'magic'; there are: ddim, pndm"),
         ({"quantize": "int3"}, "--quantize is one of nf4, int8, not 'int3'"),
         ({"steps": 0}, "--steps must be 1 or more, not 0"),
     ],

@@ -17,9 +17,9 @@ from peft_diffusion.core import site
 from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.events import Event
+from peft_diffusion.core.weight_change import change_of
 from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lora import Lora
-from peft_diffusion.methods.shared.changes import change_of
 from peft_diffusion.training.events import Begun
 
 
@@ -77,6 +77,7 @@ def changes(file: Path) -> dict[str, torch.Tensor]:
     return {path: matrix for path, matrix in matrices.items() if matrix is not None}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_file_of_another_layout_at_its_rank(
     first: tuple[Path, Path], tmp_path: Path, tiny_base: Path
 ) -> None:
@@ -98,6 +99,7 @@ def test_a_run_goes_on_from_a_file_of_another_layout_at_its_rank(
     assert spec_of(longer.output).training["init_from"] == spec_of(done.output).training["init_from"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_gone_on_from_is_told(first: tuple[Path, Path], tmp_path: Path, tiny_base: Path) -> None:
     pictures, file = first
     common: dict[str, Any] = {"base": str(tiny_base), "init_from": file, "steps": 1}
@@ -107,6 +109,7 @@ def test_what_cannot_be_gone_on_from_is_told(first: tuple[Path, Path], tmp_path:
         train(small(pictures, tmp_path / "b", target="conv", **common))
 
 
+@pytest.mark.slow
 def test_an_adapter_learns_beside_a_frozen_one_which_stays_and_is_named(
     first: tuple[Path, Path], tmp_path: Path, tiny_base: Path
 ) -> None:
@@ -127,6 +130,7 @@ def test_an_adapter_learns_beside_a_frozen_one_which_stays_and_is_named(
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
 
+@pytest.mark.slow
 def test_a_run_beside_another_adapter_does_not_go_on(first: tuple[Path, Path], tmp_path: Path, tiny_base: Path) -> None:
     pictures, file = first
     common: dict[str, Any] = {"base": str(tiny_base), "scheduler": "constant"}

@@ -11,6 +11,7 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
 from conftest import make_pipe, make_xl_pipe
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, StableDiffusionXLImg2ImgPipeline
+from diffusers.models.attention_processor import SlicedAttnProcessor
 from laws import randomize
 from peft import LoraConfig
 from test_formats import write_adapter
@@ -21,6 +22,10 @@ from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.method import METHODS
 from peft_diffusion.generation import Adapters
+from peft_diffusion.generation.generate import generate
+from peft_diffusion.generation.memory import spare
+from peft_diffusion.generation.sampler import Cell, paint
+from peft_diffusion.generation.settings import GenerateConfig, Sampling
 from peft_diffusion.training.tasks import preparation
 
 
@@ -192,6 +197,63 @@ def test_weights_that_are_offloaded_to_files_are_not_merged_into(
         adapters.merge()
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SPARING: dict[str, dict[str, Any]] = {
+    "model": {"offload": "model"}, "group": {"offload": "group"}, "sequential": {"offload": "sequential"},
+    "sliced": {"attention_slicing": True}, "tiled": {"vae_tiling": True},
+}  # fmt: skip
+
+
+def layer_by_layer(pipe: DiffusionPipeline, device: torch.device) -> None:
+    """What enable_sequential_cpu_offload does."""
+    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+        cpu_offload(part, device, offload_buffers=len(part._parameters) > 0)
+
+
+def sparing(adapters: Adapters, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    """A picture of 128x64 pixels, and what became of the pipeline."""
+    pipe, config = adapters.pipe, Sampling(width=128, steps=2, device=DEVICE, **options)
+    decoded: list[tuple[int, ...]] = []
+    hook = pipe.vae.decoder.register_forward_pre_hook(lambda _, args: decoded.append(tuple(args[0].shape[-2:])))
+    spare(adapters, config)
+    (image,) = paint(adapters, [Cell("a cat", 1, {"ink": 0.5})], config)
+    hook.remove()
+    parts = list(pipe.unet.modules())
+    return np.asarray(image, int), {
+        "tiled": len(decoded) > 1 and all(max(sides) <= 8 for sides in decoded),
+        "sliced": any(isinstance(getattr(one, "processor", None), SlicedAttnProcessor) for one in parts),
+        "model": hasattr(pipe.unet, "_hf_hook") and not any(one.is_meta for one in pipe.unet.parameters()),
+        "sequential": any(one.is_meta for one in pipe.unet.parameters()),
+        "group": any(hasattr(one, "_diffusers_hook") for one in parts),
+    }
+
+
+@pytest.mark.parametrize("way", SPARING)
+def test_a_card_of_little_memory_draws_the_same_picture(
+    way: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE == "cpu":  # for which diffusers' own takes a name that accelerate copies parameters for
+        monkeypatch.setattr(type(tiny_pipe), "enable_sequential_cpu_offload", layer_by_layer)
+    other = Adapters(make_pipe().to(DEVICE))
+    other.load(files["ink"])
+    wanted, plain = sparing(other)
+    assert plain == dict.fromkeys(plain, False)
+    adapters = Adapters(tiny_pipe if way in OFFLOADED or way == "group" else tiny_pipe.to(DEVICE))
+    adapters.load(files["ink"])
+    found, state = sparing(adapters, **SPARING[way])
+    assert [name for name, is_so in state.items() if is_so] == [way]
+    assert np.abs(found - wanted).max() <= (1 if way != "tiled" else 255) and np.abs(found - wanted).mean() < 25
+
+
+def test_what_spares_no_memory_is_refused(tiny_pipe: DiffusionPipeline) -> None:
+    with pytest.raises(UserError, match="loaded already: enable offloading"):
+        generate(GenerateConfig("a cat", vae_tiling=True), pipe=tiny_pipe)
+    with pytest.raises(UserError, match="on a CPU there is nothing to offload to"):
+        generate(GenerateConfig("a cat", offload="model", device="cpu"))
+    with pytest.raises(UserError, match="leave --offload or --quantize away"):
+        GenerateConfig("a cat", offload="model", quantize="nf4")
+
+
 TARGETS = {"bitfit": "all-linear", "bottleneck": "sublayers"}
 
 
@@ -202,6 +264,16 @@ def test_every_method_runs_under_sequential_offloading(method: str, tiny_pipe: D
     wanted = told(tiny_pipe)
     sequential(tiny_pipe)
     assert torch.equal(told(tiny_pipe), wanted)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("prompt", "tokens")])
+def test_every_method_runs_with_sliced_attention(method: str, tiny_pipe: DiffusionPipeline) -> None:
+    target = "cross-attentions" if method == "prefix" else TARGETS.get(method, "attention")
+    site.attach(tiny_pipe.unet, "a", METHODS[method](), target)
+    randomize(tiny_pipe.unet, "a")
+    wanted = told(tiny_pipe)
+    tiny_pipe.enable_attention_slicing(1)
+    assert torch.allclose(told(tiny_pipe), wanted, atol=1e-5)
 
 
 def test_a_method_that_reads_a_weight_of_another_layer_refuses_sequential_offloading(tiny_pipe: DiffusionPipeline) -> None:

@@ -87,6 +87,20 @@ def test_a_contradiction_of_names_and_metadata_is_told(tmp_path: Path) -> None:
     assert (told.name, told.other) == ("Stable Diffusion 1", "Stable Diffusion XL")
 
 
+def test_names_that_several_models_have_contradict_none_of_them(tmp_path: Path) -> None:
+    path, outer = tmp_path / "a.safetensors", pair("lora_unet_down_blocks_3_resnets_0_conv1", 1280)
+    inner = pair("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q", 640)
+    inner |= pair("lora_te1_text_model_encoder_layers_0_mlp_fc1", 768)  # an encoder that Stable Diffusion 1 and XL share
+    for tensors, version in ((outer, "sd_v1"), (outer, "sd_v2"), (inner, "sdxl_base_v1-0")):
+        save_file(tensors, path, {"ss_base_model_version": version})
+        assert formats.inspect(path).origin.other == ""
+
+
+def test_a_base_is_named_whatever_its_version(tmp_path: Path) -> None:
+    save_file(pair("lora_unet_x", 64), tmp_path / "a.safetensors", {"ss_sd_model_name": "v1-5.ckpt"})
+    assert formats.inspect(tmp_path / "a.safetensors").base == {"name": "v1-5.ckpt"}
+
+
 def test_words_tags_hashes_and_methods_are_told_by_the_command(tmp_path: Path) -> None:
     tensors = pair("lora_unet_mid_block_attentions_0_proj_in", 64) | {"bundle_emb.sumi.clip_l": torch.ones(2, 32)}
     tags = {"3_ink": {"ink": 5, "1girl": 7, " red": 2}, "1_more": {"ink": 4}}

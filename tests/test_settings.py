@@ -39,6 +39,7 @@ from peft_diffusion.core.settings_file import load
 from peft_diffusion.formats import layout
 from peft_diffusion.generation.settings import MAX_SEED, DemoConfig, InspectConfig
 from peft_diffusion.tools.tool_settings import MetadataGetConfig, MetadataRemoveConfig, MetadataSetConfig
+from peft_diffusion.training.settings.choices import Scheduler
 from peft_diffusion.training.settings.derive import resolve, resolve_language
 from peft_diffusion.training.settings.placements import blocks
 from peft_diffusion.training.settings.shared import FindLr
@@ -50,6 +51,7 @@ COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "generate": (pd.GenerateConfig,),
     "text generate": (pd.TextGenerateConfig,),
     "blend": (pd.BlendConfig,),
+    "grid": (pd.GridConfig,),
     "inspect": (InspectConfig,),
     "runs": (RunsConfig,),
     "merge": (pd.MergeConfig,),
@@ -210,8 +212,14 @@ def test_values_are_brought_to_their_types() -> None:
         ({"output": ["a.safetensors"]}, "--output must be a path, not ['a.safetensors']"),
         ({"trigger": 3}, "--trigger must be a text, not 3"),
         ({"preview_prompts": ("a", 3)}, "--preview-prompts must be a text, or several, not 3"),
-        ({"scheduler": 3}, "--scheduler is one of constant, cosine, linear, not 3"),
-        ({"scheduler": ["cosine"]}, "--scheduler is one of constant, cosine, linear, not ['cosine']"),
+        (
+            {"scheduler": 3},
+            f"--scheduler is one of {', '.join(get_args(Scheduler))}, not 3",
+        ),
+        (
+            {"scheduler": ["cosine"]},
+            f"--scheduler is one of {', '.join(get_args(Scheduler))}, not ['cosine']",
+        ),
     ],
 )
 def test_a_value_of_another_type_names_its_setting(values: dict[str, Any], said: str) -> None:
@@ -231,7 +239,7 @@ def test_help_tells_type_default_range_and_help_of_every_setting() -> None:
         for one in settings_of(kind):
             assert " ".join(one.line().replace("|", " ").split()) in shown, one.name
     lines = {one.name: one.line() for one in settings_of(pd.TrainConfig)}
-    assert lines["unet_lr"].startswith("unet_lr (float; default None; above 0): Learning rate of the UNet.")
+    assert lines["unet_lr"].startswith("unet_lr (float; default None; 0 or more): Learning rate of the UNet.")
     assert lines["folder"].startswith("folder (path, one or several; required): Image folders")
     assert lines["loss"].startswith("loss ('l2' | 'huber' | 'smooth-l1'; default 'l2'): ")
 
@@ -249,7 +257,7 @@ def test_a_class_describes_itself_as_json() -> None:
     assert told["output"]["flags"] == ["--output", "-o"] and told["output"]["type"] == "path"
     assert told["masks"]["choices"] == ["files", "alpha", "off"] and told["masks"]["default"] == "files"
     assert told["held_out"]["range"] == {"low": 0, "low_included": True, "high": 1, "high_included": False}
-    assert told["unet_lr"]["range"] == {"low": 0, "low_included": False, "high": None, "high_included": True}
+    assert told["alpha"]["range"] == {"low": 0, "low_included": False, "high": None, "high_included": True}
     assert (told["seed"]["type"], told["seed"]["group"], told["resolution"]["unit"]) == ("int", "Learning", "pixels")
 
 
@@ -408,11 +416,14 @@ class Part:
     rates: Mapping[str, float] = field(default_factory=dict)
 
 
+PLACES = ("output", "run_dir", "cache", "init_from", "freeze_others")
+
+
 def test_what_is_told_to_others_says_nothing_of_where_things_lie() -> None:
     config = train_config(folder=["/home/me/ink", "b/pens"], output="/home/me/a.safetensors", cache="/home/me/cache",
                           regularisation="/home/me/others", resume=True)  # fmt: skip
     told = portable(config)
-    assert told == {name: value for name, value in to_json(config).items() if name not in ("output", "run_dir", "cache")} | {
+    assert told == {name: value for name, value in to_json(config).items() if name not in PLACES} | {
         "folder": ["ink", "pens"], "regularisation": ["others"],
     }  # fmt: skip
     assert "resume" not in told and told["held_out"] is None

@@ -262,7 +262,7 @@ def test_a_run_that_is_planted_to_over_train_is_called_so(tmp_path: Path) -> Non
     """Four pictures, many passes at five times the usual rate, four others kept apart: on the embedded base."""
     source = embedded("styles/openmoji")
     (tmp_path / "few").mkdir()
-    for picture in sorted(source.glob("*.png"))[:8]:
+    for picture in sorted(source.glob("*.webp"))[:8]:
         for file in source.glob(f"{picture.stem}.*"):
             shutil.copy(file, tmp_path / "few")
     changes: dict[str, Any] = {

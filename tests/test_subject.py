@@ -38,10 +38,11 @@ from peft_diffusion.data.latents import cache_latents
 from peft_diffusion.fast.cuda_graph import Inputs
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.sampler import Cell, paint
-from peft_diffusion.generation.settings import GenerateConfig, SchedulerName
+from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training import Interrupted, TrainConfig
 from peft_diffusion.training.attachment import NAME, attach, selected_components
+from peft_diffusion.training.drawing import PreviewPrompt
 from peft_diffusion.training.loop.seeds import generator
 from peft_diffusion.training.machine.processes import Processes
 from peft_diffusion.training.pictures import diffusion_task
@@ -135,18 +136,16 @@ def test_another_prompt_count_or_base_has_other_pictures(tmp_path: Path, picture
 def test_instructions_of_other_programs_are_told_wherever_a_run_draws_or_learns(tmp_path: Path, pictures: Path) -> None:
     sorted(pictures.glob("*.png"))[1].with_suffix(".txt").write_text("[trigger] a dog, (red hair:1.2)")
     settings: dict[str, Any] = {"preset": "subject", "class_images": 1, "missing_captions": "name"}
-    asked = small(pictures, tmp_path, class_prompt=("(a cat:1.3)",), **settings)
+    asked = small(pictures, tmp_path, class_prompt=("(a cat:1.3) <segment:x>",), **settings)
     told: list[Event] = []
     pipe = make_pipe()
     prepared = prepare(asked, pipe, told.append, TrainingPictures())
     assert [one.caption for one in prepared.class_pictures] == ["a cat"]
-    same = prepare(replace(asked, class_prompt=("a cat",)), pipe, told.append, TrainingPictures())
-    assert same.class_pictures[0].digest == prepared.class_pictures[0].digest
     made = blocks(prepared.config)
     attach(selected_components(pipe, prepared.config.components), made, 0, lambda name: 1e-3)
     task, drawing = diffusion_task(prepared, made, Processes()), TrainingPictures()
     previews = [
-        Previews(tmp_path, task, [prompt], drawing, nullcontext, told.append, steps=1, every=0, size=64)
+        Previews(tmp_path, task, [PreviewPrompt(prompt)], drawing, nullcontext, told.append, steps=1, every=0, size=64)
         for prompt in ("a dog <lora:ink:0.8>", "a dog")
     ]
     drawn, plain = (one.pictures()[0].tobytes() for one in previews)
@@ -155,7 +154,7 @@ def test_instructions_of_other_programs_are_told_wherever_a_run_draws_or_learns(
     letters = [event for event in warned if "learned here as letters" in event.message]
     assert any("1 caption with [trigger] or [name], which --trigger WORDS fills" in event.message for event in warned)
     assert letters and "(red hair:1.2)" in letters[0].details[0] and len(letters[0].details) == 1
-    assert any("(a cat:1.3) in the prompt is a weight" in event.message for event in warned)
+    assert any("<segment:x> in the prompt is an instruction to another program" in event.message for event in warned)
     assert any("<lora:ink:0.8> in the prompt names an adapter" in event.message for event in warned)
 
 
@@ -533,7 +532,7 @@ def test_zero_terminal_snr_is_that_of_diffusers_and_ends_at_zero(tmp_path: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", [None, "pndm", "euler", "dpm++"])
 def test_what_was_trained_to_pure_noise_is_drawn_from_it(
-    tmp_path: Path, pictures: Path, sampler: SchedulerName | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: Path, sampler: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By previews and by `paint`, whatever sampler; one that cannot gives way to DDIM's. Others draw as ever."""
     made: dict[str, Any] = {"zero_terminal_snr": True, "preview_steps": 2, "steps": 2, "save_every": 2}

@@ -82,6 +82,14 @@ def test_resizing_to_a_rank_takes_convolutions_apart_and_tells_what_is_left_out(
     assert told["ss_training_comment"] == "resized from one.safetensors: rank 4; mine"
 
 
+def test_what_is_computed_is_written_with_the_names_of_diffusers_too(lora: Path, tiny_base: Path, tmp_path: Path) -> None:
+    for to in ("kohya", "diffusers"):
+        pd.resize(pd.ResizeConfig(lora, output=tmp_path / f"{to}.safetensors", rank=4, to=to, base=str(tiny_base)))
+    flat, dotted = load_file(tmp_path / "kohya.safetensors"), load_file(tmp_path / "diffusers.safetensors")
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+    assert torch.equal(dotted[name], flat[f"lora_{ATTENTION}.lora_down.weight"]) and 3 * len(dotted) == 2 * len(flat)
+
+
 def lokr() -> dict[str, Tensor]:
     """Whole factors, of which LyCORIS takes no alpha."""
     return {f"lora_{ATTENTION}.lokr_w1": noise(1, 4, 4), f"lora_{ATTENTION}.lokr_w2": noise(2, 8, 8)}
@@ -116,10 +124,24 @@ def test_a_strength_is_written_into_each_method_as_it_is_scaled(tiny_base: Path,
     assert any(isinstance(one, Noted) and "becomes a whole change" in one.message for one in events)
 
 
-@pytest.mark.parametrize("by", ["component", "block"])
-def test_parts_have_the_very_numbers_and_make_the_whole_again(by: Any, tiny_base: Path, tmp_path: Path) -> None:
+def test_rotations_of_which_the_first_turn_nothing_are_scaled_as_rotations(tiny_base: Path, tmp_path: Path) -> None:
+    blocks = {ATTENTION: torch.zeros(8, 4, 4), CROSS: 0.3 * noise(1, 8, 4, 4)}
+    save_file({f"lora_{site}.oft_blocks": own for site, own in blocks.items()}, tmp_path / "oft.safetensors")
+    pd.strength(pd.StrengthConfig(tmp_path / "oft.safetensors", 0.5, output=tmp_path / "a.safetensors", base=str(tiny_base)))
+    weight = make_pipe().unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k").weight.detach()
+    skew, one = blocks[CROSS] - blocks[CROSS].mT, torch.eye(4)
+    turned = ((one + skew) @ (one - skew).inverse()).mT @ weight.view(8, 4, 32)  # LyCORIS takes the transpose
+    assert close(load_file(tmp_path / "a.safetensors")[f"lora_{CROSS}.diff"], 0.5 * (turned.view(32, 32) - weight), 1e-4)
+
+
+@pytest.mark.parametrize(("by", "to"), [("component", "kohya"), ("component", "kohya-sgm"), ("block", "kohya")])
+def test_parts_have_the_very_numbers_and_make_the_whole_again(by: Any, to: str, tiny_base: Path, tmp_path: Path) -> None:
     half = {name: tensor.half() for number, own in enumerate(RANKS) for name, tensor in pair(own, number, 4, 2.0).items()}
     save_file(half, tmp_path / "whole.safetensors", {"ss_seed": "3"})
+    if to != "kohya":  # as files of Stable Diffusion XL, whose UNet has other names there, and whose text encoders have not
+        source = (tmp_path / "whole.safetensors").rename(tmp_path / "source.safetensors")
+        pd.convert(pd.ConvertConfig(source, tmp_path / "whole.safetensors", to=to, base=str(tiny_base)))
+        half = load_file(tmp_path / "whole.safetensors")
     parts = pd.split(pd.SplitConfig(tmp_path / "whole.safetensors", output=tmp_path / "parts", by=by, base=str(tiny_base)))
     names = {one.path.name for one in parts}
     if by == "component":

@@ -18,7 +18,8 @@ import peft_diffusion as pd
 from peft_diffusion.bases import checksum, denoiser_of, describe, family
 from peft_diffusion.bases.base import components
 from peft_diffusion.core import site
-from peft_diffusion.generation.settings import SchedulerName
+from peft_diffusion.generation.sampler import Cell, paint
+from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.training.machine.low_memory import blocks_of
 from peft_diffusion.training.settings.choices import Memory, Preset
 from peft_diffusion.training.settings.derive import resolve
@@ -93,7 +94,7 @@ def test_what_was_trained_is_read_and_drawn_with(trained: Path, tmp_path: Path) 
     make_toy().save_pretrained(tmp_path / "base")
     common: dict[str, Any] = {"base": str(tmp_path / "base"), "steps": 2, "device": "cpu", "output": tmp_path / "drawn"}
     (without,) = pd.generate(pd.GenerateConfig(prompts=("a red apple",), **common))
-    schedulers: tuple[SchedulerName | None, ...] = (None, "euler", "heun")
+    schedulers: tuple[str | None, ...] = (None, "euler", "heun")
     for scheduler in schedulers:
         config = pd.GenerateConfig(prompts=("a red apple",), adapter=(str(trained),), scheduler=scheduler, **common)
         (with_it,) = pd.generate(config)
@@ -110,6 +111,13 @@ def draw(pipe: ToyPipeline, count: int = 1, guidance: float = 5.0) -> np.ndarray
     prompts = ["a cat"] * count
     drawn: np.ndarray = pipe(prompts, latents=noise, guidance_scale=guidance, output_type="np").images
     return drawn
+
+
+def test_a_pipeline_that_takes_no_embeddings_says_so_for_what_is_more_than_words() -> None:
+    adapters, sampling = pd.Adapters(make_toy()), Sampling(steps=1)
+    assert list(paint(adapters, [Cell("a red cat", 0, {})], sampling))
+    with pytest.raises(pd.UserError, match="a ToyPipeline takes prompts as words alone"):
+        list(paint(adapters, [Cell("a (red:1.2) cat", 0, {})], sampling))
 
 
 def test_strengths_by_block_image_and_step_and_merging(trained: Path) -> None:

@@ -20,6 +20,11 @@ from PIL import Image, ImageDraw, features
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
+from transformers import (
+    get_cosine_with_hard_restarts_schedule_with_warmup,
+    get_polynomial_decay_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
 from peft_diffusion import formats
 from peft_diffusion.api import train
@@ -37,7 +42,7 @@ from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.methods import method
 from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.events import Losses, Measured, Signals, Step, StepLoss, Unrecorded
-from peft_diffusion.training.loop.learning_rate import rate
+from peft_diffusion.training.loop.learning_rate import Shape, rate
 from peft_diffusion.training.loop.seeds import generator, seed_of
 from peft_diffusion.training.loop.trainer import (
     Divergence,
@@ -48,11 +53,12 @@ from peft_diffusion.training.loop.trainer import (
 )
 from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.results import RunResult
-from peft_diffusion.training.settings.choices import TimestepBias
+from peft_diffusion.training.settings.choices import Scheduler, TimestepBias
 from peft_diffusion.training.settings.derive import resolve
 from peft_diffusion.training.settings.toml import to_toml
 from peft_diffusion.training.tasks import objective, preparation
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
+from peft_diffusion.training.tasks.objective import Timesteps
 from peft_diffusion.training.tasks.preparation import prepare
 
 torch.set_num_threads(1)
@@ -182,9 +188,9 @@ def test_noise_offset_shifts_whole_channels() -> None:
 
 
 def test_timesteps_cover_the_schedule_evenly() -> None:
-    drawn = objective.timesteps(20_000, 1000, "none", generator("t"))
+    drawn = objective.timesteps(20_000, 1000, Timesteps(), generator("t"))
     assert drawn.bincount(minlength=1000).tolist() == [20] * 1000
-    few = torch.stack([objective.timesteps(4, 1000, "none", generator(n)) for n in range(4000)])
+    few = torch.stack([objective.timesteps(4, 1000, Timesteps(), generator(n)) for n in range(4000)])
     assert (few.sort(1).values // 250 == torch.arange(4)).all()
     torch.testing.assert_close(few.float().mean(0), torch.full((4,), 499.5), atol=20, rtol=0)  # wherever in the batch
 
@@ -192,8 +198,17 @@ def test_timesteps_cover_the_schedule_evenly() -> None:
 def test_a_bias_draws_later_or_earlier_timesteps_more_often() -> None:
     cases: tuple[tuple[TimestepBias, slice], ...] = (("later", slice(750, None)), ("earlier", slice(0, 250)))
     for bias, fourth in cases:
-        shares = objective.timesteps(20_000, 1000, bias, generator("t")).bincount(minlength=1000)
+        shares = objective.timesteps(20_000, 1000, Timesteps(bias), generator("t")).bincount(minlength=1000)
         assert shares[fourth].sum() == 10_000 and shares.min() > 0
+
+
+def test_timesteps_keep_to_their_range_and_to_the_logit_normal_distribution() -> None:
+    within = objective.timesteps(20_000, 1000, Timesteps(within=(200, 700)), generator("t")).bincount(minlength=1000)
+    assert within[200:700].tolist() == [40] * 500 and within.sum() == 20_000
+    drawn = objective.timesteps(50_000, 1000, Timesteps("logit-normal", mean=0.5, std=0.8), generator("t"))
+    for place in (0.1, 0.25, 0.5, 0.75, 0.9):  # the distribution function of what is sigmoid(0.5 + 0.8 z)
+        below = torch.special.ndtr(torch.tensor((math.log(place / (1 - place)) - 0.5) / 0.8))
+        assert abs(float((drawn < 1000 * place).float().mean() - below)) < 1e-3
 
 
 def test_a_base_that_predicts_something_else_is_refused() -> None:
@@ -219,6 +234,20 @@ def test_learning_rate_schedules() -> None:
     assert rate("cosine", 9, 10, 0) == pytest.approx((1 + math.cos(0.9 * math.pi)) / 2)
     warming = [rate("cosine", step, 100, 4) for step in range(5)]
     assert warming == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_the_other_schedules_are_those_of_transformers_after_the_warm_up() -> None:
+    optimizer, steps, warmup = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 50, 5
+    theirs: dict[Scheduler, Any] = {
+        "cosine-with-restarts": get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, warmup, steps, num_cycles=3),
+        "polynomial": get_polynomial_decay_schedule_with_warmup(optimizer, warmup, steps, lr_end=0.0, power=2.0),
+        "warmup-stable-decay": get_wsd_schedule(
+            optimizer, warmup, num_decay_steps=10, num_stable_steps=steps - warmup - 10, decay_type="linear"
+        ),
+    }
+    for name, schedule in theirs.items():
+        ours = [rate(name, step, steps, warmup, Shape(cycles=3, power=2.0, decay=0.2)) for step in range(warmup, steps)]
+        assert ours == pytest.approx([schedule.lr_lambdas[0](step) for step in range(warmup, steps)], abs=1e-9)
 
 
 # The loop, on a task that has nothing to do with images.
@@ -335,6 +364,23 @@ def test_each_group_has_its_own_learning_rate() -> None:
     assert second.weight[0].item() == pytest.approx(0.01, rel=1e-3)
 
 
+def test_a_group_that_ends_before_the_run_stays_as_it_is() -> None:
+    first, second = Line(), Line()
+    arena = Arena({"first": [first.weight], "second": [second.weight]})
+
+    def loss(inputs: Inputs) -> torch.Tensor:
+        return first.loss(inputs) + second.loss(inputs)
+
+    task = Line()
+    task.loss = loss  # type: ignore[method-assign]
+    rates = {"first": 0.1, "second": 0.1}
+    loop = Trainer(task, arena, TrainerSettings(steps=6, rates=rates, ends={"second": 3}))
+    loop.run(until=3)
+    before = second.weight.detach().clone(), first.weight.detach().clone()
+    loop.run()
+    assert torch.equal(second.weight, before[0]) and not torch.equal(first.weight, before[1])
+
+
 def test_the_average_follows_and_is_what_the_run_gives() -> None:
     task = Line()
     loop, _ = trainer(task, ema=0.9)
@@ -400,7 +446,8 @@ def test_every_preset_gives_every_family_all_its_values() -> None:
         for family in ("sd1", "sd2", "sdxl", "other"):
             base = type("Base", (), {"name": family, "family": family, "resolution": 64})()
             found = resolve(TrainConfig(folder=(Path("x"),), preset=preset), base, 48, "cpu")
-            may_be_none = {"cache", "alpha", "epochs", "quantize", "target", "log_with"}
+            may_be_none = {"cache", "alpha", "epochs", "quantize", "target", "log_with", "clip_skip", "init_from"}
+            may_be_none |= {"preview_prompts_file"}
             assert not [f.name for f in fields(found) if getattr(found, f.name) is None and f.name not in may_be_none]
         assert set(families.find("other").defaults(preset)) == set(families.find("sd1").defaults(preset))
 
@@ -416,11 +463,11 @@ def test_epochs_become_steps_and_win_over_them() -> None:
     ("changes", "message"),
     [
         ({"steps": 0}, "--steps must be 1 or more, not 0"),
-        ({"unet_lr": 0.0}, "--unet-lr must be above 0, not 0.0"),
+        ({"unet_lr": -1.0}, "--unet-lr must be 0 or more, not -1.0"),
         ({"unet_lr": math.nan}, "--unet-lr"),
         ({"held_out": 1.0}, "--held-out must be 0 or more, below 1, not 1.0"),
         ({"caption_dropout": 1.5}, "--caption-dropout must be 0 or more, at most 1"),
-        ({"scheduler": "cosin"}, "--scheduler is one of constant, cosine, linear, not 'cosin'"),
+        ({"loss": "l3"}, "--loss is one of l2, huber, smooth-l1, not 'l3'"),
         ({"components": ("unet,vae",)}, "--components vae: there are unet, text_encoder, text_encoder_2"),
     ],
 )

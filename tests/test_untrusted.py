@@ -20,6 +20,7 @@ from peft_diffusion.core import settings_file, targets
 from peft_diffusion.core.parsing import Patterns, matching
 from peft_diffusion.data.caption_files import read_captions
 from peft_diffusion.generation import Adapters
+from peft_diffusion.methods.shared.affine import WeightChange
 from peft_diffusion.training.record.run_record import Record
 
 PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -76,6 +77,14 @@ def test_a_number_that_is_finite_in_the_file_and_not_as_it_is_used(alpha: torch.
     wide = {name: tensor.double() * 1e300 for name, tensor in KOHYA.items()}
     save_file(wide, tmp_path / "b.safetensors")
     assert "is NaN or infinite" in one_line(lambda: formats.load(tmp_path / "b.safetensors", make_pipe()))
+
+
+def test_an_alpha_that_is_beyond_16_bits_and_scales_nothing_is_left_alone(tmp_path: Path) -> None:
+    """LyCORIS keeps the rank that was asked for, 100000, as the alpha of a LoKr of whole matrices, which has no rank."""
+    whole = {f"{STEM}.lokr_w1": torch.ones(4, 4), f"{STEM}.lokr_w2": torch.ones(8, 8)}
+    save_file({**whole, f"{STEM}.alpha": torch.tensor(1e5).half()}, tmp_path / "a.safetensors")
+    ((adapter,),) = (one.values() for one in formats.load(tmp_path / "a.safetensors", make_pipe()).components.values())
+    assert isinstance(adapter, WeightChange) and torch.equal(adapter.change(), torch.ones(32, 32))
 
 
 @pytest.mark.parametrize("value", ['"four"', "true", "[4]"])

@@ -1,6 +1,7 @@
 """What other programs make of a file is what they do make of it: their own loaders, and facts of their sources."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,9 @@ def test_maps_are_those_of_the_sources() -> None:
     assert "lora_unet_add_embedding_linear_1" not in a1111
     assert "lora_unet_label_emb_0_0" in a1111
     assert a1111[f"lora_unet_{flat}"] == comfy[f"lora_unet_{flat}"]
+    assert f"oft_unet_{sgm.replace('.', '_')}" in a1111
+    assert f"lora_te1_{CLIP}" in STEMS["A1111"](sd1)  # "some SD1 Loras also have correct compvis keys"
+    assert f"lora_te1_{CLIP}" not in STEMS["A1111"](skeleton("sd2"))
     kohya = STEMS["kohya"](sd1)
     assert "lora_unet_conv_in" not in kohya
     assert KOHYA in kohya
@@ -132,10 +136,41 @@ def test_maps_are_those_of_the_sources() -> None:
     assert f"lora_te1_{CLIP}" in STEMS["InvokeAI"](xl)
 
 
+def test_an_alpha_of_0_and_norms_mean_what_each_program_makes_of_them(tiny_base: Path, tmp_path: Path) -> None:
+    site = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    pair = {f"{site}.lora_{half}.weight": torch.ones(shape) for half, shape in (("down", (2, 32)), ("up", (32, 2)))}
+    norm = {f"lora_unet_conv_norm_out.{end}": torch.ones(32) for end in ("w_norm", "b_norm")}
+    save_file({**pair, f"{site}.alpha": torch.tensor(0.0), **norm}, tmp_path / "a.safetensors")
+    found = verified(tmp_path / "a.safetensors", str(tiny_base))
+    for program, sites, error in (("kohya", 1, 0), ("A1111", 1, 1), ("ComfyUI", 2, 1)):  # to kohya's it is none
+        assert (found[program].measured, found[program].error) == (sites, error)
+    if "LyCORIS" in found:
+        assert found["LyCORIS"].measured == 2
+        assert found["LyCORIS"].error == pytest.approx(0, abs=1e-5)
+
+
 def test_invoke_refuses_a_file_with_one_site_of_an_unknown_kind(tiny_base: Path, tmp_path: Path) -> None:
     found = verified(made(tmp_path / "a.safetensors", "oft"), str(tiny_base))["InvokeAI"]
     assert found.coverage == 0
     assert "refuses the file: it knows no tensors such as lora_unet_" in found.line()
+
+
+@pytest.mark.parametrize(
+    ("names", "readers"),
+    [
+        (["emb_params"], {"diffusers", "ComfyUI", "Forge", "A1111", "InvokeAI"}),
+        (["clip_l", "clip_g"], {"ComfyUI", "Forge", "A1111", "InvokeAI"}),
+        (["<s0>", "<s1>"], set()),
+    ],
+)
+def test_words_are_read_as_words(names: list[str], readers: set[str], tmp_path: Path) -> None:
+    save_file({name: torch.randn(1, 1280 if name == "clip_g" else 768) for name in names}, tmp_path / "word.safetensors")
+    found = verified(tmp_path / "word.safetensors")
+    assert {name for name, one in found.items() if one.coverage == 1} == readers
+    assert {"LyCORIS", "kohya"}.isdisjoint(found)
+    pipe: Any = make_pipe()
+    with nullcontext() if "diffusers" in readers else pytest.raises(ValueError, match="state dictionary is incorrect"):
+        pipe.load_textual_inversion({name: torch.ones(1, 32) for name in names}, token="zxc")
 
 
 def test_the_commands_tell_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

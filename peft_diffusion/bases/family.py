@@ -233,7 +233,7 @@ _TEXT_XL = Component(
 _TEXT_XL_2 = Component(
     "text_encoder_2",
     "text encoder",
-    "text_encoder_lr",
+    "text_encoder_2_lr",
     "tokenizer_2",
     "lora_te2_",
     ("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.", "lora_te2."),

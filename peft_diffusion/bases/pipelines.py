@@ -185,6 +185,19 @@ def progress(pipeline: Pipeline, now: float) -> float:
     return nearest / max(1, len(steps) - 1)
 
 
+def computes_on(pipeline: Pipeline) -> torch.device:
+    """Tell on which device a pipeline computes, wherever its parts wait.
+
+    Args:
+        pipeline: A pipeline of diffusers.
+
+    Returns:
+        The device.
+    """
+    device: torch.device = getattr(pipeline, "_execution_device", pipeline.device)
+    return device
+
+
 def guided_tensors(pipeline: Pipeline) -> list[str]:
     """Name the tensors that a pipeline holds twice over while it guides, and lets its callback replace.
 

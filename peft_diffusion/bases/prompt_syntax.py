@@ -17,6 +17,7 @@ Weights: TypeAlias = Literal["a1111", "comfyui", "none"]
 _BRACKET = 1.1  # what one pair of brackets multiplies by
 _NEAR = 20  # tokens behind a comma that A1111 takes along into the next chunk (its comma_padding_backtrack)
 _WORD = 8  # tokens from which ComfyUI breaks a word in two where a chunk is full
+_DEEPEST = 100  # brackets in each other that are read; more are letters
 _PRIVATE = 0xE000  # code points of nobody stand for learned words while a prompt is read
 _PIECES = re.compile(r"\\[()\[\]\\]|\\|[(\[)\]]|:([-+]?(?:\d+\.?\d*|\.\d+))\)|[^\\()\[\]:]+|:")
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
@@ -177,16 +178,16 @@ def _of_comfyui(prompt: str) -> list[Part | None]:
     ] or [Part("")]
 
 
-def _nested(text: str, weight: float) -> Iterator[tuple[str, float]]:
+def _nested(text: str, weight: float, depth: int = 0) -> Iterator[tuple[str, float]]:
     for piece in _outermost(text):
-        if len(piece) < 2 or piece[0] != "(" or piece[-1] != ")":
+        if len(piece) < 2 or piece[0] != "(" or piece[-1] != ")" or depth == _DEEPEST:
             yield piece, weight
             continue
         inside, own = piece[1:-1], weight * _BRACKET
         before, colon, number = inside.rpartition(":")
         if colon and before and (told := _number(number)) is not None:
             inside, own = before, told
-        yield from _nested(inside, own)
+        yield from _nested(inside, own, depth + 1)
 
 
 def _outermost(text: str) -> Iterator[str]:

@@ -21,6 +21,8 @@ _XL = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 _REFINER = "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"
 _NORM = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"  # empty tensors that trainers put into such checkpoints
+_TOLD = "modelspec.prediction_type"  # of the metadata: https://github.com/Stability-AI/ModelSpec
+_TOLD_AS = {"v": True, "v_prediction": True, "v-prediction": True, "epsilon": False, "eps": False}
 _KINDS = "Stable Diffusion 1, 2 and XL, and their inpainting versions"
 
 # Stable Diffusion 2 is trained to predict noise or v, and does not say which. ComfyUI tells them by the spread of this
@@ -75,7 +77,8 @@ def architecture(path: Path) -> Architecture:
 def _header(path: Path) -> Architecture:
     with refusing(f"{path} is no whole .safetensors file"), safe_open(path, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        return _architecture(path, shapes, file.get_tensor(_NORM) if _NORM in shapes else None)
+        told = (file.metadata() or {}).get(_TOLD, "")
+        return _architecture(path, shapes, file.get_tensor(_NORM) if _NORM in shapes else None, _TOLD_AS.get(told.lower()))
 
 
 def _pickled(path: Path) -> Architecture:
@@ -96,8 +99,10 @@ def _items(loaded: object) -> list[tuple[str, Any]]:
     return [(str(name), value) for name, value in loaded.items()] if isinstance(loaded, Mapping) else []
 
 
-def _architecture(path: Path, shapes: Mapping[str, tuple[int, ...]], norm: Tensor | None) -> Architecture:
-    """The architecture that these names and shapes say."""
+def _architecture(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], norm: Tensor | None, told: bool | None = None
+) -> Architecture:
+    """The architecture that these names and shapes say; ``told`` is whether the metadata say that it predicts v."""
     if _REFINER in shapes:
         raise UserError(f"{path} is the refiner of Stable Diffusion XL, which finishes pictures; take the base of it")
     first, cross = shapes.get(_IN), shapes.get(_CROSS)
@@ -107,10 +112,12 @@ def _architecture(path: Path, shapes: Mapping[str, tuple[int, ...]], norm: Tenso
     channels = first[1]
     if channels not in (4, 9):
         raise UserError(f"{path}: its UNet takes {channels} channels, so it is none of {_KINDS}")
-    marks = {"v_prediction": _V_PREDICTION in shapes, "zero_snr": _ZERO_SNR in shapes}
+    predicts_v = _V_PREDICTION in shapes or bool(told)  # a mark among the tensors outlives metadata that a merge leaves
+    marks = {"v_prediction": predicts_v, "zero_snr": _ZERO_SNR in shapes}
     if _XL in shapes:
         return Architecture("sdxl", channels == 9, **marks)
     if width == 768:
         return Architecture("sd1", channels == 9, **marks)
     spread = 0.0 if norm is None or channels == 9 else float(norm.float().std(unbiased=False))
-    return Architecture("sd2-v" if spread > _V_SPREAD else "sd2", channels == 9, **marks)
+    of_norm = spread > _V_SPREAD if told is None else predicts_v
+    return Architecture("sd2-v" if of_norm else "sd2", channels == 9, **marks)

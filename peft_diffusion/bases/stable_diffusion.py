@@ -14,6 +14,7 @@ from ..core.errors import UserError, first_line
 from ..core.files import at_home, if_address
 from ..core.parsing import refusing
 from . import single_file
+from .asked import PREDICTIONS, AskedPrediction
 from .base import components, denoiser_of
 from .denoiser import kinds
 from .digest import quantize as quantize_all
@@ -29,6 +30,7 @@ def load_base(
     dtype: str = "auto",
     quantize: str | None = None,
     download: bool = True,
+    prediction: AskedPrediction = "auto",
 ) -> DiffusionPipeline:
     """Load a pipeline that denoises, frozen, in eval mode.
 
@@ -41,6 +43,7 @@ def load_base(
         quantize: nf4 (4.5 bits a weight, needs bitsandbytes) or int8 for the Linear layers of network and text encoders; the
             rest, and what they compute, has the dtype.
         download: Whether a base of the hub may be fetched; otherwise it is read as it lies in the cache.
+        prediction: What the network predicts, for a base that does not say so, or says it wrongly; ``auto`` believes it.
 
     Returns:
         The pipeline, on its device.
@@ -49,7 +52,12 @@ def load_base(
         UserError: There is no such base, it cannot be read or quantized, or it is no kind that is known.
     """
     if isinstance(source, DiffusionPipeline):
-        denoiser_of(_as_asked(source, quantize))  # which refuses what it does not know
+        own = denoiser_of(_as_asked(source, quantize)).prediction  # which refuses what it does not know
+        if prediction != "auto" and PREDICTIONS[prediction] != own:
+            raise UserError(
+                f"this pipeline is loaded already, and its scheduler says that it predicts {own}; load it with"
+                f" load_base(..., prediction={prediction!r})"
+            )
         return source
     name = named_source(source, "a pipeline of diffusers")
     if quantize is not None:
@@ -58,7 +66,10 @@ def load_base(
     chosen = pick_dtype(dtype, where)
     unusable = refusing(f"base {name!r} has a configuration that cannot be used")
     with quiet(diffusers_logging, transformers_logging), unusable:
-        pipe = _frozen(_read(name, chosen, download))
+        pipe: DiffusionPipeline = _frozen(_read(name, chosen, download))
+        if prediction != "auto" and denoiser_of(pipe).prediction != PREDICTIONS[prediction]:
+            config = {**pipe.scheduler.config, "prediction_type": PREDICTIONS[prediction]}
+            pipe.register_modules(scheduler=type(pipe.scheduler).from_config(config))
     if quantize is not None:
         quantize_all(components(pipe), quantize, where)
     return pipe.to(where)

@@ -113,8 +113,10 @@ def explained(error: CycloptsError) -> str:
     if isinstance(error, UnknownOptionError):
         option = (error.token.keyword or error.token.value).split("=", 1)[0]
         names = {one.name: one for argument in error.argument_collection if (one := setting_of(argument)) is not None}
-        here = known_here_as(option, names)
-        if here is not None:
-            called = f"{here.upper()}, without a flag" if names[here].positional else names[here].flag
-            return f"Unknown option: {option}. Here it is {called}."
+        here = [
+            f"{one.upper()}, without a flag" if names[one].positional else names[one].flag
+            for one in known_here_as(option, names)
+        ]
+        if here:
+            return f"Unknown option: {option}. Here it is {' or '.join(here)}."
     return str(error)

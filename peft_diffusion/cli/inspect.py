@@ -224,7 +224,7 @@ def _base(found: Inspection) -> str:
     details = [base[key] for key in ("family", "architecture", "prediction_type") if key in base]
     details += [f"{base['resolution']} pixels"] if "resolution" in base else []
     details += [f"fingerprint {base['fingerprint']}"] if "fingerprint" in base else []
-    return f"{base.get('name', 'unnamed')} ({', '.join(details)})"
+    return base.get("name", "unnamed") + (f" ({', '.join(details)})" if details else "")
 
 
 def _several(found: Inspection, component: str) -> str:

@@ -29,6 +29,7 @@ class Arena:
         self.shared = torch.zeros(len(self.flat) + ALIGNMENT, device=self.flat.device)
         self.grad, self.beside = self.shared[: len(self.flat)], self.shared[len(self.flat) :]
         self.groups: dict[str, nn.Parameter] = {}
+        self.members = {name: tuple(parameters) for name, parameters in groups.items()}  # in the order in which they lie
         start = 0
         for name, parameters in groups.items():
             first = start
@@ -36,6 +37,19 @@ class Arena:
                 start = self._place(parameter, start)
             self.groups[name] = nn.Parameter(self.flat[first:start])
             self.groups[name].grad = self.grad[first:start]
+
+    def view_in(self, flat: Tensor, parameter: nn.Parameter) -> Tensor:
+        """Find what lies in another flat tensor where a parameter lies in the arena.
+
+        Args:
+            flat: Of the shape of the arena's.
+            parameter: One of `members`.
+
+        Returns:
+            A view of the parameter's shape.
+        """
+        start = parameter.storage_offset() - self.flat.storage_offset()
+        return flat[start : start + parameter.numel()].view(parameter.shape)
 
     def zero_grad(self) -> None:
         """Forget the gradients; they stay where they are in memory."""

@@ -1,4 +1,4 @@
-"""What other programs (sd-scripts, ai-toolkit, OneTrainer, diffusers, A1111) call settings. Imports no torch."""
+"""What other programs (sd-scripts, ai-toolkit, OneTrainer, diffusers, A1111, LyCORIS) call settings. Imports no torch."""
 
 from collections.abc import Iterable
 
@@ -19,6 +19,15 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "gradient_accumulation_steps": ("accumulation",),
     "gradient_checkpointing": ("memory",),
     "lr_scheduler": ("scheduler",),
+    "lr_scheduler_num_cycles": ("cycles",),
+    "lr_scheduler_power": ("power",),
+    "lr_decay_steps": ("decay",),
+    "learning_rate_cycles": ("cycles",),
+    "text_encoder_lr1": ("text_encoder_lr",),
+    "text_encoder_lr2": ("text_encoder_2_lr",),
+    "block_lr_weight": ("block_lr",),
+    "stop_text_encoder_training": ("text_encoder_until",),
+    "stop_text_encoder_training_pct": ("text_encoder_until",),
     "lr_warmup_steps": ("warmup",),
     "optimizer_type": ("optimizer",),
     "mixed_precision": ("precision",),
@@ -31,7 +40,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "checkpointing_steps": ("save_every",),
     "resume_from_checkpoint": ("resume",),
     "pretrained_model_name_or_path": ("base",),
-    "model": ("base",),
+    "model": ("file", "base"),
     "train_data_dir": ("folder",),
     "instance_data_dir": ("folder",),
     "reg_data_dir": ("regularisation",),
@@ -40,7 +49,8 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "prior_loss_weight": ("prior_weight",),
     "output_name": ("output",),
     "output_dir": ("run_dir", "output"),
-    "save_precision": ("save_dtype",),
+    "save_precision": ("save_dtype", "dtype"),
+    "precision": ("dtype",),
     "save_model_as": ("save_as",),
     "cache_latents": ("cache",),
     "shuffle_caption": ("shuffle_tags",),
@@ -85,6 +95,15 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "alpha_mask": ("masks",),
     "masked_training": ("masks",),
     "loss_type": ("loss",),
+    "v_parameterization": ("prediction",),
+    "prediction_type": ("prediction",),
+    "min_timestep": ("timesteps",),
+    "max_timestep": ("timesteps",),
+    "min_noising_strength": ("timesteps",),
+    "max_noising_strength": ("timesteps",),
+    "timestep_sampling": ("timestep_bias",),
+    "timestep_distribution": ("timestep_bias",),
+    "weighting_scheme": ("timestep_bias",),
     "debiased_estimation_loss": ("debiased",),
     "multires_noise_iterations": ("multires_noise",),
     "multires_noise_discount": ("multires_noise",),
@@ -110,10 +129,26 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "output_model_destination": ("output",),
     "learning_rate_scheduler": ("scheduler",),
     "learning_rate_warmup_steps": ("warmup",),
+    "save_to": ("output",),
+    "models": ("files",),
+    "ratios": ("files",),
+    "lbws": ("files",),
+    "concat": ("how",),
+    "sd_model": ("into",),
+    "new_rank": ("rank",),
+    "linear_dim": ("rank",),
+    "new_conv_rank": ("conv_rank",),
+    "conv_dim": ("conv_rank",),
+    "model_org": ("original",),
+    "model_tuned": ("tuned",),
+    "min_diff": ("smallest",),
+    "verbose": ("errors",),
 }
+# One option there is several here.
+_PARTED = dict.fromkeys(("dynamic_method", "dynamic_param"), ("ratio", "energy", "frobenius"))
 
 
-def known_here_as(given: str, known: Iterable[str]) -> str | None:
+def known_here_as(given: str, known: Iterable[str]) -> list[str]:
     """Find what the setting of another program is called here.
 
     Args:
@@ -121,8 +156,8 @@ def known_here_as(given: str, known: Iterable[str]) -> str | None:
         known: The settings of the command, with underscores.
 
     Returns:
-        The name here; None where the command has none that is meant.
+        The name here, or the names where one option there is several here; none where the command has none that is meant.
     """
-    there = set(known)
-    names = OTHER_NAMES.get(given.lstrip("-").replace("-", "_").lower(), ())
-    return next((name for name in names if name in there), None)
+    there, name = set(known), given.lstrip("-").replace("-", "_").lower()
+    parted = [one for one in _PARTED.get(name, ()) if one in there]
+    return parted or [one for one in OTHER_NAMES.get(name, ()) if one in there][:1]

@@ -124,8 +124,8 @@ def _meant(key: str, value: object, known: Mapping[str, Described]) -> str:
     if key in _DATASETS and isinstance(value, (dict, list)) and "folder" in known:
         return "; of a dataset file of sd-scripts, image_dir is folder here, num_repeats repeats, and keep_tokens keep_tags"
     here = known_here_as(key, known)
-    if here is not None:
-        return f"; here it is {here}"
+    if here:
+        return f"; here it is {' or '.join(here)}"
     return did_you_mean(_key(key), known) or f"; there are: {', '.join(sorted(known))}"
 
 

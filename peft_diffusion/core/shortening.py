@@ -16,3 +16,16 @@ def shortened(text: str, most: int) -> str:
     start = text[: most - 1]
     space = start.rfind(" ", most - 20)
     return f"{start[:space] if space > 0 else start}\u2026"
+
+
+def brief(text: str) -> str:
+    """Make one short line of a text, to name it in a message.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Its words with single spaces, of at most 60 characters.
+    """
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return shortened(line, 60)

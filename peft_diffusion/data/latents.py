@@ -185,7 +185,7 @@ def cache_latents(
     whole = [(index, flipped) for flipped in ((False, True) if flip else (False,)) for index in range(len(pictures))]
     hiding = (None, *range(masks_of.COUNT)) if masked else (None,)
     entries: list[Key] = [(*one, mask) for mask in hiding for one in whole]
-    encoder = _ready(vae)
+    encoder = ready(vae)
     done: dict[Key, tuple[Tensor, Tensor]] = {}
     origins = Counter[Origin]()
     for chunk in _chunks(entries, fits, batch_size):
@@ -331,10 +331,17 @@ def _chunks(entries: Sequence[Key], fits: Sequence[ResizeCrop], batch_size: int)
             yield [entries[number] for number in numbers[start : start + batch_size]]
 
 
-def _ready(vae: nn.Module) -> nn.Module:
-    """The VAE to run: on the CPU a float32 copy of one in half precision, which is slow and coarse there."""
+def ready(vae: nn.Module) -> nn.Module:
+    """Choose the VAE to run: a float32 copy of one in float16, where some overflow, and on a CPU of any half precision.
+
+    Args:
+        vae: The VAE.
+
+    Returns:
+        It, or the copy.
+    """
     weight = next(vae.parameters())
-    if weight.device.type == "cpu" and weight.dtype != torch.float32:
+    if weight.dtype == torch.float16 or (weight.device.type == "cpu" and weight.dtype != torch.float32):
         return copy.deepcopy(vae).float()
     return vae
 

@@ -8,15 +8,14 @@ from typing import NamedTuple
 from ..core.errors import UserError
 from ..core.events import Observer, Warned
 
-_LONGEST = 10_000  # letters; what is longer has more words than a base reads
+_LONGEST = 10_000  # letters; what is longer has more words than anybody means
 
-# What A1111, ComfyUI and their extensions read in a prompt: how it looks, what of it are words, and what becomes of it.
+# What A1111, ComfyUI and their extensions read in a prompt and nothing does here: how it looks, what of it are words, and
+# what becomes of it. Adapters in a negative prompt are there in A1111 as letters.
 _SYNTAXES = (
-    (r"<(?:lora|lyco|hypernet):[^<>]*>", "", "names an adapter, which --adapter FILE=STRENGTH does here; it is left out"),
+    (r"<(?:lora|lyco):[^<>]*>", "", "names an adapter where none is taken: only prompts of pictures do; it is left out"),
     (r"<[a-z]+(?:\[[^\[\]<>]*\])?:[^<>]*>", "", "is an instruction to another program; it is left out"),
     (r"\bembedding:(?=[\w./\\-])", "", "names learned words, which --adapter FILE brings here; the name alone is read"),
-    (r"(?<!\\)\{([^{}|]*)\|[^{}]*\}", r"\1", "are alternatives, which are not drawn by lot here; the first is taken"),
-    (r"__[\w*./-]+?__", "", "is a wildcard, for which there are no lists here; it is left out"),
     (
         r"(?<!\\)\[([^\[\]:|]*)(?::[^\[\]:|]*)?:\s*(?:\d+\.?\d*|\.\d+)\s*\]",
         r"\1",
@@ -25,6 +24,12 @@ _SYNTAXES = (
     (r"(?<!\\)\[([^\[\]|]*)\|[^\[\]]*\]", r"\1", "takes turns at each step, which nothing does here; the first is taken"),
     (r"(?<=\s)AND(?=\s)", "and", "joins prompts, which are one here; it is read as the word"),
 )
+# What is read in prompts, and in captions is letters.
+_IN_PROMPTS = (
+    r"(?<!\\)\{[^{}|]*\|[^{}]*\}",
+    r"__[\w*./-]+?__",
+)
+_IN_WEIGHTED_CAPTIONS = (r"(?<!\\)\([^()]*:\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*\)", r"(?<!\\)\({2,}[^()]*\){2,}", r"\bBREAK\b")
 
 
 class Words(NamedTuple):
@@ -62,14 +67,31 @@ def words_of(prompt: str) -> Words:
     return Words(" ".join(text.split()) if notes else prompt, tuple(taken), tuple(notes))
 
 
+def instructions(caption: str, *, weighted: bool, wildcards: bool) -> tuple[str, ...]:
+    """Find what other programs read as instructions in a caption, and what is learned as letters.
+
+    Args:
+        caption: As it is learned.
+        weighted: Whether weights and BREAK are read in it.
+        wildcards: Whether alternatives are.
+
+    Returns:
+        One of each kind.
+    """
+    others = [*(() if wildcards else _IN_PROMPTS), *(() if weighted else _IN_WEIGHTED_CAPTIONS)]
+    found = (re.search(pattern, caption) for pattern in others) if len(caption) <= _LONGEST else ()
+    return (*words_of(caption).taken, *(match[0] for match in found if match))
+
+
 _LISTS = frozenset((".txt", ".csv", ".tsv", ".json", ".jsonl", ".toml", ".yaml", ".yml", ".md"))
 
 
-def refuse_files(prompts: Sequence[str]) -> None:
+def refuse_files(prompts: Sequence[str], instead: str = "give each prompt in quotes") -> None:
     """See that no prompt is the name of a file of prompts, as sd-scripts takes it: the name would be drawn.
 
     Args:
         prompts: As they were given.
+        instead: What to do about it.
 
     Raises:
         UserError: One is.
@@ -77,7 +99,7 @@ def refuse_files(prompts: Sequence[str]) -> None:
     for prompt in prompts:
         path = Path(prompt)
         if path.suffix.lower() in _LISTS and len(prompt) < 256 and path.is_file():
-            raise UserError(f"the prompt {prompt!r} is a file, whose lines are not read; give each prompt in quotes")
+            raise UserError(f"the prompt {prompt!r} is a file, whose lines are not read; {instead}")
 
 
 def in_words(prompts: Sequence[str], tell: Observer) -> list[str]:

@@ -242,7 +242,8 @@ def _usable(path: Path, tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.itemsize == 1:
             tensors[name] = tensor = tensor.float()
-        if tensor.is_floating_point() and not is_finite(tensor):
+        # A single number may be one that its method has no use for, which knows that: see `file._refuse_not_finite`.
+        if tensor.is_floating_point() and tensor.numel() != 1 and not is_finite(tensor):
             raise UserError(f"{path}: tensor {name} holds NaN or infinity; the file is damaged or its training diverged")
     return tensors
 

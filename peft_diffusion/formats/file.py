@@ -127,7 +127,8 @@ def _attached(components: Mapping[str, nn.Module], name: str, spec: Spec) -> Con
 
 def _named(file: Path, layout: str, written: Written) -> Path:
     """The file to write. Raises UserError where the layout has another name for it."""
-    if written.file_name and not file.suffix:
+    is_file = file.suffix.lower() == ".safetensors" or container.is_pickle(file)  # and no folder, as style-v1.5 is
+    if written.file_name and not is_file:
         file = file / written.file_name
     if written.file_name and file.name != written.file_name:
         raise UserError(
@@ -535,6 +536,12 @@ def _warnings(planned: Plan, left: Mapping[str, str], pipe: AnyBase) -> tuple[st
         found.append(
             f"{path} was trained with zero terminal SNR: generate and blend draw so; elsewhere take a scheduler of"
             ' rescale_betas_zero_snr=True and timestep_spacing="trailing", or pictures are as light and dark as before'
+        )
+    predicted, here = (spec.base.get("prediction_type") if spec else None), getattr(describe(pipe), "prediction_type", None)
+    if predicted and here and predicted != here:
+        found.append(
+            f"{path} was trained on a base that predicts {predicted}, and this one says {here}; --prediction, and in Python"
+            " load_base(..., prediction=...), say otherwise where the base is the same"
         )
     made_for = spec.base.get("fingerprint") if spec else None
     if spec and made_for and describe(pipe).fingerprint not in ("", made_for):

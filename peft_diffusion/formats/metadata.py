@@ -68,10 +68,10 @@ def base_of(spec: Spec | None, told: Mapping[str, str]) -> dict[str, str]:
     if spec is not None and spec.base:
         return {key: str(value) for key, value in spec.base.items()}
     version = families.of_version(told.get("ss_base_model_version", ""))
-    if version is None:
-        return {}
-    family, prediction = version
-    found = {"family": family.name, "prediction_type": prediction, "name": told.get("ss_sd_model_name", "")}
+    found = {"name": told.get("ss_sd_model_name", "")}
+    if version is not None:
+        family, prediction = version
+        found = {"family": family.name, "prediction_type": prediction, **found}
     return {key: value for key, value in found.items() if value}
 
 

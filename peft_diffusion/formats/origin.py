@@ -70,6 +70,9 @@ _DEEP = r"(?:attentions_\d+|blocks_\d+_1|block_1)_transformer_blocks_[1-9]"  # m
 _FOURTH = r"(?:down|up)_blocks_3_|(?:in|out)put_blocks_(?:9|1[01])_"  # the XL has three blocks on each side
 _TEXT = r"(?:te|te1|text_encoder|clip_[lh]|text_model)_?.*encoder_layers_\d+_(?:self_attn_[qkv]_proj|mlp_fc1)"
 _TEXTS = {768: _SD1, 1024: _SD2}
+_FIRST_OF_TWO = r"lora_te1_|text_encoders?_|clip_l_"  # kohya's lora_te_ has the XL not; other programs name both alike
+_SD1_OR_2, _SD1_OR_XL = f"{_SD1} or 2", f"{_SD1} or XL"
+_EITHER = {_SD1_OR_2: (_SD1, _SD2), _SD1_OR_XL: (_SD1, _SDXL)}
 _SECOND = r"lora_te2_|text_encoder_2_|clip_g_"
 _LM = r"model_layers_\d+_(?:self_attn|mlp)_"
 _TRANSFORMER = re.compile(r"^(?:transformer\.|lora_transformer_)")
@@ -106,7 +109,7 @@ def origin(header: Header) -> Origin:
     told = _of_metadata(header.metadata)
     named = _of_names(header)
     if told:
-        return Origin(told, "its metadata", named if named and named != told else "")
+        return Origin(told, "its metadata", named if named and told not in (named, *_EITHER.get(named, ())) else "")
     return Origin(named, "the names and shapes of its tensors" if named else "")
 
 
@@ -147,8 +150,10 @@ def _unet(flat: Mapping[str, str], header: Header) -> str:
         return told
     if _any(_SECOND, flat) or _any(_DEEP, flat):
         return _SDXL
-    text = _TEXTS.get(_width(_TEXT, flat, header), "")
-    return text or (f"{_SD1} or 2" if _any(_FOURTH, flat) else "")
+    text, fourth = _TEXTS.get(_width(_TEXT, flat, header), ""), _any(_FOURTH, flat)
+    if text == _SD1 and not fourth and _any(_FIRST_OF_TWO, flat):  # the same encoder in both
+        return _SD1_OR_XL
+    return text or (_SD1_OR_2 if fourth else "")
 
 
 def _words(header: Header) -> str:

@@ -14,14 +14,14 @@ from .settings import Choice
 
 @contextmanager
 def adapted(
-    base: Any, choices: Sequence[Choice], prompts: Sequence[str], tell: Observer, *, lent: bool, strict: bool
+    base: Any, choices: Sequence[Choice], prompts: Sequence[Sequence[str]], tell: Observer, *, lent: bool, strict: bool
 ) -> Iterator[tuple[Adapters, list[str]]]:
     """Load adapters for as long as the context is open.
 
     Args:
         base: A pipeline or a language model.
         choices: The adapters, and how much of each.
-        prompts: What is drawn or written: it is told which adapters they do not call.
+        prompts: What is drawn or written with each of them: it is told which adapters they do not call.
         tell: Is told what the person should know of adapters and prompts.
         lent: Whether the base is the caller's, who gets it back as it was.
         strict: Whether to refuse a file of which a tensor is left out.
@@ -41,9 +41,9 @@ def adapted(
     with frozen(base if lent else None):
         try:
             names = []
-            for choice in choices:
+            for choice, drawn in zip(choices, prompts, strict=True):
                 names.append(adapters.load(choice.parsed(), None, choice.amount, strict=strict, warn=_teller(tell)))
-                _tell_triggers(adapters, names[-1], prompts, tell)
+                _tell_triggers(adapters, names[-1], drawn, tell)
             yield adapters, names
         finally:
             for name in adapters.names if lent else ():

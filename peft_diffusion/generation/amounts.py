@@ -2,15 +2,12 @@
 
 import math
 import re
-from collections.abc import Mapping
 
 from ..bases import family as families
 from ..core.block_names import PRESETS
 from ..core.errors import UserError
 from ..core.strength_schedule import ByPart, Schedule
 
-_TEXT = ("text_encoder", "text_encoder_2")
-_SHORT: Mapping[str, tuple[str, ...]] = {"te": _TEXT, "te1": _TEXT[:1], "te2": _TEXT[1:], "base": _TEXT}
 _EXAMPLES = "a number as 0.8, parts as unet:0.8,te:0.2, blocks as mid:1,up.1:0.5 or a preset as MIDD, steps as 0:1,0.6:0"
 
 
@@ -30,6 +27,8 @@ def parse(text: str, of: str) -> tuple[float, ByPart | None]:
         UserError: It is none.
     """
     whole: list[float] = []
+    encoders = list(families.components("text encoder"))
+    short = {"te": encoders, "base": encoders, **{f"te{n}": [one] for n, one in enumerate(encoders, 1)}}
     components: dict[str, float] = {}
     blocks: dict[str, float] = {}
     steps: list[tuple[float, float]] = []
@@ -42,12 +41,12 @@ def parse(text: str, of: str) -> tuple[float, ByPart | None]:
             steps.append((place, value))
         elif key.upper() in PRESETS:
             blocks |= dict.fromkeys(PRESETS[key.upper()], value)
-        elif key.lower() in _SHORT or key in families.components():
-            components |= dict.fromkeys(_SHORT.get(key.lower(), (key,)), value)
+        elif key.lower() in short or key in families.components():
+            components |= dict.fromkeys(short.get(key.lower(), [key]), value)
         else:
             blocks[key] = value
-    if len(whole) > 1:
-        raise UserError(f"the strength of {of} is given twice in {text!r}")
+    if len(whole) > 1:  # as a decimal comma makes them
+        raise UserError(f"the strength of {of} must be {_EXAMPLES}, not {text!r}")
     schedule = Schedule([value for _, value in steps], [place for place, _ in steps]) if steps else None
     by_part = ByPart(1.0, components, blocks, schedule) if components or blocks or steps else None
     return whole[0] if whole else 1.0, by_part
@@ -71,6 +70,21 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def of_text_and_network(whole: float, parts: ByPart | None) -> tuple[float, float]:
+    """Tell a strength as A1111 has it, without blocks and steps.
+
+    Args:
+        whole: The number.
+        parts: What differs between parts.
+
+    Returns:
+        That of the first text encoder, and that of the network that denoises.
+    """
+    shares = {} if parts is None else parts.components
+    text, network = (next(iter(families.components(role)), "") for role in ("text encoder", "denoiser"))
+    return whole * shares.get(text, 1.0), whole * shares.get(network, 1.0)
 
 
 def text_of(parts: ByPart | None) -> str:

@@ -1,22 +1,25 @@
 """``blend``: a sheet from all of one adapter to all of another, every picture from the same noise."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
-from ..bases import load_base
 from ..bases.pipelines import Pipeline
 from ..core.events import Ended, Never, Observer, Observers, Stop, observed
 from ..core.settings import of_kind
+from ..core.strength_schedule import ByPart
 from . import recipe as recipes
 from . import sheet
 from .adapted import adapted
 from .adapters import Adapters
 from .amounts import text_of
+from .asked import read_all, strengths
+from .distilled import for_few_steps
 from .events import SheetMade
 from .generate import cell_recipes
+from .memory import loaded, spare
 from .recipe import Recipe
 from .sampler import Cell, paint
 from .settings import BlendConfig, Choice
@@ -55,13 +58,18 @@ def blend(
         of_kind(config, BlendConfig)
         config.check()
         choices = config.choices()
-        base = load_base(
-            config.base if pipe is None else pipe, device=config.device, dtype=config.precision, quantize=config.quantize
-        )
+        read, named, shelf = read_all(config, choices, config.seed)
+        config = for_few_steps(config, (*choices, *named), tell)
+        base = loaded(config, pipe)
         lent = pipe is not None
-        with adapted(base, choices, config.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
-            tell_clip_skip(adapters.pipe, [choice.plan for choice in choices if choice.plan], config, tell)
-            drawn = draw(adapters, dict(zip(names, choices, strict=True)), config, tell=tell, stop=stop or Never())
+        every = (*choices, *named)
+        prompts = [one.prompt for one in read]
+        with adapted(base, every, [prompts] * len(every), tell, lent=lent, strict=config.strict) as (adapters, names):
+            tell_clip_skip(adapters.pipe, [choice.plan for choice in every if choice.plan], config, tell)
+            beside = [strengths(named, names[len(choices) :], one.tags, shelf, adapters.pipe) for one in read]
+            config = replace(config, prompts=tuple(prompts))
+            blended = dict(zip(names, choices, strict=False))
+            drawn = draw(adapters, blended, config, beside, tell=tell, stop=stop or Never())
         recipes.write_sheet(config.output, drawn.sheet, drawn.recipes)
         tell(SheetMade(config.output))
         tell(Ended("finished"))
@@ -72,6 +80,7 @@ def draw(
     adapters: Adapters,
     choices: dict[str, Choice],
     config: BlendConfig,
+    beside: Sequence[Mapping[str, float | ByPart]] = (),
     *,
     tell: Observer = Observers(),  # noqa: B008 -- has no state
     stop: Stop = Never(),  # noqa: B008 -- has no state
@@ -82,6 +91,7 @@ def draw(
         adapters: The adapters of the pipeline that draws.
         choices: Those that are blended, by name.
         config: What is drawn, and how.
+        beside: For each prompt, how much of other adapters is in each of its pictures.
         tell: Is told how far it is.
         stop: Where it is set, nothing is drawn after the present batch.
 
@@ -99,9 +109,11 @@ def draw(
         {name: choice.scaled(share).amount for share, (name, choice) in zip(mix, choices.items(), strict=True) if share}
         for mix in mixes
     ]
-    cells = [Cell(prompt, config.seed, strengths) for prompt in config.prompts for strengths in columns]
-    images = list(paint(adapters, cells, config, tell=tell, stop=stop))
+    rows = zip(config.prompts, beside or [{}] * len(config.prompts), strict=True)
+    cells = [Cell(prompt, config.seed, {**mix, **more}) for prompt, more in rows for mix in columns]
     told = cell_recipes(adapters, cells, config)
+    spare(adapters, config)
+    images = list(paint(adapters, cells, config, tell=tell, stop=stop))
     starts = range(0, len(cells), len(columns))
     pictures = tuple(tuple(images[start : start + len(columns)]) for start in starts)
     names = _distinct([choice.path for choice in choices.values()])

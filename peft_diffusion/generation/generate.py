@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, get_args
 from PIL import Image
 
 from .. import __version__
-from ..bases import fingerprint, load_base
+from ..bases import fingerprint
 from ..bases.base import checkpoint_sha256, dtype_of
 from ..bases.embedded import ICONS
 from ..bases.loading import is_cached, is_hub_id
@@ -28,7 +28,10 @@ from . import amounts, sheet
 from . import recipe as recipes
 from .adapted import adapted
 from .adapters import Adapters
+from .asked import Asked, Order, order
+from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
+from .memory import device_of, loaded, spare
 from .recipe import Recipe, UsedAdapter, UsedPicture
 from .sampler import Cell, gives_way, paint, scheduler_of, size
 from .settings import Choice, GenerateConfig, Precision, Sampling
@@ -37,7 +40,25 @@ from .telling import tell_clip_skip
 
 # What a recipe leaves to the person who makes its picture again.
 _FREE = frozenset(
-    {"recipe", "output", "sheet", "strict", "batch_size", "device", "precision", "base", "adapter", "image", "mask"}
+    {
+        "recipe",
+        "offload",
+        "vae_tiling",
+        "attention_slicing",
+        "prompts_file",
+        "adapters_dir",
+        "wildcards_dir",
+        "output",
+        "sheet",
+        "strict",
+        "batch_size",
+        "device",
+        "precision",
+        "base",
+        "adapter",
+        "image",
+        "mask",
+    }
 )
 _SLUG = 48  # letters of a prompt in a file's name
 
@@ -80,36 +101,55 @@ def generate(
             expected = recipes.read(again)
             _refuse_missing(expected, again)
             config, choices = _again(config, expected, lent=pipe is not None)
-        wanted = [(prompt, seed) for prompt in config.prompts for seed in config.all_seeds()]
-        paths = _plan(config.output, config.to_file, wanted)
+        asked = order(config, choices, literal=again is not None)
+        taken = config if again is not None else for_few_steps(config, asked.choices, tell)
+        if taken is not config:
+            config, asked = taken, order(taken, choices, literal=False)
+        paths = _plan(config.output, config.to_file, [(one.prompt, one.seed) for one in asked.pictures])
         _check_kept(config, paths, again)
         source = None
         if config.image is not None:
-            source = read_source(config.image, config.mask, config.strength, config.steps)
-        base = load_base(
-            config.base if pipe is None else pipe,
-            device=config.device,
-            dtype=config.precision,
-            quantize=config.quantize,
-            download=named,
-        )
+            source = read_source(config.image, config.mask, config.strength, config.taken_steps)
+        base = loaded(config, pipe, download=named)
         lent = pipe is not None
-        with adapted(base, choices, config.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
-            tell_clip_skip(adapters.pipe, [choice.plan for choice in choices if choice.plan], config, tell)
+        with adapted(base, asked.choices, asked.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
+            tell_clip_skip(adapters.pipe, [choice.plan for choice in asked.choices if choice.plan], config, tell)
             check_mask(adapters.pipe, source, adapters.base.name)
-            strengths = {name: choice.amount for name, choice in zip(names, choices, strict=True)}
-            cells = [Cell(prompt, seed, strengths) for prompt, seed in wanted]
-            source = None if source is None else source.fitted(adapters.base, config.width, config.height)
-            told = _from(source, config, cell_recipes(adapters, cells, config, source))
+            jobs = [_job(adapters, names, asked, group, source) for group in asked.groups]
+            told = [one for job in jobs for one in job.recipes]
             if again is not None and expected is not None:
                 _check_base(config, again, expected, told[0])
                 _tell_machine(expected, told[0], tell)
-            pictures = _written(paint(adapters, cells, config, source, tell=tell, stop=stop or Never()), told, paths, tell)
+            spare(adapters, config)
+            drawn = (image for job in jobs for image in job.paint(adapters, tell, stop or Never()))
+            pictures = _written(drawn, told, paths, tell)
         if config.sheet is not None:
-            _write_sheet(config.sheet, pictures, config.prompts, config.all_seeds())
+            _write_sheet(config.sheet, pictures, asked)
             tell(SheetMade(config.sheet))
         tell(Ended("finished"))
     return pictures
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Pictures that are drawn in the same way."""
+
+    cells: list[Cell]
+    config: GenerateConfig
+    source: Source | None
+    recipes: list[Recipe]
+
+    def paint(self, adapters: Adapters, tell: Observer, stop: Stop) -> Iterator[Image.Image]:
+        return paint(adapters, self.cells, self.config, self.source, tell=tell, stop=stop)
+
+
+def _job(adapters: Adapters, names: Sequence[str], asked: Order, group: Sequence[Asked], source: Source | None) -> _Job:
+    config = group[0].config
+    cells = [Cell(one.prompt, one.seed, asked.strengths(one, names, adapters.pipe), one.negative) for one in group]
+    source = None if source is None else source.fitted(adapters.base, config.width, config.height)
+    told = _from(source, config, cell_recipes(adapters, cells, config, source))
+    written = [one.written if one.written != one.prompt else None for one in group]
+    return _Job(cells, config, source, [replace(one, written=text) for one, text in zip(told, written, strict=True)])
 
 
 def _check_base(config: GenerateConfig, again: Path, expected: Recipe, recipe: Recipe) -> None:
@@ -170,24 +210,27 @@ def cell_recipes(
         "seed": 0,
         "width": width,
         "height": height,
+        "steps": sampling.taken_steps,
+        "guidance": sampling.guided_by,
         "scheduler": "ddim" if gives_way(adapters.pipe, scheduler, sampling) else sampling.scheduler,
         "sampler": type(scheduler).__name__,
         "base_name": info.name,
         "base_family": info.family,
         "fingerprint": info.fingerprint,
         "base_sha256": checkpoint_sha256(pipe),
-        "device": str(pipe.device),
+        "device": str(device_of(pipe, sampling)),
         "dtype": str(dtype_of(pipe)).removeprefix("torch."),
         "sampler_options": _options(scheduler),
         "vae": _fingerprint(pipe.vae),
         "versions": _versions(),
     }
-    of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None}
+    of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None}
     common = pick(Recipe, sampling, found, of_a_picture)
     return [
         replace(
             common,
             prompt=cell.prompt,
+            negative=sampling.negative if cell.negative is None else cell.negative,
             seed=cell.seed,
             adapters=_used(adapters, cell.strengths or {}),
             plugins=_plugins(adapters, cell.strengths or {}),
@@ -387,10 +430,14 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", prompt.casefold())[:_SLUG].strip("-") or "picture"
 
 
-def _write_sheet(path: Path, pictures: Sequence[Picture], prompts: Sequence[str], seeds: Sequence[int]) -> None:
+def _write_sheet(path: Path, pictures: Sequence[Picture], asked: Order) -> None:
     """Rows of prompts, columns of seeds."""
-    rows = [pictures[start : start + len(seeds)] for start in range(0, len(pictures), len(seeds))]
-    drawn = sheet.grid([[p.image for p in row] for row in rows], prompts, [f"seed {seed}" for seed in seeds])
+    remaining = iter(pictures)
+    rows = [[next(remaining) for _ in row] for row in asked.rows]
+    seeds = {tuple(one.seed for one in row) for row in asked.rows}
+    columns = max(len(row) for row in rows)
+    labels = [f"seed {seed}" for seed in next(iter(seeds))] if len(seeds) == 1 else [str(n + 1) for n in range(columns)]
+    drawn = sheet.grid([[p.image for p in row] for row in rows], [row[0].written for row in asked.rows], labels)
     recipes.write_sheet(path, drawn, [[picture.recipe for picture in row] for row in rows])
 
 

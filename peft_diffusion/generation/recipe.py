@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from ..bases import prompt_syntax
+from ..bases import prompt_syntax, schedulers
 from ..core.errors import UserError
 from ..core.files import written_aside
 from ..core.parsing import json_value, refusing
@@ -69,7 +69,8 @@ class Recipe:
     that drew, and ``vae`` is the fingerprint of the VAE; None where that is not known, as in recipes of older versions.
 
     ``prompt_weights``, ``clip_skip`` and ``zero_negative`` are how the prompts were read, ``prompt_2`` is what the second
-    text encoder read; None is what the base and the settings have by default.
+    text encoder read; None is what the base and the settings have by default. ``written`` is the prompt with what it left
+    open and the adapters that it named; None where it is the prompt.
 
     ``base_sha256`` is the digest of the one file that the base was read from; "" where it is no file.
 
@@ -106,6 +107,10 @@ class Recipe:
     prompt_weights: str | None = None
     clip_skip: int | None = None
     zero_negative: bool | None = None
+    variation_seed: int | None = None
+    variation_strength: float | None = None
+    written: str | None = None
+    prediction: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; plug-ins and the digest of the base's file where there are."""
@@ -180,7 +185,12 @@ class Recipe:
         prompt, negative = words
         fields = {
             "Steps": self.steps,
-            "Sampler": _SAMPLERS.get(self.sampler, self.sampler) + (" Karras" if self.scheduler == "dpm++-karras" else ""),
+            "Sampler": schedulers.label(self.scheduler) if self.scheduler else _SAMPLERS.get(self.sampler, self.sampler),
+            **(
+                {"Variation seed": self.variation_seed, "Variation seed strength": f"{self.variation_strength:g}"}
+                if self.variation_seed is not None and self.variation_strength
+                else {}
+            ),
             "CFG scale": f"{self.guidance:g}",
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",
@@ -198,8 +208,7 @@ class Recipe:
 def _strengths(used: UsedAdapter) -> str:
     """A strength as A1111 has it: of the text encoders and of the UNet, where these differ; it has no blocks and steps."""
     _, parts = amounts.parse(used.parts, used.path) if used.parts else (1.0, None)
-    shares = {} if parts is None else parts.components
-    text, network = (used.strength * shares.get(name, 1.0) for name in ("text_encoder", "unet"))
+    text, network = amounts.of_text_and_network(used.strength, parts)
     return f"{text:g}" if text == network else f"{text:g}:{network:g}"
 
 
@@ -227,7 +236,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "strength": (float, int, type(None)), "guidance_stop": (float, int, type(None)),
     "sampler_options": (dict, type(None)), "vae": (str, type(None)),
     "prompt_2": (str, type(None)), "prompt_weights": (str, type(None)), "clip_skip": (int, type(None)),
-    "zero_negative": (bool, type(None)),
+    "variation_seed": (int, type(None)), "variation_strength": (float, int, type(None)),
+    "zero_negative": (bool, type(None)), "written": (str, type(None)), "prediction": (str, type(None)),
 }  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from ..bases import BaseInfo, denoiser_of
 from ..bases.base import dtype_of
-from ..bases.pipelines import Pipeline, drawing, end_guidance, guided_tensors
-from ..bases.schedulers import SCHEDULERS
-from ..core.errors import UserError
+from ..bases.pipelines import Pipeline, computes_on, drawing, end_guidance, guided_tensors
+from ..bases.schedulers import BY_STEPS, SCHEDULERS, SPACINGS, parted
+from ..core.errors import UserError, first_line
 from ..core.events import Never, Observer, Observers, Progress, Stop, Warned, check_stop
 from ..core.strength import Amount
 from ..core.strength_schedule import ByPart
@@ -37,11 +37,13 @@ class Cell:
         seed: That of its noise.
         strengths: Those of the adapters by name, 0 for one that is not named; None leaves all of them as they are, which
             the cells of a call do all or none.
+        negative: What it should not show; None is what is said for all.
     """
 
     prompt: str
     seed: int
     strengths: Mapping[str, float | ByPart] | None
+    negative: str | None = None
 
 
 def size(info: BaseInfo, sampling: Sampling, source: Source | None = None) -> tuple[int, int]:
@@ -101,8 +103,8 @@ def paint(
     """
     pipe = adapters.pipe
     width, height = size(adapters.base, sampling, source)
-    cells, sampling = _in_words(cells, sampling, tell)
-    each = sampling.steps if source is None else source.steps(sampling.steps)
+    cells = _in_words(cells, sampling, tell)
+    each = sampling.taken_steps if source is None else source.steps(sampling.taken_steps)
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
     scheduler = scheduler_of(adapters, cells, sampling)
     if gives_way(pipe, scheduler, sampling):
@@ -119,15 +121,16 @@ def paint(
             check_stop(stop, f"stopped after {number * sampling.batch_size} of {len(cells)} pictures")
             _set_strengths(adapters, batch)
             report = _Report(tell, number * each, len(batches) * each, sampling.guidance_stop)
-            start = _noise(pipe, batch, (width, height)) if source is None else _start(pipe, batch, source)
+            start = _noise(pipe, batch, (width, height), sampling) if source is None else _start(pipe, batch, source)
             yield from _paint_batch(start, batch, sampling, telling, report, source)
 
 
-def _in_words(cells: Sequence[Cell], sampling: Sampling, tell: Observer) -> tuple[list[Cell], Sampling]:
-    """Cells and settings with prompts of what is read here; tells what else there was, once."""
-    *prompts, negative = in_words([*(cell.prompt for cell in cells), sampling.negative], tell)
-    plain = [replace(cell, prompt=prompt) for cell, prompt in zip(cells, prompts, strict=True)]
-    return plain, replace(sampling, negative=negative)
+def _in_words(cells: Sequence[Cell], sampling: Sampling, tell: Observer) -> list[Cell]:
+    """Cells with prompts of what is read here; tells what else there was, once."""
+    prompts, against = _texts(cells, sampling)
+    read = in_words([*prompts, *against], tell)
+    pairs = zip(read[: len(prompts)], read[len(prompts) :], strict=True)
+    return [replace(cell, prompt=one, negative=other) for cell, (one, other) in zip(cells, pairs, strict=True)]
 
 
 @dataclass
@@ -196,18 +199,34 @@ def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
     """
     scheduler = adapters.pipe.scheduler
     levels = scheduler.config.num_train_timesteps
-    if sampling.steps > levels:
-        raise UserError(f"steps must be at most {levels}, the noise levels that the base knows, not {sampling.steps}")
+    if sampling.taken_steps > levels:
+        raise UserError(f"steps must be at most {levels}, the noise levels that the base knows, not {sampling.taken_steps}")
     if sampling.scheduler is not None:
-        known = denoiser_of(adapters.pipe).schedulers
-        if sampling.scheduler not in known:
-            names = ", ".join(known)
-            raise UserError(f"the base {adapters.base.name!r} has no scheduler {sampling.scheduler}; choose one of: {names}")
-        name, changes = known[sampling.scheduler]
-        scheduler = getattr(diffusers, name).from_config(scheduler.config, **changes)
+        scheduler = _named(sampling.scheduler, adapters, sampling.taken_steps)
     used = {name for cell in cells for name, strength in (cell.strengths or {}).items() if strength != 0}
     of_noise = any(adapters[name].spec.training.get("zero_terminal_snr") for name in used & set(adapters.names))
     return ending_in_noise(scheduler) if of_noise else scheduler
+
+
+def _named(name: str, adapters: Adapters, steps: int) -> Any:
+    """A scheduler by its name, from the configuration of the base's. Raises UserError for one that cannot be."""
+    known, (kind, spacing) = denoiser_of(adapters.pipe).schedulers, parted(name)
+    if kind not in known:
+        raise UserError(f"the base {adapters.base.name!r} has no scheduler {kind}; choose one of: {', '.join(known)}")
+    cls, changes = getattr(diffusers, known[kind][0]), {**known[kind][1], **SPACINGS.get(spacing, {})}
+    if kind in BY_STEPS and spacing:
+        changes = {"timestep_spacing": "linspace", **changes}
+    lacking = set(SPACINGS.get(spacing, {})) - set(inspect.signature(cls.__init__).parameters)
+    if lacking:
+        raise UserError(f"the scheduler {kind} cannot space its noise levels so: {spacing}; take another, or {kind} alone")
+    own = adapters.pipe.scheduler.config
+    plain = {option: False for options in SPACINGS.values() for option in options if option.startswith("use_")}
+    base = {option: value for option, value in own.items() if not (spacing and option in plain)}
+    try:
+        cls.from_config(base, **changes).set_timesteps(steps)
+        return cls.from_config(base, **changes)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"the scheduler {name} cannot take {steps} steps here: {first_line(error)}") from error
 
 
 def gives_way(pipe: Pipeline, scheduler: Any, sampling: Sampling) -> bool:
@@ -222,7 +241,7 @@ def gives_way(pipe: Pipeline, scheduler: Any, sampling: Sampling) -> bool:
         Whether it does.
     """
     asked = sampling.scheduler
-    return asked is not None and type(scheduler).__name__ != denoiser_of(pipe).schedulers[asked][0]
+    return asked is not None and type(scheduler).__name__ != denoiser_of(pipe).schedulers[parted(asked)[0]][0]
 
 
 @dataclass(frozen=True)
@@ -234,7 +253,7 @@ class _Start:
     arguments: Mapping[str, Any]
 
 
-def _noise(pipe: Pipeline, batch: Sequence[Cell], sides: tuple[int, int]) -> _Start:
+def _noise(pipe: Pipeline, batch: Sequence[Cell], sides: tuple[int, int], sampling: Sampling) -> _Start:
     """Noise alone."""
     width, height = sides
     generators = _generators(batch)
@@ -242,8 +261,19 @@ def _noise(pipe: Pipeline, batch: Sequence[Cell], sides: tuple[int, int]) -> _St
     denoiser = denoiser_of(pipe)
     shape = (1, denoiser.channels, height // denoiser.factor, width // denoiser.factor)
     latents = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    told = {"width": width, "height": height, "latents": latents.to(pipe.device, dtype_of(pipe))}
+    if sampling.variation_seed is not None:
+        other = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(sampling.variation_seed))
+        latents = _between(latents, other, sampling.variation_strength)
+    told = {"width": width, "height": height, "latents": latents.to(computes_on(pipe), dtype_of(pipe))}
     return _Start(pipe, generators, {**whole_picture(pipe, width, height), **told})
+
+
+def _between(noise: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:
+    """Mix noise on the sphere that it lies on, column by column, as A1111's ``modules/rng.py`` does: it stays noise."""
+    one, two = (side / side.norm(dim=2, keepdim=True) for side in (noise, other))
+    angle = (one * two).sum(2, keepdim=True).clamp(-1, 1).acos()
+    mixed = (((1 - share) * angle).sin() * noise + (share * angle).sin() * other) / angle.sin()
+    return torch.where(angle.sin() > 1e-4, mixed, noise)
 
 
 def _start(pipe: Pipeline, batch: Sequence[Cell], source: Source) -> _Start:
@@ -264,13 +294,13 @@ def _paint_batch(
     source: Source | None,
 ) -> list[Image.Image]:
     # What starts from a picture may start where guidance acts no more.
-    begins = 1.0 if source is None else source.steps(sampling.steps) / sampling.steps
+    begins = 1.0 if source is None else source.steps(sampling.taken_steps) / sampling.taken_steps
     guided = begins > 1 - sampling.guidance_stop
     out = start.pipe(
         **start.arguments,
-        **telling.arguments([cell.prompt for cell in batch], sampling.negative, guided=guided and sampling.guidance > 1),
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance if guided else 1.0,
+        **telling.arguments(*_texts(batch, sampling), guided=guided and sampling.guided_by > 1),
+        num_inference_steps=sampling.taken_steps,
+        guidance_scale=sampling.guided_by if guided else 1.0,
         generator=start.generators,
         callback_on_step_end=report,
         callback_on_step_end_tensor_inputs=guided_tensors(start.pipe),
@@ -310,11 +340,19 @@ def whole_picture(pipe: Pipeline, width: int, height: int) -> dict[str, Any]:
 
 def _check_prompts(adapters: Adapters, batches: Sequence[Sequence[Cell]], telling: Telling) -> None:
     """Raise UserError for prompts that cannot be read at the strengths that each batch will have."""
-    different = {tuple((cell.prompt, *sorted((cell.strengths or {}).items())) for cell in batch): batch for batch in batches}
+    different = {
+        tuple((cell.prompt, cell.negative, *sorted((cell.strengths or {}).items())) for cell in batch): batch
+        for batch in batches
+    }
     for batch in different.values():
         _set_strengths(adapters, batch)
-        telling.check([cell.prompt for cell in batch])
-        telling.check([telling.asked.negative] * len(batch))
+        for texts in _texts(batch, telling.asked):
+            telling.check(texts)
+
+
+def _texts(batch: Sequence[Cell], sampling: Sampling) -> tuple[list[str], list[str]]:
+    """The prompts of a batch, and the negative ones."""
+    return [cell.prompt for cell in batch], [sampling.negative if cell.negative is None else cell.negative for cell in batch]
 
 
 def _set_strengths(adapters: Adapters, batch: Sequence[Cell]) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from ..bases import family as families
+from ..bases.asked import AskedPrediction
 from ..bases.prompt_syntax import Weights
+from ..bases.schedulers import SCHEDULERS, SPACINGS, canonical
 from ..core.errors import UserError
 from ..core.files import at_home, if_address
 from ..core.settings import (
@@ -32,18 +34,20 @@ from ..core.settings import (
 )
 from ..core.strength_schedule import ByPart
 from ..data.picture_names import CONVERTIBLE, SUFFIXES
+from ..data.prompt_lines import read_prompts
 from ..data.prompts import refuse_files
 from ..formats import Plan, plan
 from ..formats.container import adapter_file, is_pickle, title
 from . import amounts
 from .recipe import check_folder, check_target, read
 
-SchedulerName: TypeAlias = Literal["ddim", "pndm", "euler", "euler-a", "heun", "dpm++", "dpm++-karras", "unipc"]
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
+Offload: TypeAlias = Literal["model", "group", "sequential"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
+_STEPS, _GUIDANCE = 25, 5.0  # where nothing says otherwise
 _PICTURES = SUFFIXES | CONVERTIBLE
 
 
@@ -186,6 +190,21 @@ def parse_choices(texts: Sequence[str], plans: "MutableMapping[Key, Plan] | None
     return tuple(replace(choice, plan=known.get(choice.key)) for choice in found)
 
 
+def with_plans(choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    """Parse the files of adapters. Pickles, which take torch, are left for later.
+
+    Args:
+        choices: The adapters.
+
+    Returns:
+        The same, with what was parsed.
+
+    Raises:
+        UserError: A file is no adapter.
+    """
+    return tuple(choice if is_pickle(choice.path) else replace(choice, plan=choice.parsed()) for choice in choices)
+
+
 class NamesAdapters:
     """Settings that name adapter files, and keep what was parsed of them for whoever asks next."""
 
@@ -245,6 +264,14 @@ class Sampling(NamesAdapters):
         PARAMETERS,
         flag=Flag(aliases=("-a",), default_shown=False),
     )
+    adapters_dir: OptionalPath = setting(
+        None, "The folder where <lora:NAME:0.8> in a prompt finds NAME.safetensors, also in its subfolders.", PARAMETERS
+    )
+    wildcards_dir: OptionalPath = setting(
+        None,
+        "The folder where __NAME__ in a prompt finds NAME.txt, of whose lines the seed draws one.",
+        PARAMETERS,
+    )
     strict: bool = setting(False, "Refuse an adapter file of which a tensor would be left out.", PARAMETERS)
     negative: str = setting("", "What the pictures should not show.", PARAMETERS)
     prompt_2: str | None = setting(
@@ -267,9 +294,18 @@ class Sampling(NamesAdapters):
         "Tell an empty negative prompt by zeros; by default what the base says, as that of Stable Diffusion XL does.",
         PARAMETERS,
     )
-    steps: int = setting(25, "Denoising steps.", PARAMETERS, COUNT)
-    guidance: float = setting(
-        5.0, "How closely to follow the prompt: classifier-free guidance, 1 is none.", PARAMETERS, NATURAL
+    steps: int | None = setting(
+        None,
+        "Denoising steps; by default 25, or what an adapter for few steps needs (LCM, Hyper-SD, Lightning, Turbo, ...).",
+        PARAMETERS,
+        COUNT,
+    )
+    guidance: float | None = setting(
+        None,
+        "How closely to follow the prompt: classifier-free guidance, 1 is none; by default 5, or what an adapter for few "
+        "steps needs.",
+        PARAMETERS,
+        NATURAL,
     )
     guidance_stop: float = setting(
         1.0,
@@ -279,11 +315,21 @@ class Sampling(NamesAdapters):
         PARAMETERS,
         WHOLE_SHARE,
     )
-    scheduler: SchedulerName | None = setting(None, "The sampler; by default the base's own.", PARAMETERS)
+    scheduler: str | None = setting(
+        None,
+        f"The sampler, by the names of A1111 too, as 'DPM++ 2M Karras': {', '.join(SCHEDULERS)}; behind it may stand how "
+        f"the noise levels are spaced: {', '.join(f'-{one}' for one in SPACINGS)}. By default the base's own, or what an "
+        "adapter for few steps needs.",
+        PARAMETERS,
+        flag=Flag(aliases=("--sampler",)),
+    )
     width: int | None = setting(None, "In pixels; by default the base's resolution.", PARAMETERS, _SIDE, unit="pixels")
     height: int | None = setting(None, "In pixels; by default the base's resolution.", PARAMETERS, _SIDE, unit="pixels")
     batch_size: int = setting(4, "Pictures computed at once; the pictures do not depend on it.", PARAMETERS, COUNT)
     base: str = setting("icons", 'The embedded base "icons", a diffusers folder, a checkpoint file or a hub id.', PARAMETERS)
+    prediction: AskedPrediction = setting(
+        "auto", "What the base predicts, epsilon or v, where its files do not say it or say it wrongly.", PARAMETERS
+    )
     device: str = setting("auto", "Such as cpu, cuda or mps; by default the fastest there is.", PARAMETERS)
     precision: Precision = setting(
         "auto", "Of the base; by default float32 on a CPU and a half precision elsewhere.", PARAMETERS
@@ -293,13 +339,45 @@ class Sampling(NamesAdapters):
         "Hold the base's linear layers in fewer bits, which saves memory: int8, or nf4 for the least (slightly off).",
         PARAMETERS,
     )
+    variation_seed: int | None = setting(
+        None, "A second seed, whose noise is mixed into that of the first, as A1111 mixes variations.", PARAMETERS, SEEDS
+    )
+    variation_strength: float = setting(
+        0.0, "How far the noise goes towards that of the variation's seed (0 to 1).", PARAMETERS, WHOLE_SHARE
+    )
+    offload: Offload | None = setting(
+        None,
+        "Let the base wait on the CPU and bring it to the device by whole models, by groups of layers, or layer by layer "
+        "(sequential): the least memory, and the slowest.",
+        PARAMETERS,
+    )
+    vae_tiling: bool = setting(False, "Decode large pictures in tiles, which saves memory.", PARAMETERS)
+    attention_slicing: bool = setting(
+        False, "Compute attention in slices, which saves memory where there is no fused attention.", PARAMETERS
+    )
 
     def __post_init__(self) -> None:
         settle(self)
-        if self.negative and self.guidance <= 1:
-            raise UserError(f"a negative prompt has no effect at guidance {self.guidance:g}; raise it above 1")
+        if self.variation_strength and self.variation_seed is None:
+            raise UserError("--variation-strength is for a second seed; name it with --variation-seed")
+        if self.offload and self.quantize:
+            raise UserError("weights of fewer bits stay on the device; leave --offload or --quantize away")
+        if self.scheduler is not None:
+            object.__setattr__(self, "scheduler", canonical(self.scheduler))
+        if self.negative and self.guided_by <= 1:
+            raise UserError(f"a negative prompt has no effect at guidance {self.guided_by:g}; raise it above 1")
         if self.negative and self.guidance_stop == 0:
             raise UserError("a negative prompt has no effect at guidance_stop 0; raise it")
+
+    @property
+    def taken_steps(self) -> int:
+        """How many denoising steps are taken."""
+        return _STEPS if self.steps is None else self.steps
+
+    @property
+    def guided_by(self) -> float:
+        """How much guidance there is."""
+        return _GUIDANCE if self.guidance is None else self.guidance
 
 
 @explained
@@ -312,6 +390,12 @@ class GenerateConfig(Sampling):
         "A .png file, which is replaced; several pictures get numbers after its name. Or a folder, whose files are kept.",
         PARAMETERS,
         flag=Flag(aliases=("-o",)),
+    )
+    prompts_file: OptionalPath = setting(
+        None,
+        "A text file with a prompt a line, each with what is said of it alone, as kohya's trainer reads them: --n NEGATIVE, "
+        "--w WIDTH, --h HEIGHT, --d SEED, --l GUIDANCE, --s STEPS.",
+        PARAMETERS,
     )
     sheet: OptionalPath = setting(None, "Also draw all pictures as one labelled sheet, into this .png file.", PARAMETERS)
     seed: int = setting(0, "The first seed: it decides the noise that a picture starts from.", PARAMETERS, SEEDS)
@@ -351,14 +435,17 @@ class GenerateConfig(Sampling):
         if self.seeds and (self.count != 1 or self.seed != 0):
             raise UserError("give either seeds, or seed and count")
         check_last_seed(self.seed, self.count)
-        if self.recipe is not None and self.prompts:
+        if self.recipe is not None and (self.prompts or self.prompts_file is not None):
             raise UserError("a recipe brings its own prompt; leave the prompt away")
         if self.recipe is None:
-            _check_prompts(self.prompts)
+            if self.prompts_file is None:
+                _check_prompts(self.prompts)
             check_text(self.negative)
             self._check_source()
 
     def _check_source(self) -> None:
+        if self.image is not None and self.variation_seed is not None:
+            raise UserError("a variation mixes the noise of pictures that start from noise; leave --image away")
         if self.image is None and (self.mask is not None or self.strength is not None):
             raise UserError("--mask and --strength are for a picture to start from; name it with --image")
 
@@ -369,9 +456,11 @@ class GenerateConfig(Sampling):
             UserError: Files cannot be read or written.
         """
         self.choices()
-        refuse_files(self.prompts)
+        refuse_files(self.prompts, "read it with --prompts-file")
         if self.recipe is not None:
             read(self.recipe)
+        if self.prompts_file is not None:
+            read_prompts(self.prompts_file)
         for path in (self.image, self.mask):
             if path is not None and not path.is_file():
                 raise UserError(f"there is no picture {path}")
@@ -497,6 +586,8 @@ class InspectConfig:
         settle(self)
         if self.plot is not None and len(self.files) != 1:
             raise UserError(f"--plot draws one adapter file, and {len(self.files)} are named")
+        if self.base is not None and not self.verify:
+            raise UserError("--base is for --verify alone")
 
 
 @explained

@@ -55,12 +55,12 @@ class Telling:
             raise UserError(f"a {type(self.pipe).__name__} has one text encoder, so there is none to read a second prompt")
         self.text.chunks(prompts)
 
-    def arguments(self, prompts: Sequence[str], negative: str, *, guided: bool = True) -> Mapping[str, Any]:
+    def arguments(self, prompts: Sequence[str], against: Sequence[str], *, guided: bool = True) -> Mapping[str, Any]:
         """Say what the pipeline is called with.
 
         Args:
             prompts: Those of a batch.
-            negative: What its pictures should not show.
+            against: What its pictures should not show, one for each.
             guided: Whether the negative prompt has any effect.
 
         Returns:
@@ -69,10 +69,9 @@ class Telling:
         Raises:
             UserError: The pipeline takes no embeddings.
         """
-        against = [negative] * len(prompts)
-        zeroes = not negative and self.zeroes
-        if self._reads_itself(prompts, against, zeroes):
-            return {"prompt": list(prompts), "negative_prompt": None if zeroes else against}
+        zeroed = [not negative and self.zeroes for negative in against]
+        if self._reads_itself(prompts, against, zeroed):
+            return {"prompt": list(prompts), "negative_prompt": None if any(zeroed) else list(against)}
         if "prompt_embeds" not in inspect.signature(type(self.pipe).__call__).parameters:
             raise UserError(
                 f"a {type(self.pipe).__name__} takes prompts as words alone, of at most {self.text.limit} tokens with start"
@@ -81,19 +80,21 @@ class Telling:
         told = self._encode(prompts, self.asked.prompt_2)
         if not guided:
             return self.denoiser.prompt_arguments(told, None)
-        if zeroes:
+        if all(zeroed):
             return self.denoiser.prompt_arguments(told, tuple(torch.zeros_like(one) for one in told))
-        pairs = [alike(pair) for pair in zip(told, self._encode(against, None), strict=True)]
+        others = self._encode(against, None)
+        for row in (row for row, zero in enumerate(zeroed) if zero):
+            for one in others:
+                one[row] = 0
+        pairs = [alike(pair) for pair in zip(told, others, strict=True)]
         return self.denoiser.prompt_arguments(tuple(one for one, _ in pairs), tuple(other for _, other in pairs))
 
-    def _reads_itself(self, prompts: Sequence[str], against: Sequence[str], zeroes: bool) -> bool:
+    def _reads_itself(self, prompts: Sequence[str], against: Sequence[str], zeroed: Sequence[bool]) -> bool:
         """Whether the pipeline makes the same of the prompts by itself."""
         reading = self.text.reading
-        if (
-            reading.clip_skip is not None
-            or self.asked.prompt_2 is not None
-            or (zeroes and not self.denoiser.zeroes_negative)
-        ):
+        if reading.clip_skip is not None or self.asked.prompt_2 is not None:
+            return False
+        if any(zeroed) and not (all(zeroed) and self.denoiser.zeroes_negative):
             return False
         plain = all(is_plain(text, reading.weights) for text in (*prompts, *against))
         return plain and all(count == 1 for texts in (prompts, against) for count in self.text.chunks(texts))

@@ -57,7 +57,7 @@ def generate_text(
         choices = config.choices()
         refuse_files(config.prompts)
         model = load_lm(base or config.base, device=config.device, dtype=config.precision, quantize=config.quantize)
-        with adapted(model, choices, (), tell, lent=base is not None, strict=config.strict):
+        with adapted(model, choices, [()] * len(choices), tell, lent=base is not None, strict=config.strict):
             seeds = range(config.seed, config.seed + config.count)
             prompts = [(prompt, _encoded(model, prompt, config.max_tokens)) for prompt in config.prompts]
             wanted = [(prompt, ids, seed) for prompt, ids in prompts for seed in seeds]

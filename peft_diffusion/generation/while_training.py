@@ -9,7 +9,9 @@ from PIL import Image
 
 from ..bases.base import Base
 from ..bases.pipelines import Pipeline, drawing
+from ..core.errors import UserError
 from ..core.events import Observer, Warned
+from . import amounts
 from . import sheet as sheets
 from .adapters import Adapters
 from .sampler import Cell, ending_in_noise, paint, whole_picture
@@ -33,6 +35,9 @@ def beside(base: Base, files: Sequence[str], tell: Observer) -> Iterator[list[di
         UserError: A file is missing, is no adapter or does not fit the base.
     """
     choices = parse_choices(files)
+    stepping = next((choice for choice in choices if choice.parts is not None and choice.parts.steps is not None), None)
+    if stepping is not None:
+        raise UserError(f"--freeze-others {stepping.text}: training has no denoising steps that a strength could follow")
     if not choices:
         yield []
         return
@@ -45,9 +50,10 @@ def beside(base: Base, files: Sequence[str], tell: Observer) -> Iterator[list[di
         told = []
         for number, choice in enumerate(choices, 1):
             name = f"beside_{number}"
-            adapters.load(choice.parsed(), name, choice.strength, warn=warn)
+            adapters.load(choice.parsed(), name, choice.amount, warn=warn)
             names.append(name)
-            told.append({"file": choice.path.name, "sha256": adapters[name].sha256, "strength": choice.strength})
+            parts = {"parts": amounts.text_of(choice.parts)} if choice.parts else {}
+            told.append({"file": choice.path.name, "sha256": adapters[name].sha256, "strength": choice.strength, **parts})
         yield told
     finally:
         for name in names:
@@ -63,7 +69,8 @@ class TrainingPictures:
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
-        size: int,
+        against: Sequence[str],
+        size: tuple[int, int],
         steps: int,
         guidance: float,
         from_pure_noise: bool,
@@ -76,12 +83,12 @@ class TrainingPictures:
         scheduler = ending_in_noise(pipe.scheduler) if from_pure_noise else pipe.scheduler
         with drawing(pipe, scheduler):
             drawn: list[Image.Image] = pipe(
-                **whole_picture(pipe, size, size),
-                **Telling(pipe, sampling).arguments(prompts, ""),
+                **whole_picture(pipe, *size),
+                **Telling(pipe, sampling).arguments(prompts, against, guided=guidance > 1),
                 num_inference_steps=steps,
                 guidance_scale=guidance,
-                width=size,
-                height=size,
+                width=size[0],
+                height=size[1],
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             ).images
         return drawn

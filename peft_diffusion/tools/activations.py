@@ -23,9 +23,9 @@ from ..core.adapter import LowRank
 from ..core.errors import UserError
 from ..core.parsing import json_value
 from ..core.reduction import Reduced
+from ..core.weight_change import serves
 from ..formats.planning import Plan
 from ..generation import Adapters
-from ..methods.shared.affine import serves
 from .results import triggers_of
 from .sources import Source, Where
 from .watch import Watch
@@ -121,8 +121,9 @@ class _Sums:
     outputs: float = 0.0
 
     def add(self, x: Tensor, change: Tensor) -> None:
-        self.inputs += x.T @ x
-        self.across += change.T @ x
+        """Take the products to the processor, which holds and solves them for bases on any device."""
+        self.inputs += (x.T @ x).cpu()
+        self.across += (change.T @ x).cpu()
         self.outputs += float(change.square().sum())
 
     def missed(self, weight: Tensor) -> float:

@@ -1,5 +1,6 @@
 """Write an adapter file anew in another layout, dtype or method, without its base where it can."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from ..core.errors import UserError, did_you_mean
 from ..core.events import Observer, Warned
 from ..core.files import at_home
 from ..formats.container import torch_dtype
-from ..formats.file import DTYPES, load, write
+from ..formats.file import DTYPES, bind, load, write
 from ..formats.fitting import fitting
 from ..formats.layout import Content, find
 from ..formats.metadata import lasting
@@ -82,7 +83,9 @@ def _copied(config: ConvertConfig, found: Plan, watch: Watch) -> Converted:
     whole = any(one.place.whole is not None for _, _, site in found.each() for one in site.sources)
     base: AnyBase = load_base(str(config.base), dtype="float32") if whole and weighed else fitting(found, config.base)
     info = describe(base)
-    loaded = load(found, base, strict=not config.partial)
+    loaded = load(found, base)
+    if loaded.report.unmatched:
+        _refuse_part(config, found, bind(found, base).left)
     for warning in loaded.warnings:
         watch.tell(Warned(warning))
     parts = parts_of_base(base)
@@ -103,11 +106,19 @@ def _copied(config: ConvertConfig, found: Plan, watch: Watch) -> Converted:
     return Converted(watch.made(file, sum(sites.values())), info.name, sites, loaded.warnings)
 
 
+def _refuse_part(config: ConvertConfig, found: Plan, left: Mapping[str, str]) -> None:
+    """Raise UserError where tensors are left out and nobody asked for that."""
+    if not config.partial:
+        try:
+            refuse_leftovers(found.path, left)
+        except UserError as error:
+            raise UserError(f"{error}; --partial leaves them out") from None
+
+
 def _lora(config: ConvertConfig, found: Plan, rank: int, watch: Watch) -> Converted:
     """A LoRA in place of whatever it is."""
     (source,), bones = open_sources([found], config.base, watch.tell)
-    if not config.partial:
-        refuse_leftovers(found.path, source.bound.left)
+    _refuse_part(config, found, source.bound.left)
     chosen = _chosen(config, dict.fromkeys(component for component, _ in source.sites))
     sites = [where for where in source.sites if where[0] in chosen]
     made = Adapters(bones, source.dtype if config.dtype is None else DTYPES[config.dtype])
@@ -140,11 +151,12 @@ def _chosen(config: ConvertConfig, there: Mapping[str, object]) -> list[str]:
 
 
 def _dtypes(found: Plan) -> tuple[torch.dtype, ...]:
-    """The dtypes of a file's numbers, that of most tensors first."""
-    dtypes = (
-        [tensor.dtype for tensor in found.loaded.values()]
-        if found.loaded is not None
-        else [torch_dtype(entry) for entry in found.header.tensors.values()]
-    )
-    counted = Counter(dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1)
-    return tuple(dtype for dtype, _ in counted.most_common())
+    """The dtypes of a file's numbers, that of most of them first."""
+    counted: Counter[torch.dtype] = Counter()
+    if found.loaded is not None:
+        for tensor in found.loaded.values():
+            counted[tensor.dtype] += tensor.numel()
+    else:
+        for entry in found.header.tensors.values():
+            counted[torch_dtype(entry)] += math.prod(entry.shape)
+    return tuple(dtype for dtype, _ in counted.most_common() if dtype.is_floating_point and dtype.itemsize > 1)

@@ -12,10 +12,9 @@ from ..core.errors import UserError
 from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..core.reduction import Truncation, reduced_matrix
+from ..core.weight_change import Change, serves
 from ..formats import Spec
 from ..formats.file import DTYPES
-from ..methods.shared.affine import serves
-from ..methods.shared.changes import Change
 from .original_names import VAE, bare
 from .results import Adapters, LayerError, Made, base_told
 from .sources import Where
@@ -102,7 +101,7 @@ class _Left:
 def _kinds(component: nn.Module) -> dict[str, str]:
     """What each tensor of a component is, in words."""
     return {
-        bare(f"{path}.{name}"): f"{name}s of {type(module).__name__}"
+        bare(f"{path}.{name}"): f"{name}{'es' if name == 'bias' else 's'} of {type(module).__name__}"
         for path, module in component.named_modules()
         for name, _ in module.named_parameters(recurse=False)
     }

@@ -15,16 +15,16 @@ from ..core.errors import FoldError, UserError
 from ..core.events import Noted, Warned
 from ..core.files import at_home, explained
 from ..core.merge import folded
+from ..core.weight_change import change_of, with_weights
 from ..formats import container
 from ..formats.container import is_finite, torch_dtype
 from ..formats.file import DTYPES, bind
-from ..methods.shared.changes import change_of, with_weights
 from .original_names import VAE, Row, bare, laid
 from .results import Made
 from .sources import Source, Where
 from .tool_settings import MergeConfig
 from .watch import Watch
-from .weights import Weights, is_weights, open_weights
+from .weights import Weights, is_weights, is_whole_base, open_weights
 
 _SHADOW = "model_ema."  # a running mean of the weights that older checkpoints hold beside them
 _LAST_OF_SD2, _DOUBLED = 22, 23  # layers of its text encoder: diffusers leaves the last of 24 away, which draws nothing
@@ -195,7 +195,7 @@ class _Entry:
 
 def _write_file(output: Path, folding: Folding, told: Mapping[str, str], watch: Watch) -> None:
     weights = folding.weights
-    if "lm" in weights.parts:
+    if any(map(is_whole_base, weights.parts)):
         raise UserError(f"a language model is a folder; name a folder for --output, not {output}")
     entries = _of_rows(folding) if weights.stored is None else _of_stored(folding, weights.stored, watch)
     header = weights.header.metadata if weights.header is not None else {}
@@ -284,7 +284,7 @@ def _write_folder(output: Path, folding: Folding, watch: Watch) -> None:
                 folder.mkdir()
                 single_file.architecture(weights.path).write(folder)
             for component in weights.parts:
-                _write_component(folder if component == "lm" else folder / component, component, folding, watch)
+                _write_component(folder if is_whole_base(component) else folder / component, component, folding, watch)
             folder.rename(output)
 
 

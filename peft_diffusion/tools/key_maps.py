@@ -4,6 +4,9 @@
 - A1111: ``extensions-builtin/Lora/networks.py`` and the modules beside it;
 - kohya: ``networks/lora.py`` of sd-scripts, which knows LoRAs alone; LyCORIS reads the rest there;
 - InvokeAI: ``invokeai/backend/patches``.
+
+Files of learned words alone go another way in them: ``comfy/sd1_clip.py``, ``modules/textual_inversion`` of A1111 and Forge,
+``invokeai/backend/textual_inversion.py``, and ``loaders/textual_inversion.py`` of diffusers.
 """
 
 import re
@@ -102,7 +105,8 @@ class Taken:
 
 
 NO_NAME, NO_KIND = "it knows no module of that name", "it knows no such tensors"
-_BUNDLE = "bundle_emb."
+BUNDLE = "bundle_emb."
+_FIELDS, _PARAMS = ("clip_l", "clip_g", "clip_h"), "emb_params"
 
 
 def taken(program: Program, tensors: Mapping[str, Tensor], base: Skeleton) -> Taken:
@@ -120,7 +124,7 @@ def taken(program: Program, tensors: Mapping[str, Tensor], base: Skeleton) -> Ta
     sites: dict[str, dict[str, str]] = {}
     suffixes = frozenset[str]().union(*(kind.needed | kind.beside for kind in program.kinds))
     for name in tensors:
-        if name.startswith(_BUNDLE):
+        if name.startswith(BUNDLE):
             (found.names.add(name) if program.bundles else found.dropped.update({name: "it reads no words from a bundle"}))
             continue
         stem, suffix = _parted(name, stems, suffixes)
@@ -135,6 +139,37 @@ def taken(program: Program, tensors: Mapping[str, Tensor], base: Skeleton) -> Ta
         found.refused = f"it knows no tensors such as {unknown}, and refuses a file that has some"
         found.names, found.changes = set(), {}
     return found
+
+
+def words_taken(names: Sequence[str]) -> list[Taken]:
+    """Read a file of learned words alone as the programs do that read such.
+
+    Args:
+        names: Of its tensors, in their order.
+
+    Returns:
+        What each makes of it.
+    """
+    fields, both = [name for name in names if name in _FIELDS], set(names) >= set(_FIELDS[:2])
+    several = names if both or len(names) == 1 else ()
+    read: dict[str, Sequence[str]] = {
+        "diffusers": names if len(names) == 1 else (),
+        "ComfyUI": fields or names[:1],
+        "Forge": several,
+        "A1111": several,
+        "InvokeAI": [_PARAMS] if _PARAMS in names else fields if both else names[:1],
+    }
+    return [
+        Taken(
+            program,
+            set(own),
+            dropped={name: "it takes another tensor for the word" for name in names if name not in own},
+            refused=""
+            if own
+            else f"it takes one tensor{'' if program == 'diffusers' else ', or those of both text encoders'}",
+        )
+        for program, own in read.items()
+    ]
 
 
 def _parted(name: str, stems: Stems, suffixes: frozenset[str]) -> tuple[str | None, str]:
@@ -181,6 +216,12 @@ def _lora(down: str, up: str) -> Formula:
         return (second @ first.flatten(1)) * _scale(values, rank)
 
     return formula
+
+
+def _lora_of_kohya(values: Mapping[str, Tensor]) -> Tensor | None:
+    """That of kohya's ``LoRAModule``, to which an alpha of 0 is none."""
+    kept = {suffix: tensor for suffix, tensor in values.items() if suffix != "alpha" or float(tensor)}
+    return _lora("lora_down.weight", "lora_up.weight")(kept)
 
 
 def _loha(values: Mapping[str, Tensor]) -> Tensor | None:
@@ -344,15 +385,17 @@ def _a1111(base: Skeleton) -> dict[str, Where]:
     if denoiser is not None:
         name, module = denoiser
         there = {_flat(own): (name, path) for path, own in original_names(module).items()}
-        found |= {f"lora_unet_{own}": where for own, where in there.items()}
+        found |= {f"{start}{own}": where for start in ("lora_unet_", "oft_unet_") for own, where in there.items()}
         for path in _weighed(module):
             own = _compvis(_flat(path))
             if own in there:
                 found[f"lora_unet_{_flat(path)}"] = there[own]
     xl = "text_encoder_2" in base.parts
     for component, path, spelled in _text_layers(base):
-        prefix = "lora_te2_" if component == "text_encoder_2" else "lora_te1_" if xl else "lora_te_"
-        found[f"{prefix}{_flat(spelled)}"] = (component, path)
+        starts = ["lora_te2_" if component == "text_encoder_2" else "lora_te1_" if xl else "lora_te_"]
+        if not xl and base.info.family != "sd2":
+            starts.append("lora_te1_")
+        found |= {f"{start}{_flat(spelled)}": (component, path) for start in starts}
     return found
 
 
@@ -393,7 +436,12 @@ PROGRAMS = (
         (_LORA, _LOHA, _IA3, _OFT, *_LOKR, _DIFF, Kind(_NORM.needed | _NORM.beside, formula=_NORM.formula), _GLORA),
         bundles=True,
     ),
-    Program("kohya", _kohya, (_KOHYA_LORA,), note="LyCORIS reads other methods there, with network_module=lycoris.kohya"),
+    Program(
+        "kohya",
+        _kohya,
+        (Kind(_KOHYA_LORA.needed, _KOHYA_LORA.beside, _lora_of_kohya),),
+        note="LyCORIS reads other methods there, with network_module=lycoris.kohya",
+    ),
     Program("InvokeAI", _invoke, (_IA3, _NORM, _DIFF, *_LOKR, _LOHA, _LORA), refuses_unknown=True),
 )
 """The programs that are known by their maps."""

@@ -13,9 +13,8 @@ from ..core.errors import FoldError, UserError
 from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..core.reduction import Truncation, reduced_matrix, reduced_pair, summed
+from ..core.weight_change import Change, exact_pair, serves
 from ..formats.file import DTYPES
-from ..methods.shared.affine import serves
-from ..methods.shared.changes import Change, exact_pair
 from ..methods.shared.learned_vectors import LearnedVectors
 from .combination import Combination, core_space, knots, linear
 from .into import merge_into

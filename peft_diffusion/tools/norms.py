@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..core.errors import FoldError, UserError, first_line
 from ..core.files import write_bytes
+from ..core.weight_change import change_of
 from ..formats import Plan
 from ..formats.planning import SitePlan
-from ..methods.shared.changes import change_of
 
 _PICTURES = (".png", ".svg", ".pdf")
 _COLOURS = ("#2171b5", "#d94801", "#238b45", "#6a51a3")

@@ -95,5 +95,10 @@ def join(config: JoinConfig, *, observers: Sequence[Observer] = ()) -> Made:
         path, plans = at_home(config.output), [one.plan for one in sources]
         told = {"ss_training_comment": f"joined from {', '.join(one.path.name for one in sources)}"}
         spec = joined_spec(plans, bones, made, path.stem)
-        made.write(path, config.to or layout_of(plans[0]), spec, {**kept_metadata(plans), **told})
+        made.write(
+            path,
+            config.to or layout_of(max(plans, key=lambda one: len(one.header.tensors))),
+            spec,
+            {**kept_metadata(plans), **told},
+        )
         return watch.made(path, made.count)

@@ -161,7 +161,7 @@ def _change_in(made: Any) -> Callable[[], Tensor | None]:
             return None
         scaled_once = type(made).__name__ in _SCALED_TWICE
         weight = made.get_weight(None) if scaled_once else made.get_diff_weight(1.0)[0]
-        return None if weight is None or weight.is_meta else weight.detach().float().flatten(1)
+        return None if weight is None or weight.is_meta else weight.detach().float()
 
     return change
 

@@ -9,9 +9,8 @@ from ..core.errors import FoldError
 from ..core.events import Observer
 from ..core.files import at_home
 from ..core.reduction import Reduced, Truncation, reduced_matrix, reduced_pair
+from ..core.weight_change import Change, serves
 from ..formats.file import DTYPES
-from ..methods.shared.affine import serves
-from ..methods.shared.changes import Change
 from .results import Adapters, LayerError, Made, write_changed
 from .sources import Source, Where, open_sources
 from .tool_settings import ResizeConfig

@@ -8,26 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import methods
 from ..bases.base import Skeleton
 from ..bases.skeleton import PUBLISHED
-from ..core.adapter import Adapter, LowRank, chained, parts_of
+from ..core.adapter import Adapter, chained, parts_of
 from ..core.errors import UserError
 from ..core.method import Method, Values
 from ..core.parsing import json_value
+from ..core.weight_change import Change
 from ..formats import Plan, Spec, file
 from ..formats.container import is_finite
 from ..formats.layout import Content
 from ..formats.metadata import lasting
 from ..formats.spec import KEY
-from ..methods.bitfit import LAYER_BIAS, BitFit
-from ..methods.full import BIAS, WEIGHT, Full
-from ..methods.lora import DOWN, UP, Lora
-from ..methods.shared.affine import serves, weight_shape
-from ..methods.shared.changes import Change
-from ..methods.shared.hyper_parameters import ALPHA
+from ..methods.making import PAIRS, made_of, told_of_pairs
 
 
 @dataclass(frozen=True)
@@ -120,6 +116,7 @@ class Adapters:
                         f"{component}.{path} has numbers that {self.dtype} cannot hold; take --dtype float32 or bf16"
                     )
                 tensor.data = rounded
+        adapter.bind(self.bones.parts[component].get_submodule(path))  # layouts ask what it sits on
         self.made.setdefault(component, {})[path] = adapter
 
     def add_change(self, component: str, path: str, change: Change) -> None:
@@ -134,14 +131,7 @@ class Adapters:
             UserError: A number is too large for the dtype of the file.
         """
         site = self.bones.parts[component].get_submodule(path)
-        parts: list[Adapter] = []
-        if change.pair is not None:
-            parts.append(lora(site, change.pair))
-        if change.weight is not None:
-            beside = {} if change.bias is None else {BIAS: change.bias}
-            parts.append(Full.read(site, {WEIGHT: change.weight, **beside}))
-        elif change.bias is not None:
-            parts.append(_bias(site, change.bias))
+        parts = made_of(site, change, even=self.dtype == torch.float16)
         if parts:
             self.add(component, path, chained(parts))
 
@@ -182,31 +172,6 @@ class Adapters:
         return file.write(path, Content(self.made, parts, spec), layout=layout, more=metadata)
 
 
-def lora(site: nn.Module, pair: LowRank) -> Adapter:
-    """Make a LoRA of a pair.
-
-    Args:
-        site: A Linear or convolution.
-        pair: ``down`` (rank, inputs) and ``up`` (outputs, rank).
-
-    Returns:
-        The adapter, of alpha = rank: no program scales it otherwise than another.
-    """
-    outputs, *inputs = weight_shape(site)
-    rank = len(pair.down)
-    ones = [1] * (len(inputs) - 1)
-    down, up = pair.down.reshape(rank, *inputs), pair.up.reshape(outputs, rank, *ones)
-    return Lora.read(site, {DOWN: down, UP: up, ALPHA: torch.tensor(float(rank))})
-
-
-def _bias(site: nn.Module, bias: Tensor) -> Adapter:
-    if serves(site):
-        return BitFit.read(site, {LAYER_BIAS: bias})
-    weight = site.weight
-    shape = weight.shape if isinstance(weight, Tensor) else bias.shape
-    return Full.read(site, {WEIGHT: torch.zeros(shape), BIAS: bias})
-
-
 def _methods(component: str, own: Mapping[str, Adapter], sources: Sequence[Plan]) -> Iterable[Mapping[str, Any]]:
     """A method's entry for each that is at some site of a component."""
     told = [one for plan in sources if plan.spec for one in plan.spec.methods.get(component, ())]
@@ -218,8 +183,8 @@ def _methods(component: str, own: Mapping[str, Adapter], sources: Sequence[Plan]
         same = [one for one in told if one.get("method") == name]
         targets = {one.get("target") for one in same}
         beside = {"target": targets.pop()} if len(targets) == 1 and None not in targets else {}
-        if name == Lora.name:
-            yield {**Lora(rank=max(len(state[DOWN]) for state in held)).spec(), **beside}
+        if name == PAIRS:
+            yield {**told_of_pairs(held), **beside}
         elif same:
             yield same[0]
         else:

@@ -11,8 +11,8 @@ from ..core.errors import FoldError, UserError
 from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..core.method import Method
+from ..core.weight_change import Change, change_of, with_weights
 from ..formats.file import DTYPES
-from ..methods.shared.changes import Change, change_of, with_weights
 from ..methods.shared.hyper_parameters import ALPHA
 from .results import Adapters, Made, write_changed
 from .sources import Source, Where, open_sources
@@ -75,8 +75,9 @@ def _scale(made: Adapters, source: Source, where: Where, scaler: "_Scaler", watc
 
 
 class _Scaler:
-    """Scales adapters by what their methods' files can say. How is found out at the first site of each kind, on a random
-    weight, and holds for all that have the same tensors."""
+    """Scales adapters by what their methods' files can say. How is found out at the first site of each kind, on random
+    numbers in the place of its own and of the weight's, and holds for all that have the same tensors: rotations of zeros or
+    of small angles would pass for what they are not."""
 
     def __init__(self, by: float) -> None:
         self.by = by
@@ -96,7 +97,7 @@ class _Scaler:
             return None
         if kind not in self._known:
             self._known[kind] = next(
-                (one for one in self._ways(method, state) if _is_true(method, part, site, one, self.by)), None
+                (one for one in self._ways(method, state) if _is_true(method, state, site, one, self.by)), None
             )
         way = self._known[kind]
         return None if way is None else method.read(site, way(state))
@@ -110,14 +111,17 @@ class _Scaler:
 
 
 @torch.no_grad()
-def _is_true(method: type[Method], part: Adapter, site: nn.Module, way: _Scaling, by: float) -> bool:
-    """Whether a way scales the change of a random weight by the strength."""
+def _is_true(method: type[Method], state: _State, site: nn.Module, way: _Scaling, by: float) -> bool:
+    """Whether a way scales what random tensors of these shapes change of a random weight by the strength."""
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(own.shape, generator=generator) for name, own in site.named_parameters(recurse=False)}
-    module = with_weights(site, weights)
+    module, learned = with_weights(site, weights), dict(state)
+    for name, own in state.items():
+        if name not in method.constants and own.is_floating_point():
+            learned[name] = torch.randn(own.shape, generator=generator)
     try:
-        wanted = change_of(part, module, "")
-        found = change_of(method.read(module, way(part.state())), module, "")
+        wanted = change_of(method.read(module, learned), module, "")
+        found = change_of(method.read(module, way(learned)), module, "")
     except (FoldError, UserError, RuntimeError):
         return False
     pairs = ((wanted.matrix(), found.matrix()), (wanted.bias, found.bias))

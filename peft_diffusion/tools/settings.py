@@ -61,6 +61,8 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.errors and self.to_lora is None:
+            raise UserError("--errors is for --to-lora alone")
         source, output = at_home(self.source), at_home(self.output)
         if output.exists() and source.exists() and output.samefile(source):
             raise UserError(f"{output} is the file that is converted; choose another one to write to")

@@ -13,11 +13,11 @@ from ..bases.skeleton import PUBLISHED
 from ..core.adapter import Adapter
 from ..core.errors import UserError
 from ..core.events import Observer, Warned
+from ..core.weight_change import Change, change_of, with_weights
 from ..formats import Plan
 from ..formats.container import title, torch_dtype
 from ..formats.file import Bound, bind
 from ..formats.fitting import fitting
-from ..methods.shared.changes import Change, change_of, with_weights
 from .weights import Weights, open_weights
 
 Where = tuple[str, str]

@@ -7,8 +7,8 @@ from ..bases import family as families
 from ..core.adapter import Adapter, LowRank, method_of, parts_of
 from ..core.errors import FoldError, UserError
 from ..core.reduction import Reduced, Truncation, reduced_matrix, reduced_pair
-from ..methods.shared.affine import serves
-from ..methods.shared.changes import Change
+from ..core.weight_change import Change, serves
+from ..methods.making import is_pair
 from .results import Adapters, LayerError
 from .sources import Source, Where
 
@@ -90,8 +90,12 @@ def _site(source: Source, made: Adapters, wanted: Truncation, where: Where, fitt
         return []
     reducible = (change.pair or change.matrix()) if serves(bare) else None
     small = change.pair is not None and len(change.pair.down) <= (wanted.rank or 0)
-    if reducible is None or small:
+    pairs = [part.state().keys() for part in parts_of(adapter) if serves(bare) and part.low_rank() is not None]
+    if reducible is None or (small and all(map(is_pair, pairs))):
         made.add(*where, adapter)
+        return []
+    if small:  # of another method, such as a LoHa, and a pair all the same
+        made.add_change(*where, change)
         return []
     found = reduced_pair(reducible, wanted) if isinstance(reducible, LowRank) else reduced_matrix(reducible, wanted)
     return [_take(made, where, found, change)]

@@ -23,7 +23,7 @@ from ..core.settings import (
     settle,
 )
 from ..formats import Plan, plan
-from ..formats.layout import SaveDtype
+from ..formats.layout import SaveDtype, find
 from ..generation.settings import Choice, Key, parse_choices
 
 How: TypeAlias = Literal["linear", "svd", "ties", "dare-ties", "dare-linear", "magnitude", "knots", "core-space"]
@@ -52,16 +52,19 @@ def _rank(help: str) -> int | None:
     return rank
 
 
-def refuse_same(output: Path, inputs: Sequence[Path]) -> None:
-    """Refuse to write onto what is read.
+def refuse_same(output: Path, inputs: Sequence[Path], layout: str | None = None) -> None:
+    """Refuse to write onto what is read, or in a layout that is not known, before anything is computed.
 
     Args:
         output: The file or folder to make.
         inputs: What it is made of.
+        layout: What the layout of the output was called; None where it was not.
 
     Raises:
-        UserError: It is one of these, or lies in one.
+        UserError: It is one of these, or lies in one, or there is no such layout.
     """
+    if layout is not None:
+        find(layout)
     refuse_overlaps([("--output", at_home(output))], [("the input", at_home(path)) for path in inputs])
 
 
@@ -70,6 +73,7 @@ class OfOneFile:
 
     file: Path
     output: Path
+    to: str | None = None
 
     @cached_property
     def plan(self) -> Plan:
@@ -82,7 +86,7 @@ class OfOneFile:
         Raises:
             UserError: The file cannot be read, or would be written onto itself.
         """
-        refuse_same(self.output, [self.plan.path])
+        refuse_same(self.output, [self.plan.path], self.to)
 
 
 @explained
@@ -137,6 +141,21 @@ class MergeConfig:
             )
         if self.skip and self.into is None:
             raise UserError("--skip is for --into alone")
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """Raise UserError for a setting that does nothing beside the others."""
+        rule, aligned, files = self.within if self.how in ALIGNED else self.how, self.how in ALIGNED, self.into is None
+        needs = {
+            "density": ("--how ties, dare-ties, dare-linear or magnitude", rule not in ("linear", "svd")),
+            "within": (f"--how {' or '.join(ALIGNED)}", aligned),
+            "seed": ("DARE, as --how dare-ties", rule in ("dare-ties", "dare-linear")),
+            "to": ("an adapter file to write, and --into makes a checkpoint", files),
+            "base": ("an adapter file to write, and --into names the base", files),
+        }
+        for name, (needed, used) in needs.items():
+            if not used and getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"--{name} does nothing without {needed}")
 
     @cached_property
     def _plans(self) -> dict[Key, Plan]:
@@ -162,7 +181,7 @@ class MergeConfig:
         Raises:
             UserError: Files cannot be read or written.
         """
-        refuse_same(self.output, [one.path for one in self.choices()])
+        refuse_same(self.output, [one.path for one in self.choices()], self.to)
         if self.into is not None:
             refuse_same(self.output, [Path(self.into)])
 
@@ -254,7 +273,7 @@ class ExtractConfig(Reducing):
         Raises:
             UserError: It would be written onto what is read.
         """
-        refuse_same(self.output, [Path(self.tuned), Path(self.original)])
+        refuse_same(self.output, [Path(self.tuned), Path(self.original)], self.to)
 
 
 @explained
@@ -311,6 +330,7 @@ class SplitConfig(OfOneFile):
         Raises:
             UserError: The file cannot be read, or the output is no folder.
         """
+        refuse_same(self.output, [], self.to)
         _ = self.plan
         if at_home(self.output).is_file():
             raise UserError(f"--output {self.output} is a file; name a folder for the parts")
@@ -346,7 +366,7 @@ class JoinConfig:
         Raises:
             UserError: A file cannot be read, or would be written onto.
         """
-        refuse_same(self.output, [one.path for one in self.plans])
+        refuse_same(self.output, [one.path for one in self.plans], self.to)
 
 
 @explained

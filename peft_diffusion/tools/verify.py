@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.errors import FoldError, UserError
 from ..core.events import Observer
 from ..formats.planning import Plan, plan, some
-from .key_maps import PROGRAMS, Taken, Theirs, taken
+from .key_maps import BUNDLE, PROGRAMS, Taken, Theirs, taken, words_taken
 from .reopened import reopened
 from .sources import Source, Where, open_sources
 from .watch import watched
@@ -66,6 +66,8 @@ class Verified:
 _EXACT = 1e-4
 """Up to here an error is that of rounding."""
 
+_EMBEDDING = "embedding"  # the layout of learned words
+
 
 def _named(dropped: Mapping[str, str], why: str) -> list[str]:
     return [name for name, reason in dropped.items() if reason == why]
@@ -92,7 +94,10 @@ def verify(
     with watched(observers) as watch:
         (opened,), bones = open_sources([found], base, watch.tell)
         tensors = found.tensors()
-        readings = [*reopened(opened, tensors), *(taken(program, tensors, bones) for program in PROGRAMS)]
+        if found.layouts == (_EMBEDDING,) and not any(name.startswith(BUNDLE) for name in tensors):
+            readings = words_taken([*tensors])
+        else:
+            readings = [*reopened(opened, tensors), *(taken(program, tensors, bones) for program in PROGRAMS)]
         errors: dict[str, dict[Where, float]] = {one.program: {} for one in readings}
         tick = watch.ticks("comparing changes")
         for number, (where, meant) in enumerate(_meant(opened)):

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
+from ..bases import family as families
 from ..bases import single_file
 from ..bases.base import Skeleton
 from ..bases.embedded import ICONS, TINY_LM, embedded
@@ -121,6 +122,18 @@ class Weights:
         return rows(self.parts)
 
 
+def is_whole_base(component: str) -> bool:
+    """Tell whether a component is all that its base has, and lies in the base's folder itself.
+
+    Args:
+        component: Its name.
+
+    Returns:
+        Whether it is, as a language model.
+    """
+    return families.role_of(component) == "language model"
+
+
 def open_weights(source: str | Path) -> Weights:
     """Find the weights of a base.
 
@@ -139,7 +152,7 @@ def open_weights(source: str | Path) -> Weights:
     if path.is_file():
         return _of_file(path, bones)
     parts = {**bones.parts, **_autoencoder(path)}
-    folders = {name: path if name == "lm" else path / name for name in parts}
+    folders = {name: path if is_whole_base(name) else path / name for name in parts}
     places: dict[tuple[str, str], Place] = {}
     for component, folder in folders.items():
         tensors = _of_folder(folder)

@@ -4,6 +4,7 @@ import datetime
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from ..bases import components
 from ..bases.base import Base
 from ..bases.words import with_initial_tokens
-from ..core import site
+from ..core import block_names, site, targets
 from ..core.adapter import Adapter
 from ..core.arena import side_by_side
 from ..core.errors import UserError, did_you_mean
@@ -26,11 +27,13 @@ NAME = "trained"  # of the adapter, while it is
 
 @dataclass(frozen=True)
 class Attached:
-    """A fresh adapter's parameters and learning rates by the name of their group; ``undecayed`` are not pulled towards 0."""
+    """A fresh adapter's parameters and learning rates by the name of their group; ``undecayed`` are not pulled towards 0,
+    and ``owners`` tells the component of each group."""
 
     groups: dict[str, list[nn.Parameter]]
     rates: dict[str, float]
     undecayed: frozenset[str]
+    owners: dict[str, str]
 
 
 def attach(
@@ -38,6 +41,7 @@ def attach(
     blocks: Sequence[Placement],
     seed: int,
     rate_of: Callable[[str], float],
+    block_rates: Mapping[str, float] = MappingProxyType({}),
 ) -> Attached:
     """Put a fresh adapter on every component, and its parameters into one arena.
 
@@ -45,7 +49,8 @@ def attach(
         parts: The components, by name.
         blocks: Which method is trained at which sites.
         seed: What the chance of the beginning comes from.
-        rate_of: Gives the learning rate of a component; one of a block's own goes before it.
+        rate_of: Gives the learning rate of a component; one of a placement's own goes before it.
+        block_rates: Learning rates by the name of a block of the network, which go before both.
 
     Returns:
         What is trained, at which rates.
@@ -56,23 +61,39 @@ def attach(
     groups: dict[str, list[tuple[str, list[nn.Parameter]]]] = {}
     rates: dict[str, float] = {}
     undecayed: set[str] = set()
+    owners: dict[str, str] = {}
+    _refuse_unknown_blocks(parts.values(), block_rates)
     for name, part in parts.items():
         own = _of(name, blocks)
         with global_seed(torch.device("cpu"), seed, "start", name):
             built = site.attach_all(part, NAME, [(block.method, block.target) for block in own])
+        named, meant = targets.blocks(part, parts=True), dict[str, str]()
+        if block_rates:
+            meant = block_names.weighed(block_rates, named.names)
         for number, (block, adapters) in enumerate(zip(own, built, strict=True)):
             decayed = block.method.decayed
             group = name if block.rate is None and decayed else f"{name}.{number}"
             rate = rate_of(name) if block.rate is None else block.rate
-            if not decayed:
-                undecayed.add(group)
             for path, adapter in adapters.items():
+                at = meant.get(named.names[named.of(path)]) if meant else None
                 adapter.train()  # the base stays in eval mode; dropout belongs to the adapter
                 for times, parameters in adapter.by_rate().items():
-                    own_group = group if times == 1 else f"{group} x{times:.9g}"
-                    rates[own_group] = times * rate
+                    own_group = group if at is None else f"{group} {at}"
+                    own_group = own_group if times == 1 else f"{own_group} x{times:.9g}"
+                    rates[own_group] = times * (rate if at is None else block_rates[at])
+                    owners[own_group] = name
+                    if not decayed:
+                        undecayed.add(own_group)
                     groups.setdefault(own_group, []).append((path, parameters))
-    return Attached({name: side_by_side(sites) for name, sites in groups.items()}, rates, frozenset(undecayed))
+    return Attached({name: side_by_side(sites) for name, sites in groups.items()}, rates, frozenset(undecayed), owners)
+
+
+def _refuse_unknown_blocks(parts: Iterable[nn.Module], block_rates: Mapping[str, float]) -> None:
+    """Raise UserError for a name that means no block of what is trained."""
+    there = [block for part in parts for block in targets.blocks(part, parts=True).names]
+    lost = block_names.unknown(block_rates, there) if block_rates else []
+    if lost:
+        raise UserError(f"--block-lr {lost[0]}: there is no such block; there are {block_names.shown(there)}")
 
 
 def check_placements(parts: Mapping[str, nn.Module], blocks: Sequence[Placement]) -> None:

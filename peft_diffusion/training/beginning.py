@@ -1,7 +1,6 @@
 """Where a run begins from an adapter that is there, and what it is trained beside."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,14 +15,13 @@ from ..core import site
 from ..core.adapter import Adapter, chained, parts_of
 from ..core.errors import UserError
 from ..core.events import Observer, Warned
+from ..core.weight_change import change_of
 from ..formats import Plan
-from ..methods.shared.changes import change_of
 from .attachment import NAME
 from .events import Begun
 from .settings.placements import ranked
 from .settings.shared import SharedConfig
 
-_DOWN = "lora_down.weight"
 S = TypeVar("S", bound=SharedConfig)
 
 
@@ -59,12 +57,10 @@ def with_rank_of_file(config: S) -> S:
     path = config.init_from
     if path is None or (config.resume and not path.exists()):  # what has begun needs the file no more
         return config
-    found = formats.plan(path)
-    if config.rank is not None or config.block or not ranked(config):  # type: ignore[arg-type, attr-defined]
+    ranks = formats.inspect(path).ranks
+    if not ranks or config.rank is not None or config.block or not ranked(config):  # type: ignore[arg-type, attr-defined]
         return config
-    shapes = [one.shapes.get(_DOWN, ()) for sites in found.sites.values() for one in sites.values()]
-    ranks = Counter(shape[0] for shape in shapes if shape)
-    return replace(config, rank=ranks.most_common(1)[0][0]) if ranks else config
+    return replace(config, rank=max(ranks, key=lambda rank: ranks[rank]))
 
 
 def begin_from(path: Path, base: Base, parts: Mapping[str, nn.Module], tell: Observer) -> dict[str, str]:

@@ -507,6 +507,26 @@ class Preview(Event):
 
 
 @dataclass(frozen=True)
+class StepLeftOut(Event):
+    """Gradients in float16 overflowed, and a step changed nothing.
+
+    Attributes:
+        step: The step.
+        count: Steps that were left out so far.
+        scale: What the loss is multiplied by from now on.
+    """
+
+    step: int
+    count: int
+    scale: float
+
+    def lines(self) -> tuple[str, ...]:
+        """Tell it, and how often it was so."""
+        times = f"{self.count} so far" if self.count > 1 else "the first"
+        return (f"step {self.step} is left out ({times}): its gradients are beyond float16; loss scale {self.scale:g} now",)
+
+
+@dataclass(frozen=True)
 class Begun(Event):
     """The adapter begins as that of a file.
 

@@ -22,7 +22,7 @@ from .record import checkpoint as checkpoints
 from .record.checkpoint import Checkpoint
 from .record.run_folder import RunFolder
 from .settings.export import ExportConfig, default_output
-from .settings.pictures import ResolvedConfig
+from .settings.pictures import ResolvedConfig, block_rates
 from .settings.placements import blocks
 from .settings.text import ResolvedTextConfig
 
@@ -54,7 +54,8 @@ def export(config: ExportConfig) -> Path:
         )
     placed = with_words(base, blocks(run))
     parts = selected_components(base, run.components)
-    arena = Arena(attach(parts, placed, run.seed, lambda _: 1.0).groups)
+    rates = {} if isinstance(run, ResolvedTextConfig) else block_rates(run.block_lr)
+    arena = Arena(attach(parts, placed, run.seed, lambda _: 1.0, rates).groups)
     try:
         teach(base)
         arena.load(_given(run, arena, found.state.tensors))
@@ -114,7 +115,7 @@ def _base(run: ResolvedConfig | ResolvedTextConfig, named: str | None) -> Base:
     source = named or run.base
     if isinstance(run, ResolvedTextConfig):
         return load_lm(source, device="cpu", dtype=run.precision)
-    pipe: Base = load_base(source, device="cpu", dtype=run.precision)
+    pipe: Base = load_base(source, device="cpu", dtype=run.precision, prediction=run.prediction)
     return pipe
 
 

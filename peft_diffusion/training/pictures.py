@@ -9,9 +9,10 @@ from typing import Any, Self
 
 from ..bases import components, denoiser_of
 from ..bases import family as families
+from ..bases.asked import PREDICTIONS
 from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
-from ..core.events import Event, Observer
+from ..core.events import Event, Observer, Warned
 from ..core.settings import flag, pick
 from ..data.captions import with_trigger
 from ..fast.unet import fused
@@ -27,10 +28,10 @@ from .record.run_folder import RunFolder, check_writable
 from .results import FoundRates, RunResult, TrainResult
 from .run import Facts, next_command
 from .settings.derive import resolve
-from .settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
+from .settings.pictures import ResolvedConfig, TrainConfig, block_rates, output_path, run_path
 from .settings.placements import Placement, blocks, plugins_of
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
-from .tasks.preparation import Prepared, check_apart, check_places, items, prepare, reading_of
+from .tasks.preparation import Prepared, asked_previews, check_apart, check_places, items, prepare, reading_of
 from .watch.previews import PROMPTS, Previews
 
 _PROMPT = 200  # characters of a prompt that is proposed
@@ -82,7 +83,7 @@ class PictureSource:
     def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> "PictureMaterial":
         """Load the base, read the folders and encode the pictures."""
         prepared = prepare(self.asked, self.pipe, tell, self.drawing, processes, folder)
-        return PictureMaterial(prepared, self.drawing, processes)
+        return PictureMaterial(prepared, self.drawing, processes, tell)
 
     def remark(self, found: FoundRates) -> Event | None:
         """A style is judged by its look, which the loss does not tell."""
@@ -94,8 +95,9 @@ class PictureMaterial:
 
     data: Data = "pictures"
 
-    def __init__(self, prepared: Prepared, drawing: Drawing, processes: Processes) -> None:
+    def __init__(self, prepared: Prepared, drawing: Drawing, processes: Processes, tell: Observer) -> None:
         self.prepared = prepared
+        self.tell = tell
         self.drawing = drawing
         self.processes = processes
         self.base = prepared.pipe
@@ -109,6 +111,15 @@ class PictureMaterial:
         """The learning rate of a component."""
         found: float = getattr(self.config, families.rate_setting(component))
         return found
+
+    def block_rates(self) -> dict[str, float]:
+        """The learning rates of blocks of the network."""
+        return block_rates(self.config.block_lr)
+
+    def until(self, component: str) -> float:
+        """The share of the run in which a component learns."""
+        of_text = families.role_of(component) == "text encoder"
+        return self.config.text_encoder_until if of_text else 1.0
 
     def rate_flags(self) -> dict[str, str]:
         """The flag that sets the learning rate of each component."""
@@ -133,12 +144,25 @@ class PictureMaterial:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """The VAE and idle text encoders off the device."""
+        """The VAE and idle text encoders off the device, after a test of what the base predicts."""
         self.task.offload()
         try:
+            self._test_prediction()
             yield
         finally:
             self.task.restore()
+
+    def _test_prediction(self) -> None:
+        """Warn of a base that answers as one would that predicts something else than it says."""
+        found = self.task.fitting_prediction()
+        if found is not None and found != self.info.prediction_type:
+            asked = next(name for name, said in PREDICTIONS.items() if said == found)
+            self.tell(
+                Warned(
+                    f"the base says that it predicts {self.info.prediction_type}, and answers to noisy pictures as one that"
+                    f" predicts {found}; stop, and give --prediction {asked}, or nothing will be learned"
+                )
+            )
 
     def previews(self, trainer: Trainer, folder: RunFolder) -> Previews | None:
         """What draws previews; None where none are drawn."""
@@ -148,7 +172,7 @@ class PictureMaterial:
         return Previews(
             folder.previews,
             self.task,
-            prepared.prompts if config.preview_prompts else prepared.prompts[:PROMPTS],
+            asked_previews(config) or prepared.prompts[:PROMPTS],
             self.drawing,
             trainer.final_weights,
             trainer.tell,
@@ -253,4 +277,4 @@ def searched(config: TrainConfig) -> TrainConfig:
     if config.shard_base:
         raise UserError("--find-lr runs in one process, which cannot shard a base; leave --shard-base away")
     every: Any = TrainConfig.__dataclass_fields__["preview_every"].default
-    return replace(config, preview_steps=0, preview_prompts=(), preview_every=every)
+    return replace(config, preview_steps=0, preview_prompts=(), preview_prompts_file=None, preview_every=every)

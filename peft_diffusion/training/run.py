@@ -127,6 +127,25 @@ class Material(Protocol[Result]):
         """
         ...
 
+    def block_rates(self) -> Mapping[str, float]:
+        """Choose the learning rates of blocks of the network.
+
+        Returns:
+            By the name of the block, those that have one of their own.
+        """
+        ...
+
+    def until(self, component: str) -> float:
+        """Tell for how long a component learns.
+
+        Args:
+            component: Its name.
+
+        Returns:
+            The share of the run, above 0; 1 for all of it.
+        """
+        ...
+
     def rate_flags(self) -> Mapping[str, str]:
         """Name the flags that set learning rates.
 
@@ -471,7 +490,7 @@ class _Run(Generic[Result]):
         self.folder = folder
         self.tell = tell
         self.processes = processes
-        attached = attach(material.parts, material.blocks, material.seed, material.rate)
+        attached = attach(material.parts, material.blocks, material.seed, material.rate, material.block_rates())
         teach(material.base)  # before texts become tokens
         self._begin()
         if material.config.save_as != DEFAULT:  # which can say everything
@@ -498,7 +517,10 @@ class _Run(Generic[Result]):
         self.files |= {} if begun is None else {INIT: begun}
 
     def _settings(self, attached: Attached) -> TrainerSettings:
-        settings = pick(TrainerSettings, self.material.config, attached)
+        config = self.material.config
+        ends = {group: self.material.until(owner) for group, owner in attached.owners.items()}
+        steps = {"ends": {group: max(1, round(share * config.steps)) for group, share in ends.items() if share < 1}}
+        settings = pick(TrainerSettings, config, attached, steps, {"loss_scaling": config.precision == "float16"})
         # No CUDA graph holds weights that come and go.
         return replace(settings, cuda_graph=False) if self.processes.shares_base else settings
 
@@ -771,7 +793,12 @@ def origin_of(
     Returns:
         All of it.
     """
-    settings = {**to_json(config), DERIVED: sorted(config.derived), PROCESSES: processes.size, FILES: dict(files)}
+    settings = {
+        **to_json(config),
+        DERIVED: sorted(config.derived),
+        PROCESSES: processes.size,
+        **({FILES: dict(files)} if files else {}),
+    }
     return Origin(settings, digest(items), base)
 
 

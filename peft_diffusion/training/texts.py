@@ -157,6 +157,14 @@ class TextMaterial:
         """The learning rate."""
         return self.first.lr
 
+    def block_rates(self) -> dict[str, float]:
+        """None."""
+        return {}
+
+    def until(self, component: str) -> float:
+        """To the end."""
+        return 1.0
+
     def rate_flags(self) -> dict[str, str]:
         """The flag that sets the learning rate."""
         return {} if self.asked.block else {name: flag(families.rate_setting(name)) for name in self.parts}

@@ -277,13 +277,14 @@ def _avatars(packages: Path, scenes: Sequence[Scene], characters: Sequence[Mappi
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    """As a palette where that loses nothing anyone sees: flat drawings have few colours but for their soft edges."""
-    image.quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+    """In a few colours where that loses nothing anyone sees: flat drawings have few but for their soft edges."""
+    few = image.quantize(128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).convert("RGB")
+    few.save(path, lossless=True, quality=100, method=6)
 
 
 def _clear(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in ("*.png", "*.txt", "metadata.jsonl"):
+    for pattern in ("*.webp", "*.txt", "metadata.jsonl"):
         for path in folder.glob(pattern):
             path.unlink()
 
@@ -295,7 +296,7 @@ by {author}, licence {licence}; the text is in `LICENSE`. The pictures in this f
 
 Source: the npm package `{package}`, version {version}.
 
-Changes made: the SVG drawings were rendered at {size} x {size} pixels on white and saved as PNG with a reduced palette;
+Changes made: the SVG drawings were rendered at {size} x {size} pixels on white and saved as lossless WebP in few colours;
 captions were written for them. Made by `scripts/build_base/make_samples.py`.
 """
 _SUBJECT_ATTRIBUTION = """# Attribution
@@ -306,8 +307,8 @@ Source: the npm packages `@dicebear/core` and `@dicebear/open-peeps`, version {v
 their code, MIT, is not part of these pictures).
 
 Changes made: one head, skin and sweater were combined with several faces and accessories to make one character, "mira";
-backgrounds were drawn behind her, likewise CC0; all was rendered at {size} x {size} pixels and saved as PNG with a reduced
-palette; captions were written. Made by `scripts/build_base/make_samples.py`.
+backgrounds were drawn behind her, likewise CC0; all was rendered at {size} x {size} pixels and saved as lossless WebP in few
+colours; captions were written. Made by `scripts/build_base/make_samples.py`.
 """
 
 
@@ -326,8 +327,8 @@ def make_style(sample: StyleSample, output: Path, packages: Path, cache: Path) -
     for name, words in SUBJECTS.items():
         caption = source.template.format(words)
         stem = caption.replace(" ", "_") if sample.convention == "file names" else name
-        _save(render(sample.style, name, SIZE, cache), folder / f"{stem}.png")
-        rows.append(json.dumps({"file_name": f"{stem}.png", "text": caption}))
+        _save(render(sample.style, name, SIZE, cache), folder / f"{stem}.webp")
+        rows.append(json.dumps({"file_name": f"{stem}.webp", "text": caption}))
         if sample.convention == "text files":
             (folder / f"{stem}.txt").write_text(caption + "\n", encoding="utf-8")
     if sample.convention == "metadata":
@@ -352,7 +353,7 @@ def make_subject(output: Path, packages: Path) -> Path:
     folder = output / "subjects" / "mira"
     _clear(folder)
     for scene, picture in zip(SCENES, portraits(packages, SCENES, [CHARACTER] * len(SCENES)), strict=True):
-        _save(picture, folder / f"{scene.name}.png")
+        _save(picture, folder / f"{scene.name}.webp")
         (folder / f"{scene.name}.txt").write_text(scene.caption + "\n", encoding="utf-8")
     (folder / "ATTRIBUTION.md").write_text(_SUBJECT_ATTRIBUTION.format(version=DICEBEAR, size=SIZE), encoding="utf-8")
     (folder / "LICENSE").write_text(_licence(packages, "CC0-1.0"), encoding="utf-8")

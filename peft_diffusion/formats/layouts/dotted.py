@@ -117,7 +117,7 @@ class Peft(Layout):
         if len(content.adapters) > 1:
             raise UserError(
                 f"peft keeps one model in a file, and this adapter has {', '.join(content.adapters)}: take the layout"
-                f" {Diffusers.name!r}, or save each by itself"
+                f" {Diffusers.name!r}, or save each by itself, as convert --component {next(iter(content.adapters))} does"
             )
         ((component, built),) = content.adapters.items()
         form = _form(self.name, component, built)
@@ -373,7 +373,7 @@ def _told(config: Mapping[str, Any], path: str, shapes: Mapping[str, tuple[int, 
 
 def _times(scale: float, change: "Callable[[Tensor], Tensor] | None") -> "Callable[[Tensor], Tensor]":
     def scaled(tensor: "Tensor") -> "Tensor":
-        return (tensor if change is None else change(tensor)) * scale
+        return (tensor if change is None else change(tensor)).float() * scale  # in halves the product would be rounded
 
     return scaled
 

@@ -81,10 +81,10 @@ def spelling(content: Content) -> kohya.Spelling:
         The spelling, which raises UserError for a module that the original does not have.
 
     Raises:
-        UserError: No component had other names in the original.
+        UserError: There is a component beside text encoders, and none had other names in the original.
     """
     names = {component: original_names(module) for component, module in content.components.items()}
-    if not any(names.values()):
+    if not any(names.values()) and any(families.role_of(component) != "text encoder" for component in names):
         raise UserError(f"{', '.join(names)} had no other names in the original; take the layout {kohya.Kohya.name!r}")
 
     def spelled(component: str, path: str) -> str:

@@ -71,7 +71,7 @@ class Ia3(Method, name="ia3", suffixes=frozenset({WEIGHT, ON_INPUT, ON_BIAS})):
     @classmethod
     def from_alias(cls, alias: str, tensor: "Tensor") -> "Tensor":
         """peft keeps the factors themselves, with the other sides of the weight at 1."""
-        return (tensor - 1).flatten()
+        return (tensor.float() - 1).flatten()  # in halves the distance would be rounded
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], path: str, shapes: Shapes) -> Mapping[str, float]:

@@ -67,7 +67,10 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "LokrAdapter | Decomposed
         raise UserError(f"the factors do not fit one another: {_shapes(own)}") from None
     if [out1 * out2, in1 * in2] != list(weight_shape(site)[:2]):
         raise UserError(f"{_shapes(own)} do not fit a {type(site).__name__} of {weight_shape(site)}")
-    adapter = LokrAdapter(site, own, float(tensors[ALPHA]) if ALPHA in tensors else 0.0)
+    alpha = float(tensors[ALPHA]) if ALPHA in tensors else 0.0
+    if W1 in own and W2 in own and not math.isfinite(alpha):
+        alpha = 0.0  # the rank that was asked for, as 100000, is beyond 16 bits, and here no rank scales
+    adapter = LokrAdapter(site, own, alpha)
     return read_decomposed(site, adapter, tensors[MAGNITUDE]) if MAGNITUDE in tensors else adapter
 
 

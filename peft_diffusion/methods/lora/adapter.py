@@ -11,9 +11,9 @@ from ...core.adapter import Adapter, Factors, LowRank, Site, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
 from ...core.reduction import Truncation, reduced_matrix, reduced_pair
+from ...core.weight_change import change_of
 from ..shared import sites
 from ..shared.affine import WeightChange, read_alpha, require, single, weight_shape
-from ..shared.changes import change_of
 from ..shared.hyper_parameters import ALPHA
 from . import DOWN, MID, SINGULAR, UP
 

@@ -10,40 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.adapter import Adapter, Site
-from ...core.errors import DamagedError, UserError
+from ...core.errors import DamagedError
 from ...core.site import base_class
+from ...core.weight_change import serves as serves
+from ...core.weight_change import weight_shape as weight_shape
 from .hyper_parameters import ALPHA
-
-
-def serves(site: Site) -> bool:
-    """Tell whether a module is a Linear, or a convolution without groups.
-
-    Args:
-        site: A module of a base.
-
-    Returns:
-        Whether it is.
-    """
-    return isinstance(site, nn.Linear) or (isinstance(site, nn.Conv2d) and site.groups == 1)
-
-
-def weight_shape(site: Site) -> tuple[int, ...]:
-    """Tell the shape of a weight, even where it is stored packed.
-
-    Args:
-        site: A Linear or Conv2d.
-
-    Returns:
-        (out, in) or (out, in, height, width).
-
-    Raises:
-        UserError: It is another module.
-    """
-    if isinstance(site, nn.Conv2d):
-        return (site.out_channels, site.in_channels, *site.kernel_size)
-    if isinstance(site, nn.Linear):
-        return (site.out_features, site.in_features)
-    raise UserError(f"this method serves Linear and Conv2d, not {type(site).__name__}")
 
 
 def applied(site: Site, x: Tensor, weight: Tensor) -> Tensor:

@@ -254,9 +254,119 @@ def schedule_free(arena: Arena, rates: Mapping[str, float], decays: Decays, reco
     return ScheduleFree(arena, optimizer, kept, ("k", "weight_sum", "lr_max"))
 
 
+def adafactor(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
+    """Make Adafactor (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235), at the rates that are given, not its own.
+
+    Args:
+        arena: What is trained.
+        rates: The learning rate of each group.
+        decays: The weight decay of each group.
+        records: Whether steps may be recorded.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        UserError: pytorch-optimizer is not installed.
+    """
+    options = {"betas": (None, 0.999), "relative_step": False, "scale_parameter": False}
+    return _of_library("adafactor", "AdaFactor", arena, _groups_of_members(arena, rates, decays), options)
+
+
+def lion(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
+    """Make Lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675).
+
+    Args:
+        arena: What is trained.
+        rates: The learning rate of each group.
+        decays: The weight decay of each group.
+        records: Whether steps may be recorded.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        UserError: pytorch-optimizer is not installed.
+    """
+    return _of_library("lion", "Lion", arena, _groups(arena, rates, decays), {})
+
+
+def came(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
+    """Make CAME (Luo et al. 2023, https://arxiv.org/abs/2307.02047).
+
+    Args:
+        arena: What is trained.
+        rates: The learning rate of each group.
+        decays: The weight decay of each group.
+        records: Whether steps may be recorded.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        UserError: pytorch-optimizer is not installed.
+    """
+    return _of_library("came", "CAME", arena, _groups_of_members(arena, rates, decays), {})
+
+
+def _of_library(
+    name: OptimizerName, kind: str, arena: Arena, groups: Sequence[dict[str, Any]], options: Mapping[str, Any]
+) -> FlatOptimizer:
+    """An optimizer of pytorch-optimizer with its state made, so that there is one to fill before the first step."""
+    check_optimizer(name)
+    import pytorch_optimizer
+
+    optimizer = getattr(pytorch_optimizer, kind)(list(groups), **options)
+    kept: dict[str, Tensor] = {}
+    for group_name, group in zip(arena.groups, optimizer.param_groups, strict=True):
+        optimizer.init_group(group)
+        for number, parameter in enumerate(group["params"]):
+            state = optimizer.state[parameter]
+            kept |= _named(f"{group_name}.{number}", state, [key for key in state if isinstance(state[key], Tensor)])
+    return CountingOptimizer(arena, optimizer, kept, ("step",))
+
+
+def prodigy_plus(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
+    """Make Prodigy with schedule-free averaging (https://github.com/LoganBooker/prodigy-plus-schedule-free), by groups.
+
+    Args:
+        arena: What is trained.
+        rates: Factors of the rate that it finds, for each group.
+        decays: The weight decay of each group.
+        records: Whether steps may be recorded.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        UserError: prodigy-plus-schedule-free is not installed.
+    """
+    try:
+        from prodigyplus import ProdigyPlusScheduleFree
+    except ImportError:
+        raise _missing("prodigy-plus") from None
+    optimizer = ProdigyPlusScheduleFree(_groups_of_members(arena, rates, decays))
+    kept: dict[str, Tensor] = {"z": arena.flat.detach().clone()}
+    counted = ("d", "d_prev", "d_denom", "d_numerator", "prev_d_numerator", "max_d_numerator", "weight_sum")
+    for name, group in zip(arena.groups, optimizer.param_groups, strict=True):
+        group.update({key: float(group.get(key, 0)) for key in counted})
+        for number, parameter in enumerate(group["params"]):
+            state = optimizer.initialise_state(parameter, group)
+            state["z"] = arena.view_in(kept["z"], parameter)
+            state["p0"] = state["p0"].expand_as(state["s"]).clone()  # of a parameter of zeros it is one number
+            kept |= _named(
+                f"{name}.{number}", state, [key for key in state if isinstance(state[key], Tensor) and key != "z"]
+            )
+    return ScheduleFree(arena, optimizer, kept, ("k", *counted))
+
+
 # The package that an optimizer needs, and the extra of this one that brings it.
 _PACKAGES: dict[OptimizerName, tuple[str, str]] = {
     "adamw8bit": ("bitsandbytes", "quantize"),
+    "adafactor": ("pytorch_optimizer", "optimizers"),
+    "lion": ("pytorch_optimizer", "optimizers"),
+    "came": ("pytorch_optimizer", "optimizers"),
+    "prodigy-plus": ("prodigyplus", "optimizers"),
     "prodigy": ("prodigyopt", "optimizers"),
     "schedule-free": ("schedulefree", "optimizers"),
 }
@@ -287,6 +397,10 @@ Build: TypeAlias = Callable[[Arena, Mapping[str, float], Decays, bool], FlatOpti
 OPTIMIZERS: dict[OptimizerName, Build] = {
     "adamw": adamw,
     "adamw8bit": adamw8bit,
+    "adafactor": adafactor,
+    "lion": lion,
+    "came": came,
+    "prodigy-plus": prodigy_plus,
     "prodigy": prodigy,
     "schedule-free": schedule_free,
 }
@@ -296,6 +410,14 @@ OPTIMIZERS: dict[OptimizerName, Build] = {
 def _groups(arena: Arena, rates: Mapping[str, float], decays: Decays) -> list[dict[str, Any]]:
     return [
         {"params": [parameter], "lr": rates[name], "weight_decay": decays[name]} for name, parameter in arena.groups.items()
+    ]
+
+
+def _groups_of_members(arena: Arena, rates: Mapping[str, float], decays: Decays) -> list[dict[str, Any]]:
+    """For optimizers that look at rows and columns: the parameters themselves, which are views of the arena."""
+    return [
+        {"params": list(parameters), "lr": rates[name], "weight_decay": decays[name]}
+        for name, parameters in arena.members.items()
     ]
 
 

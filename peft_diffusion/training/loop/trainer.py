@@ -14,11 +14,14 @@ from ...core.arena import Arena
 from ...core.errors import UserError
 from ...core.events import Event, Never, Observer, Stop
 from ...fast.cuda_graph import Inputs, Recorder, cause, to_device
-from ..events import Data, Losses, Measured, Signals, Step, StepLoss, Unrecorded
+from ..events import Data, Losses, Measured, Signals, Step, StepLeftOut, StepLoss, Unrecorded
 from ..machine.processes import Processes
 from ..settings.choices import OptimizerName, Scheduler
-from .learning_rate import rate
+from .learning_rate import Shape, rate
+from .loss_scale import LossScale
 from .optimizers import OPTIMIZERS, FlatOptimizer
+
+_SCALE = "loss_scale"  # among the tensors of a state
 
 
 class Task(Protocol):
@@ -52,9 +55,10 @@ class Task(Protocol):
 class TrainerSettings:
     """How to minimize. ``rates`` has a learning rate per group of the arena; ``clip`` and ``ema`` 0 are off.
 
-    ``patience`` is how many measurements may pass without a new lowest one before the run ends; 0 is any number.
-    ``cuda_graph`` runs the steps from CUDA graphs, on CUDA. Groups among ``undecayed`` have no weight decay: embeddings are
-    no changes, which 0 would undo.
+    ``patience`` is how many measurements may pass without a new lowest one before the run ends; 0 is any number. ``ends``
+    has the step from which a group learns no more, for those that end before the run. ``cuda_graph`` runs the steps from
+    CUDA graphs, on CUDA. ``loss_scaling`` is for gradients that are computed in float16. Groups among ``undecayed`` have no
+    weight decay: embeddings are no changes, which 0 would undo.
     """
 
     steps: int
@@ -62,6 +66,10 @@ class TrainerSettings:
     accumulation: int = 1
     scheduler: Scheduler = "constant"
     warmup: int = 0
+    cycles: int = 1
+    power: float = 1.0
+    decay: float = 0.2
+    ends: Mapping[str, int] = field(default_factory=dict)
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float = 0.0
@@ -71,6 +79,7 @@ class TrainerSettings:
     cuda_graph: bool = True
     undecayed: frozenset[str] = frozenset()
     optimizer: OptimizerName = "adamw"
+    loss_scaling: bool = False
 
 
 class Passes(Protocol):
@@ -202,6 +211,8 @@ class Trainer:
         self.follow = torch.zeros((), device=arena.flat.device)  # how far the average moves to the weights
         self.unrecorded: str | None = None
         self.records = settings.cuda_graph and arena.flat.device.type == "cuda"
+        self.loss_scale = LossScale(arena.flat.device) if settings.loss_scaling else None
+        self.left_out: set[int] = set()  # steps whose losses were not read yet
         self.optimizer = self._optimizer()
         device = arena.flat.device
         self.gradients = Recorder(self._add_gradients, lambda: [arena.grad, self.total], device, lambda: self.passes.full)
@@ -265,6 +276,8 @@ class Trainer:
         tensors = {"parameters": self.arena.flat, **self.optimizer.tensors()}
         if self.average is not None:
             tensors["average"] = self.average
+        if self.loss_scale is not None:
+            tensors[_SCALE] = self.loss_scale.kept
         return TrainerState(self.step, tensors, self.divergence)
 
     def held(self) -> list[Tensor]:
@@ -283,7 +296,9 @@ class Trainer:
         own = self.state().tensors
         for name, tensor in own.items():
             tensor.copy_(state.tensors[name])
-        self.optimizer.go_on_from(state.step)
+        if self.loss_scale is not None:
+            self.loss_scale.go_on()
+        self.optimizer.go_on_from(state.step - (self.loss_scale.left_out if self.loss_scale else 0))
         self.step = self.saved = state.step
         self.divergence = state.divergence
 
@@ -334,15 +349,25 @@ class Trainer:
         if self.average is not None:
             # The first steps weigh little in a long average: it follows faster while it is young.
             self.follow.fill_(1 - min(settings.ema, (2 + self.step) / (11 + self.step)))
-        if self.optimizer.records:
-            self._do(self.update, {})
+        if self.loss_scale is None or self.loss_scale.unscale(self.arena.grad):
+            if self.optimizer.records:
+                self._do(self.update, {})
+            else:
+                self._update({})
         else:
-            self._update({})
+            self._leave_out(self.loss_scale)
         self.unread.append(self.total.clone())
         self.step += 1
         self.tell(Step(self.step, settings.steps))
         for action in self.after_step:
             action(self.step)
+
+    def _leave_out(self, scale: LossScale) -> None:
+        """Go on without the update of a step whose gradients were not finite. Raises Diverged where none ever are."""
+        self.left_out.add(self.step + 1)
+        if scale.hopeless:
+            raise self._lost(self.step + 1, "the gradients are not finite at any loss scale")
+        self.tell(StepLeftOut(self.step + 1, scale.left_out, scale.scale))
 
     def _do(self, recorder: Recorder, inputs: Inputs) -> None:
         """Work of a step, from its recording where there can be one."""
@@ -363,7 +388,7 @@ class Trainer:
         """Forward and backward of a micro-batch."""
         with self.passes.passing():
             loss = self.task.loss(inputs) / self.settings.accumulation
-            loss.backward()
+            (loss if self.loss_scale is None else loss * self.loss_scale.factor).backward()
         self.total.add_(loss.detach())
 
     def _update(self, _: Inputs) -> None:
@@ -376,12 +401,15 @@ class Trainer:
 
     def _updated(self) -> list[Tensor]:
         """All that ``_update`` changes."""
-        state = self.state().tensors
+        state = {name: tensor for name, tensor in self.state().tensors.items() if name != _SCALE}
         return [self.arena.grad, *state.values(), *self.optimizer.counters()]
 
     def _rates(self, step: int) -> dict[str, float]:
-        factor = rate(self.settings.scheduler, step, self.settings.steps, self.settings.warmup)
-        return {name: factor * self.settings.rates[name] for name in self.arena.groups}
+        settings = self.settings
+        shape = Shape(settings.cycles, settings.power, settings.decay)
+        factor = rate(settings.scheduler, step, settings.steps, settings.warmup, shape)
+        ended = {name for name, end in settings.ends.items() if step >= end}
+        return {name: 0.0 if name in ended else factor * settings.rates[name] for name in self.arena.groups}
 
     def _read(self) -> None:
         """Fetch the losses from the device, and stop where they are no good."""
@@ -390,7 +418,9 @@ class Trainer:
         first = self.step - len(self.unread) + 1
         values = torch.stack(self.unread).tolist()
         self.unread.clear()
-        losses = [StepLoss(step, loss, self._rates(step - 1)) for step, loss in enumerate(values, first)]
+        read = [(step, loss) for step, loss in enumerate(values, first) if step not in self.left_out]
+        losses = [StepLoss(step, loss, self._rates(step - 1)) for step, loss in read]
+        self.left_out.clear()
         self.tell(Losses(tuple(itertools.takewhile(lambda loss: math.isfinite(loss.loss), losses))))
         for loss in losses:
             if not math.isfinite(loss.loss):

@@ -9,7 +9,7 @@ def pick_precision(asked: Precision, device: torch.device) -> Precision:
     """Choose the precision of the base in training.
 
     Args:
-        asked: ``auto`` is bfloat16 on a GPU that has it, else float32.
+        asked: ``auto`` is bfloat16 on a GPU that has it, float16 on an older one, else float32.
         device: Where it trains.
 
     Returns:
@@ -17,4 +17,6 @@ def pick_precision(asked: Precision, device: torch.device) -> Precision:
     """
     if asked != "auto":
         return asked
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"

@@ -382,8 +382,8 @@ def _is_step(value: Any) -> bool:
 
 def _entries(line: Mapping[str, Any]) -> dict[str, Any]:
     """What in a line of metrics is of the kind that runs write, which all who read the line may rely on."""
-    tables = {name: value for name, value in line.items() if name in _TABLES and isinstance(value, dict)}
-    return {name: value for name, value in line.items() if name not in _TABLES and _is_number(value)} | tables
+    right = {name: isinstance(value, dict) if name in _TABLES else _is_number(value) for name, value in line.items()}
+    return {name: value for name, value in line.items() if right[name]}  # in their order, which the checksum is of
 
 
 def has_checksums(path: Path) -> bool:

@@ -8,8 +8,8 @@ from ... import methods
 from ...bases import family as families
 from ...bases.family import Family
 from ...core.errors import UserError
-from ...core.settings import Settings, pick, settings_of
-from .choices import OptimizerName, Precision
+from ...core.settings import Settings, flag, pick, settings_of
+from .choices import AVERAGES, FINDS_RATE, OptimizerName, Precision
 from .pictures import PRESET_ROLES, ResolvedConfig, TrainConfig, output_path, preset_components, run_path
 from .placements import ranked
 from .presets import (
@@ -17,6 +17,7 @@ from .presets import (
     HELD_OUT_FROM,
     KEPT,
     LONGEST,
+    RATE_LIKE,
     SMALL,
     TEXT_DEFAULTS,
     TEXT_RATES,
@@ -164,12 +165,14 @@ def resolve(
     if config.components == preset_components(config.preset):
         del found.asked["components"]
         found.put({"components": adapted_components(config, family)}, preset)
+    elif (left := adapted_components(config, family)) != config.components:
+        found.put({"components": left}, "without those of rate 0")
     found.put_precision(precision, device)
     _put_rates(found, config, family, for_base)
     found.fill({"debiased": _debiased(config, family)}, f"from method {config.method} for {base.name}")
     if found.values["debiased"]:
         found.put({"min_snr_gamma": 0.0}, "from debiased")
-    if config.optimizer == "schedule-free":
+    if config.optimizer in AVERAGES:
         found.fill({"scheduler": "constant"}, f"from optimizer {config.optimizer}")
     found.fill(family.defaults(config.preset), for_base)
     if not ranked(config):
@@ -191,9 +194,15 @@ def _put_rates(found: Derivation, config: TrainConfig, family: Family, for_base:
     settings, defaults = _rate_settings(family, found.values), family.defaults(config.preset)
 
     def rate(component: str, method: str) -> float:
-        given: float | None = getattr(config, settings[component])
-        usual: float = defaults[settings[component]]
-        return given or own_rate(config.optimizer, methods.find(method).rates.on_pictures(usual, small=family.small))
+        setting = settings[component]
+        like = RATE_LIKE.get(setting, setting)
+        given: float | None = getattr(config, setting)
+        if given is None:
+            given = getattr(config, like)
+        usual: float = defaults[like]
+        if given is not None:
+            return given
+        return own_rate(config.optimizer, methods.find(method).rates.on_pictures(usual, small=family.small))
 
     found.put({"block": tuple(with_rate(text, settings, rate) for text in config.block)}, "with the rates of this run")
     rates = {setting: rate(component, config.method) for component, setting in settings.items()}
@@ -218,7 +227,7 @@ def _rate_settings(family: Family, known: Container[str]) -> dict[str, str]:
 
 def _rate_source(config: SharedConfig, for_base: str) -> str:
     """Where a learning rate that nobody chose comes from, in words."""
-    if config.optimizer == "prodigy":
+    if config.optimizer in FINDS_RATE or config.optimizer == "lion":
         return f"from optimizer {config.optimizer}"
     return for_base if config.method == SharedConfig.method else f"from method {config.method}, {for_base}"
 
@@ -255,9 +264,29 @@ def adapted_components(config: TrainConfig, family: Family) -> tuple[str, ...]:
         Those that were chosen, or the family's own of the preset's roles; the text encoders for a method that reads words.
     """
     if config.components != preset_components(config.preset):
-        return config.components
+        return _learning(config, config.components)
     reads_words = not config.block and methods.find(config.method).reads_words
-    return family.by_roles(("text encoder",) if reads_words else PRESET_ROLES[config.preset])
+    return _learning(config, family.by_roles(("text encoder",) if reads_words else PRESET_ROLES[config.preset]))
+
+
+def _learning(config: TrainConfig, components: tuple[str, ...]) -> tuple[str, ...]:
+    """The components but those that a rate of 0 freezes. Raises UserError where none is left."""
+    frozen = _frozen(config)
+    left = tuple(name for name in components if name not in frozen)
+    if not left:
+        flags = " and ".join(sorted({flag(families.rate_setting(name)) for name in components}))
+        raise UserError(f"{flags} 0 leaves nothing to train; --components and other rates choose what learns")
+    return left
+
+
+def _frozen(config: TrainConfig) -> frozenset[str]:
+    """The components, of all families, whose learning rate was said to be 0."""
+    rates = {name: row.rate for name, row in families.components().items() if row.role != "language model"}
+    given = {name: getattr(config, rate, None) for name, rate in rates.items()}
+    given |= {
+        name: getattr(config, RATE_LIKE[rate]) for name, rate in rates.items() if given[name] is None and rate in RATE_LIKE
+    }
+    return frozenset(name for name, rate in given.items() if rate == 0)
 
 
 def undecided(config: AskedSettings) -> frozenset[str]:
@@ -272,7 +301,7 @@ def undecided(config: AskedSettings) -> frozenset[str]:
     left_out = {one.name for one in settings_of(type(config)) if getattr(config, one.name) is None}
     completed = {"block"} if config.block else set()
     completed |= {"precision"} if config.precision == "auto" else set()
-    if isinstance(config, TrainConfig) and config.components == preset_components(config.preset):
+    if isinstance(config, TrainConfig) and (config.components == preset_components(config.preset) or _frozen(config)):
         completed |= {"components"}
     return frozenset(left_out | completed)
 
@@ -346,9 +375,11 @@ def own_rate(optimizer: OptimizerName, rate: float) -> float:
         rate: The rate.
 
     Returns:
-        The rate; 1 for an optimizer that finds it, which takes a factor.
+        The rate; 1 for an optimizer that finds it, which takes a factor; a fifth for Lion.
     """
-    return 1.0 if optimizer == "prodigy" else rate
+    # Lion's steps have the size of the rate in every number, which its authors set 3 to 10 times lower (Chen et al. 2023,
+    # https://arxiv.org/abs/2302.06675, section 5).
+    return 1.0 if optimizer in FINDS_RATE else rate / 5 if optimizer == "lion" else rate
 
 
 def with_rate(block: str, components: Container[str], rate: Callable[[str, str], float]) -> str:

@@ -8,6 +8,7 @@ from .pictures import ResolvedConfig, TrainConfig
 
 _OF_CLASS = (lambda config: bool(config.class_prompt or config.regularisation), "--class-prompt or --regularisation")
 _OF_PREVIEWS = (lambda config: config.preview_steps > 0, "--preview-steps above 0")
+_OF_LOGITS = (lambda config: config.timestep_bias == "logit-normal", "--timestep-bias logit-normal")
 _OF_LOSS = (lambda config: config.loss != "l2", "--loss huber or smooth-l1")
 
 # By name: whether it does something, and what it needs for that.
@@ -15,11 +16,17 @@ _NEEDS: dict[str, tuple[Callable[[ResolvedConfig], bool], str]] = {
     "keep_tags": (lambda config: config.shuffle_tags, "--shuffle-tags"),
     "huber_c": _OF_LOSS,
     "huber_schedule": _OF_LOSS,
+    "cycles": (lambda config: config.scheduler == "cosine-with-restarts", "--scheduler cosine-with-restarts"),
+    "power": (lambda config: config.scheduler == "polynomial", "--scheduler polynomial"),
+    "decay": (lambda config: config.scheduler == "warmup-stable-decay", "--scheduler warmup-stable-decay"),
+    "logit_mean": _OF_LOGITS,
+    "logit_std": _OF_LOGITS,
     "class_images": (lambda config: bool(config.class_prompt), "--class-prompt"),
     "prior_weight": _OF_CLASS,
     "prior_target": _OF_CLASS,
     "preview_every": _OF_PREVIEWS,
     "preview_prompts": _OF_PREVIEWS,
+    "preview_prompts_file": _OF_PREVIEWS,
 }
 
 
@@ -39,7 +46,7 @@ def idle(asked: TrainConfig, config: ResolvedConfig) -> list[str]:
     rates = {name: families.rate_setting(name) for name in families.components()}
     used = {rates[name] for name in config.components}
     for rate in given:
-        if rate in rates.values() and rate not in used:
+        if rate in rates.values() and rate not in used and getattr(asked, rate) != 0:
             trained = next(name for name, own in rates.items() if own == rate)
             found.append((rate, f"--components {','.join((*config.components, trained))}"))
     return [f"{flag(name)} does nothing without {needs}" for name, needs in found]

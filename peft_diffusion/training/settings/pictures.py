@@ -1,9 +1,13 @@
 """What a training on pictures is told: one dataclass for flags, TOML file and Python. Imports no torch."""
 
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, field
 from pathlib import Path
 
 from ...bases import family as families
+from ...bases.asked import AskedPrediction
 from ...bases.family import Role
 from ...core.errors import UserError, did_you_mean
 from ...core.settings import (
@@ -85,6 +89,13 @@ class _PictureConfig:
         "character or thing from a few pictures.",
         RESULT,
         free_on_resume=True,
+    )
+
+    prediction: AskedPrediction = setting(
+        "auto",
+        "What the base predicts, epsilon or v, where its files do not say it or say it wrongly; a run tests what they say "
+        "on the first pictures, and warns.",
+        RESULT,
     )
 
     trigger: str = setting(
@@ -245,13 +256,34 @@ class TrainConfig(SharedConfig, _PictureConfig):
     )
     batch_size: int | None = setting(None, "Pictures computed at once; lower it when memory runs out.", LEARNING, COUNT)
     unet_lr: float | None = setting(
-        None, "Learning rate of the UNet. Lower it when the loss rises, raise it when nothing changes.", LEARNING, POSITIVE
+        None,
+        "Learning rate of the UNet. Lower it when the loss rises, raise it when nothing changes; 0 freezes it.",
+        LEARNING,
+        NATURAL,
     )
     text_encoder_lr: float | None = setting(
-        None, "Learning rate of the text encoders, when they are among the components.", LEARNING, POSITIVE
+        None, "Learning rate of the text encoders, when they are among the components; 0 freezes them.", LEARNING, NATURAL
+    )
+    text_encoder_2_lr: float | None = setting(
+        None, "Learning rate of SDXL's second text encoder; by default that of the first. 0 freezes it.", LEARNING, NATURAL
+    )
+    text_encoder_until: float = setting(
+        1.0,
+        "Share of the run in which text encoders learn; afterwards they stay as they are, and words keep what they mean.",
+        LEARNING,
+        Range(0, 1, above=True),
+    )
+    block_lr: Texts = setting(
+        (),
+        "BLOCK=RATE: the learning rate of what is trained in a block, such as down_blocks.1, mid, up.0 or OUT05, in place "
+        "of its component's; 0 freezes it. Give it again for more.",
+        LEARNING,
     )
     scheduler: Scheduler | None = setting(
-        None, "Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine or in a line.", LEARNING
+        None,
+        "Course of the learning rate after the warm-up: constant, or falling to 0 as a cosine (with restarts), in a "
+        "line, as a power of one, or at the end alone.",
+        LEARNING,
     )
     warmup: int | None = setting(
         None, "Steps in which the learning rate rises from 0; by default at most a fifth of the run.", LEARNING, NATURAL
@@ -262,7 +294,20 @@ class TrainConfig(SharedConfig, _PictureConfig):
     timestep_bias: TimestepBias | None = setting(
         None,
         "Timesteps to draw more often: later ones, with more noise, where colours and forms are decided; earlier "
-        "ones, where surfaces and lines are; or none.",
+        "ones, where surfaces and lines are; those in the middle (logit-normal); or none.",
+        LEARNING,
+    )
+    logit_mean: float = setting(
+        0.0,
+        "Where logit-normal has its middle: above 0 among the noisier timesteps, below 0 among the others.",
+        LEARNING,
+        Range(-10, 10),
+    )
+    logit_std: float = setting(1.0, "How wide logit-normal is; lower draws fewer far from its middle.", LEARNING, POSITIVE)
+    timesteps: str = setting(
+        "",
+        "FIRST-LAST: train on these timesteps alone, of 0 (nearly clean) to 1000 (noise); 500-1000 for composition, 0-500 "
+        "for surfaces. By default all.",
         LEARNING,
     )
     noise_offset: float = setting(
@@ -325,6 +370,12 @@ class TrainConfig(SharedConfig, _PictureConfig):
     preview_prompts: Texts = setting(
         (), "Prompts of the previews; by default captions of pictures kept apart.", WATCH, free_on_resume=True
     )
+    preview_prompts_file: OptionalPath = setting(
+        None,
+        "A text file with a preview a line, as generate --prompts-file reads it; a prompt in quotes takes its options too.",
+        WATCH,
+        free_on_resume=True,
+    )
     preview_every: int | None = setting(
         None,
         "Steps between previews; 0 draws them at start and end only, which is the default on a CPU.",
@@ -353,6 +404,8 @@ class TrainConfig(SharedConfig, _PictureConfig):
             raise UserError(f"--components {','.join(unknown) or 'is empty'}: there are {', '.join(known)}{near}")
         if self.shard_base and self.quantize:
             raise UserError("--shard-base cannot shard what --quantize packs; leave one of them away")
+        timestep_range(self.timesteps)
+        block_rates(self.block_lr)
         if self.debiased and self.min_snr_gamma:
             raise UserError("--debiased and --min-snr-gamma weigh timesteps both; leave one of them away")
 
@@ -368,6 +421,7 @@ class ResolvedConfig(TrainConfig, Resolved):
     caption_dropout: float
     unet_lr: float
     text_encoder_lr: float
+    text_encoder_2_lr: float
     steps: int
     batch_size: int
     scheduler: Scheduler
@@ -380,6 +434,48 @@ class ResolvedConfig(TrainConfig, Resolved):
     keep_last: int
     preview_every: int
     class_images: int
+
+
+def block_rates(texts: Sequence[str]) -> dict[str, float]:
+    """Read learning rates of blocks.
+
+    Args:
+        texts: ``BLOCK=RATE`` each.
+
+    Returns:
+        The rates by the name of the block.
+
+    Raises:
+        UserError: A text is none.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, told = text.rpartition("=")
+        rate = float(told) if re.fullmatch(r"\d*\.?\d+(?:[eE][+-]?\d+)?", told.strip()) else math.nan
+        if not name.strip() or not math.isfinite(rate):
+            raise UserError(f"--block-lr {text!r}: give a block and its rate, as in mid=1e-5")
+        found[name.strip()] = rate
+    return found
+
+
+def timestep_range(text: str) -> tuple[int, int] | None:
+    """Read a range of timesteps.
+
+    Args:
+        text: ``FIRST-LAST``, or nothing.
+
+    Returns:
+        Both; None for all timesteps.
+
+    Raises:
+        UserError: It is no range.
+    """
+    first, dash, last = text.partition("-")
+    if not text:
+        return None
+    if not (dash and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise UserError(f"--timesteps {text!r}: give the first and the last, as in 0-500")
+    return int(first), int(last)
 
 
 def output_path(config: TrainConfig) -> Path:

@@ -11,6 +11,8 @@ CLASS_IMAGES = 100
 
 # What suits a base by its size: below this many parameters, and from there on.
 SMALL = 50_000_000
+# Rates that are another one's where nothing is said of them.
+RATE_LIKE = {"text_encoder_2_lr": "text_encoder_lr"}
 LONGEST = 1024  # tokens of a window, unless more are asked for
 TEXT_DEFAULTS: dict[bool, dict[str, Any]] = {
     True: {"steps": 300, "batch_size": 8},

@@ -66,9 +66,10 @@ def changes(before: Mapping[str, Any], now: AskedSettings | RunSettings, open: C
     current = to_json(now)
     # A run of an older version was told nothing of what came later, and went by what is the default now.
     defaults = {one.name: plain(one.default) for one in settings_of(type(now)) if one.default is not MISSING}
+    unknown = {name for name, default in defaults.items() if default is None and name not in before}  # derived now
     before = defaults | dict(before)
     if not ranked(now):  # an older version wrote down a rank that said nothing
         before["rank"] = current["rank"]
-    free = free_on_resume(type(now)) | set(open)
+    free = free_on_resume(type(now)) | set(open) | unknown
     names = [name for name in current if name not in free and before.get(name) != current[name]]
     return [f"{flag(name)} was {before.get(name)}, now {current[name]}" for name in names]

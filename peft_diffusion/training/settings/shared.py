@@ -15,6 +15,7 @@ from ...core.settings import (
     Flag,
     Group,
     OptionalPath,
+    Range,
     Settings,
     Texts,
     setting,
@@ -23,7 +24,7 @@ from ...core.settings import (
 )
 from ...formats import layout as layouts
 from ...formats.layout import SaveDtype
-from .choices import Keep, LogWith, Memory, OptimizerName, Precision, Quantize, Scheduler
+from .choices import AVERAGES, Keep, LogWith, Memory, OptimizerName, Precision, Quantize, Scheduler
 
 RESULT = Group("What to make", 1)
 ADAPTER = Group("Adapter", 3)
@@ -93,6 +94,8 @@ class RunSettings(Settings, MethodSettings, Protocol):
     @property
     def save_dtype(self) -> SaveDtype: ...
     @property
+    def precision(self) -> Precision: ...
+    @property
     def run_dir(self) -> Path: ...
     @property
     def steps(self) -> int: ...
@@ -106,6 +109,12 @@ class RunSettings(Settings, MethodSettings, Protocol):
     def scheduler(self) -> Scheduler: ...
     @property
     def warmup(self) -> int: ...
+    @property
+    def cycles(self) -> int: ...
+    @property
+    def power(self) -> float: ...
+    @property
+    def decay(self) -> float: ...
     @property
     def weight_decay(self) -> float: ...
     @property
@@ -166,11 +175,23 @@ class SharedConfig:
 
     steps: int | None = setting(None, "Number of steps.", LEARNING, COUNT, free_on_resume=True)
 
+    cycles: int = setting(1, "Cosines of the scheduler cosine-with-restarts, each from the full rate on.", LEARNING, COUNT)
+    power: float = setting(
+        1.0, "Of the scheduler polynomial: above 1 it falls early, below 1 late; 1 is a line.", LEARNING, POSITIVE
+    )
+    decay: float = setting(
+        0.2,
+        "Share of the run in which the scheduler warmup-stable-decay falls, at its end.",
+        LEARNING,
+        Range(0, 1, above=True),
+    )
+
     optimizer: OptimizerName = setting(
         "adamw",
         "What moves the weights: adamw; adamw8bit, whose state takes a quarter of the memory (needs bitsandbytes); "
-        "prodigy, which finds its learning rate (prodigyopt); or schedule-free, for a run that may end at any step "
-        "(schedulefree).",
+        "adafactor, lion or came, which hold less too (pytorch-optimizer); prodigy, which finds its learning rate "
+        "(prodigyopt); schedule-free, for a run that may end at any step (schedulefree); or prodigy-plus, which is both "
+        "(prodigy-plus-schedule-free).",
         OPTIMIZER,
     )
     accumulation: int = setting(
@@ -245,7 +266,8 @@ class SharedConfig:
     device: str = setting("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.", MACHINE, free_on_resume=True)
     precision: Precision = setting(
         "auto",
-        "Precision of the base in training; auto is bfloat16 on a GPU that has it, else float32. Adapters are float32.",
+        "Precision of the base in training; auto is bfloat16 on a GPU that has it, float16 on an older one, where losses "
+        "are scaled, and else float32. Adapters are float32.",
         MACHINE,
     )
     cuda_graph: bool = setting(
@@ -274,8 +296,8 @@ class SharedConfig:
         settle(self)
         if self.save_as != layouts.DEFAULT:
             layouts.find(self.save_as)
-        if self.optimizer == "schedule-free" and self.ema:
-            raise UserError("--optimizer schedule-free averages the weights itself; leave --ema away")
+        if self.optimizer in AVERAGES and self.ema:
+            raise UserError(f"--optimizer {self.optimizer} averages the weights itself; leave --ema away")
 
 
 @settings_class(kw_only=True)

@@ -10,13 +10,14 @@ from PIL import Image
 
 from ...bases import BaseInfo, denoiser_of, describe
 from ...bases.pipelines import Pipeline
-from ...bases.prompt_syntax import escaped
+from ...bases.prompt_syntax import words
 from ...core.events import Observer, progress
 from ...core.files import explained, write_bytes
 from ...data import subfolders
 from ...data.folder import TrainingImage, scan
 from ...data.images import check_picture
 from ...data.prompts import in_words
+from ...data.wildcards import Wildcards
 from ..drawing import Drawing
 from ..events import ClassNotKept, ClassPictures, DataRead
 from ..loop.seeds import seed_of
@@ -83,7 +84,8 @@ def _of_folders(config: ResolvedConfig, tell: Observer) -> list[TrainingImage]:
     tell(DataRead("pictures", tuple(folder.describe()), tuple(map(str, folder.problems)), of_class=True))
     folder.check()
     found = subfolders.apply(folder.pictures)
-    return [one if one.caption else replace(one, caption=(*config.class_prompt, "")[0]) for one in found]
+    usual = next((_caption(prompt, config) for prompt in config.class_prompt), "")
+    return [one if one.caption else replace(one, caption=usual) for one in found]
 
 
 def _drawn(
@@ -93,7 +95,8 @@ def _drawn(
     info = describe(pipe)
     size = config.resolution // info.step * info.step
     folder = class_folder(config, info, size)
-    prompts = [config.class_prompt[number % len(config.class_prompt)] for number in range(config.class_images)]
+    given = [config.class_prompt[number % len(config.class_prompt)] for number in range(config.class_images)]
+    prompts = [Wildcards().draw(prompt, number) for number, prompt in enumerate(given)]
     seeds = [seed_of("class picture", number) for number in range(len(prompts))]
     paths = [folder / f"{number:04}.png" for number in range(len(prompts))]
     starts = range(0, len(prompts), _BATCH)
@@ -110,8 +113,9 @@ def _drawn(
             if start in missing:
                 with small_vae(denoiser_of(pipe).vae, size):
                     # The base's own sampler and noise of each picture's own seed: the same pictures wherever they are drawn.
-                    given = prompts[own] if config.weighted_captions else list(map(escaped, prompts[own]))
-                    found = drawing.class_pictures(pipe, given, seeds[own], size=size, steps=_STEPS, guidance=_GUIDANCE)
+                    found = drawing.class_pictures(
+                        pipe, prompts[own], seeds[own], size=size, steps=_STEPS, guidance=_GUIDANCE
+                    )
                     for path, picture in zip(paths[own], found, strict=True):
                         if processes.leads:
                             write_bytes(path, _png(picture))
@@ -119,9 +123,14 @@ def _drawn(
     processes.wait()
     checked = [check_picture(path) for path in paths]
     return [
-        TrainingImage(path, f"class/{path.name}", prompt, "none", one.width, one.height, one.digest)
+        TrainingImage(path, f"class/{path.name}", _caption(prompt, config), "none", one.width, one.height, one.digest)
         for path, prompt, one in zip(paths, prompts, checked, strict=True)
     ]
+
+
+def _caption(prompt: str, config: ResolvedConfig) -> str:
+    """What a picture is learned with that the base drew for a prompt."""
+    return prompt if config.weighted_captions else words(prompt)
 
 
 def _png(picture: Image.Image) -> bytes:

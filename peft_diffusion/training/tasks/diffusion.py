@@ -6,6 +6,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +23,15 @@ from ...core.errors import UserError
 from ...data import masks
 from ...data.buckets import Batch, Bucket, batches, repeated, steps_per_epoch
 from ...data.captions import CaptionRules
-from ...data.latents import LatentCache, TextCache, cache_text
+from ...data.latents import LatentCache, TextCache, cache_text, ready
 from ..attachment import at_strength, evaluating
 from ..events import Signals
 from ..loop.seeds import generator, global_seed, seed_of
 from ..machine.preflight import peak
 from ..machine.processes import Processes
 from ..settings.choices import HuberSchedule, Loss, PriorTarget, TimestepBias
-from . import objective
+from ..settings.pictures import timestep_range
+from . import objective, prediction
 from .layer_changes import layer_changes
 
 _DRAWS = 8  # noises and timesteps per held-out picture
@@ -109,6 +111,9 @@ class DiffusionSettings:
     accumulation: int = 1
     min_snr_gamma: float = 0.0
     timestep_bias: TimestepBias = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    timesteps: str = ""
     noise_offset: float = 0.0
     multires_noise: float = 0.0
     zero_terminal_snr: bool = False
@@ -162,6 +167,7 @@ class DiffusionTask:
         self.trains_text = any(site.adapters(encoder, name) for encoder in self.text.encoders)
         self.prediction = prediction_type(self.denoiser.prediction)
         self.powers = noise_schedule(self.denoiser, settings.zero_terminal_snr).to(self.device)
+        self.chosen_timesteps = _timesteps(settings, len(self.powers))
         self._epoch: tuple[int, tuple[Batch, ...]] = (-1, ())
         self._base_answers: list[Tensor] = []
 
@@ -251,7 +257,7 @@ class DiffusionTask:
         mean, std = latents.stack(entries)
         clean = mean.float() + std.float() * torch.randn(mean.shape, generator=chance)
         noise = objective.noise(tuple(mean.shape), settings.noise_offset, chance)
-        timesteps = objective.timesteps(len(mean), len(self.powers), settings.timestep_bias, chance)
+        timesteps = objective.timesteps(len(mean), len(self.powers), self.chosen_timesteps, chance)
         hiding = torch.randint(masks.COUNT, (len(mean),), generator=chance).tolist() if self.denoiser.inpaints else ()
         if settings.multires_noise:
             noise = objective.pyramid(noise, settings.multires_noise, chance)
@@ -309,6 +315,35 @@ class DiffusionTask:
         loss = objective.weighted(objective.per_image(errors, inputs.get("where")), self._weights(inputs, power))
         return objective.counted(loss, inputs["shares"][0]) if self.fills else loss
 
+    @torch.no_grad()
+    def fitting_prediction(self, entries: Sequence[int] | None = None, seed: int = 0) -> str | None:
+        """Test what the base predicts, on pictures with much noise: see `prediction.fitting`.
+
+        Args:
+            entries: Of the training pictures; by default the first ones.
+            seed: Of the noise.
+
+        Returns:
+            ``epsilon`` or ``v_prediction``; None where neither fits, and for a flow, which is another process.
+        """
+        if self.prediction not in prediction.TESTED:
+            return None
+        chosen = list(range(len(self.train.latents.entries)))[: prediction.PICTURES] if entries is None else list(entries)
+        cases = [(entry, place) for entry in chosen for place in prediction.places(self.powers.cpu())]
+        found: list[prediction.Answers] = []
+        with self.evaluating(), self._base():
+            for number, (entry, place) in enumerate(cases):
+                mean, _ = self.train.latents.stack([entry])
+                latents = self.denoiser.scaled(mean.float())
+                noise = objective.noise(tuple(mean.shape), 0.0, generator("prediction", seed, number))
+                prompts = [self._plain(self.train.caption(entry))]
+                inputs = {"latents": latents, "noise": noise, "timesteps": torch.tensor([place])}
+                inputs |= self._conditioning_inputs(self.train.latents, [entry], prompts, [0])
+                answer, _ = self.answer({name: tensor.to(self.device) for name, tensor in inputs.items()})
+                power = self.powers[place].cpu()
+                found.append(prediction.Answers(answer.float().cpu(), latents, noise, power))
+        return prediction.fitting(found)
+
     def held_out(self) -> float | None:
         """The plain loss on the pictures kept apart: fixed noise, timesteps spread evenly, whatever the run's settings."""
         return None if self.unseen is None else self._fixed_loss(self.unseen, self._chunks(self.unseen))
@@ -346,8 +381,9 @@ class DiffusionTask:
         vae = self.denoiser.vae
         vae.to(self.device)
         pixels = torch.stack([torch.from_numpy(np.array(picture.convert("RGB"))) for picture in pictures])
-        given = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.device, next(vae.parameters()).dtype)
-        means = [vae.encode(one[None]).latent_dist.mean.float().cpu() for one in given]
+        encoder: Any = ready(vae)
+        given = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.device, next(encoder.parameters()).dtype)
+        means = [encoder.encode(one[None]).latent_dist.mean.float().cpu() for one in given]
         if self.device.type != "cpu":
             vae.to("cpu")
         return torch.cat(means)
@@ -577,6 +613,15 @@ class DiffusionTask:
         where = examples.where(entries).to(self.device) if examples.masked else None
         losses: list[float] = objective.per_image(objective.errors(answer, wanted), where).tolist()
         return losses
+
+
+def _timesteps(settings: DiffusionSettings, count: int) -> objective.Timesteps:
+    """The timesteps that a run draws. Raises UserError where the base has none of those that were named."""
+    within = timestep_range(settings.timesteps)
+    if within is not None and within[0] >= count:
+        raise UserError(f"--timesteps {settings.timesteps}: the base has the timesteps 0 to {count - 1}")
+    within = None if within is None else (within[0], min(within[1], count))
+    return objective.Timesteps(settings.timestep_bias, within, settings.logit_mean, settings.logit_std)
 
 
 def noise_schedule(denoiser: Denoiser, zero_terminal_snr: bool) -> Tensor:

@@ -4,6 +4,7 @@
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +14,25 @@ from ...bases.noise import Prediction, over
 from ..settings.choices import HuberSchedule, Loss, TimestepBias
 
 
-def timesteps(batch: int, count: int, bias: TimestepBias, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Timesteps:
+    """Which timesteps are drawn, and how often.
+
+    Attributes:
+        bias: Bends the shares: half of all are then in the last fourth of the schedule (later), in the first (earlier), or
+            around its middle (logit-normal, Esser et al. 2024, https://arxiv.org/abs/2403.03206, equation 19).
+        within: The first one, and the one after the last; None for all.
+        mean: Of the logits; above 0 are more in the noisier half.
+        std: Of the logits.
+    """
+
+    bias: TimestepBias = "none"
+    within: tuple[int, int] | None = None
+    mean: float = 0.0
+    std: float = 1.0
+
+
+def timesteps(batch: int, count: int, chosen: Timesteps, generator: torch.Generator) -> Tensor:
     """Draw timesteps: one from each of as many equal shares of the schedule, in random order.
 
     Each by itself is as likely as any other, but together they cover the schedule, and their mean loss varies less (Kingma
@@ -22,7 +41,7 @@ def timesteps(batch: int, count: int, bias: TimestepBias, generator: torch.Gener
     Args:
         batch: How many.
         count: The timesteps that there are.
-        bias: Bends the shares: half of all are then in the last fourth of the schedule (later), or in the first (earlier).
+        chosen: Which of them.
         generator: The chance.
 
     Returns:
@@ -30,11 +49,14 @@ def timesteps(batch: int, count: int, bias: TimestepBias, generator: torch.Gener
     """
     places = torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator, dtype=torch.float64)
     share = places / batch
-    if bias == "later":
+    if chosen.bias == "later":
         share = 1 - (1 - share).square()
-    elif bias == "earlier":
+    elif chosen.bias == "earlier":
         share = share.square()
-    return (share * count).long().clamp(max=count - 1)
+    elif chosen.bias == "logit-normal":
+        share = torch.sigmoid(chosen.mean + chosen.std * torch.special.ndtri(share))
+    first, end = chosen.within or (0, count)
+    return (first + share * (end - first)).long().clamp(max=end - 1)
 
 
 def noise(shape: tuple[int, ...], offset: float, generator: torch.Generator) -> Tensor:

@@ -16,7 +16,7 @@ from ...bases.prompts import CHUNK, Reading, TextSide
 from ...core.errors import UserError
 from ...core.events import Observer, Warned, progress
 from ...core.files import at_home, refuse_overlaps
-from ...core.shortening import shortened
+from ...core.shortening import brief, shortened
 from ...data import subfolders
 from ...data.arrangement import KEPT, alone, cropped
 from ...data.buckets import (
@@ -35,10 +35,11 @@ from ...data.folder import ImageFolder, TrainingImage, check_folders, scan
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
 from ...data.problems import number_of
-from ...data.prompts import refuse_files, words_of
+from ...data.prompt_lines import read_prompts
+from ...data.prompts import instructions, refuse_files
 from ..attachment import check_placements, selected_components, with_words
 from ..beginning import with_rank_of_file
-from ..drawing import Drawing
+from ..drawing import Drawing, PreviewPrompt
 from ..events import COLD, IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
@@ -72,13 +73,39 @@ class Prepared:
     class_pictures: tuple[TrainingImage, ...] = ()
 
     @property
-    def prompts(self) -> list[str]:
+    def prompts(self) -> list[PreviewPrompt]:
         """The prompts of the previews: those asked for, or captions of pictures kept apart, or else of any."""
-        if self.config.preview_prompts:
-            return list(self.config.preview_prompts)
+        asked = asked_previews(self.config)
+        if asked:
+            return asked
         examples = self.held_out or self.train
         captions = dict.fromkeys(self.rules.plain(caption) for caption in examples.captions)
-        return list(captions) if self.config.weighted_captions else list(map(escaped, captions))
+        read = captions if self.config.weighted_captions else map(escaped, captions)
+        return [PreviewPrompt(caption) for caption in read]
+
+
+def asked_previews(config: TrainConfig | ResolvedConfig) -> list[PreviewPrompt]:
+    """Read the prompts of previews that were asked for.
+
+    Args:
+        config: The settings of the run.
+
+    Returns:
+        The prompts; none where captions are drawn.
+
+    Raises:
+        UserError: The file, or what a line says, cannot be read.
+    """
+    of_file = () if config.preview_prompts_file is None else read_prompts(config.preview_prompts_file)
+    return [PreviewPrompt.of_line(line, number) for number, line in enumerate((*config.preview_prompts, *of_file))]
+
+
+def _check_previews(config: ResolvedConfig, info: BaseInfo) -> None:
+    """Raise UserError for sizes of previews that the base cannot draw."""
+    for one in asked_previews(config):
+        for side in (one.width, one.height):
+            if side is not None and (side < 1 or side % info.step):
+                raise UserError(f'the preview "{brief(one.written)}" has a side of {side}, no multiple of {info.step}')
 
 
 def reading_of(config: TrainConfig | ResolvedConfig) -> Reading:
@@ -197,6 +224,7 @@ def prepare(
     _tell_odd(config, resolved, apart, tell)
     rules = replace(rules, dropout=resolved.caption_dropout)
     text.check()
+    _check_previews(resolved, info)
     _tell_prompts([*kept, *apart], rules, text, tell)
     of_class = class_images.pictures(resolved, pipe, tell, drawing, processes)
     if going_on is not None:
@@ -214,7 +242,9 @@ def _checked(config: TrainConfig) -> CaptionRules:
     """The rules of captions, after seeing what can be told before the base is loaded. Raises UserError for it."""
     parse_colour(config.background)
     subfolders.check(config.repeats, config.folder_weight)
-    refuse_files((*config.preview_prompts, *config.class_prompt))
+    refuse_files(config.preview_prompts, "read it with --preview-prompts-file")
+    refuse_files(config.class_prompt)
+    asked_previews(config)
     for folders in filter(None, (config.folder, config.regularisation)):
         check_folders(folders)
     dropout = config.caption_dropout or 0.0
@@ -257,7 +287,7 @@ def _loaded(
     """The base on its device, or this process's part of it. Raises UserError for one that cannot be used."""
     source = config.base if pipe is None else pipe
     first = "cpu" if processes.shares_base else config.device
-    pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize)
+    pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize, prediction=config.prediction)
     denoiser = denoiser_of(pipe)
     denoiser.check_learns()
     components = adapted_components(config, denoiser.family)
@@ -396,10 +426,11 @@ def _tell_prompts(pictures: Sequence[TrainingImage], rules: CaptionRules, text: 
                 f"{number_of(places, 'caption')} with [trigger] or [name], which --trigger WORDS fills; as it is, it is read"
             )
         )
+    weighted = text.reading.weights != "none"
     odd = [
         f"{one.path}: {', '.join(taken)}"
         for one, prompt in zip(pictures, prompts, strict=True)
-        if (taken := words_of(prompt).taken)
+        if (taken := instructions(prompt, weighted=weighted, wildcards=rules.wildcards))
     ]
     if odd:
         message = f"{number_of(len(odd), 'prompt')} with what other programs read as instructions, learned here as letters:"

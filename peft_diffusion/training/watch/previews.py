@@ -2,8 +2,10 @@
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
@@ -14,7 +16,7 @@ from ...core.events import Observer, Warned
 from ...core.files import explained, write_bytes
 from ...core.parsing import json_value
 from ...data.prompts import in_words
-from ..drawing import Drawing
+from ..drawing import Drawing, PreviewPrompt
 from ..events import Preview
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
@@ -50,7 +52,7 @@ class Previews:
         self,
         folder: Path,
         task: DiffusionTask,
-        prompts: Sequence[str],
+        prompts: Sequence[PreviewPrompt],
         drawing: Drawing,
         weights: Callable[[], AbstractContextManager[None]],
         tell: Observer,
@@ -61,7 +63,12 @@ class Previews:
     ) -> None:
         self.folder = folder
         self.task = task
-        self.prompts = in_words(prompts, tell)
+        words = in_words([text for one in prompts for text in (one.prompt, one.negative)], tell)
+        self.asked = [
+            replace(one, prompt=prompt, negative=negative)
+            for one, prompt, negative in zip(prompts, words[::2], words[1::2], strict=True)
+        ]
+        self.prompts = [one.written or one.prompt for one in self.asked]
         self.drawing = drawing
         self.steps = steps
         self.every = every
@@ -72,8 +79,8 @@ class Previews:
 
     def peak(self) -> int:
         """The most bytes that drawing is predicted to hold at once, beside the pipeline."""
-        with small_vae(self.task.denoiser.vae, self.size):
-            return self.task.peak_of_drawing(self._at_once, self.size)
+        with small_vae(self.task.denoiser.vae, self._largest):
+            return self.task.peak_of_drawing(self._at_once, self._largest)
 
     def draw_base(self) -> None:
         """The base's own pictures, at strength 0."""
@@ -149,28 +156,49 @@ class Previews:
         if not self.task.settings.processes.leads:
             return
         files = self._keep(row, pictures)
-        self.tell(Preview(step, tuple(self.prompts), pictures, files, self.task.nearness(pictures)))
+        of_size = [picture for picture in pictures if picture.size == (self.size, self.size)]
+        near = self.task.nearness(of_size) if of_size else None
+        self.tell(Preview(step, tuple(self.prompts), pictures, files, near))
 
     def pictures(self) -> list[Image.Image]:
         """Draw a picture for each prompt, with what the pipeline carries now; nothing is written."""
         pipe = self.task.pipe
         self.task.restore()
         pictures: list[Image.Image] = []
-        with self.task.evaluating(), small_vae(self.task.denoiser.vae, self.size):
-            for start in range(0, len(self.prompts), self._at_once):
-                prompts = self.prompts[start : start + self._at_once]
+        with self.task.evaluating(), small_vae(self.task.denoiser.vae, self._largest):
+            for start, batch in self._batches():
+                first = batch[0]
                 pictures += self.drawing.previews(
                     pipe,
-                    prompts,
-                    [seed_of(_SEED, "preview", start + row) for row in range(len(prompts))],
-                    size=self.size,
-                    steps=self.steps,
-                    guidance=_GUIDANCE,
+                    [one.prompt for one in batch],
+                    [
+                        seed_of(_SEED, "preview", start + row) if one.seed is None else one.seed
+                        for row, one in enumerate(batch)
+                    ],
+                    against=[one.negative for one in batch],
+                    size=(first.width or self.size, first.height or self.size),
+                    steps=first.steps or self.steps,
+                    guidance=_GUIDANCE if first.guidance is None else first.guidance,
                     from_pure_noise=self.task.settings.zero_terminal_snr,
                     clip_skip=self.task.settings.reading.clip_skip,
                 )
         self.task.offload()
         return pictures
+
+    def _batches(self) -> Iterator[tuple[int, list[PreviewPrompt]]]:
+        """Prompts that are drawn together, and the place of the first of them."""
+        place = 0
+        for _, alike in groupby(self.asked, key=lambda one: (one.width, one.height, one.steps, one.guidance)):
+            group = list(alike)
+            for start in range(0, len(group), self._at_once):
+                batch = group[start : start + self._at_once]
+                yield place, batch
+                place += len(batch)
+
+    @property
+    def _largest(self) -> int:
+        """The longest side of a picture, in pixels."""
+        return max(side or self.size for one in self.asked for side in (one.width, one.height))
 
     @property
     def _at_once(self) -> int:

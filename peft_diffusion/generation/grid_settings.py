@@ -1,0 +1,174 @@
+"""What ``grid`` is told: settings, and the values that they take over the sheet. Imports no torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UserError, did_you_mean
+from ..core.settings import PARAMETERS, Flag, OnePath, explained, setting, settings_class, settings_of
+from ..data.prompts import refuse_files
+from . import amounts
+from .recipe import check_target
+from .settings import SEEDS, Choice, GenerateConfig, Sampling
+
+_REPLACE = "replace"
+_SETTINGS = ("steps", "guidance", "guidance_stop", "scheduler", "seed", "width", "height", "negative", "prompt_2",
+             "prompt_weights", "clip_skip", "zero_negative", "variation_seed", "variation_strength")  # fmt: skip
+_AXIS = (
+    "NAME=VALUE,VALUE (or | between): steps, guidance, scheduler, seed, ..., the name of an adapter file for its strength, "
+    "or replace=WORD,OTHER,... for words of the prompt."
+)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Values along one side of a sheet.
+
+    Attributes:
+        name: A setting, an adapter, or ``replace``.
+        values: As they were typed.
+    """
+
+    name: str
+    values: tuple[str, ...]
+
+    def label(self, value: str) -> str:
+        """Say a value in words.
+
+        Args:
+            value: As it was typed.
+
+        Returns:
+            What stands above its column, or beside its row.
+        """
+        return value if self.name == _REPLACE else f"{self.name} {value}"
+
+
+@dataclass(frozen=True)
+class Cellwise:
+    """How one picture is drawn."""
+
+    config: GenerateConfig
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The pictures of a row, and what stands beside them."""
+
+    label: str
+    cells: tuple[Cellwise, ...]
+
+
+@explained
+@settings_class(kw_only=True)
+class GridConfig(Sampling):
+    """The sheet that ``grid`` draws: columns over one setting, rows over up to two more and over prompts."""
+
+    x: str = setting("seed=0,1,2", f"Columns, as {_AXIS}", PARAMETERS)
+    y: str | None = setting(None, "Rows, in the same way.", PARAMETERS)
+    z: str | None = setting(None, "Rows around those rows, in the same way.", PARAMETERS)
+    output: OnePath = setting(
+        Path("grid.png"), "The .png file of the sheet, which is replaced.", PARAMETERS, flag=Flag(aliases=("-o",))
+    )
+    seed: int = setting(0, "The noise that pictures start from.", PARAMETERS, SEEDS)
+
+    def plain(self) -> GenerateConfig:
+        """What all pictures share."""
+        names = {one.name for one in fields(self)}
+        return GenerateConfig(**{one.name: getattr(self, one.name) for one in fields(GenerateConfig) if one.name in names})
+
+    @property
+    def columns(self) -> list[str]:
+        """What stands above each column."""
+        (axis,) = self._axes(self.x)
+        return [axis.label(value) for value in axis.values]
+
+    def _axes(self, *texts: str | None) -> list[Axis]:
+        return [_axis(text) for text in texts if text is not None]
+
+    def rows(self, plain: GenerateConfig) -> list[Row]:
+        """Say how every picture is drawn.
+
+        Args:
+            plain: What they share.
+
+        Returns:
+            Row by row.
+
+        Raises:
+            UserError: There is no such setting or value.
+        """
+        (across,), down = self._axes(self.x), self._axes(self.z, self.y)
+        places: list[list[tuple[Axis, str]]] = [[]]
+        for axis in down:
+            places = [[*place, (axis, value)] for place in places for value in axis.values]
+        rows = []
+        for prompt in plain.prompts:
+            for place in places:
+                one = Cellwise(replace(plain, prompts=(prompt,)), self.choices())
+                told = [axis.label(value) for axis, value in place]
+                cells = tuple(_changed(one, [*place, (across, value)]) for value in across.values)
+                rows.append(Row("\n".join([*told, *([prompt] if len(plain.prompts) > 1 or not told else [])]), cells))
+        return rows
+
+    def check(self) -> None:
+        """Find out what can be told without the base.
+
+        Raises:
+            UserError: A value, an adapter or a file cannot be used.
+        """
+        refuse_files(self.prompts)
+        check_target(self.output)
+        self.rows(self.plain())
+
+
+def _axis(text: str) -> Axis:
+    """Read an axis. Raises UserError."""
+    name, equals, told = text.partition("=")
+    values = tuple(value.strip() for value in told.split("|" if "|" in told else ","))
+    if not equals or not all(values):
+        raise UserError(f"a side of the sheet is {_AXIS} {text!r} is none")
+    key = name.strip()
+    spelled = key.lower().replace("-", "_")
+    return Axis(spelled if spelled in (*_SETTINGS, _REPLACE) else key, values)
+
+
+def _changed(one: Cellwise, place: Sequence[tuple[Axis, str]]) -> Cellwise:
+    """How a picture is drawn at a place of the sheet. Raises UserError."""
+    for axis, value in place:
+        named = [choice for choice in one.choices if choice.name == axis.name]
+        if axis.name == _REPLACE:
+            one = replace(one, config=_reworded(one.config, axis.values[0], value))
+        elif axis.name in _SETTINGS:
+            one = replace(one, config=_set(one.config, axis.name, value))
+        elif len(named) == 1:
+            strength, parts = amounts.parse(value, axis.name)
+            found = replace(named[0], strength=strength, parts=parts)
+            one = replace(one, choices=tuple(found if choice is named[0] else choice for choice in one.choices))
+        else:
+            there = [*_SETTINGS, _REPLACE, *(choice.name for choice in one.choices)]
+            raise UserError(
+                f"a sheet has no side {axis.name!r}; there are: {', '.join(there)}{did_you_mean(axis.name, there)}"
+            )
+    return one
+
+
+def _reworded(config: GenerateConfig, word: str, other: str) -> GenerateConfig:
+    texts = (*config.prompts, config.negative)
+    if not any(word in text for text in texts):
+        raise UserError(f"no prompt holds {word!r}, which is to be replaced")
+    prompts = tuple(prompt.replace(word, other) for prompt in config.prompts)
+    return replace(config, prompts=prompts, negative=config.negative.replace(word, other))
+
+
+def _set(config: GenerateConfig, name: str, value: str) -> GenerateConfig:
+    (described,) = (one for one in settings_of(GenerateConfig) if one.name == name)
+    kinds: dict[object, Callable[[str], object]] = {int: int, float: float, bool: {"true": True, "false": False}.__getitem__}
+    try:
+        found = kinds.get(described.single, str)(value)
+    except (ValueError, KeyError):
+        raise UserError(f"{name} cannot be {value!r} on a side of the sheet") from None
+    changes: dict[str, Any] = {name: found}
+    return replace(config, **changes)

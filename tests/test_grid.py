@@ -1,0 +1,73 @@
+"""Sheets over values of settings: each picture is that of a call of its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from making import make_adapter
+from PIL import Image
+
+from peft_diffusion import Adapters, GenerateConfig, GridConfig, UserError, generate, grid
+from peft_diffusion.generation.sampler import Cell, paint
+from peft_diffusion.generation.settings import Sampling
+
+
+def test_each_picture_of_a_sheet_is_that_of_a_call_of_its_own(tiny_base: Path, tmp_path: Path) -> None:
+    file = make_adapter(tmp_path / "ink.safetensors", tiny_base, 1)
+    common: dict[str, Any] = {"base": str(tiny_base), "device": "cpu"}
+    config = GridConfig("a red cat", adapter=str(file), steps=2, x="ink=0|te:0|0.5", y="scheduler=Euler a,DDIM",
+                        z="replace=red,green", output=tmp_path / "sheet.png", **common)  # fmt: skip
+    made = grid(config)
+    assert [len(row) for row in made.pictures] == [3] * 4 and config.columns == ["ink 0", "ink te:0", "ink 0.5"]
+    with Image.open(tmp_path / "sheet.png") as image:
+        kept = json.loads(image.info["peft_diffusion"])["sheet"]
+    for number, (prompt, scheduler) in enumerate((p, s) for p in ("a red cat", "a green cat") for s in ("euler-a", "ddim")):
+        for column, strength in enumerate(("0", "te:0", "0.5")):
+            told = {"adapter": f"{file}={strength}", "scheduler": scheduler, "output": tmp_path / "a.png", **common}
+            (alone,) = generate(GenerateConfig(prompt, steps=2, **told))
+            found = made.pictures[number][column]
+            assert np.abs(np.asarray(found, int) - np.asarray(alone.image, int)).max() <= 1
+            assert made.recipes[number][column] == alone.recipe
+            assert kept[number][column]["prompt"] == prompt and kept[number][column]["scheduler"] == scheduler
+    assert made.pictures[0][0].tobytes() != made.pictures[0][1].tobytes() != made.pictures[0][2].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("sides", "said"),
+    [
+        ({"x": "stepz=1,2"}, "no side 'stepz'; there are: steps"), ({"x": "steps=1,many"}, "steps cannot be 'many'"),
+        ({"x": "steps=0,1"}, "--steps must be 1 or more"), ({"y": "replace=dog,mouse"}, "no prompt holds 'dog'"),
+        ({"z": "seed"}, "a side of the sheet is"), ({"y": "scheduler=magic"}, "no scheduler 'magic'"),
+    ],
+)  # fmt: skip
+def test_a_side_that_cannot_be_is_refused_before_anything_is_loaded(sides: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        GridConfig("a cat", **sides).check()
+
+
+def slerp(val: float, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """That of A1111, over (channels, height, width)."""
+    low_norm, high_norm = low / torch.norm(low, dim=1, keepdim=True), high / torch.norm(high, dim=1, keepdim=True)
+    omega = torch.acos((low_norm * high_norm).sum(1))
+    so = torch.sin(omega)
+    return (torch.sin((1.0 - val) * omega) / so).unsqueeze(1) * low + (torch.sin(val * omega) / so).unsqueeze(1) * high
+
+
+def test_a_variation_starts_from_the_noise_of_two_seeds_as_in_a1111(tiny_pipe: DiffusionPipeline) -> None:
+    seen: list[torch.Tensor] = []
+    hook = tiny_pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    told: dict[str, Any] = {"steps": 1, "guidance": 1.0}
+    for share in (0.0, 0.3, 1.0):
+        varied = Sampling(variation_seed=7, variation_strength=share, **told)
+        list(paint(Adapters(tiny_pipe), [Cell("a cat", seed, {}) for seed in (1, 2)], varied))
+    hook.remove()
+    first, second, other = (torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))[0] for seed in (1, 2, 7))
+    for share, found in zip((0.0, 0.3, 1.0), seen, strict=True):
+        for noise, latents in zip((first, second), found, strict=True):
+            torch.testing.assert_close(latents, slerp(share, noise, other), atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="name it with --variation-seed"):
+        Sampling(variation_strength=0.5)

@@ -1,0 +1,151 @@
+"""Schedulers by the names of A1111, the noise levels that they step through, and adapters for few steps."""
+
+import importlib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from making import make_adapter
+from PIL import Image
+
+from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, blend, generate
+from peft_diffusion.bases.schedulers import SCHEDULERS, canonical, label
+from peft_diffusion.core.events import Event, Noted, Warned
+from peft_diffusion.generation.distilled import KINDS
+from peft_diffusion.generation.sampler import scheduler_of
+from peft_diffusion.generation.settings import Sampling
+
+STEPS = 10
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("Euler a", "euler-a"), ("PLMS", "pndm"), ("DPM++ 2M Karras", "dpm++-karras"),
+        ("DPM++ SDE Karras", "dpm++-sde-karras"),
+        ("DPM++ 3M SDE Exponential", "dpm++-3m-sde-exponential"), ("DPM++ 2M SGM Uniform", "dpm++-trailing"),
+        ("DPM2 a Karras", "dpm2-a-karras"), ("Euler Beta", "euler-beta"), ("dpmpp_2m_sde karras", "dpm++-2m-sde-karras"),
+        ("euler_ancestral sgm_uniform", "euler-a-trailing"), ("uni_pc", "unipc"), ("LCM", "lcm"), ("dpm++-karras",) * 2,
+    ],
+)  # fmt: skip
+def test_schedulers_have_the_names_of_other_programs(theirs: str, ours: str) -> None:
+    assert Sampling(scheduler=theirs).scheduler == ours
+    assert canonical(label(ours)) == ours
+
+
+@pytest.mark.parametrize("wrong", ["karras", "DPM adaptive", "euler-a-karras-karras", ""])
+def test_a_scheduler_that_is_not_there_is_refused(wrong: str) -> None:
+    with pytest.raises(UserError, match="there is no scheduler"):
+        Sampling(scheduler=wrong)
+
+
+def levels(pipe: DiffusionPipeline, name: str) -> Any:
+    scheduler = scheduler_of(Adapters(pipe), [], Sampling(scheduler=name, steps=STEPS))
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+def ends(pipe: DiffusionPipeline) -> tuple[float, float]:
+    """The largest noise level of Stable Diffusion and the smallest, as k-diffusion's wrapper has them."""
+    config = pipe.scheduler.config
+    betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, 1000, dtype=torch.float64) ** 2
+    powers = (1 - betas).cumprod(0)
+    sigmas = ((1 - powers) / powers).sqrt()
+    return float(sigmas[-1]), float(sigmas[0])
+
+
+@pytest.mark.parametrize("name", ["euler", "dpm++", "dpm++-sde", "dpm++-2m-sde", "dpm++-3m-sde"])
+def test_noise_levels_are_spaced_as_k_diffusion_spaces_them(name: str, tiny_pipe: DiffusionPipeline) -> None:
+    """Its ``get_sigmas_karras`` and ``get_sigmas_exponential``, and A1111's beta, over the whole range of the model."""
+    largest, smallest = ends(tiny_pipe)
+    assert largest == pytest.approx(14.6146, abs=1e-3) and smallest == pytest.approx(0.0292, abs=1e-4)
+    ramp, rho = np.linspace(0, 1, STEPS), 7.0
+    karras = (largest ** (1 / rho) + ramp * (smallest ** (1 / rho) - largest ** (1 / rho))) ** rho
+    exponential = np.exp(np.linspace(np.log(largest), np.log(smallest), STEPS))
+    for spacing, wanted in (("karras", karras), ("exponential", exponential)):
+        np.testing.assert_allclose(levels(tiny_pipe, f"{name}-{spacing}").sigmas, [*wanted, 0], rtol=1e-4, atol=1e-6)
+    if find_spec("scipy") is None:
+        with pytest.raises(UserError, match="scipy"):
+            levels(tiny_pipe, f"{name}-beta")
+    else:
+        beta = importlib.import_module("scipy.stats").beta
+        wanted = smallest + beta.ppf(1 - ramp, 0.6, 0.6) * (largest - smallest)
+        np.testing.assert_allclose(levels(tiny_pipe, f"{name}-beta").sigmas, [*wanted, 0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "euler-a", "dpm++", "dpm++-2m-sde", "ddpm", "tcd"])
+def test_trailing_steps_begin_at_the_noisiest(name: str, tiny_pipe: DiffusionPipeline) -> None:
+    if name != "tcd":  # which takes its own, from the noisiest as well
+        wanted = np.round(np.arange(1000, 0, -1000 / STEPS)) - 1
+        np.testing.assert_array_equal(levels(tiny_pipe, f"{name}-trailing").timesteps, wanted)
+    assert levels(tiny_pipe, f"{name}-trailing").timesteps[0] == 999 > levels(tiny_pipe, "ddim").timesteps[0]
+
+
+def test_what_a_scheduler_cannot_do_is_told(tiny_pipe: DiffusionPipeline) -> None:
+    for name in ("ddim", "euler-a", "lcm", "pndm"):
+        with pytest.raises(UserError, match=f"{name} cannot space its noise levels so: karras"):
+            levels(tiny_pipe, f"{name}-karras")
+    with pytest.raises(UserError, match="lcm cannot take 200 steps"):
+        scheduler_of(Adapters(tiny_pipe), [], Sampling(scheduler="lcm", steps=200))
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("lcm-lora-sdv1-5", (4, 1.0, "lcm")), ("Hyper-SD15-8steps-lora", (8, 1.0, "ddim-trailing")),
+        ("Hyper-SDXL-12steps-CFG-lora", (12, 5.0, "ddim-trailing")), ("Hyper-SDXL-1step-lora", (1, 1.0, "tcd")),
+        ("sdxl_lightning_2step_lora", (2, 1.0, "euler-trailing")), ("sd_xl_turbo_lora_v1", (4, 1.0, "euler-a-trailing")),
+        ("dmd2_sdxl_4step_lora", (4, 1.0, "lcm")), ("TCD-SDXL-LoRA", (4, 1.0, "tcd")),
+        ("lightning_bolts", (25, 5.0, None)), ("hyperrealism", (25, 5.0, None)), ("turbo_cars", (25, 5.0, None)),
+    ],
+)  # fmt: skip
+def test_adapters_for_few_steps_are_known_by_their_names(
+    name: str, wanted: tuple[Any, ...], tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft_diffusion.generation import distilled, settings
+
+    choice = settings.Choice(tmp_path / f"{name}.safetensors", plan=_Plan())  # type: ignore[arg-type]
+    taken = distilled.for_few_steps(Sampling(), [choice], lambda _: None)
+    assert (taken.taken_steps, taken.guided_by, taken.scheduler) == wanted
+    titled = settings.Choice(tmp_path / "a.safetensors", plan=_Plan({"ss_output_name": name}))  # type: ignore[arg-type]
+    assert distilled.for_few_steps(Sampling(), [titled], lambda _: None) == taken
+    given = Sampling(steps=30, guidance=3.0, scheduler="heun")
+    assert distilled.for_few_steps(given, [choice], lambda _: None) == given
+
+
+class _Plan:
+    """As much of a plan as tells names."""
+
+    def __init__(self, metadata: dict[str, str] | None = None) -> None:
+        self.header = self
+        self.metadata = metadata or {}
+
+
+def test_a_picture_in_few_steps_is_told_and_kept(tiny_base: Path, tmp_path: Path) -> None:
+    file = make_adapter(tmp_path / "lcm-lora.safetensors", tiny_base, 1, size=0.1)
+    told: list[Event] = []
+    common: dict[str, Any] = {"base": str(tiny_base), "device": "cpu", "adapter": str(file)}
+    (first,) = generate(
+        GenerateConfig("a cat", negative="dull", output=tmp_path / "a.png", **common), observers=[told.append]
+    )
+    assert (first.recipe.steps, first.recipe.guidance, first.recipe.scheduler) == (4, 1.0, "lcm")
+    assert any(isinstance(one, Noted) and "--steps 4 --guidance 1 --scheduler lcm" in one.message for one in told)
+    assert any(isinstance(one, Warned) and "negative prompt has no effect" in one.message for one in told)
+    with Image.open(tmp_path / "a.png") as image:
+        assert "Sampler: LCM" in image.info["parameters"]
+    (again,) = generate(
+        GenerateConfig(recipe=tmp_path / "a.png", output=tmp_path / "b.png", base=str(tiny_base), device="cpu")
+    )
+    assert again.image.tobytes() == first.image.tobytes()
+    (own,) = generate(GenerateConfig("a cat", steps=2, scheduler="Euler a", output=tmp_path / "c.png", **common))
+    assert (own.recipe.steps, own.recipe.guidance, own.recipe.scheduler) == (2, 1.0, "euler-a")
+    other = make_adapter(tmp_path / "flat.safetensors", tiny_base, 2)
+    common["adapter"] = (str(other), str(file))
+    drawn = blend(BlendConfig("a cat", columns=2, output=tmp_path / "sheet.png", **common))
+    assert {one.steps for one in drawn.recipes[0]} == {4}
+    assert len({kind.title for kind in KINDS}) == len(KINDS) and all(canonical(kind.scheduler) for kind in KINDS)
+    assert set(SCHEDULERS) >= {"lcm", "tcd"}
