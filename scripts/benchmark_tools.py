@@ -184,6 +184,11 @@ def _merge_ours(folder: Path, small: bool, kind: str = "whole", rank: int | None
     return lambda: _errors(output, _sum_of(folder, small), rank)
 
 
+def _at_peft(name: str) -> str:
+    """The name of a layer in peft's model: it merges nothing in a layer that has lora_ in its name."""
+    return f"site_{name.removeprefix('lora_')}"
+
+
 def _merge_peft(folder: Path, small: bool, kind: str = "whole", rank: int | None = None) -> Check:
     from peft import LoraConfig, get_peft_model
 
@@ -191,8 +196,8 @@ def _merge_peft(folder: Path, small: bool, kind: str = "whole", rank: int | None
     layers = nn.Module()
     for name, (outputs, inputs) in shapes.items():
         bare = nn.Linear(inputs, outputs, bias=False, device="meta", dtype=torch.float16)
-        layers.add_module(name, bare.to_empty(device="cpu"))  # takes no memory until it is written to
-    every = r"lora_[^.]*"  # peft takes minutes to look through a list of a thousand names
+        layers.add_module(_at_peft(name), bare.to_empty(device="cpu"))  # takes no memory until it is written to
+    every = r"site_[^.]*"  # peft takes minutes to look through a list of a thousand names
     config = LoraConfig(r=RANK, lora_alpha=RANK // 2, target_modules=every)
     model: Any = None
     for number in range(FILES):
@@ -202,7 +207,7 @@ def _merge_peft(folder: Path, small: bool, kind: str = "whole", rank: int | None
             model.add_adapter(f"n{number}", config, low_cpu_mem_usage=True)
         tensors = load_file(_file(folder, "merge", kind, number, small))
         for name in shapes:
-            layer = getattr(model.base_model.model, name)
+            layer = getattr(model.base_model.model, _at_peft(name))
             for own, theirs in ((layer.lora_A, "lora_down"), (layer.lora_B, "lora_up")):
                 own[f"n{number}"].weight = nn.Parameter(tensors[f"{name}.{theirs}.weight"].float())
     names = [f"n{number}" for number in range(FILES)]
@@ -212,7 +217,7 @@ def _merge_peft(folder: Path, small: bool, kind: str = "whole", rank: int | None
         model.add_weighted_adapter(names, [0.1] * FILES, "merged", combination_type="svd", svd_rank=rank)
     tensors = {}
     for name in shapes:
-        layer = getattr(model.base_model.model, name)
+        layer = getattr(model.base_model.model, _at_peft(name))
         tensors[f"{name}.lora_down.weight"] = layer.lora_A["merged"].weight.detach().half().contiguous()
         tensors[f"{name}.lora_up.weight"] = layer.lora_B["merged"].weight.detach().half().contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(layer.scaling["merged"] * len(tensors[f"{name}.lora_down.weight"]))

@@ -14,7 +14,7 @@ from torch import Tensor
 from .adapter import LowRank
 
 _SMALL = 256  # up to this side a full decomposition costs nothing
-_OVERSAMPLING, _ITERATIONS = 16, 4
+_OVERSAMPLING, _ITERATIONS = 32, 4
 _WIDE = 3  # from a third of all ranks on, a full decomposition is not slower than a randomized one
 
 

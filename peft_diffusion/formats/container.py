@@ -181,7 +181,9 @@ class Stored(Mapping[str, "Tensor"]):
         entry = self._header.tensors[name]
         with refusing(f"{self._header.path} cannot be read"), self._header.path.open("rb") as file:
             file.seek(entry.start)
-            data = file.read(entry.end - entry.start)
+            data = bytearray(entry.end - entry.start)
+            if file.readinto(data) != len(data):
+                raise UserError(f"{self._header.path} ends within tensor {name}")
         return _usable(self._header.path, {name: _tensor(data, entry)})[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -193,13 +195,13 @@ class Stored(Mapping[str, "Tensor"]):
         return len(self._header.tensors)
 
 
-def _tensor(data: bytes, entry: Entry) -> "Tensor":
+def _tensor(data: bytearray, entry: Entry) -> "Tensor":
     import torch
 
     dtype = torch_dtype(entry)
     if not data:
         return torch.empty(entry.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(entry.shape)
+    return torch.frombuffer(data, dtype=dtype).view(entry.shape)
 
 
 def torch_dtype(entry: Entry) -> "torch.dtype":
@@ -237,15 +239,25 @@ def read_pickle(path: Path) -> tuple[Header, dict[str, "Tensor"]]:
 
 
 def _usable(path: Path, tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
-    import torch
-
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.itemsize == 1:
             tensors[name] = tensor = tensor.float()
         # A single number may be one that its method has no use for, which knows that: see `file._refuse_not_finite`.
-        if tensor.is_floating_point() and tensor.numel() != 1 and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and tensor.numel() != 1 and not is_finite(tensor):
             raise UserError(f"{path}: tensor {name} holds NaN or infinity; the file is damaged or its training diverged")
     return tensors
+
+
+def is_finite(tensor: "Tensor") -> bool:
+    """Tell whether a tensor holds neither NaN nor infinity, in no memory of its size.
+
+    Args:
+        tensor: Of floating-point numbers.
+
+    Returns:
+        Whether all are finite.
+    """
+    return not tensor.numel() or all(math.isfinite(float(end)) for end in tensor.aminmax())  # either is NaN where one is
 
 
 def is_pickle(path: Path) -> bool:

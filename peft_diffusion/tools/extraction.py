@@ -63,14 +63,13 @@ def extract(config: ExtractConfig, *, observers: Sequence[Observer] = ()) -> Mad
 class _Left:
     """What differs and is in no site of the file: squared norms of the differences."""
 
-    same: int = 0
     tensors: int = 0
     square: float = 0.0
     kinds: set[str] = field(default_factory=set)
 
     def add(self, kind: str, difference: Tensor) -> None:
         """Count a difference that is not taken."""
-        square = float(difference.double().square().sum())
+        square = float(difference.norm()) ** 2
         if square:
             self.tensors += 1
             self.square += square
@@ -83,8 +82,8 @@ class _Left:
             if component == VAE or (component, key) in taken or not tuned.has(component, key):
                 continue
             own = base.read(component, key)
-            if own.is_floating_point():
-                self.add(kinds[component].get(key, key), tuned.read(component, key).float() - own.float())
+            if own.is_floating_point() and not torch.equal(own, tuned.read(component, key)):
+                self.add(kinds[component].get(key, key), tuned.read(component, key).float().sub_(own))
 
     def tell(self, watch: Watch, errors: Sequence[LayerError]) -> None:
         """Tell a person."""
@@ -144,9 +143,10 @@ def _extracted(
     key = bare(f"{path}.weight")
     if not (tuned.has(component, key) and base.has(component, key)):
         return []
-    own = base.read(component, key).float()
-    difference = tuned.read(component, key).float() - own
-    if not float(difference.norm()) > config.smallest * float(own.norm()):
+    own = base.read(component, key)
+    norm = float(torch.linalg.vector_norm(own, dtype=torch.float32))
+    difference = tuned.read(component, key).float().sub_(own)
+    if not float(difference.norm()) > config.smallest * norm:
         left.add("rounding", difference)
         return []
     site = base.parts[component].get_submodule(path)

@@ -17,7 +17,7 @@ from ..core.files import at_home, explained
 from ..core.merge import folded
 from ..core.weight_change import change_of, with_weights
 from ..formats import container
-from ..formats.container import torch_dtype
+from ..formats.container import is_finite, torch_dtype
 from ..formats.file import DTYPES, bind
 from .original_names import VAE, Row, bare, laid
 from .results import Made
@@ -80,7 +80,7 @@ class Folding:
         changed = self._changed((component, path)).get(kind)
         value, wanted = own if changed is None else changed, self.wanted(own)
         rounded = value.to(wanted)
-        if value.is_floating_point() and not bool(torch.isfinite(rounded).all()):
+        if value.is_floating_point() and not is_finite(rounded):
             raise UserError(f"{component}.{key} has numbers that {wanted} cannot hold; take --dtype float32 or bf16")
         return rounded
 

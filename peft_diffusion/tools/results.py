@@ -19,6 +19,7 @@ from ..core.method import Method, Values
 from ..core.parsing import json_value
 from ..core.weight_change import Change
 from ..formats import Plan, Spec, file
+from ..formats.container import is_finite
 from ..formats.layout import Content
 from ..formats.metadata import lasting
 from ..formats.spec import KEY
@@ -110,7 +111,7 @@ class Adapters:
         for tensor in (*adapter.parameters(), *adapter.buffers()):
             if tensor.is_floating_point() and tensor.numel() > 1:
                 rounded = tensor.data.to(self.dtype)
-                if not bool(torch.isfinite(rounded).all()):
+                if not is_finite(rounded):
                     raise UserError(
                         f"{component}.{path} has numbers that {self.dtype} cannot hold; take --dtype float32 or bf16"
                     )

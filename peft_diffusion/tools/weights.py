@@ -178,8 +178,12 @@ def _located(source: str) -> Path:
 
 
 def _autoencoder(path: Path) -> dict[str, nn.Module]:
+    """The autoencoder of a folder; nothing where there is none, or no weights of it."""
     config = path / VAE / "config.json"
-    return {VAE: _on_meta(json_value(config.read_text("utf-8")))} if config.is_file() else {}
+    if not config.is_file() or not any(map(is_weights, config.parent.iterdir())):
+        return {}
+    with refusing(f"{config} cannot be used"):
+        return {VAE: _on_meta(json_value(config.read_text("utf-8")))}
 
 
 def _on_meta(config: Mapping[str, Any]) -> nn.Module:
