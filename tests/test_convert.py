@@ -333,7 +333,9 @@ def test_a_lora_is_the_best_pair_of_its_rank_and_tells_what_it_leaves_out(
         u, values, v = torch.linalg.svd(wanted.flatten(1), full_matrices=False)  # Eckart and Young
         best = (u[:, :5] * values[:5]) @ v[:5]
         scale = wanted.norm()
-        assert (left[path].flatten(1) - best).norm() <= 1e-4 * scale
+        # Of equal singular values either may be taken: what is left out is the same.
+        assert (left[path].flatten(1) - wanted.flatten(1)).norm() <= (wanted.flatten(1) - best).norm() + 1e-4 * scale
+        assert torch.linalg.matrix_rank(left[path].flatten(1), rtol=1e-4) <= 5
         if f"unet.{path}" in told:
             assert abs(told[f"unet.{path}"].error - float((wanted.flatten(1) - best).norm() / scale)) < 1e-4
 
