@@ -213,9 +213,14 @@ def with_another_vae(pipe: DiffusionPipeline) -> None:
     pipe.vae.decoder.conv_out.weight.data.mul_(1.5)
 
 
+def with_free_u(pipe: DiffusionPipeline) -> None:
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        (with_free_u, r"freeu \[0.9, 0.2, 1.2, 1.4\], not None"),
         (as_trailing, "timestep_spacing trailing, not leading"),
         (with_another_scheduler, "EulerDiscreteScheduler, not DDIMScheduler"),
         (with_another_vae, "a VAE .*, not "),

@@ -148,6 +148,22 @@ def fused_attentions(network: nn.Module) -> list[str]:
     return [path for path, module in named if isinstance(getattr(module, "processor", None), FusedAttnProcessor2_0)]
 
 
+def free_u(network: nn.Module) -> list[float] | None:
+    """Tell how FreeU (``pipe.enable_freeu``) weighs what a network's up blocks take.
+
+    Args:
+        network: The network that denoises.
+
+    Returns:
+        ``s1``, ``s2``, ``b1`` and ``b2``; None where it is off, or the network has none.
+    """
+    for block in getattr(network, "up_blocks", ()):
+        found = [getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")]
+        if all(one is not None for one in found):
+            return [float(one) for one in found if one is not None]
+    return None
+
+
 def images_drawn(pipeline: Pipeline, rows: int) -> int:
     """Count the images in a call of the network that denoises.
 

@@ -12,11 +12,11 @@ from typing import Any, get_args
 from PIL import Image
 
 from .. import __version__
-from ..bases import fingerprint
+from ..bases import denoiser_of, fingerprint
 from ..bases.base import checkpoint_sha256, dtype_of
 from ..bases.embedded import ICONS
 from ..bases.loading import is_cached, is_hub_id
-from ..bases.pipelines import Pipeline
+from ..bases.pipelines import Pipeline, free_u
 from ..core import plugins
 from ..core.errors import UserError
 from ..core.events import Ended, Never, Observer, Stop, Warned, observed
@@ -220,7 +220,7 @@ def cell_recipes(
         "base_sha256": checkpoint_sha256(pipe),
         "device": str(device_of(pipe, sampling)),
         "dtype": str(dtype_of(pipe)).removeprefix("torch."),
-        "sampler_options": _options(scheduler),
+        "sampler_options": _options(scheduler) | {"freeu": free_u(denoiser_of(pipe).network)},
         "vae": _fingerprint(pipe.vae),
         "versions": _versions(),
     }
