@@ -13,6 +13,7 @@ import torch
 from conftest import make_pipe
 from safetensors.torch import save, save_file
 
+import peft_diffusion as pd
 from peft_diffusion import TrainConfig, UserError, formats
 from peft_diffusion.bases import describe, load_base
 from peft_diffusion.cli.app import main
@@ -336,3 +337,11 @@ def test_a_record_of_wrong_types_is_read_as_far_as_it_goes(tmp_path: Path) -> No
 def test_a_file_that_is_right_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(save(KOHYA))
     assert formats.load(tmp_path / "a.safetensors", make_pipe(), strict=True).report.found == 2
+
+
+@pytest.mark.parametrize(("name", "told"), [("a" * 300, "has 3.. bytes, and names"), ("\ud800", "half a character")])
+def test_names_that_no_file_can_have_are_told_in_python_too(name: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        pd.inspect(f"{name}.safetensors")
+    with pytest.raises(UserError, match=told):
+        pd.train(TrainConfig(name, output="x.safetensors"))

@@ -217,6 +217,9 @@ def if_address(place: str | Path) -> str:
     return "; nothing is fetched from an address: download the file, and name that" if found else ""
 
 
+_LONGEST_NAME = 255  # bytes, of Linux, macOS and Windows alike
+
+
 def at_home(path: Path) -> Path:
     """Put the home folder in place of a ``~`` at the start of a path, which no shell has done in files and in Python.
 
@@ -225,7 +228,18 @@ def at_home(path: Path) -> Path:
 
     Returns:
         The path; as it is where there is no such user.
+
+    Raises:
+        UserError: A name in it is longer than any system takes, or holds half a character, which the system would tell at
+            the first look.
     """
+    for part in path.parts:
+        try:
+            length = len(os.fsencode(part))
+        except UnicodeEncodeError:
+            raise UserError(f"{part!r} holds half a character, which no path has") from None
+        if length > _LONGEST_NAME:
+            raise UserError(f"{part[:40]}... has {length} bytes, and names of files have at most {_LONGEST_NAME}")
     try:
         return path.expanduser()
     except RuntimeError:
