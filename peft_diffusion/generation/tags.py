@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..core.errors import UserError, did_you_mean
 from ..core.files import at_home
+from ..core.parsing import number_in
 from ..core.shortening import brief
 from ..formats.container import is_pickle, read_header, title
 from .settings import Choice
@@ -71,11 +72,8 @@ def _second(text: str, plain: Sequence[str], te: float) -> float:
 
 
 def _strength(text: str, number: str) -> float:
-    try:
-        found = float(number)
-    except ValueError:
-        found = math.nan
-    if not math.isfinite(found):
+    found = number_in(number)
+    if found is None or not math.isfinite(found):
         raise UserError(
             f"{brief(text)} in the prompt: {brief(number)!r} is no strength; write a number, as in <lora:NAME:0.8>"
         )
