@@ -212,9 +212,7 @@ def prepare(
     resolved = resolve(config, info, len(pictures), device.type, precision=precision)
     kept, apart = _split(pictures, resolved)
     fits = arrange(kept, resolved.resolution, info.step, no_upscale=not config.upscale)
-    sides = 2 if config.flip else 1
-    drawn = repeated(group(fits * sides), [one.repeats for one in kept] * sides)
-    batches = steps_per_epoch(drawn, resolved.batch_size * processes.size)
+    batches = _steps_per_epoch(kept, fits, resolved, processes)
     earlier = going_on.origin.config if going_on is not None else {} if config.resume else None
     count = len(folder.pictures)
     resolved = resolve(config, info, count, device.type, batches, precision=precision, before=earlier)
@@ -229,13 +227,30 @@ def prepare(
     of_class = class_images.pictures(resolved, pipe, tell, drawing, processes)
     if going_on is not None:
         run.check_data(going_on.origin, items(pictures, of_class))
+    train, held_out, kept_as_is = _encoded(_Encoder(resolved, info, pipe, tell), kept, apart, of_class)
+    return Prepared(resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class))
+
+
+def _steps_per_epoch(
+    kept: Sequence[TrainingImage], fits: Sequence[ResizeCrop], config: ResolvedConfig, processes: Processes
+) -> int:
+    """How many batches see each picture as often as it is to be seen."""
+    sides = 2 if config.flip else 1
+    drawn = repeated(group([*fits] * sides), [one.repeats for one in kept] * sides)
+    return steps_per_epoch(drawn, config.batch_size * processes.size)
+
+
+def _encoded(
+    encode: "_Encoder", kept: Sequence[TrainingImage], apart: Sequence[TrainingImage], of_class: Sequence[TrainingImage]
+) -> tuple[Examples, Examples | None, Examples | None]:
+    """Examples to learn from, to measure on and of the class, after telling what came of the cache."""
+    config = encode.config
     before = _kept(config.cache)
-    encode = _Encoder(resolved, info, pipe, tell)
     train = encode(kept, config.flip, "encoding pictures")
     held_out = encode(apart, False, "encoding pictures kept apart") if apart else None
     kept_as_is = encode.beside(of_class, train.groups) if of_class else None
-    _tell_cache(config.cache, before, [one for one in (train, held_out, kept_as_is) if one], tell)
-    return Prepared(resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class))
+    _tell_cache(config.cache, before, [one for one in (train, held_out, kept_as_is) if one], encode.tell)
+    return train, held_out, kept_as_is
 
 
 def _checked(config: TrainConfig) -> CaptionRules:
