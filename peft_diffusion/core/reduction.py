@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .adapter import LowRank
 
+_PRECISION = 1e-6  # of the largest singular value: what is below is the rounding of float32
 _SMALL = 256  # up to this side a full decomposition costs nothing
 _OVERSAMPLING, _ITERATIONS = 32, 4
 _WIDE = 3  # from a third of all ranks on, a full decomposition is not slower than a randomized one
@@ -98,6 +99,19 @@ def summed(pairs: Sequence[LowRank]) -> LowRank:
     return LowRank(torch.cat([pair.down for pair in pairs]), torch.cat([pair.up for pair in pairs], 1))
 
 
+def reduced(change: LowRank | Tensor, wanted: Truncation) -> Reduced:
+    """Find the best pair for a change, in the way that is quickest for what it is.
+
+    Args:
+        change: A pair, or a matrix (outputs, inputs).
+        wanted: How many ranks are kept.
+
+    Returns:
+        As `reduced_pair` or `reduced_matrix`.
+    """
+    return reduced_pair(change, wanted) if isinstance(change, LowRank) else reduced_matrix(change, wanted)
+
+
 def reduced_pair(pair: LowRank, wanted: Truncation) -> Reduced:
     """Find the best pair for a change that is one already.
 
@@ -158,6 +172,20 @@ def _singular_values(change: Tensor) -> Tensor:
     gram = rows.double() @ rows.mT.double()
     values: Tensor = torch.linalg.eigvalsh(gram)
     return values.clamp_min(0).sqrt().flip(0)
+
+
+def exact_pair(matrix: Tensor) -> LowRank:
+    """Write a change as the pair of its own rank, to the rounding of float32.
+
+    Args:
+        matrix: (outputs, inputs).
+
+    Returns:
+        ``down`` (rank, inputs) and ``up`` (outputs, rank).
+    """
+    u, values, v = torch.linalg.svd(matrix.float(), full_matrices=False)
+    rank = max(1, int((values > _PRECISION * values[0]).sum()))
+    return _balanced(u[:, :rank], values[:rank], v[:rank])
 
 
 def _balanced(u: Tensor, values: Tensor, v: Tensor) -> LowRank:

@@ -12,8 +12,8 @@ from ..core.adapter import Adapter, LowRank, method_of
 from ..core.errors import FoldError, UserError
 from ..core.events import Noted, Observer
 from ..core.files import at_home
-from ..core.reduction import Truncation, reduced_matrix, reduced_pair, summed
-from ..core.weight_change import Change, exact_pair, serves
+from ..core.reduction import Truncation, exact_pair, reduced_matrix, reduced_pair, summed
+from ..core.weight_change import Change, serves
 from ..formats.file import DTYPES
 from ..methods.shared.learned_vectors import LearnedVectors
 from .combination import Combination, core_space, knots, linear
