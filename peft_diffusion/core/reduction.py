@@ -130,7 +130,7 @@ def reduced_pair(pair: LowRank, wanted: Truncation) -> Reduced:
     return Reduced(_balanced(left @ u[:, :kept], values[:kept], v[:kept] @ right.mT), rest / whole if whole else 0.0, whole)
 
 
-def reduced_matrix(change: Tensor, wanted: Truncation, seed: int = 0) -> Reduced:
+def reduced_matrix(change: Tensor, wanted: Truncation) -> Reduced:
     """Find the best pair for the change of a weight.
 
     A large matrix is decomposed in a randomized way, with power iterations (Halko, Martinsson and Tropp 2011,
@@ -139,7 +139,6 @@ def reduced_matrix(change: Tensor, wanted: Truncation, seed: int = 0) -> Reduced
     Args:
         change: (outputs, inputs).
         wanted: How many ranks are kept.
-        seed: Of the random directions.
 
     Returns:
         The pair, and the error that was measured against the whole.
@@ -153,15 +152,15 @@ def reduced_matrix(change: Tensor, wanted: Truncation, seed: int = 0) -> Reduced
         u, values, v = torch.linalg.svd(change, full_matrices=False)
         rank = wanted.kept(values)
     else:
-        u, values, v = _randomized(change, rank, seed)
+        u, values, v = _randomized(change, rank)
     pair = _balanced(u[:, :rank], values[:rank], v[:rank])
     whole = _norm(change)
     return Reduced(pair, _norm(change - pair.up @ pair.down) / whole if whole else 0.0, whole)
 
 
-def _randomized(change: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _randomized(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         u, values, v = torch.svd_lowrank(change, min(rank + _OVERSAMPLING, *change.shape), _ITERATIONS)
     return u, values, v.mT
 

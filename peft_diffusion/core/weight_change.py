@@ -59,11 +59,9 @@ class Change:
     bias: Tensor | None = None
 
     @property
-    def matrix_shape(self) -> tuple[int, ...] | None:
-        """The shape of the change of the weight; None where it changes none."""
-        if self.pair is not None:
-            return (len(self.pair.up), self.pair.down.shape[1])
-        return None if self.weight is None else tuple(self.weight.shape)
+    def changes_weight(self) -> bool:
+        """Whether it changes the weight."""
+        return self.pair is not None or self.weight is not None
 
     def matrix(self) -> Tensor | None:
         """The change of the weight as (outputs, inputs), multiplied out."""

@@ -163,7 +163,7 @@ def _merged(
     site = made.bones.parts[where[0]].get_submodule(where[1])
     biases = [(one.bias, strength) for one, strength in zip(changes, strengths, strict=True) if one.bias is not None]
     bias = _numbers([one for one, _ in biases], [strength for _, strength in biases], way, number) if biases else None
-    kept = [(one, strength) for one, strength in zip(changes, strengths, strict=True) if one.matrix_shape is not None]
+    kept = [(one, strength) for one, strength in zip(changes, strengths, strict=True) if one.changes_weight]
     if not kept:
         return Change(bias=bias), []
     several, given = [one for one, _ in kept], [strength for _, strength in kept]
