@@ -36,7 +36,7 @@ PUBLISHED: tuple[Kind, ...] = get_args(Kind)
 """The architectures that are known without a file of theirs, by the names that stand for them."""
 
 _Configs = Mapping[str, Mapping[str, Any]]
-_VAE_FACTOR = 8  # pixels a side for a latent, of every published autoencoder of Stable Diffusion
+_VAE_BLOCKS = (128, 256, 512, 512)  # of every published autoencoder of Stable Diffusion
 
 
 def skeleton(source: str | Path) -> Skeleton:
@@ -156,12 +156,13 @@ def _diffusion(name: str, configs: _Configs, tokenizers: Mapping[str, Callable[[
     if not denoisers:
         raise UserError(f"base {name!r} has no network that denoises, of a family that is known here")
     network: Any = parts[denoisers[0]]
+    factor = 2 ** (len(configs.get("vae", {}).get("block_out_channels", _VAE_BLOCKS)) - 1)  # pixels a side for a latent
     info = BaseInfo(
         name=name,
         family=_family(denoisers[0], network).name,
         prediction_type=str(configs.get("scheduler", {}).get("prediction_type", "epsilon")),
-        resolution=_VAE_FACTOR * _side(network.config.get("sample_size")),
-        step=_VAE_FACTOR * 2 ** (len(network.config.get("block_out_channels", (0,))) - 1),
+        resolution=factor * _side(network.config.get("sample_size")),
+        step=factor * 2 ** (len(network.config.get("block_out_channels", (0,))) - 1),
         fingerprint="",
     )
     return Skeleton(info, parts, tokenizers)
