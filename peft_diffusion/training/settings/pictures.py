@@ -62,7 +62,7 @@ _PRIOR = Group("Keeping the class", 3)
 
 
 @settings_class()
-class _PictureConfig(CaptionSettings):
+class _PictureConfig:
     """What a run learns from and what it makes."""
 
     folder: Paths = field(
@@ -195,7 +195,7 @@ class _PictureConfig(CaptionSettings):
 
 @explained
 @settings_class(kw_only=True)
-class TrainConfig(SharedConfig, _PictureConfig):
+class TrainConfig(SharedConfig, CaptionSettings, _PictureConfig):
     """Everything a training run is told. A field left at None gets the preset's value for the base.
 
     Raises:
