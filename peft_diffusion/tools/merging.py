@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, LowRank, method_of
-from ..core.errors import FoldError, UserError
+from ..core.errors import UserError
 from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..core.reduction import Truncation, reduced_matrix, reduced_pair, summed
@@ -68,12 +68,12 @@ def _merge(config: MergeConfig, watch: Watch) -> Made:
     tick = watch.ticks("merging sites")
     for number, (where, own) in enumerate(held.items()):
         tick(number, len(held))
-        changes = [_change(source, where) for source in own]
-        if any(one is None for one in changes):
+        opened = [source.opened(where)[1] for source in own]
+        changes = [change for change in opened if change is not None]
+        if len(changes) < len(own):
             made.add(*where, _kept(where, own, watch))
             continue
-        given = [source.strength for source in own]
-        merged, error = _merged(made, where, [one for one in changes if one is not None], given, way, number)
+        merged, error = _merged(made, where, changes, [source.strength for source in own], way, number)
         errors += error
         made.add_change(*where, merged)
     tick(len(held), len(held))
@@ -95,14 +95,6 @@ def holders(sources: Iterable[Source]) -> dict[Where, list[Source]]:
         for where in source.sites:
             found.setdefault(where, []).append(source)
     return found
-
-
-def _change(source: Source, where: Where) -> Change | None:
-    """What a file changes at a site; None where that is no change of weight and bias."""
-    try:
-        return source.change(where)
-    except FoldError:
-        return None
 
 
 def _kept(where: Where, own: Sequence[Source], watch: Watch) -> Adapter:

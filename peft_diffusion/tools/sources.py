@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..bases.base import Skeleton
 from ..bases.skeleton import PUBLISHED
 from ..core.adapter import Adapter
-from ..core.errors import UserError
+from ..core.errors import FoldError, UserError
 from ..core.events import Observer, Warned
 from ..core.weight_change import Change, change_of, with_weights
 from ..formats import Plan
@@ -100,21 +100,24 @@ class Source:
             raise UserError(f"{self.path}: {'.'.join(where)} holds no adapter of a method that is known here")
         return built
 
-    def change(self, where: Where) -> Change:
-        """Tell what the file changes at a site, at strength 1.
+    def opened(self, where: Where) -> tuple[Adapter, Change | None]:
+        """Read the adapter of a site, and tell what it changes at strength 1.
 
         Args:
             where: The site.
 
         Returns:
-            The change of weight and bias.
+            The adapter, and the change of weight and bias; None where it is none of these.
 
         Raises:
-            FoldError: It is none of weight and bias.
-            UserError: It depends on a weight that is not at hand, or the file is damaged.
+            UserError: The change depends on a weight that is not at hand, or the file is damaged.
         """
         module = self.module(where)
-        return change_of(self.adapter(where, module), module, f"{self.path}: {'.'.join(where)}")
+        adapter = self.adapter(where, module)
+        try:
+            return adapter, change_of(adapter, module, f"{self.path}: {'.'.join(where)}")
+        except FoldError:
+            return adapter, None
 
 
 def joined_dtype(kinds: Sequence[torch.dtype]) -> torch.dtype:
