@@ -6,8 +6,7 @@ The commands call these, and so does Python: ``import peft_diffusion as pd; pd.t
 from typing import TYPE_CHECKING
 
 from .core.settings import of_kind
-from .generation.settings import parse_choices
-from .generation.while_training import TrainingPictures, beside
+from .generation.while_training import TrainingPictures, beside, others
 from .training import run
 from .training.pictures import PictureSource, searched
 from .training.settings.pictures import TrainConfig
@@ -46,8 +45,7 @@ def train(
         UserError: For what the user can mend.
         Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
-    of_kind(config, TrainConfig)
-    parse_choices(config.freeze_others)  # before anything is loaded
+    _check(config, TrainConfig)
     return run.train(PictureSource(config, pipe, TrainingPictures()), beside, observers, stop)
 
 
@@ -76,8 +74,7 @@ def find_rates(
         UserError: For what the user can mend.
         Interrupted: The search was stopped. It is a KeyboardInterrupt.
     """
-    of_kind(config, TrainConfig)
-    parse_choices(config.freeze_others)  # before anything is loaded
+    _check(config, TrainConfig)
     return run.find_rates(PictureSource(searched(config), pipe, TrainingPictures()), beside, observers, stop)
 
 
@@ -104,8 +101,7 @@ def train_text(
         UserError: For what the user can mend.
         Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
-    of_kind(config, TextTrainConfig)
-    parse_choices(config.freeze_others)  # before anything is loaded
+    _check(config, TextTrainConfig)
     return run.train(TextSource(config, base), beside, observers, stop)
 
 
@@ -134,6 +130,11 @@ def find_text_rates(
         UserError: For what the user can mend.
         Interrupted: The search was stopped. It is a KeyboardInterrupt.
     """
-    of_kind(config, TextTrainConfig)
-    parse_choices(config.freeze_others)  # before anything is loaded
+    _check(config, TextTrainConfig)
     return run.find_rates(TextSource(config, base), beside, observers, stop)
+
+
+def _check(config: TrainConfig | TextTrainConfig, kind: type[TrainConfig | TextTrainConfig]) -> None:
+    """Refuse settings of another kind, and adapters to train beside that cannot be, before anything is loaded."""
+    of_kind(config, kind)
+    others(config.freeze_others)

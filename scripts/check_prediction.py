@@ -26,22 +26,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 from peft_diffusion.bases.denoiser import Conditioning
 from peft_diffusion.bases.noise import Prediction
 from peft_diffusion.core import site
-from peft_diffusion.core.events import Event
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.attachment import NAME
 from peft_diffusion.training.machine.processes import Processes
 from peft_diffusion.training.pictures import diffusion_task
+from peft_diffusion.training.run import silent
 from peft_diffusion.training.settings.placements import blocks
 from peft_diffusion.training.tasks.diffusion import DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
 from scripts.measuring import run
 
 STYLES = Path(__file__).resolve().parent.parent / "samples" / "styles"
-
-
-def silent(event: Event) -> None:
-    """Show nothing."""
 
 
 def task_of(arguments: argparse.Namespace, where: Path) -> DiffusionTask:

@@ -196,6 +196,13 @@ def test_what_is_left_of_braces_are_letters_and_faults_are_told(tmp_path: Path) 
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=said):
             Wildcards(tmp_path).draw(prompt, 0)
+    gone = Wildcards(tmp_path)
+    assert gone.draw("__colours__", 0) == "red" and set(gone.files) == {"colours", "loop", "none", "odd"}
+    (tmp_path / "colours.txt").write_text("blue\n")
+    assert gone.draw("__Colours__", 0) == "red", "a list is read once a call"
+    (tmp_path / "none.txt").unlink()
+    with pytest.raises(UserError, match=r"the list .*none\.txt cannot be read: No such file"):
+        gone.draw("__none__", 0)
     with pytest.raises(UserError, match="give their folder with --wildcards-dir"):
         Wildcards().draw("a __colour__ cat", 0)
     with pytest.raises(UserError, match="there is no folder of wildcards"):

@@ -126,7 +126,7 @@ def test_links_and_pictures_lead_somewhere(page: Path) -> None:
 @every_page
 def test_commands_can_be_typed(page: Path) -> None:
     for words in commands(page):
-        parse(words)
+        assert isinstance(parse(words), tuple)  # it raises for what cannot be typed
 
 
 def parse(words: list[str]) -> tuple[Settings, ...]:

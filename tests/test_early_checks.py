@@ -10,7 +10,7 @@ from conftest import make_pipe
 from test_bad_input import FAILED, complaint
 from test_training import draw_pictures, small
 
-from peft_diffusion.api import find_rates, train, train_text
+from peft_diffusion.api import find_rates, find_text_rates, train, train_text
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.events import Event, Warned
 from peft_diffusion.training import texts
@@ -78,6 +78,24 @@ def test_what_needs_no_base_is_told_before_it_is_loaded(
     for start in (train, find_rates):
         with pytest.raises(UserError, match=said):
             start(small(**{"folder": done / "pictures", "where": tmp_path, **changes}))
+
+
+def test_a_strength_over_steps_of_another_adapter_is_refused_before_the_base_is_loaded(
+    done: Path, tmp_path: Path, unloaded: None
+) -> None:
+    (file,) = done.glob("*.safetensors")
+    (tmp_path / "a.txt").write_text("And it came to pass in those days. " * 60, "utf-8")
+    common: dict[str, Any] = {"freeze_others": (f"{file}=0:1,0.6:0",)}
+    pictures = small(done / "pictures", tmp_path, **common)
+    text = TextTrainConfig(texts=(tmp_path / "a.txt",), output=tmp_path / "b.safetensors", device="cpu", **common)
+    for start in (
+        lambda: train(pictures),
+        lambda: find_rates(pictures),
+        lambda: train_text(text),
+        lambda: find_text_rates(text),
+    ):
+        with pytest.raises(UserError, match="training has no denoising steps that a strength could follow"):
+            start()
 
 
 def test_a_folder_without_pictures_is_told_before_the_base_is_loaded(tmp_path: Path, unloaded: None) -> None:

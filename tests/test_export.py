@@ -124,3 +124,14 @@ def test_a_run_on_text_is_exported_too(tmp_path: Path) -> None:
     done = train_text(config)
     found = pd.export(pd.ExportConfig(done.run_dir, step=1, output=tmp_path / "one.safetensors"))
     assert same(found, done.run_dir / "adapters" / "t-000001.safetensors")
+
+
+def test_a_run_whose_file_has_one_name_in_any_folder_is_exported_as_its_files_on_the_way_are(
+    run: TrainResult, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder,) = run.config.folder
+    places = {"save_as": "peft", "output": tmp_path / "ink" / "adapter_model.safetensors", "base": str(tiny_base)}
+    done = train(small(folder, tmp_path, steps=1, save_every=1, **places))
+    monkeypatch.chdir(tmp_path)
+    made = pd.export(pd.ExportConfig(done.run_dir))
+    assert made == Path("ink-000001.safetensors") and same(made, done.run_dir / "adapters" / made)

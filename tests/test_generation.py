@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, blend, formats, generate, load_base
 from peft_diffusion.bases import describe
+from peft_diffusion.bases.base import checkpoint_sha256
 from peft_diffusion.bases.schedulers import SCHEDULERS
 from peft_diffusion.cli import app, demo
 from peft_diffusion.core import site
@@ -674,3 +676,23 @@ def test_a_demo_replaces_its_own_files_alone(tmp_path: Path, monkeypatch: pytest
     (run / "config.toml").write_text(told % 5)
     (tmp_path / "openmoji.safetensors").write_bytes(b"the demo's")
     check()
+
+
+def test_a_checkpoint_is_digested_once_and_again_where_it_was_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, read = tmp_path / "a.safetensors", list[str]()
+    pipe: Any = SimpleNamespace(config={"_name_or_path": str(file)})
+    digest = hashlib.file_digest
+
+    def counted(one: Any, kind: str) -> Any:
+        read.append(one.name)
+        return digest(one, kind)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    for content in (b"some", b"else"):
+        file.write_bytes(content)
+        os.utime(file, ns=(0, int.from_bytes(content)))  # a file system may tell time coarsely
+        found = [checkpoint_sha256(pipe) for _ in range(3)]
+        assert found == [hashlib.sha256(content).hexdigest()] * 3
+    assert read == [str(file)] * 2

@@ -1,11 +1,13 @@
 """Bases without weights: true names and shapes, chosen from a file alone, and files load on them as on the base itself."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_pipe
+from diffusers import AutoencoderKL
 from laws import LACKING, METHODS, randomize
 from safetensors.torch import save_file
 from torch import Tensor
@@ -71,6 +73,17 @@ def test_the_embedded_base_has_the_names_and_shapes_of_its_weights() -> None:
             key: one.shape for key, one in part.state_dict().items()
         }
     assert asdict(describe(skeleton("icons"))) | {"fingerprint": ""} == asdict(describe(base)) | {"fingerprint": ""}
+
+
+def test_a_folder_tells_the_sizes_of_its_own_autoencoder(tmp_path: Path) -> None:
+    pipe: Any = make_pipe()
+    pipe.vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )  # fmt: skip
+    pipe.save_pretrained(tmp_path / "base")
+    found = describe(skeleton(tmp_path / "base"))
+    assert found == replace(describe(load_base(tmp_path / "base", device="cpu")), fingerprint="")
 
 
 @pytest.mark.parametrize("file", FILES)

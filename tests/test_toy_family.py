@@ -17,6 +17,7 @@ from toy_family import ROW, ToyDenoiser, ToyPipeline, make_toy
 import peft_diffusion as pd
 from peft_diffusion.bases import checksum, denoiser_of, describe, family
 from peft_diffusion.bases.base import components
+from peft_diffusion.bases.skeleton import skeleton
 from peft_diffusion.core import site
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling
@@ -85,6 +86,17 @@ def test_it_is_known_by_its_row() -> None:
     told = describe(pipe)
     assert (told.family, told.resolution, told.step) == (ROW.name, 64, 16)
     assert set(components(pipe)) == {"transformer", "text_encoder"}
+
+
+def test_a_folder_of_it_has_a_skeleton(tmp_path: Path) -> None:
+    pipe = make_toy()
+    pipe.save_pretrained(tmp_path / "base")
+    found = skeleton(tmp_path / "base")
+    assert found.info == replace(describe(pipe), name="base", fingerprint="")
+    assert found.tokenizer("a cat").input_ids == pipe.tokenizer("a cat").input_ids
+    names = {(key, name, one.shape) for key, part in components(pipe).items() for name, one in part.state_dict().items()}
+    tensors = [(key, name, one) for key, part in found.parts.items() for name, one in part.state_dict().items()]
+    assert {(key, name, one.shape) for key, name, one in tensors} == names and all(one.is_meta for _, _, one in tensors)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
@@ -219,6 +220,8 @@ def describe(base: AnyBase) -> "BaseInfo | LanguageInfo":
 def checkpoint_sha256(pipe: Pipeline) -> str:
     """Digest the file that a pipeline was read from, by whose first ten digits A1111 knows a base.
 
+    A file is read once, as it has gigabytes, and again only where it was changed.
+
     Args:
         pipe: The pipeline.
 
@@ -228,6 +231,13 @@ def checkpoint_sha256(pipe: Pipeline) -> str:
     path = Path(str(pipe.config.get("_name_or_path") or ""))
     if not path.is_file():
         return ""
+    status = path.stat()
+    return _digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@cache
+def _digest(path: Path, *stamp: int) -> str:
+    """The SHA-256 of a file in the state that its stamp tells."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -6,7 +6,7 @@ A new family is one row, added with `register`, and, where its network that deno
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
@@ -218,18 +218,7 @@ _TEXT = Component(
     ("transformer_text_model_", "0_transformer_text_model_", "model_transformer_"),  # of A1111
     "clip_l",
 )
-_TEXT_XL = Component(
-    "text_encoder",
-    "text encoder",
-    "text_encoder_lr",
-    "tokenizer",
-    "lora_te1_",
-    _TEXT.dotted,
-    (),
-    ("clip_l",),
-    _TEXT.flat,
-    _TEXT.omi,
-)
+_TEXT_XL = replace(_TEXT, kohya="lora_te1_", lycoris=(), embeddings=("clip_l",))
 _TEXT_XL_2 = Component(
     "text_encoder_2",
     "text encoder",

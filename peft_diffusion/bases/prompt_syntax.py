@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from ..core.errors import UserError
+from ..core.parsing import number_in
 
 Weights: TypeAlias = Literal["a1111", "comfyui", "none"]
 """Whose arithmetic brackets follow; with "none" they are letters."""
@@ -126,16 +127,16 @@ def _of_letters(prompt: str) -> list[Part | None]:
 
 
 def _of_a1111(prompt: str) -> list[Part | None]:
-    found: list[tuple[str, float] | None] = []
+    found: list[Part | None] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def weigh(start: int, factor: float) -> None:
-        found[start:] = [None if one is None else (one[0], one[1] * factor) for one in found[start:]]
+        found[start:] = [None if one is None else Part(one.text, one.weight * factor) for one in found[start:]]
 
     for match in _PIECES.finditer(prompt):
         piece, number = match[0], match[1]
         if piece.startswith("\\"):
-            found.append((piece[1:], 1.0))
+            found.append(Part(piece[1:]))
         elif piece in opened:
             opened[piece].append(len(found))
         elif number is not None and opened["("]:
@@ -146,29 +147,25 @@ def _of_a1111(prompt: str) -> list[Part | None]:
             weigh(opened["["].pop(), 1 / _BRACKET)
         else:
             first, *more = _BREAK.split(piece)
-            found.append((first, 1.0))
+            found.append(Part(first))
             for text in more:
-                found += [None, (text, 1.0)]
+                found += [None, Part(text)]
     for bracket, factor in (("(", _BRACKET), ("[", 1 / _BRACKET)):  # those that nothing closes reach to the end
         for start in opened[bracket]:
             weigh(start, factor)
-    return list(_merged(found)) or [Part("")]
+    return _merged(found) or [Part("")]
 
 
-def _merged(found: Iterable[tuple[str, float] | None]) -> Iterator[Part | None]:
+def _merged(found: Iterable[Part | None]) -> list[Part | None]:
     """Neighbours of one weight as one: their letters may make one word."""
-    last: Part | None = None
+    merged: list[Part | None] = []
     for one in found:
-        if one is not None and last is not None and one[1] == last.weight:
-            last = Part(last.text + one[0], last.weight)
-            continue
-        if last is not None:
-            yield last
-        last = None if one is None else Part(*one)
-        if one is None:
-            yield None
-    if last is not None:
-        yield last
+        last = merged[-1] if merged else None
+        if one is not None and last is not None and one.weight == last.weight:
+            merged[-1] = Part(last.text + one.text, last.weight)
+        else:
+            merged.append(one)
+    return merged
 
 
 def _of_comfyui(prompt: str) -> list[Part | None]:
@@ -185,7 +182,7 @@ def _nested(text: str, weight: float, depth: int = 0) -> Iterator[tuple[str, flo
             continue
         inside, own = piece[1:-1], weight * _BRACKET
         before, colon, number = inside.rpartition(":")
-        if colon and before and (told := _number(number)) is not None:
+        if colon and before and (told := number_in(number)) is not None:
             inside, own = before, told
         yield from _nested(inside, own, depth + 1)
 
@@ -207,13 +204,6 @@ def _outermost(text: str) -> Iterator[str]:
                 piece = ""
     if piece:
         yield piece
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def chunked(units: Iterable[Unit | None], room: int, comma: int | None, weights: Weights = "a1111") -> list[Chunk]:

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -209,19 +210,29 @@ class _Encoder:
     def limit(self) -> int:
         return int(self.tokenizer.model_max_length)
 
+    @cached_property
+    def ends(self) -> tuple[list[int], list[int]]:
+        """The tokens before a text, and those after it."""
+        return ends(self.tokenizer)
+
+    @cached_property
+    def comma(self) -> int | None:
+        """The token of a comma; None for a base without."""
+        found = plain_ids(self.tokenizer, ",")
+        return found[0] if len(found) == 1 else None
+
     def rows(self, prompts: Sequence[str], reading: Reading) -> list[list[Chunk]]:
         """The chunks of each prompt. Raises UserError for a learned word that fits none."""
         words = [*reading.letters, *(name for name in learned(self.tokenizer) if "|" not in name)]
         parts = [list(_parts(prompt, reading, words)) for prompt in prompts]
         found = iter(units(self.tokenizer, [part.text for prompt in parts for part in prompt if part is not None]))
-        start, end = ends(self.tokenizer)
-        comma = plain_ids(self.tokenizer, ",")
+        start, end = self.ends
+        room = self.limit - len(start) - len(end)
         rows = []
         for index, prompt in enumerate(parts):
             front = soft_prompt(self.tokenizer, index, len(parts))
             read = itertools.chain([Unit(front)] if front else (), _units(prompt, found, reading.weights))
-            room = self.limit - len(start) - len(end)
-            rows.append(chunked(read, room, comma[0] if len(comma) == 1 else None, reading.weights))
+            rows.append(chunked(read, room, self.comma, reading.weights))
         return rows
 
     def lost(self, prompt: str, reading: Reading) -> str:
@@ -231,7 +242,7 @@ class _Encoder:
 
     def tensors(self, rows: Sequence[Sequence[Chunk]]) -> dict[str, Tensor]:
         """Tokens of prompts with as many chunks each, filled up."""
-        start, end = ends(self.tokenizer)
+        start, end = self.ends
         pad = self.tokenizer.pad_token_id
         ids, masks, emphasis = [], [], []
         for row in rows:

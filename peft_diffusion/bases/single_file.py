@@ -82,6 +82,22 @@ def _header(path: Path) -> Architecture:
 
 
 def _pickled(path: Path) -> Architecture:
+    tensors = unpickled(path)
+    return _architecture(path, {name: tuple(value.shape) for name, value in tensors.items()}, tensors.get(_NORM))
+
+
+def unpickled(path: Path) -> dict[str, Tensor]:
+    """Read a checkpoint that was pickled, running nothing that it may hold.
+
+    Args:
+        path: The ``.ckpt`` or ``.pt``.
+
+    Returns:
+        Its tensors by name, left on the disk until they are looked at.
+
+    Raises:
+        UserError: It is damaged, or holds more than tensors.
+    """
     try:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # damage has no list of what it raises
@@ -91,12 +107,8 @@ def _pickled(path: Path) -> Architecture:
         ) from None
     while isinstance(loaded, Mapping) and "state_dict" in loaded:
         loaded = loaded["state_dict"]
-    tensors = {name: value for name, value in _items(loaded) if isinstance(value, Tensor)}
-    return _architecture(path, {name: tuple(value.shape) for name, value in tensors.items()}, tensors.get(_NORM))
-
-
-def _items(loaded: object) -> list[tuple[str, Any]]:
-    return [(str(name), value) for name, value in loaded.items()] if isinstance(loaded, Mapping) else []
+    items = loaded.items() if isinstance(loaded, Mapping) else ()
+    return {str(name): value for name, value in items if isinstance(value, Tensor)}
 
 
 def _architecture(

@@ -6,6 +6,7 @@ of a published architecture, or of a folder's configurations, on torch's meta de
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args
@@ -24,7 +25,7 @@ from ..core.parsing import json_value, refusing
 from . import family as families
 from . import single_file
 from .architectures import Architecture, Kind, write_tokenizer
-from .base import BaseInfo, Skeleton, describe
+from .base import BaseInfo, Skeleton, components, describe, text_encoders
 from .causal_lm import LanguageInfo
 from .embedded import ICONS, TINY_LM, embedded
 from .loading import is_hub_id, named_source, quiet, refuse_beyond
@@ -35,7 +36,7 @@ PUBLISHED: tuple[Kind, ...] = get_args(Kind)
 """The architectures that are known without a file of theirs, by the names that stand for them."""
 
 _Configs = Mapping[str, Mapping[str, Any]]
-_VAE_FACTOR = 8  # pixels a side for a latent, of every published autoencoder of Stable Diffusion
+_VAE_BLOCKS = (128, 256, 512, 512)  # of every published autoencoder of Stable Diffusion
 
 
 def skeleton(source: str | Path) -> Skeleton:
@@ -143,10 +144,9 @@ def _folder(path: Path, name: str) -> Skeleton:
 def _whole(path: Path) -> Skeleton:
     """The skeleton of a base whose classes a plug-in brings, which alone can build them: it is read with its weights."""
     base = load_base(str(path), device="cpu", download=False)
-    rows = families.components()
-    parts = {key: part.to("meta") for key in rows if isinstance(part := getattr(base, key, None), nn.Module)}
-    tokenizers = {one.tokenizer: partial(getattr, base, one.tokenizer) for key in parts if (one := rows[key]).tokenizer}
-    return Skeleton(describe(base), parts, {key: make for key, make in tokenizers.items() if key is not None})
+    info = replace(describe(base), fingerprint="")  # while the weights are there, which it is told of
+    parts = {key: part.to("meta") for key, part in components(base).items()}
+    return Skeleton(info, parts, {name: partial(getattr, base, name) for name in text_encoders(base).values()})
 
 
 def _diffusion(name: str, configs: _Configs, tokenizers: Mapping[str, Callable[[], Any]]) -> Skeleton:
@@ -156,12 +156,13 @@ def _diffusion(name: str, configs: _Configs, tokenizers: Mapping[str, Callable[[
     if not denoisers:
         raise UserError(f"base {name!r} has no network that denoises, of a family that is known here")
     network: Any = parts[denoisers[0]]
+    factor = 2 ** (len(configs.get("vae", {}).get("block_out_channels", _VAE_BLOCKS)) - 1)  # pixels a side for a latent
     info = BaseInfo(
         name=name,
         family=_family(denoisers[0], network).name,
         prediction_type=str(configs.get("scheduler", {}).get("prediction_type", "epsilon")),
-        resolution=_VAE_FACTOR * _side(network.config.get("sample_size")),
-        step=_VAE_FACTOR * 2 ** (len(network.config.get("block_out_channels", (0,))) - 1),
+        resolution=factor * _side(network.config.get("sample_size")),
+        step=factor * 2 ** (len(network.config.get("block_out_channels", (0,))) - 1),
         fingerprint="",
     )
     return Skeleton(info, parts, tokenizers)

@@ -67,8 +67,8 @@ def soft_prompt(tokenizer: Any, index: int, count: int) -> tuple[int, ...]:
     """
     if not isinstance(tokenizer, TaughtTokenizer):
         return ()
-    lessons, known = _lessons(tokenizer), learned(tokenizer)
-    return tuple(known[name] for name in lessons.before(index, count))
+    lessons = _lessons(tokenizer)
+    return tuple(lessons.ids[name] for name in lessons.before(index, count))
 
 
 def units(tokenizer: Any, texts: Sequence[str]) -> list[list[tuple[int, ...]]]:
@@ -141,7 +141,7 @@ def instruct(tokenizer: Any, plain: Any, teacher: Link[ComponentState], words: t
     vars(tokenizer)[SLOT] = _Lessons(plain, of_lm, teacher, words)
 
 
-def learned(tokenizer: Any) -> dict[str, int]:
+def learned(tokenizer: Any) -> Mapping[str, int]:
     """List the tokens that a tokenizer was taught.
 
     Args:
@@ -150,8 +150,7 @@ def learned(tokenizer: Any) -> dict[str, int]:
     Returns:
         Ids by name; each placeholder's first token is the placeholder itself.
     """
-    words = _lessons(tokenizer).known if isinstance(tokenizer, TaughtTokenizer) else ()
-    return {name: number for word in words for name, number in zip(word.tokens, word.ids, strict=True)}
+    return _lessons(tokenizer).ids if isinstance(tokenizer, TaughtTokenizer) else {}
 
 
 class _Lessons:
@@ -166,7 +165,8 @@ class _Lessons:
         known: What of that it still knows.
         extended: The plain tokenizer with the tokens of these words.
         numbers: By a token's number in ``extended``, which comes after whatever the base has now, the one that is given out.
-        tokens: The names of the new tokens, by the number that is given out.
+        ids: The numbers of the new tokens that are given out, by their names.
+        tokens: The names, by these numbers.
     """
 
     def __init__(self, plain: Any, of_lm: bool, teacher: Link[ComponentState], words: tuple[Word, ...]) -> None:
@@ -178,6 +178,7 @@ class _Lessons:
         self.extended = _extended(plain, [word.tokens for word in self.known], of_lm)
         self._backends: dict[tuple[str, ...], Any] = {(): self.extended}  # by the tokens that each puts first
         self._made_of = _ways(plain)
+        self.ids = {name: number for word in self.known for name, number in zip(word.tokens, word.ids, strict=True)}
         self.tokens = {number: name for word in self.known for name, number in zip(word.tokens, word.ids, strict=True)}
         self.numbers = {self.extended.token_to_id(name): number for number, name in self.tokens.items()}
         for name in self.tokens.values():

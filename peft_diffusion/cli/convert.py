@@ -18,6 +18,6 @@ def convert(config: ConvertConfig) -> None:
 
     with GenerationConsole("converting") as console:
         done = run(config, observers=[console])
-    tell(done.made, config.errors, say)
+    tell(done.made, config.errors)
     for one in done.verified:
         say(f"  {one.line()}")

@@ -104,9 +104,8 @@ def _draw_styles(adapters: "Adapters", config: DemoConfig, path: Path) -> None:
     with GenerationConsole("drawing the styles") as console:
         images = list(paint(adapters, cells, sampling, tell=console))
     told = cell_recipes(adapters, cells, sampling)
-    starts = range(0, len(cells), len(SUBJECTS))
-    drawn = sheet.grid([images[start : start + len(SUBJECTS)] for start in starts], list(rows), SUBJECTS)
-    recipe.write_sheet(path, drawn, [told[start : start + len(SUBJECTS)] for start in starts])
+    drawn = sheet.grid(sheet.in_rows(images, len(SUBJECTS)), list(rows), SUBJECTS)
+    recipe.write_sheet(path, drawn, sheet.in_rows(told, len(SUBJECTS)))
 
 
 def _draw_blend(adapters: "Adapters", config: DemoConfig, files: dict[str, Path], path: Path) -> None:

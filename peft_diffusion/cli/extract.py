@@ -3,7 +3,6 @@
 from ..tools.tool_settings import ExtractConfig
 from .flags import reads
 from .progress import GenerationConsole
-from .terminal import say
 from .tools import tell
 
 
@@ -18,4 +17,4 @@ def extract(config: ExtractConfig) -> None:
 
     with GenerationConsole("extracting") as console:
         made = run(config, observers=[console])
-    tell(made, config.errors, say)
+    tell(made, config.errors)

@@ -3,7 +3,6 @@
 from ..tools.tool_settings import JoinConfig
 from .flags import reads
 from .progress import GenerationConsole
-from .terminal import say
 from .tools import tell
 
 
@@ -18,4 +17,4 @@ def join(config: JoinConfig) -> None:
 
     with GenerationConsole("joining") as console:
         made = run(config, observers=[console])
-    tell(made, False, say)
+    tell(made, False)

@@ -3,7 +3,6 @@
 from ..tools.tool_settings import MergeConfig
 from .flags import reads
 from .progress import GenerationConsole
-from .terminal import say
 from .tools import tell
 
 
@@ -19,4 +18,4 @@ def merge(config: MergeConfig) -> None:
 
     with GenerationConsole("merging") as console:
         made = run(config, observers=[console])
-    tell(made, config.errors, say)
+    tell(made, config.errors)

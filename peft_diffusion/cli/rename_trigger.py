@@ -3,7 +3,6 @@
 from ..tools.tool_settings import RenameTriggerConfig
 from .flags import reads
 from .progress import GenerationConsole
-from .terminal import say
 from .tools import tell
 
 
@@ -18,4 +17,4 @@ def rename_trigger(config: RenameTriggerConfig) -> None:
 
     with GenerationConsole("renaming") as console:
         made = run(config, observers=[console])
-    tell(made, False, say)
+    tell(made, False)

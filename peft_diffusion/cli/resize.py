@@ -3,7 +3,6 @@
 from ..tools.tool_settings import ResizeConfig
 from .flags import reads
 from .progress import GenerationConsole
-from .terminal import say
 from .tools import tell
 
 
@@ -19,4 +18,4 @@ def resize(config: ResizeConfig) -> None:
 
     with GenerationConsole("resizing") as console:
         made = run(config, observers=[console])
-    tell(made, config.errors, say)
+    tell(made, config.errors)

@@ -3,7 +3,6 @@
 from ..tools.tool_settings import SplitConfig
 from .flags import reads
 from .progress import GenerationConsole
-from .terminal import say
 from .tools import tell
 
 
@@ -19,4 +18,4 @@ def split(config: SplitConfig) -> None:
     with GenerationConsole("splitting") as console:
         made = run(config, observers=[console])
     for part in made:
-        tell(part, False, say)
+        tell(part, False)

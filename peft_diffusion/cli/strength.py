@@ -3,7 +3,6 @@
 from ..tools.tool_settings import StrengthConfig
 from .flags import reads
 from .progress import GenerationConsole
-from .terminal import say
 from .tools import tell
 
 
@@ -18,4 +17,4 @@ def strength(config: StrengthConfig) -> None:
 
     with GenerationConsole("scaling") as console:
         made = run(config, observers=[console])
-    tell(made, False, say)
+    tell(made, False)

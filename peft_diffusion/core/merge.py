@@ -15,7 +15,6 @@ from .errors import FoldError, UserError
 from .quantized import QuantizedLinear, plain_parts, rebuilt, torchao_codes, torchao_kind
 from .sharded import whole
 from .slot import Slot
-from .strength import Strengths
 
 _SAMPLES = 1024  # numbers of a merged weight that are kept to tell whether it is still what was written
 
@@ -128,19 +127,28 @@ def unmerge(component: nn.Module) -> None:
     Raises:
         UserError: As `check_unmerge`.
     """
-    found = check_unmerge(component)
-    _restore(sites_of.sites(component), sites_of.slots(component))
-    found.merged = False
+    check_unmerge(component)
+    put_back(component)
 
 
-def check_unmerge(component: nn.Module) -> Strengths:
+@one_at_a_time
+def put_back(component: nn.Module) -> None:
+    """Write back the bytes that the weights had before `merge`, without looking at what is there; see `check_unmerge`.
+
+    Args:
+        component: A merged module.
+    """
+    found = sites_of.strengths(component)
+    if found is not None:
+        _restore(sites_of.sites(component), sites_of.slots(component))
+        found.merged = False
+
+
+def check_unmerge(component: nn.Module) -> None:
     """See that the weights can be put back as they were before `merge`.
 
     Args:
         component: A merged module.
-
-    Returns:
-        The strengths of its adapters.
 
     Raises:
         UserError: Nothing is merged, the weights are offloaded to where they cannot be written, or somebody has changed them
@@ -158,7 +166,6 @@ def check_unmerge(component: nn.Module) -> Strengths:
                     f"cannot unmerge: {path}.{name} was changed after the merge, as fuse_lora() and load_state_dict() do,"
                     " and would lose that; undo it first (unfuse_lora()), or load the base anew"
                 )
-    return found
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -86,6 +86,21 @@ def number(value: Any) -> float | None:
         return float("inf") if value > 0 else float("-inf")
 
 
+def number_in(text: str) -> float | None:
+    """Read a number that a person wrote.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The number, which may be infinite or NaN; None for what is none.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def matching(expression: str, texts: Sequence[str], what: str) -> list[str]:
     """Find the texts that a regular expression of the user's matches in full.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .adapter import LowRank
 
+_PRECISION = 1e-6  # of the largest singular value: what is below is the rounding of float32
 _SMALL = 256  # up to this side a full decomposition costs nothing
 _OVERSAMPLING, _ITERATIONS = 32, 4
 _WIDE = 3  # from a third of all ranks on, a full decomposition is not slower than a randomized one
@@ -98,6 +99,19 @@ def summed(pairs: Sequence[LowRank]) -> LowRank:
     return LowRank(torch.cat([pair.down for pair in pairs]), torch.cat([pair.up for pair in pairs], 1))
 
 
+def reduced(change: LowRank | Tensor, wanted: Truncation) -> Reduced:
+    """Find the best pair for a change, in the way that is quickest for what it is.
+
+    Args:
+        change: A pair, or a matrix (outputs, inputs).
+        wanted: How many ranks are kept.
+
+    Returns:
+        As `reduced_pair` or `reduced_matrix`.
+    """
+    return reduced_pair(change, wanted) if isinstance(change, LowRank) else reduced_matrix(change, wanted)
+
+
 def reduced_pair(pair: LowRank, wanted: Truncation) -> Reduced:
     """Find the best pair for a change that is one already.
 
@@ -116,7 +130,7 @@ def reduced_pair(pair: LowRank, wanted: Truncation) -> Reduced:
     return Reduced(_balanced(left @ u[:, :kept], values[:kept], v[:kept] @ right.mT), rest / whole if whole else 0.0, whole)
 
 
-def reduced_matrix(change: Tensor, wanted: Truncation, seed: int = 0) -> Reduced:
+def reduced_matrix(change: Tensor, wanted: Truncation) -> Reduced:
     """Find the best pair for the change of a weight.
 
     A large matrix is decomposed in a randomized way, with power iterations (Halko, Martinsson and Tropp 2011,
@@ -125,7 +139,6 @@ def reduced_matrix(change: Tensor, wanted: Truncation, seed: int = 0) -> Reduced
     Args:
         change: (outputs, inputs).
         wanted: How many ranks are kept.
-        seed: Of the random directions.
 
     Returns:
         The pair, and the error that was measured against the whole.
@@ -139,15 +152,15 @@ def reduced_matrix(change: Tensor, wanted: Truncation, seed: int = 0) -> Reduced
         u, values, v = torch.linalg.svd(change, full_matrices=False)
         rank = wanted.kept(values)
     else:
-        u, values, v = _randomized(change, rank, seed)
+        u, values, v = _randomized(change, rank)
     pair = _balanced(u[:, :rank], values[:rank], v[:rank])
     whole = _norm(change)
     return Reduced(pair, _norm(change - pair.up @ pair.down) / whole if whole else 0.0, whole)
 
 
-def _randomized(change: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _randomized(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         u, values, v = torch.svd_lowrank(change, min(rank + _OVERSAMPLING, *change.shape), _ITERATIONS)
     return u, values, v.mT
 
@@ -158,6 +171,20 @@ def _singular_values(change: Tensor) -> Tensor:
     gram = rows.double() @ rows.mT.double()
     values: Tensor = torch.linalg.eigvalsh(gram)
     return values.clamp_min(0).sqrt().flip(0)
+
+
+def exact_pair(matrix: Tensor) -> LowRank:
+    """Write a change as the pair of its own rank, to the rounding of float32.
+
+    Args:
+        matrix: (outputs, inputs).
+
+    Returns:
+        ``down`` (rank, inputs) and ``up`` (outputs, rank).
+    """
+    u, values, v = torch.linalg.svd(matrix.float(), full_matrices=False)
+    rank = max(1, int((values > _PRECISION * values[0]).sum()))
+    return _balanced(u[:, :rank], values[:rank], v[:rank])
 
 
 def _balanced(u: Tensor, values: Tensor, v: Tensor) -> LowRank:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, LowRank, Site, method_of, parts_of
 from .errors import FoldError, UserError
-
-_PRECISION = 1e-6  # of the largest singular value: what is below is the rounding of float32
+from .reduction import summed
 
 
 def serves(site: Site) -> bool:
@@ -60,11 +59,9 @@ class Change:
     bias: Tensor | None = None
 
     @property
-    def matrix_shape(self) -> tuple[int, ...] | None:
-        """The shape of the change of the weight; None where it changes none."""
-        if self.pair is not None:
-            return (len(self.pair.up), self.pair.down.shape[1])
-        return None if self.weight is None else tuple(self.weight.shape)
+    def changes_weight(self) -> bool:
+        """Whether it changes the weight."""
+        return self.pair is not None or self.weight is not None
 
     def matrix(self) -> Tensor | None:
         """The change of the weight as (outputs, inputs), multiplied out."""
@@ -122,8 +119,7 @@ def change_of(adapter: Adapter, site: nn.Module, where: str) -> Change:
         for pair in pairs:
             weight = weight + (pair.up @ pair.down).view_as(weight)
         pairs = []
-    joined = LowRank(torch.cat([one.down for one in pairs]), torch.cat([one.up for one in pairs], 1)) if pairs else None
-    return Change(joined, weight, bias)
+    return Change(summed(pairs) if pairs else None, weight, bias)
 
 
 def _folded(part: Adapter, site: nn.Module, where: str) -> tuple[Tensor | None, Tensor | None]:
@@ -150,18 +146,3 @@ def _needs_weight(part: Adapter, where: str) -> UserError:
         f"{where}: what {method_of(part)} changes depends on the weight of the base; name the base with --base, a folder or"
         " a checkpoint that holds its weights"
     )
-
-
-def exact_pair(matrix: Tensor) -> LowRank:
-    """Write a change as the pair of its own rank, to the rounding of float32.
-
-    Args:
-        matrix: (outputs, inputs).
-
-    Returns:
-        ``down`` (rank, inputs) and ``up`` (outputs, rank).
-    """
-    u, values, v = torch.linalg.svd(matrix.float(), full_matrices=False)
-    rank = max(1, int((values > _PRECISION * values[0]).sum()))
-    roots = values[:rank].sqrt()
-    return LowRank(roots[:, None] * v[:rank], u[:, :rank] * roots)

@@ -78,13 +78,29 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         UserError: It is no text, or holds no prompt.
     """
     path = at_home(path)
-    try:
-        lines = [line.strip() for line in unicode_text(path.read_bytes()).splitlines()]
-    except OSError as error:
-        raise UserError(f"the file of prompts {path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"the file of prompts {path} {error}") from None
-    found = tuple(line for line in lines if line and not line.startswith("#"))
+    found = lines_of(path, "the file of prompts")
     if not found:
         raise UserError(f"the file of prompts {path} holds none; write one a line")
     return found
+
+
+def lines_of(path: Path, what: str) -> tuple[str, ...]:
+    """Read what stands in a text file, an entry a line.
+
+    Args:
+        path: The file; empty lines and those that begin with # are left out.
+        what: What errors call it.
+
+    Returns:
+        The lines, without space around them.
+
+    Raises:
+        UserError: It cannot be read, or is no text.
+    """
+    try:
+        lines = [line.strip() for line in unicode_text(path.read_bytes()).splitlines()]
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{what} {path} cannot be read: it {error}") from None
+    return tuple(line for line in lines if line and not line.startswith("#"))

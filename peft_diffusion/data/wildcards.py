@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..core.encodings import unicode_text
 from ..core.errors import UserError, did_you_mean
 from ..core.files import at_home
 from ..core.shortening import brief
+from .prompt_lines import lines_of
 
 _GROUP = re.compile(r"(?<!\\)\{((?:[^{}\\]|\\.)*)(?<!\\)\}", re.DOTALL)
 _LIST = re.compile(r"__([\w*./-]+?)__")
@@ -48,6 +48,11 @@ class Wildcards:
         found = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() == ".txt" and path.is_file())
         return {path.relative_to(self.folder).with_suffix("").as_posix().casefold(): path for path in found}
 
+    @cached_property
+    def _entries(self) -> dict[str, list[str]]:
+        """The entries of what prompts named already, by those names in small letters: the same at every picture."""
+        return {}
+
     def draw(self, prompt: str, seed: int) -> str:
         """Draw what a prompt leaves open.
 
@@ -76,7 +81,10 @@ class Wildcards:
         raise UserError(f'the prompt "{brief(prompt)}" never ends: entries of its wildcards name each other')
 
     def _entry(self, name: str, chance: random.Random) -> str:
-        entries = [entry for path in self._matching(name) for entry in _entries(path)]
+        entries = self._entries.get(name.casefold())
+        if entries is None:
+            entries = [entry for path in self._matching(name) for entry in lines_of(path, "the list")]
+            self._entries[name.casefold()] = entries
         if not entries:
             raise UserError(f"the wildcard __{name}__ has no entries; write one a line")
         return chance.choice(entries)
@@ -97,14 +105,6 @@ class Wildcards:
 def _matches(known: str, wanted: str) -> bool:
     pattern = re.escape(wanted).replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
     return re.fullmatch(pattern if "/" in wanted else rf"(?:.*/)?{pattern}", known) is not None
-
-
-def _entries(path: Path) -> list[str]:
-    try:
-        lines = unicode_text(path.read_bytes()).splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"the list {path} cannot be read: it {error}") from None
-    return [entry for line in lines if (entry := line.strip()) and not entry.startswith("#")]
 
 
 def _drawn(inside: str, chance: random.Random) -> str:

@@ -111,7 +111,7 @@ class Inspection:
         return self._all("alpha")
 
     def _all(self, name: str) -> Mapping[float, int]:
-        return sum((Counter(values.get(name, {})) for values in self.hyper_parameters.values()), Counter[float]())
+        return _of_all(self.hyper_parameters, name)
 
 
 def inspect(source: str | Path | Plan) -> Inspection:
@@ -199,6 +199,23 @@ def _hashes(found: Plan) -> Hashes:
 def _names(site: SitePlan) -> tuple[str, ...]:
     """What the file calls the tensors of a site, the largest first."""
     return tuple(source.name for source in sorted(site.sources, key=lambda source: prod(source.shape), reverse=True))
+
+
+def ranks_of(found: Plan) -> Mapping[int, int]:
+    """Count the ranks of a file without reading it whole, as `inspect` does for its hashes.
+
+    Args:
+        found: The file.
+
+    Returns:
+        As `Inspection.ranks`.
+    """
+    return {int(rank): count for rank, count in _of_all(_hyper_parameters(found), "rank").items()}
+
+
+def _of_all(told: Mapping[str, Mapping[str, Mapping[float, int]]], name: str) -> Mapping[float, int]:
+    """How many sites have which value of a hyper-parameter, of all methods that have it."""
+    return sum((Counter(values.get(name, {})) for values in told.values()), Counter[float]())
 
 
 def _hyper_parameters(found: Plan) -> dict[str, dict[str, Counter[float]]]:

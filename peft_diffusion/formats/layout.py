@@ -218,6 +218,18 @@ class Layout(Protocol):
         raise TypeError(f"{self.name} keeps no tensor in pieces")
 
 
+class WrittenOnly(Layout):
+    """A layout that another one reads too."""
+
+    def claims(self, name: str) -> int | None:
+        """None: another layout reads its names."""
+        return None
+
+    def read(self, header: Header, names: Sequence[str]) -> Reading:
+        """Nothing, as it claims nothing."""
+        return Reading({})
+
+
 LAYOUTS: dict[str, Layout] = {}
 """Every layout that was registered, by name. `known` imports those that there are."""
 

@@ -42,7 +42,7 @@ def adapted(
         try:
             names = []
             for choice, drawn in zip(choices, prompts, strict=True):
-                names.append(adapters.load(choice.parsed(), None, choice.amount, strict=strict, warn=_teller(tell)))
+                names.append(adapters.load(choice.parsed(), None, choice.amount, strict=strict, warn=warner(tell)))
                 _tell_triggers(adapters, names[-1], drawn, tell)
             yield adapters, names
         finally:
@@ -50,7 +50,16 @@ def adapted(
                 adapters.remove(name)
 
 
-def _teller(tell: Observer) -> Callable[[str], None]:
+def warner(tell: Observer) -> Callable[[str], None]:
+    """Make warnings of the loader events.
+
+    Args:
+        tell: Is told them.
+
+    Returns:
+        What `Adapters.load` takes as ``warn``.
+    """
+
     def warn(message: str) -> None:
         tell(Warned(message))
 

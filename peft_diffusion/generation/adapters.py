@@ -309,7 +309,7 @@ class Adapters:
         for part in parts:
             merging.check_unmerge(part)
         for part in parts:
-            merging.unmerge(part)
+            merging.put_back(part)
 
     @property
     def _registry(self) -> Registry:

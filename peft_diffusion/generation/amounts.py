@@ -6,6 +6,7 @@ import re
 from ..bases import family as families
 from ..core.block_names import PRESETS
 from ..core.errors import UserError
+from ..core.parsing import number_in
 from ..core.strength_schedule import ByPart, Schedule
 
 _EXAMPLES = "a number as 0.8, parts as unet:0.8,te:0.2, blocks as mid:1,up.1:0.5 or a preset as MIDD, steps as 0:1,0.6:0"
@@ -34,7 +35,7 @@ def parse(text: str, of: str) -> tuple[float, ByPart | None]:
     steps: list[tuple[float, float]] = []
     for part in text.split(","):
         key, value = _pair(part.strip(), text, of)
-        place = _number(key)
+        place = number_in(key)
         if not key:
             whole.append(value)
         elif place is not None:
@@ -57,19 +58,12 @@ def _pair(part: str, text: str, of: str) -> tuple[str, float]:
     key, _, told = re.sub("=", ":", part, count=1).rpartition(":")
     if part.upper() in PRESETS:
         return part, 1.0
-    value = _number(told)
+    value = number_in(told)
     if value is None:
         raise UserError(f"the strength of {of} must be {_EXAMPLES}, not {text!r}")
     if not math.isfinite(value):
         raise UserError(f"the strength of {of} must be a finite number, not {told}")
     return key.strip(), value
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def of_text_and_network(whole: float, parts: ByPart | None) -> tuple[float, float]:

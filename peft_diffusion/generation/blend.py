@@ -114,14 +114,13 @@ def draw(
     told = cell_recipes(adapters, cells, config)
     spare(adapters, config)
     images = list(paint(adapters, cells, config, tell=tell, stop=stop))
-    starts = range(0, len(cells), len(columns))
-    pictures = tuple(tuple(images[start : start + len(columns)]) for start in starts)
+    pictures = sheet.in_rows(images, len(columns))
     names = _distinct([choice.path for choice in choices.values()])
     labels = [_label(mix, list(choices.values()), names) for mix in mixes]
     return Blend(
         sheet=sheet.grid(pictures, config.prompts, labels),
         pictures=pictures,
-        recipes=tuple(tuple(told[start : start + len(columns)]) for start in starts),
+        recipes=sheet.in_rows(told, len(columns)),
     )
 
 

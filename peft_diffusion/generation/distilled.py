@@ -27,6 +27,7 @@ class Distilled:
         counted: Whether its name must tell how many, as its word alone may be that of a style.
         of_base: Whether its name must speak of a base or a LoRA too, for the same reason.
         guided: Guidance of what has "cfg" in its name; the others take none.
+        of_one: The scheduler of what was trained for one step; "" for the same.
     """
 
     title: str
@@ -36,13 +37,15 @@ class Distilled:
     counted: bool = False
     of_base: bool = False
     guided: float = 1.0
+    of_one: str = ""
 
 
 KINDS = (
     Distilled("an LCM", ("lcm",), "lcm"),  # https://arxiv.org/abs/2311.05556
     Distilled("a TCD", ("tcd",), "tcd"),  # https://arxiv.org/abs/2402.19159
     Distilled("a DMD2", ("dmd2",), "lcm"),  # https://arxiv.org/abs/2405.14867
-    Distilled("a Hyper-SD", ("hyper",), "ddim-trailing", counted=True, guided=5.0),  # https://arxiv.org/abs/2404.13686
+    # https://arxiv.org/abs/2404.13686; that for one step was trained for TCD's steps, as its authors say.
+    Distilled("a Hyper-SD", ("hyper",), "ddim-trailing", counted=True, guided=5.0, of_one="tcd"),
     Distilled("a Lightning", ("lightning",), "euler-trailing", counted=True),  # https://arxiv.org/abs/2402.13929
     Distilled("a Turbo", ("turbo",), "euler-a-trailing", of_base=True),  # arXiv 2311.17042
 )
@@ -67,8 +70,7 @@ def recognised(choice: Choice) -> tuple[Distilled, int, float] | None:
             named = not kind.of_base or words & {"sd", "xl", *methods.known(), *(row.name for row in families.every())}
             if words.intersection(kind.words) and named and (told or not kind.counted):
                 steps = int(told[1]) if told else kind.steps
-                # That of Hyper-SD for one step was trained for TCD's steps, as its authors say.
-                found = replace(kind, scheduler="tcd") if kind.title == "a Hyper-SD" and steps == 1 else kind
+                found = replace(kind, scheduler=kind.of_one) if kind.of_one and steps == 1 else kind
                 return found, steps, kind.guided if "cfg" in words else 1.0
     return None
 
@@ -98,9 +100,7 @@ def for_few_steps(sampling: S, choices: Sequence[Choice], tell: Observer) -> S:
                 Warned(f"the negative prompt has no effect: {choice.path} draws without guidance; --guidance 1.5 adds some")
             )
             taken["negative"] = ""
-        said = " ".join(
-            f"--{name} {value:g}" if name != "scheduler" else f"--{name} {value}" for name, value in wanted.items()
-        )
+        said = f"--steps {steps} --guidance {guidance:g} --scheduler {kind.scheduler}"
         tell(
             Noted(f"{choice.path} is {kind.title} adapter for few steps, drawn as with {said}; what you give yourself holds")
         )

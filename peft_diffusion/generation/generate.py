@@ -230,7 +230,7 @@ def cell_recipes(
         replace(
             common,
             prompt=cell.prompt,
-            negative=sampling.negative if cell.negative is None else cell.negative,
+            negative=cell.against(sampling),
             seed=cell.seed,
             adapters=_used(adapters, cell.strengths or {}),
             plugins=_plugins(adapters, cell.strengths or {}),
@@ -377,8 +377,7 @@ def _find(used: UsedAdapter, files: Mapping[str, Plan]) -> Choice:
     component, word = used.component or None, used.word or None
     if (found.component, found.word) != (component, word):
         found = plan(found.path, component=component, word=word)
-    _, parts = amounts.parse(used.parts, used.path) if used.parts else (1.0, None)
-    return Choice(found.path, used.strength, found, component, word, parts)
+    return Choice(found.path, used.strength, found, component, word, used.by_part)
 
 
 def _there(used: UsedAdapter) -> Plan | None:

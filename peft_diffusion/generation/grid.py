@@ -69,17 +69,15 @@ def grid(
                 (picture,) = one.pictures
                 strengths = one.strengths(picture, [called[choice.key] for choice in one.choices], on.pipe)
                 drawn.append((picture.config, Cell(picture.prompt, picture.seed, strengths, picture.negative)))
-            jobs = [(how, [cell for _, cell in cells]) for how, cells in groupby(drawn, key=lambda one: _manner(one[0]))]
-            hows = {_manner(how): how for how, _ in drawn}
-            told = [recipe for how, cells in jobs for recipe in cell_recipes(on, cells, hows[how])]
+            groups = [list(group) for _, group in groupby(drawn, key=lambda one: _manner(one[0]))]
+            jobs = [(group[0][0], [cell for _, cell in group]) for group in groups]
+            told = [recipe for how, cells in jobs for recipe in cell_recipes(on, cells, how)]
             spare(on, config)
             halt = stop or Never()
-            images = [image for how, cells in jobs for image in paint(on, cells, hows[how], tell=tell, stop=halt)]
-        width = len(rows[0].cells)
-        starts = range(0, len(every), width)
-        pictures = tuple(tuple(images[start : start + width]) for start in starts)
-        kept = tuple(tuple(told[start : start + width]) for start in starts)
-        made = sheet.grid(pictures, [row.label for row in rows], config.columns)
+            images = [image for how, cells in jobs for image in paint(on, cells, how, tell=tell, stop=halt)]
+        columns = config.columns
+        pictures, kept = sheet.in_rows(images, len(columns)), sheet.in_rows(told, len(columns))
+        made = sheet.grid(pictures, [row.label for row in rows], columns)
         recipes.write_sheet(config.output, made, kept)
         tell(SheetMade(config.output))
         tell(Ended("finished"))

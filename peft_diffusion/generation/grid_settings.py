@@ -82,11 +82,8 @@ class GridConfig(Sampling):
     @property
     def columns(self) -> list[str]:
         """What stands above each column."""
-        (axis,) = self._axes(self.x)
+        axis = _axis(self.x)
         return [axis.label(value) for value in axis.values]
-
-    def _axes(self, *texts: str | None) -> list[Axis]:
-        return [_axis(text) for text in texts if text is not None]
 
     def rows(self, plain: GenerateConfig) -> list[Row]:
         """Say how every picture is drawn.
@@ -100,7 +97,7 @@ class GridConfig(Sampling):
         Raises:
             UserError: There is no such setting or value.
         """
-        (across,), down = self._axes(self.x), self._axes(self.z, self.y)
+        across, down = _axis(self.x), [_axis(text) for text in (self.z, self.y) if text is not None]
         places: list[list[tuple[Axis, str]]] = [[]]
         for axis in down:
             places = [[*place, (axis, value)] for place in places for value in axis.values]

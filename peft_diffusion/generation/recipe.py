@@ -14,6 +14,7 @@ from ..bases import prompt_syntax, schedulers
 from ..core.errors import UserError
 from ..core.files import written_aside
 from ..core.parsing import json_value, refusing
+from ..core.strength_schedule import ByPart
 from ..data.prompts import words_of
 from ..formats.container import title
 from . import amounts
@@ -50,6 +51,11 @@ class UsedAdapter:
     component: str = ""
     word: str = ""
     parts: str = ""
+
+    @property
+    def by_part(self) -> ByPart | None:
+        """What the strength is multiplied by; None for nothing. Raises UserError where ``parts`` cannot be read."""
+        return amounts.parse(self.parts, self.path)[1] if self.parts else None
 
 
 @dataclass(frozen=True)
@@ -207,8 +213,7 @@ class Recipe:
 
 def _strengths(used: UsedAdapter) -> str:
     """A strength as A1111 has it: of the text encoders and of the UNet, where these differ; it has no blocks and steps."""
-    _, parts = amounts.parse(used.parts, used.path) if used.parts else (1.0, None)
-    text, network = amounts.of_text_and_network(used.strength, parts)
+    text, network = amounts.of_text_and_network(used.strength, used.by_part)
     return f"{text:g}" if text == network else f"{text:g}:{network:g}"
 
 

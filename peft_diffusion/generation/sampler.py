@@ -45,6 +45,17 @@ class Cell:
     strengths: Mapping[str, float | ByPart] | None
     negative: str | None = None
 
+    def against(self, sampling: Sampling) -> str:
+        """Tell what it should not show.
+
+        Args:
+            sampling: How it is drawn.
+
+        Returns:
+            Its own negative prompt, or that of all.
+        """
+        return sampling.negative if self.negative is None else self.negative
+
 
 def size(info: BaseInfo, sampling: Sampling, source: Source | None = None) -> tuple[int, int]:
     """Choose the size of pictures.
@@ -220,7 +231,7 @@ def _named(name: str, adapters: Adapters, steps: int) -> Any:
     if lacking:
         raise UserError(f"the scheduler {kind} cannot space its noise levels so: {spacing}; take another, or {kind} alone")
     own = adapters.pipe.scheduler.config
-    plain = {option: False for options in SPACINGS.values() for option in options if option.startswith("use_")}
+    plain = {option for options in SPACINGS.values() for option in options if option.startswith("use_")}
     base = {option: value for option, value in own.items() if not (spacing and option in plain)}
     try:
         cls.from_config(base, **changes).set_timesteps(steps)
@@ -352,7 +363,7 @@ def _check_prompts(adapters: Adapters, batches: Sequence[Sequence[Cell]], tellin
 
 def _texts(batch: Sequence[Cell], sampling: Sampling) -> tuple[list[str], list[str]]:
     """The prompts of a batch, and the negative ones."""
-    return [cell.prompt for cell in batch], [sampling.negative if cell.negative is None else cell.negative for cell in batch]
+    return [cell.prompt for cell in batch], [cell.against(sampling) for cell in batch]
 
 
 def _set_strengths(adapters: Adapters, batch: Sequence[Cell]) -> None:

@@ -14,6 +14,7 @@ from ..bases.prompt_syntax import Weights
 from ..bases.schedulers import SCHEDULERS, SPACINGS, canonical
 from ..core.errors import UserError
 from ..core.files import at_home, if_address
+from ..core.parsing import number_in
 from ..core.settings import (
     COUNT,
     NATURAL,
@@ -242,10 +243,8 @@ def is_number(text: str) -> bool:
     Returns:
         Whether it is.
     """
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+    found = number_in(text)
+    return found is not None and math.isfinite(found)
 
 
 @settings_class()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -13,6 +14,7 @@ INK = (32, 33, 36)
 _LABEL = 300  # characters of a label
 FRAME = (222, 224, 228)
 
+T = TypeVar("T")
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _ASCII = 0x80  # what Pillow's own font draws for certain
 
@@ -75,6 +77,19 @@ def grid(
             corner = (left + column * (width + gap), top + row * (height + gap))
             _place(sheet, draw, picture, corner, (width, height))
     return sheet
+
+
+def in_rows(items: Sequence[T], width: int) -> tuple[tuple[T, ...], ...]:
+    """Part what is on a sheet into its rows.
+
+    Args:
+        items: Row by row.
+        width: How many a row has.
+
+    Returns:
+        The rows.
+    """
+    return tuple(tuple(items[start : start + width]) for start in range(0, len(items), width))
 
 
 def _place(

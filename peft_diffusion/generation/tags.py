@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from ..core.errors import UserError, did_you_mean
 from ..core.files import at_home
+from ..core.parsing import number_in
 from ..core.shortening import brief
-from ..formats.container import read_header, title
+from ..formats.container import is_pickle, read_header, title
 from .settings import Choice
 
 _TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
-_SUFFIXES = frozenset((".safetensors", ".pt", ".ckpt", ".bin", ".pth"))
 
 
 class Tag(NamedTuple):
@@ -72,11 +72,8 @@ def _second(text: str, plain: Sequence[str], te: float) -> float:
 
 
 def _strength(text: str, number: str) -> float:
-    try:
-        found = float(number)
-    except ValueError:
-        found = math.nan
-    if not math.isfinite(found):
+    found = number_in(number)
+    if found is None or not math.isfinite(found):
         raise UserError(
             f"{brief(text)} in the prompt: {brief(number)!r} is no strength; write a number, as in <lora:NAME:0.8>"
         )
@@ -105,7 +102,7 @@ class Shelf:
     def files(self) -> tuple[Path, ...]:
         """The adapter files of the folder."""
         found = sorted(self.folder.rglob("*")) if self.folder is not None else []
-        return tuple(path for path in found if path.suffix.lower() in _SUFFIXES and path.is_file())
+        return tuple(path for path in found if (_is_safetensors(path) or is_pickle(path)) and path.is_file())
 
     @cached_property
     def _by_name(self) -> Mapping[str, tuple[Path, ...]]:
@@ -115,6 +112,14 @@ class Shelf:
             names = (title(path), path.relative_to(self.folder or path.parent).with_suffix("").as_posix())
             for name in dict.fromkeys(name.casefold() for name in names):
                 found.setdefault(name, []).append(path)
+        return {name: tuple(paths) for name, paths in found.items()}
+
+    @cached_property
+    def _by_alias(self) -> Mapping[str, tuple[Path, ...]]:
+        """Files by what their metadata call them, in small letters; every header is read for it."""
+        found: dict[str, list[Path]] = {}
+        for path in self.files:
+            found.setdefault(_alias(path).casefold(), []).append(path)
         return {name: tuple(paths) for name, paths in found.items()}
 
     def find(self, name: str) -> Choice:
@@ -134,7 +139,7 @@ class Shelf:
         given = [choice for choice in self.given if choice.name.casefold() == wanted]
         if given:
             return given[0]
-        found = self._by_name.get(wanted) or tuple(path for path in self.files if _alias(path).casefold() == wanted)
+        found = self._by_name.get(wanted) or self._by_alias.get(wanted, ())
         if len(found) == 1:
             return Choice(found[0])
         if found:
@@ -164,9 +169,13 @@ class Shelf:
         return tuple(paths.values())
 
 
+def _is_safetensors(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors"
+
+
 def _alias(path: Path) -> str:
     """What a file's metadata call it; "" for nothing, and for what cannot be read, which whoever loads it is told of."""
-    if path.suffix.lower() != ".safetensors":
+    if not _is_safetensors(path):
         return ""
     try:
         return read_header(path).metadata.get("ss_output_name", "")

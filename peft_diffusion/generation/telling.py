@@ -8,7 +8,7 @@ import torch
 
 from ..bases import denoiser_of
 from ..bases.denoiser import Denoiser
-from ..bases.pipelines import Pipeline
+from ..bases.pipelines import Pipeline, computes_on
 from ..bases.prompt_syntax import is_plain
 from ..bases.prompts import Encoding, Reading, TextSide, alike
 from ..core.errors import UserError
@@ -101,9 +101,8 @@ class Telling:
 
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str], second: str | None) -> Encoding:
-        pipe: Any = self.pipe
         others = None if second is None else [second] * len(prompts)
-        return self.text.encode(prompts, others, getattr(pipe, "_execution_device", None))
+        return self.text.encode(prompts, others, computes_on(self.pipe))
 
 
 def tell_clip_skip(pipe: Pipeline, plans: Sequence[Plan], asked: Sampling, tell: Observer) -> None:

@@ -10,13 +10,33 @@ from PIL import Image
 from ..bases.base import Base
 from ..bases.pipelines import Pipeline, drawing
 from ..core.errors import UserError
-from ..core.events import Observer, Warned
+from ..core.events import Observer
 from . import amounts
 from . import sheet as sheets
+from .adapted import warner
 from .adapters import Adapters
 from .sampler import Cell, ending_in_noise, paint, whole_picture
-from .settings import GenerateConfig, parse_choices
+from .settings import Choice, GenerateConfig, parse_choices
 from .telling import Telling
+
+
+def others(files: Sequence[str]) -> tuple[Choice, ...]:
+    """Read which adapters a run trains another one beside.
+
+    Args:
+        files: ``FILE`` or ``FILE=STRENGTH`` each.
+
+    Returns:
+        The adapters.
+
+    Raises:
+        UserError: As `parse_choices`, and for a strength over denoising steps, of which training has none.
+    """
+    choices = parse_choices(files)
+    stepping = next((choice for choice in choices if choice.parts is not None and choice.parts.steps is not None), None)
+    if stepping is not None:
+        raise UserError(f"--freeze-others {stepping.text}: training has no denoising steps that a strength could follow")
+    return choices
 
 
 @contextmanager
@@ -34,23 +54,16 @@ def beside(base: Base, files: Sequence[str], tell: Observer) -> Iterator[list[di
     Raises:
         UserError: A file is missing, is no adapter or does not fit the base.
     """
-    choices = parse_choices(files)
-    stepping = next((choice for choice in choices if choice.parts is not None and choice.parts.steps is not None), None)
-    if stepping is not None:
-        raise UserError(f"--freeze-others {stepping.text}: training has no denoising steps that a strength could follow")
+    choices = others(files)
     if not choices:
         yield []
         return
     adapters, names = Adapters(base), list[str]()
-
-    def warn(message: str) -> None:
-        tell(Warned(message))
-
     try:
         told = []
         for number, choice in enumerate(choices, 1):
             name = f"beside_{number}"
-            adapters.load(choice.parsed(), name, choice.amount, warn=warn)
+            adapters.load(choice.parsed(), name, choice.amount, warn=warner(tell))
             names.append(name)
             parts = {"parts": amounts.text_of(choice.parts)} if choice.parts else {}
             told.append({"file": choice.path.name, "sha256": adapters[name].sha256, "strength": choice.strength, **parts})

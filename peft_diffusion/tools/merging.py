@@ -11,8 +11,8 @@ from ..core.adapter import Adapter, LowRank, method_of
 from ..core.errors import UserError
 from ..core.events import Noted, Observer
 from ..core.files import at_home
-from ..core.reduction import Truncation, reduced_matrix, reduced_pair, summed
-from ..core.weight_change import Change, exact_pair, serves
+from ..core.reduction import Truncation, exact_pair, reduced_matrix, reduced_pair, summed
+from ..core.weight_change import Change, serves
 from ..formats.file import DTYPES
 from ..methods.shared.learned_vectors import LearnedVectors
 from .combination import Combination, core_space, knots, linear
@@ -154,7 +154,7 @@ def _merged(
     site = made.bones.parts[where[0]].get_submodule(where[1])
     biases = [(one.bias, strength) for one, strength in zip(changes, strengths, strict=True) if one.bias is not None]
     bias = _numbers([one for one, _ in biases], [strength for _, strength in biases], way, number) if biases else None
-    kept = [(one, strength) for one, strength in zip(changes, strengths, strict=True) if one.matrix_shape is not None]
+    kept = [(one, strength) for one, strength in zip(changes, strengths, strict=True) if one.changes_weight]
     if not kept:
         return Change(bias=bias), []
     several, given = [one for one, _ in kept], [strength for _, strength in kept]

@@ -195,7 +195,7 @@ def _on_meta(config: Mapping[str, Any]) -> nn.Module:
 def _of_file(path: Path, bones: Skeleton) -> Weights:
     parts = {**bones.parts, VAE: _on_meta(single_file.architecture(path).configs()[VAE])}
     header = container.read_header(path) if path.suffix == ".safetensors" else None
-    stored = container.Stored(header) if header is not None else _pickle(path)
+    stored = container.Stored(header) if header is not None else single_file.unpickled(path)
     shapes = {component: _shapes(module) for component, module in parts.items()}
     found = ((row, key) for row in rows(parts) if row.name in stored for key in row.keys)
     places = {(row.component, key): Place(stored, row.name, shapes[row.component][key], row) for row, key in found}
@@ -267,18 +267,4 @@ def _of_folder(folder: Path) -> Mapping[str, Tensor]:
 
 
 def _opened(file: Path) -> Mapping[str, Tensor]:
-    return container.Stored(container.read_header(file)) if file.suffix == ".safetensors" else _pickle(file)
-
-
-def _pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # damage has no list of what it raises
-        raise UserError(
-            f"{path} cannot be read without running code that it may hold ({first_line(error)[:120]}); take the"
-            " .safetensors of this checkpoint"
-        ) from None
-    while isinstance(loaded, Mapping) and "state_dict" in loaded:
-        loaded = loaded["state_dict"]
-    items = loaded.items() if isinstance(loaded, Mapping) else ()
-    return {str(name): value for name, value in items if isinstance(value, Tensor)}
+    return container.Stored(container.read_header(file)) if file.suffix == ".safetensors" else single_file.unpickled(file)

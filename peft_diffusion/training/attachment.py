@@ -62,20 +62,20 @@ def attach(
     rates: dict[str, float] = {}
     undecayed: set[str] = set()
     owners: dict[str, str] = {}
-    _refuse_unknown_blocks(parts.values(), block_rates)
+    if block_rates:
+        _refuse_unknown_blocks(parts.values(), block_rates)
     for name, part in parts.items():
         own = _of(name, blocks)
         with global_seed(torch.device("cpu"), seed, "start", name):
             built = site.attach_all(part, NAME, [(block.method, block.target) for block in own])
-        named, meant = targets.blocks(part, parts=True), dict[str, str]()
-        if block_rates:
-            meant = block_names.weighed(block_rates, named.names)
+        named = targets.blocks(part, parts=True) if block_rates else None
+        meant = {} if named is None else block_names.weighed(block_rates, named.names)
         for number, (block, adapters) in enumerate(zip(own, built, strict=True)):
             decayed = block.method.decayed
             group = name if block.rate is None and decayed else f"{name}.{number}"
             rate = rate_of(name) if block.rate is None else block.rate
             for path, adapter in adapters.items():
-                at = meant.get(named.names[named.of(path)]) if meant else None
+                at = None if named is None else meant.get(named.names[named.of(path)])
                 adapter.train()  # the base stays in eval mode; dropout belongs to the adapter
                 for times, parameters in adapter.by_rate().items():
                     own_group = group if at is None else f"{group} {at}"
@@ -91,7 +91,7 @@ def attach(
 def _refuse_unknown_blocks(parts: Iterable[nn.Module], block_rates: Mapping[str, float]) -> None:
     """Raise UserError for a name that means no block of what is trained."""
     there = [block for part in parts for block in targets.blocks(part, parts=True).names]
-    lost = block_names.unknown(block_rates, there) if block_rates else []
+    lost = block_names.unknown(block_rates, there)
     if lost:
         raise UserError(f"--block-lr {lost[0]}: there is no such block; there are {block_names.shown(there)}")
 

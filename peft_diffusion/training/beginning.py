@@ -17,6 +17,7 @@ from ..core.errors import UserError
 from ..core.events import Observer, Warned
 from ..core.weight_change import change_of
 from ..formats import Plan
+from ..formats.inspection import ranks_of
 from .attachment import NAME
 from .events import Begun
 from .settings.placements import ranked
@@ -57,10 +58,11 @@ def with_rank_of_file(config: S) -> S:
     path = config.init_from
     if path is None or (config.resume and not path.exists()):  # what has begun needs the file no more
         return config
-    ranks = formats.inspect(path).ranks
-    if not ranks or config.rank is not None or config.block or not ranked(config):  # type: ignore[arg-type, attr-defined]
+    planned = formats.plan(path)
+    if config.rank is not None or config.block or not ranked(config):  # type: ignore[arg-type, attr-defined]
         return config
-    return replace(config, rank=max(ranks, key=lambda rank: ranks[rank]))
+    ranks = ranks_of(planned)
+    return replace(config, rank=max(ranks, key=lambda rank: ranks[rank])) if ranks else config
 
 
 def begin_from(path: Path, base: Base, parts: Mapping[str, nn.Module], tell: Observer) -> dict[str, str]:
@@ -82,26 +84,26 @@ def begin_from(path: Path, base: Base, parts: Mapping[str, nn.Module], tell: Obs
     loaded = formats.load(planned, base)
     for warning in loaded.warnings:
         tell(Warned(warning))
-    filled, left, whole = 0, 0.0, 0.0
+    taken: list[tuple[float, Adapter, nn.Module, str]] = []
     fresh = {name: site.adapters(part, NAME) for name, part in parts.items()}
     for component, adapters in fresh.items():
         for where, adapter in adapters.items():
             given = loaded.components.get(component, {}).get(where)
             if given is not None:
-                error, norm = _begin(adapter, given, parts[component].get_submodule(where), f"{component}.{where}", planned)
-                filled, left, whole = filled + 1, left + (error * norm) ** 2, whole + norm**2
-    if not filled:
+                module, name = parts[component].get_submodule(where), f"{component}.{where}"
+                taken.append((_begin(adapter, given, module, name, planned), given, module, name))
+    if not taken:
         raise UserError(
             f"--init-from {path}: it holds nothing at the layers that are trained now; --components and --target choose them"
         )
     untrained = sum(where not in fresh.get(name, ()) for name, built in loaded.components.items() for where in built)
     total = sum(map(len, fresh.values()))
-    tell(Begun(path, filled, total - filled, untrained, math.sqrt(left / whole) if whole else 0.0))
+    tell(Begun(path, len(taken), total - len(taken), untrained, _left_out(taken)))
     return {"file": path.name, "sha256": planned.sha256}
 
 
-def _begin(fresh: Adapter, given: Adapter, module: nn.Module, where: str, found: Plan) -> tuple[float, float]:
-    """What is left out of a site's change as a share, and its norm. Raises UserError where it cannot be taken over."""
+def _begin(fresh: Adapter, given: Adapter, module: nn.Module, where: str, found: Plan) -> float:
+    """What is left out of a site's change as a share. Raises UserError where it cannot be taken over."""
     for part in (given, *parts_of(given)):
         part.bind(module)
     own, theirs = parts_of(fresh), parts_of(given)
@@ -117,7 +119,17 @@ def _begin(fresh: Adapter, given: Adapter, module: nn.Module, where: str, found:
             " give the same --method, --rank, --alpha and --option as the file, or --method lora, which takes any change of"
             " weights"
         )
-    return max(known, default=0.0), _norm(given, module, where)
+    return max(known, default=0.0)
+
+
+def _left_out(taken: Sequence[tuple[float, Adapter, nn.Module, str]]) -> float:
+    """What is left out of all changes as a share of their norm, by that of each site."""
+    if not any(error for error, *_ in taken):  # so that no change is computed for it
+        return 0.0
+    norms = [_norm(given, module, where) for _, given, module, where in taken]
+    whole = sum(norm**2 for norm in norms)
+    left = sum((error * norm) ** 2 for (error, *_), norm in zip(taken, norms, strict=True))
+    return math.sqrt(left / whole) if whole else 0.0
 
 
 def _norm(given: Adapter, module: nn.Module, where: str) -> float:

@@ -20,8 +20,8 @@ from .attachment import NAME, attach, selected_components, spec_of, trained, tri
 from .loop.optimizers import OPTIMIZERS
 from .record import checkpoint as checkpoints
 from .record.checkpoint import Checkpoint
-from .record.run_folder import RunFolder
-from .settings.export import ExportConfig, default_output
+from .record.run_folder import RunFolder, check_output
+from .settings.export import ExportConfig, of_step
 from .settings.pictures import ResolvedConfig, block_rates
 from .settings.placements import blocks
 from .settings.text import ResolvedTextConfig
@@ -43,9 +43,9 @@ def export(config: ExportConfig) -> Path:
     """
     found = _checkpoint(config)
     run = _settings_of(found, config.run)
-    output = config.output or default_output(run.output, found.state.step)
-    if output.exists() and not config.overwrite:
-        raise UserError(f"{output} exists already: --overwrite replaces it, another --output keeps it")
+    named, layout = of_step(run.output, run.save_as, found.state.step)
+    output = config.output or Path(named)
+    check_output(output, overwrite=config.overwrite)
     base = _base(run, config.base)
     info = describe(base)
     if info.fingerprint != found.origin.base:
@@ -63,7 +63,8 @@ def export(config: ExportConfig) -> Path:
         losses = trained(step, found.seconds, measured.get(0), found.held_out)
         words = triggers(getattr(run, "trigger", ""), placed)
         spec = spec_of(parts, placed, asdict(info), words, portable(run) | losses, output.stem)
-        layout, dtype = config.save_as or run.save_as, config.save_dtype or run.save_dtype
+        layout = config.save_as or (layout if config.output is None else run.save_as)
+        dtype = config.save_dtype or run.save_dtype
         formats.save(output, parts, NAME, spec, layout=layout, dtype=DTYPES[dtype])
     finally:
         for part in parts.values():

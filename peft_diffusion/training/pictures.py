@@ -31,7 +31,7 @@ from .settings.derive import resolve
 from .settings.pictures import ResolvedConfig, TrainConfig, block_rates, output_path, run_path
 from .settings.placements import Placement, blocks, plugins_of
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
-from .tasks.preparation import Prepared, asked_previews, check_apart, check_places, items, prepare, reading_of
+from .tasks.preparation import Prepared, check_apart, check_places, items, prepare, reading_of
 from .watch.previews import PROMPTS, Previews
 
 _PROMPT = 200  # characters of a prompt that is proposed
@@ -172,7 +172,7 @@ class PictureMaterial:
         return Previews(
             folder.previews,
             self.task,
-            asked_previews(config) or prepared.prompts[:PROMPTS],
+            list(prepared.asked) or prepared.prompts[:PROMPTS],
             self.drawing,
             trainer.final_weights,
             trainer.tell,
@@ -276,5 +276,5 @@ def searched(config: TrainConfig) -> TrainConfig:
     """
     if config.shard_base:
         raise UserError("--find-lr runs in one process, which cannot shard a base; leave --shard-base away")
-    every: Any = TrainConfig.__dataclass_fields__["preview_every"].default
+    every = TrainConfig.preview_every
     return replace(config, preview_steps=0, preview_prompts=(), preview_prompts_file=None, preview_every=every)

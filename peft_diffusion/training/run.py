@@ -25,7 +25,6 @@ from ..core.events import Ended, Event, Observer, Observers, Stop, Warned, check
 from ..core.files import claimed, explained
 from ..core.settings import Settings, pick, portable, to_json
 from ..fast.low_rank import Working
-from ..formats.container import title
 from ..formats.file import DTYPES, check
 from ..formats.layout import DEFAULT
 from .attachment import NAME, Attached, at_strength, attach, described, spec_of, trained
@@ -43,6 +42,7 @@ from .record.run_folder import RunFolder
 from .record.trackers import Tracker, check_tracker
 from .results import FoundRates, Outcome, RunResult
 from .settings.choices import LogWith
+from .settings.export import of_step
 from .settings.pictures import TrainConfig
 from .settings.placements import Placement, check_methods, plugins_of, targets_of
 from .settings.resumption import BESIDE, DERIVED, FILES, INIT, PROCESSES
@@ -661,9 +661,8 @@ class _Run(Generic[Result]):
         self.tell(Saved("checkpoint", state.step, self.folder.keep(state)))
         config = self.material.config
         if config.keep_last:
-            name = title(config.output)
-            path = self.folder.adapter(name, state.step)
-            layout = config.save_as if name == config.output.stem else DEFAULT  # others' files have one name in any folder
+            name, layout = of_step(config.output, config.save_as, state.step)
+            path = self.folder.adapter(name)
             self._save(path, layout, self._result("", self.folder.elapsed))
             self.tell(Saved("on the way", state.step, path))
             self.folder.thin()

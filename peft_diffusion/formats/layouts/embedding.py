@@ -24,7 +24,7 @@ from ...core.method import Method
 from ...core.parsing import json_value, refusing
 from .. import metadata
 from ..container import Header
-from ..layout import Content, Layout, Place, Reading, Written, register
+from ..layout import Content, Layout, Place, Reading, Written, WrittenOnly, register
 from ..names import embeddings
 
 if TYPE_CHECKING:
@@ -140,18 +140,10 @@ class Embedding(Layout):
         return dict(zip(method.embedding, tensors, strict=True))
 
 
-class OfA1111(Layout):
+class OfA1111(WrittenOnly):
     """One word in a file, which A1111, Forge and ComfyUI call by the file's name; as ``.pt`` what A1111 itself writes."""
 
     name: ClassVar[str] = "embedding-a1111"
-
-    def claims(self, name: str) -> int | None:
-        """None: the layout of all embeddings reads them."""
-        return None
-
-    def read(self, header: Header, names: Sequence[str]) -> Reading:
-        """Nothing."""
-        return Reading({})
 
     def write(self, content: Content) -> Written:
         """One word."""
@@ -164,18 +156,10 @@ class OfA1111(Layout):
         return replace(found, pickled=dict(found.tensors) if others else pickled)
 
 
-class OfDiffusers(Layout):
+class OfDiffusers(WrittenOnly):
     """One word for one text encoder, under its own name, as diffusers' scripts write it."""
 
     name: ClassVar[str] = "embedding-diffusers"
-
-    def claims(self, name: str) -> int | None:
-        """None: the layout of all embeddings reads them."""
-        return None
-
-    def read(self, header: Header, names: Sequence[str]) -> Reading:
-        """Nothing."""
-        return Reading({})
 
     def write(self, content: Content) -> Written:
         """One word of one text encoder."""

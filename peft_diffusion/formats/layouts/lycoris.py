@@ -4,29 +4,19 @@ They say no component. LyCORIS itself wraps one model in a file; ComfyUI takes a
 the layout ``kohya`` reads them.
 """
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from ...bases import family as families
 from ...core.errors import UserError
-from ..container import Header
-from ..layout import Content, Layout, Reading, Written, register
+from ..layout import Content, Written, WrittenOnly, register
 from ..names import LYCORIS, claimants, with_text_model
 from . import embedding, kohya
 
 
-class Lycoris(Layout):
+class Lycoris(WrittenOnly):
     """Flat names without a component."""
 
     name: ClassVar[str] = "lycoris"
-
-    def claims(self, name: str) -> int | None:
-        """None: another layout reads them."""
-        return None
-
-    def read(self, header: Header, names: Sequence[str]) -> Reading:
-        """Nothing."""
-        return Reading({})
 
     def write(self, content: Content) -> Written:
         """What kohya's layout says too, where the path tells the component."""

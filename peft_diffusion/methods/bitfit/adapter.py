@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Site, float32_parameter
 from ...core.errors import DamagedError, UserError
-from ..shared.sites import NORMS, along, channels_of, normalized
+from ..shared.affine import channels
+from ..shared.sites import NORMS, channels_of, normalized
 from . import LAYER_BIAS, NORM_BIAS, NORM_WEIGHT
 
 
@@ -73,8 +74,8 @@ class BitFitAdapter(Adapter):
 
     def residual(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
         """The bias, along the site's channels."""
-        change = along(self.bias, y, self.site)
-        return change if self.weight is None else change + normalized(self.site, x) * along(self.weight, y, self.site)
+        change = channels(self.bias, y, self.site)
+        return change if self.weight is None else change + normalized(self.site, x) * channels(self.weight, y, self.site)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The bias as it is."""

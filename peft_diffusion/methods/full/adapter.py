@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ...core.adapter import Adapter, Site, float32_parameter
 from ...core.errors import UserError
 from ..shared import affine
-from ..shared.sites import along, channels_of, is_embedding, is_norm, looked_up, normalized, weight_shape
+from ..shared.affine import channels
+from ..shared.sites import channels_of, is_embedding, is_norm, looked_up, normalized, weight_shape
 from . import BIAS, NORM_WEIGHT, WEIGHT
 
 
@@ -77,10 +78,10 @@ class FullAdapter(Adapter):
         if isinstance(self.site, nn.Embedding):
             return looked_up(self.site, x, self.weight).to(y.dtype)
         if is_norm(self.site):
-            change = normalized(self.site, x) * along(self.weight, y, self.site)
+            change = normalized(self.site, x) * channels(self.weight, y, self.site)
         else:
             change = affine.applied(self.site, x, self.weight.to(x.dtype))
-        return change if self.bias is None else change + along(self.bias, y, self.site)
+        return change if self.bias is None else change + channels(self.bias, y, self.site)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Both as they are."""

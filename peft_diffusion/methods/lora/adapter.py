@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ...core.adapter import Adapter, Factors, LowRank, Site, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
-from ...core.reduction import Truncation, reduced_matrix, reduced_pair
+from ...core.reduction import Truncation, reduced
 from ...core.weight_change import change_of
 from ..shared import sites
 from ..shared.affine import WeightChange, read_alpha, require, single, weight_shape
@@ -215,16 +215,11 @@ class LoraAdapter(WeightChange):
             change = change_of(other, self.site, "")
         except UserError:  # it is no change of the weight
             return None
-        if change.bias is not None:
+        pair, error, whole = change.pair, 0.0, change.pair or change.matrix()
+        if change.bias is not None or whole is None:
             return None
-        wanted, error, pair = Truncation(len(self.down)), 0.0, change.pair
-        if pair is None:
-            if change.weight is None:
-                return None
-            found = reduced_matrix(change.weight.flatten(1), wanted)
-            pair, error = found.pair, found.error
-        elif len(pair.down) > len(self.down):
-            found = reduced_pair(pair, wanted)
+        if pair is None or len(pair.down) > len(self.down):
+            found = reduced(whole, Truncation(len(self.down)))
             pair, error = found.pair, found.error
         filled = len(pair.down)
         self.down[:filled] = pair.down.view(filled, *self.down.shape[1:])

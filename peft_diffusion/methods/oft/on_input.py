@@ -241,8 +241,8 @@ class InputButterfly(Adapter):
             ``values @ R``; exactly ``values`` in a fresh adapter.
         """
         halves = (self.blocks - self.blocks.transpose(2, 3)) / 2
-        turns = [_cayley(one).to(values.dtype) for one in halves]
-        number, size = turns[0].shape[:2]
+        turns = _cayley(halves).to(values.dtype)
+        number, size = turns.shape[1:3]
         for factor in range(len(turns)) if transposed else reversed(range(len(turns))):
             turn = turns[factor].transpose(1, 2) if transposed else turns[factor]
             apart = 2**factor

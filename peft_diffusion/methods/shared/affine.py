@@ -49,17 +49,19 @@ def base_output(site: Site, x: Tensor) -> Tensor:
 
 
 def channels(values: Tensor, y: Tensor, site: Site) -> Tensor:
-    """Shape one value a channel so that it multiplies an output.
+    """Shape one value a channel so that it adds to or multiplies an output.
 
     Args:
         values: (channels,), in any shape.
         y: The output.
-        site: A Linear or Conv2d.
+        site: A Linear, Conv2d or norm.
 
     Returns:
         The values in the dtype of ``y``.
     """
     flat = values.reshape(-1).to(y.dtype)
+    if isinstance(site, nn.GroupNorm):  # which takes any number of axes behind the channels
+        return flat.view(-1, *[1] * (y.ndim - 2))
     return flat[:, None, None] if isinstance(site, nn.Conv2d) else flat
 
 

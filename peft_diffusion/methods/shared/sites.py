@@ -11,7 +11,6 @@ from . import affine
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 # Norms of language models that divide by the root of the mean square, and multiply by their weight, by class.
 _ROOT_MEAN_SQUARE = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
-_CHANNELS_SECOND = (nn.Conv2d, nn.GroupNorm)
 
 
 def is_embedding(site: Site) -> bool:
@@ -83,21 +82,6 @@ def channels_of(site: Site) -> int:
     if _is_root_mean_square(site):
         return len(site.get_parameter("weight"))
     return affine.weight_shape(site)[0]
-
-
-def along(values: Tensor, y: Tensor, site: Site) -> Tensor:
-    """Shape one value a channel so that it adds to or multiplies an output.
-
-    Args:
-        values: (channels,).
-        y: The output of the site.
-        site: A Linear, Conv2d or norm.
-
-    Returns:
-        The values in the dtype of ``y``.
-    """
-    values = values.to(y.dtype)
-    return values.view(-1, *[1] * (y.ndim - 2)) if isinstance(site, _CHANNELS_SECOND) else values
 
 
 def normalized(site: Site, x: Tensor) -> Tensor:

@@ -13,6 +13,10 @@ from ..settings.choices import OptimizerName
 
 Decays: TypeAlias = Mapping[str, float]
 """The weight decay of each group."""
+Grouping: TypeAlias = Callable[[Arena, Mapping[str, float], Decays], list[dict[str, Any]]]
+"""Makes the groups of an optimizer of an arena, rates and decays."""
+Build: TypeAlias = "Callable[[Arena, Mapping[str, float], Decays, bool], FlatOptimizer]"
+"""Makes an optimizer of an arena, rates, decays, and whether its steps may be recorded."""
 
 
 class FlatOptimizer:
@@ -254,76 +258,33 @@ def schedule_free(arena: Arena, rates: Mapping[str, float], decays: Decays, reco
     return ScheduleFree(arena, optimizer, kept, ("k", "weight_sum", "lr_max"))
 
 
-def adafactor(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
-    """Make Adafactor (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235), at the rates that are given, not its own.
+def of_library(name: OptimizerName, kind: str, groups: Grouping, options: Mapping[str, Any]) -> Build:
+    """Choose an optimizer of pytorch-optimizer, whose state is made at once, so that there is one to fill before a step.
 
     Args:
-        arena: What is trained.
-        rates: The learning rate of each group.
-        decays: The weight decay of each group.
-        records: Whether steps may be recorded.
+        name: What a person calls it.
+        kind: The name of its class there.
+        groups: How the arena is given to it: whole, or the parameters themselves.
+        options: What it takes beside groups.
 
     Returns:
-        The optimizer.
-
-    Raises:
-        UserError: pytorch-optimizer is not installed.
+        What makes it, and raises UserError where pytorch-optimizer is not installed.
     """
-    options = {"betas": (None, 0.999), "relative_step": False, "scale_parameter": False}
-    return _of_library("adafactor", "AdaFactor", arena, _groups_of_members(arena, rates, decays), options)
 
+    def build(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
+        check_optimizer(name)
+        import pytorch_optimizer
 
-def lion(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
-    """Make Lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675).
+        optimizer = getattr(pytorch_optimizer, kind)(groups(arena, rates, decays), **options)
+        kept: dict[str, Tensor] = {}
+        for group_name, group in zip(arena.groups, optimizer.param_groups, strict=True):
+            optimizer.init_group(group)
+            for number, parameter in enumerate(group["params"]):
+                state = optimizer.state[parameter]
+                kept |= _named(f"{group_name}.{number}", state, [key for key in state if isinstance(state[key], Tensor)])
+        return CountingOptimizer(arena, optimizer, kept, ("step",))
 
-    Args:
-        arena: What is trained.
-        rates: The learning rate of each group.
-        decays: The weight decay of each group.
-        records: Whether steps may be recorded.
-
-    Returns:
-        The optimizer.
-
-    Raises:
-        UserError: pytorch-optimizer is not installed.
-    """
-    return _of_library("lion", "Lion", arena, _groups(arena, rates, decays), {})
-
-
-def came(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
-    """Make CAME (Luo et al. 2023, https://arxiv.org/abs/2307.02047).
-
-    Args:
-        arena: What is trained.
-        rates: The learning rate of each group.
-        decays: The weight decay of each group.
-        records: Whether steps may be recorded.
-
-    Returns:
-        The optimizer.
-
-    Raises:
-        UserError: pytorch-optimizer is not installed.
-    """
-    return _of_library("came", "CAME", arena, _groups_of_members(arena, rates, decays), {})
-
-
-def _of_library(
-    name: OptimizerName, kind: str, arena: Arena, groups: Sequence[dict[str, Any]], options: Mapping[str, Any]
-) -> FlatOptimizer:
-    """An optimizer of pytorch-optimizer with its state made, so that there is one to fill before the first step."""
-    check_optimizer(name)
-    import pytorch_optimizer
-
-    optimizer = getattr(pytorch_optimizer, kind)(list(groups), **options)
-    kept: dict[str, Tensor] = {}
-    for group_name, group in zip(arena.groups, optimizer.param_groups, strict=True):
-        optimizer.init_group(group)
-        for number, parameter in enumerate(group["params"]):
-            state = optimizer.state[parameter]
-            kept |= _named(f"{group_name}.{number}", state, [key for key in state if isinstance(state[key], Tensor)])
-    return CountingOptimizer(arena, optimizer, kept, ("step",))
+    return build
 
 
 def prodigy_plus(arena: Arena, rates: Mapping[str, float], decays: Decays, records: bool) -> FlatOptimizer:
@@ -393,20 +354,6 @@ def _missing(name: OptimizerName) -> UserError:
     )
 
 
-Build: TypeAlias = Callable[[Arena, Mapping[str, float], Decays, bool], FlatOptimizer]
-OPTIMIZERS: dict[OptimizerName, Build] = {
-    "adamw": adamw,
-    "adamw8bit": adamw8bit,
-    "adafactor": adafactor,
-    "lion": lion,
-    "came": came,
-    "prodigy-plus": prodigy_plus,
-    "prodigy": prodigy,
-    "schedule-free": schedule_free,
-}
-"""A line for each; the names are those of ``config.OptimizerName``, which the flag is made of."""
-
-
 def _groups(arena: Arena, rates: Mapping[str, float], decays: Decays) -> list[dict[str, Any]]:
     return [
         {"params": [parameter], "lr": rates[name], "weight_decay": decays[name]} for name, parameter in arena.groups.items()
@@ -424,3 +371,18 @@ def _groups_of_members(arena: Arena, rates: Mapping[str, float], decays: Decays)
 def _named(group: str, state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
     """Those tensors of a state that are there."""
     return {f"{group}.{name}": state[name] for name in names if name in state}
+
+
+_ADAFACTOR = {"betas": (None, 0.999), "relative_step": False, "scale_parameter": False}
+OPTIMIZERS: dict[OptimizerName, Build] = {
+    "adamw": adamw,
+    "adamw8bit": adamw8bit,
+    # Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235, at the rates that are given, not its own.
+    "adafactor": of_library("adafactor", "AdaFactor", _groups_of_members, _ADAFACTOR),
+    "lion": of_library("lion", "Lion", _groups, {}),  # Chen et al. 2023, https://arxiv.org/abs/2302.06675
+    "came": of_library("came", "CAME", _groups_of_members, {}),  # Luo et al. 2023, https://arxiv.org/abs/2307.02047
+    "prodigy-plus": prodigy_plus,
+    "prodigy": prodigy,
+    "schedule-free": schedule_free,
+}
+"""A line for each; the names are those of ``config.OptimizerName``, which the flag is made of."""

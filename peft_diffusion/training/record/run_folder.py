@@ -319,17 +319,16 @@ class RunFolder:
                 files[step].unlink()
         return path
 
-    def adapter(self, name: str, step: int) -> Path:
-        """Name the adapter file of a step.
+    def adapter(self, name: str) -> Path:
+        """Place the adapter file of a step.
 
         Args:
-            name: What the adapter is called.
-            step: The steps done.
+            name: The file's name.
 
         Returns:
             The file, which need not be there.
         """
-        return self.path / _ADAPTERS / f"{name}-{step:06}.safetensors"
+        return self.path / _ADAPTERS / name
 
     def thin(self) -> None:
         """Delete adapter files of the way beyond as many of the newest as are to stay.
@@ -522,20 +521,32 @@ def check_run(run: RunFolder, output: Path, *, resume: bool, overwrite: bool) ->
     run.check()
     if resume and not run.holds_a_run():
         raise UserError(f"there is no run in {run.path} to go on with; leave out --resume, or name it with --run-dir")
-    if not resume and not overwrite:
-        if run.holds_a_run():
-            raise UserError(f"{run.path} holds a run already: --resume goes on with it, --overwrite starts anew")
-        if output.exists():
-            raise UserError(f"{output} exists already: --overwrite replaces it, another --output keeps it")
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; name a file in it")
-    if output.exists() and not output.is_file():
-        raise UserError(f"--output {output} is no regular file, so it cannot be replaced; choose another name")
+    if not resume and not overwrite and run.holds_a_run():
+        raise UserError(f"{run.path} holds a run already: --resume goes on with it, --overwrite starts anew")
+    check_output(output, overwrite=resume or overwrite)
     for place in filter(None, _OWN):
         if lies_in(output, run.path / place):
             raise UserError(f"--output {output} lies in {run.path / place}, where the run keeps its own; name another place")
     for folder in (output.parent, run.path):
         check_writable(folder)
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """See that an adapter file can be made where it shall be.
+
+    Args:
+        output: The file.
+        overwrite: Whether what is there may be replaced.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists already: --overwrite replaces it, another --output keeps it")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file in it")
+    if output.exists() and not output.is_file():
+        raise UserError(f"--output {output} is no regular file, so it cannot be replaced; choose another name")
 
 
 def check_writable(folder: Path) -> None:

@@ -195,11 +195,8 @@ def _put_rates(found: Derivation, config: TrainConfig, family: Family, for_base:
 
     def rate(component: str, method: str) -> float:
         setting = settings[component]
-        like = RATE_LIKE.get(setting, setting)
-        given: float | None = getattr(config, setting)
-        if given is None:
-            given = getattr(config, like)
-        usual: float = defaults[like]
+        given = _said(config, setting)
+        usual: float = defaults[RATE_LIKE.get(setting, setting)]
         if given is not None:
             return given
         return own_rate(config.optimizer, methods.find(method).rates.on_pictures(usual, small=family.small))
@@ -282,11 +279,13 @@ def _learning(config: TrainConfig, components: tuple[str, ...]) -> tuple[str, ..
 def _frozen(config: TrainConfig) -> frozenset[str]:
     """The components, of all families, whose learning rate was said to be 0."""
     rates = {name: row.rate for name, row in families.components().items() if row.role != "language model"}
-    given = {name: getattr(config, rate, None) for name, rate in rates.items()}
-    given |= {
-        name: getattr(config, RATE_LIKE[rate]) for name, rate in rates.items() if given[name] is None and rate in RATE_LIKE
-    }
-    return frozenset(name for name, rate in given.items() if rate == 0)
+    return frozenset(name for name, rate in rates.items() if _said(config, rate) == 0)
+
+
+def _said(config: TrainConfig, setting: str) -> float | None:
+    """The learning rate that a person gave, or that of the component that it otherwise is like."""
+    given: float | None = getattr(config, setting, None)
+    return getattr(config, RATE_LIKE[setting]) if given is None and setting in RATE_LIKE else given
 
 
 def undecided(config: AskedSettings) -> frozenset[str]:

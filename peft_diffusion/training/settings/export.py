@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ...core.settings import PARAMETERS, Flag, OnePath, OptionalPath, about, explained, setting, settings_class, settle
 from ...formats import layout as layouts
+from ...formats.container import title
 from ...formats.layout import SaveDtype
 
 
@@ -44,14 +45,16 @@ class ExportConfig:
             layouts.find(self.save_as)
 
 
-def default_output(run_output: Path, step: int) -> Path:
-    """Name the file of an export where none was named.
+def of_step(run_output: Path, layout: str, step: int) -> tuple[str, str]:
+    """Name the adapter file of a step of a run, where none was named.
 
     Args:
         run_output: The adapter file of the run.
-        step: The step that is exported.
+        layout: The layout of that.
+        step: The steps done.
 
     Returns:
-        The file, in the present directory.
+        The file's name, and its layout: kohya's where files of the run's have one name in any folder.
     """
-    return Path(f"{run_output.stem}-{step:06}.safetensors")
+    name = title(run_output)
+    return f"{name}-{step:06}.safetensors", layout if name == run_output.stem else layouts.DEFAULT

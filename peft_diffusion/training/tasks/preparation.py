@@ -71,20 +71,20 @@ class Prepared:
     rules: CaptionRules
     prior: Examples | None = None
     class_pictures: tuple[TrainingImage, ...] = ()
+    asked: tuple[PreviewPrompt, ...] = ()
 
     @property
     def prompts(self) -> list[PreviewPrompt]:
         """The prompts of the previews: those asked for, or captions of pictures kept apart, or else of any."""
-        asked = asked_previews(self.config)
-        if asked:
-            return asked
+        if self.asked:
+            return list(self.asked)
         examples = self.held_out or self.train
         captions = dict.fromkeys(self.rules.plain(caption) for caption in examples.captions)
         read = captions if self.config.weighted_captions else map(escaped, captions)
         return [PreviewPrompt(caption) for caption in read]
 
 
-def asked_previews(config: TrainConfig | ResolvedConfig) -> list[PreviewPrompt]:
+def _asked_previews(config: TrainConfig) -> list[PreviewPrompt]:
     """Read the prompts of previews that were asked for.
 
     Args:
@@ -100,9 +100,9 @@ def asked_previews(config: TrainConfig | ResolvedConfig) -> list[PreviewPrompt]:
     return [PreviewPrompt.of_line(line, number) for number, line in enumerate((*config.preview_prompts, *of_file))]
 
 
-def _check_previews(config: ResolvedConfig, info: BaseInfo) -> None:
+def _check_previews(asked: Sequence[PreviewPrompt], info: BaseInfo) -> None:
     """Raise UserError for sizes of previews that the base cannot draw."""
-    for one in asked_previews(config):
+    for one in asked:
         for side in (one.width, one.height):
             if side is not None and (side < 1 or side % info.step):
                 raise UserError(f'the preview "{brief(one.written)}" has a side of {side}, no multiple of {info.step}')
@@ -196,7 +196,7 @@ def prepare(
     Raises:
         UserError: A base, folder or picture cannot be used.
     """
-    rules = _checked(config)
+    rules, asked = _checked(config)
     config = with_rank_of_file(config)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
@@ -212,9 +212,7 @@ def prepare(
     resolved = resolve(config, info, len(pictures), device.type, precision=precision)
     kept, apart = _split(pictures, resolved)
     fits = arrange(kept, resolved.resolution, info.step, no_upscale=not config.upscale)
-    sides = 2 if config.flip else 1
-    drawn = repeated(group(fits * sides), [one.repeats for one in kept] * sides)
-    batches = steps_per_epoch(drawn, resolved.batch_size * processes.size)
+    batches = _steps_per_epoch(kept, fits, resolved, processes)
     earlier = going_on.origin.config if going_on is not None else {} if config.resume else None
     count = len(folder.pictures)
     resolved = resolve(config, info, count, device.type, batches, precision=precision, before=earlier)
@@ -224,31 +222,49 @@ def prepare(
     _tell_odd(config, resolved, apart, tell)
     rules = replace(rules, dropout=resolved.caption_dropout)
     text.check()
-    _check_previews(resolved, info)
+    _check_previews(asked, info)
     _tell_prompts([*kept, *apart], rules, text, tell)
     of_class = class_images.pictures(resolved, pipe, tell, drawing, processes)
     if going_on is not None:
         run.check_data(going_on.origin, items(pictures, of_class))
+    train, held_out, kept_as_is = _encoded(_Encoder(resolved, info, pipe, tell), kept, apart, of_class)
+    return Prepared(resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class), tuple(asked))
+
+
+def _steps_per_epoch(
+    kept: Sequence[TrainingImage], fits: Sequence[ResizeCrop], config: ResolvedConfig, processes: Processes
+) -> int:
+    """How many batches see each picture as often as it is to be seen."""
+    sides = 2 if config.flip else 1
+    drawn = repeated(group([*fits] * sides), [one.repeats for one in kept] * sides)
+    return steps_per_epoch(drawn, config.batch_size * processes.size)
+
+
+def _encoded(
+    encode: "_Encoder", kept: Sequence[TrainingImage], apart: Sequence[TrainingImage], of_class: Sequence[TrainingImage]
+) -> tuple[Examples, Examples | None, Examples | None]:
+    """Examples to learn from, to measure on and of the class, after telling what came of the cache."""
+    config = encode.config
     before = _kept(config.cache)
-    encode = _Encoder(resolved, info, pipe, tell)
     train = encode(kept, config.flip, "encoding pictures")
     held_out = encode(apart, False, "encoding pictures kept apart") if apart else None
     kept_as_is = encode.beside(of_class, train.groups) if of_class else None
-    _tell_cache(config.cache, before, [one for one in (train, held_out, kept_as_is) if one], tell)
-    return Prepared(resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class))
+    _tell_cache(config.cache, before, [one for one in (train, held_out, kept_as_is) if one], encode.tell)
+    return train, held_out, kept_as_is
 
 
-def _checked(config: TrainConfig) -> CaptionRules:
-    """The rules of captions, after seeing what can be told before the base is loaded. Raises UserError for it."""
+def _checked(config: TrainConfig) -> tuple[CaptionRules, list[PreviewPrompt]]:
+    """The rules of captions and the previews that are asked for, after seeing what can be told before the base is loaded.
+    Raises UserError for it."""
     parse_colour(config.background)
     subfolders.check(config.repeats, config.folder_weight)
     refuse_files(config.preview_prompts, "read it with --preview-prompts-file")
     refuse_files(config.class_prompt)
-    asked_previews(config)
+    asked = _asked_previews(config)
     for folders in filter(None, (config.folder, config.regularisation)):
         check_folders(folders)
     dropout = config.caption_dropout or 0.0
-    return CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards)
+    return CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards), asked
 
 
 def _tell_odd(asked: TrainConfig, config: ResolvedConfig, apart: Sequence[TrainingImage], tell: Observer) -> None:
