@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class Loaded:
         report: How much of the file found its place.
         warnings: What the person should know.
         plan: What the file was planned to hold.
+        left: By name, why a tensor of the file makes no part of an adapter.
     """
 
     components: dict[str, dict[str, Adapter]]
@@ -65,6 +66,7 @@ class Loaded:
     report: Coverage
     warnings: tuple[str, ...]
     plan: Plan
+    left: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -248,15 +250,35 @@ def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False) -> L
         refuse_leftovers(found.path, bound.left)
     report = Coverage(len(tensors) - len(bound.left), sum(map(len, built.values())), tuple(bound.left))
     warnings = (*bound.warnings, *_unread_words(found, learned, bound.parts))
-    return Loaded(built, found.spec or Spec(), report, warnings, found)
+    return Loaded(built, found.spec or Spec(), report, warnings, found, bound.left)
 
 
-def bind(found: Plan, pipe: AnyBase) -> "Bound":
+Names: TypeAlias = Mapping[str, Mapping[str, str]]
+"""By component, paths by the names that files use, as `names.site_name` spells them."""
+
+
+def names_of(pipe: AnyBase) -> Names:
+    """List every name that files use for the modules of a base.
+
+    Args:
+        pipe: The base.
+
+    Returns:
+        The names, for `bind`.
+
+    Raises:
+        UserError: Two modules share a name, which no Stable Diffusion has.
+    """
+    return {component: paths_by_name(component, module) for component, module in components(pipe).items()}
+
+
+def bind(found: Plan, pipe: AnyBase, names: Names | None = None) -> "Bound":
     """Find the sites of a base that a file holds adapters for. Reads no tensor.
 
     Args:
         found: The file.
         pipe: The base.
+        names: What `names_of` told of the base, where several files are bound to it; None: it is asked.
 
     Returns:
         The sites, whose adapters can be built one by one.
@@ -269,7 +291,7 @@ def bind(found: Plan, pipe: AnyBase) -> "Bound":
     if not found.sites:
         raise found.is_none()
     parts = components(pipe)
-    bound, left = _bound(found, parts)
+    bound, left = _bound(found, parts, names_of(pipe) if names is None else names)
     return Bound(found, pipe, parts, {(one.component, one.path): one for one in bound}, left)
 
 
@@ -343,10 +365,9 @@ def paths_by_name(component: str, module: nn.Module) -> dict[str, str]:
     return found
 
 
-def _bound(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[list[_Site], dict[str, str]]:
+def _bound(found: Plan, parts: Mapping[str, nn.Module], paths: Names) -> tuple[list[_Site], dict[str, str]]:
     """The sites of a base that a file holds an adapter for, and by name why tensors have none. Raises UserError where the
     file holds a tensor of a site under two names."""
-    paths = {component: paths_by_name(component, module) for component, module in parts.items()}
     left = dict(found.unread)
     bound: dict[tuple[str, str], SitePlan] = {}
     for _, name, one in found.each():
@@ -469,7 +490,7 @@ def _refuse_not_finite(path: Path, site: _Site, adapter: Adapter) -> None:
     This is the one place that sees every number as it is used, in float32.
     """
     for suffix, tensor in adapter.state().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not container.is_finite(tensor):
             raise UserError(
                 f"{path}: {suffix} of {site.component}.{site.path} is NaN or infinite, or has a scale that is; the file is"
                 " damaged or its training diverged"

@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,7 +30,7 @@ from .. import metadata
 from ..aliases import aliases
 from ..container import Header
 from ..layout import Content, Layout, Place, Reading, Whole, Written, register
-from ..names import LYCORIS, TEXT_MODEL, claimants, dotted_starts, prefixes, rows, with_text_model
+from ..names import LYCORIS, TEXT_MODEL, Rows, claimants, dotted_starts, known_rows, prefixes, rows, with_text_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,10 +184,15 @@ class _Tensor:
         return replace(_place(self.stem, self.suffix), change=self.change)
 
 
+@cache
+def _located_starts(known: Rows) -> Mapping[str, str]:
+    """The components by what names begin with; "" for none. peft wraps a model, or the pipeline around it."""
+    return {**dotted_starts(), _PEFT: "", "": "", **{_PEFT + start: one for start, one in dotted_starts().items()}}
+
+
 def _located(stem: str) -> tuple[str, str, str]:
     """What the name of a site begins with, its path, and the component that the beginning names; "" where it names none."""
-    # peft wraps a model, or the pipeline around it.
-    starts = {**dotted_starts(), _PEFT: "", "": "", **{_PEFT + start: one for start, one in dotted_starts().items()}}
+    starts = _located_starts(known_rows())
     start = max((start for start in starts if stem.startswith(start)), key=len)
     return start, _today(stem.removeprefix(start)), starts[start]
 

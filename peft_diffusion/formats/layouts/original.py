@@ -47,13 +47,17 @@ class Original(Layout):
 
     def claims(self, name: str) -> int | None:
         """Names whose path begins as only the original's do."""
-        if "." in name.partition(".")[2] and not name.startswith(tuple(_flat_starts())) and aliases().parts(name) is None:
+        if (
+            "." in name.partition(".")[2]
+            and not name.startswith(_flat_starts(known_rows()))
+            and aliases().parts(name) is None
+        ):
             return None  # of OneTrainer, which keeps the dots and names tensors as kohya's layout does
         return max((len(start) for start in _beginnings(known_rows()) if name.startswith(start)), default=None)
 
     def read(self, header: Header, names: Sequence[str]) -> Reading:
         """As the flat and the dotted names that they are."""
-        flat = [name for name in names if name.startswith(tuple(_flat_starts()))]
+        flat = [name for name in names if name.startswith(_flat_starts(known_rows()))]
         parts = (kohya.read(flat), dotted.read(header, [name for name in names if name not in flat]))
         return Reading(
             {name: place for part in parts for name, place in part.places.items()},
@@ -100,16 +104,17 @@ def spelling(content: Content) -> kohya.Spelling:
     return spelled
 
 
-def _flat_starts() -> list[str]:
+@cache
+def _flat_starts(known: Rows) -> tuple[str, ...]:
     """What flat names of the UNet begin with."""
-    return [*(start for one in _unets() for start in (one.kohya, *one.flat)), LYCORIS]
+    return (*(start for one in _unets() for start in (one.kohya, *one.flat)), LYCORIS)
 
 
 @cache
 def _beginnings(known: Rows) -> list[str]:
     """What names begin with that only the original has."""
     first = dict.fromkeys([*_BLOCKS, *(name.partition(".")[0] for name in _OUTER.values())])
-    flat = [f"{start}{name}_" for start in _flat_starts() for name in first]
+    flat = [f"{start}{name}_" for start in _flat_starts(known) for name in first]
     return flat + [f"{start}{name}." for one in _unets() for start in one.dotted for name in first]
 
 
