@@ -205,6 +205,7 @@ def cell_recipes(
     info = adapters.base
     width, height = size(info, sampling, source)
     scheduler = scheduler_of(adapters, cells, sampling)
+    hires = sampling.second_pass
     found = {
         "prompt": "",
         "seed": 0,
@@ -223,6 +224,8 @@ def cell_recipes(
         "sampler_options": _options(scheduler) | {"freeu": free_u(denoiser_of(pipe).network)},
         "vae": _fingerprint(pipe.vae),
         "versions": _versions(),
+        **({} if hires is None else {"hires_upscaler": hires.upscaler, "hires_strength": hires.strength}),
+        **({} if hires is None else {"hires_steps": hires.steps}),
     }
     of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None}
     common = pick(Recipe, sampling, found, of_a_picture)
