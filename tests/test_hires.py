@@ -109,6 +109,14 @@ def test_a_schedule_goes_on_where_the_noise_is(tiny_base: Path, tmp_path: Path) 
         found.append(float(strengths.values.flatten()[0]))
 
     pipe.unet.down_blocks[0].register_forward_pre_hook(strength)
+    told: dict[str, Any] = {"guidance": 1.0, "hires": 1.5, "hires_steps": 3, "hires_strength": 0.6}
+    list(paint(adapters, [Cell("a cat", 1, None)], Sampling(steps=5, **told)))
+    assert found == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.5, 0.75, 1])
+
+
+def test_progress_goes_over_both_passes(tiny_pipe: DiffusionPipeline) -> None:
+    seen: list[Event] = []
+    cells = [Cell("a cat", seed, {}) for seed in range(2)]
     list(paint(Adapters(tiny_pipe), cells, Sampling(steps=2, hires=1.5, hires_steps=1, batch_size=1), tell=seen.append))
     told = [(event.done, event.total) for event in seen if isinstance(event, Progress)]
     assert told == [(number, 6) for number in range(1, 7)]
