@@ -70,7 +70,7 @@ def blend(
             config = replace(config, prompts=tuple(prompts))
             blended = dict(zip(names, choices, strict=False))
             drawn = draw(adapters, blended, config, beside, tell=tell, stop=stop or Never())
-        recipes.write_sheet(config.output, drawn.sheet, drawn.recipes)
+        recipes.write_sheet(config.output, drawn.sheet, drawn.recipes, config.quality)
         tell(SheetMade(config.output))
         tell(Ended("finished"))
     return drawn
@@ -112,6 +112,7 @@ def draw(
     rows = zip(config.prompts, beside or [{}] * len(config.prompts), strict=True)
     cells = [Cell(prompt, config.seed, {**mix, **more}) for prompt, more in rows for mix in columns]
     told = cell_recipes(adapters, cells, config)
+    recipes.check_sheet(config.output, [told])
     spare(adapters, config)
     images = list(paint(adapters, cells, config, tell=tell, stop=stop))
     pictures = sheet.in_rows(images, len(columns))

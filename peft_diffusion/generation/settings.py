@@ -6,7 +6,7 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from ..bases import family as families
 from ..bases.asked import AskedPrediction
@@ -41,6 +41,7 @@ from ..formats import Plan, plan
 from ..formats.container import adapter_file, is_pickle, title
 from . import amounts
 from .hires import UPSCALERS, Hires, upscaler
+from .picture_formats import PictureFormat, ending, format_of
 from .recipe import check_folder, check_target, read
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
@@ -50,6 +51,7 @@ MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
 _STEPS, _GUIDANCE = 25, 5.0  # where nothing says otherwise
+_BLEND = Path("blend.png")
 _PICTURES = SUFFIXES | CONVERTIBLE
 
 
@@ -361,6 +363,15 @@ class Sampling(NamesAdapters):
     hires_steps: int | None = setting(
         None, "Denoising steps that the second pass takes; by default as many as the first.", PARAMETERS, COUNT
     )
+    format: PictureFormat | None = setting(
+        None, "Of the pictures' files; by default what the ending of --output says, and png in a folder.", PARAMETERS
+    )
+    quality: int | None = setting(
+        None,
+        "Of JPEG and WebP, from 1 to 100, at which WebP loses nothing; by default 95.",
+        PARAMETERS,
+        Range(1, 100),
+    )
     variation_seed: int | None = setting(
         None, "A second seed, whose noise is mixed into that of the first, as A1111 mixes variations.", PARAMETERS, SEEDS
     )
@@ -415,6 +426,17 @@ class Sampling(NamesAdapters):
         return _GUIDANCE if self.guidance is None else self.guidance
 
 
+class WritesFile(Protocol):
+    """Settings of a command that writes one picture."""
+
+    @property
+    def output(self) -> Path: ...
+    @property
+    def format(self) -> PictureFormat | None: ...
+    @property
+    def quality(self) -> int | None: ...
+
+
 @explained
 @settings_class(kw_only=True)
 class GenerateConfig(Sampling):
@@ -422,7 +444,8 @@ class GenerateConfig(Sampling):
 
     output: OnePath = setting(
         Path("pictures"),
-        "A .png file, which is replaced; several pictures get numbers after its name. Or a folder, whose files are kept.",
+        "A .png, .jpg or .webp file, which is replaced; several pictures get numbers after its name. Or a folder, whose "
+        "files are kept.",
         PARAMETERS,
         flag=Flag(aliases=("-o",)),
     )
@@ -432,7 +455,7 @@ class GenerateConfig(Sampling):
         "--w WIDTH, --h HEIGHT, --d SEED, --l GUIDANCE, --s STEPS.",
         PARAMETERS,
     )
-    sheet: OptionalPath = setting(None, "Also draw all pictures as one labelled sheet, into this .png file.", PARAMETERS)
+    sheet: OptionalPath = setting(None, "Also draw all pictures as one labelled sheet, into this file.", PARAMETERS)
     seed: int = setting(0, "The first seed: it decides the noise that a picture starts from.", PARAMETERS, SEEDS)
     count: int = setting(1, "Pictures of each prompt, with the seeds that follow.", PARAMETERS, COUNT)
     seeds: Numbers = setting(
@@ -444,7 +467,7 @@ class GenerateConfig(Sampling):
     )
     recipe: OptionalPath = setting(
         None,
-        "Make the picture in this PNG again, from the recipe that it carries.",
+        "Make this picture again, from the recipe that it carries.",
         PARAMETERS,
         flag=Flag(aliases=("--from",)),
     )
@@ -470,6 +493,10 @@ class GenerateConfig(Sampling):
         if self.seeds and (self.count != 1 or self.seed != 0):
             raise UserError("give either seeds, or seed and count")
         check_last_seed(self.seed, self.count)
+        if self.to_file:
+            settle_format(self)
+        elif self.quality is not None and self.format in (None, "png"):
+            raise UserError("--quality is for JPEG and WebP: take --format jpeg or webp, or leave it away")
         if self.recipe is not None and (self.prompts or self.prompts_file is not None):
             raise UserError("a recipe brings its own prompt; leave the prompt away")
         if self.recipe is None:
@@ -522,7 +549,10 @@ class BlendConfig(Sampling):
     """The sheet that ``blend`` draws: a row for each prompt, a column for each mix."""
 
     output: OnePath = setting(
-        Path("blend.png"), "The .png file of the sheet, which is replaced.", PARAMETERS, flag=Flag(aliases=("-o",))
+        Path("blend.png"),
+        "The file of the sheet, .png, .jpg or .webp, which is replaced.",
+        PARAMETERS,
+        flag=Flag(aliases=("-o",)),
     )
     columns: int = setting(
         5,
@@ -537,6 +567,7 @@ class BlendConfig(Sampling):
         super().__post_init__()
         _check_prompts(self.prompts)
         check_text(self.negative)
+        settle_format(self, _BLEND)
         if len(self.adapter) < 2:
             raise UserError("a blend needs two adapters, as in --adapter a.safetensors --adapter b.safetensors")
         if self.columns < len(self.adapter):
@@ -551,6 +582,29 @@ class BlendConfig(Sampling):
         self.choices()
         refuse_files(self.prompts)
         check_target(self.output)
+
+
+def settle_format(config: "WritesFile", usual: Path | None = None) -> None:
+    """Give a file that is not named the ending of the format that was asked for, and see that a named one has it.
+
+    Args:
+        config: Settings of a command that writes one file.
+        usual: What the file is called where nothing is said.
+
+    Raises:
+        UserError: It has another, or the format has no quality.
+    """
+    if config.format is not None:
+        if config.output == usual:
+            object.__setattr__(config, "output", config.output.with_suffix(ending(config.format)))
+        elif format_of(config.output) != config.format:
+            raise UserError(
+                f"{config.output} is no name of a {config.format} file; leave --format away, or end it otherwise"
+            )
+    if config.quality is not None and format_of(config.output) == "png":
+        raise UserError(
+            f"--quality is for JPEG and WebP, and {config.output} is neither; leave it away, or take another ending"
+        )
 
 
 def _check_prompts(prompts: tuple[str, ...]) -> None:
