@@ -3,11 +3,11 @@
     python scripts/benchmark_load.py --kinds sd1 sdxl --layouts diffusers kohya
     python scripts/benchmark_load.py --kinds sd1 --device cuda --precision bfloat16 --repeats 7
 
-For each kind a base of the true architecture is made with random weights, and eight LoRA files of rank 16 on the attention of
-its UNet, in bfloat16. Before anything is timed, the UNet's outputs with one file and with three are compared between both
-sides. Then both load eight files one after the other, set strengths, swap one of eight for another file, merge all and undo
-that, in the order ours, theirs, theirs, ours, ...; medians are printed, in milliseconds, with the ratio. The first load of ours is
-timed twice: with what earlier files of the same shape taught (*known*), and with all of that forgotten (*new*).
+For each kind a base of the true architecture is made with random weights, and nine LoRA files of rank 16 on the attention of
+its UNet, in bfloat16. Before anything is timed, the UNet's outputs with three files are compared between both sides, and the
+base's with what they were before. Then both load eight files one after the other, set strengths, swap one of eight for
+another file, merge all and undo that, in turns; medians are printed, in milliseconds, with the ratio. The first load of ours
+is timed twice: after files of the same shape (*known*), and with all forgotten that those taught (*new*).
 """
 
 import argparse
@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 from peft_diffusion.bases.architectures import Architecture
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.formats import planning
 from peft_diffusion.generation import Adapters
 from scripts.measuring import markdown_table, run
 
@@ -56,7 +57,8 @@ def main() -> None:
             for layout in options.layouts:
                 files = made(pipe.unet, Path(folder), layout)
                 apart = compare(kind, pipe, files)
-                print(f"\n{kind}, {options.precision} on {device}, files of the layout {layout}; outputs apart by {apart:.1e}\n")
+                where = f"{kind}, {options.precision} on {device}, files of the layout {layout}"
+                print(f"\n{where}; outputs apart by {apart:.1e}\n")
                 print(markdown_table(("", "ours", "diffusers + peft", "ratio"), measured(pipe, files, options)), flush=True)
             del pipe
             gc.collect()
@@ -165,7 +167,8 @@ def _call(kind: str, unet: nn.Module) -> dict[str, Any]:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(own)
 
-    width = unet.config.cross_attention_dim
+    config: Any = unet.config
+    width = config.cross_attention_dim
     call: dict[str, Any] = {"sample": random(1, 4, 16, 16), "timestep": 500, "encoder_hidden_states": random(1, 77, width)}
     if kind == "sdxl":
         call["added_cond_kwargs"] = {"text_embeds": random(1, 1280), "time_ids": random(1, 6)}
@@ -181,7 +184,7 @@ def measured(pipe: Any, files: list[Path], options: argparse.Namespace) -> list[
             times = sides[side](pipe, files, not options.no_merge)
             for what, spans in times.items() if number else ():  # the first round warms up
                 found[side].setdefault(what, []).extend(spans)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for what in found["ours"]:
         own = statistics.median(found["ours"][what])
         other = statistics.median(found["theirs"].get(_of_theirs(what), [float("nan")]))
@@ -214,7 +217,7 @@ def ours(pipe: Any, files: list[Path], merging: bool) -> Times:
     device = pipe.unet.device
     gc.collect()
     adapters = Adapters(pipe)
-    _forget()
+    planning.forget()
     with _timed(times, "load 1st, new", device):
         adapters.load(files[0], "a0")
     adapters.remove("a0")
@@ -241,10 +244,6 @@ def ours(pipe: Any, files: list[Path], merging: bool) -> Times:
         with _timed(times, "remove 1 of 8" if number == 7 else "remove between", device):
             adapters.remove(f"a{number}")
     return {what: spans for what, spans in times.items() if not what.endswith("between")}
-
-
-def _forget() -> None:
-    """Nothing is remembered of earlier files."""
 
 
 def theirs(pipe: Any, files: list[Path], merging: bool) -> Times:
