@@ -72,7 +72,14 @@ class Writer:
 
     @torch.inference_mode()
     def describe(self, pictures: Sequence[Image.Image]) -> list[str]:
-        """Write a caption for each picture."""
+        """Write captions.
+
+        Args:
+            pictures: RGB images.
+
+        Returns:
+            A sentence or several for each.
+        """
         said = {} if self.prompt is None else {"text": [self.prompt] * len(pictures)}
         inputs = self.processor(images=list(pictures), return_tensors="pt", **said)
         inputs = inputs.to(self.model.device, self.model.dtype)
@@ -110,7 +117,14 @@ class Tagger:
 
     @torch.inference_mode()
     def describe(self, pictures: Sequence[Image.Image]) -> list[str]:
-        """Name what is in each picture: characters first, then what is surest."""
+        """Name what is seen in pictures.
+
+        Args:
+            pictures: RGB images.
+
+        Returns:
+            Tags of each, with commas: characters first, then what is surest.
+        """
         given = [squared(picture) if self.booru else picture for picture in pictures]
         inputs = self.processor(images=given, return_tensors="pt")
         pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
