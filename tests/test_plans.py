@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from test_methods_own import save_mixture
 
 from peft_diffusion import BlendConfig, GenerateConfig, UserError, blend, formats, generate
 from peft_diffusion.formats import container, planning
-from peft_diffusion.formats.layout import reader_of
+from peft_diffusion.formats.layout import Layout, reader_of
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.text import generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
@@ -352,7 +352,12 @@ def test_a_second_file_of_a_shape_is_planned_without_reading_its_names(
         planning.forget()
     formats.plan(tmp_path / "first.safetensors")
     read: list[str] = []
-    monkeypatch.setattr(planning, "reader_of", lambda name, layouts: read.append(name) or reader_of(name, layouts))
+
+    def counted(name: str, layouts: Iterable[Layout]) -> Layout | None:
+        read.append(name)
+        return reader_of(name, layouts)
+
+    monkeypatch.setattr(planning, "reader_of", counted)
     assert formats.plan(tmp_path / "second.safetensors").sites == fresh["second"] and read == []
     assert formats.plan(tmp_path / "third.safetensors").sites == fresh["third"] and len(read) == 2
     assert formats.plan(tmp_path / "alpha.safetensors").sites == fresh["alpha"]
