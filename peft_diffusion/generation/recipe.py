@@ -22,7 +22,7 @@ from .picture_formats import READ, Carried, format_of, own_text
 
 VERSION = 1
 # Fields that a recipe has only where there is something to say.
-_WHERE_THERE = frozenset({"plugins", "base_sha256", "hires", "hires_upscaler", "hires_strength", "hires_steps"})
+_WHERE_THERE = frozenset({"plugins", "base_sha256", "hires", "hires_upscaler", "hires_strength", "hires_steps", "tile"})
 _MOST_PIXELS = 100_000_000  # more than are drawn here
 
 # What A1111 and the programs that read its text call the samplers of diffusers.
@@ -125,6 +125,7 @@ class Recipe:
     hires_upscaler: str | None = None
     hires_strength: float | None = None
     hires_steps: int | None = None
+    tile: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; those of `_WHERE_THERE` where there are."""
@@ -213,6 +214,7 @@ class Recipe:
             **({"Clip skip": self.clip_skip} if self.clip_skip is not None else {}),
             **({"Denoising strength": f"{self.strength:g}"} if self.strength is not None else {}),
             **self._second_pass(),
+            **({"Tiling": "True"} if self.tile == "both" else {}),  # A1111 has no other
             **({"Lora hashes": hashes} if hashes else {}),
             "Version": f"peft_diffusion {self.versions.get('peft_diffusion', '')}",
         }
@@ -264,7 +266,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "variation_seed": (int, type(None)), "variation_strength": (float, int, type(None)),
     "zero_negative": (bool, type(None)), "written": (str, type(None)), "prediction": (str, type(None)),
     "hires": (float, int, type(None)), "hires_upscaler": (str, type(None)), "hires_strength": (float, int, type(None)),
-    "hires_steps": (int, type(None)),
+    "hires_steps": (int, type(None)), "tile": (str, type(None)),
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from .hires import LANCZOS, Hires
 from .settings import Sampling
 from .source import Source, beginning_with_pictures
 from .telling import Telling, triggers
+from .tiling import seamless
 from .upscaling import check as check_hires
 from .upscaling import enlarged, noised_by
 
@@ -342,7 +343,7 @@ def _second(
     if made is None:
         raise UserError(f"a {type(pipe).__name__} cannot start from a picture, so it has no second pass; leave --hires away")
     made.scheduler = noised_by(made.scheduler, noise)
-    told = {"image": enlarged(drawn, hires, sides, denoiser_of(pipe).factor), "strength": hires.begins}
+    told = {"image": enlarged(drawn, hires, sides, denoiser_of(pipe).factor, telling.asked.tile), "strength": hires.begins}
     return _Start(made, generators, told, hires.planned, hires.steps / hires.planned)
 
 
@@ -370,16 +371,17 @@ def _called(start: _Start, batch: Sequence[Cell], telling: Telling, report: _Rep
     sampling = telling.asked
     # What starts from a picture may start where guidance acts no more.
     guided = start.begins > 1 - sampling.guidance_stop
-    out = start.pipe(
-        **start.arguments,
-        **telling.arguments(*_texts(batch, sampling), guided=guided and sampling.guided_by > 1),
-        num_inference_steps=start.steps,
-        guidance_scale=sampling.guided_by if guided else 1.0,
-        generator=start.generators,
-        callback_on_step_end=report,
-        callback_on_step_end_tensor_inputs=guided_tensors(start.pipe),
-        output_type=kind,
-    )
+    with seamless(start.pipe, sampling.tile):
+        out = start.pipe(
+            **start.arguments,
+            **telling.arguments(*_texts(batch, sampling), guided=guided and sampling.guided_by > 1),
+            num_inference_steps=start.steps,
+            guidance_scale=sampling.guided_by if guided else 1.0,
+            generator=start.generators,
+            callback_on_step_end=report,
+            callback_on_step_end_tensor_inputs=guided_tensors(start.pipe),
+            output_type=kind,
+        )
     _check_finite(out.images, start.pipe)
     return out
 

@@ -46,6 +46,7 @@ from .recipe import check_folder, check_target, read
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
+Tile: TypeAlias = Literal["x", "y", "both"]
 Offload: TypeAlias = Literal["model", "group", "sequential"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
@@ -363,6 +364,11 @@ class Sampling(NamesAdapters):
     hires_steps: int | None = setting(
         None, "Denoising steps that the second pass takes; by default as many as the first.", PARAMETERS, COUNT
     )
+    tile: Tile | None = setting(
+        None,
+        "Draw a texture, whose edges meet: left and right (x), upper and lower (y), or both.",
+        PARAMETERS,
+    )
     format: PictureFormat | None = setting(
         None, "Of the pictures' files; by default what the ending of --output says, and png in a folder.", PARAMETERS
     )
@@ -395,6 +401,8 @@ class Sampling(NamesAdapters):
             raise UserError("--variation-strength is for a second seed; name it with --variation-seed")
         if self.offload and self.quantize:
             raise UserError("weights of fewer bits stay on the device; leave --offload or --quantize away")
+        if self.tile is not None and self.vae_tiling:
+            raise UserError("--vae-tiling decodes in pieces, whose edges would not meet; leave it or --tile away")
         if self.scheduler is not None:
             object.__setattr__(self, "scheduler", canonical(self.scheduler))
         if self.hires_upscaler is not None:
