@@ -30,6 +30,7 @@ from . import recipe as recipes
 from .adapted import adapted
 from .adapters import Adapters
 from .asked import Asked, Order, order
+from .control import used as used_controls
 from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
 from .memory import device_of, loaded, spare
@@ -52,6 +53,8 @@ _FREE = frozenset(
         "wildcards_dir",
         "output",
         "format",
+        "control",
+        "control_scale",
         "quality",
         "sheet",
         "strict",
@@ -274,6 +277,7 @@ def cell_recipes(
         **({} if hires is None else {"hires_steps": hires.steps}),
     }
     begun = {} if source is None else {"image": source.of, "mask": source.mask_of, "strength": source.strength}
+    found["controls"] = used_controls(sampling.control, sampling.control_scale)
     of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None, **begun}
     common = pick(Recipe, sampling, found, of_a_picture)
     return [
@@ -334,6 +338,7 @@ def _again(config: GenerateConfig, recipe: Recipe, lent: bool) -> tuple[Generate
     changed = [f.name for f in fields(config) if f.name not in _FREE and getattr(config, f.name) != f.default]
     if changed:
         raise UserError(f"the recipe of {config.recipe} says {', '.join(changed)}; leave that away, or the recipe")
+    _check_controls(config, recipe)
     given = _given(config, recipe)
     choices = tuple(_find(one, given) for one in recipe.adapters)
     told = {one.name for one in settings_of(GenerateConfig)} - _FREE
@@ -352,6 +357,20 @@ def _again(config: GenerateConfig, recipe: Recipe, lent: bool) -> tuple[Generate
         return replace(config, recipe=None, prompts=(recipe.prompt,), base=base, **same), choices
     except UserError as error:
         raise UserError(f"{config.recipe} has a recipe that cannot be drawn here: {error}") from None
+
+
+def _check_controls(config: GenerateConfig, recipe: Recipe) -> None:
+    """Raise UserError where what is given with --control is not what steered the picture of a recipe.
+
+    A picture does not choose which models are loaded from this machine, so they are named again.
+    """
+    told = [(one.kind, one.sha256, one.picture_sha256, one.scale) for one in recipe.controls]
+    given = used_controls(config.control, config.control_scale)
+    if told != [(one.kind, one.sha256, one.picture_sha256, one.scale) for one in given]:
+        flags = [f"--control {shlex.quote(f'{o.kind}:{o.model}={o.picture}@{o.scale:g}')}" for o in recipe.controls]
+        raise UserError(
+            f"{config.recipe} was drawn with {' '.join(flags) or 'no --control'}; give exactly that, with the same files"
+        )
 
 
 def _trusted(base: str, picture: Path | None) -> str:

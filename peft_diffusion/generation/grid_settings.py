@@ -17,7 +17,8 @@ _NONE = "none"
 _GRID = Path("grid.png")
 _SETTINGS = ("steps", "guidance", "guidance_stop", "scheduler", "seed", "width", "height", "negative", "prompt_2",
              "prompt_weights", "clip_skip", "zero_negative", "variation_seed", "variation_strength", "hires",
-             "hires_upscaler", "hires_strength", "hires_steps", "tile")  # fmt: skip
+             "hires_upscaler", "hires_strength", "hires_steps", "tile",
+             "control_scale")  # fmt: skip
 _AXIS = (
     "NAME=VALUE,VALUE (or | between): steps, guidance, scheduler, seed, ..., the name of an adapter file for its strength, "
     "or replace=WORD,OTHER,... for words of the prompt."
@@ -127,6 +128,7 @@ class GridConfig(Sampling):
             UserError: A value, an adapter or a file cannot be used.
         """
         refuse_files(self.prompts)
+        self.controls()
         check_target(self.output)
         self.rows(self.plain())
 

@@ -22,7 +22,9 @@ from .picture_formats import READ, Carried, format_of, own_text
 
 VERSION = 1
 # Fields that a recipe has only where there is something to say.
-_WHERE_THERE = frozenset({"plugins", "base_sha256", "hires", "hires_upscaler", "hires_strength", "hires_steps", "tile"})
+_WHERE_THERE = frozenset(
+    {"plugins", "base_sha256", "hires", "hires_upscaler", "hires_strength", "hires_steps", "tile", "controls"}
+)
 _MOST_PIXELS = 100_000_000  # more than are drawn here
 
 # What A1111 and the programs that read its text call the samplers of diffusers.
@@ -66,6 +68,18 @@ class UsedPicture:
 
     path: str
     sha256: str
+
+
+@dataclass(frozen=True)
+class UsedControl:
+    """A picture that steered another: what ``--control`` said, the digests of the model's weights and of the picture."""
+
+    kind: str
+    model: str
+    sha256: str
+    picture: str
+    picture_sha256: str
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -126,6 +140,7 @@ class Recipe:
     hires_strength: float | None = None
     hires_steps: int | None = None
     tile: str | None = None
+    controls: tuple[UsedControl, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; those of `_WHERE_THERE` where there are."""
@@ -162,10 +177,20 @@ class Recipe:
         plugins = values.get("plugins", [])
         if not isinstance(plugins, list) or not all(isinstance(module, str) for module in plugins):
             raise ValueError("plugins are of another type")
+        controls = _controls(values.get("controls", []))
         base = values.get("base_sha256", "")
         if not isinstance(base, str):
             raise ValueError("base_sha256 is of another type")
-        return cls(**{**known, **pictures, "adapters": tuple(used), "plugins": tuple(plugins), "base_sha256": base})
+        return cls(
+            **{
+                **known,
+                **pictures,
+                "adapters": tuple(used),
+                "plugins": tuple(plugins),
+                "base_sha256": base,
+                "controls": controls,
+            }
+        )
 
     def other_tools(self, other: "Recipe") -> list[str]:
         """Tell what of the tools that drew differs in another recipe, so that it would be another picture.
@@ -231,6 +256,17 @@ class Recipe:
             "Hires steps": self.hires_steps,
             "Hires upscaler": hires.label(self.hires_upscaler),
         }
+
+
+def _controls(values: object) -> tuple[UsedControl, ...]:
+    """Controls as JSON gave them. Raises ValueError for what is none."""
+    if not isinstance(values, list) or not all(isinstance(one, dict) for one in values):
+        raise ValueError("controls are of another type")
+    found = tuple(UsedControl(**one) for one in values)
+    texts = [text for one in found for text in (one.kind, one.model, one.sha256, one.picture, one.picture_sha256)]
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(one.scale, float) for one in found):
+        raise ValueError("a control is of another type")
+    return found
 
 
 def _strengths(used: UsedAdapter) -> str:

@@ -40,6 +40,8 @@ from ..data.prompts import refuse_files
 from ..formats import Plan, plan
 from ..formats.container import adapter_file, is_pickle, title
 from . import amounts
+from .control_settings import Control
+from .control_settings import parse as parse_control
 from .hires import UPSCALERS, Hires, upscaler
 from .picture_formats import PictureFormat, ending, format_of
 from .recipe import check_folder, check_target, read
@@ -364,6 +366,14 @@ class Sampling(NamesAdapters):
     hires_steps: int | None = setting(
         None, "Denoising steps that the second pass takes; by default as many as the first.", PARAMETERS, COUNT
     )
+    control: Texts = setting(
+        (),
+        "A picture that steers, as KIND:MODEL=PICTURE or KIND:MODEL=PICTURE@SCALE; give it again for more. KIND is "
+        "controlnet, t2i-adapter or ip-adapter, MODEL a folder of diffusers or a hub id, of an ip-adapter its file.",
+        PARAMETERS,
+        flag=Flag(default_shown=False),
+    )
+    control_scale: float = setting(1.0, "What the scale of every --control is multiplied by.", PARAMETERS, NATURAL)
     tile: Tile | None = setting(
         None,
         "Draw a texture, whose edges meet: left and right (x), upper and lower (y), or both.",
@@ -419,6 +429,14 @@ class Sampling(NamesAdapters):
     def taken_steps(self) -> int:
         """How many denoising steps are taken."""
         return _STEPS if self.steps is None else self.steps
+
+    def controls(self) -> tuple[Control, ...]:
+        """The pictures that steer.
+
+        Raises:
+            UserError: One cannot be read.
+        """
+        return tuple(parse_control(text) for text in self.control)
 
     @property
     def second_pass(self) -> Hires | None:
@@ -528,6 +546,7 @@ class GenerateConfig(Sampling):
             UserError: Files cannot be read or written.
         """
         self.choices()
+        self.controls()
         refuse_files(self.prompts, "read it with --prompts-file")
         if self.recipe is not None:
             read(self.recipe)
@@ -588,6 +607,7 @@ class BlendConfig(Sampling):
             UserError: A file cannot be read or written.
         """
         self.choices()
+        self.controls()
         refuse_files(self.prompts)
         check_target(self.output)
 

@@ -1,7 +1,7 @@
 """Pictures whose edges meet, for textures: convolutions see the other edge beyond an edge, in place of zeros."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,6 @@ from ..bases.pipelines import Pipeline, uncompiled
 from .settings import Tile
 
 _DIMENSIONS = {"x": (3,), "y": (2,), "both": (2, 3)}
-_PARTS = ("controlnet", "adapter")  # of pipelines with a control, beside network and VAE
 
 
 class _Ring:
@@ -71,17 +70,18 @@ def _padded_before(conv: nn.Module) -> bool:
 
 
 @contextmanager
-def seamless(pipe: Pipeline, tile: Tile | None) -> Iterator[None]:
+def seamless(pipe: Pipeline, tile: Tile | None, beside: Sequence[nn.Module] = ()) -> Iterator[None]:
     """Have a pipeline draw pictures whose edges meet, in this thread.
 
     Args:
         pipe: The pipeline.
         tile: Which edges: left and right (x), upper and lower (y), or both; None for none.
+        beside: Modules that run beside the pipeline's own.
 
     Yields:
         Once; afterwards its modules are as they were.
     """
-    parts = (denoiser_of(pipe).network, pipe.vae, *(getattr(pipe, name, None) for name in _PARTS))
+    parts = (denoiser_of(pipe).network, pipe.vae, *beside)
     with ExitStack() as hooks:
         for part in parts if tile is not None else ():
             for conv in uncompiled(part).modules() if isinstance(part, nn.Module) else ():
