@@ -1,9 +1,12 @@
 """The one way to save an adapter and the one way to load it."""
 
 import io
+import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from ..bases import family as families
 from ..bases.base import AnyBase
 from ..core import site as sites
 from ..core import targets
-from ..core.adapter import Adapter, chained
+from ..core.adapter import Adapter, StoredPair, chained
 from ..core.errors import DamagedError, UserError, first_line
 from ..core.files import at_home, write_bytes
 from ..core.merge import dense_weight
@@ -58,6 +61,7 @@ class Loaded:
         report: How much of the file found its place.
         warnings: What the person should know.
         plan: What the file was planned to hold.
+        stored: Of further sites, the pairs as the file holds them, by component and path; none where all was to be built.
     """
 
     components: dict[str, dict[str, Adapter]]
@@ -65,6 +69,18 @@ class Loaded:
     report: Coverage
     warnings: tuple[str, ...]
     plan: Plan
+    stored: Mapping[str, Mapping[str, StoredPair]] = field(default_factory=dict)
+
+    def at(self, component: str) -> dict[str, Adapter | StoredPair]:
+        """Give all that there is for a component, for ``attach_built``.
+
+        Args:
+            component: Its name.
+
+        Returns:
+            By path.
+        """
+        return {**self.components.get(component, {}), **self.stored.get(component, {})}
 
 
 @dataclass(frozen=True)
@@ -219,13 +235,15 @@ def _write_pickle(file: Path, layout: str, written: Written, tensors: Mapping[st
     write_bytes(file, buffer.getvalue())
 
 
-def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False) -> Loaded:
+def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False, build: bool = True) -> Loaded:
     """Read an adapter file for a base. Nothing is attached.
 
     Args:
         source: The file, a folder of peft or diffusers, or the plan that was made of it, which saves parsing it again.
         pipe: The base, a pipeline or a ``LanguageModel``, or the ``Skeleton`` of one.
         strict: Whether to refuse a file of which a tensor is left out; otherwise they are listed in the report.
+        build: Whether to build every adapter. If not, sites with nothing but a pair of low rank have that as it is stored,
+            and the file is digested while this goes on.
 
     Returns:
         The adapters.
@@ -234,21 +252,31 @@ def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False) -> L
         UserError: The file is no adapter, is damaged, was changed since it was planned, or does not fit the base.
     """
     found = source if isinstance(source, Plan) else plan(source)
-    bound, tensors = bind(found, pipe), found.tensors()
+    bound, tensors = bind(found, pipe), found.tensors() if build else found.tensors_hashed()
+    modules = {part: targets.modules(bound.parts[part]) for part in dict.fromkeys(part for part, _ in bound.sites)}
     built: dict[str, dict[str, Adapter]] = {}
+    stored: dict[str, dict[str, StoredPair]] = {}
     learned: dict[str, set[str]] = {}
-    for component, path in bound.sites:
+    for (component, path), site in bound.sites.items():
+        pair = None if build else _stored(site, modules[component].get(path), tensors)
+        if pair is not None:
+            stored.setdefault(component, {})[path] = pair
+            continue
         adapter = bound.build(component, path, tensors)
         if adapter is not None:
             built.setdefault(component, {})[path] = adapter
             for word in adapter.learned_words() if families.components()[component].embeddings else ():
                 learned.setdefault(word, set()).add(component)
-    _refuse_empty(found, built, bound.left, pipe)
+    _refuse_empty(found, built or stored, bound.left, pipe)
     if strict:
         refuse_leftovers(found.path, bound.left)
-    report = Coverage(len(tensors) - len(bound.left), sum(map(len, built.values())), tuple(bound.left))
+    report = Coverage(
+        len(tensors) - len(bound.left),
+        sum(len(one) for one in built.values()) + sum(len(one) for one in stored.values()),
+        tuple(bound.left),
+    )
     warnings = (*bound.warnings, *_unread_words(found, learned, bound.parts))
-    return Loaded(built, found.spec or Spec(), report, warnings, found)
+    return Loaded(built, found.spec or Spec(), report, warnings, found, stored)
 
 
 def bind(found: Plan, pipe: AnyBase) -> "Bound":
@@ -269,8 +297,59 @@ def bind(found: Plan, pipe: AnyBase) -> "Bound":
     if not found.sites:
         raise found.is_none()
     parts = components(pipe)
+    known = _tables.get(found, parts)
+    if known is not None:
+        return Bound(found, pipe, parts, known, found.unread)
     bound, left = _bound(found, parts)
-    return Bound(found, pipe, parts, {(one.component, one.path): one for one in bound}, left)
+    sites_of = {(one.component, one.path): one for one in bound}
+    if left == found.unread:
+        _tables.put(found, parts, sites_of)
+    return Bound(found, pipe, parts, sites_of, left)
+
+
+class _Tables:
+    """Where the names of earlier files of a shape lead in the components of a base: only for files that fit it whole."""
+
+    MOST = 32
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[int, ...], _Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, found: Plan, parts: Mapping[str, nn.Module]) -> "Mapping[tuple[str, str], _Site] | None":
+        with self._lock:
+            table = self._known.get(self._key(found, parts))
+            return table.sites if table is not None and table.holds(found, parts) else None
+
+    def put(self, found: Plan, parts: Mapping[str, nn.Module], sites_of: "Mapping[tuple[str, str], _Site]") -> None:
+        with self._lock:
+            held = {name: weakref.ref(part) for name, part in parts.items()}
+            self._known[self._key(found, parts)] = _Table(found.sites, held, sites_of)
+            while len(self._known) > self.MOST:
+                self._known.popitem(last=False)
+
+    @staticmethod
+    def _key(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[int, ...]:
+        return (id(found.sites), *map(id, parts.values()))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The sites of a plan, which is kept so that its address stays its own, in components that may be gone."""
+
+    planned: Mapping[str, Mapping[str, SitePlan]]
+    parts: "Mapping[str, weakref.ref[nn.Module]]"
+    sites: "Mapping[tuple[str, str], _Site]"
+
+    def holds(self, found: Plan, parts: Mapping[str, nn.Module]) -> bool:
+        """Whether these are the same plan and components, and each site is still there."""
+        if found.sites is not self.planned or {name: one() for name, one in self.parts.items()} != dict(parts):
+            return False
+        there = {name: targets.modules(parts[name]) for name in dict.fromkeys(name for name, _ in self.sites)}
+        return all(path in there[name] for name, path in self.sites)
+
+
+_tables = _Tables()
 
 
 @dataclass(frozen=True)
@@ -441,6 +520,14 @@ def _ordered(chosen: Iterable[Any], spec: Spec | None, component: str) -> list[A
     """Methods in the order in which the spec says that they run."""
     order = [str(one.get("method")) for one in spec.methods.get(component, ())] if spec else []
     return sorted(chosen, key=lambda method: order.index(method.name) if method.name in order else len(order))
+
+
+def _stored(site: _Site, module: nn.Module | None, tensors: Mapping[str, Tensor]) -> StoredPair | None:
+    """The pair of a site as the file holds it; None where it has to be built."""
+    names = site.plan.simple
+    if names is None or module is None or isinstance(getattr(module, "base_layer", None), nn.Module):
+        return None
+    return site.plan.methods[0].stored(module, {end: tensors[name] for end, name in names.items()}, site.plan.constants)
 
 
 def _built(site: _Site, module: nn.Module, found: Plan, tensors: Mapping[str, Tensor], pipe: AnyBase) -> Adapter | None:
