@@ -425,26 +425,29 @@ def pack(component: nn.Module) -> None:
     new: list[tuple[Slot, Wanted]] = []
     for path, site in sites(component).items():
         slot = site._peft_diffusion
-        pairs = _pairs(slot)
+        names, dtype = slot.adapters.names(), precision(site)
+        known = frozenset[str]() if slot.place is None else state.slab.holds(slot.place, names, dtype)
+        pairs = _pairs(slot, [name for name in names if name not in known])
         if pairs is None:
             _unpack(slot)
             continue
-        shape = _shape(next(iter(pairs.values()))[1])
-        one = Wanted(path.rpartition(".")[0], shape, precision(site), pairs)
+        shape = _shape(next(iter(pairs.values()))[1]) if pairs else ()
+        one = Wanted(path.rpartition(".")[0], shape, dtype, frozenset(names), pairs)
         if slot.place is None:
             new.append((slot, one))
-        else:
-            there[slot.place] = one
-            slot.packed = slot.packed or Packed(state.slab, slot.place)
+            continue
+        there[slot.place] = one
+        if slot.packed is None:
+            slot.packed = Packed(state.slab, slot.place)
     places = state.slab.hold(there, [one for _, one in new])
     for (slot, _), place in zip(new, places, strict=True):
         slot.place, slot.packed = place, Packed(state.slab, place)
 
 
-def _pairs(slot: Slot) -> dict[str, tuple[int, Pair]] | None:
-    """The adapters of a site as pairs, with their rows of the strengths; None where one is none."""
+def _pairs(slot: Slot, names: Sequence[str]) -> dict[str, tuple[int, Pair]] | None:
+    """Adapters of a site as pairs, with their rows of the strengths; None where one is none."""
     found: dict[str, tuple[int, Pair]] = {}
-    for name in slot.adapters.names():
+    for name in names:
         pair: Pair | None = slot.adapters.stored(name)
         if pair is None:
             adapter = slot.adapters[name]

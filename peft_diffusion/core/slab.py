@@ -7,6 +7,7 @@ anew. Where a site has too little room, all regions move once to larger memory, 
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -56,11 +57,20 @@ class SiteView(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What the region of a site is to hold: the pairs by the name of the adapter, each with its row of the strengths."""
+    """What the region of a site is to hold.
+
+    Attributes:
+        parent: The path of what the site is a part of: sites of one parent lie side by side.
+        shape: Of the weight, (out, in, ...).
+        dtype: What the site computes in.
+        names: Of all its adapters.
+        pairs: Those that are to be written, by the name of the adapter, each with its row of the strengths.
+    """
 
     parent: str
-    shape: tuple[int, ...]  # of the weight: (out, in, ...)
+    shape: tuple[int, ...]
     dtype: torch.dtype
+    names: AbstractSet[str]
     pairs: Mapping[str, tuple[int, Pair]]
 
 
@@ -94,12 +104,16 @@ class _Region:
 
     def gap(self, rank: int) -> int | None:
         """The first place with so many free ranks one after the other."""
-        start = 0
-        for one in sorted(self.held.values(), key=lambda one: one.start):
-            if one.start - start >= rank:
-                return start
-            start = one.start + one.rank
-        return start if self.room - start >= rank else None
+        taken = 0
+        for one in self.held.values():
+            taken |= ((1 << one.rank) - 1) << one.start
+        free = ~taken & ((1 << self.room) - 1)
+        left = rank
+        while left > 1 and free:  # a bit stays where so many above it are free too
+            half = left // 2
+            free &= free >> half
+            left -= half
+        return (free & -free).bit_length() - 1 if free else None
 
 
 class Slab(nn.Module):
@@ -143,14 +157,12 @@ class Slab(nn.Module):
         moving = False
         for place, one in everything.items():
             region = self._region(place)
-            moving = moving or region.dtype != one.dtype or region.shape != one.shape
-            region.dtype, region.shape = one.dtype, one.shape
-            if region.held.keys() - one.pairs.keys():
-                gone += [(place, region.held.pop(name)) for name in region.held.keys() - one.pairs.keys()]
+            moving = moving or region.dtype != one.dtype
+            region.dtype = one.dtype
+            if region.held.keys() - one.names:
+                gone += [(place, region.held.pop(name)) for name in region.held.keys() - one.names]
             for name, (row, pair) in one.pairs.items():
                 held = region.held.get(name)
-                if held is not None and held.pair is pair and held.row == row and pair.lasting:
-                    continue
                 if held is not None and held.rank != pair.rank:
                     gone.append((place, region.held.pop(name)))
                     held = None
@@ -164,6 +176,22 @@ class Slab(nn.Module):
             self._clear(gone)
             self._fill(placed)
         return places
+
+    def holds(self, place: int, names: Sequence[str], dtype: torch.dtype) -> frozenset[str]:
+        """Tell which pairs of a site are there and stay as they are.
+
+        Args:
+            place: Of the site.
+            names: Of its adapters.
+            dtype: What it computes in.
+
+        Returns:
+            The names of those that need not be written; none where the region has to move.
+        """
+        region = self._region(place)
+        if region.dtype != dtype:
+            return frozenset()
+        return frozenset(name for name in names if (held := region.held.get(name)) is not None and held.pair.lasting)
 
     def vacate(self, places: Sequence[int]) -> None:
         """Give up the regions of sites. Their memory is used again when the others move.

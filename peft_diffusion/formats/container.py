@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import struct
-import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -219,13 +218,15 @@ class Data:
         tensors = {name: found[name] for name in self._header.tensors}
         return tensors if whole else _usable(self._header.path, tensors)
 
-    def hashing(self) -> "Hashing":
-        """Begin to digest the file, beside what else is done.
+    def digests(self) -> tuple[str, str]:
+        """Digest the file.
 
         Returns:
-            What has the digests when they are asked for.
+            The SHA-256 of all of it and that of its tensors, as hex digits.
         """
-        return Hashing(self._head, self._numbers)
+        data, whole = bytes_of(self._numbers), hashlib.sha256(self._head)
+        whole.update(data)
+        return whole.hexdigest(), hashlib.sha256(data).hexdigest()
 
     def _runs(self) -> list[list[str]]:
         """The names of tensors of one dtype that follow one another."""
@@ -239,33 +240,6 @@ class Data:
         if (start - first) % kind.itemsize:  # written after tensors of narrower numbers
             data = data.clone()
         return data.view(kind)
-
-
-class Hashing:
-    """The digests of a file whose bytes are in memory, taken by a thread of their own: others need not wait for them.
-
-    Args:
-        head: The bytes of the header, with its length.
-        numbers: The bytes behind it.
-    """
-
-    def __init__(self, head: bytes, numbers: "Tensor") -> None:
-        self._found: tuple[str, str] | None = None
-        self._thread = threading.Thread(target=self._run, args=(head, numbers), daemon=True)
-        self._thread.start()
-
-    def _run(self, head: bytes, numbers: "Tensor") -> None:
-        data, whole = bytes_of(numbers), hashlib.sha256(head)
-        whole.update(data)
-        self._found = whole.hexdigest(), hashlib.sha256(data).hexdigest()
-
-    @property
-    def found(self) -> tuple[str, str]:
-        """The SHA-256 of the whole file and that of its tensors, as hex digits."""
-        self._thread.join()
-        if self._found is None:
-            raise RuntimeError("a file could not be digested")
-        return self._found
 
 
 class Stored(Mapping[str, "Tensor"]):

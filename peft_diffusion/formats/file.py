@@ -4,11 +4,11 @@ import io
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,13 @@ from .origin import NOT_RUN, origin
 from .planning import NO_METHOD, NO_SITE, WHICH, Plan, SitePlan, by_reason, plan, refuse_leftovers, some
 from .spec import KEY as SPEC
 from .spec import Spec, refuse_unknown
+
+if TYPE_CHECKING:
+    from ..bases.base import BaseInfo
+    from ..bases.causal_lm import LanguageInfo
+
+Info: TypeAlias = "Callable[[], BaseInfo | LanguageInfo]"
+"""Describes a base, as `bases.describe` does."""
 
 DTYPES: Mapping[SaveDtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "float32": torch.float32}
 """What the numbers of a file are rounded to, by the names that settings have for them."""
@@ -235,15 +242,17 @@ def _write_pickle(file: Path, layout: str, written: Written, tensors: Mapping[st
     write_bytes(file, buffer.getvalue())
 
 
-def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False, build: bool = True) -> Loaded:
+def load(
+    source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False, build: bool = True, info: "Info | None" = None
+) -> Loaded:
     """Read an adapter file for a base. Nothing is attached.
 
     Args:
         source: The file, a folder of peft or diffusers, or the plan that was made of it, which saves parsing it again.
         pipe: The base, a pipeline or a ``LanguageModel``, or the ``Skeleton`` of one.
         strict: Whether to refuse a file of which a tensor is left out; otherwise they are listed in the report.
-        build: Whether to build every adapter. If not, sites with nothing but a pair of low rank have that as it is stored,
-            and the file is digested while this goes on.
+        build: Whether to build every adapter. If not, sites with nothing but a pair of low rank have that as it is stored.
+        info: As of `Bound.warnings_for`.
 
     Returns:
         The adapters.
@@ -252,8 +261,11 @@ def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False, buil
         UserError: The file is no adapter, is damaged, was changed since it was planned, or does not fit the base.
     """
     found = source if isinstance(source, Plan) else plan(source)
-    bound, tensors = bind(found, pipe), found.tensors() if build else found.tensors_hashed()
+    bound, tensors = bind(found, pipe), found.tensors(keep=not build)
     modules = {part: targets.modules(bound.parts[part]) for part in dict.fromkeys(part for part, _ in bound.sites)}
+    if not all(path in modules[part] for part, path in bound.sites):  # it was taken out since an earlier file was bound
+        _tables.forget()
+        bound = bind(found, pipe)
     built: dict[str, dict[str, Adapter]] = {}
     stored: dict[str, dict[str, StoredPair]] = {}
     learned: dict[str, set[str]] = {}
@@ -275,7 +287,7 @@ def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False, buil
         sum(len(one) for one in built.values()) + sum(len(one) for one in stored.values()),
         tuple(bound.left),
     )
-    warnings = (*bound.warnings, *_unread_words(found, learned, bound.parts))
+    warnings = (*bound.warnings_for(info), *_unread_words(found, learned, bound.parts))
     return Loaded(built, found.spec or Spec(), report, warnings, found, stored)
 
 
@@ -321,6 +333,10 @@ class _Tables:
             table = self._known.get(self._key(found, parts))
             return table.sites if table is not None and table.holds(found, parts) else None
 
+    def forget(self) -> None:
+        with self._lock:
+            self._known.clear()
+
     def put(self, found: Plan, parts: Mapping[str, nn.Module], sites_of: "Mapping[tuple[str, str], _Site]") -> None:
         with self._lock:
             held = {name: weakref.ref(part) for name, part in parts.items()}
@@ -342,11 +358,8 @@ class _Table:
     sites: "Mapping[tuple[str, str], _Site]"
 
     def holds(self, found: Plan, parts: Mapping[str, nn.Module]) -> bool:
-        """Whether these are the same plan and components, and each site is still there."""
-        if found.sites is not self.planned or {name: one() for name, one in self.parts.items()} != dict(parts):
-            return False
-        there = {name: targets.modules(parts[name]) for name in dict.fromkeys(name for name, _ in self.sites)}
-        return all(path in there[name] for name, path in self.sites)
+        """Whether these are the same plan and components."""
+        return found.sites is self.planned and {name: one() for name, one in self.parts.items()} == dict(parts)
 
 
 _tables = _Tables()
@@ -373,7 +386,18 @@ class Bound:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the person should know."""
-        return (*self.plan.warnings, *_warnings(self.plan, self.left, self.base))
+        return self.warnings_for(None)
+
+    def warnings_for(self, info: "Info | None") -> tuple[str, ...]:
+        """Say what the person should know.
+
+        Args:
+            info: Describes the base, for one who has done that before; it is called only where the file names a base.
+
+        Returns:
+            A line each.
+        """
+        return (*self.plan.warnings, *_warnings(self.plan, self.left, self.base, info))
 
     def build(
         self, component: str, path: str, tensors: Mapping[str, Tensor], module: nn.Module | None = None
@@ -608,7 +632,7 @@ def _unread_words(found: Plan, learned: Mapping[str, set[str]], parts: Mapping[s
     ]
 
 
-def _warnings(planned: Plan, left: Mapping[str, str], pipe: AnyBase) -> tuple[str, ...]:
+def _warnings(planned: Plan, left: Mapping[str, str], pipe: AnyBase, info: "Info | None" = None) -> tuple[str, ...]:
     path, spec, total = planned.path, planned.spec, len(planned.header.tensors)
     found = [
         f"{path}: {len(names)} of {total} tensors {reason} and were left out: {some(names)}"
@@ -624,14 +648,18 @@ def _warnings(planned: Plan, left: Mapping[str, str], pipe: AnyBase) -> tuple[st
             f"{path} was trained with zero terminal SNR: generate and blend draw so; elsewhere take a scheduler of"
             ' rescale_betas_zero_snr=True and timestep_spacing="trailing", or pictures are as light and dark as before'
         )
-    predicted, here = (spec.base.get("prediction_type") if spec else None), getattr(describe(pipe), "prediction_type", None)
+    predicted = spec.base.get("prediction_type") if spec else None
+    made_for = spec.base.get("fingerprint") if spec else None
+    if not predicted and not made_for:
+        return tuple(found)
+    base = describe(pipe) if info is None else info()
+    here = getattr(base, "prediction_type", None)
     if predicted and here and predicted != here:
         found.append(
             f"{path} was trained on a base that predicts {predicted}, and this one says {here}; --prediction, and in Python"
             " load_base(..., prediction=...), say otherwise where the base is the same"
         )
-    made_for = spec.base.get("fingerprint") if spec else None
-    if spec and made_for and describe(pipe).fingerprint not in ("", made_for):
+    if spec and made_for and base.fingerprint not in ("", made_for):
         name = spec.base.get("name")
         found.append(f"{path} was trained on {name!r}, whose weights differ from this base's; results may differ")
     return tuple(found)

@@ -179,7 +179,7 @@ class Plan:
     loaded: "Mapping[str, Tensor] | None" = field(default=None, repr=False)
     component: str | None = None
     word: str | None = None
-    _hashing: list[container.Hashing] = field(default_factory=list, init=False, repr=False, compare=False)
+    _data: list[container.Data] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def path(self) -> Path:
@@ -198,10 +198,15 @@ class Plan:
         Raises:
             UserError: The file was changed since it was parsed.
         """
-        if self._hashing:
-            return self._hashing[0].found[0]
+        if self._data or "_digests" in self.__dict__:
+            return self._digests[0]
         container.refuse_changed(self.header)
         return container.sha256(self.path)
+
+    @cached_property
+    def _digests(self) -> tuple[str, str]:
+        """Of what `tensors` read, which is let go then."""
+        return self._data.pop().digests()
 
     @cached_property
     def data_sha256(self) -> str:
@@ -215,8 +220,8 @@ class Plan:
         told = self.header.metadata.get("sshs_model_hash", "")
         if re.fullmatch("[0-9a-f]{64}", told):
             return told
-        if self._hashing:
-            return self._hashing[0].found[1]
+        if self._data or "_digests" in self.__dict__:
+            return self._digests[1]
         container.refuse_changed(self.header)
         return self.sha256 if self.loaded is not None else container.data_sha256(self.path)
 
@@ -239,19 +244,11 @@ class Plan:
         """
         return container.stamp_of(self.path) == self.header.stamp
 
-    def tensors(self) -> "dict[str, Tensor]":
+    def tensors(self, *, keep: bool = False) -> "dict[str, Tensor]":
         """Read the tensors of the file.
 
-        Returns:
-            The tensors by the names of the file.
-
-        Raises:
-            UserError: As `container.read_tensors` does.
-        """
-        return container.read_tensors(self.header) if self.loaded is None else dict(self.loaded)
-
-    def tensors_hashed(self) -> "dict[str, Tensor]":
-        """Read the tensors of the file, and digest beside that what was read, unless the file was digested before.
+        Args:
+            keep: Whether to keep what was read until a digest is asked for, which is of that then, and not of the file.
 
         Returns:
             The tensors by the names of the file.
@@ -262,8 +259,8 @@ class Plan:
         if self.loaded is not None:
             return dict(self.loaded)
         data = container.read_data(self.header)
-        if not self._hashing and "sha256" not in self.__dict__:
-            self._hashing.append(data.hashing())
+        if keep and not self._data and not self.__dict__.keys() & {"sha256", "_digests"}:
+            self._data.append(data)
         return data.tensors()
 
     @property

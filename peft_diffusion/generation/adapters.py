@@ -187,7 +187,7 @@ class Adapters:
         given = source if isinstance(source, Plan) else formats.plan(file, component=component, word=word)
         if (given.component, given.word) != (component or given.component, word or given.word):
             raise UserError(f"{file} was planned already; say component and word to formats.plan")
-        read = formats.load(given, self.pipe, strict=strict, build=False)
+        read = formats.load(given, self.pipe, strict=strict, build=False, info=lambda: self.base)
         try:
             for component in dict.fromkeys((*read.components, *read.stored)):
                 sites.attach_built(parts[component], chosen, read.at(component))
