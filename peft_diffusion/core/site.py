@@ -439,7 +439,11 @@ def pack(component: nn.Module) -> None:
         there[slot.place] = one
         if slot.packed is None:
             slot.packed = Packed(state.slab, slot.place)
-    places = state.slab.hold(there, [one for _, one in new])
+    try:
+        places = state.slab.hold(there, [one for _, one in new])
+    except BaseException:  # as of a device that is full: nothing is known of what was written
+        unpack(component)
+        raise
     for (slot, _), place in zip(new, places, strict=True):
         slot.place, slot.packed = place, Packed(state.slab, place)
 

@@ -196,6 +196,7 @@ class Adapters:
             registry.enter(chosen, LoadedAdapter(chosen, file, *told))
             teach(self.pipe)
             self.set({chosen: strength})
+            self._pack()
         except BaseException:
             for component in registry.states(chosen):
                 sites.detach(parts[component], chosen)
@@ -203,7 +204,6 @@ class Adapters:
             follow_steps(self.pipe)
             self._pack()
             raise
-        self._pack()
         for warning in read.warnings:
             warn(warning)
         return chosen
