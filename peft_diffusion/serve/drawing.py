@@ -160,7 +160,14 @@ class Seeds:
     share: float
 
     def of(self, number: int) -> tuple[int, int]:
-        """The two seeds of a picture."""
+        """The two seeds of a picture.
+
+        Args:
+            number: Which picture, from 0.
+
+        Returns:
+            That of its noise, and that of its variation.
+        """
         return (self.seed if self.share else self.seed + number), self.subseed + number
 
 

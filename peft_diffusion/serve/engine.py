@@ -97,7 +97,17 @@ class Engine:
         return found
 
     def base_called(self, text: object) -> Known:
-        """Find a base by its name. Raises UserError where there is none."""
+        """Find a base by its name.
+
+        Args:
+            text: Any of the names that `Known.is_called` knows.
+
+        Returns:
+            The base.
+
+        Raises:
+            UserError: There is none.
+        """
         found = [one for one in self.bases() if isinstance(text, str) and one.is_called(text)]
         if not found:
             known = [one.title for one in self.bases()]
@@ -150,6 +160,9 @@ class Engine:
 
         Returns:
             What is done when the base is there.
+
+        Raises:
+            UserError: There is no such option or value.
         """
         self.with_options(told)
 
@@ -209,7 +222,14 @@ class Engine:
         return self._do("unload", work)
 
     def form(self, body: Drawing) -> pictures.Format:
-        """The format of a request's pictures."""
+        """Tell the format of a request's pictures.
+
+        Args:
+            body: The request.
+
+        Returns:
+            The format.
+        """
         return self.with_options(body.override_settings or {}).form
 
     def close(self) -> None:
