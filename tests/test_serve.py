@@ -161,6 +161,18 @@ def test_variations_keep_the_seed_and_count_the_second_one(
         assert same(image, alone(pipe, tiny_base, shelf, tmp_path, "a cat", **told)[0])
 
 
+def test_a_second_pass_and_a_texture_are_those_of_generate(
+    client: Any, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
+) -> None:
+    second: dict[str, Any] = {"hr_scale": 1.5, "hr_upscaler": webuiapi.HiResUpscaler.Lanczos, "hr_second_pass_steps": 3}
+    answer = client.txt2img(prompt="a cat", seed=1, enable_hr=True, denoising_strength=0.6, **second, **SIDE)
+    own: dict[str, Any] = {"hires": 1.5, "hires_upscaler": "lanczos", "hires_steps": 3, "hires_strength": 0.6}
+    assert answer.image.size == (96, 96)
+    assert same(answer.image, alone(pipe, tiny_base, shelf, tmp_path, "a cat", seed=1, **own)[0])
+    answer = client.txt2img(prompt="a cat", seed=1, tiling=True, **SIDE)
+    assert same(answer.image, alone(pipe, tiny_base, shelf, tmp_path, "a cat", seed=1, tile="both")[0])
+
+
 def test_what_is_left_out_is_as_generate_has_it(
     address: str, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
 ) -> None:
@@ -239,9 +251,10 @@ def test_the_lists_are_those_of_the_folders(client: Any, address: str, shelf: Pa
         "txt2img": [],
         "img2img": [],
     }
-    for empty in (client.get_sd_vae, client.get_hypernetworks, client.get_prompt_styles, client.get_latent_upscale_modes):
+    assert {"name": "Latent (bicubic antialiased)"} in client.get_latent_upscale_modes()
+    for empty in (client.get_sd_vae, client.get_hypernetworks, client.get_prompt_styles, client.get_face_restorers):
         assert empty() == []
-    assert [one["name"] for one in client.get_upscalers()] == ["None"] and client.refresh_checkpoints() is None
+    assert [one["name"] for one in client.get_upscalers()] == ["None", "Lanczos"] and client.refresh_checkpoints() is None
 
 
 def test_another_base_is_loaded_when_it_is_asked_for(client: Any) -> None:
@@ -330,12 +343,15 @@ def test_a_request_that_is_too_large_is_not_read_to_its_end(address: str) -> Non
         ({"subseed_strength": 2}, "subseed_strength must be"),
         ({"sampler_name": "no such"}, "there is no scheduler"),
         ({"sampler_name": "Euler", "scheduler": "align_your_steps"}, "there is no scheduler 'align_your_steps'"),
-        ({"restore_faces": True}, "restore_faces is not done here"),
-        ({"tiling": True}, "tiling is not done here"),
-        ({"eta": 0.5}, "eta is not done here"),
-        ({"styles": ["x"]}, "styles is not done here"),
-        ({"script_name": "X/Y/Z plot"}, "script_name is not done here"),
-        ({"alwayson_scripts": {"ControlNet": {"args": []}}}, "alwayson_scripts is not done here"),
+        ({"restore_faces": True}, "restore_faces "),
+        ({"enable_hr": True, "hr_scale": 4}, "256x256 is over the limit"),
+        ({"enable_hr": True, "hr_resize_x": 96, "hr_resize_y": 128}, "hr_resize_x and hr_resize_y"),
+        ({"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+"}, "there is no upscaler"),
+        ({"enable_hr": True, "hr_prompt": "a dog"}, "hr_prompt 'a dog' is not done here"),
+        ({"eta": 0.5}, "eta "),
+        ({"styles": ["x"]}, "styles "),
+        ({"script_name": "X/Y/Z plot"}, "script_name "),
+        ({"alwayson_scripts": {"ControlNet": {"args": []}}}, "alwayson_scripts "),
         ({"override_settings": {"sd_vae": "x.pt"}}, "the option sd_vae"),
         ({"override_settings": {"samples_format": "exe"}}, "samples_format"),
     ],

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from ..core.errors import UserError, first_line
 from ..core.parsing import json_value
 from ..formats.container import is_pickle, read_header, title
+from ..generation import hires
 from . import drawing, names, pictures
 from .bodies import Drawing, ImageToImage, PngInfo, TextToImage
 from .engine import Engine, memory
@@ -24,7 +25,7 @@ _ROOT = "/sdapi/v1"
 # What clients ask for and is not there.
 _EMPTY: dict[str, Any] = {
     "sd-vae": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [], "prompt-styles": [],
-    "latent-upscale-modes": [], "extensions": [], "script-info": [], "scripts": {"txt2img": [], "img2img": []},
+    "extensions": [], "script-info": [], "scripts": {"txt2img": [], "img2img": []},
 }  # fmt: skip
 
 
@@ -195,7 +196,12 @@ def _lists(app: FastAPI, config: ServeConfig, engine: Engine) -> None:
 
     @app.get(f"{_ROOT}/upscalers")
     async def upscalers() -> list[dict[str, Any]]:
-        return [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 4.0}]
+        told = {"model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
+        return [{"name": name, **told} for name in ("None", hires.label(hires.LANCZOS))]
+
+    @app.get(f"{_ROOT}/latent-upscale-modes")
+    async def modes() -> list[dict[str, Any]]:
+        return [{"name": hires.label(name)} for name in hires.UPSCALERS if name != hires.LANCZOS]
 
     @app.get(f"{_ROOT}/cmd-flags")
     async def flags() -> dict[str, Any]:

@@ -62,7 +62,6 @@ class Drawing(BaseModel):
             "seed_resize_from_h": (None, 0, -1),
             "seed_resize_from_w": (None, 0, -1),
             "restore_faces": (None, False),
-            "tiling": (None, False),
             "eta": (None, 0, 1),
             "s_churn": (None, 0),
             "s_tmax": (None, 0),
@@ -83,7 +82,7 @@ class Drawing(BaseModel):
         for name, values in self.neutral().items():
             value = getattr(self, name)
             if value not in values:
-                raise UserError(f"{name} is not done here, so leave it at {values[-1]!r} instead of {str(value)[:60]!r}")
+                raise UserError(f"{name} {str(value)[:60]!r} is not done here; leave it away")
 
 
 class TextToImage(Drawing):
@@ -105,7 +104,18 @@ class TextToImage(Drawing):
 
     def neutral(self) -> dict[str, tuple[object, ...]]:
         """What is not done here."""
-        return {**super().neutral(), "enable_hr": (None, False)}
+        others = super().neutral()
+        if not self.enable_hr:
+            return others
+        return others | {
+            "hr_checkpoint_name": (None, "", "Use same checkpoint"),
+            "hr_sampler_name": (None, "", "Use same sampler", self.sampler_name),
+            "hr_scheduler": (None, "", "Use same scheduler", self.scheduler),
+            "hr_prompt": (None, "", self.prompt),
+            "hr_negative_prompt": (None, "", self.negative_prompt),
+            "firstphase_width": (None, 0),
+            "firstphase_height": (None, 0),
+        }
 
 
 class ImageToImage(Drawing):

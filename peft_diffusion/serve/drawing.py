@@ -28,7 +28,7 @@ from ..generation.settings import MAX_SEED, Choice, GenerateConfig, Key, with_pl
 from ..generation.source import Source, begin
 from ..generation.tags import Shelf
 from . import inpainting, names, pictures
-from .bodies import Drawing, ImageToImage
+from .bodies import Drawing, ImageToImage, TextToImage
 from .settings import ServeConfig
 from .worker import Job
 
@@ -231,11 +231,33 @@ def config_of(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | 
         prediction=serving.prediction,
         precision=serving.precision,
         quantize=serving.quantize,
+        tile="both" if body.tiling else None,
     )
     width, height = size(held.info, config)
+    if isinstance(body, TextToImage) and body.enable_hr:
+        config = _with_hires(config, body, width, height)
+        if (body.hr_second_pass_steps or 0) > serving.max_steps:
+            raise UserError(f"hr_second_pass_steps is at most {serving.max_steps} here, not {body.hr_second_pass_steps}")
+        size(held.info, config)
+        if config.second_pass is not None:
+            width, height = config.second_pass.size(width, height, held.info.step)
     if width * height > serving.max_pixels:
         raise UserError(f"{width}x{height} is over the limit of {serving.max_pixels:,} pixels here; take smaller sides")
     return config
+
+
+def _with_hires(config: GenerateConfig, body: TextToImage, width: int, height: int) -> GenerateConfig:
+    """With a second pass, as A1111's hires fix. Raises UserError for sides that are not in proportion."""
+    factors = {(side or 0) / first for side, first in ((body.hr_resize_x, width), (body.hr_resize_y, height)) if side}
+    if len(factors) > 1:
+        raise UserError(f"hr_resize_x and hr_resize_y must be {width}x{height} times one factor; give one of them alone")
+    return replace(
+        config,
+        hires=next(iter(factors), 2.0 if body.hr_scale is None else body.hr_scale),
+        hires_upscaler=body.hr_upscaler or "Latent",
+        hires_strength=body.denoising_strength,
+        hires_steps=body.hr_second_pass_steps or None,
+    )
 
 
 def order_of(config: GenerateConfig, seeds: Seeds, numbers: Sequence[int], files: Files) -> Order:

@@ -13,6 +13,7 @@ from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..generation.adapters import Adapters
 from ..generation.memory import loaded, spare
+from ..generation.picture_formats import PictureFormat
 from ..generation.settings import GenerateConfig
 from . import drawing, pictures
 from .bodies import Drawing
@@ -67,7 +68,7 @@ class Asked(NamedTuple):
 
     source: str
     clip_skip: int | None
-    form: pictures.Format
+    form: PictureFormat
 
 
 class Engine:
@@ -221,7 +222,7 @@ class Engine:
 
         return self._do("unload", work)
 
-    def form(self, body: Drawing) -> pictures.Format:
+    def form(self, body: Drawing) -> PictureFormat:
         """Tell the format of a request's pictures.
 
         Args:

@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple, get_args
 
 from PIL import Image
 
@@ -16,11 +16,10 @@ from ..core.settings import not_among
 from ..data.images import read_picture
 from ..data.problems import PictureError
 from ..generation import recipe as recipes
+from ..generation.picture_formats import PictureFormat, a1111_text
 from ..generation.recipe import Recipe
 
-Format: TypeAlias = Literal["png", "jpg", "webp"]
 _QUALITY = 80  # A1111's default of jpeg_quality
-_EXIF, _COMMENT = 0x8769, 0x9286
 _PAIR = re.compile(r'\s*([\w ./-]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _LEAST_PAIRS = 3  # fewer are a last line of words
 
@@ -80,28 +79,28 @@ def read(text: str, where: str, most: int, background: str = "white") -> Given:
         raise UserError(f"{where}: {error.problem.message}") from None
 
 
-def encoded(image: Image.Image, recipe: Recipe, form: Format) -> str:
+def encoded(image: Image.Image, recipe: Recipe, form: PictureFormat) -> str:
     """Write a picture with its recipe as base64.
 
     Args:
         image: The picture.
-        recipe: What it was made from. PNG carries all of it, the others A1111's text alone.
+        recipe: What it was made from.
         form: The format.
 
     Returns:
         The base64.
+
+    Raises:
+        UserError: The recipe has no room in a JPEG.
     """
-    file = io.BytesIO()
-    if form == "png":
-        image.save(file, "PNG", pnginfo=recipes.chunks(recipe))
-    else:
-        exif = Image.Exif()
-        exif.get_ifd(_EXIF)[_COMMENT] = b"UNICODE\0" + recipe.parameters().encode("utf-16-be")
-        image.save(file, {"jpg": "JPEG", "webp": "WEBP"}[form], quality=_QUALITY, exif=exif)
+    file, texts = io.BytesIO(), recipes.carried(recipe)
+    if not texts.fits(form):
+        raise UserError("the recipe has no room in a JPEG; take samples_format png or webp")
+    image.save(file, **texts.options(form, _QUALITY))
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def format_of(name: object) -> Format:
+def format_of(name: object) -> PictureFormat:
     """Read the option ``samples_format``.
 
     Args:
@@ -113,12 +112,12 @@ def format_of(name: object) -> Format:
     Raises:
         UserError: It is another.
     """
-    plain = str(name).lower().replace("jpeg", "jpg")
-    for one in get_args(Format):
+    plain = str(name).lower().replace("jpg", "jpeg")
+    for one in get_args(PictureFormat):
         if plain == one:
-            found: Format = one
+            found: PictureFormat = one
             return found
-    raise UserError(not_among("samples_format", get_args(Format), name))
+    raise UserError(not_among("samples_format", get_args(PictureFormat), name))
 
 
 def told_by(content: bytes, where: str, most: int) -> tuple[str, dict[str, str]]:
@@ -142,10 +141,8 @@ def told_by(content: bytes, where: str, most: int) -> tuple[str, dict[str, str]]
     with Image.open(io.BytesIO(content)) as image:
         image.load()  # text may stand after the pixels
         items = {name: value for name, value in image.info.items() if isinstance(name, str) and isinstance(value, str)}
-        comment = image.getexif().get_ifd(_EXIF).get(_COMMENT)
-    text = items.pop("parameters", "")
-    if not text and isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
-        text = comment.removeprefix(b"UNICODE\0").decode("utf-16-be", "replace")
+        text = a1111_text(image)
+    items.pop("parameters", None)
     return text, items
 
 
