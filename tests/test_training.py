@@ -624,7 +624,9 @@ def test_epochs_see_every_picture_so_many_times(tmp_path: Path, pictures: Path) 
 @pytest.mark.slow
 def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
-    result = train(small(draw_pictures(tmp_path / "few", 5), tmp_path), pipe=make_pipe(), observers=[TrainingConsole(console)])
+    result = train(
+        small(draw_pictures(tmp_path / "few", 5), tmp_path), pipe=make_pipe(), observers=[TrainingConsole(console)]
+    )
     assert result.held_out_before is None
     said = console.export_text()
     assert "no pictures are kept apart" in said and "next: peft-diffusion generate" in said
