@@ -18,7 +18,7 @@ from .changes import one_at_a_time
 from .component import ComponentState
 from .errors import UserError, did_you_mean
 from .method import DEFAULT_TARGET, Method
-from .slot import SLOT, Packed, Slot, slot_of, state_of
+from .slot import SLOT, Packed, Slot, slot_of, state_of, walk
 from .strength import Strengths
 
 
@@ -108,7 +108,7 @@ def sites(component: nn.Module, name: str | None = None) -> dict[str, AdaptedSit
     Returns:
         The modules by path.
     """
-    found = {path: m for path, m in component.named_modules() if isinstance(m, AdaptedSite)}
+    found = {path: m for path, m in walk(component) if isinstance(m, AdaptedSite)}
     return found if name is None else {path: m for path, m in found.items() if name in m._peft_diffusion.adapters}
 
 

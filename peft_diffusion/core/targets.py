@@ -7,7 +7,7 @@ from torch import nn
 
 from .errors import UserError, did_you_mean
 from .parsing import compiled_for, matching
-from .slot import slot_of
+from .slot import walk
 from .target_tables import TABLES, UNKNOWN, TargetTable
 
 OTHER_BLOCK = "other"
@@ -79,8 +79,7 @@ def modules(component: nn.Module) -> dict[str, nn.Module]:
     Returns:
         The modules by path; "" is the component itself.
     """
-    ours = {part for module in component.modules() if (slot := slot_of(module)) is not None for part in slot.modules()}
-    return {path: module for path, module in component.named_modules() if module not in ours}
+    return dict(walk(component))
 
 
 def blocks(component: nn.Module, *, parts: bool = False) -> Blocks:

@@ -6,8 +6,9 @@ and hashed once however many of them ask.
 
 import re
 import shlex
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -312,6 +313,76 @@ def planned(
             f" peft-diffusion runs export {shlex.quote(str(header.path))} --output NAME.safetensors"
         )
     spec = Spec.from_metadata(header.metadata, str(header.path))
+    read = _read(header, component, word)
+    found = Plan(header, spec, read.layouts, read.sites, read.unread, read.warnings, loaded, component, word)
+    if not read.sites and spec is None:
+        raise found.is_none()
+    return found
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What the layouts make of a header: see `Plan`."""
+
+    layouts: tuple[str, ...]
+    sites: Mapping[str, Mapping[str, SitePlan]]
+    unread: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+
+class _Remembered:
+    """What was read of earlier files, by all that a reading depends on: most files of a base are of a few shapes."""
+
+    MOST = 32  # files of different shapes
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, tuple[frozenset[str], _Read]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, header: Header, component: str | None) -> _Read | None:
+        key = self._key(header, component)
+        with self._lock:
+            for told_by in (frozenset(), *{told for told, _ in self._known.values()}):
+                found = self._known.get((key, _told(header, told_by)))
+                if found is not None and found[0] == told_by:
+                    self._known.move_to_end((key, _told(header, told_by)))
+                    return found[1]
+        return None
+
+    def put(self, header: Header, component: str | None, told_by: frozenset[str], read: _Read) -> None:
+        with self._lock:
+            self._known[self._key(header, component), _told(header, told_by)] = (told_by, read)
+            while len(self._known) > self.MOST:
+                self._known.popitem(last=False)
+
+    def forget(self) -> None:
+        with self._lock:
+            self._known.clear()
+
+    @staticmethod
+    def _key(header: Header, component: str | None) -> Hashable:
+        shapes = tuple(entry.shape for entry in header.tensors.values())
+        plugged = (tuple(known().values()), tuple(methods.known().values()), tuple(one.name for one in families.every()))
+        return tuple(header.tensors), shapes, component, plugged
+
+
+_remembered = _Remembered()
+
+
+def forget() -> None:
+    """Forget what was read of earlier files, as for measuring how long a file of a new shape takes."""
+    _remembered.forget()
+
+
+def _told(header: Header, keys: Set[str]) -> tuple[tuple[str, str | None], ...]:
+    return tuple((key, header.metadata.get(key)) for key in sorted(keys))
+
+
+def _read(header: Header, component: str | None, word: str | None) -> _Read:
+    """Read a header, or remember what was read of another one that tells the same. Raises UserError."""
+    found = _remembered.get(header, component) if word is None else None
+    if found is not None:
+        return found
     bare, names_of = _unwrapped(header)
     by_layout, nobodys = _by_layout(bare)
     readings = [(layout, layout.read(bare, names)) for layout, names in by_layout.items()]
@@ -326,11 +397,12 @@ def planned(
         sites = {part: {at: one.renamed(names_of) for at, one in found.items()} for part, found in sites.items()}
     layouts = Counter({layout.name: len(reading.places) for layout, reading in readings if reading.places})
     warnings = tuple(warning for _, reading in readings for warning in reading.warnings)
-    names = tuple(name for name, _ in layouts.most_common())
-    found = Plan(header, spec, names, sites, unread, warnings, loaded, component, word)
-    if not sites and spec is None:
-        raise found.is_none()
-    return found
+    read = _Read(tuple(name for name, _ in layouts.most_common()), sites, unread, warnings)
+    asked = [getattr(layout, "told_by", None) for layout, _ in readings]  # plug-ins may have been written without it
+    told_by = [keys for keys in asked if keys is not None]
+    if word is None and not warnings and len(told_by) == len(asked):  # a warning names the file
+        _remembered.put(header, component, frozenset[str]().union(*told_by), read)
+    return read
 
 
 def recognized(suffixes: Set[str]) -> tuple[type[Method], ...]:
