@@ -1,4 +1,4 @@
-"""Train the embedded language model: a small Llama on the text of ``lm_text``, on one CPU core in about 25 minutes.
+"""Train the embedded language model: a small Llama on the text of ``lm_text``, on a GPU in four minutes.
 
 ``python -m scripts.build_base.train_lm --output samples/text/base`` goes on from the last checkpoint in the cache and writes
 an ordinary transformers folder in float16.
