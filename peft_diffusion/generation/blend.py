@@ -118,6 +118,7 @@ def draw(
     pictures = sheet.in_rows(images, len(columns))
     names = _distinct([choice.path for choice in choices.values()])
     labels = [_label(mix, list(choices.values()), names) for mix in mixes]
+    sheet.tell_missing([*config.prompts, *labels], tell)
     return Blend(
         sheet=sheet.grid(pictures, config.prompts, labels),
         pictures=pictures,

@@ -129,6 +129,7 @@ def generate(
             pictures = _written(drawn, paths, tell, config.quality)
         if config.sheet is not None:
             _write_sheet(config.sheet, pictures, asked, config.quality)
+            sheet.tell_missing((row[0].written for row in asked.rows), tell)
             tell(SheetMade(config.sheet))
         tell(Ended("finished"))
     return pictures

@@ -79,6 +79,7 @@ def grid(
         columns = config.columns
         pictures, kept = sheet.in_rows(images, len(columns)), sheet.in_rows(told, len(columns))
         made = sheet.grid(pictures, [row.label for row in rows], columns)
+        sheet.tell_missing([*columns, *(row.label for row in rows)], tell)
         recipes.write_sheet(config.output, made, kept, config.quality)
         tell(SheetMade(config.output))
         tell(Ended("finished"))
