@@ -130,6 +130,24 @@ class Carried:
         return exif.tobytes()
 
 
+def a1111_text(image: Image.Image) -> str:
+    """Read what A1111 wrote into a picture, or what we did in its place.
+
+    Args:
+        image: The picture, whose pixels are read already, as text may stand behind them.
+
+    Returns:
+        The text; "" where there is none.
+    """
+    found = image.info.get(_A1111)
+    if isinstance(found, str):
+        return found
+    comment = image.getexif().get_ifd(_EXIF).get(_USER_COMMENT)
+    if not isinstance(comment, bytes) or not comment.startswith(_UNICODE):
+        return ""
+    return comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")
+
+
 def own_text(image: Image.Image) -> str | None:
     """Read the JSON that a picture carries.
 
