@@ -177,12 +177,12 @@ class Slab(nn.Module):
             self._fill(placed)
         return places
 
-    def holds(self, place: int, names: Sequence[str], dtype: torch.dtype) -> frozenset[str]:
+    def holds(self, place: int, pairs: Mapping[str, Pair | None], dtype: torch.dtype) -> frozenset[str]:
         """Tell which pairs of a site are there and stay as they are.
 
         Args:
             place: Of the site.
-            names: Of its adapters.
+            pairs: Those of its adapters that are stored, and None for others, by name.
             dtype: What it computes in.
 
         Returns:
@@ -191,7 +191,10 @@ class Slab(nn.Module):
         region = self._region(place)
         if region.dtype != dtype:
             return frozenset()
-        return frozenset(name for name in names if (held := region.held.get(name)) is not None and held.pair.lasting)
+        held = region.held
+        return frozenset(
+            name for name, pair in pairs.items() if pair is not None and name in held and held[name].pair is pair
+        )
 
     def vacate(self, places: Sequence[int]) -> None:
         """Give up the regions of sites. Their memory is used again when the others move.
