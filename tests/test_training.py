@@ -617,18 +617,20 @@ def test_previews_have_the_base_in_the_first_row(tmp_path: Path, pictures: Path)
 
 @pytest.mark.slow
 def test_epochs_see_every_picture_so_many_times(tmp_path: Path, pictures: Path) -> None:
-    result = train(small(pictures, tmp_path, epochs=2, batch_size=4, steps=50), pipe=make_pipe())
+    result = train(small(pictures, tmp_path, epochs=2, batch_size=4, steps=50, held_out=0.0), pipe=make_pipe())
     assert result.steps == 4 and "steps = 4" in (result.run_dir / "config.toml").read_text("utf-8")
 
 
 @pytest.mark.slow
-def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path: Path, pictures: Path) -> None:
+def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
-    result = train(small(pictures, tmp_path), pipe=make_pipe(), observers=[TrainingConsole(console)])
+    result = train(
+        small(draw_pictures(tmp_path / "few", 5), tmp_path), pipe=make_pipe(), observers=[TrainingConsole(console)]
+    )
     assert result.held_out_before is None
     said = console.export_text()
     assert "no pictures are kept apart" in said and "next: peft-diffusion generate" in said
-    assert "(fewer than 20 pictures; --held-out 0.1" in said and "--patience" not in said
+    assert "(fewer than 6 pictures; --held-out 0.1" in said and "--patience" not in said
     assert said.count(result.base_checksum) == 2
     # Everybody tells which base it was by one number.
     which = describe(make_pipe()).fingerprint
@@ -639,6 +641,20 @@ def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path: Path, 
     train(asked, pipe=make_pipe(), observers=[TrainingConsole(console)])
     said = console.export_text()
     assert "measure on (--held-out 0.1" in said and "warning: --patience ends nothing" in said
+    assert "warning: each picture is seen 0.1 times in 1 steps, which teaches little; --steps 40 shows each 4 times" in said
+
+
+@pytest.mark.parametrize(
+    ("count", "apart"), [(1, 0), (5, 0), *((few, 2) for few in range(6, 20)), (20, 2), (26, 3), (48, 5)]
+)
+def test_two_of_a_few_pictures_are_kept_apart(count: int, apart: int) -> None:
+    given = TrainConfig(folder=(Path("x"),))
+    share = resolve(given, Icons(), count, "cpu").held_out
+    assert (max(1, round(count * share)) if share else 0) == apart
+    assert resolve(replace(given, held_out=0.0), Icons(), count, "cpu").held_out == 0
+    # A run of a version that kept none of a few goes on as it was.
+    before = {"derived": ["held_out"], "held_out": 0.0}
+    assert resolve(given, Icons(), count, "cpu", before=before).held_out == 0
 
 
 @pytest.mark.slow

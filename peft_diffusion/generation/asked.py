@@ -113,9 +113,9 @@ class Order:
         return strengths(self.choices, names, one.tags, self.shelf, base)
 
 
-def _manner(one: Asked) -> tuple[object, ...]:
-    """What of the drawing a line can say."""
-    return one.config.width, one.config.height, one.config.guidance, one.config.steps
+def _manner(one: Asked) -> GenerateConfig:
+    """How a picture is drawn, without what each has of its own."""
+    return replace(one.config, prompts=("",), negative="", seed=0, seeds=(), count=1)
 
 
 def strengths(

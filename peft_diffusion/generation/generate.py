@@ -3,7 +3,8 @@
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,9 +30,11 @@ from . import recipe as recipes
 from .adapted import adapted
 from .adapters import Adapters
 from .asked import Asked, Order, order
+from .control import used as used_controls
 from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
 from .memory import device_of, loaded, spare
+from .picture_formats import ending
 from .recipe import Recipe, UsedAdapter, UsedPicture
 from .sampler import Cell, gives_way, paint, scheduler_of, size
 from .settings import Choice, GenerateConfig, Precision, Sampling
@@ -49,6 +52,10 @@ _FREE = frozenset(
         "adapters_dir",
         "wildcards_dir",
         "output",
+        "format",
+        "control",
+        "control_scale",
+        "quality",
         "sheet",
         "strict",
         "batch_size",
@@ -105,29 +112,70 @@ def generate(
         taken = config if again is not None else for_few_steps(config, asked.choices, tell)
         if taken is not config:
             config, asked = taken, order(taken, choices, literal=False)
-        paths = _plan(config.output, config.to_file, [(one.prompt, one.seed) for one in asked.pictures])
+        paths = _plan(config, [(one.prompt, one.seed) for one in asked.pictures])
         _check_kept(config, paths, again)
         source = None
         if config.image is not None:
             source = read_source(config.image, config.mask, config.strength, config.taken_steps)
         base = loaded(config, pipe, download=named)
-        lent = pipe is not None
-        with adapted(base, asked.choices, asked.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
-            tell_clip_skip(adapters.pipe, [choice.plan for choice in asked.choices if choice.plan], config, tell)
-            check_mask(adapters.pipe, source, adapters.base.name)
-            jobs = [_job(adapters, names, asked, group, source) for group in asked.groups]
-            told = [one for job in jobs for one in job.recipes]
+
+        def check(told: Recipe) -> None:
             if again is not None and expected is not None:
-                _check_base(config, again, expected, told[0])
-                _tell_machine(expected, told[0], tell)
-            spare(adapters, config)
-            drawn = (image for job in jobs for image in job.paint(adapters, tell, stop or Never()))
-            pictures = _written(drawn, told, paths, tell)
+                _check_base(config, again, expected, told)
+                _tell_machine(expected, told, tell)
+
+        lent = pipe is not None
+        with closing(draw(base, asked, config, source, tell=tell, stop=stop or Never(), lent=lent, check=check)) as drawn:
+            pictures = _written(drawn, paths, tell, config.quality)
         if config.sheet is not None:
-            _write_sheet(config.sheet, pictures, asked)
+            _write_sheet(config.sheet, pictures, asked, config.quality)
+            sheet.tell_missing((row[0].written for row in asked.rows), tell)
             tell(SheetMade(config.sheet))
         tell(Ended("finished"))
     return pictures
+
+
+def draw(
+    base: Pipeline,
+    asked: Order,
+    config: GenerateConfig,
+    source: Source | None = None,
+    *,
+    tell: Observer,
+    stop: Stop,
+    lent: bool = True,
+    check: Callable[[Recipe], None] | None = None,
+) -> Generator[tuple[Image.Image, Recipe]]:
+    """Draw pictures that were asked for, and write nothing: what `generate` and the server share.
+
+    Close what is returned where it is left before its end: only then are the adapters off the base.
+
+    Args:
+        base: The base.
+        asked: The pictures, and their adapters.
+        config: What is the same for all of them.
+        source: A picture to start from, of any size.
+        tell: Is told how far it is, and what the person should know.
+        stop: Where it is set, nothing is drawn after the present batch.
+        lent: Whether the base goes on without the adapters afterwards; it carries none then.
+        check: Is given the recipe of the first picture before anything is drawn.
+
+    Yields:
+        Each picture with its recipe, in order.
+
+    Raises:
+        UserError: Before anything is computed, for adapters, prompts and sizes that cannot be used.
+        Interrupted: It was stopped.
+    """
+    with adapted(base, asked.choices, asked.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
+        tell_clip_skip(adapters.pipe, [choice.plan for choice in asked.choices if choice.plan], config, tell)
+        check_mask(adapters.pipe, source, adapters.base.name)
+        jobs = [_job(adapters, names, asked, group, source) for group in asked.groups]
+        if check is not None:
+            check(jobs[0].recipes[0])
+        spare(adapters, config)
+        for job in jobs:
+            yield from zip(job.paint(adapters, tell, stop), job.recipes, strict=True)
 
 
 @dataclass(frozen=True)
@@ -147,7 +195,7 @@ def _job(adapters: Adapters, names: Sequence[str], asked: Order, group: Sequence
     config = group[0].config
     cells = [Cell(one.prompt, one.seed, asked.strengths(one, names, adapters.pipe), one.negative) for one in group]
     source = None if source is None else source.fitted(adapters.base, config.width, config.height)
-    told = _from(source, config, cell_recipes(adapters, cells, config, source))
+    told = cell_recipes(adapters, cells, config, source)
     written = [one.written if one.written != one.prompt else None for one in group]
     return _Job(cells, config, source, [replace(one, written=text) for one, text in zip(told, written, strict=True)])
 
@@ -174,11 +222,13 @@ def _tell_machine(expected: Recipe, recipe: Recipe, tell: Observer) -> None:
         tell(Warned(f"the picture was drawn in {before} and is drawn in {now} now, so it will differ a little"))
 
 
-def _written(images: Iterable[Image.Image], told: Sequence[Recipe], paths: Sequence[Path], tell: Observer) -> list[Picture]:
+def _written(
+    drawn: Iterable[tuple[Image.Image, Recipe]], paths: Sequence[Path], tell: Observer, quality: int | None
+) -> list[Picture]:
     """Write pictures as they come, with their recipes."""
     pictures = []
-    for image, recipe, path in zip(images, told, paths, strict=True):
-        recipes.write(path, image, recipe)
+    for (image, recipe), path in zip(drawn, paths, strict=True):
+        recipes.write(path, image, recipe, quality)
         pictures.append(Picture(image, recipe, path))
         tell(PictureMade(pictures[-1]))
     return pictures
@@ -205,6 +255,7 @@ def cell_recipes(
     info = adapters.base
     width, height = size(info, sampling, source)
     scheduler = scheduler_of(adapters, cells, sampling)
+    hires = sampling.second_pass
     found = {
         "prompt": "",
         "seed": 0,
@@ -223,8 +274,12 @@ def cell_recipes(
         "sampler_options": _options(scheduler) | {"freeu": free_u(denoiser_of(pipe).network)},
         "vae": _fingerprint(pipe.vae),
         "versions": _versions(),
+        **({} if hires is None else {"hires_upscaler": hires.upscaler, "hires_strength": hires.strength}),
+        **({} if hires is None else {"hires_steps": hires.steps}),
     }
-    of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None}
+    begun = {} if source is None else {"image": source.of, "mask": source.mask_of, "strength": source.strength}
+    found["controls"] = used_controls(sampling.control, sampling.control_scale)
+    of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None, **begun}
     common = pick(Recipe, sampling, found, of_a_picture)
     return [
         replace(
@@ -249,14 +304,6 @@ def _options(scheduler: Any) -> dict[str, Any]:
 def _fingerprint(vae: Any) -> str | None:
     """Which VAE it is; None where its weights are not there between calls, as under sequential offloading."""
     return None if any(own.is_meta for own in vae.parameters()) else fingerprint({"vae": vae})
-
-
-def _from(source: Source | None, config: GenerateConfig, told: Sequence[Recipe]) -> list[Recipe]:
-    """Recipes that say what the pictures start from."""
-    if source is None:
-        return list(told)
-    image, mask = (None if p is None else UsedPicture(str(p), sha256(p)) for p in (config.image, config.mask))
-    return [replace(one, image=image, mask=mask, strength=source.strength) for one in told]
 
 
 def _used(adapters: Adapters, strengths: Mapping[str, float | ByPart]) -> tuple[UsedAdapter, ...]:
@@ -292,6 +339,7 @@ def _again(config: GenerateConfig, recipe: Recipe, lent: bool) -> tuple[Generate
     changed = [f.name for f in fields(config) if f.name not in _FREE and getattr(config, f.name) != f.default]
     if changed:
         raise UserError(f"the recipe of {config.recipe} says {', '.join(changed)}; leave that away, or the recipe")
+    _check_controls(config, recipe)
     given = _given(config, recipe)
     choices = tuple(_find(one, given) for one in recipe.adapters)
     told = {one.name for one in settings_of(GenerateConfig)} - _FREE
@@ -310,6 +358,20 @@ def _again(config: GenerateConfig, recipe: Recipe, lent: bool) -> tuple[Generate
         return replace(config, recipe=None, prompts=(recipe.prompt,), base=base, **same), choices
     except UserError as error:
         raise UserError(f"{config.recipe} has a recipe that cannot be drawn here: {error}") from None
+
+
+def _check_controls(config: GenerateConfig, recipe: Recipe) -> None:
+    """Raise UserError where what is given with --control is not what steered the picture of a recipe.
+
+    A picture does not choose which models are loaded from this machine, so they are named again.
+    """
+    told = [(one.kind, one.sha256, one.picture_sha256, one.scale) for one in recipe.controls]
+    given = used_controls(config.control, config.control_scale)
+    if told != [(one.kind, one.sha256, one.picture_sha256, one.scale) for one in given]:
+        flags = [f"--control {shlex.quote(f'{o.kind}:{o.model}={o.picture}@{o.scale:g}')}" for o in recipe.controls]
+        raise UserError(
+            f"{config.recipe} was drawn with {' '.join(flags) or 'no --control'}; give exactly that, with the same files"
+        )
 
 
 def _trusted(base: str, picture: Path | None) -> str:
@@ -388,9 +450,11 @@ def _there(used: UsedAdapter) -> Plan | None:
         return None
 
 
-def _plan(output: Path, to_file: bool, wanted: Sequence[tuple[str, int]]) -> list[Path]:
+def _plan(config: GenerateConfig, wanted: Sequence[tuple[str, int]]) -> list[Path]:
     """A file for each picture. Only a single picture for a named file replaces one."""
-    if to_file:
+    output, suffix = config.output, ending(config.format)
+    if config.to_file:
+        suffix = output.suffix
         if len(wanted) == 1:
             return [output]
         stems = [f"{output.stem}-{number}" for number in range(1, len(wanted) + 1)]
@@ -401,9 +465,9 @@ def _plan(output: Path, to_file: bool, wanted: Sequence[tuple[str, int]]) -> lis
     paths: list[Path] = []
     taken = {path.name.casefold() for path in folder.iterdir()} if folder.is_dir() else set()
     for stem in stems:
-        name, number = f"{stem}.png", 2
+        name, number = f"{stem}{suffix}", 2
         while name.casefold() in taken:
-            name, number = f"{stem}-{number}.png", number + 1
+            name, number = f"{stem}-{number}{suffix}", number + 1
         taken.add(name.casefold())
         paths.append(folder / name)
     return paths
@@ -429,7 +493,7 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", prompt.casefold())[:_SLUG].strip("-") or "picture"
 
 
-def _write_sheet(path: Path, pictures: Sequence[Picture], asked: Order) -> None:
+def _write_sheet(path: Path, pictures: Sequence[Picture], asked: Order, quality: int | None) -> None:
     """Rows of prompts, columns of seeds."""
     remaining = iter(pictures)
     rows = [[next(remaining) for _ in row] for row in asked.rows]
@@ -437,7 +501,7 @@ def _write_sheet(path: Path, pictures: Sequence[Picture], asked: Order) -> None:
     columns = max(len(row) for row in rows)
     labels = [f"seed {seed}" for seed in next(iter(seeds))] if len(seeds) == 1 else [str(n + 1) for n in range(columns)]
     drawn = sheet.grid([[p.image for p in row] for row in rows], [row[0].written for row in asked.rows], labels)
-    recipes.write_sheet(path, drawn, [[picture.recipe for picture in row] for row in rows])
+    recipes.write_sheet(path, drawn, [[picture.recipe for picture in row] for row in rows], quality)
 
 
 def _versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ from ..core.events import Observer, Warned
 from ..core.weight_change import Change, change_of, with_weights
 from ..formats import Plan
 from ..formats.container import title, torch_dtype
-from ..formats.file import Bound, bind, names_of
+from ..formats.file import Bound, bind
 from ..formats.fitting import fitting
 from .weights import Weights, open_weights
 
@@ -182,10 +182,7 @@ def bind_sources(
         UserError: A file has no site in the base.
     """
     given = [1.0] * len(plans) if strengths is None else strengths
-    names = names_of(bones)
-    sources = [
-        Source(bind(one, bones, names), one.stored(), weights, strength) for one, strength in zip(plans, given, strict=True)
-    ]
+    sources = [Source(bind(one, bones), one.stored(), weights, strength) for one, strength in zip(plans, given, strict=True)]
     for source in sources:
         if not source.sites:
             raise UserError(f"{source.path} has no site in the base {named}")

@@ -16,6 +16,7 @@ from ..core.events import Event, Warned
 from ..core.shortening import shortened
 from .need import Need, mib
 from .results import FoundRates, Suggestion, Trial
+from .settings.presets import FEW_APART
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -148,7 +149,8 @@ class HeldOut(Event):
     def lines(self) -> tuple[str, ...]:
         """Tell how many, or why none."""
         if self.count:
-            return (f"{self.count} pictures are kept apart: the loss on them shows when to stop",)
+            hint = " (--held-out 0 trains on all)" if self.count == FEW_APART else ""
+            return (f"{self.count} pictures are kept apart: the loss on them shows when to stop{hint}",)
         few = "there is but one picture; " if self.wanted else f"fewer than {self.least} pictures; "
         why = few if self.wanted or self.of < self.least else ""
         return (f"no pictures are kept apart to measure on ({why}--held-out 0.1 keeps a tenth)",)

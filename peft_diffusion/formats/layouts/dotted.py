@@ -62,6 +62,7 @@ class Diffusers(Layout):
     """Files of diffusers: the component's name before the path, and the configuration in the metadata."""
 
     name: ClassVar[str] = "diffusers"
+    told_by: ClassVar[frozenset[str] | None] = frozenset({_METADATA})
 
     def claims(self, name: str) -> int | None:
         """Names that begin with a component, or with a path alone, and end as a method's do there."""
@@ -184,17 +185,19 @@ class _Tensor:
         return replace(_place(self.stem, self.suffix), change=self.change)
 
 
-@cache
-def _located_starts(known: Rows) -> Mapping[str, str]:
-    """The components by what names begin with; "" for none. peft wraps a model, or the pipeline around it."""
-    return {**dotted_starts(), _PEFT: "", "": "", **{_PEFT + start: one for start, one in dotted_starts().items()}}
-
-
 def _located(stem: str) -> tuple[str, str, str]:
     """What the name of a site begins with, its path, and the component that the beginning names; "" where it names none."""
-    starts = _located_starts(known_rows())
-    start = max((start for start in starts if stem.startswith(start)), key=len)
-    return start, _today(stem.removeprefix(start)), starts[start]
+    starts = _starts(known_rows())
+    start, component = next((start, one) for start, one in starts.items() if stem.startswith(start))
+    return start, _today(stem.removeprefix(start)), component
+
+
+@cache
+def _starts(known: Rows) -> Mapping[str, str]:
+    """What names may begin with, the longest first, and the component that each names."""
+    # peft wraps a model, or the pipeline around it.
+    starts = {**dotted_starts(), _PEFT: "", "": "", **{_PEFT + start: one for start, one in dotted_starts().items()}}
+    return {start: starts[start] for start in sorted(starts, key=len, reverse=True)}
 
 
 def _place(stem: str, suffix: str) -> Place:

@@ -1,5 +1,6 @@
 """From a configuration to what a run works on: checked places, base, pictures, captions, latents."""
 
+import math
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,7 @@ from ..settings.derive import adapted_components, resolve
 from ..settings.idle import idle
 from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
 from ..settings.placements import blocks
-from ..settings.presets import HELD_OUT_FROM
+from ..settings.presets import FEW_FROM, SEEN_LEAST
 from . import class_images
 from .diffusion import Examples, noise_schedule
 
@@ -209,17 +210,17 @@ def prepare(
         run.check_base(going_on.origin, info.fingerprint)
     folder = _read_folder(config, info, tell)
     pictures = subfolders.apply(folder.pictures, config.repeats, config.folder_weight)
-    resolved = resolve(config, info, len(pictures), device.type, precision=precision)
+    earlier = going_on.origin.config if going_on is not None else {} if config.resume else None
+    count = len(folder.pictures)
+    resolved = resolve(config, info, count, device.type, precision=precision, before=earlier)
     kept, apart = _split(pictures, resolved)
     fits = arrange(kept, resolved.resolution, info.step, no_upscale=not config.upscale)
     batches = _steps_per_epoch(kept, fits, resolved, processes)
-    earlier = going_on.origin.config if going_on is not None else {} if config.resume else None
-    count = len(folder.pictures)
     resolved = resolve(config, info, count, device.type, batches, precision=precision, before=earlier)
     tell(Arranged((*describe_buckets(fits), *subfolders.describe(kept))))
     _tell_alone(kept, fits, resolved.batch_size * processes.size, tell)
-    tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), HELD_OUT_FROM))
-    _tell_odd(config, resolved, apart, tell)
+    tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), FEW_FROM))
+    _tell_odd(config, resolved, apart, batches, tell)
     rules = replace(rules, dropout=resolved.caption_dropout)
     text.check()
     _check_previews(asked, info)
@@ -263,12 +264,18 @@ def _checked(config: TrainConfig) -> tuple[CaptionRules, list[PreviewPrompt]]:
     asked = _asked_previews(config)
     for folders in filter(None, (config.folder, config.regularisation)):
         check_folders(folders)
-    dropout = config.caption_dropout or 0.0
-    return CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards), asked
+    return config.caption_rules(), asked
 
 
-def _tell_odd(asked: TrainConfig, config: ResolvedConfig, apart: Sequence[TrainingImage], tell: Observer) -> None:
-    """Tell of settings that do nothing, or leave nothing of the run."""
+def _tell_odd(
+    asked: TrainConfig, config: ResolvedConfig, apart: Sequence[TrainingImage], batches: int, tell: Observer
+) -> None:
+    """Tell of settings that do nothing, or leave nothing of the run, which sees each picture once in so many batches."""
+    seen = config.steps * config.accumulation / batches * (2 if config.flip else 1)
+    if seen < SEEN_LEAST:
+        enough = math.ceil(config.steps * SEEN_LEAST / seen)
+        told = f"each picture is seen {seen:.1f} times in {config.steps} steps, which teaches little"
+        tell(Warned(f"{told}; --steps {enough} shows each {SEEN_LEAST} times"))
     if config.patience and not apart:
         tell(IMPATIENT)
     if config.warmup >= config.steps:
