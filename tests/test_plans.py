@@ -46,6 +46,13 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
 
     for name in ("read_header", "sha256"):
         monkeypatch.setattr(container, name, counted(name))
+    digests = container.Data.digests
+
+    def of_data(self: container.Data) -> tuple[str, str]:
+        found["sha256", self._header.path.name] += 1
+        return digests(self)
+
+    monkeypatch.setattr(container.Data, "digests", of_data)
     return found
 
 

@@ -16,6 +16,7 @@ import forked
 import numpy as np
 import pytest
 import requests
+import torch
 import webuiapi
 from making import environment, make_adapter
 from PIL import Image
@@ -48,8 +49,12 @@ def address(shelf: Path, tiny_base: Path, other_base: Path, tmp_path_factory: py
     """Where a server listens; at the end Ctrl-C must end it."""
     token, saved = shelf.parent / "token", shelf.parent / "saved"
     token.write_text(f"{TOKEN}\n")
+    words = shelf.parent / "words"
+    words.mkdir()
+    save_file({"emb_params": torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}, words / "zork.safetensors")
     flags: list[object] = [
-        "--base", tiny_base, "--bases-dir", other_base.parent, "--lora-dir", shelf, "--device", "cpu", "--port", 0,
+        "--base", tiny_base, "--bases-dir", other_base.parent, "--lora-dir", shelf,
+        "--embeddings-dir", shelf.parent / "words", "--device", "cpu", "--port", 0,
         "--token-file", token, "--max-request-mb", 1, "--max-pixels", 128 * 128, "--max-pictures", 40, "--output", saved,
     ]  # fmt: skip
     started = subprocess.Popen(
@@ -151,6 +156,18 @@ def test_an_answer_tells_what_clients_read_of_it(client: Any, address: str) -> N
     assert answer.parameters["prompt"] == "a cat <lora:ink:0.5>"
 
 
+def test_a_learned_word_is_called_by_the_name_of_its_file(
+    client: Any, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
+) -> None:
+    prompt, word = "a Zork cat <lora:ink:0.5>", shelf.parent / "words" / "zork.safetensors"
+    answer = client.txt2img(prompt=prompt, seed=1, **SIDE)
+    own = alone(pipe, tiny_base, shelf, tmp_path, prompt, seed=1, adapter=f"{word}@word:zork")
+    assert same(answer.image, own[0]) and not same(answer.image, alone(pipe, tiny_base, shelf, tmp_path, prompt, seed=1)[0])
+    answer = client.txt2img(prompt="a cat", negative_prompt="zork", seed=1, **SIDE)
+    own = alone(pipe, tiny_base, shelf, tmp_path, "a cat", negative="zork", seed=1, adapter=f"{word}@word:zork")
+    assert same(answer.image, own[0])
+
+
 def test_variations_keep_the_seed_and_count_the_second_one(
     client: Any, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
 ) -> None:
@@ -247,7 +264,8 @@ def test_the_lists_are_those_of_the_folders(client: Any, address: str, shelf: Pa
     assert client.util_get_model_names() == ["other", "tiny"]
     assert client.get_memory()["ram"]["total"] > client.get_memory()["ram"]["used"] > 0
     assert client.get_cmd_flags()["port"] == 0 and TOKEN not in json.dumps(client.get_cmd_flags())
-    assert client.get_embeddings() == {"loaded": {}, "skipped": {}} and client.get_scripts() == {
+    assert client.get_embeddings()["loaded"]["zork"].items() >= {"shape": 32, "vectors": 2}.items()
+    assert client.get_scripts() == {
         "txt2img": [],
         "img2img": [],
     }

@@ -17,6 +17,7 @@ from .. import __version__
 from ..core import plugins
 from ..core.errors import UserError
 from ..core.events import interrupts_apart
+from . import lean
 from .config_file import RunFile, whole_numbers
 from .flags import explained
 from .terminal import PlainFormatter, say
@@ -140,6 +141,7 @@ def run_process(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, as of `main`.
     """
+    lean.claim()
     with interrupts_apart():
         code = main(arguments)
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -81,6 +81,12 @@ class SitePlan:
         return found
 
     @cached_property
+    def simple(self) -> Mapping[str, str] | None:
+        """Its tensors by suffix, by the names of the file, where each is as its one method knows it; None where not."""
+        plain = all(one.place.change is None and one.place.whole is None and not one.place.piece for one in self.sources)
+        return {one.place.suffix: one.name for one in self.sources} if plain and len(self.methods) == 1 else None
+
+    @cached_property
     def _recognized(self) -> tuple[type[Method], ...]:
         return recognized(self.shapes.keys() | self.constants.keys())
 
@@ -173,6 +179,7 @@ class Plan:
     loaded: "Mapping[str, Tensor] | None" = field(default=None, repr=False)
     component: str | None = None
     word: str | None = None
+    _data: list[container.Data] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def path(self) -> Path:
@@ -191,8 +198,15 @@ class Plan:
         Raises:
             UserError: The file was changed since it was parsed.
         """
+        if self._data or "_digests" in self.__dict__:
+            return self._digests[0]
         container.refuse_changed(self.header)
         return container.sha256(self.path)
+
+    @cached_property
+    def _digests(self) -> tuple[str, str]:
+        """Of what `tensors` read, which is let go then."""
+        return self._data.pop().digests()
 
     @cached_property
     def data_sha256(self) -> str:
@@ -206,6 +220,8 @@ class Plan:
         told = self.header.metadata.get("sshs_model_hash", "")
         if re.fullmatch("[0-9a-f]{64}", told):
             return told
+        if self._data or "_digests" in self.__dict__:
+            return self._digests[1]
         container.refuse_changed(self.header)
         return self.sha256 if self.loaded is not None else container.data_sha256(self.path)
 
@@ -228,16 +244,29 @@ class Plan:
         """
         return container.stamp_of(self.path) == self.header.stamp
 
-    def tensors(self) -> "dict[str, Tensor]":
+    def tensors(self, *, keep: bool = False) -> "dict[str, Tensor]":
         """Read the tensors of the file.
+
+        Args:
+            keep: Whether to keep what was read until a digest is asked for, which is of that then, and not of the file.
 
         Returns:
             The tensors by the names of the file.
 
         Raises:
-            UserError: As `container.read_tensors` does.
+            UserError: As `container.read_data` and `container.Data.tensors` do.
         """
-        return container.read_tensors(self.header) if self.loaded is None else dict(self.loaded)
+        if self.loaded is not None:
+            return dict(self.loaded)
+        data = container.read_data(self.header)
+        if keep and not self._data and not self.__dict__.keys() & {"sha256", "_digests"}:
+            self._data.append(data)
+        return data.tensors()
+
+    @property
+    def digests(self) -> "Digests":
+        """The digests of the file, which need not be known yet."""
+        return Digests(self)
 
     def stored(self) -> "Mapping[str, Tensor]":
         """Give the tensors of the file, each read when it is asked for; those of a pickle are in memory.
@@ -262,6 +291,44 @@ class Plan:
             return UserError(f"{self.path} holds nothing that can be used here: {reasons}")
         shown = some(list(self.header.tensors)) or "no tensor"
         return UserError(f"{self.path} is no adapter of a known layout: it holds {shown}")
+
+
+class Digests:
+    """The digests of a file, each waited for when it is first asked for. Copies share it.
+
+    Args:
+        of: The plan of the file, or both digests.
+    """
+
+    def __init__(self, of: Plan | tuple[str, str]) -> None:
+        self._of = of
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Digests) and self._known() == other._known())
+
+    def __hash__(self) -> int:
+        return hash(self._known())
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Digests":
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Digests, (self._known(),)
+
+    @property
+    def sha256(self) -> str:
+        """Of the file's bytes."""
+        return self._known()[0]
+
+    @property
+    def data_sha256(self) -> str:
+        """Of its tensors alone, by which A1111 knows it."""
+        return self._known()[1]
+
+    def _known(self) -> tuple[str, str]:
+        if not isinstance(self._of, tuple):
+            self._of = self._of.sha256, self._of.data_sha256
+        return self._of
 
 
 def plan(path: str | Path, *, component: str | None = None, word: str | None = None) -> Plan:

@@ -27,6 +27,7 @@ from ..core.strength import Amount, OverSteps, named_blocks, of_component, over_
 from ..core.strength_schedule import Schedule, Timed
 from ..formats import Coverage, Plan, Spec
 from ..formats.container import adapter_file, title
+from ..formats.planning import Digests
 from . import watch
 from .host_options import OptionWatch, carries, refuse_fused
 from .watch import Watch
@@ -41,24 +42,32 @@ class LoadedAdapter:
     Attributes:
         name: What it is called on the pipeline.
         path: The file; None for an adapter that was attached without one, as the one that is being trained.
-        sha256: The digest of the file's bytes; None where there is no file.
         spec: What the file says of it; empty where there is no file.
         report: How much of it found its place.
         warnings: What the person should know of it.
-        data_sha256: The digest of its tensors alone, by which A1111 knows it; "" where there is no file.
+        digests: Of the file's bytes and of its tensors, which need not be known yet; None where there is no file.
         component: Which component was said to be meant by names that tell none; None where nothing was said.
         word: What was said of its learned words; None where nothing was.
     """
 
     name: str
     path: Path | None
-    sha256: str | None
     spec: Spec
     report: Coverage
     warnings: tuple[str, ...]
-    data_sha256: str = ""
+    digests: Digests | None = None
     component: str | None = None
     word: str | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        """The digest of the file's bytes; None where there is no file."""
+        return None if self.digests is None else self.digests.sha256
+
+    @property
+    def data_sha256(self) -> str:
+        """The digest of its tensors alone, by which A1111 knows it; "" where there is no file."""
+        return "" if self.digests is None else self.digests.data_sha256
 
 
 class Adapters:
@@ -135,7 +144,7 @@ class Adapters:
         parts = components(self.pipe)
         built = [adapter for one in self._registry.carriers(name) for adapter in sites.adapters(parts[one], name).values()]
         report = Coverage(sum(len(adapter.state()) for adapter in built), len(built), ())
-        return LoadedAdapter(name, None, None, Spec(), report, ())
+        return LoadedAdapter(name, None, Spec(), report, ())
 
     @one_at_a_time
     def load(
@@ -178,15 +187,16 @@ class Adapters:
         given = source if isinstance(source, Plan) else formats.plan(file, component=component, word=word)
         if (given.component, given.word) != (component or given.component, word or given.word):
             raise UserError(f"{file} was planned already; say component and word to formats.plan")
-        read = formats.load(given, self.pipe, strict=strict)
+        read = formats.load(given, self.pipe, strict=strict, build=False, info=lambda: self.base)
         try:
-            for component, built in read.components.items():
-                sites.attach_built(parts[component], chosen, built)
+            for component in dict.fromkeys((*read.components, *read.stored)):
+                sites.attach_built(parts[component], chosen, read.at(component))
             self._refuse_fused("load an adapter")
-            told = read.spec, read.report, read.warnings, given.data_sha256, given.component, given.word
-            registry.enter(chosen, LoadedAdapter(chosen, file, given.sha256, *told))
+            told = read.spec, read.report, read.warnings, given.digests, given.component, given.word
+            registry.enter(chosen, LoadedAdapter(chosen, file, *told))
             teach(self.pipe)
             self.set({chosen: strength})
+            self._pack()
         except BaseException:
             for component in registry.states(chosen):
                 sites.detach(parts[component], chosen)
@@ -194,7 +204,6 @@ class Adapters:
             follow_steps(self.pipe)
             self._pack()
             raise
-        self._pack()
         for warning in read.warnings:
             warn(warning)
         return chosen
