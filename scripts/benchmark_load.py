@@ -233,8 +233,7 @@ def ours(pipe: Any, files: list[Path], merging: bool) -> Times:
             adapters.set({f"a{one}": 0.1 * (one + number + 1) for one in range(8)})
     for number in (8, 3):
         with _timed(times, "swap one of 8", device):
-            adapters.remove("a3")
-            adapters.load(files[number], "a3")
+            adapters.swap("a3", files[number])
     if merging:
         with _timed(times, "merge 8", device):
             adapters.merge()

@@ -408,6 +408,15 @@ class AdapterDict(nn.Module):
         self._stored[name] = pair
         self._site = (site,)
 
+    def exchange(self, name: str, pair: StoredPair) -> None:
+        """Put another pair in the place of one that is not built yet.
+
+        Args:
+            name: What it is called.
+            pair: The new one.
+        """
+        self._stored[name] = pair
+
     def stored(self, name: str) -> StoredPair | None:
         """Give what a file holds of an adapter.
 

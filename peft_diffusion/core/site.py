@@ -278,8 +278,8 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter | 
     modules = {path: found[path] if path in found else component.get_submodule(path) for path in built}
     for path, module in modules.items():
         _check_free(path, module)
-    blocks = targets.blocks(component, parts=True)
-    _check_one_state(component, blocks.names)
+    blocks = targets.blocks(component, parts=True, paths=found)
+    _check_one_state(component, found.values(), blocks.names)
     state = state or ComponentState(blocks.names, _device(component))
     state.add(name)
     try:
@@ -295,6 +295,27 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter | 
     except BaseException:
         _take_off(component, state, name)
         raise
+
+
+def exchange(component: nn.Module, name: str, stored: Mapping[str, StoredPair]) -> dict[str, StoredPair] | None:
+    """Put other pairs in the places of those of an adapter. `pack` has to be called then.
+
+    Args:
+        component: The module that carries it.
+        name: What it is called.
+        stored: The new pairs, by path.
+
+    Returns:
+        The pairs that were there, by path; None, and nothing is changed, where they are at other sites than the new ones, or
+        an adapter was built.
+    """
+    carriers = slots(component, name)
+    before = {path: pair for path, slot in carriers.items() if (pair := slot.adapters.stored(name)) is not None}
+    if not len(carriers) == len(before) == len(stored) or before.keys() != stored.keys():
+        return None
+    for path, slot in carriers.items():
+        slot.adapters.exchange(name, stored[path])
+    return before
 
 
 @one_at_a_time
@@ -426,7 +447,8 @@ def pack(component: nn.Module) -> None:
     for path, site in sites(component).items():
         slot = site._peft_diffusion
         names, dtype = slot.adapters.names(), precision(site)
-        known = frozenset[str]() if slot.place is None else state.slab.holds(slot.place, names, dtype)
+        stored = {name: slot.adapters.stored(name) for name in names}
+        known = frozenset[str]() if slot.place is None else state.slab.holds(slot.place, stored, dtype)
         pairs = _pairs(slot, [name for name in names if name not in known])
         if pairs is None:
             _unpack(slot)
@@ -536,9 +558,9 @@ def _check_free(path: str, module: nn.Module) -> None:
         raise UserError(f"{path}: it has an attribute {SLOT!r} of its own, the name that adapters are kept under; rename it")
 
 
-def _check_one_state(component: nn.Module, blocks: tuple[str, ...]) -> None:
+def _check_one_state(component: nn.Module, modules: Iterable[nn.Module], blocks: tuple[str, ...]) -> None:
     """Raises UserError where a part of a component, or a whole that it is a part of, was given adapters by itself."""
-    states = {slot.component for slot in slots(component).values()}
+    states = {module._peft_diffusion.component for module in modules if isinstance(module, AdaptedSite)}
     if len(states) > 1 or any(state.strengths.blocks != blocks for state in states):
         raise UserError(
             f"this {targets.architecture(component)}, or what it is a part of, carries adapters that were attached to"

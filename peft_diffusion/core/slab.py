@@ -6,6 +6,7 @@ anew. Where a site has too little room, all regions move once to larger memory, 
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -38,7 +39,14 @@ class LivePair:
         return self._rank
 
     def matrices(self) -> Matrices:
-        """The matrices, where the adapter is."""
+        """Give the matrices as they are now.
+
+        Returns:
+            Them, where the adapter is, with the scale in ``up``.
+
+        Raises:
+            TypeError: The change of the adapter is of low rank no more.
+        """
         pair = self._adapter.low_rank()
         if pair is None:
             raise TypeError("an adapter whose change was of low rank is none any more")
@@ -177,12 +185,12 @@ class Slab(nn.Module):
             self._fill(placed)
         return places
 
-    def holds(self, place: int, names: Sequence[str], dtype: torch.dtype) -> frozenset[str]:
+    def holds(self, place: int, pairs: Mapping[str, Pair | None], dtype: torch.dtype) -> frozenset[str]:
         """Tell which pairs of a site are there and stay as they are.
 
         Args:
             place: Of the site.
-            names: Of its adapters.
+            pairs: Those of its adapters that are stored, and None for others, by name.
             dtype: What it computes in.
 
         Returns:
@@ -191,7 +199,23 @@ class Slab(nn.Module):
         region = self._region(place)
         if region.dtype != dtype:
             return frozenset()
-        return frozenset(name for name in names if (held := region.held.get(name)) is not None and held.pair.lasting)
+        held = region.held
+        return frozenset(
+            name for name, pair in pairs.items() if pair is not None and name in held and held[name].pair is pair
+        )
+
+    def exact(self, place: int) -> SiteView | None:
+        """What a site sees, where that is what its files hold.
+
+        Args:
+            place: Of the site.
+
+        Returns:
+            The view; None where a pair was rounded to what the base computes in, or is of parameters that may have changed.
+        """
+        region = self._region(place)
+        pairs = [held.pair for held in region.held.values()]
+        return self.views[place] if all(one.lasting and _is_exact(one.matrices(), region.dtype) for one in pairs) else None
 
     def vacate(self, places: Sequence[int]) -> None:
         """Give up the regions of sites. Their memory is used again when the others move.
@@ -305,7 +329,14 @@ class Slab(nn.Module):
         return self
 
     def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        """The memory that it takes on the device."""
+        """Go through the memory that it takes on the device.
+
+        Args:
+            recurse: Of torch.
+
+        Yields:
+            Each tensor.
+        """
         yield from (*self._flats.values(), self._rows)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -355,6 +386,14 @@ def _uploaded(pairs: Sequence[Matrices], device: torch.device) -> list[Matrices]
         return numbers.as_strided(matrix.shape, matrix.stride(), matrix.storage_offset() - first // matrix.itemsize)
 
     return [Matrices(there(pair.down), there(pair.up), pair.scale) for pair in pairs]
+
+
+def _is_exact(pair: Matrices, dtype: torch.dtype) -> bool:
+    """Whether a pair is in a dtype what it is in float32, with the scale in its up."""
+    if dtype == torch.float32:
+        return True
+    turned = pair.scale == 1 or (dtype == torch.bfloat16 and math.frexp(pair.scale)[0] == 0.5)  # a power of 2 moves no digit
+    return turned and pair.down.dtype == pair.up.dtype == dtype
 
 
 def _reserve(sizes: dict[torch.dtype, int], dtype: torch.dtype, size: int) -> int:

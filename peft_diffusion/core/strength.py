@@ -349,6 +349,23 @@ class Strengths(KeepsPrecision):
             raise UserError(f"adapter {name!r} has another strength for each image; merging needs one for all")
         return rows[:, 0]
 
+    def kept(self, name: str) -> OverSteps:
+        """Give what `write` takes for an adapter to have what it has.
+
+        Args:
+            name: What it is called.
+
+        Returns:
+            Its schedule; without one its strength, by block where blocks differ.
+        """
+        if name in self.schedules:
+            return self.schedules[name]
+        rows = self._kept(name)
+        if bool((rows == rows[:1]).all()):
+            own: list[float] = rows[0].tolist()
+            return own[0] if len(own) == 1 else own
+        return dict(zip(self.blocks, rows.tolist(), strict=True))
+
     def _rows(self, name: str, strength: Strength) -> Tensor:
         """A strength as (blocks, images), images being 1 where it does not say."""
         if isinstance(strength, Mapping):
