@@ -108,11 +108,16 @@ class _Steps(threading.local):
 _steps = _Steps()
 
 
+_ROWS = 8  # of the first table; from there on it doubles
+
+
 class Strengths(KeepsPrecision):
     """The strengths of one component's adapters.
 
-    ``values`` is (adapters, blocks, images) in float32, with one column where every image gets the same. Writing keeps
-    the tensor's address while the number of columns stays, so a compiled or captured model sees the new values.
+    ``values`` is (rows, blocks, images) in float32, with one column where every image gets the same. An adapter has a row
+    for as long as it is there; rows of none are 0, and there are more rows than adapters, in steps. So the tensor keeps its
+    address while the number of columns stays, also where adapters come and go, and a compiled or captured model sees the
+    new values.
 
     Threads that share the component share all of it but the steps of a schedule: each reads those of its own, except in a
     compiled model, which knows one place for them.
@@ -129,6 +134,8 @@ class Strengths(KeepsPrecision):
         self.full: frozenset[str] = frozenset()  # those with a strength of 1 everywhere, known without asking the device
         self.changes = 0  # how often anything but the step was changed, which ends what threads know of their steps
         self.merged = False  # the weights hold the adapters, so sites add nothing
+        self._places: dict[str, int] = {}
+        self._told = torch.zeros(0, len(self.blocks), 1)  # ``values`` on the CPU: to ask a device is to wait for it
         self.register_buffer("values", torch.zeros(0, len(self.blocks), 1, device=device), persistent=False)
 
     def add(self, name: str) -> None:
@@ -137,8 +144,14 @@ class Strengths(KeepsPrecision):
         Args:
             name: What it is called.
         """
-        ones = torch.ones(1, *self.values.shape[1:], device=self.values.device)
-        self.values = torch.cat([self.values, ones])
+        taken = set(self._places.values())
+        row = next(number for number in range(len(taken) + 1) if number not in taken)
+        if row == len(self._told):
+            more = max(_ROWS, len(self._told))
+            self._told = torch.cat([self._told, torch.zeros(more, *self._told.shape[1:])])
+        self._places[name] = row
+        self._told[row] = 1.0
+        self._publish()
         self.names.append(name)
         self.changes += 1
         self._active |= {name}
@@ -150,8 +163,8 @@ class Strengths(KeepsPrecision):
         Args:
             name: What it is called.
         """
-        keep = [i for i, known in enumerate(self.names) if known != name]
-        self.values = self.values[keep]
+        self._told[self._places.pop(name)] = 0.0
+        self._publish()
         self.names.remove(name)
         self.changes += 1
         self.schedules.pop(name, None)
@@ -220,13 +233,13 @@ class Strengths(KeepsPrecision):
             places: How many of the steps are done at each, from 0 to 1.
 
         Returns:
-            (places, adapters, blocks, images), where ``values`` is.
+            (places, rows, blocks, images), where ``values`` is.
         """
-        planned = []
+        tables = []
         for place in places:
             rows = self._planned({name: schedule.at(place) for name, schedule in self.schedules.items()})
-            planned.append(torch.stack([row.expand(-1, self.images) for row in rows]))
-        return torch.stack(planned)
+            tables.append(self._tabled(rows, self.images))
+        return torch.stack(tables).to(self.values.device)
 
     def _planned(self, amounts: Mapping[str, OverSteps]) -> list[Tensor]:
         """The strengths of every adapter, each (blocks, images) or (blocks, 1). Raises as ``write`` does."""
@@ -246,15 +259,26 @@ class Strengths(KeepsPrecision):
     def _put(self, rows: Sequence[Tensor]) -> tuple[Tensor, frozenset[str]]:
         """Write strengths, for all threads. Returns the values, apart from those, and the names of what is not 0."""
         images = max((row.shape[1] for row in rows), default=1)
-        values = torch.stack([row.expand(-1, images) for row in rows]) if rows else self.values
-        active = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
-        if values.shape == self.values.shape:
-            self.values.copy_(values)
-        else:
-            self.values = values.clone()
-        self._active = active
+        self._told = self._tabled(rows, images)
+        self._publish()
+        self._active = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
         self.full = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool((row == 1).all()))
-        return values, active
+        return self.values.clone() if self.schedules else self.values, self._active
+
+    def _tabled(self, rows: Sequence[Tensor], images: int) -> Tensor:
+        """What ``values`` are of the strengths of every adapter, on the CPU."""
+        told = torch.zeros(len(self._told), len(self.blocks), images)
+        for name, row in zip(self.names, rows, strict=True):
+            told[self._places[name]] = row
+        return told
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Bring ``values`` to what was told."""
+        if self.values.shape == self._told.shape:
+            self.values.copy_(self._told)
+        else:
+            self.values = self._told.to(self.values.device, copy=True)
 
     @property
     def images(self) -> int:
@@ -290,7 +314,7 @@ class Strengths(KeepsPrecision):
         Returns:
             The row.
         """
-        return self.names.index(name)
+        return self._places[name]
 
     def at(self, rows: int | Tensor, block: int, y: Tensor) -> Tensor:
         """Give the strengths at a block. Guidance calls for each image two or three times (classifier-free guidance and
@@ -359,10 +383,27 @@ class Strengths(KeepsPrecision):
         Raises:
             UserError: Images differ, or the strength changes over the steps.
         """
-        rows = self.values[self.index(name)]
+        rows = self._told[self.index(name)]
         if bool((rows != rows[:, :1]).any()):
             raise UserError(f"adapter {name!r} has another strength for each image; merging needs one for all")
         return rows[:, 0]
+
+    def kept(self, name: str) -> OverSteps:
+        """Give what `write` takes for an adapter to have what it has.
+
+        Args:
+            name: What it is called.
+
+        Returns:
+            Its schedule; without one its strength, by block where blocks differ.
+        """
+        if name in self.schedules:
+            return self.schedules[name]
+        rows = self._kept(name)
+        if bool((rows == rows[:1]).all()):
+            own: list[float] = rows[0].tolist()
+            return own[0] if len(own) == 1 else own
+        return dict(zip(self.blocks, rows.tolist(), strict=True))
 
     def _rows(self, name: str, strength: Strength) -> Tensor:
         """A strength as (blocks, images), images being 1 where it does not say."""
@@ -377,12 +418,12 @@ class Strengths(KeepsPrecision):
             rows = torch.stack([row.expand(images) if len(row) in (1, images) else self._ragged(name) for row in per_block])
         else:
             rows = self._images(name, strength).expand(len(self.blocks), -1)
-        return rows.to(self.values.device)
+        return rows
 
     def _images(self, name: str, strength: "float | Sequence[float] | Tensor") -> Tensor:
         wanted = f"the strength of {name!r} must be a number, or one for each image, not"
         try:
-            row = torch.as_tensor(strength, dtype=torch.float32)
+            row = torch.as_tensor(strength, dtype=torch.float32, device="cpu")
         except (TypeError, ValueError, RuntimeError):  # as torch refuses what is no number
             raise UserError(f"{wanted} {strength!r}") from None
         if row.ndim > 1:
@@ -396,7 +437,7 @@ class Strengths(KeepsPrecision):
 
     def _kept(self, name: str) -> Tensor:
         """The present strength of an adapter, in one column where all images have the same."""
-        rows = self.values[self.index(name)]
+        rows = self._told[self.index(name)]
         return rows if bool((rows != rows[:, :1]).any()) else rows[:, :1]
 
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as trees
 from .. import bases
 from ..bases import pipelines
 from ..core import site as sites
+from ..core.slab import Slab
 from ..core.slot import Slot, slot_of
 from ..core.strength import Strengths, recording
 from . import frozen_ops
@@ -439,7 +440,8 @@ class _Reads:
         self._tensors: list[tuple[dict[str, Any], str, Tensor, int]] = []
         self._modules: list[tuple[nn.Module, type, Any]] = []
         self._hooks: list[Mapping[int, Any]] = []
-        self._slots: list[tuple[Slot, tuple[int, ...]]] = []
+        self._slots: list[tuple[Slot, Hashable]] = []
+        self._slab: Slab | None = None
         apart = False
         for module in _without_slots(network):
             self._modules.append((module, type(module), getattr(module, "processor", None)))
@@ -448,22 +450,23 @@ class _Reads:
             self._take(module)
             slot = slot_of(module)
             if slot is not None:
-                self.strengths = slot.strengths
+                self.strengths, self._slab = slot.strengths, slot.component.slab
                 self._slots.append((slot, _state(slot)))
                 if not holds_pair(module):
                     apart = True
-                    for own in slot.modules() if slot.packed is None else (slot.packed,):
-                        self._take(own)
+                    for _, adapter in slot.adapters.items() if slot.packed is None else ():
+                        for own in adapter.modules():
+                            self._take(own)
         if apart and self.strengths is not None:
             self._take(self.strengths)
-        self._changes = None if self.strengths is None else self.strengths.changes
+        self._changes, self._held = self._counted(), _held(self._slab)
         self._options, self._flags = _options(network), self._told()
         self.addresses = (
             tuple((place, tensor.shape, tensor.stride(), tensor.dtype) for _, _, tensor, place in self._tensors),
             tuple(cls for _, cls, _ in self._modules),
             tuple(id(processor) for _, _, processor in self._modules),
             self._options,
-            network,
+            self._slab.moves if apart and self._slab is not None else None,
         )
         self.refused = self._refused()
 
@@ -494,13 +497,17 @@ class _Reads:
             all(held.get(name) is tensor and tensor.data_ptr() == place for held, name, tensor, place in self._tensors)
             and all(type(one) is cls and getattr(one, "processor", None) is known for one, cls, known in self._modules)
             and all(_state(slot) == state for slot, state in self._slots)
+            and _held(self._slab) == self._held
             and self._flags == self._told()
             and self._options == _options(self._modules[0][0])
         )
 
     def same_adapters(self) -> bool:
         """Whether adapters are those that they were, by what all changes of them count."""
-        return self.strengths is None or self.strengths.changes == self._changes
+        return self._counted() == self._changes and _held(self._slab) == self._held
+
+    def _counted(self) -> int | None:
+        return None if self.strengths is None else self.strengths.changes
 
 
 def _without_slots(module: nn.Module) -> Iterator[nn.Module]:
@@ -511,12 +518,15 @@ def _without_slots(module: nn.Module) -> Iterator[nn.Module]:
             yield from _without_slots(child)
 
 
-def _state(slot: Slot) -> tuple[int, ...]:
-    """What tells whether the adapters of a site are still the same, and their pair holds the same numbers."""
+def _state(slot: Slot) -> Hashable:
+    """What tells whether the adapters of a site are still the same; of a pair, the slab tells what numbers it holds."""
     packed = slot.packed
-    if packed is None:
-        return tuple(id(adapter) for _, adapter in slot.adapters.items())
-    return id(packed), packed.down._version, packed.up._version
+    return packed if packed is not None else tuple(id(adapter) for _, adapter in slot.adapters.items())
+
+
+def _held(slab: Slab | None) -> Hashable:
+    """What changes with every number that a slab holds, and with where it lies."""
+    return None if slab is None else (slab.moves, tuple(flat._version for flat in slab.buffers()))
 
 
 def _options(network: nn.Module) -> Hashable:

@@ -89,7 +89,7 @@ class Operands:
         self._down: dict[int, Tensor] = {}
         self._scaled: dict[int, Tensor] = {}
         self._up = torch.empty(0, device=self.device, dtype=self.dtype)
-        self._index = torch.empty(0, dtype=torch.long, device=self.device)
+        self._rows = self._blocks = torch.empty(0, dtype=torch.long, device=self.device)
         self._strength: dict[int, Tensor] = {}
         self._batch = 1
         self.told: Tensor | None = None
@@ -174,19 +174,23 @@ class Operands:
             down.zero_()
         self._up.zero_()
         ranks = sum(group.ranks for group in self._groups.values())
-        rows = torch.full((ranks,), -1, dtype=torch.long, device=self.device)
+        rows = torch.zeros(ranks, dtype=torch.long, device=self.device)  # free places are 0, whatever their strength
         blocks = torch.zeros(ranks, dtype=torch.long, device=self.device)
+        places: list[Tensor] = []
+        held: list[Tensor] = []
         for group in self._groups.values():
             for number, layer in enumerate(group.layers):
                 slot = slot_of(layer)
                 if slot is None or slot.packed is None:
                     continue
-                packed, first = slot.packed, number * group.room
-                count = len(packed.down)
-                self._down[group.width][group.start + first :][:count].copy_(packed.down)
-                self._ups(group)[number, :count].copy_(packed.up.t())
-                rows[group.offset + first :][:count].copy_(packed.rows)
+                view, first = slot.packed.view, number * group.room
+                count = len(view.down)
+                places += [self._down[group.width][group.start + first :][:count], self._ups(group)[number, :count]]
+                held += [view.down, view.up]
+                rows[group.offset + first :][:count].copy_(view.rows)
                 blocks[group.offset + first :][:count].fill_(slot.block)
+        if places:
+            torch._foreach_copy_(places, held)
         self._rows, self._blocks = rows, blocks
 
     def _ups(self, group: Group) -> Tensor:
@@ -210,9 +214,7 @@ class Operands:
         self.by_image = strengths is not None and strengths.images > 1
         if strengths is None or self.merged or not len(self._rows):
             return
-        values = strengths.values
-        nothing = values.new_zeros(1, *values.shape[1:])
-        found = torch.cat([values, nothing])[self._rows, self._blocks].t()  # row -1 is the last, of free places
+        found = strengths.values[self._rows, self._blocks].t()
         if self.by_image:
             found = strengths.over(found, batch)
             place = self._strength.setdefault(batch, torch.empty(found.shape, device=self.device, dtype=self.dtype))
@@ -358,7 +360,7 @@ def _packed(layer: nn.Module) -> Packed | None:
 
 def _ranks(layer: nn.Module) -> int:
     packed = _packed(layer)
-    return 0 if packed is None else len(packed.down)
+    return 0 if packed is None else len(packed.view.down)
 
 
 def _room(ranks: int) -> int:

@@ -142,9 +142,12 @@ class Layout(Protocol):
 
     Attributes:
         name: What a person calls it, and what ``inspect`` shows.
+        told_by: The entries of the metadata that `read` looks at, where it looks at nothing else but names and shapes: files
+            of the same are then read once. None where it looks at more, as at the file's name or at what lies beside it.
     """
 
     name: ClassVar[str]
+    told_by: ClassVar[frozenset[str] | None] = None
 
     def claims(self, name: str) -> int | None:
         """Tell whether a tensor's name is of this layout.

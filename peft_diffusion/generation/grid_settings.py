@@ -10,11 +10,15 @@ from ..core.settings import PARAMETERS, Flag, OnePath, explained, setting, setti
 from ..data.prompts import refuse_files
 from . import amounts
 from .recipe import check_target
-from .settings import SEEDS, Choice, GenerateConfig, Sampling
+from .settings import SEEDS, Choice, GenerateConfig, Sampling, settle_format
 
 _REPLACE = "replace"
+_NONE = "none"
+_GRID = Path("grid.png")
 _SETTINGS = ("steps", "guidance", "guidance_stop", "scheduler", "seed", "width", "height", "negative", "prompt_2",
-             "prompt_weights", "clip_skip", "zero_negative", "variation_seed", "variation_strength")  # fmt: skip
+             "prompt_weights", "clip_skip", "zero_negative", "variation_seed", "variation_strength", "hires",
+             "hires_upscaler", "hires_strength", "hires_steps", "tile",
+             "control_scale")  # fmt: skip
 _AXIS = (
     "NAME=VALUE,VALUE (or | between): steps, guidance, scheduler, seed, ..., the name of an adapter file for its strength, "
     "or replace=WORD,OTHER,... for words of the prompt."
@@ -70,9 +74,16 @@ class GridConfig(Sampling):
     y: str | None = setting(None, "Rows, in the same way.", PARAMETERS)
     z: str | None = setting(None, "Rows around those rows, in the same way.", PARAMETERS)
     output: OnePath = setting(
-        Path("grid.png"), "The .png file of the sheet, which is replaced.", PARAMETERS, flag=Flag(aliases=("-o",))
+        Path("grid.png"),
+        "The file of the sheet, .png, .jpg or .webp, which is replaced.",
+        PARAMETERS,
+        flag=Flag(aliases=("-o",)),
     )
     seed: int = setting(0, "The noise that pictures start from.", PARAMETERS, SEEDS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settle_format(self, _GRID)
 
     def plain(self) -> GenerateConfig:
         """What all pictures share."""
@@ -117,6 +128,7 @@ class GridConfig(Sampling):
             UserError: A value, an adapter or a file cannot be used.
         """
         refuse_files(self.prompts)
+        self.controls()
         check_target(self.output)
         self.rows(self.plain())
 
@@ -164,7 +176,8 @@ def _set(config: GenerateConfig, name: str, value: str) -> GenerateConfig:
     (described,) = (one for one in settings_of(GenerateConfig) if one.name == name)
     kinds: dict[object, Callable[[str], object]] = {int: int, float: float, bool: {"true": True, "false": False}.__getitem__}
     try:
-        found = kinds.get(described.single, str)(value)
+        # What has no value by default can have none at a place of the sheet too.
+        found = None if described.default is None and value.lower() == _NONE else kinds.get(described.single, str)(value)
     except (ValueError, KeyError):
         raise UserError(f"{name} cannot be {value!r} on a side of the sheet") from None
     changes: dict[str, Any] = {name: found}

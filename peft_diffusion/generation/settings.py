@@ -6,7 +6,7 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from ..bases import family as families
 from ..bases.asked import AskedPrediction
@@ -40,15 +40,21 @@ from ..data.prompts import refuse_files
 from ..formats import Plan, plan
 from ..formats.container import adapter_file, is_pickle, title
 from . import amounts
+from .control_settings import Control
+from .control_settings import parse as parse_control
+from .hires import UPSCALERS, Hires, upscaler
+from .picture_formats import PictureFormat, ending, format_of
 from .recipe import check_folder, check_target, read
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
+Tile: TypeAlias = Literal["x", "y", "both"]
 Offload: TypeAlias = Literal["model", "group", "sequential"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
 _STEPS, _GUIDANCE = 25, 5.0  # where nothing says otherwise
+_BLEND = Path("blend.png")
 _PICTURES = SUFFIXES | CONVERTIBLE
 
 
@@ -338,6 +344,50 @@ class Sampling(NamesAdapters):
         "Hold the base's linear layers in fewer bits, which saves memory: int8, or nf4 for the least (slightly off).",
         PARAMETERS,
     )
+    hires: float | None = setting(
+        None,
+        "Draw each picture a second time, so many times larger, from what the first pass drew, as A1111's hires fix: 1.5.",
+        PARAMETERS,
+        Range(1, 8, above=True),
+    )
+    hires_upscaler: str | None = setting(
+        None,
+        f"How the second pass's picture is made larger: {', '.join(UPSCALERS)}; also by the names of A1111. By default "
+        "latent; lanczos needs less --hires-strength.",
+        PARAMETERS,
+    )
+    hires_strength: float | None = setting(
+        None,
+        "How far the second pass leaves behind what the first drew (above 0 to 1): the share of the noise levels that it "
+        "begins with; by default 0.7.",
+        PARAMETERS,
+        Range(0, 1, above=True),
+    )
+    hires_steps: int | None = setting(
+        None, "Denoising steps that the second pass takes; by default as many as the first.", PARAMETERS, COUNT
+    )
+    control: Texts = setting(
+        (),
+        "A picture that steers, as KIND:MODEL=PICTURE or KIND:MODEL=PICTURE@SCALE; give it again for more. KIND is "
+        "controlnet, t2i-adapter or ip-adapter, MODEL a folder of diffusers or a hub id, of an ip-adapter its file.",
+        PARAMETERS,
+        flag=Flag(default_shown=False),
+    )
+    control_scale: float = setting(1.0, "What the scale of every --control is multiplied by.", PARAMETERS, NATURAL)
+    tile: Tile | None = setting(
+        None,
+        "Draw a texture, whose edges meet: left and right (x), upper and lower (y), or both.",
+        PARAMETERS,
+    )
+    format: PictureFormat | None = setting(
+        None, "Of the pictures' files; by default what the ending of --output says, and png in a folder.", PARAMETERS
+    )
+    quality: int | None = setting(
+        None,
+        "Of JPEG and WebP, from 1 to 100, at which WebP loses nothing; by default 95.",
+        PARAMETERS,
+        Range(1, 100),
+    )
     variation_seed: int | None = setting(
         None, "A second seed, whose noise is mixed into that of the first, as A1111 mixes variations.", PARAMETERS, SEEDS
     )
@@ -368,8 +418,15 @@ class Sampling(NamesAdapters):
             raise UserError("--variation-strength is for a second seed; name it with --variation-seed")
         if self.offload and self.quantize:
             raise UserError("weights of fewer bits stay on the device; leave --offload or --quantize away")
+        if self.tile is not None and self.vae_tiling:
+            raise UserError("--vae-tiling decodes in pieces, whose edges would not meet; leave it or --tile away")
         if self.scheduler is not None:
             object.__setattr__(self, "scheduler", canonical(self.scheduler))
+        if self.hires_upscaler is not None:
+            object.__setattr__(self, "hires_upscaler", upscaler(self.hires_upscaler))
+        of_second = self.hires_upscaler, self.hires_strength, self.hires_steps
+        if self.hires is None and any(one is not None for one in of_second):
+            raise UserError("--hires-upscaler, --hires-strength and --hires-steps are for a second pass; give --hires too")
         if self.negative and self.guided_by <= 1:
             raise UserError(f"a negative prompt has no effect at guidance {self.guided_by:g}; raise it above 1")
         if self.negative and self.guidance_stop == 0:
@@ -380,10 +437,37 @@ class Sampling(NamesAdapters):
         """How many denoising steps are taken."""
         return _STEPS if self.steps is None else self.steps
 
+    def controls(self) -> tuple[Control, ...]:
+        """The pictures that steer.
+
+        Raises:
+            UserError: One cannot be read.
+        """
+        return tuple(parse_control(text) for text in self.control)
+
+    @property
+    def second_pass(self) -> Hires | None:
+        """The pass that makes pictures larger; None where there is none."""
+        if self.hires is None:
+            return None
+        steps = self.taken_steps if self.hires_steps is None else self.hires_steps
+        return Hires.asked(self.hires, self.hires_upscaler, self.hires_strength, steps)
+
     @property
     def guided_by(self) -> float:
         """How much guidance there is."""
         return _GUIDANCE if self.guidance is None else self.guidance
+
+
+class WritesFile(Protocol):
+    """Settings of a command that writes one picture."""
+
+    @property
+    def output(self) -> Path: ...
+    @property
+    def format(self) -> PictureFormat | None: ...
+    @property
+    def quality(self) -> int | None: ...
 
 
 @explained
@@ -393,7 +477,8 @@ class GenerateConfig(Sampling):
 
     output: OnePath = setting(
         Path("pictures"),
-        "A .png file, which is replaced; several pictures get numbers after its name. Or a folder, whose files are kept.",
+        "A .png, .jpg or .webp file, which is replaced; several pictures get numbers after its name. Or a folder, whose "
+        "files are kept.",
         PARAMETERS,
         flag=Flag(aliases=("-o",)),
     )
@@ -403,7 +488,7 @@ class GenerateConfig(Sampling):
         "--w WIDTH, --h HEIGHT, --d SEED, --l GUIDANCE, --s STEPS.",
         PARAMETERS,
     )
-    sheet: OptionalPath = setting(None, "Also draw all pictures as one labelled sheet, into this .png file.", PARAMETERS)
+    sheet: OptionalPath = setting(None, "Also draw all pictures as one labelled sheet, into this file.", PARAMETERS)
     seed: int = setting(0, "The first seed: it decides the noise that a picture starts from.", PARAMETERS, SEEDS)
     count: int = setting(1, "Pictures of each prompt, with the seeds that follow.", PARAMETERS, COUNT)
     seeds: Numbers = setting(
@@ -415,7 +500,7 @@ class GenerateConfig(Sampling):
     )
     recipe: OptionalPath = setting(
         None,
-        "Make the picture in this PNG again, from the recipe that it carries.",
+        "Make this picture again, from the recipe that it carries.",
         PARAMETERS,
         flag=Flag(aliases=("--from",)),
     )
@@ -441,6 +526,10 @@ class GenerateConfig(Sampling):
         if self.seeds and (self.count != 1 or self.seed != 0):
             raise UserError("give either seeds, or seed and count")
         check_last_seed(self.seed, self.count)
+        if self.to_file:
+            settle_format(self)
+        elif self.quality is not None and self.format in (None, "png"):
+            raise UserError("--quality is for JPEG and WebP: take --format jpeg or webp, or leave it away")
         if self.recipe is not None and (self.prompts or self.prompts_file is not None):
             raise UserError("a recipe brings its own prompt; leave the prompt away")
         if self.recipe is None:
@@ -450,6 +539,8 @@ class GenerateConfig(Sampling):
             self._check_source()
 
     def _check_source(self) -> None:
+        if self.image is not None and self.hires is not None:
+            raise UserError("--hires draws pictures from noise twice; with --image give --width and --height instead")
         if self.image is not None and self.variation_seed is not None:
             raise UserError("a variation mixes the noise of pictures that start from noise; leave --image away")
         if self.image is None and (self.mask is not None or self.strength is not None):
@@ -462,6 +553,7 @@ class GenerateConfig(Sampling):
             UserError: Files cannot be read or written.
         """
         self.choices()
+        self.controls()
         refuse_files(self.prompts, "read it with --prompts-file")
         if self.recipe is not None:
             read(self.recipe)
@@ -491,7 +583,10 @@ class BlendConfig(Sampling):
     """The sheet that ``blend`` draws: a row for each prompt, a column for each mix."""
 
     output: OnePath = setting(
-        Path("blend.png"), "The .png file of the sheet, which is replaced.", PARAMETERS, flag=Flag(aliases=("-o",))
+        Path("blend.png"),
+        "The file of the sheet, .png, .jpg or .webp, which is replaced.",
+        PARAMETERS,
+        flag=Flag(aliases=("-o",)),
     )
     columns: int = setting(
         5,
@@ -506,6 +601,7 @@ class BlendConfig(Sampling):
         super().__post_init__()
         _check_prompts(self.prompts)
         check_text(self.negative)
+        settle_format(self, _BLEND)
         if len(self.adapter) < 2:
             raise UserError("a blend needs two adapters, as in --adapter a.safetensors --adapter b.safetensors")
         if self.columns < len(self.adapter):
@@ -518,8 +614,32 @@ class BlendConfig(Sampling):
             UserError: A file cannot be read or written.
         """
         self.choices()
+        self.controls()
         refuse_files(self.prompts)
         check_target(self.output)
+
+
+def settle_format(config: "WritesFile", usual: Path | None = None) -> None:
+    """Give a file that is not named the ending of the format that was asked for, and see that a named one has it.
+
+    Args:
+        config: Settings of a command that writes one file.
+        usual: What the file is called where nothing is said.
+
+    Raises:
+        UserError: It has another, or the format has no quality.
+    """
+    if config.format is not None:
+        if config.output == usual:
+            object.__setattr__(config, "output", config.output.with_suffix(ending(config.format)))
+        elif format_of(config.output) != config.format:
+            raise UserError(
+                f"{config.output} is no name of a {config.format} file; leave --format away, or end it otherwise"
+            )
+    if config.quality is not None and format_of(config.output) == "png":
+        raise UserError(
+            f"--quality is for JPEG and WebP, and {config.output} is neither; leave it away, or take another ending"
+        )
 
 
 def _check_prompts(prompts: tuple[str, ...]) -> None:

@@ -32,6 +32,7 @@ class Kohya(Layout):
     """Flat names, as kohya's trainer and LyCORIS write them."""
 
     name: ClassVar[str] = "kohya"
+    told_by: ClassVar[frozenset[str] | None] = frozenset()
 
     def claims(self, name: str) -> int | None:
         """Names that begin with a component's prefix, with LyCORIS' own, or with ours."""

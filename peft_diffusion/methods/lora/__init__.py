@@ -24,7 +24,7 @@ from ..shared.hyper_parameters import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...core.adapter import Adapter, Site
+    from ...core.adapter import Adapter, Site, StoredPair
     from .adapter import LoraAdapter
     from .embedding import EmbeddingLora
     from .extended import ExtendedLora
@@ -39,6 +39,7 @@ UP_BIAS = "lora_up.bias"
 SPARSE = ("bias_indices", "bias_values", "bias_size")
 """Of LyCORIS' ``extract_diff`` with ``use_bias``: what the pair leaves of the change of the weight, as a sparse matrix."""
 
+_PLAIN = frozenset({DOWN, UP, ALPHA})
 EXTRAS = frozenset({SINGULAR, UP_BIAS, *SPARSE})
 BASE = "base_layer.weight"
 """The weight of an embedding, which peft saves beside a pair that it has there. It changes nothing."""
@@ -135,6 +136,15 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA, BASE})
         if is_embedding(site):
             return embedding.read(site, tensors)
         return extended(site, read_pair(site, tensors), tensors)
+
+    @classmethod
+    def stored(cls, site: "Site", tensors: Mapping[str, "Tensor"], constants: Mapping[str, float]) -> "StoredPair | None":
+        """A plain pair at a Linear or a convolution."""
+        if not tensors.keys() <= _PLAIN or not constants.keys() <= {ALPHA}:
+            return None
+        from .adapter import stored
+
+        return stored(site, tensors.get(DOWN), tensors.get(UP), tensors.get(ALPHA, constants.get(ALPHA, 0.0)))
 
     @classmethod
     def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
