@@ -66,6 +66,7 @@ from peft_diffusion.training.events import (
     MemoryUnknown,
     Prepared,
     Preview,
+    PreviewsChosen,
     PromptsMade,
     RatesFound,
     Saved,
@@ -176,6 +177,9 @@ def test_what_is_found_before_the_first_step_is_told(watched: Watched) -> None:
     assert "each picture is seen" in seldom.message
     assert "over 75 tokens" in long.message and len(long.details) == 1 and "dog" in long.details[0]
     assert [warning.message for warning in others] == ([watched.outcome.warning] if watched.outcome.warning else [])
+    assert not of(PreviewsChosen, told)  # somebody chose them
+    (line,) = PreviewsChosen(("a cat",), ("a fox", "an owl")).lines()
+    assert line.endswith(": a fox; an owl") and PreviewsChosen(("a cat",), ()).lines() == ()
     pictures = only(ClassPictures, told)
     assert pictures.count == 2 and len(list(pictures.folder.glob("*.png"))) == 2
     latents = only(LatentsCached, told)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -41,7 +42,7 @@ from peft_diffusion.fast.cuda_graph import Inputs
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.methods import method
 from peft_diffusion.training import TrainConfig
-from peft_diffusion.training.events import Losses, Measured, Signals, Step, StepLoss, Unrecorded
+from peft_diffusion.training.events import Losses, Measured, Preview, PreviewsChosen, Signals, Step, StepLoss, Unrecorded
 from peft_diffusion.training.loop.learning_rate import Shape, rate
 from peft_diffusion.training.loop.seeds import generator, seed_of
 from peft_diffusion.training.loop.trainer import (
@@ -60,6 +61,7 @@ from peft_diffusion.training.tasks import objective, preparation
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.objective import Timesteps
 from peft_diffusion.training.tasks.preparation import prepare
+from peft_diffusion.training.tasks.unseen import unseen
 
 torch.set_num_threads(1)
 POWERS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
@@ -613,6 +615,40 @@ def test_previews_have_the_base_in_the_first_row(tmp_path: Path, pictures: Path)
     names = sorted(path.name for path in (result.run_dir / "previews").iterdir())
     rows = ("base", "step_000003", "step_000006")
     assert names == sorted([*(f"{row}_{column}.png" for row in rows for column in range(2)), "sheet.png", "prompts.json"])
+
+
+def test_previews_show_what_the_pictures_do_not_and_tell_of_paper(tmp_path: Path) -> None:
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    for number, name in enumerate(("a red fox", "a tall castle", "a fox on a bicycle", "a small hut")):
+        page = Image.new("RGB", (64, 64), (240, 228, 196))
+        page.paste((30 * number, 90, 20), (16, 16, 48, 48))
+        page.save(folder / f"{name}.png")
+    told: list[Event] = []
+    drawn: dict[str, Any] = {"preview_steps": 1, "steps": 1, "trigger": "pen"}
+    result = train(small(folder, tmp_path, **drawn), pipe=make_pipe(), observers=[told.append])
+    chosen = next(event for event in told if isinstance(event, PreviewsChosen))
+    assert chosen == PreviewsChosen(("pen, a fox on a bicycle", "pen, a red fox"), ("pen, a lighthouse", "pen, a teapot"))
+    first, last = (event for event in told if isinstance(event, Preview))
+    assert first.prompts == last.prompts == (*chosen.shown, *chosen.others) and (first.step, last.step) == (0, 1)
+    warned = [event.message for event in told if isinstance(event, Warned)]
+    assert any(re.match(r"the border of all pictures is #f0e4c4, and [34] of 4 previews have", one) for one in warned)
+    assert "pen, a teapot" in (result.run_dir / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("captions", "preset", "want"),
+    [
+        (["twemoji emoji of a fox", "twemoji emoji of an owl"], "style", ["twemoji emoji of a lighthouse"]),
+        (["a fox, ink style", "an owl, ink style"], "style", ["a lighthouse, ink style"]),
+        (["a lighthouse at sea"], "style", ["a bicycle"]),
+        (["mira smiles", "mira in the snow"], "subject", ["mira on a snowy mountain"]),
+        (["mira smiles", "mira in a snowy street"], "subject", ["mira in a market"]),
+        (["", ""], "style", ["a lighthouse"]),
+    ],
+)
+def test_what_pictures_do_not_show_is_said_in_their_words(captions: list[str], preset: Any, want: list[str]) -> None:
+    assert unseen(captions, preset, 1) == want
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from ..core.errors import UserError, did_you_mean
 from ..core.events import Observer, Warned
 from ..core.files import at_home
 from ..formats.container import torch_dtype
-from ..formats.file import DTYPES, bind, load, write
+from ..formats.file import DTYPES, load, write
 from ..formats.fitting import fitting
 from ..formats.layout import Content, find
 from ..formats.metadata import lasting
@@ -84,8 +84,7 @@ def _copied(config: ConvertConfig, found: Plan, watch: Watch) -> Converted:
     base: AnyBase = load_base(str(config.base), dtype="float32") if whole and weighed else fitting(found, config.base)
     info = describe(base)
     loaded = load(found, base)
-    if loaded.report.unmatched:
-        _refuse_part(config, found, bind(found, base).left)
+    _refuse_part(config, found, loaded.left)
     for warning in loaded.warnings:
         watch.tell(Warned(warning))
     parts = parts_of_base(base)

@@ -175,6 +175,26 @@ class PromptsMade(Event):
 
 
 @dataclass(frozen=True)
+class PreviewsChosen(Event):
+    """It was chosen what previews show.
+
+    Attributes:
+        shown: Captions of pictures.
+        others: Prompts of what no picture shows.
+    """
+
+    shown: tuple[str, ...]
+    others: tuple[str, ...]
+
+    def lines(self) -> tuple[str, ...]:
+        """Tell which of them are not among the pictures, and what that tells."""
+        if not self.others:
+            return ()
+        told = "; ".join(shortened(prompt, _PROMPT) for prompt in self.others)
+        return (f"previews of what no picture shows, which tell what was learned from what is copied: {told}",)
+
+
+@dataclass(frozen=True)
 class ClassNotKept(Event):
     """A subject is learned without pictures of its class."""
 

@@ -14,11 +14,14 @@ from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
 from ..core.events import Event, Observer, Warned
 from ..core.settings import flag, pick
+from ..data.borders import Colour, paper
+from ..data.buckets import arrange, place
 from ..data.captions import with_trigger
+from ..data.images import open_picture
 from ..fast.unet import fused
 from .attachment import NAME, selected_components, triggers, with_words
 from .drawing import Drawing
-from .events import Data, LookGains
+from .events import Data, LookGains, PreviewsChosen
 from .loop.trainer import Trainer
 from .machine.memory_plan import Load
 from .machine.processes import Processes
@@ -32,8 +35,9 @@ from .settings.pictures import ResolvedConfig, TrainConfig, block_rates, output_
 from .settings.placements import Placement, blocks, plugins_of
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.preparation import Prepared, check_apart, check_places, items, prepare, reading_of
-from .watch.previews import PROMPTS, Previews
+from .watch.previews import Previews
 
+_LOOKED_AT = 12  # pictures of which the border is measured, at most
 _PROMPT = 200  # characters of a prompt that is proposed
 
 
@@ -169,17 +173,29 @@ class PictureMaterial:
         prepared, config = self.prepared, self.config
         if not config.preview_steps:
             return None
+        if not prepared.asked:
+            shown = [one.prompt for one in prepared.prompts[: -len(prepared.others) or None]]
+            self.tell(PreviewsChosen(tuple(shown), tuple(prepared.others)))
         return Previews(
             folder.previews,
             self.task,
-            list(prepared.asked) or prepared.prompts[:PROMPTS],
+            prepared.prompts,
             self.drawing,
             trainer.final_weights,
             trainer.tell,
             steps=config.preview_steps,
             every=config.preview_every,
             size=config.resolution // prepared.info.step * prepared.info.step,
+            paper=self._paper() if config.preset == "style" and self.processes.leads else None,
         )
+
+    def _paper(self) -> Colour | None:
+        """The colour that the borders of the pictures have in common, as they are trained on; of some of them."""
+        config, pictures = self.config, self.prepared.pictures
+        some = pictures[:: -(-len(pictures) // _LOOKED_AT)]
+        fits = arrange(some, config.resolution, self.info.step, no_upscale=not config.upscale)
+        opened = (open_picture(one.path, config.background, digest=one.digest) for one in some)
+        return paper(place(image, fit, False) for image, fit in zip(opened, fits, strict=True))
 
     def load(self, previews: Previews | None) -> Load:
         """What of the run takes memory."""

@@ -656,6 +656,7 @@ class _Run(Generic[Result]):
         self.tell(Trained(trainer.step, config.steps, config.patience if trainer.step < config.steps else None))
         if previews:
             previews.draw(trainer.step)
+            previews.look_at_paper()
 
     def _keep(self, state: TrainerState) -> None:
         self.tell(Saved("checkpoint", state.step, self.folder.keep(state)))

@@ -350,7 +350,7 @@ class TrainConfig(SharedConfig, CaptionSettings, _PictureConfig):
         free_on_resume=True,
     )
     preview_prompts: Texts = setting(
-        (), "Prompts of the previews; by default captions of pictures kept apart.", WATCH, free_on_resume=True
+        (), "Prompts of the previews; by default two captions, and two of what no picture shows.", WATCH, free_on_resume=True
     )
     preview_prompts_file: OptionalPath = setting(
         None,

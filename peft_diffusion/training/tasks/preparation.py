@@ -5,6 +5,7 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -55,7 +56,10 @@ from ..settings.placements import blocks
 from ..settings.presets import FEW_FROM, SEEN_LEAST
 from . import class_images
 from .diffusion import Examples, noise_schedule
+from .unseen import unseen
 
+PREVIEWS = 4
+"""How many pictures previews have where none were asked for."""
 _SHOWN, _LINE = 5, 600  # lines of a list, characters of a line
 
 
@@ -76,13 +80,21 @@ class Prepared:
 
     @property
     def prompts(self) -> list[PreviewPrompt]:
-        """The prompts of the previews: those asked for, or captions of pictures kept apart, or else of any."""
+        """The prompts of the previews: those asked for, or captions, of pictures kept apart first, and `others`."""
         if self.asked:
             return list(self.asked)
-        examples = self.held_out or self.train
-        captions = dict.fromkeys(self.rules.plain(caption) for caption in examples.captions)
+        examples = [*(self.held_out.captions if self.held_out else ()), *self.train.captions]
+        captions = list(dict.fromkeys(self.rules.plain(caption) for caption in examples))
+        captions = [*captions[: PREVIEWS - len(self.others)], *self.others]
         read = captions if self.config.weighted_captions else map(escaped, captions)
         return [PreviewPrompt(caption) for caption in read]
+
+    @cached_property
+    def others(self) -> list[str]:
+        """Prompts of what the pictures do not show: what is drawn well there was learned and not copied."""
+        plain = self.rules.of_class()
+        captions = [plain.plain(picture.caption) for picture in self.pictures]
+        return [self.rules.plain(caption) for caption in unseen(captions, self.config.preset)]
 
 
 def _asked_previews(config: TrainConfig) -> list[PreviewPrompt]:
