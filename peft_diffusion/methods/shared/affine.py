@@ -4,6 +4,7 @@ Each of them is a change of the base's own weight, whatever other adapters the s
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,7 @@ def without_bias(site: Site, base: Tensor) -> Tensor:
     return base - channels(bias.detach(), base, site) if isinstance(bias, Tensor) else base
 
 
+@lru_cache(maxsize=4096)
 def single(value: float) -> float:
     """Round a number to float32, so that a scale made of it is the same after loading.
 
