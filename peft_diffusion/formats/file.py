@@ -28,7 +28,7 @@ from . import layout as layouts
 from .layout import Content, Layout, SaveDtype, Whole, Written
 from .names import site_name
 from .origin import NOT_RUN, origin
-from .planning import NO_METHOD, NO_SITE, WHICH, Plan, SitePlan, by_reason, plan, refuse_leftovers, some
+from .planning import NO_METHOD, NO_SITE, WHICH, Plan, SitePlan, by_reason, plan, refuse_leftovers, some, told_damage
 from .spec import KEY as SPEC
 from .spec import Spec, refuse_unknown
 
@@ -563,6 +563,8 @@ def _built(site: _Site, module: nn.Module, found: Plan, tensors: Mapping[str, Te
     shown = ", ".join(f"{suffix} {shape}" for suffix, shape in site.plan.shapes.items())
     with refusing(f"{found.path}: {where}: {shown} make no adapter; the file is damaged"):
         own = _values(site, module, found, tensors, pipe)
+    if site.plan.damage is not None:
+        raise UserError(f"{found.path}: {told_damage(where, site.plan.damage)}")
     chosen = _ordered(site.plan.methods, found.spec, site.component)
     try:
         parts = [one.read(module, {key: value for key, value in own.items() if key in one.suffixes}) for one in chosen]

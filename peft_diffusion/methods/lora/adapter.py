@@ -14,7 +14,7 @@ from ...core.merge import dense_weight
 from ...core.reduction import Truncation, reduced
 from ...core.weight_change import change_of
 from ..shared import sites
-from ..shared.affine import WeightChange, read_alpha, require, single, weight_shape
+from ..shared.affine import WeightChange, read_alpha, single, weight_shape
 from ..shared.hyper_parameters import ALPHA
 from . import DOWN, MID, SINGULAR, UP
 
@@ -97,7 +97,6 @@ def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
     Raises:
         UserError: It does not fit the site.
     """
-    require(tensors, DOWN, UP)
     outputs, *inputs = weight_shape(site)
     if SINGULAR in tensors:
         tensors = without_singular_values(tensors, inputs)

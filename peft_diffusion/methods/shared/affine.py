@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.adapter import Adapter, Site
-from ...core.errors import DamagedError
 from ...core.site import base_class
 from ...core.weight_change import serves as serves
 from ...core.weight_change import weight_shape as weight_shape
@@ -104,21 +103,6 @@ def read_alpha(tensors: Mapping[str, Tensor], rank: int) -> float:
         The alpha.
     """
     return (float(tensors[ALPHA]) if ALPHA in tensors else 0.0) or float(rank)
-
-
-def require(tensors: Mapping[str, Tensor], *names: str) -> None:
-    """See that tensors are there.
-
-    Args:
-        tensors: Those of the site, by suffix.
-        names: What has to be among them.
-
-    Raises:
-        DamagedError: One is missing; names the first.
-    """
-    for name in names:
-        if name not in tensors:
-            raise DamagedError(f"{name} is missing")
 
 
 class WeightChange(Adapter):
