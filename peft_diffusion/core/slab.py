@@ -8,7 +8,6 @@ anew. Where a site has too little room, all regions move once to larger memory, 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -78,7 +77,7 @@ class Wanted(NamedTuple):
     parent: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    names: AbstractSet[str]
+    names: Sequence[str]
     pairs: Mapping[str, tuple[int, Pair]]
 
 
@@ -156,9 +155,13 @@ class Slab(nn.Module):
         Returns:
             The places of the new ones.
         """
-        places = list(range(len(self._regions), len(self._regions) + len(new)))
-        self._regions += [_Region(one.parent, one.shape, one.dtype) for one in new]
-        self.views += [None] * len(new)
+        places = [place for place, region in enumerate(self._regions) if region is None][: len(new)]
+        more = len(new) - len(places)
+        places += range(len(self._regions), len(self._regions) + more)
+        self._regions += [None] * more
+        self.views += [None] * more
+        for place, one in zip(places, new, strict=True):
+            self._regions[place] = _Region(one.parent, one.shape, one.dtype)
         everything = {**wanted, **dict(zip(places, new, strict=True))}
         gone: list[tuple[int, _Held]] = []
         placed: list[tuple[int, _Held]] = []
@@ -167,8 +170,7 @@ class Slab(nn.Module):
             region = self._region(place)
             moving = moving or region.dtype != one.dtype
             region.dtype = one.dtype
-            if region.held.keys() - one.names:
-                gone += [(place, region.held.pop(name)) for name in region.held.keys() - one.names]
+            gone += [(place, region.held.pop(name)) for name in region.held.keys() - one.names]
             for name, (row, pair) in one.pairs.items():
                 held = region.held.get(name)
                 if held is not None and held.rank != pair.rank:
@@ -185,24 +187,33 @@ class Slab(nn.Module):
             self._fill(placed)
         return places
 
-    def holds(self, place: int, pairs: Mapping[str, Pair | None], dtype: torch.dtype) -> frozenset[str]:
-        """Tell which pairs of a site are there and stay as they are.
+    def missing(self, place: int, pairs: Mapping[str, Pair], dtype: torch.dtype) -> list[str]:
+        """Tell which pairs of a site are yet to be written.
 
         Args:
             place: Of the site.
-            pairs: Those of its adapters that are stored, and None for others, by name.
+            pairs: Those that it carries, by the name of the adapter.
             dtype: What it computes in.
 
         Returns:
-            The names of those that need not be written; none where the region has to move.
+            The names of those that are not in its region as they are.
         """
         region = self._region(place)
         if region.dtype != dtype:
-            return frozenset()
+            return list(pairs)
         held = region.held
-        return frozenset(
-            name for name, pair in pairs.items() if pair is not None and name in held and held[name].pair is pair
-        )
+        return [name for name, pair in pairs.items() if name not in held or held[name].pair is not pair]
+
+    def count(self, place: int) -> int:
+        """How many adapters a region holds.
+
+        Args:
+            place: Of the site.
+
+        Returns:
+            Their number.
+        """
+        return len(self._region(place).held)
 
     def exact(self, place: int) -> SiteView | None:
         """What a site sees, where that is what its files hold.
@@ -298,10 +309,9 @@ class Slab(nn.Module):
         if placed:
             pairs = _uploaded([held.pair.matrices() for _, held in placed], self.device)
             ups = _scaled(pairs)
-            torch._foreach_copy_(
-                [part for down_up in places for part in down_up],
-                [matrix for pair, up in zip(pairs, ups, strict=True) for matrix in (pair.down, up.t())],
-            )
+            # Apart, as tensors of one arrangement are few launches: those of the ups lie the other way round in files.
+            torch._foreach_copy_([down for down, _ in places], [pair.down for pair in pairs])
+            torch._foreach_copy_([up for _, up in places], [up.t() for up in ups])
         for place, held in placed:
             start = self._region(place).rows + held.start
             self._host_rows[start : start + held.rank] = held.row

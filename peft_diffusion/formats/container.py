@@ -341,7 +341,9 @@ def is_finite(tensor: "Tensor") -> bool:
     Returns:
         Whether all are finite.
     """
-    return not tensor.numel() or all(math.isfinite(float(end)) for end in tensor.aminmax())  # either is NaN where one is
+    return not tensor.numel() or all(
+        math.isfinite(float(end)) for end in tensor.detach().aminmax()
+    )  # either is NaN where one is
 
 
 def is_pickle(path: Path) -> bool:

@@ -28,7 +28,7 @@ from . import layout as layouts
 from .layout import Content, Layout, SaveDtype, Whole, Written
 from .names import site_name
 from .origin import NOT_RUN, origin
-from .planning import NO_METHOD, NO_SITE, WHICH, Plan, SitePlan, by_reason, plan, refuse_leftovers, some
+from .planning import NO_METHOD, NO_SITE, WHICH, Plan, SitePlan, by_reason, plan, refuse_leftovers, some, told_damage
 from .spec import KEY as SPEC
 from .spec import Spec, refuse_unknown
 
@@ -69,6 +69,7 @@ class Loaded:
         warnings: What the person should know.
         plan: What the file was planned to hold.
         stored: Of further sites, the pairs as the file holds them, by component and path; none where all was to be built.
+        left: By name, why a tensor of the file makes no part of an adapter.
     """
 
     components: dict[str, dict[str, Adapter]]
@@ -77,6 +78,7 @@ class Loaded:
     warnings: tuple[str, ...]
     plan: Plan
     stored: Mapping[str, Mapping[str, StoredPair]] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
 
     def at(self, component: str) -> dict[str, Adapter | StoredPair]:
         """Give all that there is for a component, for ``attach_built``.
@@ -288,7 +290,7 @@ def load(
         tuple(bound.left),
     )
     warnings = (*bound.warnings_for(info), *_unread_words(found, learned, bound.parts))
-    return Loaded(built, found.spec or Spec(), report, warnings, found, stored)
+    return Loaded(built, found.spec or Spec(), report, warnings, found, stored, bound.left)
 
 
 def bind(found: Plan, pipe: AnyBase) -> "Bound":
@@ -561,6 +563,8 @@ def _built(site: _Site, module: nn.Module, found: Plan, tensors: Mapping[str, Te
     shown = ", ".join(f"{suffix} {shape}" for suffix, shape in site.plan.shapes.items())
     with refusing(f"{found.path}: {where}: {shown} make no adapter; the file is damaged"):
         own = _values(site, module, found, tensors, pipe)
+    if site.plan.damage is not None:
+        raise UserError(f"{found.path}: {told_damage(where, site.plan.damage)}")
     chosen = _ordered(site.plan.methods, found.spec, site.component)
     try:
         parts = [one.read(module, {key: value for key, value in own.items() if key in one.suffixes}) for one in chosen]
@@ -580,7 +584,7 @@ def _refuse_not_finite(path: Path, site: _Site, adapter: Adapter) -> None:
     This is the one place that sees every number as it is used, in float32.
     """
     for suffix, tensor in adapter.state().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not container.is_finite(tensor):
             raise UserError(
                 f"{path}: {suffix} of {site.component}.{site.path} is NaN or infinite, or has a scale that is; the file is"
                 " damaged or its training diverged"

@@ -102,6 +102,12 @@ class SitePlan:
         return () if self._unknown or self.strangers else self._recognized
 
     @cached_property
+    def damage(self) -> str | None:
+        """The first tensor that a method of the site must have and has not, whatever the base; None where there is none."""
+        held = {*self.shapes, *self.constants, *(one.place.whole.picks for one in self.sources if one.place.whole)}
+        return next((name for one in self.methods if (name := one.missing(held)) is not None), None)
+
+    @cached_property
     def leftovers(self) -> Mapping[str, str]:
         """By name, why its tensors make no part of an adapter."""
         if self.methods:
@@ -614,6 +620,19 @@ def some(names: Sequence[str]) -> str:
         The first three.
     """
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def told_damage(where: str, missing: str) -> str:
+    """Say that a site of a file is damaged.
+
+    Args:
+        where: Its component, a dot, and its path.
+        missing: The tensor that is not there: `SitePlan.damage`.
+
+    Returns:
+        A sentence.
+    """
+    return f"{where}: {missing} is missing; the file is damaged"
 
 
 def refuse_leftovers(path: Path, left: Mapping[str, str]) -> None:
