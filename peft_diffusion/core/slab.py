@@ -309,10 +309,9 @@ class Slab(nn.Module):
         if placed:
             pairs = _uploaded([held.pair.matrices() for _, held in placed], self.device)
             ups = _scaled(pairs)
-            torch._foreach_copy_(
-                [part for down_up in places for part in down_up],
-                [matrix for pair, up in zip(pairs, ups, strict=True) for matrix in (pair.down, up.t())],
-            )
+            # Apart, as tensors of one arrangement are few launches: those of the ups lie the other way round in files.
+            torch._foreach_copy_([down for down, _ in places], [pair.down for pair in pairs])
+            torch._foreach_copy_([up for _, up in places], [up.t() for up in ups])
         for place, held in placed:
             start = self._region(place).rows + held.start
             self._host_rows[start : start + held.rank] = held.row
