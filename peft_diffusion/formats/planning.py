@@ -24,6 +24,7 @@ from . import container
 from .container import Header
 from .layout import Layout, Place, Reading, known, reader_of
 from .names import site_name, unwrapped
+from .pictures import is_picture, read_picture
 from .spec import Spec
 
 if TYPE_CHECKING:
@@ -342,7 +343,7 @@ def plan(path: str | Path, *, component: str | None = None, word: str | None = N
 
     Args:
         path: The file, or the folder that it lies in, as peft and diffusers make it. Of a safetensors file only the header
-            is read; a pickle is read whole, which takes torch.
+            is read; a pickle, or a picture in which A1111 keeps a word, is read whole, which takes torch.
         component: Which component is meant by names that tell none, such as those of LyCORIS and peft on the second text
             encoder of Stable Diffusion XL.
         word: What to call the learned word of a file that holds one, whatever its file is called; of a file with several,
@@ -355,8 +356,25 @@ def plan(path: str | Path, *, component: str | None = None, word: str | None = N
         UserError: There is no such file, it is no adapter, or it is damaged.
     """
     where = container.adapter_file(at_home(Path(path)))
-    header, loaded = container.read_pickle(where) if container.is_pickle(where) else (container.read_header(where), None)
+    if container.is_pickle(where):
+        header, loaded = container.read_pickle(where)
+    elif is_picture(where):
+        header, loaded = read_picture(where)
+    else:
+        return planned(container.read_header(where), component=component, word=word)
     return planned(header, loaded, component=component, word=word)
+
+
+def takes_torch(path: Path) -> bool:
+    """Tell by a file's name whether parsing it takes torch, and reads it whole.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Whether it does: of a pickle or a picture.
+    """
+    return container.is_pickle(path) or is_picture(path)
 
 
 def planned(
