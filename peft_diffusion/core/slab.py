@@ -308,7 +308,8 @@ class Slab(nn.Module):
         """Write pairs to where they are held, those of one file with one copy to the device."""
         places = [self._parts(place, held) for place, held in placed]
         if placed:
-            pairs = _uploaded([held.pair.matrices() for _, held in placed], self.device)
+            pairs = [held.pair.matrices() for _, held in placed]
+            pairs = pairs if self.device.type == "cpu" else uploaded(pairs, self.device)
             ups = _scaled(pairs)
             # Apart, as tensors of one arrangement are few launches: those of the ups lie the other way round in files.
             torch._foreach_copy_([down for down, _ in places], [pair.down for pair in pairs])
@@ -374,10 +375,16 @@ def _scaled(pairs: Sequence[Matrices]) -> list[Tensor]:
     return found
 
 
-def _uploaded(pairs: Sequence[Matrices], device: torch.device) -> list[Matrices]:
-    """Pairs on a device, with one copy for all that lie in one piece of memory, as those of a file do."""
-    if device.type == "cpu":
-        return list(pairs)
+def uploaded(pairs: Sequence[Matrices], device: torch.device) -> list[Matrices]:
+    """Bring pairs to a device, with one copy for all that lie in one piece of memory, as those of a file do.
+
+    Args:
+        pairs: On the CPU, or where they are to be.
+        device: The device.
+
+    Returns:
+        The pairs there.
+    """
     ends: dict[int, tuple[int, int]] = {}  # bytes of pieces of memory, by their address
     for pair in pairs:
         for matrix in pair[:2]:
