@@ -237,15 +237,19 @@ class Strengths(KeepsPrecision):
 
     def _put(self, rows: Sequence[Tensor]) -> tuple[Tensor, frozenset[str]]:
         """Write strengths, for all threads. Returns the values, apart from those, and the names of what is not 0."""
-        images = max((row.shape[1] for row in rows), default=1)
-        told = torch.zeros(len(self._told), len(self.blocks), images)
-        for name, row in zip(self.names, rows, strict=True):
-            told[self._places[name]] = row
-        self._told = told
+        self._told = self._table(rows)
         self._publish()
         self._active = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
         self.full = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool((row == 1).all()))
         return self.values.clone() if self.schedules else self.values, self._active
+
+    def _table(self, rows: Sequence[Tensor]) -> Tensor:
+        """The strengths of every adapter as `values` has them, on the CPU."""
+        images = max((row.shape[1] for row in rows), default=1)
+        told = torch.zeros(len(self._told), len(self.blocks), images)
+        for name, row in zip(self.names, rows, strict=True):
+            told[self._places[name]] = row
+        return told
 
     @torch.no_grad()
     def _publish(self) -> None:
