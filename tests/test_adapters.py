@@ -187,7 +187,7 @@ def test_an_attachment_that_breaks_off_leaves_nothing(
         assert [type(one) for one in tiny_pipe.text_encoder.modules()] == classes
         assert np.array_equal(picture(tiny_pipe), before)
     with monkeypatch.context() as patched:  # as where a device has no room for the pairs
-        outcomes = iter([stopped, None, None])
+        outcomes = iter([stopped, *[None] * 4])
         copy = torch._foreach_copy_
 
         def full(to: list[torch.Tensor], of: list[torch.Tensor]) -> None:

@@ -64,6 +64,7 @@ from peft_diffusion.training.events import (
     MemoryPredicted,
     MemorySaved,
     MemoryUnknown,
+    Pace,
     Prepared,
     Preview,
     PreviewsChosen,
@@ -154,6 +155,14 @@ def text_told(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], st
     config = TextTrainConfig((folder / "words.txt",), steps=3, batch_size=2, context=24, rank=2, held_out=0.2, **places)
     train_text(config, base=make_lm(), observers=[told.append, TrainingConsole(console)])
     return told, console.export_text()
+
+
+def test_the_pace_is_told_whenever_losses_are_read(watched: Watched, text_told: tuple[list[Event], str]) -> None:
+    for told, data in ((watched.told, "pictures"), (text_told[0], "text")):
+        read = [event.losses[-1].step for event in of(Losses, told)]
+        paces = of(Pace, told)
+        assert [event.step for event in paces] == read and {event.data for event in paces} == {data}
+        assert all(event.rate > 0 and event.left >= 0 for event in paces) and paces[-1].left == 0
 
 
 # What is told.

@@ -418,7 +418,7 @@ class Part:
     rates: Mapping[str, float] = field(default_factory=dict)
 
 
-PLACES = ("output", "run_dir", "cache", "init_from", "freeze_others")
+PLACES = ("output", "run_dir", "cache", "init_from", "freeze_others", "notify")
 
 
 def test_what_is_told_to_others_says_nothing_of_where_things_lie() -> None:

@@ -428,6 +428,11 @@ class AdapterDict(nn.Module):
         """
         return self._stored.get(name)
 
+    @property
+    def unbuilt(self) -> Mapping[str, StoredPair]:
+        """What files hold of the adapters that are not built, by name."""
+        return self._stored
+
     def built(self) -> list[Adapter]:
         """The adapters that are built, in the order of attachment; those that are not do no more than add a pair."""
         return [module for module in self._modules.values() if isinstance(module, Adapter)]

@@ -230,6 +230,30 @@ class Method:
         """
         raise NotImplementedError
 
+    @classmethod
+    def needed(cls, suffixes: Set[str]) -> Sequence[str]:
+        """Name the tensors without which ``read`` can make nothing of a site, whatever the site is.
+
+        Args:
+            suffixes: The names of the tensors that there are, which `recognizes` knows.
+
+        Returns:
+            Their names; those of them that are not there make the file damaged.
+        """
+        return ()
+
+    @classmethod
+    def missing(cls, suffixes: Set[str]) -> str | None:
+        """Name the first tensor that is not there and has to be.
+
+        Args:
+            suffixes: The names of those that there are.
+
+        Returns:
+            Its name; None where none is missing.
+        """
+        return next((name for name in cls.needed(suffixes) if name not in suffixes), None)
+
     def serves(self, site: "Site") -> bool:
         """Tell whether this method has something to add at a module.
 

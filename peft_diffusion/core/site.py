@@ -444,44 +444,48 @@ def pack(component: nn.Module) -> None:
 
     there: dict[int, Wanted] = {}
     new: list[tuple[Slot, Wanted]] = []
+    slab = state.slab
     for path, site in sites(component).items():
         slot = site._peft_diffusion
-        names, dtype = slot.adapters.names(), precision(site)
-        stored = {name: slot.adapters.stored(name) for name in names}
-        known = frozenset[str]() if slot.place is None else state.slab.holds(slot.place, stored, dtype)
-        pairs = _pairs(slot, [name for name in names if name not in known])
+        held, place, packed = slot.adapters, slot.place, slot.packed
+        names, unbuilt, dtype = held.names(), held.unbuilt, precision(site)
+        missing = list(unbuilt) if place is None else slab.missing(place, unbuilt, dtype)
+        if len(unbuilt) < len(names):
+            missing += [name for name in names if name not in unbuilt]
+        if place is not None and not missing and slab.count(place) == len(names):
+            slot.packed = packed or Packed(slab, place)
+            continue
+        pairs = _pairs(slot, missing)
         if pairs is None:
             _unpack(slot)
-            continue
-        shape = _shape(next(iter(pairs.values()))[1]) if pairs else ()
-        one = Wanted(path.rpartition(".")[0], shape, dtype, frozenset(names), pairs)
-        if slot.place is None:
-            new.append((slot, one))
-            continue
-        there[slot.place] = one
-        if slot.packed is None:
-            slot.packed = Packed(state.slab, slot.place)
+        elif place is None:
+            shape = _shape(next(iter(pairs.values()))[1])
+            new.append((slot, Wanted(path.rpartition(".")[0], shape, dtype, names, pairs)))
+        else:
+            there[place] = Wanted("", (), dtype, names, pairs)
+            slot.packed = packed or Packed(slab, place)
     try:
-        places = state.slab.hold(there, [one for _, one in new])
+        places = slab.hold(there, [one for _, one in new])
     except BaseException:  # as of a device that is full: nothing is known of what was written
         unpack(component)
         raise
     for (slot, _), place in zip(new, places, strict=True):
-        slot.place, slot.packed = place, Packed(state.slab, place)
+        slot.place, slot.packed = place, Packed(slab, place)
 
 
 def _pairs(slot: Slot, names: Sequence[str]) -> dict[str, tuple[int, Pair]] | None:
     """Adapters of a site as pairs, with their rows of the strengths; None where one is none."""
     found: dict[str, tuple[int, Pair]] = {}
+    unbuilt, strengths = slot.adapters.unbuilt, slot.strengths
     for name in names:
-        pair: Pair | None = slot.adapters.stored(name)
+        pair: Pair | None = unbuilt.get(name)
         if pair is None:
             adapter = slot.adapters[name]
             made = adapter.low_rank()
             pair = None if made is None else LivePair(adapter, len(made.down))
         if pair is None:
             return None
-        found[name] = slot.strengths.index(name), pair
+        found[name] = strengths.index(name), pair
     return found
 
 

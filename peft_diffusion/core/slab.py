@@ -7,8 +7,7 @@ anew. Where a site has too little room, all regions move once to larger memory, 
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -20,6 +19,7 @@ from .arena import ALIGNMENT
 
 _LEAST_ROOM = 8  # ranks of a region; from there on it doubles
 
+_ROWS = "rows"  # what the rows of the strengths are called among the buffers, beside dtypes
 _WORD = 8  # bytes: a multiple of the size of every number
 
 
@@ -78,7 +78,7 @@ class Wanted(NamedTuple):
     parent: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    names: AbstractSet[str]
+    names: Sequence[str]
     pairs: Mapping[str, tuple[int, Pair]]
 
 
@@ -141,8 +141,7 @@ class Slab(nn.Module):
         self.moves = 0
         self.views: list[SiteView | None] = []
         self._regions: list[_Region | None] = []
-        self._flats: dict[torch.dtype, Tensor] = {}
-        self._rows = torch.zeros(0, dtype=torch.int64, device=device)
+        self._place({}, torch.zeros(0, dtype=torch.int64, device=device))
         self._host_rows = torch.zeros(0, dtype=torch.int64)
 
     def hold(self, wanted: Mapping[int, Wanted], new: Sequence[Wanted]) -> list[int]:
@@ -156,9 +155,13 @@ class Slab(nn.Module):
         Returns:
             The places of the new ones.
         """
-        places = list(range(len(self._regions), len(self._regions) + len(new)))
-        self._regions += [_Region(one.parent, one.shape, one.dtype) for one in new]
-        self.views += [None] * len(new)
+        places = [place for place, region in enumerate(self._regions) if region is None][: len(new)]
+        more = len(new) - len(places)
+        places += range(len(self._regions), len(self._regions) + more)
+        self._regions += [None] * more
+        self.views += [None] * more
+        for place, one in zip(places, new, strict=True):
+            self._regions[place] = _Region(one.parent, one.shape, one.dtype)
         everything = {**wanted, **dict(zip(places, new, strict=True))}
         gone: list[tuple[int, _Held]] = []
         placed: list[tuple[int, _Held]] = []
@@ -167,8 +170,7 @@ class Slab(nn.Module):
             region = self._region(place)
             moving = moving or region.dtype != one.dtype
             region.dtype = one.dtype
-            if region.held.keys() - one.names:
-                gone += [(place, region.held.pop(name)) for name in region.held.keys() - one.names]
+            gone += [(place, region.held.pop(name)) for name in region.held.keys() - one.names]
             for name, (row, pair) in one.pairs.items():
                 held = region.held.get(name)
                 if held is not None and held.rank != pair.rank:
@@ -185,24 +187,33 @@ class Slab(nn.Module):
             self._fill(placed)
         return places
 
-    def holds(self, place: int, pairs: Mapping[str, Pair | None], dtype: torch.dtype) -> frozenset[str]:
-        """Tell which pairs of a site are there and stay as they are.
+    def missing(self, place: int, pairs: Mapping[str, Pair], dtype: torch.dtype) -> list[str]:
+        """Tell which pairs of a site are yet to be written.
 
         Args:
             place: Of the site.
-            pairs: Those of its adapters that are stored, and None for others, by name.
+            pairs: Those that it carries, by the name of the adapter.
             dtype: What it computes in.
 
         Returns:
-            The names of those that need not be written; none where the region has to move.
+            The names of those that are not in its region as they are.
         """
         region = self._region(place)
         if region.dtype != dtype:
-            return frozenset()
+            return list(pairs)
         held = region.held
-        return frozenset(
-            name for name, pair in pairs.items() if pair is not None and name in held and held[name].pair is pair
-        )
+        return [name for name, pair in pairs.items() if name not in held or held[name].pair is not pair]
+
+    def count(self, place: int) -> int:
+        """How many adapters a region holds.
+
+        Args:
+            place: Of the site.
+
+        Returns:
+            Their number.
+        """
+        return len(self._region(place).held)
 
     def exact(self, place: int) -> SiteView | None:
         """What a site sees, where that is what its files hold.
@@ -260,8 +271,8 @@ class Slab(nn.Module):
                 region.down = _reserve(sizes, region.dtype, region.room * region.width)
             for region in alike:
                 region.up = _reserve(sizes, region.dtype, region.room * region.shape[0])
-        self._flats = {dtype: torch.zeros(size, dtype=dtype, device=self.device) for dtype, size in sizes.items()}
-        self._rows = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        flats = {dtype: torch.zeros(size, dtype=dtype, device=self.device) for dtype, size in sizes.items()}
+        self._place(flats, torch.zeros(rows, dtype=torch.int64, device=self.device))
         self._host_rows = torch.zeros(rows, dtype=torch.int64)
         self.moves += 1
         self._look()
@@ -270,13 +281,14 @@ class Slab(nn.Module):
 
     def _look(self) -> None:
         """Make the views."""
-        self.views = [None if region is None else self._view(region) for region in self._regions]
+        flats, rows = self._flats, self._rows
+        self.views = [None if region is None else self._view(region, flats, rows) for region in self._regions]
 
-    def _view(self, region: _Region) -> SiteView:
-        flat, room, outputs = self._flats[region.dtype], region.room, region.shape[0]
+    def _view(self, region: _Region, flats: Mapping[torch.dtype, Tensor], rows: Tensor) -> SiteView:
+        flat, room, outputs = flats[region.dtype], region.room, region.shape[0]
         down = flat[region.down : region.down + room * region.width].view(room, *region.shape[1:])
         up = flat[region.up : region.up + room * outputs].view(room, outputs)
-        return SiteView(down, up, self._rows[region.rows : region.rows + room])
+        return SiteView(down, up, rows[region.rows : region.rows + room])
 
     def _parts(self, place: int, held: _Held) -> tuple[Tensor, Tensor]:
         """The ranks of an adapter at a site: (rank, in, ...) and (rank, out)."""
@@ -296,12 +308,12 @@ class Slab(nn.Module):
         """Write pairs to where they are held, those of one file with one copy to the device."""
         places = [self._parts(place, held) for place, held in placed]
         if placed:
-            pairs = _uploaded([held.pair.matrices() for _, held in placed], self.device)
+            pairs = [held.pair.matrices() for _, held in placed]
+            pairs = pairs if self.device.type == "cpu" else uploaded(pairs, self.device)
             ups = _scaled(pairs)
-            torch._foreach_copy_(
-                [part for down_up in places for part in down_up],
-                [matrix for pair, up in zip(pairs, ups, strict=True) for matrix in (pair.down, up.t())],
-            )
+            # Apart, as tensors of one arrangement are few launches: those of the ups lie the other way round in files.
+            torch._foreach_copy_([down for down, _ in places], [pair.down for pair in pairs])
+            torch._foreach_copy_([up for _, up in places], [up.t() for up in ups])
         for place, held in placed:
             start = self._region(place).rows + held.start
             self._host_rows[start : start + held.rank] = held.row
@@ -317,8 +329,7 @@ class Slab(nn.Module):
             return self
         self.device = rows.device
         if all(before == now for before, now in dtypes.items()):
-            self._flats = {dtype: fn(flat) for dtype, flat in self._flats.items()}
-            self._rows = rows
+            self._place({dtype: fn(flat) for dtype, flat in self._flats.items()}, rows)
             self.moves += 1
             self._look()
             return self
@@ -328,16 +339,22 @@ class Slab(nn.Module):
         self._move()
         return self
 
-    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        """Go through the memory that it takes on the device.
+    @property
+    def _flats(self) -> dict[torch.dtype, Tensor]:
+        """The numbers of all regions, by their dtype."""
+        return {held.dtype: held for name, held in self._buffers.items() if held is not None and name != _ROWS}
 
-        Args:
-            recurse: Of torch.
+    @property
+    def _rows(self) -> Tensor:
+        """The rows of the strengths, of all regions."""
+        return self.get_buffer(_ROWS)
 
-        Yields:
-            Each tensor.
-        """
-        yield from (*self._flats.values(), self._rows)
+    def _place(self, flats: Mapping[torch.dtype, Tensor], rows: Tensor) -> None:
+        """Take other memory, as buffers, by which it is found."""
+        self._buffers.clear()
+        for dtype, flat in flats.items():
+            self.register_buffer(str(dtype).replace("torch.", "pairs_"), flat, persistent=False)
+        self.register_buffer(_ROWS, rows, persistent=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "views": []}
@@ -358,10 +375,16 @@ def _scaled(pairs: Sequence[Matrices]) -> list[Tensor]:
     return found
 
 
-def _uploaded(pairs: Sequence[Matrices], device: torch.device) -> list[Matrices]:
-    """Pairs on a device, with one copy for all that lie in one piece of memory, as those of a file do."""
-    if device.type == "cpu":
-        return list(pairs)
+def uploaded(pairs: Sequence[Matrices], device: torch.device) -> list[Matrices]:
+    """Bring pairs to a device, with one copy for all that lie in one piece of memory, as those of a file do.
+
+    Args:
+        pairs: On the CPU, or where they are to be.
+        device: The device.
+
+    Returns:
+        The pairs there.
+    """
     ends: dict[int, tuple[int, int]] = {}  # bytes of pieces of memory, by their address
     for pair in pairs:
         for matrix in pair[:2]:

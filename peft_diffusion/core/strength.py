@@ -238,7 +238,7 @@ class Strengths(KeepsPrecision):
         tables = []
         for place in places:
             rows = self._planned({name: schedule.at(place) for name, schedule in self.schedules.items()})
-            tables.append(self._tabled(rows, self.images))
+            tables.append(self._table(rows))
         return torch.stack(tables).to(self.values.device)
 
     def _planned(self, amounts: Mapping[str, OverSteps]) -> list[Tensor]:
@@ -258,15 +258,15 @@ class Strengths(KeepsPrecision):
 
     def _put(self, rows: Sequence[Tensor]) -> tuple[Tensor, frozenset[str]]:
         """Write strengths, for all threads. Returns the values, apart from those, and the names of what is not 0."""
-        images = max((row.shape[1] for row in rows), default=1)
-        self._told = self._tabled(rows, images)
+        self._told = self._table(rows)
         self._publish()
         self._active = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
         self.full = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool((row == 1).all()))
         return self.values.clone() if self.schedules else self.values, self._active
 
-    def _tabled(self, rows: Sequence[Tensor], images: int) -> Tensor:
-        """What ``values`` are of the strengths of every adapter, on the CPU."""
+    def _table(self, rows: Sequence[Tensor]) -> Tensor:
+        """The strengths of every adapter as `values` has them, on the CPU."""
+        images = max((row.shape[1] for row in rows), default=1)
         told = torch.zeros(len(self._told), len(self.blocks), images)
         for name, row in zip(self.names, rows, strict=True):
             told[self._places[name]] = row

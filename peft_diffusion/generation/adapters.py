@@ -193,7 +193,10 @@ class Adapters:
             self._refuse_fused("load an adapter")
             registry.enter(chosen, _told(chosen, given, read))
             teach(self.pipe)
-            self.set({chosen: strength})
+            if isinstance(strength, (int, float)) and strength == 1:  # as it came
+                follow_steps(self.pipe)
+            else:
+                self.set({chosen: strength})
             self._pack()
         except BaseException:
             for component in registry.states(chosen):

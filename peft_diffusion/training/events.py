@@ -467,6 +467,33 @@ class TimePredicted(Event):
 
 
 @dataclass(frozen=True)
+class Pace(Event):
+    """How fast a run goes, whenever losses are read.
+
+    Attributes:
+        step: Steps done.
+        steps: Steps of the whole run.
+        rate: Pictures or windows that were learned from in a second, since the last of these.
+        left: Seconds that are left, by all steps of this stretch of the run and what came between.
+        memory: Bytes that are held on the device; None on a CPU.
+        data: What is learned from.
+    """
+
+    step: int
+    steps: int
+    rate: float
+    left: float
+    memory: int | None
+    data: Data = "pictures"
+
+    def __str__(self) -> str:
+        """Tell it in words."""
+        held = "" if self.memory is None else f", {mib(self.memory)}"
+        rate = f"{self.rate:.3g}" if self.rate < 100 else f"{self.rate:.0f}"
+        return f"{rate} {'pictures' if self.data == 'pictures' else 'windows'}/s{held}"
+
+
+@dataclass(frozen=True)
 class Signals:
     """What tells when to stop beside the loss on what is kept apart. None is what cannot be measured.
 

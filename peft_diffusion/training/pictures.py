@@ -12,7 +12,7 @@ from ..bases import family as families
 from ..bases.asked import PREDICTIONS
 from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
-from ..core.events import Event, Observer, Warned
+from ..core.events import Event, Observer, Warned, untold
 from ..core.settings import flag, pick
 from ..data.borders import Colour, paper
 from ..data.buckets import arrange, place
@@ -64,6 +64,11 @@ class PictureSource:
     def output(self) -> Path:
         """The adapter file that is to be made."""
         return output_path(self.asked)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return run_path(self.asked)
 
     def on(self, device: str) -> Self:
         """The same on another device."""
@@ -133,7 +138,7 @@ class PictureMaterial:
     @cached_property
     def task(self) -> DiffusionTask:
         """What is learned."""
-        return diffusion_task(self.prepared, self.blocks, self.processes)
+        return diffusion_task(self.prepared, self.blocks, self.processes, self.tell)
 
     @property
     def items(self) -> list[dict[str, str]]:
@@ -259,13 +264,16 @@ class PictureMaterial:
         return triggers(self.config.trigger, self.blocks)
 
 
-def diffusion_task(prepared: Prepared, blocks: Sequence[Placement], processes: Processes) -> DiffusionTask:
+def diffusion_task(
+    prepared: Prepared, blocks: Sequence[Placement], processes: Processes, tell: Observer = untold
+) -> DiffusionTask:
     """Make what is learned from prepared pictures.
 
     Args:
         prepared: The base and the encoded pictures.
         blocks: Which methods the adapter has that its pipeline carries.
         processes: Those that train together.
+        tell: Is told how far the captions are encoded.
 
     Returns:
         The task.
@@ -275,7 +283,7 @@ def diffusion_task(prepared: Prepared, blocks: Sequence[Placement], processes: P
     settings = pick(
         DiffusionSettings, prepared.config, prepared, {"dropout": dropout, "processes": processes, "reading": reading}
     )
-    return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prepared.prior)
+    return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prepared.prior, tell)
 
 
 def searched(config: TrainConfig) -> TrainConfig:

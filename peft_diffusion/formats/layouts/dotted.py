@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -187,7 +187,12 @@ class _Tensor:
 
 def _located(stem: str) -> tuple[str, str, str]:
     """What the name of a site begins with, its path, and the component that the beginning names; "" where it names none."""
-    starts = _starts(known_rows())
+    return _located_in(known_rows(), stem)
+
+
+@lru_cache(maxsize=4096)
+def _located_in(known: Rows, stem: str) -> tuple[str, str, str]:
+    starts = _starts(known)
     start, component = next((start, one) for start, one in starts.items() if stem.startswith(start))
     return start, _today(stem.removeprefix(start)), component
 

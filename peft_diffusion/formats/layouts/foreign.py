@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import ClassVar
 
-from ...core.errors import UserError
 from ..aliases import aliases
 from ..container import Header
-from ..layout import Content, Layout, Place, Reading, Written, register
+from ..layout import Place, Reading, ReadOnly, register
 from ..names import Rows, dotted_starts, known_rows, prefixes
 
 _TRANSFORMER = "transformer."
@@ -30,7 +29,7 @@ _DOTTED = {
 }
 
 
-class Foreign(Layout):
+class Foreign(ReadOnly):
     """Names of other models' components."""
 
     name: ClassVar[str] = "foreign"
@@ -53,10 +52,6 @@ class Foreign(Layout):
             component = {**_FLAT, **_DOTTED}[start]
             places[name] = Place(component, where.removeprefix(start), suffix, change=change, stem=where)
         return Reading(places)
-
-    def write(self, content: Content) -> Written:
-        """Nothing."""
-        raise UserError(f"nothing writes files of the layout {self.name!r}; take the layout 'kohya'")
 
 
 def _start(name: str) -> str:

@@ -4,7 +4,7 @@ Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 """
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -101,6 +101,11 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA, BASE})
     def recognizes(cls, suffixes: Set[str]) -> bool:
         """A pair without the magnitude that would make it DoRA."""
         return DOWN in suffixes and MAGNITUDE not in suffixes
+
+    @classmethod
+    def needed(cls, suffixes: Set[str]) -> Sequence[str]:
+        """Both matrices, and all or none of a sparse bias."""
+        return (DOWN, UP) if suffixes.isdisjoint(SPARSE) else (DOWN, UP, *SPARSE)
 
     def serves(self, site: "Site") -> bool:
         """Linear layers, convolutions without groups and, but for PiSSA, embeddings."""

@@ -14,7 +14,7 @@ from ...core.merge import dense_weight
 from ...core.reduction import Truncation, reduced
 from ...core.weight_change import change_of
 from ..shared import sites
-from ..shared.affine import WeightChange, read_alpha, require, single, weight_shape
+from ..shared.affine import WeightChange, read_alpha, single, weight_shape
 from ..shared.hyper_parameters import ALPHA
 from . import DOWN, MID, SINGULAR, UP
 
@@ -97,7 +97,6 @@ def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
     Raises:
         UserError: It does not fit the site.
     """
-    require(tensors, DOWN, UP)
     outputs, *inputs = weight_shape(site)
     if SINGULAR in tensors:
         tensors = without_singular_values(tensors, inputs)
@@ -131,20 +130,22 @@ def stored(site: Site, down: Tensor | None, up: Tensor | None, alpha: Tensor | f
     Returns:
         The pair; None where there is something about it that `read_pair` has to see to, or to refuse.
     """
-    if down is None or up is None or {down.dtype, up.dtype} - _EXACT or min(down.numel(), up.numel()) < 2:
+    if down is None or up is None or {down.dtype, up.dtype} - _EXACT or min(down.numel(), up.numel()) < 2 or up.ndim < 2:
         return None
     convolution = isinstance(site, nn.Conv2d) and site.groups == 1 and site.padding_mode == "zeros"
     if not convolution and not isinstance(site, nn.Linear):
         return None
     outputs, *inputs = weight_shape(site)
-    rank, up = len(down), up.flatten(1)
-    if down[0].numel() != math.prod(inputs) or list(down.shape[1 : 1 + len(inputs)]) != inputs[: down.ndim - 1]:
+    (rank, *width), (rows, *ranks) = down.shape, up.shape
+    flat = width == inputs[:1] if len(width) < len(inputs) else width[: len(inputs)] == inputs
+    if not flat or math.prod(width) != math.prod(inputs) or rows != outputs or math.prod(ranks) != rank:
         return None
     number = float(alpha) or float(rank)
-    if up.shape != (outputs, rank) or not math.isfinite(single(number)):
+    rounded = single(number)
+    if not math.isfinite(rounded):
         return None
-    down = down.view(rank, *inputs)
-    return StoredPair(down, up, single(number) / rank, partial(_of_stored, down=down, up=up, alpha=number))
+    down, up = down if width == inputs else down.view(rank, *inputs), up if ranks == [rank] else up.view(rows, rank)
+    return StoredPair(down, up, rounded / rank, partial(_of_stored, down=down, up=up, alpha=number))
 
 
 def _of_stored(site: Site, down: Tensor, up: Tensor, alpha: float) -> "LoraAdapter":
