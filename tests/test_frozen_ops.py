@@ -80,6 +80,14 @@ def test_layer_norm_is_that_of_torch(width: int, added: bool, way: None) -> None
     check_same(frozen_ops.layer_norm(x, norm, more), (norm(total), total), [x] if more is None else [x, more])
 
 
+def test_a_layer_norm_of_a_sum_reads_rows_that_lie_apart(way: None) -> None:
+    norm, wide, more = frozen(nn.LayerNorm(40)), drawn(2, 7, 56).detach(), drawn(2, 7, 40).detach()
+    found, total = frozen_ops.layer_norm(wide[..., :40], norm, more)
+    torch.testing.assert_close(total, wide[..., :40] + more)
+    torch.testing.assert_close(found, norm(wide[..., :40] + more))
+    assert total.is_contiguous() and found.is_contiguous()
+
+
 def test_the_gate_is_that_of_torch(way: None) -> None:
     torch.manual_seed(0)
     x = drawn(2, 7, 80)

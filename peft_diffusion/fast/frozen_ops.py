@@ -123,7 +123,14 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm, added: Tensor | None = None) -> Pa
         The norm of ``x + added``, and that sum, whose gradient is added where the norm's is made.
     """
     apply: Callable[..., Pair] = _LayerNorm.apply
-    return apply(x.contiguous(), added if added is None else added.contiguous(), norm.weight, norm.bias, norm.eps)
+    # What is added to may lie in rows apart, as after a product that makes more than them.
+    x = x if added is not None and _in_rows(x) else x.contiguous()
+    return apply(x, added if added is None else added.contiguous(), norm.weight, norm.bias, norm.eps)
+
+
+def _in_rows(x: Tensor) -> bool:
+    """Whether the rows of (images, places, width) follow one another at one distance."""
+    return x.ndim == 3 and x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
 
 
 def gated(x: Tensor) -> Tensor:
