@@ -649,13 +649,53 @@ def test_dropout_and_shuffle() -> None:
     dropped = sum(captions.drop_caption("x", 0.1, rng) == "" for _ in range(4000))
     assert 320 < dropped < 480
     tags = "a, b,, c , d, e"
-    shuffled = {captions.shuffle_tags(tags, rng, keep=2) for _ in range(60)}
+    shuffled = {str(captions.Tags.of(tags, keep=2).shuffled(rng)) for _ in range(60)}
     assert len(shuffled) == 6
     assert all(one.startswith("a, b, ") and sorted(one.split(", ")) == list("abcde") for one in shuffled)
     rules = captions.CaptionRules("ink", dropout=0.3, shuffle=True, keep_tags=1)
     first, second = ([rules.prompt(tags, rng) for _ in range(20)] for rng in (random.Random(7), random.Random(7)))
     assert first == second
     assert len(set(first)) > 3 and "" in first and any(one.startswith("ink, a, ") for one in first)
+
+
+def test_tags_are_left_out_and_those_before_the_separator_stay() -> None:
+    """`caption_tag_dropout_rate` and `keep_tokens_separator` of sd-scripts' library/train_util.py, process_caption."""
+    rules = captions.CaptionRules("ink", shuffle=True, tag_dropout=0.5, separator="|||", keep_tags=9)
+    drawn = [rules.prompt("mira, 1girl ||| a, b, c, d ||| best", random.Random(seed)) for seed in range(400)]
+    assert all(one.startswith("ink, mira, 1girl") and one.endswith(", best") for one in drawn)
+    kept = [one.split(", ")[3:-1] for one in drawn]
+    assert 0.45 < sum(map(len, kept)) / (4 * len(kept)) < 0.55
+    assert {tuple(sorted(one)) for one in kept} >= {(), ("a",), ("a", "b", "c", "d")} and ["b", "a"] in kept
+    assert rules.plain("mira, 1girl ||| a, b ||| best") == "ink, mira, 1girl, a, b, best"
+    counted = captions.CaptionRules(tag_dropout=0.9, keep_tags=2)
+    assert {counted.prompt("x, y, z", random.Random(seed)) for seed in range(99)} == {"x, y", "x, y, z"}
+    assert captions.CaptionRules(separator="|||").prompt("a ||| b", random.Random(0)) == "a, b"
+
+
+@pytest.mark.parametrize(
+    ("rules", "caption", "want"),
+    [
+        ({"prefix": "masterpiece, best,", "suffix": ", flat"}, "a cat", "masterpiece, best, a cat, flat"),
+        ({"prefix": "old", "suffix": "in oil", "trigger": "zwx"}, "", "zwx, old in oil"),
+        ({"trigger": "zwx", "templates": ("a page of {caption}, by {trigger}",)}, "a cat", "a page of a cat, by zwx"),
+        ({"trigger": "zwx of {}", "templates": ("{caption} ({trigger})",)}, "[name]'s cat", "zwx of's cat (zwx of)"),
+        ({"trigger": "zwx", "templates": ("a page of {caption}",), "suffix": "now"}, "a cat", "zwx, a page of a cat now"),
+        ({"templates": ("{caption}, {trigger}",)}, "a cat", "a cat"),
+    ],
+)
+def test_words_around_captions(rules: dict[str, Any], caption: str, want: str) -> None:
+    made = captions.CaptionRules(**rules)
+    assert made.plain(caption) == made.prompt(caption, random.Random(0)) == want
+    assert made.of_class().plain("a cat") == "a cat"
+
+
+def test_each_step_draws_a_template() -> None:
+    rules = captions.CaptionRules("zwx", templates=("a photo of {trigger}", "a print of {trigger}, {caption}"))
+    drawn = {rules.prompt("red", random.Random(seed)) for seed in range(40)}
+    assert rules.varies and drawn == {"a photo of zwx", "a print of zwx, red"}
+    for template in ("a photo", "{caption} {name}", "{caption} {"):
+        with pytest.raises(UserError, match="or both, and no other braces"):
+            captions.CaptionRules(templates=(template,))
 
 
 # Buckets

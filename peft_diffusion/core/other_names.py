@@ -90,6 +90,8 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "dataset_name": ("folder",),
     "num_repeats": ("repeats",),
     "keep_tokens": ("keep_tags",),
+    "keep_tokens_separator": ("keep_separator",),
+    "caption_tag_dropout_rate": ("tag_dropout",),
     "enable_wildcard": ("wildcards",),
     "masked_loss": ("masks",),
     "alpha_mask": ("masks",),

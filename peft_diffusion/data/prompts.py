@@ -29,6 +29,7 @@ _IN_PROMPTS = (
     r"(?<!\\)\{[^{}|]*\|[^{}]*\}",
     r"__[\w*./-]+?__",
 )
+_SEPARATOR = r"\|{3}"  # between tags that stay and others, where --keep-separator has it, which takes it out
 _IN_WEIGHTED_CAPTIONS = (r"(?<!\\)\([^()]*:\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*\)", r"(?<!\\)\({2,}[^()]*\){2,}", r"\bBREAK\b")
 
 
@@ -78,7 +79,7 @@ def instructions(caption: str, *, weighted: bool, wildcards: bool) -> tuple[str,
     Returns:
         One of each kind.
     """
-    others = [*(() if wildcards else _IN_PROMPTS), *(() if weighted else _IN_WEIGHTED_CAPTIONS)]
+    others = [_SEPARATOR, *(() if wildcards else _IN_PROMPTS), *(() if weighted else _IN_WEIGHTED_CAPTIONS)]
     found = (re.search(pattern, caption) for pattern in others) if len(caption) <= _LONGEST else ()
     return (*words_of(caption).taken, *(match[0] for match in found if match))
 

@@ -13,7 +13,7 @@ _OF_LOSS = (lambda config: config.loss != "l2", "--loss huber or smooth-l1")
 
 # By name: whether it does something, and what it needs for that.
 _NEEDS: dict[str, tuple[Callable[[ResolvedConfig], bool], str]] = {
-    "keep_tags": (lambda config: config.shuffle_tags, "--shuffle-tags"),
+    "keep_tags": (lambda config: config.shuffle_tags or config.tag_dropout > 0, "--shuffle-tags or --tag-dropout"),
     "huber_c": _OF_LOSS,
     "huber_schedule": _OF_LOSS,
     "cycles": (lambda config: config.scheduler == "cosine-with-restarts", "--scheduler cosine-with-restarts"),

@@ -15,7 +15,6 @@ from ...core.settings import (
     NATURAL,
     POSITIVE,
     SHARE,
-    WHOLE_SHARE,
     Flag,
     Group,
     OnePath,
@@ -28,6 +27,7 @@ from ...core.settings import (
     setting,
     settings_class,
 )
+from .captions import DATA, CaptionSettings
 from .choices import (
     HuberSchedule,
     Keep,
@@ -58,12 +58,11 @@ def preset_components(preset: Preset) -> tuple[str, ...]:
     return families.SMALL_DIFFUSION.by_roles(PRESET_ROLES[preset])
 
 
-_DATA = Group("Pictures and captions", 2)
 _PRIOR = Group("Keeping the class", 3)
 
 
 @settings_class()
-class _PictureConfig:
+class _PictureConfig(CaptionSettings):
     """What a run learns from and what it makes."""
 
     folder: Paths = field(
@@ -98,71 +97,53 @@ class _PictureConfig:
         RESULT,
     )
 
-    trigger: str = setting(
-        "",
-        'Words that call the style, put into every caption: "ink style", or "ink drawing of {}" with {} for the caption.',
-        _DATA,
-    )
     missing_captions: MissingCaptions = setting(
         "stop",
         "What becomes of pictures without caption: stop, use the file name, use no words (empty), or skip them; "
         "a caption that is there and cannot be read always stops.",
-        _DATA,
+        DATA,
         free_on_resume=True,
-    )
-    caption_dropout: float | None = setting(
-        None, "Share of captions left empty in training (0 to 1); a little keeps guidance working.", _DATA, WHOLE_SHARE
     )
     max_tokens: MaxTokens = setting(
         "none",
         "How much of a caption is read: 75, 150 or 225 tokens, and the rest is cut; or all of it, in chunks of 75 (none).",
-        _DATA,
+        DATA,
     )
     weighted_captions: bool = setting(
         False,
         "Read (word:1.3), (word), [word] and BREAK in captions as in prompts; otherwise brackets are letters. The escapes "
         "\\( and \\) are brackets either way.",
-        _DATA,
+        DATA,
     )
     clip_skip: int | None = setting(
         None,
         "Which layer of the text encoder is learned with, counted from the last, which is 1, as A1111 and kohya count; by "
         "default the one that the base was trained with: 1, and 2 for Stable Diffusion XL.",
-        _DATA,
+        DATA,
         Range(1, 12),
     )
-    wildcards: bool = setting(
-        False,
-        "Take one of {a|b} in captions and one of the lines of a caption, others in every step, for words that should not "
-        "matter; {{ and }} are braces. Without it, the first line is the caption.",
-        _DATA,
-    )
-    shuffle_tags: bool = setting(
-        False, "Shuffle comma-separated tags in every step; for tag captions, so that their order means nothing.", _DATA
-    )
-    keep_tags: int = setting(0, "So many tags at the front stay in place when tags are shuffled.", _DATA, NATURAL)
     flip: bool = setting(
-        False, "Learn from mirrored pictures too; not for a style with writing or a side that matters.", _DATA
+        False, "Learn from mirrored pictures too; not for a style with writing or a side that matters.", DATA
     )
     upscale: bool = setting(
         False,
         "Enlarge pictures below the resolution; otherwise they are trained at their own size, to the nearest step.",
-        _DATA,
+        DATA,
     )
-    background: str = setting("white", "Colour behind transparent pictures: a name or #rrggbb.", _DATA)
+    background: str = setting("white", "Colour behind transparent pictures: a name or #rrggbb.", DATA)
     resolution: int | None = setting(
-        None, "Pixels a side of a square picture; by default the base's own.", _DATA, Range(1, 8192), unit="pixels"
+        None, "Pixels a side of a square picture; by default the base's own.", DATA, Range(1, 8192), unit="pixels"
     )
     held_out: float | None = setting(
         None,
         "Share of the pictures kept apart to measure on (0 to below 1); by default a tenth where there are 20 or more.",
-        _DATA,
+        DATA,
         SHARE,
     )
     cache: OptionalPath = setting(
         None,
         "Folder to keep encoded pictures in, so that the next run on them starts faster; by default only memory.",
-        _DATA,
+        DATA,
         place=True,
         free_on_resume=True,
     )
@@ -170,16 +151,16 @@ class _PictureConfig:
         (),
         "SUBFOLDER=N: draw its pictures N times in an epoch, for a few that count; a subfolder named 10_name is "
         "drawn 10 times without that.",
-        _DATA,
+        DATA,
     )
     folder_weight: Texts = setting(
-        (), "SUBFOLDER=WEIGHT: what its pictures count in the loss, below 1 for doubtful ones.", _DATA
+        (), "SUBFOLDER=WEIGHT: what its pictures count in the loss, below 1 for doubtful ones.", DATA
     )
     masks: Masks = setting(
         "files",
         "What of a picture is learned: the white of NAME-mask.png (or NAME-masklabel.png, masks/NAME.png) beside it "
         "(files), what is not transparent where there is no such file (alpha), or all of it (off).",
-        _DATA,
+        DATA,
     )
 
     class_prompt: Texts = setting(

@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -154,7 +154,7 @@ class DiffusionTask:
         self.train = train
         self.unseen = held_out
         self.prior = prior
-        self.prior_rules = replace(settings.rules, trigger="")
+        self.prior_rules = settings.rules.of_class()
         self.masked = train.masked or (prior is not None and prior.masked)
         self.groups = train.groups
         # Filled batches hold copies, which count less.

@@ -263,8 +263,7 @@ def _checked(config: TrainConfig) -> tuple[CaptionRules, list[PreviewPrompt]]:
     asked = _asked_previews(config)
     for folders in filter(None, (config.folder, config.regularisation)):
         check_folders(folders)
-    dropout = config.caption_dropout or 0.0
-    return CaptionRules(config.trigger, dropout, config.shuffle_tags, config.keep_tags, config.wildcards), asked
+    return config.caption_rules(), asked
 
 
 def _tell_odd(asked: TrainConfig, config: ResolvedConfig, apart: Sequence[TrainingImage], tell: Observer) -> None:
