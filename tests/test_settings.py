@@ -460,7 +460,8 @@ def test_type_checkers_take_what_settings_take() -> None:
     with pytest.raises(pd.UserError, match="--seeds must be a whole number, or several, not 'a'"):
         pd.GenerateConfig("a cat", seeds="a")  # type: ignore[arg-type]
     with pytest.raises(TypeError):
-        pd.TrainConfig()  # type: ignore[call-arg]
+        pd.TextTrainConfig()  # type: ignore[call-arg]
+    assert pd.TrainConfig().folder == ()  # a [[dataset]] has its own
 
 
 @pytest.mark.parametrize("function", ["train", "find_rates", "train_text", "generate", "blend", "generate_text"])

@@ -134,7 +134,7 @@ class PictureMaterial:
     @property
     def items(self) -> list[dict[str, str]]:
         """The pictures, and those of the class."""
-        return items(self.prepared.pictures, self.prepared.class_pictures)
+        return items(self.prepared.of_run.all, self.prepared.of_run.of_class)
 
     def faster(self) -> AbstractContextManager[None]:
         """The UNet fused, on CUDA, where steps may be recorded."""
@@ -199,8 +199,8 @@ class PictureMaterial:
     def facts(self, folder: RunFolder, previews: Previews | None) -> Facts:
         """What the report tells of the run; writes the thumbnails that it shows."""
         prepared = self.prepared
-        thumbnails(folder.thumbnails, prepared.pictures, self.config.background)
-        apart = len(prepared.held_out.captions) if prepared.held_out else 0
+        thumbnails(folder.thumbnails, prepared.of_run.all, self.config.background)
+        apart = len(prepared.of_run.apart)
         return Facts(
             defaults=self._defaults(),
             held_out=f"{apart} of them are kept apart to measure on" if apart else "",
@@ -210,10 +210,10 @@ class PictureMaterial:
     def _defaults(self) -> ResolvedConfig:
         config = self.config
         plain = TrainConfig(
-            folder=config.folder, preset=config.preset, method=config.method, output=config.output, run_dir=config.run_dir,
-            device=config.device, precision=config.precision,
+            folder=config.folder, dataset=config.dataset, preset=config.preset, method=config.method,
+            output=config.output, run_dir=config.run_dir, device=config.device, precision=config.precision,
         )  # fmt: skip
-        return resolve(plain, self.info, len(self.prepared.pictures), self.task.device.type)
+        return resolve(plain, self.info, len(self.prepared.of_run.all), self.task.device.type)
 
     def next_command(self) -> str:
         """What to type to draw with what was learned."""
@@ -225,18 +225,18 @@ class PictureMaterial:
     def _own_prompt(self) -> str:
         """A prompt that calls what was learned: the first of a caption that is not long, or else the trigger."""
         prepared, trigger = self.prepared, with_trigger("", self.config.trigger)
-        captions = (*(prepared.held_out.captions if prepared.held_out else ()), *prepared.train.captions)
-        prompts = [prompt for caption in captions if (prompt := prepared.rules.plain(caption))]
+        apart = prepared.held_out.plain(prepared.rules) if prepared.held_out else []
+        prompts = [prompt for prompt in (*apart, *prepared.train.plain(prepared.rules)) if prompt]
         short = (prompt for prompt in prompts if len(prompt) <= _PROMPT)
         return next(short, trigger or " ".join(prompts[0][:_PROMPT].split()[:-1] if prompts else ()) or "a picture")
 
     def result(self, found: RunResult) -> TrainResult:
         """What the run gave."""
-        return TrainResult(**vars(found), config=self.config, images=len(self.prepared.train.captions))
+        return TrainResult(**vars(found), config=self.config, images=len(self.prepared.of_run.kept))
 
     def training(self, result: TrainResult) -> dict[str, Any]:
         """Entries of the adapter file's training summary."""
-        return {"class_pictures": len(self.prepared.class_pictures), "images": result.images}
+        return {"class_pictures": len(self.prepared.of_run.of_class), "images": result.images}
 
     def triggers(self) -> list[str]:
         """The words of the trigger, and those that were taught."""

@@ -30,7 +30,11 @@ _PIXELS = Range(1, 8192)
 
 @settings_class(kw_only=True)
 class FolderSettings:
-    """What becomes of the pictures of folders, in a run; a `Dataset` may have it otherwise."""
+    """What becomes of the pictures of folders, in a run; a `Dataset` may have it otherwise.
+
+    Raises:
+        UserError: A value is out of its range.
+    """
 
     missing_captions: MissingCaptions = setting(
         "stop",
@@ -68,11 +72,21 @@ class FolderSettings:
         DATA,
     )
 
+    def __post_init__(self) -> None:
+        settle(self)
+
 
 def _own(kind: type[Settings], name: str) -> Any:
     """A setting of a run that a data set may have otherwise; None where it has not."""
     (told,) = (one.setting for one in settings_of(kind) if one.name == name)
-    return setting(None, f"{told.help} By default as the run has it.", DATA, told.range, unit=told.unit)
+    return setting(
+        None,
+        f"{told.help} By default as the run has it.",
+        DATA,
+        told.range,
+        unit=told.unit,
+        free_on_resume=told.free_on_resume,
+    )
 
 
 @explained
@@ -87,7 +101,10 @@ class Dataset:
     folder: OnePath = field(metadata=about("The folder with the pictures.", DATA, free_on_resume=True))
     _: KW_ONLY
     repeats: int | None = setting(
-        None, "How often an epoch draws each picture; by default once, or as often as a name such as 10_cat says.", DATA, COUNT
+        None,
+        "How often an epoch draws each picture; by default once, or as often as a name such as 10_cat says.",
+        DATA,
+        COUNT,
     )
     weight: float | None = setting(None, "What its pictures count in the loss, 1 by default.", DATA, NATURAL)
     regularisation: bool = setting(

@@ -181,12 +181,31 @@ def resolve(
         _put_warmup(found, before)
     found.fill_from_steps()
     _fill_previews(found, device)
-    found.fill({"resolution": base.resolution}, f"from base {base.name}")
+    resolution, source = resolution_of(config, base)
+    found.fill({"resolution": resolution}, source)
     found.fill({"held_out": 0.1 if pictures >= HELD_OUT_FROM else 0.0}, f"from {pictures} pictures")
     found.fill({"keep": KEPT[config.preset]}, preset)
     found.fill({"class_images": CLASS_IMAGES}, "by default")
     found.put_places(output_path(config), run_path(config))
     return found.resolved(ResolvedConfig)
+
+
+def resolution_of(config: TrainConfig, base: Base) -> tuple[int, str]:
+    """Choose the resolution of a run: where every folder has its own, the largest.
+
+    Args:
+        config: What was asked for.
+        base: What is known of the base.
+
+    Returns:
+        Pixels a side, and where they come from, in words.
+    """
+    if config.resolution is not None:
+        return config.resolution, "asked for"
+    own = [max(one.resolution or (0,)) for one in config.dataset if not one.regularisation]
+    if not config.folder and own and all(own):
+        return max(own), "from the data sets"
+    return base.resolution, f"from base {base.name}"
 
 
 def _put_rates(found: Derivation, config: TrainConfig, family: Family, for_base: str) -> None:
