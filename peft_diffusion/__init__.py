@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         SplitConfig,
         StrengthConfig,
     )
-    from .training import TextTrainConfig, TrainConfig
+    from .training import Dataset, TextTrainConfig, TrainConfig
     from .training.exporting import export
     from .training.settings.export import ExportConfig
 
@@ -49,6 +49,7 @@ __all__ = [
     "ByPart",
     "ConvertConfig",
     "Converted",
+    "Dataset",
     "ExportConfig",
     "ExtractConfig",
     "GenerateConfig",
@@ -122,6 +123,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "SplitConfig": "tools.tool_settings",
             "StrengthConfig": "tools.tool_settings",
             "TextGenerateConfig": "generation.text_settings",
+            "Dataset": "training",
             "TextTrainConfig": "training",
             "TrainConfig": "training",
             "UserError": "core.errors",

@@ -373,6 +373,7 @@ def test_words_and_biases_stay_as_they_are_beside_a_lora(tiny_base: Path, tmp_pa
 def test_what_changes_no_weight_becomes_a_lora_that_is_fitted_on_the_base(
     method: str, component: str, tiny_base: Path, tmp_path: Path
 ) -> None:
+    torch.manual_seed(0)  # of what an adapter begins as
     source = made(tmp_path / "a.safetensors", method, component)
     done = pd.convert(pd.ConvertConfig(source, tmp_path / "b.safetensors", to_lora=8, base=str(tiny_base)))
     assert set(pd.inspect(done.path).methods) == {"lora"}
@@ -398,6 +399,18 @@ def test_what_changes_no_weight_becomes_a_lora_that_is_fitted_on_the_base(
         pipe("a blue house", num_inference_steps=4, height=64, width=64, generator=torch.Generator().manual_seed(3))
     assert (sums["missed"] / sums["wanted"]) ** 0.5 < 0.6
     assert 0 < done.made.error < 0.6
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+def test_a_pair_is_not_fitted_over_a_lora_of_the_file(rank: int, tiny_base: Path, tmp_path: Path) -> None:
+    source, place = made(tmp_path / "a.safetensors", "prefix"), "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
+    tensors = load_file(source)
+    assert f"peft_diffusion.unet.{place.removesuffix('.to_out.0')}.prefix_keys" in tensors  # its pair goes to that layer
+    pair = {f"unet.{place}.lora_A.weight": torch.ones(rank, 64), f"unet.{place}.lora_B.weight": torch.ones(64, rank)}
+    save_file({**tensors, **pair}, source)
+    with pytest.raises(UserError, match=f"unet.{place} would carry two LoRAs"):
+        run(source, tmp_path / "b.safetensors", to_lora=8, base=str(tiny_base))
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 def test_what_changes_no_weight_asks_for_the_base_to_fit_on(tmp_path: Path) -> None:

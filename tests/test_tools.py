@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipe
+from conftest import make_pipe, make_xl_pipe
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -239,6 +239,23 @@ def test_what_depends_on_the_weight_needs_the_base(tiny_base: Path, tmp_path: Pa
     save_file({f"lora_{ATTENTION}.{name}": one for name, one in tensors.items()}, tmp_path / "sd1.safetensors")
     with pytest.raises(UserError, match="what dora changes depends on the weight of the base; name the base with --base"):
         pd.merge(pd.MergeConfig([str(tmp_path / "sd1.safetensors")], output=tmp_path / "no.safetensors"))
+
+
+def test_a_file_that_is_named_for_two_components_has_a_strength_in_each(tmp_path: Path) -> None:
+    make_xl_pipe().save_pretrained(tmp_path / "xl")
+    stem, end = "lycoris_text_model_encoder_layers_0_self_attn_q_proj", "encoder.layers.0.self_attn.q_proj.weight"
+    own = pair(TEXT, 7, 3, 3.0)
+    save_file({f"{stem}.{name.partition('.')[2]}": tensor for name, tensor in own.items()}, tmp_path / "a.safetensors")
+    files = [f"{tmp_path / 'a.safetensors'}@{name}" for name in ("text_encoder=0.5", "text_encoder_2=0.3")]
+    pd.merge(pd.MergeConfig(files, output=tmp_path / "b.safetensors", base=str(tmp_path / "xl")))
+    found = load_file(tmp_path / "b.safetensors")
+    pd.merge(pd.MergeConfig(files, output=tmp_path / "merged", into=str(tmp_path / "xl")))
+    for name, short, strength in (("text_encoder", "te1", 0.5), ("text_encoder_2", "te2", 0.3)):
+        site = TEXT.replace("te_", f"{short}_")
+        assert close(change(found, site), strength * change(own, TEXT))
+        before, after = (load_file(tmp_path / one / name / "model.safetensors") for one in ("xl", "merged"))
+        (key,) = (one for one in before if one.endswith(end))
+        assert close(after[key] - before[key], strength * change(own, TEXT))
 
 
 def test_metadata_and_triggers_of_all_are_kept(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:

@@ -96,6 +96,25 @@ def open_picture(
     return _rgb(_open(Path(path), max_pixels, digest), colour)
 
 
+def read_picture(content: bytes, where: str, background: str = "white", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read an image of whose file the bytes are there, as `open_picture` opens one.
+
+    Args:
+        content: The bytes.
+        where: What errors call it.
+        background: See `open_picture`.
+        max_pixels: See `open_picture`.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        PictureError: They are not a whole, sane image.
+        UserError: The colour does not exist.
+    """
+    return _rgb(_upright(content, where, max_pixels), parse_colour(background))
+
+
 def _open(path: Path, max_pixels: int, digest: str | None) -> Image.Image:
     """The first frame, upright, of a file that has this digest, where one is given."""
     try:
@@ -104,7 +123,12 @@ def _open(path: Path, max_pixels: int, digest: str | None) -> Image.Image:
         raise PictureError(_unreadable(path, error)) from error
     if digest is not None and hashlib.sha256(content).hexdigest() != digest:
         raise PictureError(Problem(str(path), "changed", "the file has changed since the folder was read", "Start again"))
-    image = _decode(io.BytesIO(content), str(path), max_pixels)
+    return _upright(content, str(path), max_pixels)
+
+
+def _upright(content: bytes, where: str, max_pixels: int) -> Image.Image:
+    """The first frame, as EXIF turns it."""
+    image = _decode(io.BytesIO(content), where, max_pixels)
     turn = _TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 

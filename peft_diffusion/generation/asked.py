@@ -114,8 +114,9 @@ class Order:
 
 
 def _manner(one: Asked) -> tuple[object, ...]:
-    """What of the drawing a line can say."""
-    return one.config.width, one.config.height, one.config.guidance, one.config.steps
+    """What of the drawing may differ between pictures."""
+    config = one.config
+    return config.width, config.height, config.guidance, config.steps, config.variation_seed, config.variation_strength
 
 
 def strengths(

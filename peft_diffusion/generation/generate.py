@@ -3,7 +3,8 @@
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -111,23 +112,63 @@ def generate(
         if config.image is not None:
             source = read_source(config.image, config.mask, config.strength, config.taken_steps)
         base = loaded(config, pipe, download=named)
-        lent = pipe is not None
-        with adapted(base, asked.choices, asked.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
-            tell_clip_skip(adapters.pipe, [choice.plan for choice in asked.choices if choice.plan], config, tell)
-            check_mask(adapters.pipe, source, adapters.base.name)
-            jobs = [_job(adapters, names, asked, group, source) for group in asked.groups]
-            told = [one for job in jobs for one in job.recipes]
+
+        def check(told: Recipe) -> None:
             if again is not None and expected is not None:
-                _check_base(config, again, expected, told[0])
-                _tell_machine(expected, told[0], tell)
-            spare(adapters, config)
-            drawn = (image for job in jobs for image in job.paint(adapters, tell, stop or Never()))
-            pictures = _written(drawn, told, paths, tell)
+                _check_base(config, again, expected, told)
+                _tell_machine(expected, told, tell)
+
+        lent = pipe is not None
+        with closing(draw(base, asked, config, source, tell=tell, stop=stop or Never(), lent=lent, check=check)) as drawn:
+            pictures = _written(drawn, paths, tell)
         if config.sheet is not None:
             _write_sheet(config.sheet, pictures, asked)
             tell(SheetMade(config.sheet))
         tell(Ended("finished"))
     return pictures
+
+
+def draw(
+    base: Pipeline,
+    asked: Order,
+    config: GenerateConfig,
+    source: Source | None = None,
+    *,
+    tell: Observer,
+    stop: Stop,
+    lent: bool = True,
+    check: Callable[[Recipe], None] | None = None,
+) -> Generator[tuple[Image.Image, Recipe]]:
+    """Draw pictures that were asked for, and write nothing: what `generate` and the server share.
+
+    Close what is returned where it is left before its end: only then are the adapters off the base.
+
+    Args:
+        base: The base.
+        asked: The pictures, and their adapters.
+        config: What is the same for all of them.
+        source: A picture to start from, of any size.
+        tell: Is told how far it is, and what the person should know.
+        stop: Where it is set, nothing is drawn after the present batch.
+        lent: Whether the base goes on without the adapters afterwards; it carries none then.
+        check: Is given the recipe of the first picture before anything is drawn.
+
+    Yields:
+        Each picture with its recipe, in order.
+
+    Raises:
+        UserError: Before anything is computed, for adapters, prompts and sizes that cannot be used.
+        Interrupted: It was stopped.
+    """
+    with adapted(base, asked.choices, asked.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
+        tell_clip_skip(adapters.pipe, [choice.plan for choice in asked.choices if choice.plan], config, tell)
+        check_mask(adapters.pipe, source, adapters.base.name)
+        jobs = [_job(adapters, names, asked, group, source) for group in asked.groups]
+        if check is not None:
+            check(jobs[0].recipes[0])
+        spare(adapters, config)
+        for job in jobs:
+            yield from zip(job.paint(adapters, tell, stop), job.recipes, strict=True)
 
 
 @dataclass(frozen=True)
@@ -147,7 +188,7 @@ def _job(adapters: Adapters, names: Sequence[str], asked: Order, group: Sequence
     config = group[0].config
     cells = [Cell(one.prompt, one.seed, asked.strengths(one, names, adapters.pipe), one.negative) for one in group]
     source = None if source is None else source.fitted(adapters.base, config.width, config.height)
-    told = _from(source, config, cell_recipes(adapters, cells, config, source))
+    told = cell_recipes(adapters, cells, config, source)
     written = [one.written if one.written != one.prompt else None for one in group]
     return _Job(cells, config, source, [replace(one, written=text) for one, text in zip(told, written, strict=True)])
 
@@ -174,10 +215,10 @@ def _tell_machine(expected: Recipe, recipe: Recipe, tell: Observer) -> None:
         tell(Warned(f"the picture was drawn in {before} and is drawn in {now} now, so it will differ a little"))
 
 
-def _written(images: Iterable[Image.Image], told: Sequence[Recipe], paths: Sequence[Path], tell: Observer) -> list[Picture]:
+def _written(drawn: Iterable[tuple[Image.Image, Recipe]], paths: Sequence[Path], tell: Observer) -> list[Picture]:
     """Write pictures as they come, with their recipes."""
     pictures = []
-    for image, recipe, path in zip(images, told, paths, strict=True):
+    for (image, recipe), path in zip(drawn, paths, strict=True):
         recipes.write(path, image, recipe)
         pictures.append(Picture(image, recipe, path))
         tell(PictureMade(pictures[-1]))
@@ -224,7 +265,8 @@ def cell_recipes(
         "vae": _fingerprint(pipe.vae),
         "versions": _versions(),
     }
-    of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None}
+    begun = {} if source is None else {"image": source.of, "mask": source.mask_of, "strength": source.strength}
+    of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None, **begun}
     common = pick(Recipe, sampling, found, of_a_picture)
     return [
         replace(
@@ -249,14 +291,6 @@ def _options(scheduler: Any) -> dict[str, Any]:
 def _fingerprint(vae: Any) -> str | None:
     """Which VAE it is; None where its weights are not there between calls, as under sequential offloading."""
     return None if any(own.is_meta for own in vae.parameters()) else fingerprint({"vae": vae})
-
-
-def _from(source: Source | None, config: GenerateConfig, told: Sequence[Recipe]) -> list[Recipe]:
-    """Recipes that say what the pictures start from."""
-    if source is None:
-        return list(told)
-    image, mask = (None if p is None else UsedPicture(str(p), sha256(p)) for p in (config.image, config.mask))
-    return [replace(one, image=image, mask=mask, strength=source.strength) for one in told]
 
 
 def _used(adapters: Adapters, strengths: Mapping[str, float | ByPart]) -> tuple[UsedAdapter, ...]:

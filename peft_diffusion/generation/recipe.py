@@ -257,10 +257,22 @@ def write(path: Path, image: Image.Image, recipe: Recipe) -> None:
     Raises:
         UserError: It cannot be written.
     """
+    _save(path, image, chunks(recipe))
+
+
+def chunks(recipe: Recipe) -> PngImagePlugin.PngInfo:
+    """Make the text chunks by which a picture carries its recipe, for us and for programs that read A1111's.
+
+    Args:
+        recipe: What it was made from.
+
+    Returns:
+        The chunks, for Pillow's ``save``.
+    """
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", recipe.parameters())
     info.add_text(KEY, json.dumps({"version": VERSION, "recipe": recipe.to_json()}))
-    _save(path, image, info)
+    return info
 
 
 def write_sheet(path: Path, sheet: Image.Image, recipes: Sequence[Sequence[Recipe]]) -> None:

@@ -14,6 +14,8 @@ from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
 from ..data.images import open_picture
 from ..data.problems import PictureError
+from ..formats.container import sha256
+from .recipe import UsedPicture
 
 DEFAULT_STRENGTH = 0.8  # of a picture without mask, as diffusers has it; what a mask shows is painted wholly anew
 
@@ -22,13 +24,20 @@ DEFAULT_STRENGTH = 0.8  # of a picture without mask, as diffusers has it; what a
 class Source:
     """A picture to start from, RGB, and perhaps a mask of its size (L), white where it is painted anew.
 
-    ``strength`` is how far it is left behind: 1 is wholly. Small ones take fewer denoising steps.
+    ``strength`` is how far it is left behind: 1 is wholly. Small ones take fewer denoising steps. ``of`` and ``mask_of`` are
+    what recipes say of where both came from.
     """
 
-    path: Path
     image: Image.Image = field(repr=False)
+    of: UsedPicture
     mask: Image.Image | None = field(default=None, repr=False)
+    mask_of: UsedPicture | None = None
     strength: float = 1.0
+
+    @property
+    def path(self) -> str:
+        """What the picture is called in errors."""
+        return self.of.path
 
     def steps(self, asked: int) -> int:
         """Tell how many of the denoising steps are taken.
@@ -137,19 +146,39 @@ def read_source(image: Path, mask: Path | None, strength: float | None, steps: i
     Raises:
         UserError: They are no pictures, do not fit, or no step would be left.
     """
-    picture = _opened(image, "white")
     found = None if mask is None else _opened(mask, "black").convert("L")
-    if found is not None and found.size != picture.size:
+    masked = None if mask is None else UsedPicture(str(mask), sha256(mask))
+    source = Source(_opened(image, "white"), UsedPicture(str(image), sha256(image)), found, masked)
+    return begin(source, strength, steps)
+
+
+def begin(source: Source, strength: float | None, steps: int) -> Source:
+    """Say how far a picture is left behind, and see that something of it is painted.
+
+    Args:
+        source: The picture, and its mask.
+        strength: How far, above 0 and up to 1; None for the usual.
+        steps: The denoising steps that were asked for.
+
+    Returns:
+        The source.
+
+    Raises:
+        UserError: The mask does not fit or is black, or no step would be left.
+    """
+    picture, mask = source.image, source.mask
+    called = source.mask_of.path if source.mask_of else ""
+    if mask is not None and mask.size != picture.size:
         raise UserError(
-            f"the mask {mask} is {found.width}x{found.height} and the picture {image} is {picture.width}x{picture.height};"
-            " bring it to the picture's size"
+            f"the mask {called} is {mask.width}x{mask.height} and the picture {source.path} is"
+            f" {picture.width}x{picture.height}; bring it to the picture's size"
         )
-    if found is not None and not _paints(found):
-        raise UserError(f"the mask {mask} is black: nothing would be painted; white is what is painted anew")
-    source = Source(image, picture, found, strength or (DEFAULT_STRENGTH if found is None else 1.0))
-    if source.steps(steps) < 1:
-        raise UserError(f"--strength {source.strength:g} leaves none of {steps} steps; raise it, or --steps")
-    return source
+    if mask is not None and not _paints(mask):
+        raise UserError(f"the mask {called} is black: nothing would be painted; white is what is painted anew")
+    begun = replace(source, strength=strength or (DEFAULT_STRENGTH if mask is None else 1.0))
+    if begun.steps(steps) < 1:
+        raise UserError(f"--strength {begun.strength:g} leaves none of {steps} steps; raise it, or --steps")
+    return begun
 
 
 def _opened(path: Path, background: str) -> Image.Image:

@@ -27,7 +27,7 @@ from .activations import fitted
 from .results import Adapters, Made, write_changed
 from .settings import ConvertConfig
 from .sources import open_sources
-from .to_lora import as_lora, changes_no_weight
+from .to_lora import add_fitted, as_lora, refuse_unweighed
 from .verify import Verified, verify
 from .watch import Watch, watched
 
@@ -122,10 +122,11 @@ def _lora(config: ConvertConfig, found: Plan, rank: int, watch: Watch) -> Conver
     chosen = _chosen(config, dict.fromkeys(component for component, _ in source.sites))
     sites = [where for where in source.sites if where[0] in chosen]
     made = Adapters(bones, source.dtype if config.dtype is None else DTYPES[config.dtype])
-    needed = [where for where in sites if changes_no_weight(source, where)]
-    weighed = config.base is not None and config.base not in PUBLISHED
-    pairs = fitted(source, needed, rank, str(config.base), watch) if needed and weighed else {}
-    errors = as_lora(source, made, rank, sites, fitted=pairs, tick=watch.ticks("finding pairs"))
+    errors, pending = as_lora(source, made, rank, sites, watch)
+    if pending:
+        if source.weights is None:
+            refuse_unweighed(source, pending[0])
+        errors += add_fitted(made, fitted(source, pending, rank, str(config.base), watch))
     file = write_changed(made, found, at_home(config.output), config.to, f"LoRA of rank {rank} of {found.path.name}")
     return Converted(watch.made(file, made.count, errors), bones.info.name, _counted(made.made), source.bound.warnings)
 

@@ -18,10 +18,10 @@ from ..core.merge import folded
 from ..core.weight_change import change_of, with_weights
 from ..formats import container
 from ..formats.container import is_finite, torch_dtype
-from ..formats.file import DTYPES, bind
+from ..formats.file import DTYPES
 from .original_names import VAE, Row, bare, laid
 from .results import Made
-from .sources import Source, Where
+from .sources import Source, Where, bind_sources
 from .tool_settings import MergeConfig
 from .watch import Watch
 from .weights import Weights, is_weights, is_whole_base, open_weights
@@ -41,21 +41,18 @@ class Folding:
         dtype: Of the checkpoint; None: as the base has each tensor.
     """
 
-    def __init__(
-        self, weights: Weights, sources: Sequence[Source], strengths: Mapping[Path, float], dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, weights: Weights, sources: Sequence[Source], dtype: torch.dtype | None) -> None:
         """Find the sites.
 
         Args:
             weights: Of the base.
             sources: The adapters.
-            strengths: Of each file.
             dtype: Of the checkpoint; None: as the base has each tensor.
         """
         self.weights = weights
         self.sites: dict[Where, list[Source]] = {}
         self._paths: dict[Where, str] = {}
-        self.dtype, self._strengths = dtype, strengths
+        self.dtype = dtype
         self._last: tuple[Where, Mapping[str, Tensor]] | None = None
         for source in sources:
             for component, path in source.sites:
@@ -133,7 +130,7 @@ class Folding:
         for source in self.sites[where]:
             adapter = source.adapter((component, path), module)
             adapter.bind(module)
-            adapters.append((source.name, adapter, self._strengths[source.path]))
+            adapters.append((source.name, adapter, source.strength))
         return folded(held.get("weight", torch.zeros(0)), held.get("bias"), adapters)
 
 
@@ -152,16 +149,9 @@ def merge_into(config: MergeConfig, watch: Watch) -> Made:
     """
     choices = config.choices()
     weights = open_weights(config.into or "")
-    plans = [one.parsed() for one in choices]
-    sources = [Source(bind(one, weights.skeleton), one.stored(), weights) for one in plans]
-    for source in sources:
-        if not source.sites:
-            raise UserError(f"{source.path} has no site in the base {config.into}")
-        for warning in source.bound.warnings:
-            watch.tell(Warned(warning))
-    strengths = {one.path: choice.strength for one, choice in zip(plans, choices, strict=True)}
-    dtype = None if config.dtype is None else DTYPES[config.dtype]
-    folding = Folding(weights, sources, strengths, dtype)
+    plans, strengths = [one.parsed() for one in choices], [one.strength for one in choices]
+    sources = bind_sources(plans, weights.skeleton, weights, str(config.into), watch.tell, strengths)
+    folding = Folding(weights, sources, None if config.dtype is None else DTYPES[config.dtype])
     _refuse_left(folding.leave_out(), config.skip, watch)
     output = at_home(config.output)
     told = {"modelspec.merged_from": ", ".join((Path(config.into or "").stem, *(one.name for one in sources)))}

@@ -1,15 +1,14 @@
 """``merge``: several adapter files become one, or part of a base."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, LowRank, method_of
-from ..core.errors import FoldError, UserError
+from ..core.errors import UserError
 from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..core.reduction import Truncation, exact_pair, reduced_matrix, reduced_pair, summed
@@ -59,8 +58,8 @@ class _Way:
 
 def _merge(config: MergeConfig, watch: Watch) -> Made:
     choices = config.choices()
-    sources, bones = open_sources([one.parsed() for one in choices], config.base, watch.tell)
-    strengths = {source.path: one.strength for source, one in zip(sources, choices, strict=True)}
+    strengths = [one.strength for one in choices]
+    sources, bones = open_sources([one.parsed() for one in choices], config.base, watch.tell, strengths)
     dtype = joined_dtype([source.dtype for source in sources]) if config.dtype is None else DTYPES[config.dtype]
     made, errors = Adapters(bones, dtype), list[LayerError]()
     held = holders(sources)
@@ -69,16 +68,16 @@ def _merge(config: MergeConfig, watch: Watch) -> Made:
     tick = watch.ticks("merging sites")
     for number, (where, own) in enumerate(held.items()):
         tick(number, len(held))
-        given = [strengths[source.path] for source in own]
-        changes = [_change(source, where) for source in own]
-        if any(one is None for one in changes):
-            made.add(*where, _kept(where, own, given, watch))
+        opened = [source.opened(where)[1] for source in own]
+        changes = [change for change in opened if change is not None]
+        if len(changes) < len(own):
+            made.add(*where, _kept(where, own, watch))
             continue
-        merged, error = _merged(made, where, [one for one in changes if one is not None], given, way, number)
+        merged, error = _merged(made, where, changes, [source.strength for source in own], way, number)
         errors += error
         made.add_change(*where, merged)
     tick(len(held), len(held))
-    _write(config, sources, made, strengths, watch)
+    _write(config, sources, made)
     return watch.made(at_home(config.output), made.count, errors)
 
 
@@ -98,21 +97,13 @@ def holders(sources: Iterable[Source]) -> dict[Where, list[Source]]:
     return found
 
 
-def _change(source: Source, where: Where) -> Change | None:
-    """What a file changes at a site; None where that is no change of weight and bias."""
-    try:
-        return source.change(where)
-    except FoldError:
-        return None
-
-
-def _kept(where: Where, own: Sequence[Source], strengths: Sequence[float], watch: Watch) -> Adapter:
+def _kept(where: Where, own: Sequence[Source], watch: Watch) -> Adapter:
     """What is no change of weights is taken over as it is. Raises UserError where several files have it at one site."""
     adapters = [source.adapter(where) for source in own]
     first = adapters[0]
     words = [one for one in adapters if isinstance(one, LearnedVectors)]
     if len(words) == len(adapters):
-        if any(strength != 1 for strength in strengths):
+        if any(source.strength != 1 for source in own):
             watch.tell(Noted(f"{'.'.join(where)}: learned words are kept as they are, whatever the strength"))
         return words[0] if len(words) == 1 else united(where, own, words)
     if len(adapters) > 1:
@@ -121,10 +112,10 @@ def _kept(where: Where, own: Sequence[Source], strengths: Sequence[float], watch
             f"{names} both change {'.'.join(where)}, and {method_of(first)} is no change of a weight, so that they cannot be"
             " merged there; use both files side by side"
         )
-    if strengths[0] != 1:
+    if own[0].strength != 1:
         raise UserError(
             f"{own[0].path}: {method_of(first)} at {'.'.join(where)} is no change of a weight, so that no file can hold it"
-            f" at strength {strengths[0]:g}; merge it at strength 1, or use the files side by side"
+            f" at strength {own[0].strength:g}; merge it at strength 1, or use the files side by side"
         )
     return first
 
@@ -226,12 +217,10 @@ def _reduced(name: str, change: LowRank | Tensor, wanted: Truncation) -> tuple[L
     return found.pair, [LayerError(name, len(found.pair.down), found.error, found.norm)]
 
 
-def _write(
-    config: MergeConfig, sources: Sequence[Source], made: Adapters, strengths: Mapping[Path, float], watch: Watch
-) -> None:
+def _write(config: MergeConfig, sources: Sequence[Source], made: Adapters) -> None:
     plans = [source.plan for source in sources]
     output = at_home(config.output)
-    told = ", ".join(f"{source.name}={strengths[source.path]:g}" for source in sources)
+    told = ", ".join(f"{source.name}={source.strength:g}" for source in sources)
     names = Counter(source.name for source in sources)
     metadata = {
         **kept_metadata(plans),

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..core.adapter import LowRank
-from ..core.errors import FoldError
 from ..core.events import Observer
 from ..core.files import at_home
 from ..core.reduction import Reduced, Truncation, reduced_matrix, reduced_pair
@@ -62,14 +61,10 @@ def _told(config: ResizeConfig) -> str:
 def _resized(made: Adapters, source: Source, where: Where, config: ResizeConfig) -> list[LayerError]:
     bare = made.bones.parts[where[0]].get_submodule(where[1])
     wanted = _wanted(config, bare)
-    try:
-        change = source.change(where)
-    except FoldError:  # such as learned words
-        made.add(*where, source.adapter(where))
-        return []
-    reducible = (change.pair or change.matrix()) if serves(bare) else None
-    if reducible is None:  # a norm, an embedding, or a bias alone
-        made.add(*where, source.adapter(where))
+    adapter, change = source.opened(where)
+    reducible = (change.pair or change.matrix()) if change is not None and serves(bare) else None
+    if change is None or reducible is None:  # learned words and the like, a norm, an embedding, or a bias alone
+        made.add(*where, adapter)
         return []
     found = _reduced(reducible, wanted)
     made.add_change(*where, Change(pair=found.pair, bias=change.bias))

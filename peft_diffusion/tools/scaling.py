@@ -61,13 +61,12 @@ def _scale(made: Adapters, source: Source, where: Where, scaler: "_Scaler", watc
     if scaled is not None:
         made.add(*where, scaled)
         return
-    try:
-        change = source.change(where)
-    except FoldError:
+    _, change = source.opened(where)
+    if change is None:
         raise UserError(
             f"{source.path}: what {'.'.join(where)} holds is no change of a weight, so that no file can hold it at another"
             f" strength; give the strength where it is used, as in {source.path.name}={scaler.by:g}"
-        ) from None
+        )
     watch.tell(Noted(f"{'.'.join(where)}: becomes a whole change, as a file of its method knows no strength"))
     pair = None if change.pair is None else LowRank(change.pair.down, change.pair.up * scaler.by)
     weight, bias = (None if one is None else one * scaler.by for one in (change.weight, change.bias))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..bases.base import Skeleton
 from ..bases.skeleton import PUBLISHED
 from ..core.adapter import Adapter
-from ..core.errors import UserError
+from ..core.errors import FoldError, UserError
 from ..core.events import Observer, Warned
 from ..core.weight_change import Change, change_of, with_weights
 from ..formats import Plan
@@ -32,11 +32,13 @@ class Source:
         bound: Its sites.
         tensors: Its tensors, each read when it is asked for.
         weights: Those of the base, where they are at hand.
+        strength: How much of it is meant; 1 is as trained.
     """
 
     bound: Bound
     tensors: Mapping[str, Tensor]
     weights: Weights | None = None
+    strength: float = 1.0
 
     @property
     def path(self) -> Path:
@@ -98,21 +100,24 @@ class Source:
             raise UserError(f"{self.path}: {'.'.join(where)} holds no adapter of a method that is known here")
         return built
 
-    def change(self, where: Where) -> Change:
-        """Tell what the file changes at a site, at strength 1.
+    def opened(self, where: Where) -> tuple[Adapter, Change | None]:
+        """Read the adapter of a site, and tell what it changes at strength 1.
 
         Args:
             where: The site.
 
         Returns:
-            The change of weight and bias.
+            The adapter, and the change of weight and bias; None where it is none of these.
 
         Raises:
-            FoldError: It is none of weight and bias.
-            UserError: It depends on a weight that is not at hand, or the file is damaged.
+            UserError: The change depends on a weight that is not at hand, or the file is damaged.
         """
         module = self.module(where)
-        return change_of(self.adapter(where, module), module, f"{self.path}: {'.'.join(where)}")
+        adapter = self.adapter(where, module)
+        try:
+            return adapter, change_of(adapter, module, f"{self.path}: {'.'.join(where)}")
+        except FoldError:
+            return adapter, None
 
 
 def joined_dtype(kinds: Sequence[torch.dtype]) -> torch.dtype:
@@ -128,13 +133,16 @@ def joined_dtype(kinds: Sequence[torch.dtype]) -> torch.dtype:
     return torch.float32 if found == torch.float64 else found
 
 
-def open_sources(plans: Sequence[Plan], base: str | None, tell: Observer) -> tuple[list[Source], Skeleton]:
+def open_sources(
+    plans: Sequence[Plan], base: str | None, tell: Observer, strengths: Sequence[float] | None = None
+) -> tuple[list[Source], Skeleton]:
     """Bind adapter files to the skeleton of the base that they are for.
 
     Args:
         plans: What the files hold.
         base: Their base, as a person names it, with its weights where there are some; None: by what the files hold.
         tell: Is told what of a file is left out.
+        strengths: Of each file; None: 1 of all.
 
     Returns:
         The files, and the skeleton.
@@ -145,13 +153,39 @@ def open_sources(plans: Sequence[Plan], base: str | None, tell: Observer) -> tup
     weights = None if base is None or base in PUBLISHED else open_weights(base)
     largest = max(plans, key=lambda one: sum(map(len, one.sites.values())))
     bones = fitting(largest, base) if weights is None else weights.skeleton
-    sources = [Source(bind(one, bones), one.stored(), weights) for one in plans]
+    named = f"{bones.info.name!r}, which {largest.path} is for; take files of one base, or name the base with --base"
+    return bind_sources(plans, bones, weights, named, tell, strengths), bones
+
+
+def bind_sources(
+    plans: Sequence[Plan],
+    bones: Skeleton,
+    weights: Weights | None,
+    named: str,
+    tell: Observer,
+    strengths: Sequence[float] | None = None,
+) -> list[Source]:
+    """Bind adapter files to a skeleton.
+
+    Args:
+        plans: What the files hold.
+        bones: The skeleton of their base.
+        weights: Of the base, where they are at hand.
+        named: What errors call the base, and what they advise.
+        tell: Is told what of a file is left out.
+        strengths: Of each file; None: 1 of all.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: A file has no site in the base.
+    """
+    given = [1.0] * len(plans) if strengths is None else strengths
+    sources = [Source(bind(one, bones), one.stored(), weights, strength) for one, strength in zip(plans, given, strict=True)]
     for source in sources:
         if not source.sites:
-            raise UserError(
-                f"{source.path} has no site in the base {bones.info.name!r}, which {largest.path} is for; take files of one"
-                " base, or name the base with --base"
-            )
+            raise UserError(f"{source.path} has no site in the base {named}")
         for warning in source.bound.warnings:
             tell(Warned(warning))
-    return sources, bones
+    return sources

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.errors import FoldError, UserError
+from ..core.errors import UserError
 from ..core.events import Observer
 from ..formats.planning import Plan, plan, some
 from .key_maps import BUNDLE, PROGRAMS, Taken, Theirs, taken, words_taken
@@ -121,8 +121,9 @@ def _meant(source: Source) -> Iterator[tuple[Where, Tensor | None]]:
     for where in source.sites:
         try:
             with torch.no_grad():
-                matrix = source.change(where).matrix()
-        except (FoldError, UserError):
+                _, change = source.opened(where)
+                matrix = None if change is None else change.matrix()
+        except UserError:
             matrix = None
         yield where, None if matrix is None else matrix.detach()
 

@@ -60,7 +60,7 @@ _PRIOR = Group("Keeping the class", 3)
 
 
 @settings_class()
-class _PictureConfig(CaptionSettings, FolderSettings):
+class _PictureConfig:
     """What a run learns from and what it makes."""
 
     folder: Paths = setting(
@@ -187,7 +187,7 @@ class _PictureConfig(CaptionSettings, FolderSettings):
 
 @explained
 @settings_class(kw_only=True)
-class TrainConfig(SharedConfig, _PictureConfig):
+class TrainConfig(SharedConfig, CaptionSettings, FolderSettings, _PictureConfig):
     """Everything a training run is told. A field left at None gets the preset's value for the base.
 
     Raises:

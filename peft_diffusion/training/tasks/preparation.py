@@ -60,7 +60,7 @@ _SHOWN, _LINE = 5, 600  # lines of a list, characters of a line
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures of a run: all that it has, of which it learns from ``kept`` and measures on ``apart``, and of the class."""
+    """Those of a run: all of its own, of which it learns from ``kept`` and measures on ``apart``, and of the class."""
 
     all: tuple[TrainingImage, ...]
     kept: tuple[TrainingImage, ...]
@@ -238,7 +238,7 @@ def prepare(
         run.check_data(going_on.origin, items(pictures, of_class))
     encode = _Encoder(resolved, info, pipe, tell, parts)
     examples = _encoded(encode, arranged, parts.arrange(apart, info.step, learned=False), of_class)
-    of_run = Pictures(tuple(pictures), tuple(kept), tuple(apart), tuple(of_class))
+    of_run = Pictures(*map(tuple, (pictures, kept, apart, of_class)))
     return Prepared(resolved, pipe, info, of_run, *examples, rules, tuple(asked))
 
 
