@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .bases import LanguageModel, load_base, load_lm
     from .core.errors import UserError
     from .core.plugins import load_plugin
+    from .data.caption_settings import CaptionConfig
+    from .data.captioning import Captioned, caption
     from .formats import Inspection, Spec, inspect
     from .generation import Adapters, ByPart, Schedule
     from .generation.blend import Blend, blend
@@ -47,6 +49,8 @@ __all__ = [
     "Blend",
     "BlendConfig",
     "ByPart",
+    "CaptionConfig",
+    "Captioned",
     "ConvertConfig",
     "Converted",
     "Dataset",
@@ -72,6 +76,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "blend",
+    "caption",
     "convert",
     "export",
     "extract",
@@ -103,6 +108,8 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "Blend": "generation.blend",
             "BlendConfig": "generation.settings",
             "ByPart": "generation",
+            "CaptionConfig": "data.caption_settings",
+            "Captioned": "data.captioning",
             "ExportConfig": "training.settings.export",
             "ExtractConfig": "tools.tool_settings",
             "ConvertConfig": "tools.settings",
@@ -128,6 +135,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "TrainConfig": "training",
             "UserError": "core.errors",
             "blend": "generation.blend",
+            "caption": "data.captioning",
             "export": "training.exporting",
             "extract": "tools.extraction",
             "convert": "tools.convert",

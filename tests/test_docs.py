@@ -34,6 +34,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 GENERATED = [DOCS / "reference" / name for name in ("settings.md", "commands.md")]  # by docs/hooks.py
 COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("train",): (pd.TrainConfig, FindLr),
+    ("caption",): (pd.CaptionConfig,),
     ("generate",): (pd.GenerateConfig,),
     ("blend",): (pd.BlendConfig,),
     ("grid",): (pd.GridConfig,),

@@ -24,6 +24,7 @@ from .terminal import PlainFormatter, say
 # Each command is the function of its name in the module of its name; its module is imported when it is called.
 COMMANDS = {
     "train": "Learn a style from a folder of images and write it as one adapter file.",
+    "caption": "Describe the pictures of a folder, change their captions, or count what these hold.",
     "generate": "Make pictures from prompts, with any number of adapters.",
     "blend": "Draw a labelled sheet from all of one adapter to all of another.",
     "grid": "Draw a labelled sheet over values of any settings.",

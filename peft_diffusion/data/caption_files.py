@@ -6,7 +6,7 @@ import posixpath
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -74,6 +74,7 @@ class Captions:
         problems: What was wrong with the files.
         any_files: Whether the folder has caption files at all.
         broken: Images whose caption is there and cannot be read.
+        files: The file beside an image that its caption came from, or is left blank.
     """
 
     sidecars: Mapping[str, str]
@@ -81,6 +82,7 @@ class Captions:
     problems: tuple[Problem, ...]
     any_files: bool
     broken: frozenset[str] = frozenset()
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, name: str) -> tuple[str, Source]:
         """Look up an image's caption; the file beside it wins over metadata.
@@ -115,13 +117,13 @@ def read_captions(
         The captions and the problems.
     """
     files = list(files)
-    sidecars, problems, broken = _read_sidecars(root, files, pictures, extensions)
+    sidecars, problems, broken, beside = _read_sidecars(root, files, pictures, extensions)
     metadata: dict[str, str] = {}
     found = [name for name in files if is_metadata(name)]
     # The file nearest to a picture speaks first, and JSON lines before CSV.
     for name in sorted(found, key=lambda name: (-name.count("/"), not name.lower().endswith(".jsonl"), name)):
         problems += _read_metadata(root, name, {plain_name(file) for file in files}, metadata)
-    return Captions(sidecars, metadata, tuple(problems), bool(sidecars or found), broken)
+    return Captions(sidecars, metadata, tuple(problems), bool(sidecars or found), broken, beside)
 
 
 def is_metadata(name: str) -> bool:
@@ -180,12 +182,13 @@ def _lines(text: str) -> str:
 
 def _read_sidecars(
     root: Path, files: Iterable[str], pictures: Collection[str], extensions: Sequence[str]
-) -> tuple[dict[str, str], list[Problem], frozenset[str]]:
-    """The captions beside images, what is wrong with them, and the images of those that cannot be read."""
+) -> tuple[dict[str, str], list[Problem], frozenset[str], dict[str, str]]:
+    """The captions beside images, what is wrong with them, the images of those that cannot be read, and the files."""
     by_stem: dict[str, list[str]] = {}
     for picture in pictures:
         by_stem.setdefault(posixpath.splitext(plain_name(picture))[0], []).append(picture)
     captions: dict[str, str] = {}
+    beside: dict[str, str] = {}
     problems: list[Problem] = []
     broken: set[str] = set()
     sidecars = [name for name in files if is_sidecar(name, extensions)]
@@ -203,8 +206,10 @@ def _read_sidecars(
             if captions.get(owner) and caption and captions[owner] != caption:
                 message = "a second caption for the same picture, not used"
                 problems.append(Problem(where, "two captions", message, "Keep the .txt or the .caption file"))
+            if not captions.get(owner) and (caption or owner not in beside):
+                beside[owner] = name
             captions[owner] = captions.get(owner) or caption
-    return captions, problems, frozenset(broken)
+    return captions, problems, frozenset(broken), beside
 
 
 def _read_metadata(root: Path, name: str, files: Collection[str], captions: dict[str, str]) -> list[Problem]:

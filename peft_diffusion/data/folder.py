@@ -74,6 +74,7 @@ class TrainingImage:
         repeats: How often an epoch draws it, 1 or more.
         weight: Its factor in the loss, 0 or more.
         dataset: Which of the data sets of a run it is of, from 0.
+        caption_file: The file beside it that its caption came from, or is left blank; None where there is none.
     """
 
     path: Path
@@ -88,6 +89,7 @@ class TrainingImage:
     repeats: int = 1
     weight: float = 1.0
     dataset: int = 0
+    caption_file: Path | None = None
 
     @property
     def subfolder(self) -> str:
@@ -346,6 +348,8 @@ def _scan_root(listing: _Listing, limits: _Limits, tick: Callable[[], None]) -> 
             else:
                 pictures.append(TrainingImage(root / name, name, "", "none", checked.width, checked.height, checked.digest))
     captioned, missing = _caption(pictures, captions, limits.missing, limits.captions)
+    files = {name: root / file for name, file in captions.files.items()}
+    captioned = [replace(one, caption_file=files.get(plain_name(one.name))) for one in captioned]
     problems += missing
     if limits.masks:
         found = [_with_mask(picture, root, companions.masks.get(picture.name), limits) for picture in captioned]

@@ -113,10 +113,9 @@ class Order:
         return strengths(self.choices, names, one.tags, self.shelf, base)
 
 
-def _manner(one: Asked) -> tuple[object, ...]:
-    """What of the drawing may differ between pictures."""
-    config = one.config
-    return config.width, config.height, config.guidance, config.steps, config.variation_seed, config.variation_strength
+def _manner(one: Asked) -> GenerateConfig:
+    """How a picture is drawn, without what each has of its own."""
+    return replace(one.config, prompts=("",), negative="", seed=0, seeds=(), count=1)
 
 
 def strengths(

@@ -246,6 +246,7 @@ def cell_recipes(
     info = adapters.base
     width, height = size(info, sampling, source)
     scheduler = scheduler_of(adapters, cells, sampling)
+    hires = sampling.second_pass
     found = {
         "prompt": "",
         "seed": 0,
@@ -264,6 +265,8 @@ def cell_recipes(
         "sampler_options": _options(scheduler) | {"freeu": free_u(denoiser_of(pipe).network)},
         "vae": _fingerprint(pipe.vae),
         "versions": _versions(),
+        **({} if hires is None else {"hires_upscaler": hires.upscaler, "hires_strength": hires.strength}),
+        **({} if hires is None else {"hires_steps": hires.steps}),
     }
     begun = {} if source is None else {"image": source.of, "mask": source.mask_of, "strength": source.strength}
     of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None, **begun}

@@ -13,8 +13,10 @@ from .recipe import check_target
 from .settings import SEEDS, Choice, GenerateConfig, Sampling
 
 _REPLACE = "replace"
+_NONE = "none"
 _SETTINGS = ("steps", "guidance", "guidance_stop", "scheduler", "seed", "width", "height", "negative", "prompt_2",
-             "prompt_weights", "clip_skip", "zero_negative", "variation_seed", "variation_strength")  # fmt: skip
+             "prompt_weights", "clip_skip", "zero_negative", "variation_seed", "variation_strength", "hires",
+             "hires_upscaler", "hires_strength", "hires_steps")  # fmt: skip
 _AXIS = (
     "NAME=VALUE,VALUE (or | between): steps, guidance, scheduler, seed, ..., the name of an adapter file for its strength, "
     "or replace=WORD,OTHER,... for words of the prompt."
@@ -164,7 +166,8 @@ def _set(config: GenerateConfig, name: str, value: str) -> GenerateConfig:
     (described,) = (one for one in settings_of(GenerateConfig) if one.name == name)
     kinds: dict[object, Callable[[str], object]] = {int: int, float: float, bool: {"true": True, "false": False}.__getitem__}
     try:
-        found = kinds.get(described.single, str)(value)
+        # What has no value by default can have none at a place of the sheet too.
+        found = None if described.default is None and value.lower() == _NONE else kinds.get(described.single, str)(value)
     except (ValueError, KeyError):
         raise UserError(f"{name} cannot be {value!r} on a side of the sheet") from None
     changes: dict[str, Any] = {name: found}

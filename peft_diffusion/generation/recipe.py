@@ -17,10 +17,12 @@ from ..core.parsing import json_value, refusing
 from ..core.strength_schedule import ByPart
 from ..data.prompts import words_of
 from ..formats.container import title
-from . import amounts
+from . import amounts, hires
 
 KEY = "peft_diffusion"  # the text chunk that holds it, as JSON
 VERSION = 1
+# Fields that a recipe has only where there is something to say.
+_WHERE_THERE = frozenset({"plugins", "base_sha256", "hires", "hires_upscaler", "hires_strength", "hires_steps"})
 _MOST_PIXELS = 100_000_000  # more than are drawn here
 
 # What A1111 and the programs that read its text call the samplers of diffusers.
@@ -80,6 +82,8 @@ class Recipe:
 
     ``base_sha256`` is the digest of the one file that the base was read from; "" where it is no file.
 
+    ``hires`` is how many times larger a second pass made the picture, whose first pass ``width`` and ``height`` are of.
+
     ``base`` is the source that was named; ``base_name``, ``base_family`` and ``fingerprint`` are what was found there.
     """
 
@@ -117,10 +121,14 @@ class Recipe:
     variation_strength: float | None = None
     written: str | None = None
     prediction: str | None = None
+    hires: float | None = None
+    hires_upscaler: str | None = None
+    hires_strength: float | None = None
+    hires_steps: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; plug-ins and the digest of the base's file where there are."""
-        return {name: value for name, value in asdict(self).items() if value or name not in ("plugins", "base_sha256")}
+        """As JSON values; those of `_WHERE_THERE` where there are."""
+        return {name: value for name, value in asdict(self).items() if value or name not in _WHERE_THERE}
 
     @classmethod
     def from_json(cls, values: Any) -> "Recipe":
@@ -204,11 +212,23 @@ class Recipe:
             "Model": Path(self.base_name).stem if self.base_sha256 else self.base_name,
             **({"Clip skip": self.clip_skip} if self.clip_skip is not None else {}),
             **({"Denoising strength": f"{self.strength:g}"} if self.strength is not None else {}),
+            **self._second_pass(),
             **({"Lora hashes": hashes} if hashes else {}),
             "Version": f"peft_diffusion {self.versions.get('peft_diffusion', '')}",
         }
         lines = [prompt + loras, *([f"Negative prompt: {negative}"] if negative else [])]
         return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items())])
+
+    def _second_pass(self) -> dict[str, object]:
+        """What A1111 writes of its hires fix."""
+        if self.hires is None or self.hires_strength is None or self.hires_upscaler is None:
+            return {}
+        return {
+            "Denoising strength": f"{self.hires_strength:g}",
+            "Hires upscale": f"{self.hires:g}",
+            "Hires steps": self.hires_steps,
+            "Hires upscaler": hires.label(self.hires_upscaler),
+        }
 
 
 def _strengths(used: UsedAdapter) -> str:
@@ -243,6 +263,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "prompt_2": (str, type(None)), "prompt_weights": (str, type(None)), "clip_skip": (int, type(None)),
     "variation_seed": (int, type(None)), "variation_strength": (float, int, type(None)),
     "zero_negative": (bool, type(None)), "written": (str, type(None)), "prediction": (str, type(None)),
+    "hires": (float, int, type(None)), "hires_upscaler": (str, type(None)), "hires_strength": (float, int, type(None)),
+    "hires_steps": (int, type(None)),
 }  # fmt: skip
 
 

@@ -21,9 +21,12 @@ from ..core.strength_schedule import ByPart
 from ..data.images import MAX_PIXELS
 from ..data.prompts import in_words
 from .adapters import Adapters
+from .hires import LANCZOS, Hires
 from .settings import Sampling
-from .source import Source
+from .source import Source, beginning_with_pictures
 from .telling import Telling, triggers
+from .upscaling import check as check_hires
+from .upscaling import enlarged, noised_by
 
 _WHAT = "drawing"  # what progress is told of
 
@@ -78,9 +81,15 @@ def size(info: BaseInfo, sampling: Sampling, source: Source | None = None) -> tu
             below, above = side - side % info.step, side - side % info.step + info.step
             near = f"{below} or {above}" if below else f"{above}"
             raise UserError(f"{name} {side} is no multiple of {info.step}, which the base {info.name!r} needs; take {near}")
+    _check_pixels(sides)
+    if sampling.second_pass is not None:
+        _check_pixels(sampling.second_pass.size(*sides, info.step))
+    return sides
+
+
+def _check_pixels(sides: tuple[int, int]) -> None:
     if sides[0] * sides[1] > MAX_PIXELS:
         raise UserError(f"{sides[0]}x{sides[1]} is over the limit of {MAX_PIXELS:,} pixels a picture; take smaller sides")
-    return sides
 
 
 def paint(
@@ -112,10 +121,13 @@ def paint(
         UserError: Before anything is computed, for sizes and prompts that the base cannot take.
         Interrupted: It was stopped.
     """
-    pipe = adapters.pipe
-    width, height = size(adapters.base, sampling, source)
+    pipe, hires = adapters.pipe, sampling.second_pass
+    sides = size(adapters.base, sampling, source)
+    if hires is not None:
+        check_hires(pipe, hires)
     cells = _in_words(cells, sampling, tell)
-    each = sampling.taken_steps if source is None else source.steps(sampling.taken_steps)
+    first = sampling.taken_steps if source is None else source.steps(sampling.taken_steps)
+    each = first + (0 if hires is None else hires.steps)
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
     scheduler = scheduler_of(adapters, cells, sampling)
     if gives_way(pipe, scheduler, sampling):
@@ -132,8 +144,12 @@ def paint(
             check_stop(stop, f"stopped after {number * sampling.batch_size} of {len(cells)} pictures")
             _set_strengths(adapters, batch)
             report = _Report(tell, number * each, len(batches) * each, sampling.guidance_stop)
-            start = _noise(pipe, batch, (width, height), sampling) if source is None else _start(pipe, batch, source)
-            yield from _paint_batch(start, batch, sampling, telling, report, source)
+            start = _noise(pipe, batch, sides, sampling) if source is None else _start(pipe, batch, source, sampling)
+            if hires is not None:
+                start = _second(start, hires, adapters, batch, telling, report)
+                report = replace(report, before=report.before + first)
+            images = _paint_batch(start, batch, telling, report)
+            yield from images if source is None else map(source.kept, images)
 
 
 def _in_words(cells: Sequence[Cell], sampling: Sampling, tell: Observer) -> list[Cell]:
@@ -208,12 +224,18 @@ def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
     Raises:
         UserError: There are more steps than noise levels.
     """
-    scheduler = adapters.pipe.scheduler
+    scheduler, hires = adapters.pipe.scheduler, sampling.second_pass
     levels = scheduler.config.num_train_timesteps
     if sampling.taken_steps > levels:
         raise UserError(f"steps must be at most {levels}, the noise levels that the base knows, not {sampling.taken_steps}")
+    if hires is not None and hires.planned > levels:
+        raise UserError(
+            f"{hires.steps} steps of a second pass at strength {hires.strength:g} are the last of {hires.planned}, and the"
+            f" base knows {levels} noise levels; lower --hires-steps, or raise --hires-strength"
+        )
     if sampling.scheduler is not None:
-        scheduler = _named(sampling.scheduler, adapters, sampling.taken_steps)
+        for steps in {sampling.taken_steps, *(() if hires is None else (hires.planned,))}:
+            scheduler = _named(sampling.scheduler, adapters, steps)
     used = {name for cell in cells for name, strength in (cell.strengths or {}).items() if strength != 0}
     of_noise = any(adapters[name].spec.training.get("zero_terminal_snr") for name in used & set(adapters.names))
     return ending_in_noise(scheduler) if of_noise else scheduler
@@ -257,26 +279,39 @@ def gives_way(pipe: Pipeline, scheduler: Any, sampling: Sampling) -> bool:
 
 @dataclass(frozen=True)
 class _Start:
-    """What pictures begin as: a pipeline, its chance, and what it is told of sizes and of what is there."""
+    """What pictures begin as: a pipeline, its chance, and what it is told of sizes and of what is there.
+
+    ``steps`` are those from pure noise, of which the share ``begins`` is taken.
+    """
 
     pipe: Pipeline
     generators: list[torch.Generator]
     arguments: Mapping[str, Any]
+    steps: int
+    begins: float = 1.0
 
 
 def _noise(pipe: Pipeline, batch: Sequence[Cell], sides: tuple[int, int], sampling: Sampling) -> _Start:
     """Noise alone."""
     width, height = sides
     generators = _generators(batch)
+    noise = _drawn_noise(pipe, generators, sides, sampling)
+    told = {"width": width, "height": height, "latents": noise.to(computes_on(pipe), dtype_of(pipe))}
+    return _Start(pipe, generators, {**whole_picture(pipe, width, height), **told}, sampling.taken_steps)
+
+
+def _drawn_noise(
+    pipe: Pipeline, generators: Sequence[torch.Generator], sides: tuple[int, int], sampling: Sampling
+) -> torch.Tensor:
+    """Noise for pictures of a size, a generator each, with that of a variation in it."""
     # Drawn here, on the CPU and in float32, so that a seed means the same noise on every device and in every precision.
-    denoiser = denoiser_of(pipe)
+    (width, height), denoiser = sides, denoiser_of(pipe)
     shape = (1, denoiser.channels, height // denoiser.factor, width // denoiser.factor)
     latents = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     if sampling.variation_seed is not None:
         other = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(sampling.variation_seed))
         latents = _between(latents, other, sampling.variation_strength)
-    told = {"width": width, "height": height, "latents": latents.to(computes_on(pipe), dtype_of(pipe))}
-    return _Start(pipe, generators, {**whole_picture(pipe, width, height), **told})
+    return latents
 
 
 def _between(noise: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:
@@ -287,47 +322,71 @@ def _between(noise: torch.Tensor, other: torch.Tensor, share: float) -> torch.Te
     return torch.where(angle.sin() > 1e-4, mixed, noise)
 
 
-def _start(pipe: Pipeline, batch: Sequence[Cell], source: Source) -> _Start:
+def _start(pipe: Pipeline, batch: Sequence[Cell], source: Source, sampling: Sampling) -> _Start:
     """A picture, to which the pipeline adds noise by the generators, which draw on the CPU."""
-    return _Start(source.pipeline(pipe), _generators(batch), source.call_arguments(len(batch)))
+    begins = source.steps(sampling.taken_steps) / sampling.taken_steps
+    return _Start(source.pipeline(pipe), _generators(batch), source.call_arguments(len(batch)), sampling.taken_steps, begins)
+
+
+def _second(
+    start: _Start, hires: Hires, adapters: Adapters, batch: Sequence[Cell], telling: Telling, report: _Report
+) -> _Start:
+    """Draw the first pass, and begin the second with what it drew and, as A1111, with noise of the same seeds."""
+    pipe, info = start.pipe, adapters.base
+    of_pictures = hires.upscaler == LANCZOS
+    drawn = _paint_batch(start, batch, telling, report) if of_pictures else _latents(start, batch, telling, report)
+    sides = hires.size(start.arguments["width"], start.arguments["height"], info.step)
+    generators = _generators(batch)
+    noise = _drawn_noise(pipe, generators, sides, telling.asked)
+    made = beginning_with_pictures(pipe)
+    if made is None:
+        raise UserError(f"a {type(pipe).__name__} cannot start from a picture, so it has no second pass; leave --hires away")
+    made.scheduler = noised_by(made.scheduler, noise)
+    told = {"image": enlarged(drawn, hires, sides, denoiser_of(pipe).factor), "strength": hires.begins}
+    return _Start(made, generators, told, hires.planned, hires.steps / hires.planned)
 
 
 def _generators(batch: Sequence[Cell]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(cell.seed) for cell in batch]
 
 
-def _paint_batch(
-    start: _Start,
-    batch: Sequence[Cell],
-    sampling: Sampling,
-    telling: Telling,
-    report: _Report,
-    source: Source | None,
-) -> list[Image.Image]:
-    # What starts from a picture may start where guidance acts no more.
-    begins = 1.0 if source is None else source.steps(sampling.taken_steps) / sampling.taken_steps
-    guided = begins > 1 - sampling.guidance_stop
-    out = start.pipe(
-        **start.arguments,
-        **telling.arguments(*_texts(batch, sampling), guided=guided and sampling.guided_by > 1),
-        num_inference_steps=sampling.taken_steps,
-        guidance_scale=sampling.guided_by if guided else 1.0,
-        generator=start.generators,
-        callback_on_step_end=report,
-        callback_on_step_end_tensor_inputs=guided_tensors(start.pipe),
-        output_type="np",
-    )
-    _check_finite(out.images, start.pipe)
+def _paint_batch(start: _Start, batch: Sequence[Cell], telling: Telling, report: _Report) -> list[Image.Image]:
+    out = _called(start, batch, telling, report, "np")
     blanked = sum(map(bool, getattr(out, "nsfw_content_detected", None) or ()))
     if blanked:
         report.tell(Warned(f"the base's safety checker has blanked {blanked} of {len(batch)} pictures"))
     images: list[Image.Image] = start.pipe.image_processor.numpy_to_pil(out.images)
-    return images if source is None else [source.kept(image) for image in images]
+    return images
+
+
+def _latents(start: _Start, batch: Sequence[Cell], telling: Telling, report: _Report) -> torch.Tensor:
+    """What is drawn before it is decoded, as pipelines scale it."""
+    found: torch.Tensor = _called(start, batch, telling, report, "latent").images
+    return found
+
+
+def _called(start: _Start, batch: Sequence[Cell], telling: Telling, report: _Report, kind: str) -> Any:
+    """What the pipeline gives, as pixels or as latents. Raises UserError for NaN."""
+    sampling = telling.asked
+    # What starts from a picture may start where guidance acts no more.
+    guided = start.begins > 1 - sampling.guidance_stop
+    out = start.pipe(
+        **start.arguments,
+        **telling.arguments(*_texts(batch, sampling), guided=guided and sampling.guided_by > 1),
+        num_inference_steps=start.steps,
+        guidance_scale=sampling.guided_by if guided else 1.0,
+        generator=start.generators,
+        callback_on_step_end=report,
+        callback_on_step_end_tensor_inputs=guided_tensors(start.pipe),
+        output_type=kind,
+    )
+    _check_finite(out.images, start.pipe)
+    return out
 
 
 def _check_finite(pixels: Any, pipe: Pipeline) -> None:
     """Raise UserError for NaN, which would be written as black."""
-    if not np.isfinite(pixels).all():
+    if not bool((torch if isinstance(pixels, torch.Tensor) else np).isfinite(pixels).all()):
         advice = "" if dtype_of(pipe) == torch.float32 else ", or take --precision float32"
         raise UserError(f"the picture came out as NaN; lower the strength or the guidance{advice}")
 

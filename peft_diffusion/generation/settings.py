@@ -40,6 +40,7 @@ from ..data.prompts import refuse_files
 from ..formats import Plan, plan
 from ..formats.container import adapter_file, is_pickle, title
 from . import amounts
+from .hires import UPSCALERS, Hires, upscaler
 from .recipe import check_folder, check_target, read
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
@@ -338,6 +339,28 @@ class Sampling(NamesAdapters):
         "Hold the base's linear layers in fewer bits, which saves memory: int8, or nf4 for the least (slightly off).",
         PARAMETERS,
     )
+    hires: float | None = setting(
+        None,
+        "Draw each picture a second time, so many times larger, from what the first pass drew, as A1111's hires fix: 1.5.",
+        PARAMETERS,
+        Range(1, 8, above=True),
+    )
+    hires_upscaler: str | None = setting(
+        None,
+        f"How the second pass's picture is made larger: {', '.join(UPSCALERS)}; also by the names of A1111. By default "
+        "latent; lanczos needs less --hires-strength.",
+        PARAMETERS,
+    )
+    hires_strength: float | None = setting(
+        None,
+        "How far the second pass leaves behind what the first drew (above 0 to 1): the share of the noise levels that it "
+        "begins with; by default 0.7.",
+        PARAMETERS,
+        Range(0, 1, above=True),
+    )
+    hires_steps: int | None = setting(
+        None, "Denoising steps that the second pass takes; by default as many as the first.", PARAMETERS, COUNT
+    )
     variation_seed: int | None = setting(
         None, "A second seed, whose noise is mixed into that of the first, as A1111 mixes variations.", PARAMETERS, SEEDS
     )
@@ -363,6 +386,11 @@ class Sampling(NamesAdapters):
             raise UserError("weights of fewer bits stay on the device; leave --offload or --quantize away")
         if self.scheduler is not None:
             object.__setattr__(self, "scheduler", canonical(self.scheduler))
+        if self.hires_upscaler is not None:
+            object.__setattr__(self, "hires_upscaler", upscaler(self.hires_upscaler))
+        of_second = self.hires_upscaler, self.hires_strength, self.hires_steps
+        if self.hires is None and any(one is not None for one in of_second):
+            raise UserError("--hires-upscaler, --hires-strength and --hires-steps are for a second pass; give --hires too")
         if self.negative and self.guided_by <= 1:
             raise UserError(f"a negative prompt has no effect at guidance {self.guided_by:g}; raise it above 1")
         if self.negative and self.guidance_stop == 0:
@@ -372,6 +400,14 @@ class Sampling(NamesAdapters):
     def taken_steps(self) -> int:
         """How many denoising steps are taken."""
         return _STEPS if self.steps is None else self.steps
+
+    @property
+    def second_pass(self) -> Hires | None:
+        """The pass that makes pictures larger; None where there is none."""
+        if self.hires is None:
+            return None
+        steps = self.taken_steps if self.hires_steps is None else self.hires_steps
+        return Hires.asked(self.hires, self.hires_upscaler, self.hires_strength, steps)
 
     @property
     def guided_by(self) -> float:
@@ -443,6 +479,8 @@ class GenerateConfig(Sampling):
             self._check_source()
 
     def _check_source(self) -> None:
+        if self.image is not None and self.hires is not None:
+            raise UserError("--hires draws pictures from noise twice; with --image give --width and --height instead")
         if self.image is not None and self.variation_seed is not None:
             raise UserError("a variation mixes the noise of pictures that start from noise; leave --image away")
         if self.image is None and (self.mask is not None or self.strength is not None):

@@ -93,16 +93,12 @@ class Source:
         Raises:
             UserError: diffusers has none.
         """
-        kinds = diffusers.AutoPipelineForImage2Image, diffusers.AutoPipelineForInpainting
-        with quiet(diffusers_logging):
-            try:
-                made: Pipeline = kinds[self.mask is not None].from_pipe(pipe)
-            except ValueError as error:  # as it says that there is no such class
-                raise UserError(
-                    f"{self.path}: a {type(pipe).__name__} cannot start from a picture; leave --image away, or take another"
-                    " --base"
-                ) from error
-        made.set_progress_bar_config(disable=True)
+        made = beginning_with_pictures(pipe, masked=self.mask is not None)
+        if made is None:
+            raise UserError(
+                f"{self.path}: a {type(pipe).__name__} cannot start from a picture; leave --image away, or take another"
+                " --base"
+            )
         return made
 
     def call_arguments(self, count: int) -> dict[str, Any]:
@@ -129,6 +125,26 @@ class Source:
             The result.
         """
         return painted if self.mask is None else Image.composite(painted, self.image, self.mask)
+
+
+def beginning_with_pictures(pipe: Pipeline, *, masked: bool = False) -> Pipeline | None:
+    """Make the pipeline of the same parts that starts from a picture.
+
+    Args:
+        pipe: The pipeline.
+        masked: Whether a mask shows what is painted anew.
+
+    Returns:
+        The other; None where diffusers has none.
+    """
+    kind = diffusers.AutoPipelineForInpainting if masked else diffusers.AutoPipelineForImage2Image
+    with quiet(diffusers_logging):
+        try:
+            made: Pipeline = kind.from_pipe(pipe)
+        except ValueError:  # as it says that there is no such class
+            return None
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 def read_source(image: Path, mask: Path | None, strength: float | None, steps: int) -> Source:
