@@ -232,3 +232,21 @@ def test_the_numbers_in_pictures_are_a1111s_own() -> None:
     found = pictures._numbers(100_100)
     assert found[:10].tolist() == [253, 242, 127, 44, 157, 27, 239, 133, 38, 79]
     assert int(found[100:].astype(np.int64).sum()) == 12731374
+
+
+def test_a_projection_that_only_comfyui_has_is_left_out_and_told(tmp_path: Path) -> None:
+    """ComfyUI's saver writes that of XL's first text encoder too, whose output there nothing reads."""
+    ends = {"clip_g": "text_encoder_2", "clip_l": "text_encoder"}
+    pipe, held = make_xl_pipe(), dict[str, torch.Tensor]()
+    for name, component in ends.items():
+        config = getattr(pipe, component).config
+        width, outputs = config.hidden_size, config.projection_dim
+        site = f"text_encoders.{name}.transformer.text_projection"
+        held |= {f"{site}.lora_down.weight": torch.ones(2, width), f"{site}.lora_up.weight": torch.ones(outputs, 2)}
+    save_file(held, tmp_path / "style.safetensors")
+    loaded = formats.load(tmp_path / "style.safetensors", pipe, strict=True)
+    assert {component: [*own] for component, own in loaded.components.items()} == {"text_encoder_2": ["text_projection"]}
+    assert any("2 of 4 tensors change a projection" in one and "clip_l" in one for one in loaded.warnings)
+    save_file({name: one for name, one in held.items() if "clip_l" in name}, tmp_path / "idle.safetensors")
+    with pytest.raises(UserError, match="holds nothing for this base: its tensors change a projection"):
+        formats.load(tmp_path / "idle.safetensors", pipe)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 NO_LAYOUT = "are of no layout that is known here"
 NO_METHOD = "are of no method that is known here"
 NO_SITE = "have no site in this base"
+IDLE = "change a projection after a text encoder that no picture of this base depends on"
+"""ComfyUI gives every text encoder a projection, and its saver writes it; Stable Diffusion reads that of XL alone, of its
+second."""
 NOT_CHOSEN = "are other words than the one that was chosen"
 WHICH = "name no component, and this base has {}: say which is meant, as component= in Python or FILE@{} in a command"
 NOT_WHOLE = "are of sites that other tensors, which are not understood, change too"
@@ -661,10 +664,11 @@ def refuse_leftovers(path: Path, left: Mapping[str, str]) -> None:
         left: The reason of each such tensor.
 
     Raises:
-        UserError: There is one.
+        UserError: There is one, and what it changes would be seen.
     """
-    if left:
-        told = "; ".join(f"{len(names)} tensors {reason}: {some(names)}" for reason, names in by_reason(left).items())
+    lost = {name: why for name, why in left.items() if why != IDLE}
+    if lost:
+        told = "; ".join(f"{len(names)} tensors {reason}: {some(names)}" for reason, names in by_reason(lost).items())
         raise UserError(f"{path} would not be used whole: {told}")
 
 
