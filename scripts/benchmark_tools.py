@@ -51,7 +51,7 @@ def main() -> None:
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     results = []
-    for case in arguments.cases:
+    for case in arguments.cases or [name for name in CASES if not (arguments.small and name == "extract")]:
         _prepare(case, folder, arguments.small)
         for side in CASES[case]:
             if side.endswith("-kohya") and arguments.kohya is None:
@@ -65,7 +65,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for the files that are made, and kept for the next time")
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=(), help="by default all that there are")
     parser.add_argument("--small", action="store_true", help="narrow layers, to see that the script works")
     parser.add_argument("--kohya", type=Path, help="a checkout of sd-scripts")
     parser.add_argument("--threads", type=int, default=2)

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 from peft_diffusion.bases.denoiser import Conditioning
 from peft_diffusion.bases.noise import Prediction
 from peft_diffusion.core import site
+from peft_diffusion.core.events import untold
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.attachment import NAME
 from peft_diffusion.training.machine.processes import Processes
 from peft_diffusion.training.pictures import diffusion_task
-from peft_diffusion.training.run import silent
 from peft_diffusion.training.settings.placements import blocks
 from peft_diffusion.training.tasks.diffusion import DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
@@ -47,7 +47,7 @@ def task_of(arguments: argparse.Namespace, where: Path) -> DiffusionTask:
         run_dir=where / "run", device=arguments.device, precision="float32", batch_size=arguments.batch_size,
         preview_steps=0, missing_captions="name", held_out=0.0,
     )  # fmt: skip
-    prepared = prepare(config, None, silent, TrainingPictures())
+    prepared = prepare(config, None, untold, TrainingPictures())
     task = diffusion_task(prepared, blocks(replace(prepared.config, components=("unet",))), Processes())
     assert task.embeddings is not None  # of all captions, before the text encoder is idle
     return task

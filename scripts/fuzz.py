@@ -34,7 +34,7 @@ from typing import Any, get_args
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -55,6 +55,7 @@ from peft_diffusion.generation import recipe
 from peft_diffusion.generation.asked import read_prompt
 from peft_diffusion.generation.compatibility import compare
 from peft_diffusion.generation.generate import generate
+from peft_diffusion.generation.picture_formats import Carried, PictureFormat
 from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.generation.tags import Shelf
 from peft_diffusion.methods.lora.adapter import LoraAdapter
@@ -744,9 +745,9 @@ def recipes(world: World, case: Any) -> None:
     else:
         told = {**recipe_fields, "fingerprint": describe(world.pipe).fingerprint, **(case if isinstance(case, dict) else {})}
         text = dumped({"version": 1, "recipe": told})
-    info, file, path = PngImagePlugin.PngInfo(), io.BytesIO(), world.folder / "a.png"
-    info.add_text(recipe.KEY, text.encode("latin-1", "ignore").decode("latin-1"))
-    Image.new("RGB", (2, 2)).save(file, "PNG", pnginfo=info)
+    file, path = io.BytesIO(), world.folder / "a.png"  # read by what is in it
+    kind: PictureFormat = ("png", "jpeg", "webp")[len(text) % 3]
+    Image.new("RGB", (2, 2)).save(file, **Carried(text.encode("ascii", "ignore").decode()).options(kind))
     damaged = isinstance(case, list) and bool(case) and isinstance(case[0], tuple)
     path.write_bytes(edited(file.getvalue(), case) if damaged else file.getvalue())
 

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from peft_diffusion.bases import checksum, components, digest, load_base, load_lm
 from peft_diffusion.core import site
-from peft_diffusion.core.adapter import Adapter
+from peft_diffusion.core.adapter import AdapterDict, StoredPair
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.slot import SLOT
 from peft_diffusion.generation import Adapters, Schedule
@@ -168,21 +168,38 @@ def test_an_attachment_that_breaks_off_leaves_nothing(
     before, classes = picture(tiny_pipe), [type(one) for one in tiny_pipe.text_encoder.modules()]
     bound, carriers = [], {path: list(one.adapters.items()) for path, one in site.slots(tiny_pipe.unet).items()}
 
-    def bind(adapter: Adapter, module: torch.nn.Module) -> None:
+    def store(self: AdapterDict, name: str, pair: StoredPair, module: torch.nn.Module) -> None:
         bound.append(module)
         if len(bound) == broken_off:
             raise stopped
+        as_ever(self, name, pair, module)
+
+    as_ever = AdapterDict.store
 
     for broken_off in (1, 2, 30, 40):  # the first, some of the UNet, and some of the text encoder
         bound.clear()
         with monkeypatch.context() as patched:
-            patched.setattr(Adapter, "bind", bind)
+            patched.setattr(AdapterDict, "store", store)
             with pytest.raises(stopped):
                 adapters.load(files[0])
         assert len(bound) == broken_off and adapters.names == ("flat-look",)
         assert {path: list(one.adapters.items()) for path, one in site.slots(tiny_pipe.unet).items()} == carriers
         assert [type(one) for one in tiny_pipe.text_encoder.modules()] == classes
         assert np.array_equal(picture(tiny_pipe), before)
+    with monkeypatch.context() as patched:  # as where a device has no room for the pairs
+        outcomes = iter([stopped, *[None] * 4])
+        copy = torch._foreach_copy_
+
+        def full(to: list[torch.Tensor], of: list[torch.Tensor]) -> None:
+            if (error := next(outcomes)) is not None:
+                raise error
+            copy(to, of)
+
+        patched.setattr(torch, "_foreach_copy_", full)
+        with pytest.raises(stopped):
+            adapters.load(files[0])
+    assert adapters.names == ("flat-look",)
+    assert np.array_equal(picture(tiny_pipe), before)
     assert adapters.load(files[0]) == "ink"
 
 

@@ -131,7 +131,7 @@ def test_parts_blocks_and_steps_multiply_for_each_image(ink: Path, tiny_pipe: Di
     hook.remove()
     shares = np.interp([0, 0.25, 0.5, 0.75, 1], [0.25, 0.75], [1, 0])
     np.testing.assert_allclose(seen, np.outer(shares, [0.2, 0.1, 0]), atol=1e-6)
-    text = strengths_of(tiny_pipe.text_encoder).values
+    text = strengths_of(tiny_pipe.text_encoder).scalar("ink")
     np.testing.assert_allclose(text, 0.5 * 0.5, err_msg="no block of it is named, and it takes the mean of the steps")
     with pytest.raises(UserError, match=r"no block mit.*mid_block"):
         adapters.set(ink=ByPart(blocks={"mit": 1, "mid": 1}))

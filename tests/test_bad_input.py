@@ -74,9 +74,11 @@ VALUES = {
     "train pics --resolution 64000": "--resolution must be 1 or more, at most 8192, not 64000",
     "generate a --guidance nan": "guidance must be a finite number",
     "generate a --seed -1": "--seed must be 0 or more, at most 9223372036854775807, not -1",
-    "generate a --output a.jpg": "pictures are written as .png",
-    "generate a --output a.jfif": "pictures are written as .png",
+    "generate a --output a.jfif": "pictures are written as .png, .jpg, .jpeg, .webp",
     "generate a --output a.heic": "pictures are written as .png",
+    "generate a --output a.png --format webp": "a.png is no name of a webp file",
+    "generate a --output a.png --quality 80": "--quality is for JPEG and WebP, and a.png is neither",
+    "generate a --quality 80": "--quality is for JPEG and WebP: take --format",
     "generate a --adapter missing.safetensors": "there is no adapter file missing.safetensors",
     "generate a --adapter missing.safetensors=0.5": "there is no adapter file missing.safetensors",
     "generate a --adapter k=v/missing": "there is no adapter file k=v/missing",
@@ -261,7 +263,7 @@ def test_a_picture_without_a_recipe(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")
     assert "a.png carries no recipe" in complaint(FAILED, "generate", "--recipe", "a.png", folder=tmp_path)
-    assert "b.png cannot be read as a PNG" in complaint(FAILED, "generate", "--recipe", "b.png", folder=tmp_path)
+    assert "b.png cannot be read as a PNG, JPEG" in complaint(FAILED, "generate", "--recipe", "b.png", folder=tmp_path)
 
 
 @pytest.mark.slow

@@ -221,3 +221,16 @@ def test_a_reader_that_goes_is_no_error(files: list[Path]) -> None:
     done = subprocess.run(arguments, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment())
     os.close(writing)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_a_picture_needs_no_package_that_libraries_would_import_besides(tmp_path: Path, quantize: bool) -> None:
+    """And what a base of fewer bits needs is there; libraries look for packages once, when they are imported."""
+    flags = ["--steps", "1", "--device", "cpu", "-o", "a.png", *(["--quantize", "int8"] if quantize else [])]
+    code = (
+        "import sys; from peft_diffusion.cli.app import run_process; code = run_process(['generate', 'a', *sys.argv[1:]]);"
+        "from diffusers.utils import is_peft_available; found = {'bitsandbytes', 'torchao', 'peft'} & set(sys.modules);"
+        "sys.exit(code or repr((is_peft_available(), bool(found))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == f"({quantize}, {quantize})" and (tmp_path / "a.png").is_file()

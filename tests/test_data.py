@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageCms
 
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.data import buckets, captions, latents
+from peft_diffusion.data import borders, buckets, captions, latents
 from peft_diffusion.data.caption_files import name_captions
 from peft_diffusion.data.folder import ImageFolder, TrainingImage, open_picture, scan
 from peft_diffusion.data.problems import PictureError
@@ -696,6 +696,27 @@ def test_each_step_draws_a_template() -> None:
     for template in ("a photo", "{caption} {name}", "{caption} {"):
         with pytest.raises(UserError, match="or both, and no other braces"):
             captions.CaptionRules(templates=(template,))
+
+
+# Borders.
+
+
+def test_paper_is_what_all_borders_have_in_common() -> None:
+    rng = np.random.default_rng(0)
+
+    def page(colour: tuple[int, int, int], noise: int = 4) -> Image.Image:
+        pixels = np.array(colour) + rng.integers(-noise, noise + 1, (80, 60, 3))
+        pixels[20:60, 15:45] = rng.integers(0, 256, (40, 30, 3))
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+    cream, noisy = (240, 228, 196), Image.fromarray(rng.integers(0, 256, (50, 50, 3), np.uint8))
+    assert borders.border(noisy) is None
+    found = borders.paper([page(cream) for _ in range(4)] + [noisy])
+    assert found is not None and borders.near(found, cream, 1)
+    assert borders.paper([page(cream), page((20, 20, 20)), page((200, 30, 30)), page((0, 0, 250))]) is None
+    assert borders.paper([page(cream), page(cream), noisy, noisy]) is None and borders.paper([page(cream)] * 2) is None
+    assert borders.missed([page(cream), page((250, 250, 250), 0), noisy], cream) == [(250, 250, 250), None]
+    assert borders.written(cream) == "#f0e4c4"
 
 
 # Buckets

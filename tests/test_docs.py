@@ -23,6 +23,7 @@ from peft_diffusion.core import merge, plugins, settings_file, site, target_tabl
 from peft_diffusion.core import method as core_method
 from peft_diffusion.core.settings import Settings, describe, pick, settings_of
 from peft_diffusion.generation.settings import DemoConfig, InspectConfig
+from peft_diffusion.serve.settings import ServeConfig
 from peft_diffusion.tools.tool_settings import MetadataGetConfig, MetadataRemoveConfig, MetadataSetConfig
 from peft_diffusion.training.run import next_command
 from peft_diffusion.training.settings.shared import FindLr
@@ -38,6 +39,7 @@ COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("generate",): (pd.GenerateConfig,),
     ("blend",): (pd.BlendConfig,),
     ("grid",): (pd.GridConfig,),
+    ("serve",): (ServeConfig,),
     ("runs",): (RunsConfig,),
     ("runs", "export"): (pd.ExportConfig,),
     ("inspect",): (InspectConfig,),

@@ -64,8 +64,10 @@ from peft_diffusion.training.events import (
     MemoryPredicted,
     MemorySaved,
     MemoryUnknown,
+    Pace,
     Prepared,
     Preview,
+    PreviewsChosen,
     PromptsMade,
     RatesFound,
     Saved,
@@ -155,6 +157,14 @@ def text_told(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], st
     return told, console.export_text()
 
 
+def test_the_pace_is_told_whenever_losses_are_read(watched: Watched, text_told: tuple[list[Event], str]) -> None:
+    for told, data in ((watched.told, "pictures"), (text_told[0], "text")):
+        read = [event.losses[-1].step for event in of(Losses, told)]
+        paces = of(Pace, told)
+        assert [event.step for event in paces] == read and {event.data for event in paces} == {data}
+        assert all(event.rate > 0 and event.left >= 0 for event in paces) and paces[-1].left == 0
+
+
 # What is told.
 
 
@@ -172,9 +182,13 @@ def test_what_is_found_before_the_first_step_is_told(watched: Watched) -> None:
     assert (held_out.count, held_out.of) == (3, 10)
     prompts = only(PromptsMade, told).prompts
     assert len(prompts) == 10 and LONG in prompts
-    (long, *others) = of(Warned, told)
+    (seldom, long, *others) = of(Warned, told)
+    assert "each picture is seen" in seldom.message
     assert "over 75 tokens" in long.message and len(long.details) == 1 and "dog" in long.details[0]
     assert [warning.message for warning in others] == ([watched.outcome.warning] if watched.outcome.warning else [])
+    assert not of(PreviewsChosen, told)  # somebody chose them
+    (line,) = PreviewsChosen(("a cat",), ("a fox", "an owl")).lines()
+    assert line.endswith(": a fox; an owl") and PreviewsChosen(("a cat",), ()).lines() == ()
     pictures = only(ClassPictures, told)
     assert pictures.count == 2 and len(list(pictures.folder.glob("*.png"))) == 2
     latents = only(LatentsCached, told)
@@ -229,8 +243,8 @@ def test_the_record_holds_what_was_told_before_the_first_step(watched: Watched) 
     facts = json.loads((watched.result.run_dir / "run.json").read_text("utf-8"))
     begun = watched.told.index(only(Started, watched.told))
     assert facts["said"] == [line for event in watched.told[:begun] for line in event.lines()]
-    (problem,), (long, *_) = only(DataRead, watched.told).problems, of(Warned, watched.told)
-    assert facts["warnings"] == [problem, f"{long.message} {long.details[0]};"]
+    (problem,), (seldom, long, *_) = only(DataRead, watched.told).problems, of(Warned, watched.told)
+    assert facts["warnings"] == [problem, seldom.message, f"{long.message} {long.details[0]};"]
     assert facts["state"] == "finished" and facts["figures"]["seconds"] == watched.result.seconds
 
 

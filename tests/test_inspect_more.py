@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,13 @@ from test_formats import write_adapter
 from torch import Tensor
 
 from peft_diffusion import formats
+from peft_diffusion.bases.skeleton import skeleton
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.formats.file import load
+from peft_diffusion.formats.layout import ReadOnly, find, known
 from peft_diffusion.formats.planning import plan
 from peft_diffusion.tools.norms import norms
+from peft_diffusion.tools.settings import ConvertConfig
 
 torch.set_num_threads(1)
 
@@ -177,3 +182,59 @@ def test_a_plot_is_of_one_file_and_no_adapter_is_drawn_over(tmp_path: Path) -> N
     before = load_file(path)
     refused = command("inspect", path, "--plot", path)
     assert refused.returncode and "--plot" in refused.stderr and load_file(path).keys() == before.keys()
+
+
+_TO_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+_PAIR = {"lora_down.weight": (2, 320), "lora_up.weight": (320, 2)}
+# The tensors of a site, and those of them without which the rest is still of the method, and no use.
+_NEEDED: dict[str, tuple[Mapping[str, tuple[int, ...]], tuple[str, ...]]] = {
+    "lora": (_PAIR, ("lora_up.weight",)),
+    "dora": ({**_PAIR, "dora_scale": (320, 1)}, ("lora_up.weight",)),
+    "loha": (
+        {"hada_w1_a": (320, 2), "hada_w1_b": (2, 320), "hada_w2_a": (320, 2), "hada_w2_b": (2, 320)},
+        ("hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    ),
+    "lokr": ({"lokr_w1": (4, 4), "lokr_w2_a": (80, 2), "lokr_w2_b": (2, 80)}, ("lokr_w2_a", "lokr_w2_b")),
+    "glora": (
+        {"a1.weight": (2, 320), "a2.weight": (320, 2), "b1.weight": (2, 320), "b2.weight": (320, 2)},
+        ("a2.weight", "b1.weight", "b2.weight"),
+    ),
+    "boft": ({"boft_R": (1, 40, 8, 8), "boft_s": (320, 1)}, ("boft_s",)),
+    "ia3": ({"on_input": (1,), "weight": (320,)}, ("weight",)),
+}
+
+
+@pytest.mark.parametrize(("method", "lost"), [(name, lost) for name, (_, needed) in _NEEDED.items() for lost in needed])
+def test_what_loading_calls_damaged_is_told_as_that(method: str, lost: str, tmp_path: Path) -> None:
+    """A site that lacks a tensor was shown as a sound one."""
+    path, base = tmp_path / "style.safetensors", skeleton("sd1")
+    whole = {f"{_TO_Q}.{name}": torch.ones(shape) for name, shape in _NEEDED[method][0].items()}
+    save_file(whole, path)
+    assert not [one for one in formats.inspect(path).warnings if "damaged" in one]
+    load(path, base)
+    save_file({name: tensor for name, tensor in whole.items() if name != f"{_TO_Q}.{lost}"}, path)
+    assert [one for one in formats.inspect(path).warnings if one.endswith(f": {lost} is missing; the file is damaged")]
+    with pytest.raises(UserError, match=f"{lost} is missing; the file is damaged"):
+        load(path, base)
+
+
+def test_layouts_that_nothing_writes_are_not_offered(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        find("nothing")
+    offered = str(refused.value).partition("there are: ")[2].split(", ")
+    for layout in known().values():
+        writes = layout.name in offered
+        assert writes != isinstance(layout, ReadOnly)
+        if not writes:
+            with pytest.raises(UserError, match=f"nothing writes files of the layout '{layout.name}'; take one of"):
+                find(layout.name)
+
+
+def test_convert_tells_a_wrong_layout_without_torch(tmp_path: Path) -> None:
+    save_file(pair(_TO_Q, 320), tmp_path / "style.safetensors")
+    config = ConvertConfig(tmp_path / "style.safetensors", tmp_path / "out.safetensors", to="open_clip")
+    with pytest.raises(UserError, match="nothing writes files of the layout 'open_clip'"):
+        config.check()
+    with pytest.raises(UserError, match="is no safetensors file"):
+        (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+        ConvertConfig(tmp_path / "bad.safetensors", tmp_path / "out.safetensors").check()

@@ -1,7 +1,8 @@
 """A file is parsed once and hashed once, and what ``inspect`` tells is what ``load`` does."""
 
+import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_methods_own import save_mixture
 
 from peft_diffusion import BlendConfig, GenerateConfig, UserError, blend, formats, generate
-from peft_diffusion.formats import container
+from peft_diffusion.formats import container, planning
+from peft_diffusion.formats.layout import Layout, reader_of
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.text import generate_text
 from peft_diffusion.generation.text_settings import TextGenerateConfig
@@ -44,6 +46,13 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
 
     for name in ("read_header", "sha256"):
         monkeypatch.setattr(container, name, counted(name))
+    digests = container.Data.digests
+
+    def of_data(self: container.Data) -> tuple[str, str]:
+        found["sha256", self._header.path.name] += 1
+        return digests(self)
+
+    monkeypatch.setattr(container.Data, "digests", of_data)
     return found
 
 
@@ -329,3 +338,34 @@ def lm_pair() -> dict[str, torch.Tensor]:
     layer = make_lm().lm.get_submodule("model.layers.0.mlp.up_proj")
     down, up = torch.ones(2, layer.in_features), torch.ones(layer.out_features, 2)
     return pair_at("lora_lm_model_layers_0_mlp_up_proj", down, up)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers", "original"])
+def test_a_second_file_of_a_shape_is_planned_without_reading_its_names(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = {"kohya": "lora_unet_mid_block_attentions_0_", "diffusers": "unet.mid_block.attentions.0."}
+    start = starts.get(layout, "lora_unet_middle_block_1_")
+    down, up = ("lora_A", "lora_B") if layout == "diffusers" else ("lora_down", "lora_up")
+    for name, rank in (("first", 4), ("second", 4), ("third", 8)):
+        pair = {f"{start}proj_in.{down}.weight": torch.ones(rank, 32), f"{start}proj_in.{up}.weight": torch.ones(32, rank)}
+        save_file(pair, tmp_path / f"{name}.safetensors", {"told": name})
+    alpha = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 2, "unet.r": 4})}
+    save_file(load_file(tmp_path / "first.safetensors"), tmp_path / "alpha.safetensors", alpha)
+    planning.forget()
+    fresh = {}
+    for name in ("second", "third", "alpha"):
+        fresh[name] = formats.plan(tmp_path / f"{name}.safetensors").sites
+        planning.forget()
+    formats.plan(tmp_path / "first.safetensors")
+    read: list[str] = []
+
+    def counted(name: str, layouts: Iterable[Layout]) -> Layout | None:
+        read.append(name)
+        return reader_of(name, layouts)
+
+    monkeypatch.setattr(planning, "reader_of", counted)
+    assert formats.plan(tmp_path / "second.safetensors").sites == fresh["second"] and read == []
+    assert formats.plan(tmp_path / "third.safetensors").sites == fresh["third"] and len(read) == 2
+    assert formats.plan(tmp_path / "alpha.safetensors").sites == fresh["alpha"]
+    assert (fresh["alpha"] != fresh["second"]) == (layout == "diffusers")

@@ -38,6 +38,7 @@ from peft_diffusion.core.settings import (
 from peft_diffusion.core.settings_file import load
 from peft_diffusion.formats import layout
 from peft_diffusion.generation.settings import MAX_SEED, DemoConfig, InspectConfig
+from peft_diffusion.serve.settings import ServeConfig
 from peft_diffusion.tools.tool_settings import MetadataGetConfig, MetadataRemoveConfig, MetadataSetConfig
 from peft_diffusion.training.settings.choices import Scheduler
 from peft_diffusion.training.settings.derive import resolve, resolve_language
@@ -53,6 +54,7 @@ COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "blend": (pd.BlendConfig,),
     "grid": (pd.GridConfig,),
     "inspect": (InspectConfig,),
+    "serve": (ServeConfig,),
     "runs": (RunsConfig,),
     "merge": (pd.MergeConfig,),
     "extract": (pd.ExtractConfig,),
@@ -418,7 +420,7 @@ class Part:
     rates: Mapping[str, float] = field(default_factory=dict)
 
 
-PLACES = ("output", "run_dir", "cache", "dataset_config", "init_from", "freeze_others")
+PLACES = ("output", "run_dir", "cache", "dataset_config", "init_from", "freeze_others", "notify")
 
 
 def test_what_is_told_to_others_says_nothing_of_where_things_lie() -> None:

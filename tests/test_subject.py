@@ -221,7 +221,7 @@ def test_pictures_of_the_class_are_encoded_once_and_their_crops_are_told(tmp_pat
     for number in range(8):
         Image.new("RGB", (64, 64), (9 * number, 0, 0)).save(folder / f"c{number}.png")
     console = Console(record=True, width=300)
-    config = small(pictures, tmp_path, regularisation=(folder,), resolution=64, missing_captions="empty")
+    config = small(pictures, tmp_path, regularisation=(folder,), resolution=64, missing_captions="empty", held_out=0)
     prepared = prepare(config, make_pipe(), TrainingConsole(console), TrainingPictures())
     assert prepared.prior is not None and prepared.prior.latents.computed == 8
     task = diffusion_task(prepared, blocks(prepared.config), Processes())
@@ -366,7 +366,9 @@ def test_a_repeated_folder_is_drawn_as_often_as_asked(tmp_path: Path) -> None:
         draw_pictures(tmp_path / "all" / name, 2, size=64)
     for number, path in enumerate(sorted((tmp_path / "all").rglob("*.png"))):
         Image.new("RGB", (64, 64), (number * 20, 0, 0)).save(path)
-    config = small(tmp_path / "all", tmp_path, repeats=("often=3",), folder_weight=("once=0.5",), batch_size=1, epochs=1)
+    config = small(
+        tmp_path / "all", tmp_path, repeats=("often=3",), folder_weight=("once=0.5",), batch_size=1, epochs=1, held_out=0
+    )
     task, _ = task_of(config)
     names = [one.subfolder for one in scan(tmp_path / "all").pictures]
     drawn = Counter(names[task.batch(step, 0).indices[0]] for step in range(28))

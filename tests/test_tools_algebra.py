@@ -7,8 +7,10 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from peft_diffusion.core.adapter import LowRank
+from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.reduction import Truncation, reduced_matrix, reduced_pair, summed
 from peft_diffusion.tools.combination import Combination, core_space, knots, linear
+from peft_diffusion.tools.side_by_side import side_by_side
 
 STRENGTHS = (0.7, -0.4, 1.1)
 
@@ -161,3 +163,43 @@ def test_an_alignment_that_keeps_all_is_the_sum(align: object) -> None:
     several = [pair(seed, 6, 12, 10) for seed in (1, 2, 3)]
     found = align(several, STRENGTHS, Combination("magnitude", 1.0), 0)  # type: ignore[operator]
     assert torch.allclose(product(found), linear([product(one) for one in several], STRENGTHS), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "rank", "own"),
+    [(300, 70, 40, 40), (70, 300, 40, 12), (24, 30, 40, 40), (40, 24, 60, 3)],
+    ids=["tall", "wide, of fewer ranks than written", "more ranks than rows", "all three"],
+)
+def test_a_pair_is_reduced_as_float64_does_it(outputs: int, inputs: int, rank: int, own: int) -> None:
+    """The factors may have more ranks than the change has, and more than either side of the weight."""
+    draw = torch.Generator().manual_seed(rank)
+    mixed = torch.randn(own, rank, generator=draw)
+    whole = LowRank(torch.randn(rank, inputs, generator=draw), torch.randn(outputs, own, generator=draw) @ mixed)
+    for kept in (2, 8):
+        found = reduced_pair(whole, Truncation(rank=kept))
+        matrix = whole.up.double() @ whole.down.double()
+        u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+        best = (u[:, :kept] * values[:kept]) @ v[:kept]
+        assert float((product(found.pair).double() - best).norm()) < 1e-5 * float(matrix.norm())
+        assert found.error == pytest.approx(float(values[kept:].norm() / matrix.norm()), abs=1e-5)
+        assert torch.isfinite(found.pair.up).all() and torch.isfinite(found.pair.down).all()
+
+
+def test_a_pair_of_zeros_is_reduced_to_zeros() -> None:
+    found = reduced_pair(LowRank(torch.randn(4, 8), torch.zeros(6, 4)), Truncation(rank=2))
+    assert not product(found.pair).any() and found.error == 0
+
+
+def test_what_is_worked_on_side_by_side_comes_in_order_and_leaves_the_threads_of_torch() -> None:
+    before, taken = torch.get_num_threads(), list[tuple[int, int]]()
+    side_by_side(range(9), lambda one: (one, torch.get_num_threads()), taken.append, threads=3)
+    assert taken == [(number, 1) for number in range(9)]
+
+    def fails(one: int) -> int:
+        if one == 4:
+            raise UserError("the fifth")
+        return one
+
+    with pytest.raises(UserError, match="the fifth"):
+        side_by_side(range(9), fails, lambda one: None, threads=3)
+    assert torch.get_num_threads() == before

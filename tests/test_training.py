@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -41,7 +42,7 @@ from peft_diffusion.fast.cuda_graph import Inputs
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.methods import method
 from peft_diffusion.training import TrainConfig
-from peft_diffusion.training.events import Losses, Measured, Signals, Step, StepLoss, Unrecorded
+from peft_diffusion.training.events import Losses, Measured, Preview, PreviewsChosen, Signals, Step, StepLoss, Unrecorded
 from peft_diffusion.training.loop.learning_rate import Shape, rate
 from peft_diffusion.training.loop.seeds import generator, seed_of
 from peft_diffusion.training.loop.trainer import (
@@ -60,6 +61,7 @@ from peft_diffusion.training.tasks import objective, preparation
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.objective import Timesteps
 from peft_diffusion.training.tasks.preparation import prepare
+from peft_diffusion.training.tasks.unseen import unseen
 
 torch.set_num_threads(1)
 POWERS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
@@ -615,20 +617,56 @@ def test_previews_have_the_base_in_the_first_row(tmp_path: Path, pictures: Path)
     assert names == sorted([*(f"{row}_{column}.png" for row in rows for column in range(2)), "sheet.png", "prompts.json"])
 
 
+def test_previews_show_what_the_pictures_do_not_and_tell_of_paper(tmp_path: Path) -> None:
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    for number, name in enumerate(("a red fox", "a tall castle", "a fox on a bicycle", "a small hut")):
+        page = Image.new("RGB", (64, 64), (240, 228, 196))
+        page.paste((30 * number, 90, 20), (16, 16, 48, 48))
+        page.save(folder / f"{name}.png")
+    told: list[Event] = []
+    drawn: dict[str, Any] = {"preview_steps": 1, "steps": 1, "trigger": "pen"}
+    result = train(small(folder, tmp_path, **drawn), pipe=make_pipe(), observers=[told.append])
+    chosen = next(event for event in told if isinstance(event, PreviewsChosen))
+    assert chosen == PreviewsChosen(("pen, a fox on a bicycle", "pen, a red fox"), ("pen, a lighthouse", "pen, a teapot"))
+    first, last = (event for event in told if isinstance(event, Preview))
+    assert first.prompts == last.prompts == (*chosen.shown, *chosen.others) and (first.step, last.step) == (0, 1)
+    warned = [event.message for event in told if isinstance(event, Warned)]
+    assert any(re.match(r"the border of all pictures is #f0e4c4, and [34] of 4 previews have", one) for one in warned)
+    assert "pen, a teapot" in (result.run_dir / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("captions", "preset", "want"),
+    [
+        (["twemoji emoji of a fox", "twemoji emoji of an owl"], "style", ["twemoji emoji of a lighthouse"]),
+        (["a fox, ink style", "an owl, ink style"], "style", ["a lighthouse, ink style"]),
+        (["a lighthouse at sea"], "style", ["a bicycle"]),
+        (["mira smiles", "mira in the snow"], "subject", ["mira on a snowy mountain"]),
+        (["mira smiles", "mira in a snowy street"], "subject", ["mira in a market"]),
+        (["", ""], "style", ["a lighthouse"]),
+    ],
+)
+def test_what_pictures_do_not_show_is_said_in_their_words(captions: list[str], preset: Any, want: list[str]) -> None:
+    assert unseen(captions, preset, 1) == want
+
+
 @pytest.mark.slow
 def test_epochs_see_every_picture_so_many_times(tmp_path: Path, pictures: Path) -> None:
-    result = train(small(pictures, tmp_path, epochs=2, batch_size=4, steps=50), pipe=make_pipe())
+    result = train(small(pictures, tmp_path, epochs=2, batch_size=4, steps=50, held_out=0.0), pipe=make_pipe())
     assert result.steps == 4 and "steps = 4" in (result.run_dir / "config.toml").read_text("utf-8")
 
 
 @pytest.mark.slow
-def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path: Path, pictures: Path) -> None:
+def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=(tmp_path / "log").open("w"))
-    result = train(small(pictures, tmp_path), pipe=make_pipe(), observers=[TrainingConsole(console)])
+    result = train(
+        small(draw_pictures(tmp_path / "few", 5), tmp_path), pipe=make_pipe(), observers=[TrainingConsole(console)]
+    )
     assert result.held_out_before is None
     said = console.export_text()
     assert "no pictures are kept apart" in said and "next: peft-diffusion generate" in said
-    assert "(fewer than 20 pictures; --held-out 0.1" in said and "--patience" not in said
+    assert "(fewer than 6 pictures; --held-out 0.1" in said and "--patience" not in said
     assert said.count(result.base_checksum) == 2
     # Everybody tells which base it was by one number.
     which = describe(make_pipe()).fingerprint
@@ -639,6 +677,20 @@ def test_nothing_is_kept_apart_of_few_pictures_and_that_is_said(tmp_path: Path, 
     train(asked, pipe=make_pipe(), observers=[TrainingConsole(console)])
     said = console.export_text()
     assert "measure on (--held-out 0.1" in said and "warning: --patience ends nothing" in said
+    assert "warning: each picture is seen 0.1 times in 1 steps, which teaches little; --steps 40 shows each 4 times" in said
+
+
+@pytest.mark.parametrize(
+    ("count", "apart"), [(1, 0), (5, 0), *((few, 2) for few in range(6, 20)), (20, 2), (26, 3), (48, 5)]
+)
+def test_two_of_a_few_pictures_are_kept_apart(count: int, apart: int) -> None:
+    given = TrainConfig(folder=(Path("x"),))
+    share = resolve(given, Icons(), count, "cpu").held_out
+    assert (max(1, round(count * share)) if share else 0) == apart
+    assert resolve(replace(given, held_out=0.0), Icons(), count, "cpu").held_out == 0
+    # A run of a version that kept none of a few goes on as it was.
+    before = {"derived": ["held_out"], "held_out": 0.0}
+    assert resolve(given, Icons(), count, "cpu", before=before).held_out == 0
 
 
 @pytest.mark.slow

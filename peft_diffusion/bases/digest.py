@@ -1,7 +1,7 @@
 """Telling whether two bases are the same, and whether one has changed."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,8 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str:
     before = {known for module in modules.values() if (known := getattr(module, _FINGERPRINT, None)) is not None}
     if len(before) == 1:
         return str(before.pop())
-    digest = hashlib.sha256()
+    told: list[str] = []
+    samples: list[Tensor] = []
     for component, module in sorted(modules.items()):
         for name, tensor in unmerged_state(module).items():
             if tensor.is_meta:
@@ -63,10 +64,26 @@ def fingerprint(modules: Mapping[str, nn.Module]) -> str:
                     " calls; load adapters before you enable sequential offloading, or call pipe.remove_all_hooks() first"
                 )
             flat = _readable(tensor).reshape(-1)
-            sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu")
-            rounded = sample.to(torch.bfloat16).view(torch.int16) if sample.is_floating_point() else sample
-            digest.update(f"{component}.{name} {tuple(tensor.shape)}".encode() + rounded.contiguous().numpy().tobytes())
+            told.append(f"{component}.{name} {tuple(tensor.shape)}")
+            samples.append(flat[:: max(1, flat.numel() // _SAMPLES)])
+    digest = hashlib.sha256()
+    for name, sample in zip(told, _rounded(samples), strict=True):
+        digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _rounded(samples: Sequence[Tensor]) -> list[Tensor]:
+    """Samples on the CPU, numbers as the bits of bfloat16. Those of a kind come from their device with one copy."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for number, sample in enumerate(samples):
+        kinds.setdefault((sample.device, sample.dtype), []).append(number)
+    found = list(samples)
+    for (_, dtype), numbers in kinds.items():
+        whole = torch.cat([samples[number] for number in numbers])
+        whole = (whole.to(torch.bfloat16).view(torch.int16) if dtype.is_floating_point else whole).cpu()
+        for number, part in zip(numbers, whole.split([len(samples[number]) for number in numbers]), strict=True):
+            found[number] = part
+    return found
 
 
 def quantize(modules: Mapping[str, nn.Module], kind: str, device: torch.device | None = None) -> None:

@@ -242,6 +242,7 @@ _LM = Component(
 )
 
 _FAMILIES: dict[str, Family] = {}
+_every: tuple[Family, ...] = ()
 _registered_by: dict[str, str] = {}  # modules by the name of the family
 
 
@@ -278,13 +279,16 @@ def every() -> tuple[Family, ...]:
     """List the families, with those that installed packages bring, in the order of registration.
 
     Returns:
-        Their rows.
+        Their rows: the same tuple while none is added, so that what is made of it can be kept.
 
     Raises:
         UserError: A plug-in cannot be imported.
     """
+    global _every
     plugins.discover(plugins.FAMILIES_GROUP)
-    return tuple(_FAMILIES.values())
+    if len(_every) != len(_FAMILIES):  # none is ever taken out or replaced
+        _every = tuple(_FAMILIES.values())
+    return _every
 
 
 def find(name: str) -> Family:

@@ -17,6 +17,7 @@ from .. import __version__
 from ..core import plugins
 from ..core.errors import UserError
 from ..core.events import interrupts_apart
+from . import lean
 from .config_file import RunFile, whole_numbers
 from .flags import explained
 from .terminal import PlainFormatter, say
@@ -28,6 +29,7 @@ COMMANDS = {
     "generate": "Make pictures from prompts, with any number of adapters.",
     "blend": "Draw a labelled sheet from all of one adapter to all of another.",
     "grid": "Draw a labelled sheet over values of any settings.",
+    "serve": "Keep a base loaded and draw for programs that speak A1111's HTTP interface.",
     "runs": "List runs as a table, or compare two side by side.",
     "inspect": "Tell what an adapter file holds, and whether two fit together.",
     "merge": "Make one adapter of several, or fold adapters into a base and write a checkpoint.",
@@ -139,6 +141,7 @@ def run_process(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, as of `main`.
     """
+    lean.claim()
     with interrupts_apart():
         code = main(arguments)
         signal.signal(signal.SIGINT, signal.SIG_IGN)

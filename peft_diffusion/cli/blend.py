@@ -2,6 +2,7 @@
 
 from ..generation.settings import BlendConfig
 from .flags import reads
+from .lean import import_lean
 from .progress import GenerationConsole
 from .terminal import say
 
@@ -13,6 +14,7 @@ def blend(config: BlendConfig) -> None:
     Rows are prompts, columns are mixes, and every picture starts from the same noise, so that only the mix differs.
     """
     config.check()  # before torch is imported, which takes seconds
+    import_lean(config.base, config.quantize, config.control)
     from ..generation.blend import blend as run
 
     with GenerationConsole("blending") as console:

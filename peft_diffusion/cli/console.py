@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -12,12 +13,14 @@ from rich.table import Table
 
 from ..core.events import Ended, Event
 from ..core.events import Progress as Reading
-from ..training.events import Losses, Preview, RatesFound, Started, Step, Trained
+from ..training.events import Losses, Pace, Preview, RatesFound, Started, Step, Trained, duration
 from ..training.results import FoundRates
 from .screen import Screen
 
 _SMOOTH = 0.9
 _LINE_EVERY = 15.0  # seconds between lines where no bar can be drawn
+_TELLING_FROM = 2.0  # seconds after which it can be told how long a preparation takes
+_DAY = 20 * 3600.0  # seconds, after which a time of the day could be today's or tomorrow's
 
 
 class TrainingConsole:
@@ -30,6 +33,7 @@ class TrainingConsole:
         self.console = console or Screen()
         self._spinner: Status | None = None
         self._bar: _Bar | None = None
+        self._reading: _Reading | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -57,11 +61,18 @@ class TrainingConsole:
             self._bar.show(event)
 
     def _read(self, event: Reading) -> None:
+        now = time.monotonic()
+        if self._reading is None or self._reading.what != event.what or event.done < self._reading.done:
+            self._reading = _Reading(event.what, event.done, now, now)
+        told = self._reading.told(event, now)
         if not self.console.is_terminal:
+            if event.done < event.total and now - self._reading.printed > _LINE_EVERY:
+                self._reading.printed = now
+                self.console.print(told, markup=False, highlight=False, soft_wrap=True)
             return
         if self._spinner is None:
             self._spinner = self.console.status("")
-        self._spinner.update(f"{event.what}: {event.done} of {event.total}")
+        self._spinner.update(told)
         if event.done < event.total:
             self._spinner.start()
         else:
@@ -75,6 +86,38 @@ class TrainingConsole:
         self._spinner = self._bar = None
 
 
+@dataclass
+class _Reading:
+    """Something that is prepared: from how many done on, and since when it is watched."""
+
+    what: str
+    done: int
+    began: float
+    printed: float
+
+    def told(self, event: Reading, now: float) -> str:
+        """How far it is, how fast it goes and how long it will take, as soon as that can be told."""
+        line = f"{event.what}: {event.done} of {event.total}"
+        done, took = event.done - self.done, now - self.began
+        if done < 1 or took < _TELLING_FROM or event.done >= event.total:
+            return line
+        rate = done / took
+        return f"{line}, {rate:.3g}/s, {duration((event.total - event.done) / rate)} left"
+
+
+def clock(seconds: float) -> str:
+    """Tell at which time of this machine something ends.
+
+    Args:
+        seconds: From now on.
+
+    Returns:
+        The time, with the day where it is not within a day.
+    """
+    end = time.localtime(time.time() + seconds)
+    return time.strftime("%H:%M" if seconds < _DAY else "%a %H:%M", end)
+
+
 class _Bar:
     """The progress of the steps: a bar in a terminal, a line now and then elsewhere."""
 
@@ -84,6 +127,7 @@ class _Bar:
         self.done = self.first = done
         self.began = self.printed = time.monotonic()
         self.loss: float | None = None
+        self.pace: Pace | None = None
         columns = (SpinnerColumn(), TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[told]}"))
         self.progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
         self.task = self.progress.add_task("", total=steps, completed=done, told="")
@@ -102,6 +146,9 @@ class _Bar:
                 for one in event.losses:
                     self.loss = one.loss if self.loss is None else _SMOOTH * self.loss + (1 - _SMOOTH) * one.loss
                 self.progress.update(self.task, told=self._told())
+            case Pace():
+                self.pace = event
+                self.progress.update(self.task, told=self._told())
             case Preview() if self.done == self.first:  # the base's own, before the first step
                 self.began = self.printed = time.monotonic()
 
@@ -112,12 +159,14 @@ class _Bar:
         if not self.console.is_terminal and now - self.printed > _LINE_EVERY:
             self.printed = now
             left = (now - self.began) / (step - self.first) * (self.steps - step)
-            line = f"step {step} of {self.steps}: {self._told()}, {left:.0f} s left"
+            line = f"step {step} of {self.steps}: {self._told()}, {duration(left)} left"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _told(self) -> str:
         rate = (self.done - self.first) / max(1e-9, time.monotonic() - self.began)
-        return f"loss {self.loss:.4f}, {rate:.2f} steps/s" if self.loss is not None else f"{rate:.2f} steps/s"
+        parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
+        parts += [f"{rate:.2f} steps/s"] if self.pace is None else [str(self.pace), f"ends {clock(self.pace.left)}"]
+        return ", ".join(parts)
 
 
 def _table(found: FoundRates) -> Table:

@@ -14,6 +14,7 @@ def convert(config: ConvertConfig) -> None:
     Metadata, triggers and kohya's ss_ entries are kept, and numbers to the bit, unless --dtype says otherwise. What a layout
     cannot say is refused with the reason.
     """
+    config.check()  # before torch is imported, which takes seconds
     from ..tools.convert import convert as run  # which brings torch
 
     with GenerationConsole("converting") as console:

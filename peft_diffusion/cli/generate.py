@@ -2,6 +2,7 @@
 
 from ..generation.settings import GenerateConfig
 from .flags import reads
+from .lean import import_lean
 from .progress import GenerationConsole
 from .terminal import say
 
@@ -14,6 +15,7 @@ def generate(config: GenerateConfig) -> None:
     file carries its whole recipe, from which --recipe makes the picture again.
     """
     config.check()  # before torch is imported, which takes seconds
+    import_lean(config.base, config.quantize, config.control, config.recipe)
     from ..generation.generate import generate as run
 
     with GenerationConsole("generating") as console:

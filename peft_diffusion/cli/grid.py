@@ -2,6 +2,7 @@
 
 from ..generation.grid_settings import GridConfig
 from .flags import reads
+from .lean import import_lean
 from .progress import GenerationConsole
 from .terminal import say
 
@@ -13,6 +14,7 @@ def grid(config: GridConfig) -> None:
     Columns are over one setting, rows over up to two more, and over prompts.
     """
     config.check()  # before torch is imported, which takes seconds
+    import_lean(config.base, config.quantize, config.control)
     from ..generation.grid import grid as run
 
     with GenerationConsole("drawing") as console:

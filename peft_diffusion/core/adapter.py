@@ -1,7 +1,8 @@
 """What a method adds at a site."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,82 @@ class Factors(NamedTuple):
     down: Tensor
     up: Tensor
     scale: float
+
+
+class Matrices(NamedTuple):
+    """A residual ``scale * up(down(x))``: ``down`` (rank, in, ...) and ``up`` (out, rank), of any dtype."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+class Pair(Protocol):
+    """What says the change of a site as a pair of low rank.
+
+    Attributes:
+        rank: Of the pair.
+        lasting: Whether it stays what it is: parameters of an adapter may be trained.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def lasting(self) -> bool: ...
+
+    def matrices(self) -> Matrices:
+        """Give the pair as it is now.
+
+        Returns:
+            Its matrices.
+        """
+        ...
+
+
+class StoredPair:
+    """The pair that a file holds for a site. An adapter is made of it when somebody asks for one: drawing needs none.
+
+    Its tensors are never written, and copies share them.
+
+    Args:
+        down: (rank, in, ...), in the shape of the weight.
+        up: (out, rank).
+        scale: What the product is multiplied with.
+        build: Makes the adapter.
+    """
+
+    __slots__ = ("_build", "_matrices")
+    lasting: ClassVar[bool] = True
+
+    def __init__(self, down: Tensor, up: Tensor, scale: float, build: "Callable[[Site], Adapter]") -> None:
+        self._matrices = Matrices(down, up, scale)
+        self._build = build
+
+    @property
+    def rank(self) -> int:
+        """Of the pair."""
+        return len(self._matrices.down)
+
+    def matrices(self) -> Matrices:
+        """The matrices, on the CPU."""
+        return self._matrices
+
+    def build(self, site: Site) -> "Adapter":
+        """Make the adapter.
+
+        Args:
+            site: The module that it will sit on.
+
+        Returns:
+            A new one, with parameters of its own.
+        """
+        return self._build(site)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self._matrices, self._build)
 
 
 class KeepsPrecision(nn.Module):
@@ -312,19 +389,83 @@ def parts_of(adapter: Adapter) -> list[Adapter]:
 
 
 class AdapterDict(nn.Module):
-    """The adapters of one site, in the order of attachment."""
+    """The adapters of one site, in the order of attachment. Those that a file holds are built when they are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stored: dict[str, StoredPair] = {}  # of those that are not built; they have a place among the modules too
+        self._site: tuple[Site, ...] = ()  # in a tuple, so that the site is no child of its own child
+
+    def store(self, name: str, pair: StoredPair, site: Site) -> None:
+        """Take an adapter that is not built yet.
+
+        Args:
+            name: What it is called.
+            pair: What a file holds of it.
+            site: The module that it sits on.
+        """
+        self._modules[name] = None
+        self._stored[name] = pair
+        self._site = (site,)
+
+    def exchange(self, name: str, pair: StoredPair) -> None:
+        """Put another pair in the place of one that is not built yet.
+
+        Args:
+            name: What it is called.
+            pair: The new one.
+        """
+        self._stored[name] = pair
+
+    def stored(self, name: str) -> StoredPair | None:
+        """Give what a file holds of an adapter.
+
+        Args:
+            name: What it is called.
+
+        Returns:
+            The pair; None where the adapter was built.
+        """
+        return self._stored.get(name)
+
+    @property
+    def unbuilt(self) -> Mapping[str, StoredPair]:
+        """What files hold of the adapters that are not built, by name."""
+        return self._stored
+
+    def built(self) -> list[Adapter]:
+        """The adapters that are built, in the order of attachment; those that are not do no more than add a pair."""
+        return [module for module in self._modules.values() if isinstance(module, Adapter)]
+
+    def names(self) -> list[str]:
+        """The names, in the order of attachment."""
+        return list(self._modules)
 
     def __getitem__(self, name: str) -> Adapter:
+        if name in self._stored:
+            with torch.inference_mode(False), torch.no_grad():  # it may be trained later
+                self[name] = self._made(name)
         adapter = self._modules[name]
         if not isinstance(adapter, Adapter):
             raise TypeError(f"{name} is no adapter")
         return adapter
 
+    def _made(self, name: str) -> Adapter:
+        (site,) = self._site
+        adapter = self._stored[name].build(site)
+        device = next(
+            (own.device for own in itertools.chain(site.parameters(recurse=False), site.buffers(recurse=False))), None
+        )
+        adapter.to(device).train(site.training).bind(site)
+        return adapter
+
     def __setitem__(self, name: str, adapter: Adapter) -> None:
         self._modules[name] = adapter  # not add_module, which refuses names such as "type" or "half"
+        self._stored.pop(name, None)
 
     def __delitem__(self, name: str) -> None:
         del self._modules[name]
+        self._stored.pop(name, None)
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from .slab import Slab
 from .strength import Strengths
 
 _Target = TypeVar("_Target")
@@ -65,13 +66,16 @@ class ComponentState(nn.Module):
         strengths: What is applied of each adapter. Its rows are the adapters, in the order of attachment.
         entries: What else is known of each adapter, by name.
         words: What the adapters teach tokenizers, as ``bases.words.teach`` last found it. Tokenizers read it here.
+        slab: The pairs of low rank of all sites, where ``site.pack`` put them.
     """
 
     strengths: Strengths
+    slab: Slab
 
     def __init__(self, blocks: tuple[str, ...], device: torch.device) -> None:
         super().__init__()
         self.strengths = Strengths(blocks, device)
+        self.slab = Slab(device)
         self.entries: dict[str, Entry] = {}
         self.words: tuple[Word, ...] = ()
         self._replaced: dict[tuple[str, str], tuple[Any, Any]] = {}  # by path and attribute: its own value, and ours

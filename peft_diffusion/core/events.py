@@ -137,6 +137,14 @@ class ObserverFailed(Event):
     error: str
 
 
+def untold(event: Event) -> None:
+    """Ignore an event: the observer of what nobody watches.
+
+    Args:
+        event: What happened.
+    """
+
+
 def progress(tell: Observer, what: str) -> Callable[[int, int], None]:
     """Make what is called with how many are done, and of how many.
 

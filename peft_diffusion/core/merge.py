@@ -1,7 +1,7 @@
 """Fold adapters into the weights of their sites, and restore the very bytes."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from .changes import one_at_a_time
 from .errors import FoldError, UserError
 from .quantized import QuantizedLinear, plain_parts, rebuilt, torchao_codes, torchao_kind
 from .sharded import whole
-from .slot import Slot
+from .slot import Slot, walk
 
 _SAMPLES = 1024  # numbers of a merged weight that are kept to tell whether it is still what was written
 
@@ -95,18 +95,22 @@ def merge(component: nn.Module) -> Merged:
     scalars = {name: found.scalar(name).tolist() for name in found.names}
     carriers, slots = sites_of.sites(component), sites_of.slots(component)
     _refuse_away(component, carriers, "merge")
+    # Pairs always fold, so that what they make of a weight is computed when it is written: several gigabytes less.
+    paired = {path for path, slot in slots.items() if _all_stored(slot)}
     folded: dict[str, dict[str, Tensor]] = {}
     for path, site in carriers.items():
         try:
-            folded[path] = _folded(site, slots[path], scalars)
+            folded[path] = {} if path in paired else _folded(site, slots[path], scalars)
         except FoldError as error:
             raise FoldError(f"{path}: {error}") from None
-    _refuse_computed(carriers, folded)
-    _refuse_tied(component, carriers, folded)
+    changing = {path: ["weight"] if path in paired else list(folded[path]) for path in carriers}
+    _refuse_computed(carriers, changing)
+    _refuse_tied(component, carriers, changing)
     errors = _Errors()
     try:
         for path, changed in folded.items():
-            stored = _encoded(carriers[path], changed, errors)
+            whole = _with_pairs(carriers[path], slots[path], scalars) if path in paired else changed
+            stored = _encoded(carriers[path], whole, errors)
             slots[path].unmerged = {name: _held(carriers[path], name).detach().clone() for name in stored}
             _write(carriers[path], stored)
             slots[path].merged = {name: _sample(_held(carriers[path], name)) for name in stored}
@@ -229,14 +233,13 @@ def _is_filed(component: nn.Module) -> bool:
     return any(getattr(group, "offload_to_disk_path", None) is not None for group in groups)
 
 
-def _refuse_computed(carriers: Mapping[str, nn.Module], folded: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _refuse_computed(carriers: Mapping[str, nn.Module], folded: Mapping[str, Sequence[str]]) -> None:
     """Raises FoldError for a tensor that its module does not hold, but makes of others: what is written there is lost.
 
     So do torch's parametrizations, the older hooks of weight_norm and spectral_norm, and pruning.
     """
     for path, changed in folded.items():
-        held = {name for name, _ in carriers[path].named_parameters(recurse=False)}
-        held |= {name for name, _ in carriers[path].named_buffers(recurse=False)}
+        held = carriers[path]._parameters.keys() | carriers[path]._buffers.keys()
         for name in changed:
             if name not in held:
                 raise FoldError(
@@ -246,13 +249,11 @@ def _refuse_computed(carriers: Mapping[str, nn.Module], folded: Mapping[str, Map
                 )
 
 
-def _refuse_tied(
-    component: nn.Module, carriers: Mapping[str, nn.Module], folded: Mapping[str, Mapping[str, Tensor]]
-) -> None:
+def _refuse_tied(component: nn.Module, carriers: Mapping[str, nn.Module], folded: Mapping[str, Sequence[str]]) -> None:
     """Raises FoldError for a tensor that another module has too, as an output layer has its embedding's."""
     owners: dict[int, list[str]] = {}
-    for path, module in component.named_modules():
-        for own in module.parameters(recurse=False):
+    for path, module in walk(component):
+        for own in module._parameters.values():
             owners.setdefault(id(own), []).append(path)
     for path, changed in folded.items():
         for name in changed:
@@ -325,6 +326,31 @@ def _encoded(site: nn.Module, changed: dict[str, Tensor], errors: _Errors) -> di
                 errors.add(f"{held.dtype}".removeprefix("torch."), held.float(), wanted, wanted.to(held.dtype).float())
             stored[name] = wanted
     return stored
+
+
+def _all_stored(slot: Slot) -> bool:
+    return all(slot.adapters.stored(name) is not None for name in slot.adapters.names())
+
+
+@torch.no_grad()
+def _with_pairs(site: nn.Module, slot: Slot, scalars: dict[str, list[float]]) -> dict[str, Tensor]:
+    """The weight of a site whose adapters are pairs, with all of them in it, in float32: one product for all."""
+    strengths = {name: scalars[name][slot.block] for name in slot.adapters.names()}
+    if not any(strengths.values()):
+        return {}
+    weight = dense_weight(site)
+    view = None if slot.place is None else slot.component.slab.exact(slot.place)
+    if view is not None and view.down.device == weight.device:
+        down, up = view.down.flatten(1).float(), view.up.float()
+        amounts = slot.strengths.values[view.rows, slot.block, :1]
+    else:
+        pairs = [pair.matrices() for name in strengths if (pair := slot.adapters.stored(name)) is not None]
+        down = torch.cat([pair.down.flatten(1).float() for pair in pairs]).to(weight.device)
+        up = torch.cat([pair.up.t().float() * pair.scale for pair in pairs]).to(weight.device)
+        each = zip(pairs, strengths.values(), strict=True)
+        amounts = torch.cat([torch.full((len(pair.down), 1), amount) for pair, amount in each]).to(weight.device)
+    whole = torch.addmm(weight.flatten(1), (up * amounts).t(), down)
+    return {"weight": whole.view(weight.shape)}
 
 
 @torch.no_grad()

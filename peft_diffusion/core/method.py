@@ -16,7 +16,7 @@ from .errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .adapter import Adapter, Site
+    from .adapter import Adapter, Site, StoredPair
 
 DEFAULT_TARGET = "attention+ff"
 """The target of a method that has none of its own, by its name in ``core.targets``."""
@@ -230,6 +230,30 @@ class Method:
         """
         raise NotImplementedError
 
+    @classmethod
+    def needed(cls, suffixes: Set[str]) -> Sequence[str]:
+        """Name the tensors without which ``read`` can make nothing of a site, whatever the site is.
+
+        Args:
+            suffixes: The names of the tensors that there are, which `recognizes` knows.
+
+        Returns:
+            Their names; those of them that are not there make the file damaged.
+        """
+        return ()
+
+    @classmethod
+    def missing(cls, suffixes: Set[str]) -> str | None:
+        """Name the first tensor that is not there and has to be.
+
+        Args:
+            suffixes: The names of those that there are.
+
+        Returns:
+            Its name; None where none is missing.
+        """
+        return next((name for name in cls.needed(suffixes) if name not in suffixes), None)
+
     def serves(self, site: "Site") -> bool:
         """Tell whether this method has something to add at a module.
 
@@ -274,6 +298,20 @@ class Method:
             NotImplementedError: The method does not say.
         """
         raise NotImplementedError
+
+    @classmethod
+    def stored(cls, site: "Site", tensors: Mapping[str, "Tensor"], constants: Mapping[str, float]) -> "StoredPair | None":
+        """Take what a file holds for a site as it is, where that is a pair of low rank and nothing else.
+
+        Args:
+            site: The module that it will sit on.
+            tensors: Those of the site, by suffix.
+            constants: Numbers that belong beside them, by suffix.
+
+        Returns:
+            The pair, whose ``build`` makes what ``read`` would; None where ``read`` is to be asked.
+        """
+        return None
 
     @classmethod
     def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .adapter import LowRank
 
 _PRECISION = 1e-6  # of the largest singular value: what is below is the rounding of float32
+_ROUNDING = torch.finfo(torch.float32).eps
 _SMALL = 256  # up to this side a full decomposition costs nothing
 _OVERSAMPLING, _ITERATIONS = 32, 4
 _WIDE = 3  # from a third of all ranks on, a full decomposition is not slower than a randomized one
@@ -85,18 +86,24 @@ class Reduced:
     norm: float
 
 
-def summed(pairs: Sequence[LowRank]) -> LowRank:
+def summed(pairs: Sequence[LowRank], strengths: Sequence[float] | None = None) -> LowRank:
     """Add changes, by writing their ranks one after the other: exact.
 
     Args:
         pairs: ``down`` (rank, inputs) and ``up`` (outputs, rank) each, of whatever ranks.
+        strengths: Of each; None: 1 of all.
 
     Returns:
         The pair of the sum.
     """
-    if len(pairs) == 1:
+    if len(pairs) == 1 and strengths is None:
         return pairs[0]
-    return LowRank(torch.cat([pair.down for pair in pairs]), torch.cat([pair.up for pair in pairs], 1))
+    whole = LowRank(torch.cat([pair.down for pair in pairs]), torch.cat([pair.up for pair in pairs], 1))
+    if strengths is not None:
+        ranks = torch.tensor([len(pair.down) for pair in pairs])
+        each = torch.tensor(strengths, dtype=whole.up.dtype).repeat_interleave(ranks)
+        whole.up.mul_(each.to(whole.up.device))  # in place: the factors of ten files are not held twice
+    return whole
 
 
 def reduced(change: LowRank | Tensor, wanted: Truncation) -> Reduced:
@@ -122,19 +129,28 @@ def reduced_pair(pair: LowRank, wanted: Truncation) -> Reduced:
     Returns:
         The pair and its error, both exact.
     """
-    left, left_core = torch.linalg.qr(pair.up)
-    right, right_core = torch.linalg.qr(pair.down.mT)
-    u, values, v = torch.linalg.svd(left_core @ right_core.mT, full_matrices=False)
+    down, up = pair.down.float(), pair.up.float()
+    reflectors, scales = torch.geqrf(down.mT)
+    down_core = reflectors[: len(down)].triu()
+    up_core = torch.geqrf(up)[0][: up.shape[1]].triu()
+    _, values, v = torch.linalg.svd(up_core @ down_core.mT, full_matrices=False)
     kept = wanted.kept(values)
     whole, rest = _norm(values), _norm(values[kept:])
-    return Reduced(_balanced(left @ u[:, :kept], values[:kept], v[:kept] @ right.mT), rest / whole if whole else 0.0, whole)
+    basis = torch.zeros(down.shape[1], kept, dtype=down.dtype, device=down.device)
+    basis[: v.shape[1]] = v[:kept].mT
+    right = torch.ormqr(reflectors, scales, basis)  # only the bases that are kept are made, and on this side alone
+    left = up @ (down_core.mT @ v[:kept].mT)  # the change itself on them: no other basis is needed
+    roots = values[:kept].sqrt()
+    shares = torch.where(values[:kept] > _ROUNDING * values[0], 1 / roots, 0)
+    reduced = LowRank(roots[:, None] * right.mT, left * shares)
+    return Reduced(reduced, rest / whole if whole else 0.0, whole)
 
 
 def reduced_matrix(change: Tensor, wanted: Truncation) -> Reduced:
     """Find the best pair for the change of a weight.
 
     A large matrix is decomposed in a randomized way, with power iterations (Halko, Martinsson and Tropp 2011,
-    https://arxiv.org/abs/0909.4061, algorithms 4.4 and 5.1), as `torch.svd_lowrank` does it.
+    https://arxiv.org/abs/0909.4061, algorithms 4.4 and 5.1).
 
     Args:
         change: (outputs, inputs).
@@ -159,10 +175,16 @@ def reduced_matrix(change: Tensor, wanted: Truncation) -> Reduced:
 
 
 def _randomized(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        u, values, v = torch.svd_lowrank(change, min(rank + _OVERSAMPLING, *change.shape), _ITERATIONS)
-    return u, values, v.mT
+    """As `torch.svd_lowrank`, with numbers of a generator of its own: several threads may be here at once."""
+    tall = change if change.shape[0] >= change.shape[1] else change.mT
+    start = torch.randn(tall.shape[1], min(rank + _OVERSAMPLING, *tall.shape), generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(tall @ start.to(tall.device)).Q
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(tall.mT @ basis).Q
+        basis = torch.linalg.qr(tall @ basis).Q
+    u, values, v = torch.linalg.svd(basis.mT @ tall, full_matrices=False)
+    u = basis @ u
+    return (u, values, v) if tall is change else (v.mT, values, u.mT)
 
 
 def _singular_values(change: Tensor) -> Tensor:

@@ -81,9 +81,12 @@ if TYPE_CHECKING:
     Paths: TypeAlias = _Taken[tuple[Path, ...], _PathGiven | Sequence[_PathGiven]]
     Texts: TypeAlias = _Taken[tuple[str, ...], str | Sequence[str]]
     Numbers: TypeAlias = _Taken[tuple[int, ...], int | Sequence[int]]
+    OptionalTexts: TypeAlias = _Taken[tuple[str, ...] | None, str | Sequence[str] | None]
+    OptionalNumbers: TypeAlias = _Taken[tuple[int, ...] | None, int | Sequence[int] | None]
 else:
     OnePath, OptionalPath = Path, Path | None
     Paths, Texts, Numbers = tuple[Path, ...], tuple[str, ...], tuple[int, ...]
+    OptionalTexts, OptionalNumbers = tuple[str, ...] | None, tuple[int, ...] | None
 
 
 @dataclass_transform(field_specifiers=(field,))

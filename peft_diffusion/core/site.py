@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from . import targets
-from .adapter import Adapter, chained
+from .adapter import Adapter, Pair, StoredPair, chained
 from .changes import one_at_a_time
 from .component import ComponentState
 from .errors import UserError, did_you_mean
 from .method import DEFAULT_TARGET, Method
-from .slot import SLOT, Packed, Slot, slot_of, state_of
+from .slab import LivePair, Wanted
+from .slot import SLOT, Packed, Slot, slot_of, state_of, walk
 from .strength import Strengths
 
 
@@ -108,7 +109,7 @@ def sites(component: nn.Module, name: str | None = None) -> dict[str, AdaptedSit
     Returns:
         The modules by path.
     """
-    found = {path: m for path, m in component.named_modules() if isinstance(m, AdaptedSite)}
+    found = {path: m for path, m in walk(component) if isinstance(m, AdaptedSite)}
     return found if name is None else {path: m for path, m in found.items() if name in m._peft_diffusion.adapters}
 
 
@@ -255,13 +256,13 @@ def check_attachable(component: nn.Module, methods: Sequence[tuple[Method, str]]
 
 
 @one_at_a_time
-def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) -> None:
+def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter | StoredPair]) -> None:
     """Add adapters that were made elsewhere, such as loaded ones.
 
     Args:
         component: The module that gets them.
         name: What they are called together.
-        built: One for each site, by path.
+        built: One for each site, by path, or what a file holds of it.
 
     Raises:
         UserError: As `attach`. Nothing is left of it, nor where it is interrupted, or a device has no room.
@@ -273,22 +274,48 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter]) 
     state = state_of(component)
     if state is not None and state.strengths.merged:
         raise UserError("adapters are merged into the weights; unmerge them before you attach another")
-    modules = {path: component.get_submodule(path) for path in built}
+    found = targets.modules(component)
+    modules = {path: found[path] if path in found else component.get_submodule(path) for path in built}
     for path, module in modules.items():
         _check_free(path, module)
-    blocks = targets.blocks(component, parts=True)
-    _check_one_state(component, blocks.names)
+    blocks = targets.blocks(component, parts=True, paths=found)
+    _check_one_state(component, found.values(), blocks.names)
     state = state or ComponentState(blocks.names, _device(component))
     state.add(name)
     try:
         for path, module in modules.items():
             slot = slot_of(module) or _swap(module, state, blocks.of(path))
-            slot.adapters[name] = built[path].to(_device(module, component)).train(module.training)
-            built[path].bind(module)
+            adapter = built[path]
+            if isinstance(adapter, StoredPair):
+                slot.adapters.store(name, adapter, module)
+            else:
+                slot.adapters[name] = adapter.to(_device(module, component)).train(module.training)
+                adapter.bind(module)
             slot.packed = None
     except BaseException:
         _take_off(component, state, name)
         raise
+
+
+def exchange(component: nn.Module, name: str, stored: Mapping[str, StoredPair]) -> dict[str, StoredPair] | None:
+    """Put other pairs in the places of those of an adapter. `pack` has to be called then.
+
+    Args:
+        component: The module that carries it.
+        name: What it is called.
+        stored: The new pairs, by path.
+
+    Returns:
+        The pairs that were there, by path; None, and nothing is changed, where they are at other sites than the new ones, or
+        an adapter was built.
+    """
+    carriers = slots(component, name)
+    before = {path: pair for path, slot in carriers.items() if (pair := slot.adapters.stored(name)) is not None}
+    if not len(carriers) == len(before) == len(stored) or before.keys() != stored.keys():
+        return None
+    for path, slot in carriers.items():
+        slot.adapters.exchange(name, stored[path])
+    return before
 
 
 @one_at_a_time
@@ -332,13 +359,17 @@ def check_detach(component: nn.Module, name: str) -> ComponentState:
 
 
 def _take_off(component: nn.Module, state: ComponentState, name: str) -> None:
+    left, vacated = list[int](), list[int]()
     for site in sites(component).values():
-        held = site._peft_diffusion.adapters
-        if name in held:
-            del held[name]
-        if not len(held):
+        slot = site._peft_diffusion
+        if name in slot.adapters:
+            del slot.adapters[name]
+            if slot.place is not None:
+                (left if len(slot.adapters) else vacated).append(slot.place)
+        if not len(slot.adapters):
             _restore(site)
-    unpack(component)  # the rows of the strengths move up
+    state.slab.vacate(vacated)
+    state.slab.release(name, left)
     state.remove(name)
     if not state.entries:
         state.forget_words(component)
@@ -391,19 +422,83 @@ def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def pack(component: nn.Module) -> None:
     """Run the low-rank adapters of each site as one pair where no gradients are wanted.
 
-    Copies the parameters: call it again when they change. Attaching and detaching undo it.
+    Copies the parameters: call it again when they change. Attaching undoes it at its sites.
 
     Args:
         component: The module that carries them.
     """
-    everywhere = {dtype for module in targets.modules(component).values() for dtype in _precisions(module)}
-    # A quantized weight does not tell what its layer computes in; the rest of the component does, if it is of one mind.
-    usual = everywhere.pop() if len(everywhere) == 1 else torch.float32
-    for site in sites(component).values():
+    state = state_of(component)
+    if state is None:
+        return
+    usual: list[torch.dtype] = []
+
+    def precision(site: nn.Module) -> torch.dtype:
+        for own in site._parameters.values():
+            if own is not None and own.dtype.is_floating_point:
+                return own.dtype
+        if not usual:
+            # A quantized weight does not tell what its layer computes in; the rest does, if it is of one mind.
+            everywhere = {dtype for module in targets.modules(component).values() for dtype in _precisions(module)}
+            usual.append(next(_precisions(site), everywhere.pop() if len(everywhere) == 1 else torch.float32))
+        return usual[0]
+
+    there: dict[int, Wanted] = {}
+    new: list[tuple[Slot, Wanted]] = []
+    slab = state.slab
+    for path, site in sites(component).items():
         slot = site._peft_diffusion
-        built = dict(slot.adapters.items())
-        if all(adapter.low_rank() is not None for adapter in built.values()):
-            slot.packed = Packed(built, slot.strengths, next(_precisions(site), usual))
+        held, place, packed = slot.adapters, slot.place, slot.packed
+        names, unbuilt, dtype = held.names(), held.unbuilt, precision(site)
+        missing = list(unbuilt) if place is None else slab.missing(place, unbuilt, dtype)
+        if len(unbuilt) < len(names):
+            missing += [name for name in names if name not in unbuilt]
+        if place is not None and not missing and slab.count(place) == len(names):
+            slot.packed = packed or Packed(slab, place)
+            continue
+        pairs = _pairs(slot, missing)
+        if pairs is None:
+            _unpack(slot)
+        elif place is None:
+            shape = _shape(next(iter(pairs.values()))[1])
+            new.append((slot, Wanted(path.rpartition(".")[0], shape, dtype, names, pairs)))
+        else:
+            there[place] = Wanted("", (), dtype, names, pairs)
+            slot.packed = packed or Packed(slab, place)
+    try:
+        places = slab.hold(there, [one for _, one in new])
+    except BaseException:  # as of a device that is full: nothing is known of what was written
+        unpack(component)
+        raise
+    for (slot, _), place in zip(new, places, strict=True):
+        slot.place, slot.packed = place, Packed(slab, place)
+
+
+def _pairs(slot: Slot, names: Sequence[str]) -> dict[str, tuple[int, Pair]] | None:
+    """Adapters of a site as pairs, with their rows of the strengths; None where one is none."""
+    found: dict[str, tuple[int, Pair]] = {}
+    unbuilt, strengths = slot.adapters.unbuilt, slot.strengths
+    for name in names:
+        pair: Pair | None = unbuilt.get(name)
+        if pair is None:
+            adapter = slot.adapters[name]
+            made = adapter.low_rank()
+            pair = None if made is None else LivePair(adapter, len(made.down))
+        if pair is None:
+            return None
+        found[name] = strengths.index(name), pair
+    return found
+
+
+def _shape(pair: Pair) -> tuple[int, ...]:
+    down, up, _ = pair.matrices()
+    return (len(up), *down.shape[1:])
+
+
+def _unpack(slot: Slot) -> None:
+    """Run every adapter of a site by itself, and give its part of the slab up."""
+    if slot.place is not None:
+        slot.component.slab.vacate([slot.place])
+    slot.place = slot.packed = None
 
 
 def _precisions(module: nn.Module) -> Iterator[torch.dtype]:
@@ -418,7 +513,7 @@ def unpack(component: nn.Module) -> None:
         component: The module that carries them.
     """
     for slot in slots(component).values():
-        slot.packed = None
+        _unpack(slot)
 
 
 def _swap(module: nn.Module, state: ComponentState, block: int) -> Slot:
@@ -467,9 +562,9 @@ def _check_free(path: str, module: nn.Module) -> None:
         raise UserError(f"{path}: it has an attribute {SLOT!r} of its own, the name that adapters are kept under; rename it")
 
 
-def _check_one_state(component: nn.Module, blocks: tuple[str, ...]) -> None:
+def _check_one_state(component: nn.Module, modules: Iterable[nn.Module], blocks: tuple[str, ...]) -> None:
     """Raises UserError where a part of a component, or a whole that it is a part of, was given adapters by itself."""
-    states = {slot.component for slot in slots(component).values()}
+    states = {module._peft_diffusion.component for module in modules if isinstance(module, AdaptedSite)}
     if len(states) > 1 or any(state.strengths.blocks != blocks for state in states):
         raise UserError(
             f"this {targets.architecture(component)}, or what it is a part of, carries adapters that were attached to"

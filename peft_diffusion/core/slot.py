@@ -1,9 +1,9 @@
 """The slot of a module: the one place on it where everything of this package sits, and how the adapters there run."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,46 +11,46 @@ from torch.nn import functional as F
 
 from .adapter import Adapter, AdapterDict
 from .component import ComponentState
-from .strength import Strengths
+from .slab import SiteView, Slab
+from .strength import Strengths, recording
 
 SLOT = "_peft_diffusion"
 """The name of the child module that a slot is: the only name that this package takes on a module of a base."""
 
 
-class Packed(nn.Module):
-    """The low-rank adapters of a site as one pair: three operations, however many adapters there are.
-
-    It follows its component to another dtype, and is made anew of the adapters then: they keep float32, and a pair that was
-    rounded once would not get its precision back on a wider base.
+class Packed:
+    """The low-rank adapters of a site as one pair: three operations, however many adapters there are. It is a part of the
+    component's slab.
     """
 
-    down: Tensor
-    up: Tensor
-    rows: Tensor
+    __slots__ = ("_slab", "place")
 
-    def __init__(self, adapters: Mapping[str, Adapter], strengths: Strengths, dtype: torch.dtype) -> None:
-        super().__init__()
-        pairs = [(strengths.index(name), adapter.low_rank()) for name, adapter in adapters.items()]
-        rows = torch.cat([torch.full((len(pair.down),), row) for row, pair in pairs if pair is not None])
-        self._adapters = [adapter for _, adapter in adapters.items()]  # in a list, as they are children of the slot
-        down, up = self._joined()
-        self.register_buffer("down", down.to(dtype), persistent=False)
-        self.register_buffer("up", up.to(dtype), persistent=False)
-        self.register_buffer("rows", rows.to(self.down.device), persistent=False)
+    def __init__(self, slab: Slab, place: int) -> None:
+        self._slab = slab
+        self.place = place
 
-    @torch.no_grad()
-    def _joined(self) -> tuple[Tensor, Tensor]:
-        """The pair in float32: (sum of ranks, in, ...) and (out, sum of ranks)."""
-        pairs = [pair for adapter in self._adapters if (pair := adapter.low_rank()) is not None]
-        return torch.cat([pair.down for pair in pairs]), torch.cat([pair.up for pair in pairs], 1)
+    @property
+    def view(self) -> SiteView:
+        """What the site sees of the slab."""
+        found = self._slab.views[self.place]
+        if found is None:
+            raise IndexError("the site has no region any more")
+        return found
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        dtype = self.down.dtype
-        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.down.dtype != dtype:
-            down, up = self._joined()  # of adapters that have moved already: in the slot they stand before this
-            self.down, self.up = down.to(self.down), up.to(self.up)
-        return moved
+    @property
+    def down(self) -> Tensor:
+        """(room, in, ...)."""
+        return self.view.down
+
+    @property
+    def up(self) -> Tensor:
+        """(out, room)."""
+        return self.view.up.t()
+
+    @property
+    def rows(self) -> Tensor:
+        """(room,): the row of each rank in ``Strengths.values``."""
+        return self.view.rows
 
 
 class Slot(nn.Module):
@@ -60,6 +60,7 @@ class Slot(nn.Module):
         adapters: The adapters by name, in the order of attachment, in which they run.
         component: What the whole component carries; every slot of a component has the same object.
         packed: The low-rank adapters as one pair, where ``site.pack`` made one.
+        place: The place of the site in the slab of the component; None where it has none.
         block: The index of the block that the site lies in, of ``Strengths.blocks``.
         unmerged: The weights before a merge, by the name that ``core.merge`` gives them; empty where nothing is merged.
             They are here so that a copy of the model has its own.
@@ -75,6 +76,7 @@ class Slot(nn.Module):
         self.adapters = AdapterDict()
         self.component = component
         self.packed = None
+        self.place: int | None = None
         self.block = block
         self.unmerged: dict[str, Tensor] = {}
         self.merged: dict[str, Tensor] = {}
@@ -93,7 +95,7 @@ class Slot(nn.Module):
         Returns:
             What it is given in place of that, of the same shape.
         """
-        for _, adapter in self.adapters.items():
+        for adapter in self.adapters.built():
             x = adapter.prepare(x)
         return x
 
@@ -140,7 +142,7 @@ class Slot(nn.Module):
         if strengths.merged:
             return y
         # A graph outlives the strengths that it was made with, so it holds every adapter; eager runs skip the idle ones.
-        recorded = torch.compiler.is_compiling() or _capturing()
+        recorded = torch.compiler.is_compiling() or recording()
         if self.packed is not None and not torch.is_grad_enabled():
             return self._run_packed(self.packed, site, x, y) if recorded or strengths.active else y
         base = y
@@ -150,13 +152,14 @@ class Slot(nn.Module):
         return y
 
     def _run_packed(self, packed: Packed, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        strength = self.strengths.at(packed.rows, self.block, y)
-        down, up = packed.down.to(x.dtype), packed.up.to(x.dtype)  # no copies, but where x is not what pack() expected
+        down, up, rows = packed.view
+        strength = self.strengths.at(rows, self.block, y)
+        down, up = down.to(x.dtype), up.to(x.dtype)  # no copies, but where x is not what pack() expected
         if isinstance(site, nn.Conv2d):
             hidden = site._conv_forward(x, down, None) * strength[:, :, None, None]
-            return y + F.conv2d(hidden, up[:, :, None, None])
+            return y + F.conv2d(hidden, up.t()[:, :, None, None])
         hidden = F.linear(x, down) * strength.view(len(strength), *[1] * (x.ndim - 2), -1)
-        return y + F.linear(hidden, up)
+        return y + hidden @ up
 
     def follow(self, device: torch.device) -> None:
         """Bring all that is here to where the site computes, and leave it there: it is small beside what is offloaded.
@@ -266,6 +269,32 @@ def slot_of(module: nn.Module) -> Slot | None:
     return found if isinstance(found, Slot) else None
 
 
+def walk(component: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Go through the modules of a base, without what adapters brought, each once and those around before those inside.
+
+    This is what ``named_modules`` does, several times faster: a network of thousands of modules is walked for every change.
+
+    Args:
+        component: The module to begin at.
+
+    Yields:
+        Paths, "" for the component itself, and modules.
+    """
+    waiting, seen = [("", component)], set[nn.Module]()
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield path, module
+        if module._modules:
+            start = f"{path}." if path else ""
+            for name in reversed(module._modules):
+                child = module._modules[name]
+                if child is not None and not isinstance(child, Slot):
+                    waiting.append((start + name, child))
+
+
 def state_of(component: nn.Module) -> ComponentState | None:
     """Find what a component carries.
 
@@ -275,11 +304,15 @@ def state_of(component: nn.Module) -> ComponentState | None:
     Returns:
         Its state; None where it carries no adapter.
     """
-    return next((slot.component for module in component.modules() if (slot := slot_of(module)) is not None), None)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    waiting = [component]
+    while waiting:  # in no order: all slots of a component have the same
+        held = waiting.pop()._modules
+        if held:
+            slot = held.get(SLOT)
+            if isinstance(slot, Slot):
+                return slot.component
+            waiting.extend(child for child in held.values() if child is not None)
+    return None
 
 
 def _broadcast(strength: Tensor, y: Tensor) -> Tensor:

@@ -108,11 +108,16 @@ class _Steps(threading.local):
 _steps = _Steps()
 
 
+_ROWS = 8  # of the first table; from there on it doubles
+
+
 class Strengths(KeepsPrecision):
     """The strengths of one component's adapters.
 
-    ``values`` is (adapters, blocks, images) in float32, with one column where every image gets the same. Writing keeps
-    the tensor's address while the number of columns stays, so a compiled or captured model sees the new values.
+    ``values`` is (rows, blocks, images) in float32, with one column where every image gets the same. An adapter has a row
+    for as long as it is there; rows of none are 0, and there are more rows than adapters, in steps. So the tensor keeps its
+    address while the number of columns stays, also where adapters come and go, and a compiled or captured model sees the
+    new values.
 
     Threads that share the component share all of it but the steps of a schedule: each reads those of its own, except in a
     compiled model, which knows one place for them.
@@ -129,6 +134,8 @@ class Strengths(KeepsPrecision):
         self.full: frozenset[str] = frozenset()  # those with a strength of 1 everywhere, known without asking the device
         self.changes = 0  # how often anything but the step was changed, which ends what threads know of their steps
         self.merged = False  # the weights hold the adapters, so sites add nothing
+        self._places: dict[str, int] = {}
+        self._told = torch.zeros(0, len(self.blocks), 1)  # ``values`` on the CPU: to ask a device is to wait for it
         self.register_buffer("values", torch.zeros(0, len(self.blocks), 1, device=device), persistent=False)
 
     def add(self, name: str) -> None:
@@ -137,8 +144,14 @@ class Strengths(KeepsPrecision):
         Args:
             name: What it is called.
         """
-        ones = torch.ones(1, *self.values.shape[1:], device=self.values.device)
-        self.values = torch.cat([self.values, ones])
+        taken = set(self._places.values())
+        row = next(number for number in range(len(taken) + 1) if number not in taken)
+        if row == len(self._told):
+            more = max(_ROWS, len(self._told))
+            self._told = torch.cat([self._told, torch.zeros(more, *self._told.shape[1:])])
+        self._places[name] = row
+        self._told[row] = 1.0
+        self._publish()
         self.names.append(name)
         self.changes += 1
         self._active |= {name}
@@ -150,8 +163,8 @@ class Strengths(KeepsPrecision):
         Args:
             name: What it is called.
         """
-        keep = [i for i, known in enumerate(self.names) if known != name]
-        self.values = self.values[keep]
+        self._told[self._places.pop(name)] = 0.0
+        self._publish()
         self.names.remove(name)
         self.changes += 1
         self.schedules.pop(name, None)
@@ -200,12 +213,33 @@ class Strengths(KeepsPrecision):
         step = self._step()
         return self._active if step is None else step.active
 
+    @property
+    def present(self) -> Tensor:
+        """``values`` at the step of a schedule where this thread is."""
+        step = self._step()
+        return self.values if step is None else step.values
+
     def _step(self) -> _Step | None:
         """The step of a schedule where this thread is; None where there is none, and in a graph that outlives it."""
-        if torch.compiler.is_compiling() or not self.schedules:
+        if torch.compiler.is_compiling() or not self.schedules or recording():
             return None
         step = _steps.present
         return step if step is not None and step.owner() is self and step.change == self.changes else None
+
+    def steps(self, places: Sequence[float]) -> Tensor:
+        """Give the strengths at several points of the steps, without changing any.
+
+        Args:
+            places: How many of the steps are done at each, from 0 to 1.
+
+        Returns:
+            (places, rows, blocks, images), where ``values`` is.
+        """
+        tables = []
+        for place in places:
+            rows = self._planned({name: schedule.at(place) for name, schedule in self.schedules.items()})
+            tables.append(self._table(rows))
+        return torch.stack(tables).to(self.values.device)
 
     def _planned(self, amounts: Mapping[str, OverSteps]) -> list[Tensor]:
         """The strengths of every adapter, each (blocks, images) or (blocks, 1). Raises as ``write`` does."""
@@ -224,16 +258,27 @@ class Strengths(KeepsPrecision):
 
     def _put(self, rows: Sequence[Tensor]) -> tuple[Tensor, frozenset[str]]:
         """Write strengths, for all threads. Returns the values, apart from those, and the names of what is not 0."""
-        images = max((row.shape[1] for row in rows), default=1)
-        values = torch.stack([row.expand(-1, images) for row in rows]) if rows else self.values
-        active = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
-        if values.shape == self.values.shape:
-            self.values.copy_(values)
-        else:
-            self.values = values.clone()
-        self._active = active
+        self._told = self._table(rows)
+        self._publish()
+        self._active = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
         self.full = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool((row == 1).all()))
-        return values, active
+        return self.values.clone() if self.schedules else self.values, self._active
+
+    def _table(self, rows: Sequence[Tensor]) -> Tensor:
+        """The strengths of every adapter as `values` has them, on the CPU."""
+        images = max((row.shape[1] for row in rows), default=1)
+        told = torch.zeros(len(self._told), len(self.blocks), images)
+        for name, row in zip(self.names, rows, strict=True):
+            told[self._places[name]] = row
+        return told
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Bring ``values`` to what was told."""
+        if self.values.shape == self._told.shape:
+            self.values.copy_(self._told)
+        else:
+            self.values = self._told.to(self.values.device, copy=True)
 
     @property
     def images(self) -> int:
@@ -269,7 +314,7 @@ class Strengths(KeepsPrecision):
         Returns:
             The row.
         """
-        return self.names.index(name)
+        return self._places[name]
 
     def at(self, rows: int | Tensor, block: int, y: Tensor) -> Tensor:
         """Give the strengths at a block. Guidance calls for each image two or three times (classifier-free guidance and
@@ -286,11 +331,25 @@ class Strengths(KeepsPrecision):
         Raises:
             UserError: The batch is neither once, twice nor three times the number of images, nor that of their prompts.
         """
-        step = self._step()
-        values = (self.values if step is None else step.values)[rows, block].to(y.dtype)
+        values = self.present[rows, block].to(y.dtype)
         if values.ndim == 2:
             values = values.transpose(0, 1)
-        images, batch = values.shape[0], y.shape[0]
+        return self.over(values, len(y))
+
+    def over(self, values: Tensor, batch: int) -> Tensor:
+        """Repeat strengths of images over a batch that holds each image once or more: see `at`.
+
+        Args:
+            values: (images, ...).
+            batch: How many rows there are.
+
+        Returns:
+            (batch, ...); as it was where all images have the same.
+
+        Raises:
+            UserError: As `at`.
+        """
+        images = len(values)
         if images == 1:
             return values
         if images % batch == 0:  # each prompt once, as a text encoder reads it for the several images that it is for
@@ -324,10 +383,27 @@ class Strengths(KeepsPrecision):
         Raises:
             UserError: Images differ, or the strength changes over the steps.
         """
-        rows = self.values[self.index(name)]
+        rows = self._told[self.index(name)]
         if bool((rows != rows[:, :1]).any()):
             raise UserError(f"adapter {name!r} has another strength for each image; merging needs one for all")
         return rows[:, 0]
+
+    def kept(self, name: str) -> OverSteps:
+        """Give what `write` takes for an adapter to have what it has.
+
+        Args:
+            name: What it is called.
+
+        Returns:
+            Its schedule; without one its strength, by block where blocks differ.
+        """
+        if name in self.schedules:
+            return self.schedules[name]
+        rows = self._kept(name)
+        if bool((rows == rows[:1]).all()):
+            own: list[float] = rows[0].tolist()
+            return own[0] if len(own) == 1 else own
+        return dict(zip(self.blocks, rows.tolist(), strict=True))
 
     def _rows(self, name: str, strength: Strength) -> Tensor:
         """A strength as (blocks, images), images being 1 where it does not say."""
@@ -342,12 +418,12 @@ class Strengths(KeepsPrecision):
             rows = torch.stack([row.expand(images) if len(row) in (1, images) else self._ragged(name) for row in per_block])
         else:
             rows = self._images(name, strength).expand(len(self.blocks), -1)
-        return rows.to(self.values.device)
+        return rows
 
     def _images(self, name: str, strength: "float | Sequence[float] | Tensor") -> Tensor:
         wanted = f"the strength of {name!r} must be a number, or one for each image, not"
         try:
-            row = torch.as_tensor(strength, dtype=torch.float32)
+            row = torch.as_tensor(strength, dtype=torch.float32, device="cpu")
         except (TypeError, ValueError, RuntimeError):  # as torch refuses what is no number
             raise UserError(f"{wanted} {strength!r}") from None
         if row.ndim > 1:
@@ -361,5 +437,14 @@ class Strengths(KeepsPrecision):
 
     def _kept(self, name: str) -> Tensor:
         """The present strength of an adapter, in one column where all images have the same."""
-        rows = self.values[self.index(name)]
+        rows = self._told[self.index(name)]
         return rows if bool((rows != rows[:, :1]).any()) else rows[:, :1]
+
+
+def recording() -> bool:
+    """Tell whether a CUDA graph is being recorded, which outlives the strengths that it is made with.
+
+    Returns:
+        Whether one is, by this thread's stream.
+    """
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,13 +1,15 @@
 """Named sets of sites: the modules of a component that a target names."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import nn
 
 from .errors import UserError, did_you_mean
 from .parsing import compiled_for, matching
-from .slot import slot_of
+from .slot import walk
 from .target_tables import TABLES, UNKNOWN, TargetTable
 
 OTHER_BLOCK = "other"
@@ -42,8 +44,7 @@ class Blocks:
         Returns:
             The index of the block among ``names``.
         """
-        match = re.fullmatch(self.pattern, path)
-        return self.names.index(match[1] if match else OTHER_BLOCK)
+        return self.names.index(_block_of(self.pattern, path) or OTHER_BLOCK)
 
 
 def architecture(component: nn.Module) -> str:
@@ -79,24 +80,30 @@ def modules(component: nn.Module) -> dict[str, nn.Module]:
     Returns:
         The modules by path; "" is the component itself.
     """
-    ours = {part for module in component.modules() if (slot := slot_of(module)) is not None for part in slot.modules()}
-    return {path: module for path, module in component.named_modules() if module not in ours}
+    return dict(walk(component))
 
 
-def blocks(component: nn.Module, *, parts: bool = False) -> Blocks:
+@lru_cache(maxsize=20_000)
+def _block_of(pattern: str, path: str) -> str | None:
+    match = re.fullmatch(pattern, path)
+    return match[1] if match else None
+
+
+def blocks(component: nn.Module, *, parts: bool = False, paths: Iterable[str] | None = None) -> Blocks:
     """List the blocks of a component, in the order of its modules; whatever lies in none is in ``other``.
 
     Args:
         component: The module to look in.
         parts: Whether to list the parts of blocks that take a strength of their own.
+        paths: Those of all its modules, for one who has them.
 
     Returns:
         The blocks.
     """
     own = table(component)
     pattern = (own.part if parts else "") or own.block
-    found = (re.fullmatch(pattern, path) for path in modules(component))
-    return Blocks((*dict.fromkeys(match[1] for match in found if match), OTHER_BLOCK), pattern)
+    found = (_block_of(pattern, path) for path in (modules(component) if paths is None else paths))
+    return Blocks((*dict.fromkeys(one for one in found if one is not None), OTHER_BLOCK), pattern)
 
 
 def check(target: str) -> None:

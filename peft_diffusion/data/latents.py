@@ -403,13 +403,19 @@ def _stacked(column: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def cache_text(prompts: Iterable[str], encode: Callable[[list[str]], tuple[Tensor, ...]], batch_size: int = 16) -> TextCache:
+def cache_text(
+    prompts: Iterable[str],
+    encode: Callable[[list[str]], tuple[Tensor, ...]],
+    batch_size: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> TextCache:
     """Encode each distinct prompt once.
 
     Args:
         prompts: In any order, repeated or not.
         encode: Gives tensors with one row a prompt, (prompts, ...) each.
         batch_size: Prompts encoded at once.
+        on_progress: Called with the number of prompts encoded so far and their total.
 
     Returns:
         The rows by prompt.
@@ -426,4 +432,6 @@ def cache_text(prompts: Iterable[str], encode: Callable[[list[str]], tuple[Tenso
             if len(tensor) != len(batch):
                 raise ValueError(f"the text encoder gave {len(tensor)} rows for {len(batch)} prompts")
         rows.update((prompt, tuple(tensor[row].clone() for tensor in encoded)) for row, prompt in enumerate(batch))
+        if on_progress is not None:
+            on_progress(len(rows), len(distinct))
     return TextCache(rows)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from ..core.method import Method
 if TYPE_CHECKING:
     from torch import Tensor
 
+_KEPT = 10_000  # names whose parts are remembered
 _LONGEST = 8  # words with dots between them in an end
 _JOINED = re.compile(r"(.+)_lora\.(down|up)\.weight")  # of the oldest scripts of diffusers: ``<path>_lora.down.weight``
 # What peft trained has the adapter's name behind the tensor's in a state dict: ``lora_A.style.weight``.
@@ -52,6 +53,7 @@ class Aliases:
     own: frozenset[str]
     constants: frozenset[str]
     end: re.Pattern[str]
+    _parted: "dict[str, Parts | None]" = field(default_factory=dict, compare=False, repr=False)
 
     def meaning(self, end: str) -> "tuple[str, Callable[[Tensor], Tensor] | None]":
         """Tell which tensor of a method the end of a name means.
@@ -67,7 +69,9 @@ class Aliases:
         if match is None:
             return end, None
         alias = match[1]
-        return self.suffixes[alias], partial(self.methods[alias].from_alias, alias)
+        owner = self.methods[alias]
+        as_it_is = getattr(owner.from_alias, "__func__", None) is getattr(Method.from_alias, "__func__", owner)
+        return self.suffixes[alias], None if as_it_is else partial(owner.from_alias, alias)
 
     def parts(self, name: str) -> "Parts | None":
         """Part a name that keeps the dots of a path.
@@ -78,6 +82,13 @@ class Aliases:
         Returns:
             Its parts; None where no method has such an end.
         """
+        if name not in self._parted:  # several layouts ask for the same name one after the other
+            if len(self._parted) >= _KEPT:
+                self._parted.clear()
+            self._parted[name] = self._parts(name)
+        return self._parted[name]
+
+    def _parts(self, name: str) -> "Parts | None":
         if match := _JOINED.fullmatch(name):
             return Parts(match[1], f"lora.{match[2]}.weight")
         words = name.split(".")

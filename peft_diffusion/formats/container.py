@@ -1,6 +1,7 @@
 """The safetensors container: reading a header without trusting it, reading and writing tensors."""
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -139,23 +140,106 @@ def read_header(path: Path) -> Header:
 
 
 def read_tensors(header: Header) -> dict[str, "Tensor"]:
-    """Read all tensors of a safetensors file.
+    """Read all tensors of a safetensors file, which it takes one read for.
 
     Args:
         header: Of the file.
 
     Returns:
-        The tensors by name; those of 8-bit floats, in which torch computes nothing, as float32.
+        The tensors by name; those of 8-bit floats, in which torch computes nothing, as float32. The others share one piece
+        of memory.
 
     Raises:
         UserError: The file changed since its header was read, cannot be read, or holds NaN or infinity.
     """
-    from safetensors.torch import load_file
+    return read_data(header).tensors()
+
+
+def read_data(header: Header) -> "Data":
+    """Read all that a safetensors file holds behind its header, with one read.
+
+    Args:
+        header: Of the file.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        UserError: The file changed since its header was read, or cannot be read.
+    """
+    import torch
 
     refuse_changed(header)
-    with refusing(f"{header.path} cannot be read"):
-        tensors = load_file(header.path)
-    return _usable(header.path, tensors)
+    with refusing(f"{header.path} cannot be read"), header.path.open("rb", buffering=0) as file:
+        start = struct.unpack("<Q", file.read(8))[0]
+        head = struct.pack("<Q", start) + file.read(start)
+        numbers = torch.empty(max(0, header.size - len(head)), dtype=torch.uint8)
+        room = bytes_of(numbers)
+        while len(room):
+            count = file.readinto(room)
+            if not count:
+                raise UserError(f"{header.path} ends within its tensors")
+            room = room[count:]
+    refuse_changed(header)
+    return Data(header, head, numbers)
+
+
+class Data:
+    """The bytes of a safetensors file.
+
+    Args:
+        header: Of the file.
+        head: The bytes of the header, with its length.
+        numbers: The bytes behind it.
+    """
+
+    def __init__(self, header: Header, head: bytes, numbers: "Tensor") -> None:
+        self._header = header
+        self._head = head
+        self._numbers = numbers
+
+    def tensors(self) -> dict[str, "Tensor"]:
+        """Give the tensors, as `read_tensors` does.
+
+        Returns:
+            The tensors by name, in the order of the header; they share the memory of the bytes.
+
+        Raises:
+            UserError: One holds NaN or infinity.
+        """
+        found: dict[str, Tensor] = {}
+        whole = True
+        for names in self._runs():
+            entries = [self._header.tensors[name] for name in names]
+            run = self._run(entries[0].dtype, entries[0].start, entries[-1].end)
+            whole = whole and run.is_floating_point() and run.itemsize > 1 and is_finite(run)
+            parts = run.split([(one.end - one.start) // run.itemsize for one in entries])
+            found |= {name: part.view(one.shape) for name, part, one in zip(names, parts, entries, strict=True)}
+        tensors = {name: found[name] for name in self._header.tensors}
+        return tensors if whole else _usable(self._header.path, tensors)
+
+    def digests(self) -> tuple[str, str]:
+        """Digest the file.
+
+        Returns:
+            The SHA-256 of all of it and that of its tensors, as hex digits.
+        """
+        data, whole = bytes_of(self._numbers), hashlib.sha256(self._head)
+        whole.update(data)
+        return whole.hexdigest(), hashlib.sha256(data).hexdigest()
+
+    def _runs(self) -> list[list[str]]:
+        """The names of tensors of one dtype that follow one another."""
+        ordered = sorted(self._header.tensors.items(), key=lambda item: (item[1].start, item[1].end))
+        return [[name for name, _ in run] for _, run in itertools.groupby(ordered, lambda item: item[1].dtype)]
+
+    def _run(self, dtype: str, start: int, end: int) -> "Tensor":
+        first = len(self._head)
+        data = self._numbers[start - first : end - first]
+        kind = torch_dtype(Entry(dtype, (), start, end))
+        if (start - first) % kind.itemsize:  # written after tensors of narrower numbers
+            data = data.clone()
+        return data.view(kind)
 
 
 class Stored(Mapping[str, "Tensor"]):
@@ -257,7 +341,9 @@ def is_finite(tensor: "Tensor") -> bool:
     Returns:
         Whether all are finite.
     """
-    return not tensor.numel() or all(math.isfinite(float(end)) for end in tensor.aminmax())  # either is NaN where one is
+    return not tensor.numel() or all(
+        math.isfinite(float(end)) for end in tensor.detach().aminmax()
+    )  # either is NaN where one is
 
 
 def is_pickle(path: Path) -> bool:

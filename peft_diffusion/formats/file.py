@@ -1,11 +1,14 @@
 """The one way to save an adapter and the one way to load it."""
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ from ..bases import family as families
 from ..bases.base import AnyBase
 from ..core import site as sites
 from ..core import targets
-from ..core.adapter import Adapter, chained
+from ..core.adapter import Adapter, StoredPair, chained
 from ..core.errors import DamagedError, UserError, first_line
 from ..core.files import at_home, write_bytes
 from ..core.merge import dense_weight
@@ -25,9 +28,18 @@ from . import layout as layouts
 from .layout import Content, Layout, SaveDtype, Whole, Written
 from .names import site_name
 from .origin import NOT_RUN, origin
-from .planning import NO_METHOD, NO_SITE, WHICH, Plan, SitePlan, by_reason, plan, refuse_leftovers, some
+from .planning import IDLE, NO_METHOD, NO_SITE, WHICH, Plan, SitePlan, by_reason, plan, refuse_leftovers, some, told_damage
 from .spec import KEY as SPEC
 from .spec import Spec, refuse_unknown
+
+if TYPE_CHECKING:
+    from ..bases.base import BaseInfo
+    from ..bases.causal_lm import LanguageInfo
+
+Info: TypeAlias = "Callable[[], BaseInfo | LanguageInfo]"
+"""Describes a base, as `bases.describe` does."""
+
+_PROJECTION = "text_projection"
 
 DTYPES: Mapping[SaveDtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "float32": torch.float32}
 """What the numbers of a file are rounded to, by the names that settings have for them."""
@@ -58,6 +70,8 @@ class Loaded:
         report: How much of the file found its place.
         warnings: What the person should know.
         plan: What the file was planned to hold.
+        stored: Of further sites, the pairs as the file holds them, by component and path; none where all was to be built.
+        left: By name, why a tensor of the file makes no part of an adapter.
     """
 
     components: dict[str, dict[str, Adapter]]
@@ -65,6 +79,19 @@ class Loaded:
     report: Coverage
     warnings: tuple[str, ...]
     plan: Plan
+    stored: Mapping[str, Mapping[str, StoredPair]] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
+
+    def at(self, component: str) -> dict[str, Adapter | StoredPair]:
+        """Give all that there is for a component, for ``attach_built``.
+
+        Args:
+            component: Its name.
+
+        Returns:
+            By path.
+        """
+        return {**self.components.get(component, {}), **self.stored.get(component, {})}
 
 
 @dataclass(frozen=True)
@@ -219,13 +246,17 @@ def _write_pickle(file: Path, layout: str, written: Written, tensors: Mapping[st
     write_bytes(file, buffer.getvalue())
 
 
-def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False) -> Loaded:
+def load(
+    source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False, build: bool = True, info: "Info | None" = None
+) -> Loaded:
     """Read an adapter file for a base. Nothing is attached.
 
     Args:
         source: The file, a folder of peft or diffusers, or the plan that was made of it, which saves parsing it again.
         pipe: The base, a pipeline or a ``LanguageModel``, or the ``Skeleton`` of one.
         strict: Whether to refuse a file of which a tensor is left out; otherwise they are listed in the report.
+        build: Whether to build every adapter. If not, sites with nothing but a pair of low rank have that as it is stored.
+        info: As of `Bound.warnings_for`.
 
     Returns:
         The adapters.
@@ -234,21 +265,34 @@ def load(source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False) -> L
         UserError: The file is no adapter, is damaged, was changed since it was planned, or does not fit the base.
     """
     found = source if isinstance(source, Plan) else plan(source)
-    bound, tensors = bind(found, pipe), found.tensors()
+    bound, tensors = bind(found, pipe), found.tensors(keep=not build)
+    modules = {part: targets.modules(bound.parts[part]) for part in dict.fromkeys(part for part, _ in bound.sites)}
+    if not all(path in modules[part] for part, path in bound.sites):  # it was taken out since an earlier file was bound
+        _tables.forget()
+        bound = bind(found, pipe)
     built: dict[str, dict[str, Adapter]] = {}
+    stored: dict[str, dict[str, StoredPair]] = {}
     learned: dict[str, set[str]] = {}
-    for component, path in bound.sites:
+    for (component, path), site in bound.sites.items():
+        pair = None if build else _stored(site, modules[component].get(path), tensors)
+        if pair is not None:
+            stored.setdefault(component, {})[path] = pair
+            continue
         adapter = bound.build(component, path, tensors)
         if adapter is not None:
             built.setdefault(component, {})[path] = adapter
             for word in adapter.learned_words() if families.components()[component].embeddings else ():
                 learned.setdefault(word, set()).add(component)
-    _refuse_empty(found, built, bound.left, pipe)
+    _refuse_empty(found, built or stored, bound.left, pipe)
     if strict:
         refuse_leftovers(found.path, bound.left)
-    report = Coverage(len(tensors) - len(bound.left), sum(map(len, built.values())), tuple(bound.left))
-    warnings = (*bound.warnings, *_unread_words(found, learned, bound.parts))
-    return Loaded(built, found.spec or Spec(), report, warnings, found)
+    report = Coverage(
+        len(tensors) - len(bound.left),
+        sum(len(one) for one in built.values()) + sum(len(one) for one in stored.values()),
+        tuple(bound.left),
+    )
+    warnings = (*bound.warnings_for(info), *_unread_words(found, learned, bound.parts))
+    return Loaded(built, found.spec or Spec(), report, warnings, found, stored, bound.left)
 
 
 def bind(found: Plan, pipe: AnyBase) -> "Bound":
@@ -269,8 +313,60 @@ def bind(found: Plan, pipe: AnyBase) -> "Bound":
     if not found.sites:
         raise found.is_none()
     parts = components(pipe)
+    known = _tables.get(found, parts)
+    if known is not None:
+        return Bound(found, pipe, parts, known, found.unread)
     bound, left = _bound(found, parts)
-    return Bound(found, pipe, parts, {(one.component, one.path): one for one in bound}, left)
+    sites_of = {(one.component, one.path): one for one in bound}
+    if left == found.unread:
+        _tables.put(found, parts, sites_of)
+    return Bound(found, pipe, parts, sites_of, left)
+
+
+class _Tables:
+    """Where the names of earlier files of a shape lead in the components of a base: only for files that fit it whole."""
+
+    MOST = 32
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[int, ...], _Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, found: Plan, parts: Mapping[str, nn.Module]) -> "Mapping[tuple[str, str], _Site] | None":
+        with self._lock:
+            table = self._known.get(self._key(found, parts))
+            return table.sites if table is not None and table.holds(found, parts) else None
+
+    def forget(self) -> None:
+        with self._lock:
+            self._known.clear()
+
+    def put(self, found: Plan, parts: Mapping[str, nn.Module], sites_of: "Mapping[tuple[str, str], _Site]") -> None:
+        with self._lock:
+            held = {name: weakref.ref(part) for name, part in parts.items()}
+            self._known[self._key(found, parts)] = _Table(found.sites, held, sites_of)
+            while len(self._known) > self.MOST:
+                self._known.popitem(last=False)
+
+    @staticmethod
+    def _key(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[int, ...]:
+        return (id(found.sites), *map(id, parts.values()))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The sites of a plan, which is kept so that its address stays its own, in components that may be gone."""
+
+    planned: Mapping[str, Mapping[str, SitePlan]]
+    parts: "Mapping[str, weakref.ref[nn.Module]]"
+    sites: "Mapping[tuple[str, str], _Site]"
+
+    def holds(self, found: Plan, parts: Mapping[str, nn.Module]) -> bool:
+        """Whether these are the same plan and components."""
+        return found.sites is self.planned and {name: one() for name, one in self.parts.items()} == dict(parts)
+
+
+_tables = _Tables()
 
 
 @dataclass(frozen=True)
@@ -294,7 +390,18 @@ class Bound:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the person should know."""
-        return (*self.plan.warnings, *_warnings(self.plan, self.left, self.base))
+        return self.warnings_for(None)
+
+    def warnings_for(self, info: "Info | None") -> tuple[str, ...]:
+        """Say what the person should know.
+
+        Args:
+            info: Describes the base, for one who has done that before; it is called only where the file names a base.
+
+        Returns:
+            A line each.
+        """
+        return (*self.plan.warnings, *_warnings(self.plan, self.left, self.base, info))
 
     def build(
         self, component: str, path: str, tensors: Mapping[str, Tensor], module: nn.Module | None = None
@@ -346,7 +453,10 @@ def paths_by_name(component: str, module: nn.Module) -> dict[str, str]:
 def _bound(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[list[_Site], dict[str, str]]:
     """The sites of a base that a file holds an adapter for, and by name why tensors have none. Raises UserError where the
     file holds a tensor of a site under two names."""
-    paths = {component: paths_by_name(component, module) for component, module in parts.items()}
+    places = {(one.sources[0].place.component, *one.sources[0].place.others) for _, _, one in found.each()}
+    roles = {families.role_of(component) for candidates in places for component in candidates}
+    meant = {component: module for component, module in parts.items() if families.role_of(component) in roles}
+    paths = {component: paths_by_name(component, module) for component, module in meant.items()}
     left = dict(found.unread)
     bound: dict[tuple[str, str], SitePlan] = {}
     for _, name, one in found.each():
@@ -356,6 +466,8 @@ def _bound(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[list[_Site], di
         component = next((one for one in present if place.component_named or _is_only(one, parts)), None)
         if component is None:
             why = NO_SITE if place.component_named else _which(place.component, name, paths)
+            if name == _PROJECTION and families.role_of(place.component) == "text encoder":
+                why = IDLE
             left |= {**dict.fromkeys((source.name for source in one.sources), why), **one.leftovers}
             continue
         key = (component, paths[component][name])
@@ -443,6 +555,14 @@ def _ordered(chosen: Iterable[Any], spec: Spec | None, component: str) -> list[A
     return sorted(chosen, key=lambda method: order.index(method.name) if method.name in order else len(order))
 
 
+def _stored(site: _Site, module: nn.Module | None, tensors: Mapping[str, Tensor]) -> StoredPair | None:
+    """The pair of a site as the file holds it; None where it has to be built."""
+    names = site.plan.simple
+    if names is None or module is None or isinstance(getattr(module, "base_layer", None), nn.Module):
+        return None
+    return site.plan.methods[0].stored(module, {end: tensors[name] for end, name in names.items()}, site.plan.constants)
+
+
 def _built(site: _Site, module: nn.Module, found: Plan, tensors: Mapping[str, Tensor], pipe: AnyBase) -> Adapter | None:
     """The adapter of one site, of one method or several; None where there is none that is known. Raises UserError."""
     where = f"{site.component}.{site.path}"
@@ -450,6 +570,8 @@ def _built(site: _Site, module: nn.Module, found: Plan, tensors: Mapping[str, Te
     shown = ", ".join(f"{suffix} {shape}" for suffix, shape in site.plan.shapes.items())
     with refusing(f"{found.path}: {where}: {shown} make no adapter; the file is damaged"):
         own = _values(site, module, found, tensors, pipe)
+    if site.plan.damage is not None:
+        raise UserError(f"{found.path}: {told_damage(where, site.plan.damage)}")
     chosen = _ordered(site.plan.methods, found.spec, site.component)
     try:
         parts = [one.read(module, {key: value for key, value in own.items() if key in one.suffixes}) for one in chosen]
@@ -469,7 +591,7 @@ def _refuse_not_finite(path: Path, site: _Site, adapter: Adapter) -> None:
     This is the one place that sees every number as it is used, in float32.
     """
     for suffix, tensor in adapter.state().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not container.is_finite(tensor):
             raise UserError(
                 f"{path}: {suffix} of {site.component}.{site.path} is NaN or infinite, or has a scale that is; the file is"
                 " damaged or its training diverged"
@@ -481,6 +603,8 @@ def _refuse_empty(found: Plan, built: Mapping[str, Any], left: Mapping[str, str]
     if built:
         return
     reasons = by_reason(left)
+    if reasons.keys() == {IDLE}:
+        raise UserError(f"{found.path} holds nothing for this base: its tensors {IDLE}")
     if NO_SITE in reasons:
         number = "none" if len(reasons) == 1 else f"{len(left) - len(reasons[NO_SITE])} are not understood, and none"
         raise _wrong_base(found, pipe, f"{number} of its {len(found.header.tensors)} tensors has a site there")
@@ -521,7 +645,7 @@ def _unread_words(found: Plan, learned: Mapping[str, set[str]], parts: Mapping[s
     ]
 
 
-def _warnings(planned: Plan, left: Mapping[str, str], pipe: AnyBase) -> tuple[str, ...]:
+def _warnings(planned: Plan, left: Mapping[str, str], pipe: AnyBase, info: "Info | None" = None) -> tuple[str, ...]:
     path, spec, total = planned.path, planned.spec, len(planned.header.tensors)
     found = [
         f"{path}: {len(names)} of {total} tensors {reason} and were left out: {some(names)}"
@@ -537,14 +661,18 @@ def _warnings(planned: Plan, left: Mapping[str, str], pipe: AnyBase) -> tuple[st
             f"{path} was trained with zero terminal SNR: generate and blend draw so; elsewhere take a scheduler of"
             ' rescale_betas_zero_snr=True and timestep_spacing="trailing", or pictures are as light and dark as before'
         )
-    predicted, here = (spec.base.get("prediction_type") if spec else None), getattr(describe(pipe), "prediction_type", None)
+    predicted = spec.base.get("prediction_type") if spec else None
+    made_for = spec.base.get("fingerprint") if spec else None
+    if not predicted and not made_for:
+        return tuple(found)
+    base = describe(pipe) if info is None else info()
+    here = getattr(base, "prediction_type", None)
     if predicted and here and predicted != here:
         found.append(
             f"{path} was trained on a base that predicts {predicted}, and this one says {here}; --prediction, and in Python"
             " load_base(..., prediction=...), say otherwise where the base is the same"
         )
-    made_for = spec.base.get("fingerprint") if spec else None
-    if spec and made_for and describe(pipe).fingerprint not in ("", made_for):
+    if spec and made_for and base.fingerprint not in ("", made_for):
         name = spec.base.get("name")
         found.append(f"{path} was trained on {name!r}, whose weights differ from this base's; results may differ")
     return tuple(found)

@@ -1,7 +1,7 @@
 """What an adapter file tells a person, from its plan: nothing is loaded, torch is not needed."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,7 +12,7 @@ from ..core.parsing import json_value
 from . import container, network
 from .metadata import base_of
 from .origin import Origin, origin
-from .planning import Plan, SitePlan, plan
+from .planning import Plan, SitePlan, plan, told_damage
 from .spec import Spec
 
 
@@ -153,8 +153,17 @@ def inspect(source: str | Path | Plan) -> Inspection:
         sites=shapes,
         names={name: _names(one) for name, one in sites.items()},
         leftovers=found.leftovers,
-        warnings=found.warnings,
+        warnings=(*found.warnings, *_damages(found)),
     )
+
+
+def _damages(found: Plan) -> Iterator[str]:
+    """What of the sites makes the file damaged, for which it cannot be loaded: of several sites that lack one tensor the
+    first by its name."""
+    damaged = [(f"{component}.{name}", one.damage) for component, name, one in found.each() if one.damage is not None]
+    for missing in dict.fromkeys(missing for _, missing in damaged):
+        where, *others = [site for site, lacks in damaged if lacks == missing]
+        yield told_damage(f"{where} and {len(others)} other sites" if others else where, missing)
 
 
 def _by_component(found: Plan) -> dict[str, Counter[str]]:

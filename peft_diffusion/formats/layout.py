@@ -142,9 +142,12 @@ class Layout(Protocol):
 
     Attributes:
         name: What a person calls it, and what ``inspect`` shows.
+        told_by: The entries of the metadata that `read` looks at, where it looks at nothing else but names and shapes: files
+            of the same are then read once. None where it looks at more, as at the file's name or at what lies beside it.
     """
 
     name: ClassVar[str]
+    told_by: ClassVar[frozenset[str] | None] = None
 
     def claims(self, name: str) -> int | None:
         """Tell whether a tensor's name is of this layout.
@@ -218,6 +221,14 @@ class Layout(Protocol):
         raise TypeError(f"{self.name} keeps no tensor in pieces")
 
 
+class ReadOnly(Layout):
+    """A layout in which nothing here writes files, as no program does or not those for the bases here."""
+
+    def write(self, content: Content) -> Written:
+        """Refused."""
+        raise _is_read_only(self.name)
+
+
 class WrittenOnly(Layout):
     """A layout that another one reads too."""
 
@@ -266,7 +277,7 @@ def known() -> Mapping[str, Layout]:
 
 
 def find(name: str) -> Layout:
-    """Find a layout by its name.
+    """Find a layout to write in by its name.
 
     Args:
         name: What a person calls it.
@@ -275,13 +286,27 @@ def find(name: str) -> Layout:
         The layout.
 
     Raises:
-        UserError: There is none of that name, or a plug-in cannot be imported.
+        UserError: There is none of that name, nothing writes it, or a plug-in cannot be imported.
     """
-    found = known().get(OTHER_NAMES.get(name, name))
+    found, there = known().get(OTHER_NAMES.get(name, name)), writable()
     if found is None:
-        there = sorted([*LAYOUTS, *OTHER_NAMES])
         raise UserError(f"there is no layout {name!r}; there are: {', '.join(there)}{did_you_mean(name, there)}")
+    if isinstance(found, ReadOnly):
+        raise _is_read_only(name)
     return found
+
+
+def _is_read_only(name: str) -> UserError:
+    return UserError(f"nothing writes files of the layout {name!r}; take one of {', '.join(writable())}")
+
+
+def writable() -> list[str]:
+    """List the names of the layouts that files can be written in.
+
+    Returns:
+        The names, sorted.
+    """
+    return sorted([*(name for name, one in LAYOUTS.items() if not isinstance(one, ReadOnly)), *OTHER_NAMES])
 
 
 def reader_of(name: str, layouts: Iterable[Layout]) -> Layout | None:

@@ -39,7 +39,7 @@ def known_rows() -> Rows:
     """List the components of each family, with families that were registered a moment ago."""
     global _known
     now, (before, rows) = families.every(), _known
-    if len(now) != len(before) or any(one is not other for one, other in zip(now, before, strict=True)):
+    if now is not before:
         rows = Rows(family.components for family in now)
         _known = now, rows
     return rows

@@ -6,8 +6,9 @@ and hashed once however many of them ask.
 
 import re
 import shlex
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -23,6 +24,7 @@ from . import container
 from .container import Header
 from .layout import Layout, Place, Reading, known, reader_of
 from .names import site_name, unwrapped
+from .pictures import is_picture, read_picture
 from .spec import Spec
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 NO_LAYOUT = "are of no layout that is known here"
 NO_METHOD = "are of no method that is known here"
 NO_SITE = "have no site in this base"
+IDLE = "change a projection after a text encoder that no picture of this base depends on"
+"""ComfyUI gives every text encoder a projection, and its saver writes it; Stable Diffusion reads that of XL alone, of its
+second."""
 NOT_CHOSEN = "are other words than the one that was chosen"
 WHICH = "name no component, and this base has {}: say which is meant, as component= in Python or FILE@{} in a command"
 NOT_WHOLE = "are of sites that other tensors, which are not understood, change too"
@@ -80,6 +85,12 @@ class SitePlan:
         return found
 
     @cached_property
+    def simple(self) -> Mapping[str, str] | None:
+        """Its tensors by suffix, by the names of the file, where each is as its one method knows it; None where not."""
+        plain = all(one.place.change is None and one.place.whole is None and not one.place.piece for one in self.sources)
+        return {one.place.suffix: one.name for one in self.sources} if plain and len(self.methods) == 1 else None
+
+    @cached_property
     def _recognized(self) -> tuple[type[Method], ...]:
         return recognized(self.shapes.keys() | self.constants.keys())
 
@@ -93,6 +104,12 @@ class SitePlan:
     def methods(self) -> tuple[type[Method], ...]:
         """The methods that its tensors are of; none where that leaves one over."""
         return () if self._unknown or self.strangers else self._recognized
+
+    @cached_property
+    def damage(self) -> str | None:
+        """The first tensor that a method of the site must have and has not, whatever the base; None where there is none."""
+        held = {*self.shapes, *self.constants, *(one.place.whole.picks for one in self.sources if one.place.whole)}
+        return next((name for one in self.methods if (name := one.missing(held)) is not None), None)
 
     @cached_property
     def leftovers(self) -> Mapping[str, str]:
@@ -172,6 +189,7 @@ class Plan:
     loaded: "Mapping[str, Tensor] | None" = field(default=None, repr=False)
     component: str | None = None
     word: str | None = None
+    _data: list[container.Data] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def path(self) -> Path:
@@ -190,8 +208,15 @@ class Plan:
         Raises:
             UserError: The file was changed since it was parsed.
         """
+        if self._data or "_digests" in self.__dict__:
+            return self._digests[0]
         container.refuse_changed(self.header)
         return container.sha256(self.path)
+
+    @cached_property
+    def _digests(self) -> tuple[str, str]:
+        """Of what `tensors` read, which is let go then."""
+        return self._data.pop().digests()
 
     @cached_property
     def data_sha256(self) -> str:
@@ -205,6 +230,8 @@ class Plan:
         told = self.header.metadata.get("sshs_model_hash", "")
         if re.fullmatch("[0-9a-f]{64}", told):
             return told
+        if self._data or "_digests" in self.__dict__:
+            return self._digests[1]
         container.refuse_changed(self.header)
         return self.sha256 if self.loaded is not None else container.data_sha256(self.path)
 
@@ -227,16 +254,29 @@ class Plan:
         """
         return container.stamp_of(self.path) == self.header.stamp
 
-    def tensors(self) -> "dict[str, Tensor]":
+    def tensors(self, *, keep: bool = False) -> "dict[str, Tensor]":
         """Read the tensors of the file.
+
+        Args:
+            keep: Whether to keep what was read until a digest is asked for, which is of that then, and not of the file.
 
         Returns:
             The tensors by the names of the file.
 
         Raises:
-            UserError: As `container.read_tensors` does.
+            UserError: As `container.read_data` and `container.Data.tensors` do.
         """
-        return container.read_tensors(self.header) if self.loaded is None else dict(self.loaded)
+        if self.loaded is not None:
+            return dict(self.loaded)
+        data = container.read_data(self.header)
+        if keep and not self._data and not self.__dict__.keys() & {"sha256", "_digests"}:
+            self._data.append(data)
+        return data.tensors()
+
+    @property
+    def digests(self) -> "Digests":
+        """The digests of the file, which need not be known yet."""
+        return Digests(self)
 
     def stored(self) -> "Mapping[str, Tensor]":
         """Give the tensors of the file, each read when it is asked for; those of a pickle are in memory.
@@ -263,12 +303,50 @@ class Plan:
         return UserError(f"{self.path} is no adapter of a known layout: it holds {shown}")
 
 
+class Digests:
+    """The digests of a file, each waited for when it is first asked for. Copies share it.
+
+    Args:
+        of: The plan of the file, or both digests.
+    """
+
+    def __init__(self, of: Plan | tuple[str, str]) -> None:
+        self._of = of
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Digests) and self._known() == other._known())
+
+    def __hash__(self) -> int:
+        return hash(self._known())
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Digests":
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Digests, (self._known(),)
+
+    @property
+    def sha256(self) -> str:
+        """Of the file's bytes."""
+        return self._known()[0]
+
+    @property
+    def data_sha256(self) -> str:
+        """Of its tensors alone, by which A1111 knows it."""
+        return self._known()[1]
+
+    def _known(self) -> tuple[str, str]:
+        if not isinstance(self._of, tuple):
+            self._of = self._of.sha256, self._of.data_sha256
+        return self._of
+
+
 def plan(path: str | Path, *, component: str | None = None, word: str | None = None) -> Plan:
     """Parse an adapter file.
 
     Args:
         path: The file, or the folder that it lies in, as peft and diffusers make it. Of a safetensors file only the header
-            is read; a pickle is read whole, which takes torch.
+            is read; a pickle, or a picture in which A1111 keeps a word, is read whole, which takes torch.
         component: Which component is meant by names that tell none, such as those of LyCORIS and peft on the second text
             encoder of Stable Diffusion XL.
         word: What to call the learned word of a file that holds one, whatever its file is called; of a file with several,
@@ -281,8 +359,25 @@ def plan(path: str | Path, *, component: str | None = None, word: str | None = N
         UserError: There is no such file, it is no adapter, or it is damaged.
     """
     where = container.adapter_file(at_home(Path(path)))
-    header, loaded = container.read_pickle(where) if container.is_pickle(where) else (container.read_header(where), None)
+    if container.is_pickle(where):
+        header, loaded = container.read_pickle(where)
+    elif is_picture(where):
+        header, loaded = read_picture(where)
+    else:
+        return planned(container.read_header(where), component=component, word=word)
     return planned(header, loaded, component=component, word=word)
+
+
+def takes_torch(path: Path) -> bool:
+    """Tell by a file's name whether parsing it takes torch, and reads it whole.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Whether it does: of a pickle or a picture.
+    """
+    return container.is_pickle(path) or is_picture(path)
 
 
 def planned(
@@ -312,6 +407,76 @@ def planned(
             f" peft-diffusion runs export {shlex.quote(str(header.path))} --output NAME.safetensors"
         )
     spec = Spec.from_metadata(header.metadata, str(header.path))
+    read = _read(header, component, word)
+    found = Plan(header, spec, read.layouts, read.sites, read.unread, read.warnings, loaded, component, word)
+    if not read.sites and spec is None:
+        raise found.is_none()
+    return found
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What the layouts make of a header: see `Plan`."""
+
+    layouts: tuple[str, ...]
+    sites: Mapping[str, Mapping[str, SitePlan]]
+    unread: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+
+class _Remembered:
+    """What was read of earlier files, by all that a reading depends on: most files of a base are of a few shapes."""
+
+    MOST = 32  # files of different shapes
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, tuple[frozenset[str], _Read]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, header: Header, component: str | None) -> _Read | None:
+        key = self._key(header, component)
+        with self._lock:
+            for told_by in (frozenset(), *{told for told, _ in self._known.values()}):
+                found = self._known.get((key, _told(header, told_by)))
+                if found is not None and found[0] == told_by:
+                    self._known.move_to_end((key, _told(header, told_by)))
+                    return found[1]
+        return None
+
+    def put(self, header: Header, component: str | None, told_by: frozenset[str], read: _Read) -> None:
+        with self._lock:
+            self._known[self._key(header, component), _told(header, told_by)] = (told_by, read)
+            while len(self._known) > self.MOST:
+                self._known.popitem(last=False)
+
+    def forget(self) -> None:
+        with self._lock:
+            self._known.clear()
+
+    @staticmethod
+    def _key(header: Header, component: str | None) -> Hashable:
+        shapes = tuple(entry.shape for entry in header.tensors.values())
+        plugged = (tuple(known().values()), tuple(methods.known().values()), tuple(one.name for one in families.every()))
+        return tuple(header.tensors), shapes, component, plugged
+
+
+_remembered = _Remembered()
+
+
+def forget() -> None:
+    """Forget what was read of earlier files, as for measuring how long a file of a new shape takes."""
+    _remembered.forget()
+
+
+def _told(header: Header, keys: Set[str]) -> tuple[tuple[str, str | None], ...]:
+    return tuple((key, header.metadata.get(key)) for key in sorted(keys))
+
+
+def _read(header: Header, component: str | None, word: str | None) -> _Read:
+    """Read a header, or remember what was read of another one that tells the same. Raises UserError."""
+    found = _remembered.get(header, component) if word is None else None
+    if found is not None:
+        return found
     bare, names_of = _unwrapped(header)
     by_layout, nobodys = _by_layout(bare)
     readings = [(layout, layout.read(bare, names)) for layout, names in by_layout.items()]
@@ -326,11 +491,12 @@ def planned(
         sites = {part: {at: one.renamed(names_of) for at, one in found.items()} for part, found in sites.items()}
     layouts = Counter({layout.name: len(reading.places) for layout, reading in readings if reading.places})
     warnings = tuple(warning for _, reading in readings for warning in reading.warnings)
-    names = tuple(name for name, _ in layouts.most_common())
-    found = Plan(header, spec, names, sites, unread, warnings, loaded, component, word)
-    if not sites and spec is None:
-        raise found.is_none()
-    return found
+    read = _Read(tuple(name for name, _ in layouts.most_common()), sites, unread, warnings)
+    asked = [getattr(layout, "told_by", None) for layout, _ in readings]  # plug-ins may have been written without it
+    told_by = [keys for keys in asked if keys is not None]
+    if word is None and not warnings and len(told_by) == len(asked):  # a warning names the file
+        _remembered.put(header, component, frozenset[str]().union(*told_by), read)
+    return read
 
 
 def recognized(suffixes: Set[str]) -> tuple[type[Method], ...]:
@@ -477,6 +643,19 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
+def told_damage(where: str, missing: str) -> str:
+    """Say that a site of a file is damaged.
+
+    Args:
+        where: Its component, a dot, and its path.
+        missing: The tensor that is not there: `SitePlan.damage`.
+
+    Returns:
+        A sentence.
+    """
+    return f"{where}: {missing} is missing; the file is damaged"
+
+
 def refuse_leftovers(path: Path, left: Mapping[str, str]) -> None:
     """Refuse a file of which a tensor is left out.
 
@@ -485,10 +664,11 @@ def refuse_leftovers(path: Path, left: Mapping[str, str]) -> None:
         left: The reason of each such tensor.
 
     Raises:
-        UserError: There is one.
+        UserError: There is one, and what it changes would be seen.
     """
-    if left:
-        told = "; ".join(f"{len(names)} tensors {reason}: {some(names)}" for reason, names in by_reason(left).items())
+    lost = {name: why for name, why in left.items() if why != IDLE}
+    if lost:
+        told = "; ".join(f"{len(names)} tensors {reason}: {some(names)}" for reason, names in by_reason(lost).items())
         raise UserError(f"{path} would not be used whole: {told}")
 
 

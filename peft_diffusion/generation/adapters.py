@@ -18,6 +18,7 @@ from ..bases.pipelines import Pipeline
 from ..bases.words import teach
 from ..core import merge as merging
 from ..core import site as sites
+from ..core.adapter import Adapter, StoredPair
 from ..core.block_names import weighed
 from ..core.changes import one_at_a_time
 from ..core.errors import UserError
@@ -25,8 +26,10 @@ from ..core.files import at_home
 from ..core.registry import Registry
 from ..core.strength import Amount, OverSteps, named_blocks, of_component, over_steps, refuse_unknown
 from ..core.strength_schedule import Schedule, Timed
-from ..formats import Coverage, Plan, Spec
+from ..fast import drawing
+from ..formats import Coverage, Loaded, Plan, Spec
 from ..formats.container import adapter_file, title
+from ..formats.planning import Digests
 from . import watch
 from .host_options import OptionWatch, carries, refuse_fused
 from .watch import Watch
@@ -41,24 +44,32 @@ class LoadedAdapter:
     Attributes:
         name: What it is called on the pipeline.
         path: The file; None for an adapter that was attached without one, as the one that is being trained.
-        sha256: The digest of the file's bytes; None where there is no file.
         spec: What the file says of it; empty where there is no file.
         report: How much of it found its place.
         warnings: What the person should know of it.
-        data_sha256: The digest of its tensors alone, by which A1111 knows it; "" where there is no file.
+        digests: Of the file's bytes and of its tensors, which need not be known yet; None where there is no file.
         component: Which component was said to be meant by names that tell none; None where nothing was said.
         word: What was said of its learned words; None where nothing was.
     """
 
     name: str
     path: Path | None
-    sha256: str | None
     spec: Spec
     report: Coverage
     warnings: tuple[str, ...]
-    data_sha256: str = ""
+    digests: Digests | None = None
     component: str | None = None
     word: str | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        """The digest of the file's bytes; None where there is no file."""
+        return None if self.digests is None else self.digests.sha256
+
+    @property
+    def data_sha256(self) -> str:
+        """The digest of its tensors alone, by which A1111 knows it; "" where there is no file."""
+        return "" if self.digests is None else self.digests.data_sha256
 
 
 class Adapters:
@@ -135,7 +146,7 @@ class Adapters:
         parts = components(self.pipe)
         built = [adapter for one in self._registry.carriers(name) for adapter in sites.adapters(parts[one], name).values()]
         report = Coverage(sum(len(adapter.state()) for adapter in built), len(built), ())
-        return LoadedAdapter(name, None, None, Spec(), report, ())
+        return LoadedAdapter(name, None, Spec(), report, ())
 
     @one_at_a_time
     def load(
@@ -169,24 +180,24 @@ class Adapters:
             UserError: The file is no adapter, is damaged or does not fit the base, the name is taken, or adapters are
                 merged. Nothing is changed then.
         """
-        registry, parts = self._registry, components(self.pipe)
-        file = source.path if isinstance(source, Plan) else adapter_file(at_home(Path(source)))
+        registry, parts, file = self._registry, components(self.pipe), _file(source)
         registry.refuse_merged("load another")
         chosen = self._free_name(title(file)) if name is None else name
         if chosen in registry.names:
             raise UserError(f"an adapter {chosen!r} is loaded already; remove it first or choose another name")
-        given = source if isinstance(source, Plan) else formats.plan(file, component=component, word=word)
-        if (given.component, given.word) != (component or given.component, word or given.word):
-            raise UserError(f"{file} was planned already; say component and word to formats.plan")
-        read = formats.load(given, self.pipe, strict=strict)
+        given = _planned(source, component, word)
+        read = formats.load(given, self.pipe, strict=strict, build=False, info=lambda: self.base)
         try:
-            for component, built in read.components.items():
-                sites.attach_built(parts[component], chosen, built)
+            for component in dict.fromkeys((*read.components, *read.stored)):
+                sites.attach_built(parts[component], chosen, read.at(component))
             self._refuse_fused("load an adapter")
-            told = read.spec, read.report, read.warnings, given.data_sha256, given.component, given.word
-            registry.enter(chosen, LoadedAdapter(chosen, file, given.sha256, *told))
+            registry.enter(chosen, _told(chosen, given, read))
             teach(self.pipe)
-            self.set({chosen: strength})
+            if isinstance(strength, (int, float)) and strength == 1:  # as it came
+                follow_steps(self.pipe)
+            else:
+                self.set({chosen: strength})
+            self._pack()
         except BaseException:
             for component in registry.states(chosen):
                 sites.detach(parts[component], chosen)
@@ -194,10 +205,106 @@ class Adapters:
             follow_steps(self.pipe)
             self._pack()
             raise
-        self._pack()
         for warning in read.warnings:
             warn(warning)
         return chosen
+
+    @one_at_a_time
+    def swap(
+        self,
+        name: str,
+        source: str | Path | Plan,
+        *,
+        component: str | None = None,
+        word: str | None = None,
+        strict: bool = False,
+        warn: Callable[[str], None] = logger.warning,
+    ) -> None:
+        """Put the adapter of another file in the place of one, at the strengths and schedules that this has.
+
+        Where both are plain LoRAs of the same sites and the new rank is not the greater, nothing moves in memory, so what
+        was recorded or compiled goes on with the new one. A component that did not carry the old one gets the
+        strength that all others have; 1 where these differ, or have strengths by block.
+
+        Args:
+            name: What the adapter is called, and stays called.
+            source: As for ``load``.
+            component: As for ``load``.
+            word: As for ``load``.
+            strict: As for ``load``.
+            warn: As for ``load``.
+
+        Raises:
+            UserError: No adapter has the name, or as ``load``. Nothing is changed then.
+        """
+        registry = self._registry
+        carriers = registry.carriers(name)
+        registry.refuse_merged("swap one")
+        given = _planned(source, component, word)
+        read = formats.load(given, self.pipe, strict=strict, build=False, info=lambda: self.base)
+        told = _told(name, given, read)
+        if read.components or carriers.keys() != read.stored.keys() or not self._exchange(name, read.stored):
+            self._replace(name, read)
+        registry.enter(name, told)
+        for warning in read.warnings:
+            warn(warning)
+
+    def _exchange(self, name: str, stored: Mapping[str, Mapping[str, StoredPair]]) -> bool:
+        """Put pairs in the places of others; whether that could be done."""
+        parts, before = components(self.pipe), dict[str, dict[str, StoredPair]]()
+        try:
+            for component, pairs in stored.items():
+                found = sites.exchange(parts[component], name, pairs)
+                if found is None:
+                    break
+                before[component] = found
+            else:
+                self._pack()
+                return True
+        except BaseException:  # as of a device that is full
+            for component, pairs in before.items():
+                sites.exchange(parts[component], name, pairs)
+            self._pack()
+            raise
+        for component, pairs in before.items():
+            sites.exchange(parts[component], name, pairs)
+        return False
+
+    def _replace(self, name: str, read: Loaded) -> None:
+        """Take an adapter off and attach another under its name, or leave the first where that fails."""
+        parts = components(self.pipe)
+        old = {one: (sites.adapters(parts[one], name), state) for one, state in self._registry.carriers(name).items()}
+        kept = {one: state.strengths.kept(name) for one, (_, state) in old.items()}
+        first, *others = kept.values()
+        if all(other == first for other in others) and not isinstance(first, Mapping):
+            kept = {**dict.fromkeys(parts, first), **kept}
+        entries = {one: state.entries[name] for one, (_, state) in old.items()}
+        for one in old:
+            sites.check_detach(parts[one], name)
+        for one in old:
+            sites.detach(parts[one], name)
+        try:
+            self._attach(name, {one: read.at(one) for one in dict.fromkeys((*read.components, *read.stored))}, kept)
+        except BaseException:
+            for one in self._registry.states(name):
+                sites.detach(parts[one], name)
+            self._attach(name, {one: adapters for one, (adapters, _) in old.items()}, kept)
+            for one, state in self._registry.carriers(name).items():
+                state.enter(name, entries[one].info)
+            raise
+
+    def _attach(
+        self, name: str, built: Mapping[str, Mapping[str, Adapter | StoredPair]], kept: Mapping[str, OverSteps]
+    ) -> None:
+        parts = components(self.pipe)
+        for one, adapters in built.items():
+            sites.attach_built(parts[one], name, adapters)
+        teach(self.pipe)
+        for one, state in self._registry.carriers(name).items():
+            if one in kept:
+                state.strengths.write({name: kept[one]})
+        follow_steps(self.pipe)
+        self._pack()
 
     @one_at_a_time
     def set(self, amounts: Mapping[str, Amount] | None = None, /, **more: Amount) -> None:
@@ -311,6 +418,55 @@ class Adapters:
         for part in parts:
             merging.put_back(part)
 
+    @one_at_a_time
+    def fast(self, on: bool | None = None) -> str | None:
+        """Draw faster from now on, or as before: the same pictures up to rounding, several times as fast on a GPU.
+
+        The network's step is fused, recorded as a CUDA graph for each shape of its inputs, and replayed; prompts are told to
+        attention once for all steps. The pipeline is called as ever. Adapters may be set, loaded, exchanged, merged and
+        removed meanwhile. Threads take turns at the network. A copy of the pipeline is not fast. A step that cannot be
+        recorded is computed as before: `plain_because` says why.
+
+        Args:
+            on: Whether to; None where it pays, which is on CUDA. On a CPU True saves little.
+
+        Returns:
+            None where it is on; else why it is not.
+
+        Raises:
+            UserError: The base is a language model.
+        """
+        name, network = self._denoising()
+        wanted = next(network.parameters()).is_cuda if on is None else on
+        if getattr(self.pipe, name) is not network:
+            wanted, why = False, "the network is compiled, which recordings cannot look into"
+        else:
+            why = "it is off" if on is False else "the base is not on CUDA, where it would pay"
+        (drawing.start if wanted else drawing.stop)(network)
+        return None if wanted else why
+
+    @property
+    def recordings(self) -> int:
+        """How many recordings were made since `fast`: two for each shape of pictures that were drawn.
+
+        There are more where strengths begin to differ by image, on merging, and where adapters come to other sites, or have
+        more ranks, than there is room for.
+        """
+        engine = drawing.engine_of(self._denoising()[1])
+        return 0 if engine is None else engine.recordings
+
+    @property
+    def plain_because(self) -> str | None:
+        """Why the last step was computed plainly in spite of `fast`; None where it was not."""
+        engine = drawing.engine_of(self._denoising()[1])
+        return None if engine is None else engine.refused
+
+    def _denoising(self) -> tuple[str, nn.Module]:
+        found = network_of(self.pipe)
+        if found is None:
+            raise UserError("a language model has no steps that fast drawing could record")
+        return found
+
     @property
     def _registry(self) -> Registry:
         return Registry(components(self.pipe))
@@ -328,6 +484,23 @@ class Adapters:
         base, taken = re.sub(r"[^\w-]", "_", stem) or "adapter", self.names
         candidates = (base if count == 1 else f"{base}_{count}" for count in range(1, len(taken) + 2))
         return next(name for name in candidates if name not in taken)
+
+
+def _file(source: str | Path | Plan) -> Path:
+    return source.path if isinstance(source, Plan) else adapter_file(at_home(Path(source)))
+
+
+def _planned(source: str | Path | Plan, component: str | None, word: str | None) -> Plan:
+    """The plan of a file. Raises UserError where it was made with something else said of it."""
+    given = source if isinstance(source, Plan) else formats.plan(_file(source), component=component, word=word)
+    if (given.component, given.word) != (component or given.component, word or given.word):
+        raise UserError(f"{given.path} was planned already; say component and word to formats.plan")
+    return given
+
+
+def _told(name: str, given: Plan, read: Loaded) -> LoadedAdapter:
+    """What is known of an adapter of a file."""
+    return LoadedAdapter(name, given.path, read.spec, read.report, read.warnings, given.digests, given.component, given.word)
 
 
 def _known_blocks(
@@ -371,8 +544,8 @@ class StepWatch(Watch):
     def _begin(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         strengths = sites.strengths(network)
         scheduled = strengths is not None and bool(strengths.schedules)
-        drawing = pipelines.drawing_with(network)
-        pipe = drawing or self.pipe
+        at_work = pipelines.drawing_with(network)
+        pipe = at_work or self.pipe
         if pipe is None:
             if scheduled:
                 raise UserError(
@@ -382,9 +555,9 @@ class StepWatch(Watch):
             return
         denoiser = denoiser_of(pipe)
         call = denoiser.read_call(args, kwargs)
-        if drawing is not None:
-            _check_images(drawing, denoiser.images(drawing, call.rows))
-        if strengths is not None and scheduled:
+        if at_work is not None:
+            _check_images(at_work, denoiser.images(at_work, call.rows))
+        if strengths is not None and scheduled and drawing.engine_of(network) is None:  # which follows by itself
             strengths.at_progress(pipelines.progress(pipe, float(torch.as_tensor(call.timestep).flatten()[0])))
 
 

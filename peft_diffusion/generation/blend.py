@@ -64,13 +64,16 @@ def blend(
         lent = pipe is not None
         every = (*choices, *named)
         prompts = [one.prompt for one in read]
-        with adapted(base, every, [prompts] * len(every), tell, lent=lent, strict=config.strict) as (adapters, names):
+        with adapted(base, every, [prompts] * len(every), tell, lent=lent, strict=config.strict, fast=config.fast) as (
+            adapters,
+            names,
+        ):
             tell_clip_skip(adapters.pipe, [choice.plan for choice in every if choice.plan], config, tell)
             beside = [strengths(named, names[len(choices) :], one.tags, shelf, adapters.pipe) for one in read]
             config = replace(config, prompts=tuple(prompts))
             blended = dict(zip(names, choices, strict=False))
             drawn = draw(adapters, blended, config, beside, tell=tell, stop=stop or Never())
-        recipes.write_sheet(config.output, drawn.sheet, drawn.recipes)
+        recipes.write_sheet(config.output, drawn.sheet, drawn.recipes, config.quality)
         tell(SheetMade(config.output))
         tell(Ended("finished"))
     return drawn
@@ -112,11 +115,13 @@ def draw(
     rows = zip(config.prompts, beside or [{}] * len(config.prompts), strict=True)
     cells = [Cell(prompt, config.seed, {**mix, **more}) for prompt, more in rows for mix in columns]
     told = cell_recipes(adapters, cells, config)
+    recipes.check_sheet(config.output, [told])
     spare(adapters, config)
     images = list(paint(adapters, cells, config, tell=tell, stop=stop))
     pictures = sheet.in_rows(images, len(columns))
     names = _distinct([choice.path for choice in choices.values()])
     labels = [_label(mix, list(choices.values()), names) for mix in mixes]
+    sheet.tell_missing([*config.prompts, *labels], tell)
     return Blend(
         sheet=sheet.grid(pictures, config.prompts, labels),
         pictures=pictures,

@@ -30,9 +30,11 @@ from . import recipe as recipes
 from .adapted import adapted
 from .adapters import Adapters
 from .asked import Asked, Order, order
+from .control import used as used_controls
 from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
 from .memory import device_of, loaded, spare
+from .picture_formats import ending
 from .recipe import Recipe, UsedAdapter, UsedPicture
 from .sampler import Cell, gives_way, paint, scheduler_of, size
 from .settings import Choice, GenerateConfig, Precision, Sampling
@@ -46,10 +48,15 @@ _FREE = frozenset(
         "offload",
         "vae_tiling",
         "attention_slicing",
+        "fast",
         "prompts_file",
         "adapters_dir",
         "wildcards_dir",
         "output",
+        "format",
+        "control",
+        "control_scale",
+        "quality",
         "sheet",
         "strict",
         "batch_size",
@@ -106,7 +113,7 @@ def generate(
         taken = config if again is not None else for_few_steps(config, asked.choices, tell)
         if taken is not config:
             config, asked = taken, order(taken, choices, literal=False)
-        paths = _plan(config.output, config.to_file, [(one.prompt, one.seed) for one in asked.pictures])
+        paths = _plan(config, [(one.prompt, one.seed) for one in asked.pictures])
         _check_kept(config, paths, again)
         source = None
         if config.image is not None:
@@ -120,9 +127,10 @@ def generate(
 
         lent = pipe is not None
         with closing(draw(base, asked, config, source, tell=tell, stop=stop or Never(), lent=lent, check=check)) as drawn:
-            pictures = _written(drawn, paths, tell)
+            pictures = _written(drawn, paths, tell, config.quality)
         if config.sheet is not None:
-            _write_sheet(config.sheet, pictures, asked)
+            _write_sheet(config.sheet, pictures, asked, config.quality)
+            sheet.tell_missing((row[0].written for row in asked.rows), tell)
             tell(SheetMade(config.sheet))
         tell(Ended("finished"))
     return pictures
@@ -160,7 +168,10 @@ def draw(
         UserError: Before anything is computed, for adapters, prompts and sizes that cannot be used.
         Interrupted: It was stopped.
     """
-    with adapted(base, asked.choices, asked.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
+    with adapted(base, asked.choices, asked.prompts, tell, lent=lent, strict=config.strict, fast=config.fast) as (
+        adapters,
+        names,
+    ):
         tell_clip_skip(adapters.pipe, [choice.plan for choice in asked.choices if choice.plan], config, tell)
         check_mask(adapters.pipe, source, adapters.base.name)
         jobs = [_job(adapters, names, asked, group, source) for group in asked.groups]
@@ -215,11 +226,13 @@ def _tell_machine(expected: Recipe, recipe: Recipe, tell: Observer) -> None:
         tell(Warned(f"the picture was drawn in {before} and is drawn in {now} now, so it will differ a little"))
 
 
-def _written(drawn: Iterable[tuple[Image.Image, Recipe]], paths: Sequence[Path], tell: Observer) -> list[Picture]:
+def _written(
+    drawn: Iterable[tuple[Image.Image, Recipe]], paths: Sequence[Path], tell: Observer, quality: int | None
+) -> list[Picture]:
     """Write pictures as they come, with their recipes."""
     pictures = []
     for (image, recipe), path in zip(drawn, paths, strict=True):
-        recipes.write(path, image, recipe)
+        recipes.write(path, image, recipe, quality)
         pictures.append(Picture(image, recipe, path))
         tell(PictureMade(pictures[-1]))
     return pictures
@@ -269,6 +282,7 @@ def cell_recipes(
         **({} if hires is None else {"hires_steps": hires.steps}),
     }
     begun = {} if source is None else {"image": source.of, "mask": source.mask_of, "strength": source.strength}
+    found["controls"] = used_controls(sampling.control, sampling.control_scale)
     of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None, **begun}
     common = pick(Recipe, sampling, found, of_a_picture)
     return [
@@ -329,6 +343,7 @@ def _again(config: GenerateConfig, recipe: Recipe, lent: bool) -> tuple[Generate
     changed = [f.name for f in fields(config) if f.name not in _FREE and getattr(config, f.name) != f.default]
     if changed:
         raise UserError(f"the recipe of {config.recipe} says {', '.join(changed)}; leave that away, or the recipe")
+    _check_controls(config, recipe)
     given = _given(config, recipe)
     choices = tuple(_find(one, given) for one in recipe.adapters)
     told = {one.name for one in settings_of(GenerateConfig)} - _FREE
@@ -347,6 +362,20 @@ def _again(config: GenerateConfig, recipe: Recipe, lent: bool) -> tuple[Generate
         return replace(config, recipe=None, prompts=(recipe.prompt,), base=base, **same), choices
     except UserError as error:
         raise UserError(f"{config.recipe} has a recipe that cannot be drawn here: {error}") from None
+
+
+def _check_controls(config: GenerateConfig, recipe: Recipe) -> None:
+    """Raise UserError where what is given with --control is not what steered the picture of a recipe.
+
+    A picture does not choose which models are loaded from this machine, so they are named again.
+    """
+    told = [(one.kind, one.sha256, one.picture_sha256, one.scale) for one in recipe.controls]
+    given = used_controls(config.control, config.control_scale)
+    if told != [(one.kind, one.sha256, one.picture_sha256, one.scale) for one in given]:
+        flags = [f"--control {shlex.quote(f'{o.kind}:{o.model}={o.picture}@{o.scale:g}')}" for o in recipe.controls]
+        raise UserError(
+            f"{config.recipe} was drawn with {' '.join(flags) or 'no --control'}; give exactly that, with the same files"
+        )
 
 
 def _trusted(base: str, picture: Path | None) -> str:
@@ -425,9 +454,11 @@ def _there(used: UsedAdapter) -> Plan | None:
         return None
 
 
-def _plan(output: Path, to_file: bool, wanted: Sequence[tuple[str, int]]) -> list[Path]:
+def _plan(config: GenerateConfig, wanted: Sequence[tuple[str, int]]) -> list[Path]:
     """A file for each picture. Only a single picture for a named file replaces one."""
-    if to_file:
+    output, suffix = config.output, ending(config.format)
+    if config.to_file:
+        suffix = output.suffix
         if len(wanted) == 1:
             return [output]
         stems = [f"{output.stem}-{number}" for number in range(1, len(wanted) + 1)]
@@ -438,9 +469,9 @@ def _plan(output: Path, to_file: bool, wanted: Sequence[tuple[str, int]]) -> lis
     paths: list[Path] = []
     taken = {path.name.casefold() for path in folder.iterdir()} if folder.is_dir() else set()
     for stem in stems:
-        name, number = f"{stem}.png", 2
+        name, number = f"{stem}{suffix}", 2
         while name.casefold() in taken:
-            name, number = f"{stem}-{number}.png", number + 1
+            name, number = f"{stem}-{number}{suffix}", number + 1
         taken.add(name.casefold())
         paths.append(folder / name)
     return paths
@@ -466,7 +497,7 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", prompt.casefold())[:_SLUG].strip("-") or "picture"
 
 
-def _write_sheet(path: Path, pictures: Sequence[Picture], asked: Order) -> None:
+def _write_sheet(path: Path, pictures: Sequence[Picture], asked: Order, quality: int | None) -> None:
     """Rows of prompts, columns of seeds."""
     remaining = iter(pictures)
     rows = [[next(remaining) for _ in row] for row in asked.rows]
@@ -474,7 +505,7 @@ def _write_sheet(path: Path, pictures: Sequence[Picture], asked: Order) -> None:
     columns = max(len(row) for row in rows)
     labels = [f"seed {seed}" for seed in next(iter(seeds))] if len(seeds) == 1 else [str(n + 1) for n in range(columns)]
     drawn = sheet.grid([[p.image for p in row] for row in rows], [row[0].written for row in asked.rows], labels)
-    recipes.write_sheet(path, drawn, [[picture.recipe for picture in row] for row in rows])
+    recipes.write_sheet(path, drawn, [[picture.recipe for picture in row] for row in rows], quality)
 
 
 def _versions() -> dict[str, str]:

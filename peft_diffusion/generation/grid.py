@@ -59,7 +59,9 @@ def grid(
         files = list({choice.key: replace(choice, strength=1.0) for one in orders for choice in one.choices}.values())
         prompts = list(dict.fromkeys(one.pictures[0].prompt for one in orders))
         lent = pipe is not None
-        with adapted(loaded(config, pipe), files, [prompts] * len(files), tell, lent=lent, strict=config.strict) as (
+        with adapted(
+            loaded(config, pipe), files, [prompts] * len(files), tell, lent=lent, strict=config.strict, fast=config.fast
+        ) as (
             on,
             names,
         ):
@@ -72,13 +74,15 @@ def grid(
             groups = [list(group) for _, group in groupby(drawn, key=lambda one: _manner(one[0]))]
             jobs = [(group[0][0], [cell for _, cell in group]) for group in groups]
             told = [recipe for how, cells in jobs for recipe in cell_recipes(on, cells, how)]
+            recipes.check_sheet(config.output, [told])
             spare(on, config)
             halt = stop or Never()
             images = [image for how, cells in jobs for image in paint(on, cells, how, tell=tell, stop=halt)]
         columns = config.columns
         pictures, kept = sheet.in_rows(images, len(columns)), sheet.in_rows(told, len(columns))
         made = sheet.grid(pictures, [row.label for row in rows], columns)
-        recipes.write_sheet(config.output, made, kept)
+        sheet.tell_missing([*columns, *(row.label for row in rows)], tell)
+        recipes.write_sheet(config.output, made, kept, config.quality)
         tell(SheetMade(config.output))
         tell(Ended("finished"))
     return Grid(made, pictures, kept)

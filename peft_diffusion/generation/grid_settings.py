@@ -10,13 +10,15 @@ from ..core.settings import PARAMETERS, Flag, OnePath, explained, setting, setti
 from ..data.prompts import refuse_files
 from . import amounts
 from .recipe import check_target
-from .settings import SEEDS, Choice, GenerateConfig, Sampling
+from .settings import SEEDS, Choice, GenerateConfig, Sampling, settle_format
 
 _REPLACE = "replace"
 _NONE = "none"
+_GRID = Path("grid.png")
 _SETTINGS = ("steps", "guidance", "guidance_stop", "scheduler", "seed", "width", "height", "negative", "prompt_2",
              "prompt_weights", "clip_skip", "zero_negative", "variation_seed", "variation_strength", "hires",
-             "hires_upscaler", "hires_strength", "hires_steps")  # fmt: skip
+             "hires_upscaler", "hires_strength", "hires_steps", "tile",
+             "control_scale")  # fmt: skip
 _AXIS = (
     "NAME=VALUE,VALUE (or | between): steps, guidance, scheduler, seed, ..., the name of an adapter file for its strength, "
     "or replace=WORD,OTHER,... for words of the prompt."
@@ -72,9 +74,16 @@ class GridConfig(Sampling):
     y: str | None = setting(None, "Rows, in the same way.", PARAMETERS)
     z: str | None = setting(None, "Rows around those rows, in the same way.", PARAMETERS)
     output: OnePath = setting(
-        Path("grid.png"), "The .png file of the sheet, which is replaced.", PARAMETERS, flag=Flag(aliases=("-o",))
+        Path("grid.png"),
+        "The file of the sheet, .png, .jpg or .webp, which is replaced.",
+        PARAMETERS,
+        flag=Flag(aliases=("-o",)),
     )
     seed: int = setting(0, "The noise that pictures start from.", PARAMETERS, SEEDS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settle_format(self, _GRID)
 
     def plain(self) -> GenerateConfig:
         """What all pictures share."""
@@ -119,6 +128,7 @@ class GridConfig(Sampling):
             UserError: A value, an adapter or a file cannot be used.
         """
         refuse_files(self.prompts)
+        self.controls()
         check_target(self.output)
         self.rows(self.plain())
 

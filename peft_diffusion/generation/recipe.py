@@ -1,4 +1,4 @@
-"""The recipe of a picture, and PNG files that carry it. Imports no torch."""
+"""The recipe of a picture, and files that carry it. Imports no torch."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from ..bases import prompt_syntax, schedulers
 from ..core.errors import UserError
@@ -18,11 +18,13 @@ from ..core.strength_schedule import ByPart
 from ..data.prompts import words_of
 from ..formats.container import title
 from . import amounts, hires
+from .picture_formats import READ, Carried, format_of, own_text
 
-KEY = "peft_diffusion"  # the text chunk that holds it, as JSON
 VERSION = 1
 # Fields that a recipe has only where there is something to say.
-_WHERE_THERE = frozenset({"plugins", "base_sha256", "hires", "hires_upscaler", "hires_strength", "hires_steps"})
+_WHERE_THERE = frozenset(
+    {"plugins", "base_sha256", "hires", "hires_upscaler", "hires_strength", "hires_steps", "tile", "controls"}
+)
 _MOST_PIXELS = 100_000_000  # more than are drawn here
 
 # What A1111 and the programs that read its text call the samplers of diffusers.
@@ -66,6 +68,18 @@ class UsedPicture:
 
     path: str
     sha256: str
+
+
+@dataclass(frozen=True)
+class UsedControl:
+    """A picture that steered another: what ``--control`` said, the digests of the model's weights and of the picture."""
+
+    kind: str
+    model: str
+    sha256: str
+    picture: str
+    picture_sha256: str
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,8 @@ class Recipe:
     hires_upscaler: str | None = None
     hires_strength: float | None = None
     hires_steps: int | None = None
+    tile: str | None = None
+    controls: tuple[UsedControl, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; those of `_WHERE_THERE` where there are."""
@@ -161,10 +177,20 @@ class Recipe:
         plugins = values.get("plugins", [])
         if not isinstance(plugins, list) or not all(isinstance(module, str) for module in plugins):
             raise ValueError("plugins are of another type")
+        controls = _controls(values.get("controls", []))
         base = values.get("base_sha256", "")
         if not isinstance(base, str):
             raise ValueError("base_sha256 is of another type")
-        return cls(**{**known, **pictures, "adapters": tuple(used), "plugins": tuple(plugins), "base_sha256": base})
+        return cls(
+            **{
+                **known,
+                **pictures,
+                "adapters": tuple(used),
+                "plugins": tuple(plugins),
+                "base_sha256": base,
+                "controls": controls,
+            }
+        )
 
     def other_tools(self, other: "Recipe") -> list[str]:
         """Tell what of the tools that drew differs in another recipe, so that it would be another picture.
@@ -213,6 +239,7 @@ class Recipe:
             **({"Clip skip": self.clip_skip} if self.clip_skip is not None else {}),
             **({"Denoising strength": f"{self.strength:g}"} if self.strength is not None else {}),
             **self._second_pass(),
+            **({"Tiling": "True"} if self.tile == "both" else {}),  # A1111 has no other
             **({"Lora hashes": hashes} if hashes else {}),
             "Version": f"peft_diffusion {self.versions.get('peft_diffusion', '')}",
         }
@@ -229,6 +256,17 @@ class Recipe:
             "Hires steps": self.hires_steps,
             "Hires upscaler": hires.label(self.hires_upscaler),
         }
+
+
+def _controls(values: object) -> tuple[UsedControl, ...]:
+    """Controls as JSON gave them. Raises ValueError for what is none."""
+    if not isinstance(values, list) or not all(isinstance(one, dict) for one in values):
+        raise ValueError("controls are of another type")
+    found = tuple(UsedControl(**one) for one in values)
+    texts = [text for one in found for text in (one.kind, one.model, one.sha256, one.picture, one.picture_sha256)]
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(one.scale, float) for one in found):
+        raise ValueError("a control is of another type")
+    return found
 
 
 def _strengths(used: UsedAdapter) -> str:
@@ -264,75 +302,91 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "variation_seed": (int, type(None)), "variation_strength": (float, int, type(None)),
     "zero_negative": (bool, type(None)), "written": (str, type(None)), "prediction": (str, type(None)),
     "hires": (float, int, type(None)), "hires_upscaler": (str, type(None)), "hires_strength": (float, int, type(None)),
-    "hires_steps": (int, type(None)),
+    "hires_steps": (int, type(None)), "tile": (str, type(None)),
 }  # fmt: skip
 
 
-def write(path: Path, image: Image.Image, recipe: Recipe) -> None:
+def write(path: Path, image: Image.Image, recipe: Recipe, quality: int | None = None) -> None:
     """Save a picture with its recipe, aside and then renamed.
 
     Args:
-        path: A .png file.
+        path: A file, of the format that its ending says.
         image: The picture.
         recipe: What it was made from.
+        quality: From 1 to 100, of a format that loses something; None for the usual.
 
     Raises:
         UserError: It cannot be written.
     """
-    _save(path, image, chunks(recipe))
+    _save(path, image, carried(recipe), quality)
 
 
-def chunks(recipe: Recipe) -> PngImagePlugin.PngInfo:
-    """Make the text chunks by which a picture carries its recipe, for us and for programs that read A1111's.
+def carried(recipe: Recipe) -> Carried:
+    """Make the texts by which a picture carries its recipe, for us and for programs that read A1111's.
 
     Args:
         recipe: What it was made from.
 
     Returns:
-        The chunks, for Pillow's ``save``.
+        The texts, which tell Pillow's ``save`` what to write in each format.
     """
-    info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", recipe.parameters())
-    info.add_text(KEY, json.dumps({"version": VERSION, "recipe": recipe.to_json()}))
-    return info
+    return Carried(json.dumps({"version": VERSION, "recipe": recipe.to_json()}), recipe.parameters())
 
 
-def write_sheet(path: Path, sheet: Image.Image, recipes: Sequence[Sequence[Recipe]]) -> None:
+def write_sheet(path: Path, sheet: Image.Image, recipes: Sequence[Sequence[Recipe]], quality: int | None = None) -> None:
     """Save a sheet with the recipe of each of its pictures.
 
     Args:
-        path: A .png file.
+        path: A file, of the format that its ending says.
         sheet: The picture.
         recipes: By row.
+        quality: From 1 to 100, of a format that loses something; None for the usual.
 
     Raises:
         UserError: It cannot be written.
     """
-    info = PngImagePlugin.PngInfo()
+    _save(path, sheet, _of_sheet(recipes), quality)
+
+
+def check_sheet(path: Path, recipes: Sequence[Sequence[Recipe]]) -> None:
+    """See before anything is drawn that a sheet can carry the recipes of all its pictures.
+
+    Args:
+        path: Its file.
+        recipes: By row.
+
+    Raises:
+        UserError: They are too many for a JPEG.
+    """
+    if not _of_sheet(recipes).fits(format_of(path)):
+        raise UserError(f"{path}: the recipes of so many pictures have no room in a JPEG; take .png or .webp")
+
+
+def _of_sheet(recipes: Sequence[Sequence[Recipe]]) -> Carried:
     rows = [[recipe.to_json() for recipe in row] for row in recipes]
-    info.add_text(KEY, json.dumps({"version": VERSION, "sheet": rows}))
-    _save(path, sheet, info)
+    return Carried(json.dumps({"version": VERSION, "sheet": rows}))
 
 
 def read(path: Path) -> Recipe:
     """Read the recipe that a picture carries.
 
     Args:
-        path: A .png file.
+        path: A PNG, JPEG or WebP file.
 
     Returns:
         The recipe.
 
     Raises:
-        UserError: It is no PNG, has no recipe, or that is damaged.
+        UserError: It is none of these, has no recipe, or that is damaged.
     """
     if not path.is_file():
         raise UserError(f"there is no picture {path}")
-    with refusing(f"{path} cannot be read as a PNG picture"), Image.open(path, formats=("PNG",)) as image:
+    with refusing(f"{path} cannot be read as a PNG, JPEG or WebP picture"), Image.open(path, formats=READ) as image:
         if image.width * image.height > _MOST_PIXELS:
             raise UserError(f"{path} has more than {_MOST_PIXELS:,} pixels, so it is no picture with a recipe")
         image.load()  # text may stand after the pixels
-        text = image.info.get(KEY)
+        with refusing(f"{path}: its recipe is damaged"):
+            text = own_text(image)
     if text is None:
         raise UserError(f"{path} carries no recipe: it was not made by peft_diffusion, or another program saved it again")
     with refusing(f"{path}: its recipe is damaged"):
@@ -345,7 +399,7 @@ def read(path: Path) -> Recipe:
 
 
 def check_target(path: Path) -> None:
-    """Find out before any work whether a .png file can be written.
+    """Find out before any work whether a picture can be written.
 
     Args:
         path: Where.
@@ -353,10 +407,9 @@ def check_target(path: Path) -> None:
     Raises:
         UserError: It cannot.
     """
-    if path.suffix.lower() != ".png":
-        raise UserError(f"{path}: pictures are written as .png, which carries the recipe")
+    format_of(path)
     if path.is_dir():
-        raise UserError(f"{path} is a folder, not a .png file")
+        raise UserError(f"{path} is a folder, not a file")
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no regular file, so it cannot be replaced")
     check_folder(path.parent)
@@ -378,7 +431,10 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"nothing can be written to {folder}: {there} is read-only")
 
 
-def _save(path: Path, image: Image.Image, info: PngImagePlugin.PngInfo) -> None:
+def _save(path: Path, image: Image.Image, texts: Carried, quality: int | None) -> None:
     check_target(path)
+    kind = format_of(path)
+    if not texts.fits(kind):
+        raise UserError(f"{path}: the recipe has no room in a JPEG; take .png or .webp")
     with written_aside(path) as aside:
-        image.save(aside, format="PNG", pnginfo=info)
+        image.save(aside, **texts.options(kind, quality))

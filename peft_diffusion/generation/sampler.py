@@ -21,10 +21,12 @@ from ..core.strength_schedule import ByPart
 from ..data.images import MAX_PIXELS
 from ..data.prompts import in_words
 from .adapters import Adapters
+from .control import Controls, controlled
 from .hires import LANCZOS, Hires
 from .settings import Sampling
 from .source import Source, beginning_with_pictures
 from .telling import Telling, triggers
+from .tiling import seamless
 from .upscaling import check as check_hires
 from .upscaling import enlarged, noised_by
 
@@ -139,16 +141,17 @@ def paint(
         )
     telling = Telling(pipe, sampling, triggers(adapters))
     _check_prompts(adapters, batches, telling)
-    with drawing(pipe, scheduler):
+    steered = controlled(pipe, sampling.control, sampling.control_scale)
+    with steered as controls, drawing(pipe, scheduler):
         for number, batch in enumerate(batches):
             check_stop(stop, f"stopped after {number * sampling.batch_size} of {len(cells)} pictures")
             _set_strengths(adapters, batch)
             report = _Report(tell, number * each, len(batches) * each, sampling.guidance_stop)
             start = _noise(pipe, batch, sides, sampling) if source is None else _start(pipe, batch, source, sampling)
             if hires is not None:
-                start = _second(start, hires, adapters, batch, telling, report)
+                start = _second(start, hires, adapters, batch, telling, report, controls)
                 report = replace(report, before=report.before + first)
-            images = _paint_batch(start, batch, telling, report)
+            images = _paint_batch(start, batch, telling, report, controls)
             yield from images if source is None else map(source.kept, images)
 
 
@@ -329,12 +332,19 @@ def _start(pipe: Pipeline, batch: Sequence[Cell], source: Source, sampling: Samp
 
 
 def _second(
-    start: _Start, hires: Hires, adapters: Adapters, batch: Sequence[Cell], telling: Telling, report: _Report
+    start: _Start,
+    hires: Hires,
+    adapters: Adapters,
+    batch: Sequence[Cell],
+    telling: Telling,
+    report: _Report,
+    controls: Controls,
 ) -> _Start:
     """Draw the first pass, and begin the second with what it drew and, as A1111, with noise of the same seeds."""
     pipe, info = start.pipe, adapters.base
     of_pictures = hires.upscaler == LANCZOS
-    drawn = _paint_batch(start, batch, telling, report) if of_pictures else _latents(start, batch, telling, report)
+    draw = _paint_batch if of_pictures else _latents
+    drawn = draw(start, batch, telling, report, controls)
     sides = hires.size(start.arguments["width"], start.arguments["height"], info.step)
     generators = _generators(batch)
     noise = _drawn_noise(pipe, generators, sides, telling.asked)
@@ -342,7 +352,7 @@ def _second(
     if made is None:
         raise UserError(f"a {type(pipe).__name__} cannot start from a picture, so it has no second pass; leave --hires away")
     made.scheduler = noised_by(made.scheduler, noise)
-    told = {"image": enlarged(drawn, hires, sides, denoiser_of(pipe).factor), "strength": hires.begins}
+    told = {"image": enlarged(drawn, hires, sides, denoiser_of(pipe).factor, telling.asked.tile), "strength": hires.begins}
     return _Start(made, generators, told, hires.planned, hires.steps / hires.planned)
 
 
@@ -350,8 +360,10 @@ def _generators(batch: Sequence[Cell]) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(cell.seed) for cell in batch]
 
 
-def _paint_batch(start: _Start, batch: Sequence[Cell], telling: Telling, report: _Report) -> list[Image.Image]:
-    out = _called(start, batch, telling, report, "np")
+def _paint_batch(
+    start: _Start, batch: Sequence[Cell], telling: Telling, report: _Report, controls: Controls
+) -> list[Image.Image]:
+    out = _called(start, batch, telling, report, controls, "np")
     blanked = sum(map(bool, getattr(out, "nsfw_content_detected", None) or ()))
     if blanked:
         report.tell(Warned(f"the base's safety checker has blanked {blanked} of {len(batch)} pictures"))
@@ -359,27 +371,29 @@ def _paint_batch(start: _Start, batch: Sequence[Cell], telling: Telling, report:
     return images
 
 
-def _latents(start: _Start, batch: Sequence[Cell], telling: Telling, report: _Report) -> torch.Tensor:
+def _latents(start: _Start, batch: Sequence[Cell], telling: Telling, report: _Report, controls: Controls) -> torch.Tensor:
     """What is drawn before it is decoded, as pipelines scale it."""
-    found: torch.Tensor = _called(start, batch, telling, report, "latent").images
+    found: torch.Tensor = _called(start, batch, telling, report, controls, "latent").images
     return found
 
 
-def _called(start: _Start, batch: Sequence[Cell], telling: Telling, report: _Report, kind: str) -> Any:
+def _called(start: _Start, batch: Sequence[Cell], telling: Telling, report: _Report, controls: Controls, kind: str) -> Any:
     """What the pipeline gives, as pixels or as latents. Raises UserError for NaN."""
     sampling = telling.asked
     # What starts from a picture may start where guidance acts no more.
     guided = start.begins > 1 - sampling.guidance_stop
-    out = start.pipe(
-        **start.arguments,
-        **telling.arguments(*_texts(batch, sampling), guided=guided and sampling.guided_by > 1),
-        num_inference_steps=start.steps,
-        guidance_scale=sampling.guided_by if guided else 1.0,
-        generator=start.generators,
-        callback_on_step_end=report,
-        callback_on_step_end_tensor_inputs=guided_tensors(start.pipe),
-        output_type=kind,
-    )
+    with seamless(start.pipe, sampling.tile, controls.modules), controls.steer():
+        out = start.pipe(
+            **start.arguments,
+            **controls.arguments,
+            **telling.arguments(*_texts(batch, sampling), guided=guided and sampling.guided_by > 1),
+            num_inference_steps=start.steps,
+            guidance_scale=sampling.guided_by if guided else 1.0,
+            generator=start.generators,
+            callback_on_step_end=report,
+            callback_on_step_end_tensor_inputs=guided_tensors(start.pipe),
+            output_type=kind,
+        )
     _check_finite(out.images, start.pipe)
     return out
 

@@ -6,7 +6,7 @@ from collections.abc import MutableMapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from ..bases import family as families
 from ..bases.asked import AskedPrediction
@@ -38,18 +38,24 @@ from ..data.picture_names import CONVERTIBLE, SUFFIXES
 from ..data.prompt_lines import read_prompts
 from ..data.prompts import refuse_files
 from ..formats import Plan, plan
-from ..formats.container import adapter_file, is_pickle, title
+from ..formats.container import adapter_file, title
+from ..formats.planning import takes_torch
 from . import amounts
+from .control_settings import Control
+from .control_settings import parse as parse_control
 from .hires import UPSCALERS, Hires, upscaler
+from .picture_formats import PictureFormat, ending, format_of
 from .recipe import check_folder, check_target, read
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
+Tile: TypeAlias = Literal["x", "y", "both"]
 Offload: TypeAlias = Literal["model", "group", "sequential"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
 _STEPS, _GUIDANCE = 25, 5.0  # where nothing says otherwise
+_BLEND = Path("blend.png")
 _PICTURES = SUFFIXES | CONVERTIBLE
 
 
@@ -170,7 +176,7 @@ def _chosen(text: str) -> Choice:
 
 
 def parse_choices(texts: Sequence[str], plans: "MutableMapping[Key, Plan] | None" = None) -> tuple[Choice, ...]:
-    """Read adapters as the command line names them, and parse their files. Pickles, which take torch, are left for later.
+    """Read adapters as the command line names them, and parse their files: pickles and pictures, which take torch, later.
 
     Args:
         texts: ``FILE`` or ``FILE=STRENGTH`` each.
@@ -187,13 +193,13 @@ def parse_choices(texts: Sequence[str], plans: "MutableMapping[Key, Plan] | None
     for index, choice in enumerate(found):
         if any(choice.path.samefile(one.path) and choice.key[1:] == one.key[1:] for one in found[:index]):
             raise UserError(f"the adapter {choice.path} is named twice; give it once, with the strength you want")
-        if not is_pickle(choice.path) and (choice.key not in known or not known[choice.key].is_current()):
+        if not takes_torch(choice.path) and (choice.key not in known or not known[choice.key].is_current()):
             known[choice.key] = plan(choice.path, component=choice.component, word=choice.word)
     return tuple(replace(choice, plan=known.get(choice.key)) for choice in found)
 
 
 def with_plans(choices: Sequence[Choice]) -> tuple[Choice, ...]:
-    """Parse the files of adapters. Pickles, which take torch, are left for later.
+    """Parse the files of adapters. Pickles and pictures, which take torch, are left for later.
 
     Args:
         choices: The adapters.
@@ -204,7 +210,7 @@ def with_plans(choices: Sequence[Choice]) -> tuple[Choice, ...]:
     Raises:
         UserError: A file is no adapter.
     """
-    return tuple(choice if is_pickle(choice.path) else replace(choice, plan=choice.parsed()) for choice in choices)
+    return tuple(choice if takes_torch(choice.path) else replace(choice, plan=choice.parsed()) for choice in choices)
 
 
 class NamesAdapters:
@@ -361,6 +367,28 @@ class Sampling(NamesAdapters):
     hires_steps: int | None = setting(
         None, "Denoising steps that the second pass takes; by default as many as the first.", PARAMETERS, COUNT
     )
+    control: Texts = setting(
+        (),
+        "A picture that steers, as KIND:MODEL=PICTURE or KIND:MODEL=PICTURE@SCALE; give it again for more. KIND is "
+        "controlnet, t2i-adapter or ip-adapter, MODEL a folder of diffusers or a hub id, of an ip-adapter its file.",
+        PARAMETERS,
+        flag=Flag(default_shown=False),
+    )
+    control_scale: float = setting(1.0, "What the scale of every --control is multiplied by.", PARAMETERS, NATURAL)
+    tile: Tile | None = setting(
+        None,
+        "Draw a texture, whose edges meet: left and right (x), upper and lower (y), or both.",
+        PARAMETERS,
+    )
+    format: PictureFormat | None = setting(
+        None, "Of the pictures' files; by default what the ending of --output says, and png in a folder.", PARAMETERS
+    )
+    quality: int | None = setting(
+        None,
+        "Of JPEG and WebP, from 1 to 100, at which WebP loses nothing; by default 95.",
+        PARAMETERS,
+        Range(1, 100),
+    )
     variation_seed: int | None = setting(
         None, "A second seed, whose noise is mixed into that of the first, as A1111 mixes variations.", PARAMETERS, SEEDS
     )
@@ -378,12 +406,22 @@ class Sampling(NamesAdapters):
         False, "Compute attention in slices, which saves memory where there is no fused attention.", PARAMETERS
     )
 
+    fast: bool | None = setting(
+        None,
+        "Draw by recorded steps: several times as fast, the same up to rounding. By default on CUDA, and not on a pipeline"
+        " that Python hands in.",
+        PARAMETERS,
+        flag=Flag(negative=True),
+    )
+
     def __post_init__(self) -> None:
         settle(self)
         if self.variation_strength and self.variation_seed is None:
             raise UserError("--variation-strength is for a second seed; name it with --variation-seed")
         if self.offload and self.quantize:
             raise UserError("weights of fewer bits stay on the device; leave --offload or --quantize away")
+        if self.tile is not None and self.vae_tiling:
+            raise UserError("--vae-tiling decodes in pieces, whose edges would not meet; leave it or --tile away")
         if self.scheduler is not None:
             object.__setattr__(self, "scheduler", canonical(self.scheduler))
         if self.hires_upscaler is not None:
@@ -401,6 +439,14 @@ class Sampling(NamesAdapters):
         """How many denoising steps are taken."""
         return _STEPS if self.steps is None else self.steps
 
+    def controls(self) -> tuple[Control, ...]:
+        """The pictures that steer.
+
+        Raises:
+            UserError: One cannot be read.
+        """
+        return tuple(parse_control(text) for text in self.control)
+
     @property
     def second_pass(self) -> Hires | None:
         """The pass that makes pictures larger; None where there is none."""
@@ -415,6 +461,17 @@ class Sampling(NamesAdapters):
         return _GUIDANCE if self.guidance is None else self.guidance
 
 
+class WritesFile(Protocol):
+    """Settings of a command that writes one picture."""
+
+    @property
+    def output(self) -> Path: ...
+    @property
+    def format(self) -> PictureFormat | None: ...
+    @property
+    def quality(self) -> int | None: ...
+
+
 @explained
 @settings_class(kw_only=True)
 class GenerateConfig(Sampling):
@@ -422,7 +479,8 @@ class GenerateConfig(Sampling):
 
     output: OnePath = setting(
         Path("pictures"),
-        "A .png file, which is replaced; several pictures get numbers after its name. Or a folder, whose files are kept.",
+        "A .png, .jpg or .webp file, which is replaced; several pictures get numbers after its name. Or a folder, whose "
+        "files are kept.",
         PARAMETERS,
         flag=Flag(aliases=("-o",)),
     )
@@ -432,7 +490,7 @@ class GenerateConfig(Sampling):
         "--w WIDTH, --h HEIGHT, --d SEED, --l GUIDANCE, --s STEPS.",
         PARAMETERS,
     )
-    sheet: OptionalPath = setting(None, "Also draw all pictures as one labelled sheet, into this .png file.", PARAMETERS)
+    sheet: OptionalPath = setting(None, "Also draw all pictures as one labelled sheet, into this file.", PARAMETERS)
     seed: int = setting(0, "The first seed: it decides the noise that a picture starts from.", PARAMETERS, SEEDS)
     count: int = setting(1, "Pictures of each prompt, with the seeds that follow.", PARAMETERS, COUNT)
     seeds: Numbers = setting(
@@ -444,7 +502,7 @@ class GenerateConfig(Sampling):
     )
     recipe: OptionalPath = setting(
         None,
-        "Make the picture in this PNG again, from the recipe that it carries.",
+        "Make this picture again, from the recipe that it carries.",
         PARAMETERS,
         flag=Flag(aliases=("--from",)),
     )
@@ -470,6 +528,10 @@ class GenerateConfig(Sampling):
         if self.seeds and (self.count != 1 or self.seed != 0):
             raise UserError("give either seeds, or seed and count")
         check_last_seed(self.seed, self.count)
+        if self.to_file:
+            settle_format(self)
+        elif self.quality is not None and self.format in (None, "png"):
+            raise UserError("--quality is for JPEG and WebP: take --format jpeg or webp, or leave it away")
         if self.recipe is not None and (self.prompts or self.prompts_file is not None):
             raise UserError("a recipe brings its own prompt; leave the prompt away")
         if self.recipe is None:
@@ -493,6 +555,7 @@ class GenerateConfig(Sampling):
             UserError: Files cannot be read or written.
         """
         self.choices()
+        self.controls()
         refuse_files(self.prompts, "read it with --prompts-file")
         if self.recipe is not None:
             read(self.recipe)
@@ -522,7 +585,10 @@ class BlendConfig(Sampling):
     """The sheet that ``blend`` draws: a row for each prompt, a column for each mix."""
 
     output: OnePath = setting(
-        Path("blend.png"), "The .png file of the sheet, which is replaced.", PARAMETERS, flag=Flag(aliases=("-o",))
+        Path("blend.png"),
+        "The file of the sheet, .png, .jpg or .webp, which is replaced.",
+        PARAMETERS,
+        flag=Flag(aliases=("-o",)),
     )
     columns: int = setting(
         5,
@@ -537,6 +603,7 @@ class BlendConfig(Sampling):
         super().__post_init__()
         _check_prompts(self.prompts)
         check_text(self.negative)
+        settle_format(self, _BLEND)
         if len(self.adapter) < 2:
             raise UserError("a blend needs two adapters, as in --adapter a.safetensors --adapter b.safetensors")
         if self.columns < len(self.adapter):
@@ -549,8 +616,32 @@ class BlendConfig(Sampling):
             UserError: A file cannot be read or written.
         """
         self.choices()
+        self.controls()
         refuse_files(self.prompts)
         check_target(self.output)
+
+
+def settle_format(config: "WritesFile", usual: Path | None = None) -> None:
+    """Give a file that is not named the ending of the format that was asked for, and see that a named one has it.
+
+    Args:
+        config: Settings of a command that writes one file.
+        usual: What the file is called where nothing is said.
+
+    Raises:
+        UserError: It has another, or the format has no quality.
+    """
+    if config.format is not None:
+        if config.output == usual:
+            object.__setattr__(config, "output", config.output.with_suffix(ending(config.format)))
+        elif format_of(config.output) != config.format:
+            raise UserError(
+                f"{config.output} is no name of a {config.format} file; leave --format away, or end it otherwise"
+            )
+    if config.quality is not None and format_of(config.output) == "png":
+        raise UserError(
+            f"--quality is for JPEG and WebP, and {config.output} is neither; leave it away, or take another ending"
+        )
 
 
 def _check_prompts(prompts: tuple[str, ...]) -> None:

@@ -1,13 +1,13 @@
 """Contact sheets: pictures in rows and columns with readable labels."""
 
-from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..core.events import Observer, Warned
 from ..core.shortening import shortened
+from . import fonts
 
 PAPER = (255, 255, 255)
 INK = (32, 33, 36)
@@ -15,8 +15,6 @@ _LABEL = 300  # characters of a label
 FRAME = (222, 224, 228)
 
 T = TypeVar("T")
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-_ASCII = 0x80  # what Pillow's own font draws for certain
 
 
 def grid(
@@ -152,9 +150,36 @@ def _write(
 ) -> None:
     x, y = at
     for line in lines:
-        start = x - _length(line, size) / 2 if centred else float(x)
-        draw.text((round(start), y), line, fill=INK, font=_font(line, size))
+        start = round(x - _length(line, size) / 2 if centred else float(x))
+        _write_line(draw, line, (start, y), size)
         y += _leading(size)
+
+
+def _write_line(draw: ImageDraw.ImageDraw, line: str, at: tuple[int, int], size: int) -> None:
+    """A line, part by part, all on one base line."""
+    parts, usual = fonts.runs(line, size), fonts.main_font(line, size)
+    if all(run.font is usual for run in parts):
+        draw.text(at, line, fill=INK, font=usual)
+        return
+    base = at[1] + (usual.getmetrics()[0] if isinstance(usual, ImageFont.FreeTypeFont) else size)
+    left = float(at[0])
+    for run in parts:
+        if run.scale == 1:
+            draw.text((round(left), base), run.text, fill=INK, font=run.font, anchor="ls", embedded_color=True)
+        else:
+            _paste_scaled(draw, run, (round(left), base), size)
+        left += run.length
+
+
+def _paste_scaled(draw: ImageDraw.ImageDraw, run: fonts.Run, at: tuple[int, int], size: int) -> None:
+    """Letters of a font of bitmaps, brought to the size of the others; their lower edges stand on the base line."""
+    box = ImageDraw.Draw(Image.new("RGBA", (1, 1))).textbbox((0, 0), run.text, font=run.font, embedded_color=True)
+    layer = Image.new("RGBA", (max(1, round(box[2] - box[0])), max(1, round(box[3] - box[1]))))
+    ImageDraw.Draw(layer).text((-box[0], -box[1]), run.text, font=run.font, fill=INK, embedded_color=True)
+    sides = (max(1, round(layer.width * run.scale)), max(1, round(layer.height * run.scale)))
+    small = layer.resize(sides, Image.Resampling.LANCZOS)
+    sheet: Image.Image = draw._image
+    sheet.paste(small, (at[0], at[1] - small.height + size // 8), small)
 
 
 def _height(lines: Sequence[str], size: int) -> int:
@@ -166,16 +191,20 @@ def _leading(size: int) -> int:
 
 
 def _length(text: str, size: int) -> float:
-    return float(_font(text, size).getlength(text))
+    return sum(run.length for run in fonts.runs(text, size))
 
 
-def _font(text: str, size: int) -> _Font:
-    """Pillow's own font; for other scripts the one that comes with matplotlib, which knows accents, Greek and Cyrillic."""
-    if all(ord(letter) < _ASCII for letter in text):
-        return ImageFont.load_default(size)
-    spec = find_spec("matplotlib")
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        file = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-        if file.is_file():
-            return ImageFont.truetype(str(file), size)
-    return ImageFont.load_default(size)
+def tell_missing(labels: Iterable[str], tell: Observer) -> None:
+    """Tell of letters in labels that no font here has.
+
+    Args:
+        labels: The labels.
+        tell: Is told.
+    """
+    lacking = fonts.missing("".join(shortened(one, _LABEL) for one in labels))
+    if lacking:
+        tell(
+            Warned(
+                f"no font here has {' '.join(lacking)}, so labels show boxes; install one, as Noto Sans CJK or Noto Emoji"
+            )
+        )

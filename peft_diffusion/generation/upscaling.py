@@ -12,6 +12,7 @@ from ..bases import denoiser_of
 from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
 from .hires import LANCZOS, UPSCALERS, Hires
+from .settings import Tile
 
 
 def check(pipe: Pipeline, hires: Hires) -> None:
@@ -35,7 +36,9 @@ def check(pipe: Pipeline, hires: Hires) -> None:
         )
 
 
-def enlarged(drawn: Tensor | Sequence[Image.Image], hires: Hires, size: tuple[int, int], factor: int) -> Any:
+def enlarged(
+    drawn: Tensor | Sequence[Image.Image], hires: Hires, size: tuple[int, int], factor: int, tile: Tile | None
+) -> Any:
     """Make larger what the first pass drew.
 
     Args:
@@ -43,16 +46,32 @@ def enlarged(drawn: Tensor | Sequence[Image.Image], hires: Hires, size: tuple[in
         hires: The second pass.
         size: Width and height in pixels of what is wanted.
         factor: Pixels a side for one latent.
+        tile: Which edges of a picture meet.
 
     Returns:
         Latents or pictures of that size.
     """
-    if not isinstance(drawn, Tensor):
-        return [image.resize(size, Image.Resampling.LANCZOS) for image in drawn]
+    across, down = (3 if tile in (axis, "both") else 1 for axis in ("x", "y"))  # what lies beyond edges that meet
     width, height = size
-    sides = height // factor, width // factor
+    if not isinstance(drawn, Tensor):
+        whole = [_repeated(image, across, down) for image in drawn]
+        larger = [image.resize((across * width, down * height), Image.Resampling.LANCZOS) for image in whole]
+        left, upper = across // 2 * width, down // 2 * height
+        return [image.crop((left, upper, left + width, upper + height)) for image in larger]
+    width, height = width // factor, height // factor
     told = UPSCALERS[hires.upscaler] or {}
-    return interpolate(drawn.float(), size=sides, **told).to(drawn.dtype)
+    latents = interpolate(drawn.float().repeat(1, 1, down, across), size=(down * height, across * width), **told)
+    middle = latents[:, :, down // 2 * height :, across // 2 * width :][:, :, :height, :width]
+    return middle.to(drawn.dtype)
+
+
+def _repeated(image: Image.Image, across: int, down: int) -> Image.Image:
+    """A picture, side by side and one below the other."""
+    whole = Image.new(image.mode, (across * image.width, down * image.height))
+    for column in range(across):
+        for row in range(down):
+            whole.paste(image, (column * image.width, row * image.height))
+    return whole
 
 
 def noised_by(scheduler: Any, noise: Tensor) -> Any:

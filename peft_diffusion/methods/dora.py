@@ -3,7 +3,7 @@
 Liu et al. 2024, https://arxiv.org/abs/2402.09353.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,6 +55,11 @@ class Dora(Method, name="dora", suffixes=frozenset({DOWN, UP, MID, ALPHA, MAGNIT
     def recognizes(cls, suffixes: Set[str]) -> bool:
         """A pair with a magnitude."""
         return DOWN in suffixes and MAGNITUDE in suffixes
+
+    @classmethod
+    def needed(cls, suffixes: Set[str]) -> Sequence[str]:
+        """Both matrices."""
+        return (DOWN, UP)
 
     def serves(self, site: "Site") -> bool:
         """Linear layers and convolutions without groups."""

@@ -17,11 +17,11 @@ from ..core.errors import UserError, did_you_mean
 from ..core.events import Observer, Warned
 from ..core.files import at_home
 from ..formats.container import torch_dtype
-from ..formats.file import DTYPES, bind, load, write
+from ..formats.file import DTYPES, load, write
 from ..formats.fitting import fitting
-from ..formats.layout import Content, find
+from ..formats.layout import Content
 from ..formats.metadata import lasting
-from ..formats.planning import Plan, plan, refuse_leftovers
+from ..formats.planning import Plan, refuse_leftovers
 from ..formats.spec import Spec
 from .activations import fitted
 from .results import Adapters, Made, write_changed
@@ -70,9 +70,9 @@ def convert(config: ConvertConfig, *, observers: Sequence[Observer] = ()) -> Con
         UserError: The file cannot be read, fits no base that is known, holds what is not understood or what the layout
             cannot say, or nothing can be written.
     """
-    find(config.to)  # a wrong name is told before anything is read
-    found = plan(config.source)
     with watched(observers) as watch:
+        config.check()
+        found = config.plan
         done = _copied(config, found, watch) if config.to_lora is None else _lora(config, found, config.to_lora, watch)
     return replace(done, verified=verify(done.path, base=config.base, observers=observers)) if config.verify else done
 
@@ -84,8 +84,7 @@ def _copied(config: ConvertConfig, found: Plan, watch: Watch) -> Converted:
     base: AnyBase = load_base(str(config.base), dtype="float32") if whole and weighed else fitting(found, config.base)
     info = describe(base)
     loaded = load(found, base)
-    if loaded.report.unmatched:
-        _refuse_part(config, found, bind(found, base).left)
+    _refuse_part(config, found, loaded.left)
     for warning in loaded.warnings:
         watch.tell(Warned(warning))
     parts = parts_of_base(base)

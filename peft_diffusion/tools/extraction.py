@@ -44,11 +44,8 @@ def extract(config: ExtractConfig, *, observers: Sequence[Observer] = ()) -> Mad
         _refuse_different(tuned, base)
         made, left, errors = Adapters(base.skeleton, DTYPES[config.dtype]), _Left(), list[LayerError]()
         found = list(_sites(base, config))
-        tick = watch.ticks("extracting sites")
-        for number, where in enumerate(found):
-            tick(number, len(found))
+        for where in watch.each("extracting sites", found):
             errors += _extracted(made, tuned, base, where, config, left)
-        tick(len(found), len(found))
         left.count_others(tuned, base, {(one[0], bare(f"{one[1]}.weight")) for one in found})
         if not made.count:
             raise UserError(
@@ -153,7 +150,7 @@ def _extracted(
     rank = config.conv_rank if _has_kernel(site) else config.rank
     found = reduced_matrix(difference.flatten(1), Truncation(rank, config.energy, config.frobenius, config.ratio))
     made.add_change(component, path, Change(pair=found.pair))
-    return [LayerError(".".join(where), len(found.pair.down), found.error, found.norm)]
+    return [LayerError.of(".".join(where), found)]
 
 
 def _write(config: ExtractConfig, made: Adapters, tuned: Weights, base: Weights) -> None:

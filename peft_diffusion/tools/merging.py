@@ -1,23 +1,24 @@
 """``merge``: several adapter files become one, or part of a base."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.adapter import Adapter, LowRank, method_of
 from ..core.errors import UserError
 from ..core.events import Noted, Observer
 from ..core.files import at_home
-from ..core.reduction import Truncation, exact_pair, reduced_matrix, reduced_pair, summed
+from ..core.reduction import Truncation, exact_pair, reduced, summed
 from ..core.weight_change import Change, serves
 from ..formats.file import DTYPES
 from ..methods.shared.learned_vectors import LearnedVectors
 from .combination import Combination, core_space, knots, linear
 from .into import merge_into
 from .results import Adapters, LayerError, Made, joined_spec, kept_metadata
+from .side_by_side import side_by_side
 from .sources import Source, Where, joined_dtype, open_sources
 from .tool_settings import ALIGNED, MergeConfig
 from .watch import Watch, watched
@@ -56,6 +57,21 @@ class _Way:
     wanted: Truncation | None
 
 
+@dataclass(frozen=True)
+class _Site:
+    """A site that is merged: its module without weights, its number in the order of the files, and what each changes."""
+
+    where: Where
+    bare: nn.Module
+    number: int
+    changes: Sequence[Change]
+    strengths: Sequence[float]
+
+    def each(self) -> Iterator[tuple[Change, float]]:
+        """The changes with their strengths."""
+        return zip(self.changes, self.strengths, strict=True)
+
+
 def _merge(config: MergeConfig, watch: Watch) -> Made:
     choices = config.choices()
     strengths = [one.strength for one in choices]
@@ -65,18 +81,23 @@ def _merge(config: MergeConfig, watch: Watch) -> Made:
     held = holders(sources)
     rule = Combination(config.within if config.how in ALIGNED else config.how, config.density, config.seed)  # type: ignore[arg-type]
     way = _Way(config.how, rule, None if config.rank is None else Truncation(rank=config.rank))
-    tick = watch.ticks("merging sites")
-    for number, (where, own) in enumerate(held.items()):
-        tick(number, len(held))
-        opened = [source.opened(where)[1] for source in own]
-        changes = [change for change in opened if change is not None]
-        if len(changes) < len(own):
-            made.add(*where, _kept(where, own, watch))
-            continue
-        merged, error = _merged(made, where, changes, [source.strength for source in own], way, number)
-        errors += error
+
+    def opened() -> Iterator[_Site]:
+        for number, (where, own) in enumerate(watch.each("merging sites", held.items())):
+            changes = [source.opened(where)[1] for source in own]
+            known = [change for change in changes if change is not None]
+            if len(known) < len(own):
+                made.add(*where, _kept(where, own, watch))
+            else:
+                bare = bones.parts[where[0]].get_submodule(where[1])
+                yield _Site(where, bare, number, known, [source.strength for source in own])
+
+    def take(found: tuple[Where, Change, list[LayerError]]) -> None:
+        where, merged, error = found
         made.add_change(*where, merged)
-    tick(len(held), len(held))
+        errors.extend(error)
+
+    side_by_side(opened(), lambda site: (site.where, *_merged(site, way)), take)
     _write(config, sources, made)
     return watch.made(at_home(config.output), made.count, errors)
 
@@ -147,21 +168,18 @@ def united(where: Where, own: Sequence[Source], several: Sequence[LearnedVectors
     return type(several[0])(torch.cat([one.vectors.detach() for one in several]), words)
 
 
-def _merged(
-    made: Adapters, where: Where, changes: Sequence[Change], strengths: Sequence[float], way: _Way, number: int
-) -> tuple[Change, list[LayerError]]:
+def _merged(site: _Site, way: _Way) -> tuple[Change, list[LayerError]]:
     """The change of a site, and its error where ranks were left out."""
-    site = made.bones.parts[where[0]].get_submodule(where[1])
-    biases = [(one.bias, strength) for one, strength in zip(changes, strengths, strict=True) if one.bias is not None]
-    bias = _numbers([one for one, _ in biases], [strength for _, strength in biases], way, number) if biases else None
-    kept = [(one, strength) for one, strength in zip(changes, strengths, strict=True) if one.changes_weight]
+    biases = [(one.bias, strength) for one, strength in site.each() if one.bias is not None]
+    bias = _numbers([one for one, _ in biases], [strength for _, strength in biases], way, site.number) if biases else None
+    kept = [(one, strength) for one, strength in site.each() if one.changes_weight]
     if not kept:
         return Change(bias=bias), []
     several, given = [one for one, _ in kept], [strength for _, strength in kept]
-    if not serves(site):  # a norm or an embedding has no pair
+    if not serves(site.bare):  # a norm or an embedding has no pair
         weights = [one.weight for one in several if one.weight is not None]
-        return Change(weight=_numbers(weights, given, way, number), bias=bias), []
-    pair, error = _pair(where, several, given, way, number)
+        return Change(weight=_numbers(weights, given, way, site.number), bias=bias), []
+    pair, error = _pair(site.where, several, given, way, site.number)
     return Change(pair=pair, bias=bias), error
 
 
@@ -184,8 +202,8 @@ def _pair(
     if way.how in ("linear", "svd"):
         wanted = _largest(name, changes) if way.how == "svd" and way.wanted is None else way.wanted
         if all(one.pair is not None for one in changes):
-            scaled = [LowRank(one.pair.down, one.pair.up * s) for one, s in zip(changes, strengths, strict=True) if one.pair]
-            return (summed(scaled), []) if wanted is None else _reduced(name, summed(scaled), wanted)
+            whole = summed([one.pair for one in changes if one.pair], strengths)
+            return (whole, []) if wanted is None else _reduced(name, whole, wanted)
         total = linear(_matrices(changes), strengths)
         return (exact_pair(total), []) if wanted is None else _reduced(name, total, wanted)
     total = way.rule(_matrices(changes), strengths, number)
@@ -213,8 +231,8 @@ def _largest(name: str, changes: Sequence[Change]) -> Truncation:
 
 
 def _reduced(name: str, change: LowRank | Tensor, wanted: Truncation) -> tuple[LowRank, list[LayerError]]:
-    found = reduced_matrix(change, wanted) if isinstance(change, Tensor) else reduced_pair(change, wanted)
-    return found.pair, [LayerError(name, len(found.pair.down), found.error, found.norm)]
+    found = reduced(change, wanted)
+    return found.pair, [LayerError.of(name, found)]
 
 
 def _write(config: MergeConfig, sources: Sequence[Source], made: Adapters) -> None:

@@ -1,17 +1,19 @@
 """``resize``: an adapter of other ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from ..core.adapter import LowRank
 from ..core.events import Observer
 from ..core.files import at_home
-from ..core.reduction import Reduced, Truncation, reduced_matrix, reduced_pair
+from ..core.reduction import Reduced, Truncation, reduced
 from ..core.weight_change import Change, serves
 from ..formats.file import DTYPES
 from .results import Adapters, LayerError, Made, write_changed
-from .sources import Source, Where, open_sources
+from .side_by_side import side_by_side
+from .sources import Where, open_sources
 from .tool_settings import ResizeConfig
 from .watch import watched
 
@@ -37,14 +39,36 @@ def resize(config: ResizeConfig, *, observers: Sequence[Observer] = ()) -> Made:
         (source,), bones = open_sources([config.plan], config.base, watch.tell)
         made = Adapters(bones, source.dtype if config.dtype is None else DTYPES[config.dtype])
         errors: list[LayerError] = []
-        tick = watch.ticks("resizing sites")
-        for number, where in enumerate(source.sites):
-            tick(number, len(source.sites))
-            errors += _resized(made, source, where, config)
-        tick(len(source.sites), len(source.sites))
+
+        def opened() -> Iterator[_Site]:
+            for where in watch.each("resizing sites", source.sites):
+                bare = bones.parts[where[0]].get_submodule(where[1])
+                adapter, change = source.opened(where)
+                reducible = (change.pair or change.matrix()) if change is not None and serves(bare) else None
+                if change is None or reducible is None:  # learned words and the like, a norm, an embedding, a bias alone
+                    made.add(*where, adapter)
+                else:
+                    yield _Site(where, reducible, _wanted(config, bare), change.bias)
+
+        def take(resized: tuple[_Site, Reduced]) -> None:
+            site, found = resized
+            made.add_change(*site.where, Change(pair=found.pair, bias=site.bias))
+            errors.append(LayerError.of(".".join(site.where), found))
+
+        side_by_side(opened(), lambda site: (site, reduced(site.change, site.wanted)), take)
         comment = f"resized from {source.path.name}: {_told(config)}"
         write_changed(made, source.plan, at_home(config.output), config.to, comment)
         return watch.made(at_home(config.output), made.count, errors)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A site whose rank is reduced."""
+
+    where: Where
+    change: LowRank | Tensor
+    wanted: Truncation
+    bias: Tensor | None
 
 
 def _wanted(config: ResizeConfig, module: nn.Module) -> Truncation:
@@ -56,20 +80,3 @@ def _wanted(config: ResizeConfig, module: nn.Module) -> Truncation:
 def _told(config: ResizeConfig) -> str:
     values = {"rank": config.rank, "energy": config.energy, "frobenius": config.frobenius, "ratio": config.ratio}
     return ", ".join(f"{name} {value:g}" for name, value in values.items() if value is not None)
-
-
-def _resized(made: Adapters, source: Source, where: Where, config: ResizeConfig) -> list[LayerError]:
-    bare = made.bones.parts[where[0]].get_submodule(where[1])
-    wanted = _wanted(config, bare)
-    adapter, change = source.opened(where)
-    reducible = (change.pair or change.matrix()) if change is not None and serves(bare) else None
-    if change is None or reducible is None:  # learned words and the like, a norm, an embedding, or a bias alone
-        made.add(*where, adapter)
-        return []
-    found = _reduced(reducible, wanted)
-    made.add_change(*where, Change(pair=found.pair, bias=change.bias))
-    return [LayerError(".".join(where), len(found.pair.down), found.error, found.norm)]
-
-
-def _reduced(change: LowRank | Tensor, wanted: Truncation) -> Reduced:
-    return reduced_matrix(change, wanted) if isinstance(change, Tensor) else reduced_pair(change, wanted)

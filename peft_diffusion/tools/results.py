@@ -17,6 +17,7 @@ from ..core.adapter import Adapter, chained, parts_of
 from ..core.errors import UserError
 from ..core.method import Method, Values
 from ..core.parsing import json_value
+from ..core.reduction import Reduced
 from ..core.weight_change import Change
 from ..formats import Plan, Spec, file
 from ..formats.container import is_finite
@@ -41,6 +42,19 @@ class LayerError:
     rank: int
     error: float
     norm: float
+
+    @classmethod
+    def of(cls, site: str, found: Reduced) -> "LayerError":
+        """Tell what a reduction left out.
+
+        Args:
+            site: Its component, a dot, and its path.
+            found: What is kept of its change.
+
+        Returns:
+            The error.
+        """
+        return cls(site, len(found.pair.down), found.error, found.norm)
 
 
 @dataclass(frozen=True)

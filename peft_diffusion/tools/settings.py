@@ -1,11 +1,13 @@
 """What the commands on adapter files can be told: flags, TOML keys and Python arguments in one place. Imports no torch."""
 
 from dataclasses import KW_ONLY, field
+from functools import cached_property
 
 from ..core.errors import UserError
 from ..core.files import at_home
 from ..core.settings import COUNT, PARAMETERS, Flag, OnePath, Texts, about, explained, setting, settings_class, settle
-from ..formats.layout import SaveDtype
+from ..formats.layout import SaveDtype, find
+from ..formats.planning import Plan, plan
 
 
 @explained
@@ -66,3 +68,21 @@ class ConvertConfig:
         source, output = at_home(self.source), at_home(self.output)
         if output.exists() and source.exists() and output.samefile(source):
             raise UserError(f"{output} is the file that is converted; choose another one to write to")
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The file, parsed once.
+
+        Raises:
+            UserError: There is none, or it is no adapter.
+        """
+        return plan(self.source)
+
+    def check(self) -> None:
+        """Find out what can be told without torch.
+
+        Raises:
+            UserError: There is no such layout, the file cannot be read, or nothing can be written where it is to be.
+        """
+        find(self.to)
+        _ = self.plan

@@ -6,9 +6,9 @@ from typing import NoReturn
 from torch import Tensor
 
 from ..bases import family as families
-from ..core.adapter import Adapter, LowRank, method_of, parts_of
+from ..core.adapter import Adapter, method_of, parts_of
 from ..core.errors import UserError
-from ..core.reduction import Reduced, Truncation, reduced_matrix, reduced_pair
+from ..core.reduction import Reduced, Truncation, reduced
 from ..core.weight_change import Change, serves
 from ..methods.making import is_pair
 from .results import Adapters, LayerError
@@ -39,9 +39,7 @@ def as_lora(
         UserError: The file is damaged, or an adapter depends on weights that are not at hand.
     """
     errors, pending, wanted = list[LayerError](), list[Where](), Truncation(rank)
-    tick = watch.ticks("finding pairs")
-    for number, where in enumerate(sites):
-        tick(number, len(sites))
+    for where in watch.each("finding pairs", sites):
         adapter, change = source.opened(where)
         if change is not None:
             errors += _site(made, wanted, where, adapter, change)
@@ -49,7 +47,6 @@ def as_lora(
             made.add(*where, adapter)
         else:
             pending.append(where)
-    tick(len(sites), len(sites))
     return errors, pending
 
 
@@ -64,8 +61,7 @@ def _site(made: Adapters, wanted: Truncation, where: Where, adapter: Adapter, ch
     if small:  # of another method, such as a LoHa, and a pair all the same
         made.add_change(*where, change)
         return []
-    found = reduced_pair(reducible, wanted) if isinstance(reducible, LowRank) else reduced_matrix(reducible, wanted)
-    return [_take(made, where, found, change.bias)]
+    return [_take(made, where, reduced(reducible, wanted), change.bias)]
 
 
 def add_fitted(made: Adapters, pairs: Mapping[Where, tuple[Where, Reduced]]) -> list[LayerError]:
@@ -88,7 +84,7 @@ def _take(made: Adapters, place: Where, found: Reduced, bias: Tensor | None) -> 
     if place[1] in made.made.get(place[0], {}):
         raise UserError(f"{'.'.join(place)} would carry two LoRAs, of which one was fitted; convert the methods apart")
     made.add_change(*place, Change(pair=found.pair, bias=bias))
-    return LayerError(".".join(place), len(found.pair.down), found.error, found.norm)
+    return LayerError.of(".".join(place), found)
 
 
 def refuse_unweighed(source: Source, where: Where) -> NoReturn:

@@ -2,13 +2,16 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from ..core.events import Ended, Observer, observed, progress
 from .results import LayerError, Made
+
+Item = TypeVar("Item")
 
 
 def peak_memory() -> int:
@@ -70,6 +73,22 @@ class Watch:
                 _give_back()
 
         return tick
+
+    def each(self, what: str, given: Collection[Item]) -> Iterator[Item]:
+        """Go through things, and tell how many are done.
+
+        Args:
+            what: What is done, in words.
+            given: The things.
+
+        Yields:
+            Each of them.
+        """
+        tick = self.ticks(what)
+        for number, one in enumerate(given):
+            tick(number, len(given))
+            yield one
+        tick(len(given), len(given))
 
     def made(self, path: Path, sites: int, errors: Sequence[LayerError] = (), *, last: bool = True) -> Made:
         """Say what came of it.

@@ -16,6 +16,7 @@ from ..core.events import Event, Warned
 from ..core.shortening import shortened
 from .need import Need, mib
 from .results import FoundRates, Suggestion, Trial
+from .settings.presets import FEW_APART
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -148,7 +149,8 @@ class HeldOut(Event):
     def lines(self) -> tuple[str, ...]:
         """Tell how many, or why none."""
         if self.count:
-            return (f"{self.count} pictures are kept apart: the loss on them shows when to stop",)
+            hint = " (--held-out 0 trains on all)" if self.count == FEW_APART else ""
+            return (f"{self.count} pictures are kept apart: the loss on them shows when to stop{hint}",)
         few = "there is but one picture; " if self.wanted else f"fewer than {self.least} pictures; "
         why = few if self.wanted or self.of < self.least else ""
         return (f"no pictures are kept apart to measure on ({why}--held-out 0.1 keeps a tenth)",)
@@ -170,6 +172,26 @@ class PromptsMade(Event):
             why = 'no word will call what is learned there; write captions, or add --trigger "WORDS"'
             lines.append(f"{empty} of {len(self.prompts)} prompts are empty: {why}")
         return tuple(lines)
+
+
+@dataclass(frozen=True)
+class PreviewsChosen(Event):
+    """It was chosen what previews show.
+
+    Attributes:
+        shown: Captions of pictures.
+        others: Prompts of what no picture shows.
+    """
+
+    shown: tuple[str, ...]
+    others: tuple[str, ...]
+
+    def lines(self) -> tuple[str, ...]:
+        """Tell which of them are not among the pictures, and what that tells."""
+        if not self.others:
+            return ()
+        told = "; ".join(shortened(prompt, _PROMPT) for prompt in self.others)
+        return (f"previews of what no picture shows, which tell what was learned from what is copied: {told}",)
 
 
 @dataclass(frozen=True)
@@ -442,6 +464,33 @@ class TimePredicted(Event):
     def lines(self) -> tuple[str, ...]:
         """Tell the time of a step, and of all that are left."""
         return (f"time: {self.each:.3g} s a step, {duration(self.each * self.left)} for the {self.left} steps left",)
+
+
+@dataclass(frozen=True)
+class Pace(Event):
+    """How fast a run goes, whenever losses are read.
+
+    Attributes:
+        step: Steps done.
+        steps: Steps of the whole run.
+        rate: Pictures or windows that were learned from in a second, since the last of these.
+        left: Seconds that are left, by all steps of this stretch of the run and what came between.
+        memory: Bytes that are held on the device; None on a CPU.
+        data: What is learned from.
+    """
+
+    step: int
+    steps: int
+    rate: float
+    left: float
+    memory: int | None
+    data: Data = "pictures"
+
+    def __str__(self) -> str:
+        """Tell it in words."""
+        held = "" if self.memory is None else f", {mib(self.memory)}"
+        rate = f"{self.rate:.3g}" if self.rate < 100 else f"{self.rate:.0f}"
+        return f"{rate} {'pictures' if self.data == 'pictures' else 'windows'}/s{held}"
 
 
 @dataclass(frozen=True)

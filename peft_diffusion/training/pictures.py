@@ -12,13 +12,16 @@ from ..bases import family as families
 from ..bases.asked import PREDICTIONS
 from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
-from ..core.events import Event, Observer, Warned
+from ..core.events import Event, Observer, Warned, untold
 from ..core.settings import flag, pick
+from ..data.borders import Colour, paper
+from ..data.buckets import place
 from ..data.captions import with_trigger
+from ..data.images import open_picture
 from ..fast.unet import fused
 from .attachment import NAME, selected_components, triggers, with_words
 from .drawing import Drawing
-from .events import Data, LookGains
+from .events import Data, LookGains, PreviewsChosen
 from .loop.trainer import Trainer
 from .machine.memory_plan import Load
 from .machine.processes import Processes
@@ -31,9 +34,11 @@ from .settings.derive import resolve
 from .settings.pictures import ResolvedConfig, TrainConfig, block_rates, output_path, run_path
 from .settings.placements import Placement, blocks, plugins_of
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
+from .tasks.datasets import parts_of
 from .tasks.preparation import Prepared, check_apart, check_places, items, prepare, reading_of
-from .watch.previews import PROMPTS, Previews
+from .watch.previews import Previews
 
+_LOOKED_AT = 12  # pictures of which the border is measured, at most
 _PROMPT = 200  # characters of a prompt that is proposed
 
 
@@ -60,6 +65,11 @@ class PictureSource:
     def output(self) -> Path:
         """The adapter file that is to be made."""
         return output_path(self.asked)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return run_path(self.asked)
 
     def on(self, device: str) -> Self:
         """The same on another device."""
@@ -129,7 +139,7 @@ class PictureMaterial:
     @cached_property
     def task(self) -> DiffusionTask:
         """What is learned."""
-        return diffusion_task(self.prepared, self.blocks, self.processes)
+        return diffusion_task(self.prepared, self.blocks, self.processes, self.tell)
 
     @property
     def items(self) -> list[dict[str, str]]:
@@ -169,17 +179,29 @@ class PictureMaterial:
         prepared, config = self.prepared, self.config
         if not config.preview_steps:
             return None
+        if not prepared.asked:
+            shown = [one.prompt for one in prepared.prompts[: -len(prepared.others) or None]]
+            self.tell(PreviewsChosen(tuple(shown), tuple(prepared.others)))
         return Previews(
             folder.previews,
             self.task,
-            list(prepared.asked) or prepared.prompts[:PROMPTS],
+            prepared.prompts,
             self.drawing,
             trainer.final_weights,
             trainer.tell,
             steps=config.preview_steps,
             every=config.preview_every,
             size=config.resolution // prepared.info.step * prepared.info.step,
+            paper=self._paper() if config.preset == "style" and self.processes.leads else None,
         )
+
+    def _paper(self) -> Colour | None:
+        """The colour that the borders of the pictures have in common, as they are trained on; of some of them."""
+        config, pictures = self.config, self.prepared.of_run.all
+        some = pictures[:: -(-len(pictures) // _LOOKED_AT)]
+        arranged = parts_of(config, config.resolution).arrange(some, self.info.step, learned=False)
+        opened = (open_picture(one.path, config.background, digest=one.digest) for one in arranged.pictures)
+        return paper(place(image, fit, False) for image, fit in zip(opened, arranged.fits, strict=True))
 
     def load(self, previews: Previews | None) -> Load:
         """What of the run takes memory."""
@@ -243,13 +265,16 @@ class PictureMaterial:
         return triggers(self.config.trigger, self.blocks)
 
 
-def diffusion_task(prepared: Prepared, blocks: Sequence[Placement], processes: Processes) -> DiffusionTask:
+def diffusion_task(
+    prepared: Prepared, blocks: Sequence[Placement], processes: Processes, tell: Observer = untold
+) -> DiffusionTask:
     """Make what is learned from prepared pictures.
 
     Args:
         prepared: The base and the encoded pictures.
         blocks: Which methods the adapter has that its pipeline carries.
         processes: Those that train together.
+        tell: Is told how far the captions are encoded.
 
     Returns:
         The task.
@@ -259,7 +284,7 @@ def diffusion_task(prepared: Prepared, blocks: Sequence[Placement], processes: P
     settings = pick(
         DiffusionSettings, prepared.config, prepared, {"dropout": dropout, "processes": processes, "reading": reading}
     )
-    return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prepared.prior)
+    return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prepared.prior, tell)
 
 
 def searched(config: TrainConfig) -> TrainConfig:

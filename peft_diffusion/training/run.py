@@ -21,7 +21,7 @@ from ..bases.words import teach
 from ..core import plugins, site, targets
 from ..core.arena import Arena
 from ..core.errors import Interrupted, UnknownMethodError, UserError
-from ..core.events import Ended, Event, Observer, Observers, Stop, Warned, check_stop, observed, stop_on_signal
+from ..core.events import Ended, Event, Observer, Observers, Stop, Warned, check_stop, observed, stop_on_signal, untold
 from ..core.files import claimed, explained
 from ..core.settings import Settings, pick, portable, to_json
 from ..fast.low_rank import Working
@@ -37,6 +37,7 @@ from .machine.processes import Processes, join
 from .record.checkpoint import Origin, digest
 from .record.facts import about, commands
 from .record.measurements import best_step, measurements, verdict
+from .record.notify import Notifier, missing_program
 from .record.recorder import Recorder, ReportWriter
 from .record.run_folder import RunFolder
 from .record.trackers import Tracker, check_tracker
@@ -49,6 +50,7 @@ from .settings.resumption import BESIDE, DERIVED, FILES, INIT, PROCESSES
 from .settings.shared import AskedSettings, RunSettings
 from .watch.clock import Clock
 from .watch.find_lr import Search, refuse_several_processes
+from .watch.pace import PaceMeter
 from .watch.previews import Previews
 from .watch.strength import suggest
 
@@ -277,6 +279,11 @@ class Source(Protocol[Result]):
         """The adapter file that is to be made."""
         ...
 
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        ...
+
     def on(self, device: str) -> Self:
         """Put the run on another device.
 
@@ -372,8 +379,10 @@ def train(source: Source[Result], beside: Beside, observers: Sequence[Observer] 
     began = time.monotonic()
     with observed(observers) as tell, frozen(source.lent):
         processes, device = join(source.asked.device)
-        if not processes.leads:
-            tell.others = [silent]
+        if processes.leads:
+            _notify(source, tell)
+        else:
+            tell.others = [untold]
         processes, source = source.processes(processes), source.on(device)
         _check_methods(source)
         check_tracker(source.asked.log_with)
@@ -385,7 +394,7 @@ def train(source: Source[Result], beside: Beside, observers: Sequence[Observer] 
                 source.folder()  # again: another run may have written the output before this one claimed it
             recorder = Recorder(folder)
             if processes.leads:
-                tell.own += [recorder, ReportWriter(folder)]
+                tell.own = [recorder, ReportWriter(folder), *tell.own]
             material = source.open(folder, processes, _stopping(tell, stop, processes))
             with (
                 beside(material.base, source.asked.freeze_others, tell) as others,
@@ -398,6 +407,17 @@ def train(source: Source[Result], beside: Beside, observers: Sequence[Observer] 
                     result = run.write(before, folder.seconds + time.monotonic() - began)
         tell(Ended("finished", result))
     return result
+
+
+def _notify(source: Source[Any], tell: Observers) -> None:
+    """Let a command be run at the end, where one was given."""
+    command = source.asked.notify
+    if command is None:
+        return
+    tell.own.append(Notifier(command, source.output, source.run_dir))
+    missing = missing_program(command)
+    if missing is not None:
+        tell(missing)
 
 
 def _claimed(output: Path) -> AbstractContextManager[None]:
@@ -429,6 +449,7 @@ def find_rates(
     with observed(observers) as tell, frozen(source.lent):
         processes, device = join(source.asked.device)
         refuse_several_processes(processes)
+        _notify(source, tell)
         source = source.on(device)
         _check_methods(source)
         folder = source.search_folder()
@@ -640,6 +661,11 @@ class _Run(Generic[Result]):
             self.tell.own.append(Tracker(self.folder.logs, trainer.step))
         if self.processes.leads:
             trainer.keep = self._keep
+        if self.processes.leads:
+            batch = _batch(config) * self.processes.size
+            trainer.observers += [
+                PaceMeter(self.material.data, batch, config.steps, trainer.step, self.arena.flat.device, self.tell)
+            ]
         if self.processes.measures:
             trainer.after_step = [Clock(config.steps, self.arena.flat.device, self.tell).after_step]
         if previews:
@@ -656,6 +682,7 @@ class _Run(Generic[Result]):
         self.tell(Trained(trainer.step, config.steps, config.patience if trainer.step < config.steps else None))
         if previews:
             previews.draw(trainer.step)
+            previews.look_at_paper()
 
     def _keep(self, state: TrainerState) -> None:
         self.tell(Saved("checkpoint", state.step, self.folder.keep(state)))
@@ -712,14 +739,6 @@ class _Run(Generic[Result]):
 def _batch(config: RunSettings) -> int:
     """Pictures or windows of a step, in one process."""
     return config.batch_size * config.accumulation
-
-
-def silent(event: Event) -> None:
-    """Ignore an event: the observer of processes that do not lead.
-
-    Args:
-        event: What happened.
-    """
 
 
 @contextmanager

@@ -63,6 +63,11 @@ class TextSource:
         """The adapter file that is to be made."""
         return language_output(self.asked)
 
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return language_run(self.asked)
+
     def on(self, device: str) -> Self:
         """The same on another device."""
         return replace(self, asked=replace(self.asked, device=device))

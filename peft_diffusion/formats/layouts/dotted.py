@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,7 +30,7 @@ from .. import metadata
 from ..aliases import aliases
 from ..container import Header
 from ..layout import Content, Layout, Place, Reading, Whole, Written, register
-from ..names import LYCORIS, TEXT_MODEL, claimants, dotted_starts, prefixes, rows, with_text_model
+from ..names import LYCORIS, TEXT_MODEL, Rows, claimants, dotted_starts, known_rows, prefixes, rows, with_text_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +62,7 @@ class Diffusers(Layout):
     """Files of diffusers: the component's name before the path, and the configuration in the metadata."""
 
     name: ClassVar[str] = "diffusers"
+    told_by: ClassVar[frozenset[str] | None] = frozenset({_METADATA})
 
     def claims(self, name: str) -> int | None:
         """Names that begin with a component, or with a path alone, and end as a method's do there."""
@@ -186,10 +187,22 @@ class _Tensor:
 
 def _located(stem: str) -> tuple[str, str, str]:
     """What the name of a site begins with, its path, and the component that the beginning names; "" where it names none."""
+    return _located_in(known_rows(), stem)
+
+
+@lru_cache(maxsize=4096)
+def _located_in(known: Rows, stem: str) -> tuple[str, str, str]:
+    starts = _starts(known)
+    start, component = next((start, one) for start, one in starts.items() if stem.startswith(start))
+    return start, _today(stem.removeprefix(start)), component
+
+
+@cache
+def _starts(known: Rows) -> Mapping[str, str]:
+    """What names may begin with, the longest first, and the component that each names."""
     # peft wraps a model, or the pipeline around it.
     starts = {**dotted_starts(), _PEFT: "", "": "", **{_PEFT + start: one for start, one in dotted_starts().items()}}
-    start = max((start for start in starts if stem.startswith(start)), key=len)
-    return start, _today(stem.removeprefix(start)), starts[start]
+    return {start: starts[start] for start in sorted(starts, key=len, reverse=True)}
 
 
 def _place(stem: str, suffix: str) -> Place:

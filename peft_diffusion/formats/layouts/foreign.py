@@ -5,14 +5,14 @@ that has such names itself, from a plug-in, reads them instead.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cache
 from typing import ClassVar
 
-from ...core.errors import UserError
 from ..aliases import aliases
 from ..container import Header
-from ..layout import Content, Layout, Place, Reading, Written, register
-from ..names import dotted_starts, prefixes
+from ..layout import Place, Reading, ReadOnly, register
+from ..names import Rows, dotted_starts, known_rows, prefixes
 
 _TRANSFORMER = "transformer."
 # What follows that in models of pictures: language models have it too.
@@ -29,7 +29,7 @@ _DOTTED = {
 }
 
 
-class Foreign(Layout):
+class Foreign(ReadOnly):
     """Names of other models' components."""
 
     name: ClassVar[str] = "foreign"
@@ -53,16 +53,18 @@ class Foreign(Layout):
             places[name] = Place(component, where.removeprefix(start), suffix, change=change, stem=where)
         return Reading(places)
 
-    def write(self, content: Content) -> Written:
-        """Nothing."""
-        raise UserError(f"nothing writes files of the layout {self.name!r}; take the layout 'kohya'")
-
 
 def _start(name: str) -> str:
     """What a name begins with, of those that no family here has; "" where it is none."""
-    known: Mapping[str, str] = {**prefixes(), **dotted_starts()}
-    start = next((start for start in (*_FLAT, *_DOTTED) if name.startswith(start) and start not in known), "")
+    start = next((start for start in _starts(known_rows()) if name.startswith(start)), "")
     return start if start != _TRANSFORMER or _OF_TRANSFORMER.match(name) else ""
+
+
+@cache
+def _starts(known: Rows) -> tuple[str, ...]:
+    """What names begin with here and in no family."""
+    own = {**prefixes(), **dotted_starts()}
+    return tuple(start for start in (*_FLAT, *_DOTTED) if start not in own)
 
 
 register(Foreign())

@@ -6,6 +6,7 @@ is: ``peft_diffusion.<component>.<path>.<suffix>``; new words as the layout ``em
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 from ... import methods
@@ -15,7 +16,7 @@ from .. import metadata
 from ..aliases import aliases
 from ..container import Header
 from ..layout import Content, Layout, Place, Reading, Written, register
-from ..names import LYCORIS, OWN, claimants, prefixes, with_text_model, written_prefix
+from ..names import LYCORIS, OWN, Rows, claimants, known_rows, prefixes, with_text_model, written_prefix
 from . import embedding
 
 if TYPE_CHECKING:
@@ -32,10 +33,14 @@ class Kohya(Layout):
     """Flat names, as kohya's trainer and LyCORIS write them."""
 
     name: ClassVar[str] = "kohya"
+    told_by: ClassVar[frozenset[str] | None] = frozenset()
 
     def claims(self, name: str) -> int | None:
         """Names that begin with a component's prefix, with LyCORIS' own, or with ours."""
-        return max((len(start) for start in (OWN, LYCORIS, *prefixes()) if name.startswith(start)), default=None)
+        starts = _starts(known_rows())
+        if not name.startswith(starts):  # asked for the names of all layouts
+            return None
+        return max(len(start) for start in starts if name.startswith(start))
 
     def read(self, header: Header, names: Sequence[str]) -> Reading:
         """By the names alone."""
@@ -120,6 +125,12 @@ def refuse_own(layout: str, content: Content) -> None:
                 f"{component}.{path} carries {method_of(part)}, which no other program has, and the layout {layout!r} cannot"
                 f" say it; take the layout {Kohya.name!r}, which keeps it under a name of its own"
             )
+
+
+@cache
+def _starts(known: Rows) -> tuple[str, ...]:
+    """What flat names begin with."""
+    return OWN, LYCORIS, *prefixes()
 
 
 def _place(name: str) -> Place | None:

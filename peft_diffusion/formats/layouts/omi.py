@@ -5,7 +5,8 @@ of kohya's layout, and new words stand in a bundle. See ``modules/util/convert/l
 of diffusers or ComfyUI do are read as the layouts ``original`` and ``diffusers`` read them, the others here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import ClassVar
 
 from ...bases import family as families
@@ -13,7 +14,7 @@ from ...core.errors import UserError
 from ..aliases import aliases
 from ..container import Header
 from ..layout import Content, Layout, Place, Reading, Written, register
-from ..names import with_text_model
+from ..names import Rows, known_rows, with_text_model
 from . import kohya, original
 
 
@@ -40,7 +41,7 @@ class Omi(Layout):
     def write(self, content: Content) -> Written:
         """What kohya's layout says too, where the initiative has names for the components."""
         kohya.refuse_own(self.name, content)
-        starts = {component: start for start, component in _starts().items()}
+        starts = {component: start for start, component in _starts(known_rows()).items()}
         unknown = next((component for component in content.adapters if component not in starts), None)
         if unknown is not None:
             raise UserError(f"the layout {self.name!r} has no name for {unknown}; take the layout {kohya.Kohya.name!r}")
@@ -49,18 +50,22 @@ class Omi(Layout):
         return kohya.write(content, lambda component, path: starts[component] + spelled(component, path), words_alone=False)
 
 
-def _starts() -> dict[str, str]:
+@cache
+def _starts(known: Rows) -> Mapping[str, str]:
     """The components by what names begin with."""
     return {f"{one.omi}.": one.name for one in families.components().values() if one.omi}
 
 
 def _parts(name: str) -> tuple[str, str, str] | None:
     """What a name begins with, the component that this means, and the suffix; None for a name of another layout."""
-    start = next((start for start in _starts() if name.startswith(start)), None)
-    suffix = max((one for one in aliases().own if name.endswith(f".{one}")), key=len, default=None)
-    if start is None or suffix is None or len(name) <= len(start) + len(suffix) + 1:
+    starts = _starts(known_rows())
+    start = next((start for start in starts if name.startswith(start)), None)
+    if start is None:
         return None
-    return start, _starts()[start], suffix
+    suffix = max((one for one in aliases().own if name.endswith(f".{one}")), key=len, default=None)
+    if suffix is None or len(name) <= len(start) + len(suffix) + 1:
+        return None
+    return start, starts[start], suffix
 
 
 register(Omi())

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ... import methods
 from ...bases import family as families
-from ...core.errors import UserError
 from ..container import Header
-from ..layout import Content, Layout, Place, Reading, Written, register
+from ..layout import Place, Reading, ReadOnly, register
 from ..names import Rows, dotted_starts, known_rows, prefixes
 from . import dotted, kohya
 
@@ -39,7 +38,7 @@ _STARTS = ("", "transformer.", "model.transformer.")
 CANNOT_PART = "change queries, keys and values in one, of a method whose tensors cannot be parted"
 
 
-class OpenClip(Layout):
+class OpenClip(ReadOnly):
     """The text encoders' modules under the names of open_clip."""
 
     name: ClassVar[str] = "open_clip"
@@ -68,10 +67,6 @@ class OpenClip(Layout):
         }
         warnings = tuple(warning for part in parts for warning in part.warnings)
         return Reading(places, leftovers, constants, warnings, further)
-
-    def write(self, content: Content) -> Written:
-        """Nothing."""
-        raise UserError(f"no program writes files of the layout {self.name!r}; take the layout {kohya.Kohya.name!r}")
 
     def sites(self, component: str, module: "nn.Module") -> Mapping[str, str]:
         """The paths of open_clip."""

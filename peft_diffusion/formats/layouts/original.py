@@ -44,16 +44,20 @@ class Original(Layout):
     """The UNet's modules under the names that they had before diffusers."""
 
     name: ClassVar[str] = "original"
+    told_by: ClassVar[frozenset[str] | None] = dotted.Diffusers.told_by
 
     def claims(self, name: str) -> int | None:
         """Names whose path begins as only the original's do."""
-        if "." in name.partition(".")[2] and not name.startswith(tuple(_flat_starts())) and aliases().parts(name) is None:
+        known = known_rows()
+        if not name.startswith(_beginnings(known)):
+            return None
+        if "." in name.partition(".")[2] and not name.startswith(_flat_starts(known)) and aliases().parts(name) is None:
             return None  # of OneTrainer, which keeps the dots and names tensors as kohya's layout does
-        return max((len(start) for start in _beginnings(known_rows()) if name.startswith(start)), default=None)
+        return max(len(start) for start in _beginnings(known) if name.startswith(start))
 
     def read(self, header: Header, names: Sequence[str]) -> Reading:
         """As the flat and the dotted names that they are."""
-        flat = [name for name in names if name.startswith(tuple(_flat_starts()))]
+        flat = [name for name in names if name.startswith(_flat_starts(known_rows()))]
         parts = (kohya.read(flat), dotted.read(header, [name for name in names if name not in flat]))
         return Reading(
             {name: place for part in parts for name, place in part.places.items()},
@@ -100,17 +104,18 @@ def spelling(content: Content) -> kohya.Spelling:
     return spelled
 
 
-def _flat_starts() -> list[str]:
+@cache
+def _flat_starts(known: Rows) -> tuple[str, ...]:
     """What flat names of the UNet begin with."""
-    return [*(start for one in _unets() for start in (one.kohya, *one.flat)), LYCORIS]
+    return (*(start for one in _unets() for start in (one.kohya, *one.flat)), LYCORIS)
 
 
 @cache
-def _beginnings(known: Rows) -> list[str]:
+def _beginnings(known: Rows) -> tuple[str, ...]:
     """What names begin with that only the original has."""
     first = dict.fromkeys([*_BLOCKS, *(name.partition(".")[0] for name in _OUTER.values())])
-    flat = [f"{start}{name}_" for start in _flat_starts() for name in first]
-    return flat + [f"{start}{name}." for one in _unets() for start in one.dotted for name in first]
+    flat = (f"{start}{name}_" for start in _flat_starts(known) for name in first)
+    return (*flat, *(f"{start}{name}." for one in _unets() for start in one.dotted for name in first))
 
 
 def _unets() -> list[families.Component]:

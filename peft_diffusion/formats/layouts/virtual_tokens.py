@@ -13,7 +13,7 @@ from ...bases import family as families
 from ...core.errors import UserError
 from ...core.method import VirtualRows
 from ..container import Header
-from ..layout import Content, Layout, Place, Reading, Written, register
+from ..layout import Place, Reading, ReadOnly, register
 from .dotted import configuration
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _LANGUAGE = "lm"
 _DEFAULT = "*"  # what tokens began as of which nobody says it, as with learned words
 
 
-class VirtualTokens(Layout):
+class VirtualTokens(ReadOnly):
     """Virtual tokens of one model."""
 
     name: ClassVar[str] = "virtual_tokens"
@@ -53,10 +53,6 @@ class VirtualTokens(Layout):
             places.append(Place(_LANGUAGE, site, one.suffix, one.words, change=change, shape=own))
             constants |= {Place(_LANGUAGE, site, suffix): value for suffix, value in one.constants.items()}
         return Reading({_NAME: places[0]}, {}, constants, (), {_NAME: tuple(places[1:])})
-
-    def write(self, content: Content) -> Written:
-        """Nothing."""
-        raise UserError(f"nothing writes files of the layout {self.name!r}; take the layout 'kohya'")
 
     def sites(self, component: str, module: "nn.Module") -> Mapping[str, str]:
         """The token embedding, and the attentions by the number of their layer."""

@@ -6,7 +6,7 @@ He et al. 2022 (https://arxiv.org/abs/2110.04366): beside whole sublayers, form 
 """
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -64,6 +64,11 @@ class Bottleneck(Method, name="bottleneck", suffixes=frozenset({DOWN, DOWN_BIAS,
     def recognizes(cls, suffixes: Set[str]) -> bool:
         """By its own names."""
         return DOWN in suffixes
+
+    @classmethod
+    def needed(cls, suffixes: Set[str]) -> Sequence[str]:
+        """All but the mask."""
+        return (DOWN, DOWN_BIAS, UP, UP_BIAS, KIND)
 
     def serves(self, site: "Site") -> bool:
         """Linear layers, whole sublayers, and convolutions; the parallel form needs an output the size of the input."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.adapter import Adapter, Site, float32_parameter
-from ...core.errors import DamagedError, UserError
+from ...core.errors import UserError
 from . import ACTIVATIONS, DOWN, DOWN_BIAS, FORMS, KIND, UP, UP_BIAS, Bottleneck
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -69,9 +69,6 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "BottleneckAdapter":
         DamagedError: A tensor is missing.
         UserError: The tensors do not fit the site.
     """
-    missing = [name for name in (DOWN, DOWN_BIAS, UP, UP_BIAS, KIND) if name not in tensors]
-    if missing:
-        raise DamagedError(f"{missing[0]} is missing")
     form, activation, scale = _read_kind(tensors[KIND])
     down, up = tensors[DOWN], tensors[UP]
     Bottleneck(hidden=len(down), form=form, activation=activation, scale=scale)  # refuses what none can have

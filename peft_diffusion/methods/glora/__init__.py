@@ -3,7 +3,7 @@
 Chavan et al. 2023, https://arxiv.org/abs/2306.07967. Parametrization and names are those of LyCORIS.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,6 +42,11 @@ class Glora(Method, name="glora", suffixes=frozenset({A1, A2, B1, B2, CORE, ALPH
     def recognizes(cls, suffixes: Set[str]) -> bool:
         """By the first matrix."""
         return A1 in suffixes
+
+    @classmethod
+    def needed(cls, suffixes: Set[str]) -> Sequence[str]:
+        """The four matrices."""
+        return (A1, A2, B1, B2)
 
     def serves(self, site: "Site") -> bool:
         """Linear layers and convolutions without groups."""

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ...core.adapter import Site, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
-from ..shared.affine import WeightChange, applied, base_output, read_alpha, require, single, weight_shape, without_bias
+from ..shared.affine import WeightChange, applied, base_output, read_alpha, single, weight_shape, without_bias
 from ..shared.decomposed import Decomposed, read_decomposed
 from ..shared.hyper_parameters import ALPHA, MAGNITUDE
 from . import A1, A2, B1, B2, CORE
@@ -52,7 +52,6 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "GloraAdapter | Decompose
         DamagedError: A matrix is missing.
         UserError: The tensors do not fit the site.
     """
-    require(tensors, *NAMES)
     outputs, inputs, *kernel = weight_shape(site)
     a1, a2, b1, b2 = (tensors[name] for name in NAMES)
     first_version = a1.ndim > 1 and a1.shape[0] != inputs

@@ -3,7 +3,7 @@
 Liu et al. 2022, https://arxiv.org/abs/2205.05638. Names are those of LyCORIS.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,6 +41,11 @@ class Ia3(Method, name="ia3", suffixes=frozenset({WEIGHT, ON_INPUT, ON_BIAS})):
     def recognizes(cls, suffixes: Set[str]) -> bool:
         """By the mark that LyCORIS sets."""
         return ON_INPUT in suffixes
+
+    @classmethod
+    def needed(cls, suffixes: Set[str]) -> Sequence[str]:
+        """The factors."""
+        return (WEIGHT,)
 
     def serves(self, site: "Site") -> bool:
         """Linear layers and convolutions without groups."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ...core.adapter import Adapter, Site, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
-from ..shared.affine import base_output, channels, require, weight_shape, without_bias
+from ..shared.affine import base_output, channels, weight_shape, without_bias
 from . import ON_BIAS, ON_INPUT, WEIGHT
 
 
@@ -38,7 +38,6 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "Ia3Adapter":
     Raises:
         UserError: The tensors do not fit the site.
     """
-    require(tensors, WEIGHT)
     weight, on_input = tensors[WEIGHT], bool(tensors[ON_INPUT])
     wanted, side = weight_shape(site)[on_input], "inputs" if on_input else "outputs"
     if weight.numel() != wanted:

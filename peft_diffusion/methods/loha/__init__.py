@@ -4,7 +4,7 @@ FedPara (Hyeon-Woo et al. 2021, https://arxiv.org/abs/2108.06098). Parametrizati
 and names are those of LyCORIS (Yeh et al. 2023, https://arxiv.org/abs/2309.14859).
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -59,6 +59,11 @@ class Loha(Method, name="loha", suffixes=frozenset({*FACTORS, *CORES, ALPHA, MAG
     def recognizes(cls, suffixes: Set[str]) -> bool:
         """By the first factor, as LyCORIS does."""
         return FACTORS[0] in suffixes
+
+    @classmethod
+    def needed(cls, suffixes: Set[str]) -> Sequence[str]:
+        """All factors, and both cores or none."""
+        return FACTORS if suffixes.isdisjoint(CORES) else (*FACTORS, *CORES)
 
     def serves(self, site: "Site") -> bool:
         """Linear layers and convolutions without groups."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ...core.adapter import LowRank, Site, float32_parameter
 from ...core.errors import UserError
-from ..shared.affine import WeightChange, applied, read_alpha, require, single, weight_shape
+from ..shared.affine import WeightChange, applied, read_alpha, single, weight_shape
 from ..shared.decomposed import Decomposed, read_decomposed
 from ..shared.hyper_parameters import ALPHA, MAGNITUDE
 from . import CORES, FACTORS
@@ -48,13 +48,11 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "LohaAdapter | Decomposed
     Raises:
         UserError: The tensors do not fit the site.
     """
-    require(tensors, *FACTORS)
     factors = [tensors[name] for name in FACTORS]
     cores = [tensors[name] for name in CORES if name in tensors]
     rank = len(factors[1])
     outputs, inputs, *kernel = weight_shape(site)
     if cores:
-        require(tensors, *CORES)
         wanted = [(rank, outputs), (rank, inputs)] * 2 + [(rank, rank, *kernel)] * 2
     else:
         wanted = [(outputs, rank), (rank, inputs * torch.Size(kernel).numel())] * 2

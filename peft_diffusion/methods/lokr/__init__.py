@@ -4,7 +4,7 @@ KronA (Edalati et al. 2022, https://arxiv.org/abs/2212.10650). Parametrization
 and names are those of LyCORIS (Yeh et al. 2023, https://arxiv.org/abs/2309.14859).
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -70,6 +70,12 @@ class Lokr(Method, name="lokr", suffixes=frozenset({*NAMES, ALPHA, MAGNITUDE})):
     def recognizes(cls, suffixes: Set[str]) -> bool:
         """By either form of ``w1``, as LyCORIS does."""
         return not suffixes.isdisjoint({W1, W1_A})
+
+    @classmethod
+    def needed(cls, suffixes: Set[str]) -> Sequence[str]:
+        """Both matrices, each whole or as two factors."""
+        halves = ((W1, W1_A, W1_B), (W2, W2_A, W2_B))
+        return [name for whole, *factors in halves if whole not in suffixes for name in factors]
 
     def serves(self, site: "Site") -> bool:
         """Linear layers and convolutions without groups."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...core.adapter import Site, float32_parameter
 from ...core.errors import UserError
-from ..shared.affine import WeightChange, applied, require, single, weight_shape
+from ..shared.affine import WeightChange, applied, single, weight_shape
 from ..shared.decomposed import Decomposed, decomposed, read_decomposed
 from ..shared.divisors import split
 from ..shared.hyper_parameters import ALPHA, MAGNITUDE, stored_alpha
@@ -57,9 +57,6 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "LokrAdapter | Decomposed
     Raises:
         UserError: The tensors do not fit one another, or the site.
     """
-    for whole, a, b in ((W1, W1_A, W1_B), (W2, W2_A, W2_B)):
-        if whole not in tensors:
-            require(tensors, a, b)
     own = {name: tensors[name] for name in NAMES if name in tensors}
     try:
         (out1, in1), (out2, in2) = _halves(own, tuple(weight_shape(site)[2:]))[0].shape, _sides(own, site)

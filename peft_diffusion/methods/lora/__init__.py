@@ -4,7 +4,7 @@ Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 """
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +24,7 @@ from ..shared.hyper_parameters import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...core.adapter import Adapter, Site
+    from ...core.adapter import Adapter, Site, StoredPair
     from .adapter import LoraAdapter
     from .embedding import EmbeddingLora
     from .extended import ExtendedLora
@@ -39,6 +39,7 @@ UP_BIAS = "lora_up.bias"
 SPARSE = ("bias_indices", "bias_values", "bias_size")
 """Of LyCORIS' ``extract_diff`` with ``use_bias``: what the pair leaves of the change of the weight, as a sparse matrix."""
 
+_PLAIN = frozenset({DOWN, UP, ALPHA})
 EXTRAS = frozenset({SINGULAR, UP_BIAS, *SPARSE})
 BASE = "base_layer.weight"
 """The weight of an embedding, which peft saves beside a pair that it has there. It changes nothing."""
@@ -101,6 +102,11 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA, BASE})
         """A pair without the magnitude that would make it DoRA."""
         return DOWN in suffixes and MAGNITUDE not in suffixes
 
+    @classmethod
+    def needed(cls, suffixes: Set[str]) -> Sequence[str]:
+        """Both matrices, and all or none of a sparse bias."""
+        return (DOWN, UP) if suffixes.isdisjoint(SPARSE) else (DOWN, UP, *SPARSE)
+
     def serves(self, site: "Site") -> bool:
         """Linear layers, convolutions without groups and, but for PiSSA, embeddings."""
         from ..shared.affine import serves
@@ -135,6 +141,15 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA, BASE})
         if is_embedding(site):
             return embedding.read(site, tensors)
         return extended(site, read_pair(site, tensors), tensors)
+
+    @classmethod
+    def stored(cls, site: "Site", tensors: Mapping[str, "Tensor"], constants: Mapping[str, float]) -> "StoredPair | None":
+        """A plain pair at a Linear or a convolution."""
+        if not tensors.keys() <= _PLAIN or not constants.keys() <= {ALPHA}:
+            return None
+        from .adapter import stored
+
+        return stored(site, tensors.get(DOWN), tensors.get(UP), tensors.get(ALPHA, constants.get(ALPHA, 0.0)))
 
     @classmethod
     def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:

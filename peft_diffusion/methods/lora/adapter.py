@@ -2,20 +2,23 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...core.adapter import Adapter, Factors, LowRank, Site, float32_parameter
+from ...core.adapter import Adapter, Factors, LowRank, Site, StoredPair, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
 from ...core.reduction import Truncation, reduced
 from ...core.weight_change import change_of
 from ..shared import sites
-from ..shared.affine import WeightChange, read_alpha, require, single, weight_shape
+from ..shared.affine import WeightChange, read_alpha, single, weight_shape
 from ..shared.hyper_parameters import ALPHA
 from . import DOWN, MID, SINGULAR, UP
+
+_EXACT = {torch.float32, torch.bfloat16, torch.float16}  # what float32 holds as it is
 
 
 def fresh_pair(site: Site, rank: int, gaussian: bool) -> tuple[Tensor, Tensor]:
@@ -94,7 +97,6 @@ def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
     Raises:
         UserError: It does not fit the site.
     """
-    require(tensors, DOWN, UP)
     outputs, *inputs = weight_shape(site)
     if SINGULAR in tensors:
         tensors = without_singular_values(tensors, inputs)
@@ -114,6 +116,40 @@ def read_pair(site: Site, tensors: Mapping[str, Tensor]) -> "LoraAdapter":
             f"down {tuple(down.shape)} and up {tuple(up.shape)} do not fit a {type(site).__name__} of {(outputs, *inputs)}"
         )
     return LoraAdapter(site, down, up, read_alpha(tensors, len(down)), 0.0)
+
+
+def stored(site: Site, down: Tensor | None, up: Tensor | None, alpha: Tensor | float) -> StoredPair | None:
+    """Take a pair as a file holds it.
+
+    Args:
+        site: The module that it will sit on.
+        down: (rank, in, ...), which may lack or have sizes of 1 behind the inputs.
+        up: (out, rank), likewise.
+        alpha: Of the pair; 0 means the rank.
+
+    Returns:
+        The pair; None where there is something about it that `read_pair` has to see to, or to refuse.
+    """
+    if down is None or up is None or {down.dtype, up.dtype} - _EXACT or min(down.numel(), up.numel()) < 2 or up.ndim < 2:
+        return None
+    convolution = isinstance(site, nn.Conv2d) and site.groups == 1 and site.padding_mode == "zeros"
+    if not convolution and not isinstance(site, nn.Linear):
+        return None
+    outputs, *inputs = weight_shape(site)
+    (rank, *width), (rows, *ranks) = down.shape, up.shape
+    flat = width == inputs[:1] if len(width) < len(inputs) else width[: len(inputs)] == inputs
+    if not flat or math.prod(width) != math.prod(inputs) or rows != outputs or math.prod(ranks) != rank:
+        return None
+    number = float(alpha) or float(rank)
+    rounded = single(number)
+    if not math.isfinite(rounded):
+        return None
+    down, up = down if width == inputs else down.view(rank, *inputs), up if ranks == [rank] else up.view(rows, rank)
+    return StoredPair(down, up, rounded / rank, partial(_of_stored, down=down, up=up, alpha=number))
+
+
+def _of_stored(site: Site, down: Tensor, up: Tensor, alpha: float) -> "LoraAdapter":
+    return LoraAdapter(site, down, up, alpha, 0.0)
 
 
 def without_singular_values(tensors: Mapping[str, Tensor], inputs: Sequence[int]) -> dict[str, Tensor]:

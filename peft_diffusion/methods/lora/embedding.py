@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ...core.adapter import Site, float32_parameter
 from ...core.errors import UserError
-from ..shared.affine import WeightChange, read_alpha, require, single
+from ..shared.affine import WeightChange, read_alpha, single
 from ..shared.hyper_parameters import ALPHA
 from ..shared.sites import looked_up, weight_shape
 from . import BASE, DOWN, MID, SINGULAR, SPARSE, UP, UP_BIAS
@@ -31,7 +31,6 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "EmbeddingLora":
         DamagedError: A half is missing.
         UserError: The pair does not fit the site, or stands beside what a pair at an embedding cannot have.
     """
-    require(tensors, DOWN, UP)
     more = sorted(tensors.keys() & {MID, SINGULAR, UP_BIAS, *SPARSE})
     if more:
         raise UserError(f"{', '.join(more)} cannot stand at an embedding")

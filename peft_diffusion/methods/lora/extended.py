@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...core.adapter import Site, float32_parameter
 from ...core.errors import UserError
-from ..shared.affine import WeightChange, applied, channels, require, weight_shape
+from ..shared.affine import WeightChange, applied, channels, weight_shape
 from . import SPARSE, UP_BIAS
 from .adapter import LoraAdapter
 
@@ -31,7 +31,6 @@ def extended(site: Site, pair: LoraAdapter, tensors: Mapping[str, Tensor]) -> "L
     if bias is not None and bias.shape != (outputs,):
         raise UserError(f"{UP_BIAS} {tuple(bias.shape)} does not fit the {outputs} outputs of the site")
     if not tensors.keys().isdisjoint(SPARSE):
-        require(tensors, *SPARSE)
         sparse = _checked([tensors[name] for name in SPARSE], outputs, torch.Size(inputs).numel())
     return pair if bias is None and sparse is None else ExtendedLora(pair, bias, sparse)
 

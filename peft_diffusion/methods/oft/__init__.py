@@ -6,7 +6,7 @@ and ``boft``, which kohya's ``networks/oft.py`` shares; those of the inputs are 
 """
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -70,6 +70,11 @@ class Oft(Method, name="oft", suffixes=frozenset({BLOCKS, RESCALE, ALPHA, PACKED
     def recognizes(cls, suffixes: Set[str]) -> bool:
         """By the blocks."""
         return not suffixes.isdisjoint({BLOCKS, PACKED, BUTTERFLY})
+
+    @classmethod
+    def needed(cls, suffixes: Set[str]) -> Sequence[str]:
+        """The factors of peft's BOFT; the other forms are one tensor."""
+        return (BUTTERFLY, SCALE) if suffixes.isdisjoint({BLOCKS, PACKED}) else ()
 
     def serves(self, site: "Site") -> bool:
         """Linear layers and convolutions without groups."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...core.adapter import Adapter, Site, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
-from ..shared.affine import channels, require, single, weight_shape, without_bias
+from ..shared.affine import channels, single, weight_shape, without_bias
 from ..shared.divisors import split
 from ..shared.hyper_parameters import ALPHA
 from . import BLOCKS, RESCALE, Oft
@@ -75,7 +75,6 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "OftAdapter":
     Raises:
         UserError: The tensors do not fit the site.
     """
-    require(tensors, BLOCKS)
     blocks, outputs = tensors[BLOCKS], weight_shape(site)[0]
     number, size, other = blocks.shape[-3:] if blocks.ndim in (3, 4) else (0, 0, 0)
     fits = size == other and number * size == outputs

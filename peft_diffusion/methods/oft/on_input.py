@@ -11,7 +11,7 @@ from ...core.adapter import Adapter, Site, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
 from ...core.method import PeftForm, PeftSite
-from ..shared.affine import applied, base_output, channels, require, single, weight_shape, without_bias
+from ..shared.affine import applied, base_output, channels, single, weight_shape, without_bias
 from ..shared.divisors import split
 from . import BUTTERFLY, LIMIT, PACKED, SCALE, SCALED, TERMS, block_side
 
@@ -52,7 +52,6 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "InputRotation | InputBut
     """
     outputs, features = weight_shape(site)[0], _features(site)
     if PACKED not in tensors:
-        require(tensors, BUTTERFLY, SCALE)
         blocks, factors = tensors[BUTTERFLY], tensors[SCALE]
         fits = blocks.ndim == 4 and blocks.shape[2] == blocks.shape[3] and blocks.shape[1] * blocks.shape[2] == features
         # The last of several rotations mixes halves of blocks over this many features.

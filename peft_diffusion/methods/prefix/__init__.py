@@ -57,6 +57,11 @@ class Prefix(Method, name="prefix", suffixes=frozenset({KEYS, VALUES, GATE})):
         """By its own names."""
         return KEYS in suffixes
 
+    @classmethod
+    def needed(cls, suffixes: Set[str]) -> Sequence[str]:
+        """Keys and values; the gate of causal attention is asked of the site."""
+        return (KEYS, VALUES)
+
     def serves(self, site: "Site") -> bool:
         """Attention as UNets of diffusers have it, without norms of its own; in language models, with rotary positions."""
         from .adapter import serves

@@ -65,9 +65,8 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "PrefixAdapter | CausalPr
     """
     causal = causal_attention.known(site)
     width = causal_attention.width(site) if causal else _width(site)
-    missing = [name for name in (KEYS, VALUES, *([GATE] if causal else [])) if name not in tensors]
-    if missing:
-        raise UserError(f"{missing[0]} is missing")
+    if causal and GATE not in tensors:
+        raise UserError(f"{GATE} is missing")
     keys, values = tensors[KEYS], tensors[VALUES]
     if keys.ndim != 2 or keys.shape != values.shape or not len(keys) or keys.shape[1] != width:
         raise UserError(

@@ -4,13 +4,13 @@ Each of them is a change of the base's own weight, whatever other adapters the s
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.adapter import Adapter, Site
-from ...core.errors import DamagedError
 from ...core.site import base_class
 from ...core.weight_change import serves as serves
 from ...core.weight_change import weight_shape as weight_shape
@@ -79,6 +79,7 @@ def without_bias(site: Site, base: Tensor) -> Tensor:
     return base - channels(bias.detach(), base, site) if isinstance(bias, Tensor) else base
 
 
+@lru_cache(maxsize=4096)
 def single(value: float) -> float:
     """Round a number to float32, so that a scale made of it is the same after loading.
 
@@ -102,21 +103,6 @@ def read_alpha(tensors: Mapping[str, Tensor], rank: int) -> float:
         The alpha.
     """
     return (float(tensors[ALPHA]) if ALPHA in tensors else 0.0) or float(rank)
-
-
-def require(tensors: Mapping[str, Tensor], *names: str) -> None:
-    """See that tensors are there.
-
-    Args:
-        tensors: Those of the site, by suffix.
-        names: What has to be among them.
-
-    Raises:
-        DamagedError: One is missing; names the first.
-    """
-    for name in names:
-        if name not in tensors:
-            raise DamagedError(f"{name} is missing")
 
 
 class WeightChange(Adapter):

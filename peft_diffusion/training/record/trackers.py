@@ -8,7 +8,7 @@ import numpy as np
 
 from ...core.errors import UserError
 from ...core.events import Ended, Event
-from ..events import Losses, Measured, Preview
+from ..events import Losses, Measured, Pace, Preview
 from ..settings.choices import LogWith
 
 
@@ -40,7 +40,7 @@ class Tracker:
         self.tracker.start()
 
     def __call__(self, event: Event) -> None:
-        """Log losses and rates of each step, measurements, and a preview for each prompt."""
+        """Log losses and rates of each step, measurements, how fast it goes, and a preview for each prompt."""
         match event:
             case Losses():
                 for one in event.losses:
@@ -50,6 +50,10 @@ class Tracker:
                 values = {"loss/seen": event.signals.seen, "leakage": event.signals.leakage, "loss/unseen": event.held_out}
                 values |= {f"change/{layer}": value for layer, value in event.signals.changes.items()}
                 self.tracker.log({name: value for name, value in values.items() if value is not None}, step=event.step)
+            case Pace():
+                speed = {f"speed/{event.data} a second": event.rate, "speed/minutes left": event.left / 60}
+                held = {} if event.memory is None else {"memory/GiB on the device": event.memory / 2**30}
+                self.tracker.log({**speed, **held}, step=event.step)
             case Preview():
                 pairs = enumerate(zip(event.prompts, event.pictures, strict=True))
                 images = {

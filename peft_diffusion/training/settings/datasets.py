@@ -8,6 +8,8 @@ from ...core.settings import (
     COUNT,
     NATURAL,
     OnePath,
+    OptionalNumbers,
+    OptionalTexts,
     Range,
     Settings,
     about,
@@ -111,7 +113,7 @@ class Dataset:
         False, "Its pictures are of the class that a subject is one of, as --regularisation has them.", DATA
     )
     subfolders: bool = setting(True, "Read the folders in it too.", DATA)
-    resolution: tuple[int, ...] | None = setting(
+    resolution: OptionalNumbers = setting(
         None,
         "Pixels a side of a square picture, or several: an epoch draws each picture at each. By default as the run has it.",
         DATA,
@@ -141,7 +143,7 @@ class Dataset:
     trigger: str | None = _own(CaptionSettings, "trigger")
     caption_prefix: str | None = _own(CaptionSettings, "caption_prefix")
     caption_suffix: str | None = _own(CaptionSettings, "caption_suffix")
-    caption_template: tuple[str, ...] | None = _own(CaptionSettings, "caption_template")
+    caption_template: OptionalTexts = _own(CaptionSettings, "caption_template")
     caption_dropout: float | None = _own(CaptionSettings, "caption_dropout")
     wildcards: bool | None = _own(CaptionSettings, "wildcards")
     shuffle_tags: bool | None = _own(CaptionSettings, "shuffle_tags")

@@ -14,6 +14,8 @@ from .pictures import PRESET_ROLES, ResolvedConfig, TrainConfig, output_path, pr
 from .placements import ranked
 from .presets import (
     CLASS_IMAGES,
+    FEW_APART,
+    FEW_FROM,
     HELD_OUT_FROM,
     KEPT,
     LONGEST,
@@ -183,7 +185,9 @@ def resolve(
     _fill_previews(found, device)
     resolution, source = resolution_of(config, base)
     found.fill({"resolution": resolution}, source)
-    found.fill({"held_out": 0.1 if pictures >= HELD_OUT_FROM else 0.0}, f"from {pictures} pictures")
+    if (apart := derived_before(before, "held_out")) is not None:  # others were told of to an older version
+        found.fill({"held_out": apart}, "from the run that goes on")
+    found.fill({"held_out": share_apart(pictures)}, f"from {pictures} pictures")
     found.fill({"keep": KEPT[config.preset]}, preset)
     found.fill({"class_images": CLASS_IMAGES}, "by default")
     found.put_places(output_path(config), run_path(config))
@@ -206,6 +210,20 @@ def resolution_of(config: TrainConfig, base: Base) -> tuple[int, str]:
     if not config.folder and own and all(own):
         return max(own), "from the data sets"
     return base.resolution, f"from base {base.name}"
+
+
+def share_apart(pictures: int) -> float:
+    """Choose how many pictures are kept apart to measure on where nothing was said.
+
+    Args:
+        pictures: How many there are.
+
+    Returns:
+        Their share: a tenth, or two of a few; 0 where each one is worth more in training than in measuring.
+    """
+    if pictures >= HELD_OUT_FROM:
+        return 0.1
+    return FEW_APART / pictures if pictures >= FEW_FROM else 0.0
 
 
 def _put_rates(found: Derivation, config: TrainConfig, family: Family, for_base: str) -> None:

@@ -120,7 +120,8 @@ class _PictureConfig:
     )
     held_out: float | None = setting(
         None,
-        "Share of the pictures kept apart to measure on (0 to below 1); by default a tenth where there are 20 or more.",
+        "Share of the pictures kept apart to measure on (0 to below 1); by default a tenth where there are 20 or more, two "
+        "of 6 to 19, and none of fewer. 0 trains on all.",
         DATA,
         SHARE,
     )
@@ -341,7 +342,7 @@ class TrainConfig(SharedConfig, CaptionSettings, FolderSettings, _PictureConfig)
         free_on_resume=True,
     )
     preview_prompts: Texts = setting(
-        (), "Prompts of the previews; by default captions of pictures kept apart.", WATCH, free_on_resume=True
+        (), "Prompts of the previews; by default two captions, and two of what no picture shows.", WATCH, free_on_resume=True
     )
     preview_prompts_file: OptionalPath = setting(
         None,

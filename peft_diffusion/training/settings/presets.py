@@ -4,7 +4,10 @@ from typing import Any
 
 from .choices import Keep
 
-HELD_OUT_FROM = 20  # pictures, or windows of text; with fewer, each one is worth more in training than in measuring
+HELD_OUT_FROM = 20  # pictures, or windows of text, from which on a tenth is kept apart
+FEW_APART, FEW_FROM = 2, 6  # pictures that are kept apart of fewer, and how many it takes for that
+
+SEEN_LEAST = 4  # times that a picture has to be seen for anything of it to be learned
 
 KEPT: dict[str, Keep] = {"style": "last", "subject": "best"}
 CLASS_IMAGES = 100

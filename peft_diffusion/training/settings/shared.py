@@ -1,5 +1,6 @@
 """What every training is told, whatever it learns from. Imports no torch."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -66,6 +67,8 @@ class AskedSettings(Settings, MethodSettings, Protocol):
     def precision(self) -> Precision: ...
     @property
     def log_with(self) -> LogWith | None: ...
+    @property
+    def notify(self) -> str | None: ...
     @property
     def init_from(self) -> Path | None: ...
     @property
@@ -263,6 +266,15 @@ class SharedConfig:
         free_on_resume=True,
     )
 
+    notify: str | None = setting(
+        None,
+        "A command to run at the end, also of a run that failed or was stopped; PEFT_DIFFUSION_STATE, _OUTPUT, _RUN_DIR, "
+        "_SECONDS and _ERROR in its environment tell the outcome. No shell reads it.",
+        WATCH,
+        place=True,
+        free_on_resume=True,
+    )
+
     device: str = setting("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.", MACHINE, free_on_resume=True)
     precision: Precision = setting(
         "auto",
@@ -294,6 +306,8 @@ class SharedConfig:
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.notify is not None:
+            _check_command(self.notify)
         if self.save_as != layouts.DEFAULT:
             layouts.find(self.save_as)
         if self.optimizer in AVERAGES and self.ema:
@@ -326,6 +340,16 @@ class FindLr:
 
     def __post_init__(self) -> None:
         settle(self)
+
+
+def _check_command(command: str) -> None:
+    """Raise UserError for a command that cannot be split into words."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"--notify {command!r} is no command: {error}") from None
+    if not words:
+        raise UserError("--notify is empty; give a command, such as 'notify-send done'")
 
 
 def adapter_path(output: Path | None, name: str) -> Path:

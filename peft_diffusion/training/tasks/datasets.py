@@ -1,5 +1,6 @@
 """The folders of a run, each read and arranged by settings of its own."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,14 @@ class Arrangement:
         mirrored = [index for index, flip in enumerate(self.flip) if flip]
         order = [*range(len(self.fits)), *mirrored]
         return tuple(self.fits[index] for index in order), tuple(self.pictures[index].repeats for index in order)
+
+    @property
+    def least(self) -> int:
+        """How often an epoch draws the picture that it draws the fewest times, in whatever size."""
+        times: Counter[str] = Counter()
+        for picture, flip in zip(self.pictures, self.flip, strict=True):
+            times[picture.digest] += picture.repeats * (2 if flip else 1)
+        return min(times.values())
 
 
 @dataclass(frozen=True)

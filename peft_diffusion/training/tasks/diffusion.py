@@ -2,10 +2,10 @@
 
 import math
 import random
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from ...bases.pipelines import Pipeline
 from ...bases.prompts import Reading, encode_frozen, together
 from ...core import site
 from ...core.errors import UserError
+from ...core.events import Observer, progress, untold
 from ...data import masks
 from ...data.buckets import Batch, Bucket, batches, repeated, steps_per_epoch
 from ...data.captions import CaptionRules
@@ -162,7 +163,7 @@ class DiffusionTask:
     answer as the base does, or to draw them (prior preservation, Ruiz et al. 2022, https://arxiv.org/abs/2208.12242).
     Every picture counts alike in an epoch, times its repeats: a batch that copies fill counts less (`Batch.weights`).
     All chance comes from the seed, the step and the micro-batch. Latents and, with a frozen text encoder and fixed
-    captions, embeddings are computed before; `offload` then takes what is idle off the device.
+    captions, embeddings are computed before, of which ``tell`` is told; `offload` then takes what is idle off the device.
     """
 
     def __init__(
@@ -173,6 +174,7 @@ class DiffusionTask:
         train: Examples,
         held_out: Examples | None = None,
         prior: Examples | None = None,
+        tell: Observer = untold,
     ) -> None:
         self.pipe = pipe
         self.name = name
@@ -180,6 +182,7 @@ class DiffusionTask:
         self.train = train
         self.unseen = held_out
         self.prior = prior
+        self.tell = tell
         self.prior_rules = settings.rules.of_class()
         self.masked = train.masked or (prior is not None and prior.masked)
         self.groups = train.groups
@@ -220,9 +223,11 @@ class DiffusionTask:
         distinct = list(dict.fromkeys(prompts))
         lengths = dict(zip(distinct, self.text.chunks(distinct), strict=True))
         rows: dict[str, tuple[Tensor, ...]] = {}
+        tick = progress(self.tell, "encoding captions")
         for length in sorted(set(lengths.values())):
             alike = [prompt for prompt in distinct if lengths[prompt] == length]
-            rows |= cache_text(alike, lambda batch: encode_frozen(self.text, batch))
+            told = partial(_of_all, tick, len(rows), len(distinct))
+            rows |= cache_text(alike, lambda batch: encode_frozen(self.text, batch), on_progress=told)
         return TextCache(rows)
 
     def inputs(self, step: int, micro: int) -> dict[str, Tensor]:
@@ -646,6 +651,11 @@ class DiffusionTask:
         where = examples.where(entries).to(self.device) if examples.masked else None
         losses: list[float] = objective.per_image(objective.errors(answer, wanted), where).tolist()
         return losses
+
+
+def _of_all(tick: Callable[[int, int], None], before: int, total: int, done: int, _: int) -> None:
+    """Tell how far a part is as how far all of it is."""
+    tick(before + done, total)
 
 
 def _timesteps(settings: DiffusionSettings, count: int) -> objective.Timesteps:

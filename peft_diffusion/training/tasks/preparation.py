@@ -1,9 +1,11 @@
 """From a configuration to what a run works on: checked places, base, pictures, captions, latents."""
 
+import math
 import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -50,11 +52,14 @@ from ..settings.derive import adapted_components, resolution_of, resolve
 from ..settings.idle import idle
 from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
 from ..settings.placements import blocks
-from ..settings.presets import HELD_OUT_FROM
+from ..settings.presets import FEW_FROM, SEEN_LEAST
 from . import class_images
 from .datasets import Arrangement, Parts, class_parts, parts_of
 from .diffusion import Examples, noise_schedule
+from .unseen import unseen
 
+PREVIEWS = 4
+"""How many pictures previews have where none were asked for."""
 _SHOWN, _LINE = 5, 600  # lines of a list, characters of a line
 
 
@@ -84,13 +89,21 @@ class Prepared:
 
     @property
     def prompts(self) -> list[PreviewPrompt]:
-        """The prompts of the previews: those asked for, or captions of pictures kept apart, or else of any."""
+        """The prompts of the previews: those asked for, or captions, of pictures kept apart first, and `others`."""
         if self.asked:
             return list(self.asked)
-        examples = self.held_out or self.train
-        captions = dict.fromkeys(examples.plain(self.rules))
+        plain = [*(self.held_out.plain(self.rules) if self.held_out else ()), *self.train.plain(self.rules)]
+        captions = list(dict.fromkeys(plain))
+        captions = [*captions[: PREVIEWS - len(self.others)], *self.others]
         read = captions if self.config.weighted_captions else map(escaped, captions)
         return [PreviewPrompt(caption) for caption in read]
+
+    @cached_property
+    def others(self) -> list[str]:
+        """Prompts of what the pictures do not show: what is drawn well there was learned and not copied."""
+        plain = self.rules.of_class()
+        captions = [plain.plain(picture.caption) for picture in self.of_run.all]
+        return [self.rules.plain(caption) for caption in unseen(captions, self.config.preset)]
 
 
 def _asked_previews(config: TrainConfig) -> list[PreviewPrompt]:
@@ -218,17 +231,17 @@ def prepare(
         run.check_base(going_on.origin, info.fingerprint)
     parts = parts_of(config, resolution_of(config, info)[0])
     pictures = _read_pictures(config, parts, tell)
-    resolved = resolve(config, info, len(pictures), device.type, precision=precision)
+    earlier = going_on.origin.config if going_on is not None else {} if config.resume else None
+    resolved = resolve(config, info, len(pictures), device.type, precision=precision, before=earlier)
     kept, apart = _split(pictures, resolved)
     arranged = parts.arrange(kept, info.step)
     batches = _steps_per_epoch(arranged, resolved, processes)
-    earlier = going_on.origin.config if going_on is not None else {} if config.resume else None
     resolved = resolve(config, info, len(pictures), device.type, batches, precision=precision, before=earlier)
     parts = parts_of(resolved, resolved.resolution)
     tell(Arranged((*describe_buckets(arranged.fits), *subfolders.describe(kept))))
     _tell_alone(arranged, resolved.batch_size * processes.size, tell)
-    tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), HELD_OUT_FROM))
-    _tell_odd(config, resolved, apart, tell)
+    tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), FEW_FROM))
+    _tell_odd(config, resolved, apart, arranged.least / batches, tell)
     rules = replace(rules, dropout=resolved.caption_dropout)
     text.check()
     _check_previews(asked, info)
@@ -274,8 +287,15 @@ def _checked(config: TrainConfig) -> tuple[CaptionRules, list[PreviewPrompt]]:
     return config.caption_rules(), asked
 
 
-def _tell_odd(asked: TrainConfig, config: ResolvedConfig, apart: Sequence[TrainingImage], tell: Observer) -> None:
-    """Tell of settings that do nothing, or leave nothing of the run."""
+def _tell_odd(
+    asked: TrainConfig, config: ResolvedConfig, apart: Sequence[TrainingImage], each: float, tell: Observer
+) -> None:
+    """Tell of settings that do nothing, or leave nothing of the run, a batch of which shows each picture so many times."""
+    seen = config.steps * config.accumulation * each
+    if seen < SEEN_LEAST:
+        enough = math.ceil(config.steps * SEEN_LEAST / seen)
+        told = f"each picture is seen {seen:.1f} times in {config.steps} steps, which teaches little"
+        tell(Warned(f"{told}; --steps {enough} shows each {SEEN_LEAST} times"))
     if config.patience and not apart:
         tell(IMPATIENT)
     if config.warmup >= config.steps:

@@ -15,6 +15,7 @@ from ...core import site
 from ...core.events import Observer, Warned
 from ...core.files import explained, write_bytes
 from ...core.parsing import json_value
+from ...data.borders import Colour, missed, written
 from ...data.prompts import in_words
 from ..drawing import Drawing, PreviewPrompt
 from ..events import Preview
@@ -23,7 +24,6 @@ from ..machine.low_memory import small_vae
 from ..record.run_record import PREVIEW
 from ..tasks.diffusion import DiffusionTask
 
-PROMPTS = 4  # previews by default
 _GUIDANCE = 5.0
 _SEED = 0
 _PROMPTS = "prompts.json"
@@ -46,6 +46,7 @@ class Previews:
         steps: Denoising steps of a picture.
         every: Steps of the run between previews; 0 draws only when it is told to.
         size: Pixels a side.
+        paper: The colour that the borders of all pictures have that are learned from; None where they have none.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Previews:
         steps: int,
         every: int,
         size: int,
+        paper: Colour | None = None,
     ) -> None:
         self.folder = folder
         self.task = task
@@ -76,6 +78,8 @@ class Previews:
         self.weights = weights
         self.tell = tell
         self.drawn = -1
+        self.paper = paper
+        self.last: list[Image.Image] = []  # that were drawn with the adapter
 
     def peak(self) -> int:
         """The most bytes that drawing is predicted to hold at once, beside the pipeline."""
@@ -108,8 +112,19 @@ class Previews:
         if self.drawn == step:
             return
         with self.weights():
-            self._show(step, f"step_{step:06}")
+            self.last = self._show(step, f"step_{step:06}")
         self.drawn = step
+
+    def look_at_paper(self) -> None:
+        """Tell where most of the last pictures lie on another paper than those that are learned from."""
+        wrong = missed(self.last, self.paper) if self.paper is not None else []
+        if self.paper is None or 2 * len(wrong) <= len(self.last):
+            return
+        plain = [written(colour) for colour in wrong if colour is not None]
+        instead = f"have {', '.join(dict.fromkeys(plain))}" if plain else "have borders of several colours"
+        told = f"the border of all pictures is {written(self.paper)}"
+        told = f"{told}, and {len(wrong)} of {len(self.last)} previews {instead}"
+        self.tell(Warned(f"{told}: name it in --trigger, or try --noise-offset 0.05 or more --steps"))
 
     def go_on_from(self, step: int) -> bool:
         """Delete what a run drew after a step, and set aside what it drew for other prompts.
@@ -151,14 +166,16 @@ class Previews:
             return None
         return found
 
-    def _show(self, step: int, row: str) -> None:
+    def _show(self, step: int, row: str) -> list[Image.Image]:
+        """Draw, write and tell; returns the pictures."""
         pictures = self.pictures()
         if not self.task.settings.processes.leads:
-            return
+            return pictures
         files = self._keep(row, pictures)
         of_size = [picture for picture in pictures if picture.size == (self.size, self.size)]
         near = self.task.nearness(of_size) if of_size else None
         self.tell(Preview(step, tuple(self.prompts), pictures, files, near))
+        return pictures
 
     def pictures(self) -> list[Image.Image]:
         """Draw a picture for each prompt, with what the pipeline carries now; nothing is written."""

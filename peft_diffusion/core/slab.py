@@ -1,0 +1,425 @@
+"""The low-rank adapters of a component in one piece of memory, which its sites look into.
+
+Each site has a region with room for some ranks. An adapter takes free ranks of it when it comes and gives them back as zeros
+when it goes; all else stays where it is, so that what was recorded or compiled sees other adapters and needs not be made
+anew. Where a site has too little room, all regions move once to larger memory, in steps.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, Matrices, Pair
+from .arena import ALIGNMENT
+
+_LEAST_ROOM = 8  # ranks of a region; from there on it doubles
+
+_ROWS = "rows"  # what the rows of the strengths are called among the buffers, beside dtypes
+_WORD = 8  # bytes: a multiple of the size of every number
+
+
+class LivePair:
+    """The pair of an adapter that is built, as its parameters are."""
+
+    __slots__ = ("_adapter", "_rank")
+    lasting = False
+
+    def __init__(self, adapter: Adapter, rank: int) -> None:
+        self._adapter = adapter
+        self._rank = rank
+
+    @property
+    def rank(self) -> int:
+        """Of the pair."""
+        return self._rank
+
+    def matrices(self) -> Matrices:
+        """Give the matrices as they are now.
+
+        Returns:
+            Them, where the adapter is, with the scale in ``up``.
+
+        Raises:
+            TypeError: The change of the adapter is of low rank no more.
+        """
+        pair = self._adapter.low_rank()
+        if pair is None:
+            raise TypeError("an adapter whose change was of low rank is none any more")
+        return Matrices(pair.down.detach(), pair.up.detach(), 1.0)
+
+
+class SiteView(NamedTuple):
+    """What a site sees of a slab: ``down`` (room, in, ...), ``up`` (room, out), and ``rows`` (room,) of the strengths.
+
+    Ranks that no adapter has are 0 in both, whatever their strength.
+    """
+
+    down: Tensor
+    up: Tensor
+    rows: Tensor
+
+
+class Wanted(NamedTuple):
+    """What the region of a site is to hold.
+
+    Attributes:
+        parent: The path of what the site is a part of: sites of one parent lie side by side.
+        shape: Of the weight, (out, in, ...).
+        dtype: What the site computes in.
+        names: Of all its adapters.
+        pairs: Those that are to be written, by the name of the adapter, each with its row of the strengths.
+    """
+
+    parent: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    names: Sequence[str]
+    pairs: Mapping[str, tuple[int, Pair]]
+
+
+@dataclass
+class _Held:
+    """Ranks of a region that an adapter has."""
+
+    start: int
+    rank: int
+    row: int
+    pair: Pair
+
+
+@dataclass
+class _Region:
+    """The part of a slab that a site has; ``down`` and ``up`` are where it begins in the flat tensor of its dtype."""
+
+    parent: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    room: int = 0
+    held: dict[str, _Held] = field(default_factory=dict)
+    down: int = 0
+    up: int = 0
+    rows: int = 0
+
+    @property
+    def width(self) -> int:
+        """Numbers of a rank of ``down``."""
+        return torch.Size(self.shape[1:]).numel()
+
+    def gap(self, rank: int) -> int | None:
+        """The first place with so many free ranks one after the other."""
+        taken = 0
+        for one in self.held.values():
+            taken |= ((1 << one.rank) - 1) << one.start
+        free = ~taken & ((1 << self.room) - 1)
+        left = rank
+        while left > 1 and free:  # a bit stays where so many above it are free too
+            half = left // 2
+            free &= free >> half
+            left -= half
+        return (free & -free).bit_length() - 1 if free else None
+
+
+class Slab(nn.Module):
+    """The pairs of all sites of a component.
+
+    It follows the component to another dtype, and is made anew of what files and adapters hold then: a pair that was rounded
+    once would not get its precision back on a wider base.
+
+    Attributes:
+        moves: How often the regions moved to other memory, which ends what was recorded of them.
+        views: What each site sees, by its place.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.moves = 0
+        self.views: list[SiteView | None] = []
+        self._regions: list[_Region | None] = []
+        self._place({}, torch.zeros(0, dtype=torch.int64, device=device))
+        self._host_rows = torch.zeros(0, dtype=torch.int64)
+
+    def hold(self, wanted: Mapping[int, Wanted], new: Sequence[Wanted]) -> list[int]:
+        """Bring regions to what sites carry. What is there already is left as it is, but for pairs of built adapters, whose
+        parameters may have changed.
+
+        Args:
+            wanted: By place, of sites that have a region.
+            new: Of sites that have none.
+
+        Returns:
+            The places of the new ones.
+        """
+        places = [place for place, region in enumerate(self._regions) if region is None][: len(new)]
+        more = len(new) - len(places)
+        places += range(len(self._regions), len(self._regions) + more)
+        self._regions += [None] * more
+        self.views += [None] * more
+        for place, one in zip(places, new, strict=True):
+            self._regions[place] = _Region(one.parent, one.shape, one.dtype)
+        everything = {**wanted, **dict(zip(places, new, strict=True))}
+        gone: list[tuple[int, _Held]] = []
+        placed: list[tuple[int, _Held]] = []
+        moving = False
+        for place, one in everything.items():
+            region = self._region(place)
+            moving = moving or region.dtype != one.dtype
+            region.dtype = one.dtype
+            gone += [(place, region.held.pop(name)) for name in region.held.keys() - one.names]
+            for name, (row, pair) in one.pairs.items():
+                held = region.held.get(name)
+                if held is not None and held.rank != pair.rank:
+                    gone.append((place, region.held.pop(name)))
+                    held = None
+                start = region.gap(pair.rank) if held is None else held.start
+                moving = moving or start is None
+                region.held[name] = _Held(0 if start is None else start, pair.rank, row, pair)
+                placed.append((place, region.held[name]))
+        if moving:
+            self._move()
+        elif gone or placed:
+            self._clear(gone)
+            self._fill(placed)
+        return places
+
+    def missing(self, place: int, pairs: Mapping[str, Pair], dtype: torch.dtype) -> list[str]:
+        """Tell which pairs of a site are yet to be written.
+
+        Args:
+            place: Of the site.
+            pairs: Those that it carries, by the name of the adapter.
+            dtype: What it computes in.
+
+        Returns:
+            The names of those that are not in its region as they are.
+        """
+        region = self._region(place)
+        if region.dtype != dtype:
+            return list(pairs)
+        held = region.held
+        return [name for name, pair in pairs.items() if name not in held or held[name].pair is not pair]
+
+    def count(self, place: int) -> int:
+        """How many adapters a region holds.
+
+        Args:
+            place: Of the site.
+
+        Returns:
+            Their number.
+        """
+        return len(self._region(place).held)
+
+    def exact(self, place: int) -> SiteView | None:
+        """What a site sees, where that is what its files hold.
+
+        Args:
+            place: Of the site.
+
+        Returns:
+            The view; None where a pair was rounded to what the base computes in, or is of parameters that may have changed.
+        """
+        region = self._region(place)
+        pairs = [held.pair for held in region.held.values()]
+        return self.views[place] if all(one.lasting and _is_exact(one.matrices(), region.dtype) for one in pairs) else None
+
+    def vacate(self, places: Sequence[int]) -> None:
+        """Give up the regions of sites. Their memory is used again when the others move.
+
+        Args:
+            places: Theirs.
+        """
+        for place in places:
+            self._regions[place] = self.views[place] = None
+
+    def release(self, name: str, places: Sequence[int]) -> None:
+        """Free the ranks of an adapter.
+
+        Args:
+            name: What it is called.
+            places: Of the sites that it leaves and that keep their regions.
+        """
+        found = [(place, held) for place in places if (held := self._region(place).held.pop(name, None)) is not None]
+        self._clear(found)
+
+    def _region(self, place: int) -> _Region:
+        found = self._regions[place]
+        if found is None:
+            raise IndexError(f"no site has the place {place}")
+        return found
+
+    def _move(self) -> None:
+        """Lay all regions out anew, with room for what they hold, and fill them from what files and adapters hold."""
+        sizes: dict[torch.dtype, int] = {}
+        rows = 0
+        there = [region for region in self._regions if region is not None]
+        for region in there:
+            start = 0
+            for held in region.held.values():
+                held.start, start = start, start + held.rank
+            region.room = max(_LEAST_ROOM, 1 << (start - 1).bit_length() if start else 0)
+            region.rows, rows = rows, rows + region.room
+        # Sites of one parent and shape lie side by side, first their downs, then their ups: together they are one matrix.
+        for _, group in itertools.groupby(there, lambda one: (one.parent, one.shape, one.dtype, one.room)):
+            alike = list(group)
+            for region in alike:
+                region.down = _reserve(sizes, region.dtype, region.room * region.width)
+            for region in alike:
+                region.up = _reserve(sizes, region.dtype, region.room * region.shape[0])
+        flats = {dtype: torch.zeros(size, dtype=dtype, device=self.device) for dtype, size in sizes.items()}
+        self._place(flats, torch.zeros(rows, dtype=torch.int64, device=self.device))
+        self._host_rows = torch.zeros(rows, dtype=torch.int64)
+        self.moves += 1
+        self._look()
+        everything = ((place, region) for place, region in enumerate(self._regions) if region is not None)
+        self._fill([(place, held) for place, region in everything for held in region.held.values()])
+
+    def _look(self) -> None:
+        """Make the views."""
+        flats, rows = self._flats, self._rows
+        self.views = [None if region is None else self._view(region, flats, rows) for region in self._regions]
+
+    def _view(self, region: _Region, flats: Mapping[torch.dtype, Tensor], rows: Tensor) -> SiteView:
+        flat, room, outputs = flats[region.dtype], region.room, region.shape[0]
+        down = flat[region.down : region.down + room * region.width].view(room, *region.shape[1:])
+        up = flat[region.up : region.up + room * outputs].view(room, outputs)
+        return SiteView(down, up, rows[region.rows : region.rows + room])
+
+    def _parts(self, place: int, held: _Held) -> tuple[Tensor, Tensor]:
+        """The ranks of an adapter at a site: (rank, in, ...) and (rank, out)."""
+        view = self.views[place]
+        if view is None:
+            raise IndexError(f"no site has the place {place}")
+        return view.down.narrow(0, held.start, held.rank), view.up.narrow(0, held.start, held.rank)
+
+    @torch.no_grad()
+    def _clear(self, gone: Sequence[tuple[int, _Held]]) -> None:
+        parts = [part for place, held in gone for part in self._parts(place, held)]
+        if parts:
+            torch._foreach_zero_(parts)
+
+    @torch.no_grad()
+    def _fill(self, placed: Sequence[tuple[int, _Held]]) -> None:
+        """Write pairs to where they are held, those of one file with one copy to the device."""
+        places = [self._parts(place, held) for place, held in placed]
+        if placed:
+            pairs = [held.pair.matrices() for _, held in placed]
+            pairs = pairs if self.device.type == "cpu" else uploaded(pairs, self.device)
+            ups = _scaled(pairs)
+            # Apart, as tensors of one arrangement are few launches: those of the ups lie the other way round in files.
+            torch._foreach_copy_([down for down, _ in places], [pair.down for pair in pairs])
+            torch._foreach_copy_([up for _, up in places], [up.t() for up in ups])
+        for place, held in placed:
+            start = self._region(place).rows + held.start
+            self._host_rows[start : start + held.rank] = held.row
+        self._rows.copy_(self._host_rows)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if not self._flats:
+            self.device = fn(torch.empty(0, device=self.device)).device
+            return self
+        dtypes = {dtype: fn(flat.new_empty(0)).dtype for dtype, flat in self._flats.items()}
+        rows = fn(self._rows)
+        if rows is self._rows and all(before == now for before, now in dtypes.items()):
+            return self
+        self.device = rows.device
+        if all(before == now for before, now in dtypes.items()):
+            self._place({dtype: fn(flat) for dtype, flat in self._flats.items()}, rows)
+            self.moves += 1
+            self._look()
+            return self
+        for region in self._regions:
+            if region is not None:
+                region.dtype = dtypes[region.dtype]
+        self._move()
+        return self
+
+    @property
+    def _flats(self) -> dict[torch.dtype, Tensor]:
+        """The numbers of all regions, by their dtype."""
+        return {held.dtype: held for name, held in self._buffers.items() if held is not None and name != _ROWS}
+
+    @property
+    def _rows(self) -> Tensor:
+        """The rows of the strengths, of all regions."""
+        return self.get_buffer(_ROWS)
+
+    def _place(self, flats: Mapping[torch.dtype, Tensor], rows: Tensor) -> None:
+        """Take other memory, as buffers, by which it is found."""
+        self._buffers.clear()
+        for dtype, flat in flats.items():
+            self.register_buffer(str(dtype).replace("torch.", "pairs_"), flat, persistent=False)
+        self.register_buffer(_ROWS, rows, persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "views": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._look()
+
+
+def _scaled(pairs: Sequence[Matrices]) -> list[Tensor]:
+    """The ups with their scales in them, in float32 where there is one."""
+    found = [pair.up for pair in pairs]
+    scaled = [number for number, pair in enumerate(pairs) if pair.scale != 1]
+    if scaled:
+        products = torch._foreach_mul([found[one].float() for one in scaled], [pairs[one].scale for one in scaled])
+        for number, product in zip(scaled, products, strict=True):
+            found[number] = product
+    return found
+
+
+def uploaded(pairs: Sequence[Matrices], device: torch.device) -> list[Matrices]:
+    """Bring pairs to a device, with one copy for all that lie in one piece of memory, as those of a file do.
+
+    Args:
+        pairs: On the CPU, or where they are to be.
+        device: The device.
+
+    Returns:
+        The pairs there.
+    """
+    ends: dict[int, tuple[int, int]] = {}  # bytes of pieces of memory, by their address
+    for pair in pairs:
+        for matrix in pair[:2]:
+            if matrix.device.type == "cpu":
+                first, last = ends.get(matrix.untyped_storage().data_ptr(), (matrix.untyped_storage().nbytes(), 0))
+                begin = int(matrix.storage_offset()) * matrix.itemsize
+                ends[matrix.untyped_storage().data_ptr()] = min(first, begin), max(last, begin + matrix.nbytes)
+    copies: dict[int, Tensor] = {}
+
+    def there(matrix: Tensor) -> Tensor:
+        if matrix.device.type != "cpu":
+            return matrix
+        storage = matrix.untyped_storage()
+        key = storage.data_ptr()
+        first, last = ends[key]
+        first -= first % _WORD
+        if key not in copies:
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+            copies[key] = whole[first:last].to(device)
+        copy = copies[key]
+        numbers = copy[: len(copy) - len(copy) % matrix.itemsize].view(matrix.dtype)
+        return numbers.as_strided(matrix.shape, matrix.stride(), matrix.storage_offset() - first // matrix.itemsize)
+
+    return [Matrices(there(pair.down), there(pair.up), pair.scale) for pair in pairs]
+
+
+def _is_exact(pair: Matrices, dtype: torch.dtype) -> bool:
+    """Whether a pair is in a dtype what it is in float32, with the scale in its up."""
+    if dtype == torch.float32:
+        return True
+    turned = pair.scale == 1 or (dtype == torch.bfloat16 and math.frexp(pair.scale)[0] == 0.5)  # a power of 2 moves no digit
+    return turned and pair.down.dtype == pair.up.dtype == dtype
+
+
+def _reserve(sizes: dict[torch.dtype, int], dtype: torch.dtype, size: int) -> int:
+    start = sizes.get(dtype, 0)
+    sizes[dtype] = start + -(-size // ALIGNMENT) * ALIGNMENT
+    return start

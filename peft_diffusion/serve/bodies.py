@@ -1,0 +1,146 @@
+"""The bodies of requests, by the names of A1111 (its modules/api/models.py). Imports pydantic."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ..core.errors import UserError
+
+
+class Drawing(BaseModel):
+    """What ``txt2img`` and ``img2img`` are both told. What is None or left out is as ``generate`` has it by default.
+
+    Attributes:
+        model_config: Numbers are finite; what is not known is kept, and told in the answer.
+    """
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    styles: list[str] | None = None
+    seed: int | None = None
+    subseed: int | None = None
+    subseed_strength: float | None = None
+    seed_resize_from_h: int | None = None
+    seed_resize_from_w: int | None = None
+    sampler_name: str | None = None
+    sampler_index: str | None = None
+    scheduler: str | None = None
+    batch_size: int | None = None
+    n_iter: int | None = None
+    steps: int | None = None
+    cfg_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    restore_faces: bool | None = None
+    tiling: bool | None = None
+    do_not_save_samples: bool | None = None
+    do_not_save_grid: bool | None = None
+    eta: float | None = None
+    denoising_strength: float | None = None
+    s_churn: float | None = None
+    s_tmax: float | None = None
+    s_tmin: float | None = None
+    s_noise: float | None = None
+    s_min_uncond: float | None = None
+    override_settings: dict[str, Any] | None = None
+    override_settings_restore_afterwards: bool | None = None
+    refiner_checkpoint: str | None = None
+    refiner_switch_at: float | None = None
+    script_name: str | None = None
+    script_args: list[Any] | None = None
+    alwayson_scripts: dict[str, Any] | None = None
+    send_images: bool = True
+    save_images: bool = False
+    force_task_id: str | None = None
+
+    def neutral(self) -> dict[str, tuple[object, ...]]:
+        """What changes a picture and is not done here, each with the values at which it changes none."""
+        return {
+            "styles": (None, []),
+            "seed_resize_from_h": (None, 0, -1),
+            "seed_resize_from_w": (None, 0, -1),
+            "restore_faces": (None, False),
+            "eta": (None, 0, 1),
+            "s_churn": (None, 0),
+            "s_tmax": (None, 0),
+            "s_tmin": (None, 0),
+            "s_noise": (None, 1),
+            "s_min_uncond": (None, 0),
+            "refiner_checkpoint": (None, "", "None"),
+            "script_name": (None, "", "None"),
+            "alwayson_scripts": (None, {}),
+        }
+
+    def refuse_others(self) -> None:
+        """Refuse what would change the picture and is not done here.
+
+        Raises:
+            UserError: There is something.
+        """
+        for name, values in self.neutral().items():
+            value = getattr(self, name)
+            if value not in values:
+                raise UserError(f"{name} {str(value)[:60]!r} is not done here; leave it away")
+
+
+class TextToImage(Drawing):
+    """The body of ``txt2img``."""
+
+    enable_hr: bool | None = None
+    firstphase_width: int | None = None
+    firstphase_height: int | None = None
+    hr_scale: float | None = None
+    hr_upscaler: str | None = None
+    hr_second_pass_steps: int | None = None
+    hr_resize_x: int | None = None
+    hr_resize_y: int | None = None
+    hr_checkpoint_name: str | None = None
+    hr_sampler_name: str | None = None
+    hr_scheduler: str | None = None
+    hr_prompt: str | None = None
+    hr_negative_prompt: str | None = None
+
+    def neutral(self) -> dict[str, tuple[object, ...]]:
+        """What is not done here."""
+        others = super().neutral()
+        if not self.enable_hr:
+            return others
+        return others | {
+            "hr_checkpoint_name": (None, "", "Use same checkpoint"),
+            "hr_sampler_name": (None, "", "Use same sampler", self.sampler_name),
+            "hr_scheduler": (None, "", "Use same scheduler", self.scheduler),
+            "hr_prompt": (None, "", self.prompt),
+            "hr_negative_prompt": (None, "", self.negative_prompt),
+            "firstphase_width": (None, 0),
+            "firstphase_height": (None, 0),
+        }
+
+
+class ImageToImage(Drawing):
+    """The body of ``img2img``."""
+
+    init_images: list[str] | None = None
+    resize_mode: int | None = None
+    mask: str | None = None
+    mask_blur: int | None = None
+    mask_blur_x: int | None = None
+    mask_blur_y: int | None = None
+    inpainting_fill: int | None = None
+    inpaint_full_res: bool | None = None
+    inpaint_full_res_padding: int | None = None
+    inpainting_mask_invert: int | None = None
+    initial_noise_multiplier: float | None = None
+    image_cfg_scale: float | None = None
+    include_init_images: bool = False
+
+    def neutral(self) -> dict[str, tuple[object, ...]]:
+        """What is not done here."""
+        return {**super().neutral(), "initial_noise_multiplier": (None, 0, 1)}
+
+
+class PngInfo(BaseModel):
+    """The body of ``png-info``."""
+
+    image: str

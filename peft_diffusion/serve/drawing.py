@@ -1,0 +1,454 @@
+"""From a request to pictures: what A1111's names mean here, and what is drawn for them."""
+
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from .. import __version__
+from ..bases.base import BaseInfo
+from ..bases.pipelines import Pipeline
+from ..bases.schedulers import label, parted
+from ..core.errors import Interrupted, UserError
+from ..core.events import Event, Noted, Warned
+from ..data.wildcards import Wildcards
+from ..formats import Plan
+from ..generation.asked import Asked, Order, read_prompt
+from ..generation.distilled import for_few_steps
+from ..generation.generate import draw
+from ..generation.recipe import Recipe, UsedPicture
+from ..generation.sampler import size
+from ..generation.settings import MAX_SEED, Choice, GenerateConfig, Key, with_plans
+from ..generation.source import Source, begin
+from ..generation.tags import Shelf
+from . import inpainting, names, pictures
+from .bodies import Drawing, ImageToImage, TextToImage
+from .settings import ServeConfig
+from .worker import Job
+
+_LONGEST = 10_000  # letters of a prompt
+_SEEDS = 2**32  # that are drawn where none is given, as A1111 has them
+
+
+@dataclass
+class Held:
+    """A base that is loaded.
+
+    Attributes:
+        source: As ``--base`` takes it.
+        pipe: The pipeline.
+        info: What is known of it.
+        sha256: The digest of its file; "" where it is none.
+    """
+
+    source: str
+    pipe: Pipeline
+    info: BaseInfo
+    sha256: str
+
+
+class Words(NamedTuple):
+    """A folder's learned words, by the names of their files in small letters."""
+
+    by_name: Mapping[str, Choice]
+
+    def in_prompts(self, *prompts: str) -> tuple[Choice, ...]:
+        """Find those that prompts call.
+
+        Args:
+            prompts: All prompts.
+
+        Returns:
+            The files.
+        """
+        text = " ".join(prompts).casefold()
+        return tuple(choice for name, choice in self.by_name.items() if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text))
+
+
+@dataclass
+class Files:
+    """What prompts find: adapters, learned words, lists; read again where a folder has changed.
+
+    Attributes:
+        config: The settings of the server.
+    """
+
+    config: ServeConfig
+    _shelf: Shelf | None = None
+    _plans: dict[Key, Plan] = field(default_factory=dict)
+
+    def shelf(self, *, again: bool = False) -> Shelf:
+        """The adapters.
+
+        Args:
+            again: Read what their files say of themselves anew.
+
+        Returns:
+            Where prompts find them.
+        """
+        fresh = Shelf((), self.config.adapters_dir)
+        if self._shelf is None or again or fresh.files != self._shelf.files:
+            self._shelf = fresh
+        return self._shelf
+
+    def words(self) -> Words:
+        """The learned words."""
+        if self.config.embeddings_dir is None:
+            return Words({})
+        files = Shelf((), self.config.embeddings_dir).files
+        return Words({path.stem.casefold(): Choice(path, word=path.stem) for path in files})
+
+    def planned(self, choices: Sequence[Choice]) -> tuple[Choice, ...]:
+        """Parse the files of adapters, once for all requests.
+
+        Args:
+            choices: The adapters.
+
+        Returns:
+            The same, with what was parsed.
+        """
+        known = {key: plan for key, plan in self._plans.items() if key[0].is_file() and plan.is_current()}
+        found = with_plans([replace(choice, plan=known.get(choice.key)) for choice in choices])
+        self._plans = known | {choice.key: choice.plan for choice in found if choice.plan is not None}
+        return found
+
+
+class Drawn(NamedTuple):
+    """A picture that was drawn for a request."""
+
+    image: Image.Image
+    recipe: Recipe
+
+
+@dataclass
+class Result:
+    """What was drawn for a request.
+
+    Attributes:
+        drawn: The pictures.
+        config: How they were drawn.
+        clip_skip: Which layer of the text encoder was taken, counted from the last.
+        notes: What the person should know.
+        held: The base.
+    """
+
+    drawn: list[Drawn]
+    config: GenerateConfig
+    clip_skip: int
+    notes: list[str]
+    held: Held
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The seeds of a request's pictures, as A1111 counts them: with a variation its seed counts, else the first one.
+
+    Attributes:
+        seed: The first.
+        subseed: The first of variations.
+        share: How much of the variations.
+    """
+
+    seed: int
+    subseed: int
+    share: float
+
+    def of(self, number: int) -> tuple[int, int]:
+        """The two seeds of a picture.
+
+        Args:
+            number: Which picture, from 0.
+
+        Returns:
+            That of its noise, and that of its variation.
+        """
+        return (self.seed if self.share else self.seed + number), self.subseed + number
+
+
+def seeds_of(body: Drawing) -> Seeds:
+    """Choose seeds, by chance where none are given.
+
+    Args:
+        body: The request.
+
+    Returns:
+        The seeds.
+    """
+    seed, subseed = (random.randrange(_SEEDS) if one in (None, -1) else one for one in (body.seed, body.subseed))
+    return Seeds(seed or 0, subseed or 0, body.subseed_strength or 0.0)
+
+
+def config_of(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | None) -> GenerateConfig:
+    """Say in settings how a request is drawn.
+
+    Args:
+        body: The request.
+        serving: The settings of the server, with its limits.
+        held: The base.
+        clip_skip: Which layer of the text encoder is taken, counted from the last; None for as the base says.
+
+    Returns:
+        The settings, without seeds.
+
+    Raises:
+        UserError: They cannot be, or are beyond the limits.
+    """
+    body.refuse_others()
+    batch, rounds = (1 if one is None else one for one in (body.batch_size, body.n_iter))
+    prompt, negative = body.prompt or "", body.negative_prompt or ""
+    for name, value, most in (
+        ("prompt", len(prompt), _LONGEST),
+        ("negative_prompt", len(negative), _LONGEST),
+        ("steps", body.steps or 0, serving.max_steps),
+        ("batch_size", batch, serving.max_batch),
+        ("batch_size times n_iter", batch * rounds, serving.max_pictures),
+    ):
+        if value > most:
+            raise UserError(f"{name} is at most {most} here, not {value}")
+    if rounds < 1:
+        raise UserError(f"n_iter must be 1 or more, not {rounds}")
+    guided = body.cfg_scale is None or body.cfg_scale > 1
+    config = GenerateConfig(
+        (prompt,),
+        negative=negative if guided else "",
+        steps=body.steps,
+        guidance=None if body.cfg_scale is None else max(body.cfg_scale, 1.0),
+        scheduler=names.scheduler(body.sampler_name or body.sampler_index, body.scheduler),
+        width=body.width or None,
+        height=body.height or None,
+        batch_size=batch,
+        clip_skip=clip_skip,
+        adapters_dir=serving.adapters_dir,
+        wildcards_dir=serving.wildcards_dir,
+        strict=serving.strict,
+        base=held.source,
+        prediction=serving.prediction,
+        precision=serving.precision,
+        quantize=serving.quantize,
+        tile="both" if body.tiling else None,
+    )
+    width, height = size(held.info, config)
+    if isinstance(body, TextToImage) and body.enable_hr:
+        config = _with_hires(config, body, width, height)
+        if (body.hr_second_pass_steps or 0) > serving.max_steps:
+            raise UserError(f"hr_second_pass_steps is at most {serving.max_steps} here, not {body.hr_second_pass_steps}")
+        size(held.info, config)
+        if config.second_pass is not None:
+            width, height = config.second_pass.size(width, height, held.info.step)
+    if width * height > serving.max_pixels:
+        raise UserError(f"{width}x{height} is over the limit of {serving.max_pixels:,} pixels here; take smaller sides")
+    return config
+
+
+def _with_hires(config: GenerateConfig, body: TextToImage, width: int, height: int) -> GenerateConfig:
+    """With a second pass, as A1111's hires fix. Raises UserError for sides that are not in proportion."""
+    factors = {(side or 0) / first for side, first in ((body.hr_resize_x, width), (body.hr_resize_y, height)) if side}
+    if len(factors) > 1:
+        raise UserError(f"hr_resize_x and hr_resize_y must be {width}x{height} times one factor; give one of them alone")
+    return replace(
+        config,
+        hires=next(iter(factors), 2.0 if body.hr_scale is None else body.hr_scale),
+        hires_upscaler=body.hr_upscaler or "Latent",
+        hires_strength=body.denoising_strength,
+        hires_steps=body.hr_second_pass_steps or None,
+    )
+
+
+def order_of(config: GenerateConfig, seeds: Seeds, numbers: Sequence[int], files: Files) -> Order:
+    """Read a request's prompt for some of its pictures.
+
+    Args:
+        config: How they are drawn.
+        seeds: Of all.
+        numbers: Which of them.
+        files: What prompts find.
+
+    Returns:
+        What is drawn.
+
+    Raises:
+        UserError: A prompt, a list or an adapter cannot be read.
+    """
+    shelf, wildcards, row = files.shelf(), Wildcards(config.wildcards_dir), []
+    (written,) = config.prompts
+    for number in numbers:
+        seed, subseed = seeds.of(number)
+        one = replace(config, seed=seed)
+        if seeds.share:
+            one = replace(one, variation_seed=subseed, variation_strength=seeds.share)
+        read = read_prompt(written, seed, wildcards)
+        negative = wildcards.draw(config.negative, seed)
+        row.append(Asked(read.prompt, negative, seed, read.tags, written, replace(one, negative="")))
+    words = files.words().in_prompts(*(text for one in row for text in (one.prompt, one.negative)))
+    named = shelf.all_of(tag for one in row for tag in one.tags)
+    given = files.planned(words)
+    return Order((tuple(row),), (*given, *files.planned(named)), replace(shelf, given=given) if given else shelf)
+
+
+def source_of(body: ImageToImage, config: GenerateConfig, serving: ServeConfig, info: BaseInfo) -> "Beginning":
+    """Read what pictures of ``img2img`` start from.
+
+    Args:
+        body: The request.
+        config: How they are drawn.
+        serving: The settings of the server.
+        info: The base.
+
+    Returns:
+        The picture, and where what is drawn from it belongs.
+
+    Raises:
+        UserError: They are no pictures, or cannot be drawn from.
+    """
+    if not body.init_images or len(body.init_images) != 1:
+        raise UserError(f"img2img starts from one picture in init_images, and there are {len(body.init_images or ())}")
+    if body.subseed_strength:
+        raise UserError("subseed_strength mixes the noise of pictures that start from noise; leave it away in img2img")
+    if body.denoising_strength is not None and not 0 < body.denoising_strength <= 1:
+        raise UserError(f"denoising_strength must be above 0, at most 1, not {body.denoising_strength}")
+    given = pictures.read(body.init_images[0], "init_images[0]", serving.max_given_pixels)
+    masked = pictures.read(body.mask, "mask", serving.max_given_pixels, "black") if body.mask else None
+    blur = next((one for one in (body.mask_blur, body.mask_blur_x, body.mask_blur_y) if one is not None), 4)
+    sides = (config.width or given.image.width, config.height or given.image.height)
+    size(info, replace(config, width=sides[0], height=sides[1]))
+    ready = inpainting.prepared(
+        given.image,
+        None if masked is None else masked.image.convert("L"),
+        sides,
+        mode=body.resize_mode or inpainting.RESIZE,
+        blur=min(max(blur, 0), max(given.image.size)),
+        invert=bool(body.inpainting_mask_invert),
+        fill=inpainting.FILL if body.inpainting_fill is None else body.inpainting_fill,
+        only_masked=body.inpaint_full_res is not False,
+        padding=min(max(body.inpaint_full_res_padding or 0, 0), max(given.image.size)),
+    )
+    # A recipe names a picture by its bytes where `generate --image` would start from the same.
+    used = UsedPicture("init_images[0]", "" if ready.changed else given.sha256)
+    used_mask = None if masked is None else UsedPicture("mask", "" if ready.changed else masked.sha256)
+    strength = 0.75 if body.denoising_strength is None else body.denoising_strength
+    return Beginning(begin(Source(ready.image, used, ready.mask, used_mask), strength, config.taken_steps), ready)
+
+
+class Beginning(NamedTuple):
+    """What pictures start from, and where what is drawn belongs."""
+
+    source: Source
+    ready: inpainting.Prepared
+
+
+def run(body: Drawing, serving: ServeConfig, held: Held, files: Files, clip_skip: int | None, job: Job[Any]) -> Result:
+    """Draw a request's pictures, a batch after the other.
+
+    Args:
+        body: The request.
+        serving: The settings of the server.
+        held: The base.
+        files: What prompts find.
+        clip_skip: As of `config_of`.
+        job: Is told how far it is, and tells where to end.
+
+    Returns:
+        What was drawn: all, or what was there when somebody interrupted.
+
+    Raises:
+        UserError: The request cannot be drawn.
+    """
+    config, seeds = config_of(body, serving, held, clip_skip), seeds_of(body)
+    notes = [f"not read: {', '.join(sorted(body.model_extra))}"] if body.model_extra else []
+    if body.negative_prompt and not config.negative:
+        notes.append("the negative prompt has no effect at cfg_scale 1 or less")
+    job.rounds = 1 if body.n_iter is None else body.n_iter
+    _check_seeds(seeds, config.batch_size * job.rounds)
+
+    def tell(event: Event) -> None:
+        if isinstance(event, (Warned, Noted)) and event.message not in notes:
+            notes.append(event.message)
+        job.heed(event)
+
+    drawn: list[Drawn] = []
+    for number in range(job.rounds):
+        if job.interrupted:
+            break
+        job.round, job.done, job.total, job.skipped = number, 0, 0, False
+        numbers = range(number * config.batch_size, (number + 1) * config.batch_size)
+        asked = order_of(config, seeds, numbers, files)
+        taken = for_few_steps(config, asked.choices, tell)
+        if taken is not config:
+            config, asked = taken, order_of(taken, seeds, numbers, files)
+        begun = source_of(body, config, serving, held.info) if isinstance(body, ImageToImage) else None
+        source = None if begun is None else begun.source
+        try:
+            with closing(draw(held.pipe, asked, config, source, tell=tell, stop=job)) as coming:
+                for image, recipe in coming:
+                    drawn.append(Drawn(image if begun is None else begun.ready.finished(image), recipe))
+        except Interrupted:
+            continue
+    job.round = job.rounds
+    return Result(drawn, config, clip_skip or 1, notes, held)
+
+
+def _check_seeds(seeds: Seeds, count: int) -> None:
+    for name, last in (("seed", seeds.of(count - 1)[0]), ("subseed", seeds.of(count - 1)[1])):
+        if last > MAX_SEED or last - count + 1 < 0:
+            raise UserError(f"{name} must be -1, or from 0 to {MAX_SEED}")
+    if not 0 <= seeds.share <= 1:
+        raise UserError(f"subseed_strength must be from 0 to 1, not {seeds.share:g}")
+
+
+def info_of(body: Drawing, result: Result, timestamp: str) -> str:
+    """Tell of pictures in JSON as A1111's ``Processed.js`` does, with ``comments`` besides.
+
+    Args:
+        body: The request.
+        result: What was drawn.
+        timestamp: When it began.
+
+    Returns:
+        The JSON.
+    """
+    recipes = [one.recipe for one in result.drawn]
+    first = recipes[0] if recipes else None
+    subseeds = [recipe.variation_seed or 0 for recipe in recipes]
+    kind = label(parted(first.scheduler)[0]) if first and first.scheduler else (body.sampler_name or body.sampler_index)
+    told: dict[str, Any] = {
+        "prompt": body.prompt or "",
+        "all_prompts": [recipe.written or recipe.prompt for recipe in recipes],
+        "negative_prompt": body.negative_prompt or "",
+        "all_negative_prompts": [recipe.negative for recipe in recipes],
+        "seed": first.seed if first else body.seed,
+        "all_seeds": [recipe.seed for recipe in recipes],
+        "subseed": subseeds[0] if subseeds else body.subseed,
+        "all_subseeds": subseeds,
+        "subseed_strength": body.subseed_strength or 0,
+        "width": first.width if first else body.width,
+        "height": first.height if first else body.height,
+        "sampler_name": kind,
+        "cfg_scale": result.config.guided_by,
+        "steps": result.config.taken_steps,
+        "batch_size": result.config.batch_size,
+        "restore_faces": False,
+        "face_restoration_model": None,
+        "sd_model_name": Path(result.held.info.name).stem,
+        "sd_model_hash": result.held.sha256[:10] or None,
+        "sd_vae_name": None,
+        "sd_vae_hash": None,
+        "seed_resize_from_w": -1,
+        "seed_resize_from_h": -1,
+        "denoising_strength": first.strength if first else body.denoising_strength,
+        "extra_generation_params": {},
+        "index_of_first_image": 0,
+        "infotexts": [recipe.parameters() for recipe in recipes],
+        "styles": [],
+        "job_timestamp": timestamp,
+        "clip_skip": result.clip_skip,
+        "is_using_inpainting_conditioning": False,
+        "version": f"peft_diffusion {__version__}",
+        "comments": result.notes,
+    }
+    return json.dumps(told, ensure_ascii=False)

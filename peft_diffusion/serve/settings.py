@@ -1,0 +1,201 @@
+"""What ``serve`` is told. Imports no torch."""
+
+import ipaddress
+from pathlib import Path
+
+from ..bases.asked import AskedPrediction
+from ..core.errors import UserError
+from ..core.files import at_home
+from ..core.settings import (
+    COUNT,
+    PARAMETERS,
+    Flag,
+    OptionalPath,
+    Range,
+    Texts,
+    explained,
+    setting,
+    settings_class,
+    settle,
+)
+from ..generation.recipe import check_folder
+from ..generation.settings import Precision, Quantize
+
+_LEAST_TOKEN = 8  # letters; fewer are guessed in no time
+
+
+@explained
+@settings_class(kw_only=True)
+class ServeConfig:
+    """How ``serve`` draws, for whom, and how much."""
+
+    base: str = setting(
+        "icons",
+        'The base to begin with: the embedded "icons", a diffusers folder, a checkpoint file or a hub id.',
+        PARAMETERS,
+    )
+    bases_dir: OptionalPath = setting(
+        None,
+        "A folder of checkpoint files and diffusers folders that requests may choose as sd_model_checkpoint.",
+        PARAMETERS,
+    )
+    adapters_dir: OptionalPath = setting(
+        None,
+        "The folder where <lora:NAME:0.8> in a prompt finds NAME.safetensors, also in its subfolders. No other file is "
+        "opened for a request.",
+        PARAMETERS,
+        flag=Flag(aliases=("--lora-dir",)),
+    )
+    embeddings_dir: OptionalPath = setting(
+        None, "The folder of learned words (textual inversion), which prompts call by the names of their files.", PARAMETERS
+    )
+    wildcards_dir: OptionalPath = setting(
+        None, "The folder where __NAME__ in a prompt finds NAME.txt, of whose lines the seed draws one.", PARAMETERS
+    )
+    output: OptionalPath = setting(
+        None, "The folder for pictures that a request asks to save (save_images); by default none are saved.", PARAMETERS
+    )
+    host: str = setting(
+        "127.0.0.1", "The address to listen at; any but that of this machine alone needs a token.", PARAMETERS
+    )
+    port: int = setting(7860, "The port to listen at; 0 takes a free one.", PARAMETERS, Range(0, 65535))
+    hosts: Texts = setting(
+        (),
+        "Names that this machine is called by in requests, beside localhost and addresses in digits.",
+        PARAMETERS,
+        flag=Flag(default_shown=False),
+    )
+    token: str | None = setting(
+        None,
+        "What requests must carry, as a Bearer token or as the password of HTTP basic. Other users of the machine see "
+        "flags: --token-file keeps it from them.",
+        PARAMETERS,
+        kept=False,
+    )
+    token_file: OptionalPath = setting(None, "A file with the token in its first line.", PARAMETERS)
+    max_request_mb: int = setting(64, "The largest request, pictures and all.", PARAMETERS, COUNT, unit="MiB")
+    max_pixels: int = setting(
+        2048 * 2048,
+        "The largest picture that is drawn; those in requests may have four times as many.",
+        PARAMETERS,
+        COUNT,
+        unit="pixels",
+    )
+    max_steps: int = setting(150, "The most denoising steps of a picture.", PARAMETERS, COUNT)
+    max_pictures: int = setting(64, "The most pictures of a request.", PARAMETERS, COUNT)
+    max_batch: int = setting(8, "The most pictures computed at once.", PARAMETERS, COUNT)
+    max_waiting: int = setting(64, "The most requests that wait; more are refused.", PARAMETERS, COUNT)
+    strict: bool = setting(False, "Refuse an adapter file of which a tensor would be left out.", PARAMETERS)
+    prediction: AskedPrediction = setting(
+        "auto", "What the base predicts, epsilon or v, where its files do not say it or say it wrongly.", PARAMETERS
+    )
+    device: str = setting("auto", "Such as cpu, cuda or mps; by default the fastest there is.", PARAMETERS)
+    precision: Precision = setting(
+        "auto", "Of the base; by default float32 on a CPU and a half precision elsewhere.", PARAMETERS
+    )
+    quantize: Quantize | None = setting(
+        None, "Hold the base's linear layers in fewer bits, which saves memory: int8, or nf4 for the least.", PARAMETERS
+    )
+    vae_tiling: bool = setting(False, "Decode large pictures in tiles, which saves memory.", PARAMETERS)
+    attention_slicing: bool = setting(
+        False, "Compute attention in slices, which saves memory where there is no fused attention.", PARAMETERS
+    )
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if self.token is not None and self.token_file is not None:
+            raise UserError("give either --token or --token-file")
+        if self.token is not None:
+            _check_token(self.token, "--token")
+
+    @property
+    def max_given_pixels(self) -> int:
+        """The pixels that a picture in a request may have."""
+        return 4 * self.max_pixels
+
+    def check(self) -> None:
+        """Find out what can be told before anything is loaded.
+
+        Raises:
+            UserError: A folder or file is not there, or a server without a token would be open to others.
+        """
+        for flag, folder in (
+            ("--adapters-dir", self.adapters_dir),
+            ("--embeddings-dir", self.embeddings_dir),
+            ("--wildcards-dir", self.wildcards_dir),
+            ("--bases-dir", self.bases_dir),
+        ):
+            if folder is not None and not at_home(folder).is_dir():
+                raise UserError(f"there is no folder {folder}, which {flag} names")
+        if self.output is not None:
+            check_folder(at_home(self.output))
+        if self.secret() is None and not is_loopback(self.host):
+            raise UserError(
+                f"--host {self.host} is open to other machines, which needs a token: give --token-file FILE, or leave --host"
+                " away and reach it through a tunnel"
+            )
+
+    def secret(self) -> str | None:
+        """The token, from wherever it is.
+
+        Returns:
+            The token; None for none.
+
+        Raises:
+            UserError: Its file cannot be read, or it is too short.
+        """
+        if self.token_file is None:
+            return self.token
+        path = at_home(self.token_file)
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"the file of the token {path} cannot be read: {error}") from None
+        found = lines[0].strip() if lines else ""
+        _check_token(found, str(path))
+        return found
+
+
+def _check_token(token: str, where: str) -> None:
+    if len(token) < _LEAST_TOKEN or not token.isascii() or not token.isprintable():
+        raise UserError(
+            f"{where}: a token has {_LEAST_TOKEN} letters or more, of ASCII, as `openssl rand -hex 16` makes one"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address is that of this machine alone.
+
+    Args:
+        host: The address, or localhost.
+
+    Returns:
+        Whether it is.
+    """
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def sources(config: ServeConfig) -> tuple[str, ...]:
+    """List the bases that requests may choose.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The one to begin with, then those of the folder, as ``--base`` takes them.
+    """
+    folder = None if config.bases_dir is None else at_home(config.bases_dir)
+    there = [] if folder is None else sorted(folder.iterdir())
+    found = [str(path) for path in there if _is_base(path)]
+    return tuple(dict.fromkeys((config.base, *found)))
+
+
+def _is_base(path: Path) -> bool:
+    if path.is_dir():
+        return (path / "model_index.json").is_file()
+    return path.suffix.lower() in (".safetensors", ".ckpt") and path.is_file()

@@ -1,0 +1,476 @@
+"""The server, asked by A1111's public client ``webuiapi``, in a process of its own that all these tests share."""
+
+import base64
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import forked
+import numpy as np
+import pytest
+import requests
+import torch
+import webuiapi
+from making import environment, make_adapter
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from peft_diffusion import GenerateConfig, UserError, generate, load_base
+from peft_diffusion.serve import inpainting, names, pictures
+from peft_diffusion.serve.settings import ServeConfig
+
+TOKEN = "a token of the tests"
+SIDE = {"width": 64, "height": 64}
+
+
+@pytest.fixture(scope="module")
+def shelf(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of adapters, and beside it one that no request may reach."""
+    folder = tmp_path_factory.mktemp("serving") / "Lora"
+    folder.mkdir()
+    for number, name in enumerate(("ink", "flat", "line")):
+        make_adapter(folder / f"{name}.safetensors", tiny_base, number)
+    save_file(
+        load_file(folder / "flat.safetensors"), folder / "x1.safetensors", {"ss_output_name": "paper", "a": '{"b": 1}'}
+    )
+    save_file(load_file(folder / "ink.safetensors"), folder.parent / "outside.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(shelf: Path, tiny_base: Path, other_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where a server listens; at the end Ctrl-C must end it."""
+    token, saved = shelf.parent / "token", shelf.parent / "saved"
+    token.write_text(f"{TOKEN}\n")
+    words = shelf.parent / "words"
+    words.mkdir()
+    save_file({"emb_params": torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}, words / "zork.safetensors")
+    flags: list[object] = [
+        "--base", tiny_base, "--bases-dir", other_base.parent, "--lora-dir", shelf,
+        "--embeddings-dir", shelf.parent / "words", "--device", "cpu", "--port", 0,
+        "--token-file", token, "--max-request-mb", 1, "--max-pixels", 128 * 128, "--max-pictures", 40, "--output", saved,
+    ]  # fmt: skip
+    started = subprocess.Popen(
+        [sys.executable, "-m", "peft_diffusion", "serve", *map(str, flags)],
+        env=environment(), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert started.stdout is not None
+    line = started.stdout.readline()
+    assert line.startswith("serving at http://127.0.0.1:"), line
+    yield line.split()[2].rstrip(";")
+    started.send_signal(signal.SIGINT)
+    assert started.wait(60) == 130
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Any:
+    return webuiapi.WebUIApi(baseurl=f"{address}/sdapi/v1", username="anybody", password=TOKEN, steps=2)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_base: Path) -> Any:
+    return load_base(str(tiny_base), device="cpu")
+
+
+def alone(pipe: Any, base: Path, shelf: Path, where: Path, prompt: str, **options: Any) -> list[Image.Image]:
+    """What ``generate`` draws of the same."""
+    told = {"steps": 2, "guidance": 7.0, "scheduler": "Euler a", **SIDE, **options}
+    config = GenerateConfig(prompt, base=str(base), adapters_dir=shelf, output=where / "drawn", device="cpu", **told)
+    return [one.image for one in generate(config, pipe=pipe)]
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return one.size == other.size and one.convert("RGB").tobytes() == other.convert("RGB").tobytes()
+
+
+def ask(address: str, path: str, body: Any = None, **headers: str) -> requests.Response:
+    """A request without the client, with the token unless a header says otherwise."""
+    sent = {"Authorization": f"Bearer {TOKEN}", **headers}
+    url = f"{address}/sdapi/v1/{path}"
+    return (
+        requests.get(url, headers=sent, timeout=60)
+        if body is None
+        else requests.post(url, json=body, headers=sent, timeout=60)
+    )
+
+
+# Pictures.
+
+
+def test_requests_side_by_side_each_get_the_pictures_of_their_own_generate(
+    client: Any, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
+) -> None:
+    loras = ["", "<lora:ink:1>", "<lora:flat:0.7>", "<lora:line:0.4:1>", "<lora:ink:0.5> <lora:paper:-0.3>"]
+    wanted = [(f"a red cat {loras[number % 5]}", number, 1 + number % 2) for number in range(16)]
+
+    def request(one: tuple[str, int, int]) -> Any:
+        prompt, seed, count = one
+        return client.txt2img(prompt=prompt, seed=seed, batch_size=count, negative_prompt="blue", **SIDE)
+
+    def refused(_: int) -> str:
+        with pytest.raises(RuntimeError) as told:
+            client.txt2img(prompt="a cat <lora:nothing:1>", **SIDE)
+        return str(told.value)
+
+    with ThreadPoolExecutor(20) as threads:
+        errors = [threads.submit(refused, number) for number in range(4)]
+        answers = list(threads.map(request, wanted))
+        assert all("there is no adapter" in error.result() for error in errors)
+    drawn = set()
+    for (prompt, seed, count), answer in zip(wanted, answers, strict=True):
+        own = alone(pipe, tiny_base, shelf, tmp_path, prompt, seed=seed, count=count, batch_size=count, negative="blue")
+        assert len(answer.images) == count and all(same(*pair) for pair in zip(answer.images, own, strict=True)), prompt
+        assert answer.info["all_seeds"] == [seed + number for number in range(count)]
+        drawn.add(answer.image.tobytes())
+    assert len(drawn) == 16  # or a comparison of equals would tell nothing
+
+
+def test_an_answer_tells_what_clients_read_of_it(client: Any, address: str) -> None:
+    answer = client.txt2img(
+        prompt="a cat <lora:ink:0.5>",
+        negative_prompt="dog",
+        seed=3,
+        n_iter=2,
+        batch_size=2,
+        sampler_name="DPM++ 2M",
+        steps=3,
+        **SIDE,
+    )
+    info = answer.info
+    assert info["all_prompts"] == ["a cat <lora:ink:0.5>"] * 4 and info["all_seeds"] == [3, 4, 5, 6]
+    assert (info["sampler_name"], info["cfg_scale"], info["steps"], info["batch_size"]) == ("DPM++ 2M", 7.0, 3, 2)
+    assert info["sd_model_name"] == "tiny" and info["index_of_first_image"] == 0
+    for seed, image, text in zip(info["all_seeds"], answer.images, info["infotexts"], strict=True):
+        assert image.info["parameters"] == text == client.png_info(image).info
+        told = ask(address, "png-info", {"image": webuiapi.b64_img(image)}).json()["parameters"]
+        expected = {"Prompt": "a cat <lora:ink:0.5>", "Negative prompt": "dog", "Steps": "3", "Seed": str(seed),
+                    "Sampler": "DPM++ 2M Karras", "CFG scale": "7", "Size-1": "64", "Size-2": "64"}  # fmt: skip
+        assert expected.items() <= told.items()
+    assert answer.parameters["prompt"] == "a cat <lora:ink:0.5>"
+
+
+def test_a_learned_word_is_called_by_the_name_of_its_file(
+    client: Any, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
+) -> None:
+    prompt, word = "a Zork cat <lora:ink:0.5>", shelf.parent / "words" / "zork.safetensors"
+    answer = client.txt2img(prompt=prompt, seed=1, **SIDE)
+    own = alone(pipe, tiny_base, shelf, tmp_path, prompt, seed=1, adapter=f"{word}@word:zork")
+    assert same(answer.image, own[0]) and not same(answer.image, alone(pipe, tiny_base, shelf, tmp_path, prompt, seed=1)[0])
+    answer = client.txt2img(prompt="a cat", negative_prompt="zork", seed=1, **SIDE)
+    own = alone(pipe, tiny_base, shelf, tmp_path, "a cat", negative="zork", seed=1, adapter=f"{word}@word:zork")
+    assert same(answer.image, own[0])
+
+
+def test_variations_keep_the_seed_and_count_the_second_one(
+    client: Any, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
+) -> None:
+    answer = client.txt2img(prompt="a cat", seed=5, subseed=8, subseed_strength=0.4, batch_size=2, **SIDE)
+    assert answer.info["all_seeds"] == [5, 5] and answer.info["all_subseeds"] == [8, 9]
+    for image, second in zip(answer.images, (8, 9), strict=True):
+        told: dict[str, Any] = {"seed": 5, "variation_seed": second, "variation_strength": 0.4}
+        assert same(image, alone(pipe, tiny_base, shelf, tmp_path, "a cat", **told)[0])
+
+
+def test_a_second_pass_and_a_texture_are_those_of_generate(
+    client: Any, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
+) -> None:
+    second: dict[str, Any] = {"hr_scale": 1.5, "hr_upscaler": webuiapi.HiResUpscaler.Lanczos, "hr_second_pass_steps": 3}
+    answer = client.txt2img(prompt="a cat", seed=1, enable_hr=True, denoising_strength=0.6, **second, **SIDE)
+    own: dict[str, Any] = {"hires": 1.5, "hires_upscaler": "lanczos", "hires_steps": 3, "hires_strength": 0.6}
+    assert answer.image.size == (96, 96)
+    assert same(answer.image, alone(pipe, tiny_base, shelf, tmp_path, "a cat", seed=1, **own)[0])
+    answer = client.txt2img(prompt="a cat", seed=1, tiling=True, **SIDE)
+    assert same(answer.image, alone(pipe, tiny_base, shelf, tmp_path, "a cat", seed=1, tile="both")[0])
+
+
+def test_what_is_left_out_is_as_generate_has_it(
+    address: str, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
+) -> None:
+    told = ask(address, "txt2img", {"prompt": "a cat", "seed": 1}).json()
+    image = Image.open(io.BytesIO(base64.b64decode(told["images"][0])))
+    own = alone(
+        pipe, tiny_base, shelf, tmp_path, "a cat", seed=1, steps=None, guidance=None, scheduler=None, width=None, height=None
+    )
+    assert same(image, own[0])
+    options = {
+        "prompt": "a dog --w 128 --s 90",
+        "steps": 1,
+        "send_images": False,
+        "unheard_of": 1,
+        "cfg_scale": 1,
+        "negative_prompt": "x",
+    }
+    info = json.loads(ask(address, "txt2img", options).json()["info"])
+    assert (info["width"], info["steps"]) == (64, 1) and info["all_prompts"] == ["a dog --w 128 --s 90"]  # words, as there
+    assert [note.partition(" ")[0] for note in info["comments"]] == ["not", "the"] and "unheard_of" in info["comments"][0]
+
+
+def test_pictures_of_a_picture_are_those_of_generate(
+    client: Any, pipe: Any, tiny_base: Path, shelf: Path, tmp_path: Path
+) -> None:
+    begin = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    begin.save(tmp_path / "begin.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 40, 32))
+    mask.save(tmp_path / "mask.png")
+    common: dict[str, Any] = {"steps": 4, "seed": 2}
+    answer = client.img2img([begin], prompt="a cat <lora:ink:1>", denoising_strength=0.5, **common, **SIDE)
+    own: dict[str, Any] = {"image": tmp_path / "begin.png", "strength": 0.5, **common}
+    assert same(answer.image, alone(pipe, tiny_base, shelf, tmp_path, "a cat <lora:ink:1>", **own)[0])
+    plain: dict[str, Any] = {"mask_image": mask, "mask_blur": 0, "inpaint_full_res": False, "inpainting_fill": 1}
+    answer = client.img2img([begin], prompt="a cat", denoising_strength=1.0, **plain, **common, **SIDE)
+    own |= {"mask": tmp_path / "mask.png", "strength": 1.0}
+    assert same(answer.image, alone(pipe, tiny_base, shelf, tmp_path, "a cat", **own)[0])
+
+
+@pytest.mark.parametrize("fill", [0, 1])
+def test_only_what_a_mask_shows_is_painted_at_the_full_size(client: Any, fill: int) -> None:
+    begin = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 120, 3), dtype=np.uint8))
+    mask = Image.new("L", begin.size)
+    mask.paste(255, (60, 20, 90, 50))
+    told: dict[str, Any] = {"mask_image": mask, "mask_blur": 2, "inpainting_fill": fill, "inpaint_full_res_padding": 4}
+    answer = client.img2img([begin], prompt="a cat", steps=3, seed=1, **told, **SIDE)
+    assert answer.image.size == begin.size
+    changed = (np.asarray(answer.image) != np.asarray(begin)).any(2)
+    assert changed[25:45, 65:85].mean() > 0.9 and not changed[:, :45].any() and not changed[65:].any()
+
+
+def test_pictures_are_kept_where_the_server_keeps_them(client: Any, shelf: Path) -> None:
+    answer = client.txt2img(prompt="a cat", seed=77, save_images=True, override_settings={"samples_format": "jpg"}, **SIDE)
+    (kept,) = (shelf.parent / "saved").glob("*-77.png")
+    with Image.open(kept) as image:
+        assert image.info["parameters"] == answer.info["infotexts"][0]
+    assert answer.image.format == "JPEG" and client.png_info(answer.image)
+
+
+# What is there.
+
+
+def test_the_lists_are_those_of_the_folders(client: Any, address: str, shelf: Path) -> None:
+    loras = {one["name"]: one for one in client.get_loras()}
+    assert list(loras) == ["flat", "ink", "line", "x1"]
+    assert loras["x1"]["alias"] == "paper" and loras["x1"]["metadata"]["a"] == {"b": 1}
+    (shelf / "new.safetensors").write_bytes((shelf / "ink.safetensors").read_bytes())
+    assert ask(address, "refresh-loras", {}).json() is None and len(client.get_loras()) == 5
+    assert {"Euler a", "DPM++ 2M", "DDIM"} <= set(client.util_get_sampler_names())
+    assert {"automatic", "karras", "sgm_uniform"} <= set(client.util_get_scheduler_names())
+    assert client.util_get_model_names() == ["other", "tiny"]
+    assert client.get_memory()["ram"]["total"] > client.get_memory()["ram"]["used"] > 0
+    assert client.get_cmd_flags()["port"] == 0 and TOKEN not in json.dumps(client.get_cmd_flags())
+    assert client.get_embeddings()["loaded"]["zork"].items() >= {"shape": 32, "vectors": 2}.items()
+    assert client.get_scripts() == {
+        "txt2img": [],
+        "img2img": [],
+    }
+    assert {"name": "Latent (bicubic antialiased)"} in client.get_latent_upscale_modes()
+    for empty in (client.get_sd_vae, client.get_hypernetworks, client.get_prompt_styles, client.get_face_restorers):
+        assert empty() == []
+    assert [one["name"] for one in client.get_upscalers()] == ["None", "Lanczos"] and client.refresh_checkpoints() is None
+
+
+def test_another_base_is_loaded_when_it_is_asked_for(client: Any) -> None:
+    plain = client.txt2img(prompt="a cat", seed=1, **SIDE)
+    with pytest.raises(RuntimeError, match="do not fit a Linear"):
+        client.txt2img(prompt="a cat <lora:ink:1>", override_settings={"sd_model_checkpoint": "other"}, **SIDE)
+    once = client.txt2img(prompt="a cat", seed=1, override_settings={"sd_model_checkpoint": "other"}, **SIDE)
+    assert once.info["sd_model_name"] == "other" and not same(once.image, plain.image)
+    assert client.util_get_current_model() == "tiny"
+    assert same(client.txt2img(prompt="a cat", seed=1, **SIDE).image, plain.image)
+    client.util_set_model("other")
+    assert client.util_get_current_model() == "other"
+    assert same(client.txt2img(prompt="a cat", seed=1, **SIDE).image, once.image)
+    client.set_options({"sd_model_checkpoint": "tiny", "CLIP_stop_at_last_layers": 2})
+    skipped = client.txt2img(prompt="a cat", seed=1, **SIDE)
+    assert skipped.info["clip_skip"] == 2 and not same(skipped.image, plain.image)
+    client.set_options({"CLIP_stop_at_last_layers": 1})
+    assert "not found" in client.set_options({"sd_model_checkpoint": "../tiny"})["detail"]
+    assert "not known" in client.set_options({"no_such_option": 1})["detail"]
+
+
+def test_drawing_is_followed_skipped_and_interrupted(client: Any) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        coming = threads.submit(lambda: client.txt2img(prompt="a cat", n_iter=30, steps=40, **SIDE))
+        while (told := client.get_progress())["progress"] < 0.02:
+            assert not coming.done()
+        assert told["state"]["job"] == "txt2img" and told["state"]["job_count"] == 30
+        client.skip()
+        while client.get_progress()["state"]["job_no"] < 3:
+            assert not coming.done()
+        waiting = threads.submit(lambda: client.txt2img(prompt="a dog", seed=1, **SIDE))
+        client.interrupt()
+        assert 1 <= len(coming.result().images) < 29 and len(waiting.result().images) == 1
+    assert client.get_progress()["progress"] == 0
+
+
+# Who may ask, and for what.
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Authorization": ""}, 401),
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({"Authorization": "Basic !"}, 401),
+        ({"Authorization": f"Basic {base64.b64encode(f'me:{TOKEN}'.encode()).decode()}"}, 200),
+        ({"Authorization": f"Basic {base64.b64encode(TOKEN.encode()).decode()}"}, 401),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "localhost:1"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://203.0.113.5"}, 403),
+    ],
+)
+def test_who_may_ask(address: str, headers: dict[str, str], status: int) -> None:
+    answer = ask(address, "options", None, **headers)
+    assert answer.status_code == status and "access-control-allow-origin" not in answer.headers
+    if status != 200:
+        assert answer.json()["error"] == "HTTPException" and answer.json()["detail"]
+
+
+def test_a_request_that_is_too_large_is_not_read_to_its_end(address: str) -> None:
+    large = b'{"prompt": "' + b"a" * 2**20 + b'"}'
+    sent = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+    for body in (large, iter([large])):  # the second tells no length
+        answer = requests.post(f"{address}/sdapi/v1/txt2img", data=body, headers=sent, timeout=60)
+        assert answer.status_code == 413 and "1 MiB" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"prompt": "a <lora:../outside:1>"}, "there is no adapter '../outside'"),
+        ({"prompt": "a <lora:/etc/passwd:1>"}, "there is no adapter '/etc/passwd'"),
+        ({"prompt": "a __../token__"}, "is a wildcard, and there are no lists"),
+        ({"prompt": "a" * 10_001}, "prompt is at most"),
+        ({"steps": 151}, "steps is at most 150"),
+        ({"steps": 0}, "--steps must be"),
+        ({"width": 256, "height": 256}, "over the limit of 16,384 pixels"),
+        ({"width": 60}, "no multiple of 16"),
+        ({"batch_size": 9}, "batch_size is at most 8"),
+        ({"batch_size": 8, "n_iter": 6}, "at most 40"),
+        ({"n_iter": 0}, "n_iter must be 1 or more"),
+        ({"seed": -5}, "seed must be -1"),
+        ({"subseed_strength": 2}, "subseed_strength must be"),
+        ({"sampler_name": "no such"}, "there is no scheduler"),
+        ({"sampler_name": "Euler", "scheduler": "align_your_steps"}, "there is no scheduler 'align_your_steps'"),
+        ({"restore_faces": True}, "restore_faces "),
+        ({"enable_hr": True, "hr_scale": 4}, "256x256 is over the limit"),
+        ({"enable_hr": True, "hr_resize_x": 96, "hr_resize_y": 128}, "hr_resize_x and hr_resize_y"),
+        ({"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+"}, "there is no upscaler"),
+        ({"enable_hr": True, "hr_prompt": "a dog"}, "hr_prompt 'a dog' is not done here"),
+        ({"eta": 0.5}, "eta "),
+        ({"styles": ["x"]}, "styles "),
+        ({"script_name": "X/Y/Z plot"}, "script_name "),
+        ({"alwayson_scripts": {"ControlNet": {"args": []}}}, "alwayson_scripts "),
+        ({"override_settings": {"sd_vae": "x.pt"}}, "the option sd_vae"),
+        ({"override_settings": {"samples_format": "exe"}}, "samples_format"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_told_in_words(address: str, body: dict[str, Any], told: str) -> None:
+    answer = ask(address, "txt2img", {"prompt": "a cat", "steps": 1, **body})
+    assert answer.status_code == 400, answer.text
+    assert told in answer.json()["detail"] and answer.json()["errors"] == answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({}, "starts from one picture"),
+        ({"init_images": ["http://127.0.0.1/x.png"]}, "addresses are not fetched"),
+        ({"init_images": ["/etc/passwd"]}, "init_images[0]"),
+        ({"init_images": [base64.b64encode(b"no picture").decode()]}, "init_images[0]: the content is no picture"),
+        ({"denoising_strength": 0}, "denoising_strength must be above 0"),
+        ({"resize_mode": 3}, "resize_mode 3"),
+        ({"mask": "", "inpainting_fill": 2}, "inpainting_fill 2"),
+    ],
+)
+def test_what_cannot_be_drawn_from_is_told_in_words(address: str, body: dict[str, Any], told: str) -> None:
+    picture = {"init_images": [webuiapi.raw_b64_img(Image.new("RGB", (64, 64)))]} if body else {}
+    answer = ask(address, "img2img", {"prompt": "a cat", "steps": 1, **picture, **body})
+    assert answer.status_code == 400 and told in answer.json()["detail"], answer.text
+
+
+def test_a_body_of_other_types_is_told_as_a1111_tells_it(address: str) -> None:
+    answer = ask(address, "txt2img", {"steps": "many"})
+    assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == ["body", "steps"]
+    assert ask(address, "no-such-endpoint").status_code == 404
+
+
+# Without a server.
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "meant"),
+    [
+        ("Euler a", "automatic", "euler-a"),
+        ("DPM++ 2M", "Automatic", "dpm++-karras"),
+        ("DPM++ 2M Karras", None, "dpm++-karras"),
+        ("k_dpmpp_2m", "SGM Uniform", "dpm++-trailing"),
+        ("DPM++ 3M SDE", "", "dpm++-3m-sde-exponential"),
+        ("Euler", "karras", "euler-karras"),
+        (None, None, None),
+    ],
+)
+def test_samplers_and_schedulers_mean_what_a1111_means(sampler: str | None, schedule: str | None, meant: str | None) -> None:
+    assert names.scheduler(sampler, schedule) == meant
+
+
+def test_text_of_a1111_is_parted_into_its_fields() -> None:
+    text = (
+        "a cat,\nsecond line <lora:ink:1>\nNegative prompt: dog, (bad:1.2)\nSteps: 20, Sampler: Euler a, CFG scale: 7, "
+        'Seed: 1, Size: 512x768, Lora hashes: "ink: 12ab, flat: 34cd", Version: v1.9'
+    )
+    found = pictures.parse(text)
+    assert found["Prompt"] == "a cat,\nsecond line <lora:ink:1>" and found["Negative prompt"] == "dog, (bad:1.2)"
+    assert (found["Size-1"], found["Size-2"], found["Version"]) == ("512", "768", "v1.9")
+    assert found["Lora hashes"] == "ink: 12ab, flat: 34cd"
+    assert pictures.parse("words: alone, and more") == {"Prompt": "words: alone, and more", "Negative prompt": ""}
+
+
+def test_what_a_mask_shows_is_filled_from_around_it() -> None:
+    image = Image.new("RGB", (50, 37), (200, 100, 0))
+    mask = Image.new("L", image.size)
+    mask.paste(255, (10, 10, 30, 30))
+    image.paste((0, 0, 255), (10, 10, 30, 30))
+    assert (np.asarray(inpainting.filled(image, mask)) == (200, 100, 0)).all()
+    grey = inpainting.filled(image, Image.new("L", image.size, 255))
+    assert set(np.asarray(grey).ravel().tolist()) <= {127, 128}
+
+
+@pytest.mark.parametrize("padding", [0, 10, 500])
+def test_the_part_around_a_mask_holds_it_in_proportion(padding: int) -> None:
+    left, top, right, bottom = inpainting.around((70, 10, 90, 50), (300, 200), (64, 128), padding)
+    assert 0 <= left <= 70 and 90 <= right <= 300 and 0 <= top <= 10 and 50 <= bottom <= 200
+    if padding < 100:
+        assert (right - left) * 2 == bottom - top
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"host": "0.0.0.0"}, "needs a token"),
+        ({"host": "::"}, "needs a token"),
+        ({"token": "short"}, "a token has 8 letters"),
+        ({"token": "long enough", "token_file": "x"}, "either --token or --token-file"),
+        ({"token_file": "missing"}, "cannot be read"),
+        ({"adapters_dir": "missing"}, "there is no folder missing"),
+    ],
+)
+def test_what_no_server_may_be_is_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        ServeConfig(**options).check()
+    ServeConfig(host="0.0.0.0", token="long enough").check()
+
+
+def test_without_its_libraries_it_says_what_to_install() -> None:
+    code = "import sys; sys.modules['fastapi'] = None; from peft_diffusion.cli.app import main; sys.exit(main(['serve']))"
+    ended = forked.python(["-c", code], None, dict(os.environ))
+    assert ended.returncode == 1 and "pip install 'peft_diffusion[serve]'" in ended.stderr

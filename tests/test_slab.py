@@ -1,0 +1,210 @@
+"""Adapters that share the memory of a slab: what moves, what stays, and what is drawn, against pipelines of their own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_pipe
+from diffusers import DiffusionPipeline
+from making import make_adapter
+from safetensors.torch import load_file, save_file
+from test_methods_own import save_mixture
+
+from peft_diffusion import UserError
+from peft_diffusion.core import site
+from peft_diffusion.core.adapter import Adapter, Matrices
+from peft_diffusion.core.slab import uploaded
+from peft_diffusion.core.slot import state_of
+from peft_diffusion.generation import Adapters, Schedule
+
+
+@pytest.fixture(scope="module")
+def files(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """LoRAs of rank 4, one of rank 8, one of half the sites, one in halves with another alpha, and another method."""
+    folder = tmp_path_factory.mktemp("slab")
+    found = {name: make_adapter(folder / f"{name}.safetensors", tiny_base, seed) for seed, name in enumerate("abc")}
+    tensors = load_file(found["c"])
+    twice = {
+        name: torch.cat([one, 0.5 * one], int(name.endswith("lora_up.weight"))) if one.ndim else 2 * one
+        for name, one in tensors.items()
+    }
+    halves = {name: (one.half() if one.ndim else one / 3) for name, one in tensors.items()}
+    some = {name: one for name, one in tensors.items() if "attn1" in name}
+    for name, own in (("wide", twice), ("halves", halves), ("some", some)):
+        found[name] = folder / f"{name}.safetensors"
+        save_file(own, found[name])
+    found["mixed"] = folder / "mixed.safetensors"
+    save_mixture(found["mixed"], make_pipe())
+    return found
+
+
+@torch.no_grad()
+def drawn(pipe: DiffusionPipeline) -> torch.Tensor:
+    """What the text encoder and the UNet answer."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 100, (1, 77), generator=generator)
+    text = pipe.text_encoder(ids)[0]
+    x = torch.randn(1, 4, 8, 8, generator=generator)
+    answer: torch.Tensor = pipe.unet(x, 500, text).sample
+    return answer
+
+
+def alone(path: Path, strength: float) -> torch.Tensor:
+    """What a pipeline of its own draws with the adapters of a file, built one by one and each run by itself."""
+    pipe = make_pipe()
+    adapters = Adapters(pipe)
+    adapters.load(path, "own", strength)
+    for part in (pipe.unet, pipe.text_encoder):
+        for slot in site.slots(part).values():
+            assert all(isinstance(adapter, Adapter) for _, adapter in slot.adapters.items())
+        site.unpack(part)
+    return drawn(pipe)
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["b", "wide", "halves", "some", "mixed"])
+def test_a_swapped_adapter_draws_as_its_file_does(files: dict[str, Path], name: str) -> None:
+    pipe = make_pipe()
+    before = drawn(pipe)
+    adapters = Adapters(pipe)
+    adapters.load(files["a"], "own", 0.7)
+    adapters.swap("own", files[name])
+    assert close(drawn(pipe), alone(files[name], 0.7)) and adapters["own"].path == files[name]
+    adapters.swap("own", files["a"])
+    assert close(drawn(pipe), alone(files["a"], 0.7))
+    adapters.remove("own")
+    assert torch.equal(drawn(pipe), before)
+
+
+def test_what_comes_into_free_ranks_moves_nothing(files: dict[str, Path]) -> None:
+    pipe = make_pipe()
+    adapters = Adapters(pipe)
+    adapters.load(files["a"], "first", 0.7)
+    adapters.load(files["b"], "second", 0.0)
+    states = [state for part in (pipe.unet, pipe.text_encoder) if (state := state_of(part)) is not None]
+
+    def places() -> list[int]:
+        found = [state.strengths.values.data_ptr() for state in states] + [state.slab.moves for state in states]
+        slots = [slot for part in (pipe.unet, pipe.text_encoder) for slot in site.slots(part).values()]
+        return found + [slot.packed.down.data_ptr() for slot in slots if slot.packed is not None]
+
+    at_first = places()
+    assert len(states) == 2 and len(at_first) > 20
+    adapters.swap("first", files["c"])
+    assert close(drawn(pipe), alone(files["c"], 0.7)) and places() == at_first
+    adapters.remove("second")
+    adapters.load(files["some"], "third", 0.5)
+    adapters.set(first=0.0)
+    assert close(drawn(pipe), alone(files["some"], 0.5)) and places() == at_first
+    adapters.load(files["b"], "fourth")
+    assert places() != at_first  # there was no rank left
+    adapters.set(third=0.0, fourth=0.3)
+    assert close(drawn(pipe), alone(files["b"], 0.3))
+
+
+def test_a_swap_keeps_schedules_and_strengths_by_block(files: dict[str, Path]) -> None:
+    pipe = make_pipe()
+    adapters = Adapters(pipe)
+    fading = Schedule((1.0, 0.0))
+    adapters.load(files["a"], "own", fading)
+    adapters.load(files["a"], "other", {"mid": 0.5})
+
+    def strengths() -> list[object]:
+        return [found.kept("other") for part in (pipe.unet, pipe.text_encoder) if (found := site.strengths(part))]
+
+    kept = strengths()
+    for name in ("some", "mixed"):
+        adapters.swap("own", files[name])
+        adapters.swap("other", files["b"])
+    assert adapters.schedules == {"own": fading}
+    assert len(kept) == 2 and strengths() == kept
+
+
+@pytest.mark.parametrize("name", ["b", "mixed"])
+def test_a_swap_that_fails_leaves_the_adapter(
+    files: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = make_pipe()
+    adapters = Adapters(pipe)
+    adapters.load(files["a"], "own", 0.7)
+    before, told = drawn(pipe), adapters["own"]
+    with pytest.raises(UserError, match="no adapter 'other'"):
+        adapters.swap("other", files["b"])
+    save_file({"lora_unet_nowhere.lora_down.weight": torch.ones(4, 4)}, tmp_path / "damaged.safetensors")
+    with pytest.raises(UserError):
+        adapters.swap("own", tmp_path / "damaged.safetensors")
+    copy, calls = torch._foreach_copy_, iter([True])
+
+    def full(to: list[torch.Tensor], of: list[torch.Tensor]) -> None:
+        if next(calls, False):
+            raise torch.OutOfMemoryError
+        copy(to, of)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "_foreach_copy_", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            adapters.swap("own", files[name])
+    assert close(drawn(pipe), before) and adapters["own"] == told
+    adapters.swap("own", files[name])
+    assert close(drawn(pipe), alone(files[name], 0.7))
+
+
+def test_an_adapter_is_built_when_it_is_asked_for_and_follows_training(files: dict[str, Path]) -> None:
+    pipe = make_pipe()
+    adapters = Adapters(pipe)
+    adapters.load(files["halves"], "own")
+    assert not [name for name, _ in pipe.unet.named_parameters() if "_peft_diffusion" in name]
+    before = drawn(pipe)
+    built = site.adapters(pipe.unet, "own")
+    assert built and all(
+        own.dtype == torch.float32 and own.requires_grad for one in built.values() for own in one.parameters()
+    )
+    site.pack(pipe.unet)
+    assert close(drawn(pipe), before)
+    with torch.no_grad():
+        for one in built.values():
+            one.get_parameter("up").zero_()
+    assert close(drawn(pipe), before)
+    site.pack(pipe.unet)
+    assert not close(drawn(pipe), before)
+
+
+def test_a_slab_follows_its_component_to_another_dtype_and_back(files: dict[str, Path]) -> None:
+    pipe = make_pipe()
+    adapters = Adapters(pipe)
+    adapters.load(files["a"], "own")
+    adapters.load(files["b"], "other", -0.5)
+    before = drawn(pipe)
+    pipe.unet.to(torch.bfloat16)
+    slots = site.slots(pipe.unet)
+    assert all(slot.packed is not None and slot.packed.down.dtype == torch.bfloat16 for slot in slots.values())
+    pipe.unet.to(torch.float32)
+    pipe.unet.load_state_dict(make_pipe().unet.state_dict())
+    assert torch.equal(drawn(pipe), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_of_a_file_go_to_a_device_with_one_copy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = torch.arange(997, dtype=torch.uint8).repeat(4)[: 4 * 997]
+    numbers = data[24 : 24 + 3200].view(torch.int16).to(dtype)
+    file = torch.cat([torch.zeros(3, dtype=dtype), numbers])
+    pairs = [Matrices(file[at : at + 32].view(4, 8), file[at + 32 : at + 52].view(5, 4), 0.5) for at in (3, 700, 203)]
+    pairs.append(Matrices(torch.randn(2, 3), torch.randn(4, 2), 1.0))  # of an adapter, elsewhere
+    copies: list[int] = []
+    to = torch.Tensor.to
+
+    def counted(self: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        copies.append(self.numel())
+        return to(self, *given, **named).clone()
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    found = uploaded(pairs, torch.device("cpu"))
+    monkeypatch.undo()
+    assert len(copies) == 3 and max(copies) <= 752 * file.itemsize + 8
+    for one, other in zip(found, pairs, strict=True):
+        assert torch.equal(one.down, other.down) and torch.equal(one.up, other.up) and one.scale == other.scale
+        assert one.down.data_ptr() != other.down.data_ptr()
