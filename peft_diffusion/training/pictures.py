@@ -33,8 +33,8 @@ from .run import Facts, next_command
 from .settings.derive import resolve
 from .settings.pictures import ResolvedConfig, TrainConfig, block_rates, output_path, run_path
 from .settings.placements import Placement, blocks, plugins_of
-from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.datasets import parts_of
+from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.preparation import Prepared, check_apart, check_places, items, prepare, reading_of
 from .watch.previews import Previews
 
