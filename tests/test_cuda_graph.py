@@ -111,7 +111,7 @@ def test_what_cannot_be_recorded_runs_all_the_same_and_says_why() -> None:
 
 
 def test_memory_that_runs_out_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Recorder, inputs: Inputs) -> None:
+    def full(self: Recorder[None], inputs: Inputs) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(Recorder, "__call__", full)

@@ -1,6 +1,7 @@
 """Adapters that share the memory of a slab: what moves, what stays, and what is drawn, against pipelines of their own."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from test_methods_own import save_mixture
 
 from peft_diffusion import UserError
 from peft_diffusion.core import site
-from peft_diffusion.core.adapter import Adapter
+from peft_diffusion.core.adapter import Adapter, Matrices
+from peft_diffusion.core.slab import uploaded
 from peft_diffusion.core.slot import state_of
 from peft_diffusion.generation import Adapters, Schedule
 
@@ -183,3 +185,26 @@ def test_a_slab_follows_its_component_to_another_dtype_and_back(files: dict[str,
     pipe.unet.to(torch.float32)
     pipe.unet.load_state_dict(make_pipe().unet.state_dict())
     assert torch.equal(drawn(pipe), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_of_a_file_go_to_a_device_with_one_copy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = torch.arange(997, dtype=torch.uint8).repeat(4)[: 4 * 997]
+    numbers = data[24 : 24 + 3200].view(torch.int16).to(dtype)
+    file = torch.cat([torch.zeros(3, dtype=dtype), numbers])
+    pairs = [Matrices(file[at : at + 32].view(4, 8), file[at + 32 : at + 52].view(5, 4), 0.5) for at in (3, 700, 203)]
+    pairs.append(Matrices(torch.randn(2, 3), torch.randn(4, 2), 1.0))  # of an adapter, elsewhere
+    copies: list[int] = []
+    to = torch.Tensor.to
+
+    def counted(self: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        copies.append(self.numel())
+        return to(self, *given, **named).clone()
+
+    monkeypatch.setattr(torch.Tensor, "to", counted)
+    found = uploaded(pairs, torch.device("cpu"))
+    monkeypatch.undo()
+    assert len(copies) == 3 and max(copies) <= 752 * file.itemsize + 8
+    for one, other in zip(found, pairs, strict=True):
+        assert torch.equal(one.down, other.down) and torch.equal(one.up, other.up) and one.scale == other.scale
+        assert one.down.data_ptr() != other.down.data_ptr()

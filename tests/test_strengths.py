@@ -127,7 +127,7 @@ def test_a_load_that_is_interrupted_leaves_nothing(
     adapters = Adapters(tiny_pipe)
     monkeypatch.setattr(adapters, "set", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        adapters.load(flat)
+        adapters.load(flat, strength=0.5)
     assert adapters.names == () and not site.sites(tiny_pipe.unet)
 
 

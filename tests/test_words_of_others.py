@@ -1,18 +1,25 @@
 """Learned words and second text encoders in files of other programs: what they are called, and which encoder is meant."""
 
+import base64
+import json
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from test_formats import write_adapter
 
 from peft_diffusion import formats
 from peft_diffusion.bases.taught import learned
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.formats import pictures
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.generate import generate
 from peft_diffusion.generation.settings import GenerateConfig, parse_choice, parse_choices
@@ -149,3 +156,97 @@ def test_a_file_of_the_second_text_encoder_says_which_it_is_for(tmp_path: Path) 
         formats.plan(own, component="text_encoder_2")
     with pytest.raises(UserError, match=r"there is no component 'text_encoder_3'.*did you mean"):
         formats.plan(own, component="text_encoder_3")
+
+
+def as_json(vectors: torch.Tensor, name: str) -> bytes:
+    """What A1111 puts into a picture."""
+    return json.dumps({"string_to_param": {"*": {"TORCHTENSOR": vectors.tolist()}}, "name": name, "step": 5}).encode()
+
+
+def generator(count: int) -> np.ndarray[Any, Any]:
+    """The numbers that A1111 mixes data with, one by one."""
+    numbers, seed = [], 0
+    for _ in range(count):
+        seed = (1664525 * seed + 1013904223) % 2**32
+        numbers.append(seed % 255)
+    return np.array(numbers, np.uint8)
+
+
+def in_pixels(data: bytes, picture: Image.Image) -> Image.Image:
+    """A picture between the halves of compressed data, as ``insert_image_data_embed`` of A1111 makes it."""
+    packed = np.frombuffer(zlib.compress(data, 9), np.uint8)
+    height = picture.height
+    size = -(-len(packed) // (3 * height)) * 3 * height
+    blocks = []
+    for half in (packed & 15, packed >> 4):
+        block = np.resize(half, size).reshape(height, -1, 3)
+        shades = np.random.default_rng(0).integers(16, 256, block.shape).astype(np.uint8) & 0xF0
+        blocks.append(block ^ shades ^ (generator(size).reshape(block.shape) & 15))
+    gap = np.zeros((height, 1, 3), np.uint8)
+    return Image.fromarray(np.concatenate([blocks[0], gap, np.asarray(picture), gap, blocks[1]], 1))
+
+
+@pytest.mark.parametrize("form", ("text", "pixels.png", "pixels.webp"))
+def test_a_word_in_a_picture_is_read_as_a1111_does(form: str, tmp_path: Path) -> None:
+    path = tmp_path / f"card.{form.rpartition('.')[2] if '.' in form else 'png'}"
+    picture = Image.new("RGB", (40, 32), (200, 90, 30))
+    if form == "text":
+        entries = PngInfo()
+        entries.add_text("sd-ti-embedding", base64.b64encode(as_json(B, "sumi ink")).decode())
+        picture.save(path, pnginfo=entries)
+    else:
+        in_pixels(as_json(B, "sumi ink"), picture).save(path, lossless=True)
+    pipe = make_pipe()
+    Adapters(pipe).load(path, strict=True)
+    ids = pipe.tokenizer("sumi_ink", add_special_tokens=False).input_ids
+    found = pipe.text_encoder.get_input_embeddings()(torch.tensor(ids))
+    torch.testing.assert_close(found.detach(), B, atol=1e-6, rtol=0)
+    assert formats.inspect(path).triggers == ("sumi_ink",)
+
+
+def test_pictures_that_hold_no_word_or_a_damaged_one_are_refused(tmp_path: Path) -> None:
+    plain = Image.new("RGB", (40, 32), (200, 90, 30))
+    framed = Image.new("RGB", (60, 40), (9, 9, 9))
+    framed.paste(plain, (10, 4))
+    framed.paste((0, 0, 0), (8, 0, 9, 40))
+    framed.paste((0, 0, 0), (51, 0, 52, 40))
+    for picture in (plain, framed, Image.new("RGB", (8, 8))):
+        picture.save(tmp_path / "a.png")
+        with pytest.raises(UserError, match="a picture that holds no embedding of A1111"):
+            formats.plan(tmp_path / "a.png")
+    huge = in_pixels(b" " * (2**26 + 1), plain)  # of 64 KiB, which unpack to 64 MiB
+    huge.save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="more than any embedding"):
+        formats.plan(tmp_path / "a.png")
+    for text in (b'{"string_to_param": {}}', b"[" * 9999, b'{"string_to_param": {"*": {"TORCHTENSOR": [[1e999]]}}}', b"no"):
+        in_pixels(text, plain).save(tmp_path / "a.png")
+        with pytest.raises(UserError, match="its embedding"):
+            formats.plan(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="is no picture that can be read"):
+        formats.plan(tmp_path / "a.png")
+
+
+def test_the_numbers_in_pictures_are_a1111s_own() -> None:
+    """The values that A1111's file tests itself with."""
+    found = pictures._numbers(100_100)
+    assert found[:10].tolist() == [253, 242, 127, 44, 157, 27, 239, 133, 38, 79]
+    assert int(found[100:].astype(np.int64).sum()) == 12731374
+
+
+def test_a_projection_that_only_comfyui_has_is_left_out_and_told(tmp_path: Path) -> None:
+    """ComfyUI's saver writes that of XL's first text encoder too, whose output there nothing reads."""
+    ends = {"clip_g": "text_encoder_2", "clip_l": "text_encoder"}
+    pipe, held = make_xl_pipe(), dict[str, torch.Tensor]()
+    for name, component in ends.items():
+        config = getattr(pipe, component).config
+        width, outputs = config.hidden_size, config.projection_dim
+        site = f"text_encoders.{name}.transformer.text_projection"
+        held |= {f"{site}.lora_down.weight": torch.ones(2, width), f"{site}.lora_up.weight": torch.ones(outputs, 2)}
+    save_file(held, tmp_path / "style.safetensors")
+    loaded = formats.load(tmp_path / "style.safetensors", pipe, strict=True)
+    assert {component: [*own] for component, own in loaded.components.items()} == {"text_encoder_2": ["text_projection"]}
+    assert any("2 of 4 tensors change a projection" in one and "clip_l" in one for one in loaded.warnings)
+    save_file({name: one for name, one in held.items() if "clip_l" in name}, tmp_path / "idle.safetensors")
+    with pytest.raises(UserError, match="holds nothing for this base: its tensors change a projection"):
+        formats.load(tmp_path / "idle.safetensors", pipe)

@@ -7,7 +7,7 @@ anew. Where a site has too little room, all regions move once to larger memory, 
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -19,6 +19,7 @@ from .arena import ALIGNMENT
 
 _LEAST_ROOM = 8  # ranks of a region; from there on it doubles
 
+_ROWS = "rows"  # what the rows of the strengths are called among the buffers, beside dtypes
 _WORD = 8  # bytes: a multiple of the size of every number
 
 
@@ -140,8 +141,7 @@ class Slab(nn.Module):
         self.moves = 0
         self.views: list[SiteView | None] = []
         self._regions: list[_Region | None] = []
-        self._flats: dict[torch.dtype, Tensor] = {}
-        self._rows = torch.zeros(0, dtype=torch.int64, device=device)
+        self._place({}, torch.zeros(0, dtype=torch.int64, device=device))
         self._host_rows = torch.zeros(0, dtype=torch.int64)
 
     def hold(self, wanted: Mapping[int, Wanted], new: Sequence[Wanted]) -> list[int]:
@@ -271,8 +271,8 @@ class Slab(nn.Module):
                 region.down = _reserve(sizes, region.dtype, region.room * region.width)
             for region in alike:
                 region.up = _reserve(sizes, region.dtype, region.room * region.shape[0])
-        self._flats = {dtype: torch.zeros(size, dtype=dtype, device=self.device) for dtype, size in sizes.items()}
-        self._rows = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        flats = {dtype: torch.zeros(size, dtype=dtype, device=self.device) for dtype, size in sizes.items()}
+        self._place(flats, torch.zeros(rows, dtype=torch.int64, device=self.device))
         self._host_rows = torch.zeros(rows, dtype=torch.int64)
         self.moves += 1
         self._look()
@@ -281,13 +281,14 @@ class Slab(nn.Module):
 
     def _look(self) -> None:
         """Make the views."""
-        self.views = [None if region is None else self._view(region) for region in self._regions]
+        flats, rows = self._flats, self._rows
+        self.views = [None if region is None else self._view(region, flats, rows) for region in self._regions]
 
-    def _view(self, region: _Region) -> SiteView:
-        flat, room, outputs = self._flats[region.dtype], region.room, region.shape[0]
+    def _view(self, region: _Region, flats: Mapping[torch.dtype, Tensor], rows: Tensor) -> SiteView:
+        flat, room, outputs = flats[region.dtype], region.room, region.shape[0]
         down = flat[region.down : region.down + room * region.width].view(room, *region.shape[1:])
         up = flat[region.up : region.up + room * outputs].view(room, outputs)
-        return SiteView(down, up, self._rows[region.rows : region.rows + room])
+        return SiteView(down, up, rows[region.rows : region.rows + room])
 
     def _parts(self, place: int, held: _Held) -> tuple[Tensor, Tensor]:
         """The ranks of an adapter at a site: (rank, in, ...) and (rank, out)."""
@@ -307,7 +308,8 @@ class Slab(nn.Module):
         """Write pairs to where they are held, those of one file with one copy to the device."""
         places = [self._parts(place, held) for place, held in placed]
         if placed:
-            pairs = _uploaded([held.pair.matrices() for _, held in placed], self.device)
+            pairs = [held.pair.matrices() for _, held in placed]
+            pairs = pairs if self.device.type == "cpu" else uploaded(pairs, self.device)
             ups = _scaled(pairs)
             # Apart, as tensors of one arrangement are few launches: those of the ups lie the other way round in files.
             torch._foreach_copy_([down for down, _ in places], [pair.down for pair in pairs])
@@ -327,8 +329,7 @@ class Slab(nn.Module):
             return self
         self.device = rows.device
         if all(before == now for before, now in dtypes.items()):
-            self._flats = {dtype: fn(flat) for dtype, flat in self._flats.items()}
-            self._rows = rows
+            self._place({dtype: fn(flat) for dtype, flat in self._flats.items()}, rows)
             self.moves += 1
             self._look()
             return self
@@ -338,16 +339,22 @@ class Slab(nn.Module):
         self._move()
         return self
 
-    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        """Go through the memory that it takes on the device.
+    @property
+    def _flats(self) -> dict[torch.dtype, Tensor]:
+        """The numbers of all regions, by their dtype."""
+        return {held.dtype: held for name, held in self._buffers.items() if held is not None and name != _ROWS}
 
-        Args:
-            recurse: Of torch.
+    @property
+    def _rows(self) -> Tensor:
+        """The rows of the strengths, of all regions."""
+        return self.get_buffer(_ROWS)
 
-        Yields:
-            Each tensor.
-        """
-        yield from (*self._flats.values(), self._rows)
+    def _place(self, flats: Mapping[torch.dtype, Tensor], rows: Tensor) -> None:
+        """Take other memory, as buffers, by which it is found."""
+        self._buffers.clear()
+        for dtype, flat in flats.items():
+            self.register_buffer(str(dtype).replace("torch.", "pairs_"), flat, persistent=False)
+        self.register_buffer(_ROWS, rows, persistent=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "views": []}
@@ -368,10 +375,16 @@ def _scaled(pairs: Sequence[Matrices]) -> list[Tensor]:
     return found
 
 
-def _uploaded(pairs: Sequence[Matrices], device: torch.device) -> list[Matrices]:
-    """Pairs on a device, with one copy for all that lie in one piece of memory, as those of a file do."""
-    if device.type == "cpu":
-        return list(pairs)
+def uploaded(pairs: Sequence[Matrices], device: torch.device) -> list[Matrices]:
+    """Bring pairs to a device, with one copy for all that lie in one piece of memory, as those of a file do.
+
+    Args:
+        pairs: On the CPU, or where they are to be.
+        device: The device.
+
+    Returns:
+        The pairs there.
+    """
     ends: dict[int, tuple[int, int]] = {}  # bytes of pieces of memory, by their address
     for pair in pairs:
         for matrix in pair[:2]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .adapter import Adapter, AdapterDict
 from .component import ComponentState
 from .slab import SiteView, Slab
-from .strength import Strengths
+from .strength import Strengths, recording
 
 SLOT = "_peft_diffusion"
 """The name of the child module that a slot is: the only name that this package takes on a module of a base."""
@@ -142,7 +142,7 @@ class Slot(nn.Module):
         if strengths.merged:
             return y
         # A graph outlives the strengths that it was made with, so it holds every adapter; eager runs skip the idle ones.
-        recorded = torch.compiler.is_compiling() or _capturing()
+        recorded = torch.compiler.is_compiling() or recording()
         if self.packed is not None and not torch.is_grad_enabled():
             return self._run_packed(self.packed, site, x, y) if recorded or strengths.active else y
         base = y
@@ -313,10 +313,6 @@ def state_of(component: nn.Module) -> ComponentState | None:
                 return slot.component
             waiting.extend(child for child in held.values() if child is not None)
     return None
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _broadcast(strength: Tensor, y: Tensor) -> Tensor:

@@ -213,12 +213,33 @@ class Strengths(KeepsPrecision):
         step = self._step()
         return self._active if step is None else step.active
 
+    @property
+    def present(self) -> Tensor:
+        """``values`` at the step of a schedule where this thread is."""
+        step = self._step()
+        return self.values if step is None else step.values
+
     def _step(self) -> _Step | None:
         """The step of a schedule where this thread is; None where there is none, and in a graph that outlives it."""
-        if torch.compiler.is_compiling() or not self.schedules:
+        if torch.compiler.is_compiling() or not self.schedules or recording():
             return None
         step = _steps.present
         return step if step is not None and step.owner() is self and step.change == self.changes else None
+
+    def steps(self, places: Sequence[float]) -> Tensor:
+        """Give the strengths at several points of the steps, without changing any.
+
+        Args:
+            places: How many of the steps are done at each, from 0 to 1.
+
+        Returns:
+            (places, rows, blocks, images), where ``values`` is.
+        """
+        tables = []
+        for place in places:
+            rows = self._planned({name: schedule.at(place) for name, schedule in self.schedules.items()})
+            tables.append(self._table(rows))
+        return torch.stack(tables).to(self.values.device)
 
     def _planned(self, amounts: Mapping[str, OverSteps]) -> list[Tensor]:
         """The strengths of every adapter, each (blocks, images) or (blocks, 1). Raises as ``write`` does."""
@@ -237,15 +258,19 @@ class Strengths(KeepsPrecision):
 
     def _put(self, rows: Sequence[Tensor]) -> tuple[Tensor, frozenset[str]]:
         """Write strengths, for all threads. Returns the values, apart from those, and the names of what is not 0."""
-        images = max((row.shape[1] for row in rows), default=1)
-        told = torch.zeros(len(self._told), len(self.blocks), images)
-        for name, row in zip(self.names, rows, strict=True):
-            told[self._places[name]] = row
-        self._told = told
+        self._told = self._table(rows)
         self._publish()
         self._active = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
         self.full = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool((row == 1).all()))
         return self.values.clone() if self.schedules else self.values, self._active
+
+    def _table(self, rows: Sequence[Tensor]) -> Tensor:
+        """The strengths of every adapter as `values` has them, on the CPU."""
+        images = max((row.shape[1] for row in rows), default=1)
+        told = torch.zeros(len(self._told), len(self.blocks), images)
+        for name, row in zip(self.names, rows, strict=True):
+            told[self._places[name]] = row
+        return told
 
     @torch.no_grad()
     def _publish(self) -> None:
@@ -306,11 +331,25 @@ class Strengths(KeepsPrecision):
         Raises:
             UserError: The batch is neither once, twice nor three times the number of images, nor that of their prompts.
         """
-        step = self._step()
-        values = (self.values if step is None else step.values)[rows, block].to(y.dtype)
+        values = self.present[rows, block].to(y.dtype)
         if values.ndim == 2:
             values = values.transpose(0, 1)
-        images, batch = values.shape[0], y.shape[0]
+        return self.over(values, len(y))
+
+    def over(self, values: Tensor, batch: int) -> Tensor:
+        """Repeat strengths of images over a batch that holds each image once or more: see `at`.
+
+        Args:
+            values: (images, ...).
+            batch: How many rows there are.
+
+        Returns:
+            (batch, ...); as it was where all images have the same.
+
+        Raises:
+            UserError: As `at`.
+        """
+        images = len(values)
         if images == 1:
             return values
         if images % batch == 0:  # each prompt once, as a text encoder reads it for the several images that it is for
@@ -400,3 +439,12 @@ class Strengths(KeepsPrecision):
         """The present strength of an adapter, in one column where all images have the same."""
         rows = self._told[self.index(name)]
         return rows if bool((rows != rows[:, :1]).any()) else rows[:, :1]
+
+
+def recording() -> bool:
+    """Tell whether a CUDA graph is being recorded, which outlives the strengths that it is made with.
+
+    Returns:
+        Whether one is, by this thread's stream.
+    """
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

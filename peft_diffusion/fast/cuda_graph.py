@@ -1,7 +1,7 @@
 """Work that a GPU repeats, recorded once as a CUDA graph: the host then issues one call where it issued thousands."""
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 Inputs: TypeAlias = Mapping[str, Tensor]
 Shapes: TypeAlias = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
+_Result = TypeVar("_Result")
 _WARM_UPS = 3  # runs before recording, in which libraries choose and allocate what a recording must not
 
 
@@ -39,17 +40,18 @@ def to_device(inputs: Inputs, device: torch.device) -> dict[str, Tensor]:
     return {name: _pinned(tensor).to(device, non_blocking=True) for name, tensor in inputs.items()}
 
 
-class Recorder:
+class Recorder(Generic[_Result]):
     """Runs ``work`` from a recording for each shape of its inputs; all recordings share one pool of memory.
 
     ``work`` reads its inputs and tensors that stay where they are, and writes to tensors that stay: ``kept`` are those that
     a trial run must not change. ``assumes`` tells what else a recording depends on, known on the host: one that was made
-    while that was otherwise is not run.
+    while that was otherwise is not run. What ``work`` gives stays where it is too, and the next run of the recording writes
+    it anew.
     """
 
     def __init__(
         self,
-        work: Callable[[Inputs], None],
+        work: Callable[[Inputs], _Result],
         kept: Callable[[], list[Tensor]],
         device: torch.device,
         assumes: Callable[[], Hashable] = lambda: None,
@@ -58,21 +60,30 @@ class Recorder:
         self.assumes = assumes
         self.kept = kept
         self.device = device
-        self.graphs: dict[tuple[Shapes, Hashable], tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
+        self.graphs: dict[tuple[Shapes, Hashable], tuple[torch.cuda.CUDAGraph, dict[str, Tensor], _Result]] = {}
         self.pool: Any = None  # torch has no public name for its handle
+        self.made = 0  # recordings, also those that were given up since
 
-    def __call__(self, inputs: Inputs) -> None:
+    def __call__(self, inputs: Inputs) -> _Result:
         """Do the work. Raises RuntimeError where it cannot be recorded, with everything as it was before."""
         key = shapes(inputs), self.assumes()
         if key not in self.graphs:
             self.graphs[key] = self._record(inputs)
-        graph, places = self.graphs[key]
+            self.made += 1
+        graph, places, result = self.graphs[key]
         for name, place in places.items():
             place.copy_(_pinned(inputs[name]), non_blocking=True)
         graph.replay()
+        return result
 
-    def _record(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
-        places = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+    def forget(self) -> None:
+        """Give up every recording, and the memory that they share."""
+        self.graphs.clear()
+        self.pool = None
+
+    def _record(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor], _Result]:
+        # Copies, as what a run was called with must stay when the next one writes its own there.
+        places = {name: tensor.to(self.device, copy=True) for name, tensor in inputs.items()}
         before = [tensor.clone() for tensor in self.kept()]
         graph = torch.cuda.CUDAGraph()
         chance = torch.cuda.get_rng_state(self.device)  # trial runs draw too, which must not be seen in what follows
@@ -85,7 +96,7 @@ class Recorder:
                     self.work(places)
             stream.wait_stream(side)
             with torch.cuda.graph(graph, pool=self.pool):
-                self.work(places)
+                result = self.work(places)
             done = True
         finally:
             torch.cuda.synchronize(self.device)
@@ -97,7 +108,7 @@ class Recorder:
                 for tensor, value in zip(self.kept(), before, strict=True):
                     tensor.copy_(value)
         self.pool = graph.pool()
-        return graph, places
+        return graph, places, result
 
 
 def cause(error: BaseException) -> str:

@@ -44,7 +44,7 @@ def kernels_on(device: torch.device) -> Any:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:  # no Triton, no compiler for what it launches from, a card that it does not know
-        logging.getLogger(__name__).warning("training without Triton's kernels, which is slower: %s", error)
+        logging.getLogger(__name__).warning("computing without Triton's kernels, which is slower: %s", error)
         return None
     return kernels
 

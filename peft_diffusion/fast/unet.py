@@ -23,8 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core.site import base_class, is_plain_linear, rebase
 from . import frozen_ops
 from .low_rank import fused_projections, fusing
+from .operands import present
 
-_CUDNN_FIRST = (
+CUDNN_FIRST = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -52,8 +53,8 @@ def fused(component: nn.Module, *, cudnn_attention: bool = True) -> Iterator[Non
     # Which is fastest is found with a clock, so not where every run shall round alike.
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     try:
-        cudnn = cudnn_attention and _cudnn_attends(component, parameter)
-        with channels_last(component), side_by_side(component), swapped(component, _CUDNN_FIRST if cudnn else ()), fusing():
+        cudnn = cudnn_attention and cudnn_attends(component, parameter)
+        with channels_last(component), side_by_side(component), swapped(component, CUDNN_FIRST if cudnn else ()), fusing():
             yield
     finally:
         torch.backends.cudnn.benchmark = chosen
@@ -310,9 +311,11 @@ class FusedAttention:
             return result
         told = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is None:
-            query, key, value = _projected((attn.to_q, attn.to_k, attn.to_v), hidden_states)
+            query, key, value = projected((attn.to_q, attn.to_k, attn.to_v), hidden_states)
         else:
-            query, (key, value) = attn.to_q(hidden_states), _projected((attn.to_k, attn.to_v), told)
+            operands = present()
+            known = None if operands is None else operands.knows(attn, told)
+            query, (key, value) = attn.to_q(hidden_states), known or projected((attn.to_k, attn.to_v), told)
 
         def heads(x: Tensor) -> Tensor:
             return x.view(len(x), -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2)
@@ -325,8 +328,19 @@ class FusedAttention:
         return found
 
 
-def _projected(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
-    """What each of several layers gives for the same input: from one product, where they can be one."""
+def projected(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """Compute several layers of one input: by one product, where they can be one.
+
+    Args:
+        layers: The layers.
+        x: (..., in).
+
+    Returns:
+        What each gives, (..., out).
+    """
+    operands = present()
+    if operands is not None and (drawn := operands.computed(layers, x)) is not None:
+        return drawn
     together = fused_projections(layers, x)
     if together is None:
         return [layer(x) for layer in layers]
@@ -343,8 +357,16 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _cudnn_attends(component: nn.Module, like: Tensor) -> bool:
-    """Whether cuDNN computes attention forward and backward at each of the component's widths that it says it serves."""
+def cudnn_attends(component: nn.Module, like: Tensor) -> bool:
+    """Tell whether cuDNN computes attention forward and backward at each of a component's widths that it says it serves.
+
+    Args:
+        component: The network that denoises.
+        like: A tensor of its dtype and device.
+
+    Returns:
+        Whether it does, at any width.
+    """
     attentions = [module for module in component.modules() if isinstance(module, Attention)]
     served = False
     for size in sorted({one.to_q.out_features // one.heads for one in attentions if isinstance(one.to_q, nn.Linear)}):

@@ -28,7 +28,7 @@ from . import layout as layouts
 from .layout import Content, Layout, SaveDtype, Whole, Written
 from .names import site_name
 from .origin import NOT_RUN, origin
-from .planning import NO_METHOD, NO_SITE, WHICH, Plan, SitePlan, by_reason, plan, refuse_leftovers, some, told_damage
+from .planning import IDLE, NO_METHOD, NO_SITE, WHICH, Plan, SitePlan, by_reason, plan, refuse_leftovers, some, told_damage
 from .spec import KEY as SPEC
 from .spec import Spec, refuse_unknown
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 Info: TypeAlias = "Callable[[], BaseInfo | LanguageInfo]"
 """Describes a base, as `bases.describe` does."""
+
+_PROJECTION = "text_projection"
 
 DTYPES: Mapping[SaveDtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "float32": torch.float32}
 """What the numbers of a file are rounded to, by the names that settings have for them."""
@@ -451,7 +453,10 @@ def paths_by_name(component: str, module: nn.Module) -> dict[str, str]:
 def _bound(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[list[_Site], dict[str, str]]:
     """The sites of a base that a file holds an adapter for, and by name why tensors have none. Raises UserError where the
     file holds a tensor of a site under two names."""
-    paths = {component: paths_by_name(component, module) for component, module in parts.items()}
+    places = {(one.sources[0].place.component, *one.sources[0].place.others) for _, _, one in found.each()}
+    roles = {families.role_of(component) for candidates in places for component in candidates}
+    meant = {component: module for component, module in parts.items() if families.role_of(component) in roles}
+    paths = {component: paths_by_name(component, module) for component, module in meant.items()}
     left = dict(found.unread)
     bound: dict[tuple[str, str], SitePlan] = {}
     for _, name, one in found.each():
@@ -461,6 +466,8 @@ def _bound(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[list[_Site], di
         component = next((one for one in present if place.component_named or _is_only(one, parts)), None)
         if component is None:
             why = NO_SITE if place.component_named else _which(place.component, name, paths)
+            if name == _PROJECTION and families.role_of(place.component) == "text encoder":
+                why = IDLE
             left |= {**dict.fromkeys((source.name for source in one.sources), why), **one.leftovers}
             continue
         key = (component, paths[component][name])
@@ -596,6 +603,8 @@ def _refuse_empty(found: Plan, built: Mapping[str, Any], left: Mapping[str, str]
     if built:
         return
     reasons = by_reason(left)
+    if reasons.keys() == {IDLE}:
+        raise UserError(f"{found.path} holds nothing for this base: its tensors {IDLE}")
     if NO_SITE in reasons:
         number = "none" if len(reasons) == 1 else f"{len(left) - len(reasons[NO_SITE])} are not understood, and none"
         raise _wrong_base(found, pipe, f"{number} of its {len(found.header.tensors)} tensors has a site there")

@@ -24,6 +24,7 @@ from . import container
 from .container import Header
 from .layout import Layout, Place, Reading, known, reader_of
 from .names import site_name, unwrapped
+from .pictures import is_picture, read_picture
 from .spec import Spec
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 NO_LAYOUT = "are of no layout that is known here"
 NO_METHOD = "are of no method that is known here"
 NO_SITE = "have no site in this base"
+IDLE = "change a projection after a text encoder that no picture of this base depends on"
+"""ComfyUI gives every text encoder a projection, and its saver writes it; Stable Diffusion reads that of XL alone, of its
+second."""
 NOT_CHOSEN = "are other words than the one that was chosen"
 WHICH = "name no component, and this base has {}: say which is meant, as component= in Python or FILE@{} in a command"
 NOT_WHOLE = "are of sites that other tensors, which are not understood, change too"
@@ -342,7 +346,7 @@ def plan(path: str | Path, *, component: str | None = None, word: str | None = N
 
     Args:
         path: The file, or the folder that it lies in, as peft and diffusers make it. Of a safetensors file only the header
-            is read; a pickle is read whole, which takes torch.
+            is read; a pickle, or a picture in which A1111 keeps a word, is read whole, which takes torch.
         component: Which component is meant by names that tell none, such as those of LyCORIS and peft on the second text
             encoder of Stable Diffusion XL.
         word: What to call the learned word of a file that holds one, whatever its file is called; of a file with several,
@@ -355,8 +359,25 @@ def plan(path: str | Path, *, component: str | None = None, word: str | None = N
         UserError: There is no such file, it is no adapter, or it is damaged.
     """
     where = container.adapter_file(at_home(Path(path)))
-    header, loaded = container.read_pickle(where) if container.is_pickle(where) else (container.read_header(where), None)
+    if container.is_pickle(where):
+        header, loaded = container.read_pickle(where)
+    elif is_picture(where):
+        header, loaded = read_picture(where)
+    else:
+        return planned(container.read_header(where), component=component, word=word)
     return planned(header, loaded, component=component, word=word)
+
+
+def takes_torch(path: Path) -> bool:
+    """Tell by a file's name whether parsing it takes torch, and reads it whole.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Whether it does: of a pickle or a picture.
+    """
+    return container.is_pickle(path) or is_picture(path)
 
 
 def planned(
@@ -643,10 +664,11 @@ def refuse_leftovers(path: Path, left: Mapping[str, str]) -> None:
         left: The reason of each such tensor.
 
     Raises:
-        UserError: There is one.
+        UserError: There is one, and what it changes would be seen.
     """
-    if left:
-        told = "; ".join(f"{len(names)} tensors {reason}: {some(names)}" for reason, names in by_reason(left).items())
+    lost = {name: why for name, why in left.items() if why != IDLE}
+    if lost:
+        told = "; ".join(f"{len(names)} tensors {reason}: {some(names)}" for reason, names in by_reason(lost).items())
         raise UserError(f"{path} would not be used whole: {told}")
 
 

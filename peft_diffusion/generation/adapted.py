@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..bases import LanguageModel
 from ..bases.base import frozen
 from ..core.errors import UserError
 from ..core.events import Noted, Observer, Warned
@@ -14,7 +15,14 @@ from .settings import Choice
 
 @contextmanager
 def adapted(
-    base: Any, choices: Sequence[Choice], prompts: Sequence[Sequence[str]], tell: Observer, *, lent: bool, strict: bool
+    base: Any,
+    choices: Sequence[Choice],
+    prompts: Sequence[Sequence[str]],
+    tell: Observer,
+    *,
+    lent: bool,
+    strict: bool,
+    fast: bool | None = None,
 ) -> Iterator[tuple[Adapters, list[str]]]:
     """Load adapters for as long as the context is open.
 
@@ -25,6 +33,7 @@ def adapted(
         tell: Is told what the person should know of adapters and prompts.
         lent: Whether the base is the caller's, who gets it back as it was.
         strict: Whether to refuse a file of which a tensor is left out.
+        fast: Whether to draw by recorded steps; None where it pays, but leaves a lent base as it is.
 
     Yields:
         The adapters of the base, and the names of those that were chosen, in their order.
@@ -44,10 +53,29 @@ def adapted(
             for choice, drawn in zip(choices, prompts, strict=True):
                 names.append(adapters.load(choice.parsed(), None, choice.amount, strict=strict, warn=warner(tell)))
                 _tell_triggers(adapters, names[-1], drawn, tell)
-            yield adapters, names
+            with _quick(adapters, fast, tell, lent=lent):
+                yield adapters, names
         finally:
             for name in adapters.names if lent else ():
                 adapters.remove(name)
+
+
+@contextmanager
+def _quick(adapters: Adapters, fast: bool | None, tell: Observer, *, lent: bool) -> Iterator[None]:
+    """Draw by recorded steps inside, where that is wanted, and tell where a step could not be recorded."""
+    if (fast is None and lent) or isinstance(adapters.pipe, LanguageModel):
+        yield
+        return
+    why = adapters.fast(fast)
+    if why is not None and fast:
+        tell(Warned(f"pictures are drawn without fast steps: {why}"))
+    try:
+        yield
+        if adapters.plain_because is not None:
+            tell(Noted(f"pictures were drawn without fast steps: {adapters.plain_because}"))
+    finally:
+        if lent:
+            adapters.fast(False)
 
 
 def warner(tell: Observer) -> Callable[[str], None]:

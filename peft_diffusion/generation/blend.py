@@ -64,7 +64,10 @@ def blend(
         lent = pipe is not None
         every = (*choices, *named)
         prompts = [one.prompt for one in read]
-        with adapted(base, every, [prompts] * len(every), tell, lent=lent, strict=config.strict) as (adapters, names):
+        with adapted(base, every, [prompts] * len(every), tell, lent=lent, strict=config.strict, fast=config.fast) as (
+            adapters,
+            names,
+        ):
             tell_clip_skip(adapters.pipe, [choice.plan for choice in every if choice.plan], config, tell)
             beside = [strengths(named, names[len(choices) :], one.tags, shelf, adapters.pipe) for one in read]
             config = replace(config, prompts=tuple(prompts))

@@ -48,6 +48,7 @@ _FREE = frozenset(
         "offload",
         "vae_tiling",
         "attention_slicing",
+        "fast",
         "prompts_file",
         "adapters_dir",
         "wildcards_dir",
@@ -167,7 +168,10 @@ def draw(
         UserError: Before anything is computed, for adapters, prompts and sizes that cannot be used.
         Interrupted: It was stopped.
     """
-    with adapted(base, asked.choices, asked.prompts, tell, lent=lent, strict=config.strict) as (adapters, names):
+    with adapted(base, asked.choices, asked.prompts, tell, lent=lent, strict=config.strict, fast=config.fast) as (
+        adapters,
+        names,
+    ):
         tell_clip_skip(adapters.pipe, [choice.plan for choice in asked.choices if choice.plan], config, tell)
         check_mask(adapters.pipe, source, adapters.base.name)
         jobs = [_job(adapters, names, asked, group, source) for group in asked.groups]

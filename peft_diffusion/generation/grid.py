@@ -59,7 +59,9 @@ def grid(
         files = list({choice.key: replace(choice, strength=1.0) for one in orders for choice in one.choices}.values())
         prompts = list(dict.fromkeys(one.pictures[0].prompt for one in orders))
         lent = pipe is not None
-        with adapted(loaded(config, pipe), files, [prompts] * len(files), tell, lent=lent, strict=config.strict) as (
+        with adapted(
+            loaded(config, pipe), files, [prompts] * len(files), tell, lent=lent, strict=config.strict, fast=config.fast
+        ) as (
             on,
             names,
         ):

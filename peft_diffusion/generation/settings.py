@@ -38,7 +38,8 @@ from ..data.picture_names import CONVERTIBLE, SUFFIXES
 from ..data.prompt_lines import read_prompts
 from ..data.prompts import refuse_files
 from ..formats import Plan, plan
-from ..formats.container import adapter_file, is_pickle, title
+from ..formats.container import adapter_file, title
+from ..formats.planning import takes_torch
 from . import amounts
 from .control_settings import Control
 from .control_settings import parse as parse_control
@@ -175,7 +176,7 @@ def _chosen(text: str) -> Choice:
 
 
 def parse_choices(texts: Sequence[str], plans: "MutableMapping[Key, Plan] | None" = None) -> tuple[Choice, ...]:
-    """Read adapters as the command line names them, and parse their files. Pickles, which take torch, are left for later.
+    """Read adapters as the command line names them, and parse their files: pickles and pictures, which take torch, later.
 
     Args:
         texts: ``FILE`` or ``FILE=STRENGTH`` each.
@@ -192,13 +193,13 @@ def parse_choices(texts: Sequence[str], plans: "MutableMapping[Key, Plan] | None
     for index, choice in enumerate(found):
         if any(choice.path.samefile(one.path) and choice.key[1:] == one.key[1:] for one in found[:index]):
             raise UserError(f"the adapter {choice.path} is named twice; give it once, with the strength you want")
-        if not is_pickle(choice.path) and (choice.key not in known or not known[choice.key].is_current()):
+        if not takes_torch(choice.path) and (choice.key not in known or not known[choice.key].is_current()):
             known[choice.key] = plan(choice.path, component=choice.component, word=choice.word)
     return tuple(replace(choice, plan=known.get(choice.key)) for choice in found)
 
 
 def with_plans(choices: Sequence[Choice]) -> tuple[Choice, ...]:
-    """Parse the files of adapters. Pickles, which take torch, are left for later.
+    """Parse the files of adapters. Pickles and pictures, which take torch, are left for later.
 
     Args:
         choices: The adapters.
@@ -209,7 +210,7 @@ def with_plans(choices: Sequence[Choice]) -> tuple[Choice, ...]:
     Raises:
         UserError: A file is no adapter.
     """
-    return tuple(choice if is_pickle(choice.path) else replace(choice, plan=choice.parsed()) for choice in choices)
+    return tuple(choice if takes_torch(choice.path) else replace(choice, plan=choice.parsed()) for choice in choices)
 
 
 class NamesAdapters:
@@ -403,6 +404,14 @@ class Sampling(NamesAdapters):
     vae_tiling: bool = setting(False, "Decode large pictures in tiles, which saves memory.", PARAMETERS)
     attention_slicing: bool = setting(
         False, "Compute attention in slices, which saves memory where there is no fused attention.", PARAMETERS
+    )
+
+    fast: bool | None = setting(
+        None,
+        "Draw by recorded steps: several times as fast, the same up to rounding. By default on CUDA, and not on a pipeline"
+        " that Python hands in.",
+        PARAMETERS,
+        flag=Flag(negative=True),
     )
 
     def __post_init__(self) -> None:

@@ -43,7 +43,9 @@ _MOST = 75  # vectors of a word: as many tokens as a prompt has room for
 _NARROWEST = 16  # numbers of a vector: what is less is no embedding
 _BESIDE = "_emb"  # what the names of files end with that diffusers' scripts write beside a LoRA
 _PARAMETERS = ("weight", "bias")  # what modules call their tensors
-_ALONE = "emb_params"  # what a single word for the first text encoder is called
+ALONE = "emb_params"
+"""What a single word for the first text encoder is called."""
+
 _DEFAULT = "*"  # which A1111 begins with
 _DEFAULTS_ID = 265  # of that token in CLIP's vocabulary
 _SITE = "embeddings.token_embedding"  # the token embedding, as CLIP calls it; `Embedding.sites` finds that of others
@@ -247,7 +249,7 @@ def written(words: Sequence[Learned], *, alone: bool) -> Written:
     if not alone or len({one.word for one in words}) > 1:
         tensors = {f"{_BUNDLE}{one.word}.{fields[one.component]}": one.vectors for one in words}
     elif [one.component for one in words] == list(fields)[:1]:
-        tensors = {_ALONE: words[0].vectors}
+        tensors = {ALONE: words[0].vectors}
     else:
         tensors = {fields[one.component]: one.vectors for one in words}
     began: dict[str, dict[str, list[int]]] = {}
@@ -272,7 +274,7 @@ def _meaning(header: Header, name: str, began: Mapping[str, Mapping[str, Sequenc
         word, _, field = name.removeprefix(_BUNDLE).rpartition(".")
         return word, embeddings().get(field, "")
     if name not in embeddings():
-        return name, embeddings()[_ALONE]
+        return name, embeddings()[ALONE]
     component = embeddings()[name]
     # A word in our own file alone is named by its metadata, not by the file's name.
     known = list(began.get(component, ()))
@@ -295,7 +297,7 @@ def _are_words(header: Header) -> bool:
 
 def _names_none(name: str) -> bool:
     """Whether a name tells no text encoder: programs that know one alone wrote it."""
-    first = embeddings()[_ALONE]
+    first = embeddings()[ALONE]
     return name not in embeddings() or (embeddings()[name] == first and name.startswith("em"))
 
 

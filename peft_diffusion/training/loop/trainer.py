@@ -371,7 +371,7 @@ class Trainer:
             raise self._lost(self.step + 1, "the gradients are not finite at any loss scale")
         self.tell(StepLeftOut(self.step + 1, scale.left_out, scale.scale))
 
-    def _do(self, recorder: Recorder, inputs: Inputs) -> None:
+    def _do(self, recorder: Recorder[None], inputs: Inputs) -> None:
         """Work of a step, from its recording where there can be one."""
         if self.records:
             try:
