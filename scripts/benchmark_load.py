@@ -77,7 +77,7 @@ def base(found: Architecture, dtype: torch.dtype, device: torch.device) -> Any:
                 cls = getattr(transformers, configs[name]["architectures"][0])
                 parts[name] = cls(cls.config_class(**configs[name]))
                 parts[tokenizer] = transformers.CLIPTokenizer.from_pretrained(Path(folder) / tokenizer)
-        parts["scheduler"] = getattr(diffusers, configs["scheduler"]["_class_name"]).from_config(configs["scheduler"])
+    parts["scheduler"] = getattr(diffusers, configs["scheduler"]["_class_name"]).from_config(configs["scheduler"])
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             parts[name] = part.to(dtype).to_empty(device=device).requires_grad_(False).eval()
