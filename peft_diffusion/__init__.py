@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         SplitConfig,
         StrengthConfig,
     )
-    from .training import TextTrainConfig, TrainConfig
+    from .training import Dataset, TextTrainConfig, TrainConfig
     from .training.exporting import export
     from .training.settings.export import ExportConfig
 
@@ -53,6 +53,7 @@ __all__ = [
     "Captioned",
     "ConvertConfig",
     "Converted",
+    "Dataset",
     "ExportConfig",
     "ExtractConfig",
     "GenerateConfig",
@@ -129,6 +130,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "SplitConfig": "tools.tool_settings",
             "StrengthConfig": "tools.tool_settings",
             "TextGenerateConfig": "generation.text_settings",
+            "Dataset": "training",
             "TextTrainConfig": "training",
             "TrainConfig": "training",
             "UserError": "core.errors",

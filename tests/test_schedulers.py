@@ -101,6 +101,7 @@ def test_what_a_scheduler_cannot_do_is_told(tiny_pipe: DiffusionPipeline) -> Non
         ("sdxl_lightning_2step_lora", (2, 1.0, "euler-trailing")), ("sd_xl_turbo_lora_v1", (4, 1.0, "euler-a-trailing")),
         ("dmd2_sdxl_4step_lora", (4, 1.0, "lcm")), ("TCD-SDXL-LoRA", (4, 1.0, "tcd")),
         ("lightning_bolts", (25, 5.0, None)), ("hyperrealism", (25, 5.0, None)), ("turbo_cars", (25, 5.0, None)),
+        ("lightning_2000steps", (25, 5.0, None)), ("lightning_v10-step00001500", (25, 5.0, None)),
     ],
 )  # fmt: skip
 def test_adapters_for_few_steps_are_known_by_their_names(

@@ -140,7 +140,7 @@ def test_instructions_of_other_programs_are_told_wherever_a_run_draws_or_learns(
     told: list[Event] = []
     pipe = make_pipe()
     prepared = prepare(asked, pipe, told.append, TrainingPictures())
-    assert [one.caption for one in prepared.class_pictures] == ["a cat"]
+    assert [one.caption for one in prepared.of_run.of_class] == ["a cat"]
     made = blocks(prepared.config)
     attach(selected_components(pipe, prepared.config.components), made, 0, lambda name: 1e-3)
     task, drawing = diffusion_task(prepared, made, Processes()), TrainingPictures()

@@ -14,7 +14,7 @@ from .errors import UserError, did_you_mean
 from .files import at_home, regular
 from .other_names import known_here_as
 from .parsing import refuse_halves, refusing
-from .settings import Described, Settings, settings_of
+from .settings import Described, Settings, from_table, settings_of, to_text
 
 S = TypeVar("S", bound=Settings)
 _OTHERS = (".yaml", ".yml", ".json")
@@ -66,6 +66,9 @@ def read(path: Path, settings: Iterable[Described]) -> dict[str, Any]:
             raise UserError(f"{path}: there is no setting {key!r} of this command{_meant(key, value, known)}")
         if one.setting.table and isinstance(value, list):
             value = [_text(path, one, item) if isinstance(item, dict) else item for item in value]
+        if one.nested is not None:
+            name, items = f"{path}: [[{one.name}]]", value if isinstance(value, list) else [value]
+            value = [to_text(from_table(one.nested, item, name)) if isinstance(item, dict) else item for item in items]
         _check(path, key, value, one)
         found[one.name] = value
     return found
