@@ -252,23 +252,18 @@ class Adapters:
     def _exchange(self, name: str, stored: Mapping[str, Mapping[str, StoredPair]]) -> bool:
         """Put pairs in the places of others; whether that could be done."""
         parts, before = components(self.pipe), dict[str, dict[str, StoredPair]]()
+        done = False
         try:
             for component, pairs in stored.items():
                 found = sites.exchange(parts[component], name, pairs)
                 if found is None:
                     break
                 before[component] = found
-            else:
-                self._pack()
-                return True
-        except BaseException:  # as of a device that is full
-            for component, pairs in before.items():
+            done = len(before) == len(stored)
+        finally:
+            for component, pairs in before.items() if not done else ():
                 sites.exchange(parts[component], name, pairs)
-            self._pack()
-            raise
-        for component, pairs in before.items():
-            sites.exchange(parts[component], name, pairs)
-        return False
+        return done
 
     def _replace(self, name: str, read: Loaded) -> None:
         """Take an adapter off and attach another under its name, or leave the first where that fails."""
