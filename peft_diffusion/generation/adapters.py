@@ -315,26 +315,31 @@ class Adapters:
         """
         wanted: dict[str, Amount] = {**(amounts or {}), **more}
         registry = self._registry
+        states = registry.states()
         for name in wanted:
-            registry.carriers(name)
-        registry.refuse_merged("change a strength")
+            if not any(name in state.entries for state in states.values()):
+                registry.carriers(name)  # which says what there is
+        if any(state.strengths.merged for state in states.values()):
+            registry.refuse_merged("change a strength")
         schedules = [name for name, amount in wanted.items() if over_steps(amount)]
         if schedules and isinstance(self.pipe, LanguageModel):
             raise UserError(f"{', '.join(schedules)}: a schedule runs over denoising steps, which text does not have")
-        everywhere = list(dict.fromkeys(b for state in registry.states().values() for b in state.strengths.blocks))
+        everywhere = list(dict.fromkeys(b for state in states.values() for b in state.strengths.blocks))
         stepping, _ = network_of(self.pipe) or (None, None)  # what runs once a step; the others keep a schedule's mean
         planned = []
-        for component, state in registry.states().items():
+        for component, state in states.items():
             own = {name: amount for name, amount in wanted.items() if name in state.entries}
             chosen = _known_blocks(own, component, state.strengths.blocks, everywhere)
             state.strengths.check(chosen)
             planned.append((component, state.strengths, chosen))
+        followed = any(strengths.stepwise for _, strengths, _ in planned)
         for component, strengths, chosen in planned:
             if chosen:
                 strengths.write(chosen)
             if component == stepping:
                 strengths.at_progress(0.0)
-        follow_steps(self.pipe)
+        if followed or any(strengths.stepwise for _, strengths, _ in planned):
+            follow_steps(self.pipe)
 
     @one_at_a_time
     def remove(self, name: str) -> None:
