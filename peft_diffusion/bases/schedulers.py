@@ -55,8 +55,8 @@ BY_STEPS = ("euler", "heun", "dpm2", "dpm2-a")
 """Those that space noise levels between those of their steps, so that these must reach from the noisiest to the last."""
 
 NOT_UNIFORM = ("dpm++", "dpm++-2m-sde", "dpm++-3m-sde", "unipc", "lcm", "tcd")
-"""Those that diffusers, told "linspace", spaces otherwise than A1111 does by its Uniform: they leave the last level out, or take
-levels of their own."""
+"""Those that diffusers, told "linspace", spaces otherwise than A1111 does by its Uniform: they leave the last level out, or
+take levels of their own."""
 
 _LABELS = {
     "ddim": "DDIM", "pndm": "PLMS", "euler": "Euler", "euler-a": "Euler a", "heun": "Heun", "dpm2": "DPM2",
