@@ -44,6 +44,8 @@ USAGES = {
     "train --train_data_dir=pictures": "Unknown option: --train_data_dir. Here it is FOLDER, without a flag.",
     "generate a --num-inference-steps 20": "Unknown option: --num-inference-steps. Here it is --steps.",
     "generate a --cfg 7": "Unknown option: --cfg. Here it is --guidance.",
+    "generate a --hr_scale 2": "Unknown option: --hr_scale. Here it is --hires.",
+    "generate a --subseed 2": "Unknown option: --subseed. Here it is --variation-seed.",
     "train pictures --sample_every_n_steps=5": "Unknown option: --sample_every_n_steps. Here it is --preview-every.",
     "resize a -o c --model b": "Unknown option: --model. Here it is FILE, without a flag.",
     "resize a -o c --dynamic_method sv_fro": "Unknown option: --dynamic_method. Here it is --ratio or --energy or",

@@ -64,6 +64,25 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "cfg_scale": ("guidance",),
     "negative_prompt": ("negative",),
     "sampler": ("scheduler",),
+    "sampler_name": ("scheduler",),
+    "sampling_method": ("scheduler",),
+    "sampling_steps": ("steps",),
+    "clip_stop_at_last_layers": ("clip_skip",),
+    "subseed": ("variation_seed",),
+    "subseed_strength": ("variation_strength",),
+    "var._seed": ("variation_seed",),
+    "var._strength": ("variation_strength",),
+    "tiling": ("tile",),
+    "enable_hr": ("hires",),
+    "hr_scale": ("hires",),
+    "hr_upscaler": ("hires_upscaler",),
+    "hr_second_pass_steps": ("hires_steps",),
+    "highres_fix_scale": ("hires",),
+    "highres_fix_steps": ("hires_steps",),
+    "highres_fix_strength": ("hires_strength",),
+    "highres_fix_upscaler": ("hires_upscaler",),
+    "network_mul": ("adapter",),
+    "prompt_s/r": ("replace",),
     "lora_weights": ("adapter",),
     "lora": ("adapter",),
     "network_weights": ("init_from", "adapter"),
@@ -195,6 +214,6 @@ def known_here_as(given: str, known: Iterable[str]) -> list[str]:
     Returns:
         The name here, or the names where one option there is several here; none where the command has none that is meant.
     """
-    there, name = set(known), given.lstrip("-").replace("-", "_").lower()
+    there, name = set(known), given.lstrip("-").replace("-", "_").replace(" ", "_").lower()
     parted = [one for one in _PARTED.get(name, ()) if one in there]
     return parted or [one for one in OTHER_NAMES.get(name, ()) if one in there][:1]

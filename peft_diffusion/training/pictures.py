@@ -1,5 +1,6 @@
 """Pictures as what a run learns from: a style, or a subject."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -273,7 +274,8 @@ class PictureMaterial:
         apart = prepared.held_out.plain(prepared.rules) if prepared.held_out else []
         prompts = [prompt for prompt in (*apart, *prepared.train.plain(prepared.rules)) if prompt]
         short = (prompt for prompt in prompts if len(prompt) <= _PROMPT)
-        return next(short, trigger or " ".join(prompts[0][:_PROMPT].split()[:-1] if prompts else ()) or "a picture")
+        words = next(short, trigger or " ".join(prompts[0][:_PROMPT].split()[:-1] if prompts else ()) or "a picture")
+        return re.sub("[{}]", r"\\\g<0>", prepared.drawn(words))  # in prompts, braces are alternatives
 
     def result(self, found: RunResult) -> TrainResult:
         """What the run gave."""
