@@ -167,7 +167,7 @@ def test_negative_flags_are_no_settings(text: str, said: str, tmp_path: Path) ->
         ('folder = "C:\\Users\\me"', "takes single quotes: folder = 'C:\\Users\\me'"),
         (
             "[general]\n[[datasets]]\nresolution = 512",
-            "dataset file of sd-scripts, image_dir is folder here, num_repeats repeats",
+            "a dataset file of sd-scripts is given as --dataset-config",
         ),
         ('folder = "a\\u0000b"', "--folder 'a\\x00b' holds the character of number 0, which no path has"),
         ("learning_rate = 1e-4", "no setting 'learning_rate' of this command; here it is unet_lr"),
