@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .training import Dataset, TextTrainConfig, TrainConfig
     from .training.exporting import export
     from .training.settings.export import ExportConfig
+    from .training.settings.imported import ImportConfig, import_config
 
 __all__ = [
     "Adapters",
@@ -59,6 +60,7 @@ __all__ = [
     "GenerateConfig",
     "Grid",
     "GridConfig",
+    "ImportConfig",
     "Inspection",
     "JoinConfig",
     "LanguageModel",
@@ -83,6 +85,7 @@ __all__ = [
     "generate",
     "generate_text",
     "grid",
+    "import_config",
     "inspect",
     "join",
     "load_base",
@@ -111,6 +114,8 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "CaptionConfig": "data.caption_settings",
             "Captioned": "data.captioning",
             "ExportConfig": "training.settings.export",
+            "ImportConfig": "training.settings.imported",
+            "import_config": "training.settings.imported",
             "ExtractConfig": "tools.tool_settings",
             "ConvertConfig": "tools.settings",
             "Converted": "tools.convert",

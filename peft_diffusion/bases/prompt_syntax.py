@@ -85,6 +85,18 @@ def escaped(text: str) -> str:
     return re.sub(r"\bBREAK\b", "Break", re.sub(r"([()\[\]\\])", r"\\\1", text))
 
 
+def from_letters(text: str) -> str:
+    r"""Write a text in which brackets are letters, as captions are learned, so that A1111's reading reads the same.
+
+    Args:
+        text: Words; brackets in them may be escaped, as boorus write ``miku \(vocaloid\)``.
+
+    Returns:
+        A prompt.
+    """
+    return escaped(_ESCAPED.sub(r"\1", text))
+
+
 def parse(prompt: str, weights: Weights = "a1111", learned: Sequence[str] = ()) -> list[Part | None]:
     r"""Read a prompt: ``(word)``, ``(word:1.3)``, ``[word]``, the escapes ``\(`` ``\)`` ``\[`` ``\]``, and ``BREAK``.
 

@@ -1,5 +1,6 @@
 """Pictures as what a run learns from: a style, or a subject."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from .record.run_folder import RunFolder, check_writable
 from .results import FoundRates, RunResult, TrainResult
 from .run import Facts, next_command
 from .settings.derive import resolve
+from .settings.others.reading import with_datasets
 from .settings.pictures import ResolvedConfig, TrainConfig, block_rates, output_path, run_path
 from .settings.placements import Placement, blocks, plugins_of
 from .tasks.datasets import parts_of
@@ -50,11 +52,31 @@ class PictureSource:
         asked: The settings as they were given.
         pipe: A base that is loaded already, used in place of ``asked.base`` and left as it was; or None.
         drawing: Draws previews and pictures of the class.
+        absent: What of a dataset file of another program has no counterpart.
     """
 
     asked: TrainConfig
     pipe: Pipeline | None
     drawing: Drawing
+    absent: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: TrainConfig, pipe: Pipeline | None, drawing: Drawing) -> Self:
+        """Make one of settings, after reading a dataset file of another program that they name.
+
+        Args:
+            config: The settings.
+            pipe: See above.
+            drawing: See above.
+
+        Returns:
+            The source.
+
+        Raises:
+            UserError: The file cannot be read.
+        """
+        config, absent = with_datasets(config)
+        return cls(config, pipe, drawing, absent)
 
     @property
     def lent(self) -> Pipeline | None:
@@ -92,6 +114,8 @@ class PictureSource:
 
     def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> "PictureMaterial":
         """Load the base, read the folders and encode the pictures."""
+        if self.absent:
+            tell(Warned("of the dataset file, these have no counterpart here:", self.absent))
         prepared = prepare(self.asked, self.pipe, tell, self.drawing, processes, folder)
         return PictureMaterial(prepared, self.drawing, processes, tell)
 
@@ -250,7 +274,8 @@ class PictureMaterial:
         apart = prepared.held_out.plain(prepared.rules) if prepared.held_out else []
         prompts = [prompt for prompt in (*apart, *prepared.train.plain(prepared.rules)) if prompt]
         short = (prompt for prompt in prompts if len(prompt) <= _PROMPT)
-        return next(short, trigger or " ".join(prompts[0][:_PROMPT].split()[:-1] if prompts else ()) or "a picture")
+        words = next(short, trigger or " ".join(prompts[0][:_PROMPT].split()[:-1] if prompts else ()) or "a picture")
+        return re.sub("[{}]", r"\\\g<0>", prepared.drawn(words))  # in prompts, braces are alternatives
 
     def result(self, found: RunResult) -> TrainResult:
         """What the run gave."""

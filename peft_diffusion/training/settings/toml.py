@@ -1,24 +1,26 @@
 """Settings as TOML, for `--config`. Imports no torch."""
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from ...core.settings import Settings, plain, said, settings_of
 from .shared import Resolved
 
 
-def to_toml(config: Settings) -> str:
+def to_toml(config: Settings, names: Collection[str] | None = None) -> str:
     """Write settings as TOML.
 
     Args:
         config: Settings as they were asked for, or as a run goes by them.
+        names: Those that are written; by default all.
 
     Returns:
         A line for each setting that is not None. Where the settings are those of a run, the lines have what was chosen, and
         the defaults that are the same for every run; what was derived stands there as comments which say from what, so that
         it is derived anew when the file is used.
     """
-    told = [one for one in settings_of(type(config)) if one.setting.kept]
+    told = [one for one in settings_of(type(config)) if one.setting.kept and (names is None or one.name in names)]
     own = {one.name: getattr(config, one.name) for one in told if one.nested is None}
     lines = []
     for name, value in own.items():

@@ -13,7 +13,7 @@ import torch
 from ...bases import BaseInfo, denoiser_of, describe, load_base
 from ...bases.loading import pick_device
 from ...bases.pipelines import Pipeline
-from ...bases.prompt_syntax import escaped
+from ...bases.prompt_syntax import from_letters
 from ...bases.prompts import CHUNK, Reading, TextSide
 from ...core.errors import UserError
 from ...core.events import Observer, Warned, progress
@@ -95,8 +95,18 @@ class Prepared:
         plain = [*(self.held_out.plain(self.rules) if self.held_out else ()), *self.train.plain(self.rules)]
         captions = list(dict.fromkeys(plain))
         captions = [*captions[: PREVIEWS - len(self.others)], *self.others]
-        read = captions if self.config.weighted_captions else map(escaped, captions)
-        return [PreviewPrompt(caption) for caption in read]
+        return [PreviewPrompt(self.drawn(caption)) for caption in captions]
+
+    def drawn(self, caption: str) -> str:
+        """Write a caption as the prompt that is read as the caption is learned.
+
+        Args:
+            caption: By the run's rules.
+
+        Returns:
+            A prompt of A1111.
+        """
+        return caption if self.config.weighted_captions else from_letters(caption)
 
     @cached_property
     def others(self) -> list[str]:
