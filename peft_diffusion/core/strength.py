@@ -265,13 +265,15 @@ class Strengths(KeepsPrecision):
 
     def _put(self, rows: "Mapping[str, float | Tensor]") -> tuple[Tensor, frozenset[str]]:
         """Write strengths, for all threads. Returns the values, apart from those, and the names of what is not 0."""
-        self._told, self._columns = self._table(rows), self._counted(rows)
+        table = self._table(rows)
+        self._told, self._columns = table, self._counted(rows)
         self._publish()
         on = {name for name, row in rows.items() if (bool(row.any()) if isinstance(row, Tensor) else row != 0)}
         full = {name for name, row in rows.items() if (bool((row == 1).all()) if isinstance(row, Tensor) else row == 1)}
         self._active = self._active - rows.keys() | on
         self.full = self.full - rows.keys() | full
-        return self.values.clone() if self.schedules else self.values, self._active
+        # Another thread may write into `values` meanwhile, so a step keeps what it was told itself.
+        return table.to(self.values.device, copy=True) if self.schedules else self.values, self._active
 
     def _table(self, rows: "Mapping[str, float | Tensor]") -> Tensor:
         """The strengths of every adapter as `values` has them, on the CPU, with some changed."""
