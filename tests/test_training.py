@@ -58,7 +58,7 @@ from peft_diffusion.training.results import RunResult
 from peft_diffusion.training.settings.choices import OptimizerName, Scheduler, TimestepBias
 from peft_diffusion.training.settings.derive import resolve
 from peft_diffusion.training.settings.toml import to_toml
-from peft_diffusion.training.tasks import objective, preparation
+from peft_diffusion.training.tasks import datasets, objective
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.objective import Timesteps
 from peft_diffusion.training.tasks.preparation import prepare
@@ -468,7 +468,7 @@ def test_every_preset_gives_every_family_all_its_values() -> None:
             base = type("Base", (), {"name": family, "family": family, "resolution": 64})()
             found = resolve(TrainConfig(folder=(Path("x"),), preset=preset), base, 48, "cpu")
             may_be_none = {"cache", "alpha", "epochs", "quantize", "target", "log_with", "clip_skip", "init_from"}
-            may_be_none |= {"preview_prompts_file"}
+            may_be_none |= {"preview_prompts_file", "dataset_config", "notify"}
             assert not [f.name for f in fields(found) if getattr(found, f.name) is None and f.name not in may_be_none]
         assert set(families.find("other").defaults(preset)) == set(families.find("sd1").defaults(preset))
 
@@ -838,7 +838,7 @@ def test_a_picture_that_vanishes_is_named(tmp_path: Path, pictures: Path, monkey
         next(one for one in found.pictures if "red dog" in one.name).path.unlink()
         return found
 
-    monkeypatch.setattr(preparation, "scan", then_vanish)
+    monkeypatch.setattr(datasets, "scan", then_vanish)
     with pytest.raises(UserError, match=r"red dog c\.png"):
         train(small(pictures, tmp_path), pipe=make_pipe())
     assert not (tmp_path / "run").exists()
