@@ -640,6 +640,9 @@ def _made(kind: type[Settings], value: object, flag: str) -> Settings:
         return from_table(kind, value, flag)
     if isinstance(value, str):
         return from_text(kind, value, flag)
+    first = [one for one in settings_of(kind) if one.default is MISSING]
+    if isinstance(value, os.PathLike) and len(first) == 1 and first[0].single is Path:
+        return from_table(kind, {first[0].name: value}, flag)
     raise UserError(f"{flag} takes a {kind.__name__}, a mapping or a text, not {value!r:.80}")
 
 

@@ -165,8 +165,7 @@ def cache_latents(
         background: The colour behind transparency.
         flip: Add every image mirrored, or those for which it is true.
         masked: Add each one with parts hidden, by `masks.mask`, for a base that is told such.
-        alpha: Take the transparency of images without a mask for what is learned of them; of all, or of those for which it
-            is true.
+        alpha: Take the transparency of images without a mask for what is learned of them, or of those for which it is true.
         folder: Where latents are kept.
         dtype: That of the result.
         batch_size: Images encoded at once.
@@ -182,10 +181,10 @@ def cache_latents(
     """
     if len(pictures) != len(fits):
         raise ValueError(f"{len(pictures)} pictures with {len(fits)} fits")
-    count = len(pictures)
-    flips, alphas = ([given] * count if isinstance(given, bool) else given for given in (flip, alpha))
+    flips, alphas = ([given] * len(pictures) if isinstance(given, bool) else given for given in (flip, alpha))
     job = _Job(pictures, fits, background, max_pixels, alphas, folder, fingerprint(vae) if folder is not None else "")
-    whole = [(index, False) for index in range(count)] + [(index, True) for index in range(count) if flips[index]]
+    whole = [(index, False) for index in range(len(pictures))]
+    whole += [(index, True) for index, _ in whole if flips[index]]
     hiding = (None, *range(masks_of.COUNT)) if masked else (None,)
     entries: list[Key] = [(*one, mask) for mask in hiding for one in whole]
     encoder = ready(vae)

@@ -21,6 +21,9 @@ SETTINGS: Mapping[str, Described] = {one.name: one for one in settings_of(TrainC
 """What options become."""
 
 
+_LARGEST = 1e9  # of all numbers that options have
+
+
 @dataclass
 class Found:
     """What a file of another program says, in the settings of this one.
@@ -79,8 +82,8 @@ class Options:
         """
         value = self.take(*names)
         read = number_in(value) if isinstance(value, str) else number(value)
-        if value is not None and read is None:
-            raise UserError(f"{self.where}: {names[0]} is a number, not {value!r}")
+        if value is not None and (read is None or not abs(read) < _LARGEST):  # nor NaN
+            raise UserError(f"{self.where}: {names[0]} is a number, not {value!r:.80}")
         return read
 
     def whole(self, *names: str) -> int | None:
