@@ -11,6 +11,7 @@ from mkdocs.structure.files import File, Files
 from peft_diffusion.cli.app import COMMANDS, METADATA_COMMANDS, RUNS_COMMANDS, TEXT_COMMANDS
 from peft_diffusion.cli.flags import settings_read
 from peft_diffusion.core.settings import Settings, describe
+from peft_diffusion.training.settings.datasets import Dataset
 
 _EVERYWHERE = """Every command takes `--config FILE.toml`, whose keys are the names of its flags without dashes; flags
 override it. `--debug` shows where in the program an error came from, `--help` lists the flags, and `--plugin MODULE` brings
@@ -61,12 +62,21 @@ def settings_page() -> str:
             commands.setdefault(kind, []).append(f"`peft-diffusion {command}`")
     for kind, names in commands.items():
         parts.append(f"## {kind.__name__}\n\nWhat {' and '.join(names)} {'are' if len(names) > 1 else 'is'} told.\n")
-        for group, rows in _groups(describe(kind)):
-            parts.append(f"### {group} {{ #{_anchor(kind.__name__, group)} }}\n")
-            parts.append("| setting | type | default | takes | |\n| --- | --- | --- | --- | --- |")
-            parts += [_row(f"`{one['name']}`", one) for one in rows]
-            parts.append("")
+        parts += _tables(kind)
+    parts.append("## Dataset\n\nA folder with settings of its own, a `[[dataset]]` of a `TrainConfig`.\n")
+    parts += _tables(Dataset)
     return "\n".join(parts)
+
+
+def _tables(kind: type[Settings]) -> list[str]:
+    """The settings of a class, a table a group."""
+    parts = []
+    for group, rows in _groups(describe(kind)):
+        parts.append(f"### {group} {{ #{_anchor(kind.__name__, group)} }}\n")
+        parts.append("| setting | type | default | takes | |\n| --- | --- | --- | --- | --- |")
+        parts += [_row(f"`{one['name']}`", one) for one in rows]
+        parts.append("")
+    return parts
 
 
 def commands_page() -> str:

@@ -40,9 +40,10 @@ if TYPE_CHECKING:
         SplitConfig,
         StrengthConfig,
     )
-    from .training import TextTrainConfig, TrainConfig
+    from .training import Dataset, TextTrainConfig, TrainConfig
     from .training.exporting import export
     from .training.settings.export import ExportConfig
+    from .training.settings.imported import ImportConfig, import_config
 
 __all__ = [
     "Adapters",
@@ -53,11 +54,13 @@ __all__ = [
     "Captioned",
     "ConvertConfig",
     "Converted",
+    "Dataset",
     "ExportConfig",
     "ExtractConfig",
     "GenerateConfig",
     "Grid",
     "GridConfig",
+    "ImportConfig",
     "Inspection",
     "JoinConfig",
     "LanguageModel",
@@ -82,6 +85,7 @@ __all__ = [
     "generate",
     "generate_text",
     "grid",
+    "import_config",
     "inspect",
     "join",
     "load_base",
@@ -110,6 +114,8 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "CaptionConfig": "data.caption_settings",
             "Captioned": "data.captioning",
             "ExportConfig": "training.settings.export",
+            "ImportConfig": "training.settings.imported",
+            "import_config": "training.settings.imported",
             "ExtractConfig": "tools.tool_settings",
             "ConvertConfig": "tools.settings",
             "Converted": "tools.convert",
@@ -129,6 +135,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "SplitConfig": "tools.tool_settings",
             "StrengthConfig": "tools.tool_settings",
             "TextGenerateConfig": "generation.text_settings",
+            "Dataset": "training",
             "TextTrainConfig": "training",
             "TrainConfig": "training",
             "UserError": "core.errors",

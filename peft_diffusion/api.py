@@ -46,7 +46,7 @@ def train(
         Interrupted: The run was stopped, after it saved a checkpoint. It is a KeyboardInterrupt.
     """
     _check(config, TrainConfig)
-    return run.train(PictureSource(config, pipe, TrainingPictures()), beside, observers, stop)
+    return run.train(PictureSource.of(config, pipe, TrainingPictures()), beside, observers, stop)
 
 
 def find_rates(
@@ -75,7 +75,7 @@ def find_rates(
         Interrupted: The search was stopped. It is a KeyboardInterrupt.
     """
     _check(config, TrainConfig)
-    return run.find_rates(PictureSource(searched(config), pipe, TrainingPictures()), beside, observers, stop)
+    return run.find_rates(PictureSource.of(searched(config), pipe, TrainingPictures()), beside, observers, stop)
 
 
 def train_text(

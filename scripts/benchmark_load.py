@@ -53,7 +53,7 @@ def main() -> None:
         print(torch.cuda.get_device_name(device))
     for kind in options.kinds:
         with tempfile.TemporaryDirectory() as folder:
-            pipe = base(KINDS[kind], dtype, device, fill=not options.no_merge)
+            pipe = base(KINDS[kind], dtype, device)
             for layout in options.layouts:
                 files = made(pipe.unet, Path(folder), layout)
                 apart = compare(kind, pipe, files)
@@ -64,8 +64,8 @@ def main() -> None:
             gc.collect()
 
 
-def base(found: Architecture, dtype: torch.dtype, device: torch.device, *, fill: bool) -> Any:
-    """A pipeline of that architecture; its UNet has random weights, or, like all else, what was in memory."""
+def base(found: Architecture, dtype: torch.dtype, device: torch.device) -> Any:
+    """A pipeline of that architecture; its UNet has random weights, all else what was in memory."""
     configs = found.configs()
     parts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
@@ -77,12 +77,11 @@ def base(found: Architecture, dtype: torch.dtype, device: torch.device, *, fill:
                 cls = getattr(transformers, configs[name]["architectures"][0])
                 parts[name] = cls(cls.config_class(**configs[name]))
                 parts[tokenizer] = transformers.CLIPTokenizer.from_pretrained(Path(folder) / tokenizer)
-        parts["scheduler"] = getattr(diffusers, configs["scheduler"]["_class_name"]).from_config(configs["scheduler"])
+    parts["scheduler"] = getattr(diffusers, configs["scheduler"]["_class_name"]).from_config(configs["scheduler"])
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             parts[name] = part.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    if fill:
-        _fill(parts["unet"])
+    _fill(parts["unet"])
     if found.kind != "sdxl":
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return getattr(diffusers, found.pipeline)(**parts)
@@ -289,7 +288,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
     parser.add_argument("--precision", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no-merge", action="store_true", help="leave out merging, which has to write every adapted weight")
+    parser.add_argument("--no-merge", action="store_true", help="leave out merging, which takes memory")
     return parser.parse_args()
 
 

@@ -15,11 +15,13 @@ from test_training import draw_pictures, small
 
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.events import Event
+from peft_diffusion.core.strength_schedule import ByPart
 from peft_diffusion.data.prompt_lines import parse_line, read_prompts
 from peft_diffusion.data.wildcards import Wildcards
+from peft_diffusion.generation.asked import strengths
 from peft_diffusion.generation.blend import blend
 from peft_diffusion.generation.generate import Picture, generate
-from peft_diffusion.generation.settings import BlendConfig, Choice, GenerateConfig
+from peft_diffusion.generation.settings import BlendConfig, Choice, GenerateConfig, with_plans
 from peft_diffusion.generation.tags import Shelf, Tag, take
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training.attachment import attach, selected_components
@@ -69,6 +71,16 @@ def test_adapters_are_taken_out_of_prompts() -> None:
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=said):
             take(f"a cat {odd}")
+
+
+def test_a_file_that_is_named_by_several_names_has_the_sum_of_their_strengths(pipe: Any, shelf: Path) -> None:
+    """As A1111 adds one that is named twice, by its file and by its alias."""
+    (choice,) = with_plans([Choice(shelf / "x123.safetensors")])
+    _, tags = take("a <lora:x123:0.3> cat <lora:paper:0.25:0.5><lora:PAPER:0.125>")
+    told = strengths([choice], ["one"], tags, Shelf((), shelf), pipe)
+    wanted = {"unet": 0.3 + 0.5 + 0.125, "text_encoder": 0.3 + 0.25 + 0.125}
+    assert isinstance(told["one"], ByPart)
+    assert {name: told["one"].components[name] for name in wanted} == pytest.approx(wanted)
 
 
 def test_names_are_those_of_files_given_then_of_the_folder(shelf: Path, tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ USAGES = {
     "train --train_data_dir=pictures": "Unknown option: --train_data_dir. Here it is FOLDER, without a flag.",
     "generate a --num-inference-steps 20": "Unknown option: --num-inference-steps. Here it is --steps.",
     "generate a --cfg 7": "Unknown option: --cfg. Here it is --guidance.",
+    "generate a --hr_scale 2": "Unknown option: --hr_scale. Here it is --hires.",
+    "generate a --subseed 2": "Unknown option: --subseed. Here it is --variation-seed.",
     "train pictures --sample_every_n_steps=5": "Unknown option: --sample_every_n_steps. Here it is --preview-every.",
     "resize a -o c --model b": "Unknown option: --model. Here it is FILE, without a flag.",
     "resize a -o c --dynamic_method sv_fro": "Unknown option: --dynamic_method. Here it is --ratio or --energy or",
@@ -165,7 +167,7 @@ def test_negative_flags_are_no_settings(text: str, said: str, tmp_path: Path) ->
         ('folder = "C:\\Users\\me"', "takes single quotes: folder = 'C:\\Users\\me'"),
         (
             "[general]\n[[datasets]]\nresolution = 512",
-            "dataset file of sd-scripts, image_dir is folder here, num_repeats repeats",
+            "a dataset file of sd-scripts is given as --dataset-config",
         ),
         ('folder = "a\\u0000b"', "--folder 'a\\x00b' holds the character of number 0, which no path has"),
         ("learning_rate = 1e-4", "no setting 'learning_rate' of this command; here it is unet_lr"),

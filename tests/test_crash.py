@@ -203,7 +203,9 @@ def test_a_run_that_met_a_full_disk_at_any_moment_goes_on_to_the_same_bytes(
     told: list[Event] = []
     config = small(pictures, tmp_path, resume=begun, overwrite=not begun, **SHORT)
     train(config, pipe=make_pipe(), observers=[told.append])
-    assert not [event for event in told if isinstance(event, Warned)], "nothing was lost"
+    counsel = ("each picture is seen", "the border of all")  # of the settings of so short a run
+    warned = [event.message for event in told if isinstance(event, Warned)]
+    assert not [message for message in warned if not message.startswith(counsel)], "nothing was lost"
     assert_same(whole, tmp_path)
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()], "what was written aside goes"
 

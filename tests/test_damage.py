@@ -58,7 +58,9 @@ def gone_on(pictures: Path, where: Path) -> list[str]:
     events: list[Event] = []
     config = small(pictures, where, steps=7, resume=True, preview_steps=1, **RUN)
     train(config, pipe=make_pipe(), observers=[events.append])
-    return [event.message for event in events if isinstance(event, Warned)]
+    messages = [event.message for event in events if isinstance(event, Warned)]
+    counsel = ("each picture is seen", "the border of all")  # of the settings of so short a run
+    return [message for message in messages if not message.startswith(counsel)]
 
 
 def outcome(where: Path) -> tuple[Any, ...]:

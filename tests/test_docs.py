@@ -42,6 +42,7 @@ COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("serve",): (ServeConfig,),
     ("runs",): (RunsConfig,),
     ("runs", "export"): (pd.ExportConfig,),
+    ("import-config",): (pd.ImportConfig,),
     ("inspect",): (InspectConfig,),
     ("merge",): (pd.MergeConfig,),
     ("extract",): (pd.ExtractConfig,),

@@ -49,6 +49,18 @@ def test_a_side_that_cannot_be_is_refused_before_anything_is_loaded(sides: dict[
         GridConfig("a cat", **sides).check()
 
 
+def test_sides_have_the_names_of_a1111_unless_an_adapter_has_them(tiny_base: Path, tmp_path: Path) -> None:
+    config = GridConfig("a cat", x="CFG Scale=3,4", y="Prompt S/R=cat,dog", z="Sampler=Euler a")
+    (row, other), columns = config.rows(config.plain()), config.columns
+    assert columns == ["guidance 3", "guidance 4"] and [one.config.guidance for one in row.cells] == [3.0, 4.0]
+    assert (row.label, other.cells[0].config.prompts, other.cells[0].config.scheduler) == (
+        "scheduler Euler a\ncat", ("a dog",), "euler-a",
+    )  # fmt: skip
+    config = GridConfig("a cat", x="cfg=0,1", adapter=str(make_adapter(tmp_path / "cfg.safetensors", tiny_base, 1)))
+    (row,) = config.rows(config.plain())
+    assert [one.choices[0].strength for one in row.cells] == [0.0, 1.0]
+
+
 def slerp(val: float, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """That of A1111, over (channels, height, width)."""
     low_norm, high_norm = low / torch.norm(low, dim=1, keepdim=True), high / torch.norm(high, dim=1, keepdim=True)

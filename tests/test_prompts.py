@@ -1,6 +1,7 @@
 """Prompts with weights, escapes and BREAK, and of any length: equal to what A1111 and ComfyUI compute, written out here."""
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from peft_diffusion.bases.words import teach, with_initial_tokens
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.events import Event, Noted, Warned
+from peft_diffusion.data.wildcards import Wildcards
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.generate import generate
 from peft_diffusion.generation.sampler import Cell, paint
@@ -31,6 +33,7 @@ from peft_diffusion.methods import method
 from peft_diffusion.methods.prompt import SoftPrompt
 from peft_diffusion.methods.tokens import Tokens
 from peft_diffusion.training.attachment import NAME
+from peft_diffusion.training.events import PreviewsChosen
 from peft_diffusion.training.machine.processes import Processes
 from peft_diffusion.training.pictures import diffusion_task
 from peft_diffusion.training.settings.placements import blocks
@@ -53,6 +56,9 @@ READ: dict[str, list[tuple[str, float] | None]] = {
     ],
     "a cat BREAK  a dog": [("a cat", 1.0), None, ("a dog", 1.0)],
     "16:9 :1.2) a": [("16:9 :1.2) a", 1.0)],
+    "(a: 1.3), (b:0.5 ) (c : .5 )": [
+        ("a", 1.3), (", ", 1.0), ("b", 0.5), (" ", 1.0), ("c ", 0.5),
+    ],
     "": [("", 1.0)],
 }  # fmt: skip
 
@@ -273,6 +279,21 @@ def test_a_trigger_with_brackets_is_read_as_it_was_learned(tmp_path: Path) -> No
     adapters.load(tmp_path / "w.safetensors")
     letters = drawn(pipe, r"\[V\] cat")[0]
     assert difference(drawn(pipe, "[V] cat")[0], letters) == 0 < difference(before, letters)
+
+
+def test_captions_with_brackets_are_drawn_as_they_are_learned(tmp_path: Path) -> None:
+    """By the previews and by the command that a run ends with: letters, also those that boorus escape."""
+    folder = draw_pictures(tmp_path / "pictures", 2)
+    captions = {"blue cat b": r"miku \(vocaloid\), (red:1.3) [x]", "red apple a": r"{fox|owl} :\) a\b"}
+    for name, caption in captions.items():
+        (folder / f"{name}.txt").write_text(caption, "utf-8")
+    told: list[Event] = []
+    done = train(small(folder, tmp_path, steps=1, preview_steps=1, held_out=0), pipe=make_pipe(), observers=[told.append])
+    (chosen,) = [event for event in told if isinstance(event, PreviewsChosen)]
+    wanted = ["miku (vocaloid), (red:1.3) [x]", r"{fox|owl} :) a\b"]
+    assert [pairs(parse(prompt)) for prompt in chosen.shown] == [[(text, 1.0)] for text in wanted]
+    prompt = shlex.split(done.next_command)[2]
+    assert pairs(parse(Wildcards().draw(prompt, 0))) in [[(text, 1.0)] for text in wanted]
 
 
 LONG_CAPTION = "a red apple, a blue cat " * 14

@@ -25,7 +25,7 @@ from peft_diffusion.api import train
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.events import Event
-from peft_diffusion.training import Interrupted
+from peft_diffusion.training import Dataset, Interrupted
 from peft_diffusion.training.events import Step
 from peft_diffusion.training.loop.trainer import Trainer
 from peft_diffusion.training.record import checkpoint
@@ -86,6 +86,9 @@ def same_file(one: Path, two: Path) -> bool:
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
+    if changes:  # the same pictures again, in other sizes and with other captions
+        again = Dataset(pictures, repeats=2, resolution=(32, 48), flip=False, trigger="hat", crops=2, tag_dropout=0.3)
+        changes = changes | {"dataset": again}
     whole = train(small(pictures, tmp_path / "whole", **changes), pipe=make_pipe())
     with monkeypatch.context() as patched:
         stop_after(patched, 4)

@@ -77,6 +77,22 @@ def test_noise_levels_are_spaced_as_k_diffusion_spaces_them(name: str, tiny_pipe
         np.testing.assert_allclose(levels(tiny_pipe, f"{name}-beta").sigmas, [*wanted, 0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_uniform_is_that_of_k_diffusion_or_refused(name: str, tiny_pipe: DiffusionPipeline) -> None:
+    """Its ``get_sigmas``: timesteps from the noisiest to the cleanest, both among them; PLMS takes the second twice."""
+    if name in ("dpm++", "dpm++-sde", "dpm++-2m-sde", "dpm++-3m-sde", "unipc", "lcm", "tcd"):
+        with pytest.raises(UserError, match="cannot space its noise levels so: uniform"):
+            levels(tiny_pipe, f"{name}-uniform")
+    else:
+        found = [float(one) for one in levels(tiny_pipe, f"{name}-uniform").timesteps]
+        if name.startswith("dpm2"):  # between two of them it takes another
+            found = found[::2]
+        elif name in ("heun", "pndm"):
+            found = list(dict.fromkeys(found))
+        np.testing.assert_allclose(found, np.linspace(999, 0, len(found)), atol=0.6)
+        assert len(found) == STEPS
+
+
 @pytest.mark.parametrize("name", ["ddim", "euler", "euler-a", "dpm++", "dpm++-2m-sde", "ddpm", "tcd"])
 def test_trailing_steps_begin_at_the_noisiest(name: str, tiny_pipe: DiffusionPipeline) -> None:
     if name != "tcd":  # which takes its own, from the noisiest as well
@@ -101,6 +117,7 @@ def test_what_a_scheduler_cannot_do_is_told(tiny_pipe: DiffusionPipeline) -> Non
         ("sdxl_lightning_2step_lora", (2, 1.0, "euler-trailing")), ("sd_xl_turbo_lora_v1", (4, 1.0, "euler-a-trailing")),
         ("dmd2_sdxl_4step_lora", (4, 1.0, "lcm")), ("TCD-SDXL-LoRA", (4, 1.0, "tcd")),
         ("lightning_bolts", (25, 5.0, None)), ("hyperrealism", (25, 5.0, None)), ("turbo_cars", (25, 5.0, None)),
+        ("lightning_2000steps", (25, 5.0, None)), ("lightning_v10-step00001500", (25, 5.0, None)),
     ],
 )  # fmt: skip
 def test_adapters_for_few_steps_are_known_by_their_names(

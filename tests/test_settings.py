@@ -242,7 +242,7 @@ def test_help_tells_type_default_range_and_help_of_every_setting() -> None:
             assert " ".join(one.line().replace("|", " ").split()) in shown, one.name
     lines = {one.name: one.line() for one in settings_of(pd.TrainConfig)}
     assert lines["unet_lr"].startswith("unet_lr (float; default None; 0 or more): Learning rate of the UNet.")
-    assert lines["folder"].startswith("folder (path, one or several; required): Image folders")
+    assert lines["folder"].startswith("folder (path, one or several; default []): Image folders")
     assert lines["loss"].startswith("loss ('l2' | 'huber' | 'smooth-l1'; default 'l2'): ")
 
 
@@ -255,7 +255,9 @@ def test_a_class_describes_itself_as_json() -> None:
             if get_origin(own.type) is tuple and get_args(own.type)[0] is Path:
                 assert (one["type"], one["several"]) == ("path", True)
     told = {one["name"]: one for one in describe(pd.TrainConfig)}
-    assert told["folder"]["required"] and told["folder"]["default"] is None and told["folder"]["several"]
+    assert not told["folder"]["required"] and told["folder"]["default"] == [] and told["folder"]["several"]
+    assert (told["dataset"]["type"], told["dataset"]["several"]) == ("table", True)
+    assert told["init_from"]["default"] is None and not told["init_from"]["several"]
     assert told["output"]["flags"] == ["--output", "-o"] and told["output"]["type"] == "path"
     assert told["masks"]["choices"] == ["files", "alpha", "off"] and told["masks"]["default"] == "files"
     assert told["held_out"]["range"] == {"low": 0, "low_included": True, "high": 1, "high_included": False}
@@ -418,7 +420,7 @@ class Part:
     rates: Mapping[str, float] = field(default_factory=dict)
 
 
-PLACES = ("output", "run_dir", "cache", "init_from", "freeze_others", "notify")
+PLACES = ("output", "run_dir", "cache", "dataset_config", "init_from", "freeze_others", "notify")
 
 
 def test_what_is_told_to_others_says_nothing_of_where_things_lie() -> None:
@@ -462,7 +464,8 @@ def test_type_checkers_take_what_settings_take() -> None:
     with pytest.raises(pd.UserError, match="--seeds must be a whole number, or several, not 'a'"):
         pd.GenerateConfig("a cat", seeds="a")  # type: ignore[arg-type]
     with pytest.raises(TypeError):
-        pd.TrainConfig()  # type: ignore[call-arg]
+        pd.TextTrainConfig()  # type: ignore[call-arg]
+    assert pd.TrainConfig().folder == ()  # a [[dataset]] has its own
 
 
 @pytest.mark.parametrize("function", ["train", "find_rates", "train_text", "generate", "blend", "generate_text"])

@@ -162,7 +162,7 @@ def test_training_pictures_are_nearest_to_themselves(pictures: Path) -> None:
     config = small(pictures, pictures, held_out=0.0)
     prepared = prepare(config, make_pipe(), lambda event: None, TrainingPictures())
     task = DiffusionTask(prepared.pipe, "none", DiffusionSettings(), prepared.train)
-    drawn = [Image.open(picture.path) for picture in prepared.pictures]
+    drawn = [Image.open(picture.path) for picture in prepared.of_run.all]
     assert known(task.nearness(drawn)) < 1e-3 < 0.5 < known(task.nearness([Image.new("RGB", (64, 64), "black")]))
     assert task.nearness([Image.new("RGB", (32, 32))]) is None
 

@@ -44,6 +44,7 @@ from peft_diffusion.methods import method
 from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.events import Losses, Measured, Preview, PreviewsChosen, Signals, Step, StepLoss, Unrecorded
 from peft_diffusion.training.loop.learning_rate import Shape, rate
+from peft_diffusion.training.loop.optimizers import OPTIMIZERS
 from peft_diffusion.training.loop.seeds import generator, seed_of
 from peft_diffusion.training.loop.trainer import (
     Divergence,
@@ -54,10 +55,10 @@ from peft_diffusion.training.loop.trainer import (
 )
 from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.results import RunResult
-from peft_diffusion.training.settings.choices import Scheduler, TimestepBias
+from peft_diffusion.training.settings.choices import OptimizerName, Scheduler, TimestepBias
 from peft_diffusion.training.settings.derive import resolve
 from peft_diffusion.training.settings.toml import to_toml
-from peft_diffusion.training.tasks import objective, preparation
+from peft_diffusion.training.tasks import datasets, objective
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.objective import Timesteps
 from peft_diffusion.training.tasks.preparation import prepare
@@ -366,21 +367,39 @@ def test_each_group_has_its_own_learning_rate() -> None:
     assert second.weight[0].item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_group_that_ends_before_the_run_stays_as_it_is() -> None:
+def two_lines(loud: float, ends: int, **more: Any) -> tuple[Trainer, Line, Line]:
+    """A loop over two groups, of which the second has gradients that are so many times larger, and ends at a step."""
     first, second = Line(), Line()
     arena = Arena({"first": [first.weight], "second": [second.weight]})
-
-    def loss(inputs: Inputs) -> torch.Tensor:
-        return first.loss(inputs) + second.loss(inputs)
-
     task = Line()
-    task.loss = loss  # type: ignore[method-assign]
+    task.loss = lambda inputs: first.loss(inputs) + loud * second.loss(inputs)  # type: ignore[method-assign]
     rates = {"first": 0.1, "second": 0.1}
-    loop = Trainer(task, arena, TrainerSettings(steps=6, rates=rates, ends={"second": 3}))
+    return Trainer(task, arena, TrainerSettings(steps=6, rates=rates, ends={"second": ends}, **more)), first, second
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_group_that_ends_before_the_run_stays_as_it_is(optimizer: OptimizerName) -> None:
+    """Also where the weights that a run gives are an average, which goes on to follow where the optimizer is."""
+    loop, first, second = two_lines(1.0, 3, optimizer=optimizer)
     loop.run(until=3)
-    before = second.weight.detach().clone(), first.weight.detach().clone()
+    with loop.final_weights():
+        before = second.weight.detach().clone(), first.weight.detach().clone()
     loop.run()
-    assert torch.equal(second.weight, before[0]) and not torch.equal(first.weight, before[1])
+    with loop.final_weights():
+        assert torch.equal(second.weight, before[0]) and not torch.equal(first.weight, before[1])
+        assert bool(before[0].any()) and bool(first.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("loud", [1e4, math.inf])
+def test_gradients_of_what_learns_no_more_neither_clip_nor_stop_the_others(loud: float) -> None:
+    """As where it took no gradients at all."""
+    loop, first, _ = two_lines(loud, 0, clip=0.1, loss_scaling=True, log_every=99)
+    for step in range(3):
+        loop._step()
+        assert loop.step == step + 1
+    alone, _ = trainer(other := Line(), clip=0.1, loss_scaling=True)
+    alone.run(until=3)
+    assert torch.equal(first.weight, other.weight)
 
 
 def test_the_average_follows_and_is_what_the_run_gives() -> None:
@@ -449,7 +468,7 @@ def test_every_preset_gives_every_family_all_its_values() -> None:
             base = type("Base", (), {"name": family, "family": family, "resolution": 64})()
             found = resolve(TrainConfig(folder=(Path("x"),), preset=preset), base, 48, "cpu")
             may_be_none = {"cache", "alpha", "epochs", "quantize", "target", "log_with", "clip_skip", "init_from"}
-            may_be_none |= {"preview_prompts_file"}
+            may_be_none |= {"preview_prompts_file", "dataset_config", "notify"}
             assert not [f.name for f in fields(found) if getattr(found, f.name) is None and f.name not in may_be_none]
         assert set(families.find("other").defaults(preset)) == set(families.find("sd1").defaults(preset))
 
@@ -819,7 +838,7 @@ def test_a_picture_that_vanishes_is_named(tmp_path: Path, pictures: Path, monkey
         next(one for one in found.pictures if "red dog" in one.name).path.unlink()
         return found
 
-    monkeypatch.setattr(preparation, "scan", then_vanish)
+    monkeypatch.setattr(datasets, "scan", then_vanish)
     with pytest.raises(UserError, match=r"red dog c\.png"):
         train(small(pictures, tmp_path), pipe=make_pipe())
     assert not (tmp_path / "run").exists()

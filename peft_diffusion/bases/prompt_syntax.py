@@ -20,7 +20,7 @@ _NEAR = 20  # tokens behind a comma that A1111 takes along into the next chunk (
 _WORD = 8  # tokens from which ComfyUI breaks a word in two where a chunk is full
 _DEEPEST = 100  # brackets in each other that are read; more are letters
 _PRIVATE = 0xE000  # code points of nobody stand for learned words while a prompt is read
-_PIECES = re.compile(r"\\[()\[\]\\]|\\|[(\[)\]]|:([-+]?(?:\d+\.?\d*|\.\d+))\)|[^\\()\[\]:]+|:")
+_PIECES = re.compile(r"\\[()\[\]\\]|\\|[(\[)\]]|:\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*\)|[^\\()\[\]:]+|:")
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _SYNTAX = re.compile(r"[()\[\]\\]|\bBREAK\b")
 _ESCAPED = re.compile(r"\\([()\[\]])")
@@ -83,6 +83,18 @@ def escaped(text: str) -> str:
         A prompt.
     """
     return re.sub(r"\bBREAK\b", "Break", re.sub(r"([()\[\]\\])", r"\\\1", text))
+
+
+def from_letters(text: str) -> str:
+    r"""Write a text in which brackets are letters, as captions are learned, so that A1111's reading reads the same.
+
+    Args:
+        text: Words; brackets in them may be escaped, as boorus write ``miku \(vocaloid\)``.
+
+    Returns:
+        A prompt.
+    """
+    return escaped(_ESCAPED.sub(r"\1", text))
 
 
 def parse(prompt: str, weights: Weights = "a1111", learned: Sequence[str] = ()) -> list[Part | None]:

@@ -54,6 +54,10 @@ SPACINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 BY_STEPS = ("euler", "heun", "dpm2", "dpm2-a")
 """Those that space noise levels between those of their steps, so that these must reach from the noisiest to the last."""
 
+NOT_UNIFORM = ("dpm++", "dpm++-2m-sde", "dpm++-3m-sde", "unipc", "lcm", "tcd")
+"""Those that diffusers, told "linspace", spaces otherwise than A1111 does by its Uniform: they leave the last level out, or
+take levels of their own."""
+
 _LABELS = {
     "ddim": "DDIM", "pndm": "PLMS", "euler": "Euler", "euler-a": "Euler a", "heun": "Heun", "dpm2": "DPM2",
     "dpm2-a": "DPM2 a", "dpm++": "DPM++ 2M", "dpm++-sde": "DPM++ SDE", "dpm++-2m-sde": "DPM++ 2M SDE",

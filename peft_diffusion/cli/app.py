@@ -30,6 +30,7 @@ COMMANDS = {
     "blend": "Draw a labelled sheet from all of one adapter to all of another.",
     "grid": "Draw a labelled sheet over values of any settings.",
     "serve": "Keep a base loaded and draw for programs that speak A1111's HTTP interface.",
+    "import-config": "Write a training of sd-scripts, kohya_ss or OneTrainer as a TOML file of settings.",
     "runs": "List runs as a table, or compare two side by side.",
     "inspect": "Tell what an adapter file holds, and whether two fit together.",
     "merge": "Make one adapter of several, or fold adapters into a base and write a checkpoint.",

@@ -78,7 +78,8 @@ def _field(one: Described) -> tuple[str, Any, Any]:
     )
     if one.setting.group != PARAMETERS:  # which is the panel of all that has no group
         parameter = Parameter.combine(parameter, Parameter(group=_group(one.setting.group)))
-    return one.name, Annotated[one.hint, parameter, one], field(default=one.default, kw_only=not one.positional)
+    hint = one.hint if one.nested is None else tuple[str, ...]  # settings in others are given as texts
+    return one.name, Annotated[hint, parameter, one], field(default=one.default, kw_only=not one.positional)
 
 
 def setting_of(argument: Argument) -> Described | None:

@@ -43,7 +43,7 @@ class Arena:
 
         Args:
             flat: Of the shape of the arena's.
-            parameter: One of `members`.
+            parameter: One of `members`, or of `groups`.
 
         Returns:
             A view of the parameter's shape.
@@ -55,6 +55,17 @@ class Arena:
         """Forget the gradients; they stay where they are in memory."""
         self.grad.zero_()
 
+    @torch.no_grad()
+    def forget_gradients(self, names: Iterable[str]) -> None:
+        """Forget the gradients of groups that learn nothing: no norm and no overflow of theirs counts for the others.
+
+        Args:
+            names: Those groups.
+        """
+        for name in names:
+            self.view_in(self.grad, self.groups[name]).zero_()
+
+    @torch.no_grad()
     def clip(self, limit: float) -> Tensor:
         """Scale the gradients so that their norm has a limit.
 

@@ -163,13 +163,29 @@ def check_unmerge(component: nn.Module) -> None:
         raise UserError("nothing is merged")
     carriers = sites_of.sites(component)
     _refuse_away(component, carriers, "unmerge")
-    for path, slot in sites_of.slots(component).items():
-        for name, written in slot.merged.items():
-            if not _alike(written, _sample(_held(carriers[path], name))):
-                raise UserError(
-                    f"cannot unmerge: {path}.{name} was changed after the merge, as fuse_lora() and load_state_dict() do,"
-                    " and would lose that; undo it first (unfuse_lora()), or load the base anew"
-                )
+    held = {
+        (path, name): (written, _sample(_held(carriers[path], name)))
+        for path, slot in sites_of.slots(component).items()
+        for name, written in slot.merged.items()
+    }
+    if _all_equal(list(held.values())):
+        return
+    for (path, name), (written, now) in held.items():
+        if not _alike(written, now):
+            raise UserError(
+                f"cannot unmerge: {path}.{name} was changed after the merge, as fuse_lora() and load_state_dict() do,"
+                " and would lose that; undo it first (unfuse_lora()), or load the base anew"
+            )
+
+
+def _all_equal(samples: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether all pairs of samples are the same, which a device is asked once for each kind of numbers."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor]]] = {}
+    for written, now in samples:
+        if written.dtype != now.dtype or written.device != now.device or written.dtype.itemsize == 1:
+            return False
+        kinds.setdefault((written.dtype, written.device), []).append((written, now))
+    return all(torch.equal(*(torch.cat(side) for side in zip(*own, strict=True))) for own in kinds.values())
 
 
 def _sample(tensor: Tensor) -> Tensor:
@@ -189,10 +205,19 @@ def _alike(written: Tensor, now: Tensor) -> bool:
 
 def _restore(carriers: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> None:
     """Write back the bytes that were kept, wherever there are some."""
+    together: tuple[list[Tensor], list[Tensor]] = [], []
     for path, slot in slots.items():
-        if slot.unmerged:
-            _write(carriers[path], slot.unmerged)
-            slot.unmerged, slot.merged = {}, {}
+        for name, kept in slot.unmerged.items():
+            held = _held(carriers[path], name)
+            if type(held) is nn.Parameter and not held.is_inference() and held.device == kept.device:
+                together[0].append(held.detach())
+                together[1].append(kept)
+            else:
+                _write(carriers[path], {name: kept})
+    if together[0]:
+        torch._foreach_copy_(*together)
+    for slot in slots.values():
+        slot.unmerged, slot.merged = {}, {}
 
 
 @torch.no_grad()

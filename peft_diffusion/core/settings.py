@@ -17,6 +17,7 @@ From the field are made its check, its flag, its key in a TOML file, its line in
 import math
 import numbers
 import os
+import shlex
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -41,6 +42,7 @@ from typing import (
 
 from .errors import UserError, did_you_mean
 from .files import at_home
+from .other_names import known_here_as
 
 _KEY = "peft_diffusion.setting"  # in ``field.metadata``
 _WIDTH = 110  # letters of a line in a docstring
@@ -79,9 +81,12 @@ if TYPE_CHECKING:
     Paths: TypeAlias = _Taken[tuple[Path, ...], _PathGiven | Sequence[_PathGiven]]
     Texts: TypeAlias = _Taken[tuple[str, ...], str | Sequence[str]]
     Numbers: TypeAlias = _Taken[tuple[int, ...], int | Sequence[int]]
+    OptionalTexts: TypeAlias = _Taken[tuple[str, ...] | None, str | Sequence[str] | None]
+    OptionalNumbers: TypeAlias = _Taken[tuple[int, ...] | None, int | Sequence[int] | None]
 else:
     OnePath, OptionalPath = Path, Path | None
     Paths, Texts, Numbers = tuple[Path, ...], tuple[str, ...], tuple[int, ...]
+    OptionalTexts, OptionalNumbers = tuple[str, ...] | None, tuple[int, ...] | None
 
 
 @dataclass_transform(field_specifiers=(field,))
@@ -291,6 +296,12 @@ class Described:
         return get_args(self._one_of)[0] if self.several else self._one_of
 
     @property
+    def nested(self) -> type[Settings] | None:
+        """The class of settings that one value is; None where it is a plain value."""
+        found: type[Settings] | None = self.single if hasattr(self.single, "__dataclass_fields__") else None
+        return found
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """The values that one may have, where they are few."""
         return get_args(self.single) if get_origin(self.single) is Literal else ()
@@ -298,7 +309,7 @@ class Described:
     @property
     def type_name(self) -> str:
         """The type of one value, as `describe` calls it."""
-        return "choice" if self.choices else _KINDS[self.single][0]
+        return "choice" if self.choices else "table" if self.nested else _KINDS[self.single][0]
 
     @property
     def _one_of(self) -> Any:
@@ -329,6 +340,8 @@ class Described:
         return (self._one(value),)
 
     def _one(self, value: object) -> Any:
+        if self.nested is not None:
+            return _made(self.nested, value, self.flag)
         if self.choices:
             if value not in self.choices:
                 raise UserError(not_among(self.flag, self.choices, value))
@@ -492,11 +505,145 @@ def plain(value: Any) -> Any:
         value: Any.
 
     Returns:
-        Paths as text, tuples as lists, all else as it is.
+        Paths as text, tuples as lists, settings as a mapping of what is said in them, all else as it is.
     """
     if isinstance(value, tuple):
         return [plain(item) for item in value]
+    if hasattr(value, "__dataclass_fields__"):
+        return said(value)
     return str(value) if isinstance(value, Path) else value
+
+
+def said(config: Settings) -> dict[str, Any]:
+    """Give what settings say beside their defaults, as JSON values.
+
+    Args:
+        config: A dataclass of settings, which stands in another.
+
+    Returns:
+        Values by the name of the setting.
+    """
+    values = {one: getattr(config, one.name) for one in settings_of(type(config))}
+    return {one.name: plain(value) for one, value in values.items() if value != one.default}
+
+
+def from_table(kind: type[S], table: Mapping[str, Any], where: str) -> S:
+    """Make settings of a mapping, as JSON and TOML have it.
+
+    Args:
+        kind: Their class.
+        table: Values by the name of the setting, with - or _ between words.
+        where: What errors call it.
+
+    Returns:
+        The settings.
+
+    Raises:
+        UserError: There is no such setting, it cannot have the value, or one that has no default is missing.
+    """
+    known = {one.name: one for one in settings_of(kind)}
+    values = {name.replace("-", "_"): value for name, value in table.items()}
+    for name in values:
+        if name not in known:
+            here, all_of_them = known_here_as(name, known), f"; there are: {', '.join(known)}"
+            meant = f"; here it is {' or '.join(here)}" if here else did_you_mean(name, known)
+            raise UserError(f"{where}: there is no setting {name!r}{meant or all_of_them}")
+    missing = [one.name for one in known.values() if one.default is MISSING and one.name not in values]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}: {dict(table)}")
+    try:
+        return kind(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def from_text(kind: type[S], text: str, where: str) -> S:
+    """Make settings of a text, as a flag has it: the values that must be given, and others as NAME=VALUE.
+
+    Args:
+        kind: Their class.
+        text: ``pictures repeats=2 caption="a cat"``: values with spaces stand in quotes, several have commas between.
+        where: What errors call it.
+
+    Returns:
+        The settings.
+
+    Raises:
+        UserError: See `from_table`; or a quotation mark has no second one.
+    """
+    reader = shlex.shlex(text, posix=True, punctuation_chars=False)
+    reader.whitespace_split, reader.escape, reader.commenters = True, "", ""  # paths have backslashes, and perhaps a #
+    try:
+        words = list(reader)
+    except ValueError:
+        raise UserError(f"{where} {text!r}: a quotation mark has no second one") from None
+    first = [one for one in settings_of(kind) if one.default is MISSING]
+    known = {one.name: one for one in settings_of(kind)}
+    table: dict[str, Any] = {one.name: word for one, word in zip(first, words, strict=False)}
+    for word in words[len(first) :]:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"{where} {text!r}: {word!r} is no NAME=VALUE; a text with spaces stands in quotes")
+        one = known.get(name := name.replace("-", "_"))
+        if one is not None and one.several and one.single is str:  # given again for each, as flags are
+            table[name] = [*table.get(name, ()), value]
+        else:
+            table[name] = value if one is None else _read(one, value)
+    return from_table(kind, table, f"{where} {text!r}")
+
+
+def to_text(config: Settings) -> str:
+    """Write settings as `from_text` reads them.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The text.
+    """
+    table, kinds = said(config), settings_of(type(config))
+    words = [str(table.pop(one.name)) for one in kinds if one.default is MISSING]
+    for name, value in table.items():
+        texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        words += [f"{name}={_written(one)}" for one in (value if texts else [value])]
+    return shlex.join(words)
+
+
+def _written(value: Any) -> str:
+    """A value of JSON as a text that `_read` takes."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read(one: Described, text: str) -> Any:
+    """A text as a value of a setting; as it is where it is none, which `taken` then tells."""
+    if one.several:
+        return [_read_one(one.single, part.strip()) for part in text.split(",") if part.strip()]
+    return _read_one(one.single, text)
+
+
+def _read_one(kind: Any, text: str) -> Any:
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        return int(text) if kind is int else float(text) if kind is float else text
+    except ValueError:
+        return text
+
+
+def _made(kind: type[Settings], value: object, flag: str) -> Settings:
+    """Settings that stand in others: as they are, or made of a mapping or a text."""
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, Mapping):
+        return from_table(kind, value, flag)
+    if isinstance(value, str):
+        return from_text(kind, value, flag)
+    first = [one for one in settings_of(kind) if one.default is MISSING]
+    if isinstance(value, os.PathLike) and len(first) == 1 and first[0].single is Path:
+        return from_table(kind, {first[0].name: value}, flag)
+    raise UserError(f"{flag} takes a {kind.__name__}, a mapping or a text, not {value!r:.80}")
 
 
 def to_json(config: Settings) -> dict[str, Any]:
@@ -525,7 +672,17 @@ def portable(config: Settings) -> dict[str, Any]:
     """
     told = [one for one in settings_of(type(config)) if one.setting.kept and not one.setting.place]
     values = {one: getattr(config, one.name) for one in told}
-    return {one.name: plain(_names(value) if one.single is Path else value) for one, value in values.items()}
+    return {one.name: _portable(one, value) for one, value in values.items()}
+
+
+def _portable(one: Described, value: Any) -> Any:
+    """A value as others are told it."""
+    if one.nested is not None and value is not None:
+        return [
+            {name: told for name, told in portable(item).items() if name in said(item)}
+            for item in (value if one.several else (value,))
+        ]
+    return plain(_names(value) if one.single is Path else value)
 
 
 def _names(value: Any) -> Any:

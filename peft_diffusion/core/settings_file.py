@@ -14,7 +14,7 @@ from .errors import UserError, did_you_mean
 from .files import at_home, regular
 from .other_names import known_here_as
 from .parsing import refuse_halves, refusing
-from .settings import Described, Settings, settings_of
+from .settings import Described, Settings, from_table, settings_of, to_text
 
 S = TypeVar("S", bound=Settings)
 _OTHERS = (".yaml", ".yml", ".json")
@@ -58,7 +58,7 @@ def read(path: Path, settings: Iterable[Described]) -> dict[str, Any]:
     """
     known = {_key(flag): one for one in settings for flag in one.flags if flag.startswith("--")}
     found: dict[str, Any] = {}
-    for key, value in _parsed(path).items():
+    for key, value in parsed(path).items():
         if key == _PLUGIN:
             continue
         one = known.get(_key(key))
@@ -66,6 +66,9 @@ def read(path: Path, settings: Iterable[Described]) -> dict[str, Any]:
             raise UserError(f"{path}: there is no setting {key!r} of this command{_meant(key, value, known)}")
         if one.setting.table and isinstance(value, list):
             value = [_text(path, one, item) if isinstance(item, dict) else item for item in value]
+        if one.nested is not None:
+            name, items = f"{path}: [[{one.name}]]", value if isinstance(value, list) else [value]
+            value = [to_text(from_table(one.nested, item, name)) if isinstance(item, dict) else item for item in items]
         _check(path, key, value, one)
         found[one.name] = value
     return found
@@ -83,14 +86,25 @@ def plugins(path: Path) -> list[str]:
     Raises:
         UserError: The file cannot be read, or names something else.
     """
-    found = _parsed(path).get(_PLUGIN, [])
+    found = parsed(path).get(_PLUGIN, [])
     modules = found if isinstance(found, list) else [found]
     if not all(isinstance(module, str) for module in modules):
         raise UserError(f"{path}: {_PLUGIN!r} takes names of modules, not {found!r}")
     return modules
 
 
-def _parsed(path: Path) -> dict[str, Any]:
+def parsed(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What is in it.
+
+    Raises:
+        UserError: It cannot be read, or is no TOML.
+    """
     path = at_home(path)
     try:
         text = unicode_text(regular(path).read_bytes())
@@ -122,7 +136,7 @@ def _meant(key: str, value: object, known: Mapping[str, Described]) -> str:
         if one.setting.flag.negative and _key(key) == f"{'empty' if one.several else 'no'}_{name}":
             return f"; did you mean {name} = {'[]' if one.several else 'true' if value is False else 'false'}?"
     if key in _DATASETS and isinstance(value, (dict, list)) and "folder" in known:
-        return "; of a dataset file of sd-scripts, image_dir is folder here, num_repeats repeats, and keep_tokens keep_tags"
+        return "; a dataset file of sd-scripts is given as --dataset-config"
     here = known_here_as(key, known)
     if here:
         return f"; here it is {' or '.join(here)}"

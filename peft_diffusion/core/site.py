@@ -18,7 +18,7 @@ from .changes import one_at_a_time
 from .component import ComponentState
 from .errors import UserError, did_you_mean
 from .method import DEFAULT_TARGET, Method
-from .slab import LivePair, Wanted
+from .slab import LivePair, Slab, Wanted
 from .slot import SLOT, Packed, Slot, slot_of, state_of, walk
 from .strength import Strengths
 
@@ -297,8 +297,9 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter | 
         raise
 
 
+@one_at_a_time
 def exchange(component: nn.Module, name: str, stored: Mapping[str, StoredPair]) -> dict[str, StoredPair] | None:
-    """Put other pairs in the places of those of an adapter. `pack` has to be called then.
+    """Put other pairs in the places of those of an adapter.
 
     Args:
         component: The module that carries it.
@@ -308,13 +309,24 @@ def exchange(component: nn.Module, name: str, stored: Mapping[str, StoredPair]) 
     Returns:
         The pairs that were there, by path; None, and nothing is changed, where they are at other sites than the new ones, or
         an adapter was built.
+
+    Whatever ends it early, the pairs that were there are there again.
     """
-    carriers = slots(component, name)
-    before = {path: pair for path, slot in carriers.items() if (pair := slot.adapters.stored(name)) is not None}
-    if not len(carriers) == len(before) == len(stored) or before.keys() != stored.keys():
+    carriers = sites(component, name)
+    held = {path: site._peft_diffusion.adapters for path, site in carriers.items()}
+    before = {path: pair for path, adapters in held.items() if (pair := adapters.stored(name)) is not None}
+    if not len(held) == len(before) == len(stored) or before.keys() != stored.keys():
         return None
-    for path, slot in carriers.items():
-        slot.adapters.exchange(name, stored[path])
+    try:
+        for path, adapters in held.items():
+            adapters.exchange(name, stored[path])
+        _pack(component, carriers)
+        next(iter(carriers.values()))._peft_diffusion.strengths.changes += 1
+    except BaseException:  # as of a device that is full
+        for path, adapters in held.items():
+            adapters.exchange(name, before[path])
+        pack(component)
+        raise
     return before
 
 
@@ -427,9 +439,28 @@ def pack(component: nn.Module) -> None:
     Args:
         component: The module that carries them.
     """
-    state = state_of(component)
+    _pack(component, sites(component))
+
+
+def _pack(component: nn.Module, carriers: Mapping[str, AdaptedSite]) -> None:
+    """Bring the slab to what sites carry."""
+    state = next((site._peft_diffusion.component for site in carriers.values()), None)
     if state is None:
         return
+    wanted, new = _wanted(component, state.slab, carriers)
+    try:
+        places = state.slab.hold(wanted, [one for _, one in new])
+    except BaseException:  # as of a device that is full: nothing is known of what was written
+        unpack(component)
+        raise
+    for (slot, _), place in zip(new, places, strict=True):
+        slot.place, slot.packed = place, Packed(state.slab, place)
+
+
+def _wanted(
+    component: nn.Module, slab: Slab, carriers: Mapping[str, AdaptedSite]
+) -> tuple[dict[int, Wanted], list[tuple[Slot, Wanted]]]:
+    """What is yet to come into a slab, by place, and for the slots that have none."""
     usual: list[torch.dtype] = []
 
     def precision(site: nn.Module) -> torch.dtype:
@@ -444,8 +475,7 @@ def pack(component: nn.Module) -> None:
 
     there: dict[int, Wanted] = {}
     new: list[tuple[Slot, Wanted]] = []
-    slab = state.slab
-    for path, site in sites(component).items():
+    for path, site in carriers.items():
         slot = site._peft_diffusion
         held, place, packed = slot.adapters, slot.place, slot.packed
         names, unbuilt, dtype = held.names(), held.unbuilt, precision(site)
@@ -464,13 +494,7 @@ def pack(component: nn.Module) -> None:
         else:
             there[place] = Wanted("", (), dtype, names, pairs)
             slot.packed = packed or Packed(slab, place)
-    try:
-        places = slab.hold(there, [one for _, one in new])
-    except BaseException:  # as of a device that is full: nothing is known of what was written
-        unpack(component)
-        raise
-    for (slot, _), place in zip(new, places, strict=True):
-        slot.place, slot.packed = place, Packed(slab, place)
+    return there, new
 
 
 def _pairs(slot: Slot, names: Sequence[str]) -> dict[str, tuple[int, Pair]] | None:

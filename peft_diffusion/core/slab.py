@@ -386,29 +386,34 @@ def uploaded(pairs: Sequence[Matrices], device: torch.device) -> list[Matrices]:
         The pairs there.
     """
     ends: dict[int, tuple[int, int]] = {}  # bytes of pieces of memory, by their address
-    for pair in pairs:
-        for matrix in pair[:2]:
-            if matrix.device.type == "cpu":
-                first, last = ends.get(matrix.untyped_storage().data_ptr(), (matrix.untyped_storage().nbytes(), 0))
-                begin = int(matrix.storage_offset()) * matrix.itemsize
-                ends[matrix.untyped_storage().data_ptr()] = min(first, begin), max(last, begin + matrix.nbytes)
-    copies: dict[int, Tensor] = {}
-
-    def there(matrix: Tensor) -> Tensor:
-        if matrix.device.type != "cpu":
-            return matrix
+    keys: list[int] = []
+    matrices = [matrix for pair in pairs for matrix in pair[:2]]
+    for matrix in matrices:
         storage = matrix.untyped_storage()
-        key = storage.data_ptr()
+        key = storage.data_ptr() if matrix.device.type == "cpu" else 0
+        keys.append(key)
+        if key:
+            first, last = ends.get(key, (storage.nbytes(), 0))
+            begin = int(matrix.storage_offset()) * matrix.itemsize
+            ends[key] = min(first, begin), max(last, begin + matrix.nbytes)
+    copies: dict[int, Tensor] = {}
+    numbers: dict[tuple[int, torch.dtype], Tensor] = {}
+    found: list[Tensor] = []
+    for key, matrix in zip(keys, matrices, strict=True):
+        if not key:
+            found.append(matrix)
+            continue
         first, last = ends[key]
         first -= first % _WORD
-        if key not in copies:
-            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-            copies[key] = whole[first:last].to(device)
-        copy = copies[key]
-        numbers = copy[: len(copy) - len(copy) % matrix.itemsize].view(matrix.dtype)
-        return numbers.as_strided(matrix.shape, matrix.stride(), matrix.storage_offset() - first // matrix.itemsize)
-
-    return [Matrices(there(pair.down), there(pair.up), pair.scale) for pair in pairs]
+        if (key, matrix.dtype) not in numbers:
+            if key not in copies:
+                whole = torch.empty(0, dtype=torch.uint8).set_(matrix.untyped_storage())
+                copies[key] = whole[first:last].to(device)
+            copy = copies[key]
+            numbers[key, matrix.dtype] = copy[: len(copy) - len(copy) % matrix.itemsize].view(matrix.dtype)
+        offset = matrix.storage_offset() - first // matrix.itemsize
+        found.append(numbers[key, matrix.dtype].as_strided(matrix.shape, matrix.stride(), offset))
+    return [Matrices(down, up, pair.scale) for down, up, pair in zip(found[::2], found[1::2], pairs, strict=True)]
 
 
 def _is_exact(pair: Matrices, dtype: torch.dtype) -> bool:

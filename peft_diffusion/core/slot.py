@@ -29,6 +29,12 @@ class Packed:
         self._slab = slab
         self.place = place
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Packed) and self._slab is other._slab and self.place == other.place
+
+    def __hash__(self) -> int:
+        return hash((id(self._slab), self.place))
+
     @property
     def view(self) -> SiteView:
         """What the site sees of the slab."""

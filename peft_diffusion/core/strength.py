@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -135,6 +135,7 @@ class Strengths(KeepsPrecision):
         self.changes = 0  # how often anything but the step was changed, which ends what threads know of their steps
         self.merged = False  # the weights hold the adapters, so sites add nothing
         self._places: dict[str, int] = {}
+        self._columns: dict[str, int] = {}  # for how many images an adapter has strengths; 1 where all have the same
         self._told = torch.zeros(0, len(self.blocks), 1)  # ``values`` on the CPU: to ask a device is to wait for it
         self.register_buffer("values", torch.zeros(0, len(self.blocks), 1, device=device), persistent=False)
 
@@ -149,7 +150,7 @@ class Strengths(KeepsPrecision):
         if row == len(self._told):
             more = max(_ROWS, len(self._told))
             self._told = torch.cat([self._told, torch.zeros(more, *self._told.shape[1:])])
-        self._places[name] = row
+        self._places[name], self._columns[name] = row, 1
         self._told[row] = 1.0
         self._publish()
         self.names.append(name)
@@ -164,6 +165,7 @@ class Strengths(KeepsPrecision):
             name: What it is called.
         """
         self._told[self._places.pop(name)] = 0.0
+        del self._columns[name]
         self._publish()
         self.names.remove(name)
         self.changes += 1
@@ -241,34 +243,43 @@ class Strengths(KeepsPrecision):
             tables.append(self._table(rows))
         return torch.stack(tables).to(self.values.device)
 
-    def _planned(self, amounts: Mapping[str, OverSteps]) -> list[Tensor]:
-        """The strengths of every adapter, each (blocks, images) or (blocks, 1). Raises as ``write`` does."""
-        unknown = [name for name in amounts if name not in self.names]
+    def _planned(self, amounts: Mapping[str, OverSteps]) -> "dict[str, float | Tensor]":
+        """The strengths of the adapters named: one number for all, or (blocks, images or 1). Raises as ``write`` does."""
+        unknown = [name for name in amounts if name not in self._places]
         if unknown:
             there, near = ", ".join(self.names) or "none", did_you_mean(unknown[0], self.names)
             raise UserError(f"no adapter {', '.join(unknown)} is attached; there are: {there}{near}")
         if self.merged:
             raise UserError("the adapters are merged into the weights; unmerge them before you change a strength")
         plain = {name: one.mean if isinstance(one, (Schedule, Timed)) else one for name, one in amounts.items()}
-        rows = [self._rows(name, plain[name]) if name in plain else self._kept(name) for name in self.names]
-        counts = {row.shape[1] for row in rows} - {1}
+        rows = {name: one if _is_plain(one) else self._rows(name, one) for name, one in plain.items()}
+        counts = set(self._counted(rows).values()) - {1}
         if len(counts) > 1:
             raise UserError(f"adapters have strengths for different numbers of images: {sorted(counts)}")
         return rows
 
-    def _put(self, rows: Sequence[Tensor]) -> tuple[Tensor, frozenset[str]]:
-        """Write strengths, for all threads. Returns the values, apart from those, and the names of what is not 0."""
-        self._told = self._table(rows)
-        self._publish()
-        self._active = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool(row.count_nonzero()))
-        self.full = frozenset(name for name, row in zip(self.names, rows, strict=True) if bool((row == 1).all()))
-        return self.values.clone() if self.schedules else self.values, self._active
+    def _counted(self, rows: "Mapping[str, float | Tensor]") -> dict[str, int]:
+        """For how many images each adapter has strengths when these are written."""
+        kept = {name: count if count == 1 else self._kept(name).shape[1] for name, count in self._columns.items()}
+        return kept | {name: row.shape[1] if isinstance(row, Tensor) else 1 for name, row in rows.items()}
 
-    def _table(self, rows: Sequence[Tensor]) -> Tensor:
-        """The strengths of every adapter as `values` has them, on the CPU."""
-        images = max((row.shape[1] for row in rows), default=1)
-        told = torch.zeros(len(self._told), len(self.blocks), images)
-        for name, row in zip(self.names, rows, strict=True):
+    def _put(self, rows: "Mapping[str, float | Tensor]") -> tuple[Tensor, frozenset[str]]:
+        """Write strengths, for all threads. Returns the values, apart from those, and the names of what is not 0."""
+        table = self._table(rows)
+        self._told, self._columns = table, self._counted(rows)
+        self._publish()
+        on = {name for name, row in rows.items() if (bool(row.any()) if isinstance(row, Tensor) else row != 0)}
+        full = {name for name, row in rows.items() if (bool((row == 1).all()) if isinstance(row, Tensor) else row == 1)}
+        self._active = self._active - rows.keys() | on
+        self.full = self.full - rows.keys() | full
+        # Another thread may write into `values` meanwhile, so a step keeps what it was told itself.
+        return table.to(self.values.device, copy=True) if self.schedules else self.values, self._active
+
+    def _table(self, rows: "Mapping[str, float | Tensor]") -> Tensor:
+        """The strengths of every adapter as `values` has them, on the CPU, with some changed."""
+        images = max(self._counted(rows).values(), default=1)
+        told = (self._told if images == self._told.shape[2] else self._told[:, :, :1].expand(-1, -1, images)).clone()
+        for name, row in rows.items():
             told[self._places[name]] = row
         return told
 
@@ -284,6 +295,11 @@ class Strengths(KeepsPrecision):
     def images(self) -> int:
         """How many images have strengths of their own; 1 where all have the same."""
         return self.values.shape[2]
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether strengths depend on the step, or on which image is drawn."""
+        return bool(self.schedules) or self.images > 1
 
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
@@ -439,6 +455,11 @@ class Strengths(KeepsPrecision):
         """The present strength of an adapter, in one column where all images have the same."""
         rows = self._told[self.index(name)]
         return rows if bool((rows != rows[:, :1]).any()) else rows[:, :1]
+
+
+def _is_plain(strength: object) -> "TypeGuard[float]":
+    """Whether a strength is one number that float32 has."""
+    return type(strength) in (float, int) and abs(cast(float, strength)) <= torch.finfo(torch.float32).max
 
 
 def recording() -> bool:

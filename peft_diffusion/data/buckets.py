@@ -4,7 +4,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from PIL import Image
@@ -100,6 +100,25 @@ def resize_crop(width: int, height: int, bucket: Bucket) -> ResizeCrop:
     resized = max(bucket.width, round(width * scale)), max(bucket.height, round(height * scale))
     left, top = (resized[0] - bucket.width) // 2, (resized[1] - bucket.height) // 2
     return ResizeCrop(bucket, (width, height), resized, (left, top, left + bucket.width, top + bucket.height))
+
+
+def cut_outs(fit: ResizeCrop, count: int) -> tuple[ResizeCrop, ...]:
+    """Crop an image at several places, side by side along the side of which a part is cut away.
+
+    Args:
+        fit: The crop in the middle.
+        count: How many, 1 or more.
+
+    Returns:
+        The different ones; of one, and where nothing is cut away, the one in the middle.
+    """
+    width, height = fit.bucket.width, fit.bucket.height
+    spare = fit.resized[0] - width, fit.resized[1] - height
+    if count == 1:
+        return (fit,)
+    places = [(spare[0] * place // (count - 1), spare[1] * place // (count - 1)) for place in range(count)]
+    crops = [(left, top, left + width, top + height) for left, top in dict.fromkeys(places)]
+    return tuple(replace(fit, crop=crop) for crop in crops)
 
 
 def arrange(

@@ -5,7 +5,7 @@ import io
 import posixpath
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from ..core.encodings import unicode_text, western_text
 from ..core.parsing import json_value
 from .problems import Problem
 
-Source = Literal["sidecar", "metadata", "name", "folder", "none"]
+Source = Literal["sidecar", "metadata", "dataset", "name", "folder", "none"]
 SIDECARS: tuple[str, ...] = (".txt", ".caption")
 METADATA: tuple[str, ...] = ("metadata.jsonl", "metadata.csv")
 COLUMNS: tuple[str, ...] = ("text", "caption", "prompt")
@@ -102,19 +102,22 @@ class Captions:
         return "", "none"
 
 
-def read_captions(root: Path, files: Iterable[str], pictures: Collection[str]) -> Captions:
+def read_captions(
+    root: Path, files: Iterable[str], pictures: Collection[str], extensions: Sequence[str] = SIDECARS
+) -> Captions:
     """Read the caption files of a folder.
 
     Args:
         root: The folder.
         files: All its files, as POSIX paths relative to `root`.
         pictures: Those of them that are images.
+        extensions: What the names of files beside images end in, the first that there is counts.
 
     Returns:
         The captions and the problems.
     """
     files = list(files)
-    sidecars, problems, broken, beside = _read_sidecars(root, files, pictures)
+    sidecars, problems, broken, beside = _read_sidecars(root, files, pictures, extensions)
     metadata: dict[str, str] = {}
     found = [name for name in files if is_metadata(name)]
     # The file nearest to a picture speaks first, and JSON lines before CSV.
@@ -135,16 +138,17 @@ def is_metadata(name: str) -> bool:
     return posixpath.basename(name).lower() in METADATA
 
 
-def is_sidecar(name: str) -> bool:
+def is_sidecar(name: str, extensions: Sequence[str] = SIDECARS) -> bool:
     """Tell whether a file may be a caption beside an image.
 
     Args:
         name: Its path.
+        extensions: What the names of such files end in, in small letters.
 
     Returns:
-        True for `.txt` and `.caption`.
+        Whether its own does.
     """
-    return posixpath.splitext(name)[1].lower() in SIDECARS
+    return posixpath.splitext(name)[1].lower() in extensions
 
 
 def _text(path: Path, problems: list[Problem], kind: str) -> str | None:
@@ -177,7 +181,7 @@ def _lines(text: str) -> str:
 
 
 def _read_sidecars(
-    root: Path, files: Iterable[str], pictures: Collection[str]
+    root: Path, files: Iterable[str], pictures: Collection[str], extensions: Sequence[str]
 ) -> tuple[dict[str, str], list[Problem], frozenset[str], dict[str, str]]:
     """The captions beside images, what is wrong with them, the images of those that cannot be read, and the files."""
     by_stem: dict[str, list[str]] = {}
@@ -187,8 +191,8 @@ def _read_sidecars(
     beside: dict[str, str] = {}
     problems: list[Problem] = []
     broken: set[str] = set()
-    sidecars = [name for name in files if is_sidecar(name)]
-    for name in sorted(sidecars, key=lambda name: (SIDECARS.index(posixpath.splitext(name)[1].lower()), name)):
+    sidecars = [name for name in files if is_sidecar(name, extensions)]
+    for name in sorted(sidecars, key=lambda name: (extensions.index(posixpath.splitext(name)[1].lower()), name)):
         where, owners = str(root / name), by_stem.get(posixpath.splitext(plain_name(name))[0], [])
         if not owners:
             problems.append(

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from peft_diffusion.core.errors import UserError
 
 from . import picture_names
-from .caption_files import Captions, Source, is_metadata, is_sidecar, name_captions, plain_name, read_captions
+from .caption_files import SIDECARS, Captions, Source, is_metadata, is_sidecar, name_captions, plain_name, read_captions
 from .companions import cache_problem, find_companions
 from .folder_names import repeats_and_words
 from .images import MAX_PIXELS, SUFFIXES, Checked, check_picture, open_mask, open_picture
@@ -25,11 +25,28 @@ __all__ = ["ImageFolder", "Missing", "Problem", "TrainingImage", "open_picture",
 Missing = Literal["stop", "name", "empty", "skip"]
 """What becomes of pictures without a caption: stop, use the file name, use no words, or leave them out."""
 
+
+@dataclass(frozen=True)
+class CaptionSource:
+    """Where the captions of a folder come from.
+
+    Attributes:
+        source: Text files, or else names (auto); files alone; names of pictures alone; or ``caption`` for all (caption).
+        caption: That of pictures that have none; each line is an alternative.
+        extensions: What the names of caption files end in, in small letters.
+    """
+
+    source: Literal["auto", "files", "names", "caption"] = "auto"
+    caption: str = ""
+    extensions: tuple[str, ...] = SIDECARS
+
+
 _SOURCE_WORDS: dict[Source, str] = {
     "sidecar": "text files beside the pictures",
     "metadata": "metadata files",
     "name": "file names",
     "folder": "names of folders, as kohya's 10_WORDS",
+    "dataset": "what is said of the folder",
     "none": "nowhere (empty captions)",
 }
 _COMPANIONS = re.compile(
@@ -56,6 +73,7 @@ class TrainingImage:
         mask_digest: SHA-256 of the mask's bytes; "" without a mask.
         repeats: How often an epoch draws it, 1 or more.
         weight: Its factor in the loss, 0 or more.
+        dataset: Which of the data sets of a run it is of, from 0.
         caption_file: The file beside it that its caption came from, or is left blank; None where there is none.
     """
 
@@ -70,6 +88,7 @@ class TrainingImage:
     mask_digest: str = ""
     repeats: int = 1
     weight: float = 1.0
+    dataset: int = 0
     caption_file: Path | None = None
 
     @property
@@ -158,6 +177,7 @@ class _Limits:
     missing: Missing
     max_pixels: int
     masks: bool
+    captions: CaptionSource
 
 
 def scan(
@@ -166,6 +186,8 @@ def scan(
     resolution: int | None = None,
     missing: Missing = "stop",
     masks: bool = True,
+    subfolders: bool = True,
+    captions: CaptionSource = CaptionSource(),
     max_pixels: int = MAX_PIXELS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ImageFolder:
@@ -180,6 +202,8 @@ def scan(
         resolution: Pixels; images whose smaller side is under half of it are left out. None keeps all sizes.
         missing: What happens to an image without a caption.
         masks: Whether masks are used.
+        subfolders: Whether folders in them are read.
+        captions: Where captions come from.
         max_pixels: Images above this many pixels are never decoded.
         on_progress: Called with the number of images read so far and their total.
 
@@ -195,7 +219,7 @@ def scan(
     roots = list(dict.fromkeys(Path(folder) for folder in given))
     if not roots:
         raise UserError("no image folder was given: name at least one")
-    listings = [_list(_folder(root)) for root in roots]
+    listings = [_list(_folder(root), subfolders) for root in roots]
     total = sum(_is_picture(name) for one in listings for name in one.names)
     ticks = iter(range(1, total + 1))
 
@@ -203,7 +227,7 @@ def scan(
         if on_progress is not None:
             on_progress(next(ticks), total)
 
-    limits = _Limits(resolution, missing, max_pixels, masks)
+    limits = _Limits(resolution, missing, max_pixels, masks, captions)
     pictures: list[TrainingImage] = []
     problems: list[Problem] = []
     for listing in listings:
@@ -216,16 +240,17 @@ def scan(
     return result
 
 
-def check_folders(folders: Sequence[Path]) -> None:
+def check_folders(folders: Sequence[Path], subfolders: bool = True) -> None:
     """See that there are folders, and a picture in one of them by its name; nothing is read.
 
     Args:
         folders: The folders.
+        subfolders: Whether folders in them count.
 
     Raises:
         UserError: There is nothing to train on, or a folder does not exist.
     """
-    listings = [_list(_folder(root)) for root in folders]
+    listings = [_list(_folder(root), subfolders) for root in folders]
     if not any(_is_picture(name) for one in listings for name in (*one.names, *one.strange)):
         _check_not_empty(ImageFolder(tuple(folders), (), ()), listings)
 
@@ -254,8 +279,8 @@ def _folder(root: Path) -> Path:
     return root
 
 
-def _list(root: Path) -> _Listing:
-    """All files below `root`, sorted, without hidden ones and system litter; links are followed.
+def _list(root: Path, subfolders: bool) -> _Listing:
+    """All files below `root`, or in it, sorted, without hidden ones and system litter; links are followed.
 
     A pipe, socket or device may never end, whatever it is called, and is not read.
     """
@@ -263,7 +288,7 @@ def _list(root: Path) -> _Listing:
     seen: set[Path] = set()
     for place, folders, files in os.walk(root, followlinks=True):
         real = Path(place).resolve()
-        folders[:] = [] if real in seen else [name for name in folders if not _hidden(name)]
+        folders[:] = [] if real in seen or not subfolders else [name for name in folders if not _hidden(name)]
         if real not in seen:
             seen.add(real)
             names += [(Path(place) / name).relative_to(root).as_posix() for name in files if not _hidden(name)]
@@ -303,9 +328,10 @@ def _scan_root(listing: _Listing, limits: _Limits, tick: Callable[[], None]) -> 
     names = [name for name in listing.names if _is_text(name)]
     image_names = [name for name in names if _is_picture(name)]
     names = _without_companions(names, image_names)
-    captions = read_captions(root, names, image_names)
+    extensions = limits.captions.extensions
+    captions = read_captions(root, names, image_names, extensions)
     companions = find_companions(root, image_names, captions)
-    others = [name for name in names if not (_is_picture(name) or is_sidecar(name) or is_metadata(name))]
+    others = [name for name in names if not (_is_picture(name) or is_sidecar(name, extensions) or is_metadata(name))]
     problems = [*(_unreadable_name(root, name) for name in unreadable), *(_other_file(root, name) for name in others)]
     problems += [_strange_file(root / _shown(name)) for name in listing.strange]
     problems += (*captions.problems, *companions.problems)
@@ -321,7 +347,7 @@ def _scan_root(listing: _Listing, limits: _Limits, tick: Callable[[], None]) -> 
                 problems.append(checked)
             else:
                 pictures.append(TrainingImage(root / name, name, "", "none", checked.width, checked.height, checked.digest))
-    captioned, missing = _caption(pictures, captions, limits.missing)
+    captioned, missing = _caption(pictures, captions, limits.missing, limits.captions)
     files = {name: root / file for name, file in captions.files.items()}
     captioned = [replace(one, caption_file=files.get(plain_name(one.name))) for one in captioned]
     problems += missing
@@ -386,12 +412,15 @@ def _strange_file(path: Path) -> Problem:
 
 
 def _caption(
-    pictures: list[TrainingImage], captions: Captions, missing: Missing
+    pictures: list[TrainingImage], captions: Captions, missing: Missing, wanted: CaptionSource
 ) -> tuple[list[TrainingImage], list[Problem]]:
     """Pictures with their captions. File names count only where the folder has no caption files, or as the fallback.
 
     Pictures whose caption cannot be read are left to that problem, which stops.
     """
+    if wanted.source == "caption":
+        source: Source = "dataset" if wanted.caption else "none"
+        return [replace(picture, caption=wanted.caption, source=source) for picture in pictures], []
     pictures = [picture for picture in pictures if plain_name(picture.name) not in captions.broken]
     names = name_captions({_stem(picture) for picture in pictures})
     captioned = {place for picture in pictures if captions.of(picture.name)[0] for place, _ in _kohya_folders(picture)}
@@ -403,6 +432,9 @@ def _caption(
         ways: list[tuple[str, Source]] = [(folder, "folder"), (name, "name")]
         # Names of files are asked for in words with "name", those of folders by their form alone.
         ways = [captions.of(picture.name), *(reversed(ways) if missing == "name" else ways)]
+        if wanted.source != "auto":
+            ways = ways[:1] if wanted.source == "files" else [(names[_stem(picture)], "name")]
+        ways.insert(1, (wanted.caption, "dataset"))  # what a person says of a folder is nearer than names
         caption, source = next((way for way in ways if way[0]), _NO_CAPTION)
         if not caption:
             problems.append(_missing(picture, captions, missing))

@@ -143,9 +143,9 @@ def cache_latents(
     vae: nn.Module,
     *,
     background: str = "white",
-    flip: bool = False,
+    flip: bool | Sequence[bool] = False,
     masked: bool = False,
-    alpha: bool = False,
+    alpha: bool | Sequence[bool] = False,
     folder: Path | None = None,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 4,
@@ -163,9 +163,9 @@ def cache_latents(
         fits: How each becomes its bucket.
         vae: The VAE.
         background: The colour behind transparency.
-        flip: Add every image mirrored.
+        flip: Add every image mirrored, or those for which it is true.
         masked: Add each one with parts hidden, by `masks.mask`, for a base that is told such.
-        alpha: Take the transparency of images without a mask for what is learned of them.
+        alpha: Take the transparency of images without a mask for what is learned of them, or of those for which it is true.
         folder: Where latents are kept.
         dtype: That of the result.
         batch_size: Images encoded at once.
@@ -181,8 +181,10 @@ def cache_latents(
     """
     if len(pictures) != len(fits):
         raise ValueError(f"{len(pictures)} pictures with {len(fits)} fits")
-    job = _Job(pictures, fits, background, max_pixels, alpha, folder, fingerprint(vae) if folder is not None else "")
-    whole = [(index, flipped) for flipped in ((False, True) if flip else (False,)) for index in range(len(pictures))]
+    flips, alphas = ([given] * len(pictures) if isinstance(given, bool) else given for given in (flip, alpha))
+    job = _Job(pictures, fits, background, max_pixels, alphas, folder, fingerprint(vae) if folder is not None else "")
+    whole = [(index, False) for index in range(len(pictures))]
+    whole += [(index, True) for index, _ in whole if flips[index]]
     hiding = (None, *range(masks_of.COUNT)) if masked else (None,)
     entries: list[Key] = [(*one, mask) for mask in hiding for one in whole]
     encoder = ready(vae)
@@ -208,7 +210,7 @@ class _Job:
     fits: Sequence[ResizeCrop]
     background: str
     max_pixels: int
-    alpha: bool
+    alpha: Sequence[bool]
     folder: Path | None
     vae: str
 
@@ -248,7 +250,7 @@ class _Job:
         if picture.mask is not None:
             image: Image.Image | None = open_mask(picture.mask, self.max_pixels, picture.mask_digest)
         else:
-            image = open_alpha(picture.path, self.max_pixels, picture.digest) if self.alpha else None
+            image = open_alpha(picture.path, self.max_pixels, picture.digest) if self.alpha[index] else None
         if image is None:
             return None
         # Bilinear: Lanczos overshoots, which would learn a little of what is outside.

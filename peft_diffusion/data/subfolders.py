@@ -13,7 +13,10 @@ _Number = TypeVar("_Number", int, float)
 
 
 def apply(
-    pictures: Sequence[TrainingImage], repeats: Sequence[str] = (), weights: Sequence[str] = ()
+    pictures: Sequence[TrainingImage],
+    repeats: Sequence[str] = (),
+    weights: Sequence[str] = (),
+    usual: Sequence[tuple[int | None, float | None]] = (),
 ) -> list[TrainingImage]:
     """Give images the repeats and weights of their subfolders.
 
@@ -25,6 +28,8 @@ def apply(
         pictures: The images.
         repeats: `SUBFOLDER=N` texts, N 1 or more.
         weights: `SUBFOLDER=WEIGHT` texts, the weight 0 or more.
+        usual: For each data set of the images, the repeats and the weight of those for which no text says it; None where
+            it says none either.
 
     Returns:
         The images with `repeats` and `weight` set.
@@ -40,14 +45,21 @@ def apply(
         if unknown:
             there = ", ".join(sorted(places)[:8])
             raise UserError(f"{flag} {unknown[0]}: no picture is in a subfolder of this name; there are: {there}")
-    return [
-        replace(
-            picture,
-            repeats=next((_repeats(place, given) for place in picture.places if _repeats(place, given)), 1),
-            weight=next((counts[place] for place in picture.places if place in counts), 1.0),
+    found = []
+    for picture in pictures:
+        times, counted = usual[picture.dataset] if usual else (None, None)
+        usual_weight = 1.0 if counted is None else counted
+        said = (given[place] for place in picture.places if place in given)
+        named = (given.get(place) or repeats_and_words(place.rpartition("/")[2])[0] for place in picture.places)
+        found.append(
+            replace(
+                picture,
+                # The name of an inner folder is nearer than what is said of an outer one, not than its data set's own.
+                repeats=next((one for one in named if one), 1) if times is None else next(said, times),
+                weight=next((counts[place] for place in picture.places if place in counts), usual_weight),
+            )
         )
-        for picture in pictures
-    ]
+    return found
 
 
 def check(repeats: Sequence[str], weights: Sequence[str]) -> None:
@@ -82,11 +94,6 @@ def describe(pictures: Sequence[TrainingImage]) -> list[str]:
         f"{place}: {count} pictures, each drawn {repeats} times an epoch, weight {weight:g}"
         for place, (repeats, weight, count) in sorted(found.items())
     ]
-
-
-def _repeats(place: str, given: dict[str, int]) -> int:
-    """What was said of a place, or what its name says; 0 for nothing."""
-    return given.get(place, repeats_and_words(place.rpartition("/")[2])[0])
 
 
 def _parse(texts: Sequence[str], flag: str, kind: Callable[[str], _Number], least: int) -> dict[str, _Number]:

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from ..core.checksums import bytes_of
 from ..core.errors import UserError
@@ -48,8 +48,7 @@ which parameters lie in its flat tensors."""
 _LEGACY_START, _LEGACY_END = 0x100000, 0x110000  # the bytes of a file that kohya's older hash is of
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A tensor as the header describes it; ``start`` and ``end`` are bytes from the beginning of the file."""
 
     dtype: str
@@ -209,12 +208,14 @@ class Data:
         """
         found: dict[str, Tensor] = {}
         whole = True
-        for names in self._runs():
-            entries = [self._header.tensors[name] for name in names]
-            run = self._run(entries[0].dtype, entries[0].start, entries[-1].end)
-            whole = whole and run.is_floating_point() and run.itemsize > 1 and is_finite(run)
-            parts = run.split([(one.end - one.start) // run.itemsize for one in entries])
-            found |= {name: part.view(one.shape) for name, part, one in zip(names, parts, entries, strict=True)}
+        for run in self._runs():
+            entries = [one for _, one in run]
+            numbers = self._run(entries[0].dtype, entries[0].start, entries[-1].end)
+            whole = whole and numbers.is_floating_point() and numbers.itemsize > 1 and is_finite(numbers)
+            size = numbers.itemsize
+            parts = numbers.split([(one.end - one.start) // size for one in entries])
+            for (name, one), part in zip(run, parts, strict=True):
+                found[name] = part.view(one.shape)
         tensors = {name: found[name] for name in self._header.tensors}
         return tensors if whole else _usable(self._header.path, tensors)
 
@@ -228,10 +229,10 @@ class Data:
         whole.update(data)
         return whole.hexdigest(), hashlib.sha256(data).hexdigest()
 
-    def _runs(self) -> list[list[str]]:
-        """The names of tensors of one dtype that follow one another."""
+    def _runs(self) -> list[list[tuple[str, Entry]]]:
+        """Tensors of one dtype that follow one another."""
         ordered = sorted(self._header.tensors.items(), key=lambda item: (item[1].start, item[1].end))
-        return [[name for name, _ in run] for _, run in itertools.groupby(ordered, lambda item: item[1].dtype)]
+        return [list(run) for _, run in itertools.groupby(ordered, lambda item: item[1].dtype)]
 
     def _run(self, dtype: str, start: int, end: int) -> "Tensor":
         first = len(self._head)

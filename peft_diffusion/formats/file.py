@@ -453,7 +453,10 @@ def paths_by_name(component: str, module: nn.Module) -> dict[str, str]:
 def _bound(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[list[_Site], dict[str, str]]:
     """The sites of a base that a file holds an adapter for, and by name why tensors have none. Raises UserError where the
     file holds a tensor of a site under two names."""
-    paths = {component: paths_by_name(component, module) for component, module in parts.items()}
+    places = {(one.sources[0].place.component, *one.sources[0].place.others) for _, _, one in found.each()}
+    roles = {families.role_of(component) for candidates in places for component in candidates}
+    meant = {component: module for component, module in parts.items() if families.role_of(component) in roles}
+    paths = {component: paths_by_name(component, module) for component, module in meant.items()}
     left = dict(found.unread)
     bound: dict[tuple[str, str], SitePlan] = {}
     for _, name, one in found.each():

@@ -252,23 +252,18 @@ class Adapters:
     def _exchange(self, name: str, stored: Mapping[str, Mapping[str, StoredPair]]) -> bool:
         """Put pairs in the places of others; whether that could be done."""
         parts, before = components(self.pipe), dict[str, dict[str, StoredPair]]()
+        done = False
         try:
             for component, pairs in stored.items():
                 found = sites.exchange(parts[component], name, pairs)
                 if found is None:
                     break
                 before[component] = found
-            else:
-                self._pack()
-                return True
-        except BaseException:  # as of a device that is full
-            for component, pairs in before.items():
+            done = len(before) == len(stored)
+        finally:
+            for component, pairs in before.items() if not done else ():
                 sites.exchange(parts[component], name, pairs)
-            self._pack()
-            raise
-        for component, pairs in before.items():
-            sites.exchange(parts[component], name, pairs)
-        return False
+        return done
 
     def _replace(self, name: str, read: Loaded) -> None:
         """Take an adapter off and attach another under its name, or leave the first where that fails."""
@@ -320,26 +315,31 @@ class Adapters:
         """
         wanted: dict[str, Amount] = {**(amounts or {}), **more}
         registry = self._registry
+        states = registry.states()
         for name in wanted:
-            registry.carriers(name)
-        registry.refuse_merged("change a strength")
+            if not any(name in state.entries for state in states.values()):
+                registry.carriers(name)  # which says what there is
+        if any(state.strengths.merged for state in states.values()):
+            registry.refuse_merged("change a strength")
         schedules = [name for name, amount in wanted.items() if over_steps(amount)]
         if schedules and isinstance(self.pipe, LanguageModel):
             raise UserError(f"{', '.join(schedules)}: a schedule runs over denoising steps, which text does not have")
-        everywhere = list(dict.fromkeys(b for state in registry.states().values() for b in state.strengths.blocks))
+        everywhere = list(dict.fromkeys(b for state in states.values() for b in state.strengths.blocks))
         stepping, _ = network_of(self.pipe) or (None, None)  # what runs once a step; the others keep a schedule's mean
         planned = []
-        for component, state in registry.states().items():
+        for component, state in states.items():
             own = {name: amount for name, amount in wanted.items() if name in state.entries}
             chosen = _known_blocks(own, component, state.strengths.blocks, everywhere)
             state.strengths.check(chosen)
             planned.append((component, state.strengths, chosen))
+        followed = any(strengths.stepwise for _, strengths, _ in planned)
         for component, strengths, chosen in planned:
             if chosen:
                 strengths.write(chosen)
             if component == stepping:
                 strengths.at_progress(0.0)
-        follow_steps(self.pipe)
+        if followed or any(strengths.stepwise for _, strengths, _ in planned):
+            follow_steps(self.pipe)
 
     @one_at_a_time
     def remove(self, name: str) -> None:

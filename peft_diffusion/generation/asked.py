@@ -13,7 +13,7 @@ from ..core.shortening import brief
 from ..core.strength_schedule import ByPart
 from ..data.prompt_lines import PromptLine, parse_line, read_prompts
 from ..data.wildcards import Wildcards
-from .settings import Choice, GenerateConfig, Sampling, with_plans
+from .settings import Choice, GenerateConfig, Key, Sampling, with_plans
 from .tags import Shelf, Tag, take
 
 
@@ -133,11 +133,21 @@ def strengths(
     Returns:
         By name: what the prompt says; else what was given, and 0 of those that other prompts name.
     """
-    said = {shelf.find(tag.name).key: tag for tag in tags}
+    said = _by_file(tags, shelf)
     found: dict[str, float | ByPart] = {}
     for name, choice in zip(names, choices, strict=True):
         given = choice.amount if choice in shelf.given else 0.0
         found[name] = _amount(choice, said[choice.key], base) if choice.key in said else given
+    return found
+
+
+def _by_file(tags: Sequence[Tag], shelf: Shelf) -> dict[Key, Tag]:
+    """What is said of each file; of one that is named by several names, the sum, as where it is named twice by one."""
+    found: dict[Key, Tag] = {}
+    for tag in tags:
+        key = shelf.find(tag.name).key
+        before = found.get(key, Tag(tag.name, 0.0, 0.0))
+        found[key] = Tag(before.name, before.te + tag.te, before.denoiser + tag.denoiser)
     return found
 
 

@@ -242,7 +242,8 @@ def _shown(pipe: Any, controls: Sequence[Control], scale: float) -> Iterator[dic
         return
     if not hasattr(pipe, "load_ip_adapter") or not hasattr(pipe, "image_encoder"):
         raise UserError(f"a {type(pipe).__name__} takes no IP-Adapter")
-    unet, parts = pipe.unet, ("image_encoder", "feature_extractor")
+    unet: Any = denoiser_of(pipe).network
+    parts = ("image_encoder", "feature_extractor")
     processors, projection = dict(unet.attn_processors), unet.encoder_hid_proj
     kind, before = unet.config.encoder_hid_dim_type, {name: getattr(pipe, name) for name in parts}
     try:
@@ -275,6 +276,7 @@ def _load_ip_adapters(pipe: Any, controls: Sequence[Control]) -> None:
         ) from error
     except Exception as error:  # diffusers has no list of what it raises for the weights of another base
         raise UserError(_of_another(controls[0], first_line(error))) from error
-    own = [one for one in pipe.unet.attn_processors.values() if isinstance(one, nn.Module)]
-    for part in (*own, pipe.unet.encoder_hid_proj, pipe.image_encoder):
+    network: Any = denoiser_of(pipe).network
+    own = [one for one in network.attn_processors.values() if isinstance(one, nn.Module)]
+    for part in (*own, network.encoder_hid_proj, pipe.image_encoder):
         part.to(device=computes_on(pipe), dtype=dtype_of(pipe)).requires_grad_(False).eval()

@@ -12,7 +12,7 @@ from .settings import Choice, Sampling
 
 S = TypeVar("S", bound=Sampling)
 _TITLES = ("modelspec.title", "ss_output_name", "name")  # of metadata
-_STEPS = re.compile(r"(\d+)-?steps?")
+_STEPS = re.compile(r"\b(\d{1,2})-?steps?\b")  # the numbers of a training run are longer, or stand behind the word
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError, did_you_mean
+from ..core.other_names import known_here_as
 from ..core.settings import PARAMETERS, Flag, OnePath, explained, setting, settings_class, settings_of
 from ..data.prompts import refuse_files
 from . import amounts
@@ -90,10 +91,13 @@ class GridConfig(Sampling):
         names = {one.name for one in fields(self)}
         return GenerateConfig(**{one.name: getattr(self, one.name) for one in fields(GenerateConfig) if one.name in names})
 
+    def _axis(self, text: str) -> Axis:
+        return _axis(text, [choice.name for choice in self.choices()])
+
     @property
     def columns(self) -> list[str]:
         """What stands above each column."""
-        axis = _axis(self.x)
+        axis = self._axis(self.x)
         return [axis.label(value) for value in axis.values]
 
     def rows(self, plain: GenerateConfig) -> list[Row]:
@@ -108,7 +112,7 @@ class GridConfig(Sampling):
         Raises:
             UserError: There is no such setting or value.
         """
-        across, down = _axis(self.x), [_axis(text) for text in (self.z, self.y) if text is not None]
+        across, down = self._axis(self.x), [self._axis(text) for text in (self.z, self.y) if text is not None]
         places: list[list[tuple[Axis, str]]] = [[]]
         for axis in down:
             places = [[*place, (axis, value)] for place in places for value in axis.values]
@@ -133,15 +137,16 @@ class GridConfig(Sampling):
         self.rows(self.plain())
 
 
-def _axis(text: str) -> Axis:
-    """Read an axis. Raises UserError."""
+def _axis(text: str, adapters: Sequence[str]) -> Axis:
+    """Read an axis; the names of adapters go before those that other programs have for settings. Raises UserError."""
     name, equals, told = text.partition("=")
     values = tuple(value.strip() for value in told.split("|" if "|" in told else ","))
     if not equals or not all(values):
         raise UserError(f"a side of the sheet is {_AXIS} {text!r} is none")
     key = name.strip()
-    spelled = key.lower().replace("-", "_")
-    return Axis(spelled if spelled in (*_SETTINGS, _REPLACE) else key, values)
+    spelled, sides = key.lower().replace("-", "_").replace(" ", "_"), (*_SETTINGS, _REPLACE)
+    others = [] if key in adapters else known_here_as(key, sides)
+    return Axis(spelled if spelled in sides else next(iter(others), key), values)
 
 
 def _changed(one: Cellwise, place: Sequence[tuple[Axis, str]]) -> Cellwise:

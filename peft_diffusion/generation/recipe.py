@@ -221,7 +221,7 @@ class Recipe:
         hashes = ", ".join(f"{name}: {used.data_sha256[:12]}" for name, used in named if used.data_sha256)
         words: tuple[str, ...] = (words_of(self.prompt).text, words_of(self.negative).text)
         if self.prompt_weights == "none":
-            words = tuple(prompt_syntax.escaped(prompt_syntax.words(text, "none")) for text in words)
+            words = tuple(prompt_syntax.from_letters(text) for text in words)
         prompt, negative = words
         fields = {
             "Steps": self.steps,

@@ -13,7 +13,7 @@ from PIL import Image
 from ..bases import BaseInfo, denoiser_of
 from ..bases.base import dtype_of
 from ..bases.pipelines import Pipeline, computes_on, drawing, end_guidance, guided_tensors
-from ..bases.schedulers import BY_STEPS, SCHEDULERS, SPACINGS, parted
+from ..bases.schedulers import BY_STEPS, NOT_UNIFORM, SCHEDULERS, SPACINGS, parted
 from ..core.errors import UserError, first_line
 from ..core.events import Never, Observer, Observers, Progress, Stop, Warned, check_stop
 from ..core.strength import Amount
@@ -253,7 +253,7 @@ def _named(name: str, adapters: Adapters, steps: int) -> Any:
     if kind in BY_STEPS and spacing:
         changes = {"timestep_spacing": "linspace", **changes}
     lacking = set(SPACINGS.get(spacing, {})) - set(inspect.signature(cls.__init__).parameters)
-    if lacking:
+    if lacking or (spacing == "uniform" and kind in NOT_UNIFORM):
         raise UserError(f"the scheduler {kind} cannot space its noise levels so: {spacing}; take another, or {kind} alone")
     own = adapters.pipe.scheduler.config
     plain = {option for options in SPACINGS.values() for option in options if option.startswith("use_")}

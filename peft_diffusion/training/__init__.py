@@ -7,10 +7,12 @@ from ..core.lazy import lazy
 
 if TYPE_CHECKING:
     from .results import FoundRates, Outcome, TextTrainResult, TrainResult
+    from .settings.datasets import Dataset
     from .settings.pictures import TrainConfig
     from .settings.text import TextTrainConfig
 
 __all__ = [
+    "Dataset",
     "FoundRates",
     "Interrupted",
     "Outcome",
@@ -25,6 +27,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
     __getattr__, __dir__ = lazy(
         __name__,
         {
+            "Dataset": "settings.datasets",
             "FoundRates": "results",
             "Outcome": "results",
             "TextTrainConfig": "settings.text",

@@ -1,5 +1,6 @@
 """Pictures as what a run learns from: a style, or a subject."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from ..core.errors import UserError
 from ..core.events import Event, Observer, Warned, untold
 from ..core.settings import flag, pick
 from ..data.borders import Colour, paper
-from ..data.buckets import arrange, place
+from ..data.buckets import place
 from ..data.captions import with_trigger
 from ..data.images import open_picture
 from ..fast.unet import fused
@@ -31,8 +32,10 @@ from .record.run_folder import RunFolder, check_writable
 from .results import FoundRates, RunResult, TrainResult
 from .run import Facts, next_command
 from .settings.derive import resolve
+from .settings.others.reading import with_datasets
 from .settings.pictures import ResolvedConfig, TrainConfig, block_rates, output_path, run_path
 from .settings.placements import Placement, blocks, plugins_of
+from .tasks.datasets import parts_of
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
 from .tasks.preparation import Prepared, check_apart, check_places, items, prepare, reading_of
 from .watch.previews import Previews
@@ -49,11 +52,31 @@ class PictureSource:
         asked: The settings as they were given.
         pipe: A base that is loaded already, used in place of ``asked.base`` and left as it was; or None.
         drawing: Draws previews and pictures of the class.
+        absent: What of a dataset file of another program has no counterpart.
     """
 
     asked: TrainConfig
     pipe: Pipeline | None
     drawing: Drawing
+    absent: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: TrainConfig, pipe: Pipeline | None, drawing: Drawing) -> Self:
+        """Make one of settings, after reading a dataset file of another program that they name.
+
+        Args:
+            config: The settings.
+            pipe: See above.
+            drawing: See above.
+
+        Returns:
+            The source.
+
+        Raises:
+            UserError: The file cannot be read.
+        """
+        config, absent = with_datasets(config)
+        return cls(config, pipe, drawing, absent)
 
     @property
     def lent(self) -> Pipeline | None:
@@ -91,6 +114,8 @@ class PictureSource:
 
     def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> "PictureMaterial":
         """Load the base, read the folders and encode the pictures."""
+        if self.absent:
+            tell(Warned("of the dataset file, these have no counterpart here:", self.absent))
         prepared = prepare(self.asked, self.pipe, tell, self.drawing, processes, folder)
         return PictureMaterial(prepared, self.drawing, processes, tell)
 
@@ -143,7 +168,7 @@ class PictureMaterial:
     @property
     def items(self) -> list[dict[str, str]]:
         """The pictures, and those of the class."""
-        return items(self.prepared.pictures, self.prepared.class_pictures)
+        return items(self.prepared.of_run.all, self.prepared.of_run.of_class)
 
     def faster(self) -> AbstractContextManager[None]:
         """The UNet fused, on CUDA, where steps may be recorded."""
@@ -196,11 +221,11 @@ class PictureMaterial:
 
     def _paper(self) -> Colour | None:
         """The colour that the borders of the pictures have in common, as they are trained on; of some of them."""
-        config, pictures = self.config, self.prepared.pictures
+        config, pictures = self.config, self.prepared.of_run.all
         some = pictures[:: -(-len(pictures) // _LOOKED_AT)]
-        fits = arrange(some, config.resolution, self.info.step, no_upscale=not config.upscale)
-        opened = (open_picture(one.path, config.background, digest=one.digest) for one in some)
-        return paper(place(image, fit, False) for image, fit in zip(opened, fits, strict=True))
+        arranged = parts_of(config, config.resolution).arrange(some, self.info.step, learned=False)
+        opened = (open_picture(one.path, config.background, digest=one.digest) for one in arranged.pictures)
+        return paper(place(image, fit, False) for image, fit in zip(opened, arranged.fits, strict=True))
 
     def load(self, previews: Previews | None) -> Load:
         """What of the run takes memory."""
@@ -220,8 +245,8 @@ class PictureMaterial:
     def facts(self, folder: RunFolder, previews: Previews | None) -> Facts:
         """What the report tells of the run; writes the thumbnails that it shows."""
         prepared = self.prepared
-        thumbnails(folder.thumbnails, prepared.pictures, self.config.background)
-        apart = len(prepared.held_out.captions) if prepared.held_out else 0
+        thumbnails(folder.thumbnails, prepared.of_run.all, self.config.background)
+        apart = len(prepared.of_run.apart)
         return Facts(
             defaults=self._defaults(),
             held_out=f"{apart} of them are kept apart to measure on" if apart else "",
@@ -231,10 +256,10 @@ class PictureMaterial:
     def _defaults(self) -> ResolvedConfig:
         config = self.config
         plain = TrainConfig(
-            folder=config.folder, preset=config.preset, method=config.method, output=config.output, run_dir=config.run_dir,
-            device=config.device, precision=config.precision,
+            folder=config.folder, dataset=config.dataset, preset=config.preset, method=config.method,
+            output=config.output, run_dir=config.run_dir, device=config.device, precision=config.precision,
         )  # fmt: skip
-        return resolve(plain, self.info, len(self.prepared.pictures), self.task.device.type)
+        return resolve(plain, self.info, len(self.prepared.of_run.all), self.task.device.type)
 
     def next_command(self) -> str:
         """What to type to draw with what was learned."""
@@ -246,18 +271,19 @@ class PictureMaterial:
     def _own_prompt(self) -> str:
         """A prompt that calls what was learned: the first of a caption that is not long, or else the trigger."""
         prepared, trigger = self.prepared, with_trigger("", self.config.trigger)
-        captions = (*(prepared.held_out.captions if prepared.held_out else ()), *prepared.train.captions)
-        prompts = [prompt for caption in captions if (prompt := prepared.rules.plain(caption))]
+        apart = prepared.held_out.plain(prepared.rules) if prepared.held_out else []
+        prompts = [prompt for prompt in (*apart, *prepared.train.plain(prepared.rules)) if prompt]
         short = (prompt for prompt in prompts if len(prompt) <= _PROMPT)
-        return next(short, trigger or " ".join(prompts[0][:_PROMPT].split()[:-1] if prompts else ()) or "a picture")
+        words = next(short, trigger or " ".join(prompts[0][:_PROMPT].split()[:-1] if prompts else ()) or "a picture")
+        return re.sub("[{}]", r"\\\g<0>", prepared.drawn(words))  # in prompts, braces are alternatives
 
     def result(self, found: RunResult) -> TrainResult:
         """What the run gave."""
-        return TrainResult(**vars(found), config=self.config, images=len(self.prepared.train.captions))
+        return TrainResult(**vars(found), config=self.config, images=len(self.prepared.of_run.kept))
 
     def training(self, result: TrainResult) -> dict[str, Any]:
         """Entries of the adapter file's training summary."""
-        return {"class_pictures": len(self.prepared.class_pictures), "images": result.images}
+        return {"class_pictures": len(self.prepared.of_run.of_class), "images": result.images}
 
     def triggers(self) -> list[str]:
         """The words of the trigger, and those that were taught."""

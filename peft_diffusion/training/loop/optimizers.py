@@ -113,6 +113,16 @@ class CountingOptimizer(FlatOptimizer):
 class ScheduleFree(CountingOptimizer):
     """Gradients are taken between where it is (``z``) and the average of where it was, which is what it gives."""
 
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """Set the learning rates from now on. What learns nothing is left out: the average would still move.
+
+        Args:
+            rates: By group.
+        """
+        super().set_rates(rates)
+        for name, parameter in self.arena.groups.items():
+            parameter.grad = self.arena.view_in(self.arena.grad, parameter) if rates[name] else None
+
     def final(self, parameters: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
         """Compute the average, from what the weights are and ``z``.
 

@@ -345,7 +345,9 @@ class Trainer:
             with self.task.seeded(self.step, micro):
                 self._do(self.gradients, inputs)
         self.processes.mean(self.arena.shared)
-        self.optimizer.set_rates(self._rates(self.step))
+        rates = self._rates(self.step)
+        self.arena.forget_gradients([name for name, rate in rates.items() if rate == 0])
+        self.optimizer.set_rates(rates)
         if self.average is not None:
             # The first steps weigh little in a long average: it follows faster while it is young.
             self.follow.fill_(1 - min(settings.ema, (2 + self.step) / (11 + self.step)))

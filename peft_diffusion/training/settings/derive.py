@@ -183,7 +183,8 @@ def resolve(
         _put_warmup(found, before)
     found.fill_from_steps()
     _fill_previews(found, device)
-    found.fill({"resolution": base.resolution}, f"from base {base.name}")
+    resolution, source = resolution_of(config, base)
+    found.fill({"resolution": resolution}, source)
     if (apart := derived_before(before, "held_out")) is not None:  # others were told of to an older version
         found.fill({"held_out": apart}, "from the run that goes on")
     found.fill({"held_out": share_apart(pictures)}, f"from {pictures} pictures")
@@ -191,6 +192,24 @@ def resolve(
     found.fill({"class_images": CLASS_IMAGES}, "by default")
     found.put_places(output_path(config), run_path(config))
     return found.resolved(ResolvedConfig)
+
+
+def resolution_of(config: TrainConfig, base: Base) -> tuple[int, str]:
+    """Choose the resolution of a run: where every folder has its own, the largest.
+
+    Args:
+        config: What was asked for.
+        base: What is known of the base.
+
+    Returns:
+        Pixels a side, and where they come from, in words.
+    """
+    if config.resolution is not None:
+        return config.resolution, "asked for"
+    own = [max(one.resolution or (0,)) for one in config.dataset if not one.regularisation]
+    if not config.folder and own and all(own):
+        return max(own), "from the data sets"
+    return base.resolution, f"from base {base.name}"
 
 
 def share_apart(pictures: int) -> float:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, field
+from dataclasses import KW_ONLY
 from pathlib import Path
 
 from ...bases import family as families
@@ -22,7 +22,6 @@ from ...core.settings import (
     Paths,
     Range,
     Texts,
-    about,
     explained,
     setting,
     settings_class,
@@ -32,14 +31,13 @@ from .choices import (
     HuberSchedule,
     Keep,
     Loss,
-    Masks,
     MaxTokens,
-    MissingCaptions,
     Preset,
     PriorTarget,
     Scheduler,
     TimestepBias,
 )
+from .datasets import Datasets, FolderSettings
 from .shared import ADAPTER, LEARNING, MACHINE, RESULT, WATCH, Resolved, SharedConfig, adapter_path
 
 # What a preset adapts, by role: of text encoders the first.
@@ -65,10 +63,11 @@ _PRIOR = Group("Keeping the class", 3)
 class _PictureConfig:
     """What a run learns from and what it makes."""
 
-    folder: Paths = field(
-        metadata=about(
-            "Image folders to learn from, with their subfolders. Several are read as one.", RESULT, free_on_resume=True
-        )
+    folder: Paths = setting(
+        (),
+        "Image folders to learn from, with their subfolders. Several are read as one; a --dataset has settings of its own.",
+        RESULT,
+        free_on_resume=True,
     )
     _: KW_ONLY
     output: OptionalPath = setting(
@@ -97,13 +96,6 @@ class _PictureConfig:
         RESULT,
     )
 
-    missing_captions: MissingCaptions = setting(
-        "stop",
-        "What becomes of pictures without caption: stop, use the file name, use no words (empty), or skip them; "
-        "a caption that is there and cannot be read always stops.",
-        DATA,
-        free_on_resume=True,
-    )
     max_tokens: MaxTokens = setting(
         "none",
         "How much of a caption is read: 75, 150 or 225 tokens, and the rest is cut; or all of it, in chunks of 75 (none).",
@@ -121,14 +113,6 @@ class _PictureConfig:
         "default the one that the base was trained with: 1, and 2 for Stable Diffusion XL.",
         DATA,
         Range(1, 12),
-    )
-    flip: bool = setting(
-        False, "Learn from mirrored pictures too; not for a style with writing or a side that matters.", DATA
-    )
-    upscale: bool = setting(
-        False,
-        "Enlarge pictures below the resolution; otherwise they are trained at their own size, to the nearest step.",
-        DATA,
     )
     background: str = setting("white", "Colour behind transparent pictures: a name or #rrggbb.", DATA)
     resolution: int | None = setting(
@@ -148,6 +132,20 @@ class _PictureConfig:
         place=True,
         free_on_resume=True,
     )
+    dataset: Datasets = setting(
+        (),
+        'A folder with settings of its own: "FOLDER NAME=VALUE ...", as in "pictures/hats repeats=3 trigger=hat flip=true", '
+        "or [[dataset]] in TOML. Give it again for more folders; see help(pd.Dataset) for the names.",
+        DATA,
+    )
+    dataset_config: OptionalPath = setting(
+        None,
+        "A dataset file of sd-scripts (TOML or JSON) or OneTrainer's concepts (JSON), read as it is, in place of folders or "
+        "beside them.",
+        DATA,
+        place=True,
+        free_on_resume=True,
+    )
     repeats: Texts = setting(
         (),
         "SUBFOLDER=N: draw its pictures N times in an epoch, for a few that count; a subfolder named 10_name is "
@@ -156,12 +154,6 @@ class _PictureConfig:
     )
     folder_weight: Texts = setting(
         (), "SUBFOLDER=WEIGHT: what its pictures count in the loss, below 1 for doubtful ones.", DATA
-    )
-    masks: Masks = setting(
-        "files",
-        "What of a picture is learned: the white of NAME-mask.png (or NAME-masklabel.png, masks/NAME.png) beside it "
-        "(files), what is not transparent where there is no such file (alpha), or all of it (off).",
-        DATA,
     )
 
     class_prompt: Texts = setting(
@@ -196,7 +188,7 @@ class _PictureConfig:
 
 @explained
 @settings_class(kw_only=True)
-class TrainConfig(SharedConfig, CaptionSettings, _PictureConfig):
+class TrainConfig(SharedConfig, CaptionSettings, FolderSettings, _PictureConfig):
     """Everything a training run is told. A field left at None gets the preset's value for the base.
 
     Raises:
@@ -472,9 +464,10 @@ def output_path(config: TrainConfig) -> Path:
     Raises:
         UserError: Its name does not end in .safetensors.
     """
-    if not config.folder:
+    folders = [*config.folder, *(one.folder for one in config.dataset if not one.regularisation)]
+    if not folders:
         raise UserError("no image folder was given: name the folder that holds the pictures")
-    return adapter_path(config.output, config.folder[0].resolve().name or "adapter")
+    return adapter_path(config.output, folders[0].resolve().name or "adapter")
 
 
 def run_path(config: TrainConfig) -> Path:

@@ -52,6 +52,13 @@ def free_on_resume(kind: type[Settings]) -> frozenset[str]:
     return frozenset(one.name for one in settings_of(kind) if one.setting.free_on_resume)
 
 
+def _without(value: Any, free: Collection[str] | None) -> Any:
+    """A value without what of the settings in it may be otherwise."""
+    if free is None or not isinstance(value, list):
+        return value
+    return [{name: told for name, told in item.items() if name not in free} for item in value]
+
+
 def changes(before: Mapping[str, Any], now: AskedSettings | RunSettings, open: Collection[str] = ()) -> list[str]:
     """Compare a configuration with the one that a run was started with, in what the result depends on.
 
@@ -64,6 +71,8 @@ def changes(before: Mapping[str, Any], now: AskedSettings | RunSettings, open: C
         A line for each difference.
     """
     current = to_json(now)
+    inner = {one.name: free_on_resume(one.nested) for one in settings_of(type(now)) if one.nested is not None}
+    before, current = ({name: _without(value, inner.get(name)) for name, value in one.items()} for one in (before, current))
     # A run of an older version was told nothing of what came later, and went by what is the default now.
     defaults = {one.name: plain(one.default) for one in settings_of(type(now)) if one.default is not MISSING}
     unknown = {name for name, default in defaults.items() if default is None and name not in before}  # derived now

@@ -13,8 +13,7 @@ from ...bases.pipelines import Pipeline
 from ...bases.prompt_syntax import words
 from ...core.events import Observer, progress
 from ...core.files import explained, write_bytes
-from ...data import subfolders
-from ...data.folder import TrainingImage, scan
+from ...data.folder import TrainingImage
 from ...data.images import check_picture
 from ...data.prompts import in_words
 from ...data.wildcards import Wildcards
@@ -23,7 +22,9 @@ from ..events import ClassNotKept, ClassPictures, DataRead
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
 from ..machine.processes import Processes
+from ..settings.choices import MissingCaptions
 from ..settings.pictures import ResolvedConfig
+from .datasets import DRAWN, Parts, class_parts
 
 _STEPS, _GUIDANCE = 25, 5.0
 _BATCH = 4  # pictures drawn at once; part of what they are, as rounding depends on it
@@ -48,7 +49,8 @@ def pictures(
         UserError: A folder cannot be used: see `data.folder.scan`.
     """
     config = replace(config, class_prompt=tuple(in_words(config.class_prompt, tell)))  # before it is a caption, too
-    found = _of_folders(config, tell) if config.regularisation else []
+    parts = class_parts(config, config.resolution)
+    found = _of_folders(config, parts, tell) if parts.parts else []
     if config.class_prompt:
         found += _drawn(config, pipe, tell, drawing, processes)
     elif not found and config.preset == "subject":
@@ -73,17 +75,17 @@ def class_folder(config: ResolvedConfig, info: BaseInfo, size: int) -> Path:
     return (config.cache or config.run_dir.parent / "class_images") / f"class_{name}"
 
 
-def _of_folders(config: ResolvedConfig, tell: Observer) -> list[TrainingImage]:
+def _of_folders(config: ResolvedConfig, parts: Parts, tell: Observer) -> list[TrainingImage]:
     """Pictures of the regularisation folders. Those without caption get the first class prompt, if there is one."""
-    folder = scan(
-        config.regularisation,
-        missing="empty" if config.class_prompt else config.missing_captions,
-        masks=config.masks != "off",
-        on_progress=progress(tell, "reading pictures of the class"),
-    )
-    tell(DataRead("pictures", tuple(folder.describe()), tuple(map(str, folder.problems)), of_class=True))
-    folder.check()
-    found = subfolders.apply(folder.pictures)
+    missing: MissingCaptions | None = "empty" if config.class_prompt else None
+    tick = progress(tell, "reading pictures of the class")
+    folders = [part.read(missing, True, tick) for part in parts.parts]
+    told = (line for folder in folders for line in folder.describe())
+    problems = (str(one) for folder in folders for one in folder.problems)
+    tell(DataRead("pictures", tuple(told), tuple(problems), of_class=True))
+    for folder in folders:
+        folder.check()
+    found = parts.counted([replace(one, dataset=number) for number, read in enumerate(folders) for one in read.pictures])
     usual = next((_caption(prompt, config) for prompt in config.class_prompt), "")
     return [one if one.caption else replace(one, caption=usual) for one in found]
 
@@ -123,7 +125,16 @@ def _drawn(
     processes.wait()
     checked = [check_picture(path) for path in paths]
     return [
-        TrainingImage(path, f"class/{path.name}", _caption(prompt, config), "none", one.width, one.height, one.digest)
+        TrainingImage(
+            path,
+            f"class/{path.name}",
+            _caption(prompt, config),
+            "none",
+            one.width,
+            one.height,
+            one.digest,
+            dataset=DRAWN,
+        )
         for path, prompt, one in zip(paths, prompts, checked, strict=True)
     ]
 

@@ -49,12 +49,14 @@ _OTHER_PLACES = (0.65, 0.9)
 @dataclass(frozen=True)
 class Examples:
     """Pictures as latents, and for each picture, by the index that its latents name, a caption, how often an epoch draws
-    it, and what it counts in the loss; once and 1 where that is not said."""
+    it, what it counts in the loss, and how its caption becomes a prompt; once, 1 and as the run has it where that is not
+    said. A picture in several sizes or cut-outs is here as often."""
 
     latents: LatentCache
     captions: Sequence[str]
     repeats: Sequence[int] = ()
     weights: Sequence[float] = ()
+    rules: Sequence[CaptionRules] = ()
 
     @property
     def groups(self) -> dict[Bucket, tuple[int, ...]]:
@@ -100,6 +102,30 @@ class Examples:
             The caption as written.
         """
         return self.captions[self.latents.entries[entry].picture]
+
+    def rule(self, entry: int, usual: CaptionRules) -> CaptionRules:
+        """Tell how the caption of an entry becomes a prompt.
+
+        Args:
+            entry: Of the cache.
+            usual: The rules of the run.
+
+        Returns:
+            Its rules.
+        """
+        return self.rules[self.latents.entries[entry].picture] if self.rules else usual
+
+    def plain(self, usual: CaptionRules) -> list[str]:
+        """Give the prompts of all pictures for measuring and drawing.
+
+        Args:
+            usual: The rules of the run.
+
+        Returns:
+            One each.
+        """
+        rules = self.rules or [usual] * len(self.captions)
+        return [rule.plain(caption) for rule, caption in zip(rules, self.captions, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -177,11 +203,12 @@ class DiffusionTask:
     @cached_property
     def embeddings(self) -> TextCache | None:
         """Embeddings of every prompt that can come up; None where they change or are too many to list."""
-        if self.trains_text or self.settings.rules.varies:
+        rules = self.settings.rules
+        used = [rule for one in (self.train, self.prior) if one for rule in one.rules or [rules]]
+        if self.trains_text or any(rule.varies for rule in used):
             return None
-        apart = self.unseen.captions if self.unseen else ()
-        prompts = ["", *(self._plain(caption) for caption in (*self.train.captions, *apart))]
-        prompts += [self.prior_rules.plain(caption) for caption in (self.prior.captions if self.prior else ())]
+        prompts = ["", *self.train.plain(rules), *(self.unseen.plain(rules) if self.unseen else ())]
+        prompts += self.prior.plain(self.prior_rules) if self.prior else []
         return self._encoded_text(prompts)
 
     @cached_property
@@ -215,8 +242,7 @@ class DiffusionTask:
         """
         seed, batch = self.settings.seed, self.batch(step, micro)
         chances = [random.Random(seed_of(seed, "caption", step, micro, row)) for row in range(len(batch.indices))]
-        captions = [self.train.caption(entry) for entry in batch.indices]
-        prompts = [self.settings.rules.prompt(*pair) for pair in zip(captions, chances, strict=True)]
+        prompts = self._prompts(self.train, batch.indices, self.settings.rules, chances)
         found = self._drawn(self.train, batch.indices, prompts, generator(seed, "noise", step, micro))
         if self.fills:
             share = sum(batch.weights) / len(batch.weights)
@@ -227,13 +253,20 @@ class DiffusionTask:
             return found
         entries = self.prior_entries(batch.bucket, step, micro)
         chances = [random.Random(seed_of(seed, "prior caption", step, micro, row)) for row in range(len(entries))]
-        captions = [self.prior.caption(entry) for entry in entries]
-        prompts = [self.prior_rules.prompt(*pair) for pair in zip(captions, chances, strict=True)]
+        prompts = self._prompts(self.prior, entries, self.prior_rules, chances)
         kept = self._drawn(self.prior, entries, prompts, generator(seed, "prior noise", step, micro))
         kept["weights"] *= self.settings.prior_weight
         kept |= {name: found[name] for name in ("shares",) if name in found}  # the class counts as much as what is learned
         # Twice each: the loss is the mean over both, and shall be the sum of the means of each.
         return {name: tensor * (2 if name == "weights" else 1) for name, tensor in together(found, kept).items()}
+
+    @staticmethod
+    def _prompts(
+        examples: Examples, entries: Sequence[int], usual: CaptionRules, chances: Sequence[random.Random]
+    ) -> list[str]:
+        """The prompts of one step, by the chance of each."""
+        pairs = zip(entries, chances, strict=True)
+        return [examples.rule(entry, usual).prompt(examples.caption(entry), chance) for entry, chance in pairs]
 
     def prior_entries(self, bucket: Bucket, step: int, micro: int) -> tuple[int, ...]:
         """Draw the class images of a micro-batch of all processes, without one twice where there are enough.
@@ -341,7 +374,7 @@ class DiffusionTask:
                 mean, _ = self.train.latents.stack([entry])
                 latents = self.denoiser.scaled(mean.float())
                 noise = objective.noise(tuple(mean.shape), 0.0, generator("prediction", seed, number))
-                prompts = [self._plain(self.train.caption(entry))]
+                prompts = [self._plain(self.train, entry)]
                 inputs = {"latents": latents, "noise": noise, "timesteps": torch.tensor([place])}
                 inputs |= self._conditioning_inputs(self.train.latents, [entry], prompts, [0])
                 answer, _ = self.answer({name: tensor.to(self.device) for name, tensor in inputs.items()})
@@ -511,9 +544,9 @@ class DiffusionTask:
     def _components(self) -> list[nn.Module]:
         return list(components(self.pipe).values())
 
-    def _plain(self, caption: str) -> str:
-        """The caption's prompt, without dropout or shuffling."""
-        return self.settings.rules.plain(caption)
+    def _plain(self, examples: Examples, entry: int) -> str:
+        """The prompt of an entry, without dropout or shuffling."""
+        return examples.rule(entry, self.settings.rules).plain(examples.caption(entry))
 
     def _conditioning_inputs(
         self,
@@ -611,7 +644,7 @@ class DiffusionTask:
         draws = torch.tensor([draw for _, draw in pairs])
         timesteps = ((draws + within) / _DRAWS * len(self.powers)).long().clamp(max=len(self.powers) - 1)
         entries, hiding = [entry for entry, _ in pairs], [draw % masks.COUNT for _, draw in pairs]
-        prompts = [self._plain(examples.caption(entry)) for entry in entries]
+        prompts = [self._plain(examples, entry) for entry in entries]
         inputs = {"latents": self.denoiser.scaled(mean.float()), "noise": drawn, "timesteps": timesteps}
         inputs |= self._conditioning_inputs(examples.latents, entries, prompts, hiding)
         answer, wanted = self.answer({name: tensor.to(self.device) for name, tensor in inputs.items()})

@@ -13,7 +13,7 @@ import torch
 from ...bases import BaseInfo, denoiser_of, describe, load_base
 from ...bases.loading import pick_device
 from ...bases.pipelines import Pipeline
-from ...bases.prompt_syntax import escaped
+from ...bases.prompt_syntax import from_letters
 from ...bases.prompts import CHUNK, Reading, TextSide
 from ...core.errors import UserError
 from ...core.events import Observer, Warned, progress
@@ -24,7 +24,6 @@ from ...data.arrangement import KEPT, alone, cropped
 from ...data.buckets import (
     Bucket,
     ResizeCrop,
-    arrange,
     describe_buckets,
     group,
     repeated,
@@ -33,7 +32,7 @@ from ...data.buckets import (
     steps_per_epoch,
 )
 from ...data.captions import CaptionRules, has_place
-from ...data.folder import ImageFolder, TrainingImage, check_folders, scan
+from ...data.folder import TrainingImage
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
 from ...data.problems import number_of
@@ -49,12 +48,13 @@ from ..machine.precision import pick_precision
 from ..machine.processes import Processes
 from ..machine.sharding import shard
 from ..record.run_folder import RunFolder, check_run, check_writable
-from ..settings.derive import adapted_components, resolve
+from ..settings.derive import adapted_components, resolution_of, resolve
 from ..settings.idle import idle
 from ..settings.pictures import ResolvedConfig, TrainConfig, output_path, run_path
 from ..settings.placements import blocks
 from ..settings.presets import FEW_FROM, SEEN_LEAST
 from . import class_images
+from .datasets import Arrangement, Parts, class_parts, parts_of
 from .diffusion import Examples, noise_schedule
 from .unseen import unseen
 
@@ -64,18 +64,27 @@ _SHOWN, _LINE = 5, 600  # lines of a list, characters of a line
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """Those of a run: all of its own, of which it learns from ``kept`` and measures on ``apart``, and of the class."""
+
+    all: tuple[TrainingImage, ...]
+    kept: tuple[TrainingImage, ...]
+    apart: tuple[TrainingImage, ...]
+    of_class: tuple[TrainingImage, ...] = ()
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What a run works on."""
 
     config: ResolvedConfig
     pipe: Pipeline
     info: BaseInfo
-    pictures: tuple[TrainingImage, ...]
+    of_run: Pictures
     train: Examples
     held_out: Examples | None
+    prior: Examples | None
     rules: CaptionRules
-    prior: Examples | None = None
-    class_pictures: tuple[TrainingImage, ...] = ()
     asked: tuple[PreviewPrompt, ...] = ()
 
     @property
@@ -83,17 +92,27 @@ class Prepared:
         """The prompts of the previews: those asked for, or captions, of pictures kept apart first, and `others`."""
         if self.asked:
             return list(self.asked)
-        examples = [*(self.held_out.captions if self.held_out else ()), *self.train.captions]
-        captions = list(dict.fromkeys(self.rules.plain(caption) for caption in examples))
+        plain = [*(self.held_out.plain(self.rules) if self.held_out else ()), *self.train.plain(self.rules)]
+        captions = list(dict.fromkeys(plain))
         captions = [*captions[: PREVIEWS - len(self.others)], *self.others]
-        read = captions if self.config.weighted_captions else map(escaped, captions)
-        return [PreviewPrompt(caption) for caption in read]
+        return [PreviewPrompt(self.drawn(caption)) for caption in captions]
+
+    def drawn(self, caption: str) -> str:
+        """Write a caption as the prompt that is read as the caption is learned.
+
+        Args:
+            caption: By the run's rules.
+
+        Returns:
+            A prompt of A1111.
+        """
+        return caption if self.config.weighted_captions else from_letters(caption)
 
     @cached_property
     def others(self) -> list[str]:
         """Prompts of what the pictures do not show: what is drawn well there was learned and not copied."""
         plain = self.rules.of_class()
-        captions = [plain.plain(picture.caption) for picture in self.pictures]
+        captions = [plain.plain(picture.caption) for picture in self.of_run.all]
         return [self.rules.plain(caption) for caption in unseen(captions, self.config.preset)]
 
 
@@ -164,7 +183,7 @@ def check_apart(config: TrainConfig, files: Sequence[tuple[str, Path]] = ()) -> 
     Raises:
         UserError: It would.
     """
-    read = [("pictures", folder) for folder in config.folder]
+    read = [("pictures", folder) for folder in (*config.folder, *(one.folder for one in config.dataset))]
     read += [("--regularisation", folder) for folder in config.regularisation]
     read += [] if config.base == TrainConfig.base else [("--base", at_home(Path(config.base)))]
     refuse_overlaps([*_written_folders(config), *files], read)
@@ -220,47 +239,46 @@ def prepare(
     going_on = run.newest() if config.resume else None
     if going_on is not None:
         run.check_base(going_on.origin, info.fingerprint)
-    folder = _read_folder(config, info, tell)
-    pictures = subfolders.apply(folder.pictures, config.repeats, config.folder_weight)
+    parts = parts_of(config, resolution_of(config, info)[0])
+    pictures = _read_pictures(config, parts, tell)
     earlier = going_on.origin.config if going_on is not None else {} if config.resume else None
-    count = len(folder.pictures)
-    resolved = resolve(config, info, count, device.type, precision=precision, before=earlier)
+    resolved = resolve(config, info, len(pictures), device.type, precision=precision, before=earlier)
     kept, apart = _split(pictures, resolved)
-    fits = arrange(kept, resolved.resolution, info.step, no_upscale=not config.upscale)
-    batches = _steps_per_epoch(kept, fits, resolved, processes)
-    resolved = resolve(config, info, count, device.type, batches, precision=precision, before=earlier)
-    tell(Arranged((*describe_buckets(fits), *subfolders.describe(kept))))
-    _tell_alone(kept, fits, resolved.batch_size * processes.size, tell)
+    arranged = parts.arrange(kept, info.step)
+    batches = _steps_per_epoch(arranged, resolved, processes)
+    resolved = resolve(config, info, len(pictures), device.type, batches, precision=precision, before=earlier)
+    parts = parts_of(resolved, resolved.resolution)
+    tell(Arranged((*describe_buckets(arranged.fits), *subfolders.describe(kept))))
+    _tell_alone(arranged, resolved.batch_size * processes.size, tell)
     tell(HeldOut(len(apart), len(pictures), bool(resolved.held_out), FEW_FROM))
-    _tell_odd(config, resolved, apart, batches, tell)
+    _tell_odd(config, resolved, apart, arranged.least / batches, tell)
     rules = replace(rules, dropout=resolved.caption_dropout)
     text.check()
     _check_previews(asked, info)
-    _tell_prompts([*kept, *apart], rules, text, tell)
+    _tell_prompts([*kept, *apart], parts.rules([*kept, *apart]), text, tell)
     of_class = class_images.pictures(resolved, pipe, tell, drawing, processes)
     if going_on is not None:
         run.check_data(going_on.origin, items(pictures, of_class))
-    train, held_out, kept_as_is = _encoded(_Encoder(resolved, info, pipe, tell), kept, apart, of_class)
-    return Prepared(resolved, pipe, info, tuple(pictures), train, held_out, rules, kept_as_is, tuple(of_class), tuple(asked))
+    encode = _Encoder(resolved, info, pipe, tell, parts)
+    examples = _encoded(encode, arranged, parts.arrange(apart, info.step, learned=False), of_class)
+    of_run = Pictures(*map(tuple, (pictures, kept, apart, of_class)))
+    return Prepared(resolved, pipe, info, of_run, *examples, rules, tuple(asked))
 
 
-def _steps_per_epoch(
-    kept: Sequence[TrainingImage], fits: Sequence[ResizeCrop], config: ResolvedConfig, processes: Processes
-) -> int:
+def _steps_per_epoch(arranged: Arrangement, config: ResolvedConfig, processes: Processes) -> int:
     """How many batches see each picture as often as it is to be seen."""
-    sides = 2 if config.flip else 1
-    drawn = repeated(group([*fits] * sides), [one.repeats for one in kept] * sides)
-    return steps_per_epoch(drawn, config.batch_size * processes.size)
+    fits, times = arranged.drawn
+    return steps_per_epoch(repeated(group(fits), times), config.batch_size * processes.size)
 
 
 def _encoded(
-    encode: "_Encoder", kept: Sequence[TrainingImage], apart: Sequence[TrainingImage], of_class: Sequence[TrainingImage]
+    encode: "_Encoder", kept: Arrangement, apart: Arrangement, of_class: Sequence[TrainingImage]
 ) -> tuple[Examples, Examples | None, Examples | None]:
     """Examples to learn from, to measure on and of the class, after telling what came of the cache."""
     config = encode.config
     before = _kept(config.cache)
-    train = encode(kept, config.flip, "encoding pictures")
-    held_out = encode(apart, False, "encoding pictures kept apart") if apart else None
+    train = encode(kept, "encoding pictures")
+    held_out = encode(apart, "encoding pictures kept apart") if apart.pictures else None
     kept_as_is = encode.beside(of_class, train.groups) if of_class else None
     _tell_cache(config.cache, before, [one for one in (train, held_out, kept_as_is) if one], encode.tell)
     return train, held_out, kept_as_is
@@ -274,16 +292,16 @@ def _checked(config: TrainConfig) -> tuple[CaptionRules, list[PreviewPrompt]]:
     refuse_files(config.preview_prompts, "read it with --preview-prompts-file")
     refuse_files(config.class_prompt)
     asked = _asked_previews(config)
-    for folders in filter(None, (config.folder, config.regularisation)):
-        check_folders(folders)
+    for parts in (parts_of(config, 1), class_parts(config, 1)):  # no size is needed to look for pictures
+        parts.check()
     return config.caption_rules(), asked
 
 
 def _tell_odd(
-    asked: TrainConfig, config: ResolvedConfig, apart: Sequence[TrainingImage], batches: int, tell: Observer
+    asked: TrainConfig, config: ResolvedConfig, apart: Sequence[TrainingImage], each: float, tell: Observer
 ) -> None:
-    """Tell of settings that do nothing, or leave nothing of the run, which sees each picture once in so many batches."""
-    seen = config.steps * config.accumulation / batches * (2 if config.flip else 1)
+    """Tell of settings that do nothing, or leave nothing of the run, a batch of which shows each picture so many times."""
+    seen = config.steps * config.accumulation * each
     if seen < SEEN_LEAST:
         enough = math.ceil(config.steps * SEEN_LEAST / seen)
         told = f"each picture is seen {seen:.1f} times in {config.steps} steps, which teaches little"
@@ -342,12 +360,12 @@ class _Encoder:
     info: BaseInfo
     pipe: Pipeline
     tell: Observer
+    parts: Parts
 
-    def __call__(self, pictures: Sequence[TrainingImage], flip: bool, what: str) -> Examples:
-        config = self.config
-        fits = arrange(pictures, config.resolution, self.info.step, no_upscale=not config.upscale)
-        _tell_cropped(pictures, fits, "cut what matters out of them yourself", self.tell)
-        return self._encode(pictures, fits, flip, what)
+    def __call__(self, arranged: Arrangement, what: str) -> Examples:
+        pictures = arranged.pictures
+        _tell_cropped(pictures, arranged.fits, "cut what matters out of them yourself", self.tell)
+        return self._encode(arranged, self.parts.alpha(pictures), self.parts.rules(pictures), what)
 
     def beside(self, pictures: Sequence[TrainingImage], groups: Mapping[Bucket, Sequence[int]]) -> Examples:
         """Pictures of the class, each in one of the buckets that are trained on: every batch can have some beside it."""
@@ -356,19 +374,24 @@ class _Encoder:
         self.tell(Arranged(tuple(describe_buckets(fits)), of_class=True))
         chosen = [pictures[index] for index, _ in pairs]
         _tell_cropped(chosen, fits, "the class is cropped to the shapes of what is trained on", self.tell)
-        return self._encode(chosen, fits, False, "encoding pictures of the class")
+        parts = class_parts(self.config, self.config.resolution)
+        usual = self.config.caption_rules()
+        rules = [one.of_class() for one in parts.rules(chosen, usual)]
+        arranged = Arrangement(tuple(chosen), tuple(fits), (False,) * len(fits))
+        return self._encode(arranged, parts.alpha(chosen), rules, "encoding pictures of the class")
 
-    def _encode(self, pictures: Sequence[TrainingImage], fits: Sequence[ResizeCrop], flip: bool, what: str) -> Examples:
-        config, denoiser = self.config, denoiser_of(self.pipe)
-        with small_vae(denoiser.vae, config.resolution, config.memory == "low"):
+    def _encode(self, arranged: Arrangement, alpha: Sequence[bool], rules: Sequence[CaptionRules], what: str) -> Examples:
+        config, denoiser, pictures = self.config, denoiser_of(self.pipe), arranged.pictures
+        largest = max((config.resolution, *(max(part.resolutions) for part in self.parts.parts)))
+        with small_vae(denoiser.vae, largest, config.memory == "low"):
             latents = cache_latents(
                 pictures,
-                fits,
+                arranged.fits,
                 denoiser.vae,
                 background=config.background,
-                flip=flip,
+                flip=arranged.flip,
                 masked=denoiser.inpaints,
-                alpha=config.masks == "alpha",
+                alpha=alpha,
                 folder=config.cache,
                 on_progress=progress(self.tell, what),
             )
@@ -379,6 +402,7 @@ class _Encoder:
             [one.caption for one in pictures],
             repeats if set(repeats) != {1} else (),
             weights if set(weights) != {1.0} else (),
+            rules,
         )
 
 
@@ -399,33 +423,33 @@ def _tell_cache(cache: Path | None, before: int, found: Sequence[Examples], tell
         tell(Warned(f"{damaged} latents in {cache} were damaged, and are made again; look after that disk"))
 
 
-def _read_folder(config: TrainConfig, info: BaseInfo, tell: Observer) -> ImageFolder:
+def _read_pictures(config: TrainConfig, parts: Parts, tell: Observer) -> list[TrainingImage]:
     """The pictures, after telling what is wrong with the others. Raises UserError where captions are missing."""
-    folder = scan(
-        config.folder,
-        resolution=None if config.upscale else config.resolution or info.resolution,
-        missing=config.missing_captions,
-        masks=config.masks != "off",
-        on_progress=progress(tell, "reading pictures"),
-    )
-    tell(DataRead("pictures", tuple(folder.describe(_SHOWN)), tuple(map(str, folder.problems))))
-    folder.check()
-    _check_none_written(config, folder.pictures)
-    return folder
+    folders = [part.read(None, False, progress(tell, "reading pictures")) for part in parts.parts]
+    described = [line for folder in folders for line in folder.describe(_SHOWN)]
+    tell(DataRead("pictures", tuple(described), tuple(str(one) for folder in folders for one in folder.problems)))
+    for folder in folders:
+        folder.check()
+    found = [replace(one, dataset=number) for number, folder in enumerate(folders) for one in folder.pictures]
+    _check_none_written(config, found)
+    return parts.counted(found, config.repeats, config.folder_weight)
 
 
 def _split(pictures: Sequence[TrainingImage], config: ResolvedConfig) -> tuple[list[TrainingImage], list[TrainingImage]]:
-    """Pictures to train on and pictures kept apart, each in their order; at least one to train on."""
-    count = min(max(1, round(len(pictures) * config.held_out)), len(pictures) - 1) if config.held_out else 0
+    """Pictures to train on and pictures kept apart, each in their order; at least one to train on.
+
+    What is in several data sets is in all of them on the same side, or it would be measured on what was learned.
+    """
+    contents = list(dict.fromkeys(one.digest for one in pictures))
+    count = min(max(1, round(len(contents) * config.held_out)), len(contents) - 1) if config.held_out else 0
     chance = random.Random(seed_of(config.seed, "held out"))
-    apart = set(chance.sample(range(len(pictures)), count))
-    kept = [one for index, one in enumerate(pictures) if index not in apart]
-    return kept, [one for index, one in enumerate(pictures) if index in apart]
+    apart = set(chance.sample(contents, count))
+    return [one for one in pictures if one.digest not in apart], [one for one in pictures if one.digest in apart]
 
 
-def _tell_alone(pictures: Sequence[TrainingImage], fits: Sequence[ResizeCrop], batch_size: int, tell: Observer) -> None:
+def _tell_alone(arranged: Arrangement, batch_size: int, tell: Observer) -> None:
     """Name the pictures whose batches hold nothing but them."""
-    found = alone(pictures, fits) if batch_size > 1 else []
+    found = alone(arranged.pictures, arranged.fits) if batch_size > 1 else []
     if found:
         message = f"no other has the shape of {number_of(len(found), 'picture')}; copies fill each batch, and count as one:"
         tell(Warned(message, _first(found)))
@@ -445,9 +469,9 @@ def _first(lines: Sequence[str]) -> tuple[str, ...]:
     return (*(shortened(line, _LINE) for line in lines[:_SHOWN]), *more)
 
 
-def _tell_prompts(pictures: Sequence[TrainingImage], rules: CaptionRules, text: TextSide, tell: Observer) -> None:
+def _tell_prompts(pictures: Sequence[TrainingImage], rules: Sequence[CaptionRules], text: TextSide, tell: Observer) -> None:
     """Tell the prompts as they are trained, and every one that is too long for the text encoder."""
-    prompts = [rules.plain(picture.caption) for picture in pictures]
+    prompts = [rule.plain(picture.caption) for rule, picture in zip(rules, pictures, strict=True)]
     tell(PromptsMade(tuple(prompts)))
     lost = [(picture, words) for picture, prompt in zip(pictures, prompts, strict=True) if (words := text.lost(prompt))]
     if lost:
@@ -464,8 +488,8 @@ def _tell_prompts(pictures: Sequence[TrainingImage], rules: CaptionRules, text: 
     weighted = text.reading.weights != "none"
     odd = [
         f"{one.path}: {', '.join(taken)}"
-        for one, prompt in zip(pictures, prompts, strict=True)
-        if (taken := instructions(prompt, weighted=weighted, wildcards=rules.wildcards))
+        for one, rule, prompt in zip(pictures, rules, prompts, strict=True)
+        if (taken := instructions(prompt, weighted=weighted, wildcards=rule.wildcards))
     ]
     if odd:
         message = f"{number_of(len(odd), 'prompt')} with what other programs read as instructions, learned here as letters:"
