@@ -259,8 +259,10 @@ class Strengths(KeepsPrecision):
     def _counted(self, rows: "Mapping[str, float | Tensor]") -> dict[str, int]:
         """For how many images each adapter has strengths when these are written."""
         images = self._told.shape[2]
-        differ = [False] * len(self._told) if images == 1 else (self._told != self._told[:, :, :1]).flatten(1).any(1).tolist()
-        kept = {name: images if differ[place] else 1 for name, place in self._places.items()}
+        kept = dict.fromkeys(self._places, 1)
+        if images > 1:
+            differ = (self._told != self._told[:, :, :1]).flatten(1).any(1).tolist()
+            kept |= {name: images for name, place in self._places.items() if differ[place]}
         return kept | {name: row.shape[1] if isinstance(row, Tensor) else 1 for name, row in rows.items()}
 
     def _put(self, rows: "Mapping[str, float | Tensor]") -> tuple[Tensor, frozenset[str]]:
