@@ -22,7 +22,7 @@ from ..core.files import at_home
 from ..core.method import Method
 from . import container
 from .container import Header
-from .layout import Layout, Place, Reading, known, reader_of
+from .layout import NO_LAYOUT, Layout, Place, Reading, known, reader_of
 from .names import site_name, unwrapped
 from .pictures import is_picture, read_picture
 from .spec import Spec
@@ -30,7 +30,6 @@ from .spec import Spec
 if TYPE_CHECKING:
     from torch import Tensor
 
-NO_LAYOUT = "are of no layout that is known here"
 NO_METHOD = "are of no method that is known here"
 NO_SITE = "have no site in this base"
 IDLE = "change a projection after a text encoder that no picture of this base depends on"
