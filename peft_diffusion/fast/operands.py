@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.site import is_plain_linear, rebase
-from ..core.slot import Packed, Slot, slot_of, using, walk
+from ..core.slot import Slot, slot_of, using, walk
 from ..core.strength import Strengths
 from .low_rank import stacked
 
@@ -354,14 +354,9 @@ def _alike(layers: Sequence[nn.Module | None]) -> bool:
     return len(linear) == len(layers) and len(shapes) == 1 and all(layer.bias is None for layer in linear)
 
 
-def _packed(layer: nn.Module) -> Packed | None:
-    slot = slot_of(layer)
-    return None if slot is None else slot.packed
-
-
 def _ranks(layer: nn.Module) -> int:
-    packed = _packed(layer)
-    return 0 if packed is None else len(packed.view.down)
+    slot = slot_of(layer)
+    return 0 if slot is None or slot.packed is None else len(slot.packed.view.down)
 
 
 def _room(ranks: int) -> int:
