@@ -20,6 +20,7 @@ from ..bases.base import dtype_of
 from ..bases.loading import is_hub_id, quiet
 from ..bases.pipelines import Pipeline, computes_on
 from ..core.errors import UserError, first_line
+from ..core.files import weights_sha256
 from ..core.parsing import refusing
 from ..formats.container import sha256
 from .control_settings import Control
@@ -46,7 +47,7 @@ def used(controls: Sequence[Control], scale: float) -> tuple[UsedControl, ...]:
     found = []
     for one in controls:
         weights, picture = _weights(one), sha256(one.picture)
-        found.append(UsedControl(one.kind, one.model, sha256(weights), str(one.picture), picture, one.scale * scale))
+        found.append(UsedControl(one.kind, one.model, weights_sha256(weights), str(one.picture), picture, one.scale * scale))
     return tuple(found)
 
 
