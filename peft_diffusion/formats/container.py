@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from ..core import files
 from ..core.checksums import bytes_of
 from ..core.errors import UserError
 from ..core.files import if_address, written_aside
@@ -88,8 +89,7 @@ def stamp_of(path: Path) -> tuple[int, int, int]:
     Raises:
         UserError: There is no such file.
     """
-    status = existing(path).stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return files.stamp_of(existing(path))
 
 
 def refuse_changed(header: Header) -> None:

@@ -75,7 +75,7 @@ class GridConfig(Sampling):
     y: str | None = setting(None, "Rows, in the same way.", PARAMETERS)
     z: str | None = setting(None, "Rows around those rows, in the same way.", PARAMETERS)
     output: OnePath = setting(
-        Path("grid.png"),
+        _GRID,
         "The file of the sheet, .png, .jpg or .webp, which is replaced.",
         PARAMETERS,
         flag=Flag(aliases=("-o",)),

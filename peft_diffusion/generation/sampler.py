@@ -141,7 +141,7 @@ def paint(
         )
     telling = Telling(pipe, sampling, triggers(adapters))
     _check_prompts(adapters, batches, telling)
-    steered = controlled(pipe, sampling.control, sampling.control_scale)
+    steered = controlled(pipe, sampling.controls(), sampling.control_scale)
     with steered as controls, drawing(pipe, scheduler):
         for number, batch in enumerate(batches):
             check_stop(stop, f"stopped after {number * sampling.batch_size} of {len(cells)} pictures")
