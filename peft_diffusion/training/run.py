@@ -661,7 +661,6 @@ class _Run(Generic[Result]):
             self.tell.own.append(Tracker(self.folder.logs, trainer.step))
         if self.processes.leads:
             trainer.keep = self._keep
-        if self.processes.leads:
             batch = _batch(config) * self.processes.size
             trainer.observers += [
                 PaceMeter(self.material.data, batch, config.steps, trainer.step, self.arena.flat.device, self.tell)
