@@ -678,10 +678,8 @@ def portable(config: Settings) -> dict[str, Any]:
 def _portable(one: Described, value: Any) -> Any:
     """A value as others are told it."""
     if one.nested is not None and value is not None:
-        return [
-            {name: told for name, told in portable(item).items() if name in said(item)}
-            for item in (value if one.several else (value,))
-        ]
+        found = [(portable(item), said(item)) for item in (value if one.several else (value,))]
+        return [{name: told[name] for name in spoken if name in told} for told, spoken in found]
     return plain(_names(value) if one.single is Path else value)
 
 
