@@ -684,13 +684,13 @@ class _Run(Generic[Result]):
             previews.look_at_paper()
 
     def _keep(self, state: TrainerState) -> None:
-        self.tell(Saved("checkpoint", state.step, self.folder.keep(state)))
+        self.trainer.tell(Saved("checkpoint", state.step, self.folder.keep(state)))
         config = self.material.config
         if config.keep_last:
             name, layout = of_step(config.output, config.save_as, state.step)
             path = self.folder.adapter(name)
             self._save(path, layout, self._result("", self.folder.elapsed))
-            self.tell(Saved("on the way", state.step, path))
+            self.trainer.tell(Saved("on the way", state.step, path))
             self.folder.thin()
 
     def _outcome(self) -> Outcome:
