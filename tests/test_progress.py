@@ -98,7 +98,12 @@ def test_a_run_tells_captions_and_its_pace_to_the_terminal_and_tensorboard(
     told: list[Event] = []
     met: list[Event] = []
     look = PaceMeter.__call__
-    monkeypatch.setattr(PaceMeter, "__call__", lambda self, event: (met.append(event), look(self, event))[1])
+
+    def met_too(meter: PaceMeter, event: Event) -> None:
+        met.append(event)
+        look(meter, event)
+
+    monkeypatch.setattr(PaceMeter, "__call__", met_too)
     changes = {"log_with": "tensorboard", "steps": 2, "log_every": 1}
     result = train(small(draw_pictures(tmp_path / "p", 6), tmp_path, **changes), pipe=make_pipe(), observers=[told.append])
     saved = [(event.what, event.step) for event in met if isinstance(event, Saved)]
