@@ -288,9 +288,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
     parser.add_argument("--precision", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--no-merge", action="store_true", help="leave out merging, which takes memory"
-    )
+    parser.add_argument("--no-merge", action="store_true", help="leave out merging, which takes memory")
     return parser.parse_args()
 
 

@@ -61,6 +61,7 @@ from peft_diffusion.generation.tags import Shelf
 from peft_diffusion.methods.lora.adapter import LoraAdapter
 from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.record.run_record import Record
+from peft_diffusion.training.settings.imported import ImportConfig, Imported, import_config
 
 SECONDS, BYTES = 10.0, 2**30
 """What a case may take: of the processor, and of memory beyond what the process had."""
@@ -716,6 +717,51 @@ def _settled(kind: Any, path: Path, case: Any) -> None:
         assert name not in case or getattr(found, name) == (case[name] if case[name] is not None else "None")
 
 
+# Trainings and dataset files of other programs.
+
+_KOHYA = {
+    "pretrained_model_name_or_path": "base", "train_data_dir": "a", "resolution": "512,512", "network_dim": 8,
+    "network_module": "lycoris.kohya", "network_args": ["algo=lokr", "conv_dim=4"], "max_train_epochs": 3,
+    "lr_warmup_steps": 0.1, "text_encoder_lr": [1e-5, 1e-6], "optimizer_args": "weight_decay=0.1", "LoRA_type": "Standard",
+    "min_bucket_reso": 256, "max_bucket_reso": 1024, "enable_bucket": True, "base_weights": ["b"], "sample_prompts": "c",
+    "stop_text_encoder_training_pct": 50, "min_timestep": 5, "multires_noise_iterations": 6, "save_every_n_steps": 5,
+}  # fmt: skip
+_SUBSET = {
+    "image_dir": "a", "num_repeats": 2, "class_tokens": "cat", "keep_tokens": 1, "flip_aug": True, "is_reg": False,
+    "resolution": 512, "caption_dropout_rate": 0.1, "batch_size": 2, "caption_separator": ",", "bucket_no_upscale": True,
+}  # fmt: skip
+_CONCEPT = {
+    "path": "a", "name": "a", "balancing": 2.0, "balancing_strategy": "SAMPLES", "loss_weight": 1.0, "type": "STANDARD",
+    "image": {"enable_resolution_override": True, "resolution_override": "512,768"}, "enabled": True,
+    "text": {"prompt_source": "sample", "tag_dropout_enable": True, "tag_dropout_probability": 0.5, "keep_tags_count": 0},
+}  # fmt: skip
+_ONETRAINER = {
+    "training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", "concepts": [_CONCEPT], "resolution": "512",
+    "epochs": 3, "optimizer": {"optimizer": "ADAMW", "weight_decay": 0.1}, "unet": {"train": True, "learning_rate": 1e-4},
+    "text_encoder": {"train": True, "stop_training_after": 2, "stop_training_after_unit": "EPOCH"}, "peft_type": "LOKR",
+    "min_noising_strength": 0.1, "save_every": 5, "save_every_unit": "STEP", "learning_rate_warmup_steps": 0.5,
+}  # fmt: skip
+_OTHERS = {"kohya": _KOHYA, "subset": _SUBSET, "concept": _CONCEPT, "onetrainer": _ONETRAINER}
+imported_cases = st.sampled_from(sorted(_OTHERS)).flatmap(
+    lambda kind: st.tuples(st.just(kind), st.dictionaries(st.sampled_from(sorted(_OTHERS[kind])), values, max_size=3))
+)
+
+
+def imported(world: World, case: Any) -> None:
+    """A training of sd-scripts or OneTrainer, or folders of either, some of whose options are something else."""
+    kind, changed = case
+    told: Any = _OTHERS[kind] | changed
+    told = {"subset": {"datasets": [{"subsets": [told]}]}, "concept": [told]}.get(kind, told)
+    path = world.folder / "other.json"
+    _write(path, json.dumps(told))
+    config = ImportConfig(path, output=world.folder / "ours.toml", overwrite=True)
+    world.case("imported", lambda: _same_settings(import_config(config)))
+
+
+def _same_settings(made: Imported) -> None:
+    assert settings_file.load(TrainConfig, made.output) == made.config
+
+
 # Recipes.
 
 recipe_fields = {
@@ -855,7 +901,7 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[World, Any], None], f
     "header": (header_cases, headers, 0.12),
     "metadata": (metadata_cases, metadata, 0.15),
     "adapter_config": (config_cases, adapter_configs, 0.13),
-    "kohya": (kohya_cases, kohya_files, 0.1),
+    "kohya": (kohya_cases, kohya_files, 0.07),
     "kinds": (kinds_cases, kinds, 0.06),
     "pickle": (pickle_cases, pickles, 0.1),
     "embedding": (embedding_cases, embeddings, 0.03),
@@ -863,6 +909,7 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[World, Any], None], f
     "jsonl": (jsonl_cases, json_lines, 0.07),
     "prompts": (prompt_cases, prompts, 0.05),
     "toml": (toml_cases, toml, 0.06),
+    "imported": (imported_cases, imported, 0.03),
     "recipe": (recipe_cases, recipes, 0.06),
     "base": (base_cases, bases, 0.02),
 }

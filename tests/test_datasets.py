@@ -19,6 +19,7 @@ from peft_diffusion.training.machine.processes import Processes
 from peft_diffusion.training.pictures import diffusion_task
 from peft_diffusion.training.settings.captions import CaptionSettings
 from peft_diffusion.training.settings.datasets import FolderSettings
+from peft_diffusion.training.settings.idle import idle
 from peft_diffusion.training.settings.placements import blocks
 from peft_diffusion.training.settings.resumption import changes
 from peft_diffusion.training.settings.toml import to_toml
@@ -176,3 +177,13 @@ def test_a_data_set_may_have_all_caption_and_picture_settings_otherwise() -> Non
 
 def _inner(one: Described) -> tuple[Any, Any, bool]:
     return one.single, one.setting.range, one.several
+
+
+def test_settings_of_the_run_that_a_data_set_needs_are_not_told_as_idle(tmp_path: Path) -> None:
+    plain, others = (draw(tmp_path / name, name, caption="a, b") for name in ("plain", "others"))
+    own = [pd.Dataset(plain, shuffle_tags=True), pd.Dataset(others, regularisation=True)]
+    for data, told in ((own, []), ([plain], ["--keep-tags", "--prior-weight"])):
+        asked = small(plain, tmp_path / "out", held_out=0.0, resolution=64, keep_tags=1, prior_weight=0.5)
+        asked = replace(asked, folder=(), dataset=data)
+        ready = prepare(asked, make_pipe(), lambda event: None, TrainingPictures())
+        assert sorted(line.split()[0] for line in idle(asked, ready.config)) == told

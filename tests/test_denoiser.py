@@ -23,7 +23,9 @@ from peft_diffusion.training.tasks.objective import debiased_weights, min_snr_we
 
 PACKAGE = Path(peft_diffusion.__file__).parent
 SETTINGS = {one.name for one in fields(TrainConfig)}
-WORDS_OF_OTHERS = {"core/other_names.py", "tools/key_maps.py", "tools/original_names.py", "tools/reopened.py"}
+WORDS_OF_OTHERS = {"core/other_names.py", "tools/key_maps.py", "tools/original_names.py", "tools/reopened.py",
+                   "training/settings/others/kohya.py", "training/settings/others/kohya_data.py",
+                   "training/settings/others/onetrainer.py", "training/settings/others/onetrainer_data.py"}  # fmt: skip
 OUTSIDE = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in ("bases", "formats"))
 # A word of English too: what lies in no block.
 OTHER_MEANINGS = {("core/targets.py", "other"), ("generation/tags.py", "unet")}  # the latter is A1111's word in prompts

@@ -26,7 +26,7 @@ from peft_diffusion.generation.generate import generate
 from peft_diffusion.generation.memory import spare
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig, Sampling
-from peft_diffusion.training.tasks import preparation
+from peft_diffusion.training.tasks import datasets
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +359,7 @@ def test_a_refiner_without_a_first_text_encoder_carries_adapters_and_is_not_trai
     adapters.load(file)
     assert adapters["fine"].report.unmatched == () and set(site.sites(refiner.unet)) != set()
     assert site.sites(refiner.text_encoder_2)
-    monkeypatch.setattr(preparation, "scan", lambda *_, **__: pytest.fail("pictures were read"))
+    monkeypatch.setattr(datasets, "scan", lambda *_, **__: pytest.fail("pictures were read"))
     with pytest.raises(UserError, match="is the refiner of Stable Diffusion XL, which finishes pictures; train on its base"):
         train(small(draw_pictures(tmp_path / "pictures", 1), tmp_path), pipe=refiner)
 

@@ -26,9 +26,11 @@ PLAIN_SUFFIXES = {"alpha", "weight", "rescale"}  # English words, which are not 
 
 # Scripts that measure one method against the same one in other libraries, and one that writes files as those do.
 OF_OTHER_PROGRAMS = {"compare_text.py", "training_sides.py", "benchmark_train_cpu.py", "benchmark_train.py",
-                     "benchmark_tools.py", "fuzz.py"}  # fmt: skip
+                     "benchmark_tools.py", "benchmark_generate.py", "check_adapters.py", "fuzz.py"}  # fmt: skip
 # What other programs call things and which tensors they read, written from their sources: our methods could not be asked.
-WORDS_OF_OTHERS = {"core/other_names.py", "tools/key_maps.py", "tools/reopened.py"}
+WORDS_OF_OTHERS = {"core/other_names.py", "tools/key_maps.py", "tools/reopened.py",
+                   "training/settings/others/kohya.py", "training/settings/others/kohya_data.py",
+                   "training/settings/others/onetrainer.py", "training/settings/others/onetrainer_data.py"}  # fmt: skip
 
 
 def sources() -> list[Path]:

@@ -741,7 +741,10 @@ def test_alpha_that_float32_cannot_hold_means_the_same_after_loading(tmp_path: P
     running = noise(pipe)
     loaded = make_pipe()
     Adapters(loaded).load(path)
-    assert torch.equal(noise(loaded), running)
+    both = site.adapters(pipe.unet, "made"), site.adapters(loaded.unet, "a")
+    scales = [[one.scale for one in each.values()] for each in both]
+    assert scales[0] and scales[0] == scales[1]
+    torch.testing.assert_close(noise(loaded), running, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_of_zeros_stays_finite_in_dora() -> None:

@@ -14,7 +14,7 @@ from conftest import make_pipe
 from safetensors.torch import save, save_file
 
 import peft_diffusion as pd
-from peft_diffusion import TrainConfig, UserError, formats
+from peft_diffusion import TextTrainConfig, TrainConfig, UserError, formats
 from peft_diffusion.bases import describe, load_base
 from peft_diffusion.cli.app import main
 from peft_diffusion.core import settings_file, targets
@@ -282,9 +282,11 @@ def test_settings_that_no_parser_survives_are_refused_in_a_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_settings_without_what_has_no_default_say_so(tmp_path: Path) -> None:
+def test_settings_without_what_has_no_default_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.toml").write_text("steps = 3\n")
-    assert "run.toml does not say folder" in one_line(lambda: settings_file.load(TrainConfig, tmp_path / "run.toml"))
+    assert "run.toml does not say texts" in one_line(lambda: settings_file.load(TextTrainConfig, tmp_path / "run.toml"))
+    assert main(["train", "--config", str(tmp_path / "run.toml")]) == 1  # a data set may stand for it
+    assert "no image folder was given" in capsys.readouterr().err
 
 
 BASES = {

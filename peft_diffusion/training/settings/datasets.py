@@ -1,5 +1,6 @@
 """Folders that have settings of their own in a run: a `Dataset` each, ``[[dataset]]`` in TOML. Imports no torch."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -165,7 +166,7 @@ class Dataset:
 
 
 if TYPE_CHECKING:
-    _Given = Dataset | str | Mapping[str, Any]
+    _Given = Dataset | str | os.PathLike[str] | Mapping[str, Any]
     Datasets: TypeAlias = _Taken[tuple[Dataset, ...], _Given | Sequence[_Given]]
 else:
     Datasets = tuple[Dataset, ...]

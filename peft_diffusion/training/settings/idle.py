@@ -6,14 +6,24 @@ from ...bases import family as families
 from ...core.settings import flag
 from .pictures import ResolvedConfig, TrainConfig
 
-_OF_CLASS = (lambda config: bool(config.class_prompt or config.regularisation), "--class-prompt or --regularisation")
+_OF_CLASS = (
+    lambda config: bool(config.class_prompt or config.regularisation or any(one.regularisation for one in config.dataset)),
+    "--class-prompt or --regularisation",
+)
 _OF_PREVIEWS = (lambda config: config.preview_steps > 0, "--preview-steps above 0")
 _OF_LOGITS = (lambda config: config.timestep_bias == "logit-normal", "--timestep-bias logit-normal")
 _OF_LOSS = (lambda config: config.loss != "l2", "--loss huber or smooth-l1")
 
+
+
+def _drops_or_shuffles(config: ResolvedConfig) -> bool:
+    own = (one.shuffle_tags or one.tag_dropout for one in config.dataset)
+    return bool(config.shuffle_tags or config.tag_dropout or any(own))
+
+
 # By name: whether it does something, and what it needs for that.
 _NEEDS: dict[str, tuple[Callable[[ResolvedConfig], bool], str]] = {
-    "keep_tags": (lambda config: config.shuffle_tags or config.tag_dropout > 0, "--shuffle-tags or --tag-dropout"),
+    "keep_tags": (_drops_or_shuffles, "--shuffle-tags or --tag-dropout"),
     "huber_c": _OF_LOSS,
     "huber_schedule": _OF_LOSS,
     "cycles": (lambda config: config.scheduler == "cosine-with-restarts", "--scheduler cosine-with-restarts"),

@@ -51,7 +51,10 @@ def read(file: Path, concepts: Sequence[Any]) -> Found:
             continue
         folder = existing(options.take("path") or "", file)
         subfolders = bool(options.take("include_subdirectories"))
-        balance = Fraction(options.number("balancing", "repeats") or 1).limit_denominator(_FINEST)
+        given = options.number("balancing", "repeats")
+        balance = Fraction(1 if given is None else given).limit_denominator(_FINEST)
+        if balance <= 0:  # it is never drawn
+            continue
         if str(options.take("balancing_strategy")) == "SAMPLES":
             balance /= max(1, len(_pictures(folder, subfolders)))
             balance = balance.limit_denominator(_FINEST)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ....core.errors import UserError
 from ....core.files import at_home
+from ....core.parsing import refusing
 from ..pictures import TrainConfig
 from . import kohya, kohya_data, onetrainer, onetrainer_data
 from .taking import Found, parsed_of
@@ -31,10 +32,11 @@ def read_datasets(file: Path) -> Found:
         UserError: It is neither, or cannot be read.
     """
     given = parsed_of(file := at_home(file))
-    if isinstance(given, list):
-        return onetrainer_data.read(file, given)
-    if isinstance(given, dict) and "datasets" in given:
-        return kohya_data.read(file, given)
+    with refusing(f"{file} cannot be read"):
+        if isinstance(given, list):
+            return onetrainer_data.read(file, given)
+        if isinstance(given, dict) and "datasets" in given:
+            return kohya_data.read(file, given)
     raise UserError(
         f"{file} is neither a dataset file of sd-scripts, with [[datasets]], nor a list of OneTrainer's concepts"
     )
@@ -56,10 +58,11 @@ def read(file: Path) -> Found:
     given = parsed_of(file := at_home(file))
     if isinstance(given, dict) and "datasets" not in given:
         flat = _names(given)
-        if flat & _ONETRAINER:
-            return onetrainer.read(file, given)
-        if flat & _KOHYA:
-            return kohya.read(file, given)
+        with refusing(f"{file} cannot be read"):
+            if flat & _ONETRAINER:
+                return onetrainer.read(file, given)
+            if flat & _KOHYA:
+                return kohya.read(file, given)
         raise UserError(
             f"{file} is no configuration of sd-scripts, kohya_ss or OneTrainer; it has {', '.join(sorted(flat)[:8])}"
         )

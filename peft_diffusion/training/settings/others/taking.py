@@ -1,6 +1,6 @@
 """Options of another program, while each finds its counterpart here. Imports no torch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import lcm
@@ -19,6 +19,9 @@ from ..pictures import TrainConfig
 
 SETTINGS: Mapping[str, Described] = {one.name: one for one in settings_of(TrainConfig)}
 """What options become."""
+
+
+_LARGEST = 1e9  # of all numbers that options have
 
 
 @dataclass
@@ -65,6 +68,18 @@ class Options:
         values = [self.left.pop(name, None) for name in names]
         return next((value for value in values if value is not None), None)
 
+    def several(self, *names: str) -> list[Any]:
+        """Take values out, of which one may stand without a list.
+
+        Args:
+            names: What they may be called.
+
+        Returns:
+            The values; none where it is switched off or not there.
+        """
+        value = self.take(*names)
+        return value if isinstance(value, list) else [value] * (value is not None)
+
     def number(self, *names: str) -> float | None:
         """Take a number out, which a form may have written as a text.
 
@@ -79,8 +94,8 @@ class Options:
         """
         value = self.take(*names)
         read = number_in(value) if isinstance(value, str) else number(value)
-        if value is not None and read is None:
-            raise UserError(f"{self.where}: {names[0]} is a number, not {value!r}")
+        if value is not None and (read is None or not abs(read) < _LARGEST):  # nor NaN
+            raise UserError(f"{self.where}: {names[0]} is a number, not {value!r:.80}")
         return read
 
     def whole(self, *names: str) -> int | None:
@@ -134,13 +149,13 @@ class Options:
                 self.lack(name, value, f"here it is {here[0]}, which takes other values")
         self.left.clear()
 
-    def choose(self, name: str, table: Mapping[str, Any], put: Callable[[Any], None], default: str | None = None) -> None:
+    def choose(self, name: str, table: Mapping[str, Any], here: str, default: str | None = None) -> None:
         """Take a choice out, by a table of what it is here.
 
         Args:
             name: The option.
             table: What each choice is here, by its name in small letters.
-            put: Takes what it is here.
+            here: The setting that it becomes.
             default: What the other program takes where nothing is said; None to say nothing then either.
         """
         value = self.take(name)
@@ -148,7 +163,7 @@ class Options:
         if value is None:
             return
         if (key := str(value).lower()) in table:
-            put(table[key])
+            self.found.settings[here] = table[key]
         else:
             self.lack(name, value, f"here there are {', '.join(dict.fromkeys(map(str, table.values())))}")
 
