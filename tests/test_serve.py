@@ -433,7 +433,7 @@ def test_the_layer_that_clients_name_does_not_count_for_xl(skip: int | None) -> 
     pipe = make_xl_pipe()
     config = ServeConfig(device="cpu")
     held = drawing.Held("xl", pipe, describe(pipe), "")
-    body = TextToImage(prompt="a red cat", seed=3, steps=2, cfg_scale=5.0, **SIDE)
+    body = TextToImage(prompt="a red cat", seed=3, steps=2, cfg_scale=5.0, width=64, height=64)
     done = drawing.run(body, config, held, drawing.Files(config), skip, Job("draw", lambda job: None))
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     own = pipe("a red cat", latents=noise, num_inference_steps=2, guidance_scale=5.0, height=64, width=64).images[0]

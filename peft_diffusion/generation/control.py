@@ -199,10 +199,12 @@ def controlled(pipe: Pipeline, controls: Sequence[Control], scale: float) -> Ite
     ]
     shown = [one for one in controls if one.kind == "ip-adapter"]
 
+    before: list[Callable[..., Any]] = [*steerings, *([_of_guided] if shown else [])]
+
     @contextmanager
     def steer() -> Iterator[None]:
         with ExitStack() as hooks:
-            for one in (*steerings, *([_of_guided] if shown else [])):
+            for one in before:
                 hook = denoiser.network.register_forward_pre_hook(one, with_kwargs=True)
                 hooks.callback(hook.remove)
             yield
