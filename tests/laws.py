@@ -469,7 +469,8 @@ def shortest(component: str, model: nn.Module) -> nn.Module:
 
         network: nn.Module = UNet2DConditionModel(
             sample_size=8, block_out_channels=(32,), layers_per_block=1, cross_attention_dim=32, attention_head_dim=8,
-            norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None, up_block_types=("UpBlock2D",),
+            norm_num_groups=8, mid_block_type=None, down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("UpBlock2D",),
         )  # fmt: skip
         return network.requires_grad_(False).eval()
     layers = model.get_submodule("model.layers" if component == "lm" else "encoder.layers")

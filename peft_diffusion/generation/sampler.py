@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import diffusers
@@ -250,6 +251,8 @@ def _named(name: str, adapters: Adapters, steps: int) -> Any:
     if kind not in known:
         raise UserError(f"the base {adapters.base.name!r} has no scheduler {kind}; choose one of: {', '.join(known)}")
     cls, changes = getattr(diffusers, known[kind][0]), {**known[kind][1], **SPACINGS.get(spacing, {})}
+    if find_spec("scipy") is None and ("scipy" in getattr(cls, "_backends", ()) or spacing == "beta"):
+        raise UserError(f"the scheduler {name} needs scipy: pip install scipy; or take another")
     if kind in BY_STEPS and spacing:
         changes = {"timestep_spacing": "linspace", **changes}
     lacking = set(SPACINGS.get(spacing, {})) - set(inspect.signature(cls.__init__).parameters)
@@ -261,7 +264,7 @@ def _named(name: str, adapters: Adapters, steps: int) -> Any:
     try:
         cls.from_config(base, **changes).set_timesteps(steps)
         return cls.from_config(base, **changes)
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         raise UserError(f"the scheduler {name} cannot take {steps} steps here: {first_line(error)}") from error
 
 
