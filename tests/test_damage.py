@@ -14,12 +14,12 @@ import pytest
 import torch
 from conftest import make_pipe
 from safetensors.torch import load_file, save
-from test_training import draw_pictures, small
+from test_training import draw_pictures, small, warnings_but_counsel
 
 from peft_diffusion.api import train
 from peft_diffusion.core import checksums, files
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.core.events import Event, Warned
+from peft_diffusion.core.events import Event
 from peft_diffusion.training.events import Step
 from peft_diffusion.training.record import checkpoint, run_folder
 from peft_diffusion.training.record.run_record import Record, measurements
@@ -58,9 +58,7 @@ def gone_on(pictures: Path, where: Path) -> list[str]:
     events: list[Event] = []
     config = small(pictures, where, steps=7, resume=True, preview_steps=1, **RUN)
     train(config, pipe=make_pipe(), observers=[events.append])
-    messages = [event.message for event in events if isinstance(event, Warned)]
-    counsel = ("each picture is seen", "the border of all")  # of the settings of so short a run
-    return [message for message in messages if not message.startswith(counsel)]
+    return warnings_but_counsel(events)
 
 
 def outcome(where: Path) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.core.errors import Interrupted
 from peft_diffusion.core.events import Event, Progress, Warned
 from peft_diffusion.training import TrainConfig
-from peft_diffusion.training.events import Losses, Measured, Pace, Preview, Signals, Started, Step, StepLoss
+from peft_diffusion.training.events import Losses, Measured, Pace, Preview, Saved, Signals, Started, Step, StepLoss
 from peft_diffusion.training.watch.pace import PaceMeter
 
 
@@ -55,6 +55,22 @@ def test_the_pace_leaves_out_what_is_measured_and_the_end_does_not() -> None:
     assert str(Pace(1, 2, 0.12, 1, 3 << 20, "text")) == "0.12 windows/s, 3 MiB"
 
 
+def test_the_pace_of_a_resumed_run_counts_from_its_first_step_and_no_step_before_a_preview() -> None:
+    told: list[Event] = []
+    hands = Hands()
+    meter = PaceMeter("pictures", 1, 40, 20, torch.device("cpu"), told.append, hands)  # nothing is measured at its start
+    hands.seconds += 10  # 5 steps of two seconds
+    meter(losses(*range(21, 26)))
+    hands.seconds += 10
+    meter(Preview(30, (), (), (), None))  # the losses of the steps before were not read
+    hands.seconds += 0.001
+    meter(losses(*range(26, 31)))
+    hands.seconds += 5
+    meter(losses(*range(31, 36)))
+    left = [(event.step, event.rate, round(event.left)) for event in told if isinstance(event, Pace)]
+    assert left == [(25, 0.5, 30), (35, 1.0, round(25 / 15 * 5))]
+
+
 def test_the_terminal_tells_how_long_preparation_and_run_will_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hands = Hands()
     monkeypatch.setattr(time, "monotonic", hands)
@@ -75,11 +91,23 @@ def test_the_terminal_tells_how_long_preparation_and_run_will_take(monkeypatch: 
     assert len(lines) == 2
 
 
-def test_a_run_tells_captions_and_its_pace_to_the_terminal_and_tensorboard(tmp_path: Path) -> None:
+def test_a_run_tells_captions_and_its_pace_to_the_terminal_and_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     told: list[Event] = []
+    met: list[Event] = []
+    look = PaceMeter.__call__
+
+    def met_too(meter: PaceMeter, event: Event) -> None:
+        met.append(event)
+        look(meter, event)
+
+    monkeypatch.setattr(PaceMeter, "__call__", met_too)
     changes = {"log_with": "tensorboard", "steps": 2, "log_every": 1}
     result = train(small(draw_pictures(tmp_path / "p", 6), tmp_path, **changes), pipe=make_pipe(), observers=[told.append])
+    saved = [(event.what, event.step) for event in met if isinstance(event, Saved)]
+    assert saved == [("checkpoint", 2), ("on the way", 2)]  # writing takes time that is no pace
     captions = [event for event in told if isinstance(event, Progress) and event.what == "encoding captions"]
     assert [(event.done, event.total) for event in captions] == [(7, 7), (8, 8)]  # the empty one, and those of leakage
     paces = [event for event in told if isinstance(event, Pace)]

@@ -304,7 +304,7 @@ def test_training_generating_and_repeating_a_picture_on_a_quantized_base(
     folder = draw_pictures(tmp_path / "pictures")
     base = str(tiny_base)
     said = Console(record=True, width=1000, file=(tmp_path / "log").open("w"))
-    run = small(folder, tmp_path, base=base, quantize=kind, unet_lr=1e-2, components=("unet", "text_encoder"))
+    run = small(folder, tmp_path, base=base, quantize=kind, unet_lr=1e-2, components=("unet", "text_encoder"), held_out=0)
     trained = train(run, observers=[TrainingConsole(said)])
     shown = f"generate 'blue cat b' --adapter {trained.output} --base {base} --quantize {kind}\n"
     assert f"next: peft-diffusion {shown}" in said.export_text()

@@ -1,6 +1,7 @@
 """``merge --into`` and ``extract``: checkpoints as folders and single files, against pictures and formulas."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from peft_diffusion.bases.architectures import Architecture
 from peft_diffusion.cli.app import main
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.events import Event, Noted, Warned
+from peft_diffusion.formats.container import Stored
 from peft_diffusion.tools.original_names import bare, laid, rows, taken
 
 RANKS: dict[str, tuple[int, float | None]] = {
@@ -76,11 +78,20 @@ def test_a_checkpoint_draws_what_base_and_adapters_draw(
 
 
 def test_a_folder_becomes_a_single_file_with_the_names_of_the_original(
-    adapters: tuple[Path, Path], tiny_base: Path, tmp_path: Path
+    adapters: tuple[Path, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "merged.safetensors"
     config = pd.MergeConfig([f"{adapters[0]}=0.3", f"{adapters[1]}=-0.5"], output=output, into=str(tiny_base))
+    reads: Counter[tuple[str, str]] = Counter()
+    plain = Stored.__getitem__
+
+    def counted(self: Stored, name: str) -> Tensor:
+        reads[self._header.path.parent.name, name] += 1
+        return plain(self, name)
+
+    monkeypatch.setattr(Stored, "__getitem__", counted)
     pd.merge(config)
+    assert {count for (folder, _), count in reads.items() if folder == "vae"} == {1}
     expected, found = checkpoint(merged_state(tiny_base, adapters)), load_file(output)
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], tensor, atol=1e-5) for name, tensor in expected.items())

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -81,6 +82,12 @@ def draw_pictures(folder: Path, count: int = 6, size: int = 64) -> Path:
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     return draw_pictures(tmp_path / "pictures")
+
+
+def warnings_but_counsel(events: Sequence[Event]) -> list[str]:
+    """The warnings of a run but for those that a run so short and small always has."""
+    messages = [event.message for event in events if isinstance(event, Warned)]
+    return [message for message in messages if not message.startswith(("each picture is seen", "the border of all"))]
 
 
 def small(folder: Path, where: Path, **changes: Any) -> TrainConfig:

@@ -1,10 +1,8 @@
 """What can be asked of a base of any kind: a pipeline that denoises, or a causal language model."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
@@ -13,6 +11,7 @@ from torch import nn
 
 from ..core import site
 from ..core.errors import UserError
+from ..core.files import weights_sha256
 from . import family as families
 from .denoiser import Denoiser, kinds
 from .digest import fingerprint
@@ -220,8 +219,6 @@ def describe(base: AnyBase) -> "BaseInfo | LanguageInfo":
 def checkpoint_sha256(pipe: Pipeline) -> str:
     """Digest the file that a pipeline was read from, by whose first ten digits A1111 knows a base.
 
-    A file is read once, as it has gigabytes, and again only where it was changed.
-
     Args:
         pipe: The pipeline.
 
@@ -229,17 +226,7 @@ def checkpoint_sha256(pipe: Pipeline) -> str:
         The SHA-256 of the whole file, as hex digits; "" of what was read from a folder, the hub or none.
     """
     path = Path(str(pipe.config.get("_name_or_path") or ""))
-    if not path.is_file():
-        return ""
-    status = path.stat()
-    return _digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-@cache
-def _digest(path: Path, *stamp: int) -> str:
-    """The SHA-256 of a file in the state that its stamp tells."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return weights_sha256(path) if path.is_file() else ""
 
 
 def _name(pipe: Pipeline) -> str:

@@ -1,11 +1,13 @@
 """Files that are written aside and then renamed, so that a file that has its name is whole. Imports no torch."""
 
 import errno
+import hashlib
 import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from .errors import UserError
@@ -99,6 +101,38 @@ def claimed(path: Path, complaint: str) -> Iterator[None]:
         if missing:
             with suppress(OSError):  # something is in it
                 place.parent.rmdir()
+
+
+def stamp_of(path: Path) -> tuple[int, int, int]:
+    """Tell one state of a file from others without reading it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its size, the time of its last change in nanoseconds, and its inode.
+    """
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def weights_sha256(path: Path) -> str:
+    """Digest a file of gigabytes, which is read once, and again only where its stamp has changed.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The SHA-256 of all bytes, as hex digits.
+    """
+    return _digest(path, stamp_of(path))
+
+
+@cache
+def _digest(path: Path, stamp: tuple[int, int, int]) -> str:
+    """The SHA-256 of a file in the state that its stamp tells."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def regular(path: Path) -> Path:

@@ -135,7 +135,6 @@ class Strengths(KeepsPrecision):
         self.changes = 0  # how often anything but the step was changed, which ends what threads know of their steps
         self.merged = False  # the weights hold the adapters, so sites add nothing
         self._places: dict[str, int] = {}
-        self._columns: dict[str, int] = {}  # for how many images an adapter has strengths; 1 where all have the same
         self._told = torch.zeros(0, len(self.blocks), 1)  # ``values`` on the CPU: to ask a device is to wait for it
         self.register_buffer("values", torch.zeros(0, len(self.blocks), 1, device=device), persistent=False)
 
@@ -150,7 +149,7 @@ class Strengths(KeepsPrecision):
         if row == len(self._told):
             more = max(_ROWS, len(self._told))
             self._told = torch.cat([self._told, torch.zeros(more, *self._told.shape[1:])])
-        self._places[name], self._columns[name] = row, 1
+        self._places[name] = row
         self._told[row] = 1.0
         self._publish()
         self.names.append(name)
@@ -165,7 +164,6 @@ class Strengths(KeepsPrecision):
             name: What it is called.
         """
         self._told[self._places.pop(name)] = 0.0
-        del self._columns[name]
         self._publish()
         self.names.remove(name)
         self.changes += 1
@@ -260,13 +258,17 @@ class Strengths(KeepsPrecision):
 
     def _counted(self, rows: "Mapping[str, float | Tensor]") -> dict[str, int]:
         """For how many images each adapter has strengths when these are written."""
-        kept = {name: count if count == 1 else self._kept(name).shape[1] for name, count in self._columns.items()}
+        images = self._told.shape[2]
+        kept = dict.fromkeys(self._places, 1)
+        if images > 1:
+            differ = (self._told != self._told[:, :, :1]).flatten(1).any(1).tolist()
+            kept |= {name: images for name, place in self._places.items() if differ[place]}
         return kept | {name: row.shape[1] if isinstance(row, Tensor) else 1 for name, row in rows.items()}
 
     def _put(self, rows: "Mapping[str, float | Tensor]") -> tuple[Tensor, frozenset[str]]:
         """Write strengths, for all threads. Returns the values, apart from those, and the names of what is not 0."""
         table = self._table(rows)
-        self._told, self._columns = table, self._counted(rows)
+        self._told = table
         self._publish()
         on = {name for name, row in rows.items() if (bool(row.any()) if isinstance(row, Tensor) else row != 0)}
         full = {name for name, row in rows.items() if (bool((row == 1).all()) if isinstance(row, Tensor) else row == 1)}

@@ -181,10 +181,9 @@ def cache_latents(
     """
     if len(pictures) != len(fits):
         raise ValueError(f"{len(pictures)} pictures with {len(fits)} fits")
-    flips, alphas = ([given] * len(pictures) if isinstance(given, bool) else given for given in (flip, alpha))
+    alphas = _of_each(alpha, pictures)
     job = _Job(pictures, fits, background, max_pixels, alphas, folder, fingerprint(vae) if folder is not None else "")
-    whole = [(index, False) for index in range(len(pictures))]
-    whole += [(index, True) for index, _ in whole if flips[index]]
+    whole = _mirrored(_of_each(flip, pictures))
     hiding = (None, *range(masks_of.COUNT)) if masked else (None,)
     entries: list[Key] = [(*one, mask) for mask in hiding for one in whole]
     encoder = ready(vae)
@@ -198,6 +197,16 @@ def cache_latents(
                 on_progress(len(done), len(entries))
     latents = tuple(job.latent(one, done, hiding[1:]) for one in whole)
     return LatentCache(latents, len(entries) - origins["cache"], origins["cache"], origins["damaged"])
+
+
+def _of_each(given: bool | Sequence[bool], pictures: Sequence[TrainingImage]) -> Sequence[bool]:
+    """What is asked for of each picture, where one answer may stand for all."""
+    return [given] * len(pictures) if isinstance(given, bool) else given
+
+
+def _mirrored(flips: Sequence[bool]) -> list[tuple[int, bool]]:
+    """The numbers of all pictures as they are, then of those that are wanted mirrored too."""
+    return [(index, False) for index in range(len(flips))] + [(index, True) for index, flip in enumerate(flips) if flip]
 
 
 class _Damaged:

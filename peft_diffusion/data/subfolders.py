@@ -39,24 +39,25 @@ def apply(
     """
     given = _parse(repeats, "--repeats", int, 1)
     counts = _parse(weights, "--folder-weight", float, 0)
-    places = {place for picture in pictures for place in picture.places}
+    inside = [picture.places for picture in pictures]  # which asks the disk
+    places = {place for names in inside for place in names}
     for flag, names in (("--repeats", given), ("--folder-weight", counts)):
         unknown = [name for name in names if name not in places]
         if unknown:
             there = ", ".join(sorted(places)[:8])
             raise UserError(f"{flag} {unknown[0]}: no picture is in a subfolder of this name; there are: {there}")
     found = []
-    for picture in pictures:
+    for picture, around in zip(pictures, inside, strict=True):
         times, counted = usual[picture.dataset] if usual else (None, None)
         usual_weight = 1.0 if counted is None else counted
-        said = (given[place] for place in picture.places if place in given)
-        named = (given.get(place) or repeats_and_words(place.rpartition("/")[2])[0] for place in picture.places)
+        said = (given[place] for place in around if place in given)
+        named = (given.get(place) or repeats_and_words(place.rpartition("/")[2])[0] for place in around)
         found.append(
             replace(
                 picture,
                 # The name of an inner folder is nearer than what is said of an outer one, not than its data set's own.
                 repeats=next((one for one in named if one), 1) if times is None else next(said, times),
-                weight=next((counts[place] for place in picture.places if place in counts), usual_weight),
+                weight=next((counts[place] for place in around if place in counts), usual_weight),
             )
         )
     return found

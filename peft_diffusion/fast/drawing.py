@@ -23,7 +23,7 @@ from .. import bases
 from ..bases import pipelines
 from ..core import site as sites
 from ..core.slab import Slab
-from ..core.slot import Slot, slot_of
+from ..core.slot import Slot, slot_of, walk
 from ..core.strength import Strengths, recording
 from . import frozen_ops
 from .cuda_graph import Inputs, Recorder, cause, shapes
@@ -450,7 +450,7 @@ class _Reads:
         self._slots: list[tuple[Slot, Hashable]] = []
         self._slab: Slab | None = None
         apart = False
-        for module in _without_slots(network):
+        for _, module in walk(network):
             self._modules.append((module, type(module), getattr(module, "processor", None)))
             if module is not network:
                 self._hooks += [module._forward_hooks, module._forward_pre_hooks]
@@ -515,14 +515,6 @@ class _Reads:
 
     def _counted(self) -> int | None:
         return None if self.strengths is None else self.strengths.changes
-
-
-def _without_slots(module: nn.Module) -> Iterator[nn.Module]:
-    """A network's modules, without what its sites carry."""
-    yield module
-    for child in module._modules.values():
-        if child is not None and not isinstance(child, Slot):
-            yield from _without_slots(child)
 
 
 def _state(slot: Slot) -> Hashable:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.site import is_plain_linear, rebase
-from ..core.slot import Packed, Slot, slot_of, using
+from ..core.slot import Slot, slot_of, using, walk
 from ..core.strength import Strengths
 from .low_rank import stacked
 
@@ -120,14 +120,15 @@ class Operands:
     def _wanted(self) -> list[Group]:
         """The groups that the network's layers make now, those that had room keeping it."""
         together: list[tuple[nn.Linear, ...]] = []
-        for attention in self.network.modules():
+        modules = [module for _, module in walk(self.network)]
+        for attention in modules:
             if isinstance(attention, Attention):
                 layers = _read_alike(attention)
                 if _alike(layers) and self._serves(layers[0]):
                     together.append(layers)
         taken = {layer for layers in together for layer in layers}
         alone: list[tuple[nn.Linear, ...]] = [
-            (one,) for one in self.network.modules() if is_plain_linear(one) and one not in taken and self._serves(one)
+            (one,) for one in modules if is_plain_linear(one) and one not in taken and self._serves(one)
         ]
         wanted = []
         for group in [*together, *alone]:
@@ -430,14 +431,9 @@ def _alike(layers: Sequence[nn.Module | None]) -> bool:
     return len(linear) == len(layers) and len(shapes) == 1 and all(layer.bias is None for layer in linear)
 
 
-def _packed(layer: nn.Module) -> Packed | None:
-    slot = slot_of(layer)
-    return None if slot is None else slot.packed
-
-
 def _ranks(layer: nn.Module) -> int:
-    packed = _packed(layer)
-    return 0 if packed is None else len(packed.view.down)
+    slot = slot_of(layer)
+    return 0 if slot is None or slot.packed is None else len(slot.packed.view.down)
 
 
 def _room(ranks: int) -> int:

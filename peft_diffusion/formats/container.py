@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from ..core import files
 from ..core.checksums import bytes_of
 from ..core.errors import UserError
 from ..core.files import if_address, written_aside
@@ -88,8 +89,7 @@ def stamp_of(path: Path) -> tuple[int, int, int]:
     Raises:
         UserError: There is no such file.
     """
-    status = existing(path).stat()
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return files.stamp_of(existing(path))
 
 
 def refuse_changed(header: Header) -> None:
@@ -210,7 +210,7 @@ class Data:
         whole = True
         for run in self._runs():
             entries = [one for _, one in run]
-            numbers = self._run(entries[0].dtype, entries[0].start, entries[-1].end)
+            numbers = self._run(entries)
             whole = whole and numbers.is_floating_point() and numbers.itemsize > 1 and is_finite(numbers)
             size = numbers.itemsize
             parts = numbers.split([(one.end - one.start) // size for one in entries])
@@ -234,11 +234,10 @@ class Data:
         ordered = sorted(self._header.tensors.items(), key=lambda item: (item[1].start, item[1].end))
         return [list(run) for _, run in itertools.groupby(ordered, lambda item: item[1].dtype)]
 
-    def _run(self, dtype: str, start: int, end: int) -> "Tensor":
-        first = len(self._head)
-        data = self._numbers[start - first : end - first]
-        kind = torch_dtype(Entry(dtype, (), start, end))
-        if (start - first) % kind.itemsize:  # written after tensors of narrower numbers
+    def _run(self, entries: list[Entry]) -> "Tensor":
+        kind, start, end = torch_dtype(entries[0]), entries[0].start - len(self._head), entries[-1].end - len(self._head)
+        data = self._numbers[start:end]
+        if start % kind.itemsize:  # written after tensors of narrower numbers
             data = data.clone()
         return data.view(kind)
 
@@ -270,6 +269,20 @@ class Stored(Mapping[str, "Tensor"]):
             if file.readinto(data) != len(data):
                 raise UserError(f"{self._header.path} ends within tensor {name}")
         return _usable(self._header.path, {name: _tensor(data, entry)})[name]
+
+    def dtype(self, name: str) -> "torch.dtype":
+        """Tell the dtype that a tensor is read in, without reading it.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The dtype; float32 for 8-bit floats, as `read_tensors` gives them.
+        """
+        import torch
+
+        found = torch_dtype(self._header.tensors[name])
+        return torch.float32 if found.is_floating_point and found.itemsize == 1 else found
 
     def __iter__(self) -> Iterator[str]:
         """The names."""

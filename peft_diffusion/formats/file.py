@@ -1,9 +1,7 @@
 """The one way to save an adapter and the one way to load it."""
 
 import io
-import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +21,7 @@ from ..core.errors import DamagedError, UserError, first_line
 from ..core.files import at_home, write_bytes
 from ..core.merge import dense_weight
 from ..core.parsing import refusing
+from ..core.recent import Recent
 from . import container, metadata
 from . import layout as layouts
 from .layout import Content, Layout, SaveDtype, Whole, Written
@@ -313,49 +312,23 @@ def bind(found: Plan, pipe: AnyBase) -> "Bound":
     if not found.sites:
         raise found.is_none()
     parts = components(pipe)
-    known = _tables.get(found, parts)
-    if known is not None:
-        return Bound(found, pipe, parts, known, found.unread)
+    key = (id(found.sites), *map(id, parts.values()))
+    known = _tables.get(key)
+    if known is not None and known.holds(found, parts):
+        return Bound(found, pipe, parts, known.sites, found.unread)
     bound, left = _bound(found, parts)
     sites_of = {(one.component, one.path): one for one in bound}
     if left == found.unread:
-        _tables.put(found, parts, sites_of)
+        _tables.put(key, _Table(found.sites, {name: weakref.ref(part) for name, part in parts.items()}, sites_of))
     return Bound(found, pipe, parts, sites_of, left)
-
-
-class _Tables:
-    """Where the names of earlier files of a shape lead in the components of a base: only for files that fit it whole."""
-
-    MOST = 32
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[tuple[int, ...], _Table] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, found: Plan, parts: Mapping[str, nn.Module]) -> "Mapping[tuple[str, str], _Site] | None":
-        with self._lock:
-            table = self._known.get(self._key(found, parts))
-            return table.sites if table is not None and table.holds(found, parts) else None
-
-    def forget(self) -> None:
-        with self._lock:
-            self._known.clear()
-
-    def put(self, found: Plan, parts: Mapping[str, nn.Module], sites_of: "Mapping[tuple[str, str], _Site]") -> None:
-        with self._lock:
-            held = {name: weakref.ref(part) for name, part in parts.items()}
-            self._known[self._key(found, parts)] = _Table(found.sites, held, sites_of)
-            while len(self._known) > self.MOST:
-                self._known.popitem(last=False)
-
-    @staticmethod
-    def _key(found: Plan, parts: Mapping[str, nn.Module]) -> tuple[int, ...]:
-        return (id(found.sites), *map(id, parts.values()))
 
 
 @dataclass(frozen=True)
 class _Table:
-    """The sites of a plan, which is kept so that its address stays its own, in components that may be gone."""
+    """Where the names of a plan lead in the components of a base that it fits whole; other files of its shape have the same.
+
+    The plan's sites are kept so that their address stays their own. The components may be gone.
+    """
 
     planned: Mapping[str, Mapping[str, SitePlan]]
     parts: "Mapping[str, weakref.ref[nn.Module]]"
@@ -366,7 +339,7 @@ class _Table:
         return found.sites is self.planned and {name: one() for name, one in self.parts.items()} == dict(parts)
 
 
-_tables = _Tables()
+_tables: Recent[tuple[int, ...], _Table] = Recent(32)
 
 
 @dataclass(frozen=True)

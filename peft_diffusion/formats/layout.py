@@ -32,6 +32,9 @@ SaveDtype: TypeAlias = Literal["fp16", "bf16", "float32"]
 OTHER_NAMES = {"kohya-sgm": "original"}
 """What a layout is called too: the original's names of a UNet are those that kohya's trainer writes for XL."""
 
+NO_LAYOUT = "are of no layout that is known here"
+"""Why a tensor is left out whose name nothing here reads."""
+
 
 @dataclass(frozen=True)
 class Whole:

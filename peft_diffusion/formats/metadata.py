@@ -51,7 +51,9 @@ _SS_KEYS: dict[str, str] = {
     "ss_bucket_info": "bucket_info",
 }
 
-_OF_THE_BYTES = frozenset({"format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"})
+OF_THE_BYTES = frozenset({"format", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"})
+"""What of a file's metadata is no longer true when it is written anew."""
+
 _OF_LAYOUTS = frozenset({"lora_adapter_metadata", "peft_diffusion.words"})
 
 
@@ -84,7 +86,7 @@ def lasting(told: Mapping[str, str]) -> dict[str, str]:
     Returns:
         All but hashes of its bytes, and what belongs to its layout, which the new one writes as it needs it.
     """
-    return {key: value for key, value in told.items() if key not in _OF_THE_BYTES and key not in _OF_LAYOUTS}
+    return {key: value for key, value in told.items() if key not in OF_THE_BYTES and key not in _OF_LAYOUTS}
 
 
 def of_any(spec: Spec) -> dict[str, str]:

@@ -6,8 +6,7 @@ and hashed once however many of them ask.
 
 import re
 import shlex
-import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,9 +19,10 @@ from ..bases import family as families
 from ..core.errors import UserError, did_you_mean
 from ..core.files import at_home
 from ..core.method import Method
+from ..core.recent import Recent
 from . import container
 from .container import Header
-from .layout import Layout, Place, Reading, known, reader_of
+from .layout import NO_LAYOUT, Layout, Place, Reading, known, reader_of
 from .names import site_name, unwrapped
 from .pictures import is_picture, read_picture
 from .spec import Spec
@@ -30,7 +30,6 @@ from .spec import Spec
 if TYPE_CHECKING:
     from torch import Tensor
 
-NO_LAYOUT = "are of no layout that is known here"
 NO_METHOD = "are of no method that is known here"
 NO_SITE = "have no site in this base"
 IDLE = "change a projection after a text encoder that no picture of this base depends on"
@@ -424,43 +423,7 @@ class _Read:
     warnings: tuple[str, ...]
 
 
-class _Remembered:
-    """What was read of earlier files, by all that a reading depends on: most files of a base are of a few shapes."""
-
-    MOST = 32  # files of different shapes
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[Hashable, tuple[frozenset[str], _Read]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, header: Header, component: str | None) -> _Read | None:
-        key = self._key(header, component)
-        with self._lock:
-            for told_by in (frozenset(), *{told for told, _ in self._known.values()}):
-                found = self._known.get((key, _told(header, told_by)))
-                if found is not None and found[0] == told_by:
-                    self._known.move_to_end((key, _told(header, told_by)))
-                    return found[1]
-        return None
-
-    def put(self, header: Header, component: str | None, told_by: frozenset[str], read: _Read) -> None:
-        with self._lock:
-            self._known[self._key(header, component), _told(header, told_by)] = (told_by, read)
-            while len(self._known) > self.MOST:
-                self._known.popitem(last=False)
-
-    def forget(self) -> None:
-        with self._lock:
-            self._known.clear()
-
-    @staticmethod
-    def _key(header: Header, component: str | None) -> Hashable:
-        shapes = tuple(entry.shape for entry in header.tensors.values())
-        plugged = (tuple(known().values()), tuple(methods.known().values()), tuple(one.name for one in families.every()))
-        return tuple(header.tensors), shapes, component, plugged
-
-
-_remembered = _Remembered()
+_remembered: Recent[Hashable, _Read] = Recent(32)  # most files of a base are of a few shapes
 
 
 def forget() -> None:
@@ -468,13 +431,24 @@ def forget() -> None:
     _remembered.forget()
 
 
-def _told(header: Header, keys: Set[str]) -> tuple[tuple[str, str | None], ...]:
-    return tuple((key, header.metadata.get(key)) for key in sorted(keys))
+def _told_by(layout: Layout) -> frozenset[str] | None:
+    return getattr(layout, "told_by", None)  # plug-ins may have been written without it
+
+
+def _depends_on(header: Header, component: str | None) -> Hashable:
+    """All that a reading depends on whose layouts say which metadata they look at."""
+    layouts = tuple(known().values())
+    told_by = frozenset[str]().union(*(_told_by(layout) or () for layout in layouts))
+    told = tuple((key, header.metadata.get(key)) for key in sorted(told_by))
+    shapes = tuple(entry.shape for entry in header.tensors.values())
+    plugged = (layouts, tuple(methods.known().values()), tuple(one.name for one in families.every()))
+    return tuple(header.tensors), shapes, told, component, plugged
 
 
 def _read(header: Header, component: str | None, word: str | None) -> _Read:
     """Read a header, or remember what was read of another one that tells the same. Raises UserError."""
-    found = _remembered.get(header, component) if word is None else None
+    key = _depends_on(header, component)
+    found = _remembered.get(key) if word is None else None
     if found is not None:
         return found
     bare, names_of = _unwrapped(header)
@@ -492,10 +466,8 @@ def _read(header: Header, component: str | None, word: str | None) -> _Read:
     layouts = Counter({layout.name: len(reading.places) for layout, reading in readings if reading.places})
     warnings = tuple(warning for _, reading in readings for warning in reading.warnings)
     read = _Read(tuple(name for name, _ in layouts.most_common()), sites, unread, warnings)
-    asked = [getattr(layout, "told_by", None) for layout, _ in readings]  # plug-ins may have been written without it
-    told_by = [keys for keys in asked if keys is not None]
-    if word is None and not warnings and len(told_by) == len(asked):  # a warning names the file
-        _remembered.put(header, component, frozenset[str]().union(*told_by), read)
+    if word is None and not warnings and all(_told_by(layout) is not None for layout, _ in readings):
+        _remembered.put(key, read)  # with a warning it is not kept, as that names the file
     return read
 
 

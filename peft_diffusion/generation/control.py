@@ -20,34 +20,34 @@ from ..bases.base import dtype_of
 from ..bases.loading import is_hub_id, quiet
 from ..bases.pipelines import Pipeline, computes_on
 from ..core.errors import UserError, first_line
+from ..core.files import weights_sha256
 from ..core.parsing import refusing
-from ..data.images import open_picture
-from ..data.problems import PictureError
 from ..formats.container import sha256
-from .control_settings import Control, parse
+from .control_settings import Control
 from .recipe import UsedControl
+from .source import opened
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _HUB_PARTS = 2  # owner and name
 
 
-def used(texts: Sequence[str], scale: float) -> tuple[UsedControl, ...]:
+def used(controls: Sequence[Control], scale: float) -> tuple[UsedControl, ...]:
     """Tell what recipes say of controls.
 
     Args:
-        texts: As the command line names them.
+        controls: What was asked for.
         scale: What the scale of all is multiplied by.
 
     Returns:
         One each.
 
     Raises:
-        UserError: One cannot be read, or its model is not there.
+        UserError: A model is not there.
     """
     found = []
-    for one in map(parse, texts):
+    for one in controls:
         weights, picture = _weights(one), sha256(one.picture)
-        found.append(UsedControl(one.kind, one.model, sha256(weights), str(one.picture), picture, one.scale * scale))
+        found.append(UsedControl(one.kind, one.model, weights_sha256(weights), str(one.picture), picture, one.scale * scale))
     return tuple(found)
 
 
@@ -175,12 +175,12 @@ class Controls:
 
 
 @contextmanager
-def controlled(pipe: Pipeline, texts: Sequence[str], scale: float) -> Iterator[Controls]:
+def controlled(pipe: Pipeline, controls: Sequence[Control], scale: float) -> Iterator[Controls]:
     """Load controls for as long as the context is open.
 
     Args:
         pipe: The pipeline.
-        texts: As the command line names them.
+        controls: What was asked for.
         scale: What the scale of all is multiplied by.
 
     Yields:
@@ -189,27 +189,42 @@ def controlled(pipe: Pipeline, texts: Sequence[str], scale: float) -> Iterator[C
     Raises:
         UserError: A model is not there, or is not for this base.
     """
-    controls = [parse(text) for text in texts]
     denoiser = denoiser_of(pipe)
     if controls and not isinstance(denoiser.network, diffusers.UNet2DConditionModel):
         raise UserError(f"--control is for a UNet, and {type(pipe).__name__} has a {type(denoiser.network).__name__}")
     steerings = [
-        _Steering(one, _loaded(pipe, one), _opened(one), one.scale * scale, denoiser.factor, denoiser.channels)
+        _Steering(one, _loaded(pipe, one), opened(one.picture), one.scale * scale, denoiser.factor, denoiser.channels)
         for one in controls
         if one.kind != "ip-adapter"
     ]
     shown = [one for one in controls if one.kind == "ip-adapter"]
 
+    before: list[Callable[..., Any]] = [*steerings, *([_of_guided] if shown else [])]
+
     @contextmanager
     def steer() -> Iterator[None]:
         with ExitStack() as hooks:
-            for one in steerings:
+            for one in before:
                 hook = denoiser.network.register_forward_pre_hook(one, with_kwargs=True)
                 hooks.callback(hook.remove)
             yield
 
     with _shown(pipe, shown, scale) as arguments:
         yield Controls(arguments, tuple(one.model for one in steerings), steer)
+
+
+def _of_guided(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Leave out of what IP-Adapters show the half without picture, where guidance has ended.
+
+    A pipeline makes it once, before its first step, and lets no callback replace it; the attention would take the rows of
+    both halves for more tokens of fewer pictures.
+    """
+    sample: Tensor = args[0] if args else kwargs["sample"]
+    told = kwargs.get("added_cond_kwargs") or {}
+    shown = told.get("image_embeds", ())
+    if not any(len(one) > len(sample) for one in shown):
+        return None
+    return args, kwargs | {"added_cond_kwargs": told | {"image_embeds": [one[-len(sample) :] for one in shown]}}
 
 
 def _loaded(pipe: Pipeline, control: Control) -> Any:
@@ -227,13 +242,6 @@ def _loaded(pipe: Pipeline, control: Control) -> Any:
     return model
 
 
-def _opened(control: Control) -> Image.Image:
-    try:
-        return open_picture(control.picture)
-    except PictureError as error:
-        raise UserError(f"{control.picture}: {error.problem.message}; choose another file") from None
-
-
 @contextmanager
 def _shown(pipe: Any, controls: Sequence[Control], scale: float) -> Iterator[dict[str, Any]]:
     """IP-Adapters on a pipeline, which has afterwards what it had."""
@@ -249,7 +257,7 @@ def _shown(pipe: Any, controls: Sequence[Control], scale: float) -> Iterator[dic
     try:
         _load_ip_adapters(pipe, controls)
         pipe.set_ip_adapter_scale([one.scale * scale for one in controls])
-        yield {"ip_adapter_image": [_opened(one) for one in controls]}
+        yield {"ip_adapter_image": [opened(one.picture) for one in controls]}
     finally:
         unet.set_attn_processor(processors)
         unet.encoder_hid_proj, unet.config.encoder_hid_dim_type = projection, kind

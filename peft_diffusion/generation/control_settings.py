@@ -29,11 +29,6 @@ class Control:
     picture: Path
     scale: float = 1.0
 
-    @property
-    def text(self) -> str:
-        """The control as `parse` reads it."""
-        return f"{self.kind}:{self.model}={self.picture}@{self.scale!r}"
-
 
 def parse(text: str) -> Control:
     """Read a control as the command line names it.

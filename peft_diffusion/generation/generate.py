@@ -282,7 +282,7 @@ def cell_recipes(
         **({} if hires is None else {"hires_steps": hires.steps}),
     }
     begun = {} if source is None else {"image": source.of, "mask": source.mask_of, "strength": source.strength}
-    found["controls"] = used_controls(sampling.control, sampling.control_scale)
+    found["controls"] = used_controls(sampling.controls(), sampling.control_scale)
     of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None, **begun}
     common = pick(Recipe, sampling, found, of_a_picture)
     return [
@@ -370,7 +370,7 @@ def _check_controls(config: GenerateConfig, recipe: Recipe) -> None:
     A picture does not choose which models are loaded from this machine, so they are named again.
     """
     told = [(one.kind, one.sha256, one.picture_sha256, one.scale) for one in recipe.controls]
-    given = used_controls(config.control, config.control_scale)
+    given = used_controls(config.controls(), config.control_scale)
     if told != [(one.kind, one.sha256, one.picture_sha256, one.scale) for one in given]:
         flags = [f"--control {shlex.quote(f'{o.kind}:{o.model}={o.picture}@{o.scale:g}')}" for o in recipe.controls]
         raise UserError(

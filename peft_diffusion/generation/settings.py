@@ -585,7 +585,7 @@ class BlendConfig(Sampling):
     """The sheet that ``blend`` draws: a row for each prompt, a column for each mix."""
 
     output: OnePath = setting(
-        Path("blend.png"),
+        _BLEND,
         "The file of the sheet, .png, .jpg or .webp, which is replaced.",
         PARAMETERS,
         flag=Flag(aliases=("-o",)),

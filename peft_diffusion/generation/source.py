@@ -162,9 +162,9 @@ def read_source(image: Path, mask: Path | None, strength: float | None, steps: i
     Raises:
         UserError: They are no pictures, do not fit, or no step would be left.
     """
-    found = None if mask is None else _opened(mask, "black").convert("L")
+    found = None if mask is None else opened(mask, "black").convert("L")
     masked = None if mask is None else UsedPicture(str(mask), sha256(mask))
-    source = Source(_opened(image, "white"), UsedPicture(str(image), sha256(image)), found, masked)
+    source = Source(opened(image), UsedPicture(str(image), sha256(image)), found, masked)
     return begin(source, strength, steps)
 
 
@@ -197,7 +197,19 @@ def begin(source: Source, strength: float | None, steps: int) -> Source:
     return begun
 
 
-def _opened(path: Path, background: str) -> Image.Image:
+def opened(path: Path, background: str = "white") -> Image.Image:
+    """Open a picture that a person named.
+
+    Args:
+        path: The file.
+        background: The CSS colour behind what is transparent.
+
+    Returns:
+        The picture, RGB.
+
+    Raises:
+        UserError: It is none.
+    """
     try:
         return open_picture(path, background)
     except PictureError as error:

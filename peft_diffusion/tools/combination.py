@@ -5,19 +5,13 @@ Rules work number by number on tensors of one shape: whole changes of a weight, 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from ..core.adapter import LowRank
 from ..core.reduction import summed
-
-Rule: TypeAlias = Literal["ties", "dare-ties", "dare-linear", "magnitude"]
-How: TypeAlias = Literal["linear", "svd", "ties", "dare-ties", "dare-linear", "magnitude", "knots", "core-space"]
-RULES: tuple[str, ...] = get_args(Rule)
-ALIGNED = ("knots", "core-space")
-"""Those that apply a rule to changes that were brought into a common basis first."""
+from .tool_settings import Rule
 
 _NO_DIRECTION = 1e-6  # of the largest singular value: what is below is rounding
 

@@ -19,6 +19,7 @@ from ..core.weight_change import change_of, with_weights
 from ..formats import container
 from ..formats.container import is_finite, torch_dtype
 from ..formats.file import DTYPES
+from ..formats.metadata import OF_THE_BYTES
 from .original_names import VAE, Row, bare, laid
 from .results import Made
 from .sources import Source, Where, bind_sources
@@ -29,7 +30,6 @@ from .weights import Weights, is_weights, is_whole_base, open_weights
 _SHADOW = "model_ema."  # a running mean of the weights that older checkpoints hold beside them
 _LAST_OF_SD2, _DOUBLED = 22, 23  # layers of its text encoder: diffusers leaves the last of 24 away, which draws nothing
 _OF_DIFFUSERS, _OF_TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
-_STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "format")
 
 
 class Folding:
@@ -72,25 +72,25 @@ class Folding:
         Raises:
             UserError: It cannot be read, or holds a number that the dtype cannot.
         """
-        own = self.weights.read(component, key)
         path, _, kind = key.rpartition(".")
         changed = self._changed((component, path)).get(kind)
-        value, wanted = own if changed is None else changed, self.wanted(own)
+        value = self.weights.read(component, key) if changed is None else changed
+        wanted = self.wanted(self.weights.places[component, key].dtype)
         rounded = value.to(wanted)
         if value.is_floating_point() and not is_finite(rounded):
             raise UserError(f"{component}.{key} has numbers that {wanted} cannot hold; take --dtype float32 or bf16")
         return rounded
 
-    def wanted(self, tensor: Tensor) -> torch.dtype:
+    def wanted(self, own: torch.dtype) -> torch.dtype:
         """Tell the dtype that a tensor of the base has in the checkpoint.
 
         Args:
-            tensor: The tensor, as the base has it.
+            own: The one that the base has it in.
 
         Returns:
             The dtype.
         """
-        return self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return self.dtype if self.dtype is not None and own.is_floating_point else own
 
     def leave_out(self) -> dict[Where, str]:
         """Leave out the sites that have no change of weight and bias which the base could hold.
@@ -189,7 +189,7 @@ def _write_file(output: Path, folding: Folding, told: Mapping[str, str], watch: 
         raise UserError(f"a language model is a folder; name a folder for --output, not {output}")
     entries = _of_rows(folding) if weights.stored is None else _of_stored(folding, weights.stored, watch)
     header = weights.header.metadata if weights.header is not None else {}
-    metadata = {key: value for key, value in header.items() if key not in _STALE}
+    metadata = {key: value for key, value in header.items() if key not in OF_THE_BYTES}
     _stream(output, entries, {**metadata, **told}, watch)
 
 
@@ -223,7 +223,7 @@ def _of_row(folding: Folding, row: Row, shape: tuple[int, ...] | None) -> _Entry
     own = first.shape if len(row.keys) == 1 else (first.shape[0] * len(row.keys), *first.shape[1:])
     if shape is None:
         shape = own[::-1] if row.form == "turned" else (*own, 1, 1) if row.form == "convolution" and len(own) == 2 else own
-    dtype = folding.wanted(weights.read(row.component, row.keys[0]))
+    dtype = folding.wanted(first.dtype)
 
     def make() -> Tensor:
         return laid(row, [folding.tensor(row.component, key) for key in row.keys]).reshape(shape)
@@ -288,8 +288,7 @@ def _write_component(folder: Path, component: str, folding: Folding, watch: Watc
     for (part, key), place in weights.places.items():
         if part == component:
             name = place.name if place.row is None else key
-            dtype = folding.wanted(weights.read(component, key))
-            entries[name] = _Entry(dtype, place.shape, lambda key=key: folding.tensor(component, key))  # type: ignore[misc]
+            entries[name] = _Entry(folding.wanted(place.dtype), place.shape, lambda key=key: folding.tensor(component, key))  # type: ignore[misc]
     is_transformers = component != VAE and _is_transformers(folder)
     _stream(folder / (_OF_TRANSFORMERS if is_transformers else _OF_DIFFUSERS), entries, {}, watch)
 

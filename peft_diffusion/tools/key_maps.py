@@ -22,9 +22,7 @@ from ..bases.base import Skeleton
 from ..core import targets
 from ..formats.layouts.original import original_names
 from ..formats.names import with_text_model, written_prefix
-
-Where = tuple[str, str]
-"""A component and the path of a site in it."""
+from .sources import Where
 
 Stems = Mapping[str, Where]
 """What names of tensors begin with, without the dot behind it, and the site that this means."""

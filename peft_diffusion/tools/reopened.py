@@ -22,8 +22,8 @@ from ..bases import family as families
 from ..bases.loading import quiet
 from ..core.errors import first_line
 from ..formats.names import LYCORIS, with_text_model, written_prefix
-from .key_maps import Taken, Theirs, Where
-from .sources import Source
+from .key_maps import Taken, Theirs
+from .sources import Source, Where
 
 _ADAPTER = "verified"
 _CONFIG = "adapter_config.json"

@@ -1,7 +1,7 @@
 """The weights of a base, read one tensor at a time: a folder of diffusers or transformers, or a checkpoint of one file."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,11 @@ class Place:
     name: str
     shape: tuple[int, ...]
     row: Row | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that it is read in, which of a safetensors file its header tells."""
+        return self.tensors.dtype(self.name) if isinstance(self.tensors, container.Stored) else self.tensors[self.name].dtype
 
 
 @dataclass(frozen=True)
@@ -155,11 +160,10 @@ def open_weights(source: str | Path) -> Weights:
     folders = {name: path if is_whole_base(name) else path / name for name in parts}
     places: dict[tuple[str, str], Place] = {}
     for component, folder in folders.items():
-        tensors = _of_folder(folder)
-        named = {bare(name): name for name in tensors}
+        named = {bare(name): (tensors, name) for tensors in map(_opened, weight_files(folder)) for name in tensors}
         for key, shape in _shapes(parts[component]).items():
             if key in named:
-                places[component, key] = Place(tensors, named[key], shape)
+                places[component, key] = Place(*named[key], shape)
     return Weights(path, bones, parts, places)
 
 
@@ -206,23 +210,6 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {bare(name): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-class _Shards(Mapping[str, Tensor]):
-    """The tensors of several files."""
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        opened = [_opened(file) for file in files]
-        self._owners = {name: tensors for tensors in opened for name in tensors}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._owners[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._owners)
-
-    def __len__(self) -> int:
-        return len(self._owners)
-
-
 def weight_files(folder: Path) -> list[Path]:
     """Find the files of a component's weights.
 
@@ -260,10 +247,6 @@ def is_weights(file: Path) -> bool:
         Whether it does.
     """
     return file.suffix in _WEIGHTS or file.name.endswith(_INDEX)
-
-
-def _of_folder(folder: Path) -> Mapping[str, Tensor]:
-    return _Shards(weight_files(folder))
 
 
 def _opened(file: Path) -> Mapping[str, Tensor]:

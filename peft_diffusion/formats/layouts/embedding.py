@@ -24,7 +24,7 @@ from ...core.method import Method
 from ...core.parsing import json_value, refusing
 from .. import metadata
 from ..container import Header
-from ..layout import Content, Layout, Place, Reading, Written, WrittenOnly, register
+from ..layout import NO_LAYOUT, Content, Layout, Place, Reading, Written, WrittenOnly, register
 from ..names import embeddings
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Embedding(Layout):
         for name in names:
             shape = header.tensors[name].shape
             if not _is_named(name) and not are_words:
-                leftovers[name] = "are of no layout that is known here"
+                leftovers[name] = NO_LAYOUT
                 continue
             word, component = _meaning(header, name, began)
             others = _others(component) if _names_none(name) else ()

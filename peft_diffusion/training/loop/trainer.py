@@ -237,9 +237,12 @@ class Trainer:
         given_up = self._gives_up()
         while self.step < end and not given_up and not self._stops(stop):
             self._step()
-            if self.step % self.settings.log_every == 0:
-                self._read()
-            if self.step % self.settings.save_every == 0 or self.step == self.settings.steps:
+            saves = self.step % self.settings.save_every == 0 or self.step == self.settings.steps
+            if saves or self.step % self.settings.log_every == 0:
+                self._read()  # before previews are drawn: nothing is drawn with what diverged, and no pace counts it
+            for action in self.after_step:
+                action(self.step)
+            if saves:
                 self._measure()
                 self._save()
                 given_up = self._gives_up()
@@ -361,8 +364,6 @@ class Trainer:
         self.unread.append(self.total.clone())
         self.step += 1
         self.tell(Step(self.step, settings.steps))
-        for action in self.after_step:
-            action(self.step)
 
     def _leave_out(self, scale: LossScale) -> None:
         """Go on without the update of a step whose gradients were not finite. Raises Diverged where none ever are."""

@@ -15,21 +15,6 @@ _PREFIX = "PEFT_DIFFUSION_"
 logger = logging.getLogger("peft_diffusion")
 
 
-def words_of(command: str) -> list[str]:
-    """Split a command as a shell does, without running one.
-
-    Args:
-        command: The command line.
-
-    Returns:
-        The program and its arguments.
-
-    Raises:
-        ValueError: A quote is not closed.
-    """
-    return shlex.split(command)
-
-
 def missing_program(command: str) -> Warned | None:
     """Look for the program of a command before a run of hours is over.
 
@@ -39,7 +24,7 @@ def missing_program(command: str) -> Warned | None:
     Returns:
         A warning where there is no such program.
     """
-    program = words_of(command)[0]
+    program = shlex.split(command)[0]
     if shutil.which(program) is not None:
         return None
     return Warned(f"--notify: there is no program {program}, so nobody will be told of the end")
@@ -78,7 +63,7 @@ class Notifier:
         try:
             # In a session of its own, a Ctrl-C that ended the run does not end it.
             done = subprocess.run(
-                words_of(self.command), env=environment, stdin=subprocess.DEVNULL, timeout=_LIMIT, start_new_session=True
+                shlex.split(self.command), env=environment, stdin=subprocess.DEVNULL, timeout=_LIMIT, start_new_session=True
             )
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             logger.warning(f"--notify {self.command}: {error}")

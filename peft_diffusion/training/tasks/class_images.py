@@ -18,7 +18,7 @@ from ...data.images import check_picture
 from ...data.prompts import in_words
 from ...data.wildcards import Wildcards
 from ..drawing import Drawing
-from ..events import ClassNotKept, ClassPictures, DataRead
+from ..events import ClassNotKept, ClassPictures
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
 from ..machine.processes import Processes
@@ -78,14 +78,7 @@ def class_folder(config: ResolvedConfig, info: BaseInfo, size: int) -> Path:
 def _of_folders(config: ResolvedConfig, parts: Parts, tell: Observer) -> list[TrainingImage]:
     """Pictures of the regularisation folders. Those without caption get the first class prompt, if there is one."""
     missing: MissingCaptions | None = "empty" if config.class_prompt else None
-    tick = progress(tell, "reading pictures of the class")
-    folders = [part.read(missing, True, tick) for part in parts.parts]
-    told = (line for folder in folders for line in folder.describe())
-    problems = (str(one) for folder in folders for one in folder.problems)
-    tell(DataRead("pictures", tuple(told), tuple(problems), of_class=True))
-    for folder in folders:
-        folder.check()
-    found = parts.counted([replace(one, dataset=number) for number, read in enumerate(folders) for one in read.pictures])
+    found = parts.counted(parts.read(tell, "reading pictures of the class", missing=missing, of_class=True))
     usual = next((_caption(prompt, config) for prompt in config.class_prompt), "")
     return [one if one.caption else replace(one, caption=usual) for one in found]
 

@@ -2,15 +2,17 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...core.events import Observer, progress
 from ...core.settings import pick
 from ...data import subfolders
 from ...data.buckets import ResizeCrop, arrange, cut_outs
 from ...data.caption_files import SIDECARS
 from ...data.captions import CaptionRules
 from ...data.folder import CaptionSource, ImageFolder, TrainingImage, check_folders, scan
+from ..events import DataRead
 from ..settings.captions import CaptionSettings
 from ..settings.choices import MissingCaptions
 from ..settings.datasets import Dataset, FolderSettings
@@ -127,6 +129,31 @@ class Parts:
         for part in self.parts:
             part.captions.caption_rules()
             check_folders(part.folders, part.subfolders)
+
+    def read(
+        self, tell: Observer, what: str, *, missing: MissingCaptions | None = None, of_class: bool = False
+    ) -> list[TrainingImage]:
+        """Read the folders, and tell what is in them and what is wrong there.
+
+        Args:
+            tell: Is told.
+            what: What the reading is called while it goes on.
+            missing: What becomes of pictures without caption; None for what the settings say.
+            of_class: The pictures are of the class, and may have any size.
+
+        Returns:
+            The pictures of all parts, each with the number of its own.
+
+        Raises:
+            UserError: There is nothing to train on, or captions are missing.
+        """
+        folders = [part.read(missing, of_class, progress(tell, what)) for part in self.parts]
+        described = [line for folder in folders for line in folder.describe()]
+        problems = [str(one) for folder in folders for one in folder.problems]
+        tell(DataRead("pictures", tuple(described), tuple(problems), of_class=of_class))
+        for folder in folders:
+            folder.check()
+        return [replace(one, dataset=number) for number, folder in enumerate(folders) for one in folder.pictures]
 
     def rules(self, pictures: Sequence[TrainingImage], usual: CaptionRules | None = None) -> list[CaptionRules]:
         """Give the rules of captions.

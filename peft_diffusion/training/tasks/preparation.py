@@ -41,7 +41,7 @@ from ...data.prompts import instructions, refuse_files
 from ..attachment import check_placements, selected_components, with_words
 from ..beginning import with_rank_of_file
 from ..drawing import Drawing, PreviewPrompt
-from ..events import COLD, IMPATIENT, Arranged, BaseLoaded, DataRead, HeldOut, LatentsCached, PromptsMade
+from ..events import COLD, IMPATIENT, Arranged, BaseLoaded, HeldOut, LatentsCached, PromptsMade
 from ..loop.seeds import seed_of
 from ..machine.low_memory import small_vae
 from ..machine.precision import pick_precision
@@ -425,12 +425,7 @@ def _tell_cache(cache: Path | None, before: int, found: Sequence[Examples], tell
 
 def _read_pictures(config: TrainConfig, parts: Parts, tell: Observer) -> list[TrainingImage]:
     """The pictures, after telling what is wrong with the others. Raises UserError where captions are missing."""
-    folders = [part.read(None, False, progress(tell, "reading pictures")) for part in parts.parts]
-    described = [line for folder in folders for line in folder.describe(_SHOWN)]
-    tell(DataRead("pictures", tuple(described), tuple(str(one) for folder in folders for one in folder.problems)))
-    for folder in folders:
-        folder.check()
-    found = [replace(one, dataset=number) for number, folder in enumerate(folders) for one in folder.pictures]
+    found = parts.read(tell, "reading pictures")
     _check_none_written(config, found)
     return parts.counted(found, config.repeats, config.folder_weight)
 

@@ -42,24 +42,25 @@ class PaceMeter:
         self.device = device
         self.tell = tell
         self.now = now
-        self.began: float | None = None
-        self.mark = (0.0, first)  # when the present stretch of steps began, and with which
+        self.began = now()
+        self.mark = (self.began, first)  # when the present stretch of steps began, and with which
 
     def __call__(self, event: Event) -> None:
         """Look at the clock."""
         match event:
-            case Losses() if event.losses and self.began is not None:
+            case Losses() if event.losses:
                 self._read(event.losses[-1].step)
             case Measured() | Preview() | Saved():
-                if self.began is None:  # what is measured before the first step comes once
-                    self.began = self.now()
-                self.mark = (self.now(), self.mark[1])
+                # Where losses were not read before previews, how long the steps before these took is not known.
+                self.mark = (self.now(), max(event.step, self.mark[1]))
+                if self.mark[1] == self.first:  # what is measured before the first step comes once
+                    self.began = self.mark[0]
 
     def _read(self, step: int) -> None:
         now = self.now()
         since, before = self.mark
         self.mark = (now, step)
-        if step <= before or now <= since or self.began is None:
+        if step <= before or now <= since:
             return
         left = (now - self.began) / (step - self.first) * (self.steps - step)
         rate = (step - before) * self.batch / (now - since)

@@ -117,8 +117,10 @@ class Previews:
 
     def look_at_paper(self) -> None:
         """Tell where most of the last pictures lie on another paper than those that are learned from."""
-        wrong = missed(self.last, self.paper) if self.paper is not None else []
-        if self.paper is None or 2 * len(wrong) <= len(self.last):
+        if self.paper is None:
+            return
+        wrong = missed(self.last, self.paper)
+        if 2 * len(wrong) <= len(self.last):
             return
         plain = [written(colour) for colour in wrong if colour is not None]
         instead = f"have {', '.join(dict.fromkeys(plain))}" if plain else "have borders of several colours"

@@ -132,7 +132,6 @@ def _data(file: Path, options: Options) -> None:
 
 def _length(options: Options, found: Found) -> None:
     epochs, steps = options.number("max_train_epochs", "epoch"), options.whole("max_train_steps")
-    options.take("epoch")
     if epochs:
         found.settings["epochs"] = float(Fraction(epochs) / found.longer)
     else:
@@ -154,8 +153,7 @@ def _length(options: Options, found: Found) -> None:
 def _rates(options: Options, found: Found) -> None:
     """Rates, and which components learn: all of them, unless something says otherwise."""
     rate, unet = options.number("learning_rate"), options.number("unet_lr")
-    given = options.take("text_encoder_lr")
-    of_text = given if isinstance(given, list) else [given] * (given is not None)
+    of_text = options.several("text_encoder_lr")
     texts = Options({str(place): one for place, one in enumerate(of_text)}, options.where, found)
     rates = [one for place in range(len(of_text)) if (one := texts.number(str(place))) is not None]
     rates[0:1] = [one for one in (options.number("text_encoder_lr1"),) if one is not None] or rates[0:1]
@@ -184,17 +182,12 @@ def _rates(options: Options, found: Found) -> None:
 
 def _choices(options: Options, found: Found) -> None:
     """What has other names for its values here."""
-
-    def put(name: str) -> Any:
-        return lambda value: found.settings.__setitem__(name, value)
-
-    options.choose("lr_scheduler", _SCHEDULERS, put("scheduler"))
-    options.left.setdefault("optimizer_type", options.take("optimizer") or "AdamW")
-    options.choose("optimizer_type", _OPTIMIZERS, put("optimizer"))
-    options.choose("mixed_precision", _PRECISIONS, put("precision"))
-    options.choose("save_precision", _DTYPES, put("save_dtype"))
-    options.choose("loss_type", _LOSSES, put("loss"))
-    options.choose("max_token_length", _TOKENS, put("max_tokens"), "75")
+    options.choose("lr_scheduler", _SCHEDULERS, "scheduler")
+    options.choose("optimizer_type", _OPTIMIZERS, "optimizer", options.take("optimizer") or "AdamW")
+    options.choose("mixed_precision", _PRECISIONS, "precision")
+    options.choose("save_precision", _DTYPES, "save_dtype")
+    options.choose("loss_type", _LOSSES, "loss")
+    options.choose("max_token_length", _TOKENS, "max_tokens", "75")
     iterations, discount = options.whole("multires_noise_iterations"), options.number("multires_noise_discount")
     if iterations:
         found.settings["multires_noise"] = discount or 0.3
@@ -204,7 +197,6 @@ def _choices(options: Options, found: Found) -> None:
         found.settings["prediction"] = "v"
     if options.take("masked_loss", "alpha_mask"):
         found.settings["masks"] = "alpha" if options.given.get("alpha_mask") else "files"
-    options.take("alpha_mask")
     for told in _pairs(options.take("optimizer_args")).items():
         if told[0] == "weight_decay" and (read := Options(dict([told]), options.where, found).number(told[0])) is not None:
             found.settings["weight_decay"] = read
@@ -291,11 +283,7 @@ def _files(file: Path, options: Options, found: Found) -> None:
         found.settings["log_with"] = log
     elif log:
         options.lack("log_with", log, "--log-with tensorboard")
-    for other in ("base_weights", "base_weights_multiplier"):
-        if other in options.left and not isinstance(options.left[other], list):
-            options.left[other] = [options.left[other]]
-    strengths = options.take("base_weights_multiplier") or []
-    others = options.take("base_weights") or []
+    strengths, others = options.several("base_weights_multiplier"), options.several("base_weights")
     if others:
         pairs = [f"{one}={strengths[place]}" if place < len(strengths) else str(one) for place, one in enumerate(others)]
         found.settings["freeze_others"] = tuple(pairs)

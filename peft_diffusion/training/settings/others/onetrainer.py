@@ -4,6 +4,7 @@ Where nothing is said, what its ``modules/util/config/TrainConfig.py`` takes the
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,6 @@ def read(file: Path, given: Mapping[str, Any]) -> Found:
     _parts(options, found, kind in _XL)
     _adapter(options, found, method)
     options.take("concepts", "concept_file_name")
-    options.take("concept_file_name")
     for name, usual in _USUAL.items():
         if options.left.get(name) == usual or (name.startswith("unmasked") and found.settings["masks"] == "off"):
             options.take(name)
@@ -104,14 +104,8 @@ def read(file: Path, given: Mapping[str, Any]) -> Found:
     return found
 
 
-def _put(found: Found, name: str) -> Any:
-    return lambda value: found.settings.__setitem__(name, value)
-
-
 def _data(options: Options, found: Found) -> None:
     """What of the data is said of all concepts."""
-    from dataclasses import replace
-
     sizes = onetrainer_data.resolutions(options, "resolution") or (512,)
     found.settings["resolution"] = max(sizes)
     if len(sizes) > 1:
@@ -134,16 +128,16 @@ def _learning(options: Options, found: Found) -> None:
     elif warmup:
         del found.settings["warmup"]
         options.lack("learning_rate_warmup_steps", warmup, "--warmup counts steps")
-    options.choose("learning_rate_scheduler", _SCHEDULERS, _put(found, "scheduler"))
+    options.choose("learning_rate_scheduler", _SCHEDULERS, "scheduler")
     optimizer = options.take("optimizer")
     of = Options(
         optimizer if isinstance(optimizer, dict) else {"optimizer": optimizer}, f"{options.where}, optimizer", found
     )
-    of.choose("optimizer", _OPTIMIZERS, _put(found, "optimizer"), "ADAMW")
+    of.choose("optimizer", _OPTIMIZERS, "optimizer", "ADAMW")
     if (decay := of.number("weight_decay")) is not None:
         found.settings["weight_decay"] = decay
-    options.choose("train_dtype", _PRECISIONS, _put(found, "precision"))
-    options.choose("output_dtype", _DTYPES, _put(found, "save_dtype"))
+    options.choose("train_dtype", _PRECISIONS, "precision")
+    options.choose("output_dtype", _DTYPES, "save_dtype")
     weights, strength = str(options.take("loss_weight_fn") or "CONSTANT"), options.number("loss_weight_strength")
     if weights == "MIN_SNR_GAMMA":
         found.settings["min_snr_gamma"] = 5.0 if strength is None else strength
@@ -154,7 +148,7 @@ def _learning(options: Options, found: Found) -> None:
     huber = options.number("huber_strength")
     if huber:
         found.settings["loss"] = "huber"
-    options.choose("timestep_distribution", _DISTRIBUTIONS, _put(found, "timestep_bias"))
+    options.choose("timestep_distribution", _DISTRIBUTIONS, "timestep_bias")
     least, most = options.number("min_noising_strength") or 0.0, options.number("max_noising_strength")
     if (least, most) not in ((0.0, None), (0.0, 1.0)):
         found.settings["timesteps"] = f"{round(least * 1000)}-{round((1.0 if most is None else most) * 1000)}"
@@ -210,7 +204,7 @@ def _adapter(options: Options, found: Found, method: str) -> None:
         for name in ("lora_rank", "lora_alpha", "peft_type"):
             options.take(name)
     else:
-        options.choose("peft_type", _METHODS, _put(found, "method"))
+        options.choose("peft_type", _METHODS, "method")
         if options.take("lora_decompose"):
             found.settings["method"] = "dora"
         kind = found.settings.get("method", "lora")
@@ -222,7 +216,7 @@ def _adapter(options: Options, found: Found, method: str) -> None:
             found.settings["option"] = (f"block_size={options.whole('oft_block_size') or 32}", "on_input=true")
         else:
             found.settings |= {"rank": rank, "alpha": alpha}
-        options.choose("layer_filter_preset", _LAYERS, _put(found, "target"), "full")
+        options.choose("layer_filter_preset", _LAYERS, "target", "full")
         if options.take("layer_filter_regex") or found.settings.get("target") is None:
             found.settings.pop("target", None)
     base, output = options.take("base_model_name"), options.take("output_model_destination")

@@ -1,6 +1,6 @@
 """Options of another program, while each finds its counterpart here. Imports no torch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from math import lcm
@@ -67,6 +67,18 @@ class Options:
         """
         values = [self.left.pop(name, None) for name in names]
         return next((value for value in values if value is not None), None)
+
+    def several(self, *names: str) -> list[Any]:
+        """Take values out, of which one may stand without a list.
+
+        Args:
+            names: What they may be called.
+
+        Returns:
+            The values; none where it is switched off or not there.
+        """
+        value = self.take(*names)
+        return value if isinstance(value, list) else [value] * (value is not None)
 
     def number(self, *names: str) -> float | None:
         """Take a number out, which a form may have written as a text.
@@ -137,13 +149,13 @@ class Options:
                 self.lack(name, value, f"here it is {here[0]}, which takes other values")
         self.left.clear()
 
-    def choose(self, name: str, table: Mapping[str, Any], put: Callable[[Any], None], default: str | None = None) -> None:
+    def choose(self, name: str, table: Mapping[str, Any], here: str, default: str | None = None) -> None:
         """Take a choice out, by a table of what it is here.
 
         Args:
             name: The option.
             table: What each choice is here, by its name in small letters.
-            put: Takes what it is here.
+            here: The setting that it becomes.
             default: What the other program takes where nothing is said; None to say nothing then either.
         """
         value = self.take(name)
@@ -151,7 +163,7 @@ class Options:
         if value is None:
             return
         if (key := str(value).lower()) in table:
-            put(table[key])
+            self.found.settings[here] = table[key]
         else:
             self.lack(name, value, f"here there are {', '.join(dict.fromkeys(map(str, table.values())))}")
 
