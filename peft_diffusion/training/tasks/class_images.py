@@ -70,7 +70,8 @@ def class_folder(config: ResolvedConfig, pipe: Pipeline, size: int) -> Path:
         The folder, which need not exist yet.
     """
     scheduler = {name: told for name, told in pipe.scheduler.config.items() if not name.startswith("_")}
-    key = [describe(pipe).fingerprint, fingerprint({"vae": denoiser_of(pipe).vae}), type(pipe.scheduler).__name__, scheduler]
+    key: list[object] = [describe(pipe).fingerprint, fingerprint({"vae": denoiser_of(pipe).vae})]
+    key += [type(pipe.scheduler).__name__, scheduler]
     key += [list(config.class_prompt), config.class_images, size, _STEPS, _GUIDANCE, _BATCH]
     key += [config.precision, config.quantize, config.clip_skip]
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
