@@ -12,6 +12,7 @@ from making import make_adapter
 from PIL import Image
 
 from peft_diffusion import Adapters, GenerateConfig, GridConfig, UserError, generate, grid
+from peft_diffusion.core.events import Event
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling
 
@@ -34,6 +35,25 @@ def test_each_picture_of_a_sheet_is_that_of_a_call_of_its_own(tiny_base: Path, t
             assert made.recipes[number][column] == alone.recipe
             assert kept[number][column]["prompt"] == prompt and kept[number][column]["scheduler"] == scheduler
     assert made.pictures[0][0].tobytes() != made.pictures[0][1].tobytes() != made.pictures[0][2].tobytes()
+
+
+def test_an_adapter_for_few_steps_that_a_prompt_names_is_drawn_as_by_a_call_of_its_own(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    file = make_adapter(folder / "lcm-lora.safetensors", tiny_base, 1, size=0.1)
+    told: list[Event] = []
+    common: dict[str, Any] = {"base": str(tiny_base), "device": "cpu", "adapters_dir": folder, "width": 64, "height": 64}
+    config = GridConfig("a cat WORD", x="replace=WORD,<lora:lcm-lora:1>,red", output=tmp_path / "sheet.png", **common)
+    (row,) = grid(config, observers=[told.append]).recipes
+    for recipe, words in zip(row, ("WORD", "<lora:lcm-lora:1>", "red"), strict=True):
+        (alone,) = generate(GenerateConfig(f"a cat {words}", output=tmp_path / "a.png", **common))
+        assert (recipe.steps, recipe.guidance, recipe.scheduler) == (
+            alone.recipe.steps, alone.recipe.guidance, alone.recipe.scheduler
+        )  # fmt: skip
+    assert [one.steps for one in row] == [25, 4, 25]
+    assert sum(str(file) in line for event in told for line in event.lines()) == 1
 
 
 @pytest.mark.parametrize(

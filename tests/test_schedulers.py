@@ -2,13 +2,16 @@
 
 import importlib
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from conftest import make_pipe
+from diffusers import DDIMScheduler, DiffusionPipeline
 from making import make_adapter
 from PIL import Image
 
@@ -16,7 +19,7 @@ from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, ble
 from peft_diffusion.bases.schedulers import SCHEDULERS, canonical, label
 from peft_diffusion.core.events import Event, Noted, Warned
 from peft_diffusion.generation.distilled import KINDS
-from peft_diffusion.generation.sampler import scheduler_of
+from peft_diffusion.generation.sampler import Cell, paint, scheduler_of
 from peft_diffusion.generation.settings import Sampling
 
 STEPS = 10
@@ -129,6 +132,21 @@ def test_what_a_scheduler_cannot_do_is_told(tiny_pipe: DiffusionPipeline) -> Non
             levels(tiny_pipe, f"{name}-karras")
     with pytest.raises(UserError, match="lcm cannot take 200 steps"):
         scheduler_of(Adapters(tiny_pipe), [], Sampling(scheduler="lcm", steps=200))
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "lms" or find_spec("scipy")])
+def test_a_base_of_zero_terminal_snr_is_drawn_from_pure_noise_by_every_scheduler(name: str) -> None:
+    """Lin et al. 2023: no signal is left where it begins. One that knows no such schedule gives way to DDIM, as is told."""
+    pipe, told = make_pipe(prediction_type="v_prediction"), list[Event]()
+    changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **changes)
+    scheduler = levels(pipe, name)
+    assert float(scheduler.alphas_cumprod[-1]) < 1e-6 and scheduler.timesteps[0] == 999
+    list(paint(Adapters(pipe), [Cell("a cat", 1, None)], Sampling(scheduler=name, steps=2), tell=told.append))
+    gave_way = type(scheduler).__name__ != SCHEDULERS[name][0]
+    assert any("which the base was trained for" in line for one in told for line in one.lines()) == gave_way
+    known = signature(getattr(diffusers, SCHEDULERS[name][0]).__init__).parameters
+    assert gave_way == ("rescale_betas_zero_snr" not in known)
 
 
 @pytest.mark.parametrize(
