@@ -12,11 +12,14 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from disk import without_waiting  # noqa: E402
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from transformers import CLIPTokenizer
 
+
+without_waiting()
 
 WORDS = ["a", "red", "blue", "apple", "cat", "dog", "house", "ink", "flat", "style", "emoji", "of"]
 
