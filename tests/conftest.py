@@ -1,7 +1,9 @@
 """Small random bases of the true architectures, made in seconds."""
 
+import gc
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,17 @@ if TYPE_CHECKING:
 
 
 without_waiting()
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector of garbage pass over what is imported to stay, and look less often at what tests leave.
+
+    It would go through more than a million objects of the libraries again and again, a fifth of the time of many tests.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
 
 WORDS = ["a", "red", "blue", "apple", "cat", "dog", "house", "ink", "flat", "style", "emoji", "of"]
 
@@ -143,3 +156,21 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases") / "other"
     make_pipe(seed=1, width=48).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def few_measurements() -> Iterator[None]:
+    """Runs of this process measure with few noises: eight times the work of six steps of training, which many tests make."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("peft_diffusion.training.tasks.diffusion._DRAWS", 2)
+        patched.setattr("peft_diffusion.training.tasks.diffusion._OTHER_PLACES", (0.65,))
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_plots() -> Iterator[None]:
+    """Runs of this process draw no plots, for tests that look at none: two take as long as twenty steps."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("draw", "draw_signals"):
+            patched.setattr(f"peft_diffusion.training.record.recorder.{name}", lambda path, metrics: None)
+        yield

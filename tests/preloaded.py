@@ -1,5 +1,6 @@
 """What the processes of the tests find imported, see `forked`; it is imported once, in the server that forks them."""
 
+import gc
 import logging
 import os
 
@@ -17,3 +18,5 @@ import peft_diffusion.api  # noqa: E402
 import peft_diffusion.cli.app  # noqa: E402, F401
 
 without_waiting()
+gc.collect()
+gc.freeze()  # what all processes share stays shared: a collector that goes through it would copy its pages

@@ -140,6 +140,37 @@ def test_controls_go_with_adapters_pictures_second_passes_and_each_other(
         generate(replace(config, control=(control,)))
 
 
+def test_a_shown_picture_goes_on_to_count_where_guidance_has_ended(
+    models: dict[tuple[str, str], str], picture: Path
+) -> None:
+    """Written out: two rows while guidance acts, and from there the one with prompt and picture."""
+    pipe, model = make_pipe(), Path(models["sd", "ip-adapter"])
+    images = list(
+        paint(
+            Adapters(pipe),
+            [Cell("a cat", 5, None), Cell("a red dog", 6, None)],
+            Sampling(steps=4, guidance=5.0, guidance_stop=0.5, control=f"ip-adapter:{model}={picture}@2"),
+        )
+    )
+    pipe.load_ip_adapter(str(model.parent), subfolder="", weight_name=model.name)
+    pipe.set_ip_adapter_scale(2.0)
+    shown = pipe.prepare_ip_adapter_image_embeds(Image.open(picture), None, "cpu", 1, True)[0]
+    for image, (prompt, seed) in zip(images, (("a cat", 5), ("a red dog", 6)), strict=True):
+        words, nothing = pipe.encode_prompt(prompt, "cpu", 1, True, "")
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        pipe.scheduler.set_timesteps(4)
+        for t in pipe.scheduler.timesteps:
+            told, given = (torch.cat([nothing, words]), shown) if t >= 500 else (words, shown[1:])
+            both = latents.repeat(len(told), 1, 1, 1)
+            with torch.no_grad():
+                answer = pipe.unet(both, t, told, added_cond_kwargs={"image_embeds": [given]}).sample
+            noise = answer[:1] + 5.0 * (answer[1:] - answer[:1]) if len(told) == 2 else answer
+            latents = pipe.scheduler.step(noise, t, latents).prev_sample
+        with torch.no_grad():
+            pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+        assert difference(image, pipe.image_processor.postprocess(pixels)[0]) <= 1
+
+
 def test_a_side_of_a_grid_is_the_scale(
     models: dict[tuple[str, str], str], picture: Path, tiny_base: Path, tmp_path: Path
 ) -> None:

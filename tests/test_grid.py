@@ -12,6 +12,7 @@ from making import make_adapter
 from PIL import Image
 
 from peft_diffusion import Adapters, GenerateConfig, GridConfig, UserError, generate, grid
+from peft_diffusion.core.events import Event
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling
 
@@ -36,12 +37,33 @@ def test_each_picture_of_a_sheet_is_that_of_a_call_of_its_own(tiny_base: Path, t
     assert made.pictures[0][0].tobytes() != made.pictures[0][1].tobytes() != made.pictures[0][2].tobytes()
 
 
+def test_an_adapter_for_few_steps_that_a_prompt_names_is_drawn_as_by_a_call_of_its_own(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    file = make_adapter(folder / "lcm-lora.safetensors", tiny_base, 1, size=0.1)
+    told: list[Event] = []
+    common: dict[str, Any] = {"base": str(tiny_base), "device": "cpu", "adapters_dir": folder, "width": 64, "height": 64}
+    config = GridConfig("a cat WORD", x="replace=WORD,<lora:lcm-lora:1>,red", output=tmp_path / "sheet.png", **common)
+    (row,) = grid(config, observers=[told.append]).recipes
+    for recipe, words in zip(row, ("WORD", "<lora:lcm-lora:1>", "red"), strict=True):
+        (alone,) = generate(GenerateConfig(f"a cat {words}", output=tmp_path / "a.png", **common))
+        assert (recipe.steps, recipe.guidance, recipe.scheduler) == (
+            alone.recipe.steps, alone.recipe.guidance, alone.recipe.scheduler
+        )  # fmt: skip
+    assert [one.steps for one in row] == [25, 4, 25]
+    assert sum(str(file) in line for event in told for line in event.lines()) == 1
+
+
 @pytest.mark.parametrize(
     ("sides", "said"),
     [
         ({"x": "stepz=1,2"}, "no side 'stepz'; there are: steps"), ({"x": "steps=1,many"}, "steps cannot be 'many'"),
         ({"x": "steps=0,1"}, "--steps must be 1 or more"), ({"y": "replace=dog,mouse"}, "no prompt holds 'dog'"),
         ({"z": "seed"}, "a side of the sheet is"), ({"y": "scheduler=magic"}, "no scheduler 'magic'"),
+        ({"x": "seed=1-5 (-1)"}, "seed=1-5 \\(-1\\) is no values"), ({"x": "seed=1-5 (+0)"}, "is no values"),
+        ({"x": "seed=0-99999999"}, "is 100000000 values"), ({"x": "steps=1-2 (+0.5)"}, "steps cannot be '1.5'"),
     ],
 )  # fmt: skip
 def test_a_side_that_cannot_be_is_refused_before_anything_is_loaded(sides: dict[str, Any], said: str) -> None:
@@ -59,6 +81,30 @@ def test_sides_have_the_names_of_a1111_unless_an_adapter_has_them(tiny_base: Pat
     config = GridConfig("a cat", x="cfg=0,1", adapter=str(make_adapter(tmp_path / "cfg.safetensors", tiny_base, 1)))
     (row,) = config.rows(config.plain())
     assert [one.choices[0].strength for one in row.cells] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("told", "values"),
+    [  # the first four as A1111's wiki has them, "X/Y/Z plot"
+        ("steps=1-5", [1, 2, 3, 4, 5]), ("guidance=1-3 (+0.5)", [1, 1.5, 2, 2.5, 3]), ("steps=10-5 (-3)", [10, 7]),
+        ("steps=1-10 [5]", [1, 3, 5, 7, 10]), ("guidance=0.0-1.0 [6]", [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        ("CFG Scale=3-5,7", [3, 4, 5, 7]), ("steps=1-5 (+2)|20", [1, 3, 5, 20]), ("ink=-1-1 (+1)", [-1, 0, 1]),
+        ("ink=0 - .3 (0.1)", [0, 0.1, 0.2, 0.3]),
+    ],
+)  # fmt: skip
+def test_numbers_of_a_side_may_be_ranges_as_in_a1111(
+    told: str, values: list[float], tiny_base: Path, tmp_path: Path
+) -> None:
+    config = GridConfig("a cat", x=told, adapter=str(make_adapter(tmp_path / "ink.safetensors", tiny_base, 1)))
+    (row,) = config.rows(config.plain())
+    name = {"s": "steps", "g": "guidance", "C": "guidance", "i": "ink"}[told[0]]
+    found = [one.choices[0].strength if name == "ink" else getattr(one.config, name) for one in row.cells]
+    assert found == values and config.columns == [f"{name} {value:g}" for value in values]
+
+
+def test_ranges_are_of_numbers_alone() -> None:
+    config = GridConfig("a 1-2 cat", x="replace=1-2,3-4", y="negative=1-2")
+    assert config.columns == ["1-2", "3-4"] and [row.label for row in config.rows(config.plain())] == ["negative 1-2"]
 
 
 def slerp(val: float, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,8 @@ from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig, Sampling
 from peft_diffusion.training.tasks import datasets
 
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

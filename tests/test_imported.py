@@ -13,8 +13,11 @@ from test_training import small
 import peft_diffusion as pd
 from peft_diffusion.cli.app import main
 from peft_diffusion.core.settings_file import load
+from peft_diffusion.training.settings.others import reading
 from peft_diffusion.training.settings.others.reading import with_datasets
 from peft_diffusion.training.tasks.preparation import Prepared
+
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
 
 # As docs/config_README-en.md of sd-scripts has it, but for the folders and sizes.
 DATASETS = """
@@ -84,9 +87,12 @@ def test_a_dataset_file_of_kohya_is_read_by_its_rules(tmp_path: Path) -> None:
         ("fuga, standing", (64, 64), True): 3,
         ("again, hoge girl", (64, 32), False): 4,
     }
-    assert [one.keep_tags for one in config.dataset] == [2, 3, 2, 1] and config.batch_size == 4
+    # Of the last, the one tag that stays in front is the prefix, which stays outside of those that are counted here.
+    assert [one.keep_tags for one in config.dataset] == [2, 3, 2, 0] and config.batch_size == 4
     assert ready.prior is not None and set(ready.prior.plain(ready.rules)) == {"human"}
-    assert len(absent) == 1 and "color_aug = True" in absent[0]
+    assert len(absent) == 2 and "color_aug = True" in absent[0] and "unless --prior-target noise" in absent[1]
+    assert reading.read(file).settings["prior_target"] == "noise"  # sd-scripts learns them as they are
+    assert len(with_datasets(pd.TrainConfig(dataset_config=file, prior_target="noise"))[1]) == 1
 
 
 def test_a_dataset_file_trains_as_it_is_and_the_run_keeps_what_it_said(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 import importlib
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from conftest import make_pipe
+from diffusers import DDIMScheduler, DiffusionPipeline
 from making import make_adapter
 from PIL import Image
 
@@ -16,7 +19,7 @@ from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, ble
 from peft_diffusion.bases.schedulers import SCHEDULERS, canonical, label
 from peft_diffusion.core.events import Event, Noted, Warned
 from peft_diffusion.generation.distilled import KINDS
-from peft_diffusion.generation.sampler import scheduler_of
+from peft_diffusion.generation.sampler import Cell, paint, scheduler_of
 from peft_diffusion.generation.settings import Sampling
 
 STEPS = 10
@@ -30,6 +33,8 @@ STEPS = 10
         ("DPM++ 3M SDE Exponential", "dpm++-3m-sde-exponential"), ("DPM++ 2M SGM Uniform", "dpm++-trailing"),
         ("DPM2 a Karras", "dpm2-a-karras"), ("Euler Beta", "euler-beta"), ("dpmpp_2m_sde karras", "dpm++-2m-sde-karras"),
         ("euler_ancestral sgm_uniform", "euler-a-trailing"), ("uni_pc", "unipc"), ("LCM", "lcm"), ("dpm++-karras",) * 2,
+        ("LMS Karras", "lms-karras"), ("euler simple", "euler-trailing"), ("heun normal", "heun-uniform"),
+        ("LCM SGM Uniform", "lcm"), ("tcd-trailing", "tcd"),
     ],
 )  # fmt: skip
 def test_schedulers_have_the_names_of_other_programs(theirs: str, ours: str) -> None:
@@ -37,10 +42,27 @@ def test_schedulers_have_the_names_of_other_programs(theirs: str, ours: str) -> 
     assert canonical(label(ours)) == ours
 
 
-@pytest.mark.parametrize("wrong", ["karras", "DPM adaptive", "euler-a-karras-karras", ""])
-def test_a_scheduler_that_is_not_there_is_refused(wrong: str) -> None:
-    with pytest.raises(UserError, match="there is no scheduler"):
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("karras", "there is no scheduler 'karras'"), ("euler-a-karras-karras", "there is no scheduler"),
+        ("", "there is no scheduler"), ("DPM++ 2S a Karras", "diffusers has no scheduler .* nearest here is dpm[+]{2}-sde"),
+        ("DPM adaptive", "the nearest here is dpm"), ("dpmpp_2s_ancestral", "the nearest here is dpm"),
+    ],
+)  # fmt: skip
+def test_a_scheduler_that_is_not_there_is_refused(wrong: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
         Sampling(scheduler=wrong)
+
+
+@pytest.mark.parametrize("steps", [4, 7, 8, 25, 30])
+def test_lcm_and_tcd_step_from_the_noisiest_by_themselves(steps: int, tiny_pipe: DiffusionPipeline) -> None:
+    """So that "trailing" is no other name of theirs: its timesteps, to one share of their own 50 steps."""
+    for name in ("lcm", "tcd"):
+        found = scheduler_of(Adapters(tiny_pipe), [], Sampling(scheduler=f"{name}-trailing", steps=steps))
+        found.set_timesteps(steps)
+        wanted = np.round(np.arange(1000, 0, -1000 / steps)) - 1
+        np.testing.assert_allclose(found.timesteps, wanted, atol=20)
 
 
 def levels(pipe: DiffusionPipeline, name: str) -> Any:
@@ -58,10 +80,14 @@ def ends(pipe: DiffusionPipeline) -> tuple[float, float]:
     return float(sigmas[-1]), float(sigmas[0])
 
 
-@pytest.mark.parametrize("name", ["euler", "dpm++", "dpm++-sde", "dpm++-2m-sde", "dpm++-3m-sde"])
+@pytest.mark.parametrize("name", ["euler", "lms", "dpm++", "dpm++-sde", "dpm++-2m-sde", "dpm++-3m-sde"])
 def test_noise_levels_are_spaced_as_k_diffusion_spaces_them(name: str, tiny_pipe: DiffusionPipeline) -> None:
     """Its ``get_sigmas_karras`` and ``get_sigmas_exponential``, and A1111's beta, over the whole range of the model."""
     largest, smallest = ends(tiny_pipe)
+    if name == "lms" and find_spec("scipy") is None:
+        with pytest.raises(UserError, match="lms-karras needs scipy: pip install scipy"):
+            levels(tiny_pipe, "lms-karras")
+        return
     assert largest == pytest.approx(14.6146, abs=1e-3) and smallest == pytest.approx(0.0292, abs=1e-4)
     ramp, rho = np.linspace(0, 1, STEPS), 7.0
     karras = (largest ** (1 / rho) + ramp * (smallest ** (1 / rho) - largest ** (1 / rho))) ** rho
@@ -69,7 +95,7 @@ def test_noise_levels_are_spaced_as_k_diffusion_spaces_them(name: str, tiny_pipe
     for spacing, wanted in (("karras", karras), ("exponential", exponential)):
         np.testing.assert_allclose(levels(tiny_pipe, f"{name}-{spacing}").sigmas, [*wanted, 0], rtol=1e-4, atol=1e-6)
     if find_spec("scipy") is None:
-        with pytest.raises(UserError, match="scipy"):
+        with pytest.raises(UserError, match="beta needs scipy: pip install scipy"):
             levels(tiny_pipe, f"{name}-beta")
     else:
         beta = importlib.import_module("scipy.stats").beta
@@ -77,7 +103,7 @@ def test_noise_levels_are_spaced_as_k_diffusion_spaces_them(name: str, tiny_pipe
         np.testing.assert_allclose(levels(tiny_pipe, f"{name}-beta").sigmas, [*wanted, 0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [one for one in SCHEDULERS if one != "lms" or find_spec("scipy") is not None])
 def test_uniform_is_that_of_k_diffusion_or_refused(name: str, tiny_pipe: DiffusionPipeline) -> None:
     """Its ``get_sigmas``: timesteps from the noisiest to the cleanest, both among them; PLMS takes the second twice."""
     if name in ("dpm++", "dpm++-sde", "dpm++-2m-sde", "dpm++-3m-sde", "unipc", "lcm", "tcd"):
@@ -93,11 +119,10 @@ def test_uniform_is_that_of_k_diffusion_or_refused(name: str, tiny_pipe: Diffusi
         assert len(found) == STEPS
 
 
-@pytest.mark.parametrize("name", ["ddim", "euler", "euler-a", "dpm++", "dpm++-2m-sde", "ddpm", "tcd"])
+@pytest.mark.parametrize("name", ["ddim", "euler", "euler-a", "dpm++", "dpm++-2m-sde", "ddpm"])
 def test_trailing_steps_begin_at_the_noisiest(name: str, tiny_pipe: DiffusionPipeline) -> None:
-    if name != "tcd":  # which takes its own, from the noisiest as well
-        wanted = np.round(np.arange(1000, 0, -1000 / STEPS)) - 1
-        np.testing.assert_array_equal(levels(tiny_pipe, f"{name}-trailing").timesteps, wanted)
+    wanted = np.round(np.arange(1000, 0, -1000 / STEPS)) - 1
+    np.testing.assert_array_equal(levels(tiny_pipe, f"{name}-trailing").timesteps, wanted)
     assert levels(tiny_pipe, f"{name}-trailing").timesteps[0] == 999 > levels(tiny_pipe, "ddim").timesteps[0]
 
 
@@ -107,6 +132,21 @@ def test_what_a_scheduler_cannot_do_is_told(tiny_pipe: DiffusionPipeline) -> Non
             levels(tiny_pipe, f"{name}-karras")
     with pytest.raises(UserError, match="lcm cannot take 200 steps"):
         scheduler_of(Adapters(tiny_pipe), [], Sampling(scheduler="lcm", steps=200))
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "lms" or find_spec("scipy")])
+def test_a_base_of_zero_terminal_snr_is_drawn_from_pure_noise_by_every_scheduler(name: str) -> None:
+    """Lin et al. 2023: no signal is left where it begins. One that knows no such schedule gives way to DDIM, as is told."""
+    pipe, told = make_pipe(prediction_type="v_prediction"), list[Event]()
+    changes = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **changes)
+    scheduler = levels(pipe, name)
+    assert float(scheduler.alphas_cumprod[-1]) < 1e-6 and scheduler.timesteps[0] == 999
+    list(paint(Adapters(pipe), [Cell("a cat", 1, None)], Sampling(scheduler=name, steps=2), tell=told.append))
+    gave_way = type(scheduler).__name__ != SCHEDULERS[name][0]
+    assert any("which the base was trained for" in line for one in told for line in one.lines()) == gave_way
+    known = signature(getattr(diffusers, SCHEDULERS[name][0]).__init__).parameters
+    assert gave_way == ("rescale_betas_zero_snr" not in known)
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,17 @@ import pytest
 import requests
 import torch
 import webuiapi
+from conftest import make_xl_pipe
 from making import environment, make_adapter
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from peft_diffusion import GenerateConfig, UserError, generate, load_base
-from peft_diffusion.serve import inpainting, names, pictures
+from peft_diffusion.bases import describe
+from peft_diffusion.serve import drawing, inpainting, names, pictures
+from peft_diffusion.serve.bodies import TextToImage
 from peft_diffusion.serve.settings import ServeConfig
+from peft_diffusion.serve.worker import Job
 
 TOKEN = "a token of the tests"
 SIDE = {"width": 64, "height": 64}
@@ -421,6 +425,20 @@ def test_a_body_of_other_types_is_told_as_a1111_tells_it(address: str) -> None:
 )
 def test_samplers_and_schedulers_mean_what_a1111_means(sampler: str | None, schedule: str | None, meant: str | None) -> None:
     assert names.scheduler(sampler, schedule) == meant
+
+
+@pytest.mark.parametrize("skip", [None, 1, 2, 3])
+def test_the_layer_that_clients_name_does_not_count_for_xl(skip: int | None) -> None:
+    """A1111 reads hidden_states[layer_idx] there, whatever CLIP_stop_at_last_layers is, and clients send its 1."""
+    pipe = make_xl_pipe()
+    config = ServeConfig(device="cpu")
+    held = drawing.Held("xl", pipe, describe(pipe), "")
+    body = TextToImage(prompt="a red cat", seed=3, steps=2, cfg_scale=5.0, width=64, height=64)
+    done = drawing.run(body, config, held, drawing.Files(config), skip, Job("draw", lambda job: None))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    own = pipe("a red cat", latents=noise, num_inference_steps=2, guidance_scale=5.0, height=64, width=64).images[0]
+    assert np.abs(np.asarray(done.drawn[0].image, int) - np.asarray(own, int)).max() <= 1
+    assert done.clip_skip == (skip or 1) and any("has no effect" in note for note in done.notes) == (skip == 3)
 
 
 def test_text_of_a1111_is_parted_into_its_fields() -> None:

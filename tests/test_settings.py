@@ -203,6 +203,17 @@ def test_values_are_brought_to_their_types() -> None:
     ("values", "said"),
     [
         ({"rank": "8"}, "--rank must be a whole number, not '8'"),
+        ({"timesteps": "900-1200"}, "--timesteps '900-1200': the last is at most 1000, which is noise"),
+        (
+            {"scheduler": "constant_with_warmup"},
+            f"--scheduler is one of {', '.join(get_args(Scheduler))}, not 'constant_with_warmup'; here that is 'constant',"
+            " with --warmup STEPS",
+        ),
+        (
+            {"precision": "bf16"},
+            "--precision is one of auto, float32, bfloat16, float16, not 'bf16'; here that is 'bfloat16'",
+        ),
+        ({"save_dtype": "float16"}, "--save-dtype is one of fp16, bf16, float32, not 'float16'; here that is 'fp16'"),
         ({"rank": 8.0}, "--rank must be a whole number, not 8.0"),
         ({"rank": True}, "--rank must be a whole number, not True"),
         ({"alpha": "1"}, "--alpha must be a number, not '1'"),

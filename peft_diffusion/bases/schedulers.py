@@ -17,6 +17,7 @@ SCHEDULERS: SchedulerTable = MappingProxyType(
         "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
         "euler": ("EulerDiscreteScheduler", {}),
         "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+        "lms": ("LMSDiscreteScheduler", {}),
         "heun": ("HeunDiscreteScheduler", {}),
         "dpm2": ("KDPM2DiscreteScheduler", {}),
         "dpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
@@ -51,20 +52,24 @@ SPACINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 """How the noise levels of the steps are spaced, by the word that stands behind the name of a scheduler."""
 
-BY_STEPS = ("euler", "heun", "dpm2", "dpm2-a")
+BY_STEPS = ("euler", "lms", "heun", "dpm2", "dpm2-a")
 """Those that space noise levels between those of their steps, so that these must reach from the noisiest to the last."""
 
 NOT_UNIFORM = ("dpm++", "dpm++-2m-sde", "dpm++-3m-sde", "unipc", "lcm", "tcd")
 """Those that diffusers, told "linspace", spaces otherwise than A1111 does by its Uniform: they leave the last level out, or
 take levels of their own."""
 
+FROM_NOISE = ("lcm", "tcd")
+"""Those that space their steps so by themselves: as "trailing" does, from the noisiest on, so that it is no other name."""
+
 _LABELS = {
-    "ddim": "DDIM", "pndm": "PLMS", "euler": "Euler", "euler-a": "Euler a", "heun": "Heun", "dpm2": "DPM2",
+    "ddim": "DDIM", "pndm": "PLMS", "euler": "Euler", "euler-a": "Euler a", "lms": "LMS", "heun": "Heun", "dpm2": "DPM2",
     "dpm2-a": "DPM2 a", "dpm++": "DPM++ 2M", "dpm++-sde": "DPM++ SDE", "dpm++-2m-sde": "DPM++ 2M SDE",
     "dpm++-3m-sde": "DPM++ 3M SDE", "unipc": "UniPC", "ddpm": "DDPM", "lcm": "LCM", "tcd": "TCD",
     "karras": "Karras", "exponential": "Exponential", "beta": "Beta", "trailing": "SGM Uniform", "uniform": "Uniform",
 }  # fmt: skip
-_OTHERS = {  # of ComfyUI and diffusers
+_OTHERS = {  # of ComfyUI and diffusers; "simple" and "normal" take the levels of "trailing" and "uniform", to a timestep
+    "simple": "trailing", "normal": "uniform",
     "euler-ancestral": "euler-a", "dpm-2": "dpm2", "dpm-2-ancestral": "dpm2-a", "uni-pc": "unipc", "ddim-uniform": "ddim",
 }  # fmt: skip
 
@@ -72,6 +77,12 @@ _OTHERS = {  # of ComfyUI and diffusers
 def _words(text: str) -> str:
     return re.sub(r"[\s_-]+", "-", text.strip().lower()).replace("dpmpp", "dpm++")
 
+
+_NOT_HERE = {
+    "dpm++-2s-a": "dpm++-sde, or euler-a", "dpm++-2m-sde-heun": "dpm++-2m-sde", "dpm-fast": "dpm++", "dpm-adaptive": "dpm++",
+    "restart": "heun", "ddim-cfg++": "ddim", "dpm++-2s-ancestral": "dpm++-sde, or euler-a",
+}  # fmt: skip
+"""Samplers of A1111 and ComfyUI that diffusers lacks, and what is to be taken in their place."""
 
 _KNOWN = {_words(label): name for name, label in _LABELS.items()} | {name: name for name in _LABELS} | _OTHERS
 
@@ -104,10 +115,15 @@ def canonical(text: str) -> str:
     words = _words(text)
     endings = [(ending, name) for ending, name in _KNOWN.items() if name in SPACINGS and words.endswith(f"-{ending}")]
     ending, spacing = max(endings, key=lambda one: len(one[0]), default=("", ""))
-    name = _KNOWN.get(words.removesuffix(f"-{ending}") if ending else words, "")
+    called = words.removesuffix(f"-{ending}") if ending else words
+    name = _KNOWN.get(called, "")
+    if called in _NOT_HERE:
+        raise UserError(f"diffusers has no scheduler {text!r}; the nearest here is {_NOT_HERE[called]}")
     if name not in SCHEDULERS:
         there = f"{', '.join(SCHEDULERS)}, each also with -{', -'.join(SPACINGS)} behind it"
         raise UserError(f"there is no scheduler {text!r}; there are: {there}{did_you_mean(words, SCHEDULERS)}")
+    if name in FROM_NOISE and spacing == "trailing":
+        return name
     return f"{name}-{spacing}" if spacing else name
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import site as sites_of
-from .adapter import Adapter, parts_of
+from .adapter import Adapter, LowRank, parts_of
 from .changes import one_at_a_time
 from .errors import FoldError, UserError
 from .quantized import QuantizedLinear, plain_parts, rebuilt, torchao_codes, torchao_kind
@@ -48,7 +48,7 @@ def dense_weight(site: nn.Module) -> Tensor:
     Raises:
         UserError: Another program quantized it, or it is offloaded.
     """
-    if any(own.is_meta for own in site.parameters(recurse=False)):
+    if _is_away(site):
         raise UserError(
             f"the weight of a {type(site).__name__} is read, but it is offloaded and not there between calls; take"
             " enable_model_cpu_offload() or group offloading in place of sequential offloading"
@@ -107,9 +107,11 @@ def merge(component: nn.Module) -> Merged:
     _refuse_computed(carriers, changing)
     _refuse_tied(component, carriers, changing)
     errors = _Errors()
+    places = {slot.place: slot.block for path, slot in slots.items() if path in paired and slot.place is not None}
     try:
+        weighed = next(iter(slots.values())).component.slab.weighed(found.values[..., 0], places)
         for path, changed in folded.items():
-            whole = _with_pairs(carriers[path], slots[path], scalars) if path in paired else changed
+            whole = _with_pairs(carriers[path], slots[path], scalars, weighed) if path in paired else changed
             stored = _encoded(carriers[path], whole, errors)
             slots[path].unmerged = {name: _held(carriers[path], name).detach().clone() for name in stored}
             _write(carriers[path], stored)
@@ -243,12 +245,18 @@ def unmerged_state(component: nn.Module) -> dict[str, Tensor]:
 
 def _refuse_away(component: nn.Module, carriers: Mapping[str, nn.Module], doing: str) -> None:
     """Raises UserError for a weight that is not in its module but while that is called: what is written there is lost."""
-    away = [path for path, site in carriers.items() if any(own.is_meta for own in site.parameters(recurse=False))]
+    away = [
+        path for path, site in carriers.items() if any(own is not None and own.is_meta for own in site._parameters.values())
+    ]
     if away or _is_filed(component):
         raise UserError(
             f"cannot {doing}: the weights of {(away or list(carriers))[0]} are offloaded and not there between calls; call"
             f" pipe.remove_all_hooks(), or {doing} before you enable offloading"
         )
+
+
+def _is_away(site: nn.Module) -> bool:
+    return any(own is not None and own.is_meta for own in site._parameters.values())
 
 
 def _is_filed(component: nn.Module) -> bool:
@@ -358,23 +366,24 @@ def _all_stored(slot: Slot) -> bool:
 
 
 @torch.no_grad()
-def _with_pairs(site: nn.Module, slot: Slot, scalars: dict[str, list[float]]) -> dict[str, Tensor]:
-    """The weight of a site whose adapters are pairs, with all of them in it, in float32: one product for all."""
+def _with_pairs(
+    site: nn.Module, slot: Slot, scalars: dict[str, list[float]], weighed: Mapping[int, LowRank]
+) -> dict[str, Tensor]:
+    """The weight of a site whose adapters are pairs, with all of them in it, in float32: one product for all.
+
+    ``weighed`` is what the slab has of them, by place.
+    """
     strengths = {name: scalars[name][slot.block] for name in slot.adapters.names()}
     if not any(strengths.values()):
         return {}
     weight = dense_weight(site)
-    view = None if slot.place is None else slot.component.slab.exact(slot.place)
-    if view is not None and view.down.device == weight.device:
-        down, up = view.down.flatten(1).float(), view.up.float()
-        amounts = slot.strengths.values[view.rows, slot.block, :1]
-    else:
-        pairs = [pair.matrices() for name in strengths if (pair := slot.adapters.stored(name)) is not None]
-        down = torch.cat([pair.down.flatten(1).float() for pair in pairs]).to(weight.device)
-        up = torch.cat([pair.up.t().float() * pair.scale for pair in pairs]).to(weight.device)
-        each = zip(pairs, strengths.values(), strict=True)
-        amounts = torch.cat([torch.full((len(pair.down), 1), amount) for pair, amount in each]).to(weight.device)
-    whole = torch.addmm(weight.flatten(1), (up * amounts).t(), down)
+    pair = None if slot.place is None else weighed.get(slot.place)
+    if pair is None or pair.down.device != weight.device:
+        stored = [(one.matrices(), strengths[name]) for name, one in slot.adapters.unbuilt.items()]
+        ups = [up.float() * (scale * strength) for (_, up, scale), strength in stored]
+        downs = [down.flatten(1).float() for (down, _, _), _ in stored]
+        pair = LowRank(torch.cat(downs).to(weight.device), torch.cat(ups, 1).to(weight.device))
+    whole = torch.addmm(weight.flatten(1), pair.up, pair.down)
     return {"weight": whole.view(weight.shape)}
 
 

@@ -1,6 +1,9 @@
-"""What other programs (sd-scripts, ai-toolkit, OneTrainer, diffusers, A1111, LyCORIS) call settings. Imports no torch."""
+"""What other programs (sd-scripts, ai-toolkit, OneTrainer, diffusers, A1111, LyCORIS) call settings and their values.
 
-from collections.abc import Iterable
+Imports no torch.
+"""
+
+from collections.abc import Iterable, Sequence
 
 # By their names without dashes: the settings here, of any command.
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
@@ -200,6 +203,28 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "lr_num_cycles": ("cycles",),
     "lr_power": ("power",),
 }
+# Values of theirs, in small letters and with dashes: what stands for each here, of any setting.
+_OTHER_VALUES: dict[str, tuple[str, ...]] = {
+    "constant-with-warmup": ("constant",),
+    "pagedadamw8bit": ("adamw8bit",),
+    "adamw-8bit": ("adamw8bit",),
+    "lion8bit": ("lion",),
+    "lion-8bit": ("lion",),
+    "adamwschedulefree": ("schedule-free",),
+    "schedule-free-adamw": ("schedule-free",),
+    "prodigyplusschedulefree": ("prodigy-plus",),
+    "prodigy-plus-schedule-free": ("prodigy-plus",),
+    "fp16": ("fp16", "float16"),
+    "float16": ("fp16", "float16"),
+    "bf16": ("bf16", "bfloat16"),
+    "bfloat16": ("bf16", "bfloat16"),
+    "fp32": ("float32",),
+    "float": ("float32",),
+    "no": ("float32",),
+    "sigmoid": ("logit-normal",),
+    "mse": ("l2",),
+}
+_BESIDES = {"constant-with-warmup": ", with --warmup STEPS"}
 # One option there is several here.
 _PARTED = dict.fromkeys(("dynamic_method", "dynamic_param"), ("ratio", "energy", "frobenius"))
 
@@ -217,3 +242,18 @@ def known_here_as(given: str, known: Iterable[str]) -> list[str]:
     there, name = set(known), given.lstrip("-").replace("-", "_").replace(" ", "_").lower()
     parted = [one for one in _PARTED.get(name, ()) if one in there]
     return parted or [one for one in OTHER_NAMES.get(name, ()) if one in there][:1]
+
+
+def value_here(given: object, choices: Sequence[str]) -> str:
+    """Say what the value of another program is here, for the end of a message.
+
+    Args:
+        given: What stood there.
+        choices: What may stand there.
+
+    Returns:
+        "; here that is 'VALUE'", and what else is to be said; empty for a value that no other program has.
+    """
+    words = str(given).strip().lower().replace("_", "-").replace(" ", "-")
+    found = next((name for name in _OTHER_VALUES.get(words, ()) if name in choices), None)
+    return "" if found is None else f"; here that is {found!r}{_BESIDES.get(words, '')}"

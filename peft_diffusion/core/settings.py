@@ -42,7 +42,7 @@ from typing import (
 
 from .errors import UserError, did_you_mean
 from .files import at_home
-from .other_names import known_here_as
+from .other_names import known_here_as, value_here
 
 _KEY = "peft_diffusion.setting"  # in ``field.metadata``
 _WIDTH = 110  # letters of a line in a docstring
@@ -407,7 +407,8 @@ def not_among(flag: str, choices: Sequence[str], value: object) -> str:
     Returns:
         The message of the error.
     """
-    return f"{flag} is one of {', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}"
+    hint = value_here(value, choices) or did_you_mean(value, choices)
+    return f"{flag} is one of {', '.join(choices)}, not {value!r}{hint}"
 
 
 @cache

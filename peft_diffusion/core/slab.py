@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Matrices, Pair
+from .adapter import Adapter, LowRank, Matrices, Pair
 from .arena import ALIGNMENT
 
 _LEAST_ROOM = 8  # ranks of a region; from there on it doubles
@@ -215,18 +215,30 @@ class Slab(nn.Module):
         """
         return len(self._region(place).held)
 
-    def exact(self, place: int) -> SiteView | None:
-        """What a site sees, where that is what its files hold.
+    def weighed(self, values: Tensor, blocks: Mapping[int, int]) -> dict[int, LowRank]:
+        """Give the pairs of sites at their strengths, where these are what files hold.
 
         Args:
-            place: Of the site.
+            values: The strengths, (rows, blocks), where the slab lies.
+            blocks: The block of each site, by its place.
 
         Returns:
-            The view; None where a pair was rounded to what the base computes in, or is of parameters that may have changed.
+            In float32, ``down`` (room, inputs) and ``up`` (outputs, room), by place; nothing for a site with a pair that was
+            rounded to what the base computes in, or is of parameters that may have changed.
         """
-        region = self._region(place)
-        pairs = [held.pair for held in region.held.values()]
-        return self.views[place] if all(one.lasting and _is_exact(one.matrices(), region.dtype) for one in pairs) else None
+        regions = {place: region for place in blocks if (region := self._regions[place]) is not None and _is_kept(region)}
+        if not regions:
+            return {}
+        each = torch.zeros(len(self._rows), dtype=torch.int64)
+        for place, region in regions.items():
+            each[region.rows : region.rows + region.room] = blocks[place]
+        amounts = values[self._rows, each.to(self._rows.device)].unsqueeze(1)
+        flats, rows = {dtype: flat.float() for dtype, flat in self._flats.items()}, self._rows
+        found = {}
+        for place, region in regions.items():
+            down, up, _ = self._view(region, flats, rows)
+            found[place] = LowRank(down.flatten(1), (up * amounts[region.rows : region.rows + region.room]).t())
+        return found
 
     def vacate(self, places: Sequence[int]) -> None:
         """Give up the regions of sites. Their memory is used again when the others move.
@@ -414,6 +426,12 @@ def uploaded(pairs: Sequence[Matrices], device: torch.device) -> list[Matrices]:
         offset = matrix.storage_offset() - first // matrix.itemsize
         found.append(numbers[key, matrix.dtype].as_strided(matrix.shape, matrix.stride(), offset))
     return [Matrices(down, up, pair.scale) for down, up, pair in zip(found[::2], found[1::2], pairs, strict=True)]
+
+
+def _is_kept(region: _Region) -> bool:
+    """Whether a region holds what files do."""
+    pairs = [held.pair for held in region.held.values()]
+    return all(one.lasting and _is_exact(one.matrices(), region.dtype) for one in pairs)
 
 
 def _is_exact(pair: Matrices, dtype: torch.dtype) -> bool:

@@ -199,16 +199,32 @@ def controlled(pipe: Pipeline, controls: Sequence[Control], scale: float) -> Ite
     ]
     shown = [one for one in controls if one.kind == "ip-adapter"]
 
+    before: list[Callable[..., Any]] = [*steerings, *([_of_guided] if shown else [])]
+
     @contextmanager
     def steer() -> Iterator[None]:
         with ExitStack() as hooks:
-            for one in steerings:
+            for one in before:
                 hook = denoiser.network.register_forward_pre_hook(one, with_kwargs=True)
                 hooks.callback(hook.remove)
             yield
 
     with _shown(pipe, shown, scale) as arguments:
         yield Controls(arguments, tuple(one.model for one in steerings), steer)
+
+
+def _of_guided(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Leave out of what IP-Adapters show the half without picture, where guidance has ended.
+
+    A pipeline makes it once, before its first step, and lets no callback replace it; the attention would take the rows of
+    both halves for more tokens of fewer pictures.
+    """
+    sample: Tensor = args[0] if args else kwargs["sample"]
+    told = kwargs.get("added_cond_kwargs") or {}
+    shown = told.get("image_embeds", ())
+    if not any(len(one) > len(sample) for one in shown):
+        return None
+    return args, kwargs | {"added_cond_kwargs": told | {"image_embeds": [one[-len(sample) :] for one in shown]}}
 
 
 def _loaded(pipe: Pipeline, control: Control) -> Any:

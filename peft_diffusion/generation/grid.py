@@ -7,16 +7,16 @@ from itertools import groupby
 from PIL import Image
 
 from ..bases.pipelines import Pipeline
-from ..core.events import Ended, Never, Observer, Stop, observed
+from ..core.events import Ended, Event, Never, Observer, Stop, observed
 from ..core.settings import of_kind
 from . import recipe as recipes
 from . import sheet
 from .adapted import adapted
-from .asked import order
+from .asked import Order, order
 from .distilled import for_few_steps
 from .events import SheetMade
 from .generate import cell_recipes
-from .grid_settings import GridConfig
+from .grid_settings import Cellwise, GridConfig
 from .memory import loaded, spare
 from .recipe import Recipe
 from .sampler import Cell, paint
@@ -55,7 +55,8 @@ def grid(
         config.check()
         rows = config.rows(for_few_steps(config.plain(), config.choices(), tell))
         every = [one for row in rows for one in row.cells]
-        orders = [order(one.config, one.choices, literal=False) for one in every]
+        said: set[Event] = set()
+        orders = [_ordered(one, said, tell) for one in every]
         files = list({choice.key: replace(choice, strength=1.0) for one in orders for choice in one.choices}.values())
         prompts = list(dict.fromkeys(one.pictures[0].prompt for one in orders))
         lent = pipe is not None
@@ -86,6 +87,22 @@ def grid(
         tell(SheetMade(config.output))
         tell(Ended("finished"))
     return Grid(made, pictures, kept)
+
+
+def _ordered(one: Cellwise, said: set[Event], tell: Observer) -> Order:
+    """What is drawn in a cell, with what adapters for few steps need that its prompt or a side of the sheet names.
+
+    What is told of them is in ``said`` then, and told once.
+    """
+
+    def once(event: Event) -> None:
+        if event not in said:
+            said.add(event)
+            tell(event)
+
+    asked = order(one.config, one.choices, literal=False)
+    taken = for_few_steps(one.config, asked.choices, once)
+    return asked if taken is one.config else order(taken, one.choices, literal=False)
 
 
 def _manner(config: GenerateConfig) -> GenerateConfig:

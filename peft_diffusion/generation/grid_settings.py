@@ -1,7 +1,9 @@
 """What ``grid`` is told: settings, and the values that they take over the sheet. Imports no torch."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from decimal import ROUND_DOWN, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,14 @@ _SETTINGS = ("steps", "guidance", "guidance_stop", "scheduler", "seed", "width",
              "control_scale")  # fmt: skip
 _AXIS = (
     "NAME=VALUE,VALUE (or | between): steps, guidance, scheduler, seed, ..., the name of an adapter file for its strength, "
-    "or replace=WORD,OTHER,... for words of the prompt."
+    "or replace=WORD,OTHER,... for words of the prompt. Numbers also as A1111 has them: 1-5, 1-10 (+3), 0-1 [5]."
 )
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
+# As A1111's scripts/xyz_grid.py reads them: first to last by a step, 1 where none is told; or so many between both.
+_RANGE = re.compile(rf"({_NUMBER})\s*-\s*({_NUMBER})(?:\s*\(\s*({_NUMBER})\s*\)|\s*\[\s*(\d+)\s*\])?")
+_LONGEST = 1000  # values of a range, far more than a sheet holds
+_DIGITS = 6  # behind the point, of a number in a range
+_DESCRIBED = {one.name: one for one in settings_of(GenerateConfig)}
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,31 @@ def _axis(text: str, adapters: Sequence[str]) -> Axis:
     key = name.strip()
     spelled, sides = key.lower().replace("-", "_").replace(" ", "_"), (*_SETTINGS, _REPLACE)
     others = [] if key in adapters else known_here_as(key, sides)
-    return Axis(spelled if spelled in sides else next(iter(others), key), values)
+    called = spelled if spelled in sides else next(iter(others), key)
+    kind = float if called not in sides else _DESCRIBED[called].single if called in _SETTINGS else str
+    if kind in (int, float):
+        values = tuple(one for value in values for one in _expanded(value, called, whole=kind is int))
+    return Axis(called, values)
+
+
+def _expanded(value: str, name: str, *, whole: bool) -> list[str]:
+    """The numbers of a range, or the value itself. Raises UserError for a range of none, or of more than a sheet holds."""
+    found = _RANGE.fullmatch(value)
+    if found is None:
+        return [value]
+    first, last = Decimal(found[1]), Decimal(found[2])
+    if found[4] is not None:
+        count = int(found[4])
+        step = (last - first) / (count - 1) if count > 1 else Decimal(0)
+    else:
+        step = Decimal(found[3]) if found[3] is not None else Decimal(1 if last >= first else -1)
+        count = int((last - first) / step) + 1 if step and (last - first) / step >= 0 else 0
+    if not 1 <= count <= _LONGEST:
+        raise UserError(f"{name}={value} is {count or 'no'} values; write a range as 1-5, 1-10 (+3), 10-1 (-3) or 0-1 [5]")
+    numbers = [first + step * place for place in range(count)]
+    if whole and found[4] is not None:
+        numbers = [number.to_integral_value(ROUND_DOWN) for number in numbers]
+    return [f"{round(number, _DIGITS).normalize():f}" for number in numbers]
 
 
 def _changed(one: Cellwise, place: Sequence[tuple[Axis, str]]) -> Cellwise:
@@ -178,7 +210,7 @@ def _reworded(config: GenerateConfig, word: str, other: str) -> GenerateConfig:
 
 
 def _set(config: GenerateConfig, name: str, value: str) -> GenerateConfig:
-    (described,) = (one for one in settings_of(GenerateConfig) if one.name == name)
+    described = _DESCRIBED[name]
     kinds: dict[object, Callable[[str], object]] = {int: int, float: float, bool: {"true": True, "false": False}.__getitem__}
     try:
         # What has no value by default can have none at a place of the sheet too.

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import diffusers
@@ -31,6 +32,7 @@ from .upscaling import check as check_hires
 from .upscaling import enlarged, noised_by
 
 _WHAT = "drawing"  # what progress is told of
+_OF_NOISE = "rescale_betas_zero_snr"  # what schedulers of diffusers call a schedule that begins with pure noise
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,10 @@ def paint(
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
     scheduler = scheduler_of(adapters, cells, sampling)
     if gives_way(pipe, scheduler, sampling):
+        whose = "the base" if _begins_with_noise(pipe.scheduler) else "an adapter"
         tell(
             Warned(
-                f"the scheduler {sampling.scheduler} cannot begin with pure noise, which an adapter was trained for with"
+                f"the scheduler {sampling.scheduler} cannot begin with pure noise, which {whose} was trained for with"
                 " zero terminal SNR; ddim draws in its place"
             )
         )
@@ -206,11 +209,19 @@ def ending_in_noise(scheduler: Any) -> Any:
     Returns:
         One of its kind that does; DDIM's in place of one that cannot.
     """
-    cls, changes = type(scheduler), {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if "rescale_betas_zero_snr" not in inspect.signature(cls.__init__).parameters:
+    cls, changes = type(scheduler), {_OF_NOISE: True, "timestep_spacing": "trailing"}
+    if not _can_begin_with_noise(scheduler):
         name, more = SCHEDULERS["ddim"]
         cls, changes = getattr(diffusers, name), {**more, **changes}
     return cls.from_config(scheduler.config, **changes)
+
+
+def _can_begin_with_noise(scheduler: Any) -> bool:
+    return _OF_NOISE in inspect.signature(type(scheduler).__init__).parameters
+
+
+def _begins_with_noise(scheduler: Any) -> bool:
+    return bool(scheduler.config.get(_OF_NOISE))
 
 
 def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) -> Any:
@@ -218,7 +229,8 @@ def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
 
     Args:
         adapters: Those on the base.
-        cells: What is drawn; where one has an adapter that was trained with zero terminal SNR, it begins with pure noise.
+        cells: What is drawn; where one has an adapter that was trained with zero terminal SNR, or the base was, it begins
+            with pure noise.
         sampling: What was asked for.
 
     Returns:
@@ -241,6 +253,9 @@ def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
             scheduler = _named(sampling.scheduler, adapters, steps)
     used = {name for cell in cells for name, strength in (cell.strengths or {}).items() if strength != 0}
     of_noise = any(adapters[name].spec.training.get("zero_terminal_snr") for name in used & set(adapters.names))
+    # One that knows no such schedule would leave that of the base's configuration out, and begin with another.
+    asked_for_another = sampling.scheduler is not None and not _can_begin_with_noise(scheduler)
+    of_noise = of_noise or (asked_for_another and _begins_with_noise(adapters.pipe.scheduler))
     return ending_in_noise(scheduler) if of_noise else scheduler
 
 
@@ -250,6 +265,8 @@ def _named(name: str, adapters: Adapters, steps: int) -> Any:
     if kind not in known:
         raise UserError(f"the base {adapters.base.name!r} has no scheduler {kind}; choose one of: {', '.join(known)}")
     cls, changes = getattr(diffusers, known[kind][0]), {**known[kind][1], **SPACINGS.get(spacing, {})}
+    if find_spec("scipy") is None and ("scipy" in getattr(cls, "_backends", ()) or spacing == "beta"):
+        raise UserError(f"the scheduler {name} needs scipy: pip install scipy; or take another")
     if kind in BY_STEPS and spacing:
         changes = {"timestep_spacing": "linspace", **changes}
     lacking = set(SPACINGS.get(spacing, {})) - set(inspect.signature(cls.__init__).parameters)
@@ -261,7 +278,7 @@ def _named(name: str, adapters: Adapters, steps: int) -> Any:
     try:
         cls.from_config(base, **changes).set_timesteps(steps)
         return cls.from_config(base, **changes)
-    except (ValueError, ImportError) as error:
+    except ValueError as error:
         raise UserError(f"the scheduler {name} cannot take {steps} steps here: {first_line(error)}") from error
 
 

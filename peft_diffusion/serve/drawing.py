@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from .. import __version__
+from ..bases import denoiser_of
 from ..bases.base import BaseInfo
 from ..bases.pipelines import Pipeline
 from ..bases.schedulers import label, parted
@@ -359,8 +360,13 @@ def run(body: Drawing, serving: ServeConfig, held: Held, files: Files, clip_skip
     Raises:
         UserError: The request cannot be drawn.
     """
-    config, seeds = config_of(body, serving, held, clip_skip), seeds_of(body)
+    # As in A1111, where Stable Diffusion XL always reads the layer that it was trained with.
+    fixed = denoiser_of(held.pipe).text.usual_clip_skip
+    skip = clip_skip if fixed == 1 else None
+    config, seeds = config_of(body, serving, held, skip), seeds_of(body)
     notes = [f"not read: {', '.join(sorted(body.model_extra))}"] if body.model_extra else []
+    if skip != clip_skip and clip_skip not in (1, fixed):
+        notes.append(f"CLIP_stop_at_last_layers {clip_skip} has no effect on {held.info.name}, as in A1111")
     if body.negative_prompt and not config.negative:
         notes.append("the negative prompt has no effect at cfg_scale 1 or less")
     job.rounds = 1 if body.n_iter is None else body.n_iter

@@ -62,7 +62,7 @@ def export(config: ExportConfig) -> Path:
         step, measured = found.state.step, found.measured or {}
         losses = trained(step, found.seconds, measured.get(0), found.held_out)
         words = triggers(getattr(run, "trigger", ""), placed)
-        spec = spec_of(parts, placed, asdict(info), words, portable(run) | losses, output.stem)
+        spec = spec_of(parts, placed, asdict(info), words, portable(run) | dict(found.training) | losses, output.stem)
         layout = config.save_as or (layout if config.output is None else run.save_as)
         dtype = config.save_dtype or run.save_dtype
         formats.save(output, parts, NAME, spec, layout=layout, dtype=DTYPES[dtype])

@@ -281,9 +281,9 @@ class PictureMaterial:
         """What the run gave."""
         return TrainResult(**vars(found), config=self.config, images=len(self.prepared.of_run.kept))
 
-    def training(self, result: TrainResult) -> dict[str, Any]:
+    def training(self) -> dict[str, Any]:
         """Entries of the adapter file's training summary."""
-        return {"class_pictures": len(self.prepared.of_run.of_class), "images": result.images}
+        return {"class_pictures": len(self.prepared.of_run.of_class), "images": len(self.prepared.of_run.kept)}
 
     def triggers(self) -> list[str]:
         """The words of the trigger, and those that were taught."""

@@ -57,6 +57,7 @@ from .watch.strength import suggest
 _TOO_EARLY = "stopped before the first step: there is nothing to go on from"
 
 Result = TypeVar("Result", bound=RunResult)
+Made = TypeVar("Made", bound=RunResult, covariant=True)
 
 
 class BaseInfo(Settings, Protocol):
@@ -85,7 +86,7 @@ class Facts:
     prompts: Sequence[str] | None = None
 
 
-class Material(Protocol[Result]):
+class Material(Protocol[Made]):
     """A base that is loaded, and data that was read: what a run works on."""
 
     @property
@@ -230,7 +231,7 @@ class Material(Protocol[Result]):
         """
         ...
 
-    def result(self, found: RunResult) -> Result:
+    def result(self, found: RunResult) -> Made:
         """Complete the result with what only this kind of run has.
 
         Args:
@@ -241,11 +242,8 @@ class Material(Protocol[Result]):
         """
         ...
 
-    def training(self, result: Result) -> Mapping[str, Any]:
-        """Add to the training summary of the adapter file.
-
-        Args:
-            result: What the run gave.
+    def training(self) -> Mapping[str, Any]:
+        """Add to the training summary of the adapter file what is known before the first step.
 
         Returns:
             Entries beside those of the settings, and in place of some.
@@ -261,7 +259,7 @@ class Material(Protocol[Result]):
         ...
 
 
-class Source(Protocol[Result]):
+class Source(Protocol[Made]):
     """What a run learns from, as it was asked for; nothing is loaded yet."""
 
     @property
@@ -331,7 +329,7 @@ class Source(Protocol[Result]):
         """
         ...
 
-    def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> Material[Result]:
+    def open(self, folder: RunFolder, processes: Processes, tell: Observer) -> Material[Made]:
         """Load the base and read the data.
 
         Args:
@@ -618,6 +616,7 @@ class _Run(Generic[Result]):
         processes, config, items = self.processes, self.material.config, self.material.items
         info = self.material.info
         origin = origin_of(config, items, info.fingerprint, processes, self.files)
+        self.folder.training = self._known()
         modules = plugins_of(config, info.family)
         processes.wait()  # all have looked at the folder before one writes to it
         if processes.leads:
@@ -724,14 +723,18 @@ class _Run(Generic[Result]):
             raise ValueError("nothing is kept apart")
         return self.processes.agreed(loss)
 
+    def _known(self) -> dict[str, Any]:
+        """Entries of the training summary that checkpoints hold too, so that an adapter of one says the same."""
+        return {**self.material.training(), **self.files}
+
     def _spec(self, path: Path, result: Result) -> formats.Spec:
         material = self.material
         training = {
-            **material.training(result),
+            **self._known(),
             **trained(result.steps, result.seconds, result.held_out_before, result.held_out_after),
             **(result.outcome.training() if result.outcome else {}),
         }
-        about = portable(material.config) | training | self.files
+        about = portable(material.config) | training
         return spec_of(material.parts, material.blocks, asdict(material.info), material.triggers(), about, path.stem)
 
 

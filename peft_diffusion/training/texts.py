@@ -280,9 +280,9 @@ class TextMaterial:
         """What the run gave."""
         return TextTrainResult(**vars(found), config=self.config, tokens=len(self.tokens.line))
 
-    def training(self, result: TextTrainResult) -> dict[str, Any]:
+    def training(self) -> dict[str, Any]:
         """Entries of the adapter file's training summary."""
-        return {"tokens": result.tokens}
+        return {"tokens": len(self.tokens.line)}
 
     def triggers(self) -> list[str]:
         """The words that were taught."""

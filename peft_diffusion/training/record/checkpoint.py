@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Checkpoint:
     Attributes:
         measured: All losses on what is held out so far, by step; None in a file of an older version.
         lines: How many lines of metrics there were.
+        training: Of the training summary of adapter files, what is known before the first step; empty in a file of an older
+            version.
     """
 
     state: TrainerState
@@ -58,6 +60,7 @@ class Checkpoint:
     seconds: float
     measured: Mapping[int, float] | None = None
     lines: int = 0
+    training: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
@@ -79,6 +82,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
         "seconds": checkpoint.seconds,
         "measured": None if checkpoint.measured is None else list(checkpoint.measured.items()),
         "lines": checkpoint.lines,
+        "training": dict(checkpoint.training),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     told[_TENSORS] = _checksum(tensors)
@@ -104,7 +108,7 @@ def read(path: Path) -> Checkpoint | None:
             return None
         return Checkpoint(
             state, Origin(**told["origin"]), told["held_out"], told["seconds"],
-            None if measured is None else dict(measured), told.get("lines", 0),
+            None if measured is None else dict(measured), told.get("lines", 0), told.get("training", {}),
         )  # fmt: skip
     except Exception:  # damage has no list of what it raises
         return None

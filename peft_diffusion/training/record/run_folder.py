@@ -62,6 +62,7 @@ class RunFolder:
         self.command = command
         self.data = data  # what ``data.json`` lists, in words
         self.origin = Origin({}, "", "")
+        self.training: dict[str, Any] = {}  # of the adapter file's training summary, beside settings and losses
         self.seconds = 0.0  # of earlier stretches of the run
         self.started = time.monotonic()
         self.held_out: dict[int, float] = {}  # losses on what is kept apart, by step
@@ -308,7 +309,7 @@ class RunFolder:
         path = self._checkpoints / _FILE.format(state.step)
         measured = dict(self.held_out)
         held_out = measured.get(state.step)
-        checkpoints.write(path, Checkpoint(state, self.origin, held_out, self.elapsed, measured, self.lines))
+        checkpoints.write(path, Checkpoint(state, self.origin, held_out, self.elapsed, measured, self.lines, self.training))
         files = self._files()
         keep = set(sorted(files)[-self.kept :])
         best = best_step({step: loss for step, loss in self.held_out.items() if step in files})

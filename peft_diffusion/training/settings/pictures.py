@@ -57,6 +57,7 @@ def preset_components(preset: Preset) -> tuple[str, ...]:
 
 
 _PRIOR = Group("Keeping the class", 3)
+_NOISE = 1000  # the timesteps of all bases here, of which the last is nearly noise
 
 
 @settings_class()
@@ -449,6 +450,8 @@ def timestep_range(text: str) -> tuple[int, int] | None:
         return None
     if not (dash and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         raise UserError(f"--timesteps {text!r}: give the first and the last, as in 0-500")
+    if int(last) > _NOISE:
+        raise UserError(f"--timesteps {text!r}: the last is at most {_NOISE}, which is noise")
     return int(first), int(last)
 
 

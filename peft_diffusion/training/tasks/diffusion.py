@@ -661,9 +661,10 @@ def _of_all(tick: Callable[[int, int], None], before: int, total: int, done: int
 def _timesteps(settings: DiffusionSettings, count: int) -> objective.Timesteps:
     """The timesteps that a run draws. Raises UserError where the base has none of those that were named."""
     within = timestep_range(settings.timesteps)
-    if within is not None and within[0] >= count:
-        raise UserError(f"--timesteps {settings.timesteps}: the base has the timesteps 0 to {count - 1}")
-    within = None if within is None else (within[0], min(within[1], count))
+    if within is not None and within[1] > count:
+        raise UserError(
+            f"--timesteps {settings.timesteps}: the last is at most {count}, as the base has so many timesteps"
+        )
     return objective.Timesteps(settings.timestep_bias, within, settings.logit_mean, settings.logit_std)
 
 

@@ -16,7 +16,6 @@ from .taking import Found, Options, evenly, existing
 
 _OPTIONS = {
     "shuffle_caption": "shuffle_tags",
-    "keep_tokens": "keep_tags",
     "keep_tokens_separator": "keep_separator",
     "enable_wildcard": "wildcards",
     "flip_aug": "flip",
@@ -41,7 +40,7 @@ _SILENT = ("cache_info", "validation_seed", "debug_dataset")
 SUBSET_DEFAULTS = {"num_repeats": 1}
 
 
-FALLBACKS = frozenset((*_OPTIONS, "num_repeats", "batch_size")) - {"class_tokens", "is_reg"} | {
+FALLBACKS = frozenset((*_OPTIONS, "keep_tokens", "num_repeats", "batch_size")) - {"class_tokens", "is_reg"} | {
     "resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_no_upscale", "random_crop", "color_aug",
 }  # fmt: skip
 """Options of a training that count where a dataset file says nothing."""
@@ -87,6 +86,8 @@ def read(file: Path, table: Mapping[str, Any], training: Mapping[str, Any] | Non
     if not found.datasets:
         raise UserError(f"{file} names no folder: there is no [[datasets.subsets]] with an image_dir")
     evenly(found, times)
+    if any(one.regularisation for one in found.datasets):
+        found.settings["prior_target"] = "noise"  # there, pictures of the class are learned as they are
     if len(sizes) == 1:
         found.settings["batch_size"] = sizes.pop()
     elif sizes:
@@ -97,6 +98,9 @@ def read(file: Path, table: Mapping[str, Any], training: Mapping[str, Any] | Non
 
 def _dataset(folder: Path, options: Options) -> Dataset:
     values: dict[str, Any] = {here: value for there, here in _OPTIONS.items() if (value := options.take(there)) is not None}
+    keep = options.whole("keep_tokens")
+    if keep is not None:  # there, tags of the prefix are counted, which stays outside here
+        values["keep_tags"] = max(0, keep - str(values.get("caption_prefix", "")).count(","))
     if options.take("alpha_mask"):
         values["masks"] = "alpha"
     weight = options.number("prior_loss_weight")

@@ -93,6 +93,11 @@ def with_datasets(config: TrainConfig) -> tuple[TrainConfig, tuple[str, ...]]:
     absent = list(found.absent)
     if "batch_size" in found.settings and config.batch_size is None:
         config = replace(config, batch_size=found.settings["batch_size"])
+    if found.settings.get("prior_target", config.prior_target) != config.prior_target:
+        absent.append(
+            f"{config.dataset_config}: is_reg = true (its pictures are learned as they are there, and as the base answers to"
+            " them here, unless --prior-target noise is given)"
+        )
     epochs = config.epochs
     if epochs is not None and found.longer != 1:
         absent.append(f"{config.dataset_config}: an epoch here is {found.longer} there, as it has each form of a picture")
