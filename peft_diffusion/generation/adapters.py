@@ -141,6 +141,12 @@ class Adapters:
         """The components whose adapters are merged into the weights."""
         return self._registry.merged
 
+    @property
+    def teachers(self) -> frozenset[str]:
+        """The adapters that teach words, or that stand before every prompt."""
+        states = self._registry.states().values()
+        return frozenset(word.owner for state in states for word in state.words if word.owner is not None)
+
     def __getitem__(self, name: str) -> LoadedAdapter:
         """What was loaded under that name.
 
