@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from peft_diffusion import GenerateConfig, UserError, generate, load_base
-from peft_diffusion.bases import describe
+from peft_diffusion.bases import denoiser_of, describe
 from peft_diffusion.serve import drawing, inpainting, names, pictures
 from peft_diffusion.serve.bodies import TextToImage
 from peft_diffusion.serve.engine import Engine
@@ -145,13 +146,14 @@ def test_requests_side_by_side_each_get_the_pictures_of_their_own_generate(
 
 
 def test_requests_that_wait_together_are_drawn_in_one_batch(tiny_base: Path, shelf: Path, tmp_path: Path) -> None:
-    make_adapter(shelf.parent / "Lora" / "called.safetensors", tiny_base, 9, ("[zork]",))
-    engine = Engine(ServeConfig(base=str(tiny_base), adapters_dir=shelf, device="cpu"), lambda _: None)
+    own = Path(shutil.copytree(shelf, tmp_path / "Lora"))
+    make_adapter(own / "called.safetensors", tiny_base, 9, ("[zork]",))
+    engine = Engine(ServeConfig(base=str(tiny_base), adapters_dir=own, device="cpu"), lambda _: None)
     engine.load().future.result()
     held = engine._held
     assert held is not None
     rows: list[int] = []
-    held.pipe.unet.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    denoiser_of(held.pipe).network.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
     prompts = ["a dog <lora:ink:0.8>", "a cat <lora:flat:1>", "a dog", "a cat <lora:nothing:1>", "[dog] <lora:called:0.5>"]
     told: dict[str, Any] = {
         "steps": 2, "cfg_scale": 7.0, "sampler_name": "Euler a", "negative_prompt": "blue", **SIDE,
