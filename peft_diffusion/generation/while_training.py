@@ -107,13 +107,22 @@ class TrainingPictures:
         return drawn
 
     def class_pictures(
-        self, pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], *, size: int, steps: int, guidance: float
+        self,
+        pipe: Pipeline,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        size: int,
+        steps: int,
+        guidance: float,
+        clip_skip: int | None,
     ) -> Iterator[Image.Image]:
         """Draw prompts together, each picture from the noise of its own seed alone."""
         sampling = GenerateConfig(
             tuple(prompts),
             steps=steps,
             guidance=guidance,
+            clip_skip=clip_skip,
             width=size,
             height=size,
             batch_size=len(prompts),

@@ -90,7 +90,15 @@ class Drawing(Protocol):
         ...
 
     def class_pictures(
-        self, pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], *, size: int, steps: int, guidance: float
+        self,
+        pipe: Pipeline,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        size: int,
+        steps: int,
+        guidance: float,
+        clip_skip: int | None,
     ) -> Iterable[Image.Image]:
         """Draw prompts together, each picture from the noise of its own seed alone, whatever else is drawn with it.
 
@@ -101,6 +109,7 @@ class Drawing(Protocol):
             size: Pixels a side.
             steps: Denoising steps.
             guidance: Of classifier-free guidance.
+            clip_skip: As of `previews`.
 
         Returns:
             A picture for each prompt, in order.

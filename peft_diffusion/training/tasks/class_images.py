@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...bases import BaseInfo, denoiser_of, describe
+from ...bases import denoiser_of, describe, fingerprint
 from ...bases.pipelines import Pipeline
 from ...bases.prompt_syntax import words
 from ...core.events import Observer, progress
@@ -58,20 +58,23 @@ def pictures(
     return found
 
 
-def class_folder(config: ResolvedConfig, info: BaseInfo, size: int) -> Path:
+def class_folder(config: ResolvedConfig, pipe: Pipeline, size: int) -> Path:
     """Say where drawn pictures of the class are kept: beside the runs, under a digest of all that they depend on.
 
     Args:
         config: The settings.
-        info: What is known of the base.
+        pipe: The base: what it predicts and its scheduler decide what it draws, and its VAE does.
         size: Pixels a side.
 
     Returns:
         The folder, which need not exist yet.
     """
-    key = [info.fingerprint, list(config.class_prompt), config.class_images, size, _STEPS, _GUIDANCE, _BATCH]
-    key += [config.precision, config.quantize]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    scheduler = {name: told for name, told in pipe.scheduler.config.items() if not name.startswith("_")}
+    key: list[object] = [describe(pipe).fingerprint, fingerprint({"vae": denoiser_of(pipe).vae})]
+    key += [type(pipe.scheduler).__name__, scheduler]
+    key += [list(config.class_prompt), config.class_images, size, _STEPS, _GUIDANCE, _BATCH]
+    key += [config.precision, config.quantize, config.clip_skip]
+    name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return (config.cache or config.run_dir.parent / "class_images") / f"class_{name}"
 
 
@@ -87,9 +90,9 @@ def _drawn(
     config: ResolvedConfig, pipe: Pipeline, tell: Observer, drawing: Drawing, processes: Processes
 ) -> list[TrainingImage]:
     """Pictures that the base draws, or drew before. A batch that is not all there is drawn again."""
-    info = describe(pipe)
-    size = config.resolution // info.step * info.step
-    folder = class_folder(config, info, size)
+    step = denoiser_of(pipe).step
+    size = config.resolution // step * step
+    folder = class_folder(config, pipe, size)
     given = [config.class_prompt[number % len(config.class_prompt)] for number in range(config.class_images)]
     prompts = [Wildcards().draw(prompt, number) for number, prompt in enumerate(given)]
     seeds = [seed_of("class picture", number) for number in range(len(prompts))]
@@ -109,7 +112,13 @@ def _drawn(
                 with small_vae(denoiser_of(pipe).vae, size):
                     # The base's own sampler and noise of each picture's own seed: the same pictures wherever they are drawn.
                     found = drawing.class_pictures(
-                        pipe, prompts[own], seeds[own], size=size, steps=_STEPS, guidance=_GUIDANCE
+                        pipe,
+                        prompts[own],
+                        seeds[own],
+                        size=size,
+                        steps=_STEPS,
+                        guidance=_GUIDANCE,
+                        clip_skip=config.clip_skip,
                     )
                     for path, picture in zip(paths[own], found, strict=True):
                         if processes.leads:

@@ -75,9 +75,10 @@ def noise(shape: tuple[int, ...], offset: float, generator: torch.Generator) -> 
 
 
 def pyramid(noise: Tensor, discount: float, generator: torch.Generator) -> Tensor:
-    """Add coarser noises, each of 2 to 4 times fewer rows than the one before, at random, down to one.
+    """Add more noise, as fine and then coarser, each of 2 to 4 times fewer rows than the one before, at random, down to one.
 
     https://wandb.ai/johnowhitaker/multires_noise/reports/Multi-Resolution-Noise-for-Diffusion-Model-Training--VmlldzozNjYyOTU2
+    in the reading of sd-scripts (``pyramid_noise_like``), but for the deviation, which is that of each image here.
 
     Args:
         noise: (batch, channels, height, width).
@@ -88,13 +89,13 @@ def pyramid(noise: Tensor, discount: float, generator: torch.Generator) -> Tenso
         Of that shape; each image has a deviation of 1.
     """
     height, width = size = noise.shape[-2:]
-    share, divisor = 1.0, 1.0
-    while max(height, width) > 1:
-        divisor *= 2 + 2 * float(torch.rand((), generator=generator))
-        share *= discount
+    level = 0
+    while level == 0 or min(height, width) > 1:
+        divisor = (2 + 2 * float(torch.rand((), generator=generator))) ** level
         height, width = (max(1, int(side / divisor)) for side in size)
         coarse = torch.randn(*noise.shape[:2], height, width, generator=generator)
-        noise = noise + share * F.interpolate(coarse, size, mode="bilinear")
+        noise = noise + discount**level * F.interpolate(coarse, size, mode="bilinear")
+        level += 1
     return noise / noise.flatten(1).std(1).view(-1, 1, 1, 1)
 
 

@@ -57,8 +57,8 @@ _USUAL: dict[str, Any] = {
     "frames": "25", "mse_strength": 1.0, "lora_weight_dtype": "FLOAT_32", "vb_loss_strength": 1.0, "huber_delta": 1.0,
     "timestep_shift": 1.0, "ema_update_step_interval": 5, "loss_scaler": "NONE", "learning_rate_scaler": "NONE",
     "text_encoder_sequence_length": 512, "text_encoder_2_sequence_length": 77, "oft_block_size": 32, "lokr_dim": 16,
-    "lokr_decompose_factor": -1, "lokr_vec_trick": True, "lokr_dora_on_output": True, "unmasked_probability": 0.1,
-    "unmasked_weight": 0.1, "loss_weight_strength": 5.0, "async_offloading": True, "layer_filter": "",
+    "lokr_decompose_factor": -1, "lokr_vec_trick": True, "lokr_dora_on_output": True,
+    "loss_weight_strength": 5.0, "async_offloading": True, "layer_filter": "",
 }  # fmt: skip
 
 
@@ -98,8 +98,10 @@ def read(file: Path, given: Mapping[str, Any]) -> Found:
     _adapter(options, found, method)
     options.take("concepts", "concept_file_name")
     for name, usual in _USUAL.items():
-        if options.left.get(name) == usual or (name.startswith("unmasked") and found.settings["masks"] == "off"):
+        if options.left.get(name) == usual:
             options.take(name)
+    if found.settings["masks"] == "off":
+        options.take("unmasked_probability", "unmasked_weight")
     options.rename(_SILENT)
     return found
 
