@@ -208,7 +208,7 @@ def draw_together(
 
     Args:
         base: The base, which carries no adapters.
-        parts: What they ask for, all of it from noise.
+        parts: What they ask for, all of it from noise, with one way to save memory.
         at_most: Pictures computed at once.
         strict: Whether to refuse a file of which a tensor is left out.
         tell: Is told how far it is.
@@ -241,15 +241,16 @@ def draw_together(
         missing = Counter(whose)
         done: dict[int, tuple[Image.Image, Recipe]] = {}
         cells = [cell for job in jobs for cell in job.cells]
-        for one in grouped(adapters, cells, [job.config for job in jobs], Observers()):
-            spare(adapters, one.sampling)
-            config = replace(one.sampling, batch_size=at_most)
-            coming = paint(adapters, [cells[number] for number in one.numbers], config, tell=tell, stop=stop)
-            for number, image in zip(one.numbers, coming, strict=True):
-                done[number] = image, jobs[number].recipes[0]
-                missing[whose[number]] -= 1
-                if not missing[whose[number]]:
-                    yield whose[number], [done[which] for which, of in enumerate(whose) if of == whose[number]]
+        groups = grouped(adapters, cells, [job.config for job in jobs], Observers())
+        with spared(adapters, parts[0].config):
+            for one in groups:
+                config = replace(one.sampling, batch_size=at_most)
+                coming = paint(adapters, [cells[number] for number in one.numbers], config, tell=tell, stop=stop)
+                for number, image in zip(one.numbers, coming, strict=True):
+                    done[number] = image, jobs[number].recipes[0]
+                    missing[whose[number]] -= 1
+                    if not missing[whose[number]]:
+                        yield whose[number], [done[which] for which, of in enumerate(whose) if of == whose[number]]
 
 
 def _refuse_words(adapters: Adapters, own: Sequence[str]) -> None:
