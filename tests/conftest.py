@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,14 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from disk import without_waiting  # noqa: E402
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from transformers import CLIPTokenizer
+
+
+without_waiting()
 
 
 def pytest_collection_finish() -> None:
@@ -151,3 +156,21 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases") / "other"
     make_pipe(seed=1, width=48).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def few_measurements() -> Iterator[None]:
+    """Runs of this process measure with few noises: eight times the work of six steps of training, which many tests make."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("peft_diffusion.training.tasks.diffusion._DRAWS", 2)
+        patched.setattr("peft_diffusion.training.tasks.diffusion._OTHER_PLACES", (0.65,))
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_plots() -> Iterator[None]:
+    """Runs of this process draw no plots, for tests that look at none: two take as long as twenty steps."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("draw", "draw_signals"):
+            patched.setattr(f"peft_diffusion.training.record.recorder.{name}", lambda path, metrics: None)
+        yield

@@ -21,6 +21,8 @@ from peft_diffusion.core.adapter import Adapter, Chain, parts_of
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.training.settings.pictures import ResolvedConfig
 
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+
 torch.set_num_threads(1)
 
 

@@ -86,6 +86,8 @@ from peft_diffusion.training.events import (
 from peft_diffusion.training.machine import memory_plan
 from peft_diffusion.training.need import Need
 
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+
 torch.set_num_threads(1)
 LONG = "apple " * 80 + "dog"
 

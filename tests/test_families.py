@@ -29,6 +29,8 @@ from peft_diffusion.training.loop.trainer import loss_at
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
 
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+
 torch.set_num_threads(1)
 BOTH = ("unet", "text_encoder", "text_encoder_2")
 

@@ -22,6 +22,8 @@ from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training.events import Begun
 
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+
 
 def filled(adapter: Adapter) -> Adapter:
     """Random numbers in all that it trains."""

@@ -17,6 +17,8 @@ from peft_diffusion.generation.recipe import Recipe, write
 from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.training.settings.text import TextTrainConfig
 
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+
 
 @pytest.fixture
 def places(tmp_path: Path) -> Path:

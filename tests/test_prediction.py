@@ -19,6 +19,8 @@ from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.events import Event, Warned
 from peft_diffusion.training.tasks.prediction import Answers, fitting
 
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+
 
 @pytest.mark.parametrize("predicted", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("deviation", [0.3, 1.0, 1.7])

@@ -22,6 +22,8 @@ from peft_diffusion.training import TrainConfig
 from peft_diffusion.training.events import Losses, Measured, Pace, Preview, Saved, Signals, Started, Step, StepLoss
 from peft_diffusion.training.watch.pace import PaceMeter
 
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+
 
 class Hands:
     """A clock that is set by hand."""

@@ -36,6 +36,8 @@ from peft_diffusion.training.record.measurements import measurements, verdict
 from peft_diffusion.training.record.run_folder import RunFolder
 from peft_diffusion.training.watch.find_lr import search, trial_steps
 
+pytestmark = pytest.mark.usefixtures("few_measurements")
+
 torch.set_num_threads(1)
 NASTY = "<script>alert(1)</script> & \"quotes\" 'and' {{ 7 * 7 }}"
 

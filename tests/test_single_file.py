@@ -25,7 +25,7 @@ from peft_diffusion.generation.recipe import Recipe
 from peft_diffusion.generation.sampler import Cell
 from peft_diffusion.generation.settings import Sampling
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_plots")]
 
 torch.set_num_threads(1)
 KINDS = {

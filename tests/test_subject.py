@@ -54,6 +54,8 @@ from peft_diffusion.training.tasks.diffusion import DiffusionTask
 from peft_diffusion.training.tasks.preparation import prepare
 from peft_diffusion.training.watch.previews import Previews
 
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+
 torch.set_num_threads(1)
 
 

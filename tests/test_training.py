@@ -54,7 +54,7 @@ from peft_diffusion.training.loop.trainer import (
     TrainerState,
     loss_at,
 )
-from peft_diffusion.training.record import checkpoint
+from peft_diffusion.training.record import checkpoint, plots, recorder
 from peft_diffusion.training.results import RunResult
 from peft_diffusion.training.settings.choices import OptimizerName, Scheduler, TimestepBias
 from peft_diffusion.training.settings.derive import resolve
@@ -64,6 +64,8 @@ from peft_diffusion.training.tasks.diffusion import DiffusionSettings, Diffusion
 from peft_diffusion.training.tasks.objective import Timesteps
 from peft_diffusion.training.tasks.preparation import prepare
 from peft_diffusion.training.tasks.unseen import unseen
+
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
 
 torch.set_num_threads(1)
 POWERS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
@@ -535,7 +537,8 @@ def test_the_configuration_imports_no_torch() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_lowers_the_losses_and_leaves_the_base_as_it_was(tmp_path: Path) -> None:
+def test_a_run_lowers_the_losses_and_leaves_the_base_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "draw", plots.draw)
     folder = draw_pictures(tmp_path / "pictures", 20)
     pipe = make_pipe()
     before, classes = checksum(components(pipe)), [type(m) for m in pipe.unet.modules()]
