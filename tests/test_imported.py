@@ -404,6 +404,13 @@ def test_a_configuration_of_onetrainer_becomes_ours(tmp_path: Path) -> None:
         file.write_text(json.dumps(given | of_rest | {"masked_training": masked}), "utf-8")
         config, absent = imported(tmp_path, file)
         assert config.masks == ("files" if masked else "off") and len(absent) == told
+    # F.huber_loss has one delta at all timesteps.
+    huber = {"huber_strength": 1.0, "huber_delta": 0.2}
+    for squared, wanted_loss in ((0.0, ("huber", "constant", 0.2)), (1.0, ("l2", "snr", 0.1))):
+        file.write_text(json.dumps(given | huber | {"mse_strength": squared}), "utf-8")
+        config, absent = imported(tmp_path, file)
+        assert (config.loss, config.huber_schedule, config.huber_c) == wanted_loss
+        assert any("huber_strength" in line for line in absent) == bool(squared)
     file.write_text(json.dumps(given | {"model_type": "FLUX_DEV_1"}), "utf-8")
     with pytest.raises(pd.UserError, match="is a LORA of a FLUX_DEV_1"):
         imported(tmp_path, file)

@@ -18,16 +18,16 @@ import pytest
 import requests
 import torch
 import webuiapi
-from conftest import make_xl_pipe
+from conftest import make_pipe, make_xl_pipe
 from making import environment, make_adapter
-from PIL import Image
+from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 
 from peft_diffusion import GenerateConfig, UserError, generate, load_base
 from peft_diffusion.bases import describe
 from peft_diffusion.bases.base import BaseInfo
 from peft_diffusion.serve import drawing, inpainting, names, pictures
-from peft_diffusion.serve.bodies import TextToImage
+from peft_diffusion.serve.bodies import ImageToImage, TextToImage
 from peft_diffusion.serve.drawing import Held, config_of
 from peft_diffusion.serve.settings import ServeConfig
 from peft_diffusion.serve.worker import Job
@@ -497,6 +497,25 @@ def test_what_a_mask_shows_is_filled_from_around_it() -> None:
     assert (np.asarray(inpainting.filled(image, mask)) == (200, 100, 0)).all()
     grey = inpainting.filled(image, Image.new("L", image.size, 255))
     assert set(np.asarray(grey).ravel().tolist()) <= {127, 128}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("fill", [0, 1])
+def test_what_a_mask_hides_in_part_is_blended_with_the_picture_and_not_the_filling(whole: bool, fill: int) -> None:
+    """A1111 lays the picture over what was painted, by the blurred mask, whatever the painting began with."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (24, 24, 40, 40))
+    body = ImageToImage(
+        prompt="a cat", init_images=[webuiapi.raw_b64_img(picture)], mask=webuiapi.raw_b64_img(mask), mask_blur=4,
+        inpainting_fill=fill, inpaint_full_res=not whole, inpaint_full_res_padding=64, width=64, height=64,
+    )  # fmt: skip
+    config = GenerateConfig("a cat", width=64, height=64)
+    begun = drawing.source_of(body, config, ServeConfig(), describe(make_pipe()))
+    painted = Image.new("RGB", (64, 64), "blue")
+    found = begun.ready.finished(begun.source.kept(painted))
+    wanted = Image.composite(painted, picture, mask.filter(ImageFilter.GaussianBlur(4)))
+    assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1
 
 
 @pytest.mark.parametrize("padding", [0, 10, 500])

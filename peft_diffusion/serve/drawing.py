@@ -327,7 +327,8 @@ def source_of(body: ImageToImage, config: GenerateConfig, serving: ServeConfig, 
     used = UsedPicture("init_images[0]", "" if ready.changed else given.sha256)
     used_mask = None if masked is None else UsedPicture("mask", "" if ready.changed else masked.sha256)
     strength = 0.75 if body.denoising_strength is None else body.denoising_strength
-    return Beginning(begin(Source(ready.image, used, ready.mask, used_mask), strength, config.taken_steps), ready)
+    source = Source(ready.image, used, ready.mask, used_mask, beneath=ready.beneath)
+    return Beginning(begin(source, strength, config.taken_steps), ready)
 
 
 class Beginning(NamedTuple):
