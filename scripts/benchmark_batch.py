@@ -4,8 +4,8 @@
     python scripts/benchmark_batch.py --kinds tiny --device cpu --steps 4           # sees that the script works
 
 Weights are random; the LoRAs (rank 16, on attention) are files that both sides load. First the gate: each picture of a
-batch is that of its own run, up to the rounding of the precision. Then eight pictures with eight adapters, in one batch and in
-turn, in milliseconds (medians). Then 32 requests with 16 adapters that all wait from the beginning: here eight at once, by
+batch is that of its own run, up to the rounding of the precision. Then eight pictures with eight adapters, in one batch and
+in turn, in milliseconds (medians). Then 32 requests with 16 adapters that all wait from the beginning: here eight at once, by
 diffusers with peft one after the other; pictures a second, and after how many seconds half of them and 95 in 100 are there.
 """
 
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,8 @@ def compare(kind: str, options: argparse.Namespace, folder: Path) -> None:
     before = adapters.recordings
     batch = timed(lambda: adapters.batch(some, at_most=AT_ONCE), options)
     turn = timed(lambda: [adapters.batch([request]) for request in some], options)
-    done = waited(
-        [lambda start=start: adapters.batch(wanted[start : start + AT_ONCE]) for start in range(0, REQUESTS, AT_ONCE)]
-    )
+    parts = [wanted[start : start + AT_ONCE] for start in range(0, REQUESTS, AT_ONCE)]
+    done = waited([partial(adapters.batch, part, at_most=AT_ONCE) for part in parts])
     more = f"; {adapters.recordings - before} recordings meanwhile"
     rows = [
         ["eight pictures in one batch, ms", f"{1000 * batch:.4g}", "-"],
@@ -105,7 +105,7 @@ def theirs(pipe: Any, files: Sequence[Path], wanted: Sequence[Request], options:
         )  # fmt: skip
 
     draw(wanted[0])
-    done = waited([lambda request=request: draw(request) for request in wanted])
+    done = waited([partial(draw, request) for request in wanted])
     pipe.unload_lora_weights()
     return done
 
@@ -121,7 +121,7 @@ def waited(works: Sequence[Callable[[], object]]) -> list[float]:
 
 def share(done: Sequence[float], each: int, part: float) -> float:
     """When a share of the people has its picture, where so many are done at each time."""
-    return sorted(np.repeat(done, each).tolist())[int(np.ceil(part * REQUESTS)) - 1]
+    return float(np.sort(np.repeat(done, each))[int(np.ceil(part * REQUESTS)) - 1])
 
 
 def timed(work: Callable[[], object], options: argparse.Namespace) -> float:
