@@ -5,7 +5,7 @@
 
 Weights are random; the LoRAs (rank 16, on attention) are files that both sides load. First the gate: each picture of a
 batch is that of its own run, up to the rounding of the precision. Then eight pictures with eight adapters, in one batch and
-in turn, in milliseconds (medians). Then 32 requests with 16 adapters that all wait from the beginning: here eight at once, by
+in turn, in milliseconds (medians). Then 32 requests with 16 adapters that all wait from the first: here eight at once, by
 diffusers with peft one after the other; pictures a second, and after how many seconds half of them and 95 in 100 are there.
 """
 
