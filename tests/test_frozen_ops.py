@@ -4,14 +4,16 @@ Kernels run on CUDA, or on a CPU where Triton is installed and TRITON_INTERPRET=
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peft_diffusion import fast
 from peft_diffusion.fast import frozen_ops
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -80,6 +82,14 @@ def test_layer_norm_is_that_of_torch(width: int, added: bool, way: None) -> None
     check_same(frozen_ops.layer_norm(x, norm, more), (norm(total), total), [x] if more is None else [x, more])
 
 
+def test_a_layer_norm_of_a_sum_reads_rows_that_lie_apart(way: None) -> None:
+    norm, wide, more = frozen(nn.LayerNorm(40)), drawn(2, 7, 56).detach(), drawn(2, 7, 40).detach()
+    found, total = frozen_ops.layer_norm(wide[..., :40], norm, more)
+    torch.testing.assert_close(total, wide[..., :40] + more)
+    torch.testing.assert_close(found, norm(wide[..., :40] + more))
+    assert total.is_contiguous() and found.is_contiguous()
+
+
 def test_the_gate_is_that_of_torch(way: None) -> None:
     torch.manual_seed(0)
     x = drawn(2, 7, 80)
@@ -138,3 +148,44 @@ def test_what_has_no_memory_is_given_to_no_kernel(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(frozen_ops, "kernels_on", lambda device: object())  # which has none of the functions
         of_kernels = peak(loss, inputs, torch.device("cpu"))
     assert 0 < of_kernels < in_torch and of_kernels < plain
+
+
+class _Kernels:
+    """What kernels give, by torch; one of them may be compiled wrongly."""
+
+    def __init__(self, wrong: str | None) -> None:
+        self.wrong = wrong
+
+    def _told(self, name: str, found: Tensor) -> Tensor:
+        return found + 0.01 if name == self.wrong else found
+
+    def group_norm(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd = frozen_ops._group_norm_in_torch(*given)
+        return self._told("group_norm", y), mean, rstd
+
+    def group_norm_back(self, *given: Any) -> Tensor:
+        return self._told("group_norm_back", frozen_ops._group_norm_back_in_torch(*given))
+
+    def layer_norm(self, x: Tensor, added: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x + added
+        return total, self._told("layer_norm", F.layer_norm(total, total.shape[-1:], weight, bias, eps))
+
+    def gated(self, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, -1)
+        return self._told("gated", value * F.gelu(gate))
+
+    def gated_back(self, dy: Tensor, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("wrong", [None, "group_norm", "group_norm_back", "layer_norm", "gated"])
+def test_kernels_that_give_something_else_are_left_alone(
+    wrong: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    there = _Kernels(wrong)
+    monkeypatch.setitem(sys.modules, "peft_diffusion.fast.kernels", there)
+    monkeypatch.setattr(fast, "kernels", there, raising=False)
+    found = frozen_ops.kernels_on.__wrapped__(torch.device("cpu"))
+    assert found is (there if wrong is None else None)
+    assert [one.getMessage().rpartition(": ")[2].split()[0] for one in caplog.records] == ([] if wrong is None else [wrong])

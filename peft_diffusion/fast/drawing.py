@@ -148,8 +148,8 @@ class Engine:
         """Drop recordings and operands, and give the weights their own order in memory back."""
         with self._lock:
             self._drop()
-            self._layout.close()
-            self._reads = self._operands = self._table = None
+            self._give_back()
+            self._reads = self._table = None
 
     def forget_moved(self) -> None:
         """Drop recordings and operands if the network has moved."""
@@ -210,14 +210,21 @@ class Engine:
             return
         if self._operands is None or before is None or before.addresses != self._reads.addresses:
             self._drop()
-            self._layout.close()
+            self._give_back()
             self._lay_out()
-            self._reads = _Reads(self.network)
-        if self._operands is None or not self._operands.fits(self.network):
+        if self._operands is None:
             self._operands = Operands(self.network)
         if self._operands.follow():
             self._drop()
+        self._reads = _Reads(self.network)  # where all lies now
         self._weighed = None
+
+    def _give_back(self) -> None:
+        """Give the weights their own order in memory back."""
+        if self._operands is not None:
+            self._operands.release()
+        self._operands = None
+        self._layout.close()
 
     def _lay_out(self) -> None:
         """Bring the weights to the order in which they are read fastest."""

@@ -37,16 +37,32 @@ def kernels_on(device: torch.device) -> Any:
     try:
         from . import kernels
 
-        x, one = torch.randn(1, 64, 2, 4, device=device).to(memory_format=_CHANNELS_LAST), torch.ones(64, device=device)
-        y, mean, rstd = kernels.group_norm(x, None, one, one, 8, 1e-5, True)
-        kernels.group_norm_back(y, x, None, one, one, mean, rstd, True, None)
-        kernels.gated_back(kernels.gated(one), one)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _see(kernels, device)
     except Exception as error:  # no Triton, no compiler for what it launches from, a card that it does not know
         logging.getLogger(__name__).warning("computing without Triton's kernels, which is slower: %s", error)
         return None
     return kernels
+
+
+def _see(kernels: Any, device: torch.device) -> None:
+    """Raise RuntimeError where kernels do not give on a device what torch gives, as of a version that compiles otherwise."""
+    x, one = torch.randn(1, 64, 2, 4, device=device).to(memory_format=_CHANNELS_LAST), torch.ones(64, device=device)
+    wide, more = torch.randn(1, 5, 80, device=device), torch.randn(1, 5, 64, device=device)
+    y, mean, rstd = kernels.group_norm(x, None, one, one, 8, 1e-5, True)
+    total = wide[..., :64] + more
+    found = {
+        "group_norm": (y, _group_norm_in_torch(x, None, one, one, 8, 1e-5, True)[0]),
+        "group_norm_back": (
+            kernels.group_norm_back(y, x, None, one, one, mean, rstd, True, None),
+            _group_norm_back_in_torch(y, x, None, one, one, mean, rstd, True, None),
+        ),
+        "layer_norm": (kernels.layer_norm(wide[..., :64], more, one, one, 1e-5)[1], F.layer_norm(total, [64], one, one)),
+        "gated": (kernels.gated(more), more[..., :32] * F.gelu(more[..., 32:])),
+    }
+    kernels.gated_back(kernels.gated(one), one)
+    for name, (ours, theirs) in found.items():
+        if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4):  # which also waits for what was launched
+            raise RuntimeError(f"{name} gives something else than torch")
 
 
 def _kernels(x: Tensor) -> Any:
@@ -123,7 +139,14 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm, added: Tensor | None = None) -> Pa
         The norm of ``x + added``, and that sum, whose gradient is added where the norm's is made.
     """
     apply: Callable[..., Pair] = _LayerNorm.apply
-    return apply(x.contiguous(), added if added is None else added.contiguous(), norm.weight, norm.bias, norm.eps)
+    # What is added to may lie in rows apart, as after a product that makes more than them.
+    x = x if added is not None and _in_rows(x) else x.contiguous()
+    return apply(x, added if added is None else added.contiguous(), norm.weight, norm.bias, norm.eps)
+
+
+def _in_rows(x: Tensor) -> bool:
+    """Whether the rows of (images, places, width) follow one another at one distance."""
+    return x.ndim == 3 and x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
 
 
 def gated(x: Tensor) -> Tensor:

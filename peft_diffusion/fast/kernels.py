@@ -253,14 +253,14 @@ def _group_norm_back_apply(
 
 @triton.jit
 def _layer_norm(
-    x, added, weight, bias, total, y, mean, rstd, ROWS, WIDTH, eps,
+    x, added, weight, bias, total, y, mean, rstd, ROWS, WIDTH, STRIDE, eps,
     ADDED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     here = column < WIDTH
     inside = (row < ROWS)[:, None] & here[None, :]
     at = row[:, None] * WIDTH + column[None, :]
-    seen = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    seen = tl.load(x + row[:, None] * STRIDE + column[None, :], mask=inside, other=0).to(tl.float32)
     if ADDED:
         seen += tl.load(added + at, mask=inside, other=0).to(tl.float32)
         rounded = seen.to(total.dtype.element_ty)
@@ -457,7 +457,7 @@ def layer_norm(
     """Compute a sum and its norm over the last axis.
 
     Args:
-        x: (..., width).
+        x: (..., width), its rows in order; they may lie apart where something is added.
         added: Added to ``x``, of its shape.
         weight: (width,).
         bias: (width,).
@@ -468,13 +468,13 @@ def layer_norm(
     """
     width = x.shape[-1]
     rows = x.numel() // width
-    y, total = torch.empty_like(x), x if added is None else torch.empty_like(x)
+    y, total = x.new_empty(x.shape), x if added is None else x.new_empty(x.shape)
     mean, rstd = x.new_empty(2, rows, dtype=torch.float32).unbind()
     block = triton.next_power_of_2(width)
     each = max(1, _TILE // 2 // block)
     _layer_norm[(triton.cdiv(rows, each),)](
-        x, x if added is None else added, weight, bias, total, y, mean, rstd, rows, width, eps, ADDED=added is not None,
-        BLOCK_R=each, BLOCK_C=block,
+        x, x if added is None else added, weight, bias, total, y, mean, rstd, rows, width, x.stride(-2), eps,
+        ADDED=added is not None, BLOCK_R=each, BLOCK_C=block,
     )  # fmt: skip
     return total, y, mean, rstd
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -91,21 +92,10 @@ class Operands:
         self._up = torch.empty(0, device=self.device, dtype=self.dtype)
         self._rows = self._blocks = torch.empty(0, dtype=torch.long, device=self.device)
         self._strength: dict[int, Tensor] = {}
+        self._tails: dict[nn.Module, _Tailed] = {}
         self._batch = 1
         self.told: Tensor | None = None
         self.known: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def fits(self, network: nn.Module) -> bool:
-        """Tell whether the operands are where, and what, a network computes with.
-
-        Args:
-            network: The network.
-
-        Returns:
-            Whether device and dtype are the same.
-        """
-        parameter = next(network.parameters())
-        return (parameter.device, parameter.dtype) == (self.device, self.dtype)
 
     @torch.no_grad()
     def follow(self) -> bool:
@@ -133,10 +123,9 @@ class Operands:
         modules = [module for _, module in walk(self.network)]
         for attention in modules:
             if isinstance(attention, Attention):
-                crosses = attention.is_cross_attention
-                layers = [attention.to_k, attention.to_v] if crosses else [attention.to_q, attention.to_k, attention.to_v]
+                layers = _read_alike(attention)
                 if _alike(layers) and self._serves(layers[0]):
-                    together.append(tuple(layers))
+                    together.append(layers)
         taken = {layer for layers in together for layer in layers}
         alone: list[tuple[nn.Linear, ...]] = [
             (one,) for one in modules if is_plain_linear(one) and one not in taken and self._serves(one)
@@ -168,6 +157,17 @@ class Operands:
             self._scaled[width] = torch.zeros_like(self._down[width])
             offset += start
         self._up = torch.zeros(places, device=self.device, dtype=self.dtype)
+        self.release()
+        for layers in _attending(self.network):
+            made = self._groups.get(layers[0])
+            if made is not None and made.layers == layers and made.room:
+                self._tails[layers[0]] = _Tailed.of(made)
+
+    def release(self) -> None:
+        """Give weights that lie before ranks memory of their own again."""
+        for tailed in self._tails.values():
+            tailed.release()
+        self._tails.clear()
 
     def _fill(self) -> None:
         """Copy the pairs to their places, and note where each rank has its strength."""
@@ -220,11 +220,16 @@ class Operands:
             found = strengths.over(found, batch)
             place = self._strength.setdefault(batch, torch.empty(found.shape, device=self.device, dtype=self.dtype))
             place.copy_(found)
-            return
-        column, start = found[0].to(self.dtype).unsqueeze(1), 0
-        for width, down in self._down.items():
-            torch.mul(down, column[start:][: len(down)], out=self._scaled[width])
-            start += len(down)
+        else:
+            column, start = found[0].to(self.dtype).unsqueeze(1), 0
+            for width, down in self._down.items():
+                torch.mul(down, column[start:][: len(down)], out=self._scaled[width])
+                start += len(down)
+        downs = self._down if self.by_image else self._scaled
+        tails = [(tailed.tail, self._groups[first]) for first, tailed in self._tails.items()]
+        if tails:
+            held = [downs[group.width][group.start :][: group.ranks] for _, group in tails]
+            torch._foreach_copy_([tail for tail, _ in tails], held)
 
     def knows(self, attention: nn.Module, told: Tensor) -> tuple[Tensor, Tensor] | None:
         """Find the keys and values that were computed before the step.
@@ -270,6 +275,9 @@ class Operands:
         group = self._groups.get(layers[0])
         if group is None or group.layers != tuple(layers) or x.dtype != self.dtype:
             return None
+        tailed = self._tails.get(layers[0])
+        if tailed is not None and not self.merged:
+            return self._at_once(group, tailed, x)
         weights = [layer.weight for layer in group.layers]
         together = stacked(weights) if len(weights) > 1 else weights[0][None]
         bias, paired = group.layers[0].bias, bool(group.ranks) and not self.merged
@@ -290,8 +298,62 @@ class Operands:
         rows = slice(group.start, group.start + group.ranks)
         if not self.by_image:
             return F.linear(x, self._scaled[group.width][rows])
+        return F.linear(x, self._down[group.width][rows]) * self._by_image(group, x)
+
+    def _by_image(self, group: Group, x: Tensor) -> Tensor:
+        """The strengths of a group's ranks for each row of the batch, to be multiplied with what is made of ``x``."""
         strength = self._strength[self._batch][:, group.offset :][:, : group.ranks]
-        return F.linear(x, self._down[group.width][rows]) * strength.view(len(strength), *[1] * (x.ndim - 2), -1)
+        return strength.view(len(strength), *[1] * (x.ndim - 2), -1)
+
+    def _at_once(self, group: Group, tailed: "_Tailed", x: Tensor) -> Sequence[Tensor]:
+        """Layers and their downs by one product: ``x`` is read once, and there is a kernel less."""
+        y = F.linear(x, tailed.weight, tailed.bias)
+        own = len(tailed.weight) - group.ranks
+        hidden = y[..., own:]
+        if self.by_image:
+            hidden.mul_(self._by_image(group, x))
+        _add(y[..., :own], hidden, self._ups(group))
+        return y[..., :own].chunk(len(group.layers), -1)
+
+
+@dataclass(frozen=True)
+class _Tailed:
+    """The weights of a group with its ranks below them: ``weight`` (layers * out + ranks, in), ``bias`` as long, or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    ranks: int
+    layers: tuple[nn.Linear, ...]
+
+    @classmethod
+    def of(cls, group: Group) -> "_Tailed":
+        """Of layers, whose weights and biases are views of it from now on."""
+        first = group.layers[0]
+        out = first.out_features
+        weight = first.weight.new_zeros(len(group.layers) * out + group.ranks, group.width)
+        for number, layer in enumerate(group.layers):
+            place = weight[number * out :][:out]
+            place.copy_(layer.weight)
+            layer.weight.data = place
+        bias = None
+        if first.bias is not None:
+            bias = first.bias.new_zeros(len(weight))
+            bias[:out].copy_(first.bias)
+            first.bias.data = bias[:out]
+        return cls(weight, bias, group.ranks, group.layers)
+
+    @property
+    def tail(self) -> Tensor:
+        """(ranks, in)."""
+        return self.weight[len(self.weight) - self.ranks :]
+
+    def release(self) -> None:
+        """Give what still lies here memory of its own."""
+        mine = {one.untyped_storage().data_ptr() for one in (self.weight, self.bias) if one is not None}
+        for layer in self.layers:
+            for own in (layer.weight, layer.bias):
+                if own is not None and own.untyped_storage().data_ptr() in mine:
+                    own.data = own.data.clone()
 
 
 class _Path:
@@ -325,6 +387,21 @@ def _add(y: Tensor, hidden: Tensor, up: Tensor) -> None:
     else:
         by_layer = rows.view(len(rows), len(up), -1).transpose(0, 1)
         by_layer.baddbmm_(ranks.view(len(ranks), len(up), -1).transpose(0, 1), up)
+
+
+def _read_alike(attention: Any) -> tuple[nn.Linear, ...]:
+    """The projections of an attention that read the same."""
+    every = attention.to_q, attention.to_k, attention.to_v
+    return every[1:] if attention.is_cross_attention else every
+
+
+def _attending(network: nn.Module) -> Iterator[tuple[nn.Linear, ...]]:
+    """The layers of attention that run in every step; what follows them reads rows that lie apart."""
+    for attention in network.modules():
+        if isinstance(attention, Attention):
+            yield (attention.to_q,) if attention.is_cross_attention else _read_alike(attention)
+            if attention.to_out is not None:
+                yield (attention.to_out[0],)
 
 
 def _served(layer: nn.Module) -> bool:

@@ -33,7 +33,7 @@ from .asked import Asked, Order, order
 from .control import used as used_controls
 from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
-from .memory import device_of, loaded, spare
+from .memory import device_of, loaded, spared
 from .picture_formats import ending
 from .recipe import Recipe, UsedAdapter, UsedPicture
 from .sampler import Cell, gives_way, paint, scheduler_of, size
@@ -177,9 +177,9 @@ def draw(
         jobs = [_job(adapters, names, asked, group, source) for group in asked.groups]
         if check is not None:
             check(jobs[0].recipes[0])
-        spare(adapters, config)
-        for job in jobs:
-            yield from zip(job.paint(adapters, tell, stop), job.recipes, strict=True)
+        with spared(adapters, config):
+            for job in jobs:
+                yield from zip(job.paint(adapters, tell, stop), job.recipes, strict=True)
 
 
 @dataclass(frozen=True)

@@ -229,12 +229,11 @@ def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
 
     Args:
         adapters: Those on the base.
-        cells: What is drawn; where one has an adapter that was trained with zero terminal SNR, or the base was, it begins
-            with pure noise.
+        cells: What is drawn; where one has an adapter that was trained with zero terminal SNR, it begins with pure noise.
         sampling: What was asked for.
 
     Returns:
-        The scheduler.
+        The scheduler; DDIM's in place of one that cannot begin with pure noise, where it should.
 
     Raises:
         UserError: There are more steps than noise levels.
@@ -251,11 +250,11 @@ def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
     if sampling.scheduler is not None:
         for steps in {sampling.taken_steps, *(() if hires is None else (hires.planned,))}:
             scheduler = _named(sampling.scheduler, adapters, steps)
+            # One that knows no such schedule would leave that of the base's configuration out, and begin with another.
+            if _begins_with_noise(adapters.pipe.scheduler) and not _can_begin_with_noise(scheduler):
+                scheduler = _named("ddim", adapters, steps)
     used = {name for cell in cells for name, strength in (cell.strengths or {}).items() if strength != 0}
     of_noise = any(adapters[name].spec.training.get("zero_terminal_snr") for name in used & set(adapters.names))
-    # One that knows no such schedule would leave that of the base's configuration out, and begin with another.
-    asked_for_another = sampling.scheduler is not None and not _can_begin_with_noise(scheduler)
-    of_noise = of_noise or (asked_for_another and _begins_with_noise(adapters.pipe.scheduler))
     return ending_in_noise(scheduler) if of_noise else scheduler
 
 

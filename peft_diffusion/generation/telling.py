@@ -114,9 +114,12 @@ def tell_clip_skip(pipe: Pipeline, plans: Sequence[Plan], asked: Sampling, tell:
         asked: How prompts are read.
         tell: Is told.
     """
-    used = asked.clip_skip or denoiser_of(pipe).text.usual_clip_skip
+    usual = denoiser_of(pipe).text.usual_clip_skip
+    used = asked.clip_skip or usual
     for plan in plans:
-        told = plan.header.metadata.get("ss_clip_skip") or (plan.spec.training.get("clip_skip") if plan.spec else None)
+        told = plan.spec.training.get("clip_skip") if plan.spec else None
+        if not told and usual == 1:  # sd-scripts writes it for Stable Diffusion XL too, where it has no effect there
+            told = plan.header.metadata.get("ss_clip_skip")
         if str(told).isdecimal() and int(str(told)) != used:
             tell(
                 Noted(f"{plan.path} was trained with clip skip {told}, and {used} draws; --clip-skip {told} draws as it was")

@@ -41,7 +41,8 @@ def application(config: ServeConfig, engine: Engine) -> ASGIApp:
     Returns:
         The application, behind its guard.
     """
-    app = FastAPI(title="peft_diffusion", docs_url=None, redoc_url=None)
+    # Scripts send json.dumps(...) without saying what it is, which A1111 reads; the guard sees to pages of others.
+    app = FastAPI(title="peft_diffusion", docs_url=None, redoc_url=None, strict_content_type=False)
     _errors(app)
     _drawing(app, config, engine)
     _control(app, engine)

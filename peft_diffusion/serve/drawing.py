@@ -215,8 +215,9 @@ def config_of(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | 
     if rounds < 1:
         raise UserError(f"n_iter must be 1 or more, not {rounds}")
     guided = body.cfg_scale is None or body.cfg_scale > 1
-    config = GenerateConfig(
-        (prompt,),
+    config = replace(
+        serving.drawing(held.source),
+        prompts=(prompt,),
         negative=negative if guided else "",
         steps=body.steps,
         guidance=None if body.cfg_scale is None else max(body.cfg_scale, 1.0),
@@ -225,13 +226,6 @@ def config_of(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | 
         height=body.height or None,
         batch_size=batch,
         clip_skip=clip_skip,
-        adapters_dir=serving.adapters_dir,
-        wildcards_dir=serving.wildcards_dir,
-        strict=serving.strict,
-        base=held.source,
-        prediction=serving.prediction,
-        precision=serving.precision,
-        quantize=serving.quantize,
         tile="both" if body.tiling else None,
     )
     width, height = size(held.info, config)
@@ -333,7 +327,8 @@ def source_of(body: ImageToImage, config: GenerateConfig, serving: ServeConfig, 
     used = UsedPicture("init_images[0]", "" if ready.changed else given.sha256)
     used_mask = None if masked is None else UsedPicture("mask", "" if ready.changed else masked.sha256)
     strength = 0.75 if body.denoising_strength is None else body.denoising_strength
-    return Beginning(begin(Source(ready.image, used, ready.mask, used_mask), strength, config.taken_steps), ready)
+    source = Source(ready.image, used, ready.mask, used_mask, beneath=ready.beneath)
+    return Beginning(begin(source, strength, config.taken_steps), ready)
 
 
 class Beginning(NamedTuple):
@@ -421,7 +416,8 @@ def info_of(body: Drawing, result: Result, timestamp: str) -> str:
     recipes = [one.recipe for one in result.drawn]
     first = recipes[0] if recipes else None
     subseeds = [recipe.variation_seed or 0 for recipe in recipes]
-    kind = label(parted(first.scheduler)[0]) if first and first.scheduler else (body.sampler_name or body.sampler_index)
+    asked = body.sampler_name or body.sampler_index
+    kind = asked if first is None else label(parted(first.scheduler)[0]) if first.scheduler else first.sampled_by
     told: dict[str, Any] = {
         "prompt": body.prompt or "",
         "all_prompts": [recipe.written or recipe.prompt for recipe in recipes],

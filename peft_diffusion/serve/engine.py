@@ -12,10 +12,9 @@ from ..core.errors import UserError, did_you_mean
 from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..generation.adapters import Adapters
-from ..generation.memory import loaded, spare
+from ..generation.memory import loaded
 from ..generation.picture_formats import PictureFormat
-from ..generation.settings import GenerateConfig
-from . import drawing, pictures
+from . import drawing, names, pictures
 from .bodies import Drawing
 from .drawing import Files, Held, Result
 from .settings import ServeConfig, sources
@@ -142,13 +141,15 @@ class Engine:
         for name, value in told.items():
             if name == _MODEL:
                 found = found._replace(source=self.base_called(value).source)
+            elif name == _HASH:  # which goes with the name, and comes back where all options are sent again
+                continue
             elif name == _SKIP:
                 if not isinstance(value, (int, float)) or not 1 <= value <= 12 or value != int(value):
                     raise UserError(f"{_SKIP} is a whole number from 1 to 12, not {str(value)[:20]}")
-                found = found._replace(clip_skip=int(value))
+                found = found._replace(clip_skip=int(value) if value > 1 else None)  # 1 is what A1111 begins with
             elif name == _FORMAT:
                 found = found._replace(form=pictures.format_of(value))
-            elif name != _VAE or value not in _NO_VAE:
+            elif (name != _VAE or value not in _NO_VAE) and not names.is_idle(name, value):
                 asked = f"{name} {str(value)[:60]!r}"
                 raise UserError(f"the option {asked} is not known here; there are: {', '.join(_OPTIONS)}")
         return found
@@ -250,14 +251,9 @@ class Engine:
         before, self._held = self._held, None
         del before
         _empty_cache()
-        began, config = time.monotonic(), self.config
-        asked = GenerateConfig(
-            ("",), base=source, device=config.device, precision=config.precision, quantize=config.quantize,
-            prediction=config.prediction, vae_tiling=config.vae_tiling, attention_slicing=config.attention_slicing,
-        )  # fmt: skip
-        pipe: Pipeline = loaded(asked, None)
+        began = time.monotonic()
+        pipe: Pipeline = loaded(self.config.drawing(source), None)
         adapters = Adapters(pipe)
-        spare(adapters, asked)
         digest = checkpoint_sha256(pipe)
         self._digests[source] = digest
         self._held = Held(source, pipe, adapters.base, digest)

@@ -54,11 +54,11 @@ _SILENT = (
 
 # What means nothing where it is as it is by default.
 _USUAL: dict[str, Any] = {
-    "frames": "25", "mse_strength": 1.0, "lora_weight_dtype": "FLOAT_32", "vb_loss_strength": 1.0, "huber_delta": 1.0,
+    "frames": "25", "mse_strength": 1.0, "lora_weight_dtype": "FLOAT_32", "vb_loss_strength": 1.0,
     "timestep_shift": 1.0, "ema_update_step_interval": 5, "loss_scaler": "NONE", "learning_rate_scaler": "NONE",
     "text_encoder_sequence_length": 512, "text_encoder_2_sequence_length": 77, "oft_block_size": 32, "lokr_dim": 16,
-    "lokr_decompose_factor": -1, "lokr_vec_trick": True, "lokr_dora_on_output": True, "unmasked_probability": 0.1,
-    "unmasked_weight": 0.1, "loss_weight_strength": 5.0, "async_offloading": True, "layer_filter": "",
+    "lokr_decompose_factor": -1, "lokr_vec_trick": True, "lokr_dora_on_output": True,
+    "loss_weight_strength": 5.0, "async_offloading": True, "layer_filter": "",
 }  # fmt: skip
 
 
@@ -98,8 +98,10 @@ def read(file: Path, given: Mapping[str, Any]) -> Found:
     _adapter(options, found, method)
     options.take("concepts", "concept_file_name")
     for name, usual in _USUAL.items():
-        if options.left.get(name) == usual or (name.startswith("unmasked") and found.settings["masks"] == "off"):
+        if options.left.get(name) == usual:
             options.take(name)
+    if found.settings["masks"] == "off":
+        options.take("unmasked_probability", "unmasked_weight")
     options.rename(_SILENT)
     return found
 
@@ -145,9 +147,7 @@ def _learning(options: Options, found: Found) -> None:
         found.settings["debiased"] = True
     elif weights != "CONSTANT":
         options.lack("loss_weight_fn", weights, "--min-snr-gamma or --debiased")
-    huber = options.number("huber_strength")
-    if huber:
-        found.settings["loss"] = "huber"
+    _huber(options, found)
     options.choose("timestep_distribution", _DISTRIBUTIONS, "timestep_bias")
     least, most = options.number("min_noising_strength") or 0.0, options.number("max_noising_strength")
     if (least, most) not in ((0.0, None), (0.0, 1.0)):
@@ -166,6 +166,18 @@ def _learning(options: Options, found: Found) -> None:
         found.settings["clip"] = clip
     if options.take("tensorboard"):
         found.settings["log_with"] = "tensorboard"
+
+
+def _huber(options: Options, found: Found) -> None:
+    """The loss that is linear from an error on, the same one at every timestep there; it may stand beside the squared."""
+    strength, squared = options.number("huber_strength"), options.given.get("mse_strength", 1.0)
+    delta = options.number("huber_delta") or 1.0
+    if strength and squared:
+        options.lack("huber_strength", strength, f"beside mse_strength = {squared}, and a run has one --loss")
+    elif strength and not 0 < delta <= 1:
+        options.lack("huber_delta", delta, "--huber-c is at most 1")
+    elif strength:
+        found.settings |= {"loss": "huber", "huber_schedule": "constant", "huber_c": delta}
 
 
 def _parts(options: Options, found: Found, xl: bool) -> None:
