@@ -9,8 +9,8 @@ from ..core.files import at_home
 
 # The libraries import each where it is installed, whether or not it is used: together two seconds of seven.
 OPTIONAL = ("bitsandbytes", "torchao", "peft")
-# Python looks for garbage with every 700 objects more; to import torch and diffusers makes two million, which stay. That took
-# a sixth of the time.
+# Python looks for garbage with every 700 objects more. To import torch and diffusers makes two million, which stay: looking
+# through them took a sixth of the time.
 _OBJECTS = 10_000
 _QUANTIZED = b'"quantization_config"'  # in a configuration, of weights that one of them reads
 
