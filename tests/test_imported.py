@@ -393,7 +393,7 @@ def test_a_configuration_of_onetrainer_becomes_ours(tmp_path: Path) -> None:
         "unet_lr": 3e-4, "text_encoder_lr": 1e-5, "components": ("unet", "text_encoder"), "text_encoder_until": 0.25,
         "epochs": 10.0, "rank": 8, "alpha": 1.0, "min_snr_gamma": 5.0, "optimizer": "adafactor", "weight_decay": 0.0,
         "precision": "bfloat16", "save_dtype": "bf16", "warmup": 100, "target": "attention+ff", "resolution": 1024,
-        "masks": "off", "method": "lora",
+        "masks": "off", "method": "lora", "max_aspect": 4.0,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in wanted} == wanted
     assert [one.folder for one in config.dataset] == [place] and config.dataset[0].flip

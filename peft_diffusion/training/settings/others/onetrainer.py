@@ -113,8 +113,8 @@ def _data(options: Options, found: Found) -> None:
     if len(sizes) > 1:
         found.datasets = [one if one.resolution else replace(one, resolution=sizes) for one in found.datasets]
         found.longer *= len(sizes)  # there, each draw has one of the sizes
-    if options.given.get("aspect_ratio_bucketing") is False:
-        found.settings["max_aspect"] = 1.0
+    # Its buckets, mgds' AspectBucketing, are 1:1 to 1:4.
+    found.settings["max_aspect"] = 1.0 if options.given.get("aspect_ratio_bucketing") is False else 4.0
     options.take("aspect_ratio_bucketing")
     found.settings["upscale"] = True  # as all pictures are brought to the resolution there
     found.settings["masks"] = "files" if options.take("masked_training") else "off"
