@@ -14,10 +14,14 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from disk import without_waiting  # noqa: E402
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from transformers import CLIPTokenizer
+
+
+without_waiting()
 
 
 def pytest_collection_finish() -> None:

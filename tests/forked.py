@@ -106,6 +106,13 @@ class Started:
         life = _Life(self.arguments, None if cwd is None else str(cwd), environment, self._outputs.name)
         self.process = begin(life.lead)
 
+    @property
+    def pid(self) -> int:
+        """Of the process, to send it signals."""
+        found = self.process.pid
+        assert found is not None
+        return found
+
     def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """What it printed, and the code that it ended with; after so many seconds it is killed."""
         self.process.join(timeout)

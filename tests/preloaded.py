@@ -12,9 +12,11 @@ for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
 import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: E402, F401
 import matplotlib.backends.backend_agg  # noqa: E402, F401
 import transformers.models.clip.modeling_clip  # noqa: E402, F401
+from disk import without_waiting  # noqa: E402
 
 import peft_diffusion.api  # noqa: E402
 import peft_diffusion.cli.app  # noqa: E402, F401
 
+without_waiting()
 gc.collect()
 gc.freeze()  # what all processes share stays shared: a collector that goes through it would copy its pages

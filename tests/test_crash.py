@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 KILLS, FULL, SEED = 20, 10, 7
 
 # What carries state from step to step; and checkpoints often enough that moments lie within one.
-RUN = {"steps": 9, "save_every": 3, "log_every": 1, "ema": 0.9, "scheduler": "cosine", "held_out": 0.2, "dropout": 0.2}
+RUN = {"steps": 6, "save_every": 2, "log_every": 1, "ema": 0.9, "scheduler": "cosine", "held_out": 0.2, "dropout": 0.2}
 
 
 def learn(pictures: Path, where: Path, resume: bool) -> None:

@@ -957,6 +957,7 @@ def test_cache_hit_equals_recompute(
     assert torch.equal(half.entries[0].mean, plain.entries[0].mean.bfloat16())
     flipped = cached(pictures, vae, folder=folder, flip=True)
     assert (flipped.computed, flipped.reused) == (5, 5)
+    assert same(flipped, cached(pictures, vae, flip=True))  # whatever else was encoded beside when the cache was filled
 
 
 def test_what_changes_a_latent_changes_its_key(

@@ -14,6 +14,7 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, StableDiffus
 from diffusers.models.attention_processor import SlicedAttnProcessor
 from laws import randomize
 from peft import LoraConfig
+from PIL import Image
 from test_formats import write_adapter
 from test_training import draw_pictures, small
 
@@ -23,7 +24,7 @@ from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.method import METHODS
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.generate import generate
-from peft_diffusion.generation.memory import spare
+from peft_diffusion.generation.memory import spare, spared
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig, Sampling
 from peft_diffusion.training.tasks import datasets
@@ -245,6 +246,49 @@ def test_a_card_of_little_memory_draws_the_same_picture(
     found, state = sparing(adapters, **SPARING[way])
     assert [name for name, is_so in state.items() if is_so] == [way]
     assert np.abs(found - wanted).max() <= (1 if way != "tiled" else 255) and np.abs(found - wanted).mean() < 25
+
+
+@pytest.mark.parametrize("way", ["model", "group", "sequential"])
+def test_adapters_come_and_go_between_the_pictures_of_a_base_that_is_offloaded(
+    way: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE == "cpu":
+        monkeypatch.setattr(type(tiny_pipe), "enable_sequential_cpu_offload", layer_by_layer)
+    config = Sampling(steps=2, device=DEVICE, **SPARING[way])
+    plain = make_pipe().to(DEVICE)
+    for name in ("ink", "said", "ink"):
+        drawn: list[Image.Image] = []
+        for adapters, how in ((Adapters(plain), Sampling(steps=2)), (Adapters(tiny_pipe), config)):
+            adapters.load(files[name])
+            with spared(adapters, how):
+                drawn += paint(adapters, [Cell("a cat", 1, {name: 1.0})], how)
+            adapters.remove(name)
+        one, other = (np.asarray(image).astype(int) for image in drawn)
+        assert np.abs(one - other).max() <= 1, name
+    parts = [one for one in tiny_pipe.components.values() if isinstance(one, torch.nn.Module)]
+    assert not any(vars(one).keys() & {"_hf_hook", "_diffusers_hook"} for part in parts for one in part.modules())
+    assert {own.device.type for part in parts for own in part.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("way", ["sequential", "leaf"])
+def test_when_the_hooks_are_off_again_adapters_can_be_loaded_and_removed(
+    way: str, files: dict[str, Path], tiny_pipe: DiffusionPipeline
+) -> None:
+    clean, adapters = told(tiny_pipe), Adapters(tiny_pipe)
+    for _ in range(2):
+        adapters.load(files["ink"])
+        wanted = told(tiny_pipe)
+        OFFLOADED[way](tiny_pipe)
+        with pytest.raises(UserError, match="its forward is patched on the instance"):
+            adapters.remove("ink")
+        assert torch.equal(told(tiny_pipe), wanted)
+        tiny_pipe.remove_all_hooks()
+        for one in tiny_pipe.unet.modules():
+            registry = vars(one).get("_diffusers_hook")
+            for name in list(registry.hooks) if registry else ():
+                registry.remove_hook(name, recurse=False)
+        adapters.remove("ink")
+        assert torch.equal(told(tiny_pipe), clean)
 
 
 def test_what_spares_no_memory_is_refused(tiny_pipe: DiffusionPipeline) -> None:

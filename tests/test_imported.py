@@ -326,6 +326,37 @@ def test_a_training_that_kohya_ss_saved_becomes_ours(tmp_path: Path) -> None:
     assert len(absent) == 1 and "color_aug" in absent[0]
 
 
+@pytest.mark.parametrize(
+    ("saved", "wanted"),
+    [
+        ({"LoRA_type": "Standard", "conv_dim": 1, "conv_alpha": 1}, {"method": "lora", "block": ()}),
+        ({"max_train_epochs": 0, "max_train_steps": 1600, "epoch": 1}, {"steps": 1600, "epochs": None}),
+        ({"max_train_epochs": 0, "max_train_steps": 0, "epoch": 7}, {"steps": None, "epochs": 7.0}),
+        ({"max_train_epochs": 3, "max_train_steps": 1600, "epoch": 7}, {"steps": None, "epochs": 3.0}),
+        ({"noise_offset": 0.05, "multires_noise_iterations": 6}, {"noise_offset": 0.05, "multires_noise": 0.0}),
+        ({"noise_offset": 0.05, "multires_noise_iterations": 6, "multires_noise_discount": 0.2,
+          "noise_offset_type": "Multires"}, {"noise_offset": 0.0, "multires_noise": 0.2}),
+        ({"clip_skip": 1}, {"clip_skip": None}), ({"clip_skip": 2}, {"clip_skip": 2}),
+        ({"clip_skip": 3}, {"clip_skip": None}),
+        ({"clip_skip": 3, "sdxl": False, "pretrained_model_name_or_path": "sd15.ckpt"}, {"clip_skip": 3}),
+        ({"clip_skip": 0, "sdxl": False, "pretrained_model_name_or_path": "sd15.ckpt"}, {"clip_skip": None}),
+        ({"unet_lr": 0, "text_encoder_lr": 0}, {"components": ("unet", "text_encoder", "text_encoder_2"), "unet_lr": 3e-5,
+                                                "text_encoder_lr": 3e-5}),
+        ({"unet_lr": 0}, {"components": ("text_encoder", "text_encoder_2"), "text_encoder_lr": 3e-5}),
+        ({"text_encoder_lr": 0}, {"components": ("unet",), "unet_lr": 3e-5}),
+        ({"stop_text_encoder_training": 30}, {"text_encoder_until": 0.3}),
+    ],
+)  # fmt: skip
+def test_what_kohya_ss_saves_counts_as_far_as_it_passes_it_on(
+    tmp_path: Path, saved: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    """By its kohya_gui/lora_gui.py, and by sd-scripts, where clip skip has no effect on Stable Diffusion XL."""
+    file = tmp_path / "gui.json"
+    file.write_text(json.dumps(GUI | saved), "utf-8")
+    config, _ = imported(tmp_path, file)
+    assert {name: getattr(config, name) for name in wanted} == wanted
+
+
 def test_a_training_of_kohya_gives_its_dataset_file_what_that_does_not_say(tmp_path: Path) -> None:
     (tmp_path / "data.toml").write_text('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "a"\nclass_tokens = "cat"', "utf-8")
     file = tmp_path / "kohya.toml"
@@ -362,11 +393,31 @@ def test_a_configuration_of_onetrainer_becomes_ours(tmp_path: Path) -> None:
         "unet_lr": 3e-4, "text_encoder_lr": 1e-5, "components": ("unet", "text_encoder"), "text_encoder_until": 0.25,
         "epochs": 10.0, "rank": 8, "alpha": 1.0, "min_snr_gamma": 5.0, "optimizer": "adafactor", "weight_decay": 0.0,
         "precision": "bfloat16", "save_dtype": "bf16", "warmup": 100, "target": "attention+ff", "resolution": 1024,
-        "masks": "off", "method": "lora",
+        "masks": "off", "method": "lora", "max_aspect": 4.0,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in wanted} == wanted
     assert [one.folder for one in config.dataset] == [place] and config.dataset[0].flip
     assert [line.partition(": ")[2].partition(" = ")[0] for line in absent] == ["learning_rate_scheduler", "timestep_shift"]
+    # Its warm-up counts batches, and its restarts, unless they are hard, are waves up to the full rate.
+    for scheduler, wanted_scheduler in (("COSINE_WITH_HARD_RESTARTS", 1), ("COSINE_WITH_RESTARTS", 2)):
+        more = {"gradient_accumulation_steps": 4, "learning_rate_scheduler": scheduler}
+        file.write_text(json.dumps(given | more), "utf-8")
+        config, absent = imported(tmp_path, file)
+        assert (config.warmup, config.accumulation, len(absent)) == (25, 4, wanted_scheduler)
+        assert (config.scheduler == "cosine-with-restarts") == (wanted_scheduler == 1)
+    # Where masks are trained with, the rest of a picture counts a little there, and not at all here.
+    of_rest = {"unmasked_probability": 0.1, "unmasked_weight": 0.1}
+    for masked, told in ((True, 4), (False, 2)):
+        file.write_text(json.dumps(given | of_rest | {"masked_training": masked}), "utf-8")
+        config, absent = imported(tmp_path, file)
+        assert config.masks == ("files" if masked else "off") and len(absent) == told
+    # F.huber_loss has one delta at all timesteps.
+    huber = {"huber_strength": 1.0, "huber_delta": 0.2}
+    for squared, wanted_loss in ((0.0, ("huber", "constant", 0.2)), (1.0, ("l2", "snr", 0.1))):
+        file.write_text(json.dumps(given | huber | {"mse_strength": squared}), "utf-8")
+        config, absent = imported(tmp_path, file)
+        assert (config.loss, config.huber_schedule, config.huber_c) == wanted_loss
+        assert any("huber_strength" in line for line in absent) == bool(squared)
     file.write_text(json.dumps(given | {"model_type": "FLUX_DEV_1"}), "utf-8")
     with pytest.raises(pd.UserError, match="is a LORA of a FLUX_DEV_1"):
         imported(tmp_path, file)

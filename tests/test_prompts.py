@@ -3,6 +3,7 @@
 import math
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.generate import generate
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig, Sampling
+from peft_diffusion.generation.telling import tell_clip_skip
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.methods import method
 from peft_diffusion.methods.prompt import SoftPrompt
@@ -236,7 +238,7 @@ def difference(one: Any, other: Any) -> float:
 
 
 def drawn(pipe: Any, *prompts: str, **told: Any) -> list[Any]:
-    cells = [Cell(prompt, 3, {}) for prompt in prompts]
+    cells = [Cell(prompt, 3, None) for prompt in prompts]
     return list(paint(Adapters(pipe), cells, Sampling(**{"steps": 2, **told})))
 
 
@@ -354,6 +356,23 @@ def test_pictures_of_the_class_stand_beside_captions_of_other_lengths(tmp_path: 
         "hidden": (3, 462, 2), "ids_0": (3, 154), "emphasis_0": (3, 154)
     }  # fmt: skip
     assert found["emphasis_0"].tolist() == [[2.0] * 154, *[[1.0] * 154] * 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "own", "of_kohya", "told"),
+    [
+        (make_pipe, None, "2", 1), (make_pipe, None, "1", 0), (make_pipe, 2, "2", 1), (make_pipe, None, "None", 0),
+        (make_xl_pipe, None, "1", 0), (make_xl_pipe, None, "2", 0), (make_xl_pipe, 1, "1", 1), (make_xl_pipe, 2, "2", 0),
+    ],
+)  # fmt: skip
+def test_a_clip_skip_of_kohya_counts_where_it_had_an_effect(make: Any, own: int | None, of_kohya: str, told: int) -> None:
+    """sd-scripts writes down what its window has by default, and warns that it does nothing for Stable Diffusion XL."""
+    header = SimpleNamespace(metadata={"ss_clip_skip": of_kohya})
+    spec = None if own is None else SimpleNamespace(training={"clip_skip": own})
+    notes: list[Event] = []
+    plan: Any = SimpleNamespace(path=Path("a.safetensors"), header=header, spec=spec)
+    tell_clip_skip(make(), [plan], GenerateConfig("a"), notes.append)
+    assert len(notes) == told
 
 
 @pytest.mark.slow

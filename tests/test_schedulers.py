@@ -142,6 +142,9 @@ def test_a_base_of_zero_terminal_snr_is_drawn_from_pure_noise_by_every_scheduler
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **changes)
     scheduler = levels(pipe, name)
     assert float(scheduler.alphas_cumprod[-1]) < 1e-6 and scheduler.timesteps[0] == 999
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    again = levels(pipe, name)  # as a recipe has it, which says that ddim drew
+    assert isinstance(again, getattr(diffusers, SCHEDULERS[name][0])) or again.config == levels(pipe, "ddim").config
     list(paint(Adapters(pipe), [Cell("a cat", 1, None)], Sampling(scheduler=name, steps=2), tell=told.append))
     gave_way = type(scheduler).__name__ != SCHEDULERS[name][0]
     assert any("which the base was trained for" in line for one in told for line in one.lines()) == gave_way

@@ -88,6 +88,96 @@ def test_formulas_of_the_maps_agree_with_the_loader_of_lycoris(method: str, tiny
         assert one.error == pytest.approx(0, abs=1e-5)
 
 
+SITE = f"lora_unet_{ATTENTION}_to_q"
+
+
+def weight_of_the_tiny_base() -> Tensor:
+    pipe: Any = make_pipe()
+    weight: Tensor = pipe.unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q").weight.detach()
+    return weight
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_of_a_dora_each_program_is_told_by_its_own_formula(side: int, tiny_base: Path, tmp_path: Path) -> None:
+    """A1111 and InvokeAI divide by the norms of inputs always; ComfyUI, for outputs, by those of the base's own weight."""
+    path, weight = with_alphas(tmp_path / "a.safetensors", {SITE: 2.0}), weight_of_the_tiny_base()
+    tensors, shape = load_file(path), (32, 1) if side == 0 else (1, 32)
+    magnitudes = 1 + torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    save_file({**tensors, f"{SITE}.dora_scale": magnitudes}, path)
+    merged = weight + 0.5 * tensors[f"{SITE}.lora_up.weight"] @ tensors[f"{SITE}.lora_down.weight"]
+    of_inputs, of_outputs = merged.norm(dim=0, keepdim=True), merged.norm(dim=1, keepdim=True)
+    meant = merged * magnitudes / (of_outputs if side == 0 else of_inputs) - weight
+    comfy = merged * magnitudes / (weight.norm(dim=1, keepdim=True) if side == 0 else of_inputs) - weight
+    a1111 = merged * magnitudes / of_inputs - weight
+    found = verified(path, str(tiny_base))
+    for program, theirs in (("ComfyUI", comfy), ("Forge", comfy), ("A1111", a1111), ("InvokeAI", a1111)):
+        error = float((theirs - meant).norm() / meant.norm())
+        assert found[program].error == pytest.approx(error, rel=1e-3, abs=1e-5), program
+        assert (error < 1e-5) is (side == 1)
+    if side == 0:
+        assert found["LyCORIS"].error == pytest.approx(0, abs=1e-5)
+    else:  # its loader takes magnitudes of outputs alone
+        assert found["LyCORIS"].coverage == 0
+
+
+def test_a_dora_is_merged_by_peft_itself_as_it_is_meant(tiny_base: Path, tmp_path: Path) -> None:
+    there = run(made(tmp_path / "a.safetensors", "dora"), tmp_path / "b.safetensors", to="diffusers", base=str(tiny_base))
+    found = verified(there, str(tiny_base))["diffusers"]
+    assert found.coverage == 1
+    assert found.measured > 0
+    assert found.error == pytest.approx(0, abs=1e-4)
+
+
+def test_of_rotations_and_factors_it_is_told_how_far_off_they_are(tiny_base: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    blocks, factors = 0.2 * torch.randn(8, 4, 4, generator=generator), torch.randn(32, generator=generator)
+    turned = {f"{SITE}.oft_blocks": blocks, f"{SITE}.alpha": torch.tensor(0.0)}
+    save_file(turned, tmp_path / "oft.safetensors")
+    found = verified(tmp_path / "oft.safetensors", str(tiny_base))
+    assert found["ComfyUI"].error == pytest.approx(0, abs=1e-5)
+    assert found["A1111"].error == pytest.approx(1, abs=1e-5)  # to which an alpha of 0 holds them fast
+    save_file({f"{SITE}.weight": factors, f"{SITE}.on_input": torch.tensor(False)}, tmp_path / "ia3.safetensors")
+    found = verified(tmp_path / "ia3.safetensors", str(tiny_base))
+    for program in ("A1111", "InvokeAI"):
+        assert found[program].error == pytest.approx(0, abs=1e-5)
+
+
+def test_lycoris_finds_modules_of_xl_by_the_names_of_the_network_that_it_is_given(tmp_path: Path) -> None:
+    from lycoris import kohya
+
+    sgm, ours = (
+        "input_blocks.4.1.transformer_blocks.0.attn1.to_q",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    )
+    text = f"lora_te2_{CLIP}"
+    for path, of_diffusers in ((sgm, False), (ours, True)):
+        name = f"lora_unet_{path.replace('.', '_')}"
+        tensors: dict[str, Tensor] = {}
+        for stem, width in ((name, 640), (text, 1280)):
+            tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = (
+                torch.ones(2, width),
+                torch.ones(width, 2),
+            )
+            tensors[f"{stem}.alpha"] = torch.tensor(2.0)
+        file = tmp_path / f"{of_diffusers}.safetensors"
+        save_file(tensors, file)
+        found = verified(file)
+        for program, network, reads in (
+            ("LyCORIS", ours, of_diffusers),
+            ("LyCORIS in kohya's scripts", sgm, not of_diffusers),
+        ):
+            unet = torch.nn.Module()
+            *around, last = network.split(".")
+            inside = unet
+            for word in around:
+                inside.add_module(word, torch.nn.Module())
+                inside = inside.get_submodule(word)
+            inside.add_module(last, torch.nn.Linear(640, 640, bias=False))
+            theirs, _ = kohya.create_network_from_weights(1.0, str(file), None, None, unet)
+            assert (len(theirs.unet_loras) == 1) is reads
+            assert found[program].coverage == (1 if reads else 0.5)
+
+
 def test_peft_opens_its_own_layout(tmp_path: Path) -> None:
     source = foreign(tmp_path / "a.safetensors", dtype=torch.float32)
     found = verified(run(source, tmp_path / "peft", to="peft", component=("unet",)), "sd1")["peft"]

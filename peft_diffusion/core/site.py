@@ -572,6 +572,9 @@ def refuse_wrapped(path: str, module: nn.Module) -> None:
 def _check_free(path: str, module: nn.Module) -> None:
     """Raises UserError where the class of a module cannot be swapped, or swapped back, with any effect."""
     refuse_wrapped(path, module)
+    patched = vars(module).get("forward")
+    if getattr(patched, "__func__", None) is type(module).forward and getattr(patched, "__self__", None) is module:
+        del module.forward  # what accelerate and diffusers leave behind when their hooks go
     if "forward" in vars(module):
         raise UserError(
             f"{path}: its forward is patched on the instance, as offloading and layerwise casting do; attach and remove"

@@ -155,8 +155,8 @@ def cache_latents(
     """Encode each image, brought to its bucket, once.
 
     The result is held on the CPU and, with a folder, kept there as one float32 file an image, found again by `latent_key`.
-    The VAE runs where it is, on the CPU in float32, in batches whose make-up does not depend on what the cache holds, so
-    that a half-full cache gives the same bits.
+    The VAE runs where it is, in batches whose make-up does not depend on what the cache holds; on the CPU in float32 and one
+    by one, so that a cache gives the same bits whatever else was asked for when it was filled.
 
     Args:
         pictures: The images.
@@ -168,7 +168,7 @@ def cache_latents(
         alpha: Take the transparency of images without a mask for what is learned of them, or of those for which it is true.
         folder: Where latents are kept.
         dtype: That of the result.
-        batch_size: Images encoded at once.
+        batch_size: Images encoded at once, but on a CPU.
         max_pixels: Larger images are refused.
         on_progress: Called with the entries done and their total.
 
@@ -189,7 +189,8 @@ def cache_latents(
     encoder = ready(vae)
     done: dict[Key, tuple[Tensor, Tensor]] = {}
     origins = Counter[Origin]()
-    for chunk in _chunks(entries, fits, batch_size):
+    at_once = 1 if next(encoder.parameters()).device.type == "cpu" and batch_size > 1 else batch_size
+    for chunk in _chunks(entries, fits, at_once):
         for entry, (mean, std), origin in job.encoded(chunk, encoder):
             done[entry] = mean.to(dtype), std.to(dtype)
             origins[origin] += 1

@@ -1,9 +1,13 @@
 """Drawing on small cards: what of the base waits on the CPU, and what is computed in pieces."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry
+from torch import nn
 
 from ..bases import load_base
 from ..bases.loading import pick_device, pick_dtype
@@ -82,3 +86,38 @@ def spare(adapters: Adapters, config: Sampling) -> None:
         pipe.enable_sequential_cpu_offload(device=device)
     elif config.offload == "group":
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level")
+
+
+@contextmanager
+def spared(adapters: Adapters, config: Sampling) -> Iterator[None]:
+    """Have a pipeline take less memory inside, as `spare` does; afterwards adapters can come and go again.
+
+    Args:
+        adapters: Those of the pipeline, all of them loaded.
+        config: What was asked for.
+
+    Yields:
+        Once; afterwards all of an offloaded base waits on the CPU.
+
+    Raises:
+        UserError: The pipeline has nothing of the kind.
+    """
+    spare(adapters, config)
+    try:
+        yield
+    finally:
+        if config.offload:
+            _gather(adapters.pipe)
+
+
+def _gather(pipe: Any) -> None:
+    """Take all off that brings a base to the device, which leaves its weights on the CPU."""
+    pipe.remove_all_hooks()
+    parts = [one for one in pipe.components.values() if isinstance(one, nn.Module)]
+    for module in (module for part in parts for module in part.modules()):
+        registry = vars(module).pop("_diffusers_hook", None)
+        if isinstance(registry, HookRegistry):
+            for name in tuple(registry.hooks):
+                registry.remove_hook(name, recurse=False)
+    for part in parts:
+        part.to("cpu")

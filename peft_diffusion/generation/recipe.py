@@ -210,6 +210,11 @@ class Recipe:
             found.append(f"a VAE {self.vae}, not {other.vae}")
         return found
 
+    @property
+    def sampled_by(self) -> str:
+        """What A1111 calls the scheduler."""
+        return schedulers.label(self.scheduler) if self.scheduler else _SAMPLERS.get(self.sampler, self.sampler)
+
     def parameters(self) -> str:
         """The text that A1111 writes into its pictures, which galleries and other programs show.
 
@@ -225,7 +230,7 @@ class Recipe:
         prompt, negative = words
         fields = {
             "Steps": self.steps,
-            "Sampler": schedulers.label(self.scheduler) if self.scheduler else _SAMPLERS.get(self.sampler, self.sampler),
+            "Sampler": self.sampled_by,
             **(
                 {"Variation seed": self.variation_seed, "Variation seed strength": f"{self.variation_strength:g}"}
                 if self.variation_seed is not None and self.variation_strength

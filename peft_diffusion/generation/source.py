@@ -25,7 +25,8 @@ class Source:
     """A picture to start from, RGB, and perhaps a mask of its size (L), white where it is painted anew.
 
     ``strength`` is how far it is left behind: 1 is wholly. Small ones take fewer denoising steps. ``of`` and ``mask_of`` are
-    what recipes say of where both came from.
+    what recipes say of where both came from. ``beneath`` is what shows where the mask hides what is painted, where that is
+    not the picture itself, as where something else was filled in to start from.
     """
 
     image: Image.Image = field(repr=False)
@@ -33,6 +34,7 @@ class Source:
     mask: Image.Image | None = field(default=None, repr=False)
     mask_of: UsedPicture | None = None
     strength: float = 1.0
+    beneath: Image.Image | None = field(default=None, repr=False)
 
     @property
     def path(self) -> str:
@@ -79,7 +81,9 @@ class Source:
                 f"the white of the mask is too thin for {self.path} at {sides[0]}x{sides[1]}: nothing would be painted;"
                 " widen it, or paint at the picture's own size"
             )
-        return replace(self, image=self.image.resize(sides, Image.Resampling.LANCZOS), mask=mask)
+        image = self.image.resize(sides, Image.Resampling.LANCZOS)
+        beneath = None if self.beneath is None else self.beneath.resize(sides, Image.Resampling.LANCZOS)
+        return replace(self, image=image, mask=mask, beneath=beneath)
 
     def pipeline(self, pipe: Pipeline) -> Pipeline:
         """Make the pipeline of the same parts that starts from a picture.
@@ -124,7 +128,7 @@ class Source:
         Returns:
             The result.
         """
-        return painted if self.mask is None else Image.composite(painted, self.image, self.mask)
+        return painted if self.mask is None else Image.composite(painted, self.beneath or self.image, self.mask)
 
 
 def beginning_with_pictures(pipe: Pipeline, *, masked: bool = False) -> Pipeline | None:

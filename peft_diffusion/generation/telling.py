@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,8 +14,11 @@ from ..bases.prompts import Encoding, Reading, TextSide, alike
 from ..core.errors import UserError
 from ..core.events import Noted, Observer
 from ..formats import Plan
-from .adapters import Adapters
 from .settings import Sampling
+
+if TYPE_CHECKING:
+    from .adapters import Adapters
+    from .sampler import Cell
 
 
 class Telling:
@@ -114,22 +117,27 @@ def tell_clip_skip(pipe: Pipeline, plans: Sequence[Plan], asked: Sampling, tell:
         asked: How prompts are read.
         tell: Is told.
     """
-    used = asked.clip_skip or denoiser_of(pipe).text.usual_clip_skip
+    usual = denoiser_of(pipe).text.usual_clip_skip
+    used = asked.clip_skip or usual
     for plan in plans:
-        told = plan.header.metadata.get("ss_clip_skip") or (plan.spec.training.get("clip_skip") if plan.spec else None)
+        told = plan.spec.training.get("clip_skip") if plan.spec else None
+        if not told and usual == 1:  # sd-scripts writes it for Stable Diffusion XL too, where it has no effect there
+            told = plan.header.metadata.get("ss_clip_skip")
         if str(told).isdecimal() and int(str(told)) != used:
             tell(
                 Noted(f"{plan.path} was trained with clip skip {told}, and {used} draws; --clip-skip {told} draws as it was")
             )
 
 
-def triggers(adapters: Adapters) -> list[str]:
-    """List the words that call the adapters of a base.
+def triggers(adapters: "Adapters", cells: "Sequence[Cell]") -> list[str]:
+    """List the words that call adapters.
 
     Args:
-        adapters: Those on it.
+        adapters: Those on the base.
+        cells: Pictures that are drawn: adapters that none of them names count for nothing.
 
     Returns:
         The words.
     """
-    return [word for name in adapters.names for word in adapters[name].spec.triggers]
+    named = {name for cell in cells for name in (adapters.names if cell.strengths is None else cell.strengths)}
+    return [word for name in adapters.names if name in named for word in adapters[name].spec.triggers]

@@ -41,7 +41,8 @@ def application(config: ServeConfig, engine: Engine) -> ASGIApp:
     Returns:
         The application, behind its guard.
     """
-    app = FastAPI(title="peft_diffusion", docs_url=None, redoc_url=None)
+    # Scripts send json.dumps(...) without saying what it is, which A1111 reads; the guard sees to pages of others.
+    app = FastAPI(title="peft_diffusion", docs_url=None, redoc_url=None, strict_content_type=False)
     _errors(app)
     _drawing(app, config, engine)
     _control(app, engine)
@@ -125,14 +126,12 @@ def _control(app: FastAPI, engine: Engine) -> None:
 
     @app.post(f"{_ROOT}/interrupt")
     async def interrupt() -> dict[str, Any]:
-        if (job := engine.worker.present) is not None:
-            job.interrupted = True
+        engine.worker.interrupt()
         return {}
 
     @app.post(f"{_ROOT}/skip")
     async def skip() -> None:
-        if (job := engine.worker.present) is not None:
-            job.skipped = True
+        engine.worker.skip()
 
     @app.get(f"{_ROOT}/options")
     async def options() -> dict[str, Any]:

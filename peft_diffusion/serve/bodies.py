@@ -70,7 +70,6 @@ class Drawing(BaseModel):
             "s_min_uncond": (None, 0),
             "refiner_checkpoint": (None, "", "None"),
             "script_name": (None, "", "None"),
-            "alwayson_scripts": (None, {}),
         }
 
     def refuse_others(self) -> None:
@@ -83,6 +82,23 @@ class Drawing(BaseModel):
             value = getattr(self, name)
             if value not in values:
                 raise UserError(f"{name} {str(value)[:60]!r} is not done here; leave it away")
+        for name, told in (self.alwayson_scripts or {}).items():
+            if not _is_off(told.get("args") if isinstance(told, dict) else told):
+                raise UserError(
+                    f"the script {name[:60]!r} of alwayson_scripts is not done here; leave it away or turn it off"
+                )
+
+
+def _is_off(arguments: object) -> bool:
+    """Whether a script of alwayson_scripts does nothing: without arguments, turned off, or with all of its units off.
+
+    Its first argument turns a script on, as for ADetailer and Tiled Diffusion; a ControlNet's are units with "enabled".
+    """
+    if not arguments:
+        return True
+    if not isinstance(arguments, list):
+        return False
+    return arguments[0] is False or all(isinstance(one, dict) and one.get("enabled") is False for one in arguments)
 
 
 class TextToImage(Drawing):

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,10 +13,9 @@ from ..core.errors import UserError, did_you_mean
 from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..generation.adapters import Adapters
-from ..generation.memory import loaded, spare
+from ..generation.memory import loaded
 from ..generation.picture_formats import PictureFormat
-from ..generation.settings import GenerateConfig
-from . import drawing, pictures
+from . import drawing, names, pictures
 from .bodies import Drawing
 from .drawing import Files, Held, Result
 from .settings import ServeConfig, sources
@@ -71,6 +71,13 @@ class Asked(NamedTuple):
     form: PictureFormat
 
 
+@dataclass(eq=False)
+class _Request(Job[Result]):
+    """The drawing of a request."""
+
+    body: Drawing = field(kw_only=True)
+
+
 class Engine:
     """A base that stays loaded, and one thread that draws with it.
 
@@ -81,7 +88,7 @@ class Engine:
 
     def __init__(self, config: ServeConfig, tell: Observer) -> None:
         self.config = config
-        self.worker = Worker(config.max_waiting)
+        self.worker = Worker(config.max_waiting, config.max_batch)
         self.files = Files(config)
         self._tell = tell
         self._held: Held | None = None
@@ -142,13 +149,15 @@ class Engine:
         for name, value in told.items():
             if name == _MODEL:
                 found = found._replace(source=self.base_called(value).source)
+            elif name == _HASH:  # which goes with the name, and comes back where all options are sent again
+                continue
             elif name == _SKIP:
                 if not isinstance(value, (int, float)) or not 1 <= value <= 12 or value != int(value):
                     raise UserError(f"{_SKIP} is a whole number from 1 to 12, not {str(value)[:20]}")
-                found = found._replace(clip_skip=int(value))
+                found = found._replace(clip_skip=int(value) if value > 1 else None)  # 1 is what A1111 begins with
             elif name == _FORMAT:
                 found = found._replace(form=pictures.format_of(value))
-            elif name != _VAE or value not in _NO_VAE:
+            elif (name != _VAE or value not in _NO_VAE) and not names.is_idle(name, value):
                 asked = f"{name} {str(value)[:60]!r}"
                 raise UserError(f"the option {asked} is not known here; there are: {', '.join(_OPTIONS)}")
         return found
@@ -196,18 +205,34 @@ class Engine:
 
         def work(job: "Job[Result]") -> Result:
             asked = self.with_options(override)
-            held = self._hold(asked.source)
-            result = drawing.run(body, self.config, held, self.files, asked.clip_skip, job)
-            if override and body.override_settings_restore_afterwards is False:
+            result = drawing.run(body, self.config, self._hold(asked.source), self.files, asked.clip_skip, job)
+            if lasting:
                 self._options = asked
-            for note in result.notes:
-                self._tell(Noted(note))
-            if body.save_images and self.config.output is not None:
-                for image, recipe in result.drawn:
-                    pictures.save(at_home(self.config.output), f"{job.timestamp}-{recipe.seed}", image, recipe)
-            return result
+            return self._kept(body, result, job)
 
-        return self.worker.submit(Job(name, work))
+        lasting = bool(override) and body.override_settings_restore_afterwards is False
+        shared = self._together if drawing.can_share(body) and not lasting else None
+        return self.worker.submit(_Request(name, work, shared, body.batch_size or 1, body=body))
+
+    def _together(self, jobs: "Sequence[Job[Result]]") -> "Iterator[tuple[Job[Result], Result]]":
+        """Draw requests together that wait together, those of one base after those of another."""
+        by_base: dict[str, list[drawing.Asking]] = {}
+        bodies: dict[Job[Result], Drawing] = {job: job.body for job in jobs if isinstance(job, _Request)}
+        for one, body in bodies.items():
+            asked = self.with_options(body.override_settings or {})
+            by_base.setdefault(asked.source, []).append(drawing.Asking(body, asked.clip_skip, one))
+        for source, asking in by_base.items():
+            for job, result in drawing.run_together(asking, self.config, self._hold(source), self.files):
+                yield job, self._kept(bodies[job], result, job)
+
+    def _kept(self, body: Drawing, result: Result, job: "Job[Result]") -> Result:
+        """Tell the person at the server what was noted, and save the pictures where that was asked for."""
+        for note in result.notes:
+            self._tell(Noted(note))
+        if body.save_images and self.config.output is not None:
+            for image, recipe in result.drawn:
+                pictures.save(at_home(self.config.output), f"{job.timestamp}-{recipe.seed}", image, recipe)
+        return result
 
     def load(self) -> Job[None]:
         """Load the base that the options name, where it is not there."""
@@ -250,14 +275,9 @@ class Engine:
         before, self._held = self._held, None
         del before
         _empty_cache()
-        began, config = time.monotonic(), self.config
-        asked = GenerateConfig(
-            ("",), base=source, device=config.device, precision=config.precision, quantize=config.quantize,
-            prediction=config.prediction, vae_tiling=config.vae_tiling, attention_slicing=config.attention_slicing,
-        )  # fmt: skip
-        pipe: Pipeline = loaded(asked, None)
+        began = time.monotonic()
+        pipe: Pipeline = loaded(self.config.drawing(source), None)
         adapters = Adapters(pipe)
-        spare(adapters, asked)
         digest = checkpoint_sha256(pipe)
         self._digests[source] = digest
         self._held = Held(source, pipe, adapters.base, digest)

@@ -26,6 +26,7 @@ class Prepared:
         box: The place of the part: left, top, right and bottom in pixels.
         part: The mask of the part, at its own size.
         changed: The picture differs from the one that was given.
+        beneath: What shows where the mask hides what is painted; None for the picture to start from.
     """
 
     image: Image.Image
@@ -34,6 +35,7 @@ class Prepared:
     box: Box = (0, 0, 0, 0)
     part: Image.Image | None = None
     changed: bool = False
+    beneath: Image.Image | None = None
 
     def finished(self, drawn: Image.Image) -> Image.Image:
         """Put what was drawn where it belongs.
@@ -121,7 +123,8 @@ def prepared(
     changed = shown is not mask or fill == FILL or mode == CROP or only_masked
     if not only_masked:
         fitted, shown = resized(image, sides, mode), resized(shown, sides, mode)
-        return Prepared(filled(fitted, shown) if fill == FILL else fitted, shown, changed=changed)
+        started = filled(fitted, shown) if fill == FILL else fitted
+        return Prepared(started, shown, changed=changed, beneath=fitted)
     bounds = shown.getbbox()
     if bounds is None:
         raise UserError("the mask is black: nothing would be painted; white is what is painted anew")
@@ -129,7 +132,7 @@ def prepared(
     part, shown_part = image.crop(box), shown.crop(box)
     fitted, fitted_mask = resized(part, sides, RESIZE), resized(shown_part, sides, RESIZE)
     drawn_from = filled(fitted, fitted_mask) if fill == FILL else fitted
-    return Prepared(drawn_from, fitted_mask, image, box, shown_part, changed=True)
+    return Prepared(drawn_from, fitted_mask, image, box, shown_part, changed=True, beneath=fitted)
 
 
 def around(bounds: Box, size: tuple[int, int], sides: tuple[int, int], padding: int) -> Box:

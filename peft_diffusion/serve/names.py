@@ -1,6 +1,6 @@
 """Samplers and schedulers by the names of A1111. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import MappingProxyType
 
 from ..bases.schedulers import SCHEDULERS, canonical, label, parted
@@ -19,16 +19,71 @@ AUTOMATIC: Mapping[str, str] = MappingProxyType(
 )
 # By the names of A1111's modules/sd_schedulers.py.
 _SCHEDULES: Mapping[str, str] = MappingProxyType(
-    {"uniform": "uniform", "karras": "karras", "exponential": "exponential", "sgm_uniform": "trailing", "beta": "beta"}
-)
+    {
+        "uniform": "uniform", "karras": "karras", "exponential": "exponential", "sgm_uniform": "trailing", "beta": "beta",
+        "simple": "trailing", "normal": "uniform",  # the levels are the same
+    }
+)  # fmt: skip
+# Options of A1111 (its modules/shared_options.py) that change no picture here at these values; None for at any.
+_IDLE: Mapping[str, Container[object] | None] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            (
+                "samples_save", "samples_filename_pattern", "save_images_add_number", "save_to_dirs", "save_txt",
+                "directories_filename_pattern", "grid_save", "grid_format", "grid_save_to_dirs", "grid_only_if_multiple",
+                "outdir_samples", "outdir_txt2img_samples", "outdir_img2img_samples", "outdir_grids", "outdir_save",
+                "outdir_txt2img_grids", "outdir_img2img_grids", "export_for_4chan", "jpeg_quality", "webp_lossless",
+                "live_previews_enable", "live_preview_refresh_period", "live_preview_content", "live_previews_image_format",
+                "show_progress_every_n_steps", "show_progress_grid", "show_progress_type", "do_not_show_images",
+                "show_progressbar", "show_warnings", "sd_checkpoint_cache", "sd_vae_checkpoint_cache",
+                "sd_checkpoints_limit", "sd_checkpoints_keep_in_cpu", "unload_models_when_training", "memmon_poll_rate",
+                "enable_console_prompts", "save_images_before_highres_fix", "save_images_before_color_correction",
+                "save_mask", "save_mask_composite", "return_mask", "return_mask_composite",
+                "add_model_hash_to_info", "add_model_name_to_info",
+                "add_version_to_infotext", "lora_add_hashes_to_infotext", "face_restoration_model", "code_former_weight",
+            )
+        ),
+        **dict.fromkeys(("enable_pnginfo", "enable_emphasis", "sd_vae_overrides_per_model_preferences"), (True,)),
+        **dict.fromkeys(("sd_unet", "sd_hypernetwork", "sd_lora"), ("Automatic", "None", "", None)),
+        **dict.fromkeys(
+            (
+                "return_grid", "img2img_color_correction", "img2img_fix_steps", "face_restoration", "enable_quantization",
+                "always_discard_next_to_last_sigma", "use_old_scheduling", "use_old_emphasis_implementation",
+                "use_old_karras_scheduler_sigmas", "no_dpmpp_sde_batch_determinism", "upcast_attn", "fp8_storage",
+            ),
+            (False,),
+        ),
+        **dict.fromkeys(("eta_noise_seed_delta", "token_merging_ratio", "token_merging_ratio_hr", "s_churn"), (0,)),
+        "token_merging_ratio_img2img": (0,), "sdxl_crop_top": (0,), "sdxl_crop_left": (0,), "s_min_uncond": (0,),
+        "initial_noise_multiplier": (1,), "inpainting_mask_weight": (1,), "emphasis": ("Original",),
+        "randn_source": ("CPU",), "forge_additional_modules": ([],),
+    }
+)  # fmt: skip
 _LABELS = {"automatic": "Automatic", "sgm_uniform": "SGM Uniform"}
+
+
+def is_idle(name: str, value: object) -> bool:
+    """Tell whether an option of A1111 that is not known here changes no picture all the same.
+
+    Args:
+        name: Its name.
+        value: Its value.
+
+    Returns:
+        Whether it changes none.
+    """
+    if name not in _IDLE:
+        return False
+    values = _IDLE[name]
+    return values is None or value in values
 
 
 def scheduler(sampler: str | None, schedule: str | None) -> str | None:
     """Choose a scheduler by what A1111 calls sampler and schedule.
 
     Args:
-        sampler: Such as "Euler a", "DPM++ 2M Karras" or "k_dpmpp_2m"; None or "" for the base's own.
+        sampler: Such as "Euler a", "DPM++ 2M Karras" or "k_dpmpp_2m"; None or "" for the base's own, or with a schedule for
+            Euler, which A1111 takes.
         schedule: Such as "karras", "SGM Uniform" or "automatic"; None or "" is automatic.
 
     Returns:
@@ -38,9 +93,9 @@ def scheduler(sampler: str | None, schedule: str | None) -> str | None:
         UserError: There is no such sampler or schedule.
     """
     if not sampler:
-        if schedule and schedule.lower() != "automatic":
-            raise UserError(f"the scheduler {schedule!r} is for a sampler; give sampler_name too")
-        return None
+        if not schedule or schedule.casefold() == "automatic":
+            return None
+        sampler = "euler"
     kind, spacing = parted(canonical(sampler.removeprefix("k_")))
     known = {name.casefold(): name for name in _SCHEDULES} | {title(name).casefold(): name for name in _SCHEDULES}
     asked = (schedule or "automatic").casefold()
@@ -51,7 +106,7 @@ def scheduler(sampler: str | None, schedule: str | None) -> str | None:
     else:
         there = ["automatic", *_SCHEDULES]
         raise UserError(f"there is no scheduler {schedule!r}; there are: {', '.join(there)}{did_you_mean(schedule, there)}")
-    return f"{kind}-{spacing}" if spacing else kind
+    return canonical(f"{kind}-{spacing}" if spacing else kind)
 
 
 def title(schedule: str) -> str:

@@ -1,6 +1,7 @@
 """What ``serve`` is told. Imports no torch."""
 
 import ipaddress
+from dataclasses import fields
 from pathlib import Path
 
 from ..bases.asked import AskedPrediction
@@ -19,7 +20,7 @@ from ..core.settings import (
     settle,
 )
 from ..generation.recipe import check_folder
-from ..generation.settings import Precision, Quantize
+from ..generation.settings import GenerateConfig, Offload, Precision, Quantize
 
 _LEAST_TOKEN = 8  # letters; fewer are guessed in no time
 
@@ -96,6 +97,12 @@ class ServeConfig:
     quantize: Quantize | None = setting(
         None, "Hold the base's linear layers in fewer bits, which saves memory: int8, or nf4 for the least.", PARAMETERS
     )
+    offload: Offload | None = setting(
+        None,
+        "Let the base wait on the CPU and bring it to the device by whole models, by groups of layers, or layer by layer "
+        "(sequential): the least memory, and the slowest.",
+        PARAMETERS,
+    )
     vae_tiling: bool = setting(False, "Decode large pictures in tiles, which saves memory.", PARAMETERS)
     attention_slicing: bool = setting(
         False, "Compute attention in slices, which saves memory where there is no fused attention.", PARAMETERS
@@ -107,6 +114,23 @@ class ServeConfig:
             raise UserError("give either --token or --token-file")
         if self.token is not None:
             _check_token(self.token, "--token")
+        self.drawing(self.base)
+
+    def drawing(self, source: str) -> GenerateConfig:
+        """How all requests are drawn, whatever each asks for.
+
+        Args:
+            source: The base, as ``--base`` takes it.
+
+        Returns:
+            The settings of a picture without words.
+
+        Raises:
+            UserError: Two of them cannot be together.
+        """
+        names = {one.name for one in fields(self)} - {"base", "output"}
+        told = {one.name: getattr(self, one.name) for one in fields(GenerateConfig) if one.name in names}
+        return GenerateConfig(("",), base=source, **told)
 
     @property
     def max_given_pixels(self) -> int:

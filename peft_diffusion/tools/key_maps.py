@@ -11,7 +11,7 @@ Files of learned words alone go another way in them: ``comfy/sd1_clip.py``, ``mo
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import torch
@@ -27,9 +27,15 @@ from .sources import Where
 Stems = Mapping[str, Where]
 """What names of tensors begin with, without the dot behind it, and the site that this means."""
 
-Formula = Callable[[Mapping[str, Tensor]], "Tensor | None"]
-"""The change of a weight, in some shape of its numbers, by the suffixes of a site's tensors; None where the base's weight is
-in it."""
+Formula = Callable[[Mapping[str, Tensor], "Tensor | None"], "Tensor | None"]
+"""The change of a weight, in some shape of its numbers, by the suffixes of a site's tensors and the weight of the base, None
+where it is not at hand. None where that weight is needed and not there, or the program's way is not known here."""
+
+Decomposed = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""What a program makes of a DoRA: the change of a weight, by the weight, the change of its direction and the magnitudes."""
+
+WeightOf = Callable[[Where], "Tensor | None"]
+"""The weight of a site in the base, in float32; None where it is not at hand."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,31 @@ class Kind:
     Attributes:
         needed: The suffixes without which it does not see this kind.
         beside: Suffixes that it reads with them.
-        formula: What it adds to the weight; None where that is not computed here.
+        formula: What it adds to the weight, but for magnitudes; None where that is not computed here.
+        decomposed: What it does with ``dora_scale`` beside them; None where that is not computed here.
     """
 
     needed: frozenset[str]
     beside: frozenset[str] = frozenset()
     formula: Formula | None = None
+    decomposed: Decomposed | None = None
+
+    def change(self, values: Mapping[str, Tensor], weight: Tensor | None) -> Tensor | None:
+        """Tell what a program adds to a weight.
+
+        Args:
+            values: The tensors of the site by suffix, in float32.
+            weight: That of the base; None where it is not at hand.
+
+        Returns:
+            The change, in some shape of its numbers; None where it is not known.
+        """
+        change = None if self.formula is None else self.formula(values, weight)
+        if change is None or _MAGNITUDES not in values:
+            return change
+        if self.decomposed is None or weight is None or weight.numel() != change.numel():
+            return None
+        return self.decomposed(weight, change.reshape(weight.shape), values[_MAGNITUDES])
 
 
 @dataclass(frozen=True)
@@ -102,18 +127,20 @@ class Taken:
     note: str = ""
 
 
+_MAGNITUDES = "dora_scale"
 NO_NAME, NO_KIND = "it knows no module of that name", "it knows no such tensors"
 BUNDLE = "bundle_emb."
 _FIELDS, _PARAMS = ("clip_l", "clip_g", "clip_h"), "emb_params"
 
 
-def taken(program: Program, tensors: Mapping[str, Tensor], base: Skeleton) -> Taken:
+def taken(program: Program, tensors: Mapping[str, Tensor], base: Skeleton, weight_of: WeightOf) -> Taken:
     """Read a file as a program does.
 
     Args:
         program: Which.
         tensors: Those of the file.
         base: The base that the file is for.
+        weight_of: Reads the weight of a site, for methods whose change depends on it.
 
     Returns:
         What it makes of it.
@@ -131,7 +158,7 @@ def taken(program: Program, tensors: Mapping[str, Tensor], base: Skeleton) -> Ta
         else:
             sites.setdefault(stem, {})[suffix] = name
     for stem, own in sites.items():
-        _take(program, found, stems[stem], own, tensors)
+        _take(program, found, stems[stem], own, tensors, weight_of)
     unknown = next((name for name, why in found.dropped.items() if why == NO_KIND), None)
     if unknown is not None and program.refuses_unknown:
         found.refused = f"it knows no tensors such as {unknown}, and refuses a file that has some"
@@ -181,7 +208,14 @@ def _parted(name: str, stems: Stems, suffixes: frozenset[str]) -> tuple[str | No
     return (stem, suffix) if stem in stems else (None, suffix)
 
 
-def _take(program: Program, found: Taken, where: Where, own: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+def _take(
+    program: Program,
+    found: Taken,
+    where: Where,
+    own: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    weight_of: WeightOf,
+) -> None:
     kinds = [kind for kind in program.kinds if kind.needed <= own.keys()]
     read = frozenset[str]().union(*(kind.needed | kind.beside for kind in kinds))
     for suffix, name in own.items():
@@ -189,14 +223,37 @@ def _take(program: Program, found: Taken, where: Where, own: Mapping[str, str], 
             found.names.add(name)
         else:
             found.dropped[name] = NO_KIND
-    formula = next((kind.formula for kind in reversed(kinds) if kind.formula is not None), None)
-    if formula is not None:
+    kind = next((one for one in reversed(kinds) if one.formula is not None), None)
+    if kind is not None:
         values = {suffix: tensors[name] for suffix, name in own.items() if suffix in read}
-        key = (formula, frozenset(own[suffix] for suffix in values))
-        found.changes[where] = Theirs(lambda: formula({suffix: one.float() for suffix, one in values.items()}), key)
+        key = (kind.formula, kind.decomposed if _MAGNITUDES in values else None, frozenset(own[suffix] for suffix in values))
+        found.changes[where] = Theirs(
+            lambda: kind.change({suffix: one.float() for suffix, one in values.items()}, weight_of(where)), key
+        )
 
 
 # What changes are, by the suffixes of kohya's and LyCORIS' layout.
+
+
+def _norms_of_inputs(weight: Tensor) -> Tensor:
+    norms: Tensor = weight.transpose(0, 1).flatten(1).norm(dim=1)
+    return norms.view(1, -1, *[1] * (weight.ndim - 2))
+
+
+def _by_inputs(weight: Tensor, change: Tensor, magnitudes: Tensor) -> Tensor:
+    """That of A1111 and InvokeAI, which divide by the norms of inputs whatever the magnitudes are of."""
+    merged = weight + change
+    return merged * (magnitudes / _norms_of_inputs(merged)) - weight
+
+
+def _by_either(weight: Tensor, change: Tensor, magnitudes: Tensor) -> Tensor:
+    """That of ComfyUI and Forge. Magnitudes of outputs are divided by the norms of the base's own weight."""
+    merged = weight + change
+    if len(magnitudes) == len(weight):
+        norms: Tensor = weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1))
+    else:
+        norms = _norms_of_inputs(merged)
+    return merged * (magnitudes / (norms + torch.finfo(weight.dtype).eps)) - weight
 
 
 def _scale(values: Mapping[str, Tensor], rank: int) -> float:
@@ -204,9 +261,7 @@ def _scale(values: Mapping[str, Tensor], rank: int) -> float:
 
 
 def _lora(down: str, up: str) -> Formula:
-    def formula(values: Mapping[str, Tensor]) -> Tensor | None:
-        if "dora_scale" in values:
-            return None
+    def formula(values: Mapping[str, Tensor], _: Tensor | None) -> Tensor | None:
         first, second = values[down], values[up].flatten(1)
         rank = len(first)
         if "lora_mid.weight" in values:
@@ -216,15 +271,13 @@ def _lora(down: str, up: str) -> Formula:
     return formula
 
 
-def _lora_of_kohya(values: Mapping[str, Tensor]) -> Tensor | None:
+def _lora_of_kohya(values: Mapping[str, Tensor], weight: Tensor | None) -> Tensor | None:
     """That of kohya's ``LoRAModule``, to which an alpha of 0 is none."""
     kept = {suffix: tensor for suffix, tensor in values.items() if suffix != "alpha" or float(tensor)}
-    return _lora("lora_down.weight", "lora_up.weight")(kept)
+    return _lora("lora_down.weight", "lora_up.weight")(kept, weight)
 
 
-def _loha(values: Mapping[str, Tensor]) -> Tensor | None:
-    if "dora_scale" in values:
-        return None
+def _loha(values: Mapping[str, Tensor], _: Tensor | None) -> Tensor | None:
     halves = []
     for number in ("1", "2"):
         a, b, core = values[f"hada_w{number}_a"], values[f"hada_w{number}_b"], values.get(f"hada_t{number}")
@@ -232,9 +285,7 @@ def _loha(values: Mapping[str, Tensor]) -> Tensor | None:
     return (halves[0] * halves[1]).flatten(1) * _scale(values, len(values["hada_w1_b"]))
 
 
-def _lokr(values: Mapping[str, Tensor]) -> Tensor | None:
-    if "dora_scale" in values:
-        return None
+def _lokr(values: Mapping[str, Tensor], _: Tensor | None) -> Tensor | None:
     rank = next((len(values[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in values), None)
     w1 = values["lokr_w1"] if "lokr_w1" in values else values["lokr_w1_a"] @ values["lokr_w1_b"]
     if "lokr_w2" in values:
@@ -247,11 +298,55 @@ def _lokr(values: Mapping[str, Tensor]) -> Tensor | None:
     return kron.flatten(1) * (1.0 if rank is None else _scale(values, rank))
 
 
+def _ia3(values: Mapping[str, Tensor], weight: Tensor | None) -> Tensor | None:
+    """That of A1111 and InvokeAI, which fits the weights of Linears."""
+    if weight is None or weight.ndim != 2:
+        return None
+    factors = values["weight"].flatten()
+    on_input = "on_input" in values and bool(values["on_input"])
+    return weight * (factors if on_input else factors[:, None])
+
+
+def _rotated(blocks: Tensor, weight: Tensor | None, constraint: float | None) -> Tensor | None:
+    """What Cayley rotations of blocks of outputs change. A constraint is the most that the norm of their skew matrices may
+    be."""
+    if weight is None or blocks.ndim != 3 or len(blocks) * blocks.shape[1] != len(weight):
+        return None
+    skew, identity = blocks - blocks.transpose(1, 2), torch.eye(blocks.shape[1])
+    norm = float(skew.norm())
+    if constraint is not None and norm > constraint:
+        skew = skew * ((constraint + 1e-8) / (norm + 1e-8))
+    rotations = (identity + skew) @ (identity - skew).inverse()
+    parted = weight.flatten(1).unflatten(0, (len(blocks), -1))
+    return torch.einsum("knm,kni->kmi", rotations - identity, parted).flatten(0, 1)
+
+
+def _oft_of_comfy(values: Mapping[str, Tensor], weight: Tensor | None) -> Tensor | None:
+    """That of ComfyUI, which reads ``rescale`` and leaves it out."""
+    constraint = float(values["alpha"]) if "alpha" in values else 0.0
+    return _rotated(values["oft_blocks"], weight, constraint if constraint > 0 else None)
+
+
+def _oft_of_a1111(values: Mapping[str, Tensor], weight: Tensor | None) -> Tensor | None:
+    """That of A1111, to which alpha times the outputs is the constraint, also where alpha is 0: then nothing is turned."""
+    if weight is None or "alpha" not in values:
+        return None
+    change = _rotated(values["oft_blocks"], weight, float(values["alpha"]) * len(weight))
+    if change is None or "rescale" not in values:
+        return change
+    whole = weight.flatten(1)
+    return values["rescale"].reshape(-1, 1) * (whole + change) - whole
+
+
 def _of(*suffixes: str) -> frozenset[str]:
     return frozenset(suffixes)
 
 
-_BESIDE = _of("alpha", "dora_scale")
+def _decomposing(kinds: Sequence[Kind], way: Decomposed) -> tuple[Kind, ...]:
+    return tuple(replace(one, decomposed=way) for one in kinds)
+
+
+_BESIDE = _of("alpha", _MAGNITUDES)
 _KOHYA_LORA = Kind(_of("lora_down.weight", "lora_up.weight"), _of("alpha"), _lora("lora_down.weight", "lora_up.weight"))
 _LORA = Kind(_KOHYA_LORA.needed, _BESIDE | {"lora_mid.weight"}, _KOHYA_LORA.formula)
 _DOTTED_LORA = [
@@ -268,13 +363,13 @@ _LOKR = [
     for first, second in product((("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")), (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b")))
 ]
 _GLORA = Kind(_of("a1.weight", "a2.weight", "b1.weight", "b2.weight"), _BESIDE)
-_NORM = Kind(_of("w_norm"), _of("b_norm"), lambda values: values["w_norm"])
-_DIFF = Kind(_of("diff"), _of("diff_b"), lambda values: values["diff"])
+_NORM = Kind(_of("w_norm"), _of("b_norm"), lambda values, _: values["w_norm"])
+_DIFF = Kind(_of("diff"), _of("diff_b"), lambda values, _: values["diff"])
 _BIAS = Kind(_of("diff_b"))
-_IA3 = Kind(_of("weight"), _of("on_input"))
-_OFT = Kind(_of("oft_blocks"), _of("alpha", "rescale", "dora_scale"))
-_SET = Kind(_of("set_weight"))
-_OF_COMFY = [_LORA, *_DOTTED_LORA, _LOHA, *_LOKR, _GLORA]
+_IA3 = Kind(_of("weight"), _of("on_input"), _ia3)
+_OFT = Kind(_of("oft_blocks"), _BESIDE | {"rescale"}, _oft_of_comfy)
+_SET = Kind(_of("set_weight"), formula=lambda values, weight: None if weight is None else values["set_weight"] - weight)
+_OF_COMFY = _decomposing([_LORA, *_DOTTED_LORA, _LOHA, *_LOKR, _GLORA], _by_either)
 
 
 # Which names mean which modules.
@@ -290,7 +385,15 @@ def _weighed(module: nn.Module) -> list[str]:
     return [path for path, one in targets.modules(module).items() if isinstance(getattr(one, "weight", None), Tensor)]
 
 
-def _flat(path: str) -> str:
+def flattened(path: str) -> str:
+    """Spell a path as flat names do.
+
+    Args:
+        path: Of a module.
+
+    Returns:
+        The path with underscores for dots.
+    """
     return path.replace(".", "_")
 
 
@@ -319,17 +422,17 @@ def _forge(base: Skeleton) -> dict[str, Where]:
         original = original_names(module)
         for path in _weighed(module):
             where = (name, path)
-            found[f"lora_unet_{_flat(path)}"] = where
+            found[f"lora_unet_{flattened(path)}"] = where
             found |= dict.fromkeys((f"{start}{_diffusers_names_of_comfy(path)}" for start in ("", "unet.")), where)
             if path in original:
                 starts = ("lora_unet_", "lora_prior_unet_")
-                found |= {f"{start}{_flat(original[path])}": where for start in starts}
+                found |= {f"{start}{flattened(original[path])}": where for start in starts}
                 found[f"diffusion_model.{original[path]}"] = where
     first = "text_encoder" in base.parts
     for component, path, spelled in _text_layers(base):
         second = component == "text_encoder_2" and first
         flat = ("lora_te2_",) if second else ("lora_te_", "lora_te1_")
-        found |= {f"{start}{_flat(spelled)}": (component, path) for start in flat}
+        found |= {f"{start}{flattened(spelled)}": (component, path) for start in flat}
         found[f"text_encoder{'_2' if second else ''}.{spelled}"] = (component, path)
     return found
 
@@ -338,7 +441,7 @@ def _comfy(base: Skeleton) -> dict[str, Where]:
     found = _forge(base)
     denoiser = _denoiser(base)
     if denoiser is not None:
-        found |= {f"lycoris_{_flat(path)}": (denoiser[0], path) for path in _weighed(denoiser[1])}
+        found |= {f"lycoris_{flattened(path)}": (denoiser[0], path) for path in _weighed(denoiser[1])}
     clips = {"text_encoder": "clip_h" if base.info.family == "sd2" else "clip_l", "text_encoder_2": "clip_g"}
     for component, clip in clips.items():
         for path in _weighed(base.parts[component]) if component in base.parts else ():
@@ -382,18 +485,18 @@ def _a1111(base: Skeleton) -> dict[str, Where]:
     denoiser = _denoiser(base)
     if denoiser is not None:
         name, module = denoiser
-        there = {_flat(own): (name, path) for path, own in original_names(module).items()}
+        there = {flattened(own): (name, path) for path, own in original_names(module).items()}
         found |= {f"{start}{own}": where for start in ("lora_unet_", "oft_unet_") for own, where in there.items()}
         for path in _weighed(module):
-            own = _compvis(_flat(path))
+            own = _compvis(flattened(path))
             if own in there:
-                found[f"lora_unet_{_flat(path)}"] = there[own]
+                found[f"lora_unet_{flattened(path)}"] = there[own]
     xl = "text_encoder_2" in base.parts
     for component, path, spelled in _text_layers(base):
         starts = ["lora_te2_" if component == "text_encoder_2" else "lora_te1_" if xl else "lora_te_"]
         if not xl and base.info.family != "sd2":
             starts.append("lora_te1_")
-        found |= {f"{start}{_flat(spelled)}": (component, path) for start in starts}
+        found |= {f"{start}{flattened(spelled)}": (component, path) for start in starts}
     return found
 
 
@@ -406,11 +509,11 @@ def _kohya(base: Skeleton) -> dict[str, Where]:
         layers = {path for path, one in targets.modules(module).items() if isinstance(one, (nn.Linear, nn.Conv2d))}
         inside = re.compile(r".*\.(attentions|resnets|downsamplers|upsamplers)\.\d+\..+")
         for path in filter(inside.fullmatch, sorted(layers)):
-            found[f"lora_unet_{_flat(path)}"] = (name, path)
+            found[f"lora_unet_{flattened(path)}"] = (name, path)
             if base.info.family == "sdxl" and path in original:
-                found[f"lora_unet_{_flat(original[path])}"] = (name, path)
+                found[f"lora_unet_{flattened(original[path])}"] = (name, path)
     for component, path, spelled in _text_layers(base):
-        found[f"{written_prefix(component, base.info.family)}{_flat(spelled)}"] = (component, path)
+        found[f"{written_prefix(component, base.info.family)}{flattened(spelled)}"] = (component, path)
     return found
 
 
@@ -419,9 +522,9 @@ def _invoke(base: Skeleton) -> dict[str, Where]:
     for component, module in base.parts.items():
         prefix = written_prefix(component, base.info.family)
         for path in _weighed(module):
-            found[f"{prefix}{_flat(with_text_model(component, path))}"] = (component, path)
+            found[f"{prefix}{flattened(with_text_model(component, path))}"] = (component, path)
         if base.info.family == "sdxl":
-            found |= {f"{prefix}{_flat(own)}": (component, path) for path, own in original_names(module).items()}
+            found |= {f"{prefix}{flattened(own)}": (component, path) for path, own in original_names(module).items()}
     return found
 
 
@@ -431,7 +534,15 @@ PROGRAMS = (
     Program(
         "A1111",
         _a1111,
-        (_LORA, _LOHA, _IA3, _OFT, *_LOKR, _DIFF, Kind(_NORM.needed | _NORM.beside, formula=_NORM.formula), _GLORA),
+        (
+            *_decomposing([_LORA, _LOHA], _by_inputs),
+            _IA3,
+            replace(_OFT, formula=_oft_of_a1111),
+            *_decomposing(_LOKR, _by_inputs),
+            _DIFF,
+            Kind(_NORM.needed | _NORM.beside, formula=_NORM.formula),
+            _GLORA,
+        ),
         bundles=True,
     ),
     Program(
@@ -440,6 +551,8 @@ PROGRAMS = (
         (Kind(_KOHYA_LORA.needed, _KOHYA_LORA.beside, _lora_of_kohya),),
         note="LyCORIS reads other methods there, with network_module=lycoris.kohya",
     ),
-    Program("InvokeAI", _invoke, (_IA3, _NORM, _DIFF, *_LOKR, _LOHA, _LORA), refuses_unknown=True),
+    Program(
+        "InvokeAI", _invoke, (_IA3, _NORM, _DIFF, *_LOKR, _LOHA, *_decomposing([_LORA], _by_inputs)), refuses_unknown=True
+    ),
 )
 """The programs that are known by their maps."""

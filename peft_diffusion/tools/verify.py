@@ -1,8 +1,9 @@
 """What other programs make of an adapter file: how much of it they read, and how far their changes are from its own."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.events import Observer
 from ..formats.planning import Plan, plan, some
-from .key_maps import BUNDLE, PROGRAMS, Taken, Theirs, taken, words_taken
+from .key_maps import BUNDLE, PROGRAMS, Taken, Theirs, WeightOf, taken, words_taken
 from .reopened import reopened
 from .sources import Source, Where, open_sources
 from .watch import watched
@@ -97,11 +98,12 @@ def verify(
         if found.layouts == (_EMBEDDING,) and not any(name.startswith(BUNDLE) for name in tensors):
             readings = words_taken([*tensors])
         else:
-            readings = [*reopened(opened, tensors), *(taken(program, tensors, bones) for program in PROGRAMS)]
+            weight_of = _weights(opened)
+            maps = (taken(program, tensors, bones, weight_of) for program in PROGRAMS)
+            readings = [*reopened(opened, tensors, weight_of), *maps]
         errors: dict[str, dict[Where, float]] = {one.program: {} for one in readings}
-        tick = watch.ticks("comparing changes")
-        for number, (where, meant) in enumerate(_meant(opened)):
-            tick(number, len(opened.sites))
+        for where in watch.each("comparing changes", opened.sites):
+            meant = _meant(opened, where)
             known: dict[object, float | None] = {}  # most programs do the same
             for one in readings:
                 theirs = one.changes.get(where)
@@ -112,20 +114,29 @@ def verify(
                     known[key] = _error(theirs, meant)
                 if (error := known[key]) is not None:
                     errors[one.program][where] = error
-        tick(len(opened.sites), len(opened.sites))
     return tuple(_verified(one, errors[one.program], len(tensors)) for one in readings)
 
 
-def _meant(source: Source) -> Iterator[tuple[Where, Tensor | None]]:
-    """What the file changes at each site, as (outputs, inputs); None where that is not known."""
-    for where in source.sites:
-        try:
-            with torch.no_grad():
-                _, change = source.opened(where)
-                matrix = None if change is None else change.matrix()
-        except UserError:
-            matrix = None
-        yield where, None if matrix is None else matrix.detach()
+def _weights(source: Source) -> WeightOf:
+    """Reads the weights of sites, of which the last is kept: each program asks for that of one site after the other."""
+
+    @lru_cache(maxsize=1)
+    def weight_of(where: Where) -> Tensor | None:
+        own = getattr(source.module(where), "weight", None)
+        return own.detach().float() if isinstance(own, Tensor) and not own.is_meta else None
+
+    return weight_of
+
+
+@torch.no_grad()
+def _meant(source: Source, where: Where) -> Tensor | None:
+    """What the file changes at a site, as (outputs, inputs); None where that is not known."""
+    try:
+        _, change = source.opened(where)
+    except UserError:
+        return None
+    matrix = None if change is None else change.matrix()
+    return None if matrix is None else matrix.detach()
 
 
 def _error(change: Theirs, meant: Tensor) -> float | None:

@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -304,10 +305,13 @@ def _seconds(value: float) -> str:
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
 
 
-def _render(template: str, **values: object) -> str:
+@cache
+def _environment() -> Environment:
+    """The templates, which are compiled once: a run writes its page with every checkpoint."""
     places = FileSystemLoader(Path(__file__).parent / "templates")
     # Captions and names are anybody's words: nothing is markup unless it was made as such here.
-    environment = Environment(
-        loader=places, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template(template).render(**values)
+    return Environment(loader=places, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def _render(template: str, **values: object) -> str:
+    return _environment().get_template(template).render(**values)

@@ -12,6 +12,7 @@ from typing import Any
 
 from .... import methods
 from ....core.errors import UserError
+from ....core.parsing import number_in
 from . import kohya_data
 from .taking import Found, Options, existing, parsed_of
 
@@ -54,7 +55,7 @@ _SILENT = (
     "dynamo_backend", "num_processes", "num_machines", "multi_gpu", "gpu_ids", "model_list", "max_token_padding",
     "cache_text_encoder_outputs", "sdxl_cache_text_encoder_outputs", "metadata_author", "metadata_title", "lowram",
     "highvram", "console_log_level", "noise_offset_type", "sample_sampler", "extra_accelerate_launch_args", "unit",
-    "num_cpu_threads", "main_process_port", "additional_parameters", "decompose_both", "factor", "use_cp",
+    "num_cpu_threads", "main_process_port", "epoch", "additional_parameters", "decompose_both", "factor", "use_cp",
 )  # fmt: skip
 _WHY = {
     "scale_weight_norms": "--clip and --weight-decay hold weights down",
@@ -86,7 +87,7 @@ def read(file: Path, given: Mapping[str, Any]) -> Found:
     for name, value in given.items():
         flat |= value if isinstance(value, dict) else {name: value}
     found = Found()
-    options = Options(flat, str(file), found)
+    options = Options(_passed(flat) if "LoRA_type" in flat else flat, str(file), found)
     _data(file, options)
     _length(options, found)
     _rates(options, found)
@@ -96,6 +97,38 @@ def read(file: Path, given: Mapping[str, Any]) -> Found:
     options.rename((*_SILENT, *kohya_data.SUBSET_DEFAULTS), _WHY)
     found.settings = _DEFAULTS | found.settings
     return found
+
+
+def _passed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What kohya_ss passes on of what it saved, as its ``kohya_gui/lora_gui.py`` does: it saves what is switched off too."""
+    given = dict(saved)
+
+    def without(*names: str) -> None:
+        for name in names:
+            given.pop(name, None)
+
+    def off(name: str) -> bool:
+        return not number_in(str(given.get(name)))
+
+    kind = str(given.get("LoRA_type")).lower()
+    if kind in ("standard", "lora-fa"):  # of those that adapt convolutions alone
+        without("conv_dim", "conv_alpha")
+    if "noise_offset_type" in given:
+        many = str(given["noise_offset_type"]).lower() == "multires"
+        without(*(("noise_offset",) if many else ("multires_noise_iterations", "multires_noise_discount")))
+    without(*(name for name in ("max_train_epochs", "max_train_steps") if off(name)))
+    if not given.keys() & {"max_train_epochs", "max_train_steps"} and not given.get("dataset_config"):
+        given["max_train_epochs"] = given.get("epoch")  # by which it counts the steps
+    if "unet_lr" in given and "text_encoder_lr" in given:
+        unet, text = off("unet_lr"), off("text_encoder_lr")
+        given["network_train_unet_only"], given["network_train_text_encoder_only"] = text and not unet, unet and not text
+        without(*(name for name, zero in (("unet_lr", unet), ("text_encoder_lr", text)) if zero))
+    return given
+
+
+def _is_xl(options: Options) -> bool:
+    base = str(options.given.get("pretrained_model_name_or_path", ""))
+    return bool(options.given.get("sdxl")) or re.search(r"xl|pony|illustrious|noob", base, re.IGNORECASE) is not None
 
 
 def _data(file: Path, options: Options) -> None:
@@ -131,7 +164,7 @@ def _data(file: Path, options: Options) -> None:
 
 
 def _length(options: Options, found: Found) -> None:
-    epochs, steps = options.number("max_train_epochs", "epoch"), options.whole("max_train_steps")
+    epochs, steps = options.number("max_train_epochs"), options.whole("max_train_steps")
     if epochs:
         found.settings["epochs"] = float(Fraction(epochs) / found.longer)
     else:
@@ -159,13 +192,11 @@ def _rates(options: Options, found: Found) -> None:
     rates[0:1] = [one for one in (options.number("text_encoder_lr1"),) if one is not None] or rates[0:1]
     second = options.number("text_encoder_lr2")
     rates[1:2] = [second] if second is not None else rates[1:2]
-    base = str(options.given.get("pretrained_model_name_or_path", ""))
-    xl = bool(options.given.get("sdxl")) or re.search(r"xl|pony|illustrious|noob", base, re.IGNORECASE) is not None
     unet_rate = rate if unet is None else unet
     if unet_rate is not None:
         found.settings["unet_lr"] = unet_rate
     text_rates = rates or ([rate] if rate is not None else [])
-    encoders = ("text_encoder", "text_encoder_2") if xl else ("text_encoder",)
+    encoders = ("text_encoder", "text_encoder_2") if _is_xl(options) else ("text_encoder",)
     trained = ["unet", *encoders]
     if options.take("network_train_unet_only") or (text_rates and not any(text_rates)):
         trained = ["unet"]
@@ -175,7 +206,8 @@ def _rates(options: Options, found: Found) -> None:
         if name in trained:
             found.settings[f"{name}_lr"] = one
     found.settings["components"] = tuple(trained)
-    until = options.number("stop_text_encoder_training_pct")
+    older, until = (options.number(f"stop_text_encoder_training{ending}") for ending in ("_pct", ""))
+    until = older or until
     if until and "text_encoder" in trained:
         found.settings["text_encoder_until"] = until / 100
 
@@ -191,6 +223,11 @@ def _choices(options: Options, found: Found) -> None:
     iterations, discount = options.whole("multires_noise_iterations"), options.number("multires_noise_discount")
     if iterations:
         found.settings["multires_noise"] = discount or 0.3
+    skip = options.whole("clip_skip")
+    if skip is not None and skip > 2 and _is_xl(options):
+        options.lack("clip_skip", skip, "it has no effect on Stable Diffusion XL there")
+    elif skip is not None and skip > 1:  # 1 is the usual there, and for XL, where it has no effect, 2 is here
+        found.settings["clip_skip"] = skip
     if options.take("gradient_checkpointing"):
         found.settings["memory"] = "low"
     if options.take("v_parameterization"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ....core.errors import UserError
+from ....core.parsing import number_in
 from . import onetrainer_data
 from .taking import Found, Options, existing, parsed_of
 
@@ -22,8 +23,8 @@ _ABSENT: dict[str, Any] = {
     "concept_file_name": "training_concepts/concepts.json", "peft_type": "LORA",
 }  # fmt: skip
 _SCHEDULERS = {
-    "constant": "constant", "linear": "linear", "cosine": "cosine", "cosine_with_restarts": "cosine-with-restarts",
-    "cosine_with_hard_restarts": "cosine-with-restarts",
+    "constant": "constant", "linear": "linear", "cosine": "cosine",
+    "cosine_with_hard_restarts": "cosine-with-restarts",  # those that are not hard come back to the full rate by a wave
 }  # fmt: skip
 _OPTIMIZERS = {
     "adamw": "adamw", "adam": "adamw", "adamw_8bit": "adamw8bit", "adafactor": "adafactor", "lion": "lion", "came": "came",
@@ -54,11 +55,11 @@ _SILENT = (
 
 # What means nothing where it is as it is by default.
 _USUAL: dict[str, Any] = {
-    "frames": "25", "mse_strength": 1.0, "lora_weight_dtype": "FLOAT_32", "vb_loss_strength": 1.0, "huber_delta": 1.0,
+    "frames": "25", "mse_strength": 1.0, "lora_weight_dtype": "FLOAT_32", "vb_loss_strength": 1.0,
     "timestep_shift": 1.0, "ema_update_step_interval": 5, "loss_scaler": "NONE", "learning_rate_scaler": "NONE",
     "text_encoder_sequence_length": 512, "text_encoder_2_sequence_length": 77, "oft_block_size": 32, "lokr_dim": 16,
-    "lokr_decompose_factor": -1, "lokr_vec_trick": True, "lokr_dora_on_output": True, "unmasked_probability": 0.1,
-    "unmasked_weight": 0.1, "loss_weight_strength": 5.0, "async_offloading": True, "layer_filter": "",
+    "lokr_decompose_factor": -1, "lokr_vec_trick": True, "lokr_dora_on_output": True,
+    "loss_weight_strength": 5.0, "async_offloading": True, "layer_filter": "",
 }  # fmt: skip
 
 
@@ -98,8 +99,10 @@ def read(file: Path, given: Mapping[str, Any]) -> Found:
     _adapter(options, found, method)
     options.take("concepts", "concept_file_name")
     for name, usual in _USUAL.items():
-        if options.left.get(name) == usual or (name.startswith("unmasked") and found.settings["masks"] == "off"):
+        if options.left.get(name) == usual:
             options.take(name)
+    if found.settings["masks"] == "off":
+        options.take("unmasked_probability", "unmasked_weight")
     options.rename(_SILENT)
     return found
 
@@ -111,8 +114,8 @@ def _data(options: Options, found: Found) -> None:
     if len(sizes) > 1:
         found.datasets = [one if one.resolution else replace(one, resolution=sizes) for one in found.datasets]
         found.longer *= len(sizes)  # there, each draw has one of the sizes
-    if options.given.get("aspect_ratio_bucketing") is False:
-        found.settings["max_aspect"] = 1.0
+    # Its buckets, mgds' AspectBucketing, are 1:1 to 1:4.
+    found.settings["max_aspect"] = 1.0 if options.given.get("aspect_ratio_bucketing") is False else 4.0
     options.take("aspect_ratio_bucketing")
     found.settings["upscale"] = True  # as all pictures are brought to the resolution there
     found.settings["masks"] = "files" if options.take("masked_training") else "off"
@@ -123,8 +126,9 @@ def _learning(options: Options, found: Found) -> None:
     found.settings["epochs"] = float(Fraction(epochs or 1) / found.longer)
     found.settings["warmup"] = 0
     warmup = options.number("learning_rate_warmup_steps")
-    if warmup is not None and warmup > 1:
-        found.settings["warmup"] = int(warmup)
+    if warmup is not None and warmup > 1:  # there it counts batches
+        batches = number_in(str(options.given.get("gradient_accumulation_steps"))) or 1
+        found.settings["warmup"] = int(warmup / batches)
     elif warmup:
         del found.settings["warmup"]
         options.lack("learning_rate_warmup_steps", warmup, "--warmup counts steps")
@@ -145,9 +149,7 @@ def _learning(options: Options, found: Found) -> None:
         found.settings["debiased"] = True
     elif weights != "CONSTANT":
         options.lack("loss_weight_fn", weights, "--min-snr-gamma or --debiased")
-    huber = options.number("huber_strength")
-    if huber:
-        found.settings["loss"] = "huber"
+    _huber(options, found)
     options.choose("timestep_distribution", _DISTRIBUTIONS, "timestep_bias")
     least, most = options.number("min_noising_strength") or 0.0, options.number("max_noising_strength")
     if (least, most) not in ((0.0, None), (0.0, 1.0)):
@@ -166,6 +168,18 @@ def _learning(options: Options, found: Found) -> None:
         found.settings["clip"] = clip
     if options.take("tensorboard"):
         found.settings["log_with"] = "tensorboard"
+
+
+def _huber(options: Options, found: Found) -> None:
+    """The loss that is linear from an error on, the same one at every timestep there; it may stand beside the squared."""
+    strength, squared = options.number("huber_strength"), options.given.get("mse_strength", 1.0)
+    delta = options.number("huber_delta") or 1.0
+    if strength and squared:
+        options.lack("huber_strength", strength, f"beside mse_strength = {squared}, and a run has one --loss")
+    elif strength and not 0 < delta <= 1:
+        options.lack("huber_delta", delta, "--huber-c is at most 1")
+    elif strength:
+        found.settings |= {"loss": "huber", "huber_schedule": "constant", "huber_c": delta}
 
 
 def _parts(options: Options, found: Found, xl: bool) -> None:
