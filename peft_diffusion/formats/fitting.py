@@ -54,8 +54,8 @@ def fitting(found: Plan, base: str | Path | None = None) -> Skeleton:
         told = origin(found.header)
         if told.name in NOT_RUN:
             raise UserError(
-                f"{found.path} is for {told.name}, told by {told.why}; this package runs none of that: inspect tells what the"
-                " file holds, and metadata what it says of itself"
+                f"{found.path} is for {told.name}, told by {told.why}; this package runs none of that: inspect tells"
+                " what the file holds, and metadata what it says of itself"
             )
         raise UserError(
             f"{found.path}: its sites ({some([f'{part}.{name}' for part, name, _ in found.each()])}) and their shapes are"
