@@ -1,5 +1,7 @@
 """Pictures that steer: tiny random models of the true architectures, compared with the pipelines of diffusers."""
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from peft_diffusion import Adapters, GenerateConfig, GridConfig, UserError, generate, grid
+from peft_diffusion.bases import single_file
 from peft_diffusion.generation import recipe as recipes
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling
@@ -67,6 +70,55 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], st
         found[base, "gray"] = str(folder / base / "gray")
         found[base, "ip-adapter"] = str(ip_adapter(folder / base / "ip" / "ip.safetensors", pipe))
     return found
+
+
+_RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+
+
+def original(name: str, layers: int) -> str:
+    """What a tensor of a ControlNet is called in cldm/cldm.py of lllyasviel/ControlNet, whose files A1111 reads."""
+    hint = re.sub(r"blocks\.(\d+)", lambda found: f"input_hint_block.{2 * int(found[1]) + 2}", name.partition(".")[2])
+    attends = "attentions" in name
+    if name.startswith("controlnet_cond_embedding."):
+        return hint.replace("conv_in", "input_hint_block.0").replace("conv_out", "input_hint_block.14")
+    for there, here in (
+        (r"controlnet_down_blocks\.(\d+)", r"zero_convs.\1.0"), (r"controlnet_mid_block", "middle_block_out.0"),
+        (r"conv_in", "input_blocks.0.0"), (r"(\w+)_embedding\.linear_1", r"\1_embed.0"),
+        (r"(\w+)_embedding\.linear_2", r"\1_embed.2"), (r"mid_block\.attentions\.0", "middle_block.1"),
+    ):  # fmt: skip
+        name = re.sub(rf"^{there}(?=\.)", here, name)
+    name = name.replace("add_embed.", "label_emb.0.")
+    name = re.sub(r"^mid_block\.resnets\.(\d)", lambda found: f"middle_block.{2 * int(found[1])}", name)
+    parts = name.split(".")
+    if parts[0] == "down_blocks":
+        block, kind, layer = int(parts[1]), parts[2], int(parts[3])
+        place = 1 + block * (layers + 1) + (layers if kind == "downsamplers" else layer)
+        head = [f"input_blocks.{place}.{int(kind == 'attentions')}"]
+        parts = [*head, *(["op"] if kind == "downsamplers" else []), *parts[5 if kind == "downsamplers" else 4 :]]
+    return ".".join(parts if attends else [_RESNET.get(part, part) for part in parts])
+
+
+@pytest.mark.parametrize("base", ["sd", "xl"])
+@pytest.mark.parametrize("layout", ["diffusers.safetensors", "original.safetensors", "original.pth"])
+def test_a_controlnet_of_one_file_is_that_of_its_folder(
+    base: str, layout: str, models: dict[tuple[str, str], str], tmp_path: Path
+) -> None:
+    net = ControlNetModel.from_pretrained(models[base, "controlnet"])
+    tensors = {name: one.contiguous() for name, one in net.state_dict().items()}
+    if layout.startswith("original"):
+        layers = net.config.layers_per_block
+        tensors = {f"control_model.{original(name, layers)}": one for name, one in tensors.items()}
+    file = tmp_path / layout
+    torch.save(tensors, file) if file.suffix == ".pth" else save_file(tensors, file)
+    found = single_file.controlnet(file, MAKE[base]().unet)
+    assert all(torch.equal(one, net.state_dict()[name]) for name, one in found.state_dict().items())
+    for name in ("attention_head_dim", "conditioning_channels", "addition_embed_type", "use_linear_projection", "norm_eps"):
+        assert json.dumps(found.config[name]) == json.dumps(net.config[name]), name
+    with pytest.raises(UserError, match=r"no ControlNet, or of another kind of base: \d+ tensors differ"):
+        single_file.controlnet(file, MAKE["xl" if base == "sd" else "sd"]().unet)
 
 
 @pytest.fixture

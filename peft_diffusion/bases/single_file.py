@@ -7,7 +7,9 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.errors import UserError, first_line
@@ -19,6 +21,12 @@ _IN = f"{_UNET}input_blocks.0.0.weight"  # (320, channels of its input, 3, 3)
 _CROSS = f"{_UNET}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"  # (320, width of the text); absent in XL
 _XL = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 _REFINER = "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"
+_HINT = "controlnet_cond_embedding"  # what looks at the picture
+_LABELS = {
+    f"label_emb.0.{there}.{kind}": f"add_embedding.linear_{here}.{kind}"
+    for there, here in ((0, 1), (2, 2))
+    for kind in ("weight", "bias")
+}  # of XL, which diffusers' conversion leaves out
 _NORM = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"  # empty tensors that trainers put into such checkpoints
 _TOLD = "modelspec.prediction_type"  # of the metadata: https://github.com/Stability-AI/ModelSpec
@@ -133,3 +141,42 @@ def _architecture(
     spread = 0.0 if norm is None or channels == 9 else float(norm.float().std(unbiased=False))
     of_norm = spread > _V_SPREAD if told is None else predicts_v
     return Architecture("sd2-v" if of_norm else "sd2", channels == 9, **marks)
+
+
+def controlnet(path: Path, network: Any) -> Any:
+    """Read a ControlNet of one file, with diffusers' own conversion; the shape is that of the base's network.
+
+    Args:
+        path: ``.safetensors``, ``.pth``, ``.pt`` or ``.bin``, in the layout of ControlNet or of diffusers.
+        network: The UNet that it is for.
+
+    Returns:
+        The ControlNet, on the CPU, without gradients.
+
+    Raises:
+        UserError: It is none, is damaged, or is for another kind of base.
+    """
+    if path.suffix == ".safetensors":
+        with refusing(f"{path} is no whole .safetensors file"):
+            tensors = load_file(path)
+    else:
+        tensors = unpickled(path)
+    found = convert_controlnet_checkpoint(tensors, network.config)
+    bare = {name.removeprefix("control_model."): tensor for name, tensor in tensors.items()}
+    found |= {_LABELS[name]: tensor for name, tensor in bare.items() if name in _LABELS}
+    hints = (found.get(f"{_HINT}.{name}.weight") for name in ("conv_in", "blocks.1", "blocks.3", "blocks.5"))
+    channels = tuple(len(hint) for hint in hints if hint is not None)
+    with torch.device("meta"):
+        model = diffusers.ControlNetModel.from_unet(
+            network, load_weights_from_unet=False, conditioning_embedding_out_channels=channels or (16, 32, 96, 256)
+        )
+    wanted = {name: tuple(one.shape) for name, one in model.state_dict().items()}
+    there = {name: tuple(one.shape) for name, one in found.items() if one is not None}
+    if there != wanted:
+        differing = sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
+        raise UserError(
+            f"{path} is no ControlNet, or of another kind of base: {len(differing)} tensors differ from one of this base,"
+            f" first {differing[0]} {there.get(differing[0], 'missing')}; take one that was made for this base"
+        )
+    model.load_state_dict(found, assign=True)
+    return model.requires_grad_(False).eval()

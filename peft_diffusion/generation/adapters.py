@@ -3,10 +3,11 @@
 import logging
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from ..core.adapter import Adapter, StoredPair
 from ..core.block_names import weighed
 from ..core.changes import one_at_a_time
 from ..core.errors import UserError
+from ..core.events import Never, Observer, Observers, Stop
 from ..core.files import at_home
 from ..core.registry import Registry
 from ..core.strength import Amount, OverSteps, named_blocks, of_component, over_steps, refuse_unknown
@@ -33,6 +35,11 @@ from ..formats.planning import Digests
 from . import watch
 from .host_options import OptionWatch, carries, refuse_fused
 from .watch import Watch
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .batching import Request
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +140,12 @@ class Adapters:
     def merged(self) -> tuple[str, ...]:
         """The components whose adapters are merged into the weights."""
         return self._registry.merged
+
+    @property
+    def teachers(self) -> frozenset[str]:
+        """The adapters that teach words, or that stand before every prompt."""
+        states = self._registry.states().values()
+        return frozenset(word.owner for state in states for word in state.words if word.owner is not None)
 
     def __getitem__(self, name: str) -> LoadedAdapter:
         """What was loaded under that name.
@@ -444,6 +457,57 @@ class Adapters:
             why = "it is off" if on is False else "the base is not on CUDA, where it would pay"
         (drawing.start if wanted else drawing.stop)(network)
         return None if wanted else why
+
+    def batch(
+        self,
+        requests: "Sequence[Request]",
+        *,
+        at_most: int = 8,
+        tell: Observer = Observers(),  # noqa: B008 -- has no state
+        stop: Stop = Never(),  # noqa: B008 -- has no state
+    ) -> "list[Image.Image]":
+        """Draw pictures with different prompts, adapters, strengths and seeds at once, each as if it were drawn alone.
+
+        Pictures that cannot share a batch, as of other sizes, steps, schedulers or guidance, or with longer prompts, are
+        drawn one group after the other, which is told.
+
+        Args:
+            requests: What is wanted.
+            at_most: Pictures computed at once, 1 or more.
+            tell: Is told how far it is, and of groups; an observer as `generate` takes them.
+            stop: Where it is set, nothing is drawn after the present batch.
+
+        Returns:
+            A picture for each, in order. The strengths are afterwards what they were.
+
+        Raises:
+            UserError: A request names an adapter that is not there, or cannot be drawn; adapters are merged; or the base is
+                a language model.
+            Interrupted: It was stopped.
+        """
+        self._denoising()
+        from .batching import drawn  # which imports diffusers
+
+        if at_most < 1:
+            raise UserError(f"at_most must be 1 or more, not {at_most}")
+        with self._kept_strengths():
+            return drawn(self, requests, at_most, tell, stop)
+
+    @contextmanager
+    def _kept_strengths(self) -> Iterator[None]:
+        """Give adapters the strengths back that they had."""
+        before = {
+            component: {name: state.strengths.kept(name) for name in state.entries}
+            for component, state in self._registry.states().items()
+        }
+        try:
+            yield
+        finally:
+            for component, state in self._registry.states().items():
+                if not state.strengths.merged:
+                    kept = before.get(component, {})
+                    state.strengths.write({name: amount for name, amount in kept.items() if name in state.entries})
+            follow_steps(self.pipe)
 
     @property
     def recordings(self) -> int:

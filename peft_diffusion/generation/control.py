@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from ..bases import denoiser_of
+from ..bases import denoiser_of, single_file
 from ..bases.base import dtype_of
 from ..bases.loading import is_hub_id, quiet
 from ..bases.pipelines import Pipeline, computes_on
@@ -55,9 +55,9 @@ def _weights(control: Control) -> Path:
     """The file of a model, fetched from the hub where it is no file or folder here. Raises UserError."""
     place = Path(control.model).expanduser()
     names: tuple[str, ...] = _WEIGHTS
+    if place.is_file() and control.kind != "t2i-adapter":
+        return place
     if control.kind == "ip-adapter":
-        if place.is_file():
-            return place
         parts = Path(control.model).parts
         hub_id, names = "/".join(parts[:_HUB_PARTS]), ("/".join(parts[_HUB_PARTS:]),)
     else:
@@ -81,7 +81,7 @@ def _weights(control: Control) -> Path:
 def _wanted(kind: str) -> str:
     if kind == "ip-adapter":
         return "name its file, or one of the hub as h94/IP-Adapter/models/ip-adapter_sd15.safetensors"
-    return "name a folder of diffusers or a hub id"
+    return f"name a folder of diffusers{', a file' if kind == 'controlnet' else ''} or a hub id"
 
 
 @dataclass
@@ -230,11 +230,13 @@ def _of_guided(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _loaded(pipe: Pipeline, control: Control) -> Any:
     """A ControlNet or T2I-Adapter on the device. Raises UserError."""
     weights = _weights(control)
+    place = Path(control.model).expanduser()
+    if place.is_file():
+        return single_file.controlnet(place, denoiser_of(pipe).network).to(computes_on(pipe), dtype_of(pipe))
     kind: Any = diffusers.ControlNetModel if control.kind == "controlnet" else diffusers.T2IAdapter
-    folder = Path(control.model).expanduser()
     told = {"torch_dtype": dtype_of(pipe), "use_safetensors": weights.suffix == ".safetensors"}
     with quiet(diffusers_logging, transformers_logging), refusing(f"the {control.kind} {control.model} cannot be read"):
-        model = kind.from_pretrained(str(folder) if folder.is_dir() else control.model, **told)
+        model = kind.from_pretrained(str(place) if place.is_dir() else control.model, **told)
     model = model.to(computes_on(pipe)).requires_grad_(False).eval()
     wanted = getattr(denoiser_of(pipe).network.config, "cross_attention_dim", None)
     if control.kind == "controlnet" and model.config.cross_attention_dim != wanted:

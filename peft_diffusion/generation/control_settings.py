@@ -19,7 +19,8 @@ class Control:
 
     Attributes:
         kind: One of `KINDS`.
-        model: The folder or hub id of the model; of an IP-Adapter its file, or a hub id and the file's path there.
+        model: The folder or hub id of the model, or of a ControlNet its file; of an IP-Adapter its file, or a hub id and the
+            file's path there.
         picture: What it looks at.
         scale: How much it steers; 1 is as trained, 0 nothing.
     """

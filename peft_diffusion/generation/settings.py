@@ -370,7 +370,8 @@ class Sampling(NamesAdapters):
     control: Texts = setting(
         (),
         "A picture that steers, as KIND:MODEL=PICTURE or KIND:MODEL=PICTURE@SCALE; give it again for more. KIND is "
-        "controlnet, t2i-adapter or ip-adapter, MODEL a folder of diffusers or a hub id, of an ip-adapter its file.",
+        "controlnet, t2i-adapter or ip-adapter, MODEL a folder of diffusers or a hub id, of a controlnet also its file, and "
+        "of an ip-adapter that alone.",
         PARAMETERS,
         flag=Flag(default_shown=False),
     )
