@@ -345,6 +345,8 @@ def test_a_training_that_kohya_ss_saved_becomes_ours(tmp_path: Path) -> None:
         ({"unet_lr": 0}, {"components": ("text_encoder", "text_encoder_2"), "text_encoder_lr": 3e-5}),
         ({"text_encoder_lr": 0}, {"components": ("unet",), "unet_lr": 3e-5}),
         ({"stop_text_encoder_training": 30}, {"text_encoder_until": 0.3}),
+        ({"lr_scheduler": "cosine_with_restarts"}, {"scheduler": "cosine-with-restarts", "cycles": 50}),
+        ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": "3"}, {"cycles": 3}),
     ],
 )  # fmt: skip
 def test_what_kohya_ss_saves_counts_as_far_as_it_passes_it_on(
