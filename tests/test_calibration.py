@@ -72,7 +72,7 @@ def test_calibrating_leaves_strengths_and_network_as_they_were(adapters: Adapter
     assert torch.equal(after[0], before[0]) and after[1] == before[1]
     with pytest.raises(UserError, match="needs a prompt"):
         adapters.calibrate([])
-    with pytest.raises(UserError, match="no adapter nobody"):
+    with pytest.raises(UserError, match="no adapter 'nobody'"):
         adapters.calibrate(["a cat"], {"nobody": 1.0})
     adapters.merge()
     with pytest.raises(UserError, match="unmerge them before you calibrate"):
