@@ -221,7 +221,7 @@ def config_of(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | 
         negative=negative if guided else "",
         steps=body.steps,
         guidance=None if body.cfg_scale is None else max(body.cfg_scale, 1.0),
-        scheduler=names.scheduler(body.sampler_name or body.sampler_index, body.scheduler),
+        scheduler=names.with_eta(names.scheduler(body.sampler_name or body.sampler_index, body.scheduler), body.eta),
         width=body.width or None,
         height=body.height or None,
         batch_size=batch,
@@ -362,6 +362,8 @@ def run(body: Drawing, serving: ServeConfig, held: Held, files: Files, clip_skip
     notes = [f"not read: {', '.join(sorted(body.model_extra))}"] if body.model_extra else []
     if skip != clip_skip and clip_skip not in (1, fixed):
         notes.append(f"CLIP_stop_at_last_layers {clip_skip} has no effect on {held.info.name}, as in A1111")
+    if body.eta == 1 and (config.scheduler or "").startswith("ddim"):
+        notes.append("DDIM is drawn with eta 0; the sampler DDPM adds the noise of eta 1")
     if body.negative_prompt and not config.negative:
         notes.append("the negative prompt has no effect at cfg_scale 1 or less")
     job.rounds = 1 if body.n_iter is None else body.n_iter
