@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .data.captioning import Captioned, caption
     from .formats import Inspection, Spec, inspect
     from .generation import Adapters, ByPart, Schedule
+    from .generation.batching import Request
     from .generation.blend import Blend, blend
     from .generation.generate import Picture, generate
     from .generation.grid import Grid, grid
@@ -68,6 +69,7 @@ __all__ = [
     "MergeConfig",
     "Picture",
     "RenameTriggerConfig",
+    "Request",
     "ResizeConfig",
     "Schedule",
     "Spec",
@@ -129,6 +131,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "MergeConfig": "tools.tool_settings",
             "Picture": "generation.generate",
             "RenameTriggerConfig": "tools.tool_settings",
+            "Request": "generation.batching",
             "ResizeConfig": "tools.tool_settings",
             "Schedule": "generation",
             "Spec": "formats",

@@ -238,7 +238,7 @@ def difference(one: Any, other: Any) -> float:
 
 
 def drawn(pipe: Any, *prompts: str, **told: Any) -> list[Any]:
-    cells = [Cell(prompt, 3, {}) for prompt in prompts]
+    cells = [Cell(prompt, 3, None) for prompt in prompts]
     return list(paint(Adapters(pipe), cells, Sampling(**{"steps": 2, **told})))
 
 

@@ -94,6 +94,21 @@ def warner(tell: Observer) -> Callable[[str], None]:
     return warn
 
 
+def tell_of_adapters(adapters: Adapters, names: Sequence[str], prompts: Sequence[Sequence[str]], tell: Observer) -> None:
+    """Tell what the person should know of adapters that are loaded already.
+
+    Args:
+        adapters: Those on the base.
+        names: Those that are meant.
+        prompts: What is drawn or written with each of them.
+        tell: Is told.
+    """
+    for name, drawn in zip(names, prompts, strict=True):
+        for warning in adapters[name].warnings:
+            tell(Warned(warning))
+        _tell_triggers(adapters, name, drawn, tell)
+
+
 def _tell_triggers(adapters: Adapters, name: str, prompts: Sequence[str], tell: Observer) -> None:
     """Tell which prompts do not call an adapter."""
     loaded = adapters[name]

@@ -3,10 +3,11 @@
 import logging
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +23,25 @@ from ..core.adapter import Adapter, StoredPair
 from ..core.block_names import weighed
 from ..core.changes import one_at_a_time
 from ..core.errors import UserError
+from ..core.events import Never, Observer, Observers, Stop
 from ..core.files import at_home
 from ..core.registry import Registry
 from ..core.strength import Amount, OverSteps, named_blocks, of_component, over_steps, refuse_unknown
 from ..core.strength_schedule import Schedule, Timed
 from ..fast import drawing
+from ..fast.parts import parts_beside
+from ..fast.stepping import keep_on_host, release
 from ..formats import Coverage, Loaded, Plan, Spec
 from ..formats.container import adapter_file, title
 from ..formats.planning import Digests
 from . import watch
 from .host_options import OptionWatch, carries, refuse_fused
 from .watch import Watch
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .batching import Request
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +142,12 @@ class Adapters:
     def merged(self) -> tuple[str, ...]:
         """The components whose adapters are merged into the weights."""
         return self._registry.merged
+
+    @property
+    def teachers(self) -> frozenset[str]:
+        """The adapters that teach words, or that stand before every prompt."""
+        states = self._registry.states().values()
+        return frozenset(word.owner for state in states for word in state.words if word.owner is not None)
 
     def __getitem__(self, name: str) -> LoadedAdapter:
         """What was loaded under that name.
@@ -423,9 +438,10 @@ class Adapters:
         """Draw faster from now on, or as before: the same pictures up to rounding, several times as fast on a GPU.
 
         The network's step is fused, recorded as a CUDA graph for each shape of its inputs, and replayed; prompts are told to
-        attention once for all steps. The pipeline is called as ever. Adapters may be set, loaded, exchanged, merged and
-        removed meanwhile. Threads take turns at the network. A copy of the pipeline is not fast. A step that cannot be
-        recorded is computed as before: `plain_because` says why.
+        attention once for all steps. So are ControlNets, and from the second time on text encoders and the VAE, where at
+        least half of the card's memory is free for what a recording keeps. The pipeline is called as ever. Adapters may be
+        set, loaded, exchanged, merged and removed meanwhile. Threads take turns at the network. A copy of the pipeline is
+        not fast. A step that cannot be recorded is computed as before: `plain_because` says why.
 
         Args:
             on: Whether to; None where it pays, which is on CUDA. On a CPU True saves little.
@@ -443,23 +459,99 @@ class Adapters:
         else:
             why = "it is off" if on is False else "the base is not on CUDA, where it would pay"
         (drawing.start if wanted else drawing.stop)(network)
+        for _, part, kind in parts_beside(self.pipe):
+            if wanted:
+                drawing.start(part, kind)
+            else:
+                drawing.stop(part)
+        if not wanted:
+            release(self.pipe.scheduler)
+        self.keep_steps_on_host(self.pipe.scheduler)
         return None if wanted else why
+
+    def keep_steps_on_host(self, scheduler: Any) -> None:
+        """Have a scheduler keep its timesteps on the host where drawing is fast, so that no step waits for the one before.
+
+        Args:
+            scheduler: The pipeline's, or one that it will be given.
+        """
+        engine = drawing.engine_of(self._denoising()[1])
+        if engine is not None and drawing.records_on(next(engine.network.parameters()).device):
+            keep_on_host(scheduler)
+
+    def batch(
+        self,
+        requests: "Sequence[Request]",
+        *,
+        at_most: int = 8,
+        tell: Observer = Observers(),  # noqa: B008 -- has no state
+        stop: Stop = Never(),  # noqa: B008 -- has no state
+    ) -> "list[Image.Image]":
+        """Draw pictures with different prompts, adapters, strengths and seeds at once, each as if it were drawn alone.
+
+        Pictures that cannot share a batch, as of other sizes, steps, schedulers or guidance, or with longer prompts, are
+        drawn one group after the other, which is told.
+
+        Args:
+            requests: What is wanted.
+            at_most: Pictures computed at once, 1 or more.
+            tell: Is told how far it is, and of groups; an observer as `generate` takes them.
+            stop: Where it is set, nothing is drawn after the present batch.
+
+        Returns:
+            A picture for each, in order. The strengths are afterwards what they were.
+
+        Raises:
+            UserError: A request names an adapter that is not there, or cannot be drawn; adapters are merged; or the base is
+                a language model.
+            Interrupted: It was stopped.
+        """
+        self._denoising()
+        from .batching import drawn  # which imports diffusers
+
+        if at_most < 1:
+            raise UserError(f"at_most must be 1 or more, not {at_most}")
+        with self._kept_strengths():
+            return drawn(self, requests, at_most, tell, stop)
+
+    @contextmanager
+    def _kept_strengths(self) -> Iterator[None]:
+        """Give adapters the strengths back that they had."""
+        before = {
+            component: {name: state.strengths.kept(name) for name in state.entries}
+            for component, state in self._registry.states().items()
+        }
+        try:
+            yield
+        finally:
+            for component, state in self._registry.states().items():
+                if not state.strengths.merged:
+                    kept = before.get(component, {})
+                    state.strengths.write({name: amount for name, amount in kept.items() if name in state.entries})
+            follow_steps(self.pipe)
 
     @property
     def recordings(self) -> int:
-        """How many recordings were made since `fast`: two for each shape of pictures that were drawn.
+        """How many recordings were made since `fast`: two for each shape of pictures that were drawn, and from the second
+        picture on one for each shape of what text encoders, the VAE and ControlNets are given.
 
         There are more where strengths begin to differ by image, on merging, and where adapters come to other sites, or have
         more ranks, than there is room for.
         """
-        engine = drawing.engine_of(self._denoising()[1])
-        return 0 if engine is None else engine.recordings
+        parts = [self._denoising()[1], *(part for _, part, _ in parts_beside(self.pipe))]
+        return sum(engine.recordings for part in parts if (engine := drawing.engine_of(part)) is not None)
 
     @property
     def plain_because(self) -> str | None:
         """Why the last step was computed plainly in spite of `fast`; None where it was not."""
         engine = drawing.engine_of(self._denoising()[1])
         return None if engine is None else engine.refused
+
+    @property
+    def plain_parts(self) -> dict[str, str]:
+        """Why parts beside the network were computed plainly in spite of `fast` when they last were, by their names."""
+        found = {name: drawing.engine_of(part) for name, part, _ in parts_beside(self.pipe)}
+        return {name: engine.refused for name, engine in found.items() if engine is not None and engine.refused is not None}
 
     def _denoising(self) -> tuple[str, nn.Module]:
         found = network_of(self.pipe)

@@ -1,9 +1,9 @@
 """Pictures as they were asked for: each prompt with what it leaves open, which adapters it names, and what its line says."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..bases import components
 from ..bases import family as families
@@ -15,6 +15,10 @@ from ..data.prompt_lines import PromptLine, parse_line, read_prompts
 from ..data.wildcards import Wildcards
 from .settings import Choice, GenerateConfig, Key, Sampling, with_plans
 from .tags import Shelf, Tag, take
+
+S = TypeVar("S", bound=Sampling)
+# Settings that each picture has for itself.
+_OF_A_PICTURE: Mapping[str, Any] = {"prompts": ("",), "negative": "", "seed": 0, "seeds": (), "count": 1}
 
 
 class Read(NamedTuple):
@@ -89,7 +93,7 @@ class Order:
     @property
     def groups(self) -> list[list[Asked]]:
         """Pictures that are drawn in the same way, in order."""
-        return [list(group) for _, group in groupby(self.pictures, key=_manner)]
+        return [list(group) for _, group in groupby(self.pictures, key=lambda one: manner(one.config))]
 
     @property
     def prompts(self) -> list[list[str]]:
@@ -113,9 +117,17 @@ class Order:
         return strengths(self.choices, names, one.tags, self.shelf, base)
 
 
-def _manner(one: Asked) -> GenerateConfig:
-    """How a picture is drawn, without what each has of its own."""
-    return replace(one.config, prompts=("",), negative="", seed=0, seeds=(), count=1)
+def manner(sampling: S) -> S:
+    """Tell how a picture is drawn, without what each has for itself.
+
+    Args:
+        sampling: How it is drawn.
+
+    Returns:
+        The same for all pictures that are drawn alike.
+    """
+    known = {one.name for one in fields(sampling)}
+    return replace(sampling, **{name: value for name, value in _OF_A_PICTURE.items() if name in known})
 
 
 def strengths(

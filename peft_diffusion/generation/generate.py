@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
@@ -20,16 +21,17 @@ from ..bases.loading import is_cached, is_hub_id
 from ..bases.pipelines import Pipeline, free_u
 from ..core import plugins
 from ..core.errors import UserError
-from ..core.events import Ended, Never, Observer, Stop, Warned, observed
+from ..core.events import Ended, Never, Observer, Observers, Stop, Warned, observed
 from ..core.settings import of_kind, pick, settings_of
 from ..core.strength_schedule import ByPart
 from ..formats import Plan, plan
 from ..formats.container import sha256
 from . import amounts, sheet
 from . import recipe as recipes
-from .adapted import adapted
+from .adapted import adapted, tell_of_adapters
 from .adapters import Adapters
 from .asked import Asked, Order, order
+from .batching import grouped
 from .control import used as used_controls
 from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
@@ -180,6 +182,82 @@ def draw(
         with spared(adapters, config):
             for job in jobs:
                 yield from zip(job.paint(adapters, tell, stop), job.recipes, strict=True)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one of several asks for who share a base.
+
+    Attributes:
+        asked: The pictures, and their adapters.
+        config: What is the same for all of them.
+        tell: Is told what that one should know.
+    """
+
+    asked: Order
+    config: GenerateConfig
+    tell: Observer
+
+
+def draw_together(
+    base: Pipeline, parts: Sequence[Part], *, at_most: int, strict: bool, tell: Observer, stop: Stop
+) -> Generator[tuple[int, list[tuple[Image.Image, Recipe]]]]:
+    """Draw what several ask for in common batches, as far as their pictures can share these; the others after each other.
+
+    Close what is returned where it is left before its end: only then are the adapters off the base.
+
+    Args:
+        base: The base, which carries no adapters.
+        parts: What they ask for, all of it from noise, with one way to save memory.
+        at_most: Pictures computed at once.
+        strict: Whether to refuse a file of which a tensor is left out.
+        tell: Is told how far it is.
+        stop: Where it is set, nothing is drawn after the present batch.
+
+    Yields:
+        Which part is done, and its pictures with their recipes.
+
+    Raises:
+        UserError: One cannot be drawn; or adapters teach words, which all prompts would be read with.
+        Interrupted: It was stopped.
+    """
+    choices = {choice.key: choice for part in parts for choice in part.asked.choices}
+    untold: list[list[str]] = [[] for _ in choices]
+    with adapted(base, list(choices.values()), untold, Observers(), lent=True, strict=strict) as (adapters, names):
+        called = dict(zip(choices, names, strict=True))
+        jobs: list[_Job] = []
+        whose: list[int] = []
+        for number, part in enumerate(parts):
+            own = [called[choice.key] for choice in part.asked.choices]
+            _refuse_words(adapters, own)
+            tell_of_adapters(adapters, own, part.asked.prompts, part.tell)
+            tell_clip_skip(base, [choice.plan for choice in part.asked.choices if choice.plan], part.config, part.tell)
+            for group in part.asked.groups:
+                job = _job(adapters, own, part.asked, group, None)
+                jobs += [
+                    replace(job, cells=[cell], recipes=[told]) for cell, told in zip(job.cells, job.recipes, strict=True)
+                ]
+                whose += [number] * len(group)
+        missing = Counter(whose)
+        done: dict[int, tuple[Image.Image, Recipe]] = {}
+        cells = [cell for job in jobs for cell in job.cells]
+        groups = grouped(adapters, cells, [job.config for job in jobs], Observers())
+        with spared(adapters, parts[0].config):
+            for one in groups:
+                config = replace(one.sampling, batch_size=at_most)
+                coming = paint(adapters, [cells[number] for number in one.numbers], config, tell=tell, stop=stop)
+                for number, image in zip(one.numbers, coming, strict=True):
+                    done[number] = image, jobs[number].recipes[0]
+                    missing[whose[number]] -= 1
+                    if not missing[whose[number]]:
+                        yield whose[number], [done[which] for which, of in enumerate(whose) if of == whose[number]]
+
+
+def _refuse_words(adapters: Adapters, own: Sequence[str]) -> None:
+    """Raise UserError where adapters that are not one's own teach words, or stand before every prompt."""
+    others = adapters.teachers - set(own)
+    if others:
+        raise UserError(f"{', '.join(sorted(others))} would teach words that this prompt is not read with")
 
 
 @dataclass(frozen=True)

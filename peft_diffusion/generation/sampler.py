@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
@@ -21,7 +21,6 @@ from ..core.strength import Amount
 from ..core.strength_schedule import ByPart
 from ..data.images import MAX_PIXELS
 from ..data.prompts import in_words
-from .adapters import Adapters
 from .control import Controls, controlled
 from .hires import LANCZOS, Hires
 from .settings import Sampling
@@ -30,6 +29,9 @@ from .telling import Telling, triggers
 from .tiling import seamless
 from .upscaling import check as check_hires
 from .upscaling import enlarged, noised_by
+
+if TYPE_CHECKING:
+    from .adapters import Adapters
 
 _WHAT = "drawing"  # what progress is told of
 _OF_NOISE = "rescale_betas_zero_snr"  # what schedulers of diffusers call a schedule that begins with pure noise
@@ -97,7 +99,7 @@ def _check_pixels(sides: tuple[int, int]) -> None:
 
 
 def paint(
-    adapters: Adapters,
+    adapters: "Adapters",
     cells: Sequence[Cell],
     sampling: Sampling,
     source: Source | None = None,
@@ -134,6 +136,7 @@ def paint(
     each = first + (0 if hires is None else hires.steps)
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
     scheduler = scheduler_of(adapters, cells, sampling)
+    adapters.keep_steps_on_host(scheduler)
     if gives_way(pipe, scheduler, sampling):
         whose = "the base" if _begins_with_noise(pipe.scheduler) else "an adapter"
         tell(
@@ -142,13 +145,13 @@ def paint(
                 " zero terminal SNR; ddim draws in its place"
             )
         )
-    telling = Telling(pipe, sampling, triggers(adapters))
+    telling = Telling(pipe, sampling, triggers(adapters, cells))
     _check_prompts(adapters, batches, telling)
     steered = controlled(pipe, sampling.controls(), sampling.control_scale)
     with steered as controls, drawing(pipe, scheduler):
         for number, batch in enumerate(batches):
             check_stop(stop, f"stopped after {number * sampling.batch_size} of {len(cells)} pictures")
-            _set_strengths(adapters, batch)
+            set_strengths(adapters, batch)
             report = _Report(tell, number * each, len(batches) * each, sampling.guidance_stop)
             start = _noise(pipe, batch, sides, sampling) if source is None else _start(pipe, batch, source, sampling)
             if hires is not None:
@@ -224,7 +227,7 @@ def _begins_with_noise(scheduler: Any) -> bool:
     return bool(scheduler.config.get(_OF_NOISE))
 
 
-def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) -> Any:
+def scheduler_of(adapters: "Adapters", cells: Sequence[Cell], sampling: Sampling) -> Any:
     """Choose the scheduler that draws: the one that was asked for, or the pipeline's own.
 
     Args:
@@ -258,7 +261,7 @@ def scheduler_of(adapters: Adapters, cells: Sequence[Cell], sampling: Sampling) 
     return ending_in_noise(scheduler) if of_noise else scheduler
 
 
-def _named(name: str, adapters: Adapters, steps: int) -> Any:
+def _named(name: str, adapters: "Adapters", steps: int) -> Any:
     """A scheduler by its name, from the configuration of the base's. Raises UserError for one that cannot be."""
     known, (kind, spacing) = denoiser_of(adapters.pipe).schedulers, parted(name)
     if kind not in known:
@@ -350,7 +353,7 @@ def _start(pipe: Pipeline, batch: Sequence[Cell], source: Source, sampling: Samp
 def _second(
     start: _Start,
     hires: Hires,
-    adapters: Adapters,
+    adapters: "Adapters",
     batch: Sequence[Cell],
     telling: Telling,
     report: _Report,
@@ -438,14 +441,14 @@ def whole_picture(pipe: Pipeline, width: int, height: int) -> dict[str, Any]:
     return {"image": empty, "mask_image": everything, "strength": 1.0}
 
 
-def _check_prompts(adapters: Adapters, batches: Sequence[Sequence[Cell]], telling: Telling) -> None:
+def _check_prompts(adapters: "Adapters", batches: Sequence[Sequence[Cell]], telling: Telling) -> None:
     """Raise UserError for prompts that cannot be read at the strengths that each batch will have."""
     different = {
         tuple((cell.prompt, cell.negative, *sorted((cell.strengths or {}).items())) for cell in batch): batch
         for batch in batches
     }
     for batch in different.values():
-        _set_strengths(adapters, batch)
+        set_strengths(adapters, batch)
         for texts in _texts(batch, telling.asked):
             telling.check(texts)
 
@@ -455,8 +458,13 @@ def _texts(batch: Sequence[Cell], sampling: Sampling) -> tuple[list[str], list[s
     return [cell.prompt for cell in batch], [cell.against(sampling) for cell in batch]
 
 
-def _set_strengths(adapters: Adapters, batch: Sequence[Cell]) -> None:
-    """One strength where the batch agrees, and one per picture where not."""
+def set_strengths(adapters: "Adapters", batch: Sequence[Cell]) -> None:
+    """Set the strengths of a batch: one where its pictures agree, and one for each picture where not.
+
+    Args:
+        adapters: Those on the base.
+        batch: The pictures.
+    """
     named = [cell.strengths for cell in batch if cell.strengths is not None]
     if not named:
         return

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,8 +14,11 @@ from ..bases.prompts import Encoding, Reading, TextSide, alike
 from ..core.errors import UserError
 from ..core.events import Noted, Observer
 from ..formats import Plan
-from .adapters import Adapters
 from .settings import Sampling
+
+if TYPE_CHECKING:
+    from .adapters import Adapters
+    from .sampler import Cell
 
 
 class Telling:
@@ -126,13 +129,15 @@ def tell_clip_skip(pipe: Pipeline, plans: Sequence[Plan], asked: Sampling, tell:
             )
 
 
-def triggers(adapters: Adapters) -> list[str]:
-    """List the words that call the adapters of a base.
+def triggers(adapters: "Adapters", cells: "Sequence[Cell]") -> list[str]:
+    """List the words that call adapters.
 
     Args:
-        adapters: Those on it.
+        adapters: Those on the base.
+        cells: Pictures that are drawn: adapters that none of them names count for nothing.
 
     Returns:
         The words.
     """
-    return [word for name in adapters.names for word in adapters[name].spec.triggers]
+    named = {name for cell in cells for name in (adapters.names if cell.strengths is None else cell.strengths)}
+    return [word for name in adapters.names if name in named for word in adapters[name].spec.triggers]

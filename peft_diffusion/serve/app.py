@@ -126,14 +126,12 @@ def _control(app: FastAPI, engine: Engine) -> None:
 
     @app.post(f"{_ROOT}/interrupt")
     async def interrupt() -> dict[str, Any]:
-        if (job := engine.worker.present) is not None:
-            job.interrupted = True
+        engine.worker.interrupt()
         return {}
 
     @app.post(f"{_ROOT}/skip")
     async def skip() -> None:
-        if (job := engine.worker.present) is not None:
-            job.skipped = True
+        engine.worker.skip()
 
     @app.get(f"{_ROOT}/options")
     async def options() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..data.wildcards import Wildcards
 from ..formats import Plan
 from ..generation.asked import Asked, Order, read_prompt
 from ..generation.distilled import for_few_steps
-from ..generation.generate import draw
+from ..generation.generate import Part, draw, draw_together
 from ..generation.recipe import Recipe, UsedPicture
 from ..generation.sampler import size
 from ..generation.settings import MAX_SEED, Choice, GenerateConfig, Key, with_plans
@@ -31,7 +31,7 @@ from ..generation.tags import Shelf
 from . import inpainting, names, pictures
 from .bodies import Drawing, ImageToImage, TextToImage
 from .settings import ServeConfig
-from .worker import Job
+from .worker import Company, Job
 
 _LONGEST = 10_000  # letters of a prompt
 _SEEDS = 2**32  # that are drawn where none is given, as A1111 has them
@@ -338,6 +338,45 @@ class Beginning(NamedTuple):
     ready: inpainting.Prepared
 
 
+@dataclass
+class _Read:
+    """A request that was read: how it is drawn, and what the person should know."""
+
+    config: GenerateConfig
+    seeds: Seeds
+    notes: list[str]
+
+    def tell(self, event: Event) -> None:
+        """Note what a person should know; an observer."""
+        if isinstance(event, (Warned, Noted)) and event.message not in self.notes:
+            self.notes.append(event.message)
+
+    def order(self, numbers: Sequence[int], files: Files) -> Order:
+        """What is drawn for some of its pictures, by what their adapters need. Raises UserError as `order_of` does."""
+        asked = order_of(self.config, self.seeds, numbers, files)
+        taken = for_few_steps(self.config, asked.choices, self.tell)
+        if taken is not self.config:
+            self.config, asked = taken, order_of(taken, self.seeds, numbers, files)
+        return asked
+
+
+def _read(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | None) -> _Read:
+    """Read a request. Raises UserError for one that cannot be drawn."""
+    # As in A1111, where Stable Diffusion XL always reads the layer that it was trained with.
+    fixed = denoiser_of(held.pipe).text.usual_clip_skip
+    skip = clip_skip if fixed == 1 else None
+    config, seeds = config_of(body, serving, held, skip), seeds_of(body)
+    notes = [f"not read: {', '.join(sorted(body.model_extra))}"] if body.model_extra else []
+    if skip != clip_skip and clip_skip not in (1, fixed):
+        notes.append(f"CLIP_stop_at_last_layers {clip_skip} has no effect on {held.info.name}, as in A1111")
+    if body.eta == 1 and (config.scheduler or "").startswith("ddim"):
+        notes.append("DDIM is drawn with eta 0; the sampler DDPM adds the noise of eta 1")
+    if body.negative_prompt and not config.negative:
+        notes.append("the negative prompt has no effect at cfg_scale 1 or less")
+    _check_seeds(seeds, config.batch_size * (1 if body.n_iter is None else body.n_iter))
+    return _Read(config, seeds, notes)
+
+
 def run(body: Drawing, serving: ServeConfig, held: Held, files: Files, clip_skip: int | None, job: Job[Any]) -> Result:
     """Draw a request's pictures, a batch after the other.
 
@@ -355,23 +394,11 @@ def run(body: Drawing, serving: ServeConfig, held: Held, files: Files, clip_skip
     Raises:
         UserError: The request cannot be drawn.
     """
-    # As in A1111, where Stable Diffusion XL always reads the layer that it was trained with.
-    fixed = denoiser_of(held.pipe).text.usual_clip_skip
-    skip = clip_skip if fixed == 1 else None
-    config, seeds = config_of(body, serving, held, skip), seeds_of(body)
-    notes = [f"not read: {', '.join(sorted(body.model_extra))}"] if body.model_extra else []
-    if skip != clip_skip and clip_skip not in (1, fixed):
-        notes.append(f"CLIP_stop_at_last_layers {clip_skip} has no effect on {held.info.name}, as in A1111")
-    if body.eta == 1 and (config.scheduler or "").startswith("ddim"):
-        notes.append("DDIM is drawn with eta 0; the sampler DDPM adds the noise of eta 1")
-    if body.negative_prompt and not config.negative:
-        notes.append("the negative prompt has no effect at cfg_scale 1 or less")
+    read = _read(body, serving, held, clip_skip)
     job.rounds = 1 if body.n_iter is None else body.n_iter
-    _check_seeds(seeds, config.batch_size * job.rounds)
 
     def tell(event: Event) -> None:
-        if isinstance(event, (Warned, Noted)) and event.message not in notes:
-            notes.append(event.message)
+        read.tell(event)
         job.heed(event)
 
     drawn: list[Drawn] = []
@@ -379,21 +406,85 @@ def run(body: Drawing, serving: ServeConfig, held: Held, files: Files, clip_skip
         if job.interrupted:
             break
         job.round, job.done, job.total, job.skipped = number, 0, 0, False
-        numbers = range(number * config.batch_size, (number + 1) * config.batch_size)
-        asked = order_of(config, seeds, numbers, files)
-        taken = for_few_steps(config, asked.choices, tell)
-        if taken is not config:
-            config, asked = taken, order_of(taken, seeds, numbers, files)
-        begun = source_of(body, config, serving, held.info) if isinstance(body, ImageToImage) else None
+        size_of = read.config.batch_size
+        asked = read.order(range(number * size_of, (number + 1) * size_of), files)
+        begun = source_of(body, read.config, serving, held.info) if isinstance(body, ImageToImage) else None
         source = None if begun is None else begun.source
         try:
-            with closing(draw(held.pipe, asked, config, source, tell=tell, stop=job)) as coming:
+            with closing(draw(held.pipe, asked, read.config, source, tell=tell, stop=job)) as coming:
                 for image, recipe in coming:
                     drawn.append(Drawn(image if begun is None else begun.ready.finished(image), recipe))
         except Interrupted:
             continue
     job.round = job.rounds
-    return Result(drawn, config, clip_skip or 1, notes, held)
+    return Result(drawn, read.config, clip_skip or 1, read.notes, held)
+
+
+class Asking(NamedTuple):
+    """A request among several that are drawn together.
+
+    Attributes:
+        body: The request.
+        clip_skip: As of `config_of`.
+        job: Is told how far it is.
+    """
+
+    body: Drawing
+    clip_skip: int | None
+    job: Job[Result]
+
+
+def can_share(body: Drawing) -> bool:
+    """Tell whether pictures of a request may be drawn with those of others: those from noise, in one batch.
+
+    Args:
+        body: The request.
+
+    Returns:
+        Whether they may.
+    """
+    return isinstance(body, TextToImage) and body.n_iter in (None, 1)
+
+
+def run_together(
+    asking: Sequence[Asking], serving: ServeConfig, held: Held, files: Files
+) -> Iterator[tuple[Job[Result], Result]]:
+    """Draw the pictures of several requests at once, as far as they can be.
+
+    Args:
+        asking: The requests, of the kind that `can_share`.
+        serving: The settings of the server.
+        held: The base.
+        files: What prompts find.
+
+    Yields:
+        Each request, when its pictures are drawn, with what was drawn: nothing where all were interrupted.
+
+    Raises:
+        UserError: One of them cannot be drawn.
+    """
+    read = [_read(one.body, serving, held, one.clip_skip) for one in asking]
+    orders = [one.order(range(one.config.batch_size), files) for one in read]
+    parts = [Part(order, one.config, one.tell) for one, order in zip(read, orders, strict=True)]
+    company = Company([one.job for one in asking])
+    found: dict[int, list[Drawn]] = {}
+
+    def result(number: int) -> tuple[Job[Result], Result]:
+        one, told = asking[number], read[number]
+        one.job.round = one.job.rounds
+        return one.job, Result(found.get(number, []), told.config, one.clip_skip or 1, told.notes, held)
+
+    for one in asking:
+        one.job.rounds = 1
+    most = serving.max_batch
+    try:
+        drawn = draw_together(held.pipe, parts, at_most=most, strict=serving.strict, tell=company.heed, stop=company)
+        with closing(drawn) as coming:
+            for number, pictures_of in coming:
+                found[number] = [Drawn(*picture) for picture in pictures_of]
+                yield result(number)
+    except Interrupted:
+        yield from (result(number) for number in range(len(asking)) if number not in found)
 
 
 def _check_seeds(seeds: Seeds, count: int) -> None:

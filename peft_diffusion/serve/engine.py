@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -70,6 +71,13 @@ class Asked(NamedTuple):
     form: PictureFormat
 
 
+@dataclass(eq=False)
+class _Request(Job[Result]):
+    """The drawing of a request."""
+
+    body: Drawing = field(kw_only=True)
+
+
 class Engine:
     """A base that stays loaded, and one thread that draws with it.
 
@@ -80,7 +88,7 @@ class Engine:
 
     def __init__(self, config: ServeConfig, tell: Observer) -> None:
         self.config = config
-        self.worker = Worker(config.max_waiting)
+        self.worker = Worker(config.max_waiting, config.max_batch)
         self.files = Files(config)
         self._tell = tell
         self._held: Held | None = None
@@ -197,18 +205,34 @@ class Engine:
 
         def work(job: "Job[Result]") -> Result:
             asked = self.with_options(override)
-            held = self._hold(asked.source)
-            result = drawing.run(body, self.config, held, self.files, asked.clip_skip, job)
-            if override and body.override_settings_restore_afterwards is False:
+            result = drawing.run(body, self.config, self._hold(asked.source), self.files, asked.clip_skip, job)
+            if lasting:
                 self._options = asked
-            for note in result.notes:
-                self._tell(Noted(note))
-            if body.save_images and self.config.output is not None:
-                for image, recipe in result.drawn:
-                    pictures.save(at_home(self.config.output), f"{job.timestamp}-{recipe.seed}", image, recipe)
-            return result
+            return self._kept(body, result, job)
 
-        return self.worker.submit(Job(name, work))
+        lasting = bool(override) and body.override_settings_restore_afterwards is False
+        shared = self._together if drawing.can_share(body) and not lasting else None
+        return self.worker.submit(_Request(name, work, shared, body.batch_size or 1, body=body))
+
+    def _together(self, jobs: "Sequence[Job[Result]]") -> "Iterator[tuple[Job[Result], Result]]":
+        """Draw requests together that wait together, those of one base after those of another."""
+        by_base: dict[str, list[drawing.Asking]] = {}
+        bodies: dict[Job[Result], Drawing] = {job: job.body for job in jobs if isinstance(job, _Request)}
+        for one, body in bodies.items():
+            asked = self.with_options(body.override_settings or {})
+            by_base.setdefault(asked.source, []).append(drawing.Asking(body, asked.clip_skip, one))
+        for source, asking in by_base.items():
+            for job, result in drawing.run_together(asking, self.config, self._hold(source), self.files):
+                yield job, self._kept(bodies[job], result, job)
+
+    def _kept(self, body: Drawing, result: Result, job: "Job[Result]") -> Result:
+        """Tell the person at the server what was noted, and save the pictures where that was asked for."""
+        for note in result.notes:
+            self._tell(Noted(note))
+        if body.save_images and self.config.output is not None:
+            for image, recipe in result.drawn:
+                pictures.save(at_home(self.config.output), f"{job.timestamp}-{recipe.seed}", image, recipe)
+        return result
 
     def load(self) -> Job[None]:
         """Load the base that the options name, where it is not there."""

@@ -1,18 +1,24 @@
 """The one thread that owns the device: what is to be drawn waits here, and is drawn in order."""
 
-import queue
+import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from ..core.errors import Interrupted
 from ..core.events import Event, Progress
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+Shared: TypeAlias = Callable[[Sequence["Job[T]"]], Iterator[tuple["Job[T]", T]]]
+"""What does several jobs at once, and gives what comes of each as soon as it is there."""
 
 
 class FullError(Exception):
@@ -26,6 +32,8 @@ class Job(Generic[T]):
     Attributes:
         name: What it is, as ``/sdapi/v1/progress`` says.
         work: What is done; is given the job.
+        shared: What does it together with others that wait behind it and have the same; None for alone.
+        pictures: How many it draws, where it can be done with others.
         future: What comes of it.
         rounds: How many batches there are.
         round: How many of them are done.
@@ -39,6 +47,8 @@ class Job(Generic[T]):
 
     name: str
     work: "Callable[[Job[T]], T]"
+    shared: "Shared[T] | None" = None
+    pictures: int = 1
     future: "Future[T]" = field(default_factory=Future)
     rounds: int = 0
     round: int = 0
@@ -87,27 +97,64 @@ class Job(Generic[T]):
         return (self.round + self.done / max(self.total, 1)) / max(self.rounds, 1)
 
 
+class Company(Generic[T]):
+    """Jobs that are done together: what is told of one is told of all, and they end early where all are to.
+
+    Args:
+        jobs: The jobs.
+    """
+
+    def __init__(self, jobs: Sequence[Job[T]]) -> None:
+        self._jobs = tuple(jobs)
+
+    def is_set(self) -> bool:
+        """Whether none of them is wanted any more; this is the wish to stop of what draws."""
+        return all(job.is_set() for job in self._jobs)
+
+    def heed(self, event: Event) -> None:
+        """Follow how far they are; an observer.
+
+        Args:
+            event: What happened.
+
+        Raises:
+            Interrupted: None of them is wanted any more.
+        """
+        if isinstance(event, Progress):
+            for job in self._jobs:
+                job.done, job.total = event.done, event.total
+            if self.is_set():
+                raise Interrupted("interrupted")
+
+
 class Worker:
-    """A thread that does jobs one after the other.
+    """A thread that does jobs in order, those together that wait together and can be.
 
     Args:
         most: How many may wait.
+        at_once: How many pictures are drawn at once.
     """
 
-    def __init__(self, most: int) -> None:
-        self._jobs: queue.Queue[Job[Any] | None] = queue.Queue()
+    def __init__(self, most: int, at_once: int = 1) -> None:
+        self._jobs: deque[Job[Any]] = deque()
         self._most = most
-        self._lock = threading.Lock()
-        self._waiting = 0
+        self._at_once = at_once
+        self._changed = threading.Condition()
         self._closed = False
-        self.present: Job[Any] | None = None
+        self._present: tuple[Job[Any], ...] = ()
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self._thread.start()
 
     @property
+    def present(self) -> Job[Any] | None:
+        """What is done now; of several the first."""
+        present = self._present
+        return present[0] if present else None
+
+    @property
     def waiting(self) -> int:
         """How many jobs wait."""
-        return self._waiting
+        return len(self._jobs)
 
     def submit(self, job: Job[T]) -> Job[T]:
         """Put a job behind those that wait.
@@ -121,13 +168,13 @@ class Worker:
         Raises:
             FullError: Too many wait, or the server ends.
         """
-        with self._lock:
+        with self._changed:
             if self._closed:
                 raise FullError("the server ends")
-            if self._waiting >= self._most:
-                raise FullError(f"{self._waiting} requests wait already; ask again later")
-            self._waiting += 1
-            self._jobs.put(job)
+            if len(self._jobs) >= self._most:
+                raise FullError(f"{len(self._jobs)} requests wait already; ask again later")
+            self._jobs.append(job)
+            self._changed.notify()
         return job
 
     def drop(self, job: Job[Any]) -> None:
@@ -139,36 +186,85 @@ class Worker:
         job.interrupted = True
         job.future.cancel()
 
+    def interrupt(self) -> None:
+        """Want no more of what is done now."""
+        for job in self._present:
+            job.interrupted = True
+
+    def skip(self) -> None:
+        """Do without the batch that is drawn now."""
+        for job in self._present:
+            job.skipped = True
+
     def close(self) -> None:
         """Take no more, and end what is drawn at the present step."""
-        with self._lock:
+        with self._changed:
             if self._closed:
                 return
             self._closed = True
-            while not self._jobs.empty():
-                job = self._jobs.get_nowait()
-                if job is not None:
-                    job.future.cancel()
-            self._jobs.put(None)
-        present = self.present
-        if present is not None:
-            present.interrupted = True
+            for job in self._jobs:
+                job.future.cancel()
+            self._jobs.clear()
+            self._changed.notify()
+        self.interrupt()
 
     def join(self) -> None:
         """Wait until the thread has ended, after `close`."""
         self._thread.join()
 
+    def _next(self) -> list[Job[Any]]:
+        """The job that waited longest, with those behind it that can be done together with it; none at the end."""
+        with self._changed:
+            while not self._jobs and not self._closed:
+                self._changed.wait()
+            found: list[Job[Any]] = []
+            pictures = 0
+            while self._jobs:
+                job = self._jobs[0]
+                pictures += job.pictures
+                if found and (job.shared is None or job.shared != found[0].shared or pictures > self._at_once):
+                    break
+                found.append(self._jobs.popleft())
+            return found
+
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            with self._lock:
-                self._waiting -= 1
-            if not job.future.set_running_or_notify_cancel():
-                continue
-            job.began, job.timestamp = time.monotonic(), datetime.now().strftime("%Y%m%d%H%M%S")
-            self.present = job
-            try:
-                job.future.set_result(job.work(job))
-            except BaseException as error:
-                job.future.set_exception(RuntimeError(str(error)) if isinstance(error, KeyboardInterrupt) else error)
-            finally:
-                self.present = None
+        while found := self._next():
+            jobs = [job for job in found if job.future.set_running_or_notify_cancel()]
+            for job in jobs:
+                job.timestamp = datetime.now().strftime("%Y%m%d%H%M%S")
+            if len(jobs) > 1 and jobs[0].shared is not None:
+                self._together(jobs, jobs[0].shared)
+            for job in jobs:
+                if not job.future.done():
+                    self._alone(job)
+
+    def _together(self, jobs: Sequence[Job[Any]], shared: Shared[Any]) -> None:
+        """Do several at once. Where that fails they are left to be done by themselves, so that each gets its own error."""
+        for job in jobs:
+            job.began = time.monotonic()
+        self._present = tuple(jobs)
+        try:
+            for job, found in shared(jobs):
+                job.future.set_result(found)
+        except Exception:
+            logger.debug("requests could not be drawn together", exc_info=True)
+        except BaseException as error:
+            for job in jobs:
+                if not job.future.done():
+                    job.future.set_exception(_raisable(error))
+        finally:
+            self._present = ()
+
+    def _alone(self, job: Job[Any]) -> None:
+        job.began, self._present = time.monotonic(), (job,)
+        try:
+            job.future.set_result(job.work(job))
+        except BaseException as error:
+            job.future.set_exception(_raisable(error))
+        finally:
+            self._present = ()
+
+
+def _raisable(error: BaseException) -> BaseException:
+    """What a future may hold: a KeyboardInterrupt would end whoever asks for its result."""
+    return RuntimeError(str(error)) if isinstance(error, KeyboardInterrupt) else error

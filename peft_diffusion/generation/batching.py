@@ -1,0 +1,143 @@
+"""Requests of several people in one batch: each with its own prompt, adapters, strengths and seed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from PIL import Image
+
+from ..bases import denoiser_of
+from ..bases.base import text_encoders
+from ..bases.prompt_syntax import is_plain
+from ..bases.taught import teacher_of
+from ..core.events import Noted, Observer, Observers, Stop
+from ..core.strength_schedule import ByPart, Schedule
+from ..data.prompts import in_words
+from .asked import manner
+from .sampler import Cell, paint, set_strengths
+from .settings import Sampling
+from .telling import Telling, triggers
+
+if TYPE_CHECKING:
+    from .adapters import Adapters
+
+S = TypeVar("S", bound=Sampling)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A picture that is wanted, among others that may be drawn with it: see `Adapters.batch`.
+
+    Attributes:
+        prompt: What it shows.
+        adapters: How much of which adapters, by the names that they are loaded under: a number, a `ByPart` for strengths
+            that differ between components, blocks and steps, or a `Schedule`. Those not named have no part in it.
+        seed: That of its noise.
+        negative: What it should not show; None is what ``sampling`` says.
+        sampling: How it is drawn; its prompts, adapters and batch size are not read.
+    """
+
+    prompt: str
+    adapters: Mapping[str, float | ByPart | Schedule] = field(default_factory=dict)
+    seed: int = 0
+    negative: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def cell(self) -> Cell:
+        """Give the picture as the sampler takes it."""
+        strengths = {name: ByPart(steps=one) if isinstance(one, Schedule) else one for name, one in self.adapters.items()}
+        return Cell(self.prompt, self.seed, strengths, self.sampling.negative if self.negative is None else self.negative)
+
+
+@dataclass(frozen=True)
+class Group(Generic[S]):
+    """Pictures that can share batches.
+
+    Attributes:
+        numbers: Which of all pictures they are.
+        sampling: How they are drawn.
+    """
+
+    numbers: tuple[int, ...]
+    sampling: S
+
+
+def grouped(adapters: "Adapters", cells: Sequence[Cell], samplings: Sequence[S], tell: Observer) -> list[Group[S]]:
+    """Sort pictures by what must be equal within a batch: size, steps, scheduler, guidance and all else that is set for the
+    whole of a call; whether drawing begins with pure noise; and how long prompts are, as shorter ones would be filled up.
+
+    Args:
+        adapters: Those on the base.
+        cells: The pictures, each with its own negative prompt.
+        samplings: How each is drawn.
+        tell: Is told where there is more than one group, and in what they differ.
+
+    Returns:
+        The groups, in the order of their first pictures.
+    """
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for number, (cell, sampling) in enumerate(zip(cells, samplings, strict=True)):
+        used = [adapters[name].spec for name, amount in (cell.strengths or {}).items() if amount != 0]
+        of_noise = any(spec.training.get("zero_terminal_snr") for spec in used)
+        letters = frozenset(one for one in triggers(adapters, [cell]) if not is_plain(one, sampling.prompt_weights))
+        alike.setdefault((replace(manner(sampling), batch_size=1, adapter=()), of_noise, letters), []).append(number)
+    keyed: dict[tuple[Any, ...], list[int]] = {}
+    for key, numbers in alike.items():
+        for number, length in zip(numbers, _lengths(adapters, [cells[one] for one in numbers], key[0]), strict=True):
+            keyed.setdefault((*key, length), []).append(number)
+    if len(keyed) > 1:
+        tell(Noted(f"{len(cells)} pictures are drawn in {len(keyed)} groups, as they differ in {_differences(list(keyed))}"))
+    found = sorted(keyed.items(), key=lambda one: one[1][0])
+    return [Group(tuple(numbers), samplings[numbers[0]]) for _, numbers in found]
+
+
+def _lengths(adapters: "Adapters", cells: Sequence[Cell], sampling: Sampling) -> list[tuple[int, int]]:
+    """The chunks of each prompt and of its negative one."""
+    pipe = adapters.pipe
+    if any(teacher_of(getattr(pipe, name)) for name in text_encoders(pipe).values()):
+        set_strengths(adapters, cells)  # on which it depends what soft prompts take
+    text = Telling(pipe, sampling, triggers(adapters, cells)).text
+    prompts, against = ([*map(str, one)] for one in zip(*((c.prompt, c.against(sampling)) for c in cells), strict=True))
+    counts = [text.chunks(in_words(texts, Observers())) for texts in (prompts, against)]
+    return list(zip(*counts, strict=True))
+
+
+def _differences(keys: Sequence[tuple[Any, ...]]) -> str:
+    """What groups differ in."""
+    manners = [key[0] for key in keys]
+    names = [one.name for one in fields(manners[0]) if len({getattr(manner, one.name) for manner in manners}) > 1]
+    others = ("noise at the beginning", "words with brackets that call adapters", "length of prompts")
+    more = [what for number, what in enumerate(others, 1) if len({key[number] for key in keys}) > 1]
+    return ", ".join([*names, *more])
+
+
+def drawn(adapters: "Adapters", requests: Sequence[Request], at_most: int, tell: Observer, stop: Stop) -> list[Image.Image]:
+    """Draw what requests ask for; see `Adapters.batch`. Strengths are afterwards those of the last batch.
+
+    Args:
+        adapters: Those on the base.
+        requests: The requests.
+        at_most: Pictures computed at once.
+        tell: Is told how far it is.
+        stop: Where it is set, nothing is drawn after the present batch.
+
+    Returns:
+        A picture for each.
+
+    Raises:
+        UserError: A request names an adapter that is not there, or cannot be drawn.
+        Interrupted: It was stopped.
+    """
+    denoiser_of(adapters.pipe)
+    for name in (name for request in requests for name in request.adapters):
+        _ = adapters[name]
+    cells = [request.cell() for request in requests]
+    samplings = [
+        replace(one.sampling, negative=cell.negative or "") for one, cell in zip(requests, cells, strict=True)
+    ]  # which refuses a negative prompt without guidance
+    found: dict[int, Image.Image] = {}
+    for group in grouped(adapters, cells, samplings, tell):
+        sampling = replace(group.sampling, negative="", batch_size=at_most)
+        images = paint(adapters, [cells[number] for number in group.numbers], sampling, tell=tell, stop=stop)
+        found |= zip(group.numbers, images, strict=True)
+    return [found[number] for number in range(len(requests))]

@@ -1,0 +1,144 @@
+"""Pictures of many people at once: batches of different adapters, here against one after the other, here and by diffusers.
+
+    python scripts/benchmark_batch.py                                               # SD1.5 and SDXL on CUDA
+    python scripts/benchmark_batch.py --kinds tiny --device cpu --steps 4           # sees that the script works
+
+Weights are random; the LoRAs (rank 16, on attention) are files that both sides load. First the gate: each picture of a
+batch is that of its own run, up to the rounding of the precision. Then eight pictures with eight adapters, in one batch and
+in turn, in milliseconds (medians). Then 32 requests with 16 adapters that all wait from the first: here eight at once, by
+diffusers with peft one after the other; pictures a second, and after how many seconds half of them and 95 in 100 are there.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
+
+from peft_diffusion import Request
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.generation import Adapters
+from peft_diffusion.generation.settings import Sampling
+from scripts.benchmark_generate import DTYPES, lora_files, pipeline
+from scripts.measuring import markdown_table, run
+
+NEAR = {"bfloat16": 12.0, "float16": 4.0, "float32": 0.05}  # of 255: the mean distance that two orders of rounding explain
+AT_ONCE, ADAPTERS, REQUESTS = 8, 16, 32
+
+
+def main() -> None:
+    """The gate and the figures of each architecture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", default=["sd1", "sdxl"], choices=["sd1", "sdxl", "tiny"])
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--precision", default="bfloat16", choices=DTYPES)
+    options = parser.parse_args()
+    if options.device == "cuda":
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, diffusers {diffusers.__version__}", flush=True)
+    for kind in options.kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            compare(kind, options, Path(folder))
+        gc.collect()
+
+
+def compare(kind: str, options: argparse.Namespace, folder: Path) -> None:
+    """One architecture: both sides on the same weights and files."""
+    pipe = pipeline(kind, folder, options.device, DTYPES[options.precision])
+    files = lora_files(pipe, ADAPTERS, folder)
+    side = 8 * pipe.unet.config.sample_size
+    how = Sampling(steps=options.steps, guidance=5.0, width=side, height=side)
+    wanted = [
+        Request(f"a red apple, number {number}", {f"a{number % ADAPTERS}": 0.8}, number, "blurred", how)
+        for number in range(REQUESTS)
+    ]
+    turns = theirs(pipe, files, wanted, options)
+    adapters = Adapters(pipe)
+    for number, file in enumerate(files):
+        adapters.load(file, f"a{number}")
+    adapters.fast()
+    some = wanted[:AT_ONCE]
+    pictures = adapters.batch(some, at_most=AT_ONCE)
+    apart = max(distance(one, adapters.batch([request])[0]) for one, request in zip(pictures, some, strict=True))
+    print(f"{kind}: a picture of a batch and that of its own run differ by {apart:.2g} of 255", flush=True)
+    if not apart <= NEAR[options.precision]:
+        raise UserError("the gate was not passed: pictures of a batch are others, so the times compare nothing")
+    before = adapters.recordings
+    batch = timed(lambda: adapters.batch(some, at_most=AT_ONCE), options)
+    turn = timed(lambda: [adapters.batch([request]) for request in some], options)
+    parts = [wanted[start : start + AT_ONCE] for start in range(0, REQUESTS, AT_ONCE)]
+    done = waited([partial(adapters.batch, part, at_most=AT_ONCE) for part in parts])
+    more = f"; {adapters.recordings - before} recordings meanwhile"
+    rows = [
+        ["eight pictures in one batch, ms", f"{1000 * batch:.4g}", "-"],
+        ["the same in turn, ms", f"{1000 * turn:.4g}", f"{1000 * turns[AT_ONCE - 1]:.4g}"],
+        [f"{REQUESTS} requests: pictures a second", f"{REQUESTS / done[-1]:.4g}", f"{REQUESTS / turns[-1]:.4g}"],
+        ["half have theirs after, s", f"{share(done, AT_ONCE, 0.5):.4g}", f"{share(turns, 1, 0.5):.4g}"],
+        ["95 in 100 have theirs after, s", f"{share(done, AT_ONCE, 0.95):.4g}", f"{share(turns, 1, 0.95):.4g}"],
+    ]
+    print(markdown_table([f"{kind}{more}", "ours", "diffusers + peft"], rows), flush=True)
+
+
+def theirs(pipe: Any, files: Sequence[Path], wanted: Sequence[Request], options: argparse.Namespace) -> list[float]:
+    """When each request is done by diffusers, one after the other."""
+    for number, file in enumerate(files):
+        pipe.load_lora_weights(file, adapter_name=f"a{number}")
+
+    def draw(request: Request) -> None:
+        pipe.set_adapters(list(request.adapters), list(request.adapters.values()))
+        pipe(
+            request.prompt, negative_prompt=request.negative, num_inference_steps=options.steps, guidance_scale=5.0,
+            width=request.sampling.width, height=request.sampling.height,
+            generator=torch.Generator().manual_seed(request.seed),
+        )  # fmt: skip
+
+    draw(wanted[0])
+    done = waited([partial(draw, request) for request in wanted])
+    pipe.unload_lora_weights()
+    return done
+
+
+def waited(works: Sequence[Callable[[], object]]) -> list[float]:
+    """When each of several works that are done in turn is done, in seconds from the beginning."""
+    began, done = time.perf_counter(), []
+    for work in works:
+        work()  # pictures are on the host when it ends
+        done.append(time.perf_counter() - began)
+    return done
+
+
+def share(done: Sequence[float], each: int, part: float) -> float:
+    """When a share of the people has its picture, where so many are done at each time."""
+    return float(np.sort(np.repeat(done, each))[int(np.ceil(part * REQUESTS)) - 1])
+
+
+def timed(work: Callable[[], object], options: argparse.Namespace) -> float:
+    """The median of a work's time, in seconds."""
+    work()
+    found = []
+    for _ in range(options.repeats):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
+
+
+def distance(one: Any, other: Any) -> float:
+    """The mean distance of two pictures' bytes."""
+    return float(np.abs(np.asarray(one, int) - np.asarray(other, int)).mean())
+
+
+if __name__ == "__main__":
+    run(main)
