@@ -63,7 +63,7 @@ def test_a_wrong_command_line(line: str, said: str, tmp_path: Path) -> None:
 
 VALUES = {
     "generate": "there is no prompt",
-    "generate a --scheduler magic": "there is no scheduler 'magic'; there are: ddim, pndm, euler, euler-a, heun, dpm2,",
+    "generate a --scheduler magic": "there is no scheduler 'magic'; there are: ddim, pndm, euler, euler-a, lms, heun, dpm2,",
     "merge a b -o c --density 0.3": "--density does nothing without --how ties, dare-ties, dare-linear or magnitude",
     "merge a b -o c --how ties --within magnitude": "--within does nothing without --how knots or core-space",
     "merge a b -o c --how knots --seed 1": "--seed does nothing without DARE",

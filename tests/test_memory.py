@@ -32,6 +32,7 @@ from peft_diffusion.training.watch.previews import Previews
 
 Make: TypeAlias = Callable[..., DiffusionPipeline]
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
 
 
 def learn(
