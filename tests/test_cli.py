@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 from making import environment, make_adapter
 from making import typed as command  # here the whole of it, from its first import
@@ -55,6 +56,15 @@ def test_looking_around_is_quick(arguments: list[str], tmp_path: Path) -> None:
         return after.children_user + after.children_system - before.children_user - before.children_system
 
     assert 0 < min(seconds() for _ in range(5)) < 0.3  # of computing, which other work on the machine does not lengthen
+
+
+def test_garbage_is_looked_for_less_often_in_a_process_that_is_the_commands_own() -> None:
+    code = (
+        "import gc; from peft_diffusion.cli.app import main, run_process; found = [gc.get_threshold()[0]];"
+        "[(run(['--version']), found.append(gc.get_threshold()[0])) for run in (main, run_process)]; print(*found)"
+    )
+    before, in_a_program, alone = map(int, forked.python(["-c", code], None, environment()).stdout.split()[-3:])
+    assert before == in_a_program < alone
 
 
 def test_every_public_name_is_there() -> None:
