@@ -67,14 +67,14 @@ def test_what_waits_comes_back_as_it_was(files: dict[str, Path], tiny_pipe: Diff
     for name in NAMES:
         plain.load(files[name], name, 0.0)
     amounts = dict.fromkeys(NAMES, 0.0)
-    for _ in range(8):
+    for _ in range(5):
         one, other = chance.sample(NAMES, 2)
         amounts = {**dict.fromkeys(NAMES, 0.0), one: chance.uniform(-1, 1), other: chance.choice([0.0, 0.5])}
         adapters.prefetch(*adapters.waiting)
         for each in (plain, adapters):
             each.set(amounts)
         assert np.abs(picture(adapters.pipe).astype(int) - picture(plain.pipe)).max() <= 1, amounts
-    assert adapters.evictions > 3 and (adapters.loads == 4) == (host is None)
+    assert adapters.evictions > 2 and (adapters.loads == 4) == (host is None)
     for name in NAMES:
         adapters.remove(name)
     assert checksum(components(tiny_pipe)) == before and adapters.waiting == adapters.names == ()

@@ -102,7 +102,8 @@ class Adapters:
 
     With a budget, adapters beyond it wait: those of strength 0 that were used longest ago leave the base, and stay in
     memory of the host, beyond ``host_budget`` in their files alone. ``set`` and ``batch`` bring back what they name, from
-    files too, unless `prefetch` has read these meanwhile. What is in use stays. Waiting ones are known to this ``Adapters`` alone.
+    files too, unless `prefetch` has read these meanwhile. What is in use stays. This ``Adapters`` alone knows of those that
+    wait.
 
     Args:
         pipe: The pipeline or language model, with adapters or without.

@@ -18,6 +18,7 @@ class Known:
         told: What is said of it, as ``Adapters[name]`` gives it.
         strict: Whether a file is refused of which a tensor is left out.
         read: What was read of the file; None where that is to be read again.
+        coming: What another thread reads of it; None where none does.
     """
 
     plan: Plan
@@ -47,6 +48,10 @@ class Tiers:
         load: Reads a plan.
         lift: Puts what was read on the base, under a name, at strength 0.
         lower: Takes an adapter off the base.
+        evictions: How many times one left the base for lack of room.
+
+    Raises:
+        UserError: A budget is no number of bytes.
     """
 
     budget: int
@@ -70,22 +75,43 @@ class Tiers:
         return tuple(name for name in self._known if name not in self._up)
 
     def told(self, name: str) -> Any:
-        """What is said of one that waits; None for any other."""
+        """Say of an adapter that waits what ``Adapters[name]`` does.
+
+        Args:
+            name: What it is called.
+
+        Returns:
+            That; None for any other.
+        """
         return self._known[name].told if name in self._known and name not in self._up else None
 
     def enter(self, name: str, known: Known, *, up: bool) -> None:
-        """Know of an adapter that was loaded."""
+        """Know of an adapter that was loaded.
+
+        Args:
+            name: What it is called.
+            known: What is known of it.
+            up: Whether it is on the base.
+        """
         self._known[name] = known
         (self._up.add if up else self._up.discard)(name)
         self._spare()
 
     def forget(self, name: str) -> None:
-        """Know of an adapter no more."""
+        """Know of an adapter no more.
+
+        Args:
+            name: What it is called; it may be one that was never known.
+        """
         self._known.pop(name, None)
         self._up.discard(name)
 
     def touch(self, names: Iterable[str]) -> None:
-        """Note that adapters are used now."""
+        """Note that adapters are used now.
+
+        Args:
+            names: What they are called.
+        """
         for name in names:
             if name in self._known:
                 self._known[name] = self._known.pop(name)
@@ -120,14 +146,30 @@ class Tiers:
         return True
 
     def no_room(self, name: str, size: int) -> UserError:
-        """Say that those in use leave no room for an adapter of so many bytes."""
+        """Say that those in use leave no room for an adapter.
+
+        Args:
+            name: What it is called.
+            size: Its bytes.
+
+        Returns:
+            The error to raise.
+        """
         return UserError(
             f"the adapter {name!r} has no room beside those in use: {size:,} bytes, of a budget of {self.budget:,}; set"
             " others to 0 first, load it at strength 0, or take a larger budget"
         )
 
     def bring(self, name: str, idle: Collection[str]) -> None:
-        """Put an adapter that waits on the base. Raises UserError where it has no room beside those in use."""
+        """Put an adapter that waits on the base.
+
+        Args:
+            name: What it is called.
+            idle: The adapters that may leave.
+
+        Raises:
+            UserError: It has no room beside those in use, or its file cannot be read any more.
+        """
         known = self._known[name]
         if not self.has_room(known.size, idle):
             raise self.no_room(name, known.size)
@@ -139,7 +181,11 @@ class Tiers:
         self._up.add(name)
 
     def prefetch(self, name: str) -> None:
-        """Begin to read an adapter that waits in its file, on another thread."""
+        """Begin to read an adapter that waits in its file, on another thread.
+
+        Args:
+            name: What it is called.
+        """
         known = self._known[name]
         if known.read is None and known.coming is None and name not in self._up:
             self._reader = self._reader or ThreadPoolExecutor(1, "adapters")
