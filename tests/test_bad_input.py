@@ -63,13 +63,13 @@ def test_a_wrong_command_line(line: str, said: str, tmp_path: Path) -> None:
 
 VALUES = {
     "generate": "there is no prompt",
-    "generate a --scheduler magic": "there is no scheduler 'magic'; there are: ddim, pndm, euler, euler-a, heun, dpm2,",
+    "generate a --scheduler magic": "there is no scheduler 'magic'; there are: ddim, pndm, euler, euler-a, lms, heun, dpm2,",
     "merge a b -o c --density 0.3": "--density does nothing without --how ties, dare-ties, dare-linear or magnitude",
     "merge a b -o c --how ties --within magnitude": "--within does nothing without --how knots or core-space",
     "merge a b -o c --how knots --seed 1": "--seed does nothing without DARE",
     "merge a b -o c --into d --to diffusers": "--to does nothing without an adapter file to write",
     "convert a b --errors": "--errors is for --to-lora alone",
-    "inspect a --base sd1": "--base is for --verify alone",
+    "inspect a --base sd1": "--base is for --verify, --norms and --plot",
     "extract a b -o c --rank 2 --to sgm": "there is no layout 'sgm'",
     "generate a --steps 0": "--steps must be 1 or more, not 0",
     "generate a --width 64000": "--width must be 1 or more, at most 16384, not 64000",

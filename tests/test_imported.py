@@ -345,6 +345,8 @@ def test_a_training_that_kohya_ss_saved_becomes_ours(tmp_path: Path) -> None:
         ({"unet_lr": 0}, {"components": ("text_encoder", "text_encoder_2"), "text_encoder_lr": 3e-5}),
         ({"text_encoder_lr": 0}, {"components": ("unet",), "unet_lr": 3e-5}),
         ({"stop_text_encoder_training": 30}, {"text_encoder_until": 0.3}),
+        ({"lr_scheduler": "cosine_with_restarts"}, {"scheduler": "cosine-with-restarts", "cycles": 50}),
+        ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": "3"}, {"cycles": 3}),
     ],
 )  # fmt: skip
 def test_what_kohya_ss_saves_counts_as_far_as_it_passes_it_on(
@@ -393,11 +395,18 @@ def test_a_configuration_of_onetrainer_becomes_ours(tmp_path: Path) -> None:
         "unet_lr": 3e-4, "text_encoder_lr": 1e-5, "components": ("unet", "text_encoder"), "text_encoder_until": 0.25,
         "epochs": 10.0, "rank": 8, "alpha": 1.0, "min_snr_gamma": 5.0, "optimizer": "adafactor", "weight_decay": 0.0,
         "precision": "bfloat16", "save_dtype": "bf16", "warmup": 100, "target": "attention+ff", "resolution": 1024,
-        "masks": "off", "method": "lora",
+        "masks": "off", "method": "lora", "max_aspect": 4.0,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in wanted} == wanted
     assert [one.folder for one in config.dataset] == [place] and config.dataset[0].flip
     assert [line.partition(": ")[2].partition(" = ")[0] for line in absent] == ["learning_rate_scheduler", "timestep_shift"]
+    # Its warm-up counts batches, and its restarts, unless they are hard, are waves up to the full rate.
+    for scheduler, wanted_scheduler in (("COSINE_WITH_HARD_RESTARTS", 1), ("COSINE_WITH_RESTARTS", 2)):
+        more = {"gradient_accumulation_steps": 4, "learning_rate_scheduler": scheduler}
+        file.write_text(json.dumps(given | more), "utf-8")
+        config, absent = imported(tmp_path, file)
+        assert (config.warmup, config.accumulation, len(absent)) == (25, 4, wanted_scheduler)
+        assert (config.scheduler == "cosine-with-restarts") == (wanted_scheduler == 1)
     # Where masks are trained with, the rest of a picture counts a little there, and not at all here.
     of_rest = {"unmasked_probability": 0.1, "unmasked_weight": 0.1}
     for masked, told in ((True, 4), (False, 2)):

@@ -30,6 +30,8 @@ from peft_diffusion.training.need import Need, fits
 from peft_diffusion.training.settings.choices import Memory
 from peft_diffusion.training.watch.previews import Previews
 
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
+
 Make: TypeAlias = Callable[..., DiffusionPipeline]
 CPU = torch.device("cpu")
 
@@ -128,6 +130,10 @@ def test_a_block_that_is_computed_again_keeps_a_forward_of_its_own() -> None:
     assert vars(hooked)["forward"] is own and not any("forward" in vars(block) for block in others)
 
 
+class _Seen(Exception):
+    """Ends a run that has shown what a test wants to see."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("make", "size"), [(make_pipe, 128), (make_xl_pipe, 128), (make_pipe, 320)])
 def test_the_peak_of_a_preview_is_predicted_within_a_tenth(
@@ -138,13 +144,14 @@ def test_the_peak_of_a_preview_is_predicted_within_a_tenth(
     def look(previews: Previews) -> None:
         drawn = previews.pictures()
         seen.append((previews.peak(), measured(previews.pictures), len(drawn)))
+        raise _Seen
 
     monkeypatch.setattr(low_memory, "SLICED_FROM", 320)  # pixels; as at 512, the VAE takes the largest here one by one
     monkeypatch.setattr(Previews, "draw_base", look)
-    monkeypatch.setattr(Previews, "draw", lambda previews, step: None)
     pictures = draw_pictures(tmp_path / "pictures", size=size)
     prompts = ("a cat", "a dog", "a house")
-    learn(pictures, tmp_path, make(), preview_steps=1, preview_prompts=prompts, resolution=size, steps=1)
+    with pytest.raises(_Seen):
+        learn(pictures, tmp_path, make(), preview_steps=1, preview_prompts=prompts, resolution=size, steps=1)
     ((predicted, most, count),) = seen
     assert predicted == pytest.approx(most, rel=0.1) and count == 3
 
@@ -163,8 +170,8 @@ def test_recomputing_saves_and_what_does_not_fit_is_refused_in_words(
         return needs[-1]
 
     monkeypatch.setattr(memory_plan.MemoryPlan, "need", need)
-    learn(pictures, tmp_path / "one", make_pipe(), memory="off")
-    learn(pictures, tmp_path / "two", make_pipe(), memory="low")
+    learn(pictures, tmp_path / "one", make_pipe(), memory="off", steps=1)
+    learn(pictures, tmp_path / "two", make_pipe(), memory="low", steps=1)
     plain, low = needs
     assert low.step < 0.8 * plain.step and low.weights == plain.weights > 0
     assert low.adapter == plain.adapter

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import pickle
 import shutil
 import struct
 import zipfile
@@ -650,8 +651,14 @@ def _read_pickle(path: Path) -> dict[str, "Tensor"]:
 
     _refuse_compressed(path)
     kept = torch.serialization.safe_globals([torch.nn.ParameterDict])  # a dict, in which the first scripts kept words
-    with refusing(f"{path} cannot be read as plain weights"), kept:  # weights_only refuses to run what a pickle asks for
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    with refusing(f"{path} cannot be read as plain weights"), kept:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # torch advises to run what the pickle asks for
+            raise UserError(
+                f"{path} cannot be read as plain weights: it is no file of torch, or asks for code to be run, which is never"
+                " done; take the file as .safetensors"
+            ) from None
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     loaded = loaded if isinstance(loaded, dict) else {}
     words = _plain_dict(loaded.get("string_to_param"))

@@ -37,6 +37,8 @@ IDLE = "change a projection after a text encoder that no picture of this base de
 second."""
 NOT_CHOSEN = "are other words than the one that was chosen"
 WHICH = "name no component, and this base has {}: say which is meant, as component= in Python or FILE@{} in a command"
+_CHECKPOINTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
+"""What tensors of a whole Stable Diffusion in one file are called."""
 NOT_WHOLE = "are of sites that other tensors, which are not understood, change too"
 
 
@@ -299,7 +301,13 @@ class Plan:
         Returns:
             The error to raise.
         """
-        told = by_reason({name: why for name, why in self.unread.items() if why != NO_LAYOUT})
+        told = by_reason({name: why for name, why in self.leftovers.items() if why != NO_LAYOUT})
+        if any(name.startswith(_CHECKPOINTS) for name in self.header.tensors):
+            return UserError(
+                f"{self.path} is a checkpoint, of a whole model, and no adapter: it is named as --base, or as --into of"
+                " merge; what was trained into it is taken out with: peft-diffusion extract"
+                f" {shlex.quote(str(self.path))} BASE --rank 32 --output NAME.safetensors"
+            )
         if told:
             reasons = "; ".join(f"{len(names)} tensors {reason}: {some(names)}" for reason, names in told.items())
             return UserError(f"{self.path} holds nothing that can be used here: {reasons}")

@@ -29,6 +29,8 @@ from ..core.registry import Registry
 from ..core.strength import Amount, OverSteps, named_blocks, of_component, over_steps, refuse_unknown
 from ..core.strength_schedule import Schedule, Timed
 from ..fast import drawing
+from ..fast.parts import parts_beside
+from ..fast.stepping import keep_on_host, release
 from ..formats import Coverage, Loaded, Plan, Spec
 from ..formats.container import adapter_file, title
 from ..formats.planning import Digests
@@ -544,9 +546,10 @@ class Adapters:
         """Draw faster from now on, or as before: the same pictures up to rounding, several times as fast on a GPU.
 
         The network's step is fused, recorded as a CUDA graph for each shape of its inputs, and replayed; prompts are told to
-        attention once for all steps. The pipeline is called as ever. Adapters may be set, loaded, exchanged, merged and
-        removed meanwhile. Threads take turns at the network. A copy of the pipeline is not fast. A step that cannot be
-        recorded is computed as before: `plain_because` says why.
+        attention once for all steps. So are ControlNets, and from the second time on text encoders and the VAE, where at
+        least half of the card's memory is free for what a recording keeps. The pipeline is called as ever. Adapters may be
+        set, loaded, exchanged, merged and removed meanwhile. Threads take turns at the network. A copy of the pipeline is
+        not fast. A step that cannot be recorded is computed as before: `plain_because` says why.
 
         Args:
             on: Whether to; None where it pays, which is on CUDA. On a CPU True saves little.
@@ -564,7 +567,25 @@ class Adapters:
         else:
             why = "it is off" if on is False else "the base is not on CUDA, where it would pay"
         (drawing.start if wanted else drawing.stop)(network)
+        for _, part, kind in parts_beside(self.pipe):
+            if wanted:
+                drawing.start(part, kind)
+            else:
+                drawing.stop(part)
+        if not wanted:
+            release(self.pipe.scheduler)
+        self.keep_steps_on_host(self.pipe.scheduler)
         return None if wanted else why
+
+    def keep_steps_on_host(self, scheduler: Any) -> None:
+        """Have a scheduler keep its timesteps on the host where drawing is fast, so that no step waits for the one before.
+
+        Args:
+            scheduler: The pipeline's, or one that it will be given.
+        """
+        engine = drawing.engine_of(self._denoising()[1])
+        if engine is not None and drawing.records_on(next(engine.network.parameters()).device):
+            keep_on_host(scheduler)
 
     def batch(
         self,
@@ -623,19 +644,26 @@ class Adapters:
 
     @property
     def recordings(self) -> int:
-        """How many recordings were made since `fast`: two for each shape of pictures that were drawn.
+        """How many recordings were made since `fast`: two for each shape of pictures that were drawn, and from the second
+        picture on one for each shape of what text encoders, the VAE and ControlNets are given.
 
         There are more where strengths begin to differ by image, on merging, and where adapters come to other sites, or have
         more ranks, than there is room for.
         """
-        engine = drawing.engine_of(self._denoising()[1])
-        return 0 if engine is None else engine.recordings
+        parts = [self._denoising()[1], *(part for _, part, _ in parts_beside(self.pipe))]
+        return sum(engine.recordings for part in parts if (engine := drawing.engine_of(part)) is not None)
 
     @property
     def plain_because(self) -> str | None:
         """Why the last step was computed plainly in spite of `fast`; None where it was not."""
         engine = drawing.engine_of(self._denoising()[1])
         return None if engine is None else engine.refused
+
+    @property
+    def plain_parts(self) -> dict[str, str]:
+        """Why parts beside the network were computed plainly in spite of `fast` when they last were, by their names."""
+        found = {name: drawing.engine_of(part) for name, part, _ in parts_beside(self.pipe)}
+        return {name: engine.refused for name, engine in found.items() if engine is not None and engine.refused is not None}
 
     def _denoising(self) -> tuple[str, nn.Module]:
         found = network_of(self.pipe)

@@ -136,6 +136,7 @@ def paint(
     each = first + (0 if hires is None else hires.steps)
     batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
     scheduler = scheduler_of(adapters, cells, sampling)
+    adapters.keep_steps_on_host(scheduler)
     if gives_way(pipe, scheduler, sampling):
         whose = "the base" if _begins_with_noise(pipe.scheduler) else "an adapter"
         tell(

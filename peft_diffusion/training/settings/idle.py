@@ -15,7 +15,6 @@ _OF_LOGITS = (lambda config: config.timestep_bias == "logit-normal", "--timestep
 _OF_LOSS = (lambda config: config.loss != "l2", "--loss huber or smooth-l1")
 
 
-
 def _drops_or_shuffles(config: ResolvedConfig) -> bool:
     own = (one.shuffle_tags or one.tag_dropout for one in config.dataset)
     return bool(config.shuffle_tags or config.tag_dropout or any(own))

@@ -662,9 +662,7 @@ def _timesteps(settings: DiffusionSettings, count: int) -> objective.Timesteps:
     """The timesteps that a run draws. Raises UserError where the base has none of those that were named."""
     within = timestep_range(settings.timesteps)
     if within is not None and within[1] > count:
-        raise UserError(
-            f"--timesteps {settings.timesteps}: the last is at most {count}, as the base has so many timesteps"
-        )
+        raise UserError(f"--timesteps {settings.timesteps}: the last is at most {count}, as the base has so many timesteps")
     return objective.Timesteps(settings.timestep_bias, within, settings.logit_mean, settings.logit_std)
 
 

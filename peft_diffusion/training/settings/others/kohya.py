@@ -116,6 +116,8 @@ def _passed(saved: Mapping[str, Any]) -> dict[str, Any]:
     if "noise_offset_type" in given:
         many = str(given["noise_offset_type"]).lower() == "multires"
         without(*(("noise_offset",) if many else ("multires_noise_iterations", "multires_noise_discount")))
+    if given.get("lr_scheduler") == "cosine_with_restarts" and given.get("lr_scheduler_num_cycles") in (None, ""):
+        given["lr_scheduler_num_cycles"] = given.get("epoch")
     without(*(name for name in ("max_train_epochs", "max_train_steps") if off(name)))
     if not given.keys() & {"max_train_epochs", "max_train_steps"} and not given.get("dataset_config"):
         given["max_train_epochs"] = given.get("epoch")  # by which it counts the steps

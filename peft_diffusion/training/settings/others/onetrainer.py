@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ....core.errors import UserError
+from ....core.parsing import number_in
 from . import onetrainer_data
 from .taking import Found, Options, existing, parsed_of
 
@@ -22,8 +23,8 @@ _ABSENT: dict[str, Any] = {
     "concept_file_name": "training_concepts/concepts.json", "peft_type": "LORA",
 }  # fmt: skip
 _SCHEDULERS = {
-    "constant": "constant", "linear": "linear", "cosine": "cosine", "cosine_with_restarts": "cosine-with-restarts",
-    "cosine_with_hard_restarts": "cosine-with-restarts",
+    "constant": "constant", "linear": "linear", "cosine": "cosine",
+    "cosine_with_hard_restarts": "cosine-with-restarts",  # those that are not hard come back to the full rate by a wave
 }  # fmt: skip
 _OPTIMIZERS = {
     "adamw": "adamw", "adam": "adamw", "adamw_8bit": "adamw8bit", "adafactor": "adafactor", "lion": "lion", "came": "came",
@@ -113,8 +114,8 @@ def _data(options: Options, found: Found) -> None:
     if len(sizes) > 1:
         found.datasets = [one if one.resolution else replace(one, resolution=sizes) for one in found.datasets]
         found.longer *= len(sizes)  # there, each draw has one of the sizes
-    if options.given.get("aspect_ratio_bucketing") is False:
-        found.settings["max_aspect"] = 1.0
+    # Its buckets, mgds' AspectBucketing, are 1:1 to 1:4.
+    found.settings["max_aspect"] = 1.0 if options.given.get("aspect_ratio_bucketing") is False else 4.0
     options.take("aspect_ratio_bucketing")
     found.settings["upscale"] = True  # as all pictures are brought to the resolution there
     found.settings["masks"] = "files" if options.take("masked_training") else "off"
@@ -125,8 +126,9 @@ def _learning(options: Options, found: Found) -> None:
     found.settings["epochs"] = float(Fraction(epochs or 1) / found.longer)
     found.settings["warmup"] = 0
     warmup = options.number("learning_rate_warmup_steps")
-    if warmup is not None and warmup > 1:
-        found.settings["warmup"] = int(warmup)
+    if warmup is not None and warmup > 1:  # there it counts batches
+        batches = number_in(str(options.given.get("gradient_accumulation_steps"))) or 1
+        found.settings["warmup"] = int(warmup / batches)
     elif warmup:
         del found.settings["warmup"]
         options.lack("learning_rate_warmup_steps", warmup, "--warmup counts steps")
