@@ -69,7 +69,7 @@ VALUES = {
     "merge a b -o c --how knots --seed 1": "--seed does nothing without DARE",
     "merge a b -o c --into d --to diffusers": "--to does nothing without an adapter file to write",
     "convert a b --errors": "--errors is for --to-lora alone",
-    "inspect a --base sd1": "--base is for --verify alone",
+    "inspect a --base sd1": "--base is for --verify, --norms and --plot",
     "extract a b -o c --rank 2 --to sgm": "there is no layout 'sgm'",
     "generate a --steps 0": "--steps must be 1 or more, not 0",
     "generate a --width 64000": "--width must be 1 or more, at most 16384, not 64000",

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_formats import write_adapter
 from torch import Tensor
 
+import peft_diffusion as pd
 from peft_diffusion import formats
 from peft_diffusion.bases.skeleton import skeleton
 from peft_diffusion.core.errors import UserError
@@ -175,6 +176,43 @@ def test_norms_are_those_of_the_changes(name: str, tmp_path: Path) -> None:
     assert decomposed.weight is None and "depends on the weight" in decomposed.note
     assert {key: one.weight for key, one in found.items()} == pytest.approx(expected, rel=1e-5)
     assert found["d"].bias == pytest.approx(float(bias.norm()))
+
+
+def test_the_norm_of_a_dora_is_known_with_its_base(tiny_base: Path, tmp_path: Path) -> None:
+    generator, site = torch.Generator().manual_seed(4), "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    down, up = torch.randn(4, 32, generator=generator), torch.randn(32, 4, generator=generator)
+    magnitudes, name = torch.rand(32, 1, generator=generator), f"lora_unet_{site.replace('.', '_')}"
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(4.0), "dora_scale": magnitudes}
+    save_file({f"{name}.{suffix}": one for suffix, one in tensors.items()}, tmp_path / "a.safetensors")
+    weight = make_pipe().unet.get_submodule(site).weight.detach()
+    merged = weight + up @ down
+    change = merged * magnitudes / merged.norm(dim=1, keepdim=True) - weight
+    shown = command("inspect", tmp_path / "a.safetensors", "--norms", "--base", tiny_base)
+    assert f"{float(change.norm()):.4g}" in shown.stdout, shown.stderr
+
+
+STRANGERS = {
+    "checkpoint": (
+        {"model.diffusion_model.input_blocks.0.0.weight": (4, 4)},
+        "is a checkpoint, of a whole model, .*extract",
+    ),
+    "flux": (
+        {
+            f"lora_unet_double_blocks_0_img_attn_qkv.lora_{end}.weight": shape
+            for end, shape in (("down", (4, 8)), ("up", (24, 4)))
+        },
+        r"is for Flux\.1, told by the names .*; this package runs none of that",
+    ),
+    "unknown": ({"lora_unet_mid_block_resnets_0_conv1.nobodys": (4, 4)}, "1 tensors are of no method that is known here"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_what_a_folder_holds_beside_adapters_is_named(kind: str, tmp_path: Path) -> None:
+    shapes, said = STRANGERS[kind]
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=said):
+        pd.convert(pd.ConvertConfig(tmp_path / "a.safetensors", tmp_path / "b.safetensors"))
 
 
 def test_a_plot_is_of_one_file_and_no_adapter_is_drawn_over(tmp_path: Path) -> None:

@@ -199,6 +199,10 @@ def test_a_learned_word_gets_another_name_and_words_of_files_come_together(tiny_
     cat, dog = (word_file(tmp_path / f"{word}.safetensors", f"<{word}>", tiny_base) for word in ("cat", "dog"))
     renamed = tmp_path / "felix.safetensors"
     assert main(["rename-trigger", str(cat), "<cat>", "<felix>", "--output", str(renamed), "--base", str(tiny_base)]) == 0
+    with pytest.raises(UserError, match="has no word '<cot>'; it has: <cat>; did you mean '<cat>'"):
+        pd.rename_trigger(
+            pd.RenameTriggerConfig(cat, "<cot>", "<felix>", output=tmp_path / "no.safetensors", base=str(tiny_base))
+        )
     before, after = words_of(cat, tiny_base), words_of(renamed, tiny_base)
     assert list(after) == ["<felix>"] and torch.equal(after["<felix>"], before["<cat>"])
     spec = formats.inspect(renamed).spec

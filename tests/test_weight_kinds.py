@@ -42,6 +42,24 @@ def tuned() -> tuple[DiffusionPipeline, dict[str, dict[str, Tensor]]]:
     return pipe, changes
 
 
+@pytest.mark.parametrize("name", [f"lora_unet_{SITE.replace('.', '_')}_attn1_to_q", "lora_unet_conv_out"])
+def test_comfyuis_set_weight_takes_the_place_of_the_weight(name: str, tmp_path: Path) -> None:
+    """``weight.copy_(v[0])`` of ``comfy/lora.py``."""
+    pipe, theirs = make_pipe(), make_pipe()
+    path = "conv_out" if name.endswith("conv_out") else f"{SITE}.attn1.to_q"
+    layer = theirs.unet.get_submodule(path)
+    assert isinstance(layer, (nn.Linear, nn.Conv2d))
+    weight = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(6))
+    save_file({f"{name}.set_weight": weight}, tmp_path / "a.safetensors")
+    layer.weight.data.copy_(weight)
+    before = unet_output(pipe)
+    Adapters(pipe).load(tmp_path / "a.safetensors")
+    close(unet_output(pipe), unet_output(theirs))
+    assert not torch.allclose(before, unet_output(theirs), atol=1e-3)
+    found = formats.inspect(tmp_path / "a.safetensors")
+    assert (found.methods, dict(found.leftovers)) == (("full",), {})
+
+
 def as_comfyui_saves(changes: dict[str, dict[str, Tensor]], pipe: DiffusionPipeline) -> dict[str, Tensor]:
     """Whole differences with biases, by the rules of ``comfy_extras/nodes_lora_extract.py``."""
     names = original_names(pipe.unet)

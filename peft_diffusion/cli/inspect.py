@@ -88,7 +88,7 @@ def _measured(config: InspectConfig, plans: list[Plan]) -> dict[Path, "tuple[Nor
 
     if config.plot is not None:
         refuse_overlaps([("--plot", config.plot)], [("the adapter file", plans[0].path)])
-    found = {one.path: norms(one) for one in plans}
+    found = {one.path: norms(one, config.base) for one in plans}
     if config.plot is not None:
         draw(config.plot, title(plans[0].path), found[plans[0].path])
     return found

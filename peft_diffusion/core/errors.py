@@ -39,9 +39,11 @@ def first_line(error: Exception) -> str:
         error: Any.
 
     Returns:
-        The first line of its text that says something; its type where none does.
+        The first line of its text that says something, with the next one where it ends in a colon; its type where none does.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__
 
 

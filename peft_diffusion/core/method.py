@@ -177,6 +177,7 @@ class Method:
         whole: The suffixes of whole changes of weight and bias, where it can say such; None where it cannot.
         aliases: What diffusers, peft and ComfyUI call its tensors after the path of the site, without a last ``.weight`` or
             ``.default``, and the suffix that each means.
+        replacing: Those of the aliases under which a file holds a weight itself and not its change.
         embedding: The suffixes of its vectors and of its words, where other programs know its files as embeddings of new
             words (textual inversion); None for any other method.
         rates: The learning rates that suit it.
@@ -195,6 +196,7 @@ class Method:
     rows: ClassVar[tuple[str, str] | None] = None
     whole: ClassVar[tuple[str, str] | None] = None
     aliases: ClassVar[Mapping[str, str]] = {}
+    replacing: ClassVar[frozenset[str]] = frozenset()
     embedding: ClassVar[tuple[str, str] | None] = None
     rates: ClassVar[Rates] = Rates()
     decayed: ClassVar[bool] = True

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .. import methods
 from ..core.method import Method
+from .layout import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,21 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Meaning:
+    """What the end of a name means.
+
+    Attributes:
+        suffix: What the method calls the tensor.
+        change: What brings it into the method's shape; None where it is so already.
+        whole: How a weight itself becomes a change; None where it is one.
+    """
+
+    suffix: str
+    change: "Callable[[Tensor], Tensor] | None" = None
+    whole: Whole | None = None
+
+
+@dataclass(frozen=True)
 class Aliases:
     """The aliases of all methods.
 
@@ -45,6 +61,7 @@ class Aliases:
         own: All suffixes.
         constants: The suffixes of scales and marks.
         end: Finds an alias at the end of a name.
+        replacing: The aliases of weights that take the place of the base's.
     """
 
     suffixes: Mapping[str, str]
@@ -53,25 +70,26 @@ class Aliases:
     own: frozenset[str]
     constants: frozenset[str]
     end: re.Pattern[str]
+    replacing: frozenset[str] = frozenset()
     _parted: "dict[str, Parts | None]" = field(default_factory=dict, compare=False, repr=False)
 
-    def meaning(self, end: str) -> "tuple[str, Callable[[Tensor], Tensor] | None]":
+    def meaning(self, end: str) -> "Meaning":
         """Tell which tensor of a method the end of a name means.
 
         Args:
             end: What stands behind a site's name and its dot.
 
         Returns:
-            The method's suffix, or the end itself where no method has such an alias; and what brings the tensor into the
-            method's shape, None where it is so already.
+            What it means; of an end that no method has as an alias, that it is itself a suffix.
         """
         match = None if end in self.own else self.end.fullmatch(end)
         if match is None:
-            return end, None
+            return Meaning(end)
         alias = match[1]
         owner = self.methods[alias]
         as_it_is = getattr(owner.from_alias, "__func__", None) is getattr(Method.from_alias, "__func__", owner)
-        return self.suffixes[alias], None if as_it_is else partial(owner.from_alias, alias)
+        change = None if as_it_is else partial(owner.from_alias, alias)
+        return Meaning(self.suffixes[alias], change, Whole("weight") if alias in self.replacing else None)
 
     def parts(self, name: str) -> "Parts | None":
         """Part a name that keeps the dots of a path.
@@ -118,4 +136,6 @@ def _aliases_of(known: tuple[type[Method], ...]) -> Aliases:
     ranked = frozenset[str]().union(*(one.ranked for one in known))
     own = frozenset[str]().union(*(one.suffixes for one in known))
     constants = frozenset[str]().union(*(one.constants for one in known))
-    return Aliases(suffixes, owners, ranked, own, constants, re.compile(rf"({kinds})(?:\.default)?(?:\.weight)?"))
+    replacing = frozenset[str]().union(*(one.replacing for one in known))
+    end = re.compile(rf"({kinds})(?:\.default)?(?:\.weight)?")
+    return Aliases(suffixes, owners, ranked, own, constants, end, replacing)

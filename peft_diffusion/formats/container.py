@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import pickle
 import shutil
 import struct
 import zipfile
@@ -154,11 +155,12 @@ def read_tensors(header: Header) -> dict[str, "Tensor"]:
     return read_data(header).tensors()
 
 
-def read_data(header: Header) -> "Data":
+def read_data(header: Header, *, pinned: bool = False) -> "Data":
     """Read all that a safetensors file holds behind its header, with one read.
 
     Args:
         header: Of the file.
+        pinned: Whether into memory that stays in its place, from which a GPU copies faster.
 
     Returns:
         Its bytes.
@@ -172,7 +174,7 @@ def read_data(header: Header) -> "Data":
     with refusing(f"{header.path} cannot be read"), header.path.open("rb", buffering=0) as file:
         start = struct.unpack("<Q", file.read(8))[0]
         head = struct.pack("<Q", start) + file.read(start)
-        numbers = torch.empty(max(0, header.size - len(head)), dtype=torch.uint8)
+        numbers = torch.empty(max(0, header.size - len(head)), dtype=torch.uint8, pin_memory=pinned)
         room = bytes_of(numbers)
         while len(room):
             count = file.readinto(room)
@@ -649,8 +651,14 @@ def _read_pickle(path: Path) -> dict[str, "Tensor"]:
 
     _refuse_compressed(path)
     kept = torch.serialization.safe_globals([torch.nn.ParameterDict])  # a dict, in which the first scripts kept words
-    with refusing(f"{path} cannot be read as plain weights"), kept:  # weights_only refuses to run what a pickle asks for
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    with refusing(f"{path} cannot be read as plain weights"), kept:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # torch advises to run what the pickle asks for
+            raise UserError(
+                f"{path} cannot be read as plain weights: it is no file of torch, or asks for code to be run, which is never"
+                " done; take the file as .safetensors"
+            ) from None
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     loaded = loaded if isinstance(loaded, dict) else {}
     words = _plain_dict(loaded.get("string_to_param"))

@@ -14,6 +14,7 @@ from ..core.errors import UserError
 from ..core.method import Method
 from . import metadata
 from .file import paths_by_name
+from .origin import NOT_RUN, origin
 from .planning import Plan, SitePlan, some
 
 _NAMES = (*PUBLISHED, ICONS, TINY_LM)
@@ -40,6 +41,8 @@ def fitting(found: Plan, base: str | Path | None = None) -> Skeleton:
     best: tuple[int, int] = (0, 0)
     chosen: Skeleton | None = None
     whole = sum(bool(one.methods) for _, _, one in found.each())
+    if not whole:
+        raise found.is_none()
     for name in _candidates(found):
         one = _of_name(name, found)
         fit = _fit(found, one)
@@ -48,6 +51,12 @@ def fitting(found: Plan, base: str | Path | None = None) -> Skeleton:
         if fit == (whole, whole):
             break
     if chosen is None:
+        told = origin(found.header)
+        if told.name in NOT_RUN:
+            raise UserError(
+                f"{found.path} is for {told.name}, told by {told.why}; this package runs none of that: inspect tells"
+                " what the file holds, and metadata what it says of itself"
+            )
         raise UserError(
             f"{found.path}: its sites ({some([f'{part}.{name}' for part, name, _ in found.each()])}) and their shapes are"
             f" those of no base that is known without its files ({', '.join(_NAMES)}); give the base, of which only the"

@@ -37,6 +37,8 @@ IDLE = "change a projection after a text encoder that no picture of this base de
 second."""
 NOT_CHOSEN = "are other words than the one that was chosen"
 WHICH = "name no component, and this base has {}: say which is meant, as component= in Python or FILE@{} in a command"
+_CHECKPOINTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
+"""What tensors of a whole Stable Diffusion in one file are called."""
 NOT_WHOLE = "are of sites that other tensors, which are not understood, change too"
 
 
@@ -253,11 +255,16 @@ class Plan:
         """
         return container.stamp_of(self.path) == self.header.stamp
 
-    def tensors(self, *, keep: bool = False) -> "dict[str, Tensor]":
+    def let_go(self) -> None:
+        """Keep nothing more of what was read for a digest, which is of the file then."""
+        self._data.clear()
+
+    def tensors(self, *, keep: bool = False, pinned: bool = False) -> "dict[str, Tensor]":
         """Read the tensors of the file.
 
         Args:
             keep: Whether to keep what was read until a digest is asked for, which is of that then, and not of the file.
+            pinned: Whether to read into memory that stays in its place, from which a GPU copies faster.
 
         Returns:
             The tensors by the names of the file.
@@ -267,7 +274,7 @@ class Plan:
         """
         if self.loaded is not None:
             return dict(self.loaded)
-        data = container.read_data(self.header)
+        data = container.read_data(self.header, pinned=pinned)
         if keep and not self._data and not self.__dict__.keys() & {"sha256", "_digests"}:
             self._data.append(data)
         return data.tensors()
@@ -294,7 +301,13 @@ class Plan:
         Returns:
             The error to raise.
         """
-        told = by_reason({name: why for name, why in self.unread.items() if why != NO_LAYOUT})
+        told = by_reason({name: why for name, why in self.leftovers.items() if why != NO_LAYOUT})
+        if any(name.startswith(_CHECKPOINTS) for name in self.header.tensors):
+            return UserError(
+                f"{self.path} is a checkpoint, of a whole model, and no adapter: it is named as --base, or as --into of"
+                " merge; what was trained into it is taken out with: peft-diffusion extract"
+                f" {shlex.quote(str(self.path))} BASE --rank 32 --output NAME.safetensors"
+            )
         if told:
             reasons = "; ".join(f"{len(names)} tensors {reason}: {some(names)}" for reason, names in told.items())
             return UserError(f"{self.path} holds nothing that can be used here: {reasons}")

@@ -708,15 +708,17 @@ class InspectConfig:
         False, "Open the files as other programs do: how much each reads, and how far off its changes are.", PARAMETERS
     )
     base: str | None = setting(
-        None, "With --verify, the base that the files are for, where they do not tell it or its weights matter.", PARAMETERS
+        None,
+        "With --verify, --norms or --plot, the base that the files are for, where they do not tell it or its weights count.",
+        PARAMETERS,
     )
 
     def __post_init__(self) -> None:
         settle(self)
         if self.plot is not None and len(self.files) != 1:
             raise UserError(f"--plot draws one adapter file, and {len(self.files)} are named")
-        if self.base is not None and not self.verify:
-            raise UserError("--base is for --verify alone")
+        if self.base is not None and not (self.verify or self.norms or self.plot):
+            raise UserError("--base is for --verify, --norms and --plot, which alone look at the base")
 
 
 @explained

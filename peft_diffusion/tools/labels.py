@@ -42,7 +42,7 @@ def rename_trigger(config: RenameTriggerConfig, *, observers: Sequence[Observer]
                 adapter, learned = _renamed(adapter, config), learned + 1
             made.add(*where, adapter)
         spec = joined_spec([source.plan], bones, made, source.name)
-        _refuse_unknown(spec, learned, config)
+        _refuse_unknown(spec, learned, _words(made), config)
         if not learned:
             watch.tell(Noted(f"{config.old!r} is no learned word: the adapter still answers to it, whatever the file says"))
         triggers = tuple(config.new if one == config.old else one for one in spec.triggers)
@@ -51,14 +51,19 @@ def rename_trigger(config: RenameTriggerConfig, *, observers: Sequence[Observer]
         return watch.made(path, made.count)
 
 
-def _refuse_unknown(spec: Spec, learned: int, config: RenameTriggerConfig) -> None:
+def _words(made: Adapters) -> list[str]:
+    """The learned words of a file."""
+    every = (one for own in made.made.values() for one in own.values())
+    return list(dict.fromkeys(word for one in every if isinstance(one, LearnedVectors) for word in one.words if word))
+
+
+def _refuse_unknown(spec: Spec, learned: int, words: Sequence[str], config: RenameTriggerConfig) -> None:
     if config.new in spec.triggers:
         raise UserError(f"{config.file} has the word {config.new!r} already")
     if config.old not in spec.triggers and not learned:
-        there = ", ".join(spec.triggers) or "none"
-        raise UserError(
-            f"{config.file} has no word {config.old!r}; it has: {there}{did_you_mean(config.old, spec.triggers)}"
-        )
+        there = list(dict.fromkeys((*spec.triggers, *words)))
+        near = did_you_mean(config.old, there)
+        raise UserError(f"{config.file} has no word {config.old!r}; it has: {', '.join(there) or 'none'}{near}")
 
 
 def _renamed(adapter: LearnedVectors, config: RenameTriggerConfig) -> LearnedVectors:

@@ -1,8 +1,8 @@
-"""How much an adapter changes at each site: the norms of its changes, as numbers and as a picture. No base is needed."""
+"""How much an adapter changes at each site: the norms of its changes, as numbers and as a picture."""
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,41 +40,43 @@ class Norm:
     note: str = ""
 
 
-def norms(found: Plan) -> tuple[Norm, ...]:
+def norms(found: Plan, base: str | None = None) -> tuple[Norm, ...]:
     """Measure the changes of an adapter file.
 
     Args:
         found: The file. All that it holds is read.
+        base: Its base, as `ConvertConfig.base`; None: by what the file holds.
 
     Returns:
         The norms of each site, in the order of the file. Those of a method whose change depends on the base's weight, as of
-        a DoRA, are not known without it, and are not told.
+        a DoRA, are known where the base is named with its weights.
 
     Raises:
-        UserError: The file is damaged or was changed since it was planned.
+        UserError: The file is damaged or was changed since it was planned, or the base that is named cannot be used.
     """
     tensors = found.tensors()
     shown = all(method.weight_shape(one.shapes) for _, _, one in found.each() for method in one.methods)
-    modules = {} if shown else _modules(found)  # which takes a moment
+    module_of = (lambda _: None) if shown and base is None else _modules(found, base)  # which takes a moment
     return tuple(
-        _norm(component, name, one, tensors, modules.get(one.sources[0].name))
+        _norm(component, name, one, tensors, module_of(one.sources[0].name))
         for component, name, one in found.each()
         if one.methods
     )
 
 
-def _modules(found: Plan) -> dict[str, nn.Module]:
-    """The modules that the tensors of a file change, by the names of the tensors, on the skeleton of the base that it fits;
-    nothing where it fits none that is known."""
-    from ..formats.file import bind  # with all that makes bases, which takes seconds
-    from ..formats.fitting import fitting
+def _modules(found: Plan, base: str | None) -> Callable[[str], nn.Module | None]:
+    """Gives the module that a tensor of a file changes, by the tensor's name, of the base that is named or that the file
+    fits; None where there is none."""
+    from .sources import open_sources  # with all that makes bases, which takes seconds
 
     try:
-        bound = bind(found, fitting(found))
+        (source,), _ = open_sources([found], base, lambda _: None)
     except UserError:
-        return {}
-    sites = ((bound.parts[component].get_submodule(path), one) for (component, path), one in bound.sites.items())
-    return {source.name: module for module, one in sites for source in one.plan.sources}
+        if base is not None:
+            raise
+        return lambda _: None
+    sites = {one.name: where for where, site in source.bound.sites.items() for one in site.plan.sources}
+    return lambda name: source.module(sites[name]) if name in sites else None
 
 
 @torch.no_grad()

@@ -177,12 +177,13 @@ class _Tensor:
         self.stem, self.adapter = parts.where, parts.adapter
         self.start, self.path, self.component = _located(self.stem)
         self.of_peft = self.start.startswith(_PEFT)
-        self.suffix, self.change = aliases().meaning(parts.end)
+        told = aliases().meaning(parts.end)
+        self.suffix, self.change, self.whole = told.suffix, told.change, told.whole
 
     @cached_property
     def place(self) -> Place:
         """Its place; of a path alone, in any component that claims such a path."""
-        return replace(_place(self.stem, self.suffix), change=self.change)
+        return replace(_place(self.stem, self.suffix), change=self.change, whole=self.whole)
 
 
 def _located(stem: str) -> tuple[str, str, str]:

@@ -48,9 +48,9 @@ class Foreign(ReadOnly):
             where, _, end = name.partition(".") if start in _FLAT else name.rpartition(".")
             if parts is not None and start in _DOTTED:
                 where, end = parts.where, parts.end
-            suffix, change = known.meaning(end)
+            told = known.meaning(end)
             component = {**_FLAT, **_DOTTED}[start]
-            places[name] = Place(component, where.removeprefix(start), suffix, change=change, stem=where)
+            places[name] = Place(component, where.removeprefix(start), told.suffix, change=told.change, stem=where)
         return Reading(places)
 
 

@@ -136,13 +136,15 @@ def _starts(known: Rows) -> tuple[str, ...]:
 def _place(name: str) -> Place | None:
     stem, end = _parted(name)
     site = stem.replace(".", "_")
-    suffix, change = aliases().meaning(end)
+    told = aliases().meaning(end)
     if site.startswith(LYCORIS):
         path = site.removeprefix(LYCORIS)
         found = claimants(path) if path else ()
-        return Place(found[0], path, suffix, "", found[1:], False, change, stem) if found else None
+        if not found:
+            return None
+        return Place(found[0], path, told.suffix, "", found[1:], False, told.change, stem, whole=told.whole)
     start, component = max(((start, one) for start, one in prefixes().items() if site.startswith(start)), key=_length)
-    return Place(component, site.removeprefix(start), suffix, change=change, stem=stem)
+    return Place(component, site.removeprefix(start), told.suffix, change=told.change, stem=stem, whole=told.whole)
 
 
 def _parted(name: str) -> tuple[str, str]:

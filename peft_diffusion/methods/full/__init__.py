@@ -20,6 +20,9 @@ WEIGHT, BIAS = "diff", "diff_b"
 NORM_WEIGHT = "w_norm"
 """LyCORIS' name at norms. With ``b_norm`` beside it a norm is read as BitFit's, which keeps the change of the weight too."""
 
+SET_WEIGHT = "set_weight"
+"""ComfyUI's name of a weight that takes the place of the base's (``comfy/lora.py``)."""
+
 
 @dataclass(frozen=True)
 class Full(Method, name="full", suffixes=frozenset({WEIGHT, BIAS, NORM_WEIGHT})):
@@ -30,7 +33,8 @@ class Full(Method, name="full", suffixes=frozenset({WEIGHT, BIAS, NORM_WEIGHT}))
 
     by_output: ClassVar[frozenset[str]] = frozenset({WEIGHT, BIAS})
     whole: ClassVar[tuple[str, str]] = (WEIGHT, BIAS)
-    aliases: ClassVar[Mapping[str, str]] = {WEIGHT: WEIGHT, BIAS: BIAS}
+    aliases: ClassVar[Mapping[str, str]] = {WEIGHT: WEIGHT, BIAS: BIAS, SET_WEIGHT: WEIGHT}
+    replacing: ClassVar[frozenset[str]] = frozenset({SET_WEIGHT})
     # Of four rates from 3e-5 to 1e-3 on the embedded base, in 60 steps of a style. On text, what fine-tuning usually takes.
     rates: ClassVar[Rates] = Rates(factor=0.3, text=2e-5, text_small=3e-4)
 
