@@ -11,6 +11,7 @@ import torch
 from conftest import make_pipe, make_xl_pipe
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
+from taped import tape
 from torch import Tensor, nn
 
 from peft_diffusion.core import site
@@ -25,7 +26,7 @@ from peft_diffusion.methods.lora import Lora
 
 Make: TypeAlias = Callable[..., DiffusionPipeline]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
+DEVICES = ["cpu", "taped", pytest.param("cuda", marks=CUDA)]
 METHODS: dict[str, tuple[Method, str]] = {
     "attention": (Lora(rank=3), "attention"),
     "linear": (Lora(rank=2), "all-linear"),
@@ -50,6 +51,14 @@ def lora_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     save_file(drawn, path / "lora.safetensors")
     return path / "lora.safetensors"
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where is drawn: "taped" is the CPU with recordings."""
+    if request.param == "taped":
+        tape(monkeypatch)
+    return "cuda" if request.param == "cuda" else "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +110,6 @@ def assert_alike(pair: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(*pair, rtol=1e-6, atol=4e-6)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("make", [make_pipe, make_xl_pipe])
 def test_a_fast_step_is_the_plain_one(make: Make, method: str, device: str) -> None:
@@ -119,7 +127,6 @@ def test_a_fast_step_is_the_plain_one(make: Make, method: str, device: str) -> N
     assert (idle[0] - found[0]).abs().max() > 1e-3  # the adapters did something
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_what_adapters_do_meanwhile_is_followed(device: str) -> None:
     network = make_pipe().unet.to(device)
     kinds = [type(one) for one in network.modules()]
@@ -153,7 +160,6 @@ def test_what_adapters_do_meanwhile_is_followed(device: str) -> None:
     assert [type(one) for one in network.modules()] == kinds
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_another_prompt_and_one_written_anew_are_told(device: str) -> None:
     network = make_pipe().unet.to(device)
     drawing.start(network)
@@ -207,7 +213,6 @@ def test_what_cannot_be_served_is_computed_as_before_and_told(spoil: Callable[[A
     assert "gradients" in (engine.refused or "")
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("strength", [0.8, [0.2, 0.9], Schedule([0, 1]), [0.0, 0.0]], ids=str)
 def test_a_pipeline_draws_the_same_picture(strength: Any, device: str, lora_file: Path) -> None:
     pipe = make_pipe().to(device)
@@ -225,7 +230,8 @@ def test_a_pipeline_draws_the_same_picture(strength: Any, device: str, lora_file
     assert adapters.plain_because is None
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(drawn(), found)
-    assert adapters.recordings == (2 if device == "cuda" else 0)
+    # A step and what prompts are told by; text, twice a picture; and pictures, from the second on.
+    assert adapters.recordings == (4 if drawing.records_on(pipe.device) else 0) and not adapters.plain_parts
     adapters.fast(False)
     assert torch.equal(drawn(), expected)
 

@@ -28,10 +28,13 @@ from ..core.strength import Strengths, recording
 from . import frozen_ops
 from .cuda_graph import Inputs, Recorder, cause, shapes
 from .operands import Operands, holds_pair
+from .stepping import keep_on_host
 from .unet import CUDNN_FIRST, FusedAttention, channels_last, cudnn_attends, projected, side_by_side, swapped
 
 _ENGINE = "_peft_diffusion_engine"
 """The name of the engine in a network's ``__dict__``."""
+_CONFIGURED = ("output_hidden_states", "output_attentions", "return_dict", "_attn_implementation")
+"""What a configuration of transformers says for calls that do not."""
 
 
 class FastNetwork(nn.Module):
@@ -75,11 +78,12 @@ def engine_of(network: nn.Module) -> "Engine | None":
     return found if isinstance(found, Engine) else None
 
 
-def start(network: nn.Module) -> "Engine":
+def start(network: nn.Module, kind: "type[Engine] | None" = None) -> "Engine":
     """Give a network an engine. What it computes stays the same, up to rounding.
 
     Args:
-        network: The network that denoises.
+        network: The network that denoises, or a part beside it.
+        kind: The engine's class; None for that of the network that denoises.
 
     Returns:
         Its engine, also where it had one.
@@ -87,7 +91,7 @@ def start(network: nn.Module) -> "Engine":
     engine = engine_of(network)
     if engine is None:
         pipelines.watch()
-        engine = Engine(network)
+        engine = (kind or Engine)(network)
         network.__dict__[_ENGINE] = engine
         network.__class__ = _fast(cast(Hashable, type(network)))
     return engine
@@ -106,6 +110,18 @@ def stop(network: nn.Module) -> None:
         engine.forget()
 
 
+def records_on(device: torch.device) -> bool:
+    """Tell whether steps can be recorded on a device.
+
+    Args:
+        device: Where the network lies.
+
+    Returns:
+        Whether it has graphs.
+    """
+    return device.type == "cuda"
+
+
 class Engine:
     """Computes a network's calls: from a recording for each shape on CUDA, on other devices step by step.
 
@@ -117,7 +133,12 @@ class Engine:
 
     Attributes:
         refused: Why the last call was computed plainly; None where it was not.
+        steps: Whether it runs once a step, so that schedules of strengths are followed.
+        searches: Whether the fastest convolutions are looked for with a clock, which takes seconds and pays over many calls.
     """
+
+    steps = True
+    searches = True
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -168,8 +189,7 @@ class Engine:
         Returns:
             What the network gives, up to rounding.
         """
-        given = dict(self._signature.bind(self.network, *args, **named).arguments)
-        del given[next(iter(given))]  # the network itself
+        given = self._given(args, named)
         with self._lock:
             self.refused = self._unserved()
             call = None if self.refused else self._called(given)
@@ -179,6 +199,15 @@ class Engine:
                     return found
         self._begin_on_host(given)
         return plain(*args, **named)
+
+    def _given(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+        """What the network is called with, by name."""
+        given = dict(self._signature.bind(self.network, *args, **named).arguments)
+        del given[next(iter(given))]  # the network itself
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
+        return given
 
     def _drop(self) -> None:
         self._steps.forget()
@@ -200,6 +229,8 @@ class Engine:
         within = reads is not None and times is not None and times is self._times and reads.same_adapters()
         if not within and (reads is None or not reads.same()):
             self._read()
+        if pipe is not None and times is not self._times and records_on(self._steps.device):
+            keep_on_host(pipe.scheduler)  # one that came since drawing became fast: from its next picture on
         self._times = times
         return None if self._reads is None else self._reads.refused
 
@@ -240,17 +271,22 @@ class Engine:
         if isinstance(given.get("timestep"), (int, float)):
             given["timestep"] = torch.tensor(given["timestep"])
         call = _Call.of(given)
-        if not isinstance(given.get("sample"), Tensor) or "timestep" not in given:
+        if self.steps and (not isinstance(given.get("sample"), Tensor) or "timestep" not in given):
             self.refused = "it is called otherwise than a UNet of diffusers"
             return None
-        if call is None:
+        if call is None or not call.tensors:
             self.refused = "it is called with something else than tensors, numbers and words"
+            return None
         return call
+
+    def _records(self, what: Hashable) -> bool:
+        """Whether a call is computed from a recording, by what tells its recording apart."""
+        return records_on(self._steps.device)
 
     def _computed(self, plain: Callable[..., Any], call: "_Call") -> Any:
         """What the network gives; nothing, with ``refused`` said, where it cannot be recorded."""
         operands, told = self._made(), call.given.get("encoder_hidden_states")
-        self._weigh(call.given)
+        self._weigh(call)
         tells = isinstance(told, Tensor) and told.ndim == 3 and getattr(self.network, "encoder_hid_proj", None) is None
         self._key = operands.merged, operands.by_image, tells, call.plain, torch.are_deterministic_algorithms_enabled()
         what = shapes(call.tensors), self._key
@@ -258,17 +294,19 @@ class Engine:
             self.refused = why
             return None
         self._call = lambda inputs: plain(**call.filled(inputs))
-        on_gpu = self._steps.device.type == "cuda"
+        records = self._records(what)
         try:
             if tells:
-                self._tell_once(call.tensors["encoder_hidden_states"], on_gpu)
+                self._tell_once(call.tensors["encoder_hidden_states"], records)
             else:
                 operands.known = {}
-            if not on_gpu:
+            if not records:
                 return self._step(call.tensors)
             found = self._steps(call.tensors)
+            # The next step writes to the same places.
+            return trees.tree_map(_copied, found)
         except RuntimeError as error:
-            if not on_gpu:
+            if not records:
                 raise
             if isinstance(error, torch.OutOfMemoryError):
                 self.forget()
@@ -276,8 +314,6 @@ class Engine:
             return None
         finally:
             self._call = None
-        # The next step writes to the same places.
-        return trees.tree_map(lambda one: one.clone() if isinstance(one, Tensor) else one, found)
 
     def _step(self, inputs: Inputs) -> Any:
         if self._call is None:
@@ -295,21 +331,21 @@ class Engine:
     def _computing(self) -> Iterator[None]:
         """The network as it is computed here."""
         chosen = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+        torch.backends.cudnn.benchmark = self.searches and not torch.are_deterministic_algorithms_enabled()
         try:
             with swapped(self.network, self._backends), self._made().used():
                 yield
         finally:
             torch.backends.cudnn.benchmark = chosen
 
-    def _tell_once(self, told: Tensor, on_gpu: bool) -> None:
+    def _tell_once(self, told: Tensor, records: bool) -> None:
         """Compute keys and values of what attention is told, where that, or what computes them, is another than before."""
         version = None if told.is_inference() else told._version
         now = self._weighed, version, self._key, told.shape
         if version is not None and self._told is not None and self._told[0] is told and self._told[1] == now:
             return
         inputs = {"told": told}
-        self._made().known = self._tellings(inputs) if on_gpu else self._tell(inputs)
+        self._made().known = self._tellings(inputs) if records else self._tell(inputs)
         self._told = told, now
 
     def _tell(self, inputs: Inputs) -> "_Known":
@@ -324,15 +360,15 @@ class Engine:
                     found[attention] = key, value
         return found
 
-    def _weigh(self, given: Mapping[str, Any]) -> None:
+    def _weigh(self, call: "_Call") -> None:
         """Bring strengths to what is drawn, and to the step."""
         strengths = None if self._reads is None else self._reads.strengths
-        rows = len(given["sample"])
-        if strengths is not None and strengths.schedules:
-            if self._steps.device.type == "cuda":
-                self._begin(strengths, given)
+        rows = len(next(tensor for tensor in call.tensors.values() if tensor.ndim))
+        if strengths is not None and strengths.schedules and self.steps:
+            if records_on(self._steps.device):
+                self._begin(strengths, call.given)
             else:
-                self._begin_on_host(given)
+                self._begin_on_host(call.given)
             now: Hashable = object()
         else:
             now = strengths and (strengths.changes, strengths.merged, strengths.images > 1 and rows)
@@ -353,12 +389,21 @@ class Engine:
     def _begin_on_host(self, given: Mapping[str, Any]) -> None:
         """Bring strengths that follow a schedule to the step of a call that is computed plainly."""
         strengths, pipe = sites.strengths(self.network), pipelines.drawing_with(self.network)
-        if strengths is not None and strengths.schedules and pipe is not None:
+        if self.steps and strengths is not None and strengths.schedules and pipe is not None:
             timestep = bases.denoiser_of(pipe).read_call((), given).timestep
             strengths.at_progress(pipelines.progress(pipe, float(torch.as_tensor(timestep).flatten()[0])))
 
 
 _Known = dict[nn.Module, tuple[Tensor, Tensor]]
+
+
+def _copied(one: Any) -> Any:
+    """What a recording gives, apart from where the next run writes. Raises RuntimeError for what may hold such places."""
+    if isinstance(one, Tensor):
+        return one.clone()
+    if one is None or isinstance(one, (bool, int, float, str)):
+        return one
+    raise RuntimeError(f"it gives a {type(one).__name__}, of which no copy can be made")
 
 
 @dataclass(frozen=True)
@@ -486,7 +531,8 @@ class _Reads:
     def _told(self) -> tuple[bool, bool, bool]:
         """Whether modules are patched, have hooks of others, and are trained."""
         patched = any("forward" in vars(one) for one, _, _ in self._modules)
-        return patched, any(self._hooks), any(tensor.requires_grad for _, _, tensor, _ in self._tensors)
+        hooked = any(_of_others(hooks) for hooks in self._hooks)
+        return patched, hooked, any(tensor.requires_grad for _, _, tensor, _ in self._tensors)
 
     def _refused(self) -> str | None:
         patched, hooked, trained = self._flags
@@ -517,6 +563,11 @@ class _Reads:
         return None if self.strengths is None else self.strengths.changes
 
 
+def _of_others(hooks: Mapping[int, Any]) -> bool:
+    """Whether one of hooks may do anything: those of transformers hand outputs on to the call that asks for them."""
+    return any(getattr(hook, "__module__", "").partition(".")[0] != "transformers" for hook in hooks.values())
+
+
 def _state(slot: Slot) -> Hashable:
     """What tells whether the adapters of a site are still the same; of a pair, the slab tells what numbers it holds."""
     packed = slot.packed
@@ -529,5 +580,7 @@ def _held(slab: Slab | None) -> Hashable:
 
 
 def _options(network: nn.Module) -> Hashable:
-    """What pipelines set on a network apart from weights and processors."""
-    return str(pipelines.free_u(network))
+    """What pipelines and configurations set on a network apart from weights and processors."""
+    config = getattr(network, "config", None)
+    given = tuple(getattr(config, name, None) for name in _CONFIGURED)
+    return str((pipelines.free_u(network), given))
