@@ -485,6 +485,18 @@ def test_what_cannot_be_drawn_from_is_told_in_words(address: str, body: dict[str
     assert answer.status_code == 400 and told in answer.json()["detail"], answer.text
 
 
+def test_a_picture_of_any_size_is_drawn_from_at_the_nearest(address: str) -> None:
+    picture = webuiapi.raw_b64_img(Image.new("RGB", (70, 45), "red"))
+    for told, wanted in (({}, (64, 48)), ({"height": 64}, (64, 64))):
+        answer = ask(address, "img2img", {"prompt": "a cat", "steps": 2, "init_images": [picture], **told})
+        assert answer.status_code == 200, answer.text
+        with Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0]))) as image:
+            assert image.size == wanted
+    large = webuiapi.raw_b64_img(Image.new("RGB", (192, 128)))  # of --max-pixels, pictures in requests may have four times
+    answer = ask(address, "img2img", {"prompt": "a cat", "steps": 2, "init_images": [large]})
+    assert answer.status_code == 400 and "192x128 is over the limit of 16,384 pixels" in answer.json()["detail"]
+
+
 def test_a_body_of_other_types_is_told_as_a1111_tells_it(address: str) -> None:
     answer = ask(address, "txt2img", {"steps": "many"})
     assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == ["body", "steps"]

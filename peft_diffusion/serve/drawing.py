@@ -236,9 +236,13 @@ def config_of(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | 
         size(held.info, config)
         if config.second_pass is not None:
             width, height = config.second_pass.size(width, height, held.info.step)
+    _check_pixels(width, height, serving)
+    return config
+
+
+def _check_pixels(width: int, height: int, serving: ServeConfig) -> None:
     if width * height > serving.max_pixels:
         raise UserError(f"{width}x{height} is over the limit of {serving.max_pixels:,} pixels here; take smaller sides")
-    return config
 
 
 def _with_hires(config: GenerateConfig, body: TextToImage, width: int, height: int) -> GenerateConfig:
@@ -310,8 +314,11 @@ def source_of(body: ImageToImage, config: GenerateConfig, serving: ServeConfig, 
     given = pictures.read(body.init_images[0], "init_images[0]", serving.max_given_pixels)
     masked = pictures.read(body.mask, "mask", serving.max_given_pixels, "black") if body.mask else None
     blur = next((one for one in (body.mask_blur, body.mask_blur_x, body.mask_blur_y) if one is not None), 4)
-    sides = (config.width or given.image.width, config.height or given.image.height)
+    # Where no size is asked for, its own, as near as the base can: `ready` brings it there.
+    near = [max(info.step, round(side / info.step) * info.step) for side in given.image.size]
+    sides = (config.width or near[0], config.height or near[1])
     size(info, replace(config, width=sides[0], height=sides[1]))
+    _check_pixels(*sides, serving)
     ready = inpainting.prepared(
         given.image,
         None if masked is None else masked.image.convert("L"),
