@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from conftest import make_pipe
 
 from scripts.check_adapters import World, check
