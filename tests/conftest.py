@@ -158,12 +158,17 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def measure_little(patched: pytest.MonkeyPatch) -> None:
+    """Let runs of this process measure with few noises."""
+    patched.setattr("peft_diffusion.training.tasks.diffusion._DRAWS", 2)
+    patched.setattr("peft_diffusion.training.tasks.diffusion._OTHER_PLACES", (0.65,))
+
+
 @pytest.fixture(scope="module")
 def few_measurements() -> Iterator[None]:
     """Runs of this process measure with few noises: eight times the work of six steps of training, which many tests make."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("peft_diffusion.training.tasks.diffusion._DRAWS", 2)
-        patched.setattr("peft_diffusion.training.tasks.diffusion._OTHER_PLACES", (0.65,))
+        measure_little(patched)
         yield
 
 

@@ -235,6 +235,7 @@ def test_a_reader_that_goes_is_no_error(files: list[Path]) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [False, True])
 def test_a_picture_needs_no_package_that_libraries_would_import_besides(tmp_path: Path, quantize: bool) -> None:
     """And what a base of fewer bits needs is there; libraries look for packages once, when they are imported."""

@@ -168,6 +168,7 @@ def test_a_control_steers_as_the_pipeline_of_diffusers(
     assert difference(image, made("a cat", **told).images[0]) <= 1 < 5 < difference(image, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["controlnet", "t2i-adapter", "ip-adapter"])
 def test_controls_go_with_adapters_pictures_second_passes_and_each_other(
     models: dict[tuple[str, str], str], picture: Path, tiny_base: Path, tmp_path: Path, kind: str
