@@ -2,7 +2,9 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -19,7 +21,7 @@ from peft_diffusion.bases.schedulers import FLOW_SCHEDULERS, SCHEDULERS
 from peft_diffusion.core import site
 from peft_diffusion.core.strength import Amount
 from peft_diffusion.core.strength_schedule import ByPart, Schedule
-from peft_diffusion.fast import drawing
+from peft_diffusion.fast import drawing, frozen_ops
 from peft_diffusion.fast.stepping import HostSteps, keep_on_host, release
 from peft_diffusion.generation.adapters import Adapters
 from peft_diffusion.methods.bottleneck import Bottleneck
@@ -168,7 +170,7 @@ def test_what_a_part_is_told_otherwise_is_seen(monkeypatch: pytest.MonkeyPatch) 
             if round_ == 2:
                 for one in (pipe.vae, plain[1]):
                     one.decoder.conv_out.weight.data = one.decoder.conv_out.weight.data * 2
-        one, other = (pipe.text_encoder(ids.roll(shift)).last_hidden_state for shift in (0, 1))
+        one, other = (pipe.text_encoder(ids.roll(shift), output_hidden_states=True).last_hidden_state for shift in (0, 1))
     assert not torch.equal(one, other) and not adapters.plain_parts
 
 
@@ -208,3 +210,70 @@ def test_a_scheduler_keeps_its_timesteps_on_the_host(name: str) -> None:
         assert type(made) is cls and made.config == kept.config and torch.equal(made.timesteps, kept.timesteps)
     release(kept)
     assert type(kept) is cls
+
+
+class Collecting:
+    """Kernels as torch computes them, which note what is compiled ahead and what is then run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ahead, self.inside = folder, 0, False
+        self.noted: dict[bool, set[tuple[object, ...]]] = {True: set(), False: set()}
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            told = [(tuple(one.shape), one.dtype) if isinstance(one, Tensor) else one for one in given]
+            self.noted[self.inside].add((name, *told))
+            if name == "group_norm":
+                return frozen_ops._group_norm_in_torch(*given)
+            if name == "layer_norm":
+                x, added, weight, bias, eps = given
+                total = x if added is None else x + added
+                return total, *torch.native_layer_norm(total, [x.shape[-1]], weight, bias, eps)
+            if name == "gated":
+                value, gate = given[0].chunk(2, -1)
+                return value * torch.nn.functional.gelu(gate)
+            a, b, bias = given
+            return a + b + bias[:, None, None]
+
+        return run
+
+    def compiling_ahead(self) -> bool:
+        return self.inside
+
+    @contextmanager
+    def compiling(self, device: torch.device) -> Iterator[None]:
+        self.ahead += 1
+        self.inside = True
+        yield
+        self.inside = False
+
+    def card(self, device: torch.device) -> str:
+        return "a card"
+
+    def compiled_before(self, digest: str) -> Path:
+        return self.folder / digest
+
+
+def test_kernels_are_compiled_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tape(monkeypatch)
+    kernels = Collecting(tmp_path / "cache")
+    monkeypatch.setattr(frozen_ops, "kernels_on", lambda device: kernels)
+    for count in (1, 1, 2):  # another process with the same shape, and one with another
+        pipe = make_xl_pipe()
+        carry(pipe.unet, "a", Lora(rank=2), "attention", 0)
+        drawing.start(pipe.unet)
+        size = 8 if count == 1 else 4
+        found = drawn_step(pipe.unet, size)
+        assert kernels.ahead == count and kernels.noted[False] <= kernels.noted[True]
+        drawing.stop(pipe.unet)
+        torch.testing.assert_close(found, drawn_step(pipe.unet, size), rtol=1e-5, atol=1e-5)
+    assert {name for name, *_ in kernels.noted[True]} == {"group_norm", "layer_norm", "gated", "sum_with_bias"}
+
+
+@torch.no_grad()
+def drawn_step(network: Any, size: int) -> Tensor:
+    chance = torch.Generator().manual_seed(0)
+    told = {"text_embeds": torch.randn(2, 16, generator=chance), "time_ids": torch.randn(2, 6, generator=chance)}
+    x, text = torch.randn(2, 4, size, size, generator=chance), torch.randn(2, 7, 64, generator=chance)
+    found: Tensor = network(x, 5, text, added_cond_kwargs=told).sample
+    return found
