@@ -632,15 +632,23 @@ class Adapters:
         try:
             yield
         finally:
-            left = {name for kept in before.values() for name in kept} & set(self.waiting)
-            if left:  # which other pictures had no use for
-                self.set(dict.fromkeys(self.names, 0.0))
-                self._ready(dict.fromkeys(left, 1.0))
-            for component, state in self._registry.states().items():
-                if not state.strengths.merged:
-                    kept = before.get(component, {})
-                    state.strengths.write({name: amount for name, amount in kept.items() if name in state.entries})
-            follow_steps(self.pipe)
+            self._give_back(before)
+
+    @one_at_a_time
+    def _give_back(self, before: Mapping[str, Mapping[str, OverSteps]]) -> None:
+        """Set strengths to what they were, by component and name; adapters that were removed since are left out."""
+        left = {name for kept in before.values() for name in kept} & set(self.waiting)
+        if left:  # which other pictures had no use for
+            self.set(dict.fromkeys(self.names, 0.0))
+            self._ready(dict.fromkeys(left, 1.0))
+        stepping, _ = network_of(self.pipe) or (None, None)
+        for component, state in self._registry.states().items():
+            if not state.strengths.merged:
+                kept = before.get(component, {})
+                state.strengths.write({name: amount for name, amount in kept.items() if name in state.entries})
+                if component == stepping:
+                    state.strengths.at_progress(0.0)
+        follow_steps(self.pipe)
 
     @property
     def recordings(self) -> int:
