@@ -138,7 +138,8 @@ def test_a_pipeline_gives_the_same_latents(make: Callable[[], Made], monkeypatch
     again = drawn("by block and image", "one for all")
     assert first and adapters.recordings > first and (make in APART or engine.recordings == first)
     for name in AMOUNTS:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+        # A step is held to 1e-6 by test_fast_generation; guidance makes three times of what three steps round.
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=5e-5)
     for name, one in again.items():
         torch.testing.assert_close(one, found[name], rtol=1e-6, atol=1e-6)
     assert len({round(float(one.double().sum()), 4) for one in expected.values()}) == len(AMOUNTS)  # all act
