@@ -2,8 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from conftest import make_pipe, make_xl_pipe
 from diffusers import ControlNetModel, DiffusionPipeline
 from PIL import Image
-from taped import tape
+from taped import Collecting, tape
 from torch import Tensor
 
 from peft_diffusion.bases.schedulers import FLOW_SCHEDULERS, SCHEDULERS
@@ -139,7 +138,8 @@ def test_a_pipeline_gives_the_same_latents(make: Callable[[], Made], monkeypatch
     again = drawn("by block and image", "one for all")
     assert first and adapters.recordings > first and (make in APART or engine.recordings == first)
     for name in AMOUNTS:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+        # A step is held to 1e-6 by test_fast_generation; guidance makes three times of what three steps round.
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=5e-5)
     for name, one in again.items():
         torch.testing.assert_close(one, found[name], rtol=1e-6, atol=1e-6)
     assert len({round(float(one.double().sum()), 4) for one in expected.values()}) == len(AMOUNTS)  # all act
@@ -210,48 +210,6 @@ def test_a_scheduler_keeps_its_timesteps_on_the_host(name: str) -> None:
         assert type(made) is cls and made.config == kept.config and torch.equal(made.timesteps, kept.timesteps)
     release(kept)
     assert type(kept) is cls
-
-
-class Collecting:
-    """Kernels as torch computes them, which note what is compiled ahead and what is then run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.ahead, self.inside = folder, 0, False
-        self.noted: dict[bool, set[tuple[object, ...]]] = {True: set(), False: set()}
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def run(*given: Any) -> Any:
-            told = [(tuple(one.shape), one.dtype) if isinstance(one, Tensor) else one for one in given]
-            self.noted[self.inside].add((name, *told))
-            if name == "group_norm":
-                return frozen_ops._group_norm_in_torch(*given)
-            if name == "layer_norm":
-                x, added, weight, bias, eps = given
-                total = x if added is None else x + added
-                return total, *torch.native_layer_norm(total, [x.shape[-1]], weight, bias, eps)
-            if name == "gated":
-                value, gate = given[0].chunk(2, -1)
-                return value * torch.nn.functional.gelu(gate)
-            a, b, bias = given
-            return a + b + bias[:, None, None]
-
-        return run
-
-    def compiling_ahead(self) -> bool:
-        return self.inside
-
-    @contextmanager
-    def compiling(self, device: torch.device) -> Iterator[None]:
-        self.ahead += 1
-        self.inside = True
-        yield
-        self.inside = False
-
-    def card(self, device: torch.device) -> str:
-        return "a card"
-
-    def compiled_before(self, digest: str) -> Path:
-        return self.folder / digest
 
 
 def test_kernels_are_compiled_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
