@@ -76,19 +76,21 @@ def compare(kind: str, options: argparse.Namespace, folder: Path) -> None:
     if not apart <= NEAR[options.precision]:
         raise UserError("the gate was not passed: pictures of a batch are others, so the times compare nothing")
     before = adapters.recordings
-    batch = timed(lambda: adapters.batch(some, at_most=AT_ONCE), options)
-    turn = timed(lambda: [adapters.batch([request]) for request in some], options)
+    print(markdown_table([kind, "ours", "diffusers + peft"], []), end="")
+
+    def row(what: str, *figures: float | None) -> None:
+        """As soon as it is known: a run that is ended early has told what it found."""
+        print("|", " | ".join([what, *("-" if one is None else f"{one:.4g}" for one in figures)]), "|", flush=True)
+
+    row("eight pictures in one batch, ms", 1000 * timed(lambda: adapters.batch(some, at_most=AT_ONCE), options), None)
+    in_turn = timed(lambda: [adapters.batch([request]) for request in some], options)
+    row("the same in turn, ms", 1000 * in_turn, 1000 * turns[AT_ONCE - 1])
     parts = [wanted[start : start + AT_ONCE] for start in range(0, REQUESTS, AT_ONCE)]
     done = waited([partial(adapters.batch, part, at_most=AT_ONCE) for part in parts])
-    more = f"; {adapters.recordings - before} recordings meanwhile"
-    rows = [
-        ["eight pictures in one batch, ms", f"{1000 * batch:.4g}", "-"],
-        ["the same in turn, ms", f"{1000 * turn:.4g}", f"{1000 * turns[AT_ONCE - 1]:.4g}"],
-        [f"{REQUESTS} requests: pictures a second", f"{REQUESTS / done[-1]:.4g}", f"{REQUESTS / turns[-1]:.4g}"],
-        ["half have theirs after, s", f"{share(done, AT_ONCE, 0.5):.4g}", f"{share(turns, 1, 0.5):.4g}"],
-        ["95 in 100 have theirs after, s", f"{share(done, AT_ONCE, 0.95):.4g}", f"{share(turns, 1, 0.95):.4g}"],
-    ]
-    print(markdown_table([f"{kind}{more}", "ours", "diffusers + peft"], rows), flush=True)
+    row(f"{REQUESTS} requests: pictures a second", REQUESTS / done[-1], REQUESTS / turns[-1])
+    row("half have theirs after, s", share(done, AT_ONCE, 0.5), share(turns, 1, 0.5))
+    row("95 in 100 have theirs after, s", share(done, AT_ONCE, 0.95), share(turns, 1, 0.95))
+    row("recordings meanwhile", float(adapters.recordings - before), None)
 
 
 def theirs(pipe: Any, files: Sequence[Path], wanted: Sequence[Request], options: argparse.Namespace) -> list[float]:

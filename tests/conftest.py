@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 logging.getLogger("transformers").setLevel(logging.ERROR)
+# The collector goes through all objects of the libraries again and again: a fifth of the time of many tests.
+gc.set_threshold(10_000, 20, 20)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -25,13 +27,9 @@ without_waiting()
 
 
 def pytest_collection_finish() -> None:
-    """Let the collector of garbage pass over what is imported to stay, and look less often at what tests leave.
-
-    It would go through more than a million objects of the libraries again and again, a fifth of the time of many tests.
-    """
+    """Let the collector of garbage pass over what is imported to stay."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
 
 
 WORDS = ["a", "red", "blue", "apple", "cat", "dog", "house", "ink", "flat", "style", "emoji", "of"]
@@ -158,12 +156,17 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def measure_little(patched: pytest.MonkeyPatch) -> None:
+    """Let runs of this process measure with few noises."""
+    patched.setattr("peft_diffusion.training.tasks.diffusion._DRAWS", 2)
+    patched.setattr("peft_diffusion.training.tasks.diffusion._OTHER_PLACES", (0.65,))
+
+
 @pytest.fixture(scope="module")
 def few_measurements() -> Iterator[None]:
     """Runs of this process measure with few noises: eight times the work of six steps of training, which many tests make."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("peft_diffusion.training.tasks.diffusion._DRAWS", 2)
-        patched.setattr("peft_diffusion.training.tasks.diffusion._OTHER_PLACES", (0.65,))
+        measure_little(patched)
         yield
 
 

@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 
+gc.disable()  # nothing that is imported goes again
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
@@ -19,4 +20,5 @@ import peft_diffusion.cli.app  # noqa: E402, F401
 
 without_waiting()
 gc.collect()
+gc.enable()
 gc.freeze()  # what all processes share stays shared: a collector that goes through it would copy its pages

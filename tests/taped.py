@@ -4,16 +4,20 @@ As of a CUDA graph, whatever Python decided while it was recorded stays decided,
 are written to where they were.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils import _pytree as trees
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_diffusion.core import slot, strength
-from peft_diffusion.fast import drawing
+from peft_diffusion.fast import drawing, frozen_ops
 from peft_diffusion.fast.cuda_graph import Inputs, Recorder, shapes
 
 
@@ -78,3 +82,68 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "records_on", lambda device: True)
     for module in (slot, strength):
         monkeypatch.setattr(module, "recording", lambda: Tape.active)
+
+
+def _layer_norm(x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+    total = x if added is None else x + added
+    return total, *torch.native_layer_norm(total, [x.shape[-1]], weight, bias, eps)
+
+
+def _layer_norm_back(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, through: Tensor | None) -> Tensor:
+    mask = [True, False, False]
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(dy, x, [x.shape[-1]], mean, rstd, weight, weight, mask)
+    found: Tensor = dx if through is None else dx + through
+    return found
+
+
+def _gated(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, -1)
+    return value * F.gelu(gate)
+
+
+def _gated_back(dy: Tensor, x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, -1)
+    return torch.cat([dy * F.gelu(gate), torch.ops.aten.gelu_backward(dy * value, gate)], -1)
+
+
+_IN_TORCH: dict[str, Callable[..., Any]] = {
+    "group_norm": frozen_ops._group_norm_in_torch,
+    "group_norm_back": frozen_ops._group_norm_back_in_torch,
+    "layer_norm": _layer_norm,
+    "layer_norm_back": _layer_norm_back,
+    "gated": _gated,
+    "gated_back": _gated_back,
+    "sum_with_bias": lambda a, b, bias: a + b + bias[:, None, None],
+}
+
+
+class Collecting:
+    """Kernels as torch computes them, which note what is compiled ahead and what is then run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ahead, self.inside = folder, 0, False
+        self.noted: dict[bool, set[tuple[object, ...]]] = {True: set(), False: set()}
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            told = [(tuple(one.shape), one.dtype) if isinstance(one, Tensor) else one for one in given]
+            self.noted[self.inside].add((name, *told))
+            return _IN_TORCH[name](*given)
+
+        return run
+
+    def compiling_ahead(self) -> bool:
+        return self.inside
+
+    @contextmanager
+    def compiling(self, device: torch.device) -> Iterator[None]:
+        self.ahead += 1
+        self.inside = True
+        yield
+        self.inside = False
+
+    def card(self, device: torch.device) -> str:
+        return "a card"
+
+    def compiled_before(self, digest: str) -> Path:
+        return self.folder / digest

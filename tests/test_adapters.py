@@ -307,16 +307,20 @@ def test_a_merge_that_ends_early_leaves_every_byte(
 ) -> None:
     adapters, parts = Adapters(tiny_pipe), components(tiny_pipe)
     adapters.load(files[0])
-    before, clone, kept = checksum(parts), torch.Tensor.clone, 0
+    before, weights = checksum(parts), 0
 
-    def full(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
-        nonlocal kept
-        kept += 1
-        if kept == fails:
-            raise error
-        return clone(tensor, **options)
+    def failing(operation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def counted(*tensors: torch.Tensor) -> torch.Tensor:
+            nonlocal weights
+            weights += 1
+            if weights == fails:  # all before it are written
+                raise error
+            return operation(*tensors)
 
-    monkeypatch.setattr(torch.Tensor, "clone", full)
+        return counted
+
+    monkeypatch.setattr(torch, "addmm", failing(torch.addmm))  # of pairs
+    monkeypatch.setattr(torch.Tensor, "clone", failing(torch.Tensor.clone))  # of what is folded by itself
     with pytest.raises(error):
         adapters.merge()
     monkeypatch.undo()

@@ -199,25 +199,27 @@ def test_demo_teaches_two_styles_and_blends_them(tiny_base: Path, tmp_path: Path
     assert "fit together" in learned.stdout
 
 
-def _hear_ctrl_c() -> None:
-    """A shell starts what runs in its background deaf to Ctrl-C, and the tests may run there."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# A shell starts what runs in its background deaf to Ctrl-C, and the tests may run there.
+HEARS_CTRL_C = """
+import signal, sys
+from peft_diffusion.cli.app import run_process
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(run_process())
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process there")
 def test_ctrl_c_keeps_the_pictures_that_are_done(tiny_base: Path, tmp_path: Path) -> None:
     more = ["--base", tiny_base, "--steps", "20", "--count", "5000", "--batch-size", "1", "--output", "out"]
-    arguments = [sys.executable, "-m", "peft_diffusion", "generate", "a cat", *map(str, more)]
-    process = subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=_hear_ctrl_c
-    )
+    started = forked.Started(["-c", HEARS_CTRL_C, "generate", "a cat", *map(str, more)], tmp_path, environment())
     deadline = time.monotonic() + 120
     while not (tmp_path / "out" / "a-cat-0.png").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, "interrupted\n")
+    assert started.process.pid is not None
+    os.kill(started.process.pid, signal.SIGINT)
+    ended = started.wait(60)
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
     made = list((tmp_path / "out").iterdir())
     assert made
     assert all(recipe.read(path).prompt == "a cat" for path in made)
@@ -233,6 +235,7 @@ def test_a_reader_that_goes_is_no_error(files: list[Path]) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [False, True])
 def test_a_picture_needs_no_package_that_libraries_would_import_besides(tmp_path: Path, quantize: bool) -> None:
     """And what a base of fewer bits needs is there; libraries look for packages once, when they are imported."""

@@ -72,6 +72,7 @@ def run(source: Path, output: Path, **settings: object) -> Path:
     return pd.convert(pd.ConvertConfig(source, output, **settings)).path  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [method for method in METHODS if METHODS[method][1] not in LACKING["unet"]])
 def test_layouts_that_hold_a_method_give_back_its_bits(method: str, tiny_base: Path, tmp_path: Path) -> None:
     source = made(tmp_path / "a.safetensors", method, dtype=torch.float16)
@@ -316,6 +317,7 @@ def change(module: torch.nn.Module, name: str) -> dict[str, Tensor]:
     return after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "locon", "dora", "loha", "lokr", "oft", "ia3", "lokr-decomposed", "loha-conv"])
 def test_a_lora_is_the_best_pair_of_its_rank_and_tells_what_it_leaves_out(
     method: str, tiny_base: Path, tmp_path: Path
@@ -369,6 +371,7 @@ def test_words_and_biases_stay_as_they_are_beside_a_lora(tiny_base: Path, tmp_pa
         assert same(source, there)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "component"), [("bottleneck", "unet"), ("bottleneck-conv", "unet"), ("prefix", "unet")])
 def test_what_changes_no_weight_becomes_a_lora_that_is_fitted_on_the_base(
     method: str, component: str, tiny_base: Path, tmp_path: Path

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipe
+from conftest import make_pipe, measure_little
 from forked import ASKING, POSSIBLE, alive, begin
 from rich.console import Console
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ from peft_diffusion.core.events import Event
 from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.record.run_folder import RunFolder
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements")]
 
 KILLS, FULL, SEED = 20, 10, 7
 
@@ -39,7 +39,9 @@ RUN = {"steps": 6, "save_every": 2, "log_every": 1, "ema": 0.9, "scheduler": "co
 def learn(pictures: Path, where: Path, resume: bool) -> None:
     """A process's whole life."""
     torch.set_num_threads(1)
-    train(small(pictures, where, resume=resume, overwrite=not resume, **RUN), pipe=make_pipe())
+    with pytest.MonkeyPatch.context() as patched:
+        measure_little(patched)
+        train(small(pictures, where, resume=resume, overwrite=not resume, **RUN), pipe=make_pipe())
 
 
 def written(where: Path) -> int:

@@ -159,6 +159,7 @@ def text_told(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], st
     return told, console.export_text()
 
 
+@pytest.mark.slow
 def test_the_pace_is_told_whenever_losses_are_read(watched: Watched, text_told: tuple[list[Event], str]) -> None:
     for told, data in ((watched.told, "pictures"), (text_told[0], "text")):
         read = [event.losses[-1].step for event in of(Losses, told)]

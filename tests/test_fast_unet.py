@@ -58,6 +58,7 @@ def gradients(unet: UNet2DConditionModel) -> torch.Tensor:
     return torch.cat([p.grad.float().flatten() for p in unet.parameters() if p.grad is not None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("make", [make_pipe, make_xl_pipe])

@@ -68,6 +68,7 @@ def write_adapter(
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["attention+ff", "all-linear", "all"])
 @pytest.mark.parametrize("parts", [("unet",), ("unet", "text_encoder")], ids=["unet", "unet+text"])
 def test_diffusers_draws_the_same_picture(tmp_path: Path, target: str, parts: tuple[str, ...]) -> None:

@@ -6,10 +6,13 @@ Kernels run on CUDA, or on a CPU where Triton is installed and TRITON_INTERPRET=
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
 import torch
+from taped import Collecting
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -123,11 +126,13 @@ def test_a_frozen_convolution_keeps_no_input(geometry: tuple[int, int, int]) -> 
 
 
 @pytest.mark.slow
-def test_what_has_no_memory_is_given_to_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the memory of a step is predicted: a kernel would read at address 0. Peaks are of the kernels' results."""
+def test_what_has_no_memory_is_given_to_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the memory of a step is predicted: a kernel would read at address 0. Peaks are of the kernels' results. Before
+    training, all kernels of a step are compiled, once for a machine."""
     from conftest import make_xl_pipe
 
     from peft_diffusion.fast.unet import swapped
+    from peft_diffusion.training.machine.memory_plan import Load, MemoryPlan
     from peft_diffusion.training.machine.preflight import peak
 
     unet = make_xl_pipe().unet.requires_grad_(False)
@@ -145,9 +150,17 @@ def test_what_has_no_memory_is_given_to_no_kernel(monkeypatch: pytest.MonkeyPatc
     plain = peak(loss, inputs, torch.device("cpu"))
     with swapped(unet):
         in_torch = peak(loss, inputs, torch.device("cpu"))
-        monkeypatch.setattr(frozen_ops, "kernels_on", lambda device: object())  # which has none of the functions
+        monkeypatch.setattr(frozen_ops, "kernels_on", lambda device: SimpleNamespace(compiling_ahead=lambda: False))
         of_kernels = peak(loss, inputs, torch.device("cpu"))
-    assert 0 < of_kernels < in_torch and of_kernels < plain
+        assert 0 < of_kernels < in_torch and of_kernels < plain
+        kernels = Collecting(tmp_path)
+        monkeypatch.setattr(frozen_ops, "kernels_on", lambda device: kernels)
+        load = Load([unet], [unet], lambda: inputs, dropout=False, savings=[])
+        for _ in range(2):
+            MemoryPlan("auto", load, loss, list, torch.device("cpu"), records=False, sharded=False).compile()
+        loss(inputs).backward()
+    assert kernels.ahead == 1 and kernels.noted[False] == kernels.noted[True]
+    assert {"group_norm_back", "layer_norm_back", "gated_back"} <= {name for name, *_ in kernels.noted[True]}
 
 
 class _Kernels:
@@ -176,6 +189,9 @@ class _Kernels:
 
     def gated_back(self, dy: Tensor, x: Tensor) -> Tensor:
         return x
+
+    def compiling_ahead(self) -> bool:
+        return False
 
 
 @pytest.mark.parametrize("wrong", [None, "group_norm", "group_norm_back", "layer_norm", "gated"])

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
 
 Make: TypeAlias = Callable[..., DiffusionPipeline]
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("few_measurements", "no_plots")
 
 
 def learn(

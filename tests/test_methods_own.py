@@ -599,6 +599,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("one", "other"), itertools.combinations(PAIRS, 2))
 def test_order_matters_to_a_sequential_bottleneck_alone(one: str, other: str) -> None:

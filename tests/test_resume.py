@@ -33,7 +33,7 @@ from peft_diffusion.training.record import checkpoint
 from peft_diffusion.training.results import RunResult
 from peft_diffusion.training.tasks.diffusion import DiffusionTask
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_plots")]
 
 torch.set_num_threads(1)
 

@@ -450,7 +450,8 @@ def test_options_may_be_sent_back_as_they_were_told(address: str) -> None:
         ({"enable_hr": True, "hr_resize_x": 96, "hr_resize_y": 128}, "hr_resize_x and hr_resize_y"),
         ({"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+"}, "there is no upscaler"),
         ({"enable_hr": True, "hr_prompt": "a dog"}, "hr_prompt 'a dog' is not done here"),
-        ({"eta": 0.5}, "eta "),
+        ({"eta": 0.5, "sampler_name": "DDIM"}, "eta 0.5 of DDIM is not done"),
+        ({"eta": 0, "sampler_name": "DPM++ SDE"}, "take DPM++ 2M"),
         ({"styles": ["x"]}, "styles "),
         ({"script_name": "X/Y/Z plot"}, "script_name "),
         ({"alwayson_scripts": {"ControlNet": {"args": [{"image": "x"}]}}}, "the script 'ControlNet' of alwayson_scripts"),
@@ -482,6 +483,18 @@ def test_what_cannot_be_drawn_from_is_told_in_words(address: str, body: dict[str
     picture = {"init_images": [webuiapi.raw_b64_img(Image.new("RGB", (64, 64)))]} if body else {}
     answer = ask(address, "img2img", {"prompt": "a cat", "steps": 1, **picture, **body})
     assert answer.status_code == 400 and told in answer.json()["detail"], answer.text
+
+
+def test_a_picture_of_any_size_is_drawn_from_at_the_nearest(address: str) -> None:
+    picture = webuiapi.raw_b64_img(Image.new("RGB", (70, 45), "red"))
+    for told, wanted in (({}, (64, 48)), ({"height": 64}, (64, 64))):
+        answer = ask(address, "img2img", {"prompt": "a cat", "steps": 2, "init_images": [picture], **told})
+        assert answer.status_code == 200, answer.text
+        with Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0]))) as image:
+            assert image.size == wanted
+    large = webuiapi.raw_b64_img(Image.new("RGB", (192, 128)))  # of --max-pixels, pictures in requests may have four times
+    answer = ask(address, "img2img", {"prompt": "a cat", "steps": 2, "init_images": [large]})
+    assert answer.status_code == 400 and "192x128 is over the limit of 16,384 pixels" in answer.json()["detail"]
 
 
 def test_a_body_of_other_types_is_told_as_a1111_tells_it(address: str) -> None:
@@ -525,6 +538,21 @@ def test_the_layer_that_clients_name_does_not_count_for_xl(skip: int | None) -> 
     own = pipe("a red cat", latents=noise, num_inference_steps=2, guidance_scale=5.0, height=64, width=64).images[0]
     assert np.abs(np.asarray(done.drawn[0].image, int) - np.asarray(own, int)).max() <= 1
     assert done.clip_skip == (skip or 1) and any("has no effect" in note for note in done.notes) == (skip == 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "eta", "meant"),
+    [
+        ("euler-a", 0, "euler"), ("dpm2-a-karras", 0, "dpm2-karras"), ("euler-a", 1, "euler-a"),
+        ("euler", 0.3, "euler"), ("dpm++-karras", 0, "dpm++-karras"), ("ddim", 0, "ddim"), ("dpm++-sde", 1, "dpm++-sde"),
+        (None, 0, None), (None, 1, None),
+    ],
+)  # fmt: skip
+def test_without_new_noise_a_sampler_is_the_one_that_adds_none(
+    name: str | None, eta: float | None, meant: str | None
+) -> None:
+    """k-diffusion's sample_euler_ancestral and sample_dpm_2_ancestral with eta 0: ``sigma_up`` is 0."""
+    assert names.with_eta(name, eta) == meant
 
 
 def test_text_of_a1111_is_parted_into_its_fields() -> None:

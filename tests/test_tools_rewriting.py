@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from peft_diffusion import bases, formats
 from peft_diffusion.cli.app import main
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.core.events import Event, Noted
+from peft_diffusion.core.events import Event, Noted, Progress
 from peft_diffusion.methods.tokens import Tokens
+from peft_diffusion.tools.verify import verify
 
 RANKS: dict[str, tuple[int, float | None]] = {
     ATTENTION: (8, 4.0), CROSS: (6, None), POINTWISE: (5, 5.0), KERNEL: (8, 16.0), TEXT: (4, 2.0),
@@ -255,3 +257,33 @@ def test_metadata_change_and_no_byte_of_the_tensors(lora: Path, tmp_path: Path, 
     assert "has no entry 'titel'; did you mean 'title'?" in capsys.readouterr().err
     assert main(["metadata", "set", str(file), "peft_diffusion={"]) == 1
     assert "metadata is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", ["convert", "verify", "merge", "into", "resize", "strength", "split", "join", "rename"])
+def test_each_tool_tells_how_far_it_is_and_how_much_memory_it_held(tool: str, tiny_base: Path, tmp_path: Path) -> None:
+    one = lora_file(
+        tmp_path / "one.safetensors", 1, {ATTENTION: (4, 2.0), CROSS: (4, None)}, **{"modelspec.trigger_phrase": "ink"}
+    )
+    two = lora_file(tmp_path / "two.safetensors", 2, {TEXT: (4, 2.0)})
+    base, output = str(tiny_base), tmp_path / "out.safetensors"
+    events: list[Event] = []
+    told: dict[str, Any] = {"observers": [events.append]}
+    tools: dict[str, Callable[[], Any]] = {
+        "convert": lambda: pd.convert(pd.ConvertConfig(one, output, to="omi", base=base), **told).made,
+        "verify": lambda: verify(one, base=base, **told),
+        "merge": lambda: pd.merge(pd.MergeConfig([str(one), str(two)], output=output, base=base), **told),
+        "into": lambda: pd.merge(pd.MergeConfig([str(one)], into=base, output=tmp_path / "out"), **told),
+        "resize": lambda: pd.resize(pd.ResizeConfig(one, output=output, rank=2, base=base), **told),
+        "strength": lambda: pd.strength(pd.StrengthConfig(one, 0.5, output=output, base=base), **told),
+        "split": lambda: pd.split(pd.SplitConfig(one, output=tmp_path / "parts", base=base), **told)[0],
+        "join": lambda: pd.join(pd.JoinConfig([str(one), str(two)], output=output, base=base), **told),
+        "rename": lambda: pd.rename_trigger(pd.RenameTriggerConfig(one, "ink", "sumi", output=output, base=base), **told),
+    }
+    found = tools[tool]()
+    steps = [event for event in events if isinstance(event, Progress)]
+    assert steps
+    for what in {event.what for event in steps}:
+        own = [(event.done, event.total) for event in steps if event.what == what]
+        assert own == sorted(own)
+        assert own[-1] == (own[0][1], own[0][1]) and own[-1][0] > 0
+    assert tool == "verify" or found.peak_memory > 0

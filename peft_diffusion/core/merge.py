@@ -1,7 +1,7 @@
 """Fold adapters into the weights of their sites, and restore the very bytes."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -93,7 +93,8 @@ def merge(component: nn.Module) -> Merged:
     if found.schedules:
         raise UserError(f"{', '.join(found.schedules)}: a strength that changes over the steps cannot be merged")
     scalars = {name: found.scalar(name).tolist() for name in found.names}
-    carriers, slots = sites_of.sites(component), sites_of.slots(component)
+    carriers = sites_of.sites(component)
+    slots = {path: site._peft_diffusion for path, site in carriers.items()}
     _refuse_away(component, carriers, "merge")
     # Pairs always fold, so that what they make of a weight is computed when it is written: several gigabytes less.
     paired = {path for path, slot in slots.items() if _all_stored(slot)}
@@ -110,7 +111,11 @@ def merge(component: nn.Module) -> Merged:
     places = {slot.place: slot.block for path, slot in slots.items() if path in paired and slot.place is not None}
     try:
         weighed = next(iter(slots.values())).component.slab.weighed(found.values[..., 0], places)
+        alike = _plainly_held(carriers, slots, paired, weighed)
+        _write_pairs(alike, {path: slots[path] for path in alike if any(_amounts(slots[path], scalars))}, weighed)
         for path, changed in folded.items():
+            if path in alike:
+                continue
             whole = _with_pairs(carriers[path], slots[path], scalars, weighed) if path in paired else changed
             stored = _encoded(carriers[path], whole, errors)
             slots[path].unmerged = {name: _held(carriers[path], name).detach().clone() for name in stored}
@@ -192,8 +197,12 @@ def _all_equal(samples: Sequence[tuple[Tensor, Tensor]]) -> bool:
 
 def _sample(tensor: Tensor) -> Tensor:
     """Some numbers of a tensor, from all of it: what changes a weight changes all of it."""
-    flat = whole(tensor).detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)].clone()
+    return _some(whole(tensor).detach()).clone()
+
+
+def _some(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLES)]
 
 
 def _alike(written: Tensor, now: Tensor) -> bool:
@@ -365,6 +374,51 @@ def _all_stored(slot: Slot) -> bool:
     return all(slot.adapters.stored(name) is not None for name in slot.adapters.names())
 
 
+def _plainly_held(
+    carriers: Mapping[str, nn.Module], slots: Mapping[str, Slot], paired: Set[str], weighed: Mapping[int, LowRank]
+) -> dict[str, Tensor]:
+    """The weights that are plain numbers beside the pairs that a slab has for them, by the path of the site."""
+    found: dict[str, Tensor] = {}
+    for path in paired:
+        own = carriers[path]._parameters.get("weight")
+        pair = weighed.get(-1 if (place := slots[path].place) is None else place)
+        if type(own) is not nn.Parameter or pair is None or own.is_inference() or own.device != pair.down.device:
+            continue
+        if own.is_floating_point() and own.dtype.itemsize > 1:
+            found[path] = own.detach()
+    return found
+
+
+@torch.no_grad()
+def _write_pairs(weights: Mapping[str, Tensor], slots: Mapping[str, Slot], weighed: Mapping[int, LowRank]) -> None:
+    """Write pairs into plain weights: what is kept of all of them are a few operations, as a device is slow to be asked."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    for path in slots:
+        kinds.setdefault((weights[path].dtype, weights[path].device), []).append(path)
+    for (dtype, device), paths in kinds.items():
+        held = [weights[path] for path in paths]
+        flat = torch.empty(sum(one.numel() for one in held), dtype=dtype, device=device)
+        parts = zip(flat.split([one.numel() for one in held]), held, strict=True)
+        kept = [part.view(one.shape) for part, one in parts]
+        torch._foreach_copy_(kept, held)
+        for path, one in zip(paths, kept, strict=True):
+            slots[path].unmerged = {"weight": one}
+        for path, one in zip(paths, held, strict=True):
+            place = slots[path].place
+            if place is not None:
+                pair = weighed[place]
+                one.copy_(torch.addmm(one.flatten(1).float(), pair.up, pair.down).view(one.shape))
+        samples = [_some(one) for one in held]
+        written = torch.cat(samples).split([len(one) for one in samples])
+        for path, one in zip(paths, written, strict=True):
+            slots[path].merged = {"weight": one}
+
+
+def _amounts(slot: Slot, scalars: Mapping[str, Sequence[float]]) -> list[float]:
+    """The strengths of the adapters of a site."""
+    return [scalars[name][slot.block] for name in slot.adapters.names()]
+
+
 @torch.no_grad()
 def _with_pairs(
     site: nn.Module, slot: Slot, scalars: dict[str, list[float]], weighed: Mapping[int, LowRank]
@@ -373,7 +427,7 @@ def _with_pairs(
 
     ``weighed`` is what the slab has of them, by place.
     """
-    strengths = {name: scalars[name][slot.block] for name in slot.adapters.names()}
+    strengths = dict(zip(slot.adapters.names(), _amounts(slot, scalars), strict=True))
     if not any(strengths.values()):
         return {}
     weight = dense_weight(site)

@@ -420,7 +420,7 @@ def uploaded(pairs: Sequence[Matrices], device: torch.device) -> list[Matrices]:
         if (key, matrix.dtype) not in numbers:
             if key not in copies:
                 whole = torch.empty(0, dtype=torch.uint8).set_(matrix.untyped_storage())
-                copies[key] = whole[first:last].to(device)
+                copies[key] = whole[first:last].to(device, non_blocking=True)
             copy = copies[key]
             numbers[key, matrix.dtype] = copy[: len(copy) - len(copy) % matrix.itemsize].view(matrix.dtype)
         offset = matrix.storage_offset() - first // matrix.itemsize

@@ -24,6 +24,18 @@ def serves(site: Site) -> bool:
     return isinstance(site, nn.Linear) or (isinstance(site, nn.Conv2d) and site.groups == 1)
 
 
+def has_kernel(site: Site) -> bool:
+    """Tell whether a module is a convolution that looks at more than one place of its input.
+
+    Args:
+        site: A module of a base.
+
+    Returns:
+        Whether it is.
+    """
+    return isinstance(site, nn.Conv2d) and tuple(site.kernel_size) != (1, 1)
+
+
 def weight_shape(site: Site) -> tuple[int, ...]:
     """Tell the shape of a weight, even where it is stored packed.
 

@@ -26,6 +26,7 @@ from ..core.slab import Slab
 from ..core.slot import Slot, slot_of, walk
 from ..core.strength import Strengths, recording
 from . import frozen_ops
+from .compiling import compile_ahead
 from .cuda_graph import Inputs, Recorder, cause, shapes
 from .operands import Operands, holds_pair
 from .stepping import keep_on_host
@@ -144,6 +145,7 @@ class Engine:
         self.network = network
         self.refused: str | None = None
         self._broken: dict[Hashable, str] = {}  # why calls cannot be recorded
+        self._compiled: set[Hashable] = set()  # calls whose kernels are there
         self._lock = threading.RLock()
         self._signature = inspect.signature(type(network).forward)
         self._layout = ExitStack()
@@ -296,6 +298,9 @@ class Engine:
         self._call = lambda inputs: plain(**call.filled(inputs))
         records = self._records(what)
         try:
+            if records_on(self._steps.device) and what not in self._compiled:
+                self._compiled.add(what)
+                self._compile_ahead(call, tells)
             if tells:
                 self._tell_once(call.tensors["encoder_hidden_states"], records)
             else:
@@ -321,6 +326,27 @@ class Engine:
         with self._computing():
             self._made().told = inputs.get("encoder_hidden_states")
             return self._call(inputs)
+
+    def _compile_ahead(self, call: "_Call", tells: bool) -> None:
+        """Have the kernels of a call compiled side by side, if this machine has not compiled them before."""
+        kernels = frozen_ops.kernels_on(self._steps.device)
+        if kernels is None:
+            return
+
+        def step(inputs: Inputs) -> None:
+            operands = self._made()
+            try:
+                operands.known = self._tell({"told": inputs["encoder_hidden_states"]}) if tells else {}
+                self._step(inputs)
+            finally:
+                operands.known, operands.told = {}, None
+
+        norms = [one for one in self.network.modules() if isinstance(one, (nn.GroupNorm, nn.LayerNorm))]
+        if not any(isinstance(one, nn.GroupNorm) for one in norms):
+            return  # what has none runs as it is
+        self._told = None
+        what = type(self.network).__qualname__, str(norms), str(self._made().dtype)
+        compile_ahead(kernels, what, call.tensors, self._steps.device, step)
 
     def _made(self) -> Operands:
         if self._operands is None:

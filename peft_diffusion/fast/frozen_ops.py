@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ def kernels_on(device: torch.device) -> Any:
     try:
         from . import kernels
 
+        if device.type == "cuda":
+            with suppress(Exception), kernels.compiling(device):  # which a Triton before 3.4 cannot do side by side
+                _answers(kernels, device)
         _see(kernels, device)
     except Exception as error:  # no Triton, no compiler for what it launches from, a card that it does not know
         logging.getLogger(__name__).warning("computing without Triton's kernels, which is slower: %s", error)
@@ -46,11 +50,19 @@ def kernels_on(device: torch.device) -> Any:
 
 def _see(kernels: Any, device: torch.device) -> None:
     """Raise RuntimeError where kernels do not give on a device what torch gives, as of a version that compiles otherwise."""
+    for name, (ours, theirs) in _answers(kernels, device).items():
+        if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4):  # which also waits for what was launched
+            raise RuntimeError(f"{name} gives something else than torch")
+
+
+def _answers(kernels: Any, device: torch.device) -> dict[str, Pair]:
+    """What kernels and torch give for the same, by the kernel's name."""
     x, one = torch.randn(1, 64, 2, 4, device=device).to(memory_format=_CHANNELS_LAST), torch.ones(64, device=device)
     wide, more = torch.randn(1, 5, 80, device=device), torch.randn(1, 5, 64, device=device)
     y, mean, rstd = kernels.group_norm(x, None, one, one, 8, 1e-5, True)
     total = wide[..., :64] + more
-    found = {
+    kernels.gated_back(kernels.gated(one), one)
+    return {
         "group_norm": (y, _group_norm_in_torch(x, None, one, one, 8, 1e-5, True)[0]),
         "group_norm_back": (
             kernels.group_norm_back(y, x, None, one, one, mean, rstd, True, None),
@@ -59,16 +71,13 @@ def _see(kernels: Any, device: torch.device) -> None:
         "layer_norm": (kernels.layer_norm(wide[..., :64], more, one, one, 1e-5)[1], F.layer_norm(total, [64], one, one)),
         "gated": (kernels.gated(more), more[..., :32] * F.gelu(more[..., 32:])),
     }
-    kernels.gated_back(kernels.gated(one), one)
-    for name, (ours, theirs) in found.items():
-        if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4):  # which also waits for what was launched
-            raise RuntimeError(f"{name} gives something else than torch")
 
 
 def _kernels(x: Tensor) -> Any:
-    """The kernels for a tensor; for one that has a shape and no memory, as when memory is predicted, what gives as much."""
+    """The kernels for a tensor; for one that has a shape and no memory, as when memory is predicted, what gives as much, or
+    compiles them."""
     there = kernels_on(x.device)
-    return _Shapes if there is not None and isinstance(x, FakeTensor) else there
+    return _Shapes if there is not None and isinstance(x, FakeTensor) and not there.compiling_ahead() else there
 
 
 class _Shapes:

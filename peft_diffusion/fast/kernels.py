@@ -7,8 +7,13 @@ bit. Imported where Triton is; ``lean.py`` says the same in torch.
 # ruff: noqa: ANN001, ANN202 -- Triton reads the annotations of its functions, and knows those of numbers alone
 
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -20,6 +25,9 @@ R = TypeVar("R")
 
 _TILE = 4096  # numbers that a program holds at once
 _WHOLE = 16384  # numbers of a group that one program holds whole, so that it reads them once
+_GROUP = 128  # channels of a group that one program adds up at least, so that one kernel serves all usual widths
+# Numbers of the run: a kernel serves all of them. That of channels is not among these, as memory is read by its multiples.
+_SIZES = ["PLACES", "GROUPS", "WIDTH", "LENGTH", "STRETCHES"]
 
 
 @triton.jit
@@ -98,7 +106,7 @@ def _group_norm_whole_back(
     tl.store(dx + at, found.to(dx.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _channel_moments(x, shift, parts, PLACES, CHANNELS, SHIFTED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Mean and squared distances of each channel over a stretch of places: parts (image, stretch, 2, channel)."""
     stretch, image = tl.program_id(0), tl.program_id(1)
@@ -115,10 +123,10 @@ def _channel_moments(x, shift, parts, PLACES, CHANNELS, SHIFTED: tl.constexpr, B
     tl.store(to + CHANNELS, tl.sum(away * away, 0), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _group_moments(
     parts, mean, rstd, PLACES, CHANNELS, STRETCHES, eps,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, LENGTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    GROUPS, WIDTH, LENGTH, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / deviation of each group, from those of its channels (Chan et al. 1979)."""
     image, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
@@ -150,10 +158,10 @@ def _group_moments(
     tl.store(rstd + tl.program_id(0), 1 / tl.sqrt(tl.sum(spread, 0) / count + eps))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _group_norm_apply(
     x, shift, weight, bias, y, mean, rstd, PLACES, CHANNELS,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
+    GROUPS, WIDTH, SHIFTED: tl.constexpr, SILU: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     stretch, image = tl.program_id(0), tl.program_id(1)
@@ -172,10 +180,10 @@ def _group_norm_apply(
     tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _group_norm_back_sums(
     dy, x, shift, weight, bias, mean, rstd, parts, PLACES, CHANNELS,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
+    GROUPS, WIDTH, SHIFTED: tl.constexpr, SILU: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of each channel over a stretch of places that the gradient of a group is made of."""
@@ -200,10 +208,10 @@ def _group_norm_back_sums(
     tl.store(to + CHANNELS, factor * tl.sum(dz * normal, 0), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _group_sums(
     parts, first, second, PLACES, CHANNELS, STRETCHES,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    GROUPS, WIDTH, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     image, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
     within = tl.arange(0, BLOCK_C)
@@ -222,10 +230,10 @@ def _group_sums(
     tl.store(second + tl.program_id(0), tl.sum(two, 0) / count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _group_norm_back_apply(
     dy, x, shift, weight, bias, mean, rstd, first, second, through, dx, PLACES, CHANNELS,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr, THROUGH: tl.constexpr,
+    GROUPS, WIDTH, SHIFTED: tl.constexpr, SILU: tl.constexpr, THROUGH: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     stretch, image = tl.program_id(0), tl.program_id(1)
@@ -332,6 +340,82 @@ def _sum_with_bias(a, b, bias, y, COUNT, CHANNELS, BLOCK: tl.constexpr):
     tl.store(y + number, total.to(y.dtype.element_ty), mask=inside)
 
 
+class _Compiling(threading.local):
+    """The kernels that the present thread has compiled instead of running them; None where it runs them."""
+
+    kernels: list[Any] | None = None
+
+
+_compiling = _Compiling()
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *given: Any, **flags: Any) -> None:
+    if _compiling.kernels is None:
+        kernel[grid](*given, **flags)
+    else:
+        told = [one.dtype if isinstance(one, Tensor) else one for one in given]
+        _compiling.kernels.append(kernel.warmup(*told, grid=grid, **flags))
+
+
+@contextmanager
+def compiling(device: torch.device) -> Iterator[None]:
+    """Compile what is launched by this thread inside, side by side, in place of running it; tensors need have no memory.
+
+    Args:
+        device: The card to compile for.
+
+    Yields:
+        Once; afterwards all is compiled, on disk and loaded.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool, torch.cuda.device(device):
+        with triton.AsyncCompileMode(pool):
+            _compiling.kernels = []
+            try:
+                yield
+                found = _compiling.kernels
+            finally:
+                _compiling.kernels = None
+
+        def load(kernel: Any) -> None:
+            with torch.cuda.device(device):
+                _ = kernel.run  # which compiles what launches it, too
+
+        list(pool.map(load, {id(one): one for one in (getattr(one, "kernel", None) or one for one in found)}.values()))
+
+
+def compiling_ahead() -> bool:
+    """Tell whether the present thread compiles kernels instead of running them.
+
+    Returns:
+        Whether it does.
+    """
+    return _compiling.kernels is not None
+
+
+def card(device: torch.device) -> str:
+    """Name what kernels are compiled for and by.
+
+    Args:
+        device: The card.
+
+    Returns:
+        Triton's version, the card's name and what it can do.
+    """
+    return f"{triton.__version__} {torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
+
+
+def compiled_before(digest: str) -> Path:
+    """Tell where it is noted that kernels are on disk: beside them, so that it goes when they go.
+
+    Args:
+        digest: What they were compiled for.
+
+    Returns:
+        A file, which may not exist yet.
+    """
+    return Path(triton.knobs.cache.dir) / f"peft_diffusion-{digest}"
+
+
 def _on_its_device(function: Callable[P, R]) -> Callable[P, R]:
     """Launch where the first tensor is: Triton would take the present device."""
 
@@ -385,20 +469,36 @@ def group_norm(
     mean, rstd = x.new_empty(2, t.images, groups, dtype=torch.float32).unbind()
     moved, flags = x if shift is None else shift, {"SHIFTED": shift is not None, "SILU": silu}
     if t.whole:
-        _group_norm_whole[(t.images * groups,)](
+        _launch(
+            _group_norm_whole, (t.images * groups,),
             x, moved, weight, bias, y, mean, rstd, t.places, t.channels, eps, GROUPS=groups, WIDTH=t.width, **flags,
             BLOCK_P=t.all_places, BLOCK_C=t.block_width, num_warps=t.warps,
         )  # fmt: skip
         return y, mean, rstd
     parts = x.new_empty(t.images, t.stretches, 2, t.channels, dtype=torch.float32)
     tile = {"BLOCK_P": t.length, "BLOCK_C": t.block_channels}
-    _channel_moments[t.grid](x, moved, parts, t.places, t.channels, SHIFTED=shift is not None, **tile)
-    _group_moments[(t.images * groups,)](
+    _launch(_channel_moments, t.grid, x, moved, parts, t.places, t.channels, SHIFTED=shift is not None, **tile)
+    _launch(
+            _group_moments, (t.images * groups,),
         parts, mean, rstd, t.places, t.channels, t.stretches, eps, GROUPS=groups, WIDTH=t.width, LENGTH=t.length, BLOCK_S=32,
-        BLOCK_C=t.block_width,
+        BLOCK_C=max(_GROUP, t.block_width),
     )  # fmt: skip
-    _group_norm_apply[t.grid](
-        x, moved, weight, bias, y, mean, rstd, t.places, t.channels, GROUPS=groups, WIDTH=t.width, **flags, **tile
+    _launch(
+        _group_norm_apply,
+        t.grid,
+        x,
+        moved,
+        weight,
+        bias,
+        y,
+        mean,
+        rstd,
+        t.places,
+        t.channels,
+        GROUPS=groups,
+        WIDTH=t.width,
+        **flags,
+        **tile,
     )
     return y, mean, rstd
 
@@ -429,7 +529,8 @@ def group_norm_back(
     moved, passed = x if shift is None else shift, x if through is None else through
     flags = {"SHIFTED": shift is not None, "SILU": silu}
     if t.whole:
-        _group_norm_whole_back[(t.images * groups,)](
+        _launch(
+            _group_norm_whole_back, (t.images * groups,),
             dy, x, moved, weight, bias, mean, rstd, passed, dx, t.places, t.channels, GROUPS=groups, WIDTH=t.width, **flags,
             THROUGH=through is not None, BLOCK_P=t.all_places, BLOCK_C=t.block_width, num_warps=2 * t.warps,
         )  # fmt: skip
@@ -437,13 +538,38 @@ def group_norm_back(
     parts = x.new_empty(t.images, t.stretches, 2, t.channels, dtype=torch.float32)
     first, second = torch.empty_like(mean), torch.empty_like(mean)
     sizes, tile = {"GROUPS": groups, "WIDTH": t.width}, {"BLOCK_P": t.length, "BLOCK_C": t.block_channels}
-    _group_norm_back_sums[t.grid](
-        dy, x, moved, weight, bias, mean, rstd, parts, t.places, t.channels, **sizes, **flags, **tile
+    _launch(
+        _group_norm_back_sums,
+        t.grid,
+        dy,
+        x,
+        moved,
+        weight,
+        bias,
+        mean,
+        rstd,
+        parts,
+        t.places,
+        t.channels,
+        **sizes,
+        **flags,
+        **tile,
     )
-    _group_sums[(t.images * groups,)](
-        parts, first, second, t.places, t.channels, t.stretches, **sizes, BLOCK_S=32, BLOCK_C=t.block_width
+    _launch(
+        _group_sums,
+        (t.images * groups,),
+        parts,
+        first,
+        second,
+        t.places,
+        t.channels,
+        t.stretches,
+        **sizes,
+        BLOCK_S=32,
+        BLOCK_C=max(_GROUP, t.block_width),
     )
-    _group_norm_back_apply[t.grid](
+    _launch(
+            _group_norm_back_apply, t.grid,
         dy, x, moved, weight, bias, mean, rstd, first, second, passed, dx, t.places, t.channels, **sizes, **flags,
         THROUGH=through is not None, **tile,
     )  # fmt: skip
@@ -472,7 +598,8 @@ def layer_norm(
     mean, rstd = x.new_empty(2, rows, dtype=torch.float32).unbind()
     block = triton.next_power_of_2(width)
     each = max(1, _TILE // 2 // block)
-    _layer_norm[(triton.cdiv(rows, each),)](
+    _launch(
+            _layer_norm, (triton.cdiv(rows, each),),
         x, x if added is None else added, weight, bias, total, y, mean, rstd, rows, width, x.stride(-2), eps,
         ADDED=added is not None, BLOCK_R=each, BLOCK_C=block,
     )  # fmt: skip
@@ -497,7 +624,8 @@ def layer_norm_back(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: T
     width, dx = x.shape[-1], torch.empty_like(x)
     rows, block = x.numel() // width, triton.next_power_of_2(width)
     each = max(1, _TILE // 2 // block)
-    _layer_norm_back[(triton.cdiv(rows, each),)](
+    _launch(
+            _layer_norm_back, (triton.cdiv(rows, each),),
         dy, x, weight, mean, rstd, x if through is None else through, dx, rows, width, THROUGH=through is not None,
         BLOCK_R=each, BLOCK_C=block,
     )  # fmt: skip
@@ -515,7 +643,7 @@ def gated(x: Tensor) -> Tensor:
         The first half of the last axis times the GELU of the second, contiguous.
     """
     y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-    _gated[(triton.cdiv(y.numel(), 1024),)](x, y, y.numel(), y.shape[-1], BLOCK=1024)
+    _launch(_gated, (triton.cdiv(y.numel(), 1024),), x, y, y.numel(), y.shape[-1], BLOCK=1024)
     return y
 
 
@@ -531,7 +659,7 @@ def gated_back(dy: Tensor, x: Tensor) -> Tensor:
         The gradient.
     """
     dx = torch.empty_like(x)
-    _gated_back[(triton.cdiv(dy.numel(), 1024),)](dy, x, dx, dy.numel(), dy.shape[-1], BLOCK=1024)
+    _launch(_gated_back, (triton.cdiv(dy.numel(), 1024),), dy, x, dx, dy.numel(), dy.shape[-1], BLOCK=1024)
     return dx
 
 
@@ -548,5 +676,5 @@ def sum_with_bias(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
         The sum.
     """
     y = torch.empty_like(a)
-    _sum_with_bias[(triton.cdiv(y.numel(), 1024),)](a, b, bias, y, y.numel(), len(bias), BLOCK=1024)
+    _launch(_sum_with_bias, (triton.cdiv(y.numel(), 1024),), a, b, bias, y, y.numel(), len(bias), BLOCK=1024)
     return y

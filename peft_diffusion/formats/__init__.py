@@ -3,15 +3,20 @@
 from typing import TYPE_CHECKING
 
 from ..core.lazy import lazy
-from .inspection import Inspection, inspect
-from .planning import Plan, plan
 from .spec import Spec
 
 if TYPE_CHECKING:
     from .file import Coverage, Loaded, load, save
+    from .inspection import Inspection, inspect
+    from .planning import Plan, plan
 
 __all__ = ["Coverage", "Inspection", "Loaded", "Plan", "Spec", "inspect", "load", "plan", "save"]
 
-# Looking at the header of a file needs no torch.
+# Looking at the header of a file needs no torch, and settings need neither.
 if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
-    __getattr__, __dir__ = lazy(__name__, {"Coverage": "file", "Loaded": "file", "load": "file", "save": "file"})
+    _ASIDE = {
+        "file": ("Coverage", "Loaded", "load", "save"),
+        "inspection": ("Inspection", "inspect"),
+        "planning": ("Plan", "plan"),
+    }
+    __getattr__, __dir__ = lazy(__name__, {name: module for module, names in _ASIDE.items() for name in names})

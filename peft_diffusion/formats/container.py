@@ -155,11 +155,12 @@ def read_tensors(header: Header) -> dict[str, "Tensor"]:
     return read_data(header).tensors()
 
 
-def read_data(header: Header) -> "Data":
+def read_data(header: Header, *, pinned: bool = False) -> "Data":
     """Read all that a safetensors file holds behind its header, with one read.
 
     Args:
         header: Of the file.
+        pinned: Whether into memory that stays in its place, from which a GPU copies faster.
 
     Returns:
         Its bytes.
@@ -173,7 +174,7 @@ def read_data(header: Header) -> "Data":
     with refusing(f"{header.path} cannot be read"), header.path.open("rb", buffering=0) as file:
         start = struct.unpack("<Q", file.read(8))[0]
         head = struct.pack("<Q", start) + file.read(start)
-        numbers = torch.empty(max(0, header.size - len(head)), dtype=torch.uint8)
+        numbers = torch.empty(max(0, header.size - len(head)), dtype=torch.uint8, pin_memory=pinned)
         room = bytes_of(numbers)
         while len(room):
             count = file.readinto(room)

@@ -246,7 +246,13 @@ def _write_pickle(file: Path, layout: str, written: Written, tensors: Mapping[st
 
 
 def load(
-    source: str | Path | Plan, pipe: AnyBase, *, strict: bool = False, build: bool = True, info: "Info | None" = None
+    source: str | Path | Plan,
+    pipe: AnyBase,
+    *,
+    strict: bool = False,
+    build: bool = True,
+    info: "Info | None" = None,
+    pinned: bool = False,
 ) -> Loaded:
     """Read an adapter file for a base. Nothing is attached.
 
@@ -256,6 +262,7 @@ def load(
         strict: Whether to refuse a file of which a tensor is left out; otherwise they are listed in the report.
         build: Whether to build every adapter. If not, sites with nothing but a pair of low rank have that as it is stored.
         info: As of `Bound.warnings_for`.
+        pinned: Whether to read into memory that stays in its place, from which a GPU copies faster.
 
     Returns:
         The adapters.
@@ -264,7 +271,7 @@ def load(
         UserError: The file is no adapter, is damaged, was changed since it was planned, or does not fit the base.
     """
     found = source if isinstance(source, Plan) else plan(source)
-    bound, tensors = bind(found, pipe), found.tensors(keep=not build)
+    bound, tensors = bind(found, pipe), found.tensors(keep=not build, pinned=pinned)
     modules = {part: targets.modules(bound.parts[part]) for part in dict.fromkeys(part for part, _ in bound.sites)}
     if not all(path in modules[part] for part, path in bound.sites):  # it was taken out since an earlier file was bound
         _tables.forget()

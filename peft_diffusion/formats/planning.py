@@ -255,11 +255,16 @@ class Plan:
         """
         return container.stamp_of(self.path) == self.header.stamp
 
-    def tensors(self, *, keep: bool = False) -> "dict[str, Tensor]":
+    def let_go(self) -> None:
+        """Keep nothing more of what was read for a digest, which is of the file then."""
+        self._data.clear()
+
+    def tensors(self, *, keep: bool = False, pinned: bool = False) -> "dict[str, Tensor]":
         """Read the tensors of the file.
 
         Args:
             keep: Whether to keep what was read until a digest is asked for, which is of that then, and not of the file.
+            pinned: Whether to read into memory that stays in its place, from which a GPU copies faster.
 
         Returns:
             The tensors by the names of the file.
@@ -269,7 +274,7 @@ class Plan:
         """
         if self.loaded is not None:
             return dict(self.loaded)
-        data = container.read_data(self.header)
+        data = container.read_data(self.header, pinned=pinned)
         if keep and not self._data and not self.__dict__.keys() & {"sha256", "_digests"}:
             self._data.append(data)
         return data.tensors()

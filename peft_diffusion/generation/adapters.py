@@ -36,6 +36,7 @@ from ..formats.container import adapter_file, title
 from ..formats.planning import Digests
 from . import watch
 from .host_options import OptionWatch, carries, refuse_fused
+from .tiers import Known, Tiers
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -104,16 +105,28 @@ class Adapters:
     by its own steps, unless the network is compiled, where they share one place for the strengths. A change acts on all
     pictures of the base, so make it while no other thread draws.
 
+    With a budget, adapters beyond it wait: those of strength 0 that were used longest ago leave the base, and stay in
+    memory of the host, beyond ``host_budget`` in their files alone. ``set`` and ``batch`` bring back what they name, from
+    files too, unless `prefetch` has read these meanwhile. What is in use stays. This ``Adapters`` alone knows of those that
+    wait.
+
     Args:
         pipe: The pipeline or language model, with adapters or without.
+        budget: The most bytes of adapters on the base, as their files hold them; None for no limit.
+        host_budget: The most bytes of waiting adapters in the memory of the host; None for no limit.
+
+    Attributes:
+        loads: How many times a file was read.
 
     Raises:
         UserError: It is no base that takes adapters, or its adapters teach words that its tokenizer cannot learn.
     """
 
     @one_at_a_time
-    def __init__(self, pipe: Base) -> None:
+    def __init__(self, pipe: Base, *, budget: int | None = None, host_budget: int | None = None) -> None:
         self.pipe: Any = _checked(pipe)
+        self.loads = 0
+        self._tiers = None if budget is None else Tiers(budget, host_budget, self._read, self._lift, self._lower)
         self._described: tuple[tuple[weakref.ref[nn.Module], ...], Any] = ((), None)
         teach(self.pipe)
         follow_steps(self.pipe)
@@ -137,6 +150,16 @@ class Adapters:
         return self._registry.names
 
     @property
+    def waiting(self) -> tuple[str, ...]:
+        """The adapters that have left the base for lack of room, from the one that was used longest ago."""
+        return () if self._tiers is None else self._tiers.waiting
+
+    @property
+    def evictions(self) -> int:
+        """How many times an adapter left the base for lack of room."""
+        return 0 if self._tiers is None else self._tiers.evictions
+
+    @property
     def schedules(self) -> dict[str, Schedule | Timed]:
         """The strengths that change over the steps, by the name of the adapter."""
         return self._registry.schedules
@@ -158,7 +181,8 @@ class Adapters:
         Raises:
             UserError: No adapter has the name, or components of different origin carry different ones under it.
         """
-        info = self._registry.info(name)
+        waiting = None if self._tiers is None else self._tiers.told(name)
+        info = self._registry.info(name) if waiting is None else waiting
         if isinstance(info, LoadedAdapter):
             return info
         parts = components(self.pipe)
@@ -201,15 +225,20 @@ class Adapters:
         registry, parts, file = self._registry, components(self.pipe), _file(source)
         registry.refuse_merged("load another")
         chosen = self._free_name(title(file)) if name is None else name
-        if chosen in registry.names:
+        if chosen in registry.names or chosen in self.waiting:
             raise UserError(f"an adapter {chosen!r} is loaded already; remove it first or choose another name")
         given = _planned(source, component, word)
-        read = formats.load(given, self.pipe, strict=strict, build=False, info=lambda: self.base)
+        read = self._read(given, strict)
+        told = _told(chosen, given, read)
+        if self._waits(chosen, Known(given, told, strict, read), strength):
+            for warning in read.warnings:
+                warn(warning)
+            return chosen
         try:
             for component in dict.fromkeys((*read.components, *read.stored)):
                 sites.attach_built(parts[component], chosen, read.at(component))
             self._refuse_fused("load an adapter")
-            registry.enter(chosen, _told(chosen, given, read))
+            registry.enter(chosen, told)
             teach(self.pipe)
             if isinstance(strength, (int, float)) and strength == 1:  # as it came
                 follow_steps(self.pipe)
@@ -222,10 +251,86 @@ class Adapters:
             teach(self.pipe)
             follow_steps(self.pipe)
             self._pack()
+            if self._tiers is not None:
+                self._tiers.forget(chosen)
             raise
         for warning in read.warnings:
             warn(warning)
         return chosen
+
+    def _read(self, given: Plan, strict: bool) -> Loaded:
+        """Read the file of a plan, where adapters are to wait into memory from which a GPU copies fast."""
+        pinned = self._tiers is not None and any(next(part.parameters()).is_cuda for part in components(self.pipe).values())
+        read = formats.load(given, self.pipe, strict=strict, build=False, info=lambda: self.base, pinned=pinned)
+        self.loads += 1
+        return read
+
+    def _waits(self, name: str, known: Known, strength: Amount) -> bool:
+        """Whether an adapter that was read waits; it is known from now on. Raises UserError where it is to act."""
+        if self._tiers is None:
+            return False
+        up = self._tiers.has_room(known.size, self._idle())
+        if not up and not _is_nothing(strength):
+            raise self._tiers.no_room(name, known.size)
+        self._tiers.enter(name, known, up=up)
+        return not up
+
+    def _idle(self, wanted: Mapping[str, Amount] | None = None) -> set[str]:
+        """The adapters that do nothing, once strengths are set."""
+        states = self._registry.states().values()
+        active = {name for state in states for name in (*state.strengths.active, *state.strengths.schedules)}
+        zero = {name for name, amount in (wanted or {}).items() if _is_nothing(amount)}
+        return set(self.names) - (active | (wanted or {}).keys()) | (zero & set(self.names))
+
+    def _ready(self, wanted: Mapping[str, Amount]) -> dict[str, Amount]:
+        """Bring what is named and waits. Returns what is to be set, without those that go on waiting at 0."""
+        if self._tiers is None:
+            return dict(wanted)
+        needed = [name for name in self.waiting if name in wanted and not _is_nothing(wanted[name])]
+        for name in needed:
+            self._tiers.bring(name, self._idle(wanted))
+        self._tiers.touch(name for name, amount in wanted.items() if not _is_nothing(amount))
+        waiting = self.waiting
+        return {name: amount for name, amount in wanted.items() if name not in waiting}
+
+    def _lift(self, name: str, known: Known, read: Loaded) -> None:
+        """Attach what was read, at strength 0."""
+        try:
+            built = {one: read.at(one) for one in dict.fromkeys((*read.components, *read.stored))}
+            self._attach(name, built, dict.fromkeys(built, 0.0))
+            self._registry.enter(name, known.told)
+        except BaseException:
+            if self._registry.states(name):
+                self._lower(name)
+            raise
+
+    def _lower(self, name: str) -> None:
+        """Take an adapter off the base."""
+        parts = components(self.pipe)
+        carriers = self._registry.carriers(name)
+        for component in carriers:
+            sites.check_detach(parts[component], name)
+        for component in carriers:
+            sites.detach(parts[component], name)
+        teach(self.pipe)
+        follow_steps(self.pipe)
+        self._pack()
+
+    @one_at_a_time
+    def prefetch(self, *names: str) -> None:
+        """Begin to read adapters that wait in their files, on another thread, while others draw.
+
+        Args:
+            names: What they are called. Those on the base, and those in memory, are left as they are.
+
+        Raises:
+            UserError: No adapter has such a name.
+        """
+        _ = self.base  # found out here, and not on the other thread
+        for name in names:
+            _ = self[name]
+            if self._tiers is not None and name in self._tiers.waiting:
+                self._tiers.prefetch(name)
 
     @one_at_a_time
     def swap(
@@ -256,14 +361,21 @@ class Adapters:
             UserError: No adapter has the name, or as ``load``. Nothing is changed then.
         """
         registry = self._registry
-        carriers = registry.carriers(name)
+        carriers = {} if name in self.waiting else registry.carriers(name)
         registry.refuse_merged("swap one")
         given = _planned(source, component, word)
-        read = formats.load(given, self.pipe, strict=strict, build=False, info=lambda: self.base)
+        read = self._read(given, strict)
         told = _told(name, given, read)
+        if self._tiers is not None:
+            known = Known(given, told, strict, read)
+            if not carriers:
+                self._tiers.enter(name, known, up=False)
+                return
         if read.components or carriers.keys() != read.stored.keys() or not self._exchange(name, read.stored):
             self._replace(name, read)
         registry.enter(name, told)
+        if self._tiers is not None:
+            self._tiers.enter(name, known, up=True)
         for warning in read.warnings:
             warn(warning)
 
@@ -331,8 +443,8 @@ class Adapters:
             UserError: No adapter has such a name, a strength is no finite number, or adapters are merged. Nothing is
                 changed then.
         """
-        wanted: dict[str, Amount] = {**(amounts or {}), **more}
         registry = self._registry
+        wanted = self._ready({**(amounts or {}), **more})
         states = registry.states()
         for name in wanted:
             if not any(name in state.entries for state in states.values()):
@@ -369,16 +481,12 @@ class Adapters:
         Raises:
             UserError: No adapter has the name, or adapters are merged.
         """
-        registry, parts = self._registry, components(self.pipe)
-        carriers = registry.carriers(name)
-        registry.refuse_merged("remove one")
-        for component in carriers:
-            sites.check_detach(parts[component], name)
-        for component in carriers:
-            sites.detach(parts[component], name)
-        teach(self.pipe)
-        follow_steps(self.pipe)
-        self._pack()
+        if name not in self.waiting:
+            self._registry.carriers(name)
+            self._registry.refuse_merged("remove one")
+            self._lower(name)
+        if self._tiers is not None:
+            self._tiers.forget(name)
 
     @one_at_a_time
     def merge(self) -> dict[str, merging.Merged]:
@@ -567,11 +675,23 @@ class Adapters:
         try:
             yield
         finally:
-            for component, state in self._registry.states().items():
-                if not state.strengths.merged:
-                    kept = before.get(component, {})
-                    state.strengths.write({name: amount for name, amount in kept.items() if name in state.entries})
-            follow_steps(self.pipe)
+            self._give_back(before)
+
+    @one_at_a_time
+    def _give_back(self, before: Mapping[str, Mapping[str, OverSteps]]) -> None:
+        """Set strengths to what they were, by component and name; adapters that were removed since are left out."""
+        left = {name for kept in before.values() for name in kept} & set(self.waiting)
+        if left:  # which other pictures had no use for
+            self.set(dict.fromkeys(self.names, 0.0))
+            self._ready(dict.fromkeys(left, 1.0))
+        stepping, _ = network_of(self.pipe) or (None, None)
+        for component, state in self._registry.states().items():
+            if not state.strengths.merged:
+                kept = before.get(component, {})
+                state.strengths.write({name: amount for name, amount in kept.items() if name in state.entries})
+                if component == stepping:
+                    state.strengths.at_progress(0.0)
+        follow_steps(self.pipe)
 
     @property
     def recordings(self) -> int:
@@ -616,9 +736,14 @@ class Adapters:
             refuse_fused(found[1], doing)
 
     def _free_name(self, stem: str) -> str:
-        base, taken = re.sub(r"[^\w-]", "_", stem) or "adapter", self.names
+        base, taken = re.sub(r"[^\w-]", "_", stem) or "adapter", (*self.names, *self.waiting)
         candidates = (base if count == 1 else f"{base}_{count}" for count in range(1, len(taken) + 2))
         return next(name for name in candidates if name not in taken)
+
+
+def _is_nothing(amount: Amount) -> bool:
+    """Whether an amount is plainly 0."""
+    return isinstance(amount, (int, float)) and amount == 0
 
 
 def _file(source: str | Path | Plan) -> Path:

@@ -257,7 +257,8 @@ def scheduler_of(adapters: "Adapters", cells: Sequence[Cell], sampling: Sampling
             if _begins_with_noise(adapters.pipe.scheduler) and not _can_begin_with_noise(scheduler):
                 scheduler = _named("ddim", adapters, steps)
     used = {name for cell in cells for name, strength in (cell.strengths or {}).items() if strength != 0}
-    of_noise = any(adapters[name].spec.training.get("zero_terminal_snr") for name in used & set(adapters.names))
+    known = used & {*adapters.names, *adapters.waiting}
+    of_noise = any(adapters[name].spec.training.get("zero_terminal_snr") for name in known)
     return ending_in_noise(scheduler) if of_noise else scheduler
 
 
@@ -468,7 +469,9 @@ def set_strengths(adapters: "Adapters", batch: Sequence[Cell]) -> None:
     named = [cell.strengths for cell in batch if cell.strengths is not None]
     if not named:
         return
-    wanted = {name: [strengths.get(name, 0.0) for strengths in named] for name in adapters.names}
+    used = {name for strengths in named for name, amount in strengths.items() if amount != 0}
+    names = (*adapters.names, *(name for name in adapters.waiting if name in used))
+    wanted = {name: [strengths.get(name, 0.0) for strengths in named] for name in names}
     # All at once: adapters that still had strengths for a batch of another size would not agree with the first.
     amounts: dict[str, Amount] = {name: values[0] if len(set(values)) == 1 else values for name, values in wanted.items()}
     adapters.set(amounts)

@@ -140,4 +140,4 @@ def triggers(adapters: "Adapters", cells: "Sequence[Cell]") -> list[str]:
         The words.
     """
     named = {name for cell in cells for name in (adapters.names if cell.strengths is None else cell.strengths)}
-    return [word for name in adapters.names if name in named for word in adapters[name].spec.triggers]
+    return [word for name in (*adapters.names, *adapters.waiting) if name in named for word in adapters[name].spec.triggers]

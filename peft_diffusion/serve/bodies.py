@@ -62,7 +62,6 @@ class Drawing(BaseModel):
             "seed_resize_from_h": (None, 0, -1),
             "seed_resize_from_w": (None, 0, -1),
             "restore_faces": (None, False),
-            "eta": (None, 0, 1),
             "s_churn": (None, 0),
             "s_tmax": (None, 0),
             "s_tmin": (None, 0),

@@ -221,7 +221,7 @@ def config_of(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | 
         negative=negative if guided else "",
         steps=body.steps,
         guidance=None if body.cfg_scale is None else max(body.cfg_scale, 1.0),
-        scheduler=names.scheduler(body.sampler_name or body.sampler_index, body.scheduler),
+        scheduler=names.with_eta(names.scheduler(body.sampler_name or body.sampler_index, body.scheduler), body.eta),
         width=body.width or None,
         height=body.height or None,
         batch_size=batch,
@@ -236,9 +236,13 @@ def config_of(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | 
         size(held.info, config)
         if config.second_pass is not None:
             width, height = config.second_pass.size(width, height, held.info.step)
+    _check_pixels(width, height, serving)
+    return config
+
+
+def _check_pixels(width: int, height: int, serving: ServeConfig) -> None:
     if width * height > serving.max_pixels:
         raise UserError(f"{width}x{height} is over the limit of {serving.max_pixels:,} pixels here; take smaller sides")
-    return config
 
 
 def _with_hires(config: GenerateConfig, body: TextToImage, width: int, height: int) -> GenerateConfig:
@@ -310,8 +314,11 @@ def source_of(body: ImageToImage, config: GenerateConfig, serving: ServeConfig, 
     given = pictures.read(body.init_images[0], "init_images[0]", serving.max_given_pixels)
     masked = pictures.read(body.mask, "mask", serving.max_given_pixels, "black") if body.mask else None
     blur = next((one for one in (body.mask_blur, body.mask_blur_x, body.mask_blur_y) if one is not None), 4)
-    sides = (config.width or given.image.width, config.height or given.image.height)
+    # Where no size is asked for, its own, as near as the base can: `ready` brings it there.
+    near = [max(info.step, round(side / info.step) * info.step) for side in given.image.size]
+    sides = (config.width or near[0], config.height or near[1])
     size(info, replace(config, width=sides[0], height=sides[1]))
+    _check_pixels(*sides, serving)
     ready = inpainting.prepared(
         given.image,
         None if masked is None else masked.image.convert("L"),
@@ -369,6 +376,8 @@ def _read(body: Drawing, serving: ServeConfig, held: Held, clip_skip: int | None
     notes = [f"not read: {', '.join(sorted(body.model_extra))}"] if body.model_extra else []
     if skip != clip_skip and clip_skip not in (1, fixed):
         notes.append(f"CLIP_stop_at_last_layers {clip_skip} has no effect on {held.info.name}, as in A1111")
+    if body.eta == 1 and (config.scheduler or "").startswith("ddim"):
+        notes.append("DDIM is drawn with eta 0; the sampler DDPM adds the noise of eta 1")
     if body.negative_prompt and not config.negative:
         notes.append("the negative prompt has no effect at cfg_scale 1 or less")
     _check_seeds(seeds, config.batch_size * (1 if body.n_iter is None else body.n_iter))

@@ -59,6 +59,10 @@ _IDLE: Mapping[str, Container[object] | None] = MappingProxyType(
         "randn_source": ("CPU",), "forge_additional_modules": ([],),
     }
 )  # fmt: skip
+# Samplers that add noise at each step, and those that take the same steps and add none (k-diffusion's with eta 0).
+_ADD_NOISE: Mapping[str, str | None] = MappingProxyType(
+    {"euler-a": "euler", "dpm2-a": "dpm2", "dpm++-sde": None, "dpm++-2m-sde": None, "dpm++-3m-sde": None}
+)
 _LABELS = {"automatic": "Automatic", "sgm_uniform": "SGM Uniform"}
 
 
@@ -107,6 +111,29 @@ def scheduler(sampler: str | None, schedule: str | None) -> str | None:
         there = ["automatic", *_SCHEDULES]
         raise UserError(f"there is no scheduler {schedule!r}; there are: {', '.join(there)}{did_you_mean(schedule, there)}")
     return canonical(f"{kind}-{spacing}" if spacing else kind)
+
+
+def with_eta(name: str | None, eta: float | None) -> str | None:
+    """Choose the scheduler that does what A1111's sampler does with an eta, the share of noise that each step adds anew.
+
+    Args:
+        name: As `scheduler` gives it.
+        eta: As requests tell it; None for what A1111 begins with: 0 for DDIM, 1 for those that add noise.
+
+    Returns:
+        The same; of a sampler that adds noise, at 0 the one that adds none.
+
+    Raises:
+        UserError: There is none that does.
+    """
+    kind, spacing = parted(name or "")
+    if eta is None or not (kind in _ADD_NOISE or kind in ("", "ddim")) or eta == 1 or (eta == 0 and kind not in _ADD_NOISE):
+        return name
+    plain = _ADD_NOISE.get(kind) if eta == 0 else None
+    if plain is None:
+        other = "; take DPM++ 2M, which adds no noise" if eta == 0 else ", nor any other than 0 and 1"
+        raise UserError(f"eta {eta:g} of {label(kind) if kind else 'this base'} is not done here{other}; leave it away")
+    return f"{plain}-{spacing}" if spacing else plain
 
 
 def title(schedule: str) -> str:

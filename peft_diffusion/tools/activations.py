@@ -58,17 +58,14 @@ def fitted(source: Source, sites: Sequence[Where], rank: int, base: str, watch: 
     name = adapters.load(source.plan)
     parts = components(pipe)
     observed = {where: _Observed(parts[where[0]].get_submodule(where[1]), where) for where in sites}
-    tick = watch.ticks("drawing to see what the base computes")
     prompts = _prompts(source.plan)
     with ExitStack() as stack:
         for one in observed.values():
             stack.enter_context(one)
-        for number, prompt in enumerate(prompts):
-            tick(number, len(prompts))
+        for number, prompt in enumerate(watch.each("drawing to see what the base computes", prompts)):
             for one in observed.values():
                 one.kept_apart = number == len(prompts) - 1
             _draw(pipe, prompt, number)
-    tick(len(prompts), len(prompts))
     adapters.remove(name)
     return {where: ((where[0], one.place), one.solved(rank)) for where, one in observed.items()}
 

@@ -26,7 +26,7 @@ from ..formats.spec import Spec
 from .activations import fitted
 from .results import Adapters, Made, write_changed
 from .settings import ConvertConfig
-from .sources import open_sources
+from .sources import file_dtype, open_sources
 from .to_lora import add_fitted, as_lora, refuse_unweighed
 from .verify import Verified, verify
 from .watch import Watch, watched
@@ -90,9 +90,9 @@ def _copied(config: ConvertConfig, found: Plan, watch: Watch) -> Converted:
     parts = parts_of_base(base)
     chosen = _chosen(config, loaded.components)
     adapters = {name: loaded.components[name] for name in chosen}
-    for component, built in adapters.items():
-        for path, adapter in built.items():
-            adapter.bind(parts[component].get_submodule(path))
+    sites_of = [(component, path, adapter) for component, built in adapters.items() for path, adapter in built.items()]
+    for component, path, adapter in watch.each("converting sites", sites_of):
+        adapter.bind(parts[component].get_submodule(path))
     file = write(
         config.output,
         Content(adapters, {name: parts[name] for name in adapters}, _spec(found, info.family, adapters)),
@@ -120,7 +120,7 @@ def _lora(config: ConvertConfig, found: Plan, rank: int, watch: Watch) -> Conver
     _refuse_part(config, found, source.bound.left)
     chosen = _chosen(config, dict.fromkeys(component for component, _ in source.sites))
     sites = [where for where in source.sites if where[0] in chosen]
-    made = Adapters(bones, source.dtype if config.dtype is None else DTYPES[config.dtype])
+    made = Adapters(bones, file_dtype([source], config.dtype))
     errors, pending = as_lora(source, made, rank, sites, watch)
     if pending:
         if source.weights is None:

@@ -12,7 +12,7 @@ from ..core.errors import UserError
 from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..core.reduction import Truncation, reduced_matrix
-from ..core.weight_change import Change, serves
+from ..core.weight_change import Change, has_kernel, serves
 from ..formats import Spec
 from ..formats.file import DTYPES
 from .original_names import VAE, bare
@@ -46,7 +46,7 @@ def extract(config: ExtractConfig, *, observers: Sequence[Observer] = ()) -> Mad
         found = list(_sites(base, config))
         for where in watch.each("extracting sites", found):
             errors += _extracted(made, tuned, base, where, config, left)
-        left.count_others(tuned, base, {(one[0], bare(f"{one[1]}.weight")) for one in found})
+        left.count_others(tuned, base, {(one[0], bare(f"{one[1]}.weight")) for one in found}, watch)
         if not made.count:
             raise UserError(
                 f"no weight of {config.tuned} differs from {config.original} by more than --smallest {config.smallest:g}"
@@ -72,12 +72,11 @@ class _Left:
             self.square += square
             self.kinds.add(kind)
 
-    def count_others(self, tuned: Weights, base: Weights, taken: set[Where]) -> None:
+    def count_others(self, tuned: Weights, base: Weights, taken: set[Where], watch: Watch) -> None:
         """Count what differs beside the weights that were looked at."""
         kinds = {component: _kinds(module) for component, module in base.parts.items()}
-        for component, key in base.places:
-            if component == VAE or (component, key) in taken or not tuned.has(component, key):
-                continue
+        others = [where for where in base.places if where[0] != VAE and where not in taken and tuned.has(*where)]
+        for component, key in watch.each("looking for other differences", others):
             own = base.read(component, key)
             if own.is_floating_point() and not torch.equal(own, tuned.read(component, key)):
                 self.add(kinds[component].get(key, key), tuned.read(component, key).float().sub_(own))
@@ -124,12 +123,8 @@ def _sites(base: Weights, config: ExtractConfig) -> Iterator[Where]:
         if component in roles and not config.text_encoders:
             continue
         for path, site in module.named_modules():
-            if serves(site) and (not _has_kernel(site) or config.conv_rank is not None):
+            if serves(site) and (not has_kernel(site) or config.conv_rank is not None):
                 yield component, path
-
-
-def _has_kernel(site: nn.Module) -> bool:
-    return isinstance(site, nn.Conv2d) and tuple(site.kernel_size) != (1, 1)
 
 
 @torch.no_grad()
@@ -147,7 +142,7 @@ def _extracted(
         left.add("rounding", difference)
         return []
     site = base.parts[component].get_submodule(path)
-    rank = config.conv_rank if _has_kernel(site) else config.rank
+    rank = config.conv_rank if has_kernel(site) else config.rank
     found = reduced_matrix(difference.flatten(1), Truncation(rank, config.energy, config.frobenius, config.ratio))
     made.add_change(component, path, Change(pair=found.pair))
     return [LayerError.of(".".join(where), found)]

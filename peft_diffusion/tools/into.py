@@ -92,14 +92,17 @@ class Folding:
         """
         return self.dtype if self.dtype is not None and own.is_floating_point else own
 
-    def leave_out(self) -> dict[Where, str]:
+    def leave_out(self, watch: Watch) -> dict[Where, str]:
         """Leave out the sites that have no change of weight and bias which the base could hold.
+
+        Args:
+            watch: Is told how far it is.
 
         Returns:
             Why, by site.
         """
         left: dict[Where, str] = {}
-        for where, own in self.sites.items():
+        for where, own in watch.each("looking at sites", self.sites.items()):
             component, _ = where
             module = self.weights.parts[component].get_submodule(self._paths[where])
             for source in own:
@@ -152,7 +155,7 @@ def merge_into(config: MergeConfig, watch: Watch) -> Made:
     plans, strengths = [one.parsed() for one in choices], [one.strength for one in choices]
     sources = bind_sources(plans, weights.skeleton, weights, str(config.into), watch.tell, strengths)
     folding = Folding(weights, sources, None if config.dtype is None else DTYPES[config.dtype])
-    _refuse_left(folding.leave_out(), config.skip, watch)
+    _refuse_left(folding.leave_out(watch), config.skip, watch)
     output = at_home(config.output)
     told = {"modelspec.merged_from": ", ".join((Path(config.into or "").stem, *(one.name for one in sources)))}
     if output.suffix == ".safetensors":
@@ -193,8 +196,10 @@ def _write_file(output: Path, folding: Folding, told: Mapping[str, str], watch: 
     _stream(output, entries, {**metadata, **told}, watch)
 
 
-def _stream(output: Path, entries: Mapping[str, _Entry], metadata: Mapping[str, str], watch: Watch) -> None:
-    tick, done = watch.ticks("writing tensors"), [0]
+def _stream(
+    output: Path, entries: Mapping[str, _Entry], metadata: Mapping[str, str], watch: Watch, component: str = ""
+) -> None:
+    tick, done = watch.ticks(f"writing tensors{component and f' of {component}'}"), [0]
 
     def tensor_of(name: str) -> Tensor:
         done[0] += 1
@@ -290,7 +295,7 @@ def _write_component(folder: Path, component: str, folding: Folding, watch: Watc
             name = place.name if place.row is None else key
             entries[name] = _Entry(folding.wanted(place.dtype), place.shape, lambda key=key: folding.tensor(component, key))  # type: ignore[misc]
     is_transformers = component != VAE and _is_transformers(folder)
-    _stream(folder / (_OF_TRANSFORMERS if is_transformers else _OF_DIFFUSERS), entries, {}, watch)
+    _stream(folder / (_OF_TRANSFORMERS if is_transformers else _OF_DIFFUSERS), entries, {}, watch, component)
 
 
 def _is_transformers(folder: Path) -> bool:

@@ -36,7 +36,7 @@ def rename_trigger(config: RenameTriggerConfig, *, observers: Sequence[Observer]
         config.check()
         (source,), bones = open_sources([config.plan], config.base, watch.tell)
         made, learned = Adapters(bones, source.dtype), 0
-        for where in source.sites:
+        for where in watch.each("reading sites", source.sites):
             adapter = source.adapter(where)
             if isinstance(adapter, LearnedVectors) and config.old in adapter.words:
                 adapter, learned = _renamed(adapter, config), learned + 1

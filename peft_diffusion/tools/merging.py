@@ -13,13 +13,12 @@ from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..core.reduction import Truncation, exact_pair, reduced, summed
 from ..core.weight_change import Change, serves
-from ..formats.file import DTYPES
 from ..methods.shared.learned_vectors import LearnedVectors
 from .combination import Combination, core_space, knots, linear
 from .into import merge_into
 from .results import Adapters, LayerError, Made, joined_spec, kept_metadata
 from .side_by_side import side_by_side
-from .sources import Source, Where, joined_dtype, open_sources
+from .sources import Source, Where, file_dtype, open_sources
 from .tool_settings import ALIGNED, MergeConfig
 from .watch import Watch, watched
 
@@ -76,8 +75,7 @@ def _merge(config: MergeConfig, watch: Watch) -> Made:
     choices = config.choices()
     strengths = [one.strength for one in choices]
     sources, bones = open_sources([one.parsed() for one in choices], config.base, watch.tell, strengths)
-    dtype = joined_dtype([source.dtype for source in sources]) if config.dtype is None else DTYPES[config.dtype]
-    made, errors = Adapters(bones, dtype), list[LayerError]()
+    made, errors = Adapters(bones, file_dtype(sources, config.dtype)), list[LayerError]()
     held = holders(sources)
     rule = Combination(config.within if config.how in ALIGNED else config.how, config.density, config.seed)  # type: ignore[arg-type]
     way = _Way(config.how, rule, None if config.rank is None else Truncation(rank=config.rank))

@@ -1,17 +1,17 @@
 """``split`` and ``join``: an adapter file in parts, and parts as one file. No number changes."""
 
 from collections.abc import Sequence
+from itertools import islice
 
 from ..bases.base import Skeleton
 from ..core.errors import UserError, did_you_mean
 from ..core.events import Ended, Observer
 from ..core.files import at_home
 from ..core.targets import blocks
-from ..formats.file import DTYPES
 from ..methods.shared.learned_vectors import LearnedVectors
 from .merging import holders, united
 from .results import Adapters, Made, joined_spec, kept_metadata, layout_of, write_changed
-from .sources import Where, joined_dtype, open_sources
+from .sources import Where, file_dtype, open_sources
 from .tool_settings import JoinConfig, SplitConfig
 from .watch import watched
 
@@ -40,18 +40,16 @@ def split(config: SplitConfig, *, observers: Sequence[Observer] = ()) -> tuple[M
                 there = ", ".join(parts)
                 raise UserError(f"{source.path} has no part {name!r}; it has: {there}{did_you_mean(name, parts)}")
         found = []
-        tick, done = watch.ticks("writing sites"), 0
-        for name, sites in parts.items():
-            if config.parts and name not in config.parts:
-                continue
+        chosen = {name: sites for name, sites in parts.items() if not config.parts or name in config.parts}
+        ticked = watch.each("writing sites", [where for sites in chosen.values() for where in sites])
+        for name, sites in chosen.items():
             made = Adapters(bones, source.dtype)
-            for where in sites:
+            for where in islice(ticked, len(sites)):
                 made.add(*where, source.adapter(where))
-                done += 1
-                tick(done, len(source.sites))
             path = at_home(config.output) / f"{source.name}-{name}.safetensors"
             write_changed(made, source.plan, path, config.to, f"{name} of {source.path.name}")
             found.append(watch.made(path, made.count, last=False))
+        next(ticked, None)  # all are done
         watch.tell(Ended("finished"))
         return tuple(found)
 
@@ -80,18 +78,14 @@ def join(config: JoinConfig, *, observers: Sequence[Observer] = ()) -> Made:
     with watched(observers) as watch:
         config.check()
         sources, bones = open_sources(config.plans, config.base, watch.tell)
-        dtype = joined_dtype([one.dtype for one in sources]) if config.dtype is None else DTYPES[config.dtype]
-        made, held = Adapters(bones, dtype), holders(sources)
-        tick = watch.ticks("writing sites")
-        for number, (where, own) in enumerate(held.items()):
-            tick(number, len(held))
+        made = Adapters(bones, file_dtype(sources, config.dtype))
+        for where, own in watch.each("writing sites", holders(sources).items()):
             adapters = [one.adapter(where) for one in own]
             words = [one for one in adapters if isinstance(one, LearnedVectors)]
             if len(adapters) > 1 and len(words) < len(adapters):
                 names = " and ".join(str(one.path) for one in own)
                 raise UserError(f"{names} both change {'.'.join(where)}; merge them, which adds what they do there")
             made.add(*where, adapters[0] if len(adapters) == 1 else united(where, own, words))
-        tick(len(held), len(held))
         path, plans = at_home(config.output), [one.plan for one in sources]
         told = {"ss_training_comment": f"joined from {', '.join(one.path.name for one in sources)}"}
         spec = joined_spec(plans, bones, made, path.stem)

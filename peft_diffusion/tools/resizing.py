@@ -9,11 +9,10 @@ from ..core.adapter import LowRank
 from ..core.events import Observer
 from ..core.files import at_home
 from ..core.reduction import Reduced, Truncation, reduced
-from ..core.weight_change import Change, serves
-from ..formats.file import DTYPES
+from ..core.weight_change import Change, has_kernel, serves
 from .results import Adapters, LayerError, Made, write_changed
 from .side_by_side import side_by_side
-from .sources import Where, open_sources
+from .sources import Where, file_dtype, open_sources
 from .tool_settings import ResizeConfig
 from .watch import watched
 
@@ -37,7 +36,7 @@ def resize(config: ResizeConfig, *, observers: Sequence[Observer] = ()) -> Made:
     with watched(observers) as watch:
         config.check()
         (source,), bones = open_sources([config.plan], config.base, watch.tell)
-        made = Adapters(bones, source.dtype if config.dtype is None else DTYPES[config.dtype])
+        made = Adapters(bones, file_dtype([source], config.dtype))
         errors: list[LayerError] = []
 
         def opened() -> Iterator[_Site]:
@@ -72,8 +71,7 @@ class _Site:
 
 
 def _wanted(config: ResizeConfig, module: nn.Module) -> Truncation:
-    has_kernel = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
-    rank = config.conv_rank if has_kernel and config.conv_rank is not None else config.rank
+    rank = config.conv_rank if has_kernel(module) and config.conv_rank is not None else config.rank
     return Truncation(rank, config.energy, config.frobenius, config.ratio)
 
 

@@ -12,10 +12,9 @@ from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..core.method import Method
 from ..core.weight_change import Change, change_of, with_weights
-from ..formats.file import DTYPES
 from ..methods.shared.hyper_parameters import ALPHA
 from .results import Adapters, Made, write_changed
-from .sources import Source, Where, open_sources
+from .sources import Source, Where, file_dtype, open_sources
 from .tool_settings import StrengthConfig
 from .watch import Watch, watched
 
@@ -43,13 +42,10 @@ def strength(config: StrengthConfig, *, observers: Sequence[Observer] = ()) -> M
     with watched(observers) as watch:
         config.check()
         (source,), bones = open_sources([config.plan], config.base, watch.tell)
-        made = Adapters(bones, source.dtype if config.dtype is None else DTYPES[config.dtype])
+        made = Adapters(bones, file_dtype([source], config.dtype))
         scaler = _Scaler(config.strength)
-        tick = watch.ticks("scaling sites")
-        for number, where in enumerate(source.sites):
-            tick(number, len(source.sites))
+        for where in watch.each("scaling sites", source.sites):
             _scale(made, source, where, scaler, watch)
-        tick(len(source.sites), len(source.sites))
         comment = f"{source.path.name} at strength {config.strength:g}"
         write_changed(made, source.plan, at_home(config.output), config.to, comment)
         return watch.made(at_home(config.output), made.count)

@@ -16,8 +16,9 @@ from ..core.events import Observer, Warned
 from ..core.weight_change import Change, change_of, with_weights
 from ..formats import Plan
 from ..formats.container import title, torch_dtype
-from ..formats.file import Bound, bind
+from ..formats.file import DTYPES, Bound, bind
 from ..formats.fitting import fitting
+from ..formats.layout import SaveDtype
 from .weights import Weights, open_weights
 
 Where = tuple[str, str]
@@ -118,6 +119,19 @@ class Source:
             return adapter, change_of(adapter, module, f"{self.path}: {'.'.join(where)}")
         except FoldError:
             return adapter, None
+
+
+def file_dtype(sources: Sequence[Source], chosen: SaveDtype | None) -> torch.dtype:
+    """Choose the dtype of a file that is made of others.
+
+    Args:
+        sources: The files.
+        chosen: What a person chose; None for nothing.
+
+    Returns:
+        That, or the dtype that holds the numbers of all files.
+    """
+    return joined_dtype([one.dtype for one in sources]) if chosen is None else DTYPES[chosen]
 
 
 def joined_dtype(kinds: Sequence[torch.dtype]) -> torch.dtype:

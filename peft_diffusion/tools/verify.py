@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -95,6 +95,7 @@ def verify(
     with watched(observers) as watch:
         (opened,), bones = open_sources([found], base, watch.tell)
         tensors = found.tensors()
+        opened = replace(opened, tensors=tensors)  # which is read once
         if found.layouts == (_EMBEDDING,) and not any(name.startswith(BUNDLE) for name in tensors):
             readings = words_taken([*tensors])
         else:

@@ -9,23 +9,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..core.events import Ended, Observer, observed, progress
+from ..core.peak_memory import peak_memory
 from .results import LayerError, Made
 
 Item = TypeVar("Item")
-
-
-def peak_memory() -> int:
-    """Tell the most memory that this process has held.
-
-    Returns:
-        Bytes that were in use at once, since it began; 0 where the system does not tell.
-    """
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 _SITES = 16  # after so many memory is given back, which takes a millisecond

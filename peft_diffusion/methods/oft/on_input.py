@@ -11,6 +11,7 @@ from ...core.adapter import Adapter, Site, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
 from ...core.method import PeftForm, PeftSite
+from ...core.weight_change import has_kernel
 from ..shared.affine import applied, base_output, channels, single, weight_shape, without_bias
 from ..shared.divisors import split
 from . import BUTTERFLY, LIMIT, PACKED, SCALE, SCALED, TERMS, block_side
@@ -66,7 +67,7 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "InputRotation | InputBut
         raise UserError(f"{PACKED} {tuple(packed.shape)} does not fit the {features} inputs of the site")
     if TERMS not in tensors:
         return InputRotation(site, packed, scaled=tensors.get(SCALED))
-    if _has_kernel(site):
+    if has_kernel(site):
         raise UserError(
             f"{PACKED} stands at a convolution with a kernel, where peft's OFT adds up overlapping parts of its input, which"
             " is no rotation; merge it into the weights with peft"
@@ -81,10 +82,6 @@ def read(site: Site, tensors: Mapping[str, Tensor]) -> "InputRotation | InputBut
 def _features(site: Site) -> int:
     """How many numbers an output is made of."""
     return torch.Size(weight_shape(site)[1:]).numel()
-
-
-def _has_kernel(site: Site) -> bool:
-    return isinstance(site, nn.Conv2d) and site.kernel_size != (1, 1)
 
 
 def in_peft(adapters: Mapping[str, Adapter]) -> PeftForm | None:
@@ -168,7 +165,7 @@ class InputRotation(Adapter):
 
     def residual(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
         """What the weight makes of how the turned input differs from the input."""
-        if _has_kernel(self.site):
+        if has_kernel(self.site):
             return applied(self.site, x, self.change().to(x.dtype))
         blocks, turn = (self.number, self.size), self.turn().to(x.dtype)
         if isinstance(self.site, nn.Conv2d):
@@ -205,7 +202,7 @@ class InputRotation(Adapter):
         Raises:
             UserError: The site has a kernel.
         """
-        if _has_kernel(self.site):
+        if has_kernel(self.site):
             raise UserError("peft's OFT is no rotation at a convolution with a kernel; take the layout 'kohya'")
         terms, limit = self.told or ONETRAINER
         options = {

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ...core.errors import UserError, first_line
 from ...core.events import Observer
+from ...fast import frozen_ops
+from ...fast.compiling import compile_ahead
 from ...fast.cuda_graph import Inputs
 from ..events import MemoryPredicted, MemorySaved, MemoryUnknown
 from ..need import Need, fits, mib
@@ -122,7 +124,25 @@ class MemoryPlan:
         tell(MemoryPredicted(need, there))
         if not fits(need, there):
             raise self._too_small(need, there or 0, low)
+        self.compile()
         return low
+
+    def compile(self) -> None:
+        """Compile what a step launches on a GPU, if this machine has not compiled it before."""
+        norms = [one for part in self.load.parts for one in part.modules() if isinstance(one, (nn.GroupNorm, nn.LayerNorm))]
+        if not any(isinstance(one, nn.GroupNorm) for one in norms):
+            return  # what has none runs as it is
+        kernels = frozen_ops.kernels_on(self.device)
+        if kernels is None:
+            return
+        dtypes = {parameter.dtype for part in self.load.parts for parameter in part.parameters()}
+
+        def step(given: Inputs) -> None:
+            with torch.autograd.set_multithreading_enabled(False):  # modes do not reach another thread
+                self.loss(given).backward()
+
+        what = "a training step", str(norms), sorted(map(str, dtypes))
+        compile_ahead(kernels, what, self.load.largest(), self.device, step)
 
     def _too_small(self, need: Need, there: int, low: bool) -> UserError:
         savings = [*self.load.savings] if low else ["--memory low", *self.load.savings]

@@ -2,7 +2,6 @@
 
 import io
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from ...core.files import explained, write_bytes
+from ...core.peak_memory import peak_memory
 from ...data.folder import TrainingImage, open_picture
 from ...data.images import MAX_PIXELS
 from .run_record import shown
@@ -57,12 +57,8 @@ def memory() -> dict[str, Any]:
     """The most memory in use so far, in bytes, and whose; nothing where the system does not tell."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return {"memory": torch.cuda.max_memory_allocated(), "memory_of": "of the GPU"}
-    if sys.platform == "win32":
-        return {}
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"memory": peak * (1 if sys.platform == "darwin" else 1024), "memory_of": "of the process"}
+    peak = peak_memory()
+    return {"memory": peak, "memory_of": "of the process"} if peak else {}
 
 
 def thumbnails(folder: Path, pictures: Sequence[TrainingImage], background: str) -> None:
