@@ -1,6 +1,7 @@
 """Calibrated strengths: what is measured, against the network asked directly, and what sheets and pictures make of it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_pictures_are_drawn_with_scaled_strengths_which_their_recipes_hold(
     for name in adapters.names:
         adapters.remove(name)
     chosen = (f"{files['ink']}=0.5", f"{files['flat']}=0.25,te:0.5")
-    common = {"steps": 1, "guidance": 1.0, "device": "cpu"}
+    common: dict[str, Any] = {"steps": 1, "guidance": 1.0, "device": "cpu"}
     config = GenerateConfig("a cat", adapter=chosen, calibrate=True, output=tmp_path / "a.png", **common)
     first = generate(config, pipe=adapters.pipe)[0]
     assert [one.strength for one in first.recipe.adapters] == pytest.approx([0.5 * factors["ink"], 0.25 * factors["flat"]])
