@@ -44,7 +44,8 @@ def test_effects_are_what_the_network_answers_of_the_same_latents(adapters: Adap
         adapters.set({one: amounts[one] if one == name else 0.0 for one in amounts})
         told, empty = (pipe.encode_prompt(text, pipe.device, 1, False)[0] for text in ("a cat", ""))
         with_prompt, without = (pipe.unet(noise, 1, hidden).sample for hidden in (told, empty))
-        return without + guidance * (with_prompt - without)
+        answer: torch.Tensor = without + guidance * (with_prompt - without)
+        return answer
 
     for name, effect in found.effects.items():
         assert effect == pytest.approx(float((predicted(name) - predicted("")).square().mean().sqrt()), rel=1e-4)
