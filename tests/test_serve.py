@@ -567,6 +567,18 @@ def test_text_of_a1111_is_parted_into_its_fields() -> None:
     assert pictures.parse("words: alone, and more") == {"Prompt": "words: alone, and more", "Negative prompt": ""}
 
 
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_a_picture_tells_of_itself_whatever_its_exif_and_pillows_own_limit(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, form, exif=b"Exif\0\0broken")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # of twice as many Pillow makes an error; the server has its own
+    assert pictures.told_by(file.getvalue(), "image", 64) == ("", {})
+    with pytest.raises(UserError, match="image: 8x8 is 64 pixels, more than the 63 allowed"):
+        pictures.told_by(file.getvalue(), "image", 63)
+
+
 def test_what_a_mask_shows_is_filled_from_around_it() -> None:
     image = Image.new("RGB", (50, 37), (200, 100, 0))
     mask = Image.new("L", image.size)
