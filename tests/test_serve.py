@@ -603,7 +603,7 @@ def test_what_a_mask_hides_in_part_is_blended_with_the_picture_and_not_the_filli
     config = GenerateConfig("a cat", width=64, height=64)
     begun = drawing.source_of(body, config, ServeConfig(), describe(make_pipe()))
     painted = Image.new("RGB", (64, 64), "blue")
-    found = begun.ready.finished(begun.source.kept(painted))
+    found = begun.ready.finished(begun.source(25).kept(painted))
     wanted = Image.composite(painted, picture, mask.filter(ImageFilter.GaussianBlur(4)))
     assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1
 
