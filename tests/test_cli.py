@@ -173,7 +173,7 @@ def test_generate_writes_pictures_that_carry_their_recipe(files: list[Path], tin
 
 @pytest.mark.slow
 def test_blend_draws_a_sheet(files: list[Path], tiny_base: Path, tmp_path: Path) -> None:
-    settings = ["--adapter", files[0], "-a", f"{files[1]}=0.5", "--base", tiny_base, "--steps", 1, "--columns", 3]
+    settings = ["--adapter", files[0], "-a", f"{files[1]}=0.5", "--base", tiny_base, "--steps", 1, "--columns", 3, "--plain"]
     told = command("blend", "a cat", "a house", *settings, "-o", "out/sheet.png", cwd=tmp_path)
     assert (told.returncode, told.stdout.split()) == (0, ["out/sheet.png"]), told.stderr
     with Image.open(tmp_path / "out" / "sheet.png") as sheet:

@@ -16,10 +16,13 @@ from diffusers import ControlNetModel, DiffusionPipeline, T2IAdapter
 from making import make_adapter, modes
 from PIL import Image
 from safetensors.torch import save_file
+from taped import tape
+from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from peft_diffusion import Adapters, GenerateConfig, GridConfig, UserError, generate, grid
 from peft_diffusion.bases import single_file
+from peft_diffusion.fast import drawing as fast
 from peft_diffusion.generation import recipe as recipes
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling
@@ -166,6 +169,30 @@ def test_a_control_steers_as_the_pipeline_of_diffusers(
         told |= {"image": seen.convert("L") if kind == "gray" else seen, "adapter_conditioning_scale": 0.7}
     made.set_progress_bar_config(disable=True)
     assert difference(image, made("a cat", **told).images[0]) <= 1 < 5 < difference(image, plain)
+
+
+@pytest.mark.parametrize(("base", "kind"), [("sd", "controlnet"), ("xl", "t2i-adapter"), ("sd", "ip-adapter")])
+def test_a_control_steers_fast_steps_too(
+    models: dict[tuple[str, str], str], picture: Path, base: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tape(monkeypatch)
+    pipe, control = MAKE[base](), f"{kind}:{models[base, kind]}={picture}@0.7"
+    expected = drawn(pipe, control, guidance_stop=0.5)
+    started: list[nn.Module] = []
+    start = fast.start
+
+    def noted(part: nn.Module, kind: Any = None) -> fast.Engine:
+        started.append(part)
+        return start(part, kind)
+
+    monkeypatch.setattr(fast, "start", noted)
+    assert Adapters(pipe).fast(True) is None
+    plain, found = drawn(pipe, guidance_stop=0.5), drawn(pipe, control, guidance_stop=0.5)
+    assert difference(found, expected) <= 1 < 5 < difference(found, plain)
+    engines = {type(part).__name__: fast.engine_of(part) for part in started}
+    assert all(engine is not None and engine.refused is None for engine in engines.values())
+    name = {"controlnet": "ControlNetModel", "t2i-adapter": "T2IAdapter"}.get(kind, "UNet2DConditionModel")
+    assert engines[name].recordings  # type: ignore[union-attr]
 
 
 @pytest.mark.slow

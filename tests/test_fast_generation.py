@@ -160,6 +160,19 @@ def test_what_adapters_do_meanwhile_is_followed(device: str) -> None:
     assert [type(one) for one in network.modules()] == kinds
 
 
+def test_the_only_adapter_is_exchanged_without_another_recording(device: str) -> None:
+    network = make_pipe().unet.to(device)
+    carry(network, "a")
+    engine, call = drawing.start(network), given(network)
+    one = both(network, call)[0]
+    first = engine.recordings
+    site.detach(network, "a")
+    carry(network, "a", seed=4)
+    other = both(network, call)
+    assert_alike(other)
+    assert engine.recordings == first and not torch.equal(one, other[0])
+
+
 def test_another_prompt_and_one_written_anew_are_told(device: str) -> None:
     network = make_pipe().unet.to(device)
     drawing.start(network)

@@ -153,7 +153,7 @@ def test_the_ends_of_a_blend_are_each_adapter_alone(
 ) -> None:
     prompts = ("a cat", "a red apple")
     config = BlendConfig(
-        prompts, adapter=(f"{ink}=0.8", str(flat)), columns=3, plain=True, seed=3, output=tmp_path / "b.png",
+        prompts, adapter=(f"{ink}=0.8", str(flat)), columns=3, plain=True, bare=True, seed=3, output=tmp_path / "b.png",
         steps=STEPS, base=str(tiny_base), guidance=guidance,
     )  # fmt: skip
     drawn = blend(config)

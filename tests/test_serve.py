@@ -28,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from peft_diffusion import GenerateConfig, UserError, generate, load_base
 from peft_diffusion.bases import denoiser_of, describe
 from peft_diffusion.bases.base import BaseInfo
+from peft_diffusion.fast import drawing as fast_drawing
+from peft_diffusion.generation.adapters import Adapters
 from peft_diffusion.serve import drawing, inpainting, names, pictures
 from peft_diffusion.serve.bodies import ImageToImage, TextToImage
 from peft_diffusion.serve.drawing import Held, config_of
@@ -640,6 +642,21 @@ def test_what_spares_memory_holds_for_every_request(pipe: Any) -> None:
     assert (config.offload, config.vae_tiling, config.attention_slicing, config.base) == ("group", True, True, "b")
     with pytest.raises(UserError, match="leave it or --tile away"):
         config_of(TextToImage(prompt="a cat", tiling=True), serving, held, None)
+
+
+@pytest.mark.parametrize(("asked", "is_on"), [(None, False), (True, True)])
+def test_steps_are_recorded_where_that_pays_or_is_asked_for(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, asked: bool | None, is_on: bool
+) -> None:
+    """By default on CUDA alone."""
+    monkeypatch.setattr("peft_diffusion.serve.engine.loaded", lambda config, given: pipe)
+    engine = Engine(ServeConfig(fast=asked), lambda event: None)
+    try:
+        engine.load().future.result(60)
+        assert (fast_drawing.engine_of(pipe.unet) is not None) == is_on
+    finally:
+        engine.close()
+        Adapters(pipe).fast(False)
 
 
 def test_without_its_libraries_it_says_what_to_install() -> None:

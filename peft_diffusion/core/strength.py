@@ -117,7 +117,7 @@ class Strengths(KeepsPrecision):
     ``values`` is (rows, blocks, images) in float32, with one column where every image gets the same. An adapter has a row
     for as long as it is there; rows of none are 0, and there are more rows than adapters, in steps. So the tensor keeps its
     address while the number of columns stays, also where adapters come and go, and a compiled or captured model sees the
-    new values.
+    new values. With a number of columns that it had before, it has that address again.
 
     Threads that share the component share all of it but the steps of a schedule: each reads those of its own, except in a
     compiled model, which knows one place for them.
@@ -135,6 +135,7 @@ class Strengths(KeepsPrecision):
         self.changes = 0  # how often anything but the step was changed, which ends what threads know of their steps
         self.merged = False  # the weights hold the adapters, so sites add nothing
         self._places: dict[str, int] = {}
+        self._tables: dict[torch.Size, Tensor] = {}  # what ``values`` was, by its shape
         self._told = torch.zeros(0, len(self.blocks), 1)  # ``values`` on the CPU: to ask a device is to wait for it
         self.register_buffer("values", torch.zeros(0, len(self.blocks), 1, device=device), persistent=False)
 
@@ -291,7 +292,13 @@ class Strengths(KeepsPrecision):
         if self.values.shape == self._told.shape:
             self.values.copy_(self._told)
         else:
-            self.values = self._told.to(self.values.device, copy=True)
+            # A recording that was made with so many images reads where their strengths were then.
+            place, device = self._tables.get(self._told.shape), self.values.device
+            if place is None or place.device != device:
+                self._tables[self._told.shape] = place = self._told.to(device, copy=True)
+            else:
+                place.copy_(self._told)
+            self.values = place
 
     @property
     def images(self) -> int:

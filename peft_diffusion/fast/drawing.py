@@ -250,7 +250,7 @@ class Engine:
         if self._operands.follow():
             self._drop()
         self._reads = _Reads(self.network)  # where all lies now
-        self._weighed = None
+        self._weighed = self._told = None
 
     def _give_back(self) -> None:
         """Give the weights their own order in memory back."""
@@ -290,7 +290,10 @@ class Engine:
         operands, told = self._made(), call.given.get("encoder_hidden_states")
         self._weigh(call)
         tells = isinstance(told, Tensor) and told.ndim == 3 and getattr(self.network, "encoder_hid_proj", None) is None
-        self._key = operands.merged, operands.by_image, tells, call.plain, torch.are_deterministic_algorithms_enabled()
+        reads = self._reads
+        place = reads.strengths.values.data_ptr() if reads is not None and reads.apart and reads.strengths else None
+        settled = torch.are_deterministic_algorithms_enabled()
+        self._key = operands.merged, operands.by_image, place, tells, call.plain, settled
         what = shapes(call.tensors), self._key
         if (why := self._broken.get(what)) is not None:
             self.refused = why
@@ -510,7 +513,8 @@ class _Reads:
     Attributes:
         refused: Why the network cannot be computed otherwise than by itself; None where it can.
         strengths: Those of its adapters; None without any.
-        addresses: Where all lies that a recording reads, operands apart.
+        addresses: Where all lies that a recording reads, operands and strengths apart.
+        apart: Whether adapters run by themselves, which read the strengths where they lie.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -518,9 +522,9 @@ class _Reads:
         self._tensors: list[tuple[dict[str, Any], str, Tensor, int]] = []
         self._modules: list[tuple[nn.Module, type, Any]] = []
         self._hooks: list[Mapping[int, Any]] = []
-        self._slots: list[tuple[Slot, Hashable]] = []
+        self._slots: list[tuple[nn.Module, Slot, Hashable]] = []
         self._slab: Slab | None = None
-        apart = False
+        self.apart = apart = False
         for _, module in walk(network):
             self._modules.append((module, type(module), getattr(module, "processor", None)))
             if module is not network:
@@ -529,14 +533,13 @@ class _Reads:
             slot = slot_of(module)
             if slot is not None:
                 self.strengths, self._slab = slot.strengths, slot.component.slab
-                self._slots.append((slot, _state(slot)))
+                self._slots.append((module, slot, _state(slot)))
                 if not holds_pair(module):
                     apart = True
                     for _, adapter in slot.adapters.items() if slot.packed is None else ():
                         for own in adapter.modules():
                             self._take(own)
-        if apart and self.strengths is not None:
-            self._take(self.strengths)
+        self.apart = apart
         self._changes, self._held = self._counted(), _held(self._slab)
         self._options, self._flags = _options(network), self._told()
         self.addresses = (
@@ -545,6 +548,7 @@ class _Reads:
             tuple(id(processor) for _, _, processor in self._modules),
             self._options,
             self._slab.moves if apart and self._slab is not None else None,
+            id(self.strengths) if apart else None,
         )
         self.refused = self._refused()
 
@@ -575,7 +579,7 @@ class _Reads:
         return (
             all(held.get(name) is tensor and tensor.data_ptr() == place for held, name, tensor, place in self._tensors)
             and all(type(one) is cls and getattr(one, "processor", None) is known for one, cls, known in self._modules)
-            and all(_state(slot) == state for slot, state in self._slots)
+            and all(slot_of(module) is slot and _state(slot) == state for module, slot, state in self._slots)
             and _held(self._slab) == self._held
             and self._flags == self._told()
             and self._options == _options(self._modules[0][0])
@@ -583,7 +587,9 @@ class _Reads:
 
     def same_adapters(self) -> bool:
         """Whether adapters are those that they were, by what all changes of them count."""
-        return self._counted() == self._changes and _held(self._slab) == self._held
+        # Where the last adapter went and another came, sites have other slots, and these another count.
+        kept = all(slot_of(module) is slot for module, slot, _ in self._slots[:1])
+        return kept and self._counted() == self._changes and _held(self._slab) == self._held
 
     def _counted(self) -> int | None:
         return None if self.strengths is None else self.strengths.changes

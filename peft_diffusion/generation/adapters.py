@@ -42,7 +42,11 @@ from .watch import Watch
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..core.strength_schedule import ByPart
     from .batching import Request
+    from .calibration import Calibration
+    from .overlap import BlendReport
+    from .settings import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -621,6 +625,69 @@ class Adapters:
             raise UserError(f"at_most must be 1 or more, not {at_most}")
         with self._kept_strengths():
             return drawn(self, requests, at_most, tell, stop)
+
+    def calibrate(
+        self,
+        prompts: Sequence[str],
+        amounts: "Mapping[str, float | ByPart] | None" = None,
+        *,
+        seed: int = 0,
+        sampling: "Sampling | None" = None,
+    ) -> "Calibration":
+        """Measure what each adapter changes of the network's predictions, by which strengths become comparable.
+
+        ``factors = adapters.calibrate(["a cat", "a house"]).factors``, and ``adapters.set(ink=0.5 * factors["ink"],
+        flat=0.5 * factors["flat"])`` gives each an equal part. Takes six steps a prompt.
+
+        Args:
+            prompts: What is drawn; of more than four the first four count.
+            amounts: The strengths at which they are measured, by name; by default each adapter at 1.
+            seed: That of the noise.
+            sampling: How pictures are drawn, as with which guidance; by default as ``generate`` does.
+
+        Returns:
+            What each does. The strengths stay what they are.
+
+        Raises:
+            UserError: There is no prompt, no adapter has such a name, adapters are merged, or the base is a language model.
+        """
+        self._denoising()
+        from .calibration import calibrated  # these import diffusers
+        from .sampler import Cell
+        from .settings import Sampling as Usual
+
+        wanted = dict.fromkeys(self.names, 1.0) if amounts is None else dict(amounts)
+        if not prompts or not wanted:
+            raise UserError("a calibration needs a prompt and an adapter, as in adapters.calibrate(['a cat'])")
+        self._registry.refuse_merged("calibrate")
+        for name in wanted:
+            _ = self[name]
+        cells = [Cell(prompt, seed, {}) for prompt in prompts]
+        with self._kept_strengths():
+            return calibrated(self, wanted, cells, Usual() if sampling is None else sampling)
+
+    def report(self, prompts: Sequence[str] = (), *, sampling: "Sampling | None" = None) -> "BlendReport":
+        """Tell what the adapters change at each layer, and how each two of them meet there.
+
+        Without prompts it takes the weights alone, and works on a language model too.
+
+        Args:
+            prompts: What is drawn to measure what each changes of predictions, as `calibrate` does.
+            sampling: As for `calibrate`.
+
+        Returns:
+            Sizes against the weights, overlaps, conflicts, and suggested strengths.
+
+        Raises:
+            UserError: There is no adapter, or adapters are merged; with prompts, as `calibrate`.
+        """
+        from .overlap import measured
+
+        if not self.names:
+            raise UserError("no adapter is loaded")
+        self._registry.refuse_merged("report on them")
+        effects = self.calibrate(prompts, sampling=sampling).effects if prompts else {}
+        return measured(components(self.pipe), self.names, effects)
 
     @contextmanager
     def _kept_strengths(self) -> Iterator[None]:

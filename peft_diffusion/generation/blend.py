@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..bases.pipelines import Pipeline
-from ..core.events import Ended, Never, Observer, Observers, Stop, observed
+from ..core.events import Ended, Never, Noted, Observer, Observers, Stop, observed
 from ..core.settings import of_kind
 from ..core.strength_schedule import ByPart
 from . import recipe as recipes
@@ -16,6 +16,7 @@ from .adapted import adapted
 from .adapters import Adapters
 from .amounts import text_of
 from .asked import read_all, strengths
+from .calibration import Calibration, calibrated
 from .distilled import for_few_steps
 from .events import SheetMade
 from .generate import cell_recipes
@@ -38,7 +39,10 @@ class Blend:
 def blend(
     config: BlendConfig, *, pipe: Pipeline | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
 ) -> Blend:
-    """Draw the sheet and write it, with the recipes of its pictures. At a share of w an adapter has w times its strength.
+    """Draw the sheet and write it, with the recipes of its pictures.
+
+    At a share of w an adapter does w of all that the adapters do to the network's predictions of the prompts; with
+    ``config.plain`` it has w times its strength.
 
     Args:
         config: What is drawn, and how.
@@ -106,13 +110,19 @@ def draw(
         Interrupted: It was stopped.
     """
     mixes = shares(len(choices), config.columns)
-    if config.plain:
-        mixes = [(0.0,) * len(choices), *mixes]
+    rows = list(zip(config.prompts, beside or [{}] * len(config.prompts), strict=True))
+    parts = mixes
+    if not config.plain and any(0 < share < 1 for mix in mixes for share in mix):
+        starts = [Cell(prompt, config.seed, more) for prompt, more in rows]
+        found = calibrated(adapters, {name: choice.amount for name, choice in choices.items()}, starts, config, stop)
+        _tell_effects(found, tell)
+        parts = [tuple(found.evenly(dict(zip(choices, mix, strict=True))).values()) for mix in mixes]
+    if config.bare:
+        mixes, parts = ([(0.0,) * len(choices), *one] for one in (mixes, parts))
     columns = [
-        {name: choice.scaled(share).amount for share, (name, choice) in zip(mix, choices.items(), strict=True) if share}
-        for mix in mixes
+        {name: choice.scaled(part).amount for part, (name, choice) in zip(mix, choices.items(), strict=True) if part}
+        for mix in parts
     ]
-    rows = zip(config.prompts, beside or [{}] * len(config.prompts), strict=True)
     cells = [Cell(prompt, config.seed, {**mix, **more}) for prompt, more in rows for mix in columns]
     told = cell_recipes(adapters, cells, config)
     recipes.check_sheet(config.output, [told])
@@ -127,6 +137,16 @@ def draw(
         pictures=pictures,
         recipes=sheet.in_rows(told, len(columns)),
     )
+
+
+def _tell_effects(found: Calibration, tell: Observer) -> None:
+    """Tell what each adapter does, as multiples of the one that does the least."""
+    if found.silent:
+        tell(Noted(f"{', '.join(found.silent)} changes nothing of these prompts, so shares are of strengths alone"))
+        return
+    least = min(found.effects.values())
+    told = ", ".join(f"{name} {effect / least:.2f}" for name, effect in found.effects.items())
+    tell(Noted(f"the adapters change predictions by {told} times the least; shares are of that (--plain: of strengths)"))
 
 
 def shares(adapters: int, columns: int) -> list[tuple[float, ...]]:

@@ -22,6 +22,8 @@ from ..bases.pipelines import Pipeline, computes_on
 from ..core.errors import UserError, first_line
 from ..core.files import weights_sha256
 from ..core.parsing import refusing
+from ..fast import drawing as fast
+from ..fast.parts import PartEngine
 from ..formats.container import sha256
 from .control_settings import Control
 from .recipe import UsedControl
@@ -197,6 +199,9 @@ def controlled(pipe: Pipeline, controls: Sequence[Control], scale: float) -> Ite
         for one in controls
         if one.kind != "ip-adapter"
     ]
+    if fast.engine_of(denoiser.network) is not None:
+        for one in steerings:  # which end with this context, and their engines with them
+            fast.start(one.model, fast.Engine if one.control.kind == "controlnet" else PartEngine)
     shown = [one for one in controls if one.kind == "ip-adapter"]
 
     before: list[Callable[..., Any]] = [*steerings, *([_of_guided] if shown else [])]

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 from PIL import Image
@@ -32,6 +33,7 @@ from .adapted import adapted, tell_of_adapters
 from .adapters import Adapters
 from .asked import Asked, Order, order
 from .batching import grouped
+from .calibration import calibrated, times
 from .control import used as used_controls
 from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
@@ -66,6 +68,7 @@ _FREE = frozenset(
         "precision",
         "base",
         "adapter",
+        "calibrate",
         "image",
         "mask",
     }
@@ -176,7 +179,8 @@ def draw(
     ):
         tell_clip_skip(adapters.pipe, [choice.plan for choice in asked.choices if choice.plan], config, tell)
         check_mask(adapters.pipe, source, adapters.base.name)
-        jobs = [_job(adapters, names, asked, group, source) for group in asked.groups]
+        factors = _factors(adapters, names, asked, config, stop) if config.calibrate else {}
+        jobs = [_job(adapters, names, asked, group, source, factors) for group in asked.groups]
         if check is not None:
             check(jobs[0].recipes[0])
         with spared(adapters, config):
@@ -273,9 +277,26 @@ class _Job:
         return paint(adapters, self.cells, self.config, self.source, tell=tell, stop=stop)
 
 
-def _job(adapters: Adapters, names: Sequence[str], asked: Order, group: Sequence[Asked], source: Source | None) -> _Job:
+def _factors(adapters: Adapters, names: Sequence[str], asked: Order, config: GenerateConfig, stop: Stop) -> dict[str, float]:
+    """What strengths are multiplied by for equal ones to change the predictions of these prompts as much."""
+    cells = [Cell(one.prompt, one.seed, None, one.negative) for one in asked.pictures]
+    return calibrated(adapters, dict.fromkeys(names, 1.0), cells, config, stop).factors
+
+
+def _job(
+    adapters: Adapters,
+    names: Sequence[str],
+    asked: Order,
+    group: Sequence[Asked],
+    source: Source | None,
+    factors: Mapping[str, float] = MappingProxyType({}),
+) -> _Job:
     config = group[0].config
-    cells = [Cell(one.prompt, one.seed, asked.strengths(one, names, adapters.pipe), one.negative) for one in group]
+    cells = []
+    for one in group:
+        strengths = asked.strengths(one, names, adapters.pipe)
+        scaled = {name: times(amount, factors.get(name, 1.0)) for name, amount in strengths.items()}
+        cells.append(Cell(one.prompt, one.seed, scaled, one.negative))
     source = None if source is None else source.fitted(adapters.base, config.width, config.height)
     told = cell_recipes(adapters, cells, config, source)
     written = [one.written if one.written != one.prompt else None for one in group]

@@ -501,6 +501,12 @@ class GenerateConfig(Sampling):
         SEEDS,
         flag=Flag(greedy=True, default_shown=False),
     )
+    calibrate: bool = setting(
+        False,
+        "Make strengths comparable: first measure what each adapter changes of the network's predictions of the prompts, "
+        "and scale the strengths so that equal numbers change as much. The recipe holds the scaled ones.",
+        PARAMETERS,
+    )
     recipe: OptionalPath = setting(
         None,
         "Make this picture again, from the recipe that it carries.",
@@ -535,6 +541,8 @@ class GenerateConfig(Sampling):
             raise UserError("--quality is for JPEG and WebP: take --format jpeg or webp, or leave it away")
         if self.recipe is not None and (self.prompts or self.prompts_file is not None):
             raise UserError("a recipe brings its own prompt; leave the prompt away")
+        if self.recipe is not None and self.calibrate:
+            raise UserError("a recipe holds the strengths as they were scaled; leave --calibrate away")
         if self.recipe is None:
             if self.prompts_file is None:
                 _check_prompts(self.prompts)
@@ -597,7 +605,13 @@ class BlendConfig(Sampling):
         PARAMETERS,
         COUNT,
     )
-    plain: bool = setting(False, "Begin with a column without any adapter.", PARAMETERS)
+    plain: bool = setting(
+        False,
+        "Mix by the strengths alone: at 50% each adapter has half of its own. By default at 50% both change the network's "
+        "predictions of these prompts as much, which a few more steps measure.",
+        PARAMETERS,
+    )
+    bare: bool = setting(False, "Begin with a column without any adapter.", PARAMETERS)
     seed: int = setting(0, "The noise that every picture of the sheet starts from.", PARAMETERS, SEEDS)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from ..bases.base import checkpoint_sha256
 from ..bases.pipelines import Pipeline
 from ..core.errors import UserError, did_you_mean
-from ..core.events import Noted, Observer
+from ..core.events import Noted, Observer, Warned
 from ..core.files import at_home
 from ..generation.adapters import Adapters
 from ..generation.memory import loaded
@@ -278,6 +278,9 @@ class Engine:
         began = time.monotonic()
         pipe: Pipeline = loaded(self.config.drawing(source), None)
         adapters = Adapters(pipe)
+        why = adapters.fast(self.config.fast)
+        if why is not None and self.config.fast:
+            self._tell(Warned(f"pictures are drawn without fast steps: {why}"))
         digest = checkpoint_sha256(pipe)
         self._digests[source] = digest
         self._held = Held(source, pipe, adapters.base, digest)

@@ -107,6 +107,12 @@ class ServeConfig:
     attention_slicing: bool = setting(
         False, "Compute attention in slices, which saves memory where there is no fused attention.", PARAMETERS
     )
+    fast: bool | None = setting(
+        None,
+        "Draw by recorded steps: several times as fast, the same up to rounding. By default on CUDA.",
+        PARAMETERS,
+        flag=Flag(negative=True),
+    )
 
     def __post_init__(self) -> None:
         settle(self)

@@ -1,0 +1,156 @@
+"""Calibrated strengths: what is measured, against the network asked directly, and what sheets and pictures make of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from making import make_adapter
+
+from peft_diffusion import Adapters, BlendConfig, ByPart, GenerateConfig, UserError, blend, generate
+from peft_diffusion.core.events import Event, Noted
+from peft_diffusion.generation.calibration import Calibration
+from peft_diffusion.generation.settings import Sampling
+
+
+@pytest.fixture(scope="module")
+def files(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("calibration")
+    return {
+        name: make_adapter(folder / f"{name}.safetensors", tiny_base, seed) for seed, name in enumerate(("ink", "flat"), 1)
+    }
+
+
+@pytest.fixture
+def adapters(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> Adapters:
+    made = Adapters(tiny_pipe)
+    for name, file in files.items():
+        made.load(file, name=name, strength=0.25)
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_effects_are_what_the_network_answers_of_the_same_latents(adapters: Adapters, guidance: float) -> None:
+    amounts: dict[str, float | ByPart] = {"ink": 0.7, "flat": ByPart(0.5, components={"text_encoder": 0.0})}
+    found = adapters.calibrate(["a cat"], amounts, seed=3, sampling=Sampling(steps=1, guidance=guidance, scheduler="ddim"))
+    pipe = adapters.pipe
+    scheduler = pipe.scheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(1)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    def predicted(name: str) -> torch.Tensor:
+        adapters.set({one: amounts[one] if one == name else 0.0 for one in amounts})
+        told, empty = (pipe.encode_prompt(text, pipe.device, 1, False)[0] for text in ("a cat", ""))
+        with_prompt, without = (pipe.unet(noise, 1, hidden).sample for hidden in (told, empty))
+        answer: torch.Tensor = without + guidance * (with_prompt - without)
+        return answer
+
+    for name, effect in found.effects.items():
+        assert effect == pytest.approx(float((predicted(name) - predicted("")).square().mean().sqrt()), rel=1e-4)
+
+
+def test_factors_and_shares_make_the_same_of_every_adapter() -> None:
+    found = Calibration({"ink": 0.8, "flat": 0.2, "oil": 0.1})
+    done = [found.factors[name] * effect for name, effect in found.effects.items()]
+    assert done == pytest.approx([0.016 ** (1 / 3)] * 3)
+    mix = found.evenly({"ink": 0.5, "flat": 0.3, "oil": 0.2})
+    assert sum(mix.values()) == pytest.approx(1)
+    parts = [mix[name] * effect for name, effect in found.effects.items()]
+    assert [part / sum(parts) for part in parts] == pytest.approx([0.5, 0.3, 0.2])
+    assert found.evenly({"ink": 1.0, "flat": 0.0, "oil": 0.0}) == {"ink": 1.0, "flat": 0.0, "oil": 0.0}
+    none = Calibration({"ink": 0.8, "flat": 0.0})
+    assert none.silent == ("flat",) and none.factors == pytest.approx({"ink": 1.0, "flat": 1.0})
+    assert none.evenly({"ink": 0.5, "flat": 0.5}) == {"ink": 0.5, "flat": 0.5}
+
+
+def test_calibrating_leaves_strengths_and_network_as_they_were(adapters: Adapters) -> None:
+    network = adapters.pipe.unet
+    before = adapters._registry.states()["unet"].strengths.values.clone(), len(network._forward_hooks)
+    once, again = (adapters.calibrate(["a cat", "a cat"], sampling=Sampling(steps=2)) for _ in range(2))
+    assert once == again == adapters.calibrate(["a cat"], sampling=Sampling(steps=2)) and all(once.effects.values())
+    after = adapters._registry.states()["unet"].strengths.values, len(network._forward_hooks)
+    assert torch.equal(after[0], before[0]) and after[1] == before[1]
+    with pytest.raises(UserError, match="needs a prompt"):
+        adapters.calibrate([])
+    with pytest.raises(UserError, match="no adapter 'nobody'"):
+        adapters.calibrate(["a cat"], {"nobody": 1.0})
+    adapters.merge()
+    with pytest.raises(UserError, match="unmerge them before you calibrate"):
+        adapters.calibrate(["a cat"])
+
+
+def test_the_middle_of_a_sheet_has_as_much_of_both(files: dict[str, Path], adapters: Adapters, tmp_path: Path) -> None:
+    sampling = Sampling(steps=2, guidance=1.0)
+    effects = adapters.calibrate(["a cat"], {"ink": 1.0, "flat": 0.5}, sampling=sampling).effects
+    for name in adapters.names:
+        adapters.remove(name)
+    told: list[Event] = []
+    chosen = (str(files["ink"]), f"{files['flat']}=0.5")
+    config = BlendConfig("a cat", adapter=chosen, columns=3, steps=2, guidance=1.0, output=tmp_path / "b.png", device="cpu")
+    drawn = blend(config, pipe=adapters.pipe, observers=[told.append])
+    ends, (ink, flat) = drawn.recipes[0][::2], (one.strength for one in drawn.recipes[0][1].adapters)
+    assert [[one.strength for one in end.adapters if one.strength] for end in ends] == [[1.0], [0.5]]
+    assert ink * effects["ink"] == pytest.approx(flat / 0.5 * effects["flat"], rel=1e-4)
+    assert ink + flat / 0.5 == pytest.approx(1) and ink != pytest.approx(0.5, abs=1e-3)
+    assert any(isinstance(event, Noted) and "shares are of that" in event.message for event in told)
+
+
+def test_pictures_are_drawn_with_scaled_strengths_which_their_recipes_hold(
+    files: dict[str, Path], adapters: Adapters, tmp_path: Path
+) -> None:
+    factors = adapters.calibrate(["a cat"], sampling=Sampling(steps=1, guidance=1.0)).factors
+    for name in adapters.names:
+        adapters.remove(name)
+    chosen = (f"{files['ink']}=0.5", f"{files['flat']}=0.25,te:0.5")
+    common: dict[str, Any] = {"steps": 1, "guidance": 1.0, "device": "cpu"}
+    config = GenerateConfig("a cat", adapter=chosen, calibrate=True, output=tmp_path / "a.png", **common)
+    first = generate(config, pipe=adapters.pipe)[0]
+    assert [one.strength for one in first.recipe.adapters] == pytest.approx([0.5 * factors["ink"], 0.25 * factors["flat"]])
+    again = generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"), pipe=adapters.pipe)[0]
+    assert again.recipe == first.recipe and list(again.image.getdata()) == list(first.image.getdata())
+    with pytest.raises(UserError, match="leave --calibrate away"):
+        GenerateConfig(recipe=first.path, calibrate=True)
+
+
+def test_a_report_says_what_the_changed_weights_say(files: dict[str, Path], adapters: Adapters) -> None:
+    found = adapters.report()
+    pipe, path = adapters.pipe, next(iter(found.sizes)).site
+    component = found.sizes[0].component
+    part = getattr(pipe, component)
+    changes = {}
+    before = part.get_submodule(path).weight.detach().clone()
+    for name in adapters.names:
+        adapters.set({one: float(one == name) for one in adapters.names})
+        adapters.merge()
+        changes[name] = part.get_submodule(path).weight.detach().clone() - before
+        adapters.unmerge()
+    for size in (one for one in found.sizes if (one.component, one.site) == (component, path)):
+        assert size.change == pytest.approx(float(changes[size.adapter].norm()), rel=1e-3)
+        assert size.relative == pytest.approx(size.change / float(before.norm()))
+    met = next(one for one in found.meetings if (one.component, one.site) == (component, path))
+    ink, flat = (changes[name].flatten(1).double() for name in ("ink", "flat"))
+    assert met.cosine == pytest.approx(float(torch.cosine_similarity(ink.flatten(), flat.flatten(), 0)), abs=1e-3)
+    for told, one, other in ((met.writes, ink, flat), (met.reads, ink.T, flat.T)):
+        a, b = (torch.linalg.svd(matrix)[0][:, :4] for matrix in (one, other))  # both are of rank 4
+        assert told == pytest.approx(float((a @ a.T @ b @ b.T).trace()) / 4, abs=1e-3)
+    norms = {name: sum(one.change**2 for one in found.sizes if one.adapter == name) ** 0.5 for name in adapters.names}
+    assert found.suggested["ink"] * norms["ink"] == pytest.approx(found.suggested["flat"] * norms["flat"])
+    assert sum(found.suggested.values()) == pytest.approx(1) and not found.others and not found.effects
+    blocks = found.by_block()
+    assert {one.of for one in blocks} == {"ink", "flat", "ink x flat"}
+    assert sum(one.change**2 for one in blocks if one.of == "ink" and one.change) == pytest.approx(norms["ink"] ** 2)
+
+
+def test_an_adapter_meets_itself_and_prompts_say_what_to_suggest(files: dict[str, Path], adapters: Adapters) -> None:
+    adapters.load(files["ink"], name="again")
+    adapters.remove("flat")
+    sampling = Sampling(steps=1, guidance=1.0)
+    found = adapters.report(["a cat"], sampling=sampling)
+    for one in found.meetings:
+        assert (one.cosine, one.reads, one.writes) == pytest.approx((1, 1, 1), abs=1e-4)
+    assert found.effects == adapters.calibrate(["a cat"], sampling=sampling).effects
+    assert found.suggested == pytest.approx({"ink": 0.5, "again": 0.5})
+    assert json.loads(json.dumps(found.as_json()))["meetings"][0]["first"] == "ink"
