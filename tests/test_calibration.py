@@ -1,5 +1,6 @@
 """Calibrated strengths: what is measured, against the network asked directly, and what sheets and pictures make of it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,44 @@ def test_pictures_are_drawn_with_scaled_strengths_which_their_recipes_hold(
     assert again.recipe == first.recipe and list(again.image.getdata()) == list(first.image.getdata())
     with pytest.raises(UserError, match="leave --calibrate away"):
         GenerateConfig(recipe=first.path, calibrate=True)
+
+
+def test_a_report_says_what_the_changed_weights_say(files: dict[str, Path], adapters: Adapters) -> None:
+    found = adapters.report()
+    pipe, path = adapters.pipe, next(iter(found.sizes)).site
+    component = found.sizes[0].component
+    part = getattr(pipe, component)
+    changes = {}
+    before = part.get_submodule(path).weight.detach().clone()
+    for name in adapters.names:
+        adapters.set({one: float(one == name) for one in adapters.names})
+        adapters.merge()
+        changes[name] = part.get_submodule(path).weight.detach().clone() - before
+        adapters.unmerge()
+    for size in (one for one in found.sizes if (one.component, one.site) == (component, path)):
+        assert size.change == pytest.approx(float(changes[size.adapter].norm()), rel=1e-3)
+        assert size.relative == pytest.approx(size.change / float(before.norm()))
+    met = next(one for one in found.meetings if (one.component, one.site) == (component, path))
+    ink, flat = (changes[name].flatten(1).double() for name in ("ink", "flat"))
+    assert met.cosine == pytest.approx(float(torch.cosine_similarity(ink.flatten(), flat.flatten(), 0)), abs=1e-3)
+    for told, one, other in ((met.writes, ink, flat), (met.reads, ink.T, flat.T)):
+        a, b = (torch.linalg.svd(matrix)[0][:, :4] for matrix in (one, other))  # both are of rank 4
+        assert told == pytest.approx(float((a @ a.T @ b @ b.T).trace()) / 4, abs=1e-3)
+    norms = {name: sum(one.change**2 for one in found.sizes if one.adapter == name) ** 0.5 for name in adapters.names}
+    assert found.suggested["ink"] * norms["ink"] == pytest.approx(found.suggested["flat"] * norms["flat"])
+    assert sum(found.suggested.values()) == pytest.approx(1) and not found.others and not found.effects
+    blocks = found.by_block()
+    assert {one.of for one in blocks} == {"ink", "flat", "ink x flat"}
+    assert sum(one.change**2 for one in blocks if one.of == "ink" and one.change) == pytest.approx(norms["ink"] ** 2)
+
+
+def test_an_adapter_meets_itself_and_prompts_say_what_to_suggest(files: dict[str, Path], adapters: Adapters) -> None:
+    adapters.load(files["ink"], name="again")
+    adapters.remove("flat")
+    sampling = Sampling(steps=1, guidance=1.0)
+    found = adapters.report(["a cat"], sampling=sampling)
+    for one in found.meetings:
+        assert (one.cosine, one.reads, one.writes) == pytest.approx((1, 1, 1), abs=1e-4)
+    assert found.effects == adapters.calibrate(["a cat"], sampling=sampling).effects
+    assert found.suggested == pytest.approx({"ink": 0.5, "again": 0.5})
+    assert json.loads(json.dumps(found.as_json()))["meetings"][0]["first"] == "ink"

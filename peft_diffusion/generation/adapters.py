@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ..core.strength_schedule import ByPart
     from .batching import Request
     from .calibration import Calibration
+    from .overlap import BlendReport
     from .settings import Sampling
 
 logger = logging.getLogger(__name__)
@@ -664,6 +665,29 @@ class Adapters:
         cells = [Cell(prompt, seed, {}) for prompt in prompts]
         with self._kept_strengths():
             return calibrated(self, wanted, cells, Usual() if sampling is None else sampling)
+
+    def report(self, prompts: Sequence[str] = (), *, sampling: "Sampling | None" = None) -> "BlendReport":
+        """Tell what the adapters change at each layer, and how each two of them meet there.
+
+        Without prompts it takes the weights alone, and works on a language model too.
+
+        Args:
+            prompts: What is drawn to measure what each changes of predictions, as `calibrate` does.
+            sampling: As for `calibrate`.
+
+        Returns:
+            Sizes against the weights, overlaps, conflicts, and suggested strengths.
+
+        Raises:
+            UserError: There is no adapter, or adapters are merged; with prompts, as `calibrate`.
+        """
+        from .overlap import measured
+
+        if not self.names:
+            raise UserError("no adapter is loaded")
+        self._registry.refuse_merged("report on them")
+        effects = self.calibrate(prompts, sampling=sampling).effects if prompts else {}
+        return measured(components(self.pipe), self.names, effects)
 
     @contextmanager
     def _kept_strengths(self) -> Iterator[None]:
