@@ -333,8 +333,17 @@ def test_brackets_that_were_letters_are_letters_for_a1111_too(make: Make, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": "1"}, {"prompt": None}, {"adapters": [{"path": 1}]}, {"adapters": [1, 2, 3]}, {"steps": True}]
-)
+    "change",
+    [
+        {"seed": "1"}, {"prompt": None}, {"steps": True}, {"base_sha256": None}, {"plugins": "toy"}, {"plugins": [1]},
+        {"adapters": [{"path": 1}]}, {"adapters": [1, 2, 3]}, {"image": {"path": "a.png", "sha256": 1}}, {"mask": {}},
+        {"adapters": [{"path": "a", "sha256": "", "strength": "1"}]},
+        {"controls": {}}, {"controls": ["edges.png"]},
+        {"controls": [
+            {"kind": "controlnet", "model": "m", "sha256": "", "picture": "p", "picture_sha256": "", "scale": "1"}
+        ]},
+    ],
+)  # fmt: skip
 def test_a_damaged_recipe_is_an_error(make: Make, tmp_path: Path, change: dict[str, Any]) -> None:
     values = make(output=tmp_path / "a.png")[0].recipe.to_json() | change
     info = PngImagePlugin.PngInfo()

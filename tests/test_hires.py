@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from making import make_adapter
 from PIL import Image
 
@@ -178,3 +178,6 @@ def test_what_a_base_cannot_draw_twice_is_refused_before_anything_is_drawn(tiny_
     )
     refused(tiny_pipe, "over the limit", hires=8.0, width=4096, height=4096)
     refused(make_pipe(in_channels=9), "paints parts anew", hires=2.0)
+    alone = type("Alone", (StableDiffusionPipeline,), {})(**tiny_pipe.components)  # of which diffusers knows no kin
+    alone.unet.register_forward_pre_hook(lambda *_: pytest.fail("it was drawn with"))
+    refused(alone, "an? Alone cannot start from a picture, so it has no second pass", hires=2.0)

@@ -115,6 +115,23 @@ def read_picture(content: bytes, where: str, background: str = "white", max_pixe
     return _rgb(_upright(content, where, max_pixels), parse_colour(background))
 
 
+def decoded(content: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image of whose file the bytes are there, for whoever wants what it says of itself besides its pixels.
+
+    Args:
+        content: The bytes.
+        where: What errors call it.
+        max_pixels: See `open_picture`.
+
+    Returns:
+        The first frame as the file has it: in its own mode, not turned, with the texts before and behind its pixels.
+
+    Raises:
+        PictureError: They are not a whole, sane image.
+    """
+    return _decode(io.BytesIO(content), where, max_pixels)
+
+
 def _open(path: Path, max_pixels: int, digest: str | None) -> Image.Image:
     """The first frame, upright, of a file that has this digest, where one is given."""
     try:
@@ -128,7 +145,7 @@ def _open(path: Path, max_pixels: int, digest: str | None) -> Image.Image:
 
 def _upright(content: bytes, where: str, max_pixels: int) -> Image.Image:
     """The first frame, as EXIF turns it."""
-    image = _decode(io.BytesIO(content), where, max_pixels)
+    image = decoded(content, where, max_pixels)
     turn = _TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 

@@ -142,7 +142,10 @@ def a1111_text(image: Image.Image) -> str:
     found = image.info.get(_A1111)
     if isinstance(found, str):
         return found
-    comment = image.getexif().get_ifd(_EXIF).get(_USER_COMMENT)
+    try:
+        comment = image.getexif().get_ifd(_EXIF).get(_USER_COMMENT)
+    except Exception:  # whatever broken EXIF makes Pillow raise, the picture tells nothing there
+        return ""
     if not isinstance(comment, bytes) or not comment.startswith(_UNICODE):
         return ""
     return comment.removeprefix(_UNICODE).decode("utf-16-be", "replace")

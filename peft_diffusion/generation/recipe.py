@@ -4,9 +4,10 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -80,6 +81,9 @@ class UsedControl:
     picture: str
     picture_sha256: str
     scale: float
+
+
+_Used = TypeVar("_Used", UsedAdapter, UsedPicture, UsedControl)
 
 
 @dataclass(frozen=True)
@@ -159,38 +163,19 @@ class Recipe:
         Raises:
             ValueError: A field is missing or of another type.
         """
-        known: dict[str, Any] = {name: values.get(name) for name in _KINDS} if isinstance(values, dict) else {}
-        for name, kind in _KINDS.items():
-            if not isinstance(known.get(name), kind) or (isinstance(known.get(name), bool) and bool not in kind):
+        told: dict[str, Any] = {**_WITHOUT, **values} if isinstance(values, dict) else {}
+        known: dict[str, Any] = {one.name: told.get(one.name) for one in fields(cls)}
+        for name, value in known.items():
+            if not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and bool not in _KINDS[name]):
                 raise ValueError(f"{name} is missing or of another type")
-        if not all(isinstance(adapter, dict) for adapter in known["adapters"]):
-            raise ValueError("an adapter is of another type")
-        used = [UsedAdapter(**adapter) for adapter in known["adapters"]]
-        texts = [
-            text for one in used for text in (one.path, one.sha256, one.data_sha256, one.component, one.word, one.parts)
-        ]
-        if not all(isinstance(text, str) for text in texts) or not all(isinstance(one.strength, float) for one in used):
-            raise ValueError("an adapter is of another type")
-        pictures = {name: UsedPicture(**known[name]) for name in ("image", "mask") if known[name] is not None}
-        if not all(isinstance(one.path, str) and isinstance(one.sha256, str) for one in pictures.values()):
-            raise ValueError("a picture is of another type")
-        plugins = values.get("plugins", [])
-        if not isinstance(plugins, list) or not all(isinstance(module, str) for module in plugins):
+        if not all(isinstance(module, str) for module in told["plugins"]):
             raise ValueError("plugins are of another type")
-        controls = _controls(values.get("controls", []))
-        base = values.get("base_sha256", "")
-        if not isinstance(base, str):
-            raise ValueError("base_sha256 is of another type")
-        return cls(
-            **{
-                **known,
-                **pictures,
-                "adapters": tuple(used),
-                "plugins": tuple(plugins),
-                "base_sha256": base,
-                "controls": controls,
-            }
-        )
+        pictures = {name: _used(UsedPicture, told[name]) for name in ("image", "mask") if known[name] is not None}
+        known |= pictures
+        known["adapters"] = tuple(_used(UsedAdapter, one) for one in told["adapters"])
+        known["controls"] = tuple(_used(UsedControl, one) for one in told["controls"])
+        known["plugins"] = tuple(told["plugins"])
+        return cls(**known)
 
     def other_tools(self, other: "Recipe") -> list[str]:
         """Tell what of the tools that drew differs in another recipe, so that it would be another picture.
@@ -263,15 +248,15 @@ class Recipe:
         }
 
 
-def _controls(values: object) -> tuple[UsedControl, ...]:
-    """Controls as JSON gave them. Raises ValueError for what is none."""
-    if not isinstance(values, list) or not all(isinstance(one, dict) for one in values):
-        raise ValueError("controls are of another type")
-    found = tuple(UsedControl(**one) for one in values)
-    texts = [text for one in found for text in (one.kind, one.model, one.sha256, one.picture, one.picture_sha256)]
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(one.scale, float) for one in found):
-        raise ValueError("a control is of another type")
-    return found
+def _used(kind: type[_Used], values: object) -> _Used:
+    """A part of a recipe, whose fields are texts and numbers. Raises ValueError or TypeError for what is none."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{values!r:.80} is no {kind.__name__}")
+    made = kind(**values)
+    for one in fields(kind):
+        if not isinstance(getattr(made, one.name), one.type if isinstance(one.type, type) else ()):
+            raise ValueError(f"{one.name} of a {kind.__name__} is of another type")
+    return made
 
 
 def _strengths(used: UsedAdapter) -> str:
@@ -308,7 +293,12 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "zero_negative": (bool, type(None)), "written": (str, type(None)), "prediction": (str, type(None)),
     "hires": (float, int, type(None)), "hires_upscaler": (str, type(None)), "hires_strength": (float, int, type(None)),
     "hires_steps": (int, type(None)), "tile": (str, type(None)),
+    "plugins": (list,), "base_sha256": (str,), "controls": (list,),
 }  # fmt: skip
+"""What JSON has for each field, all of them."""
+
+_WITHOUT: Mapping[str, Any] = MappingProxyType({"plugins": [], "base_sha256": "", "controls": []})
+"""What fields of `_WHERE_THERE` that are never None are in a recipe that lacks them."""
 
 
 def write(path: Path, image: Image.Image, recipe: Recipe, quality: int | None = None) -> None:

@@ -24,11 +24,11 @@ from ..data.prompts import in_words
 from .control import Controls, controlled
 from .hires import LANCZOS, Hires
 from .settings import Sampling
-from .source import Source, beginning_with_pictures
+from .source import Source
 from .telling import Telling, triggers
 from .tiling import seamless
 from .upscaling import check as check_hires
-from .upscaling import enlarged, noised_by
+from .upscaling import enlarged, noised_by, second
 
 if TYPE_CHECKING:
     from .adapters import Adapters
@@ -368,9 +368,7 @@ def _second(
     sides = hires.size(start.arguments["width"], start.arguments["height"], info.step)
     generators = _generators(batch)
     noise = _drawn_noise(pipe, generators, sides, telling.asked)
-    made = beginning_with_pictures(pipe)
-    if made is None:
-        raise UserError(f"a {type(pipe).__name__} cannot start from a picture, so it has no second pass; leave --hires away")
+    made = second(pipe)
     made.scheduler = noised_by(made.scheduler, noise)
     told = {"image": enlarged(drawn, hires, sides, denoiser_of(pipe).factor, telling.asked.tile), "strength": hires.begins}
     return _Start(made, generators, told, hires.planned, hires.steps / hires.planned)

@@ -13,6 +13,7 @@ from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
 from .hires import LANCZOS, UPSCALERS, Hires
 from .settings import Tile
+from .source import beginning_with_pictures
 
 
 def check(pipe: Pipeline, hires: Hires) -> None:
@@ -34,6 +35,25 @@ def check(pipe: Pipeline, hires: Hires) -> None:
             f"latents of {denoiser.channels} channels are not enlarged here; give --hires-upscaler {LANCZOS}, which enlarges"
             " pictures"
         )
+    second(pipe)
+
+
+def second(pipe: Pipeline) -> Pipeline:
+    """Make the pipeline of the second pass, which starts from what the first drew.
+
+    Args:
+        pipe: The pipeline of the first.
+
+    Returns:
+        One of the same parts.
+
+    Raises:
+        UserError: diffusers has none.
+    """
+    made = beginning_with_pictures(pipe)
+    if made is None:
+        raise UserError(f"a {type(pipe).__name__} cannot start from a picture, so it has no second pass; leave --hires away")
+    return made
 
 
 def enlarged(

@@ -290,8 +290,36 @@ def order_of(config: GenerateConfig, seeds: Seeds, numbers: Sequence[int], files
     return Order((tuple(row),), (*given, *files.planned(named)), replace(shelf, given=given) if given else shelf)
 
 
-def source_of(body: ImageToImage, config: GenerateConfig, serving: ServeConfig, info: BaseInfo) -> "Beginning":
-    """Read what pictures of ``img2img`` start from.
+class Beginning(NamedTuple):
+    """What pictures start from, and where what is drawn belongs.
+
+    Attributes:
+        given: The picture, brought to size.
+        strength: How far it is left behind, above 0 and up to 1.
+        ready: Puts what is drawn where it belongs.
+    """
+
+    given: Source
+    strength: float
+    ready: inpainting.Prepared
+
+    def source(self, steps: int) -> Source:
+        """Say how a round starts from it.
+
+        Args:
+            steps: The denoising steps of the round.
+
+        Returns:
+            The picture.
+
+        Raises:
+            UserError: The mask is black, or no step would be left.
+        """
+        return begin(self.given, self.strength, steps)
+
+
+def source_of(body: ImageToImage, config: GenerateConfig, serving: ServeConfig, info: BaseInfo) -> Beginning:
+    """Read what pictures of ``img2img`` start from, the same in every round.
 
     Args:
         body: The request.
@@ -334,15 +362,7 @@ def source_of(body: ImageToImage, config: GenerateConfig, serving: ServeConfig, 
     used = UsedPicture("init_images[0]", "" if ready.changed else given.sha256)
     used_mask = None if masked is None else UsedPicture("mask", "" if ready.changed else masked.sha256)
     strength = 0.75 if body.denoising_strength is None else body.denoising_strength
-    source = Source(ready.image, used, ready.mask, used_mask, beneath=ready.beneath)
-    return Beginning(begin(source, strength, config.taken_steps), ready)
-
-
-class Beginning(NamedTuple):
-    """What pictures start from, and where what is drawn belongs."""
-
-    source: Source
-    ready: inpainting.Prepared
+    return Beginning(Source(ready.image, used, ready.mask, used_mask, beneath=ready.beneath), strength, ready)
 
 
 @dataclass
@@ -409,14 +429,16 @@ def run(body: Drawing, serving: ServeConfig, held: Held, files: Files, clip_skip
         job.heed(event)
 
     drawn: list[Drawn] = []
+    begun: Beginning | None = None
     for number in range(job.rounds):
         if job.interrupted:
             break
         job.round, job.done, job.total, job.skipped = number, 0, 0, False
         size_of = read.config.batch_size
         asked = read.order(range(number * size_of, (number + 1) * size_of), files)
-        begun = source_of(body, read.config, serving, held.info) if isinstance(body, ImageToImage) else None
-        source = None if begun is None else begun.source
+        if begun is None and isinstance(body, ImageToImage):
+            begun = source_of(body, read.config, serving, held.info)
+        source = None if begun is None else begun.source(read.config.taken_steps)
         try:
             with closing(draw(held.pipe, asked, read.config, source, tell=tell, stop=job)) as coming:
                 for image, recipe in coming:

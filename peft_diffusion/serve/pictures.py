@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..core.errors import UserError
 from ..core.settings import not_among
-from ..data.images import read_picture
+from ..data import images
 from ..data.problems import PictureError
 from ..generation import recipe as recipes
 from ..generation.picture_formats import PictureFormat, a1111_text
@@ -74,7 +74,7 @@ def read(text: str, where: str, most: int, background: str = "white") -> Given:
     """
     content = decoded(text, where)
     try:
-        return Given(read_picture(content, where, background, most), hashlib.sha256(content).hexdigest())
+        return Given(images.read_picture(content, where, background, most), hashlib.sha256(content).hexdigest())
     except PictureError as error:
         raise UserError(f"{where}: {error.problem.message}") from None
 
@@ -135,15 +135,12 @@ def told_by(content: bytes, where: str, most: int) -> tuple[str, dict[str, str]]
         UserError: It is no picture, or too large.
     """
     try:
-        read_picture(content, where, max_pixels=most)
+        image = images.decoded(content, where, most)
     except PictureError as error:
         raise UserError(f"{where}: {error.problem.message}") from None
-    with Image.open(io.BytesIO(content)) as image:
-        image.load()  # text may stand after the pixels
-        items = {name: value for name, value in image.info.items() if isinstance(name, str) and isinstance(value, str)}
-        text = a1111_text(image)
+    items = {name: value for name, value in image.info.items() if isinstance(name, str) and isinstance(value, str)}
     items.pop("parameters", None)
-    return text, items
+    return a1111_text(image), items
 
 
 def parse(text: str) -> dict[str, str]:
