@@ -8,10 +8,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from making import make_adapter
+from PIL import Image
 
 from peft_diffusion import Adapters, BlendConfig, ByPart, GenerateConfig, UserError, blend, generate
 from peft_diffusion.core.events import Event, Noted
 from peft_diffusion.generation.calibration import Calibration
+from peft_diffusion.generation.overlap_files import write
 from peft_diffusion.generation.settings import Sampling
 
 
@@ -89,8 +91,16 @@ def test_the_middle_of_a_sheet_has_as_much_of_both(files: dict[str, Path], adapt
         adapters.remove(name)
     told: list[Event] = []
     chosen = (str(files["ink"]), f"{files['flat']}=0.5")
-    config = BlendConfig("a cat", adapter=chosen, columns=3, steps=2, guidance=1.0, output=tmp_path / "b.png", device="cpu")
+    config = BlendConfig(
+        "a cat", adapter=chosen, columns=3, steps=2, guidance=1.0, output=tmp_path / "b.png", device="cpu",
+        report=tmp_path / "meet.json",
+    )  # fmt: skip
     drawn = blend(config, pipe=adapters.pipe, observers=[told.append])
+    report = json.loads((tmp_path / "meet.json").read_text())
+    assert report["effects"] == pytest.approx(effects) and {one["adapter"] for one in report["sizes"]} == {"ink", "flat"}
+    for one in drawn.recipes[0][1].adapters:  # the middle of the row is at what is suggested
+        name = Path(one.path or "").stem
+        assert one.strength == pytest.approx({"ink": 1.0, "flat": 0.5}[name] * report["suggested"][name])
     ends, (ink, flat) = drawn.recipes[0][::2], (one.strength for one in drawn.recipes[0][1].adapters)
     assert [[one.strength for one in end.adapters if one.strength] for end in ends] == [[1.0], [0.5]]
     assert ink * effects["ink"] == pytest.approx(flat / 0.5 * effects["flat"], rel=1e-4)
@@ -142,6 +152,15 @@ def test_a_report_says_what_the_changed_weights_say(files: dict[str, Path], adap
     blocks = found.by_block()
     assert {one.of for one in blocks} == {"ink", "flat", "ink x flat"}
     assert sum(one.change**2 for one in blocks if one.of == "ink" and one.change) == pytest.approx(norms["ink"] ** 2)
+
+
+def test_a_report_is_drawn_as_heat_maps(adapters: Adapters, tmp_path: Path) -> None:
+    write(tmp_path / "meet.png", adapters.report())
+    with Image.open(tmp_path / "meet.png") as drawn:
+        drawn.load()
+        assert drawn.width >= 800 and len(drawn.convert("RGB").getcolors(1 << 24) or ()) > 100
+    with pytest.raises(UserError, match=r"ends in \.json, \.png"):
+        BlendConfig("a", adapter=("a", "b"), report="meet.txt")
 
 
 def test_an_adapter_meets_itself_and_prompts_say_what_to_suggest(files: dict[str, Path], adapters: Adapters) -> None:

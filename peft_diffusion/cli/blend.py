@@ -20,3 +20,5 @@ def blend(config: BlendConfig) -> None:
     with GenerationConsole("blending") as console:
         run(config, observers=[console])
     say(config.output)
+    if config.report is not None:
+        say(config.report)

@@ -17,6 +17,7 @@ _PRECISION = 1e-6  # of the largest singular value: what is below is the roundin
 _ROUNDING = torch.finfo(torch.float32).eps
 _SMALL = 256  # up to this side a full decomposition costs nothing
 _OVERSAMPLING, _ITERATIONS = 32, 4
+_ROWS = 1024  # that are compared at once
 _WIDE = 3  # from a third of all ranks on, a full decomposition is not slower than a randomized one
 
 
@@ -171,7 +172,13 @@ def reduced_matrix(change: Tensor, wanted: Truncation) -> Reduced:
         u, values, v = _randomized(change, rank)
     pair = _balanced(u[:, :rank], values[:rank], v[:rank])
     whole = _norm(change)
-    return Reduced(pair, _norm(change - pair.up @ pair.down) / whole if whole else 0.0, whole)
+    return Reduced(pair, _distance(change, pair) / whole if whole else 0.0, whole)
+
+
+def _distance(change: Tensor, pair: LowRank) -> float:
+    """The norm of what a pair leaves of a change, a few rows at a time: the change may be the largest thing in memory."""
+    rows = zip(change.split(_ROWS), pair.up.split(_ROWS), strict=True)
+    return math.hypot(*(_norm(torch.addmm(own, up, pair.down, alpha=-1)) for own, up in rows))
 
 
 def _randomized(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,11 +1,12 @@
 """``blend``: a sheet from all of one adapter to all of another, every picture from the same noise."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
 
+from ..bases import components
 from ..bases.pipelines import Pipeline
 from ..core.events import Ended, Never, Noted, Observer, Observers, Stop, observed
 from ..core.settings import of_kind
@@ -21,6 +22,8 @@ from .distilled import for_few_steps
 from .events import SheetMade
 from .generate import cell_recipes
 from .memory import loaded, spare
+from .overlap import measured
+from .overlap_files import write
 from .recipe import Recipe
 from .sampler import Cell, paint
 from .settings import BlendConfig, Choice
@@ -29,11 +32,15 @@ from .telling import tell_clip_skip
 
 @dataclass(frozen=True)
 class Blend:
-    """What was drawn: the sheet, and by row (prompt) and column (mix) the pictures on it and their recipes."""
+    """What was drawn: the sheet, and by row (prompt) and column (mix) the pictures on it and their recipes.
+
+    ``effects`` are what each adapter changes of predictions, as `Calibration.effects`; empty where that was not measured.
+    """
 
     sheet: Image.Image
     pictures: tuple[tuple[Image.Image, ...], ...]
     recipes: tuple[tuple[Recipe, ...], ...]
+    effects: Mapping[str, float] = field(default_factory=dict)
 
 
 def blend(
@@ -77,6 +84,8 @@ def blend(
             config = replace(config, prompts=tuple(prompts))
             blended = dict(zip(names, choices, strict=False))
             drawn = draw(adapters, blended, config, beside, tell=tell, stop=stop or Never())
+            if config.report is not None:
+                write(config.report, measured(components(adapters.pipe), list(blended), drawn.effects))
         recipes.write_sheet(config.output, drawn.sheet, drawn.recipes, config.quality)
         tell(SheetMade(config.output))
         tell(Ended("finished"))
@@ -111,11 +120,12 @@ def draw(
     """
     mixes = shares(len(choices), config.columns)
     rows = list(zip(config.prompts, beside or [{}] * len(config.prompts), strict=True))
-    parts = mixes
+    parts, effects = mixes, {}
     if not config.plain and any(0 < share < 1 for mix in mixes for share in mix):
         starts = [Cell(prompt, config.seed, more) for prompt, more in rows]
         found = calibrated(adapters, {name: choice.amount for name, choice in choices.items()}, starts, config, stop)
         _tell_effects(found, tell)
+        effects = dict(found.effects)
         parts = [tuple(found.evenly(dict(zip(choices, mix, strict=True))).values()) for mix in mixes]
     if config.bare:
         mixes, parts = ([(0.0,) * len(choices), *one] for one in (mixes, parts))
@@ -136,6 +146,7 @@ def draw(
         sheet=sheet.grid(pictures, config.prompts, labels),
         pictures=pictures,
         recipes=sheet.in_rows(told, len(columns)),
+        effects=effects,
     )
 
 

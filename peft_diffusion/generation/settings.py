@@ -56,6 +56,7 @@ SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
 _STEPS, _GUIDANCE = 25, 5.0  # where nothing says otherwise
 _BLEND = Path("blend.png")
+_REPORTS = (".json", ".png", ".svg", ".pdf")
 _PICTURES = SUFFIXES | CONVERTIBLE
 
 
@@ -612,6 +613,11 @@ class BlendConfig(Sampling):
         PARAMETERS,
     )
     bare: bool = setting(False, "Begin with a column without any adapter.", PARAMETERS)
+    report: OptionalPath = setting(
+        None,
+        "Also write how the adapters meet, layer by layer, into this file: .json, or .png, .svg or .pdf for heat maps.",
+        PARAMETERS,
+    )
     seed: int = setting(0, "The noise that every picture of the sheet starts from.", PARAMETERS, SEEDS)
 
     def __post_init__(self) -> None:
@@ -623,6 +629,8 @@ class BlendConfig(Sampling):
             raise UserError("a blend needs two adapters, as in --adapter a.safetensors --adapter b.safetensors")
         if self.columns < len(self.adapter):
             raise UserError(f"--columns must be {len(self.adapter)} or more, one for each adapter, not {self.columns}")
+        if self.report is not None and self.report.suffix.lower() not in _REPORTS:
+            raise UserError(f"--report {self.report}: a report is a file that ends in {', '.join(_REPORTS)}")
 
     def check(self) -> None:
         """Find out what can be told without the base.
@@ -634,6 +642,10 @@ class BlendConfig(Sampling):
         self.controls()
         refuse_files(self.prompts)
         check_target(self.output)
+        if self.report is not None:
+            check_folder(self.report.parent)
+            if self.report.absolute() == self.output.absolute():
+                raise UserError(f"--report and --output are both {self.output}; name another file for one")
 
 
 def settle_format(config: "WritesFile", usual: Path | None = None) -> None:

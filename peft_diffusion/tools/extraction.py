@@ -138,6 +138,7 @@ def _extracted(
     own = base.read(component, key)
     norm = float(torch.linalg.vector_norm(own, dtype=torch.float32))
     difference = tuned.read(component, key).float().sub_(own)
+    del own  # a weight may be the largest thing in memory
     if not float(difference.norm()) > config.smallest * norm:
         left.add("rounding", difference)
         return []
