@@ -15,7 +15,7 @@ import peft_diffusion as pd
 from peft_diffusion.core.settings import Described, from_text, settings_of, to_json, to_text
 from peft_diffusion.core.settings_file import load
 from peft_diffusion.data import images
-from peft_diffusion.data.images import check_picture
+from peft_diffusion.data.images import Checked, check_picture
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training.machine.processes import Processes
 from peft_diffusion.training.pictures import diffusion_task
@@ -94,7 +94,12 @@ def test_a_picture_in_two_data_sets_is_never_measured_on_what_was_learned_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[Path] = []
-    monkeypatch.setattr(images, "check_picture", lambda path, most: checked.append(path) or check_picture(path, most))
+
+    def check(path: Path, most: int) -> Checked:
+        checked.append(path)
+        return check_picture(path, most)
+
+    monkeypatch.setattr(images, "check_picture", check)
     folder = draw(tmp_path / "all", *(f"p{n}" for n in range(8)), caption="a thing")
     own = [pd.Dataset(folder, resolution=size) for size in (32, 64)]
     ready = prepared(tmp_path, dataset=own, held_out=0.25, resolution=None)
