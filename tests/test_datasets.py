@@ -14,6 +14,8 @@ from test_training import small
 import peft_diffusion as pd
 from peft_diffusion.core.settings import Described, from_text, settings_of, to_json, to_text
 from peft_diffusion.core.settings_file import load
+from peft_diffusion.data import images
+from peft_diffusion.data.images import Checked, check_picture
 from peft_diffusion.generation.while_training import TrainingPictures
 from peft_diffusion.training.machine.processes import Processes
 from peft_diffusion.training.pictures import diffusion_task
@@ -88,12 +90,22 @@ def test_cut_outs_lie_side_by_side_and_a_square_is_cut_once(tmp_path: Path) -> N
     assert crops == {"wide": [(0, 0, 64, 64), (64, 0, 128, 64), (128, 0, 192, 64)], "square": [(0, 0, 64, 64)]}
 
 
-def test_a_picture_in_two_data_sets_is_never_measured_on_what_was_learned_of_it(tmp_path: Path) -> None:
+def test_a_picture_in_two_data_sets_is_never_measured_on_what_was_learned_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Path] = []
+
+    def check(path: Path, most: int) -> Checked:
+        checked.append(path)
+        return check_picture(path, most)
+
+    monkeypatch.setattr(images, "check_picture", check)
     folder = draw(tmp_path / "all", *(f"p{n}" for n in range(8)), caption="a thing")
     own = [pd.Dataset(folder, resolution=size) for size in (32, 64)]
     ready = prepared(tmp_path, dataset=own, held_out=0.25, resolution=None)
     learned, apart = ({one.digest for one in pictures} for pictures in (ready.of_run.kept, ready.of_run.apart))
     assert (len(learned), len(apart)) == (6, 2) and not learned & apart
+    assert sorted(checked) == sorted(folder.glob("*.png"))  # each decoded once
     assert ready.config.resolution == 64  # the largest of the data sets: nothing else is said
     assert ready.held_out is not None and len(ready.held_out.captions) == 4
 

@@ -16,7 +16,7 @@ from peft_diffusion.api import train
 from peft_diffusion.bases import load_base
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.data import masks
+from peft_diffusion.data import inpainting_masks
 from peft_diffusion.data.buckets import place
 from peft_diffusion.data.folder import scan
 from peft_diffusion.data.images import MAX_PIXELS, open_picture
@@ -167,8 +167,8 @@ def test_an_inpainting_base_is_told_what_its_pipeline_tells_it(flip: bool, pictu
     entry = latents.entries[index]
     picture = scan([pictures]).pictures[entry.picture]
     image = place(open_picture(picture.path, "white", MAX_PIXELS, picture.digest), entry.fit, flip)
-    for number in range(masks.COUNT):
-        whole = masks.mask(picture.digest, number, *image.size)
+    for number in range(inpainting_masks.COUNT):
+        whole = inpainting_masks.mask(picture.digest, number, *image.size)
         whole = whole.flip(-1) if flip else whole
         pixels = pipe.image_processor.preprocess(image)
         hidden = pixels * (whole < 0.5)
@@ -183,20 +183,22 @@ def test_an_inpainting_base_is_told_what_its_pipeline_tells_it(flip: bool, pictu
 
 
 def test_masks_are_drawn_from_the_picture_alone() -> None:
-    assert bool(masks.mask("a", 0, 20, 10).all())
-    drawn = [masks.mask(digest, number, 40, 24) for digest in "abcdefgh" for number in range(1, masks.COUNT)]
+    assert bool(inpainting_masks.mask("a", 0, 20, 10).all())
+    drawn = [
+        inpainting_masks.mask(digest, number, 40, 24) for digest in "abcdefgh" for number in range(1, inpainting_masks.COUNT)
+    ]
     assert all(one.shape == (1, 24, 40) and set(one.unique().tolist()) <= {0.0, 1.0} for one in drawn)
     shares = [float(one.mean()) for one in drawn]
     assert 0.05 < min(shares) < 0.3 and 0.6 < max(shares) <= 1
-    assert torch.equal(masks.mask("a", 2, 40, 24), masks.mask("a", 2, 40, 24))
-    assert not torch.equal(masks.mask("a", 2, 40, 24), masks.mask("b", 2, 40, 24))
+    assert torch.equal(inpainting_masks.mask("a", 2, 40, 24), inpainting_masks.mask("a", 2, 40, 24))
+    assert not torch.equal(inpainting_masks.mask("a", 2, 40, 24), inpainting_masks.mask("b", 2, 40, 24))
 
 
 def test_masked_latents_are_found_again_on_disk(pictures: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = task_of(make_pipe(in_channels=9), pictures, tmp_path / "1", cache=cache).train.latents
     again = task_of(make_pipe(in_channels=9), pictures, tmp_path / "2", cache=cache).train.latents
-    assert first.computed == again.reused == len(first.entries) * (1 + masks.COUNT) and again.computed == 0
+    assert first.computed == again.reused == len(first.entries) * (1 + inpainting_masks.COUNT) and again.computed == 0
     for one, other in zip(first.entries, again.entries, strict=True):
         assert one.hidden is not None and other.hidden is not None and torch.equal(one.hidden, other.hidden)
         assert one.masks is not None and other.masks is not None and torch.equal(one.masks, other.masks)

@@ -16,7 +16,7 @@ from making import make_adapter
 from PIL import Image
 
 from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, blend, generate
-from peft_diffusion.bases.schedulers import SCHEDULERS, canonical, label
+from peft_diffusion.bases.schedulers import SCHEDULERS, canonical, label, label_of_class
 from peft_diffusion.core.events import Event, Noted, Warned
 from peft_diffusion.generation.distilled import KINDS
 from peft_diffusion.generation.sampler import Cell, paint, scheduler_of
@@ -53,6 +53,18 @@ def test_schedulers_have_the_names_of_other_programs(theirs: str, ours: str) -> 
 def test_a_scheduler_that_is_not_there_is_refused(wrong: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         Sampling(scheduler=wrong)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("PNDMScheduler", "PLMS"), ("DPMSolverMultistepScheduler", "DPM++ 2M"), ("LCMScheduler", "LCM"),
+        ("LMSDiscreteScheduler", "LMS"), ("KDPM2AncestralDiscreteScheduler", "DPM2 a"), ("DDPMScheduler", "DDPM"),
+        ("FlowMatchEulerDiscreteScheduler", "Euler"), ("DPMSolverSinglestepScheduler", "DPMSolverSinglestepScheduler"),
+    ],
+)  # fmt: skip
+def test_a_base_of_its_own_scheduler_is_told_by_the_names_of_a1111(kind: str, told: str) -> None:
+    assert label_of_class(kind) == told
 
 
 @pytest.mark.parametrize("steps", [4, 7, 8, 25, 30])

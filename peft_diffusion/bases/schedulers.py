@@ -87,6 +87,17 @@ _NOT_HERE = {
 _KNOWN = {_words(label): name for name, label in _LABELS.items()} | {name: name for name in _LABELS} | _OTHERS
 
 
+_BY_CLASS: Mapping[str, str] = MappingProxyType(
+    {
+        kind: name
+        for table in (FLOW_SCHEDULERS, SCHEDULERS)
+        for name, (kind, changes) in table.items()
+        if changes.get("algorithm_type") != "sde-dpmsolver++"  # which no scheduler is by itself
+    }
+)
+"""Schedulers by their classes in diffusers, as these are by themselves."""
+
+
 def parted(name: str) -> tuple[str, str]:
     """Part the name of a scheduler.
 
@@ -137,3 +148,15 @@ def label(name: str) -> str:
         Its name there.
     """
     return " ".join(_LABELS.get(one, one) for one in parted(name) if one)
+
+
+def label_of_class(kind: str) -> str:
+    """Say what A1111 calls a scheduler of diffusers, such as a base's own.
+
+    Args:
+        kind: The name of its class.
+
+    Returns:
+        Its name there; that of the class, where there is none.
+    """
+    return label(_BY_CLASS[kind]) if kind in _BY_CLASS else kind

@@ -28,7 +28,7 @@ COMMANDS = {
     "caption": "Describe the pictures of a folder, change their captions, or count what these hold.",
     "generate": "Make pictures from prompts, with any number of adapters.",
     "blend": "Draw a labelled sheet from all of one adapter to all of another.",
-    "grid": "Draw a labelled sheet over values of any settings.",
+    "grid": "Draw a labelled sheet over values of settings, of strengths or of words.",
     "serve": "Keep a base loaded and draw for programs that speak A1111's HTTP interface.",
     "import-config": "Write a training of sd-scripts, kohya_ss or OneTrainer as a TOML file of settings.",
     "runs": "List runs as a table, or compare two side by side.",

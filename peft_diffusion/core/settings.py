@@ -252,6 +252,20 @@ def setting(
     return field(default=default, metadata=told)
 
 
+def as_in(kind: type[Settings], name: str) -> Any:
+    """A field that another class of settings has too, for one that does not inherit from it.
+
+    Args:
+        kind: The other class, which declares it.
+        name: The setting.
+
+    Returns:
+        A field with its default, and all that is told of it there.
+    """
+    (found,) = (one for one in fields(kind) if one.name == name)
+    return field(default=found.default, metadata=found.metadata)
+
+
 @dataclass(frozen=True)
 class Described:
     """A setting of a class, with all that its field tells.

@@ -9,7 +9,7 @@ from ..core.files import write_bytes
 from .caption_edits import Statistics, edit, statistics
 from .caption_settings import CaptionConfig
 from .folder import ImageFolder, TrainingImage, scan
-from .images import open_picture
+from .images import Checks, open_picture
 from .problems import number_of
 
 
@@ -58,11 +58,12 @@ def caption(config: CaptionConfig, *, observers: Sequence[Observer] = ()) -> Cap
         UserError: A folder or model cannot be read, or a file not be written.
     """
     with observed(observers) as tell:
-        folder = _read(config, tell)
+        checks = Checks()
+        folder = _read(config, tell, checks)
         written, kept, empty = _describe(config, folder.pictures, tell) if config.model else ([], 0, [])
         edited: list[Path] = []
         if config.edit:
-            folder = _read(config, tell) if written else folder
+            folder = _read(config, tell, checks) if written else folder
             pairs = [text.partition("=") for text in config.edit]
             edited, elsewhere = edit(folder.pictures, [(find.strip(), to.strip()) for find, _, to in pairs])
             if elsewhere:
@@ -72,16 +73,17 @@ def caption(config: CaptionConfig, *, observers: Sequence[Observer] = ()) -> Cap
                 tell(Warned("no caption holds what --edit replaces; it takes whole words, in the same case of letters"))
         counted = None
         if config.stats or config.json:
-            folder = _read(config, tell) if written or edited else folder
+            folder = _read(config, tell, checks) if written or edited else folder
             counted = statistics(folder.pictures)
         done = Captioned(tuple(written), kept, tuple(empty), tuple(edited), counted)
         tell(Ended("finished", done))
         return done
 
 
-def _read(config: CaptionConfig, tell: Observer) -> ImageFolder:
+def _read(config: CaptionConfig, tell: Observer, checks: Checks) -> ImageFolder:
     """The pictures and their captions. What cannot be read is told."""
-    folder = scan(config.folder, missing="empty", masks=False, on_progress=progress(tell, "reading pictures"))
+    tick = progress(tell, "reading pictures")
+    folder = scan(config.folder, missing="empty", masks=False, on_progress=tick, checks=checks)
     for problem in folder.problems:
         if problem.stops:
             tell(Warned(f"{problem}; what belongs to it is left as it is"))

@@ -17,7 +17,7 @@ from . import picture_names
 from .caption_files import SIDECARS, Captions, Source, is_metadata, is_sidecar, name_captions, plain_name, read_captions
 from .companions import cache_problem, find_companions
 from .folder_names import repeats_and_words
-from .images import MAX_PIXELS, SUFFIXES, Checked, check_picture, open_mask, open_picture
+from .images import MAX_PIXELS, SUFFIXES, Checked, Checks, open_mask, open_picture
 from .problems import PictureError, Problem, number_of
 
 __all__ = ["ImageFolder", "Missing", "Problem", "TrainingImage", "open_picture", "scan"]
@@ -178,6 +178,7 @@ class _Limits:
     max_pixels: int
     masks: bool
     captions: CaptionSource
+    checks: Checks
 
 
 def scan(
@@ -190,8 +191,9 @@ def scan(
     captions: CaptionSource = CaptionSource(),
     max_pixels: int = MAX_PIXELS,
     on_progress: Callable[[int, int], None] | None = None,
+    checks: Checks | None = None,
 ) -> ImageFolder:
-    """Read image folders with their subfolders; every file is decoded once.
+    """Read image folders with their subfolders; every image is decoded, to be sure of it.
 
     Captions come from files beside the images, from `metadata.jsonl` or `metadata.csv`, and from the file names of a folder
     that has neither; in a folder such as `10_mychar woman` without them, its words are the caption, as in kohya's scripts.
@@ -206,6 +208,7 @@ def scan(
         captions: Where captions come from.
         max_pixels: Images above this many pixels are never decoded.
         on_progress: Called with the number of images read so far and their total.
+        checks: Images that were decoded for this before, and are not again; those of this reading come to them.
 
     Returns:
         The images in the order of the folders given, then of relative paths, and the problems.
@@ -227,7 +230,7 @@ def scan(
         if on_progress is not None:
             on_progress(next(ticks), total)
 
-    limits = _Limits(resolution, missing, max_pixels, masks, captions)
+    limits = _Limits(resolution, missing, max_pixels, masks, captions, Checks() if checks is None else checks)
     pictures: list[TrainingImage] = []
     problems: list[Problem] = []
     for listing in listings:
@@ -363,7 +366,7 @@ def _with_mask(picture: TrainingImage, root: Path, name: str | None, limits: _Li
     if name is None:
         return picture
     try:
-        checked = check_picture(root / name, limits.max_pixels)
+        checked = limits.checks.check(root / name, limits.max_pixels)
         empty = open_mask(root / name, limits.max_pixels, checked.digest).getbbox() is None
     except PictureError as error:
         return replace(error.problem, stops=True)
@@ -389,7 +392,7 @@ def _without_companions(names: list[str], image_names: list[str]) -> list[str]:
 
 def _check(path: Path, limits: _Limits) -> Checked | Problem:
     try:
-        checked = check_picture(path, limits.max_pixels)
+        checked = limits.checks.check(path, limits.max_pixels)
     except PictureError as error:
         return error.problem
     resolution = limits.resolution

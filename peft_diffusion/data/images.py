@@ -74,6 +74,40 @@ def check_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Checked:
         raise PictureError(_unreadable(path, error)) from error
 
 
+class Checks:
+    """Images that were checked, so that folders which are read several times have each of them decoded once.
+
+    They are taken to stay as they are meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Path, int], Checked | Problem] = {}
+
+    def check(self, path: Path, max_pixels: int = MAX_PIXELS) -> Checked:
+        """Check an image, now where it was not yet.
+
+        Args:
+            path: The file.
+            max_pixels: See `check_picture`.
+
+        Returns:
+            Its size and digest.
+
+        Raises:
+            PictureError: As `check_picture` does.
+        """
+        key = path, max_pixels
+        if key not in self._known:
+            try:
+                self._known[key] = check_picture(path, max_pixels)
+            except PictureError as error:
+                self._known[key] = error.problem
+        found = self._known[key]
+        if isinstance(found, Problem):
+            raise PictureError(found)
+        return found
+
+
 def open_picture(
     path: Path | str, background: str = "white", max_pixels: int = MAX_PIXELS, digest: str | None = None
 ) -> Image.Image:

@@ -24,7 +24,7 @@ from peft_diffusion.bases.prompts import alike
 from peft_diffusion.core import checksums
 from peft_diffusion.core.errors import UserError
 
-from . import masks as masks_of
+from . import inpainting_masks
 from .buckets import Bucket, ResizeCrop, group, place
 from .folder import TrainingImage
 from .images import MAX_PIXELS, open_alpha, open_mask, open_picture, parse_colour
@@ -164,7 +164,7 @@ def cache_latents(
         vae: The VAE.
         background: The colour behind transparency.
         flip: Add every image mirrored, or those for which it is true.
-        masked: Add each one with parts hidden, by `masks.mask`, for a base that is told such.
+        masked: Add each one with parts hidden, by `inpainting_masks.mask`, for a base that is told such.
         alpha: Take the transparency of images without a mask for what is learned of them, or of those for which it is true.
         folder: Where latents are kept.
         dtype: That of the result.
@@ -184,7 +184,7 @@ def cache_latents(
     alphas = _of_each(alpha, pictures)
     job = _Job(pictures, fits, background, max_pixels, alphas, folder, fingerprint(vae) if folder is not None else "")
     whole = _mirrored(_of_each(flip, pictures))
-    hiding = (None, *range(masks_of.COUNT)) if masked else (None,)
+    hiding = (None, *range(inpainting_masks.COUNT)) if masked else (None,)
     entries: list[Key] = [(*one, mask) for mask in hiding for one in whole]
     encoder = ready(vae)
     done: dict[Key, tuple[Tensor, Tensor]] = {}
@@ -280,7 +280,7 @@ class _Job:
 
     def _mask(self, index: int, flipped: bool, number: int) -> Tensor:
         bucket = self.fits[index].bucket
-        found = masks_of.mask(self.pictures[index].digest, number, bucket.width, bucket.height)
+        found = inpainting_masks.mask(self.pictures[index].digest, number, bucket.width, bucket.height)
         return found.flip(-1) if flipped else found
 
     def pixels(self, entries: Sequence[Key]) -> Tensor:

@@ -28,17 +28,6 @@ _WHERE_THERE = frozenset(
 )
 _MOST_PIXELS = 100_000_000  # more than are drawn here
 
-# What A1111 and the programs that read its text call the samplers of diffusers.
-_SAMPLERS = {
-    "DDIMScheduler": "DDIM",
-    "PNDMScheduler": "PLMS",
-    "EulerDiscreteScheduler": "Euler",
-    "EulerAncestralDiscreteScheduler": "Euler a",
-    "HeunDiscreteScheduler": "Heun",
-    "DPMSolverMultistepScheduler": "DPM++ 2M",
-    "UniPCMultistepScheduler": "UniPC",
-}
-
 
 @dataclass(frozen=True)
 class UsedAdapter:
@@ -198,7 +187,7 @@ class Recipe:
     @property
     def sampled_by(self) -> str:
         """What A1111 calls the scheduler."""
-        return schedulers.label(self.scheduler) if self.scheduler else _SAMPLERS.get(self.sampler, self.sampler)
+        return schedulers.label(self.scheduler) if self.scheduler else schedulers.label_of_class(self.sampler)
 
     def parameters(self) -> str:
         """The text that A1111 writes into its pictures, which galleries and other programs show.

@@ -14,6 +14,7 @@ from ..core.settings import (
     OptionalPath,
     Range,
     Texts,
+    as_in,
     explained,
     setting,
     settings_class,
@@ -50,9 +51,7 @@ class ServeConfig:
     embeddings_dir: OptionalPath = setting(
         None, "The folder of learned words (textual inversion), which prompts call by the names of their files.", PARAMETERS
     )
-    wildcards_dir: OptionalPath = setting(
-        None, "The folder where __NAME__ in a prompt finds NAME.txt, of whose lines the seed draws one.", PARAMETERS
-    )
+    wildcards_dir: OptionalPath = as_in(GenerateConfig, "wildcards_dir")
     output: OptionalPath = setting(
         None, "The folder for pictures that a request asks to save (save_images); by default none are saved.", PARAMETERS
     )
@@ -86,27 +85,14 @@ class ServeConfig:
     max_pictures: int = setting(64, "The most pictures of a request.", PARAMETERS, COUNT)
     max_batch: int = setting(8, "The most pictures computed at once.", PARAMETERS, COUNT)
     max_waiting: int = setting(64, "The most requests that wait; more are refused.", PARAMETERS, COUNT)
-    strict: bool = setting(False, "Refuse an adapter file of which a tensor would be left out.", PARAMETERS)
-    prediction: AskedPrediction = setting(
-        "auto", "What the base predicts, epsilon or v, where its files do not say it or say it wrongly.", PARAMETERS
-    )
-    device: str = setting("auto", "Such as cpu, cuda or mps; by default the fastest there is.", PARAMETERS)
-    precision: Precision = setting(
-        "auto", "Of the base; by default float32 on a CPU and a half precision elsewhere.", PARAMETERS
-    )
-    quantize: Quantize | None = setting(
-        None, "Hold the base's linear layers in fewer bits, which saves memory: int8, or nf4 for the least.", PARAMETERS
-    )
-    offload: Offload | None = setting(
-        None,
-        "Let the base wait on the CPU and bring it to the device by whole models, by groups of layers, or layer by layer "
-        "(sequential): the least memory, and the slowest.",
-        PARAMETERS,
-    )
-    vae_tiling: bool = setting(False, "Decode large pictures in tiles, which saves memory.", PARAMETERS)
-    attention_slicing: bool = setting(
-        False, "Compute attention in slices, which saves memory where there is no fused attention.", PARAMETERS
-    )
+    strict: bool = as_in(GenerateConfig, "strict")
+    prediction: AskedPrediction = as_in(GenerateConfig, "prediction")
+    device: str = as_in(GenerateConfig, "device")
+    precision: Precision = as_in(GenerateConfig, "precision")
+    quantize: Quantize | None = as_in(GenerateConfig, "quantize")
+    offload: Offload | None = as_in(GenerateConfig, "offload")
+    vae_tiling: bool = as_in(GenerateConfig, "vae_tiling")
+    attention_slicing: bool = as_in(GenerateConfig, "attention_slicing")
     fast: bool | None = setting(
         None,
         "Draw by recorded steps: several times as fast, the same up to rounding. By default on CUDA.",

@@ -12,6 +12,7 @@ from ...data.buckets import ResizeCrop, arrange, cut_outs
 from ...data.caption_files import SIDECARS
 from ...data.captions import CaptionRules
 from ...data.folder import CaptionSource, ImageFolder, TrainingImage, check_folders, scan
+from ...data.images import Checks
 from ..events import DataRead
 from ..settings.captions import CaptionSettings
 from ..settings.choices import MissingCaptions
@@ -59,13 +60,16 @@ class Part:
         extensions = (f".{ending.lstrip('.')}",) if ending else SIDECARS
         return CaptionSource(self.own.captions, self.own.caption, extensions)
 
-    def read(self, missing: MissingCaptions | None, upscale: bool, progress: Callable[[int, int], None]) -> ImageFolder:
+    def read(
+        self, missing: MissingCaptions | None, upscale: bool, progress: Callable[[int, int], None], checks: Checks
+    ) -> ImageFolder:
         """Read the folders.
 
         Args:
             missing: What becomes of pictures without caption; None for what the settings say.
             upscale: Whether pictures of any size are read.
             progress: Is told how many pictures are read, and of how many.
+            checks: Pictures that were decoded for other parts.
 
         Returns:
             What is in them.
@@ -81,6 +85,7 @@ class Part:
             subfolders=self.subfolders,
             captions=self.source,
             on_progress=progress,
+            checks=checks,
         )
 
 
@@ -147,7 +152,8 @@ class Parts:
         Raises:
             UserError: There is nothing to train on, or captions are missing.
         """
-        folders = [part.read(missing, of_class, progress(tell, what)) for part in self.parts]
+        checks = Checks()
+        folders = [part.read(missing, of_class, progress(tell, what), checks) for part in self.parts]
         described = [line for folder in folders for line in folder.describe()]
         problems = [str(one) for folder in folders for one in folder.problems]
         tell(DataRead("pictures", tuple(described), tuple(problems), of_class=of_class))

@@ -21,7 +21,7 @@ from ...bases.prompts import Reading, encode_frozen, together
 from ...core import site
 from ...core.errors import UserError
 from ...core.events import Observer, progress, untold
-from ...data import masks
+from ...data import inpainting_masks
 from ...data.buckets import Batch, Bucket, batches, repeated, steps_per_epoch
 from ...data.captions import CaptionRules
 from ...data.latents import LatentCache, TextCache, cache_text, ready
@@ -296,7 +296,9 @@ class DiffusionTask:
         clean = mean.float() + std.float() * torch.randn(mean.shape, generator=chance)
         noise = objective.noise(tuple(mean.shape), settings.noise_offset, chance)
         timesteps = objective.timesteps(len(mean), len(self.powers), self.chosen_timesteps, chance)
-        hiding = torch.randint(masks.COUNT, (len(mean),), generator=chance).tolist() if self.denoiser.inpaints else ()
+        hiding = (
+            torch.randint(inpainting_masks.COUNT, (len(mean),), generator=chance).tolist() if self.denoiser.inpaints else ()
+        )
         if settings.multires_noise:
             noise = objective.pyramid(noise, settings.multires_noise, chance)
         # Everything is drawn for the batch of all processes, so that their number changes nothing.
@@ -643,7 +645,7 @@ class DiffusionTask:
         within = torch.cat([torch.rand(1, generator=chance) for chance in chances])
         draws = torch.tensor([draw for _, draw in pairs])
         timesteps = ((draws + within) / _DRAWS * len(self.powers)).long().clamp(max=len(self.powers) - 1)
-        entries, hiding = [entry for entry, _ in pairs], [draw % masks.COUNT for _, draw in pairs]
+        entries, hiding = [entry for entry, _ in pairs], [draw % inpainting_masks.COUNT for _, draw in pairs]
         prompts = [self._plain(examples, entry) for entry in entries]
         inputs = {"latents": self.denoiser.scaled(mean.float()), "noise": drawn, "timesteps": timesteps}
         inputs |= self._conditioning_inputs(examples.latents, entries, prompts, hiding)
