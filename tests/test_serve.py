@@ -245,6 +245,23 @@ def test_adapters_are_kept_within_a_budget_those_used_last(asked: Any) -> None:
     assert not kept.adapters.names and not kept.adapters.waiting
 
 
+def test_modules_of_other_methods_are_kept_while_no_other_request_comes(asked: Any) -> None:
+    """They have been computed with on the base, so they do not wait in memory."""
+    generator, tensors = torch.Generator().manual_seed(5), load_file(asked.folder / "flat.safetensors")
+    made = {
+        f"{name.removesuffix('.lora_up.weight')}.hada_{part}": torch.randn(shape, generator=generator) / 2
+        for name, up in tensors.items()
+        if name.startswith("lora_unet") and name.endswith("attn1_to_q.lora_up.weight")
+        for part, shape in {
+            f"w{n}_{side}": (len(up), 4) if side == "a" else (4, len(up)) for n in "12" for side in "ab"
+        }.items()
+    }
+    save_file(made, asked.folder / "hada.safetensors")
+    prompts = ["a cat <lora:hada:1>", "a dog <lora:hada:0.5>", "a cat <lora:ink:1>", "a cat <lora:hada:1> <lora:ink:1>"]
+    assert [asked(prompt) for prompt in prompts] == [1, 0, 1, 1]
+    assert asked.engine._held.kept.adapters["hada"].report.found == len(made) > 0
+
+
 def test_what_is_kept_does_nothing_to_requests_that_do_not_name_it(asked: Any, tiny_base: Path) -> None:
     """Neither words that one teaches, nor numbers that are not finite, which times a strength of 0 are not either."""
     assert [asked(prompt) for prompt in ("a zork", "a cat <lora:ink:1>", "a zork <lora:ink:1>", "a zork")] == [1, 1, 1, 1]

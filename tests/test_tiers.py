@@ -104,7 +104,7 @@ def test_one_that_is_idle_can_be_sent_to_wait(files: dict[str, Path], tiny_pipe:
     for names, why in ((("b", "a"), "a: an adapter in use"), (("b", "z"), "no adapter 'z'")):
         with pytest.raises(UserError, match=why):
             adapters.rest(*names)
-    assert adapters.names == NAMES
+    assert not adapters.waiting
     adapters.set(a=0.0)
     adapters.rest("a", "c")
     adapters.rest("a")
