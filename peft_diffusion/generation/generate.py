@@ -119,6 +119,7 @@ def generate(
         taken = config if again is not None else for_few_steps(config, asked.choices, tell)
         if taken is not config:
             config, asked = taken, order(taken, choices, literal=False)
+        config.check_composed(len(asked.choices))
         paths = _plan(config, [(one.prompt, one.seed) for one in asked.pictures])
         _check_kept(config, paths, again)
         source = None
@@ -395,6 +396,7 @@ def cell_recipes(
         **({} if hires is None else {"hires_steps": hires.steps}),
     }
     begun = {} if source is None else {"image": source.of, "mask": source.mask_of, "strength": source.strength}
+    found["compose"] = None if sampling.compose == "add" else sampling.compose
     found["controls"] = used_controls(sampling.controls(), sampling.control_scale)
     of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None, **begun}
     common = pick(Recipe, sampling, found, of_a_picture)

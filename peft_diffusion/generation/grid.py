@@ -58,6 +58,8 @@ def grid(
         said: set[Event] = set()
         orders = [_ordered(one, said, tell) for one in every]
         files = list({choice.key: replace(choice, strength=1.0) for one in orders for choice in one.choices}.values())
+        for one in orders:
+            one.pictures[0].config.check_composed(len(one.choices))
         prompts = list(dict.fromkeys(one.pictures[0].prompt for one in orders))
         lent = pipe is not None
         with adapted(

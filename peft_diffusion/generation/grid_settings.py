@@ -21,7 +21,7 @@ _GRID = Path("grid.png")
 _SETTINGS = ("steps", "guidance", "guidance_stop", "scheduler", "seed", "width", "height", "negative", "prompt_2",
              "prompt_weights", "clip_skip", "zero_negative", "variation_seed", "variation_strength", "hires",
              "hires_upscaler", "hires_strength", "hires_steps", "tile",
-             "control_scale")  # fmt: skip
+             "control_scale", "compose")  # fmt: skip
 _AXIS = (
     "NAME=VALUE,VALUE (or | between): steps, guidance, scheduler, seed, ..., the name of an adapter file for its strength, "
     "or replace=WORD,OTHER,... for words of the prompt. Numbers also as A1111 has them: 1-5, 1-10 (+3), 0-1 [5]."

@@ -24,7 +24,7 @@ from .picture_formats import READ, Carried, format_of, own_text
 VERSION = 1
 # Fields that a recipe has only where there is something to say.
 _WHERE_THERE = frozenset(
-    {"plugins", "base_sha256", "hires", "hires_upscaler", "hires_strength", "hires_steps", "tile", "controls"}
+    {"plugins", "base_sha256", "hires", "hires_upscaler", "hires_strength", "hires_steps", "tile", "controls", "compose"}
 )
 _MOST_PIXELS = 100_000_000  # more than are drawn here
 
@@ -91,6 +91,8 @@ class Recipe:
 
     ``hires`` is how many times larger a second pass made the picture, whose first pass ``width`` and ``height`` are of.
 
+    ``compose`` is how its adapters met; None where they were added.
+
     ``base`` is the source that was named; ``base_name``, ``base_family`` and ``fingerprint`` are what was found there.
     """
 
@@ -134,6 +136,7 @@ class Recipe:
     hires_steps: int | None = None
     tile: str | None = None
     controls: tuple[UsedControl, ...] = ()
+    compose: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; those of `_WHERE_THERE` where there are."""
@@ -281,7 +284,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "variation_seed": (int, type(None)), "variation_strength": (float, int, type(None)),
     "zero_negative": (bool, type(None)), "written": (str, type(None)), "prediction": (str, type(None)),
     "hires": (float, int, type(None)), "hires_upscaler": (str, type(None)), "hires_strength": (float, int, type(None)),
-    "hires_steps": (int, type(None)), "tile": (str, type(None)),
+    "hires_steps": (int, type(None)), "tile": (str, type(None)), "compose": (str, type(None)),
     "plugins": (list,), "base_sha256": (str,), "controls": (list,),
 }  # fmt: skip
 """What JSON has for each field, all of them."""

@@ -21,6 +21,7 @@ from ..core.strength import Amount
 from ..core.strength_schedule import ByPart
 from ..data.images import MAX_PIXELS
 from ..data.prompts import in_words
+from .composition import in_turn, rows_of
 from .control import Controls, controlled
 from .hires import LANCZOS, Hires
 from .settings import Sampling
@@ -134,7 +135,8 @@ def paint(
     cells = _in_words(cells, sampling, tell)
     first = sampling.taken_steps if source is None else source.steps(sampling.taken_steps)
     each = first + (0 if hires is None else hires.steps)
-    batches = [cells[start : start + sampling.batch_size] for start in range(0, len(cells), sampling.batch_size)]
+    starts = range(0, len(cells), sampling.batch_size)
+    batches = [rows_of(cells[start : start + sampling.batch_size], sampling.compose) for start in starts]
     scheduler = scheduler_of(adapters, cells, sampling)
     adapters.keep_steps_on_host(scheduler)
     if gives_way(pipe, scheduler, sampling):
@@ -146,18 +148,22 @@ def paint(
             )
         )
     telling = Telling(pipe, sampling, triggers(adapters, cells))
-    _check_prompts(adapters, batches, telling)
+    _check_prompts(adapters, [rows.cells for rows in batches], telling)
     steered = controlled(pipe, sampling.controls(), sampling.control_scale)
     with steered as controls, drawing(pipe, scheduler):
-        for number, batch in enumerate(batches):
+        for number, rows in enumerate(batches):
             check_stop(stop, f"stopped after {number * sampling.batch_size} of {len(cells)} pictures")
-            set_strengths(adapters, batch)
+            batch = rows.cells
+            set_strengths(adapters, in_turn(batch, sampling.compose, scheduler, sampling.taken_steps))
             report = _Report(tell, number * each, len(batches) * each, sampling.guidance_stop)
             start = _noise(pipe, batch, sides, sampling) if source is None else _start(pipe, batch, source, sampling)
-            if hires is not None:
-                start = _second(start, hires, adapters, batch, telling, report, controls)
-                report = replace(report, before=report.before + first)
-            images = _paint_batch(start, batch, telling, report, controls)
+            with rows.averaged(denoiser_of(pipe).network):
+                if hires is not None:
+                    start = _second(start, hires, adapters, batch, telling, report, controls)
+                    report = replace(report, before=report.before + first)
+                    set_strengths(adapters, in_turn(batch, sampling.compose, scheduler, hires.planned))
+                drawn = _paint_batch(start, batch, telling, report, controls)
+            images = [drawn[row] for row in rows.firsts]
             yield from images if source is None else map(source.kept, images)
 
 

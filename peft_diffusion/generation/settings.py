@@ -51,6 +51,7 @@ Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
 Tile: TypeAlias = Literal["x", "y", "both"]
 Offload: TypeAlias = Literal["model", "group", "sequential"]
+Compose: TypeAlias = Literal["add", "switch", "composite"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
@@ -271,6 +272,12 @@ class Sampling(NamesAdapters):
         PARAMETERS,
         flag=Flag(aliases=("-a",), default_shown=False),
     )
+    compose: Compose = setting(
+        "add",
+        "How several adapters meet: all at once (add), one a step, in turn (switch), or each alone, with the mean of their "
+        "predictions, weighed by strength (composite), which takes as many times as long as there are adapters.",
+        PARAMETERS,
+    )
     adapters_dir: OptionalPath = setting(
         None, "The folder where <lora:NAME:0.8> in a prompt finds NAME.safetensors, also in its subfolders.", PARAMETERS
     )
@@ -440,6 +447,20 @@ class Sampling(NamesAdapters):
     def taken_steps(self) -> int:
         """How many denoising steps are taken."""
         return _STEPS if self.steps is None else self.steps
+
+    def check_composed(self, adapters: int) -> None:
+        """See that there is something to compose.
+
+        Args:
+            adapters: How many there are.
+
+        Raises:
+            UserError: There are not several.
+        """
+        if self.compose != "add" and adapters < 2:
+            raise UserError(
+                f"--compose {self.compose} does nothing with {adapters or 'no'} adapter; give two or more, or leave it away"
+            )
 
     def controls(self) -> tuple[Control, ...]:
         """The pictures that steer.

@@ -1,0 +1,178 @@
+"""Composition of adapters: pictures against the denoising loop written out, and what recipes and refusals say of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, KDPM2DiscreteScheduler
+from making import make_adapter
+
+from peft_diffusion import (
+    Adapters,
+    BlendConfig,
+    ByPart,
+    GenerateConfig,
+    GridConfig,
+    Schedule,
+    UserError,
+    blend,
+    generate,
+    grid,
+)
+from peft_diffusion.generation.composition import in_turn, rows_of
+from peft_diffusion.generation.sampler import Cell
+from peft_diffusion.generation.settings import Compose
+
+STEPS, GUIDANCE = 5, 2.0
+
+
+@pytest.fixture(scope="module")
+def files(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("composition")
+    return {
+        name: make_adapter(folder / f"{name}.safetensors", tiny_base, seed, size=0.5)
+        for seed, name in enumerate(("ink", "flat"), 1)
+    }
+
+
+def chosen(files: Mapping[str, Path]) -> tuple[str, str]:
+    """One at 0.75, and one at 0.25 that fades and leaves the text encoder alone."""
+    return f"{files['ink']}=0.75", f"{files['flat']}=0.25,te:0,0:1,1:0.5"
+
+
+def common(output: Path) -> dict[str, Any]:
+    return {"steps": STEPS, "guidance": GUIDANCE, "scheduler": "ddim", "device": "cpu", "output": output}
+
+
+class ByHand:
+    """The denoising loop of diffusers' DDIM, with the adapters set by hand before each call of the network."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self.adapters, self.pipe = adapters, adapters.pipe
+
+    def told(self, **strengths: float) -> tuple[Any, Any]:
+        self.adapters.set(strengths)
+        with_prompt, without = self.pipe.encode_prompt("a cat", self.pipe.device, 1, True)
+        return with_prompt, without
+
+    def predicted(self, latents: torch.Tensor, time: Any, told: tuple[Any, Any], **strengths: float) -> torch.Tensor:
+        self.adapters.set(strengths)
+        with_prompt, without = (self.pipe.unet(latents, time, hidden).sample for hidden in told)
+        answer: torch.Tensor = without + GUIDANCE * (with_prompt - without)
+        return answer
+
+    def switch(self, step: int, latents: torch.Tensor, time: Any) -> torch.Tensor:
+        told = self.told(ink=0.75 * 0.5, flat=0.0)  # a text encoder takes the mean of 1, 0, 1, 0, 1
+        fade = 1 - 0.5 * step / (STEPS - 1)
+        on = {"ink": 0.0, "flat": 0.25 * fade} if step % 2 else {"ink": 0.75, "flat": 0.0}
+        return self.predicted(latents, time, told, **on)
+
+    def composite(self, step: int, latents: torch.Tensor, time: Any) -> torch.Tensor:
+        fade = 1 - 0.5 * step / (STEPS - 1)
+        ink = self.predicted(latents, time, self.told(ink=1.0, flat=0.0), ink=1.0, flat=0.0)
+        flat = self.predicted(latents, time, self.told(ink=0.0, flat=0.0), ink=0.0, flat=fade)
+        return 0.75 * ink + 0.25 * flat
+
+    @torch.no_grad()
+    def drawn(self, compose: Compose, seed: int) -> torch.Tensor:
+        scheduler = DDIMScheduler.from_config(self.pipe.scheduler.config)
+        scheduler.set_timesteps(STEPS)
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        for step, time in enumerate(scheduler.timesteps):
+            latents = scheduler.step(getattr(self, compose)(step, latents, time), time, latents).prev_sample
+        scaled: torch.Tensor = latents / self.pipe.vae.config.scaling_factor
+        return scaled
+
+
+@pytest.mark.parametrize("compose", ["switch", "composite"])
+def test_pictures_are_those_of_the_loop_written_out(
+    compose: Compose, files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[torch.Tensor] = []
+    decode = tiny_pipe.vae.decode
+
+    def spied(latents: torch.Tensor, *given: Any, **named: Any) -> Any:
+        decoded.extend(latents.split(1))
+        return decode(latents, *given, **named)
+
+    monkeypatch.setattr(tiny_pipe.vae, "decode", spied)
+    hooks = len(tiny_pipe.unet._forward_hooks)
+    config = GenerateConfig("a cat", adapter=chosen(files), compose=compose, seed=3, count=2, **common(tmp_path / "a"))
+    first, second = generate(config, pipe=tiny_pipe)
+    assert len(tiny_pipe.unet._forward_hooks) == hooks
+    each = len(decoded) // 2  # rows of a picture
+    assert each == (2 if compose == "composite" else 1)
+
+    again = generate(GenerateConfig(recipe=first.path, device="cpu", output=tmp_path / "b.png"), pipe=tiny_pipe)[0]
+    assert again.recipe == first.recipe and again.recipe.compose == compose
+    assert max(abs(a - b) for a, b in zip(again.image.tobytes(), first.image.tobytes(), strict=True)) <= 1
+    added = GenerateConfig("a cat", adapter=chosen(files), seed=3, **common(tmp_path / "c.png"))
+    plain = generate(added, pipe=tiny_pipe)[0]
+    assert plain.recipe.compose is None and "compose" not in plain.recipe.to_json()
+
+    adapters = Adapters(tiny_pipe)
+    for name, file in files.items():
+        adapters.load(file, name=name)
+    by_hand = ByHand(adapters)
+    for picture, seed in ((first, 3), (second, 4)):
+        expected = by_hand.drawn(compose, picture.recipe.seed)
+        assert picture.recipe.seed == seed
+        for row in decoded[(seed - 3) * each :][:each]:
+            assert (row - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (expected - decoded[-1]).abs().max() > 1e-3  # the last was added, of another seed
+
+
+def test_a_turn_is_a_step_of_the_sampler(tiny_pipe: DiffusionPipeline) -> None:
+    cell = Cell("", 0, {"ink": 0.5, "off": 0.0, "flat": ByPart(1.0, {"unet": 0.5}), "oil": 1.0})
+    (turned,) = in_turn([cell], "switch", tiny_pipe.scheduler, 4)
+    assert turned.strengths == {
+        "ink": ByPart(0.5, steps=Schedule([1, 0, 0, 1])),
+        "off": 0.0,
+        "flat": ByPart(1.0, {"unet": 0.5}, steps=Schedule([0, 1, 0, 0])),
+        "oil": ByPart(1.0, steps=Schedule([0, 0, 1, 0])),
+    }
+    (twice,) = in_turn([cell], "switch", KDPM2DiscreteScheduler.from_config(tiny_pipe.scheduler.config), 4)
+    ink = (twice.strengths or {})["ink"]
+    assert isinstance(ink, ByPart) and ink.steps == Schedule([1, 1, 0, 0, 0, 0, 1])  # a second level within each step
+    alone = Cell("", 0, {"ink": 0.5, "off": 0.0})
+    assert in_turn([alone], "switch", tiny_pipe.scheduler, 4) == [alone] == rows_of([alone], "composite").cells
+
+
+def test_rows_are_adapters_alone_weighed_by_their_strengths() -> None:
+    cells = [Cell("a", 0, {"ink": 0.5, "flat": ByPart(1.5, {"unet": 0.5})}), Cell("b", 1, {"ink": 0.5, "flat": 0.0})]
+    rows = rows_of(cells, "composite")
+    assert [row.strengths for row in rows.cells] == [
+        {"ink": ByPart(1.0), "flat": 0.0}, {"ink": 0.0, "flat": ByPart(1.0, {"unet": 0.5})}, {"ink": 0.5, "flat": 0.0}
+    ]  # fmt: skip
+    assert (rows.pictures, rows.weights, rows.firsts) == ((0, 0, 1), (0.25, 0.75, 1.0), [0, 2])
+    assert rows_of(cells, "add").cells == cells
+    with pytest.raises(UserError, match="'flat' cannot be -1"):
+        rows_of([Cell("", 0, {"ink": 1.0, "flat": -1.0})], "composite")
+
+
+def test_sheets_and_a_second_pass_compose_too(files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"steps": 2, "guidance": 1.0, "device": "cpu", "adapter": tuple(map(str, files.values()))}
+    sheet = blend(
+        BlendConfig("a cat", columns=3, plain=True, compose="composite", output=tmp_path / "b.png", **how), pipe=tiny_pipe
+    )
+    one, middle, other = (list(picture.getdata()) for picture in sheet.pictures[0])
+    assert one != middle != other and [told.compose for told in sheet.recipes[0]] == ["composite"] * 3
+    sides = grid(GridConfig("a cat", x="compose=add,switch,composite", output=tmp_path / "g.png", **how), pipe=tiny_pipe)
+    assert len({picture.tobytes() for picture in sides.pictures[0]}) == 3
+    for compose in get_args(Compose)[1:]:
+        config = GenerateConfig("a cat", hires=1.5, compose=compose, output=tmp_path / "h.png", **how)
+        assert generate(config, pipe=tiny_pipe)[0].image.size == (96, 96)
+
+
+def test_one_adapter_alone_is_nothing_to_compose(
+    files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
+) -> None:
+    config = GenerateConfig("a cat", adapter=(str(files["ink"]),), compose="switch", **common(tmp_path / "a.png"))
+    with pytest.raises(UserError, match="--compose switch does nothing with 1 adapter; give two or more"):
+        generate(config, pipe=tiny_pipe)
+    with pytest.raises(UserError, match="does nothing with no adapter"):
+        grid(GridConfig("a cat", compose="composite", output=tmp_path / "g.png"), pipe=tiny_pipe)
+    with pytest.raises(UserError, match="add, switch, composite"):
+        GenerateConfig("a cat", compose="swap")  # type: ignore[arg-type]
