@@ -30,6 +30,8 @@ from peft_diffusion.bases import denoiser_of, describe
 from peft_diffusion.bases.base import BaseInfo
 from peft_diffusion.fast import drawing as fast_drawing
 from peft_diffusion.generation.adapters import Adapters
+from peft_diffusion.generation.kept import Kept
+from peft_diffusion.generation.settings import Choice
 from peft_diffusion.serve import drawing, inpainting, names, pictures
 from peft_diffusion.serve.bodies import ImageToImage, TextToImage
 from peft_diffusion.serve.drawing import Held, config_of
@@ -189,6 +191,99 @@ def test_requests_that_wait_together_are_drawn_in_one_batch(tiny_base: Path, she
     asked([bodies[0], bodies[4], TextToImage(prompt="a cat", seed=1, **{**told, "steps": 3})])
     assert sorted(rows) == [2] * 7  # brackets of a trigger, which others read as weights, and other steps
     engine.close()
+
+
+@pytest.fixture
+def asked(tiny_base: Path, shelf: Path, tmp_path: Path) -> Iterator[Any]:
+    """A server's engine over files that may be changed: it draws a prompt, and compares with ``generate`` alone."""
+    own, words = Path(shutil.copytree(shelf, tmp_path / "Lora")), tmp_path / "words"
+    words.mkdir()
+    save_file({"emb_params": torch.randn(2, 32, generator=torch.Generator().manual_seed(0))}, words / "zork.safetensors")
+    engine = Engine(ServeConfig(base=str(tiny_base), adapters_dir=own, embeddings_dir=words, device="cpu"), lambda _: None)
+    engine.load().future.result()
+    plain = load_base(str(tiny_base), device="cpu")
+
+    def draw(prompt: str) -> int:
+        """Draw; tell how many files were read for it."""
+        before = engine.loads
+        told: dict[str, Any] = {"steps": 2, "cfg_scale": 7.0, "sampler_name": "Euler a", **SIDE}
+        drawn = engine.draw(TextToImage(prompt=prompt, seed=1, **told), "txt2img").future.result().drawn[0]
+        given = (str(words / "zork.safetensors"),) if "zork" in prompt else ()
+        assert same(drawn.image, alone(plain, tiny_base, own, tmp_path, prompt, seed=1, adapter=given)[0]), prompt
+        return engine.loads - before
+
+    draw.engine, draw.folder = engine, own  # type: ignore[attr-defined]
+    yield draw
+    engine.close()
+
+
+def test_a_second_request_reads_no_file_but_one_that_was_replaced(asked: Any, tiny_base: Path) -> None:
+    """Whatever was drawn between, in whichever order files are named; and each is drawn to the bit as alone."""
+    both, turned = "a cat <lora:ink:0.8> <lora:flat:0.5>", "a cat <lora:flat:0.5> <lora:ink:0.8>"
+    prompts = ["a cat <lora:ink:1>", "a dog <lora:ink:0.5>", "a cat", both, turned, "a cat <lora:flat:1>", both]
+    assert [asked(prompt) for prompt in prompts] == [1, 0, 0, 1, 0, 0, 0]
+    make_adapter(asked.folder / "flat.safetensors", tiny_base, 20)
+    assert [asked(both), asked(turned)] == [1, 0]
+    (asked.folder / "ink.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"ink\.safetensors"):
+        asked(both)
+    assert asked("a cat <lora:flat:1>") == 0
+    (asked.folder / "flat.safetensors").unlink()
+    with pytest.raises(UserError, match="there is no adapter 'flat'"):
+        asked("a cat <lora:flat:1>")
+
+
+def test_adapters_are_kept_within_a_budget_those_used_last(asked: Any) -> None:
+    kept = asked.engine._held.kept
+    assert kept.budget == 1024 * 2**20 and kept.stay
+    kept.budget = 2 * (asked.folder / "ink.safetensors").stat().st_size
+    prompts = [f"a cat <lora:{name}:1>" for name in ("ink", "flat", "ink", "line", "ink", "flat")]
+    assert [asked(prompt) for prompt in prompts] == [1, 1, 0, 1, 0, 1]
+    assert len({*kept.adapters.names, *kept.adapters.waiting}) == 2
+    kept.budget = 0
+    assert [asked(prompt) for prompt in prompts[:2] + prompts[:1]] == [0, 1, 1]
+    assert not kept.adapters.names and not kept.adapters.waiting
+
+
+def test_modules_of_other_methods_are_kept_while_no_other_request_comes(asked: Any) -> None:
+    """They have been computed with on the base, so they do not wait in memory."""
+    generator, tensors = torch.Generator().manual_seed(5), load_file(asked.folder / "flat.safetensors")
+    made = {
+        f"{name.removesuffix('.lora_up.weight')}.hada_{part}": torch.randn(shape, generator=generator) / 2
+        for name, up in tensors.items()
+        if name.startswith("lora_unet") and name.endswith("attn1_to_q.lora_up.weight")
+        for part, shape in {
+            f"w{n}_{side}": (len(up), 4) if side == "a" else (4, len(up)) for n in "12" for side in "ab"
+        }.items()
+    }
+    save_file(made, asked.folder / "hada.safetensors")
+    prompts = ["a cat <lora:hada:1>", "a dog <lora:hada:0.5>", "a cat <lora:ink:1>", "a cat <lora:hada:1> <lora:ink:1>"]
+    assert [asked(prompt) for prompt in prompts] == [1, 0, 1, 1]
+    assert asked.engine._held.kept.adapters["hada"].report.found == len(made) > 0
+
+
+def test_what_is_kept_does_nothing_to_requests_that_do_not_name_it(asked: Any, tiny_base: Path) -> None:
+    """Neither words that one teaches, nor numbers that are not finite, which times a strength of 0 are not either."""
+    assert [asked(prompt) for prompt in ("a zork", "a cat <lora:ink:1>", "a zork <lora:ink:1>", "a zork")] == [1, 1, 1, 1]
+    tensors = load_file(asked.folder / "flat.safetensors")
+    save_file({name: tensor * 1e30 for name, tensor in tensors.items()}, asked.folder / "huge.safetensors")
+    with pytest.raises(UserError, match="NaN"):
+        asked("a cat <lora:huge:1>")
+    assert [asked(prompt) for prompt in ("a cat", "a cat <lora:ink:1>")] == [0, 0]
+
+
+def test_adapters_do_not_stay_on_a_base_whose_parts_are_moved(pipe: Any, shelf: Path, tmp_path: Path) -> None:
+    """They wait in memory; and what is to be known of their file is told to each request."""
+    file = tmp_path / "odd.safetensors"
+    save_file({**load_file(shelf / "ink.safetensors"), "lora_unet_nowhere.lora_up.weight": torch.ones(2, 2)}, file)
+    kept, choice = Kept(pipe, 2**30, stay=False), Choice(file)
+    told: list[list[str]] = [[], []]
+    for warnings in told:
+        kept.begin([choice])
+        assert kept.load(choice, strict=False, warn=warnings.append) == "odd" and kept.adapters.names == ("odd",)
+        kept.end()
+        assert not kept.adapters.names and kept.adapters.waiting == ("odd",) and kept.adapters.loads == 1
+    assert told[0] == told[1] and len(told[0]) == 1
 
 
 def test_an_answer_tells_what_clients_read_of_it(client: Any, address: str) -> None:

@@ -95,6 +95,24 @@ def test_a_batch_brings_what_it_needs(files: dict[str, Path], tiny_pipe: Diffusi
     assert len(adapters.names) == 2
 
 
+def test_one_that_is_idle_can_be_sent_to_wait(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
+    with pytest.raises(UserError, match="only where there is a budget"):
+        Adapters(tiny_pipe).rest()
+    adapters = limited(tiny_pipe, files, 4)
+    adapters.set(a=1.0)
+    drawn = picture(tiny_pipe)
+    for names, why in ((("b", "a"), "a: an adapter in use"), (("b", "z"), "no adapter 'z'")):
+        with pytest.raises(UserError, match=why):
+            adapters.rest(*names)
+    assert not adapters.waiting
+    adapters.set(a=0.0)
+    adapters.rest("a", "c")
+    adapters.rest("a")
+    assert (adapters.names, adapters.waiting, adapters.evictions) == (("b", "d"), ("c", "a"), 0)
+    adapters.set(a=1.0)
+    assert adapters.names == ("b", "d", "a") and adapters.loads == 4 and np.allclose(picture(tiny_pipe), drawn, atol=1e-5)
+
+
 def test_a_waiting_one_is_exchanged_and_a_budget_is_a_number_of_bytes(
     files: dict[str, Path], tiny_pipe: DiffusionPipeline
 ) -> None:

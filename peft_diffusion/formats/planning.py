@@ -280,6 +280,13 @@ class Plan:
         return data.tensors()
 
     @property
+    def size(self) -> int:
+        """Bytes of its tensors, as the file holds them."""
+        if self.loaded is not None:
+            return sum(tensor.nbytes for tensor in self.loaded.values())
+        return sum(entry.end - entry.start for entry in self.header.tensors.values())
+
+    @property
     def digests(self) -> "Digests":
         """The digests of the file, which need not be known yet."""
         return Digests(self)

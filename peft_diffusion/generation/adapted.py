@@ -10,6 +10,7 @@ from ..bases.base import frozen
 from ..core.errors import UserError
 from ..core.events import Noted, Observer, Warned
 from .adapters import Adapters
+from .kept import Kept
 from .settings import Choice
 
 
@@ -23,6 +24,7 @@ def adapted(
     lent: bool,
     strict: bool,
     fast: bool | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[tuple[Adapters, list[str]]]:
     """Load adapters for as long as the context is open.
 
@@ -34,6 +36,7 @@ def adapted(
         lent: Whether the base is the caller's, who gets it back as it was.
         strict: Whether to refuse a file of which a tensor is left out.
         fast: Whether to draw by recorded steps; None where it pays, but leaves a lent base as it is.
+        kept: The adapters that stay with the base; None where none do.
 
     Yields:
         The adapters of the base, and the names of those that were chosen, in their order.
@@ -42,21 +45,29 @@ def adapted(
         UserError: For a file that cannot be used on this base, and for a lent base that carries adapters: no recipe would
             know of them.
     """
-    adapters = Adapters(base)
-    if lent and adapters.names:
+    adapters = Adapters(base) if kept is None else kept.adapters
+    if lent and kept is None and adapters.names:
         raise UserError(
             f"the base carries adapters already ({', '.join(adapters.names)}): remove them, and name their files as adapter"
         )
     with frozen(base if lent else None):
         try:
             names = []
+            if kept is not None:
+                kept.begin(choices)
             for choice, drawn in zip(choices, prompts, strict=True):
-                names.append(adapters.load(choice.parsed(), None, choice.amount, strict=strict, warn=warner(tell)))
+                if kept is None:
+                    name = adapters.load(choice.parsed(), None, choice.amount, strict=strict, warn=warner(tell))
+                else:
+                    name = kept.load(choice, strict=strict, warn=warner(tell))
+                names.append(name)
                 _tell_triggers(adapters, names[-1], drawn, tell)
             with _quick(adapters, fast, tell, lent=lent):
                 yield adapters, names
         finally:
-            for name in adapters.names if lent else ():
+            if kept is not None:
+                kept.end()
+            for name in adapters.names if lent and kept is None else ():
                 adapters.remove(name)
 
 

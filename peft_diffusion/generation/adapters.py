@@ -318,6 +318,29 @@ class Adapters:
         self._pack()
 
     @one_at_a_time
+    def rest(self, *names: str) -> None:
+        """Take adapters of strength 0 off the base, to wait as those do that have left for lack of room.
+
+        Args:
+            names: What they are called. Those that wait already are left as they are.
+
+        Raises:
+            UserError: No adapter has such a name, one is in use, adapters are merged, or there is no budget, without which
+                none waits. Nothing is changed then.
+        """
+        if self._tiers is None:
+            raise UserError("adapters wait only where there is a budget, as in Adapters(pipe, budget=2**30)")
+        present = [name for name in dict.fromkeys(names) if name not in self.waiting]
+        for name in present:
+            self._registry.carriers(name)
+        self._registry.refuse_merged("take one off the base")
+        used = [name for name in present if name not in self._idle()]
+        if used:
+            raise UserError(f"{', '.join(used)}: an adapter in use cannot wait; set it to 0 first")
+        for name in present:
+            self._tiers.rest(name)
+
+    @one_at_a_time
     def prefetch(self, *names: str) -> None:
         """Begin to read adapters that wait in their files, on another thread, while others draw.
 

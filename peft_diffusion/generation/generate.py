@@ -37,6 +37,7 @@ from .calibration import calibrated, times
 from .control import used as used_controls
 from .distilled import for_few_steps
 from .events import PictureMade, SheetMade
+from .kept import Kept
 from .memory import device_of, loaded, spared
 from .picture_formats import ending
 from .recipe import Recipe, UsedAdapter, UsedPicture
@@ -152,6 +153,7 @@ def draw(
     stop: Stop,
     lent: bool = True,
     check: Callable[[Recipe], None] | None = None,
+    kept: Kept | None = None,
 ) -> Generator[tuple[Image.Image, Recipe]]:
     """Draw pictures that were asked for, and write nothing: what `generate` and the server share.
 
@@ -166,6 +168,7 @@ def draw(
         stop: Where it is set, nothing is drawn after the present batch.
         lent: Whether the base goes on without the adapters afterwards; it carries none then.
         check: Is given the recipe of the first picture before anything is drawn.
+        kept: The adapters that stay with a lent base; None where none do.
 
     Yields:
         Each picture with its recipe, in order.
@@ -174,7 +177,7 @@ def draw(
         UserError: Before anything is computed, for adapters, prompts and sizes that cannot be used.
         Interrupted: It was stopped.
     """
-    with adapted(base, asked.choices, asked.prompts, tell, lent=lent, strict=config.strict, fast=config.fast) as (
+    with adapted(base, asked.choices, asked.prompts, tell, lent=lent, strict=config.strict, fast=config.fast, kept=kept) as (
         adapters,
         names,
     ):
@@ -205,19 +208,27 @@ class Part:
 
 
 def draw_together(
-    base: Pipeline, parts: Sequence[Part], *, at_most: int, strict: bool, tell: Observer, stop: Stop
+    base: Pipeline,
+    parts: Sequence[Part],
+    *,
+    at_most: int,
+    strict: bool,
+    tell: Observer,
+    stop: Stop,
+    kept: Kept | None = None,
 ) -> Generator[tuple[int, list[tuple[Image.Image, Recipe]]]]:
     """Draw what several ask for in common batches, as far as their pictures can share these; the others after each other.
 
     Close what is returned where it is left before its end: only then are the adapters off the base.
 
     Args:
-        base: The base, which carries no adapters.
+        base: The base, which carries no adapters but those that are kept.
         parts: What they ask for, all of it from noise, with one way to save memory.
         at_most: Pictures computed at once.
         strict: Whether to refuse a file of which a tensor is left out.
         tell: Is told how far it is.
         stop: Where it is set, nothing is drawn after the present batch.
+        kept: The adapters that stay with the base; None where none do.
 
     Yields:
         Which part is done, and its pictures with their recipes.
@@ -228,7 +239,10 @@ def draw_together(
     """
     choices = {choice.key: choice for part in parts for choice in part.asked.choices}
     untold: list[list[str]] = [[] for _ in choices]
-    with adapted(base, list(choices.values()), untold, Observers(), lent=True, strict=strict) as (adapters, names):
+    with adapted(base, list(choices.values()), untold, Observers(), lent=True, strict=strict, kept=kept) as (
+        adapters,
+        names,
+    ):
         called = dict(zip(choices, names, strict=True))
         jobs: list[_Job] = []
         whose: list[int] = []

@@ -30,7 +30,7 @@ class Known:
     @property
     def size(self) -> int:
         """Bytes of its tensors, as the file holds them."""
-        return sum(entry.end - entry.start for entry in self.plan.header.tensors.values())
+        return self.plan.size
 
     @property
     def held(self) -> int:
@@ -136,14 +136,22 @@ class Tiers:
         if free < size:
             return False
         for name in leaving:
-            self.lower(name)
-            self._up.discard(name)
+            self.rest(name)
             self.evictions += 1
-            read = self._known[name].read
-            if read is not None and read.components:  # modules that have been on the base
-                self._let_go(self._known[name])
-        self._spare()
         return True
+
+    def rest(self, name: str) -> None:
+        """Take an adapter off the base, to wait.
+
+        Args:
+            name: What it is called.
+        """
+        self.lower(name)
+        self._up.discard(name)
+        read = self._known[name].read
+        if read is not None and read.components:  # modules that have been on the base
+            self._let_go(self._known[name])
+        self._spare()
 
     def no_room(self, name: str, size: int) -> UserError:
         """Say that those in use leave no room for an adapter.

@@ -23,6 +23,7 @@ from ..formats import Plan
 from ..generation.asked import Asked, Order, read_prompt
 from ..generation.distilled import for_few_steps
 from ..generation.generate import Part, draw, draw_together
+from ..generation.kept import Kept
 from ..generation.recipe import Recipe, UsedPicture
 from ..generation.sampler import size
 from ..generation.settings import MAX_SEED, Choice, GenerateConfig, Key, with_plans
@@ -46,12 +47,14 @@ class Held:
         pipe: The pipeline.
         info: What is known of it.
         sha256: The digest of its file; "" where it is none.
+        kept: The adapters that stay with it from one request to the next; None where none do.
     """
 
     source: str
     pipe: Pipeline
     info: BaseInfo
     sha256: str
+    kept: Kept | None = None
 
 
 class Words(NamedTuple):
@@ -440,7 +443,7 @@ def run(body: Drawing, serving: ServeConfig, held: Held, files: Files, clip_skip
             begun = source_of(body, read.config, serving, held.info)
         source = None if begun is None else begun.source(read.config.taken_steps)
         try:
-            with closing(draw(held.pipe, asked, read.config, source, tell=tell, stop=job)) as coming:
+            with closing(draw(held.pipe, asked, read.config, source, tell=tell, stop=job, kept=held.kept)) as coming:
                 for image, recipe in coming:
                     drawn.append(Drawn(image if begun is None else begun.ready.finished(image), recipe))
         except Interrupted:
@@ -507,7 +510,9 @@ def run_together(
         one.job.rounds = 1
     most = serving.max_batch
     try:
-        drawn = draw_together(held.pipe, parts, at_most=most, strict=serving.strict, tell=company.heed, stop=company)
+        drawn = draw_together(
+            held.pipe, parts, at_most=most, strict=serving.strict, tell=company.heed, stop=company, kept=held.kept
+        )
         with closing(drawn) as coming:
             for number, pictures_of in coming:
                 found[number] = [Drawn(*picture) for picture in pictures_of]

@@ -12,7 +12,7 @@ from ..bases.pipelines import Pipeline
 from ..core.errors import UserError, did_you_mean
 from ..core.events import Noted, Observer, Warned
 from ..core.files import at_home
-from ..generation.adapters import Adapters
+from ..generation.kept import Kept
 from ..generation.memory import loaded
 from ..generation.picture_formats import PictureFormat
 from . import drawing, names, pictures
@@ -95,6 +95,12 @@ class Engine:
         self._digests: dict[str, str] = {}
         self._lock = threading.Lock()
         self._options = Asked(config.base, None, "png")
+
+    @property
+    def loads(self) -> int:
+        """How many times the file of an adapter was read for the base that is loaded."""
+        held = self._held
+        return 0 if held is None or held.kept is None else held.kept.adapters.loads
 
     def bases(self) -> list[Known]:
         """List the bases that requests may choose, with the folder as it is now."""
@@ -277,13 +283,14 @@ class Engine:
         _empty_cache()
         began = time.monotonic()
         pipe: Pipeline = loaded(self.config.drawing(source), None)
-        adapters = Adapters(pipe)
+        kept = Kept(pipe, self.config.adapter_memory * 2**20, stay=self.config.offload is None)
+        adapters = kept.adapters
         why = adapters.fast(self.config.fast)
         if why is not None and self.config.fast:
             self._tell(Warned(f"pictures are drawn without fast steps: {why}"))
         digest = checkpoint_sha256(pipe)
         self._digests[source] = digest
-        self._held = Held(source, pipe, adapters.base, digest)
+        self._held = Held(source, pipe, adapters.base, digest, kept)
         self._tell(Noted(f"loaded {source} in {time.monotonic() - began:.1f} s"))
         return self._held
 

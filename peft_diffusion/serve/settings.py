@@ -85,6 +85,14 @@ class ServeConfig:
     max_pictures: int = setting(64, "The most pictures of a request.", PARAMETERS, COUNT)
     max_batch: int = setting(8, "The most pictures computed at once.", PARAMETERS, COUNT)
     max_waiting: int = setting(64, "The most requests that wait; more are refused.", PARAMETERS, COUNT)
+    adapter_memory: int = setting(
+        1024,
+        "The most memory for adapters that stay from one request to the next, so that no file is read again; those used "
+        "longest ago go first. 0 keeps none.",
+        PARAMETERS,
+        Range(0),
+        unit="MiB",
+    )
     strict: bool = as_in(GenerateConfig, "strict")
     prediction: AskedPrediction = as_in(GenerateConfig, "prediction")
     device: str = as_in(GenerateConfig, "device")
