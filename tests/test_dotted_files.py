@@ -251,7 +251,7 @@ def test_sdxl_files_with_names_of_the_original_load(dotted: bool, tmp_path: Path
 def test_what_is_no_adapter_is_still_none(tmp_path: Path) -> None:
     save_file({"model.diffusion_model.out.2.weight": torch.zeros(2)}, tmp_path / "a.safetensors")
     for look in (formats.inspect, lambda path: formats.load(path, make_pipe())):
-        with pytest.raises(UserError, match="no adapter of a known layout"):
+        with pytest.raises(UserError, match="is a checkpoint, of a whole model, and no adapter"):
             look(tmp_path / "a.safetensors")
 
 
