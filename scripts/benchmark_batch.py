@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 
@@ -30,7 +29,7 @@ from peft_diffusion import Request
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.settings import Sampling
-from scripts.benchmark_generate import DTYPES, lora_files, pipeline
+from scripts.benchmark_generate import DTYPES, lora_files, parser_of, pipeline, read
 from scripts.measuring import markdown_table, run
 
 NEAR = {"bfloat16": 12.0, "float16": 4.0, "float32": 0.05}  # of 255: the mean distance that two orders of rounding explain
@@ -39,15 +38,7 @@ AT_ONCE, ADAPTERS, REQUESTS = 8, 16, 32
 
 def main() -> None:
     """The gate and the figures of each architecture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", default=["sd1", "sdxl"], choices=["sd1", "sdxl", "tiny"])
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--precision", default="bfloat16", choices=DTYPES)
-    options = parser.parse_args()
-    if options.device == "cuda":
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, diffusers {diffusers.__version__}", flush=True)
+    options = read(parser_of(__doc__, repeats=3))
     for kind in options.kinds:
         with tempfile.TemporaryDirectory() as folder:
             compare(kind, options, Path(folder))

@@ -42,20 +42,37 @@ NEAR = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 1e-5}  # of a step's size,
 
 def main() -> None:
     """The gate and the figures of each architecture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", default=["sd1", "sdxl"], choices=["sd1", "sdxl", "tiny"])
+    parser = parser_of(__doc__, repeats=5)
     parser.add_argument("--loras", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--precision", default="bfloat16", choices=DTYPES)
-    options = parser.parse_args()
-    if options.device == "cuda":
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, diffusers {diffusers.__version__}", flush=True)
+    options = read(parser)
     with tempfile.TemporaryDirectory() as folder:
         for kind in options.kinds:
             Comparison(kind, options, Path(folder)).take()
             gc.collect()
+
+
+def parser_of(description: str | None, repeats: int) -> argparse.ArgumentParser:
+    """A parser of what benchmarks of drawing have in common.
+
+    Args:
+        description: Of the script.
+        repeats: How often it measures by default.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", default=["sd1", "sdxl"], choices=["sd1", "sdxl", "tiny"])
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--precision", default="bfloat16", choices=DTYPES)
+    return parser
+
+
+def read(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read the flags, and tell the card."""
+    options = parser.parse_args()
+    if options.device == "cuda":
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, diffusers {diffusers.__version__}", flush=True)
+    return options
 
 
 def pipeline(kind: str, folder: Path, device: str, dtype: torch.dtype) -> Any:

@@ -484,11 +484,11 @@ def test_law_7_checkpointing_gives_the_same_gradients(case: Case) -> None:
 @once_a_case
 def test_law_7_compile_sees_new_strengths_without_recompiling(case: Case) -> None:
     case.model = shortest(case.component, case.model)
-    compiling_sees_new_strengths(case)
+    assert recompilations(case) == 0
 
 
-def compiling_sees_new_strengths(case: Case) -> None:
-    """The law for a case whose model is as small as it shall be."""
+def recompilations(case: Case) -> int:
+    """Compile the model of a case, change strengths and weights, and count what is compiled anew; answers are compared."""
     torch._dynamo.reset()
     case.trained()
     graphs = []
@@ -506,7 +506,7 @@ def compiling_sees_new_strengths(case: Case) -> None:
         assert case.close(case.run(compiled), case.run())
     randomize(case.model, "a", seed=9)
     assert case.close(case.run(compiled), case.run())
-    assert len(graphs) == count
+    return len(graphs) - count
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

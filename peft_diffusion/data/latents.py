@@ -181,23 +181,22 @@ def cache_latents(
     """
     if len(pictures) != len(fits):
         raise ValueError(f"{len(pictures)} pictures with {len(fits)} fits")
-    alphas = _of_each(alpha, pictures)
-    job = _Job(pictures, fits, background, max_pixels, alphas, folder, fingerprint(vae) if folder is not None else "")
+    mark = "" if folder is None else fingerprint(vae)
+    job = _Job(pictures, fits, background, max_pixels, _of_each(alpha, pictures), folder, mark)
     whole = _mirrored(_of_each(flip, pictures))
     hiding = (None, *range(inpainting_masks.COUNT)) if masked else (None,)
     entries: list[Key] = [(*one, mask) for mask in hiding for one in whole]
     encoder = ready(vae)
     done: dict[Key, tuple[Tensor, Tensor]] = {}
     origins = Counter[Origin]()
-    at_once = 1 if next(encoder.parameters()).device.type == "cpu" and batch_size > 1 else batch_size
-    for chunk in _chunks(entries, fits, at_once):
+    for chunk in _chunks(entries, fits, min(batch_size, 1) if next(encoder.parameters()).is_cpu else batch_size):
         for entry, (mean, std), origin in job.encoded(chunk, encoder):
             done[entry] = mean.to(dtype), std.to(dtype)
             origins[origin] += 1
             if on_progress is not None:
                 on_progress(len(done), len(entries))
-    latents = tuple(job.latent(one, done, hiding[1:]) for one in whole)
-    return LatentCache(latents, len(entries) - origins["cache"], origins["cache"], origins["damaged"])
+    latents, cached = tuple(job.latent(one, done, hiding[1:]) for one in whole), origins["cache"]
+    return LatentCache(latents, len(entries) - cached, cached, origins["damaged"])
 
 
 def _of_each(given: bool | Sequence[bool], pictures: Sequence[TrainingImage]) -> Sequence[bool]:

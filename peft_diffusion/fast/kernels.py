@@ -479,27 +479,14 @@ def group_norm(
     tile = {"BLOCK_P": t.length, "BLOCK_C": t.block_channels}
     _launch(_channel_moments, t.grid, x, moved, parts, t.places, t.channels, SHIFTED=shift is not None, **tile)
     _launch(
-            _group_moments, (t.images * groups,),
+        _group_moments, (t.images * groups,),
         parts, mean, rstd, t.places, t.channels, t.stretches, eps, GROUPS=groups, WIDTH=t.width, LENGTH=t.length, BLOCK_S=32,
         BLOCK_C=max(_GROUP, t.block_width),
     )  # fmt: skip
     _launch(
-        _group_norm_apply,
-        t.grid,
-        x,
-        moved,
-        weight,
-        bias,
-        y,
-        mean,
-        rstd,
-        t.places,
-        t.channels,
-        GROUPS=groups,
-        WIDTH=t.width,
-        **flags,
-        **tile,
-    )
+        _group_norm_apply, t.grid,
+        x, moved, weight, bias, y, mean, rstd, t.places, t.channels, GROUPS=groups, WIDTH=t.width, **flags, **tile,
+    )  # fmt: skip
     return y, mean, rstd
 
 
@@ -539,37 +526,15 @@ def group_norm_back(
     first, second = torch.empty_like(mean), torch.empty_like(mean)
     sizes, tile = {"GROUPS": groups, "WIDTH": t.width}, {"BLOCK_P": t.length, "BLOCK_C": t.block_channels}
     _launch(
-        _group_norm_back_sums,
-        t.grid,
-        dy,
-        x,
-        moved,
-        weight,
-        bias,
-        mean,
-        rstd,
-        parts,
-        t.places,
-        t.channels,
-        **sizes,
-        **flags,
-        **tile,
-    )
+        _group_norm_back_sums, t.grid,
+        dy, x, moved, weight, bias, mean, rstd, parts, t.places, t.channels, **sizes, **flags, **tile,
+    )  # fmt: skip
     _launch(
-        _group_sums,
-        (t.images * groups,),
-        parts,
-        first,
-        second,
-        t.places,
-        t.channels,
-        t.stretches,
-        **sizes,
-        BLOCK_S=32,
-        BLOCK_C=max(_GROUP, t.block_width),
-    )
+        _group_sums, (t.images * groups,),
+        parts, first, second, t.places, t.channels, t.stretches, **sizes, BLOCK_S=32, BLOCK_C=max(_GROUP, t.block_width),
+    )  # fmt: skip
     _launch(
-            _group_norm_back_apply, t.grid,
+        _group_norm_back_apply, t.grid,
         dy, x, moved, weight, bias, mean, rstd, first, second, passed, dx, t.places, t.channels, **sizes, **flags,
         THROUGH=through is not None, **tile,
     )  # fmt: skip
@@ -599,7 +564,7 @@ def layer_norm(
     block = triton.next_power_of_2(width)
     each = max(1, _TILE // 2 // block)
     _launch(
-            _layer_norm, (triton.cdiv(rows, each),),
+        _layer_norm, (triton.cdiv(rows, each),),
         x, x if added is None else added, weight, bias, total, y, mean, rstd, rows, width, x.stride(-2), eps,
         ADDED=added is not None, BLOCK_R=each, BLOCK_C=block,
     )  # fmt: skip
@@ -625,7 +590,7 @@ def layer_norm_back(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: T
     rows, block = x.numel() // width, triton.next_power_of_2(width)
     each = max(1, _TILE // 2 // block)
     _launch(
-            _layer_norm_back, (triton.cdiv(rows, each),),
+        _layer_norm_back, (triton.cdiv(rows, each),),
         dy, x, weight, mean, rstd, x if through is None else through, dx, rows, width, THROUGH=through is not None,
         BLOCK_R=each, BLOCK_C=block,
     )  # fmt: skip

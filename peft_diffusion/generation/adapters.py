@@ -223,7 +223,7 @@ class Adapters:
             UserError: The file is no adapter, is damaged or does not fit the base, the name is taken, or adapters are
                 merged. Nothing is changed then.
         """
-        registry, parts, file = self._registry, components(self.pipe), _file(source)
+        registry, file = self._registry, _file(source)
         registry.refuse_merged("load another")
         chosen = self._free_name(title(file)) if name is None else name
         if chosen in registry.names or chosen in self.waiting:
@@ -235,29 +235,34 @@ class Adapters:
             for warning in read.warnings:
                 warn(warning)
             return chosen
+        self._enter(chosen, read, told, strength)
+        for warning in read.warnings:
+            warn(warning)
+        return chosen
+
+    def _enter(self, name: str, read: Loaded, told: LoadedAdapter, strength: Amount) -> None:
+        """Put what was read of a file on the base; where that fails, the base is as before."""
+        registry, parts = self._registry, components(self.pipe)
         try:
             for component in dict.fromkeys((*read.components, *read.stored)):
-                sites.attach_built(parts[component], chosen, read.at(component))
+                sites.attach_built(parts[component], name, read.at(component))
             self._refuse_fused("load an adapter")
-            registry.enter(chosen, told)
+            registry.enter(name, told)
             teach(self.pipe)
             if isinstance(strength, (int, float)) and strength == 1:  # as it came
                 follow_steps(self.pipe)
             else:
-                self.set({chosen: strength})
+                self.set({name: strength})
             self._pack()
         except BaseException:
-            for component in registry.states(chosen):
-                sites.detach(parts[component], chosen)
+            for component in registry.states(name):
+                sites.detach(parts[component], name)
             teach(self.pipe)
             follow_steps(self.pipe)
             self._pack()
             if self._tiers is not None:
-                self._tiers.forget(chosen)
+                self._tiers.forget(name)
             raise
-        for warning in read.warnings:
-            warn(warning)
-        return chosen
 
     def _read(self, given: Plan, strict: bool) -> Loaded:
         """Read the file of a plan, where adapters are to wait into memory from which a GPU copies fast."""

@@ -244,19 +244,9 @@ def draw_together(
         names,
     ):
         called = dict(zip(choices, names, strict=True))
-        jobs: list[_Job] = []
-        whose: list[int] = []
-        for number, part in enumerate(parts):
-            own = [called[choice.key] for choice in part.asked.choices]
-            _refuse_words(adapters, own)
-            tell_of_adapters(adapters, own, part.asked.prompts, part.tell)
-            tell_clip_skip(base, [choice.plan for choice in part.asked.choices if choice.plan], part.config, part.tell)
-            for group in part.asked.groups:
-                job = _job(adapters, own, part.asked, group, None)
-                jobs += [
-                    replace(job, cells=[cell], recipes=[told]) for cell, told in zip(job.cells, job.recipes, strict=True)
-                ]
-                whose += [number] * len(group)
+        by_part = [_pictures_of(adapters, part, [called[choice.key] for choice in part.asked.choices]) for part in parts]
+        jobs = [job for own in by_part for job in own]
+        whose = [number for number, own in enumerate(by_part) for _ in own]
         missing = Counter(whose)
         done: dict[int, tuple[Image.Image, Recipe]] = {}
         cells = [cell for job in jobs for cell in job.cells]
@@ -270,6 +260,18 @@ def draw_together(
                     missing[whose[number]] -= 1
                     if not missing[whose[number]]:
                         yield whose[number], [done[which] for which, of in enumerate(whose) if of == whose[number]]
+
+
+def _pictures_of(adapters: Adapters, part: Part, own: Sequence[str]) -> "list[_Job]":
+    """The pictures of one who asks, a job each; tells what that one should know of adapters."""
+    _refuse_words(adapters, own)
+    tell_of_adapters(adapters, own, part.asked.prompts, part.tell)
+    plans = [choice.plan for choice in part.asked.choices if choice.plan]
+    tell_clip_skip(adapters.pipe, plans, part.config, part.tell)
+    jobs = [_job(adapters, own, part.asked, group, None) for group in part.asked.groups]
+    return [
+        replace(job, cells=[cell], recipes=[told]) for job in jobs for cell, told in zip(job.cells, job.recipes, strict=True)
+    ]
 
 
 def _refuse_words(adapters: Adapters, own: Sequence[str]) -> None:

@@ -139,14 +139,7 @@ def paint(
     batches = [rows_of(cells[start : start + sampling.batch_size], sampling.compose) for start in starts]
     scheduler = scheduler_of(adapters, cells, sampling)
     adapters.keep_steps_on_host(scheduler)
-    if gives_way(pipe, scheduler, sampling):
-        whose = "the base" if _begins_with_noise(pipe.scheduler) else "an adapter"
-        tell(
-            Warned(
-                f"the scheduler {sampling.scheduler} cannot begin with pure noise, which {whose} was trained for with"
-                " zero terminal SNR; ddim draws in its place"
-            )
-        )
+    _tell_of_scheduler(pipe, scheduler, sampling, tell)
     telling = Telling(pipe, sampling, triggers(adapters, cells))
     _check_prompts(adapters, [rows.cells for rows in batches], telling)
     steered = controlled(pipe, sampling.controls(), sampling.control_scale)
@@ -165,6 +158,18 @@ def paint(
                 drawn = _paint_batch(start, batch, telling, report, controls)
             images = [drawn[row] for row in rows.firsts]
             yield from images if source is None else map(source.kept, images)
+
+
+def _tell_of_scheduler(pipe: Pipeline, scheduler: Any, sampling: Sampling, tell: Observer) -> None:
+    """Warn where another scheduler draws than the one that was asked for."""
+    if gives_way(pipe, scheduler, sampling):
+        whose = "the base" if _begins_with_noise(pipe.scheduler) else "an adapter"
+        tell(
+            Warned(
+                f"the scheduler {sampling.scheduler} cannot begin with pure noise, which {whose} was trained for with"
+                " zero terminal SNR; ddim draws in its place"
+            )
+        )
 
 
 def _in_words(cells: Sequence[Cell], sampling: Sampling, tell: Observer) -> list[Cell]:
