@@ -92,6 +92,14 @@ class Loaded:
         """
         return {**self.components.get(component, {}), **self.stored.get(component, {})}
 
+    def by_component(self) -> dict[str, dict[str, Adapter | StoredPair]]:
+        """Give all that there is, for ``attach_built``.
+
+        Returns:
+            By component and path.
+        """
+        return {component: self.at(component) for component in dict.fromkeys((*self.components, *self.stored))}
+
 
 @dataclass(frozen=True)
 class _Site:

@@ -244,8 +244,8 @@ class Adapters:
         """Put what was read of a file on the base; where that fails, the base is as before."""
         registry, parts = self._registry, components(self.pipe)
         try:
-            for component in dict.fromkeys((*read.components, *read.stored)):
-                sites.attach_built(parts[component], name, read.at(component))
+            for component, built in read.by_component().items():
+                sites.attach_built(parts[component], name, built)
             self._refuse_fused("load an adapter")
             registry.enter(name, told)
             teach(self.pipe)
@@ -302,7 +302,7 @@ class Adapters:
     def _lift(self, name: str, known: Known, read: Loaded) -> None:
         """Attach what was read, at strength 0."""
         try:
-            built = {one: read.at(one) for one in dict.fromkeys((*read.components, *read.stored))}
+            built = read.by_component()
             self._attach(name, built, dict.fromkeys(built, 0.0))
             self._registry.enter(name, known.told)
         except BaseException:
@@ -438,7 +438,7 @@ class Adapters:
         for one in old:
             sites.detach(parts[one], name)
         try:
-            self._attach(name, {one: read.at(one) for one in dict.fromkeys((*read.components, *read.stored))}, kept)
+            self._attach(name, read.by_component(), kept)
         except BaseException:
             for one in self._registry.states(name):
                 sites.detach(parts[one], name)

@@ -15,6 +15,7 @@ from ..core.errors import FoldError, UserError
 from ..core.registry import Registry
 from ..core.slot import slot_of
 from ..core.weight_change import Change, change_of
+from .calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -161,13 +162,15 @@ def measured(parts: Mapping[str, nn.Module], names: Sequence[str], effects: Mapp
                     others[name] = others.get(name, 0) + 1
             weight = getattr(module, "weight", None)
             whole = float(weight.float().norm()) if _is_plain(weight) else 0.0
-            for name, change in changes.items():
-                size = math.sqrt(max(0.0, _inner(change, change)))
+            norms = {name: math.sqrt(max(0.0, _inner(change, change))) for name, change in changes.items()}
+            for name, size in norms.items():
                 sizes.append(Size(name, component, block, path, size, size / whole if whole else None))
-            for first, second in combinations(changes, 2):
-                meetings.append(_meeting((first, second), (component, block, path), changes[first], changes[second]))
+            for one, other in combinations(changes, 2):
+                found = _meeting(changes[one], changes[other], norms[one] * norms[other])
+                meetings.append(Meeting(one, other, component, block, path, *found))
     known = effects or {name: math.hypot(*(one.change for one in sizes if one.adapter == name)) for name in names}
-    return BlendReport(tuple(sizes), tuple(meetings), dict(effects), _equal(known), others)
+    suggested = Calibration(known).evenly(dict.fromkeys(known, 1 / max(1, len(known))))
+    return BlendReport(tuple(sizes), tuple(meetings), dict(effects), suggested, others)
 
 
 def _change(adapter: Any, module: nn.Module, where: str) -> Change | None:
@@ -193,13 +196,13 @@ def _inner(one: Change, other: Change) -> float:
     return 0.0 if first is None or second is None else float((first.double() * second.double()).sum())
 
 
-def _meeting(names: tuple[str, str], where: tuple[str, str, str], one: Change, other: Change) -> Meeting:
-    norms = math.sqrt(max(0.0, _inner(one, one)) * max(0.0, _inner(other, other)))
+def _meeting(one: Change, other: Change, norms: float) -> tuple[float, float | None, float | None]:
+    """The cosine of two changes, by the product of their norms, and how far they read and write the same."""
     reads = writes = None
     if one.pair is not None and other.pair is not None:
         reads = _overlap(one.pair.down.T, other.pair.down.T)
         writes = _overlap(one.pair.up, other.pair.up)
-    return Meeting(*names, *where, _inner(one, other) / norms if norms else 0.0, reads, writes)
+    return _inner(one, other) / norms if norms else 0.0, reads, writes
 
 
 @torch.no_grad()
@@ -211,14 +214,6 @@ def _overlap(one: Tensor, other: Tensor) -> float:
         bases.append(left[:, values > values.max() * 1e-7])  # a rank that is not used spans nothing
     smaller = min(base.shape[1] for base in bases)
     return float((bases[0].T @ bases[1]).square().sum()) / smaller if smaller else 0.0
-
-
-def _equal(sizes: Mapping[str, float]) -> dict[str, float]:
-    """Shares of 1 at which all do as much; equal ones where an adapter does nothing."""
-    if not sizes or not all(sizes.values()):
-        return dict.fromkeys(sizes, 1 / max(1, len(sizes)))
-    whole = sum(1 / size for size in sizes.values())
-    return {name: 1 / size / whole for name, size in sizes.items()}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
