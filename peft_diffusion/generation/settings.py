@@ -41,6 +41,7 @@ from ..formats import Plan, plan
 from ..formats.container import adapter_file, title
 from ..formats.planning import takes_torch
 from . import amounts
+from .compositions import COMPOSITIONS, Compose, explanation
 from .control_settings import Control
 from .control_settings import parse as parse_control
 from .hires import UPSCALERS, Hires, upscaler
@@ -51,7 +52,6 @@ Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
 Tile: TypeAlias = Literal["x", "y", "both"]
 Offload: TypeAlias = Literal["model", "group", "sequential"]
-Compose: TypeAlias = Literal["add", "switch", "composite"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
@@ -299,12 +299,7 @@ class Sampling(NamesAdapters):
         PARAMETERS,
         flag=Flag(aliases=("-a",), default_shown=False),
     )
-    compose: Compose = setting(
-        "add",
-        "How several adapters meet: all at once (add), one a step, in turn (switch), or each alone, with the mean of their "
-        "predictions, weighed by strength (composite), which takes as many times as long as there are adapters.",
-        PARAMETERS,
-    )
+    compose: Compose = setting("add", explanation(), PARAMETERS)
     adapters_dir: OptionalPath = setting(
         None, "The folder where <lora:NAME:0.8> in a prompt finds NAME.safetensors, also in its subfolders.", PARAMETERS
     )
@@ -482,12 +477,9 @@ class Sampling(NamesAdapters):
             adapters: How many there are.
 
         Raises:
-            UserError: There are not several.
+            UserError: There are too few or too many.
         """
-        if self.compose != "add" and adapters < 2:
-            raise UserError(
-                f"--compose {self.compose} does nothing with {adapters or 'no'} adapter; give two or more, or leave it away"
-            )
+        COMPOSITIONS[self.compose].check(adapters)
 
     def controls(self) -> tuple[Control, ...]:
         """The pictures that steer.
