@@ -14,6 +14,7 @@ import io
 import json
 import random
 import re
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,16 +25,19 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from peft_diffusion.evaluation.drawings import pixels_of
+from peft_diffusion.evaluation.subject_net import Subjects, load_subject_net, points_of
+from scripts.blends.judges import COLOURS
 from scripts.build_base.captions import with_article
-from scripts.build_base.make_samples import CHARACTER, DICEBEAR, HELD_BACK, HELD_OUT, SCENES, SUBJECTS
-from scripts.build_base.packed import load_packed
-from scripts.build_base.render import drawings, pack, render
-from scripts.build_base.sources import BASE_STYLES, CACHE, UNSEEN_SETS, icon_set
-from scripts.build_base.subject_net import STYLES as EMOJI_SETS
-from scripts.build_base.subject_net import SubjectJudge, load_subject_net
+from scripts.build_base.make_samples import CHARACTER, DICEBEAR, HELD_BACK, HELD_OUT, SUBJECTS
+from scripts.build_base.render import drawings, render
+from scripts.build_base.sources import CACHE, UNSEEN_SETS, icon_set
 
 SIZE = 128
 SAMPLES: dict[str, str] = {"openmoji": "openmoji", "twemoji": "twemoji", "fluent-flat": "fluent-emoji-flat"}
+COMPARED_WITH = ("noto", "noto-v1", "fxemoji", "ph-duotone", "ph-fill", "flat-color-icons")  # styles of the base
+TOLD_BY = ("noto", "openmoji", "twemoji", "fluent-emoji-flat")
+TOLD_AMONG = 200  # subjects, of which the judge has to find the one that was asked for
 TRAINED, KNOWN, HELD, COMPARED = 54, 80, 48, 40  # drawings of each kind
 _VARIANT = re.compile(r"-\d+$")
 
@@ -59,12 +63,6 @@ class Character:
     shown: Sequence[Face]
     held: Sequence[Face]
     drawn: Mapping[str, Any] = field(default_factory=dict)
-
-
-COLOURS: dict[str, str] = {
-    "white": "ffffff", "yellow": "ffd23f", "pink": "ffc0d8", "orange": "f28c38", "grey": "9a9fa6",
-    "purple": "6b4c9a", "green": "2f9e6e", "blue": "3d7fd6", "black": "15151a",
-}  # fmt: skip
 
 
 def _robot(eyes: str, mouth: str, words: str, colour: str) -> Face:
@@ -178,7 +176,9 @@ def _over(behind: str, avatar: str) -> Image.Image:
 
     sized = re.sub(r"<svg ", '<svg width="704" height="704" ', avatar, count=1)
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 704 704">{behind}{sized}</svg>'
-    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE)))).convert("RGB")
+    return Image.open(
+        io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, skip_system_fonts=True)))
+    ).convert("RGB")
 
 
 def _plain(colour: str) -> str:
@@ -186,16 +186,17 @@ def _plain(colour: str) -> str:
 
 
 def _save(folder: Path, pictures: Sequence[Image.Image], captions: Sequence[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     rows = []
     for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        picture.save(folder / f"{number:03d}.webp", lossless=True, quality=100, method=6)
+        picture.save(folder / f"{number:03d}.webp", lossless=True, quality=60, method=2)
         rows.append(json.dumps({"file_name": f"{number:03d}.webp", "text": caption}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def make_character(one: Character, packages: Path, output: Path) -> None:
     """Draw a character, and others of its hand."""
+
     def drawn(faces: Sequence[Face], characters: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
         wanted = [(one.style, {"seed": one.trigger, **own, **face.options}) for face in faces for own in characters]
         behinds = [_plain(face.colour) for face in faces for _ in characters]
@@ -225,7 +226,6 @@ def make_mira(packages: Path, output: Path) -> None:
                 captions.append(scene.caption)
         pictures = [_over(behind, svg) for behind, svg in zip(behinds, _avatars(packages, wanted), strict=True)]
         _save(output / "subjects" / "mira" / name, pictures, captions)
-    assert len(SCENES) == 8
 
 
 def _subject(name: str) -> str:
@@ -234,7 +234,9 @@ def _subject(name: str) -> str:
 
 
 def make_style(folder: str, style: str, output: Path, shared: Sequence[str], *, trains: bool) -> None:
-    """Draw what a style is learned from and judged by."""
+    """Draw what a style is learned from and judged by, unless it is there."""
+    if (output / "styles" / folder).exists():
+        return
     own: dict[str, str] = {}
     for row in drawings(style):
         own.setdefault(_subject(row.name), row.name)
@@ -248,7 +250,7 @@ def make_style(folder: str, style: str, output: Path, shared: Sequence[str], *, 
         _save(output / "styles" / folder / "train", [render(style, own[name], SIZE) for name in learned], captions)
     rest = sorted(set(own) - shown - asked)
     chance.shuffle(rest)
-    counts = (KNOWN, HELD) if folder not in BASE_STYLES else (COMPARED, 0)
+    counts = (KNOWN, HELD) if folder not in COMPARED_WITH else (COMPARED, 0)
     for kind, names in (("known", rest[: counts[0]]), ("held", rest[counts[0] : sum(counts)])):
         if names:
             _save(output / "styles" / folder / kind, [render(style, own[name], SIZE) for name in names], names)
@@ -262,14 +264,18 @@ def shared_subjects() -> list[str]:
     return found
 
 
-def _points(output: Path) -> None:
-    """What the judge of subjects knows: a point for each subject of the emoji sets."""
-    packed = CACHE / "drawings.zip"
-    if not packed.exists():
-        pack(packed, EMOJI_SETS)
-    rows, pixels = load_packed(packed, EMOJI_SETS)
-    judge = SubjectJudge.of(rows, pixels, load_subject_net())
-    save_file({"means": judge.means.half()}, output / "subjects.safetensors", {"subjects": json.dumps(judge.subjects)})
+def make_subjects(output: Path) -> None:
+    """Map what several sets draw to points: what pictures are asked to show among many other things."""
+    names = {style: {_subject(row.name): row.name for row in drawings(style)} for style in TOLD_BY}
+    asked = [name.replace("-", " ") for name in HELD_OUT]
+    others = sorted(set.intersection(*map(set, names.values())) - set(asked))
+    chosen = [*asked, *random.Random(1).sample(others, TOLD_AMONG - len(asked))]
+    net, points = load_subject_net(), {}
+    for subject in chosen:
+        pictures = [render(style, own[subject], SIZE) for style, own in names.items() if subject in own]
+        points[subject] = points_of(net, pixels_of(pictures))
+    known = Subjects(points)
+    save_file({"means": known.means}, output / "subjects.safetensors", {"subjects": json.dumps(known.names)})
 
 
 def main() -> None:
@@ -284,14 +290,15 @@ def main() -> None:
         make_style(folder, style, output, shared, trains=False)
     for one in UNSEEN_SETS:
         make_style(one.style, one.style, output, shared, trains=True)
-    for style in BASE_STYLES:
+    for style in COMPARED_WITH:
         make_style(style, style, output, shared, trains=False)
     packages = _install(CACHE)
+    shutil.rmtree(output / "subjects", ignore_errors=True)
     for character in CHARACTERS:
         make_character(character, packages, output)
     make_mira(packages, output)
     print("drawn; now the points of subjects", flush=True)
-    _points(output)
+    make_subjects(output)
 
 
 if __name__ == "__main__":
