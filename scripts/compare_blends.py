@@ -213,7 +213,8 @@ def _loaded(found: Measure, way: Way, pair: Pair) -> Iterator[Any]:
 
 def _measure(found: Measure, pair: Pair, way: Way) -> None:
     """Draw and judge a pair in a way."""
-    points: list[Point] = [*ENDS, *way.points] if way.name in ("plain", "beside") else list(way.points)
+    own = way.points[: found.options.points]
+    points: list[Point] = [*ENDS, *own] if way.name in ("plain", "beside") else list(own)
     seeds, prompts = range(found.options.seeds), pair.prompts[: found.options.prompts]
     with _loaded(found, way, pair) as strengths:
         if strengths is None:
@@ -245,7 +246,8 @@ def judge(found: Measure, pair: Pair, pixels: Tensor, shape: tuple[int, int, int
     first = found.styles.likeness(seen, pair.first)
     second = found.things.likeness(things, pair.second) if pair.character else found.styles.likeness(seen, pair.second)
     followed = judges.before(pixels, wanted) if pair.character else found.things.shows(things, wanted)
-    return torch.stack([first, second, followed.float()], 1).unflatten(0, shape)
+    scores: Tensor = torch.stack([first, second, followed.float()], 1).unflatten(0, shape)  # type: ignore[no-untyped-call]
+    return scores
 
 
 def _keep_strips(found: Measure, pair: Pair, way: Way, pixels: Tensor, points: Sequence[Point]) -> None:
@@ -417,6 +419,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=len(SUBJECTS))
     parser.add_argument("--steps", type=int, default=20, help="denoising steps of a picture")
+    parser.add_argument("--points", type=int, help="the first so many points of each way; by default all")
     parser.add_argument("--batch", type=int, default=300, help="pictures at once")
     parser.add_argument("--train-steps", type=int, help="steps of training; by default what suits")
     parser.add_argument("--processes", type=int, default=2, help="in which files are merged")
@@ -425,7 +428,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the smallest setting that runs through everything")
     options = parser.parse_args()
     if options.quick:
-        given = {"seeds": 1, "prompts": 2, "steps": 4, "batch": 8, "train_steps": 12}
+        given = {"seeds": 1, "prompts": 1, "steps": 4, "points": 3, "batch": 8, "train_steps": 12}
         vars(options).update(given)
         options.pairs = options.pairs or [PAIRS[3].name, PAIRS[7].name]
     return options

@@ -48,9 +48,7 @@ def volume(points: npt.NDArray[np.float64]) -> float:
     """The volume that points (count, 3) dominate, from (0, 0, 0)."""
     order = points[np.argsort(-points[:, 2])]
     levels = [*order[:, 2].tolist(), 0.0]
-    return sum(
-        area(order[: n + 1, :2]) * (levels[n] - levels[n + 1]) for n in range(len(order)) if levels[n] > levels[n + 1]
-    )
+    return sum((area(order[: n + 1, :2]) * (levels[n] - levels[n + 1]) for n in range(len(order))), 0.0)
 
 
 def reached(scores: Scores, seeds: Sequence[int]) -> npt.NDArray[np.float64]:

@@ -117,7 +117,8 @@ class ThingJudge:
     def shows(self, points: Tensor, subjects: Sequence[str]) -> Tensor:
         """Whether what each picture should show is among the five nearest of 200 subjects."""
         scores, own = points @ self.means.T, torch.tensor([self.names.index(subject) for subject in subjects])
-        return (scores > scores.gather(1, own[:, None])).sum(1) < NEAREST
+        shown: Tensor = (scores > scores.gather(1, own[:, None])).sum(1) < NEAREST
+        return shown
 
     def likeness(self, points: Tensor, character: str) -> Tensor:
         """How much of a character is there: 0 as in others of the same hand, 1 as in its own pictures."""
@@ -146,4 +147,5 @@ def before(pixels: Tensor, colours: Sequence[str]) -> Tensor:
     """Whether the colour of each picture's border is nearest to the one it was asked for, of all that have names."""
     names = list(COLOURS)
     known = torch.tensor([list(bytes.fromhex(COLOURS[name])) for name in names]).float()
-    return torch.cdist(border(pixels), known).argmin(1) == torch.tensor([names.index(colour) for colour in colours])
+    asked: Tensor = torch.tensor([names.index(colour) for colour in colours])
+    return torch.cdist(border(pixels), known).argmin(1).eq(asked)
