@@ -156,6 +156,33 @@ def parse_choice(text: str) -> Choice:
     return replace(_chosen(name), strength=strength, parts=parts)
 
 
+def separated(texts: Sequence[str]) -> list[str]:
+    """Part texts that name several adapters, with commas between, which strengths have in them too.
+
+    Args:
+        texts: One adapter each, or ``A.safetensors=0.7,B.safetensors=0.5,te:0.2``. A comma parts two adapters where a file,
+            or what is called as one, follows it.
+
+    Returns:
+        A text for each adapter.
+    """
+    found: list[str] = []
+    for text in texts:
+        if at_home(Path(text)).exists():
+            found.append(text)
+            continue
+        first, *others = text.split(",")
+        parts = [first]
+        for part in others:
+            name = part.rpartition("=")[0] or part
+            if _is_there(name) or name.lower().endswith(".safetensors"):
+                parts.append(part)
+            else:
+                parts[-1] += f",{part}"
+        found += parts
+    return found
+
+
 def _is_there(text: str) -> bool:
     """Whether a text is a file, or one with something said of it."""
     while "@" in text and not at_home(Path(text)).exists():
