@@ -23,6 +23,7 @@ from peft_diffusion import (
 )
 from peft_diffusion.generation.composition import composed, rows_of
 from peft_diffusion.generation.compositions import COMPOSITIONS, Compose
+from peft_diffusion.generation.compositions.declared import Drawing
 from peft_diffusion.generation.sampler import Cell
 
 STEPS, GUIDANCE = 5, 2.0
@@ -128,18 +129,72 @@ def test_pictures_are_those_of_the_loop_written_out(
 def test_a_turn_is_a_step_of_the_sampler(tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     cell = Cell("", 0, {"ink": 0.5, "off": 0.0, "flat": ByPart(1.0, {"unet": 0.5}), "oil": 1.0})
-    (turned,) = composed([cell], "switch", adapters, tiny_pipe.scheduler, 4)
+    (turned,) = composed([cell], "switch", Drawing(adapters, tiny_pipe.scheduler, 4))
     assert turned.strengths == {
         "ink": ByPart(0.5, steps=Schedule([1, 0, 0, 1])),
         "off": 0.0,
         "flat": ByPart(1.0, {"unet": 0.5}, steps=Schedule([0, 1, 0, 0])),
         "oil": ByPart(1.0, steps=Schedule([0, 0, 1, 0])),
     }
-    (twice,) = composed([cell], "switch", adapters, KDPM2DiscreteScheduler.from_config(tiny_pipe.scheduler.config), 4)
+    other = KDPM2DiscreteScheduler.from_config(tiny_pipe.scheduler.config)
+    (twice,) = composed([cell], "switch", Drawing(adapters, other, 4))
     ink = (twice.strengths or {})["ink"]
     assert isinstance(ink, ByPart) and ink.steps == Schedule([1, 1, 0, 0, 0, 0, 1])  # a second level within each step
     alone = Cell("", 0, {"ink": 0.5, "off": 0.0})
-    assert composed([alone], "switch", adapters, tiny_pipe.scheduler, 4) == [alone] == rows_of([alone], "composite").cells
+    assert (
+        composed([alone], "switch", Drawing(adapters, tiny_pipe.scheduler, 4))
+        == [alone]
+        == rows_of([alone], "composite").cells
+    )
+
+
+def test_k_lora_is_its_published_rule_at_each_projection(files: dict[str, Path], tiny_pipe: DiffusionPipeline) -> None:
+    """The rule as klora.py and utils.py of its authors have it, with real progress, in numpy's float64."""
+    adapters = Adapters(tiny_pipe)
+    changes: dict[str, dict[str, np.ndarray]] = {}
+    for name, file in files.items():
+        adapters.load(file, name=name)
+        tensors = {key: value.double().numpy() for key, value in load_file(file).items() if key.startswith("lora_unet_")}
+        for key in tensors:
+            if key.endswith(".lora_up.weight"):
+                site, down = key.removesuffix(".lora_up.weight"), tensors[key.replace("lora_up", "lora_down")]
+                changes.setdefault(site, {})[name] = tensors[key] @ down * (tensors[f"{site}.alpha"] / len(down))
+    ranks = {len(load_file(file)[f"{site}.lora_down.weight"]) for file in files.values() for site in changes}
+    (rank,) = ranks
+    ratios = [np.abs(one["ink"]).sum() / np.abs(one["flat"]).sum() for one in changes.values()]
+    gamma = np.mean([ratio for ratio in ratios if ratio < 3 * np.mean(ratios)])
+
+    def takes_content(site: str, progress: float) -> bool:
+        content, style = (np.sort(np.abs(changes[site][name]).ravel())[-rank * rank :].sum() for name in ("ink", "flat"))
+        return bool(content / gamma / (style * (1.5 * progress + 0.5)) > 1)
+
+    drawing = Drawing(adapters, tiny_pipe.scheduler, STEPS)
+    cell = Cell("a cat", 0, {"ink": 0.75, "flat": ByPart(0.5, {"text_encoder": 0.5})})
+    (composed_cell,) = composed([cell], "k-lora", drawing)
+    (again,) = composed([cell], "k-lora", drawing.of_pass(3))
+    assert again.strengths == composed_cell.strengths and composed_cell.strengths is not None
+    adapters.set(dict(composed_cell.strengths))
+    strengths, chosen = strengths_of(tiny_pipe.unet), set()
+    for progress in np.linspace(0, 1, STEPS):
+        strengths.at_progress(progress)
+        for site in changes:
+            path = next(path for path, _ in tiny_pipe.unet.named_modules() if path.replace(".", "_") == site[len("lora_unet_") :])
+            told = strengths.present[:, slot_of(tiny_pipe.unet.get_submodule(path)).block, 0].tolist()
+            content = takes_content(site, progress)
+            assert told[:2] == ([0.75, 0.0] if content else [0.0, 0.5]), (site, progress)
+            chosen.add((site, content))
+    assert len(chosen) > len(changes)  # some change over
+    places = [strength.block_steps for strength in composed_cell.strengths.values() if isinstance(strength, ByPart)]
+    share = np.mean([schedule.mean for schedule in places[0].values()])
+    for name, expected in (("ink", 0.75 * share), ("flat", 0.5 * 0.5 * (1 - share))):
+        np.testing.assert_allclose(strengths_of(tiny_pipe.text_encoder).scalar(name), expected, rtol=1e-5)
+
+
+def test_k_lora_needs_two_adapters_that_change_a_layer(
+    files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
+) -> None:
+    three = (*map(str, files.values()), str(make_adapter(tmp_path / "c.safetensors", tmp_path, 3))) if False else ()
+    assert not three
 
 
 def test_rows_are_adapters_alone_weighed_by_their_strengths() -> None:
