@@ -166,4 +166,4 @@ def train_composition(
 def _check(config: TrainConfig | TextTrainConfig, kind: type[TrainConfig | TextTrainConfig]) -> None:
     """Refuse settings of another kind, and adapters to train beside that cannot be, before anything is loaded."""
     of_kind(config, kind)
-    others(config.freeze_others)
+    others(config.beside)
