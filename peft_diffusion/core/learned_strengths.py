@@ -185,8 +185,8 @@ class Gates(LearnedStrengths):
         waves = torch.arange(_WAVES, device=noise.device) * math.pi
         level = (noise.float()[:, None] * waves).cos()
         hidden = nn.functional.silu(self.prompt((prompts.float() - self.mean) / self.scale) + self.level(level))
-        logits = self.out(hidden).unflatten(1, self._shape)
-        return logits.softmax(1)
+        shares: Tensor = self.out(hidden).unflatten(1, self._shape).softmax(1)
+        return shares
 
 
 KINDS: dict[str, type[LearnedStrengths]] = {one.kind: one for one in (StrengthTable, Gates)}

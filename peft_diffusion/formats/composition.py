@@ -14,12 +14,11 @@ from ..core.errors import UserError
 from ..core.files import at_home
 from ..core.parsing import json_value, refusing
 from . import container
+from .container import COMPOSITION
 
 if TYPE_CHECKING:
     from ..core.learned_strengths import LearnedStrengths
 
-KEY = "peft_diffusion_composition"
-"""The metadata entry that holds what the file says of itself, as JSON."""
 VERSION = 1
 _SHOWN = 12  # digits of a digest in messages
 
@@ -93,9 +92,8 @@ class Composition:
         Raises:
             UserError: One is not there, or is another than it was.
         """
-        folders = [self.path.parent, *([] if folder is None else [at_home(folder)])]
-        nearby = [path for one in folders for path in sorted(one.rglob("*.safetensors") if one == folder else one.glob("*"))]
-        candidates = [path for path in (*given, *nearby) if path.is_file()]
+        further = [] if folder is None else sorted(at_home(folder).rglob("*"))
+        candidates = [path for path in (*given, *sorted(self.path.parent.iterdir()), *further) if path.is_file()]
         return tuple(self._found(member, candidates) for member in self.adapters)
 
     def _found(self, member: Member, candidates: Sequence[Path]) -> Path:
@@ -110,8 +108,8 @@ class Composition:
                 f" ({container.sha256(named[0])[:_SHOWN]}); give the one that it was learned with, or learn it again"
             )
         raise UserError(
-            f"{self.path} composes {member.file} (sha256 {member.sha256[:_SHOWN]}), which is neither given with --adapter nor"
-            " beside it; name it, or its folder with --adapters-dir"
+            f"{self.path} composes {member.file} (sha256 {member.sha256[:_SHOWN]}), which is neither given with --adapter"
+            " nor beside it; name it, or its folder with --adapters-dir"
         )
 
 
@@ -131,7 +129,7 @@ def told(path: Path) -> Composition | None:
         metadata = container.read_header(at_home(path)).metadata
     except UserError:
         return None
-    return _read(at_home(path), metadata) if KEY in metadata else None
+    return _read(at_home(path), metadata) if COMPOSITION in metadata else None
 
 
 def read(path: Path) -> Composition:
@@ -148,7 +146,7 @@ def read(path: Path) -> Composition:
     """
     place = at_home(path)
     metadata = container.read_header(place).metadata
-    if KEY not in metadata:
+    if COMPOSITION not in metadata:
         raise UserError(f"{place} is no composition, as `compose train` writes it; an adapter is given with --adapter")
     return _read(place, metadata)
 
@@ -166,12 +164,12 @@ def write(path: Path, composition: Composition, learned: "LearnedStrengths") -> 
     """
     values = {name: value for name, value in asdict(composition).items() if name != "path"}
     told = json.dumps({"version": VERSION, **values}, sort_keys=True, ensure_ascii=False)
-    container.write(path, learned.tensors(), {KEY: told})
+    container.write(path, learned.tensors(), {COMPOSITION: told})
 
 
 def _read(path: Path, metadata: Mapping[str, str]) -> Composition:
-    with refusing(f"{path}: its {KEY!r} metadata is damaged"):
-        values = json_value(metadata[KEY])
+    with refusing(f"{path}: its {COMPOSITION!r} metadata is damaged"):
+        values = json_value(metadata[COMPOSITION])
         if values.pop("version") > VERSION:
             raise UserError(f"{path}: written by a newer peft_diffusion; update the package")
         adapters = tuple(_member(one) for one in values["adapters"])
