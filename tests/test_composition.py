@@ -213,8 +213,8 @@ def test_k_lora_is_its_published_rule_at_each_layer(
     ink = found.strengths["ink"]
     assert isinstance(ink, ByPart)
     share = np.mean([schedule.mean for schedule in ink.block_steps.values()])
-    for name, expected in (("ink", 0.75 * share), ("flat", 0.5 * 0.5 * (1 - share))):
-        np.testing.assert_allclose(strengths_of(tiny_pipe.text_encoder).scalar(name), expected, rtol=1e-5)
+    for name, mean in (("ink", 0.75 * share), ("flat", 0.5 * 0.5 * (1 - share))):
+        np.testing.assert_allclose(strengths_of(tiny_pipe.text_encoder).scalar(name), mean, rtol=1e-5)
     slots = [slot for one in paths.values() if (slot := slot_of(one)) is not None]
     assert all(slot.adapters.stored("ink") is not None for slot in slots)  # none was built for it
 
