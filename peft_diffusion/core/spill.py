@@ -4,7 +4,7 @@ import mmap
 import tempfile
 import weakref
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Spill:
 
     def __init__(self, beside: Path) -> None:
         self._beside = beside
-        self._file: BinaryIO | None = None
+        self._file: IO[bytes] | None = None
         self._end = 0
         self._maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
 
@@ -50,9 +50,9 @@ class Spill:
             file = self._opened()
             start = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
             file.seek(start)
-            file.write(data)
-            file.flush()
-            self._end = start + len(data)
+            self._end, rest = start + len(data), data
+            while rest:
+                rest = rest[file.write(rest) :]
             mapped = mmap.mmap(file.fileno(), len(data), offset=start, access=mmap.ACCESS_COPY)
         found = torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
         self._maps[found.data_ptr()] = mapped
@@ -68,9 +68,10 @@ class Spill:
         if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on every system
             mapped.madvise(mmap.MADV_DONTNEED)
 
-    def _opened(self) -> BinaryIO:
+    def _opened(self) -> IO[bytes]:
+        """The file, without a buffer: what is left in one when the disk is full would be written again when it is closed."""
         if self._file is None:
             folder = next(one for one in self._beside.absolute().parents if one.is_dir())
-            self._file = tempfile.TemporaryFile(dir=folder, prefix=f".{self._beside.name}.")  # noqa: SIM115
+            self._file = tempfile.TemporaryFile(buffering=0, dir=folder, prefix=f".{self._beside.name}.")  # noqa: SIM115
             weakref.finalize(self, self._file.close)
         return self._file
