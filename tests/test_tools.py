@@ -328,7 +328,7 @@ def test_what_is_made_waits_on_the_disk(
     from peft_diffusion.core import spill
 
     config: Any = {"files": [str(one) for one in files], "base": str(tiny_base)}
-    pd.merge(pd.MergeConfig(**config, output=tmp_path / "small.safetensors"))  # sites as small as these stay in memory
+    pd.merge(pd.MergeConfig(**config, output=tmp_path / "small" / "both.safetensors"))
     monkeypatch.setattr(spill, "_LEAST", 1)
     put, release, alive = spill.Spill.put, spill.Spill.release, weakref.WeakSet[Any]()
     most, released = [0], set[int]()
@@ -347,7 +347,7 @@ def test_what_is_made_waits_on_the_disk(
     pd.merge(pd.MergeConfig(**config, output=tmp_path / "both.safetensors"))
     assert most[0] <= 3  # what is put aside, and those of the site before it that nobody has collected yet
     assert len(released) >= 2 * len(SHAPES)
-    assert (tmp_path / "both.safetensors").read_bytes() == (tmp_path / "small.safetensors").read_bytes()
+    assert (tmp_path / "both.safetensors").read_bytes() == (tmp_path / "small" / "both.safetensors").read_bytes()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no limit on a file's size to stand for a full disk")
