@@ -137,4 +137,4 @@ def find_text_rates(
 def _check(config: TrainConfig | TextTrainConfig, kind: type[TrainConfig | TextTrainConfig]) -> None:
     """Refuse settings of another kind, and adapters to train beside that cannot be, before anything is loaded."""
     of_kind(config, kind)
-    others(config.freeze_others)
+    others(config.beside)

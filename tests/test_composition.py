@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +21,9 @@ from peft_diffusion import (
     generate,
     grid,
 )
-from peft_diffusion.generation.composition import in_turn, rows_of
+from peft_diffusion.generation.composition import composed, rows_of
+from peft_diffusion.generation.compositions import COMPOSITIONS, Compose
 from peft_diffusion.generation.sampler import Cell
-from peft_diffusion.generation.settings import Compose
 
 STEPS, GUIDANCE = 5, 2.0
 
@@ -126,19 +126,20 @@ def test_pictures_are_those_of_the_loop_written_out(
 
 
 def test_a_turn_is_a_step_of_the_sampler(tiny_pipe: DiffusionPipeline) -> None:
+    adapters = Adapters(tiny_pipe)
     cell = Cell("", 0, {"ink": 0.5, "off": 0.0, "flat": ByPart(1.0, {"unet": 0.5}), "oil": 1.0})
-    (turned,) = in_turn([cell], "switch", tiny_pipe.scheduler, 4)
+    (turned,) = composed([cell], "switch", adapters, tiny_pipe.scheduler, 4)
     assert turned.strengths == {
         "ink": ByPart(0.5, steps=Schedule([1, 0, 0, 1])),
         "off": 0.0,
         "flat": ByPart(1.0, {"unet": 0.5}, steps=Schedule([0, 1, 0, 0])),
         "oil": ByPart(1.0, steps=Schedule([0, 0, 1, 0])),
     }
-    (twice,) = in_turn([cell], "switch", KDPM2DiscreteScheduler.from_config(tiny_pipe.scheduler.config), 4)
+    (twice,) = composed([cell], "switch", adapters, KDPM2DiscreteScheduler.from_config(tiny_pipe.scheduler.config), 4)
     ink = (twice.strengths or {})["ink"]
     assert isinstance(ink, ByPart) and ink.steps == Schedule([1, 1, 0, 0, 0, 0, 1])  # a second level within each step
     alone = Cell("", 0, {"ink": 0.5, "off": 0.0})
-    assert in_turn([alone], "switch", tiny_pipe.scheduler, 4) == [alone] == rows_of([alone], "composite").cells
+    assert composed([alone], "switch", adapters, tiny_pipe.scheduler, 4) == [alone] == rows_of([alone], "composite").cells
 
 
 def test_rows_are_adapters_alone_weighed_by_their_strengths() -> None:
@@ -162,7 +163,7 @@ def test_sheets_and_a_second_pass_compose_too(files: dict[str, Path], tiny_pipe:
     assert one != middle != other and [told.compose for told in sheet.recipes[0]] == ["composite"] * 3
     sides = grid(GridConfig("a cat", x="compose=add,switch,composite", output=tmp_path / "g.png", **how), pipe=tiny_pipe)
     assert len({picture.tobytes() for picture in sides.pictures[0]}) == 3
-    for compose in get_args(Compose)[1:]:
+    for compose in list(COMPOSITIONS)[1:]:
         config = GenerateConfig("a cat", hires=1.5, compose=compose, output=tmp_path / "h.png", **how)
         assert generate(config, pipe=tiny_pipe)[0].image.size == (96, 96)
 
@@ -176,4 +177,4 @@ def test_one_adapter_alone_is_nothing_to_compose(
     with pytest.raises(UserError, match="does nothing with no adapter"):
         grid(GridConfig("a cat", compose="composite", output=tmp_path / "g.png"), pipe=tiny_pipe)
     with pytest.raises(UserError, match="add, switch, composite"):
-        GenerateConfig("a cat", compose="swap")  # type: ignore[arg-type]
+        GenerateConfig("a cat", compose="swap")

@@ -104,4 +104,5 @@ def shown(blocks: Sequence[str]) -> str:
     Returns:
         The names of the larger ones, which hold the others.
     """
-    return ", ".join(dict.fromkeys(".".join(block.split(".")[:2]) for block in blocks))
+    large = dict.fromkeys(".".join(block.split(".")[:2]) for block in blocks)
+    return ", ".join(name for name in large if name.rpartition(".")[0] not in large)

@@ -114,8 +114,9 @@ _ROWS = 8  # of the first table; from there on it doubles
 class Strengths(KeepsPrecision):
     """The strengths of one component's adapters.
 
-    ``values`` is (rows, blocks, images) in float32, with one column where every image gets the same. An adapter has a row
-    for as long as it is there; rows of none are 0, and there are more rows than adapters, in steps. So the tensor keeps its
+    ``values`` is (rows, blocks, images) in float32, with one column where every image gets the same. Blocks are all that
+    takes a strength of its own, down to single layers: see ``targets.units``. An adapter has a row for as long as it is
+    there; rows of none are 0, and there are more rows than adapters, in steps. So the tensor keeps its
     address while the number of columns stays, also where adapters come and go, and a compiled or captured model sees the
     new values. With a number of columns that it had before, it has that address again.
 
@@ -438,6 +439,9 @@ class Strengths(KeepsPrecision):
                 refuse_unknown(strength, self.blocks)
                 meant = weighed(strength, self.blocks)
             amounts = [strength[meant[block]] if block in meant else 0.0 for block in self.blocks]
+            whole = _whole(amounts)
+            if whole is not None:
+                return whole
             per_block = [self._images(name, amount) for amount in amounts]
             images = max(len(row) for row in per_block)
             rows = torch.stack([row.expand(images) if len(row) in (1, images) else self._ragged(name) for row in per_block])
@@ -469,6 +473,17 @@ class Strengths(KeepsPrecision):
 def _is_plain(strength: object) -> "TypeGuard[float]":
     """Whether a strength is one number that float32 has."""
     return type(strength) in (float, int) and abs(cast(float, strength)) <= torch.finfo(torch.float32).max
+
+
+def _whole(amounts: Sequence[object]) -> Tensor | None:
+    """Lists of as many numbers each as (amounts, numbers), at once; None where they are none or not finite."""
+    if not all(type(one) is list for one in amounts):
+        return None
+    try:
+        rows = torch.tensor(amounts, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return rows if rows.ndim == 2 and rows.numel() and bool(rows.isfinite().all()) else None
 
 
 def recording() -> bool:
