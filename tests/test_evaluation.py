@@ -17,7 +17,8 @@ from peft_diffusion.data.images import open_picture
 from peft_diffusion.evaluation.bench import Bench
 from peft_diffusion.evaluation.gallery import at_most, decoded, encoded, read_gallery
 from peft_diffusion.evaluation.intervals import Estimate, below, estimate, quantile
-from peft_diffusion.evaluation.judges import Judge, judge_of
+from peft_diffusion.evaluation.judge import Judge
+from peft_diffusion.evaluation.judges import judge_of
 from peft_diffusion.evaluation.styles import Styles
 from peft_diffusion.evaluation.subjects import KnownSubjects, key_of
 from peft_diffusion.generation.settings import Sampling

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from ..bases.loading import is_hub_id, pick_device, pick_dtype, quiet
 from ..core.errors import UserError, first_line
 from ..core.files import at_home, if_address
-from .judges import Judge
+from .judge import Judge
 
 CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 _AT_ONCE = 16  # pictures
