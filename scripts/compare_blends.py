@@ -110,7 +110,9 @@ def main() -> None:
     options, began = _options(), time.monotonic()
     options.output.mkdir(parents=True, exist_ok=True)
     pairs = [pair for pair in PAIRS if not options.pairs or pair.name in options.pairs]
-    ways = {name: way for name, way in every().items() if not options.methods or name in options.methods or name == "plain"}
+    known = every()
+    chosen = {"plain", *(options.methods or known)} - set(options.without)
+    ways = {name: way for name, way in known.items() if name in chosen}
     adapters = Adapters(load_base("icons", device=options.device))
     folder = options.adapters or options.output / "adapters"
     _train_all(pairs, ways, adapters.pipe, folder, options, began)
@@ -223,7 +225,7 @@ def _measure(found: Measure, pair: Pair, way: Way) -> None:
         cells = [Cell(prompt, seed, dict(strengths(*point))) for point in points for seed in seeds for prompt in prompts]
         try:
             pixels = _draw(found, cells, way.compose)
-        except UserError as error:
+        except (UserError, RuntimeError) as error:  # such as too little memory: what was measured is not lost
             found.say(f"{pair.name}: {way.name} cannot: {error}")
             return
     shape = (len(points), len(seeds), len(prompts))
@@ -246,7 +248,7 @@ def judge(found: Measure, pair: Pair, pixels: Tensor, shape: tuple[int, int, int
     first = found.styles.likeness(seen, pair.first)
     second = found.things.likeness(things, pair.second) if pair.character else found.styles.likeness(seen, pair.second)
     followed = judges.before(pixels, wanted) if pair.character else found.things.shows(things, wanted)
-    scores: Tensor = torch.stack([first, second, followed.float()], 1).unflatten(0, shape)  # type: ignore[no-untyped-call]
+    scores: Tensor = torch.stack([first, second, followed.float()], 1).unflatten(0, shape)
     return scores
 
 
@@ -415,6 +417,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--adapters", type=Path, help="folder of adapters; what is not there is trained into it")
     parser.add_argument("--only-train", action="store_true", help="measure nothing")
     parser.add_argument("--methods", nargs="+", choices=list(every()), help="the ways to compare with plain; by default all")
+    parser.add_argument("--without", nargs="+", choices=[*every()][1:], default=[], help="ways to leave out")
     parser.add_argument("--pairs", nargs="+", choices=[pair.name for pair in PAIRS], help="which; by default all")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=len(SUBJECTS))

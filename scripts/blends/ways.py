@@ -32,6 +32,11 @@ class Pair:
     wanted: tuple[str, ...]
     character: bool = False
 
+    def strengths(self, share: float, scale: float) -> dict[str, float]:
+        """Plain strengths, a character before a style, as K-LoRA takes them."""
+        found = {self.first: share * scale, self.second: (1 - share) * scale}
+        return dict(reversed(found.items())) if self.character else found
+
     @property
     def name(self) -> str:
         """Both."""
@@ -58,7 +63,7 @@ class Way:
         """Load both; None where a file that is needed is not there."""
         for name in (pair.first, pair.second):
             adapters.load(folder / f"{name}.safetensors", name=name)
-        return lambda share, scale: {pair.first: share * scale, pair.second: (1 - share) * scale}
+        return pair.strengths
 
 
 class Calibrated(Way):
@@ -70,7 +75,7 @@ class Calibrated(Way):
         found = adapters.calibrate(pair.prompts)
 
         def strengths(share: float, scale: float) -> Mapping[str, float]:
-            even = found.evenly({pair.first: share, pair.second: 1 - share})
+            even = found.evenly(pair.strengths(share, 1.0))
             return {name: scale * amount for name, amount in even.items()}
 
         return strengths
@@ -86,7 +91,7 @@ class Beside(Way):
             return None
         adapters.load(folder / f"{pair.first}.safetensors", name=pair.first)
         adapters.load(file, name=pair.second)
-        return lambda share, scale: {pair.first: share * scale, pair.second: (1 - share) * scale}
+        return pair.strengths
 
 
 class Merged(Way):
