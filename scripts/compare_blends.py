@@ -210,7 +210,8 @@ def _loaded(found: Measure, way: Way, pair: Pair) -> Iterator[Any]:
     try:
         yield way.load(found.adapters, pair, found.folder)
     finally:
-        found.adapters.remove(*found.adapters.names)
+        for name in found.adapters.names:
+            found.adapters.remove(name)
 
 
 def _measure(found: Measure, pair: Pair, way: Way) -> None:
