@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +71,31 @@ def beside(base: Base, files: Sequence[str], tell: Observer) -> Iterator[list[di
         named = " and ".join(f"{choice.name} at {choice.strength:g}" for choice in choices)
         tell(Noted(f"learns beside {named}; losses, measurements and previews have that too, and the new file has not"))
         yield told
+    finally:
+        for name in names:
+            adapters.remove(name)
+
+
+@contextmanager
+def carried(base: Base, files: Sequence[Path], tell: Observer) -> Iterator[tuple[str, ...]]:
+    """Attach adapters at strength 1 for as long as a training weighs them.
+
+    Args:
+        base: A pipeline.
+        files: Adapter files.
+        tell: Is told what should be known of them.
+
+    Yields:
+        What each is called on the base.
+
+    Raises:
+        UserError: A file is missing, is no adapter or does not fit the base.
+    """
+    adapters, names = Adapters(base), list[str]()
+    try:
+        for path in files:
+            names.append(adapters.load(path, warn=warner(tell)))
+        yield tuple(names)
     finally:
         for name in names:
             adapters.remove(name)
