@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -81,6 +82,31 @@ def _trigger(spec: Spec) -> str:
     """What calls an adapter: the trigger of its training where it is known, else the first of its words."""
     trained = spec.training.get("trigger")
     return trained if isinstance(trained, str) and trained else next(iter(spec.triggers), "")
+
+
+@contextmanager
+def carried(base: Base, files: Sequence[Path], tell: Observer) -> Iterator[tuple[str, ...]]:
+    """Attach adapters at strength 1 for as long as a training weighs them.
+
+    Args:
+        base: A pipeline.
+        files: Adapter files.
+        tell: Is told what should be known of them.
+
+    Yields:
+        What each is called on the base.
+
+    Raises:
+        UserError: A file is missing, is no adapter or does not fit the base.
+    """
+    adapters, names = Adapters(base), list[str]()
+    try:
+        for path in files:
+            names.append(adapters.load(path, warn=warner(tell)))
+        yield tuple(names)
+    finally:
+        for name in names:
+            adapters.remove(name)
 
 
 class TrainingPictures:
