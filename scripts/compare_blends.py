@@ -341,6 +341,8 @@ def _total(found: Measure, pairs: Sequence[Pair], name: str) -> dict[str, Any]:
 
 def _mark(row: Mapping[str, float]) -> str:
     """Whether an interval lies above 0, below it, or around it."""
+    if row["low"] == row["high"]:
+        return ""  # of one seed there is no interval
     return "above" if row["low"] > 0 else "below" if row["high"] < 0 else "even"
 
 
