@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import LowRank
+from ..core.errors import UserError
 from ..core.reduction import summed
 
-_RIDGE = 1e-9  # of the mean of the diagonal: inputs that never occur have no Gram matrix to divide by
+_RIDGES = (1e-6, 1e-5, 1e-4, 1e-2, 1.0)  # of the mean of the diagonal: what float32 leaves of directions that never occur
 
 
 def damped(gram: Tensor, off_diagonal: float) -> Tensor:
@@ -43,10 +44,11 @@ def matched(pairs: Sequence[LowRank | None], grams: Sequence[Tensor], rank: int)
 
     Returns:
         The pair, in float32.
+
+    Raises:
+        UserError: A Gram matrix is not finite.
     """
-    whole = torch.stack(tuple(grams)).sum(0)
-    whole.diagonal().add_(_RIDGE * float(whole.diagonal().mean()) or 1.0)
-    root = torch.linalg.cholesky(whole)
+    root = _root(torch.stack(tuple(grams)).sum(0))
     known = [(pair, gram) for pair, gram in zip(pairs, grams, strict=True) if pair is not None]
     up = torch.cat([pair.up.double() for pair, _ in known], 1)
     read = torch.cat([pair.down.double() @ gram for pair, gram in known])
@@ -59,6 +61,17 @@ def matched(pairs: Sequence[LowRank | None], grams: Sequence[Tensor], rank: int)
     roots = values[:kept].sqrt()
     down = torch.linalg.solve_triangular(root.mT, right @ (roots[:, None] * v[:kept]).mT, upper=True).mT
     return LowRank(down.float(), (left @ (u[:, :kept] * roots)).float())
+
+
+def _root(gram: Tensor) -> Tensor:
+    """The Cholesky factor of a Gram matrix with the least ridge that makes it one."""
+    size = float(gram.diagonal().mean()) or 1.0
+    for ridge in _RIDGES:
+        root: Tensor
+        root, failed = torch.linalg.cholesky_ex(gram + torch.eye(len(gram), dtype=gram.dtype) * (ridge * size))
+        if not failed:
+            return root
+    raise UserError("the base draws inputs of layers that are not finite, so that nothing can be matched by them")
 
 
 def missed(pair: LowRank, other: LowRank | None, gram: Tensor) -> float:
