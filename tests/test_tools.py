@@ -227,7 +227,7 @@ def test_regmean_matches_what_layers_make_of_the_prompts_of_each(
     )
     told = [f"{name}={prompt}" for name, own in prompts.items() for prompt in own]
     config = pd.MergeConfig(
-        [*map(str, files)], output=output, how="regmean", base=str(tiny_base), prompts=told, off_diagonal=1.0, rank=32
+        [*map(str, files)], output=output, how="regmean", base=str(tiny_base), prompts=told, off_diagonal=0.8, rank=32
     )
     made = pd.merge(config)
     both, changes = load_file(output), [load_file(file) for file in files]
@@ -248,12 +248,14 @@ def test_regmean_matches_what_layers_make_of_the_prompts_of_each(
         for own, pictures in zip(changes, seen, strict=True):
             fit = torch.cat([rows(site, picture[site]) for picture in pictures[:-1]])
             fit = fit / len(fit) ** 0.5  # each adapter counts as much, however many pictures it drew
+            # Products of different inputs scaled by 0.8: rows of single inputs beside those that are there.
+            fit = torch.cat([fit * 0.8**0.5, torch.diag(fit.norm(dim=0)) * 0.2**0.5])
             wanted = change(own, site).double() if f"lora_{site}.lora_down.weight" in own else torch.zeros(32, fit.shape[1])
             inputs.append(fit)
             targets.append(fit @ wanted.double().T)
         x, y = torch.cat(inputs), torch.cat(targets)
         least = (x @ torch.linalg.lstsq(x, y, driver="gelsd").solution - y).norm()
-        assert (x @ change(both, site).double().T - y).norm() <= 1.01 * least + 1e-4 * y.norm(), site
+        assert (x @ change(both, site).double().T - y).norm() <= 1.001 * least + 1e-4 * y.norm(), site
     found = {(one.site, one.adapter): one for one in made.outputs}
     kernel = seen[1][-1][KERNEL]
     alone, merged_there = (
@@ -263,7 +265,8 @@ def test_regmean_matches_what_layers_make_of_the_prompts_of_each(
         size = float(outputs.square().sum(1).mean().sqrt())
         assert getattr(found["unet.down_blocks.0.resnets.0.conv1", "two"], name) == pytest.approx(size, rel=1e-3)
     merged, added = made.output_error("two")
-    assert merged < added and f"two: {merged:.1%} of what it adds to outputs" in "\n".join(made.lines())
+    told_of_two = f"two: {merged:.1%} of what it adds to outputs of its own prompts is missed, {added:.1%} by adding"
+    assert told_of_two in made.lines()
 
 
 def test_regmean_says_what_it_lacks(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
