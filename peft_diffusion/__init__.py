@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .core.plugins import load_plugin
     from .data.caption_settings import CaptionConfig
     from .data.captioning import Captioned, caption
+    from .evaluation.evaluate import evaluate
+    from .evaluation.measured import Evaluation
+    from .evaluation.settings import EvaluateConfig
     from .formats import Inspection, Spec, inspect
     from .generation import Adapters, ByPart, Schedule
     from .generation.batching import Request
@@ -56,6 +59,8 @@ __all__ = [
     "ConvertConfig",
     "Converted",
     "Dataset",
+    "EvaluateConfig",
+    "Evaluation",
     "ExportConfig",
     "ExtractConfig",
     "GenerateConfig",
@@ -82,6 +87,7 @@ __all__ = [
     "blend",
     "caption",
     "convert",
+    "evaluate",
     "export",
     "extract",
     "generate",
@@ -115,6 +121,9 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "ByPart": "generation",
             "CaptionConfig": "data.caption_settings",
             "Captioned": "data.captioning",
+            "EvaluateConfig": "evaluation.settings",
+            "Evaluation": "evaluation.measured",
+            "evaluate": "evaluation.evaluate",
             "ExportConfig": "training.settings.export",
             "ImportConfig": "training.settings.imported",
             "import_config": "training.settings.imported",
