@@ -262,7 +262,7 @@ def test_everything_is_measured_and_written(evaluated: tuple[Evaluation, Evaluat
     messages = [one.message for one in told if isinstance(one, (Warned, Noted))]
     assert any("2 of 4 pictures were trained on" in one for one in messages)
     assert any("flat: what it was trained on is not known" in one for one in messages)
-    plain = json.loads((config.output / "evaluation.json").read_text())
+    plain = json.loads((config.output / "figures.json").read_text())
     assert plain["adapters"][0]["measures"]["loss"][1] == {"strength": 1.0, **ink.values["loss"][1.0].plain()}
     assert plain["interference"][1]["own"] == "flat" and plain["trust"]["styles"]["ink"]["count"] == 2
     assert Image.open(config.output / "ink.png").width > 128

@@ -368,3 +368,12 @@ def test_a_disk_that_fills_up_while_results_wait_is_told_and_left_as_it_was(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_of_a_kind_is_told_in_the_singular(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lora_file(tmp_path / "one.safetensors", 3, {ATTENTION: (2, 2.0)})
+    output = tmp_path / "two.safetensors"
+    assert (
+        main(["resize", str(tmp_path / "one.safetensors"), "--rank", "1", "-o", str(output), "--base", str(tiny_base)]) == 0
+    )
+    assert "two.safetensors: 1 site in " in " ".join(capsys.readouterr().out.split())

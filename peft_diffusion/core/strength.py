@@ -40,7 +40,7 @@ def of_component(amount: Amount, component: str, blocks: Sequence[str]) -> OverS
         parts = [one if isinstance(one, ByPart) else ByPart(one) for one in amount]
     else:
         return cast(OverSteps, amount)
-    found = Timed(tuple((one.on(component, blocks), one.steps) for one in parts))
+    found = Timed(tuple(one.timed(component, blocks) for one in parts))
     return found if over_steps(amount) else found.mean
 
 
@@ -54,7 +54,7 @@ def over_steps(amount: Amount) -> bool:
         Whether it does.
     """
     many = amount if isinstance(amount, (list, tuple)) else [amount]
-    return any(isinstance(one, (Schedule, Timed)) or (isinstance(one, ByPart) and one.steps is not None) for one in many)
+    return any(isinstance(one, (Schedule, Timed)) or (isinstance(one, ByPart) and one.over_steps) for one in many)
 
 
 def named_blocks(amount: Amount) -> Mapping[str, object]:
@@ -69,7 +69,7 @@ def named_blocks(amount: Amount) -> Mapping[str, object]:
     many = amount if isinstance(amount, (list, tuple)) else [amount]
     found: dict[str, object] = {}
     for one in many:
-        found |= one.blocks if isinstance(one, ByPart) else one if isinstance(one, Mapping) else {}
+        found |= {**one.blocks, **one.block_steps} if isinstance(one, ByPart) else one if isinstance(one, Mapping) else {}
     return found
 
 
@@ -135,6 +135,7 @@ class Strengths(KeepsPrecision):
         self.full: frozenset[str] = frozenset()  # those with a strength of 1 everywhere, known without asking the device
         self.changes = 0  # how often anything but the step was changed, which ends what threads know of their steps
         self.merged = False  # the weights hold the adapters, so sites add nothing
+        self._learned: Tensor | None = None
         self._places: dict[str, int] = {}
         self._tables: dict[torch.Size, Tensor] = {}  # what ``values`` was, by its shape
         self._told = torch.zeros(0, len(self.blocks), 1)  # ``values`` on the CPU: to ask a device is to wait for it
@@ -217,7 +218,9 @@ class Strengths(KeepsPrecision):
 
     @property
     def present(self) -> Tensor:
-        """``values`` at the step of a schedule where this thread is."""
+        """``values`` at the step of a schedule where this thread is, or those that are learned."""
+        if self._learned is not None:
+            return self._learned
         step = self._step()
         return self.values if step is None else step.values
 
@@ -330,6 +333,23 @@ class Strengths(KeepsPrecision):
         finally:
             row.copy_(before)
             self._active, self.full = active, full
+
+    def learn(self, rows: Tensor, values: Tensor) -> None:
+        """Put a tensor in the place of ``values``, in every thread, through which gradients reach what it was made of.
+
+        It stays until `stop_learning` or another one: a backward pass that computes blocks again reads what the forward
+        pass read. Fast paths read ``values`` alone, so nothing is to be computed by one meanwhile.
+
+        Args:
+            rows: The rows of adapters in ``values``, (adapters,); all are active.
+            values: Their strengths, (adapters, blocks, images).
+        """
+        others = self.values[:, :, :1].detach().expand(-1, -1, values.shape[2])
+        self._learned = others.index_copy(0, rows, values.to(others))
+
+    def stop_learning(self) -> None:
+        """Give the strengths back that were set."""
+        self._learned = None
 
     def index(self, name: str) -> int:
         """Find the row of an adapter in ``values``.

@@ -93,7 +93,7 @@ class Drawn:
 def evaluate(
     config: EvaluateConfig, *, pipe: Pipeline | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
 ) -> Evaluation:
-    """Measure adapters, and write ``report.html``, ``evaluation.json`` and a sheet for each.
+    """Measure adapters, and write ``report.html``, ``figures.json`` and a sheet for each.
 
     Args:
         config: Which adapters, and by what.
@@ -310,5 +310,5 @@ def _write(folder: Path, found: Evaluation, sheets: Mapping[str, Image.Image], c
         folder.mkdir(parents=True, exist_ok=True)
         for one in found.alone:
             sheets[one.name].save(one.sheet)
-    write_bytes(folder / "evaluation.json", (json.dumps(found.plain(), indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(folder / "figures.json", (json.dumps(found.plain(), indent=1, ensure_ascii=False) + "\n").encode())
     write_bytes(found.report, report.page(found, sheets, config).encode())

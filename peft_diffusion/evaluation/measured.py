@@ -176,7 +176,7 @@ class Evaluation:
     report: Path
 
     def plain(self) -> dict[str, Any]:
-        """As ``evaluation.json`` holds it."""
+        """As ``figures.json`` holds it."""
         trust = self.trust
         return {
             "interval": {"level": LEVEL, "kind": "Student's t", "over": {name: one.over for name, one in MEASURES.items()}},

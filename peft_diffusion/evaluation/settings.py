@@ -98,7 +98,7 @@ class EvaluateConfig(NamesAdapters):
     )
     output: OnePath = setting(
         Path("evaluation"),
-        "The folder for report.html, evaluation.json and a sheet for each adapter.",
+        "The folder for report.html, figures.json and a sheet for each adapter.",
         PARAMETERS,
         flag=Flag(aliases=("-o",)),
     )

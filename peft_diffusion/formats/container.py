@@ -47,6 +47,8 @@ _IN_TORCH = {
 CHECKPOINT = "peft_diffusion_checkpoint_2"
 """The metadata entry of a checkpoint of a run, which is no adapter file. The number is of the order in
 which parameters lie in its flat tensors."""
+COMPOSITION = "peft_diffusion_composition"
+"""The metadata entry of a learned composition, which is no adapter file either: see `composition`."""
 _LEGACY_START, _LEGACY_END = 0x100000, 0x110000  # the bytes of a file that kohya's older hash is of
 
 

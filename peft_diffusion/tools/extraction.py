@@ -13,6 +13,7 @@ from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..core.reduction import Truncation, reduced_matrix
 from ..core.weight_change import Change, has_kernel, serves
+from ..core.wording import number_of
 from ..formats import Spec
 from ..formats.file import DTYPES
 from .original_names import VAE, bare
@@ -88,12 +89,8 @@ class _Left:
         if self.tensors:
             whole = math.sqrt(self.square + sum(one.norm**2 for one in errors))
             share = math.sqrt(self.square) / whole
-            watch.tell(
-                Noted(
-                    f"{self.tensors} tensors differ that the file does not hold ({', '.join(sorted(self.kinds))}):"
-                    f" {share:.2%} of the norm of all differences"
-                )
-            )
+            told = f"what differs in {number_of(self.tensors, 'tensor')} ({', '.join(sorted(self.kinds))})"
+            watch.tell(Noted(f"the file does not hold {told}: {share:.2%} of the norm of all differences"))
 
 
 def _squared_distance(own: Tensor, other: Tensor) -> float:

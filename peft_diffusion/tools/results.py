@@ -20,6 +20,7 @@ from ..core.parsing import json_value
 from ..core.reduction import Reduced
 from ..core.spill import Spill
 from ..core.weight_change import Change
+from ..core.wording import number_of
 from ..formats import Plan, Spec, file
 from ..formats.container import is_finite
 from ..formats.layout import Content
@@ -84,7 +85,7 @@ class Made:
 
     def lines(self) -> tuple[str, ...]:
         """Tell what was made, in lines of plain text."""
-        told = [f"{self.path}: {self.sites} sites in {self.seconds:.1f} s"]
+        told = [f"{self.path}: {number_of(self.sites, 'site')} in {self.seconds:.1f} s"]
         if self.peak_memory:
             told[0] += f", {self.peak_memory / 2**30:.2f} GiB of memory at most"
         if self.errors:

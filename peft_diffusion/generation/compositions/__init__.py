@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from .add import Add
 from .composite import Composite
 from .declared import Composition
+from .k_lora import KLora
 from .switch import Switch
 
-_EVERY: tuple[Composition, ...] = (Add(), Switch(), Composite())
+_EVERY: tuple[Composition, ...] = (Add(), Switch(), Composite(), KLora())
 
 COMPOSITIONS: dict[str, Composition] = {one.name: one for one in _EVERY}
 """By name, the default first."""

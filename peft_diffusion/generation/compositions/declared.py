@@ -1,9 +1,9 @@
 """What a way of composing adapters declares. Imports no torch."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ...core.errors import UserError
 from ...core.strength_schedule import ByPart
@@ -11,6 +11,9 @@ from ...core.strength_schedule import ByPart
 if TYPE_CHECKING:
     from ..adapters import Adapters
     from ..sampler import Cell
+
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,33 @@ class Drawing:
     adapters: "Adapters"
     scheduler: Any
     steps: int
+    _found: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, key: Hashable, find: Callable[[], Found]) -> Found:
+        """Compute what is the same for all pictures, and keep it until all are drawn.
+
+        Args:
+            key: What it is of, such as the names of adapters.
+            find: Computes it.
+
+        Returns:
+            What was found, now or before.
+        """
+        if key not in self._found:
+            self._found[key] = find()
+        found: Found = self._found[key]
+        return found
+
+    def of_pass(self, steps: int) -> "Drawing":
+        """Draw the same pictures in another number of steps, as a second pass does.
+
+        Args:
+            steps: How many there are from pure noise.
+
+        Returns:
+            Another drawing, which keeps what this one has found.
+        """
+        return replace(self, steps=steps)
 
     @cached_property
     def timesteps(self) -> tuple[float, ...]:
