@@ -10,7 +10,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +21,8 @@ from torch.utils import _pytree as trees
 
 from .. import bases
 from ..bases import pipelines
+from ..bases.regional_attention import watched
+from ..core import regions
 from ..core import site as sites
 from ..core.slab import Slab
 from ..core.slot import Slot, slot_of, walk
@@ -111,6 +113,19 @@ def stop(network: nn.Module) -> None:
         engine.forget()
 
 
+def held(network: nn.Module) -> AbstractContextManager[Any]:
+    """Keep the engine of a network from computing, so that its modules are those that they are between its calls.
+
+    Args:
+        network: Any network.
+
+    Returns:
+        A context, of no effect where it has no engine.
+    """
+    engine = engine_of(network)
+    return nullcontext() if engine is None else engine.lock
+
+
 def records_on(device: torch.device) -> bool:
     """Tell whether steps can be recorded on a device.
 
@@ -135,6 +150,7 @@ class Engine:
     Attributes:
         refused: Why the last call was computed plainly; None where it was not.
         steps: Whether it runs once a step, so that schedules of strengths are followed.
+        lock: Held while it computes.
         searches: Whether the fastest convolutions are looked for with a clock, which takes seconds and pays over many calls.
     """
 
@@ -146,7 +162,7 @@ class Engine:
         self.refused: str | None = None
         self._broken: dict[Hashable, str] = {}  # why calls cannot be recorded
         self._compiled: set[Hashable] = set()  # calls whose kernels are there
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._signature = inspect.signature(type(network).forward)
         self._layout = ExitStack()
         self._reads: _Reads | None = None
@@ -169,14 +185,14 @@ class Engine:
 
     def forget(self) -> None:
         """Drop recordings and operands, and give the weights their own order in memory back."""
-        with self._lock:
+        with self.lock:
             self._drop()
             self._give_back()
             self._reads = self._table = None
 
     def forget_moved(self) -> None:
         """Drop recordings and operands if the network has moved."""
-        with self._lock:
+        with self.lock:
             if self._reads is not None and not self._reads.same():
                 self.forget()
 
@@ -192,7 +208,7 @@ class Engine:
             What the network gives, up to rounding.
         """
         given = self._given(args, named)
-        with self._lock:
+        with self.lock:
             self.refused = self._unserved()
             call = None if self.refused else self._called(given)
             if call is not None:
@@ -225,6 +241,8 @@ class Engine:
             return "somebody else compiles or records it"
         if self.network.training:
             return "it is in training"
+        if regions.present() is not None or watched():
+            return "pictures have regions"
         pipe, reads = pipelines.drawing_with(self.network), self._reads
         times = None if pipe is None else pipe.scheduler.timesteps
         # Within the steps of a picture only adapters change: looking everywhere would take the host a while.
