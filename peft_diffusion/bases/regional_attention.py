@@ -20,6 +20,7 @@ from ..core.regions import Layout
 
 _KNOWN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor)
 _PARTS = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
+MASKED = "attention has a mask of its own, which regions know nothing of; leave regions away"
 _lock = threading.Lock()
 
 
@@ -121,7 +122,7 @@ class RegionalAttention:
             result: Tensor = self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
             return result
         if attention_mask is not None:
-            raise UserError("attention has a mask of its own, which regions know nothing of; leave regions away")
+            raise UserError(MASKED)
         query = attn.to_q(hidden_states)
         if encoder_hidden_states is None:
             found = within(query, attn.to_k(hidden_states), attn.to_v(hidden_states), attn.heads, layout)

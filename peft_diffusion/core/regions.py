@@ -59,6 +59,16 @@ class Layout:
     def _tensors(self) -> list[Tensor]:
         return [self.masks, self.areas, *self._maps.values(), *self._tokens.values(), *self._scores.values()]
 
+    def apart(self) -> "Layout":
+        """Make a layout of the same masks, which lie elsewhere.
+
+        Returns:
+            The other.
+        """
+        made = Layout(self.masks.clone(), next(iter(self._maps)))
+        made.isolated = self.isolated
+        return made
+
     def take(self, other: "Layout") -> None:
         """Take over the masks of another layout of the same signature, each where it lies.
 
