@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .generation.generate import Picture, generate
     from .generation.grid import Grid, grid
     from .generation.grid_settings import GridConfig
+    from .generation.region_settings import Region
     from .generation.settings import BlendConfig, GenerateConfig
     from .generation.text import generate_text
     from .generation.text_settings import TextGenerateConfig
@@ -74,6 +75,7 @@ __all__ = [
     "Made",
     "MergeConfig",
     "Picture",
+    "Region",
     "RenameTriggerConfig",
     "Request",
     "ResizeConfig",
@@ -143,6 +145,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "MergeConfig": "tools.tool_settings",
             "Picture": "generation.generate",
             "RenameTriggerConfig": "tools.tool_settings",
+            "Region": "generation.region_settings",
             "Request": "generation.batching",
             "ResizeConfig": "tools.tool_settings",
             "Schedule": "generation",
