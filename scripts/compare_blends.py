@@ -275,7 +275,7 @@ def _rows(found: Measure, pair: Pair) -> None:
                 parts = mixes
                 if kind == "calibrated":
                     sampling = Sampling(steps=found.options.steps, device=found.options.device)
-                    known = found.adapters.calibrate(prompts, seed=seed, sampling=sampling)
+                    known = found.adapters.calibrate(prompts, seed=seed, sampling=sampling, rows=True)
                     parts = [
                         tuple(known.evenly(dict(zip((pair.first, pair.second), mix, strict=True))).values()) for mix in mixes
                     ]

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from ..core.changes import one_at_a_time
 from ..core.errors import UserError
 from ..core.events import Never, Observer, Observers, Stop
 from ..core.files import at_home
+from ..core.regions import present
 from ..core.registry import Registry
 from ..core.strength import Amount, OverSteps, named_blocks, of_component, over_steps, refuse_unknown
 from ..core.strength_schedule import Schedule, Timed
@@ -661,6 +663,7 @@ class Adapters:
         *,
         seed: int = 0,
         sampling: "Sampling | None" = None,
+        rows: bool = False,
     ) -> "Calibration":
         """Measure what each adapter changes of the network's predictions, by which strengths become comparable.
 
@@ -672,6 +675,8 @@ class Adapters:
             amounts: The strengths at which they are measured, by name; by default each adapter at 1.
             seed: That of the noise.
             sampling: How pictures are drawn, as with which guidance; by default as ``generate`` does.
+            rows: Whether to also draw nine columns between each two adapters, so that `Calibration.evenly` goes by how far
+                pictures are from both ends. Takes nine times six steps a prompt for each two.
 
         Returns:
             What each does. The strengths stay what they are.
@@ -692,7 +697,8 @@ class Adapters:
             _ = self[name]
         cells = [Cell(prompt, seed, {}) for prompt in prompts]
         with self._kept_strengths():
-            return calibrated(self, wanted, cells, Usual() if sampling is None else sampling)
+            pairs = list(combinations(wanted, 2)) if rows else []
+            return calibrated(self, wanted, cells, Usual() if sampling is None else sampling, rows=pairs)
 
     def report(self, prompts: Sequence[str] = (), *, sampling: "Sampling | None" = None) -> "BlendReport":
         """Tell what the adapters change at each layer, and how each two of them meet there.
@@ -892,8 +898,8 @@ def _has_steps(pipe: Base) -> bool:
 
 def _check_images(pipe: Pipeline, drawn: int) -> None:
     """Raise UserError where a pipeline draws another number of images than have strengths of their own."""
-    images = Registry(components(pipe)).images
-    if images > 1 and drawn != images:
+    images, layout = Registry(components(pipe)).images, present()
+    if images > 1 and drawn * (1 if layout is None else layout.count) != images:
         verb = "is" if drawn == 1 else "are"
         raise UserError(f"there are strengths for {images} images, but {drawn} {verb} drawn; set as many, or one for all")
 
