@@ -676,7 +676,7 @@ class Adapters:
             seed: That of the noise.
             sampling: How pictures are drawn, as with which guidance; by default as ``generate`` does.
             rows: Whether to also draw nine columns between each two adapters, so that `Calibration.evenly` goes by how far
-                pictures are from both ends. Takes nine times six steps a prompt for each two.
+                pictures are from both ends. Takes nine times eight steps a prompt for each two.
 
         Returns:
             What each does. The strengths stay what they are.

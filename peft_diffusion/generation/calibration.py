@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 STEPS = 6  # of a calibration: predictions at six noise levels, from pure noise to none
 PROMPTS = 4  # the most that are drawn for one
 COLUMNS = 9  # of a row that is drawn to place others
+ROW_STEPS = 8  # of its pictures
+_SAME = 1e-3  # of the size of latents: what differs by less differs by rounding
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def calibrated(
             pass
     means = (torch.stack(sums).double().mean(0) if sums else torch.zeros(len(amounts))).sqrt().tolist()
     found = Calibration(dict(zip(amounts, means, strict=True)))
-    drawn = {ends: _row(adapters, {name: amounts[name] for name in ends}, found, firsts, few, stop) for ends in rows}
+    longer = replace(few, steps=min(sampling.taken_steps, ROW_STEPS))
+    drawn = {ends: _row(adapters, {name: amounts[name] for name in ends}, found, firsts, longer, stop) for ends in rows}
     return replace(found, rows={ends: row for ends, row in drawn.items() if row is not None})
 
 
@@ -177,7 +180,7 @@ def _row(
     drawn = latents(adapters, cells, few, stop=stop).flatten(1).double().unflatten(0, (len(firsts), COLUMNS))
     to_second, to_first = ((drawn - drawn[:, [end]]).norm(dim=2) for end in (0, COLUMNS - 1))
     whole = to_first + to_second
-    if not bool((whole > 0).all()):
+    if bool((to_second[:, -1] <= _SAME * drawn[:, 0].norm(dim=1)).any()):
         return None
     places = (to_second / whole).mean(0).cummax(0).values
     return Row(tuple(parts), tuple(places.tolist()))
