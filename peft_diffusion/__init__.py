@@ -7,7 +7,7 @@ from .core.lazy import lazy
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import train, train_text
+    from .api import train, train_composition, train_text
     from .bases import LanguageModel, load_base, load_lm
     from .core.errors import UserError
     from .core.plugins import load_plugin
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         SplitConfig,
         StrengthConfig,
     )
-    from .training import Dataset, TextTrainConfig, TrainConfig
+    from .training import ComposeTrainConfig, Dataset, TextTrainConfig, TrainConfig
     from .training.exporting import export
     from .training.settings.export import ExportConfig
     from .training.settings.imported import ImportConfig, import_config
@@ -53,6 +53,7 @@ __all__ = [
     "ByPart",
     "CaptionConfig",
     "Captioned",
+    "ComposeTrainConfig",
     "ConvertConfig",
     "Converted",
     "Dataset",
@@ -102,6 +103,7 @@ __all__ = [
     "split",
     "strength",
     "train",
+    "train_composition",
     "train_text",
 ]
 
@@ -119,6 +121,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "ImportConfig": "training.settings.imported",
             "import_config": "training.settings.imported",
             "ExtractConfig": "tools.tool_settings",
+            "ComposeTrainConfig": "training",
             "ConvertConfig": "tools.settings",
             "Converted": "tools.convert",
             "GenerateConfig": "generation.settings",
@@ -164,6 +167,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "split": "tools.parting",
             "strength": "tools.scaling",
             "train": "api",
+            "train_composition": "api",
             "train_text": "api",
         },
     )

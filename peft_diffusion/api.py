@@ -6,9 +6,10 @@ The commands call these, and so does Python: ``import peft_diffusion as pd; pd.t
 from typing import TYPE_CHECKING
 
 from .core.settings import of_kind
-from .generation.while_training import TrainingPictures, beside, others
-from .training import run
+from .generation.while_training import TrainingPictures, beside, carried, others
+from .training import composing, run
 from .training.pictures import PictureSource, searched
+from .training.settings.composing import ComposeTrainConfig
 from .training.settings.pictures import TrainConfig
 from .training.settings.text import TextTrainConfig
 from .training.texts import TextSource
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .bases import LanguageModel
     from .bases.pipelines import Pipeline
     from .core.events import Observer, Stop
+    from .training.composing import ComposeResult
     from .training.results import FoundRates, TextTrainResult, TrainResult
 
 
@@ -134,7 +136,34 @@ def find_text_rates(
     return run.find_rates(TextSource(config, base), beside, observers, stop)
 
 
+def train_composition(
+    config: ComposeTrainConfig,
+    *,
+    pipe: "Pipeline | None" = None,
+    observers: "Sequence[Observer]" = (),
+    stop: "Stop | None" = None,
+) -> "ComposeResult":
+    """Learn how much of each frozen adapter acts in each block and at each step, and write that as a small file.
+
+    Args:
+        config: Which adapters, from which pictures, and how.
+        pipe: A base that is loaded already, used in place of ``config.base`` and left as it was.
+        observers: Are told what happens, by the events of `training.events`.
+        stop: Where it is set, such as a ``threading.Event`` by another thread, the training ends after the present step,
+            and nothing is written. Without one, SIGINT, SIGTERM and SIGHUP do the same, where this is the main thread.
+
+    Returns:
+        What it gave.
+
+    Raises:
+        UserError: For what the user can mend.
+        Interrupted: It was stopped. It is a KeyboardInterrupt.
+    """
+    of_kind(config, ComposeTrainConfig)
+    return composing.compose(config, carried, TrainingPictures(), pipe, observers, stop)
+
+
 def _check(config: TrainConfig | TextTrainConfig, kind: type[TrainConfig | TextTrainConfig]) -> None:
     """Refuse settings of another kind, and adapters to train beside that cannot be, before anything is loaded."""
     of_kind(config, kind)
-    others(config.freeze_others)
+    others(config.beside)

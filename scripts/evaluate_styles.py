@@ -7,9 +7,9 @@ For each sample style and method: trains an adapter with the defaults of ``peft-
 ``--adapters``), then, over subjects that are not in the sample folder, prints
 
 - the denoising loss on the real drawings of those subjects, with fixed noise and timesteps, without and with the adapter;
-- how often a judge of styles (``scripts/build_base/style_net.py``) tells what it generates to be of that style;
-- how often a judge of subjects (``scripts/build_base/subject_net.py``) has the right one among the five nearest of all,
-  beside what it says of the base's own drawings in a style of its own, and of the real ones;
+- how often a judge of styles (``peft_diffusion/evaluation/style_net.py``) tells what it generates to be of that style;
+- how often a judge of subjects (``peft_diffusion/evaluation/subject_net.py``) has the right one among the five nearest of
+  all, beside what it says of the base's own drawings in a style of its own, and of the real ones;
 - trained parameters, the size of the file, processor time and the peak of the process's memory in training.
 
 Training and measuring may be done apart, on two machines: ``--only-train`` first, then ``--adapters`` on what it wrote. The
@@ -43,6 +43,7 @@ from peft_diffusion.api import train
 from peft_diffusion.bases import embedded, load_base
 from peft_diffusion.bases import noise as noise_process
 from peft_diffusion.cli.console import TrainingConsole
+from peft_diffusion.evaluation.subject_net import Subjects, load_subject_net, points_of
 from peft_diffusion.formats import inspect
 from peft_diffusion.generation import Adapters, sheet
 from peft_diffusion.generation.sampler import Cell, paint
@@ -54,7 +55,7 @@ from scripts.build_base.make_samples import HELD_OUT, SUBJECTS
 from scripts.build_base.packed import load_packed
 from scripts.build_base.render import pack
 from scripts.build_base.sources import CACHE, STYLES
-from scripts.build_base.subject_net import SubjectJudge, load_subject_net
+from scripts.build_base.subject_net import subjects_of
 from scripts.measuring import markdown_table, memory_words, peak_memory, run, size_words
 
 BASE_STYLE = "noto"  # what the base's own figure is measured in
@@ -107,7 +108,7 @@ class Setting:
     options: argparse.Namespace
     console: Console
     judge: Judge
-    subjects: SubjectJudge
+    subjects: Subjects
     chosen: list[str]
     own: float = 0.0
     told: float = 0.0
@@ -132,7 +133,7 @@ def main() -> None:
     galleries = galleries_of(rows, pixels)
     chosen = subjects(galleries, options.subjects)
     console.print(f"{len(chosen)} subjects that no sample folder shows, such as {', '.join(chosen[:12])}")
-    known = SubjectJudge.of(rows, pixels, load_subject_net())
+    known = subjects_of(rows, pixels, load_subject_net())
     setting = _of_base(adapters, Setting(options, console, Judge.of(galleries), known, chosen))
     found = []
     for style in styles:
@@ -264,7 +265,7 @@ def _told(judge: Judge, images: Sequence[Image.Image], style: str) -> float:
 
 
 def _kept(setting: Setting, images: Tensor) -> float:
-    ranks = setting.subjects.ranks(images, setting.chosen)
+    ranks = setting.subjects.ranks(points_of(load_subject_net(), images), setting.chosen)
     return sum(rank <= NEAREST for rank in ranks) / len(ranks)
 
 

@@ -10,7 +10,7 @@ beside a LoRA without and with them, which weigh ten times there (or takes what 
 - how far 100 prompts without the trigger have moved from what the base draws from the same noise;
 - trained parameters and seconds.
 
-*Distance* is that of colours and edges (``judge.subject_maps``) and that of what a small network sees (``style_net``),
+*Distance* is that of colours and edges (``drawings.maps_of``) and that of what a small network sees (``style_net``),
 inside the character's outline, as settings differ; each in units of how far another character of the same hand is, and their
 mean; a picture's is to the three nearest. It is calibrated on real pictures: the character's own among themselves, and how
 often one of them is nearer than one of another character. *Moved* is the mean difference of pixels, from 0 to 1.
@@ -38,15 +38,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 from peft_diffusion.api import train
 from peft_diffusion.bases import embedded, load_base
 from peft_diffusion.cli.console import TrainingConsole
+from peft_diffusion.evaluation.drawings import SIZE, distances, maps_of
+from peft_diffusion.evaluation.style_net import StyleNet, load_style_net
 from peft_diffusion.formats import inspect
 from peft_diffusion.generation import Adapters, sheet
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig
 from peft_diffusion.training import TrainConfig
-from scripts.build_base.judge import SIZE, distances, subject_maps
 from scripts.build_base.make_samples import CHARACTER, HELD_BACK, SCENES, SUBJECTS, install, portraits
 from scripts.build_base.sources import CACHE
-from scripts.build_base.style_net import StyleNet, load_style_net
 from scripts.measuring import markdown_table, run
 
 NEAREST = 3
@@ -119,10 +119,10 @@ class Ruler:
 
     def _measures(self) -> list[tuple[Callable[[Tensor], Tensor], float]]:
         """Distances to the character's pictures, (images, own), and the mean of other characters'."""
-        maps, seen = subject_maps(self.own), self._seen(self.own)
+        maps, seen = maps_of(self.own), self._seen(self.own)
         spread = torch.cat([seen, self._seen(self.others)]).std(0).clamp(min=1e-3)
         found: list[Callable[[Tensor], Tensor]] = [
-            lambda images: distances(subject_maps(images), maps),
+            lambda images: distances(maps_of(images), maps),
             lambda images: torch.cdist(self._seen(images) / spread, seen / spread),
         ]
         return [(of, _nearest(of(self.others), 1.0).mean().item()) for of in found]
@@ -131,11 +131,7 @@ class Ruler:
     def _seen(self, images: Tensor) -> Tensor:
         """What the network tells styles by: means and maxima of its layers."""
         values = torch.nn.functional.interpolate(images.float() / 255, SIZE, mode="area")
-        found, values = [], 1 - values
-        for layer in self.net.layers:
-            values = layer(values)
-            found += [values.mean((2, 3)), values.amax((2, 3))]
-        return torch.cat(found, 1)
+        return self.net.features(values)
 
 
 def _inside(images: Tensor, outline: Tensor) -> Tensor:

@@ -95,6 +95,8 @@ def drawn(pipe: DiffusionPipeline, *strengths: Any) -> list[np.ndarray]:
         ("unet:0", lambda name: name.startswith("lora_te")),
         ("te:0,mid:1", lambda name: "mid_block" in name),
         ("te:0,IN01", lambda name: "down_blocks_0" in name),
+        ("te:0,mid.attentions.0.transformer_blocks.0.attn2.to_v:1", 
+         lambda name: "mid_block_attentions_0_transformer_blocks_0_attn2_to_v" in name),
         ("te:0,up.1.attentions.1", lambda name: "up_blocks_1_attentions_1" in name),
     ],
 )  # fmt: skip
@@ -135,6 +137,8 @@ def test_parts_blocks_and_steps_multiply_for_each_image(ink: Path, tiny_pipe: Di
     np.testing.assert_allclose(text, 0.5 * 0.5, err_msg="no block of it is named, and it takes the mean of the steps")
     with pytest.raises(UserError, match=r"no block mit.*mid_block"):
         adapters.set(ink=ByPart(blocks={"mit": 1, "mid": 1}))
+    with pytest.raises(UserError, match=r"there are: conv_in, .*, mid_block, other"):  # and not what is in them
+        adapters.set(ink=ByPart(blocks={"mit": 1}))
     adapters.set(ink=ByPart(blocks=dict.fromkeys(PRESETS["INALL"], 1.0)))  # of blocks that a smaller network lacks
 
 

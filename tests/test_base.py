@@ -20,6 +20,8 @@ from transformers.utils import logging as transformers_logging
 import peft_diffusion as pd
 from peft_diffusion.bases import describe, embedded
 from peft_diffusion.bases.loading import quiet
+from peft_diffusion.evaluation.style_net import load_style_net
+from peft_diffusion.evaluation.subject_net import Subjects, load_subject_net, points_of
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import GenerateConfig
 from scripts.build_base.augment import moved, strange
@@ -27,8 +29,6 @@ from scripts.build_base.card import Story, card
 from scripts.build_base.export import mix
 from scripts.build_base.judge import Gallery, Judge
 from scripts.build_base.packed import Drawing
-from scripts.build_base.style_net import load_style_net
-from scripts.build_base.subject_net import SubjectJudge, load_subject_net, points_of
 from scripts.build_base.train_unet import LITTLE_NOISE, SHEET_STYLES, TrainingSet, make_gradient
 from scripts.build_base.training import Arena
 from scripts.build_base.unknown_words import Prompts
@@ -106,11 +106,11 @@ def _drawings(style: str) -> dict[str, torch.Tensor]:
 
 def test_the_judge_of_subjects_sees_through_different_hands() -> None:
     net, known, asked = load_subject_net(), _drawings("twemoji"), _drawings("openmoji")
-    judge = SubjectJudge(net, {name: points_of(net, image[None]) for name, image in known.items()})
-    ranks = judge.ranks(torch.stack(list(asked.values())), list(asked))
+    subjects = Subjects({name: points_of(net, image[None]) for name, image in known.items()})
+    ranks = subjects.ranks(points_of(net, torch.stack(list(asked.values()))), list(asked))
     assert sum(rank <= 5 for rank in ranks) >= 0.9 * len(ranks)
     blank = torch.full((1, 3, 128, 128), 255, dtype=torch.uint8)
-    assert sum(rank <= 5 for rank in judge.ranks(blank.expand(48, -1, -1, -1), list(known))) <= 5
+    assert sum(rank <= 5 for rank in subjects.ranks(points_of(net, blank).expand(48, -1), list(known))) <= 5
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_a_strength_over_steps_of_another_adapter_is_refused_before_the_base_is_
 ) -> None:
     (file,) = done.glob("*.safetensors")
     (tmp_path / "a.txt").write_text("And it came to pass in those days. " * 60, "utf-8")
-    common: dict[str, Any] = {"freeze_others": (f"{file}=0:1,0.6:0",)}
+    common: dict[str, Any] = {"beside": (f"{file}=0:1,0.6:0",)}
     pictures = small(done / "pictures", tmp_path, **common)
     text = TextTrainConfig(texts=(tmp_path / "a.txt",), output=tmp_path / "b.safetensors", device="cpu", **common)
     for start in (

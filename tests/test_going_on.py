@@ -18,6 +18,7 @@ from peft_diffusion.core.adapter import Adapter
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.events import Event
 from peft_diffusion.core.weight_change import change_of
+from peft_diffusion.generation.settings import separated
 from peft_diffusion.methods.loha import Loha
 from peft_diffusion.methods.lora import Lora
 from peft_diffusion.training.events import Begun
@@ -117,12 +118,12 @@ def test_an_adapter_learns_beside_a_frozen_one_which_stays_and_is_named(
 ) -> None:
     pictures, file = first
     pipe: Any = pd.load_base(str(tiny_base), device="cpu")
-    config = small(pictures, tmp_path / "with", steps=1, save_every=1, freeze_others=(f"{file}=0.5",))
+    config = small(pictures, tmp_path / "with", steps=1, save_every=1, beside=(f"{file}=0.5",))
     beside = train(config, pipe=pipe)
     alone = train(small(pictures, tmp_path / "alone", steps=1, save_every=1), pipe=pipe)
     assert pd.Adapters(pipe).names == ()
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert spec_of(beside.output).training["freeze_others"] == [{"file": file.name, "sha256": digest, "strength": 0.5}]
+    assert spec_of(beside.output).training["beside"] == [{"file": file.name, "sha256": digest, "strength": 0.5}]
     assert load_file(beside.output).keys() == load_file(alone.output).keys()
     # The loss is that of the base with the frozen one on it, as Python has long given it.
     adapters = pd.Adapters(pipe)
@@ -132,12 +133,23 @@ def test_an_adapter_learns_beside_a_frozen_one_which_stays_and_is_named(
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
 
+def test_adapters_to_train_beside_are_parted_by_commas_where_a_file_follows(tmp_path: Path) -> None:
+    names = ["a.safetensors", "b,c.safetensors", "d"]
+    paths = [tmp_path / name for name in names]
+    for path in paths:
+        path.write_bytes(b"")
+    a, b, d = map(str, paths)
+    assert separated([f"{a}=0.7,{d}=0.5"]) == [f"{a}=0.7", f"{d}=0.5"]
+    assert separated([f"{a}=0.7,te:0.2,mid:1,{d}", b]) == [f"{a}=0.7,te:0.2,mid:1", d, b]  # strengths have commas too
+    assert separated([f"{a},gone.safetensors=1"]) == [a, "gone.safetensors=1"]  # which is told as a missing file
+
+
 @pytest.mark.slow
 def test_a_run_beside_another_adapter_does_not_go_on(first: tuple[Path, Path], tmp_path: Path, tiny_base: Path) -> None:
     pictures, file = first
     common: dict[str, Any] = {"base": str(tiny_base), "scheduler": "constant"}
-    train(small(pictures, tmp_path, steps=1, freeze_others=(f"{file}=0.5",), **common))
+    train(small(pictures, tmp_path, steps=1, beside=(f"{file}=0.5",), **common))
     with pytest.raises(UserError, match=r"first.*=0\.5 then, none now|a\.safetensors=0\.5 then, none now"):
         train(small(pictures, tmp_path, steps=2, resume=True, **common))
     with pytest.raises(UserError, match="there is no adapter file"):
-        train(small(pictures, tmp_path / "new", freeze_others=("gone.safetensors",), **common))
+        train(small(pictures, tmp_path / "new", beside=("gone.safetensors",), **common))

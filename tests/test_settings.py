@@ -431,7 +431,7 @@ class Part:
     rates: Mapping[str, float] = field(default_factory=dict)
 
 
-PLACES = ("output", "run_dir", "cache", "dataset_config", "init_from", "freeze_others", "notify")
+PLACES = ("output", "run_dir", "cache", "dataset_config", "init_from", "beside", "notify")
 
 
 def test_what_is_told_to_others_says_nothing_of_where_things_lie() -> None:

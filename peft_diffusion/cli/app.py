@@ -47,6 +47,7 @@ TEXT_COMMANDS = {
     "train": "Teach a language model a text and write it as one adapter file.",
     "generate": "Let a language model go on from prompts, with any number of adapters.",
 }
+COMPOSE_COMMANDS = {"train": "Learn how much of each adapter acts in each block and step, from a few pictures for each."}
 RUNS_COMMANDS = {"export": "Write the adapter in a checkpoint of a run as an adapter file."}
 _APPS = {"runs": "command"}  # commands that have others below them: the name of the App in their module
 METADATA_COMMANDS = {  # functions of these names with "_entries" behind, as `set` is taken
@@ -90,6 +91,10 @@ _metadata = App(name="metadata", help="Show and change what a safetensors file s
 for _place, (_name, _help) in enumerate(METADATA_COMMANDS.items()):
     _metadata.command(f"peft_diffusion.cli.metadata:{_name}_entries", name=_name, help=_help, sort_key=_place)
 app.command(_metadata)
+_compose = App(name="compose", help="Learn how to weigh adapters that are there already.", sort_key=len(COMMANDS) + 2)
+for _place, (_name, _help) in enumerate(COMPOSE_COMMANDS.items()):
+    _compose.command(f"peft_diffusion.cli.compose:{_name}", name=_name, help=_help, sort_key=_place)
+app.command(_compose)
 
 
 @app.meta.default

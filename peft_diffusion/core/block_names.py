@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from types import MappingProxyType
 
 _SHORT = re.compile(r"(down|up|mid)(\..+)?")
@@ -62,6 +63,16 @@ def _paths(name: str) -> tuple[str, ...]:
     return (f"{place}.resnets.{layer}", f"{place}.attentions.{layer}", *resized)
 
 
+@lru_cache(maxsize=64)
+def _under(blocks: tuple[str, ...]) -> Mapping[str, Sequence[str]]:
+    """By the path of a module the blocks in it, itself too. There is one for each layer of a network, and names as many."""
+    found: dict[str, list[str]] = {}
+    for block in blocks:
+        for end in (*(place for place, letter in enumerate(block) if letter == "."), len(block)):
+            found.setdefault(block[:end], []).append(block)
+    return found
+
+
 def weighed(wanted: Mapping[str, object], blocks: Sequence[str]) -> dict[str, str]:
     """Find the name by which each block is meant: the one that says most of its path.
 
@@ -73,10 +84,11 @@ def weighed(wanted: Mapping[str, object], blocks: Sequence[str]) -> dict[str, st
         A name of ``wanted`` by block; nothing for a block that none means.
     """
     meant: dict[str, tuple[int, str]] = {}
+    under = _under(tuple(blocks))
     for name in wanted:
         for path in _paths(name) if isinstance(name, str) else ():  # whatever a person puts in a table
-            for block in blocks:
-                if (block == path or block.startswith(f"{path}.")) and meant.get(block, (0, ""))[0] <= len(path):
+            for block in under.get(path, ()):
+                if meant.get(block, (0, ""))[0] <= len(path):
                     meant[block] = (len(path), name)
     return {block: name for block, (_, name) in meant.items()}
 
@@ -104,4 +116,5 @@ def shown(blocks: Sequence[str]) -> str:
     Returns:
         The names of the larger ones, which hold the others.
     """
-    return ", ".join(dict.fromkeys(".".join(block.split(".")[:2]) for block in blocks))
+    large = dict.fromkeys(".".join(block.split(".")[:2]) for block in blocks)
+    return ", ".join(name for name in large if name.rpartition(".")[0] not in large)

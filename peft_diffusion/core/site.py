@@ -278,7 +278,7 @@ def attach_built(component: nn.Module, name: str, built: Mapping[str, Adapter | 
     modules = {path: found[path] if path in found else component.get_submodule(path) for path in built}
     for path, module in modules.items():
         _check_free(path, module)
-    blocks = targets.blocks(component, parts=True, paths=found)
+    blocks = targets.units(component, found)
     _check_one_state(component, found.values(), blocks.names)
     state = state or ComponentState(blocks.names, _device(component))
     state.add(name)

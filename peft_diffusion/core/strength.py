@@ -40,7 +40,7 @@ def of_component(amount: Amount, component: str, blocks: Sequence[str]) -> OverS
         parts = [one if isinstance(one, ByPart) else ByPart(one) for one in amount]
     else:
         return cast(OverSteps, amount)
-    found = Timed(tuple((one.on(component, blocks), one.steps) for one in parts))
+    found = Timed(tuple(one.timed(component, blocks) for one in parts))
     return found if over_steps(amount) else found.mean
 
 
@@ -54,7 +54,7 @@ def over_steps(amount: Amount) -> bool:
         Whether it does.
     """
     many = amount if isinstance(amount, (list, tuple)) else [amount]
-    return any(isinstance(one, (Schedule, Timed)) or (isinstance(one, ByPart) and one.steps is not None) for one in many)
+    return any(isinstance(one, (Schedule, Timed)) or (isinstance(one, ByPart) and one.over_steps) for one in many)
 
 
 def named_blocks(amount: Amount) -> Mapping[str, object]:
@@ -69,7 +69,7 @@ def named_blocks(amount: Amount) -> Mapping[str, object]:
     many = amount if isinstance(amount, (list, tuple)) else [amount]
     found: dict[str, object] = {}
     for one in many:
-        found |= one.blocks if isinstance(one, ByPart) else one if isinstance(one, Mapping) else {}
+        found |= {**one.blocks, **one.block_steps} if isinstance(one, ByPart) else one if isinstance(one, Mapping) else {}
     return found
 
 
@@ -114,8 +114,9 @@ _ROWS = 8  # of the first table; from there on it doubles
 class Strengths(KeepsPrecision):
     """The strengths of one component's adapters.
 
-    ``values`` is (rows, blocks, images) in float32, with one column where every image gets the same. An adapter has a row
-    for as long as it is there; rows of none are 0, and there are more rows than adapters, in steps. So the tensor keeps its
+    ``values`` is (rows, blocks, images) in float32, with one column where every image gets the same. Blocks are all that
+    takes a strength of its own, down to single layers: see ``targets.units``. An adapter has a row for as long as it is
+    there; rows of none are 0, and there are more rows than adapters, in steps. So the tensor keeps its
     address while the number of columns stays, also where adapters come and go, and a compiled or captured model sees the
     new values. With a number of columns that it had before, it has that address again.
 
@@ -134,6 +135,7 @@ class Strengths(KeepsPrecision):
         self.full: frozenset[str] = frozenset()  # those with a strength of 1 everywhere, known without asking the device
         self.changes = 0  # how often anything but the step was changed, which ends what threads know of their steps
         self.merged = False  # the weights hold the adapters, so sites add nothing
+        self._learned: Tensor | None = None
         self._places: dict[str, int] = {}
         self._tables: dict[torch.Size, Tensor] = {}  # what ``values`` was, by its shape
         self._told = torch.zeros(0, len(self.blocks), 1)  # ``values`` on the CPU: to ask a device is to wait for it
@@ -216,7 +218,9 @@ class Strengths(KeepsPrecision):
 
     @property
     def present(self) -> Tensor:
-        """``values`` at the step of a schedule where this thread is."""
+        """``values`` at the step of a schedule where this thread is, or those that are learned."""
+        if self._learned is not None:
+            return self._learned
         step = self._step()
         return self.values if step is None else step.values
 
@@ -330,6 +334,23 @@ class Strengths(KeepsPrecision):
             row.copy_(before)
             self._active, self.full = active, full
 
+    def learn(self, rows: Tensor, values: Tensor) -> None:
+        """Put a tensor in the place of ``values``, in every thread, through which gradients reach what it was made of.
+
+        It stays until `stop_learning` or another one: a backward pass that computes blocks again reads what the forward
+        pass read. Fast paths read ``values`` alone, so nothing is to be computed by one meanwhile.
+
+        Args:
+            rows: The rows of adapters in ``values``, (adapters,); all are active.
+            values: Their strengths, (adapters, blocks, images).
+        """
+        others = self.values[:, :, :1].detach().expand(-1, -1, values.shape[2])
+        self._learned = others.index_copy(0, rows, values.to(others))
+
+    def stop_learning(self) -> None:
+        """Give the strengths back that were set."""
+        self._learned = None
+
     def index(self, name: str) -> int:
         """Find the row of an adapter in ``values``.
 
@@ -438,6 +459,9 @@ class Strengths(KeepsPrecision):
                 refuse_unknown(strength, self.blocks)
                 meant = weighed(strength, self.blocks)
             amounts = [strength[meant[block]] if block in meant else 0.0 for block in self.blocks]
+            whole = _whole(amounts)
+            if whole is not None:
+                return whole
             per_block = [self._images(name, amount) for amount in amounts]
             images = max(len(row) for row in per_block)
             rows = torch.stack([row.expand(images) if len(row) in (1, images) else self._ragged(name) for row in per_block])
@@ -469,6 +493,17 @@ class Strengths(KeepsPrecision):
 def _is_plain(strength: object) -> "TypeGuard[float]":
     """Whether a strength is one number that float32 has."""
     return type(strength) in (float, int) and abs(cast(float, strength)) <= torch.finfo(torch.float32).max
+
+
+def _whole(amounts: Sequence[object]) -> Tensor | None:
+    """Lists of as many numbers each as (amounts, numbers), at once; None where they are none or not finite."""
+    if not all(type(one) is list for one in amounts):
+        return None
+    try:
+        rows = torch.tensor(amounts, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return rows if rows.ndim == 2 and rows.numel() and bool(rows.isfinite().all()) else None
 
 
 def recording() -> bool:

@@ -1,8 +1,9 @@
 """Strengths that change over the steps of a generation, and that differ between parts of a base. No torch here."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from .block_names import weighed
@@ -45,7 +46,7 @@ class Schedule:
         Returns:
             The strength.
         """
-        right = sum(place <= progress for place in self.places)
+        right = bisect_right(self.places, progress)
         if right == 0 or right == len(self.places):
             return self.values[max(0, right - 1)]
         left = right - 1
@@ -82,12 +83,15 @@ class ByPart:
             as ``mid`` or ``up.1``, or as ``IN05``, ``M00``, ``OUT03``. Of a component with a block that is named, the others
             get 0; a component without one is left as it is.
         steps: What it is multiplied by over the steps.
+        block_steps: What it is multiplied by over the steps in a block, by the block's own name. A block that is not named,
+            and a component without one that is, is left as it is.
     """
 
     strength: float = 1.0
     components: Mapping[str, float] = field(default_factory=dict)
     blocks: Mapping[str, float] = field(default_factory=dict)
     steps: Schedule | None = None
+    block_steps: Mapping[str, Schedule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for value in (self.strength, *self.components.values(), *self.blocks.values()):
@@ -95,7 +99,8 @@ class ByPart:
                 raise UserError(f"a strength must be a finite number, not {value!r}")
 
     def __hash__(self) -> int:
-        return hash((self.strength, tuple(self.components.items()), tuple(self.blocks.items()), self.steps))
+        parts = (self.components, self.blocks, self.block_steps)
+        return hash((self.strength, *(tuple(part.items()) for part in parts), self.steps))
 
     def scaled(self, share: float) -> "ByPart":
         """Make so much of it.
@@ -106,7 +111,24 @@ class ByPart:
         Returns:
             Another one.
         """
-        return ByPart(self.strength * share, self.components, self.blocks, self.steps)
+        return replace(self, strength=self.strength * share)
+
+    @property
+    def over_steps(self) -> bool:
+        """Whether it changes over the steps."""
+        return self.steps is not None or bool(self.block_steps)
+
+    def timed(self, component: str, blocks: Sequence[str]) -> "ImageStrengths":
+        """Give what it is in a component, with the steps.
+
+        Args:
+            component: Its name.
+            blocks: Its blocks.
+
+        Returns:
+            The strengths of the blocks, and what they are multiplied by.
+        """
+        return ImageStrengths(self.on(component, blocks), self.steps, self.block_steps)
 
     def on(self, component: str, blocks: Sequence[str]) -> dict[str, float]:
         """Give the strength of each block of a component, without the steps.
@@ -125,10 +147,38 @@ class ByPart:
 
 
 @dataclass(frozen=True)
-class Timed:
-    """Strengths of the blocks of one component for each image, and what they are multiplied by over the steps."""
+class ImageStrengths:
+    """The strengths of an image.
 
-    images: tuple[tuple[Mapping[str, float], Schedule | None], ...]
+    Attributes:
+        blocks: By block of one component.
+        steps: What all are multiplied by over the steps.
+        block_steps: What some are multiplied by besides, by block.
+    """
+
+    blocks: Mapping[str, float]
+    steps: Schedule | None = None
+    block_steps: Mapping[str, Schedule] = field(default_factory=dict)
+
+    def taken(self, value: Callable[[Schedule], float]) -> dict[str, float]:
+        """Give the strengths with one number for each schedule.
+
+        Args:
+            value: Makes the number of a schedule, such as its mean.
+
+        Returns:
+            By block.
+        """
+        whole = 1.0 if self.steps is None else value(self.steps)
+        own = self.block_steps
+        return {name: one * whole * (value(own[name]) if name in own else 1.0) for name, one in self.blocks.items()}
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Strengths of the blocks of one component for each image, over the steps."""
+
+    images: tuple[ImageStrengths, ...]
 
     def at(self, progress: float) -> dict[str, list[float]]:
         """Give the strengths at a point of the steps.
@@ -139,13 +189,13 @@ class Timed:
         Returns:
             By block, one for each image.
         """
-        return self._times([1.0 if steps is None else steps.at(progress) for _, steps in self.images])
+        return self._of_blocks(lambda schedule: schedule.at(progress))
 
     @property
     def mean(self) -> dict[str, list[float]]:
-        """The means over all steps."""
-        return self._times([1.0 if steps is None else steps.mean for _, steps in self.images])
+        """The means over all steps; of two that multiply, the product of the means."""
+        return self._of_blocks(lambda schedule: schedule.mean)
 
-    def _times(self, factors: Sequence[float]) -> dict[str, list[float]]:
-        pairs = list(zip(self.images, factors, strict=True))
-        return {block: [strengths[block] * factor for (strengths, _), factor in pairs] for block in self.images[0][0]}
+    def _of_blocks(self, value: Callable[[Schedule], float]) -> dict[str, list[float]]:
+        taken = [one.taken(value) for one in self.images]
+        return {block: [image[block] for image in taken] for block in self.images[0].blocks}

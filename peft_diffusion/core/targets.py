@@ -1,9 +1,9 @@
 """Named sets of sites: the modules of a component that a target names."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from torch import nn
 
@@ -42,9 +42,15 @@ class Blocks:
             path: The path of the module.
 
         Returns:
-            The index of the block among ``names``.
+            The index of the block among ``names``, and of a layer that is among them itself.
         """
-        return self.names.index(_block_of(self.pattern, path) or OTHER_BLOCK)
+        found = _within(self.pattern, path)
+        own = None if found is None else self._places.get("".join(found))
+        return self._places[OTHER_BLOCK if found is None else found[0]] if own is None else own
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
 
 
 def architecture(component: nn.Module) -> str:
@@ -84,9 +90,10 @@ def modules(component: nn.Module) -> dict[str, nn.Module]:
 
 
 @lru_cache(maxsize=20_000)
-def _block_of(pattern: str, path: str) -> str | None:
+def _within(pattern: str, path: str) -> tuple[str, str] | None:
+    """The name of the block that a path lies in, and what of the path follows; None for one that lies in none."""
     match = re.fullmatch(pattern, path)
-    return match[1] if match else None
+    return (match[1], path[match.end(1) :]) if match else None
 
 
 def blocks(component: nn.Module, *, parts: bool = False, paths: Iterable[str] | None = None) -> Blocks:
@@ -102,8 +109,23 @@ def blocks(component: nn.Module, *, parts: bool = False, paths: Iterable[str] | 
     """
     own = table(component)
     pattern = (own.part if parts else "") or own.block
-    found = (_block_of(pattern, path) for path in (modules(component) if paths is None else paths))
-    return Blocks((*dict.fromkeys(one for one in found if one is not None), OTHER_BLOCK), pattern)
+    found = (_within(pattern, path) for path in (modules(component) if paths is None else paths))
+    return Blocks((*dict.fromkeys(one[0] for one in found if one is not None), OTHER_BLOCK), pattern)
+
+
+def units(component: nn.Module, found: Mapping[str, nn.Module]) -> Blocks:
+    """List what takes a strength of its own: the parts of blocks, and in them each Linear layer and convolution.
+
+    Args:
+        component: The module to look in.
+        found: All its modules, by path.
+
+    Returns:
+        The parts, and behind them the layers, named as the part that they lie in and the rest of their path.
+    """
+    parts = blocks(component, parts=True, paths=found)
+    layers = (_within(parts.pattern, path) for path, module in found.items() if isinstance(module, KINDS["all"]))
+    return Blocks(tuple(dict.fromkeys((*parts.names, *("".join(one) for one in layers if one is not None)))), parts.pattern)
 
 
 def check(target: str) -> None:

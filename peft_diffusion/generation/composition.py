@@ -1,6 +1,6 @@
-"""Adapters that meet in turn or in their predictions instead of in the weights.
+"""How the sampler draws what a composition says: rows of a batch, whose predictions are averaged, and strengths over steps.
 
-Both ways are of Zhong et al. 2024, Multi-LoRA Composition for Image Generation (https://arxiv.org/abs/2402.16843).
+The ways there are lie in ``compositions``, a file each.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import UserError
-from ..core.strength_schedule import ByPart, Schedule
-from .settings import Compose
+from .compositions import COMPOSITIONS, Compose
+from .compositions.declared import Drawing
 
 if TYPE_CHECKING:
     from .sampler import Cell
@@ -85,65 +84,29 @@ def rows_of(cells: "Sequence[Cell]", compose: Compose) -> Rows:
         compose: How their adapters meet.
 
     Returns:
-        Under ``composite`` a row for each adapter of a picture whose strength is not 0: that adapter alone as trained, in
-        the parts and over the steps that were said, weighed by its strength. Else a row for each picture.
+        The rows that the composition makes of each, in order.
 
     Raises:
-        UserError: Weights of a mean are below 0.
+        UserError: Strengths do not allow it.
     """
-    found: list[tuple[Cell, int, float]] = []
-    for picture, cell in enumerate(cells):
-        amounts = _used(cell) if compose == "composite" else {}
-        if len(amounts) < 2:
-            found.append((cell, picture, 1.0))
-            continue
-        weights = {name: one.strength for name, one in amounts.items()}
-        below = [name for name, weight in weights.items() if weight < 0]
-        if below:
-            raise UserError(f"composite averages by strengths, so that of {below[0]!r} cannot be {weights[below[0]]:g}")
-        for name, amount in amounts.items():
-            alone = dict.fromkeys(cell.strengths or {}, 0.0) | {name: replace(amount, strength=1.0)}
-            found.append((replace(cell, strengths=alone), picture, weights[name] / sum(weights.values())))
+    of_pictures = [COMPOSITIONS[compose].rows(cell) for cell in cells]
+    found = [(cell, picture, weight) for picture, rows in enumerate(of_pictures) for cell, weight in rows]
     own, pictures, shares = zip(*found, strict=True)
     return Rows(list(own), pictures, shares)
 
 
-def in_turn(cells: "Sequence[Cell]", compose: Compose, scheduler: Any, steps: int) -> "list[Cell]":
-    """Let the adapters of each picture take turns under ``switch``: one a step, in order, at its own strength.
+def composed(cells: "Sequence[Cell]", compose: Compose, drawing: Drawing) -> "list[Cell]":
+    """Give rows the strengths that the composition says, in parts and over the steps.
 
     Args:
-        cells: The pictures.
+        cells: The rows.
         compose: How their adapters meet.
-        scheduler: What draws.
-        steps: How many denoising steps there are from pure noise.
+        drawing: What they are drawn with.
 
     Returns:
-        The pictures, with schedules over the steps. A sampler that calls the network at further noise levels within a step
-        has the adapter of that step there.
+        The rows, with their strengths.
+
+    Raises:
+        UserError: The adapters do not allow it.
     """
-    if compose != "switch":
-        return list(cells)
-    own = type(scheduler).from_config(scheduler.config)
-    own.set_timesteps(steps)
-    levels = len(dict.fromkeys(own.timesteps.tolist()))
-    return [replace(cell, strengths=_turns(cell, levels, steps)) for cell in cells]
-
-
-def _turns(cell: "Cell", levels: int, steps: int) -> dict[str, float | ByPart] | None:
-    """The strengths of a picture, each multiplied by 1 where its adapter's turn is and by 0 elsewhere."""
-    if cell.strengths is None:
-        return None
-    used, found = _used(cell), dict(cell.strengths)
-    for turn, (name, amount) in enumerate(used.items() if len(used) > 1 else ()):
-        factors = []
-        for level in range(levels):
-            at = 1.0 if amount.steps is None else amount.steps.at(level / max(1, levels - 1))
-            factors.append(at if level * steps // levels % len(used) == turn else 0.0)
-        found[name] = replace(amount, steps=Schedule(factors))
-    return found
-
-
-def _used(cell: "Cell") -> dict[str, ByPart]:
-    """The adapters of a picture whose strength is not 0, in order."""
-    amounts = {name: one if isinstance(one, ByPart) else ByPart(one) for name, one in (cell.strengths or {}).items()}
-    return {name: one for name, one in amounts.items() if one.strength}
+    return [replace(cell, strengths=COMPOSITIONS[compose].strengths(cell, drawing)) for cell in cells]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core import site as sites
+from ..core import targets
 from ..core.adapter import LowRank
 from ..core.errors import FoldError, UserError
 from ..core.registry import Registry
-from ..core.slot import slot_of
 from ..core.weight_change import Change, change_of
 from .calibration import Calibration
 
@@ -149,10 +149,10 @@ def measured(parts: Mapping[str, nn.Module], names: Sequence[str], effects: Mapp
     for component, state in Registry(parts).states().items():
         part = parts[component]
         built = {name: sites.adapters(part, name) for name in names if name in state.entries}
+        blocks = targets.blocks(part, parts=True)
         for path in dict.fromkeys(path for own in built.values() for path in own):
             module = part.get_submodule(path)
-            slot = slot_of(module)
-            block = state.strengths.blocks[slot.block if slot is not None else 0]
+            block = blocks.names[blocks.of(path)]
             changes: dict[str, Change] = {}
             for name, own in built.items():
                 change = _change(own[path], module, f"{component}.{path}") if path in own else None

@@ -21,7 +21,8 @@ from ..core.strength import Amount
 from ..core.strength_schedule import ByPart
 from ..data.images import MAX_PIXELS
 from ..data.prompts import in_words
-from .composition import in_turn, rows_of
+from .composition import composed, rows_of
+from .compositions.declared import Drawing
 from .control import Controls, controlled
 from .hires import LANCZOS, Hires
 from .settings import Sampling
@@ -142,19 +143,20 @@ def paint(
     _tell_of_scheduler(pipe, scheduler, sampling, tell)
     telling = Telling(pipe, sampling, triggers(adapters, cells))
     _check_prompts(adapters, [rows.cells for rows in batches], telling)
+    told = Drawing(adapters, scheduler, sampling.taken_steps)
     steered = controlled(pipe, sampling.controls(), sampling.control_scale)
     with steered as controls, drawing(pipe, scheduler):
         for number, rows in enumerate(batches):
             check_stop(stop, f"stopped after {number * sampling.batch_size} of {len(cells)} pictures")
             batch = rows.cells
-            set_strengths(adapters, in_turn(batch, sampling.compose, scheduler, sampling.taken_steps))
+            set_strengths(adapters, composed(batch, sampling.compose, told))
             report = _Report(tell, number * each, len(batches) * each, sampling.guidance_stop)
             start = _noise(pipe, batch, sides, sampling) if source is None else _start(pipe, batch, source, sampling)
             with rows.averaged(denoiser_of(pipe).network):
                 if hires is not None:
                     start = _second(start, hires, adapters, batch, telling, report, controls)
                     report = replace(report, before=report.before + first)
-                    set_strengths(adapters, in_turn(batch, sampling.compose, scheduler, hires.planned))
+                    set_strengths(adapters, composed(batch, sampling.compose, told.of_pass(hires.planned)))
                 drawn = _paint_batch(start, batch, telling, report, controls)
             images = [drawn[row] for row in rows.firsts]
             yield from images if source is None else map(source.kept, images)

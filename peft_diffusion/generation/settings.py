@@ -41,6 +41,7 @@ from ..formats import Plan, plan
 from ..formats.container import adapter_file, title
 from ..formats.planning import takes_torch
 from . import amounts
+from .compositions import COMPOSITIONS, Compose, explanation
 from .control_settings import Control
 from .control_settings import parse as parse_control
 from .hires import UPSCALERS, Hires, upscaler
@@ -51,7 +52,6 @@ Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
 Tile: TypeAlias = Literal["x", "y", "both"]
 Offload: TypeAlias = Literal["model", "group", "sequential"]
-Compose: TypeAlias = Literal["add", "switch", "composite"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
@@ -154,6 +154,33 @@ def parse_choice(text: str) -> Choice:
         raise UserError(f"there is no adapter file {text}")  # the = is part of a path
     strength, parts = amounts.parse(told, name)
     return replace(_chosen(name), strength=strength, parts=parts)
+
+
+def separated(texts: Sequence[str]) -> list[str]:
+    """Part texts that name several adapters, with commas between, which strengths have in them too.
+
+    Args:
+        texts: One adapter each, or ``A.safetensors=0.7,B.safetensors=0.5,te:0.2``. A comma parts two adapters where a file,
+            or what is called as one, follows it.
+
+    Returns:
+        A text for each adapter.
+    """
+    found: list[str] = []
+    for text in texts:
+        if at_home(Path(text)).exists():
+            found.append(text)
+            continue
+        first, *others = text.split(",")
+        parts = [first]
+        for part in others:
+            name = part.rpartition("=")[0] or part
+            if _is_there(name) or name.lower().endswith(".safetensors"):
+                parts.append(part)
+            else:
+                parts[-1] += f",{part}"
+        found += parts
+    return found
 
 
 def _is_there(text: str) -> bool:
@@ -272,12 +299,7 @@ class Sampling(NamesAdapters):
         PARAMETERS,
         flag=Flag(aliases=("-a",), default_shown=False),
     )
-    compose: Compose = setting(
-        "add",
-        "How several adapters meet: all at once (add), one a step, in turn (switch), or each alone, with the mean of their "
-        "predictions, weighed by strength (composite), which takes as many times as long as there are adapters.",
-        PARAMETERS,
-    )
+    compose: Compose = setting("add", explanation(), PARAMETERS)
     adapters_dir: OptionalPath = setting(
         None, "The folder where <lora:NAME:0.8> in a prompt finds NAME.safetensors, also in its subfolders.", PARAMETERS
     )
@@ -455,12 +477,9 @@ class Sampling(NamesAdapters):
             adapters: How many there are.
 
         Raises:
-            UserError: There are not several.
+            UserError: There are too few or too many.
         """
-        if self.compose != "add" and adapters < 2:
-            raise UserError(
-                f"--compose {self.compose} does nothing with {adapters or 'no'} adapter; give two or more, or leave it away"
-            )
+        COMPOSITIONS[self.compose].check(adapters)
 
     def controls(self) -> tuple[Control, ...]:
         """The pictures that steer.

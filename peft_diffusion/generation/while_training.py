@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,13 +11,13 @@ from PIL import Image
 from ..bases.base import Base
 from ..bases.pipelines import Pipeline, drawing
 from ..core.errors import UserError
-from ..core.events import Observer
+from ..core.events import Noted, Observer
 from . import amounts
 from . import sheet as sheets
 from .adapted import warner
 from .adapters import Adapters
 from .sampler import Cell, ending_in_noise, paint, whole_picture
-from .settings import Choice, GenerateConfig, parse_choices
+from .settings import Choice, GenerateConfig, parse_choices, separated
 from .telling import Telling
 
 
@@ -24,7 +25,7 @@ def others(files: Sequence[str]) -> tuple[Choice, ...]:
     """Read which adapters a run trains another one beside.
 
     Args:
-        files: ``FILE`` or ``FILE=STRENGTH`` each.
+        files: ``FILE`` or ``FILE=STRENGTH`` each, or several with commas between.
 
     Returns:
         The adapters.
@@ -32,10 +33,10 @@ def others(files: Sequence[str]) -> tuple[Choice, ...]:
     Raises:
         UserError: As `parse_choices`, and for a strength over denoising steps, of which training has none.
     """
-    choices = parse_choices(files)
+    choices = parse_choices(separated(files))
     stepping = next((choice for choice in choices if choice.parts is not None and choice.parts.steps is not None), None)
     if stepping is not None:
-        raise UserError(f"--freeze-others {stepping.text}: training has no denoising steps that a strength could follow")
+        raise UserError(f"--beside {stepping.text}: training has no denoising steps that a strength could follow")
     return choices
 
 
@@ -67,7 +68,34 @@ def beside(base: Base, files: Sequence[str], tell: Observer) -> Iterator[list[di
             names.append(name)
             parts = {"parts": amounts.text_of(choice.parts)} if choice.parts else {}
             told.append({"file": choice.path.name, "sha256": adapters[name].sha256, "strength": choice.strength, **parts})
+        named = " and ".join(f"{choice.name} at {choice.strength:g}" for choice in choices)
+        tell(Noted(f"learns beside {named}; losses, measurements and previews have that too, and the new file has not"))
         yield told
+    finally:
+        for name in names:
+            adapters.remove(name)
+
+
+@contextmanager
+def carried(base: Base, files: Sequence[Path], tell: Observer) -> Iterator[tuple[str, ...]]:
+    """Attach adapters at strength 1 for as long as a training weighs them.
+
+    Args:
+        base: A pipeline.
+        files: Adapter files.
+        tell: Is told what should be known of them.
+
+    Yields:
+        What each is called on the base.
+
+    Raises:
+        UserError: A file is missing, is no adapter or does not fit the base.
+    """
+    adapters, names = Adapters(base), list[str]()
+    try:
+        for path in files:
+            names.append(adapters.load(path, warn=warner(tell)))
+        yield tuple(names)
     finally:
         for name in names:
             adapters.remove(name)

@@ -7,11 +7,13 @@ from ..core.lazy import lazy
 
 if TYPE_CHECKING:
     from .results import FoundRates, Outcome, TextTrainResult, TrainResult
+    from .settings.composing import ComposeTrainConfig
     from .settings.datasets import Dataset
     from .settings.pictures import TrainConfig
     from .settings.text import TextTrainConfig
 
 __all__ = [
+    "ComposeTrainConfig",
     "Dataset",
     "FoundRates",
     "Interrupted",
@@ -27,6 +29,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
     __getattr__, __dir__ = lazy(
         __name__,
         {
+            "ComposeTrainConfig": "settings.composing",
             "Dataset": "settings.datasets",
             "FoundRates": "results",
             "Outcome": "results",

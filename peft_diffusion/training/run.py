@@ -395,7 +395,7 @@ def train(source: Source[Result], beside: Beside, observers: Sequence[Observer] 
                 tell.own = [recorder, ReportWriter(folder), *tell.own]
             material = source.open(folder, processes, _stopping(tell, stop, processes))
             with (
-                beside(material.base, source.asked.freeze_others, tell) as others,
+                beside(material.base, source.asked.beside, tell) as others,
                 material.faster(),
                 base_kept(material.base, material.info.fingerprint, tell) as before,
             ):
@@ -453,7 +453,7 @@ def find_rates(
         folder = source.search_folder()
         material = source.open(folder, processes, _stopping(tell, stop, processes))
         with (
-            beside(material.base, source.asked.freeze_others, tell) as others,
+            beside(material.base, source.asked.beside, tell) as others,
             material.faster(),
             base_kept(material.base, material.info.fingerprint, tell),
         ):

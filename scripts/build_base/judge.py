@@ -1,9 +1,9 @@
 """A judge of drawings: which style is it, and does it show its subject?
 
-*Style* is told by a small network (`style_net.py`) among the styles that are asked about.  *Subject* is told by the
-nearest real drawings of one style: small colour pictures and edge maps, compared at the best of several shifts.
-`calibrate` says how far to trust both: how often real drawings of subjects that the network never saw are given their own
-style, and how often a real drawing that was resized, moved, blurred and made noisy finds itself again.
+*Style* is told by a small network (`peft_diffusion.evaluation.style_net`) among the styles that are asked about.
+*Subject* is told by the nearest real drawings of one style: small colour pictures and edge maps, compared at the best of
+several shifts. `calibrate` says how far to trust both: how often real drawings of subjects that the network never saw are
+given their own style, and how often a real drawing that was resized, moved, blurred and made noisy finds itself again.
 """
 
 import argparse
@@ -15,19 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from peft_diffusion.evaluation.drawings import SIZE, distances, maps_of, unit
+from peft_diffusion.evaluation.style_net import StyleNet, held_out, load_style_net
 
 from .packed import Drawing, load_packed
 from .render import drawings, render
 from .sources import CACHE, STYLES
-from .style_net import StyleNet, held_out, load_style_net, softened
+from .style_net import softened
 from .training import affine
 
-SIZE = 128
-CELLS = 24
-SHIFTS = 2
-EDGE_WEIGHT = 1.5
 NEAREST = 5
 
 
@@ -69,40 +67,6 @@ def rendered_gallery(style: str, cache: Path = CACHE, subjects: set[str] | None 
     return Gallery([row.subject for row in rows], pixels.permute(0, 3, 1, 2).contiguous())
 
 
-def _unit(images: Tensor) -> Tensor:
-    """Images of any size, bytes or in [0, 1], as 128 pixels in [0, 1]."""
-    values = images.float() / 255 if images.dtype == torch.uint8 else images.float().clamp(0, 1)
-    return values if values.shape[-1] == SIZE else F.interpolate(values, SIZE, mode="area")
-
-
-def subject_maps(images: Tensor) -> Tensor:
-    """A small picture of each image: its colours as distances from white, and its edges in four directions."""
-    values = F.avg_pool2d(1 - _unit(images), 2)
-    light = F.pad(values.mean(1), (1, 1, 1, 1), mode="replicate")
-    across = light[:, 1:-1, 2:] - light[:, 1:-1, :-2]
-    down = light[:, 2:, 1:-1] - light[:, :-2, 1:-1]
-    edges = torch.stack([across.abs(), down.abs(), (across + down).abs() * 0.7, (across - down).abs() * 0.7], 1)
-    small = F.interpolate(torch.cat([values, EDGE_WEIGHT * edges], 1), CELLS, mode="area")
-    return F.avg_pool2d(F.pad(small, (1, 1, 1, 1)), 3, 1)
-
-
-def _shifted(maps: Tensor, down: int, across: int) -> Tensor:
-    padded = F.pad(maps, (SHIFTS,) * 4)
-    top, left = SHIFTS + down, SHIFTS + across
-    return padded[..., top : top + CELLS, left : left + CELLS]
-
-
-def distances(maps: Tensor, known: Tensor) -> Tensor:
-    """From each image to each known drawing, at the best of the shifts."""
-    flat = known.flatten(1)
-    moves = range(-SHIFTS, SHIFTS + 1)
-    best = torch.full((len(maps), len(known)), float("inf"))
-    for down in moves:
-        for across in moves:
-            best = torch.minimum(best, torch.cdist(_shifted(maps, down, across).flatten(1), flat))
-    return best
-
-
 @dataclass(frozen=True)
 class Judge:
     """Real drawings of several styles, and the network that tells styles; both judge among these styles alone."""
@@ -123,7 +87,7 @@ class Judge:
     def style(self, images: Tensor) -> list[str]:
         """The style of each image (count, 3, height, width), bytes or in [0, 1]."""
         places = [number for number, style in enumerate(self.net.styles) if style in self.galleries]
-        scores = torch.cat([self.net(piece)[:, places] for piece in _unit(images).split(64)])
+        scores = torch.cat([self.net(piece)[:, places] for piece in unit(images).split(64)])
         return [self.net.styles[places[number]] for number in scores.argmax(1).tolist()]
 
     def subject_rank(self, images: Tensor, style: str, subjects: list[str]) -> list[int]:
@@ -134,9 +98,9 @@ class Judge:
         missing = sorted(set(subjects) - set(gallery.subjects))
         if missing:
             raise ValueError(f"{style!r} has no drawing of {', '.join(missing[:5])}")
-        known = torch.cat([subject_maps(piece) for piece in gallery.pixels.tensor_split(32)])
+        known = torch.cat([maps_of(piece) for piece in gallery.pixels.tensor_split(32)])
         ranks = []
-        for row, subject in zip(distances(subject_maps(images), known), subjects, strict=True):
+        for row, subject in zip(distances(maps_of(images), known), subjects, strict=True):
             own = [number for number, name in enumerate(gallery.subjects) if name == subject]
             ranks.append(1 + int((row < row[own].min()).sum()))
         return ranks
@@ -144,7 +108,7 @@ class Judge:
 
 def perturbed(pixels: Tensor) -> Tensor:
     """Drawings resized by up to 8%, moved by up to 6 pixels, softened and made noisy, in [0, 1]."""
-    moved = affine(_unit(pixels) * 2 - 1, (0.92, 1.08), 0.045).clamp(-1, 1) / 2 + 0.5
+    moved = affine(unit(pixels) * 2 - 1, (0.92, 1.08), 0.045).clamp(-1, 1) / 2 + 0.5
     return (softened(softened(moved)) + 0.006 * torch.randn_like(moved)).clamp(0, 1)
 
 

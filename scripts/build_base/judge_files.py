@@ -1,37 +1,19 @@
-"""The weights of the judges, as safetensors within xz: the whole tree has to stay small enough to travel.
+"""Write the weights of the judges as `peft_diffusion.evaluation.stored` reads them.
 
-Weights of layers are whole numbers of 6 bits, with one scale per output, the one that loses least; what is lost is far below
-what a judge's training leaves open. All else is in halves.
+Of the scales of an output the one that loses least is taken.
 """
 
-import json
 import lzma
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-_SCALE = ".scale"  # behind the name of a tensor of bytes
+from peft_diffusion.evaluation.stored import SCALE
+
 _LARGEST = 31  # of 6 bits
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read weights.
-
-    Args:
-        path: A file of `write`.
-
-    Returns:
-        Tensors by name, in float32, and the metadata.
-    """
-    data = lzma.decompress(path.read_bytes())
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    stored = load(data)
-    scales = {name.removesuffix(_SCALE): tensor.float() for name, tensor in stored.items() if name.endswith(_SCALE)}
-    tensors = {name: tensor.float() for name, tensor in stored.items() if not name.endswith(_SCALE)}
-    return {name: one * scales.get(name, 1) for name, one in tensors.items()}, header.get("__metadata__", {})
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -48,7 +30,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             stored[name] = tensor.half()
             continue
         numbers, scale = _rounded(tensor.float())
-        stored |= {name: numbers, name + _SCALE: scale}
+        stored |= {name: numbers, name + SCALE: scale}
     path.write_bytes(lzma.compress(save(stored, dict(metadata or {}) or None), preset=9 | lzma.PRESET_EXTREME))
 
 

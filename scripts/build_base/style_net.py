@@ -1,15 +1,14 @@
-"""A small network that tells the style of a drawing, trained on the real drawings; its weights are beside this file.
+"""Train the judge of styles, `peft_diffusion.evaluation.style_net`, on the real drawings.
 
     python -m scripts.build_base.style_net
 
-Subjects whose name hashes to 0 modulo `HELD_OUT_EVERY` are never shown to it, in any style: `judge.calibrate` says on
+Subjects that `held_out` names are never shown to it, in any style: `judge.calibrate` says on
 them how far it is to be trusted.  It learns from drawings that were resized, moved, mirrored, softened and made noisy, and
 from some that went through the base's autoencoder, so that a picture's softness is no sign of a style.
 """
 
 import argparse
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,64 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_diffusion.evaluation.style_net import WEIGHTS, StyleNet, held_out
+
 from . import judge_files
 from .packed import Drawing, load_packed
 from .sources import CACHE, STYLES
 from .training import affine
 
-WEIGHTS = Path(__file__).with_name("style_net.safetensors.xz")
-SIZE = 128
-WIDTHS = (24, 48, 96, 144)
-HELD_OUT_EVERY = 8
 REPORT_EVERY = 100  # steps
-
-
-class StyleNet(nn.Module):
-    """Convolutions at four sizes; the mean and the maximum of each, over the picture, are what styles are told by."""
-
-    def __init__(self, styles: tuple[str, ...]) -> None:
-        super().__init__()
-        self.styles = styles
-        layers, before = [], 3
-        for width in WIDTHS:
-            layers.append(
-                nn.Sequential(
-                    nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False),
-                    nn.BatchNorm2d(width),
-                    nn.ReLU(),
-                    nn.Conv2d(width, width, 3, padding=1, bias=False),
-                    nn.BatchNorm2d(width),
-                    nn.ReLU(),
-                )
-            )
-            before = width
-        self.layers = nn.ModuleList(layers)
-        self.drop = nn.Dropout(0.2)
-        self.told = nn.Linear(2 * sum(WIDTHS), len(styles))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Scores (count, styles) of images (count, 3, 128, 128) in [0, 1]."""
-        found, values = [], 1 - images
-        for layer in self.layers:
-            values = layer(values)
-            found += [values.mean((2, 3)), values.amax((2, 3))]
-        scores: Tensor = self.told(self.drop(torch.cat(found, 1)))
-        return scores
-
-
-def held_out(subject: str) -> bool:
-    """Whether the network has never seen this subject, in any style."""
-    return zlib.crc32(subject.encode()) % HELD_OUT_EVERY == 0
-
-
-def load_style_net(path: Path = WEIGHTS) -> StyleNet:
-    """The trained network, ready to tell."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}: run `python -m scripts.build_base.style_net` first")
-    tensors, metadata = judge_files.read(path)
-    net = StyleNet(tuple(metadata["styles"].split()))
-    net.load_state_dict(tensors, strict=False)
-    return net.eval()
 
 
 def softened(images: Tensor) -> Tensor:

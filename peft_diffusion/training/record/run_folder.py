@@ -252,7 +252,7 @@ class RunFolder:
             was, now_is = (", ".join(f"{one['file']}={one['strength']:g}" for one in each) for each in (had, has))
             raise UserError(
                 f"the run in {self.path} was trained beside other adapters, or others of these names: {was or 'none'} then,"
-                f" {now_is or 'none'} now; say the same with --freeze-others{_ANEW}"
+                f" {now_is or 'none'} now; say the same with --beside{_ANEW}"
             )
 
     def newest(self) -> Checkpoint | None:

@@ -20,7 +20,7 @@ FILES = "files"
 """Where they hold which adapter files the run depends on, by what for: `INIT` and `BESIDE`."""
 
 
-INIT, BESIDE = "init_from", "freeze_others"
+INIT, BESIDE = "init_from", "beside"
 """What the file is called that a run begins from, and those that it is trained beside, also in the spec of its own file."""
 
 

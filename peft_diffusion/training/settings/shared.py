@@ -72,7 +72,7 @@ class AskedSettings(Settings, MethodSettings, Protocol):
     @property
     def init_from(self) -> Path | None: ...
     @property
-    def freeze_others(self) -> tuple[str, ...]: ...
+    def beside(self) -> tuple[str, ...]: ...
     @property
     def optimizer(self) -> OptimizerName: ...
     @property
@@ -167,10 +167,11 @@ class SharedConfig:
         ADAPTER,
         place=True,
     )
-    freeze_others: Texts = setting(
+    beside: Texts = setting(
         (),
         "FILE or FILE=STRENGTH: an adapter that you have already, which acts while the new one learns and stays as it is, "
-        "so that the two go together; it is no part of the new file. Give it again for more.",
+        "so that what is learned adds to it; it is no part of the new file. Several have commas between, as "
+        "A.safetensors=0.7,B.safetensors=0.5, or are given one by one.",
         ADAPTER,
         place=True,
         free_on_resume=True,

@@ -325,7 +325,7 @@ def _files(file: Path, options: Options, found: Found) -> None:
     strengths, others = options.several("base_weights_multiplier"), options.several("base_weights")
     if others:
         pairs = [f"{one}={strengths[place]}" if place < len(strengths) else str(one) for place, one in enumerate(others)]
-        found.settings["freeze_others"] = tuple(pairs)
+        found.settings["beside"] = tuple(pairs)
 
 
 def _pairs(given: Any) -> dict[str, str]:

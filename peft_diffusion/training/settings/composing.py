@@ -1,0 +1,119 @@
+"""What a training of a composition is told: one dataclass for flags, TOML file and Python. Imports no torch."""
+
+from dataclasses import KW_ONLY
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from ...core.errors import UserError
+from ...core.settings import (
+    COUNT,
+    NATURAL,
+    POSITIVE,
+    Flag,
+    OptionalPath,
+    Paths,
+    Range,
+    explained,
+    setting,
+    settings_class,
+    settle,
+)
+from .captions import DATA
+from .choices import MissingCaptions, Precision
+from .shared import LEARNING, MACHINE, RESULT, adapter_path
+
+Kind: TypeAlias = Literal["strengths", "gates"]
+_RATES: dict[str, float] = {"strengths": 0.02, "gates": 0.01}
+
+
+@explained
+@settings_class()
+class ComposeTrainConfig:
+    """What is learned of frozen adapters, and from which pictures.
+
+    Raises:
+        UserError: A value is one that no run can use.
+    """
+
+    adapters: Paths = setting((), "The adapter files that are weighed. They stay as they are.", RESULT)
+    _: KW_ONLY
+    data: Paths = setting(
+        (),
+        "A folder with a few pictures for each adapter, in the same order; captions are read as the adapter was trained, "
+        "with its trigger.",
+        RESULT,
+    )
+    output: OptionalPath = setting(
+        None,
+        "The file to write; by default the adapters' names with + between them, in the present directory.",
+        RESULT,
+        flag=Flag(aliases=("-o",)),
+        place=True,
+    )
+    overwrite: bool = setting(False, "Replace an output file that is there already.", RESULT)
+    base: str = setting(
+        "icons", "The model: icons (embedded), a diffusers folder, a .safetensors checkpoint or a hub id.", RESULT
+    )
+    kind: Kind = setting(
+        "strengths",
+        "What is learned: a number for each adapter, block and quarter of the steps, the same for every prompt (strengths); "
+        "or a small router that gives each adapter its share by prompt and step (gates).",
+        LEARNING,
+    )
+    steps: int = setting(100, "Number of steps.", LEARNING, COUNT)
+    lr: float | None = setting(
+        None, "The learning rate; by default 0.02 for strengths and 0.01 for gates.", LEARNING, POSITIVE
+    )
+    batch_size: int = setting(4, "Pictures in a step, of all folders alike.", LEARNING, COUNT)
+    balance: float = setting(
+        0.001,
+        "How much gates are kept from leaving an adapter unused, in the mean over prompts, blocks and steps; 0 leaves them "
+        "free. Strengths are always free.",
+        LEARNING,
+        NATURAL,
+    )
+    seed: int = setting(0, "What all chance comes from.", LEARNING, Range(0, 2**63 - 1))
+    log_every: int = setting(10, "Steps between readings of the loss.", LEARNING, COUNT)
+    missing_captions: MissingCaptions = setting(
+        "stop",
+        "What becomes of pictures without caption: stop, use the file name, use no words (empty), or skip them.",
+        DATA,
+    )
+    resolution: int | None = setting(
+        None, "Pixels a side of a square picture; by default the base's.", DATA, Range(1, 8192), unit="pixels"
+    )
+    device: str = setting("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.", MACHINE)
+    precision: Precision = setting("auto", "Precision of the base; auto is what the device computes fast.", MACHINE)
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+    def check(self) -> None:
+        """See that there are adapters, a folder for each, and room for the file; nothing is read.
+
+        Raises:
+            UserError: There is not.
+        """
+        if not self.adapters:
+            raise UserError(
+                "name the adapters to compose: peft-diffusion compose train A.safetensors B.safetensors --data ..."
+            )
+        if len(self.data) != len(self.adapters):
+            raise UserError(
+                f"there are {len(self.adapters)} adapters and {len(self.data)} folders of pictures; give --data for each"
+                " adapter, in the same order"
+            )
+        if self.kind == "gates" and len(self.adapters) < 2:
+            raise UserError("gates share out between adapters; give two or more, or take --kind strengths")
+        if self.target.exists() and not self.overwrite:
+            raise UserError(f"{self.target} is there already; choose another --output, or give --overwrite")
+
+    @property
+    def target(self) -> Path:
+        """The file that is written."""
+        return adapter_path(self.output, "+".join(path.stem for path in self.adapters))
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return _RATES[self.kind] if self.lr is None else self.lr
