@@ -162,6 +162,12 @@ def measure_little(patched: pytest.MonkeyPatch) -> None:
     patched.setattr("peft_diffusion.training.tasks.diffusion._OTHER_PLACES", (0.65,))
 
 
+def draw_nothing(patched: pytest.MonkeyPatch) -> None:
+    """Let runs of this process draw no plots."""
+    for name in ("draw", "draw_signals"):
+        patched.setattr(f"peft_diffusion.training.record.recorder.{name}", lambda path, metrics: None)
+
+
 @pytest.fixture(scope="module")
 def few_measurements() -> Iterator[None]:
     """Runs of this process measure with few noises: eight times the work of six steps of training, which many tests make."""
@@ -174,6 +180,5 @@ def few_measurements() -> Iterator[None]:
 def no_plots() -> Iterator[None]:
     """Runs of this process draw no plots, for tests that look at none: two take as long as twenty steps."""
     with pytest.MonkeyPatch.context() as patched:
-        for name in ("draw", "draw_signals"):
-            patched.setattr(f"peft_diffusion.training.record.recorder.{name}", lambda path, metrics: None)
+        draw_nothing(patched)
         yield
