@@ -190,9 +190,10 @@ DAILY_FIRST = [pytest.param(one, marks=pytest.mark.slow if one[2] == "bfloat16" 
 @functools.cache
 def _made() -> Pipeline:
     """The base whose components the cases have copies of, which takes a tenth of the time that making it does."""
-    pipe: Pipeline = make_pipe()
+    pipe = make_pipe()
     pipe.unet = _two_levels()
-    return pipe
+    made: Pipeline = pipe
+    return made
 
 
 def _two_levels() -> nn.Module:
