@@ -428,7 +428,7 @@ class RenameTriggerConfig(OfOneFile):
             raise UserError("the new word is empty")
 
 
-_ANY_FILE = about("A safetensors file.", PARAMETERS, flag=Flag(default_shown=False))
+_ANY_FILE = about("A safetensors file, or a folder of peft or diffusers.", PARAMETERS, flag=Flag(default_shown=False))
 _OUTPUT_INSTEAD = "Write to this file instead of the same one."
 
 
