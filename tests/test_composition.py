@@ -23,6 +23,7 @@ from peft_diffusion import (
 )
 from peft_diffusion.generation.composition import composed, rows_of
 from peft_diffusion.generation.compositions import COMPOSITIONS, Compose
+from peft_diffusion.generation.compositions.declared import Drawing
 from peft_diffusion.generation.sampler import Cell
 
 STEPS, GUIDANCE = 5, 2.0
@@ -128,18 +129,23 @@ def test_pictures_are_those_of_the_loop_written_out(
 def test_a_turn_is_a_step_of_the_sampler(tiny_pipe: DiffusionPipeline) -> None:
     adapters = Adapters(tiny_pipe)
     cell = Cell("", 0, {"ink": 0.5, "off": 0.0, "flat": ByPart(1.0, {"unet": 0.5}), "oil": 1.0})
-    (turned,) = composed([cell], "switch", adapters, tiny_pipe.scheduler, 4)
+    (turned,) = composed([cell], "switch", Drawing(adapters, tiny_pipe.scheduler, 4))
     assert turned.strengths == {
         "ink": ByPart(0.5, steps=Schedule([1, 0, 0, 1])),
         "off": 0.0,
         "flat": ByPart(1.0, {"unet": 0.5}, steps=Schedule([0, 1, 0, 0])),
         "oil": ByPart(1.0, steps=Schedule([0, 0, 1, 0])),
     }
-    (twice,) = composed([cell], "switch", adapters, KDPM2DiscreteScheduler.from_config(tiny_pipe.scheduler.config), 4)
+    other = KDPM2DiscreteScheduler.from_config(tiny_pipe.scheduler.config)
+    (twice,) = composed([cell], "switch", Drawing(adapters, other, 4))
     ink = (twice.strengths or {})["ink"]
     assert isinstance(ink, ByPart) and ink.steps == Schedule([1, 1, 0, 0, 0, 0, 1])  # a second level within each step
     alone = Cell("", 0, {"ink": 0.5, "off": 0.0})
-    assert composed([alone], "switch", adapters, tiny_pipe.scheduler, 4) == [alone] == rows_of([alone], "composite").cells
+    assert (
+        composed([alone], "switch", Drawing(adapters, tiny_pipe.scheduler, 4))
+        == [alone]
+        == rows_of([alone], "composite").cells
+    )
 
 
 def test_rows_are_adapters_alone_weighed_by_their_strengths() -> None:

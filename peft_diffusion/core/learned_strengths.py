@@ -55,6 +55,17 @@ class LearnedStrengths(nn.Module):
         """
         raise NotImplementedError
 
+    def fits(self, prompts: Tensor) -> bool:
+        """Tell whether prompts are of the width that it reads.
+
+        Args:
+            prompts: What `pooled` gives, (images, width).
+
+        Returns:
+            Whether they are.
+        """
+        return True
+
     def tensors(self) -> dict[str, Tensor]:
         """Give what `of` takes.
 
@@ -168,6 +179,10 @@ class Gates(LearnedStrengths):
         except (KeyError, RuntimeError, TypeError) as error:  # as load_state_dict refuses other names and shapes
             raise ValueError(f"a tensor is missing or of another shape ({type(error).__name__})") from None
         return made
+
+    def fits(self, prompts: Tensor) -> bool:
+        """Whether they are as wide as those that it learned from."""
+        return prompts.shape[1] == len(self.mean)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors, and ``shape``."""

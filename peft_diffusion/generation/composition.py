@@ -15,7 +15,6 @@ from .compositions import COMPOSITIONS, Compose
 from .compositions.declared import Drawing
 
 if TYPE_CHECKING:
-    from .adapters import Adapters
     from .sampler import Cell
 
 
@@ -96,15 +95,13 @@ def rows_of(cells: "Sequence[Cell]", compose: Compose) -> Rows:
     return Rows(list(own), pictures, shares)
 
 
-def composed(cells: "Sequence[Cell]", compose: Compose, adapters: "Adapters", scheduler: Any, steps: int) -> "list[Cell]":
+def composed(cells: "Sequence[Cell]", compose: Compose, drawing: Drawing) -> "list[Cell]":
     """Give rows the strengths that the composition says, in parts and over the steps.
 
     Args:
         cells: The rows.
         compose: How their adapters meet.
-        adapters: Those on the base.
-        scheduler: What draws.
-        steps: How many denoising steps there are from pure noise.
+        drawing: What they are drawn with.
 
     Returns:
         The rows, with their strengths.
@@ -112,5 +109,4 @@ def composed(cells: "Sequence[Cell]", compose: Compose, adapters: "Adapters", sc
     Raises:
         UserError: The adapters do not allow it.
     """
-    drawing = Drawing(adapters, scheduler, steps)
     return [replace(cell, strengths=COMPOSITIONS[compose].strengths(cell, drawing)) for cell in cells]

@@ -24,7 +24,18 @@ from .picture_formats import READ, Carried, format_of, own_text
 VERSION = 1
 # Fields that a recipe has only where there is something to say.
 _WHERE_THERE = frozenset(
-    {"plugins", "base_sha256", "hires", "hires_upscaler", "hires_strength", "hires_steps", "tile", "controls", "compose"}
+    {
+        "plugins",
+        "base_sha256",
+        "hires",
+        "hires_upscaler",
+        "hires_strength",
+        "hires_steps",
+        "tile",
+        "controls",
+        "compose",
+        "compose_file",
+    }
 )
 _MOST_PIXELS = 100_000_000  # more than are drawn here
 
@@ -54,7 +65,7 @@ class UsedAdapter:
 
 @dataclass(frozen=True)
 class UsedPicture:
-    """A picture that another was made from, or its mask: where its file was, and the digest of its bytes."""
+    """A picture that another was made from, its mask or another file: where it was, and the digest of its bytes."""
 
     path: str
     sha256: str
@@ -71,6 +82,9 @@ class UsedControl:
     picture_sha256: str
     scale: float
 
+
+USED_FILES = ("image", "mask", "compose_file")
+"""The fields of a recipe that are a `UsedPicture`."""
 
 _Used = TypeVar("_Used", UsedAdapter, UsedPicture, UsedControl)
 
@@ -91,7 +105,7 @@ class Recipe:
 
     ``hires`` is how many times larger a second pass made the picture, whose first pass ``width`` and ``height`` are of.
 
-    ``compose`` is how its adapters met; None where they were added.
+    ``compose`` is how its adapters met; None where they were added. ``compose_file`` is what was learned of that.
 
     ``base`` is the source that was named; ``base_name``, ``base_family`` and ``fingerprint`` are what was found there.
     """
@@ -137,6 +151,7 @@ class Recipe:
     tile: str | None = None
     controls: tuple[UsedControl, ...] = ()
     compose: str | None = None
+    compose_file: UsedPicture | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; those of `_WHERE_THERE` where there are."""
@@ -162,7 +177,7 @@ class Recipe:
                 raise ValueError(f"{name} is missing or of another type")
         if not all(isinstance(module, str) for module in told["plugins"]):
             raise ValueError("plugins are of another type")
-        pictures = {name: _used(UsedPicture, told[name]) for name in ("image", "mask") if known[name] is not None}
+        pictures = {name: _used(UsedPicture, told[name]) for name in USED_FILES if known[name] is not None}
         known |= pictures
         known["adapters"] = tuple(_used(UsedAdapter, one) for one in told["adapters"])
         known["controls"] = tuple(_used(UsedControl, one) for one in told["controls"])
@@ -285,7 +300,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "zero_negative": (bool, type(None)), "written": (str, type(None)), "prediction": (str, type(None)),
     "hires": (float, int, type(None)), "hires_upscaler": (str, type(None)), "hires_strength": (float, int, type(None)),
     "hires_steps": (int, type(None)), "tile": (str, type(None)), "compose": (str, type(None)),
-    "plugins": (list,), "base_sha256": (str,), "controls": (list,),
+    "plugins": (list,), "base_sha256": (str,), "controls": (list,), "compose_file": (dict, type(None)),
 }  # fmt: skip
 """What JSON has for each field, all of them."""
 

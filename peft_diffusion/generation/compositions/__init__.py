@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from .add import Add
 from .composite import Composite
 from .declared import Composition
+from .learned import Learned
 from .switch import Switch
 
-_EVERY: tuple[Composition, ...] = (Add(), Switch(), Composite())
+_EVERY: tuple[Composition, ...] = (Add(), Switch(), Composite(), Learned())
 
 COMPOSITIONS: dict[str, Composition] = {one.name: one for one in _EVERY}
 """By name, the default first."""
+
+LEARNED = Learned.name
+"""The one that takes a file."""
 
 if TYPE_CHECKING:
     Compose: TypeAlias = str

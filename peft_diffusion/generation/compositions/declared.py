@@ -1,16 +1,23 @@
 """What a way of composing adapters declares. Imports no torch."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ...core.errors import UserError
 from ...core.strength_schedule import ByPart
 
 if TYPE_CHECKING:
+    from ...bases.prompts import Encoding
+    from ...core.learned_strengths import LearnedStrengths
+    from ...formats.composition import Composition as File
     from ..adapters import Adapters
     from ..sampler import Cell
+
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -21,11 +28,53 @@ class Drawing:
         adapters: Those on the base.
         scheduler: What draws.
         steps: How many denoising steps there are from pure noise.
+        reads: Reads the prompt of a picture, with the strengths that its adapters have in text encoders; None where no
+            composition reads any.
+        file: What was learned, where something was; None where not.
     """
 
     adapters: "Adapters"
     scheduler: Any
     steps: int
+    reads: "Callable[[Cell], Encoding] | None" = None
+    file: Path | None = None
+    _found: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, key: Hashable, find: Callable[[], Found]) -> Found:
+        """Compute what is the same for all pictures, and keep it until all are drawn.
+
+        Args:
+            key: What it is of, such as the names of adapters.
+            find: Computes it.
+
+        Returns:
+            What was found, now or before.
+        """
+        if key not in self._found:
+            self._found[key] = find()
+        found: Found = self._found[key]
+        return found
+
+    def of_pass(self, steps: int) -> "Drawing":
+        """Draw the same pictures in another number of steps, as a second pass does.
+
+        Args:
+            steps: How many there are from pure noise.
+
+        Returns:
+            Another drawing, which keeps what this one has found.
+        """
+        return replace(self, steps=steps)
+
+    @property
+    def learned(self) -> "tuple[File, LearnedStrengths]":
+        """What the file says of itself, and what it holds. Raises UserError where there is none, or it is damaged."""
+        from ...formats import composition
+
+        if self.file is None:
+            raise UserError("--compose learned needs what was learned: name it with --compose-file")
+        found = composition.read(self.file)
+        return self.once(("learned", self.file), lambda: (found, found.learned()))
 
     @cached_property
     def timesteps(self) -> tuple[float, ...]:
