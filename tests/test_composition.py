@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, KDPM2DiscreteScheduler
+from laws import strengths_of
 from making import make_adapter
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from peft_diffusion import (
     Adapters,
@@ -21,12 +25,13 @@ from peft_diffusion import (
     generate,
     grid,
 )
+from peft_diffusion.core.slot import slot_of
 from peft_diffusion.generation.composition import composed, rows_of
 from peft_diffusion.generation.compositions import COMPOSITIONS, Compose
 from peft_diffusion.generation.compositions.declared import Drawing
 from peft_diffusion.generation.sampler import Cell
 
-STEPS, GUIDANCE = 5, 2.0
+STEPS, GUIDANCE, RANK = 5, 2.0, 4
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +151,86 @@ def test_a_turn_is_a_step_of_the_sampler(tiny_pipe: DiffusionPipeline) -> None:
         == [alone]
         == rows_of([alone], "composite").cells
     )
+
+
+def uneven(file: Path, to: Path, seed: int) -> Path:
+    """The same with every layer stronger or weaker, as training makes them."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(file)
+    for key in tensors:
+        if key.endswith("lora_up.weight"):
+            tensors[key] *= float(torch.randn((), generator=generator).mul(0.5).exp())
+    with safe_open(file, "pt") as opened:
+        save_file(tensors, to, opened.metadata())
+    return to
+
+
+class KLoraByHand:
+    """The rule as klora.py and utils.py of its authors have it, with real progress, on whole matrices in float64."""
+
+    def __init__(self, content: Path, style: Path) -> None:
+        self.changes = [self.read(file) for file in (content, style)]
+        ratios = [np.abs(self.changes[0][site]).sum() / np.abs(self.changes[1][site]).sum() for site in self.changes[0]]
+        self.gamma = float(np.mean([ratio for ratio in ratios if ratio < 3 * np.mean(ratios)]))
+
+    @staticmethod
+    def read(file: Path) -> dict[str, np.ndarray]:
+        tensors = {key: value.double().numpy() for key, value in load_file(file).items() if key.startswith("lora_unet_")}
+        sites = [key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")]
+        return {
+            site: tensors[f"{site}.lora_up.weight"] @ tensors[f"{site}.lora_down.weight"] * tensors[f"{site}.alpha"] / RANK
+            for site in sites
+        }
+
+    def takes_content(self, site: str, progress: float) -> bool:
+        content, style = (np.sort(np.abs(one[site]).ravel())[-RANK * RANK :].sum() for one in self.changes)
+        return bool(content / self.gamma / (style * (1.5 * progress + 0.5)) > 1)
+
+
+def test_k_lora_is_its_published_rule_at_each_layer(
+    files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
+) -> None:
+    adapters, own = Adapters(tiny_pipe), [uneven(file, tmp_path / file.name, n) for n, file in enumerate(files.values())]
+    for file in own:
+        adapters.load(file)
+    by_hand, drawing = KLoraByHand(*own), Drawing(adapters, tiny_pipe.scheduler, STEPS)
+    cell = Cell("a cat", 0, {"ink": 0.75, "flat": ByPart(0.5, {"text_encoder": 0.5})})
+    (found,) = composed([cell], "k-lora", drawing)
+    assert composed([cell], "k-lora", drawing.of_pass(3)) == [found] and found.strengths is not None
+    adapters.set(dict(found.strengths))
+    paths = {f"lora_unet_{path.replace('.', '_')}": module for path, module in tiny_pipe.unet.named_modules()}
+    strengths, times = strengths_of(tiny_pipe.unet), dict.fromkeys(by_hand.changes[0], 0)
+    for progress in np.linspace(0, 1, STEPS):
+        strengths.at_progress(float(progress))
+        for site in times:
+            slot = slot_of(paths[site])
+            assert slot is not None
+            content = by_hand.takes_content(site, progress)
+            expected = [0.75, 0.0] if content else [0.0, 0.5]
+            assert strengths.present[:2, slot.block, 0].tolist() == expected, (site, progress)
+            times[site] += content
+    assert len(set(times.values())) > 3  # layers change over at different steps
+    ink = found.strengths["ink"]
+    assert isinstance(ink, ByPart)
+    share = np.mean([schedule.mean for schedule in ink.block_steps.values()])
+    for name, mean in (("ink", 0.75 * share), ("flat", 0.5 * 0.5 * (1 - share))):
+        np.testing.assert_allclose(strengths_of(tiny_pipe.text_encoder).scalar(name), mean, rtol=1e-5)
+    slots = [slot for one in paths.values() if (slot := slot_of(one)) is not None]
+    assert all(slot.adapters.stored("ink") is not None for slot in slots)  # none was built for it
+
+
+def test_k_lora_takes_two_adapters_with_a_layer_in_common(
+    files: dict[str, Path], tiny_pipe: DiffusionPipeline, tmp_path: Path
+) -> None:
+    with safe_open(files["flat"], "pt") as opened:
+        text = {key: value for key, value in load_file(files["flat"]).items() if key.startswith("lora_te")}
+        save_file(text, tmp_path / "text.safetensors", opened.metadata())
+    told: dict[str, Any] = {"compose": "k-lora", **common(tmp_path / "a.png")}
+    both = str(files["ink"]), str(tmp_path / "text.safetensors")
+    with pytest.raises(UserError, match="between 'ink' and 'text', and there is none whose weight both change"):
+        generate(GenerateConfig("a cat", adapter=both, **told), pipe=tiny_pipe)
+    with pytest.raises(UserError, match="--compose k-lora is for 2 adapters, and 3 are given"):
+        generate(GenerateConfig("a cat", adapter=(*both, str(files["flat"])), **told), pipe=tiny_pipe)
 
 
 def test_rows_are_adapters_alone_weighed_by_their_strengths() -> None:

@@ -296,7 +296,7 @@ def test_events_that_take_other_machines_have_their_lines() -> None:
     assert "no CUDA graph of them can be made (why)" in Unrecorded("why").lines()[0]
     assert "2 so far" in StepLeftOut(7, 2, 64.0).lines()[0]
     assert Begun(Path("ink.safetensors"), 3, 1, 2, 0.25).lines() == (
-        "3 layers begin as ink.safetensors; 1 begin fresh; 2 of the file are left out, as they are not trained now; the rank"
+        "3 layers begun as ink.safetensors; 1 begun fresh; 2 of the file left out, not trained now; the rank"
         " leaves out 25.0% of its change",
     )
     assert MemorySaved(Need(2**20, 2**20, 2**20)).lines()[0].startswith("memory: 3 MiB do not fit; as with --memory low")

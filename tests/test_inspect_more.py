@@ -203,7 +203,10 @@ STRANGERS = {
         },
         r"is for Flux\.1, told by the names .*; this package runs none of that",
     ),
-    "unknown": ({"lora_unet_mid_block_resnets_0_conv1.nobodys": (4, 4)}, "1 tensors are of no method that is known here"),
+    "unknown": (
+        {"lora_unet_mid_block_resnets_0_conv1.nobodys": (4, 4)},
+        r"tensors are of no method that is known here \(1\): lora_unet",
+    ),
 }
 
 

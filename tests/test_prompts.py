@@ -345,7 +345,7 @@ def test_captions_of_any_length_are_learned_as_they_are_drawn(tmp_path: Path) ->
     cut = task(max_tokens="150")
     assert cut.embeddings is not None and cut.embeddings[(LONG_CAPTION * 2).strip()][0].shape[0] == 154
     (warned,) = [event for event in told if isinstance(event, Warned) and "what comes after" in event.message]
-    assert "1 prompts are over 150 tokens" in warned.message
+    assert "1 prompt over 150 tokens" in warned.message
 
 
 def test_pictures_of_the_class_stand_beside_captions_of_other_lengths(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tools for adapter files, against formulas on the files' own tensors, and against peft."""
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -317,3 +318,62 @@ def test_only_one_site_of_a_file_is_in_memory(
     pd.merge(config)
     assert 0 < most[0] <= 2 * 3  # down, up and alpha of both
     assert math.isfinite(most[0])
+
+
+def test_what_is_made_waits_on_the_disk(
+    files: tuple[Path, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import weakref
+
+    from peft_diffusion.core import spill
+
+    config: Any = {"files": [str(one) for one in files], "base": str(tiny_base)}
+    pd.merge(pd.MergeConfig(**config, output=tmp_path / "small" / "both.safetensors"))
+    monkeypatch.setattr(spill, "_LEAST", 1)
+    put, release, alive = spill.Spill.put, spill.Spill.release, weakref.WeakSet[Any]()
+    most, released = [0], set[int]()
+
+    def watched(self: spill.Spill, tensor: Tensor) -> Tensor:
+        alive.add(tensor.untyped_storage())
+        most[0] = max(most[0], len(alive))
+        return put(self, tensor)
+
+    def let_go(self: spill.Spill, tensor: Tensor) -> None:
+        released.add(tensor.untyped_storage().data_ptr())
+        release(self, tensor)
+
+    monkeypatch.setattr(spill.Spill, "put", watched)
+    monkeypatch.setattr(spill.Spill, "release", let_go)
+    pd.merge(pd.MergeConfig(**config, output=tmp_path / "both.safetensors"))
+    assert most[0] <= 3  # what is put aside, and those of the site before it that nobody has collected yet
+    assert len(released) >= 2 * len(SHAPES)
+    assert (tmp_path / "both.safetensors").read_bytes() == (tmp_path / "small" / "both.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no limit on a file's size to stand for a full disk")
+def test_a_disk_that_fills_up_while_results_wait_is_told_and_left_as_it_was(
+    files: tuple[Path, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    from peft_diffusion.core import spill
+
+    monkeypatch.setattr(spill, "_LEAST", 1)
+    config = pd.MergeConfig([str(one) for one in files], output=tmp_path / "both.safetensors", base=str(tiny_base))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"both\.safetensors cannot be written: File too large"):
+            pd.merge(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_of_a_kind_is_told_in_the_singular(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lora_file(tmp_path / "one.safetensors", 3, {ATTENTION: (2, 2.0)})
+    output = tmp_path / "two.safetensors"
+    assert (
+        main(["resize", str(tmp_path / "one.safetensors"), "--rank", "1", "-o", str(output), "--base", str(tiny_base)]) == 0
+    )
+    assert "two.safetensors: 1 site in " in " ".join(capsys.readouterr().out.split())

@@ -121,7 +121,7 @@ def lines(result: RunResult) -> list[dict[str, Any]]:
                 "option": ("vectors=1", "initial=ink of cat"),
                 "rank": None,
             },
-            "the initial words 'ink of cat' have 3 tokens, for 1 vectors",
+            "the initial words 'ink of cat' have 3 tokens, for 1 vector;",
         ),
     ],
 )
@@ -729,7 +729,7 @@ def test_captions_over_the_limit_are_named_with_what_is_lost(tmp_path: Path, pic
     config = small(pictures, tmp_path, missing_captions="name", steps=1, max_tokens="75")
     train(config, pipe=make_pipe(), observers=[TrainingConsole(console)])
     said = console.export_text()
-    assert "1 prompts are over 75 tokens" in said and "red apple a.png" in said and "dog" in said
+    assert "1 prompt over 75 tokens" in said and "red apple a.png" in said and "dog" in said
 
 
 def test_missing_captions_stop_before_anything_is_written(tmp_path: Path, pictures: Path) -> None:

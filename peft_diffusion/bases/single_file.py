@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.errors import UserError, first_line
 from ..core.parsing import refusing
+from ..core.wording import number_of
 from .architectures import Architecture
 
 _UNET = "model.diffusion_model."
@@ -174,8 +175,9 @@ def controlnet(path: Path, network: Any) -> Any:
     there = {name: tuple(one.shape) for name, one in found.items() if one is not None}
     if there != wanted:
         differing = sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name))
+        told = number_of(len(differing), "tensor")
         raise UserError(
-            f"{path} is no ControlNet, or of another kind of base: {len(differing)} tensors differ from one of this base,"
+            f"{path} is no ControlNet, or of another kind of base: {told} not as in one of this base,"
             f" first {differing[0]} {there.get(differing[0], 'missing')}; take one that was made for this base"
         )
     model.load_state_dict(found, assign=True)

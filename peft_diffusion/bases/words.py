@@ -15,6 +15,7 @@ from ..core.component import Link, Word
 from ..core.errors import UserError
 from ..core.method import Method
 from ..core.slot import state_of
+from ..core.wording import number_of
 from . import family as families
 from .base import components, text_encoders
 from .taught import forget, instruct, plain_ids, teacher_of, template_of
@@ -180,7 +181,8 @@ def _initial(tokenizer: Any, words: str, vectors: int) -> list[int]:
     """The tokens of some words, in turn until each vector has one."""
     ids = plain_ids(tokenizer, words or _DEFAULT)
     if len(ids) > vectors:
-        raise UserError(f"the initial words {words!r} have {len(ids)} tokens, for {vectors} vectors; give as many vectors")
+        room = number_of(vectors, "vector")
+        raise UserError(f"the initial words {words!r} have {len(ids)} tokens, for {room}; give as many vectors")
     return [ids[index % len(ids)] for index in range(vectors)]
 
 

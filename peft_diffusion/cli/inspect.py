@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
 from ..core.files import refuse_overlaps
+from ..core.wording import number_of
 from ..formats import Inspection, Plan, composition, plan
 from ..formats import inspect as read
 from ..formats.container import title
 from ..formats.origin import NOT_RUN
-from ..formats.planning import by_reason, refuse_leftovers, some
+from ..formats.planning import by_reason, listed, refuse_leftovers
 from ..formats.spec import missing_plugins
 from ..generation.compatibility import Compatibility, compare
 from ..generation.settings import InspectConfig
@@ -172,7 +173,7 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
     elif found.spec.title:
         rows.insert(0, ("title", found.spec.title))
     for reason, names in by_reason(found.leftovers).items():
-        rows.append(("unknown", f"{len(names)} tensors {reason}: {some(names)}"))
+        rows.append(("unknown", listed(reason, names)))
     rows += [("warning", warning) for warning in found.warnings]
     return [(label, value) for label, value in rows if value]
 
@@ -211,7 +212,7 @@ def _counts(values: Mapping[float, int]) -> str:
     """A value that all sites have, or each with the number of its sites."""
     if len(values) == 1:
         return _value(next(iter(values)))
-    return ", ".join(f"{_value(value)} ({count} sites)" for value, count in sorted(values.items()))
+    return ", ".join(f"{_value(value)} ({number_of(count, 'site')})" for value, count in sorted(values.items()))
 
 
 def _value(value: float) -> str:

@@ -1,7 +1,8 @@
 """What the blocks of a network are called: by paths, in short, and by the numbers of the community. Imports no torch."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from functools import lru_cache
 from types import MappingProxyType
 
 _SHORT = re.compile(r"(down|up|mid)(\..+)?")
@@ -62,6 +63,16 @@ def _paths(name: str) -> tuple[str, ...]:
     return (f"{place}.resnets.{layer}", f"{place}.attentions.{layer}", *resized)
 
 
+@lru_cache(maxsize=64)
+def _under(blocks: tuple[str, ...]) -> Mapping[str, Sequence[str]]:
+    """By the path of a module the blocks in it, itself too. There is one for each layer of a network, and names as many."""
+    found: dict[str, list[str]] = {}
+    for block in blocks:
+        for end in (*(place for place, letter in enumerate(block) if letter == "."), len(block)):
+            found.setdefault(block[:end], []).append(block)
+    return found
+
+
 def weighed(wanted: Mapping[str, object], blocks: Sequence[str]) -> dict[str, str]:
     """Find the name by which each block is meant: the one that says most of its path.
 
@@ -73,12 +84,28 @@ def weighed(wanted: Mapping[str, object], blocks: Sequence[str]) -> dict[str, st
         A name of ``wanted`` by block; nothing for a block that none means.
     """
     meant: dict[str, tuple[int, str]] = {}
+    under = _under(tuple(blocks))
     for name in wanted:
         for path in _paths(name) if isinstance(name, str) else ():  # whatever a person puts in a table
-            for block in blocks:
-                if (block == path or block.startswith(f"{path}.")) and meant.get(block, (0, ""))[0] <= len(path):
+            for block in under.get(path, ()):
+                if meant.get(block, (0, ""))[0] <= len(path):
                     meant[block] = (len(path), name)
     return {block: name for block, (_, name) in meant.items()}
+
+
+def holder(name: str, wanted: Container[str]) -> str | None:
+    """Find the name of a block that a block or a layer is, or lies in.
+
+    Args:
+        name: Its own name.
+        wanted: Names of blocks, as networks have them.
+
+    Returns:
+        The longest; None where there is none.
+    """
+    while name and name not in wanted:
+        name = name.rpartition(".")[0]
+    return name or None
 
 
 def unknown(wanted: Mapping[str, object], blocks: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import write_bytes
+from ..core.wording import number_of
 from .captions import split_tags
 from .folder import TrainingImage
 
@@ -114,7 +115,7 @@ class Statistics:
         """Tell how many captions there are, and the most frequent tags of them, or words of sentences."""
         captions = self.pictures - len(self.bare)
         lines = [f"{captions} of {self.pictures} pictures have captions, of at most {self.longest} words"]
-        lines += [f"{self.repeated} captions are those of another picture too"] if self.repeated else []
+        lines += [f"{number_of(self.repeated, 'caption')} the same as another picture's"] if self.repeated else []
         lines += [f"without: {path}" for path in self.bare[:5]]
         lines += [f"and {len(self.bare) - 5} more"] if len(self.bare) > 5 else []
         what, counts = ("words", self.words) if self.sentences else ("tags", self.tags)

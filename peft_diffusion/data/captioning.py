@@ -6,11 +6,11 @@ from pathlib import Path
 
 from ..core.events import Ended, Observer, Warned, observed, progress
 from ..core.files import write_bytes
+from ..core.wording import number_of
 from .caption_edits import Statistics, edit, statistics
 from .caption_settings import CaptionConfig
 from .folder import ImageFolder, TrainingImage, scan
 from .images import Checks, open_picture
-from .problems import number_of
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from typing import Literal, get_args
 
 from peft_diffusion.core.errors import UserError
 
+from ..core.wording import number_of
 from . import picture_names
 from .caption_files import SIDECARS, Captions, Source, is_metadata, is_sidecar, name_captions, plain_name, read_captions
 from .companions import cache_problem, find_companions
 from .folder_names import repeats_and_words
 from .images import MAX_PIXELS, SUFFIXES, Checked, Checks, open_mask, open_picture
-from .problems import PictureError, Problem, number_of
+from .problems import PictureError, Problem
 
 __all__ = ["ImageFolder", "Missing", "Problem", "TrainingImage", "open_picture", "scan"]
 
@@ -265,7 +266,7 @@ def _check_not_empty(folder: ImageFolder, listings: Iterable[_Listing]) -> None:
     words = ", ".join(str(path) for path in folder.folders)
     names = [name for one in listings for name in (*one.names, *one.strange)]
     if folder.problems:
-        raise UserError(f"no usable picture in {words}; {len(names)} files, the first: {folder.problems[0]}")
+        raise UserError(f"no usable picture in {words}; {number_of(len(names), 'file')}, the first: {folder.problems[0]}")
     there = f"only {', '.join(map(_shown, names[:3]))}" if names else "it is empty"
     raise UserError(f"no picture in {words} ({there}): put PNG, JPEG, WebP, GIF, BMP or TIFF files there")
 

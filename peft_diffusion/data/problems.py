@@ -40,16 +40,3 @@ class PictureError(UserError):
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem))
         self.problem = problem
-
-
-def number_of(number: int, noun: str) -> str:
-    """Write a number of things.
-
-    Args:
-        number: How many.
-        noun: What, in the singular; its plural has an s.
-
-    Returns:
-        "1 picture" or "2 pictures".
-    """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

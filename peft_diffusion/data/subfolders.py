@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from peft_diffusion.core.errors import UserError
 
+from ..core.wording import number_of
 from .folder import TrainingImage
 from .folder_names import repeats_and_words
 
@@ -92,7 +93,7 @@ def describe(pictures: Sequence[TrainingImage]) -> list[str]:
             place = picture.places[0]
             found[place] = picture.repeats, picture.weight, found.get(place, (0, 0, 0))[2] + 1
     return [
-        f"{place}: {count} pictures, each drawn {repeats} times an epoch, weight {weight:g}"
+        f"{place}: {number_of(count, 'picture')}, each drawn {number_of(repeats, 'time')} an epoch, weight {weight:g}"
         for place, (repeats, weight, count) in sorted(found.items())
     ]
 

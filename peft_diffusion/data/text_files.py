@@ -9,6 +9,7 @@ from pathlib import Path
 from ..core.encodings import unicode_text
 from ..core.errors import UserError
 from ..core.files import regular
+from ..core.wording import number_of
 
 _COMPANIONS = re.compile(r"(?i)(licen[cs]e|readme|attribution|notice|copying|credits|authors)([\W_].*)?")
 _SHOWN = 5
@@ -44,11 +45,11 @@ class Texts:
     def describe(self) -> list[str]:
         """Describe how much text there is and what was left out, in lines of plain text."""
         size = sum(len(document.text) for document in self.documents)
-        lines = [f"{len(self.documents)} {'texts' if len(self.documents) > 1 else 'text'}, {size:,} characters"]
+        lines = [f"{number_of(len(self.documents), 'text')}, {size:,} characters"]
         if self.left_out:
             more = len(self.left_out) - _SHOWN
             shown = "; ".join(self.left_out[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-            lines.append(f"{len(self.left_out)} files left out: {shown}")
+            lines.append(f"{number_of(len(self.left_out), 'file')} left out: {shown}")
         return lines
 
 

@@ -393,6 +393,7 @@ def write_each(
     forms: "Mapping[str, tuple[torch.dtype, tuple[int, ...]]]",
     tensor_of: "Callable[[str], Tensor]",
     metadata: Mapping[str, str],
+    written: Callable[[str], None] | None = None,
 ) -> None:
     """Write a safetensors file as `write` does, with one tensor in memory at a time.
 
@@ -401,6 +402,7 @@ def write_each(
         forms: Dtype and shape of each tensor, by name.
         tensor_of: Makes a tensor by its name; called once for each, in the order of the file.
         metadata: Of the header, beside the hashes.
+        written: Is called with the name of each tensor that was written.
 
     Raises:
         UserError: It cannot be written.
@@ -422,6 +424,9 @@ def write_each(
             data = bytes_of(tensor) if tensor.numel() else memoryview(b"")
             hashes.update(data)
             file.write(data)
+            del tensor, data  # one at a time is in memory
+            if written is not None:
+                written(name)
         file.seek(0)
         file.write(_header_bytes(entries, head | hashes.told()))  # as long as before: hashes are
 

@@ -172,6 +172,10 @@ def _named(file: Path, layout: str, written: Written) -> Path:
     return file
 
 
+def _keep(tensor: Tensor) -> None:
+    """What is in memory stays there."""
+
+
 def write(
     path: str | Path,
     content: Content,
@@ -181,8 +185,9 @@ def write(
     like: Sequence[torch.dtype] = (),
     kept: Mapping[str, str] | None = None,
     more: Mapping[str, str] | None = None,
+    let_go: Callable[[Tensor], None] = _keep,
 ) -> Path:
-    """Write adapters as one file, aside and then renamed.
+    """Write adapters as one file, aside and then renamed. Tensors are rounded one at a time.
 
     Args:
         path: The file to make or replace. Its layout may put others beside it, and may have a name of its own for it: then a
@@ -194,6 +199,7 @@ def write(
         kept: Metadata of the file that the content comes from, which are kept. Of another program's file, which has no spec,
             ``content.spec`` then only chooses names, and nothing of it is said.
         more: Further entries of the metadata, which go before all others.
+        let_go: Is called with each tensor after it was read, as `core.spill.Spill.release`.
 
     Returns:
         The file that was written.
@@ -206,14 +212,37 @@ def write(
     told = written.metadata
     if kept is not None:
         told = {**kept, **{key: value for key, value in told.items() if SPEC in kept or key in written.needed}}
-    tensors = {name: _rounded(file, name, tensor, dtype, like) for name, tensor in written.tensors.items()}
     if container.is_pickle(file):
+        tensors = {name: _rounded(file, name, tensor, dtype, like) for name, tensor in written.tensors.items()}
         _write_pickle(file, layout, written, tensors)
     else:
-        container.write(file, tensors, {**told, **(more or {})})
+        _write_each(file, written, {**told, **(more or {})}, dtype, like, let_go)
     for other, text in written.beside.items():
         write_bytes(file.with_name(other), text.encode())
     return file
+
+
+def _write_each(
+    file: Path,
+    written: Written,
+    told: Mapping[str, str],
+    dtype: torch.dtype | None,
+    like: Sequence[torch.dtype],
+    let_go: Callable[[Tensor], None],
+) -> None:
+    """Write a safetensors file. Each tensor is rounded twice, to tell its dtype and to be written, and is then let go."""
+
+    def rounded(name: str) -> Tensor:
+        return _rounded(file, name, written.tensors[name], dtype, like)
+
+    def release(name: str) -> None:
+        let_go(written.tensors[name])
+
+    forms: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, tensor in written.tensors.items():
+        forms[name] = (rounded(name).dtype, tuple(tensor.shape))
+        release(name)
+    container.write_each(file, forms, rounded, told, release)
 
 
 def _rounded(file: Path, name: str, tensor: Tensor, dtype: torch.dtype | None, like: Sequence[torch.dtype]) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from .. import methods
 from ..core.method import Network, Scalars
 from ..core.parsing import json_value
+from ..core.wording import number_of
 from . import container, network
 from .metadata import base_of
 from .origin import Origin, origin
@@ -163,7 +164,7 @@ def _damages(found: Plan) -> Iterator[str]:
     damaged = [(f"{component}.{name}", one.damage) for component, name, one in found.each() if one.damage is not None]
     for missing in dict.fromkeys(missing for _, missing in damaged):
         where, *others = [site for site, lacks in damaged if lacks == missing]
-        yield told_damage(f"{where} and {len(others)} other sites" if others else where, missing)
+        yield told_damage(f"{where} and {number_of(len(others), 'other site')}" if others else where, missing)
 
 
 def _by_component(found: Plan) -> dict[str, Counter[str]]:

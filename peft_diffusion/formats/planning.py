@@ -316,7 +316,7 @@ class Plan:
                 f" {shlex.quote(str(self.path))} BASE --rank 32 --output NAME.safetensors"
             )
         if told:
-            reasons = "; ".join(f"{len(names)} tensors {reason}: {some(names)}" for reason, names in told.items())
+            reasons = "; ".join(listed(reason, names) for reason, names in told.items())
             return UserError(f"{self.path} holds nothing that can be used here: {reasons}")
         shown = some(list(self.header.tensors)) or "no tensor"
         return UserError(f"{self.path} is no adapter of a known layout: it holds {shown}")
@@ -637,6 +637,19 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
+def listed(reason: str, names: Sequence[str]) -> str:
+    """Tell tensors that are left out.
+
+    Args:
+        reason: Why, as of several: "are of no layout that is known here".
+        names: Of the tensors.
+
+    Returns:
+        The reason, how many they are, and the first of them.
+    """
+    return f"tensors {reason} ({len(names)}): {some(names)}"
+
+
 def told_damage(where: str, missing: str) -> str:
     """Say that a site of a file is damaged.
 
@@ -662,7 +675,7 @@ def refuse_leftovers(path: Path, left: Mapping[str, str]) -> None:
     """
     lost = {name: why for name, why in left.items() if why != IDLE}
     if lost:
-        told = "; ".join(f"{len(names)} tensors {reason}: {some(names)}" for reason, names in by_reason(lost).items())
+        told = "; ".join(listed(reason, names) for reason, names in by_reason(lost).items())
         raise UserError(f"{path} would not be used whole: {told}")
 
 

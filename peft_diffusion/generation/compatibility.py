@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from .. import methods
+from ..core.wording import number_of
 from ..formats import Inspection
 
 Verdict: TypeAlias = Literal["yes", "no", "unknown"]
@@ -40,7 +41,8 @@ def compare(first: Inspection, second: Inspection) -> Compatibility:
         reasons.append(f"{len(other)} of the {len(shared)} sites of both have other shapes: {names}")
     elif shared:
         verdict = "yes" if verdict == "unknown" else verdict
-        reasons.append(f"both change {len(shared)} sites (of {len(first.sites)} and {len(second.sites)}), of equal shapes")
+        both, of = number_of(len(shared), "site"), f"{len(first.sites)} and {len(second.sites)}"
+        reasons.append(f"both change {both} (of {of}), of equal shapes")
     elif {_of_original(first), _of_original(second)} == {True, False}:
         reasons.append("one names the sites of the UNet as the original does and one as diffusers does: not compared")
     else:

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from ..core.errors import Interrupted
 from ..core.events import Event, Progress
+from ..core.wording import number_of
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ class Worker:
             if self._closed:
                 raise FullError("the server ends")
             if len(self._jobs) >= self._most:
-                raise FullError(f"{len(self._jobs)} requests wait already; ask again later")
+                raise FullError(f"{number_of(len(self._jobs), 'request')} waiting already; ask again later")
             self._jobs.append(job)
             self._changed.notify()
         return job

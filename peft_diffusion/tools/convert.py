@@ -120,7 +120,7 @@ def _lora(config: ConvertConfig, found: Plan, rank: int, watch: Watch) -> Conver
     _refuse_part(config, found, source.bound.left)
     chosen = _chosen(config, dict.fromkeys(component for component, _ in source.sites))
     sites = [where for where in source.sites if where[0] in chosen]
-    made = Adapters(bones, file_dtype([source], config.dtype))
+    made = Adapters(bones, file_dtype([source], config.dtype), at_home(config.output))
     errors, pending = as_lora(source, made, rank, sites, watch)
     if pending:
         if source.weights is None:

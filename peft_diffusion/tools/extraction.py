@@ -13,6 +13,7 @@ from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..core.reduction import Truncation, reduced_matrix
 from ..core.weight_change import Change, has_kernel, serves
+from ..core.wording import number_of
 from ..formats import Spec
 from ..formats.file import DTYPES
 from .original_names import VAE, bare
@@ -21,6 +22,8 @@ from .sources import Where
 from .tool_settings import ExtractConfig
 from .watch import Watch, watched
 from .weights import Weights, open_weights
+
+_PART = 1 << 20  # numbers that are compared at once
 
 
 def extract(config: ExtractConfig, *, observers: Sequence[Observer] = ()) -> Made:
@@ -42,7 +45,8 @@ def extract(config: ExtractConfig, *, observers: Sequence[Observer] = ()) -> Mad
         config.check()
         tuned, base = open_weights(config.tuned), open_weights(config.original)
         _refuse_different(tuned, base)
-        made, left, errors = Adapters(base.skeleton, DTYPES[config.dtype]), _Left(), list[LayerError]()
+        made = Adapters(base.skeleton, DTYPES[config.dtype], at_home(config.output))
+        left, errors = _Left(), list[LayerError]()
         found = list(_sites(base, config))
         for where in watch.each("extracting sites", found):
             errors += _extracted(made, tuned, base, where, config, left)
@@ -64,9 +68,8 @@ class _Left:
     square: float = 0.0
     kinds: set[str] = field(default_factory=set)
 
-    def add(self, kind: str, difference: Tensor) -> None:
-        """Count a difference that is not taken."""
-        square = float(difference.norm()) ** 2
+    def count(self, kind: str, square: float) -> None:
+        """Count a difference that is not taken, by the square of its norm."""
         if square:
             self.tensors += 1
             self.square += square
@@ -77,21 +80,23 @@ class _Left:
         kinds = {component: _kinds(module) for component, module in base.parts.items()}
         others = [where for where in base.places if where[0] != VAE and where not in taken and tuned.has(*where)]
         for component, key in watch.each("looking for other differences", others):
-            own = base.read(component, key)
-            if own.is_floating_point() and not torch.equal(own, tuned.read(component, key)):
-                self.add(kinds[component].get(key, key), tuned.read(component, key).float().sub_(own))
+            own, other = base.read(component, key), tuned.read(component, key)
+            if own.is_floating_point() and not torch.equal(own, other):
+                self.count(kinds[component].get(key, key), _squared_distance(own, other))
 
     def tell(self, watch: Watch, errors: Sequence[LayerError]) -> None:
         """Tell a person."""
         if self.tensors:
             whole = math.sqrt(self.square + sum(one.norm**2 for one in errors))
             share = math.sqrt(self.square) / whole
-            watch.tell(
-                Noted(
-                    f"{self.tensors} tensors differ that the file does not hold ({', '.join(sorted(self.kinds))}):"
-                    f" {share:.2%} of the norm of all differences"
-                )
-            )
+            told = f"what differs in {number_of(self.tensors, 'tensor')} ({', '.join(sorted(self.kinds))})"
+            watch.tell(Noted(f"the file does not hold {told}: {share:.2%} of the norm of all differences"))
+
+
+def _squared_distance(own: Tensor, other: Tensor) -> float:
+    """The square of the norm of a difference, in no memory of its size: both may be the largest thing there is."""
+    parts = zip(own.flatten().split(_PART), other.flatten().split(_PART), strict=True)
+    return sum(float(theirs.float().sub_(mine).norm()) ** 2 for mine, theirs in parts)
 
 
 def _kinds(component: nn.Module) -> dict[str, str]:
@@ -140,7 +145,7 @@ def _extracted(
     difference = tuned.read(component, key).float().sub_(own)
     del own  # a weight may be the largest thing in memory
     if not float(difference.norm()) > config.smallest * norm:
-        left.add("rounding", difference)
+        left.count("rounding", float(difference.norm()) ** 2)
         return []
     site = base.parts[component].get_submodule(path)
     rank = config.conv_rank if has_kernel(site) else config.rank

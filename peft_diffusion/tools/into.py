@@ -16,6 +16,7 @@ from ..core.events import Noted, Warned
 from ..core.files import at_home, explained
 from ..core.merge import folded
 from ..core.weight_change import change_of, with_weights
+from ..core.wording import number_of
 from ..formats import container
 from ..formats.container import is_finite, torch_dtype
 from ..formats.file import DTYPES
@@ -170,8 +171,8 @@ def _refuse_left(left: Mapping[Where, str], skip: bool, watch: Watch) -> None:
     if left and not skip:
         where, why = next(iter(left.items()))
         raise UserError(
-            f"{'.'.join(where)}: {why}; --skip leaves out the {len(left)} such sites, and the checkpoint then draws without"
-            " them"
+            f"{'.'.join(where)}: {why}; --skip leaves out {number_of(len(left), 'such site')}, and the checkpoint then"
+            " draws without"
         )
     for where, why in left.items():
         watch.tell(Warned(f"left out {'.'.join(where)}: {why}"))
@@ -242,7 +243,8 @@ def _of_stored(folding: Folding, stored: Mapping[str, Tensor], watch: Watch) -> 
     found: dict[str, _Entry] = {}
     shadows = [name for name in stored if name.startswith(_SHADOW)]
     if shadows:
-        watch.tell(Noted(f"left out {len(shadows)} tensors {_SHADOW}*: a mean of the weights without the adapters"))
+        left = number_of(len(shadows), "tensor")
+        watch.tell(Noted(f"left out {left} {_SHADOW}*: a mean of the weights without the adapters"))
     for name in stored:
         if name in known:
             shape = _shape_of(folding.weights, name, stored)

@@ -35,7 +35,8 @@ def rename_trigger(config: RenameTriggerConfig, *, observers: Sequence[Observer]
     with watched(observers) as watch:
         config.check()
         (source,), bones = open_sources([config.plan], config.base, watch.tell)
-        made, learned = Adapters(bones, source.dtype), 0
+        path = at_home(config.output)
+        made, learned = Adapters(bones, source.dtype, path), 0
         for where in watch.each("reading sites", source.sites):
             adapter = source.adapter(where)
             if isinstance(adapter, LearnedVectors) and config.old in adapter.words:
@@ -46,7 +47,6 @@ def rename_trigger(config: RenameTriggerConfig, *, observers: Sequence[Observer]
         if not learned:
             watch.tell(Noted(f"{config.old!r} is no learned word: the adapter still answers to it, whatever the file says"))
         triggers = tuple(config.new if one == config.old else one for one in spec.triggers)
-        path = at_home(config.output)
         made.write(path, layout_of(source.plan), _with(spec, triggers, config), kept_metadata([source.plan], network=True))
         return watch.made(path, made.count)
 

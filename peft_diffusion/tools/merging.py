@@ -26,9 +26,9 @@ from .watch import Watch, watched
 def merge(config: MergeConfig, *, observers: Sequence[Observer] = ()) -> Made:
     """Make one adapter file of several, or fold them into a base and write a checkpoint.
 
-    Sites are read, merged and let go one at a time; beside the result one site of each file is in memory. Without ``rank``,
-    LoRAs are added by writing their ranks one after the other, which is exact. Other methods go through the change of the
-    weight that they make.
+    Sites are read, merged and let go one at a time; one site of each file is in memory, and what is made waits on the disk.
+    Without ``rank``, LoRAs are added by writing their ranks one after the other, which is exact. Other methods go through
+    the change of the weight that they make.
 
     Args:
         config: Which files, how, and what is written.
@@ -75,7 +75,7 @@ def _merge(config: MergeConfig, watch: Watch) -> Made:
     choices = config.choices()
     strengths = [one.strength for one in choices]
     sources, bones = open_sources([one.parsed() for one in choices], config.base, watch.tell, strengths)
-    made, errors = Adapters(bones, file_dtype(sources, config.dtype)), list[LayerError]()
+    made, errors = Adapters(bones, file_dtype(sources, config.dtype), at_home(config.output)), list[LayerError]()
     held = holders(sources)
     rule = Combination(config.within if config.how in ALIGNED else config.how, config.density, config.seed)  # type: ignore[arg-type]
     way = _Way(config.how, rule, None if config.rank is None else Truncation(rank=config.rank))

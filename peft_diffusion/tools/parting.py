@@ -43,10 +43,10 @@ def split(config: SplitConfig, *, observers: Sequence[Observer] = ()) -> tuple[M
         chosen = {name: sites for name, sites in parts.items() if not config.parts or name in config.parts}
         ticked = watch.each("writing sites", [where for sites in chosen.values() for where in sites])
         for name, sites in chosen.items():
-            made = Adapters(bones, source.dtype)
+            path = at_home(config.output) / f"{source.name}-{name}.safetensors"
+            made = Adapters(bones, source.dtype, path)
             for where in islice(ticked, len(sites)):
                 made.add(*where, source.adapter(where))
-            path = at_home(config.output) / f"{source.name}-{name}.safetensors"
             write_changed(made, source.plan, path, config.to, f"{name} of {source.path.name}")
             found.append(watch.made(path, made.count, last=False))
         next(ticked, None)  # all are done
@@ -78,7 +78,8 @@ def join(config: JoinConfig, *, observers: Sequence[Observer] = ()) -> Made:
     with watched(observers) as watch:
         config.check()
         sources, bones = open_sources(config.plans, config.base, watch.tell)
-        made = Adapters(bones, file_dtype(sources, config.dtype))
+        path, plans = at_home(config.output), [one.plan for one in sources]
+        made = Adapters(bones, file_dtype(sources, config.dtype), path)
         for where, own in watch.each("writing sites", holders(sources).items()):
             adapters = [one.adapter(where) for one in own]
             words = [one for one in adapters if isinstance(one, LearnedVectors)]
@@ -86,7 +87,6 @@ def join(config: JoinConfig, *, observers: Sequence[Observer] = ()) -> Made:
                 names = " and ".join(str(one.path) for one in own)
                 raise UserError(f"{names} both change {'.'.join(where)}; merge them, which adds what they do there")
             made.add(*where, adapters[0] if len(adapters) == 1 else united(where, own, words))
-        path, plans = at_home(config.output), [one.plan for one in sources]
         told = {"ss_training_comment": f"joined from {', '.join(one.path.name for one in sources)}"}
         spec = joined_spec(plans, bones, made, path.stem)
         made.write(

@@ -36,7 +36,7 @@ def resize(config: ResizeConfig, *, observers: Sequence[Observer] = ()) -> Made:
     with watched(observers) as watch:
         config.check()
         (source,), bones = open_sources([config.plan], config.base, watch.tell)
-        made = Adapters(bones, file_dtype([source], config.dtype))
+        made = Adapters(bones, file_dtype([source], config.dtype), at_home(config.output))
         errors: list[LayerError] = []
 
         def opened() -> Iterator[_Site]:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from ..core.errors import UserError
 from ..core.method import Method, Values
 from ..core.parsing import json_value
 from ..core.reduction import Reduced
+from ..core.spill import Spill
 from ..core.weight_change import Change
+from ..core.wording import number_of
 from ..formats import Plan, Spec, file
 from ..formats.container import is_finite
 from ..formats.layout import Content
@@ -83,7 +85,7 @@ class Made:
 
     def lines(self) -> tuple[str, ...]:
         """Tell what was made, in lines of plain text."""
-        told = [f"{self.path}: {self.sites} sites in {self.seconds:.1f} s"]
+        told = [f"{self.path}: {number_of(self.sites, 'site')} in {self.seconds:.1f} s"]
         if self.peak_memory:
             told[0] += f", {self.peak_memory / 2**30:.2f} GiB of memory at most"
         if self.errors:
@@ -97,19 +99,25 @@ class Made:
         return tuple(told)
 
 
-@dataclass
 class Adapters:
-    """Adapters that are made one after the other, and kept in the dtype of the file.
+    """Adapters that are made one after the other, and wait on the disk, in the dtype of the file, until all are there.
 
     Attributes:
         bones: The skeleton of the base.
         dtype: Of the file.
-        made: By component and path.
+        made: By component and path. Their numbers are not to be changed in place.
+
+    Args:
+        bones: The skeleton of the base.
+        dtype: Of the file.
+        output: The file that is to be written, or the folder of it.
     """
 
-    bones: Skeleton
-    dtype: torch.dtype
-    made: dict[str, dict[str, Adapter]] = field(default_factory=dict)
+    def __init__(self, bones: Skeleton, dtype: torch.dtype, output: Path) -> None:
+        self.bones = bones
+        self.dtype = dtype
+        self.made: dict[str, dict[str, Adapter]] = {}
+        self._spill = Spill(output)
 
     def add(self, component: str, path: str, adapter: Adapter) -> None:
         """Take an adapter.
@@ -120,7 +128,7 @@ class Adapters:
             adapter: The adapter, whose numbers are rounded to the dtype of the file.
 
         Raises:
-            UserError: A number is too large for that dtype.
+            UserError: A number is too large for that dtype, or the disk is full.
         """
         for tensor in (*adapter.parameters(), *adapter.buffers()):
             if tensor.is_floating_point() and tensor.numel() > 1:
@@ -129,7 +137,7 @@ class Adapters:
                     raise UserError(
                         f"{component}.{path} has numbers that {self.dtype} cannot hold; take --dtype float32 or bf16"
                     )
-                tensor.data = rounded
+                tensor.data = self._spill.put(rounded)
         adapter.bind(self.bones.parts[component].get_submodule(path))  # layouts ask what it sits on
         self.made.setdefault(component, {})[path] = adapter
 
@@ -142,7 +150,7 @@ class Adapters:
             change: What it changes.
 
         Raises:
-            UserError: A number is too large for the dtype of the file.
+            UserError: A number is too large for the dtype of the file, or the disk is full.
         """
         site = self.bones.parts[component].get_submodule(path)
         parts = made_of(site, change, even=self.dtype == torch.float16)
@@ -183,7 +191,7 @@ class Adapters:
         if not self.count:
             raise UserError(f"{path} would hold nothing")
         parts = {component: self.bones.parts[component] for component in self.made}
-        return file.write(path, Content(self.made, parts, spec), layout=layout, more=metadata)
+        return file.write(path, Content(self.made, parts, spec), layout=layout, more=metadata, let_go=self._spill.release)
 
 
 def _methods(component: str, own: Mapping[str, Adapter], sources: Sequence[Plan]) -> Iterable[Mapping[str, Any]]:

@@ -42,7 +42,7 @@ def strength(config: StrengthConfig, *, observers: Sequence[Observer] = ()) -> M
     with watched(observers) as watch:
         config.check()
         (source,), bones = open_sources([config.plan], config.base, watch.tell)
-        made = Adapters(bones, file_dtype([source], config.dtype))
+        made = Adapters(bones, file_dtype([source], config.dtype), at_home(config.output))
         scaler = _Scaler(config.strength)
         for where in watch.each("scaling sites", source.sites):
             _scale(made, source, where, scaler, watch)

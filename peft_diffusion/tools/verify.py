@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.events import Observer
+from ..core.wording import number_of
 from ..formats.planning import Plan, plan, some
 from .key_maps import BUNDLE, PROGRAMS, Taken, Theirs, WeightOf, taken, words_taken
 from .reopened import reopened
@@ -53,10 +54,10 @@ class Verified:
         """Tell it in one line."""
         if self.refused:
             return f"{self.program}: refuses the file: {self.refused}"
-        told = [f"{self.program}: reads {self.coverage:.0%} ({self.read} of {self.tensors} tensors)"]
+        told = [f"{self.program}: reads {self.coverage:.0%} ({self.read} of {number_of(self.tensors, 'tensor')})"]
         if self.error is not None:
             exact = "exactly as meant" if self.error < _EXACT else f"off by up to {self.error:.1%}, at {self.worst}"
-            told.append(f"changes of {self.measured} sites {exact}")
+            told.append(f"changes of {number_of(self.measured, 'site')} {exact}")
         told += [f"drops {count}: {why} ({some(_named(self.dropped, why))})" for why, count in self._reasons()]
         return "; ".join([*told, *([self.note] if self.note and self.dropped else [])])
 

@@ -18,6 +18,7 @@ from ..core.adapter import Adapter
 from ..core.arena import side_by_side
 from ..core.errors import UserError, did_you_mean
 from ..core.method import Method
+from ..core.wording import number_of
 from ..formats import Spec
 from .loop.seeds import global_seed
 from .settings.placements import Placement
@@ -179,7 +180,7 @@ def described(parts: Mapping[str, nn.Module], blocks: Sequence[Placement], param
     """
     layers = sum(len(site.adapters(part, NAME)) for part in parts.values())
     names = ", ".join(dict.fromkeys(named(block.method) for block in blocks))
-    return f"{names}: {layers} layers, {parameters:,} parameters"
+    return f"{names}: {number_of(layers, 'layer')}, {parameters:,} parameters"
 
 
 def named(method: Method) -> str:

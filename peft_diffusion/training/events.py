@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..core.events import Event, Warned
 from ..core.shortening import shortened
+from ..core.wording import number_of
 from .need import Need, mib
 from .results import FoundRates, Suggestion, Trial
 from .settings.presets import FEW_APART
@@ -150,7 +151,7 @@ class HeldOut(Event):
         """Tell how many, or why none."""
         if self.count:
             hint = " (--held-out 0 trains on all)" if self.count == FEW_APART else ""
-            return (f"{self.count} pictures are kept apart: the loss on them shows when to stop{hint}",)
+            return (f"{number_of(self.count, 'picture')} kept apart: the loss there shows when to stop{hint}",)
         few = "there is but one picture; " if self.wanted else f"fewer than {self.least} pictures; "
         why = few if self.wanted or self.of < self.least else ""
         return (f"no pictures are kept apart to measure on ({why}--held-out 0.1 keeps a tenth)",)
@@ -165,7 +166,7 @@ class PromptsMade(Event):
     def lines(self) -> tuple[str, ...]:
         """Tell the first ones that differ, and how many have no words."""
         shown = [shortened(prompt, _PROMPT) for prompt in dict.fromkeys(self.prompts) if prompt][:_SHOWN]
-        lines = [f"prompts of {len(self.prompts)} pictures, the first:"] if shown else []
+        lines = [f"prompts of {number_of(len(self.prompts), 'picture')}, the first:"] if shown else []
         lines += [f"  {prompt}" for prompt in shown]
         empty = self.prompts.count("")
         if empty:
@@ -212,7 +213,7 @@ class ClassPictures(Event):
 
     def lines(self) -> tuple[str, ...]:
         """Tell how many, and where."""
-        return (f"{self.count} pictures of the class, drawn by the base, are kept in {self.folder}",)
+        return (f"kept {number_of(self.count, 'picture')} of the class, drawn by the base, in {self.folder}",)
 
 
 @dataclass(frozen=True)
@@ -311,14 +312,15 @@ class Plan:
     def __str__(self) -> str:
         """Tell the plan in a line."""
         if self.data == "text":
-            size = f"{self.batch * self.processes} windows"
+            size = number_of(self.batch * self.processes, "window")
         elif self.processes > 1:
             size = f"{self.batch * self.processes} pictures ({self.batch} in each of {self.processes} processes)"
         else:
-            size = f"{self.batch} pictures"
+            size = number_of(self.batch, "picture")
         sole = self.data == "text" and len(self.rates) == 1  # of its only component
         rates = ", ".join(f"{rate:g}" if sole else f"{name} {rate:g}" for name, rate in self.rates.items())
-        return f"{self.steps} steps of {size}, learning rate {rates} ({self.scheduler}), seed {self.seed}, {self.precision}"
+        steps = number_of(self.steps, "step")
+        return f"{steps} of {size}, learning rate {rates} ({self.scheduler}), seed {self.seed}, {self.precision}"
 
 
 @dataclass(frozen=True)
@@ -595,9 +597,9 @@ class Begun(Event):
 
     def lines(self) -> tuple[str, ...]:
         """Tell what was taken over, and what was not."""
-        told = [f"{self.layers} layers begin as {self.path}"]
-        told += [f"{self.fresh} begin fresh"] if self.fresh else []
-        told += [f"{self.untrained} of the file are left out, as they are not trained now"] if self.untrained else []
+        told = [f"{number_of(self.layers, 'layer')} begun as {self.path}"]
+        told += [f"{self.fresh} begun fresh"] if self.fresh else []
+        told += [f"{self.untrained} of the file left out, not trained now"] if self.untrained else []
         told += [f"the rank leaves out {self.error:.1%} of its change"] if self.error > 1e-4 else []
         return ("; ".join(told),)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.wording import number_of
 from .settings.pictures import ResolvedConfig
 from .settings.text import ResolvedTextConfig
 
@@ -99,7 +100,8 @@ class TrainResult(RunResult):
         previews = ", previews" if self.config.preview_steps else ""
         return (
             *loss,
-            f"wrote {self.output} ({self.size:.1f} MiB) after {self.steps} steps on {self.images} pictures,"
+            f"wrote {self.output} ({self.size:.1f} MiB) after {number_of(self.steps, 'step')} on"
+            f" {number_of(self.images, 'picture')},"
             f" {self.seconds:.0f} s; settings, metrics{previews} and report.html are in {self.run_dir}",
             f"next: {self.next_command}",
         )

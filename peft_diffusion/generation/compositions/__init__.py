@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from .add import Add
 from .composite import Composite
 from .declared import Composition
+from .k_lora import KLora
 from .learned import Learned
 from .switch import Switch
 
-_EVERY: tuple[Composition, ...] = (Add(), Switch(), Composite(), Learned())
+_EVERY: tuple[Composition, ...] = (Add(), Switch(), Composite(), KLora(), Learned())
 
 COMPOSITIONS: dict[str, Composition] = {one.name: one for one in _EVERY}
 """By name, the default first."""

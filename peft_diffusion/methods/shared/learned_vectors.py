@@ -12,6 +12,7 @@ from ...core.adapter import Adapter, Site, float32_parameter
 from ...core.errors import DamagedError, FoldError, UserError
 from ...core.parsing import json_value, refusing
 from ...core.sharded import whole
+from ...core.wording import number_of
 
 
 class LearnedVectors(Adapter):
@@ -99,7 +100,8 @@ def fresh(site: Site, placeholders: Mapping[str, int], ids: Sequence[int], cls: 
     """
     embedding, count = _embedding(site), sum(placeholders.values())
     if len(ids) != count:
-        raise UserError(f"{count} vectors begin as {len(ids)} tokens; words.with_initial_tokens names one a vector")
+        told = f"{number_of(count, 'vector')} cannot begin as {number_of(len(ids), 'token')}"
+        raise UserError(f"{told}; words.with_initial_tokens names one a vector")
     _check_ids(embedding, ids)
     words, start = {}, 0
     for name, vectors in placeholders.items():

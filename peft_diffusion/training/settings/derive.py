@@ -9,6 +9,7 @@ from ...bases import family as families
 from ...bases.family import Family
 from ...core.errors import UserError
 from ...core.settings import Settings, flag, pick, settings_of
+from ...core.wording import number_of
 from .choices import AVERAGES, FINDS_RATE, OptimizerName, Precision
 from .pictures import PRESET_ROLES, ResolvedConfig, TrainConfig, output_path, preset_components, run_path
 from .placements import ranked
@@ -187,7 +188,7 @@ def resolve(
     found.fill({"resolution": resolution}, source)
     if (apart := derived_before(before, "held_out")) is not None:  # others were told of to an older version
         found.fill({"held_out": apart}, "from the run that goes on")
-    found.fill({"held_out": share_apart(pictures)}, f"from {pictures} pictures")
+    found.fill({"held_out": share_apart(pictures)}, f"from {number_of(pictures, 'picture')}")
     found.fill({"keep": KEPT[config.preset]}, preset)
     found.fill({"class_images": CLASS_IMAGES}, "by default")
     found.put_places(output_path(config), run_path(config))

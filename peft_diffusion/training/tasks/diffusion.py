@@ -438,6 +438,22 @@ class DiffusionTask:
             losses = [loss for chunk in chunks for loss in self._fixed_losses(examples, chunk)]
         return sum(losses) / len(losses)
 
+    def losses(self, examples: Examples) -> list[float]:
+        """Measure the plain loss of each picture: fixed noise, timesteps spread evenly, whatever the run's settings.
+
+        Args:
+            examples: The pictures, each once.
+
+        Returns:
+            The mean over noises and timesteps, by entry of the cache.
+        """
+        chunks = list(self._chunks(examples))
+        with torch.no_grad(), self.evaluating():
+            found = {
+                pair: loss for chunk in chunks for pair, loss in zip(chunk, self._fixed_losses(examples, chunk), strict=True)
+            }
+        return [sum(found[entry, draw] for draw in range(_DRAWS)) / _DRAWS for entry in range(len(examples.latents.entries))]
+
     def leakage(self) -> float:
         """The rms of what the adapter changes in answers to other prompts, on fixed noise, over that of the base's."""
         with torch.no_grad(), self.evaluating():

@@ -19,6 +19,7 @@ from ...core.errors import UserError
 from ...core.events import Observer, Warned, progress
 from ...core.files import at_home, refuse_overlaps
 from ...core.shortening import brief, shortened
+from ...core.wording import number_of
 from ...data import subfolders
 from ...data.arrangement import KEPT, alone, cropped
 from ...data.buckets import (
@@ -35,7 +36,6 @@ from ...data.captions import CaptionRules, has_place
 from ...data.folder import TrainingImage
 from ...data.images import parse_colour
 from ...data.latents import cache_latents
-from ...data.problems import number_of
 from ...data.prompt_lines import read_prompts
 from ...data.prompts import instructions, refuse_files
 from ..attachment import check_placements, selected_components, with_words
@@ -471,7 +471,8 @@ def _tell_prompts(pictures: Sequence[TrainingImage], rules: Sequence[CaptionRule
     lost = [(picture, words) for picture, prompt in zip(pictures, prompts, strict=True) if (words := text.lost(prompt))]
     if lost:
         most = (text.limit - 2) * (text.reading.chunks or 1)
-        message = f"{len(lost)} prompts are over {most} tokens, and what comes after is not seen; raise --max-tokens:"
+        over = number_of(len(lost), "prompt")
+        message = f"{over} over {most} tokens, of which the rest is not seen; raise --max-tokens:"
         tell(Warned(message, _first([f"{picture.path}: without \u201c{words}\u201d" for picture, words in lost])))
     places = sum(map(has_place, prompts))
     if places:

@@ -1,0 +1,150 @@
+"""CLIP and DINOv2 as judges, loaded through transformers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel, Dinov2Model
+from transformers.utils import logging as transformers_logging
+
+from ..bases.loading import is_hub_id, pick_device, pick_dtype, quiet
+from ..core.errors import UserError, first_line
+from ..core.files import at_home, if_address
+from .judge import Judge
+
+CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
+_AT_ONCE = 16  # pictures
+
+
+class _Seen(Judge):
+    """A vision transformer. Its middle layer tells styles: means and deviations of the patches, which are what style
+    transfer matches (Huang and Belongie 2017, https://arxiv.org/abs/1703.06868)."""
+
+    def __init__(self, name: str, model: Any, processor: Any, seen: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.name = name
+        self.model = model
+        self.processor = processor
+        self.seen = seen
+
+    def style(self, images: Sequence[Image.Image]) -> Tensor:
+        """Means and deviations of the patches in the middle layer."""
+        return torch.cat([style for style, _ in self._looked(images)])
+
+    def subject(self, images: Sequence[Image.Image]) -> Tensor:
+        """The embedding of the whole picture."""
+        return torch.cat([subject for _, subject in self._looked(images)])
+
+    def words(self, texts: Sequence[str]) -> Tensor | None:
+        """Nothing: this model does not read."""
+        return None
+
+    def names(self, images: Sequence[Image.Image]) -> list[str] | None:
+        """Nothing: the model was trained on no styles."""
+        return None
+
+    def apart(self, images: Sequence[Image.Image], known: Sequence[Image.Image]) -> Tensor:
+        """1 less the cosine of the embeddings of whole pictures."""
+        return 1 - self.subject(images) @ self.subject(known).T
+
+    @torch.inference_mode()
+    def _looked(self, images: Sequence[Image.Image]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Style and subject of pictures, batch by batch."""
+        for start in range(0, len(images), _AT_ONCE):
+            batch = [image.convert("RGB") for image in images[start : start + _AT_ONCE]]
+            pixels = self.processor(images=batch, return_tensors="pt")["pixel_values"]
+            patches, whole = self.seen(pixels.to(self.model.device, self.model.dtype))
+            patches = patches[:, 1:].float()  # the first stands for the whole picture
+            statistics = torch.cat([patches.mean(1), patches.std(1, correction=0)], 1)
+            yield statistics.cpu().clone(), F.normalize(whole.float()).cpu().clone()
+
+
+class _Reads(_Seen):
+    """CLIP, which also reads."""
+
+    def __init__(self, name: str, model: Any, processor: Any, tokenizer: Any) -> None:
+        super().__init__(name, model, processor, self._of_clip)
+        self.tokenizer = tokenizer
+
+    @torch.inference_mode()
+    def words(self, texts: Sequence[str]) -> Tensor | None:
+        """The embeddings of texts."""
+        most = self.model.config.text_config.max_position_embeddings
+        given = self.tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt")
+        told = {name: given[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        return F.normalize(self.model.text_projection(self.model.text_model(**told).pooler_output).float()).cpu().clone()
+
+    def _of_clip(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.model.vision_model(pixel_values=pixels, output_hidden_states=True)
+        states = found.hidden_states
+        return states[len(states) // 2], self.model.visual_projection(found.pooler_output)
+
+
+def clip_judge(model: str | None = None, device: str = "cpu") -> Judge:
+    """Load CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020) as a judge.
+
+    Args:
+        model: A folder or hub id; None for the large one of OpenAI.
+        device: Where it computes.
+
+    Returns:
+        The judge.
+
+    Raises:
+        UserError: There is no such model, or it is no CLIP.
+    """
+    source, local = _place(model or CLIP)
+    found, processor = _loaded(source, local, CLIPModel, device, "clip")
+    return _Reads(f"CLIP ({model or CLIP})", found, processor, AutoTokenizer.from_pretrained(source, local_files_only=local))
+
+
+def dino_judge(model: str | None = None, device: str = "cpu") -> Judge:
+    """Load DINOv2 (Oquab et al. 2023, https://arxiv.org/abs/2304.07193) as a judge.
+
+    Args:
+        model: A folder or hub id; None for the base model of Meta.
+        device: Where it computes.
+
+    Returns:
+        The judge.
+
+    Raises:
+        UserError: There is no such model, or it is no DINOv2.
+    """
+    source, local = _place(model or DINO)
+    found, processor = _loaded(source, local, Dinov2Model, device, "dino")
+
+    def seen(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        given = found(pixel_values=pixels, output_hidden_states=True)
+        states = given.hidden_states
+        return states[len(states) // 2], given.pooler_output
+
+    return _Seen(f"DINOv2 ({model or DINO})", found, processor, seen)
+
+
+def _loaded(source: str, local: bool, kind: type, device: str, judge: str) -> tuple[Any, Any]:
+    """A model on its device and its image processor. Raises UserError where they are not of the kind, or damaged."""
+    place = pick_device(device)
+    try:
+        with quiet(transformers_logging):
+            model: Any = AutoModel.from_pretrained(source, dtype=pick_dtype("auto", place), local_files_only=local)
+            processor = AutoImageProcessor.from_pretrained(source, local_files_only=local)
+    except Exception as error:
+        # Whatever a damaged folder makes the libraries raise, the person needs to know which model it was.
+        raise UserError(f"the judge {source} cannot be read: {first_line(error)}") from error
+    if not isinstance(model, kind):
+        raise UserError(f"the judge {source} is a {type(model).__name__}, and --judge {judge} takes a {kind.__name__}")
+    return cast(Any, model).to(place).eval(), processor
+
+
+def _place(model: str) -> tuple[str, bool]:
+    """Where a model lies, for transformers, and whether that is on this machine. Raises UserError where it is nowhere."""
+    path = at_home(Path(model))
+    if path.is_dir():
+        return str(path.resolve()), True  # a folder such as "owner/name" would be looked up on the hub
+    if is_hub_id(model) and not path.parent.is_dir():
+        return model, False
+    raise UserError(f"there is no judge {model!r}: neither a folder nor a hub id (owner/name){if_address(model)}")
