@@ -679,7 +679,7 @@ def test_parameters_are_as_many_as_the_formula_says(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("lora", {"init": "random"}, "init must be one of standard, gaussian, pissa"),
+        ("lora", {"init": "random"}, "init must be one of standard, gaussian, pissa, orthogonal"),
         ("dora", {"rank": 0}, "rank must be at least 1"),
         ("dora", {"dropout": 1.0}, "dropout must be from 0"),
         ("loha", {"alpha": 0.0}, "alpha must be above 0"),

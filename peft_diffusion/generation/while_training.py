@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -12,6 +11,8 @@ from ..bases.base import Base
 from ..bases.pipelines import Pipeline, drawing
 from ..core.errors import UserError
 from ..core.events import Noted, Observer
+from ..core.others import Other
+from ..formats import Spec
 from . import amounts
 from . import sheet as sheets
 from .adapted import warner
@@ -41,7 +42,7 @@ def others(files: Sequence[str]) -> tuple[Choice, ...]:
 
 
 @contextmanager
-def beside(base: Base, files: Sequence[str], tell: Observer) -> Iterator[list[dict[str, Any]]]:
+def beside(base: Base, files: Sequence[str], tell: Observer) -> Iterator[list[Other]]:
     """Attach adapters for as long as a run trains another one beside them.
 
     Args:
@@ -50,7 +51,7 @@ def beside(base: Base, files: Sequence[str], tell: Observer) -> Iterator[list[di
         tell: Is told what should be known of the files.
 
     Yields:
-        The name, the SHA-256 and the strength of each.
+        What is known of each.
 
     Raises:
         UserError: A file is missing, is no adapter or does not fit the base.
@@ -67,13 +68,20 @@ def beside(base: Base, files: Sequence[str], tell: Observer) -> Iterator[list[di
             adapters.load(choice.parsed(), name, choice.amount, warn=warner(tell))
             names.append(name)
             parts = {"parts": amounts.text_of(choice.parts)} if choice.parts else {}
-            told.append({"file": choice.path.name, "sha256": adapters[name].sha256, "strength": choice.strength, **parts})
+            known = {"file": choice.path.name, "sha256": adapters[name].sha256, "strength": choice.strength, **parts}
+            told.append(Other(name, known, _trigger(adapters[name].spec)))
         named = " and ".join(f"{choice.name} at {choice.strength:g}" for choice in choices)
         tell(Noted(f"learns beside {named}; losses, measurements and previews have that too, and the new file has not"))
         yield told
     finally:
         for name in names:
             adapters.remove(name)
+
+
+def _trigger(spec: Spec) -> str:
+    """What calls an adapter: the trigger of its training where it is known, else the first of its words."""
+    trained = spec.training.get("trigger")
+    return trained if isinstance(trained, str) and trained else next(iter(spec.triggers), "")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from ..core import site
 from ..core.adapter import Adapter, chained, parts_of
 from ..core.errors import UserError
 from ..core.events import Observer, Warned
+from ..core.others import Other
 from ..core.weight_change import change_of
 from ..formats import Plan
 from ..formats.inspection import ranks_of
@@ -29,7 +30,7 @@ S = TypeVar("S", bound=SharedConfig)
 class Beside(Protocol):
     """Puts adapters of files on a base and takes them off again; `generation.while_training.beside` does."""
 
-    def __call__(self, base: Base, files: Sequence[str], tell: Observer) -> AbstractContextManager[list[dict[str, Any]]]:
+    def __call__(self, base: Base, files: Sequence[str], tell: Observer) -> AbstractContextManager[Sequence[Other]]:
         """Attach adapters for as long as the context is open.
 
         Args:
@@ -38,7 +39,7 @@ class Beside(Protocol):
             tell: Is told what should be known of the files.
 
         Returns:
-            The context, which gives the name, the SHA-256 and the strength of each.
+            The context, which gives each of them.
         """
         ...
 

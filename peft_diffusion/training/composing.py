@@ -218,7 +218,7 @@ def _freeze(pipe: Pipeline, plans: Sequence[Plan], names: Sequence[str]) -> None
 
 def _task(config: ComposeTrainConfig, prepared: Prepared, names: Sequence[str]) -> ComposingTask:
     """What is learned, of folders that are drawn alike often."""
-    own = {"dropout": 0.0, "reading": reading_of(prepared.config), "processes": Processes()}
+    own = {"dropout": 0.0, "reading": reading_of(prepared.config), "processes": Processes(), "others": ()}
     settings = pick(DiffusionSettings, prepared.config, prepared, own)
     kept = prepared.of_run.kept
     counts = Counter(picture.dataset for picture in kept)

@@ -14,6 +14,7 @@ from ..bases.asked import PREDICTIONS
 from ..bases.pipelines import Pipeline
 from ..core.errors import UserError
 from ..core.events import Event, Observer, Warned, untold
+from ..core.others import Other
 from ..core.settings import flag, pick
 from ..data.borders import Colour, paper
 from ..data.buckets import place
@@ -37,6 +38,7 @@ from .settings.pictures import ResolvedConfig, TrainConfig, block_rates, output_
 from .settings.placements import Placement, blocks, plugins_of
 from .tasks.datasets import parts_of
 from .tasks.diffusion import DiffusionSettings, DiffusionTask
+from .tasks.keeping import kept
 from .tasks.preparation import Prepared, check_apart, check_places, items, prepare, reading_of
 from .watch.previews import Previews
 
@@ -134,6 +136,7 @@ class PictureMaterial:
         self.tell = tell
         self.drawing = drawing
         self.processes = processes
+        self.beside: Sequence[Other] = ()
         self.base = prepared.pipe
         self.info = prepared.info
         self.config = prepared.config
@@ -163,7 +166,7 @@ class PictureMaterial:
     @cached_property
     def task(self) -> DiffusionTask:
         """What is learned."""
-        return diffusion_task(self.prepared, self.blocks, self.processes, self.tell)
+        return diffusion_task(self.prepared, self.blocks, self.processes, self.tell, self.beside)
 
     @property
     def items(self) -> list[dict[str, str]]:
@@ -291,7 +294,11 @@ class PictureMaterial:
 
 
 def diffusion_task(
-    prepared: Prepared, blocks: Sequence[Placement], processes: Processes, tell: Observer = untold
+    prepared: Prepared,
+    blocks: Sequence[Placement],
+    processes: Processes,
+    tell: Observer = untold,
+    others: Sequence[Other] = (),
 ) -> DiffusionTask:
     """Make what is learned from prepared pictures.
 
@@ -300,16 +307,23 @@ def diffusion_task(
         blocks: Which methods the adapter has that its pipeline carries.
         processes: Those that train together.
         tell: Is told how far the captions are encoded.
+        others: The adapters that its pipeline carries too.
 
     Returns:
         The task.
+
+    Raises:
+        UserError: The others shall be kept, and nothing tells which prompts call them.
     """
     reading = reading_of(prepared.config)
     dropout = max(block.method.dropped() for block in blocks)
-    settings = pick(
-        DiffusionSettings, prepared.config, prepared, {"dropout": dropout, "processes": processes, "reading": reading}
-    )
-    return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prepared.prior, tell)
+    own = {"dropout": dropout, "processes": processes, "reading": reading, "others": tuple(one.name for one in others)}
+    settings, prior = pick(DiffusionSettings, prepared.config, prepared, own), prepared.prior
+    if prepared.config.beside_keep:
+        triggers = [other.trigger for other in others]
+        prior = kept(prepared.train, prepared.rules, triggers, prepared.config.beside_prompt)
+        settings = replace(settings, prior_weight=prepared.config.beside_keep, prior_target="base")
+    return DiffusionTask(prepared.pipe, NAME, settings, prepared.train, prepared.held_out, prior, tell)
 
 
 def searched(config: TrainConfig) -> TrainConfig:

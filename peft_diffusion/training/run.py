@@ -6,7 +6,7 @@ the same for pictures and for text, and stands here once.
 
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..core.arena import Arena
 from ..core.errors import Interrupted, UnknownMethodError, UserError
 from ..core.events import Ended, Event, Observer, Observers, Stop, Warned, check_stop, observed, stop_on_signal, untold
 from ..core.files import claimed, explained
+from ..core.others import Other
 from ..core.settings import Settings, pick, portable, to_json
 from ..fast.low_rank import Working
 from ..formats.file import DTYPES, check
@@ -31,6 +32,7 @@ from .attachment import NAME, Attached, at_strength, attach, described, spec_of,
 from .beginning import Beside, begin_from
 from .events import Data, Fingerprinted, Plan, Prepared, Saved, Started, StrengthSuggested, Trained, WeightsChosen
 from .loop.optimizers import check_optimizer
+from .loop.overlap import Overlap
 from .loop.trainer import Task, Trainer, TrainerSettings, TrainerState
 from .machine.memory_plan import Load, MemoryPlan
 from .machine.processes import Processes, join
@@ -87,7 +89,13 @@ class Facts:
 
 
 class Material(Protocol[Made]):
-    """A base that is loaded, and data that was read: what a run works on."""
+    """A base that is loaded, and data that was read: what a run works on.
+
+    Attributes:
+        beside: The adapters that the base carries meanwhile. Set before `task` is asked for.
+    """
+
+    beside: Sequence[Other]
 
     @property
     def data(self) -> Data:
@@ -502,9 +510,10 @@ class _Run(Generic[Result]):
         folder: RunFolder,
         tell: Observers,
         processes: Processes,
-        others: Sequence[Mapping[str, Any]],
+        others: Sequence[Other],
     ) -> None:
-        self.files: dict[str, Any] = {BESIDE: list(others)} if others else {}  # that the adapter depends on
+        # What the adapter depends on beside settings and data.
+        self.files: dict[str, Any] = {BESIDE: [dict(other.told) for other in others]} if others else {}
         self.material = material
         self.folder = folder
         self.tell = tell
@@ -516,7 +525,9 @@ class _Run(Generic[Result]):
             spec = formats.Spec(base=asdict(material.info))
             check(material.config.output, material.parts, NAME, spec, layout=material.config.save_as)
         self.arena = Arena(attached.groups)
+        material.beside = tuple(others)
         task, config = material.task, material.config
+        self.overlap = self._overlap(config.orthogonal, others)
         self.adapter = described(material.parts, material.blocks, self.arena.count)
         plan = pick(Plan, config, attached, {"data": material.data, "batch": _batch(config), "processes": processes.size})
         tell(Prepared(self.adapter, self.arena.count, plan))
@@ -535,6 +546,16 @@ class _Run(Generic[Result]):
             begun = None if path is None else begin_from(path, material.base, material.parts, self.tell)
         self.files |= {} if begun is None else {INIT: begun}
 
+    def _overlap(self, weight: float, others: Sequence[Other]) -> Callable[[], Tensor] | None:
+        """The penalty on reading what others read; None where there is none. Raises UserError where none can be."""
+        if not weight:
+            return None
+        overlap = Overlap(self.material.parts, NAME, [other.name for other in others])
+        if overlap.left_out:
+            told = f"{overlap.left_out} layers that others change too, as they are no pairs of low rank there"
+            self.tell(Warned(f"--orthogonal compares {overlap.layers} layers, and not {told}"))
+        return lambda: weight * overlap()
+
     def _settings(self, attached: Attached) -> TrainerSettings:
         config = self.material.config
         ends = {group: self.material.until(owner) for group, owner in attached.owners.items()}
@@ -546,7 +567,15 @@ class _Run(Generic[Result]):
     def trial(self, task: Task, settings: TrainerSettings) -> Trainer:
         """A trainer of the adapter, which nobody watches."""
         passes = Working(self.arena.flat, self.arena.grad)
-        return Trainer(task, self.arena, settings, processes=self.processes, data=self.material.data, passes=passes)
+        return Trainer(
+            task,
+            self.arena,
+            settings,
+            processes=self.processes,
+            data=self.material.data,
+            passes=passes,
+            penalty=self.overlap,
+        )
 
     def memory_plan(self) -> MemoryPlan:
         """How the run uses the memory of its device."""

@@ -18,6 +18,7 @@ from ..core import quantized
 from ..core.errors import UserError
 from ..core.events import Event, Observer
 from ..core.files import at_home, refuse_overlaps
+from ..core.others import Other
 from ..core.settings import flag, pick
 from ..data.text_files import Texts, read_texts
 from .attachment import check_placements, new_words, with_words
@@ -151,6 +152,7 @@ class TextMaterial:
         self.held_out_texts = held_out_texts
         self.tell = tell
         self.processes = processes
+        self.beside: Sequence[Other] = ()
         # Whole but for the steps of epochs, which it takes tokens to count.
         self.first = self._resolved(None)
         self.seed = asked.seed

@@ -44,7 +44,7 @@ EXTRAS = frozenset({SINGULAR, UP_BIAS, *SPARSE})
 BASE = "base_layer.weight"
 """The weight of an embedding, which peft saves beside a pair that it has there. It changes nothing."""
 
-INITS = ("standard", "gaussian", "pissa")
+INITS = ("standard", "gaussian", "pissa", "orthogonal")
 PAIR_ALIASES = {
     "lora_A": DOWN, "lora_B": UP,
     "lora.down": DOWN, "lora.up": UP,
@@ -67,7 +67,10 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA, BASE})
     - ``standard``: down uniform as a Linear starts (Kaiming, a = sqrt 5), up zero, as in the paper's code;
     - ``gaussian``: down normal with deviation 1 / rank, up zero;
     - ``pissa``: the weight's largest singular values and vectors (Meng et al. 2024, https://arxiv.org/abs/2404.02948),
-      see ``PissaAdapter``. Takes a singular value decomposition of each weight.
+      see ``PissaAdapter``. Takes a singular value decomposition of each weight;
+    - ``orthogonal``: down the part ``basis_part``, from 0, of an orthogonal basis that comes from ``basis_seed``, and stays
+      so, up zero and trained. Adapters with one seed, one rank and different parts read nothing in common (Orthogonal
+      Adaptation, Po et al. 2024, https://arxiv.org/abs/2312.02432).
 
     ``b_rate_ratio`` times the learning rate is what ``up`` (the paper's B) is trained with: LoRA+ (Hayou et al. 2024,
     https://arxiv.org/abs/2402.12354), which advises about 16, and a lower learning rate beside it; 1 is plain LoRA.
@@ -88,6 +91,8 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA, BASE})
     rank_stabilized: bool = False
     init: str = "standard"
     b_rate_ratio: float = 1.0
+    basis_seed: int = 0
+    basis_part: int = 0
 
     def __post_init__(self) -> None:
         check_rank(self.rank, self.alpha)
@@ -96,6 +101,12 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA, BASE})
             raise UserError(f"b_rate_ratio must be above 0, not {self.b_rate_ratio}")
         if self.init not in INITS:
             raise UserError(f"init must be one of {', '.join(INITS)}, not {self.init!r}")
+        if (self.basis_seed or self.basis_part) and self.init != "orthogonal":
+            raise UserError("basis_seed and basis_part are of init=orthogonal; give that too, or leave them away")
+        if self.basis_part < 0 or not 0 <= self.basis_seed < 2**63:
+            raise UserError("basis_seed and basis_part are whole numbers of 0 or more")
+        if self.init == "orthogonal" and self.b_rate_ratio != 1:
+            raise UserError("init=orthogonal trains up alone, so there is no b_rate_ratio; leave one of them away")
 
     @classmethod
     def recognizes(cls, suffixes: Set[str]) -> bool:
@@ -108,22 +119,26 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA, BASE})
         return (DOWN, UP) if suffixes.isdisjoint(SPARSE) else (DOWN, UP, *SPARSE)
 
     def serves(self, site: "Site") -> bool:
-        """Linear layers, convolutions without groups and, but for PiSSA, embeddings."""
+        """Linear layers, convolutions without groups and, but for PiSSA and a shared basis, embeddings."""
         from ..shared.affine import serves
         from ..shared.sites import is_embedding
 
-        return serves(site) or (is_embedding(site) and self.init != "pissa")
+        return serves(site) or (is_embedding(site) and self.init not in ("pissa", "orthogonal"))
 
     def build(self, site: "Site") -> "LoraAdapter | EmbeddingLora":
         """Make a fresh pair, or with PiSSA that of the largest singular values of the weight."""
-        from ..shared.sites import is_embedding
+        from ..shared.sites import is_embedding, weight_shape
         from .adapter import LoraAdapter, fresh_pair, principal
         from .embedding import EmbeddingLora
+        from .shared_basis import SharedBasisLora, orthogonal_down
 
         alpha = stored_alpha(self.rank, self.alpha, self.rank_stabilized)
         if self.init == "pissa":
             return principal(site, self.rank, alpha, self.dropout, self.b_rate_ratio)
         down, up = fresh_pair(site, self.rank, self.init == "gaussian")
+        if self.init == "orthogonal":
+            down = orthogonal_down(weight_shape(site), self.rank, self.basis_seed, self.basis_part)
+            return SharedBasisLora(site, down, up, alpha, self.dropout)
         if is_embedding(site):
             return EmbeddingLora(down, up, alpha, self.dropout, self.b_rate_ratio)
         return LoraAdapter(site, down, up, alpha, self.dropout, self.b_rate_ratio)

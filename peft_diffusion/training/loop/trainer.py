@@ -34,8 +34,9 @@ class Task(Protocol):
         """What micro-batch ``micro`` of a step (both from 0) is computed from, on the CPU."""
         ...
 
-    def seeded(self, step: int, micro: int) -> AbstractContextManager[None]:
-        """torch's global generators as they shall be for a micro-batch: dropout draws from them."""
+    def seeded(self, step: int, micro: int) -> AbstractContextManager[object]:
+        """What else chance decides of a micro-batch: torch's global generators, which dropout draws from, and whether
+        adapters that it is trained beside take part."""
         ...
 
     def loss(self, inputs: Inputs) -> Tensor:
@@ -176,6 +177,7 @@ class Trainer:
         keep: Is given a state to go on from now and then; its tensors change with the next step.
         after_step: Is done after each step, with the number of those done, such as drawing previews.
         passes: What every pass forward and backward runs inside.
+        penalty: Gives what is added to the loss of each micro-batch and depends on the weights alone; None for nothing.
     """
 
     def __init__(
@@ -190,6 +192,7 @@ class Trainer:
         keep: Callable[["TrainerState"], None] | None = None,
         after_step: Sequence[Callable[[int], None]] = (),
         passes: Passes = PlainPasses(),  # noqa: B008 -- has no state
+        penalty: Callable[[], Tensor] | None = None,
     ) -> None:
         self.task = task
         self.processes = processes
@@ -200,6 +203,7 @@ class Trainer:
         self.keep = keep
         self.after_step = list(after_step)
         self.passes = passes
+        self.penalty = penalty
         self.step = 0
         self.saved = -1  # the step of the last checkpoint
         self.divergence = Divergence()
@@ -390,7 +394,8 @@ class Trainer:
     def _add_gradients(self, inputs: Inputs) -> None:
         """Forward and backward of a micro-batch."""
         with self.passes.passing():
-            loss = self.task.loss(inputs) / self.settings.accumulation
+            loss = self.task.loss(inputs)
+            loss = (loss if self.penalty is None else loss + self.penalty()) / self.settings.accumulation
             (loss if self.loss_scale is None else loss * self.loss_scale.factor).backward()
         self.total.add_(loss.detach())
 

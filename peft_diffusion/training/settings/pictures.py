@@ -23,6 +23,7 @@ from ...core.settings import (
     Range,
     Texts,
     explained,
+    flag,
     setting,
     settings_class,
 )
@@ -221,6 +222,26 @@ class TrainConfig(SharedConfig, CaptionSettings, FolderSettings, _PictureConfig)
         ADAPTER,
     )
 
+    beside_dropout: float = setting(
+        0.0,
+        "Share of the steps in which the adapters of --beside are off, so that what is learned goes with them and without.",
+        ADAPTER,
+        SHARE,
+    )
+    beside_keep: float = setting(
+        0.0,
+        "What it counts in the loss that prompts which call the adapters of --beside are answered as without the new one, "
+        "which makes a step about twice as long, and keeps most of their styles. 0 is off.",
+        ADAPTER,
+        NATURAL,
+    )
+    beside_prompt: Texts = setting(
+        (),
+        'A prompt that calls the adapters of --beside, as in "ink drawing of a cat", for --beside-keep; by default this '
+        "run's captions with the triggers that their files name. Give it again for more, of different things.",
+        ADAPTER,
+    )
+
     epochs: float | None = setting(
         None,
         "Length as passes over the pictures, instead of steps; wins over them.",
@@ -381,8 +402,23 @@ class TrainConfig(SharedConfig, CaptionSettings, FolderSettings, _PictureConfig)
             raise UserError("--shard-base cannot shard what --quantize packs; leave one of them away")
         timestep_range(self.timesteps)
         block_rates(self.block_lr)
+        self._check_beside()
         if self.debiased and self.min_snr_gamma:
             raise UserError("--debiased and --min-snr-gamma weigh timesteps both; leave one of them away")
+
+    def _check_beside(self) -> None:
+        """Raise UserError for what does nothing, or cannot be, of the adapters that the run is trained beside."""
+        for name in ("beside_dropout", "beside_keep", "beside_prompt"):
+            if getattr(self, name) and not self.beside:
+                raise UserError(f"{flag(name)} is about adapters that are trained beside; name them with --beside")
+        if self.beside_prompt and not self.beside_keep:
+            raise UserError("--beside-prompt has the prompts of --beside-keep; give it a weight too, as 1")
+        of_class = self.class_prompt or self.regularisation or any(one.regularisation for one in self.dataset)
+        if self.beside_keep and of_class:
+            raise UserError(
+                "--beside-keep and pictures of a class both stand beside each batch; leave one of them away. With --beside,"
+                " pictures of a --regularisation folder are answered as the others do too"
+            )
 
 
 @settings_class(kw_only=True)

@@ -93,6 +93,8 @@ class RunSettings(Settings, MethodSettings, Protocol):
     @property
     def init_from(self) -> Path | None: ...
     @property
+    def orthogonal(self) -> float: ...
+    @property
     def save_as(self) -> str: ...
     @property
     def save_dtype(self) -> SaveDtype: ...
@@ -175,6 +177,14 @@ class SharedConfig:
         ADAPTER,
         place=True,
         free_on_resume=True,
+    )
+
+    orthogonal: float = setting(
+        0.0,
+        "Weight of a penalty on reading what the adapters of --beside read at the same layers, a share from 0 to 1 for a "
+        "LoRA and its kin; 0 is off.",
+        ADAPTER,
+        NATURAL,
     )
 
     steps: int | None = setting(None, "Number of steps.", LEARNING, COUNT, free_on_resume=True)
@@ -311,6 +321,8 @@ class SharedConfig:
             _check_command(self.notify)
         if self.save_as != layouts.DEFAULT:
             layouts.find(self.save_as)
+        if self.orthogonal and not self.beside:
+            raise UserError("--orthogonal needs adapters to be orthogonal to; name them with --beside")
         if self.optimizer in AVERAGES and self.ema:
             raise UserError(f"--optimizer {self.optimizer} averages the weights itself; leave --ema away")
 

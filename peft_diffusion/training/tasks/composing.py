@@ -27,6 +27,9 @@ def strengths_of(pipe: Pipeline) -> Strengths:
 
     Returns:
         The strengths.
+
+    Raises:
+        ValueError: It carries none.
     """
     found = site.strengths(denoiser_of(pipe).network)
     if found is None:

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -131,7 +131,8 @@ class Examples:
 @dataclass(frozen=True)
 class DiffusionSettings:
     """How the loss is made. ``min_snr_gamma`` 0 weighs every timestep alike; ``batch_size`` is that of each process, and
-    there are as many pictures of the class besides, where there are any."""
+    there are as many pictures of the class besides, where there are any. ``others`` are adapters that are on the pipeline
+    and stay as they are; in a share ``beside_dropout`` of the steps they are off."""
 
     seed: int = 0
     batch_size: int = 1
@@ -152,6 +153,8 @@ class DiffusionSettings:
     prior_weight: float = 1.0
     prior_target: PriorTarget = "base"
     dropout: float = 0.0
+    others: tuple[str, ...] = ()
+    beside_dropout: float = 0.0
     processes: Processes = field(default_factory=Processes)
     rules: CaptionRules = field(default_factory=CaptionRules)
 
@@ -212,6 +215,15 @@ class DiffusionTask:
         return self._encoded_text(prompts)
 
     @cached_property
+    def embeddings_alone(self) -> TextCache | None:
+        """The same without the adapters that are trained beside; where these leave the text alone, those with them."""
+        told = (site.adapters(encoder, other) for encoder in self.text.encoders for other in self.settings.others)
+        if self.embeddings is None or not self.settings.beside_dropout or not any(told):
+            return self.embeddings
+        with self._without(self.settings.others):
+            return self._encoded_text(list(self.embeddings))
+
+    @cached_property
     def other_embeddings(self) -> TextCache | None:
         """Embeddings of the prompts that leakage is measured on; apart, so that those of the pictures keep their bits."""
         if self.embeddings is None:
@@ -243,7 +255,8 @@ class DiffusionTask:
         seed, batch = self.settings.seed, self.batch(step, micro)
         chances = [random.Random(seed_of(seed, "caption", step, micro, row)) for row in range(len(batch.indices))]
         prompts = self._prompts(self.train, batch.indices, self.settings.rules, chances)
-        found = self._drawn(self.train, batch.indices, prompts, generator(seed, "noise", step, micro))
+        told = self.embeddings_alone if self.alone(step) else self.embeddings
+        found = self._drawn(self.train, batch.indices, prompts, generator(seed, "noise", step, micro), told)
         if self.fills:
             share = sum(batch.weights) / len(batch.weights)
             weights = batch.weights[self.settings.processes.part(self.settings.batch_size)]
@@ -254,7 +267,7 @@ class DiffusionTask:
         entries = self.prior_entries(batch.bucket, step, micro)
         chances = [random.Random(seed_of(seed, "prior caption", step, micro, row)) for row in range(len(entries))]
         prompts = self._prompts(self.prior, entries, self.prior_rules, chances)
-        kept = self._drawn(self.prior, entries, prompts, generator(seed, "prior noise", step, micro))
+        kept = self._drawn(self.prior, entries, prompts, generator(seed, "prior noise", step, micro), told)
         kept["weights"] *= self.settings.prior_weight
         kept |= {name: found[name] for name in ("shares",) if name in found}  # the class counts as much as what is learned
         # Twice each: the loss is the mean over both, and shall be the sum of the means of each.
@@ -288,7 +301,12 @@ class DiffusionTask:
         return tuple(drawn[row % len(drawn)] for row in range(count))
 
     def _drawn(
-        self, examples: Examples, entries: Sequence[int], prompts: Sequence[str], chance: torch.Generator
+        self,
+        examples: Examples,
+        entries: Sequence[int],
+        prompts: Sequence[str],
+        chance: torch.Generator,
+        embeddings: TextCache | None,
     ) -> dict[str, Tensor]:
         """Noisy latents to be, and what is told with them, for this process's part of a batch."""
         settings, latents = self.settings, examples.latents
@@ -308,7 +326,7 @@ class DiffusionTask:
             found["weights"] = torch.tensor([examples.weight(entry) for entry in entries[own]])
         if self.masked:
             found["where"] = examples.where(entries[own])
-        return found | self._conditioning_inputs(latents, entries[own], prompts[own], hiding[own])
+        return found | self._conditioning_inputs(latents, entries[own], prompts[own], hiding[own], embeddings)
 
     def largest(self) -> dict[str, Tensor]:
         """The inputs of the micro-batch with the most pixels, of those of a pass over the pictures."""
@@ -318,8 +336,8 @@ class DiffusionTask:
         sizes = [sum(entries[one].mean[0].numel() for one in self.batch(*place).indices) for place in places]
         return self.inputs(*places[sizes.index(max(sizes))])
 
-    def seeded(self, step: int, micro: int) -> AbstractContextManager[None]:
-        """Put torch's generators at the seed of a micro-batch, where anything draws from them.
+    def seeded(self, step: int, micro: int) -> AbstractContextManager[object]:
+        """Put torch's generators at the seed of a micro-batch, where anything draws from them, and others off in some steps.
 
         Args:
             step: From 0.
@@ -328,9 +346,25 @@ class DiffusionTask:
         Returns:
             A context, after which they are as they were.
         """
-        if not self.settings.dropout:
-            return nullcontext()
-        return global_seed(self.device, self.settings.seed, "dropout", step, micro, *self.settings.processes.seed_parts())
+        stack, settings = ExitStack(), self.settings
+        if settings.dropout:
+            parts = settings.processes.seed_parts()
+            stack.enter_context(global_seed(self.device, settings.seed, "dropout", step, micro, *parts))
+        if self.alone(step):
+            stack.enter_context(self._without(settings.others))
+        return stack
+
+    def alone(self, step: int) -> bool:
+        """Tell whether the adapters that are trained beside are off in a step.
+
+        Args:
+            step: From 0.
+
+        Returns:
+            Whether they are.
+        """
+        share = self.settings.beside_dropout
+        return share > 0 and random.Random(seed_of(self.settings.seed, "beside", step)).random() < share
 
     def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Compute the loss of one micro-batch.
@@ -497,7 +531,7 @@ class DiffusionTask:
 
     def offload(self) -> None:
         """Compute what stays the same, and take the VAE and a text encoder that is no more needed off the device."""
-        known = self.embeddings is not None and self.other_embeddings is not None
+        known = all(one is not None for one in (self.embeddings, self.embeddings_alone, self.other_embeddings))
         if self.device.type != "cpu":
             self.denoiser.vae.to("cpu")
             for encoder in self.text.encoders if known else ():
@@ -553,10 +587,16 @@ class DiffusionTask:
 
     def _base(self) -> ExitStack:
         """The base without the adapter."""
+        return self._without([self.name])
+
+    def _without(self, names: Sequence[str]) -> ExitStack:
+        """The pipeline without some adapters."""
         stack = ExitStack()
         for part in self._components():
-            if (strengths := site.strengths(part)) is not None and self.name in strengths.names:
-                stack.enter_context(strengths.without(self.name))
+            if (strengths := site.strengths(part)) is not None:
+                for name in names:
+                    if name in strengths.names:
+                        stack.enter_context(strengths.without(name))
         return stack
 
     def _components(self) -> list[nn.Module]:

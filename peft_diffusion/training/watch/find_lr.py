@@ -41,7 +41,7 @@ class _Unwatched:
     def inputs(self, step: int, micro: int) -> Inputs:
         return self.task.inputs(step, micro)
 
-    def seeded(self, step: int, micro: int) -> AbstractContextManager[None]:
+    def seeded(self, step: int, micro: int) -> AbstractContextManager[object]:
         return self.task.seeded(step, micro)
 
     def loss(self, inputs: Inputs) -> Tensor:
