@@ -39,6 +39,7 @@ COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("generate",): (pd.GenerateConfig,),
     ("blend",): (pd.BlendConfig,),
     ("grid",): (pd.GridConfig,),
+    ("evaluate",): (pd.EvaluateConfig,),
     ("serve",): (ServeConfig,),
     ("runs",): (RunsConfig,),
     ("runs", "export"): (pd.ExportConfig,),

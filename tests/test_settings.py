@@ -53,6 +53,7 @@ COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "text generate": (pd.TextGenerateConfig,),
     "blend": (pd.BlendConfig,),
     "grid": (pd.GridConfig,),
+    "evaluate": (pd.EvaluateConfig,),
     "inspect": (InspectConfig,),
     "serve": (ServeConfig,),
     "runs": (RunsConfig,),

@@ -15,7 +15,7 @@ from ..core.errors import UserError
 from ..core.events import Observer, Warned, progress, untold
 from ..data.buckets import ResizeCrop, arrange, place
 from ..data.captions import CaptionRules
-from ..data.folder import TrainingImage, scan
+from ..data.folder import Missing, TrainingImage, scan
 from ..data.images import open_picture
 from ..data.latents import LatentCache, cache_latents
 from ..training.tasks.diffusion import Examples
@@ -93,6 +93,7 @@ def read_gallery(
     *,
     triggers: Sequence[str] = (),
     without: Collection[str] = (),
+    missing: Missing = "stop",
     tell: Observer = untold,
 ) -> Gallery:
     """Read a folder of pictures with captions.
@@ -103,6 +104,7 @@ def read_gallery(
         pipe: The base, whose sizes the pictures are brought to.
         triggers: The words that call the adapter; the first is put before captions that have none of them.
         without: Digests of pictures that are left out, as an adapter was trained on them.
+        missing: What becomes of pictures without a caption.
         tell: Is told what is left out.
 
     Returns:
@@ -111,7 +113,7 @@ def read_gallery(
     Raises:
         UserError: There is no picture, or something stops reading, such as a missing caption.
     """
-    found = scan(folder)
+    found = scan(folder, missing=missing)
     found.check()
     pictures = tuple(one for one in found.pictures if one.digest not in without)
     seen = len(found.pictures) - len(pictures)

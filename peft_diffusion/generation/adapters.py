@@ -25,6 +25,7 @@ from ..core.changes import one_at_a_time
 from ..core.errors import UserError
 from ..core.events import Never, Observer, Observers, Stop
 from ..core.files import at_home
+from ..core.regions import present
 from ..core.registry import Registry
 from ..core.strength import Amount, OverSteps, named_blocks, of_component, over_steps, refuse_unknown
 from ..core.strength_schedule import Schedule, Timed
@@ -926,8 +927,8 @@ def _has_steps(pipe: Base) -> bool:
 
 def _check_images(pipe: Pipeline, drawn: int) -> None:
     """Raise UserError where a pipeline draws another number of images than have strengths of their own."""
-    images = Registry(components(pipe)).images
-    if images > 1 and drawn != images:
+    images, layout = Registry(components(pipe)).images, present()
+    if images > 1 and drawn * (1 if layout is None else layout.count) != images:
         verb = "is" if drawn == 1 else "are"
         raise UserError(f"there are strengths for {images} images, but {drawn} {verb} drawn; set as many, or one for all")
 

@@ -47,11 +47,13 @@ from .control_settings import parse as parse_control
 from .hires import UPSCALERS, Hires, upscaler
 from .picture_formats import PictureFormat, ending, format_of
 from .recipe import check_folder, check_target, read
+from .region_settings import FEATHER, ISOLATION, Regions
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
 Tile: TypeAlias = Literal["x", "y", "both"]
 Offload: TypeAlias = Literal["model", "group", "sequential"]
+RegionsFrom: TypeAlias = Literal["given", "auto"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
@@ -576,6 +578,31 @@ class GenerateConfig(Sampling):
         "and scale the strengths so that equal numbers change as much. The recipe holds the scaled ones.",
         PARAMETERS,
     )
+    region: Regions = setting(
+        (),
+        "A part of the picture with a prompt and adapters of its own: \"box=0,0,0.5,1 adapter=mira.safetensors prompt='a "
+        "portrait of mira'\", with mask=FILE, or painted=FILE color=#ff0000, in place of a box; or [[region]] in TOML. "
+        "Give it again for more; see help(pd.Region) for the names.",
+        PARAMETERS,
+        flag=Flag(default_shown=False),
+    )
+    regions: RegionsFrom = setting(
+        "given",
+        "Where regions are: where each --region says (given), or where pictures are seen to read the triggers of adapters "
+        "(auto): each --adapter whose trigger is in the prompt then acts there alone. A first pass over the noisiest half "
+        "of the steps finds that out.",
+        PARAMETERS,
+    )
+    region_feather: float = setting(
+        FEATHER, "How wide the edges of regions are, as a share of the shorter side.", PARAMETERS, WHOLE_SHARE
+    )
+    region_isolation: float = setting(
+        ISOLATION,
+        "Share of the noise levels, from the noisiest, at which regions do not attend to each other (0 to 1): more of it "
+        "lets less of one into another, and leaves more of a seam between them.",
+        PARAMETERS,
+        WHOLE_SHARE,
+    )
     recipe: OptionalPath = setting(
         None,
         "Make this picture again, from the recipe that it carries.",
@@ -617,6 +644,10 @@ class GenerateConfig(Sampling):
                 _check_prompts(self.prompts)
             check_text(self.negative)
             self._check_source()
+        if (self.region or self.regions == "auto") and self.meets != "add":
+            raise UserError(f"regions say where adapters meet, so --compose {self.meets} has no place; leave one away")
+        if self.region and self.regions == "auto":
+            raise UserError("--regions auto finds the regions by itself; leave each --region away, or auto")
 
     def _check_source(self) -> None:
         if self.image is not None and self.hires is not None:
@@ -634,6 +665,8 @@ class GenerateConfig(Sampling):
         """
         self.choices()
         self.controls()
+        for region in self.region:
+            region.check()
         refuse_files(self.prompts, "read it with --prompts-file")
         if self.recipe is not None:
             read(self.recipe)
