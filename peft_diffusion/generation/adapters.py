@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import bases, formats
 from ..bases import LanguageModel, components, denoiser_of, describe, pipelines
+from ..bases import family as families
 from ..bases.base import Base, network_of
 from ..bases.pipelines import Pipeline
 from ..bases.words import teach
@@ -27,7 +28,7 @@ from ..core.events import Never, Observer, Observers, Stop
 from ..core.files import at_home
 from ..core.regions import present
 from ..core.registry import Registry
-from ..core.strength import Amount, OverSteps, named_blocks, of_component, over_steps, refuse_unknown
+from ..core.strength import Amount, OverSteps, named_blocks, of_component, over_steps, refuse_unknown, with_blocks
 from ..core.strength_schedule import Schedule, Timed
 from ..fast import drawing
 from ..fast.parts import parts_beside
@@ -289,6 +290,14 @@ class Adapters:
         zero = {name for name, amount in (wanted or {}).items() if _is_nothing(amount)}
         return set(self.names) - (active | (wanted or {}).keys()) | (zero & set(self.names))
 
+    def _named(self, wanted: Mapping[str, Amount]) -> dict[str, Amount]:
+        """Amounts with blocks by the names of the network. Raises UserError for what is known of other families alone."""
+        known = families.block_names()
+        if not any(known & named_blocks(amount).keys() for amount in wanted.values()):
+            return dict(wanted)
+        family = families.find(self.base.family)
+        return {name: with_blocks(amount, family.meant) for name, amount in wanted.items()}
+
     def _ready(self, wanted: Mapping[str, Amount]) -> dict[str, Amount]:
         """Bring what is named and waits. Returns what is to be set, without those that go on waiting at 0."""
         if self._tiers is None:
@@ -474,7 +483,7 @@ class Adapters:
                 changed then.
         """
         registry = self._registry
-        wanted = self._ready({**(amounts or {}), **more})
+        wanted = self._ready(self._named({**(amounts or {}), **more}))
         states = registry.states()
         for name in wanted:
             if not any(name in state.entries for state in states.values()):
