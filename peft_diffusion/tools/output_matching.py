@@ -60,9 +60,9 @@ def columns_matched(pairs: Sequence[LowRank | None], grams: Sequence[Tensor], ra
     """Find the coefficients of the columns of each change whose sum has outputs nearest to those of all adapters.
 
     ZipLoRA (Shah et al. 2023, https://arxiv.org/abs/2311.13600) learns them by a hundred steps of gradients, with a term
-    that keeps the coefficients of a column apart. Here they are the least squares of what it learns from outputs, without that
-    term: with D_i the diagonal matrix of an adapter's coefficients, ``sum_a |(sum_i dW_i D_i - dW_a) X_a|^2`` is least where
-    ``sum_j ((dW_i' dW_j) * sum_a G_a) d_j = diag(dW_i' sum_a dW_a G_a)`` for each i, ``*`` being by number.
+    that keeps the coefficients of a column apart. Here they are the least squares of what it learns from outputs, without
+    that term: with D_i the diagonal matrix of an adapter's coefficients, ``sum_a |(sum_i dW_i D_i - dW_a) X_a|^2`` is least
+    where ``sum_j ((dW_i' dW_j) * sum_a G_a) d_j = diag(dW_i' sum_a dW_a G_a)`` for each i, ``*`` being by number.
 
     Args:
         pairs: As for `matched`.
