@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
+from diffusers import ControlNetModel
 from making import make_adapter
 from PIL import Image
 from taped import tape
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 
 from peft_diffusion import GenerateConfig, Region, Request, generate
 from peft_diffusion.bases import regional_attention
+from peft_diffusion.bases.regional_attention import Maps
 from peft_diffusion.core import regions, site
 from peft_diffusion.core.errors import UserError
+from peft_diffusion.core.events import Event, Noted, Warned
 from peft_diffusion.core.method import METHODS, Method
 from peft_diffusion.core.regions import Layout
 from peft_diffusion.fast import drawing
@@ -265,29 +268,107 @@ def test_a_recipe_draws_regions_again(tiny_base: Path, tiny_pipe: Any, tmp_path:
     first = generate(config, pipe=tiny_pipe)[1]
     (tmp_path / "mask.png").unlink()
     divided = first.recipe.divided
-    assert [one.area[:8] for one in divided] == ["0,0,32,6", "png:iVBO"] and "{" not in divided[0].prompt
+    assert [one.area[:8] for one in divided] == ["0.0,0.0,", "png:iVBO"] and "{" not in divided[0].prompt
     assert json.loads(divided[0].adapters) == {"1": "0.8,text_encoder:0.5,text_encoder_2:0.5", "0": "0.0"}
     assert (first.recipe.region_feather, first.recipe.region_isolation) == (0.05, 0.5)
-    again = generate(GenerateConfig(recipe=first.path, device="cpu", output=tmp_path / "b.png"), pipe=tiny_pipe)[0]
-    assert replace(again.recipe, written=first.recipe.written) == first.recipe
-    assert again.image.tobytes() == first.image.tobytes()
+    for fast in (False, True):
+        told: list[Event] = []
+        config = GenerateConfig(recipe=first.path, device="cpu", fast=fast, output=tmp_path / "b.png")
+        again = generate(config, pipe=tiny_pipe, observers=[told.append])[0]
+        assert replace(again.recipe, written=first.recipe.written) == first.recipe
+        numbers = [np.asarray(one.image, dtype=int) for one in (again, first)]
+        assert np.abs(numbers[0] - numbers[1]).max() <= fast
+        assert not [event for event in told if isinstance(event, (Noted, Warned)) and "fast" in event.message]
 
-    auto = GenerateConfig(
-        "ink cat and flat dog",
+
+def test_regions_are_found_by_where_triggers_are_read(
+    tiny_base: Path, tiny_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {
+        name: make_adapter(tmp_path / f"{name}.safetensors", tiny_base, seed, triggers=(name,), size=0.5)
+        for seed, name in enumerate(("ink", "flat", "line"), 1)
+    }
+    common: dict[str, Any] = {"steps": 4, "device": "cpu", "seed": 3, "count": 2, "width": 96}
+    config = GenerateConfig(
+        "flat dog (and) ink cat",
         adapter=tuple(f"{one}=0.5" for one in made.values()),
         regions="auto",
-        output=tmp_path / "c",
+        output=tmp_path / "a",
         **common,
     )
-    one, other = generate(auto, pipe=tiny_pipe)
-    covered = [parse_area(region.area).coverage(64, 64) for region in one.recipe.divided]
-    assert torch.equal(covered[0] + covered[1], torch.ones(64, 64)) and 0 < covered[0].mean() < 1
-    assert [json.loads(region.adapters) for region in one.recipe.divided] == [{"1": "0.0"}, {"0": "0.0"}]
-    assert one.recipe.divided != other.recipe.divided
-    again = generate(GenerateConfig(recipe=other.path, device="cpu", output=tmp_path / "d.png"), pipe=tiny_pipe)[0]
-    assert again.recipe == other.recipe and again.image.tobytes() == other.image.tobytes()
+    told: list[Event] = []
+    random_weights = generate(config, pipe=tiny_pipe, observers=[told.append])
+    notes = [event.message for event in told if isinstance(event, Noted)]
+    for one in random_weights:
+        areas = [region.area for region in one.recipe.divided]
+        beside = f"seed {one.recipe.seed} reads its triggers in one place, so 2 regions lie side by side, in order" in notes
+        assert (areas == ["0.0,0.0,0.5,1.0", "0.5,0.0,1.0,1.0"]) == beside
+
+    def read(self: Maps, query: Tensor, key: Tensor, heads: int) -> None:
+        """What a network reads that has the first concept on the right, and the second in a disc on the left."""
+        y, x = torch.meshgrid(torch.arange(8.0), torch.arange(12.0), indexing="ij")
+        disc = torch.exp(-((y - 4) ** 2 + (x - 3) ** 2) / 8).flatten()
+        for found, concepts in zip(self.found, self.tokens, strict=True):
+            assert [len(one) for one in concepts] == [1, 1]
+            found[96] = torch.stack([1 - disc, disc])
+
+    monkeypatch.setattr(Maps, "add", read)
+    picture = generate(config, pipe=tiny_pipe)[1]
+    ink, flat = (parse_area(region.area).coverage(96, 64) for region in picture.recipe.divided)
+    assert torch.equal(ink + flat, torch.ones(64, 96))
+    assert flat[32, 24] == 1 and ink[32, 80] == 1
+    assert [json.loads(region.adapters) for region in picture.recipe.divided] == [{"1": "0.0"}, {"0": "0.0"}]
+    again = generate(GenerateConfig(recipe=picture.path, device="cpu", output=tmp_path / "b.png"), pipe=tiny_pipe)[0]
+    assert replace(again.recipe, written=None) == replace(picture.recipe, written=None)
+    assert again.image.tobytes() == picture.image.tobytes()
     with pytest.raises(UserError, match="only that of ink; write them into the prompt"):
-        generate(replace(auto, prompts=("ink cat",)), pipe=tiny_pipe)
+        generate(replace(config, prompts=("ink cat",)), pipe=tiny_pipe)
+
+
+@pytest.mark.parametrize("how", ["hires", "image", "mask", "guidance_stop", "control"])
+def test_a_region_of_everything_in_every_way_to_draw(how: str, tiny_base: Path, tiny_pipe: Any, tmp_path: Path) -> None:
+    ink = make_adapter(tmp_path / "ink.safetensors", tiny_base, 1, size=0.5)
+    Image.effect_noise((64, 96), 60).convert("RGB").save(tmp_path / "begin.png")
+    white = Image.new("L", (64, 96))
+    white.paste(255, (0, 0, 64, 40))
+    white.save(tmp_path / "white.png")
+    ways: dict[str, dict[str, Any]] = {
+        "hires": {"hires": 1.5, "height": 96},
+        "image": {"image": tmp_path / "begin.png", "strength": 0.6},
+        "mask": {"image": tmp_path / "begin.png", "mask": tmp_path / "white.png"},
+        "guidance_stop": {"guidance_stop": 0.5, "width": 80},
+        "control": {"control": f"controlnet:{tmp_path / 'net'}={tmp_path / 'begin.png'}"},
+    }
+    if how == "control":
+        net = ControlNetModel.from_unet(tiny_pipe.unet, conditioning_embedding_out_channels=(8, 8, 8, 8))
+        for own in net.parameters():
+            torch.nn.init.normal_(own, std=0.1)
+        net.save_pretrained(tmp_path / "net")
+    common = {"steps": 4, "device": "cpu", "output": tmp_path / "a", **ways[how]}
+    divided = generate(
+        GenerateConfig("a dog", region=f"box=0,0,1,1 adapter='{ink}=0.7' prompt='a cat'", region_isolation=0.5, **common),
+        pipe=tiny_pipe,
+    )[0]
+    plain = generate(GenerateConfig("a cat", adapter=f"{ink}=0.7", **common), pipe=tiny_pipe)[0]
+    other = generate(GenerateConfig("a dog", **common), pipe=tiny_pipe)[0]
+    found, expected, without = (np.asarray(one.image, dtype=int) for one in (divided, plain, other))
+    assert np.abs(found - expected).max() <= 1 < np.abs(expected - without).max()
+
+
+def test_networks_that_know_no_regions_are_refused(tiny_pipe: Any, tmp_path: Path) -> None:
+    config = GenerateConfig("a dog", region="box=0,0,0.5,1", steps=1, device="cpu", output=tmp_path / "a.png")
+    attention, plain = tiny_pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2, tiny_pipe.unet
+    processor, attention.processor = attention.processor, print
+    with pytest.raises(UserError, match=r"attention is computed by .*, which knows no regions"):
+        generate(config, pipe=tiny_pipe)
+    attention.processor = processor
+    tiny_pipe.unet = torch.compile(plain)
+    with pytest.raises(UserError, match=r"a network that torch\.compile compiled knows no regions"):
+        generate(config, pipe=tiny_pipe)
+    with pytest.raises(UserError, match="--compose switch has no place"):
+        replace(config, compose="switch")
+    with pytest.raises(UserError, match="leave each --region away, or auto"):
+        replace(config, regions="auto")
 
 
 @pytest.mark.parametrize(

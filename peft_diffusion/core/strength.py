@@ -2,10 +2,10 @@
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeAlias, TypeGuard, cast
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -72,6 +72,25 @@ def named_blocks(amount: Amount) -> Mapping[str, object]:
     for one in many:
         found |= {**one.blocks, **one.block_steps} if isinstance(one, ByPart) else one if isinstance(one, Mapping) else {}
     return found
+
+
+def with_blocks(amount: Amount, meant: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Amount:
+    """Name the blocks of an amount otherwise.
+
+    Args:
+        amount: The amount.
+        meant: Gives the same by other names.
+
+    Returns:
+        The amount by those.
+    """
+    if isinstance(amount, ByPart):
+        return replace(amount, blocks=meant(amount.blocks))
+    if isinstance(amount, Mapping):
+        return meant(amount)
+    if isinstance(amount, (list, tuple)):
+        return [replace(one, blocks=meant(one.blocks)) if isinstance(one, ByPart) else one for one in amount]
+    return amount
 
 
 def refuse_unknown(wanted: Mapping[str, object], blocks: Sequence[str]) -> None:

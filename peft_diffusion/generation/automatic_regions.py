@@ -6,6 +6,7 @@ and each adapter then acts there alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,7 @@ from ..bases import denoiser_of
 from ..bases.regional_attention import Maps
 from ..bases.taught import units
 from ..core.errors import UserError
-from ..core.events import Observer, Stop, check_stop
+from ..core.events import Noted, Observer, Stop, check_stop
 from ..core.strength_schedule import ByPart
 from .regions import Area, Division, DrawnRegion
 from .sampler import Cell, probed, size
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _UNTIL = 0.5  # the share of the noise levels, from the noisiest, that the first pass goes through
 _SIDES = (8, 32)  # the shorter side of the maps that are looked at: coarser ones blur, finer ones follow texture
 _SMOOTH = 1 / 16  # of the shorter side: the standard deviation of what maps are smoothed with
+_ROOMY = 0.6  # the side of the square that a region has room for, as a share of that which its part of the picture has
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,13 @@ def located(
         probed(adapters, batch, config, source, maps, _UNTIL)
         for number, (cell, own) in enumerate(zip(batch, concepts, strict=True)):
             masks = _masks(adapters, maps.found[number], width, height)
-            found.append(replace(cell, division=_division(cell, own, masks, config)))
+            areas = [Area(None, Image.fromarray(one.numpy().astype(np.uint8) * 255)) for one in masks]
+            if not all(map(_is_roomy, masks, [len(own)] * len(own))):
+                own = sorted(own, key=lambda one: one.tokens[0])
+                areas = side_by_side(len(own), upright=height > width)
+                where = "one below the other" if height > width else "side by side"
+                tell(Noted(f"seed {cell.seed} reads its triggers in one place, so {len(own)} regions lie {where}, in order"))
+            found.append(replace(cell, division=_division(own, areas, config)))
     return found
 
 
@@ -144,11 +152,32 @@ def _smoothed(maps: Tensor, sigma: float) -> Tensor:
     return F.conv2d(F.conv2d(padded, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))[:, 0]
 
 
-def _division(cell: Cell, concepts: Sequence[Concept], masks: Tensor, config: GenerateConfig) -> Division:
+def _is_roomy(mask: Tensor, count: int) -> bool:
+    """Whether one of so many regions has room for a subject: a square of a share of the side that its part would have."""
+    height, width = mask.shape
+    side = max(1, round(_ROOMY * min(height, width, (height * width / count) ** 0.5)))
+    return bool(F.avg_pool2d(mask[None].float(), side, stride=1).max() > 0.95)
+
+
+def side_by_side(count: int, *, upright: bool) -> list[Area]:
+    """Divide a picture evenly.
+
+    Args:
+        count: Into how many regions.
+        upright: Whether one is below the other.
+
+    Returns:
+        From left to right, or from top to bottom.
+    """
+    edges = [number / count for number in range(count + 1)]
+    pairs = list(pairwise(edges))
+    return [Area((0.0, low, 1.0, high) if upright else (low, 0.0, high, 1.0)) for low, high in pairs]
+
+
+def _division(concepts: Sequence[Concept], areas: Sequence[Area], config: GenerateConfig) -> Division:
     """A region for each concept, in which the adapters of the others are off."""
     parts = []
     for number, one in enumerate(concepts):
         off: dict[str, float | ByPart] = {other.name: 0.0 for other in concepts if other is not one}
-        mask = Image.fromarray(masks[number].numpy().astype(np.uint8) * 255)
-        parts.append(DrawnRegion(Area(None, mask), None, off))
+        parts.append(DrawnRegion(areas[number], None, off))
     return Division(tuple(parts), config.region_feather, config.region_isolation)

@@ -99,7 +99,7 @@ class Area:
             What `parse_area` reads.
         """
         if self.mask is None:
-            return ",".join(f"{one:g}" for one in self.box or ())
+            return ",".join(map(repr, self.box or ()))
         stream = io.BytesIO()
         self.mask.save(stream, "PNG", optimize=True)
         return _PNG + base64.b64encode(stream.getvalue()).decode()
