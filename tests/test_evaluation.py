@@ -19,7 +19,7 @@ from peft_diffusion.data.folder import scan
 from peft_diffusion.data.images import open_picture
 from peft_diffusion.evaluation.bench import Bench
 from peft_diffusion.evaluation.evaluate import evaluate
-from peft_diffusion.evaluation.gallery import at_most, decoded, encoded, read_gallery
+from peft_diffusion.evaluation.gallery import at_most, decoded, encoded, prompt_of, read_gallery
 from peft_diffusion.evaluation.intervals import Estimate, below, estimate, quantile
 from peft_diffusion.evaluation.judge import Judge
 from peft_diffusion.evaluation.judges import judge_of
@@ -28,6 +28,7 @@ from peft_diffusion.evaluation.measured import Evaluation
 from peft_diffusion.evaluation.settings import EvaluateConfig
 from peft_diffusion.evaluation.styles import Styles
 from peft_diffusion.evaluation.subjects import KnownSubjects, key_of
+from peft_diffusion.formats import Spec
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.training.loop.seeds import generator
 
@@ -143,11 +144,34 @@ def test_words_that_call_an_adapter_are_taken_out(ink: Path, tiny_pipe: Diffusio
     gallery = read_gallery(ink, "ink", tiny_pipe)
     assert gallery.words[0] == "ink drawing of"
     assert gallery.subjects == ["a cat", "a red house", "an old tree", "a fish"]
-    called = read_gallery(ink, "ink", tiny_pipe, triggers=("sks",))
+    called = read_gallery(ink, "ink", tiny_pipe, spec=Spec(triggers=("sks",)))
     assert called.captions[0] == "sks, ink drawing of a cat" or called.captions[0].startswith("sks")
     assert called.subjects == gallery.subjects
     assert at_most(gallery, 2).captions == (gallery.captions[0], gallery.captions[2])
     assert gallery.some(2) == [0, 2] and gallery.some(9) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("training", "triggers", "caption", "prompt"),
+    [
+        ({}, (), "a cat\na kitten", "a cat"),
+        (
+            {"caption_prefix": "ink drawing of", "caption_suffix": ", on paper"},
+            (),
+            "a cat",
+            "ink drawing of a cat, on paper",
+        ),
+        ({"caption_prefix": "ink drawing of"}, (), "ink drawing of a cat", "ink drawing of a cat"),
+        ({"trigger": "sks"}, ("sks",), "a cat", "sks, a cat"),
+        ({"trigger": "sks"}, ("sks",), "a cat of sks", "a cat of sks"),
+        ({"caption_template": ["{caption} by {trigger}"], "trigger": "sks"}, ("sks",), "a cat", "a cat by sks"),
+        ({"caption_prefix": 3, "caption_template": "many", "wildcards": True}, (), "a {red|blue} cat", "a red cat"),
+    ],
+)
+def test_captions_become_prompts_as_they_did_in_training(
+    training: dict[str, Any], triggers: tuple[str, ...], caption: str, prompt: str
+) -> None:
+    assert prompt_of(caption, Spec(training=training, triggers=triggers)) == prompt
 
 
 def test_pictures_that_were_trained_on_are_left_out(ink: Path, tiny_pipe: DiffusionPipeline) -> None:
