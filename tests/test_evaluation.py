@@ -1,12 +1,14 @@
 """Evaluation: statistics against known values, judges on real drawings, losses and curves against what they are made of."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import judges_of_transformers
 import pytest
 import torch
+from conftest import make_pipe, make_xl_pipe
 from diffusers import DiffusionPipeline
 from making import make_adapter
 from PIL import Image
@@ -31,6 +33,7 @@ from peft_diffusion.evaluation.subjects import KnownSubjects, key_of
 from peft_diffusion.formats import Spec
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.training.loop.seeds import generator
+from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 
 SAMPLES = ("openmoji", "twemoji", "fluent-flat")
 
@@ -390,3 +393,16 @@ def test_models_of_transformers_judge(kind: Any, tmp_path: Path, drawn: dict[str
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
         judge_of(kind, str(folder))
+
+
+@pytest.mark.parametrize(
+    "make", [make_xl_pipe, lambda: make_pipe(in_channels=9), lambda: make_pipe(prediction_type="v_prediction")]
+)
+def test_losses_of_other_bases_are_those_of_training(make: Callable[[], DiffusionPipeline], ink: Path) -> None:
+    """Of one that is told sizes, of one that is told masks, and of one that predicts v."""
+    pipe = make()
+    gallery = at_most(read_gallery(ink, "ink", pipe), 2)
+    examples = encoded(gallery, pipe)
+    found = Bench(Adapters(pipe), Sampling((), batch_size=4), (0,)).losses(examples, {})
+    task = DiffusionTask(pipe, "", DiffusionSettings(batch_size=4), examples, examples)
+    assert len(found) == 2 and sum(found) / 2 == pytest.approx(task.held_out(), rel=1e-5)
