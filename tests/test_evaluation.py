@@ -1,6 +1,7 @@
 """Evaluation: statistics against known values, judges on real drawings, losses and curves against what they are made of."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from peft_diffusion.evaluation.subjects import KnownSubjects, key_of
 from peft_diffusion.formats import Spec
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.training.loop.seeds import generator
+from peft_diffusion.training.record import charts
 from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 
 SAMPLES = ("openmoji", "twemoji", "fluent-flat")
@@ -69,6 +71,13 @@ def test_an_interval_is_t_times_the_standard_error() -> None:
     assert estimate([0.25]) == Estimate(0.25, None, 1)
     with pytest.raises(ValueError):
         estimate([])
+
+
+def test_what_is_no_number_is_neither_drawn_nor_written_as_one() -> None:
+    points, ends = [(-1.0, 0.5), (0.0, math.nan), (1.0, 0.7)], [(0.4, 0.6), (math.nan, math.nan), (0.6, 0.8)]
+    drawn = charts.lines([charts.Curve("loss", points, "second", dots=True, ends=ends)], "loss", over="strength")
+    assert drawn.count("<circle") == 2 and "strength -1: 0.5" in drawn and "nan" not in drawn
+    assert estimate([math.nan, 1.0]).plain() == {"mean": None, "half": None, "count": 2}
 
 
 # Judges.
