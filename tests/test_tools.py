@@ -269,6 +269,17 @@ def test_regmean_matches_what_layers_make_of_the_prompts_of_each(
     assert told_of_two in made.lines()
 
 
+def test_ziplora_weighs_the_columns_of_each_change(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
+    """Where all ranks are kept a merged change is a sum of both with a factor for each input."""
+    output, told = tmp_path / "both.safetensors", ["one=a cat", "two=a dog"]
+    pd.merge(pd.MergeConfig([*map(str, files)], output=output, how="ziplora", base=str(tiny_base), prompts=told, rank=32))
+    one, two, both = (change(load_file(file), ATTENTION) for file in (*files, output))
+    for place in range(32):
+        columns = torch.stack([one[:, place], two[:, place]], 1).double()
+        left = both[:, place].double() - columns @ torch.linalg.lstsq(columns, both[:, place, None].double()).solution[:, 0]
+        assert left.norm() < 1e-3 * both[:, place].norm()
+
+
 def test_regmean_says_what_it_lacks(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
     told: dict[str, Any] = {"output": tmp_path / "both.safetensors"}
     with pytest.raises(UserError, match="name the base, with its weights: --base"):

@@ -127,11 +127,11 @@ def evaluate(
 
 def _case(config: EvaluateConfig, choice: Choice, name: str, adapters: Adapters, judge: Judge, tell: Observer) -> Case:
     """Read and encode what an adapter is judged by."""
-    pipe, triggers = adapters.pipe, adapters[name].spec.triggers
+    pipe = adapters.pipe
     trained = config.folders("trained").get(choice.name)
     seen = frozenset() if trained is None else frozenset(one.digest for one in scan(trained, missing="empty").pictures)
     folder = config.folders("data")[choice.name]
-    gallery = read_gallery(folder, name, pipe, triggers=triggers, without=seen, tell=tell)
+    gallery = read_gallery(folder, name, pipe, spec=adapters[name].spec, without=seen, tell=tell)
     gallery = at_most(gallery, config.pictures)
     examples = encoded(gallery, pipe, tell)
     images = decoded(examples.latents, pipe)

@@ -727,6 +727,40 @@ class Adapters:
         effects = self.calibrate(prompts, sampling=sampling).effects if prompts else {}
         return measured(components(self.pipe), self.names, effects)
 
+    def compose(
+        self,
+        file: str | Path,
+        prompts: Sequence[str] = (),
+        *,
+        amounts: "Mapping[str, float | ByPart] | None" = None,
+        folder: str | Path | None = None,
+        steps: int | None = None,
+    ) -> tuple[str, ...]:
+        """Set strengths by block and step as ``compose train`` learned them; they stay until they are set otherwise.
+
+        ``adapters.compose("both.safetensors", prompts)``, and then ``pipe(prompts)``. Adapters of the composition that are
+        not loaded yet are loaded from beside the file; others keep their strengths.
+
+        Args:
+            file: The file of the composition.
+            prompts: What will be drawn, one for each image: gates weigh the adapters of each by its own.
+            amounts: What is multiplied by that, by the name of the adapter; 1 for one that is not named.
+            folder: Another folder where adapters are looked for.
+            steps: How many denoising steps there will be, where not as ``generate`` takes; with another number what is
+                learned holds between these.
+
+        Returns:
+            The names of the adapters of the composition, in its order.
+
+        Raises:
+            UserError: An adapter is missing or another than it was, the file is for another base or needs prompts, adapters
+                are merged, or the base is a language model.
+        """
+        self._denoising()
+        from .learned import composed  # which imports diffusers
+
+        return composed(self, Path(file), prompts, amounts or {}, None if folder is None else Path(folder), steps)
+
     @contextmanager
     def _kept_strengths(self) -> Iterator[None]:
         """Give adapters the strengths back that they had."""

@@ -103,7 +103,7 @@ def calibrated(
     columns = [without, *({**without, name: amount} for name, amount in amounts.items())]
     each = [replace(cell, strengths={**(cell.strengths or {}), **own}) for cell in firsts for own in columns]
     few = replace(
-        sampling, steps=min(sampling.taken_steps, STEPS), batch_size=1 + len(amounts), compose="add",
+        sampling, steps=min(sampling.taken_steps, STEPS), batch_size=1 + len(amounts), compose="add", compose_file=None,
         hires=None, hires_upscaler=None, hires_strength=None, hires_steps=None,
     )  # fmt: skip
     with _watched(denoiser_of(adapters.pipe).network, 1 + len(amounts), few.guided_by) as sums:

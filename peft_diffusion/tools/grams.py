@@ -112,7 +112,7 @@ def collected(
     """
     pipe: Any = load_base(base, dtype="float32")
     if isinstance(pipe, LanguageModel):
-        raise UserError("regmean sees what goes into layers while pictures are drawn, and this base writes text")
+        raise UserError("outputs are matched by what goes into layers while pictures are drawn, and this base writes text")
     parts, adapters = components(pipe), Adapters(pipe)
     modules = {where: parts[where[0]].get_submodule(where[1]) for where in sites if where[0] in parts}
     layers = {where: module for where, module in modules.items() if serves(module)}

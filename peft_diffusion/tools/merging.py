@@ -18,11 +18,11 @@ from ..methods.shared.learned_vectors import LearnedVectors
 from .combination import Combination, core_space, knots, linear
 from .grams import Seen, collected
 from .into import merge_into
-from .output_matching import damped, matched, missed
+from .output_matching import columns_matched, damped, matched, missed
 from .results import Adapters, LayerError, Made, OutputError, joined_spec, kept_metadata
 from .side_by_side import side_by_side
 from .sources import Source, Where, file_dtype, open_sources
-from .tool_settings import ALIGNED, MergeConfig
+from .tool_settings import ALIGNED, MATCHING, MergeConfig
 from .watch import Watch, watched
 
 
@@ -101,7 +101,7 @@ def _merge(config: MergeConfig, watch: Watch) -> Made:
     outputs = list[OutputError]()
     held = holders(sources)
     rule = Combination(config.within if config.how in ALIGNED else config.how, config.density, config.seed)  # type: ignore[arg-type]
-    matching = _matching(config, sources, list(held), watch) if config.how == "regmean" else None
+    matching = _matching(config, sources, list(held), watch) if config.how in MATCHING else None
     way = _Way(config.how, rule, None if config.rank is None else Truncation(rank=config.rank), matching)
 
     def opened() -> Iterator[_Site]:
@@ -129,7 +129,9 @@ def _merge(config: MergeConfig, watch: Watch) -> Made:
 def _matching(config: MergeConfig, sources: Sequence[Source], sites: Sequence[Where], watch: Watch) -> _Matching:
     """Draw with each adapter."""
     if config.base is None or config.base in PUBLISHED:
-        raise UserError(f"--how regmean draws pictures, and {config.base} has no weights; name a base that has them: --base")
+        raise UserError(
+            f"--how {config.how} draws pictures, and {config.base} has no weights; name a base that has them: --base"
+        )
     seen = collected(sources, sites, config.base, config.prompts_by_name(), watch)
     return _Matching([one.name for one in sources], seen, config.off_diagonal)
 
@@ -229,7 +231,8 @@ def _nearest(site: _Site, way: _Way, matching: _Matching) -> tuple[LowRank, list
     wanted = way.wanted or _largest(name, [one for one in site.changes if one.changes_weight])
     inputs = known[0].down.shape[1]
     fit = [damped(one, matching.off_diagonal) for one in matching.grams(site.where, inputs, check=False)]
-    found, whole = matched(pairs, fit, wanted.rank or inputs), summed(known)
+    match = matched if way.how == "regmean" else columns_matched
+    found, whole = match(pairs, fit, wanted.rank or inputs), summed(known)
     outputs = []
     for adapter, own, gram in zip(matching.names, pairs, matching.grams(site.where, inputs, check=True), strict=True):
         norm = 0.0 if own is None else missed(own, None, gram)
