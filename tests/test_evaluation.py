@@ -332,7 +332,7 @@ def test_verdicts_are_what_a_judge_says_of_each_seed(ink: Path, tiny_pipe: Diffu
 
     judge = _Paper()
     gallery = read_gallery(ink, "ink", tiny_pipe)
-    taught = Taught.of(judge, {"ink": (gallery, grey(200, 210, 190, 200))})
+    taught = Taught.of(judge, {"ink": (gallery, grey(200, 210, 190, 200))}, {})
     styles = Styles({**taught.features, BASE: judge.style(grey(100, 110, 90))})
     words = gallery.subjects[:2]
     found = Verdicts(taught, styles, "ink", words, gallery.subjects).of(grey(180, 120))
