@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .core.plugins import load_plugin
     from .data.caption_settings import CaptionConfig
     from .data.captioning import Captioned, caption
+    from .evaluation.evaluate import evaluate
+    from .evaluation.measured import Evaluation
+    from .evaluation.settings import EvaluateConfig
     from .formats import Inspection, Spec, inspect
     from .generation import Adapters, ByPart, Schedule
     from .generation.batching import Request
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from .generation.generate import Picture, generate
     from .generation.grid import Grid, grid
     from .generation.grid_settings import GridConfig
+    from .generation.region_settings import Region
     from .generation.settings import BlendConfig, GenerateConfig
     from .generation.text import generate_text
     from .generation.text_settings import TextGenerateConfig
@@ -57,6 +61,8 @@ __all__ = [
     "ConvertConfig",
     "Converted",
     "Dataset",
+    "EvaluateConfig",
+    "Evaluation",
     "ExportConfig",
     "ExtractConfig",
     "GenerateConfig",
@@ -69,6 +75,7 @@ __all__ = [
     "Made",
     "MergeConfig",
     "Picture",
+    "Region",
     "RenameTriggerConfig",
     "Request",
     "ResizeConfig",
@@ -83,6 +90,7 @@ __all__ = [
     "blend",
     "caption",
     "convert",
+    "evaluate",
     "export",
     "extract",
     "generate",
@@ -117,6 +125,9 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "ByPart": "generation",
             "CaptionConfig": "data.caption_settings",
             "Captioned": "data.captioning",
+            "EvaluateConfig": "evaluation.settings",
+            "Evaluation": "evaluation.measured",
+            "evaluate": "evaluation.evaluate",
             "ExportConfig": "training.settings.export",
             "ImportConfig": "training.settings.imported",
             "import_config": "training.settings.imported",
@@ -134,6 +145,7 @@ if not TYPE_CHECKING:  # or a type checker takes any name for one of the package
             "MergeConfig": "tools.tool_settings",
             "Picture": "generation.generate",
             "RenameTriggerConfig": "tools.tool_settings",
+            "Region": "generation.region_settings",
             "Request": "generation.batching",
             "ResizeConfig": "tools.tool_settings",
             "Schedule": "generation",

@@ -23,7 +23,7 @@ from transformers import (
 WORDS = ("a", "red", "cat", "on", "the", "blue", "mat", "what", "describe", "image")
 
 
-def _tokenizer(specials: dict[str, str], more: tuple[tuple[str, str], ...]) -> PreTrainedTokenizerFast:
+def word_tokenizer(specials: dict[str, str], more: tuple[tuple[str, str], ...]) -> PreTrainedTokenizerFast:
     """A tokenizer of whole words with a start and an end."""
     names = [*specials.values(), *(name for _, name in more)]
     vocabulary = {word: number for number, word in enumerate([*names, *WORDS])}
@@ -48,7 +48,7 @@ def blip(folder: Path) -> Path:
     """
     torch.manual_seed(0)
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[CLS]", "eos_token": "[SEP]"}
-    tokenizer = _tokenizer(names, (("decoder_token", "[DEC]"),))
+    tokenizer = word_tokenizer(names, (("decoder_token", "[DEC]"),))
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     text = {
         "vocab_size": len(tokenizer), "hidden_size": 16, "encoder_hidden_size": 16, "intermediate_size": 32,
@@ -76,7 +76,7 @@ def florence(folder: Path) -> Path:
     """
     torch.manual_seed(0)
     names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = _tokenizer(names, (("image_token", "<image>"),))
+    tokenizer = word_tokenizer(names, (("image_token", "<image>"),))
     text = BartConfig(
         vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=128,

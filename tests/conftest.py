@@ -17,6 +17,7 @@ gc.set_threshold(10_000, 20, 20)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from disk import without_waiting  # noqa: E402
+from little import LITTLE  # noqa: E402
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -158,8 +159,14 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measure_little(patched: pytest.MonkeyPatch) -> None:
     """Let runs of this process measure with few noises."""
-    patched.setattr("peft_diffusion.training.tasks.diffusion._DRAWS", 2)
-    patched.setattr("peft_diffusion.training.tasks.diffusion._OTHER_PLACES", (0.65,))
+    for place, value in LITTLE.items():
+        patched.setattr(place, value)
+
+
+def draw_nothing(patched: pytest.MonkeyPatch) -> None:
+    """Let runs of this process draw no plots."""
+    for name in ("draw", "draw_signals"):
+        patched.setattr(f"peft_diffusion.training.record.recorder.{name}", lambda path, metrics: None)
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +181,5 @@ def few_measurements() -> Iterator[None]:
 def no_plots() -> Iterator[None]:
     """Runs of this process draw no plots, for tests that look at none: two take as long as twenty steps."""
     with pytest.MonkeyPatch.context() as patched:
-        for name in ("draw", "draw_signals"):
-            patched.setattr(f"peft_diffusion.training.record.recorder.{name}", lambda path, metrics: None)
+        draw_nothing(patched)
         yield

@@ -14,11 +14,13 @@ import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: E
 import matplotlib.backends.backend_agg  # noqa: E402, F401
 import transformers.models.clip.modeling_clip  # noqa: E402, F401
 from disk import without_waiting  # noqa: E402
+from little import measure_little_from_here  # noqa: E402
 
 import peft_diffusion.api  # noqa: E402
 import peft_diffusion.cli.app  # noqa: E402, F401
 
 without_waiting()
+measure_little_from_here()
 gc.collect()
 gc.enable()
 gc.freeze()  # what all processes share stays shared: a collector that goes through it would copy its pages

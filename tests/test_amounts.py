@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_pipe
+from conftest import make_pipe, make_xl_pipe
 from diffusers import DiffusionPipeline
 from laws import strengths_of
 from making import make_adapter
@@ -15,10 +15,16 @@ from safetensors.torch import load_file, save_file
 from test_formats import write_adapter
 
 from peft_diffusion import Adapters, ByPart, GenerateConfig, MergeConfig, Schedule, UserError, generate
+from peft_diffusion.bases import family as families
+from peft_diffusion.bases.skeleton import skeleton
+from peft_diffusion.core import site, targets
 from peft_diffusion.core.block_names import PRESETS, weighed
 from peft_diffusion.generation import amounts, recipe
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling, parse_choice
+from peft_diffusion.methods.lora import Lora
+from peft_diffusion.training.attachment import with_words
+from peft_diffusion.training.settings.placements import Placement
 
 TE = {"text_encoder": 0.2, "text_encoder_2": 0.2}
 
@@ -37,6 +43,8 @@ def ink(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("0.5, mid:1, up.1:0.5", 0.5, ByPart(1.0, {}, {"mid": 1.0, "up.1": 0.5})),
         ("0:1,0.6:0", 1.0, ByPart(1.0, {}, {}, Schedule([1, 0], [0, 0.6]))),
         ("0.7,te:0.2,midd,1:0.5", 0.7, ByPart(1.0, TE, dict.fromkeys(PRESETS["MIDD"], 1.0), Schedule([0.5], [1]))),
+        ("0.9,content", 0.9, ByPart(1.0, {}, {"content": 1.0})),
+        ("content:0.5,style:1", 1.0, ByPart(1.0, {}, {"content": 0.5, "style": 1.0})),
         ("INS:0.5", 1.0, ByPart(1.0, {}, {"IN01": 0.5, "IN02": 0.5, "IN04": 0.5})),
     ],
 )
@@ -140,6 +148,43 @@ def test_parts_blocks_and_steps_multiply_for_each_image(ink: Path, tiny_pipe: Di
     with pytest.raises(UserError, match=r"there are: conv_in, .*, mid_block, other"):  # and not what is in them
         adapters.set(ink=ByPart(blocks={"mit": 1}))
     adapters.set(ink=ByPart(blocks=dict.fromkeys(PRESETS["INALL"], 1.0)))  # of blocks that a smaller network lacks
+
+
+def test_blocks_of_b_lora_are_known_by_name_where_the_family_has_them(ink: Path, tiny_pipe: DiffusionPipeline) -> None:
+    """Of its blora_utils.py: unet.up_blocks.0.attentions.0 is content, .1 is style; nothing is known of other bases."""
+    xl = make_xl_pipe()
+    sites = {
+        "content": "up_blocks.0.attentions.0.transformer_blocks.1.attn2.to_v",
+        "style": "up_blocks.0.attentions.1.proj_in",
+    }
+    site.attach(xl.unet, "a", Lora(rank=2), "attention")
+    adapters, strengths, other = Adapters(xl), strengths_of(xl.unet), "down_blocks.1.attentions.0.proj_in"
+    for name, path in sites.items():
+        adapters.set(a=amounts.parse(f"0.5,{name}", "a")[1] or 0)
+        told = {block: float(strengths.values[0, place, 0]) for place, block in enumerate(strengths.blocks)}
+        assert told[path] == 1.0 and told[other] == told[sites["style" if name == "content" else "content"]] == 0.0
+    adapters.set(a={"content": 0.25, "mid": 1.0})  # a mapping of blocks names them so too
+    assert strengths.values[0, strengths.blocks.index(sites["content"]), 0] == 0.25
+    adapters = Adapters(tiny_pipe)
+    adapters.load(ink)
+    with pytest.raises(UserError, match="'style' names blocks of sdxl, and it is not known which blocks of other"):
+        adapters.set(ink=ByPart(blocks={"style": 1.0}))
+
+
+def test_b_lora_trains_two_blocks_of_sdxl() -> None:
+    unet = skeleton("sdxl").parts["unet"]
+    family = families.find("sdxl")
+    (placed,) = with_words(make_xl_pipe(), [Placement("unet", "attention@content,style", Lora(rank=4))])
+    assert placed.target == "attention@up_blocks.0.attentions.0,up_blocks.0.attentions.1"
+    found = targets.match(unet, placed.target)
+    assert len(found) == 2 * 10 * 8 and all(
+        path.startswith(family.blocks["content"] + family.blocks["style"]) for path in found
+    )
+    assert set(targets.match(unet, "attention@mid")) < set(targets.match(unet, "attention"))
+    with pytest.raises(UserError, match="'attention@mit' names no block mit; there are: conv_in, "):
+        targets.match(unet, "attention@mit")
+    with pytest.raises(UserError, match="'content' names blocks of sdxl"):
+        with_words(make_pipe(), [Placement("unet", "attention@content", Lora(rank=4))])
 
 
 def test_a_recipe_keeps_what_differs_between_parts(tiny_base: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipe, measure_little
+from conftest import draw_nothing, make_pipe, measure_little
 from forked import ASKING, POSSIBLE, alive, begin
 from rich.console import Console
 from safetensors.torch import load_file
@@ -30,7 +30,7 @@ from peft_diffusion.training.record.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements")]
 
-KILLS, FULL, SEED = 20, 10, 7
+KILLS, FULL, SEED = 12, 8, 7
 
 # What carries state from step to step; and checkpoints often enough that moments lie within one.
 RUN = {"steps": 6, "save_every": 2, "log_every": 1, "ema": 0.9, "scheduler": "cosine", "held_out": 0.2, "dropout": 0.2}
@@ -41,6 +41,7 @@ def learn(pictures: Path, where: Path, resume: bool) -> None:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patched:
         measure_little(patched)
+        draw_nothing(patched)
         train(small(pictures, where, resume=resume, overwrite=not resume, **RUN), pipe=make_pipe())
 
 

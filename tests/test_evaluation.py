@@ -1,8 +1,10 @@
 """Evaluation: statistics against known values, judges on real drawings, losses and curves against what they are made of."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import judges_of_transformers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -10,17 +12,23 @@ from making import make_adapter
 from PIL import Image
 
 from peft_diffusion import Adapters, UserError
-from peft_diffusion.bases import embedded
-from peft_diffusion.core.events import Event, Warned
+from peft_diffusion.bases import embedded, load_base
+from peft_diffusion.cli.app import main
+from peft_diffusion.core.events import Event, Noted, Warned
 from peft_diffusion.data.folder import scan
 from peft_diffusion.data.images import open_picture
 from peft_diffusion.evaluation.bench import Bench
-from peft_diffusion.evaluation.gallery import at_most, decoded, encoded, read_gallery
+from peft_diffusion.evaluation.evaluate import evaluate
+from peft_diffusion.evaluation.gallery import at_most, decoded, encoded, prompt_of, read_gallery
 from peft_diffusion.evaluation.intervals import Estimate, below, estimate, quantile
 from peft_diffusion.evaluation.judge import Judge
 from peft_diffusion.evaluation.judges import judge_of
+from peft_diffusion.evaluation.judging import BASE, Copies, Taught, Verdicts
+from peft_diffusion.evaluation.measured import Evaluation
+from peft_diffusion.evaluation.settings import EvaluateConfig
 from peft_diffusion.evaluation.styles import Styles
 from peft_diffusion.evaluation.subjects import KnownSubjects, key_of
+from peft_diffusion.formats import Spec
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.training.loop.seeds import generator
 
@@ -114,29 +122,56 @@ def test_copies_are_found(icons: Judge, drawn: dict[str, list[Image.Image]]) -> 
 # Real pictures.
 
 
-def _folder(path: Path, count: int, size: int = 64) -> Path:
+SUBJECTS = ("a cat", "a red house", "an old tree", "a fish", "a ship", "a key")
+
+
+def _folder(path: Path, places: range, words: str = "ink drawing of", size: int = 64) -> Path:
     path.mkdir(parents=True)
-    for number, subject in enumerate(("a cat", "a red house", "an old tree", "a fish", "a ship", "a key")[:count]):
+    for number in places:
+        subject = SUBJECTS[number % 6]
         noise = torch.randint(0, 256, (8, 8, 3), generator=torch.Generator().manual_seed(number)).byte().numpy()
         Image.fromarray(noise).resize((size, size)).save(path / f"{number}.png")
-        (path / f"{number}.txt").write_text(f"ink drawing of {subject}\n")
+        (path / f"{number}.txt").write_text(f"{words} {subject}\n")
     return path
 
 
 @pytest.fixture(scope="module")
 def ink(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _folder(tmp_path_factory.mktemp("evaluation") / "ink", 4)
+    return _folder(tmp_path_factory.mktemp("evaluation") / "ink", range(4))
 
 
 def test_words_that_call_an_adapter_are_taken_out(ink: Path, tiny_pipe: DiffusionPipeline) -> None:
     gallery = read_gallery(ink, "ink", tiny_pipe)
     assert gallery.words[0] == "ink drawing of"
     assert gallery.subjects == ["a cat", "a red house", "an old tree", "a fish"]
-    called = read_gallery(ink, "ink", tiny_pipe, triggers=("sks",))
+    called = read_gallery(ink, "ink", tiny_pipe, spec=Spec(triggers=("sks",)))
     assert called.captions[0] == "sks, ink drawing of a cat" or called.captions[0].startswith("sks")
     assert called.subjects == gallery.subjects
     assert at_most(gallery, 2).captions == (gallery.captions[0], gallery.captions[2])
     assert gallery.some(2) == [0, 2] and gallery.some(9) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("training", "triggers", "caption", "prompt"),
+    [
+        ({}, (), "a cat\na kitten", "a cat"),
+        (
+            {"caption_prefix": "ink drawing of", "caption_suffix": ", on paper"},
+            (),
+            "a cat",
+            "ink drawing of a cat, on paper",
+        ),
+        ({"caption_prefix": "ink drawing of"}, (), "ink drawing of a cat", "ink drawing of a cat"),
+        ({"trigger": "sks"}, ("sks",), "a cat", "sks, a cat"),
+        ({"trigger": "sks"}, ("sks",), "a cat of sks", "a cat of sks"),
+        ({"caption_template": ["{caption} by {trigger}"], "trigger": "sks"}, ("sks",), "a cat", "a cat by sks"),
+        ({"caption_prefix": 3, "caption_template": "many", "wildcards": True}, (), "a {red|blue} cat", "a red cat"),
+    ],
+)
+def test_captions_become_prompts_as_they_did_in_training(
+    training: dict[str, Any], triggers: tuple[str, ...], caption: str, prompt: str
+) -> None:
+    assert prompt_of(caption, Spec(training=training, triggers=triggers)) == prompt
 
 
 def test_pictures_that_were_trained_on_are_left_out(ink: Path, tiny_pipe: DiffusionPipeline) -> None:
@@ -189,3 +224,169 @@ def test_a_loss_is_what_the_network_answers_to_fixed_noise(
     assert found == pytest.approx(wanted, rel=1e-4)
     back = decoded(examples.latents, tiny_pipe)
     assert [one.size for one in back] == [(64, 64)] * 4
+
+
+# The whole command.
+
+
+class _Paper(Judge):
+    """Sees no more than mean colours, and reads the number of letters: what it says can be computed by hand."""
+
+    name = "paper"
+
+    def style(self, images: Any) -> torch.Tensor:
+        return torch.tensor([[sum(image.convert("L").tobytes()) / (image.width * image.height)] for image in images])
+
+    def subject(self, images: Any) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.cat([self.style(images), torch.ones(len(images), 1)], 1))
+
+    def words(self, texts: Any) -> torch.Tensor:
+        rows = torch.tensor([[float(len(text)), 1.0] for text in texts])
+        return torch.nn.functional.normalize(rows)
+
+    def names(self, images: Any) -> None:
+        return None
+
+    def apart(self, images: Any, known: Any) -> torch.Tensor:
+        return (self.style(images) - self.style(known).T).abs()
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _folder(tmp_path_factory.mktemp("evaluation") / "flat", range(10, 14), "flat drawing of")
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    files: dict[str, Path], ink: Path, flat: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Evaluation, EvaluateConfig, list[Event]]:
+    """Two adapters by the real judge, of which one's training pictures are known."""
+    trained = _folder(tmp_path_factory.mktemp("trained") / "ink", range(2, 8))  # two of which are among the others
+    config = EvaluateConfig(
+        tuple(map(str, files.values())), data=(str(ink), f"flat={flat}"), trained=f"ink={trained}", against=str(flat),
+        strengths="0,1", seeds=2, prompts=2, base=str(tiny_base), device="cpu", steps=2, guidance=1,
+        output=tmp_path_factory.mktemp("out") / "found",
+    )  # fmt: skip
+    told: list[Event] = []
+    return evaluate(config, observers=[told.append]), config, told
+
+
+def test_everything_is_measured_and_written(evaluated: tuple[Evaluation, EvaluateConfig, list[Event]]) -> None:
+    found, config, told = evaluated
+    ink, flat = found.alone
+    usual = {"loss", "fall", "style", "likeness", "subject", "leak", "moved"}
+    assert set(ink.values) - {"named"} == usual | {"nearness", "copies"} and set(flat.values) - {"named"} == usual
+    assert all(list(one) == [0.0, 1.0] for own in found.alone for one in own.values.values())
+    assert ink.unseen == 2 and ink.values["loss"][1.0].count == 2 and ink.values["style"][1.0].count == 2
+    assert ink.values["fall"][0.0] == Estimate(0.0, 0.0, 2) and ink.values["moved"][0.0].mean == 0.0
+    assert ink.values["loss"][0.0] != ink.values["loss"][1.0] and ink.values["moved"][1.0].mean > 0
+    assert ink.prompts[0] == "ink drawing of a cat" and ink.leak_prompts[0] == "a cat"
+    assert [(one.own, one.other) for one in found.meetings] == [("ink", "flat"), ("flat", "ink")]
+    assert set(found.trust.styles) == {"ink", "flat", "flat 2", BASE} and found.trust.styles[BASE][1] == 8
+    messages = [one.message for one in told if isinstance(one, (Warned, Noted))]
+    assert any("2 of 4 pictures were trained on" in one for one in messages)
+    assert any("flat: what it was trained on is not known" in one for one in messages)
+    plain = json.loads((config.output / "figures.json").read_text())
+    assert plain["adapters"][0]["measures"]["loss"][1] == {"strength": 1.0, **ink.values["loss"][1.0].plain()}
+    assert plain["interference"][1]["own"] == "flat" and plain["trust"]["styles"]["ink"]["count"] == 2
+    assert Image.open(config.output / "ink.png").width > 128
+    page = found.report.read_text()
+    assert page.count("data:image/webp") == 2 and 'src="http' not in page
+    assert "Distance to training pictures" in page and "flat on" in page
+
+
+def test_interference_is_the_loss_with_both_on_over_that_alone(
+    evaluated: tuple[Evaluation, EvaluateConfig, list[Event]], files: dict[str, Path], flat: Path
+) -> None:
+    found, config, _ = evaluated
+    adapters = Adapters(load_base(config.base, device="cpu"))
+    for name, file in files.items():
+        adapters.load(file, name=name)
+    bench = Bench(adapters, config.sampling(), (0, 1))
+    examples = encoded(read_gallery(flat, "flat", adapters.pipe), adapters.pipe)
+    alone, both = bench.losses(examples, {"flat": 1.0}), bench.losses(examples, {"flat": 1.0, "ink": 1.0})
+    wanted = estimate([after / before - 1 for after, before in zip(both, alone, strict=True)])
+    told = found.meetings[1].loss
+    assert told is not None and told.mean == pytest.approx(wanted.mean, rel=1e-4)
+    assert told.half == pytest.approx(wanted.half, rel=1e-3)
+    assert found.alone[1].values["loss"][1.0].mean == pytest.approx(sum(alone) / 4, rel=1e-4)
+
+
+def test_verdicts_are_what_a_judge_says_of_each_seed(ink: Path, tiny_pipe: DiffusionPipeline) -> None:
+    """By a judge that sees mean colours alone, so that every figure is known."""
+
+    def grey(*values: int) -> list[Image.Image]:
+        return [Image.new("RGB", (8, 8), (value,) * 3) for value in values]
+
+    judge = _Paper()
+    gallery = read_gallery(ink, "ink", tiny_pipe)
+    taught = Taught.of(judge, {"ink": (gallery, grey(200, 210, 190, 200))})
+    styles = Styles({**taught.features, BASE: judge.style(grey(100, 110, 90))})
+    words = gallery.subjects[:2]
+    found = Verdicts(taught, styles, "ink", words, gallery.subjects).of(grey(180, 120))
+    assert found["style"] == 0.5 and found["likeness"] == pytest.approx((0.8 + 0.2) / 2)
+    assert found["agreement"] > 0.9 and found["prompt"] in (0.0, 0.5) and "named" not in found
+    leak = Verdicts(taught, styles, "ink", words, gallery.subjects).leak(grey(200, 100), grey(100, 100))
+    assert leak == {"leak": 0.5, "moved": pytest.approx(100 / 255 / 2)}
+    copies = Copies.of(judge, grey(50, 60), grey(70, 80))
+    assert copies(grey(60, 90)) == {"nearness": pytest.approx(1.0), "copies": 0.5}
+    trust = taught.trust(styles)
+    assert trust.styles == {"ink": (1.0, 4), BASE: (1.0, 3)} and trust.subjects is None
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"strengths": "0,much"}, "'much' is no number"),
+        ({"judge_model": "a/b"}, "comes with the package"),
+        ({"compose": "switch", "alone": True}, "adapters that meet"),
+        ({"data": ()}, "real pictures to judge by"),
+        ({"data": ("one",)}, "no folder for flat"),
+        ({"data": ("one", "two", "three")}, "this is folder 3"),
+        ({"judge": "clip", "judge_model": "nowhere"}, "no judge 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told_before_the_base_is_loaded(
+    given: dict[str, Any], complaint: str, files: dict[str, Path], ink: Path, flat: Path, tmp_path: Path
+) -> None:
+    told = {"data": (str(ink), str(flat)), "output": tmp_path, "base": "nowhere", **given}
+    with pytest.raises(UserError, match=complaint):
+        evaluate(EvaluateConfig(tuple(map(str, files.values())), **told))
+
+
+def test_the_command_prints_tables(
+    files: dict[str, Path], ink: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ["--strengths", "1", "--seeds", "1", "--prompts", "1", "--steps", "2", "-o", str(tmp_path / "out")]
+    given = ["--data", str(ink), "--against", str(ink), "--base", str(tiny_base), "--device", "cpu"]
+    code = main(["evaluate", str(files["ink"]), *given, *told])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    assert "style: told right without itself: ink" in shown.out and "falls by" in shown.out
+    assert (tmp_path / "out" / "report.html").is_file() and "pictures are drawn" in shown.err
+
+
+# CLIP and DINOv2.
+
+
+@pytest.mark.parametrize("kind", ["clip", "dino"])
+def test_models_of_transformers_judge(kind: Any, tmp_path: Path, drawn: dict[str, list[Image.Image]]) -> None:
+    folder = judges_of_transformers.clip(tmp_path) if kind == "clip" else judges_of_transformers.dino(tmp_path)
+    judge = judge_of(kind, str(folder))
+    images = drawn["openmoji"][:3]
+    style, subject = judge.style(images), judge.subject(images)
+    assert style.shape == (3, 32) and style.dtype == torch.float32
+    assert subject.norm(dim=1).tolist() == pytest.approx([1.0] * 3)
+    assert judge.apart(images, images).diagonal().tolist() == pytest.approx([0.0] * 3, abs=1e-5)
+    words = judge.words(["a cat", "a red house on the blue mat " * 40])
+    if kind == "dino":
+        assert words is None and judge.names(images) is None
+    else:
+        assert words is not None and words.shape == (2, subject.shape[1])
+        assert words.norm(dim=1).tolist() == pytest.approx([1.0] * 2)
+    other: Any = "dino" if kind == "clip" else "clip"
+    with pytest.raises(UserError, match=f"--judge {other} takes a"):
+        judge_of(other, str(folder))
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read"):
+        judge_of(kind, str(folder))

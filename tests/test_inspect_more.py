@@ -191,6 +191,22 @@ def test_the_norm_of_a_dora_is_known_with_its_base(tiny_base: Path, tmp_path: Pa
     assert f"{float(change.norm()):.4g}" in shown.stdout, shown.stderr
 
 
+def test_the_norm_of_a_weight_that_takes_the_place_of_the_bases_is_that_of_their_difference(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    """ComfyUI's ``set_weight``: only the base tells what it changes."""
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    own, weight = (
+        torch.randn(32, 32, generator=torch.Generator().manual_seed(4)),
+        make_pipe().unet.get_submodule(path).weight,
+    )
+    save_file({f"lora_unet_{path.replace('.', '_')}.set_weight": own}, tmp_path / "a.safetensors")
+    (unknown,) = norms(plan(tmp_path / "a.safetensors"))
+    assert unknown.weight is None and "name it with --base" in unknown.note
+    (found,) = norms(plan(tmp_path / "a.safetensors"), str(tiny_base))
+    assert found.weight == pytest.approx(float((own - weight).norm()), rel=1e-5)
+
+
 STRANGERS = {
     "checkpoint": (
         {"model.diffusion_model.input_blocks.0.0.weight": (4, 4)},

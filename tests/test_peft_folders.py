@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from test_dotted_files import LM_LAYERS, text_output, unet_output
 from test_formats import write_adapter
 
+import peft_diffusion as pd
 from peft_diffusion import formats
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.generation import Adapters
 from peft_diffusion.generation.settings import parse_choices
+from peft_diffusion.tools.verify import verify
 
 torch.set_num_threads(1)
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -104,6 +106,9 @@ IMAGES = {
         r=2, target_modules=["to_q", "conv1"], bias="all", modules_to_save=["conv_in", "norm1", "time_embedding"]
     ),
     "text_encoder, biases": peft.LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only"),
+    "text_encoder, decomposed embedding": peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=["token_embedding", "q_proj"], use_dora=True
+    ),
     "text_encoder, tokens": peft.LoraConfig(
         r=2, target_modules=["q_proj"], trainable_token_indices={"token_embedding": [3, 5]}
     ),
@@ -182,3 +187,17 @@ def test_a_folder_is_a_path_wherever_a_file_is(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="is a folder without an adapter"):
         formats.load(tmp_path / "empty", make_pipe())
+
+
+def test_a_decomposed_embedding_is_converted_and_verified_as_peft_computes_it(tiny_base: Path, tmp_path: Path) -> None:
+    config = IMAGES["text_encoder, decomposed embedding"]
+    trained(peft.get_peft_model(make_pipe().text_encoder, config), 0.2).save_pretrained(tmp_path / "a")
+    kohya, back = tmp_path / "own.safetensors", tmp_path / "b" / "adapter_model.safetensors"
+    pd.convert(pd.ConvertConfig(tmp_path / "a", output=kohya, base=str(tiny_base)))
+    back.parent.mkdir()
+    pd.convert(pd.ConvertConfig(kohya, output=back, to="peft", base=str(tiny_base), component=("text_encoder",)))
+    first, second = (load_file(one) for one in (tmp_path / "a" / back.name, back))
+    assert all(torch.equal(first[name], one) for name, one in second.items())
+    assert first.keys() - second.keys() == {name for name in first if name.endswith("base_layer.weight")}
+    (found,) = (one for one in verify(back, base=str(tiny_base)) if one.program == "peft")
+    assert found.measured == 3 and found.error == pytest.approx(0, abs=1e-5)

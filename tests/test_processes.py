@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,28 +103,30 @@ def test_alone_one_leads_and_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -
     assert tensor.tolist() == [1.0] * 3 and alone.any(True, torch.device("cpu"))
 
 
-def accelerate(*flags: str, folder: Path, command: list[object]) -> subprocess.CompletedProcess[str]:
-    """The command through ``accelerate launch``, as a person types it."""
-    (folder / "run.py").write_text(RUN)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_processes", "2", folder / "run.py"]
+def accelerate(*flags: str, folder: Path, code: str, command: Sequence[object] = ()) -> subprocess.CompletedProcess[str]:
+    """Code that takes a command, through ``accelerate launch`` as a person types it, which starts new interpreters."""
+    (folder / "run.py").write_text(code)
+    launcher = ["-m", "accelerate.commands.launch", *flags, "--num_processes", "2", folder / "run.py"]
     hidden = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*map(str, (*launcher, *command))], capture_output=True, text=True, env=environment, timeout=240)
+    return forked.python([*map(str, (*launcher, *command))], None, environment)
 
 
 def test_accelerate_launches_the_same_command_or_is_found_not_to_have(tiny_base: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    pictures = draw_pictures(tmp_path / "pictures")
+    pictures = draw_pictures(tmp_path / "pictures", 2)
     command = [
         "train", pictures, "--base", tiny_base, "--device", "cpu", "--rank", 2, "--steps", 2, "--batch-size", 1,
-        "--preview-steps", 0, "--output", tmp_path / "a.safetensors", "--run-dir", tmp_path / "run",
+        "--preview-steps", 0, "--held-out", 0, "--output", tmp_path / "a.safetensors", "--run-dir", tmp_path / "run",
     ]  # fmt: skip
-    done = accelerate("--multi_gpu", "--main_process_port", port, folder=tmp_path, command=command)
+    done = accelerate("--multi_gpu", "--main_process_port", port, folder=tmp_path, code=RUN, command=command)
     assert done.returncode == 0, done.stderr
     assert "2 steps of 2 pictures (1 in each of 2 processes)" in done.stdout
-    done = accelerate("--cpu", folder=tmp_path, command=[*command, "--overwrite"])
+    # The command asks so before it reads a base; here nothing else is imported.
+    asks = "from peft_diffusion.training.machine.processes import join; join('cpu')"
+    done = accelerate("--cpu", folder=tmp_path, code=asks)
     assert done.returncode != 0 and "asked for several processes and started one" in done.stderr
 
 

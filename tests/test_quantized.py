@@ -73,7 +73,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     name, component, kind, dtype = request.param
     method, target = laws.METHODS[name]
     torch.manual_seed(0)
-    pipe = make_lm() if component == "lm" else make_pipe()
+    pipe = laws.base_of(component)
     model = components(pipe)[component].to(laws.DTYPES[dtype])
     quantized.quantize(model, kind)
     yield Case(component, model, method, target, laws.DTYPES[dtype], pipe)

@@ -53,6 +53,7 @@ COMMANDS: dict[str, tuple[type[Settings], ...]] = {
     "text generate": (pd.TextGenerateConfig,),
     "blend": (pd.BlendConfig,),
     "grid": (pd.GridConfig,),
+    "evaluate": (pd.EvaluateConfig,),
     "inspect": (InspectConfig,),
     "serve": (ServeConfig,),
     "runs": (RunsConfig,),
@@ -93,9 +94,12 @@ def test_every_number_has_a_range() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_a_command_says_what_the_fields_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_help_of_a_command_says_what_the_fields_say(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    shown = " ".join("".join(letter for letter in command(*name.split(), "--help").stdout if letter not in "│╭╮╰╯─").split())
+    assert main([*name.split(), "--help"]) == 0
+    shown = " ".join("".join(letter for letter in capsys.readouterr().out if letter not in "│╭╮╰╯─").split())
     for kind in COMMANDS[name]:
         for one in settings_of(kind):
             assert one.setting.help in shown, one.name

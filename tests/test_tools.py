@@ -195,6 +195,101 @@ def change_of_loha(tensors: Mapping[str, Tensor], site: str) -> Tensor:
     return float(tensors[f"lora_{site}.alpha"]) / tensors[f"lora_{site}.hada_w1_a"].shape[1] * one * two
 
 
+def seen_by_hand(base: Path, file: Path, prompts: list[str], layers: Mapping[str, str]) -> list[dict[str, Tensor]]:
+    """What goes into layers while pictures are drawn with an adapter: for each picture the inputs by site, as called."""
+    pipe: Any = pd.load_base(str(base), dtype="float32")
+    pd.Adapters(pipe).load(file)
+    pipe.set_progress_bar_config(disable=True)
+    pictures: list[dict[str, Tensor]] = []
+    for site, path in layers.items():
+        part = pipe.text_encoder if site == TEXT else pipe.unet
+
+        def see(_: nn.Module, args: Any, site: str = site) -> None:
+            before = pictures[-1].get(site)
+            pictures[-1][site] = args[0].detach() if before is None else torch.cat([before, args[0].detach()])
+
+        layer = next(module for name, module in part.named_modules() if name.endswith(path))
+        layer.register_forward_pre_hook(see)
+    for seed, prompt in enumerate(prompts):
+        pictures.append({})
+        start = torch.Generator().manual_seed(seed)
+        pipe(prompt, num_inference_steps=6, guidance_scale=5.0, generator=start, output_type="latent", height=64, width=64)
+    return pictures
+
+
+def test_regmean_matches_what_layers_make_of_the_prompts_of_each(
+    files: tuple[Path, Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    """Against least squares on the inputs themselves, in float64, and on the outputs of a picture that was kept apart."""
+    output, prompts = (
+        tmp_path / "both.safetensors",
+        {"one": ["a cat", "a red house"], "two": ["a dog", "two boats", "a tree"]},
+    )
+    told = [f"{name}={prompt}" for name, own in prompts.items() for prompt in own]
+    config = pd.MergeConfig(
+        [*map(str, files)], output=output, how="regmean", base=str(tiny_base), prompts=told, off_diagonal=0.8, rank=32
+    )
+    made = pd.merge(config)
+    both, changes = load_file(output), [load_file(file) for file in files]
+    block = "down_blocks.0.attentions.0"
+    layers = {ATTENTION: f"{block}.transformer_blocks.0.attn1.to_q", CROSS: f"{block}.transformer_blocks.0.attn2.to_k",
+              POINTWISE: f"{block}.proj_in", TEXT: "encoder.layers.0.self_attn.q_proj"}  # fmt: skip
+    layers[KERNEL] = "down_blocks.0.resnets.0.conv1"
+    seen = [seen_by_hand(tiny_base, file, prompts[file.stem], layers) for file in files]
+
+    def rows(site: str, x: Tensor) -> Tensor:
+        if x.ndim == 4:
+            size = SHAPES[site][2]
+            x = nn.functional.unfold(x, size, padding=size // 2).transpose(1, 2)
+        return x.reshape(-1, x.shape[-1]).double()
+
+    for site in layers:
+        inputs, targets = [], []
+        for own, pictures in zip(changes, seen, strict=True):
+            fit = torch.cat([rows(site, picture[site]) for picture in pictures[:-1]])
+            fit = fit / len(fit) ** 0.5  # each adapter counts as much, however many pictures it drew
+            # Products of different inputs scaled by 0.8: rows of single inputs beside those that are there.
+            fit = torch.cat([fit * 0.8**0.5, torch.diag(fit.norm(dim=0)) * 0.2**0.5])
+            wanted = change(own, site).double() if f"lora_{site}.lora_down.weight" in own else torch.zeros(32, fit.shape[1])
+            inputs.append(fit)
+            targets.append(fit @ wanted.double().T)
+        x, y = torch.cat(inputs), torch.cat(targets)
+        least = (x @ torch.linalg.lstsq(x, y, driver="gelsd").solution - y).norm()
+        assert (x @ change(both, site).double().T - y).norm() <= 1.001 * least + 1e-4 * y.norm(), site
+    found = {(one.site, one.adapter): one for one in made.outputs}
+    kernel = seen[1][-1][KERNEL]
+    alone, merged_there = (
+        nn.functional.conv2d(kernel, change(one, KERNEL).view(32, 32, 3, 3), padding=1) for one in (changes[1], both)
+    )
+    for name, outputs in (("norm", alone), ("missed", alone - merged_there)):
+        size = float(outputs.square().sum(1).mean().sqrt())
+        assert getattr(found["unet.down_blocks.0.resnets.0.conv1", "two"], name) == pytest.approx(size, rel=1e-3)
+    merged, added = made.output_error("two")
+    told_of_two = f"two: {merged:.1%} of what it adds to outputs of its own prompts is missed, {added:.1%} by adding"
+    assert told_of_two in made.lines()
+
+
+def test_ziplora_weighs_the_columns_of_each_change(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
+    """Where all ranks are kept a merged change is a sum of both with a factor for each input."""
+    output, told = tmp_path / "both.safetensors", ["one=a cat", "two=a dog"]
+    pd.merge(pd.MergeConfig([*map(str, files)], output=output, how="ziplora", base=str(tiny_base), prompts=told, rank=32))
+    one, two, both = (change(load_file(file), ATTENTION) for file in (*files, output))
+    for place in range(32):
+        columns = torch.stack([one[:, place], two[:, place]], 1).double()
+        left = both[:, place].double() - columns @ torch.linalg.lstsq(columns, both[:, place, None].double()).solution[:, 0]
+        assert left.norm() < 1e-3 * both[:, place].norm()
+
+
+def test_regmean_says_what_it_lacks(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
+    told: dict[str, Any] = {"output": tmp_path / "both.safetensors"}
+    with pytest.raises(UserError, match="name the base, with its weights: --base"):
+        pd.MergeConfig([str(files[0])], how="regmean", **told)
+    with pytest.raises(UserError, match="--prompts does nothing without --how regmean"):
+        pd.MergeConfig([str(files[0])], prompts=["one=a cat"], **told)
+    with pytest.raises(UserError, match="'three=a cat': no adapter is called 'three'; there are: one, two"):
+        pd.merge(pd.MergeConfig([*map(str, files)], how="regmean", base=str(tiny_base), prompts=["three=a cat"], **told))
+
+
 def test_methods_mix(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
     save_file(loha(ATTENTION, 3, 1.5), tmp_path / "loha.safetensors")
     words = [f"{files[0]}=0.7", f"{tmp_path / 'loha.safetensors'}=0.2"]

@@ -1,6 +1,7 @@
 """``resize``, ``strength``, ``split``, ``join``, ``rename-trigger`` and ``metadata``, against formulas and bytes."""
 
 import hashlib
+import shlex
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -257,6 +258,22 @@ def test_metadata_change_and_no_byte_of_the_tensors(lora: Path, tmp_path: Path, 
     assert "has no entry 'titel'; did you mean 'title'?" in capsys.readouterr().err
     assert main(["metadata", "set", str(file), "peft_diffusion={"]) == 1
     assert "metadata is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["get"], ["set", "a=b"], ["remove", "a"]])
+def test_metadata_of_a_pickle_lead_to_a_file_that_has_some(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    word = tmp_path / "my word.pt"
+    torch.save({"string_to_param": {"*": noise(1, 1, 768)}, "name": "word"}, word)
+    command, *values = verb
+    assert main(["metadata", command, str(word), *values]) == 1
+    said = capsys.readouterr().err
+    assert "my word.pt is a file of torch, of tensors by name, and has no metadata" in said
+    *_, inspected, converted = (shlex.split(part.partition(";")[0]) for part in said.split("peft-diffusion "))
+    assert main(inspected) == 0
+    assert main(converted) == 0
+    assert main(["metadata", "set", str(word.with_suffix(".safetensors")), "a=b"]) == 0
 
 
 @pytest.mark.parametrize("tool", ["convert", "verify", "merge", "into", "resize", "strength", "split", "join", "rename"])

@@ -11,7 +11,6 @@ import laws
 import pytest
 import torch
 from conftest import make_pipe
-from language import make_lm
 from laws import (  # noqa: F401
     Case,
     same,
@@ -53,7 +52,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     name, component, dtype = request.param
     method, target = laws.METHODS[name]
     torch.manual_seed(0)
-    pipe = make_lm() if component == "lm" else make_pipe()
+    pipe = laws.base_of(component)
     model = components(pipe)[component].to(laws.DTYPES[dtype])
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=is_inner)
     yield Case(component, model, method, target, laws.DTYPES[dtype], pipe)
@@ -90,7 +89,7 @@ def _weight(case: Case, path: str) -> torch.Tensor:
 
 @torch.no_grad()
 def test_law_8_a_deepcopy_is_equal_and_independent(case: Case) -> None:
-    laws.test_law_8_copies_are_equal_and_independent(case, copy.deepcopy)  # torchao's tensors do not pickle
+    laws.independent(case, copy.deepcopy)  # torchao's tensors do not pickle
 
 
 @torch.no_grad()

@@ -45,11 +45,7 @@ def test_it_keeps_the_law(law: Callable[[laws.Case], None], case: laws.Case) -> 
 
 
 def test_it_keeps_the_laws_of_files_images_and_copies(case: laws.Case, tmp_path: Path) -> None:
-    copied = copy.deepcopy(case)
+    copied, other = copy.deepcopy(case), copy.deepcopy(case)
     laws.test_law_5_save_and_load_keep_every_bit(case, tmp_path)
-    laws.test_law_8_copies_are_equal_and_independent(copied, copy.deepcopy)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_it_keeps_the_law_of_images(case: laws.Case, packed: bool) -> None:
-    laws.test_law_6_strengths_per_image_equal_separate_runs(case, packed)
+    laws.test_law_6_strengths_per_image_equal_separate_runs(other)
+    laws.independent(copied, copy.deepcopy)

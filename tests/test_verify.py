@@ -135,11 +135,94 @@ def test_of_rotations_and_factors_it_is_told_how_far_off_they_are(tiny_base: Pat
     save_file(turned, tmp_path / "oft.safetensors")
     found = verified(tmp_path / "oft.safetensors", str(tiny_base))
     assert found["ComfyUI"].error == pytest.approx(0, abs=1e-5)
-    assert found["A1111"].error == pytest.approx(1, abs=1e-5)  # to which an alpha of 0 holds them fast
+    assert found["A1111"].error == pytest.approx(0, abs=1e-5)
     save_file({f"{SITE}.weight": factors, f"{SITE}.on_input": torch.tensor(False)}, tmp_path / "ia3.safetensors")
     found = verified(tmp_path / "ia3.safetensors", str(tiny_base))
     for program in ("A1111", "InvokeAI"):
         assert found[program].error == pytest.approx(0, abs=1e-5)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + sum(shape)))
+
+
+def errors(tensors: dict[str, Tensor], path: Path, base: Path) -> dict[str, Verified]:
+    save_file({f"{SITE}.{name}": one for name, one in tensors.items()}, path)
+    return verified(path, str(base))
+
+
+def off(theirs: Tensor, meant: Tensor) -> Any:
+    return pytest.approx(float((theirs - meant).norm() / meant.norm()), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_a_glora_each_program_is_told_by_its_own_formula(first: bool, tiny_base: Path, tmp_path: Path) -> None:
+    """A1111's ``network_glora.py`` has LyCORIS' first version without alpha; ComfyUI's ``glora.py`` both."""
+    a1, a2, b1, b2 = noise(32, 4), noise(4, 32), noise(32, 4) + 1, noise(4, 32) + 1
+    sides = (a2, a1, b2, b1) if first else (a1, a2, b1, b2)
+    tensors = {f"{name}.weight": one.contiguous() for name, one in zip(("a1", "a2", "b1", "b2"), sides, strict=True)}
+    found = errors({**tensors, "alpha": torch.tensor(2.0)}, tmp_path / "a.safetensors", tiny_base)
+    change = weight_of_the_tiny_base() @ a1 @ a2 + b1 @ b2
+    for program in ("ComfyUI", "Forge"):
+        assert (found[program].coverage, found[program].error) == (1, off(change, change))
+    # It fails at shapes of the second, and then draws without.
+    assert found["A1111"].error == off(change if first else torch.zeros(32, 32), 0.5 * change)
+    assert found["InvokeAI"].refused
+    if not first:
+        assert found["LyCORIS"].error == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("constraint", [0.0, 0.01])
+def test_of_a_boft_each_program_is_told_by_its_own_formula(constraint: float, tiny_base: Path, tmp_path: Path) -> None:
+    """To ComfyUI alpha is the most that the norm of all skew matrices may be, to LyCORIS and A1111 alpha times the outputs
+    (https://github.com/Comfy-Org/ComfyUI/issues/15066)."""
+    from lycoris.modules.boft import ButterflyOFTModule
+
+    blocks, rescale, weight = 0.2 * noise(4, 8, 4, 4), 1 + 0.1 * noise(32, 1), weight_of_the_tiny_base()
+    tensors = {"oft_blocks": blocks, "rescale": rescale, "alpha": torch.tensor(constraint)}
+    found = errors(tensors, tmp_path / "a.safetensors", tiny_base)
+    layer = torch.nn.Linear(32, 32, bias=False)
+    layer.weight.data = weight.clone()
+    changes = {}
+    for outputs in (1, 32):  # what LyCORIS multiplies by itself is taken out for ComfyUI
+        with torch.no_grad():
+            alpha = torch.tensor(constraint * outputs / 32)
+            made: Any = ButterflyOFTModule.make_module_from_state_dict("a", layer, blocks, rescale, alpha)
+            changes[outputs] = made.get_diff_weight(1.0)[0]
+    assert found["A1111"].error == off(changes[32], changes[32])
+    assert found["LyCORIS"].error == pytest.approx(0, abs=1e-5)
+    assert found["ComfyUI"].error == off(changes[1], changes[32])
+    assert (found["ComfyUI"].error > 0.1) is (constraint > 0)  # type: ignore[operator]
+    assert found["Forge"].coverage == 0
+    assert found["InvokeAI"].refused
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_of_magnitudes_on_other_methods_each_program_is_told_by_its_own_formula(
+    method: str, side: int, tiny_base: Path, tmp_path: Path
+) -> None:
+    weight, shape = weight_of_the_tiny_base(), (32, 1) if side == 0 else (1, 32)
+    if method == "loha":
+        parts = {
+            f"hada_w{number}_{half}": noise(*size) for number in (1, 2) for half, size in (("a", (32, 4)), ("b", (4, 32)))
+        }
+        change = 0.5 * (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
+    else:
+        parts = {"lokr_w1": noise(4, 4), "lokr_w2_a": noise(8, 2), "lokr_w2_b": noise(2, 8)}
+        change = torch.kron(parts["lokr_w1"], parts["lokr_w2_a"] @ parts["lokr_w2_b"])
+    magnitudes, merged = 1 + noise(*shape).abs(), weight + change
+    tensors = {**parts, "alpha": torch.tensor(2.0), "dora_scale": magnitudes}
+    found = errors(tensors, tmp_path / "a.safetensors", tiny_base)
+    of_inputs, of_outputs = merged.norm(dim=0, keepdim=True), merged.norm(dim=1, keepdim=True)
+    meant = merged * magnitudes / (of_outputs if side == 0 else of_inputs) - weight
+    comfy = merged * magnitudes / (weight.norm(dim=1, keepdim=True) if side == 0 else of_inputs) - weight
+    a1111 = merged * magnitudes / of_inputs - weight
+    for program, theirs in (("ComfyUI", comfy), ("Forge", comfy), ("A1111", a1111)):
+        assert found[program].error == off(theirs, meant), program
+    if side == 0:
+        assert found["LyCORIS"].error == pytest.approx(0, abs=1e-5)
+    assert "dora_scale" in found["InvokeAI"].refused  # it takes all that has magnitudes for a LoRA, and fails
 
 
 def test_lycoris_finds_modules_of_xl_by_the_names_of_the_network_that_it_is_given(tmp_path: Path) -> None:

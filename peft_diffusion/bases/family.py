@@ -8,13 +8,14 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from ..core import plugins, target_tables
 from ..core.errors import UserError, did_you_mean
 from ..core.target_tables import TargetTable
 
 Role: TypeAlias = Literal["denoiser", "text encoder", "language model"]
+Value = TypeVar("Value")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -79,6 +80,8 @@ class Family:
         small: Whether its bases are so small that they need other rates, steps and weights of timesteps.
         targets: What targets mean in its components, by the name of their class, where `core.target_tables` does not know
             it.
+        blocks: Blocks of the network that denoises that are known for something, by a name for that, as strengths and
+            targets take it.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Family:
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: _NOTHING)
     small: bool = False
     targets: Mapping[str, TargetTable] = field(default_factory=lambda: _NOTHING)
+    blocks: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _NOTHING)
 
     @property
     def denoiser(self) -> Component | None:
@@ -139,6 +143,29 @@ class Family:
         """
         chosen = (next((one.name for one in self.components if one.role == role), None) for role in roles)
         return tuple(name for name in chosen if name is not None)
+
+    def meant(self, names: Mapping[str, Value]) -> dict[str, Value]:
+        """Put the blocks that are known for something in the place of the names for that.
+
+        Args:
+            names: By the name of a block, whatever kind of name.
+
+        Returns:
+            The same by the names that the network has for blocks.
+
+        Raises:
+            UserError: A name is known of another family, and means no blocks of this one.
+        """
+        others = {name: one.name for one in every() for name in one.blocks}
+        found: dict[str, Value] = {}
+        for name, value in names.items():
+            if name not in self.blocks and name in others:
+                raise UserError(
+                    f"{name!r} names blocks of {others[name]}, and it is not known which blocks of {self.name} would be"
+                    " that; name the blocks, as mid or up.1"
+                )
+            found |= dict.fromkeys(self.blocks.get(name, (name,)), value)
+        return found
 
     def version(self, prediction_type: str) -> Version | None:
         """What other programs call a base of this family.
@@ -334,6 +361,15 @@ def of_version(base_model: str) -> tuple[Family, str] | None:
     return next(((family, prediction) for family, prediction, version in rows if version.base_model == base_model), None)
 
 
+def block_names() -> frozenset[str]:
+    """List the names for what blocks are known for, of all families.
+
+    Returns:
+        The names.
+    """
+    return frozenset(name for family in every() for name in family.blocks)
+
+
 def role_of(component: str) -> Role | None:
     """Tell what a component does.
 
@@ -400,6 +436,8 @@ for _family in (
         {"": Version("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")},
         implementation="https://github.com/Stability-AI/generative-models",
         presets={"style": {"rank": 32}, "subject": {"rank": 32}},
+        # What B-LoRA trains (Frenkel et al. 2024, https://arxiv.org/abs/2403.14572): BLOCKS in its blora_utils.py.
+        blocks={"content": ("up_blocks.0.attentions.0",), "style": ("up_blocks.0.attentions.1",)},
     ),
     SMALL_DIFFUSION,
     LANGUAGE,

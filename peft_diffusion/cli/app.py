@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": "Make pictures from prompts, with any number of adapters.",
     "blend": "Draw a labelled sheet from all of one adapter to all of another.",
     "grid": "Draw a labelled sheet over values of settings, of strengths or of words.",
+    "evaluate": "Measure what adapters do on pictures that they never saw, alone and with each other.",
     "serve": "Keep a base loaded and draw for programs that speak A1111's HTTP interface.",
     "import-config": "Write a training of sd-scripts, kohya_ss or OneTrainer as a TOML file of settings.",
     "runs": "List runs as a table, or compare two side by side.",

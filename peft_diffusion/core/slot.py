@@ -154,18 +154,17 @@ class Slot(nn.Module):
         base = y
         for name, adapter in self.adapters.items():
             if recorded or name in strengths.active:
-                y = adapter.run(x, y, _broadcast(strengths.at(strengths.index(name), self.block, y), y), base, named)
+                y = adapter.run(x, y, strengths.spread(strengths.index(name), self.block, y), base, named)
         return y
 
     def _run_packed(self, packed: Packed, site: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         down, up, rows = packed.view
-        strength = self.strengths.at(rows, self.block, y)
         down, up = down.to(x.dtype), up.to(x.dtype)  # no copies, but where x is not what pack() expected
         if isinstance(site, nn.Conv2d):
-            hidden = site._conv_forward(x, down, None) * strength[:, :, None, None]
-            return y + F.conv2d(hidden, up.t()[:, :, None, None])
-        hidden = F.linear(x, down) * strength.view(len(strength), *[1] * (x.ndim - 2), -1)
-        return y + hidden @ up
+            hidden = site._conv_forward(x, down, None)
+            return y + F.conv2d(hidden * self.strengths.spread(rows, self.block, hidden), up.t()[:, :, None, None])
+        hidden = F.linear(x, down)
+        return y + hidden * self.strengths.spread(rows, self.block, hidden, channels_first=False) @ up
 
     def follow(self, device: torch.device) -> None:
         """Bring all that is here to where the site computes, and leave it there: it is small beside what is offloaded.
@@ -319,8 +318,3 @@ def state_of(component: nn.Module) -> ComponentState | None:
                 return slot.component
             waiting.extend(child for child in held.values() if child is not None)
     return None
-
-
-def _broadcast(strength: Tensor, y: Tensor) -> Tensor:
-    """A strength per image as (images, 1, ...), so that it multiplies ``y``."""
-    return strength.view(-1, *[1] * (y.ndim - 1))

@@ -2,14 +2,15 @@
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeAlias, TypeGuard, cast
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
+from . import regions
 from .adapter import KeepsPrecision
 from .block_names import shown, unknown, weighed
 from .errors import UserError, did_you_mean
@@ -71,6 +72,25 @@ def named_blocks(amount: Amount) -> Mapping[str, object]:
     for one in many:
         found |= {**one.blocks, **one.block_steps} if isinstance(one, ByPart) else one if isinstance(one, Mapping) else {}
     return found
+
+
+def with_blocks(amount: Amount, meant: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Amount:
+    """Name the blocks of an amount otherwise.
+
+    Args:
+        amount: The amount.
+        meant: Gives the same by other names.
+
+    Returns:
+        The amount by those.
+    """
+    if isinstance(amount, ByPart):
+        return replace(amount, blocks=meant(amount.blocks))
+    if isinstance(amount, Mapping):
+        return meant(amount)
+    if isinstance(amount, (list, tuple)):
+        return [replace(one, blocks=meant(one.blocks)) if isinstance(one, ByPart) else one for one in amount]
+    return amount
 
 
 def refuse_unknown(wanted: Mapping[str, object], blocks: Sequence[str]) -> None:
@@ -381,6 +401,31 @@ class Strengths(KeepsPrecision):
         if values.ndim == 2:
             values = values.transpose(0, 1)
         return self.over(values, len(y))
+
+    def spread(self, rows: int | Tensor, block: int, y: Tensor, *, channels_first: bool = True) -> Tensor:
+        """Give the strengths at a block as they multiply an output there; where pictures have regions, by their masks.
+
+        Args:
+            rows: One row of ``values``, or one for each channel.
+            block: The index of the block.
+            y: What they multiply, (batch, ...).
+            channels_first: Whether channels are the second of four dimensions, and not the last.
+
+        Returns:
+            What broadcasts against ``y``, in its dtype.
+
+        Raises:
+            UserError: As `at`, or as ``Layout.spread``.
+        """
+        layout = None if torch.compiler.is_compiling() else regions.present()
+        if layout is not None and self.images > 1:
+            values = self.present[rows, block]
+            return layout.spread(values[:, None] if values.ndim == 1 else values.t(), y)
+        strength = self.at(rows, block, y)
+        strength = strength[:, None] if strength.ndim == 1 else strength
+        if channels_first and y.ndim == 4:
+            return strength[:, :, None, None]
+        return strength.view(len(strength), *[1] * (y.ndim - 2), -1)
 
     def over(self, values: Tensor, batch: int) -> Tensor:
         """Repeat strengths of images over a batch that holds each image once or more: see `at`.

@@ -7,6 +7,7 @@ from functools import cached_property, lru_cache
 
 from torch import nn
 
+from . import block_names
 from .errors import UserError, did_you_mean
 from .parsing import compiled_for, matching
 from .slot import walk
@@ -137,8 +138,22 @@ def check(target: str) -> None:
     Raises:
         UserError: It is neither.
     """
-    if target not in KINDS and not any(target in one.targets for one in TABLES.values()):
-        compiled_for(target, "target")
+    layers = parted(target)[0]
+    if layers not in KINDS and not any(layers in one.targets for one in TABLES.values()):
+        compiled_for(layers, "target")
+
+
+def parted(target: str) -> tuple[str, tuple[str, ...]]:
+    """Part a target into the layers that it names and the blocks in which they lie.
+
+    Args:
+        target: ``LAYERS``, or ``LAYERS@BLOCK,BLOCK``.
+
+    Returns:
+        The layers, and the blocks; none where all are meant.
+    """
+    layers, _, within = target.partition("@")
+    return layers, tuple(block for one in within.split(",") if (block := one.strip()))
 
 
 def match(component: nn.Module, target: str) -> list[str]:
@@ -147,7 +162,7 @@ def match(component: nn.Module, target: str) -> list[str]:
     Args:
         component: The module to look in.
         target: A name that the architecture or ``KINDS`` knows (the former first), or a regular expression that a path
-            matches in full.
+            matches in full. Behind an @ may stand the blocks in which the modules lie, as strengths name them, with commas.
 
     Returns:
         Their paths, in the order of the component.
@@ -157,10 +172,19 @@ def match(component: nn.Module, target: str) -> list[str]:
     """
     paths = modules(component)
     own = table(component).targets
-    if target in KINDS and target not in own:
-        found = [path for path, module in paths.items() if isinstance(module, KINDS[target]) and path not in HEADS]
+    layers, within = parted(target)
+    if layers in KINDS and layers not in own:
+        found = [path for path, module in paths.items() if isinstance(module, KINDS[layers]) and path not in HEADS]
     else:
-        found = matching(own.get(target, target), [path for path in paths if path], "target")
+        found = matching(own.get(layers, layers), [path for path in paths if path], "target")
+    if within:
+        places = units(component, paths)
+        lost = block_names.unknown(dict.fromkeys(within), places.names)
+        if lost:
+            there = block_names.shown(places.names)
+            raise UserError(f"the target {target!r} names no block {', '.join(lost)}; there are: {there}")
+        meant = block_names.weighed(dict.fromkeys(within), places.names)
+        found = [path for path in found if places.names[places.of(path)] in meant]
     if not found:
         near = did_you_mean(target, [*own, *KINDS])
         raise UserError(f"no module of {architecture(component)} matches the target {target!r}{near}; {_offer(component)}")

@@ -1,13 +1,17 @@
-"""The judges by their names: small networks that travel with the package for icons, CLIP or DINOv2 for other bases."""
+"""The judges by their names: small networks that travel with the package for icons, CLIP or DINOv2 for other bases.
 
-from typing import Literal, TypeAlias
+Imports no torch.
+"""
 
-from .judge import Judge
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from .judge import Judge
 
 JudgeKind: TypeAlias = Literal["icons", "clip", "dino"]
 
 
-def judge_of(kind: JudgeKind, model: str | None = None, device: str = "cpu") -> Judge:
+def judge_of(kind: JudgeKind, model: str | None = None, device: str = "cpu") -> "Judge":
     """Load a judge.
 
     Args:

@@ -10,7 +10,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,7 +21,10 @@ from torch.utils import _pytree as trees
 
 from .. import bases
 from ..bases import pipelines
+from ..bases.regional_attention import unwrapped, watched
+from ..core import regions
 from ..core import site as sites
+from ..core.regions import Layout
 from ..core.slab import Slab
 from ..core.slot import Slot, slot_of, walk
 from ..core.strength import Strengths, recording
@@ -30,7 +33,8 @@ from .compiling import compile_ahead
 from .cuda_graph import Inputs, Recorder, cause, shapes
 from .operands import Operands, holds_pair
 from .stepping import keep_on_host
-from .unet import CUDNN_FIRST, FusedAttention, channels_last, cudnn_attends, projected, side_by_side, swapped
+from .unet import CUDNN_FIRST, FusedAttention, channels_last, cudnn_attends, side_by_side, swapped
+from .unet import told as told_by
 
 _ENGINE = "_peft_diffusion_engine"
 """The name of the engine in a network's ``__dict__``."""
@@ -111,6 +115,19 @@ def stop(network: nn.Module) -> None:
         engine.forget()
 
 
+def held(network: nn.Module) -> AbstractContextManager[Any]:
+    """Keep the engine of a network from computing, so that its modules are those that they are between its calls.
+
+    Args:
+        network: Any network.
+
+    Returns:
+        A context, of no effect where it has no engine.
+    """
+    engine = engine_of(network)
+    return nullcontext() if engine is None else engine.lock
+
+
 def records_on(device: torch.device) -> bool:
     """Tell whether steps can be recorded on a device.
 
@@ -135,6 +152,7 @@ class Engine:
     Attributes:
         refused: Why the last call was computed plainly; None where it was not.
         steps: Whether it runs once a step, so that schedules of strengths are followed.
+        lock: Held while it computes.
         searches: Whether the fastest convolutions are looked for with a clock, which takes seconds and pays over many calls.
     """
 
@@ -146,7 +164,7 @@ class Engine:
         self.refused: str | None = None
         self._broken: dict[Hashable, str] = {}  # why calls cannot be recorded
         self._compiled: set[Hashable] = set()  # calls whose kernels are there
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._signature = inspect.signature(type(network).forward)
         self._layout = ExitStack()
         self._reads: _Reads | None = None
@@ -156,6 +174,8 @@ class Engine:
         self._told: tuple[Tensor, Hashable] | None = None
         self._table: _Table | None = None
         self._times: Tensor | None = None  # of the picture that is drawn
+        self._layouts: dict[Hashable, _Held] = {}
+        self._layout_now: Layout | None = None
         self._key: Hashable = None
         self._call: Callable[[Inputs], Any] | None = None
         device = next(network.parameters()).device
@@ -169,14 +189,14 @@ class Engine:
 
     def forget(self) -> None:
         """Drop recordings and operands, and give the weights their own order in memory back."""
-        with self._lock:
+        with self.lock:
             self._drop()
             self._give_back()
             self._reads = self._table = None
 
     def forget_moved(self) -> None:
         """Drop recordings and operands if the network has moved."""
-        with self._lock:
+        with self.lock:
             if self._reads is not None and not self._reads.same():
                 self.forget()
 
@@ -192,7 +212,7 @@ class Engine:
             What the network gives, up to rounding.
         """
         given = self._given(args, named)
-        with self._lock:
+        with self.lock:
             self.refused = self._unserved()
             call = None if self.refused else self._called(given)
             if call is not None:
@@ -215,6 +235,7 @@ class Engine:
         self._steps.forget()
         self._tellings.forget()
         self._broken.clear()
+        self._layouts.clear()
         self._told = self._weighed = None
 
     def _unserved(self) -> str | None:
@@ -225,6 +246,8 @@ class Engine:
             return "somebody else compiles or records it"
         if self.network.training:
             return "it is in training"
+        if watched():
+            return "it is found out where regions are"
         pipe, reads = pipelines.drawing_with(self.network), self._reads
         times = None if pipe is None else pipe.scheduler.timesteps
         # Within the steps of a picture only adapters change: looking everywhere would take the host a while.
@@ -288,12 +311,14 @@ class Engine:
     def _computed(self, plain: Callable[..., Any], call: "_Call") -> Any:
         """What the network gives; nothing, with ``refused`` said, where it cannot be recorded."""
         operands, told = self._made(), call.given.get("encoder_hidden_states")
+        self._layout_now = self._hold()
         self._weigh(call)
         tells = isinstance(told, Tensor) and told.ndim == 3 and getattr(self.network, "encoder_hid_proj", None) is None
         reads = self._reads
         place = reads.strengths.values.data_ptr() if reads is not None and reads.apart and reads.strengths else None
         settled = torch.are_deterministic_algorithms_enabled()
-        self._key = operands.merged, operands.by_image, place, tells, call.plain, settled
+        signature = self._layout_now and self._layout_now.signature
+        self._key = operands.merged, operands.by_image, place, tells, call.plain, settled, signature
         what = shapes(call.tensors), self._key
         if (why := self._broken.get(what)) is not None:
             self.refused = why
@@ -322,6 +347,19 @@ class Engine:
             return None
         finally:
             self._call = None
+
+    def _hold(self) -> Layout | None:
+        """The regions of the pictures, at the place where recordings read them."""
+        layout = regions.present()
+        if layout is None or self.network not in layout.networks:
+            return None
+        held = self._layouts.get(layout.signature)
+        if held is None:
+            held = self._layouts[layout.signature] = _Held(layout.apart(), layout)
+        if held.source is not layout:
+            held.layout.take(layout)
+            held.source = layout
+        return held.layout
 
     def _step(self, inputs: Inputs) -> Any:
         if self._call is None:
@@ -362,7 +400,7 @@ class Engine:
         chosen = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = self.searches and not torch.are_deterministic_algorithms_enabled()
         try:
-            with swapped(self.network, self._backends), self._made().used():
+            with swapped(self.network, self._backends), self._made().used(), regions.using(self._layout_now):
                 yield
         finally:
             torch.backends.cudnn.benchmark = chosen
@@ -385,7 +423,7 @@ class Engine:
                 if not isinstance(attention, Attention) or not attention.is_cross_attention:
                     continue
                 if isinstance(attention.processor, FusedAttention):
-                    key, value = projected((attention.to_k, attention.to_v), inputs["told"])
+                    key, value = told_by(attention, inputs["told"], self._layout_now)
                     found[attention] = key, value
         return found
 
@@ -400,9 +438,11 @@ class Engine:
                 self._begin_on_host(call.given)
             now: Hashable = object()
         else:
-            now = strengths and (strengths.changes, strengths.merged, strengths.images > 1 and rows)
+            layout = self._layout_now and (self._layout_now.pictures, self._layout_now.count)
+            now = strengths and (strengths.changes, strengths.merged, strengths.images > 1 and (rows, layout))
         if now != self._weighed or self._weighed is None:
-            self._made().weigh(strengths, rows)
+            with regions.using(self._layout_now):
+                self._made().weigh(strengths, rows)
             self._weighed = now if now is not None else 0
 
     def _begin(self, strengths: Strengths, given: Mapping[str, Any]) -> None:
@@ -424,6 +464,14 @@ class Engine:
 
 
 _Known = dict[nn.Module, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class _Held:
+    """Regions at the place where recordings read them, and those whose masks they have."""
+
+    layout: Layout
+    source: Layout
 
 
 def _copied(one: Any) -> Any:
@@ -526,7 +574,7 @@ class _Reads:
         self._slab: Slab | None = None
         self.apart = apart = False
         for _, module in walk(network):
-            self._modules.append((module, type(module), getattr(module, "processor", None)))
+            self._modules.append((module, type(module), _processor(module)))
             if module is not network:
                 self._hooks += [module._forward_hooks, module._forward_pre_hooks]
             self._take(module)
@@ -578,7 +626,7 @@ class _Reads:
         """Whether all is where it was."""
         return (
             all(held.get(name) is tensor and tensor.data_ptr() == place for held, name, tensor, place in self._tensors)
-            and all(type(one) is cls and getattr(one, "processor", None) is known for one, cls, known in self._modules)
+            and all(type(one) is cls and _processor(one) is known for one, cls, known in self._modules)
             and all(slot_of(module) is slot and _state(slot) == state for module, slot, state in self._slots)
             and _held(self._slab) == self._held
             and self._flags == self._told()
@@ -593,6 +641,11 @@ class _Reads:
 
     def _counted(self) -> int | None:
         return None if self.strengths is None else self.strengths.changes
+
+
+def _processor(module: nn.Module) -> Any:
+    """What attends, also where it stands behind what attends by regions."""
+    return unwrapped(getattr(module, "processor", None))
 
 
 def _of_others(hooks: Mapping[int, Any]) -> bool:

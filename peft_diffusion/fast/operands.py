@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core import regions
 from ..core.site import is_plain_linear, rebase
 from ..core.slot import Slot, slot_of, using, walk
 from ..core.strength import Strengths
@@ -91,9 +92,9 @@ class Operands:
         self._scaled: dict[int, Tensor] = {}
         self._up = torch.empty(0, device=self.device, dtype=self.dtype)
         self._rows = self._blocks = torch.empty(0, dtype=torch.long, device=self.device)
-        self._strength: dict[int, Tensor] = {}
+        self._strength: dict[torch.Size, Tensor] = {}
+        self._amounts = self._up
         self._tails: dict[nn.Module, _Tailed] = {}
-        self._batch = 1
         self.told: Tensor | None = None
         self.known: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -210,16 +211,17 @@ class Operands:
         Raises:
             UserError: There are strengths for another number of images.
         """
-        self._batch = batch
         self.merged = strengths is not None and strengths.merged
         self.by_image = strengths is not None and strengths.images > 1
         if strengths is None or self.merged or not len(self._rows):
             return
         found = strengths.values[self._rows, self._blocks].t()
         if self.by_image:
-            found = strengths.over(found, batch)
-            place = self._strength.setdefault(batch, torch.empty(found.shape, device=self.device, dtype=self.dtype))
+            layout = regions.present()
+            found = strengths.over(found, batch) if layout is None else found.repeat(layout.repeats(batch), 1)
+            place = self._strength.setdefault(found.shape, torch.empty(found.shape, device=self.device, dtype=self.dtype))
             place.copy_(found)
+            self._amounts = place
         else:
             column, start = found[0].to(self.dtype).unsqueeze(1), 0
             for width, down in self._down.items():
@@ -302,8 +304,10 @@ class Operands:
 
     def _by_image(self, group: Group, x: Tensor) -> Tensor:
         """The strengths of a group's ranks for each row of the batch, to be multiplied with what is made of ``x``."""
-        strength = self._strength[self._batch][:, group.offset :][:, : group.ranks]
-        return strength.view(len(strength), *[1] * (x.ndim - 2), -1)
+        strength, layout = self._amounts[:, group.offset :][:, : group.ranks], regions.present()
+        if layout is None:
+            return strength.view(len(strength), *[1] * (x.ndim - 2), -1)
+        return layout.spread(strength[: layout.columns], x)
 
     def _at_once(self, group: Group, tailed: "_Tailed", x: Tensor) -> Sequence[Tensor]:
         """Layers and their downs by one product: ``x`` is read once, and there is a kernel less."""

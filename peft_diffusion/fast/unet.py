@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..bases.regional_attention import MASKED, RegionalAttention, across, is_usual, unwrapped, within
+from ..core import regions
+from ..core.errors import UserError
+from ..core.regions import Layout
 from ..core.site import base_class, is_plain_linear, rebase
 from . import frozen_ops
 from .low_rank import fused_projections, fusing
@@ -131,7 +135,7 @@ def swapped(component: nn.Module, backends: Sequence[SDPBackend] = ()) -> Iterat
             changed.append((module, own))
         if isinstance(module, Attention) and _attends_plainly(module):
             processors.append((module, module.processor))
-            module.processor = FusedAttention(backends)
+            module.processor = FusedAttention(backends, regional=isinstance(module.processor, RegionalAttention))
     try:
         yield
     finally:
@@ -159,9 +163,7 @@ def _suits(module: Any) -> bool:
 
 def _attends_plainly(attention: Any) -> bool:
     """Whether an attention has no norms, factors or masks of its own."""
-    parts = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
-    plain = not any(getattr(attention, part, None) for part in parts) and not attention.residual_connection
-    return bool(plain and attention.rescale_output_factor == 1 and type(attention.processor) is AttnProcessor2_0)
+    return is_usual(attention) and type(unwrapped(attention.processor)) is AttnProcessor2_0
 
 
 def _frozen(module: nn.Module) -> bool:
@@ -294,8 +296,9 @@ class FusedTransformer(Transformer2DModel):  # type: ignore[misc]
 class FusedAttention:
     """Attention without what a UNet's does not have: each part of it would be a pass over memory."""
 
-    def __init__(self, backends: Sequence[SDPBackend] = ()) -> None:
+    def __init__(self, backends: Sequence[SDPBackend] = (), *, regional: bool = False) -> None:
         self.backends = list(backends)
+        self.regional = regional
 
     def __call__(
         self,
@@ -306,26 +309,54 @@ class FusedAttention:
         temb: Tensor | None = None,
     ) -> Tensor:
         """(images, positions, channels), attending to ``encoder_hidden_states`` or to themselves."""
+        layout = regions.present() if self.regional else None
+        if attention_mask is not None and layout is not None:
+            raise UserError(MASKED)
         if attention_mask is not None or hidden_states.ndim != 3:
             result: Tensor = AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
             return result
-        told = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is None:
             query, key, value = projected((attn.to_q, attn.to_k, attn.to_v), hidden_states)
         else:
             operands = present()
-            known = None if operands is None else operands.knows(attn, told)
-            query, (key, value) = attn.to_q(hidden_states), known or projected((attn.to_k, attn.to_v), told)
-
-        def heads(x: Tensor) -> Tensor:
-            return x.view(len(x), -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2)
-
+            known = None if operands is None else operands.knows(attn, encoder_hidden_states)
+            query, (key, value) = attn.to_q(hidden_states), known or told(attn, encoder_hidden_states, layout)
         with sdpa_kernel(self.backends, set_priority=True) if self.backends else nullcontext():
-            found = F.scaled_dot_product_attention(heads(query), heads(key), heads(value))
-        found = found.transpose(1, 2).reshape(*query.shape[:2], -1)
+            if layout is None or (encoder_hidden_states is None and not layout.isolated):
+                found = self._attended(query, key, value, attn.heads)
+            elif encoder_hidden_states is None:
+                found = within(query, key, value, attn.heads, layout)
+            else:
+                found = across(query, key, value, attn.heads, layout)
         for part in attn.to_out:
             found = part(found)
         return found
+
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor, count: int) -> Tensor:
+        """(images, positions, channels) by so many heads."""
+
+        def heads(x: Tensor) -> Tensor:
+            return x.view(len(x), -1, count, x.shape[-1] // count).transpose(1, 2)
+
+        found = F.scaled_dot_product_attention(heads(query), heads(key), heads(value))
+        return found.transpose(1, 2).reshape(*query.shape[:2], -1)
+
+
+def told(attention: Any, prompts: Tensor, layout: Layout | None) -> Sequence[Tensor]:
+    """Compute the keys and values of what attention is told.
+
+    Args:
+        attention: The attention.
+        prompts: (images, tokens, width); where pictures have regions, the prompts of these one after the other.
+        layout: The regions; None without any.
+
+    Returns:
+        Keys and values, (images, tokens, channels), or (images * regions, tokens, channels).
+    """
+    if layout is None:
+        return projected((attention.to_k, attention.to_v), prompts)
+    with layout.reading_text():
+        return projected((attention.to_k, attention.to_v), layout.by_region(prompts))
 
 
 def projected(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import bases, formats
 from ..bases import LanguageModel, components, denoiser_of, describe, pipelines
+from ..bases import family as families
 from ..bases.base import Base, network_of
 from ..bases.pipelines import Pipeline
 from ..bases.words import teach
@@ -25,8 +26,9 @@ from ..core.changes import one_at_a_time
 from ..core.errors import UserError
 from ..core.events import Never, Observer, Observers, Stop
 from ..core.files import at_home
+from ..core.regions import present
 from ..core.registry import Registry
-from ..core.strength import Amount, OverSteps, named_blocks, of_component, over_steps, refuse_unknown
+from ..core.strength import Amount, OverSteps, named_blocks, of_component, over_steps, refuse_unknown, with_blocks
 from ..core.strength_schedule import Schedule, Timed
 from ..fast import drawing
 from ..fast.parts import parts_beside
@@ -288,6 +290,14 @@ class Adapters:
         zero = {name for name, amount in (wanted or {}).items() if _is_nothing(amount)}
         return set(self.names) - (active | (wanted or {}).keys()) | (zero & set(self.names))
 
+    def _named(self, wanted: Mapping[str, Amount]) -> dict[str, Amount]:
+        """Amounts with blocks by the names of the network. Raises UserError for what is known of other families alone."""
+        known = families.block_names()
+        if not any(known & named_blocks(amount).keys() for amount in wanted.values()):
+            return dict(wanted)
+        family = families.find(self.base.family)
+        return {name: with_blocks(amount, family.meant) for name, amount in wanted.items()}
+
     def _ready(self, wanted: Mapping[str, Amount]) -> dict[str, Amount]:
         """Bring what is named and waits. Returns what is to be set, without those that go on waiting at 0."""
         if self._tiers is None:
@@ -473,7 +483,7 @@ class Adapters:
                 changed then.
         """
         registry = self._registry
-        wanted = self._ready({**(amounts or {}), **more})
+        wanted = self._ready(self._named({**(amounts or {}), **more}))
         states = registry.states()
         for name in wanted:
             if not any(name in state.entries for state in states.values()):
@@ -750,6 +760,40 @@ class Adapters:
         found = network_of(self.pipe)
         return found is not None and drawing.engine_of(found[1]) is not None
 
+    def compose(
+        self,
+        file: str | Path,
+        prompts: Sequence[str] = (),
+        *,
+        amounts: "Mapping[str, float | ByPart] | None" = None,
+        folder: str | Path | None = None,
+        steps: int | None = None,
+    ) -> tuple[str, ...]:
+        """Set strengths by block and step as ``compose train`` learned them; they stay until they are set otherwise.
+
+        ``adapters.compose("both.safetensors", prompts)``, and then ``pipe(prompts)``. Adapters of the composition that are
+        not loaded yet are loaded from beside the file; others keep their strengths.
+
+        Args:
+            file: The file of the composition.
+            prompts: What will be drawn, one for each image: gates weigh the adapters of each by its own.
+            amounts: What is multiplied by that, by the name of the adapter; 1 for one that is not named.
+            folder: Another folder where adapters are looked for.
+            steps: How many denoising steps there will be, where not as ``generate`` takes; with another number what is
+                learned holds between these.
+
+        Returns:
+            The names of the adapters of the composition, in its order.
+
+        Raises:
+            UserError: An adapter is missing or another than it was, the file is for another base or needs prompts, adapters
+                are merged, or the base is a language model.
+        """
+        self._denoising()
+        from .learned import composed  # which imports diffusers
+
+        return composed(self, Path(file), prompts, amounts or {}, None if folder is None else Path(folder), steps)
+
     @contextmanager
     def _kept_strengths(self) -> Iterator[None]:
         """Give adapters the strengths back that they had."""
@@ -925,8 +969,8 @@ def _has_steps(pipe: Base) -> bool:
 
 def _check_images(pipe: Pipeline, drawn: int) -> None:
     """Raise UserError where a pipeline draws another number of images than have strengths of their own."""
-    images = Registry(components(pipe)).images
-    if images > 1 and drawn != images:
+    images, layout = Registry(components(pipe)).images, present()
+    if images > 1 and drawn * (1 if layout is None else layout.count) != images:
         verb = "is" if drawn == 1 else "are"
         raise UserError(f"there are strengths for {images} images, but {drawn} {verb} drawn; set as many, or one for all")
 

@@ -17,9 +17,9 @@ def parse(text: str, of: str) -> tuple[float, ByPart | None]:
 
     Args:
         text: A number, and what it is multiplied by in components, in blocks and over the steps, each ``NAME:NUMBER``, with
-            commas between. ``te`` is every text encoder, ``te1`` and ``te2`` are each; blocks are named as in `ByPart`, and
-            by presets. Steps are places from 0 to 1, with straight lines between them.
-        of: What it is the strength of, for messages.
+            commas between. ``te`` is every text encoder, ``te1`` and ``te2`` are each; blocks are named as in `ByPart`, by
+            presets, and by what they are known for in a family of bases. Steps are places from 0 to 1, with straight lines
+            between them.
 
     Returns:
         The number, by default 1, and what differs between parts, of strength 1; None where nothing does.
@@ -56,7 +56,7 @@ def parse(text: str, of: str) -> tuple[float, ByPart | None]:
 def _pair(part: str, text: str, of: str) -> tuple[str, float]:
     """A name, "" for none, and its number. Raises UserError."""
     key, _, told = re.sub("=", ":", part, count=1).rpartition(":")
-    if part.upper() in PRESETS:
+    if part.upper() in PRESETS or part in families.block_names():
         return part, 1.0
     value = number_in(told)
     if value is None:

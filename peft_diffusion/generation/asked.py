@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ..bases import components
@@ -13,7 +14,9 @@ from ..core.shortening import brief
 from ..core.strength_schedule import ByPart
 from ..data.prompt_lines import PromptLine, parse_line, read_prompts
 from ..data.wildcards import Wildcards
-from .settings import Choice, GenerateConfig, Key, Sampling, with_plans
+from . import amounts
+from .recipe import UsedRegion
+from .settings import Choice, GenerateConfig, Key, Sampling, parse_choice, with_plans
 from .tags import Shelf, Tag, take
 
 S = TypeVar("S", bound=Sampling)
@@ -61,6 +64,7 @@ class Asked:
         tags: The adapters that its prompt names.
         written: The prompt as it was written.
         config: How it is drawn.
+        regions: What its regions show; None for one that shows what the whole picture does.
     """
 
     prompt: str
@@ -69,6 +73,12 @@ class Asked:
     tags: tuple[Tag, ...]
     written: str
     config: GenerateConfig
+    regions: tuple[Read | None, ...] = ()
+
+    @property
+    def all_tags(self) -> list[Tag]:
+        """The adapters that its prompt, and those of its regions name."""
+        return [*self.tags, *(tag for read in self.regions if read is not None for tag in read.tags)]
 
 
 @dataclass(frozen=True)
@@ -77,13 +87,17 @@ class Order:
 
     Attributes:
         rows: By prompt, a picture for each seed.
-        choices: The adapters: those given, then those that only prompts name.
+        choices: The adapters: those given, then those that only regions and prompts name.
         shelf: Where prompts find adapters.
+        in_regions: The adapters that each region names, with their strengths there.
+        divided: The regions of a recipe, in place of those of the settings.
     """
 
     rows: tuple[tuple[Asked, ...], ...]
     choices: tuple[Choice, ...]
     shelf: Shelf
+    in_regions: tuple[tuple[Choice, ...], ...] = ()
+    divided: tuple[UsedRegion, ...] = ()
 
     @property
     def pictures(self) -> list[Asked]:
@@ -98,10 +112,44 @@ class Order:
     @property
     def prompts(self) -> list[list[str]]:
         """For each adapter the prompts that are drawn with it."""
-        return [list(dict.fromkeys(one.prompt for one in self.pictures if self._in(choice, one))) for choice in self.choices]
+        return [
+            list(dict.fromkeys(text for one in self.pictures for text in self._called(choice, one)))
+            for choice in self.choices
+        ]
+
+    def _called(self, choice: Choice, one: Asked) -> list[str]:
+        """The prompts of a picture and its regions that an adapter acts on."""
+        found = [one.prompt] if self._in(choice, one) else []
+        for said, read in zip(self.in_regions, one.regions, strict=True):
+            tags = () if read is None else read.tags
+            if any(choice.key == other.key for other in (*said, *(self.shelf.find(tag.name) for tag in tags))):
+                found.append(one.prompt if read is None else read.prompt)
+        return found
 
     def _in(self, choice: Choice, one: Asked) -> bool:
         return choice in self.shelf.given or any(self.shelf.find(tag.name).path == choice.path for tag in one.tags)
+
+    def parts(self, one: Asked, names: Sequence[str], base: Base) -> list[tuple[str | None, dict[str, float | ByPart]]]:
+        """Tell what the regions of a picture show, and with how much of which adapters.
+
+        Args:
+            one: The picture.
+            names: What the adapters are called on the base, in the order of `choices`.
+            base: The base.
+
+        Returns:
+            For each region its prompt, None for that of the whole picture, and the strengths that it says itself.
+        """
+        found = []
+        for said, read in zip(self.in_regions, one.regions, strict=True):
+            amounts: dict[str, float | ByPart] = {}
+            for choice in said:
+                amounts[names[[one.key for one in self.choices].index(choice.key)]] = choice.amount
+            for key, tag in _by_file(() if read is None else read.tags, self.shelf).items():
+                place = [choice.key for choice in self.choices].index(key)
+                amounts[names[place]] = _amount(self.choices[place], tag, base)
+            found.append((None if read is None else read.prompt, amounts))
+        return found
 
     def strengths(self, one: Asked, names: Sequence[str], base: Base) -> dict[str, float | ByPart]:
         """Tell how much of each adapter a picture is drawn with.
@@ -187,14 +235,28 @@ def order(config: GenerateConfig, choices: Sequence[Choice], *, literal: bool) -
         UserError: A prompt, a list or an adapter cannot be read.
     """
     shelf, wildcards = Shelf(tuple(choices), config.adapters_dir), Wildcards(config.wildcards_dir)
+    in_regions = tuple(tuple(_in_region(text, shelf) for text in region.adapter) for region in config.region)
     rows = []
     lines = (*config.prompts, *(read_prompts(config.prompts_file) if config.prompts_file is not None else ()))
     for line in lines:
         read = PromptLine(line, {}) if literal else parse_line(line)
         one = _of_line(config, read.prompt, read.told)
         rows.append(tuple(_picture(one, read.prompt, seed, wildcards, literal) for seed in one.all_seeds()))
-    named = shelf.all_of(tag for row in rows for one in row for tag in one.tags)
-    return Order(tuple(rows), (*choices, *with_plans(named)), shelf)
+    of_regions = {one.key: replace(one, strength=1.0, parts=None) for said in in_regions for one in said}
+    only_there = [one for key, one in of_regions.items() if key not in {choice.key for choice in choices}]
+    tags = [tag for row in rows for one in row for tag in one.all_tags]
+    named = [one for one in shelf.all_of(tags) if one.key not in of_regions]
+    return Order(tuple(rows), (*choices, *with_plans([*only_there, *named])), shelf, in_regions)
+
+
+def _in_region(text: str, shelf: Shelf) -> Choice:
+    """An adapter of a region: a file, or the name of one given or of the folder. Raises UserError."""
+    name, _, told = text.partition("=")
+    if any(one.name.casefold() == name.casefold() for one in shelf.given) or (shelf.folder and not Path(name).exists()):
+        found = shelf.find(name)
+        strength, parts = amounts.parse(told, name) if told else (1.0, None)
+        return replace(found, strength=strength, parts=parts)
+    return parse_choice(text)
 
 
 def _of_line(config: GenerateConfig, prompt: str, told: Mapping[str, Any]) -> GenerateConfig:
@@ -211,9 +273,12 @@ def _of_line(config: GenerateConfig, prompt: str, told: Mapping[str, Any]) -> Ge
 
 def _picture(config: GenerateConfig, prompt: str, seed: int, wildcards: Wildcards, literal: bool) -> Asked:
     if literal:
-        return Asked(prompt, config.negative, seed, (), prompt, config)
+        regions = tuple(None if one.prompt is None else Read(one.prompt, ()) for one in config.region)
+        return Asked(prompt, config.negative, seed, (), prompt, config, regions)
     read = read_prompt(prompt, seed, wildcards)
-    return Asked(read.prompt, wildcards.draw(config.negative, seed), seed, read.tags, prompt, replace(config, negative=""))
+    regions = tuple(None if one.prompt is None else read_prompt(one.prompt, seed, wildcards) for one in config.region)
+    own = replace(config, negative="")
+    return Asked(read.prompt, wildcards.draw(config.negative, seed), seed, read.tags, prompt, own, regions)
 
 
 def read_all(config: Sampling, choices: Sequence[Choice], seed: int) -> tuple[list[Read], tuple[Choice, ...], Shelf]:

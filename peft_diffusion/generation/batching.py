@@ -13,7 +13,10 @@ from ..bases.taught import teacher_of
 from ..core.events import Noted, Observer, Observers, Stop
 from ..core.strength_schedule import ByPart, Schedule
 from ..data.prompts import in_words
+from . import amounts
 from .asked import manner
+from .region_settings import FEATHER, ISOLATION, Region
+from .regions import Area, Division, DrawnRegion, columns
 from .sampler import Cell, paint, set_strengths
 from .settings import Sampling
 from .telling import Telling, triggers
@@ -35,6 +38,10 @@ class Request:
         seed: That of its noise.
         negative: What it should not show; None is what ``sampling`` says.
         sampling: How it is drawn; its prompts, adapters and batch size are not read.
+        regions: Parts of the picture with prompts and adapters of their own, which name these as ``adapters`` does:
+            ``pd.Region(box=(0, 0, 0.5, 1), prompt="a cat", adapter="ink=0.8")``.
+        region_feather: How wide their edges are, as a share of the shorter side.
+        region_isolation: The share of the noise levels, from the noisiest, at which they do not attend to each other.
     """
 
     prompt: str
@@ -42,11 +49,24 @@ class Request:
     seed: int = 0
     negative: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
+    regions: Sequence[Region] = ()
+    region_feather: float = FEATHER
+    region_isolation: float = ISOLATION
 
     def cell(self) -> Cell:
         """Give the picture as the sampler takes it."""
         strengths = {name: ByPart(steps=one) if isinstance(one, Schedule) else one for name, one in self.adapters.items()}
-        return Cell(self.prompt, self.seed, strengths, self.sampling.negative if self.negative is None else self.negative)
+        negative = self.sampling.negative if self.negative is None else self.negative
+        parts = tuple(DrawnRegion(Area.of(one), one.prompt, dict(map(_named, one.adapter))) for one in self.regions)
+        division = Division(parts, self.region_feather, self.region_isolation) if parts else None
+        return Cell(self.prompt, self.seed, strengths, negative, division)
+
+
+def _named(text: str) -> tuple[str, float | ByPart]:
+    """An adapter by its name, and how much of it. Raises UserError."""
+    name, equals, told = text.partition("=")
+    strength, parts = amounts.parse(told, name) if equals else (1.0, None)
+    return name, strength if parts is None else parts.scaled(strength)
 
 
 @dataclass(frozen=True)
@@ -77,36 +97,41 @@ def grouped(adapters: "Adapters", cells: Sequence[Cell], samplings: Sequence[S],
     """
     alike: dict[tuple[Any, ...], list[int]] = {}
     for number, (cell, sampling) in enumerate(zip(cells, samplings, strict=True)):
-        used = [adapters[name].spec for name, amount in (cell.strengths or {}).items() if amount != 0]
+        used = [adapters[name].spec for name, amount in cell.amounts.items() if amount != 0]
         of_noise = any(spec.training.get("zero_terminal_snr") for spec in used)
         letters = frozenset(one for one in triggers(adapters, [cell]) if not is_plain(one, sampling.prompt_weights))
-        alike.setdefault((replace(manner(sampling), batch_size=1, adapter=()), of_noise, letters), []).append(number)
+        isolation = None if cell.division is None else cell.division.isolation
+        alike.setdefault((replace(manner(sampling), batch_size=1, adapter=()), of_noise, letters, isolation), []).append(
+            number
+        )
     keyed: dict[tuple[Any, ...], list[int]] = {}
-    for key, numbers in alike.items():
-        for number, length in zip(numbers, _lengths(adapters, [cells[one] for one in numbers], key[0]), strict=True):
-            keyed.setdefault((*key, length), []).append(number)
+    for same, numbers in alike.items():
+        for number, length in zip(numbers, _lengths(adapters, [cells[one] for one in numbers], same[0]), strict=True):
+            keyed.setdefault((*same, length), []).append(number)
     if len(keyed) > 1:
         tell(Noted(f"{len(cells)} pictures are drawn in {len(keyed)} groups, as they differ in {_differences(list(keyed))}"))
     found = sorted(keyed.items(), key=lambda one: one[1][0])
     return [Group(tuple(numbers), samplings[numbers[0]]) for _, numbers in found]
 
 
-def _lengths(adapters: "Adapters", cells: Sequence[Cell], sampling: Sampling) -> list[tuple[int, int]]:
-    """The chunks of each prompt and of its negative one."""
+def _lengths(adapters: "Adapters", cells: Sequence[Cell], sampling: Sampling) -> list[tuple[int, ...]]:
+    """The chunks of each prompt and of its negative one, and of those of its regions."""
     pipe = adapters.pipe
     if any(teacher_of(getattr(pipe, name)) for name in text_encoders(pipe).values()):
         set_strengths(adapters, cells)  # on which it depends what soft prompts take
     text = Telling(pipe, sampling, triggers(adapters, cells)).text
-    prompts, against = ([*map(str, one)] for one in zip(*((c.prompt, c.against(sampling)) for c in cells), strict=True))
+    every = columns(cells)
+    prompts, against = ([*map(str, one)] for one in zip(*((c.prompt, c.against(sampling)) for c in every), strict=True))
     counts = [text.chunks(in_words(texts, Observers())) for texts in (prompts, against)]
-    return list(zip(*counts, strict=True))
+    pairs, each = list(zip(*counts, strict=True)), len(every) // len(cells)
+    return [tuple(n for pair in pairs[start : start + each] for n in pair) for start in range(0, len(pairs), each)]
 
 
 def _differences(keys: Sequence[tuple[Any, ...]]) -> str:
     """What groups differ in."""
     manners = [key[0] for key in keys]
     names = [one.name for one in fields(manners[0]) if len({getattr(manner, one.name) for manner in manners}) > 1]
-    others = ("noise at the beginning", "words with brackets that call adapters", "length of prompts")
+    others = ("noise at the beginning", "words with brackets that call adapters", "regions", "length of prompts")
     more = [what for number, what in enumerate(others, 1) if len({key[number] for key in keys}) > 1]
     return ", ".join([*names, *more])
 
@@ -129,9 +154,9 @@ def drawn(adapters: "Adapters", requests: Sequence[Request], at_most: int, tell:
         Interrupted: It was stopped.
     """
     denoiser_of(adapters.pipe)
-    for name in (name for request in requests for name in request.adapters):
-        _ = adapters[name]
     cells = [request.cell() for request in requests]
+    for name in (name for cell in cells for name in cell.amounts):
+        _ = adapters[name]
     samplings = [
         replace(one.sampling, negative=cell.negative or "") for one, cell in zip(requests, cells, strict=True)
     ]  # which refuses a negative prompt without guidance

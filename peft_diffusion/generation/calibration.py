@@ -129,7 +129,7 @@ def few(sampling: Sampling, rows: int) -> Sampling:
         The same otherwise.
     """
     return replace(
-        sampling, steps=min(sampling.taken_steps, STEPS), batch_size=rows, compose="add",
+        sampling, steps=min(sampling.taken_steps, STEPS), batch_size=rows, compose="add", compose_file=None,
         hires=None, hires_upscaler=None, hires_strength=None, hires_steps=None,
     )  # fmt: skip
 

@@ -32,6 +32,7 @@ from . import recipe as recipes
 from .adapted import adapted, tell_of_adapters
 from .adapters import Adapters
 from .asked import Asked, Order, order
+from .automatic_regions import located
 from .batching import grouped
 from .calibration import calibrated, times
 from .control import used as used_controls
@@ -40,7 +41,8 @@ from .events import PictureMade, SheetMade
 from .kept import Kept
 from .memory import device_of, loaded, spared
 from .picture_formats import ending
-from .recipe import Recipe, UsedAdapter, UsedPicture
+from .recipe import Recipe, UsedAdapter, UsedPicture, UsedRegion
+from .regions import Area, Division, DrawnRegion, parse_area
 from .sampler import Cell, gives_way, paint, scheduler_of, size
 from .settings import Choice, GenerateConfig, Precision, Sampling
 from .source import Source, check_mask, read_source
@@ -72,6 +74,7 @@ _FREE = frozenset(
         "calibrate",
         "image",
         "mask",
+        "compose_file",
     }
 )
 _SLUG = 48  # letters of a prompt in a file's name
@@ -116,6 +119,8 @@ def generate(
             _refuse_missing(expected, again)
             config, choices = _again(config, expected, lent=pipe is not None)
         asked = order(config, choices, literal=again is not None)
+        if expected is not None:
+            asked = replace(asked, divided=expected.divided)
         taken = config if again is not None else for_few_steps(config, asked.choices, tell)
         if taken is not config:
             config, asked = taken, order(taken, choices, literal=False)
@@ -184,10 +189,10 @@ def draw(
         tell_clip_skip(adapters.pipe, [choice.plan for choice in asked.choices if choice.plan], config, tell)
         check_mask(adapters.pipe, source, adapters.base.name)
         factors = _factors(adapters, names, asked, config, stop) if config.calibrate else {}
-        jobs = [_job(adapters, names, asked, group, source, factors) for group in asked.groups]
-        if check is not None:
-            check(jobs[0].recipes[0])
         with spared(adapters, config):
+            jobs = [_job(adapters, names, asked, group, source, factors, tell, stop) for group in asked.groups]
+            if check is not None:
+                check(jobs[0].recipes[0])
             for job in jobs:
                 yield from zip(job.paint(adapters, tell, stop), job.recipes, strict=True)
 
@@ -307,17 +312,37 @@ def _job(
     group: Sequence[Asked],
     source: Source | None,
     factors: Mapping[str, float] = MappingProxyType({}),
+    tell: Observer = Observers(),  # noqa: B008 -- has no state
+    stop: Stop = Never(),  # noqa: B008 -- has no state
 ) -> _Job:
     config = group[0].config
+    areas = [Area.of(region) for region in config.region]
     cells = []
     for one in group:
         strengths = asked.strengths(one, names, adapters.pipe)
         scaled = {name: times(amount, factors.get(name, 1.0)) for name, amount in strengths.items()}
-        cells.append(Cell(one.prompt, one.seed, scaled, one.negative))
+        parts = [
+            DrawnRegion(area, prompt, {name: times(amount, factors.get(name, 1.0)) for name, amount in own.items()})
+            for area, (prompt, own) in zip(areas, asked.parts(one, names, adapters.pipe), strict=True)
+        ]
+        parts = parts or _parts_again(asked, names)
+        division = Division(tuple(parts), config.region_feather, config.region_isolation) if parts else None
+        cells.append(Cell(one.prompt, one.seed, scaled, one.negative, division))
     source = None if source is None else source.fitted(adapters.base, config.width, config.height)
+    if config.regions == "auto" and not asked.divided:
+        cells = located(adapters, cells, config, source, tell, stop)
     told = cell_recipes(adapters, cells, config, source)
     written = [one.written if one.written != one.prompt else None for one in group]
     return _Job(cells, config, source, [replace(one, written=text) for one, text in zip(told, written, strict=True)])
+
+
+def _parts_again(asked: Order, names: Sequence[str]) -> list[DrawnRegion]:
+    """The regions of a recipe. Raises UserError for one that cannot be read."""
+    found = []
+    for one in asked.divided:
+        amounts = {names[number]: amount for number, amount in one.amounts().items() if number < len(names)}
+        found.append(DrawnRegion(parse_area(one.area), one.prompt, amounts))
+    return found
 
 
 def _check_base(config: GenerateConfig, again: Path, expected: Recipe, recipe: Recipe) -> None:
@@ -398,10 +423,13 @@ def cell_recipes(
         **({} if hires is None else {"hires_steps": hires.steps}),
     }
     begun = {} if source is None else {"image": source.of, "mask": source.mask_of, "strength": source.strength}
-    found["compose"] = None if sampling.compose == "add" else sampling.compose
+    found["compose"] = None if sampling.meets == "add" else sampling.meets
+    file = sampling.compose_file
+    found["compose_file"] = None if file is None else UsedPicture(str(file), sha256(file))
     found["controls"] = used_controls(sampling.controls(), sampling.control_scale)
+    of_regions = {"divided": (), "region_feather": None, "region_isolation": None}
     of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None, **begun}
-    common = pick(Recipe, sampling, found, of_a_picture)
+    common = pick(Recipe, sampling, found, of_regions, of_a_picture)
     return [
         replace(
             common,
@@ -409,6 +437,9 @@ def cell_recipes(
             negative=cell.against(sampling),
             seed=cell.seed,
             adapters=_used(adapters, cell.strengths or {}),
+            divided=_divided(cell),
+            region_feather=None if cell.division is None else cell.division.feather,
+            region_isolation=None if cell.division is None else cell.division.isolation,
             plugins=_plugins(adapters, cell.strengths or {}),
         )
         for cell in cells
@@ -441,6 +472,19 @@ def _used(adapters: Adapters, strengths: Mapping[str, float | ByPart]) -> tuple[
     return tuple(used)
 
 
+def _divided(cell: Cell) -> tuple[UsedRegion, ...]:
+    """What a recipe says of the regions of a picture."""
+    order, found = list(cell.strengths or {}), []
+    for part in () if cell.division is None else cell.division.parts:
+        said = {}
+        for name, amount in part.strengths.items():
+            whole, parts = (amount.strength, amount) if isinstance(amount, ByPart) else (amount, None)
+            said[str(order.index(name))] = ",".join(filter(None, (repr(float(whole)), amounts.text_of(parts))))
+        prompt = cell.prompt if part.prompt is None else part.prompt
+        found.append(UsedRegion(part.area.text(), prompt, json.dumps(said)))
+    return tuple(found)
+
+
 def _plugins(adapters: Adapters, names: Iterable[str]) -> tuple[str, ...]:
     """The modules that the methods of adapters come from."""
     told = [one.get("plugin") for name in names for several in adapters[name].spec.methods.values() for one in several]
@@ -470,8 +514,8 @@ def _again(config: GenerateConfig, recipe: Recipe, lent: bool) -> tuple[Generate
     if config.precision == "auto" and recipe.dtype in get_args(Precision):
         same["precision"] = recipe.dtype
     same["adapter"] = tuple(choice.text for choice in choices)
-    for name, used in (("image", recipe.image), ("mask", recipe.mask)):
-        same[name] = _picture(used, getattr(config, name), config.recipe, name)
+    for name in recipes.USED_FILES:
+        same[name] = _picture(getattr(recipe, name), getattr(config, name), config.recipe, name.replace("_", "-"))
     base = config.base
     if base == GenerateConfig.base:
         base = recipe.base if lent else _trusted(recipe.base, config.recipe)
@@ -524,7 +568,7 @@ def _picture(used: UsedPicture | None, given: Path | None, recipe: Path | None, 
     found = next((path for path in candidates if sha256(path) == used.sha256), None)
     if found is None:
         raise UserError(
-            f"the picture {used.path} of the recipe (SHA-256 {used.sha256[:12]}...) is not there any more, or is another"
+            f"the file {used.path} of the recipe (SHA-256 {used.sha256[:12]}...) is not there any more, or is another"
             f" now; say where it is with --{flag}"
         )
     return found
@@ -534,7 +578,7 @@ def _given(config: GenerateConfig, recipe: Recipe) -> dict[str, Plan]:
     """The adapter files that are named beside a recipe, to say where its own are now, by SHA-256. Raises UserError for
     others, and for strengths that are not the recipe's."""
     files: dict[str, Plan] = {}
-    for text, choice in zip(config.adapter, config.choices(), strict=True):
+    for text, choice in zip(config.adapter, config.choices(), strict=False):
         found = choice.parsed()
         strengths = [(used.strength, used.parts) for used in recipe.adapters if used.sha256 == found.sha256]
         if not strengths:

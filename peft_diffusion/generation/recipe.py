@@ -25,6 +25,7 @@ VERSION = 1
 # Fields that a recipe has only where there is something to say.
 _WHERE_THERE = frozenset(
     {"plugins", "base_sha256", "hires", "hires_upscaler", "hires_strength", "hires_steps", "tile", "controls", "compose"}
+    | {"compose_file", "divided", "region_feather", "region_isolation"}
 )
 _MOST_PIXELS = 100_000_000  # more than are drawn here
 
@@ -54,7 +55,7 @@ class UsedAdapter:
 
 @dataclass(frozen=True)
 class UsedPicture:
-    """A picture that another was made from, or its mask: where its file was, and the digest of its bytes."""
+    """A picture that another was made from, its mask or another file: where it was, and the digest of its bytes."""
 
     path: str
     sha256: str
@@ -72,7 +73,36 @@ class UsedControl:
     scale: float
 
 
-_Used = TypeVar("_Used", UsedAdapter, UsedPicture, UsedControl)
+@dataclass(frozen=True)
+class UsedRegion:
+    """A region of a picture: a box or a mask, what it shows, and the strengths there.
+
+    ``area`` is four numbers, or a PNG in base 64. ``adapters`` is JSON: by the number of an adapter of the recipe its
+    strength in the region, as ``--adapter`` takes it.
+    """
+
+    area: str
+    prompt: str
+    adapters: str
+
+    def amounts(self) -> dict[int, float | ByPart]:
+        """Give the strengths in the region, by the number of the adapter.
+
+        Raises:
+            UserError: They cannot be read.
+        """
+        found: dict[int, float | ByPart] = {}
+        with refusing("the strengths of a region of the recipe cannot be read"):
+            for number, text in json_value(self.adapters).items():
+                strength, parts = amounts.parse(text, f"adapter {number}")
+                found[int(number)] = strength if parts is None else parts.scaled(strength)
+        return found
+
+
+USED_FILES = ("image", "mask", "compose_file")
+"""The fields of a recipe that are a `UsedPicture`."""
+
+_Used = TypeVar("_Used", UsedAdapter, UsedPicture, UsedControl, UsedRegion)
 
 
 @dataclass(frozen=True)
@@ -91,7 +121,9 @@ class Recipe:
 
     ``hires`` is how many times larger a second pass made the picture, whose first pass ``width`` and ``height`` are of.
 
-    ``compose`` is how its adapters met; None where they were added.
+    ``compose`` is how its adapters met; None where they were added. ``compose_file`` is what was learned of that.
+
+    ``divided`` are its regions, and ``region_feather`` and ``region_isolation`` how they meet; None without any.
 
     ``base`` is the source that was named; ``base_name``, ``base_family`` and ``fingerprint`` are what was found there.
     """
@@ -137,10 +169,15 @@ class Recipe:
     tile: str | None = None
     controls: tuple[UsedControl, ...] = ()
     compose: str | None = None
+    compose_file: UsedPicture | None = None
+    divided: tuple[UsedRegion, ...] = ()
+    region_feather: float | None = None
+    region_isolation: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; those of `_WHERE_THERE` where there are."""
-        return {name: value for name, value in asdict(self).items() if value or name not in _WHERE_THERE}
+        told = asdict(self) | ({} if self.divided else {"region_feather": None, "region_isolation": None})
+        return {name: value for name, value in told.items() if value not in (None, (), "") or name not in _WHERE_THERE}
 
     @classmethod
     def from_json(cls, values: Any) -> "Recipe":
@@ -162,10 +199,11 @@ class Recipe:
                 raise ValueError(f"{name} is missing or of another type")
         if not all(isinstance(module, str) for module in told["plugins"]):
             raise ValueError("plugins are of another type")
-        pictures = {name: _used(UsedPicture, told[name]) for name in ("image", "mask") if known[name] is not None}
+        pictures = {name: _used(UsedPicture, told[name]) for name in USED_FILES if known[name] is not None}
         known |= pictures
         known["adapters"] = tuple(_used(UsedAdapter, one) for one in told["adapters"])
         known["controls"] = tuple(_used(UsedControl, one) for one in told["controls"])
+        known["divided"] = tuple(_used(UsedRegion, one) for one in told["divided"])
         known["plugins"] = tuple(told["plugins"])
         return cls(**known)
 
@@ -285,11 +323,13 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "zero_negative": (bool, type(None)), "written": (str, type(None)), "prediction": (str, type(None)),
     "hires": (float, int, type(None)), "hires_upscaler": (str, type(None)), "hires_strength": (float, int, type(None)),
     "hires_steps": (int, type(None)), "tile": (str, type(None)), "compose": (str, type(None)),
-    "plugins": (list,), "base_sha256": (str,), "controls": (list,),
+    "plugins": (list,), "base_sha256": (str,), "controls": (list,), "divided": (list,),
+    "compose_file": (dict, type(None)),
+    "region_feather": (float, int, type(None)), "region_isolation": (float, int, type(None)),
 }  # fmt: skip
 """What JSON has for each field, all of them."""
 
-_WITHOUT: Mapping[str, Any] = MappingProxyType({"plugins": [], "base_sha256": "", "controls": []})
+_WITHOUT: Mapping[str, Any] = MappingProxyType({"plugins": [], "base_sha256": "", "controls": [], "divided": []})
 """What fields of `_WHERE_THERE` that are never None are in a recipe that lacks them."""
 
 

@@ -2,7 +2,9 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,9 @@ from PIL import Image
 
 from ..bases import BaseInfo, denoiser_of
 from ..bases.base import dtype_of
-from ..bases.pipelines import Pipeline, computes_on, drawing, end_guidance, guided_tensors
+from ..bases.pipelines import Pipeline, computes_on, drawing, end_guidance, guided_tensors, guides, interrupt
+from ..bases.prompts import Encoding
+from ..bases.regional_attention import Maps, watching
 from ..bases.schedulers import BY_STEPS, NOT_UNIFORM, SCHEDULERS, SPACINGS, parted
 from ..core.errors import UserError, first_line
 from ..core.events import Never, Observer, Observers, Progress, Stop, Warned, check_stop
@@ -25,6 +29,7 @@ from .composition import composed, rows_of
 from .compositions.declared import Drawing
 from .control import Controls, controlled
 from .hires import LANCZOS, Hires
+from .regions import Division, Regional, columns
 from .settings import Sampling
 from .source import Source
 from .telling import Telling, triggers
@@ -49,12 +54,23 @@ class Cell:
         strengths: Those of the adapters by name, 0 for one that is not named; None leaves all of them as they are, which
             the cells of a call do all or none.
         negative: What it should not show; None is what is said for all.
+        division: Its regions; None where it has none.
     """
 
     prompt: str
     seed: int
     strengths: Mapping[str, float | ByPart] | None
     negative: str | None = None
+    division: Division | None = None
+
+    @property
+    def amounts(self) -> Mapping[str, float | ByPart]:
+        """The strengths that adapters have anywhere in the picture, by name; of several one that is not 0."""
+        found = dict(self.strengths or {})
+        parts = () if self.division is None else self.division.parts
+        for name, amount in (pair for part in parts for pair in part.strengths.items()):
+            found[name] = found.get(name) or amount
+        return found
 
     def against(self, sampling: Sampling) -> str:
         """Tell what it should not show.
@@ -137,29 +153,65 @@ def paint(
     first = sampling.taken_steps if source is None else source.steps(sampling.taken_steps)
     each = first + (0 if hires is None else hires.steps)
     starts = range(0, len(cells), sampling.batch_size)
-    batches = [rows_of(cells[start : start + sampling.batch_size], sampling.compose) for start in starts]
+    batches = [rows_of(cells[start : start + sampling.batch_size], sampling.meets) for start in starts]
     scheduler = scheduler_of(adapters, cells, sampling)
     adapters.keep_steps_on_host(scheduler)
     _tell_of_scheduler(pipe, scheduler, sampling, tell)
     telling = Telling(pipe, sampling, triggers(adapters, cells))
     _check_prompts(adapters, [rows.cells for rows in batches], telling)
-    told = Drawing(adapters, scheduler, sampling.taken_steps)
+    told = Drawing(adapters, scheduler, sampling.taken_steps, partial(_read, adapters, telling), sampling.compose_file)
     steered = controlled(pipe, sampling.controls(), sampling.control_scale)
     with steered as controls, drawing(pipe, scheduler):
         for number, rows in enumerate(batches):
             check_stop(stop, f"stopped after {number * sampling.batch_size} of {len(cells)} pictures")
             batch = rows.cells
-            set_strengths(adapters, composed(batch, sampling.compose, told))
+            set_strengths(adapters, composed(batch, sampling.meets, told))
             report = _Report(tell, number * each, len(batches) * each, sampling.guidance_stop)
             start = _noise(pipe, batch, sides, sampling) if source is None else _start(pipe, batch, source, sampling)
             with rows.averaged(denoiser_of(pipe).network):
                 if hires is not None:
                     start = _second(start, hires, adapters, batch, telling, report, controls)
                     report = replace(report, before=report.before + first)
-                    set_strengths(adapters, composed(batch, sampling.compose, told.of_pass(hires.planned)))
+                    set_strengths(adapters, composed(batch, sampling.meets, told.of_pass(hires.planned)))
                 drawn = _paint_batch(start, batch, telling, report, controls)
             images = [drawn[row] for row in rows.firsts]
             yield from images if source is None else map(source.kept, images)
+
+
+def _read(adapters: "Adapters", telling: Telling, cell: Cell) -> Encoding:
+    """A prompt as the adapters of its picture let it be read."""
+    set_strengths(adapters, [cell])
+    return telling.as_learned(cell.prompt)
+
+
+def probed(
+    adapters: "Adapters", batch: Sequence[Cell], sampling: Sampling, source: Source | None, maps: Maps, until: float
+) -> None:
+    """Draw pictures as far as a noise level, to see what they read of their prompts.
+
+    Args:
+        adapters: The adapters of the pipeline that draws.
+        batch: The pictures.
+        sampling: How they are drawn.
+        source: What they start from.
+        maps: Takes what they read.
+        until: The share of the noise levels, from the noisiest, that is gone through; a step at least.
+
+    Raises:
+        UserError: As `paint`.
+    """
+    pipe, sides = adapters.pipe, size(adapters.base, sampling, source)
+    scheduler = scheduler_of(adapters, batch, sampling)
+    batch = _in_words(batch, sampling, Observers())
+    adapters.keep_steps_on_host(scheduler)
+    telling = Telling(pipe, sampling, triggers(adapters, batch))
+    network = denoiser_of(pipe).network
+    steered = controlled(pipe, sampling.controls(), sampling.control_scale)
+    with steered as controls, drawing(pipe, scheduler):
+        set_strengths(adapters, batch)
+        start = _noise(pipe, batch, sides, sampling) if source is None else _start(pipe, batch, source, sampling)
+        with watching(network, maps):
+            _called(start, batch, telling, _Ending(Observers(), 0, 1, until), controls, "latent")
 
 
 def _tell_of_scheduler(pipe: Pipeline, scheduler: Any, sampling: Sampling, tell: Observer) -> None:
@@ -176,10 +228,12 @@ def _tell_of_scheduler(pipe: Pipeline, scheduler: Any, sampling: Sampling, tell:
 
 def _in_words(cells: Sequence[Cell], sampling: Sampling, tell: Observer) -> list[Cell]:
     """Cells with prompts of what is read here; tells what else there was, once."""
-    prompts, against = _texts(cells, sampling)
-    read = in_words([*prompts, *against], tell)
-    pairs = zip(read[: len(prompts)], read[len(prompts) :], strict=True)
-    return [replace(cell, prompt=one, negative=other) for cell, (one, other) in zip(cells, pairs, strict=True)]
+    prompts, against = [cell.prompt for cell in cells], [cell.against(sampling) for cell in cells]
+    of_parts = [part.prompt or "" for cell in cells if cell.division is not None for part in cell.division.parts]
+    read = iter(in_words([*prompts, *against, *of_parts], tell))
+    found = [replace(cell, prompt=next(read)) for cell in cells]
+    found = [replace(cell, negative=next(read)) for cell in found]
+    return [cell if cell.division is None else replace(cell, division=cell.division.worded(read)) for cell in found]
 
 
 @dataclass
@@ -199,21 +253,15 @@ class _Report:
         return {}
 
 
-def guides(pipe: Pipeline, timestep: float, stop: float) -> bool:
-    """Tell whether guidance acts at a timestep.
+@dataclass
+class _Ending(_Report):
+    """Ends drawing where guidance would end."""
 
-    In a limited interval it spoils less of what was learned (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724).
-
-    Args:
-        pipe: The pipeline.
-        timestep: Where it is.
-        stop: The share of the timesteps, from the noisiest, in which it acts.
-
-    Returns:
-        Whether it does.
-    """
-    steps: int = pipe.scheduler.config.num_train_timesteps
-    return timestep >= (1 - stop) * steps
+    def __call__(self, pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        coming = pipe.scheduler.timesteps[-pipe.num_timesteps :][step + 1 :]
+        if len(coming) and not guides(pipe, float(coming[0]), self.stop):
+            interrupt(pipe)
+        return {}
 
 
 def ending_in_noise(scheduler: Any) -> Any:
@@ -269,7 +317,7 @@ def scheduler_of(adapters: "Adapters", cells: Sequence[Cell], sampling: Sampling
             # One that knows no such schedule would leave that of the base's configuration out, and begin with another.
             if _begins_with_noise(adapters.pipe.scheduler) and not _can_begin_with_noise(scheduler):
                 scheduler = _named("ddim", adapters, steps)
-    used = {name for cell in cells for name, strength in (cell.strengths or {}).items() if strength != 0}
+    used = {name for cell in cells for name, strength in cell.amounts.items() if strength != 0}
     known = used & {*adapters.names, *adapters.waiting}
     of_noise = any(adapters[name].spec.training.get("zero_terminal_snr") for name in known)
     return ending_in_noise(scheduler) if of_noise else scheduler
@@ -315,7 +363,7 @@ def gives_way(pipe: Pipeline, scheduler: Any, sampling: Sampling) -> bool:
 
 @dataclass(frozen=True)
 class _Start:
-    """What pictures begin as: a pipeline, its chance, and what it is told of sizes and of what is there.
+    """What pictures begin as: a pipeline, its chance, and what it is told of sizes and of what is there; width and height.
 
     ``steps`` are those from pure noise, of which the share ``begins`` is taken.
     """
@@ -324,6 +372,7 @@ class _Start:
     generators: list[torch.Generator]
     arguments: Mapping[str, Any]
     steps: int
+    sides: tuple[int, int]
     begins: float = 1.0
 
 
@@ -333,7 +382,7 @@ def _noise(pipe: Pipeline, batch: Sequence[Cell], sides: tuple[int, int], sampli
     generators = _generators(batch)
     noise = _drawn_noise(pipe, generators, sides, sampling)
     told = {"width": width, "height": height, "latents": noise.to(computes_on(pipe), dtype_of(pipe))}
-    return _Start(pipe, generators, {**whole_picture(pipe, width, height), **told}, sampling.taken_steps)
+    return _Start(pipe, generators, {**whole_picture(pipe, width, height), **told}, sampling.taken_steps, sides)
 
 
 def _drawn_noise(
@@ -361,7 +410,8 @@ def _between(noise: torch.Tensor, other: torch.Tensor, share: float) -> torch.Te
 def _start(pipe: Pipeline, batch: Sequence[Cell], source: Source, sampling: Sampling) -> _Start:
     """A picture, to which the pipeline adds noise by the generators, which draw on the CPU."""
     begins = source.steps(sampling.taken_steps) / sampling.taken_steps
-    return _Start(source.pipeline(pipe), _generators(batch), source.call_arguments(len(batch)), sampling.taken_steps, begins)
+    told = source.call_arguments(len(batch))
+    return _Start(source.pipeline(pipe), _generators(batch), told, sampling.taken_steps, source.image.size, begins)
 
 
 def _second(
@@ -378,13 +428,13 @@ def _second(
     of_pictures = hires.upscaler == LANCZOS
     draw = _paint_batch if of_pictures else _latents
     drawn = draw(start, batch, telling, report, controls)
-    sides = hires.size(start.arguments["width"], start.arguments["height"], info.step)
+    sides = hires.size(*start.sides, info.step)
     generators = _generators(batch)
     noise = _drawn_noise(pipe, generators, sides, telling.asked)
     made = second(pipe)
     made.scheduler = noised_by(made.scheduler, noise)
     told = {"image": enlarged(drawn, hires, sides, denoiser_of(pipe).factor, telling.asked.tile), "strength": hires.begins}
-    return _Start(made, generators, told, hires.planned, hires.steps / hires.planned)
+    return _Start(made, generators, told, hires.planned, sides, hires.steps / hires.planned)
 
 
 def _generators(batch: Sequence[Cell]) -> list[torch.Generator]:
@@ -413,11 +463,16 @@ def _called(start: _Start, batch: Sequence[Cell], telling: Telling, report: _Rep
     sampling = telling.asked
     # What starts from a picture may start where guidance acts no more.
     guided = start.begins > 1 - sampling.guidance_stop
-    with seamless(start.pipe, sampling.tile, controls.modules), controls.steer():
+    regional = Regional.of(batch)
+    told = telling.arguments(
+        *_texts(batch, sampling), guided=guided and sampling.guided_by > 1, embedded=regional is not None
+    )
+    by_region = nullcontext() if regional is None else regional.drawn(start.pipe, *start.sides, controls.modules)
+    with seamless(start.pipe, sampling.tile, controls.modules), controls.steer(), by_region:
         out = start.pipe(
             **start.arguments,
             **controls.arguments,
-            **telling.arguments(*_texts(batch, sampling), guided=guided and sampling.guided_by > 1),
+            **(told if regional is None else regional.told(told, *start.sides)),
             num_inference_steps=start.steps,
             guidance_scale=sampling.guided_by if guided else 1.0,
             generator=start.generators,
@@ -456,7 +511,7 @@ def whole_picture(pipe: Pipeline, width: int, height: int) -> dict[str, Any]:
 def _check_prompts(adapters: "Adapters", batches: Sequence[Sequence[Cell]], telling: Telling) -> None:
     """Raise UserError for prompts that cannot be read at the strengths that each batch will have."""
     different = {
-        tuple((cell.prompt, cell.negative, *sorted((cell.strengths or {}).items())) for cell in batch): batch
+        tuple((cell.prompt, cell.negative, *sorted((cell.strengths or {}).items())) for cell in columns(batch)): batch
         for batch in batches
     }
     for batch in different.values():
@@ -466,18 +521,18 @@ def _check_prompts(adapters: "Adapters", batches: Sequence[Sequence[Cell]], tell
 
 
 def _texts(batch: Sequence[Cell], sampling: Sampling) -> tuple[list[str], list[str]]:
-    """The prompts of a batch, and the negative ones."""
-    return [cell.prompt for cell in batch], [cell.against(sampling) for cell in batch]
+    """The prompts of a batch and the negative ones; where its pictures have regions, those of each region."""
+    return [cell.prompt for cell in columns(batch)], [cell.against(sampling) for cell in columns(batch)]
 
 
 def set_strengths(adapters: "Adapters", batch: Sequence[Cell]) -> None:
-    """Set the strengths of a batch: one where its pictures agree, and one for each picture where not.
+    """Set the strengths of a batch: one where its pictures agree, and one for each picture, or each region, where not.
 
     Args:
         adapters: Those on the base.
         batch: The pictures.
     """
-    named = [cell.strengths for cell in batch if cell.strengths is not None]
+    named = [cell.strengths for cell in columns(batch) if cell.strengths is not None]
     if not named:
         return
     used = {name for strengths in named for name, amount in strengths.items() if amount != 0}

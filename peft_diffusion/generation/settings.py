@@ -37,21 +37,23 @@ from ..core.strength_schedule import ByPart
 from ..data.picture_names import CONVERTIBLE, SUFFIXES
 from ..data.prompt_lines import read_prompts
 from ..data.prompts import refuse_files
-from ..formats import Plan, plan
+from ..formats import Plan, composition, plan
 from ..formats.container import adapter_file, title
 from ..formats.planning import takes_torch
 from . import amounts
-from .compositions import COMPOSITIONS, Compose, explanation
+from .compositions import COMPOSITIONS, LEARNED, Compose, explanation
 from .control_settings import Control
 from .control_settings import parse as parse_control
 from .hires import UPSCALERS, Hires, upscaler
 from .picture_formats import PictureFormat, ending, format_of
 from .recipe import check_folder, check_target, read
+from .region_settings import FEATHER, ISOLATION, Regions
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
 Tile: TypeAlias = Literal["x", "y", "both"]
 Offload: TypeAlias = Literal["model", "group", "sequential"]
+RegionsFrom: TypeAlias = Literal["given", "auto"]
 MAX_SEED = 2**63 - 1
 SEEDS = Range(0, MAX_SEED)
 _SIDE = Range(1, 16384)
@@ -300,6 +302,12 @@ class Sampling(NamesAdapters):
         flag=Flag(aliases=("-a",), default_shown=False),
     )
     compose: Compose = setting("add", explanation(), PARAMETERS)
+    compose_file: OptionalPath = setting(
+        None,
+        "What compose train wrote: its adapters are found among those given, beside it or in --adapters-dir, and each is "
+        "weighed by block, step and prompt as was learned.",
+        PARAMETERS,
+    )
     adapters_dir: OptionalPath = setting(
         None, "The folder where <lora:NAME:0.8> in a prompt finds NAME.safetensors, also in its subfolders.", PARAMETERS
     )
@@ -453,6 +461,10 @@ class Sampling(NamesAdapters):
             raise UserError("weights of fewer bits stay on the device; leave --offload or --quantize away")
         if self.tile is not None and self.vae_tiling:
             raise UserError("--vae-tiling decodes in pieces, whose edges would not meet; leave it or --tile away")
+        if self.compose_file is not None and self.compose not in ("add", LEARNED):
+            raise UserError(f"--compose-file says how adapters meet; leave it or --compose {self.compose} away")
+        if self.compose_file is None and self.compose == LEARNED:
+            raise UserError(f"--compose {LEARNED} needs what was learned: name it with --compose-file")
         if self.scheduler is not None:
             object.__setattr__(self, "scheduler", canonical(self.scheduler))
         if self.hires_upscaler is not None:
@@ -470,6 +482,24 @@ class Sampling(NamesAdapters):
         """How many denoising steps are taken."""
         return _STEPS if self.steps is None else self.steps
 
+    @property
+    def meets(self) -> Compose:
+        """How several adapters meet."""
+        return self.compose if self.compose_file is None else LEARNED
+
+    def choices(self) -> tuple[Choice, ...]:
+        """The adapters that are given, and those that a composition names besides, their files parsed once.
+
+        Raises:
+            UserError: As `parse_choices` does, or one of a composition is not there.
+        """
+        given = super().choices()
+        if self.compose_file is None:
+            return given
+        files = composition.read(self.compose_file).find([choice.path for choice in given], self.adapters_dir)
+        there = {choice.path.resolve() for choice in given}
+        return (*given, *with_plans([Choice(path) for path in files if path.resolve() not in there]))
+
     def check_composed(self, adapters: int) -> None:
         """See that there is something to compose.
 
@@ -479,7 +509,7 @@ class Sampling(NamesAdapters):
         Raises:
             UserError: There are too few or too many.
         """
-        COMPOSITIONS[self.compose].check(adapters)
+        COMPOSITIONS[self.meets].check(adapters)
 
     def controls(self) -> tuple[Control, ...]:
         """The pictures that steer.
@@ -548,6 +578,31 @@ class GenerateConfig(Sampling):
         "and scale the strengths so that equal numbers change as much. The recipe holds the scaled ones.",
         PARAMETERS,
     )
+    region: Regions = setting(
+        (),
+        "A part of the picture with a prompt and adapters of its own: \"box=0,0,0.5,1 adapter=mira.safetensors prompt='a "
+        "portrait of mira'\", with mask=FILE, or painted=FILE color=#ff0000, in place of a box; or [[region]] in TOML. "
+        "Give it again for more; see help(pd.Region) for the names.",
+        PARAMETERS,
+        flag=Flag(default_shown=False),
+    )
+    regions: RegionsFrom = setting(
+        "given",
+        "Where regions are: where each --region says (given), or where pictures are seen to read the triggers of adapters "
+        "(auto): each --adapter whose trigger is in the prompt then acts there alone. A first pass over the noisiest half "
+        "of the steps finds that out.",
+        PARAMETERS,
+    )
+    region_feather: float = setting(
+        FEATHER, "How wide the edges of regions are, as a share of the shorter side.", PARAMETERS, WHOLE_SHARE
+    )
+    region_isolation: float = setting(
+        ISOLATION,
+        "Share of the noise levels, from the noisiest, at which regions do not attend to each other (0 to 1): more of it "
+        "lets less of one into another, and leaves more of a seam between them.",
+        PARAMETERS,
+        WHOLE_SHARE,
+    )
     recipe: OptionalPath = setting(
         None,
         "Make this picture again, from the recipe that it carries.",
@@ -589,6 +644,10 @@ class GenerateConfig(Sampling):
                 _check_prompts(self.prompts)
             check_text(self.negative)
             self._check_source()
+        if (self.region or self.regions == "auto") and self.meets != "add":
+            raise UserError(f"regions say where adapters meet, so --compose {self.meets} has no place; leave one away")
+        if self.region and self.regions == "auto":
+            raise UserError("--regions auto finds the regions by itself; leave each --region away, or auto")
 
     def _check_source(self) -> None:
         if self.image is not None and self.hires is not None:
@@ -606,6 +665,8 @@ class GenerateConfig(Sampling):
         """
         self.choices()
         self.controls()
+        for region in self.region:
+            region.check()
         refuse_files(self.prompts, "read it with --prompts-file")
         if self.recipe is not None:
             read(self.recipe)
@@ -678,7 +739,10 @@ class BlendConfig(Sampling):
         Raises:
             UserError: A file cannot be read or written.
         """
-        self.choices()
+        if len(self.choices()) > len(self.adapter):
+            raise UserError(
+                f"a blend mixes the adapters that are given; give all those of {self.compose_file} with --adapter"
+            )
         self.controls()
         refuse_files(self.prompts)
         check_target(self.output)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,13 +59,16 @@ class Telling:
             raise UserError(f"a {type(self.pipe).__name__} has one text encoder, so there is none to read a second prompt")
         self.text.chunks(prompts)
 
-    def arguments(self, prompts: Sequence[str], against: Sequence[str], *, guided: bool = True) -> Mapping[str, Any]:
+    def arguments(
+        self, prompts: Sequence[str], against: Sequence[str], *, guided: bool = True, embedded: bool = False
+    ) -> Mapping[str, Any]:
         """Say what the pipeline is called with.
 
         Args:
             prompts: Those of a batch.
             against: What its pictures should not show, one for each.
             guided: Whether the negative prompt has any effect.
+            embedded: Whether to give embeddings in any case.
 
         Returns:
             The prompts themselves, where the pipeline reads them as they are meant; else their embeddings.
@@ -73,12 +77,12 @@ class Telling:
             UserError: The pipeline takes no embeddings.
         """
         zeroed = [not negative and self.zeroes for negative in against]
-        if self._reads_itself(prompts, against, zeroed):
+        if not embedded and self._reads_itself(prompts, against, zeroed):
             return {"prompt": list(prompts), "negative_prompt": None if any(zeroed) else list(against)}
         if "prompt_embeds" not in inspect.signature(type(self.pipe).__call__).parameters:
             raise UserError(
                 f"a {type(self.pipe).__name__} takes prompts as words alone, of at most {self.text.limit} tokens with start"
-                " and end: leave weights, BREAK, clip skip and a second prompt away, and shorten them"
+                " and end: leave weights, BREAK, clip skip, regions and a second prompt away, and shorten them"
             )
         told = self._encode(prompts, self.asked.prompt_2)
         if not guided:
@@ -91,6 +95,19 @@ class Telling:
                 one[row] = 0
         pairs = [alike(pair) for pair in zip(told, others, strict=True)]
         return self.denoiser.prompt_arguments(tuple(one for one, _ in pairs), tuple(other for _, other in pairs))
+
+    @torch.no_grad()
+    def as_learned(self, prompt: str) -> Encoding:
+        """Read a prompt as captions are read in training, by the layer of the text encoder that the base was trained with.
+
+        Args:
+            prompt: The prompt.
+
+        Returns:
+            Its embeddings, of a batch of one.
+        """
+        reading = replace(self.text.reading, clip_skip=None)
+        return self.denoiser.text.read_as(reading).encode([prompt], None, computes_on(self.pipe))
 
     def _reads_itself(self, prompts: Sequence[str], against: Sequence[str], zeroed: Sequence[bool]) -> bool:
         """Whether the pipeline makes the same of the prompts by itself."""
@@ -139,5 +156,5 @@ def triggers(adapters: "Adapters", cells: "Sequence[Cell]") -> list[str]:
     Returns:
         The words.
     """
-    named = {name for cell in cells for name in (adapters.names if cell.strengths is None else cell.strengths)}
+    named = {name for cell in cells for name in (adapters.names if cell.strengths is None else cell.amounts)}
     return [word for name in (*adapters.names, *adapters.waiting) if name in named for word in adapters[name].spec.triggers]

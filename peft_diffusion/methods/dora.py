@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.errors import UserError
 from ..core.method import LYCORIS, Method, Network, PeftForm, PeftSite, Scalars, Shapes, Values
-from .lora import DOWN, MID, PAIR_ALIASES, UP, pair_in_peft, pair_weight_shape, read_pair
+from .lora import BASE, DOWN, EMBEDDING_ALIASES, MID, PAIR_ALIASES, UP, own_pair_in_peft, pair_weight_shape, read_pair
 from .shared.hyper_parameters import (
     ALPHA,
     MAGNITUDE,
@@ -30,8 +30,10 @@ _PEFT_MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
-class Dora(Method, name="dora", suffixes=frozenset({DOWN, UP, MID, ALPHA, MAGNITUDE})):
+class Dora(Method, name="dora", suffixes=frozenset({DOWN, UP, MID, ALPHA, MAGNITUDE, BASE})):
     """The weight becomes ``magnitude * (W + LoRA) / |W + LoRA|``, the norm being that of each output's row.
+
+    At an embedding, where files of peft have it, the norm is that of each column: what all tokens have in one number.
 
     See ``Decomposed``. ``rank``, ``alpha``, ``dropout`` and ``rank_stabilized`` are those of the LoRA. Files are those of
     LyCORIS; diffusers 0.42 leaves ``dora_scale`` out of them, with a warning.
@@ -40,7 +42,9 @@ class Dora(Method, name="dora", suffixes=frozenset({DOWN, UP, MID, ALPHA, MAGNIT
     constants: ClassVar[frozenset[str]] = frozenset({ALPHA})
     ranked: ClassVar[frozenset[str]] = frozenset({DOWN})
     by_output: ClassVar[frozenset[str]] = frozenset({UP, MAGNITUDE})
-    aliases: ClassVar[Mapping[str, str]] = {**PAIR_ALIASES, _PEFT_MAGNITUDE: MAGNITUDE, MAGNITUDE: MAGNITUDE}
+    aliases: ClassVar[Mapping[str, str]] = {
+        **PAIR_ALIASES, **EMBEDDING_ALIASES, _PEFT_MAGNITUDE: MAGNITUDE, MAGNITUDE: MAGNITUDE,
+    }  # fmt: skip
 
     rank: int = 16
     alpha: float | None = None
@@ -79,10 +83,15 @@ class Dora(Method, name="dora", suffixes=frozenset({DOWN, UP, MID, ALPHA, MAGNIT
     @classmethod
     def read(cls, site: "Site", tensors: Mapping[str, "Tensor"]) -> "Decomposed":
         """From the LyCORIS layout; a magnitude per input instead of per output is known by its shape."""
+        from .lora import embedding
         from .lora.adapter import read_pair
         from .shared.decomposed import read_decomposed
+        from .shared.sites import is_embedding
 
-        return read_decomposed(site, read_pair(site, tensors), tensors[MAGNITUDE])
+        if BASE in tensors:
+            embedding.refuse_other_base(site, tensors[BASE])
+        pair = embedding.read(site, tensors) if is_embedding(site) else read_pair(site, tensors)
+        return read_decomposed(site, pair, tensors[MAGNITUDE])
 
     @classmethod
     def read_hyper_parameters(cls, shapes: Shapes, scalars: Scalars) -> Values | None:
@@ -111,12 +120,14 @@ class Dora(Method, name="dora", suffixes=frozenset({DOWN, UP, MID, ALPHA, MAGNIT
 
     @classmethod
     def in_peft(cls, adapters: Mapping[str, "Adapter"]) -> PeftForm:
-        """A LoRA with magnitudes per output, flat for a Linear, and (1, out, 1, 1) for a convolution."""
+        """A LoRA with magnitudes per output, flat for a Linear or an embedding, and (1, out, 1, 1) for a convolution."""
+        from .shared.sites import is_embedding
+
         sites = {}
         for path, adapter in adapters.items():
             state = adapter.state()
-            pair, magnitude = pair_in_peft(state), state[MAGNITUDE]
-            if len(magnitude) == 1 and magnitude.numel() > 1:
+            pair, magnitude = own_pair_in_peft(adapter.site, state), state[MAGNITUDE]
+            if len(magnitude) == 1 and magnitude.numel() > 1 and not is_embedding(adapter.site):
                 raise UserError(f"{path} has a magnitude per input, and peft knows only those per output")
             shaped = magnitude.flatten() if magnitude.ndim == 2 else magnitude.transpose(0, 1)
             sites[path] = PeftSite({**pair.tensors, _PEFT_MAGNITUDE: shaped}, pair.rank, pair.alpha)

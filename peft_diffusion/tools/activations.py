@@ -58,19 +58,26 @@ def fitted(source: Source, sites: Sequence[Where], rank: int, base: str, watch: 
     name = adapters.load(source.plan)
     parts = components(pipe)
     observed = {where: _Observed(parts[where[0]].get_submodule(where[1]), where) for where in sites}
-    prompts = _prompts(source.plan)
+    prompts = usual_prompts(source.plan)
     with ExitStack() as stack:
         for one in observed.values():
             stack.enter_context(one)
         for number, prompt in enumerate(watch.each("drawing to see what the base computes", prompts)):
             for one in observed.values():
                 one.kept_apart = number == len(prompts) - 1
-            _draw(pipe, prompt, number)
+            draw(pipe, prompt, number)
     adapters.remove(name)
     return {where: ((where[0], one.place), one.solved(rank)) for where, one in observed.items()}
 
 
-def _draw(pipe: Any, prompt: str, seed: int) -> None:
+def draw(pipe: Any, prompt: str, seed: int) -> None:
+    """Draw a picture in a few steps, to see what is computed meanwhile.
+
+    Args:
+        pipe: The pipeline, whose progress bar is off from now on.
+        prompt: What it shows.
+        seed: Of its noise.
+    """
     size = describe(pipe).resolution
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
@@ -85,8 +92,15 @@ def _draw(pipe: Any, prompt: str, seed: int) -> None:
     )
 
 
-def _prompts(plan: Plan) -> list[str]:
-    """What the adapter was trained on, as far as the file tells, and common subjects with its triggers; at least two."""
+def usual_prompts(plan: Plan) -> list[str]:
+    """Give prompts for an adapter.
+
+    Args:
+        plan: Its file.
+
+    Returns:
+        What it was trained on, as far as the file tells, and common subjects with its triggers; at least two.
+    """
     found = dict.fromkeys(_captions(plan)[:_MOST_CAPTIONS])
     words = ", ".join(triggers_of(plan))
     found |= dict.fromkeys(f"{words}, {subject}" if words else subject for subject in _SUBJECTS)
@@ -208,13 +222,26 @@ def _layer(module: nn.Module, where: Where) -> tuple[str, nn.Module]:
     raise UserError(f"{'.'.join(where)} is a {type(module).__name__}, which ends with no layer that a LoRA is known to take")
 
 
-def _rows(layer: nn.Module, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and changes, a row for each position."""
+def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """Bring what goes into a layer into the form that its weight, as a matrix, multiplies.
+
+    Args:
+        layer: A Linear, or a convolution without groups.
+        x: Its input.
+
+    Returns:
+        (positions, inputs), float32; of a convolution the inputs of its kernel.
+    """
     if isinstance(layer, nn.Conv2d):
         size: Any = layer.kernel_size
         shape: dict[str, Any] = {"dilation": layer.dilation, "padding": layer.padding, "stride": layer.stride}
         patches = F.unfold(x, size, **shape).transpose(1, 2)
-        return patches.reshape(-1, patches.shape[-1]).float(), change.flatten(2).transpose(1, 2).flatten(0, 1).float()
-    if change.ndim == 4:  # of an attention that was given a picture
+        return patches.reshape(-1, patches.shape[-1]).float()
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def _rows(layer: nn.Module, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and changes, a row for each position."""
+    if change.ndim == 4:  # of a convolution, or of an attention that was given a picture
         change = change.flatten(2).transpose(1, 2)
-    return x.reshape(-1, x.shape[-1]).float(), change.reshape(-1, change.shape[-1]).float()
+    return input_rows(layer, x), change.reshape(-1, change.shape[-1]).float()

@@ -307,39 +307,82 @@ def _ia3(values: Mapping[str, Tensor], weight: Tensor | None) -> Tensor | None:
     return weight * (factors if on_input else factors[:, None])
 
 
-def _rotated(blocks: Tensor, weight: Tensor | None, constraint: float | None) -> Tensor | None:
-    """What Cayley rotations of blocks of outputs change. A constraint is the most that the norm of their skew matrices may
-    be."""
-    if weight is None or blocks.ndim != 3 or len(blocks) * blocks.shape[1] != len(weight):
+def _glora_of_comfy(values: Mapping[str, Tensor], weight: Tensor | None) -> Tensor | None:
+    """That of ComfyUI and Forge, which tell LyCORIS' first version, with each pair the other way round, by the shapes."""
+    if weight is None:
         return None
-    skew, identity = blocks - blocks.transpose(1, 2), torch.eye(blocks.shape[1])
+    a1, a2, b1, b2 = (values[f"{name}.weight"] for name in ("a1", "a2", "b1", "b2"))
+    first = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
+    if b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]:
+        first = first and len(a2) == len(weight) == weight.shape[1]
+    scale = _scale(values, len(a1) if first else len(a2))
+    a1, a2, b1, b2 = (one.flatten(1) for one in (a1, a2, b1, b2))
+    if first:
+        return scale * (b2 @ b1 + weight.flatten(1) @ a2 @ a1)
+    return scale * (torch.einsum("oi...,ij->oj...", weight, a1 @ a2).flatten(1) + b1 @ b2)
+
+
+def _glora_of_a1111(values: Mapping[str, Tensor], weight: Tensor | None) -> Tensor | None:
+    """That of A1111: LyCORIS' first version, and no alpha. A layer that this does not fit fails, and is drawn without."""
+    if weight is None:
+        return None
+    a1, a2, b1, b2 = (values[f"{name}.weight"] for name in ("a1", "a2", "b1", "b2"))
+    try:
+        return ((b2 @ b1) + ((weight @ a2) @ a1)).reshape(weight.shape)
+    except RuntimeError:
+        return torch.zeros_like(weight)
+
+
+def _turned(blocks: Tensor, weight: Tensor | None, constraint: float) -> Tensor | None:
+    """A weight (outputs, inputs) whose outputs are turned by Cayley rotations, in blocks: of an OFT (number, size, size), of
+    a BOFT (rotations, number, size, size). A constraint above 0 is the most that the norm of all skew matrices may be."""
+    size = blocks.shape[-1]
+    if weight is None or blocks.ndim not in (3, 4) or blocks.shape[-3] * size != len(weight):
+        return None
+    skew, identity = blocks - blocks.mT, torch.eye(size)
     norm = float(skew.norm())
-    if constraint is not None and norm > constraint:
+    if 0 < constraint < norm:
         skew = skew * ((constraint + 1e-8) / (norm + 1e-8))
-    rotations = (identity + skew) @ (identity - skew).inverse()
-    parted = weight.flatten(1).unflatten(0, (len(blocks), -1))
-    return torch.einsum("knm,kni->kmi", rotations - identity, parted).flatten(0, 1)
+    rotations, rows = (identity + skew) @ (identity - skew).inverse(), weight.flatten(1)
+    if blocks.ndim == 3:
+        return torch.einsum("knm,kni->kmi", rotations, rows.unflatten(0, (-1, size))).flatten(0, 1)
+    for number, turn in enumerate(rotations):  # each mixes outputs that are twice as far apart as those before
+        apart = 2**number * (size // 2)
+        paired = rows.unflatten(0, (-1, 2, apart)).transpose(1, 2).flatten(0, 2).unflatten(0, (-1, size))
+        mixed = torch.einsum("bij,bjn->bin", turn, paired).flatten(0, 1)
+        rows = mixed.unflatten(0, (-1, apart, 2)).transpose(1, 2).flatten(0, 2)
+    return rows
 
 
 def _oft_of_comfy(values: Mapping[str, Tensor], weight: Tensor | None) -> Tensor | None:
-    """That of ComfyUI, which reads ``rescale`` and leaves it out."""
-    constraint = float(values["alpha"]) if "alpha" in values else 0.0
-    return _rotated(values["oft_blocks"], weight, constraint if constraint > 0 else None)
+    """That of ComfyUI, to which alpha itself is the constraint. Of an OFT it reads ``rescale`` and leaves it out."""
+    butterfly = values["oft_blocks"].ndim == 4
+    return _of_rotations(values, weight, float(values.get("alpha", torch.zeros(()))), rescaled=butterfly)
 
 
 def _oft_of_a1111(values: Mapping[str, Tensor], weight: Tensor | None) -> Tensor | None:
-    """That of A1111, to which alpha times the outputs is the constraint, also where alpha is 0: then nothing is turned."""
-    if weight is None or "alpha" not in values:
+    """That of A1111, to which alpha times the outputs is the constraint, as to the trainers."""
+    outputs = 0 if weight is None else len(weight)
+    return _of_rotations(values, weight, float(values.get("alpha", torch.zeros(()))) * outputs, rescaled=True)
+
+
+def _of_rotations(
+    values: Mapping[str, Tensor], weight: Tensor | None, constraint: float, *, rescaled: bool
+) -> Tensor | None:
+    turned = _turned(values["oft_blocks"], weight, constraint)
+    if weight is None or turned is None:
         return None
-    change = _rotated(values["oft_blocks"], weight, float(values["alpha"]) * len(weight))
-    if change is None or "rescale" not in values:
-        return change
-    whole = weight.flatten(1)
-    return values["rescale"].reshape(-1, 1) * (whole + change) - whole
+    if rescaled and "rescale" in values:
+        turned = values["rescale"].reshape(-1, 1) * turned
+    return turned - weight.flatten(1)
 
 
 def _of(*suffixes: str) -> frozenset[str]:
     return frozenset(suffixes)
+
+
+def _without_magnitudes(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+    return tuple(replace(one, beside=one.beside - {_MAGNITUDES}) for one in kinds)
 
 
 def _decomposing(kinds: Sequence[Kind], way: Decomposed) -> tuple[Kind, ...]:
@@ -362,7 +405,7 @@ _LOKR = [
     Kind(frozenset((*first, *second)), _BESIDE | {"lokr_t2"}, _lokr)
     for first, second in product((("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")), (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b")))
 ]
-_GLORA = Kind(_of("a1.weight", "a2.weight", "b1.weight", "b2.weight"), _BESIDE)
+_GLORA = Kind(_of("a1.weight", "a2.weight", "b1.weight", "b2.weight"), _BESIDE, _glora_of_comfy)
 _NORM = Kind(_of("w_norm"), _of("b_norm"), lambda values, _: values["w_norm"])
 _DIFF = Kind(_of("diff"), _of("diff_b"), lambda values, _: values["diff"])
 _BIAS = Kind(_of("diff_b"))
@@ -541,7 +584,7 @@ PROGRAMS = (
             *_decomposing(_LOKR, _by_inputs),
             _DIFF,
             Kind(_NORM.needed | _NORM.beside, formula=_NORM.formula),
-            _GLORA,
+            Kind(_GLORA.needed | {"alpha"}, _BESIDE, _glora_of_a1111, _by_inputs),
         ),
         bundles=True,
     ),
@@ -552,7 +595,11 @@ PROGRAMS = (
         note="LyCORIS reads other methods there, with network_module=lycoris.kohya",
     ),
     Program(
-        "InvokeAI", _invoke, (_IA3, _NORM, _DIFF, *_LOKR, _LOHA, *_decomposing([_LORA], _by_inputs)), refuses_unknown=True
+        "InvokeAI",
+        _invoke,
+        # It takes every site with magnitudes for a LoRA, and fails where there is none.
+        (_IA3, _NORM, _DIFF, *_without_magnitudes([*_LOKR, _LOHA]), *_decomposing([_LORA], _by_inputs)),
+        refuses_unknown=True,
     ),
 )
 """The programs that are known by their maps."""

@@ -1,5 +1,6 @@
 """``rename-trigger`` and ``metadata``: what an adapter file says of itself."""
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from ..core.errors import UserError, did_you_mean
 from ..core.events import Noted, Observer
 from ..core.files import at_home
 from ..formats import container
+from ..formats.pictures import is_picture
 from ..formats.spec import KEY, Spec
 from ..methods.shared.learned_vectors import LearnedVectors
 from .results import Adapters, Made, joined_spec, kept_metadata, layout_of
@@ -91,7 +93,7 @@ def metadata(path: str | Path) -> Mapping[str, str]:
     """Read the metadata of a safetensors file.
 
     Args:
-        path: The file.
+        path: The file, or a folder of peft or diffusers.
 
     Returns:
         Its entries by key.
@@ -99,7 +101,7 @@ def metadata(path: str | Path) -> Mapping[str, str]:
     Raises:
         UserError: It cannot be read.
     """
-    return container.read_header(at_home(Path(path))).metadata
+    return _header(path).metadata
 
 
 def set_metadata(path: str | Path, entries: Mapping[str, str], *, output: str | Path | None = None) -> None:
@@ -113,11 +115,10 @@ def set_metadata(path: str | Path, entries: Mapping[str, str], *, output: str | 
     Raises:
         UserError: It cannot be read or written, or would not be understood any more.
     """
-    file = at_home(Path(path))
-    header = container.read_header(file)
+    header = _header(path)
     if KEY in entries:
         Spec.from_metadata(entries, f"the value of {KEY}")
-    container.rewrite(header, {**header.metadata, **entries}, _target(file, output))
+    container.rewrite(header, {**header.metadata, **entries}, _target(header.path, output))
 
 
 def remove_metadata(path: str | Path, keys: Iterable[str], *, output: str | Path | None = None) -> None:
@@ -131,17 +132,30 @@ def remove_metadata(path: str | Path, keys: Iterable[str], *, output: str | Path
     Raises:
         UserError: There is no such entry, or the file cannot be read or written.
     """
-    file = at_home(Path(path))
-    header = container.read_header(file)
+    header = _header(path)
     gone: set[str] = set()
     for key in keys:
         found = {name for name in header.metadata if name == key or (key.endswith("*") and name.startswith(key[:-1]))}
         if not found:
-            raise UserError(f"{file} has no entry {key!r}{did_you_mean(key, header.metadata)}")
+            raise UserError(f"{header.path} has no entry {key!r}{did_you_mean(key, header.metadata)}")
         gone |= found
     container.rewrite(
-        header, {key: value for key, value in header.metadata.items() if key not in gone}, _target(file, output)
+        header, {key: value for key, value in header.metadata.items() if key not in gone}, _target(header.path, output)
     )
+
+
+def _header(path: str | Path) -> container.Header:
+    """The header of a file. Raises UserError where such files have no metadata, with what to do."""
+    file = container.adapter_file(at_home(Path(path)))
+    if container.is_pickle(file) or is_picture(file):
+        kind = "a picture that keeps an embedding" if is_picture(file) else "a file of torch, of tensors by name,"
+        named = shlex.quote(str(container.existing(file)))
+        raise UserError(
+            f"{file} is {kind} and has no metadata, which safetensors files have. What it holds is told by: peft-diffusion"
+            f" inspect {named}; one that has some is made of it by: peft-diffusion convert {named}"
+            f" {shlex.quote(str(file.with_suffix('.safetensors')))}"
+        )
+    return container.read_header(file)
 
 
 def _target(file: Path, output: str | Path | None) -> Path:

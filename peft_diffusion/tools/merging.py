@@ -1,12 +1,13 @@
 """``merge``: several adapter files become one, or part of a base."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..bases.skeleton import PUBLISHED
 from ..core.adapter import Adapter, LowRank, method_of
 from ..core.errors import UserError
 from ..core.events import Noted, Observer
@@ -15,11 +16,13 @@ from ..core.reduction import Truncation, exact_pair, reduced, summed
 from ..core.weight_change import Change, serves
 from ..methods.shared.learned_vectors import LearnedVectors
 from .combination import Combination, core_space, knots, linear
+from .grams import Seen, collected
 from .into import merge_into
-from .results import Adapters, LayerError, Made, joined_spec, kept_metadata
+from .output_matching import columns_matched, damped, matched, missed
+from .results import Adapters, LayerError, Made, OutputError, joined_spec, kept_metadata
 from .side_by_side import side_by_side
 from .sources import Source, Where, file_dtype, open_sources
-from .tool_settings import ALIGNED, MergeConfig
+from .tool_settings import ALIGNED, MATCHING, MergeConfig
 from .watch import Watch, watched
 
 
@@ -54,17 +57,36 @@ class _Way:
     how: str
     rule: Combination
     wanted: Truncation | None
+    matching: "_Matching | None" = None
+
+
+@dataclass(frozen=True)
+class _Matching:
+    """What outputs are matched by: for each file its name and what went into the layers while its adapter drew."""
+
+    names: Sequence[str]
+    seen: Sequence[Mapping[Where, Seen]]
+    off_diagonal: float
+
+    def grams(self, where: Where, inputs: int, *, check: bool) -> list[Tensor]:
+        """Those of each file at a site; ones at a layer that never ran, where all inputs are alike."""
+        found = [(one.check if check else one.fit).mean() for seen in self.seen if (one := seen.get(where)) is not None]
+        return found if len(found) == len(self.seen) else [torch.eye(inputs, dtype=torch.float64)] * len(self.seen)
 
 
 @dataclass(frozen=True)
 class _Site:
-    """A site that is merged: its module without weights, its number in the order of the files, and what each changes."""
+    """A site that is merged: its module without weights, its number in the order of the files, and what each changes.
+
+    ``files`` are the numbers of those files that change it.
+    """
 
     where: Where
     bare: nn.Module
     number: int
     changes: Sequence[Change]
     strengths: Sequence[float]
+    files: Sequence[int]
 
     def each(self) -> Iterator[tuple[Change, float]]:
         """The changes with their strengths."""
@@ -76,9 +98,11 @@ def _merge(config: MergeConfig, watch: Watch) -> Made:
     strengths = [one.strength for one in choices]
     sources, bones = open_sources([one.parsed() for one in choices], config.base, watch.tell, strengths)
     made, errors = Adapters(bones, file_dtype(sources, config.dtype), at_home(config.output)), list[LayerError]()
+    outputs = list[OutputError]()
     held = holders(sources)
     rule = Combination(config.within if config.how in ALIGNED else config.how, config.density, config.seed)  # type: ignore[arg-type]
-    way = _Way(config.how, rule, None if config.rank is None else Truncation(rank=config.rank))
+    matching = _matching(config, sources, list(held), watch) if config.how in MATCHING else None
+    way = _Way(config.how, rule, None if config.rank is None else Truncation(rank=config.rank), matching)
 
     def opened() -> Iterator[_Site]:
         for number, (where, own) in enumerate(watch.each("merging sites", held.items())):
@@ -88,16 +112,28 @@ def _merge(config: MergeConfig, watch: Watch) -> Made:
                 made.add(*where, _kept(where, own, watch))
             else:
                 bare = bones.parts[where[0]].get_submodule(where[1])
-                yield _Site(where, bare, number, known, [source.strength for source in own])
+                files = [place for place, source in enumerate(sources) if any(source is one for one in own)]
+                yield _Site(where, bare, number, known, [source.strength for source in own], files)
 
-    def take(found: tuple[Where, Change, list[LayerError]]) -> None:
-        where, merged, error = found
+    def take(found: tuple[Where, Change, list[LayerError], list[OutputError]]) -> None:
+        where, merged, error, of_outputs = found
         made.add_change(*where, merged)
         errors.extend(error)
+        outputs.extend(of_outputs)
 
     side_by_side(opened(), lambda site: (site.where, *_merged(site, way)), take)
     _write(config, sources, made)
-    return watch.made(at_home(config.output), made.count, errors)
+    return watch.made(at_home(config.output), made.count, errors, outputs=outputs)
+
+
+def _matching(config: MergeConfig, sources: Sequence[Source], sites: Sequence[Where], watch: Watch) -> _Matching:
+    """Draw with each adapter."""
+    if config.base is None or config.base in PUBLISHED:
+        raise UserError(
+            f"--how {config.how} draws pictures, and {config.base} has no weights; name a base that has them: --base"
+        )
+    seen = collected(sources, sites, config.base, config.prompts_by_name(), watch)
+    return _Matching([one.name for one in sources], seen, config.off_diagonal)
 
 
 def holders(sources: Iterable[Source]) -> dict[Where, list[Source]]:
@@ -166,25 +202,50 @@ def united(where: Where, own: Sequence[Source], several: Sequence[LearnedVectors
     return type(several[0])(torch.cat([one.vectors.detach() for one in several]), words)
 
 
-def _merged(site: _Site, way: _Way) -> tuple[Change, list[LayerError]]:
-    """The change of a site, and its error where ranks were left out."""
+def _merged(site: _Site, way: _Way) -> tuple[Change, list[LayerError], list[OutputError]]:
+    """The change of a site, and its errors where ranks were left out or outputs matched."""
     biases = [(one.bias, strength) for one, strength in site.each() if one.bias is not None]
     bias = _numbers([one for one, _ in biases], [strength for _, strength in biases], way, site.number) if biases else None
     kept = [(one, strength) for one, strength in site.each() if one.changes_weight]
     if not kept:
-        return Change(bias=bias), []
+        return Change(bias=bias), [], []
     several, given = [one for one, _ in kept], [strength for _, strength in kept]
     if not serves(site.bare):  # a norm or an embedding has no pair
         weights = [one.weight for one in several if one.weight is not None]
-        return Change(weight=_numbers(weights, given, way, site.number), bias=bias), []
+        return Change(weight=_numbers(weights, given, way, site.number), bias=bias), [], []
+    if way.matching is not None:
+        pair, outputs = _nearest(site, way, way.matching)
+        return Change(pair=pair, bias=bias), [], outputs
     pair, error = _pair(site.where, several, given, way, site.number)
-    return Change(pair=pair, bias=bias), error
+    return Change(pair=pair, bias=bias), error, []
+
+
+def _nearest(site: _Site, way: _Way, matching: _Matching) -> tuple[LowRank, list[OutputError]]:
+    """The pair of a site whose outputs are nearest to those of all adapters, and how near it is."""
+    pairs: list[LowRank | None] = [None] * len(matching.names)
+    for number, (change, strength) in zip(site.files, site.each(), strict=True):
+        if change.changes_weight:
+            pair = _as_pair(change)
+            pairs[number] = LowRank(pair.down, pair.up * strength)
+    name, known = ".".join(site.where), [one for one in pairs if one is not None]
+    wanted = way.wanted or _largest(name, [one for one in site.changes if one.changes_weight])
+    inputs = known[0].down.shape[1]
+    fit = [damped(one, matching.off_diagonal) for one in matching.grams(site.where, inputs, check=False)]
+    match = matched if way.how == "regmean" else columns_matched
+    found, whole = match(pairs, fit, wanted.rank or inputs), summed(known)
+    outputs = []
+    for adapter, own, gram in zip(matching.names, pairs, matching.grams(site.where, inputs, check=True), strict=True):
+        norm = 0.0 if own is None else missed(own, None, gram)
+        outputs.append(OutputError(name, adapter, missed(found, own, gram), missed(whole, own, gram), norm))
+    return found, outputs
 
 
 def _numbers(tensors: Sequence[Tensor], strengths: Sequence[float], way: _Way, number: int) -> Tensor:
     """Tensors that are no matrices, merged number by number."""
     if way.how in ("linear", "svd", *ALIGNED):
         return linear(tensors, strengths)
+    if way.matching is not None:  # as of inputs that are all alike
+        return linear(tensors, [strength / len(way.matching.names) for strength in strengths])
     return way.rule(tensors, strengths, number)
 
 

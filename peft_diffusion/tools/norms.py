@@ -4,16 +4,22 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..core.adapter import Adapter, method_of, parts_of
 from ..core.errors import FoldError, UserError, first_line
 from ..core.files import write_bytes
 from ..core.weight_change import change_of
 from ..formats import Plan
 from ..formats.planning import SitePlan
+
+if TYPE_CHECKING:
+    from .sources import Source, Where
 
 _PICTURES = (".png", ".svg", ".pdf")
 _COLOURS = ("#2171b5", "#d94801", "#238b45", "#6a51a3")
@@ -55,18 +61,19 @@ def norms(found: Plan, base: str | None = None) -> tuple[Norm, ...]:
         UserError: The file is damaged or was changed since it was planned, or the base that is named cannot be used.
     """
     tensors = found.tensors()
-    shown = all(method.weight_shape(one.shapes) for _, _, one in found.each() for method in one.methods)
-    module_of = (lambda _: None) if shown and base is None else _modules(found, base)  # which takes a moment
-    return tuple(
-        _norm(component, name, one, tensors, module_of(one.sources[0].name))
-        for component, name, one in found.each()
-        if one.methods
-    )
+    sites = [(component, name, one) for component, name, one in found.each() if one.methods]
+    shown = all(method.weight_shape(one.shapes) for _, _, one in sites for method in one.methods)
+    source, places = (None, {}) if shown and base is None else _opened(found, base)  # which takes a moment
+    measured = []
+    for component, name, one in sites:
+        where = places.get(one.sources[0].name)
+        read = partial(_alone, one, tensors) if source is None or where is None else partial(_bound, source, where)
+        measured.append(_norm(component, name, tuple(method.name for method in one.methods), read))
+    return tuple(measured)
 
 
-def _modules(found: Plan, base: str | None) -> Callable[[str], nn.Module | None]:
-    """Gives the module that a tensor of a file changes, by the tensor's name, of the base that is named or that the file
-    fits; None where there is none."""
+def _opened(found: Plan, base: str | None) -> "tuple[Source | None, Mapping[str, Where]]":
+    """The file on the base that is named or that it fits, and by its tensors' names the sites there."""
     from .sources import open_sources  # with all that makes bases, which takes seconds
 
     try:
@@ -74,33 +81,54 @@ def _modules(found: Plan, base: str | None) -> Callable[[str], nn.Module | None]
     except UserError:
         if base is not None:
             raise
-        return lambda _: None
-    sites = {one.name: where for where, site in source.bound.sites.items() for one in site.plan.sources}
-    return lambda name: source.module(sites[name]) if name in sites else None
+        return None, {}
+    return source, {one.name: where for where, site in source.bound.sites.items() for one in site.plan.sources}
 
 
-@torch.no_grad()
-def _norm(component: str, name: str, one: SitePlan, tensors: Mapping[str, Tensor], module: nn.Module | None) -> Norm:
-    methods = tuple(method.name for method in one.methods)
-    if any(source.place.piece or source.place.whole for source in one.sources):
-        return Norm(component, name, methods, None, None, "is no change of a weight, or one that only the base tells")
+_Parts = list[tuple[Adapter, nn.Module]]
+"""The adapters of a site, one of each method, and the module that each is for."""
+
+
+def _bound(source: "Source", where: "Where") -> _Parts:
+    """Those of a site of a base."""
+    module = source.module(where)
+    return [(part, module) for part in parts_of(source.adapter(where, module))]
+
+
+def _alone(one: SitePlan, tensors: Mapping[str, Tensor]) -> _Parts:
+    """Those of a site of which nothing but the file is known. Raises UserError where that does not tell the change."""
+    if any(source.place.piece for source in one.sources):
+        raise UserError("is no change of a weight")
+    if any(source.place.whole for source in one.sources):
+        raise UserError("is the weight itself and not its change, which only the base tells: name it with --base")
     values = {suffix: torch.tensor(value) for suffix, value in one.constants.items()}
     for source in one.sources:
         tensor, change = tensors[source.name], source.place.change
         values[source.place.suffix] = tensor if change is None else change(tensor)
-    weights: list[float] = []
-    biases: list[float] = []
+    found = []
     for method in one.methods:
         own = {suffix: tensor for suffix, tensor in values.items() if suffix in method.suffixes}
-        site = module if module is not None else _stand_in(method.weight_shape(one.shapes), own)
-        try:
-            if site is None:
-                raise UserError(f"{method.name} is no change of a weight whose shape its tensors tell")
-            changed = change_of(method.read(site, own), site, f"{component}.{name}")
-        except FoldError:
-            return Norm(component, name, methods, None, None, f"{method.name} is no change of a weight")
-        except UserError as error:
-            return Norm(component, name, methods, None, None, first_line(error))
+        site = _stand_in(method.weight_shape(one.shapes), own)
+        if site is None:
+            raise UserError(f"{method.name} is no change of a weight whose shape its tensors tell")
+        found.append((method.read(site, own), site))
+    return found
+
+
+@torch.no_grad()
+def _norm(component: str, name: str, methods: tuple[str, ...], read: Callable[[], _Parts]) -> Norm:
+    weights: list[float] = []
+    biases: list[float] = []
+    try:
+        changes = []
+        for part, site in read():
+            unsaid = f"{method_of(part)} is no change of a weight"
+            changes.append(change_of(part, site, f"{component}.{name}"))
+    except FoldError:
+        return Norm(component, name, methods, None, None, unsaid)
+    except UserError as error:
+        return Norm(component, name, methods, None, None, first_line(error))
+    for changed in changes:
         if changed.pair is not None:
             down, up = changed.pair.down.double(), changed.pair.up.double()
             weights.append(math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum()))))

@@ -60,6 +60,25 @@ class LayerError:
 
 
 @dataclass(frozen=True)
+class OutputError:
+    """How far a merged change is from an adapter at one site, by the outputs on a picture that nothing was fitted on.
+
+    Attributes:
+        site: Its component, a dot, and its path.
+        adapter: The name of the adapter.
+        missed: The norm of what the merged change makes of the adapter's inputs otherwise than the adapter.
+        added: The same of the sum of all adapters.
+        norm: The norm of what the adapter makes of them; 0 where it changes nothing there.
+    """
+
+    site: str
+    adapter: str
+    missed: float
+    added: float
+    norm: float
+
+
+@dataclass(frozen=True)
 class Made:
     """What a tool made.
 
@@ -69,6 +88,7 @@ class Made:
         errors: Of each site whose rank was reduced.
         peak_memory: The most bytes of memory that the process has held so far; 0 where the system does not tell.
         seconds: How long it took.
+        outputs: Of each site and adapter, where outputs were matched.
     """
 
     path: Path
@@ -76,6 +96,7 @@ class Made:
     errors: tuple[LayerError, ...] = ()
     peak_memory: int = 0
     seconds: float = 0.0
+    outputs: tuple[OutputError, ...] = ()
 
     @property
     def error(self) -> float:
@@ -96,7 +117,26 @@ class Made:
                 f"rank {span}; left out {self.error:.2%} of the change (Frobenius norm), most at {worst.site}:"
                 f" {worst.error:.2%}"
             )
+        for name in dict.fromkeys(one.adapter for one in self.outputs):
+            merged, added = self.output_error(name)
+            told.append(
+                f"{name}: {merged:.1%} of what it adds to outputs of its own prompts is missed, {added:.1%} by adding"
+            )
         return tuple(told)
+
+    def output_error(self, adapter: str) -> tuple[float, float]:
+        """Tell how far outputs are from those of an adapter alone, on a picture of its own that nothing was fitted on.
+
+        Args:
+            adapter: Its name.
+
+        Returns:
+            The norm of what is missed over that of what the adapter adds, over all layers: of what was made, and of the sum
+            of all adapters.
+        """
+        own = [one for one in self.outputs if one.adapter == adapter]
+        whole = math.hypot(*(one.norm for one in own)) or 1.0
+        return math.hypot(*(one.missed for one in own)) / whole, math.hypot(*(one.added for one in own)) / whole
 
 
 class Adapters:

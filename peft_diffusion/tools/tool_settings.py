@@ -11,6 +11,7 @@ from ..core.files import at_home, refuse_overlaps
 from ..core.settings import (
     COUNT,
     PARAMETERS,
+    WHOLE_SHARE,
     Flag,
     OnePath,
     OptionalPath,
@@ -26,10 +27,15 @@ from ..formats import Plan, plan
 from ..formats.layout import SaveDtype, find
 from ..generation.settings import Choice, Key, parse_choices
 
-How: TypeAlias = Literal["linear", "svd", "ties", "dare-ties", "dare-linear", "magnitude", "knots", "core-space"]
+How: TypeAlias = Literal[
+    "linear", "svd", "ties", "dare-ties", "dare-linear", "magnitude", "knots", "core-space", "regmean", "ziplora"
+]
 Rule: TypeAlias = Literal["ties", "dare-ties", "dare-linear", "magnitude"]
 MOST = 1000.0
 """The strongest that an adapter is made."""
+
+MATCHING = ("regmean", "ziplora")
+"""Ways that match what layers make of their inputs, for which pictures are drawn."""
 
 ALIGNED = ("knots", "core-space")
 """Ways that bring the changes into a common basis, and merge by a rule there."""
@@ -111,7 +117,8 @@ class MergeConfig:
         "linear",
         "How changes become one: linear adds them, and is exact without --rank; svd adds them and keeps the largest rank of"
         " the files; ties, dare-ties, dare-linear and magnitude drop a part of each and add or elect; knots and core-space"
-        " do so in a basis that all share.",
+        " do so in a basis that all share; regmean finds the change that comes nearest to what each one makes of its own"
+        " prompts, and ziplora the coefficients of its columns that do, for which pictures are drawn with --base.",
         PARAMETERS,
     )
     rank: int | None = _rank("The most ranks of a site; what that leaves out is told.")
@@ -120,6 +127,21 @@ class MergeConfig:
     )
     within: Rule = setting("ties", "The rule that knots and core-space apply in their basis.", PARAMETERS)
     seed: int = setting(0, "Of what DARE drops.", PARAMETERS, Range(0))
+    prompts: Texts = setting(
+        (),
+        "NAME=PROMPT: what regmean and ziplora draw with the adapter whose file is called NAME, without its ending; give it"
+        " again for more. The last of an adapter is kept apart to tell the error. By default what its file tells of its"
+        " captions, and common subjects.",
+        PARAMETERS,
+        flag=Flag(default_shown=False),
+    )
+    off_diagonal: float = setting(
+        0.9,
+        "What regmean and ziplora multiply the products of different inputs of a layer with (0 to 1): lower where few"
+        " prompts tell little of them.",
+        PARAMETERS,
+        WHOLE_SHARE,
+    )
     into: str | None = setting(
         None, "Fold the adapters into this base, a folder or a checkpoint file, and write a checkpoint.", PARAMETERS
     )
@@ -147,15 +169,38 @@ class MergeConfig:
         """Raise UserError for a setting that does nothing beside the others."""
         rule, aligned, files = self.within if self.how in ALIGNED else self.how, self.how in ALIGNED, self.into is None
         needs = {
-            "density": ("--how ties, dare-ties, dare-linear or magnitude", rule not in ("linear", "svd")),
+            "density": ("--how ties, dare-ties, dare-linear or magnitude", rule not in ("linear", "svd", *MATCHING)),
             "within": (f"--how {' or '.join(ALIGNED)}", aligned),
             "seed": ("DARE, as --how dare-ties", rule in ("dare-ties", "dare-linear")),
+            "prompts": (f"--how {' or '.join(MATCHING)}", self.how in MATCHING),
+            "off_diagonal": (f"--how {' or '.join(MATCHING)}", self.how in MATCHING),
             "to": ("an adapter file to write, and --into makes a checkpoint", files),
             "base": ("an adapter file to write, and --into names the base", files),
         }
         for name, (needed, used) in needs.items():
             if not used and getattr(self, name) != getattr(type(self), name):
-                raise UserError(f"--{name} does nothing without {needed}")
+                raise UserError(f"--{name.replace('_', '-')} does nothing without {needed}")
+        if self.how == "regmean" and self.base is None:
+            raise UserError(
+                "--how regmean draws pictures to see what goes into layers; name the base, with its weights: --base"
+            )
+
+    def prompts_by_name(self) -> dict[str, list[str]]:
+        """What is drawn with each adapter, by its name.
+
+        Raises:
+            UserError: A text is no NAME=PROMPT, or no adapter has the name.
+        """
+        names = [one.name for one in self.choices()]
+        found: dict[str, list[str]] = {}
+        for text in self.prompts:
+            name, equals, prompt = text.partition("=")
+            if not equals or not prompt.strip():
+                raise UserError(f"--prompts {text!r}: name an adapter and what is drawn with it, as in ink='a cat in ink'")
+            if name not in names:
+                raise UserError(f"--prompts {text!r}: no adapter is called {name!r}; there are: {', '.join(names)}")
+            found.setdefault(name, []).append(prompt.strip())
+        return found
 
     @cached_property
     def _plans(self) -> dict[Key, Plan]:
@@ -184,6 +229,7 @@ class MergeConfig:
         refuse_same(self.output, [one.path for one in self.choices()], self.to)
         if self.into is not None:
             refuse_same(self.output, [Path(self.into)])
+        self.prompts_by_name()
 
 
 class Reducing:
@@ -387,7 +433,7 @@ class RenameTriggerConfig(OfOneFile):
             raise UserError("the new word is empty")
 
 
-_ANY_FILE = about("A safetensors file.", PARAMETERS, flag=Flag(default_shown=False))
+_ANY_FILE = about("A safetensors file, or a folder of peft or diffusers.", PARAMETERS, flag=Flag(default_shown=False))
 _OUTPUT_INSTEAD = "Write to this file instead of the same one."
 
 

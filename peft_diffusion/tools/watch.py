@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ..core.events import Ended, Observer, observed, progress
 from ..core.peak_memory import peak_memory
-from .results import LayerError, Made
+from .results import LayerError, Made, OutputError
 
 Item = TypeVar("Item")
 
@@ -77,19 +77,28 @@ class Watch:
             yield one
         tick(len(given), len(given))
 
-    def made(self, path: Path, sites: int, errors: Sequence[LayerError] = (), *, last: bool = True) -> Made:
+    def made(
+        self,
+        path: Path,
+        sites: int,
+        errors: Sequence[LayerError] = (),
+        *,
+        outputs: Sequence[OutputError] = (),
+        last: bool = True,
+    ) -> Made:
         """Say what came of it.
 
         Args:
             path: The file, or the folder.
             sites: How many sites it holds.
             errors: Of each site whose rank was reduced.
+            outputs: Of each site and adapter, where outputs were matched.
             last: Whether nothing more comes of it.
 
         Returns:
             That, with time and memory.
         """
-        found = Made(path, sites, tuple(errors), peak_memory(), time.monotonic() - self._start)
+        found = Made(path, sites, tuple(errors), peak_memory(), time.monotonic() - self._start, tuple(outputs))
         if last:
             self.tell(Ended("finished", found))
         return found

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bases import components
+from ..bases import LanguageModel, components, denoiser_of
+from ..bases import family as families
 from ..bases.base import Base
 from ..bases.words import with_initial_tokens
 from ..core import block_names, site, targets
@@ -143,16 +144,32 @@ def selected_components(base: Base, names: Sequence[str]) -> dict[str, nn.Module
 
 
 def with_words(base: Base, blocks: Sequence[Placement]) -> list[Placement]:
-    """Complete methods that learn words with the ids that these begin as: see `bases.words.with_initial_tokens`.
+    """Complete placements by what the base is.
+
+    Methods that learn words get the ids that these begin as: see `bases.words.with_initial_tokens`. Blocks of targets are
+    named as the network does, in place of what they are known for, so that a file tells them whatever reads it.
 
     Args:
         base: The pipeline or language model.
         blocks: Which method is trained at which sites.
 
     Returns:
-        The same, with the ids.
+        The same, with both.
+
+    Raises:
+        UserError: A target names what blocks of other families alone are known for.
     """
-    return [replace(block, method=with_initial_tokens(base, block.component, block.method)) for block in blocks]
+    return [
+        replace(block, method=with_initial_tokens(base, block.component, block.method), target=_target(base, block))
+        for block in blocks
+    ]
+
+
+def _target(base: Base, block: Placement) -> str:
+    layers, within = targets.parted(block.target)
+    if not within or isinstance(base, LanguageModel) or families.role_of(block.component) != "denoiser":
+        return block.target
+    return f"{layers}@{','.join(denoiser_of(base).family.meant(dict.fromkeys(within)))}"
 
 
 def new_words(blocks: Sequence[Placement]) -> list[str]:

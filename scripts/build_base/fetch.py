@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from .sources import CACHE, ICON_SETS, KEYWORDS_PACKAGE, KEYWORDS_VERSION, IconSet
+from .sources import CACHE, ICON_SETS, KEYWORDS_PACKAGE, KEYWORDS_VERSION, UNSEEN_SETS, IconSet
 
 
 def _pack(package: str, version: str, archive: str, cache: Path) -> Path:
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder the archives are kept in")
     cache: Path = parser.parse_args().cache
-    for icon_set in ICON_SETS:
+    for icon_set in (*ICON_SETS, *UNSEEN_SETS):
         print(f"{icon_set.style}: {fetch(icon_set, cache)}")
     print(f"keywords: {fetch_keywords(cache)}")
 

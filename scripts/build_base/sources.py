@@ -67,12 +67,23 @@ ICON_SETS: tuple[IconSet, ...] = (
     _iconify("openmoji", "1.2.29", "unseen", "openmoji emoji of {}", "CC-BY-SA-4.0", _OPENMOJI),
     _iconify("twemoji", "1.2.5", "unseen", "twemoji emoji of {}", "CC-BY-4.0", _TWEMOJI),
 )
+_ICONPARK = ("ByteDance", "https://github.com/bytedance/IconPark")
+_STREAMLINE = ("Streamline", "https://github.com/webalys-hq/streamline-vectors")
+_EMOJIONE = ("Emoji One", "https://github.com/EmojiTwo/emojitwo")
+
+# Sets that no base and no judge was ever trained with: blends are measured on them too.
+UNSEEN_SETS: tuple[IconSet, ...] = (
+    _iconify("icon-park-twotone", "1.2.4", "unseen", "twotone icon of {}", "Apache-2.0", _ICONPARK),
+    _iconify("streamline-emojis", "1.2.4", "unseen", "streamline emoji of {}", "CC-BY-4.0", _STREAMLINE),
+    _iconify("emojione", "1.2.3", "unseen", "emojione emoji of {}", "CC-BY-4.0", _EMOJIONE),
+)
 STYLES: dict[str, IconSet] = {icon_set.style: icon_set for icon_set in ICON_SETS}
 BASE_STYLES: tuple[str, ...] = tuple(icon_set.style for icon_set in ICON_SETS if icon_set.role == "base")
 
 
 def icon_set(style: str) -> IconSet:
     """The set drawn in `style`, or an error that lists the styles there are."""
-    if style not in STYLES:
-        raise ValueError(f"there is no icon set {style!r}; choose one of {', '.join(STYLES)}")
-    return STYLES[style]
+    known = STYLES | {one.style: one for one in UNSEEN_SETS}
+    if style not in known:
+        raise ValueError(f"there is no icon set {style!r}; choose one of {', '.join(known)}")
+    return known[style]

@@ -44,6 +44,9 @@ EXTRAS = frozenset({SINGULAR, UP_BIAS, *SPARSE})
 BASE = "base_layer.weight"
 """The weight of an embedding, which peft saves beside a pair that it has there. It changes nothing."""
 
+EMBEDDING_ALIASES = {"lora_embedding_A": DOWN, "lora_embedding_B": UP, BASE: BASE}
+"""What peft calls them at an embedding."""
+
 INITS = ("standard", "gaussian", "pissa", "orthogonal")
 PAIR_ALIASES = {
     "lora_A": DOWN, "lora_B": UP,
@@ -81,8 +84,7 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA, BASE})
     by_output: ClassVar[frozenset[str]] = frozenset({UP, UP_BIAS})
     rows: ClassVar[tuple[str, str]] = (DOWN, UP)
     aliases: ClassVar[Mapping[str, str]] = {
-        **PAIR_ALIASES, SINGULAR: SINGULAR, "lora_B.bias": UP_BIAS,
-        "lora_embedding_A": DOWN, "lora_embedding_B": UP, BASE: BASE,
+        **PAIR_ALIASES, **EMBEDDING_ALIASES, SINGULAR: SINGULAR, "lora_B.bias": UP_BIAS,
     }  # fmt: skip
 
     rank: int = 16
@@ -197,7 +199,7 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA, BASE})
             if more := sorted(state.keys() & EXTRAS - {UP_BIAS if biased else ""}):
                 others = "" if biased or UP_BIAS not in more else ", which peft has at all sites or at none"
                 raise UserError(f"{path} has {', '.join(more)} beside its pair{others}; take the layout 'kohya'")
-        sites = {path: _in_peft(adapter.site, states[path]) for path, adapter in adapters.items()}
+        sites = {path: own_pair_in_peft(adapter.site, states[path]) for path, adapter in adapters.items()}
         return PeftForm("LORA", "lora_alpha", sites, {"lora_bias": True} if biased else {})
 
     def dropped(self) -> float:
@@ -205,8 +207,16 @@ class Lora(Method, name="lora", suffixes=frozenset({DOWN, UP, MID, ALPHA, BASE})
         return self.dropout
 
 
-def _in_peft(site: "Site", state: Mapping[str, "Tensor"]) -> PeftSite:
-    """A pair, its bias, or that of an embedding, as peft keeps them."""
+def own_pair_in_peft(site: "Site", state: Mapping[str, "Tensor"]) -> PeftSite:
+    """Say a pair, with its bias, or that of an embedding, as peft keeps them.
+
+    Args:
+        site: The module that it sits on.
+        state: The tensors of the adapter, by suffix.
+
+    Returns:
+        Its tensors by peft's names, rank and alpha.
+    """
     from ..shared.sites import is_embedding
 
     pair = pair_in_peft(state)

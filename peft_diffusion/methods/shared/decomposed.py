@@ -4,13 +4,14 @@ See DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Site, float32_parameter
 from ...core.errors import UserError
 from ...core.merge import dense_weight
-from .affine import WeightChange, applied, channels, weight_shape, without_bias
+from .affine import WeightChange, applied, channels, without_bias
 from .hyper_parameters import MAGNITUDE
+from .sites import is_embedding, looked_up, weight_shape
 
 
 def decomposed(site: Site, inner: WeightChange) -> "Decomposed":
@@ -32,7 +33,7 @@ def read_decomposed(site: Site, inner: WeightChange, magnitude: Tensor) -> "Deco
     Args:
         site: The module that it will sit on.
         inner: The change of the direction.
-        magnitude: Per output or, known by the shape, per input.
+        magnitude: Per output or, known by the shape, per input. At an embedding, as in peft, of each column.
 
     Returns:
         The adapter.
@@ -42,7 +43,11 @@ def read_decomposed(site: Site, inner: WeightChange, magnitude: Tensor) -> "Deco
     """
     outputs, inputs, *kernel = weight_shape(site)
     shape, ones = list(magnitude.shape), [1] * len(kernel)
-    if magnitude.numel() == outputs and shape[:1] == [outputs]:
+    if is_embedding(site) and magnitude.numel() == inputs:
+        magnitude = magnitude.reshape(1, inputs)
+    elif is_embedding(site):
+        raise UserError(f"{MAGNITUDE} {tuple(shape)} does not fit the {inputs} columns of the embedding")
+    elif magnitude.numel() == outputs and shape[:1] == [outputs]:
         magnitude = magnitude.reshape(outputs, 1, *ones)
     elif magnitude.numel() == inputs and shape[:2] == [1, inputs]:
         magnitude = magnitude.reshape(1, inputs, *ones)
@@ -72,6 +77,8 @@ class Decomposed(Adapter):
 
     def residual(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
         """Per output: the base's product and the change's, scaled. Per input the scale is within the product."""
+        if isinstance(self.site, nn.Embedding):
+            return looked_up(self.site, x, self.change()).to(y.dtype)
         if self.per_input:
             return applied(self.site, x, self.change().to(x.dtype))
         ratio = self.ratio()

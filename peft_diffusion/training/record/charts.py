@@ -17,12 +17,16 @@ _POINTS = 400  # of a curve; more are averaged
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve with its name; with ``dots`` each value is marked and tells itself under the pointer."""
+    """A curve with its name; with ``dots`` each value is marked and tells itself under the pointer.
+
+    ``ends`` are the lower and the upper end of an interval at each point, which are drawn as a bar; none where it is empty.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     look: Look
     dots: bool = False
+    ends: Sequence[tuple[float, float]] = ()
 
 
 def lines(
@@ -32,6 +36,7 @@ def lines(
     mark: float | None = None,
     limits: tuple[float, float] | None = None,
     end: float | None = None,
+    over: str = "step",
 ) -> Markup:
     """Draw curves over the steps as an SVG.
 
@@ -42,6 +47,7 @@ def lines(
         mark: A step to point out.
         limits: Those of the axis of values.
         end: The last step of the axis of steps.
+        over: What curves are over, where that is something else than steps.
 
     Returns:
         The element.
@@ -73,9 +79,12 @@ def lines(
     for curve in curves:
         path = "L".join(f"{x_of(x):.1f} {y_of(y):.1f}" for x, y in thinned(curve.points))
         parts.append(Markup('<path class="curve {}" d="M{}"/>').format(curve.look, path))
+        for (x, _), (lower, upper) in zip(curve.points, curve.ends, strict=bool(curve.ends)):
+            bar = Markup('<path class="curve {}" d="M{:.1f} {:.1f}V{:.1f}"/>')
+            parts.append(bar.format(curve.look, x_of(x), y_of(lower), y_of(upper)))
         for x, y in curve.points if curve.dots else ():
-            dot = '<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.6"><title>step {:g}: {}</title></circle>'
-            parts.append(Markup(dot).format(curve.look, x_of(x), y_of(y), x, written(y, form)))
+            dot = '<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.6"><title>{} {:g}: {}</title></circle>'
+            parts.append(Markup(dot).format(curve.look, x_of(x), y_of(y), over, x, written(y, form)))
     return Markup("").join([*parts, Markup("</svg>")])
 
 
@@ -119,7 +128,7 @@ def room_for(curves: Sequence[Curve]) -> tuple[float, float]:
     Returns:
         Lowest and highest value.
     """
-    values = [y for curve in curves for _, y in curve.points]
+    values = [y for curve in curves for _, y in curve.points] + [y for curve in curves for pair in curve.ends for y in pair]
     return bounds(values, [y for curve in curves if curve.dots for _, y in curve.points])
 
 

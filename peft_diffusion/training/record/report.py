@@ -69,25 +69,27 @@ def page(record: Record) -> str:
     """
     kept = record.figures.get("kept_step")
     layers = record.changes
-    return _render(
+    return render(
         "report.html",
-        record=record,
-        title=record.name,
-        text=record.command.startswith("text"),
-        tiles=tiles(record),
-        warnings=[*record.facts.get("warnings", []), *record.damage],
-        verdict=record.figures.get("warning"),
-        charts=curves(record),
-        previews=previews(record),
-        prompts=record.facts.get("prompts", []),
-        layers=charts.bars(dict(list(layers.items())[:_LAYERS]), "change of each layer") if layers else "",
-        more_layers={name: charts.written(value, "percent") for name, value in list(layers.items())[_LAYERS:]},
-        settings=settings(record),
-        items=_items(record),
-        hidden_items=len(record.data) - len(shown(len(record.data))),
-        commands=record.facts.get("commands", {}),
-        said=record.facts.get("said", []),
-        kept=kept,
+        {
+            "record": record,
+            "title": record.name,
+            "text": record.command.startswith("text"),
+            "tiles": tiles(record),
+            "warnings": [*record.facts.get("warnings", []), *record.damage],
+            "verdict": record.figures.get("warning"),
+            "charts": curves(record),
+            "previews": previews(record),
+            "prompts": record.facts.get("prompts", []),
+            "layers": charts.bars(dict(list(layers.items())[:_LAYERS]), "change of each layer") if layers else "",
+            "more_layers": {name: charts.written(value, "percent") for name, value in list(layers.items())[_LAYERS:]},
+            "settings": settings(record),
+            "items": _items(record),
+            "hidden_items": len(record.data) - len(shown(len(record.data))),
+            "commands": record.facts.get("commands", {}),
+            "said": record.facts.get("said", []),
+            "kept": kept,
+        },
     )
 
 
@@ -108,15 +110,17 @@ def compared(first: Record, second: Record) -> str:
         if drawn:
             limits[name] = charts.room_for(drawn)
     end = max((record.step for record in records), default=1)
-    return _render(
+    return render(
         "compare.html",
-        title=" / ".join(record.name for record in records),
-        records=records,
-        differing=[(name, [_plain(value, name) for value in values]) for name, values in differing(records).items()],
-        tiles=[tiles(record) for record in records],
-        charts=[curves(record, limits, end) for record in records],
-        previews=[previews(record) for record in records],
-        prompts=[record.facts.get("prompts", []) for record in records],
+        {
+            "title": " / ".join(record.name for record in records),
+            "records": records,
+            "differing": [(name, [_plain(value, name) for value in values]) for name, values in differing(records).items()],
+            "tiles": [tiles(record) for record in records],
+            "charts": [curves(record, limits, end) for record in records],
+            "previews": [previews(record) for record in records],
+            "prompts": [record.facts.get("prompts", []) for record in records],
+        },
     )
 
 
@@ -246,12 +250,25 @@ def picture(path: Path) -> str | None:
     """
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
-        image.thumbnail((_SIDE, _SIDE))
-        data = io.BytesIO()
-        image.save(data, "WEBP", quality=85)
+            return inlined(file, _SIDE)
     except Exception:  # as decoders meet damage
         return None
+
+
+def inlined(image: Image.Image, side: int) -> str:
+    """Make an address that holds a picture.
+
+    Args:
+        image: The picture.
+        side: The most pixels of its longer side.
+
+    Returns:
+        The address.
+    """
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    data = io.BytesIO()
+    small.save(data, "WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
@@ -313,5 +330,14 @@ def _environment() -> Environment:
     return Environment(loader=places, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
-def _render(template: str, **values: object) -> str:
-    return _environment().get_template(template).render(**values)
+def render(template: str, values: Mapping[str, object]) -> str:
+    """Fill a template in.
+
+    Args:
+        template: A file of ``templates``.
+        values: By the names that it uses.
+
+    Returns:
+        HTML.
+    """
+    return _environment().get_template(template).render(values)

@@ -212,7 +212,8 @@ class TrainConfig(SharedConfig, CaptionSettings, FolderSettings, _PictureConfig)
     target: str | None = setting(
         None,
         "Layers to adapt: attention, attention+ff, all-linear, conv, all, ..., or a regular expression over module "
-        "paths; by default those that the method was made for, attention+ff for a LoRA.",
+        "paths; by default those that the method was made for, attention+ff for a LoRA. LAYERS@BLOCKS are those in some "
+        "blocks, as attention@mid,up.1; attention@content,style is B-LoRA on SDXL.",
         ADAPTER,
     )
     components: Texts = setting(

@@ -1,0 +1,239 @@
+"""Regions of pictures: where strengths and prompts hold, as each site reads it at its own resolution."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import UserError
+
+Grid: TypeAlias = tuple[int, int]
+"""Height and width of a map of features."""
+_NOTHING = -1e4
+"""What is added to a score of attention for no weight: `exp` of it is 0, and it is finite in half precision."""
+
+
+class Layout:
+    """The regions of the pictures of a batch, in which strengths and prompts are mixed by their masks.
+
+    Strengths of images are then those of regions: of each picture all its regions, one after the other.
+
+    Args:
+        masks: (pictures, regions, height, width) in pixels, from 0 to 1; at each pixel those of a picture sum to 1.
+        latents: Height and width of the latents.
+        networks: The networks that compute the pictures.
+
+    Attributes:
+        count: Regions of a picture.
+        pictures: Pictures of the batch.
+        isolated: Whether each region attends to itself alone.
+        shown: The numbers of those regions that any picture has.
+    """
+
+    def __init__(self, masks: Tensor, latents: Grid, networks: Sequence[nn.Module] = ()) -> None:
+        self.masks = masks.float()
+        self.networks = tuple(networks)
+        self.pictures, self.count = masks.shape[:2]
+        self.isolated = False
+        there = (self.masks > 0).any(0).flatten(1).any(1).tolist()
+        self.shown = tuple(number for number, any_picture in enumerate(there) if any_picture)
+        self._reads_text = False
+        self._maps: dict[Grid, Tensor] = {}
+        self._tokens: dict[int, Tensor] = {}
+        self._scores: dict[int, Tensor] = {}
+        grid = latents
+        while grid not in self._maps:  # each block of a UNet halves the sides, rounded up
+            self._maps[grid] = found = F.interpolate(self.masks, grid, mode="area")
+            self._tokens.setdefault(grid[0] * grid[1], found.flatten(2).transpose(1, 2).contiguous())
+            grid = -(-grid[0] // 2), -(-grid[1] // 2)
+        for count, shares in self._tokens.items():
+            self._scores[count] = shares.log().clamp(min=_NOTHING).transpose(1, 2).contiguous()
+        self.areas = self.masks.mean((2, 3))
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """What a recording depends on, apart from the numbers of the masks."""
+        return (tuple(self.masks.shape), tuple(self._maps), self.isolated, self.shown)
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.masks, self.areas, *self._maps.values(), *self._tokens.values(), *self._scores.values()]
+
+    def apart(self) -> "Layout":
+        """Make a layout of the same masks, which lie elsewhere.
+
+        Returns:
+            The other.
+        """
+        made = Layout(self.masks.clone(), next(iter(self._maps)))
+        made.isolated = self.isolated
+        return made
+
+    def take(self, other: "Layout") -> None:
+        """Take over the masks of another layout of the same signature, each where it lies.
+
+        Args:
+            other: The other.
+        """
+        for own, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            own.copy_(theirs)
+
+    @property
+    def columns(self) -> int:
+        """Regions of all pictures."""
+        return self.pictures * self.count
+
+    def repeats(self, rows: int) -> int:
+        """Count how often guidance repeats the pictures in a batch.
+
+        Args:
+            rows: Of the batch.
+
+        Returns:
+            1, 2 or 3.
+
+        Raises:
+            UserError: It is no batch of these pictures.
+        """
+        repeats, rest = divmod(rows, self.pictures)
+        if rest or repeats not in (1, 2, 3):
+            raise UserError(f"there are regions for {self.pictures} pictures, but the batch holds {rows}")
+        return repeats
+
+    def on_tokens(self, positions: int) -> Tensor:
+        """Give the masks at the positions of attention.
+
+        Args:
+            positions: How many there are.
+
+        Returns:
+            (pictures, positions, regions), float32.
+
+        Raises:
+            UserError: No resolution of the network has so many.
+        """
+        found = self._tokens.get(positions)
+        if found is None:
+            raise UserError(
+                f"a layer of the network sees {positions} positions, and the regions are known for"
+                f" {', '.join(map(str, self._tokens))}: it is no UNet of diffusers as it comes, so leave regions away"
+            )
+        return found
+
+    def scores(self, positions: int) -> Tensor:
+        """Give the logarithms of the masks, which added to scores of attention weigh what it reads.
+
+        Args:
+            positions: How many there are.
+
+        Returns:
+            (pictures, regions, positions), float32.
+
+        Raises:
+            UserError: As `on_tokens`.
+        """
+        self.on_tokens(positions)
+        return self._scores[positions]
+
+    def on_map(self, height: int, width: int) -> Tensor:
+        """Give the masks at the resolution of a map.
+
+        Args:
+            height: Of the map.
+            width: Of the map.
+
+        Returns:
+            (pictures, regions, height, width), float32.
+        """
+        found = self._maps.get((height, width))
+        return F.interpolate(self.masks, (height, width), mode="area") if found is None else found
+
+    def spread(self, values: Tensor, y: Tensor) -> Tensor:
+        """Mix the strengths of regions by their masks, as they multiply an output.
+
+        What has no position, as what a block is told of the time, has the mean by areas. Of what is read of prompts, each
+        region has its own rows.
+
+        Args:
+            values: (pictures * regions, k).
+            y: The output, (batch, channels, height, width), (batch, positions, channels) or (batch, channels); k is 1, or
+                the number of channels.
+
+        Returns:
+            What broadcasts against ``y``, in its dtype.
+
+        Raises:
+            UserError: They are strengths of something else, or as `on_tokens`.
+        """
+        if len(values) != self.columns:
+            raise UserError(f"there are strengths for {len(values)} images, but the pictures have {self.columns} regions")
+        if self._reads_text:
+            return values.repeat(len(y) // self.columns, 1).to(y.dtype)[:, None]
+        each = values.float().view(self.pictures, self.count, -1)
+        if y.ndim == 4:
+            found = torch.einsum("prhw,prk->pkhw", self.on_map(*y.shape[2:]), each)
+        elif y.ndim == 3:
+            found = self.on_tokens(y.shape[1]) @ each
+        else:
+            found = torch.einsum("pr,prk->pk", self.areas, each)
+        return found.repeat(self.repeats(len(y)), *[1] * (found.ndim - 1)).to(y.dtype)
+
+    def by_region(self, told: Tensor) -> Tensor:
+        """Part what attention is told into rows, one for each region.
+
+        Args:
+            told: (batch, regions * tokens, width): for each picture the prompts of its regions, one after the other.
+
+        Returns:
+            (batch * regions, tokens, width).
+        """
+        return told.reshape(len(told) * self.count, -1, told.shape[-1])
+
+    @contextmanager
+    def reading_text(self) -> Iterator[None]:
+        """Let the strengths of sites be those of rows of `by_region` inside.
+
+        Yields:
+            Once.
+        """
+        self._reads_text = True
+        try:
+            yield
+        finally:
+            self._reads_text = False
+
+
+class _Present(threading.local):
+    layout: Layout | None = None
+
+
+_present = _Present()
+
+
+def present() -> Layout | None:
+    """Tell in which regions the present thread computes pictures.
+
+    Returns:
+        Their layout; None where pictures have no regions.
+    """
+    return _present.layout
+
+
+@contextmanager
+def using(layout: Layout | None) -> Iterator[None]:
+    """Compute pictures with regions inside, in this thread.
+
+    Args:
+        layout: The regions; None for none.
+
+    Yields:
+        Once.
+    """
+    before, _present.layout = _present.layout, layout
+    try:
+        yield
+    finally:
+        _present.layout = before

@@ -1,0 +1,314 @@
+"""``evaluate``: what adapters do on pictures that they never saw, alone over strengths and with each other on."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from ..bases.embedded import embedded
+from ..bases.pipelines import Pipeline
+from ..core.events import Ended, Never, Noted, Observer, Stop, Warned, check_stop, observed
+from ..core.files import explained, write_bytes
+from ..core.settings import of_kind
+from ..core.strength_schedule import ByPart
+from ..data.folder import scan
+from ..formats import inspect
+from ..generation import sheet
+from ..generation.adapted import adapted
+from ..generation.adapters import Adapters
+from ..generation.distilled import for_few_steps
+from ..generation.memory import loaded
+from ..generation.settings import Choice
+from ..training.tasks.diffusion import Examples
+from . import report
+from .bench import Bench
+from .events import Evaluated
+from .gallery import Gallery, at_most, decoded, encoded, read_gallery
+from .intervals import Estimate, estimate
+from .judge import Judge
+from .judges import judge_of
+from .judging import BASE, Copies, Taught, Verdicts
+from .measured import Alone, Evaluation, Meeting, Values
+from .settings import EvaluateConfig
+from .styles import Styles
+
+_WEAK = 0.8  # share of real pictures that are told right, below which a judge is warned of
+_SHOWN = 8  # prompts on a sheet
+SAMPLE_STYLES = ("openmoji", "twemoji", "fluent-flat")
+
+
+@dataclass(frozen=True)
+class Case:
+    """An adapter that is evaluated, and what it is judged by.
+
+    Attributes:
+        choice: Its file, and the strength that counts as 1.
+        gallery: Real pictures that it never saw.
+        examples: The same as latents.
+        images: The same as the base's autoencoder gives them back.
+        places: Which of them are drawn.
+        leak_prompts: Prompts without a word that calls it.
+        copies: Finds copies of training pictures; None where these are not known.
+    """
+
+    choice: Choice
+    gallery: Gallery
+    examples: Examples
+    images: Sequence[Image.Image]
+    places: Sequence[int]
+    leak_prompts: Sequence[str]
+    copies: Copies | None
+
+    @property
+    def name(self) -> str:
+        """What the adapter is called."""
+        return self.gallery.name
+
+    @property
+    def prompts(self) -> list[str]:
+        """What is drawn."""
+        return [self.gallery.captions[place] for place in self.places]
+
+    def at(self, strength: float) -> dict[str, float | ByPart]:
+        """The adapter at a multiple of its strength, for `Bench`."""
+        return {self.name: self.choice.scaled(strength).amount} if strength else {}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn at one strength: the prompts of a case and those without its words, a row a seed."""
+
+    rows: list[list[Image.Image]]
+    plain: list[list[Image.Image]]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Image.Image]], prompts: int) -> "Drawn":
+        """Part what was drawn in one go, the prompts first."""
+        return cls([list(row[:prompts]) for row in rows], [list(row[prompts:]) for row in rows])
+
+
+def evaluate(
+    config: EvaluateConfig, *, pipe: Pipeline | None = None, observers: Sequence[Observer] = (), stop: Stop | None = None
+) -> Evaluation:
+    """Measure adapters, and write ``report.html``, ``figures.json`` and a sheet for each.
+
+    Args:
+        config: Which adapters, and by what.
+        pipe: A base that is loaded already, used in place of ``config.base`` and left as it was.
+        observers: Are told what happens, `events.Evaluated` last.
+        stop: Where it is set, nothing is drawn after the present batch, and nothing is written.
+
+    Returns:
+        What was found.
+
+    Raises:
+        UserError: Before anything is drawn, for adapters, folders and judges that cannot be used.
+        Interrupted: It was stopped. It is a KeyboardInterrupt.
+    """
+    with observed(observers) as tell:
+        of_kind(config, EvaluateConfig)
+        config.check()
+        choices = config.choices()
+        judge = judge_of(config.judge, config.judge_model, config.device)
+        sampling = for_few_steps(config.sampling(), choices, tell)
+        base = loaded(sampling, pipe)
+        with adapted(base, choices, [()] * len(choices), tell, lent=pipe is not None, strict=False) as (adapters, names):
+            bench = Bench(adapters, sampling, config.all_seeds(), tell, stop or Never())
+            cases = [_case(config, choice, name, adapters, judge, tell) for choice, name in zip(choices, names, strict=True)]
+            found, sheets = _measured(config, cases, bench, judge)
+        _write(config.output, found, sheets, config)
+        tell(Evaluated(found))
+        tell(Ended("finished"))
+    return found
+
+
+def _case(config: EvaluateConfig, choice: Choice, name: str, adapters: Adapters, judge: Judge, tell: Observer) -> Case:
+    """Read and encode what an adapter is judged by."""
+    pipe = adapters.pipe
+    trained = config.folders("trained").get(choice.name)
+    seen = frozenset() if trained is None else frozenset(one.digest for one in scan(trained, missing="empty").pictures)
+    folder = config.folders("data")[choice.name]
+    gallery = read_gallery(folder, name, pipe, spec=adapters[name].spec, without=seen, tell=tell)
+    gallery = at_most(gallery, config.pictures)
+    examples = encoded(gallery, pipe, tell)
+    images = decoded(examples.latents, pipe)
+    places = gallery.some(config.prompts)
+    copies = None
+    if trained is not None:
+        learned = at_most(read_gallery(trained, name, pipe, missing="empty"), config.pictures)
+        copies = Copies.of(judge, decoded(encoded(learned, pipe, tell).latents, pipe), images)
+    else:
+        tell(Noted(f"{name}: what it was trained on is not known (--trained FOLDER), so copies are not looked for"))
+    plain = list(config.leak_prompts) or [gallery.subjects[place] for place in places]
+    if not config.leak_prompts and (not all(plain) or plain == [gallery.captions[place] for place in places]):
+        tell(Noted(f"{name}: its captions share no words and no trigger, so leakage is not measured; give --leak-prompts"))
+        plain = []
+    return Case(choice, gallery, examples, images, places, plain, copies)
+
+
+def _measured(
+    config: EvaluateConfig, cases: Sequence[Case], bench: Bench, judge: Judge
+) -> tuple[Evaluation, dict[str, Image.Image]]:
+    """Everything, and the sheets by name."""
+    _tell_work(config, cases, bench.tell)
+    drawn = {case.name: _of_base(case, bench) for case in cases}
+    shown = {case.name: (case.gallery, case.images) for case in cases}
+    taught = Taught.of(judge, shown | _others(config, judge, shown, bench))
+    of_base = judge.style([image for one in drawn.values() for row in one.rows for image in row])
+    styles = Styles({**taught.features, BASE: of_base})
+    trust = taught.trust(styles)
+    for name, (right, count) in trust.styles.items():
+        if right < _WEAK:
+            bench.tell(
+                Warned(f"the judge tells {right:.0%} of {count} pictures of {name} right: its word on styles is weak")
+            )
+    told = iter(styles.left_out(BASE) if len(of_base) > 1 else styles.told(of_base))
+    alone, sheets = [], {}
+    for case in cases:
+        verdicts = _verdicts(case, taught, styles)
+        own = [[next(told) for _ in row] for row in drawn[case.name].rows]
+        values, pictures = _curves(config, case, bench, verdicts, drawn[case.name], own)
+        sheets[case.name] = _sheet(case, pictures)
+        file = case.choice.path
+        alone.append(
+            Alone(
+                case.name, file, inspect(file).parameters, file.stat().st_size, case.prompts, list(case.leak_prompts),
+                len(case.images), values, config.output / f"{case.name}.png",
+            )
+        )  # fmt: skip
+    meetings = () if config.alone else _meetings(cases, bench, taught, styles)
+    return Evaluation(trust, tuple(alone), meetings, config.output / report.NAME), sheets
+
+
+def _tell_work(config: EvaluateConfig, cases: Sequence[Case], tell: Observer) -> None:
+    each = len(config.all_strengths()) * config.seeds
+    pictures = sum(each * (len(case.places) + len(case.leak_prompts)) for case in cases)
+    if not config.alone:
+        pictures += sum((len(cases) - 1) * config.seeds * len(case.places) for case in cases)
+    tell(Noted(f"{pictures} pictures are drawn; fewer --seeds, --prompts and --strengths take less time"))
+
+
+def _of_base(case: Case, bench: Bench) -> Drawn:
+    (rows,) = bench.draw([*case.prompts, *case.leak_prompts], [{}])
+    return Drawn.of(rows, len(case.places))
+
+
+def _others(
+    config: EvaluateConfig, judge: Judge, shown: Mapping[str, tuple[Gallery, Sequence[Image.Image]]], bench: Bench
+) -> dict[str, tuple[Gallery, Sequence[Image.Image]]]:
+    """Other styles that pictures may be taken for."""
+    folders = list(config.against)
+    usual = not folders and config.judge == "icons"
+    known = {_most(judge.names(images)) for _, images in shown.values()} if usual else set()
+    folders += [embedded(f"styles/{name}") for name in SAMPLE_STYLES] if usual else []
+    pipe, found = bench.adapters.pipe, dict[str, tuple[Gallery, Sequence[Image.Image]]]()
+    for folder in folders:
+        gallery = at_most(read_gallery(folder, _free(folder.name, {*shown, *found, BASE}), pipe), config.pictures)
+        images = decoded(encoded(gallery, pipe, bench.tell).latents, pipe)
+        if not usual or _most(judge.names(images)) not in known:
+            found[gallery.name] = gallery, images
+    return found
+
+
+def _most(names: Sequence[str] | None) -> str:
+    """The name that most pictures have."""
+    return max(sorted(set(names)), key=names.count) if names else ""
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """A name that no other style has."""
+    number = 2
+    while name in taken:
+        name, number = f"{name.removesuffix(f' {number - 1}')} {number}", number + 1
+    return name
+
+
+def _verdicts(case: Case, taught: Taught, styles: Styles) -> Verdicts:
+    words = [case.gallery.subjects[place] for place in case.places]
+    return Verdicts(taught, styles, case.name, words, case.gallery.subjects)
+
+
+def _curves(
+    config: EvaluateConfig,
+    case: Case,
+    bench: Bench,
+    verdicts: Verdicts,
+    of_base: Drawn,
+    told: Sequence[Sequence[str]],
+) -> tuple[Values, dict[float, list[Image.Image]]]:
+    """Estimates by measure and strength, and the pictures of the first seed by strength."""
+    strengths, values = config.all_strengths(), Values()
+    losses: dict[float, list[float]] = {}
+    for strength in (0.0, *strengths):
+        check_stop(bench.stop, f"stopped at the losses of {case.name}")
+        losses[strength] = bench.losses(case.examples, case.at(strength))
+    others = [strength for strength in strengths if strength]
+    several = bench.draw([*case.prompts, *case.leak_prompts], [case.at(strength) for strength in others])
+    drawn = itertools.chain([(0.0, of_base)], ((one, Drawn.of(next(several), len(case.places))) for one in others))
+    pictures: dict[float, list[Image.Image]] = {}
+    for strength, one in drawn:
+        found = [
+            verdicts.of(row, told[seed] if strength == 0 else None) | (case.copies(row) if case.copies else {})
+            for seed, row in enumerate(one.rows)
+        ]
+        if case.leak_prompts:
+            pairs = zip(found, one.plain, of_base.plain, strict=True)
+            found = [own | verdicts.leak(row, before) for own, row, before in pairs]
+        pictures[strength] = one.rows[0]
+        noted = {"loss": losses[strength], "fall": _falls(losses[strength], losses[0.0])}
+        noted |= {name: [own[name] for own in found] for name in found[0]}
+        for name, single in noted.items():
+            values.setdefault(name, {})[strength] = estimate(single)
+    return {name: dict(sorted(own.items())) for name, own in values.items()}, dict(sorted(pictures.items()))
+
+
+def _falls(losses: Sequence[float], base: Sequence[float]) -> list[float]:
+    """By how much each loss fell, as a share of the base's."""
+    return [1 - after / before for after, before in zip(losses, base, strict=True)]
+
+
+def _meetings(cases: Sequence[Case], bench: Bench, taught: Taught, styles: Styles) -> tuple[Meeting, ...]:
+    """Each adapter with each other one on, both at their strengths."""
+    found = []
+    for case in cases:
+        others = [one for one in cases if one is not case]
+        verdicts, alone = _verdicts(case, taught, styles), bench.losses(case.examples, case.at(1.0))
+        both = [{**case.at(1.0), **one.at(1.0)} for one in others]
+        harms: list[Estimate | None] = [None] * len(others)
+        if bench.sampling.compose == "add":
+            harms = [estimate([-fall for fall in _falls(bench.losses(case.examples, one), alone)]) for one in both]
+        for other, harm, rows in zip(others, harms, bench.draw(case.prompts, both) if both else (), strict=True):
+            found.append(_meeting(case.name, other.name, harm, rows, verdicts))
+    return tuple(found)
+
+
+def _meeting(
+    own: str, other: str, loss: Estimate | None, rows: Sequence[Sequence[Image.Image]], verdicts: Verdicts
+) -> Meeting:
+    told = [verdicts.of(row) for row in rows]
+    bled = [replace(verdicts, name=other).of(row)["style"] for row in rows]
+    style, likeness = (estimate([one[name] for one in told]) for name in ("style", "likeness"))
+    return Meeting(own, other, loss, style, estimate(bled), likeness)
+
+
+def _sheet(case: Case, pictures: Mapping[float, Sequence[Image.Image]]) -> Image.Image:
+    """Strengths by prompts, and the real pictures below."""
+    labels = [f"{case.name} at {strength:g}" if strength else BASE for strength in pictures]
+    rows = [list(row[:_SHOWN]) for row in pictures.values()]
+    real = [case.gallery.images[place] for place in case.places[:_SHOWN]]
+    size = rows[0][0].size
+    rows.append([one if one.size == size else one.resize(size, Image.Resampling.LANCZOS) for one in real])
+    return sheet.grid(rows, [*labels, "real, never seen"], case.prompts[:_SHOWN])
+
+
+def _write(folder: Path, found: Evaluation, sheets: Mapping[str, Image.Image], config: EvaluateConfig) -> None:
+    """Write pictures, figures and the page."""
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for one in found.alone:
+            sheets[one.name].save(one.sheet)
+    write_bytes(folder / "figures.json", (json.dumps(found.plain(), indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(found.report, report.page(found, sheets, config).encode())

@@ -1,0 +1,318 @@
+"""Pictures with regions: their masks, what each region is told, and the batch in which they are drawn."""
+
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..bases import denoiser_of
+from ..bases.pipelines import Pipeline, computes_on, guides, uncompiled
+from ..bases.regional_attention import attending
+from ..core import regions
+from ..core.errors import UserError
+from ..core.parsing import refusing
+from ..core.strength_schedule import ByPart
+from ..fast import drawing
+from .region_settings import FEATHER, ISOLATION, Region
+from .source import opened
+
+if TYPE_CHECKING:
+    from .sampler import Cell
+
+_LIKE = 48.0  # how far a colour may lie from that of a region, as where a picture was saved as JPEG
+_PNG = "png:"
+
+
+@dataclass(frozen=True)
+class Area:
+    """Where a region is.
+
+    Attributes:
+        box: Left, top, right, bottom: shares of the sides, or pixels; None for a mask.
+        mask: White in the region; None for a box.
+    """
+
+    box: tuple[float, ...] | None = None
+    mask: Image.Image | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, region: Region) -> "Area":
+        """Read the pictures of a region.
+
+        Args:
+            region: What was said of it.
+
+        Returns:
+            Where it is.
+
+        Raises:
+            UserError: A picture cannot be read, or has no such colour.
+        """
+        if region.mask is not None:
+            return cls(None, opened(region.mask, "black").convert("L"))
+        if region.painted is None:
+            return cls(tuple(region.box))
+        pixels = np.asarray(opened(region.painted).convert("RGB"), dtype=np.float32)
+        wanted = np.array([int(region.color[start : start + 2], 16) for start in (1, 3, 5)], dtype=np.float32)
+        found = np.sqrt(((pixels - wanted) ** 2).sum(-1)) < _LIKE
+        if not found.any():
+            raise UserError(f"{region.painted} has nothing of the colour {region.color}")
+        return cls(None, Image.fromarray(found.astype(np.uint8) * 255))
+
+    def coverage(self, width: int, height: int) -> Tensor:
+        """Tell how much of each pixel is in the region.
+
+        Args:
+            width: Of the picture, in pixels.
+            height: Of the picture, in pixels.
+
+        Returns:
+            (height, width), from 0 to 1.
+        """
+        if self.mask is not None:
+            fitted = (
+                self.mask if self.mask.size == (width, height) else self.mask.resize((width, height), Image.Resampling.BOX)
+            )
+            return torch.from_numpy(np.asarray(fitted, dtype=np.float32) / 255)
+        box = self.box or (0.0, 0.0, 1.0, 1.0)
+        if max(box) <= 1:
+            box = tuple(one * side for one, side in zip(box, (width, height) * 2, strict=True))
+
+        def along(low: float, high: float, side: int) -> Tensor:
+            places = torch.arange(side, dtype=torch.float32)
+            return (torch.clamp(places + 1, max=high) - torch.clamp(places, min=low)).clamp(0, 1)
+
+        return along(box[1], box[3], height)[:, None] * along(box[0], box[2], width)
+
+    def text(self) -> str:
+        """Write it for a recipe, which holds masks too.
+
+        Returns:
+            What `parse_area` reads.
+        """
+        if self.mask is None:
+            return ",".join(map(repr, self.box or ()))
+        stream = io.BytesIO()
+        self.mask.save(stream, "PNG", optimize=True)
+        return _PNG + base64.b64encode(stream.getvalue()).decode()
+
+
+def parse_area(text: str) -> Area:
+    """Read where a region is from a recipe.
+
+    Args:
+        text: Of `Area.text`.
+
+    Returns:
+        The same.
+
+    Raises:
+        UserError: It is none.
+    """
+    with refusing("a region of the recipe cannot be read"):
+        if text.startswith(_PNG):
+            mask = Image.open(io.BytesIO(base64.b64decode(text.removeprefix(_PNG), validate=True)), formats=["PNG"])
+            return Area(None, mask.convert("L"))
+        return Area(tuple(Region(box=[float(one) for one in text.split(",")]).box))
+
+
+@dataclass(frozen=True)
+class DrawnRegion:
+    """A region of a picture that is drawn.
+
+    Attributes:
+        area: Where it is.
+        prompt: What it shows; None for what the whole picture does.
+        strengths: Those of the adapters that differ from the whole picture's, by name.
+    """
+
+    area: Area
+    prompt: str | None = None
+    strengths: Mapping[str, float | ByPart] = field(default_factory=dict)
+
+
+def picture_masks(parts: Sequence[DrawnRegion], width: int, height: int, feather: float) -> Tensor:
+    """Make the masks of the regions of a picture; where several overlap, they share.
+
+    Args:
+        parts: The regions.
+        width: In pixels.
+        height: In pixels.
+        feather: How wide edges are, as a share of the shorter side.
+
+    Returns:
+        (1 + regions, height, width): first what is in no region. At each pixel they sum to 1.
+    """
+    covered = [part.area.coverage(width, height) for part in parts]
+    own = torch.stack(covered) if covered else torch.zeros(0, height, width)
+    total = own.sum(0)
+    masks = torch.cat([(1 - total).clamp(min=0)[None], own / total.clamp(min=1)])
+    radius = round(feather * min(width, height) / 2)
+    if radius:
+        padded = F.pad(masks[None], [radius] * 4, mode="replicate")
+        masks = F.avg_pool2d(padded, 2 * radius + 1, stride=1)[0]
+    return masks
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a picture is divided into regions.
+
+    Attributes:
+        parts: The regions.
+        feather: How wide their edges are, as a share of the shorter side.
+        isolation: The share of the noise levels, from the noisiest, at which they do not attend to each other.
+    """
+
+    parts: tuple[DrawnRegion, ...]
+    feather: float = FEATHER
+    isolation: float = ISOLATION
+
+    def worded(self, prompts: Iterator[str]) -> "Division":
+        """Give regions other prompts, each that has one.
+
+        Args:
+            prompts: One for each region, also for those that have none.
+
+        Returns:
+            The same with these.
+        """
+        read = [(part, next(prompts)) for part in self.parts]
+        return replace(self, parts=tuple(part if part.prompt is None else replace(part, prompt=one) for part, one in read))
+
+
+def columns(cells: "Sequence[Cell]") -> "list[Cell]":
+    """List what is drawn in the regions of pictures, as pictures of their own.
+
+    Args:
+        cells: The pictures of a batch.
+
+    Returns:
+        Of each picture what is in none of its regions, and its regions; of all as many. Without any regions the pictures.
+    """
+    most = max((len(cell.division.parts) for cell in cells if cell.division is not None), default=0)
+    found = []
+    for cell in cells:
+        whole, parts = replace(cell, division=None), () if cell.division is None else cell.division.parts
+        found.append(whole)
+        for part in parts:
+            prompt = cell.prompt if part.prompt is None else part.prompt
+            found.append(replace(whole, prompt=prompt, strengths={**(cell.strengths or {}), **part.strengths}))
+        found += [whole] * (most - len(parts))
+    return found
+
+
+@dataclass(frozen=True)
+class Regional:
+    """A batch of pictures with regions.
+
+    Attributes:
+        divisions: How each is divided.
+        isolation: That of all.
+    """
+
+    divisions: tuple[Division, ...]
+    isolation: float
+
+    @classmethod
+    def of(cls, cells: "Sequence[Cell]") -> "Regional | None":
+        """Lay out pictures.
+
+        Args:
+            cells: The pictures.
+
+        Returns:
+            The batch; None where no picture has regions.
+        """
+        found = {cell.division.isolation for cell in cells if cell.division is not None}
+        if not found:
+            return None
+        return cls(tuple(cell.division or Division(()) for cell in cells), max(found))
+
+    @property
+    def count(self) -> int:
+        """Regions of a picture, with what is in none."""
+        return 1 + max(len(division.parts) for division in self.divisions)
+
+    def masks(self, width: int, height: int) -> Tensor:
+        """Make the masks of all pictures.
+
+        Args:
+            width: In pixels.
+            height: In pixels.
+
+        Returns:
+            (pictures, regions, height, width).
+        """
+        found = torch.zeros(len(self.divisions), self.count, height, width)
+        for number, one in enumerate(self.divisions):
+            own = picture_masks(one.parts, width, height, one.feather)
+            found[number, : len(own)] = own
+        return found
+
+    def told(self, encoding: Mapping[str, Tensor], width: int, height: int) -> dict[str, Tensor]:
+        """Bring what a pipeline is told of each region to what it is told of each picture.
+
+        Args:
+            encoding: Embeddings by the name of the argument: hidden states (pictures * regions, tokens, width), and
+                summaries (pictures * regions, width).
+            width: Of the pictures, in pixels.
+            height: Of the pictures, in pixels.
+
+        Returns:
+            Hidden states (pictures, regions * tokens, width), and of summaries the mean by areas.
+        """
+        areas = self.masks(width, height).mean((2, 3))
+        found = {}
+        for name, one in encoding.items():
+            each = one.unflatten(0, (len(self.divisions), self.count))
+            if one.ndim == 3:
+                found[name] = each.flatten(1, 2)
+            else:
+                found[name] = torch.einsum("prw,pr->pw", each.float(), areas.to(one.device)).to(one.dtype)
+        return found
+
+    @contextmanager
+    def drawn(self, pipe: Pipeline, width: int, height: int, beside: Sequence[Any] = ()) -> Iterator[None]:
+        """Compute the pictures by regions inside.
+
+        Args:
+            pipe: The one that draws.
+            width: In pixels.
+            height: In pixels.
+            beside: Networks beside the one that denoises, which are told the same.
+
+        Yields:
+            Once.
+
+        Raises:
+            UserError: The network is compiled, or attends in a way that knows no regions.
+        """
+        denoiser = denoiser_of(pipe)
+        network = denoiser.network
+        if any(uncompiled(part) is network and part is not network for part in pipe.components.values()):
+            raise UserError("a network that torch.compile compiled knows no regions; draw them with the plain one")
+        latents = height // denoiser.factor, width // denoiser.factor
+        masks = self.masks(width, height).to(computes_on(pipe))
+        layout = regions.Layout(masks, latents, [network, *beside])
+
+        def isolate(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if regions.present() is layout:
+                timestep = denoiser.read_call(args, kwargs).timestep
+                now = float(torch.as_tensor(timestep).flatten()[0]) if 0 < self.isolation < 1 else 0.0
+                layout.isolated = guides(pipe, now, self.isolation) if self.isolation < 1 else True
+
+        handle = network.register_forward_pre_hook(isolate, with_kwargs=True)
+        try:
+            with attending(layout.networks, lambda: drawing.held(network)), regions.using(layout):
+                yield
+        finally:
+            handle.remove()

@@ -1,0 +1,442 @@
+"""Ways of composing two adapters, each as a curve over strengths against plain strengths, on styles and characters.
+
+    python -m scripts.blends.make_data --output drawings
+    python scripts/compare_blends.py --data drawings --output blends --device cuda
+
+Trains an adapter for each of six styles and three characters with the defaults of ``peft-diffusion train`` (or takes what is
+in ``--adapters``), and the second of each pair beside the first. Then, for each pair and each way of composing in the
+tables of ``--compose`` and of ``merge --how``, draws pictures at five shares and three sums of strengths, for several
+prompts and seeds, each way from the same noise, and prints
+
+- the volume under the curve: how much of the one, of the other and of the prompt there is at once
+  (`scripts/blends/curves.py`), with intervals over seeds, and by how much that is above the one of plain strengths;
+- rows from all of one style to all of the other: how often the middle is told the first, plain and calibrated.
+
+How far the judges can be trusted is printed first (`scripts/blends/judges.py`). Three of the styles were seen by no training
+of the base or of a judge. Writes ``figures.json``, ``table.md``, ``scores.safetensors``, plots and sheets.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
+
+from peft_diffusion.api import train
+from peft_diffusion.bases import embedded, load_base
+from peft_diffusion.core.errors import UserError
+from peft_diffusion.evaluation.drawings import pixels_of
+from peft_diffusion.generation import Adapters, sheet
+from peft_diffusion.generation.blend import shares as row_of
+from peft_diffusion.generation.sampler import Cell, paint
+from peft_diffusion.generation.settings import Sampling
+from peft_diffusion.training import TrainConfig
+from scripts.blends import curves, judges
+from scripts.blends.ways import ENDS, SHARES, Pair, Point, Way, every, merge_one, merges
+from scripts.build_base.captions import with_article
+from scripts.measuring import markdown_table, run
+
+SUBJECTS = ("red apple", "cat face", "house", "grinning face", "rocket", "guitar")  # which no adapter was shown
+SCENES = (
+    ("smiling", "yellow"), ("angry", "blue"), ("happy", "green"), ("serious", "pink"), ("with glasses", "grey"),
+    ("sad", "orange"),
+)  # fmt: skip
+WORDS = {"openmoji": "openmoji emoji of", "fluent-flat": "fluent flat emoji of", "streamline-emojis": "streamline emoji of"}
+COLUMNS = 7  # of a row from all of one to all of the other
+
+
+def _styles(first: str, second: str) -> Pair:
+    return Pair(first, second, tuple(f"emoji of {with_article(one)}" for one in SUBJECTS), SUBJECTS)
+
+
+def _character(style: str, name: str) -> Pair:
+    prompts = tuple(f"{WORDS[style]} {name}, {words}, {colour} background" for words, colour in SCENES)
+    return Pair(style, name, prompts, tuple(colour for _, colour in SCENES), character=True)
+
+
+PAIRS = (
+    _styles("openmoji", "twemoji"),
+    _styles("openmoji", "fluent-flat"),
+    _styles("twemoji", "fluent-flat"),
+    _styles("icon-park-twotone", "emojione"),
+    _styles("icon-park-twotone", "streamline-emojis"),
+    _styles("streamline-emojis", "emojione"),
+    _character("openmoji", "mira"),
+    _character("fluent-flat", "zog"),
+    _character("streamline-emojis", "dario"),
+)
+
+
+@dataclass
+class Measure:
+    """What all measurements have in common, and what was found so far: scores by pair and way, rows by pair."""
+
+    options: argparse.Namespace
+    adapters: Adapters
+    folder: Path
+    styles: judges.StyleJudge
+    things: judges.ThingJudge
+    began: float
+    scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    points: dict[str, dict[str, list[Point]]] = field(default_factory=dict)
+    rows: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    strips: dict[str, dict[str, list[Image.Image]]] = field(default_factory=dict)
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() - self.began > 60 * float(self.options.minutes)
+
+    def say(self, text: str) -> None:
+        """Tell a line, with the seconds since the start."""
+        print(f"{time.monotonic() - self.began:6.1f} s  {text}", flush=True)
+
+
+def main() -> None:
+    """Train, draw, judge, print."""
+    options, began = _options(), time.monotonic()
+    options.output.mkdir(parents=True, exist_ok=True)
+    pairs = [pair for pair in PAIRS if not options.pairs or pair.name in options.pairs]
+    known = every()
+    chosen = {"plain", *(options.methods or known)} - set(options.without)
+    ways = {name: way for name, way in known.items() if name in chosen}
+    adapters = Adapters(load_base("icons", device=options.device))
+    folder = options.adapters or options.output / "adapters"
+    _train_all(pairs, ways, adapters.pipe, folder, options, began)
+    if options.only_train:
+        return
+    device = torch.device(adapters.pipe.device)
+    with _merging(list(ways.values()), pairs, folder, options) as merged:
+        found = Measure(options, adapters, folder, judges.StyleJudge(options.data, device),
+                        judges.ThingJudge(options.data, device), began)  # fmt: skip
+        _tell_trust(found, pairs)
+        adapters.fast()
+        for pair in pairs:
+            if not pair.character and not found.late:
+                _rows(found, pair)
+        for way in ways.values():
+            if way.name.startswith("merge "):
+                merged()
+            for pair in pairs:
+                if not found.late:
+                    _measure(found, pair, way)
+            report(found, pairs)
+    found.say("done" if not found.late else "the time was over before all was measured")
+
+
+def _train_all(
+    pairs: Sequence[Pair], ways: Mapping[str, Way], pipe: Any, folder: Path, options: argparse.Namespace, began: float
+) -> None:
+    """Train what is not in the folder yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted: dict[str, tuple[str, str | None]] = {}
+    for pair in pairs:
+        wanted |= {pair.first: (pair.first, None), pair.second: (pair.second, None)}
+    if "beside" in ways:
+        wanted |= {f"{pair.second}-beside-{pair.first}": (pair.second, pair.first) for pair in pairs}
+    for name, (what, beside) in wanted.items():
+        file = folder / f"{name}.safetensors"
+        if file.exists():
+            continue
+        train(_training(what, beside, file, options), pipe=pipe)
+        print(f"{time.monotonic() - began:6.1f} s  trained {name}", flush=True)
+
+
+def _training(what: str, beside: str | None, file: Path, options: argparse.Namespace) -> TrainConfig:
+    """How an adapter is trained: by the defaults of its kind."""
+    given: dict[str, Any] = {"steps": options.train_steps} if options.train_steps else {}
+    is_character = (options.data / "subjects" / what).exists()
+    if is_character:
+        given |= {"preset": "subject", "trigger": what}
+    own = options.data / ("subjects" if is_character else "styles") / what / "train"
+    if beside is not None:
+        given["beside"] = (f"{file.parent / beside}.safetensors",)
+    return TrainConfig(
+        (own if own.exists() else embedded(f"{'subjects' if is_character else 'styles'}/{what}"),),
+        output=file,
+        run_dir=options.output / "runs" / file.stem,
+        device=options.device,
+        preview_steps=0,
+        overwrite=True,
+        **given,
+    )
+
+
+@contextmanager
+def _merging(ways: Sequence[Way], pairs: Sequence[Pair], folder: Path, options: argparse.Namespace) -> Iterator[Any]:
+    """Merge files in other processes meanwhile; yields what waits for them."""
+    jobs = merges(ways, pairs, folder)
+    if not jobs:
+        yield lambda: None
+        return
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        waiting = pool.map_async(merge_one, jobs, chunksize=1)
+        yield waiting.get
+
+
+def _tell_trust(found: Measure, pairs: Sequence[Pair]) -> None:
+    for pair in pairs:
+        if not pair.character:
+            found.say(f"judge: {pair.name}: {found.styles.trust(pair.first, pair.second):.0%} of real drawings told right")
+    for name, trust in found.things.trust.items():
+        found.say(f"judge: {name}: nearer than another of the same hand {trust:.0%} of the time")
+
+
+def _draw(found: Measure, cells: Sequence[Cell], compose: str = "add") -> Tensor:
+    """Pictures of cells as pixels in bytes; batches are all of one size, so that one recording serves all."""
+    size = max(1, found.options.batch // 2 if compose == "composite" else found.options.batch)
+    size = min(size, len(cells))
+    filled = [*cells, *[cells[-1]] * (-len(cells) % size)]
+    sampling = Sampling(steps=found.options.steps, batch_size=size, device=found.options.device, compose=compose)
+    return pixels_of(list(paint(found.adapters, filled, sampling)))[: len(cells)]
+
+
+@contextmanager
+def _loaded(found: Measure, way: Way, pair: Pair) -> Iterator[Any]:
+    """The adapters of a way on the base."""
+    try:
+        yield way.load(found.adapters, pair, found.folder)
+    finally:
+        for name in found.adapters.names:
+            found.adapters.remove(name)
+
+
+def _measure(found: Measure, pair: Pair, way: Way) -> None:
+    """Draw and judge a pair in a way."""
+    own = way.points[: found.options.points]
+    points: list[Point] = [*ENDS, *own] if way.name in ("plain", "beside") else list(own)
+    seeds, prompts = range(found.options.seeds), pair.prompts[: found.options.prompts]
+    with _loaded(found, way, pair) as strengths:
+        if strengths is None:
+            found.say(f"{pair.name}: there is no file for {way.name}")
+            return
+        cells = [Cell(prompt, seed, dict(strengths(*point))) for point in points for seed in seeds for prompt in prompts]
+        try:
+            pixels = _draw(found, cells, way.compose)
+        except (UserError, RuntimeError) as error:  # such as too little memory: what was measured is not lost
+            found.say(f"{pair.name}: {way.name} cannot: {error}")
+            return
+    shape = (len(points), len(seeds), len(prompts))
+    scores = judge(found, pair, pixels, shape)
+    if way.name not in ("plain", "beside"):  # at the ends one acts alone, in any way
+        plain = found.scores[pair.name]["plain"][: len(ENDS)]
+        scores, points = torch.cat([plain, scores]), [*ENDS, *points]
+    found.scores.setdefault(pair.name, {})[way.name] = scores
+    found.points.setdefault(pair.name, {})[way.name] = points
+    _keep_strips(found, pair, way, pixels.unflatten(0, shape), points)
+    volume = curves.volumes(scores.double().numpy())
+    found.say(f"{pair.name}: {way.name}: volume {volume}")
+
+
+def judge(found: Measure, pair: Pair, pixels: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The scores of pictures (points, seeds, prompts, 3): of the first, of the second, and of the prompt."""
+    wanted = list(pair.wanted[: shape[2]]) * (shape[0] * shape[1])
+    seen = found.styles.points(judges.plain(pixels) if pair.character else pixels)
+    things = found.things.points(judges.plain(pixels) if pair.character else pixels)
+    first = found.styles.likeness(seen, pair.first)
+    second = found.things.likeness(things, pair.second) if pair.character else found.styles.likeness(seen, pair.second)
+    followed = judges.before(pixels, wanted) if pair.character else found.things.shows(things, wanted)
+    scores: Tensor = torch.stack([first, second, followed.float()], 1).unflatten(0, shape)
+    return scores
+
+
+def _keep_strips(found: Measure, pair: Pair, way: Way, pixels: Tensor, points: Sequence[Point]) -> None:
+    """Keep the pictures of the first seed at each share, at a sum of 1 and at the largest sum, for two prompts."""
+    drawn = points[-len(pixels) :]
+    for scale in (1.0, max(scale for _, scale in drawn)):
+        wanted = [min(range(len(drawn)), key=lambda n: (drawn[n][1] != scale, abs(drawn[n][0] - share))) for share in SHARES]
+        for prompt in range(min(2, pixels.shape[2])):
+            row = [Image.fromarray(pixels[n, 0, prompt].permute(1, 2, 0).numpy()) for n in reversed(wanted)]
+            label = f"{way.name}, sum {scale:g}\n{pair.wanted[prompt]}"
+            found.strips.setdefault(pair.name, {})[label] = row
+
+
+def _rows(found: Measure, pair: Pair) -> None:
+    """How often each column of a row from all of the first to all of the second is told the first, plain and calibrated."""
+    seeds, prompts = range(found.options.seeds), pair.prompts[: found.options.prompts]
+    mixes = row_of(2, COLUMNS)
+    for kind in ("plain", "calibrated"):
+        with _loaded(found, Way("plain"), pair):
+            cells = []
+            for seed in seeds:  # a sheet has one seed, for which it is calibrated
+                parts = mixes
+                if kind == "calibrated":
+                    sampling = Sampling(steps=found.options.steps, device=found.options.device)
+                    known = found.adapters.calibrate(prompts, seed=seed, sampling=sampling)
+                    parts = [
+                        tuple(known.evenly(dict(zip((pair.first, pair.second), mix, strict=True))).values()) for mix in mixes
+                    ]
+                cells += [Cell(prompt, seed, {pair.first: a, pair.second: b}) for a, b in parts for prompt in prompts]
+            pixels = _draw(found, cells)
+        first = found.styles.first(found.styles.points(pixels), pair.first, pair.second).float()
+        told = first.unflatten(0, (len(seeds), COLUMNS, len(prompts))).mean((0, 2)).tolist()
+        found.rows.setdefault(pair.name, {})[kind] = told
+        found.say(f"{pair.name}: {kind} row: told {pair.first} {' '.join(f'{one:.0%}' for one in told)}")
+        row = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pixels.unflatten(0, (-1, len(prompts)))[:COLUMNS, 0]]
+        found.strips.setdefault(f"rows {pair.name}", {})[kind] = row
+
+
+def report(found: Measure, pairs: Sequence[Pair]) -> None:
+    """Write all that is known by now."""
+    output: Path = found.options.output
+    known = [pair for pair in pairs if pair.name in found.scores]
+    figures = {pair.name: _figures(found, pair) for pair in known}
+    names = list(dict.fromkeys(name for pair in known for name in found.scores[pair.name]))
+    totals = {name: _total(found, known, name) for name in names if name != "plain"}
+    text = [_volumes_table(figures, names, totals), _balance_table(figures, names), _rows_table(found)]
+    (output / "table.md").write_text("\n".join(text), encoding="utf-8")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    summary = {"device": device, "settings": {name: str(value) for name, value in vars(found.options).items()},
+               "pairs": figures, "together": totals, "rows": found.rows}  # fmt: skip
+    (output / "figures.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    flat = {f"{pair} / {way}": one.contiguous() for pair, ways in found.scores.items() for way, one in ways.items()}
+    save_file(flat, output / "scores.safetensors")
+    for pair in known:
+        _plot(found, pair)
+    for title, strips in found.strips.items():
+        path = output / f"{title.replace(' x ', '+').replace(' ', '-')}.webp"
+        columns = [f"{share:.0%}" for share in (reversed(SHARES) if title in found.scores else np.linspace(1, 0, COLUMNS))]
+        sheet.grid(list(strips.values()), list(strips), columns, title).convert("RGB").save(path, quality=80)
+
+
+def _figures(found: Measure, pair: Pair) -> dict[str, Any]:
+    """The figures of a pair by way."""
+    plain, rows = found.scores[pair.name]["plain"].double().numpy(), {}
+    for name, tensor in found.scores[pair.name].items():
+        scores = tensor.double().numpy()
+        place, most = curves.balanced(scores)
+        rows[name] = {
+            "volume": vars(curves.volumes(scores)),
+            "above": vars(curves.above(scores, plain)),
+            "balanced": vars(most),
+            "balanced_at": found.points[pair.name][name][place],
+            "at_balance": scores[place].mean((0, 1)).tolist(),
+            "points": [
+                [*point, *one]
+                for point, one in zip(found.points[pair.name][name], scores.mean((1, 2)).tolist(), strict=True)
+            ],
+        }
+    return rows
+
+
+def _total(found: Measure, pairs: Sequence[Pair], name: str) -> dict[str, Any]:
+    """A way against plain strengths over all pairs that it was measured on."""
+    both = [(found.scores[pair.name][name].double().numpy(), found.scores[pair.name]["plain"].double().numpy())
+            for pair in pairs if name in found.scores[pair.name]]  # fmt: skip
+    return {"pairs": len(both), **vars(curves.together(both))}
+
+
+def _mark(row: Mapping[str, float]) -> str:
+    """Whether an interval lies above 0, below it, or around it."""
+    return "above" if row["low"] > 0 else "below" if row["high"] < 0 else "even"
+
+
+def _volumes_table(figures: Mapping[str, Any], names: Sequence[str], totals: Mapping[str, Any]) -> str:
+    headings = ("more volume than plain strengths", *figures, "all pairs")
+    rows = [("plain (its volume)", *(f"{one['plain']['volume']['value']:.3f}" for one in figures.values()), "")]
+    for name in names:
+        if name == "plain":
+            continue
+        cells = [_signed(one[name]["above"]) if name in one else "-" for one in figures.values()]
+        rows.append((name, *cells, f"{curves.Interval(**_interval(totals[name])).signed()} {_mark(totals[name])}"))
+    return markdown_table(headings, rows)
+
+
+def _signed(row: Mapping[str, float]) -> str:
+    return f"{row['value']:+.3f} {_mark(row)}"
+
+
+def _interval(row: Mapping[str, float]) -> dict[str, float]:
+    return {name: row[name] for name in ("value", "low", "high")}
+
+
+def _balance_table(figures: Mapping[str, Any], names: Sequence[str]) -> str:
+    headings = ("the best balance: least likeness (first, second, prompt)", *figures)
+    rows = []
+    for name in names:
+        cells = []
+        for one in figures.values():
+            if name in one:
+                told = ", ".join(f"{value:.2f}" for value in one[name]["at_balance"])
+                cells.append(f"{one[name]['balanced']['value']:.2f} ({told})")
+            else:
+                cells.append("-")
+        rows.append((name, *cells))
+    return markdown_table(headings, rows)
+
+
+def _rows_table(found: Measure) -> str:
+    headings = ("told the first, from all of it to none", *(f"{share:.0%}" for share in np.linspace(1, 0, COLUMNS)))
+    rows = [
+        (f"{pair}, {kind}", *(f"{one:.0%}" for one in told))
+        for pair, kinds in found.rows.items()
+        for kind, told in kinds.items()
+    ]
+    return markdown_table(headings, rows)
+
+
+def _plot(found: Measure, pair: Pair) -> None:
+    """The points of each way: how much of the one and of the other; fainter where the prompt is not followed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 6))
+    for number, (name, scores) in enumerate(found.scores[pair.name].items()):
+        means = scores.mean((1, 2))
+        colour = pyplot.get_cmap("tab20")(number % 20)
+        axes.scatter(means[:, 0], means[:, 1], s=18, color=colour, alpha=means[:, 2].clamp(0.15, 1).numpy(), label=name)
+        best = [n for n in range(len(means)) if not ((means[:, :2] > means[n, :2]).all(1)).any()]
+        best.sort(key=lambda n: means[n, 0].item())
+        axes.plot(means[best, 0], means[best, 1], color=colour, linewidth=2 if name == "plain" else 0.8)
+    axes.set_xlabel(f"likeness to {pair.first}")
+    axes.set_ylabel(f"likeness to {pair.second}")
+    axes.legend(fontsize=7)
+    axes.set_title(f"{pair.name}: fainter where the prompt is not followed")
+    figure.savefig(found.options.output / f"{pair.stem}.png", dpi=90, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder of scripts/blends/make_data.py")
+    parser.add_argument("--output", type=Path, default=Path("blends"), help="folder for figures, plots, sheets and adapters")
+    parser.add_argument("--adapters", type=Path, help="folder of adapters; what is not there is trained into it")
+    parser.add_argument("--only-train", action="store_true", help="measure nothing")
+    parser.add_argument("--methods", nargs="+", choices=list(every()), help="the ways to compare with plain; by default all")
+    parser.add_argument("--without", nargs="+", choices=[*every()][1:], default=[], help="ways to leave out")
+    parser.add_argument("--pairs", nargs="+", choices=[pair.name for pair in PAIRS], help="which; by default all")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--prompts", type=int, default=len(SUBJECTS))
+    parser.add_argument("--steps", type=int, default=20, help="denoising steps of a picture")
+    parser.add_argument("--points", type=int, help="the first so many points of each way; by default all")
+    parser.add_argument("--batch", type=int, default=300, help="pictures at once")
+    parser.add_argument("--train-steps", type=int, help="steps of training; by default what suits")
+    parser.add_argument("--processes", type=int, default=2, help="in which files are merged")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing more after so long")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--quick", action="store_true", help="the smallest setting that runs through everything")
+    options = parser.parse_args()
+    if options.quick:
+        given = {"seeds": 1, "prompts": 1, "steps": 4, "points": 3, "batch": 8, "train_steps": 12}
+        vars(options).update(given)
+        options.pairs = options.pairs or [PAIRS[3].name, PAIRS[7].name]
+    return options
+
+
+if __name__ == "__main__":
+    run(main)
