@@ -1,12 +1,15 @@
 """Evaluation: statistics against known values, judges on real drawings, losses and curves against what they are made of."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import judges_of_transformers
 import pytest
 import torch
+from conftest import make_pipe, make_xl_pipe
 from diffusers import DiffusionPipeline
 from making import make_adapter
 from PIL import Image
@@ -31,6 +34,8 @@ from peft_diffusion.evaluation.subjects import KnownSubjects, key_of
 from peft_diffusion.formats import Spec
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.training.loop.seeds import generator
+from peft_diffusion.training.record import charts
+from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 
 SAMPLES = ("openmoji", "twemoji", "fluent-flat")
 
@@ -66,6 +71,13 @@ def test_an_interval_is_t_times_the_standard_error() -> None:
     assert estimate([0.25]) == Estimate(0.25, None, 1)
     with pytest.raises(ValueError):
         estimate([])
+
+
+def test_what_is_no_number_is_neither_drawn_nor_written_as_one() -> None:
+    points, ends = [(-1.0, 0.5), (0.0, math.nan), (1.0, 0.7)], [(0.4, 0.6), (math.nan, math.nan), (0.6, 0.8)]
+    drawn = charts.lines([charts.Curve("loss", points, "second", dots=True, ends=ends)], "loss", over="strength")
+    assert drawn.count("<circle") == 2 and "strength -1: 0.5" in drawn and "nan" not in drawn
+    assert estimate([math.nan, 1.0]).plain() == {"mean": None, "half": None, "count": 2}
 
 
 # Judges.
@@ -390,3 +402,16 @@ def test_models_of_transformers_judge(kind: Any, tmp_path: Path, drawn: dict[str
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
         judge_of(kind, str(folder))
+
+
+@pytest.mark.parametrize(
+    "make", [make_xl_pipe, lambda: make_pipe(in_channels=9), lambda: make_pipe(prediction_type="v_prediction")]
+)
+def test_losses_of_other_bases_are_those_of_training(make: Callable[[], DiffusionPipeline], ink: Path) -> None:
+    """Of one that is told sizes, of one that is told masks, and of one that predicts v."""
+    pipe = make()
+    gallery = at_most(read_gallery(ink, "ink", pipe), 2)
+    examples = encoded(gallery, pipe)
+    found = Bench(Adapters(pipe), Sampling((), batch_size=4), (0,)).losses(examples, {})
+    task = DiffusionTask(pipe, "", DiffusionSettings(batch_size=4), examples, examples)
+    assert len(found) == 2 and sum(found) / 2 == pytest.approx(task.held_out(), rel=1e-5)

@@ -58,4 +58,4 @@ def _print(screen: Screen, title: str, headings: list[str], rows: list[tuple[str
         table.add_column(heading, justify="right" if place else "left")
     for name, cells in rows:
         table.add_row(name, *cells)
-    screen.print(table)
+    screen.show(table)

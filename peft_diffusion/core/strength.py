@@ -418,8 +418,8 @@ class Strengths(KeepsPrecision):
             UserError: As `at`, or as ``Layout.spread``.
         """
         layout = None if torch.compiler.is_compiling() else regions.present()
-        if layout is not None and self.images > 1:
-            values = self.present[rows, block]
+        values = self.present[rows, block] if layout is not None else None
+        if layout is not None and values is not None and values.shape[-1] > 1:
             return layout.spread(values[:, None] if values.ndim == 1 else values.t(), y)
         strength = self.at(rows, block, y)
         strength = strength[:, None] if strength.ndim == 1 else strength
