@@ -318,6 +318,8 @@ def test_regions_are_found_by_where_triggers_are_read(
     assert torch.equal(ink + flat, torch.ones(64, 96))
     assert flat[32, 24] == 1 and ink[32, 80] == 1
     assert [json.loads(region.adapters) for region in picture.recipe.divided] == [{"1": "0.0"}, {"0": "0.0"}]
+    parted = generate(replace(config, prompts=("a red BREAK Flat dog BREAK ink cat",), count=1), pipe=tiny_pipe)[0]
+    assert [region.prompt for region in parted.recipe.divided] == ["a red, ink cat", "a red, Flat dog"]
     again = generate(GenerateConfig(recipe=picture.path, device="cpu", output=tmp_path / "b.png"), pipe=tiny_pipe)[0]
     assert replace(again.recipe, written=None) == replace(picture.recipe, written=None)
     assert again.image.tobytes() == picture.image.tobytes()
