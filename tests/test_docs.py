@@ -57,6 +57,7 @@ COMMANDS: dict[tuple[str, ...], tuple[type[Settings], ...]] = {
     ("metadata", "remove"): (MetadataRemoveConfig,),
     ("convert",): (pd.ConvertConfig,),
     ("demo",): (DemoConfig,),
+    ("compose", "train"): (pd.ComposeTrainConfig,),
     ("text", "train"): (pd.TextTrainConfig, FindLr),
     ("text", "generate"): (pd.TextGenerateConfig,),
 }
@@ -335,6 +336,7 @@ def test_every_command_is_shown() -> None:
         *(f"runs {name}" for name in application.RUNS_COMMANDS),
         *(f"text {name}" for name in application.TEXT_COMMANDS),
         *(f"metadata {name}" for name in application.METADATA_COMMANDS),
+        *(f"compose {name}" for name in application.COMPOSE_COMMANDS),
     }
     typed = [words for page in PAGES for words in commands(page)]
     assert all(any(tuple(words[: len(name)]) == name for words in typed) for name in COMMANDS)

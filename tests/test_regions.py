@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_pipe, make_xl_pipe
+from diffusers import ControlNetModel
 from making import make_adapter
 from PIL import Image
 from taped import tape
@@ -25,7 +26,7 @@ from peft_diffusion.bases import regional_attention
 from peft_diffusion.bases.regional_attention import Maps
 from peft_diffusion.core import regions, site
 from peft_diffusion.core.errors import UserError
-from peft_diffusion.core.events import Event, Noted
+from peft_diffusion.core.events import Event, Noted, Warned
 from peft_diffusion.core.method import METHODS, Method
 from peft_diffusion.core.regions import Layout
 from peft_diffusion.fast import drawing
@@ -270,9 +271,14 @@ def test_a_recipe_draws_regions_again(tiny_base: Path, tiny_pipe: Any, tmp_path:
     assert [one.area[:8] for one in divided] == ["0.0,0.0,", "png:iVBO"] and "{" not in divided[0].prompt
     assert json.loads(divided[0].adapters) == {"1": "0.8,text_encoder:0.5,text_encoder_2:0.5", "0": "0.0"}
     assert (first.recipe.region_feather, first.recipe.region_isolation) == (0.05, 0.5)
-    again = generate(GenerateConfig(recipe=first.path, device="cpu", output=tmp_path / "b.png"), pipe=tiny_pipe)[0]
-    assert replace(again.recipe, written=first.recipe.written) == first.recipe
-    assert again.image.tobytes() == first.image.tobytes()
+    for fast in (False, True):
+        told: list[Event] = []
+        config = GenerateConfig(recipe=first.path, device="cpu", fast=fast, output=tmp_path / "b.png")
+        again = generate(config, pipe=tiny_pipe, observers=[told.append])[0]
+        assert replace(again.recipe, written=first.recipe.written) == first.recipe
+        numbers = [np.asarray(one.image, dtype=int) for one in (again, first)]
+        assert np.abs(numbers[0] - numbers[1]).max() <= fast
+        assert not [event for event in told if isinstance(event, (Noted, Warned)) and "fast" in event.message]
 
 
 def test_regions_are_found_by_where_triggers_are_read(
@@ -312,6 +318,8 @@ def test_regions_are_found_by_where_triggers_are_read(
     assert torch.equal(ink + flat, torch.ones(64, 96))
     assert flat[32, 24] == 1 and ink[32, 80] == 1
     assert [json.loads(region.adapters) for region in picture.recipe.divided] == [{"1": "0.0"}, {"0": "0.0"}]
+    parted = generate(replace(config, prompts=("a red BREAK Flat dog BREAK ink cat",), count=1), pipe=tiny_pipe)[0]
+    assert [region.prompt for region in parted.recipe.divided] == ["a red, ink cat", "a red, Flat dog"]
     again = generate(GenerateConfig(recipe=picture.path, device="cpu", output=tmp_path / "b.png"), pipe=tiny_pipe)[0]
     assert replace(again.recipe, written=None) == replace(picture.recipe, written=None)
     assert again.image.tobytes() == picture.image.tobytes()
@@ -319,7 +327,7 @@ def test_regions_are_found_by_where_triggers_are_read(
         generate(replace(config, prompts=("ink cat",)), pipe=tiny_pipe)
 
 
-@pytest.mark.parametrize("how", ["hires", "image", "mask", "guidance_stop"])
+@pytest.mark.parametrize("how", ["hires", "image", "mask", "guidance_stop", "control"])
 def test_a_region_of_everything_in_every_way_to_draw(how: str, tiny_base: Path, tiny_pipe: Any, tmp_path: Path) -> None:
     ink = make_adapter(tmp_path / "ink.safetensors", tiny_base, 1, size=0.5)
     Image.effect_noise((64, 96), 60).convert("RGB").save(tmp_path / "begin.png")
@@ -331,7 +339,13 @@ def test_a_region_of_everything_in_every_way_to_draw(how: str, tiny_base: Path, 
         "image": {"image": tmp_path / "begin.png", "strength": 0.6},
         "mask": {"image": tmp_path / "begin.png", "mask": tmp_path / "white.png"},
         "guidance_stop": {"guidance_stop": 0.5, "width": 80},
+        "control": {"control": f"controlnet:{tmp_path / 'net'}={tmp_path / 'begin.png'}"},
     }
+    if how == "control":
+        net = ControlNetModel.from_unet(tiny_pipe.unet, conditioning_embedding_out_channels=(8, 8, 8, 8))
+        for own in net.parameters():
+            torch.nn.init.normal_(own, std=0.1)
+        net.save_pretrained(tmp_path / "net")
     common = {"steps": 4, "device": "cpu", "output": tmp_path / "a", **ways[how]}
     divided = generate(
         GenerateConfig("a dog", region=f"box=0,0,1,1 adapter='{ink}=0.7' prompt='a cat'", region_isolation=0.5, **common),

@@ -5,7 +5,7 @@ Regional Prompter and ComfyUI's couples of prompts do.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -177,7 +177,7 @@ def across(query: Tensor, key: Tensor, value: Tensor, heads: int, layout: Layout
     shares = _shares(layout, query)
     asked = _parted(query, heads)
     keys, values = (_parted(one, heads).unflatten(0, (len(query), layout.count)) for one in (key, value))
-    found = [F.scaled_dot_product_attention(asked, keys[:, r], values[:, r]) for r in range(layout.count)]
+    found = {r: F.scaled_dot_product_attention(asked, keys[:, r], values[:, r]) for r in layout.shown}
     return _mixed(found, shares)
 
 
@@ -196,12 +196,12 @@ def within(query: Tensor, key: Tensor, value: Tensor, heads: int, layout: Layout
     """
     asked, keys, values = (_parted(one, heads) for one in (query, key, value))
     scores = layout.scores(query.shape[1]).to(query.dtype).repeat(layout.repeats(len(query)), 1, 1)
-    found = [
-        F.scaled_dot_product_attention(
+    found = {
+        r: F.scaled_dot_product_attention(
             asked, keys, values, attn_mask=scores[:, r, None, None].expand(-1, -1, query.shape[1], -1)
         )
-        for r in range(layout.count)
-    ]
+        for r in layout.shown
+    }
     return _mixed(found, _shares(layout, query))
 
 
@@ -215,10 +215,10 @@ def _parted(x: Tensor, heads: int) -> Tensor:
     return x.view(len(x), -1, heads, x.shape[-1] // heads).transpose(1, 2)
 
 
-def _mixed(found: Sequence[Tensor], shares: Tensor) -> Tensor:
-    """What was found in each region, (batch, heads, positions, width of a head), as one."""
+def _mixed(found: Mapping[int, Tensor], shares: Tensor) -> Tensor:
+    """What was found in regions by their numbers, (batch, heads, positions, width of a head), as one."""
     total: Tensor | None = None
-    for number, one in enumerate(found):
+    for number, one in found.items():
         part = one.transpose(1, 2).flatten(2) * shares[..., number : number + 1]
         total = part if total is None else total + part
     if total is None:

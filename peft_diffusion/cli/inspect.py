@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import UserError
 from ..core.files import refuse_overlaps
 from ..core.wording import number_of
-from ..formats import Inspection, Plan, plan
+from ..formats import Inspection, Plan, composition, plan
 from ..formats import inspect as read
 from ..formats.container import title
 from ..formats.origin import NOT_RUN
@@ -17,6 +18,7 @@ from ..formats.planning import by_reason, listed, refuse_leftovers
 from ..formats.spec import missing_plugins
 from ..generation.compatibility import Compatibility, compare
 from ..generation.settings import InspectConfig
+from .composed import show_compositions
 from .flags import reads
 from .terminal import say
 
@@ -48,16 +50,22 @@ def inspect(config: InspectConfig) -> None:
 
     Only the headers are read, but for --norms, --plot and --verify: nothing is loaded, and no base is needed.
     """
-    plans = [plan(path) for path in config.files]
+    told = [(path, composition.told(path)) for path in config.files]
+    composed = [one for _, one in told if one is not None]
+    if composed and (config.norms or config.plot is not None or config.verify):
+        raise UserError(f"{composed[0].path} composes adapters; --norms, --plot and --verify look at these themselves")
+    plans = [plan(path) for path, one in told if one is None]
     found = [read(one) for one in plans]
     measured = _measured(config, plans)
     verified = _verified(config, plans)
     fits = {pair: compare(*pair_of) for pair, pair_of in _pairs(found).items()}
     if config.json:
         files = [_plain(one) | _plain_norms(measured.get(one.path)) | _plain_verified(verified, one) for one in found]
+        files += [{**asdict(one), "path": str(one.path)} for one in composed]
         say(json.dumps({"files": files, "fits": [_plain_fit(*item) for item in fits.items()]}, indent=2))
     else:
         _show(found, fits)
+        show_compositions(composed)
         for path, norms in measured.items() if config.norms else ():
             _show_norms(path, norms)
         for path, several in verified.items():

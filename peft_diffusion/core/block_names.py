@@ -1,7 +1,7 @@
 """What the blocks of a network are called: by paths, in short, and by the numbers of the community. Imports no torch."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 
@@ -91,6 +91,21 @@ def weighed(wanted: Mapping[str, object], blocks: Sequence[str]) -> dict[str, st
                 if meant.get(block, (0, ""))[0] <= len(path):
                     meant[block] = (len(path), name)
     return {block: name for block, (_, name) in meant.items()}
+
+
+def holder(name: str, wanted: Container[str]) -> str | None:
+    """Find the name of a block that a block or a layer is, or lies in.
+
+    Args:
+        name: Its own name.
+        wanted: Names of blocks, as networks have them.
+
+    Returns:
+        The longest; None where there is none.
+    """
+    while name and name not in wanted:
+        name = name.rpartition(".")[0]
+    return name or None
 
 
 def unknown(wanted: Mapping[str, object], blocks: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What makes strengths of frozen adapters by block and noise level, and is learned: a table of numbers, or a router."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ _HIDDEN = 32  # the width of a router
 _WAVES = 8  # cosines that tell a router the noise level
 
 
-class LearnedStrengths(nn.Module):
+class LearnedStrengths(nn.Module, ABC):
     """Strengths of several adapters, in each block of a network, for images at noise levels.
 
     Attributes:
@@ -27,6 +28,7 @@ class LearnedStrengths(nn.Module):
     fewest: ClassVar[int]
 
     @classmethod
+    @abstractmethod
     def fresh(cls, adapters: int, blocks: int, prompts: Tensor) -> "LearnedStrengths":
         """Make one that has learned nothing yet: all adapters have equal parts, which sum to 1.
 
@@ -38,9 +40,9 @@ class LearnedStrengths(nn.Module):
         Returns:
             It, on the CPU, with chance from torch's generator.
         """
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def of(cls, tensors: "dict[str, Tensor]") -> "LearnedStrengths":
         """Make one of what its ``state_dict`` was.
 
@@ -53,7 +55,17 @@ class LearnedStrengths(nn.Module):
         Raises:
             ValueError: A tensor is missing, or of another shape than the others ask for.
         """
-        raise NotImplementedError
+
+    def fits(self, prompts: Tensor) -> bool:
+        """Tell whether prompts are of the width that it reads.
+
+        Args:
+            prompts: What `pooled` gives, (images, width).
+
+        Returns:
+            Whether they are.
+        """
+        return True
 
     def tensors(self) -> dict[str, Tensor]:
         """Give what `of` takes.
@@ -64,10 +76,11 @@ class LearnedStrengths(nn.Module):
         return {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """How many adapters and blocks there are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, prompts: Tensor | None, noise: Tensor) -> Tensor:
         """Give the strengths.
 
@@ -78,7 +91,6 @@ class LearnedStrengths(nn.Module):
         Returns:
             (images, adapters, blocks), float32.
         """
-        raise NotImplementedError
 
 
 class StrengthTable(LearnedStrengths):
@@ -168,6 +180,10 @@ class Gates(LearnedStrengths):
         except (KeyError, RuntimeError, TypeError) as error:  # as load_state_dict refuses other names and shapes
             raise ValueError(f"a tensor is missing or of another shape ({type(error).__name__})") from None
         return made
+
+    def fits(self, prompts: Tensor) -> bool:
+        """Whether they are as wide as those that it learned from."""
+        return prompts.shape[1] == len(self.mean)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors, and ``shape``."""

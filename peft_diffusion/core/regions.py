@@ -31,6 +31,7 @@ class Layout:
         count: Regions of a picture.
         pictures: Pictures of the batch.
         isolated: Whether each region attends to itself alone.
+        shown: The numbers of those regions that any picture has.
     """
 
     def __init__(self, masks: Tensor, latents: Grid, networks: Sequence[nn.Module] = ()) -> None:
@@ -38,6 +39,8 @@ class Layout:
         self.networks = tuple(networks)
         self.pictures, self.count = masks.shape[:2]
         self.isolated = False
+        there = (self.masks > 0).any(0).flatten(1).any(1).tolist()
+        self.shown = tuple(number for number, any_picture in enumerate(there) if any_picture)
         self._reads_text = False
         self._maps: dict[Grid, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}
@@ -54,7 +57,7 @@ class Layout:
     @property
     def signature(self) -> tuple[object, ...]:
         """What a recording depends on, apart from the numbers of the masks."""
-        return (tuple(self.masks.shape), tuple(self._maps), self.isolated)
+        return (tuple(self.masks.shape), tuple(self._maps), self.isolated, self.shown)
 
     def _tensors(self) -> list[Tensor]:
         return [self.masks, self.areas, *self._maps.values(), *self._tokens.values(), *self._scores.values()]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from .block_names import weighed
+from .block_names import holder, weighed
 from .errors import UserError
 
 
@@ -83,8 +83,8 @@ class ByPart:
             as ``mid`` or ``up.1``, or as ``IN05``, ``M00``, ``OUT03``. Of a component with a block that is named, the others
             get 0; a component without one is left as it is.
         steps: What it is multiplied by over the steps.
-        block_steps: What it is multiplied by over the steps in a block, by the block's own name. A block that is not named,
-            and a component without one that is, is left as it is.
+        block_steps: What it is multiplied by over the steps in a block or a layer, by its own name; of two that hold a layer
+            the inner one counts. What lies in none that is named, and a component without one, is left as it is.
     """
 
     strength: float = 1.0
@@ -128,7 +128,9 @@ class ByPart:
         Returns:
             The strengths of the blocks, and what they are multiplied by.
         """
-        return ImageStrengths(self.on(component, blocks), self.steps, self.block_steps)
+        held = {block: holder(block, self.block_steps) for block in blocks} if self.block_steps else {}
+        own = {block: self.block_steps[name] for block, name in held.items() if name is not None}
+        return ImageStrengths(self.on(component, blocks), self.steps, own)
 
     def on(self, component: str, blocks: Sequence[str]) -> dict[str, float]:
         """Give the strength of each block of a component, without the steps.
@@ -171,6 +173,8 @@ class ImageStrengths:
         """
         whole = 1.0 if self.steps is None else value(self.steps)
         own = self.block_steps
+        if not own:
+            return {name: one * whole for name, one in self.blocks.items()}
         return {name: one * whole * (value(own[name]) if name in own else 1.0) for name, one in self.blocks.items()}
 
 
@@ -197,5 +201,7 @@ class Timed:
         return self._of_blocks(lambda schedule: schedule.mean)
 
     def _of_blocks(self, value: Callable[[Schedule], float]) -> dict[str, list[float]]:
-        taken = [one.taken(value) for one in self.images]
-        return {block: [image[block] for image in taken] for block in self.images[0].blocks}
+        taken = [one.taken(value) for one in self.images]  # all of them in the order of the blocks
+        return {
+            block: list(row) for block, *row in zip(self.images[0].blocks, *(one.values() for one in taken), strict=True)
+        }

@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..bases import denoiser_of
+from ..bases.prompt_syntax import broken
 from ..bases.regional_attention import Maps
 from ..bases.taught import units
 from ..core.errors import UserError
 from ..core.events import Noted, Observer, Stop, check_stop
 from ..core.strength_schedule import ByPart
+from .adapted import contains
 from .regions import Area, Division, DrawnRegion
 from .sampler import Cell, probed, size
 from .settings import GenerateConfig
@@ -86,8 +88,23 @@ def located(
                 areas = side_by_side(len(own), upright=height > width)
                 where = "one below the other" if height > width else "side by side"
                 tell(Noted(f"seed {cell.seed} reads its triggers in one place, so {len(own)} regions lie {where}, in order"))
-            found.append(replace(cell, division=_division(own, areas, config)))
+            prompts = [_prompt_of(adapters, cell.prompt, one, own, config) for one in own]
+            found.append(replace(cell, division=_division(own, areas, prompts, config)))
     return found
+
+
+def _prompt_of(
+    adapters: "Adapters", prompt: str, one: Concept, concepts: Sequence[Concept], config: GenerateConfig
+) -> str | None:
+    """What stands between ``BREAK`` and calls no other concept than one; None for a prompt without."""
+    parts = broken(prompt, config.prompt_weights)
+    if len(parts) < 2:
+        return None
+
+    def calls(part: str, concept: Concept) -> bool:
+        return any(contains(part, trigger) for trigger in adapters[concept.name].spec.triggers)
+
+    return ", ".join(part for part in parts if calls(part, one) or not any(calls(part, other) for other in concepts))
 
 
 def concepts_of(adapters: "Adapters", cell: Cell, telling: Telling) -> list[Concept]:
@@ -174,10 +191,12 @@ def side_by_side(count: int, *, upright: bool) -> list[Area]:
     return [Area((0.0, low, 1.0, high) if upright else (low, 0.0, high, 1.0)) for low, high in pairs]
 
 
-def _division(concepts: Sequence[Concept], areas: Sequence[Area], config: GenerateConfig) -> Division:
+def _division(
+    concepts: Sequence[Concept], areas: Sequence[Area], prompts: Sequence[str | None], config: GenerateConfig
+) -> Division:
     """A region for each concept, in which the adapters of the others are off."""
     parts = []
     for number, one in enumerate(concepts):
         off: dict[str, float | ByPart] = {other.name: 0.0 for other in concepts if other is not one}
-        parts.append(DrawnRegion(areas[number], None, off))
+        parts.append(DrawnRegion(areas[number], prompts[number], off))
     return Division(tuple(parts), config.region_feather, config.region_isolation)

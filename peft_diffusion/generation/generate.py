@@ -74,6 +74,7 @@ _FREE = frozenset(
         "calibrate",
         "image",
         "mask",
+        "compose_file",
     }
 )
 _SLUG = 48  # letters of a prompt in a file's name
@@ -422,7 +423,9 @@ def cell_recipes(
         **({} if hires is None else {"hires_steps": hires.steps}),
     }
     begun = {} if source is None else {"image": source.of, "mask": source.mask_of, "strength": source.strength}
-    found["compose"] = None if sampling.compose == "add" else sampling.compose
+    found["compose"] = None if sampling.meets == "add" else sampling.meets
+    file = sampling.compose_file
+    found["compose_file"] = None if file is None else UsedPicture(str(file), sha256(file))
     found["controls"] = used_controls(sampling.controls(), sampling.control_scale)
     of_regions = {"divided": (), "region_feather": None, "region_isolation": None}
     of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None, **begun}
@@ -511,8 +514,8 @@ def _again(config: GenerateConfig, recipe: Recipe, lent: bool) -> tuple[Generate
     if config.precision == "auto" and recipe.dtype in get_args(Precision):
         same["precision"] = recipe.dtype
     same["adapter"] = tuple(choice.text for choice in choices)
-    for name, used in (("image", recipe.image), ("mask", recipe.mask)):
-        same[name] = _picture(used, getattr(config, name), config.recipe, name)
+    for name in recipes.USED_FILES:
+        same[name] = _picture(getattr(recipe, name), getattr(config, name), config.recipe, name.replace("_", "-"))
     base = config.base
     if base == GenerateConfig.base:
         base = recipe.base if lent else _trusted(recipe.base, config.recipe)
@@ -565,7 +568,7 @@ def _picture(used: UsedPicture | None, given: Path | None, recipe: Path | None, 
     found = next((path for path in candidates if sha256(path) == used.sha256), None)
     if found is None:
         raise UserError(
-            f"the picture {used.path} of the recipe (SHA-256 {used.sha256[:12]}...) is not there any more, or is another"
+            f"the file {used.path} of the recipe (SHA-256 {used.sha256[:12]}...) is not there any more, or is another"
             f" now; say where it is with --{flag}"
         )
     return found
@@ -575,7 +578,7 @@ def _given(config: GenerateConfig, recipe: Recipe) -> dict[str, Plan]:
     """The adapter files that are named beside a recipe, to say where its own are now, by SHA-256. Raises UserError for
     others, and for strengths that are not the recipe's."""
     files: dict[str, Plan] = {}
-    for text, choice in zip(config.adapter, config.choices(), strict=True):
+    for text, choice in zip(config.adapter, config.choices(), strict=False):
         found = choice.parsed()
         strengths = [(used.strength, used.parts) for used in recipe.adapters if used.sha256 == found.sha256]
         if not strengths:

@@ -25,7 +25,7 @@ VERSION = 1
 # Fields that a recipe has only where there is something to say.
 _WHERE_THERE = frozenset(
     {"plugins", "base_sha256", "hires", "hires_upscaler", "hires_strength", "hires_steps", "tile", "controls", "compose"}
-    | {"divided", "region_feather", "region_isolation"}
+    | {"compose_file", "divided", "region_feather", "region_isolation"}
 )
 _MOST_PIXELS = 100_000_000  # more than are drawn here
 
@@ -55,7 +55,7 @@ class UsedAdapter:
 
 @dataclass(frozen=True)
 class UsedPicture:
-    """A picture that another was made from, or its mask: where its file was, and the digest of its bytes."""
+    """A picture that another was made from, its mask or another file: where it was, and the digest of its bytes."""
 
     path: str
     sha256: str
@@ -99,6 +99,9 @@ class UsedRegion:
         return found
 
 
+USED_FILES = ("image", "mask", "compose_file")
+"""The fields of a recipe that are a `UsedPicture`."""
+
 _Used = TypeVar("_Used", UsedAdapter, UsedPicture, UsedControl, UsedRegion)
 
 
@@ -118,7 +121,7 @@ class Recipe:
 
     ``hires`` is how many times larger a second pass made the picture, whose first pass ``width`` and ``height`` are of.
 
-    ``compose`` is how its adapters met; None where they were added.
+    ``compose`` is how its adapters met; None where they were added. ``compose_file`` is what was learned of that.
 
     ``divided`` are its regions, and ``region_feather`` and ``region_isolation`` how they meet; None without any.
 
@@ -166,6 +169,7 @@ class Recipe:
     tile: str | None = None
     controls: tuple[UsedControl, ...] = ()
     compose: str | None = None
+    compose_file: UsedPicture | None = None
     divided: tuple[UsedRegion, ...] = ()
     region_feather: float | None = None
     region_isolation: float | None = None
@@ -195,7 +199,7 @@ class Recipe:
                 raise ValueError(f"{name} is missing or of another type")
         if not all(isinstance(module, str) for module in told["plugins"]):
             raise ValueError("plugins are of another type")
-        pictures = {name: _used(UsedPicture, told[name]) for name in ("image", "mask") if known[name] is not None}
+        pictures = {name: _used(UsedPicture, told[name]) for name in USED_FILES if known[name] is not None}
         known |= pictures
         known["adapters"] = tuple(_used(UsedAdapter, one) for one in told["adapters"])
         known["controls"] = tuple(_used(UsedControl, one) for one in told["controls"])
@@ -320,6 +324,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "hires": (float, int, type(None)), "hires_upscaler": (str, type(None)), "hires_strength": (float, int, type(None)),
     "hires_steps": (int, type(None)), "tile": (str, type(None)), "compose": (str, type(None)),
     "plugins": (list,), "base_sha256": (str,), "controls": (list,), "divided": (list,),
+    "compose_file": (dict, type(None)),
     "region_feather": (float, int, type(None)), "region_isolation": (float, int, type(None)),
 }  # fmt: skip
 """What JSON has for each field, all of them."""

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 from ..bases import BaseInfo, denoiser_of
 from ..bases.base import dtype_of
 from ..bases.pipelines import Pipeline, computes_on, drawing, end_guidance, guided_tensors, guides, interrupt
+from ..bases.prompts import Encoding
 from ..bases.regional_attention import Maps, watching
 from ..bases.schedulers import BY_STEPS, NOT_UNIFORM, SCHEDULERS, SPACINGS, parted
 from ..core.errors import UserError, first_line
@@ -151,29 +153,35 @@ def paint(
     first = sampling.taken_steps if source is None else source.steps(sampling.taken_steps)
     each = first + (0 if hires is None else hires.steps)
     starts = range(0, len(cells), sampling.batch_size)
-    batches = [rows_of(cells[start : start + sampling.batch_size], sampling.compose) for start in starts]
+    batches = [rows_of(cells[start : start + sampling.batch_size], sampling.meets) for start in starts]
     scheduler = scheduler_of(adapters, cells, sampling)
     adapters.keep_steps_on_host(scheduler)
     _tell_of_scheduler(pipe, scheduler, sampling, tell)
     telling = Telling(pipe, sampling, triggers(adapters, cells))
     _check_prompts(adapters, [rows.cells for rows in batches], telling)
-    told = Drawing(adapters, scheduler, sampling.taken_steps)
+    told = Drawing(adapters, scheduler, sampling.taken_steps, partial(_read, adapters, telling), sampling.compose_file)
     steered = controlled(pipe, sampling.controls(), sampling.control_scale)
     with steered as controls, drawing(pipe, scheduler):
         for number, rows in enumerate(batches):
             check_stop(stop, f"stopped after {number * sampling.batch_size} of {len(cells)} pictures")
             batch = rows.cells
-            set_strengths(adapters, composed(batch, sampling.compose, told))
+            set_strengths(adapters, composed(batch, sampling.meets, told))
             report = _Report(tell, number * each, len(batches) * each, sampling.guidance_stop)
             start = _noise(pipe, batch, sides, sampling) if source is None else _start(pipe, batch, source, sampling)
             with rows.averaged(denoiser_of(pipe).network):
                 if hires is not None:
                     start = _second(start, hires, adapters, batch, telling, report, controls)
                     report = replace(report, before=report.before + first)
-                    set_strengths(adapters, composed(batch, sampling.compose, told.of_pass(hires.planned)))
+                    set_strengths(adapters, composed(batch, sampling.meets, told.of_pass(hires.planned)))
                 drawn = _paint_batch(start, batch, telling, report, controls)
             images = [drawn[row] for row in rows.firsts]
             yield from images if source is None else map(source.kept, images)
+
+
+def _read(adapters: "Adapters", telling: Telling, cell: Cell) -> Encoding:
+    """A prompt as the adapters of its picture let it be read."""
+    set_strengths(adapters, [cell])
+    return telling.as_learned(cell.prompt)
 
 
 def probed(

@@ -37,11 +37,11 @@ from ..core.strength_schedule import ByPart
 from ..data.picture_names import CONVERTIBLE, SUFFIXES
 from ..data.prompt_lines import read_prompts
 from ..data.prompts import refuse_files
-from ..formats import Plan, plan
+from ..formats import Plan, composition, plan
 from ..formats.container import adapter_file, title
 from ..formats.planning import takes_torch
 from . import amounts
-from .compositions import COMPOSITIONS, Compose, explanation
+from .compositions import COMPOSITIONS, LEARNED, Compose, explanation
 from .control_settings import Control
 from .control_settings import parse as parse_control
 from .hires import UPSCALERS, Hires, upscaler
@@ -302,6 +302,12 @@ class Sampling(NamesAdapters):
         flag=Flag(aliases=("-a",), default_shown=False),
     )
     compose: Compose = setting("add", explanation(), PARAMETERS)
+    compose_file: OptionalPath = setting(
+        None,
+        "What compose train wrote: its adapters are found among those given, beside it or in --adapters-dir, and each is "
+        "weighed by block, step and prompt as was learned.",
+        PARAMETERS,
+    )
     adapters_dir: OptionalPath = setting(
         None, "The folder where <lora:NAME:0.8> in a prompt finds NAME.safetensors, also in its subfolders.", PARAMETERS
     )
@@ -455,6 +461,10 @@ class Sampling(NamesAdapters):
             raise UserError("weights of fewer bits stay on the device; leave --offload or --quantize away")
         if self.tile is not None and self.vae_tiling:
             raise UserError("--vae-tiling decodes in pieces, whose edges would not meet; leave it or --tile away")
+        if self.compose_file is not None and self.compose not in ("add", LEARNED):
+            raise UserError(f"--compose-file says how adapters meet; leave it or --compose {self.compose} away")
+        if self.compose_file is None and self.compose == LEARNED:
+            raise UserError(f"--compose {LEARNED} needs what was learned: name it with --compose-file")
         if self.scheduler is not None:
             object.__setattr__(self, "scheduler", canonical(self.scheduler))
         if self.hires_upscaler is not None:
@@ -472,6 +482,24 @@ class Sampling(NamesAdapters):
         """How many denoising steps are taken."""
         return _STEPS if self.steps is None else self.steps
 
+    @property
+    def meets(self) -> Compose:
+        """How several adapters meet."""
+        return self.compose if self.compose_file is None else LEARNED
+
+    def choices(self) -> tuple[Choice, ...]:
+        """The adapters that are given, and those that a composition names besides, their files parsed once.
+
+        Raises:
+            UserError: As `parse_choices` does, or one of a composition is not there.
+        """
+        given = super().choices()
+        if self.compose_file is None:
+            return given
+        files = composition.read(self.compose_file).find([choice.path for choice in given], self.adapters_dir)
+        there = {choice.path.resolve() for choice in given}
+        return (*given, *with_plans([Choice(path) for path in files if path.resolve() not in there]))
+
     def check_composed(self, adapters: int) -> None:
         """See that there is something to compose.
 
@@ -481,7 +509,7 @@ class Sampling(NamesAdapters):
         Raises:
             UserError: There are too few or too many.
         """
-        COMPOSITIONS[self.compose].check(adapters)
+        COMPOSITIONS[self.meets].check(adapters)
 
     def controls(self) -> tuple[Control, ...]:
         """The pictures that steer.
@@ -616,8 +644,8 @@ class GenerateConfig(Sampling):
                 _check_prompts(self.prompts)
             check_text(self.negative)
             self._check_source()
-        if (self.region or self.regions == "auto") and self.compose != "add":
-            raise UserError(f"regions say where adapters meet, so --compose {self.compose} has no place; leave one away")
+        if (self.region or self.regions == "auto") and self.meets != "add":
+            raise UserError(f"regions say where adapters meet, so --compose {self.meets} has no place; leave one away")
         if self.region and self.regions == "auto":
             raise UserError("--regions auto finds the regions by itself; leave each --region away, or auto")
 
@@ -711,7 +739,10 @@ class BlendConfig(Sampling):
         Raises:
             UserError: A file cannot be read or written.
         """
-        self.choices()
+        if len(self.choices()) > len(self.adapter):
+            raise UserError(
+                f"a blend mixes the adapters that are given; give all those of {self.compose_file} with --adapter"
+            )
         self.controls()
         refuse_files(self.prompts)
         check_target(self.output)

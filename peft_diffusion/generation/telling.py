@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,6 +95,19 @@ class Telling:
                 one[row] = 0
         pairs = [alike(pair) for pair in zip(told, others, strict=True)]
         return self.denoiser.prompt_arguments(tuple(one for one, _ in pairs), tuple(other for _, other in pairs))
+
+    @torch.no_grad()
+    def as_learned(self, prompt: str) -> Encoding:
+        """Read a prompt as captions are read in training, by the layer of the text encoder that the base was trained with.
+
+        Args:
+            prompt: The prompt.
+
+        Returns:
+            Its embeddings, of a batch of one.
+        """
+        reading = replace(self.text.reading, clip_skip=None)
+        return self.denoiser.text.read_as(reading).encode([prompt], None, computes_on(self.pipe))
 
     def _reads_itself(self, prompts: Sequence[str], against: Sequence[str], zeroed: Sequence[bool]) -> bool:
         """Whether the pipeline makes the same of the prompts by itself."""

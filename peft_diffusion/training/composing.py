@@ -25,8 +25,9 @@ from ..core.settings import pick, portable
 from ..formats import Plan
 from ..formats.composition import Composition, Member, write
 from .drawing import Drawing
-from .events import Saved
+from .events import HeldOut, Saved
 from .loop.trainer import Trainer, TrainerSettings
+from .machine.processes import Processes
 from .run import base_kept
 from .settings.composing import ComposeTrainConfig
 from .settings.datasets import Dataset
@@ -123,7 +124,7 @@ def compose(
         _refuse_twice(plans)
         refuse_overlaps([("--output", output)], [("an adapter", one.path) for one in plans])
         with claimed(output, f"another run makes {output} now; wait for it, or choose another --output"):
-            prepared = prepare(_as_training(config, plans), pipe, tell, drawing)
+            prepared = prepare(_as_training(config, plans), pipe, _without_held_out(tell), drawing)
             _tell_base(plans, prepared, tell)
             with (
                 carry(prepared.pipe, [one.path for one in plans], tell) as names,
@@ -184,6 +185,11 @@ def _as_training(config: ComposeTrainConfig, plans: Sequence[Plan]) -> TrainConf
     )
 
 
+def _without_held_out(tell: Observer) -> Observer:
+    """The same observer, which is not told that nothing is kept apart: there is no setting for it."""
+    return lambda event: None if isinstance(event, HeldOut) else tell(event)
+
+
 def _refuse_twice(plans: Sequence[Plan]) -> None:
     """Raise UserError for an adapter that is given twice."""
     twice = next((one for one, count in Counter(plan.sha256 for plan in plans).items() if count > 1), None)
@@ -212,7 +218,8 @@ def _freeze(pipe: Pipeline, plans: Sequence[Plan], names: Sequence[str]) -> None
 
 def _task(config: ComposeTrainConfig, prepared: Prepared, names: Sequence[str]) -> ComposingTask:
     """What is learned, of folders that are drawn alike often."""
-    settings = pick(DiffusionSettings, prepared.config, prepared, {"dropout": 0.0, "reading": reading_of(prepared.config)})
+    own = {"dropout": 0.0, "reading": reading_of(prepared.config), "processes": Processes(), "others": ()}
+    settings = pick(DiffusionSettings, prepared.config, prepared, own)
     kept = prepared.of_run.kept
     counts = Counter(picture.dataset for picture in kept)
     repeats = [round(max(counts.values()) / counts[picture.dataset]) for picture in kept]

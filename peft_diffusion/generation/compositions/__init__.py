@@ -11,12 +11,16 @@ from .add import Add
 from .composite import Composite
 from .declared import Composition
 from .k_lora import KLora
+from .learned import Learned
 from .switch import Switch
 
-_EVERY: tuple[Composition, ...] = (Add(), Switch(), Composite(), KLora())
+_EVERY: tuple[Composition, ...] = (Add(), Switch(), Composite(), KLora(), Learned())
 
 COMPOSITIONS: dict[str, Composition] = {one.name: one for one in _EVERY}
 """By name, the default first."""
+
+LEARNED = Learned.name
+"""The one that takes a file."""
 
 if TYPE_CHECKING:
     Compose: TypeAlias = str

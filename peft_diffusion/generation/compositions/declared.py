@@ -3,12 +3,16 @@
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ...core.errors import UserError
 from ...core.strength_schedule import ByPart
 
 if TYPE_CHECKING:
+    from ...bases.prompts import Encoding
+    from ...core.learned_strengths import LearnedStrengths
+    from ...formats.composition import Composition as File
     from ..adapters import Adapters
     from ..sampler import Cell
 
@@ -24,11 +28,16 @@ class Drawing:
         adapters: Those on the base.
         scheduler: What draws.
         steps: How many denoising steps there are from pure noise.
+        reads: Reads the prompt of a picture, with the strengths that its adapters have in text encoders; None where no
+            composition reads any.
+        file: What was learned, where something was; None where not.
     """
 
     adapters: "Adapters"
     scheduler: Any
     steps: int
+    reads: "Callable[[Cell], Encoding] | None" = None
+    file: Path | None = None
     _found: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: Hashable, find: Callable[[], Found]) -> Found:
@@ -56,6 +65,16 @@ class Drawing:
             Another drawing, which keeps what this one has found.
         """
         return replace(self, steps=steps)
+
+    @property
+    def learned(self) -> "tuple[File, LearnedStrengths]":
+        """What the file says of itself, and what it holds. Raises UserError where there is none, or it is damaged."""
+        from ...formats import composition
+
+        if self.file is None:
+            raise UserError("--compose learned needs what was learned: name it with --compose-file")
+        found = composition.read(self.file)
+        return self.once(("learned", self.file), lambda: (found, found.learned()))
 
     @cached_property
     def timesteps(self) -> tuple[float, ...]:

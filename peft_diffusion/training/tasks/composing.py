@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...bases import denoiser_of
 from ...bases.pipelines import Pipeline
-from ...core import site
+from ...core import site, targets
+from ...core.block_names import holder
 from ...core.learned_strengths import KINDS, LearnedStrengths, imbalance, pooled
 from ...core.strength import Strengths
 from ..events import Signals
@@ -26,6 +27,9 @@ def strengths_of(pipe: Pipeline) -> Strengths:
 
     Returns:
         The strengths.
+
+    Raises:
+        ValueError: It carries none.
     """
     found = site.strengths(denoiser_of(pipe).network)
     if found is None:
@@ -33,19 +37,21 @@ def strengths_of(pipe: Pipeline) -> Strengths:
     return found
 
 
-def acting_blocks(pipe: Pipeline, names: Sequence[str]) -> tuple[str, ...]:
-    """List the blocks of the network in which adapters act.
+def acting_layers(pipe: Pipeline, names: Sequence[str]) -> dict[int, str]:
+    """List where in the network adapters act.
 
     Args:
         pipe: A pipeline that carries them.
         names: What they are called.
 
     Returns:
-        The blocks, in the network's order.
+        The block of each layer that one acts in, by the layer's place among what takes a strength, in order.
     """
-    slots = site.slots(denoiser_of(pipe).network).values()
-    places = {slot.block for slot in slots if any(name in slot.adapters for name in names)}
-    return tuple(block for place, block in enumerate(strengths_of(pipe).blocks) if place in places)
+    network, there = denoiser_of(pipe).network, strengths_of(pipe).blocks
+    blocks = frozenset(targets.blocks(network, parts=True).names)
+    slots = site.slots(network).values()
+    places = sorted({slot.block for slot in slots if any(name in slot.adapters for name in names)})
+    return {place: holder(there[place], blocks) or there[place] for place in places}
 
 
 class ComposingTask(DiffusionTask):
@@ -74,12 +80,13 @@ class ComposingTask(DiffusionTask):
         held_out: Examples | None = None,
     ) -> None:
         super().__init__(pipe, _NOT_LEARNED, settings, train, held_out)
-        self.blocks = acting_blocks(pipe, names)
+        layers = acting_layers(pipe, names)
+        self.blocks = tuple(dict.fromkeys(layers.values()))
         self.balance = balance
         self.present = strengths_of(pipe)
         self._rows = torch.tensor([self.present.index(name) for name in names], device=self.device)
-        places = [self.present.blocks.index(block) for block in self.blocks]
-        self._places = torch.tensor(places, device=self.device)
+        self._layers = torch.tensor(list(layers), device=self.device)
+        self._held = torch.tensor([self.blocks.index(block) for block in layers.values()], device=self.device)
         self._given: Tensor | None = None
         with global_seed(torch.device("cpu"), settings.seed, "composition"):
             fresh = KINDS[kind].fresh(len(names), len(self.blocks), self._prompt_vectors())
@@ -106,7 +113,8 @@ class ComposingTask(DiffusionTask):
         prompts = pooled(encoding) if self.learned.reads_prompts else None
         self._given = self.learned(prompts, noise).permute(1, 2, 0)
         shape = (len(self._rows), len(self.present.blocks), self._given.shape[2])
-        self.present.learn(self._rows, self._given.new_zeros(shape).index_copy(1, self._places, self._given))
+        of_layers = self._given.index_select(1, self._held)
+        self.present.learn(self._rows, self._given.new_zeros(shape).index_copy(1, self._layers, of_layers))
         return super().answer(inputs)
 
     def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:

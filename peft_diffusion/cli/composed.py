@@ -1,0 +1,78 @@
+"""What ``inspect`` tells of a learned composition."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..formats.composition import Composition
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_KINDS = {
+    "strengths": "strengths: a number for each adapter, block and quarter of the steps",
+    "gates": "gates: a router from the prompt and the step to each adapter's share",
+}
+
+
+def show_compositions(found: Sequence[Composition]) -> None:
+    """Show compositions as tables, and of strengths each number.
+
+    Args:
+        found: What the files say of themselves.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    if not found:
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    from .screen import Screen
+
+    console = Screen()
+    for one in found:
+        table = Table(title=Text(str(one.path), style="bold"), title_justify="left", show_header=False)
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, value in _rows(one):
+            table.add_row(label, Text(value))
+        console.print(table)
+        if one.kind == "strengths":
+            console.print(_numbers(one))
+
+
+def _rows(one: Composition) -> list[tuple[str, str]]:
+    """Labels and values of what a file tells; what it does not tell is left out."""
+    training = one.training
+    means = training.get("mean_strengths", [None] * len(one.adapters))
+    rows = [("composes", _KINDS[one.kind])]
+    for member, mean in zip(one.adapters, means, strict=False):
+        words = f", triggers {', '.join(member.triggers)}" if member.triggers else ""
+        strength = f", mean strength {mean:.2f}" if isinstance(mean, float) else ""
+        rows.append(("adapter", f"{member.file}{strength}{words}; sha256 {member.sha256}"))
+    rows.append(("base", f"{one.base.get('name', 'unnamed')} (fingerprint {one.base.get('fingerprint', 'not told')})"))
+    rows.append(("blocks", ", ".join(one.blocks)))
+    told = [f"{name.replace('_', ' ')} {training[name]}" for name in ("steps", "batch_size", "seed") if name in training]
+    for name, label in (("loss_before", "loss at equal parts"), ("loss", "loss")):
+        values = training.get(name)
+        if isinstance(values, list) and all(isinstance(value, float) for value in values):
+            told.append(f"{label} {' and '.join(f'{value:.4f}' for value in values)}")
+    return [*rows, ("training", ", ".join(told))] if told else rows
+
+
+def _numbers(one: Composition) -> "Table":
+    """Each number of a table of strengths."""
+    from rich.table import Table
+    from rich.text import Text
+
+    values = one.learned().tensors()["values"].tolist()
+    table = Table(
+        title=Text("strengths from the first quarter of the steps to the last", style="bold"), title_justify="left"
+    )
+    table.add_column("block", no_wrap=True)
+    for member in one.adapters:
+        table.add_column(Text(member.file), overflow="fold")
+    for number, block in enumerate(one.blocks):
+        table.add_row(Text(block), *("  ".join(f"{value:5.2f}" for value in adapter[number]) for adapter in values))
+    return table

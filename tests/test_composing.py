@@ -1,0 +1,277 @@
+"""Learned compositions: what a training of strengths and gates gives, how it is drawn with, and what is refused."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+
+import peft_diffusion as pd
+from peft_diffusion import Adapters, ComposeTrainConfig, GenerateConfig, UserError, formats, generate
+from peft_diffusion.bases import denoiser_of, describe
+from peft_diffusion.cli.app import main
+from peft_diffusion.core import site
+from peft_diffusion.core.learned_strengths import KINDS, Gates, StrengthTable, imbalance, pooled
+from peft_diffusion.formats import composition, plan
+from peft_diffusion.methods.lora import Lora
+
+pytestmark = pytest.mark.usefixtures("few_measurements")
+STEPS, GUIDANCE = 3, 2.0
+PROMPTS = ("ink, a cat", "flat, a house")
+
+
+def one_step(path: Path, base: Path, name: str, size: float) -> None:
+    """A LoRA of the UNet that went one step against the gradient of the loss, or with it, and a random one of the text
+    encoder."""
+    pipe = pd.load_base(str(base), device="cpu")
+    torch.manual_seed(0)
+    for part in (pipe.unet, pipe.text_encoder):
+        site.attach(part, name, Lora(rank=4), "attention+ff")
+    latents, noise = torch.randn(2, 8, 4, 8, 8)
+    times = torch.arange(50, 1000, 120)
+    noisy = pipe.scheduler.add_noise(latents, noise, times)
+    hidden = pipe.encode_prompt([f"{name}, a cat"] * 8, pipe.device, 1, False)[0].detach()
+    torch.nn.functional.mse_loss(pipe.unet(noisy, times, hidden).sample, noise).backward()
+    ups = [one.get_parameter("up") for one in site.adapters(pipe.unet, name).values()]
+    gradients = [torch.zeros_like(up) if up.grad is None else up.grad for up in ups]
+    norm = torch.stack([one.norm() for one in gradients]).norm()
+    for up, gradient in zip(ups, gradients, strict=True):
+        up.data = -size * gradient / norm
+    for adapter in site.adapters(pipe.text_encoder, name).values():
+        torch.nn.init.normal_(adapter.get_parameter("up"), std=0.5)
+    parts = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    methods = {one: ({**Lora(rank=4).spec(), "target": "attention+ff"},) for one in parts}
+    spec = formats.Spec(methods, asdict(describe(pipe)), (name,), {"trigger": name})
+    formats.save(path, parts, name, spec)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters with few pictures each: flat helps at any of them, and ink hurts."""
+    place = tmp_path_factory.mktemp("composing")
+    for name, size in (("ink", -2.0), ("flat", 2.0)):
+        one_step(place / f"{name}.safetensors", tiny_base, name, size)
+        (place / name).mkdir()
+        for number in range(3 if name == "ink" else 1):
+            chance = torch.Generator().manual_seed(number)
+            pixels = torch.randint(0, 256, (64, 64, 3), generator=chance, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(place / name / f"{number}.png")
+            (place / name / f"{number}.txt").write_text(f"a {('cat', 'dog', 'house')[number]}")
+    return place
+
+
+def asked(folder: Path, base: Path, kind: str, output: str) -> ComposeTrainConfig:
+    return ComposeTrainConfig(
+        (folder / "ink.safetensors", folder / "flat.safetensors"), data=(folder / "ink", folder / "flat"), kind=kind,  # type: ignore[arg-type]
+        base=str(base), output=folder / output, steps=12, batch_size=2, lr=0.1, device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(folder: Path, tiny_base: Path) -> dict[str, Path]:
+    """What both kinds learn, one of them by the command."""
+    command = ["compose", "train", folder / "ink.safetensors", folder / "flat.safetensors", "--data", folder / "ink",
+               "--data", folder / "flat", "--kind", "gates", "--base", tiny_base, "-o", folder / "gates.safetensors",
+               "--steps", 12, "--batch-size", 2, "--lr", 0.1, "--device", "cpu"]  # fmt: skip
+    assert main(list(map(str, command))) == 0
+    return {
+        "gates": folder / "gates.safetensors",
+        "strengths": pd.train_composition(asked(folder, tiny_base, "strengths", "strengths.safetensors")).output,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_hurts_is_weighed_less(kind: str, files: dict[str, Path], folder: Path) -> None:
+    told = composition.read(files[kind])
+    assert [one.file for one in told.adapters] == ["ink.safetensors", "flat.safetensors"]
+    assert [one.sha256 for one in told.adapters] == [plan(folder / one.file).sha256 for one in told.adapters]
+    assert told.adapters[0].triggers == ("ink",) and told.kind == kind
+    ink, flat = told.training["mean_strengths"]
+    assert ink < 0.4 and flat > 0.6
+    assert all(after < before for after, before in zip(told.training["loss"], told.training["loss_before"], strict=True))
+    assert all("attentions" in block or block == "mid_block" for block in told.blocks)
+    assert files[kind].stat().st_size < 40_000
+    with pytest.raises(UserError, match="composes adapters and is none; give it with --compose-file"):
+        plan(files[kind])
+
+
+def test_the_same_seed_gives_the_same_file_and_a_lent_base_is_left_as_it_was(
+    files: dict[str, Path], folder: Path, tiny_base: Path
+) -> None:
+    pipe = pd.load_base(str(tiny_base), device="cpu")
+    before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    first = asked(folder, tiny_base, "strengths", "again.safetensors")
+    again = pd.train_composition(first, pipe=pipe).output
+    assert again.read_bytes() == files["strengths"].read_bytes()
+    again.unlink()
+    assert Adapters(pipe).names == ()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipe.unet.state_dict().items())
+
+
+def by_hand(pipe: Any, file: Path, prompt: str, seed: int, names: tuple[str, ...]) -> torch.Tensor:
+    """The denoising loop of diffusers' DDIM, with the strengths of each step set by hand; ink at 0.8 of what was learned."""
+    adapters, told = Adapters(pipe), composition.read(file)
+    learned, whole = told.learned(), dict(zip(names, (0.8, 1.0), strict=True))
+    adapters.set(whole)
+    hidden, without = pipe.encode_prompt(prompt, pipe.device, 1, True)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    for time in scheduler.timesteps:
+        (values,) = learned(pooled((hidden,)), time[None] / 999).tolist()
+        for name, row in zip(names, values, strict=True):
+            adapters.set({name: {b: whole[name] * one for b, one in zip(told.blocks, row, strict=True)}})
+        with_prompt, plain = (pipe.unet(latents, time, one).sample for one in (hidden, without))
+        latents = scheduler.step(plain + GUIDANCE * (with_prompt - plain), time, latents).prev_sample
+    return latents / float(pipe.vae.config.scaling_factor)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_are_those_of_the_loop_written_out_in_batches_and_alone(
+    kind: str, files: dict[str, Path], folder: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = pd.load_base(str(tiny_base), device="cpu")
+    decoded: list[torch.Tensor] = []
+    decode = pipe.vae.decode
+
+    def kept(latents: torch.Tensor, *more: Any, **named: Any) -> Any:
+        decoded.extend(latents.split(1))
+        return decode(latents, *more, **named)
+
+    monkeypatch.setattr(pipe.vae, "decode", kept)
+    common: dict[str, Any] = {"steps": STEPS, "guidance": GUIDANCE, "scheduler": "ddim", "compose_file": files[kind],
+                              "adapter": f"{folder / 'ink.safetensors'}=0.8", "device": "cpu"}  # fmt: skip
+    together = generate(GenerateConfig(PROMPTS, output=tmp_path / "a", batch_size=2, **common), pipe=pipe)
+    alone = generate(GenerateConfig(PROMPTS, output=tmp_path / "b", batch_size=1, **common), pipe=pipe)
+    recipe = together[0].recipe
+    assert recipe.compose == "learned" and recipe.compose_file is not None
+    assert [Path(one.path).name for one in recipe.adapters] == ["ink.safetensors", "flat.safetensors"]
+    again = generate(GenerateConfig(recipe=alone[1].path, output=tmp_path / "c.png", device="cpu"), pipe=pipe)
+    assert again[0].image.tobytes() == alone[1].image.tobytes()
+    adapters = Adapters(pipe)
+    names = tuple(adapters.load(folder / f"{name}.safetensors") for name in ("ink", "flat"))
+    for number, prompt in enumerate(PROMPTS):
+        expected = by_hand(pipe, files[kind], prompt, 0, names)
+        for found in (decoded[number], decoded[2 + number]):
+            assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_adapters_are_composed_for_a_pipeline_that_is_called_by_hand(
+    files: dict[str, Path], folder: Path, tiny_base: Path
+) -> None:
+    adapters = Adapters(pd.load_base(str(tiny_base), device="cpu"))
+    pipe = adapters.pipe
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(UserError, match="weighs adapters by the prompt; give those that will be drawn"):
+        adapters.compose(files["gates"])
+    assert adapters.compose(files["gates"], PROMPTS, amounts={"ink": 0.8}, steps=STEPS) == ("ink", "flat")
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = pipe(list(PROMPTS), latents=noise.repeat(2, 1, 1, 1), num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+                 output_type="latent").images  # fmt: skip
+    for row, prompt in zip(drawn, PROMPTS, strict=True):
+        expected = by_hand(pipe, files["gates"], prompt, 0, ("ink", "flat")) * float(pipe.vae.config.scaling_factor)
+        assert (row - expected[0]).abs().max() < 1e-5 * expected.abs().max()
+    assert adapters.compose(files["strengths"]) == ("ink", "flat")
+    with pytest.raises(UserError, match="composes no adapter oil; there are: ink, flat"):
+        adapters.compose(files["strengths"], amounts={"oil": 1.0})
+
+
+def test_inspect_tells_what_a_composition_holds(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(files["strengths"]), str(files["gates"])]) == 0
+    told = capsys.readouterr().out
+    for words in ("ink.safetensors", "strengths: a number for each", "gates: a router", "strengths from the first quarter"):
+        assert words in told
+    assert main(["inspect", "--json", str(files["strengths"])]) == 0
+    (one,) = json.loads(capsys.readouterr().out)["files"]
+    assert one["kind"] == "strengths" and len(one["adapters"]) == 2
+    assert main(["inspect", "--norms", str(files["gates"])]) == 1
+
+
+def edited(file: Path, path: Path, **changes: Any) -> Path:
+    """A composition that says something else of itself."""
+    told = composition.read(file)
+    values = {**vars(told), **changes}
+    composition.write(path, composition.Composition(**values), told.learned())
+    return path
+
+
+def test_what_cannot_be_composed_is_told(files: dict[str, Path], folder: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """A missing adapter, another of its name, another base, and what is no composition."""
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes(files["gates"].read_bytes())
+    ink, flat = folder / "ink.safetensors", folder / "flat.safetensors"
+
+    def refused(words: str, file: Path, *adapters: Path, **more: Any) -> None:
+        common: dict[str, Any] = {"base": str(tiny_base), "device": "cpu", "steps": 1, "output": tmp_path / "none.png"}
+        with pytest.raises(UserError, match=words):
+            generate(GenerateConfig("a cat", compose_file=file, adapter=list(map(str, adapters)), **common, **more))
+
+    refused("composes ink.safetensors .sha256 .*neither given with --adapter nor beside it", moved)
+    refused("composes flat.safetensors", moved, ink)
+    (tmp_path / "flat.safetensors").write_bytes(ink.read_bytes())
+    refused("composes a flat.safetensors with sha256 .* is another file", moved, ink)
+    refused("is no composition, as `compose train` writes it", ink)
+    refused("leave it or --compose switch away", moved, ink, flat, compose="switch")
+    blocks = ("nowhere", *composition.read(moved).blocks[1:])
+    other = edited(moved, tmp_path / "other.safetensors", blocks=blocks)
+    refused("was learned on another base .*there is no block nowhere", other, ink, flat)
+    damaged = edited(moved, tmp_path / "damaged.safetensors", blocks=blocks[1:])
+    refused("is damaged: its tensors are of other adapters or blocks", damaged, ink, flat)
+    with pytest.raises(UserError, match="needs what was learned: name it with --compose-file"):
+        GenerateConfig("a cat", compose="learned")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"adapters": ()}, "name the adapters to compose"),
+        ({"data": ("ink",)}, "there are 2 adapters and 1 folders of pictures"),
+        ({"adapters": ("ink.safetensors",), "data": ("ink",)}, "gates share out between adapters; give two or more"),
+        ({"adapters": ("ink.safetensors", "ink.safetensors")}, "are the same adapter; give each once"),
+        ({"output": "ink.safetensors"}, "is there already; choose another --output"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused_before_anything_is_loaded(
+    changes: Mapping[str, Any], words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    told: dict[str, Any] = {"adapters": ("ink.safetensors", "flat.safetensors"), "data": ("ink", "flat"), "kind": "gates"}
+    told |= {"output": "never.safetensors", "base": "/nowhere", **changes}
+    with pytest.raises(UserError, match=words):
+        pd.train_composition(ComposeTrainConfig(**told))
+
+
+def test_shares_begin_equal_and_imbalance_is_that_of_the_paper() -> None:
+    torch.manual_seed(0)
+    prompts = torch.randn(5, 8)
+    gates = Gates.fresh(3, 4, prompts)
+    assert torch.allclose(gates(prompts, torch.rand(5)), torch.full((5, 3, 4), 1 / 3))
+    torch.nn.init.normal_(gates.out.weight)
+    shares = gates(prompts, torch.rand(5))
+    assert torch.allclose(shares.sum(1), torch.ones(5, 4)) and shares.std(0).min() > 0
+    expected = -sum(math.log(3 * shares[:, one].mean().item()) for one in range(3))
+    assert imbalance(shares).item() == pytest.approx(expected, abs=1e-6)
+    assert imbalance(torch.full((5, 3, 4), 1 / 3)).item() == pytest.approx(0, abs=1e-6)
+    copied = Gates.of(gates.tensors())
+    assert torch.equal(copied(prompts, torch.zeros(5)), gates(prompts, torch.zeros(5)))
+    with pytest.raises(ValueError, match="missing or of another shape"):
+        Gates.of({name: tensor for name, tensor in gates.tensors().items() if name != "level.weight"})
+    table = StrengthTable(torch.arange(8.0).reshape(1, 2, 4))
+    found = table(None, torch.tensor([1.0, 0.76, 0.74, 0.26, 0.24, 0.0]))
+    assert found[:, 0, 0].tolist() == [0, 0, 1, 2, 3, 3]  # from pure noise, in quarters
+
+
+def test_prompts_are_read_as_one_vector_each(tiny_pipe: Any) -> None:
+    text = denoiser_of(tiny_pipe).text
+    one = text.encode(["a cat"])
+    assert torch.allclose(pooled(one), one[0].mean(1))
+    summary = torch.randn(1, 3)
+    assert torch.equal(pooled((*one, summary))[:, -3:], summary)
