@@ -116,7 +116,9 @@ def evaluate(
         sampling = for_few_steps(config.sampling(), choices, tell)
         base = loaded(sampling, pipe)
         with adapted(base, choices, [()] * len(choices), tell, lent=pipe is not None, strict=False) as (adapters, names):
-            bench = Bench(adapters, replace(sampling, compose="add"), config.all_seeds(), tell, stop or Never())
+            bench = Bench(
+                adapters, replace(sampling, compose="add", compose_file=None), config.all_seeds(), tell, stop or Never()
+            )
             cases = [_case(config, choice, name, adapters, judge, tell) for choice, name in zip(choices, names, strict=True)]
             found, sheets = _measured(config, cases, bench, replace(bench, sampling=sampling), judge)
         _write(config.output, found, sheets, config)
@@ -279,7 +281,7 @@ def _meetings(cases: Sequence[Case], bench: Bench, taught: Taught, styles: Style
         verdicts, alone = _verdicts(case, taught, styles), bench.losses(case.examples, case.at(1.0))
         both = [{**case.at(1.0), **one.at(1.0)} for one in others]
         harms: list[Estimate | None] = [None] * len(others)
-        if bench.sampling.compose == "add":
+        if bench.sampling.meets == "add":
             harms = [estimate([-fall for fall in _falls(bench.losses(case.examples, one), alone)]) for one in both]
         for other, harm, rows in zip(others, harms, bench.draw(case.prompts, both) if both else (), strict=True):
             found.append(_meeting(case.name, other.name, harm, rows, verdicts))
