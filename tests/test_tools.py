@@ -391,8 +391,9 @@ def test_precision_is_that_of_the_files_and_may_be_chosen(tiny_base: Path, tmp_p
     assert not (tmp_path / "c.safetensors").exists()
 
 
+@pytest.mark.parametrize("tool", ["merge", "convert"])
 def test_only_one_site_of_a_file_is_in_memory(
-    files: tuple[Path, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tool: str, files: tuple[Path, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import weakref
 
@@ -409,8 +410,11 @@ def test_only_one_site_of_a_file_is_in_memory(
         return tensor
 
     monkeypatch.setattr(Stored, "__getitem__", watched)
-    config = pd.MergeConfig([str(one) for one in files], output=tmp_path / "both.safetensors", base=str(tiny_base))
-    pd.merge(config)
+    output, base = tmp_path / "both.safetensors", str(tiny_base)
+    if tool == "merge":
+        pd.merge(pd.MergeConfig([str(one) for one in files], output=output, base=base))
+    else:
+        pd.convert(pd.ConvertConfig(files[0], output=output, to="diffusers", base=base))
     assert 0 < most[0] <= 2 * 3  # down, up and alpha of both
     assert math.isfinite(most[0])
 
