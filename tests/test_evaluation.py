@@ -27,7 +27,7 @@ from peft_diffusion.evaluation.intervals import Estimate, below, estimate, quant
 from peft_diffusion.evaluation.judge import Judge
 from peft_diffusion.evaluation.judges import judge_of
 from peft_diffusion.evaluation.judging import BASE, Copies, Taught, Verdicts
-from peft_diffusion.evaluation.measured import Evaluation
+from peft_diffusion.evaluation.measured import MEASURES, Evaluation, written
 from peft_diffusion.evaluation.settings import EvaluateConfig
 from peft_diffusion.evaluation.styles import Styles
 from peft_diffusion.evaluation.subjects import KnownSubjects, key_of
@@ -78,6 +78,13 @@ def test_what_is_no_number_is_neither_drawn_nor_written_as_one() -> None:
     drawn = charts.lines([charts.Curve("loss", points, "second", dots=True, ends=ends)], "loss", over="strength")
     assert drawn.count("<circle") == 2 and "strength -1: 0.5" in drawn and "nan" not in drawn
     assert estimate([math.nan, 1.0]).plain() == {"mean": None, "half": None, "count": 2}
+
+
+def test_the_interval_of_a_share_is_one_of_a_share() -> None:
+    half = estimate([1.0, 0.75])
+    assert half.low < 0 and MEASURES["style"].ends(half) == (0.0, 1.0) and written(half, MEASURES["style"]) == "88% ±100"
+    assert MEASURES["likeness"].ends(half) == (half.low, half.high)
+    assert written(Estimate(0.123, 0.0456, 3), MEASURES["loss"]) == "0.123 ±0.046"
 
 
 # Judges.
@@ -332,7 +339,7 @@ def test_verdicts_are_what_a_judge_says_of_each_seed(ink: Path, tiny_pipe: Diffu
 
     judge = _Paper()
     gallery = read_gallery(ink, "ink", tiny_pipe)
-    taught = Taught.of(judge, {"ink": (gallery, grey(200, 210, 190, 200))})
+    taught = Taught.of(judge, {"ink": (gallery, grey(200, 210, 190, 200))}, {})
     styles = Styles({**taught.features, BASE: judge.style(grey(100, 110, 90))})
     words = gallery.subjects[:2]
     found = Verdicts(taught, styles, "ink", words, gallery.subjects).of(grey(180, 120))

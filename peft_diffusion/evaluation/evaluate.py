@@ -30,7 +30,7 @@ from .gallery import Gallery, at_most, decoded, encoded, read_gallery
 from .intervals import Estimate, estimate
 from .judge import Judge
 from .judges import judge_of
-from .judging import BASE, Copies, Taught, Verdicts
+from .judging import BASE, Copies, Shown, Taught, Verdicts
 from .measured import Alone, Evaluation, Meeting, Values
 from .settings import EvaluateConfig
 from .styles import Styles
@@ -155,8 +155,9 @@ def _measured(
     """Everything, and the sheets by name."""
     _tell_work(config, cases, bench.tell)
     drawn = {case.name: _of_base(case, bench) for case in cases}
-    shown = {case.name: (case.gallery, case.images) for case in cases}
-    taught = Taught.of(judge, shown | _others(config, judge, shown, bench))
+    shown: dict[str, Shown] = {case.name: (case.gallery, case.images) for case in cases}
+    others, beside = _others(config, judge, shown, bench)
+    taught = Taught.of(judge, {**shown, **others}, beside)
     of_base = judge.style([image for one in drawn.values() for row in one.rows for image in row])
     styles = Styles({**taught.features, BASE: of_base})
     trust = taught.trust(styles)
@@ -197,20 +198,20 @@ def _of_base(case: Case, bench: Bench) -> Drawn:
 
 
 def _others(
-    config: EvaluateConfig, judge: Judge, shown: Mapping[str, tuple[Gallery, Sequence[Image.Image]]], bench: Bench
-) -> dict[str, tuple[Gallery, Sequence[Image.Image]]]:
-    """Other styles that pictures may be taken for."""
-    folders = list(config.against)
-    usual = not folders and config.judge == "icons"
+    config: EvaluateConfig, judge: Judge, shown: Mapping[str, Shown], bench: Bench
+) -> tuple[dict[str, Shown], dict[str, Shown]]:
+    """Other styles that pictures may be taken for, and pictures that show nothing but subjects."""
+    usual = not config.against and config.judge == "icons"
     known = {_most(judge.names(images)) for _, images in shown.values()} if usual else set()
-    folders += [embedded(f"styles/{name}") for name in SAMPLE_STYLES] if usual else []
-    pipe, found = bench.adapters.pipe, dict[str, tuple[Gallery, Sequence[Image.Image]]]()
+    folders = [embedded(f"styles/{name}") for name in SAMPLE_STYLES] if usual else config.against
+    pipe, styles, subjects = bench.adapters.pipe, dict[str, Shown](), dict[str, Shown]()
     for folder in folders:
-        gallery = at_most(read_gallery(folder, _free(folder.name, {*shown, *found, BASE}), pipe), config.pictures)
+        gallery = read_gallery(folder, _free(folder.name, {*shown, *styles, *subjects, BASE}), pipe)
+        gallery = at_most(gallery, config.pictures)
         images = decoded(encoded(gallery, pipe, bench.tell).latents, pipe)
-        if not usual or _most(judge.names(images)) not in known:
-            found[gallery.name] = gallery, images
-    return found
+        same = usual and _most(judge.names(images)) in known
+        (subjects if same else styles)[gallery.name] = gallery, images
+    return styles, subjects
 
 
 def _most(names: Sequence[str] | None) -> str:

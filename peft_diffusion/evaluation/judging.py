@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from PIL import Image
@@ -17,6 +18,10 @@ from .subjects import KnownSubjects
 BASE = "the base"
 """The style of what the base draws without any adapter."""
 _MOSTLY = 0.8  # share of a folder's pictures that a judge names alike, from which on it knows the style
+
+
+Shown: TypeAlias = tuple[Gallery, Sequence[Image.Image]]
+"""Real pictures, and the same as the base's autoencoder gives them back."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +43,21 @@ class Taught:
     prompts: float | None
 
     @classmethod
-    def of(cls, judge: Judge, shown: Mapping[str, tuple[Gallery, Sequence[Image.Image]]]) -> "Taught":
+    def of(cls, judge: Judge, shown: Mapping[str, Shown], beside: Mapping[str, Shown]) -> "Taught":
         """Show a judge real pictures.
 
         Args:
             judge: Who judges.
-            shown: Galleries and their pictures as the base's autoencoder gives them back, by name.
+            shown: Those by whose styles and subjects it judges, by name.
+            beside: Those by whose subjects alone it judges.
 
         Returns:
             The judge.
         """
         subjects, names = KnownSubjects(), {}
         answers: list[bool] = []
+        for gallery, images in beside.values():
+            subjects.add(gallery.subjects, judge.subject(images))
         for name, (gallery, images) in shown.items():
             points = judge.subject(images)
             subjects.add(gallery.subjects, points)

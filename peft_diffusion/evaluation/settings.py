@@ -73,7 +73,7 @@ class EvaluateConfig(NamesAdapters):
     strengths: str = setting(
         "0,0.25,0.5,0.75,1,1.25", "At which strengths, with commas between; 0 is always one.", PARAMETERS
     )
-    seeds: int = setting(3, "How many noises each prompt is drawn from: intervals are over these.", PARAMETERS, COUNT)
+    seeds: int = setting(4, "How many noises each prompt is drawn from: intervals are over these.", PARAMETERS, COUNT)
     seed: int = setting(0, "The first of the seeds.", PARAMETERS, SEEDS)
     prompts: int = setting(4, "How many captions of --data are drawn, spread over all.", PARAMETERS, COUNT)
     pictures: int = setting(64, "Real pictures of each folder that count, spread over all.", PARAMETERS, Range(2))
