@@ -27,7 +27,7 @@ from peft_diffusion.evaluation.intervals import Estimate, below, estimate, quant
 from peft_diffusion.evaluation.judge import Judge
 from peft_diffusion.evaluation.judges import judge_of
 from peft_diffusion.evaluation.judging import BASE, Copies, Taught, Verdicts
-from peft_diffusion.evaluation.measured import Evaluation
+from peft_diffusion.evaluation.measured import MEASURES, Evaluation, written
 from peft_diffusion.evaluation.settings import EvaluateConfig
 from peft_diffusion.evaluation.styles import Styles
 from peft_diffusion.evaluation.subjects import KnownSubjects, key_of
@@ -78,6 +78,13 @@ def test_what_is_no_number_is_neither_drawn_nor_written_as_one() -> None:
     drawn = charts.lines([charts.Curve("loss", points, "second", dots=True, ends=ends)], "loss", over="strength")
     assert drawn.count("<circle") == 2 and "strength -1: 0.5" in drawn and "nan" not in drawn
     assert estimate([math.nan, 1.0]).plain() == {"mean": None, "half": None, "count": 2}
+
+
+def test_the_interval_of_a_share_is_one_of_a_share() -> None:
+    half = estimate([1.0, 0.75])
+    assert half.low < 0 and MEASURES["style"].ends(half) == (0.0, 1.0) and written(half, MEASURES["style"]) == "88% ±100"
+    assert MEASURES["likeness"].ends(half) == (half.low, half.high)
+    assert written(Estimate(0.123, 0.0456, 3), MEASURES["loss"]) == "0.123 ±0.046"
 
 
 # Judges.
@@ -332,12 +339,14 @@ def test_verdicts_are_what_a_judge_says_of_each_seed(ink: Path, tiny_pipe: Diffu
 
     judge = _Paper()
     gallery = read_gallery(ink, "ink", tiny_pipe)
-    taught = Taught.of(judge, {"ink": (gallery, grey(200, 210, 190, 200))})
+    taught = Taught.of(judge, {"ink": (gallery, grey(200, 210, 190, 200))}, {})
     styles = Styles({**taught.features, BASE: judge.style(grey(100, 110, 90))})
     words = gallery.subjects[:2]
     found = Verdicts(taught, styles, "ink", words, gallery.subjects).of(grey(180, 120))
     assert found["style"] == 0.5 and found["likeness"] == pytest.approx((0.8 + 0.2) / 2)
     assert found["agreement"] > 0.9 and found["prompt"] in (0.0, 0.5) and "named" not in found
+    met = Verdicts(taught, styles, "ink", words, gallery.subjects).met(grey(180, 120), BASE)
+    assert list(met) == pytest.approx([0.5, 0.5, 0.5])
     leak = Verdicts(taught, styles, "ink", words, gallery.subjects).leak(grey(200, 100), grey(100, 100))
     assert leak == {"leak": 0.5, "moved": pytest.approx(100 / 255 / 2)}
     copies = Copies.of(judge, grey(50, 60), grey(70, 80))
@@ -369,12 +378,14 @@ def test_what_cannot_be_evaluated_is_told_before_the_base_is_loaded(
 def test_the_command_prints_tables(
     files: dict[str, Path], ink: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With a way of composing that takes just two adapters, and makes no sum of which there were a loss."""
     told = ["--strengths", "1", "--seeds", "1", "--prompts", "1", "--steps", "2", "-o", str(tmp_path / "out")]
-    given = ["--data", str(ink), "--against", str(ink), "--base", str(tiny_base), "--device", "cpu"]
-    code = main(["evaluate", str(files["ink"]), *given, *told])
+    given = ["--data", str(ink), str(ink), "--against", str(ink), "--base", str(tiny_base), "--device", "cpu"]
+    code = main(["evaluate", *map(str, files.values()), *given, *told, "--compose", "k-lora"])
     shown = capsys.readouterr()
     assert code == 0, shown.err
     assert "style: told right without itself: ink" in shown.out and "falls by" in shown.out
+    assert "style of the other: " in shown.out and "loss: by how much" not in shown.out
     assert (tmp_path / "out" / "report.html").is_file() and "pictures are drawn" in shown.err
 
 

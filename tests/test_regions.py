@@ -369,6 +369,10 @@ def test_networks_that_know_no_regions_are_refused(tiny_pipe: Any, tmp_path: Pat
         generate(config, pipe=tiny_pipe)
     with pytest.raises(UserError, match="--compose switch has no place"):
         replace(config, compose="switch")
+    request = Request("a dog", sampling=Sampling(compose="composite"), regions=[Region(box=(0, 0, 1, 1))])
+    tiny_pipe.unet = plain
+    with pytest.raises(UserError, match="--compose composite has no place"):
+        Adapters(tiny_pipe).batch([request])
     with pytest.raises(UserError, match="leave each --region away, or auto"):
         replace(config, regions="auto")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 from PIL import Image
@@ -21,8 +22,9 @@ from .calibration import Calibration, calibrated
 from .distilled import for_few_steps
 from .events import SheetMade
 from .generate import cell_recipes
+from .meeting import met, own_prompts
 from .memory import loaded, spare
-from .overlap import measured
+from .overlap import BlendReport, measured
 from .overlap_files import write
 from .recipe import Recipe
 from .sampler import Cell, paint
@@ -48,8 +50,8 @@ def blend(
 ) -> Blend:
     """Draw the sheet and write it, with the recipes of its pictures.
 
-    At a share of w an adapter does w of all that the adapters do to the network's predictions of the prompts; with
-    ``config.plain`` it has w times its strength.
+    At a share of w the pictures of a few steps are w of the way from those of the other adapter alone to those of this one
+    alone, in the mean of the prompts; with ``config.plain`` the adapter has w times its strength.
 
     Args:
         config: What is drawn, and how.
@@ -85,11 +87,32 @@ def blend(
             blended = dict(zip(names, choices, strict=False))
             drawn = draw(adapters, blended, config, beside, tell=tell, stop=stop or Never())
             if config.report is not None:
-                write(config.report, measured(components(adapters.pipe), list(blended), drawn.effects))
+                write(config.report, _report(adapters, blended, config, beside[0], drawn.effects, tell, stop or Never()))
         recipes.write_sheet(config.output, drawn.sheet, drawn.recipes, config.quality)
         tell(SheetMade(config.output))
         tell(Ended("finished"))
     return drawn
+
+
+def _report(
+    adapters: Adapters,
+    choices: Mapping[str, Choice],
+    config: BlendConfig,
+    beside: Mapping[str, float | ByPart],
+    effects: Mapping[str, float],
+    tell: Observer,
+    stop: Stop,
+) -> BlendReport:
+    """How the adapters of a sheet meet, on its prompts with each one's trigger; tells which strengths go together."""
+    amounts = {name: choice.amount for name, choice in choices.items()}
+    own = own_prompts(adapters, list(choices), config.prompts)
+    seen = met(adapters, own, config.seed, config, stop, amounts=amounts, beside=beside, effects=effects or None)
+    found = seen.suggestion
+    if found.excess_whole:
+        told = " ".join(f"--adapter {one.path}={one.strength * found.strengths[name]:.2f}" for name, one in choices.items())
+        less = 1 - found.excess / found.excess_whole
+        tell(Noted(f"together they cost each other {less:.0%} less, by what they predict, at {told}"))
+    return measured(components(adapters.pipe), list(choices), seen)
 
 
 def draw(
@@ -123,7 +146,8 @@ def draw(
     parts, effects = mixes, {}
     if not config.plain and any(0 < share < 1 for mix in mixes for share in mix):
         starts = [Cell(prompt, config.seed, more) for prompt, more in rows]
-        found = calibrated(adapters, {name: choice.amount for name, choice in choices.items()}, starts, config, stop)
+        amounts, between = {name: choice.amount for name, choice in choices.items()}, list(pairwise(choices))
+        found = calibrated(adapters, amounts, starts, config, stop, rows=between)
         _tell_effects(found, tell)
         effects = dict(found.effects)
         parts = [tuple(found.evenly(dict(zip(choices, mix, strict=True))).values()) for mix in mixes]
@@ -157,7 +181,12 @@ def _tell_effects(found: Calibration, tell: Observer) -> None:
         return
     least = min(found.effects.values())
     told = ", ".join(f"{name} {effect / least:.2f}" for name, effect in found.effects.items())
-    tell(Noted(f"the adapters change predictions by {told} times the least; shares are of that (--plain: of strengths)"))
+    tell(
+        Noted(
+            f"the adapters change predictions by {told} times the least; columns are placed by how far pictures are from"
+            " both ends (--plain: by strengths)"
+        )
+    )
 
 
 def shares(adapters: int, columns: int) -> list[tuple[float, ...]]:

@@ -68,10 +68,15 @@ class _Matching:
     seen: Sequence[Mapping[Where, Seen]]
     off_diagonal: float
 
-    def grams(self, where: Where, inputs: int, *, check: bool) -> list[Tensor]:
-        """Those of each file at a site; ones at a layer that never ran, where all inputs are alike."""
-        found = [(one.check if check else one.fit).mean() for seen in self.seen if (one := seen.get(where)) is not None]
+    def grams(self, where: Where, inputs: int) -> list[Tensor]:
+        """Those of each file at a site; at a layer that never ran, of inputs that are all alike."""
+        found = [one.fit.mean() for seen in self.seen if (one := seen.get(where)) is not None]
         return found if len(found) == len(self.seen) else [torch.eye(inputs, dtype=torch.float64)] * len(self.seen)
+
+    def checked(self, where: Where, inputs: int) -> list[Tensor]:
+        """Inputs of each file's own picture that was kept apart, (rows, inputs)."""
+        found = [one.checked() for seen in self.seen if (one := seen.get(where)) is not None]
+        return found if len(found) == len(self.seen) else [torch.eye(inputs)] * len(self.seen)
 
 
 @dataclass(frozen=True)
@@ -230,13 +235,13 @@ def _nearest(site: _Site, way: _Way, matching: _Matching) -> tuple[LowRank, list
     name, known = ".".join(site.where), [one for one in pairs if one is not None]
     wanted = way.wanted or _largest(name, [one for one in site.changes if one.changes_weight])
     inputs = known[0].down.shape[1]
-    fit = [damped(one, matching.off_diagonal) for one in matching.grams(site.where, inputs, check=False)]
+    fit = [damped(one, matching.off_diagonal) for one in matching.grams(site.where, inputs)]
     match = matched if way.how == "regmean" else columns_matched
     found, whole = match(pairs, fit, wanted.rank or inputs), summed(known)
     outputs = []
-    for adapter, own, gram in zip(matching.names, pairs, matching.grams(site.where, inputs, check=True), strict=True):
-        norm = 0.0 if own is None else missed(own, None, gram)
-        outputs.append(OutputError(name, adapter, missed(found, own, gram), missed(whole, own, gram), norm))
+    for adapter, own, x in zip(matching.names, pairs, matching.checked(site.where, inputs), strict=True):
+        norm = 0.0 if own is None else missed(own, None, x)
+        outputs.append(OutputError(name, adapter, missed(found, own, x), missed(whole, own, x), norm))
     return found, outputs
 
 

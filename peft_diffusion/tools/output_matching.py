@@ -9,7 +9,6 @@ outputs are to stay. The best change of a rank is the truncated singular value d
 ``sum G_i``, as what another change misses beyond the least is ``|(W' - W) (sum G_i)^(1/2)|^2``.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -121,17 +120,17 @@ def _root(gram: Tensor) -> Tensor:
     raise UserError("the base draws inputs of layers that are not finite, so that nothing can be matched by them")
 
 
-def missed(pair: LowRank, other: LowRank | None, gram: Tensor) -> float:
+def missed(pair: LowRank, other: LowRank | None, inputs: Tensor) -> float:
     """Tell how far the outputs of two changes are apart.
 
     Args:
         pair: The one.
         other: The other; None for no change.
-        gram: The mean of the products of inputs, (inputs, inputs), in float64.
+        inputs: (rows, inputs).
 
     Returns:
-        The root mean square of the norm of the difference of outputs.
+        The root mean square over rows of the norm of the difference of outputs.
     """
     both = pair if other is None else summed([pair, LowRank(other.down, -other.up)])
-    down, up = both.down.double(), both.up.double()
-    return math.sqrt(max(0.0, float(((up.mT @ up) * (down @ gram @ down.mT)).sum())))
+    hidden = inputs.double() @ both.down.double().mT
+    return float((hidden @ both.up.double().mT).square().sum(1).mean().sqrt())
