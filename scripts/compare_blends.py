@@ -275,7 +275,7 @@ def _rows(found: Measure, pair: Pair) -> None:
                 parts = mixes
                 if kind == "calibrated":
                     sampling = Sampling(steps=found.options.steps, device=found.options.device)
-                    known = found.adapters.calibrate(prompts, seed=seed, sampling=sampling)
+                    known = found.adapters.calibrate(prompts, seed=seed, sampling=sampling, rows=True)
                     parts = [
                         tuple(known.evenly(dict(zip((pair.first, pair.second), mix, strict=True))).values()) for mix in mixes
                     ]
@@ -341,6 +341,8 @@ def _total(found: Measure, pairs: Sequence[Pair], name: str) -> dict[str, Any]:
 
 def _mark(row: Mapping[str, float]) -> str:
     """Whether an interval lies above 0, below it, or around it."""
+    if row["low"] == row["high"]:
+        return ""  # of one seed there is no interval
     return "above" if row["low"] > 0 else "below" if row["high"] < 0 else "even"
 
 

@@ -1,6 +1,7 @@
 """Calibrated strengths: what is measured, against the network asked directly, and what sheets and pictures make of it."""
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from peft_diffusion import Adapters, BlendConfig, ByPart, GenerateConfig, UserError, blend, generate
 from peft_diffusion.core.events import Event, Noted
-from peft_diffusion.generation.calibration import Calibration, _least
+from peft_diffusion.generation.calibration import Calibration, Row, _least
 from peft_diffusion.generation.overlap_files import write
 from peft_diffusion.generation.settings import Sampling
 
@@ -84,9 +85,53 @@ def test_calibrating_leaves_strengths_and_network_as_they_were(adapters: Adapter
         adapters.calibrate(["a cat"])
 
 
-def test_the_middle_of_a_sheet_has_as_much_of_both(files: dict[str, Path], adapters: Adapters, tmp_path: Path) -> None:
+def test_columns_are_placed_by_how_far_pictures_are_from_both_ends(adapters: Adapters) -> None:
+    prompts, sampling, amounts = (
+        ["a cat", "a house"],
+        Sampling(steps=2, guidance=1.0, batch_size=3),
+        {"ink": 1.0, "flat": 0.5},
+    )
+    found = adapters.calibrate(prompts, amounts, seed=2, sampling=sampling, rows=True)
+    row = found.rows["ink", "flat"]
+    even = [found.effects["flat"] * n / (found.effects["flat"] * n + found.effects["ink"] * (8 - n)) for n in range(9)]
+    assert row.parts == pytest.approx(even) and row.places[0] == 0 and row.places[-1] == 1
+
+    def drawn(part: float) -> torch.Tensor:
+        adapters.set(ink=part, flat=0.5 * (1 - part))
+        made = []
+        for prompt in prompts:
+            noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+            made.append(
+                adapters.pipe(prompt, latents=noise, num_inference_steps=2, guidance_scale=1, output_type="latent")[0]
+            )
+        return torch.cat(made).flatten(1)
+
+    ends = drawn(0.0), drawn(1.0)
+    between = [[(drawn(part) - end).norm(dim=1) for end in ends] for part in row.parts]
+    expected = [float((one / (one + other)).mean()) for one, other in between]
+    assert row.places == pytest.approx(list(accumulate(expected, max)), abs=1e-4)
+    part = found.evenly({"ink": 0.5, "flat": 0.5})["ink"]
+    from_flat, from_ink = ((drawn(part) - end).norm(dim=1) for end in ends)
+    assert float((from_flat / (from_flat + from_ink)).mean()) == pytest.approx(0.5, abs=0.02)
+    assert found.evenly({"flat": 0.5, "ink": 0.5}) == pytest.approx({"flat": 1 - part, "ink": part})
+
+
+@pytest.mark.parametrize(("place", "part"), [(0, 0), (0.1, 0.25), (0.2, 0.5), (0.6, 0.75), (1, 1)])
+def test_a_row_is_read_by_straight_lines(place: float, part: float) -> None:
+    found = Calibration({"ink": 0.3, "flat": 0.1, "oil": 0.1}, {("ink", "flat"): Row((0, 0.5, 0.5, 1), (0, 0.2, 0.2, 1))})
+    assert found.evenly({"ink": place, "flat": 1 - place, "oil": 0}) == pytest.approx(
+        {"ink": part, "flat": 1 - part, "oil": 0}
+    )
+
+
+def test_a_row_between_equal_ends_is_none(adapters: Adapters) -> None:
+    found = adapters.calibrate(["a cat"], {"ink": 0.0, "flat": 0.0}, sampling=Sampling(steps=1), rows=True)
+    assert not found.rows and found.evenly({"ink": 0.5, "flat": 0.5}) == {"ink": 0.5, "flat": 0.5}
+
+
+def test_a_sheet_is_placed_as_a_calibration_says(files: dict[str, Path], adapters: Adapters, tmp_path: Path) -> None:
     sampling = Sampling(steps=2, guidance=1.0)
-    effects = adapters.calibrate(["a cat"], {"ink": 1.0, "flat": 0.5}, sampling=sampling).effects
+    known = adapters.calibrate(["a cat"], {"ink": 1.0, "flat": 0.5}, sampling=sampling, rows=True)
     for name in adapters.names:
         adapters.remove(name)
     told: list[Event] = []
@@ -97,17 +142,19 @@ def test_the_middle_of_a_sheet_has_as_much_of_both(files: dict[str, Path], adapt
     )  # fmt: skip
     drawn = blend(config, pipe=adapters.pipe, observers=[told.append])
     report = json.loads((tmp_path / "meet.json").read_text())
-    assert report["effects"] == pytest.approx(effects) and {one["adapter"] for one in report["sizes"]} == {"ink", "flat"}
-    for one in drawn.recipes[0][1].adapters:  # the middle of the row is where both do as much
-        name = Path(one.path or "").stem
-        assert one.strength == pytest.approx({"ink": 1.0, "flat": 0.5}[name] * report["even"][name])
+    assert report["effects"] == pytest.approx(known.effects) and {one["adapter"] for one in report["sizes"]} == {
+        "ink",
+        "flat",
+    }
     assert report["excess"] <= report["excess_whole"] and {one["adapter"] for one in report["acting"]} == {"ink", "flat"}
     assert any(isinstance(event, Noted) and "they cost each other" in event.message for event in told)
-    ends, (ink, flat) = drawn.recipes[0][::2], (one.strength for one in drawn.recipes[0][1].adapters)
+    ends, middle = drawn.recipes[0][::2], {Path(one.path or "").stem: one.strength for one in drawn.recipes[0][1].adapters}
     assert [[one.strength for one in end.adapters if one.strength] for end in ends] == [[1.0], [0.5]]
-    assert ink * effects["ink"] == pytest.approx(flat / 0.5 * effects["flat"], rel=1e-4)
-    assert ink + flat / 0.5 == pytest.approx(1) and ink != pytest.approx(0.5, abs=1e-3)
-    assert any(isinstance(event, Noted) and "shares are of that" in event.message for event in told)
+    even = known.evenly({"ink": 0.5, "flat": 0.5})
+    assert middle == pytest.approx({"ink": even["ink"], "flat": 0.5 * even["flat"]}) and even["ink"] != pytest.approx(
+        0.5, abs=1e-3
+    )
+    assert any(isinstance(event, Noted) and "how far pictures are from both ends" in event.message for event in told)
 
 
 def test_pictures_are_drawn_with_scaled_strengths_which_their_recipes_hold(

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -671,6 +672,7 @@ class Adapters:
         *,
         seed: int = 0,
         sampling: "Sampling | None" = None,
+        rows: bool = False,
     ) -> "Calibration":
         """Measure what each adapter changes of the network's predictions, by which strengths become comparable.
 
@@ -682,6 +684,8 @@ class Adapters:
             amounts: The strengths at which they are measured, by name; by default each adapter at 1.
             seed: That of the noise.
             sampling: How pictures are drawn, as with which guidance; by default as ``generate`` does.
+            rows: Whether to also draw nine columns between each two adapters, so that `Calibration.evenly` goes by how far
+                pictures are from both ends. Takes nine times eight steps a prompt for each two.
 
         Returns:
             What each does. The strengths stay what they are.
@@ -702,7 +706,8 @@ class Adapters:
             _ = self[name]
         cells = [Cell(prompt, seed, {}) for prompt in prompts]
         with self._kept_strengths():
-            return calibrated(self, wanted, cells, Usual() if sampling is None else sampling)
+            pairs = list(combinations(wanted, 2)) if rows else []
+            return calibrated(self, wanted, cells, Usual() if sampling is None else sampling, rows=pairs)
 
     def report(
         self,

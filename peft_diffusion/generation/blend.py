@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 from PIL import Image
@@ -49,8 +50,8 @@ def blend(
 ) -> Blend:
     """Draw the sheet and write it, with the recipes of its pictures.
 
-    At a share of w an adapter does w of all that the adapters do to the network's predictions of the prompts; with
-    ``config.plain`` it has w times its strength.
+    At a share of w the pictures of a few steps are w of the way from those of the other adapter alone to those of this one
+    alone, in the mean of the prompts; with ``config.plain`` the adapter has w times its strength.
 
     Args:
         config: What is drawn, and how.
@@ -145,7 +146,8 @@ def draw(
     parts, effects = mixes, {}
     if not config.plain and any(0 < share < 1 for mix in mixes for share in mix):
         starts = [Cell(prompt, config.seed, more) for prompt, more in rows]
-        found = calibrated(adapters, {name: choice.amount for name, choice in choices.items()}, starts, config, stop)
+        amounts, between = {name: choice.amount for name, choice in choices.items()}, list(pairwise(choices))
+        found = calibrated(adapters, amounts, starts, config, stop, rows=between)
         _tell_effects(found, tell)
         effects = dict(found.effects)
         parts = [tuple(found.evenly(dict(zip(choices, mix, strict=True))).values()) for mix in mixes]
@@ -179,7 +181,12 @@ def _tell_effects(found: Calibration, tell: Observer) -> None:
         return
     least = min(found.effects.values())
     told = ", ".join(f"{name} {effect / least:.2f}" for name, effect in found.effects.items())
-    tell(Noted(f"the adapters change predictions by {told} times the least; shares are of that (--plain: of strengths)"))
+    tell(
+        Noted(
+            f"the adapters change predictions by {told} times the least; columns are placed by how far pictures are from"
+            " both ends (--plain: by strengths)"
+        )
+    )
 
 
 def shares(adapters: int, columns: int) -> list[tuple[float, ...]]:

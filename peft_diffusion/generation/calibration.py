@@ -1,15 +1,20 @@
-"""How much adapters do: what each changes of the network's predictions, by which strengths become comparable.
+"""How much adapters do: what each changes of the network's predictions, and how pictures go from one to another.
 
 A LoRA at strength 1 may change predictions several times as much as another, so that equal strengths are no equal shares.
 Here pictures are begun as the base draws them, and at each step the network also says what it would predict with each
 adapter alone. The size of the difference is close to proportional to the strength.
+
+Equal changes of predictions still are no picture halfway: a style that is ahead in the early steps decides the later ones.
+So for a row from all of one adapter to all of another, pictures are drawn along it in a few steps, and columns are placed by
+how far those are from the pictures of both ends.
 """
 
+import bisect
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +23,7 @@ from torch import Tensor, nn
 from ..bases import denoiser_of
 from ..core.events import Never, Observers, Stop
 from ..core.strength_schedule import ByPart
-from .sampler import Cell, paint
+from .sampler import Cell, latents, paint
 from .settings import Sampling
 
 if TYPE_CHECKING:
@@ -27,6 +32,38 @@ if TYPE_CHECKING:
 STEPS = 6  # of a calibration: predictions at six noise levels, from pure noise to none
 PROMPTS = 4  # the most that are drawn for one
 _SWEEPS = 200  # over the shares, which are few
+COLUMNS = 9  # of a row that is drawn to place others
+ROW_STEPS = 8  # of its pictures
+_SAME = 1e-3  # of the size of latents: what differs by less differs by rounding
+
+
+@dataclass(frozen=True)
+class Row:
+    """How pictures change along a row from all of one adapter to all of another.
+
+    Attributes:
+        parts: How much of the first one's whole strength is in each column, from 0 to 1; the second has the rest of its own.
+        places: How far the pictures of a column are from those of the second alone, at 0, on the way to those of the first
+            alone, at 1: d2 / (d1 + d2) with the distances of latents to both, in the mean of the prompts. Never falling.
+    """
+
+    parts: tuple[float, ...]
+    places: tuple[float, ...]
+
+    def at(self, place: float) -> float:
+        """Find a column.
+
+        Args:
+            place: How far its pictures should be, from 0 to 1.
+
+        Returns:
+            How much of the first one's strength it takes, by straight lines between what was measured.
+        """
+        last = len(self.places) - 1
+        after = min(max(1, bisect.bisect_left(self.places, place)), last)
+        low, high = self.places[after - 1], self.places[after]
+        share = (place - low) / (high - low) if high > low else 1.0
+        return self.parts[after - 1] + min(1.0, max(0.0, share)) * (self.parts[after] - self.parts[after - 1])
 
 
 @dataclass(frozen=True)
@@ -36,9 +73,11 @@ class Calibration:
     Attributes:
         effects: By name, the root mean square of what the adapter changes of the guided prediction, over prompts, steps and
             latents; 0 or more, in the units of the prediction, which are about those of standard normal noise.
+        rows: Rows that were drawn, by the two adapters at their ends.
     """
 
     effects: Mapping[str, float]
+    rows: Mapping[tuple[str, str], Row] = field(default_factory=dict)
 
     @property
     def silent(self) -> tuple[str, ...]:
@@ -62,9 +101,15 @@ class Calibration:
             shares: By name, together 1; those of adapters that were measured.
 
         Returns:
-            By name, together 1 too: an adapter alone keeps its whole strength. The shares themselves where one of the
-            adapters changes nothing.
+            By name, together 1 too: an adapter alone keeps its whole strength. For two adapters between which a row was
+            drawn, by how far its pictures are from both ends; else by what each changes of predictions, and the shares
+            themselves where one of the adapters changes nothing.
         """
+        acting = tuple(name for name, share in shares.items() if share)
+        for (first, second), row in self.rows.items():
+            if {first, second} == set(acting):
+                part = row.at(shares[first])
+                return dict.fromkeys(shares, 0.0) | {first: part, second: 1 - part}
         if self.silent:
             return dict(shares)
         parts = {name: share / self.effects[name] for name, share in shares.items()}
@@ -78,6 +123,8 @@ def calibrated(
     cells: Sequence[Cell],
     sampling: Sampling,
     stop: Stop = Never(),  # noqa: B008 -- has no state
+    *,
+    rows: Sequence[tuple[str, str]] = (),
 ) -> Calibration:
     """Measure what adapters change of predictions.
 
@@ -91,6 +138,7 @@ def calibrated(
             prompts count.
         sampling: How pictures are drawn; its steps are at most ``STEPS`` here.
         stop: Where it is set, nothing is measured after the present picture.
+        rows: Two adapters each, between which pictures are drawn to place columns.
 
     Returns:
         What each does.
@@ -103,7 +151,34 @@ def calibrated(
     columns = [without, *({**without, name: amount} for name, amount in amounts.items())]
     found = _differences(adapters, columns, 0, firsts(cells), sampling, stop)
     means = found.diagonal()[1:].sqrt().tolist()
-    return Calibration(dict(zip(amounts, means, strict=True)))
+    known = Calibration(dict(zip(amounts, means, strict=True)))
+    longer = replace(few(sampling, COLUMNS), steps=min(sampling.taken_steps, ROW_STEPS))
+    drawn = {
+        ends: _row(adapters, {name: amounts[name] for name in ends}, known, firsts(cells), longer, stop) for ends in rows
+    }
+    return replace(known, rows={ends: row for ends, row in drawn.items() if row is not None})
+
+
+def _row(
+    adapters: "Adapters",
+    amounts: Mapping[str, float | ByPart],
+    known: Calibration,
+    starts: Sequence[Cell],
+    sampling: Sampling,
+    stop: Stop,
+) -> Row | None:
+    """Draw a row between two adapters; None where both ends are the same, so that nothing lies between."""
+    first, second = amounts
+    parts = [known.evenly({first: n / (COLUMNS - 1), second: 1 - n / (COLUMNS - 1)})[first] for n in range(COLUMNS)]
+    mixes = [{first: times(amounts[first], part), second: times(amounts[second], 1 - part)} for part in parts]
+    cells = [replace(cell, strengths={**(cell.strengths or {}), **mix}) for cell in starts for mix in mixes]
+    drawn = latents(adapters, cells, sampling, stop=stop).flatten(1).double().unflatten(0, (len(starts), COLUMNS))
+    to_second, to_first = ((drawn - drawn[:, [end]]).norm(dim=2) for end in (0, COLUMNS - 1))
+    whole = to_first + to_second
+    if bool((to_second[:, -1] <= _SAME * drawn[:, 0].norm(dim=1)).any()):
+        return None
+    places = (to_second / whole).mean(0).cummax(0).values
+    return Row(tuple(parts), tuple(places.tolist()))
 
 
 def firsts(cells: Sequence[Cell]) -> list[Cell]:

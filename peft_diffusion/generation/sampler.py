@@ -1,12 +1,12 @@
 """Pictures from prompts, seeds and strengths, in batches; what ``generate``, ``blend`` and ``demo`` share."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import diffusers
 import numpy as np
@@ -25,10 +25,11 @@ from ..core.strength import Amount
 from ..core.strength_schedule import ByPart
 from ..data.images import MAX_PIXELS
 from ..data.prompts import in_words
-from .composition import composed, rows_of
+from .composition import Rows, composed, rows_of
 from .compositions.declared import Drawing
 from .control import Controls, controlled
 from .hires import LANCZOS, Hires
+from .region_settings import check_compose
 from .regions import Division, Regional, columns
 from .settings import Sampling
 from .source import Source
@@ -40,6 +41,7 @@ from .upscaling import enlarged, noised_by, second
 if TYPE_CHECKING:
     from .adapters import Adapters
 
+_Made = TypeVar("_Made")
 _WHAT = "drawing"  # what progress is told of
 _OF_NOISE = "rescale_betas_zero_snr"  # what schedulers of diffusers call a schedule that begins with pure noise
 
@@ -145,10 +147,53 @@ def paint(
         UserError: Before anything is computed, for sizes and prompts that the base cannot take.
         Interrupted: It was stopped.
     """
+    for rows, drawn in _drawn(adapters, cells, sampling, source, _paint_batch, tell, stop):
+        images = [drawn[row] for row in rows.firsts]
+        yield from images if source is None else map(source.kept, images)
+
+
+def latents(
+    adapters: "Adapters",
+    cells: Sequence[Cell],
+    sampling: Sampling,
+    *,
+    stop: Stop = Never(),  # noqa: B008 -- has no state
+) -> torch.Tensor:
+    """Draw pictures from noise as `paint` does, and leave them undecoded.
+
+    Args:
+        adapters: The adapters of the pipeline that draws.
+        cells: What is drawn.
+        sampling: How it is.
+        stop: Where it is set, nothing is drawn after the present batch.
+
+    Returns:
+        What a VAE decodes, in float32 on the CPU: a row for each cell, in the shape in which the pipeline computes them.
+
+    Raises:
+        UserError: As `paint`.
+        Interrupted: It was stopped.
+    """
+    batches = _drawn(adapters, cells, sampling, None, _latents, Observers(), stop)
+    return torch.cat([drawn[rows.firsts].float().cpu() for rows, drawn in batches])
+
+
+def _drawn(
+    adapters: "Adapters",
+    cells: Sequence[Cell],
+    sampling: Sampling,
+    source: Source | None,
+    draw: "Callable[[_Start, Sequence[Cell], Telling, _Report, Controls], _Made]",
+    tell: Observer,
+    stop: Stop,
+) -> "Iterator[tuple[Rows, _Made]]":
+    """Draw batches: the rows of each, and what they became."""
     pipe, hires = adapters.pipe, sampling.second_pass
     sides = size(adapters.base, sampling, source)
     if hires is not None:
         check_hires(pipe, hires)
+    if any(cell.division is not None for cell in cells):
+        check_compose(sampling.meets)
     cells = _in_words(cells, sampling, tell)
     first = sampling.taken_steps if source is None else source.steps(sampling.taken_steps)
     each = first + (0 if hires is None else hires.steps)
@@ -173,9 +218,8 @@ def paint(
                     start = _second(start, hires, adapters, batch, telling, report, controls)
                     report = replace(report, before=report.before + first)
                     set_strengths(adapters, composed(batch, sampling.meets, told.of_pass(hires.planned)))
-                drawn = _paint_batch(start, batch, telling, report, controls)
-            images = [drawn[row] for row in rows.firsts]
-            yield from images if source is None else map(source.kept, images)
+                drawn = draw(start, batch, telling, report, controls)
+            yield rows, drawn
 
 
 def _read(adapters: "Adapters", telling: Telling, cell: Cell) -> Encoding:

@@ -72,7 +72,7 @@ class Calibrated(Way):
     def load(self, adapters: "Adapters", pair: Pair, folder: Path) -> Strengths | None:
         """Load both, and measure them."""
         super().load(adapters, pair, folder)
-        found = adapters.calibrate(pair.prompts)
+        found = adapters.calibrate(pair.prompts, rows=True)
 
         def strengths(share: float, scale: float) -> Mapping[str, float]:
             even = found.evenly(pair.strengths(share, 1.0))
