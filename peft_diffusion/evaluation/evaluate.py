@@ -73,7 +73,14 @@ class Case:
         return [self.gallery.captions[place] for place in self.places]
 
     def at(self, strength: float) -> dict[str, float | ByPart]:
-        """The adapter at a multiple of its strength, for `Bench`."""
+        """Give the adapter's strength as `Bench` takes it.
+
+        Args:
+            strength: A multiple of the one that counts as 1.
+
+        Returns:
+            By name; nothing for 0.
+        """
         return {self.name: self.choice.scaled(strength).amount} if strength else {}
 
 
@@ -86,7 +93,15 @@ class Drawn:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[Image.Image]], prompts: int) -> "Drawn":
-        """Part what was drawn in one go, the prompts first."""
+        """Part what was drawn in one go.
+
+        Args:
+            rows: A row a seed, the prompts first.
+            prompts: How many these are.
+
+        Returns:
+            Both parts.
+        """
         return cls([list(row[:prompts]) for row in rows], [list(row[prompts:]) for row in rows])
 
 
