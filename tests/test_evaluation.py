@@ -345,6 +345,8 @@ def test_verdicts_are_what_a_judge_says_of_each_seed(ink: Path, tiny_pipe: Diffu
     found = Verdicts(taught, styles, "ink", words, gallery.subjects).of(grey(180, 120))
     assert found["style"] == 0.5 and found["likeness"] == pytest.approx((0.8 + 0.2) / 2)
     assert found["agreement"] > 0.9 and found["prompt"] in (0.0, 0.5) and "named" not in found
+    met = Verdicts(taught, styles, "ink", words, gallery.subjects).met(grey(180, 120), BASE)
+    assert list(met) == pytest.approx([0.5, 0.5, 0.5])
     leak = Verdicts(taught, styles, "ink", words, gallery.subjects).leak(grey(200, 100), grey(100, 100))
     assert leak == {"leak": 0.5, "moved": pytest.approx(100 / 255 / 2)}
     copies = Copies.of(judge, grey(50, 60), grey(70, 80))
@@ -376,12 +378,14 @@ def test_what_cannot_be_evaluated_is_told_before_the_base_is_loaded(
 def test_the_command_prints_tables(
     files: dict[str, Path], ink: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With a way of composing that takes just two adapters, and makes no sum of which there were a loss."""
     told = ["--strengths", "1", "--seeds", "1", "--prompts", "1", "--steps", "2", "-o", str(tmp_path / "out")]
-    given = ["--data", str(ink), "--against", str(ink), "--base", str(tiny_base), "--device", "cpu"]
-    code = main(["evaluate", str(files["ink"]), *given, *told])
+    given = ["--data", str(ink), str(ink), "--against", str(ink), "--base", str(tiny_base), "--device", "cpu"]
+    code = main(["evaluate", *map(str, files.values()), *given, *told, "--compose", "k-lora"])
     shown = capsys.readouterr()
     assert code == 0, shown.err
     assert "style: told right without itself: ink" in shown.out and "falls by" in shown.out
+    assert "style of the other: " in shown.out and "loss: by how much" not in shown.out
     assert (tmp_path / "out" / "report.html").is_file() and "pictures are drawn" in shown.err
 
 

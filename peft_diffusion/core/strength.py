@@ -546,11 +546,13 @@ def _is_plain(strength: object) -> "TypeGuard[float]":
 
 def _whole(amounts: Sequence[object]) -> Tensor | None:
     """Numbers, and lists of one number or of as many as others, as (amounts, numbers) at once; None for anything else."""
+    if any(type(one) not in (list, float, int) for one in amounts):
+        return None
     lists = [one if type(one) is list else [one] for one in amounts]
     images = max(map(len, lists))
     try:
         rows = torch.tensor([one if len(one) == images else one * images for one in lists], dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError):  # as of tensors, and of lists of other lengths
+    except (TypeError, ValueError, RuntimeError):  # as of lists of tensors, and of other lengths
         return None
     return rows if rows.ndim == 2 and rows.numel() and bool(rows.isfinite().all()) else None
 

@@ -73,7 +73,14 @@ class Case:
         return [self.gallery.captions[place] for place in self.places]
 
     def at(self, strength: float) -> dict[str, float | ByPart]:
-        """The adapter at a multiple of its strength, for `Bench`."""
+        """Give the adapter's strength as `Bench` takes it.
+
+        Args:
+            strength: A multiple of the one that counts as 1.
+
+        Returns:
+            By name; nothing for 0.
+        """
         return {self.name: self.choice.scaled(strength).amount} if strength else {}
 
 
@@ -86,7 +93,15 @@ class Drawn:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[Image.Image]], prompts: int) -> "Drawn":
-        """Part what was drawn in one go, the prompts first."""
+        """Part what was drawn in one go.
+
+        Args:
+            rows: A row a seed, the prompts first.
+            prompts: How many these are.
+
+        Returns:
+            Both parts.
+        """
         return cls([list(row[:prompts]) for row in rows], [list(row[prompts:]) for row in rows])
 
 
@@ -116,9 +131,11 @@ def evaluate(
         sampling = for_few_steps(config.sampling(), choices, tell)
         base = loaded(sampling, pipe)
         with adapted(base, choices, [()] * len(choices), tell, lent=pipe is not None, strict=False) as (adapters, names):
-            bench = Bench(adapters, sampling, config.all_seeds(), tell, stop or Never())
+            bench = Bench(
+                adapters, replace(sampling, compose="add", compose_file=None), config.all_seeds(), tell, stop or Never()
+            )
             cases = [_case(config, choice, name, adapters, judge, tell) for choice, name in zip(choices, names, strict=True)]
-            found, sheets = _measured(config, cases, bench, judge)
+            found, sheets = _measured(config, cases, bench, replace(bench, sampling=sampling), judge)
         _write(config.output, found, sheets, config)
         tell(Evaluated(found))
         tell(Ended("finished"))
@@ -150,9 +167,9 @@ def _case(config: EvaluateConfig, choice: Choice, name: str, adapters: Adapters,
 
 
 def _measured(
-    config: EvaluateConfig, cases: Sequence[Case], bench: Bench, judge: Judge
+    config: EvaluateConfig, cases: Sequence[Case], bench: Bench, together: Bench, judge: Judge
 ) -> tuple[Evaluation, dict[str, Image.Image]]:
-    """Everything, and the sheets by name."""
+    """Everything, and the sheets by name. Adapters are drawn alone by one bench, and together by the other."""
     _tell_work(config, cases, bench.tell)
     drawn = {case.name: _of_base(case, bench) for case in cases}
     shown: dict[str, Shown] = {case.name: (case.gallery, case.images) for case in cases}
@@ -180,7 +197,7 @@ def _measured(
                 len(case.images), values, config.output / f"{case.name}.png",
             )
         )  # fmt: skip
-    meetings = () if config.alone else _meetings(cases, bench, taught, styles)
+    meetings = () if config.alone else _meetings(cases, together, taught, styles)
     return Evaluation(trust, tuple(alone), meetings, config.output / report.NAME), sheets
 
 
@@ -243,7 +260,7 @@ def _curves(
     """Estimates by measure and strength, and the pictures of the first seed by strength."""
     strengths, values = config.all_strengths(), Values()
     losses: dict[float, list[float]] = {}
-    for strength in (0.0, *strengths):
+    for strength in dict.fromkeys((0.0, *strengths)):
         check_stop(bench.stop, f"stopped at the losses of {case.name}")
         losses[strength] = bench.losses(case.examples, case.at(strength))
     others = [strength for strength in strengths if strength]
@@ -279,7 +296,7 @@ def _meetings(cases: Sequence[Case], bench: Bench, taught: Taught, styles: Style
         verdicts, alone = _verdicts(case, taught, styles), bench.losses(case.examples, case.at(1.0))
         both = [{**case.at(1.0), **one.at(1.0)} for one in others]
         harms: list[Estimate | None] = [None] * len(others)
-        if bench.sampling.compose == "add":
+        if bench.sampling.meets == "add":
             harms = [estimate([-fall for fall in _falls(bench.losses(case.examples, one), alone)]) for one in both]
         for other, harm, rows in zip(others, harms, bench.draw(case.prompts, both) if both else (), strict=True):
             found.append(_meeting(case.name, other.name, harm, rows, verdicts))
@@ -289,10 +306,9 @@ def _meetings(cases: Sequence[Case], bench: Bench, taught: Taught, styles: Style
 def _meeting(
     own: str, other: str, loss: Estimate | None, rows: Sequence[Sequence[Image.Image]], verdicts: Verdicts
 ) -> Meeting:
-    told = [verdicts.of(row) for row in rows]
-    bled = [replace(verdicts, name=other).of(row)["style"] for row in rows]
-    style, likeness = (estimate([one[name] for one in told]) for name in ("style", "likeness"))
-    return Meeting(own, other, loss, style, estimate(bled), likeness)
+    found = [verdicts.met(row, other) for row in rows]
+    style, of_other, likeness = (estimate(list(several)) for several in zip(*found, strict=True))
+    return Meeting(own, other, loss, style, of_other, likeness)
 
 
 def _sheet(case: Case, pictures: Mapping[float, Sequence[Image.Image]]) -> Image.Image:

@@ -141,6 +141,21 @@ class Verdicts:
             found["agreement"] = 0.0 if texts is None else float((points * texts).sum(1).mean())
         return found
 
+    def met(self, row: Sequence[Image.Image], other: str) -> tuple[float, float, float]:
+        """Judge the pictures of a seed, drawn with another adapter on.
+
+        Args:
+            row: The pictures.
+            other: The other's style.
+
+        Returns:
+            How many are told its own style, how many the other's, and the likeness to its own.
+        """
+        features = self.taught.judge.style(row)
+        told = self.styles.told(features)
+        likeness = float(self.styles.likeness(features, self.name, BASE).mean())
+        return share([one == self.name for one in told]), share([one == other for one in told]), likeness
+
     def leak(self, row: Sequence[Image.Image], of_base: Sequence[Image.Image]) -> dict[str, float]:
         """Judge pictures of prompts that do not call the adapter.
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _UNTIL = 0.5  # the share of the noise levels, from the noisiest, that the first pass goes through
 _SIDES = (8, 32)  # the shorter side of the maps that are looked at: coarser ones blur, finer ones follow texture
 _SMOOTH = 1 / 16  # of the shorter side: the standard deviation of what maps are smoothed with
+_ALIKE = 0.95  # the correlation of two maps from which on what they differ in is chance
 _ROOMY = 0.6  # the side of the square that a region has room for, as a share of that which its part of the picture has
 
 
@@ -83,7 +84,7 @@ def located(
         for number, (cell, own) in enumerate(zip(batch, concepts, strict=True)):
             masks = _masks(adapters, maps.found[number], width, height)
             areas = [Area(None, Image.fromarray(one.numpy().astype(np.uint8) * 255)) for one in masks]
-            if not all(map(_is_roomy, masks, [len(own)] * len(own))):
+            if not all(_is_roomy(one, len(own)) for one in masks):
                 own = sorted(own, key=lambda one: one.tokens[0])
                 areas = side_by_side(len(own), upright=height > width)
                 where = "one below the other" if height > width else "side by side"
@@ -142,7 +143,7 @@ def concepts_of(adapters: "Adapters", cell: Cell, telling: Telling) -> list[Conc
 
 
 def _masks(adapters: "Adapters", maps: dict[int, Tensor], width: int, height: int) -> Tensor:
-    """Where each concept is read more than the others, (concepts, height, width) of 0 and 1."""
+    """Where each concept is read more than the others, (concepts, height, width) of 0 and 1; 0 where all are read alike."""
     factor = denoiser_of(adapters.pipe).factor
     grid, grids = (height // factor, width // factor), dict[int, tuple[int, int]]()
     while grid not in grids.values():
@@ -155,6 +156,8 @@ def _masks(adapters: "Adapters", maps: dict[int, Tensor], width: int, height: in
         one = seen[grid].float().cpu()
         one = (one - one.mean(1, keepdim=True)) / one.std(1, keepdim=True).clamp(min=1e-12)
         total += F.interpolate(one.unflatten(1, grid)[None], (height, width), mode="bilinear")[0]
+    if torch.corrcoef(total.flatten(1)).fill_diagonal_(-1).max() > _ALIKE:
+        return torch.zeros_like(total)
     smooth = _smoothed(total, _SMOOTH * min(width, height))
     return F.one_hot(smooth.argmax(0), len(smooth)).permute(2, 0, 1)
 
