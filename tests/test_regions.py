@@ -253,7 +253,7 @@ def test_a_recipe_draws_regions_again(tiny_base: Path, tiny_pipe: Any, tmp_path:
         for seed, name in enumerate(("ink", "flat"), 1)
     }
     Image.new("L", (3, 2), 255).save(tmp_path / "mask.png")
-    common: dict[str, Any] = {"steps": 4, "device": "cpu", "seed": 3, "count": 2}
+    common: dict[str, Any] = {"steps": 3, "device": "cpu", "seed": 3, "count": 2}
     config = GenerateConfig(
         "a cat, {red|blue}",
         adapter=f"{made['flat']}=0.5",
@@ -286,9 +286,9 @@ def test_regions_are_found_by_where_triggers_are_read(
 ) -> None:
     made = {
         name: make_adapter(tmp_path / f"{name}.safetensors", tiny_base, seed, triggers=(name,), size=0.5)
-        for seed, name in enumerate(("ink", "flat", "line"), 1)
+        for seed, name in enumerate(("ink", "flat"), 1)
     }
-    common: dict[str, Any] = {"steps": 4, "device": "cpu", "seed": 3, "count": 2, "width": 96}
+    common: dict[str, Any] = {"steps": 2, "device": "cpu", "seed": 3, "count": 2, "width": 96}
     config = GenerateConfig(
         "flat dog (and) ink cat",
         adapter=tuple(f"{one}=0.5" for one in made.values()),
@@ -315,7 +315,7 @@ def test_regions_are_found_by_where_triggers_are_read(
             found[96] = torch.stack([mixed[0] * (1 - disc) + mixed[1] * disc, disc])
 
     monkeypatch.setattr(Maps, "add", read)
-    picture = generate(config, pipe=tiny_pipe)[1]
+    (picture,) = generate(replace(config, count=1), pipe=tiny_pipe)
     ink, flat = (parse_area(region.area).coverage(96, 64) for region in picture.recipe.divided)
     assert torch.equal(ink + flat, torch.ones(64, 96))
     assert flat[32, 24] == 1 and ink[32, 80] == 1
