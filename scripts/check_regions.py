@@ -91,19 +91,16 @@ def halves(image: Image.Image) -> list[Image.Image]:
 
 def ways(subjects: Sequence[Subject], isolations: Sequence[float]) -> Mapping[str, dict[str, Any]]:
     """What is drawn in which way."""
-    both = " and ".join(one.prompt for one in subjects)
-    adapters = tuple(str(one.adapter) for one in subjects)
+    prompts, adapters = [one.prompt for one in subjects], tuple(str(one.adapter) for one in subjects)
     divided = [
         Region(box=box, adapter=str(one.adapter), prompt=one.prompt) for box, one in zip(HALVES, subjects, strict=True)
     ]
-    found: dict[str, dict[str, Any]] = {"added": {"prompts": both, "adapter": adapters}}
+    given = {"prompts": " and ".join(prompts), "region": divided}
+    automatic = {"prompts": " BREAK ".join(prompts), "adapter": adapters, "regions": "auto"}
+    found: dict[str, dict[str, Any]] = {"added": {"prompts": " and ".join(prompts), "adapter": adapters}}
     for isolation in isolations:
-        found[f"regions, isolation {isolation:g}"] = {
-            "prompts": both, "region": divided, "region_isolation": isolation
-        }  # fmt: skip
-        found[f"auto, isolation {isolation:g}"] = {
-            "prompts": both, "adapter": adapters, "regions": "auto", "region_isolation": isolation
-        }  # fmt: skip
+        found[f"regions, isolation {isolation:g}"] = {**given, "region_isolation": isolation}
+        found[f"auto, isolation {isolation:g}"] = {**automatic, "region_isolation": isolation}
     return found
 
 

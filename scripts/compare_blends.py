@@ -35,7 +35,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
 
-from peft_diffusion.api import train
+from peft_diffusion.api import train, train_composition
 from peft_diffusion.bases import embedded, load_base
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.evaluation.drawings import pixels_of
@@ -43,7 +43,7 @@ from peft_diffusion.generation import Adapters, sheet
 from peft_diffusion.generation.blend import shares as row_of
 from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling
-from peft_diffusion.training import TrainConfig
+from peft_diffusion.training import ComposeTrainConfig, TrainConfig
 from scripts.blends import curves, judges
 from scripts.blends.ways import ENDS, SHARES, Pair, Point, Way, every, merge_one, merges
 from scripts.build_base.captions import with_article
@@ -130,6 +130,8 @@ def main() -> None:
         for way in ways.values():
             if way.name.startswith("merge "):
                 merged()
+            if way.kind is not None:
+                _learn(found, pairs, way)
             for pair in pairs:
                 if not found.late:
                     _measure(found, pair, way)
@@ -161,11 +163,10 @@ def _training(what: str, beside: str | None, file: Path, options: argparse.Names
     is_character = (options.data / "subjects" / what).exists()
     if is_character:
         given |= {"preset": "subject", "trigger": what}
-    own = options.data / ("subjects" if is_character else "styles") / what / "train"
     if beside is not None:
         given["beside"] = (f"{file.parent / beside}.safetensors",)
     return TrainConfig(
-        (own if own.exists() else embedded(f"{'subjects' if is_character else 'styles'}/{what}"),),
+        (drawings(options.data, what),),
         output=file,
         run_dir=options.output / "runs" / file.stem,
         device=options.device,
@@ -173,6 +174,33 @@ def _training(what: str, beside: str | None, file: Path, options: argparse.Names
         overwrite=True,
         **given,
     )
+
+
+def _learn(found: Measure, pairs: Sequence[Pair], way: Way) -> None:
+    """Learn how much of each adapter acts, from the pictures that it was trained on."""
+    for pair in pairs:
+        file, both = way.file(found.folder, pair), (pair.first, pair.second)
+        if file is None or file.exists() or found.late:
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        config = ComposeTrainConfig(
+            tuple(found.folder / f"{name}.safetensors" for name in both),
+            data=tuple(drawings(found.options.data, name) for name in both),
+            output=file,
+            kind=way.kind,  # type: ignore[arg-type]
+            steps=found.options.train_steps or 100,
+            device=found.options.device,
+        )
+        made = train_composition(config, pipe=found.adapters.pipe)
+        told = ", ".join(f"{before:.4f} to {after:.4f}" for before, after in zip(made.before, made.after, strict=True))
+        found.say(f"{pair.name}: {way.name}: losses of both {told}, {made.seconds:.0f} s")
+
+
+def drawings(data: Path, name: str) -> Path:
+    """The drawings that an adapter was trained on."""
+    kind = "subjects" if (data / "subjects" / name).exists() else "styles"
+    own = data / kind / name / "train"
+    return own if own.exists() else embedded(f"{kind}/{name}")
 
 
 @contextmanager
@@ -195,12 +223,13 @@ def _tell_trust(found: Measure, pairs: Sequence[Pair]) -> None:
         found.say(f"judge: {name}: nearer than another of the same hand {trust:.0%} of the time")
 
 
-def _draw(found: Measure, cells: Sequence[Cell], compose: str = "add") -> Tensor:
+def _draw(found: Measure, cells: Sequence[Cell], compose: str = "add", file: Path | None = None) -> Tensor:
     """Pictures of cells as pixels in bytes; batches are all of one size, so that one recording serves all."""
     size = max(1, found.options.batch // 2 if compose == "composite" else found.options.batch)
     size = min(size, len(cells))
     filled = [*cells, *[cells[-1]] * (-len(cells) % size)]
-    sampling = Sampling(steps=found.options.steps, batch_size=size, device=found.options.device, compose=compose)
+    options = found.options
+    sampling = Sampling(steps=options.steps, batch_size=size, device=options.device, compose=compose, compose_file=file)
     return pixels_of(list(paint(found.adapters, filled, sampling)))[: len(cells)]
 
 
@@ -225,7 +254,7 @@ def _measure(found: Measure, pair: Pair, way: Way) -> None:
             return
         cells = [Cell(prompt, seed, dict(strengths(*point))) for point in points for seed in seeds for prompt in prompts]
         try:
-            pixels = _draw(found, cells, way.compose)
+            pixels = _draw(found, cells, way.compose, way.file(found.folder, pair))
         except (UserError, RuntimeError) as error:  # such as too little memory: what was measured is not lost
             found.say(f"{pair.name}: {way.name} cannot: {error}")
             return

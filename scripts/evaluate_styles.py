@@ -1,20 +1,16 @@
-"""What an adapter learned of a style, measured on drawings that it never saw.
+"""What each method learns of the sample styles, measured by ``peft-diffusion evaluate`` on drawings that no sample shows.
 
     python scripts/evaluate_styles.py --output evaluation
     python scripts/evaluate_styles.py --output methods --styles openmoji --methods lora dora loha lokr oft ia3 bitfit
 
 For each sample style and method: trains an adapter with the defaults of ``peft-diffusion train`` (or takes the one in
-``--adapters``), then, over subjects that are not in the sample folder, prints
-
-- the denoising loss on the real drawings of those subjects, with fixed noise and timesteps, without and with the adapter;
-- how often a judge of styles (``peft_diffusion/evaluation/style_net.py``) tells what it generates to be of that style;
-- how often a judge of subjects (``peft_diffusion/evaluation/subject_net.py``) has the right one among the five nearest of
-  all, beside what it says of the base's own drawings in a style of its own, and of the real ones;
-- trained parameters, the size of the file, processor time and the peak of the process's memory in training.
+``--adapters``), writes a folder of drawings of subjects that are not in the sample folder, evaluates the adapters on it, and
+prints a table: the loss without and with the adapter, how often the judge names the style and has the subject, trained
+parameters, the size of the file, processor time and the peak of the process's memory in training.
 
 Training and measuring may be done apart, on two machines: ``--only-train`` first, then ``--adapters`` on what it wrote. The
 real drawings come from npm (``pip install 'peft_diffusion[base]'``, and Node.js for npm). Writes ``figures.json``,
-``table.md`` and a sheet for each style: without an adapter, with each method, and the real drawing.
+``table.md``, and for each style what ``evaluate`` writes.
 """
 
 import argparse
@@ -23,43 +19,31 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are no part of the package
-
-from diffusers import DDPMScheduler
 
 from peft_diffusion import methods
 from peft_diffusion.api import train
 from peft_diffusion.bases import embedded, load_base
-from peft_diffusion.bases import noise as noise_process
 from peft_diffusion.cli.console import TrainingConsole
-from peft_diffusion.evaluation.subject_net import Subjects, load_subject_net, points_of
-from peft_diffusion.formats import inspect
-from peft_diffusion.generation import Adapters, sheet
-from peft_diffusion.generation.sampler import Cell, paint
-from peft_diffusion.generation.settings import GenerateConfig
+from peft_diffusion.cli.progress import GenerationConsole
+from peft_diffusion.evaluation.evaluate import evaluate
+from peft_diffusion.evaluation.measured import Alone, Evaluation
+from peft_diffusion.evaluation.settings import EvaluateConfig
 from peft_diffusion.training import TrainConfig
 from scripts.build_base.captions import with_article
-from scripts.build_base.judge import NEAREST, Gallery, Judge, galleries_of
+from scripts.build_base.judge import Gallery, packed_galleries
 from scripts.build_base.make_samples import HELD_OUT, SUBJECTS
-from scripts.build_base.packed import load_packed
 from scripts.build_base.render import pack
 from scripts.build_base.sources import CACHE, STYLES
-from scripts.build_base.subject_net import subjects_of
 from scripts.measuring import markdown_table, memory_words, peak_memory, run, size_words
-
-BASE_STYLE = "noto"  # what the base's own figure is measured in
-DRAWS = 4  # noises and timesteps for each drawing
 
 
 @dataclass(frozen=True)
@@ -77,106 +61,78 @@ SAMPLES = (
     Style("twemoji", "twemoji", "twemoji emoji of", "twemoji"),
     Style("fluent-flat", "fluent-emoji-flat", "fluent flat emoji of", "fluent"),
 )
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What one method made of one style. Shares are from 0 to 1; losses are means over drawings, noises and timesteps."""
-
-    style: str
-    method: str
-    loss_base: float
-    loss_adapter: float
-    style_right: float
-    subject_kept: float
-    subject_real: float
-    parameters: int
-    size: int
-    seconds: float | None = None
-    memory: int | None = None
-
-    @property
-    def fall(self) -> float:
-        """By how much the loss fell, as a share."""
-        return 1 - self.loss_adapter / self.loss_base
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all measurements have in common; ``own`` and ``told`` are the base's shares of subjects and styles."""
-
-    options: argparse.Namespace
-    console: Console
-    judge: Judge
-    subjects: Subjects
-    chosen: list[str]
-    own: float = 0.0
-    told: float = 0.0
+HEADINGS = (
+    "style", "method", "loss, base", "loss, adapter", "falls by", "style named right", "subject told right", "trained",
+    "file", "processor time", "peak memory",
+)  # fmt: skip
 
 
 def main() -> None:
-    """Train, measure, draw, print."""
+    """Train, evaluate, print."""
     options, console = _options(), Console()
     options.output.mkdir(parents=True, exist_ok=True)
-    adapters = Adapters(load_base("icons", device=options.device))
+    pipe = load_base("icons", device=options.device)
     styles = [style for style in SAMPLES if style.name in options.styles]
-    if options.adapters is None:
-        for style in styles:
-            for method in options.methods:
-                _train(style, method, adapters.pipe, options, console)
+    for style in styles if options.adapters is None else ():
+        for method in options.methods:
+            _train(style, method, pipe, options, console)
     if options.only_train:
         return
     if not options.data.exists():
         console.print("fetching and rendering the icon sets ...")
         pack(options.data, tuple(STYLES))
-    rows, pixels = load_packed(options.data)
-    galleries = galleries_of(rows, pixels)
-    chosen = subjects(galleries, options.subjects)
+    galleries = packed_galleries(options.data, tuple({style.drawings for style in SAMPLES}))
+    chosen = unseen_subjects(galleries, options.subjects)
     console.print(f"{len(chosen)} subjects that no sample folder shows, such as {', '.join(chosen[:12])}")
-    known = subjects_of(rows, pixels, load_subject_net())
-    setting = _of_base(adapters, Setting(options, console, Judge.of(galleries), known, chosen))
-    found = []
+    rows: list[tuple[str, ...]] = []
+    figures: dict[str, Any] = {}
     for style in styles:
-        real = galleries[style.drawings].pixels[[galleries[style.drawings].subjects.index(name) for name in chosen]]
-        found += _of_style(style, adapters, real, setting)
-        _report(found, setting)  # after each, so that a run that is stopped has told something
+        data = _folder(style, galleries[style.drawings], chosen, options.output)
+        for method in options.methods:  # one by one, as some teach the base a word that others have too
+            file = _file(style, method, options)
+            found = _evaluated(file, style, data, pipe, options)
+            console.print("\n".join([file.stem, *found.trust.lines()]))
+            figures[file.stem] = found.plain()
+            rows.append(_row(style, method, found.alone[0]))
+        _report(rows, figures, options.output, console)  # after each, so that a run that is stopped has told something
 
 
-def _of_base(adapters: Adapters, setting: Setting) -> Setting:
-    """The base's own shares, measured in one of its own styles."""
-    drawn = _draw(
-        adapters, [f"{BASE_STYLE} emoji of {with_article(subject)}" for subject in setting.chosen], setting.options
+def _evaluated(file: Path, style: Style, data: Path, pipe: Any, options: argparse.Namespace) -> Evaluation:
+    """What an adapter does on drawings that it never saw."""
+    config = EvaluateConfig(
+        str(file),
+        data=str(data),
+        trained=str(embedded(f"styles/{style.name}")),
+        strengths="0,1",
+        seeds=1,
+        prompts=options.subjects,
+        pictures=max(2, options.subjects),
+        steps=options.steps,
+        device=options.device,
+        output=options.output / "evaluated" / file.stem,
     )
-    own, told = _kept(setting, _pixels(drawn)), _told(setting.judge, drawn, BASE_STYLE)
-    setting.console.print(f"base: subject told right {own:.0%}, style told right {told:.0%}")
-    return replace(setting, own=own, told=told)
+    with GenerationConsole("evaluating") as bar:
+        return evaluate(config, pipe=pipe, observers=[bar])
 
 
-def _of_style(style: Style, adapters: Adapters, real: Tensor, setting: Setting) -> list[Figures]:
-    """The figures of one style with every method, and its sheet."""
-    prompts = [f"{style.words} {with_article(subject)}" for subject in setting.chosen]
-    before = denoising_loss(adapters.pipe, real, prompts)
-    rows, found = {f"without\n“{style.words} …”": _draw(adapters, prompts[:12], setting.options)}, []
-    for method in setting.options.methods:
-        file = _file(style, method, setting.options)
-        adapters.load(file, name=style.name)
-        after = denoising_loss(adapters.pipe, real, prompts)
-        drawn = _draw(adapters, prompts, setting.options)
-        adapters.remove(style.name)
-        right = _told(setting.judge, drawn, style.drawings)
-        kept, of_real = _kept(setting, _pixels(drawn)), _kept(setting, real)
-        parameters, size = inspect(file).parameters, file.stat().st_size
-        found.append(Figures(style.name, method, before, after, right, kept, of_real, parameters, size, **_cost(file)))
-        setting.console.print(
-            f"{style.name}, {method}: loss falls by {found[-1].fall:.1%}, style {right:.0%}, subject {kept:.0%}"
-        )
-        rows[method if len(setting.options.methods) > 1 else f"with {style.name}"] = drawn[:12]
-    rows["the real drawing, never shown in training"] = [
-        Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in real[:12]
-    ]
-    path = setting.options.output / f"{style.name}.png"
-    sheet.grid(list(rows.values()), list(rows), setting.chosen[:12]).save(path)
-    return found
+def unseen_subjects(galleries: dict[str, Gallery], count: int) -> list[str]:
+    """Subjects that every set draws and no sample folder: the twelve that are looked at, and others at random."""
+    shared = set.intersection(*(set(gallery.subjects) for gallery in galleries.values()))
+    shared -= {name.replace("-", " ") for name in SUBJECTS}
+    first = [name.replace("-", " ") for name in HELD_OUT if name.replace("-", " ") in shared]
+    others = sorted(shared - set(first))
+    return [*first, *random.Random(0).sample(others, max(0, min(len(others), count - len(first))))][:count]
+
+
+def _folder(style: Style, gallery: Gallery, subjects: Sequence[str], output: Path) -> Path:
+    """Write the drawings of some subjects, with captions."""
+    folder = output / "unseen" / style.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, subject in enumerate(subjects):
+        picture = gallery.pixels[gallery.subjects.index(subject)].permute(1, 2, 0).numpy()
+        Image.fromarray(picture).save(folder / f"{number:03}.png")
+        (folder / f"{number:03}.txt").write_text(f"{style.words} {with_article(subject)}\n", encoding="utf-8")
+    return folder
 
 
 def _train(style: Style, method: str, pipe: Any, options: argparse.Namespace, console: Console) -> None:
@@ -188,7 +144,7 @@ def _train(style: Style, method: str, pipe: Any, options: argparse.Namespace, co
     elif words:
         words["steps"] = 600  # of a soft prompt: half of them leave half of the drawings in other styles
     file = _file(style, method, options)
-    run = TrainConfig(
+    config = TrainConfig(
         (embedded(f"styles/{style.name}"),),
         output=file,
         run_dir=options.output / "runs" / f"{style.name}-{method}",
@@ -200,47 +156,9 @@ def _train(style: Style, method: str, pipe: Any, options: argparse.Namespace, co
     )
     began = time.process_time()
     with peak_memory() as memory:
-        train(run, pipe=pipe, observers=[TrainingConsole(console)])
+        train(config, pipe=pipe, observers=[TrainingConsole(console)])
     cost = {"seconds": time.process_time() - began, "memory": memory.get("peak")}
     file.with_suffix(".json").write_text(json.dumps(cost))
-
-
-def _cost(file: Path) -> dict[str, Any]:
-    """The processor time and the peak of memory that an adapter's training took, where they are known."""
-    path = file.with_suffix(".json")
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def subjects(galleries: dict[str, Gallery], count: int) -> list[str]:
-    """Subjects that are drawn in every set and in no sample folder: the twelve that are looked at, and others at random."""
-    wanted = [BASE_STYLE, *(style.drawings for style in SAMPLES)]
-    shared = set.intersection(*(set(galleries[name].subjects) for name in wanted))
-    shared -= {name.replace("-", " ") for name in SUBJECTS}
-    first = [name.replace("-", " ") for name in HELD_OUT if name.replace("-", " ") in shared]
-    others = sorted(shared - set(first))
-    return [*first, *random.Random(0).sample(others, min(len(others), count - len(first)))][:count]
-
-
-@torch.no_grad()
-def denoising_loss(pipe: Any, images: Tensor, prompts: Sequence[str], batch: int = 16) -> float:
-    """The mean loss on drawings (count, 3, height, width) in bytes; noise and timesteps depend on their place alone."""
-    powers = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.to(pipe.device)
-    kind = noise_process.prediction_type(pipe.scheduler.config.get("prediction_type", "epsilon"))
-    losses = []
-    for start in range(0, len(images), batch):
-        pixels = images[start : start + batch].to(pipe.device, pipe.vae.dtype) / 127.5 - 1
-        latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
-        hidden = pipe.encode_prompt(list(prompts[start : start + batch]), pipe.device, 1, False)[0]
-        for draw in range(DRAWS):
-            chance = torch.Generator().manual_seed(start * DRAWS + draw)
-            noise = torch.randn(latents.shape, generator=chance).to(latents)
-            within = torch.rand(len(latents), generator=chance)
-            timesteps = ((draw + within) / DRAWS * len(powers)).long().clamp(max=len(powers) - 1).to(pipe.device)
-            power = powers[timesteps]
-            answer = pipe.unet(noise_process.noisy(latents, noise, power).to(latents.dtype), timesteps, hidden).sample
-            wanted = noise_process.target(kind, latents, noise, power)
-            losses += (answer.float() - wanted.float()).square().flatten(1).mean(1).tolist()
-    return sum(losses) / len(losses)
 
 
 def _file(style: Style, method: str, options: argparse.Namespace) -> Path:
@@ -248,62 +166,33 @@ def _file(style: Style, method: str, options: argparse.Namespace) -> Path:
     return folder / (f"{style.name}.safetensors" if method == TrainConfig.method else f"{style.name}-{method}.safetensors")
 
 
-def _draw(adapters: Adapters, prompts: Sequence[str], options: argparse.Namespace) -> list[Image.Image]:
-    """A picture for each prompt, with the adapters that are on."""
-    sampling = GenerateConfig(tuple(prompts), steps=options.steps, batch_size=8, device=options.device)
-    strengths = dict.fromkeys(adapters.names, 1.0)
-    return list(paint(adapters, [Cell(prompt, seed, strengths) for seed, prompt in enumerate(prompts)], sampling))
+def _row(style: Style, method: str, one: Alone) -> tuple[str, ...]:
+    cost_file = one.file.with_suffix(".json")
+    cost = json.loads(cost_file.read_text()) if cost_file.exists() else {}
+    at = {name: {strength: value.mean for strength, value in values.items()} for name, values in one.values.items()}
+    named = at.get("named")
+    return (
+        style.name,
+        method,
+        f"{at['loss'][0.0]:.4f}",
+        f"{at['loss'][1.0]:.4f}",
+        f"{1 - at['loss'][1.0] / at['loss'][0.0]:.0%}",
+        "-" if named is None else f"{named[1.0]:.0%} (base {named[0.0]:.0%})",
+        f"{at['subject'][1.0]:.0%} (base {at['subject'][0.0]:.0%})",
+        f"{one.parameters:,}",
+        size_words(one.size),
+        f"{cost['seconds']:.0f} s" if "seconds" in cost else "-",
+        memory_words(cost.get("memory")),
+    )
 
 
-def _pixels(images: Sequence[Image.Image]) -> Tensor:
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-
-
-def _told(judge: Judge, images: Sequence[Image.Image], style: str) -> float:
-    told = judge.style(_pixels(images))
-    return sum(name == style for name in told) / len(told)
-
-
-def _kept(setting: Setting, images: Tensor) -> float:
-    ranks = setting.subjects.ranks(points_of(load_subject_net(), images), setting.chosen)
-    return sum(rank <= NEAREST for rank in ranks) / len(ranks)
-
-
-HEADINGS = (
-    "style", "method", "loss, base", "loss, adapter", "falls by", "style told right", "subject kept", "trained", "file",
-    "processor time", "peak memory",
-)  # fmt: skip
-
-
-def _report(found: Sequence[Figures], setting: Setting) -> None:
-    rows = [_row(figures, setting.own) for figures in found]
+def _report(rows: Sequence[tuple[str, ...]], figures: dict[str, Any], output: Path, console: Console) -> None:
     table = Table(*HEADINGS)
     for row in rows:
         table.add_row(*row)
-    setting.console.print(table)
-    output: Path = setting.options.output
+    console.print(table)
     (output / "table.md").write_text(markdown_table(HEADINGS, rows))
-    values = {
-        "base": {"subject_kept": setting.own, "style_right": setting.told, "subjects": len(setting.chosen)},
-        "runs": [{**vars(figures), "fall": figures.fall} for figures in found],
-    }
-    (output / "figures.json").write_text(json.dumps(values, indent=1) + "\n")
-
-
-def _row(figures: Figures, own: float) -> tuple[str, ...]:
-    return (
-        figures.style,
-        figures.method,
-        f"{figures.loss_base:.4f}",
-        f"{figures.loss_adapter:.4f}",
-        f"{figures.fall:.0%}",
-        f"{figures.style_right:.0%}",
-        f"{figures.subject_kept:.0%} (base {own:.0%}, real {figures.subject_real:.0%})",
-        f"{figures.parameters:,}",
-        size_words(figures.size),
-        "-" if figures.seconds is None else f"{figures.seconds:.0f} s",
-        memory_words(figures.memory),
-    )
+    (output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def _options() -> argparse.Namespace:

@@ -6,7 +6,8 @@ Each case ends in a right load or in one line, a `UserError`, within 10 seconds 
 smallest form, and fails. What is right is computed here, from the formulas of kohya and peft, and not by the package.
 
 The cases are drawn by hypothesis: headers of safetensors, metadata, ``adapter_config.json``, pickles, captions, lines of
-JSON, settings in TOML, recipes in pictures, prompts and configurations of bases. ``tests/test_fuzz.py`` draws a few of each.
+JSON, settings in TOML, learned compositions, recipes in pictures, prompts and configurations of bases.
+``tests/test_fuzz.py`` draws a few of each.
 """
 
 import argparse
@@ -44,13 +45,17 @@ from peft_diffusion import formats, methods
 from peft_diffusion.bases import components, denoiser_of, describe, load_base, prompt_syntax
 from peft_diffusion.bases.embedded import embedded
 from peft_diffusion.bases.prompts import Reading
+from peft_diffusion.cli.composed import show_compositions
 from peft_diffusion.core import settings_file
 from peft_diffusion.core.errors import Interrupted, UserError
+from peft_diffusion.core.learned_strengths import KINDS as LEARNED
 from peft_diffusion.core.method import Method
 from peft_diffusion.data.caption_files import read_captions
 from peft_diffusion.data.captions import CaptionRules
 from peft_diffusion.data.prompt_lines import parse_line, read_prompts
 from peft_diffusion.data.wildcards import Wildcards
+from peft_diffusion.formats import composition
+from peft_diffusion.formats.container import COMPOSITION
 from peft_diffusion.generation import recipe
 from peft_diffusion.generation.asked import read_prompt
 from peft_diffusion.generation.compatibility import compare
@@ -577,6 +582,57 @@ def _learned(world: World, path: Path, case: dict[str, Any]) -> None:
     assert sum(map(len, adapter.learned_words().values())) >= max(fitting, default=0)
 
 
+# Learned compositions.
+
+_MEMBERS = st.fixed_dictionaries(
+    {"file": st.one_of(st.just("a.safetensors"), values), "sha256": st.one_of(st.just("0" * 64), values)},
+    optional={"size": st.one_of(st.just(9), values), "triggers": st.one_of(st.just(["a"]), values)},
+)
+_SIDES = st.lists(st.integers(0, 5), max_size=4)
+composition_cases = st.tuples(
+    st.sampled_from(sorted(LEARNED)),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "version": values,
+            "kind": values,
+            "adapters": st.one_of(st.lists(_MEMBERS, max_size=3), values),
+            "blocks": st.one_of(st.lists(st.just("mid_block"), max_size=3), values),
+            "base": values,
+            "training": st.one_of(st.dictionaries(st.sampled_from(["mean_strengths", "loss"]), values), values),
+        },
+    ),
+    st.dictionaries(st.sampled_from(["values", "shape", "mean", "scale", "out.bias", "other"]), _SIDES, max_size=2),
+)
+
+
+def compositions(world: World, case: tuple[str, dict[str, Any], dict[str, list[int]]]) -> None:
+    """What `compose train` writes, with other metadata and tensors."""
+    kind, changes, shapes = case
+    tensors = LEARNED[kind].fresh(2, 3, torch.ones(1, 4)).tensors()
+    tensors |= {name: torch.ones(shape) for name, shape in shapes.items()}
+    members = [{"file": f"{name}.safetensors", "sha256": name * 64, "size": 9} for name in "ab"]
+    told = {
+        "version": 1,
+        "kind": kind,
+        "adapters": members,
+        "blocks": ["x", "y", "z"],
+        "base": {},
+        "training": {},
+        **changes,
+    }
+    path = world.folder / "composition.safetensors"
+    path.write_bytes(save(tensors, {COMPOSITION: dumped(told)}))
+    world.case("composition", lambda: _composed(path))
+
+
+def _composed(path: Path) -> None:
+    read = composition.read(path)
+    found = read.learned()(torch.ones(2, 4), torch.tensor([0.0, 1.0]))
+    assert found.shape == (2, len(read.adapters), len(read.blocks)) and bool(found.isfinite().all())
+    show_compositions([read])
+
+
 # Captions and lines of JSON.
 
 texts = st.one_of(st.text(max_size=30), words, st.just("{a|b} (red:1.4)"), st.just("a, " * 200))
@@ -905,8 +961,9 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[World, Any], None], f
     "kinds": (kinds_cases, kinds, 0.06),
     "pickle": (pickle_cases, pickles, 0.1),
     "embedding": (embedding_cases, embeddings, 0.03),
-    "captions": (caption_cases, captions, 0.05),
-    "jsonl": (jsonl_cases, json_lines, 0.07),
+    "composition": (composition_cases, compositions, 0.03),
+    "captions": (caption_cases, captions, 0.04),
+    "jsonl": (jsonl_cases, json_lines, 0.05),
     "prompts": (prompt_cases, prompts, 0.05),
     "toml": (toml_cases, toml, 0.06),
     "imported": (imported_cases, imported, 0.03),

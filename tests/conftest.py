@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 without_waiting()
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than there are cores: a test that waits for a process of its own leaves its core to others."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_finish() -> None:
     """Let the collector of garbage pass over what is imported to stay."""
     gc.collect()

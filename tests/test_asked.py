@@ -122,6 +122,7 @@ def test_named_adapters_have_the_strengths_of_each_prompt(pipe: Any, shelf: Path
     assert difference(again, named[2]) < 0.1
 
 
+@pytest.mark.slow
 def test_a_prompt_of_a1111_is_drawn_by_the_command_as_it_is(tiny_base: Path, shelf: Path, tmp_path: Path) -> None:
     prompt = (
         r"masterpiece, (red apple:1.2), ((cat)), [dog], emoji \(style\), <lora:ink:0.8> BREAK a house, flat style,"

@@ -138,7 +138,7 @@ def test_what_unknown_words_are_taught_is_aligned() -> None:
 @pytest.fixture(scope="module")
 def apple_and_fish(icons: Any) -> np.ndarray:
     """Two subjects in one style, drawn by the sampler of the base."""
-    return _drawn(icons, [ASKED["noto"], "noto emoji of a fish"])
+    return _drawn(icons, [ASKED["noto"], "noto emoji of a fish"], steps=12)
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_every_sampler_draws_the_apple(icons: Any, apple_and_fish: np.ndarray, s
     """They take other steps to the same picture: far nearer to it than to another subject's."""
     wanted, other = apple_and_fish
     # PNDM extrapolates from four steps before, and overshoots under guidance where they are long.
-    drawn = _drawn(icons, [ASKED["noto"]], scheduler, 40 if scheduler == "pndm" else 20)[0]
+    drawn = _drawn(icons, [ASKED["noto"]], scheduler, 40 if scheduler == "pndm" else 12)[0]
     assert abs(drawn - wanted).mean() < 0.25 * abs(other - wanted).mean()
 
 

@@ -20,8 +20,9 @@ CPU = torch.device("cpu")
 
 
 def test_the_script_compares_and_tells_all_it_found(tmp_path: Path) -> None:
-    flags = ["--tiny", "--device", "cpu", "--sides", "ours", "floor", "peft", "--gate-steps", "3", "--warm-ups", "1"]
-    done = forked.python([str(SCRIPT), *flags, "--turns", "2", "--output", str(tmp_path)], None, environment())
+    flags = ["--tiny", "--device", "cpu", "--precision", "float32", "--gate-steps", "3", "--warm-ups", "1"]
+    flags += ["--sides", "ours", "floor", "peft", "--turns", "2", "--output", str(tmp_path)]
+    done = forked.python([str(SCRIPT), *flags], None, environment())
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert not any("error" in line for line in told)

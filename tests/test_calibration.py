@@ -13,7 +13,7 @@ from PIL import Image
 
 from peft_diffusion import Adapters, BlendConfig, ByPart, GenerateConfig, UserError, blend, generate
 from peft_diffusion.core.events import Event, Noted
-from peft_diffusion.generation.calibration import Calibration, Row
+from peft_diffusion.generation.calibration import Calibration, Row, _least
 from peft_diffusion.generation.overlap_files import write
 from peft_diffusion.generation.settings import Sampling
 
@@ -146,6 +146,8 @@ def test_a_sheet_is_placed_as_a_calibration_says(files: dict[str, Path], adapter
         "ink",
         "flat",
     }
+    assert report["excess"] <= report["excess_whole"] and {one["adapter"] for one in report["acting"]} == {"ink", "flat"}
+    assert any(isinstance(event, Noted) and "they cost each other" in event.message for event in told)
     ends, middle = drawn.recipes[0][::2], {Path(one.path or "").stem: one.strength for one in drawn.recipes[0][1].adapters}
     assert [[one.strength for one in end.adapters if one.strength] for end in ends] == [[1.0], [0.5]]
     even = known.evenly({"ink": 0.5, "flat": 0.5})
@@ -194,7 +196,8 @@ def test_a_report_says_what_the_changed_weights_say(files: dict[str, Path], adap
         a, b = (torch.linalg.svd(matrix)[0][:, :4] for matrix in (one, other))  # both are of rank 4
         assert told == pytest.approx(float((a @ a.T @ b @ b.T).trace()) / 4, abs=1e-3)
     norms = {name: sum(one.change**2 for one in found.sizes if one.adapter == name) ** 0.5 for name in adapters.names}
-    assert found.suggested["ink"] * norms["ink"] == pytest.approx(found.suggested["flat"] * norms["flat"])
+    assert found.suggested == found.even and found.excess is None and not found.acting and not found.conflicts
+    assert found.even["ink"] * norms["ink"] == pytest.approx(found.suggested["flat"] * norms["flat"])
     assert sum(found.suggested.values()) == pytest.approx(1) and not found.others and not found.effects
     blocks = found.by_block()
     assert {one.of for one in blocks} == {"ink", "flat", "ink x flat"}
@@ -218,5 +221,74 @@ def test_an_adapter_meets_itself_and_prompts_say_what_to_suggest(files: dict[str
     for one in found.meetings:
         assert (one.cosine, one.reads, one.writes) == pytest.approx((1, 1, 1), abs=1e-4)
     assert found.effects == adapters.calibrate(["a cat"], sampling=sampling).effects
-    assert found.suggested == pytest.approx({"ink": 0.5, "again": 0.5})
+    assert found.even == pytest.approx({"ink": 0.5, "again": 0.5})
+    assert found.suggested == pytest.approx({"ink": 0.5, "again": 0.5}, abs=1e-3)
+    assert found.excess == pytest.approx(0, abs=1e-8) and found.excess_whole is not None and found.excess_whole > 1e-6
+    assert all(one.cosine == pytest.approx(1, abs=1e-4) for one in found.conflicts)
     assert json.loads(json.dumps(found.as_json()))["meetings"][0]["first"] == "ink"
+
+
+@torch.no_grad()
+def test_what_adapters_add_to_outputs_is_what_layers_give_with_and_without_them(adapters: Adapters) -> None:
+    sampling = Sampling(steps=1, guidance=1.0, scheduler="ddim")
+    found = adapters.report(["a cat"], seed=3, sampling=sampling)
+    pipe = adapters.pipe
+    hidden = pipe.encode_prompt("a cat", pipe.device, 1, False)[0]
+    adapters.set(dict.fromkeys(adapters.names, 0.0))
+    hidden = pipe.encode_prompt("a cat", pipe.device, 1, False)[0]
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    path = next(one.site for one in found.acting if one.component == "unet")
+    layer, seen = pipe.unet.get_submodule(path), list[torch.Tensor]()
+    handle = layer.register_forward_hook(lambda _, given, output: seen.append(given[0]))
+    pipe.unet(noise, 1, hidden)
+    handle.remove()
+    (given,) = seen
+    outputs = {}
+    for name in ("", *adapters.names):
+        adapters.set({one: float(one == name) for one in adapters.names})
+        outputs[name] = layer(given)
+    changes = {name: (outputs[name] - outputs[""]).flatten() for name in adapters.names}
+    told = {one.adapter: one.relative for one in found.acting if (one.component, one.site) == ("unet", path)}
+    assert told == pytest.approx({n: float(change.norm() / outputs[""].norm()) for n, change in changes.items()}, rel=1e-3)
+    (conflict,) = (one for one in found.conflicts if (one.component, one.site) == ("unet", path))
+    expected = torch.cosine_similarity(changes["ink"], changes["flat"], 0)
+    assert conflict.cosine == pytest.approx(float(expected), abs=1e-3)
+    blocks = [one for one in found.by_block() if one.of == "ink x flat"]
+    assert [one for one in blocks if one.conflict is None] == []
+
+
+def test_suggested_strengths_leave_each_adapter_nearest_to_what_it_does_alone(adapters: Adapters) -> None:
+    sampling = Sampling(steps=1, guidance=1.0, scheduler="ddim")
+    prompts = {"ink": ["a cat"], "flat": ["a red house by a lake"]}
+    found = adapters.report(prompts, seed=3, sampling=sampling)
+    pipe = adapters.pipe
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    @torch.no_grad()
+    def lost(strengths: dict[str, float]) -> float:
+        """What the adapters cost each other, of the network asked directly."""
+        total = 0.0
+        for name, (prompt,) in prompts.items():
+            answers = []
+            for one in ({other: float(other == name) for other in prompts}, strengths):
+                adapters.set(one)
+                answers.append(pipe.unet(noise, 1, pipe.encode_prompt(prompt, pipe.device, 1, False)[0]).sample)
+            total += float((answers[1] - answers[0]).square().mean())
+        return total
+
+    assert found.excess_whole == pytest.approx(lost({"ink": 1.0, "flat": 1.0}), rel=1e-3)
+    assert found.excess == pytest.approx(lost(dict(found.suggested)), rel=1e-3)
+    near = [lost({name: times * share for name, share in found.suggested.items()}) for times in (0.5, 1.5)]
+    assert found.excess is not None and found.excess_whole is not None
+    assert found.excess < min(lost({"ink": 0.5, "flat": 0.5}), found.excess_whole, *near)
+    with pytest.raises(UserError, match="there is no prompt that calls flat"):
+        adapters.report({"ink": ["a cat"]})
+
+
+def test_shares_are_least_inside_their_bounds() -> None:
+    products = torch.tensor([[2.0, 1.5], [1.5, 2.0]]).double()
+    inside, outside = (_least(products, torch.tensor(wanted).double()) for wanted in ([2.0, 1.8], [4.0, 0.5]))
+    assert torch.allclose(products @ inside, torch.tensor([2.0, 1.8]).double())
+    grid = [(a / 100, b / 100) for a in range(101) for b in range(101)]
+    best = min(grid, key=lambda s: 2 * s[0] ** 2 + 3 * s[0] * s[1] + 2 * s[1] ** 2 - 2 * (4 * s[0] + 0.5 * s[1]))
+    assert outside.tolist() == pytest.approx(best, abs=0.01)

@@ -46,6 +46,7 @@ def test_looking_around_imports_nothing_heavy() -> None:
     assert done.stderr.splitlines() == [f"imported [] {code}" for code in codes]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="the time of child processes is not told there")
 @pytest.mark.parametrize("arguments", [["-c", "import peft_diffusion"], ["-m", "peft_diffusion", "--help"]])
 def test_looking_around_is_quick(arguments: list[str], tmp_path: Path) -> None:
@@ -61,6 +62,7 @@ def test_looking_around_is_quick(arguments: list[str], tmp_path: Path) -> None:
     assert 0 < min(seconds() for _ in range(5)) < 0.3  # of computing, which other work on the machine does not lengthen
 
 
+@pytest.mark.slow
 def test_garbage_is_looked_for_less_often_in_a_process_that_is_the_commands_own() -> None:
     code = (
         "import gc; from peft_diffusion.cli.app import main, run_process; found = [gc.get_threshold()[0]];"

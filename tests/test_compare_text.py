@@ -42,6 +42,7 @@ def best(comparison: Comparison, name: str) -> Figures:
     return run
 
 
+@pytest.mark.slow
 def test_every_run_learns_and_is_counted(found: tuple[Comparison, Path]) -> None:
     comparison, place = found
     assert [(run.name, run.rate) for run in comparison.runs] == [
@@ -79,6 +80,7 @@ def test_what_peft_trains_is_what_ours_is(name: str, found: tuple[Comparison, Pa
         assert own - gates == trained
 
 
+@pytest.mark.slow
 def test_a_run_trains_what_the_command_trains(found: tuple[Comparison, Path]) -> None:
     comparison, place = found
     metrics = [json.loads(line) for line in (place / "runs" / "lora" / "metrics.jsonl").read_text().splitlines()]

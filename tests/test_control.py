@@ -140,6 +140,7 @@ def drawn(pipe: DiffusionPipeline, *controls: str, **told: Any) -> Image.Image:
     return image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["sd", "xl"])
 @pytest.mark.parametrize("kind", ["controlnet", "t2i-adapter", "gray", "ip-adapter"])
 def test_a_control_steers_as_the_pipeline_of_diffusers(

@@ -54,6 +54,7 @@ def test_the_command_tells_of_an_unknown_hyper_parameter_before_anything_else(tm
     assert "method lora has no nonsense; it has:" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -1,12 +1,15 @@
 """Evaluation: statistics against known values, judges on real drawings, losses and curves against what they are made of."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import judges_of_transformers
 import pytest
 import torch
+from conftest import make_pipe, make_xl_pipe
 from diffusers import DiffusionPipeline
 from making import make_adapter
 from PIL import Image
@@ -19,17 +22,20 @@ from peft_diffusion.data.folder import scan
 from peft_diffusion.data.images import open_picture
 from peft_diffusion.evaluation.bench import Bench
 from peft_diffusion.evaluation.evaluate import evaluate
-from peft_diffusion.evaluation.gallery import at_most, decoded, encoded, read_gallery
+from peft_diffusion.evaluation.gallery import at_most, decoded, encoded, prompt_of, read_gallery
 from peft_diffusion.evaluation.intervals import Estimate, below, estimate, quantile
 from peft_diffusion.evaluation.judge import Judge
 from peft_diffusion.evaluation.judges import judge_of
 from peft_diffusion.evaluation.judging import BASE, Copies, Taught, Verdicts
-from peft_diffusion.evaluation.measured import Evaluation
+from peft_diffusion.evaluation.measured import MEASURES, Evaluation, written
 from peft_diffusion.evaluation.settings import EvaluateConfig
 from peft_diffusion.evaluation.styles import Styles
 from peft_diffusion.evaluation.subjects import KnownSubjects, key_of
+from peft_diffusion.formats import Spec
 from peft_diffusion.generation.settings import Sampling
 from peft_diffusion.training.loop.seeds import generator
+from peft_diffusion.training.record import charts
+from peft_diffusion.training.tasks.diffusion import DiffusionSettings, DiffusionTask
 
 SAMPLES = ("openmoji", "twemoji", "fluent-flat")
 
@@ -65,6 +71,20 @@ def test_an_interval_is_t_times_the_standard_error() -> None:
     assert estimate([0.25]) == Estimate(0.25, None, 1)
     with pytest.raises(ValueError):
         estimate([])
+
+
+def test_what_is_no_number_is_neither_drawn_nor_written_as_one() -> None:
+    points, ends = [(-1.0, 0.5), (0.0, math.nan), (1.0, 0.7)], [(0.4, 0.6), (math.nan, math.nan), (0.6, 0.8)]
+    drawn = charts.lines([charts.Curve("loss", points, "second", dots=True, ends=ends)], "loss", over="strength")
+    assert drawn.count("<circle") == 2 and "strength -1: 0.5" in drawn and "nan" not in drawn
+    assert estimate([math.nan, 1.0]).plain() == {"mean": None, "half": None, "count": 2}
+
+
+def test_the_interval_of_a_share_is_one_of_a_share() -> None:
+    half = estimate([1.0, 0.75])
+    assert half.low < 0 and MEASURES["style"].ends(half) == (0.0, 1.0) and written(half, MEASURES["style"]) == "88% ±100"
+    assert MEASURES["likeness"].ends(half) == (half.low, half.high)
+    assert written(Estimate(0.123, 0.0456, 3), MEASURES["loss"]) == "0.123 ±0.046"
 
 
 # Judges.
@@ -143,11 +163,34 @@ def test_words_that_call_an_adapter_are_taken_out(ink: Path, tiny_pipe: Diffusio
     gallery = read_gallery(ink, "ink", tiny_pipe)
     assert gallery.words[0] == "ink drawing of"
     assert gallery.subjects == ["a cat", "a red house", "an old tree", "a fish"]
-    called = read_gallery(ink, "ink", tiny_pipe, triggers=("sks",))
+    called = read_gallery(ink, "ink", tiny_pipe, spec=Spec(triggers=("sks",)))
     assert called.captions[0] == "sks, ink drawing of a cat" or called.captions[0].startswith("sks")
     assert called.subjects == gallery.subjects
     assert at_most(gallery, 2).captions == (gallery.captions[0], gallery.captions[2])
     assert gallery.some(2) == [0, 2] and gallery.some(9) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("training", "triggers", "caption", "prompt"),
+    [
+        ({}, (), "a cat\na kitten", "a cat"),
+        (
+            {"caption_prefix": "ink drawing of", "caption_suffix": ", on paper"},
+            (),
+            "a cat",
+            "ink drawing of a cat, on paper",
+        ),
+        ({"caption_prefix": "ink drawing of"}, (), "ink drawing of a cat", "ink drawing of a cat"),
+        ({"trigger": "sks"}, ("sks",), "a cat", "sks, a cat"),
+        ({"trigger": "sks"}, ("sks",), "a cat of sks", "a cat of sks"),
+        ({"caption_template": ["{caption} by {trigger}"], "trigger": "sks"}, ("sks",), "a cat", "a cat by sks"),
+        ({"caption_prefix": 3, "caption_template": "many", "wildcards": True}, (), "a {red|blue} cat", "a red cat"),
+    ],
+)
+def test_captions_become_prompts_as_they_did_in_training(
+    training: dict[str, Any], triggers: tuple[str, ...], caption: str, prompt: str
+) -> None:
+    assert prompt_of(caption, Spec(training=training, triggers=triggers)) == prompt
 
 
 def test_pictures_that_were_trained_on_are_left_out(ink: Path, tiny_pipe: DiffusionPipeline) -> None:
@@ -296,12 +339,14 @@ def test_verdicts_are_what_a_judge_says_of_each_seed(ink: Path, tiny_pipe: Diffu
 
     judge = _Paper()
     gallery = read_gallery(ink, "ink", tiny_pipe)
-    taught = Taught.of(judge, {"ink": (gallery, grey(200, 210, 190, 200))})
+    taught = Taught.of(judge, {"ink": (gallery, grey(200, 210, 190, 200))}, {})
     styles = Styles({**taught.features, BASE: judge.style(grey(100, 110, 90))})
     words = gallery.subjects[:2]
     found = Verdicts(taught, styles, "ink", words, gallery.subjects).of(grey(180, 120))
     assert found["style"] == 0.5 and found["likeness"] == pytest.approx((0.8 + 0.2) / 2)
     assert found["agreement"] > 0.9 and found["prompt"] in (0.0, 0.5) and "named" not in found
+    met = Verdicts(taught, styles, "ink", words, gallery.subjects).met(grey(180, 120), BASE)
+    assert list(met) == pytest.approx([0.5, 0.5, 0.5])
     leak = Verdicts(taught, styles, "ink", words, gallery.subjects).leak(grey(200, 100), grey(100, 100))
     assert leak == {"leak": 0.5, "moved": pytest.approx(100 / 255 / 2)}
     copies = Copies.of(judge, grey(50, 60), grey(70, 80))
@@ -333,12 +378,14 @@ def test_what_cannot_be_evaluated_is_told_before_the_base_is_loaded(
 def test_the_command_prints_tables(
     files: dict[str, Path], ink: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """With a way of composing that takes just two adapters, and makes no sum of which there were a loss."""
     told = ["--strengths", "1", "--seeds", "1", "--prompts", "1", "--steps", "2", "-o", str(tmp_path / "out")]
-    given = ["--data", str(ink), "--against", str(ink), "--base", str(tiny_base), "--device", "cpu"]
-    code = main(["evaluate", str(files["ink"]), *given, *told])
+    given = ["--data", str(ink), str(ink), "--against", str(ink), "--base", str(tiny_base), "--device", "cpu"]
+    code = main(["evaluate", *map(str, files.values()), *given, *told, "--compose", "k-lora"])
     shown = capsys.readouterr()
     assert code == 0, shown.err
     assert "style: told right without itself: ink" in shown.out and "falls by" in shown.out
+    assert "style of the other: " in shown.out and "loss: by how much" not in shown.out
     assert (tmp_path / "out" / "report.html").is_file() and "pictures are drawn" in shown.err
 
 
@@ -366,3 +413,16 @@ def test_models_of_transformers_judge(kind: Any, tmp_path: Path, drawn: dict[str
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
         judge_of(kind, str(folder))
+
+
+@pytest.mark.parametrize(
+    "make", [make_xl_pipe, lambda: make_pipe(in_channels=9), lambda: make_pipe(prediction_type="v_prediction")]
+)
+def test_losses_of_other_bases_are_those_of_training(make: Callable[[], DiffusionPipeline], ink: Path) -> None:
+    """Of one that is told sizes, of one that is told masks, and of one that predicts v."""
+    pipe = make()
+    gallery = at_most(read_gallery(ink, "ink", pipe), 2)
+    examples = encoded(gallery, pipe)
+    found = Bench(Adapters(pipe), Sampling((), batch_size=4), (0,)).losses(examples, {})
+    task = DiffusionTask(pipe, "", DiffusionSettings(batch_size=4), examples, examples)
+    assert len(found) == 2 and sum(found) / 2 == pytest.approx(task.held_out(), rel=1e-5)

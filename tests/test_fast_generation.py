@@ -249,6 +249,7 @@ def test_a_pipeline_draws_the_same_picture(strength: Any, device: str, lora_file
     assert torch.equal(drawn(), expected)
 
 
+@pytest.mark.slow
 def test_fast_says_why_it_is_not(lora_file: Path) -> None:
     adapters = Adapters(make_pipe())
     assert "CUDA" in (adapters.fast() or "") and adapters.recordings == 0

@@ -86,6 +86,7 @@ def test_a_seed_gives_its_picture_whatever_the_batch_and_the_count(make: Make, i
     assert difference(together[0].image, together[1].image) > 10
 
 
+@pytest.mark.slow
 def test_every_scheduler_draws_and_is_put_back(tiny_pipe: DiffusionPipeline) -> None:
     adapters, own = Adapters(tiny_pipe), tiny_pipe.scheduler
     drawn = {}

@@ -17,6 +17,7 @@ from peft_diffusion.generation.sampler import Cell, paint
 from peft_diffusion.generation.settings import Sampling
 
 
+@pytest.mark.slow
 def test_each_picture_of_a_sheet_is_that_of_a_call_of_its_own(tiny_base: Path, tmp_path: Path) -> None:
     file = make_adapter(tmp_path / "ink.safetensors", tiny_base, 1)
     common: dict[str, Any] = {"base": str(tiny_base), "device": "cpu"}

@@ -107,6 +107,7 @@ def test_a_base_is_named_whatever_its_version(tmp_path: Path) -> None:
     assert formats.inspect(tmp_path / "a.safetensors").base == {"name": "v1-5.ckpt"}
 
 
+@pytest.mark.slow
 def test_words_tags_hashes_and_methods_are_told_by_the_command(tmp_path: Path) -> None:
     tensors = pair("lora_unet_mid_block_attentions_0_proj_in", 64) | {"bundle_emb.sumi.clip_l": torch.ones(2, 32)}
     tags = {"3_ink": {"ink": 5, "1girl": 7, " red": 2}, "1_more": {"ink": 4}}

@@ -59,6 +59,7 @@ def trained(model: Any, size: float = 0.3) -> Any:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_of_peft_means_the_same_on_a_language_model(kind: str, tmp_path: Path) -> None:
     theirs, base = trained(peft.get_peft_model(make_lm().lm, KINDS[kind])), make_lm()

@@ -111,7 +111,7 @@ def test_a_run_tells_captions_and_its_pace_to_the_terminal_and_tensorboard(
     saved = [(event.what, event.step) for event in met if isinstance(event, Saved)]
     assert saved == [("checkpoint", 2), ("on the way", 2)]  # writing takes time that is no pace
     captions = [event for event in told if isinstance(event, Progress) and event.what == "encoding captions"]
-    assert [(event.done, event.total) for event in captions] == [(7, 7), (8, 8)]  # the empty one, and those of leakage
+    assert [(event.done, event.total) for event in captions] == [(7, 7), (2, 2)]  # the empty one, and the other prompts
     paces = [event for event in told if isinstance(event, Pace)]
     assert [event.step for event in paces] == [1, 2] and all(event.rate > 0 and event.memory is None for event in paces)
     (log,) = (result.run_dir / "logs").rglob("events.out.*")

@@ -176,6 +176,7 @@ def test_a_real_browser_shows_it_without_errors(made: TrainResult, tmp_path: Pat
         assert "<script" not in dom and dom.count("<svg") >= 4
 
 
+@pytest.mark.slow
 def test_runs_are_listed_and_compared(made: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = tmp_path / "runs"
     shutil.copytree(made.run_dir, runs / "first")
@@ -334,6 +335,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 def test_a_damaged_run_hides_no_other(
     made: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

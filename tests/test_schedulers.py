@@ -146,6 +146,7 @@ def test_what_a_scheduler_cannot_do_is_told(tiny_pipe: DiffusionPipeline) -> Non
         scheduler_of(Adapters(tiny_pipe), [], Sampling(scheduler="lcm", steps=200))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "lms" or find_spec("scipy")])
 def test_a_base_of_zero_terminal_snr_is_drawn_from_pure_noise_by_every_scheduler(name: str) -> None:
     """Lin et al. 2023: no signal is left where it begins. One that knows no such schedule gives way to DDIM, as is told."""

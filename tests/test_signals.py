@@ -34,7 +34,7 @@ from peft_diffusion.training.tasks.layer_changes import layer_changes
 from peft_diffusion.training.tasks.preparation import prepare
 from peft_diffusion.training.watch.strength import suggest
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_measurements", "no_plots")]
 
 torch.set_num_threads(1)
 

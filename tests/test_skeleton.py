@@ -124,6 +124,7 @@ def test_a_base_that_is_none_is_refused() -> None:
         skeleton("sdlx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "component"),
     [(method, part) for part in ("unet", "text_encoder") for method in METHODS if METHODS[method][1] not in LACKING[part]],

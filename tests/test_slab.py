@@ -66,6 +66,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["b", "wide", "halves", "some", "mixed"])
 def test_a_swapped_adapter_draws_as_its_file_does(files: dict[str, Path], name: str) -> None:
     pipe = make_pipe()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from peft_diffusion.core import spill
 from peft_diffusion.core.spill import Spill
 
 MIB = 2**20
@@ -42,3 +43,16 @@ def test_what_waits_takes_no_memory(tmp_path: Path) -> None:
         assert int(one.max()) == number
         put_aside.release(one)
     assert resident() - before < 24 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process holds open so")
+def test_many_tensors_keep_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may have 1024 open files on most systems, and a file of SDXL has some thousand tensors."""
+    monkeypatch.setattr(spill, "_SEGMENT", 4 * MIB)
+    put_aside, before = Spill(tmp_path / "out.safetensors"), len(list(Path("/proc/self/fd").iterdir()))
+    given = [torch.full((16_384 + number,), float(number)) for number in range(100)] + [torch.ones(2 * MIB)]
+    kept = [put_aside.put(one) for one in given]
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= 5  # the file, and a mapping for each 4 MiB of the 15
+    for one, other in zip(kept, given, strict=True):
+        put_aside.release(one)
+        assert torch.equal(one, other)

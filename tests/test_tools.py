@@ -269,6 +269,17 @@ def test_regmean_matches_what_layers_make_of_the_prompts_of_each(
     assert told_of_two in made.lines()
 
 
+def test_ziplora_weighs_the_columns_of_each_change(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
+    """Where all ranks are kept a merged change is a sum of both with a factor for each input."""
+    output, told = tmp_path / "both.safetensors", ["one=a cat", "two=a dog"]
+    pd.merge(pd.MergeConfig([*map(str, files)], output=output, how="ziplora", base=str(tiny_base), prompts=told, rank=32))
+    one, two, both = (change(load_file(file), ATTENTION) for file in (*files, output))
+    for place in range(32):
+        columns = torch.stack([one[:, place], two[:, place]], 1).double()
+        left = both[:, place].double() - columns @ torch.linalg.lstsq(columns, both[:, place, None].double()).solution[:, 0]
+        assert left.norm() < 1e-3 * both[:, place].norm()
+
+
 def test_regmean_says_what_it_lacks(files: tuple[Path, Path], tiny_base: Path, tmp_path: Path) -> None:
     told: dict[str, Any] = {"output": tmp_path / "both.safetensors"}
     with pytest.raises(UserError, match="name the base, with its weights: --base"):
@@ -380,8 +391,9 @@ def test_precision_is_that_of_the_files_and_may_be_chosen(tiny_base: Path, tmp_p
     assert not (tmp_path / "c.safetensors").exists()
 
 
+@pytest.mark.parametrize("tool", ["merge", "convert"])
 def test_only_one_site_of_a_file_is_in_memory(
-    files: tuple[Path, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tool: str, files: tuple[Path, Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import weakref
 
@@ -398,8 +410,11 @@ def test_only_one_site_of_a_file_is_in_memory(
         return tensor
 
     monkeypatch.setattr(Stored, "__getitem__", watched)
-    config = pd.MergeConfig([str(one) for one in files], output=tmp_path / "both.safetensors", base=str(tiny_base))
-    pd.merge(config)
+    output, base = tmp_path / "both.safetensors", str(tiny_base)
+    if tool == "merge":
+        pd.merge(pd.MergeConfig([str(one) for one in files], output=output, base=base))
+    else:
+        pd.convert(pd.ConvertConfig(files[0], output=output, to="diffusers", base=base))
     assert 0 < most[0] <= 2 * 3  # down, up and alpha of both
     assert math.isfinite(most[0])
 

@@ -10,7 +10,7 @@ from peft_diffusion.core.adapter import LowRank
 from peft_diffusion.core.errors import UserError
 from peft_diffusion.core.reduction import Truncation, reduced_matrix, reduced_pair, summed
 from peft_diffusion.tools.combination import Combination, core_space, knots, linear
-from peft_diffusion.tools.output_matching import damped, matched, missed
+from peft_diffusion.tools.output_matching import columns_matched, damped, matched, missed
 from peft_diffusion.tools.side_by_side import side_by_side
 
 STRENGTHS = (0.7, -0.4, 1.1)
@@ -86,17 +86,37 @@ def test_outputs_are_matched_as_by_regmean_written_out(rank: int, off_diagonal: 
     whole = np.sum(changes, 0)
     others = [whole, whole / 3, product(reduced_matrix(torch.from_numpy(whole), Truncation(rank)).pair).numpy()]
     assert all(objective(product(found).double().numpy()) < objective(other) for other in others)
-    kept = torch.from_numpy(raw[0])
-    error = np.sqrt(np.trace((product(found).numpy() - changes[0]) @ raw[0] @ (product(found).numpy() - changes[0]).T))
-    assert missed(found, pairs[0], kept) == pytest.approx(error, rel=1e-4)
+    x = torch.randn(20, 30, generator=torch.Generator().manual_seed(7))
+    apart = x.double().numpy() @ (product(found).double().numpy() - changes[0]).T
+    assert missed(found, pairs[0], x) == pytest.approx(np.sqrt((apart**2).sum(1).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [15, 4])
+def test_columns_are_matched_as_by_least_squares_written_out(rank: int) -> None:
+    """On whole matrices in float64, one unknown for each input of each change, by numpy's lstsq on the inputs themselves."""
+    generator = np.random.default_rng(0)
+    pairs, inputs = [pair(1), None, pair(2, 9)], [generator.normal(size=(50, 30)) / 50**0.5 for _ in range(3)]
+    changes = [np.zeros((40, 30)) if one is None else product(one).double().numpy() for one in pairs]
+    # Row by row of inputs x, the outputs are sum_i sum_c dW_i[:, c] x[c] d_i[c].
+    rows = np.concatenate([np.concatenate([x[:, None, :] * one for one in (changes[0], changes[2])], 2) for x in inputs])
+    wanted = np.concatenate([x @ own.T for x, own in zip(inputs, changes, strict=True)])
+    coefficients = np.linalg.lstsq(rows.reshape(-1, 60), wanted.ravel(), rcond=None)[0]
+    best = changes[0] * coefficients[:30] + changes[2] * coefficients[30:]
+    stacked = np.concatenate(inputs)
+    values, vectors = np.linalg.eigh(stacked.T @ stacked)
+    root, inverse = (vectors * values**power @ vectors.T for power in (0.5, -0.5))
+    u, singular, v = np.linalg.svd(best @ root, full_matrices=False)
+    found = product(columns_matched(pairs, [torch.from_numpy(x.T @ x) for x in inputs], rank)).numpy()
+    np.testing.assert_allclose(found, (u[:, :rank] * singular[:rank]) @ v[:rank] @ inverse, atol=2e-4 * np.abs(best).max())
 
 
 def test_inputs_that_never_occur_change_nothing() -> None:
     """A Gram matrix of few rows, and one of none, can still be divided by."""
-    few = gram(1, rows=3)
-    found = matched([pair(1)], [few], 30)
+    few = torch.randn(3, 30, generator=torch.Generator().manual_seed(1)).double()
+    found = matched([pair(1)], [few.T @ few], 30)
     assert missed(found, pair(1), few) < 1e-3 * missed(pair(1), None, few)
-    assert bool(product(matched([pair(1)], [torch.zeros(30, 30).double()], 30)).isfinite().all())
+    for match in (matched, columns_matched):
+        assert bool(product(match([pair(1)], [torch.zeros(30, 30).double()], 30)).isfinite().all())
 
 
 def test_all_ranks_leave_nothing_out() -> None:

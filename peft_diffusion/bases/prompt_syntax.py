@@ -97,6 +97,19 @@ def from_letters(text: str) -> str:
     return escaped(_ESCAPED.sub(r"\1", text))
 
 
+def broken(prompt: str, weights: Weights) -> list[str]:
+    """Part a prompt where it has ``BREAK``.
+
+    Args:
+        prompt: The prompt.
+        weights: Whose reading it is.
+
+    Returns:
+        What stands between; the whole prompt where that is letters.
+    """
+    return [part for part in _BREAK.split(prompt) if part] if weights == "a1111" else [prompt]
+
+
 def parse(prompt: str, weights: Weights = "a1111", learned: Sequence[str] = ()) -> list[Part | None]:
     r"""Read a prompt: ``(word)``, ``(word:1.3)``, ``[word]``, the escapes ``\(`` ``\)`` ``\[`` ``\]``, and ``BREAK``.
 

@@ -13,6 +13,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core import regions
 from ..core.errors import UserError
@@ -196,12 +197,14 @@ def within(query: Tensor, key: Tensor, value: Tensor, heads: int, layout: Layout
     """
     asked, keys, values = (_parted(one, heads) for one in (query, key, value))
     scores = layout.scores(query.shape[1]).to(query.dtype).repeat(layout.repeats(len(query)), 1, 1)
-    found = {
-        r: F.scaled_dot_product_attention(
-            asked, keys, values, attn_mask=scores[:, r, None, None].expand(-1, -1, query.shape[1], -1)
-        )
-        for r in layout.shown
-    }
+    # On a GPU a kernel that takes one row of scores for all positions, without a table of positions by positions.
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if query.is_cuda else nullcontext():
+        found = {
+            r: F.scaled_dot_product_attention(
+                asked, keys, values, attn_mask=scores[:, r, None, None].expand(-1, -1, query.shape[1], -1)
+            )
+            for r in layout.shown
+        }
     return _mixed(found, _shares(layout, query))
 
 

@@ -1,5 +1,6 @@
 """What ``inspect`` tells of a learned composition."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -45,9 +46,10 @@ def show_compositions(found: Sequence[Composition]) -> None:
 def _rows(one: Composition) -> list[tuple[str, str]]:
     """Labels and values of what a file tells; what it does not tell is left out."""
     training = one.training
-    means = training.get("mean_strengths", [None] * len(one.adapters))
+    means = training.get("mean_strengths")
+    told_means = means if isinstance(means, list) else []
     rows = [("composes", _KINDS[one.kind])]
-    for member, mean in zip(one.adapters, means, strict=False):
+    for member, mean in itertools.zip_longest(one.adapters, told_means[: len(one.adapters)]):
         words = f", triggers {', '.join(member.triggers)}" if member.triggers else ""
         strength = f", mean strength {mean:.2f}" if isinstance(mean, float) else ""
         rows.append(("adapter", f"{member.file}{strength}{words}; sha256 {member.sha256}"))

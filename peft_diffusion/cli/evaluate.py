@@ -51,11 +51,10 @@ def _tables(found: Evaluation) -> None:
 
 
 def _print(screen: Screen, title: str, headings: list[str], rows: list[tuple[str, list[str]]]) -> None:
-    table = Table(
-        title=Text(title, style="bold"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
-    )
+    screen.print(Text(f"\n{title}", style="bold"), soft_wrap=True)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="right" if place else "left")
     for name, cells in rows:
         table.add_row(name, *cells)
-    screen.print(table)
+    screen.show(table)

@@ -1,6 +1,5 @@
 """``peft-diffusion runs``: the runs that there are, two of them side by side, and ``runs export``."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from .flags import reads
 from .screen import Screen
 from .terminal import say
 
-_WIDE = 1000  # letters, more than any table has
 _COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "failed": "red"}
 
 
@@ -72,9 +70,7 @@ def _list(records: Sequence[Record], folder: Path) -> None:
         table.add_row(*_row(record, folder))
     damage = [f"{_within(record, folder)}: {what}" for record in records for what in record.damage]
     console = Screen()
-    if not console.is_terminal and "COLUMNS" not in os.environ:  # into a file or a program: nothing need be narrow
-        console.width = max(console.width, console.measure(table, options=console.options.update(width=_WIDE)).maximum)
-    console.print(table)
+    console.show(table)
     for line in damage:
         console.print(Text(line, style="yellow"), soft_wrap=True)
 

@@ -1,11 +1,15 @@
 """The console of rich that the commands draw tables and bars on."""
 
+import os
 from collections.abc import Iterable
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
 
 from .terminal import plain
+
+_WIDE = 1000  # letters, more than any table has
 
 
 class Screen(Console):
@@ -23,3 +27,13 @@ class Screen(Console):
         """
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=plain(segment.text))
+
+    def show(self, table: Table) -> None:
+        """Print a table, which need not be narrow in a file or for a program.
+
+        Args:
+            table: The table.
+        """
+        if not self.is_terminal and "COLUMNS" not in os.environ:
+            self.width = max(self.width, self.measure(table, options=self.options.update(width=_WIDE)).maximum)
+        self.print(table)

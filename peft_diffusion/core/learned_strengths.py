@@ -173,7 +173,13 @@ class Gates(LearnedStrengths):
         known = {name: tensor.float() for name, tensor in tensors.items() if name != "shape"}
         try:
             adapters, blocks = (int(number) for number in tensors["shape"].tolist())
-            if adapters < 1 or blocks < 1 or known["out.bias"].shape != (adapters * blocks,) or known["mean"].ndim != 1:
+            if (
+                adapters < 1
+                or blocks < 1
+                or known["out.bias"].shape != (adapters * blocks,)
+                or known["mean"].ndim != 1
+                or known["scale"].shape != (1,)
+            ):
                 raise ValueError("its tensors do not fit each other")
             made = cls(known["mean"], known["scale"], adapters, blocks)
             made.load_state_dict(known)

@@ -13,12 +13,14 @@ from .checksums import bytes_of
 from .files import explained
 
 _LEAST = 1 << 15  # bytes; a smaller tensor stays in memory, where it takes less than the pages around it would
+_SEGMENT = 1 << 26  # bytes of the file that are mapped at once: each mapping keeps a file open, and systems allow few
 
 
 class Spill:
     """A file without a name, in which tensors lie until they are needed again.
 
     What is put aside is mapped: it looks like any tensor, and takes memory only from when it is read until it is released.
+    It is never written through the mapping, in which a full disk would end the process.
     The file is gone with the last of the tensors, also when the process is killed.
 
     Args:
@@ -28,8 +30,9 @@ class Spill:
     def __init__(self, beside: Path) -> None:
         self._beside = beside
         self._file: IO[bytes] | None = None
-        self._end = 0
-        self._maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+        self._end = self._room = 0  # of what is written, and of the last segment
+        self._segment: mmap.mmap | None = None
+        self._places: dict[int, tuple[mmap.mmap, int, int]] = {}  # by address: segment, start there, and bytes
 
     def put(self, tensor: Tensor) -> Tensor:
         """Put a tensor aside.
@@ -47,15 +50,12 @@ class Spill:
             return tensor
         data = bytes_of(tensor)
         with explained(self._beside):
-            file = self._opened()
-            start = -(-self._end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-            file.seek(start)
-            self._end, rest = start + len(data), data
+            segment, start = self._placed(len(data))
+            found = torch.frombuffer(segment, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
+            rest = data
             while rest:
-                rest = rest[file.write(rest) :]
-            mapped = mmap.mmap(file.fileno(), len(data), offset=start, access=mmap.ACCESS_COPY)
-        found = torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
-        self._maps[found.data_ptr()] = mapped
+                rest = rest[self._opened().write(rest) :]
+        self._places[found.data_ptr()] = segment, start, len(data)
         return found
 
     def release(self, tensor: Tensor) -> None:
@@ -64,9 +64,23 @@ class Spill:
         Args:
             tensor: What `put` gave, or a view of that; nothing happens with any other tensor.
         """
-        mapped = self._maps.get(tensor.untyped_storage().data_ptr())
-        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on every system
-            mapped.madvise(mmap.MADV_DONTNEED)
+        place = self._places.get(tensor.untyped_storage().data_ptr())
+        if place is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on every system
+            segment, start, size = place
+            segment.madvise(mmap.MADV_DONTNEED, start, size)
+
+    def _placed(self, size: int) -> tuple[mmap.mmap, int]:
+        """The segment of the file for so many bytes, and where they begin there; the file stands at that place."""
+        file, pages = self._opened(), -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        if self._segment is None or self._end + pages > self._room:
+            self._end, self._room = self._room, self._room + max(pages, _SEGMENT)
+            file.truncate(self._room)  # takes no disk before something is written there
+            length = self._room - self._end
+            self._segment = mmap.mmap(file.fileno(), length, offset=self._end, access=mmap.ACCESS_WRITE)
+        start = self._end - (self._room - len(self._segment))
+        file.seek(self._end)
+        self._end += pages
+        return self._segment, start
 
     def _opened(self) -> IO[bytes]:
         """The file, without a buffer: what is left in one when the disk is full would be written again when it is closed."""

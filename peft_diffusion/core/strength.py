@@ -418,8 +418,8 @@ class Strengths(KeepsPrecision):
             UserError: As `at`, or as ``Layout.spread``.
         """
         layout = None if torch.compiler.is_compiling() else regions.present()
-        if layout is not None and self.images > 1:
-            values = self.present[rows, block]
+        values = self.present[rows, block] if layout is not None else None
+        if layout is not None and values is not None and values.shape[-1] > 1:
             return layout.spread(values[:, None] if values.ndim == 1 else values.t(), y)
         strength = self.at(rows, block, y)
         strength = strength[:, None] if strength.ndim == 1 else strength
@@ -499,11 +499,7 @@ class Strengths(KeepsPrecision):
     def _rows(self, name: str, strength: Strength) -> Tensor:
         """A strength as (blocks, images), images being 1 where it does not say."""
         if isinstance(strength, Mapping):
-            meant = {block: block for block in self.blocks if block in strength}
-            if not len(meant) == len(strength) == len(self.blocks):
-                refuse_unknown(strength, self.blocks)
-                meant = weighed(strength, self.blocks)
-            amounts = [strength[meant[block]] if block in meant else 0.0 for block in self.blocks]
+            amounts = list(strength.values()) if tuple(strength) == self.blocks else self._by_block(strength)
             whole = _whole(amounts)
             if whole is not None:
                 return whole
@@ -513,6 +509,14 @@ class Strengths(KeepsPrecision):
         else:
             rows = self._images(name, strength).expand(len(self.blocks), -1)
         return rows
+
+    def _by_block(self, strength: "Mapping[str, float | Sequence[float]]") -> "list[float | Sequence[float]]":
+        """What is said of each block, by whatever name. Raises UserError for a block that is not there."""
+        meant = {block: block for block in self.blocks if block in strength}
+        if not len(meant) == len(strength) == len(self.blocks):
+            refuse_unknown(strength, self.blocks)
+            meant = weighed(strength, self.blocks)
+        return [strength[meant[block]] if block in meant else 0.0 for block in self.blocks]
 
     def _images(self, name: str, strength: "float | Sequence[float] | Tensor") -> Tensor:
         wanted = f"the strength of {name!r} must be a number, or one for each image, not"
@@ -541,12 +545,14 @@ def _is_plain(strength: object) -> "TypeGuard[float]":
 
 
 def _whole(amounts: Sequence[object]) -> Tensor | None:
-    """Lists of as many numbers each as (amounts, numbers), at once; None where they are none or not finite."""
-    if not all(type(one) is list for one in amounts):
+    """Numbers, and lists of one number or of as many as others, as (amounts, numbers) at once; None for anything else."""
+    if any(type(one) not in (list, float, int) for one in amounts):
         return None
+    lists = [one if type(one) is list else [one] for one in amounts]
+    images = max(map(len, lists))
     try:
-        rows = torch.tensor(amounts, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError):
+        rows = torch.tensor([one if len(one) == images else one * images for one in lists], dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):  # as of lists of tensors, and of other lengths
         return None
     return rows if rows.ndim == 2 and rows.numel() and bool(rows.isfinite().all()) else None
 

@@ -173,6 +173,8 @@ class ImageStrengths:
         """
         whole = 1.0 if self.steps is None else value(self.steps)
         own = self.block_steps
+        if not own:
+            return {name: one * whole for name, one in self.blocks.items()}
         return {name: one * whole * (value(own[name]) if name in own else 1.0) for name, one in self.blocks.items()}
 
 
@@ -199,5 +201,7 @@ class Timed:
         return self._of_blocks(lambda schedule: schedule.mean)
 
     def _of_blocks(self, value: Callable[[Schedule], float]) -> dict[str, list[float]]:
-        taken = [one.taken(value) for one in self.images]
-        return {block: [image[block] for image in taken] for block in self.images[0].blocks}
+        taken = [one.taken(value) for one in self.images]  # all of them in the order of the blocks
+        return {
+            block: list(row) for block, *row in zip(self.images[0].blocks, *(one.values() for one in taken), strict=True)
+        }

@@ -30,7 +30,7 @@ from .gallery import Gallery, at_most, decoded, encoded, read_gallery
 from .intervals import Estimate, estimate
 from .judge import Judge
 from .judges import judge_of
-from .judging import BASE, Copies, Taught, Verdicts
+from .judging import BASE, Copies, Shown, Taught, Verdicts
 from .measured import Alone, Evaluation, Meeting, Values
 from .settings import EvaluateConfig
 from .styles import Styles
@@ -73,7 +73,14 @@ class Case:
         return [self.gallery.captions[place] for place in self.places]
 
     def at(self, strength: float) -> dict[str, float | ByPart]:
-        """The adapter at a multiple of its strength, for `Bench`."""
+        """Give the adapter's strength as `Bench` takes it.
+
+        Args:
+            strength: A multiple of the one that counts as 1.
+
+        Returns:
+            By name; nothing for 0.
+        """
         return {self.name: self.choice.scaled(strength).amount} if strength else {}
 
 
@@ -86,7 +93,15 @@ class Drawn:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[Image.Image]], prompts: int) -> "Drawn":
-        """Part what was drawn in one go, the prompts first."""
+        """Part what was drawn in one go.
+
+        Args:
+            rows: A row a seed, the prompts first.
+            prompts: How many these are.
+
+        Returns:
+            Both parts.
+        """
         return cls([list(row[:prompts]) for row in rows], [list(row[prompts:]) for row in rows])
 
 
@@ -116,9 +131,11 @@ def evaluate(
         sampling = for_few_steps(config.sampling(), choices, tell)
         base = loaded(sampling, pipe)
         with adapted(base, choices, [()] * len(choices), tell, lent=pipe is not None, strict=False) as (adapters, names):
-            bench = Bench(adapters, sampling, config.all_seeds(), tell, stop or Never())
+            bench = Bench(
+                adapters, replace(sampling, compose="add", compose_file=None), config.all_seeds(), tell, stop or Never()
+            )
             cases = [_case(config, choice, name, adapters, judge, tell) for choice, name in zip(choices, names, strict=True)]
-            found, sheets = _measured(config, cases, bench, judge)
+            found, sheets = _measured(config, cases, bench, replace(bench, sampling=sampling), judge)
         _write(config.output, found, sheets, config)
         tell(Evaluated(found))
         tell(Ended("finished"))
@@ -127,11 +144,11 @@ def evaluate(
 
 def _case(config: EvaluateConfig, choice: Choice, name: str, adapters: Adapters, judge: Judge, tell: Observer) -> Case:
     """Read and encode what an adapter is judged by."""
-    pipe, triggers = adapters.pipe, adapters[name].spec.triggers
+    pipe = adapters.pipe
     trained = config.folders("trained").get(choice.name)
     seen = frozenset() if trained is None else frozenset(one.digest for one in scan(trained, missing="empty").pictures)
     folder = config.folders("data")[choice.name]
-    gallery = read_gallery(folder, name, pipe, triggers=triggers, without=seen, tell=tell)
+    gallery = read_gallery(folder, name, pipe, spec=adapters[name].spec, without=seen, tell=tell)
     gallery = at_most(gallery, config.pictures)
     examples = encoded(gallery, pipe, tell)
     images = decoded(examples.latents, pipe)
@@ -150,13 +167,14 @@ def _case(config: EvaluateConfig, choice: Choice, name: str, adapters: Adapters,
 
 
 def _measured(
-    config: EvaluateConfig, cases: Sequence[Case], bench: Bench, judge: Judge
+    config: EvaluateConfig, cases: Sequence[Case], bench: Bench, together: Bench, judge: Judge
 ) -> tuple[Evaluation, dict[str, Image.Image]]:
-    """Everything, and the sheets by name."""
+    """Everything, and the sheets by name. Adapters are drawn alone by one bench, and together by the other."""
     _tell_work(config, cases, bench.tell)
     drawn = {case.name: _of_base(case, bench) for case in cases}
-    shown = {case.name: (case.gallery, case.images) for case in cases}
-    taught = Taught.of(judge, shown | _others(config, judge, shown, bench))
+    shown: dict[str, Shown] = {case.name: (case.gallery, case.images) for case in cases}
+    others, beside = _others(config, judge, shown, bench)
+    taught = Taught.of(judge, {**shown, **others}, beside)
     of_base = judge.style([image for one in drawn.values() for row in one.rows for image in row])
     styles = Styles({**taught.features, BASE: of_base})
     trust = taught.trust(styles)
@@ -179,7 +197,7 @@ def _measured(
                 len(case.images), values, config.output / f"{case.name}.png",
             )
         )  # fmt: skip
-    meetings = () if config.alone else _meetings(cases, bench, taught, styles)
+    meetings = () if config.alone else _meetings(cases, together, taught, styles)
     return Evaluation(trust, tuple(alone), meetings, config.output / report.NAME), sheets
 
 
@@ -197,20 +215,20 @@ def _of_base(case: Case, bench: Bench) -> Drawn:
 
 
 def _others(
-    config: EvaluateConfig, judge: Judge, shown: Mapping[str, tuple[Gallery, Sequence[Image.Image]]], bench: Bench
-) -> dict[str, tuple[Gallery, Sequence[Image.Image]]]:
-    """Other styles that pictures may be taken for."""
-    folders = list(config.against)
-    usual = not folders and config.judge == "icons"
+    config: EvaluateConfig, judge: Judge, shown: Mapping[str, Shown], bench: Bench
+) -> tuple[dict[str, Shown], dict[str, Shown]]:
+    """Other styles that pictures may be taken for, and pictures that show nothing but subjects."""
+    usual = not config.against and config.judge == "icons"
     known = {_most(judge.names(images)) for _, images in shown.values()} if usual else set()
-    folders += [embedded(f"styles/{name}") for name in SAMPLE_STYLES] if usual else []
-    pipe, found = bench.adapters.pipe, dict[str, tuple[Gallery, Sequence[Image.Image]]]()
+    folders = [embedded(f"styles/{name}") for name in SAMPLE_STYLES] if usual else config.against
+    pipe, styles, subjects = bench.adapters.pipe, dict[str, Shown](), dict[str, Shown]()
     for folder in folders:
-        gallery = at_most(read_gallery(folder, _free(folder.name, {*shown, *found, BASE}), pipe), config.pictures)
+        gallery = read_gallery(folder, _free(folder.name, {*shown, *styles, *subjects, BASE}), pipe)
+        gallery = at_most(gallery, config.pictures)
         images = decoded(encoded(gallery, pipe, bench.tell).latents, pipe)
-        if not usual or _most(judge.names(images)) not in known:
-            found[gallery.name] = gallery, images
-    return found
+        same = usual and _most(judge.names(images)) in known
+        (subjects if same else styles)[gallery.name] = gallery, images
+    return styles, subjects
 
 
 def _most(names: Sequence[str] | None) -> str:
@@ -242,7 +260,7 @@ def _curves(
     """Estimates by measure and strength, and the pictures of the first seed by strength."""
     strengths, values = config.all_strengths(), Values()
     losses: dict[float, list[float]] = {}
-    for strength in (0.0, *strengths):
+    for strength in dict.fromkeys((0.0, *strengths)):
         check_stop(bench.stop, f"stopped at the losses of {case.name}")
         losses[strength] = bench.losses(case.examples, case.at(strength))
     others = [strength for strength in strengths if strength]
@@ -278,7 +296,7 @@ def _meetings(cases: Sequence[Case], bench: Bench, taught: Taught, styles: Style
         verdicts, alone = _verdicts(case, taught, styles), bench.losses(case.examples, case.at(1.0))
         both = [{**case.at(1.0), **one.at(1.0)} for one in others]
         harms: list[Estimate | None] = [None] * len(others)
-        if bench.sampling.compose == "add":
+        if bench.sampling.meets == "add":
             harms = [estimate([-fall for fall in _falls(bench.losses(case.examples, one), alone)]) for one in both]
         for other, harm, rows in zip(others, harms, bench.draw(case.prompts, both) if both else (), strict=True):
             found.append(_meeting(case.name, other.name, harm, rows, verdicts))
@@ -288,10 +306,9 @@ def _meetings(cases: Sequence[Case], bench: Bench, taught: Taught, styles: Style
 def _meeting(
     own: str, other: str, loss: Estimate | None, rows: Sequence[Sequence[Image.Image]], verdicts: Verdicts
 ) -> Meeting:
-    told = [verdicts.of(row) for row in rows]
-    bled = [replace(verdicts, name=other).of(row)["style"] for row in rows]
-    style, likeness = (estimate([one[name] for one in told]) for name in ("style", "likeness"))
-    return Meeting(own, other, loss, style, estimate(bled), likeness)
+    found = [verdicts.met(row, other) for row in rows]
+    style, of_other, likeness = (estimate(list(several)) for several in zip(*found, strict=True))
+    return Meeting(own, other, loss, style, of_other, likeness)
 
 
 def _sheet(case: Case, pictures: Mapping[float, Sequence[Image.Image]]) -> Image.Image:

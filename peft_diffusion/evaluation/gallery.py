@@ -1,6 +1,6 @@
 """Real pictures of what an adapter was taught, that it never saw: what it is judged by."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..data.captions import CaptionRules
 from ..data.folder import Missing, TrainingImage, scan
 from ..data.images import open_picture
 from ..data.latents import LatentCache, cache_latents
+from ..formats import Spec
 from ..training.tasks.diffusion import Examples
 from ..training.tasks.unseen import shared
 
@@ -91,7 +92,7 @@ def read_gallery(
     name: str,
     pipe: Pipeline,
     *,
-    triggers: Sequence[str] = (),
+    spec: Spec | None = None,
     without: Collection[str] = (),
     missing: Missing = "stop",
     tell: Observer = untold,
@@ -102,7 +103,7 @@ def read_gallery(
         folder: As `train` reads it.
         name: What it is called.
         pipe: The base, whose sizes the pictures are brought to.
-        triggers: The words that call the adapter; the first is put before captions that have none of them.
+        spec: What the adapter's file says of itself: captions become prompts as they did when it was trained.
         without: Digests of pictures that are left out, as an adapter was trained on them.
         missing: What becomes of pictures without a caption.
         tell: Is told what is left out.
@@ -123,10 +124,39 @@ def read_gallery(
         tell(Warned(f"{folder}: {seen} of {len(found.pictures)} pictures were trained on, and are left out"))
     denoiser = denoiser_of(pipe)
     fits = arrange(pictures, denoiser.resolution, denoiser.step)
-    plain, called = CaptionRules(), CaptionRules(trigger=triggers[0] if triggers else "")
-    captions = [plain.plain(one.caption) for one in pictures]
-    captions = [one if any(word in one for word in triggers) else called.plain(one) for one in captions]
-    return Gallery(name, pictures, fits, tuple(captions), shared(captions), tuple(triggers))
+    captions = [prompt_of(one.caption, spec or Spec()) for one in pictures]
+    return Gallery(name, pictures, fits, tuple(captions), shared(captions), () if spec is None else spec.triggers)
+
+
+def prompt_of(caption: str, spec: Spec) -> str:
+    """Make a prompt of a caption as it was made when an adapter was trained, with the words that call it.
+
+    Args:
+        caption: As written.
+        spec: What the adapter's file says of itself; of files of other programs the triggers alone are known.
+
+    Returns:
+        The caption with prefix, suffix, template and trigger of the training, each where the caption has not got it already.
+    """
+    told = spec.training
+
+    def text(name: str) -> str:
+        value = told.get(name, "")
+        return value if isinstance(value, str) else ""
+
+    plain = CaptionRules(separator=text("keep_separator"), wildcards=told.get("wildcards") is True).plain(caption)
+    before, after = (text(name).strip() for name in ("caption_prefix", "caption_suffix"))
+    templates = told.get("caption_template")
+    first = templates[0] if isinstance(templates, list) and templates and isinstance(templates[0], str) else ""
+    called = any(trigger in plain for trigger in spec.triggers)
+    trigger = "" if called else text("trigger") or next(iter(spec.triggers), "")
+    rules = CaptionRules(
+        trigger=trigger,
+        prefix="" if plain.startswith(before) else before,
+        suffix="" if plain.endswith(after) else after,
+        templates=() if called or not first else (first,),
+    )
+    return rules.plain(plain)
 
 
 def encoded(gallery: Gallery, pipe: Pipeline, tell: Observer = untold) -> Examples:

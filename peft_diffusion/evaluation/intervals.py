@@ -33,8 +33,9 @@ class Estimate:
         return self.mean + (self.half or 0.0)
 
     def plain(self) -> dict[str, float | int | None]:
-        """As JSON holds it."""
-        return {"mean": self.mean, "half": self.half, "count": self.count}
+        """As JSON holds it: None for what is no finite number, which JSON has no word for."""
+        mean, half = (one if one is None or math.isfinite(one) else None for one in (self.mean, self.half))
+        return {"mean": mean, "half": half, "count": self.count}
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from PIL import Image
@@ -17,6 +18,10 @@ from .subjects import KnownSubjects
 BASE = "the base"
 """The style of what the base draws without any adapter."""
 _MOSTLY = 0.8  # share of a folder's pictures that a judge names alike, from which on it knows the style
+
+
+Shown: TypeAlias = tuple[Gallery, Sequence[Image.Image]]
+"""Real pictures, and the same as the base's autoencoder gives them back."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +43,21 @@ class Taught:
     prompts: float | None
 
     @classmethod
-    def of(cls, judge: Judge, shown: Mapping[str, tuple[Gallery, Sequence[Image.Image]]]) -> "Taught":
+    def of(cls, judge: Judge, shown: Mapping[str, Shown], beside: Mapping[str, Shown]) -> "Taught":
         """Show a judge real pictures.
 
         Args:
             judge: Who judges.
-            shown: Galleries and their pictures as the base's autoencoder gives them back, by name.
+            shown: Those by whose styles and subjects it judges, by name.
+            beside: Those by whose subjects alone it judges.
 
         Returns:
             The judge.
         """
         subjects, names = KnownSubjects(), {}
         answers: list[bool] = []
+        for gallery, images in beside.values():
+            subjects.add(gallery.subjects, judge.subject(images))
         for name, (gallery, images) in shown.items():
             points = judge.subject(images)
             subjects.add(gallery.subjects, points)
@@ -132,6 +140,21 @@ class Verdicts:
             texts = judge.words(self.words)
             found["agreement"] = 0.0 if texts is None else float((points * texts).sum(1).mean())
         return found
+
+    def met(self, row: Sequence[Image.Image], other: str) -> tuple[float, float, float]:
+        """Judge the pictures of a seed, drawn with another adapter on.
+
+        Args:
+            row: The pictures.
+            other: The other's style.
+
+        Returns:
+            How many are told its own style, how many the other's, and the likeness to its own.
+        """
+        features = self.taught.judge.style(row)
+        told = self.styles.told(features)
+        likeness = float(self.styles.likeness(features, self.name, BASE).mean())
+        return share([one == self.name for one in told]), share([one == other for one in told]), likeness
 
     def leak(self, row: Sequence[Image.Image], of_base: Sequence[Image.Image]) -> dict[str, float]:
         """Judge pictures of prompts that do not call the adapter.

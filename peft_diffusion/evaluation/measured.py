@@ -17,31 +17,48 @@ class Measure:
         explained: What it means, in a sentence.
         form: How values are written.
         over: What the interval is over.
+        share: Whether it is a part of all, from 0 to 1, beyond which no interval goes.
     """
 
     title: str
     explained: str
     form: Literal["number", "percent"] = "percent"
     over: Literal["pictures", "seeds"] = "seeds"
+    share: bool = False
+
+    def ends(self, value: Estimate) -> tuple[float, float]:
+        """Give the interval of an estimate.
+
+        Args:
+            value: The estimate.
+
+        Returns:
+            Its lower and its upper end; those of a share from 0 to 1.
+        """
+        return (max(0.0, value.low), min(1.0, value.high)) if self.share else (value.low, value.high)
 
 
 MEASURES: Mapping[str, Measure] = {
     "loss": Measure("loss", "denoising loss on the unseen pictures, at fixed noise; lower is better", "number", "pictures"),
     "fall": Measure("falls by", "how much lower that loss is than the base's, picture by picture", over="pictures"),
-    "style": Measure("style", "pictures that are nearer to the unseen ones than to the base's or to another style"),
-    "named": Measure("named", "pictures that the embedded judge names as it names the unseen ones, among all that it knows"),
+    "style": Measure(
+        "style", "pictures that are nearer to the unseen ones than to the base's or to another style", share=True
+    ),
+    "named": Measure(
+        "named", "pictures that the embedded judge names as it names the unseen ones, among all that it knows", share=True
+    ),
     "likeness": Measure("likeness", "how far pictures went from the base's (0) to the unseen ones (100%) in what is seen"),
-    "subject": Measure("subject", "pictures whose subject is told right among all subjects that were given"),
-    "prompt": Measure("prompt", "pictures whose own prompt is the nearest of all prompts to what is seen"),
+    "subject": Measure("subject", "pictures whose subject is told right among all subjects that were given", share=True),
+    "prompt": Measure("prompt", "pictures whose own prompt is the nearest of all prompts to what is seen", share=True),
     "agreement": Measure("agreement", "cosine of picture and prompt, as CLIP scores are", "number"),
-    "leak": Measure("leak", "pictures of this style where no word calls the adapter"),
-    "moved": Measure("moved", "how far pixels left the base's where no word calls the adapter", "percent"),
+    "leak": Measure("leak", "pictures of this style where no word calls the adapter", share=True),
+    "moved": Measure("moved", "how far pixels left the base's where no word calls the adapter", share=True),
     "nearness": Measure(
         "nearness",
         "distance to the nearest training picture, in units of that of unseen real ones; near 0 is a copy",
         "number",
     ),
-    "copies": Measure("copies", "pictures that are nearer to a training picture than any unseen real one is"),
+    "copies": Measure("copies", "pictures that are nearer to a training picture than any unseen real one is", share=True),
 }
 
 Values = dict[str, dict[float, Estimate]]
@@ -222,5 +239,6 @@ def written(value: Estimate, measure: Measure) -> str:
         Such as ``83% ±5`` or ``0.142 ±0.010``.
     """
     if measure.form == "percent":
-        return f"{value.mean:.0%}" + ("" if value.half is None else f" ±{100 * value.half:.0f}")
+        half = value.half if value.half is None or not measure.share else min(1.0, value.half)
+        return f"{value.mean:.0%}" + ("" if half is None else f" ±{100 * half:.0f}")
     return f"{value.mean:.3g}" + ("" if value.half is None else f" ±{value.half:.2g}")

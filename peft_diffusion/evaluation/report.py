@@ -103,7 +103,7 @@ def drawn(one: Alone) -> list[Chart]:
         for look, name in zip(_LOOKS, names, strict=False):
             if name in one.values:
                 points = [(strength, value.mean) for strength, value in one.values[name].items()]
-                ends = [(value.low, value.high) for value in one.values[name].values()]
+                ends = [MEASURES[name].ends(value) for value in one.values[name].values()]
                 curves.append(charts.Curve(MEASURES[name].title, points, look, dots=look == "second", ends=ends))
                 told.append(MEASURES[name].explained)
         form = MEASURES[names[0]].form
@@ -144,15 +144,15 @@ def matrices(found: Evaluation) -> list[tuple[str, str, list[tuple[str, list[str
 
 
 def _cell(title: str, own: str, other: str, by_pair: Mapping[tuple[str, str], Meeting], alone: Sequence[Alone]) -> str:
-    percent = MEASURES["style"]
     if own == other:
         values = next(one.values for one in alone if one.name == own).get(title, {})
-        return written(values[1.0], percent) if 1.0 in values and title in ("style", "likeness") else "–"
+        return written(values[1.0], MEASURES[title]) if 1.0 in values and title in ("style", "likeness") else "–"
     one = by_pair[own, other]
     value = {"loss": one.loss, "style": one.style, "style of the other": one.style_of_other, "likeness": one.likeness}[title]
     if value is None:
         return "–"
-    return ("+" if title == "loss" and value.mean > 0 else "") + written(value, percent)
+    kind = MEASURES[{"loss": "fall", "style of the other": "style"}.get(title, title)]
+    return ("+" if title == "loss" and value.mean > 0 else "") + written(value, kind)
 
 
 def _plain(value: object) -> str:

@@ -15,6 +15,7 @@ from ..core.settings import (
     PARAMETERS,
     Flag,
     OnePath,
+    OptionalPath,
     Paths,
     Range,
     Texts,
@@ -73,7 +74,7 @@ class EvaluateConfig(NamesAdapters):
     strengths: str = setting(
         "0,0.25,0.5,0.75,1,1.25", "At which strengths, with commas between; 0 is always one.", PARAMETERS
     )
-    seeds: int = setting(3, "How many noises each prompt is drawn from: intervals are over these.", PARAMETERS, COUNT)
+    seeds: int = setting(4, "How many noises each prompt is drawn from: intervals are over these.", PARAMETERS, COUNT)
     seed: int = setting(0, "The first of the seeds.", PARAMETERS, SEEDS)
     prompts: int = setting(4, "How many captions of --data are drawn, spread over all.", PARAMETERS, COUNT)
     pictures: int = setting(64, "Real pictures of each folder that count, spread over all.", PARAMETERS, Range(2))
@@ -103,6 +104,9 @@ class EvaluateConfig(NamesAdapters):
         flag=Flag(aliases=("-o",)),
     )
     compose: Compose = setting("add", explanation(), PARAMETERS)
+    compose_file: OptionalPath = setting(
+        None, "What compose train wrote of these adapters: how much of each is in their meetings.", PARAMETERS
+    )
     steps: int | None = setting(
         None, "Denoising steps; by default 25, or what an adapter for few steps needs.", PARAMETERS, COUNT
     )
@@ -123,14 +127,14 @@ class EvaluateConfig(NamesAdapters):
 
     def __post_init__(self) -> None:
         settle(self)
-        self.sampling()
+        way = self.sampling().meets
         self.all_strengths()
         if not self.adapter:
             raise UserError("there is no adapter to evaluate; name its file")
         if self.judge == "icons" and self.judge_model is not None:
             raise UserError("--judge-model is for --judge clip and dino; the judge of icons comes with the package")
-        if self.compose != "add" and (self.alone or len(self.adapter) < 2):
-            raise UserError(f"--compose {self.compose} is for adapters that meet; give two or more, without --alone")
+        if way != "add" and (self.alone or len(self.adapter) < 2):
+            raise UserError(f"--compose {way} is for adapters that meet; give two or more, without --alone")
 
     def all_strengths(self) -> tuple[float, ...]:
         """The strengths, rising, 0 among them.
@@ -155,6 +159,7 @@ class EvaluateConfig(NamesAdapters):
         return Sampling(
             (),
             compose=self.compose,
+            compose_file=self.compose_file,
             steps=self.steps,
             guidance=self.guidance,
             scheduler=self.scheduler,

@@ -5,6 +5,7 @@ are, and for people by the names of these.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -173,7 +174,7 @@ def _read(path: Path, metadata: Mapping[str, str]) -> Composition:
         if values.pop("version") > VERSION:
             raise UserError(f"{path}: written by a newer peft_diffusion; update the package")
         adapters = tuple(_member(one) for one in values["adapters"])
-        blocks = tuple(str(block) for block in values["blocks"])
+        blocks = tuple(_printable(block) for block in values["blocks"])
         base, training = dict(values["base"]), dict(values["training"])
         if not adapters or not blocks or values["kind"] not in ("strengths", "gates"):
             raise ValueError(f"it has no adapters, no blocks, or is of an unknown kind {values['kind']!r}")
@@ -181,5 +182,15 @@ def _read(path: Path, metadata: Mapping[str, str]) -> Composition:
 
 
 def _member(values: Mapping[str, Any]) -> Member:
-    triggers = tuple(str(word) for word in values.get("triggers", ()))
-    return Member(str(values["file"]), str(values["sha256"]), int(values["size"]), triggers)
+    triggers = tuple(_printable(word) for word in values.get("triggers", ()))
+    file, digest = _printable(values["file"]), values["sha256"]
+    if Path(file).name != file or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"an adapter {file!r} is named by no file name and SHA-256")
+    return Member(file, digest, int(values["size"]), triggers)
+
+
+def _printable(text: object) -> str:
+    """A text that messages can show. Raises ValueError for what is none."""
+    if not isinstance(text, str) or not text or not text.isprintable():
+        raise ValueError(f"{text!r:.80} is no name")
+    return text

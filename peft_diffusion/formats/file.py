@@ -290,6 +290,7 @@ def load(
     build: bool = True,
     info: "Info | None" = None,
     pinned: bool = False,
+    aside: Callable[[Tensor], Tensor] | None = None,
 ) -> Loaded:
     """Read an adapter file for a base. Nothing is attached.
 
@@ -300,6 +301,8 @@ def load(
         build: Whether to build every adapter. If not, sites with nothing but a pair of low rank have that as it is stored.
         info: As of `Bound.warnings_for`.
         pinned: Whether to read into memory that stays in its place, from which a GPU copies faster.
+        aside: Puts a tensor aside, as `core.spill.Spill.put`; then one site at a time is read and in memory. Otherwise the
+            file is read at once.
 
     Returns:
         The adapters.
@@ -308,7 +311,8 @@ def load(
         UserError: The file is no adapter, is damaged, was changed since it was planned, or does not fit the base.
     """
     found = source if isinstance(source, Plan) else plan(source)
-    bound, tensors = bind(found, pipe), found.tensors(keep=not build, pinned=pinned)
+    bound = bind(found, pipe)
+    tensors = found.stored() if aside is not None else found.tensors(keep=not build, pinned=pinned)
     modules = {part: targets.modules(bound.parts[part]) for part in dict.fromkeys(part for part, _ in bound.sites)}
     if not all(path in modules[part] for part, path in bound.sites):  # it was taken out since an earlier file was bound
         _tables.forget()
@@ -323,6 +327,7 @@ def load(
             continue
         adapter = bound.build(component, path, tensors)
         if adapter is not None:
+            _put_aside(adapter, aside)
             built.setdefault(component, {})[path] = adapter
             for word in adapter.learned_words() if families.components()[component].embeddings else ():
                 learned.setdefault(word, set()).add(component)
@@ -336,6 +341,11 @@ def load(
     )
     warnings = (*bound.warnings_for(info), *_unread_words(found, learned, bound.parts))
     return Loaded(built, found.spec or Spec(), report, warnings, found, stored, bound.left)
+
+
+def _put_aside(adapter: Adapter, aside: Callable[[Tensor], Tensor] | None) -> None:
+    for tensor in (*adapter.parameters(), *adapter.buffers()):
+        tensor.data = tensor.data if aside is None else aside(tensor.data)
 
 
 def bind(found: Plan, pipe: AnyBase) -> "Bound":

@@ -29,6 +29,15 @@ class Spec:
     title: str = ""
     description: str = ""
 
+    @property
+    def trigger(self) -> str:
+        """What calls the adapter, as captions have it, with ``{}`` for the caption.
+
+        It is the trigger of its training where that is known, else the first of its words; "" where it names none.
+        """
+        trained = self.training.get("trigger")
+        return trained if isinstance(trained, str) and trained else next(iter(self.triggers), "")
+
     def to_json(self) -> str:
         """As the metadata entry holds it."""
         return json.dumps({"version": VERSION, **asdict(self)}, sort_keys=True, ensure_ascii=False)

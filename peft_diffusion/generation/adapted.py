@@ -125,10 +125,19 @@ def _tell_triggers(adapters: Adapters, name: str, prompts: Sequence[str], tell: 
     loaded = adapters[name]
     triggers = loaded.spec.triggers
     for prompt in dict.fromkeys(prompts):
-        if triggers and not any(_contains(prompt, trigger) for trigger in triggers):
+        if triggers and not any(contains(prompt, trigger) for trigger in triggers):
             words = " or ".join(f'"{trigger}"' for trigger in triggers)
             tell(Noted(f'{loaded.path} is called by {words}, which the prompt "{prompt}" does not contain'))
 
 
-def _contains(prompt: str, trigger: str) -> bool:
+def contains(prompt: str, trigger: str) -> bool:
+    """Tell whether a prompt calls an adapter.
+
+    Args:
+        prompt: The prompt.
+        trigger: Words that call it.
+
+    Returns:
+        Whether they stand in the prompt as words, in letters of any case.
+    """
     return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", prompt, re.IGNORECASE) is not None

@@ -709,28 +709,61 @@ class Adapters:
             pairs = list(combinations(wanted, 2)) if rows else []
             return calibrated(self, wanted, cells, Usual() if sampling is None else sampling, rows=pairs)
 
-    def report(self, prompts: Sequence[str] = (), *, sampling: "Sampling | None" = None) -> "BlendReport":
-        """Tell what the adapters change at each layer, and how each two of them meet there.
+    def report(
+        self,
+        prompts: "Sequence[str] | Mapping[str, Sequence[str]]" = (),
+        *,
+        names: Sequence[str] | None = None,
+        seed: int = 0,
+        sampling: "Sampling | None" = None,
+        stop: Stop = Never(),  # noqa: B008 -- has no state
+    ) -> "BlendReport":
+        """Tell what adapters change at each layer, how each two of them meet, and at which strengths they go together.
 
-        Without prompts it takes the weights alone, and works on a language model too.
+        Without prompts it takes the weights alone, and works on a language model too. With prompts the base draws them, in a
+        few steps, once for what each adapter adds to the outputs of layers, once to compare predictions, and twice for each
+        adapter to find strengths.
 
         Args:
-            prompts: What is drawn to measure what each changes of predictions, as `calibrate` does.
-            sampling: As for `calibrate`.
+            prompts: What is drawn, the first four of each. By the name of an adapter, prompts that call it; in a sequence,
+                those of all, with the trigger of each that its file names.
+            names: Which adapters; by default all.
+            seed: That of the noise.
+            sampling: How pictures are drawn, as with which guidance; by default as ``generate`` does.
+            stop: Where it is set, nothing is drawn after the present picture.
 
         Returns:
-            Sizes against the weights, overlaps, conflicts, and suggested strengths.
+            Sizes against the weights and outputs, overlaps, conflicts, and suggested strengths.
 
         Raises:
-            UserError: There is no adapter, or adapters are merged; with prompts, as `calibrate`.
+            UserError: There is no adapter or none of that name, one has no prompts where others have, adapters are merged,
+                or with prompts the base is a language model.
+            Interrupted: It was stopped.
         """
         from .overlap import measured
 
-        if not self.names:
+        chosen = self.names if names is None else tuple(names)
+        if not chosen:
             raise UserError("no adapter is loaded")
         self._registry.refuse_merged("report on them")
-        effects = self.calibrate(prompts, sampling=sampling).effects if prompts else {}
-        return measured(components(self.pipe), self.names, effects)
+        for name in chosen:
+            _ = self[name]
+        if not prompts:
+            return measured(components(self.pipe), chosen)
+        self._denoising()
+        from .meeting import met, own_prompts  # these import diffusers
+        from .settings import Sampling as Usual
+
+        own = own_prompts(self, chosen, prompts)
+        with self._kept_strengths():
+            found = met(self, own, seed, Usual() if sampling is None else sampling, stop)
+        return measured(components(self.pipe), chosen, found)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether `fast` is on."""
+        found = network_of(self.pipe)
+        return found is not None and drawing.engine_of(found[1]) is not None
 
     def compose(
         self,

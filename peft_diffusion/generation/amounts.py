@@ -20,6 +20,7 @@ def parse(text: str, of: str) -> tuple[float, ByPart | None]:
             commas between. ``te`` is every text encoder, ``te1`` and ``te2`` are each; blocks are named as in `ByPart`, by
             presets, and by what they are known for in a family of bases. Steps are places from 0 to 1, with straight lines
             between them.
+        of: Whose strength it is, for errors.
 
     Returns:
         The number, by default 1, and what differs between parts, of strength 1; None where nothing does.

@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..bases import denoiser_of
+from ..bases.prompt_syntax import broken
 from ..bases.regional_attention import Maps
 from ..bases.taught import units
 from ..core.errors import UserError
 from ..core.events import Noted, Observer, Stop, check_stop
 from ..core.strength_schedule import ByPart
+from .adapted import contains
 from .regions import Area, Division, DrawnRegion
 from .sampler import Cell, probed, size
 from .settings import GenerateConfig
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 _UNTIL = 0.5  # the share of the noise levels, from the noisiest, that the first pass goes through
 _SIDES = (8, 32)  # the shorter side of the maps that are looked at: coarser ones blur, finer ones follow texture
 _SMOOTH = 1 / 16  # of the shorter side: the standard deviation of what maps are smoothed with
+_ALIKE = 0.95  # the correlation of two maps from which on what they differ in is chance
 _ROOMY = 0.6  # the side of the square that a region has room for, as a share of that which its part of the picture has
 
 
@@ -81,13 +84,28 @@ def located(
         for number, (cell, own) in enumerate(zip(batch, concepts, strict=True)):
             masks = _masks(adapters, maps.found[number], width, height)
             areas = [Area(None, Image.fromarray(one.numpy().astype(np.uint8) * 255)) for one in masks]
-            if not all(map(_is_roomy, masks, [len(own)] * len(own))):
+            if not all(_is_roomy(one, len(own)) for one in masks):
                 own = sorted(own, key=lambda one: one.tokens[0])
                 areas = side_by_side(len(own), upright=height > width)
                 where = "one below the other" if height > width else "side by side"
                 tell(Noted(f"seed {cell.seed} reads its triggers in one place, so {len(own)} regions lie {where}, in order"))
-            found.append(replace(cell, division=_division(own, areas, config)))
+            prompts = [_prompt_of(adapters, cell.prompt, one, own, config) for one in own]
+            found.append(replace(cell, division=_division(own, areas, prompts, config)))
     return found
+
+
+def _prompt_of(
+    adapters: "Adapters", prompt: str, one: Concept, concepts: Sequence[Concept], config: GenerateConfig
+) -> str | None:
+    """What stands between ``BREAK`` and calls no other concept than one; None for a prompt without."""
+    parts = broken(prompt, config.prompt_weights)
+    if len(parts) < 2:
+        return None
+
+    def calls(part: str, concept: Concept) -> bool:
+        return any(contains(part, trigger) for trigger in adapters[concept.name].spec.triggers)
+
+    return ", ".join(part for part in parts if calls(part, one) or not any(calls(part, other) for other in concepts))
 
 
 def concepts_of(adapters: "Adapters", cell: Cell, telling: Telling) -> list[Concept]:
@@ -125,7 +143,7 @@ def concepts_of(adapters: "Adapters", cell: Cell, telling: Telling) -> list[Conc
 
 
 def _masks(adapters: "Adapters", maps: dict[int, Tensor], width: int, height: int) -> Tensor:
-    """Where each concept is read more than the others, (concepts, height, width) of 0 and 1."""
+    """Where each concept is read more than the others, (concepts, height, width) of 0 and 1; 0 where all are read alike."""
     factor = denoiser_of(adapters.pipe).factor
     grid, grids = (height // factor, width // factor), dict[int, tuple[int, int]]()
     while grid not in grids.values():
@@ -138,6 +156,8 @@ def _masks(adapters: "Adapters", maps: dict[int, Tensor], width: int, height: in
         one = seen[grid].float().cpu()
         one = (one - one.mean(1, keepdim=True)) / one.std(1, keepdim=True).clamp(min=1e-12)
         total += F.interpolate(one.unflatten(1, grid)[None], (height, width), mode="bilinear")[0]
+    if torch.corrcoef(total.flatten(1)).fill_diagonal_(-1).max() > _ALIKE:
+        return torch.zeros_like(total)
     smooth = _smoothed(total, _SMOOTH * min(width, height))
     return F.one_hot(smooth.argmax(0), len(smooth)).permute(2, 0, 1)
 
@@ -174,10 +194,12 @@ def side_by_side(count: int, *, upright: bool) -> list[Area]:
     return [Area((0.0, low, 1.0, high) if upright else (low, 0.0, high, 1.0)) for low, high in pairs]
 
 
-def _division(concepts: Sequence[Concept], areas: Sequence[Area], config: GenerateConfig) -> Division:
+def _division(
+    concepts: Sequence[Concept], areas: Sequence[Area], prompts: Sequence[str | None], config: GenerateConfig
+) -> Division:
     """A region for each concept, in which the adapters of the others are off."""
     parts = []
     for number, one in enumerate(concepts):
         off: dict[str, float | ByPart] = {other.name: 0.0 for other in concepts if other is not one}
-        parts.append(DrawnRegion(areas[number], None, off))
+        parts.append(DrawnRegion(areas[number], prompts[number], off))
     return Division(tuple(parts), config.region_feather, config.region_isolation)

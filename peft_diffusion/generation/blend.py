@@ -22,8 +22,9 @@ from .calibration import Calibration, calibrated
 from .distilled import for_few_steps
 from .events import SheetMade
 from .generate import cell_recipes
+from .meeting import met, own_prompts
 from .memory import loaded, spare
-from .overlap import measured
+from .overlap import BlendReport, measured
 from .overlap_files import write
 from .recipe import Recipe
 from .sampler import Cell, paint
@@ -86,11 +87,32 @@ def blend(
             blended = dict(zip(names, choices, strict=False))
             drawn = draw(adapters, blended, config, beside, tell=tell, stop=stop or Never())
             if config.report is not None:
-                write(config.report, measured(components(adapters.pipe), list(blended), drawn.effects))
+                write(config.report, _report(adapters, blended, config, beside[0], drawn.effects, tell, stop or Never()))
         recipes.write_sheet(config.output, drawn.sheet, drawn.recipes, config.quality)
         tell(SheetMade(config.output))
         tell(Ended("finished"))
     return drawn
+
+
+def _report(
+    adapters: Adapters,
+    choices: Mapping[str, Choice],
+    config: BlendConfig,
+    beside: Mapping[str, float | ByPart],
+    effects: Mapping[str, float],
+    tell: Observer,
+    stop: Stop,
+) -> BlendReport:
+    """How the adapters of a sheet meet, on its prompts with each one's trigger; tells which strengths go together."""
+    amounts = {name: choice.amount for name, choice in choices.items()}
+    own = own_prompts(adapters, list(choices), config.prompts)
+    seen = met(adapters, own, config.seed, config, stop, amounts=amounts, beside=beside, effects=effects or None)
+    found = seen.suggestion
+    if found.excess_whole:
+        told = " ".join(f"--adapter {one.path}={one.strength * found.strengths[name]:.2f}" for name, one in choices.items())
+        less = 1 - found.excess / found.excess_whole
+        tell(Noted(f"together they cost each other {less:.0%} less, by what they predict, at {told}"))
+    return measured(components(adapters.pipe), list(choices), seen)
 
 
 def draw(

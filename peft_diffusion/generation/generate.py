@@ -430,20 +430,17 @@ def cell_recipes(
     of_regions = {"divided": (), "region_feather": None, "region_isolation": None}
     of_a_picture = {"adapters": (), "plugins": (), "image": None, "mask": None, "strength": None, "written": None, **begun}
     common = pick(Recipe, sampling, found, of_regions, of_a_picture)
-    return [
-        replace(
-            common,
-            prompt=cell.prompt,
-            negative=cell.against(sampling),
-            seed=cell.seed,
-            adapters=_used(adapters, cell.strengths or {}),
-            divided=_divided(cell),
-            region_feather=None if cell.division is None else cell.division.feather,
-            region_isolation=None if cell.division is None else cell.division.isolation,
-            plugins=_plugins(adapters, cell.strengths or {}),
-        )
-        for cell in cells
-    ]
+    return [replace(common, **_own(adapters, cell, sampling)) for cell in cells]
+
+
+def _own(adapters: Adapters, cell: Cell, sampling: Sampling) -> dict[str, Any]:
+    """What a recipe has that other pictures of a call do not share."""
+    found: dict[str, Any] = {"prompt": cell.prompt, "negative": cell.against(sampling), "seed": cell.seed}
+    strengths, division = cell.strengths or {}, cell.division
+    found |= {"adapters": _used(adapters, strengths), "plugins": _plugins(adapters, strengths)}
+    if division is not None:
+        found |= {"divided": _divided(cell), "region_feather": division.feather, "region_isolation": division.isolation}
+    return found
 
 
 def _options(scheduler: Any) -> dict[str, Any]:

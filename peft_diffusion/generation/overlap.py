@@ -15,7 +15,8 @@ from ..core.adapter import LowRank
 from ..core.errors import FoldError, UserError
 from ..core.registry import Registry
 from ..core.weight_change import Change, change_of
-from .calibration import Calibration
+from .calibration import Calibration, Suggestion
+from .on_activations import Acting, Conflict
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,25 @@ class BlendReport:
         sizes: Each adapter at each layer whose weight it changes.
         meetings: Each pair at each layer that both change.
         effects: What each changes of the network's predictions: see `Calibration.effects`; empty without prompts.
-        suggested: Strengths at which all change as much, together 1: of predictions, and without prompts of the weights.
+        even: Shares of strength at which all change as much, together 1: of predictions, and without prompts of the weights.
+        suggested: Shares of strength at which adapters together predict nearest to what each does alone of its own prompts:
+            see `calibration.suggested`; the same as ``even`` without prompts.
+        excess: The loss that they cost each other at ``suggested``; None without prompts.
+        excess_whole: The same at whole strengths.
+        acting: What each adds to the outputs of layers; empty without prompts.
+        conflicts: How what each pair adds lies to each other; empty without prompts.
         others: Adapters with layers where they change no weight, as a bottleneck or learned words, by how many there are.
     """
 
     sizes: tuple[Size, ...]
     meetings: tuple[Meeting, ...]
     effects: Mapping[str, float]
+    even: Mapping[str, float]
     suggested: Mapping[str, float]
+    excess: float | None
+    excess_whole: float | None
+    acting: tuple[Acting, ...]
+    conflicts: tuple[Conflict, ...]
     others: Mapping[str, int]
 
     def as_json(self) -> dict[str, Any]:
@@ -93,17 +105,29 @@ class BlendReport:
         Returns:
             One for each adapter and block, and one for each pair and block.
         """
-        found: dict[tuple[str, str, str], list[Size]] = {}
+        own: dict[tuple[str, str, str], tuple[list[Size], list[Acting]]] = {}
         for size in self.sizes:
-            found.setdefault((size.adapter, size.component, size.block), []).append(size)
-        met: dict[tuple[str, str, str], list[Meeting]] = {}
-        for one in self.meetings:
-            met.setdefault((f"{one.first} x {one.second}", one.component, one.block), []).append(one)
-        rows = [Block(*key, math.hypot(*(one.change for one in own)), _mean([one.relative for one in own]), None, None, None)
-                for key, own in found.items()]  # fmt: skip
-        for key, both in met.items():
-            cosine, reads, writes = (_mean([getattr(one, name) for one in both]) for name in ("cosine", "reads", "writes"))
-            rows.append(Block(*key, None, None, cosine, reads, writes))
+            own.setdefault((size.adapter, size.component, size.block), ([], []))[0].append(size)
+        for one in self.acting:
+            own.setdefault((one.adapter, one.component, one.block), ([], []))[1].append(one)
+        both: dict[tuple[str, str, str], tuple[list[Meeting], list[Conflict]]] = {}
+        for met in self.meetings:
+            both.setdefault((f"{met.first} x {met.second}", met.component, met.block), ([], []))[0].append(met)
+        for clash in self.conflicts:
+            both.setdefault((f"{clash.first} x {clash.second}", clash.component, clash.block), ([], []))[1].append(clash)
+        rows = [
+            Block(
+                *key,
+                change=math.hypot(*(size.change for size in sizes)) if sizes else None,
+                relative=_mean([size.relative for size in sizes]),
+                acting=_mean([one.relative for one in acts]),
+            )
+            for key, (sizes, acts) in own.items()
+        ]
+        for key, (meetings, clashes) in both.items():
+            cosine, reads, writes = (_mean([getattr(one, n) for one in meetings]) for n in ("cosine", "reads", "writes"))
+            conflict = _mean([clash.cosine for clash in clashes])
+            rows.append(Block(*key, cosine=cosine, reads=reads, writes=writes, conflict=conflict))
         return rows
 
 
@@ -117,28 +141,49 @@ class Block:
         block: The block.
         change: Of an adapter, the norm of all of its changes there.
         relative: Of an adapter, the mean of its changes against the weights.
+        acting: Of an adapter, the mean of what it adds against the outputs of layers.
         cosine: Of a pair, the mean over layers.
         reads: The same.
         writes: The same.
+        conflict: The same, of what both add to outputs.
     """
 
     of: str
     component: str
     block: str
-    change: float | None
-    relative: float | None
-    cosine: float | None
-    reads: float | None
-    writes: float | None
+    change: float | None = None
+    relative: float | None = None
+    acting: float | None = None
+    cosine: float | None = None
+    reads: float | None = None
+    writes: float | None = None
+    conflict: float | None = None
 
 
-def measured(parts: Mapping[str, nn.Module], names: Sequence[str], effects: Mapping[str, float]) -> BlendReport:
+@dataclass(frozen=True)
+class Drawn:
+    """What drawing tells of adapters.
+
+    Attributes:
+        effects: What each changes of predictions.
+        suggestion: Strengths at which they go together.
+        acting: What each adds to the outputs of layers.
+        conflicts: How what each pair adds lies to each other.
+    """
+
+    effects: Mapping[str, float]
+    suggestion: Suggestion
+    acting: tuple[Acting, ...]
+    conflicts: tuple[Conflict, ...]
+
+
+def measured(parts: Mapping[str, nn.Module], names: Sequence[str], drawn: Drawn | None = None) -> BlendReport:
     """Measure the changes of adapters.
 
     Args:
         parts: The components of the base, by name.
         names: The adapters.
-        effects: What each changes of predictions; empty where that is not known.
+        drawn: What drawing tells of them; None where nothing was drawn.
 
     Returns:
         The report.
@@ -168,9 +213,20 @@ def measured(parts: Mapping[str, nn.Module], names: Sequence[str], effects: Mapp
             for one, other in combinations(changes, 2):
                 found = _meeting(changes[one], changes[other], norms[one] * norms[other])
                 meetings.append(Meeting(one, other, component, block, path, *found))
-    known = effects or {name: math.hypot(*(one.change for one in sizes if one.adapter == name)) for name in names}
-    suggested = Calibration(known).evenly(dict.fromkeys(known, 1 / max(1, len(known))))
-    return BlendReport(tuple(sizes), tuple(meetings), dict(effects), suggested, others)
+    known = drawn.effects if drawn else {n: math.hypot(*(one.change for one in sizes if one.adapter == n)) for n in names}
+    even = Calibration(known).evenly(dict.fromkeys(known, 1 / max(1, len(known))))
+    return BlendReport(
+        tuple(sizes),
+        tuple(meetings),
+        effects=dict(drawn.effects) if drawn else {},
+        even=even,
+        suggested=dict(drawn.suggestion.strengths) if drawn else even,
+        excess=drawn.suggestion.excess if drawn else None,
+        excess_whole=drawn.suggestion.excess_whole if drawn else None,
+        acting=drawn.acting if drawn else (),
+        conflicts=drawn.conflicts if drawn else (),
+        others=others,
+    )
 
 
 def _change(adapter: Any, module: nn.Module, where: str) -> Change | None:

@@ -8,9 +8,10 @@ from typing import TypeVar
 
 from ..core.errors import UserError
 from ..core.files import write_bytes
+from .on_activations import Acting, Conflict
 from .overlap import BlendReport, Meeting, Size
 
-T = TypeVar("T", Size, Meeting)
+T = TypeVar("T", Size, Meeting, Acting, Conflict)
 _Row = tuple[str, Sequence[float | None]]
 
 
@@ -35,14 +36,17 @@ def _drawn(report: BlendReport, kind: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    layers = list(dict.fromkeys((one.component, one.block, one.site) for one in report.sizes))
+    every: tuple[Size | Acting, ...] = (*report.sizes, *report.acting)
+    layers = list(dict.fromkeys((one.component, one.block, one.site) for one in every))
     if not layers:
         raise UserError("--report: the adapters change no weights, so there is nothing to draw; write .json")
     maps = {
         "change against the weight": _rows(report.sizes, layers, lambda one: one.adapter, lambda one: one.relative),
+        "what is added against the output": _rows(report.acting, layers, lambda one: one.adapter, lambda one: one.relative),
         "cosine of both changes": _rows(report.meetings, layers, _both, lambda one: one.cosine),
         "overlap of what both read": _rows(report.meetings, layers, _both, lambda one: one.reads),
         "overlap of what both write": _rows(report.meetings, layers, _both, lambda one: one.writes),
+        "cosine of what both add to the output": _rows(report.conflicts, layers, _both, lambda one: one.cosine),
     }
     maps = {title: rows for title, rows in maps.items() if rows}
     figure = Figure(figsize=(max(8.0, min(40.0, len(layers) / 8)), 2 + 1.6 * len(maps)), layout="constrained")
@@ -65,7 +69,7 @@ def _drawn(report: BlendReport, kind: str) -> bytes:
     return drawn.getvalue()
 
 
-def _both(one: Meeting) -> str:
+def _both(one: Meeting | Conflict) -> str:
     return f"{one.first} x {one.second}"
 
 

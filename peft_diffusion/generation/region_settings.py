@@ -89,6 +89,19 @@ class Region:
                 raise UserError(f"there is no picture {path} of a region")
 
 
+def check_compose(compose: str) -> None:
+    """See that adapters meet so that regions can say where.
+
+    Args:
+        compose: How they meet.
+
+    Raises:
+        UserError: They meet otherwise than by adding.
+    """
+    if compose != "add":
+        raise UserError(f"regions say where adapters meet, so --compose {compose} has no place; leave one away")
+
+
 if TYPE_CHECKING:
     _Given = Region | str | Mapping[str, Any]
     Regions: TypeAlias = _Taken[tuple[Region, ...], _Given | Sequence[_Given]]

@@ -29,6 +29,7 @@ from .composition import Rows, composed, rows_of
 from .compositions.declared import Drawing
 from .control import Controls, controlled
 from .hires import LANCZOS, Hires
+from .region_settings import check_compose
 from .regions import Division, Regional, columns
 from .settings import Sampling
 from .source import Source
@@ -191,6 +192,8 @@ def _drawn(
     sides = size(adapters.base, sampling, source)
     if hires is not None:
         check_hires(pipe, hires)
+    if any(cell.division is not None for cell in cells):
+        check_compose(sampling.meets)
     cells = _in_words(cells, sampling, tell)
     first = sampling.taken_steps if source is None else source.steps(sampling.taken_steps)
     each = first + (0 if hires is None else hires.steps)

@@ -47,7 +47,7 @@ from .control_settings import parse as parse_control
 from .hires import UPSCALERS, Hires, upscaler
 from .picture_formats import PictureFormat, ending, format_of
 from .recipe import check_folder, check_target, read
-from .region_settings import FEATHER, ISOLATION, Regions
+from .region_settings import FEATHER, ISOLATION, Regions, check_compose
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["nf4", "int8"]
@@ -644,8 +644,8 @@ class GenerateConfig(Sampling):
                 _check_prompts(self.prompts)
             check_text(self.negative)
             self._check_source()
-        if (self.region or self.regions == "auto") and self.meets != "add":
-            raise UserError(f"regions say where adapters meet, so --compose {self.meets} has no place; leave one away")
+        if self.region or self.regions == "auto":
+            check_compose(self.meets)
         if self.region and self.regions == "auto":
             raise UserError("--regions auto finds the regions by itself; leave each --region away, or auto")
 

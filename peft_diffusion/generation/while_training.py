@@ -12,7 +12,6 @@ from ..bases.pipelines import Pipeline, drawing
 from ..core.errors import UserError
 from ..core.events import Noted, Observer
 from ..core.others import Other
-from ..formats import Spec
 from . import amounts
 from . import sheet as sheets
 from .adapted import warner
@@ -35,7 +34,7 @@ def others(files: Sequence[str]) -> tuple[Choice, ...]:
         UserError: As `parse_choices`, and for a strength over denoising steps, of which training has none.
     """
     choices = parse_choices(separated(files))
-    stepping = next((choice for choice in choices if choice.parts is not None and choice.parts.steps is not None), None)
+    stepping = next((choice for choice in choices if choice.parts is not None and choice.parts.over_steps), None)
     if stepping is not None:
         raise UserError(f"--beside {stepping.text}: training has no denoising steps that a strength could follow")
     return choices
@@ -69,19 +68,13 @@ def beside(base: Base, files: Sequence[str], tell: Observer) -> Iterator[list[Ot
             names.append(name)
             parts = {"parts": amounts.text_of(choice.parts)} if choice.parts else {}
             known = {"file": choice.path.name, "sha256": adapters[name].sha256, "strength": choice.strength, **parts}
-            told.append(Other(name, known, _trigger(adapters[name].spec)))
+            told.append(Other(name, known, adapters[name].spec.trigger))
         named = " and ".join(f"{choice.name} at {choice.strength:g}" for choice in choices)
         tell(Noted(f"learns beside {named}; losses, measurements and previews have that too, and the new file has not"))
         yield told
     finally:
         for name in names:
             adapters.remove(name)
-
-
-def _trigger(spec: Spec) -> str:
-    """What calls an adapter: the trigger of its training where it is known, else the first of its words."""
-    trained = spec.training.get("trigger")
-    return trained if isinstance(trained, str) and trained else next(iter(spec.triggers), "")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ..core.adapter import Adapter
 from ..core.errors import UserError, did_you_mean
 from ..core.events import Observer, Warned
 from ..core.files import at_home
+from ..core.spill import Spill
 from ..formats.container import torch_dtype
 from ..formats.file import DTYPES, load, write
 from ..formats.fitting import fitting
@@ -83,7 +84,8 @@ def _copied(config: ConvertConfig, found: Plan, watch: Watch) -> Converted:
     whole = any(one.place.whole is not None for _, _, site in found.each() for one in site.sources)
     base: AnyBase = load_base(str(config.base), dtype="float32") if whole and weighed else fitting(found, config.base)
     info = describe(base)
-    loaded = load(found, base)
+    spill = Spill(at_home(config.output))
+    loaded = load(found, base, aside=spill.put)
     _refuse_part(config, found, loaded.left)
     for warning in loaded.warnings:
         watch.tell(Warned(warning))
@@ -100,6 +102,7 @@ def _copied(config: ConvertConfig, found: Plan, watch: Watch) -> Converted:
         dtype=None if config.dtype is None else DTYPES[config.dtype],
         like=_dtypes(found),
         kept=lasting(found.header.metadata),
+        let_go=spill.release,
     )
     sites = _counted(adapters)
     return Converted(watch.made(file, sum(sites.values())), info.name, sites, loaded.warnings)

@@ -16,6 +16,8 @@ from .activations import draw, input_rows, usual_prompts
 from .sources import Source, Where
 from .watch import Watch
 
+_CHECKED = 128  # inputs of a call, evenly spaced, by which an error is told
+
 
 @dataclass
 class Gram:
@@ -49,11 +51,16 @@ class Seen:
 
     Attributes:
         fit: On the pictures that something is fitted on.
-        check: On a picture that was kept apart.
+        check: On a picture that was kept apart, some inputs of each call of the layer, (rows, inputs) each: enough to tell
+            an error, where a Gram matrix takes as much memory as that of all other pictures.
     """
 
     fit: Gram
-    check: Gram
+    check: list[Tensor]
+
+    def checked(self) -> Tensor:
+        """The inputs of the picture that was kept apart, (rows, inputs)."""
+        return torch.cat(self.check) if self.check else torch.zeros(1, len(self.fit.sums))
 
 
 class _Collector:
@@ -85,9 +92,12 @@ class _Collector:
         rows = input_rows(layer, x)
         if where not in self.found:
             side = rows.shape[1]
-            self.found[where] = Seen(*(Gram(torch.zeros(side, side)) for _ in range(2)))
+            self.found[where] = Seen(Gram(torch.zeros(side, side)), [])
         seen = self.found[where]
-        (seen.check if self.apart else seen.fit).add(rows)
+        if self.apart:
+            seen.check.append(rows[:: -(-len(rows) // _CHECKED)].cpu())
+        else:
+            seen.fit.add(rows)
         self._last = (x, seen) if isinstance(layer, nn.Linear) else None
 
 
@@ -112,7 +122,7 @@ def collected(
     """
     pipe: Any = load_base(base, dtype="float32")
     if isinstance(pipe, LanguageModel):
-        raise UserError("regmean sees what goes into layers while pictures are drawn, and this base writes text")
+        raise UserError("outputs are matched by what goes into layers while pictures are drawn, and this base writes text")
     parts, adapters = components(pipe), Adapters(pipe)
     modules = {where: parts[where[0]].get_submodule(where[1]) for where in sites if where[0] in parts}
     layers = {where: module for where, module in modules.items() if serves(module)}

@@ -18,11 +18,11 @@ from ..methods.shared.learned_vectors import LearnedVectors
 from .combination import Combination, core_space, knots, linear
 from .grams import Seen, collected
 from .into import merge_into
-from .output_matching import damped, matched, missed
+from .output_matching import columns_matched, damped, matched, missed
 from .results import Adapters, LayerError, Made, OutputError, joined_spec, kept_metadata
 from .side_by_side import side_by_side
 from .sources import Source, Where, file_dtype, open_sources
-from .tool_settings import ALIGNED, MergeConfig
+from .tool_settings import ALIGNED, MATCHING, MergeConfig
 from .watch import Watch, watched
 
 
@@ -68,10 +68,15 @@ class _Matching:
     seen: Sequence[Mapping[Where, Seen]]
     off_diagonal: float
 
-    def grams(self, where: Where, inputs: int, *, check: bool) -> list[Tensor]:
-        """Those of each file at a site; ones at a layer that never ran, where all inputs are alike."""
-        found = [(one.check if check else one.fit).mean() for seen in self.seen if (one := seen.get(where)) is not None]
+    def grams(self, where: Where, inputs: int) -> list[Tensor]:
+        """Those of each file at a site; at a layer that never ran, of inputs that are all alike."""
+        found = [one.fit.mean() for seen in self.seen if (one := seen.get(where)) is not None]
         return found if len(found) == len(self.seen) else [torch.eye(inputs, dtype=torch.float64)] * len(self.seen)
+
+    def checked(self, where: Where, inputs: int) -> list[Tensor]:
+        """Inputs of each file's own picture that was kept apart, (rows, inputs)."""
+        found = [one.checked() for seen in self.seen if (one := seen.get(where)) is not None]
+        return found if len(found) == len(self.seen) else [torch.eye(inputs)] * len(self.seen)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def _merge(config: MergeConfig, watch: Watch) -> Made:
     outputs = list[OutputError]()
     held = holders(sources)
     rule = Combination(config.within if config.how in ALIGNED else config.how, config.density, config.seed)  # type: ignore[arg-type]
-    matching = _matching(config, sources, list(held), watch) if config.how == "regmean" else None
+    matching = _matching(config, sources, list(held), watch) if config.how in MATCHING else None
     way = _Way(config.how, rule, None if config.rank is None else Truncation(rank=config.rank), matching)
 
     def opened() -> Iterator[_Site]:
@@ -129,7 +134,9 @@ def _merge(config: MergeConfig, watch: Watch) -> Made:
 def _matching(config: MergeConfig, sources: Sequence[Source], sites: Sequence[Where], watch: Watch) -> _Matching:
     """Draw with each adapter."""
     if config.base is None or config.base in PUBLISHED:
-        raise UserError(f"--how regmean draws pictures, and {config.base} has no weights; name a base that has them: --base")
+        raise UserError(
+            f"--how {config.how} draws pictures, and {config.base} has no weights; name a base that has them: --base"
+        )
     seen = collected(sources, sites, config.base, config.prompts_by_name(), watch)
     return _Matching([one.name for one in sources], seen, config.off_diagonal)
 
@@ -228,12 +235,13 @@ def _nearest(site: _Site, way: _Way, matching: _Matching) -> tuple[LowRank, list
     name, known = ".".join(site.where), [one for one in pairs if one is not None]
     wanted = way.wanted or _largest(name, [one for one in site.changes if one.changes_weight])
     inputs = known[0].down.shape[1]
-    fit = [damped(one, matching.off_diagonal) for one in matching.grams(site.where, inputs, check=False)]
-    found, whole = matched(pairs, fit, wanted.rank or inputs), summed(known)
+    fit = [damped(one, matching.off_diagonal) for one in matching.grams(site.where, inputs)]
+    match = matched if way.how == "regmean" else columns_matched
+    found, whole = match(pairs, fit, wanted.rank or inputs), summed(known)
     outputs = []
-    for adapter, own, gram in zip(matching.names, pairs, matching.grams(site.where, inputs, check=True), strict=True):
-        norm = 0.0 if own is None else missed(own, None, gram)
-        outputs.append(OutputError(name, adapter, missed(found, own, gram), missed(whole, own, gram), norm))
+    for adapter, own, x in zip(matching.names, pairs, matching.checked(site.where, inputs), strict=True):
+        norm = 0.0 if own is None else missed(own, None, x)
+        outputs.append(OutputError(name, adapter, missed(found, own, x), missed(whole, own, x), norm))
     return found, outputs
 
 

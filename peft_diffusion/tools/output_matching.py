@@ -1,5 +1,7 @@
 """One change of a layer that comes nearest to what each of several makes of its own inputs, in closed form.
 
+The change is any of its rank (`matched`), or the sum of all with a coefficient for each input of each (`columns_matched`).
+
 RegMean (Jin et al. 2022, https://arxiv.org/abs/2212.09849) for changes of low rank: with ``dW_i`` the change of an adapter
 and ``G_i`` the Gram matrix of the inputs that the layer has while that adapter draws, the sum over adapters of
 ``|(W - dW_i) X_i|^2`` is least at ``W = (sum dW_i G_i) (sum G_i)^-1``. An adapter without a change there counts with 0: its
@@ -7,7 +9,6 @@ outputs are to stay. The best change of a rank is the truncated singular value d
 ``sum G_i``, as what another change misses beyond the least is ``|(W' - W) (sum G_i)^(1/2)|^2``.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -48,10 +49,55 @@ def matched(pairs: Sequence[LowRank | None], grams: Sequence[Tensor], rank: int)
     Raises:
         UserError: A Gram matrix is not finite.
     """
-    root = _root(torch.stack(tuple(grams)).sum(0))
+    whole = torch.stack(tuple(grams)).sum(0)
     known = [(pair, gram) for pair, gram in zip(pairs, grams, strict=True) if pair is not None]
     up = torch.cat([pair.up.double() for pair, _ in known], 1)
-    read = torch.cat([pair.down.double() @ gram for pair, gram in known])
+    return _cut(up, torch.cat([pair.down.double() @ gram for pair, gram in known]), whole, rank)
+
+
+def columns_matched(pairs: Sequence[LowRank | None], grams: Sequence[Tensor], rank: int) -> LowRank:
+    """Find the coefficients of the columns of each change whose sum has outputs nearest to those of all adapters.
+
+    ZipLoRA (Shah et al. 2023, https://arxiv.org/abs/2311.13600) learns them by a hundred steps of gradients, with a term
+    that keeps the coefficients of a column apart. Here they are the least squares of what it learns from outputs, without
+    that term: with D_i the diagonal matrix of an adapter's coefficients, ``sum_a |(sum_i dW_i D_i - dW_a) X_a|^2`` is least
+    where ``sum_j ((dW_i' dW_j) * sum_a G_a) d_j = diag(dW_i' sum_a dW_a G_a)`` for each i, ``*`` being by number.
+
+    Args:
+        pairs: As for `matched`.
+        grams: As for `matched`.
+        rank: How many ranks are kept, as by `matched`.
+
+    Returns:
+        The pair, in float32.
+
+    Raises:
+        UserError: As `matched`.
+    """
+    whole = torch.stack(tuple(grams)).sum(0)
+    known = [(LowRank(pair.down.double(), pair.up.double()), gram) for pair, gram in zip(pairs, grams, strict=True) if pair]
+    products = torch.cat(
+        [torch.cat([one.down.mT @ (one.up.mT @ other.up) @ other.down * whole for other, _ in known], 1) for one, _ in known]
+    )
+    wanted = torch.cat(
+        [sum((_diagonal(one, other, gram) for other, gram in known), torch.zeros(len(whole)).double()) for one, _ in known]
+    )
+    ridge = _RIDGES[0] * (float(products.diagonal().mean()) or 1.0)  # a column that nothing depends on stays as it is
+    root = _root(products)
+    found = torch.cholesky_solve((wanted + ridge)[:, None], root)[:, 0].split(len(whole))
+    up = torch.cat([one.up for one, _ in known], 1)
+    down = torch.cat([one.down * own for (one, _), own in zip(known, found, strict=True)])
+    return _cut(up, down @ whole, whole, rank)
+
+
+def _diagonal(one: LowRank, other: LowRank, gram: Tensor) -> Tensor:
+    """The diagonal of ``one' other gram`` of two changes."""
+    return (one.down * ((one.up.mT @ other.up) @ other.down @ gram)).sum(0)
+
+
+def _cut(up: Tensor, read: Tensor, whole: Tensor, rank: int) -> LowRank:
+    """The change ``up read whole^-1`` cut to a rank in the metric of ``whole``."""
+    root = _root(whole)
     # W L = up read whole^-1 L = up read L^-T, of which the singular value decomposition is that between two small bases.
     whitened = torch.linalg.solve_triangular(root, read.mT, upper=False)
     left, left_core = torch.linalg.qr(up)
@@ -74,17 +120,17 @@ def _root(gram: Tensor) -> Tensor:
     raise UserError("the base draws inputs of layers that are not finite, so that nothing can be matched by them")
 
 
-def missed(pair: LowRank, other: LowRank | None, gram: Tensor) -> float:
+def missed(pair: LowRank, other: LowRank | None, inputs: Tensor) -> float:
     """Tell how far the outputs of two changes are apart.
 
     Args:
         pair: The one.
         other: The other; None for no change.
-        gram: The mean of the products of inputs, (inputs, inputs), in float64.
+        inputs: (rows, inputs).
 
     Returns:
-        The root mean square of the norm of the difference of outputs.
+        The root mean square over rows of the norm of the difference of outputs.
     """
     both = pair if other is None else summed([pair, LowRank(other.down, -other.up)])
-    down, up = both.down.double(), both.up.double()
-    return math.sqrt(max(0.0, float(((up.mT @ up) * (down @ gram @ down.mT)).sum())))
+    hidden = inputs.double() @ both.down.double().mT
+    return float((hidden @ both.up.double().mT).square().sum(1).mean().sqrt())

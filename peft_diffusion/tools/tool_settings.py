@@ -27,10 +27,15 @@ from ..formats import Plan, plan
 from ..formats.layout import SaveDtype, find
 from ..generation.settings import Choice, Key, parse_choices
 
-How: TypeAlias = Literal["linear", "svd", "ties", "dare-ties", "dare-linear", "magnitude", "knots", "core-space", "regmean"]
+How: TypeAlias = Literal[
+    "linear", "svd", "ties", "dare-ties", "dare-linear", "magnitude", "knots", "core-space", "regmean", "ziplora"
+]
 Rule: TypeAlias = Literal["ties", "dare-ties", "dare-linear", "magnitude"]
 MOST = 1000.0
 """The strongest that an adapter is made."""
+
+MATCHING = ("regmean", "ziplora")
+"""Ways that match what layers make of their inputs, for which pictures are drawn."""
 
 ALIGNED = ("knots", "core-space")
 """Ways that bring the changes into a common basis, and merge by a rule there."""
@@ -113,7 +118,7 @@ class MergeConfig:
         "How changes become one: linear adds them, and is exact without --rank; svd adds them and keeps the largest rank of"
         " the files; ties, dare-ties, dare-linear and magnitude drop a part of each and add or elect; knots and core-space"
         " do so in a basis that all share; regmean finds the change that comes nearest to what each one makes of its own"
-        " prompts, for which pictures are drawn with --base.",
+        " prompts, and ziplora the coefficients of its columns that do, for which pictures are drawn with --base.",
         PARAMETERS,
     )
     rank: int | None = _rank("The most ranks of a site; what that leaves out is told.")
@@ -124,16 +129,16 @@ class MergeConfig:
     seed: int = setting(0, "Of what DARE drops.", PARAMETERS, Range(0))
     prompts: Texts = setting(
         (),
-        "NAME=PROMPT: what regmean draws with the adapter whose file is called NAME, without its ending; give it again for"
-        " more. The last of an adapter is kept apart to tell the error. By default what its file tells of its captions, and"
-        " common subjects.",
+        "NAME=PROMPT: what regmean and ziplora draw with the adapter whose file is called NAME, without its ending; give it"
+        " again for more. The last of an adapter is kept apart to tell the error. By default what its file tells of its"
+        " captions, and common subjects.",
         PARAMETERS,
         flag=Flag(default_shown=False),
     )
     off_diagonal: float = setting(
         0.9,
-        "What regmean multiplies the products of different inputs of a layer with (0 to 1): lower where few prompts tell"
-        " little of them.",
+        "What regmean and ziplora multiply the products of different inputs of a layer with (0 to 1): lower where few"
+        " prompts tell little of them.",
         PARAMETERS,
         WHOLE_SHARE,
     )
@@ -164,11 +169,11 @@ class MergeConfig:
         """Raise UserError for a setting that does nothing beside the others."""
         rule, aligned, files = self.within if self.how in ALIGNED else self.how, self.how in ALIGNED, self.into is None
         needs = {
-            "density": ("--how ties, dare-ties, dare-linear or magnitude", rule not in ("linear", "svd", "regmean")),
+            "density": ("--how ties, dare-ties, dare-linear or magnitude", rule not in ("linear", "svd", *MATCHING)),
             "within": (f"--how {' or '.join(ALIGNED)}", aligned),
             "seed": ("DARE, as --how dare-ties", rule in ("dare-ties", "dare-linear")),
-            "prompts": ("--how regmean", self.how == "regmean"),
-            "off_diagonal": ("--how regmean", self.how == "regmean"),
+            "prompts": (f"--how {' or '.join(MATCHING)}", self.how in MATCHING),
+            "off_diagonal": (f"--how {' or '.join(MATCHING)}", self.how in MATCHING),
             "to": ("an adapter file to write, and --into makes a checkpoint", files),
             "base": ("an adapter file to write, and --into names the base", files),
         }

@@ -21,7 +21,19 @@ from ..bases.words import teach
 from ..core import plugins, site, targets
 from ..core.arena import Arena
 from ..core.errors import Interrupted, UnknownMethodError, UserError
-from ..core.events import Ended, Event, Observer, Observers, Stop, Warned, check_stop, observed, stop_on_signal, untold
+from ..core.events import (
+    Ended,
+    Event,
+    Noted,
+    Observer,
+    Observers,
+    Stop,
+    Warned,
+    check_stop,
+    observed,
+    stop_on_signal,
+    untold,
+)
 from ..core.files import claimed, explained
 from ..core.others import Other
 from ..core.settings import Settings, pick, portable, to_json
@@ -528,6 +540,8 @@ class _Run(Generic[Result]):
         material.beside = tuple(others)
         task, config = material.task, material.config
         self.overlap = self._overlap(config.orthogonal, others)
+        if others and self.arena.flat.is_cuda:
+            tell(Noted("layers that others change too are computed one adapter after the other, not in one fused product"))
         self.adapter = described(material.parts, material.blocks, self.arena.count)
         plan = pick(Plan, config, attached, {"data": material.data, "batch": _batch(config), "processes": processes.size})
         tell(Prepared(self.adapter, self.arena.count, plan))

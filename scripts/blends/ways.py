@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from peft_diffusion.generation.compositions import COMPOSITIONS
-from peft_diffusion.tools.tool_settings import How, MergeConfig
+from peft_diffusion.generation.compositions import COMPOSITIONS, LEARNED
+from peft_diffusion.tools.tool_settings import MATCHING, How, MergeConfig
+from peft_diffusion.training.settings.composing import Kind
 
 if TYPE_CHECKING:
     from peft_diffusion.generation import Adapters
@@ -52,11 +53,13 @@ class Pair:
 class Way:
     """A way of composing: what ``--compose`` is, which files are loaded, and how strengths follow from a point.
 
-    ``folder`` holds the adapters. `load` puts what is needed on the base.
+    ``folder`` holds the adapters. `load` puts what is needed on the base. ``kind`` is that of a
+    composition that was learned.
     """
 
     name: str
     compose: str = "add"
+    kind: str | None = None
     points: tuple[Point, ...] = field(default=tuple((share, scale) for scale in SCALES for share in SHARES))
 
     def load(self, adapters: "Adapters", pair: Pair, folder: Path) -> Strengths | None:
@@ -64,6 +67,10 @@ class Way:
         for name in (pair.first, pair.second):
             adapters.load(folder / f"{name}.safetensors", name=name)
         return pair.strengths
+
+    def file(self, folder: Path, pair: Pair) -> Path | None:
+        """The file of a composition that was learned for a pair; None for a way that needs none."""
+        return None if self.kind is None else folder / "composed" / f"{pair.stem}-{self.kind}.safetensors"
 
 
 class Calibrated(Way):
@@ -124,20 +131,24 @@ def merge_one(job: tuple[Path, Pair, str, float]) -> None:
 
     torch.set_num_threads(1)
     folder, pair, how, share = job
+    base = "icons" if how in MATCHING else None  # what these merges draw with
     output = merged_file(folder, pair, how, share)
     output.parent.mkdir(parents=True, exist_ok=True)
     files = [f"{folder / pair.first}.safetensors={share:g}", f"{folder / pair.second}.safetensors={1 - share:g}"]
-    merge(MergeConfig(tuple(files), output=output, how=how, rank=None if how == "svd" else MERGED_RANK))  # type: ignore[arg-type]
+    rank = None if how == "svd" else MERGED_RANK
+    merge(MergeConfig(tuple(files), output=output, how=how, rank=rank, base=base))  # type: ignore[arg-type]
 
 
 def every() -> dict[str, Way]:
     """All ways there are, by name: those of ``--compose`` and of ``merge --how`` as their tables have them."""
     found: list[Way] = [Way("plain"), Calibrated("calibrated"), Beside("beside")]
     for name, one in COMPOSITIONS.items():
-        if name != "add" and one.fewest <= 2 and (one.most is None or one.most >= 2):
+        if name == LEARNED:
+            found += [Way(f"learned {kind}", kind=kind) for kind in get_args(Kind)]
+        elif name != "add" and one.fewest <= 2 and (one.most is None or one.most >= 2):
             # A mean of predictions is weighed by shares alone, so it has more of them.
             shares = tuple((n / 16, 1.0) for n in range(1, 16))
-            found.append(Way(name, name, shares) if name == "composite" else Way(name, name))
+            found.append(Way(name, name, points=shares) if name == "composite" else Way(name, name))
     found += [Merged(f"merge {how}") for how in get_args(How) if how != "linear"]
     return {way.name: way for way in found}
 

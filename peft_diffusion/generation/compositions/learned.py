@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...core.errors import UserError
+from ...core.shortening import brief
 from ...core.strength_schedule import ByPart, Schedule
 from .declared import Composition, Drawing, used
 
@@ -89,7 +90,7 @@ def _over_steps(
         prompts = pooled([part.cpu() for part in drawing.reads(cell)])
     if lost or not (prompts is None or learned.fits(prompts)):
         why = f"there is no block {lost[0]}" if lost else "its text encoder is of another width"
-        raise UserError(f"{file.path} was learned on another base ({file.base.get('name', 'unnamed')}): here {why}")
+        raise UserError(f"{file.path} was learned on another base ({brief(str(file.base.get('name')))}): here {why}")
     count = drawing.scheduler.config.num_train_timesteps - 1
     levels = torch.tensor([min(1.0, max(0.0, time / count)) for time in drawing.timesteps])
     with torch.no_grad():

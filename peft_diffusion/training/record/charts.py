@@ -1,7 +1,7 @@
 """Charts as SVG that stands in a page: it takes colours and fonts from the page's style sheet. Imports no torch."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -52,15 +52,16 @@ def lines(
     Returns:
         The element.
     """
-    curves = [replace(curve, points=_drawable(curve.points)) for curve in curves]
+    curves = [_drawable(curve) for curve in curves]
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return Markup("")
     low, high = limits or room_for(curves)
     last = end or max((x for curve in curves for x, _ in curve.points), default=1) or 1
+    first = min(0, *(x for curve in curves for x, _ in curve.points))  # below 0 where strengths are
 
     def x_of(step: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * step / last
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (step - first) / (last - first)
 
     def y_of(value: float) -> float:
         share = (min(max(value, low), high) - low) / (high - low)
@@ -71,26 +72,34 @@ def lines(
         y = y_of(tick)
         parts.append(Markup('<path class="grid" d="M{:.1f} {:.1f}H{}"/>').format(_LEFT, y, _WIDTH - _RIGHT))
         parts.append(Markup('<text class="y" x="{}" y="{:.1f}">{}</text>').format(_LEFT - 8, y + 4, written(tick, form)))
-    for tick in ticks(0, last, 6):
+    for tick in ticks(first, last, 6):
         words = f"{tick:g}"
         parts.append(Markup('<text class="x" x="{:.1f}" y="{}">{}</text>').format(x_of(tick), _HEIGHT - 9, words))
     if mark is not None:
         parts.append(Markup('<path class="mark" d="M{:.1f} {}V{}"/>').format(x_of(mark), _TOP, _HEIGHT - _BOTTOM))
-    for curve in curves:
-        path = "L".join(f"{x_of(x):.1f} {y_of(y):.1f}" for x, y in thinned(curve.points))
-        parts.append(Markup('<path class="curve {}" d="M{}"/>').format(curve.look, path))
-        for (x, _), (lower, upper) in zip(curve.points, curve.ends, strict=bool(curve.ends)):
-            bar = Markup('<path class="curve {}" d="M{:.1f} {:.1f}V{:.1f}"/>')
-            parts.append(bar.format(curve.look, x_of(x), y_of(lower), y_of(upper)))
-        for x, y in curve.points if curve.dots else ():
-            dot = '<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.6"><title>{} {:g}: {}</title></circle>'
-            parts.append(Markup(dot).format(curve.look, x_of(x), y_of(y), over, x, written(y, form)))
+    parts += [part for curve in curves for part in _drawn(curve, x_of, y_of, over, form)]
     return Markup("").join([*parts, Markup("</svg>")])
 
 
-def _drawable(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points of a curve that have a place: those of a run that diverged are NaN or infinite."""
-    return [(x, y) for x, y in points if math.isfinite(y)]
+def _drawn(
+    curve: Curve, x_of: Callable[[float], float], y_of: Callable[[float], float], over: str, form: Format
+) -> Iterator[Markup]:
+    """The path of a curve, its intervals and its dots."""
+    path = "L".join(f"{x_of(x):.1f} {y_of(y):.1f}" for x, y in thinned(curve.points))
+    yield Markup('<path class="curve {}" d="M{}"/>').format(curve.look, path)
+    for (x, _), (lower, upper) in zip(curve.points, curve.ends, strict=bool(curve.ends)):
+        bar = Markup('<path class="curve {}" d="M{:.1f} {:.1f}V{:.1f}"/>')
+        yield bar.format(curve.look, x_of(x), y_of(lower), y_of(upper))
+    for x, y in curve.points if curve.dots else ():
+        dot = '<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.6"><title>{} {:g}: {}</title></circle>'
+        yield Markup(dot).format(curve.look, x_of(x), y_of(y), over, x, written(y, form))
+
+
+def _drawable(curve: Curve) -> Curve:
+    """A curve by its points that have a place: those of a run that diverged are NaN or infinite."""
+    kept = [place for place, (_, y) in enumerate(curve.points) if math.isfinite(y)]
+    ends = [curve.ends[place] for place in kept] if curve.ends else ()
+    return replace(curve, points=[curve.points[place] for place in kept], ends=ends)
 
 
 def bars(values: Mapping[str, float], title: str, form: Format = "percent") -> Markup:
