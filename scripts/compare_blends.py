@@ -63,7 +63,7 @@ def _styles(first: str, second: str) -> Pair:
 
 
 def _character(style: str, name: str) -> Pair:
-    prompts = tuple(f"{WORDS[style]} {name}, {words}, {colour} background" for words, colour in SCENES)
+    prompts = tuple(f"{WORDS[style]} a portrait of {name}, {words}, {colour} background" for words, colour in SCENES)
     return Pair(style, name, prompts, tuple(colour for _, colour in SCENES), character=True)
 
 
@@ -266,7 +266,7 @@ def _measure(found: Measure, pair: Pair, way: Way) -> None:
     found.scores.setdefault(pair.name, {})[way.name] = scores
     found.points.setdefault(pair.name, {})[way.name] = points
     _keep_strips(found, pair, way, pixels.unflatten(0, shape), points)
-    volume = curves.volumes(scores.double().numpy())
+    volume = curves.volumes(_counted(found, pair, way.name))
     found.say(f"{pair.name}: {way.name}: volume {volume}")
 
 
@@ -343,27 +343,33 @@ def report(found: Measure, pairs: Sequence[Pair]) -> None:
 
 def _figures(found: Measure, pair: Pair) -> dict[str, Any]:
     """The figures of a pair by way."""
-    plain, rows = found.scores[pair.name]["plain"].double().numpy(), {}
+    plain, rows = _counted(found, pair, "plain"), {}
     for name, tensor in found.scores[pair.name].items():
-        scores = tensor.double().numpy()
+        scores = _counted(found, pair, name)
         place, most = curves.balanced(scores)
         rows[name] = {
             "volume": vars(curves.volumes(scores)),
             "above": vars(curves.above(scores, plain)),
             "balanced": vars(most),
             "balanced_at": found.points[pair.name][name][place],
-            "at_balance": scores[place].mean((0, 1)).tolist(),
+            "at_balance": tensor[place].mean((0, 1)).tolist(),
             "points": [
                 [*point, *one]
-                for point, one in zip(found.points[pair.name][name], scores.mean((1, 2)).tolist(), strict=True)
+                for point, one in zip(found.points[pair.name][name], tensor.mean((1, 2)).tolist(), strict=True)
             ],
         }
     return rows
 
 
+def _counted(found: Measure, pair: Pair, name: str) -> curves.Scores:
+    """The scores of a way as they count."""
+    scores = found.scores[pair.name]
+    return curves.scaled(scores[name].double().numpy(), scores["plain"].double().numpy())
+
+
 def _total(found: Measure, pairs: Sequence[Pair], name: str) -> dict[str, Any]:
     """A way against plain strengths over all pairs that it was measured on."""
-    both = [(found.scores[pair.name][name].double().numpy(), found.scores[pair.name]["plain"].double().numpy())
+    both = [(_counted(found, pair, name), _counted(found, pair, "plain"))
             for pair in pairs if name in found.scores[pair.name]]  # fmt: skip
     return {"pairs": len(both), **vars(curves.together(both))}
 
@@ -395,7 +401,7 @@ def _interval(row: Mapping[str, float]) -> dict[str, float]:
 
 
 def _balance_table(figures: Mapping[str, Any], names: Sequence[str]) -> str:
-    headings = ("the best balance: least likeness (first, second, prompt)", *figures)
+    headings = ("the best balance: the least share of a likeness (likeness to the first, the second, prompt)", *figures)
     rows = []
     for name in names:
         cells = []

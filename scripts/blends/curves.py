@@ -1,8 +1,9 @@
 """What is made of scores: the volume under a curve of trade-offs, intervals over seeds, and who is above whom.
 
 Each point of a way of composing has three scores: how much there is of the one, of the other, and how well the prompt was
-followed. A way is as good as the volume that its points dominate, from (0, 0, 0): a point that has more of one thing for
-less of another adds nothing where plain strengths reach it too.
+followed. What there is of an adapter counts from 0, as pictures with the other alone have it, to 1, as those with it alone
+have it, and half of the prompt's score is given. A way is as good as the volume that its points dominate, from (0, 0, 0): a
+point that has more of one thing for less of another adds nothing where plain strengths reach it too.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ import numpy.typing as npt
 Scores = npt.NDArray[np.float64]
 """(points, seeds, prompts, 3)."""
 RESAMPLED = 300
-_TOP = 1.2  # of a likeness: more than real drawings have is no better
+_TOP = 1.2  # more than an adapter alone has is no better from here on
+_LEAST = 0.05  # between the likenesses of both ends, below which they are the same
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,16 @@ def reached(scores: Scores, seeds: Sequence[int]) -> npt.NDArray[np.float64]:
     """The mean of each point (points, 3) over some seeds and all prompts, within what counts."""
     means: npt.NDArray[np.float64] = scores[:, list(seeds)].mean((1, 2)).clip(0, _TOP)
     return means
+
+
+def scaled(scores: Scores, plain: Scores) -> Scores:
+    """Scores as they count, by those of plain strengths, whose first two points are the first and the second alone."""
+    first, second = plain[:2].mean((1, 2))
+    counted = scores.copy()
+    for axis, (one, other) in enumerate(((first, second), (second, first))):
+        counted[..., axis] = (scores[..., axis] - other[axis]) / max(one[axis] - other[axis], _LEAST)
+    counted[..., 2] = (1 + scores[..., 2]) / 2
+    return counted
 
 
 def resampled(seeds: int) -> list[list[int]]:
