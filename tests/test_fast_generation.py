@@ -173,6 +173,25 @@ def test_the_only_adapter_is_exchanged_without_another_recording(device: str) ->
     assert engine.recordings == first and not torch.equal(one, other[0])
 
 
+def test_strengths_that_are_learned_are_read_by_the_plain_network(device: str) -> None:
+    network = make_pipe().unet.to(device)
+    carry(network, "style")
+    call, strengths = given(network), site.strengths(network)
+    assert strengths is not None
+    engine, learned = drawing.start(network), torch.full((1, len(strengths.blocks), 1), 0.25, device=device)
+    before = both(network, call)[0]
+    strengths.learn(torch.tensor([strengths.index("style")], device=device), learned)
+    with torch.no_grad():
+        found = network(**call).sample
+    assert engine.refused == "strengths are being learned"
+    strengths.stop_learning()
+    assert torch.equal(both(network, call)[0], before)
+    strengths.write({"style": 0.25})
+    expected = both(network, call)[1]
+    assert_alike((found, expected))
+    assert (before - expected).abs().max() > 1e-3
+
+
 def test_another_prompt_and_one_written_anew_are_told(device: str) -> None:
     network = make_pipe().unet.to(device)
     drawing.start(network)

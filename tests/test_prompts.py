@@ -341,10 +341,10 @@ def test_captions_of_any_length_are_learned_as_they_are_drawn(tmp_path: Path) ->
     weighted = task(weighted_captions=True)
     assert weighted.embeddings is not None
     assert (weighted.embeddings[captions[1]][0] - by_a1111(weighted.pipe, captions[1])[0][0]).abs().max() < 1e-5
-    assert not [event for event in told if isinstance(event, Warned) and "what comes after" in event.message]
+    assert not [event for event in told if isinstance(event, Warned) and "of which the rest is not seen" in event.message]
     cut = task(max_tokens="150")
     assert cut.embeddings is not None and cut.embeddings[(LONG_CAPTION * 2).strip()][0].shape[0] == 154
-    (warned,) = [event for event in told if isinstance(event, Warned) and "what comes after" in event.message]
+    (warned,) = [event for event in told if isinstance(event, Warned) and "of which the rest is not seen" in event.message]
     assert "1 prompt over 150 tokens" in warned.message
 
 

@@ -367,6 +367,11 @@ class Strengths(KeepsPrecision):
         others = self.values[:, :, :1].detach().expand(-1, -1, values.shape[2])
         self._learned = others.index_copy(0, rows, values.to(others))
 
+    @property
+    def learning(self) -> bool:
+        """Whether a tensor that is learned stands in the place of ``values``, of which what was recorded knows nothing."""
+        return self._learned is not None
+
     def stop_learning(self) -> None:
         """Give the strengths back that were set."""
         self._learned = None

@@ -26,7 +26,7 @@ from ..core import regions
 from ..core import site as sites
 from ..core.regions import Layout
 from ..core.slab import Slab
-from ..core.slot import Slot, slot_of, walk
+from ..core.slot import Slot, slot_of, state_of, walk
 from ..core.strength import Strengths, recording
 from . import frozen_ops
 from .compiling import compile_ahead
@@ -248,6 +248,9 @@ class Engine:
             return "it is in training"
         if watched():
             return "it is found out where regions are"
+        state = state_of(self.network)
+        if state is not None and state.strengths.learning:
+            return "strengths are being learned"
         pipe, reads = pipelines.drawing_with(self.network), self._reads
         times = None if pipe is None else pipe.scheduler.timesteps
         # Within the steps of a picture only adapters change: looking everywhere would take the host a while.
