@@ -168,9 +168,12 @@ def measure_little(patched: pytest.MonkeyPatch) -> None:
         patched.setattr(place, value)
 
 
+_PLOTS = ("draw", "draw_signals")
+
+
 def draw_nothing(patched: pytest.MonkeyPatch) -> None:
     """Let runs of this process draw no plots."""
-    for name in ("draw", "draw_signals"):
+    for name in _PLOTS:
         patched.setattr(f"peft_diffusion.training.record.recorder.{name}", lambda path, metrics: None)
 
 
@@ -187,4 +190,15 @@ def no_plots() -> Iterator[None]:
     """Runs of this process draw no plots, for tests that look at none: two take as long as twenty steps."""
     with pytest.MonkeyPatch.context() as patched:
         draw_nothing(patched)
+        yield
+
+
+@pytest.fixture
+def plots(no_plots: None) -> Iterator[None]:
+    """Runs of this test draw plots again, where others of its module draw none."""
+    from peft_diffusion.training.record import plots, recorder
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in _PLOTS:
+            patched.setattr(recorder, name, getattr(plots, name))
         yield

@@ -29,7 +29,10 @@ WORDS_OF_OTHERS = {"core/other_names.py", "tools/key_maps.py", "tools/original_n
 OUTSIDE = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in ("bases", "formats"))
 # A word of English too: what lies in no block.
 # The last two are words of A1111, in prompts and among its settings.
-OTHER_MEANINGS = {("core/targets.py", "other"), ("generation/tags.py", "unet"), ("serve/names.py", "sd_unet")}
+OTHER_MEANINGS = {
+    ("core/targets.py", "other"), ("evaluation/measured.py", "other"), ("generation/tags.py", "unet"),
+    ("serve/names.py", "sd_unet"),
+}  # fmt: skip
 # What other programs call settings and tensors, written from their sources.
 OUTSIDE = [path for path in OUTSIDE if path.relative_to(PACKAGE).as_posix() not in WORDS_OF_OTHERS]
 

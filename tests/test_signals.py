@@ -129,7 +129,7 @@ def test_patience_ends_a_run_after_measurements_without_a_lower_loss() -> None:
 
 
 def test_signals_are_measured_with_every_checkpoint_and_leave_the_training_alone(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, plots: None
 ) -> None:
     watched = train(small(pictures, tmp_path / "a", held_out=0.4), pipe=make_pipe())
     told = measurements(lines(watched))
