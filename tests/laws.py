@@ -612,20 +612,22 @@ def _gradients_without_reset(case: Case, graph: "torch.cuda.CUDAGraph") -> dict[
 
 @torch.no_grad()
 def test_law_8_copies_are_equal_and_independent(case: Case) -> None:
-    independent(case, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)))
-
-
-def independent(case: Case, *ways: Callable[[nn.Module], nn.Module]) -> None:
-    """See that a copy answers as the model does, and that neither sees what is done to the other."""
     case.trained()
     case.strength(0.6)
-    expected = case.run()
-    for copied in ways:
-        twin = copied(case.model)
-        assert torch.equal(case.run(twin), expected)
-        strengths_of(twin).write({"a": 0.1})
-        randomize(twin, "a", seed=8)
-        assert torch.equal(case.run(), expected)
-        site.detach(twin, "a")
-        assert "a" in site.names(case.model) and not site.sites(twin)
-        assert torch.equal(case.run(), expected)
+    for copied in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+        assert dependence(case, copied) == []
+
+
+def dependence(case: Case, copied: Callable[[nn.Module], nn.Module]) -> list[str]:
+    """What tells that a copy is not as the model is, or that one sees what is done to the other; nothing if all is well."""
+    expected, twin = case.run(), copied(case.model)
+    found: dict[str, bool] = {}
+    found["the copy answers otherwise"] = torch.equal(case.run(twin), expected)
+    strengths_of(twin).write({"a": 0.1})
+    randomize(twin, "a", seed=8)
+    found["the model sees numbers of the copy"] = torch.equal(case.run(), expected)
+    site.detach(twin, "a")
+    found["the model lost its adapter with the copy's"] = "a" in site.names(case.model)
+    found["the copy keeps sites"] = not site.sites(twin)
+    found["the model answers otherwise without the copy's adapter"] = torch.equal(case.run(), expected)
+    return [told for told, well in found.items() if not well]
