@@ -398,6 +398,7 @@ def test_models_of_transformers_judge(kind: Any, tmp_path: Path, drawn: dict[str
     judge = judge_of(kind, str(folder))
     images = drawn["openmoji"][:3]
     style, subject = judge.style(images), judge.subject(images)
+    assert all(map(torch.equal, judge.both(images), (style, subject)))
     assert style.shape == (3, 32) and style.dtype == torch.float32
     assert subject.norm(dim=1).tolist() == pytest.approx([1.0] * 3)
     assert judge.apart(images, images).diagonal().tolist() == pytest.approx([0.0] * 3, abs=1e-5)

@@ -38,6 +38,17 @@ class Judge(Protocol):
         """
         ...
 
+    def both(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """See how pictures are drawn and what they show, which one network may tell in one go.
+
+        Args:
+            images: RGB pictures.
+
+        Returns:
+            What `style` and `subject` return.
+        """
+        return self.style(images), self.subject(images)
+
     def words(self, texts: Sequence[str]) -> Tensor | None:
         """See what texts say, among what pictures show.
 

@@ -54,19 +54,18 @@ class Taught:
         Returns:
             The judge.
         """
-        subjects, names = KnownSubjects(), {}
+        subjects, names, features = KnownSubjects(), {}, {}
         answers: list[bool] = []
         for gallery, images in beside.values():
             subjects.add(gallery.subjects, judge.subject(images))
         for name, (gallery, images) in shown.items():
-            points = judge.subject(images)
+            features[name], points = judge.both(images)
             subjects.add(gallery.subjects, points)
             found = judge.names(images)
             if found is not None:
                 most, count = Counter(found).most_common(1)[0]
                 names[name] = most, count / len(found)
             answers += right_words(judge, points, gallery.subjects, gallery.subjects) or []
-        features = {name: judge.style(images) for name, (_, images) in shown.items()}
         return cls(judge, features, subjects, names, share(answers) if answers else None)
 
     def known_as(self, name: str) -> str | None:
@@ -124,7 +123,7 @@ class Verdicts:
             Values by measure.
         """
         judge, known = self.taught.judge, self.taught.subjects
-        features, points = judge.style(row), judge.subject(row)
+        features, points = judge.both(row)
         told = self.styles.told(features) if told is None else told
         found = {"style": share([one == self.name for one in told])}
         found["likeness"] = float(self.styles.likeness(features, self.name, BASE).mean())

@@ -32,11 +32,16 @@ class _Seen(Judge):
 
     def style(self, images: Sequence[Image.Image]) -> Tensor:
         """Means and deviations of the patches in the middle layer."""
-        return torch.cat([style for style, _ in self._looked(images)])
+        return self.both(images)[0]
 
     def subject(self, images: Sequence[Image.Image]) -> Tensor:
         """The embedding of the whole picture."""
-        return torch.cat([subject for _, subject in self._looked(images)])
+        return self.both(images)[1]
+
+    def both(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Both of one pass through the model."""
+        styles, subjects = zip(*self._looked(images), strict=True)
+        return torch.cat(styles), torch.cat(subjects)
 
     def words(self, texts: Sequence[str]) -> Tensor | None:
         """Nothing: this model does not read."""
