@@ -42,10 +42,13 @@ class IconJudge(Judge):
         scores = torch.cat([self.net(piece) for piece in self._pieces(images)])
         return [self.net.styles[place] for place in scores.argmax(1).tolist()]
 
-    def apart(self, images: Sequence[Image.Image], known: Sequence[Image.Image]) -> Tensor:
-        """The distance of maps of colours and edges, at the best of several shifts."""
-        maps, others = (drawings.maps_of(drawings.pixels_of(one)) for one in (images, known))
-        return drawings.distances(maps, others)
+    def marks(self, images: Sequence[Image.Image]) -> Tensor:
+        """Maps of colours and edges."""
+        return drawings.maps_of(drawings.pixels_of(images))
+
+    def apart(self, marks: Tensor, known: Tensor) -> Tensor:
+        """The distance of the maps, at the best of several shifts."""
+        return drawings.distances(marks, known)
 
     @staticmethod
     def _pieces(images: Sequence[Image.Image]) -> tuple[Tensor, ...]:

@@ -71,14 +71,25 @@ class Judge(Protocol):
         """
         ...
 
-    def apart(self, images: Sequence[Image.Image], known: Sequence[Image.Image]) -> Tensor:
-        """Measure how far pictures are from others, to find copies.
+    def marks(self, images: Sequence[Image.Image]) -> Tensor:
+        """See what copies are found by.
 
         Args:
             images: RGB pictures.
-            known: Others.
 
         Returns:
-            (images, known), 0 for the same picture.
+            (count, ...), float32 on the CPU, as `apart` compares them.
+        """
+        ...
+
+    def apart(self, marks: Tensor, known: Tensor) -> Tensor:
+        """Measure how far pictures are from others, to find copies.
+
+        Args:
+            marks: The `marks` of pictures.
+            known: Those of others.
+
+        Returns:
+            (pictures, others), 0 for the same picture.
         """
         ...

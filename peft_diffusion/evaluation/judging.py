@@ -204,12 +204,12 @@ class Copies:
 
     Attributes:
         judge: Who judges.
-        trained: The training pictures, as the base's autoencoder gives them back.
+        trained: What the judge finds copies by, of the training pictures as the base's autoencoder gives them back.
         unseen: The distance of each real picture that was not trained on to the nearest of them, (count,).
     """
 
     judge: Judge
-    trained: Sequence[Image.Image]
+    trained: Tensor
     unseen: Tensor
 
     @classmethod
@@ -224,7 +224,8 @@ class Copies:
         Returns:
             What finds copies.
         """
-        return cls(judge, trained, judge.apart(unseen, trained).amin(1))
+        known = judge.marks(trained)
+        return cls(judge, known, judge.apart(judge.marks(unseen), known).amin(1))
 
     def __call__(self, row: Sequence[Image.Image]) -> dict[str, float]:
         """Measure pictures.
@@ -235,7 +236,7 @@ class Copies:
         Returns:
             Values by measure.
         """
-        found = self.judge.apart(row, self.trained).amin(1)
+        found = self.judge.apart(self.judge.marks(row), self.trained).amin(1)
         usual = float(self.unseen.mean())
         return {
             "nearness": float(found.mean()) / usual if usual else 1.0,

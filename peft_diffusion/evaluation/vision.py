@@ -51,9 +51,13 @@ class _Seen(Judge):
         """Nothing: the model was trained on no styles."""
         return None
 
-    def apart(self, images: Sequence[Image.Image], known: Sequence[Image.Image]) -> Tensor:
-        """1 less the cosine of the embeddings of whole pictures."""
-        return 1 - self.subject(images) @ self.subject(known).T
+    def marks(self, images: Sequence[Image.Image]) -> Tensor:
+        """The embedding of the whole picture."""
+        return self.subject(images)
+
+    def apart(self, marks: Tensor, known: Tensor) -> Tensor:
+        """1 less the cosine of the embeddings."""
+        return 1 - marks @ known.T
 
     @torch.inference_mode()
     def _looked(self, images: Sequence[Image.Image]) -> Iterator[tuple[Tensor, Tensor]]:
