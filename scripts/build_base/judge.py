@@ -9,19 +9,16 @@ given their own style, and how often a real drawing that was resized, moved, blu
 import argparse
 import random
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from peft_diffusion.evaluation.drawings import SIZE, distances, maps_of, unit
+from peft_diffusion.evaluation.drawings import distances, maps_of, unit
 from peft_diffusion.evaluation.style_net import StyleNet, held_out, load_style_net
 
 from .packed import Drawing, load_packed
-from .render import drawings, render
 from .sources import CACHE, STYLES
 from .style_net import softened
 from .training import affine
@@ -54,17 +51,6 @@ def galleries_of(rows: Sequence[Drawing], pixels: Tensor) -> dict[str, Gallery]:
 def packed_galleries(path: Path = CACHE / "drawings.zip", styles: tuple[str, ...] | None = None) -> dict[str, Gallery]:
     """The galleries of a packed file of drawings."""
     return galleries_of(*load_packed(path, styles))
-
-
-def rendered_gallery(style: str, cache: Path = CACHE, subjects: set[str] | None = None) -> Gallery:
-    """A gallery rendered from the icon set itself, of all its subjects or of some."""
-    rows = [row for row in drawings(style, cache) if subjects is None or row.subject in subjects]
-    if not rows:
-        raise ValueError(f"the set {style!r} has none of the subjects asked for")
-    with ThreadPoolExecutor(2) as pool:
-        images = pool.map(lambda row: np.asarray(render(style, row.name, SIZE, cache)), rows)
-        pixels = torch.from_numpy(np.stack(list(images)))
-    return Gallery([row.subject for row in rows], pixels.permute(0, 3, 1, 2).contiguous())
 
 
 @dataclass(frozen=True)
