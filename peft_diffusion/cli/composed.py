@@ -26,19 +26,11 @@ def show_compositions(found: Sequence[Composition]) -> None:
     """
     if not found:
         return
-    from rich.table import Table
-    from rich.text import Text
-
     from .screen import Screen
 
     console = Screen()
     for one in found:
-        table = Table(title=Text(str(one.path), style="bold"), title_justify="left", show_header=False)
-        table.add_column(style="cyan", no_wrap=True)
-        table.add_column(overflow="fold")
-        for label, value in _rows(one):
-            table.add_row(label, Text(value))
-        console.print(table)
+        console.labelled(str(one.path), _rows(one))
         if one.kind == "strengths":
             console.print(_numbers(one))
 

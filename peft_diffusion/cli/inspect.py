@@ -128,19 +128,13 @@ def _pairs(found: list[Inspection]) -> dict[tuple[str, str], tuple[Inspection, I
 
 
 def _show(found: list[Inspection], fits: Mapping[tuple[str, str], Compatibility]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from .screen import Screen
 
     console = Screen()
     for one in found:
-        table = Table(title=Text(str(one.path), style="bold"), title_justify="left", show_header=False)
-        table.add_column(style="cyan", no_wrap=True)
-        table.add_column(overflow="fold")
-        for label, value in _rows(one):
-            table.add_row(label, Text(value))
-        console.print(table)
+        console.labelled(str(one.path), _rows(one))
     words = {"yes": "fit together", "no": "do not fit together", "unknown": "may fit together; the files do not settle it"}
     styles = {"yes": "green", "no": "red", "unknown": "yellow"}
     for (first, second), result in fits.items():

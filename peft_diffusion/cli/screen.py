@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from .terminal import plain
 
@@ -36,4 +37,18 @@ class Screen(Console):
         """
         if not self.is_terminal and "COLUMNS" not in os.environ:
             self.width = max(self.width, self.measure(table, options=self.options.update(width=_WIDE)).maximum)
+        self.print(table)
+
+    def labelled(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
+        """Print what is known of a thing, a line for each label.
+
+        Args:
+            title: What it is.
+            rows: Labels and values.
+        """
+        table = Table(title=Text(title, style="bold"), title_justify="left", show_header=False)
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, value in rows:
+            table.add_row(label, Text(value))
         self.print(table)
