@@ -15,6 +15,7 @@ from .adapter import LowRank
 
 _PRECISION = 1e-6  # of the largest singular value: what is below is the rounding of float32
 _ROUNDING = torch.finfo(torch.float32).eps
+_NOTHING = 1e-7  # singular values below this share of the largest span nothing: of a rank that is not used
 _SMALL = 256  # up to this side a full decomposition costs nothing
 _OVERSAMPLING, _ITERATIONS = 32, 4
 _ROWS = 1024  # that are compared at once
@@ -214,6 +215,20 @@ def exact_pair(matrix: Tensor) -> LowRank:
     u, values, v = torch.linalg.svd(matrix.float(), full_matrices=False)
     rank = max(1, int((values > _PRECISION * values[0]).sum()))
     return _balanced(u[:, :rank], values[:rank], v[:rank])
+
+
+@torch.no_grad()
+def spanned(columns: Tensor) -> Tensor:
+    """Give an orthonormal basis of what the columns of a matrix span.
+
+    Args:
+        columns: (rows, columns).
+
+    Returns:
+        (rows, n), float64, with n the rank.
+    """
+    left, values, _ = torch.linalg.svd(columns.double(), full_matrices=False)
+    return left[:, values > values.max() * _NOTHING]
 
 
 def _balanced(u: Tensor, values: Tensor, v: Tensor) -> LowRank:

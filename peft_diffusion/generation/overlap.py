@@ -13,6 +13,7 @@ from ..core import site as sites
 from ..core import targets
 from ..core.adapter import LowRank
 from ..core.errors import FoldError, UserError
+from ..core.reduction import spanned
 from ..core.registry import Registry
 from ..core.weight_change import Change, change_of
 from .calibration import Calibration, Suggestion
@@ -264,10 +265,7 @@ def _meeting(one: Change, other: Change, norms: float) -> tuple[float, float | N
 @torch.no_grad()
 def _overlap(one: Tensor, other: Tensor) -> float:
     """The mean of the squared cosines of the principal angles between what the columns of two matrices span."""
-    bases = []
-    for matrix in (one.double(), other.double()):
-        left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
-        bases.append(left[:, values > values.max() * 1e-7])  # a rank that is not used spans nothing
+    bases = [spanned(matrix) for matrix in (one, other)]
     smaller = min(base.shape[1] for base in bases)
     return float((bases[0].T @ bases[1]).square().sum()) / smaller if smaller else 0.0
 

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from ...core import site
 from ...core.adapter import Adapter, parts_of
 from ...core.errors import FoldError, UserError
+from ...core.reduction import spanned
 from ...core.weight_change import change_of
-
-_NOTHING = 1e-7  # singular values below this share of the largest span nothing
 
 
 class Overlap:
@@ -61,7 +60,7 @@ class Overlap:
         if len(read) < len(others) or not trained:
             self.left_out += 1
         if read and trained:
-            basis = _spanned(torch.cat(read))
+            basis = spanned(torch.cat(read).T).float().contiguous()
             self._pairs += [(one, basis) for one in trained]
 
     def __call__(self) -> Tensor:
@@ -86,11 +85,3 @@ def _read(adapter: Adapter, module: nn.Module, where: str) -> Tensor | None:
     except (FoldError, UserError):
         return None
     return None if pair is None else pair.down.float()
-
-
-@torch.no_grad()
-def _spanned(rows: Tensor) -> Tensor:
-    """An orthonormal basis (inputs, n) of what rows span."""
-    _, values, right = torch.linalg.svd(rows.double(), full_matrices=False)
-    basis: Tensor = right[values > values.max() * _NOTHING].T.float().contiguous()
-    return basis
