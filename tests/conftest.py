@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 without_waiting()
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest knows it only where xdist is there
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than there are cores: a test that waits for a process of its own leaves its core to others."""
     return (os.cpu_count() or 1) + 1
