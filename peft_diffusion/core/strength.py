@@ -423,8 +423,8 @@ class Strengths(KeepsPrecision):
             UserError: As `at`, or as ``Layout.spread``.
         """
         layout = None if torch.compiler.is_compiling() else regions.present()
-        values = self.present[rows, block] if layout is not None else None
-        if layout is not None and values is not None and values.shape[-1] > 1:
+        if layout is not None and self.present.shape[2] > 1:
+            values = self.present[rows, block]
             return layout.spread(values[:, None] if values.ndim == 1 else values.t(), y)
         strength = self.at(rows, block, y)
         strength = strength[:, None] if strength.ndim == 1 else strength
