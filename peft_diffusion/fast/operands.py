@@ -218,7 +218,7 @@ class Operands:
         found = strengths.values[self._rows, self._blocks].t()
         if self.by_image:
             layout = regions.present()
-            found = strengths.over(found, batch) if layout is None else found.repeat(layout.repeats(batch), 1)
+            found = strengths.over(found, batch) if layout is None else found  # which `Layout.spread` repeats itself
             place = self._strength.setdefault(found.shape, torch.empty(found.shape, device=self.device, dtype=self.dtype))
             place.copy_(found)
             self._amounts = place
@@ -307,7 +307,7 @@ class Operands:
         strength, layout = self._amounts[:, group.offset :][:, : group.ranks], regions.present()
         if layout is None:
             return strength.view(len(strength), *[1] * (x.ndim - 2), -1)
-        return layout.spread(strength[: layout.columns], x)
+        return layout.spread(strength, x)
 
     def _at_once(self, group: Group, tailed: "_Tailed", x: Tensor) -> Sequence[Tensor]:
         """Layers and their downs by one product: ``x`` is read once, and there is a kernel less."""
