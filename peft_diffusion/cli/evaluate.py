@@ -5,7 +5,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.events import Event
-from ..evaluation import report
 from ..evaluation.events import Evaluated
 from ..evaluation.measured import Evaluation
 from ..evaluation.settings import EvaluateConfig
@@ -38,6 +37,8 @@ def _show(event: Event) -> None:
 
 
 def _tables(found: Evaluation) -> None:
+    from ..evaluation import report  # brings jinja2 and the settings of trainings
+
     screen = Screen()
     screen.print(Text(f"the judge: {found.trust.judge}", style="bold"))
     for line in found.trust.lines():

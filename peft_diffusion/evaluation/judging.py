@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -65,7 +66,7 @@ class Taught:
             if found is not None:
                 most, count = Counter(found).most_common(1)[0]
                 names[name] = most, count / len(found)
-            answers += right_words(judge, points, gallery.subjects, gallery.subjects) or []
+            answers += right_words(points, gallery.subjects, read(judge, gallery.subjects))
         return cls(judge, features, subjects, names, share(answers) if answers else None)
 
     def known_as(self, name: str) -> str | None:
@@ -102,7 +103,7 @@ class Verdicts:
         taught: The judge, with what it was shown.
         styles: The styles that it tells apart.
         name: The adapter's style.
-        words: What each picture of a row shows, in words.
+        words: What each picture of a row shows, in words; all are among the texts.
         texts: The prompts that a picture's own is to be found among.
     """
 
@@ -111,6 +112,11 @@ class Verdicts:
     name: str
     words: Sequence[str]
     texts: Sequence[str]
+
+    @cached_property
+    def read(self) -> Mapping[str, Tensor]:
+        """What the judge sees in the texts, which are the same for each row."""
+        return read(self.taught.judge, self.texts)
 
     def of(self, row: Sequence[Image.Image], told: Sequence[str] | None = None) -> dict[str, float]:
         """Judge the pictures of a seed.
@@ -133,11 +139,11 @@ class Verdicts:
         asked = [place for place, words in enumerate(self.words) if known.knows(words)]
         if asked and len(known.points) > 1:
             found["subject"] = share(known.right(points[asked], [self.words[place] for place in asked]))
-        own = right_words(judge, points, self.words, self.texts)
+        own = right_words(points, self.words, self.read)
         if own:
             found["prompt"] = share(own)
-            texts = judge.words(self.words)
-            found["agreement"] = 0.0 if texts is None else float((points * texts).sum(1).mean())
+            texts = torch.stack([self.read[words] for words in self.words])
+            found["agreement"] = float((points * texts).sum(1).mean())
         return found
 
     def met(self, row: Sequence[Image.Image], other: str) -> tuple[float, float, float]:
@@ -170,26 +176,37 @@ class Verdicts:
         return {"leak": share([one == self.name for one in told]), "moved": sum(moved) / len(moved)}
 
 
-def right_words(judge: Judge, points: Tensor, words: Sequence[str], texts: Sequence[str]) -> list[bool] | None:
-    """Tell whether pictures are nearer to their own words than to others.
+def read(judge: Judge, texts: Sequence[str]) -> Mapping[str, Tensor]:
+    """See what texts say.
 
     Args:
         judge: Who judges.
-        points: What it sees of the pictures, (count, width) of length 1.
-        words: Those of each.
-        texts: All words, among them those.
+        texts: Words, some perhaps several times.
 
     Returns:
-        An answer each; None for a judge that does not read, and where all have the same words.
+        A row of length 1 by each text; nothing for a judge that does not read, and where all have the same words.
     """
     distinct = list(dict.fromkeys(texts))
-    if len(distinct) < 2:
-        return None
-    read = judge.words(distinct)
-    if read is None:
-        return None
-    nearest = (points @ read.T).argmax(1).tolist()
-    return [distinct[place] == own for place, own in zip(nearest, words, strict=True)]
+    rows = judge.words(distinct) if len(distinct) > 1 else None
+    return {} if rows is None else dict(zip(distinct, rows, strict=True))
+
+
+def right_words(points: Tensor, words: Sequence[str], known: Mapping[str, Tensor]) -> list[bool]:
+    """Tell whether pictures are nearer to their own words than to others.
+
+    Args:
+        points: What the judge sees of the pictures, (count, width) of length 1.
+        words: Those of each.
+        known: What `read` saw in all words, among them those.
+
+    Returns:
+        An answer each; none where nothing was read.
+    """
+    if not known:
+        return []
+    texts = list(known)
+    nearest = (points @ torch.stack(list(known.values())).T).argmax(1).tolist()
+    return [texts[place] == own for place, own in zip(nearest, words, strict=True)]
 
 
 def _apart(one: Image.Image, other: Image.Image) -> float:
