@@ -228,7 +228,8 @@ def spanned(columns: Tensor) -> Tensor:
         (rows, n), float64, with n the rank.
     """
     left, values, _ = torch.linalg.svd(columns.double(), full_matrices=False)
-    return left[:, values > values.max() * _NOTHING]
+    basis: Tensor = left[:, values > values.max() * _NOTHING]
+    return basis
 
 
 def _balanced(u: Tensor, values: Tensor, v: Tensor) -> LowRank:
