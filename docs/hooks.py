@@ -8,8 +8,14 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from peft_diffusion.cli.app import COMMANDS, COMPOSE_COMMANDS, METADATA_COMMANDS, RUNS_COMMANDS, TEXT_COMMANDS
-from peft_diffusion.cli.flags import settings_read
+from peft_diffusion.cli.commands import (
+    COMMANDS,
+    COMPOSE_COMMANDS,
+    METADATA_COMMANDS,
+    RUNS_COMMANDS,
+    TEXT_COMMANDS,
+    Command,
+)
 from peft_diffusion.core.settings import Settings, describe
 from peft_diffusion.training.settings.datasets import Dataset
 
@@ -20,7 +26,8 @@ in methods, families of bases and layouts of others."""
 
 def _settings(module: str, name: str) -> tuple[type[Settings], ...]:
     """The settings that a command takes, as it says itself."""
-    return settings_read(getattr(import_module(f"peft_diffusion.cli.{module}"), name.replace("-", "_")))
+    command: Command = getattr(import_module(f"peft_diffusion.cli.{module}"), name.replace("-", "_"))
+    return command.kinds
 
 
 SETTINGS: Mapping[str, tuple[type[Settings], ...]] = {

@@ -17,7 +17,7 @@ from disk import without_waiting  # noqa: E402
 from little import measure_little_from_here  # noqa: E402
 
 import peft_diffusion.api  # noqa: E402
-import peft_diffusion.cli.app  # noqa: E402, F401
+import peft_diffusion.cli.parser  # noqa: E402, F401
 
 without_waiting()
 measure_little_from_here()

@@ -1,8 +1,10 @@
 """The command line as a person meets it: real processes."""
 
+import io
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,16 +16,19 @@ import forked
 import pytest
 from making import command, environment, make_adapter, typed
 from PIL import Image
+from rich.console import Console
 
 import peft_diffusion
 from peft_diffusion import bases, formats, generation, training
-from peft_diffusion.cli.app import COMMANDS, app, main
+from peft_diffusion.cli.app import main
+from peft_diffusion.cli.commands import COMMANDS
+from peft_diffusion.cli.parser import app
 from peft_diffusion.generation import recipe
 
 # Each is done after all before it: what one of them imported would stay.
 LOOKING_AROUND = """
 import sys
-HEAVY = {'torch', 'diffusers', 'transformers', 'matplotlib'}
+HEAVY = {'torch', 'diffusers', 'transformers', 'matplotlib', 'cyclopts', 'rich'}
 for code in sys.argv[1:]:
     exec(code)
     print('imported', sorted(HEAVY & set(sys.modules)), code, file=sys.stderr)
@@ -48,7 +53,13 @@ def test_looking_around_imports_nothing_heavy() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="the time of child processes is not told there")
-@pytest.mark.parametrize("arguments", [["-c", "import peft_diffusion"], ["-m", "peft_diffusion", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-c", "import peft_diffusion"],
+        *(["-m", "peft_diffusion", *name, "--help"] for name in ([], ["train"], ["generate"])),
+    ],
+)
 def test_looking_around_is_quick(arguments: list[str], tmp_path: Path) -> None:
     installed = environment() | {"PYTHONPYCACHEPREFIX": str(tmp_path)}  # pip compiles what it installs
     installed.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -129,6 +140,48 @@ def test_help_is_that_of_the_command_whatever_else_is_on_the_line(capsys: pytest
     assert told("train", "--help") == told("--config", "no.toml", "train", "--lr", "no number", "--nonsense", "-h")
     assert "FOLDER" in told("--help", "train") and "FOLDER" not in told("--help")
     assert "Usage" not in told("runs", "--", "--help")  # a folder of this name
+
+
+@pytest.mark.parametrize("name", ["", "train", "generate", "runs", "metadata", "strength"])
+def test_help_tells_what_cyclopts_reads(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main([*name.split(), "--help"]) == 0
+    told = capsys.readouterr().out.partition("\n\nMethods")[0]
+    app.help_print(name.split(), console=Console(width=100, color_system=None, force_terminal=False))
+    assert [line.rstrip() for line in told.rstrip().splitlines()] == [
+        line.rstrip() for line in capsys.readouterr().out.rstrip().splitlines()
+    ]
+
+
+def test_help_has_colours_on_a_terminal_and_no_drawn_lines_where_there_are_no_letters_for_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["strength", "--help"]) == 0
+    plain = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert main(["strength", "--help"]) == 0
+    coloured = capsys.readouterr().out
+    assert "\x1b[36mFILE --file" in coloured and re.sub(r"\x1b\[\d*m", "", coloured) == plain
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(["strength", "--help"]) == 0
+    assert capsys.readouterr().out == plain
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", narrow)
+    assert main(["strength", "--help"]) == 0
+    assert narrow.buffer.getvalue().decode() == plain.translate(str.maketrans("╭╮╰╯─│", "++++-|"))
+
+
+@pytest.mark.parametrize("name", ["", "text", "metadata", "compose"])
+def test_a_name_without_a_command_below_it_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(name.split()) == 0
+    told = capsys.readouterr().out
+    assert main([*name.split(), "--help"]) == 0
+    assert capsys.readouterr().out == told and " COMMAND [OPTIONS]" in told
+    assert main([*name.split(), "nonsense"]) == 2
 
 
 @pytest.mark.slow

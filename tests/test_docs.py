@@ -17,7 +17,8 @@ import torch
 
 import peft_diffusion as pd
 from peft_diffusion import methods
-from peft_diffusion.cli import app as application
+from peft_diffusion.cli import commands as listed
+from peft_diffusion.cli import parser
 from peft_diffusion.cli.runs import RunsConfig
 from peft_diffusion.core import merge, plugins, settings_file, site, target_tables, targets
 from peft_diffusion.core import method as core_method
@@ -137,13 +138,13 @@ def test_commands_can_be_typed(page: Path) -> None:
 
 def parse(words: list[str]) -> tuple[Settings, ...]:
     """The settings that a command line makes, without running it. Raises for a flag or a value that there is not."""
-    _, meta, *_ = application.app.meta.parse_args(words, exit_on_error=False, print_error=False)
+    _, meta, *_ = parser.app.meta.parse_args(words, exit_on_error=False, print_error=False)
     tokens = list(meta.args)
     if not tokens:
         return ()
     if "config" in meta.arguments:  # which is not there; say what it would
         tokens.append("pictures")
-    _, bound, *_ = application.app.parse_args(tokens, exit_on_error=False, print_error=False)
+    _, bound, *_ = parser.app.parse_args(tokens, exit_on_error=False, print_error=False)
     command = max(
         (name for name in COMMANDS if tuple(tokens[: len(name)]) == name), key=len
     )  # runs export is no run of runs
@@ -332,11 +333,11 @@ def test_the_readme_is_short() -> None:
 
 def test_every_command_is_shown() -> None:
     assert {" ".join(name) for name in COMMANDS} == {
-        *application.COMMANDS,
-        *(f"runs {name}" for name in application.RUNS_COMMANDS),
-        *(f"text {name}" for name in application.TEXT_COMMANDS),
-        *(f"metadata {name}" for name in application.METADATA_COMMANDS),
-        *(f"compose {name}" for name in application.COMPOSE_COMMANDS),
+        *listed.COMMANDS,
+        *(f"runs {name}" for name in listed.RUNS_COMMANDS),
+        *(f"text {name}" for name in listed.TEXT_COMMANDS),
+        *(f"metadata {name}" for name in listed.METADATA_COMMANDS),
+        *(f"compose {name}" for name in listed.COMPOSE_COMMANDS),
     }
     typed = [words for page in PAGES for words in commands(page)]
     assert all(any(tuple(words[: len(name)]) == name for words in typed) for name in COMMANDS)

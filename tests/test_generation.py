@@ -27,7 +27,7 @@ from peft_diffusion import Adapters, BlendConfig, GenerateConfig, UserError, ble
 from peft_diffusion.bases import describe
 from peft_diffusion.bases.base import checkpoint_sha256
 from peft_diffusion.bases.schedulers import SCHEDULERS
-from peft_diffusion.cli import app, demo
+from peft_diffusion.cli import app, demo, parser
 from peft_diffusion.core import site
 from peft_diffusion.core.events import Event, Progress, Warned
 from peft_diffusion.data.prompts import words_of
@@ -661,7 +661,7 @@ def test_a_full_memory_is_no_bug_and_a_path_is_printed_in_any_encoding(
     assert app._explain(error) == app.FAILED and "out of memory" in capsys.readouterr().err
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", narrow)
-    monkeypatch.setattr(app, "app", SimpleNamespace(meta=lambda given: print(given[0])))
+    monkeypatch.setattr(parser, "app", SimpleNamespace(meta=lambda given: print(given[0])))
     assert app.main(["é.png"]) == app.OK
     assert narrow.buffer.getvalue() == b"\\xe9.png\n"
 

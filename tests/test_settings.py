@@ -18,7 +18,8 @@ from torch import nn
 import peft_diffusion as pd
 from peft_diffusion import api, methods
 from peft_diffusion.bases import family
-from peft_diffusion.cli.app import app, main
+from peft_diffusion.cli.app import main
+from peft_diffusion.cli.parser import app
 from peft_diffusion.cli.runs import RunsConfig
 from peft_diffusion.core import site
 from peft_diffusion.core.errors import did_you_mean

@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 import peft_diffusion
-from peft_diffusion.cli import app
+from peft_diffusion.cli import app, parser
 from peft_diffusion.cli.console import TrainingConsole
 from peft_diffusion.cli.progress import show_notes
 from peft_diffusion.cli.screen import Screen
@@ -65,7 +65,7 @@ def test_no_command_passes_control_characters_on(
 def test_what_is_noted_logged_and_shown_while_training_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
     show_notes(Noted(HOSTILE))
     TrainingConsole()(Noted(HOSTILE))
-    with app._notes(False):
+    with parser.notes(False):
         logging.getLogger("peft_diffusion.any").warning(HOSTILE)
     told = "".join(capsys.readouterr())
     assert told.count("]0;owned") == 3 and not CONTROLS.search(told)

@@ -511,7 +511,8 @@ def test_values_that_no_run_can_use_are_refused(changes: dict[str, Any], message
 def test_toml_goes_round_through_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
 ) -> None:
-    from peft_diffusion.cli.app import app, main
+    from peft_diffusion.cli.app import main
+    from peft_diffusion.cli.parser import app
 
     given = TrainConfig(
         folder=(tmp_path / "a", tmp_path / 'b "q" \\ ä 🎨'), trigger="ink, {} 🖋", alpha=3.5, unet_lr=1e-5, flip=True, seed=3,

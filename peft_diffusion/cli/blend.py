@@ -1,7 +1,7 @@
 """``peft-diffusion blend``: a labelled sheet from all of one adapter to all of another."""
 
 from ..generation.settings import BlendConfig
-from .flags import reads
+from .commands import reads
 from .lean import import_lean
 from .progress import GenerationConsole
 from .terminal import say

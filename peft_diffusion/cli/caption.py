@@ -3,7 +3,7 @@
 import json
 
 from ..data.caption_settings import CaptionConfig
-from .flags import reads
+from .commands import reads
 from .progress import GenerationConsole
 from .terminal import say
 

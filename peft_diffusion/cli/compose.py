@@ -1,7 +1,7 @@
 """``peft-diffusion compose``: learn how to weigh adapters."""
 
 from ..training.settings.composing import ComposeTrainConfig
-from .flags import reads
+from .commands import reads
 
 
 @reads(ComposeTrainConfig)

@@ -1,7 +1,7 @@
 """``peft-diffusion convert``: write an adapter file anew in another layout."""
 
 from ..tools.settings import ConvertConfig
-from .flags import reads
+from .commands import reads
 from .progress import GenerationConsole
 from .terminal import say
 from .tools import tell

@@ -8,7 +8,7 @@ from ..bases import embedded
 from ..core.errors import UserError
 from ..generation.recipe import check_folder
 from ..generation.settings import BlendConfig, Choice, DemoConfig, GenerateConfig
-from .flags import reads
+from .commands import reads
 from .progress import GenerationConsole
 from .terminal import say
 

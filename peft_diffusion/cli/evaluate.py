@@ -1,18 +1,18 @@
 """``peft-diffusion evaluate``: adapters measured on pictures that they never saw."""
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from ..core.events import Event
 from ..evaluation.events import Evaluated
 from ..evaluation.measured import Evaluation
 from ..evaluation.settings import EvaluateConfig
-from .flags import reads
+from .commands import reads
 from .lean import import_lean
 from .progress import GenerationConsole
-from .screen import Screen
 from .terminal import say
+
+if TYPE_CHECKING:
+    from .screen import Screen
 
 
 @reads(EvaluateConfig)
@@ -37,7 +37,10 @@ def _show(event: Event) -> None:
 
 
 def _tables(found: Evaluation) -> None:
+    from rich.text import Text
+
     from ..evaluation import report  # brings jinja2 and the settings of trainings
+    from .screen import Screen
 
     screen = Screen()
     screen.print(Text(f"the judge: {found.trust.judge}", style="bold"))
@@ -51,7 +54,11 @@ def _tables(found: Evaluation) -> None:
         _print(screen, f"{title}: {explained}", ["", *(f"{name} on" for name in names)], lines)
 
 
-def _print(screen: Screen, title: str, headings: list[str], rows: list[tuple[str, list[str]]]) -> None:
+def _print(screen: "Screen", title: str, headings: list[str], rows: list[tuple[str, list[str]]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
     screen.print(Text(f"\n{title}", style="bold"), soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for place, heading in enumerate(headings):

@@ -1,7 +1,7 @@
 """``peft-diffusion runs export``: the adapter in a checkpoint of a run."""
 
 from ..training.settings.export import ExportConfig
-from .flags import reads
+from .commands import reads
 from .terminal import say
 
 

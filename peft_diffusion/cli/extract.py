@@ -1,7 +1,7 @@
 """``peft-diffusion extract``: what a checkpoint was trained to, beyond its base, as a LoRA."""
 
 from ..tools.tool_settings import ExtractConfig
-from .flags import reads
+from .commands import reads
 from .progress import GenerationConsole
 from .tools import tell
 

@@ -1,8 +1,8 @@
-"""The flags of a command, made from the settings that it goes by. Only this package knows cyclopts."""
+"""The flags of a command, made from the settings that it goes by, for cyclopts."""
 
 import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, field, make_dataclass
+from collections.abc import Iterable
+from dataclasses import field, make_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -11,63 +11,47 @@ from cyclopts.argument import Argument
 
 from ..core import settings
 from ..core.other_names import known_here_as
-from ..core.settings import PARAMETERS, Described, Settings, not_among, pick, settings_of
-
-_KINDS = "settings_read"  # the attribute of a command under which `reads` keeps what it takes
-
-
-def reads(*kinds: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command of a function of settings, with the flags of all of them.
-
-    Args:
-        kinds: The dataclasses of settings that the function takes, in the order of its parameters.
-
-    Returns:
-        The decorator. What it gives has the one parameter that cyclopts makes the flags from, and makes the settings
-        themselves when they are read, so that what is wrong with them is told in their own words.
-    """
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        told = [one for kind in kinds for one in settings_of(kind)]
-        # cyclopts looks not into classes of the standard library. What nobody asks a class of flags for is not made:
-        # a text of its signature, a comparison and a representation take longer than the class itself.
-        named = {"__module__": function.__module__, "__doc__": function.__doc__}
-        fields = [_field(one) for one in told]
-        flags: Any = make_dataclass(function.__name__, fields, namespace=named, eq=False, repr=False)
-        # Where nothing must be given, the command can be called without any flag.
-        must = any(one.default is MISSING for one in told)
-        hint: Any = Annotated[flags if must else flags | None, Parameter(name="*")]
-
-        def run(config: Settings | None = None) -> None:
-            given = flags() if config is None else config
-            function(*(pick(kind, given) for kind in kinds))
-
-        run.__name__, run.__doc__, run.__module__ = function.__name__, function.__doc__, function.__module__
-        vars(run)[_KINDS] = kinds
-        run.__annotations__ = {"config": hint, "return": None}
-        default = inspect.Parameter.empty if must else None
-        place = inspect.Parameter("config", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint, default=default)
-        run.__signature__ = inspect.Signature([place])  # type: ignore[attr-defined]
-        return run
-
-    return decorate
+from ..core.settings import PARAMETERS, Described, not_among
+from .commands import Command
 
 
-def settings_read(command: Callable[..., None]) -> tuple[type[Settings], ...]:
-    """Tell which settings a command takes.
+@cache
+def signature(command: Command) -> inspect.Signature:
+    """Make what cyclopts makes the flags of a command from.
 
     Args:
-        command: What `reads` gave.
+        command: The command.
 
     Returns:
-        The dataclasses.
+        Its signature, of one parameter: a dataclass with all the settings that it takes.
     """
-    kinds: tuple[type[Settings], ...] = vars(command)[_KINDS]
-    return kinds
+    # Where nothing must be given, the command can be called without any flag.
+    flags, must = flags_of(command.__name__, command.__module__, command.settings), command.needs_some
+    hint: Any = Annotated[flags if must else flags | None, Parameter(name="*")]
+    default = inspect.Parameter.empty if must else None
+    place = inspect.Parameter("config", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint, default=default)
+    return inspect.Signature([place])
+
+
+def flags_of(name: str, module: str, told: Iterable[Described]) -> Any:
+    """Make a dataclass that cyclopts fills from flags.
+
+    Args:
+        name: What it is called.
+        module: Where: cyclopts looks not into classes of the standard library.
+        told: The settings, which nothing is checked of but what a text cannot be turned into.
+
+    Returns:
+        The class.
+    """
+    # What nobody asks of it is not made: a text of its signature, a comparison and a representation take longer than the
+    # class itself.
+    named = {"__module__": module, "__doc__": name}
+    return make_dataclass(name, [_field(one) for one in told], namespace=named, eq=False, repr=False)
 
 
 def _field(one: Described) -> tuple[str, Any, Any]:
-    """A setting as ``make_dataclass`` takes it. Nothing is checked in it but what a text cannot be turned into."""
+    """A setting as ``make_dataclass`` takes it."""
     flag = one.setting.flag
     parameter = Parameter(
         help=one.setting.help,

@@ -1,7 +1,7 @@
 """``peft-diffusion generate``: pictures from prompts, with any number of adapters."""
 
 from ..generation.settings import GenerateConfig
-from .flags import reads
+from .commands import reads
 from .lean import import_lean
 from .progress import GenerationConsole
 from .terminal import say

@@ -1,7 +1,7 @@
 """``peft-diffusion grid``: a labelled sheet over values of settings."""
 
 from ..generation.grid_settings import GridConfig
-from .flags import reads
+from .commands import reads
 from .lean import import_lean
 from .progress import GenerationConsole
 from .terminal import say

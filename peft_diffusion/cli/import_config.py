@@ -1,7 +1,7 @@
 """``peft-diffusion import-config``: a training of another program as a file of settings."""
 
 from ..training.settings.imported import ImportConfig
-from .flags import reads
+from .commands import reads
 from .terminal import say
 
 

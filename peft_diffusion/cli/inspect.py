@@ -18,8 +18,8 @@ from ..formats.planning import by_reason, listed, refuse_leftovers
 from ..formats.spec import missing_plugins
 from ..generation.compatibility import Compatibility, compare
 from ..generation.settings import InspectConfig
+from .commands import reads
 from .composed import show_compositions
-from .flags import reads
 from .terminal import say
 
 if TYPE_CHECKING:

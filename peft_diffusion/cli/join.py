@@ -1,7 +1,7 @@
 """``peft-diffusion join``: one file of several that change different sites."""
 
 from ..tools.tool_settings import JoinConfig
-from .flags import reads
+from .commands import reads
 from .progress import GenerationConsole
 from .tools import tell
 

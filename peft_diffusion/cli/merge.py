@@ -1,7 +1,7 @@
 """``peft-diffusion merge``: one adapter of several, or a checkpoint of a base and adapters."""
 
 from ..tools.tool_settings import MergeConfig
-from .flags import reads
+from .commands import reads
 from .progress import GenerationConsole
 from .tools import tell
 

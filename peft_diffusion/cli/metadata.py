@@ -4,7 +4,7 @@ import json
 
 from ..core.errors import UserError, did_you_mean
 from ..tools.tool_settings import MetadataGetConfig, MetadataRemoveConfig, MetadataSetConfig
-from .flags import reads
+from .commands import reads
 from .terminal import say
 
 

@@ -1,7 +1,7 @@
 """``peft-diffusion rename-trigger``: another name for a word of an adapter."""
 
 from ..tools.tool_settings import RenameTriggerConfig
-from .flags import reads
+from .commands import reads
 from .progress import GenerationConsole
 from .tools import tell
 

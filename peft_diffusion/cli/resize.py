@@ -1,7 +1,7 @@
 """``peft-diffusion resize``: an adapter with other ranks."""
 
 from ..tools.tool_settings import ResizeConfig
-from .flags import reads
+from .commands import reads
 from .progress import GenerationConsole
 from .tools import tell
 

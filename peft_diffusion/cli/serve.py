@@ -2,7 +2,7 @@
 
 from ..core.events import Event
 from ..serve.settings import ServeConfig
-from .flags import reads
+from .commands import reads
 from .progress import show_notes
 from .terminal import say
 

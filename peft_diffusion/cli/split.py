@@ -1,7 +1,7 @@
 """``peft-diffusion split``: the parts of an adapter, as files."""
 
 from ..tools.tool_settings import SplitConfig
-from .flags import reads
+from .commands import reads
 from .progress import GenerationConsole
 from .tools import tell
 

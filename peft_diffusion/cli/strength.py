@@ -1,7 +1,7 @@
 """``peft-diffusion strength``: an adapter that does at strength 1 what another does at a given one."""
 
 from ..tools.tool_settings import StrengthConfig
-from .flags import reads
+from .commands import reads
 from .progress import GenerationConsole
 from .tools import tell
 

@@ -1,11 +1,14 @@
 """The one place that writes to the terminal: words of others cannot steer it. Imports no rich, which takes time."""
 
 import logging
+import os
 import re
 import sys
 
 # Escape sequences begin with these, bells ring, a line is written over from its start; the last turn the direction.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+_STYLES = {"heading": "1", "name": "36", "aside": "2", "required": "31"}  # bold, cyan, faint, red
 
 
 def plain(text: str) -> str:
@@ -28,6 +31,35 @@ def say(text: object, *, error: bool = False) -> None:
         error: Whether on stderr, where what is no result belongs.
     """
     print(plain(str(text)), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def coloured(text: str, style: str) -> str:
+    """Colour a text where it is written to a terminal that shows colours, for `write`.
+
+    Args:
+        text: Any, whose control characters are taken out.
+        style: What it is: ``heading``, ``name``, ``aside`` or ``required``; empty for what has no colour.
+
+    Returns:
+        The text.
+    """
+    shown = plain(text)
+    return f"\x1b[{_STYLES[style]}m{shown}\x1b[0m" if style and shown.strip() and _shows_colours() else shown
+
+
+def write(text: str) -> None:
+    """Write a text made of what `coloured` gave, and the end of a line.
+
+    Args:
+        text: What is written as it is.
+    """
+    print(text, flush=True)
+
+
+def _shows_colours() -> bool:
+    """Whether stdout is a terminal that shows colours, and nobody has said that there should be none."""
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in ("dumb", "unknown")
+    return wanted and os.name != "nt" and sys.stdout.isatty()
 
 
 class PlainFormatter(logging.Formatter):

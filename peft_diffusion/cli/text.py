@@ -3,7 +3,7 @@
 from ..generation.text_settings import TextGenerateConfig
 from ..training.settings.shared import FindLr
 from ..training.settings.text import TextTrainConfig
-from .flags import reads
+from .commands import reads
 from .terminal import say
 
 

@@ -2,7 +2,7 @@
 
 from ..training.settings.pictures import TrainConfig
 from ..training.settings.shared import FindLr
-from .flags import reads
+from .commands import reads
 
 
 @reads(TrainConfig, FindLr)
