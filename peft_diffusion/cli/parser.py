@@ -88,6 +88,9 @@ def notes(debug: bool) -> Iterator[None]:
 
     Args:
         debug: Whether what is of use for finding faults is shown, too.
+
+    Returns:
+        A context, at whose end the log is as before.
     """
     logger = logging.getLogger("peft_diffusion")
     before = logger.level, logger.propagate
