@@ -362,8 +362,8 @@ def interrupts_apart() -> Iterator[None]:
 def terminations_cleaned_up() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise KeyboardInterrupt inside, so that half-written files are removed.
 
-    Afterwards the process ends by the signal, as whoever sent it expects. A second signal ends it at once. Nothing is done for a
-    signal that somebody handles or ignores already, as with nohup, or in a thread that is not the main one.
+    Afterwards the process ends by the signal, as whoever sent it expects. A second signal ends it at once. Nothing is done
+    for a signal that somebody handles or ignores already, as with nohup, or in a thread that is not the main one.
     """
     here = threading.current_thread() is threading.main_thread()
     named = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")]  # Windows has no SIGHUP
