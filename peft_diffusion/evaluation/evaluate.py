@@ -29,7 +29,7 @@ from .events import Evaluated
 from .gallery import Gallery, at_most, decoded, encoded, read_gallery
 from .intervals import Estimate, estimate
 from .judge import Judge
-from .judges import judge_of
+from .judges import JUDGES, judge_of
 from .judging import BASE, Copies, Shown, Taught, Verdicts
 from .measured import Alone, Evaluation, Meeting, Values
 from .settings import EvaluateConfig
@@ -37,7 +37,6 @@ from .styles import Styles
 
 _WEAK = 0.8  # share of real pictures that are told right, below which a judge is warned of
 _SHOWN = 8  # prompts on a sheet
-SAMPLE_STYLES = ("openmoji", "twemoji", "fluent-flat")
 
 
 @dataclass(frozen=True)
@@ -218,15 +217,15 @@ def _others(
     config: EvaluateConfig, judge: Judge, shown: Mapping[str, Shown], bench: Bench
 ) -> tuple[dict[str, Shown], dict[str, Shown]]:
     """Other styles that pictures may be taken for, and pictures that show nothing but subjects."""
-    usual = not config.against and config.judge == "icons"
+    usual = () if config.against else JUDGES[config.judge].against
     known = {_most(judge.names(images)) for _, images in shown.values()} if usual else set()
-    folders = [embedded(f"styles/{name}") for name in SAMPLE_STYLES] if usual else config.against
+    folders = [embedded(f"styles/{name}") for name in usual] if usual else config.against
     pipe, styles, subjects = bench.adapters.pipe, dict[str, Shown](), dict[str, Shown]()
     for folder in folders:
         gallery = read_gallery(folder, _free(folder.name, {*shown, *styles, *subjects, BASE}), pipe)
         gallery = at_most(gallery, config.pictures)
         images = decoded(encoded(gallery, pipe, bench.tell).latents, pipe)
-        same = usual and _most(judge.names(images)) in known
+        same = bool(usual) and _most(judge.names(images)) in known
         (subjects if same else styles)[gallery.name] = gallery, images
     return styles, subjects
 

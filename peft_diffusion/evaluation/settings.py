@@ -30,7 +30,7 @@ from ..data.prompts import refuse_files
 from ..generation.compositions import Compose, explanation
 from ..generation.recipe import check_folder
 from ..generation.settings import SEEDS, NamesAdapters, Precision, Quantize, Sampling
-from .judges import JudgeKind
+from . import judges
 
 
 @explained
@@ -86,17 +86,8 @@ class EvaluateConfig(NamesAdapters):
         flag=Flag(default_shown=False),
     )
     alone: bool = setting(False, "Measure each adapter alone, and not also with each other one on.", PARAMETERS)
-    judge: JudgeKind = setting(
-        "icons",
-        "Who judges: small networks for drawings that come with the package (icons), CLIP, which also reads prompts (clip), "
-        "or DINOv2 (dino).",
-        PARAMETERS,
-    )
-    judge_model: str | None = setting(
-        None,
-        "The folder or hub id of CLIP or DINOv2; by default openai/clip-vit-large-patch14 and facebook/dinov2-base.",
-        PARAMETERS,
-    )
+    judge: judges.JudgeKind = setting("icons", judges.explanation(), PARAMETERS)
+    judge_model: str | None = setting(None, judges.explanation_of_models(), PARAMETERS)
     output: OnePath = setting(
         Path("evaluation"),
         "The folder for report.html, figures.json and a sheet for each adapter.",
@@ -131,8 +122,9 @@ class EvaluateConfig(NamesAdapters):
         self.all_strengths()
         if not self.adapter:
             raise UserError("there is no adapter to evaluate; name its file")
-        if self.judge == "icons" and self.judge_model is not None:
-            raise UserError("--judge-model is for --judge clip and dino; the judge of icons comes with the package")
+        if self.judge_model is not None and not judges.JUDGES[self.judge].model:
+            taking = " and ".join(one.name for one in judges.JUDGES.values() if one.model)
+            raise UserError(f"--judge-model is for --judge {taking}; the judge of {self.judge} comes with the package")
         if way != "add" and (self.alone or len(self.adapter) < 2):
             raise UserError(f"--compose {way} is for adapters that meet; give two or more, without --alone")
 
