@@ -189,7 +189,7 @@ def test_a_report_says_what_the_changed_weights_say(files: dict[str, Path], adap
     for size in (one for one in found.sizes if (one.component, one.site) == (component, path)):
         assert size.change == pytest.approx(float(changes[size.adapter].norm()), rel=1e-3)
         assert size.relative == pytest.approx(size.change / float(before.norm()))
-    met = next(one for one in found.meetings if (one.component, one.site) == (component, path))
+    met = next(one for one in found.overlaps if (one.component, one.site) == (component, path))
     ink, flat = (changes[name].flatten(1).double() for name in ("ink", "flat"))
     assert met.cosine == pytest.approx(float(torch.cosine_similarity(ink.flatten(), flat.flatten(), 0)), abs=1e-3)
     for told, one, other in ((met.writes, ink, flat), (met.reads, ink.T, flat.T)):
@@ -218,14 +218,14 @@ def test_an_adapter_meets_itself_and_prompts_say_what_to_suggest(files: dict[str
     adapters.remove("flat")
     sampling = Sampling(steps=1, guidance=1.0)
     found = adapters.report(["a cat"], sampling=sampling)
-    for one in found.meetings:
+    for one in found.overlaps:
         assert (one.cosine, one.reads, one.writes) == pytest.approx((1, 1, 1), abs=1e-4)
     assert found.effects == adapters.calibrate(["a cat"], sampling=sampling).effects
     assert found.even == pytest.approx({"ink": 0.5, "again": 0.5})
     assert found.suggested == pytest.approx({"ink": 0.5, "again": 0.5}, abs=1e-3)
     assert found.excess == pytest.approx(0, abs=1e-8) and found.excess_whole is not None and found.excess_whole > 1e-6
     assert all(one.cosine == pytest.approx(1, abs=1e-4) for one in found.conflicts)
-    assert json.loads(json.dumps(found.as_json()))["meetings"][0]["first"] == "ink"
+    assert json.loads(json.dumps(found.as_json()))["overlaps"][0]["first"] == "ink"
 
 
 @torch.no_grad()

@@ -304,7 +304,7 @@ def test_everything_is_measured_and_written(evaluated: tuple[Evaluation, Evaluat
     assert ink.values["fall"][0.0] == Estimate(0.0, 0.0, 2) and ink.values["moved"][0.0].mean == 0.0
     assert ink.values["loss"][0.0] != ink.values["loss"][1.0] and ink.values["moved"][1.0].mean > 0
     assert ink.prompts[0] == "ink drawing of a cat" and ink.leak_prompts[0] == "a cat"
-    assert [(one.own, one.other) for one in found.meetings] == [("ink", "flat"), ("flat", "ink")]
+    assert [(one.own, one.other) for one in found.interference] == [("ink", "flat"), ("flat", "ink")]
     assert set(found.trust.styles) == {"ink", "flat", "flat 2", BASE} and found.trust.styles[BASE][1] == 8
     messages = [one.message for one in told if isinstance(one, (Warned, Noted))]
     assert any("2 of 4 pictures were trained on" in one for one in messages)
@@ -329,7 +329,7 @@ def test_interference_is_the_loss_with_both_on_over_that_alone(
     examples = encoded(read_gallery(flat, "flat", adapters.pipe), adapters.pipe)
     alone, both = bench.losses(examples, {"flat": 1.0}), bench.losses(examples, {"flat": 1.0, "ink": 1.0})
     wanted = estimate([after / before - 1 for after, before in zip(both, alone, strict=True)])
-    told = found.meetings[1].loss
+    told = found.interference[1].loss
     assert told is not None and told.mean == pytest.approx(wanted.mean, rel=1e-4)
     assert told.half == pytest.approx(wanted.half, rel=1e-3)
     assert found.alone[1].values["loss"][1.0].mean == pytest.approx(sum(alone) / 4, rel=1e-4)

@@ -31,7 +31,7 @@ from .intervals import Estimate, estimate
 from .judge import Judge
 from .judges import JUDGES, judge_of
 from .judging import BASE, Copies, Shown, Taught, Verdicts
-from .measured import Alone, Evaluation, Meeting, Values
+from .measured import Alone, Evaluation, Interference, Values
 from .settings import EvaluateConfig
 from .styles import Styles
 
@@ -196,8 +196,8 @@ def _measured(
                 len(case.images), values, config.output / f"{case.name}.png",
             )
         )  # fmt: skip
-    meetings = () if config.alone else _meetings(cases, together, taught, styles)
-    return Evaluation(trust, tuple(alone), meetings, config.output / report.NAME), sheets
+    interference = () if config.alone else _interference(cases, together, taught, styles)
+    return Evaluation(trust, tuple(alone), interference, config.output / report.NAME), sheets
 
 
 def _tell_work(config: EvaluateConfig, cases: Sequence[Case], tell: Observer) -> None:
@@ -287,7 +287,7 @@ def _falls(losses: Sequence[float], base: Sequence[float]) -> list[float]:
     return [1 - after / before for after, before in zip(losses, base, strict=True)]
 
 
-def _meetings(cases: Sequence[Case], bench: Bench, taught: Taught, styles: Styles) -> tuple[Meeting, ...]:
+def _interference(cases: Sequence[Case], bench: Bench, taught: Taught, styles: Styles) -> tuple[Interference, ...]:
     """Each adapter with each other one on, both at their strengths."""
     found = []
     for case in cases:
@@ -295,19 +295,19 @@ def _meetings(cases: Sequence[Case], bench: Bench, taught: Taught, styles: Style
         verdicts, alone = _verdicts(case, taught, styles), bench.losses(case.examples, case.at(1.0))
         both = [{**case.at(1.0), **one.at(1.0)} for one in others]
         harms: list[Estimate | None] = [None] * len(others)
-        if bench.sampling.meets == "add":
+        if bench.sampling.composition == "add":
             harms = [estimate([-fall for fall in _falls(bench.losses(case.examples, one), alone)]) for one in both]
         for other, harm, rows in zip(others, harms, bench.draw(case.prompts, both) if both else (), strict=True):
-            found.append(_meeting(case.name, other.name, harm, rows, verdicts))
+            found.append(_interference_of(case.name, other.name, harm, rows, verdicts))
     return tuple(found)
 
 
-def _meeting(
+def _interference_of(
     own: str, other: str, loss: Estimate | None, rows: Sequence[Sequence[Image.Image]], verdicts: Verdicts
-) -> Meeting:
+) -> Interference:
     found = [verdicts.met(row, other) for row in rows]
     style, of_other, likeness = (estimate(list(several)) for several in zip(*found, strict=True))
-    return Meeting(own, other, loss, style, of_other, likeness)
+    return Interference(own, other, loss, style, of_other, likeness)
 
 
 def _sheet(case: Case, pictures: Mapping[float, Sequence[Image.Image]]) -> Image.Image:

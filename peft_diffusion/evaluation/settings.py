@@ -96,7 +96,7 @@ class EvaluateConfig(NamesAdapters):
     )
     compose: Compose = setting("add", explanation(), PARAMETERS)
     compose_file: OptionalPath = setting(
-        None, "What compose train wrote of these adapters: how much of each is in their meetings.", PARAMETERS
+        None, "What compose train wrote of these adapters: how much of each there is where all are on.", PARAMETERS
     )
     steps: int | None = setting(
         None, "Denoising steps; by default 25, or what an adapter for few steps needs.", PARAMETERS, COUNT
@@ -118,7 +118,7 @@ class EvaluateConfig(NamesAdapters):
 
     def __post_init__(self) -> None:
         settle(self)
-        way = self.sampling().meets
+        way = self.sampling().composition
         self.all_strengths()
         if not self.adapter:
             raise UserError("there is no adapter to evaluate; name its file")

@@ -751,12 +751,12 @@ class Adapters:
         if not prompts:
             return measured(components(self.pipe), chosen)
         self._denoising()
-        from .meeting import met, own_prompts  # these import diffusers
+        from .overlap_drawing import drawn, own_prompts  # these import diffusers
         from .settings import Sampling as Usual
 
         own = own_prompts(self, chosen, prompts)
         with self._kept_strengths():
-            found = met(self, own, seed, Usual() if sampling is None else sampling, stop)
+            found = drawn(self, own, seed, Usual() if sampling is None else sampling, stop)
         return measured(components(self.pipe), chosen, found)
 
     @property

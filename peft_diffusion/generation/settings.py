@@ -483,7 +483,7 @@ class Sampling(NamesAdapters):
         return _STEPS if self.steps is None else self.steps
 
     @property
-    def meets(self) -> Compose:
+    def composition(self) -> Compose:
         """How several adapters meet."""
         return self.compose if self.compose_file is None else LEARNED
 
@@ -509,7 +509,7 @@ class Sampling(NamesAdapters):
         Raises:
             UserError: There are too few or too many.
         """
-        COMPOSITIONS[self.meets].check(adapters)
+        COMPOSITIONS[self.composition].check(adapters)
 
     def controls(self) -> tuple[Control, ...]:
         """The pictures that steer.
@@ -645,7 +645,7 @@ class GenerateConfig(Sampling):
             check_text(self.negative)
             self._check_source()
         if self.region or self.regions == "auto":
-            check_compose(self.meets)
+            check_compose(self.composition)
         if self.region and self.regions == "auto":
             raise UserError("--regions auto finds the regions by itself; leave each --region away, or auto")
 

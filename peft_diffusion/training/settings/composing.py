@@ -103,9 +103,8 @@ class ComposeTrainConfig:
             )
         kind = LEARNED_KINDS[self.kind]
         if len(self.adapters) < kind.fewest:
-            raise UserError(
-                f"{kind.name} share out between adapters; give {kind.fewest} or more, or take --kind {next(iter(LEARNED_KINDS))}"
-            )
+            usual = next(iter(LEARNED_KINDS))
+            raise UserError(f"{kind.name} share out between adapters; give {kind.fewest} or more, or take --kind {usual}")
         if self.balance is not None and kind.balance is None:
             raise UserError(f"--balance is for gates; {kind.name} are always free, so leave it away")
         if self.target.exists() and not self.overwrite:

@@ -57,7 +57,7 @@ def acting_layers(pipe: Pipeline, names: Sequence[str]) -> dict[int, str]:
 class ComposingTask(DiffusionTask):
     """The loss of a pipeline whose adapters are weighed by what is learned; everything else is frozen.
 
-    In text encoders adapters have the strength that they are carried at. With ``balance`` the loss has the `imbalance` besides.
+    In text encoders adapters have the strength that they are carried at. ``balance`` adds their `imbalance` to the loss.
 
     Args:
         pipe: The pipeline, which carries the adapters.
