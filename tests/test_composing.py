@@ -69,7 +69,7 @@ def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asked(folder: Path, base: Path, kind: str, output: str) -> ComposeTrainConfig:
     return ComposeTrainConfig(
-        (folder / "ink.safetensors", folder / "flat.safetensors"), data=(folder / "ink", folder / "flat"), kind=kind,  # type: ignore[arg-type]
+        (folder / "ink.safetensors", folder / "flat.safetensors"), data=(folder / "ink", folder / "flat"), kind=kind,
         base=str(base), output=folder / output, steps=12, batch_size=2, lr=0.1, device="cpu",
     )  # fmt: skip
 

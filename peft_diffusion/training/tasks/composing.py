@@ -88,9 +88,9 @@ class ComposingTask(DiffusionTask):
         self._layers = torch.tensor(list(layers), device=self.device)
         self._held = torch.tensor([self.blocks.index(block) for block in layers.values()], device=self.device)
         self._given: Tensor | None = None
-        self._prompts = self._prompt_vectors()
+        self._vectors = self._prompt_vectors()
         with global_seed(torch.device("cpu"), settings.seed, "composition"):
-            fresh = KINDS[kind].fresh(len(names), len(self.blocks), self._prompts)
+            fresh = KINDS[kind].fresh(len(names), len(self.blocks), self._vectors)
         self.learned: LearnedStrengths = fresh.to(self.device)
 
     def _prompt_vectors(self) -> Tensor:
@@ -157,7 +157,7 @@ class ComposingTask(DiffusionTask):
         Returns:
             The mean strength of each over blocks, noise levels and the prompts of the pictures, under ``mean_strengths``.
         """
-        vectors = self._prompts.to(self.device)
+        vectors = self._vectors.to(self.device)
         with torch.no_grad():
             levels = torch.linspace(0, 1, 8, device=self.device)
             given = [self.learned(vectors, level.expand(len(vectors))).mean((0, 2)) for level in levels]
