@@ -718,7 +718,7 @@ class Adapters:
         sampling: "Sampling | None" = None,
         stop: Stop = Never(),  # noqa: B008 -- has no state
     ) -> "BlendReport":
-        """Tell what adapters change at each layer, how each two of them meet, and at which strengths they go together.
+        """Tell what adapters change at each layer, what each two of them share, and at which strengths they go together.
 
         Without prompts it takes the weights alone, and works on a language model too. With prompts the base draws them, in a
         few steps, once for what each adapter adds to the outputs of layers, once to compare predictions, and twice for each

@@ -102,7 +102,7 @@ def _report(
     tell: Observer,
     stop: Stop,
 ) -> BlendReport:
-    """How the adapters of a sheet meet, on its prompts with each one's trigger; tells which strengths go together."""
+    """What the adapters of a sheet change and share, on its prompts with each one's trigger. Tells the best mix."""
     amounts = {name: choice.amount for name, choice in choices.items()}
     own = overlap_drawing.own_prompts(adapters, list(choices), config.prompts)
     seen = overlap_drawing.drawn(

@@ -1,4 +1,4 @@
-"""How adapters on a base meet: the size of their changes at each layer, and for each pair overlap and conflict."""
+"""What adapters on a base change and share: the size of their changes at each layer, and for each pair the overlap."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ class Size:
 
 @dataclass(frozen=True)
 class PairOverlap:
-    """How the changes of two adapters lie to each other at a layer that both change.
+    """How much the changes of two adapters overlap at a layer that both change.
 
     Attributes:
         first: The one.
@@ -69,7 +69,7 @@ class PairOverlap:
 
 @dataclass(frozen=True)
 class BlendReport:
-    """What adapters change, and how they meet.
+    """What adapters change, and what of it they share.
 
     Attributes:
         sizes: Each adapter at each layer whose weight it changes.
@@ -255,7 +255,8 @@ def _inner(one: Change, other: Change) -> float:
 
 
 def _overlap_of(one: Change, other: Change, norms: float) -> tuple[float, float | None, float | None]:
-    """The cosine of two changes, by the product of their norms, and how far they read and write the same."""
+    """What `PairOverlap` has of two changes: the cosine, by the product of their norms, and how far they read and write the
+    same."""
     reads = writes = None
     if one.pair is not None and other.pair is not None:
         reads = _overlap(one.pair.down.T, other.pair.down.T)

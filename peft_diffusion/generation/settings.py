@@ -709,14 +709,15 @@ class BlendConfig(Sampling):
     )
     plain: bool = setting(
         False,
-        "Mix by the strengths alone: at 50% each adapter has half of its own. By default at 50% both change the network's "
-        "predictions of these prompts as much, which a few more steps measure.",
+        "Mix by the strengths alone: at 50% each adapter has half of its own. By default at 50% pictures are as far from "
+        "those of the one alone as from those of the other, which rows of nine pictures of eight steps measure first.",
         PARAMETERS,
     )
     bare: bool = setting(False, "Begin with a column without any adapter.", PARAMETERS)
     report: OptionalPath = setting(
         None,
-        "Also write how the adapters meet, layer by layer, into this file: .json, or .png, .svg or .pdf for heat maps.",
+        "Also write what adapters change and share, layer by layer, into this file: .json, or .png, .svg or .pdf for heat "
+        "maps.",
         PARAMETERS,
     )
     seed: int = setting(0, "The noise that every picture of the sheet starts from.", PARAMETERS, SEEDS)
