@@ -5,6 +5,8 @@ The class of each is in `learned_strengths`, under the same name.
 
 from dataclasses import dataclass
 
+from .wording import any_of
+
 
 @dataclass(frozen=True)
 class LearnedKind:
@@ -40,4 +42,4 @@ def explanation() -> str:
     Returns:
         A sentence.
     """
-    return f"What is learned: {'; or '.join(f'{one.words} ({one.name})' for one in _EVERY)}."
+    return f"What is learned: {any_of([f'{one.words} ({one.name})' for one in _EVERY])}."

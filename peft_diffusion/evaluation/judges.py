@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from ..core.wording import any_of
+
 if TYPE_CHECKING:
     from .judge import Judge
 
@@ -74,8 +76,7 @@ def explanation() -> str:
     Returns:
         A sentence.
     """
-    *others, last = [f"{one.words} ({one.name})" for one in _EVERY]
-    return f"Who judges: {', '.join(others)}, or {last}."
+    return f"Who judges: {any_of([f'{one.words} ({one.name})' for one in _EVERY])}."
 
 
 def explanation_of_models() -> str:
