@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from peft_diffusion.bases import embedded
+from peft_diffusion.evaluation.drawings import pixels_of
 from peft_diffusion.generation.compositions import COMPOSITIONS, LEARNED
 from peft_diffusion.generation.compositions.switch import Switch
 from peft_diffusion.tools.tool_settings import How
@@ -96,7 +97,7 @@ def disc(behind: str, colour: str = "#303030") -> Image.Image:
 
 def test_backgrounds_are_told_by_the_border_and_made_white() -> None:
     names = ["yellow", "blue", "grey"]
-    pixels = judges.pixels_of([disc(f"#{judges.COLOURS[name]}") for name in names])
+    pixels = pixels_of([disc(f"#{judges.COLOURS[name]}") for name in names])
     assert judges.before(pixels, names).tolist() == [True] * 3
     assert judges.before(pixels, ["blue", "blue", "white"]).tolist() == [False, True, False]
     on_white = judges.plain(pixels)
@@ -108,7 +109,7 @@ def test_backgrounds_are_told_by_the_border_and_made_white() -> None:
 def judge(tmp_path_factory: pytest.TempPathFactory) -> judges.StyleJudge:
     """A judge that knows the sample styles by a few of their drawings; of two it holds others back."""
     data = tmp_path_factory.mktemp("judged")
-    for name in compare_beside.SAMPLES:
+    for name in make_data.SAMPLES:
         pictures = sorted(embedded(f"styles/{name}").glob("*.webp"))
         kinds = {"known": pictures[:8], "held": pictures[8:14]} if name != "twemoji" else {"known": pictures[:8]}
         for kind, several in kinds.items():
