@@ -390,7 +390,7 @@ def test_a_file_is_one_adapter_in_and_outside_of_regions_by_any_path(
     assert [len(one.recipe.adapters) for one in drawn] == [1, 1]
     assert drawn[0].image.tobytes() == drawn[1].image.tobytes()
     twice = Region(box=(0, 0, 1, 1), adapter=("ink.safetensors=1", f"{ink}=0.5"))
-    with pytest.raises(UserError, match="region 1 names the adapter ink.safetensors twice"):
+    with pytest.raises(UserError, match=r"region 1 names the adapter ink\.safetensors twice"):
         generate(GenerateConfig("a dog", region=twice, **common), pipe=tiny_pipe)
     adapters = Adapters(tiny_pipe)
     adapters.load(ink, name="ink")

@@ -649,7 +649,9 @@ class GenerateConfig(Sampling):
         if self.region and self.regions == "auto":
             raise UserError("--regions auto finds the regions by itself; leave each --region away, or auto")
         if self.calibrate and self.meets == LEARNED:
-            raise UserError("--calibrate makes strengths even, and --compose-file weighs them as was learned; leave one away")
+            raise UserError(
+                "--calibrate makes strengths even, and --compose-file weighs them as was learned; leave one away"
+            )
 
     def check_composed(self, adapters: int) -> None:
         """See that there is something to compose, and to compare.
