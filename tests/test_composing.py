@@ -198,7 +198,7 @@ def test_a_sheet_of_composed_adapters_ends_with_each_alone(
         adapter = [f"{one}={amount}" for one, amount in zip(both, amounts, strict=True)]
         (alone,) = generate(GenerateConfig("a cat", adapter=adapter, output=tmp_path / "b", **common), pipe=tiny_pipe)
         assert np.abs(np.asarray(picture, dtype=int) - np.asarray(alone.image, dtype=int)).max() <= 1
-    config = pd.EvaluateConfig([both[0], *third(folder, tmp_path)], data=[folder / "ink"] * 2, compose_file=files[kind])
+    config = pd.EvaluateConfig([both[0], *third(folder, tmp_path)], data=[str(folder / "ink")] * 2, compose_file=files[kind])
     with pytest.raises(UserError, match="composes an adapter that is not given; name all of them"):
         config.check()
 

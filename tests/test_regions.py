@@ -407,9 +407,9 @@ def test_regions_that_do_nothing_are_refused(tiny_pipe: Any, tmp_path: Path) -> 
     ):
         with pytest.raises(UserError, match=message):
             generate(GenerateConfig("a dog", region=region, **common), pipe=tiny_pipe)
-    for lost in ({"region_feather": 0.2}, {"region_isolation": 0.5}):
+    for name, value in (("region_feather", 0.2), ("region_isolation", 0.5)):
         with pytest.raises(UserError, match="are of regions; give --region or --regions auto too"):
-            generate(GenerateConfig("a dog", **common, **lost), pipe=tiny_pipe)
+            generate(GenerateConfig("a dog", **{**common, name: value}), pipe=tiny_pipe)
 
 
 def test_triggers_are_found_in_the_words_that_are_drawn_the_longest_first(

@@ -314,8 +314,8 @@ def _meeting(
 ) -> Meeting:
     found = [verdicts.met(row, other) for row in rows]
     told, of_other, likeness = (list(several) for several in zip(*found, strict=True))
-    shares = (estimate_share(one, len(verdicts.words)) for one in (told, of_other))
-    return Meeting(own, other, loss, *shares, estimate(likeness))
+    style, of_its = (estimate_share(one, len(verdicts.words)) for one in (told, of_other))
+    return Meeting(own, other, loss, style, of_its, estimate(likeness))
 
 
 def _sheet(case: Case, pictures: Mapping[float, Sequence[Image.Image]]) -> Image.Image:
