@@ -648,7 +648,7 @@ class GenerateConfig(Sampling):
             check_compose(self.composition)
         if self.region and self.regions == "auto":
             raise UserError("--regions auto finds the regions by itself; leave each --region away, or auto")
-        if self.calibrate and self.meets == LEARNED:
+        if self.calibrate and self.composition == LEARNED:
             raise UserError(
                 "--calibrate makes strengths even, and --compose-file weighs them as was learned; leave one away"
             )
