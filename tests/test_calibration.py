@@ -170,6 +170,10 @@ def test_pictures_are_drawn_with_scaled_strengths_which_their_recipes_hold(
     assert [one.strength for one in first.recipe.adapters] == pytest.approx([0.5 * factors["ink"], 0.25 * factors["flat"]])
     again = generate(GenerateConfig(recipe=first.path, output=tmp_path / "b.png", device="cpu"), pipe=adapters.pipe)[0]
     assert again.recipe == first.recipe and list(again.image.getdata()) == list(first.image.getdata())
+    with pytest.raises(UserError, match="--calibrate compares adapters, and there is 1;"):
+        generate(GenerateConfig("a cat", adapter=chosen[0], calibrate=True, output=tmp_path / "b.png", **common))
+    with pytest.raises(UserError, match="--compose-file weighs them as was learned; leave one away"):
+        GenerateConfig("a cat", adapter=chosen, calibrate=True, compose_file=tmp_path / "both.safetensors")
     with pytest.raises(UserError, match="leave --calibrate away"):
         GenerateConfig(recipe=first.path, calibrate=True)
 

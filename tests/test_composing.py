@@ -7,10 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import peft_diffusion as pd
 from peft_diffusion import Adapters, ComposeTrainConfig, GenerateConfig, UserError, formats, generate
@@ -182,6 +185,30 @@ def test_adapters_are_composed_for_a_pipeline_that_is_called_by_hand(
     assert adapters.compose(files["strengths"]) == ("ink", "flat")
     with pytest.raises(UserError, match="composes no adapter oil; there are: ink, flat"):
         adapters.compose(files["strengths"], amounts={"oil": 1.0})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sheet_of_composed_adapters_ends_with_each_alone(
+    kind: str, files: dict[str, Path], folder: Path, tiny_pipe: Any, tmp_path: Path
+) -> None:
+    both = [str(folder / f"{name}.safetensors") for name in ("ink", "flat")]
+    common: dict[str, Any] = {"compose_file": files[kind], "steps": 2, "device": "cpu"}
+    sheet = pd.blend(pd.BlendConfig("a cat", adapter=both, columns=2, output=tmp_path / "a.png", **common), pipe=tiny_pipe)
+    for picture, amounts in zip(sheet.pictures[0], ((1, 0), (0, 1)), strict=True):
+        adapter = [f"{one}={amount}" for one, amount in zip(both, amounts, strict=True)]
+        (alone,) = generate(GenerateConfig("a cat", adapter=adapter, output=tmp_path / "b", **common), pipe=tiny_pipe)
+        assert np.abs(np.asarray(picture, dtype=int) - np.asarray(alone.image, dtype=int)).max() <= 1
+    config = pd.EvaluateConfig([both[0], *third(folder, tmp_path)], data=[str(folder / "ink")] * 2, compose_file=files[kind])
+    with pytest.raises(UserError, match="composes an adapter that is not given; name all of them"):
+        config.check()
+
+
+def third(folder: Path, to: Path) -> list[str]:
+    """Another adapter, of other bytes."""
+    tensors = load_file(folder / "ink.safetensors")
+    with safe_open(folder / "ink.safetensors", "pt") as file:
+        save_file(tensors, to / "third.safetensors", {**file.metadata(), "ss_training_comment": "third"})
+    return [str(to / "third.safetensors")]
 
 
 def test_inspect_tells_what_a_composition_holds(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from ..bases.embedded import embedded
@@ -26,8 +27,8 @@ from ..training.tasks.diffusion import Examples
 from . import report
 from .bench import Bench
 from .events import Evaluated
-from .gallery import Gallery, at_most, decoded, encoded, read_gallery
-from .intervals import Estimate, estimate
+from .gallery import Gallery, at_most, decoded, encoded, in_pieces, read_gallery
+from .intervals import Estimate, estimate, estimate_share
 from .judge import Judge
 from .judges import judge_of
 from .judging import BASE, Copies, Shown, Taught, Verdicts
@@ -37,6 +38,7 @@ from .styles import Styles
 
 _WEAK = 0.8  # share of real pictures that are told right, below which a judge is warned of
 _SHOWN = 8  # prompts on a sheet
+_PIECE = 64  # training pictures that are held at a time
 SAMPLE_STYLES = ("openmoji", "twemoji", "fluent-flat")
 
 
@@ -155,8 +157,10 @@ def _case(config: EvaluateConfig, choice: Choice, name: str, adapters: Adapters,
     places = gallery.some(config.prompts)
     copies = None
     if trained is not None:
-        learned = at_most(read_gallery(trained, name, pipe, missing="empty"), config.pictures)
-        copies = Copies.of(judge, decoded(encoded(learned, pipe, tell).latents, pipe), images)
+        # All of them, however many --pictures count: a picture that is left out may be the one that was copied.
+        pieces = in_pieces(read_gallery(trained, name, pipe, missing="empty"), _PIECE)
+        learned = [judge.marks(decoded(encoded(one, pipe, tell).latents, pipe)) for one in pieces]
+        copies = Copies.of(judge, torch.cat(learned), images)
     else:
         tell(Noted(f"{name}: what it was trained on is not known (--trained FOLDER), so copies are not looked for"))
     plain = list(config.leak_prompts) or [gallery.subjects[place] for place in places]
@@ -259,6 +263,7 @@ def _curves(
 ) -> tuple[Values, dict[float, list[Image.Image]]]:
     """Estimates by measure and strength, and the pictures of the first seed by strength."""
     strengths, values = config.all_strengths(), Values()
+    counted = {**verdicts.counted, "leak": len(case.leak_prompts)}
     losses: dict[float, list[float]] = {}
     for strength in dict.fromkeys((0.0, *strengths)):
         check_stop(bench.stop, f"stopped at the losses of {case.name}")
@@ -279,7 +284,8 @@ def _curves(
         noted = {"loss": losses[strength], "fall": _falls(losses[strength], losses[0.0])}
         noted |= {name: [own[name] for own in found] for name in found[0]}
         for name, single in noted.items():
-            values.setdefault(name, {})[strength] = estimate(single)
+            of = counted.get(name)
+            values.setdefault(name, {})[strength] = estimate(single) if of is None else estimate_share(single, of)
     return {name: dict(sorted(own.items())) for name, own in values.items()}, dict(sorted(pictures.items()))
 
 
@@ -307,8 +313,9 @@ def _meeting(
     own: str, other: str, loss: Estimate | None, rows: Sequence[Sequence[Image.Image]], verdicts: Verdicts
 ) -> Meeting:
     found = [verdicts.met(row, other) for row in rows]
-    style, of_other, likeness = (estimate(list(several)) for several in zip(*found, strict=True))
-    return Meeting(own, other, loss, style, of_other, likeness)
+    told, of_other, likeness = (list(several) for several in zip(*found, strict=True))
+    style, of_its = (estimate_share(one, len(verdicts.words)) for one in (told, of_other))
+    return Meeting(own, other, loss, style, of_its, estimate(likeness))
 
 
 def _sheet(case: Case, pictures: Mapping[float, Sequence[Image.Image]]) -> Image.Image:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .intervals import LEVEL, Estimate
+from .intervals import KIND, LEVEL, Estimate
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Evaluation:
         """As ``figures.json`` holds it."""
         trust = self.trust
         return {
-            "interval": {"level": LEVEL, "kind": "Student's t", "over": {name: one.over for name, one in MEASURES.items()}},
+            "interval": {"level": LEVEL, "kind": KIND, "over": {name: one.over for name, one in MEASURES.items()}},
             "trust": {
                 "judge": trust.judge,
                 "styles": {name: {"right": share, "count": count} for name, (share, count) in trust.styles.items()},

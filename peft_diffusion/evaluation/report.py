@@ -10,7 +10,7 @@ from .. import __version__
 from ..core.settings import settings_of
 from ..training.record import charts
 from ..training.record.report import inlined, render
-from .intervals import LEVEL
+from .intervals import KIND, LEVEL
 from .measured import MEASURES, Alone, Evaluation, Meeting, written
 from .settings import EvaluateConfig
 
@@ -54,6 +54,7 @@ def page(found: Evaluation, sheets: Mapping[str, Image.Image], config: EvaluateC
             "names": [one.name for one in found.alone],
             "measures": {name: one for name, one in MEASURES.items() if any(name in own.values for own in found.alone)},
             "level": f"{LEVEL:.0%}",
+            "interval": KIND,
             "settings": [(one.flag, _plain(getattr(config, one.name))) for one in settings_of(EvaluateConfig)],
             "version": __version__,
         },

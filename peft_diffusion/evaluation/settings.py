@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, field
+from dataclasses import KW_ONLY, field, replace
 from pathlib import Path
 
 from ..bases.asked import AskedPrediction
@@ -179,6 +179,8 @@ class EvaluateConfig(NamesAdapters):
             UserError: Files or folders cannot be read or written, or do not fit the adapters.
         """
         names = [choice.name for choice in self.choices()]
+        if len(replace(self.sampling(), adapter=self.adapter).choices()) > len(names):
+            raise UserError(f"{self.compose_file} composes an adapter that is not given; name all of them to be evaluated")
         if not self.data:
             raise UserError("give real pictures to judge by with --data, a folder for each adapter")
         folders = [*self.folders("data").values(), *self.folders("trained").values(), *self.against]

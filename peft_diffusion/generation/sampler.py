@@ -194,6 +194,7 @@ def _drawn(
         check_hires(pipe, hires)
     if any(cell.division is not None for cell in cells):
         check_compose(sampling.meets)
+    cells = [cell if cell.division is None else replace(cell, division=cell.division.on(*sides)) for cell in cells]
     cells = _in_words(cells, sampling, tell)
     first = sampling.taken_steps if source is None else source.steps(sampling.taken_steps)
     each = first + (0 if hires is None else hires.steps)

@@ -648,6 +648,25 @@ class GenerateConfig(Sampling):
             check_compose(self.meets)
         if self.region and self.regions == "auto":
             raise UserError("--regions auto finds the regions by itself; leave each --region away, or auto")
+        if self.calibrate and self.meets == LEARNED:
+            raise UserError(
+                "--calibrate makes strengths even, and --compose-file weighs them as was learned; leave one away"
+            )
+
+    def check_composed(self, adapters: int) -> None:
+        """See that there is something to compose, and to compare.
+
+        Args:
+            adapters: How many there are.
+
+        Raises:
+            UserError: There are too few or too many.
+        """
+        super().check_composed(adapters)
+        if self.calibrate and adapters < 2:
+            raise UserError(
+                f"--calibrate compares adapters, and there is {adapters or 'none'}; give two or more, or leave it away"
+            )
 
     def _check_source(self) -> None:
         if self.image is not None and self.hires is not None:
@@ -667,6 +686,9 @@ class GenerateConfig(Sampling):
         self.controls()
         for region in self.region:
             region.check()
+        divided = bool(self.region) or self.regions == "auto" or self.recipe is not None
+        if not divided and (self.region_feather, self.region_isolation) != (FEATHER, ISOLATION):
+            raise UserError("--region-feather and --region-isolation are of regions; give --region or --regions auto too")
         refuse_files(self.prompts, "read it with --prompts-file")
         if self.recipe is not None:
             read(self.recipe)

@@ -57,7 +57,7 @@ def members(file: "File", names: "Mapping[str, float | ByPart]", drawing: Drawin
 
     Args:
         file: The composition.
-        names: What adapters are called on the base.
+        names: What adapters of the row are called, which are looked at first; one that it leaves out is off.
         drawing: What is drawn with.
 
     Returns:
@@ -66,7 +66,8 @@ def members(file: "File", names: "Mapping[str, float | ByPart]", drawing: Drawin
     Raises:
         UserError: One is not there.
     """
-    by_digest = {drawing.adapters[name].sha256: name for name in names}
+    there = (*drawing.adapters.names, *drawing.adapters.waiting, *names)
+    by_digest = {drawing.adapters[name].sha256: name for name in there}
     for member in file.adapters:
         if member.sha256 not in by_digest:
             raise UserError(f"{file.path} composes {member.file}, which is not loaded, or another file of that name is")
