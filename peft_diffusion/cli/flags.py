@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import field, make_dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from cyclopts import CoercionError, CycloptsError, Group, Parameter, UnknownOptionError
 from cyclopts.argument import Argument
@@ -12,11 +12,13 @@ from cyclopts.argument import Argument
 from ..core import settings
 from ..core.other_names import known_here_as
 from ..core.settings import PARAMETERS, Described, not_among
-from .commands import Command
+
+if TYPE_CHECKING:
+    from .commands import Command
 
 
 @cache
-def signature(command: Command) -> inspect.Signature:
+def signature(command: "Command") -> inspect.Signature:
     """Make what cyclopts makes the flags of a command from.
 
     Args:
