@@ -2,6 +2,8 @@
 
 import random
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from peft_diffusion.core.errors import UserError
@@ -102,6 +104,26 @@ def split_tags(caption: str) -> list[str]:
         Those that are not empty, without spaces around them.
     """
     return [tag for tag in (tag.strip() for tag in caption.split(",")) if tag]
+
+
+def tag_frequency(captions: Iterable[tuple[str, str]], most: int = 400) -> dict[str, dict[str, int]]:
+    """Count the tags of captions, as kohya's trainer keeps them in ``ss_tag_frequency``: what an adapter is found by.
+
+    Args:
+        captions: Each with the name of its folder.
+        most: How many tags are kept; the most frequent, and of equal ones the first.
+
+    Returns:
+        How many captions have each tag, by folder. A caption without commas is one tag.
+    """
+    counted: Counter[tuple[str, str]] = Counter()
+    for folder, caption in captions:
+        lines = caption.split("\n")
+        counted.update(list(dict.fromkeys((folder, tag) for line in lines for tag in split_tags(line))))
+    found: dict[str, dict[str, int]] = {}
+    for (folder, tag), count in counted.most_common(most):
+        found.setdefault(folder, {})[tag] = count
+    return found
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def inspect(source: str | Path | Plan) -> Inspection:
         methods_by_component=_by_component(found),
         origin=origin(found.header),
         triggers=triggers_of(found),
-        tags=tags_of(found.header.metadata),
+        tags=tags_of(found),
         hashes=_hashes(found),
         hyper_parameters=told,
         network=network.from_metadata(found.header.metadata),
@@ -192,17 +192,19 @@ def triggers_of(found: Plan) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*spoken, *(word for word in learned if word))))
 
 
-def tags_of(metadata: Mapping[str, str]) -> dict[str, int]:
+def tags_of(found: Plan) -> dict[str, int]:
     """Count the tags of the captions that an adapter was trained on, as kohya's trainer does.
 
     Args:
-        metadata: Of its file.
+        found: Its file.
 
     Returns:
-        How often captions had each, the most frequent first; nothing where the metadata do not say, or are damaged.
+        How often captions had each, the most frequent first; nothing where the file does not say, or is damaged.
     """
+    # The spec says it in files of every layout, and kohya's key in that of kohya's.
+    own = found.spec.training.get("tag_frequency") if found.spec is not None else None
     try:
-        folders = json_value(metadata.get("ss_tag_frequency", "{}"))
+        folders = own if isinstance(own, dict) else json_value(found.header.metadata.get("ss_tag_frequency", "{}"))
     except ValueError:
         return {}
     counted: Counter[str] = Counter()

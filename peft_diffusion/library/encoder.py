@@ -104,27 +104,36 @@ def unit(vectors: Array) -> Array:
     return made
 
 
-def nearness(encoder: Encoder, cosines: Array, kinds: Array, offsets: Array) -> Array:
-    """Make of cosines how likely it is that the same is meant.
+def near_texts(encoder: Encoder, cosines: Array, captions: Array) -> Array:
+    """Make of cosines of texts how likely it is that the same is meant.
 
     Args:
         encoder: What embedded them.
-        cosines: (vectors, 2), as `Encoder.asked` gives its columns.
-        kinds: (vectors,), the place of each kind in `KINDS`.
-        offsets: (vectors,), of pictures what `Encoder.pictures` gave.
+        cosines: (texts,).
+        captions: (texts,), whether each is a caption. These count less: they tell what was drawn with an adapter, and not
+            what it is.
 
     Returns:
-        (vectors,) from 0 to 1. Of texts the cosine between that of unrelated ones, 0, and that of the same, 1. Of pictures
-        how likely CLIP holds the prompt among the reference prompts, which is how it classifies without examples. Captions
-        count less: they tell what was drawn with an adapter, and not what it is.
+        (texts,) from 0 to 1: where the cosine is between that of unrelated texts, 0, and that of the same, 1.
     """
-    of_texts = np.clip((cosines[:, 0] - encoder.floor) / (1 - encoder.floor), 0, 1)
-    of_texts *= np.where(kinds == KINDS.index("caption"), _OF_CAPTIONS, 1.0)
-    if not encoder.sees:
-        return of_texts * encoder.trust
-    logits = np.clip(encoder.scale * cosines[:, 1] - offsets, -30, 30)
-    of_pictures = _OF_PICTURES / (1 + np.exp(-logits))
-    made: Array = np.where(kinds == KINDS.index("picture"), of_pictures, of_texts) * encoder.trust
+    found = np.clip((cosines - encoder.floor) / (1 - encoder.floor), 0, 1)
+    made: Array = found * np.where(captions, _OF_CAPTIONS, 1.0) * encoder.trust
+    return made
+
+
+def near_pictures(encoder: Encoder, cosines: Array, offsets: Array) -> Array:
+    """Make of cosines of a text and pictures how likely it is that these show it.
+
+    Args:
+        encoder: What embedded them.
+        cosines: (pictures,).
+        offsets: (pictures,), as `Encoder.pictures` gives them.
+
+    Returns:
+        (pictures,) from 0 to 1: how likely CLIP holds the text among the reference prompts, which is how it classifies
+        without examples.
+    """
+    made: Array = _OF_PICTURES * encoder.trust / (1 + np.exp(-np.clip(encoder.scale * cosines - offsets, -30, 30)))
     return made
 
 

@@ -25,6 +25,8 @@ from .terms import terms_of
 _MOST_TAGS = 200
 _MOST_CAPTIONS = 50
 _OFTEN = 0.25  # share of its captions from which on a word is one of what it always shows
+_ALL = 0.9  # share of its captions that have to begin alike for these words to call it
+_FEW = 5  # captions; of fewer it may be chance
 _TITLES = ("modelspec.title", "ss_output_name")
 
 
@@ -195,6 +197,8 @@ def read_entry(path: Path, sha256: str | None = None) -> Entry:
     aside, metadata = read_sidecars(path), found.header.metadata
     examples = examples_of(path)
     drawn, notes = prompts_of(examples)
+    tags = _tags(found, aside)
+    lead = lead_of(tags)
     entry = Entry(
         path=path,
         size=size,
@@ -204,9 +208,9 @@ def read_entry(path: Path, sha256: str | None = None) -> Entry:
         name=title(path),
         title=_title(found, aside),
         description=_one_line(_description(found), aside.description),
-        trigger=_trigger(found, aside),
-        triggers=tuple(dict.fromkeys((*triggers_of(found), *aside.triggers))),
-        tags=_tags(metadata, aside),
+        trigger=_trigger(found, aside) or lead,
+        triggers=tuple(dict.fromkeys((*triggers_of(found), *aside.triggers))) or tuple(filter(None, (lead,))),
+        tags=tags,
         captions=tuple(dict.fromkeys((*aside.captions, *drawn)))[:_MOST_CAPTIONS],
         examples=examples,
         thumbnail="modelspec.thumbnail" in metadata,
@@ -252,10 +256,11 @@ def _strength(found: Plan, aside: Sidecar) -> float:
     return told if told is not None and 0 < told <= 2 else 1.0
 
 
-def _tags(metadata: Mapping[str, str], aside: Sidecar) -> dict[str, int]:
+def _tags(found: Plan, aside: Sidecar) -> dict[str, int]:
     """The most frequent tags; those that it is listed under have 0."""
-    counted = dict(list(tags_of(metadata).items())[:_MOST_TAGS])
-    listed = (tag.strip() for one in (*aside.tags, metadata.get("modelspec.tags", "")) for tag in split_tags(one))
+    counted = dict(list(tags_of(found).items())[:_MOST_TAGS])
+    told = found.header.metadata.get("modelspec.tags", "")
+    listed = (tag.strip() for one in (*aside.tags, told) for tag in split_tags(one))
     return {**counted, **{tag: 0 for tag in listed if tag and tag not in counted}}
 
 
@@ -270,6 +275,32 @@ def _refuse_halves(entry: Entry) -> None:
         entry.to_json().encode()
     except UnicodeEncodeError:
         raise UserError(f"{entry.path!s:a} holds half a character in its name or texts; rename it") from None
+
+
+def lead_of(tags: Mapping[str, int]) -> str:
+    """Find the words that all captions begin with: they call an adapter whose file names no trigger.
+
+    Args:
+        tags: How often captions had each tag, which is a whole caption where these have no commas.
+
+    Returns:
+        The words as a template, such as "openmoji emoji of {}"; "" where captions are few, or begin with nothing in common.
+    """
+    captions = [(tag.split(), count) for tag, count in tags.items() if count and len(tag.split()) > 1]
+    total = sum(count for _, count in captions)
+    lead: list[str] = []
+    while total >= _FEW:
+        following: Counter[str] = Counter()
+        for words, count in captions:
+            if words[: len(lead)] == lead and len(words) > len(lead):
+                following[words[len(lead)]] += count
+        word, count = following.most_common(1)[0] if following else ("", 0)
+        if count < total * _ALL:
+            break
+        lead.append(word)
+    while lead and lead[-1].casefold() in ("a", "an", "the"):
+        lead.pop()
+    return " ".join([*lead, "{}"]) if terms_of(" ".join(lead)) and not {"{", "}"} & set("".join(lead)) else ""
 
 
 def files_in(paths: Iterable[Path]) -> tuple[list[Path], list[tuple[Path, str]]]:

@@ -9,8 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
 from ..bases.embedded import ICONS
 from ..core.errors import UserError, did_you_mean
 from ..core.events import Never, Noted, Observer, Observers, Progress, Stop, check_stop
@@ -24,6 +22,7 @@ from .events import Added, Chosen
 from .fits import Wanted, named
 from .ranking import LEAST, Found, Ranking, Snapshot, call_of, rank
 from .store import Row, Store, usual_place
+from .terms import terms_of
 
 _AT_ONCE = 64  # files that are written together: what was read is not lost where it is stopped
 
@@ -160,7 +159,6 @@ class Library:
         tell = Observers(observers)
         wanted = named(base) if isinstance(base, str) else base
         ranking = self._ranked(query, wanted, words_only, tell)
-        # What nothing speaks for is not found, however few there are.
         found = ranking.found(ranking.best(limit, _ANY), self._store)
         if ranking.others:
             tell(Noted(f"{ranking.others} more would be found, but do not fit the base, or do not tell theirs"))
@@ -179,7 +177,7 @@ class Library:
 
         Args:
             prompt: The prompt.
-            count: How many at most. Fewer are chosen where no more have to do with it.
+            count: How many at most. Fewer are chosen where no more have to do with it, or much less than the best one.
             base: As for `search`.
             without: Files that are not chosen, as they are used already.
             observers: Are told what was chosen.
@@ -200,6 +198,8 @@ class Library:
             (one,) = ranking.found([place], self._store)
             if one.entry.path.resolve() in taken:
                 continue
+            if found and one.score < _BESIDE * found[0].score:
+                break
             why = _unusable(one, found)
             if why:
                 notes.append(why)
@@ -289,7 +289,8 @@ class Library:
         return len(numbers)
 
 
-_ANY = float(np.finfo(np.float32).eps)  # the least score of what is found at all
+_ANY = 0.03  # the least score of what a search shows: a word in one of many captions has a little more
+_BESIDE = 0.35  # share of the best one's score that others have at least to be drawn with beside it
 _MORE = 32  # further ones that are looked at in place of those that cannot be used
 
 
@@ -389,9 +390,10 @@ def with_triggers(prompt: str, found: Sequence[Found], notes: list[str]) -> tupl
         The prompt, and the triggers that were added.
     """
     added: list[str] = []
+    said = set(terms_of(prompt))
     for place, one in reversed(list(enumerate(found))):
         trigger = one.entry.trigger
-        if one.called or not trigger:
+        if not trigger or said.issuperset(term for part in call_of(trigger) for term in part):
             continue
         if place and "{}" in trigger:
             trigger = " ".join(word for part in call_of(trigger) for word in part)

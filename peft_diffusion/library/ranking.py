@@ -1,7 +1,7 @@
 """Which adapters of a library a prompt asks for, and why. Imports no torch.
 
 Three things are asked of each adapter, and each is answered from 0 to 1: whether words of the prompt are its own
-(`words.scores`), whether the prompt means what it shows (`encoder.nearness`), and whether the prompt calls it by a
+(`words.Index`), whether the prompt means what it shows (`encoder.near_texts`), and whether the prompt calls it by a
 trigger. They are joined as causes that work independently, by a noisy or (Pearl 1988, "Probabilistic Reasoning in
 Intelligent Systems", 4.3.2): the score is 1 less the product of what each leaves open. Reciprocal rank fusion (Cormack,
 Clarke and Buettcher 2009) needs no such answers, but knows ranks alone, and the best of a library that holds nothing of the
@@ -13,15 +13,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import words
-from .encoder import KINDS, Array, Encoder, nearness
+from ..core.shortening import brief
+from .encoder import Array, Encoder, near_pictures, near_texts
 from .entries import Entry
 from .fits import Wanted, misfit
 from .terms import terms_of
+from .words import COLUMNS, Index
 
 if TYPE_CHECKING:
     from .store import Store
@@ -32,7 +33,12 @@ LEAST = 0.15
 """The score below which an adapter has nothing to do with a prompt."""
 _WEAKEST = 0.4  # the strength of an adapter with the least score; one of score 1 has all of its own
 _SHOWN = 8  # words that are named as a reason
-_PLACES = ("calls it", "in its name", "what it always shows", "in its captions and description")
+_PLACES: Mapping[str, str] = {
+    "called": "calls it",
+    "named": "in its name",
+    "shown": "what it always shows",
+    "told": "in its captions and description",
+}
 _NEAR = 0.05  # a nearness below it is none to speak of
 
 
@@ -104,12 +110,9 @@ class Snapshot:
                 self._calls.setdefault(parts[0][0], []).append((place, parts))
 
     @cached_property
-    def index(self) -> words.Index:
+    def index(self) -> Index:
         """Finds adapters by words."""
-        if self._store.indexed:
-            return words.Fts5(self._store, len(self.places))
-        names = ", ".join(name for name, _ in words.COLUMNS)
-        return words.InMemory({row[0]: row[1:] for row in self._store.rows(f"SELECT id, {names} FROM adapters")})
+        return Index(self._store)
 
     @cached_property
     def vectors(self) -> "Embedded":
@@ -148,20 +151,55 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """The embeddings of all adapters of a library.
+class Rows:
+    """Embeddings of one kind, those of an adapter one after the other.
 
     Attributes:
-        matrix: (vectors, width), float32, those of an adapter one after the other.
-        owners: (vectors,), the place of the adapter.
-        kinds: (vectors,), the place of each kind in `encoder.KINDS`.
-        offsets: (vectors,), as `encoder.Encoder.pictures` gives them.
+        matrix: (rows, width), float32.
+        owners: (rows,), the place of the adapter, rising.
+        extra: (rows,): of texts whether each is a caption, of pictures what `encoder.Encoder.pictures` gave.
     """
 
     matrix: Array
     owners: Array
-    kinds: Array
-    offsets: Array
+    extra: Array
+
+    def of(self, place: int) -> slice:
+        """Find the rows of an adapter.
+
+        Args:
+            place: Its place.
+
+        Returns:
+            The rows.
+        """
+        first, end = np.searchsorted(self.owners, (place, place + 1))
+        return slice(int(first), int(end))
+
+    def raise_to(self, best: Array, each: Array) -> None:
+        """Raise the nearness of adapters to that of their nearest row.
+
+        Args:
+            best: (adapters,), which is changed.
+            each: (rows,).
+        """
+        if len(each):
+            starts = np.flatnonzero(np.diff(self.owners, prepend=-1))
+            owners = self.owners[starts]
+            best[owners] = np.maximum(best[owners], np.maximum.reduceat(each, starts))
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The embeddings of all adapters of a library.
+
+    Attributes:
+        texts: Those of texts.
+        pictures: Those of pictures. A prompt is compared with them as another vector, so they are apart.
+    """
+
+    texts: Rows
+    pictures: Rows
 
     @classmethod
     def read(cls, store: "Store", places: Array) -> "Embedded":
@@ -177,13 +215,20 @@ class Embedded:
         rows = store.rows("SELECT adapter, labels, data FROM vectors ORDER BY adapter")
         labels = [json.loads(row[1]) for row in rows]
         numbers = np.repeat(np.array([row[0] for row in rows], np.int64), [len(one) for one in labels])
+        owners = np.searchsorted(places, numbers)
         flat = [label for several in labels for label in several]
         data = np.frombuffer(b"".join(row[2] for row in rows), "<f2")
-        matrix = data.reshape(len(flat), -1).astype(np.float32) if flat else np.zeros((0, 0), np.float32)
-        kinds = np.array([KINDS.index(label[0]) for label in flat], np.int8)
-        return cls(matrix, np.searchsorted(places, numbers), kinds, np.array([label[2] for label in flat], np.float32))
+        matrix = data.reshape(len(flat), -1) if flat else data.reshape(0, 0)
+        kinds = [label[0] for label in flat]
+        seen = np.array([kind == "picture" for kind in kinds], bool)
+        captions = np.array([kind == "caption" for kind in kinds], bool)
+        offsets = np.array([label[2] for label in flat], np.float32)
+        return cls(
+            Rows(matrix[~seen].astype(np.float32), owners[~seen], captions[~seen]),
+            Rows(matrix[seen].astype(np.float32), owners[seen], offsets[seen]),
+        )
 
-    def near(self, encoder: Encoder, text: str, count: int) -> tuple[Array, Array]:
+    def near(self, encoder: Encoder, text: str, count: int) -> tuple[Array, tuple[Array, Array]]:
         """Tell how near a prompt is to each adapter.
 
         Args:
@@ -192,16 +237,18 @@ class Embedded:
             count: How many adapters there are.
 
         Returns:
-            (count,) the nearness of the nearest embedding of each, and (vectors,) that of all.
+            (count,) the nearness of the nearest embedding of each; and that of all texts, and of all pictures.
         """
         best = np.zeros(count, np.float32)
-        if not len(self.matrix):
-            return best, best[:0]
-        asked = encoder.asked(text)
-        each = nearness(encoder, self.matrix @ asked, self.kinds, self.offsets)
-        starts = np.flatnonzero(np.diff(self.owners, prepend=-1))
-        best[self.owners[starts]] = np.maximum.reduceat(each, starts)
-        return best, each
+        texts = pictures = best[:0]
+        asked = np.ascontiguousarray(encoder.asked(text).T)
+        if len(self.texts.matrix):
+            texts = near_texts(encoder, self.texts.matrix @ asked[0], self.texts.extra)
+        if len(self.pictures.matrix) and encoder.sees:
+            pictures = near_pictures(encoder, self.pictures.matrix @ asked[1], self.pictures.extra)
+        self.texts.raise_to(best, texts)
+        self.pictures.raise_to(best, pictures)
+        return best, (texts, pictures)
 
 
 @dataclass(frozen=True)
@@ -214,7 +261,7 @@ class Ranking:
         words: How far words of the prompt are each one's own.
         meaning: How near each is.
         called: Whether each is called.
-        each: The nearness of every embedding.
+        each: The nearness of every text, and of every picture.
         fitting: Whether each fits the base.
     """
 
@@ -223,7 +270,7 @@ class Ranking:
     words: Array
     meaning: Array
     called: Array
-    each: Array
+    each: tuple[Array, Array]
     fitting: Array
 
     @cached_property
@@ -267,40 +314,42 @@ class Ranking:
             One each, in that order.
         """
         numbers = [int(self.snapshot.places[place]) for place in places]
-        entries = store.entries(numbers)
+        entries, columns = store.entries(numbers), store.columns(numbers)
         made = []
         for place, number in zip(places, numbers, strict=True):
             entry = entries[number]
             told = float(self.scores[place]), float(self.words[place]), float(self.meaning[place]), bool(self.called[place])
-            made.append(Found(entry, *told, self._because(place, number, entry, store), entry.status() if check else ""))
+            because = self._because(place, number, entry, columns[number], store)
+            made.append(Found(entry, *told, because, entry.status() if check else ""))
         return made
 
-    def _because(self, place: int, number: int, entry: Entry, store: "Store") -> tuple[str, ...]:
+    def _because(self, place: int, number: int, entry: Entry, columns: Sequence[str], store: "Store") -> tuple[str, ...]:
         reasons = []
         if self.called[place]:
             own = (
                 one for one in entry.triggers if (call := call_of(one)) and all(_holds(self.terms, part) for part in call)
             )
-            reasons.append(f'the prompt has its trigger "{next(own, entry.trigger)}"')
-        asked, columns = dict.fromkeys(self.terms), entry.columns()
-        left = list(asked)
-        for where, column in zip(_PLACES, columns, strict=True):
-            common = [term for term in left if term in column]
-            left = [term for term in left if term not in common]
+            said = " ".join(next(own, entry.trigger).replace("{}", " ").split())
+            reasons.append(f'the prompt has its trigger "{said}"')
+        left = list(dict.fromkeys(self.terms))
+        for (name, _), column in zip(COLUMNS, columns, strict=True):
+            there = set(column.split())
+            common = [term for term in left if term in there]
+            left = [term for term in left if term not in there]
             if common:
-                reasons.append(f"{', '.join(common[:_SHOWN])} ({where})")
+                reasons.append(f"{', '.join(common[:_SHOWN])} ({_PLACES[name]})")
         if self.meaning[place] >= _NEAR:
             reasons.append(self._nearest(place, number, store))
         return tuple(reasons)
 
     def _nearest(self, place: int, number: int, store: "Store") -> str:
-        own = np.flatnonzero(self.snapshot.vectors.owners == place)
-        best = int(np.argmax(self.each[own]))
         labels = json.loads(store.rows("SELECT labels FROM vectors WHERE adapter = ?", number)[0][0])
-        kind, what, _ = labels[best]
+        (texts, pictures), vectors = self.each, self.snapshot.vectors
+        # The labels of an adapter are those of its texts, then those of its pictures.
+        own = np.concatenate([texts[vectors.texts.of(place)], pictures[vectors.pictures.of(place)]])
+        kind, what, _ = labels[int(np.argmax(own))]
         words_of: Mapping[str, str] = {"text": "what it shows", "caption": "its caption", "picture": "its picture"}
-        shown = what if len(what) <= 60 else f"{what[:59]}\u2026"
-        return f'near {words_of[kind]} "{shown}" ({self.meaning[place]:.2f})'
+        return f'near {words_of[kind]} "{brief(what)}" ({self.meaning[place]:.2f})'
 
 
 def rank(snapshot: Snapshot, text: str, wanted: Wanted | None, encoder: Encoder | None) -> Ranking:
@@ -317,9 +366,9 @@ def rank(snapshot: Snapshot, text: str, wanted: Wanted | None, encoder: Encoder 
     """
     terms = terms_of(text)
     fitting, _ = snapshot.misfits(wanted)
-    by_words = words.scores(snapshot.index, terms, snapshot.places)
-    near: Any = np.zeros(len(snapshot.places), np.float32)
-    each = near[:0]
+    by_words = snapshot.index.scores(terms)
+    near: Array = np.zeros(len(snapshot.places), np.float32)
+    each: tuple[Array, Array] = near[:0], near[:0]
     if encoder is not None and terms:
         near, each = snapshot.vectors.near(encoder, text, len(snapshot.places))
     return Ranking(snapshot, terms, by_words, near, snapshot.called(terms), each, fitting)

@@ -1,6 +1,6 @@
 """The file of a library: one database of SQLite. Imports no torch.
 
-It holds an entry an adapter with the words that it is found by, an index of these where SQLite has FTS5, and the embeddings
+It holds an entry an adapter with the words that it is found by, and the embeddings
 of each adapter as one blob of float16. Changes are made in transactions, so that a process which is killed leaves the file
 whole.
 """
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 _WAIT = 10.0  # seconds for another process that writes
-_NAMES = ", ".join(name for name, _ in COLUMNS)
 _TABLES = f"""
 CREATE TABLE IF NOT EXISTS facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS adapters (
@@ -33,10 +32,6 @@ CREATE TABLE IF NOT EXISTS adapters (
 );
 CREATE INDEX IF NOT EXISTS adapters_by_sha256 ON adapters (sha256);
 CREATE TABLE IF NOT EXISTS vectors (adapter INTEGER PRIMARY KEY, labels TEXT NOT NULL, data BLOB NOT NULL);
-"""
-_INDEX = f"""
-CREATE VIRTUAL TABLE IF NOT EXISTS words
-USING fts5({_NAMES}, content='adapters', content_rowid='id', tokenize='unicode61 remove_diacritics 0');
 """
 
 
@@ -93,7 +88,6 @@ class Store:
 
     Attributes:
         path: The file.
-        indexed: Whether SQLite has FTS5 here.
     """
 
     def __init__(self, path: Path, make: bool = True) -> None:
@@ -111,7 +105,7 @@ class Store:
         with self._told():
             self._base = sqlite3.connect(path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
             self._base.execute("PRAGMA trusted_schema = OFF")
-            self.indexed = self._prepare()
+            self._prepare()
 
     def close(self) -> None:
         """Close the file."""
@@ -173,8 +167,6 @@ class Store:
             before = self.changes
             yield
             self.set_fact("changes", str(before + 1))
-            if self.indexed and int(self.fact("indexed") or 0) == before:
-                self.set_fact("indexed", str(before + 1))
             self.rows("COMMIT")
         except BaseException:
             if self._base.in_transaction:
@@ -205,6 +197,19 @@ class Store:
             for number, text in self.rows(f"SELECT id, entry FROM adapters{chosen} ORDER BY path")
         }
 
+    def columns(self, ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
+        """Read the words that adapters are found by.
+
+        Args:
+            ids: Their numbers.
+
+        Returns:
+            By number the columns of `words.COLUMNS`, terms with spaces between.
+        """
+        names = ", ".join(name for name, _ in COLUMNS)
+        rows = self.rows(f"SELECT id, {names} FROM adapters WHERE id IN ({', '.join(map(str, map(int, ids)))})")
+        return {row[0]: row[1:] for row in rows}
+
     def put(self, entry: Entry, number: int | None = None) -> int:
         """Write an entry.
 
@@ -215,17 +220,12 @@ class Store:
         Returns:
             Its number.
         """
-        if number is not None:
-            self._unindex(number)
         columns = tuple(" ".join(terms) for terms in entry.columns())
         told = (str(entry.path), entry.size, entry.modified, entry.sha256, entry.beside, _fits(entry), _calls(entry))
         values = (number, *told, entry.to_json(), *columns)
         marks = ", ".join("?" * len(values))
         self.rows(f"INSERT OR REPLACE INTO adapters VALUES ({marks})", *values)
-        made = int(self.rows("SELECT id FROM adapters WHERE path = ?", str(entry.path))[0][0])
-        if self.indexed:
-            self.rows(f"INSERT INTO words (rowid, {_NAMES}) VALUES (?, ?, ?, ?, ?)", made, *columns)
-        return made
+        return int(self.rows("SELECT id FROM adapters WHERE path = ?", str(entry.path))[0][0])
 
     def drop(self, number: int) -> None:
         """Take an entry out.
@@ -233,7 +233,6 @@ class Store:
         Args:
             number: Its number.
         """
-        self._unindex(number)
         self.rows("DELETE FROM adapters WHERE id = ?", number)
         self.rows("DELETE FROM vectors WHERE adapter = ?", number)
 
@@ -248,13 +247,8 @@ class Store:
         labels = json.dumps(vectors.labels, ensure_ascii=False)
         self.rows("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", number, labels, data)
 
-    def _unindex(self, number: int) -> None:
-        if self.indexed:
-            for old in self.rows(f"SELECT {_NAMES} FROM adapters WHERE id = ?", number):
-                self.rows(f"INSERT INTO words (words, rowid, {_NAMES}) VALUES ('delete', ?, ?, ?, ?, ?)", number, *old)
-
-    def _prepare(self) -> bool:
-        """Make what is missing; returns whether there is FTS5."""
+    def _prepare(self) -> None:
+        """Make what is missing. Raises UserError for the file of another program, or of a newer version."""
         version = self.rows("PRAGMA user_version")[0][0]
         if version > _VERSION:
             raise UserError(f"{self.path} was written by a newer peft_diffusion (format {version}); update the package")
@@ -262,13 +256,6 @@ class Store:
             if self.rows("SELECT count(*) FROM sqlite_master")[0][0]:
                 raise UserError(f"{self.path} is a database of another program; name another file with --library")
             self._base.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT")
-        if not has_fts5(self._base):
-            return False
-        self._base.executescript(_INDEX)
-        if self.fact("indexed") != self.fact("changes"):  # a machine without FTS5 wrote to it
-            self.rows("INSERT INTO words (words) VALUES ('rebuild')")
-            self.set_fact("indexed", self.fact("changes"))
-        return True
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -282,18 +269,6 @@ class Store:
             raise UserError(
                 f"{self.path} is no library, or is damaged: {error}; move it away, and add the folders again"
             ) from None
-
-
-def has_fts5(base: sqlite3.Connection) -> bool:
-    """Tell whether SQLite was built with its full-text index.
-
-    Args:
-        base: Any open database.
-
-    Returns:
-        Whether it was.
-    """
-    return bool(base.execute("SELECT sqlite_compileoption_used('ENABLE_FTS5')").fetchone()[0])
 
 
 def _fits(entry: Entry) -> str:
