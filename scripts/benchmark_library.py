@@ -4,7 +4,7 @@
     python scripts/benchmark_library.py --entries 10000 --width 256
 
 Makes a synthetic library: each entry has a trigger of its own, tags and captions of words that are as frequent as words are
-(Zipf's law), and embeddings of the width of CLIP ViT-L/14's (768) by default, a text, four captions and two pictures each.
+(Zipf's law), and embeddings of the width of CLIP ViT-L/14's (768) by default, a text, three captions and two pictures each.
 Then prompts of 8 to 20 words are looked for, one in two with a trigger, and the median and the 95th percentile of a query
 are printed: words, embeddings, the best ten with their reasons, and whether their files are there. What it takes to embed
 the prompt depends on the encoder and is not in it; that of the embedded base is printed by itself. The scan computes the
@@ -37,7 +37,7 @@ from peft_diffusion.library.terms import terms_of
 from peft_diffusion.library.words import COLUMNS, idf
 from scripts.measuring import markdown_table, run
 
-KINDS = ("text", "caption", "caption", "caption", "caption", "picture", "picture")
+KINDS = ("text", "caption", "caption", "caption", "picture", "picture")
 WORDS = 20_000
 
 
@@ -158,8 +158,8 @@ def scan(
     for own, (_, entry) in zip(counted, entries, strict=True):
         columns = entry.columns()
         lengths.append(sum(map(len, columns)))
-        for (_, weight), terms in zip(COLUMNS, columns, strict=True):
-            for term in terms:
+        for (_, weight), column in zip(COLUMNS, columns, strict=True):
+            for term in column:
                 own[term] += weight
     usual = statistics.mean(lengths)
     having = Counter(term for own in counted for term in own)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 T = TypeVar("T")
-_CAPTIONS, _PICTURES = 4, 2  # of an adapter, at most
+_CAPTIONS, _PICTURES = 3, 2  # of an adapter, at most
 _TERMS = 24  # of what it always shows
 _SENTENCE = 2  # terms of a tag from which on it is a caption
 

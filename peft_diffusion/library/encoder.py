@@ -104,21 +104,34 @@ def unit(vectors: Array) -> Array:
     return made
 
 
-def near_texts(encoder: Encoder, cosines: Array, captions: Array) -> Array:
+def caption_weights(captions: Array) -> Array:
+    """Tell how much texts count: captions less, as they tell what was drawn with an adapter, and not what it is.
+
+    Args:
+        captions: (texts,), whether each is a caption.
+
+    Returns:
+        (texts,), float32, at most 1.
+    """
+    made: Array = np.where(captions, _OF_CAPTIONS, 1.0).astype(np.float32)
+    return made
+
+
+def near_texts(encoder: Encoder, cosines: Array, weights: Array) -> Array:
     """Make of cosines of texts how likely it is that the same is meant.
 
     Args:
         encoder: What embedded them.
         cosines: (texts,).
-        captions: (texts,), whether each is a caption. These count less: they tell what was drawn with an adapter, and not
-            what it is.
+        weights: (texts,), as `caption_weights` gives them.
 
     Returns:
         (texts,) from 0 to 1: where the cosine is between that of unrelated texts, 0, and that of the same, 1.
     """
-    found = np.clip((cosines - encoder.floor) / (1 - encoder.floor), 0, 1)
-    made: Array = found * np.where(captions, _OF_CAPTIONS, 1.0) * encoder.trust
-    return made
+    found: Array = np.clip((cosines - encoder.floor) * (1 / (1 - encoder.floor)), 0, 1)
+    found *= weights
+    found *= encoder.trust
+    return found
 
 
 def near_pictures(encoder: Encoder, cosines: Array, offsets: Array) -> Array:

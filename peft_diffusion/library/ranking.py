@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.shortening import brief
-from .encoder import Array, Encoder, near_pictures, near_texts
+from .encoder import Array, Encoder, caption_weights, near_pictures, near_texts
 from .entries import Entry
 from .fits import Wanted, misfit
 from .terms import terms_of
@@ -157,7 +157,7 @@ class Rows:
     Attributes:
         matrix: (rows, width), float32.
         owners: (rows,), the place of the adapter, rising.
-        extra: (rows,): of texts whether each is a caption, of pictures what `encoder.Encoder.pictures` gave.
+        extra: (rows,): of texts how much each counts, of pictures what `encoder.Encoder.pictures` gave.
     """
 
     matrix: Array
@@ -184,9 +184,14 @@ class Rows:
             each: (rows,).
         """
         if len(each):
-            starts = np.flatnonzero(np.diff(self.owners, prepend=-1))
-            owners = self.owners[starts]
+            starts, owners = self._starts
             best[owners] = np.maximum(best[owners], np.maximum.reduceat(each, starts))
+
+    @cached_property
+    def _starts(self) -> tuple[Array, Array]:
+        """The first row of each adapter that has one, and the adapters."""
+        starts = np.flatnonzero(np.diff(self.owners, prepend=-1))
+        return starts, self.owners[starts]
 
 
 @dataclass(frozen=True)
@@ -224,7 +229,7 @@ class Embedded:
         captions = np.array([kind == "caption" for kind in kinds], bool)
         offsets = np.array([label[2] for label in flat], np.float32)
         return cls(
-            Rows(matrix[~seen].astype(np.float32), owners[~seen], captions[~seen]),
+            Rows(matrix[~seen].astype(np.float32), owners[~seen], caption_weights(captions[~seen])),
             Rows(matrix[seen].astype(np.float32), owners[seen], offsets[seen]),
         )
 
