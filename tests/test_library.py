@@ -52,7 +52,7 @@ def adapter(
 
 def tags(*captions: str) -> dict[str, str]:
     """Metadata as kohya's trainer writes them of so many captions."""
-    return {"ss_tag_frequency": json.dumps(tag_frequency([("10_pictures", caption) for caption in captions]))}
+    return {"ss_tag_frequency": json.dumps(tag_frequency(captions))}
 
 
 ANIMALS = ("cat", "dog", "owl", "fox", "hen", "cow")

@@ -106,24 +106,21 @@ def split_tags(caption: str) -> list[str]:
     return [tag for tag in (tag.strip() for tag in caption.split(",")) if tag]
 
 
-def tag_frequency(captions: Iterable[tuple[str, str]], most: int = 400) -> dict[str, dict[str, int]]:
+def tag_frequency(captions: Iterable[str], most: int = 400) -> dict[str, dict[str, int]]:
     """Count the tags of captions, as kohya's trainer keeps them in ``ss_tag_frequency``: what an adapter is found by.
 
     Args:
-        captions: Each with the name of its folder.
+        captions: The captions; each line of one is an alternative.
         most: How many tags are kept; the most frequent, and of equal ones the first.
 
     Returns:
-        How many captions have each tag, by folder. A caption without commas is one tag.
+        How many captions have each tag. They stand under "captions", where kohya has the name of a folder: where pictures
+        lay is nobody's business. A caption without commas is one tag.
     """
-    counted: Counter[tuple[str, str]] = Counter()
-    for folder, caption in captions:
-        lines = caption.split("\n")
-        counted.update(list(dict.fromkeys((folder, tag) for line in lines for tag in split_tags(line))))
-    found: dict[str, dict[str, int]] = {}
-    for (folder, tag), count in counted.most_common(most):
-        found.setdefault(folder, {})[tag] = count
-    return found
+    counted: Counter[str] = Counter()
+    for caption in captions:
+        counted.update(list(dict.fromkeys(tag for line in caption.split("\n") for tag in split_tags(line))))
+    return {"captions": dict(counted.most_common(most))} if counted else {}
 
 
 @dataclass(frozen=True)

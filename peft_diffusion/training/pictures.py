@@ -290,7 +290,7 @@ class PictureMaterial:
         return {
             "class_pictures": len(own.of_class),
             "images": len(own.kept),
-            "tag_frequency": tag_frequency([(one.path.parent.name, one.caption) for one in own.kept]),
+            "tag_frequency": tag_frequency(one.caption for one in own.kept),
         }
 
     def triggers(self) -> list[str]:
