@@ -91,18 +91,13 @@ def prompts_of(pictures: Sequence[Path]) -> tuple[list[str], list[str]]:
     Returns:
         The prompts; and what could not be read.
     """
-    from PIL import Image
-
-    found, notes = [], []
+    found: list[str] = []
+    notes: list[str] = []
     for path in pictures:
         if path.suffix.lower() != ".png":
             continue
         try:
-            size = regular(path).stat().st_size
-            if size > _MOST_BYTES:
-                raise UserError(f"{path} has {size:,} bytes, and example pictures at most {_MOST_BYTES:,}: it is not read")
-            with refusing(f"{path} is not read"), Image.open(path, formats=_KINDS[:1]) as image:
-                told = image.info.get("parameters")
+            told = _parameters(path)
         except UserError as error:
             notes.append(str(error))
             continue
@@ -110,6 +105,17 @@ def prompts_of(pictures: Sequence[Path]) -> tuple[list[str], list[str]]:
             prompt = " ".join(_REST.split(told, maxsplit=1)[0].split())
             found += [prompt[:2000]] if prompt else []
     return found, notes
+
+
+def _parameters(path: Path) -> object:
+    """What a PNG says it was drawn from, without a look at its pixels. Raises UserError for what is none, or too large."""
+    from PIL import Image
+
+    size = regular(path).stat().st_size
+    if size > _MOST_BYTES:
+        raise UserError(f"{path} has {size:,} bytes, and example pictures have at most {_MOST_BYTES:,}: it is not read")
+    with refusing(f"{path} is not read"), Image.open(path, formats=_KINDS[:1]) as image:
+        return image.info.get("parameters")
 
 
 def _opened(data: bytes, where: str) -> "Image.Image":

@@ -8,14 +8,14 @@ import numpy as np
 
 from ..bases.embedded import ICONS, embedded
 from ..core.parsing import refusing
-from .encoder import REFERENCE, Array, floor_of, unit
+from .encoder import REFERENCE, Array, Encoder, floor_of, unit
 from .terms import terms_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-class WordVectors:
+class WordVectors(Encoder):
     """The word embeddings of the embedded base's text encoder: see `encoders`.
 
     Raises:
