@@ -75,6 +75,30 @@ def test_group_norm_is_that_of_torch(shape: tuple[int, ...], shifted: bool, silu
     check_same(found, (expected, x), [x] if shift is None else [x, shift])
 
 
+@KERNELS
+@pytest.mark.parametrize("programs", [1, 5, 8])
+def test_a_large_map_is_summed_up_in_long_stretches(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 tiles, in which the last stretch may be shorter than the others, or its last tiles beyond the map."""
+    kernels = frozen_ops.kernels_on(DEVICE)
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    torch.manual_seed(0)
+    norm, x = frozen(nn.GroupNorm(2, 24)), drawn(1, 24, 45, 45)
+    with torch.no_grad():
+        x.add_(torch.linspace(-9, 9, 45, device=DEVICE)[:, None])  # so that stretches have other means
+    check_same(frozen_ops.group_norm(x, norm), (norm(x), x), [x])
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_shifts_may_lie_apart_or_be_one(images: int, way: None) -> None:
+    torch.manual_seed(0)
+    norm, wide = frozen(nn.GroupNorm(4, 16)), torch.randn(images, 50, device=DEVICE)
+    for size in (4, 40):
+        x = drawn(images, 16, size, size)
+        for shift in (wide[:, 20:36], wide[:1, 3:19].expand(images, -1)):
+            expected = F.silu(norm(x + shift[:, :, None, None]))
+            check_same(frozen_ops.group_norm(x, norm, shift, silu=True), (expected, x), [x])
+
+
 @pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("width", [40, 320])
 def test_layer_norm_is_that_of_torch(width: int, added: bool, way: None) -> None:

@@ -225,7 +225,7 @@ class _GroupNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         kernels = _kernels(x)
         if kernels is not None:
-            shift = None if shift is None else shift.contiguous()
+            shift = shift if shift is None or shift.stride(1) == 1 else shift.contiguous()
             y, mean, rstd = kernels.group_norm(x, shift, weight, bias, groups, eps, silu)
         else:
             y, mean, rstd = _group_norm_in_torch(x, shift, weight, bias, groups, eps, silu)
