@@ -177,13 +177,31 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
     Returns:
         (count, ...); None where they do not lie so.
     """
+    alike = all(one.shape == tensors[0].shape for one in tensors)
+    return joined([one[None] for one in tensors]) if alike else None
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """View tensors that lie one after the other in memory as one along their first axis.
+
+    Args:
+        tensors: At least one; they may differ along the first axis.
+
+    Returns:
+        (sum, ...); None where they do not lie so.
+    """
     first = tensors[0]
-    storage, start, size = first.untyped_storage().data_ptr(), first.storage_offset(), first.numel()
-    for place, one in enumerate(tensors):
-        alike = one.shape == first.shape and one.dtype == first.dtype and one.is_contiguous()
-        if not alike or one.untyped_storage().data_ptr() != storage or one.storage_offset() != start + place * size:
+    storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    place = start
+    for one in tensors:
+        alike = one.shape[1:] == first.shape[1:] and one.dtype == first.dtype and one.is_contiguous()
+        if not alike or one.untyped_storage().data_ptr() != storage or one.storage_offset() != place:
             return None
-    return first.as_strided((len(tensors), *first.shape), (size, *first.stride()), start)
+        place += one.numel()
+    # Contiguous, whatever the stride of an axis of one says.
+    steps = torch.empty(first.shape[1:], device="meta").stride()
+    total = sum(len(one) for one in tensors)
+    return first.as_strided((total, *first.shape[1:]), (first[0].numel(), *steps), start)
 
 
 @dataclass(frozen=True)
