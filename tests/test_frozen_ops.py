@@ -5,6 +5,8 @@ Kernels run on CUDA, or on a CPU where Triton is installed and TRITON_INTERPRET=
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,6 +228,41 @@ def test_kernels_that_give_something_else_are_left_alone(
     there = _Kernels(wrong)
     monkeypatch.setitem(sys.modules, "peft_diffusion.fast.kernels", there)
     monkeypatch.setattr(fast, "kernels", there, raising=False)
-    found = frozen_ops.kernels_on.__wrapped__(torch.device("cpu"))
+    found = frozen_ops._seen(torch.device("cpu"))
     assert found is (there if wrong is None else None)
     assert [one.getMessage().rpartition(": ")[2].split()[0] for one in caplog.records] == ([] if wrong is None else [wrong])
+
+
+def test_kernels_are_looked_for_once_also_while_another_thread_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, goes_on = [], threading.Event()
+
+    def seen(device: torch.device) -> str:
+        looked.append(device)
+        assert goes_on.wait(10)
+        return "kernels"
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(frozen_ops, "_found", {})
+    monkeypatch.setattr(frozen_ops, "_seen", seen)
+    thread = frozen_ops.look_ahead(torch.device("cpu"))
+    while not looked:
+        time.sleep(0.001)
+    threading.Timer(0.05, goes_on.set).start()
+    assert frozen_ops.kernels_on(torch.device("cpu")) == "kernels"
+    thread.join(10)
+    assert len(looked) == 1
+
+
+def test_a_few_calls_are_computed_by_torch_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(device: torch.device) -> None:
+        raise AssertionError("a kernel would be compiled")
+
+    monkeypatch.setattr(frozen_ops, "kernels_on", refused)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    norm, x = frozen(nn.GroupNorm(4, 8)), drawn(1, 8, 3, 3)
+    with frozen_ops.in_torch():
+        torch.testing.assert_close(frozen_ops.group_norm(x, norm)[0], norm(x))
+        assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark
+    with pytest.raises(AssertionError, match="compiled"):
+        frozen_ops.group_norm(x, norm)

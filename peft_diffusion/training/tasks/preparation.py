@@ -38,6 +38,7 @@ from ...data.images import parse_colour
 from ...data.latents import cache_latents
 from ...data.prompt_lines import read_prompts
 from ...data.prompts import instructions, refuse_files
+from ...fast import frozen_ops
 from ..attachment import check_placements, selected_components, with_words
 from ..beginning import with_rank_of_file
 from ..drawing import Drawing, PreviewPrompt
@@ -232,6 +233,8 @@ def prepare(
     config = with_rank_of_file(config)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
+    if config.cuda_graph:
+        frozen_ops.look_ahead(device)
     pipe = _loaded(replace(config, precision=precision), pipe, device, tell, processes)
     info, text = describe(pipe), denoiser_of(pipe).text.read_as(reading_of(config))
     tell(BaseLoaded(info.name, info.family, info.prediction_type, info.resolution, config.quantize))
