@@ -423,7 +423,7 @@ def cell_recipes(
         **({} if hires is None else {"hires_steps": hires.steps}),
     }
     begun = {} if source is None else {"image": source.of, "mask": source.mask_of, "strength": source.strength}
-    found["compose"] = None if sampling.meets == "add" else sampling.meets
+    found["compose"] = None if sampling.composition == "add" else sampling.composition
     file = sampling.compose_file
     found["compose_file"] = None if file is None else UsedPicture(str(file), sha256(file))
     found["controls"] = used_controls(sampling.controls(), sampling.control_scale)

@@ -67,7 +67,7 @@ def _read(adapters: "Adapters", telling: Telling, cell: Cell) -> Encoding:
     return telling.as_learned(cell.prompt)
 
 
-def _loaded(adapters: "Adapters", told: composition.Composition, folder: Path | None) -> tuple[str, ...]:
+def _loaded(adapters: "Adapters", told: composition.CompositionSpec, folder: Path | None) -> tuple[str, ...]:
     """The name of each adapter of a composition, after loading those that are missing."""
     present = {adapters[name].sha256: name for name in (*adapters.names, *adapters.waiting)}
     paths = [path for digest in present if (path := adapters[present[digest]].path) is not None]
