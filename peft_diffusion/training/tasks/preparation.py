@@ -233,8 +233,6 @@ def prepare(
     config = with_rank_of_file(config)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
-    if config.cuda_graph:
-        frozen_ops.look_ahead(device)
     pipe = _loaded(replace(config, precision=precision), pipe, device, tell, processes)
     info, text = describe(pipe), denoiser_of(pipe).text.read_as(reading_of(config))
     tell(BaseLoaded(info.name, info.family, info.prediction_type, info.resolution, config.quantize))
@@ -342,6 +340,8 @@ def _loaded(
 ) -> Pipeline:
     """The base on its device, or this process's part of it. Raises UserError for one that cannot be used."""
     source = config.base if pipe is None else pipe
+    if config.cuda_graph:
+        frozen_ops.look_ahead(device)
     first = "cpu" if processes.shares_base else config.device
     pipe = load_base(source, device=first, dtype=config.precision, quantize=config.quantize, prediction=config.prediction)
     denoiser = denoiser_of(pipe)
